@@ -1,0 +1,55 @@
+"""All errors that reach a user, each with the exit code of sysexits.h that the process ends with.
+
+RebpfError            70 internal
+├── UsageError        64 the command line is wrong
+├── UnavailableError  69 this host or a server cannot do what was asked
+│   └── HookError        no rung of a stream could be attached
+├── BusyError         75 another producer runs on this host: try again later
+├── PermissionDenied  77 a capability is missing
+└── ConfigError       78 the configuration is wrong
+    └── SchemaError      a schema is wrong, or the registry refuses it
+"""
+
+
+class RebpfError(Exception):
+    """An error that ends the command; its text says what to do."""
+
+    exit_code = 70
+
+
+class UsageError(RebpfError):
+    """The command line is wrong."""
+
+    exit_code = 64
+
+
+class UnavailableError(RebpfError):
+    """This host or a server it needs cannot do what was asked."""
+
+    exit_code = 69
+
+
+class HookError(UnavailableError):
+    """No rung of a stream could be attached."""
+
+
+class BusyError(RebpfError):
+    """Another producer runs on this host."""
+
+    exit_code = 75
+
+
+class PermissionDenied(RebpfError):
+    """A capability is missing."""
+
+    exit_code = 77
+
+
+class ConfigError(RebpfError):
+    """The configuration is wrong."""
+
+    exit_code = 78
+
+
+class SchemaError(ConfigError):
+    """A schema cannot be used, or the registry refuses it."""

@@ -1,0 +1,206 @@
+"""The events: layouts of the ring records, names of their values, and the two streams.
+
+The dtypes repeat bpf/events.h; `layout_check` turns them into assertions that the compiler checks at each load.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.void]
+Topic = NewType("Topic", str)
+SchemaId = NewType("SchemaId", int)
+
+HOOKS = ("fentry", "kprobe", "raw_tp", "cgroup_skb")
+CAUSES = ("other", "rto", "fast", "slow_start", "tlp", "syn", "syn_ack")
+# include/net/tcp_states.h; the number is the index.
+STATES = (
+    "UNKNOWN",
+    "ESTABLISHED",
+    "SYN_SENT",
+    "SYN_RECV",
+    "FIN_WAIT1",
+    "FIN_WAIT2",
+    "TIME_WAIT",
+    "CLOSE",
+    "CLOSE_WAIT",
+    "LAST_ACK",
+    "LISTEN",
+    "CLOSING",
+    "NEW_SYN_RECV",
+    "BOUND_INACTIVE",
+)
+# enum tcp_ca_state in include/uapi/linux/tcp.h
+CA_STATES = ("Open", "Disorder", "CWR", "Recovery", "Loss")
+
+# Bits of `known`, by the field that they speak of; `tcp` speaks of TCP_FIELDS.
+KNOWN = {
+    "sk_cookie": 1 << 0,
+    "cgroup_id": 1 << 1,
+    "uid": 1 << 2,
+    "ack_seq": 1 << 3,
+    "ca_state": 1 << 4,
+    "tcp": 1 << 5,
+    "ifindex": 1 << 6,
+    "is_retransmit": 1 << 7,
+    "retransmit_no": 1 << 8,
+}
+TCP_FIELDS = (
+    "srtt_us",
+    "mdev_us",
+    "rto_us",
+    "snd_cwnd",
+    "snd_ssthresh",
+    "packets_out",
+    "sacked_out",
+    "lost_out",
+    "retrans_out",
+    "total_retrans",
+    "snd_wnd",
+    "rcv_wnd",
+    "mss",
+)
+
+FLOW = np.dtype(
+    [
+        ("saddr", "u1", 16),
+        ("daddr", "u1", 16),
+        ("sk_cookie", "<u8"),
+        ("cgroup_id", "<u8"),
+        ("netns", "<u4"),
+        ("uid", "<u4"),
+        ("sport", "<u2"),
+        ("dport", "<u2"),
+        ("hook", "u1"),
+        ("flow_known", "u1"),
+        ("_pad0", "u1", 2),
+    ]
+)
+SEGMENT = np.dtype(
+    [
+        ("flow", FLOW),
+        ("ts", "<u8"),
+        ("cpu_seq", "<u8"),
+        ("cpu", "<u4"),
+        ("known", "<u4"),
+        ("seq", "<u4"),
+        ("end_seq", "<u4"),
+        ("ack_seq", "<u4"),
+        ("payload_len", "<u4"),
+        ("segs", "<u4"),
+        ("ifindex", "<u4"),
+        ("sample_rate", "<u4"),
+        ("tcp_flags", "u1"),
+        ("state", "u1"),
+        ("ca_state", "u1"),
+        ("_pad1", "u1"),
+        *((name, "<u4") for name in TCP_FIELDS),
+        ("_pad2", "<u4"),
+    ]
+)
+TRANSMIT = np.dtype([("s", SEGMENT), ("is_retransmit", "<u4"), ("_pad3", "<u4")])
+RETRANSMIT = np.dtype(
+    [("s", SEGMENT), ("err", "<i4"), ("retransmit_no", "<u4"), ("cause", "u1"), ("_pad3", "u1", 7)]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One of the two kinds of event, from its ring to its topic."""
+
+    name: str
+    index: int
+    """Index into the kernel's counters map."""
+    ring: str
+    dtype: np.dtype[np.void] = field(compare=False)
+    struct: str
+    topic: Topic
+    schema_file: str
+    fixed_schema_id: SchemaId
+    """The id in the Confluent frame where no registry is configured."""
+
+
+TRANSMITS = Stream(
+    "transmit",
+    0,
+    "transmit_pipe",
+    TRANSMIT,
+    "transmit_event",
+    Topic("tcp_transmit"),
+    "tcp_transmit.avsc",
+    SchemaId(1),
+)
+RETRANSMITS = Stream(
+    "retransmit",
+    1,
+    "retransmit_pipe",
+    RETRANSMIT,
+    "retransmit_event",
+    Topic("tcp_retransmit"),
+    "tcp_retransmit.avsc",
+    SchemaId(2),
+)
+STREAMS = (TRANSMITS, RETRANSMITS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Consecutive events of one ring, in the ring's order.
+
+    `rows` has the stream's dtype and is a copy: it stays valid when the ring moves on. `end` is the ring position behind the
+    last of them, which is committed when all are done.
+    """
+
+    stream: Stream
+    rows: Rows
+    end: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedBatch:
+    """The events of a Batch as Kafka messages; message i is `payload[starts[i]:][:lengths[i]]`, its key alike.
+
+    `payload` and `keys` are uint8 arrays, C-contiguous and never changed after this object is made; starts and lengths are
+    int64, in bytes. Both arrays must outlive the delivery of the messages: the sink hands out pointers into them.
+    """
+
+    stream: Stream
+    payload: NDArray[np.uint8]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    keys: NDArray[np.uint8]
+    key_starts: NDArray[np.int64]
+    key_lengths: NDArray[np.int64]
+    end: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+def _members(dtype: np.dtype[np.void], base: int = 0, prefix: str = "") -> Iterator[tuple[str, int, int]]:
+    assert dtype.fields is not None
+    for name, (member, offset, *_) in dtype.fields.items():
+        yield prefix + name, base + offset, member.itemsize
+        if member.fields is not None:
+            yield from _members(member, base + offset, f"{prefix}{name}.")
+
+
+def layout_check() -> str:
+    """Return C that fails to compile where bpf/events.h and this module disagree."""
+    lines = []
+    for struct, dtype in (("transmit_event", TRANSMIT), ("retransmit_event", RETRANSMIT)):
+        lines.append(f'_Static_assert(sizeof(struct {struct}) == {dtype.itemsize}, "{struct}: size");')
+        for name, offset, size in _members(dtype):
+            at = f"__builtin_offsetof(struct {struct}, {name})"
+            lines.append(f'_Static_assert({at} == {offset}, "{struct}.{name}: offset");')
+            lines.append(f'_Static_assert(sizeof(((struct {struct} *)0)->{name}) == {size}, "{name}: size");')
+    numbers = {
+        **{f"HOOK_{name.upper()}": i for i, name in enumerate(HOOKS)},
+        **{f"CAUSE_{name.upper()}": i for i, name in enumerate(CAUSES)},
+        **{f"KNOWN_{name.upper()}": bit for name, bit in KNOWN.items()},
+    }
+    lines += [f'_Static_assert({name} == {value}, "{name}");' for name, value in numbers.items()]
+    return "\n".join(lines) + "\n"
