@@ -1,0 +1,197 @@
+"""Struct layouts of the running kernel, read from its BTF, and the C header that carries them to the compiler.
+
+A host needs no kernel headers: `kernel_header` writes just the structs and members that the programs name, each at its true
+offset. A member that this kernel lacks is left out, and a macro says so: HAS_<struct>_<member> is 0.
+
+BTF: Documentation/bpf/btf.rst of the kernel. Standard library only, because the loader's child runs on the system's Python.
+"""
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from producer.errors import UnavailableError
+
+VMLINUX = Path("/sys/kernel/btf/vmlinux")
+
+INT, PTR, ARRAY, STRUCT, UNION, ENUM, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT = range(1, 12)
+FUNC, FUNC_PROTO, VAR, DATASEC, FLOAT, DECL_TAG, TYPE_TAG, ENUM64 = range(12, 20)
+_MODIFIERS = {TYPEDEF, VOLATILE, CONST, RESTRICT, TYPE_TAG}
+
+# Bytes behind the 12 of each type: fixed, and for each of its `vlen` entries.
+_TAIL = {
+    INT: (4, 0), PTR: (0, 0), ARRAY: (12, 0), STRUCT: (0, 12), UNION: (0, 12), ENUM: (0, 8), FWD: (0, 0), TYPEDEF: (0, 0),
+    VOLATILE: (0, 0), CONST: (0, 0), RESTRICT: (0, 0), FUNC: (0, 0), FUNC_PROTO: (0, 8), VAR: (4, 0), DATASEC: (0, 12),
+    FLOAT: (0, 0), DECL_TAG: (4, 0), TYPE_TAG: (0, 0), ENUM64: (0, 12),
+}  # fmt: skip
+_UNITS = {1: "u8", 2: "u16", 4: "u32", 8: "u64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where a member is: bits from the start of its struct; `bits` is 0 unless it is a bit field."""
+
+    bit_offset: int
+    bits: int
+    type_id: int
+
+
+class Btf:
+    """The types of one BTF blob. `find` and `member` return None for what the kernel does not have."""
+
+    def __init__(self, blob: bytes) -> None:
+        magic, _, _, header, type_off, type_len, str_off, _ = struct.unpack_from("<HBBIIIII", blob)
+        if magic != 0xEB9F:
+            raise UnavailableError("not BTF: the magic number is missing (a big-endian kernel is not supported)")
+        self._blob = blob
+        self._strings = header + str_off
+        self._at = [0]
+        self._ids: dict[tuple[int, str], int] = {}
+        at, end = header + type_off, header + type_off + type_len
+        unpack = struct.Struct("<II").unpack_from
+        while at < end:
+            name, info = unpack(blob, at)
+            kind, vlen = info >> 24 & 0x1F, info & 0xFFFF
+            if name and kind in (STRUCT, FUNC, TYPEDEF):
+                self._ids.setdefault((kind, self._string(name)), len(self._at))
+            self._at.append(at)
+            fixed, each = _TAIL[kind]
+            at += 12 + fixed + each * vlen
+
+    @classmethod
+    def load(cls, path: Path = VMLINUX) -> "Btf":
+        """Read the BTF at `path`; UnavailableError says what to do where there is none."""
+        try:
+            return cls(path.read_bytes())
+        except FileNotFoundError as error:
+            raise UnavailableError(
+                f"{path} is missing: ReBPF needs a kernel built with CONFIG_DEBUG_INFO_BTF=y (Linux 5.8 or later)"
+            ) from error
+
+    def find(self, kind: int, name: str) -> int | None:
+        """Return the type id of the first type of that kind and name."""
+        return self._ids.get((kind, name))
+
+    def params(self, type_id: int) -> int:
+        """Return the number of parameters of a function or of a tracepoint's typedef."""
+        kind, _, inner = self._type(type_id)
+        while kind != FUNC_PROTO:
+            kind, vlen, inner_next = self._type(inner)
+            if kind == FUNC_PROTO:
+                return vlen
+            inner = inner_next
+        raise ValueError(f"type {type_id} is no function")
+
+    def member(self, struct_name: str, path: str) -> Member | None:
+        """Find `a.b.c` in a struct, through anonymous structs and unions."""
+        type_id = self.find(STRUCT, struct_name)
+        offset, found = 0, None
+        for name in path.split("."):
+            found = None if type_id is None else self._lookup(type_id, name)
+            if found is None:
+                return None
+            offset += found.bit_offset
+            type_id = self._strip(found.type_id)
+        return None if found is None else Member(offset, found.bits, found.type_id)
+
+    def pointee(self, type_id: int) -> str | None:
+        """Return the struct's name that a pointer type points to, or None for other types."""
+        kind, _, inner = self._type(self._strip(type_id))
+        if kind != PTR:
+            return None
+        target = self._strip(inner)
+        return self._name(target) if target and self._type(target)[0] in (STRUCT, FWD) else "void"
+
+    def size(self, type_id: int) -> int:
+        """Return the size of a type in bytes."""
+        type_id = self._strip(type_id)
+        kind, _, size = self._type(type_id)
+        if kind == PTR:
+            return 8
+        if kind == ARRAY:
+            element, _, count = struct.unpack_from("<III", self._blob, self._at[type_id] + 12)
+            return count * self.size(element)
+        return size
+
+    def _lookup(self, type_id: int, name: str) -> Member | None:
+        kind, vlen, _ = self._type(type_id)
+        if kind not in (STRUCT, UNION):
+            return None
+        flag = struct.unpack_from("<I", self._blob, self._at[type_id] + 4)[0] >> 31
+        for i in range(vlen):
+            name_off, inner, offset = struct.unpack_from("<III", self._blob, self._at[type_id] + 12 + 12 * i)
+            bits, offset = (offset >> 24, offset & 0xFFFFFF) if flag else (0, offset)
+            if name_off:
+                if self._string(name_off) == name:
+                    return Member(offset, bits, inner)
+            elif deeper := self._lookup(self._strip(inner), name):
+                return Member(offset + deeper.bit_offset, deeper.bits, deeper.type_id)
+        return None
+
+    def _strip(self, type_id: int) -> int:
+        while type_id:
+            kind, _, inner = self._type(type_id)
+            if kind not in _MODIFIERS:
+                break
+            type_id = inner
+        return type_id
+
+    def _type(self, type_id: int) -> tuple[int, int, int]:
+        _, info, size_or_type = struct.unpack_from("<III", self._blob, self._at[type_id])
+        return info >> 24 & 0x1F, info & 0xFFFF, size_or_type
+
+    def _name(self, type_id: int) -> str:
+        return self._string(struct.unpack_from("<I", self._blob, self._at[type_id])[0])
+
+    def _string(self, offset: int) -> str:
+        start = self._strings + offset
+        return self._blob[start : self._blob.index(b"\0", start)].decode()
+
+
+def kernel_header(btf: Btf, wanted: Mapping[str, Iterable[str]]) -> str:
+    """Return C that declares `struct X` with the wanted members at their true offsets, for each X in `wanted`.
+
+    A member is a path, `a.b`, optionally with the name that it gets in C: `a.b as name`. Each is an arm of a union, behind
+    its offset in padding, so that members may overlap as they do in the kernel. Members of struct type become arrays of the
+    largest word that fits. A bit field `f` becomes the byte `f_byte`, and `f_bits(byte)` takes the field out of it.
+    """
+    lines = [f"struct {name};" for name in wanted]
+    for name, members in wanted.items():
+        arms, checks = [], []
+        for spec in members:
+            path, _, alias = spec.partition(" as ")
+            alias = alias or path.rpartition(".")[2]
+            member = btf.member(name, path)
+            lines.append(f"#define HAS_{name}_{alias} {int(member is not None)}")
+            if member is None:
+                continue
+            offset = member.bit_offset // 8
+            if member.bits:
+                lines.append(_bit_field(alias, member))
+                alias += "_byte"
+            padding = f"u8 _{alias}[{offset}]; " if offset else ""
+            arms.append(f"struct {{ {padding}{_declaration(btf, alias, member)}; }};")
+            checks.append(f'_Static_assert(__builtin_offsetof(struct {name}, {alias}) == {offset}, "{name}.{alias}");')
+        body = "\n\t".join(arms) or "u8 _nothing;"
+        lines += [f"struct {name} {{ union {{\n\t{body}\n}}; }};", *checks]
+    return "\n".join(lines) + "\n"
+
+
+def _bit_field(alias: str, member: Member) -> str:
+    shift = member.bit_offset % 8
+    if shift + member.bits > 8:
+        raise UnavailableError(f"{alias}: a bit field over a byte's edge is not supported")
+    return f"#define {alias}_bits(byte) ((byte) >> {shift} & {(1 << member.bits) - 1})"
+
+
+def _declaration(btf: Btf, alias: str, member: Member) -> str:
+    if member.bits:
+        return f"u8 {alias}"
+    if pointee := btf.pointee(member.type_id):
+        return f"{'void' if pointee == 'void' else f'struct {pointee}'} *{alias}"
+    offset, size = member.bit_offset // 8, btf.size(member.type_id)
+    if size in _UNITS and offset % size == 0:
+        return f"{_UNITS[size]} {alias}"
+    unit = next(unit for unit in (8, 4, 2, 1) if size % unit == 0 and offset % unit == 0)
+    return f"{_UNITS[unit]} {alias}[{size // unit}]"
