@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * All maps. Sizes and the two FILTER_ switches come from the loader as macros.
+ */
+#ifndef REBPF_MAPS_H
+#define REBPF_MAPS_H
+
+#define STREAM_TRANSMIT 0
+#define STREAM_RETRANSMIT 1
+
+/* The programs reserve and submit; the agent reads and moves the consumer position. */
+BPF_RINGBUF_OUTPUT(transmit_pipe, TRANSMIT_PIPE_PAGES);
+BPF_RINGBUF_OUTPUT(retransmit_pipe, RETRANSMIT_PIPE_PAGES);
+
+/* By stream. The programs add; the agent reads. */
+BPF_PERCPU_ARRAY(counters, struct counters, 2);
+
+/* Wanted addresses and ports, of either side. The agent inserts before it attaches; nobody deletes. */
+struct address {
+	u8 bytes[16];
+};
+BPF_HASH(addresses, struct address, u8, 1024);
+BPF_HASH(ports, u16, u8, 1024);
+
+/*
+ * The agent's own traffic: cookies of the sockets that it opens, inserted before they connect (the oldest fall out), and
+ * local endpoints of what it listens on, for sockets that the kernel makes for it. Nobody deletes.
+ */
+struct endpoint {
+	u8 address[16];
+	u32 netns;
+	u32 port;
+};
+BPF_TABLE("lru_hash", u64, u8, own_sockets, 4096);
+BPF_HASH(own_listeners, struct endpoint, u8, 64);
+
+#endif

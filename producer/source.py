@@ -1,0 +1,95 @@
+"""The C that one host compiles: the files of bpf/ joined, with the running kernel's layouts and the chosen rungs. Pure text.
+
+bcc rewrites map accesses in its main file only, so that the local headers cannot stay `#include`s: they are put in place, with
+#line, so that a compiler's message names the file that a reader knows. Standard library only.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from producer.btf import TYPEDEF, Btf, kernel_header
+
+# What the programs read, by the struct that a pointer to it has in the verifier's eyes. A path may reach into nested structs.
+_SOCK = (
+    "__sk_common.skc_net.net as skc_net",
+    "__sk_common.skc_state",
+    "__sk_common.skc_cookie.counter as skc_cookie",
+    "sk_uid.val as sk_uid",
+    "sk_cgrp_data.cgroup as sk_cgroup",
+)
+WANTED: Mapping[str, tuple[str, ...]] = {
+    "net": ("ns.inum as ns_inum",),
+    "kernfs_node": ("id",),
+    "cgroup": ("kn",),
+    "sock_common": (
+        "skc_family",
+        "skc_num",
+        "skc_dport",
+        "skc_daddr",
+        "skc_rcv_saddr",
+        "skc_v6_daddr",
+        "skc_v6_rcv_saddr",
+    ),
+    "sock": _SOCK,
+    "tcp_sock": (
+        "inet_conn.icsk_ca_state",
+        "inet_conn.icsk_pending",
+        "inet_conn.icsk_retransmits",
+        "inet_conn.icsk_rto",
+        "srtt_us",
+        "mdev_us",
+        "snd_cwnd",
+        "snd_ssthresh",
+        "packets_out",
+        "sacked_out",
+        "lost_out",
+        "retrans_out",
+        "total_retrans",
+        "snd_wnd",
+        "rcv_wnd",
+        "mss_cache",
+        "rcv_nxt",
+        "snd_nxt",
+    ),
+    "request_sock": ("num_retrans",),
+    "tcp_request_sock": ("snt_isn", "rcv_nxt"),
+    "sk_buff": ("cb",),
+    "tcp_skb_cb": ("seq", "end_seq", "tcp_gso_segs", "tcp_flags"),
+    "pt_regs": ("di", "si", "dx", "cx", "r8", "ax", "sp", "regs"),
+}
+_RUNGS = ("TRANSMIT_FENTRY", "TRANSMIT_KPROBE", "TRANSMIT_CGROUP_SKB")
+_RUNGS += ("RETRANSMIT_FENTRY", "RETRANSMIT_KPROBE", "RETRANSMIT_RAW_TP")
+
+
+def program_text(folder: Path, btf: Btf, layout_check: str) -> str:
+    """Return the whole C source; `layout_check` is C that compares events.h with what the agent expects."""
+    generated = {"kernel.h": kernel_header(btf, WANTED), "layout_check.h": layout_check}
+    return _inline(folder, "rebpf.bpf.c", generated)
+
+
+def macros(btf: Btf, rungs: Mapping[str, str], sizes: Mapping[str, int], filters: Mapping[str, bool], hz: int) -> list[str]:
+    """Return compiler flags: rung name by stream, ring sizes in pages by ring, which filters are in force."""
+    chosen = {f"{stream}_{rung}".upper() for stream, rung in rungs.items()}
+    tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
+    numbers = {
+        **{name: int(name in chosen) for name in _RUNGS},
+        # One compilation holds both streams: pointers have BTF types unless one of them is taken by kprobes.
+        "PROBE_READ": int("kprobe" in rungs.values()),
+        # A tracepoint's typedef has the data pointer first.
+        "RETRANSMIT_TRACEPOINT_HAS_ERR": int(tracepoint is not None and btf.params(tracepoint) > 3),
+        "REQUEST_COUNTS_LATER": 1,
+        "HZ": hz,
+        **{f"{ring.upper()}_PAGES": pages for ring, pages in sizes.items()},
+        **{f"FILTER_{name.upper()}": int(on) for name, on in filters.items()},
+    }
+    return [f"-D{name}={value}" for name, value in numbers.items()]
+
+
+def _inline(folder: Path, name: str, generated: Mapping[str, str]) -> str:
+    text = generated[name] if name in generated else (folder / name).read_text()
+    lines = [f'#line 1 "{name}"']
+    for number, line in enumerate(text.splitlines(), 1):
+        include = re.fullmatch(r'#include "([a-z_.]+)"', line)
+        lines += [_inline(folder, include[1], generated), f'#line {number + 1} "{name}"'] if include else [line]
+    return "\n".join(lines)
