@@ -15,9 +15,10 @@
 #define TCP_CA_LOSS 4
 #define ICSK_TIME_LOSS_PROBE 5
 
+/* The value of a statement expression has the member's type without its const. */
 #define PROBE(pointer, member)                                                                   \
 	({                                                                                       \
-		typeof((pointer)->member) _value = {};                                           \
+		typeof(({ (pointer)->member; })) _value = 0;                                     \
 		bpf_probe_read_kernel(&_value, sizeof(_value), &(pointer)->member);              \
 		_value;                                                                          \
 	})

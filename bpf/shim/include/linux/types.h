@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* The integer types that bcc's own headers and ours are written in. */
+/* What bcc's own headers and ours are written in. */
 #ifndef REBPF_SHIM_TYPES_H
 #define REBPF_SHIM_TYPES_H
 
@@ -11,8 +11,11 @@ typedef signed char s8, __s8;
 typedef short s16, __s16;
 typedef int s32, __s32;
 typedef long long s64, __s64;
+typedef __u64 __aligned_u64 __attribute__((aligned(8)));
 typedef unsigned long size_t, uintptr_t;
 typedef _Bool bool;
+
+#define __always_inline inline __attribute__((always_inline))
 
 #define true 1
 #define false 0
