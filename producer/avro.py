@@ -100,19 +100,20 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """One column's place in the record."""
+class Step:
+    """What the schema says of one column; `computed`: it is Ints, otherwise Coded."""
 
     group: Group
     nullable: bool
     computed: bool
+    boolean: bool
 
 
 class Encoder:
     """Encodes rows of one record schema, each behind the bytes of `header`.
 
-    Fields named in `together` are not computed; neighbours among them are one group, which one Coded column fills. Raises
-    SchemaError for a schema that is not a flat record of primitive types and ["null", primitive].
+    Fields named in `together` are not computed; neighbours among them are one group, which one Coded column
+    fills. Raises SchemaError for a schema that is not a flat record of primitive types and ["null", primitive].
     """
 
     def __init__(self, schema: Schema, header: bytes = b"", together: frozenset[str] = frozenset()) -> None:
@@ -120,11 +121,11 @@ class Encoder:
             raise SchemaError("the schema is not a record")
         self._fields = {field["name"]: field for field in schema["fields"]}
         self._header = np.frombuffer(header, np.uint8)
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         for names in _neighbours(self._fields, together):
             kind, nullable = _kind(self._fields[names[0]])
             computed = kind in _COMPUTED and names[0] not in together
-            self._steps.append(_Step(Group(",".join(names)), nullable, computed))
+            self._steps.append(Step(Group(",".join(names)), nullable, computed, kind == "boolean"))
         for name in self._fields:
             _kind(self._fields[name])
 
@@ -133,9 +134,9 @@ class Encoder:
         """The columns that `encode` wants, in the record's order."""
         return [step.group for step in self._steps]
 
-    def computed(self, group: Group) -> bool:
-        """Whether the column is Ints; else it is Coded."""
-        return next(step.computed for step in self._steps if step.group == group)
+    def step(self, group: Group) -> Step:
+        """Return what the schema says of a column."""
+        return next(step for step in self._steps if step.group == group)
 
     def value(self, group: Group, values: Mapping[str, Any]) -> bytes:
         """Encode one value of a group of fields, for a Coded column's table; a field that is not in `values` has its default."""
@@ -213,7 +214,7 @@ def _packed(parts: Iterable[_Part]) -> list[_Part]:
     return packed
 
 
-def _parts(step: _Step, column: Column) -> list[_Part]:
+def _parts(step: Step, column: Column) -> list[_Part]:
     if isinstance(column, Coded):
         width = column.table.matrix.shape[1]
         chunks = column.table.matrix.view(f"V{width}")[:, 0].take(column.codes)

@@ -17,8 +17,9 @@ SchemaId = NewType("SchemaId", int)
 HOOKS = ("fentry", "kprobe", "raw_tp", "cgroup_skb")
 CAUSES = ("other", "rto", "fast", "slow_start", "tlp", "syn", "syn_ack")
 # include/net/tcp_states.h; the number is the index.
+UNKNOWN = "UNKNOWN"
 STATES = (
-    "UNKNOWN",
+    UNKNOWN,
     "ESTABLISHED",
     "SYN_SENT",
     "SYN_RECV",
@@ -150,8 +151,8 @@ STREAMS = (TRANSMITS, RETRANSMITS)
 class Batch:
     """Consecutive events of one ring, in the ring's order.
 
-    `rows` has the stream's dtype and is a copy: it stays valid when the ring moves on. `end` is the ring position behind the
-    last of them, which is committed when all are done.
+    `rows` has the stream's dtype and may be a view of the ring: valid until a position behind it is committed. `end` is the
+    ring position behind the last of them, which is committed when all are done.
     """
 
     stream: Stream

@@ -45,7 +45,7 @@ def written_by_fastavro(schema: dict[str, Any], row: dict[str, Any]) -> bytes:
 
 
 def column(encoder: Encoder, group: Group, rows: list[dict[str, Any]]) -> Ints | Coded:
-    if not encoder.computed(group):
+    if not encoder.step(group).computed:
         return Coded(np.arange(len(rows)), Table([encoder.value(group, row) for row in rows]))
     values = [row[group] for row in rows]
     valid = np.array([value is not None for value in values], bool)

@@ -1,0 +1,113 @@
+"""From rows of a ring to Kafka messages: which column of the rows, or constant of the host, fills which field of the schema."""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from producer.avro import Coded, Column, Encoder, Group, Ints, Schema, Table
+from producer.errors import SchemaError
+from producer.events import (
+    CA_STATES,
+    CAUSES,
+    KNOWN,
+    SEGMENT,
+    STATES,
+    TCP_FIELDS,
+    UNKNOWN,
+    Batch,
+    EncodedBatch,
+    Rows,
+    SchemaId,
+    Stream,
+)
+from producer.flows import FLOW_FIELDS, Describe, FlowTable
+from producer.paths import SCHEMAS
+
+_NAMES: Mapping[str, tuple[str, ...]] = {"state": STATES, "ca_state": CA_STATES, "cause": CAUSES}
+_NULL = 256
+_BIT = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"])}
+_MILLISECOND_NS = 1_000_000
+
+
+def load_schema(stream: Stream) -> dict[str, Any]:
+    """Return the published schema of a stream's topic."""
+    schema: dict[str, Any] = json.loads((SCHEMAS / stream.schema_file).read_text())
+    return schema
+
+
+def frame(schema_id: SchemaId) -> bytes:
+    """Return what Confluent's wire format puts before an Avro body: a zero and the schema's id, 4 bytes, big end first."""
+    return struct.pack(">bI", 0, schema_id)
+
+
+class BatchEncoder:
+    """Encodes batches of one stream with a record schema.
+
+    `host_fields` are the values of fields that are the same in all events of this host. A field of the schema that no row
+    carries has its default in every message; SchemaError where it has none.
+    """
+
+    def __init__(
+        self, stream: Stream, schema: Schema, schema_id: SchemaId, host_fields: Mapping[str, Any], cgroup_path: Describe
+    ) -> None:
+        fields = {field["name"]: field for field in schema["fields"]}
+        carried = {*(SEGMENT.names or ()), *(stream.dtype.names or ()), "ts_ns"}
+        constant = fields.keys() - carried | FLOW_FIELDS
+        for name in constant - FLOW_FIELDS:
+            if "default" not in fields[name]:
+                raise SchemaError(f"{stream.schema_file}: no event carries the field {name}, and it has no default")
+        self._stream = stream
+        self._encoder = Encoder(schema, frame(schema_id), frozenset(constant))
+        groups = [group for group in self._encoder.groups if constant.issuperset(group.split(","))]
+        self._flows = FlowTable(self._encoder, groups, host_fields, cgroup_path)
+        self._names = {
+            group: _name_table(self._encoder, group, _NAMES[group]) for group in self._encoder.groups if group in _NAMES
+        }
+
+    def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
+        """Encode a batch; `utc_offset_ns` is what the monotonic clock lacks to nanoseconds since 1970."""
+        rows = batch.rows
+        numbers = self._flows.number(rows)
+        segments = rows["s"]
+        known = segments["known"]
+        always = int(np.bitwise_and.reduce(known))
+        columns: dict[Group, Column] = {group: Coded(numbers, table) for group, table in self._flows.groups.items()}
+        for group in self._encoder.groups:
+            if group not in columns:
+                bit = _BIT.get(group, 0)
+                valid = None if always & bit == bit else known & np.uint32(bit) != 0
+                columns[group] = self._column(group, rows, valid, utc_offset_ns)
+        encoded = self._encoder.encode(columns, len(rows))
+        keys = self._flows.keys
+        return EncodedBatch(
+            batch.stream,
+            encoded.buffer,
+            encoded.starts,
+            encoded.lengths,
+            keys.matrix.reshape(-1),
+            numbers * keys.matrix.shape[1],
+            keys.lengths.take(numbers),
+            batch.end,
+        )
+
+    def _column(self, name: Group, rows: Rows, valid: NDArray[np.bool_] | None, utc_offset_ns: int) -> Column:
+        if name == "ts_ns":
+            return Ints(rows["s"]["ts"].astype(np.int64) + utc_offset_ns)
+        if name == "ts":
+            return Ints((rows["s"]["ts"].astype(np.int64) + utc_offset_ns) // _MILLISECOND_NS)
+        values = rows[name] if name in (self._stream.dtype.names or ()) else rows["s"][name]
+        if name in self._names:
+            return Coded(values if valid is None else np.where(valid, values, _NULL), self._names[name])
+        if self._encoder.step(name).boolean:
+            return Ints(values != 0, valid)
+        return Ints(values, valid)
+
+
+def _name_table(encoder: Encoder, name: Group, names: Sequence[str]) -> Table:
+    """Return the encoded name of every number that a byte can hold, and after them null where the field may be null."""
+    known = [encoder.value(name, {name: names[i] if i < len(names) else UNKNOWN}) for i in range(_NULL)]
+    return Table([*known, encoder.value(name, {name: None})] if encoder.step(name).nullable else known)

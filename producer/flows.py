@@ -1,0 +1,111 @@
+"""The parts of an event that stay the same for a connection, encoded once for each connection.
+
+A row's flow (bpf/events.h, struct flow) is looked up for whole batches in an array indexed by a hash of its bytes; a row that
+the array does not answer (a new flow, or one whose place another flow took) goes through a dictionary.
+"""
+
+import ipaddress
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from producer.avro import Encoder, Group, Table
+from producer.events import FLOW, HOOKS, KNOWN, Rows
+
+Describe = Callable[[int], str | None]
+"""From a cgroup id to its path."""
+
+FLOW_FIELDS = frozenset(
+    {"host", "boot_id", "hook", "netns", "sk_cookie", "saddr", "daddr", "sport", "dport", "cgroup_id", "cgroup", "uid"}
+)
+
+_WORDS = FLOW.itemsize // 8
+_SLOT_BITS = 15
+_MOST_FLOWS = 1 << 15
+
+
+class FlowTable:
+    """Numbers flows, and holds each one's encoded field groups and Kafka key under its number.
+
+    `fields` are what every flow of this host has in common (host, boot_id).
+    """
+
+    def __init__(
+        self, encoder: Encoder, groups: Sequence[Group], fields: Mapping[str, Any], cgroup_path: Describe
+    ) -> None:
+        self._encoder = encoder
+        self._fields = fields
+        self._cgroup_path = cgroup_path
+        # Random, so that nobody can choose flows that share a place; odd, so that no bit of a word is lost.
+        self._factors = np.random.default_rng().integers(0, 1 << 63, _WORDS, np.uint64) << np.uint64(1) | np.uint64(1)
+        self.groups: dict[Group, Table] = {group: Table() for group in groups}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+        # No flow is all ones: its padding is 0.
+        self._seen = np.full((1 << _SLOT_BITS, _WORDS), ~np.uint64(0))
+        self._slots: NDArray[np.int64] = np.zeros(1 << _SLOT_BITS, np.int64)
+        self.keys = Table()
+        for group in self.groups:
+            self.groups[group] = Table()
+
+    def number(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the number of each row's flow. Numbers hold until the next call."""
+        if len(self._numbers) > _MOST_FLOWS:
+            self._clear()
+        flows = np.ascontiguousarray(rows["s"]["flow"])
+        words = flows.view(np.uint64).reshape(-1, _WORDS)
+        slots = (words @ self._factors >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
+        # Eight comparisons of a row, read as one number: 0 where all are equal.
+        differs = (words != self._seen.take(slots, axis=0)).view(np.uint64)[:, 0] != 0
+        numbers = self._slots.take(slots)
+        for row in np.flatnonzero(differs):
+            number = self._number_of(flows[row])
+            numbers[row] = self._slots[slots[row]] = number
+            self._seen[slots[row]] = words[row]
+        return numbers
+
+    def _number_of(self, flow: np.void) -> int:
+        raw = flow.tobytes()
+        number = self._numbers.get(raw)
+        if number is None:
+            values = self._values(flow)
+            for group, table in self.groups.items():
+                table.add(self._encoder.value(group, values))
+            number = self._numbers[raw] = self.keys.add(key(values))
+        return number
+
+    def _values(self, flow: np.void) -> dict[str, Any]:
+        known = int(flow["flow_known"])
+        cgroup_id = int(flow["cgroup_id"]) if known & KNOWN["cgroup_id"] else None
+        return {
+            **self._fields,
+            "hook": HOOKS[flow["hook"]],
+            "netns": int(flow["netns"]),
+            "sk_cookie": int(flow["sk_cookie"]) if known & KNOWN["sk_cookie"] else None,
+            "saddr": address(flow["saddr"].tobytes()),
+            "daddr": address(flow["daddr"].tobytes()),
+            "sport": int(flow["sport"]),
+            "dport": int(flow["dport"]),
+            "cgroup_id": cgroup_id,
+            "cgroup": None if cgroup_id is None else self._cgroup_path(cgroup_id),
+            "uid": int(flow["uid"]) if known & KNOWN["uid"] else None,
+        }
+
+
+def address(packed: bytes) -> str:
+    """Return the text form of RFC 5952 of 16 bytes; an IPv4-mapped address as IPv4."""
+    ip = ipaddress.IPv6Address(packed)
+    return str(ip.ipv4_mapped or ip)
+
+
+def key(flow: Mapping[str, Any]) -> bytes:
+    """Return the Kafka key of a flow, the same in all topics: `saddr:sport>daddr:dport`, IPv6 in brackets."""
+    return f"{_endpoint(flow['saddr'], flow['sport'])}>{_endpoint(flow['daddr'], flow['dport'])}".encode()
+
+
+def _endpoint(text: str, port: int) -> str:
+    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
