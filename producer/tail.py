@@ -1,0 +1,221 @@
+"""Read the topics as any consumer would, and print them: an own connection, the frames' schemas, nothing of the agent.
+
+A group id is needed and never used: all partitions are assigned by hand, nothing is committed, no other group moves.
+"""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from producer.decode import Decoder, UndecodableError
+from producer.errors import ConfigError, UnavailableError
+from producer.view import View
+
+_LOG = logging.getLogger(__name__)
+_METADATA_TIMEOUT_S = 5
+_POLL_S = 0.1
+_BATCH = 1000
+
+
+class Event(NamedTuple):
+    """A decoded message."""
+
+    topic: str
+    key: str
+    record: dict[str, Any]
+
+
+class _Follower:
+    """A consumer of all partitions of the topics, also of topics that do not exist yet."""
+
+    def __init__(
+        self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], *, from_beginning: bool
+    ) -> None:
+        self._brokers = brokers
+        self._missing = list(topics)
+        self._from_beginning = from_beginning
+        self._last_error: KafkaError | None = None
+        self._next_look = 0.0
+        conf = {
+            "allow.auto.create.topics": False,
+            "auto.offset.reset": "earliest",
+            "socket.keepalive.enable": True,
+            **settings,
+            "bootstrap.servers": brokers,
+            "group.id": f"rebpf-tail-{uuid.uuid4()}",
+            "enable.auto.commit": False,
+            "error_cb": self._on_error,
+        }
+        try:
+            self._consumer = Consumer(conf, logger=_client_logger())
+        except KafkaException as exc:
+            raise ConfigError(f"the Kafka client's settings: {exc.args[0].str()}") from exc
+
+    def start(self) -> None:
+        """Assign what is there; at its end, or at its beginning."""
+        try:
+            self._look(from_beginning=self._from_beginning)
+        except KafkaException as exc:
+            reason = self._last_error or exc.args[0]
+            raise UnavailableError(f"no answer from Kafka at {self._brokers}: {reason.str()}") from exc
+        if self._missing:
+            _LOG.warning("waiting for topics=%s", ",".join(self._missing))
+
+    def poll(self) -> list[Message]:
+        """Wait a little, and return what has come."""
+        if self._missing and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + 1
+            try:
+                self._look(from_beginning=True)
+            except KafkaException as exc:
+                _LOG.debug("no metadata: %s", exc)
+        return [message for message in self._consumer.consume(_BATCH, _POLL_S) if not self._failed(message)]
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def _look(self, *, from_beginning: bool) -> None:
+        for topic in list(self._missing):
+            metadata = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic]
+            if metadata.error is None:
+                partitions = [TopicPartition(topic, number, OFFSET_BEGINNING) for number in metadata.partitions]
+                if not from_beginning:
+                    # The number and not OFFSET_END, which would be the end at the first fetch, some time later.
+                    for partition in partitions:
+                        partition.offset = self._consumer.get_watermark_offsets(partition, _METADATA_TIMEOUT_S)[1]
+                self._consumer.incremental_assign(partitions)
+                self._missing.remove(topic)
+            elif metadata.error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
+
+    def _failed(self, message: Message) -> bool:
+        error = message.error()
+        if error is None:
+            return False
+        if error.retriable() or error.code() == KafkaError._PARTITION_EOF:
+            return True
+        raise UnavailableError(f"topic {message.topic()}: {error.str()}")
+
+    def _on_error(self, error: KafkaError) -> None:
+        known = self._last_error is not None and self._last_error.code() == error.code()
+        self._last_error = error
+        if not known:
+            _LOG.warning("kafka: %s", error.str())
+
+
+def _client_logger() -> logging.Logger:
+    """Return a logger for librdkafka, which repeats itself many times a second where a broker is down: for debugging."""
+    logger = _LOG.getChild("librdkafka")
+    logger.setLevel(logging.DEBUG if _LOG.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
+    return logger
+
+
+def batches(
+    brokers: str,
+    topics: Sequence[str],
+    *,
+    registry: str | None,
+    from_beginning: bool,
+    stop: threading.Event,
+    client_settings: Mapping[str, str],
+) -> Iterator[list[Event]]:
+    """Yield the events as they come, and an empty list where none comes for a moment; ends when `stop` is set.
+
+    The first list is empty, and comes when every message that is produced from then on will be read.
+    """
+    decoder = Decoder(registry)
+    skipped: dict[str, int] = {}
+    follower = _Follower(brokers, topics, client_settings, from_beginning=from_beginning)
+    try:
+        follower.start()
+        yield []
+        while not stop.is_set():
+            yield list(_decoded(follower.poll(), decoder, skipped))
+    finally:
+        follower.close()
+        for reason, count in skipped.items():
+            _LOG.warning("skipped messages=%d reason=%r", count, reason)
+
+
+def _decoded(messages: Sequence[Message], decoder: Decoder, skipped: dict[str, int]) -> Iterator[Event]:
+    for message in messages:
+        try:
+            record = decoder.decode(message.value())
+        except UndecodableError as exc:
+            reason = f"{message.topic()}: {exc}"
+            if reason not in skipped:
+                _LOG.warning("skipping messages of topic=%s: %s", message.topic(), exc)
+            skipped[reason] = skipped.get(reason, 0) + 1
+            continue
+        yield Event(message.topic() or "", (message.key() or b"").decode(errors="replace"), record)
+
+
+def events(
+    brokers: str,
+    topics: Sequence[str],
+    *,
+    registry: str | None,
+    from_beginning: bool,
+    stop: threading.Event,
+    client_settings: Mapping[str, str],
+) -> Iterator[Event]:
+    """Yield (topic, key, record) for each event until `stop` is set."""
+    for batch in batches(
+        brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
+    ):
+        yield from batch
+
+
+def tail(
+    brokers: str,
+    topics: Sequence[str],
+    *,
+    registry: str | None,
+    as_json: bool,
+    limit: int | None,
+    color: bool,
+    from_beginning: bool,
+    stop: threading.Event,
+    client_settings: Mapping[str, str],
+) -> None:
+    """Print the events of the topics, one per line, until `stop` is set or `limit` of them are printed."""
+    view = View(color=color)
+    left = limit
+    for batch in batches(
+        brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
+    ):
+        shown = batch if left is None else batch[:left]
+        lines = [json_line(event) if as_json else view.line(event.record) for event in shown]
+        if not _print(lines):
+            return
+        if left is not None:
+            left -= len(shown)
+            if left == 0:
+                return
+
+
+def json_line(event: Event) -> str:
+    """Return the event as one JSON object: topic, key and the record's fields."""
+    return json.dumps({"topic": event.topic, "key": event.key, **event.record}, separators=(",", ":"))
+
+
+def _print(lines: Sequence[str]) -> bool:
+    """Print, at once; False when the reader of our output has gone."""
+    if not lines:
+        return True
+    try:
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What the buffer still holds would raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

@@ -1,0 +1,76 @@
+"""The line of an event: tcpdump's words, colours, and nothing that a terminal would obey."""
+
+import re
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from producer.view import View, endpoint, flag_letters
+
+TRANSMIT: dict[str, Any] = {
+    "ts_ns": 1_790_000_000_123_456_000,
+    "saddr": "10.0.0.1",
+    "sport": 40001,
+    "daddr": "fd00::2",
+    "dport": 443,
+    "tcp_flags": 24,
+    "seq": 4294967290,
+    "end_seq": 1442,
+    "ack_seq": 77,
+    "payload_len": 1448,
+    "segs": 1,
+}
+RETRANSMIT = {
+    **TRANSMIT,
+    "cause": "rto",
+    "retransmit_no": 3,
+    "rto_us": 204_000,
+    "srtt_us": 57,
+    "err": 0,
+}
+
+
+def plain(record: dict[str, Any]) -> str:
+    return View(color=False).line(record)
+
+
+@pytest.mark.parametrize(
+    ("tcp_flags", "letters"),
+    [(0x02, "S"), (0x12, "S."), (0x18, "P."), (0x11, "F."), (0x04, "R"), (0x10, "."), (0xC2, "SEW"), (0, "none")],
+)
+def test_flags_are_tcpdumps_letters(tcp_flags: int, letters: str) -> None:
+    assert flag_letters(tcp_flags) == letters
+
+
+def test_an_ipv6_endpoint_is_in_brackets() -> None:
+    assert endpoint("fd00::2", 443) == "[fd00::2]:443"
+
+
+def test_a_transmit_has_time_flow_flags_and_numbers() -> None:
+    time = datetime.fromtimestamp(1_790_000_000.123456).strftime("%H:%M:%S.123456")
+    assert plain(TRANSMIT) == (f"{time} 10.0.0.1:40001 > [fd00::2]:443 [P.] seq 4294967290:1442 ack 77 len 1448 segs 1")
+
+
+def test_a_retransmit_says_why() -> None:
+    assert plain(RETRANSMIT).endswith("segs 1 retransmit rto #3 rto 204ms srtt 0.057ms")
+
+
+def test_a_failed_retransmit_says_the_error() -> None:
+    assert plain({**RETRANSMIT, "err": -1}).endswith("err -1")
+
+
+def test_what_is_unknown_is_left_out() -> None:
+    unknown = dict.fromkeys(("ack_seq", "retransmit_no", "rto_us", "srtt_us"))
+    assert plain({**RETRANSMIT, **unknown}).endswith("seq 4294967290:1442 len 1448 segs 1 retransmit rto")
+
+
+@pytest.mark.parametrize(("record", "color"), [(TRANSMIT, "\x1b[32m"), (RETRANSMIT, "\x1b[33m")])
+def test_colours_tell_the_two_kinds_apart(record: dict[str, Any], color: str) -> None:
+    line = View(color=True).line(record)
+    assert f"{color}10.0.0.1:40001" in line
+    assert re.sub(r"\x1b\[[\d;]*m", "", line) == plain(record)
+
+
+def test_escape_sequences_of_a_stranger_do_not_reach_the_terminal() -> None:
+    assert "\x1b" not in plain({**RETRANSMIT, "cause": "\x1b]0;gone\x07", "saddr": "\x1b[2J"})
