@@ -1,32 +1,53 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * From the kernel's structs to an event. Differences between kernels and between rungs are here: HAS_<struct>_<member> says
- * whether the running kernel has a member; READ() reads through a BTF pointer, which the verifier checks and the kernel
- * guards, or on the kprobe rung, whose pointers have no type, by bpf_probe_read_kernel.
+ * whether the running kernel has a member.
  */
 #ifndef REBPF_FILL_H
 #define REBPF_FILL_H
 
 #define AF_INET6 10
+#define SOCK_RAW 3
 #define TCPHDR_FIN 0x01
 #define TCPHDR_SYN 0x02
+#define TCPHDR_ACK 0x10
 #define TCP_SYN_RECV 3
+#define TCP_LISTEN 10
 #define TCP_CA_RECOVERY 3
 #define TCP_CA_LOSS 4
 #define ICSK_TIME_LOSS_PROBE 5
+#define ENOBUFS 105
 
-/* The value of a statement expression has the member's type without its const. */
-#define PROBE(pointer, member)                                                                   \
-	({                                                                                       \
-		typeof(({ (pointer)->member; })) _value = 0;                                     \
-		bpf_probe_read_kernel(&_value, sizeof(_value), &(pointer)->member);              \
-		_value;                                                                          \
+/*
+ * READ() goes through a BTF pointer, which the verifier checks and the kernel guards; on the kprobe rung, whose pointers have
+ * no type, by bpf_probe_read_kernel, as PROBE() does everywhere. The value of a statement expression has the member's type
+ * without its const.
+ */
+#define PROBE(pointer, member)                                                      \
+	({                                                                          \
+		typeof(({ (pointer)->member; })) _value = 0;                        \
+		bpf_probe_read_kernel(&_value, sizeof(_value), &(pointer)->member); \
+		_value;                                                             \
 	})
 #if PROBE_READ
 #define READ(pointer, member) PROBE(pointer, member)
 #else
 #define READ(pointer, member) ((pointer)->member)
 #endif
+
+/* READ_IF(tcp_sock, tp, snd_cwnd): the member's value, or 0 where this kernel's struct has no such member. */
+#define READ_IF(type, pointer, member) READ_IF_(HAS_##type##_##member, pointer, member)
+#define READ_IF_(has, pointer, member) READ_IF__(has, pointer, member)
+#define READ_IF__(has, pointer, member) READ_IF_##has(pointer, member)
+#define READ_IF_0(pointer, member) 0
+#define READ_IF_1(pointer, member) READ(pointer, member)
+
+/* All of TCP_FIELDS or none: a field that this kernel cannot tell must not look like a 0. */
+#define HAS_TCP                                                                                                          \
+	(HAS_tcp_sock_srtt_us && HAS_tcp_sock_mdev_us && HAS_tcp_sock_icsk_rto && HAS_tcp_sock_snd_cwnd &&               \
+	 HAS_tcp_sock_snd_ssthresh && HAS_tcp_sock_packets_out && HAS_tcp_sock_sacked_out && HAS_tcp_sock_lost_out &&    \
+	 HAS_tcp_sock_retrans_out && HAS_tcp_sock_total_retrans && HAS_tcp_sock_snd_wnd && HAS_tcp_sock_rcv_wnd &&       \
+	 HAS_tcp_sock_mss_cache)
 
 static __always_inline u16 from_be16(u16 value)
 {
@@ -70,15 +91,20 @@ static __always_inline void fill_endpoints(struct flow *flow, const struct sock_
 	fill_v4(flow->daddr, READ(sk, skc_daddr));
 }
 
-/* Whose: of the socket, and never of the task that happens to run. */
-static __always_inline void fill_owner(struct flow *flow, const struct sock *sk)
+static __always_inline void fill_netns(struct flow *flow, const struct sock *sk)
 {
 	const struct net *net = READ(sk, skc_net);
 
 	flow->netns = READ(net, ns_inum);
-	flow->uid = READ(sk, sk_uid);
-	flow->flow_known |= KNOWN_UID;
-#if HAS_sock_sk_cgroup
+}
+
+/* Whose: of the socket, and never of the task that happens to run. */
+static __always_inline void fill_owner(struct flow *flow, const struct sock *sk)
+{
+	flow->uid = READ_IF(sock, sk, sk_uid);
+	if (HAS_sock_sk_uid)
+		flow->flow_known |= KNOWN_UID;
+#if HAS_sock_sk_cgroup && HAS_cgroup_kn && HAS_kernfs_node_id
 	const struct cgroup *cgroup = READ(sk, sk_cgroup);
 	const struct kernfs_node *node = READ(cgroup, kn);
 
@@ -97,31 +123,47 @@ static __always_inline void set_cookie(struct flow *flow, u64 cookie)
 
 static __always_inline u8 ca_state_of(const struct tcp_sock *tp)
 {
+#if HAS_tcp_sock_icsk_ca_state
 	return icsk_ca_state_bits(READ(tp, icsk_ca_state_byte));
+#else
+	return 0;
+#endif
 }
 
 static __always_inline void fill_tcp(struct segment *s, const struct tcp_sock *tp)
 {
 	s->state = READ((const struct sock *)tp, skc_state);
 	s->ca_state = ca_state_of(tp);
-	s->srtt_us = READ(tp, srtt_us) >> 3;
-	s->mdev_us = READ(tp, mdev_us) >> 2;
-	s->rto_us = READ(tp, icsk_rto) * (1000000 / HZ);
-	s->snd_cwnd = READ(tp, snd_cwnd);
-	s->snd_ssthresh = READ(tp, snd_ssthresh);
-	s->packets_out = READ(tp, packets_out);
-	s->sacked_out = READ(tp, sacked_out);
-	s->lost_out = READ(tp, lost_out);
-	s->retrans_out = READ(tp, retrans_out);
-	s->total_retrans = READ(tp, total_retrans);
-	s->snd_wnd = READ(tp, snd_wnd);
-	s->rcv_wnd = READ(tp, rcv_wnd);
-	s->mss = READ(tp, mss_cache);
-	s->known |= KNOWN_CA_STATE | KNOWN_TCP;
+	if (HAS_tcp_sock_icsk_ca_state)
+		s->known |= KNOWN_CA_STATE;
+	if (!HAS_TCP)
+		return;
+	s->srtt_us = READ_IF(tcp_sock, tp, srtt_us) >> 3;
+	s->mdev_us = READ_IF(tcp_sock, tp, mdev_us) >> 2;
+	s->rto_us = (u64)READ_IF(tcp_sock, tp, icsk_rto) * 1000000 / HZ;
+	s->snd_cwnd = READ_IF(tcp_sock, tp, snd_cwnd);
+	s->snd_ssthresh = READ_IF(tcp_sock, tp, snd_ssthresh);
+	s->packets_out = READ_IF(tcp_sock, tp, packets_out);
+	s->sacked_out = READ_IF(tcp_sock, tp, sacked_out);
+	s->lost_out = READ_IF(tcp_sock, tp, lost_out);
+	s->retrans_out = READ_IF(tcp_sock, tp, retrans_out);
+	s->total_retrans = READ_IF(tcp_sock, tp, total_retrans);
+	s->snd_wnd = READ_IF(tcp_sock, tp, snd_wnd);
+	s->rcv_wnd = READ_IF(tcp_sock, tp, rcv_wnd);
+	s->mss = READ_IF(tcp_sock, tp, mss_cache);
+	s->known |= KNOWN_TCP;
 }
 
-/* TCP's control block of an skb of the write queue; the acknowledgement is the caller's: the block does not hold it here. */
-static __always_inline void fill_from_cb(struct segment *s, const struct sk_buff *skb)
+static __always_inline u32 control_length(u8 tcp_flags)
+{
+	return !!(tcp_flags & TCPHDR_SYN) + !!(tcp_flags & TCPHDR_FIN);
+}
+
+/*
+ * TCP's control block of an skb that is about to be sent, or was. The block has the flags that TCP decided on when it queued
+ * the data: ECE and CWR of the header are set later, and are not in it. Nor is the acknowledgement: that is the caller's.
+ */
+static __always_inline void fill_from_cb(struct segment *s, const struct sk_buff *skb, u32 ack_seq)
 {
 	const struct tcp_skb_cb *cb = (const void *)skb->cb;
 	u32 segs = READ(cb, tcp_gso_segs);
@@ -129,8 +171,10 @@ static __always_inline void fill_from_cb(struct segment *s, const struct sk_buff
 	s->tcp_flags = READ(cb, tcp_flags);
 	s->seq = READ(cb, seq);
 	s->end_seq = READ(cb, end_seq);
-	s->payload_len = s->end_seq - s->seq - !!(s->tcp_flags & TCPHDR_SYN) - !!(s->tcp_flags & TCPHDR_FIN);
+	s->ack_seq = ack_seq;
+	s->payload_len = s->end_seq - s->seq - control_length(s->tcp_flags);
 	s->segs = segs ? segs : 1;
+	s->known |= KNOWN_ACK_SEQ;
 }
 
 /* A SYN-ACK has no skb yet, or none any more, where it is seen: its request says all. */
@@ -138,7 +182,7 @@ static __always_inline void fill_from_request(struct segment *s, const struct re
 {
 	const struct tcp_request_sock *treq = (const void *)req;
 
-	s->tcp_flags = 0x12;
+	s->tcp_flags = TCPHDR_SYN | TCPHDR_ACK;
 	s->seq = PROBE(treq, snt_isn);
 	s->end_seq = s->seq + 1;
 	s->ack_seq = PROBE(treq, rcv_nxt);
@@ -154,26 +198,54 @@ static __always_inline void fill_is_retransmit(struct transmit_event *e, const s
 	e->s.known |= KNOWN_IS_RETRANSMIT;
 }
 
+/* The timer clears icsk_pending before it retransmits; an acknowledgement that lets more be sent leaves it set. */
 static __always_inline u8 cause_of(const struct segment *s, const struct tcp_sock *tp)
 {
-	u8 pending = READ(tp, icsk_pending);
+	u8 pending = READ_IF(tcp_sock, tp, icsk_pending);
 
 	if (s->tcp_flags & TCPHDR_SYN)
 		return CAUSE_SYN;
-	if (s->ca_state == TCP_CA_LOSS)
-		return pending ? CAUSE_SLOW_START : CAUSE_RTO;
+	if (!HAS_tcp_sock_icsk_ca_state)
+		return CAUSE_OTHER;
 	if (s->ca_state == TCP_CA_RECOVERY)
 		return CAUSE_FAST;
+	if (!HAS_tcp_sock_icsk_pending)
+		return CAUSE_OTHER;
+	if (s->ca_state == TCP_CA_LOSS)
+		return pending ? CAUSE_SLOW_START : CAUSE_RTO;
 	return pending == ICSK_TIME_LOSS_PROBE ? CAUSE_TLP : CAUSE_OTHER;
 }
 
 static __always_inline void fill_cause(struct retransmit_event *e, const struct tcp_sock *tp)
 {
 	e->cause = cause_of(&e->s, tp);
-	if (e->cause == CAUSE_RTO || e->cause == CAUSE_SYN) {
-		e->retransmit_no = READ(tp, icsk_retransmits);
+	if (HAS_tcp_sock_icsk_retransmits && (e->cause == CAUSE_RTO || e->cause == CAUSE_SYN)) {
+		e->retransmit_no = READ_IF(tcp_sock, tp, icsk_retransmits);
 		e->s.known |= KNOWN_RETRANSMIT_NO;
 	}
+}
+
+/* The request counts its retransmissions; `behind` is 1 where this one is not in its count yet. */
+static __always_inline void fill_synack_cause(struct retransmit_event *e, const struct request_sock *req, u32 behind)
+{
+	e->cause = CAUSE_SYN_ACK;
+#if HAS_request_sock_num_retrans
+	e->retransmit_no = PROBE(req, num_retrans) + behind;
+	e->s.known |= KNOWN_RETRANSMIT_NO;
+#endif
+}
+
+/* What the kernel gave up before it counted a retransmission. All other errors are retransmissions that failed. */
+static __always_inline bool gave_up(s32 err)
+{
+	return err == -16 /* EBUSY: still in the host's queue */ || err == -11 /* EAGAIN: window closed */ ||
+	       err == -22 /* EINVAL */ || err == -12 /* ENOMEM */ || err == -113 /* EHOSTUNREACH: no route */;
+}
+
+/* A queue that drops answers with a positive code (NET_XMIT_DROP). */
+static __always_inline s32 errno_of(s32 err)
+{
+	return err > 0 ? -ENOBUFS : err;
 }
 
 #endif

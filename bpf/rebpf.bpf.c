@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The programs: one per hook, three steps each: describe the flow and filter, reserve and fill, submit.
+ * The programs: one per hook, three steps each: select the flow, reserve and fill an event, submit it.
  *
  * bcc compiles this file, and each program is then loaded by name (producer/rungs.py). Only those of the chosen rungs are
  * compiled. A context is `void *` or `u64 *` on purpose: bcc rewrites what is reached through a typed one.
@@ -18,11 +18,18 @@
  */
 #define SUBMIT_FLAGS 1 /* BPF_RB_NO_WAKEUP */
 
-/* The event's number: taken also when the ring is full, so that a reader of the topic sees the gap. Atomic, because on the
- * cgroup hook a softirq may interrupt a run on the same CPU and run the program again. */
+/*
+ * The event's number: taken also when the ring is full, so that a reader of the topic sees the gap. Atomic, because on the
+ * cgroup hook a softirq may interrupt a run on the same CPU and run the program again.
+ */
 static __always_inline u64 next_seq(struct counters *counter)
 {
 	return __sync_fetch_and_add(&counter->passed, 1) + 1;
+}
+
+static __always_inline void count_ring_full(struct counters *counter)
+{
+	__sync_fetch_and_add(&counter->lost_ring_full, 1);
 }
 
 static __always_inline void begin(struct segment *s, const struct flow *flow, u64 cpu_seq)
@@ -46,7 +53,7 @@ static __always_inline struct transmit_event *reserve_transmit(const struct flow
 	seq = next_seq(counter);
 	e = transmit_pipe.ringbuf_reserve(sizeof(*e));
 	if (!e) {
-		__sync_fetch_and_add(&counter->lost_ring_full, 1);
+		count_ring_full(counter);
 		return NULL;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
@@ -66,7 +73,7 @@ static __always_inline struct retransmit_event *reserve_retransmit(const struct 
 	seq = next_seq(counter);
 	e = retransmit_pipe.ringbuf_reserve(sizeof(*e));
 	if (!e) {
-		__sync_fetch_and_add(&counter->lost_ring_full, 1);
+		count_ring_full(counter);
 		return NULL;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
@@ -74,32 +81,29 @@ static __always_inline struct retransmit_event *reserve_retransmit(const struct 
 	return e;
 }
 
-/* The flow of a full socket. The cookie is made where it does not exist, except by a kprobe, which can only read it. */
-static __always_inline void describe(struct flow *flow, struct sock *sk, u8 hook)
+/* The flow of a full socket. The cookie is made where there is none yet, except by a kprobe, which can only read it. */
+static __always_inline bool select_socket(struct flow *flow, struct sock *sk, u8 hook)
 {
 	flow->hook = hook;
 	fill_endpoints(flow, (const struct sock_common *)sk);
+	if (!is_wanted(flow))
+		return false;
+	fill_netns(flow, sk);
 	fill_owner(flow, sk);
-#if PROBE_READ
-	set_cookie(flow, READ(sk, skc_cookie));
-#else
-	set_cookie(flow, bpf_get_socket_cookie(sk));
-#endif
+	set_cookie(flow, hook == HOOK_KPROBE ? READ_IF(sock, sk, skc_cookie) : bpf_get_socket_cookie(sk));
+	return !is_own(flow);
 }
 
 /* The flow of a SYN-ACK: the request's endpoints, the listener's owner, and no socket of its own yet. */
-static __always_inline void describe_request(struct flow *flow, struct sock *listener, struct request_sock *req, u8 hook)
+static __always_inline bool select_request(struct flow *flow, struct sock *listener, struct request_sock *req, u8 hook)
 {
 	flow->hook = hook;
 	fill_endpoints(flow, (const struct sock_common *)req);
+	if (!is_wanted(flow))
+		return false;
+	fill_netns(flow, listener);
 	fill_owner(flow, listener);
-}
-
-/* What the kernel gave up before it counted a retransmission; later errors are retransmissions that failed. */
-static __always_inline bool gave_up(s32 err)
-{
-	return err == -16 /* EBUSY: still in the host's queue */ || err == -11 /* EAGAIN: window closed */ ||
-	       err == -22 /* EINVAL */ || err == -12 /* ENOMEM */ || err == -113 /* EHOSTUNREACH */;
+	return !is_own(flow);
 }
 
 static __always_inline int take_transmit(struct sock *sk, struct tcp_sock *tp, struct sk_buff *skb, u32 rcv_nxt, u8 hook)
@@ -107,15 +111,9 @@ static __always_inline int take_transmit(struct sock *sk, struct tcp_sock *tp, s
 	struct flow flow = {};
 	struct transmit_event *e;
 
-	describe(&flow, sk, hook);
-	if (!passes(&flow))
+	if (!select_socket(&flow, sk, hook) || !(e = reserve_transmit(&flow)))
 		return 0;
-	e = reserve_transmit(&flow);
-	if (!e)
-		return 0;
-	fill_from_cb(&e->s, skb);
-	e->s.ack_seq = rcv_nxt;
-	e->s.known |= KNOWN_ACK_SEQ;
+	fill_from_cb(&e->s, skb, rcv_nxt);
 	fill_tcp(&e->s, tp);
 	fill_is_retransmit(e, tp);
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
@@ -127,11 +125,7 @@ static __always_inline int take_synack(struct sock *listener, struct request_soc
 	struct flow flow = {};
 	struct transmit_event *e;
 
-	describe_request(&flow, listener, req, hook);
-	if (!passes(&flow))
-		return 0;
-	e = reserve_transmit(&flow);
-	if (!e)
+	if (!select_request(&flow, listener, req, hook) || !(e = reserve_transmit(&flow)))
 		return 0;
 	fill_from_request(&e->s, req);
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
@@ -143,39 +137,25 @@ static __always_inline int take_retransmit(struct sock *sk, struct tcp_sock *tp,
 	struct flow flow = {};
 	struct retransmit_event *e;
 
-	if (gave_up(err))
+	if (gave_up(err) || !select_socket(&flow, sk, hook) || !(e = reserve_retransmit(&flow)))
 		return 0;
-	describe(&flow, sk, hook);
-	if (!passes(&flow))
-		return 0;
-	e = reserve_retransmit(&flow);
-	if (!e)
-		return 0;
-	fill_from_cb(&e->s, skb);
-	e->s.ack_seq = READ(tp, rcv_nxt);
-	e->s.known |= KNOWN_ACK_SEQ;
+	fill_from_cb(&e->s, skb, READ(tp, rcv_nxt));
 	fill_tcp(&e->s, tp);
 	fill_cause(e, tp);
-	e->err = err;
+	e->err = errno_of(err);
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
 	return 0;
 }
 
-static __always_inline int take_synack_retransmit(struct sock *listener, struct request_sock *req, u8 hook)
+static __always_inline int take_synack_retransmit(struct sock *listener, struct request_sock *req, u32 behind, u8 hook)
 {
 	struct flow flow = {};
 	struct retransmit_event *e;
 
-	describe_request(&flow, listener, req, hook);
-	if (!passes(&flow))
-		return 0;
-	e = reserve_retransmit(&flow);
-	if (!e)
+	if (!select_request(&flow, listener, req, hook) || !(e = reserve_retransmit(&flow)))
 		return 0;
 	fill_from_request(&e->s, req);
-	e->cause = CAUSE_SYN_ACK;
-	e->retransmit_no = PROBE(req, num_retrans) + REQUEST_COUNTS_LATER;
-	e->s.known |= KNOWN_RETRANSMIT_NO;
+	fill_synack_cause(e, req, behind);
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
 	return 0;
 }
@@ -206,7 +186,9 @@ int fexit_tcp_retransmit_skb(u64 *ctx)
 
 int fexit_tcp_rtx_synack(u64 *ctx)
 {
-	return ctx[2] ? 0 : take_synack_retransmit((void *)ctx[0], (void *)ctx[1], HOOK_FENTRY);
+	s32 err = ctx[2];
+
+	return err ? 0 : take_synack_retransmit((void *)ctx[0], (void *)ctx[1], SYNACK_COUNTED_BY_CALLER, HOOK_FENTRY);
 }
 #endif
 
@@ -227,7 +209,8 @@ int raw_tp_tcp_retransmit_skb(u64 *ctx)
 
 int raw_tp_tcp_retransmit_synack(u64 *ctx)
 {
-	return take_synack_retransmit((void *)ctx[0], (void *)ctx[1], HOOK_RAW_TP);
+	/* The tracepoint comes before the count on all kernels. */
+	return take_synack_retransmit((void *)ctx[0], (void *)ctx[1], 1, HOOK_RAW_TP);
 }
 #endif
 
@@ -314,42 +297,53 @@ int kretprobe_tcp_rtx_synack(void *ctx)
 
 	if (!recall(regs, &call) || (s32)PT_REGS_RC(regs))
 		return 0;
-	return take_synack_retransmit(call.sk, call.subject, HOOK_KPROBE);
+	return take_synack_retransmit(call.sk, call.subject, SYNACK_COUNTED_BY_CALLER, HOOK_KPROBE);
 }
 #endif
 
 #if TRANSMIT_CGROUP_SKB
 #include "wire.h"
 
-int cgroup_skb_egress(struct __sk_buff *skb)
+/*
+ * The socket is that of the segment; or, for a SYN-ACK, the listener; or, for what is sent without a socket (the reset of a
+ * closed port), a raw one of the kernel's own, which tells nothing but the network namespace. Others send no TCP of the kernel's.
+ */
+static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow, const struct wire *wire)
 {
-	struct flow flow = {};
-	struct wire wire = {};
-	struct tcp_sock *tp = NULL;
+	struct tcp_sock *tp = skb->sk ? bpf_skc_to_tcp_sock(skb->sk) : NULL;
+	const struct sock *sk = (const struct sock *)tp;
 	struct transmit_event *e;
+	bool raw, listener;
 
-	if (!parse(skb, &flow, &wire))
+	if (!tp)
 		return 1;
-	flow.hook = HOOK_CGROUP_SKB;
-	if (skb->sk)
-		tp = bpf_skc_to_tcp_sock(skb->sk);
-	if (tp)
-		fill_owner(&flow, (const struct sock *)tp);
-	if (tp && !is_synack(&wire))
-		set_cookie(&flow, bpf_get_socket_cookie(skb));
-	if (!passes(&flow))
+	raw = READ_IF(sock, sk, sk_type) == SOCK_RAW;
+	listener = READ(sk, skc_state) == TCP_LISTEN;
+	flow->hook = HOOK_CGROUP_SKB;
+	fill_netns(flow, sk);
+	if (!raw)
+		fill_owner(flow, sk);
+	if (!raw && !listener)
+		set_cookie(flow, bpf_get_socket_cookie(skb));
+	if (is_own(flow) || !(e = reserve_transmit(flow)))
 		return 1;
-	e = reserve_transmit(&flow);
-	if (!e)
-		return 1;
-	fill_from_wire(&e->s, skb, &wire);
-	if (is_synack(&wire)) {
+	fill_from_wire(&e->s, skb, wire);
+	if (listener)
 		e->s.state = TCP_SYN_RECV;
-	} else if (tp) {
+	if (!raw && !listener) {
 		fill_tcp(&e->s, tp);
 		fill_is_retransmit(e, tp);
 	}
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
 	return 1;
+}
+
+/* 1 lets the packet pass. */
+int cgroup_skb_egress(struct __sk_buff *skb)
+{
+	struct flow flow = {};
+	struct wire wire = {};
+
+	return parse(skb, &flow, &wire) && is_wanted(&flow) ? take_packet(skb, &flow, &wire) : 1;
 }
 #endif

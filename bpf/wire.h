@@ -5,8 +5,12 @@
 #ifndef REBPF_WIRE_H
 #define REBPF_WIRE_H
 
+#define ETH_P_IP_BE 0x0008 /* 0x0800 in network order */
 #define IPPROTO_HOPOPTS 0
 #define IPPROTO_TCP 6
+#define IPPROTO_ROUTING 43
+#define IPPROTO_DSTOPTS 60
+#define MAX_EXTENSIONS 3
 
 struct ipv4_header {
 	u8 version_ihl;
@@ -27,6 +31,11 @@ struct ipv6_header {
 	u8 hop_limit;
 	u32 saddr[4];
 	u32 daddr[4];
+};
+
+struct ipv6_extension {
+	u8 next_header;
+	u8 length; /* in 8 bytes, the first 8 not counted */
 };
 
 struct tcp_header {
@@ -56,47 +65,41 @@ static __always_inline u32 parse_ipv4(struct __sk_buff *skb, struct flow *flow)
 	return (ip.version_ihl & 0xf) * 4;
 }
 
-/* The one extension that the kernel puts before TCP by itself is hop-by-hop, for packets over 64 KiB (BIG TCP). */
+/* Extension headers are rare: the kernel's own for packets over 64 KiB (BIG TCP), or what a socket asked for. */
 static __always_inline u32 parse_ipv6(struct __sk_buff *skb, struct flow *flow)
 {
 	struct ipv6_header ip;
-	u8 hop_by_hop[2];
+	struct ipv6_extension extension;
 	u32 offset = sizeof(ip);
 
 	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
 		return 0;
-	if (ip.next_header == IPPROTO_HOPOPTS) {
-		if (bpf_skb_load_bytes(skb, offset, hop_by_hop, sizeof(hop_by_hop)))
-			return 0;
-		ip.next_header = hop_by_hop[0];
-		offset += (hop_by_hop[1] + 1) * 8;
-	}
-	if (ip.next_header != IPPROTO_TCP)
-		return 0;
 	fill_v6(flow->saddr, ip.saddr);
 	fill_v6(flow->daddr, ip.daddr);
-	return offset;
+#pragma unroll
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
+		if (ip.next_header == IPPROTO_TCP)
+			return offset;
+		if (ip.next_header != IPPROTO_HOPOPTS && ip.next_header != IPPROTO_ROUTING && ip.next_header != IPPROTO_DSTOPTS)
+			return 0;
+		if (bpf_skb_load_bytes(skb, offset, &extension, sizeof(extension)))
+			return 0;
+		ip.next_header = extension.next_header;
+		offset += (extension.length + 1) * 8;
+	}
+	return ip.next_header == IPPROTO_TCP ? offset : 0;
 }
 
 static __always_inline bool parse(struct __sk_buff *skb, struct flow *flow, struct wire *wire)
 {
-	u8 version;
-	u32 offset;
+	u32 offset = skb->protocol == ETH_P_IP_BE ? parse_ipv4(skb, flow) : parse_ipv6(skb, flow);
 
-	if (bpf_skb_load_bytes(skb, 0, &version, 1))
-		return false;
-	offset = version >> 4 == 4 ? parse_ipv4(skb, flow) : parse_ipv6(skb, flow);
 	if (!offset || bpf_skb_load_bytes(skb, offset, &wire->tcp, sizeof(wire->tcp)))
 		return false;
 	flow->sport = from_be16(wire->tcp.source);
 	flow->dport = from_be16(wire->tcp.dest);
 	wire->payload_offset = offset + (wire->tcp.data_offset >> 4) * 4;
 	return true;
-}
-
-static __always_inline bool is_synack(const struct wire *wire)
-{
-	return (wire->tcp.flags & 0x12) == 0x12;
 }
 
 static __always_inline void fill_from_wire(struct segment *s, struct __sk_buff *skb, const struct wire *wire)
@@ -107,7 +110,7 @@ static __always_inline void fill_from_wire(struct segment *s, struct __sk_buff *
 	s->seq = __builtin_bswap32(wire->tcp.seq);
 	s->ack_seq = __builtin_bswap32(wire->tcp.ack_seq);
 	s->payload_len = skb->len - wire->payload_offset;
-	s->end_seq = s->seq + s->payload_len + !!(s->tcp_flags & TCPHDR_SYN) + !!(s->tcp_flags & TCPHDR_FIN);
+	s->end_seq = s->seq + s->payload_len + control_length(s->tcp_flags);
 	s->segs = segs ? segs : 1;
 	s->ifindex = skb->ifindex;
 	s->known |= KNOWN_ACK_SEQ | KNOWN_IFINDEX;

@@ -7,7 +7,7 @@ BTF: Documentation/bpf/btf.rst of the kernel. Standard library only, because the
 """
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,8 @@ class Btf:
             if name and kind in (STRUCT, FUNC, TYPEDEF):
                 self._ids.setdefault((kind, self._string(name)), len(self._at))
             self._at.append(at)
+            if kind not in _TAIL:
+                raise UnavailableError(f"this kernel's BTF has types of kind {kind}, which this version cannot read")
             fixed, each = _TAIL[kind]
             at += 12 + fixed + each * vlen
 
@@ -66,7 +68,7 @@ class Btf:
             return cls(path.read_bytes())
         except FileNotFoundError as error:
             raise UnavailableError(
-                f"{path} is missing: ReBPF needs a kernel built with CONFIG_DEBUG_INFO_BTF=y (Linux 5.8 or later)"
+                f"{path} is missing: ReBPF needs a kernel built with CONFIG_DEBUG_INFO_BTF=y (Linux 5.15 or later)"
             ) from error
 
     def find(self, kind: int, name: str) -> int | None:
@@ -74,14 +76,13 @@ class Btf:
         return self._ids.get((kind, name))
 
     def params(self, type_id: int) -> int:
-        """Return the number of parameters of a function or of a tracepoint's typedef."""
-        kind, _, inner = self._type(type_id)
+        """Return the number of parameters of a function, or of a typedef of a pointer to one."""
+        kind, vlen, inner = self._type(type_id)
         while kind != FUNC_PROTO:
-            kind, vlen, inner_next = self._type(inner)
-            if kind == FUNC_PROTO:
-                return vlen
-            inner = inner_next
-        raise ValueError(f"type {type_id} is no function")
+            if kind not in (FUNC, TYPEDEF, PTR):
+                raise ValueError(f"type {type_id} is no function")
+            kind, vlen, inner = self._type(inner)
+        return vlen
 
     def member(self, struct_name: str, path: str) -> Member | None:
         """Find `a.b.c` in a struct, through anonymous structs and unions."""
@@ -103,16 +104,17 @@ class Btf:
         target = self._strip(inner)
         return self._name(target) if target and self._type(target)[0] in (STRUCT, FWD) else "void"
 
-    def size(self, type_id: int) -> int:
-        """Return the size of a type in bytes."""
+    def shape(self, type_id: int) -> tuple[int, int]:
+        """Return a type as so many elements of so many bytes: (1, 8) for a pointer, (1, size) for all that is no array."""
         type_id = self._strip(type_id)
         kind, _, size = self._type(type_id)
         if kind == PTR:
-            return 8
+            return 1, 8
         if kind == ARRAY:
             element, _, count = struct.unpack_from("<III", self._blob, self._at[type_id] + 12)
-            return count * self.size(element)
-        return size
+            inner_count, inner_size = self.shape(element)
+            return count * inner_count, inner_size
+        return 1, size
 
     def _lookup(self, type_id: int, name: str) -> Member | None:
         kind, vlen, _ = self._type(type_id)
@@ -153,16 +155,13 @@ def kernel_header(btf: Btf, wanted: Mapping[str, Iterable[str]]) -> str:
     """Return C that declares `struct X` with the wanted members at their true offsets, for each X in `wanted`.
 
     A member is a path, `a.b`, optionally with the name that it gets in C: `a.b as name`. Each is an arm of a union, behind
-    its offset in padding, so that members may overlap as they do in the kernel. Members of struct type become arrays of the
-    largest word that fits. A bit field `f` becomes the byte `f_byte`, and `f_bits(byte)` takes the field out of it.
+    its offset in padding, so that members may overlap as they do in the kernel. A member of struct type becomes bytes. A bit
+    field `f` becomes the byte `f_byte`, and `f_bits(byte)` takes the field out of it.
     """
     lines = [f"struct {name};" for name in wanted]
-    for name, members in wanted.items():
+    for name, specs in wanted.items():
         arms, checks = [], []
-        for spec in members:
-            path, _, alias = spec.partition(" as ")
-            alias = alias or path.rpartition(".")[2]
-            member = btf.member(name, path)
+        for alias, member in _members(btf, name, specs):
             lines.append(f"#define HAS_{name}_{alias} {int(member is not None)}")
             if member is None:
                 continue
@@ -178,6 +177,18 @@ def kernel_header(btf: Btf, wanted: Mapping[str, Iterable[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def missing(btf: Btf, wanted: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the wanted members that this kernel lacks, as `struct.member`."""
+    found = ((name, *each) for name, specs in wanted.items() for each in _members(btf, name, specs))
+    return [f"{name}.{alias}" for name, alias, member in found if member is None]
+
+
+def _members(btf: Btf, name: str, specs: Iterable[str]) -> Iterator[tuple[str, Member | None]]:
+    for spec in specs:
+        path, _, alias = spec.partition(" as ")
+        yield alias or path.rpartition(".")[2], btf.member(name, path)
+
+
 def _bit_field(alias: str, member: Member) -> str:
     shift = member.bit_offset % 8
     if shift + member.bits > 8:
@@ -190,8 +201,7 @@ def _declaration(btf: Btf, alias: str, member: Member) -> str:
         return f"u8 {alias}"
     if pointee := btf.pointee(member.type_id):
         return f"{'void' if pointee == 'void' else f'struct {pointee}'} *{alias}"
-    offset, size = member.bit_offset // 8, btf.size(member.type_id)
-    if size in _UNITS and offset % size == 0:
-        return f"{_UNITS[size]} {alias}"
-    unit = next(unit for unit in (8, 4, 2, 1) if size % unit == 0 and offset % unit == 0)
-    return f"{_UNITS[unit]} {alias}[{size // unit}]"
+    count, size = btf.shape(member.type_id)
+    if size not in _UNITS or member.bit_offset // 8 % size:
+        count, size = count * size, 1
+    return f"{_UNITS[size]} {alias}" + (f"[{count}]" if count > 1 else "")

@@ -1,13 +1,19 @@
-"""A BPF ring buffer of records of one size, as numpy rows: no callback and no Python per record.
+"""A BPF ring buffer of records of one size, as numpy rows: no callback, no Python per record, no copy.
 
 Layout (kernel/bpf/ringbuf.c): a page with the consumer's position, a page with the producer's, then the data, mapped twice in a
 row, so that a run of records that wraps is still contiguous. A record is a u32 length with two flag bits, a u32 that is the
 kernel's own, and the payload; all are multiples of 8 bytes. Positions count bytes since the ring was made and never wrap.
 
+A program reserves a record by writing its length with the busy bit and then moving the producer's position; it submits by
+clearing the bit. So the reader looks at the position first, then at the lengths, then at payloads, and stops at the first
+busy record. Between these steps stands a barrier on machines that reorder loads.
+
 `read` goes ahead of `commit`: what was read and not committed still belongs to the ring, and the kernel will not overwrite it.
 """
 
+import ctypes
 import mmap
+import platform
 from types import TracebackType
 
 import numpy as np
@@ -20,19 +26,17 @@ _HEADER_BYTES = 8
 
 
 class Ring:
-    """The reader of one ring. `size_bytes` is the map's size; rows have `dtype`.
-
-    Raises ValueError where a record in the ring has another size than `dtype`.
-    """
+    """The reader of one ring. `size_bytes` is the map's size; rows have `dtype`. The descriptor may be closed afterwards."""
 
     def __init__(self, descriptor: int, size_bytes: int, dtype: np.dtype[np.void]) -> None:
         page = mmap.PAGESIZE
+        consumer = mmap.mmap(descriptor, page)
+        # Arrays keep their map: the memory goes with the last array on it.
+        self._data = mmap.mmap(descriptor, page + 2 * size_bytes, prot=mmap.PROT_READ, offset=page)
+        self._consumer: NDArray[np.uint64] = np.frombuffer(consumer, "<u8", 1)
+        self._producer: NDArray[np.uint64] = np.frombuffer(self._data, "<u8", 1)
         self._size = size_bytes
         self._stride = _HEADER_BYTES + dtype.itemsize
-        self._consumer_map = mmap.mmap(descriptor, page)
-        self._producer_map = mmap.mmap(descriptor, page + 2 * size_bytes, prot=mmap.PROT_READ, offset=page)
-        self._consumer: NDArray[np.uint64] = np.frombuffer(self._consumer_map, "<u8", 1)
-        self._producer: NDArray[np.uint64] = np.frombuffer(self._producer_map, "<u8", 1)
         self._record = np.dtype([("length", "<u4"), ("page", "<u4"), ("row", dtype)])
         self.position = int(self._consumer[0])
         """Behind the last record read, in bytes since the ring was made."""
@@ -48,36 +52,59 @@ class Ring:
         return (int(self._producer[0]) - self.position) // self._stride
 
     def read(self, limit: int) -> Rows:
-        """Return up to `limit` finished rows, copied, in the order of their reservation, and move `position` behind them."""
+        """Return up to `limit` finished rows, in the order of their reservation, and move `position` behind them.
+
+        The rows are a read-only view of the ring: they keep their values until a position behind them is committed. Only
+        where programs have discarded records between them, they are a copy. Raises ValueError, and does not move, where a
+        record has another size than the dtype.
+        """
         count = min(self.unread, limit)
-        start = self.position % self._size + mmap.PAGESIZE
-        records = np.ndarray(count, self._record, buffer=self._producer_map, offset=start)
+        _barrier()
+        start = mmap.PAGESIZE + self.position % self._size
+        records = np.ndarray(count, self._record, buffer=self._data, offset=start)
         lengths = records["length"].copy()
-        busy = lengths >= _BUSY
-        if busy.any():
-            count = int(busy.argmax())
-            lengths = lengths[:count]
-        rows = records["row"][:count].copy()
-        self.position += count * self._stride
-        odd = lengths != self._record["row"].itemsize
+        _barrier()
+        count = _finished(lengths)
+        rows = records["row"][:count]
+        odd = lengths[:count] != rows.itemsize
         if odd.any():
-            if not (lengths[odd] & _DISCARD).all():
+            if not (lengths[:count][odd] & _DISCARD).all():
                 raise ValueError("the ring holds records of another size")
             rows = rows[~odd]
+        self.position += count * self._stride
         return rows
 
     def commit(self, position: int) -> None:
-        """Give the kernel the room before `position`."""
+        """Give the kernel the room before `position`; rows read from there lose their values."""
+        _barrier()
         self._consumer[0] = position
 
     def close(self) -> None:
-        """Unmap the ring."""
-        del self._consumer, self._producer
-        self._consumer_map.close()
-        self._producer_map.close()
+        """Let go of the ring. Rows that are still in use stay readable: the memory is unmapped with the last of them."""
+        del self._consumer, self._producer, self._data
 
     def __enter__(self) -> "Ring":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _finished(lengths: NDArray[np.uint32]) -> int:
+    busy = lengths >= _BUSY
+    return int(busy.argmax()) if busy.any() else len(lengths)
+
+
+if platform.machine() == "x86_64":
+
+    def _barrier() -> None:
+        """x86 reorders neither loads nor stores among themselves."""
+
+else:
+    _libc = ctypes.CDLL(None)
+    _NR_MEMBARRIER, _PRIVATE_EXPEDITED, _REGISTER = 283, 1 << 3, 1 << 4
+    _libc.syscall(_NR_MEMBARRIER, _REGISTER, 0, 0)
+
+    def _barrier() -> None:
+        """membarrier(2), once or twice a batch: Python has no instruction for it."""
+        _libc.syscall(_NR_MEMBARRIER, _PRIVATE_EXPEDITED, 0, 0)

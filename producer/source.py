@@ -8,30 +8,33 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from producer.btf import TYPEDEF, Btf, kernel_header
+from producer.btf import FUNC, TYPEDEF, Btf, kernel_header, missing
+from producer.errors import UnavailableError
 
 # What the programs read, by the struct that a pointer to it has in the verifier's eyes. A path may reach into nested structs.
-_SOCK = (
-    "__sk_common.skc_net.net as skc_net",
-    "__sk_common.skc_state",
-    "__sk_common.skc_cookie.counter as skc_cookie",
-    "sk_uid.val as sk_uid",
-    "sk_cgrp_data.cgroup as sk_cgroup",
-)
-WANTED: Mapping[str, tuple[str, ...]] = {
+REQUIRED: Mapping[str, tuple[str, ...]] = {
     "net": ("ns.inum as ns_inum",),
+    "sock_common": ("skc_family", "skc_num", "skc_dport", "skc_daddr", "skc_rcv_saddr"),
+    "sock": ("__sk_common.skc_net.net as skc_net", "__sk_common.skc_state"),
+    "tcp_sock": ("rcv_nxt", "snd_nxt"),
+    "tcp_request_sock": ("snt_isn", "rcv_nxt"),
+    "sk_buff": ("cb",),
+    "tcp_skb_cb": ("seq", "end_seq", "tcp_gso_segs", "tcp_flags"),
+}
+# Where the kernel has no such member, what it would tell is unknown, and the field is null.
+OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "kernfs_node": ("id",),
     "cgroup": ("kn",),
     "sock_common": (
-        "skc_family",
-        "skc_num",
-        "skc_dport",
-        "skc_daddr",
-        "skc_rcv_saddr",
-        "skc_v6_daddr",
-        "skc_v6_rcv_saddr",
+        "skc_v6_daddr.in6_u.u6_addr32 as skc_v6_daddr",
+        "skc_v6_rcv_saddr.in6_u.u6_addr32 as skc_v6_rcv_saddr",
     ),
-    "sock": _SOCK,
+    "sock": (
+        "__sk_common.skc_cookie.counter as skc_cookie",
+        "sk_type",
+        "sk_uid.val as sk_uid",
+        "sk_cgrp_data.cgroup as sk_cgroup",  # Linux 5.15
+    ),
     "tcp_sock": (
         "inet_conn.icsk_ca_state",
         "inet_conn.icsk_pending",
@@ -49,26 +52,28 @@ WANTED: Mapping[str, tuple[str, ...]] = {
         "snd_wnd",
         "rcv_wnd",
         "mss_cache",
-        "rcv_nxt",
-        "snd_nxt",
     ),
     "request_sock": ("num_retrans",),
-    "tcp_request_sock": ("snt_isn", "rcv_nxt"),
-    "sk_buff": ("cb",),
-    "tcp_skb_cb": ("seq", "end_seq", "tcp_gso_segs", "tcp_flags"),
+    # x86-64 and arm64; kprobes only.
     "pt_regs": ("di", "si", "dx", "cx", "r8", "ax", "sp", "regs"),
 }
+WANTED = {
+    struct: REQUIRED.get(struct, ()) + OPTIONAL.get(struct, ()) for struct in dict.fromkeys([*REQUIRED, *OPTIONAL])
+}
+
 _RUNGS = ("TRANSMIT_FENTRY", "TRANSMIT_KPROBE", "TRANSMIT_CGROUP_SKB")
 _RUNGS += ("RETRANSMIT_FENTRY", "RETRANSMIT_KPROBE", "RETRANSMIT_RAW_TP")
 
 
 def program_text(folder: Path, btf: Btf, layout_check: str) -> str:
     """Return the whole C source; `layout_check` is C that compares events.h with what the agent expects."""
+    if lacking := missing(btf, REQUIRED):
+        raise UnavailableError(f"this kernel's structs are not those that ReBPF knows; missing: {', '.join(lacking)}")
     generated = {"kernel.h": kernel_header(btf, WANTED), "layout_check.h": layout_check}
     return _inline(folder, "rebpf.bpf.c", generated)
 
 
-def macros(btf: Btf, rungs: Mapping[str, str], sizes: Mapping[str, int], filters: Mapping[str, bool], hz: int) -> list[str]:
+def macros(btf: Btf, rungs: Mapping[str, str], pages: Mapping[str, int], filters: Mapping[str, bool], hz: int) -> list[str]:
     """Return compiler flags: rung name by stream, ring sizes in pages by ring, which filters are in force."""
     chosen = {f"{stream}_{rung}".upper() for stream, rung in rungs.items()}
     tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
@@ -78,9 +83,10 @@ def macros(btf: Btf, rungs: Mapping[str, str], sizes: Mapping[str, int], filters
         "PROBE_READ": int("kprobe" in rungs.values()),
         # A tracepoint's typedef has the data pointer first.
         "RETRANSMIT_TRACEPOINT_HAS_ERR": int(tracepoint is not None and btf.params(tracepoint) > 3),
-        "REQUEST_COUNTS_LATER": 1,
+        # Who counts a SYN-ACK's retransmission in its request: the caller of tcp_rtx_synack, or since Linux 6.17 itself.
+        "SYNACK_COUNTED_BY_CALLER": int(btf.find(FUNC, "inet_rtx_syn_ack") is not None),
         "HZ": hz,
-        **{f"{ring.upper()}_PAGES": pages for ring, pages in sizes.items()},
+        **{f"{ring.upper()}_PAGES": count for ring, count in pages.items()},
         **{f"FILTER_{name.upper()}": int(on) for name, on in filters.items()},
     }
     return [f"-D{name}={value}" for name, value in numbers.items()]

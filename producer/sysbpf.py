@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_NR_BPF, _NR_PERF_EVENT_OPEN = {"x86_64": (321, 298), "aarch64": (280, 241)}.get(platform.machine(), (-1, -1))
+_NUMBERS = {"x86_64": (321, 298, 324), "aarch64": (280, 241, 283)}
+_NR_BPF, _NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1, -1))
 
-_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD = 1, 2, 3, 5
-_OBJ_PIN, _OBJ_GET, _PROG_TEST_RUN, _INFO_BY_FD = 6, 7, 10, 15
-_RAW_TRACEPOINT_OPEN, _LINK_CREATE = 17, 28
+_MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 1, 2, 5
+_PROG_GET_NEXT_ID, _INFO_BY_FD, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 11, 15, 17, 28
+_MEMBARRIER_CMD_GLOBAL = 1
+_CLOCK_MONOTONIC_COARSE = 6
 
-PROG_SOCKET_FILTER, PROG_KPROBE, PROG_CGROUP_SKB, PROG_TRACING = 1, 2, 8, 26
+PROG_KPROBE, PROG_CGROUP_SKB, PROG_TRACING = 2, 8, 26
 ATTACH_NONE, ATTACH_CGROUP_EGRESS, ATTACH_RAW_TP, ATTACH_FENTRY, ATTACH_FEXIT, ATTACH_PERF_EVENT = 0, 1, 23, 24, 25, 41
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -41,6 +43,7 @@ class VerifierError(Exception):
 class ProgramInfo:
     """What the kernel counts for a program. run_time_ns and run_cnt are 0 unless kernel.bpf_stats_enabled is 1."""
 
+    program_id: int
     run_time_ns: int
     run_cnt: int
     recursion_misses: int
@@ -117,30 +120,46 @@ def program_info(program: int) -> ProgramInfo:
     """Return what the kernel counts for a program."""
     info = ctypes.create_string_buffer(232)
     _bpf(_INFO_BY_FD, struct.pack("<IIQ", program, len(info), _address(info)))
-    run_time, run_cnt, misses = struct.unpack_from("<QQQ", info, 192)
-    return ProgramInfo(run_time, run_cnt, misses)
+    return ProgramInfo(*struct.unpack_from("<I", info, 4), *struct.unpack_from("<QQQ", info, 192))
+
+
+def program_ids() -> set[int]:
+    """Return the ids of all programs that are loaded in the kernel; needs CAP_SYS_ADMIN."""
+    ids, last = set(), 0
+    while True:
+        attr = ctypes.create_string_buffer(struct.pack("<II", last, 0), 128)
+        try:
+            _call(_PROG_GET_NEXT_ID, attr)
+        except FileNotFoundError:
+            return ids
+        (last,) = struct.unpack_from("<I", attr, 4)
+        ids.add(last)
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close descriptors."""
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def possible_cpus() -> int:
     """Return the number of CPUs that a per-CPU map has a value for."""
-    last = Path("/sys/devices/system/cpu/possible").read_text().strip().rpartition(",")[2]
-    return int(last.rpartition("-")[2]) + 1
+    ranges = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")
+    ends = (each.partition("-") for each in ranges)
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ends)
 
 
 def jiffies_per_second() -> int:
-    """Measure the kernel's HZ, which TCP's timers are counted in and which no file names.
+    """Return the kernel's HZ, which TCP's timers are counted in: the coarse clock's resolution is one tick."""
+    return round(1 / time.clock_getres(_CLOCK_MONOTONIC_COARSE))
 
-    A program that returns bpf_jiffies64() runs twice, 100 ms apart.
+
+def wait_for_programs() -> None:
+    """Return when each program that ran at the call has ended: programs run in RCU sections, and this waits them out.
+
+    Where the kernel or a seccomp filter refuses membarrier(2), it returns at once.
     """
-    program = load_program("rebpf_hz", instruction(0x85, 0, 0, 0, 118) + EXIT, PROG_SOCKET_FILTER)
-    try:
-        first, first_ns = _test_run(program), time.monotonic_ns()
-        time.sleep(0.1)
-        ticks, elapsed_ns = _test_run(program) - first, time.monotonic_ns() - first_ns
-    finally:
-        os.close(program)
-    measured = ticks % (1 << 32) * 1e9 / elapsed_ns
-    return min((100, 250, 300, 1000), key=lambda hz: abs(hz - measured) / hz)
+    _libc.syscall(_NR_MEMBARRIER, _MEMBARRIER_CMD_GLOBAL, 0, 0)
 
 
 def instruction(opcode: int, dst: int, src: int, offset: int, immediate: int) -> bytes:
@@ -148,16 +167,9 @@ def instruction(opcode: int, dst: int, src: int, offset: int, immediate: int) ->
     return struct.pack("<BBhi", opcode, src << 4 | dst, offset, immediate)
 
 
-EXIT = instruction(0x95, 0, 0, 0, 0)
-RETURN_1 = instruction(0xB7, 0, 0, 0, 1) + EXIT
-RETURN_0 = instruction(0xB7, 0, 0, 0, 0) + EXIT
-
-
-def _test_run(program: int) -> int:
-    data = ctypes.create_string_buffer(64)
-    attr = ctypes.create_string_buffer(struct.pack("<IIIIQQII", program, 0, 64, 0, _address(data), 0, 1, 0) + bytes(40), 80)
-    _call(_PROG_TEST_RUN, attr)
-    return int(struct.unpack_from("<I", attr, 4)[0])
+_EXIT = instruction(0x95, 0, 0, 0, 0)
+RETURN_0 = instruction(0xB7, 0, 0, 0, 0) + _EXIT
+RETURN_1 = instruction(0xB7, 0, 0, 0, 1) + _EXIT
 
 
 def _address(buffer: "ctypes.Array[ctypes.c_char]") -> int:
@@ -178,9 +190,3 @@ def _call(command: int, attr: "ctypes.Array[ctypes.c_char]") -> int:
 def _last_error() -> OSError:
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number))
-
-
-def close_all(descriptors: Sequence[int]) -> None:
-    """Close descriptors."""
-    for descriptor in descriptors:
-        os.close(descriptor)
