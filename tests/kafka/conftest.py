@@ -1,0 +1,31 @@
+"""One real Kafka and one real registry for the whole session."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import fetch
+from tests.servers.kafka import KafkaServer
+from tests.servers.registry import SchemaRegistry
+
+
+@pytest.fixture(scope="session")
+def servers_present() -> None:
+    """Skip where real servers cannot run; for tests that start their own, to stop or kill it."""
+    if absent := fetch.missing():
+        packages = "default-jre-headless maven kcat util-linux"
+        pytest.skip(f"NO REAL KAFKA: {', '.join(absent)} not installed (apt-get install {packages})")
+
+
+@pytest.fixture(scope="session")
+def kafka(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
+    """A running broker, shared: a test names its topics after itself and does not stop the broker."""
+    with KafkaServer(tmp_path_factory.mktemp("kafka")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def registry(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SchemaRegistry]:
+    """A running registry, shared: a test names its subjects after itself and does not stop the registry."""
+    with SchemaRegistry(tmp_path_factory.mktemp("registry")) as server:
+        yield server

@@ -1,0 +1,123 @@
+"""Download what the test servers run on, from Maven Central, once: `python -m tests.servers.fetch` does it ahead.
+
+Each is a folder of the cache, filled under another name and renamed when complete: a folder that exists is whole.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# 2.8 unpacks the registry without its parent POM, which is not on Maven Central; later versions insist on it.
+PLUGIN = "org.apache.maven.plugins:maven-dependency-plugin:2.8"
+REGISTRY_ARTIFACT = "io.apicurio:apicurio-registry-app:3.0.9:tar.gz:all"
+KAFKA = "kafka-4.2.0"
+REGISTRY = "apicurio-registry-3.0.9"
+DEADLINE_S = 1200
+
+KAFKA_POM = """\
+<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>rebpf</groupId> <artifactId>kafka</artifactId> <version>1</version>
+  <dependencies>
+    <dependency>
+      <groupId>org.apache.kafka</groupId> <artifactId>kafka_2.13</artifactId> <version>4.2.0</version>
+    </dependency>
+    <dependency>
+      <groupId>org.apache.kafka</groupId> <artifactId>kafka-tools</artifactId> <version>4.2.0</version>
+    </dependency>
+    <dependency>
+      <groupId>org.slf4j</groupId> <artifactId>slf4j-simple</artifactId> <version>1.7.36</version>
+    </dependency>
+  </dependencies>
+</project>
+"""
+
+
+def cache() -> Path:
+    """Folder of downloads, outside the source tree."""
+    return Path(os.environ.get("REBPF_CACHE") or Path.home() / ".cache" / "rebpf")
+
+
+def kafka() -> Path:
+    """Folder with the jars of Apache Kafka 4.2.0 and its tools."""
+    return cached(KAFKA, _fill_kafka)
+
+
+def registry() -> Path:
+    """Folder with Apicurio Registry 3.0.9, unpacked."""
+    return cached(REGISTRY, _fill_registry)
+
+
+def missing() -> list[str]:
+    """Programs that the servers and readers need and this machine does not have."""
+    whole = all((cache() / name).is_dir() for name in (KAFKA, REGISTRY))
+    needed = ["java", "kcat", "setpriv"] + ([] if whole else ["mvn"])
+    return [program for program in needed if shutil.which(program) is None]
+
+
+def cached(name: str, fill: Callable[[Path], None]) -> Path:
+    """Folder `name` of the cache, filled by `fill` where it is not there yet, by one process at a time."""
+    target = cache() / name
+    if target.is_dir():
+        return target
+    with _lock():
+        if not target.is_dir():  # it may be there after the wait
+            part = target.with_name(f"{name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            fill(part)
+            part.rename(target)
+    return target
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / "fetch.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fill_kafka(part: Path) -> None:
+    _maven(f"{PLUGIN}:copy-dependencies", "-DincludeScope=runtime", output=part, pom=KAFKA_POM)
+
+
+def _fill_registry(part: Path) -> None:
+    _maven(f"{PLUGIN}:unpack", f"-Dartifact={REGISTRY_ARTIFACT}", output=part)
+
+
+def _maven(*arguments: str, output: Path, pom: str | None = None) -> None:
+    """Run Maven in a folder that goes away with its local repository: in that it remembers failures."""
+    with tempfile.TemporaryDirectory(dir=cache(), prefix="maven-") as scratch:
+        if pom:
+            Path(scratch, "pom.xml").write_text(pom)
+        own = ["-q", "-B", "--strict-checksums", f"-Dmaven.repo.local={scratch}/repository"]
+        command = ["mvn", *own, *arguments, f"-DoutputDirectory={output}"]
+        done = subprocess.run(
+            command, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S
+        )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+def main() -> int:
+    """Fill the cache and say what took how long."""
+    if absent := missing():
+        print(f"not installed: {', '.join(absent)}", file=sys.stderr)
+        return 69
+    for fetch in (kafka, registry):
+        begin = time.monotonic()
+        folder = fetch()
+        print(f"{folder} ({time.monotonic() - begin:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
