@@ -1,7 +1,7 @@
 """The cache of downloads: a folder in it is whole, and is filled once."""
 
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event
 
 import pytest
 
@@ -27,10 +27,13 @@ def test_what_a_failed_download_left_is_not_taken_for_a_whole_one():
 
 def test_many_at_once_download_once(tmp_path):
     fills = []
-    together = Barrier(8)
+    together, second = Barrier(8), Event()
 
     def fill(part):
         fills.append(part)
+        if len(fills) > 1:
+            second.set()
+        second.wait(0.5)  # time for a second one to come in, if it can
         (part / "whole.jar").touch()
 
     def run(_):
