@@ -112,7 +112,7 @@ class _Follower:
 
 
 def _client_logger() -> logging.Logger:
-    """Return a logger for librdkafka, which repeats itself many times a second where a broker is down: for debugging."""
+    """Return librdkafka's logger, for debugging only: it repeats itself many times a second at a broker that is down."""
     logger = _LOG.getChild("librdkafka")
     logger.setLevel(logging.DEBUG if _LOG.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
     return logger
