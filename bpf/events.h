@@ -2,8 +2,8 @@
 /*
  * The wire contract between the kernel programs and the agent.
  *
- * Fixed-width members, no holes, every byte written. producer/events.py holds the same layout as numpy dtypes; at each load
- * the compiler checks the one against the other (layout_check.h is generated from the dtypes).
+ * Fixed-width members, no holes, every byte written. producer/events.py holds the same layout as numpy dtypes; at each
+ * load the compiler checks the one against the other (layout_check.h is generated from the dtypes).
  *
  * Addresses are IPv6, IPv4 as v4-mapped (::ffff:a.b.c.d), in network order. Ports and all numbers are in host order.
  */
@@ -38,7 +38,7 @@ enum cause {
 #define KNOWN_IS_RETRANSMIT (1u << 7)
 #define KNOWN_RETRANSMIT_NO (1u << 8)
 
-/* What stays the same for a connection: the agent encodes it once per flow. `known` holds the first three KNOWN_ bits. */
+/* What stays the same for a connection: the agent encodes it once per flow. flow_known has the first three KNOWN_ bits. */
 struct flow {
 	u8 saddr[16];
 	u8 daddr[16];

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * From the kernel's structs to an event. Differences between kernels and between rungs are here: HAS_<struct>_<member> says
- * whether the running kernel has a member.
+ * From the kernel's structs to an event. Differences between kernels and between rungs are here: HAS_<struct>_<member>
+ * says whether the running kernel has a member.
  */
 #ifndef REBPF_FILL_H
 #define REBPF_FILL_H
@@ -19,9 +19,9 @@
 #define ENOBUFS 105
 
 /*
- * READ() goes through a BTF pointer, which the verifier checks and the kernel guards; on the kprobe rung, whose pointers have
- * no type, by bpf_probe_read_kernel, as PROBE() does everywhere. The value of a statement expression has the member's type
- * without its const.
+ * READ() goes through a BTF pointer, which the verifier checks and the kernel guards; on the kprobe rung, whose
+ * pointers have no type, by bpf_probe_read_kernel, as PROBE() does everywhere. The value of a statement expression has
+ * the member's type without its const.
  */
 #define PROBE(pointer, member)                                                      \
 	({                                                                          \
@@ -43,10 +43,10 @@
 #define READ_IF_1(pointer, member) READ(pointer, member)
 
 /* All of TCP_FIELDS or none: a field that this kernel cannot tell must not look like a 0. */
-#define HAS_TCP                                                                                                          \
-	(HAS_tcp_sock_srtt_us && HAS_tcp_sock_mdev_us && HAS_tcp_sock_icsk_rto && HAS_tcp_sock_snd_cwnd &&               \
-	 HAS_tcp_sock_snd_ssthresh && HAS_tcp_sock_packets_out && HAS_tcp_sock_sacked_out && HAS_tcp_sock_lost_out &&    \
-	 HAS_tcp_sock_retrans_out && HAS_tcp_sock_total_retrans && HAS_tcp_sock_snd_wnd && HAS_tcp_sock_rcv_wnd &&       \
+#define HAS_TCP                                                                                                       \
+	(HAS_tcp_sock_srtt_us && HAS_tcp_sock_mdev_us && HAS_tcp_sock_icsk_rto && HAS_tcp_sock_snd_cwnd &&            \
+	 HAS_tcp_sock_snd_ssthresh && HAS_tcp_sock_packets_out && HAS_tcp_sock_sacked_out && HAS_tcp_sock_lost_out && \
+	 HAS_tcp_sock_retrans_out && HAS_tcp_sock_total_retrans && HAS_tcp_sock_snd_wnd && HAS_tcp_sock_rcv_wnd &&    \
 	 HAS_tcp_sock_mss_cache)
 
 static __always_inline u16 from_be16(u16 value)
@@ -160,8 +160,9 @@ static __always_inline u32 control_length(u8 tcp_flags)
 }
 
 /*
- * TCP's control block of an skb that is about to be sent, or was. The block has the flags that TCP decided on when it queued
- * the data: ECE and CWR of the header are set later, and are not in it. Nor is the acknowledgement: that is the caller's.
+ * TCP's control block of an skb that is about to be sent, or was. The block has the flags that TCP decided on when it
+ * queued the data: ECE and CWR of the header are set later, and are not in it. Nor is the acknowledgement: that is the
+ * caller's.
  */
 static __always_inline void fill_from_cb(struct segment *s, const struct sk_buff *skb, u32 ack_seq)
 {

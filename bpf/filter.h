@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Which flows become events: those with a wanted address and a wanted port on either side, and never the agent's own. The
- * first question needs the endpoints alone, and is asked before the rest of a flow is looked up.
+ * Which flows become events: those with a wanted address and a wanted port on either side, and never the agent's own.
+ * The first question needs the endpoints alone, and is asked before the rest of a flow is looked up.
  */
 #ifndef REBPF_FILTER_H
 #define REBPF_FILTER_H

@@ -23,8 +23,8 @@ BPF_HASH(addresses, struct address, u8, 1024);
 BPF_HASH(ports, u16, u8, 1024);
 
 /*
- * The agent's own traffic: cookies of the sockets that it opens, inserted before they connect (the oldest fall out), and
- * local endpoints of what it listens on, for sockets that the kernel makes for it. Nobody deletes.
+ * The agent's own traffic: cookies of the sockets that it opens, inserted before they connect (the oldest fall out),
+ * and local endpoints of what it listens on, for sockets that the kernel makes for it. Nobody deletes.
  */
 struct endpoint {
 	u8 address[16];

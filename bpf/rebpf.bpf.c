@@ -2,8 +2,8 @@
 /*
  * The programs: one per hook, three steps each: select the flow, reserve and fill an event, submit it.
  *
- * bcc compiles this file, and each program is then loaded by name (producer/rungs.py). Only those of the chosen rungs are
- * compiled. A context is `void *` or `u64 *` on purpose: bcc rewrites what is reached through a typed one.
+ * bcc compiles this file, and each program is then loaded by name (producer/rungs.py). Only those of the chosen rungs
+ * are compiled. A context is `void *` or `u64 *` on purpose: bcc rewrites what is reached through a typed one.
  */
 #include "kernel.h"
 #include "events.h"
@@ -13,14 +13,14 @@
 #include "filter.h"
 
 /*
- * No wakeup: an interrupt for each event would cost the traced context more than the event does, and would invite the runs
- * that the kernel skips because a program would interrupt itself. The agent reads on a timer.
+ * No wakeup: an interrupt for each event would cost the traced context more than the event does, and would invite the
+ * runs that the kernel skips because a program would interrupt itself. The agent reads on a timer.
  */
 #define SUBMIT_FLAGS 1 /* BPF_RB_NO_WAKEUP */
 
 /*
- * The event's number: taken also when the ring is full, so that a reader of the topic sees the gap. Atomic, because on the
- * cgroup hook a softirq may interrupt a run on the same CPU and run the program again.
+ * The event's number: taken also when the ring is full, so that a reader of the topic sees the gap. Atomic, because on
+ * the cgroup hook a softirq may interrupt a run on the same CPU and run the program again.
  */
 static __always_inline u64 next_seq(struct counters *counter)
 {
@@ -106,7 +106,8 @@ static __always_inline bool select_request(struct flow *flow, struct sock *liste
 	return !is_own(flow);
 }
 
-static __always_inline int take_transmit(struct sock *sk, struct tcp_sock *tp, struct sk_buff *skb, u32 rcv_nxt, u8 hook)
+static __always_inline int take_transmit(struct sock *sk, struct tcp_sock *tp, struct sk_buff *skb, u32 rcv_nxt,
+					 u8 hook)
 {
 	struct flow flow = {};
 	struct transmit_event *e;
@@ -197,7 +198,7 @@ int raw_tp_tcp_retransmit_skb(u64 *ctx)
 {
 	struct sock *sk = (void *)ctx[0];
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
-	/* Linux 6.18 has the result as third argument and also fires for failures; before, it fired for successes alone. */
+	/* Linux 6.17 has the result as third argument and also fires for failures; before, for successes alone. */
 #if RETRANSMIT_TRACEPOINT_HAS_ERR
 	s32 err = ctx[2];
 #else
@@ -233,8 +234,8 @@ int kprobe_tcp_make_synack(void *ctx)
 
 #if RETRANSMIT_KPROBE
 /*
- * The arguments of calls under way, for the return probe. By stack pointer: a softirq may interrupt a call and make another
- * on the same task. Entry inserts, return deletes; what a missed return leaves behind falls out of the LRU.
+ * The arguments of calls under way, for the return probe. By stack pointer: a softirq may interrupt a call and make
+ * another on the same task. Entry inserts, return deletes; what a missed return leaves behind falls out of the LRU.
  */
 struct call {
 	struct sock *sk;
@@ -305,8 +306,9 @@ int kretprobe_tcp_rtx_synack(void *ctx)
 #include "wire.h"
 
 /*
- * The socket is that of the segment; or, for a SYN-ACK, the listener; or, for what is sent without a socket (the reset of a
- * closed port), a raw one of the kernel's own, which tells nothing but the network namespace. Others send no TCP of the kernel's.
+ * The socket is that of the segment; or, for a SYN-ACK, the listener; or, for what is sent without a socket (the reset
+ * of a closed port), a raw one of the kernel's own, which tells nothing but the network namespace. Others send no TCP
+ * of the kernel's.
  */
 static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow, const struct wire *wire)
 {

@@ -80,7 +80,8 @@ static __always_inline u32 parse_ipv6(struct __sk_buff *skb, struct flow *flow)
 	for (int i = 0; i < MAX_EXTENSIONS; i++) {
 		if (ip.next_header == IPPROTO_TCP)
 			return offset;
-		if (ip.next_header != IPPROTO_HOPOPTS && ip.next_header != IPPROTO_ROUTING && ip.next_header != IPPROTO_DSTOPTS)
+		if (ip.next_header != IPPROTO_HOPOPTS && ip.next_header != IPPROTO_ROUTING &&
+		    ip.next_header != IPPROTO_DSTOPTS)
 			return 0;
 		if (bpf_skb_load_bytes(skb, offset, &extension, sizeof(extension)))
 			return 0;

@@ -1,9 +1,10 @@
 """Struct layouts of the running kernel, read from its BTF, and the C header that carries them to the compiler.
 
-A host needs no kernel headers: `kernel_header` writes just the structs and members that the programs name, each at its true
-offset. A member that this kernel lacks is left out, and a macro says so: HAS_<struct>_<member> is 0.
+A host needs no kernel headers: `kernel_header` writes just the structs and members that the programs name, each at its
+true offset. A member that this kernel lacks is left out, and a macro says so: HAS_<struct>_<member> is 0.
 
-BTF: Documentation/bpf/btf.rst of the kernel. Standard library only, because the loader's child runs on the system's Python.
+BTF: Documentation/bpf/btf.rst of the kernel. Standard library only, because the loader's child runs on the system's
+Python.
 """
 
 import struct
@@ -21,9 +22,9 @@ _MODIFIERS = {TYPEDEF, VOLATILE, CONST, RESTRICT, TYPE_TAG}
 
 # Bytes behind the 12 of each type: fixed, and for each of its `vlen` entries.
 _TAIL = {
-    INT: (4, 0), PTR: (0, 0), ARRAY: (12, 0), STRUCT: (0, 12), UNION: (0, 12), ENUM: (0, 8), FWD: (0, 0), TYPEDEF: (0, 0),
-    VOLATILE: (0, 0), CONST: (0, 0), RESTRICT: (0, 0), FUNC: (0, 0), FUNC_PROTO: (0, 8), VAR: (4, 0), DATASEC: (0, 12),
-    FLOAT: (0, 0), DECL_TAG: (4, 0), TYPE_TAG: (0, 0), ENUM64: (0, 12),
+    INT: (4, 0), PTR: (0, 0), ARRAY: (12, 0), STRUCT: (0, 12), UNION: (0, 12), ENUM: (0, 8), FWD: (0, 0),
+    TYPEDEF: (0, 0), VOLATILE: (0, 0), CONST: (0, 0), RESTRICT: (0, 0), FUNC: (0, 0), FUNC_PROTO: (0, 8),
+    VAR: (4, 0), DATASEC: (0, 12), FLOAT: (0, 0), DECL_TAG: (4, 0), TYPE_TAG: (0, 0), ENUM64: (0, 12),
 }  # fmt: skip
 _UNITS = {1: "u8", 2: "u16", 4: "u32", 8: "u64"}
 
@@ -105,7 +106,7 @@ class Btf:
         return self._name(target) if target and self._type(target)[0] in (STRUCT, FWD) else "void"
 
     def shape(self, type_id: int) -> tuple[int, int]:
-        """Return a type as so many elements of so many bytes: (1, 8) for a pointer, (1, size) for all that is no array."""
+        """Return a type as so many elements of so many bytes; (1, size) for all that is no array."""
         type_id = self._strip(type_id)
         kind, _, size = self._type(type_id)
         if kind == PTR:
@@ -154,9 +155,9 @@ class Btf:
 def kernel_header(btf: Btf, wanted: Mapping[str, Iterable[str]]) -> str:
     """Return C that declares `struct X` with the wanted members at their true offsets, for each X in `wanted`.
 
-    A member is a path, `a.b`, optionally with the name that it gets in C: `a.b as name`. Each is an arm of a union, behind
-    its offset in padding, so that members may overlap as they do in the kernel. A member of struct type becomes bytes. A bit
-    field `f` becomes the byte `f_byte`, and `f_bits(byte)` takes the field out of it.
+    A member is a path, `a.b`, optionally with the name that it gets in C: `a.b as name`. Each is an arm of a union,
+    behind its offset in padding, so that members may overlap as they do in the kernel. A member of struct type becomes
+    bytes. A bit field `f` becomes the byte `f_byte`, and `f_bits(byte)` takes the field out of it.
     """
     lines = [f"struct {name};" for name in wanted]
     for name, specs in wanted.items():

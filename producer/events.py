@@ -103,9 +103,7 @@ SEGMENT = np.dtype(
     ]
 )
 TRANSMIT = np.dtype([("s", SEGMENT), ("is_retransmit", "<u4"), ("_pad3", "<u4")])
-RETRANSMIT = np.dtype(
-    [("s", SEGMENT), ("err", "<i4"), ("retransmit_no", "<u4"), ("cause", "u1"), ("_pad3", "u1", 7)]
-)
+RETRANSMIT = np.dtype([("s", SEGMENT), ("err", "<i4"), ("retransmit_no", "<u4"), ("cause", "u1"), ("_pad3", "u1", 7)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +149,8 @@ STREAMS = (TRANSMITS, RETRANSMITS)
 class Batch:
     """Consecutive events of one ring, in the ring's order.
 
-    `rows` has the stream's dtype and may be a view of the ring: valid until a position behind it is committed. `end` is the
-    ring position behind the last of them, which is committed when all are done.
+    `rows` has the stream's dtype and may be a view of the ring: valid until a position behind it is committed. `end` is
+    the ring position behind the last of them, which is committed when all are done.
     """
 
     stream: Stream
@@ -164,8 +162,8 @@ class Batch:
 class EncodedBatch:
     """The events of a Batch as Kafka messages; message i is `payload[starts[i]:][:lengths[i]]`, its key alike.
 
-    `payload` and `keys` are uint8 arrays, C-contiguous and never changed after this object is made; starts and lengths are
-    int64, in bytes. Both arrays must outlive the delivery of the messages: the sink hands out pointers into them.
+    `payload` and `keys` are uint8 arrays, C-contiguous and never changed after this object is made; starts and lengths
+    are int64, in bytes. Both arrays must outlive the delivery of the messages: the sink hands out pointers into them.
     """
 
     stream: Stream

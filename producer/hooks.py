@@ -1,28 +1,28 @@
 """The kernel side as the agent sees it: which rungs are in use, the rings and maps, the counters, attach and detach.
 
-The work is done by a child process (producer.loader); here are the descriptors that it hands over. Nothing is pinned, so the
-last descriptor's end, also by kill -9, is the programs' end.
+The work is done by a child process (producer.loader); here are the descriptors that it hands over. Nothing is pinned,
+so the last descriptor's end, also by kill -9, is the programs' end.
 """
 
-import ctypes
 import ipaddress
 import json
 import logging
+import mmap
 import os
 import shutil
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from producer import errors, sysbpf
-from producer.events import HOOKS, STREAMS, Stream, layout_check
-from producer.loader import PACKET_BYTES
+from producer.events import HOOKS, Stream, layout_check
+from producer.loader import ATTACH, BCC_MISSING, PACKET_BYTES
 from producer.paths import BPF
 from producer.ring import Ring
 from producer.rungs import Refusal
@@ -31,31 +31,47 @@ logger = logging.getLogger(__name__)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_PAGE_BYTES = 4096
 _FDS = 64
-_DEATH_SIGNAL, _SIGKILL = 1, 9
 _SO_COOKIE = 57
-_START_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
+_MAX_ADDRESSES = _MAX_PORTS = 1024  # bpf/maps.h
+_ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
 
 
 @dataclass(frozen=True, slots=True)
 class HookSettings:
-    """What to hook and how; the ring sizes are powers of two, in bytes, by the ring's name."""
+    """What to hook and how. The ring sizes are in bytes, by the ring's name: powers of two, a page or more.
+
+    Raises ConfigError where a value cannot be.
+    """
 
     hooks: tuple[str, ...] = HOOKS
-    ring_bytes: Mapping[str, int] = field(default_factory=lambda: {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22})
+    ring_bytes: Mapping[str, int] = field(
+        default_factory=lambda: {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22}
+    )
     addresses: tuple[Address, ...] = ()
     ports: tuple[int, ...] = ()
     own_listeners: bool = False
     """Whether the agent itself listens (the embedded broker), and its accepted connections are to be left out."""
     btf: Path | None = None
 
+    def __post_init__(self) -> None:
+        if unknown := set(self.hooks) - set(HOOKS):
+            raise errors.ConfigError(f"unknown hook {min(unknown)!r}: the hooks are {', '.join(HOOKS)}")
+        for ring, size in self.ring_bytes.items():
+            if size & (size - 1) or not mmap.PAGESIZE <= size <= 1 << 30:
+                raise errors.ConfigError(f"{ring}: {size} bytes is no power of two from a page to 1 GiB")
+        if not all(0 < port < 1 << 16 for port in self.ports):
+            raise errors.ConfigError("a port is a number from 1 to 65535")
+        if len(self.addresses) > _MAX_ADDRESSES or len(self.ports) > _MAX_PORTS:
+            raise errors.ConfigError(f"at most {_MAX_ADDRESSES} addresses and {_MAX_PORTS} ports can be filtered for")
+
 
 @dataclass(frozen=True, slots=True)
 class KernelCounters:
     """Events of one stream since the programs were loaded.
 
-    `nested` counts runs that the kernel skipped because the program would have interrupted itself; it stands before the filter.
+    `nested` counts runs that the kernel skipped because the program would have interrupted itself; it stands before the
+    filter.
     """
 
     passed: int
@@ -72,6 +88,7 @@ class Hooks:
         self._maps: dict[str, int] = {}
         self._programs: dict[str, list[int]] = {}
         self._links: list[int] = []
+        self._loader: _Loader | None = None
         self._cpus = sysbpf.possible_cpus()
         self.rungs: dict[str, str] = {}
         """The rung in use, by stream."""
@@ -80,46 +97,44 @@ class Hooks:
 
     def load(self) -> None:
         """Compile and load; raises HookError, PermissionDenied or UnavailableError with the reason in one line."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PACKET_BYTES)
-        self._channel = ours
-        with theirs:
-            self._child = _start_loader(theirs)
-        request = {
-            "btf": str(self._settings.btf or ""),
-            "bpf": str(BPF),
-            "hooks": self._settings.hooks,
-            "pages": {ring: size // _PAGE_BYTES for ring, size in self._settings.ring_bytes.items()},
-            "filters": {
-                "addresses": bool(self._settings.addresses),
-                "ports": bool(self._settings.ports),
-                "own_listeners": self._settings.own_listeners,
-            },
-            "layout_check": layout_check(),
-        }
-        ours.settimeout(_START_TIMEOUT_S)
-        ours.send(json.dumps(request).encode())
-        answer, descriptors = self._receive()
+        settings = self._settings
+        self._loader = _Loader()
+        answer, descriptors = self._loader.ask(
+            {
+                "btf": str(settings.btf or ""),
+                "bpf": str(BPF),
+                "hooks": settings.hooks,
+                "pages": {ring: size // mmap.PAGESIZE for ring, size in settings.ring_bytes.items()},
+                "filters": {
+                    "addresses": bool(settings.addresses),
+                    "ports": bool(settings.ports),
+                    "own_listeners": settings.own_listeners,
+                },
+                "layout_check": layout_check(),
+            }
+        )
         self._descriptors = descriptors
         self.rungs = answer["rungs"]
         self.refusals = [Refusal(*each) for each in answer["refusals"]]
         count = len(answer["maps"])
         self._maps = dict(zip(answer["maps"], descriptors[:count], strict=True))
-        for (stream, _), program in zip(answer["programs"], descriptors[count:], strict=True):
+        for stream, program in zip(answer["programs"], descriptors[count:], strict=True):
             self._programs.setdefault(stream, []).append(program)
         self._fill_filters()
 
     def attach(self) -> None:
         """Attach all programs; from here on events come."""
-        self._channel.send(b"attach")
-        _, self._links = self._receive()
-        self._end_child()
+        if self._loader is None:
+            raise ValueError("attach comes once, after load")
+        _, self._links = self._loader.ask(ATTACH)
+        self._end_loader()
 
     def detach(self) -> None:
         """Detach: no event comes after this. The rings and counters stay readable."""
-        sysbpf.close_all(self._links)
-        self._links = []
+        if self._links:
+            sysbpf.close_all(self._links)
+            self._links = []
+            sysbpf.wait_for_programs()
 
     def ring(self, stream: Stream) -> Ring:
         """Map the ring of a stream."""
@@ -144,21 +159,28 @@ class Hooks:
         sysbpf.update(self._maps["own_sockets"], cookie, b"\1")
 
     def exclude_listener(self, address: Address, port: int) -> None:
-        """Leave out what connections accepted on this local endpoint send, in the agent's network namespace."""
+        """Leave out what connections accepted on this local endpoint send, in the agent's network namespace.
+
+        `address` is the one that peers connect to; the settings must have own_listeners.
+        """
+        if address.is_unspecified or not self._settings.own_listeners:
+            raise ValueError("exclude_listener needs own_listeners in the settings, and an address that is no wildcard")
         namespace = os.stat("/proc/self/ns/net").st_ino
         sysbpf.update(self._maps["own_listeners"], _in6(address) + struct.pack("<II", namespace, port), b"\1")
 
     def close(self) -> None:
         """Detach and let go of everything."""
         self.detach()
-        self._end_child()
+        self._end_loader()
         sysbpf.close_all(self._descriptors)
         self._descriptors = []
 
     def __enter__(self) -> "Hooks":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _fill_filters(self) -> None:
@@ -167,50 +189,73 @@ class Hooks:
         for port in self._settings.ports:
             sysbpf.update(self._maps["ports"], struct.pack("<H", port), b"\1")
 
-    def _receive(self) -> tuple[dict[str, Any], list[int]]:
+    def _end_loader(self) -> None:
+        if self._loader is not None:
+            self._loader.end()
+            self._loader = None
+
+
+class _Loader:
+    """The loader's process, and the socket to it."""
+
+    def __init__(self) -> None:
+        package = Path(__file__).resolve().parent.parent
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.settimeout(_ANSWER_TIMEOUT_S)
+        # The package's folder comes last: a venv's site-packages must not shadow the system Python's own.
+        code = f"import sys; sys.path.append({str(package)!r}); from producer.loader import main"
+        code += f"; main({theirs.fileno()}, {os.getpid()})"
+        # Isolated (-I): a program that runs as root takes no modules from the working directory or PYTHONPATH.
+        command = [python_with_bcc(), "-I", "-c", code]
+        with theirs:
+            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+
+    def ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """Send a request and return the answer, and the descriptors that come with it."""
         try:
-            packet, descriptors, _, _ = socket.recv_fds(self._channel, PACKET_BYTES, _FDS)
+            self._channel.send(json.dumps(request).encode())
+            packet, descriptors, *_ = socket.recv_fds(self._channel, PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError as error:
-            self._child.kill()
-            raise errors.HookError("the loader has not answered within 5 minutes") from error
+            raise errors.HookError(f"the loader has not answered within {_ANSWER_TIMEOUT_S:.0f} s") from error
+        except ConnectionError:
+            packet = b""
         if not packet:
             raise errors.HookError(f"the loader ended with status {self._child.wait()} and no answer")
+        with open(descriptors[0], "rb") as file:
+            file.seek(0)
+            if log := file.read().decode(errors="replace"):
+                logger.debug("loader log:\n%s", log)
         answer = json.loads(packet)
         if "error" in answer:
-            if answer["log"]:
-                logger.debug("loader log:\n%s", answer["log"])
             raise getattr(errors, answer["kind"])(answer["error"])
-        return answer, descriptors
+        return answer, descriptors[1:]
 
-    def _end_child(self) -> None:
-        if hasattr(self, "_child"):
-            self._channel.close()
-            self._child.wait()
+    def end(self) -> None:
+        """End the process, also in the midst of its work, and with it its copies of the descriptors."""
+        self._channel.close()
+        self._child.kill()
+        self._child.wait()
 
 
 def _in6(address: Address) -> bytes:
     return address.packed if address.version == 6 else bytes(10) + b"\xff\xff" + address.packed
 
 
-def _start_loader(channel: socket.socket) -> "subprocess.Popen[bytes]":
-    package = Path(__file__).resolve().parent.parent
-    # The package's folder comes last: a venv's site-packages must not shadow the system Python's own.
-    code = f"import sys; sys.path.append({str(package)!r}); from producer.loader import main; main({channel.fileno()})"
-    quiet = None if logger.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL
-    return subprocess.Popen(
-        [_python_with_bcc(), "-c", code], pass_fds=[channel.fileno()], stderr=quiet, preexec_fn=_die_with_parent
-    )
-
-
-def _die_with_parent() -> None:
-    """An agent killed while its loader compiles leaves no orphan."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, _SIGKILL)
-
-
-def _python_with_bcc() -> str:
+def python_with_bcc() -> str:
     """Return a Python that can import bcc: ours if it can, else the system's, where the distribution's package is."""
-    candidates: Iterable[str | None] = (sys.executable, "/usr/bin/python3", shutil.which("python3"))
-    for python in filter(None, candidates):
-        if subprocess.run([python, "-c", "import bcc"], stderr=subprocess.DEVNULL, check=False).returncode == 0:
+    for python in (sys.executable, "/usr/bin/python3", shutil.which("python3")):
+        if python and _has_bcc(python):
             return python
-    raise errors.UnavailableError("bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)")
+    raise errors.UnavailableError(BCC_MISSING)
+
+
+# The package called bcc on PyPI is something else, and has no such file.
+_FIND_BCC = """
+import importlib.util, os.path, sys
+found = importlib.util.find_spec("bcc")
+sys.exit(not (found and os.path.exists(os.path.join(os.path.dirname(found.origin), "libbcc.py"))))
+"""
+
+
+def _has_bcc(python: str) -> bool:
+    return subprocess.run([python, "-I", "-c", _FIND_BCC], stderr=subprocess.DEVNULL, check=False).returncode == 0

@@ -1,18 +1,20 @@
 """The child process that compiles, loads and attaches, and hands the file descriptors to the agent.
 
-LLVM costs some 150 MB of resident memory that the agent must not keep, and bcc lives in the system's Python. So this module
-runs in a process of its own, on a Python that has bcc; standard library and bcc only.
+LLVM costs some 150 MB of resident memory that the agent must not keep, and bcc lives in the system's Python. So this
+module runs in a process of its own, on a Python (3.10 or later) that has bcc; standard library and bcc only.
 
-Over a Unix socket of packets, JSON each: the agent sends a Request; the child answers with what it loaded, and the descriptors
-of maps and programs; the agent fills the maps and sends "attach"; the child answers with the links' descriptors and exits.
-An answer with "error" in it is the last.
+Over a Unix socket of packets, JSON each: the agent sends a request; the child answers with what it loaded, and the
+descriptors of maps and programs; the agent fills the maps and sends ATTACH; the child answers with the links'
+descriptors and exits. An answer with "error" in it is the last. The first descriptor of each answer is a file of what
+compiler and verifier said.
 """
 
+import ctypes
 import json
 import os
 import socket
-import sys
 import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,136 +24,152 @@ from producer.btf import VMLINUX, Btf
 from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
 
 MAPS = ("transmit_pipe", "retransmit_pipe", "counters", "addresses", "ports", "own_sockets", "own_listeners")
-PACKET_BYTES = 1 << 18
-_LOG_BYTES = 1 << 16
+ATTACH = {"do": "attach"}
+BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora, RHEL)"
+PACKET_BYTES = 1 << 16
+_PR_SET_PDEATHSIG, _SIGKILL = 1, 9
+_CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
 
 
-class LoadError(Exception):
-    """One rung's program did not compile or load; `log` is the compiler's or the verifier's."""
+class _LoggedError(HookError):
+    """A HookError with what the compiler or the verifier said."""
 
     def __init__(self, message: str, log: str) -> None:
         super().__init__(message)
         self.log = log
 
 
-def main(descriptor: int) -> None:
-    """Serve one agent over the socket `descriptor`."""
-    with socket.socket(fileno=descriptor) as channel:
-        try:
-            _serve(channel, json.loads(channel.recv(PACKET_BYTES)))
-        except RebpfError as error:
-            _answer(channel, {"error": str(error), "kind": type(error).__name__, "log": getattr(error, "log", "")})
-
-
-def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
-    if os.geteuid() != 0 and not _may_load():
-        raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
-    btf = Btf.load(Path(request["btf"] or VMLINUX))
-    root = rungs.cgroup2_root()
-    chosen, programs, maps, refusals = _load(request, btf, root)
-    hooks = [(stream, hook, fd) for stream, rung in chosen.items() for hook, fd in zip(rung.hooks, programs[stream], strict=True)]
-    answer = {
-        "rungs": {stream: rung.name for stream, rung in chosen.items()},
-        "refusals": [[r.stream, r.rung, r.reason] for r in refusals],
-        "maps": list(MAPS),
-        "programs": [[stream, hook.program] for stream, hook, _ in hooks],
-    }
-    _answer(channel, answer, [*maps, *(fd for *_, fd in hooks)])
-    if channel.recv(PACKET_BYTES) != b"attach":
-        return
-    links: list[int] = []
-    for _, hook, program in hooks:
-        try:
-            links.append(rungs.attach(hook, program, root))
-        except (OSError, LookupError) as error:
-            raise HookError(f"{hook.program} loaded but did not attach: {error}") from error
-    _answer(channel, {"links": len(links)}, links)
-
-
-def _load(
-    request: Mapping[str, Any], btf: Btf, root: Path | None
-) -> tuple[dict[str, rungs.Rung], dict[str, list[int]], list[int], list[rungs.Refusal]]:
-    """Go down the ladders until both streams' programs load."""
-    allowed = {stream: list(request["hooks"]) for stream in rungs.LADDERS}
-    failures: list[rungs.Refusal] = []
-    hz = sysbpf.jiffies_per_second()
-    while True:
-        chosen, refusals = {}, []
-        for stream in rungs.LADDERS:
-            rung, refused = rungs.choose(stream, allowed[stream], btf, root)
-            known = {failure.rung for failure in failures if failure.stream == stream}
-            refusals += [refusal for refusal in refused if refusal.rung not in known]
-            if rung is None:
-                raise _no_rung(stream, refusals + failures)
-            chosen[stream] = rung
-        try:
-            module = _compile(request, btf, {stream: rung.name for stream, rung in chosen.items()}, hz)
-            programs = {stream: _programs(module, stream, rung, btf) for stream, rung in chosen.items()}
-        except _RungFailed as failed:
-            print(failed.log, file=sys.stderr)
-            failures.append(rungs.Refusal(failed.stream, chosen[failed.stream].name, str(failed)))
-            allowed[failed.stream].remove(chosen[failed.stream].name)
-            continue
-        return chosen, programs, [module[name].map_fd for name in MAPS], refusals + failures
-
-
 class _RungFailed(Exception):
+    """The verifier refused a program, though the kernel allows its rung."""
+
     def __init__(self, stream: str, error: sysbpf.VerifierError) -> None:
         super().__init__(str(error))
         self.stream, self.log = stream, error.log
 
 
-def _programs(module: Any, stream: str, rung: rungs.Rung, btf: Btf) -> list[int]:
-    try:
-        return [rungs.load(hook, module.dump_func(hook.program.encode()), btf) for hook in rung.hooks]
-    except sysbpf.VerifierError as error:
-        raise _RungFailed(stream, error) from error
+def main(descriptor: int, parent: int) -> None:
+    """Serve the agent, process `parent`, over the socket `descriptor`, and do not outlive it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+    if os.getppid() != parent:
+        return
+    with socket.socket(fileno=descriptor) as channel:
+        try:
+            _serve(channel, json.loads(channel.recv(PACKET_BYTES)))
+        except _LoggedError as error:
+            _answer(channel, {"error": str(error), "kind": "HookError"}, error.log)
+        except RebpfError as error:
+            _answer(channel, {"error": str(error), "kind": type(error).__name__}, "")
+        except Exception as error:  # a defect: the agent must hear of it, whatever it is
+            message = f"the loader failed: {type(error).__name__}: {error}"
+            _answer(channel, {"error": message, "kind": "HookError"}, traceback.format_exc())
 
 
-def _no_rung(stream: str, refusals: list[rungs.Refusal]) -> RebpfError:
-    reasons = "; ".join(f"{r.rung}: {r.reason}" for r in refusals if r.stream == stream)
-    return HookError(f"no hook for {stream}s can be attached on this host: {reasons}")
+def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
+    if not _may_load():
+        raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+    btf = Btf.load(Path(request["btf"] or VMLINUX))
+    root = rungs.cgroup2_root()
+    loaded = _Loaded(request, btf, root)
+    answer = {
+        "rungs": {stream: rung.name for stream, rung in loaded.rungs.items()},
+        "refusals": [[r.stream, r.rung, r.reason] for r in loaded.refusals],
+        "maps": list(MAPS),
+        "programs": [stream for stream, _, _ in loaded.programs],
+    }
+    _answer(channel, answer, loaded.log, [*loaded.maps, *(program for *_, program in loaded.programs)])
+    if not channel.recv(PACKET_BYTES):  # the agent gave up; else it is ATTACH
+        return
+    links: list[int] = []
+    for _, hook, program in loaded.programs:
+        try:
+            links.append(rungs.attach(hook, program, root))
+        except (OSError, LookupError) as error:
+            raise HookError(f"{hook.program} loaded but did not attach: {error}") from error
+    _answer(channel, {}, "", links)
 
 
-def _compile(request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, str], hz: int) -> Any:
+class _Loaded:
+    """The outcome of going down the ladders until the programs of both streams load."""
+
+    def __init__(self, request: Mapping[str, Any], btf: Btf, root: Path | None) -> None:
+        self.rungs: dict[str, rungs.Rung] = {}
+        self.refusals: list[rungs.Refusal] = []
+        self.log = ""
+        allowed = {stream: list(request["hooks"]) for stream in rungs.LADDERS}
+        while True:
+            self._choose(allowed, btf, root)
+            # Held as long as the maps' descriptors are needed: the module closes them when it goes.
+            self._module = _compile(request, btf, {stream: rung.name for stream, rung in self.rungs.items()})
+            try:
+                self.programs = [each for stream in self.rungs for each in self._load(stream, btf)]
+                break
+            except _RungFailed as failed:
+                rung = self.rungs[failed.stream].name
+                self.log += f"{failed.stream} {rung}:\n{failed.log}\n"
+                self.refusals.append(rungs.Refusal(failed.stream, rung, str(failed)))
+                allowed[failed.stream].remove(rung)
+        self.maps = [self._module[name].map_fd for name in MAPS]
+
+    def _choose(self, allowed: Mapping[str, list[str]], btf: Btf, root: Path | None) -> None:
+        known = {(refusal.stream, refusal.rung) for refusal in self.refusals}
+        for stream in rungs.LADDERS:
+            rung, refused = rungs.choose(stream, allowed[stream], btf, root)
+            self.refusals += [refusal for refusal in refused if (stream, refusal.rung) not in known]
+            if rung is None:
+                raise self._no_rung(stream)
+            self.rungs[stream] = rung
+
+    def _load(self, stream: str, btf: Btf) -> list[tuple[str, rungs.Hook, int]]:
+        try:
+            return [
+                (stream, hook, rungs.load(hook, self._module.dump_func(hook.program.encode()), btf))
+                for hook in self.rungs[stream].hooks
+            ]
+        except sysbpf.VerifierError as error:
+            raise _RungFailed(stream, error) from error
+
+    def _no_rung(self, stream: str) -> _LoggedError:
+        reasons = "; ".join(f"{r.rung}: {r.reason}" for r in self.refusals if r.stream == stream)
+        return _LoggedError(f"no hook for {stream}s can be attached on this host: {reasons}", self.log)
+
+
+def _compile(request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, str]) -> Any:
     folder = Path(request["bpf"])
     os.environ["BCC_KERNEL_SOURCE"] = str(folder / "shim")
     try:
         import bcc
     except ImportError as error:
-        raise UnavailableError("bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc") from error
+        raise UnavailableError(BCC_MISSING) from error
     text = source.program_text(folder, btf, request["layout_check"])
-    flags = source.macros(btf, chosen, request["pages"], request["filters"], hz)
-    flags += ["-Wno-address-of-packed-member", "-Wno-unused-function"]
+    flags = source.macros(btf, chosen, request["pages"], request["filters"], sysbpf.jiffies_per_second())
     # LLVM writes its messages to file descriptor 2 and returns none of them.
     with tempfile.TemporaryFile() as messages:
         saved = os.dup(2)
         os.dup2(messages.fileno(), 2)
         try:
-            return bcc.BPF(text=text.encode(), cflags=flags)
+            return bcc.BPF(text=text.encode(), cflags=[*flags, "-Wno-unused-function"])
         except Exception as error:
             messages.seek(0)
-            log = messages.read().decode(errors="replace")
-            raise _compile_error(log) from error
+            raise _compile_error(messages.read().decode(errors="replace")) from error
         finally:
             os.dup2(saved, 2)
             os.close(saved)
 
 
-def _compile_error(log: str) -> RebpfError:
+def _compile_error(log: str) -> _LoggedError:
     first = next((line for line in log.splitlines() if "error:" in line), "no message")
-    error = HookError(f"the BPF programs do not compile here: {first.strip()}")
-    error.log = log  # type: ignore[attr-defined]  # read by main, which hands it to the agent
-    return error
+    return _LoggedError(f"the BPF programs do not compile here: {first.strip()}", log)
 
 
 def _may_load() -> bool:
     effective = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
     bits = int(effective.split()[1], 16)
-    return bool(bits >> 39 & 1 and bits >> 38 & 1)  # CAP_BPF, CAP_PERFMON
+    return bool(bits >> _CAP_SYS_ADMIN & 1 or (bits >> _CAP_BPF & 1 and bits >> _CAP_PERFMON & 1))
 
 
-def _answer(channel: socket.socket, answer: Mapping[str, Any], descriptors: list[int] | None = None) -> None:
-    if "log" in answer:
-        answer = {**answer, "log": answer["log"][-_LOG_BYTES:]}
-    socket.send_fds(channel, [json.dumps(answer).encode()], descriptors or [])
+def _answer(channel: socket.socket, answer: Mapping[str, Any], log: str, descriptors: list[int] | None = None) -> None:
+    log_file = os.memfd_create("log")
+    with open(log_file, "wb") as file:
+        file.write(log.encode())
+        file.flush()
+        socket.send_fds(channel, [json.dumps(answer).encode()], [log_file, *(descriptors or [])])

@@ -1,14 +1,16 @@
 """A BPF ring buffer of records of one size, as numpy rows: no callback, no Python per record, no copy.
 
-Layout (kernel/bpf/ringbuf.c): a page with the consumer's position, a page with the producer's, then the data, mapped twice in a
-row, so that a run of records that wraps is still contiguous. A record is a u32 length with two flag bits, a u32 that is the
-kernel's own, and the payload; all are multiples of 8 bytes. Positions count bytes since the ring was made and never wrap.
+Layout (kernel/bpf/ringbuf.c): a page with the consumer's position, a page with the producer's, then the data, mapped
+twice in a row, so that a run of records that wraps is still contiguous. A record is a u32 length with two flag bits, a
+u32 that is the kernel's own, and the payload; all are multiples of 8 bytes. Positions count bytes since the ring was
+made and never wrap.
 
-A program reserves a record by writing its length with the busy bit and then moving the producer's position; it submits by
-clearing the bit. So the reader looks at the position first, then at the lengths, then at payloads, and stops at the first
-busy record. Between these steps stands a barrier on machines that reorder loads.
+A program reserves a record by writing its length with the busy bit and then moving the producer's position; it submits
+by clearing the bit. So the reader looks at the position first, then at the lengths, then at payloads, and stops at the
+first busy record. Between these steps stands a barrier on machines that reorder loads.
 
-`read` goes ahead of `commit`: what was read and not committed still belongs to the ring, and the kernel will not overwrite it.
+`read` goes ahead of `commit`: what was read and not committed still belongs to the ring, and the kernel will not
+overwrite it.
 """
 
 import ctypes
@@ -26,7 +28,7 @@ _HEADER_BYTES = 8
 
 
 class Ring:
-    """The reader of one ring. `size_bytes` is the map's size; rows have `dtype`. The descriptor may be closed afterwards."""
+    """The reader of one ring of `size_bytes`; rows have `dtype`. The descriptor may be closed afterwards."""
 
     def __init__(self, descriptor: int, size_bytes: int, dtype: np.dtype[np.void]) -> None:
         page = mmap.PAGESIZE
@@ -54,9 +56,9 @@ class Ring:
     def read(self, limit: int) -> Rows:
         """Return up to `limit` finished rows, in the order of their reservation, and move `position` behind them.
 
-        The rows are a read-only view of the ring: they keep their values until a position behind them is committed. Only
-        where programs have discarded records between them, they are a copy. Raises ValueError, and does not move, where a
-        record has another size than the dtype.
+        The rows are a read-only view of the ring: they keep their values until a position behind them is committed.
+        Only where programs have discarded records between them, they are a copy. Raises ValueError, and does not move,
+        where a record has another size than the dtype.
         """
         count = min(self.unread, limit)
         _barrier()
@@ -80,13 +82,15 @@ class Ring:
         self._consumer[0] = position
 
     def close(self) -> None:
-        """Let go of the ring. Rows that are still in use stay readable: the memory is unmapped with the last of them."""
+        """Let go of the ring. Rows still in use stay readable: the memory is unmapped with the last of them."""
         del self._consumer, self._producer, self._data
 
     def __enter__(self) -> "Ring":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

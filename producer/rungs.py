@@ -1,13 +1,17 @@
-"""The ladder of hooks: for each stream the places in the kernel where it can be taken, best first, and which this host allows.
+"""The ladder of hooks: for each stream its places in the kernel, best first, and which of them this host allows.
 
-A rung is tried with a program of two instructions before anything is compiled: the kernel's refusal costs a millisecond and
-is kept as the reason. Standard library only.
+A rung is tried with a program of two instructions before anything is compiled: the kernel's refusal costs a millisecond
+and is kept as the reason. Standard library only.
 
-fentry      x86-64 5.5, arm64 6.0. Every field but ifindex. Sees no segment that is sent without a socket of its own (the
-            RST to a closed port, the ACK in time wait).
-kprobe      As fentry, but sk_cookie is null until somebody has asked for it, and each hook costs a trap more.
-raw_tp      retransmits alone, at the kernel's own tracepoints, with BTF types (tp_btf).
-cgroup_skb  transmits alone, at the cgroup v2 root, where a segment leaves IP: the header as it is on the wire, all kinds.
+fentry      BTF types; x86-64 Linux 5.5, arm64 6.0. Sees TCP's own calls: no segment that is sent without a socket of
+            its own (the reset of a closed port, the acknowledgement in time wait), and none of the flags ECE and CWR.
+kprobe      As fentry, but sk_cookie is null until somebody has asked for it, and each hook costs a trap more. A run is
+            skipped while any other kprobe program runs on the CPU, and Linux before 6.7 does not count that.
+raw_tp      Retransmits alone, at the kernel's own tracepoints, with BTF types (tp_btf). Before Linux 6.17 they tell
+            nothing of a retransmission that failed in the sending host, though the kernel counts it.
+cgroup_skb  Transmits alone, where a segment leaves IP, for the sockets below the cgroup v2 root: the header as it is on
+            the wire. Sees no SYN-ACK of SYN cookies, no acknowledgement in time wait (they have no socket there), and
+            nothing that IPsec has encrypted.
 """
 
 import os
@@ -143,7 +147,9 @@ def refusal(rung: Rung, btf: Btf, cgroup_root: Path | None) -> str | None:
     return None
 
 
-def choose(stream: str, allowed: Iterable[str], btf: Btf, cgroup_root: Path | None) -> tuple[Rung | None, list[Refusal]]:
+def choose(
+    stream: str, allowed: Iterable[str], btf: Btf, cgroup_root: Path | None
+) -> tuple[Rung | None, list[Refusal]]:
     """Return the best rung of `stream` among `allowed` that the host allows, and why the better ones were refused."""
     refusals = []
     wanted = set(allowed)

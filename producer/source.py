@@ -1,7 +1,8 @@
-"""The C that one host compiles: the files of bpf/ joined, with the running kernel's layouts and the chosen rungs. Pure text.
+"""The C that one host compiles: the files of bpf/ joined, with the running kernel's layouts and the chosen rungs. Pure
+text.
 
-bcc rewrites map accesses in its main file only, so that the local headers cannot stay `#include`s: they are put in place, with
-#line, so that a compiler's message names the file that a reader knows. Standard library only.
+bcc rewrites map accesses in its main file only, so that the local headers cannot stay `#include`s: they are put in
+place, with #line, so that a compiler's message names the file that a reader knows. Standard library only.
 """
 
 import re
@@ -11,7 +12,8 @@ from pathlib import Path
 from producer.btf import FUNC, TYPEDEF, Btf, kernel_header, missing
 from producer.errors import UnavailableError
 
-# What the programs read, by the struct that a pointer to it has in the verifier's eyes. A path may reach into nested structs.
+# What the programs read, by the struct that a pointer to it has in the verifier's eyes. A path may reach into nested
+# structs.
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "net": ("ns.inum as ns_inum",),
     "sock_common": ("skc_family", "skc_num", "skc_dport", "skc_daddr", "skc_rcv_saddr"),
@@ -61,8 +63,14 @@ WANTED = {
     struct: REQUIRED.get(struct, ()) + OPTIONAL.get(struct, ()) for struct in dict.fromkeys([*REQUIRED, *OPTIONAL])
 }
 
-_RUNGS = ("TRANSMIT_FENTRY", "TRANSMIT_KPROBE", "TRANSMIT_CGROUP_SKB")
-_RUNGS += ("RETRANSMIT_FENTRY", "RETRANSMIT_KPROBE", "RETRANSMIT_RAW_TP")
+_RUNGS = (
+    "TRANSMIT_FENTRY",
+    "TRANSMIT_KPROBE",
+    "TRANSMIT_CGROUP_SKB",
+    "RETRANSMIT_FENTRY",
+    "RETRANSMIT_KPROBE",
+    "RETRANSMIT_RAW_TP",
+)
 
 
 def program_text(folder: Path, btf: Btf, layout_check: str) -> str:
@@ -73,7 +81,9 @@ def program_text(folder: Path, btf: Btf, layout_check: str) -> str:
     return _inline(folder, "rebpf.bpf.c", generated)
 
 
-def macros(btf: Btf, rungs: Mapping[str, str], pages: Mapping[str, int], filters: Mapping[str, bool], hz: int) -> list[str]:
+def macros(
+    btf: Btf, rungs: Mapping[str, str], pages: Mapping[str, int], filters: Mapping[str, bool], hz: int
+) -> list[str]:
     """Return compiler flags: rung name by stream, ring sizes in pages by ring, which filters are in force."""
     chosen = {f"{stream}_{rung}".upper() for stream, rung in rungs.items()}
     tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
@@ -83,7 +93,8 @@ def macros(btf: Btf, rungs: Mapping[str, str], pages: Mapping[str, int], filters
         "PROBE_READ": int("kprobe" in rungs.values()),
         # A tracepoint's typedef has the data pointer first.
         "RETRANSMIT_TRACEPOINT_HAS_ERR": int(tracepoint is not None and btf.params(tracepoint) > 3),
-        # Who counts a SYN-ACK's retransmission in its request: the caller of tcp_rtx_synack, or since Linux 6.17 itself.
+        # Who counts a SYN-ACK's retransmission in its request: the caller of tcp_rtx_synack, or since Linux 6.17
+        # itself.
         "SYNACK_COUNTED_BY_CALLER": int(btf.find(FUNC, "inet_rtx_syn_ack") is not None),
         "HZ": hz,
         **{f"{ring.upper()}_PAGES": count for ring, count in pages.items()},

@@ -1,8 +1,9 @@
 """The bpf(2) commands that ReBPF uses itself, by ctypes: programs, links, map elements, object information.
 
-bcc compiles; loading and attaching are here, because a program attached through a link goes away with its last descriptor
-(bcc's own attach_func leaves it on the cgroup after a kill -9), and because the agent works on maps without bcc.
-Standard library only. Layouts: union bpf_attr in include/uapi/linux/bpf.h. Functions raise OSError with the kernel's errno.
+bcc compiles; loading and attaching are here, because a program attached through a link goes away with its last
+descriptor (bcc's own attach_func leaves it on the cgroup after a kill -9), and because the agent works on maps without
+bcc. Standard library only. Layouts: union bpf_attr in include/uapi/linux/bpf.h. Functions raise OSError with the
+kernel's errno.
 """
 
 import ctypes
@@ -112,7 +113,10 @@ def lookup(map_fd: int, key: bytes, size: int) -> bytes:
 
 def update(map_fd: int, key: bytes, value: bytes) -> None:
     """Insert or replace an element."""
-    key_buffer, value_buffer = ctypes.create_string_buffer(key, len(key)), ctypes.create_string_buffer(value, len(value))
+    key_buffer, value_buffer = (
+        ctypes.create_string_buffer(key, len(key)),
+        ctypes.create_string_buffer(value, len(value)),
+    )
     _bpf(_MAP_UPDATE, struct.pack("<IxxxxQQQ", map_fd, _address(key_buffer), _address(value_buffer), 0))
 
 
@@ -125,7 +129,8 @@ def program_info(program: int) -> ProgramInfo:
 
 def program_ids() -> set[int]:
     """Return the ids of all programs that are loaded in the kernel; needs CAP_SYS_ADMIN."""
-    ids, last = set(), 0
+    ids: set[int] = set()
+    last = 0
     while True:
         attr = ctypes.create_string_buffer(struct.pack("<II", last, 0), 128)
         try:
