@@ -1,12 +1,12 @@
 """An Avro encoder for records whose values come as columns: numpy arrays in, all records' bytes out.
 
-It is driven by the record's schema and gives the same bytes as fastavro. A message is written field by field for all rows at
-once: the bytes of one field of every row are computed as an array of 64-bit words, first byte lowest, and each word is stored at
-its row's own offset. What a word holds beyond its field's length is overwritten by the row's next field, or falls into the gap
-that every row has at its end.
+It is driven by the record's schema and gives the same bytes as fastavro. A message is written field by field for all
+rows at once: the bytes of one field of every row are computed as an array of 64-bit words, first byte lowest, and each
+word is stored at its row's own offset. What a word holds beyond its field's length is overwritten by the row's next
+field, or falls into the gap that every row has at its end.
 
-Integers (zig-zag varints) and booleans are computed; every other type, and every run of neighbouring fields that seldom change
-together, is a `Coded` column: fastavro encodes each distinct value once, and rows refer to it by number.
+Integers (zig-zag varints) and booleans are computed; every other type, and every run of neighbouring fields that seldom
+change together, is a `Coded` column: fastavro encodes each distinct value once, and rows refer to it by number.
 
 The format: https://avro.apache.org/docs/1.12.0/specification/#binary-encoding
 """

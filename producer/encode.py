@@ -47,8 +47,8 @@ def frame(schema_id: SchemaId) -> bytes:
 class BatchEncoder:
     """Encodes batches of one stream with a record schema.
 
-    `host_fields` are the values of fields that are the same in all events of this host. A field of the schema that no row
-    carries has its default in every message; SchemaError where it has none.
+    `host_fields` are the values of fields that are the same in all events of this host. A field of the schema that no
+    row carries has its default in every message; SchemaError where it has none.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The parts of an event that stay the same for a connection, encoded once for each connection.
 
-A row's flow (bpf/events.h, struct flow) is looked up for whole batches in an array indexed by a hash of its bytes; a row that
-the array does not answer (a new flow, or one whose place another flow took) goes through a dictionary.
+A row's flow (bpf/events.h, struct flow) is looked up for whole batches in an array indexed by a hash of its bytes; a
+row that the array does not answer (a new flow, or one whose place another flow took) goes through a dictionary.
 """
 
 import ipaddress

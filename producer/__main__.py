@@ -1,0 +1,5 @@
+"""`python -m producer` is the command `rebpf`."""
+
+from producer.cli import main
+
+main()

@@ -1,0 +1,241 @@
+"""The command `rebpf`: reads the command line, builds what it asks for, and turns errors into exit codes."""
+
+import ipaddress
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from importlib.metadata import version as distribution_version
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from producer.errors import RebpfError, UsageError
+
+# One thread is enough for what numpy does here, and its library would start one for each CPU on import.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+logger = logging.getLogger(__name__)
+
+_QUIT_NOW = 130
+
+
+class _Address(click.ParamType[Any]):
+    name = "ADDRESS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return ipaddress.ip_address(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option with its twin in the environment: --state-dir and REBPF_STATE_DIR."""
+    twin = "REBPF_" + names[0].removeprefix("--").split("/")[0].upper().replace("-", "_")
+    return click.option(*names, envvar=twin, show_envvar=True, **settings)
+
+
+_config = _option("--config", type=click.Path(path_type=Path), help="TOML file with all settings.")
+_brokers = _option("--brokers", help="Kafka brokers, HOST:PORT[,...].")
+_registry = _option("--registry", help="URL of a Confluent-compatible schema registry.")
+_state_dir = _option(
+    "--state-dir", type=click.Path(path_type=Path), help="Folder for the lock and the running producer's facts."
+)
+_json = _option("--json", "as_json", is_flag=True, help="Standard output carries JSON lines only.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@_option(
+    "--log-level",
+    default="info",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    show_default=True,
+    help="Least important lines to log.",
+)
+def rebpf(log_level: str) -> None:
+    """Stream this host's TCP segments and retransmits from the kernel to Kafka."""
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@rebpf.command()
+@_config
+@_brokers
+@_registry
+@_option("--duration", type=click.FloatRange(min=0), help="Stop after so many seconds.")
+@_option("--address", type=_Address(), multiple=True, help="Only segments from or to this address; repeatable.")
+@_option("--port", type=click.IntRange(1, 65535), multiple=True, help="Only segments from or to this port; repeatable.")
+@_state_dir
+@_json
+def run(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    duration: float | None,
+    address: tuple[Any, ...],
+    port: tuple[int, ...],
+    state_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Capture and publish until SIGINT or SIGTERM. Without brokers, on an embedded one, for trying."""
+    from producer.agent import Agent
+
+    settings = _load(config).with_values(
+        kafka__brokers=brokers,
+        registry__url=registry,
+        capture__addresses=address,
+        capture__ports=port,
+        state_dir=state_dir,
+    )
+    balances = Agent(settings).run(_stop_on_signals(), duration)
+    if as_json:
+        click.echo(json.dumps({topic: balance.as_dict() for topic, balance in balances.items()}))
+    else:
+        click.echo("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))
+
+
+@rebpf.command()
+@_config
+@_brokers
+@_registry
+@_option("--topic", multiple=True, help="Only this topic; repeatable.")
+@click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after so many events.")
+@_option("--from-beginning", is_flag=True, help="Begin with the oldest event, not with the next.")
+@_state_dir
+@_json
+def tail(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    topic: tuple[str, ...],
+    limit: int | None,
+    from_beginning: bool,
+    state_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Show events from the topics, as any consumer reads them. Without brokers, those of the producer that runs here."""
+    from producer import state
+    from producer.events import STREAMS
+    from producer.provision import topic as topic_of
+    from producer.tail import tail as tail_topics
+
+    settings = _load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+    facts: dict[str, Any] = {"brokers": settings.kafka.brokers, "registry": settings.registry.url}
+    if settings.kafka.brokers is None:
+        facts = state.running(settings.state_dir) or _usage(
+            f"no producer runs with state_dir {settings.state_dir}: give --brokers, or start `rebpf run`"
+        )
+    tail_topics(
+        facts["brokers"],
+        topic or tuple(topic_of(settings, stream) for stream in STREAMS),
+        registry=facts["registry"],
+        as_json=as_json,
+        limit=limit,
+        color=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+        from_beginning=from_beginning,
+        stop=_stop_on_signals(),
+        client_settings=settings.kafka.settings,
+    )
+
+
+@rebpf.command()
+@_option("--duration", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Seconds of traffic.")
+@_option("--loss", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Share of packets lost.")
+@_json
+def demo(duration: float, loss: float, as_json: bool) -> None:
+    """Show it all: a producer, lossy traffic between two namespaces, the live view, and the kernel's own counts beside it."""
+    from producer.demo import demo as run_demo
+
+    sys.exit(run_demo(duration_s=duration, loss=loss, as_json=as_json))
+
+
+@rebpf.command()
+@_config
+@_brokers
+@_registry
+@_option("--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions of each topic.")
+@_option("--replication", type=click.IntRange(min=1), default=1, show_default=True, help="Replicas of each partition.")
+def init(config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int) -> None:
+    """Create the topics and register the schemas: an administrator's act, done once."""
+    from producer.provision import create_topics, register_schemas
+
+    settings = _load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    if settings.kafka.brokers is None:
+        _usage("init needs --brokers")
+    for line in create_topics(settings, partitions, replication) + register_schemas(settings):
+        click.echo(line)
+
+
+@rebpf.command()
+@_config
+@_brokers
+@_registry
+@_state_dir
+@_json
+def check(
+    config: Path | None, brokers: str | None, registry: str | None, state_dir: Path | None, as_json: bool
+) -> None:
+    """Say what this host offers, and what is missing."""
+    from producer.preflight import examine
+
+    settings = _load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+    findings = examine(settings)
+    if as_json:
+        click.echo(json.dumps([finding.as_dict() for finding in findings]))
+    else:
+        for finding in findings:
+            click.echo(str(finding))
+    sys.exit(max((finding.exit_code for finding in findings), default=0))
+
+
+@rebpf.command()
+def version() -> None:
+    """Print the version."""
+    click.echo(f"rebpf {distribution_version('rebpf')}")
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    try:
+        rebpf.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(UsageError.exit_code)
+    except click.Abort:
+        sys.exit(_QUIT_NOW)
+    except RebpfError as error:
+        click.echo(f"rebpf: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def _load(path: Path | None) -> Any:
+    from producer import config
+
+    return config.load(path)
+
+
+def _usage(message: str) -> NoReturn:
+    raise UsageError(message)
+
+
+def _stop_on_signals() -> threading.Event:
+    """Return an event that SIGINT or SIGTERM sets; a second signal ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(_QUIT_NOW)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return stop

@@ -1,0 +1,186 @@
+"""The configuration: what can be set, where it comes from, and what is refused.
+
+A TOML file, then the environment and the command line, which the command line module lays over it. Each setting is a
+field of a frozen dataclass here, with its default; a key that is none of them is refused, and the nearest that there is
+is named.
+"""
+
+import dataclasses
+import difflib
+import ipaddress
+import os
+import socket
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from producer.errors import ConfigError
+from producer.events import HOOKS
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """[capture]: what is taken from the kernel, and how."""
+
+    hooks: tuple[str, ...] = HOOKS
+    """Hooks that may be used; the best that the kernel allows is."""
+    addresses: tuple[Address, ...] = ()
+    """Only segments from or to one of these addresses; none: all."""
+    ports: tuple[int, ...] = ()
+    """Only segments from or to one of these ports; none: all."""
+    transmit_ring_bytes: int = 1 << 24
+    """Size of transmit_pipe: a power of two, in bytes. A segment takes 200 bytes."""
+    retransmit_ring_bytes: int = 1 << 22
+    """Size of retransmit_pipe, likewise."""
+    drain_interval_s: float = 0.05
+    """Seconds between two readings of the rings."""
+    btf: Path | None = None
+    """BTF to read struct layouts from, where it is not /sys/kernel/btf/vmlinux."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kafka:
+    """[kafka]: where events go."""
+
+    brokers: str | None = None
+    """HOST:PORT, several separated by commas; none: the embedded broker, for trying."""
+    topic_prefix: str = ""
+    """What stands before the topics' names."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Settings of librdkafka, by its own names, passed on as they are."""
+    stop_timeout_s: float = 10.0
+    """Seconds that a stop waits for messages in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """[registry]: where schemas get their ids."""
+
+    url: str | None = None
+    """A Confluent-compatible schema registry; none: the ids 1 (transmit) and 2 (retransmit)."""
+    register: bool = False
+    """Register the schemas at start; otherwise they are looked up, and `rebpf init` registers them."""
+    timeout_s: float = 5.0
+    """Seconds for one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings."""
+
+    host: str = field(default_factory=socket.gethostname)
+    """This host's name in the events."""
+    state_dir: Path = Path("/var/lib/rebpf")
+    """Folder for what a run leaves for others to find, and for the lock that keeps a second producer out."""
+    capture: Capture = Capture()
+    kafka: Kafka = Kafka()
+    registry: Registry = Registry()
+
+    def with_values(self, **values: Any) -> "Config":
+        """Return a copy with values laid over: `kafka__brokers=...`; a value of None or () changes nothing."""
+        changed = self
+        for path, value in values.items():
+            if value is not None and value != ():
+                section, _, name = path.rpartition("__")
+                if section:
+                    inner = dataclasses.replace(getattr(changed, section), **{name: value})
+                    changed = dataclasses.replace(changed, **{section: inner})
+                else:
+                    changed = dataclasses.replace(changed, **{name: value})
+        return changed
+
+
+def load(path: Path | None) -> Config:
+    """Read a TOML file; without one, all settings have their defaults. ConfigError says what is wrong."""
+    if path is None:
+        return Config()
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        config: Config = _build(Config, table, "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return check(config)
+
+
+def check(config: Config) -> Config:
+    """Return `config`; ConfigError where values do not fit."""
+    capture = config.capture
+    for name in ("transmit_ring_bytes", "retransmit_ring_bytes"):
+        size = getattr(capture, name)
+        if size < os.sysconf("SC_PAGE_SIZE") or size & size - 1:
+            raise ConfigError(f"capture.{name}: {size} is not a power of two of at least one page")
+    for hook in capture.hooks:
+        if hook not in HOOKS:
+            raise ConfigError(f"capture.hooks: there is no hook {hook}{_nearest(hook, HOOKS)}")
+    for port in capture.ports:
+        if not 0 < port < 1 << 16:
+            raise ConfigError(f"capture.ports: {port} is no port")
+    return config
+
+
+def _build(kind: Any, table: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in table.items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {where}{key}{_nearest(key, hints)}")
+        values[key] = _value(hints[key], value, where + key)
+    return kind(**values)
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """Turn TOML's value into the field's type."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} is a table: write [{where}]")
+        return _build(kind, value, where + ".")
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: a list is wanted")
+        return tuple(_value(arguments[0], each, where) for each in value)
+    if origin is not None and issubclass(origin, Mapping):
+        return {name: _text(each, f"{where}.{name}") for name, each in value.items()}
+    if isinstance(kind, types.UnionType) and type(None) in arguments:
+        return _value(arguments[0], value, where)
+    return _scalar(kind, value, where)
+
+
+def _scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind == Address:
+        try:
+            return ipaddress.ip_address(value)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where}: {kind.__name__} is wanted, not {value!r}")
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    """librdkafka's settings are text; TOML's own numbers and booleans are as good."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise ConfigError(f"{where}: a string, a number or a boolean is wanted")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f": did you mean {close[0]}?" if close else ""

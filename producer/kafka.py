@@ -1,0 +1,254 @@
+"""The sink: encoded batches into Kafka topics, and what became of each message.
+
+A batch is handed to librdkafka as one array that points into the batch, which is kept until the last of its delivery
+reports. A message that fails for a reason that passes is sent again; any other failure is final and counted by its
+name. What librdkafka retries by itself (a broker that is away, a leader that moves) never shows here:
+message.timeout.ms is 0, no limit, because the room in the ring is the limit.
+"""
+
+import logging
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from tenacity import RetryCallState, Retrying, wait_random_exponential
+
+from producer.errors import ConfigError
+from producer.events import EncodedBatch, Topic
+from producer.rdkafka import MESSAGE, Error, Log, Producer, Reports, SocketCallback, error_name
+
+logger = logging.getLogger(__name__)
+
+REQUIRED: Mapping[str, str] = {
+    "enable.idempotence": "true",
+    "acks": "all",
+    "partitioner": "murmur2_random",
+    "message.timeout.ms": "0",
+    "allow.auto.create.topics": "false",
+    # What is in flight is bounded here; librdkafka's own bounds must not come first.
+    "queue.buffering.max.messages": "1000000",
+    "queue.buffering.max.kbytes": "2097151",
+}
+"""What delivery rests on: settings that say otherwise are refused."""
+
+DEFAULTS: Mapping[str, str] = {
+    "client.id": "rebpf",
+    "compression.codec": "lz4",
+    "linger.ms": "20",
+    "batch.num.messages": "10000",
+    "socket.keepalive.enable": "true",
+}
+EMBEDDED: Mapping[str, str] = {"test.mock.num.brokers": "1"}
+EMBEDDED_PARTITIONS = 4
+
+# The 64 bits that librdkafka carries with a message: the batch's number, and below it the row.
+_ROW_BITS = 20
+_ROW_MASK = np.uint64((1 << _ROW_BITS) - 1)
+
+# Failures of a message that another try may mend.
+_PASSING = frozenset({
+    "_MSG_TIMED_OUT", "_TRANSPORT", "_TIMED_OUT", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "_QUEUE_FULL", "_PURGE_QUEUE",
+    "_PURGE_INFLIGHT", "_FATAL", "UNKNOWN_TOPIC_OR_PART", "LEADER_NOT_AVAILABLE", "NOT_LEADER_FOR_PARTITION",
+    "REQUEST_TIMED_OUT", "BROKER_NOT_AVAILABLE", "NOT_ENOUGH_REPLICAS", "NOT_ENOUGH_REPLICAS_AFTER_APPEND",
+    "TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED", "KAFKA_STORAGE_ERROR",
+})  # fmt: skip
+_BACK_OFF = wait_random_exponential(multiplier=0.5, max=30)
+_REPEAT_TROUBLE_S = 30.0
+
+
+def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return all of the producer's librdkafka settings; without brokers, those of the embedded cluster.
+
+    Raises ConfigError where `settings` contradicts what delivery rests on.
+    """
+    for name, value in settings.items():
+        if REQUIRED.get(name, value) != value:
+            raise ConfigError(f"kafka.settings: {name} must be {REQUIRED[name]}, since delivery rests on it: remove it")
+    where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
+    return {**DEFAULTS, **settings, **REQUIRED, **where}
+
+
+@dataclass(slots=True, eq=False)
+class Outcome:
+    """What became of a stream's messages since the last poll."""
+
+    delivered: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+    """Messages given up, by the name of the error."""
+    done: list[EncodedBatch] = field(default_factory=list)
+    """Batches that have no message left in flight."""
+
+
+@dataclass(slots=True, eq=False)
+class _InFlight:
+    batch: EncodedBatch
+    open_rows: NDArray[np.bool_]
+    open: int
+
+
+class KafkaSink:
+    """Sends batches and tells what became of them. At most `most_in_flight` messages are under way.
+
+    `topics` are by the stream's name; `on_socket` is shown each of the client's sockets before it connects, from a
+    thread of librdkafka's.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, str],
+        topics: Mapping[str, Topic],
+        *,
+        most_in_flight: int = 1 << 15,
+        on_socket: Callable[[int], None] = lambda descriptor: None,
+    ) -> None:
+        self._settings = settings
+        self._topics = topics
+        self._most = most_in_flight
+        self._on_socket = on_socket
+        self._open_socket = SocketCallback(self._socket)
+        self._batches: dict[int, _InFlight] = {}
+        self._next = 0
+        self._refused: list[Reports] = []
+        self._again: dict[int, list[NDArray[np.int64]]] = {}
+        self._retry = RetryCallState(Retrying(wait=_BACK_OFF), None, (), {})
+        self._retry_at = 0.0
+        self._logged_at = -_REPEAT_TROUBLE_S
+        self.in_flight: Counter[str] = Counter()
+        """Messages under way, by stream."""
+        self.trouble: Error | None = None
+        """The client's last error, until a message is delivered."""
+
+    def open(self) -> str:
+        """Start the client and return the brokers' address. It connects in the background, and tries for ever."""
+        self._producer = Producer(self._settings, self._open_socket)
+        if "bootstrap.servers" in self._settings:
+            return self._settings["bootstrap.servers"]
+        for topic in self._topics.values():
+            self._producer.mock_topic(topic, EMBEDDED_PARTITIONS)
+        return self._producer.mock_bootstraps()
+
+    @property
+    def room(self) -> int:
+        """How many more messages may be sent now."""
+        return self._most - self.in_flight.total()
+
+    def send(self, batch: EncodedBatch) -> None:
+        """Queue a batch of at most `room` messages."""
+        number, self._next = self._next, self._next + 1
+        self._batches[number] = _InFlight(batch, np.ones(len(batch), np.bool_), len(batch))
+        self.in_flight[batch.stream.name] += len(batch)
+        self._produce(number, np.arange(len(batch)))
+
+    def poll(self) -> dict[str, Outcome]:
+        """Take the delivery reports that are there, and return what became of messages, by stream."""
+        outcomes: dict[str, Outcome] = {}
+        if self._again and time.monotonic() >= self._retry_at:
+            self._produce_again()
+        refused, self._refused = self._refused, []
+        for reports in refused:
+            self._report(reports, outcomes)
+        for event in self._producer.events(timeout_s=0):
+            if isinstance(event, Reports):
+                self._report(event, outcomes)
+            elif isinstance(event, Error):
+                self._meet(event)
+            else:
+                logger.log(_level(event), "librdkafka %s", event.text)
+        if self.trouble and self.trouble.fatal:
+            self._reopen()
+        return outcomes
+
+    def close(self) -> None:
+        """End the client; what is still in flight is given up."""
+        self._producer.close()
+
+    def _socket(self, family: int, kind: int, protocol: int, _: int | None) -> int:
+        try:
+            opened = socket.socket(family, kind, protocol)
+            self._on_socket(opened.fileno())
+        except OSError as error:
+            logger.error("kafka: no socket: %s", error)
+            return -1
+        return opened.detach()
+
+    def _produce(self, number: int, rows: NDArray[np.int64]) -> None:
+        batch = self._batches[number].batch
+        messages = np.zeros(len(rows), MESSAGE)
+        messages["payload"] = batch.starts[rows] + batch.payload.ctypes.data
+        messages["len"] = batch.lengths[rows]
+        messages["key"] = batch.key_starts[rows] + batch.keys.ctypes.data
+        messages["key_len"] = batch.key_lengths[rows]
+        messages["private"] = rows + (number << _ROW_BITS)
+        if self._producer.produce(self._topics[batch.stream.name], messages) < len(rows):
+            refused = messages[messages["err"] != 0]
+            self._refused.append(Reports(refused["err"], refused["private"]))
+
+    def _report(self, reports: Reports, outcomes: dict[str, Outcome]) -> None:
+        numbers = reports.private >> np.uint64(_ROW_BITS)
+        rows = (reports.private & _ROW_MASK).astype(np.int64)
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            stream = self._batches[number].batch.stream
+            outcome = outcomes.setdefault(stream.name, Outcome())
+            for code in np.unique(reports.err[mine]).tolist():
+                self._settle(number, rows[mine & (reports.err == code)], code, outcome)
+
+    def _settle(self, number: int, rows: NDArray[np.int64], code: int, outcome: Outcome) -> None:
+        """Note that these messages of a batch were acknowledged (code 0), must be sent again, or are lost."""
+        if code and error_name(code) in _PASSING:
+            self._schedule(number, rows, error_name(code))
+            return
+        flight = self._batches[number]
+        if code:
+            outcome.lost[error_name(code)] += len(rows)
+            topic = self._topics[flight.batch.stream.name]
+            logger.error("kafka: %d messages lost topic=%s error=%s", len(rows), topic, error_name(code))
+        else:
+            outcome.delivered += len(rows)
+            self.trouble = None
+            self._retry.attempt_number = 1
+        self.in_flight[flight.batch.stream.name] -= len(rows)
+        flight.open_rows[rows] = False
+        flight.open -= len(rows)
+        if not flight.open:
+            outcome.done.append(self._batches.pop(number).batch)
+
+    def _schedule(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+        if not self._again:
+            wait_s = _BACK_OFF(self._retry)
+            self._retry_at = time.monotonic() + wait_s
+            self._retry.attempt_number += 1
+            topic = self._topics[self._batches[number].batch.stream.name]
+            logger.warning("kafka: messages are sent again topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
+        self._again.setdefault(number, []).append(rows)
+
+    def _produce_again(self) -> None:
+        again, self._again = self._again, {}
+        for number in sorted(again):
+            self._produce(number, np.sort(np.concatenate(again[number])))
+
+    def _meet(self, error: Error) -> None:
+        now = time.monotonic()
+        if not self.trouble or self.trouble.code != error.code or now > self._logged_at + _REPEAT_TROUBLE_S:
+            self._logged_at = now
+            logger.warning("kafka: %s error=%s", error.text, error.name)
+        self.trouble = error
+
+    def _reopen(self) -> None:
+        """Replace a client that met a fatal error, and send again what was not acknowledged."""
+        logger.error("kafka: the client met a fatal error and is replaced error=%s", self.trouble and self.trouble.name)
+        self._producer.close()
+        self._producer = Producer(self._settings, self._open_socket)
+        self.trouble = None
+        self._refused, self._again = [], {}
+        for number, flight in sorted(self._batches.items()):
+            self._produce(number, np.flatnonzero(flight.open_rows))
+
+
+def _level(line: Log) -> int:
+    """From syslog's levels to Python's."""
+    return logging.ERROR if line.level <= 3 else logging.WARNING if line.level == 4 else logging.DEBUG

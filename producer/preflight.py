@@ -1,0 +1,93 @@
+"""What this host offers a producer, and what is missing: the answers of `rebpf check`."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from producer import privileges
+from producer.btf import VMLINUX, Btf
+from producer.config import Config
+from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
+from producer.events import STREAMS
+from producer.hooks import python_with_bcc
+from producer.rungs import LADDERS, cgroup2_root, refusal
+
+_BROKER_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing examined; `exit_code` is 0 unless a producer could not run because of it."""
+
+    subject: str
+    text: str
+    exit_code: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the finding as it is printed in JSON."""
+        return {"subject": self.subject, "ok": self.exit_code == 0, "text": self.text, "exit_code": self.exit_code}
+
+    def __str__(self) -> str:
+        return f"{'ok     ' if self.exit_code == 0 else 'MISSING'} {self.subject}: {self.text}"
+
+
+def examine(config: Config) -> list[Finding]:
+    """Examine this host for `config`; leaves nothing attached and nothing written."""
+    return [*_kernel(config), *_python(), *_kafka(config)]
+
+
+def _kernel(config: Config) -> Iterator[Finding]:
+    missing = privileges.missing()
+    if missing:
+        text = f"missing: {', '.join(missing)}; run as root, or grant them (systemd: AmbientCapabilities=)"
+        yield Finding("capabilities", text, PermissionDenied.exit_code)
+    else:
+        yield Finding("capabilities", "enough to load and attach BPF programs")
+    root = cgroup2_root()
+    yield Finding("cgroup v2", f"mounted at {root}" if root else "not mounted; the hook cgroup_skb needs it")
+    path = config.capture.btf or VMLINUX
+    try:
+        btf = Btf.load(path)
+    except RebpfError as error:
+        yield Finding("BTF", str(error), error.exit_code)
+        return
+    yield Finding("BTF", str(path))
+    if missing:
+        return
+    for stream, ladder in LADDERS.items():
+        reasons = {rung.name: refusal(rung, btf, root) for rung in ladder if rung.name in config.capture.hooks}
+        for hook, reason in reasons.items():
+            yield Finding(f"{stream} by {hook}", reason or "possible")
+        if all(reasons.values()):
+            yield Finding(stream, "no hook is possible on this host", HookError.exit_code)
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("Python", sys.version.split()[0])
+    try:
+        yield Finding("bcc", f"found by {python_with_bcc()}")
+    except UnavailableError as error:
+        yield Finding("bcc", str(error), error.exit_code)
+
+
+def _kafka(config: Config) -> Iterator[Finding]:
+    if config.kafka.brokers is None:
+        yield Finding("Kafka", "no brokers are configured: the embedded broker will run, for trying only")
+        return
+    client = AdminClient({**config.kafka.settings, "bootstrap.servers": config.kafka.brokers})
+    try:
+        topics = client.list_topics(timeout=_BROKER_TIMEOUT_S).topics
+    except KafkaException as error:
+        yield Finding("Kafka", f"{config.kafka.brokers}: {error.args[0].str()}", UnavailableError.exit_code)
+        return
+    yield Finding("Kafka", config.kafka.brokers)
+    for stream in STREAMS:
+        name = config.kafka.topic_prefix + stream.topic
+        if name in topics:
+            yield Finding(f"topic {name}", f"{len(topics[name].partitions)} partitions")
+        else:
+            yield Finding(f"topic {name}", "missing: run `rebpf init`", UnavailableError.exit_code)

@@ -1,0 +1,40 @@
+"""Capabilities: what the process may do, and giving it all up.
+
+Standard library only. Layouts: include/uapi/linux/capability.h.
+"""
+
+import ctypes
+import os
+import struct
+from pathlib import Path
+
+_VERSION_3 = 0x20080522
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_libc = ctypes.CDLL(None, use_errno=True)
+
+CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 21, 38, 39
+NAMES = {CAP_NET_ADMIN: "CAP_NET_ADMIN", CAP_PERFMON: "CAP_PERFMON", CAP_BPF: "CAP_BPF"}
+
+
+def effective() -> int:
+    """Return the calling thread's effective capabilities as bits."""
+    lines = Path("/proc/thread-self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("CapEff:")).split()[1], 16)
+
+
+def missing(wanted: frozenset[int] = frozenset(NAMES)) -> list[str]:
+    """Return the names of the capabilities among `wanted` that this process lacks; CAP_SYS_ADMIN stands for all of them."""
+    have = effective()
+    if have >> CAP_SYS_ADMIN & 1:
+        return []
+    return [NAMES[number] for number in sorted(wanted) if not have >> number & 1]
+
+
+def drop_all() -> None:
+    """Give up every capability of the calling thread, for good; threads that it starts later have none either."""
+    header = ctypes.create_string_buffer(struct.pack("<Ii", _VERSION_3, 0))
+    nothing = ctypes.create_string_buffer(24)
+    if _libc.capset(header, nothing) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)

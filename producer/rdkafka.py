@@ -1,0 +1,221 @@
+"""The part of librdkafka's C interface that the sink uses, through ctypes on the library inside confluent-kafka.
+
+confluent-kafka's Producer takes a Python call for each message and another for each delivery report. The C interface
+takes an array of messages, and hands delivery reports out in arrays; as numpy arrays, both cost no Python per message.
+
+Functions and structures: librdkafka's rdkafka.h and rdkafka_mock.h. Pointers are integers here.
+"""
+
+import ctypes
+from collections.abc import Iterator, Mapping
+from ctypes import CFUNCTYPE, POINTER, c_char, c_char_p, c_int, c_size_t, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import confluent_kafka  # noqa: F401  # loads the library
+import numpy as np
+from numpy.typing import NDArray
+
+from producer.errors import ConfigError, UnavailableError
+
+# struct rd_kafka_message_s
+MESSAGE = np.dtype(
+    [
+        ("err", "<i4"), ("_pad0", "<u4"), ("rkt", "<u8"), ("partition", "<i4"), ("_pad1", "<u4"), ("payload", "<u8"),
+        ("len", "<u8"), ("key", "<u8"), ("key_len", "<u8"), ("offset", "<i8"), ("private", "<u8"),
+    ]
+)  # fmt: skip
+
+EVENT_DR, EVENT_LOG, EVENT_ERROR, EVENT_STATS = 0x1, 0x4, 0x8, 0x40
+PARTITION_UA = -1
+_PRODUCER = 0
+_CONF_OK = 0
+_PURGE_QUEUE, _PURGE_INFLIGHT = 1, 2
+_ERROR_BYTES = 512
+
+SocketCallback = CFUNCTYPE(c_int, c_int, c_int, c_int, c_void_p)
+"""int (domain, type, protocol, opaque): opens a socket and returns its descriptor. Called by librdkafka's threads."""
+
+
+def _library() -> ctypes.CDLL:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        path = next((line.split(maxsplit=5)[5].strip() for line in maps if "librdkafka" in line), None)
+    if path is None:
+        raise UnavailableError("confluent-kafka does not use a shared librdkafka here: install its wheel from PyPI")
+    return ctypes.CDLL(path)
+
+
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    text = (c_char_p, c_size_t)
+    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "conf_new": (c_void_p, ()),
+        "conf_set": (c_int, (c_void_p, c_char_p, c_char_p, *text)),
+        "conf_set_events": (None, (c_void_p, c_int)),
+        "conf_set_socket_cb": (None, (c_void_p, SocketCallback)),
+        "conf_destroy": (None, (c_void_p,)),
+        "new": (c_void_p, (c_int, c_void_p, *text)),
+        "topic_new": (c_void_p, (c_void_p, c_char_p, c_void_p)),
+        "topic_destroy": (None, (c_void_p,)),
+        "produce_batch": (c_int, (c_void_p, c_int, c_int, c_void_p, c_int)),
+        "queue_get_main": (c_void_p, (c_void_p,)),
+        "queue_destroy": (None, (c_void_p,)),
+        "queue_poll": (c_void_p, (c_void_p, c_int)),
+        "set_log_queue": (c_int, (c_void_p, c_void_p)),
+        "event_type": (c_int, (c_void_p,)),
+        "event_message_count": (c_size_t, (c_void_p,)),
+        "event_message_array": (c_size_t, (c_void_p, c_void_p, c_size_t)),
+        "event_error": (c_int, (c_void_p,)),
+        "event_error_string": (c_char_p, (c_void_p,)),
+        "event_error_is_fatal": (c_int, (c_void_p,)),
+        "event_log": (c_int, (c_void_p, POINTER(c_char_p), POINTER(c_char_p), POINTER(c_int))),
+        "event_destroy": (None, (c_void_p,)),
+        "err2name": (c_char_p, (c_int,)),
+        "purge": (c_int, (c_void_p, c_int)),
+        "destroy": (None, (c_void_p,)),
+        "handle_mock_cluster": (c_void_p, (c_void_p,)),
+        "mock_cluster_bootstraps": (c_char_p, (c_void_p,)),
+        "mock_topic_create": (c_int, (c_void_p, c_char_p, c_int, c_int)),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, f"rd_kafka_{name}")
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+_lib = _declare(_library())
+
+
+def error_name(code: int) -> str:
+    """Return librdkafka's name of an error code: MSG_SIZE_TOO_LARGE; its own codes begin with an underscore."""
+    return str(_lib.rd_kafka_err2name(code).decode())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reports:
+    """Delivery reports of some messages of one topic: `err` int32 (0: acknowledged) and `private` uint64, shape (n,)."""
+
+    err: NDArray[np.int32]
+    private: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """A trouble of the client that belongs to no message: a broker that is down, refused credentials."""
+
+    code: int
+    text: str
+    fatal: bool
+
+    @property
+    def name(self) -> str:
+        """librdkafka's name of the code."""
+        return error_name(self.code)
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A line of librdkafka's log; `level` is syslog's, 3 is an error and 7 debug."""
+
+    level: int
+    text: str
+
+
+Event = Reports | Error | Log
+
+
+class Producer:
+    """A librdkafka producer. Raises ConfigError for settings that librdkafka refuses.
+
+    `open_socket` opens each socket that the client connects with, and returns its descriptor. Messages are not copied:
+    the arrays that they lie in must stay until their delivery reports are there.
+    """
+
+    def __init__(self, settings: Mapping[str, str], open_socket: "ctypes._FuncPointer | None" = None) -> None:
+        text = ctypes.create_string_buffer(_ERROR_BYTES)
+        conf = _lib.rd_kafka_conf_new()
+        for name, value in {**settings, "log.queue": "true"}.items():
+            if _lib.rd_kafka_conf_set(conf, name.encode(), value.encode(), text, len(text)) != _CONF_OK:
+                _lib.rd_kafka_conf_destroy(conf)
+                raise ConfigError(f"kafka setting {name}: {text.value.decode()}")
+        _lib.rd_kafka_conf_set_events(conf, EVENT_DR | EVENT_LOG | EVENT_ERROR)
+        if open_socket is not None:
+            _lib.rd_kafka_conf_set_socket_cb(conf, open_socket)
+        self._open_socket = open_socket  # the library calls it as long as the producer lives
+        self._handle = _lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
+        if not self._handle:
+            _lib.rd_kafka_conf_destroy(conf)
+            raise ConfigError(f"kafka settings: {text.value.decode()}")
+        _lib.rd_kafka_set_log_queue(self._handle, None)
+        self._queue = _lib.rd_kafka_queue_get_main(self._handle)
+        self._topics: dict[str, int] = {}
+
+    def mock_bootstraps(self) -> str:
+        """Return the address of the mock cluster that the setting test.mock.num.brokers started in this process."""
+        return str(_lib.rd_kafka_mock_cluster_bootstraps(_lib.rd_kafka_handle_mock_cluster(self._handle)).decode())
+
+    def mock_topic(self, topic: str, partitions: int) -> None:
+        """Create a topic in the mock cluster."""
+        _lib.rd_kafka_mock_topic_create(_lib.rd_kafka_handle_mock_cluster(self._handle), topic.encode(), partitions, 1)
+
+    def produce(self, topic: str, messages: NDArray[np.void]) -> int:
+        """Queue messages, a C-contiguous array of MESSAGE; return how many were taken: `err` of the others is set."""
+        if topic not in self._topics:
+            self._topics[topic] = _lib.rd_kafka_topic_new(self._handle, topic.encode(), None)
+        return int(
+            _lib.rd_kafka_produce_batch(self._topics[topic], PARTITION_UA, 0, messages.ctypes.data, len(messages))
+        )
+
+    def events(self, timeout_s: float) -> Iterator[Event]:
+        """Yield what has happened; wait up to `timeout_s` for the first."""
+        event = _lib.rd_kafka_queue_poll(self._queue, int(timeout_s * 1000))
+        while event:
+            kind = _lib.rd_kafka_event_type(event)
+            try:
+                if kind == EVENT_DR:
+                    yield _reports(event)
+                elif kind == EVENT_ERROR:
+                    yield _error(event)
+                elif kind == EVENT_LOG:
+                    yield _log(event)
+            finally:
+                _lib.rd_kafka_event_destroy(event)
+            event = _lib.rd_kafka_queue_poll(self._queue, 0)
+
+    def close(self) -> None:
+        """Give up what is queued or under way, and end the client."""
+        _lib.rd_kafka_purge(self._handle, _PURGE_QUEUE | _PURGE_INFLIGHT)
+        for _ in self.events(0.1):
+            pass
+        for topic in self._topics.values():
+            _lib.rd_kafka_topic_destroy(topic)
+        _lib.rd_kafka_queue_destroy(self._queue)
+        _lib.rd_kafka_destroy(self._handle)
+
+
+# All of the address space as numbers of 8 bytes: librdkafka hands out delivery reports as pointers, and no Python call
+# for each of them reads what they point to. Only the places that are asked for are touched. Address 8 has index 0.
+_MEMORY = np.ctypeslib.as_array((c_char * ((1 << 48) - 8)).from_address(8)).view(np.uint64)
+_ERR_WORD, _PRIVATE_WORD = 0, MESSAGE.itemsize // 8 - 1
+
+
+def _reports(event: int) -> Reports:
+    count = _lib.rd_kafka_event_message_count(event)
+    at = np.empty(count, np.uint64)
+    _lib.rd_kafka_event_message_array(event, at.ctypes.data, count)
+    word = (at >> np.uint64(3)).astype(np.int64) - 1
+    err = _MEMORY.take(word + _ERR_WORD).astype(np.uint32).view(np.int32)
+    return Reports(err, _MEMORY.take(word + _PRIVATE_WORD))
+
+
+def _error(event: int) -> Error:
+    return Error(
+        _lib.rd_kafka_event_error(event),
+        (_lib.rd_kafka_event_error_string(event) or b"").decode(errors="replace"),
+        bool(_lib.rd_kafka_event_error_is_fatal(event)),
+    )
+
+
+def _log(event: int) -> Log:
+    facility, text, level = c_char_p(), c_char_p(), c_int()
+    _lib.rd_kafka_event_log(event, ctypes.byref(facility), ctypes.byref(text), ctypes.byref(level))
+    return Log(level.value, f"{(facility.value or b'').decode()}: {(text.value or b'').decode(errors='replace')}")

@@ -1,0 +1,111 @@
+"""Schema ids from a Confluent-compatible registry, and from a file of what it answered before when it does not answer
+now.
+
+The value schema of a topic stands under the subject `<topic>-value`. The cache (`schema_ids.json` in the state folder)
+is keyed by registry, subject and the schema's own text, so that an id is never used for another schema than the one it
+was given for.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
+from confluent_kafka.schema_registry.error import SchemaRegistryError
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from producer.config import Registry
+from producer.errors import SchemaError, UnavailableError
+from producer.events import SchemaId, Topic
+
+logger = logging.getLogger(__name__)
+
+AvroSchema = Mapping[str, Any]
+
+_ATTEMPTS = 4
+_INCOMPATIBLE, _NOT_FOUND = 409, 404
+
+
+class SchemaIds:
+    """Finds the ids of topics' schemas at the registry of `settings`, or in the file `cache`."""
+
+    def __init__(self, settings: Registry, cache: Path | None) -> None:
+        # The client has no timeout of its own, and its own retries are not seen.
+        self._client = SchemaRegistryClient({"url": settings.url, "timeout": settings.timeout_s, "max.retries": 0})
+        self._settings = settings
+        self._cache = cache
+
+    def find(self, schemas: Mapping[Topic, AvroSchema]) -> dict[Topic, SchemaId]:
+        """Return each topic's schema id.
+
+        Raises SchemaError where the registry does not have a schema, or refuses it; UnavailableError where it does not
+        answer and the cache does not know.
+        """
+        call = self.register if self._settings.register else self._look_up
+        try:
+            ids = {topic: call(topic, schema) for topic, schema in schemas.items()}
+        except UnavailableError as error:
+            cached = self._read_cache()
+            keys = {topic: self._cache_key(topic, schema) for topic, schema in schemas.items()}
+            if not cached.keys() >= set(keys.values()):
+                raise
+            logger.warning("registry: %s; its earlier answers are used", error)
+            return {topic: cached[key] for topic, key in keys.items()}
+        if self._cache:
+            answers = {self._cache_key(topic, schemas[topic]): number for topic, number in ids.items()}
+            self._cache.write_text(json.dumps(answers))
+        return ids
+
+    def register(self, topic: Topic, schema: AvroSchema) -> SchemaId:
+        """Register a topic's schema, which may be there already, and return its id."""
+        return self._ask(topic, lambda: self._client.register_schema(_subject(topic), _registered(schema)))
+
+    def _look_up(self, topic: Topic, schema: AvroSchema) -> SchemaId:
+        return self._ask(topic, lambda: self._client.lookup_schema(_subject(topic), _registered(schema)).schema_id)
+
+    def _ask(self, topic: Topic, call: Callable[[], int | None]) -> SchemaId:
+        retrying = Retrying(
+            retry=retry_if_exception_type(UnavailableError),
+            wait=wait_random_exponential(multiplier=0.3, max=5),
+            stop=stop_after_attempt(_ATTEMPTS),
+            reraise=True,
+        )
+        return SchemaId(retrying(self._translated, topic, call) or 0)
+
+    def _translated(self, topic: Topic, call: Callable[[], int | None]) -> int | None:
+        """Call the registry, its errors made ours."""
+        url = self._settings.url
+        try:
+            return call()
+        except SchemaRegistryError as error:
+            if error.http_status_code == _INCOMPATIBLE:
+                raise SchemaError(f"registry {url}: {_subject(topic)} has an incompatible schema: {error}") from error
+            if error.http_status_code == _NOT_FOUND:
+                raise SchemaError(
+                    f"registry {url} does not have {_subject(topic)} in this version: run `rebpf init`"
+                ) from error
+            raise UnavailableError(f"registry {url}: {error}") from error
+        except Exception as error:  # of the client's HTTP library, whose name differs with the client's version
+            raise UnavailableError(f"registry {url} does not answer: {error}") from error
+
+    def _cache_key(self, topic: Topic, schema: AvroSchema) -> str:
+        digest = hashlib.sha256(json.dumps(schema).encode()).hexdigest()
+        return f"{self._settings.url} {_subject(topic)} {digest}"
+
+    def _read_cache(self) -> dict[str, SchemaId]:
+        try:
+            cached: dict[str, SchemaId] = json.loads(self._cache.read_text()) if self._cache else {}
+        except (OSError, ValueError):
+            return {}
+        return cached
+
+
+def _subject(topic: Topic) -> str:
+    return f"{topic}-value"
+
+
+def _registered(schema: AvroSchema) -> Schema:
+    return Schema(json.dumps(schema), "AVRO")

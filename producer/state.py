@@ -1,0 +1,71 @@
+"""The state folder: who runs here, for others to find, and the lock that keeps a second producer out.
+
+agent.json   {"pid": ..., "brokers": "HOST:PORT", ...}: written when the producer is ready, removed when it stops. A
+producer that
+             was killed leaves it behind; it counts only while its lock is held.
+lock         locked (flock) while a producer runs; the kernel lets go of it however the producer ends.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from producer.errors import BusyError, ConfigError
+
+
+class StateFolder:
+    """The folder at `path`, made if need be (mode 0700), and locked while this object is entered.
+
+    Entering raises BusyError where another producer holds the lock, ConfigError where the folder cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._agent = path / "agent.json"
+
+    def publish(self, facts: dict[str, Any]) -> None:
+        """Write agent.json, whole or not at all."""
+        fresh = self._agent.with_suffix(".new")
+        fresh.write_text(json.dumps({"pid": os.getpid(), **facts}))
+        fresh.replace(self._agent)
+
+    def __enter__(self) -> "StateFolder":
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"state_dir {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            pid = (running(self.path) or {}).get("pid", "not ready yet")
+            raise BusyError(f"another producer runs with state_dir {self.path}: pid {pid}") from error
+        self._agent.unlink(missing_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._agent.unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+def running(path: Path) -> dict[str, Any] | None:
+    """Return what the producer that runs with this state folder has published; None where none is ready."""
+    try:
+        with open(path / "lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except BlockingIOError:
+        pass
+    except OSError:
+        return None
+    try:
+        facts: dict[str, Any] = json.loads((path / "agent.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return facts
