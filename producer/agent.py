@@ -1,4 +1,4 @@
-"""The producer as a whole: builds the parts from a configuration, runs them until it is told to stop, and gives the account."""
+"""The producer as a whole: builds the parts, runs them until it is told to stop, and gives the account."""
 
 import logging
 import threading

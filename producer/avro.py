@@ -92,7 +92,7 @@ Column = Ints | Coded
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Records in one buffer: record i is `buffer[starts[i]:][:lengths[i]]`; the bytes between records have no meaning."""
+    """Records in one buffer: record i is `buffer[starts[i]:][:lengths[i]]`; bytes between records mean nothing."""
 
     buffer: Bytes
     starts: NDArray[np.int64]
@@ -139,7 +139,7 @@ class Encoder:
         return next(step for step in self._steps if step.group == group)
 
     def value(self, group: Group, values: Mapping[str, Any]) -> bytes:
-        """Encode one value of a group of fields, for a Coded column's table; a field that is not in `values` has its default."""
+        """Encode one value of a group, for a Coded column's table; a field that is not in `values` has its default."""
         names = group.split(",")
         schema = {"type": "record", "name": "group", "fields": [self._fields[name] for name in names]}
         out = io.BytesIO()
@@ -186,7 +186,7 @@ def _kind(field: Mapping[str, Any]) -> tuple[str, bool]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """The bytes of one column: of each row's chunk the first `lengths` (a number where all are alike), at most `width`."""
+    """The bytes of one column: of each row's chunk the first `lengths` (a number if all are alike), at most `width`."""
 
     chunks: NDArray[Any]
     lengths: NDArray[np.int64] | int

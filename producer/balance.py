@@ -40,5 +40,5 @@ class Balance:
 
     def __str__(self) -> str:
         losses = ",".join(f"{reason}:{count}" for reason, count in self.lost.items()) or "0"
-        return f"passed={self.passed} delivered={self.delivered} spooled={self.spooled} in_flight={self.in_flight}
-        lost={losses}"
+        counts = f"passed={self.passed} delivered={self.delivered} spooled={self.spooled} in_flight={self.in_flight}"
+        return f"{counts} lost={losses}"

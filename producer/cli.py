@@ -121,7 +121,7 @@ def tail(
     state_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Show events from the topics, as any consumer reads them. Without brokers, those of the producer that runs here."""
+    """Show events from the topics, as any consumer reads them. Without brokers: of the producer that runs here."""
     from producer import state
     from producer.events import STREAMS
     from producer.provision import topic as topic_of
@@ -151,7 +151,7 @@ def tail(
 @_option("--loss", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Share of packets lost.")
 @_json
 def demo(duration: float, loss: float, as_json: bool) -> None:
-    """Show it all: a producer, lossy traffic between two namespaces, the live view, and the kernel's own counts beside it."""
+    """Show it all: a producer, lossy traffic between two namespaces, the live view, and the kernel's own counts."""
     from producer.demo import demo as run_demo
 
     sys.exit(run_demo(duration_s=duration, loss=loss, as_json=as_json))

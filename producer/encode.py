@@ -1,4 +1,4 @@
-"""From rows of a ring to Kafka messages: which column of the rows, or constant of the host, fills which field of the schema."""
+"""From rows of a ring to Kafka messages: which column, or constant of the host, fills which field of the schema."""
 
 import json
 import struct
@@ -40,7 +40,7 @@ def load_schema(stream: Stream) -> dict[str, Any]:
 
 
 def frame(schema_id: SchemaId) -> bytes:
-    """Return what Confluent's wire format puts before an Avro body: a zero and the schema's id, 4 bytes, big end first."""
+    """Return what Confluent's wire format puts before an Avro body: a zero, and the schema's id in 4 bytes."""
     return struct.pack(">bI", 0, schema_id)
 
 

@@ -104,7 +104,7 @@ class Path:
 
 
 class Pipeline:
-    """Moves events of all `paths` to `sink`. `utc_offset_ns` returns what the monotonic clock lacks to UTC since 1970."""
+    """Moves events of all `paths` to `sink`; `utc_offset_ns` returns what the monotonic clock lacks to UTC."""
 
     def __init__(self, paths: Sequence[Path], sink: Sink, utc_offset_ns: Callable[[], int]) -> None:
         self._paths = {path.stream.name: path for path in paths}
@@ -112,7 +112,7 @@ class Pipeline:
         self._utc_offset_ns = utc_offset_ns
 
     def step(self) -> bool:
-        """Send what the rings hold and take account of delivery reports. Return whether a whole batch was sent: more may wait."""
+        """Send what the rings hold, and take account of delivery reports. Return whether more is likely to wait."""
         more = False
         for path in self._paths.values():
             batch = path.next_batch(self._sink.room)

@@ -23,7 +23,7 @@ def effective() -> int:
 
 
 def missing(wanted: frozenset[int] = frozenset(NAMES)) -> list[str]:
-    """Return the names of the capabilities among `wanted` that this process lacks; CAP_SYS_ADMIN stands for all of them."""
+    """Return the names of the `wanted` capabilities that this process lacks; CAP_SYS_ADMIN stands for all of them."""
     have = effective()
     if have >> CAP_SYS_ADMIN & 1:
         return []

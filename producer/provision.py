@@ -1,7 +1,8 @@
 """What an administrator does once: the topics created, the schemas registered."""
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from producer.config import Config
@@ -20,7 +21,7 @@ def topic(config: Config, stream: Stream) -> Topic:
 
 
 def create_topics(config: Config, partitions: int, replication: int) -> list[str]:
-    """Create the topics; return a line about each. A topic that exists is left as it is. UnavailableError says what failed."""
+    """Create the topics that do not exist; return a line about each. UnavailableError says what failed."""
     client = AdminClient({**config.kafka.settings, "bootstrap.servers": config.kafka.brokers or ""})
     retrying = Retrying(
         retry=retry_if_exception(_may_pass),

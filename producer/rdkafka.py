@@ -92,7 +92,7 @@ def error_name(code: int) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reports:
-    """Delivery reports of some messages of one topic: `err` int32 (0: acknowledged) and `private` uint64, shape (n,)."""
+    """Delivery reports of messages of one topic: `err` int32 (0: acknowledged) and `private` uint64, shape (n,)."""
 
     err: NDArray[np.int32]
     private: NDArray[np.uint64]
