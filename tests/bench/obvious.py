@@ -1,0 +1,122 @@
+"""The obvious way to write the producer, to be measured beside it: the same programs and the same events, but a Python callback
+(bcc's), a fastavro record and a produce() for each of them.
+
+python -m tests.bench.obvious BROKERS PORT. Says "ready" on standard error, ends on SIGTERM, prints a balance as the producer does.
+"""
+
+import ctypes
+import io
+import json
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fastavro
+import numpy as np
+from confluent_kafka import Producer
+
+from producer.agent import utc_offset_ns
+from producer.encode import frame, load_schema
+from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
+from producer.flows import address, key
+from producer.hooks import Hooks, HookSettings
+from producer.kafka import DEFAULTS
+
+sys.path.append("/usr/lib/python3/dist-packages")
+from bcc.libbcc import _RINGBUF_CB_TYPE, lib  # noqa: E402
+
+BITS = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"])}
+HOST = {"host": socket.gethostname(), "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+WAIT_MS = 50
+
+
+def flattened(dtype: np.dtype[np.void]) -> tuple[struct.Struct, list[str]]:
+    """Return what unpacks a row of the dtype, and the names of the values."""
+    assert dtype.fields is not None
+    letters, names = "", []
+    for name, (member, *_) in dtype.fields.items():
+        if member.fields is not None:
+            inner, inner_names = flattened(member)
+            letters, names = letters + inner.format[1:], names + inner_names
+        else:
+            letters += f"{member.itemsize}s" if member.subdtype else member.char
+            names.append(name)
+    return struct.Struct("<" + letters), names
+
+
+def to_record(values: dict[str, Any], offset_ns: int) -> dict[str, Any]:
+    """Return an event as the dictionary that fastavro writes."""
+    known = values["known"] | values["flow_known"]
+    record = {name: value if known & BITS.get(name, -1) else None for name, value in values.items()}
+    ts_ns = values["ts"] + offset_ns
+    record.update(HOST, ts=ts_ns // 1_000_000, ts_ns=ts_ns, cgroup="/")
+    record.update(saddr=address(values["saddr"]), daddr=address(values["daddr"]), hook=HOOKS[values["hook"]])
+    record["state"] = STATES[values["state"]]
+    if record["ca_state"] is not None:
+        record["ca_state"] = CA_STATES[values["ca_state"]]
+    if "cause" in record:
+        record["cause"] = CAUSES[values["cause"]]
+    elif record["is_retransmit"] is not None:
+        record["is_retransmit"] = bool(values["is_retransmit"])
+    return record
+
+
+def callback(stream: Stream, producer: Producer, delivered: dict[str, int]) -> Callable[[int, int, int], int]:
+    """Return the function that takes one event of a stream from its ring to Kafka."""
+    layout, names = flattened(stream.dtype)
+    schema, header = fastavro.parse_schema(load_schema(stream)), frame(stream.fixed_schema_id)
+
+    def count(error: Any, message: Any) -> None:
+        if error is None:
+            delivered[stream.topic] += 1
+
+    def on_event(context: int, data: int, size: int) -> int:
+        row = (ctypes.c_char * size).from_address(data)
+        record = to_record(dict(zip(names, layout.unpack_from(row), strict=True)), utc_offset_ns())
+        out = io.BytesIO(header)
+        out.seek(len(header))
+        fastavro.schemaless_writer(out, schema, record)
+        while True:
+            try:
+                producer.produce(stream.topic, out.getvalue(), key(record), on_delivery=count)
+                return 0
+            except BufferError:
+                producer.poll(0.1)
+
+    return on_event
+
+
+def main(brokers: str, port: int) -> None:
+    """Run until SIGTERM."""
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    settings = {**DEFAULTS, "enable.idempotence": True, "acks": "all", "bootstrap.servers": brokers}
+    producer = Producer(settings)
+    delivered = {stream.topic: 0 for stream in STREAMS}
+    with Hooks(HookSettings(ports=(port,))) as hooks:
+        hooks.load()
+        callbacks = [_RINGBUF_CB_TYPE(callback(stream, producer, delivered)) for stream in STREAMS]
+        manager = None
+        for stream, each in zip(STREAMS, callbacks, strict=True):
+            descriptor = hooks._maps[stream.ring]
+            if manager is None:
+                manager = lib.bpf_new_ringbuf(descriptor, each, None)
+            else:
+                lib.bpf_add_ringbuf(manager, descriptor, each, None)
+        hooks.attach()
+        print("ready", file=sys.stderr, flush=True)
+        while not stopped:
+            lib.bpf_consume_ringbuf(manager)
+            producer.poll(WAIT_MS / 1000)
+        lib.bpf_consume_ringbuf(manager)
+        producer.flush(30)
+        passed = {stream.topic: hooks.counters(stream).passed for stream in STREAMS}
+    print(json.dumps({topic: {"passed": passed[topic], "delivered": delivered[topic]} for topic in delivered}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
