@@ -38,7 +38,7 @@ class Capture:
     """Size of transmit_pipe: a power of two, in bytes. A segment takes 200 bytes."""
     retransmit_ring_bytes: int = 1 << 22
     """Size of retransmit_pipe, likewise."""
-    drain_interval_s: float = 0.05
+    drain_interval_s: float = 0.1
     """Seconds between two readings of the rings."""
     btf: Path | None = None
     """BTF to read struct layouts from, where it is not /sys/kernel/btf/vmlinux."""
