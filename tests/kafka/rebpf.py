@@ -1,0 +1,123 @@
+"""The command `rebpf` as a child process, as a user runs it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+DEADLINE_S = 60.0
+_READY = re.compile(r" ready brokers=(\S+)")
+
+
+def wait_until(what: str, condition: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
+    """Return the condition's first value that is true."""
+    end = time.monotonic() + deadline_s
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {deadline_s:.0f} s: {what}")
+        time.sleep(0.02)
+    return value
+
+
+def command(*arguments: object) -> list[str]:
+    """Return the command line of `rebpf ARGUMENTS`."""
+    return [sys.executable, "-m", "producer", *map(str, arguments)]
+
+
+def rebpf(*arguments: object, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ, **(env or {})}
+    )
+
+
+class Run:
+    """`rebpf run --json` with its state in `folder`/state; `config` is the text of its configuration file."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        config: str = "",
+        env: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.state_dir = folder / "state"
+        self.config = folder / "rebpf.toml"
+        self.config.write_text(config)
+        self._out, self._err = folder / "out", folder / "err"
+        # It dies with the tests, however they end.
+        run = ["setpriv", "--pdeathsig", "KILL", *before]
+        run += command("run", "--json", "--config", self.config, "--state-dir", self.state_dir, *arguments)
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                run, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(env or {})}
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What it wrote to standard error so far."""
+        return self._err.read_text()
+
+    @property
+    def output(self) -> str:
+        """What it wrote to standard output so far."""
+        return self._out.read_text()
+
+    def wait_for(self, pattern: str | re.Pattern[str], deadline_s: float = DEADLINE_S) -> "re.Match[str]":
+        """Wait until the log has it."""
+
+        def look() -> "re.Match[str] | None":
+            ended = self._process.poll()  # before the log is read, so that nothing is written behind it
+            found = re.search(pattern, self.log)
+            if not found and ended is not None:
+                raise RuntimeError(f"rebpf run ended with {ended}:\n{self.log}")
+            return found
+
+        match: re.Match[str] = wait_until(f"{pattern} in the log", look, deadline_s)
+        return match
+
+    def ready(self) -> str:
+        """Wait until it captures; return the brokers' address."""
+        return self.wait_for(_READY)[1]
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, deadline_s: float = DEADLINE_S) -> int:
+        """Wait for its end and return the exit code."""
+        return self._process.wait(deadline_s)
+
+    def finish(self, number: signal.Signals | None = signal.SIGTERM) -> dict[str, Any]:
+        """Stop it, which must succeed, and return the balance."""
+        if number is not None:
+            self.send(number)
+        code = self.wait()
+        if code:
+            raise RuntimeError(f"rebpf run ended with {code}:\n{self.log}")
+        balance: dict[str, Any] = json.loads(self.output.splitlines()[-1])
+        return balance
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self.kill()

@@ -1,0 +1,125 @@
+"""`rebpf run` against a real Kafka: every segment once, whatever happens to the broker, and nothing of its own."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kafka import topics
+from tests.kafka.rebpf import Run, rebpf
+from tests.kafka.topics import RETRANSMIT, TRANSMIT
+from tests.kafka.traffic import Echo, captured, exchange
+from tests.servers.kafka import KafkaServer
+
+pytestmark = [pytest.mark.root, pytest.mark.real_kafka]
+
+CONNECTIONS = 1009
+PARTITIONS = 6
+FIN, SYN, ACK = 1, 2, 16
+
+
+def init(run_config: str, tmp_path, kafka: KafkaServer) -> None:
+    config = tmp_path / "init.toml"
+    config.write_text(run_config)
+    done = rebpf("init", "--config", config, "--brokers", kafka.bootstrap, "--partitions", PARTITIONS)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def echo() -> Iterator[Echo]:
+    with Echo() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def outcome(kafka, tmp_path_factory):
+    """1,009 connections of 10 segments of data each."""
+    tmp_path = tmp_path_factory.mktemp("many")
+    config = '[kafka]\ntopic_prefix = "many."\n'
+    init(config, tmp_path, kafka)
+    with Echo() as echo, captured(echo.port) as segments:
+        arguments = ["--brokers", kafka.bootstrap, "--port", echo.port]
+        with Run(tmp_path, *arguments, config=config) as run:
+            assert run.ready() == kafka.bootstrap
+            sent = exchange(echo.port, CONNECTIONS)
+            balance = run.finish()
+    events = {topic: topics.read(kafka.bootstrap, topic, "many.") for topic in (TRANSMIT, RETRANSMIT)}
+    return sent, segments, balance, events
+
+
+def test_the_topic_has_each_segment_of_an_independent_capture_once(outcome):
+    _, segments, _, events = outcome
+    assert segments.total() > 16 * CONNECTIONS  # handshake and end: 6
+    assert Counter(map(topics.segment, events[TRANSMIT])) == segments
+    topics.assert_none_twice(events[TRANSMIT])
+
+
+def test_payload_and_flags_are_those_that_the_sender_knows(outcome):
+    sent, _, _, events = outcome
+    payload, syns, fins = defaultdict(dict), defaultdict(set), defaultdict(set)
+    for event in events[TRANSMIT]:
+        segment = topics.segment(event)
+        flow, flags = segment[:4], segment.tcp_flags
+        payload[flow][segment.seq] = segment.payload_len  # by seq: a retransmission counts once
+        if flags & SYN:
+            syns[flow].add((segment.seq, bool(flags & ACK)))
+        if flags & FIN:
+            fins[flow].add(event.record["end_seq"])
+
+    assert {flow: sum(sizes.values()) for flow, sizes in payload.items()} == {each[:4]: each[4] for each in sent}
+    client_side = {each[:4] for each in sent[::2]}
+    assert {flow: [from_server for _, from_server in seen] for flow, seen in syns.items()} == {
+        each[:4]: [each[:4] not in client_side] for each in sent
+    }
+    assert {flow: len(seen) for flow, seen in fins.items()} == {each[:4]: 1 for each in sent}
+
+
+def test_passed_is_what_was_delivered_and_what_the_topics_hold(outcome):
+    _, _, balance, events = outcome
+    for topic in (TRANSMIT, RETRANSMIT):
+        topics.assert_complete(balance[f"many.{topic}"], events[topic])
+
+
+def test_without_a_registry_the_ids_in_the_frames_are_the_documented_ones(outcome):
+    *_, events = outcome
+    for topic in (TRANSMIT, RETRANSMIT):
+        assert {event.schema_id for event in events[topic]} <= {topics.FIXED_IDS[topic]}
+
+
+def test_the_key_is_the_flow_and_its_partition_the_java_clients(outcome):
+    *_, events = outcome
+    for event in events[TRANSMIT]:
+        record = event.record
+        form = "[{}]:{}>[{}]:{}" if ":" in record["saddr"] else "{}:{}>{}:{}"
+        key = form.format(record["saddr"], record["sport"], record["daddr"], record["dport"]).encode()
+        assert event.message.key == key
+        assert event.message.partition == topics.partition(key, PARTITIONS)
+    assert {event.message.partition for event in events[TRANSMIT]} == set(range(PARTITIONS))
+
+
+def test_a_flow_stays_in_order(outcome):
+    """By the sequence number, which the events of one direction must not step back in but by a retransmission."""
+    *_, events = outcome
+    ends: dict[bytes, int] = {}
+    for event in events[TRANSMIT]:
+        key, record = event.message.key, event.record
+        if not record["is_retransmit"]:
+            step = record["seq"] - ends.get(key, record["seq"]) & 0xFFFFFFFF
+            assert step == 0, (key, record)
+            ends[key] = record["end_seq"]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        # org.apache.kafka.common.utils.UtilsTest
+        (b"21", -973932308),
+        (b"foobar", -790332482),
+        (b"a-little-bit-long-string", -985981536),
+        (b"a-little-bit-longer-string", -1486304829),
+        (b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58897971),
+        (b"abc", 479470107),
+    ],
+)
+def test_these_tests_murmur2_is_kafkas(text, number):
+    assert topics.murmur2(text) == number & 0xFFFFFFFF

@@ -1,0 +1,72 @@
+"""What lies in the topics, read by kcat and fastavro alone, and what must always be true of it."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fastavro
+
+from tests.kafka.traffic import Segment
+from tests.servers.consume import Message, decode, kcat_messages
+
+SCHEMAS = Path(__file__).resolve().parents[2] / "schemas"
+TRANSMIT, RETRANSMIT = "tcp_transmit", "tcp_retransmit"
+FIXED_IDS = {TRANSMIT: 1, RETRANSMIT: 2}
+
+
+class Event(NamedTuple):
+    """A message, the schema id of its frame, and its record."""
+
+    message: Message
+    schema_id: int
+    record: dict[str, Any]
+
+
+def read(bootstrap: str, topic: str, prefix: str = "") -> list[Event]:
+    """Read all of the topic `prefix` + `topic`, in the order of its partitions."""
+    schema: Any = fastavro.parse_schema(json.loads((SCHEMAS / f"{topic}.avsc").read_text()))
+    messages = kcat_messages(bootstrap, prefix + topic)
+    return [Event(message, *decode(message.value or b"", schema)) for message in messages]
+
+
+def segment(event: Event) -> Segment:
+    """Return the segment that an event tells of."""
+    return Segment(*(event.record[name] for name in Segment._fields))
+
+
+def assert_none_twice(events: Sequence[Event]) -> None:
+    """Check the events' ids: each once, and no gap in what a CPU numbered."""
+    ids = Counter((event.record["boot_id"], event.record["cpu"], event.record["cpu_seq"]) for event in events)
+    assert not [each for each, count in ids.items() if count > 1]
+    last: dict[tuple[str, int], int] = {}
+    for boot_id, cpu, cpu_seq in ids:
+        last[boot_id, cpu] = max(cpu_seq, last.get((boot_id, cpu), 0))
+    assert sum(last.values()) == len(events)
+
+
+def assert_complete(balance: dict[str, Any], events: Sequence[Event]) -> None:
+    """Check a topic's balance at the end of a run that lost nothing against what is in the topic."""
+    expected = {"passed": len(events), "delivered": len(events), "spooled": 0, "in_flight": 0, "lost": {}}
+    assert balance == expected
+
+
+def partition(key: bytes, partitions: int) -> int:
+    """Return the partition that the Java client's default partitioner puts a key into."""
+    return (murmur2(key) & 0x7FFFFFFF) % partitions
+
+
+def murmur2(data: bytes) -> int:
+    """Return org.apache.kafka.common.utils.Utils.murmur2, as the unsigned number of the same 32 bits."""
+    m, mask = 0x5BD1E995, 0xFFFFFFFF
+    h = 0x9747B28C ^ len(data)
+    whole = len(data) & ~3
+    for at in range(0, whole, 4):
+        k = int.from_bytes(data[at : at + 4], "little") * m & mask
+        k = (k ^ k >> 24) * m & mask
+        h = h * m & mask ^ k
+    if rest := data[whole:]:
+        h = (h ^ int.from_bytes(rest, "little")) * m & mask
+    h = (h ^ h >> 13) * m & mask
+    return h ^ h >> 15
