@@ -1,0 +1,176 @@
+"""What the kernel tests share: the hooks under test with all that they captured, and sockets in other namespaces."""
+
+import contextlib
+import ctypes
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from producer.events import HOOKS, STREAMS, Rows, Stream
+from producer.hooks import Hooks, HookSettings
+from producer.lab import Host
+
+T = TypeVar("T")
+
+ALLOWED = tuple(os.environ.get("REBPF_TEST_HOOKS", ",".join(HOOKS)).split(","))
+"""The rungs that may be used: the tests are the same for all."""
+DEADLINE_S = 120
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def wait_for(condition: Callable[[], T | None], what: str) -> T:
+    """Return what `condition` returns as soon as that is neither None nor False."""
+    deadline = time.monotonic() + DEADLINE_S
+    while (result := condition()) is None or result is False:
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+    return result
+
+
+class Capture:
+    """Loaded and attached hooks, and the rows of their rings since then."""
+
+    def __init__(self, settings: HookSettings) -> None:
+        self.hooks = Hooks(settings)
+        self._all: dict[str, Rows] = {}
+
+    def __enter__(self) -> "Capture":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.hooks)
+            self.hooks.load()
+            self._rings = {stream.name: stack.enter_context(self.hooks.ring(stream)) for stream in STREAMS}
+            self._all = {stream.name: np.empty(0, stream.dtype) for stream in STREAMS}
+            self.hooks.attach()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def all(self, stream: Stream) -> Rows:
+        """Drain the ring and return all rows so far."""
+        ring = self._rings[stream.name]
+        while len(rows := ring.read(1 << 16)):
+            self._all[stream.name] = np.concatenate([self._all[stream.name], rows])
+            ring.commit(ring.position)
+        return self._all[stream.name]
+
+    def of_port(self, stream: Stream, port: int) -> Rows:
+        """Return the rows that have `port` on either side."""
+        rows = self.all(stream)
+        flow = rows["s"]["flow"]
+        return rows[(flow["sport"] == port) | (flow["dport"] == port)]
+
+    def wait_rows(self, stream: Stream, port: int, count: int) -> Rows:
+        """Wait for so many rows of a port, or more, and return them."""
+
+        def condition() -> Rows | None:
+            rows = self.of_port(stream, port)
+            return rows if len(rows) >= count else None
+
+        return wait_for(condition, f"{count} events of the {stream.name} stream")
+
+
+@contextlib.contextmanager
+def inside(host: Host) -> Iterator[None]:
+    """Put this thread into the network namespace of `host`: sockets that it makes belong there, also afterwards."""
+    with open("/proc/thread-self/ns/net") as own, open(f"/proc/{host.pid}/ns/net") as target:
+        _enter(target.fileno())
+        try:
+            yield
+        finally:
+            _enter(own.fileno())
+
+
+def _enter(namespace: int) -> None:
+    if _libc.setns(namespace, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+class Pair:
+    """A connection from `client` to `server`, both ends in this process."""
+
+    def __init__(self, client: Host, server: Host, address: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        mapped = address.startswith("::ffff:")
+        with inside(server):
+            bound = ("::" if mapped else address, port)
+            self._listener = socket.create_server(bound, family=family, dualstack_ipv6=mapped)
+        with inside(client):
+            self.client = socket.create_connection((address, port), timeout=DEADLINE_S)
+        self.accepted, _ = self._listener.accept()
+        for end in (self.client, self.accepted):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            end.settimeout(DEADLINE_S)
+
+    def exchange(self, count: int, size: int) -> None:
+        """Send so many segments of so many bytes, each after the other's one-byte answer."""
+        for _ in range(count):
+            self.client.sendall(bytes(size))
+            assert len(self.accepted.recv(size, socket.MSG_WAITALL)) == size
+            self.accepted.sendall(b"!")
+            assert self.client.recv(1) == b"!"
+
+    def transfer(self, size: int) -> None:
+        """Send so many bytes from client to server in one stream, at the pace of the receiver."""
+        self.client.setblocking(False)
+        sent = received = 0
+        while received < size:
+            if sent < size:
+                with contextlib.suppress(BlockingIOError):
+                    sent += self.client.send(bytes(min(size - sent, 1 << 18)))
+            received += len(self.accepted.recv(1 << 18))
+        self.client.settimeout(DEADLINE_S)
+
+    def end(self) -> None:
+        """Close in order, so that the last acknowledgement comes from a full socket and not from one in time wait."""
+        self.client.shutdown(socket.SHUT_WR)
+        assert self.accepted.recv(1) == b""
+        self.accepted.close()
+        assert self.client.recv(1) == b""
+
+    def __enter__(self) -> "Pair":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for each in (self.client, self.accepted, self._listener):
+            each.close()
+
+
+def cookie_of(end: socket.socket) -> int:
+    """Return SO_COOKIE."""
+    return int.from_bytes(end.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+
+
+@contextlib.contextmanager
+def rules(host: Host, hook: str, rule: str) -> Iterator[None]:
+    """Have one nftables rule at `hook` (prerouting, output) of a host."""
+    chain = f"chain c {{ type filter hook {hook} priority -300; {rule}; }};"
+    _nft(host, f"table inet test_{hook} {{ {chain} }}")
+    try:
+        yield
+    finally:
+        _nft(host, f"delete table inet test_{hook}")
+
+
+def _nft(host: Host, text: str) -> None:
+    subprocess.run(host.command("nft", "-f", "-"), input=text, text=True, check=True)
+
+
+def kernel_btf_with(folder: Path, renamed: dict[str, str]) -> Path:
+    """Write the running kernel's BTF with names changed to others of the same length, as if it had no such members."""
+    blob = Path("/sys/kernel/btf/vmlinux").read_bytes()
+    for name, other in renamed.items():
+        assert len(name) == len(other)
+        assert blob.count(b"\0" + name.encode() + b"\0") == 1
+        blob = blob.replace(b"\0" + name.encode() + b"\0", b"\0" + other.encode() + b"\0")
+    path = folder / "btf"
+    path.write_bytes(blob)
+    return path

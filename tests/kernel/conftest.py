@@ -1,0 +1,39 @@
+"""Hooks and namespaces that most kernel tests share: to load costs a second here and a minute in a virtual machine."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from producer.hooks import HookSettings
+from producer.lab import Lab
+from tests.kernel.capture import ALLOWED, Capture
+
+# Below the ephemeral ports: no other connection has them. Each test takes its own.
+_PORTS = tuple(range(20011, 20061))
+_unused = iter(_PORTS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("kernel tests load BPF programs and make namespaces: run them as root")
+
+
+@pytest.fixture(scope="session")
+def capture(root: None) -> Iterator[Capture]:
+    """Both streams, filtered in the kernel for the tests' ports."""
+    with Capture(HookSettings(hooks=ALLOWED, ports=_PORTS)) as capture:
+        yield capture
+
+
+@pytest.fixture(scope="session")
+def lab(root: None) -> Iterator[Lab]:
+    """Two namespaces without loss of their own."""
+    with Lab(loss=0) as lab:
+        yield lab
+
+
+@pytest.fixture
+def port() -> int:
+    return next(_unused)

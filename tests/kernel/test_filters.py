@@ -1,0 +1,100 @@
+"""Filters in the kernel: addresses and ports of either side, and the agent's own sockets."""
+
+import ipaddress
+import itertools
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from producer.events import RETRANSMITS, TRANSMITS, Rows
+from producer.hooks import HookSettings
+from producer.lab import Lab
+from tests.kernel.capture import ALLOWED, Capture, Pair, inside, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+
+def endpoints(rows: Rows) -> set[tuple[str, int, str, int]]:
+    flows = rows["s"]["flow"]
+    return {
+        (text(each["saddr"]), int(each["sport"]), text(each["daddr"]), int(each["dport"]))
+        for each in flows
+    }  # fmt: skip
+
+
+def text(address: object) -> str:
+    parsed = ipaddress.IPv6Address(bytes(address))  # type: ignore[call-overload]  # an array of 16 bytes
+    return str(parsed.ipv4_mapped or parsed)
+
+
+def test_a_flow_passes_with_a_wanted_address_and_a_wanted_port_on_any_side(lab: Lab, port: int) -> None:
+    wanted = ("127.0.0.7", "::1")
+    settings = HookSettings(
+        hooks=ALLOWED, addresses=tuple(ipaddress.ip_address(each) for each in wanted), ports=(port, port + 10_000)
+    )
+    expected = set()
+    with Capture(settings) as capture:
+        for address, number in itertools.product(("127.0.0.7", "127.0.0.1", "::1"), (port, port + 5_000)):
+            with Pair(lab.client, lab.client, address, number) as pair:
+                pair.exchange(3, 3)
+                here, there = pair.client.getsockname()[:2], pair.accepted.getsockname()[:2]
+            if address in wanted and number == port:
+                expected |= {(*here, *there), (*there, *here)}
+        # By the client's side: its port and its address.
+        with inside(lab.client), socket.create_server(("127.0.0.1", port + 5_000)):
+            socket.create_connection(("127.0.0.1", port + 5_000), source_address=("127.0.0.7", port + 10_000)).close()
+        expected |= {
+            ("127.0.0.7", port + 10_000, "127.0.0.1", port + 5_000),
+            ("127.0.0.1", port + 5_000, "127.0.0.7", port + 10_000),
+        }
+        wait_for(lambda: len(capture.all(TRANSMITS)) == capture.hooks.counters(TRANSMITS).passed, "all events")
+        assert endpoints(capture.all(TRANSMITS)) == expected
+        assert len(capture.all(RETRANSMITS)) == capture.hooks.counters(RETRANSMITS).passed == 0
+
+
+@pytest.fixture
+def broker() -> Iterator[socket.socket]:
+    """A listener in this process's own namespace, as the embedded broker is."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None:
+    port = broker.getsockname()[1]
+    with Capture(HookSettings(hooks=ALLOWED, ports=(port,), own_listeners=True)) as capture:
+        capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
+        with socket.socket() as own, socket.socket() as other:
+            capture.hooks.exclude_socket(own.fileno())
+            for client in (own, other):
+                client.connect(("127.0.0.1", port))
+                with broker.accept()[0] as accepted:
+                    client.sendall(b"question")
+                    assert accepted.recv(8)
+                    accepted.sendall(b"answer")
+                    assert client.recv(6)
+            visible = ("127.0.0.1", other.getsockname()[1], "127.0.0.1", port)
+        # Another process, which knows nothing of the agent, talks to the same port.
+        program = (
+            "import socket, sys\n"
+            "with socket.create_connection(('127.0.0.1', int(sys.argv[1]))) as s:\n"
+            "    print(s.getsockname()[1])\n"
+        )
+        command = [sys.executable, "-c", program, str(port)]
+        stranger = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        broker.accept()[0].close()
+        wait_for(lambda: len(capture.all(TRANSMITS)) == capture.hooks.counters(TRANSMITS).passed, "all events")
+        assert endpoints(capture.all(TRANSMITS)) == {visible, ("127.0.0.1", stranger, "127.0.0.1", port)}
+
+
+def test_listeners_of_others_on_the_same_port_stay_visible(broker: socket.socket, lab: Lab) -> None:
+    """The endpoint is one in the agent's network namespace: not the same address and port in another."""
+    port = broker.getsockname()[1]
+    with Capture(HookSettings(hooks=ALLOWED, ports=(port,), own_listeners=True)) as capture:
+        capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
+        with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
+            pair.exchange(1, 1)
+        rows = capture.wait_rows(TRANSMITS, port, 3)
+        assert (rows["s"]["flow"]["sport"] == port).any()

@@ -1,0 +1,224 @@
+"""Loading, attaching and the end: nothing stays behind, and what fails says why."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from producer import paths
+from producer.errors import ConfigError, HookError, UnavailableError
+from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS
+from producer.hooks import Hooks, HookSettings
+from producer.lab import Lab
+from producer.rungs import LADDERS
+from producer.sysbpf import program_ids
+from tests.kernel.capture import ALLOWED, Capture, Pair, kernel_btf_with, rules, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+
+def ids(hooks: Hooks) -> set[int]:
+    return {info.program_id for stream in STREAMS for info in hooks.program_infos(stream)}
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(FileNotFoundError):
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.fixture
+def agent() -> Iterator["subprocess.Popen[str]"]:
+    """A process that attaches, tells its programs' ids, and waits."""
+    program = (
+        "import sys\n"
+        "from producer.events import STREAMS\n"
+        "from producer.hooks import Hooks, HookSettings\n"
+        f"hooks = Hooks(HookSettings(hooks={ALLOWED!r}, ports=(1,)))\n"
+        "hooks.load()\n"
+        "hooks.attach()\n"
+        "print(*(info.program_id for stream in STREAMS for info in hooks.program_infos(stream)), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+def test_detach_ends_the_events_and_close_unloads_the_programs() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        with Hooks(HookSettings(hooks=ALLOWED, ports=(address[1],))) as hooks:
+            hooks.load()
+            assert hooks.counters(TRANSMITS).passed == 0
+            socket.create_connection(address).close()
+            assert hooks.counters(TRANSMITS).passed == 0, "loaded is not attached"
+            hooks.attach()
+            loaded = ids(hooks)
+            assert loaded <= program_ids()
+            assert len(loaded) == sum(
+                len(rung.hooks)
+                for stream, ladder in LADDERS.items()
+                for rung in ladder
+                if rung.name == hooks.rungs[stream]
+            )
+            socket.create_connection(address).close()
+            hooks.detach()
+            passed = hooks.counters(TRANSMITS).passed
+            assert passed >= 3
+            socket.create_connection(address).close()
+            assert hooks.counters(TRANSMITS).passed == passed
+            with hooks.ring(TRANSMITS) as ring:
+                assert ring.unread == passed
+    wait_for(lambda: not loaded & program_ids(), "the programs' end")
+
+
+def test_kill_leaves_nothing_attached(agent: "subprocess.Popen[str]") -> None:
+    assert agent.stdout is not None
+    loaded = {int(each) for each in agent.stdout.readline().split()}
+    assert loaded
+    assert loaded <= program_ids()
+    assert children(agent.pid) == [], "the loader is gone once all is attached"
+    agent.send_signal(signal.SIGKILL)
+    wait_for(lambda: not loaded & program_ids(), "the programs' end")
+
+
+def test_kill_while_the_loader_compiles_leaves_no_orphan(agent: "subprocess.Popen[str]") -> None:
+    def compiling() -> int | None:
+        for child in children(agent.pid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if "libbcc" in Path(f"/proc/{child}/maps").read_text():
+                    return child
+        return None
+
+    loader = wait_for(compiling, "the loader")
+    agent.send_signal(signal.SIGKILL)
+    wait_for(lambda: not is_running(loader), "the loader's end")
+    assert agent.stdout is not None
+    assert agent.stdout.readline() == "", "it had not attached yet"
+
+
+def test_a_rung_is_reported_and_so_is_why_the_better_ones_are_not_it(capture: Capture) -> None:
+    hooks = capture.hooks
+    for stream, ladder in LADDERS.items():
+        names = [rung.name for rung in ladder]
+        better = names[: names.index(hooks.rungs[stream])]
+        refused = [refusal for refusal in hooks.refusals if refusal.stream == stream]
+        assert [refusal.rung for refusal in refused] == better
+        assert all(refusal.reason for refusal in refused)
+        assert hooks.rungs[stream] in ALLOWED
+
+
+def test_no_allowed_rung_is_an_error_that_names_the_reasons() -> None:
+    with Hooks(HookSettings(hooks=("raw_tp",))) as hooks, pytest.raises(HookError) as caught:
+        hooks.load()
+    assert "no hook for transmits can be attached" in str(caught.value)
+    assert "cgroup_skb: not among the hooks that the configuration allows" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of bpf/ that the loader takes instead."""
+    copy = tmp_path / "bpf"
+    subprocess.run(["cp", "-r", str(paths.BPF), str(copy)], check=True)
+    monkeypatch.setattr("producer.hooks.BPF", copy)
+    return copy
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def error_of(settings: HookSettings) -> str:
+    with Hooks(settings) as hooks, pytest.raises(HookError) as caught:
+        hooks.load()
+    return str(caught.value)
+
+
+def test_a_compile_error_is_one_line_and_its_log_is_there_for_debugging(
+    sources: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(sources / "fill.h", "flow->sport = READ(sk, skc_num);", "flow->sport = READ(sk, skc_number);")
+    with caplog.at_level(logging.DEBUG, "producer.hooks"):
+        message = error_of(HookSettings(hooks=ALLOWED))
+    assert message.startswith("the BPF programs do not compile here: fill.h:")
+    assert "skc_number" in message
+    assert "\n" not in message
+    assert "error generated" in caplog.text or "errors generated" in caplog.text
+
+
+def test_a_layout_that_differs_from_the_agents_does_not_compile(sources: Path) -> None:
+    edit(sources / "events.h", "\tu32 seq;\n\tu32 end_seq;\n", "\tu32 end_seq;\n\tu32 seq;\n")
+    assert "transmit_event.s.seq: offset" in error_of(HookSettings(hooks=ALLOWED))
+
+
+def test_a_program_that_the_verifier_refuses_costs_its_rung(
+    sources: Path, caplog: pytest.LogCaptureFixture, capture: Capture
+) -> None:
+    rung = capture.hooks.rungs["retransmit"]
+    edit(sources / "fill.h", "e->cause = cause_of(&e->s, tp);", "e->cause = cause_of(&e->s, 0); *(u8 *)e->err = 1;")
+    with caplog.at_level(logging.DEBUG, "producer.hooks"):
+        message = error_of(HookSettings(hooks=(rung, capture.hooks.rungs["transmit"])))
+    assert message.startswith("no hook for retransmits can be attached on this host")
+    assert f"; {rung}: " in message or f"host: {rung}: " in message
+    assert "\n" not in message
+    assert "processed" in caplog.text, "the verifier's log"
+
+
+def test_members_that_the_kernel_lacks_are_null_fields(tmp_path: Path, lab: Lab, port: int) -> None:
+    btf = kernel_btf_with(
+        tmp_path,
+        {"snd_cwnd": "snd_cwmd", "sk_uid": "sk_uxd", "icsk_pending": "icsk_pemding", "sk_cgrp_data": "sk_cgrp_dada"},
+    )
+    with Capture(HookSettings(hooks=ALLOWED, ports=(port,), btf=btf)) as capture:
+        with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+            with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+                pair.client.sendall(b"lost")
+                capture.wait_rows(RETRANSMITS, port, 1)
+            assert len(pair.accepted.recv(4, socket.MSG_WAITALL)) == 4
+        rows, again = capture.of_port(TRANSMITS, port), capture.of_port(RETRANSMITS, port)
+    assert not (rows["s"]["flow"]["flow_known"] & (KNOWN["uid"] | KNOWN["cgroup_id"])).any()
+    assert not (rows["s"]["known"] & KNOWN["tcp"]).any()
+    assert (again["s"]["known"] & KNOWN["ca_state"]).all()
+    assert {CAUSES[cause] for cause in again["cause"]} == {"other"}
+
+
+def test_a_kernel_without_what_all_rests_on_is_refused_by_name(tmp_path: Path) -> None:
+    btf = kernel_btf_with(tmp_path, {"tcp_gso_segs": "tcp_gso_sexs"})
+    with Hooks(HookSettings(hooks=ALLOWED, btf=btf)) as hooks, pytest.raises(UnavailableError) as caught:
+        hooks.load()
+    assert "missing: tcp_skb_cb.tcp_gso_segs" in str(caught.value)
+
+
+def test_without_btf_the_error_says_what_to_do(tmp_path: Path) -> None:
+    with Hooks(HookSettings(hooks=ALLOWED, btf=tmp_path / "none")) as hooks, pytest.raises(UnavailableError) as caught:
+        hooks.load()
+    assert "CONFIG_DEBUG_INFO_BTF" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, os.sysconf("SC_PAGE_SIZE") // 2, 3 * os.sysconf("SC_PAGE_SIZE")])
+def test_a_ring_size_that_cannot_be_is_a_configuration_error(size: int) -> None:
+    with pytest.raises(ConfigError, match="power of two"):
+        HookSettings(ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 22})
+
+
+def test_an_unknown_hook_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=f"the hooks are {', '.join(HOOKS)}"):
+        HookSettings(hooks=("fentri",))

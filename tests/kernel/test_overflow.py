@@ -1,0 +1,79 @@
+"""A full ring: what is lost is counted, exactly, and a reader of the events sees the gap."""
+
+import mmap
+import os
+import socket
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from producer.events import RETRANSMITS, TRANSMITS
+from producer.hooks import Hooks, HookSettings
+from tests.kernel.capture import ALLOWED
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+RECORD_BYTES = 8 + TRANSMITS.dtype.itemsize
+# The kernel keeps one byte free, so that a full ring differs from an empty one.
+CAPACITY = (mmap.PAGESIZE - 1) // RECORD_BYTES
+
+
+@pytest.fixture
+def one_cpu() -> Iterator[int]:
+    """Bind this thread to a CPU: loopback delivers, and answers, on the CPU that sends."""
+    before = os.sched_getaffinity(0)
+    cpu = min(before)
+    os.sched_setaffinity(0, {cpu})
+    yield cpu
+    os.sched_setaffinity(0, before)
+
+
+@pytest.fixture
+def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+        listener.accept()[0] as accepted,
+    ):
+        yield client, accepted
+
+
+def exchange(connection: tuple[socket.socket, socket.socket], count: int) -> None:
+    client, accepted = connection
+    for _ in range(count):
+        client.sendall(b"?")
+        assert accepted.recv(1) == b"?"
+        accepted.sendall(b"!")
+        assert client.recv(1) == b"!"
+
+
+def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket.socket, socket.socket]) -> None:
+    port = connection[1].getsockname()[1]
+    pages = {"transmit_pipe": mmap.PAGESIZE, "retransmit_pipe": mmap.PAGESIZE}
+    with Hooks(HookSettings(hooks=ALLOWED, ports=(port,), ring_bytes=pages)) as hooks:
+        hooks.load()
+        hooks.attach()
+        with hooks.ring(TRANSMITS) as ring:
+            exchange(connection, 1009)
+            first = hooks.counters(TRANSMITS)
+            assert first.passed >= 2 * 1009
+            assert ring.unread == CAPACITY == first.passed - first.ring_full
+            assert ring.fill == CAPACITY * RECORD_BYTES / mmap.PAGESIZE
+
+            rows = ring.read(CAPACITY + 1)
+            assert set(rows["s"]["cpu"]) == {one_cpu}
+            assert (rows["s"]["cpu_seq"] == np.arange(1, CAPACITY + 1)).all()
+
+            # Read is not committed: there is no room yet.
+            exchange(connection, 1)
+            second = hooks.counters(TRANSMITS)
+            assert second.passed - second.ring_full == CAPACITY
+            assert ring.unread == 0
+
+            ring.commit(ring.position)
+            exchange(connection, 1)
+            row = ring.read(1)[0]
+            assert row["s"]["cpu_seq"] == second.passed + 1
+            assert row["s"]["cpu_seq"] - CAPACITY - 1 == second.ring_full, "the gap is what was lost"
+        assert hooks.counters(RETRANSMITS).passed == 0

@@ -1,0 +1,149 @@
+"""The retransmit stream: real loss between two namespaces, against the kernel's own counters, and each cause."""
+
+import os
+import socket
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from producer.btf import TYPEDEF, Btf
+from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows
+from producer.lab import Host, Lab
+from tests.kernel.capture import Capture, Pair, cookie_of, rules, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+SYN, ACK = 2, 16
+MAX_SEGS = 46  # of one skb: 64 KiB in segments of 1,448 bytes
+
+
+def cause_is(rows: Rows, *causes: str) -> Rows:
+    return rows[np.isin(rows["cause"], [CAUSES.index(cause) for cause in causes])]
+
+
+def segs(rows: Rows) -> int:
+    return int(rows["s"]["segs"].sum())
+
+
+def of_host(rows: Rows, host: Host) -> Rows:
+    return rows[rows["s"]["flow"]["netns"] == host.netns]
+
+
+def events(capture: Capture, port: int, condition: Callable[[Rows], bool], what: str) -> Rows:
+    """Wait until the retransmits of a port fulfil a condition, and return them."""
+
+    def fulfilled() -> Rows | None:
+        rows = capture.of_port(RETRANSMITS, port)
+        return rows if condition(rows) else None
+
+    return wait_for(fulfilled, what)
+
+
+@pytest.mark.parametrize("percent", [3, 10])
+def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, port: int, percent: int) -> None:
+    before = {host.name: host.counters() for host in lab.hosts}
+    skipped = {stream: capture.hooks.counters(stream).nested for stream in STREAMS}
+    drop = f"tcp dport {port} numgen random mod 100 < {percent} drop"
+    with rules(lab.server, "prerouting", drop), rules(lab.client, "prerouting", drop.replace("dport", "sport")):
+        for _ in range(3):
+            with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+                pair.transfer(3_000_017)
+                pair.end()
+            assert lab.wait_idle(120)
+    rows = capture.of_port(RETRANSMITS, port)
+    # What the kernel did not run a program for is all that may be missing.
+    may_miss = {stream: MAX_SEGS * (capture.hooks.counters(stream).nested - skipped[stream]) for stream in STREAMS}
+    assert {CAUSES[cause] for cause in set(rows["cause"])} <= {"rto", "fast", "slow_start", "tlp", "syn", "syn_ack"}
+    assert (rows["err"] == 0).all()
+
+    def moved(host: Host, name: str) -> int:
+        return host.counters()[name] - before[host.name][name]
+
+    for host in lab.hosts:
+        mine = of_host(rows, host)
+        assert 0 <= moved(host, "RetransSegs") - segs(mine) <= may_miss[RETRANSMITS]
+        for name, causes in (
+            ("TCPFastRetrans", ["fast"]),
+            ("TCPSlowStartRetrans", ["slow_start"]),
+            ("TCPSynRetrans", ["syn", "syn_ack"]),
+        ):
+            assert 0 <= moved(host, name) - segs(cause_is(mine, *causes)) <= may_miss[RETRANSMITS]
+    assert len(cause_is(rows, "fast")), "so much loss brings fast retransmits"
+    assert {HOOKS[hook] for hook in set(rows["s"]["flow"]["hook"])} == {capture.hooks.rungs["retransmit"]}
+
+    # The transmit stream has each of them too, and marks them; a SYN-ACK has no socket that would know.
+    sent = capture.of_port(TRANSMITS, port)
+    for host in lab.hosts:
+        marked = of_host(sent[sent["is_retransmit"] == 1], host)
+        synacks = cause_is(of_host(rows, host), "syn_ack")
+        assert 0 <= moved(host, "RetransSegs") - segs(synacks) - segs(marked) <= may_miss[TRANSMITS]
+
+
+def test_a_lost_syn_is_a_syn(capture: Capture, lab: Lab, port: int) -> None:
+    first = f"tcp dport {port} tcp flags & (syn|ack) == syn numgen inc mod 997 == 0 drop"
+    with rules(lab.server, "prerouting", first), Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        cookie = cookie_of(pair.client)
+    (row,) = capture.wait_rows(RETRANSMITS, port, 1)
+    assert CAUSES[row["cause"]] == "syn"
+    assert (row["retransmit_no"], row["err"]) == (1, 0)
+    assert row["s"]["tcp_flags"] == SYN
+    assert (row["s"]["end_seq"] - row["s"]["seq"], row["s"]["payload_len"]) == (1, 0)
+    assert row["s"]["flow"]["dport"] == port
+    assert row["s"]["flow"]["netns"] == lab.client.netns
+    if row["s"]["flow"]["flow_known"] & KNOWN["sk_cookie"]:  # a kprobe cannot make the cookie
+        assert row["s"]["flow"]["sk_cookie"] == cookie
+    sent = capture.of_port(TRANSMITS, port)
+    syns = sent[(sent["s"]["tcp_flags"] == SYN)]
+    assert list(syns["is_retransmit"]) == [0, 1]
+
+
+def test_a_lost_syn_ack_is_a_syn_ack_and_is_numbered(capture: Capture, lab: Lab, port: int) -> None:
+    before = lab.server.counters()["RetransSegs"]
+    first = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 < 2 drop"
+    with rules(lab.client, "prerouting", first), Pair(lab.client, lab.server, lab.server.ipv6, port):
+        pass
+    rows = of_host(capture.wait_rows(RETRANSMITS, port, 1), lab.server)
+    assert {CAUSES[cause] for cause in rows["cause"]} == {"syn_ack"}
+    assert segs(rows) == lab.server.counters()["RetransSegs"] - before
+    assert list(rows["retransmit_no"]) == list(range(1, len(rows) + 1))
+    assert set(rows["s"]["tcp_flags"]) == {SYN | ACK}
+    assert set(rows["s"]["flow"]["sport"]) == {port}
+    assert not (rows["s"]["flow"]["flow_known"] & KNOWN["sk_cookie"]).any()
+
+
+def test_silence_is_probed_for_and_then_times_out(capture: Capture, lab: Lab, port: int) -> None:
+    with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        cookie = cookie_of(pair.client)
+
+        def timeouts(rows: Rows) -> Rows:
+            return cause_is(of_host(rows, lab.client), "rto")
+
+        with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+            pair.client.sendall(bytes(101))
+            rows = events(capture, port, lambda rows: len(timeouts(rows)) >= 3, "three timeouts")
+        assert len(pair.accepted.recv(101, socket.MSG_WAITALL)) == 101
+    assert list(timeouts(rows)["retransmit_no"][:3]) == [1, 2, 3]
+    rows = of_host(rows, lab.client)
+    assert set(rows["s"]["payload_len"]) == {101}
+    assert set(rows["s"]["flow"]["sk_cookie"]) == {cookie}
+    assert len(set(rows["s"]["seq"])) == 1
+    assert {CAUSES[cause] for cause in rows["cause"]} <= {"tlp", "rto"}
+
+
+def test_a_retransmission_that_the_host_drops_has_its_error(capture: Capture, lab: Lab, port: int) -> None:
+    if capture.hooks.rungs["retransmit"] == "raw_tp":
+        btf = Btf.load()
+        tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
+        assert tracepoint is not None
+        if btf.params(tracepoint) < 4:
+            pytest.skip("this kernel's tracepoint tells of no failures (before Linux 6.17)")
+    before = lab.client.counters()["RetransSegs"]
+    with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+            pair.client.sendall(bytes(101))
+            with rules(lab.client, "output", f"tcp dport {port} drop"):
+                rows = events(capture, port, lambda rows: (rows["err"] != 0).any(), "a failed retransmission")
+        assert len(pair.accepted.recv(101, socket.MSG_WAITALL)) == 101
+    assert set(rows["err"][rows["err"] != 0]) == {-1}, f"EPERM: {os.strerror(1)}"
+    assert segs(capture.of_port(RETRANSMITS, port)) == lab.client.counters()["RetransSegs"] - before
