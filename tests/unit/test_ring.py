@@ -1,0 +1,181 @@
+"""The ring's reader, on a file laid out as the kernel lays out a BPF ring buffer."""
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from producer.ring import Ring
+
+PAGE = mmap.PAGESIZE
+ROW = np.dtype([("number", "<u8"), ("twice", "<u8")])
+RECORD = 8 + ROW.itemsize
+BUSY, DISCARD = 1 << 31, 1 << 30
+
+
+class Kernel:
+    """The kernel's side of a ring of one page: a file cannot be mapped twice in a row, so it writes both copies."""
+
+    def __init__(self, position: int = 0) -> None:
+        self.descriptor = os.memfd_create("ring")
+        os.truncate(self.descriptor, 4 * PAGE)
+        self.memory = mmap.mmap(self.descriptor, 4 * PAGE)
+        self.position = position
+        struct.pack_into("<Q", self.memory, 0, position)
+        struct.pack_into("<Q", self.memory, PAGE, position)
+
+    def consumed(self) -> int:
+        (position,) = struct.unpack_from("<Q", self.memory, 0)
+        return int(position)
+
+    def put(self, number: int, *, flags: int = 0, size: int = ROW.itemsize) -> int:
+        """Reserve and fill a record; return its position."""
+        at = self.position
+        self._write(at, struct.pack("<IIQQ", size | flags, 0, number, 2 * number))
+        self.position += RECORD
+        struct.pack_into("<Q", self.memory, PAGE, self.position)
+        return at
+
+    def submit(self, at: int, flags: int = 0) -> None:
+        self._write(at, struct.pack("<I", ROW.itemsize | flags))
+
+    def _write(self, at: int, data: bytes) -> None:
+        for i, byte in enumerate(data):
+            offset = (at + i) % PAGE
+            self.memory[2 * PAGE + offset] = self.memory[3 * PAGE + offset] = byte
+
+    def close(self) -> None:
+        self.memory.close()
+        os.close(self.descriptor)
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    kernel = Kernel()
+    yield kernel
+    kernel.close()
+
+
+@pytest.fixture
+def ring(kernel: Kernel) -> Iterator[Ring]:
+    with Ring(kernel.descriptor, PAGE, ROW) as ring:
+        yield ring
+
+
+def numbers(ring: Ring, limit: int = 1000) -> list[int]:
+    rows = ring.read(limit)
+    assert (rows["twice"] == 2 * rows["number"]).all()
+    return [int(number) for number in rows["number"]]
+
+
+def test_rows_come_in_order_and_once(kernel: Kernel, ring: Ring) -> None:
+    assert numbers(ring) == []
+    for number in range(5):
+        kernel.put(number)
+    assert ring.unread == 5
+    assert numbers(ring, limit=3) == [0, 1, 2]
+    assert numbers(ring) == [3, 4]
+    assert numbers(ring) == []
+    assert ring.unread == 0
+
+
+def test_room_is_given_back_by_commit_alone(kernel: Kernel, ring: Ring) -> None:
+    kernel.put(1)
+    numbers(ring)
+    assert kernel.consumed() == 0
+    assert ring.fill == RECORD / PAGE
+    ring.commit(ring.position)
+    assert kernel.consumed() == RECORD
+    assert ring.fill == 0
+
+
+def test_rows_are_a_view_that_the_reader_cannot_write(kernel: Kernel, ring: Ring) -> None:
+    at = kernel.put(1)
+    rows = ring.read(1)
+    kernel._write(at + 8, struct.pack("<Q", 77))
+    assert rows["number"][0] == 77
+    with pytest.raises(ValueError, match="read-only"):
+        rows["number"][0] = 0
+
+
+def test_a_batch_that_wraps_is_in_one_piece() -> None:
+    # Records of 24 bytes do not divide the page: one of them lies across the end.
+    kernel = Kernel(position=7 * PAGE + PAGE - 5 * RECORD - 8)
+    with Ring(kernel.descriptor, PAGE, ROW) as ring:
+        for number in range(11):
+            kernel.put(number)
+        assert numbers(ring) == list(range(11))
+        ring.commit(ring.position)
+        assert kernel.consumed() == kernel.position
+    kernel.close()
+
+
+def test_many_laps_bring_every_row(kernel: Kernel, ring: Ring) -> None:
+    seen: list[int] = []
+    for number in range(0, 1009, 7):
+        for each in range(number, number + 7):
+            kernel.put(each)
+        seen += numbers(ring)
+        ring.commit(ring.position)
+    assert seen == list(range(1015))
+
+
+def test_reading_stops_at_the_first_busy_record(kernel: Kernel, ring: Ring) -> None:
+    kernel.put(0)
+    busy = kernel.put(1, flags=BUSY)
+    kernel.put(2)
+    assert numbers(ring) == [0]
+    assert numbers(ring) == []
+    assert ring.unread == 2
+    kernel.submit(busy)
+    assert numbers(ring) == [1, 2]
+
+
+def test_discarded_records_are_left_out_and_passed_over(kernel: Kernel, ring: Ring) -> None:
+    for number in range(6):
+        kernel.put(number, flags=DISCARD if number in (0, 3) else 0)
+    busy = kernel.put(6, flags=BUSY)
+    assert numbers(ring) == [1, 2, 4, 5]
+    assert ring.position == busy
+    kernel.submit(busy, DISCARD)
+    assert numbers(ring) == []
+    assert ring.position == kernel.position
+
+
+def test_a_record_of_another_size_is_an_error_and_not_a_row(kernel: Kernel, ring: Ring) -> None:
+    kernel.put(0)
+    kernel.put(1, size=ROW.itemsize - 8)
+    with pytest.raises(ValueError, match="another size"):
+        ring.read(10)
+    assert ring.position == 0
+    assert numbers(ring, limit=1) == [0]
+
+
+def test_what_was_not_committed_is_read_again_by_the_next_reader(kernel: Kernel) -> None:
+    for number in range(4):
+        kernel.put(number)
+    with Ring(kernel.descriptor, PAGE, ROW) as ring:
+        numbers(ring, limit=2)
+        ring.commit(ring.position)
+        numbers(ring)
+    with Ring(kernel.descriptor, PAGE, ROW) as ring:
+        assert numbers(ring) == [2, 3]
+
+
+def test_rows_outlive_the_ring(kernel: Kernel) -> None:
+    kernel.put(41)
+    ring = Ring(kernel.descriptor, PAGE, ROW)
+    rows = ring.read(1)
+    ring.close()
+    assert rows["number"][0] == 41
+
+
+def test_the_rings_own_descriptor_is_not_needed_after_the_start(kernel: Kernel) -> None:
+    descriptor = os.dup(kernel.descriptor)
+    with Ring(descriptor, PAGE, ROW) as ring:
+        os.close(descriptor)
+        kernel.put(5)
+        assert numbers(ring) == [5]

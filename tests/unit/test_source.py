@@ -1,0 +1,57 @@
+"""The program's text: one file for bcc, whose messages name the files that a reader knows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from producer.btf import VMLINUX, Btf
+from producer.events import layout_check
+from producer.paths import BPF
+from producer.source import macros, program_text
+
+pytestmark = pytest.mark.skipif(not VMLINUX.exists(), reason=f"{VMLINUX} is missing: this kernel has no BTF")
+
+
+@pytest.fixture(scope="module")
+def btf() -> Btf:
+    return Btf.load()
+
+
+def located(text: str) -> dict[str, dict[int, str]]:
+    """Each line of the text by the file and number that #line gives it."""
+    files: dict[str, dict[int, str]] = {}
+    name, number = "", 0
+    for line in text.splitlines():
+        if directive := re.fullmatch(r'#line (\d+) "(.*)"', line):
+            name, number = directive[2], int(directive[1])
+        else:
+            files.setdefault(name, {})[number] = line
+            number += 1
+    return files
+
+
+def test_every_line_is_where_the_compiler_says_that_it_is(btf: Btf) -> None:
+    files = located(program_text(BPF, btf, layout_check()))
+    for path in [*BPF.glob("*.h"), BPF / "rebpf.bpf.c"]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not line.startswith('#include "'):
+                assert files[path.name][number] == line
+
+
+def test_no_local_include_is_left_for_the_compiler(btf: Btf) -> None:
+    text = program_text(BPF, btf, layout_check())
+    assert not re.search(r'^#include "', text, flags=re.MULTILINE)
+    assert "_Static_assert(sizeof(struct transmit_event)" in text
+
+
+def test_macros_name_the_chosen_rungs_and_no_other(btf: Btf) -> None:
+    flags = macros(btf, {"transmit": "cgroup_skb", "retransmit": "kprobe"}, {"a_pipe": 4}, {"ports": True}, 250)
+    rungs = {flag for flag in flags if flag.startswith(("-DTRANSMIT_", "-DRETRANSMIT_")) and flag.endswith("=1")}
+    assert rungs - {"-DRETRANSMIT_TRACEPOINT_HAS_ERR=1"} == {"-DTRANSMIT_CGROUP_SKB=1", "-DRETRANSMIT_KPROBE=1"}
+    assert {"-DPROBE_READ=1", "-DA_PIPE_PAGES=4", "-DFILTER_PORTS=1", "-DHZ=250"} <= set(flags)
+
+
+def test_the_license_of_the_programs_is_one_that_the_helpers_accept() -> None:
+    for path in [*BPF.glob("*.h"), *BPF.glob("*.c")]:
+        assert "SPDX-License-Identifier: GPL-2.0" in Path(path).read_text().splitlines()[0]
