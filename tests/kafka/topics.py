@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastavro
 
+from tests.kafka.rebpf import DEADLINE_S, wait_until
 from tests.kafka.traffic import Segment
 from tests.servers.consume import Message, decode, kcat_messages
 
@@ -29,6 +30,15 @@ def read(bootstrap: str, topic: str, prefix: str = "") -> list[Event]:
     schema: Any = fastavro.parse_schema(json.loads((SCHEMAS / f"{topic}.avsc").read_text()))
     messages = kcat_messages(bootstrap, prefix + topic)
     return [Event(message, *decode(message.value or b"", schema)) for message in messages]
+
+
+def wait_for_events(
+    bootstrap: str, topic: str, cause: Callable[[], Any] = lambda: None, deadline_s: float = DEADLINE_S
+) -> int:
+    """Do what causes events, and wait until there are messages in the topic; return how many."""
+    cause()
+    count: int = wait_until(f"messages in {topic}", lambda: len(kcat_messages(bootstrap, topic)), deadline_s)
+    return count
 
 
 def segment(event: Event) -> Segment:

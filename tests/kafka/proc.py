@@ -1,0 +1,81 @@
+"""What /proc tells of another process: sockets, BPF objects, children, capabilities."""
+
+import ipaddress
+import os
+import re
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Connection(NamedTuple):
+    """A connected TCP socket."""
+
+    local: tuple[str, int]
+    peer: tuple[str, int]
+
+
+def connections(pid: int) -> set[Connection]:
+    """Return the connections whose sockets the process holds."""
+    inodes = {target[8:-1] for target in _targets(pid) if target.startswith("socket:[")}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, peer, *rest = line.split()
+            if rest[6] in inodes and not peer.endswith(":0000"):
+                found.add(Connection(_endpoint(local), _endpoint(peer)))
+    return found
+
+
+def bpf_ids(pid: int, kind: str) -> set[int]:
+    """Return the ids of BPF objects that the process holds; `kind` is prog, link or map."""
+    ids = set()
+    for file in Path(f"/proc/{pid}/fdinfo").iterdir():
+        try:
+            text = file.read_text()
+        except FileNotFoundError:
+            continue
+        if found := re.search(rf"^{kind}_id:\s*(\d+)$", text, re.MULTILINE):
+            ids.add(int(found[1]))
+    return ids
+
+
+def children(pid: int) -> set[int]:
+    """Return the pids of the process's children."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(parent) == pid:
+            found.add(int(stat.parent.name))
+    return found
+
+
+def capabilities(pid: int) -> dict[str, set[int]]:
+    """Return each capability set (CapEff, ...), as numbers, of the process's threads: a set of what they have."""
+    found: dict[str, set[int]] = {}
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        for name, bits in re.findall(r"^(Cap\w+):\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE):
+            found.setdefault(name, set()).add(int(bits, 16))
+    return found
+
+
+def _targets(pid: int) -> list[str]:
+    targets = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            targets.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+        except FileNotFoundError:
+            continue
+    return targets
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    """From the kernel's form: words of 32 bits in the host's byte order, and the port in hexadecimal."""
+    words, _, port = text.partition(":")
+    packed = b"".join(struct.pack("=I", int(words[at : at + 8], 16)) for at in range(0, len(words), 8))
+    address = ipaddress.ip_address(packed)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return str(mapped or address), int(port, 16)
