@@ -101,7 +101,7 @@ class BatchEncoder:
             return Ints((rows["s"]["ts"].astype(np.int64) + utc_offset_ns) // _MILLISECOND_NS)
         values = rows[name] if name in (self._stream.dtype.names or ()) else rows["s"][name]
         if name in self._names:
-            return Coded(values if valid is None else np.where(valid, values, _NULL), self._names[name])
+            return Coded(values if valid is None else np.where(valid, values, np.uint16(_NULL)), self._names[name])
         if self._encoder.step(name).boolean:
             return Ints(values != 0, valid)
         return Ints(values, valid)
