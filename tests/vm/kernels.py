@@ -5,17 +5,13 @@ is the one that the machine's apt is configured with.
 """
 
 import fcntl
-import os
 import subprocess
 import tempfile
 from pathlib import Path
 
+from tests.servers.fetch import cache
+
 _KEYRINGS = Path("/usr/share/keyrings")
-
-
-def cache_folder() -> Path:
-    """Return the folder for what is downloaded once; it lies outside the tree."""
-    return Path(os.environ.get("REBPF_CACHE") or Path.home() / ".cache/rebpf")
 
 
 def kernel_image(suite: str) -> Path:
@@ -23,7 +19,7 @@ def kernel_image(suite: str) -> Path:
 
     Raises LookupError where apt knows no Debian mirror.
     """
-    folder = cache_folder() / "kernels" / suite
+    folder = cache() / "kernels" / suite
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{suite}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -41,10 +37,19 @@ def _fetch(suite: str, folder: Path) -> None:
         package = next(line.split()[1] for line in meta.splitlines() if "Depends: linux-image-" in line)
         _run(["apt-get", "-qq", *options, "download", package], work)
         _run(["dpkg", "-x", str(next(work.glob("*.deb"))), "unpacked"], work)
-        # The installation would have made the modules' index.
-        version = next((work / "unpacked/boot").glob("vmlinuz-*")).name.removeprefix("vmlinuz-")
-        _run(["depmod", "-b", "unpacked", version], work)
+        _index_modules(work / "unpacked")
         (work / "unpacked").rename(folder)
+
+
+def _index_modules(root: Path) -> None:
+    """Make the modules' index, which a package's installation makes otherwise."""
+    # Old packages have /lib, new ones /usr/lib; so have the kmods that look for the modules there.
+    (root / "usr").mkdir(exist_ok=True)
+    for place, target in ((root / "lib", "usr/lib"), (root / "usr/lib", "../lib")):
+        if not place.exists():
+            place.symlink_to(target)
+    version = next(root.glob("boot/vmlinuz-*")).name.removeprefix("vmlinuz-")
+    _run(["depmod", "-b", str(root), version])
 
 
 def _apt_options(suite: str, work: Path) -> list[str]:
