@@ -40,16 +40,16 @@ def bpf_ids(pid: int, kind: str) -> set[int]:
     return ids
 
 
-def children(pid: int) -> set[int]:
-    """Return the pids of the process's children."""
+def children(pid: int, text: str = "") -> set[int]:
+    """Return the pids of the process's children whose command line has `text` in it."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = stat.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid and text in stat.with_name("cmdline").read_text():
+                found.add(int(stat.parent.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(parent) == pid:
-            found.add(int(stat.parent.name))
     return found
 
 
