@@ -4,6 +4,8 @@ python -m tests.bench.agent [--sends 35000] [--seconds 15] [--rounds 3] [--other
 
 All take the same traffic on loopback to the same real Kafka, one after the other, in rounds. A command gets the brokers and
 the port as arguments, says "ready" on standard error, and ends on SIGTERM with a balance as `rebpf run --json` prints it.
+
+A Go program that does the same job (needs Go): --other go="python -m tests.bench.goagent".
 """
 
 import argparse
