@@ -157,13 +157,16 @@ class Lab:
         argv = ["unshare", "--net", "--", "sh", "-c", "echo ready; exec cat"]
         keeper = self._stack.enter_context(_pipe_bound(argv, "network namespace"))
         pid = os.getpid()
-        return Host(name, keeper.pid, f"10.111.{pid % 256}.{number}", f"fd6f:{pid & 0xFFFF:x}::{number:x}")
+        # A subnet of four addresses for each process: the filter of one lab's producer leaves another's traffic out.
+        block = 4 * (pid % (1 << 14))
+        ipv4 = f"10.111.{block >> 8}.{(block & 0xFF) + number}"
+        return Host(name, keeper.pid, ipv4, f"fd6f:{pid >> 16:x}:{pid & 0xFFFF:x}::{number:x}")
 
     def _join(self) -> None:
         veth = ("ip", "link", "add", _INTERFACE, "type", "veth")
         _run(self.client.command(*veth, "peer", "name", _INTERFACE, "netns", str(self.server.pid)))
         for host in self.hosts:
-            _run(host.command("ip", "address", "add", f"{host.ipv4}/24", "dev", _INTERFACE))
+            _run(host.command("ip", "address", "add", f"{host.ipv4}/30", "dev", _INTERFACE))
             _run(host.command("ip", "address", "add", f"{host.ipv6}/64", "dev", _INTERFACE, "nodad"))
             for interface in ("lo", _INTERFACE):
                 _run(host.command("ip", "link", "set", interface, "up"))

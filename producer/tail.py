@@ -10,14 +10,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from producer.decode import Decoder, UndecodableError
 from producer.errors import ConfigError, UnavailableError
-from producer.view import View
+from producer.view import View, in_time_order
 
 _LOG = logging.getLogger(__name__)
 _METADATA_TIMEOUT_S = 5
@@ -112,7 +112,7 @@ class _Follower:
 
 
 def _client_logger() -> logging.Logger:
-    """Return librdkafka's logger, for debugging only: it repeats itself many times a second at a broker that is down."""
+    """Return librdkafka's logger, for debugging only: it repeats itself many times a second while a broker is down."""
     logger = _LOG.getChild("librdkafka")
     logger.setLevel(logging.DEBUG if _LOG.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
     return logger
@@ -126,7 +126,7 @@ def batches(
     from_beginning: bool,
     stop: threading.Event,
     client_settings: Mapping[str, str],
-) -> Iterator[list[Event]]:
+) -> Generator[list[Event]]:
     """Yield the events as they come, and an empty list where none comes for a moment; ends when `stop` is set.
 
     The first list is empty, and comes when every message that is produced from then on will be read.
@@ -193,8 +193,7 @@ def tail(
         brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
     ):
         shown = batch if left is None else batch[:left]
-        lines = [json_line(event) if as_json else view.line(event.record) for event in shown]
-        if not _print(lines):
+        if not _print(_json_lines(shown) if as_json else _view_lines(shown, view)):
             return
         if left is not None:
             left -= len(shown)
@@ -205,6 +204,18 @@ def tail(
 def json_line(event: Event) -> str:
     """Return the event as one JSON object: topic, key and the record's fields."""
     return json.dumps({"topic": event.topic, "key": event.key, **event.record}, separators=(",", ":"))
+
+
+def _json_lines(shown: Sequence[Event]) -> list[str]:
+    return [json_line(event) for event in shown]
+
+
+def _view_lines(shown: Sequence[Event], view: View) -> list[str]:
+    try:
+        return [view.line(record) for record in in_time_order([event.record for event in shown])]
+    except KeyError:
+        # A registry may know schemas that are not ours.
+        return _json_lines(shown)
 
 
 def _print(lines: Sequence[str]) -> bool:

@@ -1,6 +1,6 @@
 """One event as one line of a terminal: tcpdump's words, green for a transmit, yellow and red for a retransmit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -25,6 +25,11 @@ def endpoint(address: str, port: int) -> str:
 def is_retransmit_event(record: Mapping[str, Any]) -> bool:
     """Tell an event of the retransmit topic, under whatever name the topic has, by the field that only it has."""
     return "cause" in record
+
+
+def in_time_order(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Sort what a consumer got at once: Kafka keeps the order within a partition only, and a flow has one partition."""
+    return sorted(records, key=lambda record: record["ts_ns"])
 
 
 class View:

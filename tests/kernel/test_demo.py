@@ -1,0 +1,158 @@
+"""`rebpf demo` as a user runs it: its numbers hold against the kernel's, and nothing is left, however it ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer.demo import demo
+from producer.errors import PermissionDenied
+
+pytestmark = pytest.mark.root
+
+START_TIMEOUT_S = 120
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the demo puts its temporary folder."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    return folder
+
+
+def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "producer", "demo", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder), "COLUMNS": "200"},
+    )
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Return the processes below `pid`, each with its start time, so that a reused number is not taken for it."""
+    found: dict[int, str] = {}
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (thread / "children").read_text().split()):
+            found |= {child: start_time(child), **descendants(child)}
+    return found
+
+
+def start_time(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def wait_until_gone(processes: dict[int, str]) -> None:
+    deadline = time.monotonic() + 60
+    while left := [pid for pid, started in processes.items() if start_time(pid) == started]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.05)
+
+
+def read_until(lines: Iterator[str], text: str) -> str:
+    seen = []
+    for line in lines:
+        seen.append(line)
+        if text in line:
+            return line
+    pytest.fail(f"{text!r} never came: {''.join(seen)}")
+
+
+def is_explained(row: dict[str, Any], reasons: list[str]) -> bool:
+    return row["difference"] == 0 or (row["difference"] < 0 and bool(reasons))
+
+
+def test_the_events_hold_against_the_kernels_counters(folder: Path) -> None:
+    process = start(folder, "--duration", "7", "--loss", "0.02", "--json")
+    out, err = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 0, err
+    result = json.loads(out)
+    rows = {row["what"].strip(): row for row in result["rows"]}
+    assert rows["retransmitted"]["counted"] > 0
+    # The transmit topic's marks, which no tracepoint gave, are exactly the kernel's retransmits.
+    assert rows["transmitted again"]["difference"] == 0
+    assert [what for what, row in rows.items() if not is_explained(row, result["reasons"])] == []
+    assert rows["retransmitted"]["seen"] > 0.9 * rows["retransmitted"]["counted"]
+    assert rows["transmitted first"]["seen"] > 0.98 * rows["transmitted first"]["counted"]
+    assert (result["repeated"], result["missing"]) == (0, 0)
+    assert result["read"] == {topic: account["delivered"] for topic, account in result["balance"].items()}
+    assert list(folder.iterdir()) == []
+
+
+def test_the_screen_shows_both_kinds_the_table_and_that_the_broker_is_for_trying(folder: Path) -> None:
+    process = start(folder, "--duration", "3", "--loss", "0.05")
+    out, err = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 0, err
+    assert "for trying, not for production" in out
+    assert re.search(r"^\d\d:\d\d:\d\d\.\d{6} \S+ > \S+ \[S\] seq .* segs 1$", out, re.MULTILINE)
+    assert re.search(r" retransmit (fast|syn|rto|tlp)\b", out)
+    assert "RetransSegs" in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_the_table_and_nothing_left(folder: Path, number: signal.Signals) -> None:
+    process = start(folder, "--duration", "3600")
+    assert process.stdout is not None
+    lines = iter(process.stdout)
+    read_until(lines, " seq ")
+    below = descendants(process.pid)
+    assert len(below) >= 5  # two namespaces, both ends of the traffic, the producer
+    process.send_signal(number)
+    read_until(lines, "RetransSegs")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    wait_until_gone(below)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_signal_before_it_is_ready_ends_it(folder: Path) -> None:
+    process = start(folder, "--duration", "3600")
+    assert process.stdout is not None
+    read_until(iter(process.stdout), "namespaces")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert list(folder.iterdir()) == []
+
+
+def test_a_kill_leaves_no_process(folder: Path) -> None:
+    process = start(folder, "--duration", "3600")
+    assert process.stdout is not None
+    read_until(iter(process.stdout), " seq ")
+    below = descendants(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    wait_until_gone(below)
+
+
+def test_an_end_of_the_producer_is_an_error(folder: Path) -> None:
+    process = start(folder, "--duration", "3600")
+    assert process.stdout is not None
+    read_until(iter(process.stdout), " seq ")
+    (producer,) = [
+        pid for pid in descendants(process.pid) if b"--state-dir" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(producer, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 69
+    assert "the producer ended" in err
+
+
+def test_without_root_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(PermissionDenied, match="root"):
+        demo(as_json=True)
