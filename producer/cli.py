@@ -61,9 +61,13 @@ _json = _option("--json", "as_json", is_flag=True, help="Standard output carries
 def rebpf(log_level: str) -> None:
     """Stream this host's TCP segments and retransmits from the kernel to Kafka."""
     logging.basicConfig(
-        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
+        level=max(logging.WARNING, logging.getLevelName(log_level.upper())),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(message)s",
+        force=True,
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Not the libraries' loggers: the registry client's logs each request.
+    logging.getLogger("producer").setLevel(log_level.upper())
 
 
 @rebpf.command()
