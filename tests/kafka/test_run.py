@@ -156,8 +156,10 @@ def test_the_producers_connections_are_not_in_its_events_and_other_clients_of_th
     assert not own & senders  # to them the broker's answers may go: its sockets are not the producer's
     sent_by_other = [event for event in events if event.record["sport"] in others and event.record["payload_len"]]
     assert len(sent_by_other) >= 101
-    topics.assert_none_twice(events)
-    topics.assert_complete(balance["own.tcp_transmit"], events)
+    # All of the host's traffic: how much that is, and whether the ring can hold it, is not known here.
+    account = balance["own.tcp_transmit"]
+    assert account["delivered"] == len(events)
+    assert account["passed"] == account["delivered"] + sum(account["lost"].values())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,156 @@
+"""`rebpf run` with a real schema registry, with one that is down, and with one that never answers."""
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
+
+from tests.kafka import proc, topics
+from tests.kafka.rebpf import Run, rebpf
+from tests.kafka.topics import SCHEMAS, TRANSMIT
+from tests.kafka.traffic import Echo, exchange
+from tests.servers.process import free_port
+
+pytestmark = [pytest.mark.root, pytest.mark.real_kafka]
+
+
+@pytest.fixture
+def client(registry) -> Iterator[SchemaRegistryClient]:
+    with SchemaRegistryClient({"url": registry.url, "timeout": 10}) as client:
+        yield client
+
+
+@pytest.fixture(scope="module", autouse=True)
+def other_schemas(registry):
+    """Take the first ids, so that the registry's are not those that frames have without a registry."""
+    with SchemaRegistryClient({"url": registry.url, "timeout": 10}) as client:
+        for name in "abcd":
+            client.register_schema("other-value", Schema(json.dumps({"type": "record", "name": name, "fields": []})))
+
+
+def config(prefix: str, registry: str, more: str = "") -> str:
+    return f'kafka.topic_prefix = "{prefix}"\nregistry.url = "{registry}"\nregistry.timeout_s = 1\n{more}\n'
+
+
+def ids(client: SchemaRegistryClient, prefix: str) -> dict[str, int]:
+    return {
+        topic: client.get_latest_version(f"{prefix}{topic}-value").schema_id for topic in (TRANSMIT, topics.RETRANSMIT)
+    }
+
+
+def test_schemas_are_looked_up_and_init_registers_them(kafka, client, registry, tmp_path):
+    text = config("looked.", registry.url)
+    with Run(tmp_path, "--brokers", kafka.bootstrap, config=text) as run:
+        assert run.wait() == 78
+        assert run.log == (
+            f"rebpf: registry {registry.url} does not have looked.tcp_transmit-value in this version: "
+            "run `rebpf init`\n"
+        )
+        assert run.output == ""
+
+    done = rebpf("init", "--config", run.config, "--brokers", kafka.bootstrap)
+    assert done.returncode == 0, done.stderr
+    numbers = ids(client, "looked.")
+    assert [f"schema looked.{topic}-value: id {number}" for topic, number in numbers.items()] == (
+        done.stdout.splitlines()[2:]
+    )
+    for topic, number in numbers.items():
+        assert json.loads(client.get_schema(number).schema_str) == json.loads((SCHEMAS / f"{topic}.avsc").read_text())
+
+    with Echo() as echo, Run(tmp_path, "--brokers", kafka.bootstrap, "--port", echo.port, config=text) as run:
+        run.ready()
+        port = int(registry.url.split(":")[2].partition("/")[0])
+        assert not [each for each in proc.connections(run.pid) if each.peer[1] == port], "it is no longer needed"
+        exchange(echo.port, 3)
+        run.finish()
+    events = topics.read(kafka.bootstrap, TRANSMIT, "looked.")
+    assert {event.schema_id for event in events} == {numbers[TRANSMIT]} != {topics.FIXED_IDS[TRANSMIT]}
+
+
+def test_run_registers_where_it_is_told_to(kafka, client, registry, tmp_path):
+    for topic in topics.FIXED_IDS:
+        kafka.create_topic(f"registered.{topic}")
+    text = config("registered.", registry.url, "registry.register = true")
+    with Echo() as echo, Run(tmp_path, "--brokers", kafka.bootstrap, "--port", echo.port, config=text) as run:
+        run.ready()
+        exchange(echo.port, 3)
+        run.finish()
+
+    events = topics.read(kafka.bootstrap, TRANSMIT, "registered.")
+    assert {event.schema_id for event in events} == {ids(client, "registered.")[TRANSMIT]}
+
+
+def test_an_incompatible_schema_is_a_configuration_error(kafka, client, registry, tmp_path):
+    other = {
+        "type": "record",
+        "name": "TcpTransmit",
+        "namespace": "rebpf.v1",
+        "fields": [{"name": "ts", "type": "string"}],
+    }
+    subject = "strict.tcp_transmit-value"
+    client.register_schema(subject, Schema(json.dumps(other), "AVRO"))
+    client.set_compatibility(subject, "FULL_TRANSITIVE")
+
+    with Run(
+        tmp_path, "--brokers", kafka.bootstrap, config=config("strict.", registry.url, "registry.register = true")
+    ) as run:
+        assert run.wait() == 78
+        last = run.log.splitlines()[-1]
+        assert last.startswith(f"rebpf: registry {registry.url}: {subject} has an incompatible schema: ")
+
+
+@contextmanager
+def refusing() -> Iterator[str]:
+    yield f"http://127.0.0.1:{free_port()}"
+
+
+@contextmanager
+def black_hole() -> Iterator[str]:
+    """A registry that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("registry_of", [refusing, black_hole])
+def test_without_an_answer_and_without_a_cache_it_does_not_start(kafka, tmp_path, registry_of):
+    with registry_of() as url, Run(tmp_path, "--brokers", kafka.bootstrap, config=config("none.", url)) as run:
+        assert run.wait() == 69
+        assert run.log.startswith(f"rebpf: registry {url} does not answer: ")
+        assert len(run.log.splitlines()) == 1
+
+
+@pytest.mark.parametrize("registry_of", [refusing, black_hole])
+def test_without_an_answer_earlier_ids_are_used(kafka, registry, tmp_path, registry_of):
+    """Of the same registry, subject and schema: so the cache of a real run, with its address changed."""
+    prefix = f"cached-{registry_of.__name__}."
+    text = config(prefix, registry.url, "registry.register = true")
+    for topic in topics.FIXED_IDS:
+        kafka.create_topic(prefix + topic)
+    with Run(tmp_path, "--brokers", kafka.bootstrap, "--duration", 0.1, config=text) as run:
+        run.finish(None)
+    cache = run.state_dir / "schema_ids.json"
+    numbers = json.loads(cache.read_text())
+
+    with registry_of() as url, Echo() as echo:
+        cache.write_text(cache.read_text().replace(registry.url, url))
+        arguments = ["--brokers", kafka.bootstrap, "--port", echo.port]
+        with Run(tmp_path, *arguments, config=config(prefix, url)) as run:
+            run.ready()
+            exchange(echo.port, 3)
+            run.finish()
+            assert f"WARNING registry: registry {url} does not answer" in run.log
+
+    events = topics.read(kafka.bootstrap, TRANSMIT, prefix)
+    (expected,) = [number for key, number in numbers.items() if f" {prefix}tcp_transmit-value " in key]
+    assert {event.schema_id for event in events} == {expected}
+
+
+def test_a_cache_of_another_schema_is_not_used(kafka, tmp_path):
+    with refusing() as url, Run(tmp_path, "--brokers", kafka.bootstrap, config=config("none.", url)) as run:
+        run.state_dir.mkdir(exist_ok=True)
+        keys = [f"{url} none.{topic}-value {'0' * 64}" for topic in topics.FIXED_IDS]
+        (run.state_dir / "schema_ids.json").write_text(json.dumps(dict.fromkeys(keys, 7)))
+        assert run.wait() == 69
