@@ -68,9 +68,9 @@ static __always_inline void fill_v6(u8 *to, const u32 *words)
 }
 
 /* Addresses and ports of a socket or, since it begins with the same sock_common, of a request. */
-static __always_inline void fill_endpoints(struct flow *flow, const struct sock_common *sk)
+static __always_inline void fill_endpoints(struct flow *flow, const struct sock_common *sk, u16 sport)
 {
-	flow->sport = READ(sk, skc_num);
+	flow->sport = sport;
 	flow->dport = from_be16(READ(sk, skc_dport));
 #if HAS_sock_common_skc_v6_daddr
 	if (READ(sk, skc_family) == AF_INET6) {
@@ -217,9 +217,9 @@ static __always_inline u8 cause_of(const struct segment *s, const struct tcp_soc
 	return pending == ICSK_TIME_LOSS_PROBE ? CAUSE_TLP : CAUSE_OTHER;
 }
 
-static __always_inline void fill_cause(struct retransmit_event *e, const struct tcp_sock *tp)
+static __always_inline void fill_cause(struct retransmit_event *e, const struct tcp_sock *tp, bool is_loss_probe)
 {
-	e->cause = cause_of(&e->s, tp);
+	e->cause = is_loss_probe ? CAUSE_TLP : cause_of(&e->s, tp);
 	if (HAS_tcp_sock_icsk_retransmits && (e->cause == CAUSE_RTO || e->cause == CAUSE_SYN)) {
 		e->retransmit_no = READ_IF(tcp_sock, tp, icsk_retransmits);
 		e->s.known |= KNOWN_RETRANSMIT_NO;

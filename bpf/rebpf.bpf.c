@@ -81,11 +81,16 @@ static __always_inline struct retransmit_event *reserve_retransmit(const struct 
 	return e;
 }
 
-/* The flow of a full socket. The cookie is made where there is none yet, except by a kprobe, which can only read it. */
-static __always_inline bool select_socket(struct flow *flow, struct sock *sk, u8 hook)
+/*
+ * The flow of a full socket. Its port is what goes on the wire: skc_num is 0 in the reset of a socket that was disconnected.
+ * The cookie is made where there is none yet, except by a kprobe, which can only read it.
+ */
+static __always_inline bool select_socket(struct flow *flow, struct tcp_sock *tp, u8 hook)
 {
+	struct sock *sk = (struct sock *)tp;
+
 	flow->hook = hook;
-	fill_endpoints(flow, (const struct sock_common *)sk);
+	fill_endpoints(flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
 	if (!is_wanted(flow))
 		return false;
 	fill_netns(flow, sk);
@@ -97,8 +102,10 @@ static __always_inline bool select_socket(struct flow *flow, struct sock *sk, u8
 /* The flow of a SYN-ACK: the request's endpoints, the listener's owner, and no socket of its own yet. */
 static __always_inline bool select_request(struct flow *flow, struct sock *listener, struct request_sock *req, u8 hook)
 {
+	const struct sock_common *common = (const struct sock_common *)req;
+
 	flow->hook = hook;
-	fill_endpoints(flow, (const struct sock_common *)req);
+	fill_endpoints(flow, common, READ(common, skc_num));
 	if (!is_wanted(flow))
 		return false;
 	fill_netns(flow, listener);
@@ -106,13 +113,12 @@ static __always_inline bool select_request(struct flow *flow, struct sock *liste
 	return !is_own(flow);
 }
 
-static __always_inline int take_transmit(struct sock *sk, struct tcp_sock *tp, struct sk_buff *skb, u32 rcv_nxt,
-					 u8 hook)
+static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *skb, u32 rcv_nxt, u8 hook)
 {
 	struct flow flow = {};
 	struct transmit_event *e;
 
-	if (!select_socket(&flow, sk, hook) || !(e = reserve_transmit(&flow)))
+	if (!select_socket(&flow, tp, hook) || !(e = reserve_transmit(&flow)))
 		return 0;
 	fill_from_cb(&e->s, skb, rcv_nxt);
 	fill_tcp(&e->s, tp);
@@ -133,16 +139,17 @@ static __always_inline int take_synack(struct sock *listener, struct request_soc
 	return 0;
 }
 
-static __always_inline int take_retransmit(struct sock *sk, struct tcp_sock *tp, struct sk_buff *skb, s32 err, u8 hook)
+static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *skb, s32 err, bool is_loss_probe,
+					   u8 hook)
 {
 	struct flow flow = {};
 	struct retransmit_event *e;
 
-	if (gave_up(err) || !select_socket(&flow, sk, hook) || !(e = reserve_retransmit(&flow)))
+	if (gave_up(err) || !select_socket(&flow, tp, hook) || !(e = reserve_retransmit(&flow)))
 		return 0;
 	fill_from_cb(&e->s, skb, READ(tp, rcv_nxt));
 	fill_tcp(&e->s, tp);
-	fill_cause(e, tp);
+	fill_cause(e, tp, is_loss_probe);
 	e->err = errno_of(err);
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
 	return 0;
@@ -161,13 +168,40 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 	return 0;
 }
 
+/*
+ * A tail loss probe calls __tcp_retransmit_skb by itself. All others come through tcp_retransmit_skb, which may have
+ * __tcp_retransmit_skb inlined (as in Debian's 6.1) or call it. So the inner function counts for loss probes alone: those
+ * of the sockets that are in tcp_send_loss_probe now. By socket, which is locked meanwhile. Entry inserts, return deletes.
+ */
+#if RETRANSMIT_FENTRY || RETRANSMIT_KPROBE
+BPF_TABLE("lru_hash", u64, u8, loss_probes, 1024);
+
+static __always_inline int begin_loss_probe(u64 sk)
+{
+	u8 yes = 1;
+
+	loss_probes.update(&sk, &yes);
+	return 0;
+}
+
+static __always_inline int end_loss_probe(u64 sk)
+{
+	loss_probes.delete(&sk);
+	return 0;
+}
+
+static __always_inline bool is_loss_probe(u64 sk)
+{
+	return loss_probes.lookup(&sk) != NULL;
+}
+#endif
+
 #if TRANSMIT_FENTRY
 int fentry_tcp_transmit_skb(u64 *ctx)
 {
-	struct sock *sk = (void *)ctx[0];
-	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
 
-	return tp ? take_transmit(sk, tp, (void *)ctx[1], ctx[4], HOOK_FENTRY) : 0;
+	return tp ? take_transmit(tp, (void *)ctx[1], ctx[4], HOOK_FENTRY) : 0;
 }
 
 int fentry_tcp_make_synack(u64 *ctx)
@@ -179,10 +213,29 @@ int fentry_tcp_make_synack(u64 *ctx)
 #if RETRANSMIT_FENTRY
 int fexit_tcp_retransmit_skb(u64 *ctx)
 {
-	struct sock *sk = (void *)ctx[0];
-	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
 
-	return tp ? take_retransmit(sk, tp, (void *)ctx[1], ctx[3], HOOK_FENTRY) : 0;
+	return tp ? take_retransmit(tp, (void *)ctx[1], ctx[3], false, HOOK_FENTRY) : 0;
+}
+
+int fentry_tcp_send_loss_probe(u64 *ctx)
+{
+	return begin_loss_probe(ctx[0]);
+}
+
+int fexit_tcp_send_loss_probe(u64 *ctx)
+{
+	return end_loss_probe(ctx[0]);
+}
+
+int fexit_inner_retransmit_skb(u64 *ctx)
+{
+	struct tcp_sock *tp;
+
+	if (!is_loss_probe(ctx[0]))
+		return 0;
+	tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
+	return tp ? take_retransmit(tp, (void *)ctx[1], ctx[3], true, HOOK_FENTRY) : 0;
 }
 
 int fexit_tcp_rtx_synack(u64 *ctx)
@@ -196,8 +249,7 @@ int fexit_tcp_rtx_synack(u64 *ctx)
 #if RETRANSMIT_RAW_TP
 int raw_tp_tcp_retransmit_skb(u64 *ctx)
 {
-	struct sock *sk = (void *)ctx[0];
-	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
 	/* Linux 6.17 has the result as third argument and also fires for failures; before, for successes alone. */
 #if RETRANSMIT_TRACEPOINT_HAS_ERR
 	s32 err = ctx[2];
@@ -205,7 +257,7 @@ int raw_tp_tcp_retransmit_skb(u64 *ctx)
 	s32 err = 0;
 #endif
 
-	return tp ? take_retransmit(sk, tp, (void *)ctx[1], err, HOOK_RAW_TP) : 0;
+	return tp ? take_retransmit(tp, (void *)ctx[1], err, false, HOOK_RAW_TP) : 0;
 }
 
 int raw_tp_tcp_retransmit_synack(u64 *ctx)
@@ -219,9 +271,9 @@ int raw_tp_tcp_retransmit_synack(u64 *ctx)
 int kprobe_tcp_transmit_skb(void *ctx)
 {
 	struct pt_regs *regs = ctx;
-	struct sock *sk = (void *)PT_REGS_PARM1(regs);
 
-	return take_transmit(sk, (void *)sk, (void *)PT_REGS_PARM2(regs), PT_REGS_PARM5(regs), HOOK_KPROBE);
+	return take_transmit((void *)PT_REGS_PARM1(regs), (void *)PT_REGS_PARM2(regs), PT_REGS_PARM5(regs),
+			     HOOK_KPROBE);
 }
 
 int kprobe_tcp_make_synack(void *ctx)
@@ -234,11 +286,11 @@ int kprobe_tcp_make_synack(void *ctx)
 
 #if RETRANSMIT_KPROBE
 /*
- * The arguments of calls under way, for the return probe. By stack pointer: a softirq may interrupt a call and make
- * another on the same task. Entry inserts, return deletes; what a missed return leaves behind falls out of the LRU.
+ * The arguments of calls under way, for the return probe. By stack pointer: a softirq may interrupt a call and make another
+ * on the same task. Entry inserts, return deletes; what a missed return leaves behind falls out of the LRU.
  */
 struct call {
-	struct sock *sk;
+	void *sk;
 	void *subject; /* sk_buff or request_sock */
 };
 BPF_TABLE("lru_hash", u64, struct call, calls, 1024);
@@ -283,7 +335,39 @@ int kretprobe_tcp_retransmit_skb(void *ctx)
 
 	if (!recall(regs, &call))
 		return 0;
-	return take_retransmit(call.sk, (void *)call.sk, call.subject, PT_REGS_RC(regs), HOOK_KPROBE);
+	return take_retransmit(call.sk, call.subject, PT_REGS_RC(regs), false, HOOK_KPROBE);
+}
+
+int kprobe_tcp_send_loss_probe(void *ctx)
+{
+	struct pt_regs *regs = ctx;
+
+	remember(regs);
+	return begin_loss_probe(PT_REGS_PARM1(regs));
+}
+
+int kretprobe_tcp_send_loss_probe(void *ctx)
+{
+	struct call call;
+
+	return recall(ctx, &call) ? end_loss_probe((u64)call.sk) : 0;
+}
+
+int kprobe_inner_retransmit_skb(void *ctx)
+{
+	struct pt_regs *regs = ctx;
+
+	return is_loss_probe(PT_REGS_PARM1(regs)) ? remember(regs) : 0;
+}
+
+int kretprobe_inner_retransmit_skb(void *ctx)
+{
+	struct pt_regs *regs = ctx;
+	struct call call;
+
+	if (!recall(regs, &call))
+		return 0;
+	return take_retransmit(call.sk, call.subject, PT_REGS_RC(regs), true, HOOK_KPROBE);
 }
 
 int kprobe_tcp_rtx_synack(void *ctx)

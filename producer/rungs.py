@@ -65,15 +65,22 @@ LADDERS = {
         Rung(
             "fentry",
             (
-                Hook("fexit_tcp_retransmit_skb", "__tcp_retransmit_skb", _FEXIT),
+                Hook("fexit_tcp_retransmit_skb", "tcp_retransmit_skb", _FEXIT),
+                Hook("fentry_tcp_send_loss_probe", "tcp_send_loss_probe", _FENTRY),
+                Hook("fexit_tcp_send_loss_probe", "tcp_send_loss_probe", _FEXIT),
+                Hook("fexit_inner_retransmit_skb", "__tcp_retransmit_skb", _FEXIT),
                 Hook("fexit_tcp_rtx_synack", "tcp_rtx_synack", _FEXIT),
             ),
         ),
         Rung(
             "kprobe",
             (
-                Hook("kprobe_tcp_retransmit_skb", "__tcp_retransmit_skb", _KPROBE),
-                Hook("kretprobe_tcp_retransmit_skb", "__tcp_retransmit_skb", _KPROBE),
+                Hook("kprobe_tcp_retransmit_skb", "tcp_retransmit_skb", _KPROBE),
+                Hook("kretprobe_tcp_retransmit_skb", "tcp_retransmit_skb", _KPROBE),
+                Hook("kprobe_tcp_send_loss_probe", "tcp_send_loss_probe", _KPROBE),
+                Hook("kretprobe_tcp_send_loss_probe", "tcp_send_loss_probe", _KPROBE),
+                Hook("kprobe_inner_retransmit_skb", "__tcp_retransmit_skb", _KPROBE),
+                Hook("kretprobe_inner_retransmit_skb", "__tcp_retransmit_skb", _KPROBE),
                 Hook("kprobe_tcp_rtx_synack", "tcp_rtx_synack", _KPROBE),
                 Hook("kretprobe_tcp_rtx_synack", "tcp_rtx_synack", _KPROBE),
             ),
