@@ -5,18 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
-
 from producer import privileges
 from producer.btf import VMLINUX, Btf
 from producer.config import Config
 from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import STREAMS
 from producer.hooks import python_with_bcc
+from producer.provision import Admin, topic
 from producer.rungs import LADDERS, cgroup2_root, refusal
-
-_BROKER_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +74,15 @@ def _kafka(config: Config) -> Iterator[Finding]:
     if config.kafka.brokers is None:
         yield Finding("Kafka", "no brokers are configured: the embedded broker will run, for trying only")
         return
-    client = AdminClient({**config.kafka.settings, "bootstrap.servers": config.kafka.brokers})
     try:
-        topics = client.list_topics(timeout=_BROKER_TIMEOUT_S).topics
-    except KafkaException as error:
-        yield Finding("Kafka", f"{config.kafka.brokers}: {error.args[0].str()}", UnavailableError.exit_code)
+        topics = Admin(config).partitions()
+    except RebpfError as error:
+        yield Finding("Kafka", str(error), error.exit_code)
         return
     yield Finding("Kafka", config.kafka.brokers)
     for stream in STREAMS:
-        name = config.kafka.topic_prefix + stream.topic
+        name = topic(config, stream)
         if name in topics:
-            yield Finding(f"topic {name}", f"{len(topics[name].partitions)} partitions")
+            yield Finding(f"topic {name}", f"{topics[name]} partitions")
         else:
             yield Finding(f"topic {name}", "missing: run `rebpf init`", UnavailableError.exit_code)

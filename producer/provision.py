@@ -1,5 +1,8 @@
 """What an administrator does once: the topics created, the schemas registered."""
 
+import logging
+from typing import Any
+
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
@@ -7,11 +10,14 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from producer.config import Config
 from producer.encode import load_schema
-from producer.errors import UnavailableError
+from producer.errors import ConfigError, UnavailableError
 from producer.events import STREAMS, Stream, Topic
 from producer.registry import SchemaIds
 
-_TIMEOUT_S = 10.0
+logger = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT_S = 5.0
+_CREATE_TIMEOUT_S = 10.0
 _TOPIC_SETTINGS = {"cleanup.policy": "delete", "message.timestamp.type": "CreateTime"}
 
 
@@ -20,23 +26,59 @@ def topic(config: Config, stream: Stream) -> Topic:
     return Topic(config.kafka.topic_prefix + stream.topic)
 
 
+class Admin:
+    """Looks at a cluster's topics and makes some. Raises ConfigError for settings that librdkafka refuses."""
+
+    def __init__(self, config: Config) -> None:
+        self._brokers = config.kafka.brokers
+        self._trouble: KafkaError | None = None
+        conf: dict[str, Any] = {**config.kafka.settings, "bootstrap.servers": self._brokers, "error_cb": self._meet}
+        try:
+            self._client = AdminClient(conf, logger=_client_logger())
+        except KafkaException as error:
+            raise ConfigError(f"kafka settings: {error.args[0].str()}") from error
+
+    def partitions(self) -> dict[str, int]:
+        """Return the topics, and how many partitions each has; UnavailableError where no broker answers."""
+        try:
+            topics = self._client.list_topics(timeout=_ANSWER_TIMEOUT_S).topics
+        except KafkaException as error:
+            self._client.poll(0)  # says what the trouble is
+            reason = (self._trouble or error.args[0]).str()
+            raise UnavailableError(f"no answer from Kafka at {self._brokers}: {reason}") from error
+        return {name: len(topic.partitions) for name, topic in topics.items()}
+
+    def create(self, name: str, partitions: int, replication: int) -> bool:
+        """Create a topic; False where it exists. UnavailableError says what failed."""
+        wanted = NewTopic(name, partitions, replication, config=_TOPIC_SETTINGS)
+        retrying = Retrying(
+            retry=retry_if_exception(_may_pass),
+            wait=wait_random_exponential(multiplier=0.5, max=5),
+            stop=stop_after_attempt(3),
+            reraise=True,
+        )
+        try:
+            retrying(lambda: self._client.create_topics([wanted], request_timeout=_CREATE_TIMEOUT_S)[name].result())
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
+                return False
+            raise UnavailableError(f"topic {name} cannot be created: {error.args[0].str()}") from error
+        return True
+
+    def _meet(self, error: KafkaError) -> None:
+        # That all brokers are down comes last and says least.
+        if self._trouble is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._trouble = error
+
+
 def create_topics(config: Config, partitions: int, replication: int) -> list[str]:
     """Create the topics that do not exist; return a line about each. UnavailableError says what failed."""
-    client = AdminClient({**config.kafka.settings, "bootstrap.servers": config.kafka.brokers or ""})
-    retrying = Retrying(
-        retry=retry_if_exception(_may_pass),
-        wait=wait_random_exponential(multiplier=0.5, max=5),
-        stop=stop_after_attempt(3),
-        reraise=True,
-    )
+    admin = Admin(config)
+    admin.partitions()  # whether a broker answers at all is known sooner than that a request is not answered
     lines = []
     for stream in STREAMS:
         name = topic(config, stream)
-        wanted = NewTopic(name, partitions, replication, config=_TOPIC_SETTINGS)
-        try:
-            made = retrying(_create, client, wanted)
-        except KafkaException as error:
-            raise UnavailableError(f"topic {name} cannot be created: {error.args[0].str()}") from error
+        made = admin.create(name, partitions, replication)
         lines.append(f"topic {name}: {f'created, {partitions} partitions' if made else 'exists'}")
     return lines
 
@@ -53,18 +95,14 @@ def register_schemas(config: Config) -> list[str]:
     return lines
 
 
-def _create(client: AdminClient, wanted: NewTopic) -> bool:
-    """Create one topic; False where it exists."""
-    try:
-        client.create_topics([wanted], request_timeout=_TIMEOUT_S)[wanted.topic].result()
-    except KafkaException as error:
-        if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
-            return False
-        raise
-    return True
-
-
 def _may_pass(error: BaseException) -> bool:
     return isinstance(error, KafkaException) and (
         error.args[0].retriable() or error.args[0].code() in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT)
     )
+
+
+def _client_logger() -> logging.Logger:
+    """Return librdkafka's logger, for debugging only: while a broker is down it repeats itself many times a second."""
+    client = logger.getChild("librdkafka")
+    client.setLevel(logging.DEBUG if logger.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
+    return client
