@@ -30,11 +30,12 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "producer", *map(str, arguments)]
 
 
-def rebpf(*arguments: object, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end."""
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ, **(env or {})}
-    )
+def rebpf(
+    *arguments: object, env: Mapping[str, str] | None = None, before: Sequence[str] = ()
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end; `before` is what stands before it, as setpriv and its options."""
+    run = [*before, *command(*arguments)]
+    return subprocess.run(run, capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ, **(env or {})})
 
 
 class Run:
@@ -46,7 +47,6 @@ class Run:
         *arguments: object,
         config: str = "",
         env: Mapping[str, str] | None = None,
-        before: Sequence[str] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -55,7 +55,7 @@ class Run:
         self.config.write_text(config)
         self._out, self._err = folder / "out", folder / "err"
         # It dies with the tests, however they end.
-        run = ["setpriv", "--pdeathsig", "KILL", *before]
+        run = ["setpriv", "--pdeathsig", "KILL"]
         run += command("run", "--json", "--config", self.config, "--state-dir", self.state_dir, *arguments)
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(

@@ -1,0 +1,128 @@
+"""`rebpf init` and `rebpf check` against real servers, and against none."""
+
+import json
+import os
+import shutil
+
+import pytest
+from confluent_kafka.admin import AdminClient
+
+from tests.kafka.rebpf import rebpf
+from tests.servers.process import free_port
+
+pytestmark = pytest.mark.real_kafka
+
+TOPICS = ("tcp_transmit", "tcp_retransmit")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(prefix: str, more: str = "") -> str:
+        path = tmp_path / "rebpf.toml"
+        path.write_text(f'kafka.topic_prefix = "{prefix}"\n{more}')
+        return str(path)
+
+    return write
+
+
+def test_init_creates_the_topics_and_leaves_those_that_are_there(kafka, config):
+    arguments = ["init", "--config", config("init."), "--brokers", kafka.bootstrap]
+    first = rebpf(*arguments, "--partitions", 5)
+    again = rebpf(*arguments, "--partitions", 7)
+
+    ids = "no registry: schema ids are init.tcp_transmit 1, init.tcp_retransmit 2"
+    assert (first.returncode, again.returncode) == (0, 0)
+    assert first.stdout.splitlines() == [*(f"topic init.{topic}: created, 5 partitions" for topic in TOPICS), ids]
+    assert again.stdout.splitlines() == [*(f"topic init.{topic}: exists" for topic in TOPICS), ids]
+    present = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
+    assert [len(present[f"init.{topic}"].partitions) for topic in TOPICS] == [5, 5]
+
+
+def test_init_says_why_a_topic_cannot_be_created(kafka, config):
+    done = rebpf("init", "--config", config("init-three."), "--brokers", kafka.bootstrap, "--replication", 3)
+
+    assert done.returncode == 69
+    assert done.stderr.startswith("rebpf: topic init-three.tcp_transmit cannot be created: ")
+    assert "replication factor" in done.stderr.lower()
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_init_without_brokers_is_a_mistake_of_the_command_line():
+    done = rebpf("init")
+
+    assert (done.returncode, done.stderr) == (64, "rebpf: init needs --brokers\n")
+
+
+def test_init_with_no_broker_there_says_so(config):
+    brokers = f"127.0.0.1:{free_port()}"
+    done = rebpf("init", "--config", config(""), "--brokers", brokers)
+
+    assert done.returncode == 69
+    assert done.stderr.startswith(f"rebpf: no answer from Kafka at {brokers}: ")
+    assert "Connection refused" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def findings(*arguments: object) -> tuple[int, dict[str, dict[str, object]]]:
+    done = rebpf("check", "--json", *arguments)
+    return done.returncode, {each["subject"]: each for each in json.loads(done.stdout)}
+
+
+def test_check_names_missing_topics_and_finds_them_after_init(kafka, config):
+    arguments = ["--config", config("check."), "--brokers", kafka.bootstrap]
+    code, before = findings(*arguments)
+    assert code == 69
+    for topic in TOPICS:
+        assert before[f"topic check.{topic}"] == {
+            "subject": f"topic check.{topic}", "ok": False, "text": "missing: run `rebpf init`", "exit_code": 69,
+        }  # fmt: skip
+    assert before["Kafka"]["ok"]
+
+    assert rebpf("init", *arguments).returncode == 0
+    _, after = findings(*arguments)
+    assert [after[f"topic check.{topic}"]["text"] for topic in TOPICS] == ["6 partitions"] * 2
+
+
+def test_check_says_that_no_broker_answers():
+    code, found = findings("--brokers", f"127.0.0.1:{free_port()}")
+
+    assert code == 69
+    assert not found["Kafka"]["ok"]
+    assert "Connection refused" in str(found["Kafka"]["text"])
+
+
+@pytest.mark.root
+def test_check_of_a_host_that_has_everything_is_good():
+    code, found = findings()
+    assert code == 0
+    assert {"capabilities", "cgroup v2", "BTF", "Python", "bcc", "Kafka"} <= found.keys()
+    for stream in ("transmit", "retransmit"):
+        assert "possible" in {found[name]["text"] for name in found if name.startswith(f"{stream} by ")}
+
+    text = rebpf("check")
+    assert text.returncode == 0
+    assert len(text.stdout.splitlines()) == len(found)
+    assert all(line.startswith("ok ") for line in text.stdout.splitlines())
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="giving up privileges needs root, setpriv")
+def test_check_says_what_an_unprivileged_user_lacks():
+    unprivileged = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]
+    done = rebpf("check", "--json", before=unprivileged)
+    found = {each["subject"]: each for each in json.loads(done.stdout)}
+
+    assert done.returncode == 77
+    assert found["capabilities"]["exit_code"] == 77
+    for name in ("CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"):
+        assert name in str(found["capabilities"]["text"])
+
+
+def test_a_setting_that_the_client_refuses_is_a_configuration_error(config):
+    arguments = ["--config", config("", 'kafka.settings = { "lingr.ms" = 5 }'), "--brokers", "127.0.0.1:1"]
+    done = rebpf("init", *arguments)
+
+    assert done.returncode == 78
+    assert "lingr.ms" in done.stderr
+    code, found = findings(*arguments)
+    assert code == 78
+    assert "lingr.ms" in str(found["Kafka"]["text"])
