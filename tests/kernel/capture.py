@@ -66,7 +66,8 @@ class Capture:
         """Return the rows that have `port` on either side."""
         rows = self.all(stream)
         flow = rows["s"]["flow"]
-        return rows[(flow["sport"] == port) | (flow["dport"] == port)]
+        chosen: Rows = rows[(flow["sport"] == port) | (flow["dport"] == port)]
+        return chosen
 
     def wait_rows(self, stream: Stream, port: int, count: int) -> Rows:
         """Wait for so many rows of a port, or more, and return them."""

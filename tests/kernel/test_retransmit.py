@@ -27,7 +27,8 @@ def segs(rows: Rows) -> int:
 
 
 def of_host(rows: Rows, host: Host) -> Rows:
-    return rows[rows["s"]["flow"]["netns"] == host.netns]
+    chosen: Rows = rows[rows["s"]["flow"]["netns"] == host.netns]
+    return chosen
 
 
 def events(capture: Capture, port: int, condition: Callable[[Rows], bool], what: str) -> Rows:

@@ -34,7 +34,9 @@ def sums_to(capture: Capture, port: int, host: Host, out_segs: int) -> Callable[
 
 
 def from_to(rows: Rows, sport: int, dport: int) -> Rows:
-    return rows[(rows["s"]["flow"]["sport"] == sport) & (rows["s"]["flow"]["dport"] == dport)]["s"]
+    flow = rows["s"]["flow"]
+    segments: Rows = rows["s"][(flow["sport"] == sport) & (flow["dport"] == dport)]
+    return segments
 
 
 def in6(address: str) -> bytes:
