@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
 from producer.errors import ConfigError
-from producer.events import EncodedBatch, Topic
+from producer.events import EncodedBatch, Stream, Topic
 from producer.rdkafka import MESSAGE, Error, Log, Producer, Reports, SocketCallback, error_name
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,9 @@ REQUIRED: Mapping[str, str] = {
     "queue.buffering.max.kbytes": "2097151",
 }
 """What delivery rests on: settings that say otherwise are refused."""
+
+_ALIASES = {"request.required.acks": "acks", "delivery.timeout.ms": "message.timeout.ms"}
+_ELSEWHERE = {"bootstrap.servers": "brokers", "metadata.broker.list": "brokers"}
 
 DEFAULTS: Mapping[str, str] = {
     "client.id": "rebpf",
@@ -66,8 +69,11 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
     Raises ConfigError where `settings` contradicts what delivery rests on.
     """
     for name, value in settings.items():
-        if REQUIRED.get(name, value) != value:
-            raise ConfigError(f"kafka.settings: {name} must be {REQUIRED[name]}, since delivery rests on it: remove it")
+        required = REQUIRED.get(_ALIASES.get(name, name), value)
+        if required != value:
+            raise ConfigError(f"kafka.settings: {name} must be {required}, since delivery rests on it: remove it")
+        if name in _ELSEWHERE:
+            raise ConfigError(f"kafka.settings: {name}: set kafka.{_ELSEWHERE[name]} instead")
     where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
     return {**DEFAULTS, **settings, **REQUIRED, **where}
 
@@ -90,8 +96,35 @@ class _InFlight:
     open: int
 
 
+class _Retry:
+    """The messages of one stream that wait for another try: rows by the batch's number."""
+
+    def __init__(self) -> None:
+        self._state = RetryCallState(Retrying(wait=_BACK_OFF), None, (), {})
+        self.rows: dict[int, list[NDArray[np.int64]]] = {}
+        self.at = 0.0
+
+    def back_off(self) -> float:
+        """Set the time of the next try; return the seconds until then."""
+        wait_s = _BACK_OFF(self._state)
+        self._state.attempt_number += 1
+        self.at = time.monotonic() + wait_s
+        return wait_s
+
+    def reset(self) -> None:
+        """Begin with short waits again."""
+        self._state.attempt_number = 1
+
+    def take(self) -> dict[int, NDArray[np.int64]]:
+        """Return the rows of each batch, none of which wait any more."""
+        rows, self.rows = self.rows, {}
+        return {number: np.sort(np.concatenate(rows[number])) for number in sorted(rows)}
+
+
 class KafkaSink:
-    """Sends batches and tells what became of them. At most `most_in_flight` messages are under way.
+    """Sends batches and tells what became of them. At most `most_in_flight` messages of a stream are under way.
+
+    Streams share the client and nothing else: one whose topic is missing does not hold up the other.
 
     `topics` are by the stream's name; `on_socket` is shown each of the client's sockets before it connects, from a
     thread of librdkafka's.
@@ -113,9 +146,8 @@ class KafkaSink:
         self._batches: dict[int, _InFlight] = {}
         self._next = 0
         self._refused: list[Reports] = []
-        self._again: dict[int, list[NDArray[np.int64]]] = {}
-        self._retry = RetryCallState(Retrying(wait=_BACK_OFF), None, (), {})
-        self._retry_at = 0.0
+        self._retries = {stream: _Retry() for stream in topics}
+        self._fatal = False
         self._logged_at = -_REPEAT_TROUBLE_S
         self.in_flight: Counter[str] = Counter()
         """Messages under way, by stream."""
@@ -131,13 +163,12 @@ class KafkaSink:
             self._producer.mock_topic(topic, EMBEDDED_PARTITIONS)
         return self._producer.mock_bootstraps()
 
-    @property
-    def room(self) -> int:
-        """How many more messages may be sent now."""
-        return self._most - self.in_flight.total()
+    def room(self, stream: Stream) -> int:
+        """Return how many more messages of a stream may be sent now."""
+        return self._most - self.in_flight[stream.name]
 
     def send(self, batch: EncodedBatch) -> None:
-        """Queue a batch of at most `room` messages."""
+        """Queue a batch, of at most as many messages as there is room for."""
         number, self._next = self._next, self._next + 1
         self._batches[number] = _InFlight(batch, np.ones(len(batch), np.bool_), len(batch))
         self.in_flight[batch.stream.name] += len(batch)
@@ -146,8 +177,10 @@ class KafkaSink:
     def poll(self) -> dict[str, Outcome]:
         """Take the delivery reports that are there, and return what became of messages, by stream."""
         outcomes: dict[str, Outcome] = {}
-        if self._again and time.monotonic() >= self._retry_at:
-            self._produce_again()
+        for retry in self._retries.values():
+            if retry.rows and time.monotonic() >= retry.at:
+                for number, rows in retry.take().items():
+                    self._produce(number, rows)
         refused, self._refused = self._refused, []
         for reports in refused:
             self._report(reports, outcomes)
@@ -158,7 +191,7 @@ class KafkaSink:
                 self._meet(event)
             else:
                 logger.log(_level(event), "librdkafka %s", event.text)
-        if self.trouble and self.trouble.fatal:
+        if self._fatal:
             self._reopen()
         return outcomes
 
@@ -168,12 +201,12 @@ class KafkaSink:
 
     def _socket(self, family: int, kind: int, protocol: int, _: int | None) -> int:
         try:
-            opened = socket.socket(family, kind, protocol)
-            self._on_socket(opened.fileno())
+            with socket.socket(family, kind, protocol) as opened:
+                self._on_socket(opened.fileno())
+                return opened.detach()
         except OSError as error:
             logger.error("kafka: no socket: %s", error)
             return -1
-        return opened.detach()
 
     def _produce(self, number: int, rows: NDArray[np.int64]) -> None:
         batch = self._batches[number].batch
@@ -210,7 +243,7 @@ class KafkaSink:
         else:
             outcome.delivered += len(rows)
             self.trouble = None
-            self._retry.attempt_number = 1
+            self._retries[flight.batch.stream.name].reset()
         self.in_flight[flight.batch.stream.name] -= len(rows)
         flight.open_rows[rows] = False
         flight.open -= len(rows)
@@ -218,18 +251,12 @@ class KafkaSink:
             outcome.done.append(self._batches.pop(number).batch)
 
     def _schedule(self, number: int, rows: NDArray[np.int64], error: str) -> None:
-        if not self._again:
-            wait_s = _BACK_OFF(self._retry)
-            self._retry_at = time.monotonic() + wait_s
-            self._retry.attempt_number += 1
-            topic = self._topics[self._batches[number].batch.stream.name]
+        stream = self._batches[number].batch.stream.name
+        retry = self._retries[stream]
+        if not retry.rows:
+            wait_s, topic = retry.back_off(), self._topics[stream]
             logger.warning("kafka: messages are sent again topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
-        self._again.setdefault(number, []).append(rows)
-
-    def _produce_again(self) -> None:
-        again, self._again = self._again, {}
-        for number in sorted(again):
-            self._produce(number, np.sort(np.concatenate(again[number])))
+        retry.rows.setdefault(number, []).append(rows)
 
     def _meet(self, error: Error) -> None:
         now = time.monotonic()
@@ -237,14 +264,16 @@ class KafkaSink:
             self._logged_at = now
             logger.warning("kafka: %s error=%s", error.text, error.name)
         self.trouble = error
+        self._fatal |= error.fatal
 
     def _reopen(self) -> None:
         """Replace a client that met a fatal error, and send again what was not acknowledged."""
         logger.error("kafka: the client met a fatal error and is replaced error=%s", self.trouble and self.trouble.name)
         self._producer.close()
         self._producer = Producer(self._settings, self._open_socket)
-        self.trouble = None
-        self._refused, self._again = [], {}
+        self.trouble, self._fatal, self._refused = None, False, []
+        for retry in self._retries.values():
+            retry.rows = {}
         for number, flight in sorted(self._batches.items()):
             self._produce(number, np.flatnonzero(flight.open_rows))
 

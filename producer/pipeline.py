@@ -58,12 +58,11 @@ class Outcome(Protocol):
 class Sink(Protocol):
     """What the pipeline asks of a sink."""
 
-    @property
-    def room(self) -> int:
-        """How many messages may be sent now."""
+    def room(self, stream: Stream) -> int:
+        """Return how many messages of a stream may be sent now."""
 
     def send(self, batch: EncodedBatch) -> None:
-        """Queue a batch of at most `room` messages."""
+        """Queue a batch, of at most as many messages as there is room for."""
 
     def poll(self) -> Mapping[str, Outcome]:
         """Return what became of messages since the last call, by stream."""
@@ -115,7 +114,7 @@ class Pipeline:
         """Send what the rings hold, and take account of delivery reports. Return whether more is likely to wait."""
         more = False
         for path in self._paths.values():
-            batch = path.next_batch(self._sink.room)
+            batch = path.next_batch(self._sink.room(path.stream))
             if batch is not None:
                 self._sink.send(path.encoder.encode(batch, self._utc_offset_ns()))
                 more |= len(batch.rows) == _BATCH_ROWS
