@@ -1,0 +1,374 @@
+"""The sink against librdkafka's built-in cluster: what is acknowledged, sent again, lost, and how much is under way."""
+
+import ctypes
+import itertools
+import logging
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import confluent_kafka
+import numpy as np
+import pytest
+
+from producer import rdkafka
+from producer.errors import ConfigError
+from producer.events import RETRANSMITS, TRANSMITS, EncodedBatch, Stream, Topic
+from producer.kafka import REQUIRED, KafkaSink, client_settings
+
+TOPICS = {"transmit": Topic("t"), "retransmit": Topic("r")}
+PRODUCE = 0
+DEADLINE_S = 40.0
+SETTINGS = {"linger.ms": "0", "retry.backoff.ms": "10", "topic.metadata.propagation.max.ms": "300"}
+lib = rdkafka._lib
+lib.rd_kafka_mock_push_request_errors_array.argtypes = (
+    ctypes.c_void_p, ctypes.c_int16, ctypes.c_size_t, ctypes.POINTER(ctypes.c_int)
+)  # fmt: skip
+lib.rd_kafka_mock_broker_set_down.argtypes = (ctypes.c_void_p, ctypes.c_int32)
+lib.rd_kafka_mock_broker_set_up.argtypes = (ctypes.c_void_p, ctypes.c_int32)
+lib.rd_kafka_test_fatal_error.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+
+
+class Cluster:
+    """The cluster, in the process of a client that does nothing else."""
+
+    def __init__(self) -> None:
+        self._owner = rdkafka.Producer({"test.mock.num.brokers": "1"})
+        self._handle = lib.rd_kafka_handle_mock_cluster(self._owner._handle)
+        self.brokers = self._owner.mock_bootstraps()
+
+    def create(self, topic: str, partitions: int = 1) -> None:
+        self._owner.mock_topic(topic, partitions)
+
+    def answer_produce_with(self, *codes: int) -> None:
+        """Let the next requests fail, each with a code."""
+        errors = (ctypes.c_int * len(codes))(*codes)
+        lib.rd_kafka_mock_push_request_errors_array(self._handle, PRODUCE, len(codes), errors)
+
+    def down(self) -> None:
+        lib.rd_kafka_mock_broker_set_down(self._handle, 1)
+
+    def up(self) -> None:
+        lib.rd_kafka_mock_broker_set_up(self._handle, 1)
+
+    def read(self, topic: str, count: int) -> list[tuple[bytes, bytes]]:
+        """Read a topic's first messages: key and value."""
+        consumer = confluent_kafka.Consumer(
+            {"bootstrap.servers": self.brokers, "group.id": str(uuid.uuid4())}, logger=logging.getLogger("reader")
+        )
+        try:
+            partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+            consumer.assign([confluent_kafka.TopicPartition(topic, number, 0) for number in partitions])
+            messages = consumer.consume(count, DEADLINE_S)
+        finally:
+            consumer.close()
+        assert [message.error() for message in messages] == [None] * count
+        return [(message.key(), message.value()) for message in messages]
+
+    def close(self) -> None:
+        self._owner.close()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def open_sink(cluster: Cluster) -> Iterator[Callable[..., KafkaSink]]:
+    sinks = []
+
+    def make(settings: Mapping[str, str] | None = None, **arguments: object) -> KafkaSink:
+        known = client_settings(cluster.brokers, {**SETTINGS, **(settings or {})})
+        sink = KafkaSink(known, TOPICS, **arguments)
+        assert sink.open() == cluster.brokers
+        sinks.append(sink)
+        return sink
+
+    yield make
+    for sink in sinks:
+        sink.close()
+
+
+ends = itertools.count(1)
+
+
+def batch(stream: Stream, messages: Sequence[tuple[bytes, bytes]]) -> EncodedBatch:
+    """Lay messages out as the encoder does: with gaps, and keys of one width that rows share."""
+    gap = b"\xee" * 7
+    keys = sorted({key for key, _ in messages})
+    width = max(map(len, keys)) + 3
+    lengths = np.array([len(value) for _, value in messages], np.int64)
+    numbers = np.array([keys.index(key) for key, _ in messages], np.int64)
+    return EncodedBatch(
+        stream,
+        np.frombuffer(b"".join(value + gap for _, value in messages), np.uint8),
+        np.concatenate([[0], np.cumsum(lengths + len(gap))[:-1]]).astype(np.int64),
+        lengths,
+        np.frombuffer(b"".join(key.ljust(width, b"\xee") for key in keys), np.uint8),
+        numbers * width,
+        np.array([len(key) for key in keys], np.int64)[numbers],
+        next(ends),
+    )
+
+
+def numbered(count: int, start: int = 0) -> list[tuple[bytes, bytes]]:
+    return [(b"key %d" % (number % 7), b"value %d" % number) for number in range(start, start + count)]
+
+
+class Ledger:
+    """What a sink said so far, added up."""
+
+    def __init__(self, sink: KafkaSink) -> None:
+        self._sink = sink
+        self.delivered: Counter[str] = Counter()
+        self.lost: dict[str, Counter[str]] = {"transmit": Counter(), "retransmit": Counter()}
+        self.done: list[EncodedBatch] = []
+
+    def poll(self) -> None:
+        for stream, outcome in self._sink.poll().items():
+            self.delivered[stream] += outcome.delivered
+            self.lost[stream].update(outcome.lost)
+            self.done += outcome.done
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Poll until the condition holds."""
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end, (self.delivered, self.lost, len(self.done))
+            self.poll()
+            time.sleep(0.005)
+
+    def wait_for(self, *batches: EncodedBatch) -> None:
+        self.wait(lambda: all(any(each is one for one in self.done) for each in batches))
+
+
+def test_keys_and_values_arrive_as_they_lie_in_the_batch_and_each_key_in_order(cluster, open_sink):
+    cluster.create("t", 4)
+    sink = open_sink()
+    first, second = numbered(307), numbered(211, 307)
+    batches = [batch(TRANSMITS, first), batch(TRANSMITS, second)]
+    for each in batches:
+        sink.send(each)
+    ledger = Ledger(sink)
+    ledger.wait_for(*batches)
+
+    assert ledger.delivered == {"transmit": 518}
+    read = cluster.read("t", 518)
+    for key in {key for key, _ in first}:
+        assert [value for k, value in read if k == key] == [value for k, value in first + second if k == key]
+
+
+def test_a_message_that_is_too_large_for_the_client_is_lost_by_name_and_its_neighbours_arrive(cluster, open_sink):
+    cluster.create("t")
+    sink = open_sink({"message.max.bytes": "1000"})
+    messages = numbered(11)
+    messages[5] = (b"key", bytes(5000))
+    sent = batch(TRANSMITS, messages)
+    sink.send(sent)
+    ledger = Ledger(sink)
+    ledger.wait_for(sent)
+
+    assert ledger.delivered == {"transmit": 10}
+    assert ledger.lost["transmit"] == {"MSG_SIZE_TOO_LARGE": 1}
+    assert cluster.read("t", 10) == messages[:5] + messages[6:]
+
+
+@pytest.mark.parametrize("code", [7, 19, 29, 3, 6], ids=rdkafka.error_name)
+def test_a_failure_that_passes_costs_no_message(cluster, open_sink, code):
+    cluster.create("t")
+    sink = open_sink()
+    cluster.answer_produce_with(code, code, code)
+    messages = numbered(101)
+    sent = batch(TRANSMITS, messages)
+    sink.send(sent)
+    ledger = Ledger(sink)
+    ledger.wait_for(sent)
+
+    assert ledger.delivered == {"transmit": 101}
+    assert not ledger.lost["transmit"]
+    assert set(cluster.read("t", 101)) == set(messages)
+
+
+@pytest.mark.parametrize("code", [10, 44, 87], ids=rdkafka.error_name)
+def test_a_failure_for_good_is_counted_by_its_name_and_later_messages_arrive(cluster, open_sink, code):
+    cluster.create("t")
+    sink = open_sink()
+    cluster.answer_produce_with(code)
+    lost, later = batch(TRANSMITS, numbered(13)), batch(TRANSMITS, numbered(17, 13))
+    ledger = Ledger(sink)
+    sink.send(lost)
+    ledger.wait_for(lost)
+    sink.send(later)
+    ledger.wait_for(later)
+
+    assert ledger.lost["transmit"] == {rdkafka.error_name(code): 13}
+    assert ledger.delivered == {"transmit": 17}
+    assert cluster.read("t", 17) == numbered(17, 13)
+
+
+def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_sink):
+    cluster.create("t")
+    cluster.create("r")
+    sink = open_sink(most_in_flight=100)
+    cluster.down()
+    sent = batch(TRANSMITS, numbered(60))
+    sink.send(sent)
+
+    assert (sink.room(TRANSMITS), sink.room(RETRANSMITS)) == (40, 100)
+    cluster.up()
+    Ledger(sink).wait_for(sent)
+    assert (sink.room(TRANSMITS), sink.room(RETRANSMITS)) == (100, 100)
+
+
+def test_a_missing_topic_does_not_hold_up_the_other_stream(cluster, open_sink, caplog):
+    cluster.create("r")
+    sink = open_sink(most_in_flight=100)
+    held = batch(TRANSMITS, numbered(100))
+    sink.send(held)
+    ledger = Ledger(sink)
+    ledger.wait(lambda: "topic=t error=" in caplog.text)
+    assert sink.room(TRANSMITS) == 0
+    for start in range(0, 500, 100):
+        assert sink.room(RETRANSMITS) == 100
+        sent = batch(RETRANSMITS, numbered(100, start))
+        sink.send(sent)
+        ledger.wait_for(sent)
+    assert (ledger.delivered["transmit"], ledger.delivered["retransmit"]) == (0, 500)
+
+    cluster.create("t")
+    ledger.wait_for(held)
+    assert ledger.delivered == {"retransmit": 500, "transmit": 100}
+    assert not ledger.lost["transmit"]
+
+
+def test_warnings_of_a_missing_topic_become_rare_though_the_other_streams_messages_arrive(cluster, open_sink, caplog):
+    cluster.create("r")
+    sink = open_sink()
+    sink.send(batch(TRANSMITS, numbered(3)))
+    ledger = Ledger(sink)
+    ledger.wait(lambda: "topic=t error=" in caplog.text)
+    end, sends = time.monotonic() + 3, 0
+    while time.monotonic() < end:
+        sent = batch(RETRANSMITS, numbered(1))
+        sink.send(sent)
+        ledger.wait_for(sent)
+        sends += 1
+
+    assert sends > caplog.text.count("topic=t error=")
+    # Waits of up to 0.5, 1, 2, 4 s: more than 20 tries in 3 s would be a miracle.
+    assert caplog.text.count("topic=t error=") < 20
+
+
+def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluster, open_sink, caplog):
+    cluster.create("t")
+    sink = open_sink()
+    first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
+    ledger = Ledger(sink)
+    sink.send(first)
+    ledger.wait_for(first)
+    cluster.down()
+    sink.send(second)
+    # There is no way to make a broker cause one: librdkafka has this function for tests.
+    lib.rd_kafka_test_fatal_error(sink._producer._handle, 47, b"made by a test")
+    ledger.wait(lambda: "is replaced" in caplog.text)
+    cluster.up()
+    ledger.wait_for(second)
+
+    assert ledger.delivered == {"transmit": 24}
+    assert not ledger.lost["transmit"]
+    assert cluster.read("t", 24) == numbered(24)
+
+
+def test_the_brokers_trouble_is_told_until_a_message_is_delivered(cluster, open_sink, caplog):
+    cluster.create("t")
+    cluster.down()
+    sink = open_sink()
+    sent = batch(TRANSMITS, numbered(3))
+    sink.send(sent)
+    ledger = Ledger(sink)
+    ledger.wait(lambda: sink.trouble)
+    assert "kafka: " in caplog.text
+
+    cluster.up()
+    ledger.wait_for(sent)
+    assert sink.trouble is None
+
+
+def test_each_socket_is_shown_before_it_connects(cluster, open_sink):
+    cluster.create("t")
+    seen: list[str] = []
+
+    def look(descriptor: int) -> None:
+        with socket.socket(fileno=socket.dup(descriptor)) as shown:
+            try:
+                seen.append(str(shown.getpeername()))
+            except OSError as error:
+                seen.append(type(error).__name__ if error.errno != 107 else "not connected")
+
+    sink = open_sink(on_socket=look)
+    sent = batch(TRANSMITS, numbered(3))
+    sink.send(sent)
+    Ledger(sink).wait_for(sent)
+
+    assert set(seen) == {"not connected"}
+
+
+def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
+    """Or its segments would be events."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError("no")
+
+    cluster.create("t")
+    sink = open_sink(on_socket=refuse)
+    sink.send(batch(TRANSMITS, numbered(3)))
+    ledger = Ledger(sink)
+    ledger.wait(lambda: "no socket" in caplog.text and sink.trouble)
+    assert not ledger.delivered
+
+
+def test_an_embedded_cluster_has_the_topics():
+    sink = KafkaSink(client_settings(None, {}), TOPICS)
+    brokers = sink.open()
+    try:
+        client = confluent_kafka.admin.AdminClient({"bootstrap.servers": brokers})
+        topics = client.list_topics(timeout=10).topics
+        assert {name: len(topic.partitions) for name, topic in topics.items()} == {"t": 4, "r": 4}
+    finally:
+        sink.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, "1" if value != "1" else "2") for name, value in REQUIRED.items()]
+    + [("request.required.acks", "1"), ("delivery.timeout.ms", "1000")],
+)
+def test_settings_that_delivery_rests_on_cannot_be_changed(name, value):
+    with pytest.raises(ConfigError, match=f"kafka.settings: {name} must be .*: remove it"):
+        client_settings("b:1", {name: value})
+
+
+@pytest.mark.parametrize("brokers", ["b:1", None])
+def test_brokers_are_set_in_their_own_place(brokers):
+    with pytest.raises(ConfigError, match=r"bootstrap\.servers: set kafka\.brokers instead"):
+        client_settings(brokers, {"bootstrap.servers": "other:1"})
+
+
+def test_other_settings_are_passed_on_and_win_over_defaults():
+    settings = client_settings("b:1", {"linger.ms": "7", "acks": "all", "socket.timeout.ms": "5"})
+
+    assert (settings["linger.ms"], settings["socket.timeout.ms"]) == ("7", "5")
+    assert settings["bootstrap.servers"] == "b:1"
+    assert settings.items() >= REQUIRED.items()
+
+
+@pytest.mark.parametrize(("name", "value"), [("lingr.ms", "5"), ("linger.ms", "soon"), ("max.in.flight", "6")])
+def test_a_setting_that_librdkafka_refuses_is_a_configuration_error(name, value):
+    sink = KafkaSink(client_settings("b:1", {name: value}), TOPICS)
+    with pytest.raises(ConfigError, match=r"kafka setting"):
+        sink.open()
