@@ -8,7 +8,9 @@ is named.
 import dataclasses
 import difflib
 import ipaddress
+import math
 import os
+import re
 import socket
 import tomllib
 import types
@@ -20,6 +22,8 @@ from typing import Any
 
 from producer.errors import ConfigError
 from producer.events import HOOKS
+
+_TOPIC_CHARACTERS = re.compile(r"[A-Za-z0-9._-]*")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -104,13 +108,12 @@ def load(path: Path | None) -> Config:
         table = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     try:
-        config: Config = _build(Config, table, "")
+        return check(_build(Config, table, ""))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return check(config)
 
 
 def check(config: Config) -> Config:
@@ -126,7 +129,17 @@ def check(config: Config) -> Config:
     for port in capture.ports:
         if not 0 < port < 1 << 16:
             raise ConfigError(f"capture.ports: {port} is no port")
+    if not _TOPIC_CHARACTERS.fullmatch(config.kafka.topic_prefix):
+        raise ConfigError("kafka.topic_prefix: topics' names are of letters, digits, dots, underscores and hyphens")
+    _check_seconds("capture.drain_interval_s", capture.drain_interval_s, least=0.001)
+    _check_seconds("kafka.stop_timeout_s", config.kafka.stop_timeout_s, least=0)
+    _check_seconds("registry.timeout_s", config.registry.timeout_s, least=0.001)
     return config
+
+
+def _check_seconds(name: str, value: float, *, least: float) -> None:
+    if not least <= value < math.inf:
+        raise ConfigError(f"{name}: {value} is not a number of seconds from {least}")
 
 
 def _build(kind: Any, table: Mapping[str, Any], where: str) -> Any:
@@ -141,16 +154,17 @@ def _build(kind: Any, table: Mapping[str, Any], where: str) -> Any:
 
 def _value(kind: Any, value: Any, where: str) -> Any:
     """Turn TOML's value into the field's type."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where} is a table: write [{where}]")
-        return _build(kind, value, where + ".")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    is_mapping = origin is not None and issubclass(origin, Mapping)
+    if (dataclasses.is_dataclass(kind) or is_mapping) and not isinstance(value, dict):
+        raise ConfigError(f"{where} is a table: write [{where}]")
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where + ".")
     if origin is tuple:
         if not isinstance(value, list):
             raise ConfigError(f"{where}: a list is wanted")
         return tuple(_value(arguments[0], each, where) for each in value)
-    if origin is not None and issubclass(origin, Mapping):
+    if is_mapping:
         return {name: _text(each, f"{where}.{name}") for name, each in value.items()}
     if isinstance(kind, types.UnionType) and type(None) in arguments:
         return _value(arguments[0], value, where)
@@ -159,6 +173,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 def _scalar(kind: Any, value: Any, where: str) -> Any:
     if kind == Address:
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}: an address in quotes is wanted, not {value!r}")
         try:
             return ipaddress.ip_address(value)
         except ValueError as error:
