@@ -13,6 +13,7 @@ from producer.balance import Balance
 from producer.cgroups import CgroupPaths
 from producer.config import Config
 from producer.encode import BatchEncoder, load_schema
+from producer.errors import PermissionDenied
 from producer.events import STREAMS, SchemaId, Stream, Topic
 from producer.hooks import Hooks, HookSettings
 from producer.kafka import KafkaSink, client_settings
@@ -41,6 +42,8 @@ class Agent:
         Raises RebpfError's kinds; whatever happens, nothing stays attached.
         """
         config = self._config
+        if privileges.missing(privileges.LOADING):  # before anything that an unprivileged user cannot do either
+            raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
         settings = client_settings(config.kafka.brokers, config.kafka.settings)
         with ExitStack() as stack:
             folder = stack.enter_context(StateFolder(config.state_dir))

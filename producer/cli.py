@@ -218,6 +218,9 @@ def main() -> NoReturn:
     except RebpfError as error:
         click.echo(f"rebpf: {error}", err=True)
         sys.exit(error.exit_code)
+    except Exception:  # a defect
+        logger.exception("rebpf: internal error")
+        sys.exit(RebpfError.exit_code)
     sys.exit(0)
 
 
