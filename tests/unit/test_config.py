@@ -1,0 +1,156 @@
+"""The configuration: every kind of value, what is refused and how it is said."""
+
+import dataclasses
+import re
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from producer.config import Capture, Config, Kafka, Registry, load
+from producer.errors import ConfigError
+
+FULL = """
+host = "db-1"
+state_dir = "/run/rebpf"
+
+[capture]
+hooks = ["kprobe", "cgroup_skb"]
+addresses = ["192.0.2.1", "2001:db8::1"]
+ports = [443, 9092]
+transmit_ring_bytes = 65536
+retransmit_ring_bytes = 8192
+drain_interval_s = 1
+btf = "/some/vmlinux"
+
+[kafka]
+brokers = "a:9092,b:9092"
+topic_prefix = "dev."
+stop_timeout_s = 2.5
+
+[kafka.settings]
+"linger.ms" = 5
+"socket.keepalive.enable" = false
+"compression.codec" = "zstd"
+"some.ratio" = 0.5
+
+[registry]
+url = "http://registry:8081"
+register = true
+timeout_s = 3
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text: str) -> Config:
+        path = tmp_path / "rebpf.toml"
+        path.write_text(text)
+        return load(path)
+
+    return read
+
+
+def test_every_setting_can_be_read(read):
+    assert read(FULL) == Config(
+        host="db-1",
+        state_dir=Path("/run/rebpf"),
+        capture=Capture(
+            hooks=("kprobe", "cgroup_skb"),
+            addresses=(ip_address("192.0.2.1"), ip_address("2001:db8::1")),
+            ports=(443, 9092),
+            transmit_ring_bytes=65536,
+            retransmit_ring_bytes=8192,
+            drain_interval_s=1.0,
+            btf=Path("/some/vmlinux"),
+        ),
+        kafka=Kafka(
+            brokers="a:9092,b:9092",
+            topic_prefix="dev.",
+            settings={
+                "linger.ms": "5",
+                "socket.keepalive.enable": "false",
+                "compression.codec": "zstd",
+                "some.ratio": "0.5",
+            },
+            stop_timeout_s=2.5,
+        ),
+        registry=Registry(url="http://registry:8081", register=True, timeout_s=3.0),
+    )
+
+
+def test_the_file_above_names_every_setting():
+    def names(kind: type, prefix: str = "") -> set[str]:
+        inner = {"capture": Capture, "kafka": Kafka, "registry": Registry}
+        return {
+            name
+            for field in dataclasses.fields(kind)
+            for name in (names(inner[field.name]) if field.name in inner else {field.name})
+        }
+
+    assert names(Config) - {"settings"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE))
+
+
+def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(read):
+    assert read("") == load(None) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('hots = "a"', r"unknown key hots: did you mean host\?"),
+        ("[capture]\nport = [1]", r"unknown key capture\.port: did you mean ports\?"),
+        ("[kafka]\nzzz = 1", r"unknown key kafka\.zzz$"),
+        ("[kafk]", r"unknown key kafk: did you mean kafka\?"),
+        ("host = 7", r"host: str is wanted, not 7"),
+        ("state_dir = 7", r"state_dir: Path is wanted, not 7"),
+        ('kafka = "a:1"', r"kafka is a table: write \[kafka\]"),
+        ("capture.ports = 7", r"capture\.ports: a list is wanted"),
+        ('capture.ports = ["7"]', r"capture\.ports: int is wanted, not '7'"),
+        ("capture.ports = [true]", r"capture\.ports: int is wanted, not True"),
+        ("capture.ports = [0]", r"capture\.ports: 0 is no port"),
+        ("capture.ports = [65536]", r"capture\.ports: 65536 is no port"),
+        ('capture.addresses = ["1.2.3"]', r"capture\.addresses: '1\.2\.3' does not appear to be"),
+        ("capture.addresses = [1]", r"capture\.addresses: an address in quotes is wanted, not 1"),
+        ("capture.transmit_ring_bytes = 12288", r"capture\.transmit_ring_bytes: 12288 is not a power of two"),
+        ("capture.retransmit_ring_bytes = 2048", r"capture\.retransmit_ring_bytes: 2048 is not a power of two"),
+        ("capture.retransmit_ring_bytes = -4096", r"capture\.retransmit_ring_bytes: -4096 is not a power of two"),
+        ('capture.hooks = ["fentri"]', r"capture\.hooks: there is no hook fentri: did you mean fentry\?"),
+        ('capture.drain_interval_s = "1"', r"capture\.drain_interval_s: float is wanted, not '1'"),
+        ("capture.drain_interval_s = 0", r"capture\.drain_interval_s: 0\.0 is not a number of seconds from 0\.001"),
+        ("kafka.stop_timeout_s = -1", r"kafka\.stop_timeout_s: -1\.0 is not a number of seconds from 0"),
+        ("registry.timeout_s = nan", r"registry\.timeout_s: nan is not a number"),
+        ("registry.timeout_s = inf", r"registry\.timeout_s: inf is not a number"),
+        ("registry.register = 1", r"registry\.register: bool is wanted, not 1"),
+        ('kafka.topic_prefix = "a b"', r"kafka\.topic_prefix: topics' names are of"),
+        ("kafka.settings.x = [1]", r"kafka\.settings\.x: a string, a number or a boolean is wanted"),
+        ("kafka.settings = 1", r"kafka\.settings is a table: write \[kafka\.settings\]"),
+        ("host = ", r"Invalid value"),
+    ],
+)
+def test_what_is_wrong_is_named(read, tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        read(text)
+    assert str(refusal.value).startswith(f"{tmp_path}/rebpf.toml: ")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file"):
+        load(tmp_path / "none.toml")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "rebpf.toml"
+    path.write_bytes(b'host = "\xff"')
+    with pytest.raises(ConfigError, match=r"rebpf\.toml: "):
+        load(path)
+
+
+def test_values_are_laid_over_and_those_that_are_not_given_change_nothing(read):
+    config = read(FULL)
+
+    assert config.with_values(kafka__brokers=None, capture__ports=(), state_dir=None) == config
+    changed = config.with_values(kafka__brokers="c:1", capture__ports=(5,), state_dir=Path("/s"))
+    assert (changed.kafka.brokers, changed.capture.ports, changed.state_dir) == ("c:1", (5,), Path("/s"))
+    assert changed.kafka.topic_prefix == "dev."
+    assert changed.capture.hooks == ("kprobe", "cgroup_skb")
