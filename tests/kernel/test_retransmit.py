@@ -47,11 +47,14 @@ def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, por
     skipped = {stream: capture.hooks.counters(stream).nested for stream in STREAMS}
     drop = f"tcp dport {port} numgen random mod 100 < {percent} drop"
     with rules(lab.server, "prerouting", drop), rules(lab.client, "prerouting", drop.replace("dport", "sport")):
-        for _ in range(3):
+        # Loss takes whole super-segments, so that a transfer may come through unhurt.
+        for _ in range(50):
             with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
                 pair.transfer(3_000_017)
                 pair.end()
             assert lab.wait_idle(120)
+            if len(cause_is(capture.of_port(RETRANSMITS, port), "fast")) > 2:
+                break
     rows = capture.of_port(RETRANSMITS, port)
     # What the kernel did not run a program for is all that may be missing.
     may_miss = {stream: MAX_SEGS * (capture.hooks.counters(stream).nested - skipped[stream]) for stream in STREAMS}
@@ -70,7 +73,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, por
             ("TCPSynRetrans", ["syn", "syn_ack"]),
         ):
             assert 0 <= moved(host, name) - segs(cause_is(mine, *causes)) <= may_miss[RETRANSMITS]
-    assert len(cause_is(rows, "fast")), "so much loss brings fast retransmits"
+    assert len(cause_is(rows, "fast")) > 2, "so much loss brings fast retransmits"
     assert {HOOKS[hook] for hook in set(rows["s"]["flow"]["hook"])} == {capture.hooks.rungs["retransmit"]}
 
     # The transmit stream has each of them too, and marks them; a SYN-ACK has no socket that would know.
