@@ -1,8 +1,7 @@
 """The state folder: who runs here, for others to find, and the lock that keeps a second producer out.
 
 agent.json   {"pid": ..., "brokers": "HOST:PORT", ...}: written when the producer is ready, removed when it stops. A
-producer that
-             was killed leaves it behind; it counts only while its lock is held.
+             producer that was killed leaves it behind; it counts only while its lock is held.
 lock         locked (flock) while a producer runs; the kernel lets go of it however the producer ends.
 """
 
@@ -13,7 +12,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
+
 from producer.errors import BusyError, ConfigError
+
+# Who asks whether a producer runs holds the lock for a moment.
+_LOCKING = Retrying(
+    retry=retry_if_exception_type(BlockingIOError),
+    wait=wait_random(0.001, 0.01),
+    stop=stop_after_delay(0.5),
+    reraise=True,
+)
 
 
 class StateFolder:
@@ -39,7 +48,7 @@ class StateFolder:
         except OSError as error:
             raise ConfigError(f"state_dir {self.path}: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _LOCKING(fcntl.flock, self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
             pid = (running(self.path) or {}).get("pid", "not ready yet")
