@@ -192,10 +192,15 @@ static __always_inline void fill_from_request(struct segment *s, const struct re
 	s->known |= KNOWN_ACK_SEQ;
 }
 
-/* Sent before: it has something to send, below what was sent so far. snd_nxt moves only after a first transmission. */
+/* It has something to send, and below what was sent so far: snd_nxt moves only after a first transmission. */
+static __always_inline bool is_sent_before(const struct tcp_sock *tp, u32 seq, u32 end_seq)
+{
+	return end_seq != seq && (s32)(seq - READ(tp, snd_nxt)) < 0;
+}
+
 static __always_inline void fill_is_retransmit(struct transmit_event *e, const struct tcp_sock *tp)
 {
-	e->is_retransmit = e->s.end_seq != e->s.seq && (s32)(e->s.seq - READ(tp, snd_nxt)) < 0;
+	e->is_retransmit = is_sent_before(tp, e->s.seq, e->s.end_seq);
 	e->s.known |= KNOWN_IS_RETRANSMIT;
 }
 

@@ -246,24 +246,36 @@ int fexit_tcp_rtx_synack(u64 *ctx)
 }
 #endif
 
+/* Linux 6.17 has the result as third argument and also fires for failures; before, for successes alone. */
+#if RETRANSMIT_TRACEPOINT_HAS_ERR
+#define TRACEPOINT_ERR(ctx) ((s32)(ctx)[2])
+#else
+#define TRACEPOINT_ERR(ctx) 0
+#endif
+
 #if RETRANSMIT_RAW_TP
 int raw_tp_tcp_retransmit_skb(u64 *ctx)
 {
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
-	/* Linux 6.17 has the result as third argument and also fires for failures; before, for successes alone. */
-#if RETRANSMIT_TRACEPOINT_HAS_ERR
-	s32 err = ctx[2];
-#else
-	s32 err = 0;
-#endif
 
-	return tp ? take_retransmit(tp, (void *)ctx[1], err, false, HOOK_RAW_TP) : 0;
+	return tp ? take_retransmit(tp, (void *)ctx[1], TRACEPOINT_ERR(ctx), false, HOOK_RAW_TP) : 0;
 }
 
 int raw_tp_tcp_retransmit_synack(u64 *ctx)
 {
 	/* The tracepoint comes before the count on all kernels. */
 	return take_synack_retransmit((void *)ctx[0], (void *)ctx[1], 1, HOOK_RAW_TP);
+}
+#endif
+
+#if RETRANSMIT_CGROUP_SKB
+/* What the cgroup hook does not see: retransmissions that the host's own firewall or routing stopped on the way to it. */
+int raw_tp_failed_retransmit(u64 *ctx)
+{
+	s32 err = TRACEPOINT_ERR(ctx);
+	struct tcp_sock *tp = err < 0 ? bpf_skc_to_tcp_sock((void *)ctx[0]) : NULL;
+
+	return tp ? take_retransmit(tp, (void *)ctx[1], err, false, HOOK_RAW_TP) : 0;
 }
 #endif
 
@@ -389,6 +401,74 @@ int kretprobe_tcp_rtx_synack(void *ctx)
 #if TRANSMIT_CGROUP_SKB
 #include "wire.h"
 
+/* What the socket of a packet is, and whether the packet was sent before. */
+struct sender {
+	struct tcp_sock *tp; /* NULL: there is no full socket that would know TCP's state */
+	bool listener;
+	bool knows_again;
+	u32 again; /* not 0: sent before; of a SYN-ACK how often */
+};
+
+static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
+					const struct sender *sender)
+{
+	fill_from_wire(s, skb, wire);
+	if (sender->listener)
+		s->state = TCP_SYN_RECV;
+	if (sender->tp)
+		fill_tcp(s, sender->tp);
+}
+
+static __always_inline void transmit_packet(struct __sk_buff *skb, const struct flow *flow, const struct wire *wire,
+					    const struct sender *sender)
+{
+	struct transmit_event *e = reserve_transmit(flow);
+
+	if (!e)
+		return;
+	fill_packet(&e->s, skb, wire, sender);
+	if (sender->knows_again) {
+		e->is_retransmit = !!sender->again;
+		e->s.known |= KNOWN_IS_RETRANSMIT;
+	}
+	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
+}
+
+#if RETRANSMIT_CGROUP_SKB
+static __always_inline void retransmit_packet(struct __sk_buff *skb, const struct flow *flow, const struct wire *wire,
+					      const struct sender *sender)
+{
+	struct retransmit_event *e = reserve_retransmit(flow);
+
+	if (!e)
+		return;
+	fill_packet(&e->s, skb, wire, sender);
+	if (sender->tp) {
+		fill_cause(e, sender->tp, false);
+	} else {
+		e->cause = CAUSE_SYN_ACK;
+		e->retransmit_no = sender->again;
+		e->s.known |= KNOWN_RETRANSMIT_NO;
+	}
+	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
+}
+#endif
+
+/* A request's SYN-ACKs have one sequence number: the first is new, and the others are counted. */
+static __always_inline u32 count_synack(const struct flow *flow, const struct wire *wire)
+{
+	struct synack key = { .netns = flow->netns, .seq = wire->seq, .sport = flow->sport, .dport = flow->dport };
+	u64 none = 0, *sent;
+
+	__builtin_memcpy(key.saddr, flow->saddr, sizeof(key.saddr));
+	__builtin_memcpy(key.daddr, flow->daddr, sizeof(key.daddr));
+	sent = synacks.lookup(&key);
+	if (sent)
+		return __sync_fetch_and_add(sent, 1) + 1;
+	synacks.update(&key, &none);
+	return 0;
+}
+
 /*
  * The socket is that of the segment; or, for a SYN-ACK, the listener; or, for what is sent without a socket (the reset
  * of a closed port), a raw one of the kernel's own, which tells nothing but the network namespace. Others send no TCP
@@ -398,29 +478,34 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 {
 	struct tcp_sock *tp = skb->sk ? bpf_skc_to_tcp_sock(skb->sk) : NULL;
 	const struct sock *sk = (const struct sock *)tp;
-	struct transmit_event *e;
-	bool raw, listener;
+	struct sender sender = {};
+	bool raw;
 
 	if (!tp)
 		return 1;
 	raw = READ_IF(sock, sk, sk_type) == SOCK_RAW;
-	listener = READ(sk, skc_state) == TCP_LISTEN;
+	sender.listener = READ(sk, skc_state) == TCP_LISTEN;
 	flow->hook = HOOK_CGROUP_SKB;
 	fill_netns(flow, sk);
 	if (!raw)
 		fill_owner(flow, sk);
-	if (!raw && !listener)
+	if (!raw && !sender.listener)
 		set_cookie(flow, bpf_get_socket_cookie(skb));
-	if (is_own(flow) || !(e = reserve_transmit(flow)))
+	if (is_own(flow))
 		return 1;
-	fill_from_wire(&e->s, skb, wire);
-	if (listener)
-		e->s.state = TCP_SYN_RECV;
-	if (!raw && !listener) {
-		fill_tcp(&e->s, tp);
-		fill_is_retransmit(e, tp);
+	if (sender.listener) {
+		sender.knows_again = true;
+		sender.again = count_synack(flow, wire);
+	} else if (!raw) {
+		sender.tp = tp;
+		sender.knows_again = true;
+		sender.again = is_sent_before(tp, wire->seq, wire->end_seq);
 	}
-	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
+	transmit_packet(skb, flow, wire, &sender);
+#if RETRANSMIT_CGROUP_SKB
+	if (sender.again)
+		retransmit_packet(skb, flow, wire, &sender);
+#endif
 	return 1;
 }
 

@@ -50,7 +50,9 @@ struct tcp_header {
 
 struct wire {
 	struct tcp_header tcp;
-	u32 payload_offset;
+	u32 seq;
+	u32 end_seq;
+	u32 payload_len;
 };
 
 /* Where the TCP header is; 0 if the packet is not TCP. */
@@ -99,7 +101,9 @@ static __always_inline bool parse(struct __sk_buff *skb, struct flow *flow, stru
 		return false;
 	flow->sport = from_be16(wire->tcp.source);
 	flow->dport = from_be16(wire->tcp.dest);
-	wire->payload_offset = offset + (wire->tcp.data_offset >> 4) * 4;
+	wire->payload_len = skb->len - offset - (wire->tcp.data_offset >> 4) * 4;
+	wire->seq = __builtin_bswap32(wire->tcp.seq);
+	wire->end_seq = wire->seq + wire->payload_len + control_length(wire->tcp.flags);
 	return true;
 }
 
@@ -108,10 +112,10 @@ static __always_inline void fill_from_wire(struct segment *s, struct __sk_buff *
 	u32 segs = skb->gso_segs;
 
 	s->tcp_flags = wire->tcp.flags;
-	s->seq = __builtin_bswap32(wire->tcp.seq);
+	s->seq = wire->seq;
+	s->end_seq = wire->end_seq;
 	s->ack_seq = __builtin_bswap32(wire->tcp.ack_seq);
-	s->payload_len = skb->len - wire->payload_offset;
-	s->end_seq = s->seq + s->payload_len + control_length(s->tcp_flags);
+	s->payload_len = wire->payload_len;
 	s->segs = segs ? segs : 1;
 	s->ifindex = skb->ifindex;
 	s->known |= KNOWN_ACK_SEQ | KNOWN_IFINDEX;

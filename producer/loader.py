@@ -113,7 +113,8 @@ class _Loaded:
     def _choose(self, allowed: Mapping[str, list[str]], btf: Btf, root: Path | None) -> None:
         known = {(refusal.stream, refusal.rung) for refusal in self.refusals}
         for stream in rungs.LADDERS:
-            rung, refused = rungs.choose(stream, allowed[stream], btf, root)
+            transmit = self.rungs["transmit"].name if stream == "retransmit" else None
+            rung, refused = rungs.choose(stream, allowed[stream], btf, root, transmit)
             self.refusals += [refusal for refusal in refused if (stream, refusal.rung) not in known]
             if rung is None:
                 raise self._no_rung(stream)

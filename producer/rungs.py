@@ -9,9 +9,11 @@ kprobe      As fentry, but sk_cookie is null until somebody has asked for it, an
             skipped while any other kprobe program runs on the CPU, and Linux before 6.7 does not count that.
 raw_tp      Retransmits alone, at the kernel's own tracepoints, with BTF types (tp_btf). Before Linux 6.17 they tell
             nothing of a retransmission that failed in the sending host, though the kernel counts it.
-cgroup_skb  Transmits alone, where a segment leaves IP, for the sockets below the cgroup v2 root: the header as it is on
-            the wire. Sees no SYN-ACK of SYN cookies, no acknowledgement in time wait (they have no socket there), and
-            nothing that IPsec has encrypted.
+cgroup_skb  Where a segment leaves IP, for the sockets below the cgroup v2 root: the header as it is on the wire. Sees no
+            SYN-ACK of SYN cookies, no acknowledgement in time wait (they have no socket there), and nothing that IPsec
+            has encrypted. A retransmit is a segment below what the socket has sent; such a program may interrupt itself,
+            so that none is skipped. A retransmission that failed before it got there is taken at the raw tracepoint,
+            where that tells of it; one that the queue behind it drops has err 0.
 """
 
 import os
@@ -38,6 +40,8 @@ class Rung:
 
     name: str
     hooks: tuple[Hook, ...]
+    beside: str | None = None
+    """The transmit rung whose program takes this stream too: this rung is possible only where that one is in use."""
 
 
 _FENTRY, _FEXIT, _RAW_TP = sysbpf.ATTACH_FENTRY, sysbpf.ATTACH_FEXIT, sysbpf.ATTACH_RAW_TP
@@ -85,6 +89,7 @@ LADDERS = {
                 Hook("kretprobe_tcp_rtx_synack", "tcp_rtx_synack", _KPROBE),
             ),
         ),
+        Rung("cgroup_skb", (Hook("raw_tp_failed_retransmit", "tcp_retransmit_skb", _RAW_TP),), beside="cgroup_skb"),
         Rung(
             "raw_tp",
             (
@@ -155,14 +160,20 @@ def refusal(rung: Rung, btf: Btf, cgroup_root: Path | None) -> str | None:
 
 
 def choose(
-    stream: str, allowed: Iterable[str], btf: Btf, cgroup_root: Path | None
+    stream: str, allowed: Iterable[str], btf: Btf, cgroup_root: Path | None, transmit: str | None = None
 ) -> tuple[Rung | None, list[Refusal]]:
-    """Return the best rung of `stream` among `allowed` that the host allows, and why the better ones were refused."""
+    """Return the best rung of `stream` among `allowed` that the host allows, and why the better ones were refused.
+
+    `transmit` is the rung of the transmit stream, where that is chosen already.
+    """
     refusals = []
     wanted = set(allowed)
     for rung in LADDERS[stream]:
         if rung.name not in wanted:
             refusals.append(Refusal(stream, rung.name, "not among the hooks that the configuration allows"))
+            continue
+        if rung.beside != transmit and rung.beside is not None:
+            refusals.append(Refusal(stream, rung.name, f"transmits are not taken by {rung.beside}"))
             continue
         reason = refusal(rung, btf, cgroup_root)
         if reason is None:
