@@ -231,13 +231,22 @@ static __always_inline void fill_cause(struct retransmit_event *e, const struct 
 	}
 }
 
-/* The request counts its retransmissions; `behind` is 1 where this one is not in its count yet. */
-static __always_inline void fill_synack_cause(struct retransmit_event *e, const struct request_sock *req, u32 behind)
+/* `number`: the how-manieth retransmission of the SYN-ACK; 0 where that is not known. */
+static __always_inline void fill_synack_cause(struct retransmit_event *e, u32 number)
 {
 	e->cause = CAUSE_SYN_ACK;
+	e->retransmit_no = number;
+	if (number)
+		e->s.known |= KNOWN_RETRANSMIT_NO;
+}
+
+/* The request counts its retransmissions; `behind` is 1 where this one is not in its count yet. */
+static __always_inline u32 synack_number(const struct request_sock *req, u32 behind)
+{
 #if HAS_request_sock_num_retrans
-	e->retransmit_no = PROBE(req, num_retrans) + behind;
-	e->s.known |= KNOWN_RETRANSMIT_NO;
+	return PROBE(req, num_retrans) + behind;
+#else
+	return 0;
 #endif
 }
 

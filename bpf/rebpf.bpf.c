@@ -163,7 +163,7 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 	if (!select_request(&flow, listener, req, hook) || !(e = reserve_retransmit(&flow)))
 		return 0;
 	fill_from_request(&e->s, req);
-	fill_synack_cause(e, req, behind);
+	fill_synack_cause(e, synack_number(req, behind));
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
 	return 0;
 }
@@ -443,13 +443,10 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
 	if (!e)
 		return;
 	fill_packet(&e->s, skb, wire, sender);
-	if (sender->tp) {
+	if (sender->tp)
 		fill_cause(e, sender->tp, false);
-	} else {
-		e->cause = CAUSE_SYN_ACK;
-		e->retransmit_no = sender->again;
-		e->s.known |= KNOWN_RETRANSMIT_NO;
-	}
+	else
+		fill_synack_cause(e, sender->again);
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
 }
 #endif

@@ -2,8 +2,9 @@
 
 python -m tests.bench.agent [--sends 35000] [--seconds 15] [--rounds 3] [--other NAME=COMMAND ...]
 
-All take the same traffic on loopback to the same real Kafka, one after the other, in rounds. A command gets the brokers and
-the port as arguments, says "ready" on standard error, and ends on SIGTERM with a balance as `rebpf run --json` prints it.
+All take the same traffic on loopback to the same real Kafka, one after the other, in rounds. A command gets the brokers
+and the port as arguments, says "ready" on standard error, and ends on SIGTERM with a balance as `rebpf run --json`
+prints it.
 
 A Go program that does the same job (needs Go): --other go="python -m tests.bench.goagent".
 """
@@ -86,7 +87,10 @@ def compare(contenders: dict[str, list[str]], sends: int, seconds: float, rounds
             cost, memory, delivered, passed = measure(command, sends, seconds)
             costs[name].append(cost)
             rate = delivered / seconds
-            print(f"{name}: {cost:.2f} us/event, {rate:.0f} events/s of {passed / seconds:.0f}, {memory:.0f} MB", flush=True)
+            print(
+                f"{name}: {cost:.2f} us/event, {rate:.0f} events/s of {passed / seconds:.0f}, {memory:.0f} MB",
+                flush=True,
+            )
     first = next(iter(costs))
     for name, values in costs.items():
         ratios = [value / base for value, base in zip(values, costs[first], strict=True)]

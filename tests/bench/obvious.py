@@ -1,7 +1,8 @@
-"""The obvious way to write the producer, to be measured beside it: the same programs and the same events, but a Python callback
-(bcc's), a fastavro record and a produce() for each of them.
+"""The obvious way to write the producer, to be measured beside it: the same programs and the same events, but a Python
+callback (bcc's), a fastavro record and a produce() for each of them.
 
-python -m tests.bench.obvious BROKERS PORT. Says "ready" on standard error, ends on SIGTERM, prints a balance as the producer does.
+python -m tests.bench.obvious BROKERS PORT. Says "ready" on standard error, ends on SIGTERM, prints a balance as the
+producer does.
 """
 
 import ctypes
