@@ -9,8 +9,8 @@ from producer.hooks import HookSettings
 from producer.lab import Lab
 from tests.kernel.capture import ALLOWED, Capture
 
-# Below the ephemeral ports: no other connection has them. Each test takes its own.
-_PORTS = tuple(range(20011, 20061))
+# Below the ephemeral ports, and others than those of tests that run beside these. Each test takes its own.
+_PORTS = tuple(10_000 + os.getpid() % 400 * 50 + i for i in range(50))
 _unused = iter(_PORTS)
 
 

@@ -10,7 +10,7 @@ import pytest
 from producer.btf import TYPEDEF, Btf
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows
 from producer.lab import Host, Lab
-from tests.kernel.capture import Capture, Pair, cookie_of, rules, wait_for
+from tests.kernel.capture import DEADLINE_S, Capture, Pair, cookie_of, rules, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -48,6 +48,7 @@ def events(capture: Capture, port: int, condition: Callable[[Rows], bool], what:
 
 @pytest.mark.parametrize("percent", [3, 10])
 def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, port: int, percent: int) -> None:
+    assert lab.wait_idle(DEADLINE_S)
     before = {host.name: host.counters() for host in lab.hosts}
     skipped = {stream: capture.hooks.counters(stream).nested for stream in STREAMS}
     drop = f"tcp dport {port} numgen random mod 100 < {percent} drop"
@@ -57,7 +58,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, por
             with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
                 pair.transfer(3_000_017)
                 pair.end()
-            assert lab.wait_idle(120)
+            assert lab.wait_idle(DEADLINE_S)
             if len(cause_is(capture.of_port(RETRANSMITS, port), "fast")) > 2:
                 break
     rows = capture.of_port(RETRANSMITS, port)
@@ -110,6 +111,7 @@ def test_a_lost_syn_is_a_syn(capture: Capture, lab: Lab, port: int) -> None:
 
 
 def test_a_lost_syn_ack_is_a_syn_ack_and_is_numbered(capture: Capture, lab: Lab, port: int) -> None:
+    assert lab.wait_idle(DEADLINE_S)
     before = lab.server.counters()["RetransSegs"]
     first = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 < 2 drop"
     with rules(lab.client, "prerouting", first), Pair(lab.client, lab.server, lab.server.ipv6, port):
@@ -149,6 +151,7 @@ def test_a_retransmission_that_the_host_drops_has_its_error(capture: Capture, la
         assert tracepoint is not None
         if btf.params(tracepoint) < 4:
             pytest.skip("this kernel's tracepoint tells of no failures (before Linux 6.17)")
+    assert lab.wait_idle(DEADLINE_S)
     before = lab.client.counters()["RetransSegs"]
     with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         with rules(lab.server, "prerouting", f"tcp dport {port} drop"):

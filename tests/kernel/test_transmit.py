@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,23 @@ from producer.events import HOOKS, KNOWN, STATES, TRANSMITS, Rows
 from producer.lab import Host, Lab
 from producer.rungs import cgroup2_root
 from producer.sysbpf import jiffies_per_second
-from tests.kernel.capture import Capture, Pair, cookie_of, inside, wait_for
+from tests.kernel.capture import DEADLINE_S, Capture, Pair, cookie_of, inside, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
+
+
+@pytest.fixture(scope="module")
+def lab(root: None) -> Iterator[Lab]:
+    """Namespaces that no other module's connections close in: their last segments would move OutSegs."""
+    with Lab(loss=0) as lab:
+        yield lab
+
+
+def out_segs(lab: Lab) -> int:
+    assert lab.wait_idle(DEADLINE_S)
+    return lab.client.counters()["OutSegs"]
 
 
 def sums_to(capture: Capture, port: int, host: Host, out_segs: int) -> Callable[[], Rows | None]:
@@ -46,7 +58,7 @@ def in6(address: str) -> bytes:
 
 
 def test_1009_connections_are_captured_segment_for_segment(capture: Capture, lab: Lab, port: int) -> None:
-    before = lab.client.counters()["OutSegs"]
+    before = out_segs(lab)
     for _ in range(1009):
         with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
             pair.exchange(1, 7)
@@ -67,7 +79,7 @@ def test_1009_connections_are_captured_segment_for_segment(capture: Capture, lab
 )
 def test_each_field_is_what_the_sender_knows(capture: Capture, lab: Lab, port: int, address: str, on_wire: str) -> None:
     start = time.monotonic_ns()
-    before = lab.client.counters()["OutSegs"]
+    before = out_segs(lab)
     with Pair(lab.client, lab.client, address, port) as pair:
         sport = pair.client.getsockname()[1]
         cookies = cookie_of(pair.client), cookie_of(pair.accepted)
@@ -121,7 +133,7 @@ def test_a_handshake_is_three_segments_and_the_timers_are_in_microseconds(
 
 
 def test_a_super_segment_counts_as_the_kernel_counts_it(capture: Capture, lab: Lab, port: int) -> None:
-    before = lab.client.counters()["OutSegs"]
+    before = out_segs(lab)
     size = 1_000_003
     with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         sport = pair.client.getsockname()[1]
