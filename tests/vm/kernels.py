@@ -1,7 +1,7 @@
 """Debian's kernel of a suite, unpacked into the cache and never installed.
 
-The suite's own package lists are fetched into a folder that is thrown away: the machine's apt state stays as it is. The mirror
-is the one that the machine's apt is configured with.
+The suite's own package lists are fetched into a folder that is thrown away: the machine's apt state stays as it is. The
+mirror is the one that the machine's apt is configured with.
 """
 
 import fcntl
