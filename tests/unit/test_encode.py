@@ -282,17 +282,18 @@ def assert_plain(told: Sequence[tuple[bytes, bytes]], first: int) -> None:
 
 
 def test_batches_keep_their_keys_and_values_when_the_flow_table_starts_anew() -> None:
-    size = 4096
-    count = flows._MOST_FLOWS // size + 3
     encoder = encoder_of(TRANSMITS)
-    kept = [
-        encoder.encode(Batch(TRANSMITS, plain_rows(size, number * size), number), OFFSET_NS) for number in range(count)
-    ]
+    most, half = flows._MOST_FLOWS, 2048
+    before = [plain_rows(2 * half, first) for first in range(0, most, 2 * half)]
+    # The last to be encoded before: its keys lie where those of new flows would lie next.
+    before.append(np.concatenate([plain_rows(half), plain_rows(half, most)]))
+    after = plain_rows(2 * half, 10**6)
+    kept = [encoder.encode(Batch(TRANSMITS, rows, 0), OFFSET_NS) for rows in (*before, after)]
 
-    for number in (0, 1, count - 3, count - 2, count - 1):
-        assert_plain(messages(kept[number]), number * size)
-    again = encoder.encode(Batch(TRANSMITS, plain_rows(size), 0), OFFSET_NS)
-    assert_plain(messages(again), 0)
+    assert_plain(messages(kept[0]), 0)
+    assert_plain(messages(kept[-2])[:half], 0)
+    assert_plain(messages(kept[-2])[half:], most)
+    assert_plain(messages(kept[-1]), 10**6)
 
 
 def test_the_flow_table_does_not_grow_without_bound() -> None:
@@ -317,27 +318,26 @@ def test_flows_that_share_a_place_are_told_apart() -> None:
         assert_plain(told[3000:][::-1], 7)
 
 
-def test_flows_that_differ_in_one_byte_are_told_apart() -> None:
+def test_flows_that_differ_in_one_byte_are_told_apart_though_they_share_a_place() -> None:
+    table = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, cgroup_path)
+    table._factors[:] = 0  # all flows have the place 0
     base = plain_rows(1)
-    rows = [base]
-    raw = base["s"]["flow"].tobytes()
+    assert table.number(base).tolist() == [0]
     offsets = [
         at
         for name, (member, start, *_) in (FLOW.fields or {}).items()
-        if name not in ("hook", "flow_known", "_pad0")
+        if name not in ("hook", "_pad0")
         for at in range(start, start + member.itemsize)
     ]
-    for at in offsets:
-        changed = bytearray(raw)
-        changed[at] ^= 0x55
-        row = base.copy()
-        row["s"]["flow"] = np.frombuffer(bytes(changed), FLOW)
-        rows.append(row)
-    known = np.concatenate(rows)
-    known["s"]["flow"]["flow_known"] = 7
-    table = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, cgroup_path)
-
-    assert table.number(known).tolist() == list(range(len(offsets) + 1))
+    for number, at in enumerate(offsets, 1):
+        changed = bytearray(base["s"]["flow"].tobytes())
+        changed[at] ^= 1
+        other = base.copy()
+        other["s"]["flow"] = np.frombuffer(bytes(changed), FLOW)
+        assert table.number(other).tolist() == [number]
+        assert table.number(base).tolist() == [0]
+        assert table.number(np.concatenate([other, base, other])).tolist() == [number, 0, number]
+        assert table.number(base).tolist() == [0]
 
 
 @pytest.mark.parametrize(
