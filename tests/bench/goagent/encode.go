@@ -9,7 +9,7 @@ import (
 // frame. Fields of a flow come encoded (flows.go), and so do names.
 
 const (
-	// An upper bound of what a message takes beside its flow's run: 33 numbers of at most 10 bytes with their union's
+	// An upper bound of what a message takes beside its flow's run: 34 numbers of at most 10 bytes with their union's
 	// branch, three names, the frame, and the word that a number's store may write too much.
 	maxVaryingBytes = 512
 
@@ -94,7 +94,8 @@ func putSegment(dst []byte, n int, s *segment, run []byte, utcOffsetNs int64) in
 		n += copy(dst[n:], nulls[:])
 	}
 	n = putNullable(dst, n, s.ifindex, s.known&knownIfindex)
-	return putUint32(dst, n, s.sampleRate)
+	n = putUint32(dst, n, s.sampleRate)
+	return putUint32(dst, n, s.rules)
 }
 
 // The branches of a union ["null", T].

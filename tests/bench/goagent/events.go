@@ -32,7 +32,7 @@ type segment struct {
 	caState    uint8
 	_          uint8
 	tcp        [13]uint32 // srtt_us to mss, in the schema's order
-	_          uint32
+	rules      uint32     // rules_version
 }
 
 type transmitEvent struct {
