@@ -83,7 +83,7 @@ struct segment {
 	u32 snd_wnd;
 	u32 rcv_wnd;
 	u32 mss;
-	u32 _pad2;
+	u32 rules_version;
 };
 
 struct transmit_event {

@@ -91,12 +91,14 @@ static __always_inline void fill_endpoints(struct flow *flow, const struct sock_
 	fill_v4(flow->daddr, READ(sk, skc_daddr));
 }
 
-static __always_inline void fill_netns(struct flow *flow, const struct sock *sk)
+static __always_inline u32 netns_of(const struct sock *sk)
 {
 	const struct net *net = READ(sk, skc_net);
 
-	flow->netns = READ(net, ns_inum);
+	return READ(net, ns_inum);
 }
+
+#define HAS_OWNER_CGROUP (HAS_sock_sk_cgroup && HAS_cgroup_kn && HAS_kernfs_node_id)
 
 /* Whose: of the socket, and never of the task that happens to run. */
 static __always_inline void fill_owner(struct flow *flow, const struct sock *sk)
@@ -104,7 +106,7 @@ static __always_inline void fill_owner(struct flow *flow, const struct sock *sk)
 	flow->uid = READ_IF(sock, sk, sk_uid);
 	if (HAS_sock_sk_uid)
 		flow->flow_known |= KNOWN_UID;
-#if HAS_sock_sk_cgroup && HAS_cgroup_kn && HAS_kernfs_node_id
+#if HAS_OWNER_CGROUP
 	const struct cgroup *cgroup = READ(sk, sk_cgroup);
 	const struct kernfs_node *node = READ(cgroup, kn);
 

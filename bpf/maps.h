@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * All maps. Sizes and the two FILTER_ switches come from the loader as macros.
+ * The maps, but for those of the rules (rules.h). Ring sizes come from the loader as macros.
  */
 #ifndef REBPF_MAPS_H
 #define REBPF_MAPS_H
@@ -14,13 +14,6 @@ BPF_RINGBUF_OUTPUT(retransmit_pipe, RETRANSMIT_PIPE_PAGES);
 
 /* By stream. The programs add; the agent reads. */
 BPF_PERCPU_ARRAY(counters, struct counters, 2);
-
-/* Wanted addresses and ports, of either side. The agent inserts before it attaches; nobody deletes. */
-struct address {
-	u8 bytes[16];
-};
-BPF_HASH(addresses, struct address, u8, 1024);
-BPF_HASH(ports, u16, u8, 1024);
 
 /*
  * The agent's own traffic: cookies of the sockets that it opens, inserted before they connect (the oldest fall out),

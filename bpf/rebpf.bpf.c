@@ -11,6 +11,7 @@
 #include "maps.h"
 #include "fill.h"
 #include "filter.h"
+#include "rules.h"
 
 /*
  * No wakeup: an interrupt for each event would cost the traced context more than the event does, and would invite the
@@ -32,22 +33,29 @@ static __always_inline void count_ring_full(struct counters *counter)
 	__sync_fetch_and_add(&counter->lost_ring_full, 1);
 }
 
-static __always_inline void begin(struct segment *s, const struct flow *flow, u64 cpu_seq)
+static __always_inline void begin(struct segment *s, const struct flow *flow, const struct choice *choice, u32 rate,
+				  u64 cpu_seq)
 {
 	s->flow = *flow;
 	s->ts = bpf_ktime_get_ns();
 	s->cpu_seq = cpu_seq;
 	s->cpu = bpf_get_smp_processor_id();
-	s->sample_rate = 1;
+	s->sample_rate = rate;
+	s->rules_version = choice->version;
 }
 
-static __always_inline struct transmit_event *reserve_transmit(const struct flow *flow)
+/* NULL: no event, by the rules' choice or because the ring is full, which is counted. */
+static __always_inline struct transmit_event *reserve_transmit(const struct flow *flow, const struct choice *choice)
 {
 	int stream = STREAM_TRANSMIT;
-	struct counters *counter = counters.lookup(&stream);
+	u32 rate = sample_rate(choice, flow, stream);
+	struct counters *counter;
 	struct transmit_event *e;
 	u64 seq;
 
+	if (!rate)
+		return NULL;
+	counter = counters.lookup(&stream);
 	if (!counter)
 		return NULL;
 	seq = next_seq(counter);
@@ -57,17 +65,22 @@ static __always_inline struct transmit_event *reserve_transmit(const struct flow
 		return NULL;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
-	begin(&e->s, flow, seq);
+	begin(&e->s, flow, choice, rate, seq);
 	return e;
 }
 
-static __always_inline struct retransmit_event *reserve_retransmit(const struct flow *flow)
+/* NULL: no event, by the rules' choice or because the ring is full, which is counted. */
+static __always_inline struct retransmit_event *reserve_retransmit(const struct flow *flow, const struct choice *choice)
 {
 	int stream = STREAM_RETRANSMIT;
-	struct counters *counter = counters.lookup(&stream);
+	u32 rate = sample_rate(choice, flow, stream);
+	struct counters *counter;
 	struct retransmit_event *e;
 	u64 seq;
 
+	if (!rate)
+		return NULL;
+	counter = counters.lookup(&stream);
 	if (!counter)
 		return NULL;
 	seq = next_seq(counter);
@@ -77,48 +90,56 @@ static __always_inline struct retransmit_event *reserve_retransmit(const struct 
 		return NULL;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
-	begin(&e->s, flow, seq);
+	begin(&e->s, flow, choice, rate, seq);
 	return e;
 }
 
 /*
- * The flow of a full socket. Its port is what goes on the wire: skc_num is 0 in the reset of a socket that was disconnected.
- * The cookie is made where there is none yet, except by a kprobe, which can only read it.
+ * The flow of a full socket, and what the rules say. Its port is what goes on the wire: skc_num is 0 in the reset of a
+ * socket that was disconnected. The cookie is made where there is none yet, except by a kprobe, which can only read it.
  */
-static __always_inline bool select_socket(struct flow *flow, struct tcp_sock *tp, u8 hook)
+static __always_inline struct choice choose_socket(struct flow *flow, struct tcp_sock *tp, u8 hook)
 {
 	struct sock *sk = (struct sock *)tp;
+	struct choice choice = {};
 
 	flow->hook = hook;
 	fill_endpoints(flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
-	if (!is_wanted(flow))
-		return false;
-	fill_netns(flow, sk);
-	fill_owner(flow, sk);
+	flow->netns = netns_of(sk);
 	set_cookie(flow, hook == HOOK_KPROBE ? READ_IF(sock, sk, skc_cookie) : bpf_get_socket_cookie(sk));
-	return !is_own(flow);
+	if (is_own(flow))
+		return choice;
+	choice = decide(flow, sk, 0, READ(sk, skc_state));
+	if (choice.action)
+		fill_owner(flow, sk);
+	return choice;
 }
 
 /* The flow of a SYN-ACK: the request's endpoints, the listener's owner, and no socket of its own yet. */
-static __always_inline bool select_request(struct flow *flow, struct sock *listener, struct request_sock *req, u8 hook)
+static __always_inline struct choice choose_request(struct flow *flow, struct sock *listener, struct request_sock *req,
+						    u8 hook)
 {
 	const struct sock_common *common = (const struct sock_common *)req;
+	struct choice choice = {};
 
 	flow->hook = hook;
 	fill_endpoints(flow, common, READ(common, skc_num));
-	if (!is_wanted(flow))
-		return false;
-	fill_netns(flow, listener);
-	fill_owner(flow, listener);
-	return !is_own(flow);
+	flow->netns = netns_of(listener);
+	if (is_own(flow))
+		return choice;
+	choice = decide(flow, listener, 0, TCP_SYN_RECV);
+	if (choice.action)
+		fill_owner(flow, listener);
+	return choice;
 }
 
 static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *skb, u32 rcv_nxt, u8 hook)
 {
 	struct flow flow = {};
-	struct transmit_event *e;
+	struct choice choice = choose_socket(&flow, tp, hook);
+	struct transmit_event *e = reserve_transmit(&flow, &choice);
 
-	if (!select_socket(&flow, tp, hook) || !(e = reserve_transmit(&flow)))
+	if (!e)
 		return 0;
 	fill_from_cb(&e->s, skb, rcv_nxt);
 	fill_tcp(&e->s, tp);
@@ -130,9 +151,10 @@ static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *sk
 static __always_inline int take_synack(struct sock *listener, struct request_sock *req, u8 hook)
 {
 	struct flow flow = {};
-	struct transmit_event *e;
+	struct choice choice = choose_request(&flow, listener, req, hook);
+	struct transmit_event *e = reserve_transmit(&flow, &choice);
 
-	if (!select_request(&flow, listener, req, hook) || !(e = reserve_transmit(&flow)))
+	if (!e)
 		return 0;
 	fill_from_request(&e->s, req);
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
@@ -144,8 +166,13 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 {
 	struct flow flow = {};
 	struct retransmit_event *e;
+	struct choice choice;
 
-	if (gave_up(err) || !select_socket(&flow, tp, hook) || !(e = reserve_retransmit(&flow)))
+	if (gave_up(err))
+		return 0;
+	choice = choose_socket(&flow, tp, hook);
+	e = reserve_retransmit(&flow, &choice);
+	if (!e)
 		return 0;
 	fill_from_cb(&e->s, skb, READ(tp, rcv_nxt));
 	fill_tcp(&e->s, tp);
@@ -158,9 +185,10 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 static __always_inline int take_synack_retransmit(struct sock *listener, struct request_sock *req, u32 behind, u8 hook)
 {
 	struct flow flow = {};
-	struct retransmit_event *e;
+	struct choice choice = choose_request(&flow, listener, req, hook);
+	struct retransmit_event *e = reserve_retransmit(&flow, &choice);
 
-	if (!select_request(&flow, listener, req, hook) || !(e = reserve_retransmit(&flow)))
+	if (!e)
 		return 0;
 	fill_from_request(&e->s, req);
 	fill_synack_cause(e, synack_number(req, behind));
@@ -401,8 +429,9 @@ int kretprobe_tcp_rtx_synack(void *ctx)
 #if TRANSMIT_CGROUP_SKB
 #include "wire.h"
 
-/* What the socket of a packet is, and whether the packet was sent before. */
+/* What the rules say of a packet, what its socket is, and whether it was sent before. */
 struct sender {
+	struct choice choice;
 	struct tcp_sock *tp; /* NULL: there is no full socket that would know TCP's state */
 	bool listener;
 	bool knows_again;
@@ -422,7 +451,7 @@ static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb
 static __always_inline void transmit_packet(struct __sk_buff *skb, const struct flow *flow, const struct wire *wire,
 					    const struct sender *sender)
 {
-	struct transmit_event *e = reserve_transmit(flow);
+	struct transmit_event *e = reserve_transmit(flow, &sender->choice);
 
 	if (!e)
 		return;
@@ -438,7 +467,7 @@ static __always_inline void transmit_packet(struct __sk_buff *skb, const struct 
 static __always_inline void retransmit_packet(struct __sk_buff *skb, const struct flow *flow, const struct wire *wire,
 					      const struct sender *sender)
 {
-	struct retransmit_event *e = reserve_retransmit(flow);
+	struct retransmit_event *e = reserve_retransmit(flow, &sender->choice);
 
 	if (!e)
 		return;
@@ -483,13 +512,16 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 	raw = READ_IF(sock, sk, sk_type) == SOCK_RAW;
 	sender.listener = READ(sk, skc_state) == TCP_LISTEN;
 	flow->hook = HOOK_CGROUP_SKB;
-	fill_netns(flow, sk);
-	if (!raw)
-		fill_owner(flow, sk);
+	flow->netns = netns_of(sk);
 	if (!raw && !sender.listener)
 		set_cookie(flow, bpf_get_socket_cookie(skb));
 	if (is_own(flow))
 		return 1;
+	sender.choice = decide(flow, sk, skb->ifindex, sender.listener ? TCP_SYN_RECV : READ(sk, skc_state));
+	if (!sender.choice.action)
+		return 1;
+	if (!raw)
+		fill_owner(flow, sk);
 	if (sender.listener) {
 		sender.knows_again = true;
 		sender.again = count_synack(flow, wire);
@@ -512,6 +544,6 @@ int cgroup_skb_egress(struct __sk_buff *skb)
 	struct flow flow = {};
 	struct wire wire = {};
 
-	return parse(skb, &flow, &wire) && is_wanted(&flow) ? take_packet(skb, &flow, &wire) : 1;
+	return parse(skb, &flow, &wire) ? take_packet(skb, &flow, &wire) : 1;
 }
 #endif

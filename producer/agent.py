@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
@@ -21,6 +21,8 @@ from producer.pipeline import Path as StreamPath
 from producer.pipeline import Pipeline
 from producer.provision import topic
 from producer.registry import SchemaIds
+from producer.reload import RulesInForce
+from producer.ruleset import Ruleset, resolve
 from producer.rungs import cgroup2_root
 from producer.state import StateFolder
 
@@ -30,15 +32,19 @@ _WATCH_INTERVAL_S = 5.0
 
 
 class Agent:
-    """One run of the producer with a configuration."""
+    """One run of the producer; `read` reads the configuration anew for a reload, which changes the rules alone."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, read: Callable[[], Config]) -> None:
         self._config = config
+        self._read = read
         self._topics = {stream.name: topic(config, stream) for stream in STREAMS}
 
-    def run(self, stop: threading.Event, duration_s: float | None = None) -> dict[Topic, Balance]:
+    def run(
+        self, stop: threading.Event, reload: threading.Event, duration_s: float | None = None
+    ) -> dict[Topic, Balance]:
         """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
 
+        When `reload` is set, the rules are read anew, and it is cleared.
         Raises RebpfError's kinds; whatever happens, nothing stays attached.
         """
         config = self._config
@@ -48,7 +54,9 @@ class Agent:
         with ExitStack() as stack:
             folder = stack.enter_context(StateFolder(config.state_dir))
             ids = schema_ids(config)
-            hooks = stack.enter_context(Hooks(_hook_settings(config)))
+            root = cgroup2_root()
+            ruleset = resolve(config, root)
+            hooks = stack.enter_context(Hooks(_hook_settings(config, ruleset)))
             hooks.load()
             # The loader's child has what attaching needs. Before the client starts threads, which would keep what it
             # has now.
@@ -60,12 +68,22 @@ class Agent:
                 _exclude_embedded(hooks, brokers)
             paths = [self._path(stream, hooks, ids, stack) for stream in STREAMS]
             hooks.attach()
-            folder.publish({"brokers": brokers, "registry": config.registry.url, "topics": self._topics})
+            rules = RulesInForce(hooks, config, ruleset, self._read, root)
+            facts = {"brokers": brokers, "registry": config.registry.url, "topics": self._topics}
+            folder.publish({**facts, "rules_version": rules.version})
             for refusal in hooks.refusals:
                 logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.rung, refusal.reason)
             rungs = " ".join(f"{name}={rung}" for name, rung in hooks.rungs.items())
             logger.info("ready brokers=%s%s %s", brokers, "" if config.kafka.brokers else " embedded=true", rungs)
-            return self._work(hooks, sink, paths, stop, duration_s)
+
+            def between() -> None:
+                if reload.is_set():
+                    reload.clear()
+                    rules.reload()
+                rules.look()
+                folder.publish_if_new({**facts, "rules_version": rules.version})
+
+            return self._work(hooks, sink, paths, stop, between, duration_s)
 
     def _path(self, stream: Stream, hooks: Hooks, ids: Mapping[Topic, SchemaId], stack: ExitStack) -> StreamPath:
         host_fields = {
@@ -78,13 +96,20 @@ class Agent:
         return StreamPath(stream, stack.enter_context(hooks.ring(stream)), encoder)
 
     def _work(
-        self, hooks: Hooks, sink: KafkaSink, paths: list[StreamPath], stop: threading.Event, duration_s: float | None
+        self,
+        hooks: Hooks,
+        sink: KafkaSink,
+        paths: list[StreamPath],
+        stop: threading.Event,
+        between: Callable[[], None],
+        duration_s: float | None,
     ) -> dict[Topic, Balance]:
         pipeline = Pipeline(paths, sink, utc_offset_ns)
         interval_s = self._config.capture.drain_interval_s
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
         watch = _LossWatch()
         while not stop.is_set() and time.monotonic() < end:
+            between()
             if not pipeline.step():
                 if watch.due():
                     watch.look(self._balances(hooks, paths))
@@ -151,13 +176,12 @@ def utc_offset_ns() -> int:
     return time.time_ns() - time.monotonic_ns()
 
 
-def _hook_settings(config: Config) -> HookSettings:
+def _hook_settings(config: Config, ruleset: Ruleset) -> HookSettings:
     capture = config.capture
     return HookSettings(
         hooks=capture.hooks,
         ring_bytes={"transmit_pipe": capture.transmit_ring_bytes, "retransmit_pipe": capture.retransmit_ring_bytes},
-        addresses=capture.addresses,
-        ports=capture.ports,
+        rules=ruleset.tables(),
         own_listeners=config.kafka.brokers is None,
         btf=capture.btf,
     )

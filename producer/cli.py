@@ -92,18 +92,37 @@ def run(
     """Capture and publish until SIGINT or SIGTERM. Without brokers, on an embedded one, for trying."""
     from producer.agent import Agent
 
-    settings = _load(config).with_values(
-        kafka__brokers=brokers,
-        registry__url=registry,
-        capture__addresses=address,
-        capture__ports=port,
-        state_dir=state_dir,
-    )
-    balances = Agent(settings).run(_stop_on_signals(), duration)
+    def read() -> Any:
+        return _load(config).with_values(
+            kafka__brokers=brokers,
+            registry__url=registry,
+            capture__addresses=address,
+            capture__ports=port,
+            state_dir=state_dir,
+        )
+
+    agent = Agent(read(), read)
+    balances = agent.run(_stop_on_signals(), _set_on(signal.SIGHUP), duration)
     if as_json:
         click.echo(json.dumps({topic: balance.as_dict() for topic, balance in balances.items()}))
     else:
         click.echo("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))
+
+
+@rebpf.command()
+@_config
+@_state_dir
+def reload(config: Path | None, state_dir: Path | None) -> None:
+    """Put the rules of the changed configuration in force, in the producer that runs here."""
+    from producer import state
+    from producer.ruleset import resolve
+    from producer.rungs import cgroup2_root
+
+    settings = _load(config).with_values(state_dir=state_dir)
+    if config is not None:
+        resolve(settings, cgroup2_root()).tables()
+    version = state.reload(settings.state_dir)
+    click.echo(f"rules version {version} is in force")
 
 
 @rebpf.command()
@@ -232,6 +251,13 @@ def _load(path: Path | None) -> Any:
 
 def _usage(message: str) -> NoReturn:
     raise UsageError(message)
+
+
+def _set_on(number: signal.Signals) -> threading.Event:
+    """Return an event that a signal sets."""
+    event = threading.Event()
+    signal.signal(number, lambda *_: event.set())
+    return event
 
 
 def _stop_on_signals() -> threading.Event:

@@ -38,6 +38,8 @@ class Capture:
     """Only segments from or to one of these addresses; none: all."""
     ports: tuple[int, ...] = ()
     """Only segments from or to one of these ports; none: all."""
+    default: str = "keep"
+    """What becomes of a segment that no rule matches: keep or drop."""
     transmit_ring_bytes: int = 1 << 24
     """Size of transmit_pipe: a power of two, in bytes. A segment takes 200 bytes."""
     retransmit_ring_bytes: int = 1 << 22
@@ -75,6 +77,49 @@ class Registry:
 
 
 @dataclass(frozen=True, slots=True)
+class RuleConfig:
+    """[[rules]]: the first rule that matches a segment decides. Of each condition that it has, one value must match."""
+
+    name: str = ""
+    action: str = "keep"
+    """keep or drop, for both streams."""
+    transmit: str | None = None
+    """keep or drop, for transmits, where that differs."""
+    retransmit: str | None = None
+    """Likewise, for retransmits."""
+    sample: int = 1
+    """Take one transmit in so many; the events' sample_rate says so."""
+    sample_by: str = "connection"
+    """connection: all of a connection or none of it; event: each by itself."""
+    sample_retransmits: bool = False
+    """Sample retransmits too."""
+    address: tuple[str, ...] = ()
+    """Addresses or networks, of either side; "@FILE" stands for a file's lines."""
+    local_address: tuple[str, ...] = ()
+    """Of this host's side."""
+    remote_address: tuple[str, ...] = ()
+    """Of the peer's side."""
+    port: tuple[int | str, ...] = ()
+    """Ports, or ranges like "8000-8999", of either side."""
+    local_port: tuple[int | str, ...] = ()
+    """Of this host's side."""
+    remote_port: tuple[int | str, ...] = ()
+    """Of the peer's side."""
+    netns: tuple[int | str, ...] = ()
+    """Network namespaces: inode numbers, or names in /run/netns."""
+    cgroup: tuple[str, ...] = ()
+    """Cgroups by their path below the cgroup v2 root, and all below them."""
+    unit: tuple[str, ...] = ()
+    """Cgroups by the name of a systemd unit, and all below them."""
+    uid: tuple[int | str, ...] = ()
+    """Owners of the socket: user ids or names."""
+    interface: tuple[int | str, ...] = ()
+    """Interfaces that the segment leaves by, which only the hook cgroup_skb knows."""
+    state: tuple[str, ...] = ()
+    """TCP states of the socket."""
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All settings."""
 
@@ -85,6 +130,7 @@ class Config:
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
     registry: Registry = Registry()
+    rules: tuple[RuleConfig, ...] = ()
 
     def with_values(self, **values: Any) -> "Config":
         """Return a copy with values laid over: `kafka__brokers=...`; a value of None or () changes nothing."""
@@ -163,11 +209,14 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise ConfigError(f"{where}: a list is wanted")
-        return tuple(_value(arguments[0], each, where) for each in value)
+        places = (f"{where}[{i}]" if isinstance(each, dict) else where for i, each in enumerate(value, 1))
+        return tuple(_value(arguments[0], each, place) for each, place in zip(value, places, strict=True))
     if is_mapping:
         return {name: _text(each, f"{where}.{name}") for name, each in value.items()}
     if isinstance(kind, types.UnionType) and type(None) in arguments:
         return _value(arguments[0], value, where)
+    if isinstance(kind, types.UnionType) and type(value) in arguments:
+        return value
     return _scalar(kind, value, where)
 
 
@@ -184,7 +233,7 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{where}: {kind.__name__} is wanted, not {value!r}")
+        raise ConfigError(f"{where}: {getattr(kind, '__name__', kind)} is wanted, not {value!r}")
     return value
 
 

@@ -99,7 +99,7 @@ SEGMENT = np.dtype(
         ("ca_state", "u1"),
         ("_pad1", "u1"),
         *((name, "<u4") for name in TCP_FIELDS),
-        ("_pad2", "<u4"),
+        ("rules_version", "<u4"),
     ]
 )
 TRANSMIT = np.dtype([("s", SEGMENT), ("is_retransmit", "<u4"), ("_pad3", "<u4")])

@@ -25,6 +25,8 @@ from producer.events import HOOKS, Stream, layout_check
 from producer.loader import ATTACH, BCC_MISSING, PACKET_BYTES
 from producer.paths import BPF
 from producer.ring import Ring
+from producer.rulemaps import RuleMaps
+from producer.rules import Action, Tables, tables
 from producer.rungs import Refusal
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,6 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _FDS = 64
 _SO_COOKIE = 57
-_MAX_ADDRESSES = _MAX_PORTS = 1024  # bpf/maps.h
 _ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
 
 
@@ -48,8 +49,8 @@ class HookSettings:
     ring_bytes: Mapping[str, int] = field(
         default_factory=lambda: {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22}
     )
-    addresses: tuple[Address, ...] = ()
-    ports: tuple[int, ...] = ()
+    rules: Tables = field(default_factory=lambda: tables((), Action()))
+    """What becomes events; all of it, unless told otherwise."""
     own_listeners: bool = False
     """Whether the agent itself listens (the embedded broker), and its accepted connections are to be left out."""
     btf: Path | None = None
@@ -60,10 +61,6 @@ class HookSettings:
         for ring, size in self.ring_bytes.items():
             if size & (size - 1) or not mmap.PAGESIZE <= size <= 1 << 30:
                 raise errors.ConfigError(f"{ring}: {size} bytes is no power of two from a page to 1 GiB")
-        if not all(0 < port < 1 << 16 for port in self.ports):
-            raise errors.ConfigError("a port is a number from 1 to 65535")
-        if len(self.addresses) > _MAX_ADDRESSES or len(self.ports) > _MAX_PORTS:
-            raise errors.ConfigError(f"at most {_MAX_ADDRESSES} addresses and {_MAX_PORTS} ports can be filtered for")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +102,7 @@ class Hooks:
                 "bpf": str(BPF),
                 "hooks": settings.hooks,
                 "pages": {ring: size // mmap.PAGESIZE for ring, size in settings.ring_bytes.items()},
-                "filters": {
-                    "addresses": bool(settings.addresses),
-                    "ports": bool(settings.ports),
-                    "own_listeners": settings.own_listeners,
-                },
+                "own_listeners": settings.own_listeners,
                 "layout_check": layout_check(),
             }
         )
@@ -120,7 +113,8 @@ class Hooks:
         self._maps = dict(zip(answer["maps"], descriptors[:count], strict=True))
         for stream, program in zip(answer["programs"], descriptors[count:], strict=True):
             self._programs.setdefault(stream, []).append(program)
-        self._fill_filters()
+        self._rules = RuleMaps(self._maps)
+        self._rules.put(settings.rules)
 
     def attach(self) -> None:
         """Attach all programs; from here on events come."""
@@ -150,6 +144,10 @@ class Hooks:
     def program_infos(self, stream: Stream) -> list[sysbpf.ProgramInfo]:
         """Return the kernel's run statistics of the stream's programs."""
         return [sysbpf.program_info(program) for program in self._programs[stream.name]]
+
+    def put_rules(self, rules: Tables) -> int:
+        """Put other rules in force, between two segments, and return their version. The settings' own are version 1."""
+        return self._rules.put(rules)
 
     def exclude_socket(self, descriptor: int) -> None:
         """Leave out what the socket `descriptor` sends, from now on. Call it before the socket connects."""
@@ -182,12 +180,6 @@ class Hooks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _fill_filters(self) -> None:
-        for address in self._settings.addresses:
-            sysbpf.update(self._maps["addresses"], _in6(address), b"\1")
-        for port in self._settings.ports:
-            sysbpf.update(self._maps["ports"], struct.pack("<H", port), b"\1")
 
     def _end_loader(self) -> None:
         if self._loader is not None:

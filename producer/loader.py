@@ -23,7 +23,22 @@ from producer import rungs, source, sysbpf
 from producer.btf import VMLINUX, Btf
 from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
 
-MAPS = ("transmit_pipe", "retransmit_pipe", "counters", "addresses", "ports", "own_sockets", "own_listeners")
+MAPS = (
+    "transmit_pipe",
+    "retransmit_pipe",
+    "counters",
+    "own_sockets",
+    "own_listeners",
+    "rules_active",
+    "rule_generations",
+    "rule_actions",
+    "rule_prefixes",
+    "rule_addresses",
+    "rule_port_classes",
+    "rule_ports",
+    "rule_values",
+    "rule_sets",
+)
 ATTACH = {"do": "attach"}
 BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora, RHEL)"
 PACKET_BYTES = 1 << 16
@@ -142,7 +157,7 @@ def _compile(request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, str]) ->
     except ImportError as error:
         raise UnavailableError(BCC_MISSING) from error
     text = source.program_text(folder, btf, request["layout_check"])
-    flags = source.macros(btf, chosen, request["pages"], request["filters"], sysbpf.jiffies_per_second())
+    flags = source.macros(btf, chosen, request["pages"], request["own_listeners"], sysbpf.jiffies_per_second())
     # LLVM writes its messages to file descriptor 2 and returns none of them.
     with tempfile.TemporaryFile() as messages:
         saved = os.dup(2)

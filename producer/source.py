@@ -26,7 +26,8 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
 # Where the kernel has no such member, what it would tell is unknown, and the field is null.
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "kernfs_node": ("id",),
-    "cgroup": ("kn",),
+    "cgroup": ("kn", "self.parent as css_parent"),
+    "cgroup_subsys_state": ("cgroup",),
     "sock_common": (
         "skc_v6_daddr.in6_u.u6_addr32 as skc_v6_daddr",
         "skc_v6_rcv_saddr.in6_u.u6_addr32 as skc_v6_rcv_saddr",
@@ -82,10 +83,8 @@ def program_text(folder: Path, btf: Btf, layout_check: str) -> str:
     return _inline(folder, "rebpf.bpf.c", generated)
 
 
-def macros(
-    btf: Btf, rungs: Mapping[str, str], pages: Mapping[str, int], filters: Mapping[str, bool], hz: int
-) -> list[str]:
-    """Return compiler flags: rung name by stream, ring sizes in pages by ring, which filters are in force."""
+def macros(btf: Btf, rungs: Mapping[str, str], pages: Mapping[str, int], own_listeners: bool, hz: int) -> list[str]:
+    """Return compiler flags: rung name by stream, ring sizes in pages by ring, whether the agent listens."""
     chosen = {f"{stream}_{rung}".upper() for stream, rung in rungs.items()}
     tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
     numbers = {
@@ -99,7 +98,7 @@ def macros(
         "SYNACK_COUNTED_BY_CALLER": int(btf.find(FUNC, "inet_rtx_syn_ack") is not None),
         "HZ": hz,
         **{f"{ring.upper()}_PAGES": count for ring, count in pages.items()},
-        **{f"FILTER_{name.upper()}": int(on) for name, on in filters.items()},
+        "FILTER_OWN_LISTENERS": int(own_listeners),
     }
     return [f"-D{name}={value}" for name, value in numbers.items()]
 

@@ -8,13 +8,15 @@ lock         locked (flock) while a producer runs; the kernel lets go of it howe
 import fcntl
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
 
-from producer.errors import BusyError, ConfigError
+from producer.errors import BusyError, ConfigError, UnavailableError
 
 # Who asks whether a producer runs holds the lock for a moment.
 _LOCKING = Retrying(
@@ -23,6 +25,8 @@ _LOCKING = Retrying(
     stop=stop_after_delay(0.5),
     reraise=True,
 )
+
+_RELOAD_TIMEOUT_S = 10.0
 
 
 class StateFolder:
@@ -34,9 +38,16 @@ class StateFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._agent = path / "agent.json"
+        self._published: dict[str, Any] = {}
+
+    def publish_if_new(self, facts: dict[str, Any]) -> None:
+        """Write agent.json where the facts are others than before."""
+        if facts != self._published:
+            self.publish(facts)
 
     def publish(self, facts: dict[str, Any]) -> None:
         """Write agent.json, whole or not at all."""
+        self._published = facts
         fresh = self._agent.with_suffix(".new")
         fresh.write_text(json.dumps({"pid": os.getpid(), **facts}))
         fresh.replace(self._agent)
@@ -78,3 +89,21 @@ def running(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return facts
+
+
+def reload(path: Path) -> int:
+    """Have the producer that runs with this state folder read its rules anew; return the version that is then in force.
+
+    UnavailableError where none runs, or where it has refused the rules or does not answer: its log says why.
+    """
+    before = running(path)
+    if before is None:
+        raise UnavailableError(f"no producer runs with state_dir {path}")
+    os.kill(before["pid"], signal.SIGHUP)
+    deadline = time.monotonic() + _RELOAD_TIMEOUT_S
+    while time.monotonic() < deadline:
+        now = running(path)
+        if now is not None and now["rules_version"] > before["rules_version"]:
+            return int(now["rules_version"])
+        time.sleep(0.02)
+    raise UnavailableError(f"the producer with pid {before['pid']} has not taken the rules: its log says why")

@@ -18,7 +18,7 @@ from pathlib import Path
 _NUMBERS = {"x86_64": (321, 298, 324), "aarch64": (280, 241, 283)}
 _NR_BPF, _NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1, -1))
 
-_MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 1, 2, 5
+_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD = 1, 2, 3, 5
 _PROG_GET_NEXT_ID, _INFO_BY_FD, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 11, 15, 17, 28
 _MEMBARRIER_CMD_GLOBAL = 1
 _CLOCK_MONOTONIC_COARSE = 6
@@ -118,6 +118,12 @@ def update(map_fd: int, key: bytes, value: bytes) -> None:
         ctypes.create_string_buffer(value, len(value)),
     )
     _bpf(_MAP_UPDATE, struct.pack("<IxxxxQQQ", map_fd, _address(key_buffer), _address(value_buffer), 0))
+
+
+def delete(map_fd: int, key: bytes) -> None:
+    """Delete an element."""
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    _bpf(_MAP_DELETE, struct.pack("<IxxxxQQQ", map_fd, _address(key_buffer), 0, 0))
 
 
 def program_info(program: int) -> ProgramInfo:

@@ -26,9 +26,10 @@ from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TC
 from producer.flows import address, key
 from producer.hooks import Hooks, HookSettings
 from producer.kafka import DEFAULTS
+from producer.rules import filtered
 
 sys.path.append("/usr/lib/python3/dist-packages")
-from bcc.libbcc import _RINGBUF_CB_TYPE, lib  # noqa: E402
+from bcc.libbcc import _RINGBUF_CB_TYPE, lib
 
 BITS = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"])}
 HOST = {"host": socket.gethostname(), "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
@@ -98,7 +99,7 @@ def main(brokers: str, port: int) -> None:
     settings = {**DEFAULTS, "enable.idempotence": True, "acks": "all", "bootstrap.servers": brokers}
     producer = Producer(settings)
     delivered = {stream.topic: 0 for stream in STREAMS}
-    with Hooks(HookSettings(ports=(port,))) as hooks:
+    with Hooks(HookSettings(rules=filtered(ports=(port,)))) as hooks:
         hooks.load()
         callbacks = [_RINGBUF_CB_TYPE(callback(stream, producer, delivered)) for stream in STREAMS]
         manager = None

@@ -7,6 +7,7 @@ import pytest
 
 from producer.hooks import HookSettings
 from producer.lab import Lab
+from producer.rules import filtered
 from tests.kernel.capture import ALLOWED, Capture
 
 # Below the ephemeral ports, and others than those of tests that run beside these. Each test takes its own.
@@ -23,7 +24,7 @@ def root() -> None:
 @pytest.fixture(scope="session")
 def capture(root: None) -> Iterator[Capture]:
     """Both streams, filtered in the kernel for the tests' ports."""
-    with Capture(HookSettings(hooks=ALLOWED, ports=_PORTS)) as capture:
+    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=_PORTS))) as capture:
         yield capture
 
 

@@ -12,6 +12,7 @@ import pytest
 from producer.events import RETRANSMITS, TRANSMITS, Rows
 from producer.hooks import HookSettings
 from producer.lab import Lab
+from producer.rules import filtered
 from tests.kernel.capture import ALLOWED, Capture, Pair, inside, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -32,9 +33,8 @@ def text(address: object) -> str:
 
 def test_a_flow_passes_with_a_wanted_address_and_a_wanted_port_on_any_side(lab: Lab, port: int) -> None:
     wanted = ("127.0.0.7", "::1")
-    settings = HookSettings(
-        hooks=ALLOWED, addresses=tuple(ipaddress.ip_address(each) for each in wanted), ports=(port, port + 10_000)
-    )
+    rules = filtered(map(ipaddress.ip_address, wanted), (port, port + 10_000))
+    settings = HookSettings(hooks=ALLOWED, rules=rules)
     expected = set()
     with Capture(settings) as capture:
         for address, number in itertools.product(("127.0.0.7", "127.0.0.1", "::1"), (port, port + 5_000)):
@@ -64,7 +64,7 @@ def broker() -> Iterator[socket.socket]:
 
 def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None:
     port = broker.getsockname()[1]
-    with Capture(HookSettings(hooks=ALLOWED, ports=(port,), own_listeners=True)) as capture:
+    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=(port,)), own_listeners=True)) as capture:
         capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
         with socket.socket() as own, socket.socket() as other:
             capture.hooks.exclude_socket(own.fileno())
@@ -92,7 +92,7 @@ def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None
 def test_listeners_of_others_on_the_same_port_stay_visible(broker: socket.socket, lab: Lab) -> None:
     """The endpoint is one in the agent's network namespace: not the same address and port in another."""
     port = broker.getsockname()[1]
-    with Capture(HookSettings(hooks=ALLOWED, ports=(port,), own_listeners=True)) as capture:
+    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=(port,)), own_listeners=True)) as capture:
         capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
         with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
             pair.exchange(1, 1)

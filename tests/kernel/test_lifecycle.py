@@ -17,6 +17,7 @@ from producer.errors import ConfigError, HookError, UnavailableError
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS
 from producer.hooks import Hooks, HookSettings
 from producer.lab import Lab
+from producer.rules import filtered
 from producer.rungs import LADDERS
 from producer.sysbpf import program_ids
 from tests.kernel.capture import ALLOWED, Capture, Pair, kernel_btf_with, rules, wait_for
@@ -47,7 +48,8 @@ def agent() -> Iterator["subprocess.Popen[str]"]:
         "import sys\n"
         "from producer.events import STREAMS\n"
         "from producer.hooks import Hooks, HookSettings\n"
-        f"hooks = Hooks(HookSettings(hooks={ALLOWED!r}, ports=(1,)))\n"
+        "from producer.rules import filtered\n"
+        f"hooks = Hooks(HookSettings(hooks={ALLOWED!r}, rules=filtered(ports=(1,))))\n"
         "hooks.load()\n"
         "hooks.attach()\n"
         "print(*(info.program_id for stream in STREAMS for info in hooks.program_infos(stream)), flush=True)\n"
@@ -62,7 +64,7 @@ def agent() -> Iterator["subprocess.Popen[str]"]:
 def test_detach_ends_the_events_and_close_unloads_the_programs() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        with Hooks(HookSettings(hooks=ALLOWED, ports=(address[1],))) as hooks:
+        with Hooks(HookSettings(hooks=ALLOWED, rules=filtered(ports=(address[1],)))) as hooks:
             hooks.load()
             assert hooks.counters(TRANSMITS).passed == 0
             socket.create_connection(address).close()
@@ -189,7 +191,7 @@ def test_members_that_the_kernel_lacks_are_null_fields(tmp_path: Path, lab: Lab,
         tmp_path,
         {"snd_cwnd": "snd_cwmd", "sk_uid": "sk_uxd", "icsk_pending": "icsk_pemding", "sk_cgrp_data": "sk_cgrp_dada"},
     )
-    with Capture(HookSettings(hooks=ALLOWED, ports=(port,), btf=btf)) as capture:
+    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=(port,)), btf=btf)) as capture:
         with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
             with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
                 pair.client.sendall(b"lost")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.config import Capture, Config, Kafka, Registry, load
+from producer.config import Capture, Config, Kafka, Registry, RuleConfig, load
 from producer.errors import ConfigError
 
 FULL = """
@@ -18,6 +18,7 @@ state_dir = "/run/rebpf"
 hooks = ["kprobe", "cgroup_skb"]
 addresses = ["192.0.2.1", "2001:db8::1"]
 ports = [443, 9092]
+default = "drop"
 transmit_ring_bytes = 65536
 retransmit_ring_bytes = 8192
 drain_interval_s = 1
@@ -38,7 +39,51 @@ stop_timeout_s = 2.5
 url = "http://registry:8081"
 register = true
 timeout_s = 3
+
+[[rules]]
+name = "all of it"
+action = "drop"
+transmit = "keep"
+retransmit = "drop"
+sample = 10
+sample_by = "event"
+sample_retransmits = true
+address = ["10.0.0.0/8"]
+local_address = ["@/etc/rebpf/mine"]
+remote_address = ["2001:db8::/32"]
+port = [443, "8000-8999"]
+local_port = [1]
+remote_port = ["2"]
+netns = [4026531840, "blue"]
+cgroup = ["/system.slice"]
+unit = ["nginx.service"]
+uid = [0, "www-data"]
+interface = ["eth0", 2]
+state = ["ESTABLISHED"]
+
+[[rules]]
 """
+RULE = RuleConfig(
+    name="all of it",
+    action="drop",
+    transmit="keep",
+    retransmit="drop",
+    sample=10,
+    sample_by="event",
+    sample_retransmits=True,
+    address=("10.0.0.0/8",),
+    local_address=("@/etc/rebpf/mine",),
+    remote_address=("2001:db8::/32",),
+    port=(443, "8000-8999"),
+    local_port=(1,),
+    remote_port=("2",),
+    netns=(4026531840, "blue"),
+    cgroup=("/system.slice",),
+    unit=("nginx.service",),
+    uid=(0, "www-data"),
+    interface=("eth0", 2),
+    state=("ESTABLISHED",),
+)
 
 
 @pytest.fixture
@@ -59,6 +104,7 @@ def test_every_setting_can_be_read(read):
             hooks=("kprobe", "cgroup_skb"),
             addresses=(ip_address("192.0.2.1"), ip_address("2001:db8::1")),
             ports=(443, 9092),
+            default="drop",
             transmit_ring_bytes=65536,
             retransmit_ring_bytes=8192,
             drain_interval_s=1.0,
@@ -76,12 +122,13 @@ def test_every_setting_can_be_read(read):
             stop_timeout_s=2.5,
         ),
         registry=Registry(url="http://registry:8081", register=True, timeout_s=3.0),
+        rules=(RULE, RuleConfig()),
     )
 
 
 def test_the_file_above_names_every_setting():
     def names(kind: type, prefix: str = "") -> set[str]:
-        inner = {"capture": Capture, "kafka": Kafka, "registry": Registry}
+        inner = {"capture": Capture, "kafka": Kafka, "registry": Registry, "rules": RuleConfig}
         return {
             name
             for field in dataclasses.fields(kind)

@@ -166,7 +166,17 @@ def expected(stream: Stream, flow: dict[str, Any], segment: dict[str, Any], extr
         **{name: flow[name] for name in ("sport", "dport")},
         **{
             name: segment[name]
-            for name in ("cpu", "cpu_seq", "tcp_flags", "seq", "end_seq", "payload_len", "segs", "sample_rate")
+            for name in (
+                "cpu",
+                "cpu_seq",
+                "tcp_flags",
+                "seq",
+                "end_seq",
+                "payload_len",
+                "segs",
+                "sample_rate",
+                "rules_version",
+            )
         },
     }
     if stream is TRANSMITS:

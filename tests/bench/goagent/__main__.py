@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from producer.hooks import Hooks, HookSettings
+from producer.rules import filtered
 from producer.rungs import cgroup2_root
 from tests.servers.fetch import cache
 
@@ -28,7 +29,9 @@ def build() -> Path:
 def main(brokers: str, port: int) -> None:
     """Replace this process by the Go program."""
     binary = build()
-    hooks = Hooks(HookSettings(ports=(port,)))  # never closed: the descriptors live on in the Go program
+    hooks = Hooks(
+        HookSettings(rules=filtered(ports=(port,)))
+    )  # never closed: the descriptors live on in the Go program
     hooks.load()
     hooks.attach()
     maps = {name: hooks._maps[name] for name in ("transmit_pipe", "retransmit_pipe", "counters", "own_sockets")}

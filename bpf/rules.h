@@ -1,0 +1,279 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Which rule decides over a segment. producer/rules.py makes the tables and says how they work; this is `Tables.decide`.
+ *
+ * Two generations of the tables stand side by side. The agent fills the one that is not in use and then writes
+ * rules_active, one 64-bit word: a program reads it once, so that a segment falls wholly under the old rules or under the
+ * new ones. What was decided for a socket is kept in `verdicts`, with the version of the rules that it was decided by.
+ */
+#ifndef REBPF_RULES_H
+#define REBPF_RULES_H
+
+#define RULES 1024
+#define RULE_WORDS (RULES / 64)
+#define CLASSES 2048
+#define PORT_GROUP 4
+#define GENERATIONS 2
+#define CGROUP_LEVELS 16
+
+enum property {
+	PROPERTY_NETNS = 0,
+	PROPERTY_CGROUP = 1,
+	PROPERTY_UID = 2,
+	PROPERTY_INTERFACE = 3,
+	PROPERTY_STATE = 4,
+	PROPERTIES = 5,
+};
+
+struct rule_set {
+	u64 bits[RULE_WORDS];
+};
+
+struct rule_sides {
+	struct rule_set local, remote, either;
+};
+
+struct rule_action {
+	u32 sample_rate;
+	u8 keep[2]; /* by stream */
+	u8 sampled[2];
+	u8 by_event;
+	u8 _pad[3];
+};
+
+struct prefix_key {
+	u32 length; /* of generation and address, in bits */
+	u32 generation;
+	u8 address[16];
+};
+
+struct value_key {
+	u32 generation;
+	u32 property;
+	u64 value;
+};
+
+struct port_group {
+	u16 classes[PORT_GROUP];
+};
+
+struct rule_generation {
+	u32 rules; /* 0: the default decides at once */
+	u32 by_segment; /* a rule looks at the interface or the state, which change from segment to segment */
+	u32 unnamed[PROPERTIES]; /* the set of a value that no rule names */
+	u32 _pad;
+};
+
+struct verdict_key {
+	u64 cookie;
+	u32 interface;
+	u32 state;
+};
+
+struct verdict {
+	u64 active; /* rules_active at the time */
+	u32 rule;
+	u32 _pad;
+};
+
+/* The agent inserts into the generation that is not in use, and deletes from it what it had inserted two reloads ago. */
+BPF_ARRAY(rules_active, u64, 1); /* version << 1 | generation */
+BPF_ARRAY(rule_generations, struct rule_generation, GENERATIONS);
+BPF_ARRAY(rule_actions, struct rule_action, GENERATIONS *(RULES + 1));
+BPF_LPM_TRIE(rule_prefixes, struct prefix_key, u32, 262144);
+BPF_ARRAY(rule_addresses, struct rule_sides, GENERATIONS *CLASSES);
+BPF_ARRAY(rule_port_classes, struct port_group, GENERATIONS * 65536 / PORT_GROUP);
+BPF_ARRAY(rule_ports, struct rule_sides, GENERATIONS *CLASSES);
+BPF_HASH(rule_values, struct value_key, u32, 16384);
+BPF_ARRAY(rule_sets, struct rule_set, GENERATIONS *CLASSES);
+/* The programs insert; the oldest fall out. */
+BPF_TABLE("lru_hash", struct verdict_key, struct verdict, verdicts, 32768);
+
+static __always_inline u32 lowest_bit(u64 word)
+{
+	u32 bit = 0;
+
+#pragma unroll
+	for (u32 half = 32; half; half /= 2) {
+		if (!(word & ((1ULL << half) - 1))) {
+			word >>= half;
+			bit += half;
+		}
+	}
+	return bit;
+}
+
+static __always_inline struct rule_sides *sides_of_address(u32 generation, const u8 *address)
+{
+	struct prefix_key key = { .length = 32 + 128, .generation = generation };
+	u32 index = generation * CLASSES, *number;
+
+	__builtin_memcpy(key.address, address, sizeof(key.address));
+	number = rule_prefixes.lookup(&key);
+	if (number)
+		index += *number;
+	return rule_addresses.lookup(&index);
+}
+
+static __always_inline struct rule_sides *sides_of_port(u32 generation, u16 port)
+{
+	u32 group = (generation * 65536 + port) / PORT_GROUP, index;
+	struct port_group *classes = rule_port_classes.lookup(&group);
+
+	if (!classes)
+		return NULL;
+	index = generation * CLASSES + classes->classes[port % PORT_GROUP];
+	return rule_ports.lookup(&index);
+}
+
+static __always_inline u32 set_number(u32 generation, u32 property, u64 value, u32 unnamed)
+{
+	struct value_key key = { .generation = generation, .property = property, .value = value };
+	u32 *number = rule_values.lookup(&key);
+
+	return number ? *number : unnamed;
+}
+
+static __always_inline struct rule_set *set_of(const struct rule_generation *tables, u32 generation, u32 property,
+					       u64 value)
+{
+	u32 index = generation * CLASSES;
+
+	index += set_number(generation, property, value, tables->unnamed[property]);
+	return rule_sets.lookup(&index);
+}
+
+/* The nearest cgroup that a rule names, from the socket's own up: its set has those of the named ones above it. */
+static __always_inline struct rule_set *set_of_cgroup(const struct rule_generation *tables, u32 generation,
+						      const struct sock *sk)
+{
+	u32 index = generation * CLASSES, unnamed = tables->unnamed[PROPERTY_CGROUP], number = unnamed;
+
+#if HAS_OWNER_CGROUP && HAS_cgroup_css_parent && HAS_cgroup_subsys_state_cgroup
+	const struct cgroup *cgroup = READ(sk, sk_cgroup);
+
+	for (int level = 0; level < CGROUP_LEVELS && cgroup && number == unnamed; level++) {
+		const struct cgroup_subsys_state *parent = PROBE(cgroup, css_parent);
+
+		number = set_number(generation, PROPERTY_CGROUP, PROBE(PROBE(cgroup, kn), id), unnamed);
+		cgroup = parent ? PROBE(parent, cgroup) : NULL;
+	}
+#endif
+	index += number;
+	return rule_sets.lookup(&index);
+}
+
+static __always_inline u32 first_rule(const struct flow *flow, const struct sock *sk,
+				      const struct rule_generation *tables, u32 generation, u32 interface, u32 state)
+{
+	struct rule_sides *saddr = sides_of_address(generation, flow->saddr);
+	struct rule_sides *daddr = sides_of_address(generation, flow->daddr);
+	struct rule_sides *sport = sides_of_port(generation, flow->sport);
+	struct rule_sides *dport = sides_of_port(generation, flow->dport);
+	struct rule_set *netns = set_of(tables, generation, PROPERTY_NETNS, netns_of(sk));
+	struct rule_set *cgroup = set_of_cgroup(tables, generation, sk);
+	struct rule_set *uid = set_of(tables, generation, PROPERTY_UID, READ_IF(sock, sk, sk_uid));
+	struct rule_set *device = set_of(tables, generation, PROPERTY_INTERFACE, interface);
+	struct rule_set *states = set_of(tables, generation, PROPERTY_STATE, state);
+
+	if (!saddr || !daddr || !sport || !dport || !netns || !cgroup || !uid || !device || !states)
+		return RULES;
+	for (int i = 0; i < RULE_WORDS; i++) {
+		u64 met = saddr->local.bits[i] & daddr->remote.bits[i];
+
+		met &= saddr->either.bits[i] | daddr->either.bits[i];
+		met &= sport->local.bits[i] & dport->remote.bits[i];
+		met &= sport->either.bits[i] | dport->either.bits[i];
+		met &= netns->bits[i] & cgroup->bits[i] & uid->bits[i] & device->bits[i] & states->bits[i];
+		if (met)
+			return i * 64 + lowest_bit(met);
+	}
+	return RULES;
+}
+
+/* What was decided for the socket with these rules before; RULES + 1 where nothing was. */
+static __always_inline u32 decided(const struct verdict_key *key, u64 active)
+{
+	struct verdict *verdict = verdicts.lookup(key);
+
+	return verdict && verdict->active == active ? verdict->rule : RULES + 1;
+}
+
+static __always_inline u32 decide_anew(const struct verdict_key *key, const struct flow *flow, const struct sock *sk,
+				       const struct rule_generation *tables, u64 active, u32 interface, u32 state)
+{
+	struct verdict verdict = { .active = active };
+
+	verdict.rule = first_rule(flow, sk, tables, active & 1, interface, state);
+	if (key->cookie)
+		verdicts.update((struct verdict_key *)key, &verdict);
+	return verdict.rule;
+}
+
+/* What the rules decided over a segment, and by which version of them. */
+struct choice {
+	const struct rule_action *action; /* NULL: no event */
+	u32 version;
+};
+
+/* `interface` is 0 where the hook does not know it. The flow has endpoints and cookie. */
+static __always_inline struct choice decide(const struct flow *flow, const struct sock *sk, u32 interface, u32 state)
+{
+	struct verdict_key key = { .cookie = flow->sk_cookie };
+	struct rule_generation *tables;
+	struct choice choice = {};
+	u32 zero = 0, generation, rule = RULES;
+	u64 *active = rules_active.lookup(&zero), now;
+
+	if (!active)
+		return choice;
+	now = *(volatile u64 *)active;
+	generation = now & 1;
+	tables = rule_generations.lookup(&generation);
+	if (!tables)
+		return choice;
+	if (tables->rules) {
+		if (tables->by_segment) {
+			key.interface = interface;
+			key.state = state;
+		}
+		rule = decided(&key, now);
+		if (rule > RULES)
+			rule = decide_anew(&key, flow, sk, tables, now, interface, state);
+	}
+	rule += generation * (RULES + 1);
+	choice.action = rule_actions.lookup(&rule);
+	choice.version = now >> 1;
+	return choice;
+}
+
+static __always_inline u64 mixed(u64 hash, u64 word)
+{
+	hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
+	return hash ^ hash >> 29;
+}
+
+/* The same for all segments of a connection, in both streams. */
+static __always_inline u64 flow_hash(const struct flow *flow)
+{
+	const u64 *addresses = (const u64 *)flow->saddr; /* saddr, daddr */
+	u64 hash = mixed((u64)flow->sport << 16 | flow->dport, addresses[0]);
+
+	return mixed(mixed(mixed(hash, addresses[1]), addresses[2]), addresses[3]);
+}
+
+/* How many of such events one stands for; 0: this one is not taken. */
+static __always_inline u32 sample_rate(const struct choice *choice, const struct flow *flow, u32 stream)
+{
+	const struct rule_action *action = choice->action;
+	u64 draw;
+
+	if (!action || !action->keep[stream & 1])
+		return 0;
+	if (action->sample_rate <= 1 || !action->sampled[stream & 1])
+		return 1;
+	draw = action->by_event ? bpf_get_prandom_u32() : flow_hash(flow) >> 20;
+	return draw % action->sample_rate ? 0 : action->sample_rate;
+}
+
+#endif

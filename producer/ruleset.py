@@ -1,0 +1,164 @@
+"""The configuration's rules, the names of this host made numbers: users, namespaces, interfaces, cgroups, units."""
+
+import ipaddress
+import os
+import pwd
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from producer.config import Config, RuleConfig
+from producer.errors import ConfigError
+from producer.events import STATES
+from producer.rules import Action, Network, PortRange, Rule, Tables, only, tables
+
+V = TypeVar("V")
+R = TypeVar("R")
+
+NETNS = Path("/run/netns")
+_ABSENT = 0
+"""A cgroup that does not exist: no id is 0, so that the condition stays, and matches nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ruleset:
+    """Resolved rules; `cgroups_above` has, for each cgroup that is named, those above it."""
+
+    rules: Sequence[Rule]
+    default: Action
+    cgroups_above: Mapping[int, Sequence[int]]
+
+    def tables(self) -> Tables:
+        """Compile the rules; ConfigError where the kernel's tables cannot hold them."""
+        return tables(self.rules, self.default, self.cgroups_above)
+
+
+def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
+    """Resolve the rules of a configuration on this host.
+
+    A cgroup or unit that does not exist now matches nothing. ConfigError names the rule whose condition cannot be.
+    """
+    capture = config.capture
+    if not config.rules:
+        rules, default = only(capture.addresses, capture.ports)
+        return Ruleset(rules, default if rules else _action(capture.default, None, None), {})
+    if capture.addresses or capture.ports:
+        raise ConfigError("rules and a filter by addresses or ports cannot be combined: make the filter a rule")
+    cgroups = _Cgroups(cgroup_root)
+    rules = tuple(_rule(number, rule, cgroups) for number, rule in enumerate(config.rules, 1))
+    named = {cgroup for rule in rules for cgroup in rule.cgroup}
+    above = {cgroup: cgroups.above(cgroup) for cgroup in named}
+    return Ruleset(rules, _action(capture.default, None, None), above)
+
+
+def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
+    name = rule.name or f"rule {number}"
+    if rule.sample < 1 or rule.sample_by not in ("connection", "event"):
+        raise ConfigError(f"{name}: sample is a number from 1, and sample_by is connection or event")
+    keep = _action(rule.action, rule.transmit, rule.retransmit)
+    by_event = rule.sample_by == "event"
+    try:
+        return Rule(
+            name,
+            Action(keep.transmit, keep.retransmit, rule.sample, by_event, rule.sample_retransmits),
+            address=_each(rule.address, _networks),
+            local_address=_each(rule.local_address, _networks),
+            remote_address=_each(rule.remote_address, _networks),
+            port=_each(rule.port, _ports),
+            local_port=_each(rule.local_port, _ports),
+            remote_port=_each(rule.remote_port, _ports),
+            netns=_each(rule.netns, _netns),
+            cgroup=(*_each(rule.cgroup, cgroups.at), *_each(rule.unit, cgroups.named)),
+            uid=_each(rule.uid, _uid),
+            interface=_each(rule.interface, _interface),
+            state=_each(rule.state, _state),
+        )
+    except (ValueError, LookupError, OSError, ConfigError) as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _each(values: Iterable[V], parse: Callable[[V], Iterable[R]]) -> tuple[R, ...]:
+    return tuple(found for value in values for found in parse(value))
+
+
+def _action(both: str, transmit: str | None, retransmit: str | None) -> Action:
+    words = (transmit or both, retransmit or both)
+    for word in words:
+        if word not in ("keep", "drop"):
+            raise ConfigError(f"an action is keep or drop, not {word!r}")
+    return Action(*(word == "keep" for word in words))
+
+
+def _networks(text: str) -> Iterable[Network]:
+    """Parse an address, a network, or `@FILE` with one of these on each line."""
+    if not text.startswith("@"):
+        return [ipaddress.ip_network(text)]
+    lines = (line.partition("#")[0].strip() for line in Path(text[1:]).read_text().splitlines())
+    return [ipaddress.ip_network(line) for line in lines if line]
+
+
+def _ports(value: int | str) -> Iterable[PortRange]:
+    """Parse 443 or "8000-8999"."""
+    low, _, high = str(value).partition("-")
+    ports = int(low), int(high or low)
+    if not 0 <= ports[0] <= ports[1] < 1 << 16:
+        raise ValueError(f"{value!r} is no port and no range of ports")
+    return [ports]
+
+
+def _netns(value: int | str) -> Iterable[int]:
+    """Return an inode number, or that of the namespace that `ip netns` knows by a name."""
+    return [value if isinstance(value, int) else (NETNS / value).stat().st_ino]
+
+
+def _uid(value: int | str) -> Iterable[int]:
+    return [value if isinstance(value, int) else pwd.getpwnam(value).pw_uid]
+
+
+def _interface(value: int | str) -> Iterable[int]:
+    """Return an index, or that of a name in this process's network namespace."""
+    return [value if isinstance(value, int) else socket.if_nametoindex(value)]
+
+
+def _state(value: str) -> Iterable[str]:
+    if value not in STATES:
+        raise ValueError(f"there is no TCP state {value!r}: {', '.join(STATES[1:])}")
+    return [value]
+
+
+class _Cgroups:
+    """Ids of cgroups by their paths below the root, and of those above them."""
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = root
+        self._ids: dict[Path, int] = {}
+
+    def at(self, path: str) -> Iterable[int]:
+        """Return the id of the cgroup at a path below the root."""
+        return [self._id(self._folder(path)) if self._root else _ABSENT]
+
+    def named(self, unit: str) -> Iterable[int]:
+        """Return the ids of all cgroups with the name of a systemd unit."""
+        folders = self._root.rglob(unit) if self._root else ()
+        return [self._id(folder) for folder in folders if folder.is_dir()] or [_ABSENT]
+
+    def above(self, cgroup: int) -> Sequence[int]:
+        """Return the ids of the cgroups above one that was found."""
+        folder = next((folder for folder, number in self._ids.items() if number == cgroup), None)
+        if folder is None or self._root is None:
+            return ()
+        between = [parent for parent in folder.parents if parent == self._root or self._root in parent.parents]
+        return [self._id(parent) for parent in between]
+
+    def _folder(self, path: str) -> Path:
+        assert self._root is not None
+        return self._root / path.strip("/")
+
+    def _id(self, folder: Path) -> int:
+        try:
+            self._ids[folder] = os.stat(folder).st_ino
+        except FileNotFoundError:
+            return _ABSENT
+        return self._ids[folder]

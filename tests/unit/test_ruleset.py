@@ -1,0 +1,100 @@
+"""Names of this host become numbers in rules; what cannot be one is refused by the rule's name."""
+
+import ipaddress
+import os
+from pathlib import Path
+
+import pytest
+
+from producer.config import Capture, Config, RuleConfig
+from producer.errors import ConfigError
+from producer.rules import Action, Segment, first_match
+from producer.ruleset import Ruleset, resolve
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Folders like a cgroup v2 hierarchy."""
+    for path in ("system.slice/nginx.service/worker", "user.slice/nginx.service", "other"):
+        (tmp_path / path).mkdir(parents=True)
+    return tmp_path
+
+
+def resolved(root: Path | None, *rules: RuleConfig, default: str = "keep") -> Ruleset:
+    return resolve(Config(capture=Capture(default=default), rules=rules), root)
+
+
+def inode(path: Path) -> int:
+    return os.stat(path).st_ino
+
+
+def test_names_become_numbers(root: Path) -> None:
+    (rule,) = resolved(
+        root,
+        RuleConfig(
+            address=("10.0.0.0/8", "2001:db8::1"),
+            local_port=(443, "8000-8999"),
+            uid=("root", 7),
+            interface=("lo", 9),
+            netns=(4026531840,),
+            cgroup=("/system.slice",),
+        ),
+    ).rules
+    assert rule.address == (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("2001:db8::1/128"))
+    assert rule.local_port == ((443, 443), (8000, 8999))
+    assert (rule.uid, rule.interface, rule.netns) == ((0, 7), (1, 9), (4026531840,))
+    assert rule.cgroup == (inode(root / "system.slice"),)
+
+
+def test_addresses_come_from_a_file(tmp_path: Path) -> None:
+    peers = tmp_path / "peers"
+    peers.write_text("# ours\n10.1.0.0/16\n\n2001:db8::/32  # theirs\n")
+    (rule,) = resolved(None, RuleConfig(remote_address=(f"@{peers}",))).rules
+    assert rule.remote_address == (ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("2001:db8::/32"))
+
+
+def test_a_unit_is_every_cgroup_of_its_name_with_those_above_it(root: Path) -> None:
+    found = resolved(root, RuleConfig(unit=("nginx.service",)))
+    one, other = root / "system.slice/nginx.service", root / "user.slice/nginx.service"
+    assert set(found.rules[0].cgroup) == {inode(one), inode(other)}
+    assert found.cgroups_above[inode(one)] == [inode(root / "system.slice"), inode(root)]
+
+
+def test_a_cgroup_that_is_not_there_matches_nothing(root: Path) -> None:
+    segment = Segment(ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("10.0.0.2"), 1, 2, cgroups=(5,))
+    for absent in (RuleConfig(cgroup=("/gone",)), RuleConfig(unit=("gone.service",))):
+        for place in (root, None):
+            assert first_match(resolved(place, absent).rules, segment) is None
+
+
+def test_actions_are_by_stream() -> None:
+    found = resolved(None, RuleConfig(action="drop", retransmit="keep"), RuleConfig(sample=5), default="drop")
+    assert found.rules[0].action == Action(transmit=False, retransmit=True)
+    assert found.rules[1].action == Action(sample_rate=5)
+    assert found.default == Action(transmit=False, retransmit=False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (RuleConfig(address=("10.0.0.1/8",)), "rule 1: 10.0.0.1/8 has host bits set"),
+        (RuleConfig(name="web", port=("90-80",)), "web: '90-80' is no port"),
+        (RuleConfig(port=("http",)), "rule 1: invalid literal"),
+        (RuleConfig(uid=("nobody-of-this-name",)), "rule 1: .*nobody-of-this-name"),
+        (RuleConfig(interface=("nodev0",)), "rule 1: "),
+        (RuleConfig(netns=("nons",)), "rule 1: .*nons"),
+        (RuleConfig(state=("OPEN",)), "rule 1: there is no TCP state 'OPEN'"),
+        (RuleConfig(action="reject"), "an action is keep or drop, not 'reject'"),
+        (RuleConfig(sample=0), "rule 1: sample"),
+        (RuleConfig(sample_by="host"), "rule 1: sample"),
+        (RuleConfig(address=("@/no/such/file",)), "rule 1: .*/no/such/file"),
+    ],
+)
+def test_what_cannot_be_is_refused(rule: RuleConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolved(None, rule)
+
+
+def test_a_filter_and_rules_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="cannot be combined"):
+        resolve(Config(capture=Capture(ports=(1,)), rules=(RuleConfig(),)), None)
