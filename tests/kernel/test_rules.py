@@ -2,36 +2,49 @@
 
 import ipaddress
 import os
-import socket
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from producer.events import RETRANSMITS, TRANSMITS
-from producer.hooks import Hooks, HookSettings
+from producer.events import RETRANSMITS, TRANSMITS, Rows
+from producer.hooks import HookSettings
 from producer.lab import Lab
-from producer.rules import Action, Rule, Tables, filtered, tables
+from producer.rules import Action, Rule, tables
 from tests.kernel.capture import ALLOWED, Capture, Pair
+from tests.kernel.capture import rules as firewall
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 KEEP, DROP = Action(), Action(transmit=False, retransmit=False)
-EXCHANGES = 101
+EXCHANGES, SIZE = 101, 7
 
 
-def sent_by(capture: Capture, port: int) -> np.ndarray:
+@pytest.fixture(scope="module")
+def ruled(root: None) -> Iterator[Capture]:
+    """Hooks whose rules each test puts in force."""
+    with Capture(HookSettings(hooks=ALLOWED, rules=tables([], DROP))) as capture:
+        yield capture
+
+
+def put(capture: Capture, *rules: Rule) -> int:
+    return capture.hooks.put_rules(tables(rules, DROP))
+
+
+def sent_by(capture: Capture, port: int) -> Rows:
     rows = capture.of_port(TRANSMITS, port)
-    return rows[rows["s"]["payload_len"] == 7]
+    chosen: Rows = rows[rows["s"]["payload_len"] == SIZE]
+    return chosen
 
 
-def exchange(lab: Lab, port: int) -> None:
+def exchange(lab: Lab, port: int, count: int = EXCHANGES) -> None:
     with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
-        pair.exchange(EXCHANGES, 7)
+        pair.exchange(count, SIZE)
 
 
-def only_port(port: int, **conditions: object) -> Rule:
-    return Rule("kept", KEEP, port=((port, port),), **conditions)  # type: ignore[arg-type]
+def on_port(port: int, action: Action = KEEP, **conditions: object) -> Rule:
+    return Rule("r", action, port=((port, port),), **conditions)  # type: ignore[arg-type]  # any of the conditions
 
 
 @pytest.mark.parametrize(
@@ -48,95 +61,91 @@ def only_port(port: int, **conditions: object) -> Rule:
         ({"state": ("LAST_ACK", "SYN_SENT")}, False),
     ],
 )
-def test_a_condition_is_met_or_not(lab: Lab, port: int, conditions: dict[str, object], kept: bool) -> None:
-    rules = tables([only_port(port, **conditions)], DROP)
-    with Capture(HookSettings(hooks=ALLOWED, rules=rules)) as capture:
+def test_a_condition_is_met_or_not(
+    ruled: Capture, lab: Lab, port: int, conditions: dict[str, object], kept: bool
+) -> None:
+    put(ruled, on_port(port, **conditions))
+    exchange(lab, port)
+    assert len(sent_by(ruled, port)) == (EXCHANGES if kept else 0)
+
+
+def test_a_namespace_and_a_cgroup_above_the_sockets_are_conditions(ruled: Capture, lab: Lab, port: int) -> None:
+    put(ruled, on_port(port))
+    exchange(lab, port)
+    own = int(sent_by(ruled, port)["s"]["flow"]["cgroup_id"][0])
+    for rule, expected in (
+        (on_port(port, netns=(lab.client.netns,)), True),
+        (on_port(port, netns=(lab.server.netns,)), False),
+        (on_port(port, cgroup=(own,)), True),
+        (on_port(port, cgroup=(1,)), True),  # the root's id
+        (on_port(port, cgroup=(2,)), False),
+    ):
+        before = len(sent_by(ruled, port))
+        ruled.hooks.put_rules(tables([rule], DROP, {own: (1,)}))
         exchange(lab, port)
-        assert len(sent_by(capture, port)) == (EXCHANGES if kept else 0)
+        assert len(sent_by(ruled, port)) - before == (EXCHANGES if expected else 0), rule
 
 
-def test_a_namespace_and_a_cgroup_above_the_sockets_are_conditions(lab: Lab, port: int) -> None:
-    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=(port,)))) as capture:
-        exchange(lab, port)
-        flow = sent_by(capture, port)["s"]["flow"][0]
-        for rule, expected in (
-            (only_port(port, netns=(lab.client.netns,)), True),
-            (only_port(port, netns=(lab.server.netns,)), False),
-            (only_port(port, cgroup=(int(flow["cgroup_id"]),)), True),
-            (only_port(port, cgroup=(1,)), True),  # the root's id
-            (only_port(port, cgroup=(2,)), False),
-        ):
-            before = len(sent_by(capture, port))
-            capture.hooks.put_rules(tables([rule], DROP, {int(flow["cgroup_id"]): (1,)}))
-            exchange(lab, port)
-            assert len(sent_by(capture, port)) - before == (EXCHANGES if expected else 0), rule
+def test_the_first_of_1024_rules_that_matches_decides(ruled: Capture, lab: Lab, port: int) -> None:
+    others = [Rule(str(i), KEEP, local_port=((i + 1, i + 1),)) for i in range(1022)]
+    put(ruled, *others, on_port(port, DROP), on_port(port))
+    exchange(lab, port)
+    assert len(sent_by(ruled, port)) == 0
+    put(ruled, *others, on_port(port), on_port(port, DROP))
+    exchange(lab, port)
+    assert len(sent_by(ruled, port)) == EXCHANGES
 
 
-def test_the_first_of_1024_rules_that_matches_decides(lab: Lab, port: int) -> None:
-    others = [Rule(str(i), KEEP, local_port=((i + 1, i + 1),)) for i in range(1021)]
-    both = [Rule("dropped", DROP, port=((port, port),)), Rule("too late", KEEP, port=((port, port),))]
-    for rules, kept in ((both, 0), (both[::-1], EXCHANGES)):
-        with Capture(HookSettings(hooks=ALLOWED, rules=tables([*others, *rules], DROP))) as capture:
-            exchange(lab, port)
-            assert len(sent_by(capture, port)) == kept
-
-
-def test_one_connection_in_so_many_is_taken_whole_and_says_so(lab: Lab, port: int) -> None:
-    rule = Rule("sampled", Action(sample_rate=4), port=((port, port),))
-    connections, segments = 199, 3
-    with Capture(HookSettings(hooks=ALLOWED, rules=tables([rule], DROP))) as capture:
-        for _ in range(connections):
-            with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
-                pair.exchange(segments, 7)
-        rows = sent_by(capture, port)
+def test_one_connection_in_so_many_is_taken_whole_and_says_so(ruled: Capture, lab: Lab, port: int) -> None:
+    put(ruled, on_port(port, Action(sample_rate=4)))
+    for _ in range(199):
+        exchange(lab, port, 3)
+    rows = sent_by(ruled, port)
     assert set(rows["s"]["sample_rate"]) == {4}
     taken, counts = np.unique(rows["s"]["flow"]["sport"], return_counts=True)
-    assert set(counts) == {segments}, "all of a connection's segments, or none"
-    assert connections / 8 < len(taken) < connections / 2
+    assert set(counts) == {3}, "all of a connection's segments, or none"
+    assert 199 / 8 < len(taken) < 199 / 2
 
 
-def test_one_event_in_so_many_is_taken(lab: Lab, port: int) -> None:
-    rule = Rule("sampled", Action(sample_rate=3, sample_by_event=True), port=((port, port),))
-    with Capture(HookSettings(hooks=ALLOWED, rules=tables([rule], DROP))) as capture:
-        for _ in range(9):
-            exchange(lab, port)
-        rows = sent_by(capture, port)
+def test_one_event_in_so_many_is_taken(ruled: Capture, lab: Lab, port: int) -> None:
+    put(ruled, on_port(port, Action(sample_rate=3, sample_by_event=True)))
+    exchange(lab, port, 997)
+    rows = sent_by(ruled, port)
     assert set(rows["s"]["sample_rate"]) == {3}
-    assert 9 * EXCHANGES / 6 < len(rows) < 9 * EXCHANGES / 1.5
+    assert 997 / 6 < len(rows) < 997 / 1.5
 
 
-def test_a_stream_can_be_kept_by_itself(lab: Lab, port: int) -> None:
-    rule = Rule("retransmits", Action(transmit=False), port=((port, port),))
-    with Capture(HookSettings(hooks=ALLOWED, rules=tables([rule], DROP))) as capture:
-        exchange(lab, port)
-        assert capture.hooks.counters(TRANSMITS).passed == 0
-        assert capture.hooks.counters(RETRANSMITS).passed == 0
-        exchange(lab, port)
+def test_a_stream_is_kept_or_dropped_by_itself(ruled: Capture, lab: Lab, port: int) -> None:
+    put(ruled, on_port(port, Action(transmit=False)))
+    before = [ruled.hooks.counters(stream).passed for stream in (TRANSMITS, RETRANSMITS)]
+    with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        with firewall(lab.server, "prerouting", f"tcp dport {port} drop"):
+            pair.client.sendall(bytes(SIZE))
+            rows = ruled.wait_rows(RETRANSMITS, port, 1)
+        pair.accepted.recv(SIZE)
+    assert set(rows["s"]["payload_len"]) == {SIZE}
+    after = [ruled.hooks.counters(stream).passed for stream in (TRANSMITS, RETRANSMITS)]
+    assert after[0] == before[0]
+    assert after[1] > before[1]
 
 
-def test_reloads_lose_no_segment_and_take_none_twice(lab: Lab, port: int) -> None:
-    def generation(number: int) -> Tables:
-        return tables([Rule(str(i), DROP, uid=(1 << 20 | i,)) for i in range(number % 7)] + [only_port(port)], DROP)
-
+def test_reloads_lose_no_segment_and_take_none_twice(ruled: Capture, lab: Lab, port: int) -> None:
     done = threading.Event()
-    versions = [1]
-    with Capture(HookSettings(hooks=ALLOWED, rules=generation(0))) as capture:
+    versions = [put(ruled, on_port(port))]
 
-        def reload(hooks: Hooks) -> None:
-            while not done.is_set():
-                versions.append(hooks.put_rules(generation(len(versions))))
+    def reload() -> None:
+        while not done.is_set():
+            others = [Rule(str(i), DROP, uid=(1 << 20 | i,)) for i in range(len(versions) % 7)]
+            versions.append(put(ruled, *others, on_port(port)))
 
-        thread = threading.Thread(target=reload, args=(capture.hooks,))
-        with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
-            pair.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            thread.start()
-            pair.exchange(1009, 7)
-            while len(versions) < 51:
-                pair.exchange(101, 7)
-            done.set()
-            thread.join()
-        rows = sent_by(capture, port)
-    sequence = rows["s"]["seq"].astype(np.int64)
-    assert (np.diff(sequence) % (1 << 32) == 7).all(), "each segment once, none missing"
+    thread = threading.Thread(target=reload)
+    with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
+        thread.start()
+        while len(versions) < 201:
+            pair.exchange(101, SIZE)
+        done.set()
+        thread.join()
+    rows = sent_by(ruled, port)
+    assert (np.diff(rows["s"]["seq"].astype(np.int64)) % (1 << 32) == SIZE).all(), "each segment once, none missing"
     assert set(rows["s"]["rules_version"]) <= set(versions)
-    assert len(set(rows["s"]["rules_version"])) > 10
+    assert len(set(rows["s"]["rules_version"])) > 20
