@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
+
+import pytest
 
 DEADLINE_S = 60.0
 _READY = re.compile(r" ready brokers=(\S+)")
@@ -36,6 +39,18 @@ def rebpf(
     """Run a command to its end; `before` is what stands before it, as setpriv and its options."""
     run = [*before, *command(*arguments)]
     return subprocess.run(run, capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ, **(env or {})})
+
+
+def as_nobody() -> list[str]:
+    """Return what runs a command as a user without privileges, for `before`; skip the test where that cannot be."""
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
+    if os.geteuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("giving up privileges needs root and setpriv")
+    # Twice: setpriv itself may start a program that the user cannot.
+    probe = "import producer.cli, subprocess, sys; subprocess.run([sys.executable, '-V'], check=True)"
+    if subprocess.run([*nobody, sys.executable, "-c", probe], capture_output=True).returncode:
+        pytest.skip(f"{sys.executable} and the package are not readable for other users")
+    return nobody
 
 
 class Run:

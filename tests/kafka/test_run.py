@@ -131,6 +131,11 @@ def test_these_tests_murmur2_is_kafkas(text, number):
     assert topics.murmur2(text) == number & 0xFFFFFFFF
 
 
+def ports_to(port: int, pid: int) -> set[int]:
+    """Return the local ports of a process's connections to a port."""
+    return {each.local[1] for each in proc.connections(pid) if each.peer[1] == port}
+
+
 def test_the_producers_connections_are_not_in_its_events_and_other_clients_of_the_broker_are(kafka, tmp_path):
     """Without any filter, and although both talk to the same port."""
     config = '[kafka]\ntopic_prefix = "own."\n'
@@ -144,8 +149,9 @@ def test_the_producers_connections_are_not_in_its_events_and_other_clients_of_th
         for number in range(101):
             other.produce("others", str(number))
             assert other.flush(30) == 0
-        others = {each.local[1] for each in proc.connections(os.getpid()) if each.peer[1] == port}
-        own = {each.local[1] for each in proc.connections(run.pid) if each.peer[1] == port}
+        others = ports_to(port, os.getpid())
+        topics.wait_for_events(kafka.bootstrap, "own.tcp_transmit")
+        own = ports_to(port, run.pid)
         balance = run.finish()
 
     assert own

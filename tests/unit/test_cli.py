@@ -1,7 +1,5 @@
 """The command line: exit codes, one clear line for each mistake, and where a setting comes from."""
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +8,7 @@ import click
 import pytest
 
 from producer.cli import rebpf as group
-from tests.kafka.rebpf import rebpf
+from tests.kafka.rebpf import as_nobody, rebpf
 
 COMMANDS = sorted(group.commands)
 
@@ -115,10 +113,8 @@ def test_a_state_folder_that_cannot_be_is_78(tmp_path):
     assert (done.returncode, done.stderr) == (78, f"rebpf: state_dir {tmp_path}/file: File exists\n")
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="giving up privileges needs root, setpriv")
 def test_a_user_without_capabilities_is_told_in_one_line_and_77():
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
-    done = rebpf("run", before=nobody)
+    done = rebpf("run", before=as_nobody())
 
     assert done.returncode == 77
     assert done.stderr == "rebpf: loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON\n"
