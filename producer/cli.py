@@ -202,14 +202,28 @@ def init(config: Path | None, brokers: str | None, registry: str | None, partiti
 @_brokers
 @_registry
 @_state_dir
+@click.option("--explain", metavar="LOCAL,REMOTE", help="Say which rule decides over this connection.")
 @_json
 def check(
-    config: Path | None, brokers: str | None, registry: str | None, state_dir: Path | None, as_json: bool
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    state_dir: Path | None,
+    explain: str | None,
+    as_json: bool,
 ) -> None:
     """Say what this host offers, and what is missing."""
+    from producer.explain import explain as explain_rules
     from producer.preflight import examine
+    from producer.ruleset import resolve
+    from producer.rungs import cgroup2_root
 
     settings = _load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+    if explain is not None:
+        ruleset = resolve(settings, cgroup2_root())
+        lines = explain_rules(ruleset.rules, ruleset.default, explain)
+        click.echo(json.dumps(lines) if as_json else "\n".join(lines))
+        return
     findings = examine(settings)
     if as_json:
         click.echo(json.dumps([finding.as_dict() for finding in findings]))

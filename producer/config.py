@@ -151,7 +151,8 @@ def load(path: Path | None) -> Config:
     if path is None:
         return Config()
     try:
-        table = tomllib.loads(path.read_text())
+        text = path.read_text()
+        table = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -159,7 +160,7 @@ def load(path: Path | None) -> Config:
     try:
         return check(_build(Config, table, ""))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: {_line(text, str(error))}{error}") from error
 
 
 def check(config: Config) -> Config:
@@ -244,6 +245,24 @@ def _text(value: Any, where: str) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     raise ConfigError(f"{where}: a string, a number or a boolean is wanted")
+
+
+def _line(text: str, message: str) -> str:
+    """Return `line N: ` of the key whose path, like rules[2].port, the message begins with.
+
+    Nothing where the key is written in another way than below its table's own header.
+    """
+    path = re.match(r"(?:unknown key )?([\w.-]+(?:\[\d+\])?(?:\.[\w-]+)?)", message)
+    table, _, key = path[1].rpartition(".") if path else ("", "", "")
+    name, _, number = table.rstrip("]").partition("[")
+    lines = text.splitlines()
+    header = re.compile(rf"\s*\[{{1,2}}\s*{re.escape(name)}\s*\]{{1,2}}\s*(#.*)?")
+    starts = [i for i, line in enumerate(lines, 1) if header.fullmatch(line)] if table else [0]
+    if len(starts) < int(number or 1):
+        return ""
+    start = starts[int(number or 1) - 1]
+    wanted = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=")
+    return next((f"line {i}: " for i, line in enumerate(lines[start:], start + 1) if wanted.match(line)), "")
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -194,8 +194,8 @@ class _Loader:
         package = Path(__file__).resolve().parent.parent
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.settimeout(_ANSWER_TIMEOUT_S)
-        # This very package and not another that is installed; and of its folder nothing else, since the site-packages of
-        # a venv must not shadow those of the system's Python.
+        # This very package and not another that is installed; and of its folder nothing else, since the site-packages
+        # of a venv must not shadow those of the system's Python.
         code = f"import sys; sys.path.insert(0, {str(package)!r}); import producer; del sys.path[0]"
         code += f"; from producer.loader import main; main({theirs.fileno()}, {os.getpid()})"
         # Isolated (-I): a program that runs as root takes no modules from the working directory or PYTHONPATH.

@@ -92,7 +92,7 @@ def test_200_reloads_under_traffic_leave_no_gap(tmp_path: Path) -> None:
         run.ready()
 
         def traffic() -> None:
-            while not done.is_set():
+            while not done.wait(0.2):
                 exchange(echo.port, 11)
 
         thread = threading.Thread(target=traffic)
