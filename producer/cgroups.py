@@ -1,7 +1,23 @@
-"""Paths of cgroups by their id, which is the inode number of the cgroup's folder."""
+"""Cgroups: their paths by id, which is the inode number of the cgroup's folder, and whose they are by their path."""
 
 import os
+import re
 from pathlib import Path
+
+# Docker, containerd, CRI-O and Podman name a container's cgroup by its id, bare or as PREFIX-ID.scope.
+_CONTAINER = re.compile(r"(?:[\w.-]+-)?([0-9a-f]{64})(?:\.scope)?")
+_UNIT = re.compile(r".+\.(?:service|scope|socket|mount|swap)")
+
+
+def unit(path: str) -> str | None:
+    """Return the systemd unit that a cgroup belongs to: the innermost service, scope, ... in its path."""
+    return next((name for name in reversed(path.split("/")) if _UNIT.fullmatch(name)), None)
+
+
+def container(path: str) -> str | None:
+    """Return the id of the container that a cgroup belongs to, 64 hexadecimal digits."""
+    found = (_CONTAINER.fullmatch(name) for name in reversed(path.split("/")))
+    return next((match[1] for match in found if match), None)
 
 
 class CgroupPaths:

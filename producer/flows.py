@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from producer import cgroups
 from producer.avro import Encoder, Group, Table
 from producer.events import FLOW, HOOKS, KNOWN, Rows
 
@@ -18,7 +19,8 @@ Describe = Callable[[int], str | None]
 """From a cgroup id to its path."""
 
 FLOW_FIELDS = frozenset(
-    {"host", "boot_id", "hook", "netns", "sk_cookie", "saddr", "daddr", "sport", "dport", "cgroup_id", "cgroup", "uid"}
+    {"host", "boot_id", "hook", "netns", "sk_cookie", "saddr", "daddr", "sport", "dport"}
+    | {"cgroup_id", "cgroup", "unit", "container", "uid"}
 )
 
 _WORDS = FLOW.itemsize // 8
@@ -81,6 +83,7 @@ class FlowTable:
     def _values(self, flow: np.void) -> dict[str, Any]:
         known = int(flow["flow_known"])
         cgroup_id = int(flow["cgroup_id"]) if known & KNOWN["cgroup_id"] else None
+        path = None if cgroup_id is None else self._cgroup_path(cgroup_id)
         return {
             **self._fields,
             "hook": HOOKS[flow["hook"]],
@@ -91,7 +94,9 @@ class FlowTable:
             "sport": int(flow["sport"]),
             "dport": int(flow["dport"]),
             "cgroup_id": cgroup_id,
-            "cgroup": None if cgroup_id is None else self._cgroup_path(cgroup_id),
+            "cgroup": path,
+            "unit": None if path is None else cgroups.unit(path),
+            "container": None if path is None else cgroups.container(path),
             "uid": int(flow["uid"]) if known & KNOWN["uid"] else None,
         }
 

@@ -157,6 +157,8 @@ def expected(stream: Stream, flow: dict[str, Any], segment: dict[str, Any], extr
         "daddr": text(flow["daddr"]),
         "cgroup_id": cgroup_id,
         "cgroup": None if cgroup_id is None else cgroup_path(cgroup_id),
+        "unit": None,
+        "container": None,
         "uid": if_known(flow_known, "uid", flow["uid"]),
         "ack_seq": if_known(known, "ack_seq", segment["ack_seq"]),
         "state": name_of(events.STATES, segment["state"]),

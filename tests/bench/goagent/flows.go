@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -64,12 +65,31 @@ func (t *flowTable) encode(f flow) *flowEntry {
 	run = appendNullableUint(run, f.cgroupID, f.flowKnown&knownCgroupID)
 	if path, found := t.cgroups.path(f.cgroupID); found && f.flowKnown&knownCgroupID != 0 {
 		run = appendString(append(run, notNull), path)
+		run = appendFirst(run, unitName, path)
+		run = appendFirst(run, containerName, path)
 	} else {
-		run = append(run, null)
+		run = append(run, null, null, null)
 	}
 	run = appendNullableUint(run, uint64(f.uid), f.flowKnown&knownUID)
 	key := net.JoinHostPort(source, strconv.Itoa(int(f.sport))) + ">" + net.JoinHostPort(destination, strconv.Itoa(int(f.dport)))
 	return &flowEntry{flow: f, run: run, key: []byte(key)}
+}
+
+// What a cgroup's path says of its systemd unit and its container.
+var (
+	unitName      = regexp.MustCompile(`^(.+\.(?:service|scope|socket|mount|swap))$`)
+	containerName = regexp.MustCompile(`^(?:[\w.-]+-)?([0-9a-f]{64})(?:\.scope)?$`)
+)
+
+// appendFirst appends what name captures of the innermost folder that it matches.
+func appendFirst(b []byte, name *regexp.Regexp, path string) []byte {
+	folders := strings.Split(path, "/")
+	for i := len(folders) - 1; i >= 0; i-- {
+		if found := name.FindStringSubmatch(folders[i]); found != nil {
+			return appendString(append(b, notNull), found[1])
+		}
+	}
+	return append(b, null)
 }
 
 func appendUint(b []byte, v uint64) []byte {
