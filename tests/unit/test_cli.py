@@ -81,7 +81,8 @@ def test_a_mistake_in_the_file_is_78(tmp_path):
     done = rebpf("run", env={"REBPF_CONFIG": str(path)})
 
     assert (done.returncode, done.stdout) == (78, "")
-    assert done.stderr == f"rebpf: {path}: unknown key capture.prots: did you mean ports?\n"
+    assert done.stderr.startswith(f"rebpf: {path}: ")
+    assert done.stderr.endswith("unknown key capture.prots: did you mean ports?\n")
 
 
 @pytest.mark.root
