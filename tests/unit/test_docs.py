@@ -1,0 +1,38 @@
+"""The documents say what the schemas and the code say."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer.events import CAUSES, STREAMS
+from producer.paths import SCHEMAS
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+FIELD = re.compile(r"\| `(\w+)` \| ([^|]+) \| (.*?)(?: \*\((\w+) only\)\*)? \|")
+
+
+def type_of(field: dict[str, Any]) -> str:
+    kind = field["type"]
+    optional = isinstance(kind, list)
+    if optional:
+        kind = kind[1]
+    if isinstance(kind, dict):
+        kind = f"{kind['type']} ({kind['logicalType']})"
+    return f"{kind} or null" if optional else str(kind)
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
+def test_events_md_has_every_field_of_the_schemas_as_it_is(stream: Any) -> None:
+    rows = FIELD.findall((DOCS / "events.md").read_text().split("## Fields")[1])
+    documented = {name: (kind, text) for name, kind, text, only in rows if only in ("", stream.topic)}
+    fields = json.loads((SCHEMAS / stream.schema_file).read_text())["fields"]
+    assert documented == {field["name"]: (type_of(field), field["doc"]) for field in fields}
+
+
+def test_events_md_explains_every_cause() -> None:
+    section = (DOCS / "events.md").read_text().split("## Causes")[1].split("## Fields")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [*sorted(CAUSES, key=section.index)]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(CAUSES)
