@@ -10,10 +10,11 @@ kprobe      As fentry, but sk_cookie is null until somebody has asked for it, an
 raw_tp      Retransmits alone, at the kernel's own tracepoints, with BTF types (tp_btf). Before Linux 6.17 they tell
             nothing of a retransmission that failed in the sending host, though the kernel counts it.
 cgroup_skb  Where a segment leaves IP, for the sockets below the cgroup v2 root: the header as it is on the wire. Sees
-            no SYN-ACK of SYN cookies, no acknowledgement in time wait (they have no socket there), and nothing that
-            IPsec has encrypted. A retransmit is a segment below what the socket has sent; such a program may interrupt
-            itself, so that none is skipped. A retransmission that failed before it got there is taken at the raw
-            tracepoint, where that tells of it; one that the queue behind it drops has err 0.
+            no SYN-ACK of SYN cookies, no acknowledgement in time wait (they have no socket there), nothing that IPsec
+            has encrypted, and on Linux 6.1 no SYN-ACK over IPv6 (on 6.12 it does). A retransmit is a segment below what
+            the socket has sent; such a program may interrupt itself, so that none is skipped. A retransmission that
+            failed before it got there is taken at the raw tracepoint, where that tells of it; one that the queue behind
+            it drops has err 0.
 """
 
 import os

@@ -10,7 +10,7 @@ import pytest
 from producer.btf import TYPEDEF, Btf
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows
 from producer.lab import Host, Lab
-from tests.kernel.capture import DEADLINE_S, Capture, Pair, cookie_of, rules, wait_for
+from tests.kernel.capture import DEADLINE_S, Capture, Pair, cookie_of, rules, sees_ipv6_synacks, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -114,7 +114,8 @@ def test_a_lost_syn_ack_is_a_syn_ack_and_is_numbered(capture: Capture, lab: Lab,
     assert lab.wait_idle(DEADLINE_S)
     before = lab.server.counters()["RetransSegs"]
     first = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 < 2 drop"
-    with rules(lab.client, "prerouting", first), Pair(lab.client, lab.server, lab.server.ipv6, port):
+    address = lab.server.ipv6 if sees_ipv6_synacks(capture) else lab.server.ipv4
+    with rules(lab.client, "prerouting", first), Pair(lab.client, lab.server, address, port):
         pass
     rows = of_host(capture.wait_rows(RETRANSMITS, port, 1), lab.server)
     assert {CAUSES[cause] for cause in rows["cause"]} == {"syn_ack"}
@@ -145,7 +146,7 @@ def test_silence_is_probed_for_and_then_times_out(capture: Capture, lab: Lab, po
 
 
 def test_a_retransmission_that_the_host_drops_has_its_error(capture: Capture, lab: Lab, port: int) -> None:
-    if capture.hooks.rungs["retransmit"] == "raw_tp":
+    if capture.hooks.rungs["retransmit"] in ("raw_tp", "cgroup_skb"):
         btf = Btf.load()
         tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
         assert tracepoint is not None

@@ -16,7 +16,7 @@ from producer.events import HOOKS, KNOWN, STATES, TRANSMITS, Rows
 from producer.lab import Host, Lab
 from producer.rungs import cgroup2_root
 from producer.sysbpf import jiffies_per_second
-from tests.kernel.capture import DEADLINE_S, Capture, Pair, cookie_of, inside, wait_for
+from tests.kernel.capture import DEADLINE_S, Capture, Pair, cookie_of, inside, sees_ipv6_synacks, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -78,6 +78,8 @@ def test_1009_connections_are_captured_segment_for_segment(capture: Capture, lab
     ids=["ipv4", "ipv6", "v4-mapped"],
 )
 def test_each_field_is_what_the_sender_knows(capture: Capture, lab: Lab, port: int, address: str, on_wire: str) -> None:
+    if on_wire == "::1" and not sees_ipv6_synacks(capture):
+        pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6 (as Linux 6.1)")
     start = time.monotonic_ns()
     before = out_segs(lab)
     with Pair(lab.client, lab.client, address, port) as pair:
