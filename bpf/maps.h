@@ -27,6 +27,18 @@ struct endpoint {
 BPF_TABLE("lru_hash", u64, u8, own_sockets, 4096);
 BPF_HASH(own_listeners, struct endpoint, u8, 64);
 
+/*
+ * The other end of the agent's connections, where that is on this host too: its side first. The programs insert it when
+ * the agent's end sends, which it does before the other can; the oldest fall out.
+ */
+struct connection {
+	u8 saddr[16];
+	u8 daddr[16];
+	u16 sport;
+	u16 dport;
+};
+BPF_TABLE("lru_hash", struct connection, u8, own_peers, 4096);
+
 #if TRANSMIT_CGROUP_SKB
 /*
  * SYN-ACKs that were sent, and how often again: where a packet leaves, nothing else tells a first one from a later one.

@@ -202,7 +202,7 @@ def init(config: Path | None, brokers: str | None, registry: str | None, partiti
 @_brokers
 @_registry
 @_state_dir
-@click.option("--explain", metavar="LOCAL,REMOTE", help="Say which rule decides over this connection.")
+@_option("--explain", metavar="LOCAL,REMOTE", help="Say which rule decides over this connection.")
 @_json
 def check(
     config: Path | None,

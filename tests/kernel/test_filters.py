@@ -89,6 +89,24 @@ def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None
         assert endpoints(capture.all(TRANSMITS)) == {visible, ("127.0.0.1", stranger, "127.0.0.1", port)}
 
 
+def test_neither_end_of_the_agents_own_connections_is_seen(broker: socket.socket) -> None:
+    """A broker on this host that is not the agent's: what it answers the agent would feed back too."""
+    port = broker.getsockname()[1]
+    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=(port,)))) as capture:
+        with socket.socket() as own, socket.socket() as other:
+            capture.hooks.exclude_socket(own.fileno())
+            for client in (own, other):
+                client.connect(("127.0.0.1", port))
+                with broker.accept()[0] as accepted:
+                    client.sendall(b"question")
+                    assert accepted.recv(8)
+                    accepted.sendall(b"answer")
+                    assert client.recv(6)
+            visible = ("127.0.0.1", other.getsockname()[1], "127.0.0.1", port)
+        wait_for(lambda: len(capture.all(TRANSMITS)) == capture.hooks.counters(TRANSMITS).passed, "all events")
+        assert endpoints(capture.all(TRANSMITS)) == {visible, (*visible[2:], *visible[:2])}
+
+
 def test_listeners_of_others_on_the_same_port_stay_visible(broker: socket.socket, lab: Lab) -> None:
     """The endpoint is one in the agent's network namespace: not the same address and port in another."""
     port = broker.getsockname()[1]
