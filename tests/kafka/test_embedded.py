@@ -11,7 +11,8 @@ import pytest
 from tests.kafka import proc, topics
 from tests.kafka.rebpf import DEADLINE_S, Run, command, wait_until
 from tests.kafka.topics import TRANSMIT
-from tests.kafka.traffic import Echo, Segment, captured, exchange
+from tests.kafka.traffic import Echo, exchange
+from tests.wire import Segment, captured
 
 pytestmark = [
     pytest.mark.root,

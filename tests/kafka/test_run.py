@@ -13,9 +13,10 @@ import pytest
 from tests.kafka import proc, topics
 from tests.kafka.rebpf import Run, rebpf, wait_until
 from tests.kafka.topics import RETRANSMIT, TRANSMIT
-from tests.kafka.traffic import Echo, captured, exchange
+from tests.kafka.traffic import Echo, exchange
 from tests.servers.kafka import KafkaServer
 from tests.servers.process import free_port
+from tests.wire import captured
 
 pytestmark = [pytest.mark.root, pytest.mark.real_kafka]
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import fastavro
 
 from tests.kafka.rebpf import DEADLINE_S, wait_until
-from tests.kafka.traffic import Segment
 from tests.servers.consume import Message, decode, kcat_messages
+from tests.wire import Segment
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "schemas"
 TRANSMIT, RETRANSMIT = "tcp_transmit", "tcp_retransmit"

@@ -1,0 +1,116 @@
+"""A capture of its own: TCP segments as a packet socket sees them leave an interface, independent of what is tested."""
+
+import ctypes
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
+from typing import NamedTuple
+
+_ETH_P_ALL = 3
+_OUTGOING = 4
+_SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
+_SOL_PACKET, _PACKET_STATISTICS = 263, 6
+_BUFFER_BYTES = 1 << 26
+
+
+class Segment(NamedTuple):
+    """A TCP segment as it was on the wire."""
+
+    saddr: str
+    sport: int
+    daddr: str
+    dport: int
+    seq: int
+    ack_seq: int
+    tcp_flags: int
+    payload_len: int
+
+
+@contextmanager
+def sniffed(port: int, interface: str = "lo") -> Iterator[list[Segment]]:
+    """Capture what goes out on an interface from or to a port, in order; complete when the context is left.
+
+    The interface is one of the network namespace that this thread is in when the context begins. A super-segment is one
+    packet, unless the stack has to cut it for the interface.
+    """
+    segments: list[Segment] = []
+    stop = threading.Event()
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as tap:
+        _attach_filter(tap, port)
+        tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+        tap.bind((interface, _ETH_P_ALL))
+        tap.settimeout(0.05)
+        reader = threading.Thread(target=_read, args=(tap, port, segments, stop))
+        reader.start()
+        try:
+            yield segments
+        finally:
+            stop.set()
+            reader.join()
+        _, dropped = struct.unpack("II", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+        assert dropped == 0, "the capture itself lost segments"
+
+
+@contextmanager
+def captured(port: int) -> Iterator["Counter[Segment]"]:
+    """Count what goes out on the loopback interface from or to a port; complete when the context is left."""
+    counted: Counter[Segment] = Counter()
+    with sniffed(port) as segments:
+        yield counted
+    counted.update(segments)
+
+
+def _attach_filter(tap: socket.socket, port: int) -> None:
+    """Let outgoing packets with the port on either side pass: instructions of classic BPF, struct sock_filter."""
+    program = [
+        (0x20, 0, 0, 0xFFFFF004),  # the packet's type, SKF_AD_PKTTYPE
+        (0x15, 0, 13, _OUTGOING),
+        (0x30, 0, 0, 0),  # the version of IP
+        (0x74, 0, 0, 4),
+        (0x15, 0, 5, 4),
+        (0xB1, 0, 0, 0),  # IPv4: the header's length is in the packet
+        (0x48, 0, 0, 0),
+        (0x15, 6, 0, port),
+        (0x48, 0, 0, 2),
+        (0x15, 4, 5, port),
+        (0x28, 0, 0, 40),  # IPv6
+        (0x15, 2, 0, port),
+        (0x28, 0, 0, 42),
+        (0x15, 0, 1, port),
+        (0x06, 0, 0, 256),
+        (0x06, 0, 0, 0),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in program))
+    tap.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+
+
+def _read(tap: socket.socket, port: int, segments: list[Segment], stop: threading.Event) -> None:
+    while True:
+        try:
+            packet = tap.recv(256)
+        except TimeoutError:
+            if stop.is_set():
+                return
+            continue
+        segment = _parse(packet)
+        if segment and port in (segment.sport, segment.dport):
+            segments.append(segment)
+
+
+def _parse(packet: bytes) -> Segment | None:
+    version = packet[0] >> 4
+    if version == 4 and packet[9] == socket.IPPROTO_TCP:
+        start, size = (packet[0] & 15) * 4, struct.unpack_from(">H", packet, 2)[0]
+        addresses = packet[12:16], packet[16:20]
+    elif version == 6 and packet[6] == socket.IPPROTO_TCP:
+        start, size = 40, 40 + struct.unpack_from(">H", packet, 4)[0]
+        addresses = packet[8:24], packet[24:40]
+    else:
+        return None
+    sport, dport, seq, ack_seq, offset, flags = struct.unpack_from(">HHIIBB", packet, start)
+    saddr, daddr = (str(ip_address(each)) for each in addresses)
+    return Segment(saddr, sport, daddr, dport, seq, ack_seq, flags, size - start - (offset >> 4) * 4)
