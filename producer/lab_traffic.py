@@ -6,9 +6,11 @@ SYN-ACKs. Both programs say `ready`, run until their standard input ends, and ne
 
 import asyncio
 import contextlib
+import ctypes
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -17,6 +19,7 @@ from dataclasses import asdict, dataclass
 _BULK_PORT, _ECHO_PORT = 5001, 5002
 # Missing in Python's socket module; from asm-generic/socket.h. TCP paces by itself where the interface has no fq queue.
 _SO_MAX_PACING_RATE = 47
+_PR_SET_PDEATHSIG = 1
 _BULK_BYTES_PER_S = 1_500_000
 _CHUNK = bytes(64 * 1024)
 _SHORT_EVERY_S = 0.01
@@ -130,4 +133,6 @@ async def send(*addresses: str) -> None:
 
 
 if __name__ == "__main__":
+    # With a killed parent the other host goes as well: connections to it would stay open for minutes.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     asyncio.run({"serve": serve, "send": send}[sys.argv[1]](*sys.argv[2:]))
