@@ -1,0 +1,114 @@
+"""CPU per event of the producer's stages, beside the obvious way of each: encode (columns, or fastavro by record) and
+produce (librdkafka's batch call, or confluent-kafka's produce()). No kernel: the rows are made up.
+
+python -m tests.bench.stages
+"""
+
+import io
+import time
+from collections.abc import Callable
+
+import fastavro
+import numpy as np
+from confluent_kafka import Producer
+
+from producer.encode import BatchEncoder, load_schema
+from producer.events import FLOW, TCP_FIELDS, TRANSMITS, Batch, EncodedBatch, Rows, SchemaId, Topic
+from producer.kafka import DEFAULTS, EMBEDDED, KafkaSink, client_settings
+
+ROWS, FLOWS = 4096, 500
+HOST = {"host": "host-0001.example", "boot_id": "5e4a1cde-0000-4000-8000-123456789abc"}
+UTC_OFFSET_NS = 1_700_000_000_000_000_000
+
+
+def rows() -> Rows:
+    """Return rows of some hundred flows, with values as a busy host's have."""
+    random = np.random.default_rng(1)
+    flows = np.zeros(FLOWS, FLOW)
+    for side in ("saddr", "daddr"):
+        flows[side][:, 10:12] = 255
+        flows[side][:, 12:] = random.integers(1, 255, (FLOWS, 4))
+    flows["sport"], flows["dport"] = random.integers(1024, 65535, FLOWS), 443
+    flows["sk_cookie"], flows["cgroup_id"] = random.integers(1, 1 << 24, (2, FLOWS))
+    flows["netns"], flows["hook"], flows["flow_known"] = 4026531840, 3, 7
+    made = np.zeros(ROWS, TRANSMITS.dtype)
+    segment = made["s"]
+    segment["flow"] = flows[random.integers(0, FLOWS, ROWS)]
+    segment["ts"], segment["cpu_seq"] = np.arange(ROWS) * 16_000 + 10**15, np.arange(ROWS) + 10**7
+    for name in ("seq", "end_seq", "ack_seq"):
+        segment[name] = random.integers(0, 1 << 32, ROWS)
+    for name in TCP_FIELDS:
+        segment[name] = random.integers(0, 1 << 16, ROWS)
+    segment["known"], segment["segs"], segment["sample_rate"], segment["state"] = 0xFF, 1, 1, 1
+    segment["payload_len"], segment["tcp_flags"] = random.integers(0, 1448, ROWS), 0x18
+    return made
+
+
+def encoder() -> BatchEncoder:
+    """Return the producer's encoder of transmits."""
+    return BatchEncoder(TRANSMITS, load_schema(TRANSMITS), SchemaId(1), HOST, lambda number: "/system.slice/a.service")
+
+
+def messages(batch: EncodedBatch) -> list[bytes]:
+    """Return an encoded batch's messages."""
+    whole = batch.payload.tobytes()
+    return [whole[start : start + size] for start, size in zip(batch.starts, batch.lengths, strict=True)]
+
+
+def us_per_event(work: Callable[[], None], repeat: int = 20) -> float:
+    """Return microseconds of CPU, of all threads, for each of the rows."""
+    work()
+    before = time.process_time()
+    for _ in range(repeat):
+        work()
+    return (time.process_time() - before) / repeat / ROWS * 1e6
+
+
+def produce_with(batch: EncodedBatch) -> tuple[float, float]:
+    """Return the cost of the sink's batch call, and of produce() for each message; both to a broker in this process."""
+    sink = KafkaSink(client_settings(None, {}), {TRANSMITS.name: Topic("bench")})
+    sink.open()
+
+    def send() -> None:
+        sink.send(batch)
+        while sink.in_flight.total():
+            sink.poll()
+            time.sleep(0.002)
+
+    ours = us_per_event(send)
+    sink.close()
+    producer = Producer({**DEFAULTS, **EMBEDDED, "enable.idempotence": True, "acks": "all"})
+    values = messages(batch)
+
+    def produce() -> None:
+        for value in values:
+            producer.produce(
+                "bench", value, key=b"10.0.0.1:443>10.0.0.2:50000", on_delivery=lambda error, message: None
+            )
+        producer.flush()
+
+    return ours, us_per_event(produce)
+
+
+def main() -> None:
+    """Measure and print."""
+    batch = Batch(TRANSMITS, rows(), 0)
+    columns = encoder()
+    encoded = columns.encode(batch, UTC_OFFSET_NS)
+    schema = fastavro.parse_schema(load_schema(TRANSMITS))
+    records = [fastavro.schemaless_reader(io.BytesIO(message[5:]), schema) for message in messages(encoded)]
+
+    def by_record() -> None:
+        for record in records:
+            fastavro.schemaless_writer(io.BytesIO(), schema, record)
+
+    print(f"{ROWS} events of {len(schema['fields'])} fields, {encoded.lengths.mean():.0f} bytes each")
+    for name, ours, obvious in (
+        ("encode", us_per_event(lambda: columns.encode(batch, UTC_OFFSET_NS) and None), us_per_event(by_record, 3)),
+        ("produce", *produce_with(encoded)),
+    ):
+        print(f"{name}: {ours:.2f} us an event; obvious {obvious:.2f}, {obvious / ours:.1f} times as much")
+
+
+if __name__ == "__main__":
+    main()
