@@ -1,0 +1,397 @@
+"""The truth suite: under each kind of trouble the events are what the kernel counted and what was on the wire.
+
+A Trial compares the three when it is left, with no tolerance; the tests make the trouble and see that it came.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from producer.events import CAUSES, KNOWN, Rows
+from producer.lab import Host, Lab
+from producer.rungs import cgroup2_root
+from tests.kernel.capture import DEADLINE_S, Capture, Pair, inside, rules, wait_for
+from tests.kernel.tcpinfo import TcpInfo, tcp_info
+from tests.kernel.trial import ACK, INTERFACE, RST, Trial, segs
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+
+def run(host: Host, *argv: str) -> None:
+    subprocess.run(host.command(*argv), check=True)
+
+
+@contextlib.contextmanager
+def offload(lab: Lab, kind: str) -> Iterator[None]:
+    """Have the interfaces take super-segments (tso), have them cut before (cut), or make TCP build none (single)."""
+    for host in lab.hosts:
+        if kind == "cut":
+            run(host, "ethtool", "-K", INTERFACE, "tso", "off", "gso", "off")
+        elif kind == "single":
+            run(host, "ip", "link", "set", INTERFACE, "gso_max_segs", "1")
+    yield
+    for host in lab.hosts:
+        if kind == "cut":
+            run(host, "ethtool", "-K", INTERFACE, "tso", "on", "gso", "on")
+        elif kind == "single":
+            run(host, "ip", "link", "set", INTERFACE, "gso_max_segs", "65535")
+
+
+def receive(end: socket.socket, size: int) -> None:
+    while size:
+        data = end.recv(size)
+        assert data
+        size -= len(data)
+
+
+def congestion_control(end: socket.socket, name: str) -> None:
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+
+
+def address(lab: Lab, family: str) -> str:
+    return {"ipv4": lab.server.ipv4, "ipv6": lab.server.ipv6, "mapped": f"::ffff:{lab.server.ipv4}"}[family]
+
+
+@pytest.mark.parametrize(
+    ("permille", "kind", "family", "size"),
+    [
+        (1, "single", "ipv4", 10_000_019),
+        (10, "tso", "ipv4", 30_000_001),
+        (10, "cut", "ipv6", 10_000_019),
+        (100, "tso", "mapped", 3_000_017),
+        (100, "single", "ipv6", 1_000_003),
+    ],
+    ids=["0.1%-single", "1%-tso", "1%-cut-ipv6", "10%-tso-mapped", "10%-single-ipv6"],
+)
+def test_bulk_with_random_loss(
+    capture: Capture, lab: Lab, port: int, permille: int, kind: str, family: str, size: int
+) -> None:
+    drop = f"tcp dport {port} numgen random mod 1000 < {permille} drop"
+    with (
+        offload(lab, kind),
+        rules(lab.server, "prerouting", drop),
+        rules(lab.client, "prerouting", drop.replace("dport", "sport")),
+        Trial(capture, lab, port, whole=kind != "cut") as trial,
+    ):
+        for _ in range(50):
+            with Pair(lab.client, lab.server, address(lab, family), port) as pair:
+                pair.transfer(size)
+                pair.end()
+            if segs(trial.again(lab.client, "fast")) > 2:
+                break
+        else:
+            pytest.fail("so much loss brings fast retransmits")
+
+
+def test_a_lost_syn_and_a_lost_syn_ack(capture: Capture, lab: Lab, port: int) -> None:
+    syn = f"tcp dport {port} tcp flags & (syn|ack) == syn numgen inc mod 997 == 0 drop"
+    syn_ack = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 == 0 drop"
+    with Trial(capture, lab, port) as trial:
+        with rules(lab.server, "prerouting", syn), Pair(lab.client, lab.server, lab.server.ipv6, port) as pair:
+            pair.end()
+        assert segs(trial.again(lab.client, "syn")) == trial.moved(lab.client, "TCPTimeouts") == 1
+        with rules(lab.client, "prerouting", syn_ack), Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+            pair.end()
+    assert len(trial.again(lab.server, "syn_ack")) > 0
+
+
+def test_a_lost_tail_is_probed_for(capture: Capture, lab: Lab, port: int) -> None:
+    lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"  # 61 bytes of payload, in every second packet
+    with rules(lab.server, "prerouting", lost), Trial(capture, lab, port) as trial:
+        with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+            for _ in range(5):
+                pair.exchange(7, 997)
+                pair.exchange(1, 61)
+            pair.end()
+        # Nothing waited to be sent: each probe was a retransmission.
+        assert segs(trial.again(lab.client, "tlp")) == trial.moved(lab.client, "TCPLossProbes") == 5
+
+
+def test_a_loss_probe_of_new_data_is_no_retransmit(capture: Capture, lab: Lab, port: int) -> None:
+    lost = f"tcp dport {port} meta length 113 numgen inc mod 997 == 0 drop"
+    with rules(lab.server, "prerouting", lost), Trial(capture, lab, port) as trial:
+        with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+            pair.exchange(7, 997)
+            pair.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+            pair.client.sendall(bytes(61))
+            pair.client.sendall(bytes(73))  # held back by Nagle's algorithm while the first is in flight
+            receive(pair.accepted, 134)
+            pair.end()
+        probes = trial.moved(lab.client, "TCPLossProbes")
+        sent = trial.sent(lab.client)
+        assert (sent["is_retransmit"][sent["s"]["payload_len"] == 73] == 0).any(), "the probe"
+        assert probes == segs(trial.again(lab.client, "tlp")) + 1
+
+
+@contextlib.contextmanager
+def slow_lane(lab: Lab, port: int) -> Iterator[None]:
+    """Have one in so many of the client's packets come to the server late, behind others, through a slow interface.
+
+    It begins and ends in the server's namespace: the packets are still the client's when they wait.
+    """
+    shown = subprocess.check_output(lab.server.command("ip", "-j", "link", "show", INTERFACE))
+    mac = json.loads(shown)[0]["address"]
+    up = (
+        f"ip link add slow0 type veth peer name slow1 address {mac} && ip link set slow0 up && ip link set slow1 up"
+        " && tc qdisc add dev slow0 root tbf rate 10mbit burst 3000 limit 1000000"
+    )
+    fwd = f'tcp dport {port} numgen inc mod 23 == 7 fwd to "slow0"'
+    table = f'table netdev lane {{ chain c {{ type filter hook ingress device "{INTERFACE}" priority 0; {fwd}; }}; }}'
+    run(lab.server, "sh", "-c", up)
+    run(lab.server, "nft", table)
+    try:
+        yield
+    finally:
+        run(lab.server, "nft", "delete table netdev lane")
+        run(lab.server, "ip", "link", "delete", "slow0")
+
+
+def test_reordering_makes_spurious_retransmits(capture: Capture, lab: Lab, port: int) -> None:
+    with offload(lab, "single"), slow_lane(lab, port), Trial(capture, lab, port) as trial:
+        for _ in range(50):
+            with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+                pair.transfer(1_000_003)
+                pair.end()
+            if trial.moved(lab.client, "TCPDSACKRecv") > 10:
+                break
+        else:
+            pytest.fail("nothing was lost: the receiver says that it had the data twice")
+    assert segs(trial.again(lab.client, "fast")) > 0
+
+
+def probes_of(rows: Rows) -> Rows:
+    """Select a connection's segments that carry nothing, from one below the end of what was sent: a forced answer."""
+    reached = np.maximum.accumulate(rows["s"]["end_seq"] - rows["s"]["seq"][0])  # of the first: a short connection
+    chosen: Rows = rows[(rows["s"]["payload_len"] == 0) & (rows["s"]["seq"] - rows["s"]["seq"][0] + 1 == reached)]
+    return chosen[chosen["s"]["tcp_flags"] == ACK]
+
+
+def test_a_closed_window_is_probed_and_no_probe_is_a_retransmit(capture: Capture, lab: Lab, port: int) -> None:
+    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        pair.client.setblocking(False)
+        size = 0
+
+        def probed() -> bool:
+            nonlocal size
+            with contextlib.suppress(BlockingIOError):
+                size += pair.client.send(bytes(1 << 16))
+            return trial.moved(lab.client, "TCPWinProbe") >= 3
+
+        wait_for(probed, "window probes")
+        while size:
+            size -= len(pair.accepted.recv(1 << 18))
+        pair.client.setblocking(True)
+        pair.end()
+    probes = probes_of(trial.sent(lab.client))
+    assert len(probes) == trial.moved(lab.client, "TCPWinProbe")
+    assert not probes["is_retransmit"].any()
+
+
+def test_a_keep_alive_is_seen_and_is_no_retransmit(capture: Capture, lab: Lab, port: int) -> None:
+    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv6, port) as pair:
+        pair.exchange(3, 7)
+        for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1)):
+            pair.client.setsockopt(socket.IPPROTO_TCP, option, value)
+        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        wait_for(lambda: trial.moved(lab.client, "TCPKeepAlive") > 0, "a keep-alive")
+        pair.end()
+    probes = probes_of(trial.sent(lab.client))
+    assert len(probes) == trial.moved(lab.client, "TCPKeepAlive")
+    assert not probes["is_retransmit"].any()
+
+
+def test_1009_short_connections(capture: Capture, lab: Lab, port: int) -> None:
+    with Trial(capture, lab, port) as trial:
+        for number in range(1009):
+            with Pair(lab.client, lab.server, address(lab, ("ipv4", "ipv6", "mapped")[number % 3]), port) as pair:
+                pair.exchange(1, 7)
+                pair.end()
+    assert trial.socketless == {"client": [], "server": []}
+    assert len(trial.again(lab.client)) == len(trial.again(lab.server)) == 0
+
+
+def test_small_segments_are_put_together_when_sent_again(capture: Capture, lab: Lab, port: int) -> None:
+    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+            for _ in range(11):
+                pair.client.sendall(bytes(7))
+            wait_for(lambda: len(trial.again(lab.client, "rto")) > 0, "a timeout")
+        receive(pair.accepted, 7 * 11)
+        pair.end()
+    assert trial.again(lab.client, "rto")[0]["s"]["payload_len"] == 7 * 11
+
+
+def test_a_reset_by_the_owner_is_seen(capture: Capture, lab: Lab, port: int) -> None:
+    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        pair.exchange(3, 7)
+        pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0, 0, 0, 0, 0)))
+        pair.client.close()
+        with pytest.raises(ConnectionResetError):
+            pair.accepted.recv(1)
+    assert (trial.sent(lab.client)["s"]["tcp_flags"] & RST).any()
+
+
+def sees_socketless(capture: Capture, *, time_wait: bool) -> bool:
+    """Tell whether the rung sees what is sent without a full socket; that of time wait only before Linux 6.13."""
+    major, minor, *_ = os.uname().release.split(".")
+    return capture.hooks.rungs["transmit"] == "cgroup_skb" and not (time_wait and (int(major), int(minor)) >= (6, 13))
+
+
+def test_the_acknowledgement_in_time_wait(capture: Capture, lab: Lab, port: int) -> None:
+    last = f"tcp dport {port} tcp flags & (fin|syn|rst|ack) == ack meta length 52 numgen inc mod 997 == 0 drop"
+    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        pair.client.shutdown(socket.SHUT_WR)
+        assert pair.accepted.recv(1) == b""
+        with rules(lab.server, "prerouting", last):
+            pair.accepted.close()
+            wait_for(lambda: len(trial.again(lab.server)) > 0, "the FIN again")
+    assert len(trial.socketless["client"]) == (0 if sees_socketless(capture, time_wait=True) else 1)
+
+
+def test_the_reset_of_a_closed_port(capture: Capture, lab: Lab, port: int) -> None:
+    with Trial(capture, lab, port, resets=True) as trial, inside(lab.client), pytest.raises(ConnectionRefusedError):
+        socket.create_connection((lab.server.ipv4, port))
+    assert len(trial.socketless["server"]) == (0 if sees_socketless(capture, time_wait=False) else 1)
+
+
+def test_a_blackhole_times_out_and_each_timeouts_state_is_that_of_tcp_info(
+    capture: Capture, lab: Lab, port: int
+) -> None:
+    infos: dict[int, TcpInfo] = {}
+    with Trial(capture, lab, port) as trial:
+        with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+            pair.exchange(7, 997)
+            with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+                for _ in range(3):
+                    pair.client.sendall(bytes(997))
+
+                def three() -> bool:
+                    count = len(trial.again(lab.client, "rto"))
+                    info = tcp_info(pair.client)
+                    if len(trial.again(lab.client, "rto")) == count:
+                        infos[count] = info
+                    return count >= 3
+
+                wait_for(three, "three timeouts")
+            receive(pair.accepted, 3 * 997)
+            pair.end()
+        assert segs(trial.again(lab.client, "rto")) == trial.moved(lab.client, "TCPTimeouts")
+    timeouts = trial.again(lab.client, "rto")
+    # The cgroup hook sees the segment before it is counted as one of those that are out again, the others after.
+    counted_later = trial.hook == "cgroup_skb"
+    compared = 0
+    for number, row in enumerate(timeouts[:3], 1):
+        if number not in infos or number - 1 not in infos:
+            continue  # the machine was busy
+        info = infos[number]
+        expected = info.tcp | {"rto_us": infos[number - 1].tcp["rto_us"]}
+        expected["retrans_out"] -= counted_later
+        assert {name: int(row["s"][name]) for name in expected} == expected
+        assert (row["s"]["state"], row["s"]["ca_state"]) == (info.state, info.ca_state)
+        compared += 1
+    assert compared
+    assert list(timeouts["retransmit_no"][:3]) == [1, 2, 3]
+
+
+def test_the_state_is_that_of_tcp_info(capture: Capture, lab: Lab, port: int) -> None:
+    lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"
+    samples: dict[int, tuple[TcpInfo, TcpInfo]] = {}
+    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        congestion_control(pair.client, "reno")
+        with rules(lab.server, "prerouting", lost):
+            for _ in range(7):  # a recovery, so that the threshold and the totals are no longer the first ones
+                pair.client.sendall(bytes(61))
+                for _ in range(13):
+                    pair.client.sendall(bytes(997))
+                receive(pair.accepted, 61 + 13 * 997)
+                pair.accepted.sendall(b"!")
+                assert pair.client.recv(1) == b"!"
+        for size in range(101, 1001):
+            before = tcp_info(pair.client)
+            pair.client.sendall(bytes(size))
+            after = tcp_info(pair.client)
+            receive(pair.accepted, size)
+            pair.accepted.sendall(b"!")
+            assert pair.client.recv(1) == b"!"
+            # Nothing came in between, and nothing else went out.
+            if (after.segs_in, after.segs_out) == (before.segs_in, before.segs_out + 1):
+                samples[size] = before, after
+            if len(samples) == 31:
+                break
+        pair.end()
+    assert len(samples) == 31
+    rows = trial.sent(lab.client)
+    for size, (before, after) in samples.items():
+        row = rows[rows["s"]["payload_len"] == size][0]["s"]
+        expected = dict(before.tcp)
+        if trial.hook == "cgroup_skb" and "rcv_wnd" in expected:
+            expected["rcv_wnd"] = after.tcp["rcv_wnd"]  # the window is chosen as the header is written
+        assert {name: int(row[name]) for name in expected} == expected
+        assert (row["state"], row["ca_state"]) == (before.state, before.ca_state)
+    assert before.tcp["total_retrans"] > 0
+    assert before.tcp["snd_ssthresh"] < 0x7FFFFFFF
+
+
+_OWNER = """\
+import os, socket, sys
+open(sys.argv[1], "w").write(str(os.getpid()))
+os.setuid(int(sys.argv[2]))
+with socket.create_connection((sys.argv[3], int(sys.argv[4]))) as client:
+    print(int.from_bytes(client.getsockopt(socket.SOL_SOCKET, 57, 8), "little"), flush=True)
+    sys.stdin.readline()
+    client.sendall(bytes(101))
+    assert client.recv(1) == b""
+"""
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    root = cgroup2_root()
+    if root is None:
+        pytest.skip("no cgroup v2 hierarchy is mounted")
+    folder = root / f"rebpf-truth-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    folder.rmdir()
+
+
+def test_a_retransmit_has_the_owner_that_made_the_socket(capture: Capture, lab: Lab, port: int, cgroup: Path) -> None:
+    first_syn = f"tcp dport {port} tcp flags & (syn|ack) == syn numgen inc mod 997 == 0 drop"
+    program = [sys.executable, "-c", _OWNER, str(cgroup / "cgroup.procs"), "4711", lab.server.ipv4, str(port)]
+    with Trial(capture, lab, port) as trial, contextlib.ExitStack() as stack:
+        with inside(lab.server):
+            server = stack.enter_context(socket.create_server((lab.server.ipv4, port)))
+        with rules(lab.server, "prerouting", first_syn):
+            argv = lab.client.command(*program)
+            child = stack.enter_context(
+                subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            assert child.stdin is not None
+            assert child.stdout is not None
+            cookie = int(child.stdout.readline())
+        accepted, _ = server.accept()
+        with accepted:
+            with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+                child.stdin.write("\n")
+                child.stdin.flush()
+                wait_for(lambda: len(trial.again(lab.client, "rto")) > 0, "a timeout")
+            receive(accepted, 101)
+        assert child.wait(DEADLINE_S) == 0
+    sent, again = trial.sent(lab.client), trial.again(lab.client)
+    assert {CAUSES[cause] for cause in again["cause"]} >= {"syn", "rto"}
+    for flow in (sent["s"]["flow"], again["s"]["flow"]):
+        assert set(flow["uid"]) == {4711}
+        assert set(flow["cgroup_id"]) == {cgroup.stat().st_ino}
+        assert (flow["flow_known"] & KNOWN["uid"]).all()
+        known = (flow["flow_known"] & KNOWN["sk_cookie"]) != 0
+        assert set(flow["sk_cookie"][known]) == {cookie}
+        assert known.all() or trial.hook == "kprobe", "a kprobe cannot make the cookie"
+        assert known[-1]

@@ -1,0 +1,255 @@
+"""A trial: some traffic of one port in the lab, and the three accounts of it, which must be the same.
+
+The accounts are the events, the namespaces' counters, and a packet capture on each host's interface.
+"""
+
+import contextlib
+import ipaddress
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from producer.events import CAUSES, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows, Stream
+from producer.lab import Host, Lab
+from tests.kernel.capture import DEADLINE_S, Capture, inside
+from tests.wire import Segment, sniffed
+
+INTERFACE = "veth0"
+FIN, SYN, RST, PSH, ACK, ECE, CWR = 1, 2, 4, 8, 16, 64, 128
+COUNTED_CAUSES = {
+    "TCPFastRetrans": ("fast",),
+    "TCPSlowStartRetrans": ("slow_start",),
+    "TCPSynRetrans": ("syn", "syn_ack"),
+}
+_Flow = tuple[str, int, str, int]
+
+
+class Sent(NamedTuple):
+    """A segment, and whether its data was sent before: by an event, or by the capture."""
+
+    segment: Segment
+    end_seq: int
+    again: bool
+
+
+def cause_is(rows: Rows, *causes: str) -> Rows:
+    """Select retransmits by cause."""
+    chosen: Rows = rows[np.isin(rows["cause"], [CAUSES.index(cause) for cause in causes])]
+    return chosen
+
+
+def segs(rows: Rows) -> int:
+    """Sum up what the kernel counts."""
+    return int(rows["s"]["segs"].sum())
+
+
+class Trial:
+    """Keeps the accounts of what happens in the context, and compares them when it is left.
+
+    `whole`: super-segments leave the interface as they are, and not cut. `resets`: a reset may lack its event.
+    """
+
+    def __init__(self, capture: Capture, lab: Lab, port: int, *, whole: bool = True, resets: bool = False) -> None:
+        self._capture = capture
+        self._lab = lab
+        self._port = port
+        self._whole = whole
+        self._resets = resets
+        self._wire: dict[str, list[Segment]] = {}
+        self._stack = contextlib.ExitStack()
+        self.socketless: dict[str, list[Segment]] = {}
+        """By host, what the capture has and the events lack (see docs/truth.md)."""
+
+    def __enter__(self) -> Self:
+        assert self._lab.wait_idle(DEADLINE_S)
+        self._before = {host.name: host.counters() for host in self._lab.hosts}
+        self._start = {stream.name: len(self._capture.of_port(stream, self._port)) for stream in STREAMS}
+        self._nested = {stream.name: self._capture.hooks.counters(stream).nested for stream in STREAMS}
+        with self._stack as stack:
+            for host in self._lab.hosts:
+                with inside(host):
+                    self._wire[host.name] = stack.enter_context(sniffed(self._port, INTERFACE))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        idle = kind is not None or self._lab.wait_idle(DEADLINE_S)
+        self._stack.close()
+        assert idle
+        if kind is None:
+            self._check_losses()
+            for host in self._lab.hosts:
+                self._check_wire(host)
+                self._check_counters(host)
+
+    @property
+    def hook(self) -> str:
+        """The rung that takes transmits; retransmits are taken by the same, or beside it."""
+        return self._capture.hooks.rungs["transmit"]
+
+    def moved(self, host: Host, name: str) -> int:
+        """Return by how much a counter of the host moved since the trial began."""
+        return host.counters()[name] - self._before[host.name][name]
+
+    def sent(self, host: Host) -> Rows:
+        """Return the transmit events of a host."""
+        return self._rows(TRANSMITS, host)
+
+    def again(self, host: Host, *causes: str) -> Rows:
+        """Return the retransmit events of a host, those of some causes or all."""
+        rows = self._rows(RETRANSMITS, host)
+        return cause_is(rows, *causes) if causes else rows
+
+    def _rows(self, stream: Stream, host: Host) -> Rows:
+        rows = self._capture.of_port(stream, self._port)[self._start[stream.name] :]
+        chosen: Rows = rows[rows["s"]["flow"]["netns"] == host.netns]
+        return chosen
+
+    def _check_losses(self) -> None:
+        for stream in STREAMS:
+            counters = self._capture.hooks.counters(stream)
+            assert (counters.ring_full, counters.nested - self._nested[stream.name]) == (0, 0)
+
+    def _check_wire(self, host: Host) -> None:
+        rows = self.sent(host)
+        told = _mark_syn_acks(_sent(rows, rows["is_retransmit"] == 1))
+        wire = [self._as_told(segment) for segment in self._wire[host.name]]
+        if not self._whole:
+            wire = list(_joined(wire, zip(told, rows["s"]["segs"].tolist(), strict=True)))
+        seen = list(_marked(wire))
+        assert _difference(told, seen) == [], "events without a packet"
+        lacking = _difference(seen, told)
+        ends = _ends(segment for wire in self._wire.values() for segment in wire)
+        unexplained = [
+            each
+            for each in lacking
+            if not _is_of_time_wait(each.segment, ends) and not (self._resets and each.segment.tcp_flags & RST)
+        ]
+        assert unexplained == [], "packets without an event"
+        self.socketless[host.name] = [each.segment for each in lacking]
+        again = self.again(host)
+        assert Counter(_sent(again, np.ones(len(again), bool))) == Counter(each for each in seen if each.again)
+
+    def _as_told(self, segment: Segment) -> Segment:
+        """Leave out what the rung does not know: fentry and kprobe see the flags before ECN's."""
+        if self.hook == "cgroup_skb":
+            return segment
+        return segment._replace(tcp_flags=segment.tcp_flags & ~(ECE | CWR))
+
+    def _check_counters(self, host: Host) -> None:
+        sent, again = self.sent(host), self.again(host)
+        assert (again["err"] == 0).all()
+        told = {name: segs(cause_is(again, *causes)) for name, causes in COUNTED_CAUSES.items()}
+        told |= {"RetransSegs": segs(again), "other": segs(cause_is(again, "other"))}
+        assert told == {**{name: self.moved(host, name) for name in (*COUNTED_CAUSES, "RetransSegs")}, "other": 0}
+        # A probe may also be new data. A timeout may find the segment still in the host's queue, or be that of a
+        # SYN-ACK, which a SYN that comes again has sent again too.
+        assert segs(cause_is(again, "tlp")) <= self.moved(host, "TCPLossProbes")
+        timeouts = self.moved(host, "TCPTimeouts") - segs(cause_is(again, "rto", "syn"))
+        queued = self.moved(host, "TCPSpuriousRtxHostQueues")
+        assert 0 <= timeouts <= segs(cause_is(again, "syn_ack")) + queued
+
+        marked = segs(sent[sent["is_retransmit"] == 1])
+        syn_acks = segs(cause_is(again, "syn_ack"))
+        if not (sent["s"]["known"][sent["s"]["tcp_flags"] == SYN | ACK] & KNOWN["is_retransmit"]).all():
+            marked += syn_acks
+        assert marked == self.moved(host, "RetransSegs")
+        # tcp_make_synack counts each SYN-ACK in OutSegs, also one that is sent again.
+        first = segs(sent) - marked + syn_acks + len(self.socketless[host.name])
+        assert first == self.moved(host, "OutSegs")
+
+
+def _difference(some: Iterable[Sent], others: Iterable[Sent]) -> list[Sent]:
+    return list((Counter(some) - Counter(others)).elements())
+
+
+def _length(segment: Segment) -> int:
+    """Return by how much the segment moves the sequence number on."""
+    return segment.payload_len + bool(segment.tcp_flags & SYN) + bool(segment.tcp_flags & FIN)
+
+
+def _sent(rows: Rows, again: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> list[Sent]:
+    s = rows["s"]
+    columns = (s[name].tolist() for name in ("seq", "ack_seq", "tcp_flags", "payload_len", "end_seq"))
+    flows = (
+        (_text(bytes(flow["saddr"])), int(flow["sport"]), _text(bytes(flow["daddr"])), int(flow["dport"]))
+        for flow in s["flow"]
+    )
+    return [
+        Sent(Segment(*flow, *segment), end_seq, before)
+        for flow, *segment, end_seq, before in zip(flows, *columns, again.tolist(), strict=True)
+    ]
+
+
+def _text(address: bytes) -> str:
+    parsed = ipaddress.IPv6Address(address)
+    return str(parsed.ipv4_mapped or parsed)
+
+
+def _mark_syn_acks(told: Iterable[Sent]) -> list[Sent]:
+    """Mark what not all rungs can: that a SYN-ACK with this sequence number was sent before."""
+    syn_acks: set[Segment] = set()
+    marked = []
+    for sent in told:
+        if sent.segment.tcp_flags & (SYN | ACK) == SYN | ACK:
+            marked.append(sent._replace(again=sent.again or sent.segment in syn_acks))
+            syn_acks.add(sent.segment)
+        else:
+            marked.append(sent)
+    return marked
+
+
+def _marked(wire: Iterable[Segment]) -> Iterator[Sent]:
+    """Tell from the capture alone what was sent before: it begins below what its flow has reached."""
+    reached: dict[_Flow, int] = {}
+    for segment in wire:
+        flow, length = segment[:4], _length(segment)
+        end_seq = (segment.seq + length) % (1 << 32)
+        highest = reached.get(flow, segment.seq)
+        yield Sent(segment, end_seq, bool(length) and _before(segment.seq, highest))
+        reached[flow] = end_seq if _before(highest, end_seq) else highest
+
+
+def _ends(wire: Iterable[Segment]) -> dict[_Flow, int]:
+    """Return where each flow that sent a FIN ends."""
+    fins = (segment for segment in wire if segment.tcp_flags & FIN)
+    return {segment[:4]: (segment.seq + _length(segment)) % (1 << 32) for segment in fins}
+
+
+def _is_of_time_wait(segment: Segment, ends: dict[_Flow, int]) -> bool:
+    """Tell whether it only acknowledges the other's FIN, after its own: as TCP does when no socket is left."""
+    saddr, sport, daddr, dport, seq, ack_seq, tcp_flags, payload_len = segment
+    ended = (ends.get((saddr, sport, daddr, dport)), ends.get((daddr, dport, saddr, sport))) == (seq, ack_seq)
+    return ended and (tcp_flags, payload_len) == (ACK, 0)
+
+
+def _before(one: int, other: int) -> bool:
+    return (one - other) % (1 << 32) >= 1 << 31
+
+
+def _joined(wire: Iterable[Segment], told: Iterable[tuple[Sent, int]]) -> Iterator[Segment]:
+    """Put the packets of a super-segment together again: as many as its event says that there are, in their order."""
+    packets: dict[_Flow, list[Segment]] = defaultdict(list)
+    for segment in wire:
+        packets[segment[:4]].append(segment)
+    for sent, count in told:
+        mine = packets[sent.segment[:4]]
+        pieces, mine[:count] = mine[:count], []
+        if not pieces:
+            continue
+        for one, other in itertools.pairwise(pieces):
+            assert (one.seq + one.payload_len) % (1 << 32) == other.seq, "pieces of one super-segment"
+            assert one.ack_seq == other.ack_seq
+            assert not one.tcp_flags & (PSH | FIN), "these stand on the last piece"
+        yield pieces[0]._replace(
+            payload_len=sum(piece.payload_len for piece in pieces),
+            tcp_flags=pieces[0].tcp_flags | pieces[-1].tcp_flags,
+        )
+    for left in packets.values():
+        yield from left
