@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from ipaddress import ip_address
@@ -17,6 +18,7 @@ from producer.errors import PermissionDenied
 from producer.events import STREAMS, SchemaId, Stream, Topic
 from producer.hooks import Hooks, HookSettings
 from producer.kafka import KafkaSink, client_settings
+from producer.pins import PinFolder
 from producer.pipeline import Path as StreamPath
 from producer.pipeline import Pipeline
 from producer.provision import topic
@@ -56,7 +58,8 @@ class Agent:
             ids = schema_ids(config)
             root = cgroup2_root()
             ruleset = resolve(config, root)
-            hooks = stack.enter_context(Hooks(_hook_settings(config, ruleset)))
+            pins = stack.enter_context(PinFolder(config.capture.pin)) if config.capture.pin else None
+            hooks = stack.enter_context(Hooks(_hook_settings(config, ruleset), pins))
             hooks.load()
             # The loader's child has what attaching needs. Before the client starts threads, which would keep what it
             # has now.
@@ -66,7 +69,8 @@ class Agent:
             stack.callback(sink.close)
             if config.kafka.brokers is None:
                 _exclude_embedded(hooks, brokers)
-            paths = [self._path(stream, hooks, ids, stack) for stream in STREAMS]
+            lost = folder.lost() if hooks.taken_over else {}
+            paths = [self._path(stream, hooks, ids, lost.get(stream.name, {}), stack) for stream in STREAMS]
             hooks.attach()
             rules = RulesInForce(hooks, config, ruleset, self._read, root)
             facts = {"brokers": brokers, "registry": config.registry.url, "topics": self._topics}
@@ -74,18 +78,29 @@ class Agent:
             for refusal in hooks.refusals:
                 logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.rung, refusal.reason)
             rungs = " ".join(f"{name}={rung}" for name, rung in hooks.rungs.items())
-            logger.info("ready brokers=%s%s %s", brokers, "" if config.kafka.brokers else " embedded=true", rungs)
+            words = (" embedded=true" if config.kafka.brokers is None else "") + (
+                " taken_over=true" if hooks.taken_over else ""
+            )
+            logger.info("ready brokers=%s%s %s", brokers, words, rungs)
 
             def between() -> None:
                 if reload.is_set():
                     reload.clear()
                     rules.reload()
                 rules.look()
+                folder.note_lost({path.stream.name: dict(path.lost) for path in paths})
                 folder.publish_if_new({**facts, "rules_version": rules.version})
 
             return self._work(hooks, sink, paths, stop, between, duration_s)
 
-    def _path(self, stream: Stream, hooks: Hooks, ids: Mapping[Topic, SchemaId], stack: ExitStack) -> StreamPath:
+    def _path(
+        self,
+        stream: Stream,
+        hooks: Hooks,
+        ids: Mapping[Topic, SchemaId],
+        lost_before: Mapping[str, int],
+        stack: ExitStack,
+    ) -> StreamPath:
         host_fields = {
             "host": self._config.host,
             "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -93,7 +108,10 @@ class Agent:
         cgroups = CgroupPaths(cgroup2_root())
         schema_id = ids[self._topics[stream.name]]
         encoder = BatchEncoder(stream, load_schema(stream), schema_id, host_fields, cgroups.path)
-        return StreamPath(stream, stack.enter_context(hooks.ring(stream)), encoder)
+        ring = stack.enter_context(hooks.ring(stream))
+        # The kernel's counters began with the ring: what is behind its position was delivered, or lost on the way.
+        delivered = ring.records_before - sum(lost_before.values())
+        return StreamPath(stream, ring, encoder, delivered, Counter(lost_before))
 
     def _work(
         self,

@@ -78,6 +78,7 @@ def rebpf(log_level: str) -> None:
 @_option("--address", type=_Address(), multiple=True, help="Only segments from or to this address; repeatable.")
 @_option("--port", type=click.IntRange(1, 65535), multiple=True, help="Only segments from or to this port; repeatable.")
 @_state_dir
+@_option("--pin", type=click.Path(path_type=Path), help="Folder in a bpffs that keeps rings and hooks over a crash.")
 @_json
 def run(
     config: Path | None,
@@ -87,6 +88,7 @@ def run(
     address: tuple[Any, ...],
     port: tuple[int, ...],
     state_dir: Path | None,
+    pin: Path | None,
     as_json: bool,
 ) -> None:
     """Capture and publish until SIGINT or SIGTERM. Without brokers, on an embedded one, for trying."""
@@ -98,6 +100,7 @@ def run(
             registry__url=registry,
             capture__addresses=address,
             capture__ports=port,
+            capture__pin=pin,
             state_dir=state_dir,
         )
 

@@ -44,6 +44,8 @@ class Capture:
     """Size of transmit_pipe: a power of two, in bytes. A segment takes 200 bytes."""
     retransmit_ring_bytes: int = 1 << 22
     """Size of retransmit_pipe, likewise."""
+    pin: Path | None = None
+    """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks over a crash for the next start."""
     drain_interval_s: float = 0.1
     """Seconds between two readings of the rings."""
     btf: Path | None = None

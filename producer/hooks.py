@@ -1,9 +1,10 @@
 """The kernel side as the agent sees it: which rungs are in use, the rings and maps, the counters, attach and detach.
 
-The work is done by a child process (producer.loader); here are the descriptors that it hands over. Nothing is pinned,
-so the last descriptor's end, also by kill -9, is the programs' end.
+The work is done by a child process (producer.loader); here are the descriptors that it hands over. Unless they are kept
+in a bpffs (producer.pins), the last descriptor's end, also by kill -9, is the programs' end.
 """
 
+import hashlib
 import ipaddress
 import json
 import logging
@@ -24,6 +25,7 @@ from producer import errors, sysbpf
 from producer.events import HOOKS, Stream, layout_check
 from producer.loader import ATTACH, BCC_MISSING, PACKET_BYTES
 from producer.paths import BPF
+from producer.pins import PinFolder
 from producer.ring import Ring
 from producer.rulemaps import RuleMaps
 from producer.rules import Action, Tables, tables
@@ -79,8 +81,11 @@ class KernelCounters:
 class Hooks:
     """The loaded programs of both streams; `attach` starts them. A context manager: leaving it detaches."""
 
-    def __init__(self, settings: HookSettings) -> None:
+    def __init__(self, settings: HookSettings, pins: PinFolder | None = None) -> None:
         self._settings = settings
+        self._pins = pins
+        self.taken_over = False
+        """Whether the programs were attached by another process, and have been all the time since."""
         self._descriptors: list[int] = []
         self._maps: dict[str, int] = {}
         self._programs: dict[str, list[int]] = {}
@@ -93,7 +98,21 @@ class Hooks:
         """The better rungs, and why the host does not allow them."""
 
     def load(self) -> None:
-        """Compile and load; raises HookError, PermissionDenied or UnavailableError with the reason in one line."""
+        """Compile and load, or take over what is kept in `pins`, if that is the same that would be loaded.
+
+        Raises HookError, PermissionDenied or UnavailableError with the reason in one line.
+        """
+        manifest = self._pins.manifest() if self._pins else None
+        if manifest is not None and manifest["fingerprint"] == self._fingerprint():
+            self._take_over(manifest)
+        else:
+            if manifest is not None:
+                logger.warning("hooks that were kept are given up, since they are not the same: their events are lost")
+            self._load()
+        self._rules = RuleMaps(self._maps)
+        self._rules.put(self._settings.rules)
+
+    def _load(self) -> None:
         settings = self._settings
         self._loader = _Loader()
         answer, descriptors = self._loader.ask(
@@ -113,18 +132,65 @@ class Hooks:
         self._maps = dict(zip(answer["maps"], descriptors[:count], strict=True))
         for stream, program in zip(answer["programs"], descriptors[count:], strict=True):
             self._programs.setdefault(stream, []).append(program)
-        self._rules = RuleMaps(self._maps)
-        self._rules.put(settings.rules)
+
+    def _take_over(self, manifest: Mapping[str, Any]) -> None:
+        assert self._pins is not None
+        self.taken_over = True
+        self.rungs = manifest["rungs"]
+        self.refusals = [Refusal(*each) for each in manifest["refusals"]]
+        self._descriptors = self._pins.open(manifest["maps"])
+        self._maps = dict(zip(manifest["maps"], self._descriptors, strict=True))
+        for stream, names in manifest["programs"].items():
+            self._programs[stream] = self._pins.open(names)
+            self._descriptors = [*self._descriptors, *self._programs[stream]]
+        self._links = self._pins.open(manifest["links"])
+
+    def _keep(self) -> None:
+        assert self._pins is not None
+        programs = {
+            stream: {f"{stream}_{i}": program for i, program in enumerate(programs)}
+            for stream, programs in self._programs.items()
+        }
+        links = {f"link_{i}": link for i, link in enumerate(self._links)}
+        objects = {**self._maps, **links}
+        for named in programs.values():
+            objects.update(named)
+        self._pins.keep(
+            objects,
+            {
+                "fingerprint": self._fingerprint(),
+                "rungs": self.rungs,
+                "refusals": [(refusal.stream, refusal.rung, refusal.reason) for refusal in self.refusals],
+                "maps": list(self._maps),
+                "programs": {stream: list(named) for stream, named in programs.items()},
+                "links": list(links),
+            },
+        )
+
+    def _fingerprint(self) -> str:
+        """Return a digest of all that the programs and maps are made of, but for the rules, which can be changed."""
+        settings = self._settings
+        made_of = [settings.hooks, dict(settings.ring_bytes), settings.own_listeners, str(settings.btf), layout_check()]
+        digest = hashlib.sha256(json.dumps(made_of).encode())
+        for path in sorted(BPF.rglob("*.[ch]")):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
 
     def attach(self) -> None:
-        """Attach all programs; from here on events come."""
+        """Attach all programs; from here on events come. What was taken over is attached already."""
+        if self.taken_over:
+            return
         if self._loader is None:
             raise ValueError("attach comes once, after load")
         _, self._links = self._loader.ask(ATTACH)
         self._end_loader()
+        if self._pins:
+            self._keep()
 
     def detach(self) -> None:
-        """Detach: no event comes after this. The rings and counters stay readable."""
+        """Detach, and keep nothing: no event comes after this. The rings and counters stay readable."""
+        if self._pins:
+            self._pins.clear()
         if self._links:
             sysbpf.close_all(self._links)
             self._links = []
@@ -167,11 +233,10 @@ class Hooks:
         sysbpf.update(self._maps["own_listeners"], _in6(address) + struct.pack("<II", namespace, port), b"\1")
 
     def close(self) -> None:
-        """Detach and let go of everything."""
-        self.detach()
+        """Let go of everything: the programs end, unless they are kept."""
         self._end_loader()
-        sysbpf.close_all(self._descriptors)
-        self._descriptors = []
+        sysbpf.close_all([*self._links, *self._descriptors])
+        self._links, self._descriptors = [], []
 
     def __enter__(self) -> "Hooks":
         return self

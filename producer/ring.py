@@ -44,6 +44,11 @@ class Ring:
         """Behind the last record read, in bytes since the ring was made."""
 
     @property
+    def records_before(self) -> int:
+        """Number of records before `position`, since the ring was made."""
+        return self.position // self._stride
+
+    @property
     def fill(self) -> float:
         """Share of the ring that is taken, from 0 to 1: records unread, and records read but not committed."""
         return (int(self._producer[0]) - int(self._consumer[0])) / self._size

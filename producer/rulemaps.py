@@ -17,6 +17,9 @@ from producer.rules import MOST_CLASSES, MOST_RULES, PROPERTIES, Action, RuleBit
 _SET_BYTES = MOST_RULES // 8
 _PORT_GROUP = 4
 _GENERATION_BITS = 32
+_KEY_BYTES = {"rule_prefixes": 24, "rule_values": 16}
+_UNKNOWN = np.full(1 << 16, 0xFFFF, np.uint16)
+"""No class has this number, so that each port is written."""
 
 
 class RuleMaps:
@@ -24,10 +27,13 @@ class RuleMaps:
 
     def __init__(self, maps: Mapping[str, int]) -> None:
         self._maps = maps
-        self._prefixes: list[list[bytes]] = [[], []]
-        self._values: list[list[bytes]] = [[], []]
-        self._ports: list[NDArray[np.uint16]] = [np.zeros(1 << 16, np.uint16), np.zeros(1 << 16, np.uint16)]
-        self.version = 0
+        (active,) = struct.unpack("<Q", sysbpf.lookup(maps["rules_active"], _index(0), 8))
+        self.version: int = active >> 1
+        # Maps that were taken over have what another process inserted.
+        prefixes, values = (sysbpf.keys(maps[name], size) for name, size in _KEY_BYTES.items())
+        self._prefixes = [[key for key in prefixes if key[4:8] == _index(generation)] for generation in (0, 1)]
+        self._values = [[key for key in values if key[:4] == _index(generation)] for generation in (0, 1)]
+        self._ports: list[NDArray[np.uint16]] = [np.zeros(1 << 16, np.uint16) if not active else _UNKNOWN] * 2
 
     def put(self, tables: Tables) -> int:
         """Put tables in force at once, and return their version; an OSError leaves the old ones in force."""

@@ -18,13 +18,16 @@ from pathlib import Path
 _NUMBERS = {"x86_64": (321, 298, 324), "aarch64": (280, 241, 283)}
 _NR_BPF, _NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1, -1))
 
-_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD = 1, 2, 3, 5
+_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY, _PROG_LOAD = 1, 2, 3, 4, 5
+_OBJ_PIN, _OBJ_GET = 6, 7
 _PROG_GET_NEXT_ID, _INFO_BY_FD, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 11, 15, 17, 28
 _MEMBARRIER_CMD_GLOBAL = 1
 _CLOCK_MONOTONIC_COARSE = 6
 
 PROG_KPROBE, PROG_CGROUP_SKB, PROG_TRACING = 2, 8, 26
 ATTACH_NONE, ATTACH_CGROUP_EGRESS, ATTACH_RAW_TP, ATTACH_FENTRY, ATTACH_FEXIT, ATTACH_PERF_EVENT = 0, 1, 23, 24, 25, 41
+
+_BPF_FS_MAGIC = 0xCAFE4A11
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -124,6 +127,41 @@ def delete(map_fd: int, key: bytes) -> None:
     """Delete an element."""
     key_buffer = ctypes.create_string_buffer(key, len(key))
     _bpf(_MAP_DELETE, struct.pack("<IxxxxQQQ", map_fd, _address(key_buffer), 0, 0))
+
+
+def keys(map_fd: int, size: int) -> list[bytes]:
+    """Return all keys of a map whose keys have `size` bytes."""
+    found: list[bytes] = []
+    key = ctypes.create_string_buffer(size)
+    while True:
+        # A null pointer for the key asks for the first one.
+        last = ctypes.create_string_buffer(found[-1], size) if found else None
+        previous = _address(last) if last else 0
+        try:
+            _bpf(_MAP_NEXT_KEY, struct.pack("<IxxxxQQ", map_fd, previous, _address(key)))
+        except FileNotFoundError:
+            return found
+        found.append(key.raw)
+
+
+def pin(descriptor: int, path: Path) -> None:
+    """Make a file in a bpffs that holds the object of a descriptor."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    _bpf(_OBJ_PIN, struct.pack("<QI", _address(name), descriptor))
+
+
+def get(path: Path) -> int:
+    """Return a new descriptor of the object that a file in a bpffs holds."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    return _bpf(_OBJ_GET, struct.pack("<QI", _address(name), 0))
+
+
+def is_bpffs(path: Path) -> bool:
+    """Whether a path is in a bpffs."""
+    result = ctypes.create_string_buffer(256)
+    if _libc.statfs(os.fsencode(path), result) != 0:
+        raise _last_error()
+    return int(struct.unpack_from("<q", result)[0]) == _BPF_FS_MAGIC
 
 
 def program_info(program: int) -> ProgramInfo:

@@ -1,0 +1,142 @@
+"""A producer that keeps its hooks (--pin) is killed again and again under traffic, and so is the broker."""
+
+import os
+import random
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kafka import topics
+from tests.kafka.rebpf import Run, rebpf
+from tests.kafka.topics import RETRANSMIT, TRANSMIT
+from tests.kafka.traffic import Echo, exchange
+from tests.servers.kafka import KafkaServer
+from tests.wire import captured
+
+pytestmark = [pytest.mark.root, pytest.mark.real_kafka, pytest.mark.timeout(600)]
+
+PARTITIONS = 5
+
+
+@pytest.fixture(scope="module")
+def broker(servers_present, tmp_path_factory) -> Iterator[KafkaServer]:
+    with KafkaServer(tmp_path_factory.mktemp("crash"), num_partitions=PARTITIONS) as server:
+        yield server
+
+
+@pytest.fixture
+def bpffs(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "bpffs"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting a bpffs needs root")
+    subprocess.run(["mount", "-t", "bpf", "bpf", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def start(tmp_path: Path, broker: KafkaServer, bpffs: Path, port: int, config: str) -> Run:
+    return Run(tmp_path, "--brokers", broker.bootstrap, "--port", port, "--pin", bpffs / "pins", config=config)
+
+
+def prepare(broker: KafkaServer, prefix: str, folder: Path) -> str:
+    config = f'[kafka]\ntopic_prefix = "{prefix}"\n'
+    (folder / "init.toml").write_text(config)
+    done = rebpf("init", "--brokers", broker.bootstrap, "--partitions", PARTITIONS, "--config", folder / "init.toml")
+    assert done.returncode == 0, done.stderr
+    return config
+
+
+def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, bpffs, tmp_path):
+    # Room for half a minute without a producer or broker: more than the default ring has.
+    config = prepare(broker, "crash.", tmp_path) + f"[capture]\ntransmit_ring_bytes = {1 << 26}\n"
+    chance = random.Random(7)
+    done = threading.Event()
+
+    def traffic() -> None:
+        while not done.wait(0.01):
+            exchange(echo.port, 5)
+
+    with Echo() as echo, captured(echo.port) as segments:
+        thread = threading.Thread(target=traffic)
+        run = start(tmp_path, broker, bpffs, echo.port, config)
+        run.ready()
+        thread.start()
+        try:
+            for number in range(20):
+                done.wait(chance.uniform(0.05, 0.6))
+                if number % 4 == 1:
+                    broker.kill()
+                run.kill()
+                run = start(tmp_path, broker, bpffs, echo.port, config)
+                if number % 4 == 2:
+                    broker.start()
+                run.ready()
+                assert "taken_over=true" in run.log
+        finally:
+            done.set()
+            thread.join()
+        balance = run.finish()
+    events = topics.read(broker.bootstrap, TRANSMIT, "crash.")
+    once = {(event.record["cpu"], event.record["cpu_seq"]): event for event in events}
+    assert Counter(map(topics.segment, once.values())) == segments
+    account = balance["crash.tcp_transmit"]
+    assert account["lost"] == {}
+    assert account["passed"] == account["delivered"] == len(once)
+    by_cpu: dict[int, set[int]] = {}
+    for cpu, number in once:
+        by_cpu.setdefault(cpu, set()).add(number)
+    assert all(len(seen) == max(seen) for seen in by_cpu.values()), "no gap in the kernel's numbers"
+
+
+def test_what_happens_while_no_producer_runs_is_delivered_by_the_next(broker, bpffs, tmp_path):
+    config = prepare(broker, "between.", tmp_path)
+    with Echo() as echo, captured(echo.port) as segments:
+        run = start(tmp_path, broker, bpffs, echo.port, config)
+        run.ready()
+        run.kill()
+        exchange(echo.port, 53)
+        run = start(tmp_path, broker, bpffs, echo.port, config)
+        run.ready()
+        balance = run.finish()
+    events = topics.read(broker.bootstrap, TRANSMIT, "between.")
+    assert Counter(map(topics.segment, events)) == segments
+    assert balance["between.tcp_transmit"]["delivered"] == len(events)
+    assert topics.read(broker.bootstrap, RETRANSMIT, "between.") == []
+
+
+def test_a_stop_keeps_nothing_and_a_second_producer_is_refused(broker, bpffs, tmp_path):
+    config = prepare(broker, "stop.", tmp_path)
+    run = start(tmp_path, broker, bpffs, 1, config)
+    run.ready()
+    assert (bpffs / "pins" / "manifest").is_symlink()
+    other = rebpf("run", "--state-dir", tmp_path / "other", "--pin", bpffs / "pins", "--duration", 1)
+    assert other.returncode == 75
+    assert "keeps its hooks" in other.stderr
+    run.finish()
+    assert list((bpffs / "pins").iterdir()) == []
+
+
+def test_hooks_that_are_not_the_same_are_replaced(broker, bpffs, tmp_path):
+    config = prepare(broker, "other.", tmp_path)
+    with Echo() as echo:
+        run = start(tmp_path, broker, bpffs, echo.port, config)
+        run.ready()
+        run.kill()
+        run = start(tmp_path, broker, bpffs, echo.port, config + "[capture]\ntransmit_ring_bytes = 1048576\n")
+        run.ready()
+        assert "hooks that were kept are given up" in run.log
+        exchange(echo.port, 3)
+        assert run.finish()["other.tcp_transmit"]["passed"] > 0
+
+
+def test_a_folder_that_is_in_no_bpffs_is_refused(tmp_path):
+    done = rebpf("run", "--state-dir", tmp_path / "state", "--pin", tmp_path / "pins", "--duration", 1)
+    assert done.returncode == 78
+    assert "not in a bpffs" in done.stderr
