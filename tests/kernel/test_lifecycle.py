@@ -201,7 +201,9 @@ def test_members_that_the_kernel_lacks_are_null_fields(tmp_path: Path, lab: Lab,
     assert not (rows["s"]["flow"]["flow_known"] & (KNOWN["uid"] | KNOWN["cgroup_id"])).any()
     assert not (rows["s"]["known"] & KNOWN["tcp"]).any()
     assert (again["s"]["known"] & KNOWN["ca_state"]).all()
-    assert {CAUSES[cause] for cause in again["cause"]} == {"other"}
+    # The upper rungs know a loss probe by the function that sends it.
+    by_function = set() if capture.hooks.rungs["retransmit"] == "raw_tp" else {"tlp"}
+    assert {CAUSES[cause] for cause in again["cause"]} <= {"other"} | by_function
 
 
 def test_a_kernel_without_what_all_rests_on_is_refused_by_name(tmp_path: Path) -> None:
