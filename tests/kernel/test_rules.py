@@ -1,6 +1,7 @@
 """Rules in the kernel: what they keep, drop and sample, and that a reload loses no segment and takes none twice."""
 
 import ipaddress
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,15 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 KEEP, DROP = Action(), Action(transmit=False, retransmit=False)
 EXCHANGES, SIZE = 101, 7
+
+
+# Not those that the session's capture takes: nobody reads its rings meanwhile.
+_ports = itertools.count(30_000 + os.getpid() % 50 * 50)
+
+
+@pytest.fixture
+def port() -> int:
+    return next(_ports)
 
 
 @pytest.fixture(scope="module")
