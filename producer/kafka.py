@@ -1,8 +1,9 @@
 """The sink: encoded batches into Kafka topics, and what became of each message.
 
 A batch is handed to librdkafka as one array that points into the batch, which is kept until the last of its delivery
-reports. A message that fails for a reason that passes is sent again; any other failure is final and counted by its
-name. What librdkafka retries by itself (a broker that is away, a leader that moves) never shows here:
+reports. A message that fails for a reason that passes is sent again. A broker that refuses a message refuses all that
+came with it: after any other failure each message is sent by itself, and what is refused then is lost, and counted by
+the error's name. What librdkafka retries by itself (a broker that is away, a leader that moves) never shows here:
 message.timeout.ms is 0, no limit, because the room in the ring is the limit.
 """
 
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +95,8 @@ class Outcome:
 class _InFlight:
     batch: EncodedBatch
     open_rows: NDArray[np.bool_]
+    alone: NDArray[np.bool_]
+    """Rows that were sent by themselves."""
     open: int
 
 
@@ -147,6 +151,8 @@ class KafkaSink:
         self._next = 0
         self._refused: list[Reports] = []
         self._retries = {stream: _Retry() for stream in topics}
+        self._single: Producer | None = None
+        """A client that sends each message by itself; made when it is first needed."""
         self._fatal = False
         self._logged_at = -_REPEAT_TROUBLE_S
         self.in_flight: Counter[str] = Counter()
@@ -157,11 +163,11 @@ class KafkaSink:
     def open(self) -> str:
         """Start the client and return the brokers' address. It connects in the background, and tries for ever."""
         self._producer = Producer(self._settings, self._open_socket)
-        if "bootstrap.servers" in self._settings:
-            return self._settings["bootstrap.servers"]
-        for topic in self._topics.values():
-            self._producer.mock_topic(topic, EMBEDDED_PARTITIONS)
-        return self._producer.mock_bootstraps()
+        self._brokers = self._settings.get("bootstrap.servers") or self._producer.mock_bootstraps()
+        if "bootstrap.servers" not in self._settings:
+            for topic in self._topics.values():
+                self._producer.mock_topic(topic, EMBEDDED_PARTITIONS)
+        return self._brokers
 
     def room(self, stream: Stream) -> int:
         """Return how many more messages of a stream may be sent now."""
@@ -170,7 +176,9 @@ class KafkaSink:
     def send(self, batch: EncodedBatch) -> None:
         """Queue a batch, of at most as many messages as there is room for."""
         number, self._next = self._next, self._next + 1
-        self._batches[number] = _InFlight(batch, np.ones(len(batch), np.bool_), len(batch))
+        self._batches[number] = _InFlight(
+            batch, np.ones(len(batch), np.bool_), np.zeros(len(batch), np.bool_), len(batch)
+        )
         self.in_flight[batch.stream.name] += len(batch)
         self._produce(number, np.arange(len(batch)))
 
@@ -184,7 +192,7 @@ class KafkaSink:
         refused, self._refused = self._refused, []
         for reports in refused:
             self._report(reports, outcomes)
-        for event in self._producer.events(timeout_s=0):
+        for event in chain.from_iterable(client.events(timeout_s=0) for client in self._clients()):
             if isinstance(event, Reports):
                 self._report(event, outcomes)
             elif isinstance(event, Error):
@@ -197,7 +205,11 @@ class KafkaSink:
 
     def close(self) -> None:
         """End the client; what is still in flight is given up."""
-        self._producer.close()
+        for client in self._clients():
+            client.close()
+
+    def _clients(self) -> list[Producer]:
+        return [self._producer, self._single] if self._single else [self._producer]
 
     def _socket(self, family: int, kind: int, protocol: int, _: int | None) -> int:
         try:
@@ -208,7 +220,7 @@ class KafkaSink:
             logger.error("kafka: no socket: %s", error)
             return -1
 
-    def _produce(self, number: int, rows: NDArray[np.int64]) -> None:
+    def _produce(self, number: int, rows: NDArray[np.int64], client: Producer | None = None) -> None:
         batch = self._batches[number].batch
         messages = np.zeros(len(rows), MESSAGE)
         messages["payload"] = batch.starts[rows] + batch.payload.ctypes.data
@@ -216,7 +228,7 @@ class KafkaSink:
         messages["key"] = batch.key_starts[rows] + batch.keys.ctypes.data
         messages["key_len"] = batch.key_lengths[rows]
         messages["private"] = rows + (number << _ROW_BITS)
-        if self._producer.produce(self._topics[batch.stream.name], messages) < len(rows):
+        if (client or self._producer).produce(self._topics[batch.stream.name], messages) < len(rows):
             refused = messages[messages["err"] != 0]
             self._refused.append(Reports(refused["err"], refused["private"]))
 
@@ -237,10 +249,14 @@ class KafkaSink:
             return
         flight = self._batches[number]
         if code:
+            alone = flight.alone[rows]
+            self._send_alone(number, rows[~alone], error_name(code))
+            rows = rows[alone]
+        if code and len(rows):
             outcome.lost[error_name(code)] += len(rows)
             topic = self._topics[flight.batch.stream.name]
             logger.error("kafka: %d messages lost topic=%s error=%s", len(rows), topic, error_name(code))
-        else:
+        elif not code:
             outcome.delivered += len(rows)
             self.trouble = None
             self._retries[flight.batch.stream.name].reset()
@@ -249,6 +265,20 @@ class KafkaSink:
         flight.open -= len(rows)
         if not flight.open:
             outcome.done.append(self._batches.pop(number).batch)
+
+    def _send_alone(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+        """Send each message by itself: the failure may be that of another that was in the same request."""
+        if not len(rows):
+            return
+        flight = self._batches[number]
+        topic = self._topics[flight.batch.stream.name]
+        logger.warning("kafka: %d messages are sent again one by one topic=%s error=%s", len(rows), topic, error)
+        if self._single is None:
+            own = {name: value for name, value in self._settings.items() if name not in EMBEDDED}
+            one_by_one = {"bootstrap.servers": self._brokers, "batch.num.messages": "1", "linger.ms": "0"}
+            self._single = Producer({**own, **one_by_one}, self._open_socket)
+        flight.alone[rows] = True
+        self._produce(number, rows, self._single)
 
     def _schedule(self, number: int, rows: NDArray[np.int64], error: str) -> None:
         stream = self._batches[number].batch.stream.name
@@ -269,12 +299,13 @@ class KafkaSink:
     def _reopen(self) -> None:
         """Replace a client that met a fatal error, and send again what was not acknowledged."""
         logger.error("kafka: the client met a fatal error and is replaced error=%s", self.trouble and self.trouble.name)
-        self._producer.close()
-        self._producer = Producer(self._settings, self._open_socket)
+        self.close()
+        self._producer, self._single = Producer(self._settings, self._open_socket), None
         self.trouble, self._fatal, self._refused = None, False, []
         for retry in self._retries.values():
             retry.rows = {}
         for number, flight in sorted(self._batches.items()):
+            flight.alone[:] = False
             self._produce(number, np.flatnonzero(flight.open_rows))
 
 

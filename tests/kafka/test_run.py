@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import confluent_kafka
 import pytest
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from tests.kafka import proc, topics
 from tests.kafka.rebpf import Run, rebpf, wait_until
@@ -260,3 +261,22 @@ def test_a_missing_topic_costs_nothing_is_named_and_hurts_no_other(kafka, echo, 
     topics.assert_complete(balance["missing.tcp_transmit"], events)
     assert {event.record["dport"] for event in syns} == {port}
     topics.assert_complete(balance["missing.tcp_retransmit"], syns)
+
+
+def test_a_topic_that_takes_single_messages_alone_gets_each_of_them(kafka, echo, tmp_path):
+    """Its limit is above each message, and below the batches that they are sent in."""
+    config = '[kafka]\ntopic_prefix = "small."\n'
+    client = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    wanted = NewTopic("small.tcp_transmit", PARTITIONS, 1, config={"max.message.bytes": "700"})
+    client.create_topics([wanted])["small.tcp_transmit"].result(30)
+    init(config, tmp_path, kafka)  # which leaves it as it is
+
+    with Run(tmp_path, "--brokers", kafka.bootstrap, "--port", echo.port, config=config) as run:
+        run.ready()
+        exchange(echo.port, 31)
+        balance = run.finish()
+
+    assert "sent again one by one topic=small.tcp_transmit error=MSG_SIZE_TOO_LARGE" in run.log
+    events = topics.read(kafka.bootstrap, TRANSMIT, "small.")
+    topics.assert_complete(balance["small.tcp_transmit"], events)
+    topics.assert_none_twice(events)

@@ -197,20 +197,21 @@ def test_a_failure_that_passes_costs_no_message(cluster, open_sink, code):
 
 
 @pytest.mark.parametrize("code", [10, 44, 87], ids=rdkafka.error_name)
-def test_a_failure_for_good_is_counted_by_its_name_and_later_messages_arrive(cluster, open_sink, code):
+def test_a_refused_batch_is_sent_one_by_one_and_what_is_refused_then_is_lost_by_name(cluster, open_sink, code):
     cluster.create("t")
     sink = open_sink()
-    cluster.answer_produce_with(code)
-    lost, later = batch(TRANSMITS, numbered(13)), batch(TRANSMITS, numbered(17, 13))
+    # The whole batch, and then, each in a request of its own, the first two of its messages.
+    cluster.answer_produce_with(code, code, code)
+    refused, later = batch(TRANSMITS, numbered(13)), batch(TRANSMITS, numbered(17, 13))
     ledger = Ledger(sink)
-    sink.send(lost)
-    ledger.wait_for(lost)
+    sink.send(refused)
+    ledger.wait_for(refused)
     sink.send(later)
     ledger.wait_for(later)
 
-    assert ledger.lost["transmit"] == {rdkafka.error_name(code): 13}
-    assert ledger.delivered == {"transmit": 17}
-    assert cluster.read("t", 17) == numbered(17, 13)
+    assert ledger.lost["transmit"] == {rdkafka.error_name(code): 2}
+    assert ledger.delivered == {"transmit": 11 + 17}
+    assert cluster.read("t", 28) == [*numbered(11, 2), *numbered(17, 13)]
 
 
 def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_sink):
