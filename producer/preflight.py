@@ -17,18 +17,23 @@ from producer.rungs import LADDERS, cgroup2_root, refusal
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing examined; `exit_code` is 0 unless a producer could not run because of it."""
+    """One thing examined; `exit_code` is 0 unless a producer could not run because of it.
+
+    `there` is False for what this host does not offer, whether or not a producer needs it.
+    """
 
     subject: str
     text: str
     exit_code: int = 0
+    there: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Return the finding as it is printed in JSON."""
         return {"subject": self.subject, "ok": self.exit_code == 0, "text": self.text, "exit_code": self.exit_code}
 
     def __str__(self) -> str:
-        return f"{'ok     ' if self.exit_code == 0 else 'MISSING'} {self.subject}: {self.text}"
+        label = "MISSING" if self.exit_code else "ok" if self.there else "no"
+        return f"{label:7} {self.subject}: {self.text}"
 
 
 def examine(config: Config) -> list[Finding]:
@@ -44,7 +49,8 @@ def _kernel(config: Config) -> Iterator[Finding]:
     else:
         yield Finding("capabilities", "enough to load and attach BPF programs")
     root = cgroup2_root()
-    yield Finding("cgroup v2", f"mounted at {root}" if root else "not mounted; the hook cgroup_skb needs it")
+    text = f"mounted at {root}" if root else "not mounted; the hook cgroup_skb needs it"
+    yield Finding("cgroup v2", text, there=root is not None)
     path = config.capture.btf or VMLINUX
     try:
         btf = Btf.load(path)
@@ -57,7 +63,7 @@ def _kernel(config: Config) -> Iterator[Finding]:
     for stream, ladder in LADDERS.items():
         reasons = {rung.name: refusal(rung, btf, root) for rung in ladder if rung.name in config.capture.hooks}
         for hook, reason in reasons.items():
-            yield Finding(f"{stream} by {hook}", reason or "possible")
+            yield Finding(f"{stream} by {hook}", reason or "possible", there=reason is None)
         if all(reasons.values()):
             yield Finding(stream, "no hook is possible on this host", HookError.exit_code)
 
