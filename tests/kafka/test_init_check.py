@@ -102,7 +102,7 @@ def test_check_of_a_host_that_has_everything_is_good():
     assert len(text.stdout.splitlines()) == len(found)
     assert {line.split()[0] for line in text.stdout.splitlines()} <= {"ok", "no"}
     for line in text.stdout.splitlines():
-        assert " by " not in line or line.startswith("ok ") == line.endswith(": possible")
+        assert "transmit by " not in line or line.startswith("ok ") == line.endswith(": possible")
 
 
 def test_check_says_what_an_unprivileged_user_lacks():
