@@ -46,8 +46,8 @@ class Agent:
     ) -> dict[Topic, Balance]:
         """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
 
-        When `reload` is set, the rules are read anew, and it is cleared.
-        Raises RebpfError's kinds; whatever happens, nothing stays attached.
+        When `reload` is set, the rules are read anew, and it is cleared. Raises RebpfError's kinds. Nothing stays
+        attached after a return; after an error, only what is kept in a bpffs.
         """
         config = self._config
         if privileges.missing(privileges.LOADING):  # before anything that an unprivileged user cannot do either
@@ -78,10 +78,9 @@ class Agent:
             for refusal in hooks.refusals:
                 logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.rung, refusal.reason)
             rungs = " ".join(f"{name}={rung}" for name, rung in hooks.rungs.items())
-            words = (" embedded=true" if config.kafka.brokers is None else "") + (
-                " taken_over=true" if hooks.taken_over else ""
-            )
-            logger.info("ready brokers=%s%s %s", brokers, words, rungs)
+            embedded = " embedded=true" if config.kafka.brokers is None else ""
+            taken_over = " taken_over=true" if hooks.taken_over else ""
+            logger.info("ready brokers=%s%s%s %s", brokers, embedded, taken_over, rungs)
 
             def between() -> None:
                 if reload.is_set():
@@ -128,9 +127,9 @@ class Agent:
         watch = _LossWatch()
         while not stop.is_set() and time.monotonic() < end:
             between()
+            if watch.due():
+                watch.look(self._balances(hooks, paths))
             if not pipeline.step():
-                if watch.due():
-                    watch.look(self._balances(hooks, paths))
                 stop.wait(min(interval_s, max(0.0, end - time.monotonic())))
         hooks.detach()
         deadline = time.monotonic() + self._config.kafka.stop_timeout_s
