@@ -10,6 +10,7 @@
 #define SOCK_RAW 3
 #define TCPHDR_FIN 0x01
 #define TCPHDR_SYN 0x02
+#define TCPHDR_PSH 0x08
 #define TCPHDR_ACK 0x10
 #define TCP_SYN_RECV 3
 #define TCP_LISTEN 10
@@ -172,6 +173,8 @@ static __always_inline void fill_from_cb(struct segment *s, const struct sk_buff
 	u32 segs = READ(cb, tcp_gso_segs);
 
 	s->tcp_flags = READ(cb, tcp_flags);
+	if (segs > 1) /* TCP forces it on super-segments as it writes their header, since Linux 5.4 */
+		s->tcp_flags |= TCPHDR_PSH;
 	s->seq = READ(cb, seq);
 	s->end_seq = READ(cb, end_seq);
 	s->ack_seq = ack_seq;
