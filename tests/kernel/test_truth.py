@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from producer.lab import Host, Lab
 from producer.rungs import cgroup2_root
 from tests.kernel.capture import DEADLINE_S, Capture, Pair, inside, rules, wait_for
 from tests.kernel.tcpinfo import TcpInfo, tcp_info
-from tests.kernel.trial import ACK, INTERFACE, RST, Trial, segs
+from tests.kernel.trial import ACK, INTERFACE, RST, Trial, kernel_version, segs
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -29,20 +29,32 @@ def run(host: Host, *argv: str) -> None:
     subprocess.run(host.command(*argv), check=True)
 
 
+OFFLOADS = {
+    "tso": (),
+    "cut": (
+        ("ethtool", "-K", INTERFACE, "tso", "off", "gso", "off"),
+        ("ethtool", "-K", INTERFACE, "tso", "on", "gso", "on"),
+    ),
+    "single": (
+        ("ip", "link", "set", INTERFACE, "gso_max_segs", "1"),
+        ("ip", "link", "set", INTERFACE, "gso_max_segs", "65535"),
+    ),
+}
+"""How the interface takes super-segments: as they are, cut by the stack before, or TCP builds none. Do and undo."""
+
+
 @contextlib.contextmanager
-def offload(lab: Lab, kind: str) -> Iterator[None]:
-    """Have the interfaces take super-segments (tso), have them cut before (cut), or make TCP build none (single)."""
-    for host in lab.hosts:
-        if kind == "cut":
-            run(host, "ethtool", "-K", INTERFACE, "tso", "off", "gso", "off")
-        elif kind == "single":
-            run(host, "ip", "link", "set", INTERFACE, "gso_max_segs", "1")
-    yield
-    for host in lab.hosts:
-        if kind == "cut":
-            run(host, "ethtool", "-K", INTERFACE, "tso", "on", "gso", "on")
-        elif kind == "single":
-            run(host, "ip", "link", "set", INTERFACE, "gso_max_segs", "65535")
+def changed(hosts: Iterable[Host], commands: Sequence[Sequence[str]]) -> Iterator[None]:
+    """Run the first command on the hosts, and in the end the second."""
+    for host in hosts:
+        for argv in commands[:1]:
+            run(host, *argv)
+    try:
+        yield
+    finally:
+        for host in hosts:
+            for argv in commands[1:]:
+                run(host, *argv)
 
 
 def receive(end: socket.socket, size: int) -> None:
@@ -76,7 +88,7 @@ def test_bulk_with_random_loss(
 ) -> None:
     drop = f"tcp dport {port} numgen random mod 1000 < {permille} drop"
     with (
-        offload(lab, kind),
+        changed(lab.hosts, OFFLOADS[kind]),
         rules(lab.server, "prerouting", drop),
         rules(lab.client, "prerouting", drop.replace("dport", "sport")),
         Trial(capture, lab, port, whole=kind != "cut") as trial,
@@ -155,7 +167,7 @@ def slow_lane(lab: Lab, port: int) -> Iterator[None]:
 
 
 def test_reordering_makes_spurious_retransmits(capture: Capture, lab: Lab, port: int) -> None:
-    with offload(lab, "single"), slow_lane(lab, port), Trial(capture, lab, port) as trial:
+    with changed(lab.hosts, OFFLOADS["single"]), slow_lane(lab, port), Trial(capture, lab, port) as trial:
         for _ in range(50):
             with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
                 pair.transfer(1_000_003)
@@ -241,8 +253,7 @@ def test_a_reset_by_the_owner_is_seen(capture: Capture, lab: Lab, port: int) -> 
 
 def sees_socketless(capture: Capture, *, time_wait: bool) -> bool:
     """Tell whether the rung sees what is sent without a full socket; that of time wait only before Linux 6.13."""
-    major, minor, *_ = os.uname().release.split(".")
-    return capture.hooks.rungs["transmit"] == "cgroup_skb" and not (time_wait and (int(major), int(minor)) >= (6, 13))
+    return capture.hooks.rungs["transmit"] == "cgroup_skb" and not (time_wait and kernel_version() >= (6, 13))
 
 
 def test_the_acknowledgement_in_time_wait(capture: Capture, lab: Lab, port: int) -> None:
@@ -304,7 +315,13 @@ def test_a_blackhole_times_out_and_each_timeouts_state_is_that_of_tcp_info(
 def test_the_state_is_that_of_tcp_info(capture: Capture, lab: Lab, port: int) -> None:
     lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"
     samples: dict[int, tuple[TcpInfo, TcpInfo]] = {}
-    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+    # Else a sender that has paused adjusts itself between the look at its state and the segment.
+    after_idle = [("sysctl", "-qw", f"net.ipv4.tcp_slow_start_after_idle={value}") for value in (0, 1)]
+    with (
+        changed([lab.client], after_idle),
+        Trial(capture, lab, port) as trial,
+        Pair(lab.client, lab.server, lab.server.ipv4, port) as pair,
+    ):
         congestion_control(pair.client, "reno")
         with rules(lab.server, "prerouting", lost):
             for _ in range(7):  # a recovery, so that the threshold and the totals are no longer the first ones

@@ -6,6 +6,7 @@ The accounts are the events, the namespaces' counters, and a packet capture on e
 import contextlib
 import ipaddress
 import itertools
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -20,7 +21,9 @@ from tests.wire import Segment, sniffed
 
 INTERFACE = "veth0"
 FIN, SYN, RST, PSH, ACK, ECE, CWR = 1, 2, 4, 8, 16, 64, 128
+MAX_SEGS = 46  # of one event: 64 KiB in segments of 1,448 bytes
 COUNTED_CAUSES = {
+    "RetransSegs": CAUSES,
     "TCPFastRetrans": ("fast",),
     "TCPSlowStartRetrans": ("slow_start",),
     "TCPSynRetrans": ("syn", "syn_ack"),
@@ -34,6 +37,12 @@ class Sent(NamedTuple):
     segment: Segment
     end_seq: int
     again: bool
+
+
+def kernel_version() -> tuple[int, int]:
+    """Return the running kernel's, without its patch level."""
+    major, minor, *_ = os.uname().release.split(".")
+    return int(major), int(minor)
 
 
 def cause_is(rows: Rows, *causes: str) -> Rows:
@@ -68,6 +77,7 @@ class Trial:
         assert self._lab.wait_idle(DEADLINE_S)
         self._before = {host.name: host.counters() for host in self._lab.hosts}
         self._start = {stream.name: len(self._capture.of_port(stream, self._port)) for stream in STREAMS}
+        self._first = {stream.name: len(self._capture.all(stream)) for stream in STREAMS}
         self._nested = {stream.name: self._capture.hooks.counters(stream).nested for stream in STREAMS}
         with self._stack as stack:
             for host in self._lab.hosts:
@@ -83,7 +93,6 @@ class Trial:
         self._stack.close()
         assert idle
         if kind is None:
-            self._check_losses()
             for host in self._lab.hosts:
                 self._check_wire(host)
                 self._check_counters(host)
@@ -111,10 +120,13 @@ class Trial:
         chosen: Rows = rows[rows["s"]["flow"]["netns"] == host.netns]
         return chosen
 
-    def _check_losses(self) -> None:
-        for stream in STREAMS:
-            counters = self._capture.hooks.counters(stream)
-            assert (counters.ring_full, counters.nested - self._nested[stream.name]) == (0, 0)
+    def _skipped(self, stream: Stream) -> int:
+        """Return how many runs of the stream's programs the kernel skipped: what may be missing. See docs/truth.md."""
+        counters = self._capture.hooks.counters(stream)
+        assert counters.ring_full == 0
+        if self.hook == "kprobe" and kernel_version() < (6, 7):  # which does not count them
+            return 1 + len(self._capture.all(stream)[self._first[stream.name] :]) // 1000
+        return counters.nested - self._nested[stream.name]
 
     def _check_wire(self, host: Host) -> None:
         rows = self.sent(host)
@@ -123,7 +135,8 @@ class Trial:
         if not self._whole:
             wire = list(_joined(wire, zip(told, rows["s"]["segs"].tolist(), strict=True)))
         seen = list(_marked(wire))
-        assert _difference(told, seen) == [], "events without a packet"
+        invented = _difference(told, seen)
+        assert not invented, f"events without a packet: {invented[:3]}; packets: {_difference(seen, told)[:3]}"
         lacking = _difference(seen, told)
         ends = _ends(segment for wire in self._wire.values() for segment in wire)
         unexplained = [
@@ -131,10 +144,16 @@ class Trial:
             for each in lacking
             if not _is_of_time_wait(each.segment, ends) and not (self._resets and each.segment.tcp_flags & RST)
         ]
-        assert unexplained == [], "packets without an event"
-        self.socketless[host.name] = [each.segment for each in lacking]
-        again = self.again(host)
-        assert Counter(_sent(again, np.ones(len(again), bool))) == Counter(each for each in seen if each.again)
+        pieces = 1 if self._whole else MAX_SEGS
+        assert len(unexplained) <= pieces * self._skipped(TRANSMITS), f"packets without an event: {unexplained[:3]}"
+        self.socketless[host.name] = [each.segment for each in lacking if each not in unexplained]
+        rows = self.again(host)
+        told, seen = _sent(rows, np.ones(len(rows), bool)), [each for each in seen if each.again]
+        assert not (invented := _difference(told, seen)), f"retransmits without a packet: {invented[:3]}"
+        lacking = _difference(seen, told)
+        assert len(lacking) <= pieces * self._skipped(RETRANSMITS), (
+            f"retransmitted packets without an event: {lacking[:3]}"
+        )
 
     def _as_told(self, segment: Segment) -> Segment:
         """Leave out what the rung does not know: fentry and kprobe see the flags before ECN's."""
@@ -145,24 +164,28 @@ class Trial:
     def _check_counters(self, host: Host) -> None:
         sent, again = self.sent(host), self.again(host)
         assert (again["err"] == 0).all()
-        told = {name: segs(cause_is(again, *causes)) for name, causes in COUNTED_CAUSES.items()}
-        told |= {"RetransSegs": segs(again), "other": segs(cause_is(again, "other"))}
-        assert told == {**{name: self.moved(host, name) for name in (*COUNTED_CAUSES, "RetransSegs")}, "other": 0}
+        assert not len(cause_is(again, "other"))
+        missing = {stream.name: range(MAX_SEGS * self._skipped(stream) + 1) for stream in STREAMS}
+        for name, causes in COUNTED_CAUSES.items():
+            told = segs(cause_is(again, *causes))
+            assert self.moved(host, name) - told in missing["retransmit"], f"{name}: {told} by the events"
         # A probe may also be new data. A timeout may find the segment still in the host's queue, or be that of a
         # SYN-ACK, which a SYN that comes again has sent again too.
         assert segs(cause_is(again, "tlp")) <= self.moved(host, "TCPLossProbes")
         timeouts = self.moved(host, "TCPTimeouts") - segs(cause_is(again, "rto", "syn"))
         queued = self.moved(host, "TCPSpuriousRtxHostQueues")
-        assert 0 <= timeouts <= segs(cause_is(again, "syn_ack")) + queued
+        assert 0 <= timeouts <= segs(cause_is(again, "syn_ack")) + queued + missing["retransmit"].stop - 1
 
         marked = segs(sent[sent["is_retransmit"] == 1])
         syn_acks = segs(cause_is(again, "syn_ack"))
         if not (sent["s"]["known"][sent["s"]["tcp_flags"] == SYN | ACK] & KNOWN["is_retransmit"]).all():
             marked += syn_acks
-        assert marked == self.moved(host, "RetransSegs")
+        assert self.moved(host, "RetransSegs") - marked in missing["transmit"], (
+            f"RetransSegs: {marked} by the transmits"
+        )
         # tcp_make_synack counts each SYN-ACK in OutSegs, also one that is sent again.
         first = segs(sent) - marked + syn_acks + len(self.socketless[host.name])
-        assert first == self.moved(host, "OutSegs")
+        assert self.moved(host, "OutSegs") - first in missing["transmit"], f"OutSegs: {first} by the transmits"
 
 
 def _difference(some: Iterable[Sent], others: Iterable[Sent]) -> list[Sent]:
@@ -240,6 +263,8 @@ def _joined(wire: Iterable[Segment], told: Iterable[tuple[Sent, int]]) -> Iterat
         packets[segment[:4]].append(segment)
     for sent, count in told:
         mine = packets[sent.segment[:4]]
+        while any(each.seq == sent.segment.seq for each in mine[1:]) and mine[0].seq != sent.segment.seq:
+            yield mine.pop(0)  # of a skipped event
         pieces, mine[:count] = mine[:count], []
         if not pieces:
             continue
