@@ -87,7 +87,8 @@ class Agent:
                     reload.clear()
                     rules.reload()
                 rules.look()
-                folder.note_lost({path.stream.name: dict(path.lost) for path in paths})
+                if pins:
+                    folder.note_lost({path.stream.name: dict(path.lost) for path in paths})
                 folder.publish_if_new({**facts, "rules_version": rules.version})
 
             return self._work(hooks, sink, paths, stop, between, duration_s)
