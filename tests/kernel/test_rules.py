@@ -43,8 +43,9 @@ def put(capture: Capture, *rules: Rule) -> int:
 
 
 def sent_by(capture: Capture, port: int) -> Rows:
+    """Return the exchanges' segments; a slow machine's kernel may take one for lost and send it again."""
     rows = capture.of_port(TRANSMITS, port)
-    chosen: Rows = rows[rows["s"]["payload_len"] == SIZE]
+    chosen: Rows = rows[(rows["s"]["payload_len"] == SIZE) & (rows["is_retransmit"] == 0)]
     return chosen
 
 
