@@ -157,7 +157,6 @@ def test_reloads_lose_no_segment_and_take_none_twice(ruled: Capture, lab: Lab, p
         done.set()
         thread.join()
     rows = sent_by(ruled, port)
-    rows = rows[rows["is_retransmit"] == 0]  # a busy machine may probe for a loss
     assert (np.diff(rows["s"]["seq"].astype(np.int64)) % (1 << 32) == SIZE).all(), "each segment once, none missing"
     assert set(rows["s"]["rules_version"]) <= set(versions)
     assert len(set(rows["s"]["rules_version"])) > 20
