@@ -62,6 +62,16 @@ def broker() -> Iterator[socket.socket]:
         yield listener
 
 
+def ask(client: socket.socket, broker: socket.socket) -> None:
+    """Connect to a broker, ask it something, and get an answer."""
+    client.connect(broker.getsockname())
+    with broker.accept()[0] as accepted:
+        client.sendall(b"question")
+        assert accepted.recv(8)
+        accepted.sendall(b"answer")
+        assert client.recv(6)
+
+
 def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None:
     port = broker.getsockname()[1]
     with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=(port,)), own_listeners=True)) as capture:
@@ -69,12 +79,7 @@ def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None
         with socket.socket() as own, socket.socket() as other:
             capture.hooks.exclude_socket(own.fileno())
             for client in (own, other):
-                client.connect(("127.0.0.1", port))
-                with broker.accept()[0] as accepted:
-                    client.sendall(b"question")
-                    assert accepted.recv(8)
-                    accepted.sendall(b"answer")
-                    assert client.recv(6)
+                ask(client, broker)
             visible = ("127.0.0.1", other.getsockname()[1], "127.0.0.1", port)
         # Another process, which knows nothing of the agent, talks to the same port.
         program = (
@@ -96,12 +101,7 @@ def test_neither_end_of_the_agents_own_connections_is_seen(broker: socket.socket
         with socket.socket() as own, socket.socket() as other:
             capture.hooks.exclude_socket(own.fileno())
             for client in (own, other):
-                client.connect(("127.0.0.1", port))
-                with broker.accept()[0] as accepted:
-                    client.sendall(b"question")
-                    assert accepted.recv(8)
-                    accepted.sendall(b"answer")
-                    assert client.recv(6)
+                ask(client, broker)
             visible = ("127.0.0.1", other.getsockname()[1], "127.0.0.1", port)
         wait_for(lambda: len(capture.all(TRANSMITS)) == capture.hooks.counters(TRANSMITS).passed, "all events")
         assert endpoints(capture.all(TRANSMITS)) == {visible, (*visible[2:], *visible[:2])}
