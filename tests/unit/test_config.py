@@ -21,6 +21,7 @@ ports = [443, 9092]
 default = "drop"
 transmit_ring_bytes = 65536
 retransmit_ring_bytes = 8192
+pin = "/sys/fs/bpf/rebpf"
 drain_interval_s = 1
 btf = "/some/vmlinux"
 
@@ -107,6 +108,7 @@ def test_every_setting_can_be_read(read):
             default="drop",
             transmit_ring_bytes=65536,
             retransmit_ring_bytes=8192,
+            pin=Path("/sys/fs/bpf/rebpf"),
             drain_interval_s=1.0,
             btf=Path("/some/vmlinux"),
         ),
