@@ -55,12 +55,12 @@ def prepare(broker: KafkaServer, prefix: str, folder: Path) -> str:
 
 def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, bpffs, tmp_path):
     # Room for half a minute without a producer or broker: more than the default ring has.
-    config = prepare(broker, "crash.", tmp_path) + f"[capture]\ntransmit_ring_bytes = {1 << 26}\n"
+    config = prepare(broker, "crash.", tmp_path) + f"[capture]\ntransmit_ring_bytes = {1 << 27}\n"
     chance = random.Random(7)
     done = threading.Event()
 
     def traffic() -> None:
-        while not done.wait(0.01):
+        while not done.wait(0.02):
             exchange(echo.port, 5)
 
     with Echo() as echo, captured(echo.port) as segments:
@@ -85,7 +85,9 @@ def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, b
         balance = run.finish()
     events = topics.read(broker.bootstrap, TRANSMIT, "crash.")
     once = {(event.record["cpu"], event.record["cpu_seq"]): event for event in events}
-    assert Counter(map(topics.segment, once.values())) == segments
+    found = Counter(map(topics.segment, once.values()))
+    # Not the whole difference, which may be of a million segments.
+    assert ((segments - found).total(), (found - segments).total()) == (0, 0), balance
     account = balance["crash.tcp_transmit"]
     assert account["lost"] == {}
     assert account["passed"] == account["delivered"] == len(once)
