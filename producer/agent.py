@@ -153,13 +153,11 @@ class Agent:
         balances = {}
         for path in paths:
             kernel = hooks.counters(path.stream)
-            balances[self._topics[path.stream.name]] = Balance.of(
-                passed=kernel.passed,
-                ring_full=kernel.ring_full,
-                nested=kernel.nested,
-                delivered=path.delivered,
-                lost=path.lost,
-            )
+            losses = {"ring_full": kernel.ring_full, "nested": kernel.nested, **path.lost}
+            lost = {reason: count for reason, count in losses.items() if count}
+            passed = kernel.passed + kernel.nested
+            in_flight = passed - path.delivered - sum(lost.values())
+            balances[self._topics[path.stream.name]] = Balance(passed, path.delivered, in_flight, lost=lost)
         return balances
 
 

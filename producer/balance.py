@@ -1,44 +1,65 @@
-"""The account of a stream: every event that passed the filter is delivered, on its way, or lost for a named reason."""
+"""The account of a stream: every event that passed the filter is delivered, on its way, on disk, or lost for a named
+reason.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+_STAGES: Mapping[str, str] = {
+    "ring_full": "kernel",
+    "nested": "kernel",
+    "old_ring": "hooks",
+    "spool_dropped": "spool",
+    "spool_expired": "spool",
+    "spool_damaged": "spool",
+    "stopped": "stop",
+}
+
+
+def stage(reason: str) -> str:
+    """Return where events are lost for a reason: kernel, hooks, spool, stop, or kafka, whose reasons are its errors."""
+    return _STAGES.get(reason, "kafka")
 
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """One stream's events since the hooks were attached: passed = delivered + spooled + in_flight + the sum of lost.
+    """One stream's events since its ring was made, and those that the spool held then (`carried` of them):
+
+        passed = delivered + in_flight + spooled + in_ring + the sum of lost
 
     `passed` includes runs that the kernel skipped because the program would have interrupted itself, lost as `nested`:
-    whether the filter would have let them pass is not known. `in_flight` is all that is in the ring or under way to
-    Kafka.
+    whether the filter would have let them pass is not known. Each event is in one place: `in_ring` is not read yet,
+    `spooled` is on disk, `in_flight` is under way to Kafka (and may be on disk too).
     """
 
     passed: int
     delivered: int
-    in_flight: int
-    lost: Mapping[str, int]
+    in_flight: int = 0
+    in_ring: int = 0
     spooled: int = 0
+    carried: int = 0
+    lost: Mapping[str, int] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, *, passed: int, ring_full: int, nested: int, delivered: int, lost: Mapping[str, int]) -> "Balance":
-        """Add the kernel's counters and the sink's up; what is in neither is in flight."""
-        losses = {"ring_full": ring_full, "nested": nested, **lost}
-        losses = {reason: count for reason, count in losses.items() if count}
-        passed += nested
-        return cls(passed, delivered, passed - delivered - sum(losses.values()), losses)
+    @property
+    def unaccounted(self) -> int:
+        """Events in none of the places: 0, or the account is wrong."""
+        places = self.delivered + self.in_flight + self.spooled + self.in_ring + sum(self.lost.values())
+        return self.passed - places
 
     def as_dict(self) -> dict[str, Any]:
         """Return the balance as it is printed in JSON."""
         return {
             "passed": self.passed,
+            "carried": self.carried,
             "delivered": self.delivered,
-            "spooled": self.spooled,
             "in_flight": self.in_flight,
+            "spooled": self.spooled,
+            "in_ring": self.in_ring,
             "lost": dict(self.lost),
         }
 
     def __str__(self) -> str:
         losses = ",".join(f"{reason}:{count}" for reason, count in self.lost.items()) or "0"
-        counts = f"passed={self.passed} delivered={self.delivered} spooled={self.spooled} in_flight={self.in_flight}"
-        return f"{counts} lost={losses}"
+        counts = {name: count for name, count in self.as_dict().items() if name != "lost"}
+        return " ".join(f"{name}={count}" for name, count in counts.items()) + f" lost={losses}"
