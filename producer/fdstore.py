@@ -1,0 +1,121 @@
+"""Maps, programs and links that outlive the process that made them, in systemd's file descriptor store.
+
+systemd holds a copy of each descriptor by its name, and hands all of them to the next process of the service, after a
+crash as after `systemctl restart`; at `systemctl stop` it lets go of them. What they are is a manifest, in a sealed
+memory file, stored last and removed first: without it, the others are the remains of a start that did not come to its
+end. Only the service's main process can store (NotifyAccess=main), and at most FileDescriptorStoreMax= descriptors.
+
+systemd never says what it has stored. That it would is in the environment variable FDSTORE, the number of descriptors
+that it allows: it sets that itself from version 254 on, and before, the unit does (Environment=FDSTORE=). Nothing else
+tells: NOTIFY_SOCKET is set for services without a store too, and LISTEN_FDS only from the second start on.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from producer.errors import ConfigError
+from producer.systemd import barrier, notify
+
+_FIRST = 3  # SD_LISTEN_FDS_START
+_MANIFEST = "manifest"
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+
+
+def available() -> bool:
+    """Whether this process is a systemd service with a file descriptor store."""
+    return bool(os.environ.get("NOTIFY_SOCKET")) and _limit() > 0
+
+
+class FdStore:
+    """The store of the service that this process is. Entering takes what systemd handed over, at most once a process.
+
+    What systemd keeps is held here too, until it is cleared or this object is left.
+    """
+
+    outlives_stop = True
+    """Only systemd knows whether a stop is the first half of a restart: it ends what is kept where it is not."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, int] = {}
+
+    def manifest(self) -> dict[str, Any] | None:
+        """Return what `keep` was told; None where nothing is kept."""
+        if _MANIFEST not in self._kept:
+            return None
+        descriptor = self._kept[_MANIFEST]
+        manifest: dict[str, Any] = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+        return manifest
+
+    def open(self, names: Sequence[str]) -> list[int]:
+        """Return new descriptors of kept objects."""
+        return [os.dup(self._kept[name]) for name in names]
+
+    def keep(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
+        """Keep the objects of these descriptors by their names, in place of what was kept.
+
+        Raises ConfigError where the store is too small.
+        """
+        needed = len(objects) + 1
+        if needed > _limit():
+            raise ConfigError(f"FileDescriptorStoreMax={_limit()} of the unit is too small: {needed} are needed")
+        self.clear()
+        for name, descriptor in objects.items():
+            self._store(name, os.dup(descriptor))
+        self._store(_MANIFEST, _sealed(json.dumps(manifest).encode()))
+        barrier()
+
+    def clear(self) -> None:
+        """Keep nothing: what nobody else holds ends, links first.
+
+        From version 254 on systemd closes what it removes in a thread of its own, which may be a moment later.
+        """
+        for name in sorted(self._kept, key=lambda name: (name != _MANIFEST, not name.startswith("link"))):
+            notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+            os.close(self._kept.pop(name))
+        barrier()
+
+    def _store(self, name: str, descriptor: int) -> None:
+        self._kept[name] = descriptor
+        # FDPOLL=0: systemd shall not drop a descriptor because it is at its end, as poll(2) has it.
+        notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [descriptor])
+
+    def __enter__(self) -> "FdStore":
+        self._kept = _handed_over()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self._kept.values():
+            os.close(descriptor)
+        self._kept = {}
+
+
+def _limit() -> int:
+    return int(os.environ.get("FDSTORE") or 0)
+
+
+def _handed_over() -> dict[str, int]:
+    """Return the descriptors that systemd handed to this process, by name; neither they nor the word go on to children.
+
+    The variables of another process, which this one has inherited, are none of its business: sd_listen_fds(3).
+    """
+    told = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("LISTEN_")}
+    if told.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    descriptors = range(_FIRST, _FIRST + int(told["LISTEN_FDS"]))
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    return dict(zip(told["LISTEN_FDNAMES"].split(":"), descriptors, strict=True))
+
+
+def _sealed(content: bytes) -> int:
+    """Return a memory file that nobody can change."""
+    descriptor = os.memfd_create(_MANIFEST, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(descriptor, content)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    return descriptor

@@ -1,0 +1,49 @@
+"""What a service tells systemd, and what systemd keeps for it: the protocol of sd_notify(3).
+
+A message is a datagram of lines KEY=VALUE to the Unix socket in NOTIFY_SOCKET, with file descriptors beside it. systemd
+takes the messages of a service in their order, those too of a process that was killed meanwhile. Standard library only.
+"""
+
+import os
+import select
+import socket
+from collections.abc import Sequence
+
+from producer.errors import UnavailableError
+
+_TIMEOUT_S = 30.0  # for a queue that is full: as long as systemd itself is stuck
+
+
+def notify(text: str, descriptors: Sequence[int] = ()) -> bool:
+    """Send a message; return False where no service manager listens. UnavailableError where it does not take it."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.settimeout(_TIMEOUT_S)
+        try:
+            channel.connect("\0" + address[1:] if address.startswith("@") else address)
+            socket.send_fds(channel, [text.encode()], descriptors)
+        except OSError as error:
+            raise UnavailableError(f"the service manager at NOTIFY_SOCKET {address}: {error}") from error
+    return True
+
+
+def barrier() -> None:
+    """Return when all messages sent so far have been taken account of.
+
+    systemd closes a descriptor when it is at its message; before 246, which knows no BARRIER, as one that it has no use
+    for.
+    """
+    ours, theirs = os.pipe()
+    try:
+        try:
+            sent = notify("BARRIER=1", [theirs])
+        finally:
+            os.close(theirs)
+        hangup = select.poll()
+        hangup.register(ours, 0)  # POLLHUP comes unasked
+        if sent and not hangup.poll(_TIMEOUT_S * 1000):
+            raise UnavailableError(f"the service manager has not answered within {_TIMEOUT_S:.0f} s")
+    finally:
+        os.close(ours)

@@ -1,0 +1,82 @@
+"""systemd's side of sd_notify and of the file descriptor store, and the start of a service that is handed the store."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+# Becomes the service: what it is handed stands at descriptor 3 and on, and LISTEN_PID is its own.
+_START = """
+import fcntl, os, sys
+_, given, names, *command = sys.argv
+given = [fcntl.fcntl(int(each), fcntl.F_DUPFD, 500) for each in given.split(",") if each]
+for number, descriptor in enumerate(given, 3):
+    os.dup2(descriptor, number)
+os.closerange(3 + len(given), 1000)
+if given:
+    os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(given)), LISTEN_FDNAMES=names)
+os.execvp(command[0], command)
+"""
+
+
+class Manager:
+    """A service manager of one service: it notes each message, and keeps descriptors by name."""
+
+    def __init__(self, folder: Path, limit: int = 64) -> None:
+        self.address = str(folder / "notify")
+        self.messages: list[str] = []
+        self.stored: dict[str, int] = {}
+        self._limit = limit
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._thread = threading.Thread(target=self._serve)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a service's process is told."""
+        return {"NOTIFY_SOCKET": self.address, "FDSTORE": str(self._limit)}
+
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None, **settings: Any
+    ) -> "subprocess.Popen[str]":
+        """Start a process of the service, which is handed all that is stored."""
+        given = list(self.stored.values())
+        start = [sys.executable, "-c", _START, ",".join(map(str, given)), ":".join(self.stored), *command]
+        env = {**os.environ, **self.environment, **(environment or {})}
+        return subprocess.Popen(start, env=env, pass_fds=given, text=True, **settings)
+
+    def __enter__(self) -> Self:
+        self._socket.bind(self.address)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+            own.sendto(b"END", self.address)
+        self._thread.join()
+        self._socket.close()
+        for descriptor in self.stored.values():
+            os.close(descriptor)
+
+    def _serve(self) -> None:
+        while True:
+            packet, descriptors, *_ = socket.recv_fds(self._socket, 4096, 16)
+            if packet == b"END":
+                return
+            self._take(packet.decode(), descriptors)
+
+    def _take(self, text: str, descriptors: list[int]) -> None:
+        self.messages.append(text)
+        lines = dict(line.split("=", 1) for line in text.splitlines())
+        if lines.get("FDSTORE") == "1" and len(self.stored) < self._limit:
+            (descriptor,) = descriptors
+            assert lines["FDNAME"] not in self.stored, "systemd would keep both"
+            self.stored[lines["FDNAME"]] = descriptor
+            return
+        if lines.get("FDSTOREREMOVE") == "1":
+            os.close(self.stored.pop(lines["FDNAME"]))
+        for descriptor in descriptors:
+            os.close(descriptor)

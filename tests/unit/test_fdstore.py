@@ -1,0 +1,139 @@
+"""The store as systemd sees it, and as the service's next process finds it."""
+
+import os
+import sys
+
+import pytest
+
+from producer.errors import ConfigError
+from producer.fdstore import FdStore, available
+from tests.manager import Manager
+
+NEXT = """
+import os, sys
+from producer.fdstore import FdStore
+if sys.argv[1:]:
+    os.environ["LISTEN_PID"] = sys.argv[1]
+with FdStore() as store:
+    print(store.manifest())
+    if store.manifest():
+        print(*(os.read(descriptor, 100).decode() for descriptor in store.open(["ring", "link_0"])))
+print([name for name in os.environ if name.startswith("LISTEN_")])
+print([number for number in range(3, 6) if os.path.exists(f"/proc/self/fd/{number}")])
+"""
+MANIFEST = {"maps": ["ring"], "links": ["link_0"]}
+
+
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    with Manager(tmp_path) as manager:
+        for name, value in manager.environment.items():
+            monkeypatch.setenv(name, value)
+        yield manager
+
+
+@pytest.fixture
+def objects(tmp_path):
+    """Descriptors that can be told apart."""
+    found = {}
+    for name in ("ring", "link_0"):
+        (tmp_path / name).write_text(f"this is {name}")
+        found[name] = os.open(tmp_path / name, os.O_RDONLY)
+    yield found
+    for descriptor in found.values():
+        os.close(descriptor)
+
+
+def next_process(manager, *arguments):
+    process = manager.start([sys.executable, "-c", NEXT, *arguments], stdout=-1)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    return out.splitlines()
+
+
+def removed(manager):
+    return [text.split("FDNAME=")[1] for text in manager.messages if text.startswith("FDSTOREREMOVE=1\n")]
+
+
+def test_the_next_process_finds_what_is_kept_and_its_children_do_not(manager, objects):
+    with FdStore() as store:
+        assert store.manifest() is None
+        store.keep(objects, MANIFEST)
+    assert next_process(manager) == [str(MANIFEST), "this is ring this is link_0", "[]", "[]"]
+
+
+def test_what_was_handed_to_another_process_is_let_be(manager, objects):
+    with FdStore() as store:
+        store.keep(objects, MANIFEST)
+    assert next_process(manager, "1") == ["None", "[]", "[3, 4, 5]"]
+
+
+def test_the_manifest_is_stored_last_and_nobody_can_change_it(manager, objects):
+    with FdStore() as store:
+        store.keep(objects, MANIFEST)
+        names = [text.split("\n")[1] for text in manager.messages if text.startswith("FDSTORE=1\n")]
+        assert names == ["FDNAME=ring", "FDNAME=link_0", "FDNAME=manifest"]
+        assert all("\nFDPOLL=0" in text for text in manager.messages if text.startswith("FDSTORE=1\n"))
+        assert store.manifest() == MANIFEST
+        with pytest.raises(PermissionError):
+            os.write(manager.stored["manifest"], b"{}")
+
+
+def test_what_is_handed_over_has_no_heirs(manager, objects):
+    with FdStore() as store:
+        store.keep(objects, MANIFEST)
+    look = "import os\nfrom producer.fdstore import FdStore\nwith FdStore(): print(*map(os.get_inheritable, (3, 4, 5)))"
+    process = manager.start([sys.executable, "-c", look], stdout=-1)
+    assert process.communicate()[0].split() == ["False"] * 3
+
+
+def test_the_manifest_is_removed_first_and_then_the_links(manager, objects):
+    with FdStore() as store:
+        store.keep(objects, MANIFEST)
+        store.clear()
+        assert removed(manager) == ["manifest", "link_0", "ring"]
+        assert manager.stored == {}
+        assert store.manifest() is None
+
+
+def test_what_is_kept_anew_is_in_place_of_the_old(manager, objects):
+    with FdStore() as store:
+        store.keep(objects, MANIFEST)
+        store.keep({"ring": objects["ring"]}, {"maps": ["ring"]})
+        assert sorted(manager.stored) == ["manifest", "ring"]
+        assert store.manifest() == {"maps": ["ring"]}
+
+
+def test_remains_without_a_manifest_are_cleared(manager, objects):
+    with FdStore() as store:
+        store.keep(objects, MANIFEST)
+    os.close(manager.stored.pop("manifest"))
+    clear = "from producer.fdstore import FdStore\nwith FdStore() as store: print(store.manifest()); store.clear()"
+    process = manager.start([sys.executable, "-c", clear], stdout=-1)
+    assert process.communicate()[0] == "None\n"
+    assert manager.stored == {}
+
+
+def test_a_store_that_is_too_small_is_a_configuration_error(manager, objects, monkeypatch):
+    monkeypatch.setenv("FDSTORE", "2")
+    with FdStore() as store, pytest.raises(ConfigError, match="FileDescriptorStoreMax=2 of the unit is too small: 3"):
+        store.keep(objects, MANIFEST)
+    assert manager.messages == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"NOTIFY_SOCKET": "/run/systemd/notify"}, False),
+        ({"NOTIFY_SOCKET": "/run/systemd/notify", "FDSTORE": "0"}, False),
+        ({"NOTIFY_SOCKET": "/run/systemd/notify", "FDSTORE": "64"}, True),
+        ({"FDSTORE": "64"}, False),
+    ],
+)
+def test_there_is_a_store_where_the_unit_has_one(environment, expected, monkeypatch):
+    for name in ("NOTIFY_SOCKET", "FDSTORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert available() is expected

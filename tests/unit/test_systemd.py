@@ -1,0 +1,55 @@
+"""What is told to systemd, and that it is known to have arrived."""
+
+import os
+import socket
+
+import pytest
+
+from producer import systemd
+from producer.errors import UnavailableError
+from producer.systemd import barrier, notify
+from tests.manager import Manager
+
+
+def test_without_a_manager_nothing_is_sent(monkeypatch):
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not notify("READY=1")
+    barrier()
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_text_and_descriptors_arrive(kind, tmp_path, monkeypatch):
+    name = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, open("/dev/null") as file:
+        manager.bind(name if kind == "path" else "\0" + name)
+        monkeypatch.setenv("NOTIFY_SOCKET", name if kind == "path" else "@" + name)
+        assert notify("READY=1\nSTATUS=capturing", [file.fileno()])
+        packet, (descriptor,), *_ = socket.recv_fds(manager, 4096, 2)
+        assert packet == b"READY=1\nSTATUS=capturing"
+        assert os.path.sameopenfile(descriptor, file.fileno())
+        os.close(descriptor)
+
+
+def test_a_manager_that_is_not_there_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "none"))
+    with pytest.raises(UnavailableError, match=r"none: .*No such file"):
+        notify("READY=1")
+
+
+def test_behind_the_barrier_all_has_been_taken_account_of(tmp_path, monkeypatch):
+    with Manager(tmp_path) as manager:
+        monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+        sent = [f"STATUS={number}" for number in range(97)]
+        for message in sent:
+            notify(message)
+        barrier()
+        assert manager.messages == [*sent, "BARRIER=1"]
+
+
+def test_a_manager_that_is_stuck_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(systemd, "_TIMEOUT_S", 0.1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with pytest.raises(UnavailableError, match="not answered"):
+            barrier()
