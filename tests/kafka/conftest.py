@@ -13,7 +13,7 @@ from tests.servers.registry import SchemaRegistry
 def servers_present() -> None:
     """Skip where real servers cannot run; for tests that start their own, to stop or kill it."""
     if absent := fetch.missing():
-        packages = "default-jre-headless maven kcat util-linux"
+        packages = "default-jre-headless maven kcat openssl util-linux"
         pytest.skip(f"NO REAL KAFKA: {', '.join(absent)} not installed (apt-get install {packages})")
 
 

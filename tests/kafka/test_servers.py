@@ -3,15 +3,20 @@
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 import confluent_kafka
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 from confluent_kafka.schema_registry.error import SchemaRegistryError
 
+from tests.kafka.rebpf import wait_until
+from tests.servers.certificates import Authority
+from tests.servers.cluster import KafkaCluster
 from tests.servers.consume import kcat_messages
 from tests.servers.kafka import KafkaServer
 from tests.servers.registry import SchemaRegistry
+from tests.servers.secure import PLAIN, SCRAM, USERS, SecureKafka
 
 pytestmark = pytest.mark.real_kafka
 
@@ -28,10 +33,10 @@ LONG_AND_MORE = avro('{"name": "a", "type": "long"}', '{"name": "b", "type": "in
 STRING = avro('{"name": "a", "type": "string"}')
 
 
-def produce(bootstrap, topic, pairs):
+def produce(bootstrap, topic, pairs, settings=None):
     """Produce and return the names of the errors in the delivery reports."""
     reports = []
-    producer = confluent_kafka.Producer({"bootstrap.servers": bootstrap, "acks": "all"})
+    producer = confluent_kafka.Producer({"bootstrap.servers": bootstrap, "acks": "all", **(settings or {})})
     for key, value in pairs:
         producer.produce(topic, value, key, on_delivery=lambda error, _: reports.append(error))
     assert producer.flush(30) == 0
@@ -147,3 +152,101 @@ def test_a_killed_registry_comes_back_at_its_url_with_its_ids(tmp_path):
         assert registry.url == url
         with SchemaRegistryClient({"url": url, "timeout": 10}) as client:
             assert client.get_latest_version("kept-value").schema_id == schema_id
+
+
+ONE = [(b"key", b"value")]
+
+
+@pytest.fixture(scope="module")
+def secure(servers_present, tmp_path_factory) -> Iterator[SecureKafka]:
+    with SecureKafka(tmp_path_factory.mktemp("secure")) as server:
+        yield server
+
+
+@pytest.mark.parametrize("mechanism", [PLAIN, SCRAM])
+def test_a_sasl_user_may_produce_while_that_is_granted(secure, mechanism):
+    topic = f"sasl-{mechanism}"
+    secure.create_topic(topic)
+    address, settings = secure.address("SASL_SSL"), secure.sasl(mechanism)
+
+    assert produce(address, topic, ONE, settings) == ["TOPIC_AUTHORIZATION_FAILED"]
+    secure.grant(USERS[mechanism], topic)
+    assert produce(address, topic, ONE, settings) == []
+    secure.revoke(USERS[mechanism], topic)
+    assert produce(address, topic, ONE, settings) == ["TOPIC_AUTHORIZATION_FAILED"]
+
+    assert len(kcat_messages(secure.bootstrap, topic)) == 1
+
+
+def test_a_client_certificate_is_a_user(secure):
+    secure.create_topic("mutual")
+    secure.grant("CN=client", "mutual")
+
+    assert produce(secure.address("SSL"), "mutual", ONE, secure.tls(secure.authority.issue("client"))) == []
+
+
+def refusal(address, settings):
+    """Return the client's first error."""
+    errors = []
+    client = confluent_kafka.Producer(
+        {"bootstrap.servers": address, "error_cb": errors.append, "log_level": 0, **settings}
+    )
+    wait_until("an error", lambda: client.poll(0.1) or errors)
+    return errors[0].str()
+
+
+def test_who_has_no_good_certificate_or_password_is_refused(secure, tmp_path):
+    other = Authority(tmp_path / "other")
+    expired = secure.authority.issue("old-client", expired=True)
+    trust_other = {**secure.tls(), "ssl.ca.location": str(other.certificate)}
+
+    assert "alert bad certificate" in refusal(secure.address("SSL"), secure.tls())
+    assert "alert certificate unknown" in refusal(secure.address("SSL"), secure.tls(expired))
+    assert "certificate verify failed" in refusal(secure.address("SSL"), trust_other)
+    assert "certificate verify failed" in refusal(secure.address("EXPIRED"), secure.tls())
+    assert "invalid credentials" in refusal(secure.address("SASL_SSL"), secure.sasl(SCRAM, "wrong"))
+
+
+@pytest.mark.usefixtures("servers_present")
+def test_a_cluster_bears_the_loss_of_one_node_and_refuses_with_one_left(tmp_path):
+    with KafkaCluster(tmp_path) as cluster:
+        cluster.create_topic("shared")
+        assert set(cluster.leaders("shared").values()) == {1, 2, 3}
+        assert produce(cluster.bootstrap, "shared", ONE) == []
+
+        cluster.nodes[2].kill()
+        wait_until("others lead", lambda: set(cluster.leaders("shared").values()) == {1, 3})
+        assert produce(cluster.bootstrap, "shared", ONE) == []
+
+        cluster.nodes[3].pause()
+        wait_until("one is left", lambda: all(each == {1} for each in cluster.in_sync("shared").values()))
+        once = {"retries": 0, "message.timeout.ms": 5000}
+        assert produce(cluster.bootstrap, "shared", ONE, once) == ["NOT_ENOUGH_REPLICAS"]
+
+        cluster.nodes[3].resume()
+        cluster.nodes[2].start()
+        wait_until("all are back", lambda: all(each == {1, 2, 3} for each in cluster.in_sync("shared").values()))
+        assert produce(cluster.bootstrap, "shared", ONE) == []
+        assert len(kcat_messages(cluster.bootstrap, "shared")) == 3
+
+
+def test_a_producer_with_a_quota_waits_until_it_is_lifted_and_others_do_not(kafka):
+    """It sends 300 requests of 1 KB each. The broker counts over 10 s: at 10 KB/s about 100 may go at once."""
+    kafka.create_topic("slow")
+    waits = {"limited": [], "other": []}
+
+    def client(name):
+        settings = {"client.id": name, "batch.num.messages": 1, "linger.ms": 0}
+        settings["throttle_cb"] = lambda event: waits[name].append(event.throttle_time)
+        return confluent_kafka.Producer({"bootstrap.servers": kafka.bootstrap, **settings})
+
+    limited, other = client("limited"), client("other")
+    with kafka.slow("limited", 10_000):
+        for producer in (limited, other):
+            for _ in range(300):
+                producer.produce("slow", os.urandom(1000))
+        assert other.flush(30) == 0
+        wait_until("the broker throttles", lambda: limited.poll(0.1) >= 0 and any(waits["limited"]))
+        assert len(limited) > 0
+    assert limited.flush(30) == 0
+    assert not any(waits["other"])

@@ -58,7 +58,7 @@ def registry() -> Path:
 def missing() -> list[str]:
     """Programs that the servers and readers need and this machine does not have."""
     whole = all((cache() / name).is_dir() for name in (KAFKA, REGISTRY))
-    needed = ["java", "kcat", "setpriv"] + ([] if whole else ["mvn"])
+    needed = ["java", "kcat", "openssl", "setpriv"] + ([] if whole else ["mvn"])
     return [program for program in needed if shutil.which(program) is None]
 
 

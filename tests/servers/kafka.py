@@ -1,17 +1,19 @@
 """A real Apache Kafka 4.2 on one node (KRaft: broker and controller in one process), on 127.0.0.1."""
 
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic, PartitionMetadata
 
 from . import fetch
 from .process import ServerProcess, free_port
 
 CLUSTER_ID = "cmVicGYtdGVzdC1rYWZrYQ"
 REQUEST_TIMEOUT_S = 30.0
+TOOL_DEADLINE_S = 60.0
 
 
 class KafkaServer(ServerProcess):
@@ -20,54 +22,105 @@ class KafkaServer(ServerProcess):
     Ports are chosen at the first start and kept.
     """
 
-    def __init__(self, folder: Path, *, num_partitions: int = 3, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_partitions: int = 3,
+        settings: Mapping[str, str] | None = None,
+        node_id: int = 1,
+        heap_mb: int = 512,
+    ) -> None:
         super().__init__(folder, "kafka")
         self.num_partitions = num_partitions
         self.settings = dict(settings or {})
-        self._port = 0
-        self._controller_port = 0
+        self.node_id = node_id
+        self._heap_mb = heap_mb
+        self._ports: dict[str, int] = {}
 
     @property
     def bootstrap(self) -> str:
         """Address for clients, HOST:PORT."""
-        if not self._port:
+        return self.address("PLAINTEXT")
+
+    def address(self, listener: str) -> str:
+        """Return the address of a listener, HOST:PORT."""
+        if listener not in self._ports:
             raise RuntimeError("kafka has no address before its first start")
-        return f"127.0.0.1:{self._port}"
+        return f"127.0.0.1:{self._ports[listener]}"
 
     def command(self) -> Sequence[str]:
-        self._port = self._port or free_port()
-        self._controller_port = self._controller_port or free_port()
+        for listener in self._protocols():
+            self._ports.setdefault(listener, free_port())
         properties = self.folder / "server.properties"
         properties.write_text("".join(f"{key}={value}\n" for key, value in self._properties().items()))
         if not (self.folder / "data").exists():
-            self._format(properties)
-        return [*_java(), "kafka.Kafka", str(properties)]
+            _tool("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(properties), *self._format_options())
+        return [*_java(self._heap_mb), "kafka.Kafka", str(properties)]
 
     def is_ready(self) -> bool:
         try:
-            return bool(self._admin().list_topics(timeout=1).brokers)
+            return self.node_id in self._admin().list_topics(timeout=1).brokers
         except KafkaException:
             return False
 
-    def create_topic(self, name: str, partitions: int | None = None) -> None:
+    def create_topic(
+        self,
+        name: str,
+        partitions: int | None = None,
+        *,
+        replication: int = 1,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         """Create a topic, by default of `num_partitions` partitions, and wait until the broker has it."""
-        topic = NewTopic(name, partitions or self.num_partitions, replication_factor=1)
+        topic = NewTopic(name, partitions or self.num_partitions, replication, config=dict(settings or {}))
         admin = self._admin()  # held until there is an answer: with the client goes the request
         admin.create_topics([topic], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
+
+    def delete_topic(self, name: str) -> None:
+        """Delete a topic, and wait until the broker has it no more."""
+        admin = self._admin()
+        admin.delete_topics([name], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
+
+    def partitions(self, topic: str) -> dict[int, PartitionMetadata]:
+        """Return a topic's partitions: their leader, replicas and isrs, as this broker sees them."""
+        found: dict[int, PartitionMetadata] = (
+            self._admin().list_topics(topic, REQUEST_TIMEOUT_S).topics[topic].partitions
+        )
+        return found
+
+    @contextmanager
+    def slow(self, client_id: str, bytes_per_s: int) -> Iterator[None]:
+        """Hold a producer to a rate, by a quota of its client id; the broker lets it wait for its answers."""
+        quota = "producer_byte_rate"
+        self._alter(client_id, "--add-config", f"{quota}={bytes_per_s}")
+        try:
+            yield
+        finally:
+            self._alter(client_id, "--delete-config", quota)
+
+    def _alter(self, client_id: str, *change: str) -> None:
+        which = ("--entity-type", "clients", "--entity-name", client_id)
+        _tool("kafka.admin.ConfigCommand", "--bootstrap-server", self.bootstrap, "--alter", *which, *change)
 
     def _admin(self) -> AdminClient:
         return AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
 
+    def _protocols(self) -> dict[str, str]:
+        """Return the listeners' names and protocols."""
+        return {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT"}
+
     def _properties(self) -> dict[str, str]:
-        controller = f"127.0.0.1:{self._controller_port}"
+        listeners = {name: f"{name}://{self.address(name)}" for name in self._protocols()}
+        advertised = [listener for name, listener in listeners.items() if name != "CONTROLLER"]
         return {
             "process.roles": "broker,controller",
-            "node.id": "1",
-            "controller.quorum.bootstrap.servers": controller,
+            "node.id": str(self.node_id),
+            "controller.quorum.bootstrap.servers": self._controller_address(),
             "controller.listener.names": "CONTROLLER",
-            "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://{controller}",
-            "advertised.listeners": f"PLAINTEXT://{self.bootstrap}",
-            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+            "listeners": ",".join(listeners.values()),
+            "advertised.listeners": ",".join(advertised),
+            "listener.security.protocol.map": ",".join(f"{each}:{by}" for each, by in self._protocols().items()),
             "log.dirs": str(self.folder / "data"),
             "num.partitions": str(self.num_partitions),
             "auto.create.topics.enable": "false",
@@ -86,16 +139,21 @@ class KafkaServer(ServerProcess):
             **self.settings,
         }
 
-    def _format(self, properties: Path) -> None:
-        arguments = ["format", "--standalone", "-t", CLUSTER_ID, "-c", str(properties)]
-        done = subprocess.run(
-            [*_java(), "kafka.tools.StorageTool", *arguments], capture_output=True, text=True, timeout=60
-        )
-        if done.returncode:
-            raise RuntimeError(f"cannot format Kafka's storage:\n{done.stdout}{done.stderr}")
+    def _controller_address(self) -> str:
+        return self.address("CONTROLLER")
+
+    def _format_options(self) -> Sequence[str]:
+        return ["--standalone"]
 
 
-def _java() -> list[str]:
+def _tool(main: str, *arguments: str) -> None:
+    """Run one of Kafka's own commands to its end."""
+    done = subprocess.run([*_java(256), main, *arguments], capture_output=True, text=True, timeout=TOOL_DEADLINE_S)
+    if done.returncode:
+        raise RuntimeError(f"{main} {' '.join(arguments)}:\n{done.stdout}{done.stderr}")
+
+
+def _java(heap_mb: int) -> list[str]:
     # Little memory and a quick start count for more than throughput here.
-    options = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+    options = [f"-Xmx{heap_mb}m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
     return ["java", *options, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{fetch.kafka()}/*"]

@@ -41,6 +41,11 @@ class ServerProcess(ABC):
 
     def start(self) -> None:
         """Start the server and wait until it is ready; a failure shows the end of its log."""
+        self.launch()
+        self.wait_until_ready()
+
+    def launch(self) -> None:
+        """Start the server without waiting for it, so that several can start at a time."""
         if self._process is not None:
             raise RuntimeError(f"{self.name} runs already")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +60,11 @@ class ServerProcess(ABC):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # an interrupt at the terminal ends the tests, which then stop the server
             )
+
+    def wait_until_ready(self) -> None:
+        """Wait until a launched server is ready; it is killed where that fails."""
         try:
-            self._wait_until_ready(self._process)
+            self._wait_until_ready(self._running())
         except BaseException:
             self.kill()
             raise

@@ -51,7 +51,7 @@ def test_many_at_once_download_once(tmp_path):
 def test_a_program_that_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert fetch.missing() == ["java", "kcat", "setpriv", "mvn"]
+    assert fetch.missing() == ["java", "kcat", "openssl", "setpriv", "mvn"]
 
 
 def test_maven_is_not_needed_once_everything_is_there(monkeypatch, tmp_path):

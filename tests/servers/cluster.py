@@ -1,0 +1,83 @@
+"""A real Kafka of three brokers on 127.0.0.1, of which two can be lost: the third is the controller too."""
+
+from pathlib import Path
+from typing import Self
+
+from .kafka import KafkaServer
+
+HEAP_MB = 320
+REPLICATION = 3
+TOPIC_SETTINGS = {"min.insync.replicas": "2"}
+
+
+class Broker(KafkaServer):
+    """A broker that is no controller, and joins another node's cluster."""
+
+    def __init__(self, folder: Path, node_id: int, controller: KafkaServer, num_partitions: int) -> None:
+        super().__init__(folder, num_partitions=num_partitions, node_id=node_id, heap_mb=HEAP_MB)
+        self._controller = controller
+
+    def _protocols(self) -> dict[str, str]:
+        return {"PLAINTEXT": "PLAINTEXT"}
+
+    def _properties(self) -> dict[str, str]:
+        return {
+            **super()._properties(),
+            "process.roles": "broker",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        }
+
+    def _controller_address(self) -> str:
+        return self._controller.address("CONTROLLER")
+
+    def _format_options(self) -> list[str]:
+        return []
+
+
+class KafkaCluster:
+    """Three nodes, of which the first is the one controller and must live."""
+
+    def __init__(self, folder: Path, *, num_partitions: int = 6) -> None:
+        self.controller = KafkaServer(folder / "1", num_partitions=num_partitions, heap_mb=HEAP_MB)
+        self.brokers = [Broker(folder / str(each), each, self.controller, num_partitions) for each in (2, 3)]
+        self.nodes = {node.node_id: node for node in (self.controller, *self.brokers)}
+
+    @property
+    def bootstrap(self) -> str:
+        """Addresses for clients, separated by commas."""
+        return ",".join(node.bootstrap for node in self.nodes.values())
+
+    def create_topic(self, name: str, partitions: int | None = None) -> None:
+        """Create a topic that is on all three nodes and takes messages while two of them have it."""
+        self.controller.create_topic(name, partitions, replication=REPLICATION, settings=TOPIC_SETTINGS)
+
+    def leaders(self, topic: str) -> dict[int, int]:
+        """Return which node leads each partition, as the controller's node sees it; -1: none does."""
+        return {number: partition.leader for number, partition in self.controller.partitions(topic).items()}
+
+    def in_sync(self, topic: str) -> dict[int, set[int]]:
+        """Return the nodes that have all of each partition."""
+        return {number: set(partition.isrs) for number, partition in self.controller.partitions(topic).items()}
+
+    def start(self) -> None:
+        """Start all nodes at a time, and wait until each is ready."""
+        try:
+            for node in self.nodes.values():
+                node.launch()
+            for node in self.nodes.values():
+                node.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop all nodes; the controller last, whom the others tell that they go."""
+        for node in reversed(self.nodes.values()):
+            node.stop()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

@@ -1,0 +1,98 @@
+"""A real Kafka with TLS, SASL and ACLs: what a user may do, and by which listener, is decided here."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from confluent_kafka.admin import (
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+    ResourcePatternType,
+    ResourceType,
+)
+
+from .certificates import Authority, Certificate
+from .kafka import REQUEST_TIMEOUT_S, KafkaServer
+
+PLAIN, SCRAM = "PLAIN", "SCRAM-SHA-512"
+USERS: Mapping[str, str] = {PLAIN: "plainuser", SCRAM: "scramuser"}
+"""The user of each mechanism; a client certificate's is its subject."""
+PASSWORD = "secret"
+_WHAT_A_PRODUCER_NEEDS = (AclOperation.WRITE, AclOperation.DESCRIBE)
+
+
+class SecureKafka(KafkaServer):
+    """Listeners: SASL_SSL, SSL (client certificates required), EXPIRED (its certificate has), and PLAINTEXT.
+
+    Who comes by PLAINTEXT is the administrator; everyone else may do only what is granted.
+    """
+
+    def __init__(self, folder: Path, *, num_partitions: int = 3) -> None:
+        super().__init__(folder, num_partitions=num_partitions)
+        self.authority = Authority(folder / "authority")
+        self._server = self.authority.issue("broker")
+        self._expired = self.authority.issue("expired-broker", expired=True)
+
+    def sasl(self, mechanism: str, password: str = PASSWORD) -> dict[str, str]:
+        """Return librdkafka's settings for SASL_SSL as the mechanism's user."""
+        return {
+            "security.protocol": "SASL_SSL",
+            "ssl.ca.location": str(self.authority.certificate),
+            "sasl.mechanism": mechanism,
+            "sasl.username": USERS[mechanism],
+            "sasl.password": password,
+        }
+
+    def tls(self, client: Certificate | None = None) -> dict[str, str]:
+        """Return librdkafka's settings for SSL and EXPIRED."""
+        trust = {"security.protocol": "SSL", "ssl.ca.location": str(self.authority.certificate)}
+        if client is None:
+            return trust
+        return {**trust, "ssl.key.location": str(client.key), "ssl.certificate.location": str(client.certificate)}
+
+    def grant(self, user: str, topic: str) -> None:
+        """Let a user (scramuser, CN=name) produce to a topic."""
+        admin = self._admin()
+        rules = [AclBinding(*_rule(user, topic, operation)) for operation in _WHAT_A_PRODUCER_NEEDS]
+        for done in admin.create_acls(rules, request_timeout=REQUEST_TIMEOUT_S).values():
+            done.result()
+
+    def revoke(self, user: str, topic: str) -> None:
+        """Take back what was granted."""
+        admin = self._admin()
+        rules = [AclBindingFilter(*_rule(user, topic, operation)) for operation in _WHAT_A_PRODUCER_NEEDS]
+        for done in admin.delete_acls(rules, request_timeout=REQUEST_TIMEOUT_S).values():
+            assert done.result(), f"{user} had no right to {topic}"
+
+    def _protocols(self) -> dict[str, str]:
+        return {**super()._protocols(), "SASL_SSL": "SASL_SSL", "SSL": "SSL", "EXPIRED": "SSL"}
+
+    def _properties(self) -> dict[str, str]:
+        jaas = "org.apache.kafka.common.security"
+        return {
+            **super()._properties(),
+            "inter.broker.listener.name": "PLAINTEXT",
+            "sasl.enabled.mechanisms": f"{SCRAM},{PLAIN}",
+            "listener.name.sasl_ssl.plain.sasl.jaas.config": (
+                f'{jaas}.plain.PlainLoginModule required user_{USERS[PLAIN]}="{PASSWORD}";'
+            ),
+            "listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config": f"{jaas}.scram.ScramLoginModule required;",
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.location": str(self._server.both),
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": str(self.authority.certificate),
+            "listener.name.ssl.ssl.client.auth": "required",
+            "listener.name.expired.ssl.keystore.location": str(self._expired.both),
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users": "User:ANONYMOUS",
+        }
+
+    def _format_options(self) -> Sequence[str]:
+        user = f"{SCRAM}=[name={USERS[SCRAM]},password={PASSWORD}]"
+        return [*super()._format_options(), "--add-scram", user]
+
+
+def _rule(user: str, topic: str, operation: AclOperation) -> tuple[object, ...]:
+    resource = (ResourceType.TOPIC, topic, ResourcePatternType.LITERAL)
+    return (*resource, f"User:{user}", "*", operation, AclPermissionType.ALLOW)
