@@ -102,8 +102,9 @@ struct retransmit_event {
 
 /* Per CPU and stream. */
 struct counters {
-	u64 passed; /* events that passed the filter; also the last cpu_seq */
+	u64 passed; /* events that passed the filter */
 	u64 lost_ring_full;
+	u64 seq; /* the last cpu_seq; the agent says where it begins, so that numbers are not used again */
 };
 
 #endif

@@ -12,7 +12,7 @@
 BPF_RINGBUF_OUTPUT(transmit_pipe, TRANSMIT_PIPE_PAGES);
 BPF_RINGBUF_OUTPUT(retransmit_pipe, RETRANSMIT_PIPE_PAGES);
 
-/* By stream. The programs add; the agent reads. */
+/* By stream. The agent writes before the programs are attached; they add, and the agent reads. */
 BPF_PERCPU_ARRAY(counters, struct counters, 2);
 
 /*

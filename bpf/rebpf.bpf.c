@@ -25,7 +25,8 @@
  */
 static __always_inline u64 next_seq(struct counters *counter)
 {
-	return __sync_fetch_and_add(&counter->passed, 1) + 1;
+	__sync_fetch_and_add(&counter->passed, 1);
+	return __sync_fetch_and_add(&counter->seq, 1) + 1;
 }
 
 static __always_inline void count_ring_full(struct counters *counter)

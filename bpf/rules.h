@@ -77,7 +77,7 @@ struct verdict {
 };
 
 /* The agent inserts into the generation that is not in use, and deletes from it what it had inserted two reloads ago. */
-BPF_ARRAY(rules_active, u64, 1); /* version << 1 | generation */
+BPF_ARRAY(rules_active, u64, 1); /* version << 1 | generation; 0: take nothing */
 BPF_ARRAY(rule_generations, struct rule_generation, GENERATIONS);
 BPF_ARRAY(rule_actions, struct rule_action, GENERATIONS *(RULES + 1));
 BPF_LPM_TRIE(rule_prefixes, struct prefix_key, u32, 262144);
@@ -228,6 +228,8 @@ static __always_inline struct choice decide(const struct flow *flow, const struc
 	if (!active)
 		return choice;
 	now = *(volatile u64 *)active;
+	if (!now)
+		return choice;
 	generation = now & 1;
 	tables = rule_generations.lookup(&generation);
 	if (!tables)

@@ -15,14 +15,14 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from producer import errors, sysbpf
-from producer.events import HOOKS, Stream, layout_check
+from producer.events import HOOKS, STREAMS, Stream, layout_check
 from producer.loader import ATTACH, BCC_MISSING, PACKET_BYTES
 from producer.paths import BPF
 from producer.pins import PinFolder
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+_COUNTERS = struct.Struct("<3Q")
+"""struct counters: passed, lost_ring_full, seq."""
 _FDS = 64
 _SO_COOKIE = 57
 _ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
@@ -78,12 +80,29 @@ class KernelCounters:
     nested: int
 
 
-class Hooks:
-    """The loaded programs of both streams; `attach` starts them. A context manager: leaving it detaches."""
+class Numbers(Protocol):
+    """What says where the numbers of events begin, by stream and possible CPU."""
 
-    def __init__(self, settings: HookSettings, pins: PinFolder | None = None) -> None:
+    def start(self, *, overlap: bool) -> Mapping[str, Sequence[int]]:
+        """Return the numbers before the first; with `overlap`, other programs are giving numbers."""
+
+    def in_use(self) -> None:
+        """Note that programs which were taken over are giving numbers."""
+
+    def stop(self, last: Mapping[str, Sequence[int]]) -> None:
+        """Note the last numbers."""
+
+
+class Hooks:
+    """The loaded programs of both streams; `attach` starts them. A context manager: leaving it detaches.
+
+    Without `numbers`, the events' begin at 1.
+    """
+
+    def __init__(self, settings: HookSettings, pins: PinFolder | None = None, numbers: Numbers | None = None) -> None:
         self._settings = settings
         self._pins = pins
+        self._numbers = numbers
         self.taken_over = False
         """Whether the programs were attached by another process, and have been all the time since."""
         self._descriptors: list[int] = []
@@ -179,9 +198,13 @@ class Hooks:
     def attach(self) -> None:
         """Attach all programs; from here on events come. What was taken over is attached already."""
         if self.taken_over:
+            if self._numbers:
+                self._numbers.in_use()
             return
         if self._loader is None:
             raise ValueError("attach comes once, after load")
+        if self._numbers:
+            self._seed(self._numbers.start(overlap=False))
         _, self._links = self._loader.ask(ATTACH)
         self._end_loader()
         if self._pins:
@@ -189,12 +212,17 @@ class Hooks:
 
     def detach(self) -> None:
         """Detach, and keep nothing: no event comes after this. The rings and counters stay readable."""
+        if not self._links:
+            return
+        # The kernel may end a link a moment after its last descriptor; a program that runs until then takes nothing.
+        sysbpf.update(self._maps["rules_active"], struct.pack("<I", 0), struct.pack("<Q", 0))
         if self._pins:
             self._pins.clear()
-        if self._links:
-            sysbpf.close_all(self._links)
-            self._links = []
-            sysbpf.wait_for_programs()
+        sysbpf.close_all(self._links)
+        self._links = []
+        sysbpf.wait_for_programs()
+        if self._numbers:
+            self._numbers.stop({stream.name: self.sequence(stream) for stream in STREAMS})
 
     def ring(self, stream: Stream) -> Ring:
         """Map the ring of a stream."""
@@ -202,10 +230,23 @@ class Hooks:
 
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
-        words = sysbpf.lookup(self._maps["counters"], struct.pack("<I", stream.index), 16 * self._cpus)
-        values = struct.unpack(f"<{2 * self._cpus}Q", words)
+        passed, ring_full, _ = zip(*self._words(stream), strict=True)
         nested = sum(sysbpf.program_info(program).recursion_misses for program in self._programs[stream.name])
-        return KernelCounters(sum(values[::2]), sum(values[1::2]), nested)
+        return KernelCounters(sum(passed), sum(ring_full), nested)
+
+    def sequence(self, stream: Stream) -> list[int]:
+        """Read the last number (cpu_seq) of each possible CPU."""
+        return [seq for _, _, seq in self._words(stream)]
+
+    def _words(self, stream: Stream) -> Iterator[tuple[int, int, int]]:
+        size = self._cpus * _COUNTERS.size
+        value = sysbpf.lookup(self._maps["counters"], struct.pack("<I", stream.index), size)
+        return _COUNTERS.iter_unpack(value)
+
+    def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
+        for stream in STREAMS:
+            value = b"".join(_COUNTERS.pack(0, 0, number) for number in numbers[stream.name])
+            sysbpf.update(self._maps["counters"], struct.pack("<I", stream.index), value)
 
     def program_infos(self, stream: Stream) -> list[sysbpf.ProgramInfo]:
         """Return the kernel's run statistics of the stream's programs."""

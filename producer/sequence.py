@@ -1,0 +1,134 @@
+"""Where the numbers of events (cpu_seq) begin, so that none is given twice within a boot: a small file says what was.
+
+sequence.json   {"boot_id": ..., "generation": G, "last": {stream: [number by CPU]}}: `last` is null while programs give
+                numbers, and stays so if nobody comes to note the last ones.
+
+After an orderly stop the numbers go on. Where the last ones are not known, a new generation begins, on all CPUs at
+G << 32. G is at least the uptime in seconds, not just one more than the last: a CPU that gives less than 2^32 numbers a
+second has not come so far, however long the last generation was in use. Where the file cannot be written, the next
+start will believe what it says now, and G is one that it never names.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from producer.events import STREAMS
+
+logger = logging.getLogger(__name__)
+
+Numbers = Mapping[str, Sequence[int]]
+"""By stream and possible CPU."""
+
+_GENERATION_SHIFT = 32
+_UNWRITTEN = 1 << 30
+"""Set in generations that the file does not name; above any uptime, and numbers with it still fit a signed long."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """The content of the file."""
+
+    boot_id: str
+    generation: int
+    last: Numbers | None
+
+
+class EventNumbers:
+    """The numbers of the host's boot `boot_id`, noted in `folder`. `uptime_s` is the time since then.
+
+    No method raises OSError: a disk that is full or broken costs a jump in the numbers, and a warning.
+    """
+
+    def __init__(self, folder: Path, boot_id: str, cpus: int, uptime_s: Callable[[], float] | None = None) -> None:
+        self._path = folder / "sequence.json"
+        self._boot_id = boot_id
+        self._cpus = cpus
+        self._uptime_s = uptime_s or _uptime_s
+        self._generation = 0
+
+    def start(self, *, overlap: bool = False) -> Numbers:
+        """Return the numbers before the first ones of programs that are about to be attached.
+
+        `overlap`: other programs are attached, and still give numbers.
+        """
+        note = self._read()
+        go_on = note.last is not None and not overlap
+        self._generation = note.generation if go_on else self._next(note.generation)
+        error = self._write(None)
+        if error is not None:
+            self._generation = self._next(note.generation | _UNWRITTEN)
+            logger.warning("%s: %s: the numbers of events jump to %d * 2^32", self._path, error, self._generation)
+        elif note.last is not None and go_on:
+            return note.last
+        return self._all(self._generation << _GENERATION_SHIFT)
+
+    def in_use(self) -> None:
+        """Note that programs give numbers which this object has not started: they were taken over."""
+        note = self._read()
+        self._generation = note.generation
+        if note.last is not None and (error := self._write(None)):
+            logger.warning("%s: %s: numbers of events may come twice after a crash", self._path, error)
+
+    def stop(self, last: Numbers) -> None:
+        """Note the last numbers, after the programs' end."""
+        # Programs that were taken over may have begun with a generation that this folder does not know of.
+        highest = max(max(numbers) for numbers in last.values())
+        self._generation = max(self._generation, highest >> _GENERATION_SHIFT)
+        if error := self._write(last):
+            logger.warning("%s: %s: the numbers of events will jump at the next start", self._path, error)
+
+    def _next(self, generation: int) -> int:
+        return max(generation + 1, generation & _UNWRITTEN | int(self._uptime_s()))
+
+    def _all(self, number: int) -> Numbers:
+        return {stream.name: [number] * self._cpus for stream in STREAMS}
+
+    def _read(self) -> _Note:
+        try:
+            note = _Note(**json.loads(self._path.read_bytes()))
+            if note.boot_id == self._boot_id:
+                return self._checked(note)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s cannot be used, the numbers of events jump: %s", self._path, error)
+            return _Note(self._boot_id, 0, None)
+        return _Note(self._boot_id, 0, self._all(0))
+
+    def _checked(self, note: _Note) -> _Note:
+        """Return the note. Raises ValueError or TypeError where it cannot be one."""
+        if not 0 <= note.generation < 2 * _UNWRITTEN - 1:
+            raise ValueError(f"no generation: {note.generation}")
+        if note.last is not None:
+            fit = {name: [0 <= number < 1 << 63 for number in numbers] for name, numbers in dict(note.last).items()}
+            if fit != {stream.name: [True] * self._cpus for stream in STREAMS}:
+                raise ValueError("other streams or CPUs")
+        return note
+
+    def _write(self, last: Numbers | None) -> OSError | None:
+        """Write the file, whole or not at all, and to the disk; return what went wrong."""
+        note = _Note(self._boot_id, self._generation, last)
+        fresh = self._path.with_suffix(".new")
+        try:
+            with open(fresh, "w") as file:
+                json.dump(asdict(note), file)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(self._path)
+            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            return error
+        return None
+
+
+def _uptime_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,0 +1,91 @@
+"""Numbers of events (cpu_seq): they begin where they are told to, and go on over an orderly stop."""
+
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from producer.events import RETRANSMITS, STREAMS, TRANSMITS
+from producer.hooks import Hooks, HookSettings
+from producer.rules import filtered
+from producer.sequence import EventNumbers
+from producer.sysbpf import possible_cpus
+from tests.kernel.capture import ALLOWED
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+CPUS = possible_cpus()
+
+
+class Told:
+    """Numbers as the test wants them; `last` is what the hooks have noted."""
+
+    def __init__(self, first: Mapping[str, Sequence[int]]) -> None:
+        self._first = first
+        self.last: Mapping[str, Sequence[int]] = {}
+
+    def start(self, *, overlap: bool) -> Mapping[str, Sequence[int]]:
+        assert not overlap
+        return self._first
+
+    def in_use(self) -> None:
+        raise AssertionError("nothing was taken over")
+
+    def stop(self, last: Mapping[str, Sequence[int]]) -> None:
+        self.last = last
+
+
+def connect(address: tuple[str, int], count: int) -> None:
+    for _ in range(count):
+        socket.create_connection(address).close()
+
+
+def test_numbers_begin_behind_those_told_and_the_counters_at_zero() -> None:
+    first = {stream.name: [(stream.index + 3 << 32) + 1009 * cpu for cpu in range(CPUS)] for stream in STREAMS}
+    told = Told(first)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        with Hooks(HookSettings(hooks=ALLOWED, rules=filtered(ports=(address[1],))), numbers=told) as hooks:
+            hooks.load()
+            hooks.attach()
+            assert hooks.sequence(RETRANSMITS) == first["retransmit"]
+            connect(address, 53)
+            hooks.detach()
+            connect(address, 1)
+            passed = hooks.counters(TRANSMITS).passed
+            last = hooks.sequence(TRANSMITS)
+            with hooks.ring(TRANSMITS) as ring:
+                rows = ring.read(passed + 1)
+    assert 53 * 3 <= passed == len(rows)
+    assert told.last == {"transmit": last, "retransmit": first["retransmit"]}
+    for cpu, (before, behind) in enumerate(zip(first["transmit"], last, strict=True)):
+        numbers = np.sort(rows["s"]["cpu_seq"][rows["s"]["cpu"] == cpu])
+        assert (numbers == np.arange(before + 1, behind + 1, dtype=np.uint64)).all()
+
+
+def test_an_orderly_stop_is_continued_and_a_crash_is_a_jump(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(address[1],)))
+
+        def run(*, crash: bool) -> tuple[list[int], list[int]]:
+            with Hooks(settings, numbers=EventNumbers(tmp_path, "a boot", CPUS)) as hooks:
+                hooks.load()
+                hooks.attach()
+                first = hooks.sequence(TRANSMITS)
+                connect(address, 11)
+                if not crash:
+                    hooks.detach()
+                return first, hooks.sequence(TRANSMITS)
+
+        first, last = run(crash=False)
+        assert first == [0] * CPUS
+        assert sum(last) >= 11 * 3
+        first, _ = run(crash=True)
+        assert first == last
+        first, _ = run(crash=False)
+        assert len(set(first)) == 1
+        assert first[0] > 0
+        assert first[0] % (1 << 32) == 0
