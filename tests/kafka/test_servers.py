@@ -16,7 +16,7 @@ from tests.servers.cluster import KafkaCluster
 from tests.servers.consume import kcat_messages
 from tests.servers.kafka import KafkaServer
 from tests.servers.registry import SchemaRegistry
-from tests.servers.secure import PLAIN, SCRAM, USERS, SecureKafka
+from tests.servers.secure import PASSWORD, PLAIN, SCRAM, USERS, SecureKafka
 
 pytestmark = pytest.mark.real_kafka
 
@@ -182,7 +182,7 @@ def test_a_client_certificate_is_a_user(secure):
     secure.create_topic("mutual")
     secure.grant("CN=client", "mutual")
 
-    assert produce(secure.address("SSL"), "mutual", ONE, secure.tls(secure.authority.issue("client"))) == []
+    assert produce(secure.address("MUTUAL"), "mutual", ONE, secure.tls(secure.authority.issue("client"))) == []
 
 
 def refusal(address, settings):
@@ -195,16 +195,33 @@ def refusal(address, settings):
     return errors[0].str()
 
 
-def test_who_has_no_good_certificate_or_password_is_refused(secure, tmp_path):
-    other = Authority(tmp_path / "other")
-    expired = secure.authority.issue("old-client", expired=True)
-    trust_other = {**secure.tls(), "ssl.ca.location": str(other.certificate)}
+def test_a_client_without_a_good_certificate_or_password_is_refused(secure):
+    expired = secure.authority.issue("client", expired=True)
 
-    assert "alert bad certificate" in refusal(secure.address("SSL"), secure.tls())
-    assert "alert certificate unknown" in refusal(secure.address("SSL"), secure.tls(expired))
-    assert "certificate verify failed" in refusal(secure.address("SSL"), trust_other)
-    assert "certificate verify failed" in refusal(secure.address("EXPIRED"), secure.tls())
+    assert "alert bad certificate" in refusal(secure.address("MUTUAL"), secure.tls())
+    assert "alert certificate unknown" in refusal(secure.address("MUTUAL"), secure.tls(expired))
     assert "invalid credentials" in refusal(secure.address("SASL_SSL"), secure.sasl(SCRAM, "wrong"))
+
+
+def test_a_certificate_of_the_broker_that_expired_or_is_anothers_is_refused_until_it_is_renewed(secure, tmp_path):
+    secure.create_topic("renewed")
+    expired = secure.authority.issue("broker", expired=True)
+    for bad in (expired, Authority(tmp_path / "other").issue("broker")):
+        secure.present(bad)
+        assert "certificate verify failed" in refusal(secure.address("TLS"), secure.tls())
+    secure.present(secure.certificate)
+
+    assert produce(secure.address("TLS"), "renewed", ONE, secure.tls()) == []
+
+
+def test_a_password_can_be_changed_while_the_broker_runs(secure):
+    secure.create_topic("changed")
+    secure.grant(USERS[SCRAM], "changed")
+    secure.set_password(USERS[SCRAM], "new")
+    try:
+        assert produce(secure.address("SASL_SSL"), "changed", ONE, secure.sasl(SCRAM, "new")) == []
+    finally:
+        secure.set_password(USERS[SCRAM], PASSWORD)
 
 
 @pytest.mark.usefixtures("servers_present")

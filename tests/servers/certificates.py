@@ -12,6 +12,7 @@ default_ca = own
 database = records
 new_certs_dir = .
 rand_serial = yes
+unique_subject = no
 default_md = sha256
 policy = any
 x509_extensions = local
@@ -47,8 +48,9 @@ class Authority:
         self._openssl("req", "-x509", *_KEY, *_VALID, "-subj", f"/CN={folder.name}", *output)
 
     def issue(self, name: str, *, expired: bool = False) -> Certificate:
-        """Issue a certificate with the subject CN=name."""
-        key, request, certificate, both = (self._folder / f"{name}.{end}" for end in ("key", "csr", "pem", "both"))
+        """Issue a certificate with the subject CN=name; there may be one that expired, and one that did not."""
+        files = f"{name}-expired" if expired else name
+        key, request, certificate, both = (self._folder / f"{files}.{end}" for end in ("key", "csr", "pem", "both"))
         self._openssl("req", "-new", *_KEY, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
         signer = ("-config", "settings", "-cert", self.certificate, "-keyfile", self._key)
         dates = _EXPIRED if expired else _VALID

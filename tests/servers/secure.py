@@ -8,8 +8,14 @@ from confluent_kafka.admin import (
     AclBindingFilter,
     AclOperation,
     AclPermissionType,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
     ResourcePatternType,
     ResourceType,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
 )
 
 from .certificates import Authority, Certificate
@@ -23,16 +29,15 @@ _WHAT_A_PRODUCER_NEEDS = (AclOperation.WRITE, AclOperation.DESCRIBE)
 
 
 class SecureKafka(KafkaServer):
-    """Listeners: SASL_SSL, SSL (client certificates required), EXPIRED (its certificate has), and PLAINTEXT.
+    """Listeners: SASL_SSL, MUTUAL (TLS, with client certificates), TLS, and PLAINTEXT.
 
-    Who comes by PLAINTEXT is the administrator; everyone else may do only what is granted.
+    By PLAINTEXT or TLS comes the administrator; by the others a user, who may do what was granted.
     """
 
     def __init__(self, folder: Path, *, num_partitions: int = 3) -> None:
         super().__init__(folder, num_partitions=num_partitions)
         self.authority = Authority(folder / "authority")
-        self._server = self.authority.issue("broker")
-        self._expired = self.authority.issue("expired-broker", expired=True)
+        self.certificate = self.authority.issue("broker")
 
     def sasl(self, mechanism: str, password: str = PASSWORD) -> dict[str, str]:
         """Return librdkafka's settings for SASL_SSL as the mechanism's user."""
@@ -45,7 +50,7 @@ class SecureKafka(KafkaServer):
         }
 
     def tls(self, client: Certificate | None = None) -> dict[str, str]:
-        """Return librdkafka's settings for SSL and EXPIRED."""
+        """Return librdkafka's settings for TLS, and for MUTUAL with a client's certificate."""
         trust = {"security.protocol": "SSL", "ssl.ca.location": str(self.authority.certificate)}
         if client is None:
             return trust
@@ -65,8 +70,26 @@ class SecureKafka(KafkaServer):
         for done in admin.delete_acls(rules, request_timeout=REQUEST_TIMEOUT_S).values():
             assert done.result(), f"{user} had no right to {topic}"
 
+    def set_password(self, user: str, password: str) -> None:
+        """Change the password of a SCRAM user."""
+        admin = self._admin()
+        credential = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, iterations=4096)
+        change = UserScramCredentialUpsertion(user, credential, password.encode())
+        admin.alter_user_scram_credentials([change], request_timeout=REQUEST_TIMEOUT_S)[user].result()
+
+    def present(self, certificate: Certificate) -> None:
+        """Change the certificate of the listener TLS, for new connections."""
+        admin = self._admin()
+        entry = ConfigEntry(
+            "listener.name.tls.ssl.keystore.location",
+            str(certificate.both),
+            incremental_operation=AlterConfigOpType.SET,
+        )
+        resource = ConfigResource(ConfigResource.Type.BROKER, str(self.node_id), incremental_configs=[entry])
+        admin.incremental_alter_configs([resource], request_timeout=REQUEST_TIMEOUT_S)[resource].result()
+
     def _protocols(self) -> dict[str, str]:
-        return {**super()._protocols(), "SASL_SSL": "SASL_SSL", "SSL": "SSL", "EXPIRED": "SSL"}
+        return {**super()._protocols(), "SASL_SSL": "SASL_SSL", "MUTUAL": "SSL", "TLS": "SSL"}
 
     def _properties(self) -> dict[str, str]:
         jaas = "org.apache.kafka.common.security"
@@ -79,11 +102,10 @@ class SecureKafka(KafkaServer):
             ),
             "listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config": f"{jaas}.scram.ScramLoginModule required;",
             "ssl.keystore.type": "PEM",
-            "ssl.keystore.location": str(self._server.both),
+            "ssl.keystore.location": str(self.certificate.both),
             "ssl.truststore.type": "PEM",
             "ssl.truststore.location": str(self.authority.certificate),
-            "listener.name.ssl.ssl.client.auth": "required",
-            "listener.name.expired.ssl.keystore.location": str(self._expired.both),
+            "listener.name.mutual.ssl.client.auth": "required",
             "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
             "super.users": "User:ANONYMOUS",
         }
