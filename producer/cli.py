@@ -35,6 +35,18 @@ class _Address(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
+class _Offset(click.ParamType[int | None]):
+    name = "OFFSET"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "beginning":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'beginning'", param, ctx)
+
+
 def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     """An option with its twin in the environment: --state-dir and REBPF_STATE_DIR."""
     twin = "REBPF_" + names[0].removeprefix("--").split("/")[0].upper().replace("-", "_")
@@ -170,6 +182,51 @@ def tail(
         stop=_stop_on_signals(),
         client_settings=settings.kafka.settings,
     )
+
+
+@rebpf.command()
+@_config
+@_brokers
+@_registry
+@_option("--topic", multiple=True, help="Only this topic; repeatable.")
+@_option("--host", help="Only the events of this host.")
+@_option(
+    "--since-offset",
+    type=_Offset(),
+    default="beginning",
+    show_default=True,
+    help="Begin here in each partition; a negative number: so many messages before the end.",
+)
+@_json
+def verify(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    topic: tuple[str, ...],
+    host: str | None,
+    since_offset: int | None,
+    as_json: bool,
+) -> None:
+    """Read the topics to their end, and say what is missing, double or out of order. Exits with 65 if anything is."""
+    from producer import verify as verifying
+    from producer.errors import IncompleteError
+    from producer.events import STREAMS
+    from producer.provision import topic as topic_of
+
+    settings = _load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    if settings.kafka.brokers is None:
+        _usage("verify needs --brokers")
+    reports = verifying.verify(
+        settings.kafka.brokers,
+        tuple(dict.fromkeys(topic)) or tuple(topic_of(settings, stream) for stream in STREAMS),
+        registry=settings.registry.url,
+        host=host,
+        since=since_offset,
+        client_settings=settings.kafka.settings,
+    )
+    click.echo(verifying.show(reports, as_json=as_json))
+    if complaint := verifying.complaint(reports):
+        raise IncompleteError(complaint)
 
 
 @rebpf.command()

@@ -20,6 +20,13 @@ class UndecodableError(ValueError):
     """A message that is not one of ours, or whose schema is not to be had."""
 
 
+def unframed(value: bytes | None) -> tuple[int, bytes]:
+    """Return the schema id and the body of a value in Confluent's frame."""
+    if value is None or len(value) < _FRAME.size or value[0] != 0:
+        raise UndecodableError("not in Confluent's frame")
+    return _FRAME.unpack_from(value)[1], value[_FRAME.size :]
+
+
 class Decoder:
     """Decodes Confluent-framed Avro; without a registry the ids are the fixed ones of this version's own schemas."""
 
@@ -36,19 +43,20 @@ class Decoder:
 
     def decode(self, value: bytes | None) -> dict[str, Any]:
         """Return the record; numbers stay numbers, also where the schema calls them times."""
-        if value is None or len(value) < _FRAME.size or value[0] != 0:
-            raise UndecodableError("not in Confluent's frame")
-        schema_id = _FRAME.unpack_from(value)[1]
-        schema = self._schemas.get(schema_id) or self._fetch(schema_id)
-        buffer = io.BytesIO(value)
-        buffer.seek(_FRAME.size)
+        schema_id, body = unframed(value)
+        schema = self.schema(schema_id)
+        buffer = io.BytesIO(body)
         try:
             record = fastavro.schemaless_reader(buffer, schema, None)
         except (EOFError, ValueError, IndexError, OverflowError, MemoryError) as exc:
             raise UndecodableError(f"not a value of schema {schema_id}") from exc
-        if buffer.tell() != len(value) or not isinstance(record, dict):
+        if buffer.tell() != len(body) or not isinstance(record, dict):
             raise UndecodableError(f"not a value of schema {schema_id}")
         return record
+
+    def schema(self, schema_id: int) -> Any:
+        """Return an id's schema, parsed and without logical types."""
+        return self._schemas.get(schema_id) or self._fetch(schema_id)
 
     def _fetch(self, schema_id: int) -> Any:
         if self._client is None:

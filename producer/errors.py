@@ -2,6 +2,7 @@
 
 RebpfError            70 internal
 ├── UsageError        64 the command line is wrong
+├── IncompleteError   65 what lies in the topics is not whole, or not in order
 ├── UnavailableError  69 this host or a server cannot do what was asked
 │   └── HookError        no rung of a stream could be attached
 ├── BusyError         75 another producer runs on this host: try again later
@@ -21,6 +22,12 @@ class UsageError(RebpfError):
     """The command line is wrong."""
 
     exit_code = 64
+
+
+class IncompleteError(RebpfError):
+    """What lies in the topics is not whole, or not in order."""
+
+    exit_code = 65
 
 
 class UnavailableError(RebpfError):

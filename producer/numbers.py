@@ -1,0 +1,95 @@
+"""Which event numbers were seen, of many counters, and which are missing: one bit for each number, in pages.
+
+Ranges would be smaller if the numbers came in order. They do not: a CPU's numbers are spread over the partitions, which
+are read at different speeds, so that millions of ranges can be open for long, each of one number.
+
+The numbers of a boot begin at 1. After a crash that kept no ring they go on behind the next multiple of 2**32: how many
+events were lost at the end of such a generation, nobody knows.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+GENERATION_BITS = 32
+_PAGE_BITS = 12
+_PAGE_BYTES = 1 << _PAGE_BITS - 3
+_FIRST_PAGES = 64
+
+
+class Numbers:
+    """The numbers seen so far, from 1, of counters that are numbered from 0."""
+
+    def __init__(self) -> None:
+        self._slots: dict[tuple[int, int], int] = {}
+        self._bits = np.zeros(_FIRST_PAGES * _PAGE_BYTES, np.uint8)
+
+    def add(self, counters: Sequence[int], numbers: Sequence[int]) -> NDArray[np.bool_]:
+        """Note numbers[i] of counters[i]; return where it was not there yet. Of equal ones the first is new."""
+        index = np.array(numbers, np.int64) - 1
+        pages = (index >> _PAGE_BITS).tolist()
+        slots = np.array([self._slot(*page) for page in zip(counters, pages, strict=True)], np.int64)
+        bits, first = np.unique(slots << _PAGE_BITS | index & (1 << _PAGE_BITS) - 1, return_index=True)
+        at, mask = bits >> 3, np.left_shift(1, bits & 7).astype(np.uint8)
+        is_new = self._bits[at] & mask == 0
+        np.bitwise_or.at(self._bits, at, mask)
+        new = np.zeros(len(index), np.bool_)
+        new[first[is_new]] = True
+        return new
+
+    def held(self) -> Iterator[tuple[int, Iterator[NDArray[np.int64]]]]:
+        """Yield each counter and its numbers, ascending, in pieces."""
+        for counter, pages in groupby(sorted(self._slots), key=lambda page: page[0]):
+            yield counter, (self._page(*page) for page in pages)
+
+    def _page(self, counter: int, page: int) -> NDArray[np.int64]:
+        at = self._slots[counter, page] * _PAGE_BYTES
+        bits = np.unpackbits(self._bits[at : at + _PAGE_BYTES], bitorder="little")
+        return np.flatnonzero(bits).astype(np.int64) + ((page << _PAGE_BITS) + 1)
+
+    def _slot(self, counter: int, page: int) -> int:
+        slot = self._slots.setdefault((counter, page), len(self._slots))
+        if slot * _PAGE_BYTES == len(self._bits):
+            self._bits = np.concatenate([self._bits, np.zeros_like(self._bits)])
+        return slot
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """What a counter's numbers lack."""
+
+    first: int
+    """The first number; whatever came before it is not counted anywhere."""
+    gaps: int
+    missing: int
+    """Numbers in the gaps."""
+    unsure: int
+    """Numbers missing before the number from which on all must be there."""
+    generations: frozenset[int]
+    """Generations that the numbers jumped to: of the end of those before, nothing is known."""
+
+
+def find_gaps(pieces: Iterable[NDArray[np.int64]], complete_from: int) -> Gaps:
+    """Look for gaps in ascending numbers, of which there is one at least."""
+    gaps = missing = unsure = first = last = 0
+    generations: set[int] = set()
+    for piece in pieces:
+        if not first:
+            first = int(piece[0])
+            last = first - 1
+        before = np.concatenate([[last], piece[:-1]])
+        last = int(piece[-1])
+        jumps = piece > before + 1
+        before, behind = before[jumps], piece[jumps]
+        generation = behind - 1 >> GENERATION_BITS
+        crossed = before - 1 >> GENERATION_BITS != generation
+        generations.update(generation[crossed].tolist())
+        lacking = behind - 1 - np.where(crossed, generation << GENERATION_BITS, before)
+        sure = behind > complete_from
+        gaps += int(np.count_nonzero(lacking[sure]))
+        missing += int(lacking[sure].sum())
+        unsure += int(lacking[~sure].sum())
+    return Gaps(first, gaps, missing, unsure, frozenset(generations))

@@ -1,0 +1,148 @@
+"""Reads topics from their beginnings to their ends: an own connection, nothing of the agent.
+
+A group id is needed and never used: all partitions are assigned by hand, nothing is committed, no other group moves.
+"""
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from producer.audit import ALL
+from producer.errors import ConfigError, UnavailableError
+
+_LOG = logging.getLogger(__name__)
+_METADATA_TIMEOUT_S = 10
+_SILENCE_S = 30
+_POLL_S = 0.5
+_BATCH = 10_000
+_SKEW_MS = 60_000
+"""How far the clocks of two hosts may differ, and how long a message may be on its way."""
+
+
+class Part(NamedTuple):
+    """A partition of a topic."""
+
+    topic: str
+    number: int
+
+
+class TopicReader:
+    """Reads all partitions of the topics up to where they ended when it began."""
+
+    def __init__(self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], since: int | None) -> None:
+        self._brokers = brokers
+        self._last_error: KafkaError | None = None
+        conf = {
+            "allow.auto.create.topics": False,
+            "socket.keepalive.enable": True,
+            **settings,
+            "bootstrap.servers": brokers,
+            "group.id": f"rebpf-verify-{uuid.uuid4()}",
+            "enable.auto.commit": False,
+            "auto.offset.reset": "error",
+            "enable.partition.eof": True,
+            "error_cb": self._on_error,
+        }
+        try:
+            self._consumer = Consumer(conf, logger=_client_logger())
+        except KafkaException as exc:
+            raise ConfigError(f"the Kafka client's settings: {exc.args[0].str()}") from exc
+        try:
+            self.spans = {part: self._span(part, since) for topic in topics for part in self._parts(topic)}
+        except KafkaException as exc:
+            reason = self._last_error or exc.args[0]
+            raise UnavailableError(f"no answer from Kafka at {self._brokers}: {reason.str()}") from exc
+
+    def complete_from_ms(self, topic: str) -> float:
+        """Return from when on all that was sent to the topic is there: since the latest beginning of its partitions.
+
+        That is ALL where no message was deleted, and infinity where all messages of a partition were.
+        """
+        latest: float = ALL
+        for part, (start, end) in self.spans.items():
+            if part.topic == topic and start > 0:
+                latest = max(latest, self._timestamp_ms(part, start) + _SKEW_MS if start < end else math.inf)
+        return latest
+
+    def batches(self) -> Iterator[list[Message]]:
+        """Yield all messages, in each partition's order."""
+        left = {part: end for part, (start, end) in self.spans.items() if start < end}
+        starts = [TopicPartition(*part, self.spans[part][0]) for part in left]
+        self._consumer.assign(starts)
+        while left:
+            batch = []
+            for message in self._answer():
+                part = Part(message.topic() or "", message.partition() or 0)
+                if part not in left:
+                    continue
+                is_end = message.error() is not None
+                offset = message.offset() or 0
+                if not is_end and offset < left[part]:
+                    batch.append(message)
+                if is_end or offset >= left[part] - 1:
+                    del left[part]
+                    self._consumer.incremental_unassign([TopicPartition(*part)])
+            yield batch
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._consumer.close()
+
+    def _parts(self, topic: str) -> list[Part]:
+        metadata = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic]
+        if metadata.error is not None:
+            raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
+        return [Part(topic, number) for number in sorted(metadata.partitions)]
+
+    def _span(self, part: Part, since: int | None) -> tuple[int, int]:
+        low, high = self._consumer.get_watermark_offsets(TopicPartition(*part), _METADATA_TIMEOUT_S)
+        if since is None:
+            return low, high
+        return max(low, min(high, since if since >= 0 else high + since)), high
+
+    def _timestamp_ms(self, part: Part, offset: int) -> int:
+        self._consumer.assign([TopicPartition(*part, offset)])
+        while True:
+            for message in self._answer():
+                if (message.topic(), message.partition()) == part and message.error() is None:
+                    timestamp_ms: int = message.timestamp()[1]
+                    return timestamp_ms
+
+    def _answer(self) -> list[Message]:
+        """Wait for messages, or the news that a partition ends here; UnavailableError where nothing comes."""
+        deadline = time.monotonic() + _SILENCE_S
+        while time.monotonic() < deadline:
+            messages = [each for each in self._consumer.consume(_BATCH, _POLL_S) if not self._is_trouble(each)]
+            if messages:
+                return messages
+        reason = f": {self._last_error.str()}" if self._last_error else ""
+        raise UnavailableError(f"no message from Kafka at {self._brokers} for {_SILENCE_S} s{reason}")
+
+    @staticmethod
+    def _is_trouble(message: Message) -> bool:
+        error = message.error()
+        if error is None or error.code() == KafkaError._PARTITION_EOF:
+            return False
+        if error.retriable():
+            return True
+        if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
+            raise UnavailableError(f"topic {message.topic()}: messages were deleted while they were read: try again")
+        raise UnavailableError(f"topic {message.topic()}: {error.str()}")
+
+    def _on_error(self, error: KafkaError) -> None:
+        known = self._last_error is not None and self._last_error.code() == error.code()
+        self._last_error = error
+        if not known:
+            _LOG.warning("kafka: %s", error.str())
+
+
+def _client_logger() -> logging.Logger:
+    """Return librdkafka's logger, for debugging only: it repeats itself many times a second while a broker is down."""
+    logger = _LOG.getChild("librdkafka")
+    logger.setLevel(logging.DEBUG if _LOG.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
+    return logger
