@@ -48,6 +48,11 @@ class Manager:
         env = {**os.environ, **self.environment, **(environment or {})}
         return subprocess.Popen(start, env=env, pass_fds=given, text=True, **settings)
 
+    def forget(self, *names: str) -> None:
+        """Let go of what is stored, as a stop does: of all, unless names are given."""
+        for name in names or tuple(self.stored):
+            os.close(self.stored.pop(name))
+
     def __enter__(self) -> Self:
         self._socket.bind(self.address)
         self._thread.start()
@@ -58,8 +63,7 @@ class Manager:
             own.sendto(b"END", self.address)
         self._thread.join()
         self._socket.close()
-        for descriptor in self.stored.values():
-            os.close(descriptor)
+        self.forget()
 
     def _serve(self) -> None:
         while True:

@@ -107,7 +107,7 @@ def test_what_is_kept_anew_is_in_place_of_the_old(manager, objects):
 def test_remains_without_a_manifest_are_cleared(manager, objects):
     with FdStore() as store:
         store.keep(objects, MANIFEST)
-    os.close(manager.stored.pop("manifest"))
+    manager.forget("manifest")
     clear = "from producer.fdstore import FdStore\nwith FdStore() as store: print(store.manifest()); store.clear()"
     process = manager.start([sys.executable, "-c", clear], stdout=-1)
     assert process.communicate()[0] == "None\n"

@@ -1,0 +1,83 @@
+"""The least service that keeps its hooks in systemd's store: `python -m tests.kernel.service FILE PORT [hold]`.
+
+It writes each transmitted segment of a port to FILE, a line of JSON each, and an empty line when it has given back the
+ring's room of those before; with `hold` it gives back none, as if nothing was acknowledged.
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from ipaddress import IPv6Address
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from producer import privileges
+from producer.events import TRANSMITS, Rows
+from producer.fdstore import FdStore
+from producer.hooks import Hooks, HookSettings
+from producer.rules import filtered
+from producer.systemd import notify
+from tests.kernel.capture import ALLOWED
+from tests.wire import Segment
+
+
+class Event(NamedTuple):
+    """A line of the file."""
+
+    cpu: int
+    cpu_seq: int
+    segment: Segment
+
+
+def read(file: Path) -> list[Event]:
+    """Return the events of a file as far as their room was given back."""
+    text, _, _ = file.read_text().rpartition("\n\n")
+    lines = (line for line in text.split("\n") if line)
+    return [Event(cpu, cpu_seq, Segment(*segment)) for cpu, cpu_seq, segment in map(json.loads, lines)]
+
+
+def _events(rows: Rows) -> Iterator[Event]:
+    for row in rows["s"]:
+        flow = row["flow"]
+        saddr, daddr = (_address(bytes(flow[name])) for name in ("saddr", "daddr"))
+        numbers = [row[name] for name in ("seq", "ack_seq", "tcp_flags", "payload_len")]
+        seq, ack_seq, tcp_flags, payload_len = map(int, numbers)
+        yield Event(
+            int(row["cpu"]),
+            int(row["cpu_seq"]),
+            Segment(saddr, int(flow["sport"]), daddr, int(flow["dport"]), seq, ack_seq, tcp_flags, payload_len),
+        )
+
+
+def _address(packed: bytes) -> str:
+    address = IPv6Address(packed)
+    return str(address.ipv4_mapped or address)
+
+
+def main(file: str, port: str, *hold: str) -> None:
+    stop: list[Any] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(int(port),)))
+    with FdStore() as store, Hooks(settings, store) as hooks, open(file, "w") as out:
+        hooks.load()
+        privileges.drop_all()
+        with hooks.ring(TRANSMITS) as ring:
+            hooks.attach()
+            notify("READY=1")
+            while not stop:
+                rows = ring.read(1 << 12)
+                if not len(rows):
+                    time.sleep(0.02)
+                    continue
+                out.writelines(json.dumps(event) + "\n" for event in _events(rows))
+                out.flush()
+                if not hold:
+                    ring.commit(ring.position)
+                out.write("\n")
+                out.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

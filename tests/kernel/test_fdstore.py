@@ -1,0 +1,148 @@
+"""A service is killed, and the next process of it goes on with the hooks that the service manager has kept."""
+
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from producer.events import TRANSMITS
+from producer.fdstore import FdStore
+from producer.hooks import Hooks, HookSettings
+from producer.rules import filtered
+from producer.sysbpf import program_ids
+from tests.kafka.proc import bpf_ids
+from tests.kafka.traffic import Echo, exchange
+from tests.kernel import service
+from tests.kernel.capture import ALLOWED, wait_for
+from tests.manager import Manager
+from tests.wire import Segment, captured
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    with Manager(tmp_path) as manager:
+        yield manager
+
+
+class Service:
+    """A process of the service, ready when the context begins."""
+
+    def __init__(self, manager: Manager, file: Path, port: int, *arguments: str) -> None:
+        self._manager, self._file = manager, file
+        self._before = manager.messages.count("READY=1")
+        command = [sys.executable, "-m", "tests.kernel.service", str(file), str(port), *arguments]
+        # It dies with the tests, however they end.
+        self._process = manager.start(["setpriv", "--pdeathsig", "KILL", *command])
+
+    def wait_events(self, count: int) -> "Counter[service.Event]":
+        """Wait for so many events, or more, and return them."""
+
+        def look() -> "list[service.Event] | None":
+            events = service.read(self._file)
+            return events if len(events) >= count else None
+
+        return Counter(wait_for(look, f"{count} events"))
+
+    @property
+    def programs(self) -> set[int]:
+        return bpf_ids(self._process.pid, "prog")
+
+    def terminate(self) -> None:
+        self._process.terminate()
+        assert self._process.wait(60) == 0
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> "Service":
+        wait_for(self._is_ready, "the service to be ready")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _is_ready(self) -> bool:
+        assert self._process.poll() is None, "the service has ended"
+        return self._manager.messages.count("READY=1") > self._before
+
+
+@pytest.mark.parametrize("hold", [(), ("hold",)], ids=["acknowledged", "not acknowledged"])
+def test_the_next_process_reads_on_at_the_acknowledged_position(
+    manager: Manager, tmp_path: Path, hold: tuple[str, ...]
+) -> None:
+    with Echo() as echo:
+        with Service(manager, tmp_path / "first", echo.port, *hold) as first:
+            with captured(echo.port) as before:
+                exchange(echo.port, 7)
+            old = first.wait_events(before.total())
+            programs = first.programs
+            first.kill()
+        with captured(echo.port) as between:
+            exchange(echo.port, 53)
+        assert programs <= program_ids()
+        with Service(manager, tmp_path / "second", echo.port) as second:
+            assert second.programs == programs
+            with captured(echo.port) as after:
+                exchange(echo.port, 11)
+            unread = before + between if hold else between
+            new = second.wait_events((unread + after).total())
+    assert segments(old) == before
+    assert segments(new) == unread + after
+    numbers: dict[int, set[int]] = {}
+    for event in old | new:
+        numbers.setdefault(event.cpu, set()).add(event.cpu_seq)
+    assert all(len(seen) == max(seen) - min(seen) + 1 for seen in numbers.values()), "no gap in the kernel's numbers"
+
+
+def test_a_restart_is_no_end_and_a_stop_is_one(manager: Manager, tmp_path: Path) -> None:
+    with Service(manager, tmp_path / "first", 1) as first:
+        programs = first.programs
+        first.terminate()
+    assert programs <= program_ids()
+    with Service(manager, tmp_path / "second", 1) as second:
+        assert second.programs == programs
+        second.terminate()
+    manager.forget()
+    wait_for(lambda: not programs & program_ids(), "the programs' end")
+
+
+def test_the_remains_of_a_start_that_did_not_end_are_given_up(manager: Manager, tmp_path: Path) -> None:
+    with Service(manager, tmp_path / "first", 1) as first:
+        remains = first.programs
+        first.kill()
+    manager.forget("manifest")
+    with Service(manager, tmp_path / "second", 1) as second:
+        assert not second.programs & remains
+        wait_for(lambda: not remains & program_ids(), "the old programs' end")
+
+
+def test_detach_clears_the_store(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in manager.environment.items():
+        monkeypatch.setenv(name, value)
+    with contextlib.ExitStack() as stack:
+        echo, store = stack.enter_context(Echo()), stack.enter_context(FdStore())
+        hooks = stack.enter_context(Hooks(HookSettings(hooks=ALLOWED, rules=filtered(ports=(echo.port,))), store))
+        hooks.load()
+        hooks.attach()
+        programs = bpf_ids(os.getpid(), "prog")
+        assert {"manifest", "transmit_pipe", "retransmit_pipe", "counters", "link_0"} <= set(manager.stored)
+        assert len(manager.stored) <= 40, "FileDescriptorStoreMax=64 has room"
+        exchange(echo.port, 1)
+        hooks.detach()
+        assert manager.stored == {}
+        passed = hooks.counters(TRANSMITS).passed
+        assert passed > 0
+        exchange(echo.port, 1)
+        assert hooks.counters(TRANSMITS).passed == passed
+    wait_for(lambda: not programs & program_ids(), "the programs' end")
+
+
+def segments(events: "Counter[service.Event]") -> "Counter[Segment]":
+    return Counter(event.segment for event in events.elements())
