@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from producer.errors import RebpfError, UsageError
+from producer.errors import RebpfError, UnavailableError, UsageError
 
 # One thread is enough for what numpy does here, and its library would start one for each CPU on import.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -186,6 +186,26 @@ def tail(
 
 @rebpf.command()
 @_config
+@_state_dir
+@_json
+def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
+    """Say how the producer that runs here fares, and where its events are."""
+    from producer import state
+    from producer.endpoint import ask
+    from producer.status import table
+
+    folder = _load(config).with_values(state_dir=state_dir).state_dir
+    facts = state.running(folder)
+    if facts is None:
+        raise UnavailableError(f"no producer runs with state_dir {folder}, or it is not ready")
+    if not facts.get("status_url"):
+        raise UnavailableError(f"the producer with pid {facts['pid']} has no endpoint: set metrics.listen")
+    report = ask(facts["status_url"])
+    click.echo(json.dumps(report) if as_json else table(report))
+
+
+@rebpf.command()
+@_config
 @_brokers
 @_registry
 @_option("--topic", multiple=True, help="Only this topic; repeatable.")
@@ -244,7 +264,9 @@ def demo(duration: float, loss: float, as_json: bool) -> None:
 @_config
 @_brokers
 @_registry
-@_option("--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions of each topic.")
+@_option(
+    "--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions of each topic of events."
+)
 @_option("--replication", type=click.IntRange(min=1), default=1, show_default=True, help="Replicas of each partition.")
 def init(config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int) -> None:
     """Create the topics and register the schemas: an administrator's act, done once."""
