@@ -11,7 +11,7 @@ from producer.config import Config
 from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import STREAMS
 from producer.hooks import python_with_bcc
-from producer.provision import Admin, topic
+from producer.provision import Admin, heartbeat_topic, in_partitions, topic
 from producer.rungs import LADDERS, cgroup2_root, refusal
 
 
@@ -86,9 +86,11 @@ def _kafka(config: Config) -> Iterator[Finding]:
         yield Finding("Kafka", str(error), error.exit_code)
         return
     yield Finding("Kafka", config.kafka.brokers)
-    for stream in STREAMS:
-        name = topic(config, stream)
+    heartbeats = heartbeat_topic(config)
+    for name in (*(topic(config, stream) for stream in STREAMS), heartbeats):
         if name in topics:
-            yield Finding(f"topic {name}", f"{topics[name]} partitions")
+            yield Finding(f"topic {name}", in_partitions(topics[name]))
+        elif name == heartbeats:
+            yield Finding(f"topic {name}", "missing, so no heartbeats are sent: run `rebpf init`", there=False)
         else:
             yield Finding(f"topic {name}", "missing: run `rebpf init`", UnavailableError.exit_code)

@@ -1,4 +1,4 @@
-"""What an administrator does once: the topics created, the schemas registered."""
+"""The topics and their schemas' ids, and what an administrator does once: create the topics, register the schemas."""
 
 import logging
 from typing import Any
@@ -11,19 +11,33 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 from producer.config import Config
 from producer.encode import load_schema
 from producer.errors import ConfigError, UnavailableError
-from producer.events import STREAMS, Stream, Topic
-from producer.registry import SchemaIds
+from producer.events import STREAMS, SchemaId, Stream, Topic
+from producer.heartbeat import FIXED_SCHEMA_ID, TOPIC, heartbeat_schema
+from producer.registry import AvroSchema, SchemaIds
 
 logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 5.0
 _CREATE_TIMEOUT_S = 10.0
+# One: a thousand hosts send a hundred small records a second, and a consumer that works with event time (Flink) waits
+# for partitions in which nothing comes.
+_HEARTBEAT_PARTITIONS = 1
 _TOPIC_SETTINGS = {"cleanup.policy": "delete", "message.timestamp.type": "CreateTime"}
 
 
 def topic(config: Config, stream: Stream) -> Topic:
     """Return the topic of a stream's events."""
     return Topic(config.kafka.topic_prefix + stream.topic)
+
+
+def heartbeat_topic(config: Config) -> Topic:
+    """Return the topic of the heartbeats."""
+    return Topic(config.kafka.topic_prefix + TOPIC)
+
+
+def in_partitions(count: int) -> str:
+    """Say how many partitions a topic has."""
+    return f"{count} partition{'s' if count > 1 else ''}"
 
 
 class Admin:
@@ -75,24 +89,42 @@ def create_topics(config: Config, partitions: int, replication: int) -> list[str
     """Create the topics that do not exist; return a line about each. UnavailableError says what failed."""
     admin = Admin(config)
     admin.partitions()  # whether a broker answers at all is known sooner than that a request is not answered
+    wanted = {topic(config, stream): partitions for stream in STREAMS}
+    wanted[heartbeat_topic(config)] = _HEARTBEAT_PARTITIONS
     lines = []
-    for stream in STREAMS:
-        name = topic(config, stream)
-        made = admin.create(name, partitions, replication)
-        lines.append(f"topic {name}: {f'created, {partitions} partitions' if made else 'exists'}")
+    for name, count in wanted.items():
+        made = admin.create(name, count, replication)
+        lines.append(f"topic {name}: {f'created, {in_partitions(count)}' if made else 'exists'}")
     return lines
 
 
 def register_schemas(config: Config) -> list[str]:
     """Register the schemas where a registry is configured; return a line about each."""
     if config.registry.url is None:
-        return ["no registry: schema ids are " + ", ".join(f"{topic(config, s)} {s.fixed_schema_id}" for s in STREAMS)]
-    registry = SchemaIds(config.registry, cache=None)
-    lines = []
-    for stream in STREAMS:
-        schema_id = registry.register(topic(config, stream), load_schema(stream))
-        lines.append(f"schema {topic(config, stream)}-value: id {schema_id}")
-    return lines
+        return ["no registry: schema ids are " + ", ".join(f"{name} {i}" for name, i in schema_ids(config).items())]
+    schemas = {**_event_schemas(config), **_heartbeat_schemas(config)}
+    with SchemaIds(config.registry, cache=None) as registry:
+        return [f"schema {name}-value: id {registry.register(name, schema)}" for name, schema in schemas.items()]
+
+
+def schema_ids(config: Config) -> dict[Topic, SchemaId]:
+    """Return the id of each topic's schema: the registry's, or the fixed ones where there is none.
+
+    The heartbeat's is left out where it is not to be had: nobody depends on it for events.
+    """
+    if config.registry.url is None:
+        fixed = {topic(config, stream): stream.fixed_schema_id for stream in STREAMS}
+        return {**fixed, heartbeat_topic(config): FIXED_SCHEMA_ID}
+    with SchemaIds(config.registry, config.state_dir / "schema_ids.json") as registry:
+        return registry.find(_event_schemas(config), optional=_heartbeat_schemas(config))
+
+
+def _event_schemas(config: Config) -> dict[Topic, AvroSchema]:
+    return {topic(config, stream): load_schema(stream) for stream in STREAMS}
+
+
+def _heartbeat_schemas(config: Config) -> dict[Topic, AvroSchema]:
+    return {heartbeat_topic(config): heartbeat_schema()}
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
@@ -20,6 +21,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from producer.config import Registry
 from producer.errors import SchemaError, UnavailableError
 from producer.events import SchemaId, Topic
+from producer.metrics import counted
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _INCOMPATIBLE, _NOT_FOUND = 409, 404
 
 
 class SchemaIds:
-    """Finds the ids of topics' schemas at the registry of `settings`, or in the file `cache`."""
+    """Finds the ids of topics' schemas at the registry of `settings`, or in the file `cache`, while it is entered."""
 
     def __init__(self, settings: Registry, cache: Path | None) -> None:
         # The client has no timeout of its own, and its own retries are not seen.
@@ -38,25 +40,40 @@ class SchemaIds:
         self._settings = settings
         self._cache = cache
 
-    def find(self, schemas: Mapping[Topic, AvroSchema]) -> dict[Topic, SchemaId]:
-        """Return each topic's schema id.
+    def __enter__(self) -> "SchemaIds":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def find(
+        self, schemas: Mapping[Topic, AvroSchema], optional: Mapping[Topic, AvroSchema] = MappingProxyType({})
+    ) -> dict[Topic, SchemaId]:
+        """Return each topic's schema id; of the optional ones, those that are to be had.
 
         Raises SchemaError where the registry does not have a schema, or refuses it; UnavailableError where it does not
         answer and the cache does not know.
         """
+        everything = {**schemas, **optional}
+        keys = {topic: self._cache_key(topic, schema) for topic, schema in everything.items()}
         call = self.register if self._settings.register else self._look_up
         try:
             ids = {topic: call(topic, schema) for topic, schema in schemas.items()}
         except UnavailableError as error:
             cached = self._read_cache()
-            keys = {topic: self._cache_key(topic, schema) for topic, schema in schemas.items()}
-            if not cached.keys() >= set(keys.values()):
+            if not cached.keys() >= {keys[topic] for topic in schemas}:
                 raise
             logger.warning("registry: %s; its earlier answers are used", error)
-            return {topic: cached[key] for topic, key in keys.items()}
+            return {topic: cached[key] for topic, key in keys.items() if key in cached}
+        for topic, schema in optional.items():
+            try:
+                ids[topic] = call(topic, schema)
+            except (SchemaError, UnavailableError) as error:
+                logger.warning("%s; nothing is sent to topic %s", error, topic)
         if self._cache:
-            answers = {self._cache_key(topic, schemas[topic]): number for topic, number in ids.items()}
-            self._cache.write_text(json.dumps(answers))
+            self._cache.write_text(json.dumps({keys[topic]: number for topic, number in ids.items()}))
         return ids
 
     def register(self, topic: Topic, schema: AvroSchema) -> SchemaId:
@@ -70,6 +87,7 @@ class SchemaIds:
         retrying = Retrying(
             retry=retry_if_exception_type(UnavailableError),
             wait=wait_random_exponential(multiplier=0.3, max=5),
+            before_sleep=counted("registry"),
             stop=stop_after_attempt(_ATTEMPTS),
             reraise=True,
         )

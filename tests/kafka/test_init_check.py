@@ -28,12 +28,14 @@ def test_init_creates_the_topics_and_leaves_those_that_are_there(kafka, config):
     first = rebpf(*arguments, "--partitions", 5)
     again = rebpf(*arguments, "--partitions", 7)
 
-    ids = "no registry: schema ids are init.tcp_transmit 1, init.tcp_retransmit 2"
+    ids = "no registry: schema ids are init.tcp_transmit 1, init.tcp_retransmit 2, init.rebpf_agent 3"
+    all_topics = [*TOPICS, "rebpf_agent"]
     assert (first.returncode, again.returncode) == (0, 0)
-    assert first.stdout.splitlines() == [*(f"topic init.{topic}: created, 5 partitions" for topic in TOPICS), ids]
-    assert again.stdout.splitlines() == [*(f"topic init.{topic}: exists" for topic in TOPICS), ids]
+    created = [f"topic init.{topic}: created, 5 partitions" for topic in TOPICS]
+    assert first.stdout.splitlines() == [*created, "topic init.rebpf_agent: created, 1 partition", ids]
+    assert again.stdout.splitlines() == [*(f"topic init.{topic}: exists" for topic in all_topics), ids]
     present = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
-    assert [len(present[f"init.{topic}"].partitions) for topic in TOPICS] == [5, 5]
+    assert [len(present[f"init.{topic}"].partitions) for topic in all_topics] == [5, 5, 1]
 
 
 def test_init_says_why_a_topic_cannot_be_created(kafka, config):
@@ -79,6 +81,17 @@ def test_check_names_missing_topics_and_finds_them_after_init(kafka, config):
     assert rebpf("init", *arguments).returncode == 0
     _, after = findings(*arguments)
     assert [after[f"topic check.{topic}"]["text"] for topic in TOPICS] == ["6 partitions"] * 2
+    assert after["topic check.rebpf_agent"]["text"] == "1 partition"
+
+
+@pytest.mark.root
+def test_a_missing_topic_of_heartbeats_is_named_and_no_reason_not_to_run(kafka, config):
+    for topic in TOPICS:
+        kafka.create_topic(f"deaf.{topic}")
+    code, found = findings("--config", config("deaf."), "--brokers", kafka.bootstrap)
+
+    assert (code, found["topic deaf.rebpf_agent"]["ok"]) == (0, True)
+    assert found["topic deaf.rebpf_agent"]["text"] == "missing, so no heartbeats are sent: run `rebpf init`"
 
 
 def test_check_says_that_no_broker_answers():

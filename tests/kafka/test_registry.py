@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
+from producer.config import Config, Kafka, Registry
+from producer.provision import register_schemas, schema_ids
 from tests.kafka import proc, topics
 from tests.kafka.rebpf import Run, rebpf
 from tests.kafka.topics import SCHEMAS, TRANSMIT
@@ -55,7 +57,7 @@ def test_schemas_are_looked_up_and_init_registers_them(kafka, client, registry, 
     assert done.returncode == 0, done.stderr
     numbers = ids(client, "looked.")
     assert [f"schema looked.{topic}-value: id {number}" for topic, number in numbers.items()] == (
-        done.stdout.splitlines()[2:]
+        done.stdout.splitlines()[3:5]
     )
     for topic, number in numbers.items():
         assert json.loads(client.get_schema(number).schema_str) == json.loads((SCHEMAS / f"{topic}.avsc").read_text())
@@ -68,6 +70,39 @@ def test_schemas_are_looked_up_and_init_registers_them(kafka, client, registry, 
         run.finish()
     events = topics.read(kafka.bootstrap, TRANSMIT, "looked.")
     assert {event.schema_id for event in events} == {numbers[TRANSMIT]} != {topics.FIXED_IDS[TRANSMIT]}
+
+
+def own_config(prefix: str, url: str, tmp_path) -> Config:
+    return Config(state_dir=tmp_path, kafka=Kafka(topic_prefix=prefix), registry=Registry(url, timeout_s=1))
+
+
+def test_a_registry_without_the_heartbeats_schema_costs_the_heartbeats_alone(client, registry, tmp_path, caplog):
+    for topic in topics.FIXED_IDS:
+        text = json.dumps(json.loads((SCHEMAS / f"{topic}.avsc").read_text()))
+        client.register_schema(f"deaf.{topic}-value", Schema(text, "AVRO"))
+    numbers = {f"deaf.{topic}": number for topic, number in ids(client, "deaf.").items()}
+
+    assert schema_ids(own_config("deaf.", registry.url, tmp_path)) == numbers
+    (record,) = caplog.records
+    assert "does not have deaf.rebpf_agent-value" in record.getMessage()
+    assert record.getMessage().endswith("nothing is sent to topic deaf.rebpf_agent")
+
+    cache = tmp_path / "schema_ids.json"
+    with refusing() as url:
+        cache.write_text(cache.read_text().replace(registry.url, url))
+        assert schema_ids(own_config("deaf.", url, tmp_path)) == numbers, "nor does a cache without it"
+
+
+def test_the_heartbeats_schema_is_registered_and_cached_as_the_others_are(client, registry, tmp_path):
+    lines = register_schemas(own_config("heard.", registry.url, tmp_path))
+    number = client.get_latest_version("heard.rebpf_agent-value").schema_id
+    assert lines[2] == f"schema heard.rebpf_agent-value: id {number}"
+    assert schema_ids(own_config("heard.", registry.url, tmp_path))["heard.rebpf_agent"] == number
+
+    cache = tmp_path / "schema_ids.json"
+    with refusing() as url:
+        cache.write_text(cache.read_text().replace(registry.url, url))
+        assert schema_ids(own_config("heard.", url, tmp_path))["heard.rebpf_agent"] == number
 
 
 def test_run_registers_where_it_is_told_to(kafka, client, registry, tmp_path):
