@@ -1,9 +1,10 @@
 """Maps, programs and links that outlive the process that made them, in systemd's file descriptor store.
 
 systemd holds a copy of each descriptor by its name, and hands all of them to the next process of the service, after a
-crash as after `systemctl restart`; at `systemctl stop` it lets go of them. What they are is a manifest, in a sealed
-memory file, stored last and removed first: without it, the others are the remains of a start that did not come to its
-end. Only the service's main process can store (NotifyAccess=main), and at most FileDescriptorStoreMax= descriptors.
+crash as after `systemctl restart`; at `systemctl stop` it lets go of them. What they are is a manifest, with their
+names, in a sealed memory file that is stored behind them. Of two manifests the later one counts: the earlier one was
+about to be removed. What the manifest does not name are the remains of a start or stop that did not come to its end.
+Only the service's main process can store (NotifyAccess=main), and at most FileDescriptorStoreMax= descriptors.
 
 systemd never says what it has stored. That it would is in the environment variable FDSTORE, the number of descriptors
 that it allows: it sets that itself from version 254 on, and before, the unit does (Environment=FDSTORE=). Nothing else
@@ -13,7 +14,7 @@ tells: NOTIFY_SOCKET is set for services without a store too, and LISTEN_FDS onl
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +22,7 @@ from producer.errors import ConfigError
 from producer.systemd import barrier, notify
 
 _FIRST = 3  # SD_LISTEN_FDS_START
-_MANIFEST = "manifest"
+_MANIFEST = "manifest_"
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 
 
@@ -43,29 +44,35 @@ class FdStore:
         self._kept: dict[str, int] = {}
 
     def manifest(self) -> dict[str, Any] | None:
-        """Return what `keep` was told; None where nothing is kept."""
-        if _MANIFEST not in self._kept:
+        """Return what `keep` was told; None where nothing is kept, and nothing in it where that cannot be read."""
+        name = self._manifest_name()
+        if name is None:
             return None
-        descriptor = self._kept[_MANIFEST]
-        manifest: dict[str, Any] = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+        try:
+            manifest: dict[str, Any] = self._read(name)["manifest"]
+        except (ValueError, LookupError):
+            return {}
         return manifest
 
     def open(self, names: Sequence[str]) -> list[int]:
-        """Return new descriptors of kept objects."""
-        return [os.dup(self._kept[name]) for name in names]
+        """Return new descriptors of kept objects. Raises LookupError where one is not there."""
+        return [os.dup(descriptor) for descriptor in [self._kept[name] for name in names]]
 
     def keep(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
         """Keep the objects of these descriptors by their names, in place of what was kept.
 
-        Raises ConfigError where the store is too small.
+        A name stands for one object for ever: what is kept by it already stays. At any moment, either the old objects
+        are kept or the new ones. Raises ConfigError where the store is too small for both.
         """
-        needed = len(objects) + 1
+        needed = len(self._kept.keys() | objects.keys()) + 1
         if needed > _limit():
             raise ConfigError(f"FileDescriptorStoreMax={_limit()} of the unit is too small: {needed} are needed")
-        self.clear()
         for name, descriptor in objects.items():
-            self._store(name, os.dup(descriptor))
-        self._store(_MANIFEST, _sealed(json.dumps(manifest).encode()))
+            if name not in self._kept:
+                self._store(name, os.dup(descriptor))
+        fresh = f"{_MANIFEST}{_number(self._manifest_name()) + 1}"
+        self._store(fresh, _sealed(json.dumps({"objects": list(objects), "manifest": manifest}).encode()))
+        self._remove_all_but({fresh, *objects})
         barrier()
 
     def clear(self) -> None:
@@ -73,10 +80,28 @@ class FdStore:
 
         From version 254 on systemd closes what it removes in a thread of its own, which may be a moment later.
         """
-        for name in sorted(self._kept, key=lambda name: (name != _MANIFEST, not name.startswith("link"))):
+        self._remove_all_but(())
+        barrier()
+
+    def _manifest_name(self) -> str | None:
+        return max((name for name in self._kept if name.startswith(_MANIFEST)), key=_number, default=None)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        descriptor = self._kept[name]
+        content: dict[str, Any] = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+        return content
+
+    def _remove_all_but(self, names: Collection[str]) -> None:
+        for name in sorted(self._kept.keys() - names, key=_order):
             notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
             os.close(self._kept.pop(name))
-        barrier()
+
+    def _remove_remains(self) -> None:
+        name = self._manifest_name()
+        try:
+            self._remove_all_but({name, *self._read(name)["objects"]} if name else ())
+        except (ValueError, LookupError):
+            return  # another version's: they go when others are kept
 
     def _store(self, name: str, descriptor: int) -> None:
         self._kept[name] = descriptor
@@ -85,6 +110,7 @@ class FdStore:
 
     def __enter__(self) -> "FdStore":
         self._kept = _handed_over()
+        self._remove_remains()
         return self
 
     def __exit__(
@@ -97,6 +123,16 @@ class FdStore:
 
 def _limit() -> int:
     return int(os.environ.get("FDSTORE") or 0)
+
+
+def _number(manifest: str | None) -> int:
+    return int(manifest.removeprefix(_MANIFEST)) if manifest else 0
+
+
+def _order(name: str) -> tuple[bool, bool, int]:
+    """Manifests are removed first, the earlier before the later, and then links."""
+    is_manifest = name.startswith(_MANIFEST)
+    return not is_manifest, not name.startswith("link"), _number(name) if is_manifest else 0
 
 
 def _handed_over() -> dict[str, int]:
@@ -115,7 +151,7 @@ def _handed_over() -> dict[str, int]:
 
 def _sealed(content: bytes) -> int:
     """Return a memory file that nobody can change."""
-    descriptor = os.memfd_create(_MANIFEST, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    descriptor = os.memfd_create("manifest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.write(descriptor, content)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     return descriptor

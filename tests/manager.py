@@ -26,7 +26,7 @@ os.execvp(command[0], command)
 class Manager:
     """A service manager of one service: it notes each message, and keeps descriptors by name."""
 
-    def __init__(self, folder: Path, limit: int = 64) -> None:
+    def __init__(self, folder: Path, limit: int = 128) -> None:
         self.address = str(folder / "notify")
         self.messages: list[str] = []
         self.stored: dict[str, int] = {}

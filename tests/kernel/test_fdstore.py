@@ -117,7 +117,7 @@ def test_the_remains_of_a_start_that_did_not_end_are_given_up(manager: Manager, 
     with Service(manager, tmp_path / "first", 1) as first:
         remains = first.programs
         first.kill()
-    manager.forget("manifest")
+    manager.forget("manifest_1")
     with Service(manager, tmp_path / "second", 1) as second:
         assert not second.programs & remains
         wait_for(lambda: not remains & program_ids(), "the old programs' end")
@@ -132,8 +132,9 @@ def test_detach_clears_the_store(manager: Manager, monkeypatch: pytest.MonkeyPat
         hooks.load()
         hooks.attach()
         programs = bpf_ids(os.getpid(), "prog")
-        assert {"manifest", "transmit_pipe", "retransmit_pipe", "counters", "link_0"} <= set(manager.stored)
-        assert len(manager.stored) <= 40, "FileDescriptorStoreMax=64 has room"
+        for prefix in ("manifest_", "transmit_pipe", "retransmit_pipe", "counters", "link_0"):
+            assert any(name.startswith(prefix) for name in manager.stored)
+        assert len(manager.stored) <= 40, "the unit's store has room for three of these"
         exchange(echo.port, 1)
         hooks.detach()
         assert manager.stored == {}

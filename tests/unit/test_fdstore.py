@@ -7,6 +7,7 @@ import pytest
 
 from producer.errors import ConfigError
 from producer.fdstore import FdStore, available
+from producer.systemd import barrier, notify
 from tests.manager import Manager
 
 NEXT = """
@@ -72,11 +73,11 @@ def test_the_manifest_is_stored_last_and_nobody_can_change_it(manager, objects):
     with FdStore() as store:
         store.keep(objects, MANIFEST)
         names = [text.split("\n")[1] for text in manager.messages if text.startswith("FDSTORE=1\n")]
-        assert names == ["FDNAME=ring", "FDNAME=link_0", "FDNAME=manifest"]
+        assert names == ["FDNAME=ring", "FDNAME=link_0", "FDNAME=manifest_1"]
         assert all("\nFDPOLL=0" in text for text in manager.messages if text.startswith("FDSTORE=1\n"))
         assert store.manifest() == MANIFEST
         with pytest.raises(PermissionError):
-            os.write(manager.stored["manifest"], b"{}")
+            os.write(manager.stored["manifest_1"], b"{}")
 
 
 def test_what_is_handed_over_has_no_heirs(manager, objects):
@@ -91,7 +92,7 @@ def test_the_manifest_is_removed_first_and_then_the_links(manager, objects):
     with FdStore() as store:
         store.keep(objects, MANIFEST)
         store.clear()
-        assert removed(manager) == ["manifest", "link_0", "ring"]
+        assert removed(manager) == ["manifest_1", "link_0", "ring"]
         assert manager.stored == {}
         assert store.manifest() is None
 
@@ -100,16 +101,52 @@ def test_what_is_kept_anew_is_in_place_of_the_old(manager, objects):
     with FdStore() as store:
         store.keep(objects, MANIFEST)
         store.keep({"ring": objects["ring"]}, {"maps": ["ring"]})
-        assert sorted(manager.stored) == ["manifest", "ring"]
+        assert sorted(manager.stored) == ["manifest_2", "ring"]
         assert store.manifest() == {"maps": ["ring"]}
+        assert removed(manager) == ["manifest_1", "link_0"]
+        stored = [text for text in manager.messages if text.startswith("FDSTORE=1\n")]
+        assert sum("FDNAME=ring" in text for text in stored) == 1, "a name stands for one object for ever"
+
+
+@pytest.mark.parametrize("killed_before", ["FDSTORE=1\nFDNAME=manifest_2", "FDSTOREREMOVE=1\nFDNAME=manifest_1"])
+def test_a_process_that_is_killed_while_it_keeps_others_leaves_the_old_or_the_new(
+    manager, objects, monkeypatch, killed_before
+):
+    def send(text, descriptors=()):
+        if text.startswith(killed_before):
+            raise KeyboardInterrupt
+        return notify(text, descriptors)
+
+    with FdStore() as store:
+        store.keep(objects, MANIFEST)
+        monkeypatch.setattr("producer.fdstore.notify", send)
+        with pytest.raises(KeyboardInterrupt):
+            store.keep({"other": objects["ring"]}, {"maps": ["other"]})
+    barrier()  # systemd takes what a process has sent before it takes note of its end
+    look = "from producer.fdstore import FdStore\nwith FdStore() as store: print(store.manifest())"
+    process = manager.start([sys.executable, "-c", look], stdout=-1)
+    is_old = "manifest_2" in killed_before
+    assert process.communicate()[0] == f"{MANIFEST if is_old else {'maps': ['other']}}\n"
+    assert sorted(manager.stored) == (["link_0", "manifest_1", "ring"] if is_old else ["manifest_2", "other"])
+
+
+def test_a_manifest_that_cannot_be_read_has_nothing_in_it(manager, objects, tmp_path):
+    with FdStore() as store:
+        store.keep(objects, MANIFEST)
+    manager.forget("manifest_1")
+    manager.stored["manifest_1"] = os.open(tmp_path / "ring", os.O_RDONLY)
+    look = "from producer.fdstore import FdStore\nwith FdStore() as store: print(store.manifest()); store.keep({}, {})"
+    process = manager.start([sys.executable, "-c", look], stdout=-1)
+    assert process.communicate()[0] == "{}\n"
+    assert list(manager.stored) == ["manifest_2"]
 
 
 def test_remains_without_a_manifest_are_cleared(manager, objects):
     with FdStore() as store:
         store.keep(objects, MANIFEST)
-    manager.forget("manifest")
-    clear = "from producer.fdstore import FdStore\nwith FdStore() as store: print(store.manifest()); store.clear()"
-    process = manager.start([sys.executable, "-c", clear], stdout=-1)
+    manager.forget("manifest_1")
+    look = "from producer.fdstore import FdStore\nwith FdStore() as store: print(store.manifest())"
+    process = manager.start([sys.executable, "-c", look], stdout=-1)
     assert process.communicate()[0] == "None\n"
     assert manager.stored == {}
 
