@@ -18,7 +18,7 @@ from producer.errors import ConfigError, UnavailableError
 _LOG = logging.getLogger(__name__)
 _METADATA_TIMEOUT_S = 10
 _SILENCE_S = 30
-_POLL_S = 0.5
+_POLL_S = 0.1
 _BATCH = 10_000
 _SKEW_MS = 60_000
 """How far the clocks of two hosts may differ, and how long a message may be on its way."""

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import re
+import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +249,41 @@ def test_a_topic_that_is_not_there_is_unavailable(cluster: Cluster) -> None:
 def test_a_setting_that_the_client_does_not_know_is_a_configuration_error(cluster: Cluster) -> None:
     with pytest.raises(ConfigError, match=r"no\.such\.setting"):
         read(cluster, client_settings={"no.such.setting": "1"})
+
+
+def documented_sql() -> str:
+    """Return the statement of docs/delivery.md that looks for gaps."""
+    blocks = re.findall(r"```sql\n(.*?)```", DELIVERY.read_text(), re.DOTALL)
+    (statement,) = [block for block in blocks if "LAG(" in block]
+    return statement
+
+
+def by_sql(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.execute("CREATE TABLE tcp_transmit (host TEXT, boot_id TEXT, cpu INT, cpu_seq INT)")
+        values = [(each.host, each.boot_id, each.cpu, each.cpu_seq) for each in rows]
+        database.executemany("INSERT INTO tcp_transmit VALUES (?, ?, ?, ?)", values)
+        return database.execute(documented_sql()).fetchall()
+
+
+def by_audit(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
+    return sorted(
+        (each.host, each.boot_id, each.events, each.duplicates, each.gaps, each.missing, each.restarts)
+        for each in boots(rows)
+    )
+
+
+def test_the_documented_sql_finds_known_gaps_and_duplicates() -> None:
+    after_crash = [5 * GENERATION + number for number in (3, 4, 6)]
+    rows = [row(number, cpu=cpu) for cpu in (0, 1) for number in (1, 2, 2, 3, 7, 8, 8, *after_crash)]
+    rows += [row(number, host="g", boot_id="c") for number in (10, 11, 12)]
+    assert by_sql(rows) == [("g", "c", 3, 0, 0, 0, 0), ("h", "b", 16, 4, 6, 12, 1)]
+
+
+identities = st.tuples(st.sampled_from("gh"), st.sampled_from("bc"), st.integers(0, 1), some_numbers)
+
+
+@given(st.lists(identities, max_size=60))
+def test_the_documented_sql_and_verify_agree(events: list[tuple[str, str, int, int]]) -> None:
+    rows = [row(number, host=host, boot_id=boot_id, cpu=cpu) for host, boot_id, cpu, number in events]
+    assert by_sql(rows) == by_audit(rows)
