@@ -1,13 +1,13 @@
 """What a topic holds, by host and boot: events, duplicates, gaps, and the order within each flow.
 
-Memory: a bit for each number of an event (numbers.py), the counters, and the last time of the flows seen most recently.
+Memory: a bit for each number of an event (gaps.py), the counters, and the last time of the flows seen most recently.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from producer.numbers import Gaps, Numbers, find_gaps
+from producer.gaps import Gaps, Numbers, find_gaps
 
 ALL = 0
 """`complete_from_ms` of a topic of which nothing has been deleted."""

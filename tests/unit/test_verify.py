@@ -19,7 +19,7 @@ from producer.decode import Decoder, UndecodableError
 from producer.errors import ConfigError, UnavailableError
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS
 from producer.front import FrontReader
-from producer.numbers import Gaps, Numbers, find_gaps
+from producer.gaps import Gaps, Numbers, find_gaps
 from producer.verify import TopicReport, complaint, show, verify
 from tests.unit.test_tail import TOPICS, Cluster, message
 
