@@ -23,6 +23,8 @@ from typing import Any
 from producer.errors import ConfigError
 from producer.events import HOOKS
 
+_LEAST_SPOOL_BYTES = 1 << 18
+_LISTEN = re.compile(r".+:\d{1,5}")
 _TOPIC_CHARACTERS = re.compile(r"[A-Za-z0-9._-]*")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -64,6 +66,30 @@ class Kafka:
     """Settings of librdkafka, by its own names, passed on as they are."""
     stop_timeout_s: float = 10.0
     """Seconds that a stop waits for messages in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spool:
+    """[spool]: where events wait while Kafka does not take them."""
+
+    transmit_bytes: int = 1 << 30
+    """Most bytes on disk of transmits; 0: none wait there. A segment takes about 80 bytes."""
+    retransmit_bytes: int = 1 << 28
+    """Likewise of retransmits."""
+    max_age_s: float = 7 * 86400.0
+    """Seconds after which events that wait are given up."""
+    keep: str = "old"
+    """Which events to keep where there is no room: old or new."""
+    after_s: float = 2.0
+    """Seconds that Kafka may take for a batch before events go to disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """[metrics]: where the producer tells how it is."""
+
+    listen: str = "127.0.0.1:9465"
+    """HOST:PORT of the HTTP endpoint; empty: none; port 0: any that is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +157,8 @@ class Config:
     """Folder for what a run leaves for others to find, and for the lock that keeps a second producer out."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
+    spool: Spool = Spool()
+    metrics: Metrics = Metrics()
     registry: Registry = Registry()
     rules: tuple[RuleConfig, ...] = ()
 
@@ -183,6 +211,16 @@ def check(config: Config) -> Config:
     _check_seconds("capture.drain_interval_s", capture.drain_interval_s, least=0.001)
     _check_seconds("kafka.stop_timeout_s", config.kafka.stop_timeout_s, least=0)
     _check_seconds("registry.timeout_s", config.registry.timeout_s, least=0.001)
+    _check_seconds("spool.after_s", config.spool.after_s, least=0.1)
+    _check_seconds("spool.max_age_s", config.spool.max_age_s, least=1)
+    for name in ("transmit_bytes", "retransmit_bytes"):
+        size = getattr(config.spool, name)
+        if size < 0 or 0 < size < _LEAST_SPOOL_BYTES:
+            raise ConfigError(f"spool.{name}: {size} is neither 0 nor at least {_LEAST_SPOOL_BYTES}")
+    if config.spool.keep not in ("old", "new"):
+        raise ConfigError(f"spool.keep: old or new is wanted, not {config.spool.keep!r}")
+    if config.metrics.listen and not _LISTEN.fullmatch(config.metrics.listen):
+        raise ConfigError(f"metrics.listen: HOST:PORT is wanted, not {config.metrics.listen!r}")
     return config
 
 

@@ -91,7 +91,6 @@ class BatchEncoder:
             keys.matrix.reshape(-1),
             numbers * keys.matrix.shape[1],
             keys.lengths.take(numbers),
-            batch.end,
         )
 
     def _column(self, name: Group, rows: Rows, valid: NDArray[np.bool_] | None, utc_offset_ns: int) -> Column:

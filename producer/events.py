@@ -149,13 +149,11 @@ STREAMS = (TRANSMITS, RETRANSMITS)
 class Batch:
     """Consecutive events of one ring, in the ring's order.
 
-    `rows` has the stream's dtype and may be a view of the ring: valid until a position behind it is committed. `end` is
-    the ring position behind the last of them, which is committed when all are done.
+    `rows` has the stream's dtype and may be a view of the ring: valid until a position behind it is committed.
     """
 
     stream: Stream
     rows: Rows
-    end: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +161,8 @@ class EncodedBatch:
     """The events of a Batch as Kafka messages; message i is `payload[starts[i]:][:lengths[i]]`, its key alike.
 
     `payload` and `keys` are uint8 arrays, C-contiguous and never changed after this object is made; starts and lengths
-    are int64, in bytes. Both arrays must outlive the delivery of the messages: the sink hands out pointers into them.
+    are int64, in bytes. Messages lie one behind the other; keys may be shared. Both arrays must outlive the delivery of
+    the messages: the sink hands out pointers into them.
     """
 
     stream: Stream
@@ -173,10 +172,17 @@ class EncodedBatch:
     keys: NDArray[np.uint8]
     key_starts: NDArray[np.int64]
     key_lengths: NDArray[np.int64]
-    end: int
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def take(self, rows: NDArray[np.int64]) -> "EncodedBatch":
+        """Return a copy of some of the messages, one or more, in the order of `rows`."""
+        lengths = self.lengths[rows]
+        parts = [self.payload[start : start + size] for start, size in zip(self.starts[rows], lengths, strict=True)]
+        starts = np.cumsum(lengths) - lengths
+        keys = self.key_starts[rows], self.key_lengths[rows]
+        return EncodedBatch(self.stream, np.concatenate(parts), starts, lengths, self.keys, *keys)
 
 
 def _members(dtype: np.dtype[np.void], base: int = 0, prefix: str = "") -> Iterator[tuple[str, int, int]]:

@@ -17,11 +17,12 @@ from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
-from tenacity import RetryCallState, Retrying, wait_random_exponential
 
+from producer import metrics
 from producer.errors import ConfigError
 from producer.events import EncodedBatch, Stream, Topic
 from producer.rdkafka import MESSAGE, Error, Log, Producer, Reports, SocketCallback, error_name
+from producer.retry import BackOff
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,6 @@ _PASSING = frozenset({
     "REQUEST_TIMED_OUT", "BROKER_NOT_AVAILABLE", "NOT_ENOUGH_REPLICAS", "NOT_ENOUGH_REPLICAS_AFTER_APPEND",
     "TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED", "KAFKA_STORAGE_ERROR",
 })  # fmt: skip
-_BACK_OFF = wait_random_exponential(multiplier=0.5, max=30)
 _REPEAT_TROUBLE_S = 30.0
 
 
@@ -87,8 +87,8 @@ class Outcome:
     delivered: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     """Messages given up, by the name of the error."""
-    done: list[EncodedBatch] = field(default_factory=list)
-    """Batches that have no message left in flight."""
+    done: list[tuple[EncodedBatch, Counter[str]]] = field(default_factory=list)
+    """Batches that have no message left in flight, and what each has lost."""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,40 +98,43 @@ class _InFlight:
     alone: NDArray[np.bool_]
     """Rows that were sent by themselves."""
     open: int
+    lost: Counter[str] = field(default_factory=Counter)
 
 
 class _Retry:
     """The messages of one stream that wait for another try: rows by the batch's number."""
 
     def __init__(self) -> None:
-        self._state = RetryCallState(Retrying(wait=_BACK_OFF), None, (), {})
+        self.waits = BackOff("kafka_send")
         self.rows: dict[int, list[NDArray[np.int64]]] = {}
+        self.count = 0
         self.at = 0.0
+        self.error = ""
+        """Why the last ones failed; until a message is delivered."""
 
-    def back_off(self) -> float:
-        """Set the time of the next try; return the seconds until then."""
-        wait_s = _BACK_OFF(self._state)
-        self._state.attempt_number += 1
-        self.at = time.monotonic() + wait_s
-        return wait_s
-
-    def reset(self) -> None:
-        """Begin with short waits again."""
-        self._state.attempt_number = 1
+    def add(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+        """Have these rows of a batch wait."""
+        self.rows.setdefault(number, []).append(rows)
+        self.count += len(rows)
+        self.error = error
 
     def take(self) -> dict[int, NDArray[np.int64]]:
-        """Return the rows of each batch, none of which wait any more."""
-        rows, self.rows = self.rows, {}
+        """Return the rows of each batch, in order, none of which wait any more."""
+        rows, self.rows, self.count = self.rows, {}, 0
         return {number: np.sort(np.concatenate(rows[number])) for number in sorted(rows)}
 
 
+Quarantine = Callable[[EncodedBatch, str], None]
+"""Is given messages that Kafka has refused, each by itself, and the error's name."""
+
+
 class KafkaSink:
-    """Sends batches and tells what became of them. At most `most_in_flight` messages of a stream are under way.
+    """Sends batches and tells what became of them. About `most_in_flight` messages of a stream are under way at most.
 
     Streams share the client and nothing else: one whose topic is missing does not hold up the other.
 
     `topics` are by the stream's name; `on_socket` is shown each of the client's sockets before it connects, from a
-    thread of librdkafka's.
+    thread of librdkafka's; `quarantine` is given what is lost.
     """
 
     def __init__(
@@ -141,19 +144,26 @@ class KafkaSink:
         *,
         most_in_flight: int = 1 << 15,
         on_socket: Callable[[int], None] = lambda descriptor: None,
+        quarantine: Quarantine = lambda batch, error: None,
     ) -> None:
         self._settings = settings
         self._topics = topics
         self._most = most_in_flight
         self._on_socket = on_socket
+        self._quarantine = quarantine
         self._open_socket = SocketCallback(self._socket)
         self._batches: dict[int, _InFlight] = {}
+        self._numbers: dict[EncodedBatch, int] = {}
         self._next = 0
         self._refused: list[Reports] = []
         self._retries = {stream: _Retry() for stream in topics}
+        self._alone: Counter[str] = Counter()
+        """Messages that are sent by themselves, by stream."""
         self._single: Producer | None = None
         """A client that sends each message by itself; made when it is first needed."""
         self._fatal = False
+        self._reopen_at = 0.0
+        self._reopen_waits = BackOff("kafka_client")
         self._logged_at = -_REPEAT_TROUBLE_S
         self.in_flight: Counter[str] = Counter()
         """Messages under way, by stream."""
@@ -170,12 +180,24 @@ class KafkaSink:
         return self._brokers
 
     def room(self, stream: Stream) -> int:
-        """Return how many more messages of a stream may be sent now."""
-        return self._most - self.in_flight[stream.name]
+        """Return how many more messages of a stream may be sent now: none may overtake those that are sent again."""
+        if self._retries[stream.name].rows or self._alone[stream.name]:
+            return 0
+        return max(0, self._most - self.in_flight[stream.name])
+
+    def left(self, batch: EncodedBatch) -> int:
+        """Return how many messages of a batch are still under way."""
+        number = self._numbers.get(batch)
+        return 0 if number is None else self._batches[number].open
+
+    def trouble_of(self, stream: str) -> str:
+        """Return the name of the error that keeps a stream's messages back; empty where none does."""
+        return self._retries[stream].error
 
     def send(self, batch: EncodedBatch) -> None:
-        """Queue a batch, of at most as many messages as there is room for."""
+        """Queue a batch; it may be larger than the room that there is."""
         number, self._next = self._next, self._next + 1
+        self._numbers[batch] = number
         self._batches[number] = _InFlight(
             batch, np.ones(len(batch), np.bool_), np.zeros(len(batch), np.bool_), len(batch)
         )
@@ -185,8 +207,9 @@ class KafkaSink:
     def poll(self) -> dict[str, Outcome]:
         """Take the delivery reports that are there, and return what became of messages, by stream."""
         outcomes: dict[str, Outcome] = {}
-        for retry in self._retries.values():
-            if retry.rows and time.monotonic() >= retry.at:
+        for stream, retry in self._retries.items():
+            # All at once, when none is under way any more: so they stay in order.
+            if retry.rows and retry.count == self.in_flight[stream] and time.monotonic() >= retry.at:
                 for number, rows in retry.take().items():
                     self._produce(number, rows)
         refused, self._refused = self._refused, []
@@ -199,7 +222,7 @@ class KafkaSink:
                 self._meet(event)
             else:
                 logger.log(_level(event), "librdkafka %s", event.text)
-        if self._fatal:
+        if self._fatal and time.monotonic() >= self._reopen_at:
             self._reopen()
         return outcomes
 
@@ -244,27 +267,41 @@ class KafkaSink:
 
     def _settle(self, number: int, rows: NDArray[np.int64], code: int, outcome: Outcome) -> None:
         """Note that these messages of a batch were acknowledged (code 0), must be sent again, or are lost."""
+        flight = self._batches[number]
+        stream = flight.batch.stream.name
+        alone = flight.alone[rows]
+        if code:
+            metrics.kafka_error(error_name(code), len(rows))
         if code and error_name(code) in _PASSING:
+            self._alone[stream] -= int(alone.sum())
+            flight.alone[rows] = False
             self._schedule(number, rows, error_name(code))
             return
-        flight = self._batches[number]
         if code:
-            alone = flight.alone[rows]
             self._send_alone(number, rows[~alone], error_name(code))
-            rows = rows[alone]
+            rows, alone = rows[alone], alone[alone]
         if code and len(rows):
+            self._lose(flight.batch, rows, error_name(code))
             outcome.lost[error_name(code)] += len(rows)
-            topic = self._topics[flight.batch.stream.name]
-            logger.error("kafka: %d messages lost topic=%s error=%s", len(rows), topic, error_name(code))
+            flight.lost[error_name(code)] += len(rows)
         elif not code:
             outcome.delivered += len(rows)
             self.trouble = None
-            self._retries[flight.batch.stream.name].reset()
-        self.in_flight[flight.batch.stream.name] -= len(rows)
+            self._retries[stream].error = ""
+            self._retries[stream].waits.reset()
+            self._reopen_waits.reset()
+        self._alone[stream] -= int(alone.sum())
+        self.in_flight[stream] -= len(rows)
         flight.open_rows[rows] = False
         flight.open -= len(rows)
         if not flight.open:
-            outcome.done.append(self._batches.pop(number).batch)
+            del self._batches[number], self._numbers[flight.batch]
+            outcome.done.append((flight.batch, flight.lost))
+
+    def _lose(self, batch: EncodedBatch, rows: NDArray[np.int64], error: str) -> None:
+        topic = self._topics[batch.stream.name]
+        logger.error("kafka: %d messages are refused and lost topic=%s error=%s", len(rows), topic, error)
+        self._quarantine(batch.take(rows), error)
 
     def _send_alone(self, number: int, rows: NDArray[np.int64], error: str) -> None:
         """Send each message by itself: the failure may be that of another that was in the same request."""
@@ -278,18 +315,23 @@ class KafkaSink:
             one_by_one = {"bootstrap.servers": self._brokers, "batch.num.messages": "1", "linger.ms": "0"}
             self._single = Producer({**own, **one_by_one}, self._open_socket)
         flight.alone[rows] = True
+        self._alone[flight.batch.stream.name] += len(rows)
         self._produce(number, rows, self._single)
 
     def _schedule(self, number: int, rows: NDArray[np.int64], error: str) -> None:
         stream = self._batches[number].batch.stream.name
         retry = self._retries[stream]
         if not retry.rows:
-            wait_s, topic = retry.back_off(), self._topics[stream]
+            wait_s, topic = retry.waits.next(), self._topics[stream]
+            retry.at = time.monotonic() + wait_s
             logger.warning("kafka: messages are sent again topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
-        retry.rows.setdefault(number, []).append(rows)
+        retry.add(number, rows, error)
 
     def _meet(self, error: Error) -> None:
         now = time.monotonic()
+        metrics.kafka_error(error.name)
+        if error.fatal and not self._fatal:
+            self._reopen_at = now + self._reopen_waits.next()
         if not self.trouble or self.trouble.code != error.code or now > self._logged_at + _REPEAT_TROUBLE_S:
             self._logged_at = now
             logger.warning("kafka: %s error=%s", error.text, error.name)
@@ -302,8 +344,9 @@ class KafkaSink:
         self.close()
         self._producer, self._single = Producer(self._settings, self._open_socket), None
         self.trouble, self._fatal, self._refused = None, False, []
+        self._alone.clear()
         for retry in self._retries.values():
-            retry.rows = {}
+            retry.take()
         for number, flight in sorted(self._batches.items()):
             flight.alone[:] = False
             self._produce(number, np.flatnonzero(flight.open_rows))

@@ -1,0 +1,429 @@
+"""A stream's spool: events that wait on disk for Kafka, in order, in a folder of segments.
+
+Events have numbers, from 0 on. A segment's name is the number of its first event, so that names alone tell how many
+events each segment holds, and how many are missing where one is damaged or gone. Three numbers move, all at ends of
+batches:
+
+    acked <= sent <= end      done before `acked`, read before `sent`, written before `end`
+
+The caller keeps `acked` and `end` in its ledger. A segment is written by one process and never again after a restart.
+It is deleted when all of it is done; when it is too old; or, to make room for new events where those are preferred.
+What was damaged is passed over and counted, and the file set aside, up to a few of them. A write that fails leaves no
+trace and can be repeated. Segments are put on the disk itself (fdatasync) when they are full and at a stop: a killed
+process loses nothing, a power cut what was written last.
+
+No clock and no retry here: time is passed in, and OSError goes to the caller.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from producer.events import EncodedBatch, Stream
+from producer.segment import DamagedError, Reader, Spooled, block, container_schema, header, read_header
+
+logger = logging.getLogger(__name__)
+
+_SUFFIX, _ASIDE = ".avro", ".damaged"
+_MOST_ASIDE = 4
+_SEGMENT_BYTES = 1 << 24
+_LEAST_SEGMENT_BYTES = 1 << 15
+_SEGMENT_AGE_S = 3600.0
+_HEADER_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A time as two clocks tell it: one that is right only within a boot, and one that somebody may set."""
+
+    boot_id: str
+    boottime_s: float
+    time_s: float
+
+    def since(self, other: "Moment") -> float:
+        """Return the seconds since another moment; between boots the clock that can be set is all there is."""
+        if self.boot_id == other.boot_id:
+            return self.boottime_s - other.boottime_s
+        return self.time_s - other.time_s
+
+
+class Disk:
+    """The system calls that a spool needs, all of which may raise OSError."""
+
+    def create(self, path: Path) -> int:
+        """Make a file that is not there yet, for appending."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def open(self, path: Path) -> int:
+        """Open a file for reading."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Append, and return how much was taken."""
+        return os.write(descriptor, data)
+
+    def read_at(self, descriptor: int, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes."""
+        return os.pread(descriptor, size, offset)
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        """Cut a file off."""
+        os.ftruncate(descriptor, size)
+
+    def sync(self, descriptor: int) -> None:
+        """Put a file on the disk itself."""
+        os.fdatasync(descriptor)
+
+    def rename(self, path: Path, new: Path) -> None:
+        """Give a file another name."""
+        path.rename(new)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file."""
+        path.unlink(missing_ok=True)
+
+
+class FullError(OSError):
+    """The spool has no room, and old events are to be kept."""
+
+
+@dataclass(slots=True)
+class _Segment:
+    base: int
+    end: int
+    """Number behind the last event, damaged or not."""
+    path: Path
+    size: int
+    made: Moment
+    damaged: bool = False
+
+
+class Spool:
+    """The spool of `stream` in `folder`, at most `max_bytes` large, for events of the Avro schema `schema`.
+
+    `keep` says which events to keep where there is no room: "old" or "new". `lost` counts events by reason.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stream: Stream,
+        schema: Mapping[str, Any],
+        now: Callable[[], Moment],
+        *,
+        max_bytes: int,
+        max_age_s: float = float("inf"),
+        keep: str = "old",
+        disk: Disk | None = None,
+    ) -> None:
+        self._folder = folder
+        self._stream = stream
+        self._schema = container_schema(schema)
+        self._now = now
+        self._max_bytes = max_bytes
+        self._segment_bytes = max(_LEAST_SEGMENT_BYTES, min(_SEGMENT_BYTES, max_bytes // 8))
+        self._max_age_s = max_age_s
+        self._keep = keep
+        self._disk = disk or Disk()
+        self._segments: list[_Segment] = []
+        self._aside: dict[Path, int] = {}
+        self._writer: tuple[_Segment, int, bytes] | None = None
+        """The segment that is written, its descriptor, its sync marker."""
+        self._reading: tuple[_Segment, int, Reader] | None = None
+        self.acked = self.sent = self.end = 0
+        self.gone = 0
+        """Events from `acked` on that are counted as lost already."""
+        self.lost: Counter[str] = Counter()
+        self.last: Spooled | None = None
+        """The last batch that was there when the spool was opened."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files."""
+        return sum(segment.size for segment in self._segments) + sum(self._aside.values())
+
+    def open(self, acked: int | None = None, end: int = 0, gone: int = 0) -> None:
+        """Look at what is there; `acked`, `end` and `gone` are what the ledger says, if anything."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._aside = {path: path.stat().st_size for path in sorted(self._folder.glob(f"*{_ASIDE}"))}
+        paths = sorted(path for path in self._folder.glob(f"*{_SUFFIX}") if path.stem.isdecimal())
+        self._segments = [self._found(path) for path in paths]
+        for segment, following in pairwise(self._segments):
+            segment.end = following.base
+        self.end = end
+        if self._segments:
+            self._look_at_last(self._segments[-1])
+        first = self._segments[0].base if self._segments else self.end
+        self.acked = self.sent = first if acked is None else min(acked, self.end)
+        self.gone = min(gone, self.end - self.acked)
+        self.sweep()
+
+    def append(self, batch: EncodedBatch, ring: str, position: int, reason: str = "") -> None:
+        """Write a batch behind the others; it comes from before `position` of the ring `ring`.
+
+        Raises OSError where it cannot be written: then nothing has changed.
+        """
+        if self._writer and (
+            self._writer[0].size >= self._segment_bytes or self._now().since(self._writer[0].made) > _SEGMENT_AGE_S
+        ):
+            self._end_writer()
+        segment, descriptor, sync = self._writer or self._begin_writer()
+        data = block(Spooled(batch, self.end, ring, position, reason), sync)
+        self._make_room(len(data))
+        self._write(segment, descriptor, data)
+        self.end = segment.end = self.end + len(batch)
+
+    def read(self) -> Spooled | None:
+        """Return the next batch behind `sent`, which moves behind it; None where there is none.
+
+        Events between the old `sent` and the batch cannot be read. Where that is so up to `end`, `sent` moves there.
+        """
+        while True:
+            if self._reading is None and not self._begin_reading():
+                self.sent = self.end
+                return None
+            assert self._reading is not None
+            segment, _, reader = self._reading
+            try:
+                spooled = reader.next()
+            except OSError as error:
+                logger.error("spool: %s cannot be read: %s", segment.path, error.strerror)
+                segment.damaged = True
+                spooled = None
+            segment.damaged |= reader.damaged
+            if spooled is None:
+                if self._is_written(segment) and self.sent == self.end:
+                    return None
+                self._end_reading()
+                self.sent = max(self.sent, segment.end)
+                if self.sent == self.end:
+                    return None
+            elif spooled.end > self.sent:
+                self.sent = spooled.end
+                return spooled
+
+    def ack(self, first: int, end: int) -> None:
+        """Note that all is done before `end`; what is between `acked` and `first` could not be read, and is lost.
+
+        The caller writes its ledger, and then calls `sweep`.
+        """
+        missing = max(0, first - self.acked)
+        counted = min(missing, self.gone)
+        self.gone -= counted
+        if missing > counted:
+            self.lost["spool_damaged"] += missing - counted
+            logger.error("spool: %d events of %s are damaged and lost", missing - counted, self._folder)
+        self.acked = end
+
+    def sweep(self) -> None:
+        """Delete what is done."""
+        if self.acked == self.end and self._writer:
+            self._end_writer(sync=False)
+        for segment in [each for each in self._segments if each.end <= self.acked]:
+            if not self._is_written(segment):
+                self._remove(segment)
+
+    def expire(self) -> None:
+        """Give up segments that are too old; what is under way to Kafka already is not touched."""
+        now = self._now()
+        for segment in self._unsent():
+            if now.since(segment.made) > self._max_age_s:
+                self._give_up(segment, "spool_expired")
+
+    def drop(self) -> int:
+        """Give up everything, while nothing is under way; return the number of events."""
+        if self._writer:
+            self._end_writer()
+        count = sum(self._give_up(segment, "spool_dropped") for segment in self._unsent())
+        self.acked = self.sent = self.end
+        self.gone = 0
+        return count
+
+    def batches(self) -> Iterator[tuple[Path, Spooled | None]]:
+        """Read all segments from their beginnings, for a look: None where one is damaged or ends early."""
+        for segment in self._segments:
+            descriptor, reader = self._open(segment)
+            try:
+                end = segment.base
+                while spooled := reader.next() if reader else None:
+                    end = spooled.end
+                    yield segment.path, spooled
+                if end < segment.end or (reader and reader.damaged):
+                    yield segment.path, None
+            finally:
+                os.close(descriptor)
+
+    def close(self) -> None:
+        """Put what was written on the disk itself, and let go of all files."""
+        self._end_reading()
+        if self._writer:
+            self._end_writer()
+
+    def _found(self, path: Path) -> _Segment:
+        made, size = self._now(), 0
+        with contextlib.suppress(OSError, DamagedError, ValueError, TypeError, KeyError):
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                made = Moment(**json.loads(read_header(file.read(_HEADER_BYTES))[2]["rebpf.made"]))
+        return _Segment(int(path.stem), int(path.stem), path, size, made)
+
+    def _look_at_last(self, segment: _Segment) -> None:
+        """Find the end of what was written; a segment that was never used goes."""
+        with contextlib.suppress(OSError):
+            descriptor, reader = self._open(segment)
+            try:
+                while reader and (spooled := reader.next()):
+                    self.last = spooled
+            finally:
+                os.close(descriptor)
+        self.end = max(self.end, segment.base, self.last.end if self.last else 0)
+        segment.end = self.end
+        if segment.end == segment.base:
+            self._forget(segment)
+
+    def _begin_writer(self) -> tuple[_Segment, int, bytes]:
+        made, sync = self._now(), os.urandom(16)
+        data = header(self._schema, {"rebpf.made": json.dumps(asdict(made))}, sync)
+        self._make_room(len(data))
+        path = self._folder / f"{self.end:020}{_SUFFIX}"
+        descriptor = self._disk.create(path)
+        segment = _Segment(self.end, self.end, path, 0, made)
+        try:
+            self._write(segment, descriptor, data)
+        except OSError:
+            os.close(descriptor)
+            self._disk.unlink(path)
+            raise
+        self._segments.append(segment)
+        self._writer = (segment, descriptor, sync)
+        return self._writer
+
+    def _forget(self, segment: _Segment) -> None:
+        """Remove a segment that holds nothing."""
+        self._segments.remove(segment)
+        self._disk.unlink(segment.path)
+
+    def _write(self, segment: _Segment, descriptor: int, data: bytes) -> None:
+        """Append to a segment, all or nothing."""
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._disk.write(descriptor, left) :]
+        except OSError:
+            try:
+                self._disk.truncate(descriptor, segment.size)
+            except OSError:  # the rest is passed over when it is read, and nothing is written behind it
+                segment.size += len(data) - len(left)
+                self._end_writer(sync=False)
+            raise
+        segment.size += len(data)
+
+    def _end_writer(self, *, sync: bool = True) -> None:
+        if self._writer is None:
+            return
+        segment, descriptor, _ = self._writer
+        self._writer = None
+        try:
+            if sync:
+                self._disk.sync(descriptor)
+            if segment.end == segment.base:
+                self._forget(segment)
+        except OSError as error:
+            logger.warning("spool: %s: %s", self._folder, error.strerror)
+        finally:
+            os.close(descriptor)
+
+    def _begin_reading(self) -> bool:
+        """Open the first segment with events behind `sent`."""
+        for segment in self._unsent():
+            try:
+                descriptor, reader = self._open(segment)
+            except OSError as error:
+                logger.error("spool: %s cannot be read: %s", segment.path, error.strerror)
+                reader = None
+            if reader is None:
+                segment.damaged = True
+                self.sent = max(self.sent, segment.end)
+                continue
+            self._reading = (segment, descriptor, reader)
+            return True
+        return False
+
+    def _open(self, segment: _Segment) -> tuple[int, Reader | None]:
+        """Open a segment for reading; no Reader where its header says nothing."""
+        descriptor = self._disk.open(segment.path)
+
+        def read_at(offset: int, size: int) -> bytes:
+            return self._disk.read_at(descriptor, offset, size)
+
+        try:
+            start, sync, _ = read_header(read_at(0, _HEADER_BYTES))
+        except DamagedError:
+            return descriptor, None
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor, Reader(self._stream, sync, start, read_at)
+
+    def _end_reading(self) -> None:
+        if self._reading:
+            os.close(self._reading[1])
+            self._reading = None
+
+    def _is_written(self, segment: _Segment) -> bool:
+        return self._writer is not None and self._writer[0] is segment
+
+    def _unsent(self) -> list[_Segment]:
+        return [segment for segment in self._segments if segment.end > self.sent]
+
+    def _make_room(self, size: int) -> None:
+        while self._aside and self.size_bytes + size > self._max_bytes:
+            self._forget_aside()
+        while self.size_bytes + size > self._max_bytes:
+            unsent = [segment for segment in self._unsent() if not self._is_written(segment)]
+            if self._keep != "new" or not unsent:
+                raise FullError(errno.ENOSPC, f"the spool has its {self._max_bytes} bytes")
+            self._give_up(unsent[0], "spool_dropped")
+
+    def _give_up(self, segment: _Segment, reason: str) -> int:
+        """Delete a segment with events that were not sent, and count them as lost."""
+        count = segment.end - max(segment.base, self.sent)
+        if self._reading and self._reading[0] is segment:
+            self._end_reading()
+        if self._is_written(segment):
+            self._end_writer(sync=False)
+        self._disk.unlink(segment.path)
+        self._segments.remove(segment)
+        self.gone += count
+        self.lost[reason] += count
+        logger.error("spool: %d events are given up reason=%s file=%s", count, reason, segment.path)
+        return count
+
+    def _remove(self, segment: _Segment) -> None:
+        if self._reading and self._reading[0] is segment:
+            self._end_reading()
+        try:
+            if segment.damaged:
+                aside = segment.path.with_suffix(_ASIDE)
+                self._disk.rename(segment.path, aside)
+                self._aside[aside] = segment.size
+                while len(self._aside) > _MOST_ASIDE:
+                    self._forget_aside()
+            else:
+                self._disk.unlink(segment.path)
+        except OSError as error:  # a disk that is read-only: the ledger says that it is done
+            logger.warning("spool: %s stays: %s", segment.path, error.strerror)
+        self._segments.remove(segment)
+
+    def _forget_aside(self) -> None:
+        path = next(iter(self._aside))
+        del self._aside[path]
+        self._disk.unlink(path)

@@ -1,0 +1,364 @@
+"""Ring, spool and ledger together, as a model: crashes at each step, short writes, full and broken disks, clock steps.
+
+The ring and Kafka are in memory; the spool and the ledger are real, on a real disk that fails when told to. Whatever
+happens, an event that entered the ring is in the topic, or counted, and each flow's events are there in order.
+"""
+
+import errno
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path as Folder
+from typing import Any
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from producer.events import TRANSMITS, Batch, EncodedBatch, Rows, Stream
+from producer.kafka import Outcome
+from producer.ledger import Account, Ledger
+from producer.pipeline import Path, Pipeline, Stores, resume
+from producer.spool import Disk, Moment, Spool
+
+STRIDE = 8
+RING_ROWS = 300
+AFTER_S = 2.0
+FLOWS = 3
+MESSAGE_BYTES = 5 + 8
+IDENTITY = {"type": "fixed", "name": "Id", "size": 8}
+SCHEMA: dict[str, Any] = {"type": "record", "name": "Event", "fields": [{"name": "id", "type": IDENTITY}]}
+
+
+class CrashError(BaseException):
+    """The process ends here."""
+
+
+class Faults:
+    """What goes wrong: the errno of all calls that write, and the number of calls until the process crashes."""
+
+    def __init__(self) -> None:
+        self.errno = 0
+        self.calls = 0
+
+    def crash(self) -> None:
+        """Stand for a step that cannot fail."""
+        if self.calls:
+            self.calls -= 1
+            if not self.calls:
+                raise CrashError
+
+    def fail(self) -> None:
+        """Stand for a step that can fail."""
+        self.crash()
+        if self.errno:
+            raise OSError(self.errno, os.strerror(self.errno))
+
+
+class FailingDisk(Disk):
+    """Takes writes in part, and fails as told; what is removed needs no room."""
+
+    def __init__(self, faults: Faults, chance: random.Random) -> None:
+        self._faults, self._chance = faults, chance
+
+    def create(self, path: Folder) -> int:
+        self._faults.fail()
+        return super().create(path)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        part = super().write(descriptor, data[: self._chance.randint(1, len(data))])
+        self._faults.fail()
+        return part
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        if self._faults.errno == errno.EIO:
+            self._faults.fail()
+        super().truncate(descriptor, size)
+
+    def sync(self, descriptor: int) -> None:
+        self._faults.fail()
+        super().sync(descriptor)
+
+    def unlink(self, path: Folder) -> None:
+        if self._faults.errno == errno.EROFS:
+            self._faults.fail()
+        self._faults.crash()
+        super().unlink(path)
+
+
+class FailingLedger(Ledger):
+    """Can crash before and after it writes; a full disk has its page already."""
+
+    def __init__(self, path: Folder, faults: Faults) -> None:
+        super().__init__(path)
+        self._faults = faults
+
+    def write(self, account: Account) -> None:
+        if self._faults.errno in (errno.EROFS, errno.EIO):
+            self._faults.fail()
+        self._faults.crash()
+        super().write(account)
+        self._faults.crash()
+
+
+class MemoryRing:
+    """The kernel's side, which outlives the process, and the process's."""
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+        self.written = self.committed = self.position = 0
+        self.ring_full = 0
+
+    def arrive(self, count: int) -> None:
+        room = RING_ROWS - (self.written - self.committed // STRIDE)
+        self.written += min(count, room)
+        self.ring_full += max(0, count - room)
+
+    @property
+    def records_before(self) -> int:
+        return self.position // STRIDE
+
+    @property
+    def fill(self) -> float:
+        return (self.written - self.committed // STRIDE) / RING_ROWS
+
+    def read(self, limit: int) -> Rows:
+        first = self.position // STRIDE
+        rows = np.zeros(min(limit, self.written - first), TRANSMITS.dtype)
+        rows["s"]["cpu_seq"] = np.arange(first, first + len(rows))
+        self.position += STRIDE * len(rows)
+        return rows
+
+    def commit(self, position: int) -> None:
+        assert self.committed <= position <= self.position
+        self._faults.crash()
+        self.committed = position
+
+
+class IdEncoder:
+    """A message is its event's number; the key says which flow it belongs to."""
+
+    def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
+        ids = batch.rows["s"]["cpu_seq"].astype(">u8")
+        payload = np.zeros((len(ids), MESSAGE_BYTES), np.uint8)
+        payload[:, 5:] = ids.view(np.uint8).reshape(-1, 8)
+        flows = ids.astype(np.int64) % FLOWS
+        sizes, ones = np.full(len(ids), MESSAGE_BYTES), np.full(len(ids), 1)
+        starts = np.arange(len(ids)) * MESSAGE_BYTES
+        keys = np.frombuffer(b"abc", np.uint8)
+        return EncodedBatch(batch.stream, payload.reshape(-1), starts, sizes, keys, flows, ones)
+
+
+def ids_of(batch: EncodedBatch) -> list[int]:
+    numbers = []
+    for start, size, key_start, key_size in zip(
+        batch.starts, batch.lengths, batch.key_starts, batch.key_lengths, strict=True
+    ):
+        number = int.from_bytes(batch.payload[start + 5 : start + size].tobytes(), "big")
+        assert batch.keys[key_start : key_start + key_size].tobytes() == b"abc"[number % FLOWS : number % FLOWS + 1]
+        numbers.append(number)
+    return numbers
+
+
+class MemoryKafka:
+    """Takes messages in order when it is told to, but for `poison`, which it refuses.
+
+    `topic` and `poison` outlive the process; what is under way does not.
+    """
+
+    def __init__(self, topic: list[int], poison: set[int], most: int) -> None:
+        self.topic = topic
+        self.poison = poison
+        self._most = most
+        self._waiting: list[tuple[EncodedBatch, int]] = []
+        self._open: dict[EncodedBatch, int] = {}
+        self._lost: dict[EncodedBatch, Counter[str]] = {}
+        self._outcome = Outcome()
+
+    @property
+    def in_flight(self) -> int:
+        return sum(self._open.values())
+
+    def room(self, stream: Stream) -> int:
+        return max(0, self._most - self.in_flight)
+
+    def send(self, batch: EncodedBatch) -> None:
+        self._waiting += [(batch, number) for number in ids_of(batch)]
+        self._open[batch], self._lost[batch] = len(batch), Counter()
+
+    def left(self, batch: EncodedBatch) -> int:
+        return self._open.get(batch, 0)
+
+    def take(self, count: int, *, tell: bool = True) -> None:
+        """Take messages; without `tell` they are in the topic, and nobody hears of it."""
+        for batch, number in self._waiting[:count]:
+            refuse = number in self.poison
+            if not refuse:
+                self.topic.append(number)
+            if not tell:
+                continue
+            self._outcome.delivered += not refuse
+            self._outcome.lost.update({"REFUSED": 1} if refuse else {})
+            self._lost[batch].update({"REFUSED": 1} if refuse else {})
+            self._open[batch] -= 1
+            if not self._open[batch]:
+                self._outcome.done.append((batch, self._lost.pop(batch)))
+                del self._open[batch]
+        if tell:
+            self._waiting = self._waiting[count:]
+
+    def refuse(self, count: int) -> None:
+        """Refuse the next messages, now and whenever they come again."""
+        self.poison.update(number for _, number in self._waiting[:count] if number not in self.topic)
+        self.take(count)
+
+    def poll(self) -> Mapping[str, Outcome]:
+        outcome, self._outcome = self._outcome, Outcome()
+        return {TRANSMITS.name: outcome}
+
+
+class NoWaits:
+    def next(self) -> float:
+        return 0.0
+
+    def reset(self) -> None:
+        pass
+
+
+class Delivery(RuleBasedStateMachine):
+    """`keep` and room are drawn once; then events come, Kafka takes some, and things break."""
+
+    @initialize(keep=st.sampled_from(["old", "new"]), most=st.sampled_from([64, 4096 * 2]), seed=st.integers(0, 99))
+    def set_up(self, keep: str, most: int, seed: int) -> None:
+        self.faults = Faults()
+        self.chance = random.Random(seed)
+        self.home = tempfile.TemporaryDirectory()
+        self.ring = MemoryRing(self.faults)
+        self.topic: list[int] = []
+        self.poison: set[int] = set()
+        self.keep, self.most = keep, most
+        self.now_s, self.wall_s = 1000.0, 1e9
+        self.crashes = 0
+        self.exact = True
+        self.start()
+
+    def start(self) -> None:
+        """Begin a process that takes over what the last one left."""
+        folder = Folder(self.home.name)
+        self.faults.calls = 0
+        self.ring.position = self.ring.committed
+        ledger = FailingLedger(folder / "ledger", self.faults)
+        ledger.open()
+        account = ledger.read()
+        self.spool = Spool(
+            folder / "spool",
+            TRANSMITS,
+            SCHEMA,
+            lambda: Moment("boot", self.now_s, self.wall_s),
+            max_bytes=1 << 18,
+            keep=self.keep,
+            max_age_s=1e6,
+            disk=FailingDisk(self.faults, self.chance),
+        )
+        self.spool.open(*((account.acked, account.end, account.gone) if account else ()))
+        resumed = resume(account, "ring", self.ring, self.spool, self.spool.last)
+        stores = Stores(self.spool, ledger.write, NoWaits(), AFTER_S)
+        self.path = Path(TRANSMITS, self.ring, IdEncoder(), stores, resumed)
+        self.kafka = MemoryKafka(self.topic, self.poison, self.most)
+        self.pipeline = Pipeline([self.path], self.kafka, lambda: self.now_s, lambda: 0)
+        self.ledger = ledger
+
+    def crash(self) -> None:
+        self.crashes += 1
+        self.exact &= not self.path.ledger_trouble  # a count that could be written nowhere ends with the process
+        self.ledger.close()
+        self.faults.errno = 0
+        self.start()
+
+    @rule(count=st.integers(1, 120))
+    def events_arrive(self, count: int) -> None:
+        self.ring.arrive(count)
+
+    @rule(steps=st.integers(1, 4))
+    def step(self, steps: int) -> None:
+        try:
+            for _ in range(steps):
+                self.pipeline.step()
+                self.spool.expire()
+        except CrashError:
+            self.crash()
+
+    @rule(count=st.integers(1, 500))
+    def kafka_takes(self, count: int) -> None:
+        self.kafka.take(count)
+
+    @rule(count=st.integers(1, 5))
+    def kafka_refuses(self, count: int) -> None:
+        self.kafka.refuse(count)
+
+    @rule(seconds=st.sampled_from([0.1, AFTER_S * 2]))
+    def time_passes(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    @rule(seconds=st.sampled_from([-1e9, 1e9]))
+    def the_clock_is_set(self, seconds: float) -> None:
+        self.wall_s += seconds
+
+    @rule(number=st.sampled_from([0, 0, errno.ENOSPC, errno.EIO, errno.EROFS]))
+    def the_disk_changes(self, number: int) -> None:
+        self.faults.errno = number
+
+    @rule(calls=st.integers(1, 12), count=st.integers(0, 300))
+    def it_crashes_soon(self, calls: int, count: int) -> None:
+        self.faults.calls = calls
+        self.step(4)
+        if self.faults.calls:  # it has not come so far: now, and some messages had got there
+            self.kafka.take(count, tell=False)
+            self.crash()
+
+    @rule()
+    def it_is_killed_while_messages_are_under_way(self) -> None:
+        self.kafka.take(self.chance.randint(0, 200), tell=False)
+        self.crash()
+
+    @invariant()
+    def every_event_taken_is_in_one_place(self) -> None:
+        if not hasattr(self, "path") or self.path.ledger_trouble:
+            return
+        path = self.path
+        pending = self.kafka._outcome
+        places = path.delivered + path.lost.total() + path.spooled + self.kafka.in_flight
+        assert path.taken + path.carried == places + pending.delivered + pending.lost.total()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "path"):
+            return
+        with self.home:
+            self.end()
+
+    def end(self) -> None:
+        self.faults.errno = self.faults.calls = 0
+        self.now_s += AFTER_S * 2
+        for _ in range(10_000):
+            self.pipeline.step()
+            self.kafka.take(1 << 20)
+            if self.path.taken == self.ring.written and not self.kafka.in_flight and not self.path.spooled:
+                break
+        self.pipeline.step()
+        missing = set(range(self.ring.written)) - set(self.topic)
+        assert len(missing) <= self.path.lost.total() or not self.exact
+        if not self.crashes:
+            assert len(missing) == self.path.lost.total()
+            assert self.path.delivered == len(self.topic) == len(set(self.topic))
+        assert self.spool.size_bytes == 0
+        assert self.ring.committed // STRIDE == self.ring.written
+        for flow in range(FLOWS):
+            first_seen = list(dict.fromkeys(number for number in self.topic if number % FLOWS == flow))
+            assert first_seen == sorted(first_seen)
+
+
+Delivery.TestCase.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)
+TestDelivery = Delivery.TestCase
