@@ -183,7 +183,7 @@ def test_it_is_gone_after_the_end():
 
 
 def test_a_visitor_is_turned_away_while_eight_others_are_waited_for():
-    """Each takes one of the producer's file descriptors. The ninth is not kept waiting until the others are sent away."""
+    """Each takes one of the producer's file descriptors."""
     with serving() as (_, server):
         assert server.url
         host, _, port = server.url.removeprefix("http://").partition(":")
