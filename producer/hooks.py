@@ -1,7 +1,7 @@
 """The kernel side as the agent sees it: which rungs are in use, the rings and maps, the counters, attach and detach.
 
-The work is done by a child process (producer.loader); here are the descriptors that it hands over. Unless they are kept
-in a bpffs (producer.pins), the last descriptor's end, also by kill -9, is the programs' end.
+The work is done by a child process (producer.loader); here are the descriptors that it hands over. Unless a
+keeper has them (producer.pins, producer.fdstore), the last descriptor's end, also by kill -9, is the programs' end.
 """
 
 import hashlib
@@ -10,11 +10,9 @@ import json
 import logging
 import mmap
 import os
-import shutil
+import secrets
 import socket
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +21,10 @@ from typing import Any, Protocol
 
 from producer import errors, sysbpf
 from producer.events import HOOKS, STREAMS, Stream, layout_check
-from producer.loader import ATTACH, BCC_MISSING, PACKET_BYTES
+from producer.kept import Kept, KeptRing
+from producer.loader import ATTACH
+from producer.loading import Loader
 from producer.paths import BPF
-from producer.pins import PinFolder
 from producer.ring import Ring
 from producer.rulemaps import RuleMaps
 from producer.rules import Action, Tables, tables
@@ -37,9 +36,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _COUNTERS = struct.Struct("<3Q")
 """struct counters: passed, lost_ring_full, seq."""
-_FDS = 64
 _SO_COOKIE = 57
-_ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +90,51 @@ class Numbers(Protocol):
         """Note the last numbers."""
 
 
+class Keeper(Protocol):
+    """What keeps maps, programs and links by name when the process ends. A name stands for one object for ever."""
+
+    @property
+    def outlives_stop(self) -> bool:
+        """Whether a stop is no reason to detach: where nobody is to take over, the keeper itself lets go."""
+
+    def manifest(self) -> Mapping[str, Any] | None:
+        """Return what `keep` was told; None where nothing is kept, nothing in it where that cannot be read."""
+
+    def open(self, names: Sequence[str]) -> list[int]:
+        """Return new descriptors of kept objects; OSError or LookupError where one is not there."""
+
+    def keep(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
+        """Keep the objects of these descriptors by their names, and let go of others that were kept."""
+
+    def clear(self) -> None:
+        """Keep nothing."""
+
+
 class Hooks:
     """The loaded programs of both streams; `attach` starts them. A context manager: leaving it detaches.
 
-    Without `numbers`, the events' begin at 1.
+    With a keeper, hooks that outlived another process are taken over if they are what would be loaded; if not, they
+    stay attached until these are. Without `numbers`, the events' begin at 1.
     """
 
-    def __init__(self, settings: HookSettings, pins: PinFolder | None = None, numbers: Numbers | None = None) -> None:
+    def __init__(self, settings: HookSettings, keeper: Keeper | None = None, numbers: Numbers | None = None) -> None:
         self._settings = settings
-        self._pins = pins
+        self._keeper = keeper
         self._numbers = numbers
         self.taken_over = False
         """Whether the programs were attached by another process, and have been all the time since."""
+        self.ring_id = ""
+        """Which rings these are: another one at each load, the same when they are taken over."""
+        self.old_ring_id: str | None = None
+        """The `ring_id` that the last of the old rings had, while there are any."""
+        self._old_rings: dict[str, tuple[KeptRing, int]] = {}
+        self._beside_others = False
         self._descriptors: list[int] = []
         self._maps: dict[str, int] = {}
+        self._own_sockets: list[int] = []
         self._programs: dict[str, list[int]] = {}
         self._links: list[int] = []
-        self._loader: _Loader | None = None
+        self._loader: Loader | None = None
         self._cpus = sysbpf.possible_cpus()
         self.rungs: dict[str, str] = {}
         """The rung in use, by stream."""
@@ -117,23 +142,58 @@ class Hooks:
         """The better rungs, and why the host does not allow them."""
 
     def load(self) -> None:
-        """Compile and load, or take over what is kept in `pins`, if that is the same that would be loaded.
+        """Compile and load, or take over what is kept, if that is the same that would be loaded.
 
         Raises HookError, PermissionDenied or UnavailableError with the reason in one line.
         """
-        manifest = self._pins.manifest() if self._pins else None
-        if manifest is not None and manifest["fingerprint"] == self._fingerprint():
-            self._take_over(manifest)
-        else:
-            if manifest is not None:
-                logger.warning("hooks that were kept are given up, since they are not the same: their events are lost")
+        if not self._find_kept():
             self._load()
+        self._own_sockets.append(self._maps["own_sockets"])
         self._rules = RuleMaps(self._maps)
         self._rules.put(self._settings.rules)
 
+    def _find_kept(self) -> bool:
+        """Take over what is kept, or the rings of it that are to be drained; return whether nothing is to be loaded."""
+        manifest = self._keeper.manifest() if self._keeper else None
+        if self._keeper is None or manifest is None:
+            return False
+        try:
+            kept = Kept.read(manifest)
+            opened = dict(zip(kept.objects, self._keeper.open(kept.objects), strict=True))
+        except (OSError, LookupError, ValueError) as error:
+            logger.warning("hooks that were kept are given up, and the events in their rings are lost: %s", error)
+            self._beside_others = True
+            return False
+        if kept.fingerprint == self._fingerprint():
+            self._take_over(kept, opened)
+        else:
+            self._stand_beside(kept, opened)
+        return self.taken_over
+
+    def _take_over(self, kept: Kept, opened: Mapping[str, int]) -> None:
+        self.taken_over = True
+        self.ring_id, self.old_ring_id = kept.ring_id, kept.old_ring_id
+        self.rungs, self.refusals = dict(kept.rungs), list(kept.refusals)
+        self._maps = {name: opened[kept_as] for name, kept_as in kept.maps.items()}
+        self._programs = {stream: [opened[each] for each in programs] for stream, programs in kept.programs.items()}
+        self._links = [opened[link] for link in kept.links]
+        self._old_rings = {ring.name: (ring, opened[ring.name]) for ring in kept.old_rings}
+        apart = {*kept.links, *self._old_rings}
+        self._descriptors = [descriptor for name, descriptor in opened.items() if name not in apart]
+
+    def _stand_beside(self, kept: Kept, opened: dict[str, int]) -> None:
+        logger.info("hooks that were kept are not those that are wanted: they stay until these are attached")
+        self._beside_others = True
+        self.old_ring_id = kept.ring_id
+        self._old_rings = {ring.name: (ring, opened.pop(ring.name)) for ring in [*kept.old_rings, *kept.rings]}
+        # Until they end, they take what the agent sends: it is to leave itself out there too.
+        self._own_sockets = [opened.pop(kept.maps["own_sockets"])]
+        self._descriptors = [*self._own_sockets]
+        sysbpf.close_all(list(opened.values()))
+
     def _load(self) -> None:
         settings = self._settings
-        self._loader = _Loader()
+        self._loader = Loader()
         answer, descriptors = self._loader.ask(
             {
                 "btf": str(settings.btf or ""),
@@ -144,7 +204,8 @@ class Hooks:
                 "layout_check": layout_check(),
             }
         )
-        self._descriptors = descriptors
+        self._descriptors += descriptors
+        self.ring_id = secrets.token_hex(8)
         self.rungs = answer["rungs"]
         self.refusals = [Refusal(*each) for each in answer["refusals"]]
         count = len(answer["maps"])
@@ -152,39 +213,32 @@ class Hooks:
         for stream, program in zip(answer["programs"], descriptors[count:], strict=True):
             self._programs.setdefault(stream, []).append(program)
 
-    def _take_over(self, manifest: Mapping[str, Any]) -> None:
-        assert self._pins is not None
-        self.taken_over = True
-        self.rungs = manifest["rungs"]
-        self.refusals = [Refusal(*each) for each in manifest["refusals"]]
-        self._descriptors = self._pins.open(manifest["maps"])
-        self._maps = dict(zip(manifest["maps"], self._descriptors, strict=True))
-        for stream, names in manifest["programs"].items():
-            self._programs[stream] = self._pins.open(names)
-            self._descriptors = [*self._descriptors, *self._programs[stream]]
-        self._links = self._pins.open(manifest["links"])
-
     def _keep(self) -> None:
-        assert self._pins is not None
+        """Keep these hooks and the old rings, and nothing else: others end."""
+        assert self._keeper is not None
+        maps = {name: f"{name}_{self.ring_id}" for name in self._maps}
         programs = {
-            stream: {f"{stream}_{i}": program for i, program in enumerate(programs)}
+            stream: {f"{stream}_{i}_{self.ring_id}": program for i, program in enumerate(programs)}
             for stream, programs in self._programs.items()
         }
-        links = {f"link_{i}": link for i, link in enumerate(self._links)}
-        objects = {**self._maps, **links}
-        for named in programs.values():
-            objects.update(named)
-        self._pins.keep(
-            objects,
-            {
-                "fingerprint": self._fingerprint(),
-                "rungs": self.rungs,
-                "refusals": [(refusal.stream, refusal.rung, refusal.reason) for refusal in self.refusals],
-                "maps": list(self._maps),
-                "programs": {stream: list(named) for stream, named in programs.items()},
-                "links": list(links),
-            },
+        links = {f"link_{i}_{self.ring_id}": link for i, link in enumerate(self._links)}
+        kept = Kept(
+            fingerprint=self._fingerprint(),
+            ring_id=self.ring_id,
+            rungs=self.rungs,
+            refusals=self.refusals,
+            maps=maps,
+            programs={stream: list(named) for stream, named in programs.items()},
+            links=list(links),
+            rings=[KeptRing(each, maps[each.ring], self._settings.ring_bytes[each.ring]) for each in STREAMS],
+            old_ring_id=self.old_ring_id,
+            old_rings=[ring for ring, _ in self._old_rings.values()],
         )
+        objects = {kept_as: self._maps[name] for name, kept_as in maps.items()}
+        objects.update(link for named in programs.values() for link in named.items())
+        objects.update(links)
+        objects.update({name: descriptor for name, (_, descriptor) in self._old_rings.items()})
+        self._keeper.keep(objects, kept.manifest())
 
     def _fingerprint(self) -> str:
         """Return a digest of all that the programs and maps are made of, but for the rules, which can be changed."""
@@ -196,7 +250,11 @@ class Hooks:
         return digest.hexdigest()
 
     def attach(self) -> None:
-        """Attach all programs; from here on events come. What was taken over is attached already."""
+        """Attach all programs; from here on events come. What was taken over is attached already.
+
+        Other hooks that were kept end only then, and for a moment both take each segment: their events are in the old
+        rings.
+        """
         if self.taken_over:
             if self._numbers:
                 self._numbers.in_use()
@@ -204,11 +262,14 @@ class Hooks:
         if self._loader is None:
             raise ValueError("attach comes once, after load")
         if self._numbers:
-            self._seed(self._numbers.start(overlap=False))
+            self._seed(self._numbers.start(overlap=self._beside_others))
         _, self._links = self._loader.ask(ATTACH)
         self._end_loader()
-        if self._pins:
+        if self._keeper:
             self._keep()
+        if self._beside_others:
+            self._own_sockets = [self._maps["own_sockets"]]
+            sysbpf.wait_for_programs()
 
     def detach(self) -> None:
         """Detach, and keep nothing: no event comes after this. The rings and counters stay readable."""
@@ -216,8 +277,8 @@ class Hooks:
             return
         # The kernel may end a link a moment after its last descriptor; a program that runs until then takes nothing.
         sysbpf.update(self._maps["rules_active"], struct.pack("<I", 0), struct.pack("<Q", 0))
-        if self._pins:
-            self._pins.clear()
+        if self._keeper:
+            self._keeper.clear()
         sysbpf.close_all(self._links)
         self._links = []
         sysbpf.wait_for_programs()
@@ -227,6 +288,26 @@ class Hooks:
     def ring(self, stream: Stream) -> Ring:
         """Map the ring of a stream."""
         return Ring(self._maps[stream.ring], self._settings.ring_bytes[stream.ring], stream.dtype)
+
+    def old_rings(self) -> list[tuple[Stream, Ring]]:
+        """Map the rings of hooks that these have replaced, oldest first; each stream has the dtype of its ring's rows.
+
+        What is committed in them stays so when another process comes to it. They are kept until `drop_old_rings`.
+        """
+        return [
+            (ring.stream, Ring(descriptor, ring.size_bytes, ring.stream.dtype))
+            for ring, descriptor in self._old_rings.values()
+        ]
+
+    def drop_old_rings(self) -> None:
+        """Let go of the old rings, after `attach`; what is mapped of them stays readable."""
+        if not self._old_rings:
+            return
+        descriptors = [descriptor for _, descriptor in self._old_rings.values()]
+        self._old_rings, self.old_ring_id = {}, None
+        if self._keeper and self._links:
+            self._keep()
+        sysbpf.close_all(descriptors)
 
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
@@ -261,7 +342,8 @@ class Hooks:
         own = socket.socket(fileno=os.dup(descriptor))
         with own:
             cookie = own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
-        sysbpf.update(self._maps["own_sockets"], cookie, b"\1")
+        for own_sockets in self._own_sockets:
+            sysbpf.update(own_sockets, cookie, b"\1")
 
     def exclude_listener(self, address: Address, port: int) -> None:
         """Leave out what connections accepted on this local endpoint send, in the agent's network namespace.
@@ -276,8 +358,9 @@ class Hooks:
     def close(self) -> None:
         """Let go of everything: the programs end, unless they are kept."""
         self._end_loader()
-        sysbpf.close_all([*self._links, *self._descriptors])
-        self._links, self._descriptors = [], []
+        old_rings = [descriptor for _, descriptor in self._old_rings.values()]
+        sysbpf.close_all([*self._links, *self._descriptors, *old_rings])
+        self._links, self._descriptors, self._old_rings = [], [], {}
 
     def __enter__(self) -> "Hooks":
         return self
@@ -293,68 +376,5 @@ class Hooks:
             self._loader = None
 
 
-class _Loader:
-    """The loader's process, and the socket to it."""
-
-    def __init__(self) -> None:
-        package = Path(__file__).resolve().parent.parent
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._channel.settimeout(_ANSWER_TIMEOUT_S)
-        # This very package and not another that is installed; and of its folder nothing else, since the site-packages
-        # of a venv must not shadow those of the system's Python.
-        code = f"import sys; sys.path.insert(0, {str(package)!r}); import producer; del sys.path[0]"
-        code += f"; from producer.loader import main; main({theirs.fileno()}, {os.getpid()})"
-        # Isolated (-I): a program that runs as root takes no modules from the working directory or PYTHONPATH.
-        command = [python_with_bcc(), "-I", "-c", code]
-        with theirs:
-            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-
-    def ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-        """Send a request and return the answer, and the descriptors that come with it."""
-        try:
-            self._channel.send(json.dumps(request).encode())
-            packet, descriptors, *_ = socket.recv_fds(self._channel, PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC)
-        except TimeoutError as error:
-            raise errors.HookError(f"the loader has not answered within {_ANSWER_TIMEOUT_S:.0f} s") from error
-        except ConnectionError:
-            packet = b""
-        if not packet:
-            raise errors.HookError(f"the loader ended with status {self._child.wait()} and no answer")
-        with open(descriptors[0], "rb") as file:
-            file.seek(0)
-            if log := file.read().decode(errors="replace"):
-                logger.debug("loader log:\n%s", log)
-        answer = json.loads(packet)
-        if "error" in answer:
-            raise getattr(errors, answer["kind"])(answer["error"])
-        return answer, descriptors[1:]
-
-    def end(self) -> None:
-        """End the process, also in the midst of its work, and with it its copies of the descriptors."""
-        self._channel.close()
-        self._child.kill()
-        self._child.wait()
-
-
 def _in6(address: Address) -> bytes:
     return address.packed if address.version == 6 else bytes(10) + b"\xff\xff" + address.packed
-
-
-def python_with_bcc() -> str:
-    """Return a Python that can import bcc: ours if it can, else the system's, where the distribution's package is."""
-    for python in (sys.executable, "/usr/bin/python3", shutil.which("python3")):
-        if python and _has_bcc(python):
-            return python
-    raise errors.UnavailableError(BCC_MISSING)
-
-
-# The package called bcc on PyPI is something else, and has no such file.
-_FIND_BCC = """
-import importlib.util, os.path, sys
-found = importlib.util.find_spec("bcc")
-sys.exit(not (found and os.path.exists(os.path.join(os.path.dirname(found.origin), "libbcc.py"))))
-"""
-
-
-def _has_bcc(python: str) -> bool:
-    return subprocess.run([python, "-I", "-c", _FIND_BCC], stderr=subprocess.DEVNULL, check=False).returncode == 0

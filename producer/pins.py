@@ -1,14 +1,17 @@
 """Maps, programs and links that outlive the process that made them, in a folder of a bpffs.
 
-Each object is a file there. What they are is a manifest, kept as the target of the symbolic link `manifest` (a bpffs
-holds no other text), made last and removed first: without it, the files are the remains of a start or stop that did not
-come to its end. All of it is gone at a reboot. The folder is locked (flock) by the process that uses it.
+Each object is a file there. What they are is a manifest, kept with their names as the target of the symbolic link
+`manifest` (a bpffs holds no other text, and of that no more than a page: it is compressed). The link is replaced at
+once; files that it does not name are the remains of a start or stop that did not come to its end. All of it is gone at
+a reboot. The folder is locked (flock) by the process that uses it.
 """
 
+import base64
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,34 +26,76 @@ class PinFolder:
     Entering raises ConfigError where there is no bpffs, BusyError where another process holds the lock.
     """
 
+    outlives_stop = False
+    """What is kept here stays until it is cleared, at a stop too."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._manifest = path / "manifest"
 
     def manifest(self) -> dict[str, Any] | None:
-        """Return what `keep` was told; None where nothing is kept."""
+        """Return what `keep` was told; None where nothing is kept, and nothing in it where that cannot be read."""
         try:
-            manifest: dict[str, Any] = json.loads(os.readlink(self._manifest))
+            manifest: dict[str, Any] = self._read()["manifest"]
         except FileNotFoundError:
             return None
+        except ValueError:
+            return {}
         return manifest
 
     def open(self, names: Sequence[str]) -> list[int]:
-        """Return new descriptors of kept objects."""
-        return [sysbpf.get(self._path / name) for name in names]
+        """Return new descriptors of kept objects. Raises OSError where one is not there."""
+        opened: list[int] = []
+        try:
+            for name in names:
+                opened.append(sysbpf.get(self._path / name))
+        except OSError:
+            sysbpf.close_all(opened)
+            raise
+        return opened
 
     def keep(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
-        """Keep the objects of these descriptors by their names, in place of what was kept."""
-        self.clear()
+        """Keep the objects of these descriptors by their names, in place of what was kept.
+
+        A name stands for one object for ever: what is kept by it already stays. At any moment, either the old objects
+        are kept or the new ones.
+        """
         for name, descriptor in objects.items():
-            sysbpf.pin(descriptor, self._path / name)
-        os.symlink(json.dumps(manifest), self._manifest)
+            if not (self._path / name).exists():
+                sysbpf.pin(descriptor, self._path / name)
+        text = json.dumps({"objects": list(objects), "manifest": manifest}).encode()
+        fresh = self._path / "manifest_new"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(base64.urlsafe_b64encode(zlib.compress(text)).decode())
+        fresh.replace(self._manifest)
+        self._remove_all_but(objects)
 
     def clear(self) -> None:
         """Keep nothing: what nobody else holds ends, links first."""
         self._manifest.unlink(missing_ok=True)
+        self._remove_all_but(())
+
+    def _read(self) -> dict[str, Any]:
+        """Raises FileNotFoundError where there is no manifest, ValueError where it is another version's."""
+        target = os.readlink(self._manifest)
+        try:
+            content: dict[str, Any] = json.loads(zlib.decompress(base64.urlsafe_b64decode(target)))
+        except zlib.error as error:
+            raise ValueError(str(error)) from error
+        return content
+
+    def _remove_all_but(self, names: Collection[str]) -> None:
         for path in sorted(self._path.iterdir(), key=lambda path: not path.name.startswith("link")):
-            path.unlink()
+            if path != self._manifest and path.name not in names:
+                path.unlink()
+
+    def _remove_remains(self) -> None:
+        try:
+            self._remove_all_but(self._read()["objects"])
+        except FileNotFoundError:
+            self._remove_all_but(())
+        except ValueError:
+            return  # they go when others are kept
 
     def __enter__(self) -> "PinFolder":
         try:
@@ -66,6 +111,7 @@ class PinFolder:
         except BlockingIOError as error:
             os.close(self._lock)
             raise BusyError(f"another producer keeps its hooks in {self._path}") from error
+        self._remove_remains()
         return self
 
     def __exit__(

@@ -10,7 +10,7 @@ from producer.btf import VMLINUX, Btf
 from producer.config import Config
 from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import STREAMS
-from producer.hooks import python_with_bcc
+from producer.loading import python_with_bcc
 from producer.provision import Admin, heartbeat_topic, in_partitions, topic
 from producer.rungs import LADDERS, cgroup2_root, refusal
 

@@ -158,7 +158,7 @@ def test_a_compile_error_is_one_line_and_its_log_is_there_for_debugging(
     sources: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     edit(sources / "fill.h", "READ(sk, skc_dport)", "READ(sk, skc_dport_number)")
-    with caplog.at_level(logging.DEBUG, "producer.hooks"):
+    with caplog.at_level(logging.DEBUG, "producer.loading"):
         message = error_of(HookSettings(hooks=ALLOWED))
     assert message.startswith("the BPF programs do not compile here: fill.h:")
     assert "skc_dport_number" in message
@@ -178,7 +178,7 @@ def test_a_program_that_the_verifier_refuses_costs_its_rung(
     # The cgroup hook's one program takes both streams.
     stream = "transmits" if rung == "cgroup_skb" else "retransmits"
     edit(sources / "fill.h", "\te->cause = CAUSE_SYN_ACK;\n", "\te->cause = ((u8 *)e)[4096];\n")
-    with caplog.at_level(logging.DEBUG, "producer.hooks"):
+    with caplog.at_level(logging.DEBUG, "producer.loading"):
         message = error_of(HookSettings(hooks=(rung, capture.hooks.rungs["transmit"])))
     assert message.startswith(f"no hook for {stream} can be attached on this host")
     assert f"; {rung}: " in message or f"host: {rung}: " in message

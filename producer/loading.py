@@ -1,0 +1,83 @@
+"""The loader's process (producer.loader) as the agent sees it: start it, ask it, end it."""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from producer import errors
+from producer.loader import BCC_MISSING, PACKET_BYTES
+
+logger = logging.getLogger(__name__)
+
+_FDS = 64
+_ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
+
+
+class Loader:
+    """The loader's process, and the socket to it."""
+
+    def __init__(self) -> None:
+        package = Path(__file__).resolve().parent.parent
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.settimeout(_ANSWER_TIMEOUT_S)
+        # This very package and not another that is installed; and of its folder nothing else, since the site-packages
+        # of a venv must not shadow those of the system's Python.
+        code = f"import sys; sys.path.insert(0, {str(package)!r}); import producer; del sys.path[0]"
+        code += f"; from producer.loader import main; main({theirs.fileno()}, {os.getpid()})"
+        # Isolated (-I): a program that runs as root takes no modules from the working directory or PYTHONPATH.
+        command = [python_with_bcc(), "-I", "-c", code]
+        with theirs:
+            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+
+    def ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """Send a request and return the answer, and the descriptors that come with it."""
+        try:
+            self._channel.send(json.dumps(request).encode())
+            packet, descriptors, *_ = socket.recv_fds(self._channel, PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC)
+        except TimeoutError as error:
+            raise errors.HookError(f"the loader has not answered within {_ANSWER_TIMEOUT_S:.0f} s") from error
+        except ConnectionError:
+            packet = b""
+        if not packet:
+            raise errors.HookError(f"the loader ended with status {self._child.wait()} and no answer")
+        with open(descriptors[0], "rb") as file:
+            file.seek(0)
+            if log := file.read().decode(errors="replace"):
+                logger.debug("loader log:\n%s", log)
+        answer = json.loads(packet)
+        if "error" in answer:
+            raise getattr(errors, answer["kind"])(answer["error"])
+        return answer, descriptors[1:]
+
+    def end(self) -> None:
+        """End the process, also in the midst of its work, and with it its copies of the descriptors."""
+        self._channel.close()
+        self._child.kill()
+        self._child.wait()
+
+
+def python_with_bcc() -> str:
+    """Return a Python that can import bcc: ours if it can, else the system's, where the distribution's package is."""
+    for python in (sys.executable, "/usr/bin/python3", shutil.which("python3")):
+        if python and _has_bcc(python):
+            return python
+    raise errors.UnavailableError(BCC_MISSING)
+
+
+# The package called bcc on PyPI is something else, and has no such file.
+_FIND_BCC = """
+import importlib.util, os.path, sys
+found = importlib.util.find_spec("bcc")
+sys.exit(not (found and os.path.exists(os.path.join(os.path.dirname(found.origin), "libbcc.py"))))
+"""
+
+
+def _has_bcc(python: str) -> bool:
+    return subprocess.run([python, "-I", "-c", _FIND_BCC], stderr=subprocess.DEVNULL, check=False).returncode == 0

@@ -1,0 +1,348 @@
+"""Hooks that outlive the process: taken over, or replaced by others without a moment in which none is attached."""
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from producer import paths
+from producer.events import RETRANSMIT, STREAMS, TRANSMIT, TRANSMITS, Rows
+from producer.hooks import Hooks, HookSettings
+from producer.pins import PinFolder
+from producer.rules import filtered
+from producer.sequence import EventNumbers
+from producer.sysbpf import possible_cpus, program_ids
+from tests.kernel.capture import ALLOWED, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+SYN = 2
+CPUS = possible_cpus()
+OTHER_VERSION = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from producer.events import TRANSMITS
+from producer.hooks import Hooks, HookSettings
+from producer.pins import PinFolder
+from producer.rules import filtered
+from producer.sequence import EventNumbers
+
+pins, state, port, cpus, allowed = json.loads(sys.argv[1])
+settings = HookSettings(hooks=tuple(allowed), rules=filtered(ports=(port,)))
+with PinFolder(Path(pins)) as folder, Hooks(settings, folder, EventNumbers(Path(state), "a boot", cpus)) as hooks:
+    hooks.load()
+    hooks.attach()
+    with hooks.ring(TRANSMITS) as ring:
+        print(hooks.ring_id, flush=True)
+        sys.stdin.readline()
+        rows = ring.read(1 << 16)
+        assert rows.dtype["note"] == "<u8"
+        np.save(Path(state) / "committed.npy", rows)
+        ring.commit(ring.position)
+        print("committed", flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def pins(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "bpffs"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "bpf", "bpf", folder], check=True)
+    try:
+        yield folder / "pins"
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+class Traffic:
+    """A connection over loopback on which one byte after the other is sent, in a thread, each after an answer."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._listener]
+        self.port: int = self._listener.getsockname()[1]
+        self.sent = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._send)
+
+    def start(self) -> None:
+        self._client = socket.create_connection(("127.0.0.1", self.port))
+        self._sockets.append(self._client)
+        self._client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._accepted, _ = self._listener.accept()
+        self._sockets.append(self._accepted)
+        self._thread.start()
+
+    def _send(self) -> None:
+        while not self._done.wait(0.0001):
+            self._client.sendall(b"?")
+            self.sent += 1
+            self._accepted.sendall(self._accepted.recv(1))
+            self._client.recv(1)
+
+    def wait_more(self, count: int) -> None:
+        aim = self.sent + count
+        wait_for(lambda: self.sent >= aim, "traffic")
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def __enter__(self) -> "Traffic":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for each in self._sockets:
+            each.close()
+
+
+def other_version(folder: Path) -> Path:
+    """Copy the package with another layout of the transmit events: as if it was of another version."""
+    package = paths.BPF.parent
+    for name in ("producer", "bpf", "schemas"):
+        subprocess.run(["cp", "-r", str(package / name), str(folder)], check=True)
+    header = folder / "bpf" / "events.h"
+    before = "\tu32 is_retransmit;\n\tu32 _pad3;\n"
+    assert header.read_text().count(before) == 1
+    header.write_text(header.read_text().replace(before, f"{before}\tu64 note;\n"))
+    events = folder / "producer" / "events.py"
+    before = '("is_retransmit", "<u4"), ("_pad3", "<u4")'
+    assert events.read_text().count(before) == 1
+    events.write_text(events.read_text().replace(before, f'{before}, ("note", "<u8")'))
+    return folder
+
+
+def all_rows(hooks: Hooks) -> Rows:
+    with hooks.ring(TRANSMITS) as ring:
+        rows: Rows = ring.read(1 << 20).copy()
+    return rows
+
+
+def ids(rows: Rows) -> list[tuple[int, int]]:
+    return list(zip(rows["s"]["cpu"].tolist(), rows["s"]["cpu_seq"].tolist(), strict=True))
+
+
+def probes(rows: Rows, port: int) -> set[int]:
+    """Return the sequence numbers of the bytes that the traffic's client sent."""
+    segments = rows["s"]
+    return set(segments["seq"][(segments["flow"]["dport"] == port) & (segments["payload_len"] == 1)].tolist())
+
+
+def programs(hooks: Hooks) -> set[int]:
+    return {info.program_id for stream in STREAMS for info in hooks.program_infos(stream)}
+
+
+def test_hooks_that_are_the_same_are_taken_over_with_rings_and_numbers(pins: Path, tmp_path: Path) -> None:
+    with Traffic() as traffic:
+        settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(traffic.port,)))
+
+        def numbers() -> EventNumbers:
+            return EventNumbers(tmp_path, "a boot", CPUS)
+
+        with PinFolder(pins) as folder, Hooks(settings, folder, numbers()) as hooks:
+            hooks.load()
+            hooks.attach()
+            ring_id = hooks.ring_id
+            assert ring_id
+            traffic.start()
+            traffic.wait_more(101)
+        traffic.wait_more(101)
+        with PinFolder(pins) as folder, Hooks(settings, folder, numbers()) as hooks:
+            hooks.load()
+            hooks.attach()
+            assert hooks.taken_over
+            assert (hooks.ring_id, hooks.old_ring_id, hooks.old_rings()) == (ring_id, None, [])
+            traffic.wait_more(101)
+            hooks.detach()
+            assert list(pins.iterdir()) == []
+            traffic.stop()
+            last = hooks.sequence(TRANSMITS)
+            assert len(all_rows(hooks)) == hooks.counters(TRANSMITS).passed == sum(last)
+        assert numbers().start()["transmit"] == last
+
+
+def test_hooks_of_another_version_stay_until_the_new_ones_are_attached_and_their_rings_can_be_drained(
+    pins: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "other").mkdir()
+    with Traffic() as traffic:
+        argument = json.dumps([str(pins), str(tmp_path / "state"), traffic.port, CPUS, ALLOWED])
+        child = subprocess.Popen(
+            [sys.executable, "-c", OTHER_VERSION, argument],
+            cwd=other_version(tmp_path / "other"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with child:
+            try:
+                assert child.stdin is not None
+                assert child.stdout is not None
+                old_ring_id = child.stdout.readline().strip()
+                traffic.start()
+                traffic.wait_more(211)
+                print(file=child.stdin, flush=True)
+                assert child.stdout.readline() == "committed\n"
+            finally:
+                child.kill()
+        committed: Rows = np.load(tmp_path / "state" / "committed.npy")
+        traffic.wait_more(211)
+
+        settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(traffic.port,)))
+        numbers = EventNumbers(tmp_path / "state", "a boot", CPUS)
+        with PinFolder(pins) as folder, Hooks(settings, folder, numbers) as hooks:
+            hooks.load()
+            assert not hooks.taken_over
+            traffic.wait_more(101)
+            hooks.attach()
+            traffic.wait_more(101)
+            assert hooks.ring_id != hooks.old_ring_id == old_ring_id
+        traffic.wait_more(101)
+
+        with PinFolder(pins) as folder, Hooks(settings, folder, numbers) as hooks:
+            hooks.load()
+            hooks.attach()
+            assert hooks.taken_over, "after a crash before the old rings were drained"
+            assert hooks.old_ring_id == old_ring_id
+            traffic.wait_more(101)
+            (stream, ring), (other_stream, other_ring) = hooks.old_rings()
+            assert stream == TRANSMITS
+            assert stream.dtype == np.dtype([*TRANSMIT.descr, ("note", "<u8")])
+            assert other_stream.dtype == RETRANSMIT
+            with ring, other_ring:
+                old = ring.read(1 << 16).copy()
+                ring.commit(ring.position)
+                traffic.wait_more(11)
+                assert ring.unread == other_ring.unread == 0, "the old programs have ended"
+            hooks.drop_old_rings()
+            assert hooks.old_rings() == []
+            assert all(path.name == "manifest" or path.name.endswith(hooks.ring_id) for path in pins.iterdir())
+            traffic.stop()
+            hooks.detach()
+            new = all_rows(hooks)
+            assert len(new) == hooks.counters(TRANSMITS).passed
+
+        check_without_hole(traffic, committed, old, new)
+
+
+def check_without_hole(traffic: Traffic, committed: Rows, old: Rows, new: Rows) -> None:
+    """Every byte was sent in a segment that is somewhere, and the old ring goes on where it was committed."""
+    found = set.union(*(probes(rows, traffic.port) for rows in (committed, old, new)))
+    segments = committed["s"]
+    (first,) = segments["end_seq"][segments["tcp_flags"] == SYN].tolist()
+    sent = {(first + i) % 2**32 for i in range(traffic.sent)}
+    assert (len(sent - found), len(found - sent)) == (0, 0), "missing, too many"
+    every_id = [*ids(committed), *ids(old), *ids(new)]
+    assert len(every_id) == len(set(every_id))
+    for cpu in range(CPUS):
+        numbers = sorted(number for each, number in [*ids(committed), *ids(old)] if each == cpu)
+        assert numbers == list(range(1, len(numbers) + 1)), "the old ring holds what was not committed"
+    assert new["s"]["cpu_seq"].min() > 1 << 32
+
+
+def test_hooks_that_are_replaced_twice_leave_all_that_is_not_drained(pins: Path) -> None:
+    """Other ring sizes, and the process ends each time before it has drained anything."""
+    with Traffic() as traffic:
+        found: dict[int, Rows] = {}
+        for size in (1 << 24, 1 << 25, 1 << 26):
+            settings = HookSettings(
+                hooks=ALLOWED,
+                rules=filtered(ports=(traffic.port,)),
+                ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 16},
+            )
+            with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+                hooks.load()
+                hooks.attach()
+                if not found:
+                    traffic.start()
+                traffic.wait_more(53)
+                found[size] = all_rows(hooks)
+                if size == 1 << 26:
+                    traffic.stop()
+                    rings = [ring for stream, ring in hooks.old_rings() if stream == TRANSMITS]
+                    old = [ring.read(1 << 16) for ring in rings]
+                    hooks.detach()
+                    segments = [probes(rows, traffic.port) for rows in (*old, all_rows(hooks))]
+                    for seen, whole in zip(found.values(), segments, strict=True):
+                        assert len(probes(seen, traffic.port) - whole) == 0
+                    found_once = len(set.union(*segments))
+                    assert found_once == traffic.sent
+
+
+def test_the_agents_own_traffic_is_no_event_of_the_hooks_that_are_about_to_end(pins: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        rules = filtered(ports=(address[1],))
+        with PinFolder(pins) as folder, Hooks(HookSettings(hooks=ALLOWED, rules=rules), folder) as hooks:
+            hooks.load()
+            hooks.attach()
+            socket.create_connection(address).close()
+        smaller = HookSettings(
+            hooks=ALLOWED, rules=rules, ring_bytes={"transmit_pipe": 1 << 16, "retransmit_pipe": 1 << 16}
+        )
+        with PinFolder(pins) as folder, Hooks(smaller, folder) as hooks:
+            hooks.load()
+            with socket.socket() as own:
+                hooks.exclude_socket(own.fileno())
+                own.connect(address)
+                port = own.getsockname()[1]
+                own.sendall(b"!")
+                hooks.attach()
+                own.sendall(b"!")
+            hooks.detach()
+            (_, ring), _ = hooks.old_rings()
+            for flow in (rows["s"]["flow"] for rows in (ring.read(1 << 16), all_rows(hooks))):
+                assert port not in {*flow["sport"], *flow["dport"]}
+            assert ring.position > 0
+
+
+@pytest.mark.parametrize("target", ["nonsense", '{"fingerprint": "of an older version"}'])
+def test_hooks_whose_manifest_cannot_be_read_are_given_up_with_a_warning(
+    pins: Path, target: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(1,)))
+    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+        hooks.load()
+        hooks.attach()
+        old = programs(hooks)
+    (pins / "manifest").unlink()
+    (pins / "manifest").symlink_to(target)
+    assert old <= program_ids()
+    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+        with caplog.at_level(logging.WARNING):
+            hooks.load()
+        assert "hooks that were kept are given up, and the events in their rings are lost" in caplog.text
+        assert not hooks.taken_over
+        assert hooks.old_rings() == []
+        assert old <= program_ids()
+        hooks.attach()
+        wait_for(lambda: not old & program_ids(), "the old programs' end")
+        hooks.detach()
+
+
+def test_remains_of_a_start_that_did_not_come_to_its_end_are_removed(pins: Path) -> None:
+    settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(1,)))
+    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+        hooks.load()
+        hooks.attach()
+        kept = {path.name for path in pins.iterdir()}
+        (pins / "link_0_of_another").symlink_to("x")
+    with PinFolder(pins):
+        assert {path.name for path in pins.iterdir()} == kept
+    (pins / "manifest").unlink()
+    with PinFolder(pins) as folder:
+        assert folder.manifest() is None
+        assert list(pins.iterdir()) == []
