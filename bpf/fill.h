@@ -20,6 +20,12 @@
 #define ENOBUFS 105
 
 /*
+ * What bcc puts in for reads that it rewrites: without root it takes the kernel for one before 5.5, whose only helper for
+ * it a cgroup program may not call.
+ */
+#define bpf_probe_read bpf_probe_read_kernel
+
+/*
  * READ() goes through a BTF pointer, which the verifier checks and the kernel guards; on the kprobe rung, whose
  * pointers have no type, by bpf_probe_read_kernel, as PROBE() does everywhere. The value of a statement expression has
  * the member's type without its const.

@@ -1,0 +1,45 @@
+"""A user who is not root, but has the capabilities that the service has, loads and attaches every rung."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.capture import ALLOWED
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+CAPABILITIES = "-all,+bpf,+perfmon,+net_admin"
+ATTACH = """
+import sys
+from producer.hooks import Hooks, HookSettings
+from producer.rules import filtered
+with Hooks(HookSettings(hooks=sys.argv[1].split(","), rules=filtered(ports=(1,)))) as hooks:
+    hooks.load()
+    hooks.attach()
+    print(hooks.rungs["transmit"], hooks.rungs["retransmit"])
+"""
+
+
+def attach(*hooks: str) -> str:
+    if not shutil.which("setpriv"):
+        pytest.skip("giving up privileges needs setpriv")
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    user += [f"--inh-caps={CAPABILITIES}", f"--ambient-caps={CAPABILITIES}"]
+    if subprocess.run([*user, sys.executable, "-c", "import producer.hooks"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip(f"{sys.executable} and the package are not readable for other users")
+    command = [*user, sys.executable, "-c", ATTACH, ",".join(hooks)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_allowed_rungs_attach_without_root() -> None:
+    assert attach(*ALLOWED)
+
+
+def test_the_lowest_rungs_attach_without_root() -> None:
+    assert attach("cgroup_skb", "raw_tp") in ("cgroup_skb cgroup_skb", "cgroup_skb raw_tp")
