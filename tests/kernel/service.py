@@ -1,7 +1,8 @@
 """The least service that keeps its hooks in systemd's store: `python -m tests.kernel.service FILE PORT [hold]`.
 
 It writes each transmitted segment of a port to FILE, a line of JSON each, and an empty line when it has given back the
-ring's room of those before; with `hold` it gives back none, as if nothing was acknowledged.
+ring's room of those before; with `hold` it gives back none, as if nothing was acknowledged. Its lines on standard error
+are those of `rebpf run`, as far as they are needed.
 """
 
 import json
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from producer import privileges
+from producer.balance import Balance
 from producer.events import TRANSMITS, Rows
 from producer.fdstore import FdStore
 from producer.hooks import Hooks, HookSettings
+from producer.ring import Ring
 from producer.rules import filtered
 from producer.systemd import notify
 from tests.kernel.capture import ALLOWED
@@ -56,17 +59,29 @@ def _address(packed: bytes) -> str:
     return str(address.ipv4_mapped or address)
 
 
+def _balance(hooks: Hooks, ring: Ring) -> Balance:
+    kernel = hooks.counters(TRANSMITS)
+    lost = {"ring_full": kernel.ring_full, "nested": kernel.nested}
+    return Balance(kernel.passed + kernel.nested, ring.records_before, in_ring=ring.unread, lost=lost)
+
+
 def main(file: str, port: str, *hold: str) -> None:
     stop: list[Any] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    signal.signal(signal.SIGHUP, lambda number, frame: print("reload", file=sys.stderr, flush=True))
     settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(int(port),)))
     with FdStore() as store, Hooks(settings, store) as hooks, open(file, "w") as out:
         hooks.load()
         privileges.drop_all()
         with hooks.ring(TRANSMITS) as ring:
             hooks.attach()
+            print("ready", "taken_over=true" if hooks.taken_over else "", file=sys.stderr, flush=True)
             notify("READY=1")
-            while not stop:
+            end = float("inf")
+            while ring.records_before < end:
+                if stop and end == float("inf"):
+                    end = ring.records_before + ring.unread
+                    continue
                 rows = ring.read(1 << 12)
                 if not len(rows):
                     time.sleep(0.02)
@@ -77,6 +92,7 @@ def main(file: str, port: str, *hold: str) -> None:
                     ring.commit(ring.position)
                 out.write("\n")
                 out.flush()
+            print("balance tcp_transmit", _balance(hooks, ring), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
