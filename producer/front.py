@@ -1,6 +1,7 @@
 """The front of a record: an event's id and time, without what stands behind them."""
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import fastavro
@@ -19,18 +20,30 @@ class FrontReader:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._fronts: dict[int, Any] = {}
+        self._refused: dict[int, str] = {}
 
-    def read(self, value: bytes | None) -> dict[str, Any]:
+    def read(self, value: bytes | None) -> Mapping[str, Any]:
         """Return the fields, and those between them. What follows is not looked at."""
         schema_id, body = unframed(value)
-        front = self._fronts.get(schema_id) or self._cut(schema_id)
+        front = self._fronts.get(schema_id) or self._front(schema_id)
         try:
-            record: dict[str, Any] = fastavro.schemaless_reader(io.BytesIO(body), front, None)
+            record: Any = fastavro.schemaless_reader(io.BytesIO(body), front, None)
         except (EOFError, ValueError, IndexError, OverflowError, MemoryError) as exc:
             raise UndecodableError(f"not a value of schema {schema_id}") from exc
         if not (0 < record["cpu_seq"] < 1 << 63 and -1 << 63 <= record["ts_ns"] < 1 << 63):
             raise UndecodableError("not the number and time of an event")
-        return record
+        return record  # type: ignore[no-any-return]  # a record is a dict: _cut made sure
+
+    def _front(self, schema_id: int) -> Any:
+        if schema_id in self._refused:
+            raise UndecodableError(self._refused[schema_id])
+        try:
+            self._fronts[schema_id] = self._cut(schema_id)
+        except UndecodableError as exc:
+            # A topic may be full of them, and a registry is asked once.
+            self._refused[schema_id] = str(exc)
+            raise
+        return self._fronts[schema_id]
 
     def _cut(self, schema_id: int) -> Any:
         schema = self._decoder.schema(schema_id)
@@ -40,9 +53,7 @@ class FrontReader:
             if name not in at or _plain(fields[at[name]]["type"]) not in types:
                 raise UndecodableError(f"schema {schema_id} has no {name} as our events have")
         last = max(at[name] for name in _TYPES)
-        cut = {"type": "record", "name": "Front", "fields": fields[: last + 1]}
-        self._fronts[schema_id] = fastavro.parse_schema(cut)
-        return self._fronts[schema_id]
+        return fastavro.parse_schema({"type": "record", "name": "Front", "fields": fields[: last + 1]})
 
 
 def _plain(kind: Any) -> Any:

@@ -16,7 +16,7 @@ from producer.audit import ALL
 from producer.errors import ConfigError, UnavailableError
 
 _LOG = logging.getLogger(__name__)
-_METADATA_TIMEOUT_S = 10
+_METADATA_TIMEOUT_S = 5
 _SILENCE_S = 30
 _POLL_S = 0.1
 _BATCH = 10_000

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import socket
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -20,7 +21,9 @@ from producer.errors import ConfigError, UnavailableError
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS
 from producer.front import FrontReader
 from producer.gaps import Gaps, Numbers, find_gaps
+from producer.topicreader import TopicReader
 from producer.verify import TopicReport, complaint, show, verify
+from tests.kafka.rebpf import rebpf
 from tests.unit.test_tail import TOPICS, Cluster, message
 
 DELIVERY = Path(__file__).resolve().parents[2] / "docs" / "delivery.md"
@@ -125,8 +128,8 @@ def test_what_comes_twice_is_a_duplicate_and_not_out_of_order(chunk: int) -> Non
 def test_an_event_behind_a_later_one_of_its_flow_is_out_of_order(chunk: int) -> None:
     late = [row(number) for number in (1, 4, 2, 3, 5)]
     other_flow = [row(6, at=1, key=b"other"), row(7, at=1, partition=1), row(1, at=1, host="g")]
-    report = boots([*late, *other_flow], chunk=chunk)[1]
-    assert (report.host, report.out_of_order, report.missing) == ("h", 2, 0)
+    reports = boots([*late, *other_flow], chunk=chunk)
+    assert [(each.host, each.out_of_order, each.missing) for each in reports] == [("g", 0, 0), ("h", 2, 0)]
 
 
 def test_numbers_go_by_topic_host_boot_and_cpu() -> None:
@@ -156,10 +159,10 @@ def test_what_came_before_the_first_number_is_told_and_not_counted() -> None:
 
 
 def test_what_is_missing_while_the_topic_was_cut_off_may_have_been_deleted() -> None:
-    rows = [row(number, at=number) for number in (3, 5, 6, 9, 10, 12)]
-    report = boot(rows, complete_from_ms=8)
-    assert (report.perhaps_deleted, report.gaps, report.missing) == (3, 1, 1)
-    assert boot(rows, complete_from_ms=float("inf")).perhaps_deleted == 4
+    rows = [row(number, at=number) for number in (3, 5, 6, 9, 11, 13)]
+    report = boot(rows, complete_from_ms=9)
+    assert (report.perhaps_deleted, report.gaps, report.missing) == (4, 1, 1)
+    assert boot(rows, complete_from_ms=float("inf")).perhaps_deleted == 5
 
 
 def test_of_many_flows_those_that_are_quiet_are_forgotten_and_counted() -> None:
@@ -198,6 +201,22 @@ def test_a_schema_without_an_event_s_id_is_undecodable() -> None:
         FrontReader(Other(None)).read(message(TRANSMITS))
 
 
+def test_a_schema_that_is_not_to_be_had_is_asked_for_once() -> None:
+    class Forgetful(Decoder):
+        asked = 0
+
+        def schema(self, schema_id: int) -> Any:
+            self.asked += 1
+            raise UndecodableError("the registry does not know it")
+
+    decoder = Forgetful(None)
+    fronts = FrontReader(decoder)
+    for _ in range(3):
+        with pytest.raises(UndecodableError, match="does not know it"):
+            fronts.read(message(TRANSMITS))
+    assert decoder.asked == 1
+
+
 def read(cluster: Cluster, **settings: Any) -> list[TopicReport]:
     defaults: dict[str, Any] = {"registry": None, "host": None, "since": None, "client_settings": {}}
     topics = settings.pop("topics", TOPICS)
@@ -231,6 +250,16 @@ def test_topics_are_read_to_their_end_and_reported(cluster: Cluster) -> None:
     assert lines[-1].endswith(" messages=1 undecodable=0 complete")
 
 
+def test_what_comes_after_the_start_is_not_read(cluster: Cluster) -> None:
+    cluster.put_events(TRANSMITS, range(7))
+    reader = TopicReader(cluster.brokers, [TRANSMITS.topic], {}, None)
+    try:
+        cluster.put_events(TRANSMITS, range(20))
+        assert sum(map(len, reader.batches())) == 7
+    finally:
+        reader.close()
+
+
 def test_one_host_alone_can_be_asked_for(cluster: Cluster) -> None:
     for host, numbers in {"h": (1, 2), "g": (1, 3)}.items():
         for number in numbers:
@@ -249,6 +278,27 @@ def test_a_topic_that_is_not_there_is_unavailable(cluster: Cluster) -> None:
 def test_a_setting_that_the_client_does_not_know_is_a_configuration_error(cluster: Cluster) -> None:
     with pytest.raises(ConfigError, match=r"no\.such\.setting"):
         read(cluster, client_settings={"no.such.setting": "1"})
+
+
+def test_a_broker_that_is_down_is_unavailable() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # A port on which nobody listens.
+        brokers = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match=brokers):
+            verify(brokers, TOPICS, registry=None, host=None, since=None, client_settings={})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "verify needs --brokers"),
+        (["--brokers", "127.0.0.1:1", "--since-offset", "end"], "'end' is neither a number nor 'beginning'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_64(arguments: list[str], text: str) -> None:
+    done = rebpf("verify", *arguments)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert text in done.stderr
 
 
 def documented_sql() -> str:
