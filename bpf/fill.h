@@ -20,8 +20,8 @@
 #define ENOBUFS 105
 
 /*
- * What bcc puts in for reads that it rewrites: without root it takes the kernel for one before 5.5, whose only helper for
- * it a cgroup program may not call.
+ * What bcc puts in for reads that it rewrites: without root it takes the kernel for one before 5.5, whose only helper
+ * for it a cgroup program may not call.
  */
 #define bpf_probe_read bpf_probe_read_kernel
 
