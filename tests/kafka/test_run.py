@@ -1,22 +1,17 @@
-"""`rebpf run` against a real Kafka: every segment once, whatever happens to the broker, and nothing of its own."""
+"""`rebpf run` against a real Kafka that is well: every segment once, and nothing of its own."""
 
-import contextlib
 import os
-import socket
-import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import confluent_kafka
 import pytest
-from confluent_kafka.admin import AdminClient, NewTopic
 
 from tests.kafka import proc, topics
 from tests.kafka.rebpf import Run, rebpf, wait_until
 from tests.kafka.topics import RETRANSMIT, TRANSMIT
 from tests.kafka.traffic import Echo, exchange
 from tests.servers.kafka import KafkaServer
-from tests.servers.process import free_port
 from tests.wire import captured
 
 pytestmark = [pytest.mark.root, pytest.mark.real_kafka]
@@ -168,115 +163,3 @@ def test_the_producers_connections_are_not_in_its_events_and_other_clients_of_th
     account = balance["own.tcp_transmit"]
     assert account["delivered"] == len(events)
     assert account["passed"] == account["delivered"] + sum(account["lost"].values())
-
-
-@pytest.fixture(scope="module")
-def mortal_kafka(servers_present, tmp_path_factory) -> Iterator[KafkaServer]:
-    """A broker of this module's own, to kill; a test leaves it running."""
-    with KafkaServer(tmp_path_factory.mktemp("mortal"), num_partitions=PARTITIONS) as server:
-        yield server
-
-
-def test_a_broker_that_is_killed_and_comes_back_costs_no_segment(mortal_kafka, echo, tmp_path):
-    config = '[kafka]\ntopic_prefix = "killed."\n'
-    init(config, tmp_path, mortal_kafka)
-    with (
-        captured(echo.port) as segments,
-        Run(tmp_path, "--brokers", mortal_kafka.bootstrap, "--port", echo.port, config=config) as run,
-    ):
-        run.ready()
-        before = topics.wait_for_events(mortal_kafka.bootstrap, "killed.tcp_transmit", lambda: exchange(echo.port, 11))
-        mortal_kafka.kill()
-        exchange(echo.port, 307)
-        run.wait_for("WARNING kafka: .*refused")
-        mortal_kafka.start()
-        exchange(echo.port, 307)
-        balance = run.finish()
-
-    events = topics.read(mortal_kafka.bootstrap, TRANSMIT, "killed.")
-    assert before < len(events)
-    assert Counter(map(topics.segment, events)) == segments
-    topics.assert_none_twice(events)
-    topics.assert_complete(balance["killed.tcp_transmit"], events)
-
-
-def test_with_the_broker_down_at_start_capture_begins_and_delivery_follows(mortal_kafka, echo, tmp_path):
-    config = '[kafka]\ntopic_prefix = "late."\n'
-    init(config, tmp_path, mortal_kafka)
-    mortal_kafka.kill()
-    with (
-        captured(echo.port) as segments,
-        Run(tmp_path, "--brokers", mortal_kafka.bootstrap, "--port", echo.port, config=config) as run,
-    ):
-        assert run.ready() == mortal_kafka.bootstrap
-        exchange(echo.port, 101)
-        mortal_kafka.start()
-        balance = run.finish()
-
-    events = topics.read(mortal_kafka.bootstrap, TRANSMIT, "late.")
-    assert Counter(map(topics.segment, events)) == segments
-    topics.assert_none_twice(events)
-    topics.assert_complete(balance["late.tcp_transmit"], events)
-
-
-def retransmitted_syn(port: int) -> None:
-    """Connect to a listener whose queue is full, and give up after the kernel has sent a SYN again."""
-    with socket.create_server(("127.0.0.1", port), backlog=0), contextlib.ExitStack() as clients:
-        for _ in range(8):
-            client = clients.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(("127.0.0.1", port))
-        wait_until("a SYN is sent again", lambda: syn_retransmits(client))
-
-
-def syn_retransmits(client: socket.socket) -> int:
-    """Return tcpi_total_retrans of struct tcp_info."""
-    return struct.unpack_from("<I", client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)[0]
-
-
-def test_a_missing_topic_costs_nothing_is_named_and_hurts_no_other(kafka, echo, tmp_path):
-    # How long the client takes a new topic's absence for a delay; its default is 30 s.
-    patience = 'settings = { "topic.metadata.propagation.max.ms" = 2000 }'
-    config = f'[kafka]\ntopic_prefix = "missing."\n{patience}\n'
-    kafka.create_topic("missing.tcp_retransmit")
-    port = free_port()
-    arguments = ["--brokers", kafka.bootstrap, "--port", echo.port, "--port", port]
-    with (
-        captured(echo.port) as segments,
-        Run(tmp_path, *arguments, config=config) as run,
-    ):
-        run.ready()
-        exchange(echo.port, 101)
-        retransmitted_syn(port)
-        topics.wait_for_events(kafka.bootstrap, "missing.tcp_retransmit")
-        run.wait_for("WARNING .*missing.tcp_transmit.*UNKNOWN_TOPIC")
-        init(config, tmp_path, kafka)
-        topics.wait_for_events(kafka.bootstrap, "missing.tcp_transmit")
-        balance = run.finish()
-
-    events = topics.read(kafka.bootstrap, TRANSMIT, "missing.")
-    syns = topics.read(kafka.bootstrap, RETRANSMIT, "missing.")
-    assert segments == Counter(s for s in map(topics.segment, events) if echo.port in (s.sport, s.dport))
-    topics.assert_none_twice(events)
-    topics.assert_complete(balance["missing.tcp_transmit"], events)
-    assert {event.record["dport"] for event in syns} == {port}
-    topics.assert_complete(balance["missing.tcp_retransmit"], syns)
-
-
-def test_a_topic_that_takes_single_messages_alone_gets_each_of_them(kafka, echo, tmp_path):
-    """Its limit is above each message, and below the batches that they are sent in."""
-    config = '[kafka]\ntopic_prefix = "small."\n'
-    client = AdminClient({"bootstrap.servers": kafka.bootstrap})
-    wanted = NewTopic("small.tcp_transmit", PARTITIONS, 1, config={"max.message.bytes": "700"})
-    client.create_topics([wanted])["small.tcp_transmit"].result(30)
-    init(config, tmp_path, kafka)  # which leaves it as it is
-
-    with Run(tmp_path, "--brokers", kafka.bootstrap, "--port", echo.port, config=config) as run:
-        run.ready()
-        exchange(echo.port, 31)
-        balance = run.finish()
-
-    assert "sent again one by one topic=small.tcp_transmit error=MSG_SIZE_TOO_LARGE" in run.log
-    events = topics.read(kafka.bootstrap, TRANSMIT, "small.")
-    topics.assert_complete(balance["small.tcp_transmit"], events)
-    topics.assert_none_twice(events)

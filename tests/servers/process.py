@@ -39,6 +39,11 @@ class ServerProcess(ABC):
     def pid(self) -> int:
         return self._running().pid
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and neither stopped nor killed since."""
+        return self._process is not None
+
     def start(self) -> None:
         """Start the server and wait until it is ready; a failure shows the end of its log."""
         self.launch()

@@ -1,0 +1,141 @@
+"""A producer in trouble: traffic of which everything is known goes on while its Kafka fails, and is counted after."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.kafka import topics
+from tests.kafka.rebpf import Run, wait_until
+from tests.kafka.topics import RETRANSMIT, TRANSMIT
+from tests.kafka.traffic import Echo, exchange
+from tests.wire import Segment, sniffed
+
+EventId = tuple[str, int, int]
+
+# Room for all traffic of a test, should nothing but the ring keep it.
+CAPTURE = f"[capture]\ntransmit_ring_bytes = {1 << 26}\n"
+
+
+@dataclass(slots=True)
+class Scene:
+    """A producer that sends an Echo's traffic to the topics with `prefix`, and a capture of that traffic beside it."""
+
+    run: Run
+    port: int
+    segments: list[Segment]
+    """What was captured so far; all of it when the scene is over."""
+    bootstrap: str
+    """Where the administrator reads the topics."""
+    prefix: str
+    balance: dict[str, Any] = field(default_factory=dict)
+
+    def events(self, topic: str = TRANSMIT) -> list[topics.Event]:
+        return topics.read(self.bootstrap, topic, self.prefix)
+
+    def exchange(self, connections: int = 53) -> None:
+        exchange(self.port, connections)
+
+    @contextmanager
+    def steady_traffic(self) -> Iterator[None]:
+        """A connection or two at a time, until the context is left."""
+        done = threading.Event()
+
+        def work() -> None:
+            while not done.wait(0.02):
+                exchange(self.port, 2)
+
+        with ThreadPoolExecutor(1) as pool:
+            working = pool.submit(work)
+            try:
+                yield
+            finally:
+                done.set()
+            working.result()
+
+    def wait_for_more(self, segments: int = 503) -> None:
+        """Wait until that many more segments were on the wire."""
+        target = len(self.segments) + segments
+        wait_until("more traffic", lambda: len(self.segments) >= target)
+
+    def wait_for_delivery(self) -> None:
+        """Wait until the topic has as many events as there were segments so far."""
+        target = len(self.segments)
+        wait_until("the topic has all", lambda: len(once(self.events())) >= target)
+
+    def finish(self) -> None:
+        """Stop the producer once everything is delivered; without that, a stop would have to wait for it."""
+        self.wait_for_delivery()
+        self.balance = self.run.finish()
+
+    def assert_nothing_is_missing(self, delivered_before: tuple[topics.Event, ...] = ()) -> None:
+        """Check the topic, and events that were in it before, against the capture and the balance. After the scene."""
+        events = once([*delivered_before, *self.events()])
+        assert_same(self.segments, list(events.values()))
+        self.assert_balance(delivered=len(events))
+        assert_accounted(self.balance[self.prefix + RETRANSMIT])
+
+    def assert_balance(self, *, delivered: int, lost: Mapping[str, int] | None = None) -> None:
+        """Check the transmit stream's account at the end of a run that left nothing undone."""
+        account = self.balance[self.prefix + TRANSMIT]
+        assert_accounted(account)
+        assert account["lost"] == (lost or {})
+        assert account["delivered"] == delivered
+        assert account["passed"] == delivered + sum(account["lost"].values())
+
+
+@contextmanager
+def scene(
+    folder: Path,
+    bootstrap: str,
+    prefix: str,
+    *,
+    brokers: str | None = None,
+    settings: Mapping[str, object] | None = None,
+    ports: tuple[int, ...] = (),
+    stop_timeout_s: float = 60.0,
+) -> Iterator[Scene]:
+    """Start a producer with librdkafka's `settings` that captures the traffic of an Echo and of `ports`.
+
+    It sends to `brokers`, which are those at `bootstrap`, where the administrator reads, by another listener.
+    """
+    wanted = ", ".join(f'"{name}" = "{value}"' for name, value in (settings or {}).items())
+    config = f'[kafka]\ntopic_prefix = "{prefix}"\nstop_timeout_s = {stop_timeout_s}\nsettings = {{ {wanted} }}\n'
+    with Echo() as echo, sniffed(echo.port) as segments:
+        arguments: list[object] = ["--brokers", brokers or bootstrap]
+        for port in (echo.port, *ports):
+            arguments += ["--port", port]
+        with Run(folder, *arguments, config=config + CAPTURE) as run:
+            run.ready()
+            yield Scene(run, echo.port, segments, bootstrap, prefix)
+
+
+def once(events: list[topics.Event]) -> dict[EventId, topics.Event]:
+    """Return the events without those that were sent twice."""
+    return {(each.record["boot_id"], each.record["cpu"], each.record["cpu_seq"]): each for each in events}
+
+
+def assert_same(segments: list[Segment], events: list[topics.Event]) -> None:
+    """Check that events tell of these segments and no others."""
+    captured, told = Counter(segments), Counter(map(topics.segment, events))
+    # Not the whole difference, which may be of very many segments.
+    missing, unknown = captured - told, told - captured
+    assert (missing.total(), unknown.total()) == (0, 0), (next(iter(missing), None), next(iter(unknown), None))
+
+
+def assert_accounted(account: Mapping[str, Any]) -> None:
+    """Check that each event that passed the filter is in one place."""
+    places = [account.get(name, 0) for name in ("delivered", "in_flight", "spooled", "in_ring")]
+    assert account["passed"] == sum(places) + sum(account["lost"].values()), account
+
+
+def rss_anon_kb(pid: int) -> int:
+    """Return the memory of a process's own, without files and shared memory."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1])
+    raise RuntimeError(f"no RssAnon of process {pid}")
