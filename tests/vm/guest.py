@@ -30,7 +30,7 @@ _QEMU = (
 )
 
 # vng starts QEMU through a shell and another program: they end together, and with us, as a PID namespace does.
-_TIED = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+TIED = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 _SCRIPT = """\
 set -e
@@ -99,7 +99,7 @@ def _boot(kernel: Path, command: str, results: Path) -> "subprocess.Popen[str]":
     # Overlays for the folders that vng does not cover by itself.
     folders = ["--overlay-rwdir", str(ROOT), "--overlay-rwdir", "/root", "--rwdir", str(results)]
     return subprocess.Popen(
-        [*_TIED, "vng", *machine, *tuning, *folders, "--exec", command],
+        [*TIED, "vng", *machine, *tuning, *folders, "--exec", command],
         cwd=ROOT,
         env={**os.environ, "PATH": _PATH},
         stdin=subprocess.DEVNULL,

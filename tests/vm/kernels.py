@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.servers.fetch import cache
 
-_KEYRINGS = Path("/usr/share/keyrings")
+KEYRINGS = Path("/usr/share/keyrings")
 
 
 def kernel_image(suite: str) -> Path:
@@ -55,9 +55,9 @@ def _index_modules(root: Path) -> None:
 def _apt_options(suite: str, work: Path) -> list[str]:
     (work / "lists/partial").mkdir(parents=True)
     (work / "cache/archives/partial").mkdir(parents=True)
-    keyring = next(iter(sorted(_KEYRINGS.glob("debian-archive-keyring.*"))), None)
+    keyring = next(iter(sorted(KEYRINGS.glob("debian-archive-keyring.*"))), None)
     signed_by = f"[signed-by={keyring}] " if keyring else ""
-    (work / "sources.list").write_text(f"deb {signed_by}{_debian_mirror()} {suite} main\n")
+    (work / "sources.list").write_text(f"deb {signed_by}{debian_mirror()} {suite} main\n")
     settings = {
         "Dir::Etc::sourcelist": work / "sources.list",
         "Dir::Etc::sourceparts": "-",
@@ -68,7 +68,7 @@ def _apt_options(suite: str, work: Path) -> list[str]:
     return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
 
 
-def _debian_mirror() -> str:
+def debian_mirror() -> str:
     for line in _run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(LABEL) $(SUITE)"]).splitlines():
         uri, _, rest = line.partition(" ")
         label, _, suite = rest.rpartition(" ")
