@@ -18,7 +18,8 @@ from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
 from producer.encode import BatchEncoder, load_schema
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
-from tests.kafka.rebpf import rebpf
+from tests.kafka.rebpf import Run, rebpf
+from tests.kafka.traffic import Echo, exchange
 from tests.servers.kafka import KafkaServer
 
 pytestmark = pytest.mark.real_kafka
@@ -282,3 +283,31 @@ def test_a_topic_that_does_not_exist_is_69(topics: Topics) -> None:
     done = topics.verify("--topic", "nowhere", by_topics=False)
     assert (done.returncode, done.stdout) == (69, "")
     assert "topic nowhere: " in done.stderr
+
+
+@pytest.mark.root
+def test_runs_that_stop_and_go_on_are_complete_and_a_crash_without_rings_is_told(topics: Topics, tmp_path) -> None:
+    arguments = ["--brokers", topics.bootstrap]
+    config = f'kafka.topic_prefix = "{topics.prefix}"\n'
+    passed = 0
+    with Echo() as echo:
+        for _ in range(2):
+            with Run(tmp_path, *arguments, "--port", echo.port, config=config) as run:
+                run.ready()
+                exchange(echo.port, 53)
+                passed += run.finish()[topics.name(TRANSMITS)]["passed"]
+        told, code = topics.told()
+        (boot,) = told["transmit"]["boots"]
+        assert (boot["events"], boot["missing"], boot["first_numbers"], boot["restarts"]) == (passed, 0, {}, 0)
+        assert code == 0
+
+        for ending in (Run.kill, Run.finish):
+            with Run(tmp_path, *arguments, "--port", echo.port, config=config) as run:
+                run.ready()
+                exchange(echo.port, 53)
+                ending(run)
+    told, code = topics.told()
+    assert code == 65
+    (boot,) = told["transmit"]["boots"]
+    assert boot["restarts"] == 1
+    assert boot["events"] > passed
