@@ -1,9 +1,11 @@
 """The test servers are real: they keep what they are given over a crash, and kcat reads it byte for byte."""
 
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import confluent_kafka
 import pytest
@@ -67,6 +69,26 @@ def test_kcat_reads_each_offset_of_each_partition_once(kafka):
     sizes = Counter(m.partition for m in messages)
     assert sizes.keys() == {0, 1, 2}
     assert {(m.partition, m.offset) for m in messages} == {(p, o) for p in sizes for o in range(sizes[p])}
+
+
+def test_reading_a_topic_ends_although_it_is_written_to_all_the_time(kafka):
+    kafka.create_topic("busy", 1)
+    producer = confluent_kafka.Producer({"bootstrap.servers": kafka.bootstrap, "linger.ms": 0})
+    done = threading.Event()
+
+    def write():
+        while not done.wait(0.002):
+            producer.produce("busy", b"value")
+            producer.poll(0)
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        try:
+            wait_until("messages", lambda: kcat_messages(kafka.bootstrap, "busy", timeout_s=10))
+        finally:
+            done.set()
+        writing.result()
+    assert producer.flush(30) == 0
 
 
 def test_an_empty_topic_reads_as_no_messages(kafka):

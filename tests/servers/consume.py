@@ -10,6 +10,9 @@ from fastavro import schemaless_reader
 
 # Sizes before bytes, so that keys and values may hold anything; -1 is a null.
 KCAT_FORMAT = r"%p %o %T %K %S\n%k%s"
+# kcat takes a partition's end for reached when a fetch brings nothing. A fetch that waited would bring what comes in
+# meanwhile, and of a topic that is always written to there would be no end.
+KCAT_AT_ONCE = "fetch.wait.max.ms=0"
 KCAT_HEADER = re.compile(rb"(\d+) (\d+) (-?\d+) (-?\d+) (-?\d+)\n")
 
 
@@ -26,6 +29,7 @@ class Message(NamedTuple):
 def kcat_messages(bootstrap: str, topic: str, *, timeout_s: float = 60.0) -> list[Message]:
     """Read all partitions of a topic from their beginnings to their present ends."""
     command = ["kcat", "-C", "-q", "-b", bootstrap, "-t", topic, "-o", "beginning", "-e", "-f", KCAT_FORMAT]
+    command += ["-X", KCAT_AT_ONCE]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.decode(errors='replace')}")
