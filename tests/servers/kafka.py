@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic, PartitionMetadata
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+    PartitionMetadata,
+)
 
 from . import fetch
 from .process import ServerProcess, free_port
@@ -82,6 +89,10 @@ class KafkaServer(ServerProcess):
         admin = self._admin()
         admin.delete_topics([name], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
 
+    def set_topic(self, name: str, settings: Mapping[str, str]) -> None:
+        """Change a topic's settings."""
+        self._set(ConfigResource.Type.TOPIC, name, settings)
+
     def partitions(self, topic: str) -> dict[int, PartitionMetadata]:
         """Return a topic's partitions: their leader, replicas and isrs, as this broker sees them."""
         found: dict[int, PartitionMetadata] = (
@@ -102,6 +113,13 @@ class KafkaServer(ServerProcess):
     def _alter(self, client_id: str, *change: str) -> None:
         which = ("--entity-type", "clients", "--entity-name", client_id)
         _tool("kafka.admin.ConfigCommand", "--bootstrap-server", self.bootstrap, "--alter", *which, *change)
+
+    def _set(self, kind: ConfigResource.Type, name: str, settings: Mapping[str, str]) -> None:
+        """Change settings of a topic, or of a running broker."""
+        to = [ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET) for key, value in settings.items()]
+        resource = ConfigResource(kind, name, incremental_configs=to)
+        admin = self._admin()
+        admin.incremental_alter_configs([resource], request_timeout=REQUEST_TIMEOUT_S)[resource].result()
 
     def _admin(self) -> AdminClient:
         return AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})

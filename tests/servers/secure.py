@@ -8,8 +8,6 @@ from confluent_kafka.admin import (
     AclBindingFilter,
     AclOperation,
     AclPermissionType,
-    AlterConfigOpType,
-    ConfigEntry,
     ConfigResource,
     ResourcePatternType,
     ResourceType,
@@ -79,14 +77,8 @@ class SecureKafka(KafkaServer):
 
     def present(self, certificate: Certificate) -> None:
         """Change the certificate of the listener TLS, for new connections."""
-        admin = self._admin()
-        entry = ConfigEntry(
-            "listener.name.tls.ssl.keystore.location",
-            str(certificate.both),
-            incremental_operation=AlterConfigOpType.SET,
-        )
-        resource = ConfigResource(ConfigResource.Type.BROKER, str(self.node_id), incremental_configs=[entry])
-        admin.incremental_alter_configs([resource], request_timeout=REQUEST_TIMEOUT_S)[resource].result()
+        location = {"listener.name.tls.ssl.keystore.location": str(certificate.both)}
+        self._set(ConfigResource.Type.BROKER, str(self.node_id), location)
 
     def _protocols(self) -> dict[str, str]:
         return {**super()._protocols(), "SASL_SSL": "SASL_SSL", "MUTUAL": "SSL", "TLS": "SSL"}
