@@ -1,32 +1,36 @@
 """The producer as a whole: builds the parts, runs them until it is told to stop, and gives the account."""
 
+import dataclasses
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
 
-from producer import privileges
+from producer import fdstore, metrics, privileges, sysbpf, systemd
 from producer.balance import Balance
-from producer.cgroups import CgroupPaths
+from producer.clock import UtcOffset, boot_id
 from producer.config import Config
-from producer.encode import BatchEncoder, load_schema
+from producer.endpoint import Board, Endpoint
 from producer.errors import PermissionDenied
-from producer.events import STREAMS, SchemaId, Stream, Topic
+from producer.events import STREAMS, Topic
+from producer.fdstore import FdStore
+from producer.heartbeat import INTERVAL_S, HeartbeatEncoder
 from producer.hooks import Hooks, HookSettings
 from producer.kafka import KafkaSink, client_settings
 from producer.pins import PinFolder
-from producer.pipeline import Path as StreamPath
 from producer.pipeline import Pipeline
-from producer.provision import topic
-from producer.registry import SchemaIds
+from producer.provision import heartbeat_topic, schema_ids, topic
 from producer.reload import RulesInForce
+from producer.report import Reporter
 from producer.ruleset import Ruleset, resolve
 from producer.rungs import cgroup2_root
+from producer.sequence import EventNumbers
 from producer.state import StateFolder
+from producer.status import Status
+from producer.streams import Quarantine, StreamBuilder, StreamParts
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ class Agent:
         """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
 
         When `reload` is set, the rules are read anew, and it is cleared. Raises RebpfError's kinds. Nothing stays
-        attached after a return; after an error, only what is kept in a bpffs.
+        attached after a return, unless systemd keeps it; after an error, only what is kept.
         """
         config = self._config
         if privileges.missing(privileges.LOADING):  # before anything that an unprivileged user cannot do either
@@ -58,110 +62,191 @@ class Agent:
             ids = schema_ids(config)
             root = cgroup2_root()
             ruleset = resolve(config, root)
-            pins = stack.enter_context(PinFolder(config.capture.pin)) if config.capture.pin else None
-            hooks = stack.enter_context(Hooks(_hook_settings(config, ruleset), pins))
+            keeper = _keeper(config)
+            if keeper:
+                stack.enter_context(keeper)
+            numbers = EventNumbers(config.state_dir, boot_id(), sysbpf.possible_cpus())
+            hooks = stack.enter_context(Hooks(_hook_settings(config, ruleset), keeper, numbers))
             hooks.load()
-            # The loader's child has what attaching needs. Before the client starts threads, which would keep what it
-            # has now.
+            # The loader's child has what attaching needs. Before the client and the endpoint start threads, which would
+            # keep what it has now.
             privileges.drop_all()
-            sink = KafkaSink(settings, self._topics, on_socket=hooks.exclude_socket)
+            quarantine = Quarantine(config)
+            stack.callback(quarantine.close)
+            beats = HeartbeatEncoder(ids[heartbeat_topic(config)]) if heartbeat_topic(config) in ids else None
+            sink = KafkaSink(
+                settings,
+                self._topics,
+                on_socket=hooks.exclude_socket,
+                quarantine=quarantine.put,
+                heartbeats=heartbeat_topic(config) if beats else None,
+            )
             brokers = sink.open()
             stack.callback(sink.close)
             if config.kafka.brokers is None:
                 _exclude_embedded(hooks, brokers)
-            lost = folder.lost() if hooks.taken_over else {}
-            paths = [self._path(stream, hooks, ids, lost.get(stream.name, {}), stack) for stream in STREAMS]
             hooks.attach()
+            builder = StreamBuilder(config, hooks, {name: ids[each] for name, each in self._topics.items()}, stack)
+            parts = [builder.build(stream) for stream in STREAMS]
+            hooks.drop_old_rings()
+            board = Board()
+            endpoint = stack.enter_context(_endpoint(config, board)) if config.metrics.listen else None
             rules = RulesInForce(hooks, config, ruleset, self._read, root)
-            facts = {"brokers": brokers, "registry": config.registry.url, "topics": self._topics}
-            folder.publish({**facts, "rules_version": rules.version})
-            for refusal in hooks.refusals:
-                logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.rung, refusal.reason)
-            rungs = " ".join(f"{name}={rung}" for name, rung in hooks.rungs.items())
-            embedded = " embedded=true" if config.kafka.brokers is None else ""
-            taken_over = " taken_over=true" if hooks.taken_over else ""
-            logger.info("ready brokers=%s%s%s %s", brokers, embedded, taken_over, rungs)
+            facts = {
+                "brokers": brokers,
+                "registry": config.registry.url,
+                "topics": self._topics,
+                "status_url": endpoint and endpoint.url,
+            }
+            reporter = Reporter(config.host, hooks, sink, parts, self._topics)
 
             def between() -> None:
                 if reload.is_set():
                     reload.clear()
                     rules.reload()
                 rules.look()
-                if pins:
-                    folder.note_lost({path.stream.name: dict(path.lost) for path in paths})
                 folder.publish_if_new({**facts, "rules_version": rules.version})
 
-            return self._work(hooks, sink, paths, stop, between, duration_s)
+            between()
+            self._say_ready(hooks, brokers)
+            run = _Run(
+                config,
+                hooks,
+                sink,
+                parts,
+                reporter,
+                _Pulse(board, beats, sink, lambda: reporter.status(rules.version)),
+                ring_stays=keeper is not None and keeper.outlives_stop,
+            )
+            return run.until(stop, between, duration_s)
 
-    def _path(
-        self,
-        stream: Stream,
-        hooks: Hooks,
-        ids: Mapping[Topic, SchemaId],
-        lost_before: Mapping[str, int],
-        stack: ExitStack,
-    ) -> StreamPath:
-        host_fields = {
-            "host": self._config.host,
-            "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        }
-        cgroups = CgroupPaths(cgroup2_root())
-        schema_id = ids[self._topics[stream.name]]
-        encoder = BatchEncoder(stream, load_schema(stream), schema_id, host_fields, cgroups.path)
-        ring = stack.enter_context(hooks.ring(stream))
-        # The kernel's counters began with the ring: what is behind its position was delivered, or lost on the way.
-        delivered = ring.records_before - sum(lost_before.values())
-        return StreamPath(stream, ring, encoder, delivered, Counter(lost_before))
+    def _say_ready(self, hooks: Hooks, brokers: str) -> None:
+        for refusal in hooks.refusals:
+            logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.rung, refusal.reason)
+        rungs = " ".join(f"{name}={rung}" for name, rung in hooks.rungs.items())
+        embedded = " embedded=true" if self._config.kafka.brokers is None else ""
+        taken_over = " taken_over=true" if hooks.taken_over else ""
+        logger.info("ready brokers=%s%s%s %s", brokers, embedded, taken_over, rungs)
+        systemd.notify(f"READY=1\nSTATUS=capturing {rungs}")
 
-    def _work(
-        self,
-        hooks: Hooks,
-        sink: KafkaSink,
-        paths: list[StreamPath],
-        stop: threading.Event,
-        between: Callable[[], None],
-        duration_s: float | None,
+
+class _Pulse:
+    """What tells others that the loop lives: the status board and the heartbeat."""
+
+    def __init__(
+        self, board: Board, beats: HeartbeatEncoder | None, sink: KafkaSink, status: Callable[[], Status]
+    ) -> None:
+        self._board = board
+        self._beats = beats
+        self._sink = sink
+        self._status = status
+        self._beat_at = 0.0
+
+    def step(self) -> None:
+        """Note a step of the loop, and send a heartbeat when it is time."""
+        self._board.step(self._status)
+        if time.monotonic() >= self._beat_at:
+            self._beat_at = time.monotonic() + INTERVAL_S
+            self._beat(self._status())
+
+    def last(self) -> bool:
+        """Send the heartbeat that says that the producer stops; return whether there are heartbeats."""
+        self._beat(dataclasses.replace(self._status(), stopped=True))
+        return self._beats is not None
+
+    def _beat(self, status: Status) -> None:
+        self._board.leave(status)
+        if self._beats:
+            self._sink.beat(*self._beats.encode(status, time.time()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The parts of a run, and their loop."""
+
+    config: Config
+    hooks: Hooks
+    sink: KafkaSink
+    parts: list[StreamParts]
+    reporter: Reporter
+    pulse: _Pulse
+    ring_stays: bool
+    """Whether hooks and rings outlive a stop, for a next start to go on from."""
+
+    def until(
+        self, stop: threading.Event, between: Callable[[], None], duration_s: float | None
     ) -> dict[Topic, Balance]:
-        pipeline = Pipeline(paths, sink, utc_offset_ns)
-        interval_s = self._config.capture.drain_interval_s
+        """Move events until `stop` is set or the time is over, end in good order, and return the balances."""
+        paths = [each.path for each in self.parts]
+        pipeline = Pipeline(paths, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery)
+        interval_s = self.config.capture.drain_interval_s
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
-        watch = _LossWatch()
+        watch = _Watch()
         while not stop.is_set() and time.monotonic() < end:
             between()
+            self.pulse.step()
             if watch.due():
-                watch.look(self._balances(hooks, paths))
+                watch.look(self.reporter.balances())
+                self._expire()
             if not pipeline.step():
                 stop.wait(min(interval_s, max(0.0, end - time.monotonic())))
-        hooks.detach()
-        deadline = time.monotonic() + self._config.kafka.stop_timeout_s
+        systemd.notify("STOPPING=1")
+        deadline = time.monotonic() + self.config.kafka.stop_timeout_s
+        if not self.ring_stays:
+            self.hooks.detach()
+        self._drain(pipeline, deadline)
+        return self._end(pipeline, deadline)
+
+    def _expire(self) -> None:
+        for each in self.parts:
+            if each.spool:
+                try:
+                    each.spool.expire()
+                except OSError as error:
+                    logger.warning("spool: %s", error)
+
+    def _drain(self, pipeline: Pipeline, deadline: float) -> None:
+        """Wait until Kafka has what is under way and what is in the ring, but not for ever.
+
+        A ring that stays may never be empty: of that, what is there now.
+        """
+        while pipeline.step() and time.monotonic() < deadline:
+            pass
         while time.monotonic() < deadline:
-            if not pipeline.step():
-                if not any(balance.in_flight for balance in self._balances(hooks, paths).values()):
-                    break
-                time.sleep(interval_s / 5)
-        self._give_up(hooks, paths)
-        return self._balances(hooks, paths)
+            balances = self.reporter.balances().values()
+            if not any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances):
+                return
+            if any(each.path.spooling for each in self.parts):
+                return  # Kafka does not take them
+            time.sleep(self.config.capture.drain_interval_s / 5)
+            if self.ring_stays:
+                pipeline.settle()
+            else:
+                pipeline.step()
 
-    def _give_up(self, hooks: Hooks, paths: list[StreamPath]) -> None:
-        """Count what is still in flight when the time for stopping is over: nobody will deliver it."""
-        for path, balance in zip(paths, self._balances(hooks, paths).values(), strict=True):
-            if balance.in_flight:
-                path.lost["stopped"] += balance.in_flight
-                logger.error("stop: %d events lost topic=%s", balance.in_flight, self._topics[path.stream.name])
+    def _end(self, pipeline: Pipeline, deadline: float) -> dict[Topic, Balance]:
+        """Put what is left on disk; what cannot be put there is lost, unless its ring stays."""
+        balances = self.reporter.balances()
+        if any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances.values()):
+            pipeline.put_all_by()
+        elif self.pulse.last():
+            while self.sink.beating and time.monotonic() < deadline:
+                pipeline.settle()
+                time.sleep(0.01)
+        final = {}
+        for each, name in zip(self.parts, balances, strict=True):
+            unread = self.reporter.balances()[name].in_ring
+            spooled, in_ring = each.path.end(self.sink, unread, ring_stays=self.ring_stays)
+            last = dataclasses.replace(self.reporter.balances()[name], in_flight=0, spooled=spooled, in_ring=in_ring)
+            if last.lost.get("stopped"):
+                logger.error("stop: %d events lost topic=%s", last.lost["stopped"], name)
+            if last.spooled:
+                logger.warning("stop: %d events wait on disk for the next start topic=%s", last.spooled, name)
+            final[name] = last
+        return final
 
-    def _balances(self, hooks: Hooks, paths: list[StreamPath]) -> dict[Topic, Balance]:
-        balances = {}
-        for path in paths:
-            kernel = hooks.counters(path.stream)
-            losses = {"ring_full": kernel.ring_full, "nested": kernel.nested, **path.lost}
-            lost = {reason: count for reason, count in losses.items() if count}
-            passed = kernel.passed + kernel.nested
-            in_flight = passed - path.delivered - sum(lost.values())
-            balances[self._topics[path.stream.name]] = Balance(passed, path.delivered, in_flight, lost=lost)
-        return balances
 
-
-class _LossWatch:
+class _Watch:
     """Tells the operator of new losses, once in a while."""
 
     def __init__(self) -> None:
@@ -169,9 +254,11 @@ class _LossWatch:
         self._next = 0.0
 
     def due(self) -> bool:
+        """Whether it is time."""
         return time.monotonic() >= self._next
 
     def look(self, balances: Mapping[Topic, Balance]) -> None:
+        """Log what is lost, where that is more than before."""
         self._next = time.monotonic() + _WATCH_INTERVAL_S
         for name, balance in balances.items():
             if balance.lost != self._told.get(name, {}):
@@ -179,17 +266,16 @@ class _LossWatch:
                 self._told[name] = balance.lost
 
 
-def schema_ids(config: Config) -> dict[Topic, SchemaId]:
-    """Return the id of each topic's schema: the registry's, or the fixed ones where there is none."""
-    if config.registry.url is None:
-        return {topic(config, stream): stream.fixed_schema_id for stream in STREAMS}
-    registry = SchemaIds(config.registry, config.state_dir / "schema_ids.json")
-    return registry.find({topic(config, stream): load_schema(stream) for stream in STREAMS})
+def _keeper(config: Config) -> PinFolder | FdStore | None:
+    """Return what keeps hooks and rings when this process ends."""
+    if config.capture.pin:
+        return PinFolder(config.capture.pin)
+    return FdStore() if fdstore.available() else None
 
 
-def utc_offset_ns() -> int:
-    """Return what CLOCK_MONOTONIC lacks to nanoseconds since 1970 UTC, now."""
-    return time.time_ns() - time.monotonic_ns()
+def _endpoint(config: Config, board: Board) -> Endpoint:
+    host, _, port = config.metrics.listen.rpartition(":")
+    return Endpoint(host.strip("[]"), int(port), board)
 
 
 def _hook_settings(config: Config, ruleset: Ruleset) -> HookSettings:

@@ -61,5 +61,9 @@ class Balance:
 
     def __str__(self) -> str:
         losses = ",".join(f"{reason}:{count}" for reason, count in self.lost.items()) or "0"
-        counts = {name: count for name, count in self.as_dict().items() if name != "lost"}
-        return " ".join(f"{name}={count}" for name, count in counts.items()) + f" lost={losses}"
+        counts = f"passed={self.passed} delivered={self.delivered} spooled={self.spooled} in_flight={self.in_flight}"
+        others = "".join(f" {name}={count}" for name, count in self._rare().items() if count)
+        return f"{counts}{others} lost={losses}"
+
+    def _rare(self) -> dict[str, int]:
+        return {"in_ring": self.in_ring, "carried": self.carried}

@@ -78,6 +78,8 @@ class Spool:
     """Likewise of retransmits."""
     max_age_s: float = 7 * 86400.0
     """Seconds after which events that wait are given up."""
+    quarantine_bytes: int = 1 << 26
+    """Most bytes on disk, for each stream, of messages that Kafka has refused; 0: none are kept."""
     keep: str = "old"
     """Which events to keep where there is no room: old or new."""
     after_s: float = 2.0
@@ -213,7 +215,7 @@ def check(config: Config) -> Config:
     _check_seconds("registry.timeout_s", config.registry.timeout_s, least=0.001)
     _check_seconds("spool.after_s", config.spool.after_s, least=0.1)
     _check_seconds("spool.max_age_s", config.spool.max_age_s, least=1)
-    for name in ("transmit_bytes", "retransmit_bytes"):
+    for name in ("transmit_bytes", "retransmit_bytes", "quarantine_bytes"):
         size = getattr(config.spool, name)
         if size < 0 or 0 < size < _LEAST_SPOOL_BYTES:
             raise ConfigError(f"spool.{name}: {size} is neither 0 nor at least {_LEAST_SPOOL_BYTES}")

@@ -161,8 +161,8 @@ class EncodedBatch:
     """The events of a Batch as Kafka messages; message i is `payload[starts[i]:][:lengths[i]]`, its key alike.
 
     `payload` and `keys` are uint8 arrays, C-contiguous and never changed after this object is made; starts and lengths
-    are int64, in bytes. Messages lie one behind the other; keys may be shared. Both arrays must outlive the delivery of
-    the messages: the sink hands out pointers into them.
+    are int64, in bytes. Bytes between messages mean nothing; keys may be shared. Both arrays must outlive the delivery
+    of the messages: the sink hands out pointers into them.
     """
 
     stream: Stream
@@ -176,13 +176,15 @@ class EncodedBatch:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def packed(self) -> bytes:
+        """Return the messages one behind the other."""
+        ends = self.starts + self.lengths
+        return b"".join(map(self.payload.data.__getitem__, map(slice, self.starts.tolist(), ends.tolist())))
+
     def take(self, rows: NDArray[np.int64]) -> "EncodedBatch":
-        """Return a copy of some of the messages, one or more, in the order of `rows`."""
-        lengths = self.lengths[rows]
-        parts = [self.payload[start : start + size] for start, size in zip(self.starts[rows], lengths, strict=True)]
-        starts = np.cumsum(lengths) - lengths
-        keys = self.key_starts[rows], self.key_lengths[rows]
-        return EncodedBatch(self.stream, np.concatenate(parts), starts, lengths, self.keys, *keys)
+        """Return some of the messages, in the order of `rows`."""
+        keys = self.keys, self.key_starts[rows], self.key_lengths[rows]
+        return EncodedBatch(self.stream, self.payload, self.starts[rows], self.lengths[rows], *keys)
 
 
 def _members(dtype: np.dtype[np.void], base: int = 0, prefix: str = "") -> Iterator[tuple[str, int, int]]:

@@ -54,6 +54,8 @@ EMBEDDED_PARTITIONS = 4
 # The 64 bits that librdkafka carries with a message: the batch's number, and below it the row.
 _ROW_BITS = 20
 _ROW_MASK = np.uint64((1 << _ROW_BITS) - 1)
+_BEAT = (1 << 64 - _ROW_BITS) - 1
+"""In the place of a batch's number: a heartbeat."""
 
 # Failures of a message that another try may mend.
 _PASSING = frozenset({
@@ -145,7 +147,13 @@ class KafkaSink:
         most_in_flight: int = 1 << 15,
         on_socket: Callable[[int], None] = lambda descriptor: None,
         quarantine: Quarantine = lambda batch, error: None,
+        heartbeats: Topic | None = None,
     ) -> None:
+        self._heartbeats = heartbeats
+        self._beat: tuple[bytes, bytes] | None = None
+        """Key and value of the heartbeat that is under way."""
+        self._beat_at = 0.0
+        self._beat_waits = BackOff("heartbeat", first_s=20, most_s=600)
         self._settings = settings
         self._topics = topics
         self._most = most_in_flight
@@ -177,6 +185,8 @@ class KafkaSink:
         if "bootstrap.servers" not in self._settings:
             for topic in self._topics.values():
                 self._producer.mock_topic(topic, EMBEDDED_PARTITIONS)
+            if self._heartbeats:
+                self._producer.mock_topic(self._heartbeats, 1)
         return self._brokers
 
     def room(self, stream: Stream) -> int:
@@ -203,6 +213,34 @@ class KafkaSink:
         )
         self.in_flight[batch.stream.name] += len(batch)
         self._produce(number, np.arange(len(batch)))
+
+    def beat(self, key: bytes, value: bytes) -> None:
+        """Send a heartbeat, unless the last is still under way or one was refused a short time ago."""
+        if self._heartbeats is None or self._beat or time.monotonic() < self._beat_at:
+            return
+        self._beat = key, value
+        message = np.zeros(1, MESSAGE)
+        message["payload"], message["len"] = np.frombuffer(value, np.uint8).ctypes.data, len(value)
+        message["key"], message["key_len"] = np.frombuffer(key, np.uint8).ctypes.data, len(key)
+        message["private"] = _BEAT << _ROW_BITS
+        if not self._producer.produce(self._heartbeats, message):
+            self._end_beat(int(message["err"][0]))
+
+    @property
+    def beating(self) -> bool:
+        """Whether a heartbeat is under way."""
+        return self._beat is not None
+
+    def _end_beat(self, code: int) -> None:
+        self._beat = None
+        if not code:
+            self._beat_waits.reset()
+            return
+        wait_s = self._beat_waits.next()
+        self._beat_at = time.monotonic() + wait_s
+        metrics.kafka_error(error_name(code))
+        topic, error = self._heartbeats, error_name(code)
+        logger.warning("kafka: a heartbeat is not taken topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
 
     def poll(self) -> dict[str, Outcome]:
         """Take the delivery reports that are there, and return what became of messages, by stream."""
@@ -260,6 +298,9 @@ class KafkaSink:
         rows = (reports.private & _ROW_MASK).astype(np.int64)
         for number in np.unique(numbers).tolist():
             mine = numbers == number
+            if number == _BEAT:
+                self._end_beat(int(reports.err[mine][0]))
+                continue
             stream = self._batches[number].batch.stream
             outcome = outcomes.setdefault(stream.name, Outcome())
             for code in np.unique(reports.err[mine]).tolist():
@@ -345,6 +386,7 @@ class KafkaSink:
         self._producer, self._single = Producer(self._settings, self._open_socket), None
         self.trouble, self._fatal, self._refused = None, False, []
         self._alone.clear()
+        self._beat = None
         for retry in self._retries.values():
             retry.take()
         for number, flight in sorted(self._batches.items()):

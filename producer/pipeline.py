@@ -246,18 +246,26 @@ class Path:
             pass
         return not self.spool_trouble
 
-    def end(self, sink: Sink, *, ring_stays: bool) -> tuple[int, int]:
+    def end(self, sink: Sink, unread: int, *, ring_stays: bool) -> tuple[int, int]:
         """End with what is still under way: nobody will send it. Call it once, before the sink is closed.
 
-        Return the events that are left in the spool, and in the ring: where that does not stay, they are lost.
+        Return the events that are left in the spool, and in the ring, `unread` among them: where that does not stay,
+        they are lost.
         """
         spooled = self.spooled + sum(sink.left(entry.batch) for entry in self._from_spool)
-        in_ring = sum(sink.left(entry.batch) for entry in self._from_ring)
+        in_ring = unread + sum(sink.left(entry.batch) for entry in self._from_ring)
         if not ring_stays and in_ring:
             self.lose("stopped", in_ring)
             in_ring = 0
         self._close_books(None)
         return spooled, in_ring
+
+    def open(self, lost_before: Mapping[str, int]) -> None:
+        """Write down the account that this begins with; `lost_before` are events of other rings, by reason."""
+        for reason, count in lost_before.items():
+            self._carried += count
+            self.lose(reason, count)
+        self._write(self._account_now(self._account.position))
 
     def lose(self, reason: str, count: int) -> None:
         """Count events that are lost for another reason."""
@@ -345,24 +353,27 @@ class Path:
             sink.send(spooled.batch)
         return True
 
+    def _account_now(self, position: int) -> Account:
+        spool = self._spool
+        lost = dict(self._settled + spool.lost if spool else self._settled)
+        place = (spool.acked, spool.end, spool.gone) if spool else ()
+        return Account(self._account.ring, position, self._carried, lost, *place)
+
+    def _write(self, account: Account) -> None:
+        try:
+            self._stores.write_account(account)
+            self.ledger_trouble = ""
+        except OSError as error:
+            self.ledger_trouble = error.strerror or str(error)
+
     def _close_books(self, position: int | None) -> None:
         """Write down what has changed, and only then give back the ring's room and delete files."""
         spool = self._spool
         if spool and not self._from_spool and spool.sent == spool.end > spool.acked:
             spool.ack(spool.end, spool.end)  # what is left could not be read
-        account = Account(
-            self._account.ring,
-            self._account.position if position is None else position,
-            self._carried,
-            dict(self._settled + spool.lost if spool else self._settled),
-            *((spool.acked, spool.end, spool.gone) if spool else ()),
-        )
-        if replace(account, position=self._account.position) != self._account:
-            try:
-                self._stores.write_account(account)
-                self.ledger_trouble = ""
-            except OSError as error:
-                self.ledger_trouble = error.strerror or str(error)
+        account = self._account_now(self._account.position if position is None else position)
+        if replace(account, position=self._account.position) != self._account or self.ledger_trouble:
+            self._write(account)
         self._account = account
         if position is not None:
             self._ring.commit(position)
@@ -419,10 +430,14 @@ class Pipeline:
         more = False
         for path in self._paths.values():
             more |= path.step(self._sink, self._now_s(), self._utc_offset_ns())
+        self.settle()
+        return more
+
+    def settle(self) -> None:
+        """Take account of delivery reports."""
         for name, outcome in self._sink.poll().items():
             for oldest_ns, count in self._paths[name].settle(outcome):
                 self._delivered(self._now_s() - oldest_ns / 1e9, count)
-        return more
 
     def put_all_by(self) -> bool:
         """Put all that is not acknowledged into the spools; return whether these took it."""

@@ -73,7 +73,10 @@ class SchemaIds:
             except (SchemaError, UnavailableError) as error:
                 logger.warning("%s; nothing is sent to topic %s", error, topic)
         if self._cache:
-            self._cache.write_text(json.dumps({keys[topic]: number for topic, number in ids.items()}))
+            try:
+                self._cache.write_text(json.dumps({keys[topic]: number for topic, number in ids.items()}))
+            except OSError as error:
+                logger.warning("registry: its answers are not kept: %s", error)
         return ids
 
     def register(self, topic: Topic, schema: AvroSchema) -> SchemaId:

@@ -37,8 +37,9 @@ class Ring:
         self._data = mmap.mmap(descriptor, page + 2 * size_bytes, prot=mmap.PROT_READ, offset=page)
         self._consumer: NDArray[np.uint64] = np.frombuffer(consumer, "<u8", 1)
         self._producer: NDArray[np.uint64] = np.frombuffer(self._data, "<u8", 1)
-        self._size = size_bytes
-        self._stride = _HEADER_BYTES + dtype.itemsize
+        self.size_bytes = size_bytes
+        self.stride = _HEADER_BYTES + dtype.itemsize
+        """Bytes that a record takes."""
         self._record = np.dtype([("length", "<u4"), ("page", "<u4"), ("row", dtype)])
         self.position = int(self._consumer[0])
         """Behind the last record read, in bytes since the ring was made."""
@@ -46,17 +47,17 @@ class Ring:
     @property
     def records_before(self) -> int:
         """Number of records before `position`, since the ring was made."""
-        return self.position // self._stride
+        return self.position // self.stride
 
     @property
     def fill(self) -> float:
         """Share of the ring that is taken, from 0 to 1: records unread, and records read but not committed."""
-        return (int(self._producer[0]) - int(self._consumer[0])) / self._size
+        return (int(self._producer[0]) - int(self._consumer[0])) / self.size_bytes
 
     @property
     def unread(self) -> int:
         """Number of records behind `position`, those included that a program is still filling."""
-        return (int(self._producer[0]) - self.position) // self._stride
+        return (int(self._producer[0]) - self.position) // self.stride
 
     def read(self, limit: int) -> Rows:
         """Return up to `limit` finished rows, in the order of their reservation, and move `position` behind them.
@@ -67,7 +68,7 @@ class Ring:
         """
         count = min(self.unread, limit)
         _barrier()
-        start = mmap.PAGESIZE + self.position % self._size
+        start = mmap.PAGESIZE + self.position % self.size_bytes
         records = np.ndarray(count, self._record, buffer=self._data, offset=start)
         lengths = records["length"].copy()
         _barrier()
@@ -78,7 +79,7 @@ class Ring:
             if not (lengths[:count][odd] & _DISCARD).all():
                 raise ValueError("the ring holds records of another size")
             rows = rows[~odd]
-        self.position += count * self._stride
+        self.position += count * self.stride
         return rows
 
     def commit(self, position: int) -> None:

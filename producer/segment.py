@@ -96,7 +96,7 @@ def read_header(start: bytes) -> tuple[int, bytes, dict[str, str]]:
 
 
 def block(spooled: Spooled, sync: bytes) -> bytes:
-    """Return a batch as a block of a file with this sync marker. The batch's messages lie one behind the other."""
+    """Return a batch as a block of a file with this sync marker."""
     batch = spooled.batch
     numbers, keys, key_lengths = _compact_keys(batch)
     file = io.BytesIO()
@@ -112,7 +112,7 @@ def block(spooled: Spooled, sync: bytes) -> bytes:
     }
     fastavro.schemaless_writer(file, _PREFIX, place)
     file.write(_varint(len(batch)))
-    file.write(batch.payload[batch.starts[0] : batch.starts[-1] + batch.lengths[-1]].data)
+    file.write(batch.packed())
     file.write(_varint(0))
     data = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(file.getbuffer())
     return _varint(1) + _varint(len(data)) + data + sync

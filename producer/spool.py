@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 _SUFFIX, _ASIDE = ".avro", ".damaged"
 _MOST_ASIDE = 4
 _SEGMENT_BYTES = 1 << 24
-_LEAST_SEGMENT_BYTES = 1 << 15
 _SEGMENT_AGE_S = 3600.0
 _HEADER_BYTES = 1 << 16
 
@@ -109,6 +108,8 @@ class _Segment:
 class Spool:
     """The spool of `stream` in `folder`, at most `max_bytes` large, for events of the Avro schema `schema`.
 
+    A segment has about `segment_bytes`, or an eighth of `max_bytes` where that is less.
+
     `keep` says which events to keep where there is no room: "old" or "new". `lost` counts events by reason.
     """
 
@@ -122,6 +123,7 @@ class Spool:
         max_bytes: int,
         max_age_s: float = float("inf"),
         keep: str = "old",
+        segment_bytes: int = _SEGMENT_BYTES,
         disk: Disk | None = None,
     ) -> None:
         self._folder = folder
@@ -129,7 +131,7 @@ class Spool:
         self._schema = container_schema(schema)
         self._now = now
         self._max_bytes = max_bytes
-        self._segment_bytes = max(_LEAST_SEGMENT_BYTES, min(_SEGMENT_BYTES, max_bytes // 8))
+        self._segment_bytes = min(segment_bytes, max_bytes // 8)
         self._max_age_s = max_age_s
         self._keep = keep
         self._disk = disk or Disk()
@@ -158,9 +160,11 @@ class Spool:
         self._segments = [self._found(path) for path in paths]
         for segment, following in pairwise(self._segments):
             segment.end = following.base
+            if gone and (last := self._last_of(segment)):  # between them some were given up
+                segment.end = last.end
         self.end = end
         if self._segments:
-            self._look_at_last(self._segments[-1])
+            self._find_end(self._segments[-1])
         first = self._segments[0].base if self._segments else self.end
         self.acked = self.sent = first if acked is None else min(acked, self.end)
         self.gone = min(gone, self.end - self.acked)
@@ -232,9 +236,9 @@ class Spool:
                 self._remove(segment)
 
     def expire(self) -> None:
-        """Give up segments that are too old; what is under way to Kafka already is not touched."""
+        """Give up segments that are too old, and of which nothing is under way to Kafka."""
         now = self._now()
-        for segment in self._unsent():
+        for segment in self._untouched():
             if now.since(segment.made) > self._max_age_s:
                 self._give_up(segment, "spool_expired")
 
@@ -275,15 +279,21 @@ class Spool:
                 made = Moment(**json.loads(read_header(file.read(_HEADER_BYTES))[2]["rebpf.made"]))
         return _Segment(int(path.stem), int(path.stem), path, size, made)
 
-    def _look_at_last(self, segment: _Segment) -> None:
-        """Find the end of what was written; a segment that was never used goes."""
+    def _last_of(self, segment: _Segment) -> Spooled | None:
+        """Return the last batch of a segment that can be read."""
+        last = None
         with contextlib.suppress(OSError):
             descriptor, reader = self._open(segment)
             try:
                 while reader and (spooled := reader.next()):
-                    self.last = spooled
+                    last = spooled
             finally:
                 os.close(descriptor)
+        return last
+
+    def _find_end(self, segment: _Segment) -> None:
+        """Find the end of what was written, in the last segment; one that was never used goes."""
+        self.last = self._last_of(segment)
         self.end = max(self.end, segment.base, self.last.end if self.last else 0)
         segment.end = self.end
         if segment.end == segment.base:
@@ -384,18 +394,22 @@ class Spool:
     def _unsent(self) -> list[_Segment]:
         return [segment for segment in self._segments if segment.end > self.sent]
 
+    def _untouched(self) -> list[_Segment]:
+        """Return the segments of which nothing was sent: others must stay until it is acknowledged."""
+        return [segment for segment in self._segments if segment.base >= self.sent]
+
     def _make_room(self, size: int) -> None:
         while self._aside and self.size_bytes + size > self._max_bytes:
             self._forget_aside()
         while self.size_bytes + size > self._max_bytes:
-            unsent = [segment for segment in self._unsent() if not self._is_written(segment)]
-            if self._keep != "new" or not unsent:
+            untouched = [segment for segment in self._untouched() if not self._is_written(segment)]
+            if self._keep != "new" or not untouched:
                 raise FullError(errno.ENOSPC, f"the spool has its {self._max_bytes} bytes")
-            self._give_up(unsent[0], "spool_dropped")
+            self._give_up(untouched[0], "spool_dropped")
 
     def _give_up(self, segment: _Segment, reason: str) -> int:
         """Delete a segment with events that were not sent, and count them as lost."""
-        count = segment.end - max(segment.base, self.sent)
+        count = segment.end - max(segment.base, self.acked)
         if self._reading and self._reading[0] is segment:
             self._end_reading()
         if self._is_written(segment):

@@ -2,12 +2,14 @@
 
 agent.json   {"pid": ..., "brokers": "HOST:PORT", ...}: written when the producer is ready, removed when it stops. A
              producer that was killed leaves it behind; it counts only while its lock is held.
-lost.json    events lost for reasons of the producer's own, so far, by stream: for a producer that takes the hooks over.
+ledger.*     each stream's account (producer.ledger); sequence.json: the numbers of events (producer.sequence).
+spool/, quarantine/    events that wait for Kafka, and messages that it has refused (producer.spool).
 lock         locked (flock) while a producer runs; the kernel lets go of it however the producer ends.
 """
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import time
@@ -18,6 +20,8 @@ from typing import Any
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
 
 from producer.errors import BusyError, ConfigError, UnavailableError
+
+logger = logging.getLogger(__name__)
 
 # Who asks whether a producer runs holds the lock for a moment.
 _LOCKING = Retrying(
@@ -39,9 +43,7 @@ class StateFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._agent = path / "agent.json"
-        self._lost = path / "lost.json"
         self._published: dict[str, Any] = {}
-        self._noted: dict[str, dict[str, int]] = {}
 
     def publish_if_new(self, facts: dict[str, Any]) -> None:
         """Write agent.json where the facts are others than before."""
@@ -52,22 +54,11 @@ class StateFolder:
         """Write agent.json, whole or not at all."""
         self._published = facts
         fresh = self._agent.with_suffix(".new")
-        fresh.write_text(json.dumps({"pid": os.getpid(), **facts}))
-        fresh.replace(self._agent)
-
-    def lost(self) -> dict[str, dict[str, int]]:
-        """Return what the last producer has noted as lost, by stream and reason."""
         try:
-            lost: dict[str, dict[str, int]] = json.loads(self._lost.read_text())
-        except (OSError, ValueError):
-            return {}
-        return lost
-
-    def note_lost(self, lost: dict[str, dict[str, int]]) -> None:
-        """Note what is lost so far, if that is other than before: a producer that takes over goes on from it."""
-        if lost != self._noted:
-            self._lost.write_text(json.dumps(lost))
-            self._noted = lost
+            fresh.write_text(json.dumps({"pid": os.getpid(), **facts}))
+            fresh.replace(self._agent)
+        except OSError as error:  # a full disk keeps nobody from capturing
+            logger.warning("state: %s: others cannot find this producer", error)
 
     def __enter__(self) -> "StateFolder":
         try:

@@ -20,7 +20,6 @@ import fastavro
 import numpy as np
 from confluent_kafka import Producer
 
-from producer.agent import utc_offset_ns
 from producer.encode import frame, load_schema
 from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
 from producer.flows import address, key
@@ -76,9 +75,11 @@ def callback(stream: Stream, producer: Producer, delivered: dict[str, int]) -> C
         if error is None:
             delivered[stream.topic] += 1
 
+    utc_offset = UtcOffset()
+
     def on_event(context: int, data: int, size: int) -> int:
         row = (ctypes.c_char * size).from_address(data)
-        record = to_record(dict(zip(names, layout.unpack_from(row), strict=True)), utc_offset_ns())
+        record = to_record(dict(zip(names, layout.unpack_from(row), strict=True)), utc_offset())
         out = io.BytesIO(header)
         out.seek(len(header))
         fastavro.schemaless_writer(out, schema, record)

@@ -125,17 +125,23 @@ def test_a_stop_keeps_nothing_and_a_second_producer_is_refused(broker, bpffs, tm
     assert list((bpffs / "pins").iterdir()) == []
 
 
-def test_hooks_that_are_not_the_same_are_replaced(broker, bpffs, tmp_path):
+def test_hooks_that_are_not_the_same_are_replaced_and_what_they_took_is_delivered(broker, bpffs, tmp_path):
     config = prepare(broker, "other.", tmp_path)
-    with Echo() as echo:
+    with Echo() as echo, captured(echo.port) as segments:
         run = start(tmp_path, broker, bpffs, echo.port, config)
         run.ready()
         run.kill()
+        exchange(echo.port, 53)
         run = start(tmp_path, broker, bpffs, echo.port, config + "[capture]\ntransmit_ring_bytes = 1048576\n")
         run.ready()
-        assert "hooks that were kept are given up" in run.log
+        assert "hooks that were kept are not those that are wanted" in run.log
         exchange(echo.port, 3)
-        assert run.finish()["other.tcp_transmit"]["passed"] > 0
+        balance = run.finish()["other.tcp_transmit"]
+    events = topics.read(broker.bootstrap, TRANSMIT, "other.")
+    topics.assert_one_each(events)
+    assert Counter(map(topics.segment, events)) == segments
+    assert balance["delivered"] == balance["passed"] == len(events)
+    assert balance["carried"] > 53 * 16
 
 
 def test_a_folder_that_is_in_no_bpffs_is_refused(tmp_path):

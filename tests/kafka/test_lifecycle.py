@@ -27,6 +27,10 @@ def ends(pidfd: int, deadline_s: float = 30.0) -> bool:
     return bool(select.select([pidfd], [], [], deadline_s)[0])
 
 
+LEFT_BY_A_STOP = {"lock", "ledger.transmit", "ledger.retransmit", "sequence.json"}
+LEFT_BY_A_KILL = {*LEFT_BY_A_STOP, "agent.json"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_in_good_order_and_the_last_line_is_the_balance(tmp_path, number):
     with Echo() as echo, Run(tmp_path, "--port", echo.port) as run:
@@ -39,7 +43,7 @@ def test_a_signal_ends_it_in_good_order_and_the_last_line_is_the_balance(tmp_pat
     passed = balance["tcp_transmit"]["passed"]
     assert passed > 53 * 16
     assert balance["tcp_transmit"] == {
-        "passed": passed, "delivered": passed, "spooled": 0, "in_flight": 0, "lost": {}
+        "passed": passed, "delivered": passed, "spooled": 0, "in_flight": 0, "in_ring": 0, "carried": 0, "lost": {}
     }  # fmt: skip
 
 
@@ -56,17 +60,20 @@ def test_it_ends_by_itself_after_its_duration(tmp_path):
         assert run.finish(None)["tcp_transmit"]["in_flight"] == 0
 
 
-def test_what_cannot_be_delivered_in_time_is_counted_as_lost(tmp_path):
+@pytest.mark.parametrize("spool", [True, False])
+def test_what_cannot_be_delivered_in_time_waits_on_disk_or_is_lost_where_there_is_no_spool(tmp_path, spool):
+    config = "kafka.stop_timeout_s = 0.5\n" + ("" if spool else "spool.transmit_bytes = 0\n")
     with Echo() as echo:
         arguments = ["--brokers", NOWHERE, "--port", echo.port]
-        with Run(tmp_path, *arguments, config="kafka.stop_timeout_s = 0.5") as run:
+        with Run(tmp_path, *arguments, config=config) as run:
             run.ready()
             exchange(echo.port, 11)
             balance = run.finish()["tcp_transmit"]
 
     assert balance["passed"] > 11 * 16
-    assert balance["lost"] == {"stopped": balance["passed"]}
-    assert balance["in_flight"] == balance["delivered"] == 0
+    assert balance["spooled"] == (balance["passed"] if spool else 0)
+    assert balance["lost"] == ({} if spool else {"stopped": balance["passed"]})
+    assert balance["in_flight"] == balance["delivered"] == balance["in_ring"] == 0
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
@@ -101,7 +108,7 @@ def test_kill_leaves_no_program_no_process_and_no_file_and_the_next_start_works(
             run.kill()
 
         wait_until("the programs are gone", lambda: not programs & sysbpf.program_ids())
-        assert files(folder / "state") == {str(folder / "state" / name) for name in ("lock", "agent.json")}
+        assert files(folder / "state") == {str(folder / "state" / name) for name in LEFT_BY_A_KILL}
         assert files(home, temporary) == set()
         assert {path.name for path in folder.iterdir()} == {"state", "rebpf.toml", "out", "err"}
 
@@ -110,7 +117,7 @@ def test_kill_leaves_no_program_no_process_and_no_file_and_the_next_start_works(
             exchange(echo.port, 3)
             balance = run.finish()["tcp_transmit"]
     assert balance["delivered"] == balance["passed"] > 0
-    assert files(folder / "state") == {str(folder / "state" / "lock")}
+    assert files(folder / "state") == {str(folder / "state" / name) for name in LEFT_BY_A_STOP}
 
 
 def test_kill_while_it_loads_takes_the_loader_with_it(tmp_path):

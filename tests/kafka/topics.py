@@ -46,19 +46,34 @@ def segment(event: Event) -> Segment:
     return Segment(*(event.record[name] for name in Segment._fields))
 
 
-def assert_none_twice(events: Sequence[Event]) -> None:
-    """Check the events' ids: each once, and no gap in what a CPU numbered."""
+def assert_one_each(events: Sequence[Event]) -> None:
+    """Check that no event's id comes twice."""
     ids = Counter((event.record["boot_id"], event.record["cpu"], event.record["cpu_seq"]) for event in events)
     assert not [each for each, count in ids.items() if count > 1]
+
+
+def assert_none_twice(events: Sequence[Event]) -> None:
+    """Check the events' ids: each once, and no gap in what a CPU numbered."""
+    assert_one_each(events)
     last: dict[tuple[str, int], int] = {}
-    for boot_id, cpu, cpu_seq in ids:
+    for boot_id, cpu, cpu_seq in (
+        tuple(event.record[name] for name in ("boot_id", "cpu", "cpu_seq")) for event in events
+    ):
         last[boot_id, cpu] = max(cpu_seq, last.get((boot_id, cpu), 0))
     assert sum(last.values()) == len(events)
 
 
 def assert_complete(balance: dict[str, Any], events: Sequence[Event]) -> None:
     """Check a topic's balance at the end of a run that lost nothing against what is in the topic."""
-    expected = {"passed": len(events), "delivered": len(events), "spooled": 0, "in_flight": 0, "lost": {}}
+    expected = {
+        "passed": len(events),
+        "delivered": len(events),
+        "spooled": 0,
+        "in_flight": 0,
+        "in_ring": 0,
+        "carried": 0,
+        "lost": {},
+    }
     assert balance == expected
 
 

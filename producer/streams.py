@@ -1,0 +1,201 @@
+"""One stream's way, built: its ring, encoder, spool and ledger, brought to one state after whatever came before."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from producer.cgroups import CgroupPaths
+from producer.clock import UtcOffset, boot_id, now
+from producer.config import Config
+from producer.encode import BatchEncoder, load_schema
+from producer.errors import RebpfError, UnavailableError
+from producer.events import STREAMS, Batch, EncodedBatch, SchemaId, Stream
+from producer.hooks import Hooks
+from producer.ledger import Account, Ledger
+from producer.pipeline import Path as StreamPath
+from producer.pipeline import Stores, resume
+from producer.retry import BackOff
+from producer.ring import Ring
+from producer.rungs import cgroup2_root
+from producer.spool import Spool
+
+logger = logging.getLogger(__name__)
+
+_BATCH_ROWS = 4096
+_SPOOL_WAIT_S = 5.0
+_CANNOT_MOVE = (OSError, RebpfError, LookupError, ValueError)
+"""What a disk, or rows of another version that lack what the encoder needs, may raise."""
+
+
+def spool_folder(config: Config, stream: Stream) -> Path:
+    """Return the folder of a stream's spool."""
+    return config.state_dir / "spool" / stream.name
+
+
+def quarantine_folder(config: Config, stream: Stream) -> Path:
+    """Return the folder of a stream's messages that Kafka has refused."""
+    return config.state_dir / "quarantine" / stream.name
+
+
+def ledger_path(config: Config, stream: Stream) -> Path:
+    """Return the file of a stream's ledger."""
+    return config.state_dir / f"ledger.{stream.name}"
+
+
+def spool_bytes(config: Config, stream: Stream) -> int:
+    """Return how large a stream's spool may be; the embedded broker, which keeps nothing, has none."""
+    return int(getattr(config.spool, f"{stream.name}_bytes")) if config.kafka.brokers else 0
+
+
+def new_spool(config: Config, stream: Stream) -> Spool:
+    """Return a stream's spool, not yet opened."""
+    return Spool(
+        spool_folder(config, stream),
+        stream,
+        load_schema(stream),
+        now,
+        max_bytes=spool_bytes(config, stream),
+        max_age_s=config.spool.max_age_s,
+        keep=config.spool.keep,
+    )
+
+
+class Quarantine:
+    """Where messages go that Kafka has refused: files like a spool's, with the reason, for somebody to look at."""
+
+    def __init__(self, config: Config) -> None:
+        self._spools = {
+            stream.name: Spool(
+                quarantine_folder(config, stream),
+                stream,
+                load_schema(stream),
+                now,
+                max_bytes=config.spool.quarantine_bytes,
+            )
+            for stream in STREAMS
+            if config.kafka.brokers and config.spool.quarantine_bytes
+        }
+        self._open: set[str] = set()
+
+    def put(self, batch: EncodedBatch, error: str) -> None:
+        """Write messages down, as long as there is room."""
+        spool = self._spools.get(batch.stream.name)
+        if spool is None:
+            return
+        try:
+            if batch.stream.name not in self._open:
+                spool.open()
+                self._open.add(batch.stream.name)
+            spool.append(batch, "", 0, error)
+        except OSError as failure:
+            logger.warning("quarantine: %d messages are not kept: %s", len(batch), failure.strerror)
+
+    def close(self) -> None:
+        """Put what was written on the disk itself."""
+        for name in self._open:
+            self._spools[name].close()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamParts:
+    """A stream's parts that outlive a step of the loop."""
+
+    stream: Stream
+    ring: Ring
+    spool: Spool | None
+    path: StreamPath
+    trouble: str
+    """Why there is no spool, though there should be one."""
+
+
+class StreamBuilder:
+    """Builds streams' ways for `config`, on hooks that are attached; `ids` are the schemas' by the stream's name.
+
+    What is opened is closed by `stack`.
+    """
+
+    def __init__(self, config: Config, hooks: Hooks, ids: Mapping[str, SchemaId], stack: ExitStack) -> None:
+        self._config = config
+        self._hooks = hooks
+        self._ids = ids
+        self._stack = stack
+        self._fields = {"host": config.host, "boot_id": boot_id()}
+        self._cgroups = CgroupPaths(cgroup2_root())
+        self._old_rings = hooks.old_rings()
+
+    def build(self, stream: Stream) -> StreamParts:
+        """Open a stream's spool and ledger, drain the rings of hooks that were replaced, and go on from there."""
+        ledger = Ledger(ledger_path(self._config, stream))
+        account = ledger.read()
+        trouble = ""
+        try:
+            ledger.open()
+        except OSError as error:
+            logger.warning("ledger: %s: counts of this run will not outlive it", error)
+        self._stack.callback(ledger.close)
+        spool = None
+        if spool_bytes(self._config, stream):
+            try:
+                spool = self._open_spool(stream, account)
+            except OSError as error:
+                trouble = str(error)
+                logger.error("spool: %s: events wait in the ring alone", error)
+        old_lost = self._drain_old(stream, spool, account)
+        ring = self._stack.enter_context(self._hooks.ring(stream))
+        resumed = resume(account, self._hooks.ring_id, ring, spool, spool.last if spool else None)
+        stores = Stores(spool, ledger.write, BackOff("spool", most_s=_SPOOL_WAIT_S), self._config.spool.after_s)
+        path = StreamPath(stream, ring, self._encoder(stream), stores, resumed)
+        path.open({"old_ring": old_lost} if old_lost else {})
+        return StreamParts(stream, ring, spool, path, trouble)
+
+    def _open_spool(self, stream: Stream, account: Account | None) -> Spool:
+        spool = new_spool(self._config, stream)
+        spool.open(*((account.acked, account.end, account.gone) if account else ()))
+        self._stack.callback(spool.close)
+        if spool.end > spool.acked:
+            logger.info("spool: %d events of %s wait since before", spool.end - spool.acked - spool.gone, stream.name)
+        return spool
+
+    def _encoder(self, stream: Stream) -> BatchEncoder:
+        schema = load_schema(stream)
+        return BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups.path)
+
+    def _drain_old(self, stream: Stream, spool: Spool | None, account: Account | None) -> int:
+        """Move what old rings hold into the spool; return how many events of theirs are lost."""
+        lost = 0
+        for old, ring in self._old_rings:
+            if old.name != stream.name:
+                continue
+            with ring:
+                ring.position = max(ring.position, self._place(account, spool))
+                ring.commit(ring.position)
+                try:
+                    self._move(old, ring, spool)
+                except _CANNOT_MOVE as error:
+                    logger.error("hooks: %d events of replaced hooks are lost: %s", ring.unread, error)
+                lost += ring.unread
+        return lost
+
+    def _move(self, stream: Stream, ring: Ring, spool: Spool | None) -> None:
+        """Move what an old ring holds into the spool."""
+        if spool is None and ring.unread:
+            raise UnavailableError("there is no spool")
+        encoder, offset_ns = self._encoder(stream), UtcOffset()()
+        while spool and len(rows := ring.read(_BATCH_ROWS)):
+            try:
+                batch = encoder.encode(Batch(stream, rows), offset_ns)
+                spool.append(batch, self._hooks.old_ring_id or "", ring.position)
+            except _CANNOT_MOVE:
+                ring.position -= len(rows) * ring.stride
+                raise
+            ring.commit(ring.position)
+
+    def _place(self, account: Account | None, spool: Spool | None) -> int:
+        """Return the position in the last old ring before which all is settled."""
+        old = self._hooks.old_ring_id
+        settled = account.position if account and account.ring == old else 0
+        if spool and spool.last and spool.last.ring == old:
+            settled = max(settled, spool.last.position)
+        return settled

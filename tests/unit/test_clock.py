@@ -1,0 +1,48 @@
+"""The offset from the monotonic clock to UTC: steady while the process waits between two readings, moved by a step."""
+
+from collections.abc import Iterator
+
+from producer.clock import UtcOffset
+
+OFFSET_NS = 1_700_000_000_000_000_000
+
+
+class Clocks:
+    """Two clocks; each reading takes what `delays_ns` says next, or 50 ns."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self.offset_ns = OFFSET_NS
+        self.delays_ns: Iterator[int] = iter(())
+
+    def monotonic_ns(self) -> int:
+        self.now_ns += next(self.delays_ns, 50)
+        return self.now_ns
+
+    def time_ns(self) -> int:
+        return self.monotonic_ns() + self.offset_ns
+
+
+def test_a_process_that_waits_between_two_readings_has_the_same_offset() -> None:
+    clocks = Clocks()
+    offset = UtcOffset(clocks.monotonic_ns, clocks.time_ns)
+    first = offset()
+    assert abs(first - OFFSET_NS) < 1000
+    clocks.delays_ns = iter([8_000_000] * 15)
+    assert offset() == first
+    clocks.delays_ns = iter([50, 8_000_000, 50] * 4)
+    assert offset() == first
+
+
+def test_a_clock_that_is_set_moves_the_offset() -> None:
+    clocks = Clocks()
+    offset = UtcOffset(clocks.monotonic_ns, clocks.time_ns)
+    before = offset()
+    clocks.offset_ns -= 3_600_000_000_000
+    assert abs(offset() - before + 3_600_000_000_000) < 1000
+
+
+def test_the_first_reading_is_the_tightest_of_several() -> None:
+    clocks = Clocks()
+    clocks.delays_ns = iter([50, 8_000_000, 50, 50, 8_000_000, 50])
+    assert abs(UtcOffset(clocks.monotonic_ns, clocks.time_ns)() - OFFSET_NS) < 1000
