@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.config import Capture, Config, Kafka, Registry, RuleConfig, load
+from producer.config import Capture, Config, Kafka, Metrics, Registry, RuleConfig, Spool, load
 from producer.errors import ConfigError
 
 FULL = """
@@ -35,6 +35,17 @@ stop_timeout_s = 2.5
 "socket.keepalive.enable" = false
 "compression.codec" = "zstd"
 "some.ratio" = 0.5
+
+[spool]
+transmit_bytes = 1048576
+retransmit_bytes = 0
+max_age_s = 3600
+quarantine_bytes = 262144
+keep = "new"
+after_s = 0.5
+
+[metrics]
+listen = "[::1]:0"
 
 [registry]
 url = "http://registry:8081"
@@ -123,6 +134,15 @@ def test_every_setting_can_be_read(read):
             },
             stop_timeout_s=2.5,
         ),
+        spool=Spool(
+            transmit_bytes=1048576,
+            retransmit_bytes=0,
+            max_age_s=3600.0,
+            quarantine_bytes=262144,
+            keep="new",
+            after_s=0.5,
+        ),
+        metrics=Metrics(listen="[::1]:0"),
         registry=Registry(url="http://registry:8081", register=True, timeout_s=3.0),
         rules=(RULE, RuleConfig()),
     )
@@ -130,7 +150,14 @@ def test_every_setting_can_be_read(read):
 
 def test_the_file_above_names_every_setting():
     def names(kind: type, prefix: str = "") -> set[str]:
-        inner = {"capture": Capture, "kafka": Kafka, "registry": Registry, "rules": RuleConfig}
+        inner = {
+            "capture": Capture,
+            "kafka": Kafka,
+            "spool": Spool,
+            "metrics": Metrics,
+            "registry": Registry,
+            "rules": RuleConfig,
+        }
         return {
             name
             for field in dataclasses.fields(kind)
@@ -174,6 +201,13 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
         ('kafka.topic_prefix = "a b"', r"kafka\.topic_prefix: topics' names are of"),
         ("kafka.settings.x = [1]", r"kafka\.settings\.x: a string, a number or a boolean is wanted"),
         ("kafka.settings = 1", r"kafka\.settings is a table: write \[kafka\.settings\]"),
+        ("spool.transmit_bytes = 262143", r"spool\.transmit_bytes: 262143 is neither 0 nor at least 262144"),
+        ("spool.retransmit_bytes = 1", r"spool\.retransmit_bytes: 1 is neither 0 nor at least 262144"),
+        ("spool.quarantine_bytes = -1", r"spool\.quarantine_bytes: -1 is neither 0 nor at least 262144"),
+        ("spool.max_age_s = 0.5", r"spool\.max_age_s: 0\.5 is not a number of seconds from 1"),
+        ("spool.after_s = 0", r"spool\.after_s: 0\.0 is not a number of seconds from 0\.1"),
+        ('spool.keep = "both"', r"spool\.keep: old or new is wanted, not 'both'"),
+        ('metrics.listen = "9465"', r"metrics\.listen: HOST:PORT is wanted, not '9465'"),
         ("host = ", r"Invalid value"),
     ],
 )
@@ -181,6 +215,11 @@ def test_what_is_wrong_is_named(read, tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         read(text)
     assert str(refusal.value).startswith(f"{tmp_path}/rebpf.toml: ")
+
+
+@pytest.mark.parametrize("text", ['metrics.listen = ""', "spool.transmit_bytes = 0", "spool.quarantine_bytes = 0"])
+def test_parts_can_be_switched_off(read, text):
+    assert read(text) != Config()
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

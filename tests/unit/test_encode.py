@@ -54,8 +54,7 @@ def decode(value: bytes, schema: Mapping[str, Any]) -> tuple[int, Any]:
 
 
 def encode(encoder: BatchEncoder, stream: Stream, rows: Any) -> list[tuple[bytes, bytes]]:
-    encoded = encoder.encode(Batch(stream, rows, 4711), OFFSET_NS)
-    assert encoded.end == 4711
+    encoded = encoder.encode(Batch(stream, rows), OFFSET_NS)
     assert len(encoded) == len(rows)
     return messages(encoded)
 
@@ -300,7 +299,7 @@ def test_batches_keep_their_keys_and_values_when_the_flow_table_starts_anew() ->
     # The last to be encoded before: its keys lie where those of new flows would lie next.
     before.append(np.concatenate([plain_rows(half), plain_rows(half, most)]))
     after = plain_rows(2 * half, 10**6)
-    kept = [encoder.encode(Batch(TRANSMITS, rows, 0), OFFSET_NS) for rows in (*before, after)]
+    kept = [encoder.encode(Batch(TRANSMITS, rows), OFFSET_NS) for rows in (*before, after)]
 
     assert_plain(messages(kept[0]), 0)
     assert_plain(messages(kept[-2])[:half], 0)
@@ -324,7 +323,7 @@ def test_flows_that_share_a_place_are_told_apart() -> None:
     some = plain_rows(3000, 7)
     rows = np.concatenate([some, some[::-1]])
     for _ in range(2):
-        encoder.encode(Batch(TRANSMITS, once, 0), OFFSET_NS)
+        encoder.encode(Batch(TRANSMITS, once), OFFSET_NS)
         told = encode(encoder, TRANSMITS, rows)
         assert_plain(told[:3000], 7)
         assert_plain(told[3000:][::-1], 7)
