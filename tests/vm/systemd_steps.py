@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,17 +28,8 @@ T = TypeVar("T")
 CHECKOUT, RESULTS = Path("/checkout"), Path("/results")
 UNIT = "rebpf.service"
 DEADLINE_S = 300
-LIVES = {"best": "", "cgroup": "cgroup_skb,raw_tp"}
-"""Hooks that may be used, by the name of a run: all, and those that need another capability."""
-
-# None: the unit is run as it is.
-DRIVER: str | None = """\
-[Service]
-WorkingDirectory=/checkout
-Environment=PYTHONPATH=/usr/lib/rebpf PYTHONDONTWRITEBYTECODE=1 OPENBLAS_NUM_THREADS=1 {hooks}
-ExecStart=
-ExecStart=/usr/bin/python3 -m tests.kernel.service /var/lib/rebpf/events {port}
-"""
+LIVES = {"best": "", "cgroup": 'hooks = ["cgroup_skb", "raw_tp"]'}
+"""A setting, by the name of a run: whatever hooks there are, and those that need another capability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +47,18 @@ class Sight:
 def install() -> None:
     for name in ("producer", "bpf", "schemas"):
         shutil.copytree(CHECKOUT / name, Path("/usr/lib/rebpf") / name, dirs_exist_ok=True)
+    version = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"]
+    metadata = Path(f"/usr/lib/rebpf/rebpf-{version}.dist-info")
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: rebpf\nVersion: {version}\n")
     shutil.copy(CHECKOUT / "deploy/systemd" / UNIT, "/etc/systemd/system")
     Path("/etc/rebpf").mkdir(exist_ok=True)
-
-
-def configure(port: int, hooks: str) -> None:
-    lines = ["[capture]", f"ports = [{port}]"]
-    if hooks:
-        lines.append(f"hooks = {json.dumps(hooks.split(','))}")
-    Path("/etc/rebpf/rebpf.toml").write_text("\n".join(lines) + "\n")
-    if DRIVER is not None:
-        folder = Path(f"/etc/systemd/system/{UNIT}.d")
-        folder.mkdir(exist_ok=True)
-        (folder / "driver.conf").write_text(
-            DRIVER.format(port=port, hooks=f"REBPF_TEST_HOOKS={hooks}" if hooks else "")
-        )
     systemctl("daemon-reload")
+
+
+def configure(port: int, *settings: str) -> None:
+    lines = ["[capture]", f"ports = [{port}]", *settings]
+    Path("/etc/rebpf/rebpf.toml").write_text("\n".join(lines) + "\n")
 
 
 def systemctl(*arguments: str) -> str:
@@ -80,8 +68,8 @@ def systemctl(*arguments: str) -> str:
     return done.stdout
 
 
-def journal() -> str:
-    command = ["journalctl", "--no-pager", "-o", "cat", "-u", UNIT]
+def journal(since: float = 0) -> str:
+    command = ["journalctl", "--no-pager", "-o", "cat", "-u", UNIT, f"--since=@{since:.6f}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -136,10 +124,11 @@ def traffic(port: int) -> Iterator[None]:
         thread.join()
 
 
-def life(hooks: str) -> dict[str, object]:
+def life(setting: str) -> dict[str, object]:
     """Start, restart, kill, reload and stop the service under traffic."""
+    began = time.time()
     with Echo() as echo:
-        configure(echo.port, hooks)
+        configure(echo.port, setting)
         systemctl("start", UNIT)
         sights = {"start": look()}
         with captured(echo.port) as segments:
@@ -153,26 +142,43 @@ def life(hooks: str) -> dict[str, object]:
         sights["reload"] = look()
         systemctl("stop", UNIT)
         sights["stop"] = look()
-    programs = sights["start"].programs
-    wait_for("the programs to end", lambda: not set(programs) & program_ids())
+    wait_for_end(sights["start"].programs)
     return {
         "sights": {name: asdict(sight) for name, sight in sights.items()},
         "captured": segments.total(),
         "ipv6_synacks": sum(
             count for segment, count in segments.items() if segment.tcp_flags & 0x12 == 0x12 and ":" in segment.saddr
         ),
-        "balances": re.findall(r"balance .*", journal()),
-        "taken_over": journal().count("taken_over=true"),
+        "balances": re.findall(r"balance .*", journal(began)),
+        "taken_over": journal(began).count("taken_over=true"),
     }
+
+
+def change() -> dict[str, object]:
+    """Restart the service with another ring, so that it cannot take over the hooks that systemd has kept."""
+    configure(1)
+    systemctl("start", UNIT)
+    before = look()
+    configure(1, "transmit_ring_bytes = 1048576")
+    systemctl("restart", UNIT)
+    wait_for_end(before.programs)
+    after = look()
+    systemctl("stop", UNIT)
+    wait_for_end(after.programs)
+    return {"before": asdict(before), "after": asdict(after)}
+
+
+def wait_for_end(programs: list[int]) -> None:
+    wait_for("the programs to end", lambda: not set(programs) & program_ids())
 
 
 def main() -> None:
     install()
     seen: dict[str, object] = {"kernel": os.uname().release}
     try:
-        for name, hooks in LIVES.items():
-            seen[name] = life(hooks)
-            subprocess.run(["journalctl", "--rotate", "--vacuum-time=1s"], check=True, capture_output=True)
+        for name, setting in LIVES.items():
+            seen[name] = life(setting)
+        seen["change"] = change()
         security = subprocess.run(["systemd-analyze", "security", "--no-pager", UNIT], capture_output=True, text=True)
         seen["security"] = security.stdout
     finally:

@@ -66,10 +66,18 @@ def test_every_segment_that_left_meanwhile_is_accounted_for_and_none_is_lost(lif
 
 def test_a_stop_leaves_no_program_and_nothing_in_the_store(life: dict[str, Any]) -> None:
     # The steps have waited for the programs' end.
-    assert life["sights"]["start"]["stored"] > 20
+    assert life["sights"]["start"]["stored"] > 15
     assert life["sights"]["stop"] == {
         "state": "inactive", "pid": 0, "restarts": 0, "stored": 0, "programs": [], "capabilities": []
     }  # fmt: skip
+
+
+def test_hooks_that_are_not_the_same_take_the_old_ones_place(seen: dict[str, Any]) -> None:
+    # The steps have waited for the old programs' end.
+    before, after = seen["change"]["before"], seen["change"]["after"]
+    assert after["state"] == "active"
+    assert not set(before["programs"]) & set(after["programs"])
+    assert after["stored"] == before["stored"], "the old ones are not in the store any more"
 
 
 def test_no_thread_keeps_a_capability(life: dict[str, Any]) -> None:
