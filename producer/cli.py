@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 from types import FrameType
@@ -59,6 +60,7 @@ _registry = _option("--registry", help="URL of a Confluent-compatible schema reg
 _state_dir = _option(
     "--state-dir", type=click.Path(path_type=Path), help="Folder for the lock and the running producer's facts."
 )
+_quarantine = _option("--quarantine", is_flag=True, help="Not what waits, but the messages that Kafka has refused.")
 _json = _option("--json", "as_json", is_flag=True, help="Standard output carries JSON lines only.")
 
 
@@ -247,6 +249,107 @@ def verify(
     click.echo(verifying.show(reports, as_json=as_json))
     if complaint := verifying.complaint(reports):
         raise IncompleteError(complaint)
+
+
+@rebpf.group()
+def spool() -> None:
+    """What waits on disk for Kafka: look at it, send it without a capture, or give it up."""
+
+
+@spool.command("show")
+@_config
+@_state_dir
+@_json
+def spool_show(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
+    """Say what waits, and what Kafka has refused. A producer may be at work meanwhile."""
+    from producer import spoolreport
+
+    settings = _load(config).with_values(state_dir=state_dir)
+    found = spoolreport.look(settings)
+    if as_json:
+        click.echo(json.dumps({topic: asdict(each) for topic, each in (found or {}).items()}))
+    elif found is None:
+        click.echo(f"there is no state folder {settings.state_dir}: nothing waits")
+    else:
+        click.echo("\n".join(f"{topic} {each}" for topic, each in found.items()))
+
+
+@spool.command("verify")
+@_config
+@_state_dir
+@_json
+def spool_verify(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
+    """Read all that waits, and say what is damaged. Exits with 65 if anything is."""
+    from producer import spoolreport
+    from producer.errors import IncompleteError
+
+    found = spoolreport.verify(_load(config).with_values(state_dir=state_dir))
+    if as_json:
+        click.echo(json.dumps({name: each.as_dict() for name, each in found.items()}))
+    else:
+        click.echo("\n".join(f"{name} {each}" for name, each in found.items()))
+    if complaint := spoolreport.complaint(found):
+        raise IncompleteError(complaint)
+
+
+@spool.command("replay")
+@_config
+@_brokers
+@_state_dir
+@_quarantine
+@_option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Give up when Kafka has acknowledged nothing for so many seconds.",
+)
+@_json
+def spool_replay(
+    config: Path | None,
+    brokers: str | None,
+    state_dir: Path | None,
+    quarantine: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Send what waits, while no producer runs. Exits with 69 if some still waits, with 65 if some is lost."""
+    from producer import replay
+    from producer.errors import IncompleteError
+
+    settings = _load(config).with_values(kafka__brokers=brokers, state_dir=state_dir)
+    if settings.kafka.brokers is None:
+        _usage("spool replay needs --brokers")
+    sent = replay.replay(settings, _stop_on_signals(), timeout_s=timeout, quarantine=quarantine)
+    if as_json:
+        click.echo(json.dumps({topic: asdict(each) for topic, each in sent.items()}))
+    else:
+        click.echo("\n".join(f"{topic} {each}" for topic, each in sent.items()))
+    waiting, lost = replay.complaint(sent)
+    if waiting:
+        raise UnavailableError(waiting)
+    if lost:
+        raise IncompleteError(lost)
+
+
+@spool.command("drop")
+@_config
+@_state_dir
+@_quarantine
+@click.option("--yes", is_flag=True, help="Really: it is gone for good.")
+@_json
+def spool_drop(config: Path | None, state_dir: Path | None, quarantine: bool, yes: bool, as_json: bool) -> None:
+    """Give up what waits, while no producer runs; the next balance has it as lost."""
+    from producer import replay
+
+    if not yes:
+        _usage("spool drop deletes events for good: say --yes")
+    settings = _load(config).with_values(state_dir=state_dir)
+    dropped = replay.drop_quarantine(settings) if quarantine else replay.drop(settings)
+    if as_json:
+        click.echo(json.dumps({topic: {"dropped": count} for topic, count in dropped.items()}))
+    else:
+        click.echo("\n".join(f"{topic} dropped={count}" for topic, count in dropped.items()))
 
 
 @rebpf.command()
