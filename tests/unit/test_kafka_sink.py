@@ -1,7 +1,6 @@
 """The sink against librdkafka's built-in cluster: what is acknowledged, sent again, lost, and how much is under way."""
 
 import ctypes
-import itertools
 import logging
 import socket
 import time
@@ -29,6 +28,7 @@ lib.rd_kafka_mock_push_request_errors_array.argtypes = (
 )  # fmt: skip
 lib.rd_kafka_mock_broker_set_down.argtypes = (ctypes.c_void_p, ctypes.c_int32)
 lib.rd_kafka_mock_broker_set_up.argtypes = (ctypes.c_void_p, ctypes.c_int32)
+lib.rd_kafka_mock_broker_set_rtt.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int)
 lib.rd_kafka_queue_length.argtypes = (ctypes.c_void_p,)
 lib.rd_kafka_test_fatal_error.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
 
@@ -51,6 +51,10 @@ class Cluster:
 
     def down(self) -> None:
         lib.rd_kafka_mock_broker_set_down(self._handle, 1)
+
+    def slow_down(self, milliseconds: int) -> None:
+        """Let each answer take so long."""
+        lib.rd_kafka_mock_broker_set_rtt(self._handle, 1, milliseconds)
 
     def up(self) -> None:
         lib.rd_kafka_mock_broker_set_up(self._handle, 1)
@@ -96,9 +100,6 @@ def open_sink(cluster: Cluster) -> Iterator[Callable[..., KafkaSink]]:
         sink.close()
 
 
-ends = itertools.count(1)
-
-
 def batch(stream: Stream, messages: Sequence[tuple[bytes, bytes]]) -> EncodedBatch:
     """Lay messages out as the encoder does: with gaps, and keys of one width that rows share."""
     gap = b"\xee" * 7
@@ -114,8 +115,13 @@ def batch(stream: Stream, messages: Sequence[tuple[bytes, bytes]]) -> EncodedBat
         np.frombuffer(b"".join(key.ljust(width, b"\xee") for key in keys), np.uint8),
         numbers * width,
         np.array([len(key) for key in keys], np.int64)[numbers],
-        next(ends),
     )
+
+
+def messages_of(sent: EncodedBatch) -> list[tuple[bytes, bytes]]:
+    keys = [sent.keys[at:][:size].tobytes() for at, size in zip(sent.key_starts, sent.key_lengths, strict=True)]
+    values = [sent.payload[at:][:size].tobytes() for at, size in zip(sent.starts, sent.lengths, strict=True)]
+    return list(zip(keys, values, strict=True))
 
 
 def numbered(count: int, start: int = 0) -> list[tuple[bytes, bytes]]:
@@ -130,12 +136,14 @@ class Ledger:
         self.delivered: Counter[str] = Counter()
         self.lost: dict[str, Counter[str]] = {"transmit": Counter(), "retransmit": Counter()}
         self.done: list[EncodedBatch] = []
+        self.lost_of: dict[EncodedBatch, Counter[str]] = {}
 
     def poll(self) -> None:
         for stream, outcome in self._sink.poll().items():
             self.delivered[stream] += outcome.delivered
             self.lost[stream].update(outcome.lost)
-            self.done += outcome.done
+            self.done += [batch for batch, _ in outcome.done]
+            self.lost_of.update(dict(outcome.done))
 
     def wait(self, condition: Callable[[], object]) -> None:
         """Poll until the condition holds."""
@@ -196,10 +204,37 @@ def test_a_failure_that_passes_costs_no_message(cluster, open_sink, code):
     assert set(cluster.read("t", 101)) == set(messages)
 
 
+def test_batches_that_are_sent_again_stay_in_order_and_later_ones_wait_for_them(cluster, open_sink, caplog):
+    sink = open_sink()
+    batches = [batch(TRANSMITS, numbered(20, start)) for start in range(0, 240, 20)]
+    failing, later = batches[:8], batches[8:]
+    for each in failing:
+        sink.send(each)
+    ledger = Ledger(sink)
+    # All have failed, and were sent again, and failed again.
+    ledger.wait(lambda: caplog.text.count("sent again topic=t error=") > 1)
+
+    assert "UNKNOWN_TOPIC" in sink.trouble_of("transmit")
+    assert not sink.trouble_of("retransmit")
+    assert (sink.room(TRANSMITS), sink.room(RETRANSMITS)) == (0, 1 << 15)
+    assert [sink.left(each) for each in batches] == [20] * 8 + [0] * 4
+    cluster.create("t")
+    ledger.wait(lambda: sink.room(TRANSMITS))
+    for each in later:
+        sink.send(each)
+    ledger.wait_for(*batches)
+
+    assert ledger.delivered == {"transmit": 240}
+    assert [sink.left(each) for each in batches] == [0] * 12
+    assert not sink.trouble_of("transmit")
+    assert cluster.read("t", 240) == numbered(240)
+
+
 @pytest.mark.parametrize("code", [10, 44, 87], ids=rdkafka.error_name)
 def test_a_refused_batch_is_sent_one_by_one_and_what_is_refused_then_is_lost_by_name(cluster, open_sink, code):
     cluster.create("t")
-    sink = open_sink()
+    kept: list[tuple[EncodedBatch, str]] = []
+    sink = open_sink(quarantine=lambda refused, error: kept.append((refused, error)))
     # The whole batch, and then, each in a request of its own, the first two of its messages.
     cluster.answer_produce_with(code, code, code)
     refused, later = batch(TRANSMITS, numbered(13)), batch(TRANSMITS, numbered(17, 13))
@@ -209,9 +244,87 @@ def test_a_refused_batch_is_sent_one_by_one_and_what_is_refused_then_is_lost_by_
     sink.send(later)
     ledger.wait_for(later)
 
-    assert ledger.lost["transmit"] == {rdkafka.error_name(code): 2}
+    name = rdkafka.error_name(code)
+    assert ledger.lost["transmit"] == {name: 2}
+    assert ledger.lost_of == {refused: Counter({name: 2}), later: Counter()}
     assert ledger.delivered == {"transmit": 11 + 17}
     assert cluster.read("t", 28) == [*numbered(11, 2), *numbered(17, 13)]
+    assert [each for messages, _ in kept for each in messages_of(messages)] == numbered(2)
+    assert {(messages.stream, error) for messages, error in kept} == {(TRANSMITS, name)}
+
+
+def test_nothing_overtakes_messages_that_are_sent_one_by_one(cluster, open_sink):
+    cluster.create("t")
+    sink = open_sink()
+    cluster.slow_down(50)
+    cluster.answer_produce_with(87)
+    refused = batch(TRANSMITS, numbered(13))
+    ledger = Ledger(sink)
+    sink.send(refused)
+    ledger.wait(lambda: sink.room(TRANSMITS) == 0)
+    assert 0 < sink.left(refused) <= 13
+    ledger.wait(lambda: sink.room(TRANSMITS))
+    assert sink.left(refused) == 0
+    sent = batch(TRANSMITS, numbered(7, 13))
+    sink.send(sent)
+    ledger.wait_for(sent)
+
+    assert cluster.read("t", 20) == numbered(20)
+
+
+def test_a_heartbeat_is_delivered_and_then_the_next(cluster, open_sink):
+    cluster.create("beats")
+    sink = open_sink(heartbeats=Topic("beats"))
+    ledger = Ledger(sink)
+    for number in range(3):
+        assert not sink.beating
+        sink.beat(b"host", b"beat %d" % number)
+        assert sink.beating
+        ledger.wait(lambda: not sink.beating)
+
+    assert cluster.read("beats", 3) == [(b"host", b"beat %d" % number) for number in range(3)]
+    assert not ledger.delivered
+
+
+def test_one_heartbeat_at_most_is_under_way(cluster, open_sink):
+    cluster.create("beats")
+    cluster.down()
+    sink = open_sink(heartbeats=Topic("beats"))
+    ledger = Ledger(sink)
+    sink.beat(b"host", b"first")
+    ledger.wait(lambda: sink.trouble)
+    for number in range(5):
+        sink.beat(b"host", b"too many %d" % number)
+    cluster.up()
+    ledger.wait(lambda: not sink.beating)
+    sink.beat(b"host", b"last")
+    ledger.wait(lambda: not sink.beating)
+
+    assert cluster.read("beats", 2) == [(b"host", b"first"), (b"host", b"last")]
+
+
+def test_a_missing_heartbeat_topic_is_told_and_not_asked_for_all_the_time_and_costs_no_event(
+    cluster, open_sink, caplog
+):
+    cluster.create("t")
+    sink = open_sink(heartbeats=Topic("beats"))
+    ledger = Ledger(sink)
+    sink.beat(b"host", b"first")
+    ledger.wait(lambda: not sink.beating)
+    assert "a heartbeat is not taken topic=beats error=" in caplog.text
+    sink.beat(b"host", b"too soon")
+    assert not sink.beating
+    sent = batch(TRANSMITS, numbered(11))
+    sink.send(sent)
+    ledger.wait_for(sent)
+
+    assert ledger.delivered == {"transmit": 11}
+
+
+def test_without_a_topic_for_them_there_are_no_heartbeats(open_sink):
+    sink = open_sink()
+    sink.beat(b"host", b"beat")
+    assert not sink.beating
 
 
 def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_sink):
@@ -335,12 +448,12 @@ def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
 
 
 def test_an_embedded_cluster_has_the_topics():
-    sink = KafkaSink(client_settings(None, {}), TOPICS)
+    sink = KafkaSink(client_settings(None, {}), TOPICS, heartbeats=Topic("beats"))
     brokers = sink.open()
     try:
         client = confluent_kafka.admin.AdminClient({"bootstrap.servers": brokers})
         topics = client.list_topics(timeout=10).topics
-        assert {name: len(topic.partitions) for name, topic in topics.items()} == {"t": 4, "r": 4}
+        assert {name: len(topic.partitions) for name, topic in topics.items()} == {"t": 4, "r": 4, "beats": 1}
     finally:
         sink.close()
 
