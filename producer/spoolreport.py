@@ -200,7 +200,7 @@ def _look(config: Config, stream: Stream) -> Waiting:
         sum(segment.size_bytes for segment in segments) + sum(map(_size_bytes, aside)),
         max(0.0, now().since(made)) if events and made else None,
         len(aside),
-        quarantined(config, stream),
+        dict(quarantined(config, stream)),
     )
 
 

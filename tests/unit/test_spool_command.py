@@ -1,0 +1,377 @@
+"""`rebpf spool show`, `verify` and `drop`: what is on disk is told as it is, looked at without a trace, or given up."""
+
+import fcntl
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from producer import spoolreport
+from producer.clock import now
+from producer.config import Config
+from producer.encode import load_schema
+from producer.events import RETRANSMITS, TRANSMITS
+from producer.ledger import Account, Ledger
+from producer.spool import Spool
+from producer.streams import ledger_path, spool_folder
+from tests import spools
+from tests.kafka.rebpf import as_nobody, rebpf
+
+TRANSMIT, RETRANSMIT = "tcp_transmit", "tcp_retransmit"
+SIZE = 97
+NOTHING = {
+    "events": 0,
+    "segments": 0,
+    "size_bytes": 0,
+    "oldest_s": None,
+    "damaged_files": 0,
+    "quarantine": {},
+}
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+def spool(command: str, state: Path, *arguments: object, code: int = 0) -> Any:
+    done = rebpf("spool", command, "--json", "--state-dir", state, *arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return json.loads(done.stdout)
+
+
+def test_show_tells_what_waits_and_what_was_refused(state):
+    paths = spools.fill(state, batches=7, size=SIZE, per_file=3, acked=4 * SIZE + 5)
+    spools.quarantine(state, {"MSG_SIZE_TOO_LARGE": 3, "INVALID_RECORD": 2})
+    aside = paths[0].with_name(f"{0:020}.damaged")
+    aside.write_bytes(bytes(1009))
+
+    found = spool("show", state)
+
+    oldest_s = found[TRANSMIT].pop("oldest_s")
+    assert 0 <= oldest_s < 600
+    assert found[TRANSMIT] == {
+        "events": 3 * SIZE - 5,
+        "segments": 2,
+        "size_bytes": sum(path.stat().st_size for path in [*paths, aside]),
+        "damaged_files": 1,
+        "quarantine": {"MSG_SIZE_TOO_LARGE": 3, "INVALID_RECORD": 2},
+    }
+    assert found[RETRANSMIT] == NOTHING
+
+
+def test_show_tells_it_to_people(state):
+    spools.fill(state, batches=2, size=SIZE, stream=RETRANSMITS)
+    spools.quarantine(state, {"INVALID_RECORD": 2}, RETRANSMITS)
+
+    done = rebpf("spool", "show", "--state-dir", state)
+
+    assert done.returncode == 0, done.stderr
+    transmit, retransmit = done.stdout.splitlines()
+    assert transmit == f"{TRANSMIT} events=0 segments=0 size_bytes=0 damaged_files=0 quarantine=0"
+    assert retransmit.startswith(f"{RETRANSMIT} events={2 * SIZE} segments=1 size_bytes=")
+    assert retransmit.endswith(" damaged_files=0 quarantine=INVALID_RECORD:2")
+
+
+def test_show_counts_what_a_producer_that_crashed_had_not_noted(state):
+    spools.fill(state, batches=3, size=SIZE, noted=2 * SIZE)
+
+    assert spool("show", state)[TRANSMIT]["events"] == 3 * SIZE
+
+
+def test_show_without_a_ledger_counts_what_is_there(state):
+    spools.fill(state, batches=5, size=SIZE, per_file=2, acked=2 * SIZE)
+    (state / "ledger.transmit").unlink()
+
+    assert spool("show", state)[TRANSMIT]["events"] == 3 * SIZE
+
+
+def test_show_leaves_out_what_was_given_up(state):
+    paths = spools.fill(state, batches=5, size=SIZE, per_file=1)
+    paths[2].unlink()
+    spools.write_ledger(state, Account(spools.RING, 0, 0, {"spool_dropped": SIZE}, 5, 5 * SIZE, gone=SIZE))
+
+    assert spool("show", state)[TRANSMIT]["events"] == 4 * SIZE - 5
+    assert spool("verify", state)[TRANSMIT]["damage"] == []
+
+
+def test_without_a_state_folder_there_is_nothing_and_none_is_made(state):
+    shown = rebpf("spool", "show", "--state-dir", state)
+
+    assert (shown.returncode, shown.stdout) == (0, f"there is no state folder {state}: nothing waits\n")
+    assert spool("show", state) == {}
+    for command in (["verify"], ["replay", "--brokers", "127.0.0.1:1"], ["drop", "--yes"]):
+        done = rebpf("spool", *command, "--state-dir", state)
+        assert (done.returncode, done.stderr) == (69, f"rebpf: there is no state folder {state}\n")
+    assert not state.exists()
+
+
+def test_who_may_not_read_is_told(state):
+    spools.fill(state, batches=1, size=SIZE)
+    for folder in [state, *state.parents][:3]:
+        folder.chmod(0o755)
+    (state / "spool").chmod(0o700)
+
+    done = rebpf("spool", "show", "--state-dir", state, before=as_nobody())
+
+    assert done.returncode == 77, done.stderr
+    assert done.stderr.endswith("Permission denied\n")
+
+
+@pytest.mark.parametrize("command", ["show", "verify"])
+def test_a_look_changes_nothing_and_needs_no_lock(state, command):
+    paths = spools.fill(state, batches=4, size=SIZE, per_file=2, noted=0)
+    spools.flip(paths[0], 10)
+    paths[1].with_name(f"{4 * SIZE:020}.avro").touch()  # made, and nothing written
+    spools.quarantine(state, {"INVALID_RECORD": 2})
+    (state / "lock").touch()
+    before = spools.tree(state)
+
+    lock = os.open(state / "lock", os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        spool(command, state, code=65 if command == "verify" else 0)
+    finally:
+        os.close(lock)
+
+    assert spools.tree(state) == before
+
+
+def test_verify_of_what_is_whole(state):
+    spools.fill(state, batches=4, size=SIZE, per_file=3, acked=SIZE)
+    spools.quarantine(state, {"INVALID_RECORD": 2})
+
+    assert spool("verify", state) == {
+        TRANSMIT: {"segments": 2, "events": 4 * SIZE, "damage": [], "lost": 0},
+        f"{TRANSMIT}/quarantine": {"segments": 1, "events": 2, "damage": [], "lost": 0},
+        RETRANSMIT: {"segments": 0, "events": 0, "damage": [], "lost": 0},
+    }
+
+
+def test_a_write_that_a_crash_cut_short_is_no_damage(state):
+    (path,) = spools.fill(state, batches=3, size=SIZE, noted=2 * SIZE)
+    start, end = spools.blocks(path)[2]
+    os.truncate(path, (start + end) // 2)
+
+    assert spool("verify", state)[TRANSMIT] == {"segments": 1, "events": 2 * SIZE, "damage": [], "lost": 0}
+
+
+def test_verify_tells_each_damaged_place_and_what_it_costs(state):
+    paths = spools.fill(state, batches=12, size=SIZE, per_file=4, acked=SIZE + 5)
+    for number in (0, 2):  # of events that are done, and of some that wait
+        spools.flip(paths[0], sum(spools.blocks(paths[0])[number]) // 2)
+    spools.flip(paths[1], 10)  # the header
+    os.truncate(paths[2], spools.blocks(paths[2])[3][0])
+
+    found = spool("verify", state, code=65)[TRANSMIT]
+
+    assert found["events"] == 5 * SIZE
+    assert found["lost"] == 6 * SIZE
+    assert found["damage"] == [
+        {"file": paths[0].name, "places": 2, "lost": SIZE},
+        {"file": paths[1].name, "places": 1, "lost": 4 * SIZE},
+        {"file": paths[2].name, "places": 1, "lost": SIZE},
+    ]
+
+
+def test_verify_misses_files_that_are_gone(state):
+    paths = spools.fill(state, batches=5, size=SIZE, per_file=1, acked=5)
+    for path in (paths[0], paths[1], paths[4]):
+        path.unlink()
+
+    found = spool("verify", state, code=65)[TRANSMIT]
+
+    assert found["damage"] == [
+        {"file": "(no file)", "places": 1, "lost": 2 * SIZE - 5},
+        {"file": paths[3].name, "places": 1, "lost": SIZE},
+    ]
+
+
+def test_verify_says_it_in_one_line(state):
+    (path,) = spools.fill(state, batches=3, size=SIZE)
+    spools.flip(path, sum(spools.blocks(path)[1]) // 2)
+
+    done = rebpf("spool", "verify", "--state-dir", state)
+
+    assert done.stderr == f"rebpf: {TRANSMIT}: 1 damaged places, {SIZE} events lost\n"
+    assert f"  {path.name} damaged_places=1 lost={SIZE}" in done.stdout
+
+
+DAMAGE = st.tuples(st.integers(0, 2), st.sampled_from(["flip", "cut", "delete"]), st.floats(0, 1, exclude_max=True))
+
+
+@given(acked=st.integers(0, 8 * SIZE), damages=st.lists(DAMAGE, min_size=1, max_size=4))
+@settings(max_examples=60)
+def test_verify_costs_what_a_producer_then_loses(tmp_path_factory, acked, damages):
+    state = tmp_path_factory.mktemp("damage") / "state"
+    paths = spools.fill(state, batches=8, size=SIZE, per_file=3, acked=acked)
+    for number, what, share in damages:
+        if number < len(paths) and paths[number].exists() and (size := paths[number].stat().st_size):
+            damage(paths[number], what, int(size * share))
+
+    told = spoolreport.verify(Config(state_dir=state))[TRANSMIT]
+
+    assert told.lost == lost_by_reading(state)
+
+
+def damage(path: Path, what: str, at: int) -> None:
+    if what == "flip":
+        spools.flip(path, at)
+    elif what == "cut":
+        os.truncate(path, at)
+    else:
+        path.unlink()
+
+
+def lost_by_reading(state: Path) -> int:
+    """Return how many events a producer counts as damaged that sends all that waits."""
+    account = spools.read_ledger(state)
+    assert account is not None
+    waiting = Spool(
+        spool_folder(Config(state_dir=state), TRANSMITS), TRANSMITS, load_schema(TRANSMITS), now, max_bytes=1 << 30
+    )
+    waiting.open(account.acked, account.end, account.gone)
+    while batch := waiting.read():
+        waiting.ack(batch.first, batch.end)
+    waiting.ack(waiting.end, waiting.end)
+    waiting.close()
+    return waiting.lost["spool_damaged"]
+
+
+def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
+    config = Config(state_dir=state)
+    state.mkdir()
+    done = threading.Event()
+    failures: list[Exception] = []
+
+    def use() -> None:
+        ledger = Ledger(ledger_path(config, TRANSMITS))
+        ledger.open()
+        used = Spool(
+            spool_folder(config, TRANSMITS), TRANSMITS, load_schema(TRANSMITS), now, max_bytes=1 << 20, segment_bytes=1
+        )
+        used.open()
+        batch = spools.encoded(TRANSMITS, 1, SIZE)
+        try:
+            while not done.is_set():
+                for _ in range(5):
+                    used.append(batch, spools.RING, 0)
+                    ledger.write(Account(spools.RING, 0, 0, {}, used.acked, used.end))
+                while found := used.read():
+                    used.ack(found.first, found.end)
+                    ledger.write(Account(spools.RING, 0, 0, {}, used.acked, used.end))
+                    used.sweep()
+        except Exception as error:  # told by the test
+            failures.append(error)
+        used.close()
+        ledger.close()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    seen = set()
+    try:
+        for _ in range(200):
+            found = spoolreport.look(config)
+            assert found is not None
+            assert 0 <= found[TRANSMIT].events <= 6 * SIZE
+            seen.add(found[TRANSMIT].events)
+            assert spoolreport.complaint(spoolreport.verify(config)) is None
+    finally:
+        done.set()
+        thread.join()
+    assert not failures
+    assert len(seen) > 1, "it was in use"
+
+
+def test_drop_wants_to_be_meant(state):
+    spools.fill(state, batches=2, size=SIZE)
+    before = spools.tree(state)
+
+    done = rebpf("spool", "drop", "--state-dir", state, env={"REBPF_YES": "1"})
+
+    assert (done.returncode, done.stderr) == (64, "rebpf: spool drop deletes events for good: say --yes\n")
+    assert spools.tree(state) == before
+
+
+def test_drop_gives_up_what_waits_and_the_ledger_has_it_as_lost(state):
+    paths = spools.fill(state, batches=6, size=SIZE, per_file=2, acked=5)
+    paths[1].unlink()
+    account = Account("ring-1", 77, 11, {"stopped": 3, "spool_dropped": 2 * SIZE}, 5, 5 * SIZE, gone=2 * SIZE)
+    spools.write_ledger(state, account)
+    spools.quarantine(state, {"INVALID_RECORD": 2})
+
+    waiting = 4 * SIZE - 5
+    assert spool("show", state)[TRANSMIT]["events"] == waiting
+    assert spool("drop", state, "--yes") == {TRANSMIT: {"dropped": waiting}, RETRANSMIT: {"dropped": 0}}
+
+    lost = {"stopped": 3, "spool_dropped": 2 * SIZE + waiting}
+    assert spools.read_ledger(state) == Account("ring-1", 77, 11, lost, 6 * SIZE, 6 * SIZE, 0)
+    assert list((state / "spool" / "transmit").iterdir()) == []
+    assert spool("show", state)[TRANSMIT] == {**NOTHING, "quarantine": {"INVALID_RECORD": 2}}
+    assert spool("verify", state)[TRANSMIT]["damage"] == []
+    assert spool("drop", state, "--yes")[TRANSMIT] == {"dropped": 0}
+
+
+def test_the_ring_goes_on_behind_what_was_dropped(state):
+    spools.fill(state, batches=3, size=SIZE, noted=2 * SIZE)
+
+    spool("drop", state, "--yes")
+
+    account = spools.read_ledger(state)
+    assert account is not None
+    assert account.position == 3 * SIZE * spools.STRIDE
+    assert account.lost == {"spool_dropped": 3 * SIZE}
+
+
+def test_drop_counts_what_is_missing_too(state):
+    paths = spools.fill(state, batches=3, size=SIZE, per_file=1)
+    paths[0].unlink()
+
+    assert spool("drop", state, "--yes")[TRANSMIT] == {"dropped": 3 * SIZE}
+
+
+def test_what_the_ledger_cannot_take_is_not_dropped(state):
+    paths = spools.fill(state, batches=2, size=SIZE, per_file=1)
+    (state / "ledger.transmit").unlink()
+    (state / "ledger.transmit").mkdir()
+
+    done = rebpf("spool", "drop", "--yes", "--state-dir", state)
+
+    assert (done.returncode, done.stderr) == (69, f"rebpf: {state}/ledger.transmit: Is a directory\n")
+    assert all(path.exists() for path in paths)
+
+
+def test_drop_of_the_quarantine_leaves_what_waits(state):
+    paths = spools.fill(state, batches=2, size=SIZE)
+    (refused,) = spools.quarantine(state, {"MSG_SIZE_TOO_LARGE": 3, "INVALID_RECORD": 2})
+    refused.with_suffix(".damaged").touch()
+
+    assert spool("drop", state, "--quarantine", "--yes")[TRANSMIT] == {"dropped": 5}
+
+    assert list(refused.parent.iterdir()) == []
+    assert all(path.exists() for path in paths)
+    assert spool("show", state)[TRANSMIT]["events"] == 2 * SIZE
+
+
+@pytest.mark.parametrize(
+    "command", [["drop", "--yes"], ["drop", "--yes", "--quarantine"], ["replay", "--brokers", "a:1"]]
+)
+def test_who_holds_the_lock_keeps_others_out(state, command):
+    spools.fill(state, batches=2, size=SIZE)
+    lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    before = spools.tree(state)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = rebpf("spool", *command, "--state-dir", state)
+    finally:
+        os.close(lock)
+
+    assert done.returncode == 75
+    assert "another producer runs" in done.stderr
+    assert spools.tree(state) == before
