@@ -212,6 +212,8 @@ class Path:
         more |= self._send_spooled(sink, now_s)
         assert self._spool is not None
         self._spooling = self._spool.sent < self._spool.end or self._waited(now_s)
+        if not self._spooling:
+            self._spool_works()
         return more
 
     def settle(self, outcome: Outcome) -> list[tuple[int, int]]:
@@ -323,9 +325,8 @@ class Path:
             if found:
                 self._spool.append(found[0], self._account.ring, self._ring.position)
                 position = self._ring.position
-            if self.spool_trouble and position is not None:
-                self.spool_trouble = ""
-                self._stores.waits.reset()
+            if position is not None:
+                self._spool_works()
         except OSError as error:
             self._ring.position = before
             found = None
@@ -333,6 +334,12 @@ class Path:
             self.spool_trouble = error.strerror or str(error)
         self._close_books(position)
         return found is not None and len(found[0]) == _BATCH_ROWS
+
+    def _spool_works(self) -> None:
+        """Note that the spool takes what it should, or is not needed."""
+        if self.spool_trouble:
+            self.spool_trouble, self._append_at = "", 0.0
+            self._stores.waits.reset()
 
     def _leave_ring(self) -> int:
         """Take the first batch from the ring, which is done, out of the account; return the position behind it."""

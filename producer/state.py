@@ -78,7 +78,10 @@ class StateFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._agent.unlink(missing_ok=True)
+        try:
+            self._agent.unlink(missing_ok=True)
+        except OSError as error:  # it counts only as long as the lock is held
+            logger.warning("state: %s", error)
         os.close(self._lock)
 
 

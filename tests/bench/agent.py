@@ -48,7 +48,9 @@ def measure(command: list[str], sends: int, seconds: float) -> tuple[float, floa
         if "ready" in line:
             break
     before = cpu_s(agent.pid)
-    subprocess.run([sys.executable, HERE / "traffic.py", str(sends), str(seconds), str(PORT)], check=True)
+    traffic = [sys.executable, HERE / "traffic.py", str(sends), str(seconds), str(PORT)]
+    with subprocess.Popen(traffic, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as sending:
+        sending.wait()
     memory, after = rss_mb(agent.pid), cpu_s(agent.pid)
     agent.send_signal(signal.SIGTERM)
     balance_line = agent.communicate()[0].splitlines()[-1]

@@ -20,6 +20,7 @@ import fastavro
 import numpy as np
 from confluent_kafka import Producer
 
+from producer.clock import UtcOffset
 from producer.encode import frame, load_schema
 from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
 from producer.flows import address, key

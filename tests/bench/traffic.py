@@ -1,8 +1,12 @@
 """Traffic on loopback at a steady rate: small segments on a few connections, and their acknowledgements.
 
 python tests/bench/traffic.py SENDS_PER_SECOND SECONDS PORT
+
+It ends earlier when its standard input does. Its output says how many bytes were sent from which port, in JSON.
 """
 
+import json
+import select
 import socket
 import sys
 import threading
@@ -28,9 +32,13 @@ def main(rate: int, seconds: float, port: int) -> None:
     start, sent = time.monotonic(), 0
     while (elapsed := time.monotonic() - start) < seconds:
         while sent < rate * elapsed:
-            senders[sent % CONNECTIONS].send(MESSAGE)
+            senders[sent % CONNECTIONS].sendall(MESSAGE)
             sent += 1
-        time.sleep(0.002)
+        if select.select([sys.stdin], [], [], 0.002)[0]:
+            break
+    counts = [sent // CONNECTIONS + (number < sent % CONNECTIONS) for number in range(CONNECTIONS)]
+    ports = [sender.getsockname()[1] for sender in senders]
+    print(json.dumps({port: count * len(MESSAGE) for port, count in zip(ports, counts, strict=True)}))
 
 
 if __name__ == "__main__":

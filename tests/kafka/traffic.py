@@ -1,8 +1,12 @@
 """TCP traffic on loopback of which everything is known."""
 
+import json
 import socket
+import subprocess
+import sys
 import threading
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Self
 
 LOOPBACK = ("127.0.0.1", "::1")
 
@@ -54,6 +58,33 @@ class Echo:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 while data := connection.recv(1 << 16):
                     connection.sendall(data)
+
+
+class Steady:
+    """A process that sends segments of 100 bytes on a few connections, so many a second; `stop` says what was sent.
+
+    With `cpu`, all of it is sent and received there.
+    """
+
+    def __init__(self, port: int, sends_per_second: int, cpu: int | None = None) -> None:
+        self.port = port
+        script = Path(__file__).parents[1] / "bench" / "traffic.py"
+        command = ["setpriv", "--pdeathsig", "KILL", sys.executable, script, str(sends_per_second), "3600", str(port)]
+        if cpu is not None:
+            command = ["taskset", "--cpu-list", str(cpu), *command]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def stop(self) -> dict[int, int]:
+        """End it, and return the bytes of payload that it has sent, by the sender's port."""
+        output, _ = self._process.communicate(timeout=30)
+        return {int(port): size for port, size in json.loads(output).items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 def exchange(port: int, connections: int, rounds: int = 5) -> list[Sent]:

@@ -70,7 +70,8 @@ class FailingDisk(Disk):
         return super().create(path)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        part = super().write(descriptor, data[: self._chance.randint(1, len(data))])
+        whole = self._chance.random() < 0.7
+        part = super().write(descriptor, data if whole else data[: self._chance.randint(1, len(data))])
         self._faults.fail()
         return part
 
@@ -141,7 +142,7 @@ class MemoryRing:
 
 def flow_of(number: Any) -> Any:
     """Neighbours are of one flow, so that a batch may be done before an older one."""
-    return number // 20 % FLOWS
+    return number // 100 % FLOWS
 
 
 class IdEncoder:
@@ -380,7 +381,10 @@ class Delivery(RuleBasedStateMachine):
             raise AssertionError(f"{self.path.spooled} are never sent")
         self.pipeline.step()
         missing = set(range(self.ring.written)) - set(self.topic)
-        assert len(missing) <= self.path.lost.total() or not self.exact
+        if self.exact:
+            # What was under way may have got there, and been given up after a crash.
+            assert len(missing) <= self.path.lost.total()
+            assert len(missing) == self.path.lost.total() or self.keep == "new"
         if not self.crashes:
             assert len(missing) == self.path.lost.total()
             assert self.path.delivered == len(self.topic) == len(set(self.topic))

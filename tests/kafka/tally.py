@@ -1,0 +1,61 @@
+"""What a topic holds of steady traffic, counted: for more events than can be kept as records."""
+
+import io
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import fastavro
+
+from tests.kafka.topics import SCHEMAS, TRANSMIT
+from tests.servers.consume import kcat_messages
+
+
+@dataclass(slots=True)
+class Tally:
+    """Events of one boot and one host, whose numbers began at 1."""
+
+    numbers: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Each CPU's numbers (cpu_seq) that are there."""
+    copies: int = 0
+    """Events that are there again."""
+    payload: Counter[int] = field(default_factory=Counter)
+    """Bytes of payload by the sender's port, without what was sent again."""
+    inversions: int = 0
+    """Events that are older than one of their flow before them; copies do not count."""
+
+    @property
+    def events(self) -> int:
+        """Events, each counted once."""
+        return sum(map(len, self.numbers.values()))
+
+    @property
+    def missing(self) -> int:
+        """Numbers that are not there, up to the last of each CPU."""
+        return sum(max(numbers) - len(numbers) for numbers in self.numbers.values())
+
+    def assert_whole(self, sent: dict[int, int]) -> None:
+        """Check that nothing is missing, neither of the numbers nor of what was `sent`, by the sender's port."""
+        assert self.missing == 0
+        assert {port: self.payload[port] for port in sent} == sent
+        assert self.inversions == 0
+
+
+def tally(bootstrap: str, prefix: str) -> Tally:
+    """Read the transmit topic with this prefix."""
+    schema: Any = fastavro.parse_schema(json.loads((SCHEMAS / f"{TRANSMIT}.avsc").read_text()))
+    counted = Tally()
+    latest: dict[bytes | None, int] = {}
+    for message in kcat_messages(bootstrap, prefix + TRANSMIT, timeout_s=180):
+        record: Any = fastavro.schemaless_reader(io.BytesIO((message.value or b"")[5:]), schema, None)
+        numbers = counted.numbers[record["cpu"]]
+        if record["cpu_seq"] in numbers:
+            counted.copies += 1
+            continue
+        numbers.add(record["cpu_seq"])
+        counted.inversions += record["ts_ns"] < latest.get(message.key, 0)
+        latest[message.key] = max(record["ts_ns"], latest.get(message.key, 0))
+        if not record["is_retransmit"]:
+            counted.payload[record["sport"]] += record["payload_len"]
+    return counted
