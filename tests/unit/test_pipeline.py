@@ -1,55 +1,79 @@
-"""The pipeline with ring, encoder and sink in memory: room is given back in order, and every event is counted."""
+"""The pipeline step by step: direct to Kafka, through the spool, back again, and what is written down in which order.
 
+Ring, encoder and Kafka are in memory; the spool is real. All orders of events, with crashes: tests/property.
+"""
+
+import errno
+import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from pathlib import Path as Folder
 from typing import Any
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream
-from producer.pipeline import Path, Pipeline
+from producer.kafka import Outcome
+from producer.ledger import Account
+from producer.pipeline import Path, Pipeline, Stores, resume
+from producer.spool import Disk, Moment, Spool
 
 STRIDE = 8
+RING_ROWS = 1000
 UTC_OFFSET_NS = 10**18
+AFTER_S = 2.0
+WAIT_S = 3.0
+SCHEMA: dict[str, Any] = {"type": "record", "name": "Event", "fields": [{"name": "id", "type": "long"}]}
 
 
 class MemoryRing:
     """Rows that are numbered by cpu_seq; a position is STRIDE times the rows before it."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, log: list[tuple[str, Any]]) -> None:
         self._dtype = stream.dtype
+        self._log = log
         self.written = self.position = self.committed = 0
-        self.taken: list[int] = []
+
+    @property
+    def records_before(self) -> int:
+        return self.position // STRIDE
+
+    @property
+    def fill(self) -> float:
+        return (self.written - self.committed // STRIDE) / RING_ROWS
 
     def read(self, limit: int) -> Rows:
         first = self.position // STRIDE
         rows = np.zeros(min(limit, self.written - first), self._dtype)
         rows["s"]["cpu_seq"] = np.arange(first, first + len(rows))
+        rows["s"]["ts"] = 10**9
         self.position += STRIDE * len(rows)
-        self.taken += rows["s"]["cpu_seq"].tolist()
         return rows
 
     def commit(self, position: int) -> None:
-        assert self.committed < position <= self.position
+        assert self.committed <= position <= self.position
+        if position > self.committed:
+            self._log.append(("room", position))
         self.committed = position
 
 
-class SimpleEncoder:
+class IdEncoder:
+    """A message is the event's number."""
+
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         assert utc_offset_ns == UTC_OFFSET_NS
-        numbers: Any = batch.rows["s"]["cpu_seq"].astype(np.int64)
-        nothing = np.zeros(0, np.uint8)
-        return EncodedBatch(batch.stream, nothing, numbers, numbers, nothing, numbers, numbers, batch.end)
+        numbers = batch.rows["s"]["cpu_seq"].astype(">u8")
+        count = len(numbers)
+        ones = np.ones(count, np.int64)
+        payload = np.frombuffer(numbers.tobytes(), np.uint8)
+        return EncodedBatch(
+            batch.stream, payload, np.arange(count) * 8, ones * 8, np.frombuffer(b"k", np.uint8), ones * 0, ones
+        )
 
 
-@dataclass
-class Told:
-    delivered: int = 0
-    lost: Counter[str] = field(default_factory=Counter)
-    done: list[EncodedBatch] = field(default_factory=list)
+def ids(batch: EncodedBatch) -> list[int]:
+    return np.frombuffer(batch.packed(), ">u8").astype(int).tolist()
 
 
 class MemorySink:
@@ -58,135 +82,405 @@ class MemorySink:
     def __init__(self, most: int) -> None:
         self._most = most
         self.open: dict[str, list[list[Any]]] = {stream.name: [] for stream in STREAMS}
-        """For each batch in flight: the batch, and how many of its messages are."""
-        self._told: dict[str, Told] = {}
+        """For each batch in flight: the batch, how many of its messages are, and what it has lost."""
+        self.sent: list[int] = []
+        """Transmits, in order."""
+        self._told: dict[str, Outcome] = {}
 
     def room(self, stream: Stream) -> int:
-        return self._most - sum(left for _, left in self.open[stream.name])
+        return max(0, self._most - sum(left for _, left, _ in self.open[stream.name]))
+
+    def left(self, batch: EncodedBatch) -> int:
+        return sum(left for each, left, _ in self.open[batch.stream.name] if each is batch)
 
     def send(self, batch: EncodedBatch) -> None:
-        assert 0 < len(batch) <= self.room(batch.stream)
-        self.open[batch.stream.name].append([batch, len(batch)])
+        self.open[batch.stream.name].append([batch, len(batch), Counter()])
+        if batch.stream == TRANSMITS:
+            self.sent += ids(batch)
 
-    def settle(self, stream: Stream, index: int, count: int, reason: str | None) -> None:
+    def settle(self, stream: Stream, index: int, count: int, reason: str | None = None) -> None:
         """Let `count` messages of the batch `index` be delivered, or lost."""
         flight = self.open[stream.name][index]
-        told = self._told.setdefault(stream.name, Told())
+        told = self._told.setdefault(stream.name, Outcome())
         flight[1] -= count
         if reason is None:
             told.delivered += count
         else:
             told.lost[reason] += count
+            flight[2][reason] += count
         if flight[1] == 0:
-            told.done.append(flight[0])
+            told.done.append((flight[0], flight[2]))
             del self.open[stream.name][index]
 
-    def poll(self) -> Mapping[str, Told]:
+    def take_all(self) -> None:
+        """Let all be delivered."""
+        for stream in STREAMS:
+            while self.open[stream.name]:
+                self.settle(stream, 0, self.open[stream.name][0][1])
+
+    def poll(self) -> Mapping[str, Outcome]:
         told, self._told = self._told, {}
         return told
 
 
+class FullDisk(Disk):
+    """Has room unless it is told otherwise."""
+
+    full = False
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(descriptor, data)
+
+
+class Waits:
+    def __init__(self) -> None:
+        self.resets = 0
+
+    def next(self) -> float:
+        return WAIT_S
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
 class Setup:
-    def __init__(self, most: int) -> None:
-        self.rings = {stream.name: MemoryRing(stream) for stream in STREAMS}
+    def __init__(self, folder: Folder | None = None, *, most: int = 1 << 20) -> None:
+        self.log: list[tuple[str, Any]] = []
+        """Accounts that were written, and positions before which rings got their room back, in order."""
+        self.now_s = 100.0
         self.sink = MemorySink(most)
-        self.paths = {stream.name: Path(stream, self.rings[stream.name], SimpleEncoder()) for stream in STREAMS}
-        self.pipeline = Pipeline(list(self.paths.values()), self.sink, lambda: UTC_OFFSET_NS)
+        self.disk = FullDisk()
+        self.waits = Waits()
+        self.folder = folder
+        self.ledger_errno = 0
+        self.rings = {stream.name: MemoryRing(stream, self.log) for stream in STREAMS}
+        self.spools = {stream.name: self.spool(stream) for stream in STREAMS if folder}
+        self.paths = {stream.name: self.path(stream) for stream in STREAMS}
+        self.ages: list[tuple[float, int]] = []
+        self.pipeline = Pipeline(
+            list(self.paths.values()),
+            self.sink,
+            lambda: self.now_s,
+            lambda: UTC_OFFSET_NS,
+            lambda seconds, count: self.ages.append((seconds, count)),
+        )
+
+    def spool(self, stream: Stream) -> Spool:
+        assert self.folder
+        moment = lambda: Moment("boot", self.now_s, self.now_s)  # noqa: E731
+        spool = Spool(self.folder / stream.name, stream, SCHEMA, moment, max_bytes=1 << 20, disk=self.disk)
+        spool.open()
+        return spool
+
+    def path(self, stream: Stream) -> Path:
+        stores = Stores(self.spools.get(stream.name), self.write_account, self.waits, AFTER_S)
+        return Path(stream, self.rings[stream.name], IdEncoder(), stores, Account("ring"))
+
+    def write_account(self, account: Account) -> None:
+        if self.ledger_errno:
+            raise OSError(self.ledger_errno, os.strerror(self.ledger_errno))
+        self.log.append(("books", account))
+
+    @property
+    def ring(self) -> MemoryRing:
+        return self.rings["transmit"]
+
+    @property
+    def transmits(self) -> Path:
+        return self.paths["transmit"]
+
+    @property
+    def files(self) -> list[str]:
+        assert self.folder
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*.avro"))
+
+    def arrive(self, count: int) -> None:
+        self.ring.written += count
+        self.pipeline.step()
+
+    def pass_time(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.pipeline.step()
+
+    def assert_balanced(self) -> None:
+        for name, path in self.paths.items():
+            under_way = sum(left for _, left, _ in self.sink.open[name])
+            assert path.taken + path.carried == path.delivered + path.lost.total() + path.spooled + under_way
 
 
-def first_open(setup: Setup, stream: Stream) -> int:
-    """Return the ring position of the first row that is not done."""
-    flights = setup.sink.open[stream.name]
-    if not flights:
-        return setup.rings[stream.name].position
-    return min(int(batch.starts[0]) for batch, _ in flights) * STRIDE
+def test_while_kafka_takes_them_events_go_to_it_and_nothing_is_on_disk(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path)
+    for _ in range(3):
+        setup.arrive(5)
+        setup.now_s += 1
+        setup.sink.take_all()
+        setup.pipeline.step()
+        setup.pass_time(10 * AFTER_S)
 
-
-actions = st.one_of(
-    st.tuples(st.just("write"), st.sampled_from(STREAMS), st.integers(1, 9)),
-    st.tuples(st.just("step")),
-    st.tuples(
-        st.just("settle"),
-        st.sampled_from(STREAMS),
-        st.integers(0, 99),
-        st.integers(1, 9),
-        st.sampled_from([None, None, "too_large", "refused"]),
-    ),
-)
-
-
-@given(st.integers(1, 12), st.lists(actions, max_size=60))
-def test_room_goes_back_in_order_and_every_event_is_counted_once(most: int, steps: list[Any]) -> None:
-    setup = Setup(most)
-    settled: dict[str, Counter[str | None]] = {stream.name: Counter() for stream in STREAMS}
-    for action, *arguments in steps:
-        if action == "write":
-            stream, count = arguments
-            setup.rings[stream.name].written += count
-        elif action == "settle":
-            stream, index, count, reason = arguments
-            flights = setup.sink.open[stream.name]
-            if flights:
-                index %= len(flights)
-                count = min(count, flights[index][1])
-                setup.sink.settle(stream, index, count, reason)
-                settled[stream.name][reason] += count
-        else:
-            setup.pipeline.step()
-            for stream in STREAMS:
-                ring, path = setup.rings[stream.name], setup.paths[stream.name]
-                assert ring.committed == first_open(setup, stream)
-                assert path.delivered == settled[stream.name][None]
-                lost = {reason: count for reason, count in settled[stream.name].items() if reason is not None}
-                assert dict(path.lost) == lost
-
-    for stream in STREAMS:
-        ring = setup.rings[stream.name]
-        assert ring.taken == list(range(ring.position // STRIDE))  # each row once, in order
-        flying = sum(left for _, left in setup.sink.open[stream.name])
-        assert len(ring.taken) == settled[stream.name].total() + flying
+    assert setup.sink.sent == list(range(15))
+    assert setup.ring.committed == 15 * STRIDE
+    assert (setup.transmits.delivered, setup.transmits.spooling, setup.files) == (15, False, [])
+    assert setup.ages == [(100.0, 5), (121.0, 5), (142.0, 5)]
 
 
 def test_a_stream_without_room_stays_in_its_ring_and_the_other_goes_on() -> None:
-    setup = Setup(3)
+    setup = Setup(most=3)
     setup.rings["transmit"].written, setup.rings["retransmit"].written = 5, 2
     setup.pipeline.step()
-    setup.sink.settle(RETRANSMITS, 0, 2, None)
+    setup.sink.settle(RETRANSMITS, 0, 2)
     setup.rings["retransmit"].written += 2
     setup.pipeline.step()
     setup.pipeline.step()
 
-    assert setup.rings["transmit"].position == 3 * STRIDE
-    assert setup.rings["transmit"].committed == 0
+    assert (setup.ring.position, setup.ring.committed) == (3 * STRIDE, 0)
     assert setup.rings["retransmit"].position == 4 * STRIDE
     assert setup.rings["retransmit"].committed == 2 * STRIDE
     setup.sink.settle(TRANSMITS, 0, 3, "refused")
     setup.pipeline.step()
-    assert setup.rings["transmit"].committed == 3 * STRIDE
+    assert setup.ring.committed == 3 * STRIDE
+    assert setup.transmits.lost == {"refused": 3}
     setup.pipeline.step()
-    assert setup.rings["transmit"].position == 5 * STRIDE
+    assert setup.ring.position == 5 * STRIDE
 
 
 def test_a_batch_behind_one_that_is_not_done_gives_no_room_back() -> None:
-    setup = Setup(100)
+    setup = Setup()
     for _ in range(3):
-        setup.rings["transmit"].written += 2
-        setup.pipeline.step()
-    setup.sink.settle(TRANSMITS, 2, 2, None)
-    setup.sink.settle(TRANSMITS, 1, 2, None)
-    setup.sink.settle(TRANSMITS, 0, 1, None)
+        setup.arrive(2)
+    setup.sink.settle(TRANSMITS, 2, 2)
+    setup.sink.settle(TRANSMITS, 1, 2)
+    setup.sink.settle(TRANSMITS, 0, 1)
     setup.pipeline.step()
-    assert setup.rings["transmit"].committed == 0
+    assert (setup.ring.committed, setup.transmits.delivered) == (0, 5)
 
-    setup.sink.settle(TRANSMITS, 0, 1, None)
+    setup.sink.settle(TRANSMITS, 0, 1)
     setup.pipeline.step()
-    assert setup.rings["transmit"].committed == 6 * STRIDE
+    assert setup.ring.committed == 6 * STRIDE
 
 
 def test_step_says_whether_more_is_likely_to_wait() -> None:
-    setup = Setup(1 << 20)
+    setup = Setup()
     assert not setup.pipeline.step()
-    setup.rings["transmit"].written = 4096 + 5
+    setup.ring.written = 4096 + 5
     assert setup.pipeline.step()
     assert not setup.pipeline.step()
-    assert setup.rings["transmit"].position == (4096 + 5) * STRIDE
+    assert setup.ring.position == (4096 + 5) * STRIDE
+
+
+def test_what_kafka_does_not_take_goes_to_disk_and_when_that_is_empty_events_go_to_kafka_again(
+    tmp_path: Folder,
+) -> None:
+    setup = Setup(tmp_path)
+    setup.arrive(5)
+    setup.pass_time(AFTER_S)
+    assert (setup.files, setup.ring.committed) == ([], 0)
+    setup.pass_time(0.1)
+    assert (len(setup.files), setup.ring.committed) == (1, 5 * STRIDE)
+    setup.arrive(3)
+    setup.arrive(4)
+    assert setup.transmits.spooling
+    assert setup.ring.committed == 12 * STRIDE
+    setup.assert_balanced()
+
+    setup.sink.take_all()
+    setup.pipeline.step()
+    assert not setup.files
+    setup.pipeline.step()
+    assert not setup.transmits.spooling
+    setup.arrive(2)
+    assert setup.sink.sent == list(range(14)), "each once, in order"
+    assert (setup.files, setup.ring.committed) == ([], 12 * STRIDE)
+    setup.sink.take_all()
+    setup.pipeline.step()
+    assert (setup.transmits.delivered, setup.ring.committed) == (14, 14 * STRIDE)
+
+
+def test_new_events_wait_behind_those_on_disk_for_as_long_as_kafka_has_no_room(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path, most=4)
+    setup.arrive(4)
+    setup.pass_time(2 * AFTER_S)
+    for _ in range(3):
+        setup.arrive(4)
+    assert setup.sink.sent == [0, 1, 2, 3]
+    assert setup.transmits.spooled == 12
+    while setup.sink.open["transmit"]:
+        setup.sink.take_all()
+        setup.arrive(1 if setup.ring.written < 20 else 0)
+        setup.assert_balanced()
+
+    assert setup.sink.sent == list(range(20))
+    setup.pipeline.step()
+    assert not setup.files
+
+
+@pytest.mark.parametrize(("rows", "most", "spools"), [(500, 10, False), (501, 10, True), (501, 1 << 20, False)])
+def test_a_ring_that_is_half_full_goes_to_disk_at_once_unless_kafka_has_room(
+    tmp_path: Folder, rows: int, most: int, spools: bool
+) -> None:
+    setup = Setup(tmp_path, most=most)
+    setup.arrive(10)
+    setup.arrive(rows - 10)
+    assert setup.transmits.spooling == spools
+    assert bool(setup.files) == spools
+    setup.assert_balanced()
+
+
+def test_on_a_full_disk_events_stay_in_the_ring_until_there_is_room(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path, most=5)
+    setup.disk.full = True
+    setup.arrive(5)
+    setup.pass_time(2 * AFTER_S)
+    setup.arrive(6)
+    assert setup.transmits.spool_trouble == "No space left on device"
+    assert (setup.ring.committed, setup.ring.position, setup.files) == (0, 5 * STRIDE, [])
+
+    setup.disk.full = False
+    setup.pass_time(WAIT_S / 2)
+    assert not setup.files, "not before the wait is over"
+    setup.pass_time(WAIT_S / 2)
+    assert (setup.ring.committed, len(setup.files)) == (11 * STRIDE, 1)
+    assert (setup.transmits.spool_trouble, setup.waits.resets) == ("", 1)
+    setup.assert_balanced()
+    while setup.sink.open["transmit"]:
+        setup.sink.take_all()
+        setup.pipeline.step()
+    assert setup.sink.sent == list(range(11))
+
+
+def test_with_a_full_disk_kafka_gets_what_it_takes_straight_from_the_ring(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path, most=5)
+    setup.disk.full = True
+    setup.arrive(12)
+    setup.pass_time(2 * AFTER_S)
+    for _ in range(6):
+        setup.sink.take_all()
+        setup.pipeline.step()
+
+    assert setup.sink.sent == list(range(12))
+    assert setup.transmits.delivered == 12
+
+
+def test_one_stream_waits_on_disk_while_the_other_goes_to_kafka(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path)
+    for _ in range(4):
+        setup.rings["retransmit"].written += 3
+        setup.arrive(5)
+        for _ in setup.sink.open["retransmit"]:
+            setup.sink.settle(RETRANSMITS, 0, 3)
+        setup.pass_time(AFTER_S * 0.9)
+
+    assert [path.spooling for path in setup.paths.values()] == [True, False]
+    assert {file.split("/")[0] for file in setup.files} == {"transmit"}
+    assert (setup.paths["retransmit"].delivered, setup.transmits.delivered) == (12, 0)
+    assert setup.ring.committed == 20 * STRIDE
+    setup.assert_balanced()
+
+
+def test_the_books_are_written_before_room_is_given_back_and_files_go(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path)
+    setup.arrive(5)
+    setup.pass_time(2 * AFTER_S)
+    setup.sink.settle(TRANSMITS, 0, 2, "REFUSED")
+    setup.arrive(3)
+
+    (books, first), (room, _), (_, second), *_ = setup.log
+    assert (books, room) == ("books", "room")
+    assert first == Account("ring", 5 * STRIDE, 0, {}, acked=0, end=5)
+    assert second == Account("ring", 8 * STRIDE, 0, {}, acked=0, end=8), "losses of what may be sent again are not yet"
+    setup.log.clear()
+    setup.ledger_errno = errno.EROFS
+    setup.sink.take_all()
+    setup.pipeline.step()
+    assert setup.transmits.ledger_trouble == "Read-only file system"
+    assert setup.files, "the ledger does not say that they are done"
+
+    setup.ledger_errno = 0
+    setup.pipeline.step()
+    setup.sink.take_all()
+    setup.pipeline.step()
+    assert setup.log[-1] == ("books", Account("ring", 8 * STRIDE, 0, {"REFUSED": 2}, acked=8, end=8))
+    assert (setup.files, setup.transmits.ledger_trouble) == ([], "")
+
+
+def test_losses_are_in_the_books_before_the_room_of_what_is_lost_is_given_back() -> None:
+    setup = Setup()
+    setup.arrive(5)
+    setup.sink.settle(TRANSMITS, 0, 5, "REFUSED")
+    setup.pipeline.step()
+
+    assert setup.log == [("books", Account("ring", 5 * STRIDE, 0, {"REFUSED": 5})), ("room", 5 * STRIDE)]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_at_a_stop_all_is_put_by_if_the_disk_takes_it(tmp_path: Folder, full: bool) -> None:
+    setup = Setup(tmp_path, most=5)
+    setup.disk.full = full
+    setup.arrive(5)
+    setup.ring.written = 12
+    assert setup.pipeline.put_all_by() == (not full)
+    setup.sink.settle(TRANSMITS, 0, 2)
+    setup.pipeline.settle()
+    unread = setup.ring.written - setup.ring.records_before
+    spooled, in_ring = setup.transmits.end(setup.sink, unread, ring_stays=True)
+
+    assert (spooled, in_ring) == ((0, 10) if full else (10, 0))
+    assert setup.ring.committed == (0 if full else 12 * STRIDE)
+    assert not setup.transmits.lost
+
+
+def test_without_a_spool_and_a_ring_that_stays_what_is_left_at_a_stop_is_lost() -> None:
+    setup = Setup(most=5)
+    setup.arrive(12)
+    assert not setup.pipeline.put_all_by()
+    setup.sink.settle(TRANSMITS, 0, 2)
+    setup.pipeline.settle()
+
+    assert setup.transmits.end(setup.sink, 7, ring_stays=False) == (0, 0)
+    assert setup.transmits.lost == {"stopped": 3 + 7}
+    assert setup.log[-1] == ("books", Account("ring", 0, 0, {"stopped": 10}))
+
+
+def spool_with(folder: Folder, count: int, ring: str) -> Spool:
+    """Return a spool that holds `count` events, put there before position STRIDE * count of a ring."""
+    spool = Spool(folder, TRANSMITS, SCHEMA, lambda: Moment("boot", 0, 0), max_bytes=1 << 20)
+    spool.open()
+    rows = np.zeros(count, TRANSMITS.dtype)
+    spool.append(IdEncoder().encode(Batch(TRANSMITS, rows), UTC_OFFSET_NS), ring, STRIDE * count)
+    spool.close()
+    again = Spool(folder, TRANSMITS, SCHEMA, lambda: Moment("boot", 0, 0), max_bytes=1 << 20)
+    again.open()
+    return again
+
+
+@pytest.mark.parametrize(
+    ("account", "committed", "resumed"),
+    [
+        (Account("ring", 7 * STRIDE, 2, {"a": 1}, 0, 7), 7, Account("ring", 7 * STRIDE, 2, {"a": 1}, 0, 7)),
+        # The batch is in the spool; the crash came before the ledger, or between it and the ring.
+        (Account("ring", 3 * STRIDE, 2, {}, 0, 0), 3, Account("ring", 7 * STRIDE, 2, {}, 0, 7)),
+        (Account("ring", 9 * STRIDE, 0, {}, 0, 7), 3, Account("ring", 9 * STRIDE, 0, {}, 0, 7)),
+        # A new ring: what waits was not in it, and other rings' losses are not its.
+        (Account("another", 3 * STRIDE, 2, {"a": 1}, 0, 7), 0, Account("ring", 0, 7, {}, 0, 7)),
+        (None, 0, Account("ring", 0, 7, {}, 0, 7)),
+        # A ring that was kept, and a ledger that was not.
+        (None, 4, Account("ring", 4 * STRIDE, 3, {}, 0, 7)),
+    ],
+)
+def test_a_start_goes_on_from_the_latest_of_ledger_spool_and_ring(
+    tmp_path: Folder, account: Account | None, committed: int, resumed: Account
+) -> None:
+    spool = spool_with(tmp_path, 7, "another" if account is None or account.ring == "another" else "ring")
+    ring = MemoryRing(TRANSMITS, [])
+    ring.written = 20
+    ring.position = ring.committed = committed * STRIDE
+
+    assert resume(account, "ring", ring, spool, spool.last) == resumed
+    assert ring.position == ring.committed == resumed.position
+
+
+def test_a_spool_that_is_gone_is_counted_as_damaged() -> None:
+    ring = MemoryRing(TRANSMITS, [])
+    account = Account("ring", 0, 9, {"spool_damaged": 1}, acked=2, end=9, gone=3)
+    assert resume(account, "ring", ring, None, None) == Account("ring", 0, 9, {"spool_damaged": 1 + 4})
