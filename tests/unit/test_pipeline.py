@@ -349,6 +349,20 @@ def test_on_a_full_disk_events_stay_in_the_ring_until_there_is_room(tmp_path: Fo
     assert setup.sink.sent == list(range(11))
 
 
+def test_rows_that_the_disk_did_not_take_are_read_again(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path)
+    setup.arrive(5)
+    setup.pass_time(2 * AFTER_S)
+    setup.disk.full = True
+    setup.arrive(3)
+    assert (setup.ring.position, setup.ring.committed) == (5 * STRIDE, 5 * STRIDE)
+    setup.disk.full = False
+    assert setup.pipeline.put_all_by(), "a stop waits for nothing"
+    assert setup.ring.committed == 8 * STRIDE
+    setup.pipeline.step()
+    assert setup.sink.sent == list(range(8))
+
+
 def test_with_a_full_disk_kafka_gets_what_it_takes_straight_from_the_ring(tmp_path: Folder) -> None:
     setup = Setup(tmp_path, most=5)
     setup.disk.full = True
@@ -411,6 +425,22 @@ def test_losses_are_in_the_books_before_the_room_of_what_is_lost_is_given_back()
     setup.pipeline.step()
 
     assert setup.log == [("books", Account("ring", 5 * STRIDE, 0, {"REFUSED": 5})), ("room", 5 * STRIDE)]
+
+
+@pytest.mark.parametrize("spool", [False, True])
+def test_losses_of_a_batch_that_may_come_again_after_a_crash_are_not_in_the_books_yet(
+    tmp_path: Folder, spool: bool
+) -> None:
+    setup = Setup(tmp_path if spool else None)
+    setup.arrive(5)
+    setup.sink.settle(TRANSMITS, 0, 2, "REFUSED")
+    setup.arrive(5)
+    setup.sink.settle(TRANSMITS, 1, 5, "REFUSED")
+    setup.paths["transmit"].lose("old_ring", 4)
+    setup.pipeline.step()
+
+    assert setup.transmits.lost == {"REFUSED": 7, "old_ring": 4}
+    assert setup.log == [("books", Account("ring", 0, 0, {"old_ring": 4}))]
 
 
 @pytest.mark.parametrize("full", [False, True])
