@@ -175,7 +175,7 @@ def _parse(stream: Stream, data: bytes) -> Spooled:
         size = zstandard.frame_content_size(data)
         if not 0 < size <= _MOST_BLOCK_BYTES:
             raise DamagedError("no frame")
-        raw = zstandard.ZstdDecompressor().decompress(data)
+        raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise DamagedError(str(error)) from error
     file = io.BytesIO(raw)
