@@ -1,6 +1,9 @@
 """A producer in trouble: traffic of which everything is known goes on while its Kafka fails, and is counted after."""
 
+import json
+import re
 import threading
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +21,7 @@ from tests.wire import Segment, sniffed
 EventId = tuple[str, int, int]
 
 # Room for all traffic of a test, should nothing but the ring keep it.
-CAPTURE = f"[capture]\ntransmit_ring_bytes = {1 << 26}\n"
+CAPTURE = f'[capture]\ntransmit_ring_bytes = {1 << 26}\n[metrics]\nlisten = "127.0.0.1:0"\n'
 
 
 @dataclass(slots=True)
@@ -67,9 +70,22 @@ class Scene:
         target = len(self.segments)
         wait_until("the topic has all", lambda: len(once(self.events())) >= target)
 
+    def reasons(self) -> list[str]:
+        """Return why the producer says that it is degraded; none where it says that all is well."""
+        url = json.loads((self.run.state_dir / "agent.json").read_text())["status_url"]
+        with urllib.request.urlopen(f"{url}/readyz", timeout=10) as response:
+            answer: dict[str, Any] = json.load(response)
+        assert (answer["state"] == "degraded") == bool(answer["reasons"]), answer
+        return list(answer["reasons"])
+
+    def wait_for_reason(self, pattern: str) -> None:
+        """Wait until the producer's health says it."""
+        wait_until(f"{pattern} in its health", lambda: re.search(pattern, "\n".join(self.reasons())))
+
     def finish(self) -> None:
-        """Stop the producer once everything is delivered; without that, a stop would have to wait for it."""
+        """Stop the producer once everything is delivered and its health is good again."""
         self.wait_for_delivery()
+        wait_until("its health is good", lambda: not self.reasons())
         self.balance = self.run.finish()
 
     def assert_nothing_is_missing(self, delivered_before: tuple[topics.Event, ...] = ()) -> None:
