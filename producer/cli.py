@@ -339,7 +339,7 @@ def spool_replay(
 @click.option("--yes", is_flag=True, help="Really: it is gone for good.")
 @_json
 def spool_drop(config: Path | None, state_dir: Path | None, quarantine: bool, yes: bool, as_json: bool) -> None:
-    """Give up what waits, while no producer runs; the next balance has it as lost."""
+    """Give up what waits, while no producer runs; the account has it as lost."""
     from producer import replay
 
     if not yes:
