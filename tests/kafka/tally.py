@@ -24,6 +24,8 @@ class Tally:
     """Bytes of payload by the sender's port, without what was sent again."""
     inversions: int = 0
     """Events that are older than one of their flow before them; copies do not count."""
+    sample: dict[str, Any] = field(default_factory=dict)
+    """The first event that is older."""
 
     @property
     def events(self) -> int:
@@ -37,9 +39,9 @@ class Tally:
 
     def assert_whole(self, sent: dict[int, int]) -> None:
         """Check that nothing is missing, neither of the numbers nor of what was `sent`, by the sender's port."""
-        assert self.missing == 0
+        found = {"missing": self.missing, "inversions": self.inversions}
+        assert found == {"missing": 0, "inversions": 0}, self.sample
         assert {port: self.payload[port] for port in sent} == sent
-        assert self.inversions == 0
 
 
 def tally(bootstrap: str, prefix: str) -> Tally:
@@ -54,7 +56,9 @@ def tally(bootstrap: str, prefix: str) -> Tally:
             counted.copies += 1
             continue
         numbers.add(record["cpu_seq"])
-        counted.inversions += record["ts_ns"] < latest.get(message.key, 0)
+        if record["ts_ns"] < latest.get(message.key, 0):
+            counted.inversions += 1
+            counted.sample = counted.sample or {**record, "latest": latest[message.key], "offset": message.offset}
         latest[message.key] = max(record["ts_ns"], latest.get(message.key, 0))
         if not record["is_retransmit"]:
             counted.payload[record["sport"]] += record["payload_len"]

@@ -5,30 +5,25 @@ Traffic is steady, so much a second that a ring does not hold what an outage nee
 which says what it has sent, and the kernel's numbers in the topic, read by kcat.
 """
 
-import json
 import os
 import subprocess
 import threading
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.kafka.faults import assert_accounted, rss_anon_kb
-from tests.kafka.rebpf import Run, rebpf, wait_until
+from tests.kafka.rebpf import wait_until
+from tests.kafka.steady import PARTITIONS, SteadyScene, outage
 from tests.kafka.tally import tally
-from tests.kafka.topics import TRANSMIT
 from tests.kafka.traffic import Steady
 from tests.servers.kafka import KafkaServer
-from tests.servers.process import free_port
 
 pytestmark = [pytest.mark.root, pytest.mark.real_kafka, pytest.mark.timeout(400)]
 
-PARTITIONS = 4
 SENDS = 6000  # a second; with the acknowledgements some 10,000 segments
 
 
@@ -39,77 +34,8 @@ def mortal(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> I
         yield server
 
 
-class Scene:
-    """A producer of steady traffic; `config` is added to its configuration."""
-
-    def __init__(self, folder: Path, kafka: KafkaServer, config: str = "") -> None:
-        self.prefix = f"{folder.name[-40:]}."
-        self.kafka = kafka
-        self.port = free_port()
-        self._folder = folder
-        self._config = f'[kafka]\ntopic_prefix = "{self.prefix}"\n[metrics]\nlisten = "127.0.0.1:0"\n{config}'
-        (folder / "init.toml").write_text(self._config)
-        arguments = ["--brokers", kafka.bootstrap, "--partitions", PARTITIONS, "--config", folder / "init.toml"]
-        done = rebpf("init", *arguments)
-        assert done.returncode == 0, done.stderr
-        self.run = self.start()
-
-    @property
-    def state(self) -> Path:
-        return self.run.state_dir
-
-    def start(self) -> Run:
-        """Start the producer, again with the same state."""
-        self.run = Run(self._folder, "--brokers", self.kafka.bootstrap, "--port", self.port, config=self._config)
-        self.run.ready()
-        return self.run
-
-    def status(self) -> dict[str, Any]:
-        """Ask the producer how it is."""
-        facts = json.loads((self.state / "agent.json").read_text())
-        with urllib.request.urlopen(f"{facts['status_url']}/status", timeout=10) as answer:
-            status: dict[str, Any] = json.load(answer)
-        return status
-
-    def account(self) -> dict[str, Any]:
-        """Ask for the balance of transmits."""
-        (stream,) = (each for each in self.status()["streams"] if each["topic"] == self.prefix + TRANSMIT)
-        return {**stream, "lost": {loss["reason"]: loss["count"] for loss in stream["lost"]}}
-
-    def wait_for(self, what: str, least: int) -> None:
-        """Wait until so many events are in one place of the balance."""
-        wait_until(f"{least} {what}", lambda: self.account()[what] >= least)
-
-    def wait_for_delivery(self) -> None:
-        """Wait until the spool is empty, and Kafka has taken up again."""
-        wait_until("nothing waits", lambda: self.account()["spooled"] == 0 and self.status()["state"] == "ok")
-
-    def end_on_each_cpu(self) -> None:
-        """Send a little on each CPU, behind all that may be lost: what is lost last of all leaves no gap."""
-        for cpu in os.sched_getaffinity(0):
-            with Steady(self.port, 100, cpu) as traffic:
-                self.wait_for("delivered", self.account()["delivered"] + 50)
-                traffic.stop()
-
-    def finish(self) -> dict[str, Any]:
-        """Stop the producer, and return the balance of transmits."""
-        balance: dict[str, Any] = self.run.finish()[self.prefix + TRANSMIT]
-        assert_accounted(balance)
-        return balance
-
-
-@contextmanager
-def outage(kafka: KafkaServer) -> Iterator[None]:
-    """No broker is there, until the context is left."""
-    kafka.kill()
-    try:
-        yield
-    finally:
-        kafka.start()
-
-
 def test_an_outage_costs_nothing_keeps_the_order_and_takes_no_memory(mortal, tmp_path):
-    scene = Scene(tmp_path, mortal)
+    scene = SteadyScene(tmp_path, mortal)
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 20_000)
         with outage(mortal):
@@ -130,7 +56,7 @@ def test_an_outage_costs_nothing_keeps_the_order_and_takes_no_memory(mortal, tmp
 
 
 def test_the_balance_holds_at_every_sample_while_brokers_come_and_go(mortal, tmp_path):
-    scene = Scene(tmp_path, mortal, "[spool]\nafter_s = 0.2\n")
+    scene = SteadyScene(tmp_path, mortal, "[spool]\nafter_s = 0.2\n")
     samples: list[dict[str, Any]] = []
     done = threading.Event()
 
@@ -161,7 +87,7 @@ def test_the_balance_holds_at_every_sample_while_brokers_come_and_go(mortal, tmp
 
 
 def test_a_stop_during_an_outage_leaves_what_waits_to_the_next_start(mortal, tmp_path):
-    scene = Scene(tmp_path, mortal, "[spool]\nafter_s = 0.5\n")
+    scene = SteadyScene(tmp_path, mortal, "[spool]\nafter_s = 0.5\n")
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -184,7 +110,7 @@ def test_a_stop_during_an_outage_leaves_what_waits_to_the_next_start(mortal, tmp
 
 
 def test_kill_9_during_an_outage_leaves_what_waits_on_disk_to_the_next_start(mortal, tmp_path):
-    scene = Scene(tmp_path, mortal, "[spool]\nafter_s = 0.5\n")
+    scene = SteadyScene(tmp_path, mortal, "[spool]\nafter_s = 0.5\n")
     with Steady(scene.port, SENDS) as traffic, outage(mortal):
         scene.wait_for("spooled", 20_000)
         traffic.stop()
@@ -200,7 +126,7 @@ def test_kill_9_during_an_outage_leaves_what_waits_on_disk_to_the_next_start(mor
     assert balance["carried"] == balance["delivered"] == before["passed"]
 
 
-def gaps_are_what_is_lost(scene: Scene, mortal: KafkaServer, reason: str) -> None:
+def gaps_are_what_is_lost(scene: SteadyScene, mortal: KafkaServer, reason: str) -> None:
     scene.end_on_each_cpu()
     balance = scene.finish()
     counted = tally(mortal.bootstrap, scene.prefix)
@@ -212,7 +138,7 @@ def gaps_are_what_is_lost(scene: Scene, mortal: KafkaServer, reason: str) -> Non
 
 def test_with_a_ring_too_small_what_is_lost_is_what_consumers_see_as_gaps(mortal, tmp_path):
     none = "[spool]\ntransmit_bytes = 0\n[capture]\ntransmit_ring_bytes = 65536\n"
-    scene = Scene(tmp_path, mortal, none)
+    scene = SteadyScene(tmp_path, mortal, none)
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -223,7 +149,7 @@ def test_with_a_ring_too_small_what_is_lost_is_what_consumers_see_as_gaps(mortal
 
 
 def test_a_spool_that_keeps_the_new_gives_up_the_oldest_and_says_how_many(mortal, tmp_path):
-    scene = Scene(tmp_path, mortal, '[spool]\nkeep = "new"\ntransmit_bytes = 2097152\nafter_s = 0.5\n')
+    scene = SteadyScene(tmp_path, mortal, '[spool]\nkeep = "new"\ntransmit_bytes = 2097152\nafter_s = 0.5\n')
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -236,7 +162,7 @@ def test_a_spool_that_keeps_the_new_gives_up_the_oldest_and_says_how_many(mortal
 
 def test_a_spool_that_keeps_the_old_leaves_the_new_to_the_ring(mortal, tmp_path):
     small = "[spool]\ntransmit_bytes = 1048576\nafter_s = 0.5\n[capture]\ntransmit_ring_bytes = 524288\n"
-    scene = Scene(tmp_path, mortal, small)
+    scene = SteadyScene(tmp_path, mortal, small)
     with Steady(scene.port, SENDS) as traffic:
         with outage(mortal):
             wait_until("the ring is full", lambda: scene.account()["lost"].get("ring_full", 0) > 5000)
@@ -271,7 +197,7 @@ def on(disk: Path, folder: Path) -> None:
 
 def test_disk_full_during_an_outage_is_counted_and_recovers_by_itself(mortal, small_disk, tmp_path):
     on(small_disk, tmp_path)
-    scene = Scene(tmp_path, mortal, SMALL_RING)
+    scene = SteadyScene(tmp_path, mortal, SMALL_RING)
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -315,7 +241,7 @@ def break_disk(folder: Path) -> None:
 
 def test_disk_read_only_during_an_outage_is_counted_and_kafka_gets_the_rest(mortal, breakable_disk, tmp_path):
     on(breakable_disk, tmp_path)
-    scene = Scene(tmp_path, mortal, SMALL_RING)
+    scene = SteadyScene(tmp_path, mortal, SMALL_RING)
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -330,7 +256,7 @@ def test_disk_read_only_during_an_outage_is_counted_and_kafka_gets_the_rest(mort
 
 
 def test_spool_damaged_is_passed_over_counted_and_set_aside(mortal, tmp_path):
-    scene = Scene(tmp_path, mortal, "[spool]\nafter_s = 0.5\n")
+    scene = SteadyScene(tmp_path, mortal, "[spool]\nafter_s = 0.5\n")
     with Steady(scene.port, SENDS) as traffic, outage(mortal):
         scene.wait_for("spooled", 60_000)
         traffic.stop()

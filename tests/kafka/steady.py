@@ -1,0 +1,91 @@
+"""A producer under steady traffic, and what it says of itself while Kafka comes and goes."""
+
+import json
+import os
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.kafka.faults import assert_accounted
+from tests.kafka.rebpf import Run, rebpf, wait_until
+from tests.kafka.topics import TRANSMIT
+from tests.kafka.traffic import Steady
+from tests.servers.kafka import KafkaServer
+from tests.servers.process import free_port
+
+PARTITIONS = 4
+
+
+class SteadyScene:
+    """A producer of steady traffic; `config` is added to its configuration, and `pin` keeps its hooks."""
+
+    def __init__(self, folder: Path, kafka: KafkaServer, config: str = "", *, pin: Path | None = None) -> None:
+        self.prefix = f"{folder.name[-40:]}."
+        self.kafka = kafka
+        self.port = free_port()
+        self._folder = folder
+        self._pin = pin
+        self._config = f'[kafka]\ntopic_prefix = "{self.prefix}"\n[metrics]\nlisten = "127.0.0.1:0"\n{config}'
+        (folder / "init.toml").write_text(self._config)
+        arguments = ["--brokers", kafka.bootstrap, "--partitions", PARTITIONS, "--config", folder / "init.toml"]
+        done = rebpf("init", *arguments)
+        assert done.returncode == 0, done.stderr
+        self.run = self.start()
+
+    @property
+    def state(self) -> Path:
+        return self.run.state_dir
+
+    def start(self) -> Run:
+        """Start the producer, again with the same state."""
+        arguments: list[object] = ["--brokers", self.kafka.bootstrap, "--port", self.port]
+        if self._pin:
+            arguments += ["--pin", self._pin]
+        self.run = Run(self._folder, *arguments, config=self._config)
+        self.run.ready()
+        return self.run
+
+    def status(self) -> dict[str, Any]:
+        """Ask the producer how it is."""
+        facts = json.loads((self.state / "agent.json").read_text())
+        with urllib.request.urlopen(f"{facts['status_url']}/status", timeout=10) as answer:
+            status: dict[str, Any] = json.load(answer)
+        return status
+
+    def account(self) -> dict[str, Any]:
+        """Ask for the balance of transmits."""
+        (stream,) = (each for each in self.status()["streams"] if each["topic"] == self.prefix + TRANSMIT)
+        return {**stream, "lost": {loss["reason"]: loss["count"] for loss in stream["lost"]}}
+
+    def wait_for(self, what: str, least: int) -> None:
+        """Wait until so many events are in one place of the balance."""
+        wait_until(f"{least} {what}", lambda: self.account()[what] >= least)
+
+    def wait_for_delivery(self) -> None:
+        """Wait until the spool is empty, and Kafka has taken up again."""
+        wait_until("nothing waits", lambda: self.account()["spooled"] == 0 and self.status()["state"] == "ok")
+
+    def end_on_each_cpu(self) -> None:
+        """Send a little on each CPU, behind all that may be lost: what is lost last of all leaves no gap."""
+        for cpu in os.sched_getaffinity(0):
+            with Steady(self.port, 100, cpu) as traffic:
+                self.wait_for("delivered", self.account()["delivered"] + 50)
+                traffic.stop()
+
+    def finish(self) -> dict[str, Any]:
+        """Stop the producer, and return the balance of transmits."""
+        balance: dict[str, Any] = self.run.finish()[self.prefix + TRANSMIT]
+        assert_accounted(balance)
+        return balance
+
+
+@contextmanager
+def outage(kafka: KafkaServer) -> Iterator[None]:
+    """No broker is there, until the context is left."""
+    kafka.kill()
+    try:
+        yield
+    finally:
+        kafka.start()
