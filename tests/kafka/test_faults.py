@@ -501,28 +501,3 @@ def test_disk_full(kafka, small_disk):
 
     at.assert_nothing_is_missing()
     assert [*small_disk.glob("state/spool/transmit/*")] == [], "the disk is free again"
-
-
-def test_spool_damaged(kafka, tmp_path):
-    """What is damaged is counted and the file set aside, and everything else arrives."""
-    create_topics(kafka, "damaged.")
-    nowhere = f"127.0.0.1:{free_port()}"
-    with scene(tmp_path, kafka.bootstrap, "damaged.", brokers=nowhere, stop_timeout_s=0.1) as at:
-        with at.steady_traffic():
-            at.wait_for_more()
-        at.balance = at.run.finish()
-    (segment,) = tmp_path.glob("state/spool/transmit/*.avro")
-    with segment.open("r+b") as file:
-        file.seek(segment.stat().st_size // 2)
-        file.write(bytes(100))
-
-    with scene(tmp_path, kafka.bootstrap, "damaged.") as again:
-        again.run.wait_for("ERROR spool: .* events .* damaged and lost")
-        again.balance = again.run.finish()
-
-    events = list(once(at.events()).values())
-    assert not Counter(map(topics.segment, events)) - Counter(at.segments)
-    damaged = len(at.segments) - len(events)
-    assert 0 < damaged < len(at.segments)
-    again.assert_balance(delivered=len(events), lost={"spool_damaged": damaged})
-    assert len(list(tmp_path.glob("state/spool/transmit/*.damaged"))) == 1

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from producer.balance import stage
 from producer.events import CAUSES, STREAMS
 from producer.paths import SCHEMAS
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 FIELD = re.compile(r"\| `(\w+)` \| ([^|]+) \| (.*?)(?: \*\((\w+) only\)\*)? \|")
 
 
@@ -36,3 +38,21 @@ def test_events_md_explains_every_cause() -> None:
     section = (DOCS / "events.md").read_text().split("## Causes")[1].split("## Fields")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [*sorted(CAUSES, key=section.index)]
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(CAUSES)
+
+
+def test_delivery_md_names_tests_that_there_are() -> None:
+    section = (DOCS / "delivery.md").read_text().split("## Faults")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(test_\w+)` \|$", section, re.MULTILINE))
+    there = {
+        name for path in ROOT.glob("tests/*/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 20
+    assert named <= there
+
+
+def test_delivery_md_has_each_reason_at_its_stage() -> None:
+    section = (DOCS / "delivery.md").read_text().split("## The balance")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\w+) \| (.*) \|$", section, re.MULTILINE)
+    reasons = {reason: place for place, text in rows for reason in re.findall(r"`([a-z_]+)`", text)}
+    assert len(reasons) == 7
+    assert {reason: stage(reason) for reason in reasons} == reasons
