@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -35,6 +35,8 @@ from producer.streams import Quarantine, StreamBuilder, StreamParts
 logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 5.0
+_LAST_BEAT_S = 1.0
+_REPEAT_REASON_S = 60.0
 
 
 class Agent:
@@ -185,6 +187,7 @@ class _Run:
         while not stop.is_set() and time.monotonic() < end:
             between()
             self.pulse.step()
+            watch.tell(self.reporter.reasons())
             if watch.due():
                 watch.look(self.reporter.balances())
                 self._expire()
@@ -230,7 +233,8 @@ class _Run:
         if any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances.values()):
             pipeline.put_all_by()
         elif self.pulse.last():
-            while self.sink.beating and time.monotonic() < deadline:
+            until = min(deadline, time.monotonic() + _LAST_BEAT_S)
+            while self.sink.beating and time.monotonic() < until:
                 pipeline.settle()
                 time.sleep(0.01)
         final = {}
@@ -247,11 +251,27 @@ class _Run:
 
 
 class _Watch:
-    """Tells the operator of new losses, once in a while."""
+    """Tells the operator of new losses, and of what is not as it should be, once in a while."""
 
     def __init__(self) -> None:
         self._told: dict[Topic, Mapping[str, int]] = {}
+        self._reasons: dict[str, float] = {}
+        """What was not as it should be, and when the operator was told of it."""
+        self._well_from = 0.0
         self._next = 0.0
+
+    def tell(self, reasons: Sequence[str]) -> None:
+        """Log each reason when it comes, again now and then while it is there, and when all are gone for a while."""
+        now = time.monotonic()
+        if reasons:
+            self._well_from = now + _WATCH_INTERVAL_S
+        for reason in reasons:
+            if now >= self._reasons.get(reason, 0.0) + _REPEAT_REASON_S:
+                self._reasons[reason] = now
+                logger.warning("degraded: %s", reason)
+        if self._reasons and now >= self._well_from:
+            self._reasons.clear()
+            logger.info("all is as it should be again")
 
     def due(self) -> bool:
         """Whether it is time."""

@@ -65,6 +65,11 @@ _PASSING = frozenset({
     "TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED", "KAFKA_STORAGE_ERROR",
 })  # fmt: skip
 _REPEAT_TROUBLE_S = 30.0
+_HINTS = {
+    "_ALL_BROKERS_DOWN": "none answers at kafka.brokers, or they want another security.protocol",
+    "_AUTHENTICATION": "the brokers refuse the credentials",
+    "_SSL": "a certificate is not accepted",
+}
 
 
 def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
@@ -172,7 +177,9 @@ class KafkaSink:
         self._fatal = False
         self._reopen_at = 0.0
         self._reopen_waits = BackOff("kafka_client")
-        self._logged_at = -_REPEAT_TROUBLE_S
+        self._told: dict[str, float] = {}
+        """When the operator was told of a kind of trouble last."""
+        self._refused_untold: Counter[tuple[Topic, str]] = Counter()
         self.in_flight: Counter[str] = Counter()
         """Messages under way, by stream."""
         self.trouble: Error | None = None
@@ -259,7 +266,14 @@ class KafkaSink:
             elif isinstance(event, Error):
                 self._meet(event)
             else:
-                logger.log(_level(event), "librdkafka %s", event.text)
+                # It repeats itself many times a second: one line of a kind is enough for a while.
+                facility = event.text.partition(":")[0]
+                level = _level(event) if self._is_news(f"librdkafka {facility}") else logging.DEBUG
+                logger.log(level, "librdkafka %s", event.text)
+        if self._refused_untold and self._is_news("refused"):
+            for (topic, error), count in self._refused_untold.items():
+                logger.error("kafka: %d messages are refused and lost topic=%s error=%s", count, topic, error)
+            self._refused_untold.clear()
         if self._fatal and time.monotonic() >= self._reopen_at:
             self._reopen()
         return outcomes
@@ -340,8 +354,7 @@ class KafkaSink:
             outcome.done.append((flight.batch, flight.lost))
 
     def _lose(self, batch: EncodedBatch, rows: NDArray[np.int64], error: str) -> None:
-        topic = self._topics[batch.stream.name]
-        logger.error("kafka: %d messages are refused and lost topic=%s error=%s", len(rows), topic, error)
+        self._refused_untold[self._topics[batch.stream.name], error] += len(rows)
         self._quarantine(batch.take(rows), error)
 
     def _send_alone(self, number: int, rows: NDArray[np.int64], error: str) -> None:
@@ -369,15 +382,24 @@ class KafkaSink:
         retry.add(number, rows, error)
 
     def _meet(self, error: Error) -> None:
-        now = time.monotonic()
         metrics.kafka_error(error.name)
         if error.fatal and not self._fatal:
-            self._reopen_at = now + self._reopen_waits.next()
-        if not self.trouble or self.trouble.code != error.code or now > self._logged_at + _REPEAT_TROUBLE_S:
-            self._logged_at = now
-            logger.warning("kafka: %s error=%s", error.text, error.name)
-        self.trouble = error
+            self._reopen_at = time.monotonic() + self._reopen_waits.next()
+        if self._is_news(error.name):
+            hint = _HINTS.get(error.name, "")
+            logger.warning("kafka: %s error=%s%s", error.text, error.name, hint and f" ({hint})")
+        # That all brokers are down comes last and says least.
+        if not self.trouble or error.name != "_ALL_BROKERS_DOWN":
+            self.trouble = error
         self._fatal |= error.fatal
+
+    def _is_news(self, kind: str) -> bool:
+        """Whether the operator has not been told of this for a while."""
+        now = time.monotonic()
+        if now < self._told.get(kind, now - _REPEAT_TROUBLE_S) + _REPEAT_TROUBLE_S:
+            return False
+        self._told[kind] = now
+        return True
 
     def _reopen(self) -> None:
         """Replace a client that met a fatal error, and send again what was not acknowledged."""

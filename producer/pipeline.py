@@ -211,6 +211,8 @@ class Path:
         more = self._put_by(now_s, utc_offset_ns)
         more |= self._send_spooled(sink, now_s)
         assert self._spool is not None
+        if self._spool.acked < self._spool.sent == self._spool.end and not self._from_spool:
+            self._close_books(None)  # what was left could not be read: no report will come for it
         self._spooling = self._spool.sent < self._spool.end or self._waited(now_s)
         if not self._spooling:
             self._spool_works()

@@ -44,7 +44,7 @@ class Reporter:
             self._started_s,
             rules_version,
             tuple(self._stream(each) for each in self._parts),
-            tuple(self._reasons()),
+            tuple(self.reasons()),
             cpu_s,
             rss_bytes,
         )
@@ -72,7 +72,8 @@ class Reporter:
             parts.spool.size_bytes if parts.spool else 0,
         )
 
-    def _reasons(self) -> list[str]:
+    def reasons(self) -> list[str]:
+        """Return why the producer is not as it should be, for an operator; empty where it is."""
         reasons = [f"kafka: {self._sink.trouble.name}"] if self._sink.trouble else []
         for each in self._parts:
             troubles = {

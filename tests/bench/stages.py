@@ -92,7 +92,7 @@ def produce_with(batch: EncodedBatch) -> tuple[float, float]:
 
 def main() -> None:
     """Measure and print."""
-    batch = Batch(TRANSMITS, rows(), 0)
+    batch = Batch(TRANSMITS, rows())
     columns = encoder()
     encoded = columns.encode(batch, UTC_OFFSET_NS)
     schema = fastavro.parse_schema(load_schema(TRANSMITS))
