@@ -19,7 +19,8 @@ from producer.events import STREAMS, Topic
 from producer.fdstore import FdStore
 from producer.heartbeat import INTERVAL_S, HeartbeatEncoder
 from producer.hooks import Hooks, HookSettings
-from producer.kafka import KafkaSink, client_settings
+from producer.kafka import KafkaSink
+from producer.kafka_settings import client_settings
 from producer.pins import PinFolder
 from producer.pipeline import Pipeline
 from producer.provision import heartbeat_topic, schema_ids, topic

@@ -19,37 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer import metrics
-from producer.errors import ConfigError
 from producer.events import EncodedBatch, Stream, Topic
+from producer.kafka_settings import EMBEDDED, EMBEDDED_PARTITIONS
 from producer.rdkafka import MESSAGE, Error, Log, Producer, Reports, SocketCallback, error_name
 from producer.retry import BackOff
 
 logger = logging.getLogger(__name__)
-
-REQUIRED: Mapping[str, str] = {
-    "enable.idempotence": "true",
-    "acks": "all",
-    "partitioner": "murmur2_random",
-    "message.timeout.ms": "0",
-    "allow.auto.create.topics": "false",
-    # What is in flight is bounded here; librdkafka's own bounds must not come first.
-    "queue.buffering.max.messages": "1000000",
-    "queue.buffering.max.kbytes": "2097151",
-}
-"""What delivery rests on: settings that say otherwise are refused."""
-
-_ALIASES = {"request.required.acks": "acks", "delivery.timeout.ms": "message.timeout.ms"}
-_ELSEWHERE = {"bootstrap.servers": "brokers", "metadata.broker.list": "brokers"}
-
-DEFAULTS: Mapping[str, str] = {
-    "client.id": "rebpf",
-    "compression.codec": "lz4",
-    "linger.ms": "20",
-    "batch.num.messages": "10000",
-    "socket.keepalive.enable": "true",
-}
-EMBEDDED: Mapping[str, str] = {"test.mock.num.brokers": "1"}
-EMBEDDED_PARTITIONS = 4
 
 # The 64 bits that librdkafka carries with a message: the batch's number, and below it the row.
 _ROW_BITS = 20
@@ -70,21 +45,6 @@ _HINTS = {
     "_AUTHENTICATION": "the brokers refuse the credentials",
     "_SSL": "a certificate is not accepted",
 }
-
-
-def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return all of the producer's librdkafka settings; without brokers, those of the embedded cluster.
-
-    Raises ConfigError where `settings` contradicts what delivery rests on.
-    """
-    for name, value in settings.items():
-        required = REQUIRED.get(_ALIASES.get(name, name), value)
-        if required != value:
-            raise ConfigError(f"kafka.settings: {name} must be {required}, since delivery rests on it: remove it")
-        if name in _ELSEWHERE:
-            raise ConfigError(f"kafka.settings: {name}: set kafka.{_ELSEWHERE[name]} instead")
-    where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
-    return {**DEFAULTS, **settings, **REQUIRED, **where}
 
 
 @dataclass(slots=True, eq=False)

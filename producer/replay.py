@@ -23,15 +23,16 @@ from producer.clock import now
 from producer.config import Config
 from producer.encode import load_schema
 from producer.events import STREAMS, Batch, EncodedBatch, Rows, Stream, Topic
-from producer.kafka import KafkaSink, client_settings
+from producer.kafka import KafkaSink
+from producer.kafka_settings import client_settings
 from producer.ledger import Account, Ledger
-from producer.pipeline import Path as StreamPath
-from producer.pipeline import Pipeline, Stores, resume
+from producer.pipeline import Pipeline
 from producer.provision import Admin, topic
 from producer.retry import BackOff
 from producer.spool import Spool
 from producer.spoolreport import ASIDE, SEGMENT, disk_errors, files, quarantined, require_state_folder
 from producer.state import StateFolder
+from producer.streampath import Stores, StreamPath, resume
 from producer.streams import Quarantine, ledger_path, new_spool, quarantine_folder
 
 _PAUSE_S = 0.01

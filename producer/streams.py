@@ -14,12 +14,11 @@ from producer.errors import RebpfError, UnavailableError
 from producer.events import STREAMS, Batch, EncodedBatch, SchemaId, Stream
 from producer.hooks import Hooks
 from producer.ledger import Account, Ledger
-from producer.pipeline import Path as StreamPath
-from producer.pipeline import Stores, resume
 from producer.retry import BackOff
 from producer.ring import Ring
 from producer.rungs import cgroup2_root
 from producer.spool import Spool
+from producer.streampath import Stores, StreamPath, resume
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from producer.encode import frame, load_schema
 from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
 from producer.flows import address, key
 from producer.hooks import Hooks, HookSettings
-from producer.kafka import DEFAULTS
+from producer.kafka_settings import DEFAULTS
 from producer.rules import filtered
 
 sys.path.append("/usr/lib/python3/dist-packages")

@@ -14,7 +14,8 @@ from confluent_kafka import Producer
 
 from producer.encode import BatchEncoder, load_schema
 from producer.events import FLOW, TCP_FIELDS, TRANSMITS, Batch, EncodedBatch, Rows, SchemaId, Topic
-from producer.kafka import DEFAULTS, EMBEDDED, KafkaSink, client_settings
+from producer.kafka import KafkaSink
+from producer.kafka_settings import DEFAULTS, EMBEDDED, client_settings
 
 ROWS, FLOWS = 4096, 500
 HOST = {"host": "host-0001.example", "boot_id": "5e4a1cde-0000-4000-8000-123456789abc"}

@@ -21,8 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from producer.events import TRANSMITS, Batch, EncodedBatch, Rows, Stream
 from producer.kafka import Outcome
 from producer.ledger import Account, Ledger
-from producer.pipeline import Path, Pipeline, Stores, resume
+from producer.pipeline import Pipeline
 from producer.spool import Disk, Moment, Spool
+from producer.streampath import Stores, StreamPath, resume
 
 STRIDE = 8
 RING_ROWS = 300
@@ -287,7 +288,7 @@ class Delivery(RuleBasedStateMachine):
         if self.spool.last:
             assert ids_of(self.spool.last.batch)[-1] < self.ring.records_before, "no event is there twice"
         stores = Stores(self.spool, ledger.write, NoWaits(), AFTER_S)
-        self.path = Path(TRANSMITS, self.ring, IdEncoder(), stores, resumed)
+        self.path = StreamPath(TRANSMITS, self.ring, IdEncoder(), stores, resumed)
         self.kafka = MemoryKafka(self.topic, self.poison, self.most)
         self.path.open({})
         self.pipeline = Pipeline([self.path], self.kafka, lambda: self.now_s, lambda: 0)

@@ -15,7 +15,8 @@ import pytest
 from producer import rdkafka
 from producer.errors import ConfigError
 from producer.events import RETRANSMITS, TRANSMITS, EncodedBatch, Stream, Topic
-from producer.kafka import REQUIRED, KafkaSink, client_settings
+from producer.kafka import KafkaSink
+from producer.kafka_settings import REQUIRED, client_settings
 from tests.kafka.rebpf import wait_until
 
 TOPICS = {"transmit": Topic("t"), "retransmit": Topic("r")}

@@ -16,8 +16,9 @@ import pytest
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream
 from producer.kafka import Outcome
 from producer.ledger import Account
-from producer.pipeline import Path, Pipeline, Stores, resume
+from producer.pipeline import Pipeline
 from producer.spool import Disk, Moment, Spool
+from producer.streampath import Stores, StreamPath, resume
 
 STRIDE = 8
 RING_ROWS = 1000
@@ -174,9 +175,9 @@ class Setup:
         spool.open()
         return spool
 
-    def path(self, stream: Stream) -> Path:
+    def path(self, stream: Stream) -> StreamPath:
         stores = Stores(self.spools.get(stream.name), self.write_account, self.waits, AFTER_S)
-        return Path(stream, self.rings[stream.name], IdEncoder(), stores, Account("ring"))
+        return StreamPath(stream, self.rings[stream.name], IdEncoder(), stores, Account("ring"))
 
     def write_account(self, account: Account) -> None:
         if self.ledger_errno:
@@ -188,7 +189,7 @@ class Setup:
         return self.rings["transmit"]
 
     @property
-    def transmits(self) -> Path:
+    def transmits(self) -> StreamPath:
         return self.paths["transmit"]
 
     @property
