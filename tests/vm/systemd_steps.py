@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,9 +22,11 @@ from typing import TypeVar
 from producer.sysbpf import program_ids
 from tests.kafka.proc import bpf_ids, capabilities
 from tests.kafka.traffic import Echo, exchange
-from tests.wire import captured
+from tests.wire import Segment, captured
 
 T = TypeVar("T")
+
+FIN, ACK, SYN_ACK = 0x01, 0x10, 0x12
 
 CHECKOUT, RESULTS = Path("/checkout"), Path("/results")
 UNIT = "rebpf.service"
@@ -143,15 +146,32 @@ def life(setting: str) -> dict[str, object]:
         systemctl("stop", UNIT)
         sights["stop"] = look()
     wait_for_end(sights["start"].programs)
+    # Not read here: for whoever looks for the reason of a difference.
+    lines = (json.dumps([*segment, count]) for segment, count in segments.items())
+    (RESULTS / f"segments_{echo.port}").write_text("\n".join(lines))
     return {
         "sights": {name: asdict(sight) for name, sight in sights.items()},
         "captured": segments.total(),
         "ipv6_synacks": sum(
-            count for segment, count in segments.items() if segment.tcp_flags & 0x12 == 0x12 and ":" in segment.saddr
+            count for each, count in segments.items() if each.tcp_flags & SYN_ACK == SYN_ACK and ":" in each.saddr
         ),
+        "late_acks": late_acks(segments),
         "balances": re.findall(r"balance .*", journal(began)),
         "taken_over": journal(began).count("taken_over=true"),
     }
+
+
+def late_acks(segments: "Counter[Segment]") -> int:
+    """Count acknowledgements of a connection's end beyond the first: in time wait they have no socket."""
+    ends = {(each.sport, each.dport, each.seq + each.payload_len + 1) for each in segments if each.tcp_flags & FIN}
+    return sum(
+        count - 1
+        for each, count in segments.items()
+        if each.tcp_flags == ACK
+        and not each.payload_len
+        and (each.sport, each.dport, each.seq) in ends
+        and (each.dport, each.sport, each.ack_seq) in ends
+    )
 
 
 def change() -> dict[str, object]:

@@ -35,12 +35,16 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(params=LIVES)
 def life(request: pytest.FixtureRequest, seen: dict[str, Any]) -> dict[str, Any]:
-    """One of them, with `visible`: how many of the captured segments its hooks see."""
+    """One of them, with `visible`: between how many and how many of the captured segments its hooks see."""
     found: dict[str, Any] = seen[request.param]
-    kernel = tuple(map(int, seen["kernel"].split(".")[:2]))
+    captured = found["captured"]
+    if request.param != "cgroup":
+        # The other hooks see nothing that has no socket. That is rare: a peer that is slow sends its end twice.
+        return {**found, "visible": (captured - found["late_acks"], captured)}
     # The cgroup hook of older kernels is not run for SYN-ACKs over IPv6.
-    unseen = found["ipv6_synacks"] if request.param == "cgroup" and kernel < (6, 12) else 0
-    return {**found, "visible": found["captured"] - unseen}
+    kernel = tuple(map(int, seen["kernel"].split(".")[:2]))
+    unseen = found["ipv6_synacks"] if kernel < (6, 12) else 0
+    return {**found, "visible": (captured - unseen - found["late_acks"], captured - unseen)}
 
 
 def test_the_same_programs_stay_attached_over_a_restart_and_kills(life: dict[str, Any]) -> None:
@@ -59,8 +63,9 @@ def test_every_segment_that_left_meanwhile_is_accounted_for_and_none_is_lost(lif
     account = re.search(r"tcp_transmit (.*?)( \||$)", life["balances"][-1])
     assert account is not None
     counts = dict(word.split("=") for word in account[1].split())
-    assert life["visible"] > 1000
-    assert int(counts["passed"]) == int(counts["delivered"]) == life["visible"]
+    least, most = life["visible"]
+    assert 1000 < least <= int(counts["passed"]) <= most
+    assert counts["passed"] == counts["delivered"]
     assert set(re.findall(r"\d+", counts["lost"])) == {"0"}
 
 
