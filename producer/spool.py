@@ -20,6 +20,7 @@ import errno
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,10 +34,12 @@ from producer.segment import DamagedError, Reader, Spooled, block, container_sch
 logger = logging.getLogger(__name__)
 
 _SUFFIX, _ASIDE = ".avro", ".damaged"
+_STEM = re.compile(r"[0-9]{20}")
 _MOST_ASIDE = 4
 _SEGMENT_BYTES = 1 << 24
 _SEGMENT_AGE_S = 3600.0
 _HEADER_BYTES = 1 << 16
+_MOST_NUMBERS_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,8 @@ class Disk:
     """The system calls that a spool needs, all of which may raise OSError."""
 
     def create(self, path: Path) -> int:
-        """Make a file that is not there yet, for appending."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        """Make a file for appending; what a failure left over in its place goes."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def open(self, path: Path) -> int:
         """Open a file for reading."""
@@ -156,7 +159,7 @@ class Spool:
         """Look at what is there; `acked`, `end` and `gone` are what the ledger says, if anything."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._aside = {path: path.stat().st_size for path in sorted(self._folder.glob(f"*{_ASIDE}"))}
-        paths = sorted(path for path in self._folder.glob(f"*{_SUFFIX}") if path.stem.isdecimal())
+        paths = sorted(path for path in self._folder.glob(f"*{_SUFFIX}") if _STEM.fullmatch(path.stem))
         self._segments = [self._found(path) for path in paths]
         for segment, following in pairwise(self._segments):
             segment.end = following.base
@@ -246,7 +249,9 @@ class Spool:
         """Give up everything, while nothing is under way; return the number of events."""
         if self._writer:
             self._end_writer()
+        waiting = self.end - self.acked - self.gone
         count = sum(self._give_up(segment, "spool_dropped") for segment in self._unsent())
+        self.lost["spool_damaged"] += max(0, waiting - count)
         self.acked = self.sent = self.end
         self.gone = 0
         return count
@@ -254,7 +259,11 @@ class Spool:
     def batches(self) -> Iterator[tuple[Path, Spooled | None]]:
         """Read all segments from their beginnings, for a look: None where one is damaged or ends early."""
         for segment in self._segments:
-            descriptor, reader = self._open(segment)
+            try:
+                descriptor, reader = self._open(segment)
+            except FileNotFoundError:
+                yield segment.path, None
+                continue
             try:
                 end = segment.base
                 while spooled := reader.next() if reader else None:
@@ -280,28 +289,35 @@ class Spool:
         return _Segment(int(path.stem), int(path.stem), path, size, made)
 
     def _last_of(self, segment: _Segment) -> Spooled | None:
-        """Return the last batch of a segment that can be read."""
+        """Return the last batch of a segment that can be read, and note whether others cannot."""
         last = None
+        # Nothing was written behind a header that is not whole; a header's numbers differ in length.
+        segment.damaged = segment.size > len(self._header(segment.made, bytes(16))) + _MOST_NUMBERS_BYTES
         with contextlib.suppress(OSError):
             descriptor, reader = self._open(segment)
             try:
                 while reader and (spooled := reader.next()):
                     last = spooled
+                if reader:
+                    segment.damaged = reader.damaged
             finally:
                 os.close(descriptor)
         return last
 
     def _find_end(self, segment: _Segment) -> None:
-        """Find the end of what was written, in the last segment; one that was never used goes."""
+        """Find the end of what was written, in the last segment; one that holds nothing goes."""
         self.last = self._last_of(segment)
         self.end = max(self.end, segment.base, self.last.end if self.last else 0)
         segment.end = self.end
         if segment.end == segment.base:
-            self._forget(segment)
+            self._remove(segment)
+
+    def _header(self, made: Moment, sync: bytes) -> bytes:
+        return header(self._schema, {"rebpf.made": json.dumps(asdict(made))}, sync)
 
     def _begin_writer(self) -> tuple[_Segment, int, bytes]:
         made, sync = self._now(), os.urandom(16)
-        data = header(self._schema, {"rebpf.made": json.dumps(asdict(made))}, sync)
+        data = self._header(made, sync)
         self._make_room(len(data))
         path = self._folder / f"{self.end:020}{_SUFFIX}"
         descriptor = self._disk.create(path)
@@ -414,6 +430,8 @@ class Spool:
             self._end_reading()
         if self._is_written(segment):
             self._end_writer(sync=False)
+        if segment not in self._segments:
+            return 0  # it held nothing, and went with its writer
         self._disk.unlink(segment.path)
         self._segments.remove(segment)
         self.gone += count
@@ -427,6 +445,7 @@ class Spool:
         try:
             if segment.damaged:
                 aside = segment.path.with_suffix(_ASIDE)
+                logger.error("spool: %s is damaged and set aside as %s", segment.path, aside.name)
                 self._disk.rename(segment.path, aside)
                 self._aside[aside] = segment.size
                 while len(self._aside) > _MOST_ASIDE:
