@@ -25,9 +25,9 @@ HOST = {"host": "db-1", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
 
 
 def batch_of(messages: Sequence[Message], gap: int = 7) -> EncodedBatch:
-    """Lay messages out as the encoder does: with gaps, and keys of one width that rows share."""
+    """Lay messages out as the encoder does, with gaps behind each, and keys of one width that rows share."""
     keys = sorted({key for key, _ in messages})
-    width = max(map(len, keys)) + 3
+    width = max(map(len, keys)) + gap
     numbers = np.array([keys.index(key) for key, _ in messages], np.int64)
     lengths = np.array([len(value) for _, value in messages], np.int64)
     return EncodedBatch(

@@ -1,0 +1,33 @@
+"""A real file system of 1 MiB, for tests of what a full disk does. Mounting it needs root."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """Mount a file system of 1 MiB at `folder`."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "rebpf-test", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def remount(folder: Path, option: str) -> None:
+    """Make the file system read-only (ro), or writable again (rw)."""
+    subprocess.run(["mount", "-o", f"remount,{option}", folder], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leave not a byte of room; return the file that takes it all."""
+    path = folder / "filler"
+    with open(path, "wb", buffering=0) as filler, suppress(OSError):
+        while filler.write(bytes(4096)):
+            pass
+    assert os.statvfs(folder).f_bavail == 0
+    return path
