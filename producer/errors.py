@@ -2,7 +2,7 @@
 
 RebpfError            70 internal
 ├── UsageError        64 the command line is wrong
-├── IncompleteError   65 what lies in the topics is not whole, or not in order
+├── IncompleteError   65 what lies in the topics or on disk is not whole, or not in order
 ├── UnavailableError  69 this host or a server cannot do what was asked
 │   └── HookError        no rung of a stream could be attached
 ├── BusyError         75 another producer runs on this host: try again later
@@ -25,7 +25,7 @@ class UsageError(RebpfError):
 
 
 class IncompleteError(RebpfError):
-    """What lies in the topics is not whole, or not in order."""
+    """What lies in the topics or on disk is not whole, or not in order."""
 
     exit_code = 65
 
