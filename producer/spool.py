@@ -164,7 +164,7 @@ class Spool:
         for segment, following in pairwise(self._segments):
             segment.end = following.base
             if gone and (last := self._last_of(segment)):  # between them some were given up
-                segment.end = last.end
+                segment.end = min(last.end, following.base)
         self.end = end
         if self._segments:
             self._find_end(self._segments[-1])
@@ -213,7 +213,7 @@ class Spool:
                 self.sent = max(self.sent, segment.end)
                 if self.sent == self.end:
                     return None
-            elif spooled.end > self.sent:
+            elif self.sent < spooled.end <= segment.end:  # not behind that: a write that failed left it there
                 self.sent = spooled.end
                 return spooled
 
@@ -266,7 +266,7 @@ class Spool:
                 continue
             try:
                 end = segment.base
-                while spooled := reader.next() if reader else None:
+                while (spooled := reader.next() if reader else None) and spooled.end <= segment.end:
                     end = spooled.end
                     yield segment.path, spooled
                 if end < segment.end or (reader and reader.damaged):

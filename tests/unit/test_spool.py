@@ -78,6 +78,7 @@ class FailingDisk(Disk):
         if not self.room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         taken = super().write(descriptor, data[: min(self.most_bytes, self.room)])
+        self._meet("written")
         self.room -= taken
         return taken
 
@@ -575,6 +576,33 @@ def test_where_half_a_batch_cannot_be_cut_off_nothing_is_written_behind_it(setup
     spool = setup.open((0, 20, 0))
     assert finish(spool) == list(range(20))
     assert not spool.lost
+
+
+def test_a_batch_that_is_there_though_its_write_failed_is_not_there_twice(setup: Setup) -> None:
+    spool = setup.filled(1)
+    setup.disk.fails = {"written": errno.EIO, "truncate": errno.EIO}
+    with pytest.raises(OSError, match="Input/output error"):
+        fill(spool, 1)
+    assert read_all(spool) == list(range(10))
+    setup.disk.fails = {}
+    spool.append(batch(10, 15), "ring", 0)
+    assert [each.first if each else None for _, each in spool.batches()] == [0, 10]
+    assert read_all(spool) == list(range(10, 25))
+    ledger = ledger_of(spool)
+    spool.close()
+    spool = setup.open(ledger)
+    assert finish(spool) == list(range(25))
+    assert not spool.lost
+
+    # And if the process ends there: it is in the spool, and the next start must know.
+    spool = setup.filled(1)
+    setup.disk.fails = {"written": errno.EIO, "truncate": errno.EIO}
+    with pytest.raises(OSError, match="Input/output error"):
+        spool.append(batch(10, 15), "ring", 99)
+    setup.disk.fails = {}
+    spool = setup.open((0, 10, 0))
+    assert spool.last
+    assert (spool.end, spool.last.position) == (25, 99)
 
 
 def test_a_segment_is_put_on_the_disk_itself_when_it_is_full_and_at_a_stop(setup: Setup) -> None:
