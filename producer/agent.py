@@ -30,7 +30,7 @@ from producer.ruleset import Ruleset, resolve
 from producer.rungs import cgroup2_root
 from producer.sequence import EventNumbers
 from producer.state import StateFolder
-from producer.status import Status
+from producer.status import Status, summary
 from producer.streams import Quarantine, StreamBuilder, StreamParts
 
 logger = logging.getLogger(__name__)
@@ -130,11 +130,11 @@ class Agent:
         embedded = " embedded=true" if self._config.kafka.brokers is None else ""
         taken_over = " taken_over=true" if hooks.taken_over else ""
         logger.info("ready brokers=%s%s%s %s", brokers, embedded, taken_over, rungs)
-        systemd.notify(f"READY=1\nSTATUS=capturing {rungs}")
+        systemd.notify(f"READY=1\nSTATUS=capturing: {rungs}")
 
 
 class _Pulse:
-    """What tells others that the loop lives: the status board and the heartbeat."""
+    """What tells others that the loop lives: the status board, systemd's watchdog and the heartbeat."""
 
     def __init__(
         self, board: Board, beats: HeartbeatEncoder | None, sink: KafkaSink, status: Callable[[], Status]
@@ -144,10 +144,12 @@ class _Pulse:
         self._sink = sink
         self._status = status
         self._beat_at = 0.0
+        self._watchdog = systemd.Watchdog()
 
     def step(self) -> None:
         """Note a step of the loop, and send a heartbeat when it is time."""
         self._board.step(self._status)
+        self._watchdog.step(time.monotonic(), lambda: summary(self._status()))
         if time.monotonic() >= self._beat_at:
             self._beat_at = time.monotonic() + INTERVAL_S
             self._beat(self._status())
@@ -240,9 +242,11 @@ class _Run:
                 time.sleep(0.01)
         final = {}
         for each, name in zip(self.parts, balances, strict=True):
-            unread = self.reporter.balances()[name].in_ring
+            kernel = self.hooks.counters(each.stream)  # once: a ring that stays goes on
+            unread = self.reporter.balance(each, kernel).in_ring
             spooled, in_ring = each.path.end(self.sink, unread, ring_stays=self.ring_stays)
-            last = dataclasses.replace(self.reporter.balances()[name], in_flight=0, spooled=spooled, in_ring=in_ring)
+            now = self.reporter.balance(each, kernel)
+            last = dataclasses.replace(now, in_flight=0, spooled=spooled, in_ring=in_ring)
             if last.lost.get("stopped"):
                 logger.error("stop: %d events lost topic=%s", last.lost["stopped"], name)
             if last.spooled:
@@ -289,9 +293,12 @@ class _Watch:
 
 def _keeper(config: Config) -> PinFolder | FdStore | None:
     """Return what keeps hooks and rings when this process ends."""
-    if config.capture.pin:
-        return PinFolder(config.capture.pin)
-    return FdStore() if fdstore.available() else None
+    if config.capture.pin is None:
+        return FdStore() if fdstore.available() else None
+    if fdstore.available():
+        with FdStore() as store:  # from a run that did not pin
+            store.clear()
+    return PinFolder(config.capture.pin)
 
 
 def _endpoint(config: Config, board: Board) -> Endpoint:

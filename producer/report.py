@@ -8,7 +8,7 @@ from importlib.metadata import version
 from producer.balance import Balance
 from producer.clock import boot_id
 from producer.events import Topic
-from producer.hooks import Hooks
+from producer.hooks import Hooks, KernelCounters
 from producer.kafka import KafkaSink
 from producer.status import Status, StreamStatus, usage
 from producer.streams import StreamParts
@@ -31,7 +31,10 @@ class Reporter:
 
     def balances(self) -> dict[Topic, Balance]:
         """Return each topic's balance now."""
-        return {self._topics[each.stream.name]: self._balance(each) for each in self._parts}
+        return {
+            self._topics[each.stream.name]: self.balance(each, self._hooks.counters(each.stream))
+            for each in self._parts
+        }
 
     def status(self, rules_version: int) -> Status:
         """Return the whole status now."""
@@ -49,8 +52,9 @@ class Reporter:
             rss_bytes,
         )
 
-    def _balance(self, parts: StreamParts) -> Balance:
-        path, kernel = parts.path, self._hooks.counters(parts.stream)
+    def balance(self, parts: StreamParts, kernel: KernelCounters) -> Balance:
+        """Return a stream's balance with these counters, which were read after its ring."""
+        path = parts.path
         losses = {"ring_full": kernel.ring_full, "nested": kernel.nested, **path.lost}
         return Balance(
             passed=kernel.passed + kernel.nested + path.carried,
@@ -66,7 +70,7 @@ class Reporter:
         return StreamStatus(
             self._topics[parts.stream.name],
             self._hooks.rungs[parts.stream.name],
-            self._balance(parts),
+            self.balance(parts, self._hooks.counters(parts.stream)),
             parts.ring.size_bytes,
             round(parts.ring.fill * parts.ring.size_bytes),
             parts.spool.size_bytes if parts.spool else 0,

@@ -82,6 +82,12 @@ def usage() -> tuple[float, int]:
     return time.process_time(), resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def summary(status: Status) -> str:
+    """Return a status in one line."""
+    streams = "; ".join(f"{stream.topic} {stream.hook} {stream.balance}" for stream in status.streams)
+    return f"{status.state}{' (' + ', '.join(status.reasons) + ')' if status.reasons else ''}: {streams}"
+
+
 _COUNTS = ("passed", "delivered", "in_flight", "spooled", "in_ring")
 
 

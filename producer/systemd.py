@@ -7,7 +7,7 @@ takes the messages of a service in their order, those too of a process that was 
 import os
 import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from producer.errors import UnavailableError
 
@@ -47,3 +47,21 @@ def barrier() -> None:
             raise UnavailableError(f"the service manager has not answered within {_TIMEOUT_S:.0f} s")
     finally:
         os.close(ours)
+
+
+class Watchdog:
+    """Tells systemd that the process makes progress, as often as WatchdogSec= of the unit asks for; see sd_watchdog(3).
+
+    Where no word comes for that long, systemd ends the process and starts it again.
+    """
+
+    def __init__(self) -> None:
+        mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._interval_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 if mine else 0.0
+        self._next = 0.0
+
+    def step(self, now_s: float, status: Callable[[], str]) -> None:
+        """Note progress at `now_s` of the monotonic clock; `status` makes the line that systemctl status shows."""
+        if self._interval_s and now_s >= self._next:
+            self._next = now_s + self._interval_s
+            notify(f"WATCHDOG=1\nSTATUS={status()}")

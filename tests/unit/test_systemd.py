@@ -53,3 +53,18 @@ def test_a_manager_that_is_stuck_is_an_error(tmp_path, monkeypatch):
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         with pytest.raises(UnavailableError, match="not answered"):
             barrier()
+
+
+def test_the_watchdog_is_fed_twice_in_its_time_and_only_where_there_is_one(tmp_path, monkeypatch):
+    with Manager(tmp_path) as manager:
+        monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+        monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+        systemd.Watchdog().step(0.0, lambda: "no watchdog")
+        monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+        watchdog = systemd.Watchdog()
+        for now_s in (10.0, 10.5, 11.0, 11.9, 12.1):
+            watchdog.step(now_s, lambda at=now_s: f"at {at}")
+        monkeypatch.setenv("WATCHDOG_PID", "1")
+        systemd.Watchdog().step(20.0, lambda: "another's")
+        barrier()
+        assert manager.messages == [*(f"WATCHDOG=1\nSTATUS=at {at}" for at in (10.0, 11.0, 12.1)), "BARRIER=1"]

@@ -85,10 +85,10 @@ def look() -> Sight:
     return Sight(state, pid, restarts, stored, programs, sorted(capabilities(pid)["CapEff"]) if pid else [])
 
 
-def killed() -> Sight:
-    """Kill the service as a crash does, and wait until it is there again."""
+def killed(signal: str = "KILL") -> Sight:
+    """Kill the service as a crash does, or let it hang (STOP), and wait until it is there again."""
     old = look()
-    subprocess.run(["kill", "-KILL", str(old.pid)], check=True)
+    subprocess.run(["kill", f"-{signal}", str(old.pid)], check=True)
 
     def again() -> Sight | None:
         new = look()
@@ -188,6 +188,22 @@ def change() -> dict[str, object]:
     return {"before": asdict(before), "after": asdict(after)}
 
 
+def hang() -> dict[str, object]:
+    """Let the service hang, with a watchdog that is in more of a hurry than the unit's."""
+    drop_in = Path(f"/run/systemd/system/{UNIT}.d/hurry.conf")
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text("[Service]\nWatchdogSec=10s\nTimeoutAbortSec=1s\n")
+    systemctl("daemon-reload")
+    configure(1)
+    systemctl("start", UNIT)
+    before = look()
+    said = systemctl("show", "--property=StatusText", UNIT)
+    after = killed("STOP")
+    systemctl("stop", UNIT)
+    wait_for_end(after.programs)
+    return {"before": asdict(before), "after": asdict(after), "said": said}
+
+
 def wait_for_end(programs: list[int]) -> None:
     wait_for("the programs to end", lambda: not set(programs) & program_ids())
 
@@ -199,6 +215,7 @@ def main() -> None:
         for name, setting in LIVES.items():
             seen[name] = life(setting)
         seen["change"] = change()
+        seen["hang"] = hang()
         security = subprocess.run(["systemd-analyze", "security", "--no-pager", UNIT], capture_output=True, text=True)
         seen["security"] = security.stdout
     finally:

@@ -19,7 +19,15 @@ KERNELS = os.environ.get("REBPF_TEST_KERNELS", "bookworm").split(",")
 # Where the rung makes no difference, the machine's own kernel is enough, or one rung: a load takes ten seconds here.
 LEFT_OUT = {
     "fentry": ("test_lab.py", "test_demo.py"),
-    "kprobe": ("test_lab.py", "test_demo.py", "test_lifecycle.py", "test_rules.py", "test_overflow.py"),
+    "kprobe": (
+        "test_lab.py",
+        "test_demo.py",
+        "test_lifecycle.py",
+        "test_rules.py",
+        "test_overflow.py",
+        "test_kept.py",
+        "test_numbers.py",
+    ),
 }
 # The one reason to skip a test: it also tells that neither rung was exchanged for the lowest.
 SKIPPED = "only the cgroup_skb rung sees segments without a socket"

@@ -85,6 +85,14 @@ def test_hooks_that_are_not_the_same_take_the_old_ones_place(seen: dict[str, Any
     assert after["stored"] == before["stored"], "the old ones are not in the store any more"
 
 
+def test_a_service_that_hangs_is_started_again_with_the_same_programs(seen: dict[str, Any]) -> None:
+    before, after = seen["hang"]["before"], seen["hang"]["after"]
+    assert after["state"] == "active"
+    assert after["restarts"] == before["restarts"] + 1
+    assert after["programs"] == before["programs"] != []
+    assert "tcp_transmit" in seen["hang"]["said"]
+
+
 def test_no_thread_keeps_a_capability(life: dict[str, Any]) -> None:
     running = [sight for sight in life["sights"].values() if sight["pid"]]
     assert [sight["capabilities"] for sight in running] == [[0]] * len(running)
