@@ -22,7 +22,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -244,35 +244,6 @@ class Spool:
         for segment in self._untouched():
             if now.since(segment.made) > self._max_age_s:
                 self._give_up(segment, "spool_expired")
-
-    def drop(self) -> int:
-        """Give up everything, while nothing is under way; return the number of events."""
-        if self._writer:
-            self._end_writer()
-        waiting = self.end - self.acked - self.gone
-        count = sum(self._give_up(segment, "spool_dropped") for segment in self._unsent())
-        self.lost["spool_damaged"] += max(0, waiting - count)
-        self.acked = self.sent = self.end
-        self.gone = 0
-        return count
-
-    def batches(self) -> Iterator[tuple[Path, Spooled | None]]:
-        """Read all segments from their beginnings, for a look: None where one is damaged or ends early."""
-        for segment in self._segments:
-            try:
-                descriptor, reader = self._open(segment)
-            except FileNotFoundError:
-                yield segment.path, None
-                continue
-            try:
-                end = segment.base
-                while (spooled := reader.next() if reader else None) and spooled.end <= segment.end:
-                    end = spooled.end
-                    yield segment.path, spooled
-                if end < segment.end or (reader and reader.damaged):
-                    yield segment.path, None
-            finally:
-                os.close(descriptor)
 
     def close(self) -> None:
         """Put what was written on the disk itself, and let go of all files."""
