@@ -91,7 +91,10 @@ def killed(signal: str = "KILL") -> Sight:
     subprocess.run(["kill", f"-{signal}", str(old.pid)], check=True)
 
     def again() -> Sight | None:
-        new = look()
+        try:
+            new = look()
+        except (FileNotFoundError, ProcessLookupError):  # it ends at this moment
+            return None
         if new.state == "failed":
             raise RuntimeError(f"{UNIT} has failed:\n{journal()[-8000:]}")
         return new if new.pid not in (0, old.pid) and new.state == "active" else None
