@@ -13,7 +13,7 @@ from producer.encode import load_schema
 from producer.errors import ConfigError, UnavailableError
 from producer.events import STREAMS, SchemaId, Stream, Topic
 from producer.heartbeat import FIXED_SCHEMA_ID, TOPIC, heartbeat_schema
-from producer.registry import AvroSchema, SchemaIds
+from producer.registry import COMPATIBILITY, AvroSchema, SchemaIds
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,15 @@ _CREATE_TIMEOUT_S = 10.0
 # One: a thousand hosts send a hundred small records a second, and a consumer that works with event time (Flink) waits
 # for partitions in which nothing comes.
 _HEARTBEAT_PARTITIONS = 1
-_TOPIC_SETTINGS = {"cleanup.policy": "delete", "message.timestamp.type": "CreateTime"}
+_RETENTION_DAYS = 7
+_TOPIC_SETTINGS = {
+    "cleanup.policy": "delete",
+    "retention.ms": str(_RETENTION_DAYS * 86_400_000),
+    # Batches stay as the producer has compressed them: the broker spends nothing on it.
+    "compression.type": "producer",
+    "message.timestamp.type": "CreateTime",
+}
+_REPLICAS_FOR_ONE_TO_SPARE = 3
 
 
 def topic(config: Config, stream: Stream) -> Topic:
@@ -38,6 +46,13 @@ def heartbeat_topic(config: Config) -> Topic:
 def in_partitions(count: int) -> str:
     """Say how many partitions a topic has."""
     return f"{count} partition{'s' if count > 1 else ''}"
+
+
+def topic_settings(replication: int) -> dict[str, str]:
+    """Return the settings of a new topic; with three replicas or more, one may be lost and events are still taken."""
+    if replication < _REPLICAS_FOR_ONE_TO_SPARE:
+        return dict(_TOPIC_SETTINGS)
+    return {**_TOPIC_SETTINGS, "min.insync.replicas": str(replication - 1)}
 
 
 class Admin:
@@ -64,7 +79,7 @@ class Admin:
 
     def create(self, name: str, partitions: int, replication: int) -> bool:
         """Create a topic; False where it exists. UnavailableError says what failed."""
-        wanted = NewTopic(name, partitions, replication, config=_TOPIC_SETTINGS)
+        wanted = NewTopic(name, partitions, replication, config=topic_settings(replication))
         retrying = Retrying(
             retry=retry_if_exception(_may_pass),
             wait=wait_random_exponential(multiplier=0.5, max=5),
@@ -91,20 +106,27 @@ def create_topics(config: Config, partitions: int, replication: int) -> list[str
     admin.partitions()  # whether a broker answers at all is known sooner than that a request is not answered
     wanted = {topic(config, stream): partitions for stream in STREAMS}
     wanted[heartbeat_topic(config)] = _HEARTBEAT_PARTITIONS
+    settings = " ".join(f"{name}={value}" for name, value in topic_settings(replication).items())
     lines = []
     for name, count in wanted.items():
-        made = admin.create(name, count, replication)
-        lines.append(f"topic {name}: {f'created, {in_partitions(count)}' if made else 'exists'}")
+        if admin.create(name, count, replication):
+            lines.append(f"topic {name}: created, {in_partitions(count)}, replication {replication}, {settings}")
+        else:
+            lines.append(f"topic {name}: exists, and is left as it is")
     return lines
 
 
 def register_schemas(config: Config) -> list[str]:
-    """Register the schemas where a registry is configured; return a line about each."""
+    """Register the schemas where a registry is configured, compatible both ways; return a line about each."""
     if config.registry.url is None:
         return ["no registry: schema ids are " + ", ".join(f"{name} {i}" for name, i in schema_ids(config).items())]
     schemas = {**_event_schemas(config), **_heartbeat_schemas(config)}
     with SchemaIds(config.registry, cache=None) as registry:
-        return [f"schema {name}-value: id {registry.register(name, schema)}" for name, schema in schemas.items()]
+        lines = []
+        for name, schema in schemas.items():
+            registry.demand_compatibility(name)
+            lines.append(f"schema {name}-value: id {registry.register(name, schema)}, {COMPATIBILITY}")
+        return lines
 
 
 def schema_ids(config: Config) -> dict[Topic, SchemaId]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 from confluent_kafka.schema_registry.error import SchemaRegistryError
@@ -26,6 +26,10 @@ from producer.metrics import counted
 logger = logging.getLogger(__name__)
 
 AvroSchema = Mapping[str, Any]
+_Answer = TypeVar("_Answer")
+
+COMPATIBILITY = "FULL_TRANSITIVE"
+"""Any consumer reads any event: with an older schema a newer event, with a newer one an older event."""
 
 _ATTEMPTS = 4
 _INCOMPATIBLE, _NOT_FOUND = 409, 404
@@ -79,14 +83,18 @@ class SchemaIds:
                 logger.warning("registry: its answers are not kept: %s", error)
         return ids
 
+    def demand_compatibility(self, topic: Topic) -> None:
+        """Have the registry refuse a schema of the topic that is not compatible both ways with all before it."""
+        self._ask(topic, lambda: self._client.set_compatibility(_subject(topic), COMPATIBILITY))
+
     def register(self, topic: Topic, schema: AvroSchema) -> SchemaId:
         """Register a topic's schema, which may be there already, and return its id."""
-        return self._ask(topic, lambda: self._client.register_schema(_subject(topic), _registered(schema)))
+        return _id(self._ask(topic, lambda: self._client.register_schema(_subject(topic), _registered(schema))))
 
     def _look_up(self, topic: Topic, schema: AvroSchema) -> SchemaId:
-        return self._ask(topic, lambda: self._client.lookup_schema(_subject(topic), _registered(schema)).schema_id)
+        return _id(self._ask(topic, lambda: self._client.lookup_schema(_subject(topic), _registered(schema)).schema_id))
 
-    def _ask(self, topic: Topic, call: Callable[[], int | None]) -> SchemaId:
+    def _ask(self, topic: Topic, call: Callable[[], _Answer]) -> _Answer:
         retrying = Retrying(
             retry=retry_if_exception_type(UnavailableError),
             wait=wait_random_exponential(multiplier=0.3, max=5),
@@ -94,9 +102,10 @@ class SchemaIds:
             stop=stop_after_attempt(_ATTEMPTS),
             reraise=True,
         )
-        return SchemaId(retrying(self._translated, topic, call) or 0)
+        answer: _Answer = retrying(self._translated, topic, call)
+        return answer
 
-    def _translated(self, topic: Topic, call: Callable[[], int | None]) -> int | None:
+    def _translated(self, topic: Topic, call: Callable[[], _Answer]) -> _Answer:
         """Call the registry, its errors made ours."""
         url = self._settings.url
         try:
@@ -126,6 +135,10 @@ class SchemaIds:
 
 def _subject(topic: Topic) -> str:
     return f"{topic}-value"
+
+
+def _id(number: int | None) -> SchemaId:
+    return SchemaId(number or 0)
 
 
 def _registered(schema: AvroSchema) -> Schema:

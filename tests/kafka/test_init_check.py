@@ -3,14 +3,21 @@
 import json
 
 import pytest
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, ConfigResource
 
+from producer.provision import topic_settings
 from tests.kafka.rebpf import as_nobody, rebpf
 from tests.servers.process import free_port
 
 pytestmark = pytest.mark.real_kafka
 
 TOPICS = ("tcp_transmit", "tcp_retransmit")
+TOPIC_SETTINGS = {
+    "cleanup.policy": "delete",
+    "retention.ms": "604800000",
+    "compression.type": "producer",
+    "message.timestamp.type": "CreateTime",
+}
 
 
 @pytest.fixture
@@ -31,11 +38,28 @@ def test_init_creates_the_topics_and_leaves_those_that_are_there(kafka, config):
     ids = "no registry: schema ids are init.tcp_transmit 1, init.tcp_retransmit 2, init.rebpf_agent 3"
     all_topics = [*TOPICS, "rebpf_agent"]
     assert (first.returncode, again.returncode) == (0, 0)
-    created = [f"topic init.{topic}: created, 5 partitions" for topic in TOPICS]
-    assert first.stdout.splitlines() == [*created, "topic init.rebpf_agent: created, 1 partition", ids]
-    assert again.stdout.splitlines() == [*(f"topic init.{topic}: exists" for topic in all_topics), ids]
+    settings = "replication 1, " + " ".join(f"{name}={value}" for name, value in TOPIC_SETTINGS.items())
+    created = [f"topic init.{topic}: created, 5 partitions, {settings}" for topic in TOPICS]
+    assert first.stdout.splitlines() == [*created, f"topic init.rebpf_agent: created, 1 partition, {settings}", ids]
+    there = [f"topic init.{topic}: exists, and is left as it is" for topic in all_topics]
+    assert again.stdout.splitlines() == [*there, ids]
     present = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
     assert [len(present[f"init.{topic}"].partitions) for topic in all_topics] == [5, 5, 1]
+    for topic in all_topics:
+        has = settings_of(kafka.bootstrap, f"init.{topic}")
+        assert {name: has[name] for name in TOPIC_SETTINGS} == TOPIC_SETTINGS
+
+
+def settings_of(bootstrap: str, topic: str) -> dict[str, str]:
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    found = admin.describe_configs([resource], request_timeout=30)[resource].result()
+    return {name: entry.value for name, entry in found.items()}
+
+
+@pytest.mark.parametrize(("replication", "spared"), [(1, None), (2, None), (3, "2"), (4, "3")])
+def test_with_three_replicas_a_new_topic_takes_events_while_one_is_lost(replication, spared):
+    assert topic_settings(replication).get("min.insync.replicas") == spared
 
 
 def test_init_says_why_a_topic_cannot_be_created(kafka, config):

@@ -4,11 +4,14 @@ import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
+from confluent_kafka.schema_registry.error import SchemaRegistryError
 
 from producer.config import Config, Kafka, Registry
+from producer.errors import SchemaError
 from producer.provision import register_schemas, schema_ids
 from tests.kafka import proc, topics
 from tests.kafka.rebpf import Run, rebpf
@@ -56,7 +59,7 @@ def test_schemas_are_looked_up_and_init_registers_them(kafka, client, registry, 
     done = rebpf("init", "--config", run.config, "--brokers", kafka.bootstrap)
     assert done.returncode == 0, done.stderr
     numbers = ids(client, "looked.")
-    assert [f"schema looked.{topic}-value: id {number}" for topic, number in numbers.items()] == (
+    assert [f"schema looked.{topic}-value: id {number}, FULL_TRANSITIVE" for topic, number in numbers.items()] == (
         done.stdout.splitlines()[3:5]
     )
     for topic, number in numbers.items():
@@ -96,7 +99,7 @@ def test_a_registry_without_the_heartbeats_schema_costs_the_heartbeats_alone(cli
 def test_the_heartbeats_schema_is_registered_and_cached_as_the_others_are(client, registry, tmp_path):
     lines = register_schemas(own_config("heard.", registry.url, tmp_path))
     number = client.get_latest_version("heard.rebpf_agent-value").schema_id
-    assert lines[2] == f"schema heard.rebpf_agent-value: id {number}"
+    assert lines[2] == f"schema heard.rebpf_agent-value: id {number}, FULL_TRANSITIVE"
     assert schema_ids(own_config("heard.", registry.url, tmp_path))["heard.rebpf_agent"] == number
 
     cache = tmp_path / "schema_ids.json"
@@ -135,6 +138,43 @@ def test_an_incompatible_schema_is_a_configuration_error(kafka, client, registry
         assert run.wait() == 78
         last = run.log.splitlines()[-1]
         assert last.startswith(f"rebpf: registry {registry.url}: {subject} has an incompatible schema: ")
+
+
+def test_init_takes_no_schema_that_is_incompatible_with_what_is_there(client, registry, tmp_path):
+    """Also where the subject was made by another and demands nothing yet."""
+    subject = "taken.tcp_transmit-value"
+    client.register_schema(subject, Schema(json.dumps({"type": "record", "name": "Other", "fields": []}), "AVRO"))
+    with pytest.raises(SchemaError, match=f"{subject} has an incompatible schema"):
+        register_schemas(own_config("taken.", registry.url, tmp_path))
+    assert client.get_versions(subject) == [1]
+
+
+def test_each_schema_is_compatible_both_ways_with_every_released_one(client, registry, tmp_path):
+    """As the registry sees it, which then also keeps the next ones to it."""
+    for path in sorted(SCHEMAS.glob("released/*/*.avsc")):
+        prefix = f"since-{path.parent.name}."
+        client.register_schema(f"{prefix}{path.stem}-value", Schema(path.read_text(), "AVRO"))
+    prefixes = [f"since-{folder.name}." for folder in SCHEMAS.glob("released/*")]
+    assert prefixes
+    for prefix in prefixes:
+        lines = register_schemas(own_config(prefix, registry.url, tmp_path))
+        assert len(lines) == 3
+        for topic in (*topics.FIXED_IDS, "rebpf_agent"):
+            subject = f"{prefix}{topic}-value"
+            assert client.get_compatibility(subject) == "FULL_TRANSITIVE"
+            published = json.loads((SCHEMAS / f"{topic}.avsc").read_text())
+            for changed in (without_a_field(published), with_a_field_that_has_no_default(published)):
+                with pytest.raises(SchemaRegistryError) as refused:
+                    client.register_schema(subject, Schema(json.dumps(changed), "AVRO"))
+                assert refused.value.http_status_code == 409
+
+
+def without_a_field(schema: dict[str, Any]) -> dict[str, Any]:
+    return {**schema, "fields": schema["fields"][1:]}
+
+
+def with_a_field_that_has_no_default(schema: dict[str, Any]) -> dict[str, Any]:
+    return {**schema, "fields": [*schema["fields"], {"name": "new", "type": "long"}]}
 
 
 @contextmanager

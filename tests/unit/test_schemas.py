@@ -1,0 +1,128 @@
+"""Released schemas stay as they are, and what is published now is read by every released reader and the other way."""
+
+import copy
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fastavro
+import numpy as np
+import pytest
+from fastavro.schema import SchemaParseException
+
+from producer.encode import BatchEncoder
+from producer.events import KNOWN, STREAMS, Batch, SchemaId
+from producer.heartbeat import HeartbeatEncoder
+from producer.paths import SCHEMAS
+from producer.status import Status
+from tests.unit.statuses import status
+
+Schema = dict[str, Any]
+
+RELEASED = {
+    "0.1.0/rebpf_agent.avsc": "3015383052be6b45e0e3cc2cfebec97cdce44271d4eb007aa0aaf3cc65209e3f",
+    "0.1.0/tcp_retransmit.avsc": "8fee8b36d7c56a71dffcd5515ca5b7de25f2336bcaa1aed1fa78e30b0f45dc14",
+    "0.1.0/tcp_transmit.avsc": "766fb74d7629f00736022a2491040a03059b6adc93a96a3a6148df6edaa6c5e8",
+}
+"""SHA-256 of each schema that was released: a line is added with a release, and none ever changes."""
+
+HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
+FRAME_BYTES = 5
+ROWS = 7
+STREAM_OF = {stream.schema_file: stream for stream in STREAMS}
+
+
+def read(path: str | Path) -> Schema:
+    schema: Schema = json.loads((SCHEMAS / path).read_text())
+    return schema
+
+
+def test_released_schemas_are_what_they_were() -> None:
+    folder = SCHEMAS / "released"
+    there = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in there.items()} == RELEASED
+
+
+def test_each_released_topic_is_still_published() -> None:
+    assert {Path(name).name for name in RELEASED} <= {path.name for path in SCHEMAS.glob("*.avsc")}
+
+
+def bodies(name: str, schema: Schema) -> list[bytes]:
+    """Return records as this version's encoder makes them with `schema`: all known, nothing known, and in between."""
+    stream = STREAM_OF.get(name)
+    if stream is None:
+        return [heartbeat(each, schema) for each in (status(), status(streams=()))]
+    rows = np.zeros(ROWS, stream.dtype)
+    rows["s"]["known"] = [0, *(1 << bit for bit in range(ROWS - 2)), sum(KNOWN.values())]
+    rows["s"]["flow"]["flow_known"] = rows["s"]["known"]
+    rows["s"]["cpu_seq"] = np.arange(1, ROWS + 1)
+    rows["s"]["sample_rate"] = 1
+    encoded = BatchEncoder(stream, schema, SchemaId(1), HOST, lambda _: None).encode(Batch(stream, rows), 10**18)
+    payload = encoded.payload.tobytes()
+    spans = zip(encoded.starts.tolist(), encoded.lengths.tolist(), strict=True)
+    return [payload[start + FRAME_BYTES : start + length] for start, length in spans]
+
+
+def heartbeat(of: Status, schema: Schema) -> bytes:
+    """Return a heartbeat as this version makes it, with the fields that `schema` has."""
+    now = read("rebpf_agent.avsc")
+    body = HeartbeatEncoder(SchemaId(3)).encode(of, 1_790_000_123.456)[1][FRAME_BYTES:]
+    written = io.BytesIO()
+    fastavro.schemaless_writer(written, fastavro.parse_schema(copy.deepcopy(schema)), decoded(body, now, now))
+    return written.getvalue()
+
+
+def decoded(body: bytes, writer: Schema, reader: Schema) -> Mapping[str, Any]:
+    source = io.BytesIO(body)
+    parsed = (fastavro.parse_schema(copy.deepcopy(each)) for each in (writer, reader))
+    record: Any = fastavro.schemaless_reader(source, *parsed)
+    assert not source.read()
+    return record
+
+
+def assert_read(name: str, written_with: Schema, read_with: Schema) -> None:
+    """Check that a consumer with the one schema reads what was written with the other, and what both have alike."""
+    shared = {field["name"] for field in written_with["fields"]} & {field["name"] for field in read_with["fields"]}
+    for body in bodies(name, written_with):
+        own = decoded(body, written_with, written_with)
+        seen = decoded(body, written_with, read_with)
+        assert seen.keys() == {field["name"] for field in read_with["fields"]}
+        assert {key: seen[key] for key in shared} == {key: own[key] for key in shared}
+
+
+@pytest.mark.parametrize("released", RELEASED)
+def test_a_consumer_with_a_released_schema_reads_new_events(released: str) -> None:
+    name = Path(released).name
+    assert_read(name, read(name), read(f"released/{released}"))
+
+
+@pytest.mark.parametrize("released", RELEASED)
+def test_a_consumer_with_the_new_schema_reads_events_of_a_release(released: str) -> None:
+    name = Path(released).name
+    assert_read(name, read(f"released/{released}"), read(name))
+
+
+def grown(schema: Schema) -> Schema:
+    """Return what a later version may do: a field more, with a default."""
+    return {**schema, "fields": [*schema["fields"], {"name": "new", "type": ["null", "long"], "default": None}]}
+
+
+@pytest.mark.parametrize("name", STREAM_OF)
+def test_a_field_with_a_default_may_be_added(name: str) -> None:
+    now = read(name)
+    assert_read(name, now, grown(now))
+    assert_read(name, grown(now), now)
+
+
+@pytest.mark.parametrize("name", STREAM_OF)
+def test_a_change_that_breaks_a_reader_is_seen(name: str) -> None:
+    now = read(name)
+    without_default = {**now, "fields": [*now["fields"], {"name": "new", "type": "long"}]}
+    other_type = {**now, "fields": [{**field, "type": "string"} if field["name"] == "sport" else field
+                                    for field in now["fields"]]}  # fmt: skip
+    for changed in (without_default, other_type):
+        with pytest.raises((SchemaParseException, fastavro.read.SchemaResolutionError)):
+            assert_read(name, now, changed)
