@@ -286,6 +286,8 @@ class _Watch:
         """Log what is lost, where that is more than before."""
         self._next = time.monotonic() + _WATCH_INTERVAL_S
         for name, balance in balances.items():
+            if balance.unaccounted:  # a defect
+                logger.error("%d events are unaccounted for topic=%s %s", balance.unaccounted, name, balance)
             if balance.lost != self._told.get(name, {}):
                 logger.warning("events lost so far topic=%s %s", name, balance)
                 self._told[name] = balance.lost
