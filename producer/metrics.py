@@ -53,6 +53,7 @@ _STREAM_GAUGES: tuple[tuple[str, str, Callable[[StreamStatus], int]], ...] = (
     ("rebpf_ring_bytes", "Size of the ring.", lambda stream: stream.ring_bytes),
     ("rebpf_ring_used_bytes", "Bytes of the ring that are taken.", lambda stream: stream.ring_used_bytes),
     ("rebpf_spool_bytes", "Bytes of the spool on disk.", lambda stream: stream.spool_bytes),
+    ("rebpf_spool_max_bytes", "Most bytes of the spool; 0: there is none.", lambda stream: stream.spool_max_bytes),
 )
 
 

@@ -74,6 +74,7 @@ class Reporter:
             parts.ring.size_bytes,
             round(parts.ring.fill * parts.ring.size_bytes),
             parts.spool.size_bytes if parts.spool else 0,
+            parts.spool.max_bytes if parts.spool else 0,
         )
 
     def reasons(self) -> list[str]:

@@ -133,7 +133,7 @@ class Spool:
         self._stream = stream
         self._schema = container_schema(schema)
         self._now = now
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._segment_bytes = min(segment_bytes, max_bytes // 8)
         self._max_age_s = max_age_s
         self._keep = keep
@@ -386,12 +386,12 @@ class Spool:
         return [segment for segment in self._segments if segment.base >= self.sent]
 
     def _make_room(self, size: int) -> None:
-        while self._aside and self.size_bytes + size > self._max_bytes:
+        while self._aside and self.size_bytes + size > self.max_bytes:
             self._forget_aside()
-        while self.size_bytes + size > self._max_bytes:
+        while self.size_bytes + size > self.max_bytes:
             untouched = [segment for segment in self._untouched() if not self._is_written(segment)]
             if self._keep != "new" or not untouched:
-                raise FullError(errno.ENOSPC, f"the spool has its {self._max_bytes} bytes")
+                raise FullError(errno.ENOSPC, f"the spool has its {self.max_bytes} bytes")
             self._give_up(untouched[0], "spool_dropped")
 
     def _give_up(self, segment: _Segment, reason: str) -> int:

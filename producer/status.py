@@ -21,6 +21,8 @@ class StreamStatus:
     ring_bytes: int
     ring_used_bytes: int
     spool_bytes: int
+    spool_max_bytes: int
+    """0 where nothing waits on disk. Not in the heartbeat."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the stream as in JSON and in the heartbeat's schema."""

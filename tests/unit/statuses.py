@@ -13,8 +13,8 @@ def status(**values: Any) -> Status:
     """Return a status in which no two numbers are the same."""
     transmits = Balance(1000, 700, in_flight=200, in_ring=45, spooled=50, carried=60, lost=LOST)
     streams = (
-        StreamStatus(TRANSMITS.topic, "fentry", transmits, 1 << 24, 1 << 22, 3 << 20),
-        StreamStatus(RETRANSMITS.topic, "raw_tp", Balance(13, 13), 1 << 20, 0, 0),
+        StreamStatus(TRANSMITS.topic, "fentry", transmits, 1 << 24, 1 << 22, 3 << 20, 1 << 30),
+        StreamStatus(RETRANSMITS.topic, "raw_tp", Balance(13, 13), 1 << 20, 0, 0, 1 << 28),
     )
     facts = {
         "host": "höst-1",

@@ -59,6 +59,7 @@ def test_each_stream_has_its_account(found):
     assert of_topics("rebpf_ring_bytes", found) == [1 << 24, 1 << 20]
     assert of_topics("rebpf_ring_used_bytes", found) == [1 << 22, 0]
     assert of_topics("rebpf_spool_bytes", found) == [3 << 20, 0]
+    assert of_topics("rebpf_spool_max_bytes", found) == [1 << 30, 1 << 28]
 
 
 def test_what_passed_is_the_sum_of_the_places_in_the_metrics_too(found):
