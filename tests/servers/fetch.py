@@ -1,4 +1,4 @@
-"""Download what the test servers run on, from Maven Central, once: `python -m tests.servers.fetch` does it ahead.
+"""Download what the test servers run on, once: `python -m tests.servers.fetch` does it ahead.
 
 Each is a folder of the cache, filled under another name and renamed when complete: a folder that exists is whole.
 """
@@ -19,6 +19,13 @@ PLUGIN = "org.apache.maven.plugins:maven-dependency-plugin:2.8"
 REGISTRY_ARTIFACT = "io.apicurio:apicurio-registry-app:3.0.9:tar.gz:all"
 KAFKA = "kafka-4.2.0"
 REGISTRY = "apicurio-registry-3.0.9"
+FLINK = "flink-2.1.1"
+FLINK_PACKAGE = "apache-flink==2.1.1"
+FLINK_PYTHON = (3, 12)  # the newest that its pins have wheels for
+FLINK_CONNECTORS = (
+    "org.apache.flink:flink-sql-connector-kafka:4.0.1-2.0",
+    "org.apache.flink:flink-sql-avro-confluent-registry:2.1.0",
+)
 DEADLINE_S = 1200
 
 KAFKA_POM = """\
@@ -55,11 +62,26 @@ def registry() -> Path:
     return cached(REGISTRY, _fill_registry)
 
 
+def flink() -> Path:
+    """Folder with venv/, in which Apache Flink 2.1.1 is, and jars/, which connect it to Kafka and the registry."""
+    return cached(FLINK, _fill_flink)
+
+
 def missing() -> list[str]:
     """Programs that the servers and readers need and this machine does not have."""
     whole = all((cache() / name).is_dir() for name in (KAFKA, REGISTRY))
     needed = ["java", "kcat", "openssl", "setpriv"] + ([] if whole else ["mvn"])
     return [program for program in needed if shutil.which(program) is None]
+
+
+def flink_missing() -> list[str]:
+    """What Flink needs beside that and this machine does not have; nothing where it is in the cache."""
+    if (cache() / FLINK).is_dir():
+        return []
+    absent = [] if shutil.which("mvn") else ["mvn"]
+    if sys.version_info[:2] > FLINK_PYTHON:
+        absent.append("a Python of 3.12 or before")
+    return absent
 
 
 def cached(name: str, fill: Callable[[Path], None]) -> Path:
@@ -93,6 +115,15 @@ def _fill_registry(part: Path) -> None:
     _maven(f"{PLUGIN}:unpack", f"-Dartifact={REGISTRY_ARTIFACT}", output=part)
 
 
+def _fill_flink(part: Path) -> None:
+    # The folder is renamed: of the venv its python works everywhere, the scripts beside it do not.
+    _run([sys.executable, "-m", "venv", "venv"], cwd=part)
+    pip = [str(part / "venv" / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
+    _run([*pip, "install", FLINK_PACKAGE], cwd=part)
+    for artifact in FLINK_CONNECTORS:
+        _maven(f"{PLUGIN}:copy", f"-Dartifact={artifact}", output=part / "jars")
+
+
 def _maven(*arguments: str, output: Path, pom: str | None = None) -> None:
     """Run Maven in a folder that goes away with its local repository: in that it remembers failures."""
     with tempfile.TemporaryDirectory(dir=cache(), prefix="maven-") as scratch:
@@ -100,9 +131,13 @@ def _maven(*arguments: str, output: Path, pom: str | None = None) -> None:
             Path(scratch, "pom.xml").write_text(pom)
         own = ["-q", "-B", "--strict-checksums", f"-Dmaven.repo.local={scratch}/repository"]
         command = ["mvn", *own, *arguments, f"-DoutputDirectory={output}"]
-        done = subprocess.run(
-            command, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S
-        )
+        _run(command, cwd=scratch)
+
+
+def _run(command: list[str], *, cwd: str | Path) -> None:
+    done = subprocess.run(
+        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
 
@@ -112,7 +147,12 @@ def main() -> int:
     if absent := missing():
         print(f"not installed: {', '.join(absent)}", file=sys.stderr)
         return 69
-    for fetch in (kafka, registry):
+    fetches = [kafka, registry]
+    if absent := flink_missing():
+        print(f"left out: {FLINK}, which needs {', '.join(absent)}", file=sys.stderr)
+    else:
+        fetches.append(flink)
+    for fetch in fetches:
         begin = time.monotonic()
         folder = fetch()
         print(f"{folder} ({time.monotonic() - begin:.1f} s)")
