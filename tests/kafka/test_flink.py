@@ -1,0 +1,222 @@
+"""The jobs of deploy/flink on a real Flink, Kafka and registry: their figures are those of what was put in.
+
+Two hosts send to three peers over three minutes. Some events come twice, copies with a corrected clock, and some come
+after all others, as from a spool.
+"""
+
+import ipaddress
+import json
+import runpy
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from confluent_kafka import Producer
+
+from producer.config import Config, Kafka, Registry
+from producer.encode import BatchEncoder, load_schema
+from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS, Batch, SchemaId, Stream
+from producer.provision import register_schemas, schema_ids
+from tests.servers import fetch, flink
+from tests.servers.consume import kcat_messages
+
+FLINK = Path(__file__).resolve().parents[2] / "deploy" / "flink"
+# The first time Flink is downloaded.
+pytestmark = pytest.mark.timeout(fetch.DEADLINE_S)
+PREFIX = "flink."
+MS, MINUTE_MS = 1_000_000, 60_000
+START_MS = 1_800_000_000_000  # a full minute
+CLOCK_STEP_MS = -2
+HOSTS = {"host-a": "5e4a1cde-0000-4000-8000-00000000000a", "host-b": "5e4a1cde-0000-4000-8000-00000000000b"}
+PEERS = ("192.0.2.1", "192.0.2.2", "2001:db8::3")
+MINUTES = 3
+
+
+class Sent(NamedTuple):
+    """An event as it is put in; `last` is the number of the flow's last transmit before it, in a retransmit alone."""
+
+    stream: Stream
+    host: str
+    cpu_seq: int
+    at_ms: int
+    daddr: str
+    dport: int
+    segs: int
+    sample_rate: int = 1
+    srtt_us: int = 0
+    is_retransmit: bool = False
+    cause: str = ""
+    last: int = 0
+
+
+def traffic() -> list[Sent]:
+    """Return all events, in the order of their times; what is late has a port of its own."""
+    made: list[Sent] = []
+    numbers: Counter[tuple[str, Stream]] = Counter()
+
+    def add(stream: Stream, host: str, **fields: Any) -> int:
+        numbers[host, stream] += 1
+        made.append(Sent(stream, host, numbers[host, stream], **fields))
+        return numbers[host, stream]
+
+    for minute in range(MINUTES):
+        for cell, (host, daddr) in enumerate((host, daddr) for host in HOSTS for daddr in PEERS):
+            for i in range(7 + 4 * cell + minute):
+                at_ms = START_MS + minute * MINUTE_MS + 1 + i * 100
+                flow = {"daddr": daddr, "dport": 50_000}
+                srtt_us = (i * 37 + cell * 11) % 100 * 100
+                rate = 2 if minute == 1 else 1
+                last = add(TRANSMITS, host, at_ms=at_ms, segs=1 + i % 3, srtt_us=srtt_us, sample_rate=rate, **flow)
+                if i % (2 + cell) == 1:
+                    again = {"at_ms": at_ms + 50, "segs": 1 + i % 2, "sample_rate": rate, **flow}
+                    add(TRANSMITS, host, is_retransmit=True, srtt_us=srtt_us, **again)
+                    add(RETRANSMITS, host, cause=CAUSES[(i + cell + minute) % len(CAUSES)], last=last, **again)
+    for host in HOSTS:
+        for daddr in PEERS[:2]:
+            add(TRANSMITS, host, at_ms=START_MS + 30_000, segs=5, daddr=daddr, dport=60_000)
+    return sorted(made, key=lambda event: (event.dport, event.at_ms))
+
+
+def messages(sent: list[Sent], ids: dict[str, int], clock_step_ms: int = 0) -> list[tuple[str, bytes, bytes]]:
+    """Return topic, key and value of events, encoded as the producer does it."""
+    encoders = {
+        (stream, host): BatchEncoder(
+            stream,
+            load_schema(stream),
+            SchemaId(ids[PREFIX + stream.topic]),
+            {"host": host, "boot_id": boot_id},
+            lambda number: None,
+        )
+        for stream in (TRANSMITS, RETRANSMITS)
+        for host, boot_id in HOSTS.items()
+    }
+    made = []
+    for event in sent:
+        batch = encoders[event.stream, event.host].encode(Batch(event.stream, row(event)), clock_step_ms * MS)
+        key = batch.keys[batch.key_starts[0] :][: batch.key_lengths[0]].tobytes()
+        made.append((PREFIX + event.stream.topic, key, batch.packed()))
+    return made
+
+
+def row(event: Sent) -> Any:
+    """Return the ring's row of one event."""
+    made = np.zeros(1, event.stream.dtype)
+    segment = made["s"]
+    for side, address in (("saddr", "10.0.0.1"), ("daddr", event.daddr)):
+        whole = ipaddress.ip_address(address)
+        mapped = whole.packed if whole.version == 6 else b"\0" * 10 + b"\xff\xff" + whole.packed
+        segment["flow"][side] = np.frombuffer(mapped, np.uint8)
+    segment["flow"]["sport"], segment["flow"]["dport"] = 443, event.dport
+    segment["flow"]["netns"] = 4026531840
+    segment["ts"], segment["cpu_seq"] = event.at_ms * MS, event.cpu_seq
+    segment["seq"], segment["end_seq"] = event.cpu_seq, event.cpu_seq + 1
+    segment["known"] = sum(KNOWN.values())
+    for name in ("segs", "sample_rate", "srtt_us"):
+        segment[name] = getattr(event, name)
+    if event.stream is TRANSMITS:
+        made["is_retransmit"] = event.is_retransmit
+    else:
+        made["cause"] = CAUSES.index(event.cause)
+    return made
+
+
+@pytest.fixture(scope="module")
+def sent() -> list[Sent]:
+    return traffic()
+
+
+@pytest.fixture(scope="module")
+def tables(kafka, registry, sent, tmp_path_factory) -> Path:
+    """Put the events into the topics, and return a file of the tables, which end where the topics now end."""
+    if absent := fetch.flink_missing():
+        pytest.skip(f"NO REAL FLINK: it is not in the cache, and this machine lacks {', '.join(absent)}")
+    folder = tmp_path_factory.mktemp("state")
+    config = Config(state_dir=folder, kafka=Kafka(topic_prefix=PREFIX), registry=Registry(registry.url))
+    register_schemas(config)
+    ids = schema_ids(config)
+    for topic in ("tcp_transmit", "tcp_retransmit"):
+        kafka.create_topic(PREFIX + topic)
+    for topic in ("tcp_retransmit_minute", "tcp_retransmit_last"):
+        kafka.create_topic(PREFIX + topic, settings={"cleanup.policy": "compact"})
+
+    client = Producer({"bootstrap.servers": kafka.bootstrap, "partitioner": "murmur2_random"})
+    for topic, key, value in messages(sent, ids) + messages(sent[::5], ids, CLOCK_STEP_MS):
+        client.produce(topic, value, key)
+    assert client.flush(60) == 0
+
+    options = ["--brokers", kafka.bootstrap, "--registry", registry.url, "--prefix", PREFIX]
+    made = subprocess.run([sys.executable, FLINK / "ddl.py", *options], capture_output=True, text=True, check=True)
+    ends = [
+        f"ALTER TABLE {each} SET ('scan.bounded.mode' = 'latest-offset');"
+        for each in ("tcp_transmit", "tcp_retransmit")
+    ]
+    file = folder / "tables.sql"
+    file.write_text("\n".join([made.stdout, *ends]))
+    return file
+
+
+def results(kafka, topic: str) -> list[dict[str, Any]]:
+    """Return the last row for each key of a result."""
+    return [
+        json.loads(value)
+        for value in {each.key: each.value for each in kcat_messages(kafka.bootstrap, PREFIX + topic)}.values()
+    ]
+
+
+def percentile(values: list[int], part: float) -> float:
+    """Return what SQL's PERCENTILE_CONT does: between the two nearest values in proportion."""
+    return float(np.percentile(values, part * 100, method="linear"))
+
+
+def test_the_committed_tables_are_those_of_the_schemas():
+    assert (FLINK / "tables.sql").read_text() == runpy.run_path(str(FLINK / "ddl.py"))["tables"](
+        "localhost:9092", "http://localhost:8081"
+    )
+
+
+@pytest.mark.real_kafka
+def test_minutes_have_what_was_put_in(kafka, sent, tables, tmp_path):
+    flink.run_sql(tmp_path, tables, FLINK / "retransmits.sql")
+
+    expected: dict[tuple[str, str, str], list[Sent]] = defaultdict(list)
+    for event in sent:
+        minute = (event.at_ms - START_MS) // MINUTE_MS
+        expected[f"2027-01-15 08:{minute:02}:00", event.host, event.daddr].append(event)
+    found = {
+        (each["window_start"], each["host"], each["daddr"]): each for each in results(kafka, "tcp_retransmit_minute")
+    }
+    assert found.keys() == expected.keys()
+    assert len(found) == MINUTES * len(HOSTS) * len(PEERS)
+    for key, events in expected.items():
+        one = found[key]
+        segs = {
+            stream: sum(each.segs * each.sample_rate for each in events if each.stream is stream)
+            for stream in (TRANSMITS, RETRANSMITS)
+        }
+        assert (one["segs"], one["retransmitted_segs"]) == (segs[TRANSMITS], segs[RETRANSMITS]), key
+        assert one["ratio"] == pytest.approx(segs[RETRANSMITS] / segs[TRANSMITS])
+        assert one["causes"] == Counter(each.cause for each in events if each.cause)
+        srtt_us = [each.srtt_us for each in events if each.stream is TRANSMITS and each.srtt_us]
+        for name, part in (("srtt_us_p50", 0.5), ("srtt_us_p95", 0.95), ("srtt_us_p99", 0.99)):
+            assert one[name] == pytest.approx(percentile(srtt_us, part)), (key, name)
+    causes: set[str] = set().union(*(each["causes"] for each in found.values()))
+    assert causes == set(CAUSES)
+
+
+@pytest.mark.real_kafka
+def test_a_retransmit_has_its_flows_last_transmit(kafka, sent, tables, tmp_path):
+    flink.run_sql(tmp_path, tables, FLINK / "last_transmit.sql")
+
+    found = results(kafka, "tcp_retransmit_last")
+    expected = {(each.host, each.cpu_seq): (each.cause, each.last) for each in sent if each.stream is RETRANSMITS}
+    assert {(each["host"], each["cpu_seq"]): (each["cause"], each["last_seq"]) for each in found} == expected
+    assert len(found) == len(expected)
+    assert {each["since_last_us"] for each in found} <= {
+        50_000,
+        50_000 + CLOCK_STEP_MS * 1000,
+        50_000 - CLOCK_STEP_MS * 1000,
+    }
