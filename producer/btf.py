@@ -42,7 +42,7 @@ class Btf:
     """The types of one BTF blob. `find` and `member` return None for what the kernel does not have."""
 
     def __init__(self, blob: bytes) -> None:
-        magic, _, _, header, type_off, type_len, str_off, _ = struct.unpack_from("<HBBIIIII", blob)
+        magic, _, _, header, type_off, type_len, str_off, _ = struct.unpack_from("<HBBIIIII", blob.ljust(24, b"\0"))
         if magic != 0xEB9F:
             raise UnavailableError("not BTF: the magic number is missing (a big-endian kernel is not supported)")
         self._blob = blob

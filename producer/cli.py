@@ -388,6 +388,7 @@ def init(config: Path | None, brokers: str | None, registry: str | None, partiti
 @_registry
 @_state_dir
 @_option("--explain", metavar="LOCAL,REMOTE", help="Say which rule decides over this connection.")
+@_option("--local", is_flag=True, help="Only this host: ask no server.")
 @_json
 def check(
     config: Path | None,
@@ -395,21 +396,30 @@ def check(
     registry: str | None,
     state_dir: Path | None,
     explain: str | None,
+    local: bool,
     as_json: bool,
 ) -> None:
-    """Say what this host offers, and what is missing."""
+    """Say what is missing here for a producer to run, and what mends it. Exits with 0 if nothing is."""
+    from producer.errors import ConfigError
     from producer.explain import explain as explain_rules
+    from producer.finding import Finding
     from producer.preflight import examine
     from producer.ruleset import resolve
     from producer.rungs import cgroup2_root
 
-    settings = _load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+    try:
+        settings = _load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+    except ConfigError as error:
+        if not as_json:
+            raise
+        click.echo(json.dumps([Finding("configuration", str(error), error.exit_code).as_dict()]))
+        sys.exit(error.exit_code)
     if explain is not None:
         ruleset = resolve(settings, cgroup2_root())
         lines = explain_rules(ruleset.rules, ruleset.default, explain)
         click.echo(json.dumps(lines) if as_json else "\n".join(lines))
         return
-    findings = examine(settings)
+    findings = examine(settings, servers=not local)
     if as_json:
         click.echo(json.dumps([finding.as_dict() for finding in findings]))
     else:

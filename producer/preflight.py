@@ -1,96 +1,202 @@
-"""What this host offers a producer, and what is missing: the answers of `rebpf check`."""
+"""What this host offers a producer, and what is missing with what mends it: the answers of `rebpf check`."""
 
+import fcntl
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from producer import privileges
+from producer import privileges, sysbpf
 from producer.btf import VMLINUX, Btf
 from producer.config import Config
-from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
-from producer.events import STREAMS
+from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
+from producer.finding import Finding
+from producer.kafka_settings import client_settings
 from producer.loading import python_with_bcc
-from producer.provision import Admin, heartbeat_topic, in_partitions, topic
+from producer.preflight_servers import kafka, registry
+from producer.ruleset import resolve
 from producer.rungs import LADDERS, cgroup2_root, refusal
+from producer.state import running
+
+LOCKDOWN = Path("/sys/kernel/security/lockdown")
+_LEAST_BCC = (0, 26)  # the oldest that the programs are compiled with in tests
+_MIB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing examined; `exit_code` is 0 unless a producer could not run because of it.
-
-    `there` is False for what this host does not offer, whether or not a producer needs it.
-    """
-
-    subject: str
-    text: str
-    exit_code: int = 0
-    there: bool = True
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the finding as it is printed in JSON."""
-        return {"subject": self.subject, "ok": self.exit_code == 0, "text": self.text, "exit_code": self.exit_code}
-
-    def __str__(self) -> str:
-        label = "MISSING" if self.exit_code else "ok" if self.there else "no"
-        return f"{label:7} {self.subject}: {self.text}"
+def examine(config: Config, *, servers: bool = True) -> list[Finding]:
+    """Examine this host, and the servers if wanted, for `config`; leaves nothing attached and nothing written."""
+    findings = [*_settings(config), *_kernel(config), *_python(), *_folders(config), *_others(config)]
+    # Settings that contradict each other are found above, and no client would take them.
+    if servers and not any(finding.subject == "kafka.settings" for finding in findings):
+        findings += [*kafka(config), *registry(config)]
+    return findings
 
 
-def examine(config: Config) -> list[Finding]:
-    """Examine this host for `config`; leaves nothing attached and nothing written."""
-    return [*_kernel(config), *_python(), *_kafka(config)]
+def _settings(config: Config) -> Iterator[Finding]:
+    try:
+        client_settings(config.kafka.brokers, config.kafka.settings)
+    except ConfigError as error:
+        yield Finding("kafka.settings", str(error), error.exit_code)
+    try:
+        resolve(config, cgroup2_root()).tables()
+    except RebpfError as error:
+        yield Finding("rules", str(error), error.exit_code)
+    else:
+        yield Finding("rules", f"{len(config.rules)}" if config.rules else "none: no segment is left out by a rule")
 
 
 def _kernel(config: Config) -> Iterator[Finding]:
-    missing = privileges.missing()
-    if missing:
-        text = f"missing: {', '.join(missing)}; run as root, or grant them (systemd: AmbientCapabilities=)"
-        yield Finding("capabilities", text, PermissionDenied.exit_code)
-    else:
-        yield Finding("capabilities", "enough to load and attach BPF programs")
+    yield from _capabilities()
+    yield from _lockdown(LOCKDOWN)
     root = cgroup2_root()
-    text = f"mounted at {root}" if root else "not mounted; the hook cgroup_skb needs it"
+    mend = "mount -t cgroup2 none /sys/fs/cgroup, or another folder where that is taken"
+    text = f"mounted at {root}" if root else f"not mounted, and the hook cgroup_skb needs it: {mend}"
     yield Finding("cgroup v2", text, there=root is not None)
     path = config.capture.btf or VMLINUX
     try:
         btf = Btf.load(path)
     except RebpfError as error:
-        yield Finding("BTF", str(error), error.exit_code)
+        text = str(error)
+        yield Finding("BTF", text if text.startswith(str(path)) else f"{path}: {text}", error.exit_code)
+        return
+    except OSError as error:
+        yield Finding("BTF", f"{path}: {error.strerror}", UnavailableError.exit_code)
         return
     yield Finding("BTF", str(path))
-    if missing:
+    if not privileges.missing(privileges.LOADING):
+        yield from _hooks(config, btf, root)
+
+
+def _capabilities() -> Iterator[Finding]:
+    wanted = " ".join(privileges.NAMES.values())
+    mend = f"run as root, or grant them: systemctl edit rebpf, and below [Service] AmbientCapabilities={wanted}"
+    missing = privileges.missing()
+    if privileges.missing(privileges.LOADING):
+        yield Finding("capabilities", f"missing: {', '.join(missing)}; {mend}", PermissionDenied.exit_code)
+    elif missing:
+        text = f"missing: {', '.join(missing)}, and the hook cgroup_skb needs it; {mend}"
+        yield Finding("capabilities", text, there=False)
+    else:
+        yield Finding("capabilities", "enough to load and attach BPF programs")
+
+
+def _lockdown(path: Path) -> Iterator[Finding]:
+    """Integrity lets BPF programs read the kernel's memory; confidentiality does not."""
+    try:
+        mode = path.read_text().partition("[")[2].partition("]")[0]
+    except OSError:  # a kernel without it, or securityfs is not mounted: the hooks' trial says what is allowed
         return
+    if mode == "confidentiality":
+        mend = "boot with lockdown=integrity on the kernel's command line; a running kernel does not go back"
+        yield Finding("lockdown", f"{path} is at {mode}: no BPF program may read; {mend}", HookError.exit_code)
+    else:
+        yield Finding("lockdown", mode)
+
+
+def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
     for stream, ladder in LADDERS.items():
         reasons = {rung.name: refusal(rung, btf, root) for rung in ladder if rung.name in config.capture.hooks}
         for hook, reason in reasons.items():
             yield Finding(f"{stream} by {hook}", reason or "possible", there=reason is None)
         if all(reasons.values()):
-            yield Finding(stream, "no hook is possible on this host", HookError.exit_code)
+            wanted = ", ".join(config.capture.hooks)
+            text = f"no hook is possible on this host of those that capture.hooks allows: {wanted}"
+            yield Finding(stream, text, HookError.exit_code)
 
 
 def _python() -> Iterator[Finding]:
     yield Finding("Python", sys.version.split()[0])
     try:
-        yield Finding("bcc", f"found by {python_with_bcc()}")
+        python = python_with_bcc()
     except UnavailableError as error:
         yield Finding("bcc", str(error), error.exit_code)
-
-
-def _kafka(config: Config) -> Iterator[Finding]:
-    if config.kafka.brokers is None:
-        yield Finding("Kafka", "no brokers are configured: the embedded broker will run, for trying only")
         return
+    done = subprocess.run(
+        [python, "-I", "-c", "import bcc; print(bcc.__version__)"], capture_output=True, text=True, check=False
+    )
+    version = done.stdout.strip()
+    if done.returncode:
+        said = done.stderr.strip().rpartition("\n")[2]
+        text = f"{python} has it and cannot import it: {said}; apt install --reinstall python3-bpfcc"
+        yield Finding("bcc", text, UnavailableError.exit_code)
+    elif _numbers(version) < _LEAST_BCC:
+        least = ".".join(map(str, _LEAST_BCC))
+        text = f"{version} of {python} is too old, {least} is wanted: apt install python3-bpfcc of a newer release"
+        yield Finding("bcc", text, UnavailableError.exit_code)
+    else:
+        yield Finding("bcc", f"{version}, found by {python}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+
+
+def _folders(config: Config) -> Iterator[Finding]:
+    problem = _unusable(config.state_dir)
+    if problem:
+        yield Finding("state_dir", problem, ConfigError.exit_code)
+    else:
+        yield Finding("state_dir", f"{config.state_dir} can be written")
+        for name in ("spool", "quarantine"):
+            problem = _unusable(config.state_dir / name)
+            if problem:
+                yield Finding(name, problem, ConfigError.exit_code)
+        yield _room(config)
+    if config.capture.pin is not None:
+        yield _pins(config.capture.pin)
+
+
+def _unusable(path: Path) -> str:
+    """Say why this user cannot make or write the folder; empty where it can."""
+    there = _nearest(path)
+    user = os.geteuid()
+    if not there.is_dir():
+        return f"{there} is no folder: remove it, or set state_dir to another"
+    if os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        return ""
+    if os.statvfs(there).f_flag & os.ST_RDONLY:
+        return f"{there} is read-only: mount -o remount,rw, or set state_dir to another folder"
+    return f"{path} cannot be written by user {user}: install -d -m 0700 -o {user} {path}"
+
+
+def _nearest(path: Path) -> Path:
+    """Return the path, or the nearest above it that exists."""
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+
+
+def _room(config: Config) -> Finding:
+    spool = config.spool
+    wanted = spool.transmit_bytes + spool.retransmit_bytes + 2 * spool.quarantine_bytes
+    disk = os.statvfs(_nearest(config.state_dir))
+    taken = sum(
+        path.lstat().st_size for name in ("spool", "quarantine") for path in (config.state_dir / name).rglob("*")
+    )
+    free = disk.f_bavail * disk.f_frsize + taken
+    if free >= wanted:
+        return Finding("spool", f"{config.state_dir} has room for the {wanted // _MIB} MiB that it may take")
+    text = f"{config.state_dir} has room for {free // _MIB} MiB, and the spool may take {wanted // _MIB} MiB"
+    return Finding("spool", f"{text}: lower spool.transmit_bytes and its like, or give it a larger disk", warns=True)
+
+
+def _pins(path: Path) -> Finding:
+    there = _nearest(path)
+    if not sysbpf.is_bpffs(there):
+        text = f"{path} is not in a bpffs; mount one: mount -t bpf bpf /sys/fs/bpf"
+        return Finding("capture.pin", text, ConfigError.exit_code)
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        text = f"{path} cannot be written by user {os.geteuid()}: install -d -m 0700 -o {os.geteuid()} {path}"
+        return Finding("capture.pin", text, ConfigError.exit_code)
+    return Finding("capture.pin", f"{path} can be written")
+
+
+def _others(config: Config) -> Iterator[Finding]:
     try:
-        topics = Admin(config).partitions()
-    except RebpfError as error:
-        yield Finding("Kafka", str(error), error.exit_code)
-        return
-    yield Finding("Kafka", config.kafka.brokers)
-    heartbeats = heartbeat_topic(config)
-    for name in (*(topic(config, stream) for stream in STREAMS), heartbeats):
-        if name in topics:
-            yield Finding(f"topic {name}", in_partitions(topics[name]))
-        elif name == heartbeats:
-            yield Finding(f"topic {name}", "missing, so no heartbeats are sent: run `rebpf init`", there=False)
-        else:
-            yield Finding(f"topic {name}", "missing: run `rebpf init`", UnavailableError.exit_code)
+        with open(config.state_dir / "lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = (running(config.state_dir) or {}).get("pid", "not ready yet")
+        text = f"another runs with state_dir {config.state_dir}: pid {pid}; `rebpf status` says how it fares"
+        yield Finding("producer", text, BusyError.exit_code)
+    except OSError:  # no folder yet, or not ours to read: said above
+        pass

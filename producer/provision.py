@@ -1,16 +1,25 @@
 """The topics and their schemas' ids, and what an administrator does once: create the topics, register the schemas."""
 
 import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it does not say what it exports
+    AclOperation,
+    AdminClient,
+    ClusterMetadata,
+    ConfigResource,
+    TopicDescription,
+)
 from confluent_kafka.cimpl import NewTopic
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from producer.config import Config
 from producer.encode import load_schema
-from producer.errors import ConfigError, UnavailableError
+from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import STREAMS, SchemaId, Stream, Topic
 from producer.heartbeat import FIXED_SCHEMA_ID, TOPIC, heartbeat_schema
 from producer.registry import COMPATIBILITY, AvroSchema, SchemaIds
@@ -55,13 +64,31 @@ def topic_settings(replication: int) -> dict[str, str]:
     return {**_TOPIC_SETTINGS, "min.insync.replicas": str(replication - 1)}
 
 
+@dataclass(frozen=True, slots=True)
+class TopicFacts:
+    """What a topic is like: `replication` is that of the partition with the fewest replicas.
+
+    `settings` is empty where this user may not see them.
+    """
+
+    partitions: int
+    replication: int
+    may_write: bool
+    settings: Mapping[str, str]
+
+    def number(self, name: str) -> int | None:
+        """Return a setting that is a number; None where it is not shown."""
+        return int(self.settings[name]) if name in self.settings else None
+
+
 class Admin:
     """Looks at a cluster's topics and makes some. Raises ConfigError for settings that librdkafka refuses."""
 
     def __init__(self, config: Config) -> None:
         self._brokers = config.kafka.brokers
         self._trouble: KafkaError | None = None
-        conf: dict[str, Any] = {**config.kafka.settings, "bootstrap.servers": self._brokers, "error_cb": self._meet}
+        ours = {"bootstrap.servers": self._brokers, "allow.auto.create.topics": "false", "error_cb": self._meet}
+        conf: dict[str, Any] = {**config.kafka.settings, **ours}
         try:
             self._client = AdminClient(conf, logger=_client_logger())
         except KafkaException as error:
@@ -69,13 +96,61 @@ class Admin:
 
     def partitions(self) -> dict[str, int]:
         """Return the topics, and how many partitions each has; UnavailableError where no broker answers."""
+        return {name: len(topic.partitions) for name, topic in self._metadata().topics.items()}
+
+    def brokers(self) -> int:
+        """Return how many brokers the cluster has."""
+        return len(self._metadata().brokers)
+
+    def describe(self, names: Sequence[str]) -> dict[str, TopicFacts | RebpfError]:
+        """Return what each topic is like, or why that is not to be had and what to do."""
+        described = self._client.describe_topics(
+            TopicCollection(list(names)), include_authorized_operations=True, request_timeout=_CREATE_TIMEOUT_S
+        )
+        return {name: self._facts(name, described[name]) for name in names}
+
+    def _facts(self, name: str, described: "Future[TopicDescription]") -> TopicFacts | RebpfError:
         try:
-            topics = self._client.list_topics(timeout=_ANSWER_TIMEOUT_S).topics
+            topic = described.result()
+        except KafkaException as error:
+            code = error.args[0].code()
+            if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return UnavailableError("missing: run `rebpf init`")
+            if code == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                grant = f"kafka-acls.sh --add --producer --topic {name} --allow-principal User:NAME"
+                return PermissionDenied(f"this user may not see it: {grant}")
+            return UnavailableError(error.args[0].str())
+        allowed = set(topic.authorized_operations or ())
+        may_write = not allowed or bool(allowed & {AclOperation.WRITE, AclOperation.ALL})
+        replication = min((len(partition.replicas) for partition in topic.partitions), default=0)
+        return TopicFacts(len(topic.partitions), replication, may_write, self._settings(name))
+
+    def _settings(self, name: str) -> dict[str, str]:
+        resource = ConfigResource(ConfigResource.Type.TOPIC, name)
+        asked = self._client.describe_configs([resource], request_timeout=_CREATE_TIMEOUT_S)
+        try:
+            return {key: entry.value for key, entry in asked[resource].result().items()}
+        except KafkaException:  # a producer's user may seldom see them
+            return {}
+
+    def _metadata(self) -> ClusterMetadata:
+        try:
+            return self._client.list_topics(timeout=_ANSWER_TIMEOUT_S)
         except KafkaException as error:
             self._client.poll(0)  # says what the trouble is
-            reason = (self._trouble or error.args[0]).str()
-            raise UnavailableError(f"no answer from Kafka at {self._brokers}: {reason}") from error
-        return {name: len(topic.partitions) for name, topic in topics.items()}
+            raise self._translated(self._trouble or error.args[0]) from error
+
+    def _translated(self, error: KafkaError) -> RebpfError:
+        where, reason = f"Kafka at {self._brokers}", error.str()
+        if error.code() == KafkaError._AUTHENTICATION:
+            mend = "put sasl.mechanism, sasl.username and sasl.password below [kafka.settings] in order"
+            return PermissionDenied(f"{where} refuses the authentication: {reason}; {mend}")
+        if error.code() == KafkaError._SSL or "SSL handshake failed" in reason:
+            mend = "see ssl.ca.location and security.protocol below [kafka.settings], and the broker's certificate"
+            return UnavailableError(f"no TLS with {where}: {reason}; {mend}")
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # they take the connection and hang up
+            reason += "; where they want TLS, set security.protocol below [kafka.settings]"
+        return UnavailableError(f"no answer from {where}: {reason}")
 
     def create(self, name: str, partitions: int, replication: int) -> bool:
         """Create a topic; False where it exists. UnavailableError says what failed."""
@@ -120,7 +195,7 @@ def register_schemas(config: Config) -> list[str]:
     """Register the schemas where a registry is configured, compatible both ways; return a line about each."""
     if config.registry.url is None:
         return ["no registry: schema ids are " + ", ".join(f"{name} {i}" for name, i in schema_ids(config).items())]
-    schemas = {**_event_schemas(config), **_heartbeat_schemas(config)}
+    schemas = published_schemas(config)
     with SchemaIds(config.registry, cache=None) as registry:
         lines = []
         for name, schema in schemas.items():
@@ -139,6 +214,11 @@ def schema_ids(config: Config) -> dict[Topic, SchemaId]:
         return {**fixed, heartbeat_topic(config): FIXED_SCHEMA_ID}
     with SchemaIds(config.registry, config.state_dir / "schema_ids.json") as registry:
         return registry.find(_event_schemas(config), optional=_heartbeat_schemas(config))
+
+
+def published_schemas(config: Config) -> dict[Topic, AvroSchema]:
+    """Return this version's schema of each topic."""
+    return {**_event_schemas(config), **_heartbeat_schemas(config)}
 
 
 def _event_schemas(config: Config) -> dict[Topic, AvroSchema]:

@@ -19,7 +19,7 @@ from confluent_kafka.schema_registry.error import SchemaRegistryError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from producer.config import Registry
-from producer.errors import SchemaError, UnavailableError
+from producer.errors import PermissionDenied, SchemaError, UnavailableError
 from producer.events import SchemaId, Topic
 from producer.metrics import counted
 
@@ -33,16 +33,18 @@ COMPATIBILITY = "FULL_TRANSITIVE"
 
 _ATTEMPTS = 4
 _INCOMPATIBLE, _NOT_FOUND = 409, 404
+_REFUSED = (401, 403)
 
 
 class SchemaIds:
     """Finds the ids of topics' schemas at the registry of `settings`, or in the file `cache`, while it is entered."""
 
-    def __init__(self, settings: Registry, cache: Path | None) -> None:
+    def __init__(self, settings: Registry, cache: Path | None, attempts: int = _ATTEMPTS) -> None:
         # The client has no timeout of its own, and its own retries are not seen.
         self._client = SchemaRegistryClient({"url": settings.url, "timeout": settings.timeout_s, "max.retries": 0})
         self._settings = settings
         self._cache = cache
+        self._attempts = attempts
 
     def __enter__(self) -> "SchemaIds":
         return self
@@ -62,7 +64,7 @@ class SchemaIds:
         """
         everything = {**schemas, **optional}
         keys = {topic: self._cache_key(topic, schema) for topic, schema in everything.items()}
-        call = self.register if self._settings.register else self._look_up
+        call = self.register if self._settings.register else self.look_up
         try:
             ids = {topic: call(topic, schema) for topic, schema in schemas.items()}
         except UnavailableError as error:
@@ -91,7 +93,12 @@ class SchemaIds:
         """Register a topic's schema, which may be there already, and return its id."""
         return _id(self._ask(topic, lambda: self._client.register_schema(_subject(topic), _registered(schema))))
 
-    def _look_up(self, topic: Topic, schema: AvroSchema) -> SchemaId:
+    def compatible(self, topic: Topic, schema: AvroSchema) -> bool:
+        """Whether the registry would take the schema."""
+        return self._ask(topic, lambda: self._client.test_compatibility(_subject(topic), _registered(schema)))
+
+    def look_up(self, topic: Topic, schema: AvroSchema) -> SchemaId:
+        """Return the id of a topic's schema; SchemaError where the registry does not have it."""
         return _id(self._ask(topic, lambda: self._client.lookup_schema(_subject(topic), _registered(schema)).schema_id))
 
     def _ask(self, topic: Topic, call: Callable[[], _Answer]) -> _Answer:
@@ -99,7 +106,7 @@ class SchemaIds:
             retry=retry_if_exception_type(UnavailableError),
             wait=wait_random_exponential(multiplier=0.3, max=5),
             before_sleep=counted("registry"),
-            stop=stop_after_attempt(_ATTEMPTS),
+            stop=stop_after_attempt(self._attempts),
             reraise=True,
         )
         answer: _Answer = retrying(self._translated, topic, call)
@@ -117,6 +124,8 @@ class SchemaIds:
                 raise SchemaError(
                     f"registry {url} does not have {_subject(topic)} in this version: run `rebpf init`"
                 ) from error
+            if error.http_status_code in _REFUSED:
+                raise PermissionDenied(f"registry {url} refuses the authentication: {error}") from error
             raise UnavailableError(f"registry {url}: {error}") from error
         except Exception as error:  # of the client's HTTP library, whose name differs with the client's version
             raise UnavailableError(f"registry {url} does not answer: {error}") from error

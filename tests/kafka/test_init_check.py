@@ -1,13 +1,17 @@
 """`rebpf init` and `rebpf check` against real servers, and against none."""
 
 import json
+from collections.abc import Iterator, Mapping
 
 import pytest
 from confluent_kafka.admin import AdminClient, ConfigResource
+from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
 from producer.provision import topic_settings
 from tests.kafka.rebpf import as_nobody, rebpf
+from tests.servers.certificates import Authority
 from tests.servers.process import free_port
+from tests.servers.secure import PLAIN, SCRAM, USERS, SecureKafka
 
 pytestmark = pytest.mark.real_kafka
 
@@ -98,7 +102,8 @@ def test_check_names_missing_topics_and_finds_them_after_init(kafka, config):
     assert code == 69
     for topic in TOPICS:
         assert before[f"topic check.{topic}"] == {
-            "subject": f"topic check.{topic}", "ok": False, "text": "missing: run `rebpf init`", "exit_code": 69,
+            "subject": f"topic check.{topic}", "ok": False, "warning": False, "exit_code": 69,
+            "text": "missing: run `rebpf init`",
         }  # fmt: skip
     assert before["Kafka"]["ok"]
 
@@ -115,7 +120,7 @@ def test_a_missing_topic_of_heartbeats_is_named_and_no_reason_not_to_run(kafka, 
     code, found = findings("--config", config("deaf."), "--brokers", kafka.bootstrap)
 
     assert (code, found["topic deaf.rebpf_agent"]["ok"]) == (0, True)
-    assert found["topic deaf.rebpf_agent"]["text"] == "missing, so no heartbeats are sent: run `rebpf init`"
+    assert found["topic deaf.rebpf_agent"]["text"] == "missing: run `rebpf init`; till then no heartbeats are sent"
 
 
 def test_check_says_that_no_broker_answers():
@@ -137,13 +142,13 @@ def test_check_of_a_host_that_has_everything_is_good():
     text = rebpf("check")
     assert text.returncode == 0
     assert len(text.stdout.splitlines()) == len(found)
-    assert {line.split()[0] for line in text.stdout.splitlines()} <= {"ok", "no"}
+    assert {line.split()[0] for line in text.stdout.splitlines()} <= {"ok", "no", "WARNING"}
     for line in text.stdout.splitlines():
         assert "transmit by " not in line or line.startswith("ok ") == line.endswith(": possible")
 
 
 def test_check_says_what_an_unprivileged_user_lacks():
-    done = rebpf("check", "--json", before=as_nobody())
+    done = rebpf("check", "--json", "--state-dir", "/tmp/rebpf-that-is-not-there", before=as_nobody())
     found = {each["subject"]: each for each in json.loads(done.stdout)}
 
     assert done.returncode == 77
@@ -161,3 +166,127 @@ def test_a_setting_that_the_client_refuses_is_a_configuration_error(config):
     code, found = findings(*arguments)
     assert code == 78
     assert "lingr.ms" in str(found["Kafka"]["text"])
+
+
+def test_a_topic_whose_settings_let_no_event_in(kafka, config):
+    kafka.create_topic("tight.tcp_transmit", settings={"max.message.bytes": "999"})
+    kafka.create_topic("tight.tcp_retransmit", settings={"min.insync.replicas": "2"})
+    done = rebpf("check", "--config", config("tight."), "--brokers", kafka.bootstrap)
+
+    assert done.returncode >= 69
+    alter = "kafka-configs.sh --alter --entity-type topics --entity-name"
+    for text in (
+        "topic tight.tcp_transmit: max.message.bytes is 999, and no event fits: "
+        f"{alter} tight.tcp_transmit --add-config max.message.bytes=1048588",
+        "topic tight.tcp_retransmit: min.insync.replicas is 2 with 1 replicas, so that it takes no event: "
+        f"{alter} tight.tcp_retransmit --add-config min.insync.replicas=1",
+    ):
+        assert f"MISSING {text}" in done.stdout.splitlines()
+
+
+def test_topics_of_different_partitions(kafka, config):
+    kafka.create_topic("uneven.tcp_transmit", 2)
+    kafka.create_topic("uneven.tcp_retransmit", 5)
+    _, found = findings("--config", config("uneven."), "--brokers", kafka.bootstrap)
+
+    assert found["topics"]["warning"]
+    assert found["topics"]["exit_code"] == 0
+    assert str(found["topics"]["text"]).startswith("2 and 5 partitions: ")
+    assert "--alter --partitions 5" in str(found["topics"]["text"])
+
+
+@pytest.fixture(scope="module")
+def secure(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
+    with SecureKafka(tmp_path_factory.mktemp("secure")) as server:
+        yield server
+
+
+def as_toml(settings: Mapping[str, str]) -> str:
+    return "[kafka.settings]\n" + "".join(f'"{name}" = "{value}"\n' for name, value in settings.items())
+
+
+def check_secure(secure: SecureKafka, config, prefix: str, settings: Mapping[str, str], listener: str = "SASL_SSL"):
+    more = as_toml(settings)
+    return findings("--config", config(prefix, more), "--brokers", secure.address(listener))
+
+
+def test_authentication_refused(secure, config):
+    code, found = check_secure(secure, config, "", secure.sasl(SCRAM, "wrong-secret"))
+
+    assert code == 77
+    assert found["Kafka"]["exit_code"] == 77
+    text = str(found["Kafka"]["text"])
+    assert text.startswith(f"Kafka at {secure.address('SASL_SSL')} refuses the authentication: ")
+    assert "sasl.password" in text
+    assert "wrong-secret" not in json.dumps(found)
+
+
+def test_tls_that_does_not_come_about(secure, config, tmp_path):
+    other = Authority(tmp_path / "other")
+    settings = {**secure.tls(), "ssl.ca.location": str(other.certificate)}
+    code, found = check_secure(secure, config, "", settings, "TLS")
+
+    assert code >= 69
+    assert found["Kafka"]["exit_code"] == 69
+    assert str(found["Kafka"]["text"]).startswith(f"no TLS with Kafka at {secure.address('TLS')}: ")
+    assert "ssl.ca.location" in str(found["Kafka"]["text"])
+
+
+@pytest.mark.parametrize("client", ["TLS", "PLAINTEXT"])
+def test_tls_against_plaintext(secure, config, client):
+    settings, listener = (secure.tls(), "PLAINTEXT") if client == "TLS" else ({}, "TLS")
+    code, found = check_secure(secure, config, "", settings, listener)
+
+    assert code >= 69
+    assert found["Kafka"]["exit_code"] == 69
+    assert "security.protocol" in str(found["Kafka"]["text"])
+
+
+def test_a_topic_that_is_not_ours_to_write(secure, config):
+    secure.create_topic("acl.tcp_transmit")
+    secure.create_topic("acl.tcp_retransmit")
+    secure.grant(USERS[PLAIN], "acl.tcp_transmit")
+    code, found = check_secure(secure, config, "acl.", secure.sasl(PLAIN))
+
+    assert code == 77
+    assert found["topic acl.tcp_retransmit"]["exit_code"] == 77
+    grant = "kafka-acls.sh --add --producer --topic acl.tcp_retransmit --allow-principal User:NAME"
+    assert found["topic acl.tcp_retransmit"]["text"] == f"this user may not see it: {grant}"
+    assert found["topic acl.tcp_transmit"]["ok"]
+    assert found["topic acl.tcp_transmit"]["text"] == "3 partitions; its settings are not shown to this user"
+
+
+def test_a_registry_that_does_not_answer(kafka, config):
+    url = f"http://127.0.0.1:{free_port()}"
+    code, found = findings("--config", config("check."), "--brokers", kafka.bootstrap, "--registry", url)
+
+    assert code >= 69
+    assert found["registry"]["exit_code"] == 69
+    assert str(found["registry"]["text"]).startswith(f"registry {url} does not answer: ")
+
+
+def test_a_registry_without_our_schemas_or_with_others(kafka, registry, config):
+    arguments = ["--config", config("schemas."), "--brokers", kafka.bootstrap, "--registry", registry.url]
+    code, found = findings(*arguments)
+    assert code == 78
+    for topic in TOPICS:
+        finding = found[f"schema schemas.{topic}-value"]
+        assert finding["exit_code"] == 78
+        assert str(finding["text"]).endswith(f"does not have schemas.{topic}-value in this version: run `rebpf init`")
+    assert found["schema schemas.rebpf_agent-value"]["ok"]
+
+    assert rebpf("init", *arguments).returncode == 0
+    _, found = findings(*arguments)
+    for topic in (*TOPICS, "rebpf_agent"):
+        assert str(found[f"schema schemas.{topic}-value"]["text"]).startswith("id ")
+
+    subject = "alien.tcp_transmit-value"
+    with SchemaRegistryClient({"url": registry.url, "timeout": 10}) as client:
+        alien = {"type": "record", "name": "Alien", "fields": [{"name": "ts", "type": "string"}]}
+        client.set_compatibility(subject, "FULL_TRANSITIVE")
+        client.register_schema(subject, Schema(json.dumps(alien), "AVRO"))
+    arguments[1] = config("alien.")
+    code, found = findings(*arguments)
+    assert code == 78
+    assert found[f"schema {subject}"]["exit_code"] == 78
+    assert "incompatible" in str(found[f"schema {subject}"]["text"])
