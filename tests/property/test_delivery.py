@@ -4,6 +4,7 @@ The ring and Kafka are in memory; the spool and the ledger are real, on a real d
 happens, an event that entered the ring is in the topic, or counted, and each flow's events are there in order.
 """
 
+import contextlib
 import errno
 import os
 import random
@@ -65,10 +66,25 @@ class FailingDisk(Disk):
 
     def __init__(self, faults: Faults, chance: random.Random) -> None:
         self._faults, self._chance = faults, chance
+        self._opened: set[tuple[int, int]] = set()
 
     def create(self, path: Folder) -> int:
         self._faults.fail()
-        return super().create(path)
+        return self._note(super().create(path))
+
+    def open(self, path: Folder) -> int:
+        return self._note(super().open(path))
+
+    def end(self) -> None:
+        """Close what the process has left open, as the kernel does."""
+        for descriptor, inode in self._opened:
+            with contextlib.suppress(OSError):
+                if os.fstat(descriptor).st_ino == inode:
+                    os.close(descriptor)
+
+    def _note(self, descriptor: int) -> int:
+        self._opened.add((descriptor, os.fstat(descriptor).st_ino))
+        return descriptor
 
     def write(self, descriptor: int, data: memoryview) -> int:
         whole = self._chance.random() < 0.7
@@ -272,6 +288,7 @@ class Delivery(RuleBasedStateMachine):
         ledger = FailingLedger(folder / "ledger", self.faults)
         ledger.open()
         account = ledger.read()
+        self.disk = FailingDisk(self.faults, self.chance)
         self.spool = Spool(
             folder / "spool",
             TRANSMITS,
@@ -281,7 +298,7 @@ class Delivery(RuleBasedStateMachine):
             segment_bytes=1 << 13,
             keep=self.keep,
             max_age_s=1e6,
-            disk=FailingDisk(self.faults, self.chance),
+            disk=self.disk,
         )
         self.spool.open(*((account.acked, account.end, account.gone) if account else ()))
         resumed = resume(account, "ring", self.ring, self.spool, self.spool.last)
@@ -298,6 +315,7 @@ class Delivery(RuleBasedStateMachine):
         self.crashes += 1
         self.exact &= not self.path.ledger_trouble  # a count that could be written nowhere ends with the process
         self.ledger.close()
+        self.disk.end()
         self.faults.errno = 0
         self.start()
 
@@ -368,7 +386,11 @@ class Delivery(RuleBasedStateMachine):
         if not hasattr(self, "path"):
             return
         with self.home:
-            self.end()
+            try:
+                self.end()
+            finally:
+                self.spool.close()
+                self.ledger.close()
 
     def end(self) -> None:
         self.faults.errno = self.faults.calls = 0
