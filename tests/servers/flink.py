@@ -1,5 +1,6 @@
 """Flink SQL on a real mini cluster: deploy/flink/run.py in a venv of its own, for PyFlink has its own pins."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -8,23 +9,29 @@ from . import fetch
 RUN = Path(__file__).resolve().parents[2] / "deploy" / "flink" / "run.py"
 DEADLINE_S = 150.0
 TAIL_LINES = 60
-SETTINGS = {
-    "parallelism.default": "1",
-    "env.java.opts.all": "-Xmx768m -XX:+UseSerialGC",
-    "taskmanager.memory.managed.size": "128m",
-    "rest.bind-address": "127.0.0.1",
-}
+JVM = "-Xmx768m -XX:+UseSerialGC"
 
 
 def run_sql(folder: Path, *files: Path) -> None:
-    """Run files of SQL in one session until their jobs have ended."""
+    """Run files of SQL in one session until their jobs have ended; Flink's log is in `folder`."""
     flink = fetch.flink()
-    settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
     python = flink / "venv" / "bin" / "python"
-    command = ["setpriv", "--pdeathsig", "KILL", python, RUN, "--jars", flink / "jars", *settings, *files]
+    # Flink ends with the process that opened the session: it reads from a pipe of that.
+    command = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        python,
+        RUN,
+        "--jars",
+        flink / "jars",
+        "--set=parallelism.default=2",
+        *files,
+    ]
     done = subprocess.run(
         command,
         cwd=folder,
+        env={**os.environ, "JVM_ARGS": JVM, "FLINK_LOG_DIR": str(folder)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
