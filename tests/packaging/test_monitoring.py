@@ -1,0 +1,211 @@
+"""The rules and the dashboard, against a real Prometheus that scrapes a real endpoint as the example config says."""
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+
+from producer import metrics
+from producer.balance import Balance
+from producer.endpoint import Board, Endpoint
+from tests.servers.prometheus import Prometheus, programs
+from tests.unit.statuses import status
+
+ROOT = Path(__file__).resolve().parents[2]
+RULES = ROOT / "deploy/prometheus"
+DASHBOARD = json.loads((ROOT / "deploy/grafana/rebpf.json").read_text())
+
+pytestmark = pytest.mark.timeout(300)  # the package may have to be downloaded
+DEADLINE_S = 60.0
+
+# Grafana's variables, as it would fill them in: no recorded rule has a window that is shorter than four scrapes.
+VARIABLES = {"$host": ".*", "$__rate_interval": "1m", "$__range": "1h"}
+SELECTOR = re.compile(r"\b(?:(?:rebpf|process|instance:rebpf)_[\w:]+|up\b(?!\())(?:\{[^}]*\})?")
+GROUPING = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
+WORDS = {"sum", "rate", "increase", "changes", "absent", "count", "topk", "vector", "histogram_quantile"}
+WORDS |= {"and", "or", "unless", "offset"}
+
+
+@pytest.fixture(scope="module")
+def promtool() -> Callable[..., str]:
+    try:
+        program = programs() / "promtool"
+    except LookupError as error:
+        pytest.skip(str(error))
+
+    def run(*words: str, text: str = "") -> str:
+        done = subprocess.run([program, *words], cwd=RULES, input=text, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[tuple[Board, str]]:
+    """An endpoint with something of everything, also what appears with the first error only."""
+    metrics.kafka_error("_ALL_BROKERS_DOWN")
+    metrics.observe_delivery(0.2, 100)
+    board = Board(answer_timeout_s=0.01)
+    board.step(status)
+    with Endpoint("127.0.0.1", 0, board) as served:
+        assert served.url
+        yield board, served.url
+
+
+@pytest.fixture(scope="module")
+def prometheus(
+    promtool: Callable[..., str], endpoint: tuple[Board, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    """One that has scraped the endpoint more than once, with events in between, and has evaluated the rules."""
+    board, url = endpoint
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = (RULES / "prometheus.yml").read_text()
+    for said, here in (("localhost:9465", url.removeprefix("http://")), ("15s", "1s")):
+        assert said in config
+        config = config.replace(said, here)
+    (folder / "prometheus.yml").write_text(config)
+    (folder / "rebpf.rules.yml").write_text((RULES / "rebpf.rules.yml").read_text())
+    with Prometheus(folder, folder / "prometheus.yml") as server:
+        wait_for(lambda: server.query("rebpf_events_passed_total"))
+        metrics.observe_delivery(0.2, 100)
+        first = status()
+        more = (replace(stream, balance=Balance(5000, 5000)) for stream in first.streams)
+        board.leave(status(streams=tuple(more)))
+        wait_for(lambda: server.query("instance:rebpf_retransmits_per_transmit:ratio_rate5m"))
+        wait_for(lambda: server.query("increase(rebpf_delivery_seconds_count[1m]) > 0"))
+        yield server
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "Prometheus has not scraped the endpoint and evaluated the rules in time"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def rules(prometheus: Prometheus) -> list[dict[str, Any]]:
+    """The rules as Prometheus has read them."""
+    found = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert len(found) == len(re.findall(r"^ +- (?:alert|record): ", (RULES / "rebpf.rules.yml").read_text(), re.M))
+    return found
+
+
+def targets() -> Iterator[tuple[str, str, str]]:
+    """Each of the dashboard's queries: panel, expression with Grafana's variables filled in, legend."""
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", ()):
+            expression = target["expr"]
+            for variable, value in VARIABLES.items():
+                expression = expression.replace(variable, value)
+            yield panel["title"], expression, target.get("legendFormat", "")
+
+
+def unknown_words(expression: str) -> set[str]:
+    """Words that are neither a selector that was recognised, nor PromQL's that are known here."""
+    rest = re.sub(r"\[[^]]*\]|\boffset \w+", "", GROUPING.sub("", SELECTOR.sub("", expression)))
+    return set(re.findall(r"[A-Za-z_]\w*", rest)) - WORDS
+
+
+def assert_exists(prometheus: Prometheus, expression: str) -> set[str]:
+    """Every selector has a series, with the labels that the expression groups by; return the labels of all."""
+    assert not unknown_words(expression), expression
+    selectors = SELECTOR.findall(expression)
+    assert selectors, expression
+    grouped = {label.strip() for labels in GROUPING.findall(expression) for label in labels.split(",")}
+    seen = set()
+    for selector in selectors:
+        # All that was scraped, not only what is there now.
+        series = prometheus.get("series", **{"match[]": selector})
+        assert series, f"nothing is exposed for {selector}, in {expression}"
+        for labels in series:
+            assert grouped <= labels.keys(), f"{selector} has no such label: {grouped - labels.keys()}"
+            seen |= labels.keys()
+    return seen
+
+
+def test_promtool_finds_nothing_wrong_with_rules_and_config(promtool):
+    promtool("check", "rules", "rebpf.rules.yml")
+    promtool("check", "config", "prometheus.yml")
+
+
+def test_every_alert_fires_where_it_should_and_not_where_it_should_not(promtool):
+    promtool("test", "rules", "rebpf.rules.test.yml")
+    text = (RULES / "rebpf.rules.test.yml").read_text()
+    for alert in re.findall(r"- alert: (\w+)", (RULES / "rebpf.rules.yml").read_text()):
+        assert f'ALERTS{{alertname="{alert}", alertstate="firing"' in text, alert
+
+
+def test_promtool_finds_nothing_wrong_with_the_metrics(promtool, endpoint):
+    with urlopen(endpoint[1] + "/metrics", timeout=30) as answer:
+        said = promtool("check", "metrics", text=answer.read().decode())
+    assert not said.strip()
+
+
+def test_the_example_config_names_hosts_without_ports(prometheus):
+    assert {series["instance"] for series in prometheus.query('up{job="rebpf"} == 1')} == {"127.0.0.1"}
+
+
+def test_whatever_the_rules_name_is_exposed(prometheus, rules):
+    for rule in rules:
+        labels = assert_exists(prometheus, rule["query"])
+        for text in rule.get("annotations", {}).values():
+            assert set(re.findall(r"\$labels\.(\w+)", text)) <= labels, text
+
+
+def test_whatever_the_dashboard_names_is_exposed_and_every_query_has_an_answer(prometheus):
+    for title, expression, legend in targets():
+        assert_exists(prometheus, expression)
+        try:
+            series = prometheus.query(expression)
+        except HTTPError as error:
+            pytest.fail(f"{title}: {expression}: {error.read().decode()}")
+        assert series, f"{title}: {expression}"
+        for labels in series:
+            assert set(re.findall(r"{{(\w+)}}", legend)) <= labels.keys(), f"{title}: {legend}"
+
+
+def test_a_name_that_is_not_exposed_is_found(prometheus):
+    for wrong in ("rebpf_event_passed_total", 'rebpf_hook_info{hock="x"}', "sum by (host) (rebpf_ring_bytes)"):
+        with pytest.raises(AssertionError):
+            assert_exists(prometheus, wrong)
+    assert unknown_words("node_load1 > 1") == {"node_load1"}
+
+
+def test_every_alert_says_what_it_is_and_names_a_section_that_there_is(rules):
+    for alert in (rule for rule in rules if rule["type"] == "alerting"):
+        assert {"summary", "description", "runbook"} <= alert["annotations"].keys(), alert["name"]
+        page, _, section = alert["annotations"]["runbook"].partition("#")
+        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.M)
+        assert section in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}, alert["name"]
+        assert alert["labels"]["severity"] in {"critical", "warning", "info"}
+
+
+def test_the_dashboard_is_for_any_data_source_and_host():
+    assert [each["name"] for each in DASHBOARD["templating"]["list"]] == ["datasource", "host"]
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        for target in panel.get("targets", ()):
+            assert target["datasource"] == panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+            selectors = SELECTOR.findall(target["expr"])
+            assert all('job="rebpf", instance=~"$host"' in each for each in selectors), target["expr"]
+
+
+def test_no_panel_lies_over_another():
+    taken: dict[tuple[int, int], str] = {}
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert taken.setdefault((x, y), panel["title"]) == panel["title"]
