@@ -179,6 +179,14 @@ def test_the_committed_tables_are_those_of_the_schemas():
     )
 
 
+def test_settings_of_the_clients_are_in_all_tables():
+    options = ["--prefix", "x.", "--property", "sasl.jaas.config=a required password='p';"]
+    made = subprocess.run([sys.executable, FLINK / "ddl.py", *options], capture_output=True, text=True, check=True)
+
+    assert made.stdout.count("'properties.sasl.jaas.config' = 'a required password=''p'';',\n") == 4
+    assert made.stdout.count("'topic' = 'x.tcp_") == 4
+
+
 @pytest.mark.real_kafka
 def test_minutes_have_what_was_put_in(kafka, sent, tables, tmp_path):
     flink.run_sql(tmp_path, tables, FLINK / "retransmits.sql")
