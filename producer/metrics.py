@@ -98,7 +98,7 @@ class _Histogram(Collector):
 
 _DELIVERY = _Histogram(
     "rebpf_delivery_seconds",
-    "Seconds from an event's hand-over to librdkafka to its acknowledgement.",
+    "Seconds from the kernel's time of a batch's oldest event to the batch's acknowledgement.",
     (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
 )
 
