@@ -15,6 +15,7 @@ import socket
 import tomllib
 import types
 import typing
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from producer.events import HOOKS
 
 _LEAST_SPOOL_BYTES = 1 << 18
 _LISTEN = re.compile(r".+:\d{1,5}")
+_SECRETS = frozenset({"sasl.password", "ssl.key.password", "ssl.keystore.password", "sasl.oauthbearer.client.secret"})
 _TOPIC_CHARACTERS = re.compile(r"[A-Za-z0-9._-]*")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -62,8 +64,9 @@ class Kafka:
     """HOST:PORT, several separated by commas; none: the embedded broker, for trying."""
     topic_prefix: str = ""
     """What stands before the topics' names."""
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """Settings of librdkafka, by its own names, passed on as they are."""
+    settings: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Settings of librdkafka, by its own names, passed on as they are; a secret as "@FILE", or as "@NAME" of a systemd
+    credential."""
     stop_timeout_s: float = 10.0
     """Seconds that a stop waits for messages in flight."""
 
@@ -104,6 +107,14 @@ class Registry:
     """Register the schemas at start; otherwise they are looked up, and `rebpf init` registers them."""
     timeout_s: float = 5.0
     """Seconds for one request."""
+    auth: Path | None = None
+    """File with USER:PASSWORD for HTTP's basic authentication; a mere name: of a systemd credential."""
+    ca: Path | None = None
+    """File or folder of the certificates that the registry's is checked with; none: certifi's."""
+    certificate: Path | None = None
+    """This client's certificate, for a registry that wants one."""
+    key: Path | None = None
+    """Its private key, where that is in a file of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +181,8 @@ class Config:
         for path, value in values.items():
             if value is not None and value != ():
                 section, _, name = path.rpartition("__")
+                if path == "registry__url":
+                    _check_url(value)
                 if section:
                     inner = dataclasses.replace(getattr(changed, section), **{name: value})
                     changed = dataclasses.replace(changed, **{section: inner})
@@ -190,7 +203,7 @@ def load(path: Path | None) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     try:
-        return check(_build(Config, table, ""))
+        return _with_secrets(check(_build(Config, table, "")))
     except ConfigError as error:
         raise ConfigError(f"{path}: {_line(text, str(error))}{error}") from error
 
@@ -221,9 +234,43 @@ def check(config: Config) -> Config:
             raise ConfigError(f"spool.{name}: {size} is neither 0 nor at least {_LEAST_SPOOL_BYTES}")
     if config.spool.keep not in ("old", "new"):
         raise ConfigError(f"spool.keep: old or new is wanted, not {config.spool.keep!r}")
+    if config.registry.url is not None:
+        _check_url(config.registry.url)
     if config.metrics.listen and not _LISTEN.fullmatch(config.metrics.listen):
         raise ConfigError(f"metrics.listen: HOST:PORT is wanted, not {config.metrics.listen!r}")
     return config
+
+
+def read_secret(path: Path, where: str) -> str:
+    """Return the first line of a secret's file, or of the systemd credential of that name; ConfigError without it."""
+    if len(path.parts) == 1:
+        folder = os.environ.get("CREDENTIALS_DIRECTORY")
+        if not folder:
+            raise ConfigError(f"{where}: systemd has given no credential {path}: LoadCredential={path}:FILE")
+        path = Path(folder) / path
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{where}: {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: {path}: not UTF-8") from error  # which bytes is nobody's business
+    if not lines or not lines[0]:
+        raise ConfigError(f"{where}: {path}: its first line is empty")
+    return lines[0]
+
+
+def _with_secrets(config: Config) -> Config:
+    """Return `config` with the secrets of Kafka's client, which are named as "@FILE", read."""
+    settings = {
+        name: read_secret(Path(value[1:]), f"kafka.settings.{name}") if name in _SECRETS and value[:1] == "@" else value
+        for name, value in config.kafka.settings.items()
+    }
+    return config.with_values(kafka__settings=settings)
+
+
+def _check_url(url: str) -> None:
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise ConfigError("registry.url: no user and password here, where others see them: set registry.auth to a file")
 
 
 def _check_seconds(name: str, value: float, *, least: float) -> None:
@@ -296,6 +343,8 @@ def _line(text: str, message: str) -> str:
     """
     path = re.match(r"(?:unknown key )?([\w.-]+(?:\[\d+\])?(?:\.[\w-]+)?)", message)
     table, _, key = path[1].rpartition(".") if path else ("", "", "")
+    if setting := re.match(r"(kafka\.settings)\.([\w.-]+)", message):  # a name with dots
+        table, key = setting[1], setting[2]
     name, _, number = table.rstrip("]").partition("[")
     lines = text.splitlines()
     header = re.compile(rf"\s*\[{{1,2}}\s*{re.escape(name)}\s*\]{{1,2}}\s*(#.*)?")

@@ -18,8 +18,8 @@ from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 from confluent_kafka.schema_registry.error import SchemaRegistryError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from producer.config import Registry
-from producer.errors import PermissionDenied, SchemaError, UnavailableError
+from producer.config import Registry, read_secret
+from producer.errors import ConfigError, PermissionDenied, SchemaError, UnavailableError
 from producer.events import SchemaId, Topic
 from producer.metrics import counted
 
@@ -36,12 +36,29 @@ _INCOMPATIBLE, _NOT_FOUND = 409, 404
 _REFUSED = (401, 403)
 
 
+def open_client(settings: Registry) -> SchemaRegistryClient:
+    """Return a client of the registry; ConfigError where its certificates or secrets are not to be had."""
+    # The client has no timeout of its own, and its own retries are not seen.
+    conf: dict[str, Any] = {"url": settings.url, "timeout": settings.timeout_s, "max.retries": 0}
+    if settings.auth is not None:
+        conf["basic.auth.user.info"] = read_secret(settings.auth, "registry.auth")
+    files = {
+        "ssl.ca.location": settings.ca,
+        "ssl.certificate.location": settings.certificate,
+        "ssl.key.location": settings.key,
+    }
+    conf |= {name: str(path) for name, path in files.items() if path is not None}
+    try:
+        return SchemaRegistryClient(conf)
+    except (OSError, ValueError) as error:  # none of them tells the secret
+        raise ConfigError(f"registry: {error}: see url, auth, ca, certificate and key below [registry]") from error
+
+
 class SchemaIds:
     """Finds the ids of topics' schemas at the registry of `settings`, or in the file `cache`, while it is entered."""
 
     def __init__(self, settings: Registry, cache: Path | None, attempts: int = _ATTEMPTS) -> None:
-        # The client has no timeout of its own, and its own retries are not seen.
-        self._client = SchemaRegistryClient({"url": settings.url, "timeout": settings.timeout_s, "max.retries": 0})
+        self._client = open_client(settings)
         self._settings = settings
         self._cache = cache
         self._attempts = attempts
@@ -60,14 +77,14 @@ class SchemaIds:
         """Return each topic's schema id; of the optional ones, those that are to be had.
 
         Raises SchemaError where the registry does not have a schema, or refuses it; UnavailableError where it does not
-        answer and the cache does not know.
+        answer, and PermissionDenied where it refuses us, and the cache does not know.
         """
         everything = {**schemas, **optional}
         keys = {topic: self._cache_key(topic, schema) for topic, schema in everything.items()}
         call = self.register if self._settings.register else self.look_up
         try:
             ids = {topic: call(topic, schema) for topic, schema in schemas.items()}
-        except UnavailableError as error:
+        except (PermissionDenied, UnavailableError) as error:
             cached = self._read_cache()
             if not cached.keys() >= {keys[topic] for topic in schemas}:
                 raise
@@ -76,7 +93,7 @@ class SchemaIds:
         for topic, schema in optional.items():
             try:
                 ids[topic] = call(topic, schema)
-            except (SchemaError, UnavailableError) as error:
+            except (PermissionDenied, SchemaError, UnavailableError) as error:
                 logger.warning("%s; nothing is sent to topic %s", error, topic)
         if self._cache:
             try:

@@ -1,8 +1,10 @@
 """One real Kafka and one real registry for the whole session."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
+from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
 from tests.servers import fetch
 from tests.servers.kafka import KafkaServer
@@ -26,6 +28,13 @@ def kafka(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="session")
 def registry(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SchemaRegistry]:
-    """A running registry, shared: a test names its subjects after itself and does not stop the registry."""
+    """A running registry, shared: a test names its subjects after itself and does not stop the registry.
+
+    The first ids are taken, so that a schema's is not what frames have without a registry.
+    """
     with SchemaRegistry(tmp_path_factory.mktemp("registry")) as server:
+        with SchemaRegistryClient({"url": server.url, "timeout": 10}) as client:
+            for name in "abcd":
+                text = json.dumps({"type": "record", "name": name, "fields": []})
+                client.register_schema("other-value", Schema(text))
         yield server

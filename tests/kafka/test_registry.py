@@ -28,14 +28,6 @@ def client(registry) -> Iterator[SchemaRegistryClient]:
         yield client
 
 
-@pytest.fixture(scope="module", autouse=True)
-def other_schemas(registry):
-    """Take the first ids, so that the registry's are not those that frames have without a registry."""
-    with SchemaRegistryClient({"url": registry.url, "timeout": 10}) as client:
-        for name in "abcd":
-            client.register_schema("other-value", Schema(json.dumps({"type": "record", "name": name, "fields": []})))
-
-
 def config(prefix: str, registry: str, more: str = "") -> str:
     return f'kafka.topic_prefix = "{prefix}"\nregistry.url = "{registry}"\nregistry.timeout_s = 1\n{more}\n'
 

@@ -51,6 +51,10 @@ listen = "[::1]:0"
 url = "http://registry:8081"
 register = true
 timeout_s = 3
+auth = "registry-auth"
+ca = "/etc/ca.pem"
+certificate = "/etc/client.pem"
+key = "/etc/client.key"
 
 [[rules]]
 name = "all of it"
@@ -143,7 +147,15 @@ def test_every_setting_can_be_read(read):
             after_s=0.5,
         ),
         metrics=Metrics(listen="[::1]:0"),
-        registry=Registry(url="http://registry:8081", register=True, timeout_s=3.0),
+        registry=Registry(
+            url="http://registry:8081",
+            register=True,
+            timeout_s=3.0,
+            auth=Path("registry-auth"),
+            ca=Path("/etc/ca.pem"),
+            certificate=Path("/etc/client.pem"),
+            key=Path("/etc/client.key"),
+        ),
         rules=(RULE, RuleConfig()),
     )
 
@@ -208,6 +220,12 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
         ("spool.after_s = 0", r"spool\.after_s: 0\.0 is not a number of seconds from 0\.1"),
         ('spool.keep = "both"', r"spool\.keep: old or new is wanted, not 'both'"),
         ('metrics.listen = "9465"', r"metrics\.listen: HOST:PORT is wanted, not '9465'"),
+        ('registry.url = "http://me:secret@a:1"', r"registry\.url: no user and password here"),
+        (
+            '[kafka.settings]\n"sasl.password" = "@/none"',
+            r"line 2: kafka\.settings\.sasl\.password: /none: No such file",
+        ),
+        ('[kafka.settings]\n"sasl.password" = "@pass"', r"line 2: .*: systemd has given no credential pass"),
         ("host = ", r"Invalid value"),
     ],
 )
@@ -215,6 +233,29 @@ def test_what_is_wrong_is_named(read, tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         read(text)
     assert str(refusal.value).startswith(f"{tmp_path}/rebpf.toml: ")
+
+
+@pytest.mark.parametrize("name", ["sasl.password", "ssl.key.password"])
+def test_a_secret_is_read_from_a_file_or_from_systemd(read, tmp_path, monkeypatch, name):
+    (tmp_path / "broker-pass").write_text("s3cret\nmore\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    for place in (tmp_path / "broker-pass", "broker-pass"):
+        config = read(f'[kafka.settings]\n"{name}" = "@{place}"\n"client.id" = "@x"\n')
+        assert config.kafka.settings == {name: "s3cret", "client.id": "@x"}, "only secrets are read"
+        assert "s3cret" not in repr(config)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"s3cr\xff\n"])
+def test_a_secret_that_cannot_be_is_not_shown(read, tmp_path, content):
+    (tmp_path / "pass").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"line 2: kafka\.settings\.sasl\.password: .*/pass: ") as refusal:
+        read(f'[kafka.settings]\n"sasl.password" = "@{tmp_path}/pass"')
+    assert "s3cr" not in str(refusal.value)
+
+
+def test_no_password_in_a_url_on_the_command_line_either():
+    with pytest.raises(ConfigError, match=r"set registry\.auth to a file"):
+        Config().with_values(registry__url="https://me:secret@registry:8081")
 
 
 @pytest.mark.parametrize("text", ['metrics.listen = ""', "spool.transmit_bytes = 0", "spool.quarantine_bytes = 0"])
