@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 from types import FrameType
@@ -176,7 +176,7 @@ def tail(
     tail_topics(
         facts["brokers"],
         topic or tuple(topic_of(settings, stream) for stream in STREAMS),
-        registry=facts["registry"],
+        registry=replace(settings.registry, url=facts["registry"]),
         as_json=as_json,
         limit=limit,
         color=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
@@ -241,7 +241,7 @@ def verify(
     reports = verifying.verify(
         settings.kafka.brokers,
         tuple(dict.fromkeys(topic)) or tuple(topic_of(settings, stream) for stream in STREAMS),
-        registry=settings.registry.url,
+        registry=settings.registry,
         host=host,
         since=since_offset,
         client_settings=settings.kafka.settings,

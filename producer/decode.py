@@ -6,11 +6,12 @@ import struct
 from typing import Any
 
 import fastavro
-from confluent_kafka.schema_registry import SchemaRegistryClient
 
+from producer.config import Registry
 from producer.errors import UnavailableError
 from producer.events import STREAMS
 from producer.paths import SCHEMAS
+from producer.registry_client import open_client
 
 _FRAME = struct.Struct(">bI")
 _REGISTRY_TIMEOUT_S = 10
@@ -30,16 +31,16 @@ def unframed(value: bytes | None) -> tuple[int, bytes]:
 class Decoder:
     """Decodes Confluent-framed Avro; without a registry the ids are the fixed ones of this version's own schemas."""
 
-    def __init__(self, registry: str | None) -> None:
+    def __init__(self, registry: Registry | str | None) -> None:
         self._schemas: dict[int, Any] = {}
         self._client = None
-        if registry is None:
+        settings = registry if isinstance(registry, Registry) else Registry(registry, timeout_s=_REGISTRY_TIMEOUT_S)
+        if settings.url is None:
             for stream in STREAMS:
                 text = (SCHEMAS / stream.schema_file).read_text()
                 self._schemas[stream.fixed_schema_id] = _plain_schema(text)
         else:
-            # The client waits for ever unless told otherwise.
-            self._client = SchemaRegistryClient({"url": registry, "timeout": _REGISTRY_TIMEOUT_S, "max.retries": 2})
+            self._client = open_client(settings, retries=2)
 
     def decode(self, value: bytes | None) -> dict[str, Any]:
         """Return the record; numbers stay numbers, also where the schema calls them times."""

@@ -14,14 +14,15 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, TypeVar
 
-from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
+from confluent_kafka.schema_registry import Schema
 from confluent_kafka.schema_registry.error import SchemaRegistryError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from producer.config import Registry, read_secret
-from producer.errors import ConfigError, PermissionDenied, SchemaError, UnavailableError
+from producer.config import Registry
+from producer.errors import PermissionDenied, SchemaError, UnavailableError
 from producer.events import SchemaId, Topic
 from producer.metrics import counted
+from producer.registry_client import open_client
 
 logger = logging.getLogger(__name__)
 
@@ -34,24 +35,6 @@ COMPATIBILITY = "FULL_TRANSITIVE"
 _ATTEMPTS = 4
 _INCOMPATIBLE, _NOT_FOUND = 409, 404
 _REFUSED = (401, 403)
-
-
-def open_client(settings: Registry) -> SchemaRegistryClient:
-    """Return a client of the registry; ConfigError where its certificates or secrets are not to be had."""
-    # The client has no timeout of its own, and its own retries are not seen.
-    conf: dict[str, Any] = {"url": settings.url, "timeout": settings.timeout_s, "max.retries": 0}
-    if settings.auth is not None:
-        conf["basic.auth.user.info"] = read_secret(settings.auth, "registry.auth")
-    files = {
-        "ssl.ca.location": settings.ca,
-        "ssl.certificate.location": settings.certificate,
-        "ssl.key.location": settings.key,
-    }
-    conf |= {name: str(path) for name, path in files.items() if path is not None}
-    try:
-        return SchemaRegistryClient(conf)
-    except (OSError, ValueError) as error:  # none of them tells the secret
-        raise ConfigError(f"registry: {error}: see url, auth, ca, certificate and key below [registry]") from error
 
 
 class SchemaIds:

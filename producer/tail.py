@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from producer.config import Registry
 from producer.decode import Decoder, UndecodableError
 from producer.errors import ConfigError, UnavailableError
 from producer.view import View, in_time_order
@@ -122,7 +123,7 @@ def batches(
     brokers: str,
     topics: Sequence[str],
     *,
-    registry: str | None,
+    registry: Registry | str | None,
     from_beginning: bool,
     stop: threading.Event,
     client_settings: Mapping[str, str],
@@ -162,7 +163,7 @@ def events(
     brokers: str,
     topics: Sequence[str],
     *,
-    registry: str | None,
+    registry: Registry | str | None,
     from_beginning: bool,
     stop: threading.Event,
     client_settings: Mapping[str, str],
@@ -178,7 +179,7 @@ def tail(
     brokers: str,
     topics: Sequence[str],
     *,
-    registry: str | None,
+    registry: Registry | str | None,
     as_json: bool,
     limit: int | None,
     color: bool,

@@ -10,6 +10,7 @@ import numpy as np
 from confluent_kafka import Message
 
 from producer.audit import Audit, BootReport, Row
+from producer.config import Registry
 from producer.decode import Decoder, UndecodableError
 from producer.front import FrontReader
 from producer.topicreader import TopicReader
@@ -112,7 +113,7 @@ def verify(
     brokers: str,
     topics: Sequence[str],
     *,
-    registry: str | None,
+    registry: Registry | str | None,
     host: str | None,
     since: int | None,
     client_settings: Mapping[str, str],

@@ -107,6 +107,25 @@ def test_a_registry_with_tls_and_a_password(kafka, registry, authority, tmp_path
         assert "wr0ng" not in done.stdout + done.stderr
 
 
+def test_all_that_asks_the_registry_has_the_password(kafka, registry, authority, tmp_path):
+    with Guarded(registry.url, authority, user=USER) as guarded, Echo() as echo:
+        path = config_of(guarded.url, authority, tmp_path, USER)
+        path.write_text(path.read_text().replace("guarded.", "readers."))
+        arguments = ["--config", path, "--brokers", kafka.bootstrap]
+        assert rebpf("init", *arguments).returncode == 0
+        with Run(tmp_path / "run", *arguments[2:], "--port", echo.port, config=path.read_text()) as run:
+            run.ready()
+            exchange(echo.port, 3)
+            run.finish()
+            assert "s3cret" not in run.log
+        verified = rebpf("verify", *arguments)
+        shown = rebpf("tail", *arguments, "--from-beginning", "-n", 1, "--json")
+
+    assert (verified.returncode, verified.stderr) == (0, "")
+    assert json.loads(shown.stdout)["dport"]
+    assert guarded.refused == 0
+
+
 def test_a_registry_whose_certificate_is_not_trusted(registry, authority, tmp_path):
     other = Authority(tmp_path / "other")
     with Guarded(registry.url, authority, user=USER) as guarded:
