@@ -10,6 +10,7 @@ import pytest
 from producer.balance import stage
 from producer.events import CAUSES, STREAMS
 from producer.paths import SCHEMAS
+from tests.unit import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -56,3 +57,9 @@ def test_delivery_md_has_each_reason_at_its_stage() -> None:
     reasons = {reason: place for place, text in rows for reason in re.findall(r"`([a-z_]+)`", text)}
     assert len(reasons) == 7
     assert {reason: stage(reason) for reason in reasons} == reasons
+
+
+def test_configuration_md_has_the_settings_that_there_are() -> None:
+    above, mark, _ = configuration.DOCUMENT.read_text().partition(configuration.MARK)
+    assert mark
+    assert above == configuration.generated(), "run `python -m tests.unit.configuration`"
