@@ -1,4 +1,4 @@
-"""Secrets from files: they open Kafka and the registry, and nobody sees them."""
+"""Secrets from files, and certificates: they open Kafka and the registry, and nobody sees them."""
 
 import json
 import subprocess
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.kafka import topics
-from tests.kafka.rebpf import Run, rebpf
+from tests.kafka.faults import assert_same, once, scene
+from tests.kafka.rebpf import Run, rebpf, wait_until
 from tests.kafka.traffic import Echo, exchange
 from tests.servers.certificates import Authority
 from tests.servers.guarded import Guarded
@@ -74,6 +75,38 @@ def test_the_key_of_a_clients_certificate_is_opened_by_a_password_from_a_file(se
         (kafka,) = [finding for finding in json.loads(done.stdout) if finding["subject"] == "Kafka"]
         assert kafka["exit_code"] == code, kafka
         assert password not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("mistake", ["password", "certificate"])
+def test_a_mistake_is_in_the_health_and_its_mending_delivers_all(secure, tmp_path, mistake):
+    """Another start mends it, since secrets and certificates are read at the start."""
+    prefix = f"mended-{mistake}."
+    ours = secure.authority.issue("client")
+    user, listener = (USERS[PLAIN], "SASL_SSL") if mistake == "password" else ("CN=client", "MUTUAL")
+    for topic in (*topics.FIXED_IDS, "rebpf_agent"):
+        secure.create_topic(prefix + topic)
+        secure.grant(user, prefix + topic)
+    if mistake == "password":
+        (tmp_path / "pass").write_text("wr0ng-s3cret\n")
+        wrong = right = secure.sasl(PLAIN, f"@{tmp_path}/pass")
+        says = "kafka: _AUTHENTICATION"
+    else:
+        wrong, right = (secure.tls(each) for each in (Authority(tmp_path / "other").issue("client"), ours))
+        says = "kafka: (_SSL|_TRANSPORT|_ALL_BROKERS_DOWN)"
+    where = (tmp_path, secure.bootstrap, prefix)
+    brokers = secure.address(listener)
+    with scene(*where, brokers=brokers, settings=wrong, stop_timeout_s=0.1) as at:
+        at.exchange()
+        at.wait_for_reason(says)
+        account = at.run.finish()[prefix + topics.TRANSMIT]
+        assert "wr0ng" not in at.run.log
+    assert account["passed"] == account["spooled"] == len(at.segments)
+
+    (tmp_path / "pass").write_text(PASSWORD + "\n")
+    with scene(*where, brokers=brokers, settings=right) as again:
+        wait_until("the topic has all", lambda: len(once(again.events())) >= len(at.segments))
+        again.finish()
+    assert_same(at.segments, [*once(again.events()).values()])
 
 
 def config_of(url: str, authority: Authority, tmp_path: Path, user: str) -> Path:
