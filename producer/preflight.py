@@ -1,5 +1,6 @@
 """What this host offers a producer, and what is missing with what mends it: the answers of `rebpf check`."""
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -141,7 +142,7 @@ def _folders(config: Config) -> Iterator[Finding]:
         for name in ("spool", "quarantine"):
             problem = _unusable(config.state_dir / name)
             if problem:
-                yield Finding(name, problem, ConfigError.exit_code)
+                yield Finding(f"state_dir/{name}", problem, ConfigError.exit_code)
         yield _room(config)
     if config.capture.pin is not None:
         yield _pins(config.capture.pin)
@@ -169,14 +170,20 @@ def _room(config: Config) -> Finding:
     spool = config.spool
     wanted = spool.transmit_bytes + spool.retransmit_bytes + 2 * spool.quarantine_bytes
     disk = os.statvfs(_nearest(config.state_dir))
-    taken = sum(
-        path.lstat().st_size for name in ("spool", "quarantine") for path in (config.state_dir / name).rglob("*")
-    )
+    taken = sum(_size(config.state_dir / name) for name in ("spool", "quarantine"))
     free = disk.f_bavail * disk.f_frsize + taken
     if free >= wanted:
         return Finding("spool", f"{config.state_dir} has room for the {wanted // _MIB} MiB that it may take")
     text = f"{config.state_dir} has room for {free // _MIB} MiB, and the spool may take {wanted // _MIB} MiB"
     return Finding("spool", f"{text}: lower spool.transmit_bytes and its like, or give it a larger disk", warns=True)
+
+
+def _size(folder: Path) -> int:
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a producer that runs has sent and deleted it
+            size += path.lstat().st_size
+    return size
 
 
 def _pins(path: Path) -> Finding:

@@ -206,9 +206,13 @@ def test_folders_of_another_user(tmp_path):
 
     (tmp_path / "state/spool").mkdir(parents=True)
     os.chown(tmp_path / "state", 65534, 65534)
-    _, found = check(tmp_path, before=as_nobody())
+    code, found = check(tmp_path, before=as_nobody())
+    assert code == 78
     assert found["state_dir"].startswith("ok ")
-    assert found["spool"].endswith(f"install -d -m 0700 -o 65534 {tmp_path}/state/spool") or "MiB" in found["spool"]
+    assert found["state_dir/spool"] == (
+        f"MISSING state_dir/spool: {tmp_path}/state/spool cannot be written by user 65534: "
+        f"install -d -m 0700 -o 65534 {tmp_path}/state/spool"
+    )
 
 
 @root
