@@ -1,5 +1,6 @@
 """The documents say what the schemas and the code say."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -63,3 +64,34 @@ def test_configuration_md_has_the_settings_that_there_are() -> None:
     above, mark, _ = configuration.DOCUMENT.read_text().partition(configuration.MARK)
     assert mark
     assert above == configuration.generated(), "run `python -m tests.unit.configuration`"
+
+
+def logged() -> set[str]:
+    """Return the messages of warnings and errors in the code, with `...` for what is put in."""
+    calls = (
+        node
+        for path in (ROOT / "producer").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("logger.", "_LOG."))
+    )
+    return {
+        re.sub(r"(%(\.\d)?[sdfr])+", "...", call.args[0].value)
+        for call in calls
+        if ast.unparse(call.func).endswith((".warning", ".error", ".exception"))
+        and isinstance(call.args[0], ast.Constant)
+    }
+
+
+def test_operations_md_names_messages_that_there_are() -> None:
+    section = (DOCS / "operations.md").read_text().split("## Log lines")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `(.*?)` \|", section, re.MULTILINE)
+    assert len(named) > 30
+    assert not set(named) - logged()
+
+
+def test_operations_md_grants_what_the_tests_producer_has() -> None:
+    """tests/servers/secure.py's user produces with these rights alone."""
+    text = (DOCS / "operations.md").read_text()
+    operations = re.findall(r"--operation (\w+)", text.split("## Rights")[1].split("Brokers before")[0])
+    granted = (ROOT / "tests" / "servers" / "secure.py").read_text().split("_WHAT_A_PRODUCER_NEEDS = ")[1]
+    assert re.findall(r"AclOperation\.(\w+)", granted.splitlines()[0]) == operations
