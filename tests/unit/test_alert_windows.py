@@ -1,14 +1,19 @@
 """The core of alerting: windows of event time, duplicates, lateness, what a restart reads again, and hysteresis."""
 
+import ipaddress
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.alertwindows import Alert, AlertRule, PartitionSums, RuleState, Segments, Sum, segments
+from producer.decode import Decoder
+from producer.encode import BatchEncoder, load_schema
 from producer.errors import ConfigError
+from producer.events import RETRANSMITS, Batch, SchemaId
 
 SECOND_NS = 1_000_000_000
 RULE = AlertRule("loss", by="host", measure="count", window_s=10, threshold=7, clear=3, lateness_s=5)
@@ -39,10 +44,26 @@ def test_a_duplicate_counts_once() -> None:
     assert [each.segs for each in sums.take()] == [2]
 
 
-def test_a_sampled_record_stands_for_as_many_as_it_says() -> None:
-    record = {"host": "h", "netns": 1, "saddr": "a", "sport": 9, "daddr": "b", "dport": 5, "boot_id": "x", "cpu": 0}
-    got = segments({**record, "cpu_seq": 3, "ts_ns": 4, "segs": 3, "sample_rate": 10})
-    assert got == (("x", 0, 3), 4, 30, {"host": "h", "peer": "b", "flow": "h 1 a:9>b:5", "port": "5"})
+def test_what_was_closed_before_a_takeover_stays_closed_and_is_not_read_again() -> None:
+    sums = PartitionSums(RULE, closed_before_ns=100 * SECOND_NS)
+    sums.add(event(1, 99), 7)
+    assert (sums.late, sums.position, list(sums.take())) == (1, 8, [])
+
+
+def test_a_record_of_the_topic_counts_its_segments_times_its_sample_rate_for_its_groups() -> None:
+    rows = np.zeros(1, RETRANSMITS.dtype)
+    segment = rows["s"]
+    for side, last in (("saddr", 1), ("daddr", 2)):
+        segment["flow"][side] = np.frombuffer(ipaddress.IPv6Address(f"::ffff:10.0.0.{last}").packed, np.uint8)
+    segment["flow"]["sport"], segment["flow"]["dport"], segment["flow"]["netns"] = 40_000, 443, 5
+    segment["cpu"], segment["cpu_seq"], segment["ts"] = 2, 3, 4
+    segment["segs"], segment["sample_rate"] = 3, 10
+    host = {"host": "web-1", "boot_id": "boot"}
+    encoder = BatchEncoder(RETRANSMITS, load_schema(RETRANSMITS), SchemaId(2), host, lambda _: None)
+    record = Decoder(None).decode(encoder.encode(Batch(RETRANSMITS, rows), 0).packed())
+    flow = "web-1 5 10.0.0.1:40000>10.0.0.2:443"
+    groups = {"host": "web-1", "peer": "10.0.0.2", "flow": flow, "port": "443"}
+    assert segments(record) == (("boot", 2, 3), 4, 30, groups)
 
 
 def test_between_clear_and_threshold_nothing_changes_and_a_window_without_segments_resolves() -> None:
