@@ -226,9 +226,10 @@ class KafkaSink:
             elif isinstance(event, Error):
                 self._meet(event)
             else:
-                # It repeats itself many times a second: one line of a kind is enough for a while.
-                facility = event.text.partition(":")[0]
-                level = _level(event) if self._is_news(f"librdkafka {facility}") else logging.DEBUG
+                level = _level(event)
+                # It repeats itself many times a second: one line of a kind, of a broker, is enough for a while.
+                if level > logging.DEBUG and not self._is_news(_kind(event)):
+                    level = logging.DEBUG
                 logger.log(level, "librdkafka %s", event.text)
         if self._refused_untold and self._is_news("refused"):
             for (topic, error), count in self._refused_untold.items():
@@ -374,6 +375,12 @@ class KafkaSink:
         for number, flight in sorted(self._batches.items()):
             flight.alone[:] = False
             self._produce(number, np.flatnonzero(flight.open_rows))
+
+
+def _kind(line: Log) -> str:
+    """Return what a line has in common with its repetitions: the facility, and the thread, which is a broker's."""
+    head, bracket, _ = line.text.partition("]: ")
+    return head if bracket else line.text.partition(":")[0]
 
 
 def _level(line: Log) -> int:
