@@ -94,7 +94,7 @@ def run(suite: str, command: str, timeout_s: int, results: Path) -> Result:
 
 
 def _boot(kernel: Path, command: str, results: Path) -> "subprocess.Popen[str]":
-    machine = ["--disable-kvm", "--run", str(kernel), "--memory", "2G", "--cpus", "2"]
+    machine = ["--disable-kvm", "--run", str(kernel), "--memory", "4G", "--cpus", "2"]
     tuning = ["--force-9p", f"--qemu-opts={_QEMU}", "--append=mitigations=off"]
     # Overlays for the folders that vng does not cover by itself.
     folders = ["--overlay-rwdir", str(ROOT), "--overlay-rwdir", "/root", "--rwdir", str(results)]
