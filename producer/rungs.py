@@ -6,7 +6,8 @@ and is kept as the reason. Standard library only.
 fentry      BTF types; x86-64 Linux 5.5, arm64 6.0. Sees TCP's own calls: no segment that is sent without a socket of
             its own (the reset of a closed port, the acknowledgement in time wait), and none of the flags ECE and CWR.
 kprobe      As fentry, but sk_cookie is null until somebody has asked for it, and each hook costs a trap more. A run is
-            skipped while any other kprobe program runs on the CPU, and Linux before 6.7 does not count that.
+            skipped while any other kprobe program runs on the CPU, and Linux before 6.7 does not count that. Debian's
+            kernels (perf_event_paranoid 3) allow it to root alone, whatever CAP_PERFMON says.
 raw_tp      Retransmits alone, at the kernel's own tracepoints, with BTF types (tp_btf). Before Linux 6.17 they tell
             nothing of a retransmission that failed in the sending host, though the kernel counts it.
 cgroup_skb  Where a segment leaves IP, for the sockets below the cgroup v2 root: the header as it is on the wire. Sees
