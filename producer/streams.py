@@ -164,20 +164,22 @@ class StreamBuilder:
     def _drain_old(self, stream: Stream, spool: Spool | None, account: Account | None) -> int:
         """Move what old rings hold into the spool; return how many events of theirs are lost."""
         lost = 0
-        for old, ring in self._old_rings:
-            if old.name != stream.name:
-                continue
+        rings = [(old, ring) for old, ring in self._old_rings if old.name == stream.name]
+        for number, (old, ring) in enumerate(rings, 1):
+            # What is written down of a ring, in the ledger and in the spool, is of the last of them.
+            ring_id = self._hooks.old_ring_id if number == len(rings) else None
             with ring:
-                ring.position = max(ring.position, self._place(account, spool))
-                ring.commit(ring.position)
+                if ring_id:
+                    ring.position = max(ring.position, _settled(ring_id, account, spool))
+                    ring.commit(ring.position)
                 try:
-                    self._move(old, ring, spool)
+                    self._move(old, ring, spool, ring_id or "")
                 except _CANNOT_MOVE as error:
                     logger.error("hooks: %d events of replaced hooks are lost: %s", ring.unread, error)
                 lost += ring.unread
         return lost
 
-    def _move(self, stream: Stream, ring: Ring, spool: Spool | None) -> None:
+    def _move(self, stream: Stream, ring: Ring, spool: Spool | None, ring_id: str) -> None:
         """Move what an old ring holds into the spool."""
         if spool is None and ring.unread:
             raise UnavailableError("there is no spool")
@@ -185,16 +187,15 @@ class StreamBuilder:
         while spool and len(rows := ring.read(_BATCH_ROWS)):
             try:
                 batch = encoder.encode(Batch(stream, rows), offset_ns)
-                spool.append(batch, self._hooks.old_ring_id or "", ring.position)
+                spool.append(batch, ring_id, ring.position)
             except _CANNOT_MOVE:
                 ring.position -= len(rows) * ring.stride
                 raise
             ring.commit(ring.position)
 
-    def _place(self, account: Account | None, spool: Spool | None) -> int:
-        """Return the position in the last old ring before which all is settled."""
-        old = self._hooks.old_ring_id
-        settled = account.position if account and account.ring == old else 0
-        if spool and spool.last and spool.last.ring == old:
-            settled = max(settled, spool.last.position)
-        return settled
+
+def _settled(ring_id: str, account: Account | None, spool: Spool | None) -> int:
+    """Return the position in a ring before which all is done or on disk, as far as ledger and spool know."""
+    position = account.position if account and account.ring == ring_id else 0
+    last = spool.last if spool else None
+    return max(position, last.position) if last and last.ring == ring_id else position

@@ -1,0 +1,122 @@
+"""Rings of hooks that were replaced: all that they hold and nobody has goes into the spool, from each of them."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from producer.config import Config, Kafka
+from producer.events import TRANSMITS, Rows, SchemaId, Stream
+from producer.ledger import Account, Ledger
+from producer.streams import StreamBuilder, StreamParts, ledger_path, new_spool
+
+STRIDE = TRANSMITS.dtype.itemsize + 8
+
+
+class Ring:
+    """Holds rows whose cpu_seq goes up from `first`."""
+
+    stride = STRIDE
+    fill = 0.0
+    size_bytes = 1 << 20
+
+    def __init__(self, first: int = 0, count: int = 0) -> None:
+        self._rows = np.zeros(count, TRANSMITS.dtype)
+        self._rows["s"]["cpu_seq"] = np.arange(first, first + count)
+        self._rows["s"]["flow"]["saddr"][:, 10:12] = self._rows["s"]["flow"]["daddr"][:, 10:12] = 255
+        self.position = self.committed = 0
+
+    @property
+    def records_before(self) -> int:
+        return self.position // STRIDE
+
+    @property
+    def unread(self) -> int:
+        return len(self._rows) - self.records_before
+
+    def read(self, limit: int) -> Rows:
+        rows = self._rows[self.records_before :][:limit]
+        self.position += STRIDE * len(rows)
+        return rows
+
+    def commit(self, position: int) -> None:
+        self.committed = position
+
+    def __enter__(self) -> "Ring":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Hooks:
+    """New ones, and the rings of those that they have replaced."""
+
+    ring_id, old_ring_id = "new", "old"
+
+    def __init__(self, *old: Ring) -> None:
+        self._old = old
+
+    def old_rings(self) -> list[tuple[Stream, Any]]:
+        return [(TRANSMITS, ring) for ring in self._old]
+
+    def ring(self, stream: Stream) -> Any:
+        return Ring()
+
+
+def settings(tmp_path: Path, **spool: Any) -> Config:
+    config = Config(state_dir=tmp_path, kafka=Kafka(brokers="127.0.0.1:1"))
+    return replace(config, spool=replace(config.spool, **spool))
+
+
+def build(config: Config, *old: Ring) -> StreamParts:
+    hooks: Any = Hooks(*old)
+    with ExitStack() as stack:
+        return StreamBuilder(config, hooks, {"transmit": SchemaId(1)}, stack).build(TRANSMITS)
+
+
+def spooled(config: Config) -> int:
+    """Return how many events wait on disk."""
+    spool = new_spool(config, TRANSMITS)
+    spool.open()
+    count = sum(len(each.batch) for each in iter(spool.read, None))
+    spool.close()
+    return count
+
+
+def note(config: Config, account: Account) -> None:
+    ledger = Ledger(ledger_path(config, TRANSMITS))
+    ledger.open()
+    ledger.write(account)
+    ledger.close()
+
+
+def test_what_the_ledger_says_of_the_last_old_ring_is_not_taken_for_an_older_ones(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    note(config, Account("old", position=4 * STRIDE))
+    older, last = Ring(0, 7), Ring(100, 11)
+    parts = build(config, older, last)
+    assert older.committed == 7 * STRIDE
+    assert last.committed == 11 * STRIDE
+    assert spooled(config) == 7 + 11 - 4
+    assert parts.path.carried == 7 + 11 - 4
+    assert not parts.path.lost
+
+
+def test_a_crash_between_spool_and_ring_moves_nothing_twice(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    note(config, Account("old"))
+    build(config, Ring(0, 7), Ring(100, 11))
+    again = Ring(100, 11)  # its position was not committed
+    assert build(config, again).path.carried == 7 + 11
+    assert spooled(config) == 7 + 11
+
+
+@pytest.mark.parametrize("old", [1, 2])
+def test_without_a_spool_what_old_rings_hold_is_counted_as_lost(tmp_path: Path, old: int) -> None:
+    parts = build(settings(tmp_path, transmit_bytes=0), *(Ring(0, 7) for _ in range(old)))
+    assert parts.path.lost == {"old_ring": 7 * old}
+    assert parts.path.carried == 7 * old
