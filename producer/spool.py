@@ -28,18 +28,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from producer.disk import Disk
 from producer.events import EncodedBatch, Stream
 from producer.segment import DamagedError, Reader, Spooled, block, container_schema, header, read_header
 
 logger = logging.getLogger(__name__)
 
-_SUFFIX, _ASIDE = ".avro", ".damaged"
+SEGMENT, ASIDE = ".avro", ".damaged"
+"""What names of files end with: segments, and what was set aside because of damage."""
+HEADER_BYTES = 1 << 16
+"""A file's header is in these first bytes."""
 _STEM = re.compile(r"[0-9]{20}")
 _MOST_ASIDE = 4
 _SEGMENT_BYTES = 1 << 24
 _SEGMENT_AGE_S = 3600.0
-_HEADER_BYTES = 1 << 16
-_MOST_NUMBERS_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,42 +59,6 @@ class Moment:
         return self.time_s - other.time_s
 
 
-class Disk:
-    """The system calls that a spool needs, all of which may raise OSError."""
-
-    def create(self, path: Path) -> int:
-        """Make a file for appending; what a failure left over in its place goes."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-
-    def open(self, path: Path) -> int:
-        """Open a file for reading."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def write(self, descriptor: int, data: memoryview) -> int:
-        """Append, and return how much was taken."""
-        return os.write(descriptor, data)
-
-    def read_at(self, descriptor: int, offset: int, size: int) -> bytes:
-        """Return up to `size` bytes."""
-        return os.pread(descriptor, size, offset)
-
-    def truncate(self, descriptor: int, size: int) -> None:
-        """Cut a file off."""
-        os.ftruncate(descriptor, size)
-
-    def sync(self, descriptor: int) -> None:
-        """Put a file on the disk itself."""
-        os.fdatasync(descriptor)
-
-    def rename(self, path: Path, new: Path) -> None:
-        """Give a file another name."""
-        path.rename(new)
-
-    def unlink(self, path: Path) -> None:
-        """Remove a file."""
-        path.unlink(missing_ok=True)
-
-
 class FullError(OSError):
     """The spool has no room, and old events are to be kept."""
 
@@ -106,6 +72,22 @@ class _Segment:
     size: int
     made: Moment
     damaged: bool = False
+
+
+def files(folder: Path, ending: str) -> list[Path]:
+    """Return a spool's files whose names end so, in the order of their events; none where there is no folder."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ending and _STEM.fullmatch(path.stem))
+    except FileNotFoundError:
+        return []
+
+
+def made_at(metadata: Mapping[str, str]) -> Moment | None:
+    """Return when a segment was begun, by its header's metadata; None where these do not say."""
+    try:
+        return Moment(**json.loads(metadata["rebpf.made"]))
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class Spool:
@@ -158,9 +140,8 @@ class Spool:
     def open(self, acked: int | None = None, end: int = 0, gone: int = 0) -> None:
         """Look at what is there; `acked`, `end` and `gone` are what the ledger says, if anything."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._aside = {path: path.stat().st_size for path in sorted(self._folder.glob(f"*{_ASIDE}"))}
-        paths = sorted(path for path in self._folder.glob(f"*{_SUFFIX}") if _STEM.fullmatch(path.stem))
-        self._segments = [self._found(path) for path in paths]
+        self._aside = {path: path.stat().st_size for path in files(self._folder, ASIDE)}
+        self._segments = [self._found(path) for path in files(self._folder, SEGMENT)]
         for segment, following in pairwise(self._segments):
             segment.end = following.base
             if gone and (last := self._last_of(segment)):  # between them some were given up
@@ -252,18 +233,18 @@ class Spool:
             self._end_writer()
 
     def _found(self, path: Path) -> _Segment:
-        made, size = self._now(), 0
-        with contextlib.suppress(OSError, DamagedError, ValueError, TypeError, KeyError):
+        made, size = None, 0
+        with contextlib.suppress(OSError, DamagedError):
             size = path.stat().st_size
             with open(path, "rb") as file:
-                made = Moment(**json.loads(read_header(file.read(_HEADER_BYTES))[2]["rebpf.made"]))
+                made = made_at(read_header(file.read(HEADER_BYTES))[2])
+        made = made or self._now()
         return _Segment(int(path.stem), int(path.stem), path, size, made)
 
     def _last_of(self, segment: _Segment) -> Spooled | None:
         """Return the last batch of a segment that can be read, and note whether others cannot."""
         last = None
-        # Nothing was written behind a header that is not whole; a header's numbers differ in length.
-        segment.damaged = segment.size > len(self._header(segment.made, bytes(16))) + _MOST_NUMBERS_BYTES
+        segment.damaged = segment.size > 0
         with contextlib.suppress(OSError):
             descriptor, reader = self._open(segment)
             try:
@@ -283,14 +264,11 @@ class Spool:
         if segment.end == segment.base:
             self._remove(segment)
 
-    def _header(self, made: Moment, sync: bytes) -> bytes:
-        return header(self._schema, {"rebpf.made": json.dumps(asdict(made))}, sync)
-
     def _begin_writer(self) -> tuple[_Segment, int, bytes]:
         made, sync = self._now(), os.urandom(16)
-        data = self._header(made, sync)
+        data = header(self._schema, {"rebpf.made": json.dumps(asdict(made))}, sync)
         self._make_room(len(data))
-        path = self._folder / f"{self.end:020}{_SUFFIX}"
+        path = self._folder / f"{self.end:020}{SEGMENT}"
         descriptor = self._disk.create(path)
         segment = _Segment(self.end, self.end, path, 0, made)
         try:
@@ -302,11 +280,6 @@ class Spool:
         self._segments.append(segment)
         self._writer = (segment, descriptor, sync)
         return self._writer
-
-    def _forget(self, segment: _Segment) -> None:
-        """Remove a segment that holds nothing."""
-        self._segments.remove(segment)
-        self._disk.unlink(segment.path)
 
     def _write(self, segment: _Segment, descriptor: int, data: bytes) -> None:
         """Append to a segment, all or nothing."""
@@ -331,12 +304,12 @@ class Spool:
         try:
             if sync:
                 self._disk.sync(descriptor)
-            if segment.end == segment.base:
-                self._forget(segment)
         except OSError as error:
             logger.warning("spool: %s: %s", self._folder, error.strerror)
         finally:
             os.close(descriptor)
+        if segment.end == segment.base:
+            self._remove(segment)
 
     def _begin_reading(self) -> bool:
         """Open the first segment with events behind `sent`."""
@@ -362,7 +335,7 @@ class Spool:
             return self._disk.read_at(descriptor, offset, size)
 
         try:
-            start, sync, _ = read_header(read_at(0, _HEADER_BYTES))
+            start, sync, _ = read_header(read_at(0, HEADER_BYTES))
         except DamagedError:
             return descriptor, None
         except OSError:
@@ -394,7 +367,7 @@ class Spool:
                 raise FullError(errno.ENOSPC, f"the spool has its {self.max_bytes} bytes")
             self._give_up(untouched[0], "spool_dropped")
 
-    def _give_up(self, segment: _Segment, reason: str) -> int:
+    def _give_up(self, segment: _Segment, reason: str) -> None:
         """Delete a segment with events that were not sent, and count them as lost."""
         count = segment.end - max(segment.base, self.acked)
         if self._reading and self._reading[0] is segment:
@@ -402,20 +375,19 @@ class Spool:
         if self._is_written(segment):
             self._end_writer(sync=False)
         if segment not in self._segments:
-            return 0  # it held nothing, and went with its writer
+            return  # it held nothing, and went with its writer
         self._disk.unlink(segment.path)
         self._segments.remove(segment)
         self.gone += count
         self.lost[reason] += count
         logger.error("spool: %d events are given up reason=%s file=%s", count, reason, segment.path)
-        return count
 
     def _remove(self, segment: _Segment) -> None:
         if self._reading and self._reading[0] is segment:
             self._end_reading()
         try:
             if segment.damaged:
-                aside = segment.path.with_suffix(_ASIDE)
+                aside = segment.path.with_suffix(ASIDE)
                 logger.error("spool: %s is damaged and set aside as %s", segment.path, aside.name)
                 self._disk.rename(segment.path, aside)
                 self._aside[aside] = segment.size

@@ -5,7 +5,6 @@ than the files. What was appended before a look and is not done after it must be
 taken from before, `acked` and `gone` from after. A file that vanishes between its listing and its opening is done.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +20,8 @@ from producer.events import STREAMS, Stream, Topic
 from producer.ledger import Account, Ledger
 from producer.provision import topic
 from producer.segment import DamagedError, Reader, read_header
-from producer.spool import Moment
+from producer.spool import ASIDE, HEADER_BYTES, SEGMENT, Moment, files, made_at
 from producer.streams import ledger_path, quarantine_folder, spool_folder
-
-SEGMENT, ASIDE = ".avro", ".damaged"
-"""What names of files end with: events that wait, and what was set aside because of damage."""
-_HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +123,6 @@ def disk_errors() -> Iterator[None]:
         raise UnavailableError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
 
 
-def files(folder: Path, ending: str) -> list[Path]:
-    """Return a folder's files whose names end so, in the order of their events; none where there is no folder."""
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix == ending and path.stem.isdecimal())
-    except FileNotFoundError:
-        return []
-
-
 def require_state_folder(config: Config) -> None:
     """Raise UnavailableError where there is no state folder."""
     if not config.state_dir.is_dir():
@@ -231,7 +218,7 @@ def _verify(folder: Path, stream: Stream, ledger: Path | None) -> Verified:
         limit = max(limit, segment.end)
         gaps = list(_gaps(segment))
         behind = cost_between_files(segment.end, limit)
-        no_header = segment.made is None and limit > segment.base
+        no_header = segment.made is None and not segment.spans and limit > segment.base
         places = len(gaps) + (behind > 0 or no_header) or int(segment.passed_over)
         if places:
             damage.append(Damage(segment.name, places, sum(cost(*gap) for gap in gaps) + behind))
@@ -265,10 +252,10 @@ def _segment(path: Path, stream: Stream, *, whole: bool) -> _Segment:
             return os.pread(file.fileno(), max(0, min(size, size_bytes - offset)), offset)
 
         try:
-            start, sync, metadata = read_header(read_at(0, _HEADER_BYTES))
-            made = Moment(**json.loads(metadata["rebpf.made"]))
-        except (OSError, DamagedError, ValueError, TypeError, KeyError):
+            start, sync, metadata = read_header(read_at(0, HEADER_BYTES))
+        except (OSError, DamagedError):
             return _Segment(path.name, base, size_bytes, None)
+        made = made_at(metadata)
         if not whole:
             return _Segment(path.name, base, size_bytes, made)
         reader = Reader(stream, sync, start, read_at)

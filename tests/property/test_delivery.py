@@ -19,11 +19,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from producer.disk import Disk
 from producer.events import TRANSMITS, Batch, EncodedBatch, Rows, Stream
 from producer.kafka import Outcome
 from producer.ledger import Account, Ledger
 from producer.pipeline import Pipeline
-from producer.spool import Disk, Moment, Spool
+from producer.spool import Moment, Spool
 from producer.streampath import Stores, StreamPath, resume
 
 STRIDE = 8

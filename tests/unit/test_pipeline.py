@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from producer.disk import Disk
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream
 from producer.kafka import Outcome
 from producer.ledger import Account
 from producer.pipeline import Pipeline
-from producer.spool import Disk, Moment, Spool
+from producer.spool import Moment, Spool
 from producer.streampath import Stores, StreamPath, resume
 
 STRIDE = 8
