@@ -19,6 +19,7 @@ import (
 type counters struct {
 	Passed       uint64
 	LostRingFull uint64
+	Seq          uint64
 }
 
 func inheritedMap(descriptor int) (*ebpf.Map, error) {
