@@ -18,6 +18,7 @@ from confluent_kafka.cimpl import NewTopic
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from producer.config import Config
+from producer.consumer import client_logger
 from producer.encode import load_schema
 from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import STREAMS, SchemaId, Stream, Topic
@@ -90,7 +91,7 @@ class Admin:
         ours = {"bootstrap.servers": self._brokers, "allow.auto.create.topics": "false", "error_cb": self._meet}
         conf: dict[str, Any] = {**config.kafka.settings, **ours}
         try:
-            self._client = AdminClient(conf, logger=_client_logger())
+            self._client = AdminClient(conf, logger=client_logger(logger))
         except KafkaException as error:
             raise ConfigError(f"kafka settings: {error.args[0].str()}") from error
 
@@ -233,10 +234,3 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, KafkaException) and (
         error.args[0].retriable() or error.args[0].code() in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT)
     )
-
-
-def _client_logger() -> logging.Logger:
-    """Return librdkafka's logger, for debugging only: while a broker is down it repeats itself many times a second."""
-    client = logger.getChild("librdkafka")
-    client.setLevel(logging.DEBUG if logger.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
-    return client

@@ -1,7 +1,4 @@
-"""Read the topics as any consumer would, and print them: an own connection, the frames' schemas, nothing of the agent.
-
-A group id is needed and never used: all partitions are assigned by hand, nothing is committed, no other group moves.
-"""
+"""Read the topics as any consumer would, and print them: an own connection, the frames' schemas, nothing of ours."""
 
 import json
 import logging
@@ -9,15 +6,15 @@ import os
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
 
 from producer.config import Registry
+from producer.consumer import QuietConsumer
 from producer.decode import Decoder, UndecodableError
-from producer.errors import ConfigError, UnavailableError
+from producer.errors import UnavailableError
 from producer.view import View, in_time_order
 
 _LOG = logging.getLogger(__name__)
@@ -40,33 +37,16 @@ class _Follower:
     def __init__(
         self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], *, from_beginning: bool
     ) -> None:
-        self._brokers = brokers
         self._missing = list(topics)
         self._from_beginning = from_beginning
-        self._last_error: KafkaError | None = None
         self._next_look = 0.0
-        conf = {
-            "allow.auto.create.topics": False,
-            "auto.offset.reset": "earliest",
-            "socket.keepalive.enable": True,
-            **settings,
-            "bootstrap.servers": brokers,
-            "group.id": f"rebpf-tail-{uuid.uuid4()}",
-            "enable.auto.commit": False,
-            "error_cb": self._on_error,
-        }
-        try:
-            self._consumer = Consumer(conf, logger=_client_logger())
-        except KafkaException as exc:
-            raise ConfigError(f"the Kafka client's settings: {exc.args[0].str()}") from exc
+        self._quiet = QuietConsumer(brokers, "tail", settings, {})
+        self._consumer = self._quiet.client
 
     def start(self) -> None:
         """Assign what is there; at its end, or at its beginning."""
-        try:
+        with self._quiet.answered():
             self._look(from_beginning=self._from_beginning)
-        except KafkaException as exc:
-            reason = self._last_error or exc.args[0]
-            raise UnavailableError(f"no answer from Kafka at {self._brokers}: {reason.str()}") from exc
         if self._missing:
             _LOG.warning("waiting for topics=%s", ",".join(self._missing))
 
@@ -104,19 +84,6 @@ class _Follower:
         if error.retriable() or error.code() == KafkaError._PARTITION_EOF:
             return True
         raise UnavailableError(f"topic {message.topic()}: {error.str()}")
-
-    def _on_error(self, error: KafkaError) -> None:
-        known = self._last_error is not None and self._last_error.code() == error.code()
-        self._last_error = error
-        if not known:
-            _LOG.warning("kafka: %s", error.str())
-
-
-def _client_logger() -> logging.Logger:
-    """Return librdkafka's logger, for debugging only: it repeats itself many times a second while a broker is down."""
-    logger = _LOG.getChild("librdkafka")
-    logger.setLevel(logging.DEBUG if _LOG.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
-    return logger
 
 
 def batches(

@@ -1,21 +1,16 @@
-"""Reads topics from their beginnings to their ends: an own connection, nothing of the agent.
+"""Reads topics from their beginnings to their ends: an own connection, nothing of the agent."""
 
-A group id is needed and never used: all partitions are assigned by hand, nothing is committed, no other group moves.
-"""
-
-import logging
 import math
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import KafkaError, Message, TopicPartition
 
 from producer.audit import ALL
-from producer.errors import ConfigError, UnavailableError
+from producer.consumer import QuietConsumer
+from producer.errors import UnavailableError
 
-_LOG = logging.getLogger(__name__)
 _METADATA_TIMEOUT_S = 5
 _SILENCE_S = 30
 _POLL_S = 0.1
@@ -36,27 +31,11 @@ class TopicReader:
 
     def __init__(self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], since: int | None) -> None:
         self._brokers = brokers
-        self._last_error: KafkaError | None = None
-        conf = {
-            "allow.auto.create.topics": False,
-            "socket.keepalive.enable": True,
-            **settings,
-            "bootstrap.servers": brokers,
-            "group.id": f"rebpf-verify-{uuid.uuid4()}",
-            "enable.auto.commit": False,
-            "auto.offset.reset": "error",
-            "enable.partition.eof": True,
-            "error_cb": self._on_error,
-        }
-        try:
-            self._consumer = Consumer(conf, logger=_client_logger())
-        except KafkaException as exc:
-            raise ConfigError(f"the Kafka client's settings: {exc.args[0].str()}") from exc
-        try:
+        own = {"auto.offset.reset": "error", "enable.partition.eof": True}
+        self._quiet = QuietConsumer(brokers, "verify", settings, own)
+        self._consumer = self._quiet.client
+        with self._quiet.answered():
             self.spans = {part: self._span(part, since) for topic in topics for part in self._parts(topic)}
-        except KafkaException as exc:
-            reason = self._last_error or exc.args[0]
-            raise UnavailableError(f"no answer from Kafka at {self._brokers}: {reason.str()}") from exc
 
     def complete_from_ms(self, topic: str) -> float:
         """Return from when on all that was sent to the topic is there: since the latest beginning of its partitions.
@@ -120,7 +99,7 @@ class TopicReader:
             messages = [each for each in self._consumer.consume(_BATCH, _POLL_S) if not self._is_trouble(each)]
             if messages:
                 return messages
-        reason = f": {self._last_error.str()}" if self._last_error else ""
+        reason = f": {self._quiet.trouble.str()}" if self._quiet.trouble else ""
         raise UnavailableError(f"no message from Kafka at {self._brokers} for {_SILENCE_S} s{reason}")
 
     @staticmethod
@@ -133,16 +112,3 @@ class TopicReader:
         if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
             raise UnavailableError(f"topic {message.topic()}: messages were deleted while they were read: try again")
         raise UnavailableError(f"topic {message.topic()}: {error.str()}")
-
-    def _on_error(self, error: KafkaError) -> None:
-        known = self._last_error is not None and self._last_error.code() == error.code()
-        self._last_error = error
-        if not known:
-            _LOG.warning("kafka: %s", error.str())
-
-
-def _client_logger() -> logging.Logger:
-    """Return librdkafka's logger, for debugging only: it repeats itself many times a second while a broker is down."""
-    logger = _LOG.getChild("librdkafka")
-    logger.setLevel(logging.DEBUG if _LOG.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
-    return logger

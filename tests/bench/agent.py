@@ -44,9 +44,13 @@ def measure(command: list[str], sends: int, seconds: float) -> tuple[float, floa
     agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert agent.stderr
     assert agent.stdout
+    said = ""
     for line in agent.stderr:
+        said += line
         if "ready" in line:
             break
+    else:
+        raise RuntimeError(f"{command} ended before it was ready: {said}")
     before = cpu_s(agent.pid)
     traffic = [sys.executable, HERE / "traffic.py", str(sends), str(seconds), str(PORT)]
     with subprocess.Popen(traffic, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as sending:

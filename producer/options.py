@@ -1,0 +1,95 @@
+"""What the commands have in common: their options with twins in the environment, the configuration, and signals."""
+
+import ipaddress
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from producer.errors import UsageError
+
+QUIT_NOW = 130
+
+
+class Address(click.ParamType[Any]):
+    """An IP address."""
+
+    name = "ADDRESS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the address."""
+        try:
+            return ipaddress.ip_address(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Offset(click.ParamType[int | None]):
+    """A place in a partition; None is its beginning."""
+
+    name = "OFFSET"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Return the offset, or how many before the end, below 0."""
+        if value == "beginning":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'beginning'", param, ctx)
+
+
+def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option with its twin in the environment: --state-dir and REBPF_STATE_DIR."""
+    twin = "REBPF_" + names[0].removeprefix("--").split("/")[0].upper().replace("-", "_")
+    return click.option(*names, envvar=twin, show_envvar=True, **settings)
+
+
+config_option = option("--config", type=click.Path(path_type=Path), help="TOML file with all settings.")
+brokers_option = option("--brokers", help="Kafka brokers, HOST:PORT[,...].")
+registry_option = option("--registry", help="URL of a Confluent-compatible schema registry.")
+state_dir_option = option(
+    "--state-dir", type=click.Path(path_type=Path), help="Folder for the lock and the running producer's facts."
+)
+quarantine_option = option(
+    "--quarantine", is_flag=True, help="Not what waits, but the messages that Kafka has refused."
+)
+json_option = option("--json", "as_json", is_flag=True, help="Standard output carries JSON lines only.")
+
+
+def load(path: Path | None) -> Any:
+    """Read the configuration."""
+    from producer import config
+
+    return config.load(path)
+
+
+def usage(message: str) -> NoReturn:
+    """End with a message on how the command is to be called."""
+    raise UsageError(message)
+
+
+def set_on(number: signal.Signals) -> threading.Event:
+    """Return an event that a signal sets."""
+    event = threading.Event()
+    signal.signal(number, lambda *_: event.set())
+    return event
+
+
+def stop_on_signals() -> threading.Event:
+    """Return an event that SIGINT or SIGTERM sets; a second signal ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(QUIT_NOW)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return stop
