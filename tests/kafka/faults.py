@@ -1,7 +1,10 @@
 """A producer in trouble: traffic of which everything is known goes on while its Kafka fails, and is counted after."""
 
+import contextlib
 import json
 import re
+import socket
+import struct
 import threading
 import urllib.request
 from collections import Counter
@@ -16,7 +19,12 @@ from tests.kafka import topics
 from tests.kafka.rebpf import Run, wait_until
 from tests.kafka.topics import RETRANSMIT, TRANSMIT
 from tests.kafka.traffic import Echo, exchange
+from tests.servers.cluster import KafkaCluster
+from tests.servers.kafka import KafkaServer
 from tests.wire import Segment, sniffed
+
+AGENT = "rebpf_agent"
+PARTITIONS = 5
 
 EventId = tuple[str, int, int]
 
@@ -155,3 +163,37 @@ def rss_anon_kb(pid: int) -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1])
     raise RuntimeError(f"no RssAnon of process {pid}")
+
+
+def create_topics(kafka: KafkaServer | KafkaCluster, prefix: str, *but: str) -> None:
+    for topic in (TRANSMIT, RETRANSMIT, AGENT):
+        if topic not in but:
+            kafka.create_topic(prefix + topic)
+
+
+def retransmitted_syn(port: int) -> None:
+    """Connect to a listener whose queue is full, and give up after the kernel has sent a SYN again."""
+    with socket.create_server(("127.0.0.1", port), backlog=0), contextlib.ExitStack() as clients:
+        for _ in range(8):
+            client = clients.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
+        wait_until("a SYN is sent again", lambda: syn_retransmits(client))
+
+
+def syn_retransmits(client: socket.socket) -> int:
+    """Return tcpi_total_retrans of struct tcp_info."""
+    return struct.unpack_from("<I", client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)[0]
+
+
+def assert_other_port_too(at: Scene, port: int) -> None:
+    """Check a run with two ports, of which one was not captured by others and had retransmitted SYNs."""
+    events, syns = once(at.events()), once(at.events(RETRANSMIT))
+    of_echo = [each for each in events.values() if at.port in (each.record["sport"], each.record["dport"])]
+    assert_same(at.segments, of_echo)
+    assert {event.record["dport"] for event in syns.values()} == {port}
+    for topic, found in ((TRANSMIT, events), (RETRANSMIT, syns)):
+        account = at.balance[at.prefix + topic]
+        assert_accounted(account)
+        assert account["lost"] == {}
+        assert account["passed"] == account["delivered"] == len(found)

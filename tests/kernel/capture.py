@@ -181,3 +181,11 @@ def kernel_btf_with(folder: Path, renamed: dict[str, str]) -> Path:
     path = folder / "btf"
     path.write_bytes(blob)
     return path
+
+
+def receive(end: socket.socket, size: int) -> None:
+    """Read so many bytes."""
+    while size:
+        data = end.recv(size)
+        assert data
+        size -= len(data)

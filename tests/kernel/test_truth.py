@@ -5,20 +5,16 @@ A Trial compares the three when it is left, with no tolerance; the tests make th
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from producer.events import CAUSES, KNOWN, Rows
+from producer.events import Rows
 from producer.lab import Host, Lab
-from producer.rungs import cgroup2_root
-from tests.kernel.capture import DEADLINE_S, Capture, Pair, inside, rules, wait_for
+from tests.kernel.capture import Capture, Pair, inside, receive, rules, wait_for
 from tests.kernel.tcpinfo import TcpInfo, tcp_info
 from tests.kernel.trial import ACK, INTERFACE, RST, Trial, kernel_version, segs
 
@@ -55,13 +51,6 @@ def changed(hosts: Iterable[Host], commands: Sequence[Sequence[str]]) -> Iterato
         for host in hosts:
             for argv in commands[1:]:
                 run(host, *argv)
-
-
-def receive(end: socket.socket, size: int) -> None:
-    while size:
-        data = end.recv(size)
-        assert data
-        size -= len(data)
 
 
 def congestion_control(end: socket.socket, name: str) -> None:
@@ -355,60 +344,3 @@ def test_the_state_is_that_of_tcp_info(capture: Capture, lab: Lab, port: int) ->
         assert (row["state"], row["ca_state"]) == (before.state, before.ca_state)
     assert before.tcp["total_retrans"] > 0
     assert before.tcp["snd_ssthresh"] < 0x7FFFFFFF
-
-
-_OWNER = """\
-import os, socket, sys
-open(sys.argv[1], "w").write(str(os.getpid()))
-os.setuid(int(sys.argv[2]))
-with socket.create_connection((sys.argv[3], int(sys.argv[4]))) as client:
-    print(int.from_bytes(client.getsockopt(socket.SOL_SOCKET, 57, 8), "little"), flush=True)
-    sys.stdin.readline()
-    client.sendall(bytes(101))
-    assert client.recv(1) == b""
-"""
-
-
-@pytest.fixture
-def cgroup() -> Iterator[Path]:
-    root = cgroup2_root()
-    if root is None:
-        pytest.skip("no cgroup v2 hierarchy is mounted")
-    folder = root / f"rebpf-truth-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    folder.rmdir()
-
-
-def test_a_retransmit_has_the_owner_that_made_the_socket(capture: Capture, lab: Lab, port: int, cgroup: Path) -> None:
-    first_syn = f"tcp dport {port} tcp flags & (syn|ack) == syn numgen inc mod 997 == 0 drop"
-    program = [sys.executable, "-c", _OWNER, str(cgroup / "cgroup.procs"), "4711", lab.server.ipv4, str(port)]
-    with Trial(capture, lab, port) as trial, contextlib.ExitStack() as stack:
-        with inside(lab.server):
-            server = stack.enter_context(socket.create_server((lab.server.ipv4, port)))
-        with rules(lab.server, "prerouting", first_syn):
-            argv = lab.client.command(*program)
-            child = stack.enter_context(
-                subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            )
-            assert child.stdin is not None
-            assert child.stdout is not None
-            cookie = int(child.stdout.readline())
-        accepted, _ = server.accept()
-        with accepted:
-            with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
-                child.stdin.write("\n")
-                child.stdin.flush()
-                wait_for(lambda: len(trial.again(lab.client, "rto")) > 0, "a timeout")
-            receive(accepted, 101)
-        assert child.wait(DEADLINE_S) == 0
-    sent, again = trial.sent(lab.client), trial.again(lab.client)
-    assert {CAUSES[cause] for cause in again["cause"]} >= {"syn", "rto"}
-    for flow in (sent["s"]["flow"], again["s"]["flow"]):
-        assert set(flow["uid"]) == {4711}
-        assert set(flow["cgroup_id"]) == {cgroup.stat().st_ino}
-        assert (flow["flow_known"] & KNOWN["uid"]).all()
-        known = (flow["flow_known"] & KNOWN["sk_cookie"]) != 0
-        assert set(flow["sk_cookie"][known]) == {cookie}
-        assert known.all() or trial.hook == "kprobe", "a kprobe cannot make the cookie"
-        assert known[-1]

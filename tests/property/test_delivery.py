@@ -4,9 +4,7 @@ The ring and Kafka are in memory; the spool and the ledger are real, on a real d
 happens, an event that entered the ring is in the topic, or counted, and each flow's events are there in order.
 """
 
-import contextlib
 import errno
-import os
 import random
 import tempfile
 from collections import Counter
@@ -19,15 +17,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from producer.disk import Disk
-from producer.events import TRANSMITS, Batch, EncodedBatch, Rows, Stream
+from producer.events import TRANSMITS, Batch, EncodedBatch, Stream
 from producer.kafka import Outcome
-from producer.ledger import Account, Ledger
 from producer.pipeline import Pipeline
 from producer.spool import Moment, Spool
 from producer.streampath import Stores, StreamPath, resume
+from tests.property.faults import CrashError, FailingDisk, FailingLedger, Faults
+from tests.rings import STRIDE, MemoryRing
 
-STRIDE = 8
 RING_ROWS = 300
 AFTER_S = 2.0
 FLOWS = 3
@@ -35,127 +32,6 @@ PADDING_BYTES = 60
 MESSAGE_BYTES = 5 + 8 + PADDING_BYTES
 IDENTITY = {"type": "fixed", "name": "Id", "size": 8 + PADDING_BYTES}
 SCHEMA: dict[str, Any] = {"type": "record", "name": "Event", "fields": [{"name": "id", "type": IDENTITY}]}
-
-
-class CrashError(BaseException):
-    """The process ends here."""
-
-
-class Faults:
-    """What goes wrong: the errno of all calls that write, and the number of calls until the process crashes."""
-
-    def __init__(self) -> None:
-        self.errno = 0
-        self.calls = 0
-
-    def crash(self) -> None:
-        """Stand for a step that cannot fail."""
-        if self.calls:
-            self.calls -= 1
-            if not self.calls:
-                raise CrashError
-
-    def fail(self) -> None:
-        """Stand for a step that can fail."""
-        self.crash()
-        if self.errno:
-            raise OSError(self.errno, os.strerror(self.errno))
-
-
-class FailingDisk(Disk):
-    """Takes writes in part, and fails as told; what is removed needs no room."""
-
-    def __init__(self, faults: Faults, chance: random.Random) -> None:
-        self._faults, self._chance = faults, chance
-        self._opened: set[tuple[int, int]] = set()
-
-    def create(self, path: Folder) -> int:
-        self._faults.fail()
-        return self._note(super().create(path))
-
-    def open(self, path: Folder) -> int:
-        return self._note(super().open(path))
-
-    def end(self) -> None:
-        """Close what the process has left open, as the kernel does."""
-        for descriptor, inode in self._opened:
-            with contextlib.suppress(OSError):
-                if os.fstat(descriptor).st_ino == inode:
-                    os.close(descriptor)
-
-    def _note(self, descriptor: int) -> int:
-        self._opened.add((descriptor, os.fstat(descriptor).st_ino))
-        return descriptor
-
-    def write(self, descriptor: int, data: memoryview) -> int:
-        whole = self._chance.random() < 0.7
-        part = super().write(descriptor, data if whole else data[: self._chance.randint(1, len(data))])
-        self._faults.fail()
-        return part
-
-    def truncate(self, descriptor: int, size: int) -> None:
-        if self._faults.errno == errno.EIO:
-            self._faults.fail()
-        super().truncate(descriptor, size)
-
-    def sync(self, descriptor: int) -> None:
-        self._faults.fail()
-        super().sync(descriptor)
-
-    def unlink(self, path: Folder) -> None:
-        if self._faults.errno == errno.EROFS:
-            self._faults.fail()
-        self._faults.crash()
-        super().unlink(path)
-
-
-class FailingLedger(Ledger):
-    """Can crash before and after it writes; a full disk has its page already."""
-
-    def __init__(self, path: Folder, faults: Faults) -> None:
-        super().__init__(path)
-        self._faults = faults
-
-    def write(self, account: Account) -> None:
-        if self._faults.errno in (errno.EROFS, errno.EIO):
-            self._faults.fail()
-        self._faults.crash()
-        super().write(account)
-        self._faults.crash()
-
-
-class MemoryRing:
-    """The kernel's side, which outlives the process, and the process's."""
-
-    def __init__(self, faults: Faults) -> None:
-        self._faults = faults
-        self.written = self.committed = self.position = 0
-        self.ring_full = 0
-
-    def arrive(self, count: int) -> None:
-        room = RING_ROWS - (self.written - self.committed // STRIDE)
-        self.written += min(count, room)
-        self.ring_full += max(0, count - room)
-
-    @property
-    def records_before(self) -> int:
-        return self.position // STRIDE
-
-    @property
-    def fill(self) -> float:
-        return (self.written - self.committed // STRIDE) / RING_ROWS
-
-    def read(self, limit: int) -> Rows:
-        first = self.position // STRIDE
-        rows = np.zeros(min(limit, self.written - first), TRANSMITS.dtype)
-        rows["s"]["cpu_seq"] = np.arange(first, first + len(rows))
-        self.position += STRIDE * len(rows)
-        return rows
-
-    def commit(self, position: int) -> None:
-        assert self.committed <= position <= self.position
-        self._faults.crash()
-        self.committed = position
 
 
 def flow_of(number: Any) -> Any:
@@ -272,7 +148,7 @@ class Delivery(RuleBasedStateMachine):
         self.faults = Faults()
         self.chance = random.Random(seed)
         self.home = tempfile.TemporaryDirectory()
-        self.ring = MemoryRing(self.faults)
+        self.ring = MemoryRing(TRANSMITS, RING_ROWS, lambda position: self.faults.crash())
         self.topic: list[int] = []
         self.poison: set[int] = set()
         self.keep, self.max_bytes, self.most = keep, max_bytes, most

@@ -1,10 +1,7 @@
 """The sink against librdkafka's built-in cluster: what is acknowledged, sent again, lost, and how much is under way."""
 
-import ctypes
-import logging
 import socket
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -13,69 +10,14 @@ import numpy as np
 import pytest
 
 from producer import rdkafka
-from producer.errors import ConfigError
 from producer.events import RETRANSMITS, TRANSMITS, EncodedBatch, Stream, Topic
 from producer.kafka import KafkaSink
-from producer.kafka_settings import REQUIRED, client_settings
+from producer.kafka_settings import client_settings
 from tests.kafka.rebpf import wait_until
+from tests.unit.mock_cluster import DEADLINE_S, Cluster, lib
 
 TOPICS = {"transmit": Topic("t"), "retransmit": Topic("r")}
-PRODUCE = 0
-DEADLINE_S = 40.0
 SETTINGS = {"linger.ms": "0", "retry.backoff.ms": "10", "topic.metadata.propagation.max.ms": "300"}
-lib = rdkafka._lib
-lib.rd_kafka_mock_push_request_errors_array.argtypes = (
-    ctypes.c_void_p, ctypes.c_int16, ctypes.c_size_t, ctypes.POINTER(ctypes.c_int)
-)  # fmt: skip
-lib.rd_kafka_mock_broker_set_down.argtypes = (ctypes.c_void_p, ctypes.c_int32)
-lib.rd_kafka_mock_broker_set_up.argtypes = (ctypes.c_void_p, ctypes.c_int32)
-lib.rd_kafka_mock_broker_set_rtt.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int)
-lib.rd_kafka_queue_length.argtypes = (ctypes.c_void_p,)
-lib.rd_kafka_test_fatal_error.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
-
-
-class Cluster:
-    """The cluster, in the process of a client that does nothing else."""
-
-    def __init__(self) -> None:
-        self._owner = rdkafka.Producer({"test.mock.num.brokers": "1"})
-        self._handle = lib.rd_kafka_handle_mock_cluster(self._owner._handle)
-        self.brokers = self._owner.mock_bootstraps()
-
-    def create(self, topic: str, partitions: int = 1) -> None:
-        self._owner.mock_topic(topic, partitions)
-
-    def answer_produce_with(self, *codes: int) -> None:
-        """Let the next requests fail, each with a code."""
-        errors = (ctypes.c_int * len(codes))(*codes)
-        lib.rd_kafka_mock_push_request_errors_array(self._handle, PRODUCE, len(codes), errors)
-
-    def down(self) -> None:
-        lib.rd_kafka_mock_broker_set_down(self._handle, 1)
-
-    def slow_down(self, milliseconds: int) -> None:
-        """Let each answer take so long."""
-        lib.rd_kafka_mock_broker_set_rtt(self._handle, 1, milliseconds)
-
-    def up(self) -> None:
-        lib.rd_kafka_mock_broker_set_up(self._handle, 1)
-
-    def read(self, topic: str, count: int) -> list[tuple[bytes, bytes]]:
-        """Read a topic's first messages: key and value."""
-        consumer = confluent_kafka.Consumer(
-            {"bootstrap.servers": self.brokers, "group.id": str(uuid.uuid4())}, logger=logging.getLogger("reader")
-        )
-        try:
-            partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
-            consumer.assign([confluent_kafka.TopicPartition(topic, number, 0) for number in partitions])
-            messages = consumer.consume(count, DEADLINE_S)
-        finally:
-            consumer.close()
-        assert [message.error() for message in messages] == [None] * count
-        return [(message.key(), message.value()) for message in messages]
-
-    def close(self) -> None:
-        self._owner.close()
 
 
 @pytest.fixture
@@ -462,34 +404,3 @@ def test_an_embedded_cluster_has_the_topics():
         assert {name: len(topic.partitions) for name, topic in topics.items()} == {"t": 4, "r": 4, "beats": 1}
     finally:
         sink.close()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [(name, "1" if value != "1" else "2") for name, value in REQUIRED.items()]
-    + [("request.required.acks", "1"), ("delivery.timeout.ms", "1000")],
-)
-def test_settings_that_delivery_rests_on_cannot_be_changed(name, value):
-    with pytest.raises(ConfigError, match=f"kafka.settings: {name} must be .*: remove it"):
-        client_settings("b:1", {name: value})
-
-
-@pytest.mark.parametrize("brokers", ["b:1", None])
-def test_brokers_are_set_in_their_own_place(brokers):
-    with pytest.raises(ConfigError, match=r"bootstrap\.servers: set kafka\.brokers instead"):
-        client_settings(brokers, {"bootstrap.servers": "other:1"})
-
-
-def test_other_settings_are_passed_on_and_win_over_defaults():
-    settings = client_settings("b:1", {"linger.ms": "7", "acks": "all", "socket.timeout.ms": "5"})
-
-    assert (settings["linger.ms"], settings["socket.timeout.ms"]) == ("7", "5")
-    assert settings["bootstrap.servers"] == "b:1"
-    assert settings.items() >= REQUIRED.items()
-
-
-@pytest.mark.parametrize(("name", "value"), [("lingr.ms", "5"), ("linger.ms", "soon"), ("max.in.flight", "6")])
-def test_a_setting_that_librdkafka_refuses_is_a_configuration_error(name, value):
-    sink = KafkaSink(client_settings("b:1", {name: value}), TOPICS)
-    with pytest.raises(ConfigError, match=r"kafka setting"):
-        sink.open()

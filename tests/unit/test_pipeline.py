@@ -4,212 +4,25 @@ Ring, encoder and Kafka are in memory; the spool is real. All orders of events, 
 """
 
 import errno
-import os
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path as Folder
-from typing import Any
 
 import numpy as np
 import pytest
 
-from producer.disk import Disk
-from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream
-from producer.kafka import Outcome
+from producer.events import RETRANSMITS, TRANSMITS, Batch
 from producer.ledger import Account
-from producer.pipeline import Pipeline
 from producer.spool import Moment, Spool
-from producer.streampath import Stores, StreamPath, resume
-
-STRIDE = 8
-RING_ROWS = 1000
-UTC_OFFSET_NS = 10**18
-AFTER_S = 2.0
-WAIT_S = 3.0
-SCHEMA: dict[str, Any] = {"type": "record", "name": "Event", "fields": [{"name": "id", "type": "long"}]}
-
-
-class MemoryRing:
-    """Rows that are numbered by cpu_seq; a position is STRIDE times the rows before it."""
-
-    def __init__(self, stream: Stream, log: list[tuple[str, Any]]) -> None:
-        self._dtype = stream.dtype
-        self._log = log
-        self.written = self.position = self.committed = 0
-
-    @property
-    def records_before(self) -> int:
-        return self.position // STRIDE
-
-    @property
-    def fill(self) -> float:
-        return (self.written - self.committed // STRIDE) / RING_ROWS
-
-    def read(self, limit: int) -> Rows:
-        first = self.position // STRIDE
-        rows = np.zeros(min(limit, self.written - first), self._dtype)
-        rows["s"]["cpu_seq"] = np.arange(first, first + len(rows))
-        rows["s"]["ts"] = 10**9
-        self.position += STRIDE * len(rows)
-        return rows
-
-    def commit(self, position: int) -> None:
-        assert self.committed <= position <= self.position
-        if position > self.committed:
-            self._log.append(("room", position))
-        self.committed = position
-
-
-class IdEncoder:
-    """A message is the event's number."""
-
-    def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
-        assert utc_offset_ns == UTC_OFFSET_NS
-        numbers = batch.rows["s"]["cpu_seq"].astype(">u8")
-        count = len(numbers)
-        ones = np.ones(count, np.int64)
-        payload = np.frombuffer(numbers.tobytes(), np.uint8)
-        return EncodedBatch(
-            batch.stream, payload, np.arange(count) * 8, ones * 8, np.frombuffer(b"k", np.uint8), ones * 0, ones
-        )
-
-
-def ids(batch: EncodedBatch) -> list[int]:
-    return np.frombuffer(batch.packed(), ">u8").astype(int).tolist()
-
-
-class MemorySink:
-    """Keeps batches until it is told what becomes of their messages."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self.open: dict[str, list[list[Any]]] = {stream.name: [] for stream in STREAMS}
-        """For each batch in flight: the batch, how many of its messages are, and what it has lost."""
-        self.sent: list[int] = []
-        """Transmits, in order."""
-        self._told: dict[str, Outcome] = {}
-
-    def room(self, stream: Stream) -> int:
-        return max(0, self._most - sum(left for _, left, _ in self.open[stream.name]))
-
-    def left(self, batch: EncodedBatch) -> int:
-        return sum(left for each, left, _ in self.open[batch.stream.name] if each is batch)
-
-    def send(self, batch: EncodedBatch) -> None:
-        self.open[batch.stream.name].append([batch, len(batch), Counter()])
-        if batch.stream == TRANSMITS:
-            self.sent += ids(batch)
-
-    def settle(self, stream: Stream, index: int, count: int, reason: str | None = None) -> None:
-        """Let `count` messages of the batch `index` be delivered, or lost."""
-        flight = self.open[stream.name][index]
-        told = self._told.setdefault(stream.name, Outcome())
-        flight[1] -= count
-        if reason is None:
-            told.delivered += count
-        else:
-            told.lost[reason] += count
-            flight[2][reason] += count
-        if flight[1] == 0:
-            told.done.append((flight[0], flight[2]))
-            del self.open[stream.name][index]
-
-    def take_all(self) -> None:
-        """Let all be delivered."""
-        for stream in STREAMS:
-            while self.open[stream.name]:
-                self.settle(stream, 0, self.open[stream.name][0][1])
-
-    def poll(self) -> Mapping[str, Outcome]:
-        told, self._told = self._told, {}
-        return told
-
-
-class FullDisk(Disk):
-    """Has room unless it is told otherwise."""
-
-    full = False
-
-    def write(self, descriptor: int, data: memoryview) -> int:
-        if self.full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(descriptor, data)
-
-
-class Waits:
-    def __init__(self) -> None:
-        self.resets = 0
-
-    def next(self) -> float:
-        return WAIT_S
-
-    def reset(self) -> None:
-        self.resets += 1
-
-
-class Setup:
-    def __init__(self, folder: Folder | None = None, *, most: int = 1 << 20) -> None:
-        self.log: list[tuple[str, Any]] = []
-        """Accounts that were written, and positions before which rings got their room back, in order."""
-        self.now_s = 100.0
-        self.sink = MemorySink(most)
-        self.disk = FullDisk()
-        self.waits = Waits()
-        self.folder = folder
-        self.ledger_errno = 0
-        self.rings = {stream.name: MemoryRing(stream, self.log) for stream in STREAMS}
-        self.spools = {stream.name: self.spool(stream) for stream in STREAMS if folder}
-        self.paths = {stream.name: self.path(stream) for stream in STREAMS}
-        self.ages: list[tuple[float, int]] = []
-        self.pipeline = Pipeline(
-            list(self.paths.values()),
-            self.sink,
-            lambda: self.now_s,
-            lambda: UTC_OFFSET_NS,
-            lambda seconds, count: self.ages.append((seconds, count)),
-        )
-
-    def spool(self, stream: Stream) -> Spool:
-        assert self.folder
-        moment = lambda: Moment("boot", self.now_s, self.now_s)  # noqa: E731
-        spool = Spool(self.folder / stream.name, stream, SCHEMA, moment, max_bytes=1 << 20, disk=self.disk)
-        spool.open()
-        return spool
-
-    def path(self, stream: Stream) -> StreamPath:
-        stores = Stores(self.spools.get(stream.name), self.write_account, self.waits, AFTER_S)
-        return StreamPath(stream, self.rings[stream.name], IdEncoder(), stores, Account("ring"))
-
-    def write_account(self, account: Account) -> None:
-        if self.ledger_errno:
-            raise OSError(self.ledger_errno, os.strerror(self.ledger_errno))
-        self.log.append(("books", account))
-
-    @property
-    def ring(self) -> MemoryRing:
-        return self.rings["transmit"]
-
-    @property
-    def transmits(self) -> StreamPath:
-        return self.paths["transmit"]
-
-    @property
-    def files(self) -> list[str]:
-        assert self.folder
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*.avro"))
-
-    def arrive(self, count: int) -> None:
-        self.ring.written += count
-        self.pipeline.step()
-
-    def pass_time(self, seconds: float) -> None:
-        self.now_s += seconds
-        self.pipeline.step()
-
-    def assert_balanced(self) -> None:
-        for name, path in self.paths.items():
-            under_way = sum(left for _, left, _ in self.sink.open[name])
-            assert path.taken + path.carried == path.delivered + path.lost.total() + path.spooled + under_way
+from producer.streampath import resume
+from tests.rings import STRIDE, MemoryRing
+from tests.unit.pipes import (
+    AFTER_S,
+    RING_ROWS,
+    SCHEMA,
+    UTC_OFFSET_NS,
+    WAIT_S,
+    IdEncoder,
+    Setup,
+)
 
 
 def test_while_kafka_takes_them_events_go_to_it_and_nothing_is_on_disk(tmp_path: Folder) -> None:
@@ -504,7 +317,7 @@ def test_a_start_goes_on_from_the_latest_of_ledger_spool_and_ring(
     tmp_path: Folder, account: Account | None, committed: int, resumed: Account
 ) -> None:
     spool = spool_with(tmp_path, 7, "another" if account is None or account.ring == "another" else "ring")
-    ring = MemoryRing(TRANSMITS, [])
+    ring = MemoryRing(TRANSMITS, RING_ROWS, lambda position: None)
     ring.written = 20
     ring.position = ring.committed = committed * STRIDE
 
@@ -513,6 +326,6 @@ def test_a_start_goes_on_from_the_latest_of_ledger_spool_and_ring(
 
 
 def test_a_spool_that_is_gone_is_counted_as_damaged() -> None:
-    ring = MemoryRing(TRANSMITS, [])
+    ring = MemoryRing(TRANSMITS, RING_ROWS, lambda position: None)
     account = Account("ring", 0, 9, {"spool_damaged": 1}, acked=2, end=9, gone=3)
     assert resume(account, "ring", ring, None, None) == Account("ring", 0, 9, {"spool_damaged": 1 + 4})

@@ -1,0 +1,79 @@
+"""librdkafka's built-in cluster, told to fail: requests that are refused, a broker that is down or slow."""
+
+import ctypes
+import logging
+import uuid
+
+import confluent_kafka
+
+from producer import rdkafka
+
+PRODUCE = 0
+DEADLINE_S = 40.0
+
+
+lib = rdkafka._lib
+
+
+lib.rd_kafka_mock_push_request_errors_array.argtypes = (
+    ctypes.c_void_p, ctypes.c_int16, ctypes.c_size_t, ctypes.POINTER(ctypes.c_int)
+)  # fmt: skip
+
+
+lib.rd_kafka_mock_broker_set_down.argtypes = (ctypes.c_void_p, ctypes.c_int32)
+
+
+lib.rd_kafka_mock_broker_set_up.argtypes = (ctypes.c_void_p, ctypes.c_int32)
+
+
+lib.rd_kafka_mock_broker_set_rtt.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int)
+
+
+lib.rd_kafka_queue_length.argtypes = (ctypes.c_void_p,)
+
+
+lib.rd_kafka_test_fatal_error.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
+
+
+class Cluster:
+    """The cluster, in the process of a client that does nothing else."""
+
+    def __init__(self) -> None:
+        self._owner = rdkafka.Producer({"test.mock.num.brokers": "1"})
+        self._handle = lib.rd_kafka_handle_mock_cluster(self._owner._handle)
+        self.brokers = self._owner.mock_bootstraps()
+
+    def create(self, topic: str, partitions: int = 1) -> None:
+        self._owner.mock_topic(topic, partitions)
+
+    def answer_produce_with(self, *codes: int) -> None:
+        """Let the next requests fail, each with a code."""
+        errors = (ctypes.c_int * len(codes))(*codes)
+        lib.rd_kafka_mock_push_request_errors_array(self._handle, PRODUCE, len(codes), errors)
+
+    def down(self) -> None:
+        lib.rd_kafka_mock_broker_set_down(self._handle, 1)
+
+    def slow_down(self, milliseconds: int) -> None:
+        """Let each answer take so long."""
+        lib.rd_kafka_mock_broker_set_rtt(self._handle, 1, milliseconds)
+
+    def up(self) -> None:
+        lib.rd_kafka_mock_broker_set_up(self._handle, 1)
+
+    def read(self, topic: str, count: int) -> list[tuple[bytes, bytes]]:
+        """Read a topic's first messages: key and value."""
+        consumer = confluent_kafka.Consumer(
+            {"bootstrap.servers": self.brokers, "group.id": str(uuid.uuid4())}, logger=logging.getLogger("reader")
+        )
+        try:
+            partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+            consumer.assign([confluent_kafka.TopicPartition(topic, number, 0) for number in partitions])
+            messages = consumer.consume(count, DEADLINE_S)
+        finally:
+            consumer.close()
+        assert [message.error() for message in messages] == [None] * count
+        return [(message.key(), message.value()) for message in messages]
+
+    def close(self) -> None:
+        self._owner.close()
