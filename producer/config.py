@@ -76,7 +76,7 @@ class Spool:
     """[spool]: where events wait while Kafka does not take them."""
 
     transmit_bytes: int = 1 << 30
-    """Most bytes on disk of transmits; 0: none wait there. A segment takes about 80 bytes."""
+    """Most bytes on disk of transmits; 0: none wait there. An event takes 17 to 86 bytes."""
     retransmit_bytes: int = 1 << 28
     """Likewise of retransmits."""
     max_age_s: float = 7 * 86400.0
