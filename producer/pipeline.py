@@ -53,7 +53,7 @@ class Pipeline:
             for oldest_ns, count in self._paths[name].settle(outcome):
                 self._delivered(self._now_s() - oldest_ns / 1e9, count)
 
-    def put_all_by(self) -> bool:
-        """Put all that is not acknowledged into the spools; return whether these took it."""
-        took = [path.put_all_by(self._now_s(), self._utc_offset_ns()) for path in self._paths.values()]
-        return all(took)
+    def put_all_by(self) -> None:
+        """Put all that is not acknowledged into the spools, as far as these take it."""
+        for path in self._paths.values():
+            path.put_all_by(self._now_s(), self._utc_offset_ns())

@@ -1,7 +1,6 @@
 """What this host offers a producer, and what is missing with what mends it: the answers of `rebpf check`."""
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from producer.loading import python_with_bcc
 from producer.preflight_servers import kafka, registry
 from producer.ruleset import resolve
 from producer.rungs import LADDERS, cgroup2_root, refusal
-from producer.state import running
+from producer.state import is_locked, pid
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 _LEAST_BCC = (0, 26)  # the oldest that the programs are compiled with in tests
@@ -198,12 +197,6 @@ def _pins(path: Path) -> Finding:
 
 
 def _others(config: Config) -> Iterator[Finding]:
-    try:
-        with open(config.state_dir / "lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pid = (running(config.state_dir) or {}).get("pid", "not ready yet")
-        text = f"another runs with state_dir {config.state_dir}: pid {pid}; `rebpf status` says how it fares"
-        yield Finding("producer", text, BusyError.exit_code)
-    except OSError:  # no folder yet, or not ours to read: said above
-        pass
+    if is_locked(config.state_dir):
+        text = f"another runs with state_dir {config.state_dir}: pid {pid(config.state_dir)}"
+        yield Finding("producer", f"{text}; `rebpf status` says how it fares", BusyError.exit_code)

@@ -70,8 +70,7 @@ class StateFolder:
             _LOCKING(fcntl.flock, self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
-            pid = (running(self.path) or {}).get("pid", "not ready yet")
-            raise BusyError(f"another producer runs with state_dir {self.path}: pid {pid}") from error
+            raise BusyError(f"another producer runs with state_dir {self.path}: pid {pid(self.path)}") from error
         self._agent.unlink(missing_ok=True)
         return self
 
@@ -85,15 +84,26 @@ class StateFolder:
         os.close(self._lock)
 
 
-def running(path: Path) -> dict[str, Any] | None:
-    """Return what the producer that runs with this state folder has published; None where none is ready."""
+def is_locked(path: Path) -> bool:
+    """Say whether a producer has this state folder."""
     try:
         with open(path / "lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
     except BlockingIOError:
+        return True
+    except OSError:  # no folder, or not ours to read
         pass
-    except OSError:
+    return False
+
+
+def pid(path: Path) -> str:
+    """Return the pid of the producer that has this state folder, for a message."""
+    return str((running(path) or {}).get("pid", "not ready yet"))
+
+
+def running(path: Path) -> dict[str, Any] | None:
+    """Return what the producer that runs with this state folder has published; None where none is ready."""
+    if not is_locked(path):
         return None
     try:
         facts: dict[str, Any] = json.loads((path / "agent.json").read_text())

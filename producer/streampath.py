@@ -140,15 +140,14 @@ class StreamPath:
         self._close_books(position)
         return [(entry.oldest_ns, len(entry.batch)) for entry in done if entry.oldest_ns]
 
-    def put_all_by(self, now_s: float, utc_offset_ns: int) -> bool:
-        """Put what is under way, and what the ring holds, into the spool; return whether it took all."""
+    def put_all_by(self, now_s: float, utc_offset_ns: int) -> None:
+        """Put what is under way, and what the ring holds, into the spool, as far as it takes that."""
         if self._spool is None:
-            return False
+            return
         self._spooling = True
         self._append_at = 0.0
         while self._put_by(now_s, utc_offset_ns):
             pass
-        return not self.spool_trouble
 
     def end(self, sink: Sink, unread: int, *, ring_stays: bool) -> tuple[int, int]:
         """End with what is still under way: nobody will send it. Call it once, before the sink is closed.
