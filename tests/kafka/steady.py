@@ -68,11 +68,19 @@ class SteadyScene:
         wait_until("nothing waits", lambda: self.account()["spooled"] == 0 and self.status()["state"] == "ok")
 
     def end_on_each_cpu(self) -> None:
-        """Send a little on each CPU, behind all that may be lost: what is lost last of all leaves no gap."""
+        """Send a little on each CPU, behind all that may be lost: what is lost last of all leaves no gap.
+
+        The ring must have room again, or these would be lost too.
+        """
+        wait_until("all is delivered", self._is_drained)
         for cpu in os.sched_getaffinity(0):
             with Steady(self.port, 100, cpu) as traffic:
                 self.wait_for("delivered", self.account()["delivered"] + 50)
                 traffic.stop()
+
+    def _is_drained(self) -> bool:
+        account = self.account()
+        return not any(account[name] for name in ("in_ring", "in_flight", "spooled"))
 
     def finish(self) -> dict[str, Any]:
         """Stop the producer, and return the balance of transmits."""
