@@ -1,1 +1,1 @@
-"""The alerting consumer, `rebpf alert`: reads the topics as a Kafka consumer group, and tells what crosses a threshold."""
+"""The alerting consumer, `rebpf alert`: reads the topics as a consumer group, and tells what crosses a threshold."""
