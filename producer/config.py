@@ -221,6 +221,8 @@ def check(config: Config) -> Config:
     for port in capture.ports:
         if not 0 < port < 1 << 16:
             raise ConfigError(f"capture.ports: {port} is no port")
+    if config.kafka.brokers is not None and not config.kafka.brokers.strip():
+        raise ConfigError("kafka.brokers: HOST:PORT is wanted, several separated by commas, not an empty string")
     if not _TOPIC_CHARACTERS.fullmatch(config.kafka.topic_prefix):
         raise ConfigError("kafka.topic_prefix: topics' names are of letters, digits, dots, underscores and hyphens")
     _check_seconds("capture.drain_interval_s", capture.drain_interval_s, least=0.001)

@@ -210,6 +210,7 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
         ("registry.timeout_s = nan", r"registry\.timeout_s: nan is not a number"),
         ("registry.timeout_s = inf", r"registry\.timeout_s: inf is not a number"),
         ("registry.register = 1", r"registry\.register: bool is wanted, not 1"),
+        ('kafka.brokers = " "', r"kafka\.brokers: HOST:PORT is wanted"),
         ('kafka.topic_prefix = "a b"', r"kafka\.topic_prefix: topics' names are of"),
         ("kafka.settings.x = [1]", r"kafka\.settings\.x: a string, a number or a boolean is wanted"),
         ("kafka.settings = 1", r"kafka\.settings is a table: write \[kafka\.settings\]"),
