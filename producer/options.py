@@ -16,7 +16,7 @@ from producer.errors import UsageError
 QUIT_NOW = 130
 
 
-class Address(click.ParamType[Any]):
+class Address(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes none
     """An IP address."""
 
     name = "ADDRESS"
@@ -29,7 +29,7 @@ class Address(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
-class Offset(click.ParamType[int | None]):
+class Offset(click.ParamType):  # type: ignore[type-arg] # likewise
     """A place in a partition; None is its beginning."""
 
     name = "OFFSET"
