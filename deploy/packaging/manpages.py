@@ -1,0 +1,146 @@
+"""The manual pages: rebpf(1) from the command line's own help, rebpf.toml(5) from docs/configuration.md.
+
+Run with click and the checkout on Python's path: `manpages.py VERSION DATE FOLDER` writes both into FOLDER, and the
+completions of the shells too.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import get_completion_class
+
+from producer import errors
+from producer.cli import rebpf
+
+_CONFIGURATION = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+_SHELLS = ("bash", "zsh", "fish")
+_SETTINGS = ["key", "type", "default", "what it does", "option, environment"]
+
+_FILES = """\
+/etc/rebpf/rebpf.toml|The configuration of the service: rebpf.toml(5).
+/var/lib/rebpf|Its ledger, and the events that wait on disk for Kafka.
+/usr/lib/rebpf|The program, and the Python packages that come with it."""
+
+
+def command_page(version: str, date: str) -> str:
+    """Return rebpf(1)."""
+    lines = [_title("rebpf", 1, version, date), ".SH NAME", _text(f"rebpf - {_summary(rebpf)}")]
+    lines += [".SH SYNOPSIS", *_synopsis(click.Context(rebpf, info_name="rebpf"))]
+    lines += [".SH OPTIONS", *_options(click.Context(rebpf, info_name="rebpf")), ".SH COMMANDS"]
+    for context in _commands(click.Context(rebpf, info_name="rebpf")):
+        path = context.command_path.removeprefix("rebpf ")
+        lines += [f".SS {_text(path)}", *_synopsis(context), ".PP", _text(_help(context.command)), *_options(context)]
+    lines += [".SH FILES", *(_entry(*line.split("|")) for line in _FILES.splitlines())]
+    lines += [".SH EXIT STATUS", _entry("0", "Success."), *(_entry(*pair) for pair in _exit_codes())]
+    lines += [".SH SEE ALSO", ".BR rebpf.toml (5)"]
+    return "\n".join(lines) + "\n"
+
+
+def configuration_page(version: str, date: str) -> str:
+    """Return rebpf.toml(5)."""
+    text = re.sub(r"<!--.*?-->\n", "", _CONFIGURATION.read_text(), flags=re.DOTALL)
+    _, _, body = text.partition("\n")  # less its title
+    lines = [_title("rebpf.toml", 5, version, date), ".SH NAME", _text("rebpf.toml - configuration of rebpf")]
+    lines += [".SH DESCRIPTION", *_markdown(body), ".SH SEE ALSO", ".BR rebpf (1)"]
+    return "\n".join(lines) + "\n"
+
+
+def completion(shell: str) -> str:
+    """Return the script that completes the command in a shell."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    return kind(rebpf, {}, "rebpf", "_REBPF_COMPLETE").source()
+
+
+def _title(name: str, section: int, version: str, date: str) -> str:
+    return f'.TH {name.upper()} {section} {date} "rebpf {version}"'
+
+
+def _commands(context: click.Context) -> Iterator[click.Context]:
+    """Yield a context of each command below a group, those of inner groups after the group's."""
+    for name in context.command.list_commands(context):  # type: ignore[attr-defined] # of a group
+        command = context.command.get_command(context, name)  # type: ignore[attr-defined]
+        inner = click.Context(command, info_name=name, parent=context)
+        yield inner
+        if isinstance(command, click.Group):
+            yield from _commands(inner)
+
+
+def _synopsis(context: click.Context) -> list[str]:
+    words = " ".join(context.command.collect_usage_pieces(context))
+    return [f".B {_text(context.command_path)}", _text(words)]
+
+
+def _options(context: click.Context) -> Iterator[str]:
+    for parameter in context.command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record and "--help" not in parameter.opts:
+            yield _entry(record[0], record[1])
+
+
+def _help(command: click.Command) -> str:
+    return " ".join((command.help or "").split())
+
+
+def _summary(command: click.Command) -> str:
+    text = _help(command).partition(".")[0]
+    return text[0].lower() + text[1:]
+
+
+def _exit_codes() -> Iterator[tuple[str, str]]:
+    tree: list[Any] = [errors.RebpfError, *errors.RebpfError.__subclasses__()]
+    meanings = {errors.RebpfError: "Internal error: a defect."}
+    for kind in sorted(tree, key=lambda kind: kind.exit_code):
+        yield str(kind.exit_code), meanings.get(kind, kind.__doc__)
+
+
+def _markdown(text: str) -> Iterator[str]:
+    """Yield the lines of a page for a Markdown text of headings, tables, blocks of code and paragraphs."""
+    for block in re.findall(r"```.*?```|[^\n](?:.(?!\n\n))*.?", text, flags=re.DOTALL):
+        if block.startswith("```"):
+            _, *code, _ = block.split("\n")
+            yield from (".PP", ".RS 4", ".nf", ".ft CR", *(_escape(line) for line in code), ".ft R", ".fi", ".RE")
+        elif block.startswith("#"):
+            yield f".SH {_text(block.lstrip('# '))}"
+        elif block.startswith("|"):
+            yield from _table(block.splitlines())
+        else:
+            yield from (".PP", _text(" ".join(block.split())))
+
+
+def _table(rows: list[str]) -> Iterator[str]:
+    head, _, *cells = ([cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows)
+    for key, *values in cells:
+        if head == _SETTINGS:
+            kind, default, what, option = values
+            values = [what, f"Type: {kind}; default: {default}.", f"Also {option}." if option else ""]
+        yield _entry(key, " ".join(filter(None, values)))
+
+
+def _entry(tag: str, text: str) -> str:
+    return f".TP\n\\fB{_text(tag)}\\fR\n{_text(text)}"
+
+
+def _text(text: str) -> str:
+    """Return a line of text, with Markdown's `code` and **strong** in bold."""
+    return re.sub(r"`([^`]+)`|\*\*(.+?)\*\*", lambda found: f"\\fB{found[1] or found[2]}\\fR", _escape(text))
+
+
+def _escape(line: str) -> str:
+    line = line.replace("\\", "\\e").replace("-", "\\-")
+    return "\\&" + line if line.startswith((".", "'")) else line
+
+
+def _write(folder: Path, files: Iterable[tuple[str, str]]) -> None:
+    for name, text in files:
+        (folder / name).write_text(text)
+
+
+if __name__ == "__main__":
+    version, date, folder = sys.argv[1:]
+    pages = [("rebpf.1", command_page(version, date)), ("rebpf.toml.5", configuration_page(version, date))]
+    _write(Path(folder), [*pages, *((shell, completion(shell)) for shell in _SHELLS)])
