@@ -1,4 +1,7 @@
-"""debian/copyright of a package: ours, and that of each Python package that comes with it, as its wheel states it."""
+"""The copyright file of a package: ours, and who holds the rights in each Python package that comes with it.
+
+Their licences' texts are where their wheels have them, and the file says where that is.
+"""
 
 import re
 from email.parser import HeaderParser
@@ -16,43 +19,42 @@ License: Expat
 Files: usr/lib/rebpf/producer/data/bpf/*
 Copyright: 2026 The ReBPF authors
 License: GPL-2
- On Debian systems, the full text is in /usr/share/common-licenses/GPL-2.
+ The full text is in /usr/share/common-licenses/GPL-2.
 """
 _STANZA = """
 Files: {files}
 Copyright: {holders}
 License: {name}
-{text}
+ The full text is in {texts}
 """
+_HOLDER = re.compile(r"^[ #*]*Copyright\s*:?\s*(?:\(c\)|©)?\s*(\d.*\w)", re.MULTILINE | re.IGNORECASE)
+_TEXT = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|AUTHORS)", re.IGNORECASE)
 
 
 def copyright_file(ours: str, folder: Path) -> str:
-    """Return the file's text for what is installed in `folder`, with the text of our own licence."""
-    dists = sorted(each for each in folder.glob("*.dist-info") if not each.name.startswith("rebpf-"))
-    return _HEAD.format(ours=_indented(ours)) + "".join(_stanza(each) for each in dists)
+    """Return the file's text, for what is installed in `folder` and for ours with the text of its licence."""
+    stanzas = [_stanza(dist) for dist in sorted(folder.glob("*.dist-info"))]
+    return _HEAD.format(ours=_indented(ours)) + "".join(stanzas)
 
 
 def _stanza(dist: Path) -> str:
     metadata = HeaderParser().parsestr((dist / "METADATA").read_text())
-    lines = (dist / "RECORD").read_text().splitlines()
-    places = sorted({line.partition("/")[0] for line in lines if "/" in line.partition(",")[0] and line[0] != "."})
-    alone = sorted(line.partition(",")[0] for line in lines if "/" not in line.partition(",")[0])
-    names = [*(f"usr/lib/rebpf/{place}/*" for place in places), *(f"usr/lib/rebpf/{name}" for name in alone)]
-    text = "\n".join(path.read_text().strip() for path in _texts(dist))
-    holders = sorted(set(re.findall(r"^[ #*]*(?:Copyright)\s*:?\s*(?:\(c\)|©)?\s*(.*\S)", text, re.M | re.I)))
+    texts = sorted(path for path in dist.rglob("*") if path.is_file() and _TEXT.match(path.name))
+    holders = sorted({found for path in texts for found in _HOLDER.findall(path.read_text())})
     name = metadata["License-Expression"] or (metadata["License"] or "other").splitlines()[0]
     return _STANZA.format(
-        files="\n ".join(names),
+        files="\n ".join(_places(dist)),
         holders="\n ".join(holders) or f"the authors of {metadata['Name']}",
-        name=re.sub(r"\s+", "-", name) + f"-{metadata['Name'].lower()}",
-        text=_indented(text),
+        name=re.sub(r"\s+", "-", f"{metadata['Name'].lower()}'s {name}"),
+        texts=",\n ".join(f"/usr/lib/rebpf/{path.relative_to(dist.parent)}" for path in texts),
     )
 
 
-def _texts(dist: Path) -> list[Path]:
-    """Return the files of a distribution's licence."""
-    names = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|AUTHORS)", re.I)
-    return sorted(path for path in dist.rglob("*") if path.is_file() and names.match(path.name))
+def _places(dist: Path) -> list[str]:
+    """Return what a distribution has installed: folders and, beside them, files."""
+    names = [line.partition(",")[0] for line in (dist / "RECORD").read_text().splitlines()]
+    within = {f"{folder}/*" for folder, slash, _ in (name.partition("/") for name in names) if slash and folder != ".."}
+    return [f"usr/lib/rebpf/{each}" for each in sorted(within | {name for name in names if "/" not in name})]
 
 
 def _indented(text: str) -> str:
