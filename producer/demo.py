@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+from producer.child import python
 from producer.errors import BusyError, ConfigError, PermissionDenied, UnavailableError
 from producer.events import RETRANSMITS, STREAMS
 from producer.lab import Lab, Sent
@@ -80,7 +81,7 @@ class _Producer:
 
     def __enter__(self) -> "_Producer":
         addresses = [word for address in self._addresses for word in ("--address", address)]
-        run = [sys.executable, "-m", "producer", "run", "--json", "--state-dir", self._state_dir, *addresses]
+        run = python("producer", "run", "--json", "--state-dir", self._state_dir, *addresses)
         # A session of its own: a Ctrl-C is for this process, which stops the child when it has read everything.
         self._child = subprocess.Popen(
             ["setpriv", "--pdeathsig", "TERM", "--", *run],

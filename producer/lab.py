@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from producer.child import python
 from producer.errors import PermissionDenied, UnavailableError
 
 _INTERFACE = "veth0"
@@ -192,7 +192,7 @@ def _loss_rules(loss: float) -> str:
 
 
 def _traffic(*arguments: str) -> tuple[str, ...]:
-    return sys.executable, "-m", "producer.lab_traffic", *arguments
+    return python("producer.lab_traffic", *arguments)
 
 
 def _run(argv: Sequence[str], text: str = "") -> None:
