@@ -1,4 +1,5 @@
-"""The wheel is complete: installed alone in a clean venv, it runs from another folder on the files that it carries."""
+"""The wheel, built from the source distribution, is complete: installed alone in a clean venv, it runs from another
+folder on the files that it carries."""
 
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def _run(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    _run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT, cwd=folder)
+    _run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder)
     (wheel,) = folder.glob("rebpf-*.whl")
     _run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     _run(folder / "venv/bin/python", "-m", "pip", "install", "--quiet", wheel, cwd=folder)

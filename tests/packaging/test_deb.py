@@ -1,0 +1,229 @@
+"""The Debian packages: built for both releases, whole, and the same whenever they are built.
+
+That they install, run and leave nothing behind is shown on hosts of those releases: tests/vm.
+"""
+
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+import click
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from producer import config
+from producer.cli import rebpf
+from producer.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGING = ROOT / "deploy" / "packaging"
+SUITES = tomllib.loads((PACKAGING / "suites.toml").read_text())
+
+PLACES = (
+    "etc/rebpf/rebpf.toml",
+    "usr/bin/rebpf",
+    "usr/lib/rebpf/",
+    "usr/lib/sysusers.d/rebpf.conf",
+    "usr/share/bash-completion/completions/rebpf",
+    "usr/share/doc/rebpf/changelog.Debian.gz",
+    "usr/share/doc/rebpf/changelog.gz",
+    "usr/share/doc/rebpf/copyright",
+    "usr/share/fish/vendor_completions.d/rebpf.fish",
+    "usr/share/lintian/overrides/rebpf",
+    "usr/share/man/man1/rebpf.1.gz",
+    "usr/share/man/man5/rebpf.toml.5.gz",
+    "usr/share/zsh/vendor-completions/_rebpf",
+)
+MODES = {"etc/rebpf/rebpf.toml": 0o640, "usr/bin/rebpf": 0o755}
+
+pytestmark = pytest.mark.timeout(600)  # pip may have to download every wheel
+
+
+@dataclass(frozen=True)
+class Package:
+    suite: str
+    path: Path
+    root: Path
+
+    @property
+    def private(self) -> Path:
+        return self.root / "usr/lib/rebpf"
+
+    @property
+    def unit(self) -> str:
+        return f"{SUITES[self.suite]['units']}/rebpf.service"
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        """Yield what is in it, with owners and modes, which only root could unpack."""
+        command = ["dpkg-deb", "--fsys-tarfile", self.path]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking:
+            assert unpacking.stdout is not None
+            with tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive:
+                yield from archive
+
+
+def _build(suite: str, folder: Path, umask: int = 0o022, **environment: str) -> Path:
+    command = [sys.executable, str(PACKAGING / "build-deb"), suite, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, umask=umask, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Package:
+    if not shutil.which("dpkg-deb"):
+        pytest.skip("NO DEBIAN PACKAGE: there is no dpkg-deb to build it with")
+    folder = tmp_path_factory.mktemp(request.param)
+    path = _build(request.param, folder)
+    subprocess.run(["dpkg-deb", "-x", path, folder / "root"], check=True)
+    return Package(request.param, path, folder / "root")
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_lintian_finds_no_error(package: Package) -> None:
+    if not shutil.which("lintian"):
+        pytest.skip("NO LINTIAN (scripts/setup --tests installs it)")
+    command = ["lintian", "--allow-root", "--fail-on", "error", str(package.path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_is_installed_elsewhere_or_with_other_rights_than_meant(package: Package) -> None:
+    files = {member.name.removeprefix("./"): member for member in package.members()}
+    assert {(member.uname, member.gname) for member in files.values()} == {("root", "root")}
+    folders = {name for name, member in files.items() if member.isdir()}
+    assert {files[name].mode for name in folders} == {0o755}
+    places = (*PLACES, package.unit)
+    assert [name for name in files if name not in folders and not name.startswith(places)] == []
+    assert {name: files[name].mode for name in files if name not in folders and files[name].mode != 0o644} == MODES
+
+
+def test_nothing_tells_where_it_was_built(package: Package) -> None:
+    traces = [f"{ROOT}/{name}".encode() for name in ("deploy", "producer")]
+    traces += [sys.executable.encode(), b"rebpf-deb-", b"rebpf-wheel-"]
+    files = _files(package.root)
+    assert [(name, trace) for name, data in files.items() for trace in traces if trace in data] == []
+
+
+def test_what_is_in_it_is_what_is_in_the_tree(package: Package) -> None:
+    assert (package.root / package.unit).read_bytes() == (ROOT / "deploy/systemd/rebpf.service").read_bytes()
+    ours = _files(package.private / "producer")
+    sources = {str(path.relative_to(ROOT / "producer")): path.read_bytes() for path in ROOT.glob("producer/**/*.py")}
+    data = {f"data/{name}/{file}": text for name in ("bpf", "schemas") for file, text in _files(ROOT / name).items()}
+    assert ours == sources | data
+
+
+def test_each_requirement_of_its_python_packages_is_met(package: Package) -> None:
+    suite = SUITES[package.suite]
+    theirs = dict(line.split() for line in suite["debian"].values())
+    own = {dist.name: dist for dist in distributions(path=[str(package.private)])}
+    versions = {canonicalize_name(name): dist.version for name, dist in own.items()} | theirs
+    environment = {"python_version": suite["python"], "python_full_version": f"{suite['python']}.0", "extra": ""}
+    wanted = [each for dist in own.values() for each in _requirements(dist, environment)]
+    unmet = [str(each) for each in wanted if not _meets(versions.get(canonicalize_name(each.name)), each)]
+    assert unmet == [], "run deploy/packaging/lock, or mend suites.toml"
+
+
+def _requirements(dist: Distribution, environment: dict[str, str]) -> Iterator[Requirement]:
+    """Yield what a distribution requires; confluent-kafka's client of the registry is an extra of it."""
+    extras = ("", "schemaregistry") if dist.name == "confluent-kafka" else ("",)
+    for requirement in map(Requirement, dist.requires or []):
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate({**environment, "extra": extra}) for extra in extras):
+            yield requirement
+
+
+def _meets(version: str | None, requirement: Requirement) -> bool:
+    return version is not None and requirement.specifier.contains(version, prereleases=True)
+
+
+def test_the_packages_of_the_release_are_depended_on(package: Package) -> None:
+    command = ["dpkg-deb", "--field", str(package.path), "Depends"]
+    depends = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+    assert set(depends) >= {"python3-bpfcc", *SUITES[package.suite]["debian"]}
+
+
+def test_the_manual_pages_are_set_without_a_warning(package: Package) -> None:
+    if not shutil.which("groff"):
+        pytest.skip("NO GROFF (lintian brings it; scripts/setup --tests installs that)")
+    for page in package.root.glob("usr/share/man/man*/*.gz"):
+        text = gzip.decompress(page.read_bytes())
+        done = subprocess.run(["groff", "-man", "-ww", "-Tutf8"], input=text, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b""), page
+        assert b"rebpf" in done.stdout
+
+
+def test_the_manual_page_has_each_command_and_option(package: Package) -> None:
+    page = gzip.decompress((package.root / "usr/share/man/man1/rebpf.1.gz").read_bytes()).decode().replace("\\-", "-")
+    for path, command in _commands(rebpf, ()):
+        section = page.partition(f".SS {' '.join(path)}\n")[2].partition("\n.SS ")[0].partition("\n.SH ")[0]
+        assert section, path
+        for option in (each for each in command.params if isinstance(each, click.Option)):
+            assert all(name in section for name in option.opts), (path, option.opts)
+
+
+def _commands(group: click.Group, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from _commands(command, (*path, name))
+
+
+def test_bash_completes_a_command(package: Package, tmp_path: Path) -> None:
+    # The release's own click is not here: of that version the tools have one.
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "tools")]
+    subprocess.run([*pip, "--requirement", str(PACKAGING / "tools.lock")], check=True)
+    program = tmp_path / "rebpf"
+    program.write_text(
+        f"#!{sys.executable} -IS\n"
+        f"import sys; sys.path += {[str(tmp_path / 'tools'), str(package.private)]}\n"
+        "from producer.cli import main; main()\n"
+    )
+    program.chmod(0o755)
+    script = package.root / "usr/share/bash-completion/completions/rebpf"
+    words = f"source {script}; COMP_WORDS=(rebpf sp); COMP_CWORD=1; _rebpf_completion rebpf; echo ${{COMPREPLY[@]}}"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    # `complete -o nosort` and the like are for interactive shells alone.
+    done = subprocess.run(["bash", "-c", words], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["spool"], done.stderr
+
+
+def test_its_configuration_is_refused_until_brokers_are_set_in_it(package: Package, tmp_path: Path) -> None:
+    file = package.root / "etc/rebpf/rebpf.toml"
+    text = file.read_text()
+    number = next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith("brokers"))
+    with pytest.raises(ConfigError, match=rf"line {number}: kafka\.brokers"):
+        config.load(file)
+    changed = tmp_path / "rebpf.toml"
+    changed.write_text(text.replace('brokers = ""', 'brokers = "a:9092"'))
+    assert config.load(changed) == config.Config().with_values(kafka__brokers="a:9092")
+
+
+def test_what_its_configuration_has_as_a_comment_is_right(package: Package, tmp_path: Path) -> None:
+    _, _, settings = (package.root / "etc/rebpf/rebpf.toml").read_text().partition("\n\n")
+    changed = tmp_path / "rebpf.toml"
+    changed.write_text(settings.replace('brokers = ""', 'brokers = "a:9092"').replace("\n#", "\n"))
+    loaded = config.load(changed)
+    assert loaded.kafka.settings == {"security.protocol": "SASL_SSL"}
+    assert loaded.registry.url == "https://HOST:PORT"
+
+
+@pytest.mark.parametrize("package", ["trixie"], indirect=True)  # the smaller one: they differ in what goes in alone
+def test_the_same_input_gives_the_same_bytes(package: Package, tmp_path: Path) -> None:
+    again = _build(package.suite, tmp_path, umask=0o077, TZ="Asia/Tokyo", LC_ALL="C", PYTHONHASHSEED="1")
+    assert again.name == package.path.name
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (package.path, again)]
+    assert digests[0] == digests[1]
