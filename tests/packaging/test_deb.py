@@ -65,7 +65,7 @@ class Package:
 
     def members(self) -> Iterator[tarfile.TarInfo]:
         """Yield what is in it, with owners and modes, which only root could unpack."""
-        command = ["dpkg-deb", "--fsys-tarfile", self.path]
+        command = ["dpkg-deb", "--fsys-tarfile", str(self.path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking:
             assert unpacking.stdout is not None
             with tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive:
