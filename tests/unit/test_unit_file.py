@@ -1,10 +1,15 @@
 """The unit file says what the program and systemd do."""
 
+import re
+import shutil
+import subprocess
 from configparser import RawConfigParser
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
 
+from producer.config import Capture
 from producer.errors import ConfigError, PermissionDenied, UsageError
 from producer.privileges import NAMES
 
@@ -32,3 +37,43 @@ def test_no_restart_after_what_the_next_start_would_only_repeat(service):
 def test_the_capabilities_are_those_that_are_asked_for(service):
     assert set(service["AmbientCapabilities"].split()) == set(NAMES.values())
     assert service["CapabilityBoundingSet"] == service["AmbientCapabilities"]
+
+
+def test_the_check_before_it_decides_nothing(service):
+    # systemd does not look at RestartPreventExitStatus= for it: a status would be tried again for ever.
+    assert service["ExecStartPre"].startswith("-/usr/bin/rebpf check --local ")
+
+
+def test_two_sets_of_rings_and_the_compiler_fit_into_the_memory(service):
+    rings_mib = (Capture().transmit_ring_bytes + Capture().retransmit_ring_bytes) >> 20
+    assert int(service["MemoryHigh"].removesuffix("M")) >= 2 * rings_mib + 80 + 150
+    assert int(service["MemoryMax"].removesuffix("M")) > int(service["MemoryHigh"].removesuffix("M"))
+
+
+@pytest.mark.parametrize(
+    "address", ["10.0.0.1", "127.0.0.53", "169.254.169.254", "203.0.113.9", "::1", "2001:db8::1", "fd00::1", "fe80::1"]
+)
+def test_it_may_speak_with_any_unicast_address(address):
+    assert any(ip_address(address) in network for network in allowed_networks())
+
+
+@pytest.mark.parametrize("address", ["224.0.0.251", "255.255.255.255", "ff02::fb"])
+def test_it_may_not_speak_with_many_at_a_time(address):
+    assert not any(ip_address(address) in network for network in allowed_networks())
+
+
+def test_its_exposure_is_low():
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("NO systemd-analyze: the virtual machines' tests look at the score")
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=15", str(UNIT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    score = re.search(r"exposure level for rebpf.service: (\d+\.\d+)", done.stdout)
+    assert score is not None
+    assert float(score[1]) <= 1.5
+
+
+def allowed_networks():
+    # The parser keeps the last of several.
+    lines = re.findall(r"^IPAddressAllow=(.+)$", UNIT.read_text(), re.MULTILINE)
+    return [ip_network(word) for line in lines for word in line.split()]
