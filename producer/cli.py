@@ -107,12 +107,14 @@ def run(
 def reload(config: Path | None, state_dir: Path | None) -> None:
     """Put the rules of the changed configuration in force, in the producer that runs here."""
     from producer import state
+    from producer.config import placed
     from producer.ruleset import resolve
     from producer.rungs import cgroup2_root
 
     settings = load(config).with_values(state_dir=state_dir)
     if config is not None:
-        resolve(settings, cgroup2_root()).tables()
+        with placed(config):
+            resolve(settings, cgroup2_root()).tables()
     version = state.reload(settings.state_dir)
     click.echo(f"rules version {version} is in force")
 
@@ -293,7 +295,7 @@ def check(
         lines = explain_rules(ruleset.rules, ruleset.default, explain)
         click.echo(json.dumps(lines) if as_json else "\n".join(lines))
         return
-    findings = examine(settings, servers=not local)
+    findings = examine(settings, path=config, servers=not local)
     if as_json:
         click.echo(json.dumps([finding.as_dict() for finding in findings]))
     else:

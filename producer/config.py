@@ -5,6 +5,7 @@ field of a frozen dataclass here, with its default; a key that is none of them i
 is named.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import ipaddress
@@ -16,11 +17,12 @@ import tomllib
 import types
 import typing
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from producer import place
 from producer.errors import ConfigError
 from producer.events import HOOKS
 
@@ -202,10 +204,20 @@ def load(path: Path | None) -> Config:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    try:
+    with placed(path, text):
         return _with_secrets(check(_build(Config, table, "")))
+
+
+@contextlib.contextmanager
+def placed(path: Path | None, text: str | None = None) -> Iterator[None]:
+    """Have a ConfigError that begins with a setting's path name the file and the line too."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError(f"{path}: {_line(text, str(error))}{error}") from error
+        if path is None:
+            raise
+        at = place.line(path.read_text() if text is None else text, str(error))
+        raise ConfigError(f"{path}: {at}{error}") from error
 
 
 def check(config: Config) -> Config:
@@ -336,26 +348,6 @@ def _text(value: Any, where: str) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     raise ConfigError(f"{where}: a string, a number or a boolean is wanted")
-
-
-def _line(text: str, message: str) -> str:
-    """Return `line N: ` of the key whose path, like rules[2].port, the message begins with.
-
-    Nothing where the key is written in another way than below its table's own header.
-    """
-    path = re.match(r"(?:unknown key )?([\w.-]+(?:\[\d+\])?(?:\.[\w-]+)?)", message)
-    table, _, key = path[1].rpartition(".") if path else ("", "", "")
-    if setting := re.match(r"(kafka\.settings)\.([\w.-]+)", message):  # a name with dots
-        table, key = setting[1], setting[2]
-    name, _, number = table.rstrip("]").partition("[")
-    lines = text.splitlines()
-    header = re.compile(rf"\s*\[{{1,2}}\s*{re.escape(name)}\s*\]{{1,2}}\s*(#.*)?")
-    starts = [i for i, line in enumerate(lines, 1) if header.fullmatch(line)] if table else [0]
-    if len(starts) < int(number or 1):
-        return ""
-    start = starts[int(number or 1) - 1]
-    wanted = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=")
-    return next((f"line {i}: " for i, line in enumerate(lines[start:], start + 1) if wanted.match(line)), "")
 
 
 def _nearest(name: str, known: Any) -> str:

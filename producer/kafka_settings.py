@@ -38,8 +38,8 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
     for name, value in settings.items():
         required = REQUIRED.get(_ALIASES.get(name, name), value)
         if required != value:
-            raise ConfigError(f"kafka.settings: {name} must be {required}, since delivery rests on it: remove it")
+            raise ConfigError(f"kafka.settings.{name}: must be {required}, since delivery rests on it: remove it")
         if name in _ELSEWHERE:
-            raise ConfigError(f"kafka.settings: {name}: set kafka.{_ELSEWHERE[name]} instead")
+            raise ConfigError(f"kafka.settings.{name}: set kafka.{_ELSEWHERE[name]} instead")
     where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
     return {**DEFAULTS, **settings, **REQUIRED, **where}

@@ -4,12 +4,12 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from producer import privileges, sysbpf
 from producer.btf import VMLINUX, Btf
-from producer.config import Config
+from producer.config import Config, placed
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.finding import Finding
 from producer.kafka_settings import client_settings
@@ -20,26 +20,33 @@ from producer.rungs import LADDERS, cgroup2_root, refusal
 from producer.state import is_locked, pid
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
+PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _LEAST_BCC = (0, 26)  # the oldest that the programs are compiled with in tests
 _MIB = 1 << 20
+_PARANOID_FOR_ROOT = 3
 
 
-def examine(config: Config, *, servers: bool = True) -> list[Finding]:
-    """Examine this host, and the servers if wanted, for `config`; leaves nothing attached and nothing written."""
-    findings = [*_settings(config), *_kernel(config), *_python(), *_folders(config), *_others(config)]
+def examine(config: Config, *, path: Path | None = None, servers: bool = True) -> list[Finding]:
+    """Examine this host, and the servers if wanted, for `config`; leaves nothing attached and nothing written.
+
+    `path` is the file that `config` was read from, so that what is wrong there is found.
+    """
+    findings = [*_settings(config, path), *_kernel(config), *_python(), *_folders(config), *_others(config)]
     # Settings that contradict each other are found above, and no client would take them.
     if servers and not any(finding.subject == "kafka.settings" for finding in findings):
         findings += [*kafka(config), *registry(config)]
     return findings
 
 
-def _settings(config: Config) -> Iterator[Finding]:
+def _settings(config: Config, path: Path | None) -> Iterator[Finding]:
     try:
-        client_settings(config.kafka.brokers, config.kafka.settings)
+        with placed(path):
+            client_settings(config.kafka.brokers, config.kafka.settings)
     except ConfigError as error:
         yield Finding("kafka.settings", str(error), error.exit_code)
     try:
-        resolve(config, cgroup2_root()).tables()
+        with placed(path):
+            resolve(config, cgroup2_root()).tables()
     except RebpfError as error:
         yield Finding("rules", str(error), error.exit_code)
     else:
@@ -49,6 +56,7 @@ def _settings(config: Config) -> Iterator[Finding]:
 def _kernel(config: Config) -> Iterator[Finding]:
     yield from _capabilities()
     yield from _lockdown(LOCKDOWN)
+    yield from _perf_events(PARANOID, config.capture.hooks)
     root = cgroup2_root()
     mend = "mount -t cgroup2 none /sys/fs/cgroup, or another folder where that is taken"
     text = f"mounted at {root}" if root else f"not mounted, and the hook cgroup_skb needs it: {mend}"
@@ -57,15 +65,24 @@ def _kernel(config: Config) -> Iterator[Finding]:
     try:
         btf = Btf.load(path)
     except RebpfError as error:
-        text = str(error)
-        yield Finding("BTF", text if text.startswith(str(path)) else f"{path}: {text}", error.exit_code)
+        yield Finding("BTF", _with_path(path, str(error), own=config.capture.btf is None), error.exit_code)
         return
     except OSError as error:
-        yield Finding("BTF", f"{path}: {error.strerror}", UnavailableError.exit_code)
+        text = _with_path(path, error.strerror or str(error), own=config.capture.btf is None)
+        yield Finding("BTF", text, UnavailableError.exit_code)
         return
     yield Finding("BTF", str(path))
     if not privileges.missing(privileges.LOADING):
         yield from _hooks(config, btf, root)
+
+
+def _with_path(path: Path, text: str, *, own: bool) -> str:
+    text = text if text.startswith(str(path)) else f"{path}: {text}"
+    if own:
+        return (
+            f"{text}; distributions' kernels have it: apt install linux-image-$(dpkg --print-architecture), and reboot"
+        )
+    return f"{text}; or remove capture.btf, and the running kernel's is read"
 
 
 def _capabilities() -> Iterator[Finding]:
@@ -92,6 +109,19 @@ def _lockdown(path: Path) -> Iterator[Finding]:
         yield Finding("lockdown", f"{path} is at {mode}: no BPF program may read; {mend}", HookError.exit_code)
     else:
         yield Finding("lockdown", mode)
+
+
+def _perf_events(path: Path, hooks: Sequence[str]) -> Iterator[Finding]:
+    """kprobes are perf events, which Debian's kernels at 3 and above give to nobody but root."""
+    try:
+        level = int(path.read_text())
+    except OSError:  # a kernel without perf events: the trial of the hook says so
+        return
+    if level < _PARANOID_FOR_ROOT or "kprobe" not in hooks or privileges.is_admin():
+        return
+    mend = f"sysctl kernel.perf_event_paranoid={_PARANOID_FOR_ROOT - 1}"
+    text = f"{level}, and the kernel may refuse the hook kprobe to all but root; where it is wanted: {mend}"
+    yield Finding("perf_event_paranoid", text, there=False)
 
 
 def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:

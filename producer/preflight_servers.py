@@ -31,6 +31,7 @@ def kafka(config: Config) -> Iterator[Finding]:
     yield Finding("Kafka", f"{config.kafka.brokers}, {brokers} broker{'s' if brokers > 1 else ''}")
     for name in events:
         yield from _topic(name, topics[name], brokers)
+        yield from _compaction(name, topics[name])
     for finding in _topic(heartbeats, topics[heartbeats], brokers):
         if finding.exit_code:
             yield Finding(finding.subject, f"{finding.text}; till then no heartbeats are sent", there=False)
@@ -72,6 +73,15 @@ def _topic(name: str, facts: TopicFacts | RebpfError, brokers: int) -> Iterator[
     yield Finding(subject, text if facts.settings else f"{text}; its settings are not shown to this user")
 
 
+def _compaction(name: str, facts: TopicFacts | RebpfError) -> Iterator[Finding]:
+    """The key is the flow: of a flow's events compaction leaves the last."""
+    policy = "" if isinstance(facts, RebpfError) else facts.settings.get("cleanup.policy", "")
+    if "compact" in policy:
+        text = f"cleanup.policy is {policy}, and of each flow all events but the last go: kafka-configs.sh --alter "
+        text += f"--entity-type topics --entity-name {name} --add-config cleanup.policy=delete"
+        yield Finding(f"topic {name}", text, warns=True)
+
+
 def registry(config: Config) -> Iterator[Finding]:
     """Examine the registry, and each topic's schema there."""
     if config.registry.url is None:
@@ -93,5 +103,11 @@ def registry(config: Config) -> Iterator[Finding]:
                     yield Finding(subject, str(error), error.exit_code if needed else 0, there=False)
                 else:
                     yield Finding(subject, f"id {number}")
+    except PermissionDenied as error:
+        mend = "put USER:PASSWORD into the file that registry.auth names, or see registry.certificate"
+        yield Finding("registry", f"{error}; {mend}", error.exit_code)
+    except UnavailableError as error:
+        mend = f"see registry.url, and the way there: curl -f {config.registry.url}/subjects"
+        yield Finding("registry", f"{error}; {mend}", error.exit_code)
     except RebpfError as error:
         yield Finding("registry", str(error), error.exit_code)

@@ -26,9 +26,14 @@ def effective() -> int:
 def missing(wanted: frozenset[int] = frozenset(NAMES)) -> list[str]:
     """Return the names of the `wanted` capabilities that this process lacks; CAP_SYS_ADMIN stands for all of them."""
     have = effective()
-    if have >> CAP_SYS_ADMIN & 1:
+    if is_admin():
         return []
     return [NAMES[number] for number in sorted(wanted) if not have >> number & 1]
+
+
+def is_admin() -> bool:
+    """Whether this process has CAP_SYS_ADMIN."""
+    return bool(effective() >> CAP_SYS_ADMIN & 1)
 
 
 def drop_all() -> None:

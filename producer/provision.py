@@ -151,7 +151,9 @@ class Admin:
             return UnavailableError(f"no TLS with {where}: {reason}; {mend}")
         if error.code() == KafkaError._ALL_BROKERS_DOWN:  # they take the connection and hang up
             reason += "; where they want TLS, set security.protocol below [kafka.settings]"
-        return UnavailableError(f"no answer from {where}: {reason}")
+        return UnavailableError(
+            f"no answer from {where}: {reason}; see kafka.brokers, and the way there: nc -vz HOST PORT"
+        )
 
     def create(self, name: str, partitions: int, replication: int) -> bool:
         """Create a topic; False where it exists. UnavailableError says what failed."""

@@ -55,8 +55,9 @@ def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
 
 def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
     name = rule.name or f"rule {number}"
+    where = f"rule {number} {rule.name}".rstrip()
     if rule.sample < 1 or rule.sample_by not in ("connection", "event"):
-        raise ConfigError(f"{name}: sample is a number from 1, and sample_by is connection or event")
+        raise ConfigError(f"{where}: sample is a number from 1, and sample_by is connection or event")
     keep = _action(rule.action, rule.transmit, rule.retransmit)
     by_event = rule.sample_by == "event"
     try:
@@ -76,7 +77,7 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
             state=_each(rule.state, _state),
         )
     except (ValueError, LookupError, OSError, ConfigError) as error:
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _each(values: Iterable[V], parse: Callable[[V], Iterable[R]]) -> tuple[R, ...]:

@@ -4,12 +4,15 @@ import json
 from collections.abc import Iterator, Mapping
 
 import pytest
-from confluent_kafka.admin import AdminClient, ConfigResource
+from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
 from producer.provision import topic_settings
 from tests.kafka.rebpf import as_nobody, rebpf
 from tests.servers.certificates import Authority
+from tests.servers.cluster import Broker
+from tests.servers.guarded import Guarded
+from tests.servers.kafka import KafkaServer
 from tests.servers.process import free_port
 from tests.servers.secure import PLAIN, SCRAM, USERS, SecureKafka
 
@@ -127,8 +130,11 @@ def test_check_says_that_no_broker_answers():
     code, found = findings("--brokers", f"127.0.0.1:{free_port()}")
 
     assert code == 69
-    assert not found["Kafka"]["ok"]
-    assert "Connection refused" in str(found["Kafka"]["text"])
+    assert found["Kafka"]["exit_code"] == 69
+    text = str(found["Kafka"]["text"])
+    assert text.startswith("no answer from Kafka at 127.0.0.1:")
+    assert "Connection refused" in text
+    assert text.endswith("; see kafka.brokers, and the way there: nc -vz HOST PORT")
 
 
 @pytest.mark.root
@@ -136,6 +142,7 @@ def test_check_of_a_host_that_has_everything_is_good():
     code, found = findings()
     assert code == 0
     assert {"capabilities", "cgroup v2", "BTF", "Python", "bcc", "Kafka"} <= found.keys()
+    assert found["Kafka"]["text"] == "no brokers are configured: the embedded broker will run, for trying only"
     for stream in ("transmit", "retransmit"):
         assert "possible" in {found[name]["text"] for name in found if name.startswith(f"{stream} by ")}
 
@@ -182,6 +189,36 @@ def test_a_topic_whose_settings_let_no_event_in(kafka, config):
         f"{alter} tight.tcp_retransmit --add-config min.insync.replicas=1",
     ):
         assert f"MISSING {text}" in done.stdout.splitlines()
+
+
+def test_a_topic_that_compacts(kafka, config):
+    kafka.create_topic("compact.tcp_transmit", settings={"cleanup.policy": "compact"})
+    kafka.create_topic("compact.tcp_retransmit")
+    done = rebpf("check", "--config", config("compact."), "--brokers", kafka.bootstrap)
+
+    alter = "kafka-configs.sh --alter --entity-type topics --entity-name compact.tcp_transmit --add-config"
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING topic")]
+    assert warnings == [
+        "WARNING topic compact.tcp_transmit: cleanup.policy is compact, and of each flow all events but the last go: "
+        f"{alter} cleanup.policy=delete"
+    ]
+
+
+@pytest.mark.root
+def test_a_topic_on_one_of_two_brokers(tmp_path, servers_present, config):
+    with KafkaServer(tmp_path / "1") as first, Broker(tmp_path / "2", 2, first, 1):
+        for topic, replication in zip((*TOPICS, "rebpf_agent"), (1, 2, 2), strict=True):
+            first.create_topic(topic, 1, replication=replication)
+        code, found = findings("--config", config(""), "--brokers", first.bootstrap)
+        done = rebpf("check", "--config", config(""), "--brokers", first.bootstrap)
+
+    assert code == done.returncode == 0
+    assert found["Kafka"]["text"] == f"{first.bootstrap}, 2 brokers"
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING topic")]
+    assert warnings == [
+        "WARNING topic tcp_transmit: one replica on 2 brokers: with its broker go its events; "
+        "kafka-reassign-partitions.sh gives it more, or delete it and `rebpf init --replication 3`"
+    ]
 
 
 def test_topics_of_different_partitions(kafka, config):
@@ -256,6 +293,38 @@ def test_a_topic_that_is_not_ours_to_write(secure, config):
     assert found["topic acl.tcp_transmit"]["text"] == "3 partitions; its settings are not shown to this user"
 
 
+def test_a_topic_that_may_be_seen_and_not_written(secure, config):
+    for topic in TOPICS:
+        secure.create_topic(f"read-only.{topic}")
+        secure.grant(USERS[PLAIN], f"read-only.{topic}")
+    secure.revoke(USERS[PLAIN], "read-only.tcp_transmit", AclOperation.WRITE)
+    code, _ = check_secure(secure, config, "read-only.", secure.sasl(PLAIN))
+    arguments = ["--config", config("read-only.", as_toml(secure.sasl(PLAIN)))]
+    done = rebpf("check", *arguments, "--brokers", secure.address("SASL_SSL"))
+
+    assert code == done.returncode == 77
+    assert (
+        "MISSING topic read-only.tcp_transmit: this user may not write to it: "
+        "kafka-acls.sh --add --producer --topic read-only.tcp_transmit --allow-principal User:NAME"
+    ) in done.stdout.splitlines()
+    assert "may not write to it: kafka-acls.sh --add --producer --topic read-only.tcp_retransmit" not in done.stdout
+
+
+def test_a_registry_that_refuses_the_password(kafka, registry, config, tmp_path):
+    authority = Authority(tmp_path / "authority")
+    (tmp_path / "auth").write_text("agent:wr0ng-s3cret\n")
+    with Guarded(registry.url, authority, user="agent:right") as guarded:
+        more = f'[registry]\nurl = "{guarded.url}"\nauth = "{tmp_path}/auth"\nca = "{authority.certificate}"\n'
+        code, found = findings("--config", config("guarded.", more), "--brokers", kafka.bootstrap)
+
+    assert code == 77
+    assert found["registry"]["exit_code"] == 77
+    text = str(found["registry"]["text"])
+    assert text.startswith(f"registry {guarded.url} refuses the authentication: ")
+    assert text.endswith("; put USER:PASSWORD into the file that registry.auth names, or see registry.certificate")
+    assert "wr0ng" not in json.dumps(found)
+
+
 def test_a_registry_that_does_not_answer(kafka, config):
     url = f"http://127.0.0.1:{free_port()}"
     code, found = findings("--config", config("check."), "--brokers", kafka.bootstrap, "--registry", url)
@@ -263,6 +332,7 @@ def test_a_registry_that_does_not_answer(kafka, config):
     assert code >= 69
     assert found["registry"]["exit_code"] == 69
     assert str(found["registry"]["text"]).startswith(f"registry {url} does not answer: ")
+    assert str(found["registry"]["text"]).endswith(f"; see registry.url, and the way there: curl -f {url}/subjects")
 
 
 def test_a_registry_without_our_schemas_or_with_others(kafka, registry, config):
@@ -289,4 +359,11 @@ def test_a_registry_without_our_schemas_or_with_others(kafka, registry, config):
     code, found = findings(*arguments)
     assert code == 78
     assert found[f"schema {subject}"]["exit_code"] == 78
-    assert "incompatible" in str(found[f"schema {subject}"]["text"])
+    assert found[f"schema {subject}"]["text"] == (
+        f"registry {registry.url} has others there, with which this version's is incompatible: "
+        "use another kafka.topic_prefix, or delete the subject and `rebpf init`"
+    )
+
+    arguments[1] = config("unborn.", "registry.register = true\n")
+    found = findings(*arguments)[1]["schema unborn.tcp_transmit-value"]
+    assert found["ok"], "a producer that may register it does so at its start"

@@ -61,10 +61,11 @@ class SecureKafka(KafkaServer):
         for done in admin.create_acls(rules, request_timeout=REQUEST_TIMEOUT_S).values():
             done.result()
 
-    def revoke(self, user: str, topic: str) -> None:
-        """Take back what was granted."""
+    def revoke(self, user: str, topic: str, *operations: AclOperation) -> None:
+        """Take back what was granted, all of it or these operations."""
         admin = self._admin()
-        rules = [AclBindingFilter(*_rule(user, topic, operation)) for operation in _WHAT_A_PRODUCER_NEEDS]
+        wanted = operations or _WHAT_A_PRODUCER_NEEDS
+        rules = [AclBindingFilter(*_rule(user, topic, operation)) for operation in wanted]
         for done in admin.delete_acls(rules, request_timeout=REQUEST_TIMEOUT_S).values():
             assert done.result(), f"{user} had no right to {topic}"
 

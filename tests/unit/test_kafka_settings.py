@@ -13,7 +13,7 @@ from producer.kafka_settings import REQUIRED, client_settings
     + [("request.required.acks", "1"), ("delivery.timeout.ms", "1000")],
 )
 def test_settings_that_delivery_rests_on_cannot_be_changed(name, value):
-    with pytest.raises(ConfigError, match=f"kafka.settings: {name} must be .*: remove it"):
+    with pytest.raises(ConfigError, match=rf"kafka\.settings\.{name}: must be .*: remove it"):
         client_settings("b:1", {name: value})
 
 

@@ -1,0 +1,46 @@
+"""Where a setting stands: each way to write one in TOML is found, and what is nowhere has no line."""
+
+import pytest
+
+from producer.place import line
+
+TEXT = """\
+host = "a" # [kafka]
+spool.keep = "x"
+
+[ capture ] # all of it
+ports = [1]
+
+["kafka"."settings"]
+"linger.ms" = 5
+[[rules]]
+port = [1]
+[[rules]]
+[metrics]
+registry = { url = "x" }
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "number"),
+    [
+        ("host: str is wanted", 1),
+        ("unknown key spool.keep", 2),
+        ("capture is a table: write [capture]", 4),
+        ("unknown key capture.prots: did you mean ports?", 4),
+        ("capture.ports: 1 is no port", 5),
+        ("kafka.settings.linger.ms: a string is wanted", 8),
+        ("rules[1].port: a list is wanted", 10),
+        ("rules[2].port: a list is wanted", 11),
+        ("rules and a filter cannot be combined", 9),
+        ("rule 2 web: '99-1' is no port", 11),
+        ("metrics.registry.url: no", 13),
+    ],
+)
+def test_the_line_of_a_message(message: str, number: int) -> None:
+    assert line(TEXT, message) == f"line {number}: "
+
+
+@pytest.mark.parametrize("message", ["an action is keep or drop", "state_dir: str is wanted", ""])
+def test_no_line_for_what_is_not_there(message: str) -> None:
+    assert line(TEXT, message) == ""
