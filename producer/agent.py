@@ -129,7 +129,8 @@ class Agent:
         rungs = " ".join(f"{name}={rung}" for name, rung in hooks.rungs.items())
         embedded = " embedded=true" if self._config.kafka.brokers is None else ""
         taken_over = " taken_over=true" if hooks.taken_over else ""
-        logger.info("ready brokers=%s%s%s %s", brokers, embedded, taken_over, rungs)
+        cached = " cached=true" if hooks.cached else ""
+        logger.info("ready brokers=%s%s%s%s %s", brokers, embedded, taken_over, cached, rungs)
         systemd.notify(f"READY=1\nSTATUS=capturing: {rungs}")
 
 
@@ -316,6 +317,7 @@ def _hook_settings(config: Config, ruleset: Ruleset) -> HookSettings:
         rules=ruleset.tables(),
         own_listeners=config.kafka.brokers is None,
         btf=capture.btf,
+        compiled=config.state_dir / "compiled",
     )
 
 

@@ -55,6 +55,8 @@ class HookSettings:
     own_listeners: bool = False
     """Whether the agent itself listens (the embedded broker), and its accepted connections are to be left out."""
     btf: Path | None = None
+    compiled: Path | None = None
+    """The folder of what was compiled, for the next start; None: each compiles."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.hooks) - set(HOOKS):
@@ -123,6 +125,8 @@ class Hooks:
         self._numbers = numbers
         self.taken_over = False
         """Whether the programs were attached by another process, and have been all the time since."""
+        self.cached = False
+        """Whether what was loaded had been compiled by an earlier start."""
         self.ring_id = ""
         """Which rings these are: another one at each load, the same when they are taken over."""
         self.old_ring_id: str | None = None
@@ -142,7 +146,7 @@ class Hooks:
         """The better rungs, and why the host does not allow them."""
 
     def load(self) -> None:
-        """Compile and load, or take over what is kept, if that is the same that would be loaded.
+        """Load, or take over what is kept, if that is the same that would be loaded.
 
         Raises HookError, PermissionDenied or UnavailableError with the reason in one line.
         """
@@ -202,9 +206,13 @@ class Hooks:
                 "pages": {ring: size // mmap.PAGESIZE for ring, size in settings.ring_bytes.items()},
                 "own_listeners": settings.own_listeners,
                 "layout_check": layout_check(),
+                "compiled": settings.compiled and str(settings.compiled),
             }
         )
         self._descriptors += descriptors
+        self.cached = answer["cached"]
+        for warning in answer["warnings"]:
+            logger.warning("%s", warning)
         self.ring_id = secrets.token_hex(8)
         self.rungs = answer["rungs"]
         self.refusals = [Refusal(*each) for each in answer["refusals"]]

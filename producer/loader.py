@@ -1,7 +1,8 @@
 """The child process that compiles, loads and attaches, and hands the file descriptors to the agent.
 
 LLVM costs some 150 MB of resident memory that the agent must not keep, and bcc lives in the system's Python. So this
-module runs in a process of its own, on a Python (3.10 or later) that has bcc; standard library and bcc only.
+module runs in a process of its own, on a Python (3.10 or later) that has bcc; standard library and bcc only. What was
+compiled before is loaded without either (producer.compiled).
 
 Over a Unix socket of packets, JSON each: the agent sends a request; the child answers with what it loaded, and the
 descriptors of maps and programs; the agent fills the maps and sends ATTACH; the child answers with the links'
@@ -19,8 +20,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from producer import rungs, source, sysbpf
+from producer import compiled, rungs, source, sysbpf
 from producer.btf import VMLINUX, Btf
+from producer.compiled import Compiled, CompiledFolder
 from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
 
 MAPS = (
@@ -90,6 +92,8 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
         "refusals": [[r.stream, r.rung, r.reason] for r in loaded.refusals],
         "maps": list(MAPS),
         "programs": [stream for stream, _, _ in loaded.programs],
+        "cached": loaded.cached,
+        "warnings": loaded.warnings,
     }
     _answer(channel, answer, loaded.log, [*loaded.maps, *(program for *_, program in loaded.programs)])
     if not channel.recv(PACKET_BYTES):  # the agent gave up; else it is ATTACH
@@ -110,20 +114,19 @@ class _Loaded:
         self.rungs: dict[str, rungs.Rung] = {}
         self.refusals: list[rungs.Refusal] = []
         self.log = ""
+        folder = CompiledFolder(Path(request["compiled"]) if request["compiled"] else None)
         allowed = {stream: list(request["hooks"]) for stream in rungs.LADDERS}
         while True:
             self._choose(allowed, btf, root)
-            # Held as long as the maps' descriptors are needed: the module closes them when it goes.
-            self._module = _compile(request, btf, {stream: rung.name for stream, rung in self.rungs.items()})
             try:
-                self.programs = [each for stream in self.rungs for each in self._load(stream, btf)]
+                self._load(request, btf, folder)
                 break
             except _RungFailed as failed:
                 rung = self.rungs[failed.stream].name
                 self.log += f"{failed.stream} {rung}:\n{failed.log}\n"
                 self.refusals.append(rungs.Refusal(failed.stream, rung, str(failed)))
                 allowed[failed.stream].remove(rung)
-        self.maps = [self._module[name].map_fd for name in MAPS]
+        self.warnings = folder.warnings
 
     def _choose(self, allowed: Mapping[str, list[str]], btf: Btf, root: Path | None) -> None:
         known = {(refusal.stream, refusal.rung) for refusal in self.refusals}
@@ -135,41 +138,81 @@ class _Loaded:
                 raise self._no_rung(stream)
             self.rungs[stream] = rung
 
-    def _load(self, stream: str, btf: Btf) -> list[tuple[str, rungs.Hook, int]]:
+    def _load(self, request: Mapping[str, Any], btf: Btf, folder: CompiledFolder) -> None:
+        unit = _Unit(request, btf, self.rungs)
+        self.cached = self._load_kept(unit.key, btf, folder)
+        if not self.cached:
+            fresh = unit.compile()
+            self._load_programs(fresh, btf)
+            folder.put(unit.key, fresh, compiled.compiler())
+
+    def _load_kept(self, key: str, btf: Btf, folder: CompiledFolder) -> bool:
+        kept = folder.find(key)
+        if kept is None:
+            return False
         try:
-            return [
-                (stream, hook, rungs.load(hook, self._module.dump_func(hook.program.encode()), btf))
-                for hook in self.rungs[stream].hooks
-            ]
-        except sysbpf.VerifierError as error:
-            raise _RungFailed(stream, error) from error
+            self._load_programs(kept, btf)
+        except _RungFailed as refused:
+            folder.drop(key, str(refused))
+            return False
+        return True
+
+    def _load_programs(self, code: Compiled, btf: Btf) -> None:
+        try:
+            maps = code.create_maps()
+        except OSError as error:
+            raise HookError(f"the kernel makes no maps for the BPF programs: {error.strerror}") from error
+        self.maps = maps[: len(MAPS)]
+        self.programs: list[tuple[str, rungs.Hook, int]] = []
+        for stream, rung in self.rungs.items():
+            for hook in rung.hooks:
+                try:
+                    program = rungs.load(hook, code.instructions(hook.program, maps), btf)
+                except sysbpf.VerifierError as error:
+                    sysbpf.close_all([*maps, *(loaded for *_, loaded in self.programs)])
+                    raise _RungFailed(stream, error) from error
+                self.programs.append((stream, hook, program))
 
     def _no_rung(self, stream: str) -> _LoggedError:
         reasons = "; ".join(f"{r.rung}: {r.reason}" for r in self.refusals if r.stream == stream)
         return _LoggedError(f"no hook for {stream}s can be attached on this host: {reasons}", self.log)
 
 
-def _compile(request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, str]) -> Any:
-    folder = Path(request["bpf"])
-    os.environ["BCC_KERNEL_SOURCE"] = str(folder / "shim")
-    try:
-        import bcc
-    except ImportError as error:
-        raise UnavailableError(BCC_MISSING) from error
-    text = source.program_text(folder, btf, request["layout_check"])
-    flags = source.macros(btf, chosen, request["pages"], request["own_listeners"], sysbpf.jiffies_per_second())
-    # LLVM writes its messages to file descriptor 2 and returns none of them.
-    with tempfile.TemporaryFile() as messages:
-        saved = os.dup(2)
-        os.dup2(messages.fileno(), 2)
+class _Unit:
+    """What one compilation takes, and its outcome."""
+
+    def __init__(self, request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, rungs.Rung]) -> None:
+        folder = Path(request["bpf"])
+        names = {stream: rung.name for stream, rung in chosen.items()}
+        flags = source.macros(btf, names, request["pages"], request["own_listeners"], sysbpf.jiffies_per_second())
+        self._text = source.program_text(folder, btf, request["layout_check"])
+        self._flags = [*flags, "-Wno-unused-function"]
+        self._programs = [hook.program for rung in chosen.values() for hook in rung.hooks]
+        self._shim = folder / "shim"
+        self.key = compiled.key(self._shim, self._text, self._flags, self._programs, MAPS)
+
+    def compile(self) -> Compiled:
+        """Compile; the maps in MAPS come first."""
+        os.environ["BCC_KERNEL_SOURCE"] = str(self._shim)
         try:
-            return bcc.BPF(text=text.encode(), cflags=[*flags, "-Wno-unused-function"])
-        except Exception as error:
-            messages.seek(0)
-            raise _compile_error(messages.read().decode(errors="replace")) from error
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+            import bcc
+        except ImportError as error:
+            raise UnavailableError(BCC_MISSING) from error
+        # LLVM writes its messages to file descriptor 2 and returns none of them.
+        with tempfile.TemporaryFile() as messages:
+            saved = os.dup(2)
+            os.dup2(messages.fileno(), 2)
+            try:
+                module = bcc.BPF(text=self._text.encode(), cflags=self._flags)
+            except Exception as error:
+                messages.seek(0)
+                raise _compile_error(messages.read().decode(errors="replace")) from error
+            finally:
+                os.dup2(saved, 2)
+                os.close(saved)
+        # Its maps are only read: those that are used are made in one way, whether this was compiled now or before.
+        programs = {name: module.dump_func(name.encode()) for name in self._programs}
+        return Compiled.take(programs, [module[name].map_fd for name in MAPS])
 
 
 def _compile_error(log: str) -> _LoggedError:

@@ -18,7 +18,7 @@ from pathlib import Path
 _NUMBERS = {"x86_64": (321, 298, 324), "aarch64": (280, 241, 283)}
 _NR_BPF, _NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1, -1))
 
-_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY, _PROG_LOAD = 1, 2, 3, 4, 5
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY, _PROG_LOAD = 0, 1, 2, 3, 4, 5
 _OBJ_PIN, _OBJ_GET = 6, 7
 _PROG_GET_NEXT_ID, _INFO_BY_FD, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 11, 15, 17, 28
 _MEMBARRIER_CMD_GLOBAL = 1
@@ -41,6 +41,18 @@ class VerifierError(Exception):
         self.log = log
         reasons = [line for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
         super().__init__(f"{name}: {error.strerror}" + (f": {reasons[-1].strip()}" if reasons else ""))
+
+
+@dataclass(frozen=True, slots=True)
+class MapInfo:
+    """What a map is made of. The kernel keeps 15 characters of the name."""
+
+    map_type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +117,20 @@ def attach_kprobe(program: int, function: str, *, on_return: bool) -> int:
         return _bpf(_LINK_CREATE, struct.pack("<IIII", program, event, ATTACH_PERF_EVENT, 0))
     finally:
         os.close(event)
+
+
+def create_map(info: MapInfo) -> int:
+    """Create a map and return its descriptor."""
+    sizes = (info.map_type, info.key_size, info.value_size, info.max_entries, info.flags)
+    return _bpf(_MAP_CREATE, struct.pack("<IIIIIII16s", *sizes, 0, 0, info.name.encode()))
+
+
+def map_info(map_fd: int) -> MapInfo:
+    """Return what a map is made of."""
+    info = ctypes.create_string_buffer(40)
+    _bpf(_INFO_BY_FD, struct.pack("<IIQ", map_fd, len(info), _address(info)))
+    kind, key_size, value_size, max_entries, flags, name = struct.unpack("<IxxxxIIII16s", info.raw)
+    return MapInfo(kind, key_size, value_size, max_entries, flags, name.rstrip(b"\0").decode())
 
 
 def lookup(map_fd: int, key: bytes, size: int) -> bytes:

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,9 +20,17 @@ T = TypeVar("T")
 
 ALLOWED = tuple(os.environ.get("REBPF_TEST_HOOKS", ",".join(HOOKS)).split(","))
 """The rungs that may be used: the tests are the same for all."""
+COMPILED = "REBPF_TEST_COMPILED"
+"""The variable with the folder of compiled programs, which all tests of a session share, and their child processes."""
 DEADLINE_S = 120
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def hook_settings(**others: Any) -> HookSettings:
+    """Return settings with the rungs under test, and with what the session has compiled before."""
+    folder = os.environ.get(COMPILED)
+    return HookSettings(**{"hooks": ALLOWED, "compiled": Path(folder) if folder else None, **others})
 
 
 def wait_for(condition: Callable[[], T | None], what: str) -> T:

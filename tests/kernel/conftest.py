@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from producer.hooks import HookSettings
 from producer.lab import Lab
 from producer.rules import filtered
-from tests.kernel.capture import ALLOWED, Capture
+from tests.kernel.capture import COMPILED, Capture, hook_settings
 
 # Below the ephemeral ports, and others than those of tests that run beside these. Each test takes its own.
 _PORTS = tuple(10_000 + os.getpid() % 400 * 50 + i for i in range(50))
@@ -21,10 +20,19 @@ def root() -> None:
         pytest.skip("kernel tests load BPF programs and make namespaces: run them as root")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile each set of flags once in a session, or once for several sessions that are given the same folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        if COMPILED not in os.environ:
+            patch.setenv(COMPILED, str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def capture(root: None) -> Iterator[Capture]:
     """Both streams, filtered in the kernel for the tests' ports."""
-    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=_PORTS))) as capture:
+    with Capture(hook_settings(rules=filtered(ports=_PORTS))) as capture:
         yield capture
 
 

@@ -18,11 +18,11 @@ from producer import privileges
 from producer.balance import Balance
 from producer.events import TRANSMITS, Rows
 from producer.fdstore import FdStore
-from producer.hooks import Hooks, HookSettings
+from producer.hooks import Hooks
 from producer.ring import Ring
 from producer.rules import filtered
 from producer.systemd import notify
-from tests.kernel.capture import ALLOWED
+from tests.kernel.capture import hook_settings
 from tests.wire import Segment
 
 
@@ -69,7 +69,7 @@ def main(file: str, port: str, *hold: str) -> None:
     stop: list[Any] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     signal.signal(signal.SIGHUP, lambda number, frame: print("reload", file=sys.stderr, flush=True))
-    settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(int(port),)))
+    settings = hook_settings(rules=filtered(ports=(int(port),)))
     with FdStore() as store, Hooks(settings, store) as hooks, open(file, "w") as out:
         hooks.load()
         privileges.drop_all()

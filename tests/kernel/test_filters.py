@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from producer.events import RETRANSMITS, TRANSMITS, Rows
-from producer.hooks import HookSettings
 from producer.lab import Lab
 from producer.rules import filtered
-from tests.kernel.capture import ALLOWED, Capture, Pair, inside, wait_for
+from tests.kernel.capture import Capture, Pair, hook_settings, inside, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -34,7 +33,7 @@ def text(address: object) -> str:
 def test_a_flow_passes_with_a_wanted_address_and_a_wanted_port_on_any_side(lab: Lab, port: int) -> None:
     wanted = ("127.0.0.7", "::1")
     rules = filtered(map(ipaddress.ip_address, wanted), (port, port + 10_000))
-    settings = HookSettings(hooks=ALLOWED, rules=rules)
+    settings = hook_settings(rules=rules)
     expected = set()
     with Capture(settings) as capture:
         for address, number in itertools.product(("127.0.0.7", "127.0.0.1", "::1"), (port, port + 5_000)):
@@ -74,7 +73,7 @@ def ask(client: socket.socket, broker: socket.socket) -> None:
 
 def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None:
     port = broker.getsockname()[1]
-    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=(port,)), own_listeners=True)) as capture:
+    with Capture(hook_settings(rules=filtered(ports=(port,)), own_listeners=True)) as capture:
         capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
         with socket.socket() as own, socket.socket() as other:
             capture.hooks.exclude_socket(own.fileno())
@@ -97,7 +96,7 @@ def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None
 def test_neither_end_of_the_agents_own_connections_is_seen(broker: socket.socket) -> None:
     """A broker on this host that is not the agent's: what it answers the agent would feed back too."""
     port = broker.getsockname()[1]
-    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=(port,)))) as capture:
+    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture:
         with socket.socket() as own, socket.socket() as other:
             capture.hooks.exclude_socket(own.fileno())
             for client in (own, other):
@@ -110,7 +109,7 @@ def test_neither_end_of_the_agents_own_connections_is_seen(broker: socket.socket
 def test_listeners_of_others_on_the_same_port_stay_visible(broker: socket.socket, lab: Lab) -> None:
     """The endpoint is one in the agent's network namespace: not the same address and port in another."""
     port = broker.getsockname()[1]
-    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=(port,)), own_listeners=True)) as capture:
+    with Capture(hook_settings(rules=filtered(ports=(port,)), own_listeners=True)) as capture:
         capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
         with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
             pair.exchange(1, 1)

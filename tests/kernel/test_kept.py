@@ -14,12 +14,12 @@ import pytest
 
 from producer import paths
 from producer.events import RETRANSMIT, STREAMS, TRANSMIT, TRANSMITS, Rows
-from producer.hooks import Hooks, HookSettings
+from producer.hooks import Hooks
 from producer.pins import PinFolder
 from producer.rules import filtered
 from producer.sequence import EventNumbers
 from producer.sysbpf import possible_cpus, program_ids
-from tests.kernel.capture import ALLOWED, wait_for
+from tests.kernel.capture import ALLOWED, hook_settings, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -146,7 +146,7 @@ def programs(hooks: Hooks) -> set[int]:
 
 def test_hooks_that_are_the_same_are_taken_over_with_rings_and_numbers(pins: Path, tmp_path: Path) -> None:
     with Traffic() as traffic:
-        settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(traffic.port,)))
+        settings = hook_settings(rules=filtered(ports=(traffic.port,)))
 
         def numbers() -> EventNumbers:
             return EventNumbers(tmp_path, "a boot", CPUS)
@@ -201,7 +201,7 @@ def test_hooks_of_another_version_stay_until_the_new_ones_are_attached_and_their
         committed: Rows = np.load(tmp_path / "state" / "committed.npy")
         traffic.wait_more(211)
 
-        settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(traffic.port,)))
+        settings = hook_settings(rules=filtered(ports=(traffic.port,)))
         numbers = EventNumbers(tmp_path / "state", "a boot", CPUS)
         with PinFolder(pins) as folder, Hooks(settings, folder, numbers) as hooks:
             hooks.load()
@@ -259,8 +259,7 @@ def test_hooks_that_are_replaced_twice_leave_all_that_is_not_drained(pins: Path)
     with Traffic() as traffic:
         found: dict[int, Rows] = {}
         for size in (1 << 24, 1 << 25, 1 << 26):
-            settings = HookSettings(
-                hooks=ALLOWED,
+            settings = hook_settings(
                 rules=filtered(ports=(traffic.port,)),
                 ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 16},
             )
@@ -287,13 +286,11 @@ def test_the_agents_own_traffic_is_no_event_of_the_hooks_that_are_about_to_end(p
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
         rules = filtered(ports=(address[1],))
-        with PinFolder(pins) as folder, Hooks(HookSettings(hooks=ALLOWED, rules=rules), folder) as hooks:
+        with PinFolder(pins) as folder, Hooks(hook_settings(rules=rules), folder) as hooks:
             hooks.load()
             hooks.attach()
             socket.create_connection(address).close()
-        smaller = HookSettings(
-            hooks=ALLOWED, rules=rules, ring_bytes={"transmit_pipe": 1 << 16, "retransmit_pipe": 1 << 16}
-        )
+        smaller = hook_settings(rules=rules, ring_bytes={"transmit_pipe": 1 << 16, "retransmit_pipe": 1 << 16})
         with PinFolder(pins) as folder, Hooks(smaller, folder) as hooks:
             hooks.load()
             with socket.socket() as own:
@@ -314,7 +311,7 @@ def test_the_agents_own_traffic_is_no_event_of_the_hooks_that_are_about_to_end(p
 def test_hooks_whose_manifest_cannot_be_read_are_given_up_with_a_warning(
     pins: Path, target: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(1,)))
+    settings = hook_settings(rules=filtered(ports=(1,)))
     with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
         hooks.load()
         hooks.attach()
@@ -335,7 +332,7 @@ def test_hooks_whose_manifest_cannot_be_read_are_given_up_with_a_warning(
 
 
 def test_remains_of_a_start_that_did_not_come_to_its_end_are_removed(pins: Path) -> None:
-    settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(1,)))
+    settings = hook_settings(rules=filtered(ports=(1,)))
     with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
         hooks.load()
         hooks.attach()

@@ -20,7 +20,7 @@ from producer.lab import Lab
 from producer.rules import filtered
 from producer.rungs import LADDERS
 from producer.sysbpf import program_ids
-from tests.kernel.capture import ALLOWED, Capture, Pair, kernel_btf_with, rules, wait_for
+from tests.kernel.capture import ALLOWED, Capture, Pair, hook_settings, kernel_btf_with, rules, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -64,7 +64,7 @@ def agent() -> Iterator["subprocess.Popen[str]"]:
 def test_detach_ends_the_events_and_close_unloads_the_programs() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        with Hooks(HookSettings(hooks=ALLOWED, rules=filtered(ports=(address[1],)))) as hooks:
+        with Hooks(hook_settings(rules=filtered(ports=(address[1],)))) as hooks:
             hooks.load()
             assert hooks.counters(TRANSMITS).passed == 0
             socket.create_connection(address).close()
@@ -191,7 +191,7 @@ def test_members_that_the_kernel_lacks_are_null_fields(tmp_path: Path, lab: Lab,
         tmp_path,
         {"snd_cwnd": "snd_cwmd", "sk_uid": "sk_uxd", "icsk_pending": "icsk_pemding", "sk_cgrp_data": "sk_cgrp_dada"},
     )
-    with Capture(HookSettings(hooks=ALLOWED, rules=filtered(ports=(port,)), btf=btf)) as capture:
+    with Capture(hook_settings(rules=filtered(ports=(port,)), btf=btf)) as capture:
         with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
             with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
                 pair.client.sendall(b"lost")

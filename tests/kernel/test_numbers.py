@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS
-from producer.hooks import Hooks, HookSettings
+from producer.hooks import Hooks
 from producer.rules import filtered
 from producer.sequence import EventNumbers
 from producer.sysbpf import possible_cpus
-from tests.kernel.capture import ALLOWED
+from tests.kernel.capture import hook_settings
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -47,7 +47,7 @@ def test_numbers_begin_behind_those_told_and_the_counters_at_zero() -> None:
     told = Told(first)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        with Hooks(HookSettings(hooks=ALLOWED, rules=filtered(ports=(address[1],))), numbers=told) as hooks:
+        with Hooks(hook_settings(rules=filtered(ports=(address[1],))), numbers=told) as hooks:
             hooks.load()
             hooks.attach()
             assert hooks.sequence(RETRANSMITS) == first["retransmit"]
@@ -68,7 +68,7 @@ def test_numbers_begin_behind_those_told_and_the_counters_at_zero() -> None:
 def test_an_orderly_stop_is_continued_and_a_crash_is_a_jump(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        settings = HookSettings(hooks=ALLOWED, rules=filtered(ports=(address[1],)))
+        settings = hook_settings(rules=filtered(ports=(address[1],)))
 
         def run(*, crash: bool) -> tuple[list[int], list[int]]:
             with Hooks(settings, numbers=EventNumbers(tmp_path, "a boot", CPUS)) as hooks:

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from producer.events import RETRANSMITS, TRANSMITS, Rows
-from producer.hooks import HookSettings
 from producer.lab import Lab
 from producer.rules import Action, Rule, tables
-from tests.kernel.capture import ALLOWED, Capture, Pair
+from tests.kernel.capture import Capture, Pair, hook_settings
 from tests.kernel.capture import rules as firewall
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -34,7 +33,7 @@ def port() -> int:
 @pytest.fixture(scope="module")
 def ruled(root: None) -> Iterator[Capture]:
     """Hooks whose rules each test puts in force."""
-    with Capture(HookSettings(hooks=ALLOWED, rules=tables([], DROP))) as capture:
+    with Capture(hook_settings(rules=tables([], DROP))) as capture:
         yield capture
 
 

@@ -1,0 +1,126 @@
+"""What was compiled before is loaded without the compiler, and is the same; what is not trusted is compiled afresh."""
+
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from producer.compiled import CompiledFolder
+from producer.hooks import Hooks
+from producer.lab import Lab
+from producer.rules import filtered
+from producer.sysbpf import RETURN_0
+from tests.kernel.capture import Capture, Pair, hook_settings, rules
+from tests.kernel.trial import Trial, segs
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+NO_VALUE = bytes.fromhex("9500000000000000")
+"""An exit that returns what was never set: the verifier refuses it."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "compiled"
+
+
+def objects() -> Counter[tuple[str, ...]]:
+    """Return the programs and maps that this process has, by what they are made of."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for each in Path("/proc/self/fdinfo").iterdir():
+        if each.exists():
+            lines = each.read_text().splitlines()
+            made_of = ("prog_type:", "prog_tag:", "map_type:", "key_size:", "value_size:", "max_entries:", "map_flags:")
+            found[tuple(line for line in lines if line.startswith(made_of))] += 1
+    del found[()]
+    return found
+
+
+def loader_maps() -> str:
+    """Return what the loader, which waits to attach, has in memory."""
+    pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    (loader,) = (pid for pid in pids if b"producer.loader" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return Path(f"/proc/{loader}/maps").read_text()
+
+
+def load(folder: Path, **others: object) -> tuple[bool, bool, Counter[tuple[str, ...]]]:
+    """Load; tell whether it was kept, whether the loader has the compiler in memory, and what is loaded."""
+    before = objects()
+    with Hooks(hook_settings(rules=filtered(ports=(1,)), compiled=folder, **others)) as hooks:
+        hooks.load()
+        return hooks.cached, "libbcc" in loader_maps(), objects() - before
+
+
+def test_a_second_start_loads_the_same_without_the_compiler(folder: Path) -> None:
+    cached, has_compiler, first = load(folder)
+    assert (cached, has_compiler) == (False, True)
+    cached, has_compiler, second = load(folder)
+    assert (cached, has_compiler) == (True, False)
+    assert second == first
+    assert sum(first.values()) > 14, "maps and programs"
+    assert "libbcc" in next(folder.iterdir()).read_text(), "an upgrade is noticed"
+
+
+def test_events_of_what_was_compiled_before_are_those_on_the_wire(lab: Lab, port: int) -> None:
+    """A Trial compares both streams with the kernel's counters and a packet capture."""
+    settings = hook_settings(rules=filtered(ports=(port,)))
+    with Hooks(settings) as hooks:
+        hooks.load()
+    lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"  # 61 bytes of payload, in every second packet
+    with Capture(settings) as capture:
+        assert capture.hooks.cached
+        with rules(lab.server, "prerouting", lost), Trial(capture, lab, port) as trial:
+            with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+                pair.exchange(53, 61)
+                pair.end()
+            assert segs(trial.again(lab.client)) >= 53
+            assert segs(trial.sent(lab.client)) > 2 * 53
+
+
+def test_another_size_of_the_ring_is_another_compilation(folder: Path) -> None:
+    load(folder)
+    small = {"transmit_pipe": 1 << 16, "retransmit_pipe": 1 << 17}
+    cached, _, loaded = load(folder, ring_bytes=small)
+    assert not cached
+    sizes = {line for made_of in loaded for line in made_of if line.startswith("max_entries:")}
+    assert {f"max_entries:\t{size}" for size in small.values()} <= sizes
+    assert load(folder)[0]
+    assert load(folder, ring_bytes=small)[0]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_damaged_file_is_compiled_afresh(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, _, first = load(folder)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:5000] + b"!" + whole[5001:])
+    assert load(folder) == (False, True, first)
+    assert f"{file.name} is damaged" in caplog.text
+    assert load(folder)[0]
+
+
+def test_what_the_kernel_refuses_is_compiled_afresh_and_costs_no_rung(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, _, first = load(folder)
+    (file,) = folder.iterdir()
+    kept = CompiledFolder(folder)
+    found = kept.find(file.stem)
+    assert found is not None
+    refused = dict.fromkeys(found.programs, RETURN_0) | {list(found.programs)[-1]: NO_VALUE}
+    kept.put(file.stem, replace(found, programs=refused), [])
+    assert load(folder) == (False, True, first)
+    assert "compiled programs: refused by the kernel, and compiled afresh" in caplog.text
+    assert load(folder)[0]
+
+
+def test_where_the_folder_cannot_be_the_start_compiles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    cached, _, loaded = load(tmp_path / "file" / "compiled")
+    assert not cached
+    assert loaded
+    assert [record.getMessage() for record in caplog.records if "compiled programs" in record.getMessage()] == [
+        f"compiled programs: [Errno 20] Not a directory: '{tmp_path}/file/compiled'"
+    ]

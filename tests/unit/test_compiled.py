@@ -1,0 +1,191 @@
+"""The folder of compiled programs: what it gives back, and what it does not trust."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from producer.compiled import KEPT_FILES, Compiled, CompiledFolder, key
+from producer.sysbpf import RETURN_0, MapInfo, instruction
+from tests.unit.disks import remount, small_disk
+
+ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+LD_IMM64, MAP_FD, MAP_VALUE = 0x18, 1, 2
+SECOND_HALF = bytes(8)
+KEY = "a" * 64
+MAPS = (MapInfo(27, 0, 0, 4096, 0, "ring"), MapInfo(11, 24, 4, 1009, 1, "prefixes"))
+
+
+def load_64(kind: int, immediate: int) -> bytes:
+    return instruction(LD_IMM64, 1, kind, 0, immediate) + SECOND_HALF
+
+
+COMPILED = Compiled(MAPS, {"one": load_64(MAP_FD, 1) + load_64(0, 1) + load_64(MAP_FD, 0) + RETURN_0, "two": RETURN_0})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "compiled"
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Path:
+    path = tmp_path / "libbcc.so.0"
+    path.write_bytes(b"a compiler")
+    return path
+
+
+@pytest.fixture
+def file(path: Path, compiler: Path) -> Path:
+    """The file of KEY, which is whole."""
+    CompiledFolder(path).put(KEY, COMPILED, [str(compiler)])
+    return path / f"{KEY}.json"
+
+
+def test_instructions_have_the_descriptors_of_their_maps_and_nothing_else_has_changed() -> None:
+    patched = load_64(MAP_FD, 63) + load_64(0, 1) + load_64(MAP_FD, 41) + RETURN_0
+    assert COMPILED.instructions("one", [41, 63]) == patched
+    # The second half of a 64-bit load is a number, whatever it looks like.
+    number = instruction(LD_IMM64, 1, 0, 0, 7) + instruction(LD_IMM64, 0, MAP_FD, 0, 1)
+    assert Compiled(MAPS, {"p": number + RETURN_0}).instructions("p", [41, 63]) == number + RETURN_0
+
+
+def test_a_reference_to_anything_but_a_map_is_an_error() -> None:
+    with pytest.raises(ValueError, match="instruction 2 refers to something that is no map"):
+        Compiled.take({"p": load_64(0, 1) + load_64(MAP_VALUE, 3) + RETURN_0}, [])
+
+
+def test_what_is_put_is_found_by_its_key_alone(path: Path, file: Path) -> None:
+    folder = CompiledFolder(path)
+    found = folder.find(KEY)
+    assert found is not None
+    assert (list(found.maps), found.programs) == (list(COMPILED.maps), COMPILED.programs)
+    assert folder.find("b" * 64) is None
+    assert folder.warnings == []
+    assert [each.stat().st_mode & 0o777 for each in (path, file)] == [0o700, 0o600]
+
+
+def test_a_file_under_another_key_is_not_taken_for_it(path: Path, file: Path) -> None:
+    file.rename(path / f"{'b' * 64}.json")
+    folder = CompiledFolder(path)
+    assert folder.find("b" * 64) is None
+    assert "damaged" in folder.warnings[0]
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+
+
+@pytest.mark.parametrize(
+    "change", [flip, lambda data: data[:-1], lambda data: b"", lambda data: b"\xff" + data[1:]],
+    ids=["a bit", "an end", "all", "the checksum"],
+)  # fmt: skip
+def test_a_damaged_file_is_told_of_and_replaced(path: Path, file: Path, change: Callable[[bytes], bytes]) -> None:
+    file.write_bytes(change(file.read_bytes()))
+    folder = CompiledFolder(path)
+    assert folder.find(KEY) is None
+    assert folder.warnings == [f"compiled programs: {KEY}.json is damaged"]
+    folder.put(KEY, COMPILED, [])
+    assert folder.find(KEY) is not None
+
+
+def give_away(path: Path) -> None:
+    os.chown(path, 65534, -1)
+
+
+def for_the_group(path: Path) -> None:
+    path.chmod(path.stat().st_mode | 0o020)
+
+
+def for_all(path: Path) -> None:
+    path.chmod(path.stat().st_mode | 0o002)
+
+
+@pytest.mark.parametrize("change", [pytest.param(give_away, marks=ROOT_ONLY), for_the_group, for_all])
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_others_can_write_is_not_loaded(path: Path, file: Path, what: str, change: Callable[[Path], None]) -> None:
+    change(path if what == "folder" else file)
+    folder = CompiledFolder(path)
+    assert folder.find(KEY) is None
+    assert len(folder.warnings) == 1
+    assert "another user's, or others may write to it" in folder.warnings[0]
+    folder.put(KEY, COMPILED, [])
+    assert len(folder.warnings) == 1, "once is enough"
+    assert (folder.find(KEY) is None) == (what == "folder"), "a file is replaced, a folder is not"
+
+
+def test_symbolic_links_are_not_followed(path: Path, file: Path, tmp_path: Path) -> None:
+    folder = CompiledFolder(path)
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert folder.find(KEY) is None
+    path.rename(tmp_path / "other")
+    path.symlink_to(tmp_path / "other")
+    assert folder.find(KEY) is None
+    assert len(folder.warnings) == 2
+
+
+def test_another_compiler_compiles_anew(path: Path, file: Path, compiler: Path) -> None:
+    folder = CompiledFolder(path)
+    compiler.write_bytes(b"an upgrade")
+    os.utime(compiler, ns=(1, 1))
+    assert folder.find(KEY) is None
+    folder.put(KEY, COMPILED, [str(compiler)])
+    assert folder.find(KEY) is not None
+    compiler.unlink()
+    assert folder.find(KEY) is None
+    assert folder.warnings == []
+
+
+def test_only_the_last_used_are_kept(path: Path) -> None:
+    folder = CompiledFolder(path)
+    oldest, second, *others = (f"{i:064}" for i in range(KEPT_FILES))
+    for age, each in enumerate([oldest, second, *others]):
+        folder.put(each, COMPILED, [])
+        os.utime(path / f"{each}.json", (age, age))
+    (path / "left by a crash").touch()
+    os.utime(path / "left by a crash", (0, 0))
+    assert folder.find(oldest) is not None
+    folder.put(KEY, COMPILED, [])
+    assert {each.stem for each in path.iterdir()} == {oldest, *others, KEY}
+
+
+@ROOT_ONLY
+def test_a_disk_that_takes_nothing_is_told_of_once(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        CompiledFolder(disk / "used").put(KEY, COMPILED, [])
+        remount(disk, "ro")
+        folder = CompiledFolder(disk / "new")
+        assert folder.find(KEY) is None
+        folder.put(KEY, COMPILED, [])
+        assert len(folder.warnings) == 1
+        assert "Read-only file system" in folder.warnings[0]
+        assert CompiledFolder(disk / "used").find(KEY) is not None
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    folder = CompiledFolder(None)
+    folder.put(KEY, COMPILED, [])
+    assert folder.find(KEY) is None
+    assert folder.warnings == []
+
+
+def test_the_key_stands_for_all_that_goes_in(tmp_path: Path) -> None:
+    header = tmp_path / "include" / "linux" / "types.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("typedef unsigned int u32;")
+    flags, programs = ["-DHZ=250"], ["fentry_a"]
+    keys = [
+        key(tmp_path, "int a;", flags, programs),
+        key(tmp_path, "int b;", flags, programs),
+        key(tmp_path, "int a;", ["-DHZ=1000"], programs),
+        key(tmp_path, "int a;", flags, ["fentry_b"]),
+    ]
+    header.write_text("typedef unsigned long u32;")
+    keys.append(key(tmp_path, "int a;", flags, programs))
+    header.rename(header.with_name("other.h"))
+    keys.append(key(tmp_path, "int a;", flags, programs))
+    assert len(set(keys)) == len(keys)
+    assert key(tmp_path, "int a;", flags, programs) == keys[-1]
