@@ -149,15 +149,7 @@ def tables(kafka, registry, sent, tmp_path_factory) -> Path:
         client.produce(topic, value, key)
     assert client.flush(60) == 0
 
-    options = ["--brokers", kafka.bootstrap, "--registry", registry.url, "--prefix", PREFIX]
-    made = subprocess.run([sys.executable, FLINK / "ddl.py", *options], capture_output=True, text=True, check=True)
-    ends = [
-        f"ALTER TABLE {each} SET ('scan.bounded.mode' = 'latest-offset');"
-        for each in ("tcp_transmit", "tcp_retransmit")
-    ]
-    file = folder / "tables.sql"
-    file.write_text("\n".join([made.stdout, *ends]))
-    return file
+    return flink.tables(folder, kafka.bootstrap, registry.url, PREFIX)
 
 
 def results(kafka, topic: str) -> list[dict[str, Any]]:

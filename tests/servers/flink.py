@@ -2,14 +2,27 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from . import fetch
 
-RUN = Path(__file__).resolve().parents[2] / "deploy" / "flink" / "run.py"
+FLINK = Path(__file__).resolve().parents[2] / "deploy" / "flink"
+RUN = FLINK / "run.py"
+SOURCES = ("tcp_transmit", "tcp_retransmit")
 DEADLINE_S = 150.0
 TAIL_LINES = 60
 JVM = "-Xmx768m -XX:+UseSerialGC"
+
+
+def tables(folder: Path, brokers: str, registry: str, prefix: str) -> Path:
+    """Return a file of the tables, whose sources end where the topics now end, so that jobs end too."""
+    options = ["--brokers", brokers, "--registry", registry, "--prefix", prefix]
+    made = subprocess.run([sys.executable, FLINK / "ddl.py", *options], capture_output=True, text=True, check=True)
+    ends = [f"ALTER TABLE {each} SET ('scan.bounded.mode' = 'latest-offset');" for each in SOURCES]
+    file = folder / "tables.sql"
+    file.write_text("\n".join([made.stdout, *ends]))
+    return file
 
 
 def run_sql(folder: Path, *files: Path) -> None:
