@@ -314,6 +314,8 @@ def test_pins_in_a_bpffs_of_another_user(mounts, tmp_path):
     code, found = check(tmp_path, config=f'capture.pin = "{pins}/rebpf"', before=before)
     assert (code, found["capture.pin"]) == (0, f"ok      capture.pin: {pins}/rebpf can be written")
 
+    (tmp_path / "state").mkdir()
+    os.chown(tmp_path / "state", 65534, 65534)
     code, found = check(tmp_path, config=f'capture.pin = "{pins}/rebpf"', before=[*before, *as_nobody()])
     assert code == 78
     assert found["capture.pin"] == (
