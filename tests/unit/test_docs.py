@@ -3,19 +3,32 @@
 import ast
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from producer.balance import stage
+from producer.cli import rebpf
+from producer.config import load
 from producer.events import CAUSES, STREAMS
+from producer.kafka_settings import client_settings
 from producer.paths import SCHEMAS
 from tests.unit import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 RULES = ROOT / "deploy" / "prometheus" / "rebpf.rules.yml"
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in DOCS.glob("*.md"))]
+WITHOUT_COMMANDS = {
+    "docs/architecture.md",
+    "docs/decisions.md",
+    "docs/events.md",
+    "docs/performance.md",
+    "docs/truth.md",
+}
 FIELD = re.compile(r"\| `(\w+)` \| ([^|]+) \| (.*?)(?: \*\((\w+) only\)\*)? \|")
 
 
@@ -81,6 +94,39 @@ def logged() -> set[str]:
         if ast.unparse(call.func).endswith((".warning", ".error", ".exception"))
         and isinstance(call.args[0], ast.Constant)
     }
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the command lines of `rebpf` in a document, in blocks and in the text, without their comments."""
+    lines = re.findall(r"^ {4}(?:\S*/)?rebpf (.*)$", text, re.MULTILINE) + re.findall(r"`rebpf ([a-z].*?)`", text)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_and_options_in_the_documents_are_there(name: str) -> None:
+    found = [words for words in commands((ROOT / name).read_text()) if words]
+    assert found or name in WITHOUT_COMMANDS
+    for words in found:
+        group: click.Command = rebpf
+        while isinstance(group, click.Group) and words and words[0] in group.commands:
+            group = group.commands[words.pop(0)]
+        assert group is not rebpf, words
+        options = {option for parameter in group.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options, (group.name, words)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/operations.md"])
+def test_configurations_in_the_documents_can_be_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    (tmp_path / "kafka").write_text("secret\n")
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "rebpf.toml").write_text(block)
+        config = load(tmp_path / "rebpf.toml")
+        client_settings(config.kafka.brokers, config.kafka.settings)
 
 
 PASSED_ON = {"...", "kafka: ...", "spool: ...", "spool: ...: ...", "state: ..."}
