@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The maps, but for those of the rules (rules.h). Ring sizes come from the loader as macros.
+ * The maps, but for those of the rules (rules.h).
  */
 #ifndef REBPF_MAPS_H
 #define REBPF_MAPS_H
@@ -8,9 +8,12 @@
 #define STREAM_TRANSMIT 0
 #define STREAM_RETRANSMIT 1
 
-/* The programs reserve and submit; the agent reads and moves the consumer position. */
-BPF_RINGBUF_OUTPUT(transmit_pipe, TRANSMIT_PIPE_PAGES);
-BPF_RINGBUF_OUTPUT(retransmit_pipe, RETRANSMIT_PIPE_PAGES);
+/*
+ * The programs reserve and submit; the agent reads and moves the consumer position. The loader makes them as large as
+ * the settings say; this is the least that each kernel takes, a page of 64 KiB.
+ */
+BPF_RINGBUF_OUTPUT(transmit_pipe, 16);
+BPF_RINGBUF_OUTPUT(retransmit_pipe, 16);
 
 /* By stream. The agent writes before the programs are attached; they add, and the agent reads. */
 BPF_PERCPU_ARRAY(counters, struct counters, 2);

@@ -16,7 +16,7 @@ import stat
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,13 @@ class Compiled:
         taken = {name: _with_maps(instructions, index) for name, instructions in programs.items()}
         return cls([sysbpf.map_info(descriptor) for descriptor in descriptors], taken)
 
-    def create_maps(self) -> list[int]:
-        """Create the maps and return their descriptors."""
+    def create_maps(self, sizes: Mapping[str, int]) -> list[int]:
+        """Create the maps, some with other max_entries, by name; return their descriptors."""
         descriptors: list[int] = []
         try:
             for each in self.maps:
-                descriptors.append(sysbpf.create_map(each))
+                sized = replace(each, max_entries=sizes.get(each.name, each.max_entries))
+                descriptors.append(sysbpf.create_map(sized))
         except OSError:
             sysbpf.close_all(descriptors)
             raise

@@ -203,7 +203,7 @@ class Hooks:
                 "btf": str(settings.btf or ""),
                 "bpf": str(BPF),
                 "hooks": settings.hooks,
-                "pages": {ring: size // mmap.PAGESIZE for ring, size in settings.ring_bytes.items()},
+                "ring_bytes": dict(settings.ring_bytes),
                 "own_listeners": settings.own_listeners,
                 "layout_check": layout_check(),
                 "compiled": settings.compiled and str(settings.compiled),

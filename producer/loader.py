@@ -114,6 +114,7 @@ class _Loaded:
         self.rungs: dict[str, rungs.Rung] = {}
         self.refusals: list[rungs.Refusal] = []
         self.log = ""
+        self._ring_bytes: Mapping[str, int] = request["ring_bytes"]
         folder = CompiledFolder(Path(request["compiled"]) if request["compiled"] else None)
         allowed = {stream: list(request["hooks"]) for stream in rungs.LADDERS}
         while True:
@@ -159,7 +160,7 @@ class _Loaded:
 
     def _load_programs(self, code: Compiled, btf: Btf) -> None:
         try:
-            maps = code.create_maps()
+            maps = code.create_maps(self._ring_bytes)
         except OSError as error:
             raise HookError(f"the kernel makes no maps for the BPF programs: {error.strerror}") from error
         self.maps = maps[: len(MAPS)]
@@ -184,7 +185,7 @@ class _Unit:
     def __init__(self, request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, rungs.Rung]) -> None:
         folder = Path(request["bpf"])
         names = {stream: rung.name for stream, rung in chosen.items()}
-        flags = source.macros(btf, names, request["pages"], request["own_listeners"], sysbpf.jiffies_per_second())
+        flags = source.macros(btf, names, request["own_listeners"], sysbpf.jiffies_per_second())
         self._text = source.program_text(folder, btf, request["layout_check"])
         self._flags = [*flags, "-Wno-unused-function"]
         self._programs = [hook.program for rung in chosen.values() for hook in rung.hooks]
