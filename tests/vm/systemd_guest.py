@@ -1,15 +1,15 @@
 """Runs a command as root in a virtual machine that has booted a systemd of its own, without KVM.
 
 The checkout is /checkout there, read-only, and one folder of this machine is /results. What else the command changes is
-gone with the machine, which ends with the process that started it, however that ends.
+gone with the machine, which ends with the process that started it, however that ends. Its network has one other host,
+HOST, which is this machine's loopback.
 """
 
 import os
 import platform
 import shutil
 import subprocess
-import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.vm.guest import ROOT, GuestError, Result
@@ -19,8 +19,12 @@ from tests.vm.systemd_image import DISK, INITRD, KERNEL, image
 _BOOT_S = 240
 _PROGRAMS = ("qemu-system-x86_64", "debootstrap", "mke2fs", "chroot")
 # An old processor: QEMU emulates the newest that it knows, AVX included, in nearly twice the time.
-_MACHINE = "-accel tcg,thread=multi -cpu Nehalem -smp 2 -m 2G -nographic -no-reboot -snapshot -nic none"
-_BOOT = "root=/dev/vda rw console=ttyS0 quiet mitigations=off systemd.show_status=0"
+_MACHINE = "-accel tcg,thread=multi -cpu Nehalem -smp 2 -m 2G -nographic -no-reboot -snapshot"
+# No ROM: nothing boots from it.
+_NETWORK = "-netdev user,id=net,ipv6=off -device virtio-net-pci,netdev=net,romfile="
+HOST = "10.0.2.2"
+_JOIN = "ip link set eth0 up && ip address add 10.0.2.15/24 dev eth0"  # and no route to anywhere else
+_BOOT = "root=/dev/vda rw console=ttyS0 quiet mitigations=off net.ifnames=0 systemd.show_status=0"
 
 
 def refusal() -> str | None:
@@ -41,18 +45,22 @@ def refusal() -> str | None:
     return None
 
 
-def run(suite: str, command: str, timeout_s: int, results: Path) -> Result:
-    """Run a shell command on a host of `suite`, in the checkout; what it writes into /results stays in `results`."""
-    folder = image(suite)
-    (results / "command").write_text(f"timeout --kill-after=10 {timeout_s} {command}\n")
-    machine = [*_MACHINE.split(), "-kernel", folder / KERNEL, "-initrd", folder / INITRD, "-append", _BOOT]
+def run(suite: str, packages: Sequence[str], command: str, timeout_s: int, results: Path) -> Result:
+    """Run a shell command on a host of `suite` with these Debian packages, in the checkout.
+
+    What it writes into /results stays in `results`.
+    """
+    folder = image(suite, packages)
+    (results / "command").write_text(f"{_JOIN} && timeout --kill-after=10 {timeout_s} {command}\n")
+    machine = [*_MACHINE.split(), *_NETWORK.split()]
+    kernel = ["-kernel", folder / KERNEL, "-initrd", folder / INITRD, "-append", _BOOT]
     drive = ["-drive", f"file={folder / DISK},format=raw,if=virtio"]
     checkout = ["-virtfs", f"local,path={ROOT},mount_tag=checkout,security_model=none,readonly=on,multidevs=remap"]
     shared = ["-virtfs", f"local,path={results},mount_tag=results,security_model=none"]
     tied = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
     with (results / "console").open("wb") as console:
         try:
-            whole = [*tied, *map(str, machine), *drive, *checkout, *shared]
+            whole = [*tied, *machine, *map(str, kernel), *drive, *checkout, *shared]
             subprocess.run(
                 whole, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, timeout=_BOOT_S + timeout_s
             )
@@ -63,10 +71,3 @@ def run(suite: str, command: str, timeout_s: int, results: Path) -> Result:
         log = (results / "console").read_text(errors="replace")
         raise GuestError(f"the guest ended before the command did; its console:\n{log[-4000:]}")
     return Result(int(status.read_text()), (results / "output").read_text(errors="replace"))
-
-
-if __name__ == "__main__":  # python -m tests.vm.systemd_guest SUITE COMMAND
-    with tempfile.TemporaryDirectory(prefix="rebpf-guest-") as name:
-        outcome = run(sys.argv[1], sys.argv[2], 600, Path(name))
-    print(outcome.output, end="")
-    sys.exit(outcome.status)

@@ -1,7 +1,7 @@
-"""What is done to the service on a host with a real systemd, and what is seen of it; root runs it in the guest.
+"""The package on a host with a real systemd, from its installation to its purge; root runs this in the guest.
 
-It installs the checkout as a package would, and puts the service through its life under traffic. What it sees is in
-/results/seen.json. Nothing but the standard library and what ReBPF needs is there.
+What is seen is in /results/seen.json. The package is /results/rebpf.deb, and /results/brokers says where Kafka is. It
+needs nothing but the standard library.
 """
 
 import json
@@ -11,105 +11,58 @@ import shutil
 import subprocess
 import threading
 import time
-import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
-from producer.sysbpf import program_ids
-from tests.kafka.proc import bpf_ids, capabilities
 from tests.kafka.traffic import Echo, exchange
+from tests.vm import systemd_lossy as lossy
+from tests.vm.systemd_service import (
+    UNIT,
+    Sight,
+    cgroup,
+    drop_in,
+    journal,
+    killed,
+    look,
+    refused,
+    shown,
+    systemctl,
+    wait_for,
+    wait_for_end,
+)
 from tests.wire import Segment, captured
 
-T = TypeVar("T")
-
 FIN, ACK, SYN_ACK = 0x01, 0x10, 0x12
+RETRANSMITS = 20
+"""How many at least the lossy way is to bring."""
 
-CHECKOUT, RESULTS = Path("/checkout"), Path("/results")
-UNIT = "rebpf.service"
-DEADLINE_S = 300
-LIVES = {"best": "", "cgroup": 'hooks = ["cgroup_skb", "raw_tp"]'}
-"""A setting, by the name of a run: whatever hooks there are, and those that need another capability."""
+HURRY = ("ExecStartPre=", "WatchdogSec=10s", "TimeoutAbortSec=1s")
+"""What the unit has otherwise when it has shown that it starts: the check takes ten seconds without KVM."""
 
+RESULTS = Path("/results")
+PACKAGE = Path("/root/rebpf.deb")
+CONFIG = Path("/etc/rebpf/rebpf.toml")
+LEFTOVERS = ("/etc", "/run", "/usr", "/var")
 
-@dataclass(frozen=True, slots=True)
-class Sight:
-    """The service at one moment."""
-
-    state: str
-    pid: int
-    restarts: int
-    stored: int
-    programs: list[int]
-    capabilities: list[int]
+seen: dict[str, object] = {"kernel": os.uname().release}
 
 
-def install() -> None:
-    for name in ("producer", "bpf", "schemas"):
-        shutil.copytree(CHECKOUT / name, Path("/usr/lib/rebpf") / name, dirs_exist_ok=True)
-    version = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"]
-    metadata = Path(f"/usr/lib/rebpf/rebpf-{version}.dist-info")
-    metadata.mkdir(exist_ok=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: rebpf\nVersion: {version}\n")
-    shutil.copy(CHECKOUT / "deploy/systemd" / UNIT, "/etc/systemd/system")
-    Path("/etc/rebpf").mkdir(exist_ok=True)
-    systemctl("daemon-reload")
-
-
-def configure(port: int, *settings: str) -> None:
-    lines = ["[capture]", f"ports = [{port}]", *settings]
-    Path("/etc/rebpf/rebpf.toml").write_text("\n".join(lines) + "\n")
-
-
-def systemctl(*arguments: str) -> str:
-    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=DEADLINE_S)
+def apt(*arguments: str) -> None:
+    command = ["apt-get", "-y", *arguments]
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise RuntimeError(f"systemctl {' '.join(arguments)}: {done.stderr}\n{journal()[-8000:]}")
-    return done.stdout
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
 
 
-def journal(since: float = 0) -> str:
-    command = ["journalctl", "--no-pager", "-o", "cat", "-u", UNIT, f"--since=@{since:.6f}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def look() -> Sight:
-    names = ("ActiveState", "MainPID", "NRestarts", "NFileDescriptorStore")
-    lines = systemctl("show", *(f"--property={name}" for name in names), UNIT).splitlines()
-    shown = dict(line.split("=", 1) for line in lines)
-    state, pid, restarts, stored = shown["ActiveState"], *(int(shown[name]) for name in names[1:])
-    programs = sorted(bpf_ids(pid, "prog")) if pid else []
-    return Sight(state, pid, restarts, stored, programs, sorted(capabilities(pid)["CapEff"]) if pid else [])
-
-
-def killed(signal: str = "KILL") -> Sight:
-    """Kill the service as a crash does, or let it hang (STOP), and wait until it is there again."""
-    old = look()
-    subprocess.run(["kill", f"-{signal}", str(old.pid)], check=True)
-
-    def again() -> Sight | None:
-        try:
-            new = look()
-        except (FileNotFoundError, ProcessLookupError):  # it ends at this moment
-            return None
-        if new.state == "failed":
-            raise RuntimeError(f"{UNIT} has failed:\n{journal()[-8000:]}")
-        return new if new.pid not in (0, old.pid) and new.state == "active" else None
-
-    return wait_for("the service to be active again", again)
-
-
-def wait_for(what: str, condition: Callable[[], T | None]) -> T:
-    """Return the condition's first value that is neither None nor False."""
-    end = time.monotonic() + DEADLINE_S
-    while (value := condition()) is None or value is False:
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited in vain for {what}:\n{journal()[-8000:]}")
-        time.sleep(0.1)
-    return value
+def configure(brokers: str, *more: str) -> None:
+    """Change the one line of the package's file, and add others."""
+    text, changed = re.subn(r'^brokers = "".*$', f'brokers = "{brokers}"', seen["installed"], flags=re.MULTILINE)
+    assert changed == 1, seen["installed"]
+    CONFIG.write_text("\n".join([text, *more, ""]))
 
 
 @contextmanager
@@ -130,11 +83,61 @@ def traffic(port: int) -> Iterator[None]:
         thread.join()
 
 
-def life(setting: str) -> dict[str, object]:
-    """Start, restart, kill, reload and stop the service under traffic."""
+def refusals() -> None:
+    """Start it as it was installed, and without the capabilities."""
+    seen["no brokers"] = refused()
+    configure("localhost:1")
+    drop_in("bare", "ExecStartPre=", "AmbientCapabilities=", "CapabilityBoundingSet=")
+    seen["no capabilities"] = refused()
+    drop_in("bare")
+
+
+def checks_are_tried_again() -> None:
+    """Show why the unit's check before a start decides nothing: systemd would never let it be with a status."""
+    settings = ["ExecStartPre=/bin/sh -c 'exit 78'", "ExecStart=/bin/true", "Restart=always", "RestartSec=100ms"]
+    lines = ["[Unit]", "StartLimitIntervalSec=0", "[Service]", *settings, "RestartPreventExitStatus=78", ""]
+    Path("/run/systemd/system/trial.service").write_text("\n".join(lines))
+    subprocess.run(["systemctl", "start", "trial"], capture_output=True)
+    wait_for("another start", lambda: int(shown("NRestarts", unit="trial")["NRestarts"]) > 1)
+    systemctl("stop", "trial")
+
+
+def life(brokers: str) -> None:
+    """With one line of configuration: start, lose packets, restart, kill, hang, reinstall, reload and stop."""
     began = time.time()
+    configure(brokers)
+    netns = lossy.build()
     with Echo() as echo:
-        configure(echo.port, setting)
+        systemctl("start", UNIT)
+        sights = {"start": look()}
+        drop_in("hurry", *HURRY)
+        lossy.send_until(RETRANSMITS)
+        seen["lossy"] = {netns[name]: lossy.retransmits(name) for name in netns}
+        seen["security"] = security()
+        seen["memory"] = {"peak": cgroup("memory.peak"), "events": cgroup("memory.events")}
+        with captured(echo.port) as segments:
+            with traffic(echo.port):
+                systemctl("restart", UNIT)
+                sights["restart"] = look()
+                sights["kill"] = killed()
+                sights["hang"] = killed("STOP")
+                seen["said"] = systemctl("show", "--property=StatusText", UNIT)
+                apt("install", "--reinstall", str(PACKAGE))
+                sights["upgrade"] = look()
+            exchange(echo.port, 7)
+        systemctl("reload", UNIT)
+        sights["reload"] = look()
+        systemctl("stop", UNIT)
+        sights["stop"] = look()
+    wait_for_end(sights["start"].programs)
+    seen["balance"] = re.findall(r"^balance (.*)$", journal(began), re.MULTILINE)[-1]
+    tell("best", echo.port, sights, segments)
+
+
+def other_life(brokers: str) -> None:
+    """With the hooks that need another capability: start, restart and kill; then others take their place."""
+    configure(brokers, "[capture]", 'hooks = ["cgroup_skb", "raw_tp"]')
+    with Echo() as echo:
         systemctl("start", UNIT)
         sights = {"start": look()}
         with captured(echo.port) as segments:
@@ -142,26 +145,27 @@ def life(setting: str) -> dict[str, object]:
                 systemctl("restart", UNIT)
                 sights["restart"] = look()
                 sights["kill"] = killed()
-                sights["second kill"] = killed()
             exchange(echo.port, 7)
-        systemctl("reload", UNIT)
-        sights["reload"] = look()
-        systemctl("stop", UNIT)
-        sights["stop"] = look()
-    wait_for_end(sights["start"].programs)
-    # Not read here: for whoever looks for the reason of a difference.
-    lines = (json.dumps([*segment, count]) for segment, count in segments.items())
-    (RESULTS / f"segments_{echo.port}").write_text("\n".join(lines))
-    return {
-        "sights": {name: asdict(sight) for name, sight in sights.items()},
+        configure(brokers)
+        systemctl("restart", UNIT)
+        wait_for_end(sights["kill"].programs)
+        sights["change"] = look()
+    tell("cgroup", echo.port, sights, segments)
+
+
+def tell(name: str, port: int, sights: dict[str, Sight], segments: "Counter[Segment]") -> None:
+    seen[name] = {
+        "port": port,
+        "sights": {moment: asdict(sight) for moment, sight in sights.items()},
         "captured": segments.total(),
         "ipv6_synacks": sum(
             count for each, count in segments.items() if each.tcp_flags & SYN_ACK == SYN_ACK and ":" in each.saddr
         ),
         "late_acks": late_acks(segments),
-        "balances": re.findall(r"balance .*", journal(began)),
-        "taken_over": journal(began).count("taken_over=true"),
     }
+    # Not read: for whoever looks for the reason of a difference.
+    lines = (json.dumps([*segment, count]) for segment, count in segments.items())
+    (RESULTS / f"segments_{name}").write_text("\n".join(lines))
 
 
 def late_acks(segments: "Counter[Segment]") -> int:
@@ -177,50 +181,51 @@ def late_acks(segments: "Counter[Segment]") -> int:
     )
 
 
-def change() -> dict[str, object]:
-    """Restart the service with another ring, so that it cannot take over the hooks that systemd has kept."""
-    configure(1)
-    systemctl("start", UNIT)
-    before = look()
-    configure(1, "transmit_ring_bytes = 1048576")
-    systemctl("restart", UNIT)
-    wait_for_end(before.programs)
-    after = look()
-    systemctl("stop", UNIT)
-    wait_for_end(after.programs)
-    return {"before": asdict(before), "after": asdict(after)}
+def security() -> str:
+    command = ["systemd-analyze", "security", "--no-pager", UNIT]
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def hang() -> dict[str, object]:
-    """Let the service hang, with a watchdog that is in more of a hurry than the unit's."""
-    drop_in = Path(f"/run/systemd/system/{UNIT}.d/hurry.conf")
-    drop_in.parent.mkdir(parents=True)
-    drop_in.write_text("[Service]\nWatchdogSec=10s\nTimeoutAbortSec=1s\n")
-    systemctl("daemon-reload")
-    configure(1)
-    systemctl("start", UNIT)
-    before = look()
-    said = systemctl("show", "--property=StatusText", UNIT)
-    after = killed("STOP")
-    systemctl("stop", UNIT)
-    wait_for_end(after.programs)
-    return {"before": asdict(before), "after": asdict(after), "said": said}
+def end_of_all() -> None:
+    """Remove the package while it runs, and purge it."""
+    programs = look().programs
+    apt("remove", "rebpf")
+    wait_for_end(programs)
+    drop_in("hurry")
+    seen["removed"] = [str(path) for path in (CONFIG, Path("/var/lib/rebpf")) if path.exists()]
+    apt("purge", "rebpf")
+    found = subprocess.run(
+        ["find", *LEFTOVERS, "-xdev", "-iname", "*rebpf*"], capture_output=True, text=True, check=True
+    ).stdout
+    known = subprocess.run(["getent", "passwd", "rebpf"], capture_output=True, text=True).stdout
+    units = subprocess.run(["systemctl", "cat", UNIT], capture_output=True, text=True).stdout
+    seen["purged"] = {"files": found.split(), "user": known, "unit": units}
 
 
-def wait_for_end(programs: list[int]) -> None:
-    wait_for("the programs to end", lambda: not set(programs) & program_ids())
+def steps(brokers: str) -> None:
+    shutil.copy(RESULTS / "rebpf.deb", PACKAGE)
+    began = time.monotonic()
+
+    def clock(what: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s: {what}", flush=True)
+
+    apt("install", str(PACKAGE))
+    seen["installed"] = CONFIG.read_text()
+    clock("installed")
+    refusals()
+    checks_are_tried_again()
+    clock("refusals")
+    life(brokers)
+    clock("life")
+    other_life(brokers)
+    clock("other life")
+    end_of_all()
+    clock("purged")
 
 
 def main() -> None:
-    install()
-    seen: dict[str, object] = {"kernel": os.uname().release}
     try:
-        for name, setting in LIVES.items():
-            seen[name] = life(setting)
-        seen["change"] = change()
-        seen["hang"] = hang()
-        security = subprocess.run(["systemd-analyze", "security", "--no-pager", UNIT], capture_output=True, text=True)
-        seen["security"] = security.stdout
+        steps((RESULTS / "brokers").read_text())
     finally:
         (RESULTS / "journal").write_text(journal())
         (RESULTS / "seen.json").write_text(json.dumps(seen))

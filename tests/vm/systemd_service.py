@@ -1,0 +1,122 @@
+"""The service on a host with a real systemd, as root sees it there, and what root does to it."""
+
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from producer.sysbpf import program_ids
+from tests.kafka.proc import bpf_ids, capabilities
+
+T = TypeVar("T")
+
+UNIT = "rebpf.service"
+DEADLINE_S = 300
+_SETS = ("CapInh", "CapPrm", "CapEff", "CapAmb")
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """The service at one moment."""
+
+    state: str
+    pid: int
+    restarts: int
+    stored: int
+    programs: list[int]
+    uid: str
+    capabilities: list[int]
+    """What any thread has, in any set but the bounding one."""
+
+
+def systemctl(*arguments: str) -> str:
+    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=DEADLINE_S)
+    if done.returncode:
+        raise RuntimeError(f"systemctl {' '.join(arguments)}: {done.stderr}\n{journal()[-8000:]}")
+    return done.stdout
+
+
+def journal(since: float = 0) -> str:
+    command = ["journalctl", "--no-pager", "-o", "cat", "-u", UNIT, f"--since=@{since:.6f}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def shown(*names: str, unit: str = UNIT) -> dict[str, str]:
+    lines = systemctl("show", *(f"--property={name}" for name in names), unit).splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def look() -> Sight:
+    names = ("MainPID", "NRestarts", "NFileDescriptorStore")
+    properties = shown("ActiveState", *names)
+    pid, restarts, stored = (int(properties[name]) for name in names)
+    state = properties["ActiveState"]
+    if not pid:
+        return Sight(state, pid, restarts, stored, [], "", [])
+    uid = re.findall(r"^Uid:\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]
+    had = capabilities(pid)
+    any_of = sorted(set().union(*(had[name] for name in _SETS)))
+    return Sight(state, pid, restarts, stored, sorted(bpf_ids(pid, "prog")), uid, any_of)
+
+
+def killed(signal: str = "KILL") -> Sight:
+    """Kill the service as a crash does, or let it hang (STOP), and wait until it is there again."""
+    old = look()
+    subprocess.run(["kill", f"-{signal}", str(old.pid)], check=True)
+
+    def again() -> Sight | None:
+        try:
+            new = look()
+        except (FileNotFoundError, ProcessLookupError):  # it ends at this moment
+            return None
+        if new.state == "failed":
+            raise RuntimeError(f"{UNIT} has failed:\n{journal()[-8000:]}")
+        return new if new.pid not in (0, old.pid) and new.state == "active" else None
+
+    return wait_for("the service to be active again", again)
+
+
+def refused() -> dict[str, str]:
+    """Start the service, which has a reason to refuse, and return how it ended and what it said.
+
+    A unit that systemd is to start again is not in the state `failed`: that one is the end.
+    """
+    began = time.time()
+    subprocess.run(["systemctl", "start", UNIT], capture_output=True, timeout=DEADLINE_S)
+    properties = shown("ActiveState", "SubState", "Result", "ExecMainStatus", "NRestarts")
+    said = journal(began)
+    systemctl("reset-failed", UNIT)
+    return {**properties, "said": said}
+
+
+def drop_in(name: str, *settings: str) -> None:
+    """Lay settings over the unit's [Service]; without settings, take them away again."""
+    path = Path(f"/run/systemd/system/{UNIT}.d/{name}.conf")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if settings:
+        path.write_text("\n".join(["[Service]", *settings, ""]))
+    else:
+        path.unlink()
+        path.parent.rmdir()
+    systemctl("daemon-reload")
+
+
+def cgroup(file: str) -> str:
+    return Path("/sys/fs/cgroup/system.slice", UNIT, file).read_text()
+
+
+def wait_for(what: str, condition: Callable[[], T | None]) -> T:
+    """Return the condition's first value that is neither None nor False."""
+    end = time.monotonic() + DEADLINE_S
+    while (value := condition()) is None or value is False:
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited in vain for {what}:\n{journal()[-8000:]}")
+        time.sleep(0.1)
+    return value
+
+
+def wait_for_end(programs: list[int]) -> None:
+    wait_for("the programs to end", lambda: not set(programs) & program_ids())
