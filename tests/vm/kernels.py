@@ -31,7 +31,7 @@ def kernel_image(suite: str) -> Path:
 def _fetch(suite: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{suite}-", dir=folder.parent) as name:
         work = Path(name)
-        options = _apt_options(suite, work)
+        options = apt_options(suite, work)
         _run(["apt-get", "-qq", *options, "update"], work)
         meta = _run(["apt-cache", *options, "depends", "linux-image-amd64"], work)
         package = next(line.split()[1] for line in meta.splitlines() if "Depends: linux-image-" in line)
@@ -52,7 +52,8 @@ def _index_modules(root: Path) -> None:
     _run(["depmod", "-b", str(root), version])
 
 
-def _apt_options(suite: str, work: Path) -> list[str]:
+def apt_options(suite: str, work: Path) -> list[str]:
+    """Return apt's options that make it know the packages of `suite`, with all that it keeps in a folder."""
     (work / "lists/partial").mkdir(parents=True)
     (work / "cache/archives/partial").mkdir(parents=True)
     keyring = next(iter(sorted(KEYRINGS.glob("debian-archive-keyring.*"))), None)

@@ -1,0 +1,19 @@
+"""TCP traffic over a link that loses 1 % of the packets, for the producer beside it to see, until it is stopped.
+
+The demo's: two network namespaces inside this container, so that nothing reaches the host's network.
+"""
+
+import signal
+import threading
+
+from producer.lab import Lab
+
+_ROUND_S = 60.0
+
+stop = threading.Event()
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: stop.set())
+with Lab(loss=0.01) as lab:
+    while not stop.is_set():
+        sent = lab.traffic(_ROUND_S, stop)
+        print(f"{sent.connections} connections, {sent.payload_bytes} bytes", flush=True)

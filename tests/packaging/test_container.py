@@ -1,0 +1,294 @@
+"""The image and docker-compose.yml: built and run by a real engine, where one can be started.
+
+No image can be pulled here, and containers have no network of their own. So Compose starts its services that are this
+project's, against a real Kafka and a real registry on the host; Grafana, Prometheus and Alertmanager do not run.
+"""
+
+import configparser
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import yaml
+from fastavro import parse_schema
+
+from producer import config
+from producer.events import CAUSES
+from producer.paths import SCHEMAS
+from tests.kafka.rebpf import wait_until
+from tests.servers import docker, fetch, prometheus
+from tests.servers.consume import decode, kcat_messages
+from tests.servers.docker import DockerEngine
+from tests.servers.kafka import KafkaServer
+from tests.servers.process import LOG_TAIL_LINES
+from tests.servers.registry import SchemaRegistry
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTAINER = ROOT / "deploy/container"
+GRAFANA = ROOT / "deploy/grafana"
+DASHBOARD = json.loads((GRAFANA / "rebpf.json").read_text())
+
+SUITE, BASE = "trixie", "debian:trixie-slim"
+OURS = ("init", "producer", "traffic")
+HTTP_PORT = 9465
+PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+
+pytestmark = pytest.mark.timeout(900)  # packages and a base system may have to be downloaded
+
+
+@pytest.fixture(scope="module")
+def composed() -> dict[str, Any]:
+    """docker-compose.yml as Compose itself reads it."""
+    if reason := docker.refusal():
+        pytest.skip(f"NO COMPOSE: {reason}")
+    try:
+        command = [str(docker.compose()), "--project-directory", str(ROOT), "config", "--format", "json"]
+    except LookupError as error:
+        pytest.skip(f"NO COMPOSE: {error}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    read: dict[str, Any] = json.loads(done.stdout)
+    return read
+
+
+def mounts(service: dict[str, Any]) -> dict[str, Path]:
+    """Return where a service finds which of the checkout's files and folders."""
+    bound = [each for each in service.get("volumes", ()) if each["type"] == "bind"]
+    return {each["target"]: Path(each["source"]) for each in bound if each["source"].startswith(str(ROOT))}
+
+
+def test_compose_finds_what_it_mounts_and_builds(composed: dict[str, Any]) -> None:
+    services = composed["services"].values()
+    sources = [path for service in services for path in mounts(service).values()]
+    assert len(set(sources)) > 5
+    assert [path for path in sources if not path.exists()] == []
+    for service in services:
+        if build := service.get("build"):
+            assert Path(build["context"], build["dockerfile"]).is_file()
+
+
+def test_images_of_others_have_their_version(composed: dict[str, Any]) -> None:
+    others = [service["image"] for service in composed["services"].values() if "build" not in service]
+    assert len(others) == 5
+    assert [image for image in others if not re.fullmatch(r"[\w./-]+:v?\d+(\.\d+){2}", image)] == []
+    assert [
+        image for image in others if not image.partition(":")[2][:1].strip("v").isdigit() and "v" not in image
+    ] == []
+
+
+def test_nothing_listens_but_on_loopback(composed: dict[str, Any]) -> None:
+    ports = [port for service in composed["services"].values() for port in service.get("ports", ())]
+    assert {port["host_ip"] for port in ports} == {"127.0.0.1"}
+
+
+def test_our_services_have_no_more_rights_than_they_take(composed: dict[str, Any]) -> None:
+    for name, service in composed["services"].items():
+        if "build" in service:
+            assert service["read_only"], name
+            assert service["cap_drop"] == ["ALL"], name
+            assert service["security_opt"] == ["no-new-privileges:true"], name
+    granted = {name: set(service.get("cap_add", ())) for name, service in composed["services"].items()}
+    assert {name for name, capabilities in granted.items() if capabilities} == {"producer", "traffic"}
+    assert granted["producer"] == {"BPF", "PERFMON", "NET_ADMIN", "SETUID", "SETGID"}
+
+
+def test_the_configuration_names_services_and_ports_that_there_are(composed: dict[str, Any]) -> None:
+    services = composed["services"]
+    settings = config.load(CONTAINER / "rebpf.toml")
+    broker, _, port = str(settings.kafka.brokers).partition(":")
+    assert f"INTERNAL://{broker}:{port}" in services[broker]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
+    assert f"INTERNAL://:{port}" in services[broker]["environment"]["KAFKA_LISTENERS"]
+    assert settings.registry.url == "http://registry:8080/apis/ccompat/v7"
+    assert settings.metrics.listen == f"0.0.0.0:{HTTP_PORT}"
+    (rule,) = settings.rules
+    inside = {int(port["target"]) for service in services.values() for port in service.get("ports", ())}
+    assert rule.action == "drop"
+    assert set(rule.port) == inside | {int(port), HTTP_PORT}
+
+
+def test_promtool_finds_nothing_wrong_with_what_prometheus_is_given(composed: dict[str, Any], tmp_path: Path) -> None:
+    try:
+        promtool = prometheus.programs() / "promtool"
+    except LookupError as error:
+        pytest.skip(f"NO PROMETHEUS: {error}")
+    for target, source in mounts(composed["services"]["prometheus"]).items():
+        shutil.copy(source, tmp_path / Path(target).name)
+    done = subprocess.run([promtool, "check", "config", tmp_path / "prometheus.yml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rules found" in done.stdout
+    given = yaml.safe_load((tmp_path / "prometheus.yml").read_text())
+    scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in given["scrape_configs"]}
+    assert scraped == {"rebpf": [f"producer:{HTTP_PORT}"]}
+    (alertmanager,) = given["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
+    assert alertmanager.partition(":")[0] in composed["services"]
+
+
+def test_grafana_is_provisioned_with_what_the_dashboard_asks_for(composed: dict[str, Any]) -> None:
+    service = composed["services"]["grafana"]
+    there = mounts(service)
+    assert there["/etc/grafana/provisioning"] == GRAFANA / "provisioning"
+    (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((GRAFANA / "provisioning/dashboards/rebpf.yml").read_text())["providers"]
+    dashboard = f"{provider['options']['path']}/rebpf.json"
+    assert there[dashboard] == GRAFANA / "rebpf.json"
+    assert service["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == dashboard
+    # A provisioned dashboard has a uid and no id of some database; its queries go to the variable's choice, which is
+    # the default data source where that is of the variable's type.
+    assert DASHBOARD["uid"]
+    assert DASHBOARD["id"] is None
+    (variable,) = [each for each in DASHBOARD["templating"]["list"] if each["type"] == "datasource"]
+    assert (variable["query"], variable["regex"], variable["current"]) == (source["type"], "", {})
+    uids = {panel["datasource"]["uid"] for panel in DASHBOARD["panels"] if "datasource" in panel}
+    assert uids == {f"${{{variable['name']}}}"}
+    assert source["isDefault"]
+    name, _, port = source["url"].removeprefix("http://").partition(":")
+    assert int(port) in [each["target"] for each in composed["services"][name]["ports"]]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[DockerEngine]:
+    """A running engine that has the Dockerfile's base image."""
+    if reason := docker.refusal():
+        pytest.skip(f"NO DOCKER ENGINE: {reason}")
+    try:
+        base = docker.base(SUITE)
+        docker.programs()
+    except LookupError as error:
+        pytest.skip(f"NO DOCKER ENGINE: {error}")
+    # A short path, and gone at the end: pytest keeps its own folders for a while, and this one has gigabytes.
+    with tempfile.TemporaryDirectory(prefix="rebpf-docker-") as name, contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(DockerEngine(Path(name)))
+        except RuntimeError as error:
+            pytest.skip(f"NO DOCKER ENGINE: {error}")
+        server.docker("import", str(base), "debootstrap")
+        server.docker("build", "--tag", BASE, str(this_machines_ways(Path(name, "ways"))))
+        yield server
+
+
+def this_machines_ways(folder: Path) -> Path:
+    """Make the context of an image in which apt and pip reach what they reach here; it is in the image alone."""
+    kept = ("Acquire::http", "Acquire::https", "Acquire::Check-")
+    settings = run("apt-config", "dump").splitlines()
+    write(folder / "etc/apt/apt.conf.d/99host", "".join(f"{each}\n" for each in settings if each.startswith(kept)))
+    pip = configparser.ConfigParser(interpolation=None)
+    pip["global"] = {}
+    for line in run(".venv/bin/python", "-m", "pip", "config", "list").splitlines():
+        name, _, value = line.partition("=")
+        pip["global"][name.rpartition(".")[2]] = shlex.split(value)[0]
+    pip["global"].pop("find-links", None)
+    if certificates := pip["global"].get("cert"):
+        write(folder / "etc/pip-certificates.crt", Path(certificates).read_text())
+        pip["global"]["cert"] = "/etc/pip-certificates.crt"
+    with (folder / "etc/pip.conf").open("w") as file:
+        pip.write(file)
+    write(folder / "Dockerfile", "FROM debootstrap\nCOPY etc /etc\n")
+    return folder
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def image(engine: DockerEngine) -> str:
+    """The image, built by the Dockerfile without anything kept from before."""
+    proxies = [word for name in PROXIES if name in os.environ for word in ("--build-arg", name)]
+    dockerfile = ("--file", str(CONTAINER / "Dockerfile"))
+    engine.docker("build", "--network", "host", *proxies, *dockerfile, "--tag", "rebpf", str(ROOT))
+    return "rebpf"
+
+
+def test_the_image_runs_without_rights(engine: DockerEngine, image: str) -> None:
+    (facts,) = json.loads(engine.docker("image", "inspect", image))
+    (base,) = json.loads(engine.docker("image", "inspect", BASE))
+    print(f"image: user {facts['Config']['User']}, {(facts['Size'] - base['Size']) >> 20} MiB over {BASE}'s")
+    assert facts["Config"]["User"] == "rebpf"
+    command = ("run", "--rm", "--network", "none", "--read-only", "--cap-drop", "ALL", image)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert engine.docker(*command, "version") == f"rebpf {project['version']}\n"
+    # What capture takes is missing, and that alone.
+    answer = json.loads(engine.docker(*command, "check", "--local", "--json", status=77))
+    findings = {finding["subject"]: finding for finding in answer}
+    assert [name for name, finding in findings.items() if not finding["ok"]] == ["capabilities"]
+    assert findings["capabilities"]["exit_code"] == 77
+    assert findings["bcc"]["text"].endswith("found by /usr/bin/python3")
+
+
+def test_nothing_that_builds_is_left_in_the_image(engine: DockerEngine, image: str) -> None:
+    left = (
+        "command -v pip pip3 gcc cc make git",
+        "ls -d /src /dist 2>/dev/null",
+        "find /var/lib/apt/lists /var/cache/apt -type f -size +0",
+    )
+    command = ("run", "--rm", "--network", "none", "--user", "root", "--entrypoint", "sh", image, "-c")
+    assert engine.docker(*command, f"{'; '.join(left)}; true") == ""
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[KafkaServer, SchemaRegistry]]:
+    if absent := fetch.missing():
+        pytest.skip(f"NO REAL KAFKA: {', '.join(absent)} not installed (scripts/setup --tests installs them)")
+    kafka = KafkaServer(tmp_path_factory.mktemp("kafka"))
+    registry = SchemaRegistry(tmp_path_factory.mktemp("registry"))
+    with kafka, registry:
+        yield kafka, registry
+
+
+def override(kafka: KafkaServer, registry: SchemaRegistry) -> dict[str, Any]:
+    """What makes docker-compose.yml of services on the host's network, and of servers that run there already."""
+    there = {"REBPF_BROKERS": kafka.bootstrap, "REBPF_REGISTRY": registry.url}
+    network = {"init": "host", "producer": "host", "traffic": "none"}
+    services: dict[str, Any] = {name: {"network_mode": network[name], "environment": there} for name in OURS}
+    return {"services": services}
+
+
+def test_compose_shows_live_data(engine: DockerEngine, image: str, servers: Any, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if probe.connect_ex(("127.0.0.1", HTTP_PORT)) == 0:
+            pytest.skip(f"NO CAPTURE IN A CONTAINER: another process has port {HTTP_PORT}")
+    kafka, registry = servers
+    text = yaml.safe_dump(override(kafka, registry)).replace("init:\n", "init:\n    depends_on: !reset {}\n", 1)
+    (tmp_path / "override.yml").write_text(text)
+    files = ("--file", str(ROOT / "docker-compose.yml"), "--file", str(tmp_path / "override.yml"))
+    compose = ("compose", "--project-directory", str(ROOT), *files)
+    try:
+        engine.docker(*compose, "up", "--no-build", "--detach", *OURS)
+        status = engine.docker(*compose, "exec", "--user", "root", "producer", "cat", "/proc/1/status")
+        event = wait_until("a retransmit of the traffic", lambda: retransmit(kafka))
+    finally:
+        logs = engine.docker(*compose, "logs", "--no-color")
+        print("\n".join(logs.splitlines()[-LOG_TAIL_LINES:]))
+        engine.docker(*compose, "down", "--volumes", "--timeout", "60")
+    # It loaded the programs as a user without rights, and gave up what that took.
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert "0" not in fields["Uid"].split()
+    assert {int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == {0}
+    assert event["host"] == socket.gethostname()
+    assert event["cause"] in CAUSES
+
+
+def retransmit(kafka: KafkaServer) -> dict[str, Any] | None:
+    """Return a retransmit of the service `traffic`, told from all else on this host by the demo's addresses."""
+    schema = cast("dict[str, Any]", parse_schema(json.loads((SCHEMAS / "tcp_retransmit.avsc").read_text())))
+    messages = kcat_messages(kafka.bootstrap, "tcp_retransmit")
+    events = (decode(message.value or b"", schema)[1] for message in messages)
+    return next((event for event in events if event["saddr"].startswith(("10.111.", "fd6f:"))), None)
