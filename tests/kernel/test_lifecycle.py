@@ -41,15 +41,17 @@ def is_running(pid: int) -> bool:
     return False
 
 
-@pytest.fixture
-def agent() -> Iterator["subprocess.Popen[str]"]:
-    """A process that attaches, tells its programs' ids, and waits."""
+@contextlib.contextmanager
+def agent(settings: HookSettings) -> Iterator["subprocess.Popen[str]"]:
+    """Run a process that attaches, tells its programs' ids, and waits."""
     program = (
         "import sys\n"
+        "from pathlib import PosixPath\n"
         "from producer.events import STREAMS\n"
         "from producer.hooks import Hooks, HookSettings\n"
         "from producer.rules import filtered\n"
-        f"hooks = Hooks(HookSettings(hooks={ALLOWED!r}, rules=filtered(ports=(1,))))\n"
+        f"allowed, compiled = {settings.hooks!r}, {settings.compiled!r}\n"
+        "hooks = Hooks(HookSettings(hooks=allowed, rules=filtered(ports=(1,)), compiled=compiled))\n"
         "hooks.load()\n"
         "hooks.attach()\n"
         "print(*(info.program_id for stream in STREAMS for info in hooks.program_infos(stream)), flush=True)\n"
@@ -89,29 +91,31 @@ def test_detach_ends_the_events_and_close_unloads_the_programs() -> None:
     wait_for(lambda: not loaded & program_ids(), "the programs' end")
 
 
-def test_kill_leaves_nothing_attached(agent: "subprocess.Popen[str]") -> None:
-    assert agent.stdout is not None
-    loaded = {int(each) for each in agent.stdout.readline().split()}
-    assert loaded
-    assert loaded <= program_ids()
-    assert children(agent.pid) == [], "the loader is gone once all is attached"
-    agent.send_signal(signal.SIGKILL)
-    wait_for(lambda: not loaded & program_ids(), "the programs' end")
+def test_kill_leaves_nothing_attached() -> None:
+    with agent(hook_settings()) as process:
+        assert process.stdout is not None
+        loaded = {int(each) for each in process.stdout.readline().split()}
+        assert loaded
+        assert loaded <= program_ids()
+        assert children(process.pid) == [], "the loader is gone once all is attached"
+        process.send_signal(signal.SIGKILL)
+        wait_for(lambda: not loaded & program_ids(), "the programs' end")
 
 
-def test_kill_while_the_loader_compiles_leaves_no_orphan(agent: "subprocess.Popen[str]") -> None:
-    def compiling() -> int | None:
-        for child in children(agent.pid):
+def test_kill_while_the_loader_compiles_leaves_no_orphan() -> None:
+    def compiling(pid: int) -> int | None:
+        for child in children(pid):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if "libbcc" in Path(f"/proc/{child}/maps").read_text():
                     return child
         return None
 
-    loader = wait_for(compiling, "the loader")
-    agent.send_signal(signal.SIGKILL)
-    wait_for(lambda: not is_running(loader), "the loader's end")
-    assert agent.stdout is not None
-    assert agent.stdout.readline() == "", "it had not attached yet"
+    with agent(HookSettings(hooks=ALLOWED)) as process:
+        loader = wait_for(lambda: compiling(process.pid), "the loader")
+        process.send_signal(signal.SIGKILL)
+        wait_for(lambda: not is_running(loader), "the loader's end")
+        assert process.stdout is not None
+        assert process.stdout.readline() == "", "it had not attached yet"
 
 
 def test_a_rung_is_reported_and_so_is_why_the_better_ones_are_not_it(capture: Capture) -> None:
