@@ -29,7 +29,14 @@ from producer.events import HOOKS
 _LEAST_SPOOL_BYTES = 1 << 18
 _LISTEN = re.compile(r".+:\d{1,5}")
 _SECRETS = frozenset({"sasl.password", "ssl.key.password", "ssl.keystore.password", "sasl.oauthbearer.client.secret"})
+_RULE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _TOPIC_CHARACTERS = re.compile(r"[A-Za-z0-9._-]*")
+
+GROUPS = ("host", "peer", "flow", "port")
+"""What an alert rule may judge by itself."""
+MEASURES = ("count", "ratio")
+SILENT = "silent"
+"""The name of the rule that alerts on hosts whose heartbeats have stopped."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -163,6 +170,47 @@ class RuleConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AlertRule:
+    """[[alert.rules]]: what `rebpf alert` looks for in each window of the events' time."""
+
+    name: str = ""
+    """Name in the alerts."""
+    by: str = "host"
+    """What is judged by itself: each host, peer (remote address), flow or port (of both ends the lower)."""
+    measure: str = "ratio"
+    """count: segments sent again; ratio: their share of all segments sent."""
+    window_s: float = 60.0
+    """Length of a window, in seconds."""
+    threshold: float = 0.05
+    """Fires from this value on."""
+    clear: float = 0.02
+    """Is resolved below this value; between the two nothing changes."""
+    minimum: int = 1
+    """Windows with fewer segments (ratio: of all, count: sent again) do not fire."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """[alert]: the alerting consumer, `rebpf alert`."""
+
+    group: str = "rebpf-alert"
+    """Kafka's consumer group, whose members share the work."""
+    lateness_s: float = 10.0
+    """Seconds that an event may take to get into Kafka: so long a window waits for events after its end."""
+    silent_after: float = 3.0
+    """A host whose heartbeat is overdue by so many of its intervals is silent; 0: no alerts on silence."""
+    topic: bool = True
+    """Put alerts into the topic tcp_alerts, from which a member that takes over learns what fires."""
+    stdout: bool = False
+    """Write alerts to standard output."""
+    alertmanager: str | None = None
+    """URL of an Alertmanager that is told too."""
+    repeat_s: float = 60.0
+    """Seconds after which Alertmanager is told again of what still fires."""
+    rules: tuple[AlertRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All settings."""
 
@@ -175,6 +223,7 @@ class Config:
     spool: Spool = Spool()
     metrics: Metrics = Metrics()
     registry: Registry = Registry()
+    alert: Alert = Alert()
     rules: tuple[RuleConfig, ...] = ()
 
     def with_values(self, **values: Any) -> "Config":
@@ -252,7 +301,41 @@ def check(config: Config) -> Config:
         _check_url(config.registry.url)
     if config.metrics.listen and not _LISTEN.fullmatch(config.metrics.listen):
         raise ConfigError(f"metrics.listen: HOST:PORT is wanted, not {config.metrics.listen!r}")
+    _check_alert(config.alert)
     return config
+
+
+def _check_alert(alert: Alert) -> None:
+    if not alert.group:
+        raise ConfigError("alert.group: a name is wanted")
+    _check_seconds("alert.lateness_s", alert.lateness_s, least=0)
+    _check_seconds("alert.repeat_s", alert.repeat_s, least=1)
+    if not 0 <= alert.silent_after < math.inf:
+        raise ConfigError(f"alert.silent_after: {alert.silent_after} is not a number from 0")
+    if alert.alertmanager is not None and urllib.parse.urlsplit(alert.alertmanager).scheme not in ("http", "https"):
+        raise ConfigError(f"alert.alertmanager: a URL is wanted, not {alert.alertmanager!r}")
+    names: set[str] = set()
+    for number, rule in enumerate(alert.rules, 1):
+        where = f"alert.rules[{number}]"
+        if not _RULE_NAME.fullmatch(rule.name) or rule.name == SILENT:
+            raise ConfigError(
+                f"{where}.name: letters, digits, dots, underscores and hyphens are wanted, and not {SILENT!r}, "
+                f"which is silence's own name: {rule.name!r}"
+            )
+        if rule.name in names:
+            raise ConfigError(f"{where}.name: another rule is called {rule.name}")
+        names.add(rule.name)
+        for key, value, known in (("by", rule.by, GROUPS), ("measure", rule.measure, MEASURES)):
+            if value not in known:
+                raise ConfigError(f"{where}.{key}: one of {', '.join(known)} is wanted, not {value!r}")
+        _check_seconds(f"{where}.window_s", rule.window_s, least=1)
+        most = 1.0 if rule.measure == "ratio" else math.inf
+        if not 0 < rule.threshold <= most:
+            raise ConfigError(f"{where}.threshold: {rule.threshold} is not above 0 and at most {most:g}")
+        if not 0 < rule.clear <= rule.threshold:
+            raise ConfigError(f"{where}.clear: {rule.clear} is not above 0 and at most the threshold")
+        if rule.minimum < 0:
+            raise ConfigError(f"{where}.minimum: {rule.minimum} is below 0")
 
 
 def read_secret(path: Path, where: str) -> str:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
+import typing
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
-from producer.config import Capture, Config, Kafka, Metrics, Registry, RuleConfig, Spool, load
+from producer.config import Alert, AlertRule, Capture, Config, Kafka, Metrics, Registry, RuleConfig, Spool, load
 from producer.errors import ConfigError
 
 FULL = """
@@ -55,6 +56,24 @@ auth = "registry-auth"
 ca = "/etc/ca.pem"
 certificate = "/etc/client.pem"
 key = "/etc/client.key"
+
+[alert]
+group = "on-call"
+lateness_s = 30
+silent_after = 5
+topic = false
+stdout = true
+alertmanager = "http://alertmanager:9093"
+repeat_s = 30
+
+[[alert.rules]]
+name = "much-loss"
+by = "peer"
+measure = "count"
+window_s = 10
+threshold = 500
+clear = 100
+minimum = 2
 
 [[rules]]
 name = "all of it"
@@ -156,25 +175,27 @@ def test_every_setting_can_be_read(read):
             certificate=Path("/etc/client.pem"),
             key=Path("/etc/client.key"),
         ),
+        alert=Alert(
+            group="on-call",
+            lateness_s=30.0,
+            silent_after=5.0,
+            topic=False,
+            stdout=True,
+            alertmanager="http://alertmanager:9093",
+            repeat_s=30.0,
+            rules=(AlertRule("much-loss", "peer", "count", 10.0, 500.0, 100.0, 2),),
+        ),
         rules=(RULE, RuleConfig()),
     )
 
 
 def test_the_file_above_names_every_setting():
-    def names(kind: type, prefix: str = "") -> set[str]:
-        inner = {
-            "capture": Capture,
-            "kafka": Kafka,
-            "spool": Spool,
-            "metrics": Metrics,
-            "registry": Registry,
-            "rules": RuleConfig,
-        }
-        return {
-            name
-            for field in dataclasses.fields(kind)
-            for name in (names(inner[field.name]) if field.name in inner else {field.name})
-        }
+    def names(kind: type) -> set[str]:
+        found = set()
+        for field, hint in typing.get_type_hints(kind).items():
+            inner = next((each for each in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(each)), None)
+            found |= {field} if inner is None else names(inner)
+        return found
 
     assert names(Config) - {"settings"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE))
 
@@ -257,6 +278,43 @@ def test_a_secret_that_cannot_be_is_not_shown(read, tmp_path, content):
 def test_no_password_in_a_url_on_the_command_line_either():
     with pytest.raises(ConfigError, match=r"set registry\.auth to a file"):
         Config().with_values(registry__url="https://me:secret@registry:8081")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('name = "loss/web"', r"name: letters, .* 'loss/web'"),
+        ('name = "silent"', r"name: .* silence's own name"),
+        ('by = "hots"', r"by: one of host, peer, flow, port is wanted, not 'hots'"),
+        ('measure = "mean"', r"measure: one of count, ratio is wanted, not 'mean'"),
+        ("window_s = 0.5", r"window_s: 0\.5 is not a number of seconds from 1"),
+        ("threshold = 1.5", r"threshold: 1\.5 is not above 0 and at most 1"),
+        ("clear = 0.1", r"clear: 0\.1 is not above 0 and at most the threshold"),
+        ("minimum = -1", r"minimum: -1 is below 0"),
+    ],
+)
+def test_an_alert_rule_that_makes_no_sense_is_named_with_its_line(read, text, message):
+    key = text.partition(" ")[0]
+    own = "" if key == "name" else 'name = "own"\n'
+    line = 5 if key == "name" else 6
+    with pytest.raises(ConfigError, match=rf"line {line}: alert\.rules\[2\]\.{message}"):
+        read(f'[[alert.rules]]\nname = "first"\n\n[[alert.rules]]\n{own}{text}\n')
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('group = ""', "a name is wanted"),
+        ("lateness_s = -1", "not a number of seconds from 0"),
+        ("repeat_s = 0", "not a number of seconds from 1"),
+        ("silent_after = -1", "not a number from 0"),
+        ('alertmanager = "alertmanager:9093"', "a URL is wanted"),
+        ('rules = [{name = "a"}, {name = "a"}]', "another rule is called a"),
+    ],
+)
+def test_an_alert_section_that_makes_no_sense_is_refused(read, text, message):
+    with pytest.raises(ConfigError, match=rf"line 2: alert\.{text.partition(' ')[0]}.*: .*{message}"):
+        read(f"[alert]\n{text}\n")
 
 
 @pytest.mark.parametrize("text", ['metrics.listen = ""', "spool.transmit_bytes = 0", "spool.quarantine_bytes = 0"])
