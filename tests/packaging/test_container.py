@@ -18,9 +18,11 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from confluent_kafka.admin import AdminClient, ConfigResource
 from fastavro import parse_schema
 
 from producer import config
@@ -43,6 +45,8 @@ SUITE, BASE = "trixie", "debian:trixie-slim"
 OURS = ("init", "producer", "traffic")
 HTTP_PORT = 9465
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+
+Servers = tuple[KafkaServer, SchemaRegistry]
 
 pytestmark = pytest.mark.timeout(900)  # packages and a base system may have to be downloaded
 
@@ -86,6 +90,17 @@ def test_images_of_others_have_their_version(composed: dict[str, Any]) -> None:
     assert [
         image for image in others if not image.partition(":")[2][:1].strip("v").isdigit() and "v" not in image
     ] == []
+
+
+def test_images_of_others_are_there_to_be_pulled(composed: dict[str, Any]) -> None:
+    images = [service["image"] for service in composed["services"].values() if "build" not in service]
+    buildx = docker.programs() / docker.PLUGINS / "docker-buildx"
+    for image in images:
+        done = subprocess.run([buildx, "imagetools", "inspect", image], capture_output=True, text=True, timeout=60)
+        assert "not found" not in done.stderr, image
+        if done.returncode:
+            names = ", ".join(image.rpartition("/")[2] for image in images)
+            pytest.skip(f"NO IMAGES OF OTHERS: {names} were neither found nor run: {done.stderr.strip()[-200:]}")
 
 
 def test_nothing_listens_but_on_loopback(composed: dict[str, Any]) -> None:
@@ -243,13 +258,36 @@ def test_nothing_that_builds_is_left_in_the_image(engine: DockerEngine, image: s
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[KafkaServer, SchemaRegistry]]:
+def servers(composed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     if absent := fetch.missing():
         pytest.skip(f"NO REAL KAFKA: {', '.join(absent)} not installed (scripts/setup --tests installs them)")
-    kafka = KafkaServer(tmp_path_factory.mktemp("kafka"))
+    kafka = KafkaServer(tmp_path_factory.mktemp("kafka"), settings=kafka_settings(composed))
     registry = SchemaRegistry(tmp_path_factory.mktemp("registry"))
     with kafka, registry:
         yield kafka, registry
+
+
+def kafka_settings(composed: dict[str, Any]) -> dict[str, str]:
+    """Return Compose's settings of Kafka by their own names, but for the places that differ here."""
+    environment = composed["services"]["kafka"]["environment"]
+    names = {name: name.removeprefix("KAFKA_").lower().replace("_", ".") for name in environment}
+    places = re.compile(r".*listener.*|controller\..*|process\.roles|node\.id|log\.dirs")
+    return {names[name]: value for name, value in environment.items() if not places.fullmatch(names[name])}
+
+
+def test_kafka_and_the_registry_take_what_compose_gives_them(composed: dict[str, Any], servers: Servers) -> None:
+    kafka, registry = servers
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    (answer,) = admin.describe_configs([ConfigResource(ConfigResource.Type.BROKER, str(kafka.node_id))]).values()
+    in_force = {name: entry.value for name, entry in answer.result(30).items()}
+    settings = kafka_settings(composed)
+    assert len(settings) == 7
+    assert {name: in_force.get(name) for name in settings} == settings
+    (kind, *command) = composed["services"]["registry"]["healthcheck"]["test"]
+    assert kind == "CMD"
+    script = command.pop().replace("$$", "$").replace("/8080", f"/{urlsplit(registry.url).port}")
+    assert subprocess.run([*command, script], timeout=30).returncode == 0
+    assert subprocess.run([*command, script.replace("/ready", "/none")], timeout=30).returncode == 1
 
 
 def override(kafka: KafkaServer, registry: SchemaRegistry) -> dict[str, Any]:
@@ -260,7 +298,7 @@ def override(kafka: KafkaServer, registry: SchemaRegistry) -> dict[str, Any]:
     return {"services": services}
 
 
-def test_compose_shows_live_data(engine: DockerEngine, image: str, servers: Any, tmp_path: Path) -> None:
+def test_compose_shows_live_data(engine: DockerEngine, image: str, servers: Servers, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if probe.connect_ex(("127.0.0.1", HTTP_PORT)) == 0:

@@ -22,7 +22,8 @@ _SUITE = "trixie"
 _PACKAGES = ("containerd", "docker-buildx", "docker-cli", "docker-compose", "docker.io")
 # Of this machine's own release: the only one that takes more of libc than bookworm's has.
 _OWN_PACKAGES = ("runc",)
-_PLUGINS = "usr/libexec/docker/cli-plugins"
+PLUGINS = "usr/libexec/docker/cli-plugins"
+"""Where Compose and BuildKit's client are, below programs(); they run by themselves too."""
 
 
 def refusal() -> str | None:
@@ -41,7 +42,7 @@ def programs() -> Path:
 
 def compose() -> Path:
     """Return the program of Compose, which needs no engine for its `config`."""
-    return programs() / _PLUGINS / "docker-compose"
+    return programs() / PLUGINS / "docker-compose"
 
 
 def base(suite: str) -> Path:
@@ -89,7 +90,7 @@ class DockerEngine(ServerProcess):
     def command(self) -> Sequence[str]:
         plugins = self.folder / "client/cli-plugins"
         plugins.mkdir(parents=True, exist_ok=True)
-        for plugin in (programs() / _PLUGINS).iterdir():
+        for plugin in (programs() / PLUGINS).iterdir():
             (plugins / plugin.name).symlink_to(plugin)
         # A KILL would leave containerd and what runs below it: with us, the engine ends in good order too.
         tied = ("setpriv", "--pdeathsig", "TERM", "unshare", "--mount", "env", f"PATH={self._path()}")
