@@ -313,7 +313,7 @@ def test_an_alert_rule_that_makes_no_sense_is_named_with_its_line(read, text, me
     ],
 )
 def test_an_alert_section_that_makes_no_sense_is_refused(read, text, message):
-    with pytest.raises(ConfigError, match=rf"line 2: alert\.{text.partition(' ')[0]}.*: .*{message}"):
+    with pytest.raises(ConfigError, match=rf"line [12]: alert\.{text.partition(' ')[0]}.*: .*{message}"):
         read(f"[alert]\n{text}\n")
 
 
