@@ -1,0 +1,80 @@
+"""Tells Alertmanager, by its API v2, what fires and what is resolved.
+
+Alertmanager forgets what it is not told again: each alert that fires says that it ends three repetitions from now.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from producer.alert.alert import Alert
+from producer.alert.patience import Wait, until_it_works
+from producer.alert.record import summary
+from producer.errors import UnavailableError
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 5.0
+_TOO_MANY_REQUESTS = 429
+_REPETITIONS = 3
+
+
+class Alertmanager:
+    """The Alertmanager at `url`, which is told every `repeat_s` what fires; `wait` is called between two tries."""
+
+    def __init__(self, url: str, repeat_s: float, wait: Wait) -> None:
+        self._url = f"{url.rstrip('/')}/api/v2/alerts"
+        self._lasts_s = _REPETITIONS * repeat_s
+        self._wait = wait
+
+    def send(self, alerts: Sequence[Alert]) -> None:
+        """Tell of changes, for as long as it takes."""
+        # Of a group that changed more than once, only the last: they would all have the same labels.
+        last = {alert.key: alert for alert in alerts}
+        until_it_works("alertmanager", self._wait)(self._post, list(last.values()))
+
+    def repeat(self, firing: Collection[Alert]) -> None:
+        """Tell again what fires, in one try: the next repetition is another."""
+        try:
+            if firing:
+                self._post(firing)
+        except UnavailableError as error:
+            logger.warning("alert: %s", error)
+
+    def close(self) -> None:
+        """Do nothing: no connection is kept."""
+
+    def _post(self, alerts: Collection[Alert]) -> None:
+        body = json.dumps([self._told(alert) for alert in alerts]).encode()
+        request = Request(self._url, body, {"Content-Type": "application/json"})
+        try:
+            with urlopen(request, timeout=_TIMEOUT_S):
+                return
+        except HTTPError as error:
+            text = error.read(1000).decode(errors="replace").strip()
+            if error.code >= 500 or error.code == _TOO_MANY_REQUESTS:
+                raise UnavailableError(f"Alertmanager at {self._url}: {error.code} {text}") from error
+            # The same request would be refused for ever, and hold up all alerts that follow.
+            logger.error("alert: Alertmanager refuses %d alerts: %d %s", len(alerts), error.code, text)
+        except (OSError, HTTPException) as error:
+            raise UnavailableError(f"Alertmanager at {self._url}: {error}") from error
+
+    def _told(self, alert: Alert) -> dict[str, Any]:
+        now_s = time.time()
+        ends_s = now_s + self._lasts_s if alert.firing else now_s
+        return {
+            "labels": {"alertname": alert.rule, "by": alert.by, alert.by: alert.group},
+            "annotations": {"summary": summary(alert), "value": f"{alert.value:g}"},
+            "startsAt": _rfc3339(alert.since_ns / 1e9),
+            "endsAt": _rfc3339(ends_s),
+        }
+
+
+def _rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()

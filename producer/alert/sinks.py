@@ -1,0 +1,126 @@
+"""Where alerts go: standard output, Alertmanager, and the topic tcp_alerts."""
+
+import json
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+
+import click
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from producer.alert.alert import Alert, Sink
+from producer.alert.alertmanager import Alertmanager
+from producer.alert.patience import Wait, until_it_works
+from producer.alert.record import FIXED_SCHEMA_ID, TOPIC, AlertEncoder, alert_schema, summary
+from producer.config import Config
+from producer.consumer import client_logger
+from producer.errors import ConfigError, SchemaError, UnavailableError
+from producer.events import SchemaId, Topic
+from producer.kafka_settings import client_settings
+from producer.registry import SchemaIds
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+
+
+def open_sinks(config: Config, brokers: str, wait: Wait, *, as_json: bool = False) -> list[Sink]:
+    """Return those that are configured; with `as_json` also standard output, in JSON lines.
+
+    The topic is the last: who takes over goes on from what it says, so that the others must have been told before.
+    Raises ConfigError where there is none.
+    """
+    sinks: list[Sink] = []
+    if config.alert.stdout or as_json:
+        sinks.append(StandardOutput(as_json=as_json))
+    if config.alert.alertmanager is not None:
+        sinks.append(Alertmanager(config.alert.alertmanager, config.alert.repeat_s, wait))
+    if config.alert.topic:
+        topic = Topic(config.kafka.topic_prefix + TOPIC)
+        settings = client_settings(brokers, config.kafka.settings)
+        sinks.append(TopicSink(settings, topic, AlertEncoder(_schema_id(config, topic)), wait))
+    if not sinks:
+        raise ConfigError("alert: alerts go nowhere: set topic, stdout or alertmanager below [alert]")
+    return sinks
+
+
+def _schema_id(config: Config, topic: Topic) -> SchemaId:
+    if config.registry.url is None:
+        return FIXED_SCHEMA_ID
+    with SchemaIds(config.registry, cache=None) as registry:
+        try:
+            return registry.find({topic: alert_schema()})[topic]
+        except SchemaError as error:
+            raise SchemaError(f"{error} --alerts") from error
+
+
+class StandardOutput:
+    """Writes a line for each alert."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+
+    def send(self, alerts: Sequence[Alert]) -> None:
+        """Write them."""
+        for alert in alerts:
+            text = f"{'FIRING' if alert.firing else 'RESOLVED'} {summary(alert)}"
+            click.echo(json.dumps({**asdict(alert), "summary": summary(alert)}) if self._as_json else text)
+
+    def repeat(self, firing: Collection[Alert]) -> None:
+        """Do nothing: what is written stays."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class TopicSink:
+    """Writes to `topic`; `settings` are librdkafka's. `wait` is called while Kafka does not take them."""
+
+    def __init__(self, settings: Mapping[str, str], topic: Topic, encoder: AlertEncoder, wait: Wait) -> None:
+        self._settings = settings
+        self._topic = topic
+        self._encoder = encoder
+        self._wait = wait
+        self._client = self._open()
+
+    def send(self, alerts: Sequence[Alert]) -> None:
+        """Return when Kafka has acknowledged all. Where it refuses one, all are sent again, so that order is kept."""
+        until_it_works("alerts", self._wait)(self._put, [self._encoder.encode(alert, time.time()) for alert in alerts])
+
+    def repeat(self, firing: Collection[Alert]) -> None:
+        """Do nothing: the topic is compacted, and keeps what fires."""
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        self._client.purge()
+        self._client.flush(1)
+
+    def _put(self, messages: Sequence[tuple[bytes, bytes]]) -> None:
+        failures: list[KafkaError] = []
+
+        def learn(error: KafkaError | None, message: Message) -> None:
+            if error is not None:
+                failures.append(error)
+
+        try:
+            for key, value in messages:
+                self._client.produce(self._topic, value, key, on_delivery=learn)
+            while self._client.flush(_POLL_S):
+                self._wait(_POLL_S)
+        except KafkaException as error:  # a fatal one: this client sends nothing more
+            self.close()
+            self._client = self._open()
+            raise UnavailableError(f"topic {self._topic}: {error.args[0].str()}") from error
+        except BaseException:
+            # Who has the partitions now sends them; they must not come later from here.
+            self.close()
+            raise
+        if failures:
+            raise UnavailableError(f"topic {self._topic}: {failures[0].str()}")
+
+    def _open(self) -> Producer:
+        try:
+            return Producer(dict(self._settings), logger=client_logger(logger))
+        except KafkaException as error:
+            raise ConfigError(f"kafka settings: {error.args[0].str()}") from error
