@@ -52,7 +52,7 @@ def _schema_id(config: Config, topic: Topic) -> SchemaId:
         try:
             return registry.find({topic: alert_schema()})[topic]
         except SchemaError as error:
-            raise SchemaError(f"{error} --alerts") from error
+            raise SchemaError(f"{error} with --alerts") from error
 
 
 class StandardOutput:

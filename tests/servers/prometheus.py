@@ -1,13 +1,8 @@
-"""A real Prometheus and its promtool: Debian's package, unpacked into the cache and never installed.
-
-Installed, the package would start a server of its own.
-"""
+"""A real Prometheus and its promtool, of Debian's package."""
 
 import json
 import os
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,7 @@ from urllib.error import URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
-from tests.servers.fetch import cached
+from tests.servers import unpacked
 from tests.servers.process import ServerProcess, free_port
 
 PROGRAMS = ("prometheus", "promtool")
@@ -24,22 +19,7 @@ PROGRAMS = ("prometheus", "promtool")
 def programs() -> Path:
     """Return the folder of `prometheus` and `promtool`; LookupError where apt has no such package."""
     found = {Path(path).parent for path in map(shutil.which, PROGRAMS) if path}
-    return found.pop() if len(found) == 1 else cached("prometheus", _fill)
-
-
-def _fill(part: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="prometheus-") as name:
-        # apt's own user cannot write into the folder.
-        command = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", "prometheus"]
-        if shutil.which("apt-get") is None:
-            raise LookupError("there is no apt-get to fetch prometheus with")
-        done = subprocess.run(command, cwd=name, capture_output=True, text=True)
-        if done.returncode:
-            raise LookupError(f"apt-get download prometheus: {done.stderr.strip()}")
-        (package,) = Path(name).glob("*.deb")
-        subprocess.run(["dpkg", "-x", package, name], check=True)
-        for program in PROGRAMS:
-            shutil.move(Path(name, "usr/bin", program), part / program)
+    return found.pop() if len(found) == 1 else unpacked.package("prometheus") / "usr/bin"
 
 
 class Prometheus(ServerProcess):

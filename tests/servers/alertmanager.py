@@ -1,0 +1,55 @@
+"""A real Alertmanager, of Debian's package."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from tests.servers import unpacked
+from tests.servers.process import ServerProcess, free_port
+
+
+def package() -> Path:
+    """Return the root of the package's files; LookupError where it cannot be had or run."""
+    if os.geteuid() != 0:
+        raise LookupError("not root, who alone may put its templates in their place")
+    return unpacked.package("prometheus-alertmanager")
+
+
+class AlertmanagerServer(ServerProcess):
+    """One that tells nobody, and keeps what it was told in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "alertmanager")
+        self.url = f"http://127.0.0.1:{free_port()}"
+
+    def command(self) -> Sequence[str]:
+        config = self.folder / "alertmanager.yml"
+        config.write_text("route: {receiver: nobody}\nreceivers: [{name: nobody}]\n")
+        # Its templates are looked for in /usr/share alone: there they are, for this process and nobody else.
+        root = package()
+        mount = f"mount -t overlay overlay -o lowerdir={root}/usr/share:/usr/share /usr/share"
+        return (
+            *("unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"),
+            os.fspath(root / "usr/bin/prometheus-alertmanager"),
+            f"--config.file={config}",
+            f"--storage.path={self.folder / 'data'}",
+            f"--web.listen-address={self.url.removeprefix('http://')}",
+            "--cluster.listen-address=",
+        )
+
+    def is_ready(self) -> bool:
+        try:
+            with urlopen(f"{self.url}/-/ready", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except (URLError, OSError):
+            return False
+
+    def alerts(self) -> list[dict[str, Any]]:
+        """Return what fires now."""
+        with urlopen(f"{self.url}/api/v2/alerts", timeout=10) as answer:
+            found: list[dict[str, Any]] = json.load(answer)
+            return found
