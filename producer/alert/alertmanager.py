@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from producer.alert.alert import Alert
 from producer.alert.patience import Wait, until_it_works
@@ -25,6 +25,12 @@ _TOO_MANY_REQUESTS = 429
 _REPETITIONS = 3
 
 
+class _Stay(HTTPRedirectHandler):
+    """Takes a redirection for a refusal: urllib would follow with a GET, which loses what was posted."""
+
+    def redirect_request(self, *_: Any) -> None: ...
+
+
 class Alertmanager:
     """The Alertmanager at `url`, which is told every `repeat_s` what fires; `wait` is called between two tries."""
 
@@ -32,6 +38,9 @@ class Alertmanager:
         self._url = f"{url.rstrip('/')}/api/v2/alerts"
         self._lasts_s = _REPETITIONS * repeat_s
         self._wait = wait
+        self._opener = build_opener(_Stay)
+        self.refused = 0
+        """Alerts that Alertmanager refused for good."""
 
     def send(self, alerts: Sequence[Alert]) -> None:
         """Tell of changes, for as long as it takes."""
@@ -54,13 +63,14 @@ class Alertmanager:
         body = json.dumps([self._told(alert) for alert in alerts]).encode()
         request = Request(self._url, body, {"Content-Type": "application/json"})
         try:
-            with urlopen(request, timeout=_TIMEOUT_S):
+            with self._opener.open(request, timeout=_TIMEOUT_S):
                 return
         except HTTPError as error:
             text = error.read(1000).decode(errors="replace").strip()
             if error.code >= 500 or error.code == _TOO_MANY_REQUESTS:
                 raise UnavailableError(f"Alertmanager at {self._url}: {error.code} {text}") from error
             # The same request would be refused for ever, and hold up all alerts that follow.
+            self.refused += len(alerts)
             logger.error("alert: Alertmanager refuses %d alerts: %d %s", len(alerts), error.code, text)
         except (OSError, HTTPException) as error:
             raise UnavailableError(f"Alertmanager at {self._url}: {error}") from error
@@ -68,10 +78,13 @@ class Alertmanager:
     def _told(self, alert: Alert) -> dict[str, Any]:
         now_s = time.time()
         ends_s = now_s + self._lasts_s if alert.firing else now_s
+        # A host's clock may be ahead, and what begins after its end is refused.
+        starts_s = min(alert.since_ns / 1e9, now_s)
         return {
-            "labels": {"alertname": alert.rule, "by": alert.by, alert.by: alert.group},
+            # By the group's own name for inhibition against other alerts of that host; `group` for any rule.
+            "labels": {"alertname": alert.rule, "by": alert.by, "group": alert.group, alert.by: alert.group},
             "annotations": {"summary": summary(alert), "value": f"{alert.value:g}"},
-            "startsAt": _rfc3339(alert.since_ns / 1e9),
+            "startsAt": _rfc3339(starts_s),
             "endsAt": _rfc3339(ends_s),
         }
 

@@ -20,7 +20,7 @@ from tests.servers.kafka import KafkaServer
 from tests.unit.test_alert_sinks import COUNT, LOSS
 
 CHANGES = [LOSS, COUNT, replace(LOSS, firing=False)]
-FIRES = {"alertname": "loss", "by": "host", "host": "web-1"}
+FIRES = {"alertname": "loss", "by": "host", "group": "web-1", "host": "web-1"}
 
 
 class Stop(Exception):

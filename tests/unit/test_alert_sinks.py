@@ -99,6 +99,7 @@ class Receiver:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 receiver.posted.append(body)
                 self.send_response(receiver.answers.pop(0) if receiver.answers else 200)
+                self.send_header("Location", "/")  # heeded with a status of 3xx alone
                 self.end_headers()
                 self.wfile.write(b"why")
 
@@ -125,13 +126,22 @@ def test_what_fires_ends_later_and_what_is_resolved_has_ended(receiver: Receiver
     firing, resolved = receiver.posted[0]
     after = datetime.now(UTC)
 
-    assert firing["labels"] == {"alertname": "loss", "by": "host", "host": "web-1"}
-    assert resolved["labels"] == {"alertname": "many", "by": "peer", "peer": "192.0.2.1"}
+    assert firing["labels"] == {"alertname": "loss", "by": "host", "group": "web-1", "host": "web-1"}
+    assert resolved["labels"] == {"alertname": "many", "by": "peer", "group": "192.0.2.1", "peer": "192.0.2.1"}
     assert firing["annotations"] == {"summary": summary(LOSS), "value": "0.0625"}
     assert datetime.fromisoformat(firing["startsAt"]) == datetime.fromtimestamp(1_790_000_000, UTC)
     lasts = timedelta(seconds=180)
     assert before + lasts <= datetime.fromisoformat(firing["endsAt"]) <= after + lasts
     assert before <= datetime.fromisoformat(resolved["endsAt"]) <= after
+
+
+@pytest.mark.parametrize("firing", [True, False])
+def test_a_clock_that_is_ahead_begins_no_alert_after_its_end(receiver: Receiver, firing: bool) -> None:
+    ahead = replace(SILENT, firing=firing, since_ns=2**62)
+    Alertmanager(receiver.url, 60, pytest.fail).send([ahead])
+    (told,) = receiver.posted[0]
+    assert datetime.fromisoformat(told["startsAt"]) <= datetime.now(UTC)
+    assert told["startsAt"] <= told["endsAt"]
 
 
 def test_of_one_alert_that_changed_twice_the_last_is_told(receiver: Receiver) -> None:
@@ -149,10 +159,15 @@ def test_what_may_pass_is_tried_again(receiver: Receiver, status: int) -> None:
     assert len(receiver.posted) == 3
 
 
-def test_what_is_refused_for_good_holds_up_nothing(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
-    receiver.answers = [400]
-    Alertmanager(receiver.url, 60, pytest.fail).send([LOSS])
-    assert [(record.levelno, "400 why" in record.message) for record in caplog.records] == [(logging.ERROR, True)]
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 400, 404])
+def test_what_is_refused_for_good_holds_up_nothing(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    receiver.answers = [status]
+    sink = Alertmanager(receiver.url, 60, pytest.fail)
+    sink.send([LOSS])
+    assert [(record.levelno, f"{status} why" in record.message) for record in caplog.records] == [(logging.ERROR, True)]
+    assert sink.refused == 1
 
 
 def test_a_way_to_wait_may_end_the_tries(receiver: Receiver) -> None:
