@@ -13,17 +13,19 @@ import numpy as np
 import pytest
 from fastavro.schema import SchemaParseException
 
+from producer.alert.record import AlertEncoder
 from producer.encode import BatchEncoder
 from producer.events import KNOWN, STREAMS, Batch, SchemaId
 from producer.heartbeat import HeartbeatEncoder
 from producer.paths import SCHEMAS
-from producer.status import Status
 from tests.unit.statuses import status
+from tests.unit.test_alert_sinks import COUNT, LOSS, SILENT
 
 Schema = dict[str, Any]
 
 RELEASED = {
     "0.1.0/rebpf_agent.avsc": "3015383052be6b45e0e3cc2cfebec97cdce44271d4eb007aa0aaf3cc65209e3f",
+    "0.1.0/tcp_alerts.avsc": "31292bc0c7a384033816515f91017af707d3bab625f60854e357e40e7cf8862a",
     "0.1.0/tcp_retransmit.avsc": "8fee8b36d7c56a71dffcd5515ca5b7de25f2336bcaa1aed1fa78e30b0f45dc14",
     "0.1.0/tcp_transmit.avsc": "766fb74d7629f00736022a2491040a03059b6adc93a96a3a6148df6edaa6c5e8",
 }
@@ -32,6 +34,7 @@ RELEASED = {
 HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
 FRAME_BYTES = 5
 ROWS = 7
+NOW_S = 1_790_000_123.456
 STREAM_OF = {stream.schema_file: stream for stream in STREAMS}
 
 
@@ -54,7 +57,7 @@ def bodies(name: str, schema: Schema) -> list[bytes]:
     """Return records as this version's encoder makes them with `schema`: all known, nothing known, and in between."""
     stream = STREAM_OF.get(name)
     if stream is None:
-        return [heartbeat(each, schema) for each in (status(), status(streams=()))]
+        return [written(body, read(name), schema) for body in OTHERS[name]()]
     rows = np.zeros(ROWS, stream.dtype)
     rows["s"]["known"] = [0, *(1 << bit for bit in range(ROWS - 2)), sum(KNOWN.values())]
     rows["s"]["flow"]["flow_known"] = rows["s"]["known"]
@@ -66,13 +69,25 @@ def bodies(name: str, schema: Schema) -> list[bytes]:
     return [payload[start + FRAME_BYTES : start + length] for start, length in spans]
 
 
-def heartbeat(of: Status, schema: Schema) -> bytes:
-    """Return a heartbeat as this version makes it, with the fields that `schema` has."""
-    now = read("rebpf_agent.avsc")
-    body = HeartbeatEncoder(SchemaId(3)).encode(of, 1_790_000_123.456)[1][FRAME_BYTES:]
-    written = io.BytesIO()
-    fastavro.schemaless_writer(written, fastavro.parse_schema(copy.deepcopy(schema)), decoded(body, now, now))
-    return written.getvalue()
+def heartbeats() -> list[bytes]:
+    encoder = HeartbeatEncoder(SchemaId(3))
+    return [encoder.encode(each, NOW_S)[1][FRAME_BYTES:] for each in (status(), status(streams=()))]
+
+
+def alerts() -> list[bytes]:
+    encoder = AlertEncoder(SchemaId(4))
+    return [encoder.encode(each, NOW_S)[1][FRAME_BYTES:] for each in (LOSS, COUNT, SILENT)]
+
+
+OTHERS = {"rebpf_agent.avsc": heartbeats, "tcp_alerts.avsc": alerts}
+"""Records of the topics that have no events, as this version makes them."""
+
+
+def written(body: bytes, now: Schema, schema: Schema) -> bytes:
+    """Return a record of this version with the fields that `schema` has."""
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(copy.deepcopy(schema)), decoded(body, now, now))
+    return out.getvalue()
 
 
 def decoded(body: bytes, writer: Schema, reader: Schema) -> Mapping[str, Any]:
@@ -110,7 +125,7 @@ def grown(schema: Schema) -> Schema:
     return {**schema, "fields": [*schema["fields"], {"name": "new", "type": ["null", "long"], "default": None}]}
 
 
-@pytest.mark.parametrize("name", STREAM_OF)
+@pytest.mark.parametrize("name", [*STREAM_OF, *OTHERS])
 def test_a_field_with_a_default_may_be_added(name: str) -> None:
     now = read(name)
     assert_read(name, now, grown(now))
