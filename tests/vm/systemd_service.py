@@ -1,6 +1,7 @@
 """The service on a host with a real systemd, as root sees it there, and what root does to it."""
 
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from tests.kafka.proc import bpf_ids, capabilities
 T = TypeVar("T")
 
 UNIT = "rebpf.service"
+DROP_INS = Path(f"/run/systemd/system/{UNIT}.d")
 DEADLINE_S = 300
 _SETS = ("CapInh", "CapPrm", "CapEff", "CapAmb")
 
@@ -93,14 +95,14 @@ def refused() -> dict[str, str]:
 
 
 def drop_in(name: str, *settings: str) -> None:
-    """Lay settings over the unit's [Service]; without settings, take them away again."""
-    path = Path(f"/run/systemd/system/{UNIT}.d/{name}.conf")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if settings:
-        path.write_text("\n".join(["[Service]", *settings, ""]))
-    else:
-        path.unlink()
-        path.parent.rmdir()
+    """Lay settings over the unit's [Service]."""
+    DROP_INS.mkdir(parents=True, exist_ok=True)
+    (DROP_INS / f"{name}.conf").write_text("\n".join(["[Service]", *settings, ""]))
+    systemctl("daemon-reload")
+
+
+def no_drop_ins() -> None:
+    shutil.rmtree(DROP_INS)
     systemctl("daemon-reload")
 
 

@@ -27,6 +27,7 @@ from tests.vm.systemd_service import (
     journal,
     killed,
     look,
+    no_drop_ins,
     refused,
     shown,
     systemctl,
@@ -38,9 +39,6 @@ from tests.wire import Segment, captured
 FIN, ACK, SYN_ACK = 0x01, 0x10, 0x12
 RETRANSMITS = 20
 """How many at least the lossy way is to bring."""
-
-HURRY = ("ExecStartPre=", "WatchdogSec=10s", "TimeoutAbortSec=1s")
-"""What the unit has otherwise when it has shown that it starts: the check takes ten seconds without KVM."""
 
 RESULTS = Path("/results")
 PACKAGE = Path("/root/rebpf.deb")
@@ -89,7 +87,7 @@ def refusals() -> None:
     configure("localhost:1")
     drop_in("bare", "ExecStartPre=", "AmbientCapabilities=", "CapabilityBoundingSet=")
     seen["no capabilities"] = refused()
-    drop_in("bare")
+    no_drop_ins()
 
 
 def checks_are_tried_again() -> None:
@@ -107,10 +105,11 @@ def life(brokers: str) -> None:
     began = time.time()
     configure(brokers)
     netns = lossy.build()
+    drop_in("hurry", "WatchdogSec=10s", "TimeoutAbortSec=1s")
     with Echo() as echo:
         systemctl("start", UNIT)
         sights = {"start": look()}
-        drop_in("hurry", *HURRY)
+        drop_in("brief", "ExecStartPre=")  # it has shown that it works, and takes ten seconds without KVM
         lossy.send_until(RETRANSMITS)
         seen["lossy"] = {netns[name]: lossy.retransmits(name) for name in netns}
         seen["security"] = security()
@@ -191,7 +190,7 @@ def end_of_all() -> None:
     programs = look().programs
     apt("remove", "rebpf")
     wait_for_end(programs)
-    drop_in("hurry")
+    no_drop_ins()
     seen["removed"] = [str(path) for path in (CONFIG, Path("/var/lib/rebpf")) if path.exists()]
     apt("purge", "rebpf")
     found = subprocess.run(
