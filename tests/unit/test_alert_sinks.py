@@ -21,6 +21,7 @@ from producer.errors import ConfigError
 from producer.events import STREAMS
 from producer.heartbeat import FIXED_SCHEMA_ID as HEARTBEAT_SCHEMA_ID
 from tests.servers.consume import decode
+from tests.unit.test_docs import DOCS, FIELD, type_of
 
 LOSS = Alert(
     rule="loss",
@@ -63,6 +64,12 @@ def test_a_record_says_what_the_alert_does() -> None:
     assert record.pop("ts") == datetime.fromtimestamp(1_790_000_123.456, UTC)
     assert record.pop("summary") == summary(LOSS)
     assert Alert(**record) == LOSS
+
+
+def test_events_md_has_every_field_of_the_alert_as_it_is() -> None:
+    section = (DOCS / "events.md").read_text().split("\n### TcpAlert\n")[1].split("\n#")[0]
+    rows = [(name, kind, text) for name, kind, text, _ in FIELD.findall(section)]
+    assert rows == [(field["name"], type_of(field), field["doc"]) for field in alert_schema()["fields"]]
 
 
 def test_no_two_records_have_one_fixed_id() -> None:
