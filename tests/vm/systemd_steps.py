@@ -69,7 +69,7 @@ def traffic(port: int) -> Iterator[None]:
     done = threading.Event()
 
     def run() -> None:
-        while not done.wait(0.05):
+        while not done.wait(0.2):
             exchange(port, 2)
 
     thread = threading.Thread(target=run)
