@@ -63,17 +63,23 @@ class Alertmanager:
         body = json.dumps([self._told(alert) for alert in alerts]).encode()
         request = Request(self._url, body, {"Content-Type": "application/json"})
         try:
-            with self._opener.open(request, timeout=_TIMEOUT_S):
-                return
-        except HTTPError as error:
-            text = error.read(1000).decode(errors="replace").strip()
-            if error.code >= 500 or error.code == _TOO_MANY_REQUESTS:
-                raise UnavailableError(f"Alertmanager at {self._url}: {error.code} {text}") from error
-            # The same request would be refused for ever, and hold up all alerts that follow.
-            self.refused += len(alerts)
-            logger.error("alert: Alertmanager refuses %d alerts: %d %s", len(alerts), error.code, text)
+            status, text = self._answer(request)
         except (OSError, HTTPException) as error:
             raise UnavailableError(f"Alertmanager at {self._url}: {error}") from error
+        if status >= 500 or status == _TOO_MANY_REQUESTS:
+            raise UnavailableError(f"Alertmanager at {self._url}: {status} {text}")
+        if status >= 300:
+            # The same request would be refused for ever, and hold up all alerts that follow.
+            self.refused += len(alerts)
+            logger.error("alert: Alertmanager refuses %d alerts: %d %s", len(alerts), status, text)
+
+    def _answer(self, request: Request) -> tuple[int, str]:
+        try:
+            with self._opener.open(request, timeout=_TIMEOUT_S) as answer:
+                return answer.status, ""
+        except HTTPError as error:
+            with error:
+                return error.code, error.read(1000).decode(errors="replace").strip()
 
     def _told(self, alert: Alert) -> dict[str, Any]:
         now_s = time.time()

@@ -98,6 +98,7 @@ class Receiver:
 
     def __init__(self) -> None:
         self.answers: list[int] = []
+        self.headers: dict[str, str] = {}
         self.posted: list[list[dict[str, Any]]] = []
         receiver = self
 
@@ -106,7 +107,8 @@ class Receiver:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 receiver.posted.append(body)
                 self.send_response(receiver.answers.pop(0) if receiver.answers else 200)
-                self.send_header("Location", "/")  # heeded with a status of 3xx alone
+                for name, value in receiver.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(b"why")
 
@@ -166,11 +168,20 @@ def test_what_may_pass_is_tried_again(receiver: Receiver, status: int) -> None:
     assert len(receiver.posted) == 3
 
 
+def test_an_answer_that_breaks_off_is_none(receiver: Receiver) -> None:
+    receiver.answers = [400]
+    receiver.headers = {"Transfer-Encoding": "chunked"}  # which the body is not
+    waits: list[float] = []
+    Alertmanager(receiver.url, 60, waits.append).send([LOSS])
+    assert len(waits) == 1
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 400, 404])
 def test_what_is_refused_for_good_holds_up_nothing(
     receiver: Receiver, caplog: pytest.LogCaptureFixture, status: int
 ) -> None:
     receiver.answers = [status]
+    receiver.headers = {"Location": "/"}
     sink = Alertmanager(receiver.url, 60, pytest.fail)
     sink.send([LOSS])
     assert [(record.levelno, f"{status} why" in record.message) for record in caplog.records] == [(logging.ERROR, True)]
