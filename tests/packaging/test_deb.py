@@ -29,10 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "deploy" / "packaging"
 SUITES = tomllib.loads((PACKAGING / "suites.toml").read_text())
 
+UNIT = "usr/lib/systemd/system/rebpf.service"
 PLACES = (
     "etc/rebpf/rebpf.toml",
     "usr/bin/rebpf",
     "usr/lib/rebpf/",
+    UNIT,
     "usr/lib/sysusers.d/rebpf.conf",
     "usr/share/bash-completion/completions/rebpf",
     "usr/share/doc/rebpf/changelog.Debian.gz",
@@ -58,10 +60,6 @@ class Package:
     @property
     def private(self) -> Path:
         return self.root / "usr/lib/rebpf"
-
-    @property
-    def unit(self) -> str:
-        return f"{SUITES[self.suite]['units']}/rebpf.service"
 
     def members(self) -> Iterator[tarfile.TarInfo]:
         """Yield what is in it, with owners and modes, which only root could unpack."""
@@ -106,8 +104,7 @@ def test_nothing_is_installed_elsewhere_or_with_other_rights_than_meant(package:
     assert {(member.uname, member.gname) for member in files.values()} == {("root", "root")}
     folders = {name for name, member in files.items() if member.isdir()}
     assert {files[name].mode for name in folders} == {0o755}
-    places = (*PLACES, package.unit)
-    assert [name for name in files if name not in folders and not name.startswith(places)] == []
+    assert [name for name in files if name not in folders and not name.startswith(PLACES)] == []
     assert {name: files[name].mode for name in files if name not in folders and files[name].mode != 0o644} == MODES
 
 
@@ -119,7 +116,7 @@ def test_nothing_tells_where_it_was_built(package: Package) -> None:
 
 
 def test_what_is_in_it_is_what_is_in_the_tree(package: Package) -> None:
-    assert (package.root / package.unit).read_bytes() == (ROOT / "deploy/systemd/rebpf.service").read_bytes()
+    assert (package.root / UNIT).read_bytes() == (ROOT / "deploy/systemd/rebpf.service").read_bytes()
     ours = _files(package.private / "producer")
     sources = {str(path.relative_to(ROOT / "producer")): path.read_bytes() for path in ROOT.glob("producer/**/*.py")}
     data = {f"data/{name}/{file}": text for name in ("bpf", "schemas") for file, text in _files(ROOT / name).items()}
