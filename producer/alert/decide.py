@@ -1,0 +1,176 @@
+"""Second stage, without I/O: from the sums of all partitions to alerts, for the groups of one partition of the sums.
+
+Window after window is decided, each once the watermarks of all partitions of the topics of events have passed its end.
+A reader that takes over goes on from `position`, with the `decided_ns` of that time and the last alert of each of its
+groups. It decides again what its predecessor had decided and not committed; since it changes nothing in a window at or
+before that of a group's last alert, the changes that were told already are not told again.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+
+from producer.alert.alert import Alert
+from producer.alert.windows import Sums, View
+from producer.config import AlertRule
+
+_SECOND_NS = 1_000_000_000
+RETRANSMITS, TRANSMITS = "retransmits", "transmits"
+
+
+def view_of(rule: AlertRule) -> View:
+    """Return what is summed for a rule."""
+    return View(rule.by, round(rule.window_s * _SECOND_NS))
+
+
+class _Window:
+    """The sums of one window, by stream and partition."""
+
+    def __init__(self, first_offset: int) -> None:
+        self.first_offset = first_offset
+        self._parts: dict[tuple[str, str], dict[str, int]] = {}
+
+    def put(self, stream: str, part: str, sums: Sums) -> None:
+        """Take sums; those of a partition replace what it had said before."""
+        self._parts.setdefault((stream, part), {}).update(sums.segs)
+
+    def totals(self, wanted: str) -> dict[str, int]:
+        total: dict[str, int] = defaultdict(int)
+        for (stream, _), segs in self._parts.items():
+            if stream == wanted:
+                for group, count in segs.items():
+                    total[group] += count
+        return total
+
+
+class Decider:
+    """Decides for some rules over some groups.
+
+    `sources` are the partitions of events. `known` are the last alerts of these groups; those whose rule is no more, and
+    that fire, are resolved.
+    """
+
+    def __init__(
+        self,
+        rules: Iterable[AlertRule],
+        sources: Collection[str],
+        known: Iterable[Alert],
+        first: int,
+        decided_ns: int = 0,
+    ) -> None:
+        self._rules = list(rules)
+        self._watermarks = dict.fromkeys(sources, 0)
+        self._windows: dict[View, dict[int, _Window]] = {view_of(rule): {} for rule in self._rules}
+        self._last: dict[str, dict[str, Alert]] = {rule.name: {} for rule in self._rules}
+        self._gone: list[Alert] = []
+        kinds = {(rule.name, rule.by, rule.measure) for rule in self._rules}
+        for alert in known:
+            if (alert.rule, alert.by, alert.measure) in kinds:
+                self._last[alert.rule][alert.group] = alert
+            elif alert.firing:
+                self._gone.append(replace(alert, firing=False))
+        self.next = first
+        """The offset to read next."""
+        self.decided_ns = decided_ns
+        """Windows that end by now are decided."""
+
+    @property
+    def position(self) -> int:
+        """The offset to go on from after a restart: of the first sums of a window that is not decided."""
+        firsts = (window.first_offset for windows in self._windows.values() for window in windows.values())
+        return min(firsts, default=self.next)
+
+    @property
+    def firing(self) -> list[Alert]:
+        """What fires."""
+        return [alert for groups in self._last.values() for alert in groups.values() if alert.firing]
+
+    def add(self, stream: str, part: str, sums: Sums, offset: int) -> None:
+        """Take sums of a partition; those of decided windows, and of no rule, are passed over."""
+        self.next = offset + 1
+        windows = self._windows.get(sums.view)
+        if windows is None or sums.start_ns + sums.view.width_ns <= self.decided_ns:
+            return
+        windows.setdefault(sums.start_ns, _Window(offset)).put(stream, part, sums)
+
+    def pass_time(self, part: str, watermark_ns: int, offset: int) -> None:
+        """Take a partition's watermark."""
+        self.next = offset + 1
+        if part in self._watermarks:
+            self._watermarks[part] = max(self._watermarks[part], watermark_ns)
+
+    def decide(self) -> list[Alert]:
+        """Decide over the windows that are complete; return what changes, in the order of time."""
+        reached_ns = max(self.decided_ns, min(self._watermarks.values(), default=0))
+        changes, self._gone = self._gone, []
+        for rule in self._rules:
+            changes += self._rule(rule, reached_ns)
+        for view, windows in self._windows.items():
+            for start_ns in [start for start in windows if start + view.width_ns <= reached_ns]:
+                del windows[start_ns]
+        self.decided_ns = reached_ns
+        return changes
+
+    def _rule(self, rule: AlertRule, reached_ns: int) -> Iterator[Alert]:
+        view, last = view_of(rule), self._last[rule.name]
+        after_ns = self.decided_ns - view.width_ns  # windows that begin after this are not decided
+        while True:
+            start_ns = self._next_window(view, last, after_ns)
+            if start_ns is None or start_ns + view.width_ns > reached_ns:
+                return
+            for alert in self._window(rule, last, start_ns):
+                last[alert.group] = alert
+                yield alert
+            after_ns = start_ns
+
+    def _next_window(self, view: View, last: dict[str, Alert], after_ns: int) -> int | None:
+        """Return the next window in which something may change.
+
+        That is one with sums; or, where a group fires, just the next, behind its last alert.
+        """
+        starts = [start_ns for start_ns in self._windows[view] if start_ns > after_ns]
+        for alert in last.values():
+            if alert.firing:
+                behind_ns = max(after_ns, alert.window_start_ns)
+                starts.append(behind_ns - behind_ns % view.width_ns + view.width_ns)
+        return min(starts, default=None)
+
+    def _window(self, rule: AlertRule, last: dict[str, Alert], start_ns: int) -> Iterator[Alert]:
+        window = self._windows[view_of(rule)].get(start_ns)
+        again = window.totals(RETRANSMITS) if window else {}
+        total = window.totals(TRANSMITS) if window and rule.measure == "ratio" else {}
+        for group in sorted({*again, *(group for group, alert in last.items() if alert.firing)}):
+            before = last.get(group)
+            if before is None or before.window_start_ns < start_ns:
+                alert = _judged(rule, group, start_ns, again.get(group, 0), total.get(group, 0), before)
+                if alert is not None:
+                    yield alert
+
+
+def _judged(rule: AlertRule, group: str, start_ns: int, again: int, total: int, before: Alert | None) -> Alert | None:
+    is_ratio = rule.measure == "ratio"
+    # No more than all: the two topics may differ at a window's edge.
+    value = min(1.0, again / max(total, 1)) if is_ratio else float(again)
+    is_enough = (total if is_ratio else again) >= rule.minimum
+    was_firing = before is not None and before.firing
+    if was_firing:
+        is_change = value < rule.clear
+    else:
+        is_change = is_enough and value >= rule.threshold
+    if not is_change:
+        return None
+    return Alert(
+        rule=rule.name,
+        by=rule.by,
+        group=group,
+        firing=not was_firing,
+        measure=rule.measure,
+        value=value,
+        threshold=rule.threshold,
+        clear=rule.clear,
+        window_start_ns=start_ns,
+        window_s=rule.window_s,
+        segs=total,
+        retransmitted_segs=again,
+        since_ns=before.since_ns if before is not None and was_firing else start_ns,
+    )

@@ -1,0 +1,103 @@
+"""A member's share of the partitions: where each goes on, and with what it begins."""
+
+from collections.abc import Callable, Mapping
+
+from confluent_kafka import Consumer, TopicPartition
+
+from producer.alert import exchange, silence
+from producer.alert.alert import Alert
+from producer.alert.cycle import Place
+from producer.alert.decide import RETRANSMITS
+from producer.alert.parts import Committed, Counts, HeartbeatPart, Part, SourcePart, SumsPart
+from producer.alert.topics import Topics
+from producer.config import Alert as AlertConfig
+from producer.decode import Decoder
+from producer.errors import ConfigError, UnavailableError
+
+_ANSWER_S = 10.0
+
+
+class Shares:
+    """Makes the parts of a share. `known` returns the last alerts; decoders and counts are for all parts.
+
+    `from_beginning`: where nothing is committed, from the oldest event on and not from the next.
+    """
+
+    def __init__(
+        self,
+        config: AlertConfig,
+        topics: Topics,
+        decoder: Decoder,
+        counts: Counts,
+        known: Callable[[], list[Alert]],
+        *,
+        from_beginning: bool,
+    ) -> None:
+        self._config = config
+        self._topics = topics
+        self._decoder = decoder
+        self._counts = counts
+        self._known = known
+        self._from_beginning = from_beginning
+
+    def partitions(self, consumer: Consumer) -> dict[str, int]:
+        """Return how many partitions each topic has. UnavailableError says which is missing."""
+        found = consumer.list_topics(timeout=_ANSWER_S).topics
+        wanted = [*self._topics.read, *([self._topics.alerts] if self._topics.alerts else [])]
+        for topic in wanted:
+            if topic not in found or found[topic].error is not None:
+                mend = "run `rebpf init`" if topic in self._topics.streams else "run `rebpf init --alerts`"
+                raise UnavailableError(f"topic {topic} is missing, or this user may not see it: {mend}")
+        counts = {topic: len(found[topic].partitions) for topic in wanted}
+        if self._topics.heartbeats and counts[self._topics.heartbeats] != 1:
+            raise ConfigError(
+                f"topic {self._topics.heartbeats} has {counts[self._topics.heartbeats]} partitions, and silence is "
+                "looked for in one: set alert.silent_after to 0"
+            )
+        return counts
+
+    def take(self, consumer: Consumer, assigned: list[TopicPartition]) -> tuple[dict[Place, Part], set[Place]]:
+        """Return the parts of an assignment, and which of them have nothing committed yet."""
+        counts = self.partitions(consumer)
+        known = self._known()
+        parts, fresh = {}, set()
+        for found in consumer.committed(assigned, timeout=_ANSWER_S):
+            place = Place(found.topic, found.partition)
+            committed = Committed(found.offset, found.metadata or "")
+            if found.offset < 0:
+                fresh.add(place)
+                committed = Committed(self._first_offset(consumer, place))
+            parts[place] = self._part(place, committed, counts, known)
+        return parts, fresh
+
+    def _first_offset(self, consumer: Consumer, place: Place) -> int:
+        low, high = consumer.get_watermark_offsets(TopicPartition(*place), timeout=_ANSWER_S)
+        return low if self._from_beginning or place.topic == self._topics.sums else high
+
+    def _part(self, place: Place, committed: Committed, counts: Mapping[str, int], known: list[Alert]) -> Part:
+        topic, number = place
+        if topic == self._topics.sums:
+            ours = [
+                alert
+                for alert in known
+                if not self._is_silence(alert) and exchange.partition_of(alert.by, alert.group, counts[topic]) == number
+            ]
+            sources = [_name(source, each) for source in self._topics.streams for each in range(counts[source])]
+            return SumsPart(topic, self._config.rules, sources, ours, committed, self._counts)
+        if topic == self._topics.heartbeats:
+            silent = [alert for alert in known if self._is_silence(alert)]
+            return HeartbeatPart(topic, self._config.silent_after, silent, committed, self._decoder, self._counts)
+        stream = self._topics.streams[topic]
+        rules = [rule for rule in self._config.rules if stream == RETRANSMITS or rule.measure == "ratio"]
+        lateness_s = self._config.lateness_s
+        return SourcePart(
+            topic, stream, _name(topic, number), rules, lateness_s, committed, self._decoder, self._counts
+        )
+
+    def _is_silence(self, alert: Alert) -> bool:
+        # Where silence is not looked for any more, what was silent is resolved as any alert whose rule is gone.
+        return alert.rule == silence.RULE and self._topics.heartbeats is not None
+
+
+def _name(topic: str, number: int) -> str:
+    return f"{topic}/{number}"

@@ -1,0 +1,95 @@
+"""Silent hosts, without I/O: those whose heartbeats have stopped, in one partition of the topic of heartbeats.
+
+A host's own clock may be wrong: time is when a heartbeat was read. So who takes over gives every host a whole respite,
+and goes on from `position`, from where each living host is heard at least once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+from producer.alert.alert import Alert
+from producer.alert.windows import Record
+
+RULE, MEASURE = "silent", "silence"
+_SECOND_NS = 1_000_000_000
+
+
+class _Heard(NamedTuple):
+    """The last heartbeat of a host that lives."""
+
+    offset: int
+    sent_ns: int
+    due_ns: int
+    patience_s: float
+
+
+class Hosts:
+    """Which hosts are silent: not heard for `missed` of their own intervals, and not stopped as they should be."""
+
+    def __init__(self, missed: float, known: Iterable[Alert], first: int) -> None:
+        self._missed = missed
+        self._living: dict[str, _Heard] = {}
+        self._silent = {alert.group: alert for alert in known if alert.firing}
+        self._changes: list[Alert] = []
+        self._is_live = False
+        self.next = first
+        """The offset to read next."""
+
+    @property
+    def position(self) -> int:
+        """The offset to go on from after a restart: of the oldest last heartbeat of the hosts that live."""
+        return min((heard.offset for heard in self._living.values()), default=self.next)
+
+    @property
+    def firing(self) -> list[Alert]:
+        """The silent hosts."""
+        return list(self._silent.values())
+
+    def heard(self, beat: Record, offset: int, sent_ns: int, now_ns: int) -> None:
+        """Take a heartbeat that is read now, and was sent at `sent_ns`."""
+        self.next = offset + 1
+        host, patience_s = beat["host"], self._missed * beat["interval_s"]
+        silent = self._silent.get(host)
+        if silent is not None:
+            if not self._is_live and sent_ns <= silent.window_start_ns:  # read again: the alert is of later
+                return
+            resolved = replace(silent, firing=False, value=0.0, window_start_ns=sent_ns)
+            self._changes.append(resolved)
+            del self._silent[host]
+        if beat["state"] == "stopped":
+            self._living.pop(host, None)
+        else:
+            self._living[host] = _Heard(offset, sent_ns, now_ns + round(patience_s * _SECOND_NS), patience_s)
+
+    def look(self, read_to_ns: int) -> list[Alert]:
+        """Return what has changed; `read_to_ns` is up to when all heartbeats have been read, or 0.
+
+        A reader that lags would take its own delay for silence.
+        """
+        self._is_live = self._is_live or read_to_ns > 0
+        for host in sorted(host for host, heard in self._living.items() if heard.due_ns <= read_to_ns):
+            heard = self._living.pop(host)
+            silent_s = max(0.0, (read_to_ns - heard.sent_ns) / _SECOND_NS)
+            self._silent[host] = _alert(host, silent_s, heard)
+            self._changes.append(self._silent[host])
+        changes, self._changes = self._changes, []
+        return changes
+
+
+def _alert(host: str, silent_s: float, heard: _Heard) -> Alert:
+    return Alert(
+        rule=RULE,
+        by="host",
+        group=host,
+        firing=True,
+        measure=MEASURE,
+        value=silent_s,
+        threshold=heard.patience_s,
+        clear=heard.patience_s,
+        window_start_ns=heard.sent_ns,
+        window_s=heard.patience_s,
+        segs=0,
+        retransmitted_segs=0,
+        since_ns=heard.sent_ns,
+    )

@@ -1,0 +1,284 @@
+"""Both stages together: whoever has which partition, and wherever a member is killed, the alerts are the same."""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from producer.alert import exchange
+from producer.alert.alert import Alert
+from producer.alert.cycle import Cycle, Parts, Place
+from producer.alert.decide import RETRANSMITS, TRANSMITS, Decider
+from producer.alert.parts import Committed, Counts, Part, SourcePart, SumsPart
+from producer.alert.windows import GROUPS, Sums, View
+from producer.config import AlertRule
+
+SECOND_NS = 1_000_000_000
+LATENESS_S = 2
+COUNT = AlertRule(name="count", by="host", measure="count", window_s=10, threshold=7, clear=3, minimum=1)
+RATIO = AlertRule(name="ratio", by="peer", measure="ratio", window_s=5, threshold=0.5, clear=0.2, minimum=3)
+RULES = (COUNT, RATIO)
+HOSTS = View("host", 10 * SECOND_NS)
+
+
+def told(alerts: Sequence[Alert]) -> list[tuple[str, bool, int, float]]:
+    return [(each.group, each.firing, each.window_start_ns // SECOND_NS, each.value) for each in alerts]
+
+
+class Deciding:
+    """A Decider of one rule with one source, which is given a window's sums, and then the time of its end."""
+
+    def __init__(self, rule: AlertRule, known: Sequence[Alert] = (), decided_ns: int = 0) -> None:
+        self.decider = Decider([rule], ["r/0"], known, 0, decided_ns)
+        self._width_s = int(rule.window_s)
+        self._view = View(rule.by, self._width_s * SECOND_NS)
+
+    def window(self, number: int, again: dict[str, int], total: dict[str, int] | None = None) -> list[Any]:
+        start_ns = number * self._width_s * SECOND_NS
+        for stream, segs in ((RETRANSMITS, again), (TRANSMITS, total or {})):
+            if segs:
+                self.decider.add(stream, "r/0", Sums(self._view, start_ns, segs), self.decider.next)
+        self.decider.pass_time("r/0", start_ns + self._width_s * SECOND_NS, self.decider.next)
+        return told(self.decider.decide())
+
+
+def test_between_clear_and_threshold_nothing_changes_and_a_window_without_segments_resolves() -> None:
+    deciding = Deciding(COUNT)
+    changes = [deciding.window(number, {"a": count} if count else {}) for number, count in enumerate([6, 7, 5, 3, 0])]
+    assert changes == [[], [("a", True, 10, 7)], [], [], [("a", False, 40, 0)]]
+    assert deciding.decider.firing == []
+
+
+def test_a_ratio_fires_only_with_enough_segments() -> None:
+    deciding = Deciding(RATIO)
+    assert deciding.window(0, {"a": 2}, {"a": 2}) == []
+    assert deciding.window(1, {"a": 2}, {"a": 4}) == [("a", True, 5, 0.5)]
+    assert deciding.window(2, {"a": 1}, {"a": 5}) == []
+    assert deciding.window(3, {"a": 1}, {"a": 6}) == [("a", False, 15, pytest.approx(1 / 6))]
+
+
+def test_an_alert_says_since_when_and_of_how_many_segments() -> None:
+    decider = Deciding(COUNT)
+    decider.window(3, {"a": 9})
+    assert decider.decider.firing == [
+        Alert("count", "host", "a", True, "count", 9, 7, 3, 30 * SECOND_NS, 10, 0, 9, 30 * SECOND_NS)
+    ]
+    resolved = Deciding(COUNT, decider.decider.firing)
+    resolved.decider.pass_time("r/0", 100 * SECOND_NS, 0)
+    assert [(each.window_start_ns, each.since_ns) for each in resolved.decider.decide()] == [
+        (40 * SECOND_NS, 30 * SECOND_NS)
+    ]
+
+
+def test_a_window_waits_for_all_partitions_and_sums_that_come_again_replace_the_first() -> None:
+    decider = Decider([COUNT], ["r/0", "r/1"], [], 5)
+    for offset, (part, segs) in enumerate([("r/0", 4), ("r/1", 4), ("r/0", 4)], 5):
+        decider.add(RETRANSMITS, part, Sums(HOSTS, 0, {"a": segs}), offset)
+    decider.pass_time("r/0", 50 * SECOND_NS, 8)
+    assert decider.decide() == []
+    assert (decider.next, decider.position) == (9, 5)
+    decider.pass_time("r/1", 10 * SECOND_NS, 9)
+    assert told(decider.decide()) == [("a", True, 0, 8)]
+    assert (decider.position, decider.decided_ns) == (10, 10 * SECOND_NS)
+
+
+def test_what_was_told_is_not_told_again_nor_undone_by_windows_before_it() -> None:
+    fired = Deciding(COUNT)
+    fired.window(3, {"a": 9})
+    again = Deciding(COUNT, fired.decider.firing)
+    changes = [again.window(number, {"a": count}) for number, count in enumerate([9, 1, 9, 9, 1])]
+    assert changes == [[], [], [], [], [("a", False, 40, 1)]]
+
+
+def test_an_alert_whose_rule_is_gone_is_resolved() -> None:
+    known = Deciding(COUNT)
+    known.window(3, {"a": 9})
+    for rule in (RATIO, AlertRule(name="count", by="peer", measure="count", window_s=10, threshold=7, clear=3)):
+        assert Deciding(rule, known.decider.firing).window(9, {}) == [("a", False, 30, 9)]
+
+
+class _Killed(Exception):
+    pass
+
+
+class _AsItIs:
+    """Decodes what is a record already."""
+
+    def decode(self, value: Any) -> Any:
+        return value
+
+
+class World:
+    """What outlives the members: topics and offsets. After `life` of its acts the member that acts is killed."""
+
+    def __init__(self, logs: dict[Place, list[dict[str, Any]]], sums: int) -> None:
+        self.logs = logs
+        self.sums: dict[Place, list[bytes]] = {Place("sums", number): [] for number in range(sums)}
+        self.places = [*logs, *self.sums]
+        self.committed: dict[Place, Committed] = {}
+        self.alerts: list[Alert] = []
+        self.pager: list[Alert] = []
+        self.life: int | None = None
+        self.end_ns = 1_000 * SECOND_NS
+        self.members: list[dict[Place, Part]] = []
+        self.share(dict.fromkeys(self.places, 0))
+
+    def share(self, owners: dict[Place, int]) -> None:
+        """A rebalance: all members begin anew with what is committed."""
+        known = {alert.key: alert for alert in self.alerts}
+        self.members = [{}, {}]
+        for place in self.places:
+            self.members[owners[place]][place] = self._part(place, known.values())
+
+    def read(self, place: Place, count: int) -> None:
+        (parts,) = (parts for parts in self.members if place in parts)
+        part, log = parts[place], self.logs.get(place) or self.sums.get(place, [])
+        for offset in range(part.next, min(part.next + count, len(log))):
+            part.put(log[offset], offset, self.end_ns)  # type: ignore[arg-type]  # a record stands for its bytes
+        if place in self.logs:
+            part.until = (len(log), self.end_ns)
+
+    def cycle(self, member: int, life: int | None = None) -> None:
+        self.life = life
+        try:
+            Cycle(self, len(self.sums), [_Pager(self), _Topic(self)], self.commit).run(self.members[member])
+        except _Killed:
+            self.share(dict.fromkeys(self.places, 1 - member))
+
+    def act(self) -> None:
+        if self.life is not None:
+            self.life -= 1
+            if self.life < 0:
+                raise _Killed
+
+    def put(self, partition: int, value: bytes) -> None:
+        self.act()
+        self.sums[Place("sums", partition)].append(value)
+
+    def flush(self) -> None:
+        pass
+
+    def commit(self, parts: Parts) -> None:
+        for place, part in parts.items():
+            self.act()
+            self.committed[place] = part.committed()
+
+    def _part(self, place: Place, known: Collection[Alert]) -> Part:
+        committed = self.committed.get(place, Committed(0))
+        if place.topic == "sums":
+            count = len(self.sums)
+            ours = [each for each in known if exchange.partition_of(each.by, each.group, count) == place.number]
+            return SumsPart("sums", RULES, [_name(each) for each in self.logs], ours, committed, Counts())
+        rules = [rule for rule in RULES if place.topic == RETRANSMITS or rule.measure == "ratio"]
+        return SourcePart(
+            place.topic, place.topic, _name(place), rules, LATENESS_S, committed, _AsItIs(), Counts()  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+class _Pager:
+    """A sink that is told again what may not have been heard."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def send(self, alerts: Sequence[Alert]) -> None:
+        self._world.act()
+        self._world.pager += alerts
+
+    def repeat(self, firing: Collection[Alert]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Topic(_Pager):
+    def send(self, alerts: Sequence[Alert]) -> None:
+        for alert in alerts:
+            self._world.act()
+            self._world.alerts.append(alert)
+
+
+def _name(place: Place) -> str:
+    return f"{place.topic}/{place.number}"
+
+
+def reference(logs: dict[Place, list[dict[str, Any]]]) -> list[tuple[str, str, bool, int, float]]:
+    """Return the changes, counted in one go over all events."""
+    events = {
+        (place.topic, each["boot_id"], each["cpu_seq"]): (place.topic, each)
+        for place, log in logs.items()
+        for each in log
+    }
+    changes = []
+    for rule in RULES:
+        sums: dict[tuple[str, int, str], int] = defaultdict(int)
+        for topic, each in events.values():
+            start_s = each["ts_ns"] // SECOND_NS // int(rule.window_s) * int(rule.window_s)
+            sums[topic, start_s, GROUPS[rule.by](each)] += each["segs"]
+        for group in {group for _, _, group in sums}:
+            firing = False
+            for start_s in range(0, 200, int(rule.window_s)):
+                again, total = sums[RETRANSMITS, start_s, group], sums[TRANSMITS, start_s, group]
+                value = min(1.0, again / max(1, total)) if rule.measure == "ratio" else again
+                enough = (total if rule.measure == "ratio" else again) >= rule.minimum
+                if value < rule.clear if firing else enough and value >= rule.threshold:
+                    firing = not firing
+                    changes.append((rule.name, group, firing, start_s, value))
+    return sorted(changes)
+
+
+def changes(alerts: Sequence[Alert]) -> list[tuple[str, str, bool, int, float]]:
+    return sorted((each.rule, *fields) for each, fields in zip(alerts, told(alerts), strict=True))
+
+
+SOURCES = [Place(RETRANSMITS, 0), Place(RETRANSMITS, 1), Place(TRANSMITS, 0)]
+_EVENT = st.tuples(st.sampled_from(SOURCES), st.integers(0, 4), st.sampled_from("abc"), st.integers(1, 5))
+_STEP = st.one_of(
+    st.tuples(st.just("read"), st.integers(0, 4), st.integers(1, 20)),
+    st.tuples(st.just("cycle"), st.integers(0, 1), st.none() | st.integers(0, 25)),
+    st.tuples(st.just("share"), st.lists(st.integers(0, 1), min_size=5, max_size=5), st.none()),
+)
+
+
+@given(
+    st.lists(_EVENT, min_size=5, max_size=60), st.lists(st.integers(0, 59), max_size=5), st.lists(_STEP, max_size=40)
+)
+@settings(deadline=None)
+def test_the_alerts_are_those_of_one_count_whoever_reads_and_wherever_a_member_is_killed(
+    given_events: list[Any], copies: list[int], steps: list[Any]
+) -> None:
+    logs: dict[Place, list[dict[str, Any]]] = {place: [] for place in SOURCES}
+    at_ns = SECOND_NS
+    made = []
+    for number, (place, forward, name, segs) in enumerate(given_events):
+        at_ns += forward * SECOND_NS
+        made.append((place, {
+            "ts_ns": at_ns, "host": name, "boot_id": "boot", "cpu": 0, "cpu_seq": number, "saddr": "10.0.0.1",
+            "sport": 1, "daddr": f"192.0.2.{segs % 2}", "dport": 2, "segs": segs, "sample_rate": 1,
+        }))  # fmt: skip
+        logs[place].append(made[-1][1])
+    for place, each in (made[copy] for copy in copies if copy < len(made)):
+        at = next(i for i, other in enumerate(logs[place]) if other is each)
+        logs[place].insert(min(at + 2, len(logs[place])), each)
+    expected = reference(logs)
+    world = World(logs, sums=2)
+
+    for kind, which, how in steps:
+        if kind == "read":
+            world.read(world.places[which], how)
+        elif kind == "cycle":
+            world.cycle(which, how)
+        else:
+            world.share(dict(zip(world.places, which, strict=True)))
+    for _ in range(2):  # the second reads what the first wrote
+        for place in world.places:
+            world.read(place, 10_000)
+        world.cycle(0)
+        world.cycle(1)
+
+    assert changes(world.alerts) == expected
+    assert set(changes(world.pager)) == set(expected)

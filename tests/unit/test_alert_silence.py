@@ -1,0 +1,84 @@
+"""Silent hosts: by the heartbeat's own interval, told once, and not where a producer stopped as it should."""
+
+from producer.alert.alert import Alert
+from producer.alert.silence import Hosts
+
+SECOND_NS = 1_000_000_000
+
+
+def beat(host: str = "web-1", state: str = "ok", interval_s: float = 10.0) -> dict[str, object]:
+    return {"host": host, "state": state, "interval_s": interval_s}
+
+
+def hear(hosts: Hosts, second: float, heartbeat: dict[str, object] | None = None, read: float | None = None) -> None:
+    now = second if read is None else read
+    hosts.heard(heartbeat or beat(), hosts.next, int(second * SECOND_NS), int(now * SECOND_NS))
+
+
+def look(hosts: Hosts, second: float) -> list[tuple[str, bool, float]]:
+    return [(each.group, each.firing, each.value) for each in hosts.look(int(second * SECOND_NS))]
+
+
+def silent_since(second: int) -> Alert:
+    return Alert(
+        "silent", "host", "web-1", True, "silence", 31, 30, 30, second * SECOND_NS, 30, 0, 0, second * SECOND_NS
+    )
+
+
+def test_a_host_is_silent_after_three_of_its_own_intervals_and_that_is_told_once() -> None:
+    hosts = Hosts(3, [], 0)
+    hear(hosts, 100)
+    hear(hosts, 100, beat("web-2", interval_s=60))
+    assert look(hosts, 129) == []
+    assert look(hosts, 130) == [("web-1", True, 30)]
+    assert look(hosts, 140) == []
+    assert [each.group for each in hosts.firing] == ["web-1"]
+
+
+def test_time_is_up_to_when_heartbeats_were_read() -> None:
+    hosts = Hosts(3, [], 0)
+    hear(hosts, 100)
+    assert look(hosts, 0) == []
+
+
+def test_a_host_that_is_heard_again_is_told_once_and_can_go_silent_again() -> None:
+    hosts = Hosts(3, [], 0)
+    hear(hosts, 100)
+    look(hosts, 131)
+    hear(hosts, 150)
+    hear(hosts, 160)
+    assert look(hosts, 161) == [("web-1", False, 0)]
+    assert look(hosts, 189) == []
+    assert look(hosts, 190) == [("web-1", True, 30)]
+
+
+def test_a_host_that_stopped_as_it_should_is_not_silent_and_ends_its_alert() -> None:
+    hosts = Hosts(3, [], 0)
+    hear(hosts, 100)
+    hear(hosts, 105, beat(state="stopped"))
+    assert look(hosts, 1000) == []
+    hosts = Hosts(3, [silent_since(100)], 0)
+    hear(hosts, 140, beat(state="stopped"))
+    assert look(hosts, 1000) == [("web-1", False, 0)]
+    assert look(hosts, 2000) == []
+
+
+def test_who_takes_over_hears_each_living_host_and_gives_it_a_respite() -> None:
+    hosts = Hosts(3, [], 7)
+    for second, host in ((100, "web-1"), (101, "web-2"), (110, "web-1")):
+        hear(hosts, second, beat(host))
+    assert (hosts.next, hosts.position) == (10, 8)
+    look(hosts, 131)
+    assert hosts.position == 9
+    again = Hosts(3, [], 9)
+    hear(again, 110, read=500)
+    assert look(again, 529) == []
+    assert look(again, 530) == [("web-1", True, 420)]
+
+
+def test_a_heartbeat_that_is_read_again_after_a_takeover_ends_no_alert() -> None:
+    hosts = Hosts(3, [silent_since(100)], 0)
+    hear(hosts, 100, read=140)
+    assert look(hosts, 141) == []
+    hear(hosts, 99, read=150)  # a clock that was set back
+    assert look(hosts, 151) == [("web-1", False, 0)]
