@@ -247,15 +247,19 @@ def demo(duration: float, loss: float, as_json: bool) -> None:
     "--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions of each topic of events."
 )
 @option("--replication", type=click.IntRange(min=1), default=1, show_default=True, help="Replicas of each partition.")
-def init(config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int) -> None:
+@option("--alerts", is_flag=True, help="Also the topics and the schema of `rebpf alert`.")
+def init(
+    config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int, alerts: bool
+) -> None:
     """Create the topics and register the schemas: an administrator's act, done once."""
     from producer.provision import create_topics, register_schemas
 
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
     if settings.kafka.brokers is None:
         usage("init needs --brokers")
-    for line in create_topics(settings, partitions, replication) + register_schemas(settings):
-        click.echo(line)
+    lines = create_topics(settings, partitions, replication, alerts=alerts)
+    lines += register_schemas(settings, alerts=alerts)
+    click.echo("\n".join(lines))
 
 
 @rebpf.command()

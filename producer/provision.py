@@ -17,6 +17,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it does not
 from confluent_kafka.cimpl import NewTopic
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from producer.alert import exchange, record
 from producer.config import Config
 from producer.consumer import client_logger
 from producer.encode import load_schema
@@ -32,15 +33,21 @@ _CREATE_TIMEOUT_S = 10.0
 # One: a thousand hosts send a hundred small records a second, and a consumer that works with event time (Flink) waits
 # for partitions in which nothing comes.
 _HEARTBEAT_PARTITIONS = 1
+_ALERT_PARTITIONS = 1  # there are few, and a reader of one partition sees them in the order of time
+_DAY_MS = 86_400_000
 _RETENTION_DAYS = 7
 _TOPIC_SETTINGS = {
     "cleanup.policy": "delete",
-    "retention.ms": str(_RETENTION_DAYS * 86_400_000),
+    "retention.ms": str(_RETENTION_DAYS * _DAY_MS),
     # Batches stay as the producer has compressed them: the broker spends nothing on it.
     "compression.type": "producer",
     "message.timestamp.type": "CreateTime",
 }
 _REPLICAS_FOR_ONE_TO_SPARE = 3
+# The last alert of each group stays: a member that takes over learns from it what fires.
+_ALERT_SETTINGS = {"cleanup.policy": "compact,delete", "retention.ms": str(90 * _DAY_MS)}
+# A window's sums are needed until it is decided.
+_SUMS_SETTINGS = {"retention.ms": str(_DAY_MS)}
 
 
 def topic(config: Config, stream: Stream) -> Topic:
@@ -51,6 +58,11 @@ def topic(config: Config, stream: Stream) -> Topic:
 def heartbeat_topic(config: Config) -> Topic:
     """Return the topic of the heartbeats."""
     return Topic(config.kafka.topic_prefix + TOPIC)
+
+
+def alert_topics(config: Config) -> tuple[Topic, Topic]:
+    """Return the topic of alerts, and that in which the members of `rebpf alert` exchange their sums."""
+    return Topic(config.kafka.topic_prefix + record.TOPIC), Topic(config.kafka.topic_prefix + exchange.TOPIC)
 
 
 def in_partitions(count: int) -> str:
@@ -155,9 +167,9 @@ class Admin:
             f"no answer from {where}: {reason}; see kafka.brokers, and the way there: nc -vz HOST PORT"
         )
 
-    def create(self, name: str, partitions: int, replication: int) -> bool:
+    def create(self, name: str, partitions: int, replication: int, settings: Mapping[str, str]) -> bool:
         """Create a topic; False where it exists. UnavailableError says what failed."""
-        wanted = NewTopic(name, partitions, replication, config=topic_settings(replication))
+        wanted = NewTopic(name, partitions, replication, config=dict(settings))
         retrying = Retrying(
             retry=retry_if_exception(_may_pass),
             wait=wait_random_exponential(multiplier=0.5, max=5),
@@ -178,27 +190,42 @@ class Admin:
             self._trouble = error
 
 
-def create_topics(config: Config, partitions: int, replication: int) -> list[str]:
-    """Create the topics that do not exist; return a line about each. UnavailableError says what failed."""
+def create_topics(config: Config, partitions: int, replication: int, *, alerts: bool = False) -> list[str]:
+    """Create the topics that do not exist, with `alerts` those of `rebpf alert` too; return a line about each.
+
+    UnavailableError says what failed.
+    """
     admin = Admin(config)
     admin.partitions()  # whether a broker answers at all is known sooner than that a request is not answered
-    wanted = {topic(config, stream): partitions for stream in STREAMS}
-    wanted[heartbeat_topic(config)] = _HEARTBEAT_PARTITIONS
-    settings = " ".join(f"{name}={value}" for name, value in topic_settings(replication).items())
+    usual = topic_settings(replication)
+    wanted: dict[str, tuple[int, Mapping[str, str]]] = {
+        topic(config, stream): (partitions, usual) for stream in STREAMS
+    }
+    wanted[heartbeat_topic(config)] = (_HEARTBEAT_PARTITIONS, usual)
+    if alerts:
+        told, sums = alert_topics(config)
+        wanted[told] = (_ALERT_PARTITIONS, {**usual, **_ALERT_SETTINGS})
+        wanted[sums] = (partitions, {**usual, **_SUMS_SETTINGS})
     lines = []
-    for name, count in wanted.items():
-        if admin.create(name, count, replication):
-            lines.append(f"topic {name}: created, {in_partitions(count)}, replication {replication}, {settings}")
+    for name, (count, settings) in wanted.items():
+        if admin.create(name, count, replication, settings):
+            said = " ".join(f"{key}={value}" for key, value in settings.items())
+            lines.append(f"topic {name}: created, {in_partitions(count)}, replication {replication}, {said}")
         else:
             lines.append(f"topic {name}: exists, and is left as it is")
     return lines
 
 
-def register_schemas(config: Config) -> list[str]:
-    """Register the schemas where a registry is configured, compatible both ways; return a line about each."""
+def register_schemas(config: Config, *, alerts: bool = False) -> list[str]:
+    """Register the schemas where a registry is configured, compatible both ways, with `alerts` that of alerts too.
+
+    Return a line about each.
+    """
+    told, _ = alert_topics(config)
     if config.registry.url is None:
-        return ["no registry: schema ids are " + ", ".join(f"{name} {i}" for name, i in schema_ids(config).items())]
-    schemas = published_schemas(config)
+        ids = {**schema_ids(config), **({told: record.FIXED_SCHEMA_ID} if alerts else {})}
+        return ["no registry: schema ids are " + ", ".join(f"{name} {number}" for name, number in ids.items())]
+    schemas = {**published_schemas(config), **({told: record.alert_schema()} if alerts else {})}
     with SchemaIds(config.registry, cache=None) as registry:
         lines = []
         for name, schema in schemas.items():
