@@ -149,9 +149,9 @@ def test_each_schema_is_compatible_both_ways_with_every_released_one(client, reg
     prefixes = [f"since-{folder.name}." for folder in SCHEMAS.glob("released/*")]
     assert prefixes
     for prefix in prefixes:
-        lines = register_schemas(own_config(prefix, registry.url, tmp_path))
-        assert len(lines) == 3
-        for topic in (*topics.FIXED_IDS, "rebpf_agent"):
+        lines = register_schemas(own_config(prefix, registry.url, tmp_path), alerts=True)
+        assert len(lines) == 4
+        for topic in (*topics.FIXED_IDS, "rebpf_agent", "tcp_alerts"):
             subject = f"{prefix}{topic}-value"
             assert client.get_compatibility(subject) == "FULL_TRANSITIVE"
             published = json.loads((SCHEMAS / f"{topic}.avsc").read_text())
