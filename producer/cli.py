@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+from producer.cli_alert import alert
 from producer.cli_spool import spool
 from producer.errors import RebpfError, UnavailableError, UsageError
 from producer.options import (
@@ -57,6 +58,7 @@ def rebpf(log_level: str) -> None:
 
 
 rebpf.add_command(spool)
+rebpf.add_command(alert)
 
 
 @rebpf.command()

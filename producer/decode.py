@@ -3,13 +3,15 @@
 import io
 import json
 import struct
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import fastavro
 
 from producer.config import Registry
 from producer.errors import UnavailableError
-from producer.events import STREAMS
+from producer.events import STREAMS, SchemaId
 from producer.paths import SCHEMAS
 from producer.registry_client import open_client
 
@@ -29,9 +31,14 @@ def unframed(value: bytes | None) -> tuple[int, bytes]:
 
 
 class Decoder:
-    """Decodes Confluent-framed Avro; without a registry the ids are the fixed ones of this version's own schemas."""
+    """Decodes Confluent-framed Avro; without a registry the ids are the fixed ones of this version's own schemas.
 
-    def __init__(self, registry: Registry | str | None) -> None:
+    Those of the events are known, and `others` are by their ids.
+    """
+
+    def __init__(
+        self, registry: Registry | str | None, others: Mapping[SchemaId, Mapping[str, Any]] = MappingProxyType({})
+    ) -> None:
         self._schemas: dict[int, Any] = {}
         self._client = None
         settings = registry if isinstance(registry, Registry) else Registry(registry, timeout_s=_REGISTRY_TIMEOUT_S)
@@ -39,6 +46,8 @@ class Decoder:
             for stream in STREAMS:
                 text = (SCHEMAS / stream.schema_file).read_text()
                 self._schemas[stream.fixed_schema_id] = _plain_schema(text)
+            for number, schema in others.items():
+                self._schemas[number] = _plain_schema(json.dumps(schema))
         else:
             self._client = open_client(settings, retries=2)
 

@@ -46,8 +46,8 @@ class _Window:
 class Decider:
     """Decides for some rules over some groups.
 
-    `sources` are the partitions of events. `known` are the last alerts of these groups; those whose rule is no more, and
-    that fire, are resolved.
+    `sources` are the partitions of events. `known` are the last alerts of these groups; those that fire and whose rule
+    is no more are resolved.
     """
 
     def __init__(
@@ -153,10 +153,7 @@ def _judged(rule: AlertRule, group: str, start_ns: int, again: int, total: int, 
     value = min(1.0, again / max(total, 1)) if is_ratio else float(again)
     is_enough = (total if is_ratio else again) >= rule.minimum
     was_firing = before is not None and before.firing
-    if was_firing:
-        is_change = value < rule.clear
-    else:
-        is_change = is_enough and value >= rule.threshold
+    is_change = value < rule.clear if was_firing else is_enough and value >= rule.threshold
     if not is_change:
         return None
     return Alert(

@@ -16,13 +16,17 @@ from producer.alert.alert import Alert, Sink
 from producer.alert.cycle import Cycle, Parts, Place
 from producer.alert.known import last_alerts
 from producer.alert.parts import Counts, Part, SumsPart
+from producer.alert.patience import Wait
+from producer.alert.record import FIXED_SCHEMA_ID, alert_schema
 from producer.alert.share import Shares
-from producer.alert.topics import Topics, topics_of
+from producer.alert.topics import topics_of
 from producer.alert.writer import SumsWriter
 from producer.config import Config
 from producer.consumer import client_logger
 from producer.decode import Decoder
 from producer.errors import ConfigError, UnavailableError
+from producer.heartbeat import FIXED_SCHEMA_ID as HEARTBEAT_SCHEMA_ID
+from producer.heartbeat import heartbeat_schema
 from producer.kafka_settings import client_settings
 
 logger = logging.getLogger(__name__)
@@ -45,7 +49,7 @@ _FINAL = frozenset(
     }
 )
 
-Wait = Callable[[float], None]
+_FIXED_SCHEMAS = {HEARTBEAT_SCHEMA_ID: heartbeat_schema(), FIXED_SCHEMA_ID: alert_schema()}
 
 
 class _Stopped(Exception):
@@ -76,7 +80,7 @@ class Member:
         self._brokers = brokers
         self._stop = stop
         self._topics = topics_of(config)
-        self._decoder = Decoder(config.registry, FIXED)
+        self._decoder = Decoder(config.registry, _FIXED_SCHEMAS)
         self._shares = Shares(
             config.alert, self._topics, self._decoder, self.counts, self._known, from_beginning=from_beginning
         )

@@ -65,7 +65,8 @@ class Stage(Protocol):
     next: int
 
     @property
-    def position(self) -> int: ...
+    def position(self) -> int:
+        """The offset to go on from after a restart."""
 
 
 class Part:

@@ -3,15 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from producer.alert import exchange
 from producer.alert.decide import RETRANSMITS, TRANSMITS
 from producer.config import Config
 from producer.errors import ConfigError
 from producer.events import RETRANSMITS as RETRANSMIT_STREAM
 from producer.events import TRANSMITS as TRANSMIT_STREAM
-from producer.provision import heartbeat_topic, topic
-
-ALERTS = "tcp_alerts"
+from producer.provision import alert_topics, heartbeat_topic, topic
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +39,7 @@ def topics_of(config: Config) -> Topics:
         streams[str(topic(config, RETRANSMIT_STREAM))] = RETRANSMITS
     if any(rule.measure == "ratio" for rule in alert.rules):
         streams[str(topic(config, TRANSMIT_STREAM))] = TRANSMITS
-    prefix = config.kafka.topic_prefix
+    alerts, sums = alert_topics(config)
     return Topics(
-        streams,
-        prefix + exchange.TOPIC,
-        heartbeat_topic(config) if alert.silent_after else None,
-        prefix + ALERTS if alert.topic else None,
+        streams, sums, heartbeat_topic(config) if alert.silent_after else None, alerts if alert.topic else None
     )

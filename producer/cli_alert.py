@@ -1,0 +1,55 @@
+"""The command `rebpf alert`."""
+
+import logging
+from pathlib import Path
+
+import click
+
+from producer.options import (
+    brokers_option,
+    config_option,
+    json_option,
+    load,
+    option,
+    registry_option,
+    stop_on_signals,
+    usage,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@click.command()
+@config_option
+@brokers_option
+@registry_option
+@option("--duration", type=click.FloatRange(min=0), help="Stop after so many seconds.")
+@option(
+    "--from-beginning", is_flag=True, help="Where the group is new, begin with the oldest event, not with the next."
+)
+@json_option
+def alert(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    duration: float | None,
+    from_beginning: bool,
+    as_json: bool,
+) -> None:
+    """Read the topics as one of a consumer group, and tell what crosses a threshold of [[alert.rules]]."""
+    from producer.alert.member import Member
+    from producer.alert.sinks import open_sinks
+
+    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    where = settings.kafka.brokers
+    if where is None:
+        usage("alert needs --brokers")
+    member = Member(
+        settings,
+        where,
+        lambda wait: open_sinks(settings, where, wait, as_json=as_json),
+        stop_on_signals(),
+        from_beginning=from_beginning,
+    )
+    member.run(duration)
+    logger.info("stopped %s", member.counts)
