@@ -3,6 +3,7 @@
 agent.json   {"pid": ..., "brokers": "HOST:PORT", ...}: written when the producer is ready, removed when it stops. A
              producer that was killed leaves it behind; it counts only while its lock is held.
 ledger.*     each stream's account (producer.ledger); sequence.json: the numbers of events (producer.sequence).
+compiled/    the programs as they were compiled (producer.compiled).
 spool/, quarantine/    events that wait for Kafka, and messages that it has refused (producer.spool).
 lock         locked (flock) while a producer runs; the kernel lets go of it however the producer ends.
 """
