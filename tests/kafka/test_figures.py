@@ -5,18 +5,23 @@ The demo's traffic between two namespaces, a producer as a user runs it, and the
 """
 
 import json
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import fastavro
 import pytest
 
 from producer.lab import Lab
 from producer.reconcile import Tally, compare
 from tests.kafka import topics
-from tests.kafka.rebpf import Run, rebpf
+from tests.kafka.rebpf import Run, command, rebpf, wait_until
 from tests.kafka.topics import RETRANSMIT, TRANSMIT
 from tests.servers import fetch, flink
-from tests.servers.consume import kcat_messages
+from tests.servers.consume import decode, kcat_messages
 
 # The first time Flink is downloaded.
 pytestmark = [pytest.mark.root, pytest.mark.real_kafka, pytest.mark.timeout(fetch.DEADLINE_S)]
@@ -97,3 +102,78 @@ def test_the_flink_jobs_sums_over_all_minutes_are_the_same(captured, kafka, regi
     assert sum(row["segs"] for row in rows) == captured.segs(TRANSMIT)
     assert sum(row["retransmitted_segs"] for row in rows) == captured.counters["RetransSegs"]
     assert sum((Counter(row["causes"]) for row in rows), Counter()) == captured.causes
+
+
+def test_the_alerting_consumers_window_has_the_same(captured, kafka, registry, tmp_path):
+    """One window holds the whole capture, so that what fires in it tells of all."""
+    width_ns = width_of_a_window_around([event["ts_ns"] for events in captured.events.values() for event in events])
+    rule = f"window_s = {width_ns / 1e9:.9f}, threshold = 0.0001, clear = 0.00005"
+    text = f"""
+        kafka = {{ brokers = "{kafka.bootstrap}", topic_prefix = "{PREFIX}" }}
+        registry.url = "{registry.url}"
+        [alert]
+        silent_after = 0
+        lateness_s = 1
+        rules = [
+            {{ name = "host-ratio", by = "host", measure = "ratio", {rule} }},
+            {{ name = "host-count", by = "host", measure = "count", {rule} }},
+            {{ name = "peer-ratio", by = "peer", measure = "ratio", {rule} }},
+        ]
+    """
+    (tmp_path / "rebpf.toml").write_text(text)
+    done = rebpf("init", "--alerts", "--config", tmp_path / "rebpf.toml")
+    assert done.returncode == 0, done.stderr
+
+    by_peer = Counter[str]()
+    sent_to = Counter[str]()
+    for counter, topic in ((by_peer, RETRANSMIT), (sent_to, TRANSMIT)):
+        for event in captured.events[topic]:
+            counter[event["daddr"]] += event["segs"] * event["sample_rate"]
+    again, total = captured.counters["RetransSegs"], captured.segs(TRANSMIT)
+    expected = {
+        ("host-ratio", HOST): (again / total, total, again),
+        ("host-count", HOST): (again, 0, again),
+        **{("peer-ratio", peer): (by_peer[peer] / sent_to[peer], sent_to[peer], by_peer[peer]) for peer in by_peer},
+    }
+    assert len(by_peer) > 1
+    with alerting(tmp_path) as errors:
+        found = wait_until("all alerts", lambda: len(a := fired(kafka.bootstrap)) >= len(expected) and a)
+    assert "WARNING" not in errors.read_text()
+    for key, (value, *segs) in expected.items():
+        alert = found[key]
+        assert alert["value"] == pytest.approx(value), key
+        assert [alert["segs"], alert["retransmitted_segs"]] == segs, key
+    assert found.keys() == expected.keys()
+
+
+def width_of_a_window_around(times_ns: list[int]) -> int:
+    """Return the width of windows of which one holds all these times, and ends soon after them."""
+    second = 1_000_000_000
+    end_ns = max(times_ns) + second
+    width_ns = end_ns // (end_ns // (max(times_ns) - min(times_ns) + 2 * second))
+    assert len({at // width_ns for at in times_ns}) == 1
+    return width_ns
+
+
+@contextmanager
+def alerting(folder: Path) -> Iterator[Path]:
+    """Run `rebpf alert` from the topics' beginning; yield the file of what it logs. It must end in order."""
+    errors = folder / "errors"
+    run = ["setpriv", "--pdeathsig", "KILL", *command("alert", "--config", folder / "rebpf.toml", "--from-beginning")]
+    with errors.open("wb") as err:
+        process = subprocess.Popen(run, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=err)
+    try:
+        yield errors
+        assert process.poll() is None, errors.read_text()
+        process.terminate()
+        assert process.wait(60) == 0, errors.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def fired(bootstrap: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the first alert of each rule and group."""
+    schema = fastavro.parse_schema(json.loads((topics.SCHEMAS / "tcp_alerts.avsc").read_text()))
+    alerts = [decode(each.value or b"", schema)[1] for each in kcat_messages(bootstrap, f"{PREFIX}tcp_alerts")]
+    return {(each["rule"], each["group"]): each for each in reversed(alerts) if each["firing"]}
