@@ -108,16 +108,18 @@ def test_kill_leaves_no_program_no_process_and_no_file_and_the_next_start_works(
             run.kill()
 
         wait_until("the programs are gone", lambda: not programs & sysbpf.program_ids())
-        assert files(folder / "state") == {str(folder / "state" / name) for name in LEFT_BY_A_KILL}
+        (compiled,) = (folder / "state" / "compiled").iterdir()
+        assert files(folder / "state") == {str(compiled), *(str(folder / "state" / name) for name in LEFT_BY_A_KILL)}
         assert files(home, temporary) == set()
         assert {path.name for path in folder.iterdir()} == {"state", "rebpf.toml", "out", "err"}
 
         with Run(folder, "--port", echo.port, env=env) as run:
             run.ready()
             exchange(echo.port, 3)
+            assert "cached=true" in run.log
             balance = run.finish()["tcp_transmit"]
     assert balance["delivered"] == balance["passed"] > 0
-    assert files(folder / "state") == {str(folder / "state" / name) for name in LEFT_BY_A_STOP}
+    assert files(folder / "state") == {str(compiled), *(str(folder / "state" / name) for name in LEFT_BY_A_STOP)}
 
 
 def test_kill_while_it_loads_takes_the_loader_with_it(tmp_path):
