@@ -4,23 +4,22 @@ Two hosts send to three peers over three minutes. Some events come twice, copies
 after all others, as from a spool.
 """
 
-import ipaddress
 import json
 import runpy
 import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from confluent_kafka import Producer
 
 from producer.config import Config, Kafka, Registry
-from producer.encode import BatchEncoder, load_schema
-from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS, Batch, SchemaId, Stream
+from producer.events import CAUSES, RETRANSMITS, TRANSMITS, Stream
 from producer.provision import register_schemas, schema_ids
+from tests.kafka.sent import Sent, messages
 from tests.servers import fetch, flink
 from tests.servers.consume import kcat_messages
 
@@ -31,26 +30,9 @@ PREFIX = "flink."
 MS, MINUTE_MS = 1_000_000, 60_000
 START_MS = 1_800_000_000_000  # a full minute
 CLOCK_STEP_MS = -2
-HOSTS = {"host-a": "5e4a1cde-0000-4000-8000-00000000000a", "host-b": "5e4a1cde-0000-4000-8000-00000000000b"}
+HOSTS = ("host-a", "host-b")
 PEERS = ("192.0.2.1", "192.0.2.2", "2001:db8::3")
 MINUTES = 3
-
-
-class Sent(NamedTuple):
-    """An event as it is put in; `last` is the number of the flow's last transmit before it, in a retransmit alone."""
-
-    stream: Stream
-    host: str
-    cpu_seq: int
-    at_ms: int
-    daddr: str
-    dport: int
-    segs: int
-    sample_rate: int = 1
-    srtt_us: int = 0
-    is_retransmit: bool = False
-    cause: str = ""
-    last: int | None = None
 
 
 def traffic() -> list[Sent]:
@@ -82,49 +64,6 @@ def traffic() -> list[Sent]:
     return sorted(made, key=lambda event: (event.dport, event.at_ms))
 
 
-def messages(sent: list[Sent], ids: dict[str, int], clock_step_ms: int = 0) -> list[tuple[str, bytes, bytes]]:
-    """Return topic, key and value of events, encoded as the producer does it."""
-    encoders = {
-        (stream, host): BatchEncoder(
-            stream,
-            load_schema(stream),
-            SchemaId(ids[PREFIX + stream.topic]),
-            {"host": host, "boot_id": boot_id},
-            lambda number: None,
-        )
-        for stream in (TRANSMITS, RETRANSMITS)
-        for host, boot_id in HOSTS.items()
-    }
-    made = []
-    for event in sent:
-        batch = encoders[event.stream, event.host].encode(Batch(event.stream, row(event)), clock_step_ms * MS)
-        key = batch.keys[batch.key_starts[0] :][: batch.key_lengths[0]].tobytes()
-        made.append((PREFIX + event.stream.topic, key, batch.packed()))
-    return made
-
-
-def row(event: Sent) -> Any:
-    """Return the ring's row of one event."""
-    made = np.zeros(1, event.stream.dtype)
-    segment = made["s"]
-    for side, address in (("saddr", "10.0.0.1"), ("daddr", event.daddr)):
-        whole = ipaddress.ip_address(address)
-        mapped = whole.packed if whole.version == 6 else b"\0" * 10 + b"\xff\xff" + whole.packed
-        segment["flow"][side] = np.frombuffer(mapped, np.uint8)
-    segment["flow"]["sport"], segment["flow"]["dport"] = 443, event.dport
-    segment["flow"]["netns"] = 4026531840
-    segment["ts"], segment["cpu_seq"] = event.at_ms * MS, event.cpu_seq
-    segment["seq"], segment["end_seq"] = event.cpu_seq, event.cpu_seq + 1
-    segment["known"] = sum(KNOWN.values())
-    for name in ("segs", "sample_rate", "srtt_us"):
-        segment[name] = getattr(event, name)
-    if event.stream is TRANSMITS:
-        made["is_retransmit"] = event.is_retransmit
-    else:
-        made["cause"] = CAUSES.index(event.cause)
-    return made
-
-
 @pytest.fixture(scope="module")
 def sent() -> list[Sent]:
     return traffic()
@@ -145,7 +84,7 @@ def tables(kafka, registry, sent, tmp_path_factory) -> Path:
         kafka.create_topic(PREFIX + topic, settings={"cleanup.policy": "compact"})
 
     client = Producer({"bootstrap.servers": kafka.bootstrap, "partitioner": "murmur2_random"})
-    for topic, key, value in messages(sent, ids) + messages(sent[::5], ids, CLOCK_STEP_MS):
+    for topic, key, value in messages(sent, ids, PREFIX) + messages(sent[::5], ids, PREFIX, CLOCK_STEP_MS):
         client.produce(topic, value, key)
     assert client.flush(60) == 0
 

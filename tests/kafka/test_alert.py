@@ -1,0 +1,263 @@
+"""`rebpf alert` on a real Kafka: two members share the work, one is killed, and each change is told once.
+
+The events are of a plan, window after window, so that it is known beforehand what fires and what is resolved.
+"""
+
+import signal
+import subprocess
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import pytest
+from confluent_kafka import Producer
+
+from producer.alert.record import alert_schema
+from producer.events import RETRANSMITS, TRANSMITS, Stream
+from producer.heartbeat import FIXED_SCHEMA_ID, HeartbeatEncoder
+from tests.kafka.rebpf import command, rebpf, wait_until
+from tests.kafka.sent import Sent, messages
+from tests.kafka.topics import FIXED_IDS
+from tests.servers.consume import decode, kcat_messages
+from tests.unit.statuses import status
+
+pytestmark = pytest.mark.real_kafka
+
+PREFIX = "alert."
+WINDOW_S, LATENESS_S = 2, 5
+THRESHOLD, CLEAR, MINIMUM, MANY, FEW = 0.1, 0.03, 50, 30, 5
+CONFIG = f"""
+kafka.topic_prefix = "{PREFIX}"
+kafka.settings = {{ "session.timeout.ms" = 6000 }}
+[alert]
+lateness_s = {LATENESS_S}
+silent_after = 0.5  # of a heartbeat's 10 s
+[[alert.rules]]
+name = "loss"
+by = "host"
+measure = "ratio"
+window_s = {WINDOW_S}
+threshold = {THRESHOLD}
+clear = {CLEAR}
+minimum = {MINIMUM}
+[[alert.rules]]
+name = "many"
+by = "peer"
+measure = "count"
+window_s = {WINDOW_S}
+threshold = {MANY}
+clear = {FEW}
+"""
+# Segments sent again of 100 to each of three peers, window after window.
+PLAN = {
+    "steady": (0, 15, 15, 6, 6, 4, 15, 15, 0),
+    "changing": (12, 0, 12, 0, 12, 0, 12, 0, 12),
+    "quiet": (1, 1, 2, 1, 2, 1, 1, 0, 1),
+}
+SMALL = "small"  # all of its few segments are sent again
+PEERS = ("192.0.2.1", "192.0.2.2", "2001:db8::3")
+DYING, LIVING = "dying", "living"
+WINDOWS = len(PLAN["steady"])
+KILL_AT = 4
+
+
+class Change(NamedTuple):
+    """What an alert says that matters here."""
+
+    rule: str
+    group: str
+    firing: bool
+    window: int
+    segs: int
+    retransmitted_segs: int
+
+
+def planned() -> list[list[tuple[Stream, str, str, int]]]:
+    """Return stream, host, peer and segments of the events of each window."""
+    windows = []
+    for window in range(WINDOWS):
+        events = []
+        for host, again in PLAN.items():
+            for peer in PEERS:
+                # Both of several events, so that there is something to sum up.
+                events += [(TRANSMITS, host, peer, 10)] * 10
+                events += [(RETRANSMITS, host, peer, 1)] * again[window]
+        events += [(TRANSMITS, SMALL, PEERS[0], 5), (RETRANSMITS, SMALL, PEERS[0], 5)]
+        windows.append(events)
+    return windows
+
+
+def reference() -> list[Change]:
+    """Return what the rules say of the plan, by the plainest computation there is."""
+    changes = []
+    firing: set[tuple[str, str]] = set()
+    for window, events in enumerate([*planned(), []]):
+        sums: dict[tuple[str, str], Counter[Stream]] = defaultdict(Counter)
+        for stream, host, peer, segs in events:
+            sums["loss", host][stream] += segs
+            sums["many", peer][stream] += segs
+        for key in sorted({*sums, *firing}):
+            total, again = sums[key][TRANSMITS], sums[key][RETRANSMITS]
+            if key[0] == "loss":
+                value, begins, ends = again / max(total, 1), THRESHOLD, CLEAR
+                is_enough = total >= MINIMUM
+            else:
+                value, begins, ends, total = again, MANY, FEW, 0
+                is_enough = True
+            if key not in firing and is_enough and value >= begins:
+                firing.add(key)
+                changes.append(Change(*key, True, window, total, again))
+            elif key in firing and value < ends:
+                firing.remove(key)
+                changes.append(Change(*key, False, window, total, again))
+    return changes
+
+
+class Member:
+    """`rebpf alert` as a child process."""
+
+    def __init__(self, folder: Path, config: Path, *arguments: object) -> None:
+        folder.mkdir()
+        self._err = folder / "err"
+        run = ["setpriv", "--pdeathsig", "KILL", *command("alert", "--config", config, *arguments)]
+        with self._err.open("wb") as err, (folder / "out").open("wb") as out:
+            self.process = subprocess.Popen(run, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+
+    @property
+    def log(self) -> str:
+        return self._err.read_text()
+
+    def wait_for(self, text: str, count: int = 1) -> None:
+        def look() -> bool:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"rebpf alert ended with {self.process.returncode}:\n{self.log}")
+            return self.log.count(text) >= count
+
+        wait_until(f"{text} in the log", look)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(30) == 0, self.log
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Feed:
+    """Puts events and heartbeats into the topics."""
+
+    def __init__(self, bootstrap: str) -> None:
+        self._client = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random"})
+        self._ids = {PREFIX + topic: number for topic, number in FIXED_IDS.items()}
+        self._numbers: Counter[tuple[Stream, str]] = Counter()
+        self._beats = HeartbeatEncoder(FIXED_SCHEMA_ID)
+
+    def events(self, planned: Sequence[tuple[Stream, str, str, int]], start_s: int) -> None:
+        """Put in a window's events, some of them twice."""
+        sent = []
+        for i, (stream, host, peer, segs) in enumerate(planned):
+            self._numbers[stream, host] += 1
+            at_ms = start_s * 1000 + i * WINDOW_S * 1000 // len(planned)
+            cause = "fast" if stream is RETRANSMITS else ""
+            port = 50_000 + PEERS.index(peer)
+            sent.append(Sent(stream, host, self._numbers[stream, host], at_ms, peer, port, segs, cause=cause))
+        for topic, key, value in messages(sent + sent[::7], self._ids, PREFIX):
+            self._client.produce(topic, value, key)
+        self._flush()
+
+    def beat(self, host: str) -> None:
+        key, value = self._beats.encode(status(host=host), time.time())
+        self._client.produce(f"{PREFIX}rebpf_agent", value, key)
+        self._flush()
+
+    def _flush(self) -> None:
+        assert self._client.flush(30) == 0
+
+
+def told(bootstrap: str) -> list[dict[str, Any]]:
+    """Return the records of the topic of alerts."""
+    found = []
+    for message in kcat_messages(bootstrap, f"{PREFIX}tcp_alerts"):
+        assert message.value is not None
+        record = decode(message.value, alert_schema())[1]
+        assert message.key == f"{record['rule']}/{record['group']}".encode()
+        found.append(record)
+    return found
+
+
+@pytest.fixture
+def config(kafka, tmp_path: Path) -> Path:
+    path = tmp_path / "rebpf.toml"
+    path.write_text(f'kafka.brokers = "{kafka.bootstrap}"\n{CONFIG}')
+    return path
+
+
+def test_a_topic_that_is_missing_is_named_with_what_makes_it(config):
+    done = rebpf("alert", "--config", config)
+    assert done.returncode == 69
+    assert f"topic {PREFIX}tcp_" in done.stderr
+    assert "run `rebpf init" in done.stderr.splitlines()[-1]
+
+
+def test_two_members_of_which_one_is_killed_tell_each_change_once(kafka, config, tmp_path):
+    assert rebpf("init", "--alerts", "--partitions", 3, "--config", config).returncode == 0
+    feed = Feed(kafka.bootstrap)
+    with Member(tmp_path / "one", config) as one, Member(tmp_path / "two", config) as two:
+        for member in (one, two):
+            member.wait_for(" ready ")
+        # Both are in the group, and what the first one had alone is shared out.
+        wait_until("both have partitions", lambda: shares(one) and shares(two))
+
+        first_s = (int(time.time()) // WINDOW_S + 1) * WINDOW_S
+        for window, events in enumerate(planned()):
+            time.sleep(max(0.0, first_s + window * WINDOW_S - time.time()))
+            feed.events(events, first_s + window * WINDOW_S)
+            feed.beat(LIVING)
+            if window < 2:
+                feed.beat(DYING)
+            if window == KILL_AT:
+                wait_until("there are alerts", lambda: told(kafka.bootstrap))
+                one.process.kill()
+        expected = reference()
+
+        def all_told() -> bool:
+            feed.beat(LIVING)
+            return len(told(kafka.bootstrap)) > len(expected)  # and who is silent
+
+        wait_until("all changes are told", all_told)
+        two.stop()
+
+    found = told(kafka.bootstrap)
+    changes = [
+        Change(
+            record["rule"],
+            record["group"],
+            record["firing"],
+            (record["window_start_ns"] // 10**9 - first_s) // WINDOW_S,
+            record["segs"],
+            record["retransmitted_segs"],
+        )
+        for record in found
+        if record["measure"] != "silence"
+    ]
+    assert sorted(changes, key=lambda change: (change.window, change[:2])) == expected
+    of_key: dict[str, list[bool]] = defaultdict(list)
+    for change in changes:
+        of_key[change.rule + change.group].append(change.firing)
+    assert all(firing == [i % 2 == 0 for i in range(len(firing))] for firing in of_key.values()), "in order"
+    silent = [(record["group"], record["firing"]) for record in found if record["measure"] == "silence"]
+    assert silent == [(DYING, True)]
+    assert " late=0 " in two.log.splitlines()[-1]
+
+
+def shares(member: Member) -> bool:
+    """Whether the last that the member said of its partitions is that it has some."""
+    lines = [line for line in member.log.splitlines() if " partitions=" in line]
+    return bool(lines) and not lines[-1].endswith("partitions=none")
