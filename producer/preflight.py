@@ -12,9 +12,10 @@ from producer.btf import VMLINUX, Btf
 from producer.config import Config, placed
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.finding import Finding
-from producer.kafka_settings import client_settings
+from producer.kafka_settings import DEFAULTS, client_settings
 from producer.loading import python_with_bcc
 from producer.preflight_servers import kafka, registry
+from producer.rdkafka import check_settings
 from producer.ruleset import resolve
 from producer.rungs import LADDERS, cgroup2_root, refusal
 from producer.state import is_locked, pid
@@ -32,7 +33,7 @@ def examine(config: Config, *, path: Path | None = None, servers: bool = True) -
     `path` is the file that `config` was read from, so that what is wrong there is found.
     """
     findings = [*_settings(config, path), *_kernel(config), *_python(), *_folders(config), *_others(config)]
-    # Settings that contradict each other are found above, and no client would take them.
+    # What no client would take is found above.
     if servers and not any(finding.subject == "kafka.settings" for finding in findings):
         findings += [*kafka(config), *registry(config)]
     return findings
@@ -42,6 +43,7 @@ def _settings(config: Config, path: Path | None) -> Iterator[Finding]:
     try:
         with placed(path):
             client_settings(config.kafka.brokers, config.kafka.settings)
+            check_settings(config.kafka.settings, aliases=DEFAULTS)
     except ConfigError as error:
         yield Finding("kafka.settings", str(error), error.exit_code)
     try:

@@ -7,7 +7,8 @@ Functions and structures: librdkafka's rdkafka.h and rdkafka_mock.h. Pointers ar
 """
 
 import ctypes
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from ctypes import CFUNCTYPE, POINTER, c_char, c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ MESSAGE = np.dtype(
 EVENT_DR, EVENT_LOG, EVENT_ERROR, EVENT_STATS = 0x1, 0x4, 0x8, 0x40
 PARTITION_UA = -1
 _PRODUCER = 0
-_CONF_OK = 0
+_CONF_OK, _CONF_UNKNOWN = 0, -2
 _PURGE_QUEUE, _PURGE_INFLIGHT = 1, 2
 _ERROR_BYTES = 512
 
@@ -53,6 +54,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "conf_set_events": (None, (c_void_p, c_int)),
         "conf_set_socket_cb": (None, (c_void_p, SocketCallback)),
         "conf_destroy": (None, (c_void_p,)),
+        "conf_dump": (POINTER(c_char_p), (c_void_p, POINTER(c_size_t))),
+        "conf_dump_free": (None, (POINTER(c_char_p), c_size_t)),
         "new": (c_void_p, (c_int, c_void_p, *text)),
         "topic_new": (c_void_p, (c_void_p, c_char_p, c_void_p)),
         "topic_destroy": (None, (c_void_p,)),
@@ -88,6 +91,33 @@ _lib = _declare(_library())
 def error_name(code: int) -> str:
     """Return librdkafka's name of an error code: MSG_SIZE_TOO_LARGE; its own codes begin with an underscore."""
     return str(_lib.rd_kafka_err2name(code).decode())
+
+
+def check_settings(settings: Mapping[str, str], aliases: Iterable[str]) -> None:
+    """Raise ConfigError for the first setting that librdkafka refuses; for an unknown one, with the nearest name.
+
+    `aliases` are other names in use, which the library does not list.
+    """
+    text = ctypes.create_string_buffer(_ERROR_BYTES)
+    conf = _lib.rd_kafka_conf_new()
+    try:
+        for name, value in settings.items():
+            result = _lib.rd_kafka_conf_set(conf, name.encode(), value.encode(), text, len(text))
+            if result != _CONF_OK:
+                close = difflib.get_close_matches(name, [*aliases, *_names(conf)], 1) if result == _CONF_UNKNOWN else []
+                nearest = f": did you mean {close[0]}?" if close else ""
+                raise ConfigError(f"kafka.settings.{name}: {text.value.decode()}{nearest}")
+    finally:
+        _lib.rd_kafka_conf_destroy(conf)
+
+
+def _names(conf: int) -> list[str]:
+    """Return the names of all settings that have a value."""
+    count = c_size_t()
+    pairs = _lib.rd_kafka_conf_dump(conf, ctypes.byref(count))
+    names = [pairs[i].decode() for i in range(0, count.value, 2)]
+    _lib.rd_kafka_conf_dump_free(pairs, count)
+    return names
 
 
 @dataclass(frozen=True, slots=True, eq=False)

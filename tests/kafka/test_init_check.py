@@ -190,7 +190,8 @@ def test_a_setting_that_the_client_refuses_is_a_configuration_error(config):
     assert "lingr.ms" in done.stderr
     code, found = findings(*arguments)
     assert code == 78
-    assert "lingr.ms" in str(found["Kafka"]["text"])
+    assert str(found["kafka.settings"]["text"]).endswith(": did you mean linger.ms?")
+    assert "Kafka" not in found, "no client takes it"
 
 
 def test_a_topic_whose_settings_let_no_event_in(kafka, config):
