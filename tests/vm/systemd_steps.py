@@ -42,6 +42,7 @@ RETRANSMITS = 20
 
 RESULTS = Path("/results")
 PACKAGE = Path("/root/rebpf.deb")
+SECRET = Path("/root/secret")
 CONFIG = Path("/etc/rebpf/rebpf.toml")
 LEFTOVERS = ("/etc", "/run", "/usr", "/var")
 
@@ -134,8 +135,15 @@ def life(brokers: str) -> None:
 
 
 def other_life(brokers: str) -> None:
-    """With the hooks that need another capability: start, restart and kill; then others take their place."""
-    configure(brokers, "[capture]", 'hooks = ["cgroup_skb", "raw_tp"]')
+    """With the hooks that need another capability, and a secret: start, restart and kill; then others take their place.
+
+    Without the secret, the configuration would be wrong, and there would be no start.
+    """
+    SECRET.write_text("what only root can read\n")
+    SECRET.chmod(0o600)
+    drop_in("secret", f"LoadCredential=kafka:{SECRET}")
+    secret = ("[kafka.settings]", '"sasl.password" = "@kafka"')
+    configure(brokers, "[capture]", 'hooks = ["cgroup_skb", "raw_tp"]', *secret)
     with Echo() as echo:
         systemctl("start", UNIT)
         sights = {"start": look()}
