@@ -108,8 +108,16 @@ class Decider:
         for view, windows in self._windows.items():
             for start_ns in [start for start in windows if start + view.width_ns <= reached_ns]:
                 del windows[start_ns]
+        for rule in self._rules:
+            self._forget(self._last[rule.name], reached_ns - view_of(rule).width_ns)
         self.decided_ns = reached_ns
         return changes
+
+    @staticmethod
+    def _forget(last: dict[str, Alert], start_ns: int) -> None:
+        """Forget what is resolved, where no window up to that of the alert can be decided again: flows are many."""
+        for group in [group for group, alert in last.items() if not alert.firing and alert.window_start_ns <= start_ns]:
+            del last[group]
 
     def _rule(self, rule: AlertRule, reached_ns: int) -> Iterator[Alert]:
         view, last = view_of(rule), self._last[rule.name]

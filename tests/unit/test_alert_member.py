@@ -1,5 +1,6 @@
 """Both stages together: whoever has which partition, and wherever a member is killed, the alerts are the same."""
 
+import pickle
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -91,6 +92,14 @@ def test_what_was_told_is_not_told_again_nor_undone_by_windows_before_it() -> No
     again = Deciding(COUNT, fired.decider.firing)
     changes = [again.window(number, {"a": count}) for number, count in enumerate([9, 1, 9, 9, 1])]
     assert changes == [[], [], [], [], [("a", False, 40, 1)]]
+
+
+def test_groups_that_are_resolved_take_no_memory() -> None:
+    deciding, without = Deciding(COUNT), Deciding(COUNT)
+    deciding.window(0, {f"host-{number}": 9 for number in range(1000)})
+    assert len(deciding.window(1, {})) == 1000
+    without.window(1, {})
+    assert len(pickle.dumps(deciding.decider)) == len(pickle.dumps(without.decider))
 
 
 def test_an_alert_whose_rule_is_gone_is_resolved() -> None:
