@@ -1,7 +1,8 @@
 """Silent hosts, without I/O: those whose heartbeats have stopped, in one partition of the topic of heartbeats.
 
 A host's own clock may be wrong: time is when a heartbeat was read. So who takes over gives every host a whole respite,
-and goes on from `position`, from where each living host is heard at least once.
+and goes on from `position`, from where each living host is heard at least once. And time in which nothing could be read
+is left out: where Kafka was away, no host could be heard.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from producer.alert.windows import Record
 
 RULE, MEASURE = "silent", "silence"
 _SECOND_NS = 1_000_000_000
+_STEP_NS = 5 * _SECOND_NS
+"""All is read to the end once a second: of a longer time between two, this much counts."""
 
 
 class _Heard(NamedTuple):
@@ -32,7 +35,7 @@ class Hosts:
         self._living: dict[str, _Heard] = {}
         self._silent = {alert.group: alert for alert in known if alert.firing}
         self._changes: list[Alert] = []
-        self._is_live = False
+        self._read_to_ns = 0
         self.next = first
         """The offset to read next."""
 
@@ -52,7 +55,7 @@ class Hosts:
         host, patience_s = beat["host"], self._missed * beat["interval_s"]
         silent = self._silent.get(host)
         if silent is not None:
-            if not self._is_live and sent_ns <= silent.window_start_ns:  # read again: the alert is of later
+            if not self._read_to_ns and sent_ns <= silent.window_start_ns:  # read again: the alert is of later
                 return
             resolved = replace(silent, firing=False, value=0.0, window_start_ns=sent_ns)
             self._changes.append(resolved)
@@ -67,7 +70,11 @@ class Hosts:
 
         A reader that lags would take its own delay for silence.
         """
-        self._is_live = self._is_live or read_to_ns > 0
+        left_out_ns = read_to_ns - self._read_to_ns - _STEP_NS
+        if self._read_to_ns and left_out_ns > 0:
+            for host, heard in self._living.items():
+                self._living[host] = heard._replace(due_ns=heard.due_ns + left_out_ns)
+        self._read_to_ns = read_to_ns
         for host in sorted(host for host, heard in self._living.items() if heard.due_ns <= read_to_ns):
             heard = self._living.pop(host)
             silent_s = max(0.0, (read_to_ns - heard.sent_ns) / _SECOND_NS)

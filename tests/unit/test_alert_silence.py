@@ -45,11 +45,11 @@ def test_a_host_that_is_heard_again_is_told_once_and_can_go_silent_again() -> No
     hosts = Hosts(3, [], 0)
     hear(hosts, 100)
     look(hosts, 131)
-    hear(hosts, 150)
-    hear(hosts, 160)
-    assert look(hosts, 161) == [("web-1", False, 0)]
-    assert look(hosts, 189) == []
-    assert look(hosts, 190) == [("web-1", True, 30)]
+    hear(hosts, 132)
+    hear(hosts, 133)
+    assert look(hosts, 134) == [("web-1", False, 0)]
+    assert [look(hosts, second) for second in range(135, 163)] == [[]] * 28
+    assert look(hosts, 163) == [("web-1", True, 30)]
 
 
 def test_a_host_that_stopped_as_it_should_is_not_silent_and_ends_its_alert() -> None:
@@ -82,3 +82,14 @@ def test_a_heartbeat_that_is_read_again_after_a_takeover_ends_no_alert() -> None
     assert look(hosts, 141) == []
     hear(hosts, 99, read=150)  # a clock that was set back
     assert look(hosts, 151) == [("web-1", False, 0)]
+
+
+def test_hosts_that_could_not_be_heard_while_kafka_was_away_are_not_silent() -> None:
+    hosts = Hosts(3, [], 0)
+    for host in ("web-1", "web-2"):
+        hear(hosts, 100, beat(host))
+    look(hosts, 105)
+    assert look(hosts, 400) == []
+    hear(hosts, 401)
+    assert [look(hosts, second) for second in range(402, 420)] == [[]] * 18
+    assert look(hosts, 420) == [("web-2", True, 320)]
