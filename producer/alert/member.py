@@ -60,6 +60,14 @@ class _Lost(Exception):
     """The partitions that what is ready came from were taken away meanwhile."""
 
 
+class _Failed(Exception):
+    """What Kafka failed in while a sink waits, which is not the sink's failure: it is not to try again."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__()
+        self.cause = cause
+
+
 class Member:
     """Reads and alerts. `open_sinks` makes the sinks, of a way to wait.
 
@@ -125,6 +133,8 @@ class Member:
             self._go_round(cycle)
         except _Stopped:
             logger.warning("stopped with alerts that were not taken: the next start goes on before them")
+        except _Failed as failed:
+            raise failed.cause from None
 
     def _take(self, messages: Iterable[Message]) -> None:
         now_ns = time.time_ns()
@@ -178,6 +188,12 @@ class Member:
 
     def _wait(self, seconds: float) -> None:
         """Let Kafka know that this member lives, while a sink waits; raise where it is to give up."""
+        try:
+            self._poll(seconds)
+        except (KafkaException, UnavailableError) as exc:  # of a share that cannot be taken, too
+            raise _Failed(exc) from exc
+
+    def _poll(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         share = self._share
         self._consumer.pause(self._consumer.assignment())

@@ -3,24 +3,34 @@
 The events are of a plan, window after window, so that it is known beforehand what fires and what is resolved.
 """
 
+import logging
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, Producer
 
+from producer.alert.alert import Alert, Sink
+from producer.alert.member import Member as AlertMember
+from producer.alert.patience import Wait, until_it_works
 from producer.alert.record import alert_schema
+from producer.config import Alert as AlertConfig
+from producer.config import AlertRule, Config, Kafka, Registry
+from producer.errors import UnavailableError
 from producer.events import RETRANSMITS, TRANSMITS, Stream
 from producer.heartbeat import FIXED_SCHEMA_ID, HeartbeatEncoder
+from producer.provision import create_topics
 from tests.kafka.rebpf import command, rebpf, wait_until
 from tests.kafka.sent import Sent, messages
 from tests.kafka.topics import FIXED_IDS
 from tests.servers.consume import decode, kcat_messages
+from tests.servers.kafka import KafkaServer
 from tests.unit.statuses import status
 
 pytestmark = pytest.mark.real_kafka
@@ -59,6 +69,7 @@ PLAN = {
 }
 SMALL = "small"  # all of its few segments are sent again
 PEERS = ("192.0.2.1", "192.0.2.2", "2001:db8::3")
+FRAMED = b"\0\0\0\0\7..."  # of schema 7
 DYING, LIVING = "dying", "living"
 WINDOWS = len(PLAN[STEADY])
 
@@ -204,6 +215,50 @@ def test_a_topic_that_is_missing_is_named_with_what_makes_it(config):
     assert done.returncode == 69
     assert f"topic {PREFIX}tcp_" in done.stderr
     assert "run `rebpf init" in done.stderr.splitlines()[-1]
+
+
+class WaitingSink:
+    """Has another member join the group when it is reminded and ready, and waits then; it may not try again."""
+
+    def __init__(self, kafka: KafkaServer, is_ready: Callable[[], bool], wait: Wait) -> None:
+        self._kafka = kafka
+        self._is_ready = is_ready
+        self._wait = wait
+        self.other: Consumer | None = None
+
+    def send(self, alerts: Sequence[Alert]) -> None:
+        pass
+
+    def repeat(self, firing: Collection[Alert]) -> None:
+        if not self._is_ready():
+            return
+        client = Producer({"bootstrap.servers": self._kafka.bootstrap})
+        client.produce("waiting.tcp_alerts", FRAMED, "a/b")
+        assert client.flush(30) == 0
+        group = {"group.id": "waiting", "partition.assignment.strategy": "roundrobin"}
+        self.other = Consumer({"bootstrap.servers": self._kafka.bootstrap, **group})
+        self.other.subscribe(["waiting.tcp_retransmit"])
+        until_it_works("alerts", pytest.fail)(self._wait, 60)
+
+    def close(self) -> None:
+        if self.other is not None:
+            self.other.close()
+
+
+def test_a_share_that_cannot_be_taken_while_a_sink_waits_ends_the_member_and_no_try_follows(kafka, caplog):
+    """A schema's registry that is away keeps the member from the last alerts, without which it cannot begin."""
+    caplog.set_level(logging.INFO, "producer.alert")
+    group = AlertConfig(group="waiting", repeat_s=1, rules=(AlertRule(name="loss"),))
+    often = Kafka(topic_prefix="waiting.", brokers=kafka.bootstrap, settings={"heartbeat.interval.ms": "200"})
+    config = Config(kafka=often, registry=Registry("http://127.0.0.1:1"), alert=group)
+    create_topics(config, 1, 1, alerts=True)
+
+    def open_sinks(wait: Wait) -> list[Sink]:
+        return [WaitingSink(kafka, lambda: "ready brokers" in caplog.text, wait)]
+
+    member = AlertMember(config, kafka.bootstrap, open_sinks, threading.Event(), from_beginning=False)
+    with pytest.raises(UnavailableError, match="registry does not answer for schema id 7"):
+        member.run(60)
 
 
 def test_two_members_of_which_one_is_killed_tell_each_change_once(kafka, config, tmp_path):
