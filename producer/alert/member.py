@@ -36,6 +36,8 @@ _POLL_S = 0.2
 _BATCH = 1000
 _ANSWER_S = 10.0
 _DEFAULTS = {
+    # How soon a partition that is added is seen and read; librdkafka's 5 minutes of its events would be left out.
+    "topic.metadata.refresh.interval.ms": "10000",
     # Until the others take over what a member that was killed had; librdkafka's 45 s are long for alerts.
     "session.timeout.ms": "10000",
     "heartbeat.interval.ms": "2000",
