@@ -36,12 +36,8 @@ class Counts:
     alerts: int = 0
     """Changes that were put out."""
 
-    def as_dict(self) -> dict[str, int]:
-        """Return them by name."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        return " ".join(f"{name}={count}" for name, count in self.as_dict().items())
+        return " ".join(f"{name}={count}" for name, count in asdict(self).items())
 
 
 class Committed(NamedTuple):
@@ -53,10 +49,10 @@ class Committed(NamedTuple):
     def facts(self) -> dict[str, int]:
         """Return what is kept beside the offset."""
         try:
-            facts: dict[str, int] = json.loads(self.metadata or "{}")
-        except ValueError:  # another program's
+            facts = json.loads(self.metadata or "{}")
+        except ValueError:
             return {}
-        return facts
+        return facts if isinstance(facts, dict) else {}  # another program's
 
 
 class Stage(Protocol):
@@ -89,7 +85,7 @@ class Part:
         """Take a message; one that is none of ours is counted."""
         try:
             self._take(value, offset, now_ns)
-        except (UndecodableError, KeyError, TypeError, ValueError) as exc:
+        except (UndecodableError, KeyError, TypeError, ValueError, OverflowError) as exc:
             self._stage.next = offset + 1
             self.counts.undecodable += 1
             if not self._is_warned:

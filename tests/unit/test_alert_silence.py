@@ -1,7 +1,15 @@
 """Silent hosts: by the heartbeat's own interval, told once, and not where a producer stopped as it should."""
 
+import math
+
+import pytest
+
 from producer.alert.alert import Alert
+from producer.alert.parts import Committed, Counts, HeartbeatPart
 from producer.alert.silence import Hosts
+from producer.decode import Decoder
+from producer.heartbeat import FIXED_SCHEMA_ID, HeartbeatEncoder, heartbeat_schema
+from tests.unit.statuses import status
 
 SECOND_NS = 1_000_000_000
 
@@ -93,3 +101,18 @@ def test_hosts_that_could_not_be_heard_while_kafka_was_away_are_not_silent() -> 
     hear(hosts, 401)
     assert [look(hosts, second) for second in range(402, 420)] == [[]] * 18
     assert look(hosts, 420) == [("web-2", True, 320)]
+
+
+@pytest.mark.parametrize("interval_s", [math.inf, math.nan])
+def test_a_heartbeat_that_makes_no_sense_is_passed_over(monkeypatch: pytest.MonkeyPatch, interval_s: float) -> None:
+    monkeypatch.setattr("producer.heartbeat.INTERVAL_S", interval_s)
+    _, value = HeartbeatEncoder(FIXED_SCHEMA_ID).encode(status(), 100)
+    counts = Counts()
+    part = HeartbeatPart("hosts", 3, [], Committed(7), Decoder(None, {FIXED_SCHEMA_ID: heartbeat_schema()}), counts)
+    part.put(value, 7, 0)
+    assert (part.next, counts.undecodable) == (8, 1)
+
+
+@pytest.mark.parametrize("metadata", ["5", "null", "[]", "not JSON"])
+def test_what_another_program_left_beside_an_offset_says_nothing(metadata: str) -> None:
+    assert Committed(7, metadata).facts() == {}
