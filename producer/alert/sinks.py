@@ -12,12 +12,13 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from producer.alert.alert import Alert, Sink
 from producer.alert.alertmanager import Alertmanager
 from producer.alert.patience import Wait, until_it_works
-from producer.alert.record import FIXED_SCHEMA_ID, TOPIC, AlertEncoder, alert_schema, summary
+from producer.alert.record import FIXED_SCHEMA_ID, AlertEncoder, alert_schema, summary
 from producer.config import Config
 from producer.consumer import client_logger
 from producer.errors import ConfigError, SchemaError, UnavailableError
 from producer.events import SchemaId, Topic
 from producer.kafka_settings import client_settings
+from producer.provision import alert_topics
 from producer.registry import SchemaIds
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def open_sinks(config: Config, brokers: str, wait: Wait, *, as_json: bool = Fals
     if config.alert.alertmanager is not None:
         sinks.append(Alertmanager(config.alert.alertmanager, config.alert.repeat_s, wait))
     if config.alert.topic:
-        topic = Topic(config.kafka.topic_prefix + TOPIC)
+        topic, _ = alert_topics(config)
         settings = client_settings(brokers, config.kafka.settings)
         sinks.append(TopicSink(settings, topic, AlertEncoder(_schema_id(config, topic)), wait))
     if not sinks:
