@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from producer.alert import exchange, silence
 from producer.alert.alert import Alert
@@ -62,6 +62,8 @@ class Shares:
         known = self._known()
         parts, fresh = {}, set()
         for found in consumer.committed(assigned, timeout=_ANSWER_S):
+            if found.error is not None:  # what it has is not known, which is not the same as nothing
+                raise KafkaException(found.error)
             place = Place(found.topic, found.partition)
             committed = Committed(found.offset, found.metadata or "")
             if found.offset < 0:
