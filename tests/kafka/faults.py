@@ -78,6 +78,17 @@ class Scene:
         target = len(self.segments)
         wait_until("the topic has all", lambda: len(once(self.events())) >= target)
 
+    def wait_for_rest(self) -> None:
+        """Wait until no event is on its way: each is delivered or lost, and none waits on disk as a slow host's may."""
+        waits = ("in_ring", "in_flight", "spooled")
+
+        def is_at_rest() -> bool:
+            url = json.loads((self.run.state_dir / "agent.json").read_text())["status_url"]
+            with urllib.request.urlopen(f"{url}/status", timeout=10) as response:
+                return not any(stream[name] for stream in json.load(response)["streams"] for name in waits)
+
+        wait_until("nothing is on its way", is_at_rest)
+
     def reasons(self) -> list[str]:
         """Return why the producer says that it is degraded; none where it says that all is well."""
         url = json.loads((self.run.state_dir / "agent.json").read_text())["status_url"]

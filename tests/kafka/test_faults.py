@@ -257,6 +257,7 @@ def make_some_too_large(at: Scene, cgroup: Path) -> set[tuple[str, int]]:
         at.wait_for_more(101)
         large = exchange_in(cgroup, at.port)
         at.wait_for_more(101)
+    at.wait_for_rest()
     at.balance = at.run.finish()
     return large
 
@@ -298,6 +299,7 @@ def test_refused_for_a_reason_that_does_not_pass(kafka, tmp_path):
         at.run.wait_for("ERROR kafka: .* lost topic=refused.tcp_transmit error=INVALID_TIMESTAMP")
         kafka.set_topic("refused.tcp_transmit", {limit: "3600000"})
         topics.wait_for_events(kafka.bootstrap, "refused.tcp_transmit", at.exchange)
+        at.wait_for_rest()
         at.balance = at.run.finish()
 
     events = list(once(at.events()).values())
