@@ -215,6 +215,7 @@ class Member:
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
         self._share += 1
+        self._waiting = []  # of an earlier share: they are read again by whoever has them now
         self._parts, fresh = self._shares.take(consumer, assigned) if assigned else ({}, set())
         # At once: who takes over from here on must not begin at a later end.
         if fresh:
@@ -224,6 +225,7 @@ class Member:
 
     def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
         self._share += 1
+        self._waiting = []
         self._parts = {}
 
     def _tell(self) -> None:
