@@ -25,9 +25,9 @@ def effective() -> int:
 
 def missing(wanted: frozenset[int] = frozenset(NAMES)) -> list[str]:
     """Return the names of the `wanted` capabilities that this process lacks; CAP_SYS_ADMIN stands for all of them."""
-    have = effective()
     if is_admin():
         return []
+    have = effective()
     return [NAMES[number] for number in sorted(wanted) if not have >> number & 1]
 
 

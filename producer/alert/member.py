@@ -20,7 +20,7 @@ from producer.alert.patience import Wait
 from producer.alert.record import FIXED_SCHEMA_ID, alert_schema
 from producer.alert.share import Shares
 from producer.alert.topics import topics_of
-from producer.alert.writer import SumsWriter
+from producer.alert.writer import TopicWriter
 from producer.config import Config
 from producer.consumer import client_logger
 from producer.decode import Decoder
@@ -102,7 +102,7 @@ class Member:
         self._is_ready = False
         self._trouble: KafkaError | None = None
         self._consumer = _consumer(config, brokers, self._meet)
-        self._writer = SumsWriter(client_settings(brokers, config.kafka.settings), self._topics.sums, self._wait)
+        self._writer = TopicWriter(client_settings(brokers, config.kafka.settings), self._topics.sums, self._wait)
         self._sinks = open_sinks(self._wait)
 
     def run(self, duration_s: float | None) -> None:
@@ -119,7 +119,7 @@ class Member:
             raise UnavailableError(f"Kafka at {self._brokers}: {reason.str()}") from exc
         finally:
             self._consumer.close()
-            self._writer.close()
+            self._writer.give_up()
             for sink in self._sinks:
                 sink.close()
 

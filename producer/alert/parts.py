@@ -2,6 +2,7 @@
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
@@ -65,7 +66,7 @@ class Stage(Protocol):
         """The offset to go on from after a restart."""
 
 
-class Part:
+class Part(ABC):
     """A partition of the topic `topic`; what is done with its messages, its subclass says."""
 
     def __init__(self, topic: str, stage: Stage, counts: Counts) -> None:
@@ -106,11 +107,13 @@ class Part:
         """Return what to commit when all that the partition gave is out."""
         return Committed(self._stage.position, json.dumps(self._facts()))
 
+    @abstractmethod
     def _take(self, value: bytes | None, offset: int, now_ns: int) -> None:
-        raise NotImplementedError
+        """Take a message; what it raises says that it is none of ours."""
 
+    @abstractmethod
     def _read_to_end(self, at_ns: int) -> None:
-        raise NotImplementedError
+        """Note that all that Kafka had at that time has been read."""
 
     def _facts(self) -> dict[str, int]:
         return {}
@@ -184,6 +187,9 @@ class SumsPart(Part):
             self._decider.pass_time(message["part"], message["watermark_ns"], offset)
         else:
             self._decider.add(message["stream"], message["part"], exchange.sums_of(message), offset)
+
+    def _read_to_end(self, at_ns: int) -> None:
+        """Do nothing: time is what the watermarks say."""
 
     def _facts(self) -> dict[str, int]:
         return {"decided_ns": self._decider.decided_ns}

@@ -1,29 +1,23 @@
 """Where alerts go: standard output, Alertmanager, and the topic tcp_alerts."""
 
 import json
-import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 
 import click
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from producer.alert.alert import Alert, Sink
 from producer.alert.alertmanager import Alertmanager
 from producer.alert.patience import Wait, until_it_works
 from producer.alert.record import FIXED_SCHEMA_ID, AlertEncoder, alert_schema, summary
+from producer.alert.writer import ANY_PARTITION, TopicWriter
 from producer.config import Config
-from producer.consumer import client_logger
-from producer.errors import ConfigError, SchemaError, UnavailableError
+from producer.errors import ConfigError, SchemaError
 from producer.events import SchemaId, Topic
 from producer.kafka_settings import client_settings
 from producer.provision import alert_topics
 from producer.registry import SchemaIds
-
-logger = logging.getLogger(__name__)
-
-_POLL_S = 0.1
 
 
 def open_sinks(config: Config, brokers: str, wait: Wait, *, as_json: bool = False) -> list[Sink]:
@@ -40,7 +34,8 @@ def open_sinks(config: Config, brokers: str, wait: Wait, *, as_json: bool = Fals
     if config.alert.topic:
         topic, _ = alert_topics(config)
         settings = client_settings(brokers, config.kafka.settings)
-        sinks.append(TopicSink(settings, topic, AlertEncoder(_schema_id(config, topic)), wait))
+        encoder = AlertEncoder(_schema_id(config, topic))
+        sinks.append(TopicSink(TopicWriter(settings, topic, wait), encoder, wait))
     if not sinks:
         raise ConfigError("alert: alerts go nowhere: set topic, stdout or alertmanager below [alert]")
     return sinks
@@ -76,14 +71,12 @@ class StandardOutput:
 
 
 class TopicSink:
-    """Writes to `topic`; `settings` are librdkafka's. `wait` is called while Kafka does not take them."""
+    """Writes to a topic by `writer`; `wait` is called between two tries."""
 
-    def __init__(self, settings: Mapping[str, str], topic: Topic, encoder: AlertEncoder, wait: Wait) -> None:
-        self._settings = settings
-        self._topic = topic
+    def __init__(self, writer: TopicWriter, encoder: AlertEncoder, wait: Wait) -> None:
+        self._writer = writer
         self._encoder = encoder
         self._wait = wait
-        self._client = self._open()
 
     def send(self, alerts: Sequence[Alert]) -> None:
         """Return when Kafka has acknowledged all. Where it refuses one, all are sent again, so that order is kept."""
@@ -94,34 +87,14 @@ class TopicSink:
 
     def close(self) -> None:
         """Give up what is under way."""
-        self._client.purge()
-        self._client.flush(1)
+        self._writer.give_up()
 
     def _put(self, messages: Sequence[tuple[bytes, bytes]]) -> None:
-        failures: list[KafkaError] = []
-
-        def learn(error: KafkaError | None, message: Message) -> None:
-            if error is not None:
-                failures.append(error)
-
         try:
             for key, value in messages:
-                self._client.produce(self._topic, value, key, on_delivery=learn)
-            while self._client.flush(_POLL_S):
-                self._wait(_POLL_S)
-        except KafkaException as error:  # a fatal one: this client sends nothing more
-            self.close()
-            self._client = self._open()
-            raise UnavailableError(f"topic {self._topic}: {error.args[0].str()}") from error
+                self._writer.put(ANY_PARTITION, value, key)
+            self._writer.flush()
         except BaseException:
-            # Who has the partitions now sends them; they must not come later from here.
-            self.close()
+            # Who has the partitions now sends them, or the next try does; they must not come later from here.
+            self._writer.give_up()
             raise
-        if failures:
-            raise UnavailableError(f"topic {self._topic}: {failures[0].str()}")
-
-    def _open(self) -> Producer:
-        try:
-            return Producer(dict(self._settings), logger=client_logger(logger))
-        except KafkaException as error:
-            raise ConfigError(f"kafka settings: {error.args[0].str()}") from error
