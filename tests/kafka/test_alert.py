@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pytest
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Producer
 
 from producer.alert.alert import Alert, Sink
 from producer.alert.member import Member as AlertMember
@@ -224,7 +224,7 @@ class WaitingSink:
         self._kafka = kafka
         self._is_ready = is_ready
         self._wait = wait
-        self.other: Consumer | None = None
+        self.other: subprocess.Popen[bytes] | None = None
 
     def send(self, alerts: Sequence[Alert]) -> None:
         pass
@@ -235,14 +235,16 @@ class WaitingSink:
         client = Producer({"bootstrap.servers": self._kafka.bootstrap})
         client.produce("waiting.tcp_alerts", FRAMED, "a/b")
         assert client.flush(30) == 0
-        group = {"group.id": "waiting", "partition.assignment.strategy": "roundrobin"}
-        self.other = Consumer({"bootstrap.servers": self._kafka.bootstrap, **group})
-        self.other.subscribe(["waiting.tcp_retransmit"])
+        # In a process of its own, which can be ended: the client of one that is closed while it joins may never return.
+        strategy = "partition.assignment.strategy=roundrobin"
+        join = ["kcat", "-q", "-b", self._kafka.bootstrap, "-X", strategy, "-G", "waiting", "waiting.tcp_retransmit"]
+        self.other = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *join], stdout=subprocess.DEVNULL)
         until_it_works("alerts", pytest.fail)(self._wait, 60)
 
     def close(self) -> None:
         if self.other is not None:
-            self.other.close()
+            self.other.kill()
+            self.other.wait()
 
 
 def test_a_share_that_cannot_be_taken_while_a_sink_waits_ends_the_member_and_no_try_follows(kafka, caplog):
