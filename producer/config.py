@@ -7,15 +7,11 @@ is named.
 
 import contextlib
 import dataclasses
-import difflib
-import ipaddress
 import math
 import os
 import re
 import socket
 import tomllib
-import types
-import typing
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +21,7 @@ from typing import Any
 from producer import place
 from producer.errors import ConfigError
 from producer.events import HOOKS
+from producer.table import Address, build, nearest
 
 _LEAST_SPOOL_BYTES = 1 << 18
 _LISTEN = re.compile(r".+:\d{1,5}")
@@ -37,8 +34,6 @@ GROUPS = ("host", "peer", "flow", "port")
 MEASURES = ("count", "ratio")
 SILENT = "silent"
 """The name of the rule that alerts on hosts whose heartbeats have stopped."""
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +249,7 @@ def load(path: Path | None) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     with placed(path, text):
-        return _with_secrets(check(_build(Config, table, "")))
+        return _with_secrets(check(build(Config, table)))
 
 
 @contextlib.contextmanager
@@ -278,7 +273,7 @@ def check(config: Config) -> Config:
             raise ConfigError(f"capture.{name}: {size} is not a power of two of at least one page")
     for hook in capture.hooks:
         if hook not in HOOKS:
-            raise ConfigError(f"capture.hooks: there is no hook {hook}{_nearest(hook, HOOKS)}")
+            raise ConfigError(f"capture.hooks: there is no hook {hook}{nearest(hook, HOOKS)}")
     for port in capture.ports:
         if not 0 < port < 1 << 16:
             raise ConfigError(f"capture.ports: {port} is no port")
@@ -373,66 +368,3 @@ def _check_url(url: str) -> None:
 def _check_seconds(name: str, value: float, *, least: float) -> None:
     if not least <= value < math.inf:
         raise ConfigError(f"{name}: {value} is not a number of seconds from {least}")
-
-
-def _build(kind: Any, table: Mapping[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in table.items():
-        if key not in hints:
-            raise ConfigError(f"unknown key {where}{key}{_nearest(key, hints)}")
-        values[key] = _value(hints[key], value, where + key)
-    return kind(**values)
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """Turn TOML's value into the field's type."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    is_mapping = origin is not None and issubclass(origin, Mapping)
-    if (dataclasses.is_dataclass(kind) or is_mapping) and not isinstance(value, dict):
-        raise ConfigError(f"{where} is a table: write [{where}]")
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where + ".")
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}: a list is wanted")
-        places = (f"{where}[{i}]" if isinstance(each, dict) else where for i, each in enumerate(value, 1))
-        return tuple(_value(arguments[0], each, place) for each, place in zip(value, places, strict=True))
-    if is_mapping:
-        return {name: _text(each, f"{where}.{name}") for name, each in value.items()}
-    if isinstance(kind, types.UnionType) and type(None) in arguments:
-        return _value(arguments[0], value, where)
-    if isinstance(kind, types.UnionType) and type(value) in arguments:
-        return value
-    return _scalar(kind, value, where)
-
-
-def _scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind == Address:
-        if not isinstance(value, str):
-            raise ConfigError(f"{where}: an address in quotes is wanted, not {value!r}")
-        try:
-            return ipaddress.ip_address(value)
-        except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from error
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{where}: {getattr(kind, '__name__', kind)} is wanted, not {value!r}")
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    """librdkafka's settings are text; TOML's own numbers and booleans are as good."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise ConfigError(f"{where}: a string, a number or a boolean is wanted")
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f": did you mean {close[0]}?" if close else ""
