@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from producer.encode import BatchEncoder, load_schema
-from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS, Batch, SchemaId, Stream
+from producer.events import CAUSES, KNOWN, TRANSMITS, Batch, SchemaId, Stream
 
 MS = 1_000_000
 
@@ -41,8 +41,7 @@ def messages(
             {"host": host, "boot_id": f"boot of {host}"},
             lambda number: None,
         )
-        for stream in (TRANSMITS, RETRANSMITS)
-        for host in {event.host for event in sent}
+        for stream, host in {(event.stream, event.host) for event in sent}
     }
     made = []
     for event in sent:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,11 +18,14 @@ import pytest
 from confluent_kafka import Producer
 
 from producer.alert.alert import Alert, Sink
+from producer.alert.known import last_alerts
 from producer.alert.member import Member as AlertMember
 from producer.alert.patience import Wait, until_it_works
-from producer.alert.record import alert_schema
+from producer.alert.record import FIXED_SCHEMA_ID as ALERT_SCHEMA_ID
+from producer.alert.record import AlertEncoder, alert_schema
 from producer.config import Alert as AlertConfig
 from producer.config import AlertRule, Config, Kafka, Registry
+from producer.decode import Decoder
 from producer.errors import UnavailableError
 from producer.events import RETRANSMITS, TRANSMITS, Stream
 from producer.heartbeat import FIXED_SCHEMA_ID, HeartbeatEncoder
@@ -192,10 +196,10 @@ class Feed:
         assert self._client.flush(30) == 0
 
 
-def told(bootstrap: str) -> list[dict[str, Any]]:
+def told(bootstrap: str, prefix: str = PREFIX) -> list[dict[str, Any]]:
     """Return the records of the topic of alerts."""
     found = []
-    for message in kcat_messages(bootstrap, f"{PREFIX}tcp_alerts"):
+    for message in kcat_messages(bootstrap, f"{prefix}tcp_alerts"):
         assert message.value is not None
         record = decode(message.value, alert_schema())[1]
         assert message.key == f"{record['rule']}/{record['group']}".encode()
@@ -261,6 +265,55 @@ def test_a_share_that_cannot_be_taken_while_a_sink_waits_ends_the_member_and_no_
     member = AlertMember(config, kafka.bootstrap, open_sinks, threading.Event(), from_beginning=False)
     with pytest.raises(UnavailableError, match="registry does not answer for schema id 7"):
         member.run(60)
+
+
+def test_what_fires_is_read_back_without_what_is_forgotten_or_not_ours(kafka, caplog):
+    config = Config(kafka=Kafka(topic_prefix="known.", brokers=kafka.bootstrap))
+    create_topics(config, 1, 1, alerts=True)
+    fires, over, forgotten = (
+        Alert("loss", "host", group, True, "ratio", 0.5, 0.1, 0.03, 0, 2, 10, 5, 0) for group in ("a", "b", "c")
+    )
+    resolved = replace(over, firing=False, value=0.0)
+    encoder = AlertEncoder(ALERT_SCHEMA_ID)
+    client = Producer({"bootstrap.servers": kafka.bootstrap})
+    for alert in (fires, over, forgotten, resolved):
+        key, value = encoder.encode(alert, time.time())
+        client.produce("known.tcp_alerts", value, key)
+    client.produce("known.tcp_alerts", None, forgotten.key)
+    client.produce("known.tcp_alerts", b"not ours", "loss/d")
+    assert client.flush(30) == 0
+
+    decoder = Decoder(config.registry, {ALERT_SCHEMA_ID: alert_schema()})
+    assert last_alerts(kafka.bootstrap, "known.tcp_alerts", {}, decoder) == [fires, resolved]
+    assert "loss/d" in caplog.text
+
+
+def test_a_partition_that_is_added_is_read_as_soon_as_it_is_seen(kafka, tmp_path):
+    path = tmp_path / "rebpf.toml"
+    path.write_text(f"""
+        kafka.brokers = "{kafka.bootstrap}"
+        kafka.topic_prefix = "added."
+        kafka.settings = {{ "topic.metadata.refresh.interval.ms" = 500 }}
+        alert.lateness_s = 1
+        alert.rules = [{{ name = "many", measure = "count", window_s = 1, threshold = 3, clear = 1 }}]
+    """)
+    assert rebpf("init", "--alerts", "--partitions", 1, "--config", path).returncode == 0
+    client = Producer({"bootstrap.servers": kafka.bootstrap})
+    with Member(tmp_path / "member", path) as member:
+        member.wait_for(" ready ")
+        kafka.add_partitions("added.tcp_retransmit", 2)
+        member.wait_for("added.tcp_retransmit/1")
+        at_ms = int(time.time()) * 1000
+        sent = [Sent(RETRANSMITS, "busy", i, at_ms + i, PEERS[0], 50_000, 1, cause="fast") for i in range(3)]
+        for topic, key, value in messages(sent, {"added.tcp_retransmit": FIXED_IDS["tcp_retransmit"]}, "added."):
+            client.produce(topic, value, key, partition=1)
+        assert client.flush(30) == 0
+        wait_until("it fires and is resolved", lambda: len(told(kafka.bootstrap, "added.")) == 2)
+        member.stop()
+    found = [
+        (record["group"], record["firing"], record["retransmitted_segs"]) for record in told(kafka.bootstrap, "added.")
+    ]
+    assert found == [("busy", True, 3), ("busy", False, 0)]
 
 
 def test_two_members_of_which_one_is_killed_tell_each_change_once(kafka, config, tmp_path):

@@ -11,6 +11,7 @@ from confluent_kafka.admin import (
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
+    NewPartitions,
     NewTopic,
     PartitionMetadata,
 )
@@ -88,6 +89,12 @@ class KafkaServer(ServerProcess):
         """Delete a topic, and wait until the broker has it no more."""
         admin = self._admin()
         admin.delete_topics([name], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
+
+    def add_partitions(self, name: str, total: int) -> None:
+        """Give a topic partitions up to that number."""
+        admin = self._admin()
+        more = NewPartitions(name, total)
+        admin.create_partitions([more], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
 
     def set_topic(self, name: str, settings: Mapping[str, str]) -> None:
         """Change a topic's settings."""
