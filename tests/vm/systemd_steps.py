@@ -1,7 +1,7 @@
 """The package on a host with a real systemd, from its installation to its purge; root runs this in the guest.
 
-What is seen is in /results/seen.json. The package is /results/rebpf.deb, and /results/brokers says where Kafka is. It
-needs nothing but the standard library.
+What is seen is in /results/seen.json. The package is /results/rebpf.deb, what it is upgraded to /results/upgrade.deb,
+and /results/brokers says where Kafka is. It needs nothing but the standard library.
 """
 
 import json
@@ -41,7 +41,7 @@ RETRANSMITS = 20
 """How many at least the lossy way is to bring."""
 
 RESULTS = Path("/results")
-PACKAGE = Path("/root/rebpf.deb")
+PACKAGE, UPGRADE = Path("/root/rebpf.deb"), Path("/root/upgrade.deb")
 SECRET = Path("/root/secret")
 CONFIG = Path("/etc/rebpf/rebpf.toml")
 LEFTOVERS = ("/etc", "/run", "/usr", "/var")
@@ -55,6 +55,12 @@ def apt(*arguments: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+
+
+def version() -> str:
+    """Return the version of the package that is installed."""
+    command = ["dpkg-query", "--show", "--showformat=${Version}", "rebpf"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def configure(brokers: str, *more: str) -> None:
@@ -102,7 +108,7 @@ def checks_are_tried_again() -> None:
 
 
 def life(brokers: str) -> None:
-    """With one line of configuration: start, lose packets, restart, kill, hang, reinstall, reload and stop."""
+    """With one line of configuration: start, lose packets, restart, kill, hang, upgrade, reload and stop."""
     began = time.time()
     configure(brokers)
     netns = lossy.build()
@@ -122,7 +128,7 @@ def life(brokers: str) -> None:
                 sights["kill"] = killed()
                 sights["hang"] = killed("STOP")
                 seen["said"] = systemctl("show", "--property=StatusText", UNIT)
-                apt("install", "--reinstall", str(PACKAGE))
+                apt("install", str(UPGRADE))
                 sights["upgrade"] = look()
             exchange(echo.port, 7)
         systemctl("reload", UNIT)
@@ -210,7 +216,8 @@ def end_of_all() -> None:
 
 
 def steps(brokers: str) -> None:
-    shutil.copy(RESULTS / "rebpf.deb", PACKAGE)
+    for package in (PACKAGE, UPGRADE):
+        shutil.copy(RESULTS / package.name, package)
     began = time.monotonic()
 
     def clock(what: str) -> None:
@@ -218,11 +225,13 @@ def steps(brokers: str) -> None:
 
     apt("install", str(PACKAGE))
     seen["installed"] = CONFIG.read_text()
+    seen["versions"] = [version()]
     clock("installed")
     refusals()
     checks_are_tried_again()
     clock("refusals")
     life(brokers)
+    seen["versions"] += [version()]
     clock("life")
     other_life(brokers)
     clock("other life")

@@ -61,8 +61,9 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if absent := fetch.missing():
         pytest.skip(f"NO REAL KAFKA: {', '.join(absent)} not installed (scripts/setup --tests installs them)")
     folder = tmp_path_factory.mktemp(request.param)
-    package = build(request.param, tmp_path_factory.mktemp("package"))
+    package = build(request.param, tmp_path_factory.mktemp("package"), "1")
     shutil.copy(package, folder / "rebpf.deb")
+    shutil.copy(build(request.param, tmp_path_factory.mktemp("package"), "2"), folder / "upgrade.deb")
     with GuestKafka(tmp_path_factory.mktemp("kafka")) as kafka:
         kafka.make_topics()
         (folder / "brokers").write_text(kafka.guest_bootstrap)
@@ -74,8 +75,8 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield Outcome(seen, journal, kafka.events("tcp_transmit"), kafka.events("tcp_retransmit"))
 
 
-def build(suite: str, folder: Path) -> Path:
-    command = [sys.executable, ROOT / "deploy/packaging/build-deb", suite, folder]
+def build(suite: str, folder: Path, revision: str) -> Path:
+    command = [sys.executable, ROOT / "deploy/packaging/build-deb", suite, folder, revision]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.splitlines()[-1])
@@ -144,6 +145,10 @@ def test_each_restart_takes_over_what_the_last_left(outcome: Outcome) -> None:
     assert len({sights[name]["pid"] for name in names}) == 5, "a reload is no restart"
     assert sights["hang"]["restarts"] == sights["kill"]["restarts"] + 1, "by the watchdog"
     assert outcome.journal.count("taken_over=true") == 6, "four times in the first life, twice in the other"
+
+
+def test_the_upgrade_is_to_a_later_package(outcome: Outcome) -> None:
+    assert [version.partition("~")[0].partition("-")[2] for version in outcome.seen["versions"]] == ["1", "2"]
 
 
 def test_a_stop_leaves_no_program_and_nothing_in_the_store(outcome: Outcome) -> None:
