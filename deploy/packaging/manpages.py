@@ -15,6 +15,7 @@ from click.shell_completion import get_completion_class
 
 from producer import errors
 from producer.cli import rebpf
+from producer.options import QUIT_NOW
 
 _CONFIGURATION = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 _SHELLS = ("bash", "zsh", "fish")
@@ -24,6 +25,7 @@ _FILES = """\
 /etc/rebpf/rebpf.toml|The configuration of the service: rebpf.toml(5).
 /var/lib/rebpf|Its ledger, and the events that wait on disk for Kafka.
 /usr/lib/rebpf|The program, and the Python packages that come with it."""
+_CHECK = "`rebpf check` ends with the highest code of what it finds: with 75 or more while a producer runs with the same folder."
 
 
 def command_page(version: str, date: str) -> str:
@@ -36,7 +38,7 @@ def command_page(version: str, date: str) -> str:
         lines += [f".SS {_text(path)}", *_synopsis(context), ".PP", _text(_help(context.command)), *_options(context)]
     lines += [".SH FILES", *(_entry(*line.split("|")) for line in _FILES.splitlines())]
     lines += [".SH EXIT STATUS", _entry("0", "Success."), *(_entry(*pair) for pair in _exit_codes())]
-    lines += [".SH SEE ALSO", ".BR rebpf.toml (5)"]
+    lines += [".PP", _text(_CHECK), ".SH SEE ALSO", ".BR rebpf.toml (5)"]
     return "\n".join(lines) + "\n"
 
 
@@ -96,6 +98,7 @@ def _exit_codes() -> Iterator[tuple[str, str]]:
     meanings = {errors.RebpfError: "Internal error: a defect."}
     for kind in sorted(tree, key=lambda kind: kind.exit_code):
         yield str(kind.exit_code), meanings.get(kind, kind.__doc__)
+    yield str(QUIT_NOW), "Ended at once by a second SIGINT or SIGTERM, or by a first SIGINT where nothing is to be ended in order."
 
 
 def _markdown(text: str) -> Iterator[str]:
