@@ -106,7 +106,7 @@ class Registry:
     """[registry]: where schemas get their ids."""
 
     url: str | None = None
-    """A Confluent-compatible schema registry; none: the ids 1 (transmit) and 2 (retransmit)."""
+    """A Confluent-compatible schema registry; none: the ids 1 (transmit), 2 (retransmit), 3 (heartbeat), 4 (alerts)."""
     register: bool = False
     """Register the schemas at start; otherwise they are looked up, and `rebpf init` registers them."""
     timeout_s: float = 5.0
@@ -212,7 +212,8 @@ class Config:
     host: str = field(default_factory=socket.gethostname)
     """This host's name in the events."""
     state_dir: Path = Path("/var/lib/rebpf")
-    """Folder for what a run leaves for others to find, and for the lock that keeps a second producer out."""
+    """Folder for spool, quarantine, ledger and compiled programs, for what a run leaves for others to find, and for the lock
+    that keeps a second producer out."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
     spool: Spool = Spool()

@@ -54,7 +54,9 @@ config_option = option("--config", type=click.Path(path_type=Path), help="TOML f
 brokers_option = option("--brokers", help="Kafka brokers, HOST:PORT[,...].")
 registry_option = option("--registry", help="URL of a Confluent-compatible schema registry.")
 state_dir_option = option(
-    "--state-dir", type=click.Path(path_type=Path), help="Folder for the lock and the running producer's facts."
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    help="Folder for spool, quarantine, ledger, the lock and the running producer's facts.",
 )
 quarantine_option = option(
     "--quarantine", is_flag=True, help="Not what waits, but the messages that Kafka has refused."

@@ -44,7 +44,8 @@ _TOPIC_SETTINGS = {
     "message.timestamp.type": "CreateTime",
 }
 _REPLICAS_FOR_ONE_TO_SPARE = 3
-# The last alert of each group stays: a member that takes over learns from it what fires.
+# The last alert of each group stays for so long: a member that takes over learns from it what fires. A group that has
+# fired for longer is forgotten at the next start, and told anew.
 _ALERT_SETTINGS = {"cleanup.policy": "compact,delete", "retention.ms": str(90 * _DAY_MS)}
 # A window's sums are needed until it is decided.
 _SUMS_SETTINGS = {"retention.ms": str(_DAY_MS)}
