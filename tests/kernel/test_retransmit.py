@@ -10,7 +10,7 @@ import pytest
 from producer.btf import TYPEDEF, Btf
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows
 from producer.lab import Host, Lab
-from tests.kernel.capture import DEADLINE_S, Capture, Pair, cookie_of, rules, sees_ipv6_synacks, wait_for
+from tests.kernel.capture import DEADLINE_S, Capture, Pair, Skips, cookie_of, rules, sees_ipv6_synacks, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -50,7 +50,7 @@ def events(capture: Capture, port: int, condition: Callable[[Rows], bool], what:
 def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, port: int, percent: int) -> None:
     assert lab.wait_idle(DEADLINE_S)
     before = {host.name: host.counters() for host in lab.hosts}
-    skipped = {stream: capture.hooks.counters(stream).nested for stream in STREAMS}
+    skips = Skips(capture)
     drop = f"tcp dport {port} numgen random mod 100 < {percent} drop"
     with rules(lab.server, "prerouting", drop), rules(lab.client, "prerouting", drop.replace("dport", "sport")):
         # Loss takes whole super-segments, so that a transfer may come through unhurt.
@@ -63,7 +63,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, por
                 break
     rows = capture.of_port(RETRANSMITS, port)
     # What the kernel did not run a program for is all that may be missing.
-    may_miss = {stream: MAX_SEGS * (capture.hooks.counters(stream).nested - skipped[stream]) for stream in STREAMS}
+    may_miss = {stream: MAX_SEGS * skips.of(stream) for stream in STREAMS}
     assert {CAUSES[cause] for cause in set(rows["cause"])} <= {"rto", "fast", "slow_start", "tlp", "syn", "syn_ack"}
     assert (rows["err"] == 0).all()
 

@@ -14,9 +14,9 @@ import pytest
 
 from producer.events import Rows
 from producer.lab import Host, Lab
-from tests.kernel.capture import Capture, Pair, inside, receive, rules, wait_for
+from tests.kernel.capture import Capture, Pair, inside, kernel_version, receive, rules, wait_for
 from tests.kernel.tcpinfo import TcpInfo, tcp_info
-from tests.kernel.trial import ACK, INTERFACE, RST, Trial, kernel_version, segs
+from tests.kernel.trial import ACK, INTERFACE, RST, Trial, segs
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

@@ -6,7 +6,6 @@ The accounts are the events, the namespaces' counters, and a packet capture on e
 import contextlib
 import ipaddress
 import itertools
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -16,7 +15,7 @@ import numpy as np
 
 from producer.events import CAUSES, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows, Stream
 from producer.lab import Host, Lab
-from tests.kernel.capture import DEADLINE_S, Capture, inside
+from tests.kernel.capture import DEADLINE_S, Capture, Skips, inside
 from tests.wire import Segment, sniffed
 
 INTERFACE = "veth0"
@@ -37,12 +36,6 @@ class Sent(NamedTuple):
     segment: Segment
     end_seq: int
     again: bool
-
-
-def kernel_version() -> tuple[int, int]:
-    """Return the running kernel's, without its patch level."""
-    major, minor, *_ = os.uname().release.split(".")
-    return int(major), int(minor)
 
 
 def cause_is(rows: Rows, *causes: str) -> Rows:
@@ -77,8 +70,7 @@ class Trial:
         assert self._lab.wait_idle(DEADLINE_S)
         self._before = {host.name: host.counters() for host in self._lab.hosts}
         self._start = {stream.name: len(self._capture.of_port(stream, self._port)) for stream in STREAMS}
-        self._first = {stream.name: len(self._capture.all(stream)) for stream in STREAMS}
-        self._nested = {stream.name: self._capture.hooks.counters(stream).nested for stream in STREAMS}
+        self._skips = Skips(self._capture)
         with self._stack as stack:
             for host in self._lab.hosts:
                 with inside(host):
@@ -120,16 +112,6 @@ class Trial:
         chosen: Rows = rows[rows["s"]["flow"]["netns"] == host.netns]
         return chosen
 
-    def _skipped(self, stream: Stream) -> int:
-        """Return how many runs of the stream's programs the kernel skipped: what may be missing. See docs/truth.md."""
-        counters = self._capture.hooks.counters(stream)
-        assert counters.ring_full == 0
-        if self.hook == "kprobe" and kernel_version() < (6, 7):  # which does not count them
-            # What is sent again is sent in a softirq, which is what runs are skipped in.
-            share = 1000 if stream is TRANSMITS else 100
-            return 1 + len(self._capture.all(stream)[self._first[stream.name] :]) // share
-        return counters.nested - self._nested[stream.name]
-
     def _check_wire(self, host: Host) -> None:
         rows = self.sent(host)
         told = _mark_syn_acks(_sent(rows, rows["is_retransmit"] == 1))
@@ -147,13 +129,13 @@ class Trial:
             if not _is_of_time_wait(each.segment, ends) and not (self._resets and each.segment.tcp_flags & RST)
         ]
         pieces = 1 if self._whole else MAX_SEGS
-        assert len(unexplained) <= pieces * self._skipped(TRANSMITS), f"packets without an event: {unexplained[:3]}"
+        assert len(unexplained) <= pieces * self._skips.of(TRANSMITS), f"packets without an event: {unexplained[:3]}"
         self.socketless[host.name] = [each.segment for each in lacking if each not in unexplained]
         rows = self.again(host)
         told, seen = _sent(rows, np.ones(len(rows), bool)), [each for each in seen if each.again]
         assert not (invented := _difference(told, seen)), f"retransmits without a packet: {invented[:3]}"
         lacking = _difference(seen, told)
-        assert len(lacking) <= pieces * self._skipped(RETRANSMITS), (
+        assert len(lacking) <= pieces * self._skips.of(RETRANSMITS), (
             f"retransmitted packets without an event: {lacking[:3]}"
         )
 
@@ -167,7 +149,7 @@ class Trial:
         sent, again = self.sent(host), self.again(host)
         assert (again["err"] == 0).all()
         assert not len(cause_is(again, "other"))
-        missing = {stream.name: range(MAX_SEGS * self._skipped(stream) + 1) for stream in STREAMS}
+        missing = {stream.name: range(MAX_SEGS * self._skips.of(stream) + 1) for stream in STREAMS}
         for name, causes in COUNTED_CAUSES.items():
             told = segs(cause_is(again, *causes))
             assert self.moved(host, name) - told in missing["retransmit"], f"{name}: {told} by the events"
