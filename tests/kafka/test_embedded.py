@@ -75,7 +75,11 @@ def test_neither_the_producers_nor_its_brokers_segments_are_events_and_its_reade
     with Run(tmp_path) as run:
         brokers = run.ready()
         port = int(brokers.rpartition(":")[2])
-        topics.wait_for_events(brokers, TRANSMIT)  # kcat's own
+
+        def readers() -> bool:
+            return any(event.record["dport"] == port for event in topics.read(brokers, TRANSMIT))
+
+        wait_until("events of kcat's own segments", readers)
         own = {each.local[1] for each in proc.connections(run.pid)}
         events = topics.read(brokers, TRANSMIT)
         balance = run.finish()[TRANSMIT]
