@@ -105,6 +105,18 @@ static __always_inline u32 netns_of(const struct sock *sk)
 	return READ(net, ns_inum);
 }
 
+/*
+ * Of a raw socket, which some kernels' bpf_skc_to_tcp_sock() takes for TCP's and others' does not (docs/decisions.md): by
+ * its address, which is the value of the verifier's pointer.
+ */
+static __always_inline u32 netns_of_raw(struct bpf_sock *raw)
+{
+	const struct sock *sk = NULL;
+
+	bpf_probe_read_kernel(&sk, sizeof(sk), &raw);
+	return PROBE(PROBE(sk, skc_net), ns_inum);
+}
+
 #define HAS_OWNER_CGROUP (HAS_sock_sk_cgroup && HAS_cgroup_kn && HAS_kernfs_node_id)
 
 /* Whose: of the socket, and never of the task that happens to run. */

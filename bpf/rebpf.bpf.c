@@ -503,30 +503,37 @@ static __always_inline u32 count_synack(const struct flow *flow, const struct wi
  */
 static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow, const struct wire *wire)
 {
-	struct tcp_sock *tp = skb->sk ? bpf_skc_to_tcp_sock(skb->sk) : NULL;
-	const struct sock *sk = (const struct sock *)tp;
+	struct bpf_sock *full = skb->sk ? bpf_sk_fullsock(skb->sk) : NULL;
+	const struct sock *sk = NULL;
+	struct tcp_sock *tp = NULL;
 	struct sender sender = {};
-	bool raw;
 
-	if (!tp)
+	if (!full || full->protocol != IPPROTO_TCP)
 		return 1;
-	raw = READ_IF(sock, sk, sk_type) == SOCK_RAW;
-	sender.listener = READ(sk, skc_state) == TCP_LISTEN;
+	sender.listener = full->state == TCP_LISTEN;
 	flow->hook = HOOK_CGROUP_SKB;
-	flow->netns = netns_of(sk);
-	if (!raw && !sender.listener)
-		set_cookie(flow, bpf_get_socket_cookie(skb));
+	if (full->type == SOCK_RAW) {
+		flow->netns = netns_of_raw(full);
+	} else {
+		tp = bpf_skc_to_tcp_sock(full);
+		if (!tp)
+			return 1;
+		sk = (const struct sock *)tp;
+		flow->netns = netns_of(sk);
+		if (!sender.listener)
+			set_cookie(flow, bpf_get_socket_cookie(skb));
+	}
 	if (is_own(flow))
 		return 1;
-	sender.choice = decide(flow, sk, skb->ifindex, sender.listener ? TCP_SYN_RECV : READ(sk, skc_state));
+	sender.choice = decide(flow, sk, skb->ifindex, sender.listener ? TCP_SYN_RECV : full->state);
 	if (!sender.choice.action)
 		return 1;
-	if (!raw)
+	if (sk)
 		fill_owner(flow, sk);
 	if (sender.listener) {
 		sender.knows_again = true;
 		sender.again = count_synack(flow, wire);
-	} else if (!raw) {
+	} else if (tp) {
 		sender.tp = tp;
 		sender.knows_again = true;
 		sender.again = is_sent_before(tp, wire->seq, wire->end_seq);

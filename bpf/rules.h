@@ -150,7 +150,7 @@ static __always_inline struct rule_set *set_of_cgroup(const struct rule_generati
 	u32 index = generation * CLASSES, unnamed = tables->unnamed[PROPERTY_CGROUP], number = unnamed;
 
 #if HAS_OWNER_CGROUP && HAS_cgroup_css_parent && HAS_cgroup_subsys_state_cgroup
-	const struct cgroup *cgroup = READ(sk, sk_cgroup);
+	const struct cgroup *cgroup = sk ? READ(sk, sk_cgroup) : NULL;
 
 	for (int level = 0; level < CGROUP_LEVELS && cgroup && number == unnamed; level++) {
 		const struct cgroup_subsys_state *parent = PROBE(cgroup, css_parent);
@@ -163,6 +163,12 @@ static __always_inline struct rule_set *set_of_cgroup(const struct rule_generati
 	return rule_sets.lookup(&index);
 }
 
+static __always_inline u64 uid_of(const struct sock *sk)
+{
+	return sk ? READ_IF(sock, sk, sk_uid) : ~0ULL;
+}
+
+/* Without a socket (NULL) there is no owner: no cgroup and no uid that a rule could name. */
 static __always_inline u32 first_rule(const struct flow *flow, const struct sock *sk,
 				      const struct rule_generation *tables, u32 generation, u32 interface, u32 state)
 {
@@ -170,9 +176,9 @@ static __always_inline u32 first_rule(const struct flow *flow, const struct sock
 	struct rule_sides *daddr = sides_of_address(generation, flow->daddr);
 	struct rule_sides *sport = sides_of_port(generation, flow->sport);
 	struct rule_sides *dport = sides_of_port(generation, flow->dport);
-	struct rule_set *netns = set_of(tables, generation, PROPERTY_NETNS, netns_of(sk));
+	struct rule_set *netns = set_of(tables, generation, PROPERTY_NETNS, flow->netns);
 	struct rule_set *cgroup = set_of_cgroup(tables, generation, sk);
-	struct rule_set *uid = set_of(tables, generation, PROPERTY_UID, READ_IF(sock, sk, sk_uid));
+	struct rule_set *uid = set_of(tables, generation, PROPERTY_UID, uid_of(sk));
 	struct rule_set *device = set_of(tables, generation, PROPERTY_INTERFACE, interface);
 	struct rule_set *states = set_of(tables, generation, PROPERTY_STATE, state);
 
@@ -216,7 +222,7 @@ struct choice {
 	u32 version;
 };
 
-/* `interface` is 0 where the hook does not know it. The flow has endpoints and cookie. */
+/* `interface` is 0 where the hook does not know it. The flow has endpoints, netns and cookie. */
 static __always_inline struct choice decide(const struct flow *flow, const struct sock *sk, u32 interface, u32 state)
 {
 	struct verdict_key key = { .cookie = flow->sk_cookie };

@@ -34,7 +34,6 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
     ),
     "sock": (
         "__sk_common.skc_cookie.counter as skc_cookie",
-        "sk_type",
         "sk_uid.val as sk_uid",
         "sk_cgrp_data.cgroup as sk_cgroup",  # Linux 5.15
     ),
