@@ -212,8 +212,8 @@ class Config:
     host: str = field(default_factory=socket.gethostname)
     """This host's name in the events."""
     state_dir: Path = Path("/var/lib/rebpf")
-    """Folder for spool, quarantine, ledger and compiled programs, for what a run leaves for others to find, and for the lock
-    that keeps a second producer out."""
+    """Folder for spool, quarantine, ledger and compiled programs, for what a run leaves for others to find, and for the
+    lock that keeps a second producer out."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
     spool: Spool = Spool()

@@ -25,7 +25,9 @@ _FILES = """\
 /etc/rebpf/rebpf.toml|The configuration of the service: rebpf.toml(5).
 /var/lib/rebpf|Its ledger, and the events that wait on disk for Kafka.
 /usr/lib/rebpf|The program, and the Python packages that come with it."""
-_CHECK = "`rebpf check` ends with the highest code of what it finds: with 75 or more while a producer runs with the same folder."
+_CHECK = """\
+`rebpf check` ends with the highest code of what it finds: with 75 or more while a producer runs in its folder."""
+_AT_ONCE = "Ended at once by a second SIGINT or SIGTERM, or by a first SIGINT where nothing is to be ended in order."
 
 
 def command_page(version: str, date: str) -> str:
@@ -98,7 +100,7 @@ def _exit_codes() -> Iterator[tuple[str, str]]:
     meanings = {errors.RebpfError: "Internal error: a defect."}
     for kind in sorted(tree, key=lambda kind: kind.exit_code):
         yield str(kind.exit_code), meanings.get(kind, kind.__doc__)
-    yield str(QUIT_NOW), "Ended at once by a second SIGINT or SIGTERM, or by a first SIGINT where nothing is to be ended in order."
+    yield str(QUIT_NOW), _AT_ONCE
 
 
 def _markdown(text: str) -> Iterator[str]:
