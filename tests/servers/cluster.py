@@ -50,6 +50,8 @@ class KafkaCluster:
     def create_topic(self, name: str, partitions: int | None = None) -> None:
         """Create a topic that is on all three nodes and takes messages while two of them have it."""
         self.controller.create_topic(name, partitions, replication=REPLICATION, settings=TOPIC_SETTINGS)
+        for broker in self.brokers:
+            broker.wait_for_partitions(name, partitions or self.controller.num_partitions)
 
     def leaders(self, topic: str) -> dict[int, int]:
         """Return which node leads each partition, as the controller's node sees it; -1: none does."""

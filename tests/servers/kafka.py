@@ -1,4 +1,7 @@
-"""A real Apache Kafka 4.2 on one node (KRaft: broker and controller in one process), on 127.0.0.1."""
+"""A real Apache Kafka 4.2 on one node (KRaft: broker and controller in one process), on 127.0.0.1.
+
+The controller answers to a change once it is noted, and brokers apply it later: what changes something waits for that.
+"""
 
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +20,7 @@ from confluent_kafka.admin import (
 )
 
 from . import fetch
-from .process import ServerProcess, free_port
+from .process import ServerProcess, free_port, wait_until_shown
 
 CLUSTER_ID = "cmVicGYtdGVzdC1rYWZrYQ"
 REQUEST_TIMEOUT_S = 30.0
@@ -81,24 +84,44 @@ class KafkaServer(ServerProcess):
         settings: Mapping[str, str] | None = None,
     ) -> None:
         """Create a topic, by default of `num_partitions` partitions, and wait until the broker has it."""
-        topic = NewTopic(name, partitions or self.num_partitions, replication, config=dict(settings or {}))
+        partitions = partitions or self.num_partitions
+        topic = NewTopic(name, partitions, replication, config=dict(settings or {}))
         admin = self._admin()  # held until there is an answer: with the client goes the request
         admin.create_topics([topic], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
+        self.wait_for_partitions(name, partitions)
 
     def delete_topic(self, name: str) -> None:
         """Delete a topic, and wait until the broker has it no more."""
         admin = self._admin()
         admin.delete_topics([name], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
+        wait_until_shown(f"{name} is gone", lambda: name not in admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics)
 
     def add_partitions(self, name: str, total: int) -> None:
         """Give a topic partitions up to that number."""
         admin = self._admin()
         more = NewPartitions(name, total)
         admin.create_partitions([more], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
+        self.wait_for_partitions(name, total)
 
     def set_topic(self, name: str, settings: Mapping[str, str]) -> None:
         """Change a topic's settings."""
         self._set(ConfigResource.Type.TOPIC, name, settings)
+        admin, resource = self._admin(), ConfigResource(ConfigResource.Type.TOPIC, name)
+
+        def is_set() -> bool:
+            shown = admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)[resource].result()
+            return all(shown[key].value == value for key, value in settings.items())
+
+        wait_until_shown(f"{name} has {settings}", is_set)
+
+    def wait_for_partitions(self, topic: str, count: int) -> None:
+        """Wait until this broker shows so many partitions of a topic, each with a leader."""
+
+        def are_led() -> bool:
+            found = self.partitions(topic)
+            return len(found) == count and all(each.leader >= 0 for each in found.values())
+
+        wait_until_shown(f"{topic} has {count} partitions", are_led)
 
     def partitions(self, topic: str) -> dict[int, PartitionMetadata]:
         """Return a topic's partitions: their leader, replicas and isrs, as this broker sees them."""

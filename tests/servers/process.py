@@ -6,12 +6,13 @@ import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
 START_DEADLINE_S = 90.0
 STOP_DEADLINE_S = 20.0
+CHANGE_DEADLINE_S = 30.0
 LOG_TAIL_LINES = 40
 
 
@@ -123,6 +124,15 @@ class ServerProcess(ABC):
 
     def _log_tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+
+
+def wait_until_shown(what: str, is_shown: Callable[[], bool]) -> None:
+    """Wait until a server shows what it was told to change."""
+    deadline = time.monotonic() + CHANGE_DEADLINE_S
+    while not is_shown():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not after {CHANGE_DEADLINE_S:.0f} s: {what}")
+        time.sleep(0.05)
 
 
 def free_port() -> int:

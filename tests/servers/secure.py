@@ -1,5 +1,6 @@
 """A real Kafka with TLS, SASL and ACLs: what a user may do, and by which listener, is decided here."""
 
+import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from confluent_kafka.admin import (
 
 from .certificates import Authority, Certificate
 from .kafka import REQUEST_TIMEOUT_S, KafkaServer
+from .process import wait_until_shown
 
 PLAIN, SCRAM = "PLAIN", "SCRAM-SHA-512"
 USERS: Mapping[str, str] = {PLAIN: "plainuser", SCRAM: "scramuser"}
@@ -60,6 +62,7 @@ class SecureKafka(KafkaServer):
         rules = [AclBinding(*_rule(user, topic, operation)) for operation in _WHAT_A_PRODUCER_NEEDS]
         for done in admin.create_acls(rules, request_timeout=REQUEST_TIMEOUT_S).values():
             done.result()
+        self._wait_for_rights(user, topic, _WHAT_A_PRODUCER_NEEDS, granted=True)
 
     def revoke(self, user: str, topic: str, *operations: AclOperation) -> None:
         """Take back what was granted, all of it or these operations."""
@@ -68,6 +71,17 @@ class SecureKafka(KafkaServer):
         rules = [AclBindingFilter(*_rule(user, topic, operation)) for operation in wanted]
         for done in admin.delete_acls(rules, request_timeout=REQUEST_TIMEOUT_S).values():
             assert done.result(), f"{user} had no right to {topic}"
+        self._wait_for_rights(user, topic, wanted, granted=False)
+
+    def _wait_for_rights(self, user: str, topic: str, operations: Sequence[AclOperation], *, granted: bool) -> None:
+        admin = self._admin()
+
+        def is_shown() -> bool:
+            rules = [AclBindingFilter(*_rule(user, topic, operation)) for operation in operations]
+            found = [admin.describe_acls(rule, request_timeout=REQUEST_TIMEOUT_S).result() for rule in rules]
+            return all(bool(each) == granted for each in found)
+
+        wait_until_shown(f"the rights of {user} to {topic}", is_shown)
 
     def set_password(self, user: str, password: str) -> None:
         """Change the password of a SCRAM user."""
@@ -80,6 +94,14 @@ class SecureKafka(KafkaServer):
         """Change the certificate of the listener TLS, for new connections."""
         location = {"listener.name.tls.ssl.keystore.location": str(certificate.both)}
         self._set(ConfigResource.Type.BROKER, str(self.node_id), location)
+        host, _, port = self.address("TLS").rpartition(":")
+        wanted = ssl.PEM_cert_to_DER_cert(certificate.certificate.read_text())
+
+        def is_presented() -> bool:
+            found = ssl.get_server_certificate((host, int(port)), timeout=REQUEST_TIMEOUT_S)
+            return ssl.PEM_cert_to_DER_cert(found) == wanted
+
+        wait_until_shown("the certificate", is_presented)
 
     def _protocols(self) -> dict[str, str]:
         return {**super()._protocols(), "SASL_SSL": "SASL_SSL", "MUTUAL": "SSL", "TLS": "SSL"}
