@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.kafka.faults import assert_accounted
-from tests.kafka.rebpf import Run, rebpf, wait_until
+from tests.kafka.rebpf import DEADLINE_S, Run, rebpf, wait_until
 from tests.kafka.topics import TRANSMIT
 from tests.kafka.traffic import Steady
 from tests.servers.kafka import KafkaServer
@@ -67,20 +67,26 @@ class SteadyScene:
         """Wait until the spool is empty, and Kafka has taken up again."""
         wait_until("nothing waits", lambda: self.account()["spooled"] == 0 and self.status()["state"] == "ok")
 
+    def wait_until_drained(self, deadline_s: float = DEADLINE_S) -> None:
+        """Wait until Kafka has all. Once the traffic has ended: a stop leaves on disk what Kafka is slow to take."""
+
+        def is_drained() -> bool:
+            account = self.account()
+            return not any(account[name] for name in ("in_ring", "in_flight", "spooled"))
+
+        wait_until("all is delivered", is_drained, deadline_s)
+
     def end_on_each_cpu(self) -> None:
         """Send a little on each CPU, behind all that may be lost: what is lost last of all leaves no gap.
 
         The ring must have room again, or these would be lost too.
         """
-        wait_until("all is delivered", self._is_drained)
+        self.wait_until_drained()
         for cpu in os.sched_getaffinity(0):
             with Steady(self.port, 100, cpu) as traffic:
                 self.wait_for("delivered", self.account()["delivered"] + 50)
                 traffic.stop()
-
-    def _is_drained(self) -> bool:
-        account = self.account()
-        return not any(account[name] for name in ("in_ring", "in_flight", "spooled"))
+        self.wait_until_drained()
 
     def finish(self) -> dict[str, Any]:
         """Stop the producer, and return the balance of transmits."""
