@@ -298,7 +298,12 @@ def test_refused_for_a_reason_that_does_not_pass(kafka, tmp_path):
         at.exchange()
         at.run.wait_for("ERROR kafka: .* lost topic=refused.tcp_transmit error=INVALID_TIMESTAMP")
         kafka.set_topic("refused.tcp_transmit", {limit: "3600000"})
-        topics.wait_for_events(kafka.bootstrap, "refused.tcp_transmit", at.exchange)
+
+        def is_taken() -> bool:
+            at.exchange()
+            return bool(topics.read(kafka.bootstrap, TRANSMIT, at.prefix))
+
+        wait_until("messages are taken", is_taken)
         at.wait_for_rest()
         at.balance = at.run.finish()
 

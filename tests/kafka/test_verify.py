@@ -82,7 +82,8 @@ class Topics:
         self.bootstrap = kafka.bootstrap
         self.prefix = prefix
         for stream in STREAMS:
-            kafka.create_topic(self.name(stream), PARTITIONS)
+            # The messages' times are of one day, however long ago that is.
+            kafka.create_topic(self.name(stream), PARTITIONS, settings={"retention.ms": "-1"})
 
     def name(self, stream: Stream) -> str:
         return self.prefix + stream.topic
