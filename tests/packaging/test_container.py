@@ -99,11 +99,17 @@ def test_images_of_others_are_there_to_be_pulled(composed: dict[str, Any]) -> No
     images = [service["image"] for service in composed["services"].values() if "build" not in service]
     buildx = docker.programs() / docker.PLUGINS / "docker-buildx"
     for image in images:
-        done = subprocess.run([buildx, "imagetools", "inspect", image], capture_output=True, text=True, timeout=60)
-        assert "not found" not in done.stderr, image
-        if done.returncode:
+        command = [buildx, "imagetools", "inspect", image]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired as error:
+            reason: str | None = str(error)
+        else:
+            assert "not found" not in done.stderr, image
+            reason = done.stderr.strip() if done.returncode else None
+        if reason is not None:
             names = ", ".join(image.rpartition("/")[2] for image in images)
-            pytest.skip(f"NO IMAGES OF OTHERS: {names} were neither found nor run: {done.stderr.strip()[-200:]}")
+            pytest.skip(f"NO IMAGES OF OTHERS: {names} were neither found nor run: {reason[-200:]}")
 
 
 def test_nothing_listens_but_on_loopback(composed: dict[str, Any]) -> None:

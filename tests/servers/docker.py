@@ -105,7 +105,7 @@ class DockerEngine(ServerProcess):
 
     def docker(self, *words: str, environment: Mapping[str, str] | None = None, status: int = 0) -> str:
         """Run a command of Docker's, which must end with `status`; return its standard output."""
-        done = self._docker(*words, environment=environment or {})
+        done = self._docker(*words, environment=environment or {}, timeout_s=800)  # a build downloads packages
         assert done.returncode == status, f"docker {' '.join(words)}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
@@ -119,7 +119,9 @@ class DockerEngine(ServerProcess):
             for folder, _, _ in os.walk(root, topdown=False):
                 os.rmdir(folder)
 
-    def _docker(self, *words: str, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    def _docker(
+        self, *words: str, environment: Mapping[str, str], timeout_s: float = 300
+    ) -> "subprocess.CompletedProcess[str]":
         own = {"PATH": self._path(), "DOCKER_HOST": self._socket, "DOCKER_CONFIG": str(self.folder / "client")}
         command = [str(programs() / "usr/bin/docker"), *words]
         return subprocess.run(
@@ -128,7 +130,7 @@ class DockerEngine(ServerProcess):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout_s,
         )
 
     def _path(self) -> str:
