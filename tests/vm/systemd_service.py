@@ -42,6 +42,7 @@ def systemctl(*arguments: str) -> str:
 
 
 def journal(since: float = 0) -> str:
+    subprocess.run(["journalctl", "--sync"], capture_output=True)  # else the last lines may not be there yet
     command = ["journalctl", "--no-pager", "-o", "cat", "-u", UNIT, f"--since=@{since:.6f}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
