@@ -153,7 +153,8 @@ def test_stop_ends_the_events(cluster: Cluster) -> None:
     seen = []
     for event in events(cluster.brokers, TOPICS, registry=None, from_beginning=True, stop=stop, client_settings={}):
         seen.append(event.record["seq"])
-        stop.set()
+        if len(seen) == 3:  # a batch may end before
+            stop.set()
     assert seen == [0, 1, 2]
 
 
