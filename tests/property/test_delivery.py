@@ -1,6 +1,6 @@
 """Ring, spool and ledger together, as a model: crashes at each step, short writes, full and broken disks, clock steps.
 
-The ring and Kafka are in memory; the spool and the ledger are real, on a real disk that fails when told to. Whatever
+The ring and Kafka are in memory; the spool and the ledger are real, in real files that fail when told to. Whatever
 happens, an event that entered the ring is in the topic, or counted, and each flow's events are there in order.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path as Folder
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -25,6 +26,9 @@ from producer.streampath import Stores, StreamPath, resume
 from tests.property.faults import CrashError, FailingDisk, FailingLedger, Faults
 from tests.rings import STRIDE, MemoryRing
 
+pytestmark = pytest.mark.timeout(600)
+
+MEMORY = Folder("/dev/shm")  # where there is none, all waits for a disk
 RING_ROWS = 300
 AFTER_S = 2.0
 FLOWS = 3
@@ -147,7 +151,7 @@ class Delivery(RuleBasedStateMachine):
     def set_up(self, keep: str, max_bytes: int, most: int, seed: int) -> None:
         self.faults = Faults()
         self.chance = random.Random(seed)
-        self.home = tempfile.TemporaryDirectory()
+        self.home = tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None)
         self.ring = MemoryRing(TRANSMITS, RING_ROWS, lambda position: self.faults.crash())
         self.topic: list[int] = []
         self.poison: set[int] = set()
