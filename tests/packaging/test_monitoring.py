@@ -6,8 +6,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -18,6 +19,8 @@ from producer.balance import Balance
 from producer.endpoint import Board, Endpoint
 from tests.servers.prometheus import Prometheus, programs
 from tests.unit.statuses import status
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy/prometheus"
@@ -85,11 +88,15 @@ def prometheus(
         yield server
 
 
-def wait_for(condition: Callable[[], Any]) -> None:
+def wait_for(
+    condition: Callable[[], T],
+    otherwise: str = "Prometheus has not scraped the endpoint and evaluated the rules in time",
+) -> T:
     deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "Prometheus has not scraped the endpoint and evaluated the rules in time"
+    while not (result := condition()):
+        assert time.monotonic() < deadline, otherwise
         time.sleep(0.2)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +159,8 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(promtool, endpoint):
 
 
 def test_the_example_config_names_hosts_without_ports(prometheus):
-    assert {series["instance"] for series in prometheus.query('up{job="rebpf"} == 1')} == {"127.0.0.1"}
+    up = wait_for(lambda: prometheus.query('up{job="rebpf"} == 1'))
+    assert {series["instance"] for series in up} == {"127.0.0.1"}
 
 
 def test_whatever_the_rules_name_is_exposed(prometheus, rules):
@@ -166,10 +174,10 @@ def test_whatever_the_dashboard_names_is_exposed_and_every_query_has_an_answer(p
     for title, expression, legend in targets():
         assert_exists(prometheus, expression)
         try:
-            series = prometheus.query(expression)
+            # A scrape that came late leaves none for a moment.
+            series = wait_for(partial(prometheus.query, expression), f"no answer: {title}: {expression}")
         except HTTPError as error:
             pytest.fail(f"{title}: {expression}: {error.read().decode()}")
-        assert series, f"{title}: {expression}"
         for labels in series:
             assert set(re.findall(r"{{(\w+)}}", legend)) <= labels.keys(), f"{title}: {legend}"
 
