@@ -36,8 +36,12 @@ class Place:
         self.state = folder / "state"
         self.prefix = prefix
         self.config = folder / "rebpf.toml"
-        self.config.write_text(f'[kafka]\ntopic_prefix = "{prefix}"\n[metrics]\nlisten = ""\n[spool]\nafter_s = 0.3\n')
+        self.config.write_text(self._text(0.3))
         self.kafka = kafka
+
+    def _text(self, after_s: float) -> str:
+        kafka = f'[kafka]\ntopic_prefix = "{self.prefix}"\nstop_timeout_s = 60.0\n'
+        return f'{kafka}[metrics]\nlisten = ""\n[spool]\nafter_s = {after_s}\n'
 
     def init(self) -> None:
         done = rebpf("init", "--brokers", self.kafka.bootstrap, "--partitions", PARTITIONS, "--config", self.config)
@@ -61,7 +65,9 @@ class Place:
         return topics.read(self.kafka.bootstrap, topic, self.prefix)
 
     def run(self, folder: Path, *options: object, brokers: str | None = None) -> Run:
-        return Run(folder, "--brokers", brokers or self.kafka.bootstrap, *options, config=self.config.read_text())
+        # A broker that is there takes all, however slow it is, and none that is away.
+        config = self._text(0.3 if brokers else 60.0)
+        return Run(folder, "--brokers", brokers or self.kafka.bootstrap, *options, config=config)
 
 
 @pytest.fixture
