@@ -68,6 +68,8 @@ def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket
 
             # Read is not committed: there is no room yet.
             exchange(connection, 1)
+            # Now and not later: a delayed acknowledgement would take the next number.
+            connection[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             second = hooks.counters(TRANSMITS)
             assert second.passed - second.ring_full == CAPACITY
             assert ring.unread == 0
