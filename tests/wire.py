@@ -15,6 +15,7 @@ _OUTGOING = 4
 _SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _BUFFER_BYTES = 1 << 26
+_FIN, _ACK = 0x01, 0x10
 
 
 class Segment(NamedTuple):
@@ -62,6 +63,26 @@ def captured(port: int) -> Iterator["Counter[Segment]"]:
     with sniffed(port) as segments:
         yield counted
     counted.update(segments)
+
+
+def late_acks(segments: "Counter[Segment]") -> "Counter[Segment]":
+    """Return acknowledgements of a connection's end beyond the first: in time wait they have no socket."""
+    ends = {
+        (each.sport, each.dport, (each.seq + each.payload_len + 1) % (1 << 32))
+        for each in segments
+        if each.tcp_flags & _FIN
+    }
+    return Counter(
+        {
+            each: count - 1
+            for each, count in segments.items()
+            if count > 1
+            and each.tcp_flags == _ACK
+            and not each.payload_len
+            and (each.sport, each.dport, each.seq) in ends
+            and (each.dport, each.sport, each.ack_seq) in ends
+        }
+    )
 
 
 def _attach_filter(tap: socket.socket, port: int) -> None:

@@ -34,9 +34,9 @@ from tests.vm.systemd_service import (
     wait_for,
     wait_for_end,
 )
-from tests.wire import Segment, captured
+from tests.wire import Segment, captured, late_acks
 
-FIN, ACK, SYN_ACK = 0x01, 0x10, 0x12
+SYN_ACK = 0x12
 RETRANSMITS = 20
 """How many at least the lossy way is to bring."""
 
@@ -174,24 +174,11 @@ def tell(name: str, port: int, sights: dict[str, Sight], segments: "Counter[Segm
         "ipv6_synacks": sum(
             count for each, count in segments.items() if each.tcp_flags & SYN_ACK == SYN_ACK and ":" in each.saddr
         ),
-        "late_acks": late_acks(segments),
+        "late_acks": late_acks(segments).total(),
     }
     # Not read: for whoever looks for the reason of a difference.
     lines = (json.dumps([*segment, count]) for segment, count in segments.items())
     (RESULTS / f"segments_{name}").write_text("\n".join(lines))
-
-
-def late_acks(segments: "Counter[Segment]") -> int:
-    """Count acknowledgements of a connection's end beyond the first: in time wait they have no socket."""
-    ends = {(each.sport, each.dport, each.seq + each.payload_len + 1) for each in segments if each.tcp_flags & FIN}
-    return sum(
-        count - 1
-        for each, count in segments.items()
-        if each.tcp_flags == ACK
-        and not each.payload_len
-        and (each.sport, each.dport, each.seq) in ends
-        and (each.dport, each.sport, each.ack_seq) in ends
-    )
 
 
 def security() -> str:
