@@ -106,7 +106,8 @@ def test_kcat_and_the_console_consumer_show_the_keys(kafka, events, tmp_path):
     environment = {**os.environ, "BROKERS": kafka.bootstrap, "TOPIC": TOPIC, "PATH": path}
 
     def keys(command: str) -> list[str]:
-        done = subprocess.run(["sh", "-c", shell(command)], env=environment, capture_output=True, text=True, timeout=60)
+        run = ["sh", "-c", shell(command)]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
         return sorted(line.split()[-1] for line in done.stdout.splitlines())
 
     wanted = sorted(event.message.key.decode() for event in events)
