@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.kafka import topics
-from tests.kafka.rebpf import Run, rebpf, wait_until
+from tests.kafka.rebpf import Run, rebpf
 from tests.kafka.steady import SteadyScene
 from tests.kafka.tally import tally
 from tests.kafka.topics import RETRANSMIT, TRANSMIT
@@ -71,7 +71,7 @@ def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, b
                 broker.start()
             assert "taken_over=true" in scene.start().log
         sent = traffic.stop()
-    wait_until("nothing waits", lambda: scene.account()["spooled"] == scene.account()["in_ring"] == 0, 120)
+    scene.wait_until_drained(120)
     balance = scene.finish()
     assert balance["lost"] == {}
     counted = tally(broker.bootstrap, scene.prefix)
