@@ -159,7 +159,8 @@ class Admin:
         if error.code() == KafkaError._AUTHENTICATION:
             mend = "put sasl.mechanism, sasl.username and sasl.password below [kafka.settings] in order"
             return PermissionDenied(f"{where} refuses the authentication: {reason}; {mend}")
-        if error.code() == KafkaError._SSL or "SSL handshake failed" in reason:
+        # Who hangs up in the handshake is told of as any that hangs up.
+        if error.code() == KafkaError._SSL or "SSL handshake failed" in reason or "in state SSL_HANDSHAKE" in reason:
             mend = "see ssl.ca.location and security.protocol below [kafka.settings], and the broker's certificate"
             return UnavailableError(f"no TLS with {where}: {reason}; {mend}")
         if error.code() == KafkaError._ALL_BROKERS_DOWN:  # they take the connection and hang up
