@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from producer.events import HOOKS, STREAMS, TRANSMITS, Rows, Stream
+from producer.events import HOOKS, STREAMS, Rows, Stream
 from producer.hooks import Hooks, HookSettings
 from producer.lab import Host
 
@@ -100,9 +100,8 @@ class Skips:
         counters = self._capture.hooks.counters(stream)
         assert counters.ring_full == 0
         if self._capture.hooks.rungs["transmit"] == "kprobe" and kernel_version() < (6, 7):  # which does not count them
-            count = len(self._capture.all(stream)[self._first[stream.name] :])
-            # What is sent again is sent in a softirq, which is what runs are skipped in.
-            return 1 + count // 1000 if stream is TRANSMITS else 2 + count // 100
+            # What is sent again, in both streams, is sent in a softirq, which is what runs are skipped in.
+            return 2 + len(self._capture.all(stream)[self._first[stream.name] :]) // 100
         return counters.nested - self._nested[stream.name]
 
 
