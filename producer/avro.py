@@ -202,7 +202,7 @@ def _store(chunks: NDArray[Any], buffer: Bytes, offsets: NDArray[np.int64]) -> N
 
 
 def _packed(parts: Iterable[_Part]) -> list[_Part]:
-    """Join neighbours that fit in one word: shifting costs a third of storing."""
+    """Join neighbours that fit in one word, so that fewer words are stored."""
     packed: list[_Part] = []
     for part in parts:
         last = packed[-1] if packed else None
