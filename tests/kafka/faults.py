@@ -5,18 +5,16 @@ import json
 import re
 import socket
 import struct
-import threading
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.kafka import topics
-from tests.kafka.rebpf import Run, wait_until
+from tests.kafka.rebpf import Run, repeating, wait_until
 from tests.kafka.topics import RETRANSMIT, TRANSMIT
 from tests.kafka.traffic import Echo, exchange
 from tests.servers.cluster import KafkaCluster
@@ -54,19 +52,8 @@ class Scene:
     @contextmanager
     def steady_traffic(self) -> Iterator[None]:
         """A connection or two at a time, until the context is left."""
-        done = threading.Event()
-
-        def work() -> None:
-            while not done.wait(0.02):
-                exchange(self.port, 2)
-
-        with ThreadPoolExecutor(1) as pool:
-            working = pool.submit(work)
-            try:
-                yield
-            finally:
-                done.set()
-            working.result()
+        with repeating(lambda: exchange(self.port, 2), 0.02):
+            yield
 
     def wait_for_more(self, segments: int = 503) -> None:
         """Wait until that many more segments were on the wire."""

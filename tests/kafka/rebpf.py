@@ -7,8 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +29,24 @@ def wait_until(what: str, condition: Callable[[], Any], deadline_s: float = DEAD
             raise TimeoutError(f"not within {deadline_s:.0f} s: {what}")
         time.sleep(0.02)
     return value
+
+
+@contextmanager
+def repeating(work: Callable[[], Any], interval_s: float) -> Iterator[None]:
+    """Have a thread do something again and again until the context is left; raise what it raised."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(interval_s):
+            work()
+
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(repeat)
+        try:
+            yield
+        finally:
+            done.set()
+        task.result()
 
 
 def command(*arguments: object) -> list[str]:

@@ -9,9 +9,7 @@ import subprocess
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -32,7 +30,7 @@ from producer.errors import UnavailableError
 from producer.events import RETRANSMITS, TRANSMITS, Stream
 from producer.heartbeat import FIXED_SCHEMA_ID, HeartbeatEncoder
 from producer.provision import create_topics
-from tests.kafka.rebpf import command, rebpf, wait_until
+from tests.kafka.rebpf import command, rebpf, repeating, wait_until
 from tests.kafka.sent import Sent, messages
 from tests.kafka.topics import FIXED_IDS
 from tests.servers.consume import decode, kcat_messages
@@ -201,24 +199,6 @@ class Feed:
         assert self._client.flush(30) == 0
 
 
-@contextmanager
-def beating(feed: Feed, host: str) -> Iterator[None]:
-    """Put in heartbeats of a host, and nothing else by this feed, until the context is left."""
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(0.5):
-            feed.beat(host)
-
-    with ThreadPoolExecutor(1) as pool:
-        task = pool.submit(beat)
-        try:
-            yield
-        finally:
-            done.set()
-        task.result()
-
-
 def told(bootstrap: str, prefix: str = PREFIX) -> list[dict[str, Any]]:
     """Return the records of the topic of alerts."""
     found = []
@@ -341,11 +321,11 @@ def test_a_partition_that_is_added_is_read_as_soon_as_it_is_seen(kafka, tmp_path
 
 def test_two_members_of_which_one_is_killed_tell_each_change_once(kafka, config, tmp_path):
     assert rebpf("init", "--alerts", "--partitions", 3, "--config", config).returncode == 0
-    feed, expected = Feed(kafka.bootstrap), reference()
+    feed, heart, expected = Feed(kafka.bootstrap), Feed(kafka.bootstrap), reference()
     with (
         Member(tmp_path / "one", config) as one,
         Member(tmp_path / "two", config) as two,
-        beating(Feed(kafka.bootstrap), LIVING),
+        repeating(lambda: heart.beat(LIVING), 0.5),
     ):
         for member in (one, two):
             member.wait_for(" ready ")
