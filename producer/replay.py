@@ -29,7 +29,8 @@ from producer.ledger import Account, Ledger
 from producer.pipeline import Pipeline
 from producer.provision import Admin, topic
 from producer.retry import BackOff
-from producer.spool import ASIDE, SEGMENT, Spool, files
+from producer.spool import Spool
+from producer.spoolfiles import ASIDE, SEGMENT, files
 from producer.spoolreport import disk_errors, quarantined, require_state_folder
 from producer.state import StateFolder
 from producer.streampath import Stores, StreamPath, resume
