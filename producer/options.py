@@ -1,19 +1,13 @@
-"""What the commands have in common: their options with twins in the environment, the configuration, and signals."""
+"""What the commands have in common: their options with twins in the environment, and the configuration."""
 
 import ipaddress
-import os
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from producer.errors import UsageError
-
-QUIT_NOW = 130
 
 
 class Address(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes none
@@ -74,24 +68,3 @@ def load(path: Path | None) -> Any:
 def usage(message: str) -> NoReturn:
     """End with a message on how the command is to be called."""
     raise UsageError(message)
-
-
-def set_on(number: signal.Signals) -> threading.Event:
-    """Return an event that a signal sets."""
-    event = threading.Event()
-    signal.signal(number, lambda *_: event.set())
-    return event
-
-
-def stop_on_signals() -> threading.Event:
-    """Return an event that SIGINT or SIGTERM sets; a second signal ends the process at once."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(QUIT_NOW)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    return stop
