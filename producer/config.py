@@ -266,18 +266,24 @@ def load(path: Path | None) -> Config:
         return _with_secrets(check(build(Config, table)))
 
 
-def _read(path: Path) -> str:
-    """Return a file's text. Only a regular file of bounded size is read: a FIFO would wait, a device never end."""
+def _read_bytes(path: Path) -> bytes:
+    """Return a file's content. Only a regular file of bounded size is read: a FIFO would wait, a device never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ConfigError(f"{path}: expected a regular file")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ConfigError(f"{path}: expected a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
             content = file.read(_MAX_FILE_BYTES + 1)
-        if len(content) > _MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: larger than {_MAX_FILE_BYTES} bytes; put long lists of addresses into @FILE")
-        return content.decode("utf-8-sig")
+    finally:
+        os.close(descriptor)
+    if len(content) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {_MAX_FILE_BYTES} bytes; put long lists of addresses into @FILE")
+    return content
+
+
+def _read(path: Path) -> str:
+    try:
+        return _read_bytes(path).decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except ValueError as error:  # not UTF-8, or a path with NUL
@@ -316,10 +322,12 @@ def read_secret(path: Path, where: str) -> str:
             raise ConfigError(f"{where}: systemd has given no credential {path}: LoadCredential={path}:FILE")
         path = Path(folder) / path
     try:
-        lines = path.read_text().splitlines()
+        lines = _read_bytes(path).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise ConfigError(f"{where}: {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except ValueError as error:
         raise ConfigError(f"{where}: {path}: not UTF-8") from error  # which bytes is nobody's business
     if not lines or not lines[0]:
         raise ConfigError(f"{where}: {path}: its first line is empty")

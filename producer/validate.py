@@ -15,6 +15,7 @@ from typing import Any
 
 from producer.errors import ConfigError
 from producer.events import HOOKS, STATES
+from producer.kafka_settings import decide
 from producer.table import nearest
 
 GROUPS = ("host", "peer", "flow", "port")
@@ -43,7 +44,8 @@ _SECONDS: Mapping[str, tuple[float, float]] = {
 _NUMBERS = {"uid": (0, (1 << 32) - 2), "netns": (1, (1 << 32) - 1), "interface": (1, (1 << 31) - 1)}
 """Ranges of the kernel's types; the user id 4294967295 means none."""
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
-_HOST = re.compile(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,253}")
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+_HOST = re.compile(rf"\[[0-9A-Fa-f:.]+\]|(?=.{{1,253}}(?::|$)){_LABEL}(?:\.{_LABEL})*\.?")
 _BROKER = re.compile(rf"(?:[A-Za-z0-9_]+://)?(?:{_HOST.pattern})(?::(\d{{1,5}}))?")
 
 
@@ -129,6 +131,7 @@ def _check_kafka(kafka: Any) -> None:
             raise ConfigError(f"kafka.settings: {name!r} is no name of a librdkafka setting")
         if "\0" in value:  # librdkafka would take what stands before it
             raise ConfigError(f"kafka.settings.{name}: a value must not contain NUL")
+    decide(kafka.settings)
 
 
 def _check_brokers(brokers: str) -> None:
@@ -157,11 +160,16 @@ def _check_spool(spool: Any) -> None:
 
 
 def _check_listen(listen: str) -> None:
+    _check_text("metrics.listen", listen, 300)
     host, _, port = listen.rpartition(":")
-    if not _HOST.fullmatch(host) and not _is_address(host):
+    if not _is_host(host):
         raise ConfigError(f"metrics.listen: HOST:PORT is wanted, not {listen!r}")
     if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) >= 1 << 16:
         raise ConfigError(f"metrics.listen: expected a port from 0 to 65535, found {listen!r}")
+
+
+def _is_host(text: str) -> bool:
+    return bool(_HOST.fullmatch(text)) or _is_address(text)
 
 
 def _is_address(text: str) -> bool:
@@ -188,7 +196,7 @@ def _check_url(name: str, url: str) -> None:
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"{name}: a URL is wanted, not {url!r}: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or " " in url:
+    if parts.scheme not in ("http", "https") or not _is_host(parts.hostname or "") or port == 0 or " " in url:
         raise ConfigError(f"{name}: a URL is wanted, http://HOST:PORT, not {url!r}")
 
 
