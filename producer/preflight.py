@@ -42,9 +42,11 @@ def examine(config: Config, *, path: Path | None = None, servers: bool = True) -
         *_endpoint(config),
         *_others(config),
     ]
-    # What no client would take is found above.
-    if servers and not any(finding.subject == "kafka.settings" for finding in findings):
-        findings += [*kafka(config), *registry(config)]
+    found = {finding.subject for finding in findings}  # what no client would take is found above
+    if servers and "kafka.settings" not in found:
+        findings += kafka(config)
+    if servers and not found & {"kafka.settings", "registry"}:
+        findings += registry(config)
     return findings
 
 
