@@ -38,10 +38,20 @@ class Offset(click.ParamType):  # type: ignore[type-arg] # likewise
             self.fail(f"{value!r} is neither a number nor 'beginning'", param, ctx)
 
 
+class _Option(click.Option):
+    """Refuses a twin in the environment that is set and empty, which click takes for unset."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Return the twin's value; UsageError where it is empty."""
+        if isinstance(self.envvar, str) and os.environ.get(self.envvar) == "":
+            raise UsageError(f"{self.envvar} is set but empty: give it a value, or unset it")
+        return super().resolve_envvar_value(ctx)
+
+
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     """An option with its twin in the environment: --state-dir and REBPF_STATE_DIR."""
     twin = "REBPF_" + names[0].removeprefix("--").split("/")[0].upper().replace("-", "_")
-    return click.option(*names, envvar=twin, show_envvar=True, **settings)
+    return click.option(*names, envvar=twin, show_envvar=True, cls=_Option, **settings)
 
 
 config_option = option("--config", type=click.Path(path_type=Path), help="TOML file with all settings.")

@@ -24,6 +24,7 @@ from producer.encode import load_schema
 from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import STREAMS, SchemaId, Stream, Topic
 from producer.heartbeat import FIXED_SCHEMA_ID, TOPIC, heartbeat_schema
+from producer.kafka_settings import admin_settings
 from producer.registry import COMPATIBILITY, AvroSchema, SchemaIds
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Admin:
         self._brokers = config.kafka.brokers
         self._trouble: KafkaError | None = None
         ours = {"bootstrap.servers": self._brokers, "allow.auto.create.topics": "false", "error_cb": self._meet}
-        conf: dict[str, Any] = {**config.kafka.settings, **ours}
+        conf: dict[str, Any] = {**admin_settings(config.kafka.settings), **ours}
         try:
             self._client = AdminClient(conf, logger=client_logger(logger))
         except KafkaException as error:

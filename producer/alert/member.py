@@ -26,7 +26,7 @@ from producer.decode import Decoder
 from producer.errors import ConfigError, UnavailableError
 from producer.heartbeat import FIXED_SCHEMA_ID as HEARTBEAT_SCHEMA_ID
 from producer.heartbeat import heartbeat_schema
-from producer.kafka_settings import client_settings
+from producer.kafka_settings import client_settings, consumer_settings
 from producer.signals import Flag
 
 logger = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class Member:
 def _consumer(config: Config, brokers: str, meet: Callable[[KafkaError], None]) -> Consumer:
     settings: dict[str, Any] = {
         **_DEFAULTS,
-        **config.kafka.settings,
+        **consumer_settings(config.kafka.settings),
         "bootstrap.servers": brokers,
         "group.id": config.alert.group,
         # All members must have the same; each topic's partitions are spread over all of them.
