@@ -1,6 +1,7 @@
 """What the commands have in common: their options with twins in the environment, and the configuration."""
 
 import ipaddress
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
