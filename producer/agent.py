@@ -87,7 +87,9 @@ class Agent:
             if config.kafka.brokers is None:
                 _exclude_embedded(hooks, brokers)
             hooks.attach()
-            builder = StreamBuilder(config, hooks, {name: ids[each] for name, each in self._topics.items()}, stack)
+            builder = StreamBuilder(
+                config, hooks, {name: ids[each] for name, each in self._topics.items()}, stack, quarantine
+            )
             parts = [builder.build(stream) for stream in STREAMS]
             hooks.drop_old_rings()
             board = Board()

@@ -10,6 +10,7 @@ _STAGES: Mapping[str, str] = {
     "ring_full": "kernel",
     "nested": "kernel",
     "old_ring": "hooks",
+    "encode": "encode",
     "spool_dropped": "spool",
     "spool_expired": "spool",
     "spool_damaged": "spool",
@@ -18,7 +19,7 @@ _STAGES: Mapping[str, str] = {
 
 
 def stage(reason: str) -> str:
-    """Return where events are lost for a reason: kernel, hooks, spool, stop, or kafka, whose reasons are its errors."""
+    """Return where events are lost for a reason; kafka, whose reasons are its errors, for all that is not listed."""
     return _STAGES.get(reason, "kafka")
 
 

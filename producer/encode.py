@@ -25,6 +25,7 @@ from producer.events import (
     Stream,
 )
 from producer.flows import FLOW_FIELDS, Cgroups, FlowTable
+from producer.isolate import Unencodable
 from producer.paths import SCHEMAS
 
 _NAMES: Mapping[str, tuple[str, ...]] = {"state": STATES, "ca_state": CA_STATES, "cause": CAUSES}
@@ -75,7 +76,7 @@ class BatchEncoder:
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         """Encode a batch; `utc_offset_ns` is what the monotonic clock lacks to nanoseconds since 1970.
 
-        ValueError where a row has a number that its field cannot hold, which the kernel never writes.
+        Unencodable where a row has a number that its field cannot hold, which the kernel never writes.
         """
         rows = batch.rows
         _check(rows)
@@ -115,7 +116,7 @@ class BatchEncoder:
 
 
 def _check(rows: Rows) -> None:
-    """Raise ValueError where a number does not fit its field's type in the schema; a ring may hold anything."""
+    """Raise Unencodable where a number does not fit its field's type in the schema."""
     segments, flows = rows["s"], rows["s"]["flow"]
     for numbers, most in (
         *((segments[name], _MAX_INT) for name in ("cpu", "payload_len", "segs")),
@@ -125,7 +126,7 @@ def _check(rows: Rows) -> None:
         *((flows[name], _MAX_LONG) for name in ("sk_cookie", "cgroup_id")),
     ):
         if len(numbers) and numbers.max() > most:
-            raise ValueError(f"{numbers.max()} is more than a field of the event can hold")
+            raise Unencodable(f"{numbers.max()} is more than its field can hold", numbers > most)
 
 
 def _name_table(encoder: Encoder, name: Group, names: Sequence[str]) -> Table:

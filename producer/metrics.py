@@ -30,7 +30,16 @@ for _what in ("kafka_send", "kafka_client", "spool", "registry", "heartbeat"):  
     _RETRIES.labels(_what)
     _RETRY_WAIT.labels(_what)
 
-_SHOWN_AT_ZERO = ("ring_full", "nested", "old_ring", "spool_dropped", "spool_expired", "spool_damaged", "stopped")
+_SHOWN_AT_ZERO = (
+    "ring_full",
+    "nested",
+    "old_ring",
+    "encode",
+    "spool_dropped",
+    "spool_expired",
+    "spool_damaged",
+    "stopped",
+)
 """Reasons that are shown before the first loss: the rate of a counter that appears with its first loss misses it."""
 
 _STREAM_COUNTERS: tuple[tuple[str, str, Callable[[StreamStatus], int]], ...] = (

@@ -32,8 +32,8 @@ class Ring(Protocol):
 class Encoder(Protocol):
     """What the pipeline asks of an encoder."""
 
-    def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
-        """Encode a batch."""
+    def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch | None:
+        """Encode a batch, without the rows that cannot be encoded; None where none is left."""
 
 
 class Outcome(Protocol):

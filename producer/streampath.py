@@ -16,6 +16,8 @@ from producer.segment import Spooled
 _BATCH_ROWS = 4096
 _MOST_BATCHES = 32
 """Batches from the spool in one step: each may be a few messages."""
+_UNENCODABLE = "encode"
+"""Why an event is lost that cannot be made a message."""
 _FULL = 0.5
 """Share of a ring that may fill before the spool takes over from a Kafka that has no room."""
 
@@ -34,6 +36,21 @@ class _Entry:
     """Its first number in the spool, if it is there."""
     done: bool = False
     lost: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    """Events that came with it in the ring, or right behind it, and cannot be encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What was read from the ring: a batch, unless none of the rows could be encoded."""
+
+    batch: EncodedBatch | None
+    oldest_ns: int
+    rows: int
+
+    @property
+    def refused(self) -> int:
+        return self.rows - len(self.batch or ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,22 +205,46 @@ class StreamPath:
             return False
         return self._waited(now_s) or (self._ring.fill > _FULL and not sink.room(self.stream))
 
-    def _next_batch(self, limit: int, utc_offset_ns: int) -> tuple[EncodedBatch, int] | None:
+    def _next_batch(self, limit: int, utc_offset_ns: int) -> _Read | None:
         rows = self._ring.read(limit)
         if not len(rows):
             return None
         oldest_ns = int(rows["s"]["ts"][0])
-        return self._encoder.encode(Batch(self.stream, rows), utc_offset_ns), oldest_ns
+        return _Read(self._encoder.encode(Batch(self.stream, rows), utc_offset_ns), oldest_ns, len(rows))
 
     def _send(self, sink: Sink, now_s: float, utc_offset_ns: int) -> bool:
-        found = self._next_batch(min(sink.room(self.stream), _BATCH_ROWS), utc_offset_ns)
-        if found is None:
-            return False
-        batch, oldest_ns = found
-        entry = self._entries[batch] = _Entry(batch, now_s, oldest_ns, position=self._ring.position)
+        before = self._ring.position
+        try:
+            read = self._next_batch(min(sink.room(self.stream), _BATCH_ROWS), utc_offset_ns)
+            if read is None:
+                return False
+            if read.batch is None:
+                self._pass_over(read.refused)
+            else:
+                sink.send(read.batch)
+                self._begin(read.batch, read, now_s)
+        except Exception:
+            self._ring.position = before  # another step reads it again
+            raise
+        return read.rows == _BATCH_ROWS
+
+    def _begin(self, batch: EncodedBatch, read: _Read, now_s: float) -> None:
+        if read.refused:
+            self._lost[_UNENCODABLE] += read.refused
+        position = self._ring.position
+        entry = _Entry(batch, now_s, read.oldest_ns, position=position, refused=read.refused)
+        self._entries[batch] = entry
         self._from_ring.append(entry)
-        sink.send(batch)
-        return len(batch) == _BATCH_ROWS
+
+    def _pass_over(self, refused: int) -> None:
+        """Leave rows behind of which none could be encoded: with the batch before them, if one is under way."""
+        if self._from_ring:
+            self._lost[_UNENCODABLE] += refused
+            self._from_ring[-1].refused += refused
+            self._from_ring[-1].position = self._ring.position
+        else:
+            self.lose(_UNENCODABLE, refused)
+            self._close_books(self._ring.position)
 
     def _put_by(self, now_s: float, utc_offset_ns: int) -> bool:
         """Put what is under way, and then a batch of the ring, into the spool; return whether more is likely there."""
@@ -221,10 +262,14 @@ class StreamPath:
                 self._spool.append(entry.batch, self._account.ring, entry.position)
                 self._spool.sent = self._spool.end  # nothing was there that had not been sent
                 self._from_spool.append(self._from_ring.popleft())
+                self._settle_refused(entry)
                 position = entry.position
             found = self._next_batch(_BATCH_ROWS, utc_offset_ns)
             if found:
-                self._spool.append(found[0], self._account.ring, self._ring.position)
+                if found.batch is not None:
+                    self._spool.append(found.batch, self._account.ring, self._ring.position)
+                if found.refused:
+                    self.lose(_UNENCODABLE, found.refused)
                 position = self._ring.position
             if position is not None:
                 self._spool_works()
@@ -234,7 +279,7 @@ class StreamPath:
             self._append_at = now_s + self._stores.waits.next()
             self.spool_trouble = error.strerror or str(error)
         self._close_books(position)
-        return found is not None and len(found[0]) == _BATCH_ROWS
+        return found is not None and found.rows == _BATCH_ROWS
 
     def _spool_works(self) -> None:
         """Note that the spool takes what it should, or is not needed."""
@@ -246,7 +291,12 @@ class StreamPath:
         """Take the first batch from the ring, which is done, out of the account; return the position behind it."""
         entry = self._from_ring.popleft()
         self._settled.update(entry.lost)
+        self._settle_refused(entry)
         return entry.position
+
+    def _settle_refused(self, entry: _Entry) -> None:
+        if entry.refused:
+            self._settled[_UNENCODABLE] += entry.refused
 
     def _send_spooled(self, sink: Sink, now_s: float) -> bool:
         assert self._spool is not None

@@ -1,6 +1,9 @@
 """One stream's way, built: its ring, encoder, spool and ledger, brought to one state after whatever came before."""
 
+import functools
+import json
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,8 +14,9 @@ from producer.clock import UtcOffset, boot_id, now
 from producer.config import Config
 from producer.encode import BatchEncoder, load_schema
 from producer.errors import RebpfError, UnavailableError
-from producer.events import STREAMS, Batch, EncodedBatch, SchemaId, Stream
+from producer.events import STREAMS, Batch, EncodedBatch, Rows, SchemaId, Stream
 from producer.hooks import Hooks
+from producer.isolate import Isolator
 from producer.ledger import Account, Ledger
 from producer.retry import BackOff
 from producer.ring import Ring
@@ -24,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _BATCH_ROWS = 4096
 _SPOOL_WAIT_S = 5.0
+_RAW_QUARANTINE_BYTES = 1 << 20
 _CANNOT_MOVE = (OSError, RebpfError, LookupError, ValueError)
 """What a disk, or rows of another version that lack what the encoder needs, may raise."""
 
@@ -36,6 +41,11 @@ def spool_folder(config: Config, stream: Stream) -> Path:
 def quarantine_folder(config: Config, stream: Stream) -> Path:
     """Return the folder of a stream's messages that Kafka has refused."""
     return config.state_dir / "quarantine" / stream.name
+
+
+def raw_quarantine_path(config: Config, stream: Stream) -> Path:
+    """Return the file of a stream's records that could not be made messages."""
+    return config.state_dir / "quarantine" / f"{stream.name}.raw.jsonl"
 
 
 def ledger_path(config: Config, stream: Stream) -> Path:
@@ -62,9 +72,14 @@ def new_spool(config: Config, stream: Stream) -> Spool:
 
 
 class Quarantine:
-    """Where messages go that Kafka has refused: files like a spool's, with the reason, for somebody to look at."""
+    """Where messages go that Kafka has refused: files like a spool's, with the reason, for somebody to look at.
+
+    Records of a ring that cannot be made messages go into a file of their own, with one JSON object on each line:
+    `error`, and the record as hexadecimal digits in `record`.
+    """
 
     def __init__(self, config: Config) -> None:
+        self._config = config
         self._spools = {
             stream.name: Spool(
                 quarantine_folder(config, stream),
@@ -91,6 +106,22 @@ class Quarantine:
         except OSError as failure:
             logger.warning("quarantine: %d messages are not kept: %s", len(batch), failure.strerror)
 
+    def put_raw(self, stream: Stream, rows: Rows, error: str) -> None:
+        """Write records down that cannot be made messages, as long as there is room."""
+        logger.warning("encode: %d events are lost topic=%s error=%s", len(rows), stream.topic, error)
+        if not self._config.kafka.brokers or not self._config.spool.quarantine_bytes:
+            return
+        path = raw_quarantine_path(self._config, stream)
+        lines = "".join(json.dumps({"error": error, "record": row.tobytes().hex()}) + "\n" for row in rows)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with open(file, "a") as opened:
+                if opened.tell() + len(lines) <= _RAW_QUARANTINE_BYTES:
+                    opened.write(lines)
+        except OSError as failure:
+            logger.warning("quarantine: %d records are not kept: %s", len(rows), failure.strerror)
+
     def close(self) -> None:
         """Put what was written on the disk itself."""
         for name in self._open:
@@ -115,7 +146,10 @@ class StreamBuilder:
     What is opened is closed by `stack`.
     """
 
-    def __init__(self, config: Config, hooks: Hooks, ids: Mapping[str, SchemaId], stack: ExitStack) -> None:
+    def __init__(
+        self, config: Config, hooks: Hooks, ids: Mapping[str, SchemaId], stack: ExitStack, quarantine: Quarantine
+    ) -> None:
+        self._quarantine = quarantine
         self._config = config
         self._hooks = hooks
         self._ids = ids
@@ -157,9 +191,10 @@ class StreamBuilder:
             logger.info("spool: %d events of %s wait since before", spool.end - spool.acked - spool.gone, stream.name)
         return spool
 
-    def _encoder(self, stream: Stream) -> BatchEncoder:
+    def _encoder(self, stream: Stream) -> Isolator:
         schema = load_schema(stream)
-        return BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups)
+        encoder = BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups)
+        return Isolator(encoder, functools.partial(self._quarantine.put_raw, stream))
 
     def _drain_old(self, stream: Stream, spool: Spool | None, account: Account | None) -> int:
         """Move what old rings hold into the spool; return how many events of theirs are lost."""
@@ -173,25 +208,29 @@ class StreamBuilder:
                     ring.position = max(ring.position, _settled(ring_id, account, spool))
                     ring.commit(ring.position)
                 try:
-                    self._move(old, ring, spool, ring_id or "")
+                    lost += self._move(old, ring, spool, ring_id or "")
                 except _CANNOT_MOVE as error:
                     logger.error("hooks: %d events of replaced hooks are lost: %s", ring.unread, error)
                 lost += ring.unread
         return lost
 
-    def _move(self, stream: Stream, ring: Ring, spool: Spool | None, ring_id: str) -> None:
-        """Move what an old ring holds into the spool."""
+    def _move(self, stream: Stream, ring: Ring, spool: Spool | None, ring_id: str) -> int:
+        """Move what an old ring holds into the spool; return how many events cannot be moved, for what they are."""
+        refused = 0
         if spool is None and ring.unread:
             raise UnavailableError("there is no spool")
         encoder, offset_ns = self._encoder(stream), UtcOffset()()
         while spool and len(rows := ring.read(_BATCH_ROWS)):
             try:
                 batch = encoder.encode(Batch(stream, rows), offset_ns)
-                spool.append(batch, ring_id, ring.position)
+                if batch is not None:
+                    spool.append(batch, ring_id, ring.position)
             except _CANNOT_MOVE:
                 ring.position -= len(rows) * ring.stride
                 raise
+            refused += len(rows) - len(batch or ())
             ring.commit(ring.position)
+        return refused
 
 
 def _settled(ring_id: str, account: Account | None, spool: Spool | None) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from producer.cgroups import CgroupPaths
 from producer.clock import now
 from producer.config import Config
 from producer.encode import BatchEncoder, load_schema
@@ -32,7 +33,7 @@ def encoded(stream: Stream, first: int, count: int) -> EncodedBatch:
     segment["flow"]["sport"], segment["flow"]["dport"] = 40_000 + numbers % FLOWS, 443
     segment["cpu_seq"], segment["ts"] = numbers, numbers * 1000
     host = {"host": "host-1", "boot_id": "5e4a1cde-0000-4000-8000-123456789abc"}
-    encoder = BatchEncoder(stream, load_schema(stream), stream.fixed_schema_id, host, lambda _: None)
+    encoder = BatchEncoder(stream, load_schema(stream), stream.fixed_schema_id, host, CgroupPaths(None))
     return encoder.encode(Batch(stream, rows), _START_NS)
 
 

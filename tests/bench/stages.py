@@ -12,6 +12,7 @@ import fastavro
 import numpy as np
 from confluent_kafka import Producer
 
+from producer.cgroups import CgroupPaths
 from producer.encode import BatchEncoder, load_schema
 from producer.events import FLOW, TCP_FIELDS, TRANSMITS, Batch, EncodedBatch, Rows, SchemaId, Topic
 from producer.kafka import KafkaSink
@@ -47,7 +48,7 @@ def rows() -> Rows:
 
 def encoder() -> BatchEncoder:
     """Return the producer's encoder of transmits."""
-    return BatchEncoder(TRANSMITS, load_schema(TRANSMITS), SchemaId(1), HOST, lambda number: "/system.slice/a.service")
+    return BatchEncoder(TRANSMITS, load_schema(TRANSMITS), SchemaId(1), HOST, CgroupPaths(None))
 
 
 def messages(batch: EncodedBatch) -> list[bytes]:

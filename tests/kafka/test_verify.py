@@ -16,6 +16,7 @@ from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
+from producer.cgroups import CgroupPaths
 from producer.encode import BatchEncoder, load_schema
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
 from tests.kafka.rebpf import Run, rebpf
@@ -63,7 +64,7 @@ def encoded(stream: Stream, events: Sequence[Given], schema_id: int) -> Iterator
                 events[at].tick * 1000,
             )
         host_fields = {"host": host, "boot_id": boot_id}
-        encoder = BatchEncoder(stream, load_schema(stream), SchemaId(schema_id), host_fields, lambda _: None)
+        encoder = BatchEncoder(stream, load_schema(stream), SchemaId(schema_id), host_fields, CgroupPaths(None))
         for at, message in zip(places, messages(encoder.encode(Batch(stream, rows), START_NS)), strict=True):
             made[at] = message
     return (made[at] for at in range(len(events)))

@@ -14,6 +14,7 @@ import pytest
 from fastavro.schema import SchemaParseException
 
 from producer.alert.record import AlertEncoder
+from producer.cgroups import CgroupPaths
 from producer.encode import BatchEncoder
 from producer.events import KNOWN, STREAMS, Batch, SchemaId
 from producer.heartbeat import HeartbeatEncoder
@@ -63,7 +64,7 @@ def bodies(name: str, schema: Schema) -> list[bytes]:
     rows["s"]["flow"]["flow_known"] = rows["s"]["known"]
     rows["s"]["cpu_seq"] = np.arange(1, ROWS + 1)
     rows["s"]["sample_rate"] = 1
-    encoded = BatchEncoder(stream, schema, SchemaId(1), HOST, lambda _: None).encode(Batch(stream, rows), 10**18)
+    encoded = BatchEncoder(stream, schema, SchemaId(1), HOST, CgroupPaths(None)).encode(Batch(stream, rows), 10**18)
     payload = encoded.payload.tobytes()
     spans = zip(encoded.starts.tolist(), encoded.lengths.tolist(), strict=True)
     return [payload[start + FRAME_BYTES : start + length] for start, length in spans]

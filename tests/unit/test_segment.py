@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from producer.cgroups import CgroupPaths
 from producer.encode import BatchEncoder, load_schema
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
 from producer.segment import DamagedError, Reader, Spooled, block, container_schema, header, read_header
@@ -135,7 +136,7 @@ def test_what_is_no_segment_of_this_version_is_refused() -> None:
 
 @cache
 def encoder_of(stream: Stream) -> BatchEncoder:
-    return BatchEncoder(stream, load_schema(stream), SchemaId(70_000), HOST, lambda cgroup: f"/a.slice/{cgroup}")
+    return BatchEncoder(stream, load_schema(stream), SchemaId(70_000), HOST, CgroupPaths(None))
 
 
 @pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)

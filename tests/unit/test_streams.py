@@ -11,7 +11,7 @@ import pytest
 from producer.config import Config, Kafka
 from producer.events import TRANSMITS, Rows, SchemaId, Stream
 from producer.ledger import Account, Ledger
-from producer.streams import StreamBuilder, StreamParts, ledger_path, new_spool
+from producer.streams import Quarantine, StreamBuilder, StreamParts, ledger_path, new_spool
 
 STRIDE = TRANSMITS.dtype.itemsize + 8
 
@@ -75,7 +75,7 @@ def settings(tmp_path: Path, **spool: Any) -> Config:
 def build(config: Config, *old: Ring) -> StreamParts:
     hooks: Any = Hooks(*old)
     with ExitStack() as stack:
-        return StreamBuilder(config, hooks, {"transmit": SchemaId(1)}, stack).build(TRANSMITS)
+        return StreamBuilder(config, hooks, {"transmit": SchemaId(1)}, stack, Quarantine(config)).build(TRANSMITS)
 
 
 def spooled(config: Config) -> int:

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 
+from producer.cgroups import CgroupPaths
 from producer.encode import BatchEncoder, load_schema
 from producer.events import CA_STATES, CAUSES, FLOW, HOOKS, STATES, STREAMS, Batch, Rows, Stream
 
@@ -44,7 +45,7 @@ def main(stream_name: str, count: int) -> None:
     """Write records, keys and values."""
     stream = next(each for each in STREAMS if each.name == stream_name)
     rows = random_rows(stream, count, np.random.default_rng())
-    encoder = BatchEncoder(stream, load_schema(stream), stream.fixed_schema_id, HOST_FIELDS, lambda cgroup_id: None)
+    encoder = BatchEncoder(stream, load_schema(stream), stream.fixed_schema_id, HOST_FIELDS, CgroupPaths(None))
     messages = encoder.encode(Batch(stream, rows, 0), UTC_OFFSET_NS)
     for row in range(count):
         key = messages.keys[messages.key_starts[row] :][: messages.key_lengths[row]]

@@ -1,0 +1,40 @@
+"""An event that cannot be encoded is the only one that is lost."""
+
+import numpy as np
+import pytest
+
+from producer.events import TRANSMITS, Batch, EncodedBatch, Rows
+from producer.isolate import Isolator, Unencodable
+from tests.unit.pipes import UTC_OFFSET_NS, IdEncoder, ids
+
+
+class Defective:
+    """An encoder that fails on some events; `masked` says whether it knows on which."""
+
+    def __init__(self, bad: set[int], *, masked: bool) -> None:
+        self._bad = bad
+        self._masked = masked
+
+    def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
+        bad = np.isin(batch.rows["s"]["cpu_seq"], list(self._bad))
+        if bad.any():
+            raise Unencodable("too much", bad) if self._masked else KeyError("defect")
+        return IdEncoder().encode(batch, utc_offset_ns)
+
+
+def rows_of(count: int) -> Rows:
+    rows = np.zeros(count, TRANSMITS.dtype)
+    rows["s"]["cpu_seq"] = np.arange(count)
+    return rows
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("bad", [set(), {0}, {96}, {3, 4, 50}, set(range(97))])
+def test_only_what_cannot_be_encoded_is_refused(bad: set[int], masked: bool) -> None:
+    refused: list[int] = []
+    isolator = Isolator(
+        Defective(bad, masked=masked), lambda rows, reason: refused.extend(rows["s"]["cpu_seq"].tolist())
+    )
+    encoded = isolator.encode(Batch(TRANSMITS, rows_of(97)), UTC_OFFSET_NS)
+    assert sorted(refused) == sorted(bad)
+    assert ([] if encoded is None else ids(encoded)) == [each for each in range(97) if each not in bad]
