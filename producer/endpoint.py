@@ -7,9 +7,13 @@ GET /status    the whole status in JSON, or 503
 
 The loop alone knows how things are, and nobody else touches its parts: a visitor waits for its next step, which leaves
 a status on the board. While nobody asks, that costs a look at a flag for each step.
+
+Visitors may be slow, many or hostile. Each visit has a deadline and a bound on what it sends; the oldest visitor is
+closed to make room for a new one; and few visitors at a time may wait for the loop. So /healthz always answers.
 """
 
 import http.client
+import io
 import json
 import logging
 import socketserver
@@ -18,7 +22,7 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import AF_INET6, SHUT_RDWR, socket
+from socket import AF_INET6, MSG_PEEK, SHUT_RDWR, SHUT_WR, socket
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,8 +36,11 @@ from producer.status import Status
 
 logger = logging.getLogger(__name__)
 
-_VISITOR_TIMEOUT_S = 5.0
-_MOST_VISITORS = 8
+_VISIT_TIMEOUT_S = 5.0
+_MAX_VISITORS = 32
+_MAX_WAITING_PER_PAGE = 8
+_MAX_REQUEST_BYTES = 16 << 10
+_METHODS = ("GET", "HEAD")
 _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
 
 Answer = tuple[HTTPStatus, str, bytes]
@@ -121,7 +128,7 @@ class Endpoint:
 
 def ask(url: str) -> dict[str, Any]:
     """Return the status of the producer whose endpoint is at `url`; UnavailableError where it does not answer."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=_VISITOR_TIMEOUT_S)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=_VISIT_TIMEOUT_S)
     try:
         connection.request("GET", "/status")
         response = connection.getresponse()
@@ -136,7 +143,10 @@ def ask(url: str) -> dict[str, Any]:
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread for each of a few visitors at a time: visitors must not use up the producer's file descriptors."""
+    """A thread for each of a bounded number of visitors: they must not use up the producer's file descriptors.
+
+    The thread that accepts visitors also closes those whose time is over, and the oldest where there are too many.
+    """
 
     block_on_close = False
     allow_reuse_port = False
@@ -147,18 +157,33 @@ class _Server(ThreadingHTTPServer):
             self.address_family = AF_INET6
         self.board = board
         self.metrics = metrics.registry(board.last, board.idle_s)
-        self._places = threading.BoundedSemaphore(_MOST_VISITORS)
+        self._deadlines: dict[socket, float] = {}  # of all visitors, the oldest first
+        self._served: set[socket] = set()  # those who wait for us: the others we wait for
+        self._lock = threading.Lock()  # a socket is closed under it: its descriptor may belong to somebody else later
+        self._places = {path: threading.BoundedSemaphore(_MAX_WAITING_PER_PAGE) for path in _PAGES}
         self._stopping = False
         super().__init__((host, port), _Visit)
 
     def serve(self) -> None:
         """Serve until `stop`. serve_forever would wake up twice a second to see whether it is told to stop."""
         while not self._stopping:
+            self.timeout = self._close_late()
             self.handle_request()
 
     def stop(self) -> None:
         self._stopping = True
         self.socket.shutdown(SHUT_RDWR)  # ends the wait for visitors
+
+    def make(self, path: str, visit: "_Visit") -> Answer:
+        """Make a page. Meanwhile the visitor waits for us, and is not closed to make room for another."""
+        if not self._places[path].acquire(blocking=False):
+            return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"too many visitors wait for this page\n"
+        try:
+            self._served.add(visit.connection)
+            return _PAGES[path](visit)
+        finally:
+            self._served.discard(visit.connection)
+            self._places[path].release()
 
     def get_request(self) -> tuple[socket, Any]:
         try:
@@ -172,36 +197,98 @@ class _Server(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
 
     def process_request(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        assert isinstance(request, socket)
+        with self._lock:
+            oldest = next((each for each in self._deadlines if each not in self._served), None)
+            if oldest and len(self._deadlines) >= _MAX_VISITORS:
+                self._cut(oldest)
+            self._deadlines[request] = time.monotonic() + _VISIT_TIMEOUT_S
+        super().process_request(request, client_address)
 
-    def process_request_thread(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
+    def shutdown_request(self, request: socket | tuple[bytes, socket]) -> None:
+        assert isinstance(request, socket)
+        with self._lock:
+            self._deadlines.pop(request, None)
+            super().shutdown_request(request)
 
     def handle_error(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
         logger.debug("metrics: a visitor went away", exc_info=True)
 
+    def _close_late(self) -> float | None:
+        """Close the visitors whose time is over; return the seconds until the next one's is, None without visitors."""
+        with self._lock:
+            now = time.monotonic()
+            for visitor in [each for each, deadline in self._deadlines.items() if deadline <= now]:
+                self._cut(visitor)
+            return min(self._deadlines.values()) - now if self._deadlines else None
+
+    def _cut(self, visitor: socket) -> None:
+        """End whatever the visitor's thread waits for. The thread then closes the socket."""
+        del self._deadlines[visitor]
+        try:
+            visitor.shutdown(SHUT_RDWR)
+        except OSError:
+            logger.debug("metrics: a visitor was gone already")
+
+
+class _Request(io.BufferedReader):
+    """What a visitor sends, up to a bound."""
+
+    _left = _MAX_REQUEST_BYTES
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(self._left + 1)
+        self._left -= len(line)
+        if self._left < 0:
+            raise http.client.LineTooLong("request")
+        return line
+
 
 class _Visit(BaseHTTPRequestHandler):
     server: _Server
-    timeout = _VISITOR_TIMEOUT_S
+    timeout = _VISIT_TIMEOUT_S
+    command, requestline, request_version = "", "", "HTTP/1.0"  # for an error before they are known
 
-    def do_GET(self) -> None:
-        page = _PAGES.get(self.path.partition("?")[0])
-        if page is None:
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = _Request(self.rfile.detach())
+
+    def handle(self) -> None:
+        """Read one request and answer it."""
+        first = self.connection.recv(1, MSG_PEEK)
+        if first and not first.isalpha():  # a TLS client would wait for an answer to its first message
+            self.send_error(HTTPStatus.BAD_REQUEST, "Expected HTTP without TLS")
+        elif first and self._read():
+            self._answer()
+        # Unread bytes would make the kernel reset the connection, and the visitor lose the answer.
+        self.connection.shutdown(SHUT_WR)
+        while self.connection.recv(1 << 16):
+            pass
+
+    def _read(self) -> bool:
+        try:
+            self.raw_requestline = self.rfile.readline()
+        except http.client.LineTooLong:
+            self.send_error(HTTPStatus.REQUEST_URI_TOO_LONG)
+            return False
+        return self.parse_request()
+
+    def _answer(self) -> None:
+        path = self.path.partition("?")[0]
+        if path not in _PAGES:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        code, kind, body = page(self)
+        code, kind, body = HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"expected GET or HEAD\n"
+        if self.command in _METHODS:
+            code, kind, body = self.server.make(path, self)
         self.send_response(code)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
+        if code == HTTPStatus.METHOD_NOT_ALLOWED:
+            self.send_header("Allow", ", ".join(_METHODS))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def version_string(self) -> str:
         return "rebpf"

@@ -182,27 +182,6 @@ def test_it_is_gone_after_the_end():
     assert "endpoint" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_visitor_is_turned_away_while_eight_others_are_waited_for():
-    """Each takes one of the producer's file descriptors."""
-    with serving() as (_, server):
-        assert server.url
-        host, _, port = server.url.removeprefix("http://").partition(":")
-        silent = [socket.create_connection((host, int(port))) for _ in range(8)]
-        try:
-            assert not served(server.url)
-        finally:
-            for each in silent:
-                each.close()
-        wait_until("room again", lambda: served(server.url))
-
-
-def served(url: str | None) -> bool:
-    try:
-        return get(url, "/healthz")[0] == 200
-    except (OSError, http.client.HTTPException):
-        return False
-
-
 def test_nobody_asking_costs_no_wakeups():
     """The server's thread sleeps until there is a visitor."""
     code = (
