@@ -141,20 +141,23 @@ class _Loaded:
 
     def _load(self, request: Mapping[str, Any], btf: Btf, folder: CompiledFolder) -> None:
         unit = _Unit(request, btf, self.rungs)
-        self.cached = self._load_kept(unit.key, btf, folder)
+        self.cached = self._load_kept(unit, btf, folder)
         if not self.cached:
             fresh = unit.compile()
             self._load_programs(fresh, btf)
             folder.put(unit.key, fresh, compiled.compiler())
 
-    def _load_kept(self, key: str, btf: Btf, folder: CompiledFolder) -> bool:
-        kept = folder.find(key)
+    def _load_kept(self, unit: "_Unit", btf: Btf, folder: CompiledFolder) -> bool:
+        kept = folder.find(unit.key)
         if kept is None:
+            return False
+        if not unit.is_whole_in(kept):
+            folder.drop(unit.key, "maps or programs are missing")
             return False
         try:
             self._load_programs(kept, btf)
         except _RungFailed as refused:
-            folder.drop(key, str(refused))
+            folder.drop(unit.key, f"refused by the kernel: {refused}")
             return False
         return True
 
@@ -191,6 +194,10 @@ class _Unit:
         self._programs = [hook.program for rung in chosen.values() for hook in rung.hooks]
         self._shim = folder / "shim"
         self.key = compiled.key(self._shim, self._text, self._flags, self._programs, MAPS)
+
+    def is_whole_in(self, code: Compiled) -> bool:
+        """Whether all maps and programs are there."""
+        return len(code.maps) >= len(MAPS) and set(self._programs) <= set(code.programs)
 
     def compile(self) -> Compiled:
         """Compile; the maps in MAPS come first."""
