@@ -1,8 +1,9 @@
 """Compiled programs as data, and a folder of them: what was compiled before is loaded without bcc and LLVM.
 
 The folder holds a file for each source, set of flags and kernel, KEY.json: a line with the SHA-256 of KEY and of what
-follows, which is JSON. What root loads must not come from where others can write: folder and file count only if they
-are the user's own and nobody else may write to them. A file that does not count is compiled afresh, and replaced.
+follows, which is JSON. What is loaded with capabilities must not come from where anybody but root can write: who takes
+over the service's user would choose what the next start loads. So root alone uses the folder, and only where the file,
+the folder and all above it are root's, no links, and closed to others' writing. Else programs are compiled afresh.
 Standard library only.
 """
 
@@ -99,10 +100,13 @@ def compiler() -> list[str]:
 
 
 class CompiledFolder:
-    """The folder at `path`; with None, nothing is kept. What an operator should know is in `warnings`."""
+    """The folder at `path`; with None, or where this is not root, nothing is kept.
+
+    What an operator should know is in `warnings`.
+    """
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        self._path = path.absolute() if path and os.geteuid() == 0 else None
         self.warnings: list[str] = []
 
     def find(self, key: str) -> Compiled | None:
@@ -110,7 +114,8 @@ class CompiledFolder:
         if self._path is None:
             return None
         try:
-            with _own(self._path, os.O_DIRECTORY), _own(self._path / f"{key}.json") as descriptor:
+            _check_folders(self._path)
+            with _own(self._path / f"{key}.json") as descriptor:
                 with open(descriptor, "rb", closefd=False) as file:
                     compiler, compiled = _unpacked(key, file.read(_MOST_FILE_BYTES))
                 with contextlib.suppress(OSError):
@@ -127,17 +132,18 @@ class CompiledFolder:
         if self._path is None:
             return
         try:
+            _check_folders(self._path.parent)
             self._path.mkdir(mode=0o700, exist_ok=True)
-            with _own(self._path, os.O_DIRECTORY):
-                _write(self._path / f"{key}.json", _packed(key, compiled, compiler))
-                _prune(self._path)
+            _check_folders(self._path)
+            _write(self._path / f"{key}.json", _packed(key, compiled, compiler))
+            _prune(self._path)
         except (OSError, ValueError) as error:
             self._warn(str(error))
 
     def drop(self, key: str, reason: str) -> None:
-        """Forget what the kernel has refused."""
+        """Forget what cannot be loaded."""
         if self._path is not None:
-            self._warn(f"refused by the kernel, and compiled afresh: {reason}")
+            self._warn(f"compiled afresh: {reason}")
             with contextlib.suppress(OSError):
                 (self._path / f"{key}.json").unlink()
 
@@ -147,14 +153,29 @@ class CompiledFolder:
             self.warnings.append(warning)
 
 
+def _check_folders(path: Path) -> None:
+    """Raise ValueError where others than root could put something else into a folder, or in its place."""
+    for folder in (*reversed(path.parents), path):
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise ValueError(f"{folder} is a link or no folder")
+        _check_roots(folder, status)
+
+
+def _check_roots(path: Path, status: os.stat_result) -> None:
+    open_to_others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    # In a sticky folder, as /tmp is, nobody else can rename or delete what is root's.
+    shut = not open_to_others or (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX)
+    if status.st_uid != 0 or not shut:
+        raise ValueError(f"{path} is another user's, or others may write to it")
+
+
 @contextlib.contextmanager
-def _own(path: Path, flags: int = 0) -> Iterator[int]:
-    """Open what is this user's, and nobody else may write to. Raises ValueError where it is not."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+def _own(path: Path) -> Iterator[int]:
+    """Open a file that is root's, and nobody else may write to. Raises ValueError where it is not, OSError."""
+    descriptor = statefile.open_regular(path)
     try:
-        status = os.fstat(descriptor)
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ValueError(f"{path} is another user's, or others may write to it")
+        _check_roots(path, os.fstat(descriptor))
         yield descriptor
     finally:
         os.close(descriptor)
@@ -199,7 +220,7 @@ def _checksum(key: str, body: bytes) -> bytes:
 def _identity(path: str) -> list[Any]:
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return [path]
     return [path, status.st_size, status.st_mtime_ns]
 

@@ -11,6 +11,7 @@ compiler and verifier said.
 """
 
 import ctypes
+import errno
 import json
 import os
 import socket
@@ -43,6 +44,7 @@ MAPS = (
 )
 ATTACH = {"do": "attach"}
 BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora, RHEL)"
+FEW_DESCRIPTORS = "too few file descriptors: raise LimitNOFILE= of the unit, or ulimit -n"
 PACKET_BYTES = 1 << 16
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
 _CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
@@ -72,13 +74,30 @@ def main(descriptor: int, parent: int) -> None:
     with socket.socket(fileno=descriptor) as channel:
         try:
             _serve(channel, json.loads(channel.recv(PACKET_BYTES)))
-        except _LoggedError as error:
-            _answer(channel, {"error": str(error), "kind": "HookError"}, error.log)
-        except RebpfError as error:
-            _answer(channel, {"error": str(error), "kind": type(error).__name__}, "")
-        except Exception as error:  # a defect: the agent must hear of it, whatever it is
-            message = f"the loader failed: {type(error).__name__}: {error}"
-            _answer(channel, {"error": message, "kind": "HookError"}, traceback.format_exc())
+        except Exception as error:  # the agent must hear of it, whatever it is
+            _answer_error(channel, error)
+
+
+def _answer_error(channel: socket.socket, error: Exception) -> None:
+    kind, message, log = type(error).__name__, str(error), ""
+    if _is_short_of_descriptors(error):
+        kind, message = "UnavailableError", FEW_DESCRIPTORS
+    elif isinstance(error, _LoggedError):
+        kind, log = "HookError", error.log
+    elif not isinstance(error, RebpfError):  # a defect
+        kind, message = "HookError", f"the loader failed: {kind}: {error}"
+        log = "".join(traceback.format_exception(error))
+    _answer(channel, {"error": message, "kind": kind}, log)
+
+
+def _is_short_of_descriptors(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        if isinstance(error, _LoggedError) and os.strerror(errno.EMFILE) in error.log:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
@@ -141,20 +160,23 @@ class _Loaded:
 
     def _load(self, request: Mapping[str, Any], btf: Btf, folder: CompiledFolder) -> None:
         unit = _Unit(request, btf, self.rungs)
-        self.cached = self._load_kept(unit.key, btf, folder)
+        self.cached = self._load_kept(unit, btf, folder)
         if not self.cached:
             fresh = unit.compile()
             self._load_programs(fresh, btf)
             folder.put(unit.key, fresh, compiled.compiler())
 
-    def _load_kept(self, key: str, btf: Btf, folder: CompiledFolder) -> bool:
-        kept = folder.find(key)
+    def _load_kept(self, unit: "_Unit", btf: Btf, folder: CompiledFolder) -> bool:
+        kept = folder.find(unit.key)
         if kept is None:
+            return False
+        if not unit.is_whole_in(kept):
+            folder.drop(unit.key, "maps or programs are missing")
             return False
         try:
             self._load_programs(kept, btf)
         except _RungFailed as refused:
-            folder.drop(key, str(refused))
+            folder.drop(unit.key, f"refused by the kernel: {refused}")
             return False
         return True
 
@@ -191,6 +213,10 @@ class _Unit:
         self._programs = [hook.program for rung in chosen.values() for hook in rung.hooks]
         self._shim = folder / "shim"
         self.key = compiled.key(self._shim, self._text, self._flags, self._programs, MAPS)
+
+    def is_whole_in(self, code: Compiled) -> bool:
+        """Whether all maps and programs are there."""
+        return len(code.maps) >= len(MAPS) and set(self._programs) <= set(code.programs)
 
     def compile(self) -> Compiled:
         """Compile; the maps in MAPS come first."""

@@ -1,9 +1,11 @@
 """The loader's process (producer.loader) as the agent sees it: start it, ask it, end it."""
 
+import errno
 import functools
 import json
 import logging
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from producer import errors
-from producer.loader import BCC_MISSING, PACKET_BYTES
+from producer.loader import BCC_MISSING, FEW_DESCRIPTORS, PACKET_BYTES
 
 logger = logging.getLogger(__name__)
 
 _FDS = 64
+# Nothing of ours reaches compiler and linker: CPATH, LD_*, PYTHON* and BCC_* would change what is loaded.
+_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 _ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
 
 
@@ -25,27 +29,43 @@ class Loader:
     """The loader's process, and the socket to it."""
 
     def __init__(self) -> None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit != resource.RLIM_INFINITY and limit < _FDS:  # bcc would only say that it does not compile
+            raise errors.UnavailableError(f"{FEW_DESCRIPTORS} (now {limit}, at least {_FDS})")
         package = Path(__file__).resolve().parent.parent
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise _start_error(error) from error
         self._channel.settimeout(_ANSWER_TIMEOUT_S)
         # This very package and not another that is installed; and of its folder nothing else, since the site-packages
         # of a venv must not shadow those of the system's Python.
         code = f"import sys; sys.path.insert(0, {str(package)!r}); import producer; del sys.path[0]"
         code += f"; from producer.loader import main; main({theirs.fileno()}, {os.getpid()})"
         # Isolated (-I): a program that runs as root takes no modules from the working directory or PYTHONPATH.
-        command = [python_with_bcc(), "-I", "-c", code]
-        with theirs:
-            self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        try:
+            with theirs:
+                command = [python_with_bcc(), "-I", "-c", code]
+                self._child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=_ENVIRONMENT
+                )
+        except OSError as error:
+            self._channel.close()
+            raise _start_error(error) from error
 
     def ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Send a request and return the answer, and the descriptors that come with it."""
         try:
             self._channel.send(json.dumps(request).encode())
-            packet, descriptors, *_ = socket.recv_fds(self._channel, PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC)
+            packet, descriptors, flags, _ = socket.recv_fds(self._channel, PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError as error:
             raise errors.HookError(f"the loader has not answered within {_ANSWER_TIMEOUT_S:.0f} s") from error
         except ConnectionError:
-            packet = b""
+            packet, descriptors, flags = b"", [], 0
+        if flags & socket.MSG_CTRUNC:  # the kernel has left out those that this process may not have
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise errors.UnavailableError(FEW_DESCRIPTORS)
         if not packet:
             raise errors.HookError(f"the loader ended with status {self._child.wait()} and no answer")
         with open(descriptors[0], "rb") as file:
@@ -62,6 +82,11 @@ class Loader:
         self._channel.close()
         self._child.kill()
         self._child.wait()
+
+
+def _start_error(error: OSError) -> errors.UnavailableError:
+    few = error.errno in (errno.EMFILE, errno.ENFILE)
+    return errors.UnavailableError(FEW_DESCRIPTORS if few else f"cannot start the loader: {error}")
 
 
 @functools.cache
@@ -85,4 +110,4 @@ sys.exit(not (found and os.path.exists(os.path.join(os.path.dirname(found.origin
 
 
 def _has_bcc(python: str) -> bool:
-    return subprocess.run([python, "-I", "-c", _FIND_BCC], stderr=subprocess.DEVNULL, check=False).returncode == 0
+    return subprocess.run([python, "-I", "-c", _FIND_BCC], stderr=subprocess.DEVNULL, env=_ENVIRONMENT).returncode == 0

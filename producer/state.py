@@ -8,11 +8,13 @@ spool/, quarantine/    events that wait for Kafka, and messages that it has refu
 lock         locked (flock) while a producer runs; the kernel lets go of it however the producer ends.
 """
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import signal
+import stat
 import time
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,7 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
 
+from producer import statefile
 from producer.errors import BusyError, ConfigError, UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,13 @@ _LOCKING = Retrying(
 )
 
 _RELOAD_TIMEOUT_S = 10.0
+_MOST_FACTS_BYTES = 1 << 16
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "brokers": str,
+    "registry": (str, type(None)),
+    "status_url": (str, type(None)),
+    "rules_version": int,
+}
 
 
 class StateFolder:
@@ -56,23 +66,23 @@ class StateFolder:
         self._published = facts
         fresh = self._agent.with_suffix(".new")
         try:
-            fresh.write_text(json.dumps({"pid": os.getpid(), **facts}))
+            with open(statefile.create(fresh), "w") as file:
+                file.write(json.dumps({"pid": os.getpid(), **facts}))
             fresh.replace(self._agent)
         except OSError as error:  # a full disk keeps nobody from capturing
             logger.warning("state: %s: others cannot find this producer", error)
 
     def __enter__(self) -> "StateFolder":
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(f"state_dir {self.path}: {error.strerror}") from error
+        self._lock = _open_lock(self.path)
         try:
             _LOCKING(fcntl.flock, self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
             raise BusyError(f"another producer runs with state_dir {self.path}: pid {pid(self.path)}") from error
-        self._agent.unlink(missing_ok=True)
+        try:
+            self._agent.unlink(missing_ok=True)
+        except OSError:  # a folder, say
+            statefile.set_aside(self._agent)
         return self
 
     def __exit__(
@@ -85,14 +95,40 @@ class StateFolder:
         os.close(self._lock)
 
 
+def _open_lock(path: Path) -> int:
+    """Open the lock of a state folder, which is made if need be. Raises ConfigError where either cannot be used."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EEXIST and path.is_symlink():
+            raise ConfigError(f"state_dir {path}: a link to {os.readlink(path)}, which is no folder") from error
+        raise ConfigError(f"state_dir {path}: {error.strerror}") from error
+    try:
+        owner = os.fstat(folder).st_uid
+        if os.geteuid() == 0 and owner != 0:  # its owner could put links in the place of files that root writes
+            raise ConfigError(f"state_dir {path}: belongs to the user with uid {owner}: run this as that user")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        lock = os.open("lock", flags, 0o600, dir_fd=folder)
+    except OSError as error:
+        why = "a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise ConfigError(f"state_dir {path}: cannot open the file lock in it: {why}") from error
+    finally:
+        os.close(folder)
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        os.close(lock)
+        raise ConfigError(f"state_dir {path}: lock is not a regular file: remove it")
+    return lock
+
+
 def is_locked(path: Path) -> bool:
     """Say whether a producer has this state folder."""
     try:
-        with open(path / "lock", "rb") as lock:
+        with open(statefile.open_regular(path / "lock"), "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no folder, or not ours to read
+    except OSError:  # no folder, no file, or not ours to read
         pass
     return False
 
@@ -107,10 +143,18 @@ def running(path: Path) -> dict[str, Any] | None:
     if not is_locked(path):
         return None
     try:
-        facts: dict[str, Any] = json.loads((path / "agent.json").read_text())
+        return _facts(statefile.parse(statefile.read(path / "agent.json", _MOST_FACTS_BYTES)))
     except (OSError, ValueError):
         return None
-    return facts
+
+
+def _facts(value: Any) -> dict[str, Any]:
+    """Return facts whose types are right. Raises ValueError for all else: others may have written the file."""
+    if not isinstance(value, dict) or not statefile.is_count(value.get("pid"), 1 << 31) or value["pid"] < 2:
+        raise ValueError("agent.json names no pid")
+    if not all(isinstance(value[name], kind) for name, kind in _FACTS.items() if name in value):
+        raise ValueError("agent.json has a value of another type")
+    return value
 
 
 def reload(path: Path) -> int:
@@ -119,13 +163,40 @@ def reload(path: Path) -> int:
     UnavailableError where none runs, or where it has refused the rules or does not answer: its log says why.
     """
     before = running(path)
-    if before is None:
+    if before is None or "rules_version" not in before:
         raise UnavailableError(f"no producer runs with state_dir {path}")
-    os.kill(before["pid"], signal.SIGHUP)
+    _signal_holder(path, before["pid"], signal.SIGHUP)
     deadline = time.monotonic() + _RELOAD_TIMEOUT_S
     while time.monotonic() < deadline:
         now = running(path)
-        if now is not None and now["rules_version"] > before["rules_version"]:
+        if now is not None and now.get("rules_version", 0) > before["rules_version"]:
             return int(now["rules_version"])
         time.sleep(0.02)
     raise UnavailableError(f"the producer with pid {before['pid']} has not taken the rules: its log says why")
+
+
+def _signal_holder(path: Path, pid: int, number: int) -> None:
+    """Signal a process that holds the lock, and no other: agent.json may name any. Raises UnavailableError."""
+    try:
+        process = os.pidfd_open(pid)
+    except OSError as error:
+        raise UnavailableError(f"state_dir {path}: agent.json names pid {pid}: {error.strerror}") from error
+    try:
+        # The descriptor comes first: were the pid another process's by now, the signal would reach nobody.
+        if not _holds(pid, path / "lock"):
+            raise UnavailableError(f"state_dir {path}: agent.json names pid {pid}, which does not hold the lock")
+        signal.pidfd_send_signal(process, number)
+    except OSError as error:
+        raise UnavailableError(f"cannot signal the producer with pid {pid}: {error.strerror}") from error
+    finally:
+        os.close(process)
+
+
+def _holds(pid: int, lock: Path) -> bool:
+    """Whether the kernel has a process down as a lock's holder. Raises OSError."""
+    inode = str(lock.lstat().st_ino)
+    for line in Path("/proc/locks").read_text().splitlines():
+        match line.split():  # one that waits has -> after its number
+            case [_, "FLOCK", _, "WRITE", holder, place, *_] if int(holder) == pid and place.split(":")[2] == inode:
+                return True
+    return False

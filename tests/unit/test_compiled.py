@@ -1,5 +1,6 @@
 """The folder of compiled programs: what it gives back, and what it does not trust."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ COMPILED = Compiled(MAPS, {"one": load_64(MAP_FD, 1) + load_64(0, 1) + load_64(M
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
+    if os.geteuid() != 0:
+        pytest.skip("root alone keeps compiled programs")
     return tmp_path / "compiled"
 
 
@@ -114,6 +117,54 @@ def test_what_others_can_write_is_not_loaded(path: Path, file: Path, what: str, 
     folder.put(KEY, COMPILED, [])
     assert len(folder.warnings) == 1, "once is enough"
     assert (folder.find(KEY) is None) == (what == "folder"), "a file is replaced, a folder is not"
+
+
+@pytest.mark.parametrize("change", [give_away, for_the_group, for_all])
+def test_nor_is_what_lies_below_a_folder_of_others(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    path = tmp_path / "others" / "own" / "compiled"
+    path.parent.mkdir(parents=True)
+    CompiledFolder(path).put(KEY, COMPILED, [])
+    change(tmp_path / "others")
+    folder = CompiledFolder(path)
+    assert folder.find(KEY) is None
+    before = path.stat().st_mtime_ns
+    folder.put("b" * 64, COMPILED, [])
+    assert path.stat().st_mtime_ns == before
+    assert folder.warnings == [f"compiled programs: {tmp_path}/others is another user's, or others may write to it"]
+
+
+def test_a_link_on_the_way_to_the_folder_is_not_followed(path: Path, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    folder = CompiledFolder(tmp_path / "link" / "compiled")
+    assert folder.find(KEY) is None
+    assert folder.warnings == [f"compiled programs: {tmp_path}/link is a link or no folder"]
+
+
+def test_a_user_that_is_not_root_neither_writes_nor_loads(path: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    os.seteuid(65534)
+    try:
+        folder = CompiledFolder(path)
+        folder.put(KEY, COMPILED, [])
+        assert folder.find(KEY) is None
+        assert folder.warnings == []
+    finally:
+        os.seteuid(0)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"null", b"[]", b"7", b"{}", b"[" * 99999, b'{"compiler": [["\\u0000", 1]], "maps": [], "programs": {}}',
+     b'{"compiler": null, "maps": [], "programs": {}}', b'{"compiler": [], "maps": [null], "programs": {}}'],
+    ids=lambda body: body[:60].decode(),
+)  # fmt: skip
+def test_wrong_contents_are_ignored(path: Path, body: bytes) -> None:
+    path.mkdir()
+    (path / f"{KEY}.json").write_bytes(hashlib.sha256(KEY.encode() + body).hexdigest().encode() + b"\n" + body)
+    assert CompiledFolder(path).find(KEY) is None
 
 
 def test_symbolic_links_are_not_followed(path: Path, file: Path, tmp_path: Path) -> None:

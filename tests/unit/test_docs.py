@@ -27,6 +27,7 @@ WITHOUT_COMMANDS = {
     "docs/decisions.md",
     "docs/events.md",
     "docs/performance.md",
+    "docs/security.md",
     "docs/truth.md",
 }
 FIELD = re.compile(r"\| `(\w+)` \| ([^|]+) \| (.*?)(?: \*\((\w+) only\)\*)? \|")

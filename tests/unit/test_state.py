@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from producer.errors import BusyError, ConfigError
-from producer.state import StateFolder, running
+from producer.errors import BusyError, ConfigError, UnavailableError
+from producer.state import StateFolder, reload, running
 
 FACTS = {"brokers": "127.0.0.1:9092", "registry": None}
 HOLD = """
@@ -92,7 +92,127 @@ def test_a_folder_that_cannot_be_is_a_configuration_error(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("content", ["", "{", "\x00"])
+def test_a_link_to_nowhere_and_a_link_to_a_folder(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "none")
+    with pytest.raises(ConfigError, match=f"state_dir {link}: a link to {tmp_path}/none, which is no folder"):
+        StateFolder(link).__enter__()
+    (tmp_path / "none").mkdir()
+    with StateFolder(link) as folder:
+        folder.publish(FACTS)
+        assert running(link) == {"pid": os.getpid(), **FACTS}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_root_writes_nothing_into_the_folder_of_another_user(tmp_path):
+    os.chown(tmp_path, 65534, 65534)
+    with pytest.raises(ConfigError, match="belongs to the user with uid 65534: run this as that user"):
+        StateFolder(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def be_folder(path):
+    path.mkdir()
+
+
+def be_pipe(path):
+    os.mkfifo(path)
+
+
+def be_link(path):
+    (path.parent / "elsewhere").write_text('{"pid": 1000}')
+    path.symlink_to(path.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("what", [be_folder, be_pipe, be_link])
+def test_a_lock_that_is_no_file_is_refused(tmp_path, what):
+    what(tmp_path / "lock")
+    with pytest.raises(ConfigError, match=f"state_dir {tmp_path}: .*lock"):
+        StateFolder(tmp_path).__enter__()
+    assert running(tmp_path) is None
+
+
+@pytest.mark.parametrize("what", [be_folder, be_pipe, be_link])
+def test_what_stands_in_the_place_of_the_facts_is_not_read_and_does_not_stop_the_next(path, what):
+    with StateFolder(path):
+        what(path / "agent.json")
+        assert running(path) is None
+    with StateFolder(path) as folder:
+        folder.publish(FACTS)
+        assert running(path) == {"pid": os.getpid(), **FACTS}
+    if what is be_link:
+        assert (path / "elsewhere").read_text() == '{"pid": 1000}'
+
+
+def test_a_link_in_the_place_of_the_new_facts_is_not_followed(path, tmp_path):
+    (tmp_path / "victim").write_text("as it was")
+    with StateFolder(path) as folder:
+        (path / "agent.new").symlink_to(tmp_path / "victim")
+        folder.publish(FACTS)
+        assert running(path) == {"pid": os.getpid(), **FACTS}
+    assert (tmp_path / "victim").read_text() == "as it was"
+
+
+@pytest.fixture
+def bystander():
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def test_a_reload_signals_nobody_who_does_not_hold_the_lock(path, bystander):
+    with StateFolder(path):
+        (path / "agent.json").write_text(json.dumps({"pid": bystander.pid, "rules_version": 1}))
+        with pytest.raises(UnavailableError, match=f"pid {bystander.pid}, which does not hold the lock"):
+            reload(path)
+    assert bystander.poll() is None
+
+
+def test_a_reload_of_a_process_that_is_no_more(path, bystander):
+    bystander.kill()
+    bystander.wait()
+    with StateFolder(path):
+        (path / "agent.json").write_text(json.dumps({"pid": bystander.pid, "rules_version": 1}))
+        with pytest.raises(UnavailableError, match=f"agent.json names pid {bystander.pid}: No such process"):
+            reload(path)
+
+
+def test_a_reload_signals_the_holder_of_the_lock(path):
+    with StateFolder(path) as folder:
+        folder.publish({"rules_version": 1})
+        before = signal.signal(signal.SIGHUP, lambda *_: folder.publish({"rules_version": 2}))
+        try:
+            assert reload(path) == 2
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "\x00",
+        "null",
+        "[]",
+        "7",
+        "{}",
+        '{"pid": null}',
+        '{"pid": "7"}',
+        '{"pid": true}',
+        '{"pid": 1}',
+        '{"pid": 0}',
+        '{"pid": -1}',
+        '{"pid": 4294967297}',
+        '{"pid": 7.5}',
+        '{"pid": 7, "brokers": 1}',
+        "[" * 60000,
+        '{"pid": 7, "rules_version": "1"}',
+        '{"pid": 7, "status_url": []}',
+        '{"pid": 7}' + " " * 65536,
+    ],
+    ids=lambda content: content[:40],
+)
 def test_torn_facts_are_no_facts(path, content):
     with StateFolder(path):
         (path / "agent.json").write_text(content)

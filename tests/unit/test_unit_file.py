@@ -62,6 +62,17 @@ def test_it_may_not_speak_with_many_at_a_time(address):
     assert not any(ip_address(address) in network for network in allowed_networks())
 
 
+def test_it_leaves_no_core_dump_and_shares_no_memory_with_others(service):
+    assert service["LimitCORE"] == "0"
+    assert service["PrivateIPC"] == "yes"
+    assert service["KeyringMode"] == "private"
+
+
+def test_the_ports_it_may_listen_on_are_left_to_a_drop_in(service):
+    assert "SocketBindDeny" not in service, "the embedded broker listens on any free port"
+    assert "#   SocketBindDeny=any\n#   SocketBindAllow=tcp:" in UNIT.read_text()
+
+
 def test_its_exposure_is_low():
     if not shutil.which("systemd-analyze"):
         pytest.skip("NO systemd-analyze: the virtual machines' tests look at the score")

@@ -1,0 +1,62 @@
+"""The loader's process: its environment, and what it needs of descriptors."""
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from producer import errors
+from producer.loading import Loader
+
+START = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
+from producer.errors import UnavailableError
+from producer.loading import Loader
+try:
+    Loader()
+except UnavailableError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [16, 24, 63])
+def test_too_few_descriptors_are_named(limit: int) -> None:
+    command = [sys.executable, "-c", START, str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("too few file descriptors: raise LimitNOFILE= of the unit, or ulimit -n")
+    assert f"(now {limit}, at least 64)" in done.stdout
+
+
+def test_no_descriptor_left_is_named() -> None:
+    """The limit suffices, but all are taken."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    taken: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        with pytest.raises(errors.UnavailableError, match="too few file descriptors"):
+            Loader()
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_loader_gets_nothing_of_our_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PYTHONPATH", "LD_PRELOAD_X", "BCC_PROBE", "CPATH", "PASSWORD")
+    for name in names:
+        monkeypatch.setenv(name, "/nowhere")
+    loader = Loader()
+    try:
+        (child,) = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()[-1:]
+        environment = Path(f"/proc/{child}/environ").read_bytes()
+    finally:
+        loader.end()
+    assert not [name for name in names if name.encode() in environment]
