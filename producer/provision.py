@@ -1,6 +1,7 @@
 """The topics and their schemas' ids, and what an administrator does once: create the topics, register the schemas."""
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -236,15 +237,15 @@ def register_schemas(config: Config, *, alerts: bool = False) -> list[str]:
         return lines
 
 
-def schema_ids(config: Config) -> dict[Topic, SchemaId]:
+def schema_ids(config: Config, stop: threading.Event | None = None) -> dict[Topic, SchemaId]:
     """Return the id of each topic's schema: the registry's, or the fixed ones where there is none.
 
-    The heartbeat's is left out where it is not to be had: nobody depends on it for events.
+    The heartbeat's is left out where it is not to be had: nobody depends on it for events. `stop` ends the wait.
     """
     if config.registry.url is None:
         fixed = {topic(config, stream): stream.fixed_schema_id for stream in STREAMS}
         return {**fixed, heartbeat_topic(config): FIXED_SCHEMA_ID}
-    with SchemaIds(config.registry, config.state_dir / "schema_ids.json") as registry:
+    with SchemaIds(config.registry, config.state_dir / "schema_ids.json", stop=stop) as registry:
         return registry.find(_event_schemas(config), optional=_heartbeat_schemas(config))
 
 
