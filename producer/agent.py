@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from producer.report import Reporter
 from producer.ruleset import Ruleset, resolve
 from producer.rungs import cgroup2_root
 from producer.sequence import EventNumbers
+from producer.signals import Flag
 from producer.state import StateFolder
 from producer.status import Status, summary
 from producer.streams import Quarantine, StreamBuilder, StreamParts
@@ -48,9 +48,7 @@ class Agent:
         self._read = read
         self._topics = {stream.name: topic(config, stream) for stream in STREAMS}
 
-    def run(
-        self, stop: threading.Event, reload: threading.Event, duration_s: float | None = None
-    ) -> dict[Topic, Balance]:
+    def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
         """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
 
         When `reload` is set, the rules are read anew, and it is cleared. Raises RebpfError's kinds. Nothing stays
@@ -179,9 +177,7 @@ class _Run:
     ring_stays: bool
     """Whether hooks and rings outlive a stop, for a next start to go on from."""
 
-    def until(
-        self, stop: threading.Event, between: Callable[[], None], duration_s: float | None
-    ) -> dict[Topic, Balance]:
+    def until(self, stop: Flag, between: Callable[[], None], duration_s: float | None) -> dict[Topic, Balance]:
         """Move events until `stop` is set or the time is over, end in good order, and return the balances."""
         paths = [each.path for each in self.parts]
         pipeline = Pipeline(paths, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery)

@@ -16,7 +16,6 @@ from producer.cli_alert import alert
 from producer.cli_spool import spool
 from producer.errors import RebpfError, UnavailableError, UsageError
 from producer.options import (
-    QUIT_NOW,
     Address,
     Offset,
     brokers_option,
@@ -25,11 +24,10 @@ from producer.options import (
     load,
     option,
     registry_option,
-    set_on,
     state_dir_option,
-    stop_on_signals,
     usage,
 )
+from producer.signals import QUIT_NOW, set_on, stop_on_signals
 
 # One thread is enough for what numpy does here, and its library would start one for each CPU on import.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -12,9 +12,9 @@ from producer.options import (
     load,
     option,
     registry_option,
-    stop_on_signals,
     usage,
 )
+from producer.signals import stop_on_signals
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from producer.options import (
     option,
     quarantine_option,
     state_dir_option,
-    stop_on_signals,
     usage,
 )
+from producer.signals import stop_on_signals
 
 
 @click.group()

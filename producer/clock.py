@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from producer.spool import Moment
+from producer.spoolfiles import Moment
 
 _TRIES = 5
 _TIGHT_NS = 20_000

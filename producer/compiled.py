@@ -20,13 +20,15 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from producer import sysbpf
+from producer import statefile, sysbpf
 
 KEPT_FILES = 8
 """The files last used; others are deleted."""
 
 _INSTRUCTION = struct.Struct("<BBhi")
 _LD_IMM64, _MAP_FD = 0x18, 1
+_MOST_FILE_BYTES = 1 << 26  # what is compiled takes a tenth of a megabyte
+_MAP_NAME = re.compile(r"[A-Za-z0-9_.]{0,15}")
 _COMPILER = re.compile(r"/lib(bcc|LLVM|clang)[^/]*$")
 
 
@@ -110,7 +112,7 @@ class CompiledFolder:
         try:
             with _own(self._path, os.O_DIRECTORY), _own(self._path / f"{key}.json") as descriptor:
                 with open(descriptor, "rb", closefd=False) as file:
-                    compiler, compiled = _unpacked(key, file.read())
+                    compiler, compiled = _unpacked(key, file.read(_MOST_FILE_BYTES))
                 with contextlib.suppress(OSError):
                     os.utime(descriptor)  # the last that was used
         except FileNotFoundError:
@@ -148,7 +150,7 @@ class CompiledFolder:
 @contextlib.contextmanager
 def _own(path: Path, flags: int = 0) -> Iterator[int]:
     """Open what is this user's, and nobody else may write to. Raises ValueError where it is not."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags)
     try:
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -170,12 +172,24 @@ def _unpacked(key: str, data: bytes) -> tuple[list[list[Any]], Compiled]:
     if checksum != _checksum(key, body):
         raise ValueError(f"{key}.json is damaged")
     try:
-        known = json.loads(body)
-        maps = [sysbpf.MapInfo(*each) for each in known["maps"]]
-        programs = {name: base64.b64decode(code) for name, code in known["programs"].items()}
-        return known["compiler"], Compiled(maps, programs)
-    except (LookupError, TypeError) as error:
+        known = statefile.parse(body)
+        maps = [_map(each) for each in known["maps"]]
+        programs = {name: base64.b64decode(code, validate=True) for name, code in known["programs"].items()}
+        for code in programs.values():
+            _with_maps(code, range(len(maps)).__getitem__)
+        compiler = [[str(path), *known] for path, *known in known["compiler"]]
+        return compiler, Compiled(maps, programs)
+    except (LookupError, TypeError, AttributeError, ValueError, struct.error) as error:
         raise ValueError(f"{key}.json is another version's") from error
+
+
+def _map(fields: Sequence[Any]) -> sysbpf.MapInfo:
+    """Raises ValueError or TypeError where these are not a map's."""
+    info = sysbpf.MapInfo(*fields)
+    *numbers, name = astuple(info)
+    if not all(statefile.is_count(number, 1 << 32) for number in numbers) or not _MAP_NAME.fullmatch(name):
+        raise ValueError(f"no map: {info}")
+    return info
 
 
 def _checksum(key: str, body: bytes) -> bytes:

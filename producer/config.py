@@ -7,33 +7,35 @@ is named.
 
 import contextlib
 import dataclasses
-import math
 import os
-import re
 import socket
+import stat
 import tomllib
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from producer import place
+from producer import place, validate
 from producer.errors import ConfigError
 from producer.events import HOOKS
-from producer.table import Address, build, nearest
+from producer.table import Address, build
+from producer.text import printable
+from producer.validate import GROUPS as GROUPS
+from producer.validate import MEASURES as MEASURES
+from producer.validate import SILENT as SILENT
 
-_LEAST_SPOOL_BYTES = 1 << 18
-_LISTEN = re.compile(r".+:\d{1,5}")
+_MAX_FILE_BYTES = 1 << 24
+_MAX_MESSAGE = 1000
 _SECRETS = frozenset({"sasl.password", "ssl.key.password", "ssl.keystore.password", "sasl.oauthbearer.client.secret"})
-_RULE_NAME = re.compile(r"[A-Za-z0-9._-]+")
-_TOPIC_CHARACTERS = re.compile(r"[A-Za-z0-9._-]*")
-
-GROUPS = ("host", "peer", "flow", "port")
-"""What an alert rule may judge by itself."""
-MEASURES = ("count", "ratio")
-SILENT = "silent"
-"""The name of the rule that alerts on hosts whose heartbeats have stopped."""
+_OPTIONS = {
+    "kafka.brokers": "--brokers or REBPF_BROKERS",
+    "registry.url": "--registry or REBPF_REGISTRY",
+    "capture.addresses": "--address or REBPF_ADDRESS",
+    "capture.ports": "--port or REBPF_PORT",
+    "capture.pin": "--pin or REBPF_PIN",
+    "state_dir": "--state-dir or REBPF_STATE_DIR",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,34 +225,75 @@ class Config:
     rules: tuple[RuleConfig, ...] = ()
 
     def with_values(self, **values: Any) -> "Config":
-        """Return a copy with values laid over: `kafka__brokers=...`; a value of None or () changes nothing."""
+        """Return a copy with values laid over: `kafka__brokers=...`; a value of None or () changes nothing.
+
+        The result is checked as a file's is: ConfigError names the option that a wrong value came from.
+        """
         changed = self
         for path, value in values.items():
             if value is not None and value != ():
-                section, _, name = path.rpartition("__")
-                if path == "registry__url":
-                    _check_url(value)
-                if section:
-                    inner = dataclasses.replace(getattr(changed, section), **{name: value})
-                    changed = dataclasses.replace(changed, **{section: inner})
-                else:
-                    changed = dataclasses.replace(changed, **{name: value})
-        return changed
+                changed = _replaced(changed, path, value)
+        try:
+            return check(changed)
+        except ConfigError as error:
+            key = str(error).partition(":")[0]
+            source = f"{_OPTIONS[key]}: " if key.replace(".", "__") in values and key in _OPTIONS else ""
+            raise ConfigError(source + _shown(str(error))) from error
+
+
+def _replaced(config: Config, path: str, value: Any) -> Config:
+    section, _, name = path.rpartition("__")
+    if isinstance(value, Path):  # an option's path is relative to where the command was called
+        value = value.absolute()
+    if not section:
+        return dataclasses.replace(config, **{name: value})
+    inner = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: inner})
 
 
 def load(path: Path | None) -> Config:
-    """Read a TOML file; without one, all settings have their defaults. ConfigError says what is wrong."""
+    """Read a TOML file; without one, all settings have their defaults. ConfigError says what is wrong, in one line."""
     if path is None:
         return Config()
+    text = _read(path)
     try:
-        text = path.read_text()
         table = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: tables or lists are nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError is one, and a number of too many digits another
+        raise ConfigError(f"{path}: {_shown(str(error))}") from error
     with placed(path, text):
         return _with_secrets(check(build(Config, table)))
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Return a file's content. Only a regular file of bounded size is read: a FIFO would wait, a device never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ConfigError(f"{path}: expected a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {_MAX_FILE_BYTES} bytes; put long lists of addresses into @FILE")
+    return content
+
+
+def _read(path: Path) -> str:
+    try:
+        return _read_bytes(path).decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or a path with NUL
+        raise ConfigError(f"{printable(str(path))}: {error}") from error
+
+
+def _shown(text: str) -> str:
+    """Return text of a user's file as one bounded, printable line."""
+    text = printable(text[: _MAX_MESSAGE + 1])
+    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "..."
 
 
 @contextlib.contextmanager
@@ -261,77 +304,14 @@ def placed(path: Path | None, text: str | None = None) -> Iterator[None]:
     except ConfigError as error:
         if path is None:
             raise
-        at = place.line(path.read_text() if text is None else text, str(error))
-        raise ConfigError(f"{path}: {at}{error}") from error
+        at = place.line(_read(path) if text is None else text, str(error))
+        raise ConfigError(f"{printable(str(path))}: {at}{_shown(str(error))}") from error
 
 
 def check(config: Config) -> Config:
     """Return `config`; ConfigError where values do not fit."""
-    capture = config.capture
-    for name in ("transmit_ring_bytes", "retransmit_ring_bytes"):
-        size = getattr(capture, name)
-        if size < os.sysconf("SC_PAGE_SIZE") or size & size - 1:
-            raise ConfigError(f"capture.{name}: {size} is not a power of two of at least one page")
-    for hook in capture.hooks:
-        if hook not in HOOKS:
-            raise ConfigError(f"capture.hooks: there is no hook {hook}{nearest(hook, HOOKS)}")
-    for port in capture.ports:
-        if not 0 < port < 1 << 16:
-            raise ConfigError(f"capture.ports: {port} is no port")
-    if config.kafka.brokers is not None and not config.kafka.brokers.strip():
-        raise ConfigError("kafka.brokers: HOST:PORT is wanted, several separated by commas, not an empty string")
-    if not _TOPIC_CHARACTERS.fullmatch(config.kafka.topic_prefix):
-        raise ConfigError("kafka.topic_prefix: topics' names are of letters, digits, dots, underscores and hyphens")
-    _check_seconds("capture.drain_interval_s", capture.drain_interval_s, least=0.001)
-    _check_seconds("kafka.stop_timeout_s", config.kafka.stop_timeout_s, least=0)
-    _check_seconds("registry.timeout_s", config.registry.timeout_s, least=0.001)
-    _check_seconds("spool.after_s", config.spool.after_s, least=0.1)
-    _check_seconds("spool.max_age_s", config.spool.max_age_s, least=1)
-    for name in ("transmit_bytes", "retransmit_bytes", "quarantine_bytes"):
-        size = getattr(config.spool, name)
-        if size < 0 or 0 < size < _LEAST_SPOOL_BYTES:
-            raise ConfigError(f"spool.{name}: {size} is neither 0 nor at least {_LEAST_SPOOL_BYTES}")
-    if config.spool.keep not in ("old", "new"):
-        raise ConfigError(f"spool.keep: old or new is wanted, not {config.spool.keep!r}")
-    if config.registry.url is not None:
-        _check_url(config.registry.url)
-    if config.metrics.listen and not _LISTEN.fullmatch(config.metrics.listen):
-        raise ConfigError(f"metrics.listen: HOST:PORT is wanted, not {config.metrics.listen!r}")
-    _check_alert(config.alert)
+    validate.check(config)
     return config
-
-
-def _check_alert(alert: Alert) -> None:
-    if not alert.group:
-        raise ConfigError("alert.group: a name is wanted")
-    _check_seconds("alert.lateness_s", alert.lateness_s, least=0)
-    _check_seconds("alert.repeat_s", alert.repeat_s, least=1)
-    if not 0 <= alert.silent_after < math.inf:
-        raise ConfigError(f"alert.silent_after: {alert.silent_after} is not a number from 0")
-    if alert.alertmanager is not None and urllib.parse.urlsplit(alert.alertmanager).scheme not in ("http", "https"):
-        raise ConfigError(f"alert.alertmanager: a URL is wanted, not {alert.alertmanager!r}")
-    names: set[str] = set()
-    for number, rule in enumerate(alert.rules, 1):
-        where = f"alert.rules[{number}]"
-        if not _RULE_NAME.fullmatch(rule.name) or rule.name == SILENT:
-            raise ConfigError(
-                f"{where}.name: letters, digits, dots, underscores and hyphens are wanted, and not {SILENT!r}, "
-                f"which is silence's own name: {rule.name!r}"
-            )
-        if rule.name in names:
-            raise ConfigError(f"{where}.name: another rule is called {rule.name}")
-        names.add(rule.name)
-        for key, value, known in (("by", rule.by, GROUPS), ("measure", rule.measure, MEASURES)):
-            if value not in known:
-                raise ConfigError(f"{where}.{key}: one of {', '.join(known)} is wanted, not {value!r}")
-        _check_seconds(f"{where}.window_s", rule.window_s, least=1)
-        most = 1.0 if rule.measure == "ratio" else math.inf
-        if not 0 < rule.threshold <= most:
-            raise ConfigError(f"{where}.threshold: {rule.threshold} is not above 0 and at most {most:g}")
-        if not 0 < rule.clear <= rule.threshold:
-            raise ConfigError(f"{where}.clear: {rule.clear} is not above 0 and at most the threshold")
-        if rule.minimum < 0:
-            raise ConfigError(f"{where}.minimum: {rule.minimum} is below 0")
 
 
 def read_secret(path: Path, where: str) -> str:
@@ -342,10 +322,12 @@ def read_secret(path: Path, where: str) -> str:
             raise ConfigError(f"{where}: systemd has given no credential {path}: LoadCredential={path}:FILE")
         path = Path(folder) / path
     try:
-        lines = path.read_text().splitlines()
+        lines = _read_bytes(path).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise ConfigError(f"{where}: {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except ValueError as error:
         raise ConfigError(f"{where}: {path}: not UTF-8") from error  # which bytes is nobody's business
     if not lines or not lines[0]:
         raise ConfigError(f"{where}: {path}: its first line is empty")
@@ -359,13 +341,3 @@ def _with_secrets(config: Config) -> Config:
         for name, value in config.kafka.settings.items()
     }
     return config.with_values(kafka__settings=settings)
-
-
-def _check_url(url: str) -> None:
-    if "@" in urllib.parse.urlsplit(url).netloc:
-        raise ConfigError("registry.url: no user and password here, where others see them: set registry.auth to a file")
-
-
-def _check_seconds(name: str, value: float, *, least: float) -> None:
-    if not least <= value < math.inf:
-        raise ConfigError(f"{name}: {value} is not a number of seconds from {least}")

@@ -12,6 +12,7 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException
 
 from producer.errors import ConfigError, UnavailableError
+from producer.kafka_settings import consumer_settings
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class QuietConsumer:
             "allow.auto.create.topics": False,
             "auto.offset.reset": "earliest",
             "socket.keepalive.enable": True,
-            **settings,
+            **consumer_settings(settings),
             "bootstrap.servers": brokers,
             "group.id": f"rebpf-{purpose}-{uuid.uuid4()}",
             "enable.auto.commit": False,

@@ -3,17 +3,19 @@
 import os
 from pathlib import Path
 
+from producer import statefile
+
 
 class Disk:
     """The system calls that a spool needs, all of which may raise OSError."""
 
     def create(self, path: Path) -> int:
         """Make a file for appending; what a failure left over in its place goes."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        return statefile.create(path)
 
     def open(self, path: Path) -> int:
-        """Open a file for reading."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        """Open a regular file for reading."""
+        return statefile.open_regular(path)
 
     def write(self, descriptor: int, data: memoryview) -> int:
         """Append, and return how much was taken."""

@@ -24,13 +24,17 @@ from producer.events import (
     SchemaId,
     Stream,
 )
-from producer.flows import FLOW_FIELDS, Describe, FlowTable
+from producer.flows import FLOW_FIELDS, Cgroups, FlowTable
 from producer.paths import SCHEMAS
 
 _NAMES: Mapping[str, tuple[str, ...]] = {"state": STATES, "ca_state": CA_STATES, "cause": CAUSES}
 _NULL = 256
 _BIT = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"])}
 _MILLISECOND_NS = 1_000_000
+_MAX_INT = (1 << 31) - 1
+_MAX_LONG = (1 << 63) - 1
+_MAX_TIME_NS = 1 << 62
+"""The offset to UTC is still to be added."""
 
 
 def load_schema(stream: Stream) -> dict[str, Any]:
@@ -52,7 +56,7 @@ class BatchEncoder:
     """
 
     def __init__(
-        self, stream: Stream, schema: Schema, schema_id: SchemaId, host_fields: Mapping[str, Any], cgroup_path: Describe
+        self, stream: Stream, schema: Schema, schema_id: SchemaId, host_fields: Mapping[str, Any], cgroup_paths: Cgroups
     ) -> None:
         fields = {field["name"]: field for field in schema["fields"]}
         carried = {*(SEGMENT.names or ()), *(stream.dtype.names or ()), "ts_ns"}
@@ -63,14 +67,18 @@ class BatchEncoder:
         self._stream = stream
         self._encoder = Encoder(schema, frame(schema_id), frozenset(constant))
         groups = [group for group in self._encoder.groups if constant.issuperset(group.split(","))]
-        self._flows = FlowTable(self._encoder, groups, host_fields, cgroup_path)
+        self._flows = FlowTable(self._encoder, groups, host_fields, cgroup_paths)
         self._names = {
             group: _name_table(self._encoder, group, _NAMES[group]) for group in self._encoder.groups if group in _NAMES
         }
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
-        """Encode a batch; `utc_offset_ns` is what the monotonic clock lacks to nanoseconds since 1970."""
+        """Encode a batch; `utc_offset_ns` is what the monotonic clock lacks to nanoseconds since 1970.
+
+        ValueError where a row has a number that its field cannot hold, which the kernel never writes.
+        """
         rows = batch.rows
+        _check(rows)
         numbers = self._flows.number(rows)
         segments = rows["s"]
         known = segments["known"]
@@ -104,6 +112,20 @@ class BatchEncoder:
         if self._encoder.step(name).boolean:
             return Ints(values != 0, valid)
         return Ints(values, valid)
+
+
+def _check(rows: Rows) -> None:
+    """Raise ValueError where a number does not fit its field's type in the schema; a ring may hold anything."""
+    segments, flows = rows["s"], rows["s"]["flow"]
+    for numbers, most in (
+        *((segments[name], _MAX_INT) for name in ("cpu", "payload_len", "segs")),
+        *((rows[name], _MAX_INT) for name in ("retransmit_no",) if name in (rows.dtype.names or ())),
+        (segments["ts"], _MAX_TIME_NS),
+        (segments["cpu_seq"], _MAX_LONG),
+        *((flows[name], _MAX_LONG) for name in ("sk_cookie", "cgroup_id")),
+    ):
+        if len(numbers) and numbers.max() > most:
+            raise ValueError(f"{numbers.max()} is more than a field of the event can hold")
 
 
 def _name_table(encoder: Encoder, name: Group, names: Sequence[str]) -> Table:

@@ -13,14 +13,21 @@ tells: NOTIFY_SOCKET is set for services without a store too, and LISTEN_FDS onl
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from producer.errors import ConfigError
-from producer.systemd import barrier, notify
+from producer.kept import objects_and_manifest
+from producer.systemd import barrier, notify, number
 
+logger = logging.getLogger(__name__)
+
+_MOST_DESCRIPTORS = 1 << 16
+_MOST_MANIFEST_BYTES = 1 << 20
+_MOST_DIGITS = 18
 _FIRST = 3  # SD_LISTEN_FDS_START
 _MANIFEST = "manifest_"
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
@@ -50,7 +57,7 @@ class FdStore:
             return None
         try:
             manifest: dict[str, Any] = self._read(name)["manifest"]
-        except (ValueError, LookupError):
+        except (OSError, ValueError, LookupError):
             return {}
         return manifest
 
@@ -88,8 +95,7 @@ class FdStore:
 
     def _read(self, name: str) -> dict[str, Any]:
         descriptor = self._kept[name]
-        content: dict[str, Any] = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
-        return content
+        return objects_and_manifest(os.pread(descriptor, _MOST_MANIFEST_BYTES, 0))
 
     def _remove_all_but(self, names: Collection[str]) -> None:
         for name in sorted(self._kept.keys() - names, key=_order):
@@ -100,7 +106,7 @@ class FdStore:
         name = self._manifest_name()
         try:
             self._remove_all_but({name, *self._read(name)["objects"]} if name else ())
-        except (ValueError, LookupError):
+        except (OSError, ValueError, LookupError):
             return  # another version's: they go when others are kept
 
     def _store(self, name: str, descriptor: int) -> None:
@@ -122,11 +128,12 @@ class FdStore:
 
 
 def _limit() -> int:
-    return int(os.environ.get("FDSTORE") or 0)
+    return number("FDSTORE", 1 << 31)
 
 
 def _number(manifest: str | None) -> int:
-    return int(manifest.removeprefix(_MANIFEST)) if manifest else 0
+    digits = manifest.removeprefix(_MANIFEST) if manifest else ""
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < _MOST_DIGITS else 0
 
 
 def _order(name: str) -> tuple[bool, bool, int]:
@@ -140,13 +147,27 @@ def _handed_over() -> dict[str, int]:
 
     The variables of another process, which this one has inherited, are none of its business: sd_listen_fds(3).
     """
-    told = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("LISTEN_")}
-    if told.get("LISTEN_PID") != str(os.getpid()):
+    mine = os.environ.get("LISTEN_PID") == str(os.getpid())
+    count, names = number("LISTEN_FDS", _MOST_DESCRIPTORS), os.environ.get("LISTEN_FDNAMES", "").split(":")
+    for variable in [name for name in os.environ if name.startswith("LISTEN_")]:
+        del os.environ[variable]
+    if not mine or not count:
         return {}
-    descriptors = range(_FIRST, _FIRST + int(told["LISTEN_FDS"]))
+    descriptors = [descriptor for descriptor in range(_FIRST, _FIRST + count) if _is_open(descriptor)]
+    if len(descriptors) != count or len(names) != count or len(set(names)) != count:
+        logger.warning("LISTEN_FDS and LISTEN_FDNAMES do not fit the descriptors of this process: none is taken over")
+        return {}
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    return dict(zip(told["LISTEN_FDNAMES"].split(":"), descriptors, strict=True))
+    return dict(zip(names, descriptors, strict=True))
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 def _sealed(content: bytes) -> int:

@@ -5,18 +5,29 @@ row that the array does not answer (a new flow, or one whose place another flow 
 """
 
 import ipaddress
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from producer import cgroups
 from producer.avro import Encoder, Group, Table
-from producer.events import FLOW, HOOKS, KNOWN, Rows
+from producer.events import FLOW, HOOKS, KNOWN, UNKNOWN, Rows
 
-Describe = Callable[[int], str | None]
-"""From a cgroup id to its path."""
+
+class Cgroups(Protocol):
+    """What a flow table asks of the cgroups."""
+
+    found: int
+    """How many ids have been found so far."""
+
+    def path(self, cgroup_id: int) -> str | None:
+        """Return the path of a cgroup; None where it is not known, or not known yet."""
+
+    def look(self) -> None:
+        """Look a little further for those that are not known yet."""
+
 
 FLOW_FIELDS = frozenset(
     {"host", "boot_id", "hook", "netns", "sk_cookie", "saddr", "daddr", "sport", "dport"}
@@ -35,11 +46,12 @@ class FlowTable:
     """
 
     def __init__(
-        self, encoder: Encoder, groups: Sequence[Group], fields: Mapping[str, Any], cgroup_path: Describe
+        self, encoder: Encoder, groups: Sequence[Group], fields: Mapping[str, Any], cgroup_paths: Cgroups
     ) -> None:
         self._encoder = encoder
         self._fields = fields
-        self._cgroup_path = cgroup_path
+        self._cgroups = cgroup_paths
+        self._found = 0
         # Random, so that nobody can choose flows that share a place; odd, so that no bit of a word is lost.
         self._factors = np.random.default_rng().integers(0, 1 << 63, _WORDS, np.uint64) << np.uint64(1) | np.uint64(1)
         self.groups: dict[Group, Table] = {group: Table() for group in groups}
@@ -47,6 +59,8 @@ class FlowTable:
 
     def _clear(self) -> None:
         self._numbers: dict[bytes, int] = {}
+        self._unresolved: dict[int, list[bytes]] = {}
+        """Flows of cgroups whose path was not known, by the cgroup's id."""
         # No flow is all ones: its padding is 0.
         self._seen = np.full((1 << _SLOT_BITS, _WORDS), ~np.uint64(0))
         self._slots: NDArray[np.int64] = np.zeros(1 << _SLOT_BITS, np.int64)
@@ -56,11 +70,12 @@ class FlowTable:
 
     def number(self, rows: Rows) -> NDArray[np.int64]:
         """Return the number of each row's flow. Numbers hold until the next call."""
-        if len(self._numbers) > _MOST_FLOWS:
+        if len(self.keys) > _MOST_FLOWS:
             self._clear()
+        self._forget_resolved()
         flows = np.ascontiguousarray(rows["s"]["flow"])
         words = flows.view(np.uint64).reshape(-1, _WORDS)
-        slots = (words @ self._factors >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
+        slots = self._slots_of(words)
         # Eight comparisons of a row, read as one number: 0 where all are equal.
         differs = (words != self._seen.take(slots, axis=0)).view(np.uint64)[:, 0] != 0
         numbers = self._slots.take(slots)
@@ -70,6 +85,20 @@ class FlowTable:
             self._seen[slots[row]] = words[row]
         return numbers
 
+    def _slots_of(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
+        return (words @ self._factors >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
+
+    def _forget_resolved(self) -> None:
+        """Forget flows whose cgroup has a path now: their next event encodes them anew."""
+        self._cgroups.look()
+        if self._found == self._cgroups.found:
+            return
+        self._found = self._cgroups.found
+        for cgroup_id in [each for each in self._unresolved if self._cgroups.path(each) is not None]:
+            for raw in self._unresolved.pop(cgroup_id):
+                del self._numbers[raw]
+                self._seen[self._slots_of(np.frombuffer(raw, np.uint64).reshape(1, -1))] = ~np.uint64(0)
+
     def _number_of(self, flow: np.void) -> int:
         raw = flow.tobytes()
         number = self._numbers.get(raw)
@@ -78,15 +107,17 @@ class FlowTable:
             for group, table in self.groups.items():
                 table.add(self._encoder.value(group, values))
             number = self._numbers[raw] = self.keys.add(key(values))
+            if values["cgroup_id"] is not None and values["cgroup"] is None:
+                self._unresolved.setdefault(values["cgroup_id"], []).append(raw)
         return number
 
     def _values(self, flow: np.void) -> dict[str, Any]:
         known = int(flow["flow_known"])
         cgroup_id = int(flow["cgroup_id"]) if known & KNOWN["cgroup_id"] else None
-        path = None if cgroup_id is None else self._cgroup_path(cgroup_id)
+        path = None if cgroup_id is None else self._cgroups.path(cgroup_id)
         return {
             **self._fields,
-            "hook": HOOKS[flow["hook"]],
+            "hook": HOOKS[flow["hook"]] if flow["hook"] < len(HOOKS) else UNKNOWN,
             "netns": int(flow["netns"]),
             "sk_cookie": int(flow["sk_cookie"]) if known & KNOWN["sk_cookie"] else None,
             "saddr": address(flow["saddr"].tobytes()),

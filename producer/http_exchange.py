@@ -17,6 +17,7 @@ from urllib.error import HTTPError
 from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from producer.errors import Stopped
+from producer.signals import Flag
 
 MOST_BYTES = 1 << 20
 """Longest body that is read."""
@@ -61,7 +62,7 @@ def exchange(
     *,
     tls: ssl.SSLContext | None = None,
     most_bytes: int = MOST_BYTES,
-    stop: threading.Event | None = None,
+    stop: Flag | None = None,
 ) -> Answer:
     """Return the answer to a request. ExchangeError where none comes in time, Stopped when `stop` is set meanwhile."""
     attempt = _Attempt(time.monotonic() + timeout_s)
@@ -79,9 +80,7 @@ def exchange(
     return attempt.answer
 
 
-def _run(
-    attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLContext | None, most_bytes: int
-) -> None:
+def _run(attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLContext | None, most_bytes: int) -> None:
     try:
         attempt.answer = _answer(attempt, request, timeout_s, tls, most_bytes)
     except (OSError, HTTPException, ValueError, ExchangeError) as error:  # ValueError: of headers and addresses
@@ -141,7 +140,7 @@ class _Tls(HTTPSHandler):
         self._attempt, self._context = attempt, context
 
     def https_open(self, req: Request) -> Any:
-        return self.do_open(self._connect, req)  # type: ignore[arg-type]  # it calls it as it calls the class
+        return self.do_open(self._connect, req)
 
     def _connect(self, host: str, **settings: Any) -> HTTPConnection:
         self._attempt.connection = HTTPSConnection(host, **{**settings, "context": self._context})

@@ -1,4 +1,8 @@
-"""librdkafka's settings: what delivery rests on, what is ours unless told otherwise, and what may be passed through."""
+"""librdkafka's settings: what delivery rests on, what is ours unless told otherwise, and what may be passed through.
+
+Each setting that the library has is in one of three classes: it has one value (REQUIRED, AT_DEFAULT), it is refused
+with a reason (REFUSED), or it is free. A test holds the classes against the list of the installed library.
+"""
 
 from collections.abc import Mapping
 
@@ -16,8 +20,110 @@ REQUIRED: Mapping[str, str] = {
 }
 """What delivery rests on: settings that say otherwise are refused."""
 
-_ALIASES = {"request.required.acks": "acks", "delivery.timeout.ms": "message.timeout.ms"}
-_ELSEWHERE = {"bootstrap.servers": "brokers", "metadata.broker.list": "brokers"}
+AT_DEFAULT: Mapping[str, str] = {
+    "delivery.report.only.error": "false",
+    "enable.gapless.guarantee": "false",
+    "message.send.max.retries": "2147483647",
+    "queuing.strategy": "fifo",
+}
+"""Likewise, at the library's own default, so that they are not passed on."""
+
+_ALIASES = {
+    "request.required.acks": "acks",
+    "delivery.timeout.ms": "message.timeout.ms",
+    "retries": "message.send.max.retries",
+}
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_OURS = "since rebpf sets it itself"
+_CODE = "since it would run code of its own inside the producer, or a command"
+_BROKERS = "since kafka.brokers says it"
+_OFFSETS = "since rebpf alert commits offsets when alerts are out, the other readers never"
+_TRANSACTION = "since nothing here ends a transaction, and no consumer would see the events"
+_PROTOCOL = "since members of rebpf alert share partitions by the classic protocol"
+
+_REASONS: Mapping[str, str] = {
+    _BROKERS: "bootstrap.servers metadata.broker.list",
+    "since it would put an embedded broker, which keeps nothing, in the place of kafka.brokers": (
+        "test.mock.num.brokers test.mock.broker.rtt"
+    ),
+    _TRANSACTION: "transactional.id transaction.timeout.ms",
+    _CODE: (
+        "plugin.library.paths interceptors ssl.engine.location ssl.engine.id ssl.providers ssl_engine_callback_data "
+        "sasl.kerberos.kinit.cmd"
+    ),
+    _OURS: (
+        "enabled_events log.queue opaque default_topic_conf error_cb throttle_cb stats_cb log_cb background_event_cb "
+        "socket_cb connect_cb closesocket_cb open_cb resolve_cb oauthbearer_token_refresh_cb consume_cb rebalance_cb "
+        "offset_commit_cb dr_cb dr_msg_cb partitioner_cb msg_order_cmp ssl.certificate.verify_cb ssl_key "
+        "ssl_certificate ssl_ca enable_sasl_queue enable.partition.eof auto.offset.reset consume.callback.max.messages "
+        "max.poll.records share.acknowledgement.mode builtin.features client.software.name internal.termination.signal"
+    ),
+    "since alert.group says it": "group.id",
+    _PROTOCOL: "partition.assignment.strategy group.protocol.type group.protocol group.remote.assignor",
+    _OFFSETS: (
+        "enable.auto.commit auto.commit.enable auto.commit.interval.ms enable.auto.offset.store offset.store.method "
+        "offset.store.path offset.store.sync.interval.ms"
+    ),
+    "since it would hide topics that events go to": "topic.blacklist",
+}
+REFUSED: Mapping[str, str] = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+"""Settings that nobody may set, each with the reason."""
+
+FREE_OF_PRODUCERS = _names(
+    """
+    queue.buffering.max.ms linger.ms
+    queue.buffering.backpressure.threshold compression.codec compression.type compression.level batch.num.messages
+    batch.size sticky.partitioning.linger.ms request.timeout.ms produce.offset.report
+    """
+)
+"""Passed to producers alone."""
+
+FREE_OF_CONSUMERS = _names(
+    """
+    group.instance.id session.timeout.ms heartbeat.interval.ms coordinator.query.interval.ms max.poll.interval.ms
+    queued.min.messages queued.max.messages.kbytes fetch.wait.max.ms fetch.queue.backoff.ms fetch.message.max.bytes
+    max.partition.fetch.bytes fetch.max.bytes fetch.min.bytes fetch.error.backoff.ms isolation.level check.crcs
+    """
+)
+"""Passed to consumers alone."""
+
+FREE_OF_ALL = _names(
+    """
+    max.in.flight max.in.flight.requests.per.connection message.copy.max.bytes
+    client.id client.rack client.dns.lookup message.max.bytes receive.message.max.bytes metadata.recovery.strategy
+    metadata.recovery.rebootstrap.trigger.ms metadata.request.timeout.ms metadata.max.age.ms
+    topic.metadata.refresh.interval.ms topic.metadata.refresh.fast.interval.ms topic.metadata.refresh.fast.cnt
+    topic.metadata.refresh.sparse topic.metadata.propagation.max.ms debug statistics.interval.ms log_level
+    log.thread.name log.connection.close enable.random.seed enable.metrics.push enable.sparse.connections
+    socket.timeout.ms socket.blocking.max.ms socket.send.buffer.bytes socket.receive.buffer.bytes
+    socket.keepalive.enable socket.nagle.disable socket.max.fails socket.connection.setup.timeout.ms
+    broker.address.ttl broker.address.family connections.max.idle.ms reconnect.backoff.jitter.ms reconnect.backoff.ms
+    reconnect.backoff.max.ms retry.backoff.ms retry.backoff.max.ms api.version.request api.version.request.timeout.ms
+    api.version.fallback.ms broker.version.fallback security.protocol
+    ssl.cipher.suites ssl.curves.list ssl.sigalgs.list ssl.key.location ssl.key.password ssl.key.pem
+    ssl.certificate.location ssl.certificate.pem ssl.ca.location ssl.ca.pem https.ca.location https.ca.pem
+    ssl.ca.certificate.stores ssl.crl.location ssl.keystore.location ssl.keystore.password
+    enable.ssl.certificate.verification ssl.endpoint.identification.algorithm
+    sasl.mechanism sasl.mechanisms sasl.username sasl.password sasl.kerberos.service.name sasl.kerberos.principal
+    sasl.kerberos.keytab sasl.kerberos.min.time.before.relogin
+    sasl.oauthbearer.config enable.sasl.oauthbearer.unsecure.jwt sasl.oauthbearer.method sasl.oauthbearer.client.id
+    sasl.oauthbearer.client.secret sasl.oauthbearer.client.credentials.client.id
+    sasl.oauthbearer.client.credentials.client.secret sasl.oauthbearer.scope sasl.oauthbearer.extensions
+    sasl.oauthbearer.token.endpoint.url sasl.oauthbearer.sub.claim.name sasl.oauthbearer.grant.type
+    sasl.oauthbearer.assertion.algorithm sasl.oauthbearer.assertion.private.key.file
+    sasl.oauthbearer.assertion.private.key.passphrase sasl.oauthbearer.assertion.private.key.pem
+    sasl.oauthbearer.assertion.file sasl.oauthbearer.assertion.claim.aud sasl.oauthbearer.assertion.claim.exp.seconds
+    sasl.oauthbearer.assertion.claim.iss sasl.oauthbearer.assertion.claim.jti.include
+    sasl.oauthbearer.assertion.claim.nbf.seconds sasl.oauthbearer.assertion.claim.sub
+    sasl.oauthbearer.assertion.jwt.template.file sasl.oauthbearer.metadata.authentication.type
+    """
+)
+"""Passed to each client. max.in.flight above 5 is refused by librdkafka itself: it would break a producer's order."""
 
 DEFAULTS: Mapping[str, str] = {
     "client.id": "rebpf",
@@ -30,16 +136,40 @@ EMBEDDED: Mapping[str, str] = {"test.mock.num.brokers": "1"}
 EMBEDDED_PARTITIONS = 4
 
 
+def decide(settings: Mapping[str, str]) -> None:
+    """Raise ConfigError for the first setting that is refused, or that must have another value."""
+    for name, value in settings.items():
+        required = {**REQUIRED, **AT_DEFAULT}.get(_ALIASES.get(name, name), value)
+        if required != value:
+            raise ConfigError(f"kafka.settings.{name}: must be {required}, since delivery rests on it: remove it")
+        if name in REFUSED:
+            raise ConfigError(f"kafka.settings.{name}: must not be set, {REFUSED[name]}: remove it")
+
+
 def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
     """Return all of the producer's librdkafka settings; without brokers, those of the embedded cluster.
 
     Raises ConfigError where `settings` contradicts what delivery rests on.
     """
-    for name, value in settings.items():
-        required = REQUIRED.get(_ALIASES.get(name, name), value)
-        if required != value:
-            raise ConfigError(f"kafka.settings.{name}: must be {required}, since delivery rests on it: remove it")
-        if name in _ELSEWHERE:
-            raise ConfigError(f"kafka.settings.{name}: set kafka.{_ELSEWHERE[name]} instead")
+    decide(settings)
     where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
-    return {**DEFAULTS, **settings, **REQUIRED, **where}
+    return {**DEFAULTS, **_without(settings, FREE_OF_CONSUMERS), **REQUIRED, **where}
+
+
+def consumer_settings(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the user's settings that a consumer takes; ConfigError for those that `decide` refuses."""
+    decide(settings)
+    return _without(settings, FREE_OF_PRODUCERS | REQUIRED.keys())
+
+
+def admin_settings(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the user's settings that concern the connection; ConfigError for those that `decide` refuses."""
+    return _without(consumer_settings(settings), FREE_OF_CONSUMERS)
+
+
+def _without(settings: Mapping[str, str], left_out: frozenset[str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in left_out and _ALIASES.get(name, name) not in {*left_out, *AT_DEFAULT}
+    }

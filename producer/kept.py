@@ -3,14 +3,18 @@
 The rings' sizes and the layouts of their records are in it: the process that finds them may be of another version.
 """
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from producer import statefile
 from producer.events import STREAMS, Stream
 from producer.rungs import Refusal
+
+_MOST_RECORD_BYTES = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +74,43 @@ class Kept:
             known["refusals"] = [Refusal(*each) for each in known["refusals"]]
             for name in ("rings", "old_rings"):
                 known[name] = [_ring(ring) for ring in known[name]]
-            return cls(**known)
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            return _checked(cls(**known))
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"the manifest cannot be read: {type(error).__name__}: {error}") from error
+
+
+def objects_and_manifest(text: bytes) -> dict[str, Any]:
+    """Return what a keeper has written: the objects' names, and the manifest. Raises ValueError if it is not that."""
+    content = statefile.parse(text)
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("manifest"), dict)
+        or not isinstance(content.get("objects"), list)
+        or not all(isinstance(name, str) for name in content["objects"])
+    ):
+        raise ValueError("not the names of objects and a manifest")
+    return content
+
+
+def _checked(kept: Kept) -> Kept:
+    """Return what a manifest says. Raises ValueError, TypeError or AttributeError where it does not hang together."""
+    names = [
+        kept.fingerprint,
+        kept.ring_id,
+        *kept.rungs.values(),
+        *(text for each in kept.refusals for text in (each.stream, each.rung, each.reason)),
+        *kept.objects,
+    ]
+    if not all(isinstance(name, str) for name in names) or not isinstance(kept.old_ring_id, str | None):
+        raise ValueError("a name is no text")
+    streams = {stream.name for stream in STREAMS}
+    if kept.rungs.keys() != streams or kept.programs.keys() != streams or "own_sockets" not in kept.maps:
+        raise ValueError("a stream or a map is missing")
+    if [ring.stream.name for ring in kept.rings] != [stream.name for stream in STREAMS]:
+        raise ValueError("a ring is missing")
+    if not {ring.name for ring in kept.rings} <= {*kept.maps.values()}:
+        raise ValueError("a ring is no map")
+    return kept
 
 
 def _ring_manifest(ring: KeptRing) -> dict[str, Any]:
@@ -83,7 +121,12 @@ def _ring_manifest(ring: KeptRing) -> dict[str, Any]:
 def _ring(ring: Mapping[str, Any]) -> KeptRing:
     stream = {stream.name: stream for stream in STREAMS}[ring["stream"]]
     dtype = np.lib.format.descr_to_dtype(_descr(ring["layout"]))
-    return KeptRing(replace(stream, dtype=dtype), ring["name"], ring["bytes"])
+    if dtype.hasobject or dtype.itemsize % 8 or not 0 < dtype.itemsize <= _MOST_RECORD_BYTES:
+        raise ValueError(f"no record of a ring: {dtype}")
+    size_bytes = ring["bytes"]
+    if type(size_bytes) is not int or not mmap.PAGESIZE <= size_bytes < 1 << 32 or size_bytes & size_bytes - 1:
+        raise ValueError(f"no size of a ring: {size_bytes!r}")
+    return KeptRing(replace(stream, dtype=dtype), ring["name"], size_bytes)
 
 
 def _descr(layout: Any) -> Any:

@@ -1,19 +1,14 @@
-"""What the commands have in common: their options with twins in the environment, the configuration, and signals."""
+"""What the commands have in common: their options with twins in the environment, and the configuration."""
 
 import ipaddress
 import os
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from producer.errors import UsageError
-
-QUIT_NOW = 130
 
 
 class Address(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes none
@@ -44,10 +39,20 @@ class Offset(click.ParamType):  # type: ignore[type-arg] # likewise
             self.fail(f"{value!r} is neither a number nor 'beginning'", param, ctx)
 
 
+class _Option(click.Option):
+    """Refuses a twin in the environment that is set and empty, which click takes for unset."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Return the twin's value; UsageError where it is empty."""
+        if isinstance(self.envvar, str) and os.environ.get(self.envvar) == "":
+            raise UsageError(f"{self.envvar} is set but empty: give it a value, or unset it")
+        return super().resolve_envvar_value(ctx)
+
+
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     """An option with its twin in the environment: --state-dir and REBPF_STATE_DIR."""
     twin = "REBPF_" + names[0].removeprefix("--").split("/")[0].upper().replace("-", "_")
-    return click.option(*names, envvar=twin, show_envvar=True, **settings)
+    return click.option(*names, envvar=twin, show_envvar=True, cls=_Option, **settings)
 
 
 config_option = option("--config", type=click.Path(path_type=Path), help="TOML file with all settings.")
@@ -74,24 +79,3 @@ def load(path: Path | None) -> Any:
 def usage(message: str) -> NoReturn:
     """End with a message on how the command is to be called."""
     raise UsageError(message)
-
-
-def set_on(number: signal.Signals) -> threading.Event:
-    """Return an event that a signal sets."""
-    event = threading.Event()
-    signal.signal(number, lambda *_: event.set())
-    return event
-
-
-def stop_on_signals() -> threading.Event:
-    """Return an event that SIGINT or SIGTERM sets; a second signal ends the process at once."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(QUIT_NOW)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    return stop

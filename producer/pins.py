@@ -18,6 +18,7 @@ from typing import Any
 
 from producer import sysbpf
 from producer.errors import BusyError, ConfigError
+from producer.kept import objects_and_manifest
 
 
 class PinFolder:
@@ -77,12 +78,13 @@ class PinFolder:
 
     def _read(self) -> dict[str, Any]:
         """Raises FileNotFoundError where there is no manifest, ValueError where it is another version's."""
-        target = os.readlink(self._manifest)
         try:
-            content: dict[str, Any] = json.loads(zlib.decompress(base64.urlsafe_b64decode(target)))
-        except zlib.error as error:
+            target = os.readlink(self._manifest)
+            return objects_and_manifest(zlib.decompress(base64.urlsafe_b64decode(target)))
+        except FileNotFoundError:
+            raise
+        except (OSError, zlib.error) as error:  # no link
             raise ValueError(str(error)) from error
-        return content
 
     def _remove_all_but(self, names: Collection[str]) -> None:
         for path in sorted(self._path.iterdir(), key=lambda path: not path.name.startswith("link")):

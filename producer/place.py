@@ -29,7 +29,7 @@ def _places(text: str) -> list[tuple[str, int]]:
     """Return the paths of all headers and keys, each with its line."""
     table, made = "", []
     counts: Counter[str] = Counter()
-    for number, each in enumerate(text.splitlines(), 1):
+    for number, each in enumerate(text.split("\n"), 1):
         if header := _HEADER.fullmatch(each):
             table = _plain(header[2])
             if header[1] == "[[":

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,8 @@ from producer.finding import Finding
 from producer.kafka_settings import DEFAULTS, client_settings
 from producer.loading import python_with_bcc
 from producer.preflight_servers import kafka, registry
-from producer.rdkafka import check_settings
+from producer.rdkafka import Producer, check_settings
+from producer.registry_client import RegistryClient
 from producer.ruleset import resolve
 from producer.rungs import LADDERS, cgroup2_root, refusal
 from producer.state import is_locked, pid
@@ -32,20 +34,38 @@ def examine(config: Config, *, path: Path | None = None, servers: bool = True) -
 
     `path` is the file that `config` was read from, so that what is wrong there is found.
     """
-    findings = [*_settings(config, path), *_kernel(config), *_python(), *_folders(config), *_others(config)]
-    # What no client would take is found above.
-    if servers and not any(finding.subject == "kafka.settings" for finding in findings):
-        findings += [*kafka(config), *registry(config)]
+    findings = [
+        *settings(config, path),
+        *_kernel(config),
+        *_python(),
+        *_folders(config),
+        *_endpoint(config),
+        *_others(config),
+    ]
+    found = {finding.subject for finding in findings}  # what no client would take is found above
+    if servers and "kafka.settings" not in found:
+        findings += kafka(config)
+    if servers and not found & {"kafka.settings", "registry"}:
+        findings += registry(config)
     return findings
 
 
-def _settings(config: Config, path: Path | None) -> Iterator[Finding]:
+def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
+    """Make what a producer makes of its settings before it touches the kernel or a server."""
     try:
         with placed(path):
-            client_settings(config.kafka.brokers, config.kafka.settings)
+            client = client_settings(config.kafka.brokers, config.kafka.settings)
             check_settings(config.kafka.settings, aliases=DEFAULTS)
+            # The client of `run`, without the brokers: it connects nowhere, or to the embedded one in this process.
+            Producer({name: value for name, value in client.items() if name != "bootstrap.servers"}).close()
     except ConfigError as error:
         yield Finding("kafka.settings", str(error), error.exit_code)
+    try:
+        with placed(path):
+            if config.registry.url is not None:
+                RegistryClient(config.registry)
+    except ConfigError as error:
+        yield Finding("registry", str(error), error.exit_code)
     try:
         with placed(path):
             resolve(config, cgroup2_root()).tables()
@@ -162,6 +182,21 @@ def _python() -> Iterator[Finding]:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+
+
+def _endpoint(config: Config) -> Iterator[Finding]:
+    """Say where the endpoint cannot be had, without which a producer runs too."""
+    if not config.metrics.listen or is_locked(config.state_dir):  # a producer that runs here has the port
+        return
+    host, _, port = config.metrics.listen.rpartition(":")
+    host = host.strip("[]")
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind((host, int(port)))
+    except OSError as error:
+        text = f"{config.metrics.listen}: {error.strerror or error}; a producer would run without an endpoint: "
+        yield Finding("metrics.listen", f"{text}set metrics.listen to a free address and port", warns=True)
 
 
 def _folders(config: Config) -> Iterator[Finding]:

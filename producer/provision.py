@@ -1,7 +1,6 @@
 """The topics and their schemas' ids, and what an administrator does once: create the topics, register the schemas."""
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,7 +24,10 @@ from producer.encode import load_schema
 from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import STREAMS, SchemaId, Stream, Topic
 from producer.heartbeat import FIXED_SCHEMA_ID, TOPIC, heartbeat_schema
-from producer.registry import COMPATIBILITY, AvroSchema, SchemaIds
+from producer.kafka_settings import admin_settings
+from producer.registry import COMPATIBILITY, SchemaIds
+from producer.registry_client import AvroSchema
+from producer.signals import Flag
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class Admin:
         self._brokers = config.kafka.brokers
         self._trouble: KafkaError | None = None
         ours = {"bootstrap.servers": self._brokers, "allow.auto.create.topics": "false", "error_cb": self._meet}
-        conf: dict[str, Any] = {**config.kafka.settings, **ours}
+        conf: dict[str, Any] = {**admin_settings(config.kafka.settings), **ours}
         try:
             self._client = AdminClient(conf, logger=client_logger(logger))
         except KafkaException as error:
@@ -237,7 +239,7 @@ def register_schemas(config: Config, *, alerts: bool = False) -> list[str]:
         return lines
 
 
-def schema_ids(config: Config, stop: threading.Event | None = None) -> dict[Topic, SchemaId]:
+def schema_ids(config: Config, stop: Flag | None = None) -> dict[Topic, SchemaId]:
     """Return the id of each topic's schema: the registry's, or the fixed ones where there is none.
 
     The heartbeat's is left out where it is not to be had: nobody depends on it for events. `stop` ends the wait.

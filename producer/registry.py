@@ -32,6 +32,7 @@ from producer.registry_client import (
     RegistryRefused,
     is_schema_id,
 )
+from producer.signals import Flag
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,9 @@ class SchemaIds:
         settings: Registry,
         cache: Path | None,
         attempts: int = _ATTEMPTS,
-        stop: threading.Event | None = None,
+        stop: Flag | None = None,
     ) -> None:
-        self._stop = stop or threading.Event()
+        self._stop: Flag = stop if stop is not None else threading.Event()
         self._client = RegistryClient(settings, self._stop)
         self._settings = settings
         self._cache = cache

@@ -7,7 +7,6 @@ page or another service that answers in its place is no answer.
 import base64
 import json
 import ssl
-import threading
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -19,6 +18,7 @@ from producer.config import Registry, read_secret
 from producer.errors import ConfigError
 from producer.events import SchemaId
 from producer.http_exchange import Answer, ExchangeError, exchange
+from producer.signals import Flag
 
 MOST_ID = (1 << 31) - 1
 NOT_FOUND = frozenset({40401, 40402, 40403, 404})
@@ -54,7 +54,7 @@ class NoAnswer(Exception):
 class RegistryClient:
     """Talks to one registry. Requests raise RegistryRefused, NotAuthorized or NoAnswer, and Stopped with `stop`."""
 
-    def __init__(self, settings: Registry, stop: threading.Event | None = None) -> None:
+    def __init__(self, settings: Registry, stop: Flag | None = None) -> None:
         self._url = (settings.url or "").rstrip("/")
         parts = urlsplit(self._url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -79,7 +79,7 @@ class RegistryClient:
         """Return the id of a subject's schema; the schema in the answer, where there is one, is the one asked for."""
         answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}", _wrapped(schema))
         text = answer.get("schema")
-        if text is not None and plain(_json(text)) != plain(schema):
+        if text is not None and _differs(text, schema):
             raise NoAnswer(f"it answers with another schema than {subject}'s")
         return _schema_id(answer)
 
@@ -133,6 +133,13 @@ def plain(schema: Any) -> Any:
     return [plain(each) for each in schema] if isinstance(schema, list) else schema
 
 
+def _differs(text: Any, schema: AvroSchema) -> bool:
+    try:
+        return bool(plain(_json(text)) != plain(schema))
+    except RecursionError:  # ours are not that deep
+        return True
+
+
 def _believed(answer: Answer) -> dict[str, Any]:
     """Return what a registry says; whatever is not a registry's answer is none."""
     content = _json(answer.body) if answer.content_type in _TYPES else None
@@ -157,7 +164,7 @@ def _json(text: Any) -> Any:
 
 def _schema_id(answer: Mapping[str, Any]) -> SchemaId:
     number = answer.get("id")
-    if not is_schema_id(number):
+    if not isinstance(number, int) or not is_schema_id(number):
         raise NoAnswer(f"not a schema id: {str(number)[:_SHOWN]!r}")
     return SchemaId(number)
 

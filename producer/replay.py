@@ -10,7 +10,6 @@ behind the rest. In the account of the producer its messages stay lost.
 
 import dataclasses
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,9 @@ from producer.ledger import Account, Ledger
 from producer.pipeline import Pipeline
 from producer.provision import Admin, topic
 from producer.retry import BackOff
-from producer.spool import ASIDE, SEGMENT, Spool, files
+from producer.signals import Flag
+from producer.spool import Spool
+from producer.spoolfiles import ASIDE, SEGMENT, files
 from producer.spoolreport import disk_errors, quarantined, require_state_folder
 from producer.state import StateFolder
 from producer.streampath import Stores, StreamPath, resume
@@ -129,7 +130,7 @@ class _Source:
         return count
 
 
-def replay(config: Config, stop: threading.Event, *, timeout_s: float, quarantine: bool) -> dict[Topic, Sent]:
+def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) -> dict[Topic, Sent]:
     """Send what waits, or else what is in the quarantine, until it is acknowledged; return what became of it by topic.
 
     It ends early when `stop` is set, and when nothing was acknowledged for `timeout_s`. BusyError where a producer
@@ -220,7 +221,7 @@ def _put_behind(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str
     return put
 
 
-def _send(sources: Sequence[_Source], sink: KafkaSink, stop: threading.Event, timeout_s: float) -> None:
+def _send(sources: Sequence[_Source], sink: KafkaSink, stop: Flag, timeout_s: float) -> None:
     pipeline = Pipeline([source.path for source in sources], sink, time.monotonic, lambda: 0)
     settled, give_up_at = 0, time.monotonic() + timeout_s
     while not all(source.is_done(sink) for source in sources) and time.monotonic() < give_up_at and not stop.is_set():

@@ -26,6 +26,8 @@ _SYNC_BYTES = 16
 _MOST_PREFIX_BYTES = 20
 """Two varints stand before a block's data."""
 _MOST_BLOCK_BYTES = 1 << 26
+_MOST_NUMBER = 1 << 63
+"""No event has this number: a signed long holds less."""
 _LEVEL = 1  # 0.37 us an event, and 3.8 times smaller; level 3 costs half as much again for a tenth more
 
 _PLACE: list[dict[str, Any]] = [
@@ -73,6 +75,10 @@ class Spooled:
 
 class DamagedError(Exception):
     """What was read is not what was written."""
+
+
+_NO_BATCH = (ValueError, LookupError, EOFError, TypeError, OverflowError, MemoryError)
+"""What fastavro and numpy raise where bytes are not what they take them for."""
 
 
 def header(schema: dict[str, Any], metadata: Mapping[str, str], sync: bytes) -> bytes:
@@ -178,6 +184,14 @@ def _parse(stream: Stream, data: bytes) -> Spooled:
         raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise DamagedError(str(error)) from error
+    try:
+        return _batch(stream, raw)
+    except _NO_BATCH as error:
+        raise DamagedError(f"no batch: {error}") from error
+
+
+def _batch(stream: Stream, raw: bytes) -> Spooled:
+    """Return the batch of a block. Raises one of _NO_BATCH where it is none: its checksum may be right all the same."""
     file = io.BytesIO(raw)
     place: Any = fastavro.schemaless_reader(file, _PREFIX, None)
     count, at = _read_varint(raw, file.tell())
@@ -187,8 +201,11 @@ def _parse(stream: Stream, data: bytes) -> Spooled:
     starts, key_starts = _starts(lengths), _starts(key_lengths)
     payload = np.frombuffer(raw, np.uint8, int(lengths.sum()), at)
     keys = np.frombuffer(place["keys"], np.uint8)
+    if not 0 < count == len(lengths) == len(key_numbers) or key_lengths.sum() > len(keys):
+        raise DamagedError("lengths do not fit")
+    if not 0 <= place["first"] < _MOST_NUMBER - count or place["position"] < 0:
+        raise DamagedError("a number is out of range")
     batch = EncodedBatch(stream, payload, starts, lengths, keys, key_starts[key_numbers], key_lengths[key_numbers])
-    assert count == len(batch), "a frame whose checksum holds is a batch"
     return Spooled(batch, place["first"], place["ring"], place["position"], place["reason"])
 
 

@@ -1,22 +1,27 @@
 """Where the numbers of events (cpu_seq) begin, so that none is given twice within a boot: a small file says what was.
 
-sequence.json   {"boot_id": ..., "generation": G, "last": {stream: [number by CPU]}}: `last` is null while programs give
-                numbers, and stays so if nobody comes to note the last ones.
+sequence.json   {"boot_id": ..., "generation": G, "last": {stream: [number by CPU]}, "crc32": ...}: `last` is null while
+                programs give numbers, and stays so if nobody comes to note the last ones. The checksum is of the rest,
+                so that no damage makes the file one of another boot, after which numbers would begin at 0 again.
 
 After an orderly stop the numbers go on. Where the last ones are not known, a new generation begins, on all CPUs at
 G << 32. G is at least the uptime in seconds, not just one more than the last: a CPU that gives less than 2^32 numbers a
 second has not come so far, however long the last generation was in use. Where the file cannot be written, the next
-start will believe what it says now, and G is one that it never names.
+start will believe what it says now, and G is one that it never names. A file that cannot be used is set aside; where it
+is missing beside a ledger, somebody has deleted it, and a new generation begins too.
 """
 
 import json
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from producer import statefile
 from producer.events import STREAMS
 
 logger = logging.getLogger(__name__)
@@ -25,6 +30,7 @@ Numbers = Mapping[str, Sequence[int]]
 """By stream and possible CPU."""
 
 _GENERATION_SHIFT = 32
+_MOST_BYTES = 1 << 20  # 4,096 CPUs need a quarter of it
 _UNWRITTEN = 1 << 30
 """Set in generations that the file does not name; above any uptime, and numbers with it still fit a signed long."""
 
@@ -90,22 +96,30 @@ class EventNumbers:
 
     def _read(self) -> _Note:
         try:
-            note = _Note(**json.loads(self._path.read_bytes()))
+            note = _parsed(statefile.read(self._path, _MOST_BYTES))
             if note.boot_id == self._boot_id:
                 return self._checked(note)
         except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError) as error:
-            logger.warning("%s cannot be used, the numbers of events jump: %s", self._path, error)
+            if self._was_in_use():
+                logger.warning("%s is missing, the numbers of events jump", self._path)
+                return _Note(self._boot_id, 0, None)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            aside = statefile.set_aside(self._path)
+            where = f"; it is set aside as {aside.name}" if aside else ""
+            logger.warning("%s cannot be used, the numbers of events jump: %s%s", self._path, error, where)
             return _Note(self._boot_id, 0, None)
         return _Note(self._boot_id, 0, self._all(0))
 
+    def _was_in_use(self) -> bool:
+        """Whether events were numbered here before: ledgers are made after sequence.json."""
+        return any(self._path.parent.glob("ledger.*"))
+
     def _checked(self, note: _Note) -> _Note:
-        """Return the note. Raises ValueError or TypeError where it cannot be one."""
-        if not 0 <= note.generation < 2 * _UNWRITTEN - 1:
+        """Return the note. Raises ValueError, TypeError or AttributeError where it cannot be one."""
+        if not statefile.is_count(note.generation, 2 * _UNWRITTEN - 1):
             raise ValueError(f"no generation: {note.generation}")
         if note.last is not None:
-            fit = {name: [0 <= number < 1 << 63 for number in numbers] for name, numbers in dict(note.last).items()}
+            fit = {name: [*map(statefile.is_count, numbers)] for name, numbers in note.last.items()}
             if fit != {stream.name: [True] * self._cpus for stream in STREAMS}:
                 raise ValueError("other streams or CPUs")
         return note
@@ -115,8 +129,8 @@ class EventNumbers:
         note = _Note(self._boot_id, self._generation, last)
         fresh = self._path.with_suffix(".new")
         try:
-            with open(fresh, "w") as file:
-                json.dump(asdict(note), file)
+            with open(statefile.create(fresh), "wb") as file:
+                file.write(_text(note))
                 file.flush()
                 os.fsync(file.fileno())
             fresh.replace(self._path)
@@ -128,6 +142,23 @@ class EventNumbers:
         except OSError as error:
             return error
         return None
+
+
+def _text(note: _Note) -> bytes:
+    content = asdict(note)
+    return json.dumps({**content, "crc32": _crc32(content)}).encode()
+
+
+def _parsed(text: bytes) -> _Note:
+    """Raises ValueError or TypeError where this is no note."""
+    content: Any = statefile.parse(text)
+    if not isinstance(content, dict) or content.pop("crc32", None) != _crc32(content):
+        raise ValueError("the checksum is wrong")
+    return _Note(**content)
+
+
+def _crc32(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _uptime_s() -> float:

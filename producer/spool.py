@@ -20,7 +20,6 @@ import errno
 import json
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -28,35 +27,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from producer import statefile
 from producer.disk import Disk
 from producer.events import EncodedBatch, Stream
 from producer.segment import DamagedError, Reader, Spooled, block, container_schema, header, read_header
+from producer.spoolfiles import ASIDE, SEGMENT, Moment, files, made_at, size_bytes
 
 logger = logging.getLogger(__name__)
 
-SEGMENT, ASIDE = ".avro", ".damaged"
-"""What names of files end with: segments, and what was set aside because of damage."""
 HEADER_BYTES = 1 << 16
 """A file's header is in these first bytes."""
-_STEM = re.compile(r"[0-9]{20}")
 _MOST_ASIDE = 4
 _SEGMENT_BYTES = 1 << 24
+_MOST_FILE_BYTES = 1 << 28
+"""No file of ours is larger; of one that is, the rest is not read."""
 _SEGMENT_AGE_S = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """A time as two clocks tell it: one that is right only within a boot, and one that somebody may set."""
-
-    boot_id: str
-    boottime_s: float
-    time_s: float
-
-    def since(self, other: "Moment") -> float:
-        """Return the seconds since another moment; between boots the clock that can be set is all there is."""
-        if self.boot_id == other.boot_id:
-            return self.boottime_s - other.boottime_s
-        return self.time_s - other.time_s
 
 
 class FullError(OSError):
@@ -72,22 +57,6 @@ class _Segment:
     size: int
     made: Moment
     damaged: bool = False
-
-
-def files(folder: Path, ending: str) -> list[Path]:
-    """Return a spool's files whose names end so, in the order of their events; none where there is no folder."""
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix == ending and _STEM.fullmatch(path.stem))
-    except FileNotFoundError:
-        return []
-
-
-def made_at(metadata: Mapping[str, str]) -> Moment | None:
-    """Return when a segment was begun, by its header's metadata; None where these do not say."""
-    try:
-        return Moment(**json.loads(metadata["rebpf.made"]))
-    except (ValueError, TypeError, KeyError):
-        return None
 
 
 class Spool:
@@ -139,9 +108,11 @@ class Spool:
 
     def open(self, acked: int | None = None, end: int = 0, gone: int = 0) -> None:
         """Look at what is there; `acked`, `end` and `gone` are what the ledger says, if anything."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._aside = {path: path.stat().st_size for path in files(self._folder, ASIDE)}
+        self._make_folder()
+        self._aside = {path: size_bytes(path) for path in files(self._folder, ASIDE)}
         self._segments = [self._found(path) for path in files(self._folder, SEGMENT)]
+        if acked is not None:
+            self._set_strays_aside(end)
         for segment, following in pairwise(self._segments):
             segment.end = following.base
             if gone and (last := self._last_of(segment)):  # between them some were given up
@@ -186,7 +157,7 @@ class Spool:
                 logger.error("spool: %s cannot be read: %s", segment.path, error.strerror)
                 segment.damaged = True
                 spooled = None
-            segment.damaged |= reader.damaged
+            segment.damaged |= reader.damaged or segment.size > _MOST_FILE_BYTES
             if spooled is None:
                 if self._is_written(segment) and self.sent == self.end:
                     return None
@@ -232,26 +203,41 @@ class Spool:
         if self._writer:
             self._end_writer()
 
+    def _make_folder(self) -> None:
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError:  # a file, or a link to nothing
+            aside = statefile.set_aside(self._folder)
+            logger.error("spool: %s is not a folder and is set aside as %s", self._folder, aside and aside.name)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
     def _found(self, path: Path) -> _Segment:
-        made, size = None, 0
-        with contextlib.suppress(OSError, DamagedError):
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                made = made_at(read_header(file.read(HEADER_BYTES))[2])
+        made = None
+        with contextlib.suppress(OSError, DamagedError), open(statefile.open_regular(path), "rb") as file:
+            made = made_at(read_header(file.read(HEADER_BYTES))[2])
         made = made or self._now()
-        return _Segment(int(path.stem), int(path.stem), path, size, made)
+        return _Segment(int(path.stem), int(path.stem), path, size_bytes(path), made)
+
+    def _set_strays_aside(self, end: int) -> None:
+        """Set files aside that hold nothing and whose names lie beyond the ledger's `end`.
+
+        Nobody knows of events there: if they moved the end, what is missing before them would count as lost.
+        """
+        while self._segments and self._segments[-1].base > end and self._last_of(self._segments[-1]) is None:
+            self._segments[-1].damaged = True
+            self._remove(self._segments[-1])
 
     def _last_of(self, segment: _Segment) -> Spooled | None:
         """Return the last batch of a segment that can be read, and note whether others cannot."""
         last = None
-        segment.damaged = segment.size > 0
+        segment.damaged = segment.size > 0 or not segment.path.is_file()
         with contextlib.suppress(OSError):
             descriptor, reader = self._open(segment)
             try:
                 while reader and (spooled := reader.next()):
                     last = spooled
                 if reader:
-                    segment.damaged = reader.damaged
+                    segment.damaged = reader.damaged or segment.size > _MOST_FILE_BYTES
             finally:
                 os.close(descriptor)
         return last
@@ -332,7 +318,7 @@ class Spool:
         descriptor = self._disk.open(segment.path)
 
         def read_at(offset: int, size: int) -> bytes:
-            return self._disk.read_at(descriptor, offset, size)
+            return self._disk.read_at(descriptor, offset, max(0, min(size, _MOST_FILE_BYTES - offset)))
 
         try:
             start, sync, _ = read_header(read_at(0, HEADER_BYTES))
@@ -390,7 +376,8 @@ class Spool:
                 aside = segment.path.with_suffix(ASIDE)
                 logger.error("spool: %s is damaged and set aside as %s", segment.path, aside.name)
                 self._disk.rename(segment.path, aside)
-                self._aside[aside] = segment.size
+                if segment.size:
+                    self._aside[aside] = segment.size
                 while len(self._aside) > _MOST_ASIDE:
                     self._forget_aside()
             else:

@@ -20,7 +20,9 @@ from producer.events import STREAMS, Stream, Topic
 from producer.ledger import Account, Ledger
 from producer.provision import topic
 from producer.segment import DamagedError, Reader, read_header
-from producer.spool import ASIDE, HEADER_BYTES, SEGMENT, Moment, files, made_at
+from producer.spool import HEADER_BYTES
+from producer.spoolfiles import ASIDE, SEGMENT, Moment, files, made_at
+from producer.statefile import NotAFileError, open_regular
 from producer.streams import ledger_path, quarantine_folder, spool_folder
 
 
@@ -244,7 +246,11 @@ def _segments(paths: Sequence[Path], stream: Stream, *, whole: bool = True) -> I
 
 def _segment(path: Path, stream: Stream, *, whole: bool) -> _Segment:
     base = int(path.stem)
-    with path.open("rb") as file:
+    try:
+        descriptor = open_regular(path)
+    except NotAFileError:
+        return _Segment(path.name, base, 0, None)
+    with open(descriptor, "rb") as file:
         # What is appended from now on would look like damage where a half of it is read.
         size_bytes = os.fstat(file.fileno()).st_size
 

@@ -159,7 +159,7 @@ class StreamBuilder:
 
     def _encoder(self, stream: Stream) -> BatchEncoder:
         schema = load_schema(stream)
-        return BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups.path)
+        return BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups)
 
     def _drain_old(self, stream: Stream, spool: Spool | None, account: Account | None) -> int:
         """Move what old rings hold into the spool; return how many events of theirs are lost."""

@@ -4,6 +4,7 @@ A message is a datagram of lines KEY=VALUE to the Unix socket in NOTIFY_SOCKET, 
 takes the messages of a service in their order, those too of a process that was killed meanwhile. Standard library only.
 """
 
+import logging
 import os
 import select
 import socket
@@ -11,6 +12,10 @@ from collections.abc import Callable, Sequence
 
 from producer.errors import UnavailableError
 
+logger = logging.getLogger(__name__)
+
+_MOST_USEC = (1 << 63) - 1
+_MOST_SHOWN = 40
 _TIMEOUT_S = 30.0  # for a queue that is full: as long as systemd itself is stuck
 
 
@@ -49,6 +54,17 @@ def barrier() -> None:
         os.close(ours)
 
 
+def number(variable: str, most: int) -> int:
+    """Return the number in an environment variable; 0, and a warning, where that is no number from 0 to `most`."""
+    text = os.environ.get(variable, "")
+    if not text:
+        return 0
+    if not text.isascii() or not text.isdigit() or len(text) > len(str(most)) or int(text) > most:
+        logger.warning("%s=%r is ignored: expected a number from 0 to %d", variable, text[:_MOST_SHOWN], most)
+        return 0
+    return int(text)
+
+
 class Watchdog:
     """Tells systemd that the process makes progress, as often as WatchdogSec= of the unit asks for; see sd_watchdog(3).
 
@@ -57,7 +73,7 @@ class Watchdog:
 
     def __init__(self) -> None:
         mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self._interval_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 if mine else 0.0
+        self._interval_s = number("WATCHDOG_USEC", _MOST_USEC) / 2e6 if mine else 0.0
         self._next = 0.0
 
     def step(self, now_s: float, status: Callable[[], str]) -> None:

@@ -33,6 +33,8 @@ def build(kind: Any, table: Mapping[str, Any], where: str = "") -> Any:
 
 def _value(kind: Any, value: Any, where: str) -> Any:
     """Turn TOML's value into the field's type."""
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ConfigError(f"{where}: a number must fit in 64 bits, as TOML has them")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     is_mapping = origin is not None and issubclass(origin, Mapping)
     if (dataclasses.is_dataclass(kind) or is_mapping) and not isinstance(value, dict):
@@ -74,6 +76,8 @@ def _text(value: Any, where: str) -> str:
     """librdkafka's settings are text; TOML's own numbers and booleans are as good."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ConfigError(f"{where}: a number must fit in 64 bits, as TOML has them")
     if isinstance(value, str | int | float):
         return str(value)
     raise ConfigError(f"{where}: a string, a number or a boolean is wanted")

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from producer.config import Registry
 from producer.consumer import QuietConsumer
 from producer.decode import Decoder, UndecodableError
 from producer.errors import UnavailableError
+from producer.signals import Flag
 from producer.view import View, in_time_order
 
 _LOG = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def batches(
     *,
     registry: Registry | str | None,
     from_beginning: bool,
-    stop: threading.Event,
+    stop: Flag,
     client_settings: Mapping[str, str],
 ) -> Generator[list[Event]]:
     """Yield the events as they come, and an empty list where none comes for a moment; ends when `stop` is set.
@@ -132,7 +132,7 @@ def events(
     *,
     registry: Registry | str | None,
     from_beginning: bool,
-    stop: threading.Event,
+    stop: Flag,
     client_settings: Mapping[str, str],
 ) -> Iterator[Event]:
     """Yield (topic, key, record) for each event until `stop` is set."""
@@ -151,7 +151,7 @@ def tail(
     limit: int | None,
     color: bool,
     from_beginning: bool,
-    stop: threading.Event,
+    stop: Flag,
     client_settings: Mapping[str, str],
 ) -> None:
     """Print the events of the topics, one per line, until `stop` is set or `limit` of them are printed."""

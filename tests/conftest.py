@@ -1,7 +1,57 @@
-"""Settings of all tests."""
+"""Settings of all tests, and the tiers: which tests belong in a run. See scripts/test."""
 
+from collections import Counter
+
+import pytest
 from hypothesis import settings
 
 # No test fails because the machine is slow.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+TIERS = ("quick", "default", "all")
+QUICK = ("tests/unit/", "tests/property/", "tests/servers/")
+"""The folders whose tests need neither servers nor a network; those of root and of extended tests are left out."""
+
+left_out = pytest.StashKey[Counter[tuple[str, str]]]()
+"""How many tests of a folder are not in the tier, and with which option scripts/test runs them."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=TIERS, default="default", help="which tests to run (default: %(default)s)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what is not in the tier; a test that is named on the command line by its id always runs."""
+    tier = config.getoption("tier")
+    named = {argument.partition("[")[0] for argument in config.args if "::" in argument}
+    chosen = [item for item in items if in_tier(item, tier) or item.nodeid.partition("[")[0] in named]
+    dropped = [item for item in items if item not in set(chosen)]
+    config.stash[left_out] = Counter((folder(item), "--all" if extended(item) else "") for item in dropped)
+    items[:] = chosen
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+
+
+def in_tier(item: pytest.Item, tier: str) -> bool:
+    if tier == "all":
+        return True
+    if extended(item):
+        return False
+    return tier == "default" or (item.nodeid.startswith(QUICK) and not item.get_closest_marker("root"))
+
+
+def extended(item: pytest.Item) -> bool:
+    return item.get_closest_marker("extended") is not None
+
+
+def folder(item: pytest.Item) -> str:
+    return "/".join(item.nodeid.split("/")[:2])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what the tier leaves out, by folder."""
+    for (name, option), count in sorted(config.stash.get(left_out, Counter()).items()):
+        tests = "test" if count == 1 else "tests"
+        command = f"scripts/test {option}".strip()
+        terminalreporter.write_line(f"NOT RUN in this tier: {count} {tests} of {name} (run {command})")

@@ -15,7 +15,7 @@ from click.shell_completion import get_completion_class
 
 from producer import errors
 from producer.cli import rebpf
-from producer.options import QUIT_NOW
+from producer.signals import QUIT_NOW
 
 _CONFIGURATION = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 _SHELLS = ("bash", "zsh", "fish")

@@ -5,7 +5,6 @@ to save when partitions are taken away: what was not committed is forgotten.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -27,7 +26,8 @@ from producer.decode import Decoder
 from producer.errors import ConfigError, UnavailableError
 from producer.heartbeat import FIXED_SCHEMA_ID as HEARTBEAT_SCHEMA_ID
 from producer.heartbeat import heartbeat_schema
-from producer.kafka_settings import client_settings
+from producer.kafka_settings import client_settings, consumer_settings
+from producer.signals import Flag
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Member:
         config: Config,
         brokers: str,
         open_sinks: Callable[[Wait], Sequence[Sink]],
-        stop: threading.Event,
+        stop: Flag,
         *,
         from_beginning: bool,
     ) -> None:
@@ -251,7 +251,7 @@ class Member:
 def _consumer(config: Config, brokers: str, meet: Callable[[KafkaError], None]) -> Consumer:
     settings: dict[str, Any] = {
         **_DEFAULTS,
-        **config.kafka.settings,
+        **consumer_settings(config.kafka.settings),
         "bootstrap.servers": brokers,
         "group.id": config.alert.group,
         # All members must have the same; each topic's partitions are spread over all of them.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from producer.cgroups import CgroupPaths
 from producer.encode import BatchEncoder, load_schema
 from producer.events import CAUSES, KNOWN, TRANSMITS, Batch, SchemaId, Stream
 
@@ -39,7 +40,7 @@ def messages(
             load_schema(stream),
             SchemaId(ids[prefix + stream.topic]),
             {"host": host, "boot_id": f"boot of {host}"},
-            lambda number: None,
+            CgroupPaths(None),
         )
         for stream, host in {(event.stream, event.host) for event in sent}
     }

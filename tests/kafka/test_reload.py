@@ -49,6 +49,18 @@ def test_a_bad_file_changes_nothing_and_says_why(tmp_path: Path) -> None:
         assert run.finish()["tcp_transmit"]["passed"] > 0
 
 
+@pytest.mark.parametrize("wrong", ["uid = [-1]", "netns = [-1]", "interface = [8589934592]", "sample = 1099511627776"])
+def test_a_number_out_of_range_in_a_reload_changes_nothing(tmp_path: Path, wrong: str) -> None:
+    with Run(tmp_path, config="[[rules]]") as run:
+        run.ready()
+        run.config.write_text(f'state_dir = "{run.state_dir}"\n[[rules]]\n{wrong}\n')
+        codes = [rebpf(*words, "--config", run.config).returncode for words in (("reload",), ("check", "--local"))]
+        assert codes == [78, 78]
+        run.send(signal.SIGHUP)
+        run.wait_for(r"reload refused: .* line 3: rules\[1\]\..*version=1 stays in force")
+        run.finish()
+
+
 def test_without_a_producer_there_is_nothing_to_reload(tmp_path: Path) -> None:
     done = rebpf("reload", "--state-dir", tmp_path)
     assert done.returncode == 69

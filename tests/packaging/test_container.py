@@ -251,6 +251,7 @@ def image(engine: DockerEngine) -> str:
     return "rebpf"
 
 
+@pytest.mark.extended
 def test_the_image_runs_without_rights(engine: DockerEngine, image: str) -> None:
     (facts,) = json.loads(engine.docker("image", "inspect", image))
     (base,) = json.loads(engine.docker("image", "inspect", BASE))
@@ -267,6 +268,7 @@ def test_the_image_runs_without_rights(engine: DockerEngine, image: str) -> None
     assert findings["bcc"]["text"].endswith("found by /usr/bin/python3")
 
 
+@pytest.mark.extended
 def test_nothing_that_builds_is_left_in_the_image(engine: DockerEngine, image: str) -> None:
     left = (
         "command -v pip pip3 gcc cc make git",
@@ -373,6 +375,7 @@ def override(config_file: Path) -> str:
     return yaml.safe_dump({"services": services}).replace("init:\n", "init:\n    depends_on: !reset {}\n", 1)
 
 
+@pytest.mark.extended
 def test_the_producer_captures_as_a_user_without_rights(live: Live) -> None:
     status = live.compose("exec", "--user", "root", "producer", "cat", "/proc/1/status")
     fields = dict(line.split(":\t", 1) for line in status.splitlines())
@@ -382,12 +385,14 @@ def test_the_producer_captures_as_a_user_without_rights(live: Live) -> None:
     assert (answer["pid"], answer["host"]) == (1, socket.gethostname())
 
 
+@pytest.mark.extended
 def test_retransmits_of_the_traffic_arrive(live: Live) -> None:
     event = wait_until("a retransmit of the traffic", lambda: retransmit(live.kafka))
     assert event["host"] == socket.gethostname()
     assert event["cause"] in CAUSES
 
 
+@pytest.mark.extended
 def test_alertmanager_is_told_of_the_traffic(live: Live) -> None:
     def told() -> list[dict[str, str]]:
         labels = [alert["labels"] for alert in live.alertmanager.alerts()]

@@ -21,7 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from producer.events import TRANSMITS, Batch, EncodedBatch, Stream
 from producer.kafka import Outcome
 from producer.pipeline import Pipeline
-from producer.spool import ASIDE, Moment, Spool, files
+from producer.spool import Spool
+from producer.spoolfiles import ASIDE, Moment, files
 from producer.streampath import Stores, StreamPath, resume
 from tests.property.faults import CrashError, FailingDisk, FailingLedger, Faults
 from tests.rings import STRIDE, MemoryRing

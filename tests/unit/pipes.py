@@ -14,7 +14,8 @@ from producer.events import STREAMS, TRANSMITS, Batch, EncodedBatch, Stream
 from producer.kafka import Outcome
 from producer.ledger import Account
 from producer.pipeline import Pipeline
-from producer.spool import Moment, Spool
+from producer.spool import Spool
+from producer.spoolfiles import Moment
 from producer.streampath import Stores, StreamPath
 from tests.rings import MemoryRing
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from producer.disk import Disk
 from producer.events import TRANSMITS, EncodedBatch
-from producer.spool import Moment, Spool
+from producer.spool import Spool
+from producer.spoolfiles import Moment
 
 IDENTITY = {"type": "fixed", "name": "Id", "size": 100}
 

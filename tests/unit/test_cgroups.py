@@ -1,10 +1,12 @@
 """Cgroups have the path of their folder, and the path tells whose they are."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from producer.cgroups import CgroupPaths, container, unit
+from producer.text import raw_name
 
 ID = "0123456789abcdef" * 4
 
@@ -15,6 +17,8 @@ ID = "0123456789abcdef" * 4
         ("/system.slice/nginx.service", ("nginx.service", None)),
         ("/system.slice/nginx.service/worker", ("nginx.service", None)),
         ("/user.slice/user-1000.slice/session-3.scope", ("session-3.scope", None)),
+        ("/user.slice/user-1000.slice/user@1000.service/app.slice/sshd.service", ("user@1000.service", None)),
+        ("/home/sshd.service", (None, None)),
         ("/", (None, None)),
         ("/some/folder", (None, None)),
         (f"/docker/{ID}", (None, ID)),
@@ -28,10 +32,22 @@ def test_a_path_names_a_unit_and_a_container(path: str, expected: tuple[str | No
     assert (unit(path), container(path)) == expected
 
 
+class Clock:
+    """A clock on which each look at it takes a moment."""
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.now_s = 0.0
+        self.step_s = step_s
+
+    def __call__(self) -> float:
+        self.now_s += self.step_s
+        return self.now_s
+
+
 def test_a_cgroup_keeps_its_path_when_it_is_gone(tmp_path: Path) -> None:
     folder = tmp_path / "a.slice" / "b.service"
     folder.mkdir(parents=True)
-    paths = CgroupPaths(tmp_path)
+    paths = CgroupPaths(tmp_path, Clock())
     number = folder.stat().st_ino
     assert paths.path(number) == "/a.slice/b.service"
     assert paths.path(tmp_path.stat().st_ino) == "/"
@@ -40,8 +56,65 @@ def test_a_cgroup_keeps_its_path_when_it_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_cgroup_that_came_later_is_found_and_one_that_never_was_is_not(tmp_path: Path) -> None:
-    paths = CgroupPaths(tmp_path)
+    paths = CgroupPaths(tmp_path, Clock())
     assert paths.path(1) is None
     (tmp_path / "late").mkdir()
     assert paths.path((tmp_path / "late").stat().st_ino) == "/late"
     assert CgroupPaths(None).path(1) is None
+
+
+def test_a_name_may_have_any_bytes(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9\n%\x1b[2J.service"
+    os.mkdir(folder)
+    paths = CgroupPaths(tmp_path, Clock())
+    path = paths.path(os.stat(folder).st_ino)
+    assert path == "/caf%E9%0A%25%1B[2J.service"
+    assert raw_name(path) == b"/caf\xe9\n%\x1b[2J.service"
+
+
+def test_a_look_at_many_cgroups_is_short_and_seldom_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    for number in range(300):
+        (tmp_path / f"run{number}" / "a").mkdir(parents=True)
+    wanted = (tmp_path / "run137" / "a").stat().st_ino
+    clock = Clock(step_s=0.001)
+    paths = CgroupPaths(tmp_path, clock)
+    looks, found = 0, None
+    while found is None and looks < 1000:
+        looks += 1
+        before_s = clock.now_s
+        found = paths.path(wanted)
+        assert clock.now_s - before_s < 0.02
+        clock.now_s += 0.2
+    assert looks > 10
+    assert found == "/run137/a"
+
+
+def test_cgroups_that_come_and_go_under_a_look_do_not_stop_it(tmp_path: Path) -> None:
+    for number in range(50):
+        (tmp_path / f"run{number}" / "a").mkdir(parents=True)
+    wanted = (tmp_path / "run49" / "a").stat().st_ino
+    clock = Clock(step_s=0.001)
+    paths = CgroupPaths(tmp_path, clock)
+    number = 0
+    while paths.path(wanted) is None and number < 49:
+        (tmp_path / f"run{number}" / "a").rmdir()
+        (tmp_path / f"run{number}").rmdir()
+        number += 1
+        clock.now_s += 1
+    for _ in range(1000):
+        paths.look()
+        clock.now_s += 1
+    assert paths.path(wanted) == "/run49/a"
+
+
+def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(20)]
+    for folder in folders:
+        folder.mkdir()
+    paths = CgroupPaths(tmp_path, Clock(), max_known=5)
+    numbers = [folder.stat().st_ino for folder in folders]
+    assert [paths.path(number) for number in numbers] == [f"/{number}" for number in range(20)]
+    for folder in folders:
+        folder.rmdir()
+    assert [paths.path(number) for number in numbers[-5:]] == [f"/{number}" for number in range(15, 20)]
+    assert paths.path(numbers[0]) is None

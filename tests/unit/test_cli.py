@@ -102,7 +102,8 @@ def test_a_setting_that_delivery_or_librdkafka_refuses_is_78(tmp_path, settings,
     done = rebpf("run", "--config", path, "--state-dir", tmp_path / "state")
 
     assert done.returncode == 78
-    assert done.stderr.startswith(f"rebpf: {message}")
+    assert done.stderr.startswith("rebpf: ")
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 from producer.decode import Decoder, UndecodableError
 from producer.errors import UnavailableError
 
-OLDER = {"type": "record", "name": "Older", "fields": [{"name": "seq", "type": "long"}]}
+OLDER = {
+    "type": "record",
+    "name": "TcpTransmit",
+    "namespace": "rebpf.v1",
+    "fields": [{"name": "seq", "type": "long"}],
+}
 
 
 def frame(schema_id: int, schema: dict[str, Any], record: dict[str, Any]) -> bytes:

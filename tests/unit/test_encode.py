@@ -29,8 +29,19 @@ def cgroup_path(cgroup_id: int) -> str | None:
     return None if cgroup_id % 3 == 0 else f"/system.slice/{cgroup_id}"
 
 
+class PathsOfTests:
+    """Cgroups of which every third has no path."""
+
+    found = 0
+
+    def path(self, cgroup_id: int) -> str | None:
+        return cgroup_path(cgroup_id)
+
+    def look(self) -> None: ...
+
+
 def encoder_of(stream: Stream, schema: Mapping[str, Any] | None = None) -> BatchEncoder:
-    return BatchEncoder(stream, schema or load_schema(stream), SchemaId(stream.fixed_schema_id), HOST, cgroup_path)
+    return BatchEncoder(stream, schema or load_schema(stream), SchemaId(stream.fixed_schema_id), HOST, PathsOfTests())
 
 
 def messages(encoded: EncodedBatch) -> list[tuple[bytes, bytes]]:
@@ -223,7 +234,7 @@ def test_fastavro_reads_every_field_as_the_row_has_it(stream: Stream, data: st.D
 
 @given(st.integers(0, 2**32 - 1))
 def test_each_frame_begins_with_the_schemas_id(schema_id: int) -> None:
-    encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS), SchemaId(schema_id), HOST, cgroup_path)
+    encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS), SchemaId(schema_id), HOST, PathsOfTests())
     ((_, value),) = encode(encoder, TRANSMITS, np.zeros(1, TRANSMITS.dtype))
     assert decode(value, PARSED["transmit"])[0] == schema_id
 
@@ -308,7 +319,7 @@ def test_batches_keep_their_keys_and_values_when_the_flow_table_starts_anew() ->
 
 
 def test_the_flow_table_does_not_grow_without_bound() -> None:
-    table = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, cgroup_path)
+    table = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, PathsOfTests())
     for first in range(0, 2 * flows._MOST_FLOWS, 4096):
         table.number(plain_rows(4096, first))
         assert len(table.keys) <= flows._MOST_FLOWS + 4096
@@ -318,7 +329,7 @@ def test_flows_that_share_a_place_are_told_apart() -> None:
     """More flows than places, so that many must share; each comes twice in a batch, and again in the next."""
     encoder = encoder_of(TRANSMITS)
     once = plain_rows(1 << 15, 7)
-    places = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, cgroup_path)
+    places = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, PathsOfTests())
     assert len(set(places.number(once).tolist())) == 1 << 15
     some = plain_rows(3000, 7)
     rows = np.concatenate([some, some[::-1]])
@@ -330,7 +341,7 @@ def test_flows_that_share_a_place_are_told_apart() -> None:
 
 
 def test_flows_that_differ_in_one_byte_are_told_apart_though_they_share_a_place() -> None:
-    table = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, cgroup_path)
+    table = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, PathsOfTests())
     table._factors[:] = 0  # all flows have the place 0
     base = plain_rows(1)
     assert table.number(base).tolist() == [0]
@@ -364,3 +375,51 @@ def test_flows_that_differ_in_one_byte_are_told_apart_though_they_share_a_place(
 )
 def test_addresses_are_in_the_text_form_of_rfc_5952(packed: str, shown: str) -> None:
     assert flows.address(ipaddress.IPv6Address(packed).packed) == shown
+
+
+class LatePaths:
+    """Cgroups that are found only after they were asked for."""
+
+    def __init__(self) -> None:
+        self.found = 0
+        self.names: dict[int, str] = {}
+
+    def path(self, cgroup_id: int) -> str | None:
+        return self.names.get(cgroup_id)
+
+    def look(self) -> None: ...
+
+
+def test_a_flow_gets_the_path_of_its_cgroup_when_that_is_known():
+    paths = LatePaths()
+    schema = load_schema(TRANSMITS)
+    encoder = BatchEncoder(TRANSMITS, schema, SchemaId(1), HOST, paths)
+    rows = np.zeros(3, TRANSMITS.dtype)
+    rows["s"]["flow"]["flow_known"] = events.KNOWN["cgroup_id"]
+    rows["s"]["flow"]["cgroup_id"] = 7, 8, 7
+
+    def read() -> list[tuple[str | None, str | None]]:
+        records = [decode(value, schema)[1] for _, value in encode(encoder, TRANSMITS, rows)]
+        return [(record["cgroup"], record["unit"]) for record in records]
+
+    assert read() == [(None, None)] * 3
+    paths.names[7], paths.found = "/system.slice/a.service", 1
+    assert read() == [("/system.slice/a.service", "a.service"), (None, None), ("/system.slice/a.service", "a.service")]
+    assert read() == [("/system.slice/a.service", "a.service"), (None, None), ("/system.slice/a.service", "a.service")]
+
+
+def test_names_of_numbers_that_mean_nothing_are_unknown():
+    encoder, schema = encoder_of(TRANSMITS), load_schema(TRANSMITS)
+    rows = np.zeros(1, TRANSMITS.dtype)
+    rows["s"]["known"] = events.KNOWN["ca_state"]
+    rows["s"]["flow"]["hook"] = rows["s"]["state"] = rows["s"]["ca_state"] = 255
+    record = decode(encode(encoder, TRANSMITS, rows)[0][1], schema)[1]
+    assert (record["hook"], record["state"], record["ca_state"]) == (events.UNKNOWN,) * 3
+
+
+@pytest.mark.parametrize("name", ["cpu", "payload_len", "segs", "ts", "cpu_seq"])
+def test_a_number_that_no_field_can_hold_is_refused(name):
+    rows = np.zeros(3, TRANSMITS.dtype)
+    rows["s"][name][1] = np.iinfo(rows["s"][name].dtype).max
+    with pytest.raises(ValueError, match="more than a field"):
+        encode(encoder_of(TRANSMITS), TRANSMITS, rows)

@@ -1,10 +1,26 @@
 """librdkafka's settings: what is refused, what is passed on."""
 
+import ctypes
+import re
+from pathlib import Path
+
+import confluent_kafka
 import pytest
 
+from producer.config import load
 from producer.errors import ConfigError
 from producer.kafka import KafkaSink
-from producer.kafka_settings import REQUIRED, client_settings
+from producer.kafka_settings import (
+    AT_DEFAULT,
+    FREE_OF_ALL,
+    FREE_OF_CONSUMERS,
+    FREE_OF_PRODUCERS,
+    REFUSED,
+    REQUIRED,
+    admin_settings,
+    client_settings,
+    consumer_settings,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,7 +35,7 @@ def test_settings_that_delivery_rests_on_cannot_be_changed(name, value):
 
 @pytest.mark.parametrize("brokers", ["b:1", None])
 def test_brokers_are_set_in_their_own_place(brokers):
-    with pytest.raises(ConfigError, match=r"bootstrap\.servers: set kafka\.brokers instead"):
+    with pytest.raises(ConfigError, match=r"bootstrap\.servers: must not be set, since kafka\.brokers says it"):
         client_settings(brokers, {"bootstrap.servers": "other:1"})
 
 
@@ -36,3 +52,70 @@ def test_a_setting_that_librdkafka_refuses_is_a_configuration_error(name, value)
     sink = KafkaSink(client_settings("b:1", {name: value}), {})
     with pytest.raises(ConfigError, match=r"kafka setting"):
         sink.open()
+
+
+def listed(path: Path) -> dict[str, str]:
+    """Return all settings that the installed librdkafka lists, each with whom it is for: C, P or *."""
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        library = ctypes.CDLL(next(line.split(maxsplit=5)[5].strip() for line in maps if "librdkafka" in line))
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    file = ctypes.c_void_p(libc.fopen(str(path).encode(), b"w"))
+    library.rd_kafka_conf_properties_show(file)
+    libc.fclose(file)
+    rows = re.findall(r"^([a-z][\w.]+) +\| +([CP*]) +\|", path.read_text(), re.MULTILINE)
+    return dict(rows)
+
+
+def test_each_setting_of_the_installed_library_is_decided(tmp_path):
+    settings = listed(tmp_path / "settings")
+    classes = [{*REQUIRED, *AT_DEFAULT}, set(REFUSED), FREE_OF_ALL, FREE_OF_PRODUCERS, FREE_OF_CONSUMERS]
+    aliases = {"request.required.acks", "delivery.timeout.ms", "retries"}
+    undecided = settings.keys() - set().union(*classes) - aliases
+
+    assert len(settings) > 150
+    assert not undecided, (
+        f"librdkafka {confluent_kafka.libversion()[0]} has settings that kafka_settings.py does not know: "
+        f"decide whether each is required, refused or free: {sorted(undecided)}"
+    )
+    assert sum(map(len, classes)) == len(set().union(*classes)), "each is in one class"
+    assert {settings.get(name, "P") for name in FREE_OF_PRODUCERS} == {"P"}
+    assert {settings.get(name, "C") for name in FREE_OF_CONSUMERS} == {"C"}
+    assert {settings.get(name, "*") for name in FREE_OF_ALL} == {"*"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("delivery.report.only.error", "true"),
+        ("enable.gapless.guarantee", "true"),
+        ("retries", "0"),
+        ("queuing.strategy", "lifo"),
+        ("transactional.id", "x"),
+        ("plugin.library.paths", "x.so"),
+        ("ssl.engine.location", "x.so"),
+        ("sasl.kerberos.kinit.cmd", "sh -c true"),
+        ("test.mock.num.brokers", "1"),
+        ("group.id", "x"),
+        ("enable.auto.commit", "true"),
+        ("log.queue", "false"),
+        ("enabled_events", "0"),
+        ("log_cb", "x"),
+        ("acks", "1"),
+    ],
+)
+def test_what_delivery_order_or_identity_rests_on_is_refused_when_it_is_read(tmp_path, name, value):
+    path = tmp_path / "rebpf.toml"
+    path.write_text(f'[kafka.settings]\n"{name}" = "{value}"\n')
+    with pytest.raises(ConfigError, match=rf"line 2: kafka\.settings\.{re.escape(name)}: .*: remove it"):
+        load(path)
+
+
+def test_the_value_that_is_required_may_be_said_and_each_client_gets_what_is_for_it():
+    said = {**AT_DEFAULT, "acks": "all", "linger.ms": "7", "fetch.max.bytes": "1000000", "security.protocol": "ssl"}
+
+    assert consumer_settings(said) == {"fetch.max.bytes": "1000000", "security.protocol": "ssl"}
+    assert admin_settings(said) == {"security.protocol": "ssl"}
+    produced = client_settings("b:1", said)
+    assert produced["linger.ms"] == "7"
+    assert not produced.keys() & {"fetch.max.bytes", *AT_DEFAULT}

@@ -11,7 +11,8 @@ import pytest
 
 from producer.events import RETRANSMITS, TRANSMITS, Batch
 from producer.ledger import Account
-from producer.spool import Moment, Spool
+from producer.spool import Spool
+from producer.spoolfiles import Moment
 from producer.streampath import resume
 from tests.rings import STRIDE, MemoryRing
 from tests.unit.pipes import (

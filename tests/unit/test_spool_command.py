@@ -342,6 +342,8 @@ def test_what_the_ledger_cannot_take_is_not_dropped(state):
     paths = spools.fill(state, batches=2, size=SIZE, per_file=1)
     (state / "ledger.transmit").unlink()
     (state / "ledger.transmit").mkdir()
+    for ending in ("", ".1", ".2", ".3"):  # nor can the folder be set aside
+        (state / f"ledger.transmit.damaged{ending}").write_text("")
 
     done = rebpf("spool", "drop", "--yes", "--state-dir", state)
 

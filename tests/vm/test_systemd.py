@@ -26,7 +26,7 @@ from tests.vm.systemd_image import dependencies
 from tests.vm.systemd_kafka import GuestKafka
 from tests.vm.systemd_steps import RETRANSMITS
 
-pytestmark = [pytest.mark.vm, pytest.mark.real_kafka, pytest.mark.timeout(2100)]
+pytestmark = [pytest.mark.extended, pytest.mark.vm, pytest.mark.real_kafka, pytest.mark.timeout(2100)]
 
 SUITES = os.environ.get("REBPF_TEST_SYSTEMD", "bookworm,trixie").split(",")
 COMMAND = "env PYTHONDONTWRITEBYTECODE=1 python3 -m tests.vm.systemd_steps"

@@ -1,0 +1,75 @@
+"""Small files of the state folder, in whose place anything may be found: nothing, a folder, a pipe, a link, 10 GB.
+
+Standard library only.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+ASIDE = ".damaged"
+_MOST_ASIDE = 4
+
+
+class NotAFileError(OSError):
+    """What stands there is no regular file, or is larger than such a file can be."""
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading, and nothing else: no link, no pipe, which would block. Raises OSError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise NotAFileError(f"{path} is not a regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotAFileError(f"{path} is not a regular file")
+    return descriptor
+
+
+def read(path: Path, most_bytes: int) -> bytes:
+    """Return a file's content. Raises OSError, also where the file has more than `most_bytes`."""
+    with open(open_regular(path), "rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise NotAFileError(f"{path} has more than {most_bytes} bytes")
+    return content
+
+
+def create(path: Path) -> int:
+    """Create a file for appending, mode 0600; an older file, pipe or link in its place goes. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename what stands at `path`, for somebody to look at, and return its new path; None where that fails.
+
+    The new name ends with .damaged; an older file of that name goes, so that there are only a few.
+    """
+    for number in range(_MOST_ASIDE):
+        aside = path.with_name(path.name + ASIDE + (f".{number}" if number else ""))
+        with contextlib.suppress(OSError):
+            path.rename(aside)
+            return aside
+    return None
+
+
+def parse(text: bytes | str) -> Any:
+    """Return what JSON text says. Raises ValueError for all that is no JSON, also where it is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def is_count(value: object, below: int = 1 << 63) -> bool:
+    """Whether a value from JSON is a whole number from 0 that is below a limit, and not a boolean."""
+    return type(value) is int and 0 <= value < below

@@ -1,0 +1,96 @@
+"""Signals set flags, in any number, and wake the loop; a second stop signal ends the process at once."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+DEADLINE_S = 30.0
+LOOP = """
+import sys
+from producer.signals import *
+import signal
+stop, reload = stop_on_signals(), set_on(signal.SIGHUP)
+reloads = 0
+print("ready", flush=True)
+while not stop.is_set():
+    if reload.is_set():
+        reload.clear()
+        reloads += 1
+        print("reload", flush=True)
+    {body}
+print("stopped", flush=True)
+"""
+WAITS = "stop.wait(600)"
+BUSY = "sum(range(500))"
+
+
+@contextmanager
+def loop(body: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a loop of the kind that commands run, until it has said that it is ready."""
+    code = LOOP.format(body=body)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        try:
+            assert child.stdout
+            assert child.stdout.readline() == b"ready\n"
+            yield child
+        finally:
+            child.kill()
+
+
+def ended(child: subprocess.Popen[bytes]) -> tuple[int, list[bytes], bytes]:
+    out, error = child.communicate(timeout=DEADLINE_S)
+    return child.returncode, out.split(), error
+
+
+@pytest.mark.parametrize("body", [WAITS, BUSY])
+def test_a_flood_of_reloads_does_not_keep_the_process_from_its_stop(body: str) -> None:
+    with loop(body) as child:
+        for _ in range(20_000):
+            child.send_signal(signal.SIGHUP)
+        child.send_signal(signal.SIGTERM)
+        code, words, error = ended(child)
+    assert (code, words[-1], error) == (0, b"stopped", b"")
+    assert words.count(b"reload") >= 1
+
+
+def test_signals_end_a_wait_and_the_flag_is_set_again_after_it_was_cleared() -> None:
+    with loop(WAITS) as child:
+        assert child.stdout
+        for _ in range(3):
+            child.send_signal(signal.SIGHUP)
+            assert select.select([child.stdout], [], [], DEADLINE_S)[0]
+            assert os.read(child.stdout.fileno(), 100) == b"reload\n"
+        child.send_signal(signal.SIGINT)
+        assert ended(child) == (0, [b"stopped"], b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_stop_signal_ends_the_process_at_once(number: signal.Signals) -> None:
+    with loop("pass\nprint('stopping', flush=True)\nwhile True: pass") as child:
+        child.send_signal(number)
+        assert child.stdout
+        assert child.stdout.readline() == b"stopping\n"
+        child.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + DEADLINE_S
+        while child.poll() is None and time.monotonic() < deadline:
+            child.send_signal(signal.SIGTERM)
+        assert child.returncode == 130
+
+
+@pytest.mark.parametrize(
+    "name", ["SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPIPE", "SIGWINCH"]
+)
+def test_a_stray_signal_changes_nothing(name: str) -> None:
+    with loop(WAITS) as child:
+        child.send_signal(getattr(signal, name))
+        child.send_signal(signal.SIGSTOP)
+        child.send_signal(signal.SIGCONT)
+        child.send_signal(signal.SIGTERM)
+        assert ended(child) == (0, [b"stopped"], b"")
