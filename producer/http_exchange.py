@@ -125,7 +125,7 @@ class _Plain(HTTPHandler):
         self._attempt = attempt
 
     def http_open(self, req: Request) -> Any:
-        return self.do_open(self._connect, req)  # type: ignore[arg-type]  # it calls it as it calls the class
+        return self.do_open(self._connect, req)
 
     def _connect(self, host: str, **settings: Any) -> HTTPConnection:
         self._attempt.connection = HTTPConnection(host, **settings)
