@@ -60,7 +60,7 @@ class Agent:
         settings = client_settings(config.kafka.brokers, config.kafka.settings)
         with ExitStack() as stack:
             folder = stack.enter_context(StateFolder(config.state_dir))
-            ids = schema_ids(config)
+            ids = schema_ids(config, stop)
             root = cgroup2_root()
             ruleset = resolve(config, root)
             keeper = _keeper(config)

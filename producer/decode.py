@@ -1,22 +1,32 @@
-"""From a message's bytes to a record: the reader's side of the Confluent frame, by fastavro and not by our encoder."""
+"""From a message's bytes to a record: the reader's side of the Confluent frame, by fastavro and not by our encoder.
+
+Anybody who may write to a topic, or register a schema, chooses what is read here. So only our own records are read
+(accepted.py), a value and its strings are bounded, and an id that was refused is not asked for again for a while.
+"""
 
 import io
 import json
 import struct
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import fastavro
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from producer.accepted import MOST_VALUE_BYTES, NotAccepted, accepted
 from producer.config import Registry
 from producer.errors import UnavailableError
 from producer.events import STREAMS, SchemaId
 from producer.paths import SCHEMAS
-from producer.registry_client import open_client
+from producer.registry_client import MOST_ID, NoAnswer, NotAuthorized, RegistryClient, RegistryRefused
 
 _FRAME = struct.Struct(">bI")
 _REGISTRY_TIMEOUT_S = 10
+_ATTEMPTS = 3
+_REFUSED_S = 60
+MOST_SCHEMAS = 1000
 
 
 class UndecodableError(ValueError):
@@ -27,29 +37,38 @@ def unframed(value: bytes | None) -> tuple[int, bytes]:
     """Return the schema id and the body of a value in Confluent's frame."""
     if value is None or len(value) < _FRAME.size or value[0] != 0:
         raise UndecodableError("not in Confluent's frame")
+    if len(value) > MOST_VALUE_BYTES:
+        raise UndecodableError(f"longer than {MOST_VALUE_BYTES} bytes")
     return _FRAME.unpack_from(value)[1], value[_FRAME.size :]
 
 
 class Decoder:
     """Decodes Confluent-framed Avro; without a registry the ids are the fixed ones of this version's own schemas.
 
-    Those of the events are known, and `others` are by their ids.
+    Those of the events are known, and `others` are by their ids. An id that the registry refuses, or whose schema is
+    not one of ours, is asked for once a minute: a topic may be full of such messages.
     """
 
     def __init__(
-        self, registry: Registry | str | None, others: Mapping[SchemaId, Mapping[str, Any]] = MappingProxyType({})
+        self,
+        registry: Registry | str | None,
+        others: Mapping[SchemaId, Mapping[str, Any]] = MappingProxyType({}),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._schemas: dict[int, Any] = {}
+        self._refused: dict[int, tuple[float, str]] = {}
+        """Until when, and why; the oldest first."""
+        self._clock = clock
         self._client = None
         settings = registry if isinstance(registry, Registry) else Registry(registry, timeout_s=_REGISTRY_TIMEOUT_S)
         if settings.url is None:
             for stream in STREAMS:
                 text = (SCHEMAS / stream.schema_file).read_text()
-                self._schemas[stream.fixed_schema_id] = _plain_schema(text)
+                self._schemas[stream.fixed_schema_id] = accepted(text)
             for number, schema in others.items():
-                self._schemas[number] = _plain_schema(json.dumps(schema))
+                self._schemas[number] = accepted(json.dumps(schema))
         else:
-            self._client = open_client(settings, retries=2)
+            self._client = RegistryClient(settings)
 
     def decode(self, value: bytes | None) -> dict[str, Any]:
         """Return the record; numbers stay numbers, also where the schema calls them times."""
@@ -71,21 +90,41 @@ class Decoder:
     def _fetch(self, schema_id: int) -> Any:
         if self._client is None:
             raise UndecodableError(f"schema id {schema_id} is not one of the fixed ids: give --registry")
+        if not 0 < schema_id <= MOST_ID:
+            raise UndecodableError(f"no registry gives the schema id {schema_id}")
+        until, reason = self._refused.get(schema_id, (0.0, ""))
+        if reason and self._clock() < until:
+            raise UndecodableError(reason)
         try:
-            schema = self._client.get_schema(schema_id)
-        except Exception as exc:  # Its own error or one of whichever HTTP library it found: there is no common base.
-            if getattr(exc, "http_status_code", None) == 404:
-                raise UndecodableError(f"the registry does not know schema id {schema_id}") from exc
+            schema = accepted(self._ask(self._client, schema_id))
+        except RegistryRefused as exc:
+            raise self._refuse(schema_id, f"the registry does not know schema id {schema_id}") from exc
+        except NotAccepted as exc:
+            raise self._refuse(schema_id, f"schema id {schema_id} is not one of ours: {exc}") from exc
+        except (NoAnswer, NotAuthorized) as exc:
             raise UnavailableError(f"the schema registry does not answer for schema id {schema_id}: {exc}") from exc
-        self._schemas[schema_id] = _plain_schema(schema.schema_str or "")
-        return self._schemas[schema_id]
+        self._refused.pop(schema_id, None)
+        _keep(self._schemas, schema_id, schema)
+        return schema
+
+    def _ask(self, client: RegistryClient, schema_id: int) -> str:
+        retrying = Retrying(
+            retry=retry_if_exception_type(NoAnswer),
+            wait=wait_random_exponential(multiplier=0.3, max=2),
+            stop=stop_after_attempt(_ATTEMPTS),
+            reraise=True,
+        )
+        return retrying(client.schema, schema_id)
+
+    def _refuse(self, schema_id: int, reason: str) -> UndecodableError:
+        """Remember that an id is not to be asked for again soon, and return the error that says so."""
+        _keep(self._refused, schema_id, (self._clock() + _REFUSED_S, reason))
+        return UndecodableError(reason)
 
 
-def _plain_schema(text: str) -> Any:
-    """Parse a schema and leave its logical types out, which only cost time here."""
-    return fastavro.parse_schema(json.loads(text, object_hook=_without_logical_type))
-
-
-def _without_logical_type(part: dict[str, Any]) -> dict[str, Any]:
-    part.pop("logicalType", None)
-    return part
+def _keep(kept: dict[int, Any], schema_id: int, value: Any) -> None:
+    """Put a value in place of the oldest where there are many: ids come from messages, and there is no end of them."""
+    kept.pop(schema_id, None)
+    if len(kept) >= MOST_SCHEMAS:
+        del kept[next(iter(kept))]
+    kept[schema_id] = value

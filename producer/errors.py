@@ -1,6 +1,7 @@
 """All errors that reach a user, each with the exit code of sysexits.h that the process ends with.
 
 RebpfError            70 internal
+├── Stopped            0 a signal came while a start waited for a server
 ├── UsageError        64 the command line is wrong
 ├── IncompleteError   65 what lies in the topics or on disk is not whole, or not in order
 ├── UnavailableError  69 this host or a server cannot do what was asked
@@ -16,6 +17,12 @@ class RebpfError(Exception):
     """An error that ends the command; its text says what to do."""
 
     exit_code = 70
+
+
+class Stopped(RebpfError):
+    """A signal came while something waited for a server: the command ends as it was asked to."""
+
+    exit_code = 0
 
 
 class UsageError(RebpfError):

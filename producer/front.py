@@ -6,7 +6,7 @@ from typing import Any
 
 import fastavro
 
-from producer.decode import Decoder, UndecodableError, unframed
+from producer.decode import MOST_SCHEMAS, Decoder, UndecodableError, unframed
 
 _TYPES = {"ts_ns": {"long"}, "host": {"string"}, "boot_id": {"string"}, "cpu": {"int", "long"}, "cpu_seq": {"long"}}
 
@@ -41,6 +41,8 @@ class FrontReader:
             self._fronts[schema_id] = self._cut(schema_id)
         except UndecodableError as exc:
             # A topic may be full of them, and a registry is asked once.
+            if len(self._refused) >= MOST_SCHEMAS:
+                self._refused.clear()
             self._refused[schema_id] = str(exc)
             raise
         return self._fronts[schema_id]

@@ -17,7 +17,7 @@ from producer.kafka_settings import DEFAULTS, client_settings
 from producer.loading import python_with_bcc
 from producer.preflight_servers import kafka, registry
 from producer.rdkafka import Producer, check_settings
-from producer.registry_client import open_client
+from producer.registry_client import RegistryClient
 from producer.ruleset import resolve
 from producer.rungs import LADDERS, cgroup2_root, refusal
 from producer.state import is_locked, pid
@@ -63,7 +63,7 @@ def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
     try:
         with placed(path):
             if config.registry.url is not None:
-                open_client(config.registry).close()
+                RegistryClient(config.registry)
     except ConfigError as error:
         yield Finding("registry", str(error), error.exit_code)
     try:

@@ -25,7 +25,9 @@ from producer.errors import ConfigError, PermissionDenied, RebpfError, Unavailab
 from producer.events import STREAMS, SchemaId, Stream, Topic
 from producer.heartbeat import FIXED_SCHEMA_ID, TOPIC, heartbeat_schema
 from producer.kafka_settings import admin_settings
-from producer.registry import COMPATIBILITY, AvroSchema, SchemaIds
+from producer.registry import COMPATIBILITY, SchemaIds
+from producer.registry_client import AvroSchema
+from producer.signals import Flag
 
 logger = logging.getLogger(__name__)
 
@@ -237,15 +239,15 @@ def register_schemas(config: Config, *, alerts: bool = False) -> list[str]:
         return lines
 
 
-def schema_ids(config: Config) -> dict[Topic, SchemaId]:
+def schema_ids(config: Config, stop: Flag | None = None) -> dict[Topic, SchemaId]:
     """Return the id of each topic's schema: the registry's, or the fixed ones where there is none.
 
-    The heartbeat's is left out where it is not to be had: nobody depends on it for events.
+    The heartbeat's is left out where it is not to be had: nobody depends on it for events. `stop` ends the wait.
     """
     if config.registry.url is None:
         fixed = {topic(config, stream): stream.fixed_schema_id for stream in STREAMS}
         return {**fixed, heartbeat_topic(config): FIXED_SCHEMA_ID}
-    with SchemaIds(config.registry, config.state_dir / "schema_ids.json") as registry:
+    with SchemaIds(config.registry, config.state_dir / "schema_ids.json", stop=stop) as registry:
         return registry.find(_event_schemas(config), optional=_heartbeat_schemas(config))
 
 

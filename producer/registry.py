@@ -9,39 +9,57 @@ was given for.
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from confluent_kafka.schema_registry import Schema
-from confluent_kafka.schema_registry.error import SchemaRegistryError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from producer.config import Registry
-from producer.errors import PermissionDenied, SchemaError, UnavailableError
+from producer.errors import PermissionDenied, SchemaError, Stopped, UnavailableError
 from producer.events import SchemaId, Topic
 from producer.metrics import counted
-from producer.registry_client import open_client
+from producer.registry_client import (
+    INCOMPATIBLE,
+    INVALID,
+    NOT_FOUND,
+    AvroSchema,
+    NoAnswer,
+    NotAuthorized,
+    RegistryClient,
+    RegistryRefused,
+    is_schema_id,
+)
+from producer.signals import Flag
 
 logger = logging.getLogger(__name__)
 
-AvroSchema = Mapping[str, Any]
 _Answer = TypeVar("_Answer")
 
 COMPATIBILITY = "FULL_TRANSITIVE"
 """Any consumer reads any event: with an older schema a newer event, with a newer one an older event."""
 
 _ATTEMPTS = 4
-_INCOMPATIBLE, _NOT_FOUND = 409, 404
-_REFUSED = (401, 403)
+_MOST_CACHE_BYTES = 1 << 20
 
 
 class SchemaIds:
-    """Finds the ids of topics' schemas at the registry of `settings`, or in the file `cache`, while it is entered."""
+    """Finds the ids of topics' schemas at the registry of `settings`, or in the file `cache`, while it is entered.
 
-    def __init__(self, settings: Registry, cache: Path | None, attempts: int = _ATTEMPTS) -> None:
-        self._client = open_client(settings)
+    `stop` ends every wait, with Stopped.
+    """
+
+    def __init__(
+        self,
+        settings: Registry,
+        cache: Path | None,
+        attempts: int = _ATTEMPTS,
+        stop: Flag | None = None,
+    ) -> None:
+        self._stop: Flag = stop if stop is not None else threading.Event()
+        self._client = RegistryClient(settings, self._stop)
         self._settings = settings
         self._cache = cache
         self._attempts = attempts
@@ -52,7 +70,7 @@ class SchemaIds:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._client.close()
+        """Do nothing: no connection is kept."""
 
     def find(
         self, schemas: Mapping[Topic, AvroSchema], optional: Mapping[Topic, AvroSchema] = MappingProxyType({})
@@ -91,43 +109,50 @@ class SchemaIds:
 
     def register(self, topic: Topic, schema: AvroSchema) -> SchemaId:
         """Register a topic's schema, which may be there already, and return its id."""
-        return _id(self._ask(topic, lambda: self._client.register_schema(_subject(topic), _registered(schema))))
+        return self._ask(topic, lambda: self._client.register(_subject(topic), schema))
 
     def compatible(self, topic: Topic, schema: AvroSchema) -> bool:
         """Whether the registry would take the schema."""
-        return self._ask(topic, lambda: self._client.test_compatibility(_subject(topic), _registered(schema)))
+        return self._ask(topic, lambda: self._client.compatible(_subject(topic), schema))
 
     def look_up(self, topic: Topic, schema: AvroSchema) -> SchemaId:
         """Return the id of a topic's schema; SchemaError where the registry does not have it."""
-        return _id(self._ask(topic, lambda: self._client.lookup_schema(_subject(topic), _registered(schema)).schema_id))
+        return self._ask(topic, lambda: self._client.look_up(_subject(topic), schema))
 
     def _ask(self, topic: Topic, call: Callable[[], _Answer]) -> _Answer:
         retrying = Retrying(
             retry=retry_if_exception_type(UnavailableError),
             wait=wait_random_exponential(multiplier=0.3, max=5),
             before_sleep=counted("registry"),
+            sleep=self._sleep,
             stop=stop_after_attempt(self._attempts),
             reraise=True,
         )
         answer: _Answer = retrying(self._translated, topic, call)
         return answer
 
+    def _sleep(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise Stopped(f"stopped while waiting for the registry {self._settings.url}")
+
     def _translated(self, topic: Topic, call: Callable[[], _Answer]) -> _Answer:
         """Call the registry, its errors made ours."""
         url = self._settings.url
         try:
             return call()
-        except SchemaRegistryError as error:
-            if error.http_status_code == _INCOMPATIBLE:
+        except RegistryRefused as error:
+            if error.code in INCOMPATIBLE:
                 raise SchemaError(f"registry {url}: {_subject(topic)} has an incompatible schema: {error}") from error
-            if error.http_status_code == _NOT_FOUND:
+            if error.code in NOT_FOUND:
                 raise SchemaError(
                     f"registry {url} does not have {_subject(topic)} in this version: run `rebpf init`"
                 ) from error
-            if error.http_status_code in _REFUSED:
-                raise PermissionDenied(f"registry {url} refuses the authentication: {error}") from error
+            if error.code in INVALID:
+                raise SchemaError(f"registry {url} refuses the schema of {_subject(topic)}: {error}") from error
             raise UnavailableError(f"registry {url}: {error}") from error
-        except Exception as error:  # of the client's HTTP library, whose name differs with the client's version
+        except NotAuthorized as error:
+            raise PermissionDenied(f"registry {url} refuses the authentication: {error}") from error
+        except NoAnswer as error:
             raise UnavailableError(f"registry {url} does not answer: {error}") from error
 
     def _cache_key(self, topic: Topic, schema: AvroSchema) -> str:
@@ -135,20 +160,18 @@ class SchemaIds:
         return f"{self._settings.url} {_subject(topic)} {digest}"
 
     def _read_cache(self) -> dict[str, SchemaId]:
-        try:
-            cached: dict[str, SchemaId] = json.loads(self._cache.read_text()) if self._cache else {}
-        except (OSError, ValueError):
+        """Return what was answered before, without what no registry would have answered."""
+        if self._cache is None:
             return {}
-        return cached
+        try:
+            with self._cache.open("rb") as file:
+                content = json.loads(file.read(_MOST_CACHE_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(content, dict):
+            return {}
+        return {key: SchemaId(number) for key, number in content.items() if is_schema_id(number)}
 
 
 def _subject(topic: Topic) -> str:
     return f"{topic}-value"
-
-
-def _id(number: int | None) -> SchemaId:
-    return SchemaId(number or 0)
-
-
-def _registered(schema: AvroSchema) -> Schema:
-    return Schema(json.dumps(schema), "AVRO")

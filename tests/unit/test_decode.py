@@ -5,8 +5,10 @@ import json
 import socket
 import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import fastavro
@@ -14,10 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from producer.accepted import NotAccepted, accepted
+from producer.alert.parts import Committed, Counts, HeartbeatPart
 from producer.decode import Decoder, UndecodableError
 from producer.errors import UnavailableError
+from producer.events import SchemaId
+from producer.paths import SCHEMAS
 
-OLDER = {"type": "record", "name": "Older", "fields": [{"name": "seq", "type": "long"}]}
+OLDER = {
+    "type": "record",
+    "name": "TcpTransmit",
+    "namespace": "rebpf.v1",
+    "fields": [{"name": "seq", "type": "long"}],
+}
 
 
 def frame(schema_id: int, schema: dict[str, Any], record: dict[str, Any]) -> bytes:
@@ -103,3 +114,115 @@ def test_a_registry_that_is_down_is_unavailable() -> None:
         decoder = Decoder(f"http://127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(UnavailableError, match="registry"):
             decoder.decode(frame(77, OLDER, {"seq": 5}))
+
+
+def test_a_refused_id_is_asked_for_once_a_minute(registry: ThreadingHTTPServer) -> None:
+    now = 1000.0
+    decoder = Decoder(url(registry), clock=lambda: now)
+    for time_s, requests in ((1000.0, 1), (1059.0, 1), (1061.0, 2)):
+        now = time_s
+        for _ in range(5):
+            with pytest.raises(UndecodableError, match="does not know schema id 78"):
+                decoder.decode(frame(78, OLDER, {"seq": 5}))
+        assert len(Registry.requests) == requests
+
+
+def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPServer) -> None:
+    decoder = Decoder(url(registry))
+    for schema_id in (0, 1 << 31, (1 << 32) - 1):
+        with pytest.raises(UndecodableError, match="no registry gives"):
+            decoder.decode(frame(schema_id, OLDER, {"seq": 5}))
+    assert Registry.requests == []
+
+
+def test_alert_counts_a_message_whose_schema_the_registry_refuses(registry: ThreadingHTTPServer) -> None:
+    counts = Counts()
+    part = HeartbeatPart("hosts", 3, [], Committed(7), Decoder(url(registry)), counts)
+    for offset in (7, 8):
+        part.put(frame(78, OLDER, {"seq": 5}), offset, 0)
+    assert (counts.undecodable, part.next, len(Registry.requests)) == (2, 9, 1)
+
+
+def test_a_value_of_more_than_a_mebibyte_is_refused() -> None:
+    with pytest.raises(UndecodableError, match="longer than"):
+        Decoder(None).decode(b"\0\0\0\0\2" + bytes(1 << 20))
+
+
+@pytest.mark.parametrize("path", sorted(SCHEMAS.rglob("*.avsc")), ids=str)
+def test_each_schema_of_ours_is_accepted(path: Path) -> None:
+    text = path.read_text()
+    names = [field["name"] for field in json.loads(text)["fields"]]
+    assert [field["name"] for field in accepted(text)["fields"]] == names
+
+
+def of_type(kind: Any, name: str = "RebpfAgent") -> dict[str, Any]:
+    return {"type": "record", "name": name, "namespace": "rebpf.v1", "fields": [{"name": "a", "type": kind}]}
+
+
+def nested(levels: int) -> Any:
+    kind: Any = "long"
+    for level in range(levels):
+        fields = [{"name": "a", "type": kind}]
+        kind = {"type": "array", "items": {"type": "record", "name": f"R{level}", "fields": fields}}
+    return kind
+
+
+LISTS = [
+    {"type": "array", "items": "null"},
+    {"type": "array", "items": {"type": "null"}},
+    {"type": "array", "items": {"type": "record", "name": "Empty", "fields": []}},
+    {"type": "array", "items": {"type": "record", "name": "Nil", "fields": [{"name": "n", "type": "null"}]}},
+    {"type": "array", "items": {"type": "fixed", "name": "Fixed", "size": 0}},
+    {"type": "array", "items": {"type": "array", "items": "long"}},
+    {"type": "array", "items": "RebpfAgent"},
+]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *map(of_type, LISTS),
+        of_type("null"),
+        of_type("RebpfAgent"),
+        of_type(["null", "RebpfAgent"]),
+        of_type(["null", ["null", "long"]]),
+        of_type(["null", "long", "string"]),
+        of_type({"type": "map", "values": "long"}),
+        of_type(nested(3)),
+        of_type(nested(1), "TcpTransmit"),
+        of_type("long", "Other"),
+        {**of_type("long"), "namespace": "other"},
+        {**of_type("long"), "name": "other.RebpfAgent"},
+        {**of_type("long"), "fields": []},
+        {**of_type("long"), "fields": None},
+        {**of_type("long"), "doc": "x" * (64 << 10)},
+        {**of_type(LISTS[0]), "__fastavro_parsed__": True, "__named_schemas": {}},
+        "long",
+        ["null", "long"],
+        None,
+    ],
+    ids=lambda schema: str(schema)[:120],
+)
+def test_a_schema_that_is_not_like_ours_is_refused(schema: Any) -> None:
+    with pytest.raises(NotAccepted):
+        accepted(json.dumps(schema))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 60_000, "\ud800", 'syntax = "proto3";'])
+def test_a_text_that_is_no_schema_is_refused(text: str) -> None:
+    with pytest.raises(NotAccepted):
+        accepted(text)
+
+
+def test_an_arrays_count_takes_no_more_than_the_bytes_that_are_there() -> None:
+    schema = of_type({"type": "array", "items": "long"})
+    count = io.BytesIO()
+    fastavro.schemaless_writer(count, "long", 1 << 40)
+    decoder = Decoder(None, {SchemaId(9): schema})
+    tracemalloc.start()
+    try:
+        with pytest.raises(UndecodableError, match="not a value"):
+            decoder.decode(b"\0\0\0\0\x09" + count.getvalue() + bytes(1000))
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
