@@ -251,6 +251,33 @@ def test_an_ascii_terminal_gets_escapes(tmp_path: Path) -> None:
     assert r"gr\xf6\xdfe: nothing waits" in done.stdout
 
 
+STOPPED = """
+from producer import agent, balance, cli
+
+agent.Agent.run = lambda *_: {"tcp_transmit": balance.Balance(passed=7, delivered=7)}
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("options", ["run", "run --json"])
+@pytest.mark.parametrize("closed", [">/dev/full", ">&-"])
+def test_a_balance_that_cannot_be_printed_is_logged(options: str, closed: str) -> None:
+    line = f"{shlex.join([sys.executable, '-c', STOPPED])} {options}"
+    done = subprocess.run(["/bin/sh", "-c", f"{line} {closed}"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "WARNING the balance cannot be printed: standard output" in done.stderr
+    assert "passed=7" in done.stderr
+    both = subprocess.run(["/bin/sh", "-c", f"{line} {closed} 2>/dev/full"], timeout=60, check=False)
+    assert both.returncode == 0
+
+
+def test_no_file_takes_the_place_of_a_closed_stream() -> None:
+    program = "from producer.output import hold_descriptors; hold_descriptors(); print(open('/dev/zero').fileno() > 2)"
+    line = shlex.join([sys.executable, "-c", program])
+    done = subprocess.run(["/bin/sh", "-c", f"{line} <&- 2>&-"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n"
+
+
 # The programs at both ends of the lab's traffic speak to their parent only.
 ALLOWED = {("lab_traffic.py", "print")}
 
