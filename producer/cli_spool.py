@@ -58,7 +58,7 @@ def spool_verify(config: Path | None, state_dir: Path | None, as_json: bool) -> 
     if as_json:
         echo(to_json({name: each.as_dict() for name, each in found.items()}))
     else:
-        echo(lines(f"{name} {each}" for name, each in found.items()))
+        echo("\n".join(f"{printable(name)} {each}" for name, each in found.items()))
     if complaint := spoolreport.complaint(found):
         raise IncompleteError(complaint)
 

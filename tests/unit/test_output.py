@@ -19,6 +19,7 @@ from producer import cli, config, systemd
 from producer.audit import BootReport
 from producer.errors import OutputError, UnavailableError
 from producer.output import MAX_RECORD_BYTES, LineFormatter, echo
+from producer.spoolreport import Damage, Verified
 from producer.status import table
 from producer.tail import Event, json_line
 from producer.text import to_json
@@ -197,6 +198,13 @@ def test_a_report_of_a_topic_has_a_line_for_each_boot(text: str) -> None:
     assert len(shown.split("\n")) == 4
     assert all(line.isprintable() for line in shown.split("\n"))
     assert show(reports, as_json=True).isprintable()
+
+
+@hostile
+def test_a_report_of_a_spool_has_a_line_for_each_file(text: str) -> None:
+    shown = str(Verified(1, 1, (Damage(text, 1, 1),) * 2))
+    assert len(shown.split("\n")) == 3
+    assert all(line.isprintable() for line in shown.split("\n"))
 
 
 @hostile
