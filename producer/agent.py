@@ -131,7 +131,7 @@ class Agent:
         taken_over = " taken_over=true" if hooks.taken_over else ""
         cached = " cached=true" if hooks.cached else ""
         logger.info("ready brokers=%s%s%s%s %s", brokers, embedded, taken_over, cached, rungs)
-        systemd.notify(f"READY=1\nSTATUS=capturing: {rungs}")
+        systemd.notify("READY=1", status=f"capturing: {rungs}")
 
 
 class _Pulse:

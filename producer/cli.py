@@ -1,6 +1,7 @@
 """The command `rebpf`: reads the command line, builds what it asks for, and turns errors into exit codes."""
 
-import json
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -14,9 +15,10 @@ import click
 
 from producer.cli_alert import alert
 from producer.cli_spool import spool
-from producer.errors import RebpfError, UnavailableError, UsageError
+from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
 from producer.options import (
     Address,
+    Group,
     Offset,
     brokers_option,
     config_option,
@@ -27,7 +29,9 @@ from producer.options import (
     state_dir_option,
     usage,
 )
+from producer.output import LineFormatter, bounded, echo, flushed, hold_descriptors
 from producer.signals import QUIT_NOW, set_on, stop_on_signals
+from producer.text import lines, printable, to_json
 
 # One thread is enough for what numpy does here, and its library would start one for each CPU on import.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -35,7 +39,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 logger = logging.getLogger(__name__)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @option(
     "--log-level",
     default="info",
@@ -45,12 +49,12 @@ logger = logging.getLogger(__name__)
 )
 def rebpf(log_level: str) -> None:
     """Stream this host's TCP segments and retransmits from the kernel to Kafka."""
-    logging.basicConfig(
-        level=max(logging.WARNING, logging.getLevelName(log_level.upper())),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(message)s",
-        force=True,
-    )
+    # A full disk or a dead pipe behind standard error stops no run.
+    logging.raiseExceptions = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter())
+    level = max(logging.WARNING, logging.getLevelName(log_level.upper()))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     # Not the libraries' loggers: the registry client's logs each request.
     logging.getLogger("producer").setLevel(log_level.upper())
 
@@ -95,10 +99,11 @@ def run(
 
     agent = Agent(read(), read)
     balances = agent.run(stop_on_signals(), set_on(signal.SIGHUP), duration)
-    if as_json:
-        click.echo(json.dumps({topic: balance.as_dict() for topic, balance in balances.items()}))
-    else:
-        click.echo("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))
+    text = printable("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))
+    try:
+        echo(to_json({topic: balance.as_dict() for topic, balance in balances.items()}) if as_json else text)
+    except OutputError as error:  # the stop was a good one nevertheless
+        logger.warning("the balance cannot be printed: %s; %s", error, text)
 
 
 @rebpf.command()
@@ -116,7 +121,7 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
         with placed(config):
             resolve(settings, cgroup2_root()).tables()
     version = state.reload(settings.state_dir)
-    click.echo(f"rules version {version} is in force")
+    echo(f"rules version {version} is in force")
 
 
 @rebpf.command()
@@ -156,7 +161,7 @@ def tail(
         registry=replace(settings.registry, url=facts["registry"]),
         as_json=as_json,
         limit=limit,
-        color=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+        color=sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ,
         from_beginning=from_beginning,
         stop=stop_on_signals(),
         client_settings=settings.kafka.settings,
@@ -180,7 +185,7 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
     if not facts.get("status_url"):
         raise UnavailableError(f"the producer with pid {facts['pid']} has no endpoint: set metrics.listen")
     report = ask(facts["status_url"])
-    click.echo(json.dumps(report) if as_json else table(report))
+    echo(to_json(report) if as_json else table(report))
 
 
 @rebpf.command()
@@ -223,7 +228,7 @@ def verify(
         since=since_offset,
         client_settings=settings.kafka.settings,
     )
-    click.echo(verifying.show(reports, as_json=as_json))
+    echo(verifying.show(reports, as_json=as_json))
     if complaint := verifying.complaint(reports):
         raise IncompleteError(complaint)
 
@@ -257,9 +262,9 @@ def init(
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
     if settings.kafka.brokers is None:
         usage("init needs --brokers")
-    lines = create_topics(settings, partitions, replication, alerts=alerts)
-    lines += register_schemas(settings, alerts=alerts)
-    click.echo("\n".join(lines))
+    done = create_topics(settings, partitions, replication, alerts=alerts)
+    done += register_schemas(settings, alerts=alerts)
+    echo(lines(done))
 
 
 @rebpf.command()
@@ -292,41 +297,65 @@ def check(
     except ConfigError as error:
         if not as_json:
             raise
-        click.echo(json.dumps([Finding("configuration", str(error), error.exit_code).as_dict()]))
+        echo(to_json([Finding("configuration", str(error), error.exit_code).as_dict()]))
         sys.exit(error.exit_code)
     if explain is not None:
         ruleset = resolve(settings, cgroup2_root())
-        lines = explain_rules(ruleset.rules, ruleset.default, explain)
-        click.echo(json.dumps(lines) if as_json else "\n".join(lines))
+        explanation = explain_rules(ruleset.rules, ruleset.default, explain)
+        echo(to_json(explanation) if as_json else lines(explanation))
         return
     findings = examine(settings, path=config, servers=not local)
     if as_json:
-        click.echo(json.dumps([finding.as_dict() for finding in findings]))
+        echo(to_json([finding.as_dict() for finding in findings]))
     else:
-        for finding in findings:
-            click.echo(str(finding))
+        echo(lines(map(str, findings)))
     sys.exit(max((finding.exit_code for finding in findings), default=0))
 
 
 @rebpf.command()
 def version() -> None:
     """Print the version."""
-    click.echo(f"rebpf {distribution_version('rebpf')}")
+    echo(f"rebpf {distribution_version('rebpf')}")
 
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    hold_descriptors()
+    with flushed():
+        sys.exit(_main())
+
+
+def _main() -> int:
+    """Run the command line; return the exit code."""
     try:
-        rebpf.main(standalone_mode=False)
+        rebpf.main(prog_name="rebpf", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        sys.exit(UsageError.exit_code)
+        _complain(_usage_text(error))
+        return UsageError.exit_code
     except click.Abort:
-        sys.exit(QUIT_NOW)
+        return QUIT_NOW
+    except ReaderGoneError as error:
+        return error.exit_code
     except RebpfError as error:
-        click.echo(f"rebpf: {error}", err=True)
-        sys.exit(error.exit_code)
+        _complain(bounded(printable(f"rebpf: {error}")))
+        return error.exit_code
     except Exception:  # a defect
         logger.exception("rebpf: internal error")
-        sys.exit(RebpfError.exit_code)
-    sys.exit(0)
+        return RebpfError.exit_code
+    return 0
+
+
+def _usage_text(error: click.ClickException) -> str:
+    """Return click's lines on a mistake; what the user gave begins no line of its own."""
+    if not isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # whose message is the whole help
+        message = bounded(printable(error.format_message()))
+        error = click.UsageError(message, getattr(error, "ctx", None))
+    buffer = io.StringIO()
+    error.show(file=buffer)
+    return buffer.getvalue().removesuffix("\n")
+
+
+def _complain(text: str) -> None:
+    """Write to standard error, if it can be written: the exit code says it too."""
+    with contextlib.suppress(OutputError):
+        echo(text, err=True)

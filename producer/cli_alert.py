@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from producer.options import (
+    Command,
     brokers_option,
     config_option,
     json_option,
@@ -19,7 +20,7 @@ from producer.signals import stop_on_signals
 logger = logging.getLogger(__name__)
 
 
-@click.command()
+@click.command(cls=Command)
 @config_option
 @brokers_option
 @registry_option

@@ -1,6 +1,5 @@
 """The commands `rebpf spool ...`."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import click
 
 from producer.errors import UnavailableError
 from producer.options import (
+    Group,
     brokers_option,
     config_option,
     json_option,
@@ -17,10 +17,12 @@ from producer.options import (
     state_dir_option,
     usage,
 )
+from producer.output import echo
 from producer.signals import stop_on_signals
+from producer.text import lines, printable, to_json
 
 
-@click.group()
+@click.group(cls=Group)
 def spool() -> None:
     """What waits on disk for Kafka: look at it, send it without a capture, or give it up."""
 
@@ -36,11 +38,11 @@ def spool_show(config: Path | None, state_dir: Path | None, as_json: bool) -> No
     settings = load(config).with_values(state_dir=state_dir)
     found = spoolreport.look(settings)
     if as_json:
-        click.echo(json.dumps({topic: asdict(each) for topic, each in (found or {}).items()}))
+        echo(to_json({topic: asdict(each) for topic, each in (found or {}).items()}))
     elif found is None:
-        click.echo(f"there is no state folder {settings.state_dir}: nothing waits")
+        echo(printable(f"there is no state folder {settings.state_dir}: nothing waits"))
     else:
-        click.echo("\n".join(f"{topic} {each}" for topic, each in found.items()))
+        echo(lines(f"{topic} {each}" for topic, each in found.items()))
 
 
 @spool.command("verify")
@@ -54,9 +56,9 @@ def spool_verify(config: Path | None, state_dir: Path | None, as_json: bool) -> 
 
     found = spoolreport.verify(load(config).with_values(state_dir=state_dir))
     if as_json:
-        click.echo(json.dumps({name: each.as_dict() for name, each in found.items()}))
+        echo(to_json({name: each.as_dict() for name, each in found.items()}))
     else:
-        click.echo("\n".join(f"{name} {each}" for name, each in found.items()))
+        echo("\n".join(f"{printable(name)} {each}" for name, each in found.items()))
     if complaint := spoolreport.complaint(found):
         raise IncompleteError(complaint)
 
@@ -91,9 +93,9 @@ def spool_replay(
         usage("spool replay needs --brokers")
     sent = replay.replay(settings, stop_on_signals(), timeout_s=timeout, quarantine=quarantine)
     if as_json:
-        click.echo(json.dumps({topic: asdict(each) for topic, each in sent.items()}))
+        echo(to_json({topic: asdict(each) for topic, each in sent.items()}))
     else:
-        click.echo("\n".join(f"{topic} {each}" for topic, each in sent.items()))
+        echo(lines(f"{topic} {each}" for topic, each in sent.items()))
     waiting, lost = replay.complaint(sent)
     if waiting:
         raise UnavailableError(waiting)
@@ -116,6 +118,6 @@ def spool_drop(config: Path | None, state_dir: Path | None, quarantine: bool, ye
     settings = load(config).with_values(state_dir=state_dir)
     dropped = replay.drop_quarantine(settings) if quarantine else replay.drop(settings)
     if as_json:
-        click.echo(json.dumps({topic: {"dropped": count} for topic, count in dropped.items()}))
+        echo(to_json({topic: {"dropped": count} for topic, count in dropped.items()}))
     else:
-        click.echo("\n".join(f"{topic} dropped={count}" for topic, count in dropped.items()))
+        echo(lines(f"{topic} dropped={count}" for topic, count in dropped.items()))

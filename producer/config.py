@@ -8,7 +8,6 @@ is named.
 import contextlib
 import dataclasses
 import os
-import socket
 import stat
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -211,7 +210,7 @@ class Alert:
 class Config:
     """All settings."""
 
-    host: str = field(default_factory=socket.gethostname)
+    host: str = field(default_factory=validate.host_name)
     """This host's name in the events."""
     state_dir: Path = Path("/var/lib/rebpf")
     """Folder for spool, quarantine, ledger and compiled programs, for what a run leaves for others to find, and for the

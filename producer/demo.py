@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,8 +25,10 @@ from producer.child import python
 from producer.errors import BusyError, ConfigError, PermissionDenied, UnavailableError
 from producer.events import RETRANSMITS, STREAMS
 from producer.lab import Lab, Sent
+from producer.output import echo
 from producer.reconcile import Comparison, Row, Tally, compare, reasons
 from producer.tail import Event, batches
+from producer.text import printable, to_json
 from producer.view import View, in_time_order, is_retransmit_event
 
 _READY_TIMEOUT_S = 180
@@ -179,7 +180,14 @@ class _Screen:
         self._say("Below, read back from Kafka, are all retransmits and a sample of the transmits. All are counted.")
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._print(printable(text), markup=False)
+
+    def _print(self, *what: Any, **how: Any) -> None:
+        """Lay it out as the console would, and write it as all else is written."""
+        if not self._quiet:
+            with self._console.capture() as captured:
+                self._console.print(*what, **how)
+            echo(captured.get().removesuffix("\n"), color=True)
 
     def show(self, events: Sequence[Event]) -> None:
         if self._quiet:
@@ -188,8 +196,7 @@ class _Screen:
         lines = [self._view.line(record) for record in in_time_order(shown)]
         if lines:
             # Not through the console, whose layout costs more than the line.
-            sys.stdout.write("\n".join(lines) + "\n")
-            sys.stdout.flush()
+            echo("\n".join(lines), color=True)
 
     def _is_shown(self, event: Event) -> bool:
         if is_retransmit_event(event.record):
@@ -204,10 +211,10 @@ class _Screen:
         why = reasons(tally, comparison, balance)
         if self._quiet:
             account = {"rows": [row.as_dict() for row in comparison.rows], "reasons": why, "balance": balance}
-            print(json.dumps({**account, "read": tally.events, "repeated": tally.repeated, "missing": tally.missing}))
+            echo(to_json({**account, "read": tally.events, "repeated": tally.repeated, "missing": tally.missing}))
             return
-        self._console.print()
-        self._console.print(_table(comparison.rows))
+        self._print()
+        self._print(_table(comparison.rows))
         for topic, account in balance.items():
             lost = ", ".join(f"{reason} {count}" for reason, count in account["lost"].items()) or "0"
             self._say(
@@ -216,9 +223,9 @@ class _Screen:
             )
         self._say(f"The traffic was {sent.connections} connections with {sent.payload_bytes / 1e6:.0f} MB of payload.")
         for reason in why:
-            self._console.print(f"Difference: {reason}.", style="yellow", markup=False)
+            self._print(printable(f"Difference: {reason}."), style="yellow", markup=False)
         if not why:
-            self._console.print("The events and the kernel agree.", style="bold green")
+            self._print("The events and the kernel agree.", style="bold green")
 
 
 def _table(rows: Sequence[Row]) -> Table:

@@ -6,6 +6,8 @@ RebpfError            70 internal
 ├── IncompleteError   65 what lies in the topics or on disk is not whole, or not in order
 ├── UnavailableError  69 this host or a server cannot do what was asked
 │   └── HookError        no rung of a stream could be attached
+├── OutputError       74 standard output cannot be written
+│   └── ReaderGoneError 141 the reader of the output has gone, as a shell shows SIGPIPE
 ├── BusyError         75 another producer runs on this host: try again later
 ├── PermissionDenied  77 a capability is missing
 └── ConfigError       78 the configuration is wrong
@@ -45,6 +47,18 @@ class UnavailableError(RebpfError):
 
 class HookError(UnavailableError):
     """No rung of a stream could be attached."""
+
+
+class OutputError(RebpfError):
+    """Standard output cannot be written."""
+
+    exit_code = 74
+
+
+class ReaderGoneError(OutputError):
+    """The reader of the output has gone: the status is what a shell shows of a process that SIGPIPE ended."""
+
+    exit_code = 141
 
 
 class BusyError(RebpfError):

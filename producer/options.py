@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from producer.errors import UsageError
+from producer.output import echo
 
 
 class Address(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes none
@@ -47,6 +48,43 @@ class _Option(click.Option):
         if isinstance(self.envvar, str) and os.environ.get(self.envvar) == "":
             raise UsageError(f"{self.envvar} is set but empty: give it a value, or unset it")
         return super().resolve_envvar_value(ctx)
+
+
+class Command(click.Command):
+    """A command whose help is written as all else is."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return click's option, which writes by `echo`."""
+        return _help_by_echo(super().get_help_option(ctx))
+
+
+class Group(click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return click's option, which writes by `echo`."""
+        return _help_by_echo(super().get_help_option(ctx))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; click would end quietly on these two errors, which are defects here."""
+        try:
+            return super().invoke(ctx)
+        except (BrokenPipeError, EOFError) as error:
+            raise RuntimeError(f"unexpected {error!r}") from error
+
+
+def _help_by_echo(help_option: click.Option | None) -> click.Option | None:
+    if help_option is not None:
+        help_option.callback = _show_help
+    return help_option
+
+
+def _show_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        echo(ctx.get_help())
+        ctx.exit()
 
 
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:

@@ -24,6 +24,7 @@ from producer.spool import HEADER_BYTES
 from producer.spoolfiles import ASIDE, SEGMENT, Moment, files, made_at
 from producer.statefile import NotAFileError, open_regular
 from producer.streams import ledger_path, quarantine_folder, spool_folder
+from producer.text import lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,9 @@ class Verified:
 
     def __str__(self) -> str:
         places = sum(each.places for each in self.damage)
-        lines = [f"segments={self.segments} events={self.events} damaged_places={places} lost={self.lost}"]
-        return "\n".join(
-            lines + [f"  {each.file} damaged_places={each.places} lost={each.lost}" for each in self.damage]
+        summary = f"segments={self.segments} events={self.events} damaged_places={places} lost={self.lost}"
+        return lines(
+            [summary, *(f"  {each.file} damaged_places={each.places} lost={each.lost}" for each in self.damage)]
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from producer.balance import Balance, stage
 from producer.events import Topic
+from producer.text import lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def table(report: Mapping[str, Any]) -> str:
     facts = " ".join(f"{name}={report[name]}" for name in ("host", "version", "pid", "rules_version"))
     rows = [("topic", "hook", *_COUNTS, "lost", "ring", "spool"), *map(_row, report["streams"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
+    return lines(
         [
             report["state"],
             *(f"  {reason}" for reason in report["reasons"]),

@@ -11,16 +11,23 @@ import socket
 from collections.abc import Callable, Sequence
 
 from producer.errors import UnavailableError
+from producer.text import printable
 
 logger = logging.getLogger(__name__)
 
 _MOST_USEC = (1 << 63) - 1
 _MOST_SHOWN = 40
+_MOST_STATUS = 4096
 _TIMEOUT_S = 30.0  # for a queue that is full: as long as systemd itself is stuck
 
 
-def notify(text: str, descriptors: Sequence[int] = ()) -> bool:
-    """Send a message; return False where no service manager listens. UnavailableError where it does not take it."""
+def notify(text: str, descriptors: Sequence[int] = (), *, status: str | None = None) -> bool:
+    """Send a message; return False where no service manager listens. UnavailableError where it does not take it.
+
+    `status` is the line that systemctl status shows. A line break in it makes no assignment of its own.
+    """
+    if status is not None:
+        text += f"\nSTATUS={printable(status)[:_MOST_STATUS]}"
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return False
@@ -80,4 +87,4 @@ class Watchdog:
         """Note progress at `now_s` of the monotonic clock; `status` makes the line that systemctl status shows."""
         if self._interval_s and now_s >= self._next:
             self._next = now_s + self._interval_s
-            notify(f"WATCHDOG=1\nSTATUS={status()}")
+            notify("WATCHDOG=1", status=status())

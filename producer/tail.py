@@ -1,9 +1,6 @@
 """Read the topics as any consumer would, and print them: an own connection, the frames' schemas, nothing of ours."""
 
-import json
 import logging
-import os
-import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,8 +10,10 @@ from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Messag
 from producer.config import Registry
 from producer.consumer import QuietConsumer
 from producer.decode import Decoder, UndecodableError
-from producer.errors import UnavailableError
+from producer.errors import ReaderGoneError, UnavailableError
+from producer.output import echo
 from producer.signals import Flag
+from producer.text import to_json
 from producer.view import View, in_time_order
 
 _LOG = logging.getLogger(__name__)
@@ -161,7 +160,7 @@ def tail(
         brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
     ):
         shown = batch if left is None else batch[:left]
-        if not _print(_json_lines(shown) if as_json else _view_lines(shown, view)):
+        if not _print(_json_lines(shown) if as_json else _view_lines(shown, view), color=color):
             return
         if left is not None:
             left -= len(shown)
@@ -171,7 +170,7 @@ def tail(
 
 def json_line(event: Event) -> str:
     """Return the event as one JSON object: topic, key and the record's fields."""
-    return json.dumps({"topic": event.topic, "key": event.key, **event.record}, separators=(",", ":"))
+    return to_json({"topic": event.topic, "key": event.key, **event.record}, compact=True)
 
 
 def _json_lines(shown: Sequence[Event]) -> list[str]:
@@ -186,15 +185,11 @@ def _view_lines(shown: Sequence[Event], view: View) -> list[str]:
         return _json_lines(shown)
 
 
-def _print(lines: Sequence[str]) -> bool:
+def _print(lines: Sequence[str], *, color: bool) -> bool:
     """Print, at once; False when the reader of our output has gone."""
-    if not lines:
-        return True
-    try:
-        sys.stdout.write("\n".join(lines) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # What the buffer still holds would raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
+    if lines:
+        try:
+            echo("\n".join(lines), color=color)
+        except ReaderGoneError:
+            return False
     return True

@@ -5,7 +5,10 @@ what events, metrics and messages carry. `printable` cleans a whole line on its 
 """
 
 import hashlib
+import json
 import re
+from collections.abc import Iterable
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 MAX_NAME = 1024
@@ -43,6 +46,16 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else _shown(character) for character in text)
+
+
+def lines(texts: Iterable[str]) -> str:
+    """Return texts as lines: a line break within a text begins no line."""
+    return "\n".join(map(printable, texts))
+
+
+def to_json(value: Any, *, compact: bool = False) -> str:
+    """Return a value in JSON, all of it in printable ASCII; json.dumps leaves DEL as it is."""
+    return json.dumps(value, separators=(",", ":") if compact else None).replace("\x7f", "\\u007f")
 
 
 def _escaped(character: str) -> str:

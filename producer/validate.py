@@ -17,6 +17,7 @@ from producer.errors import ConfigError
 from producer.events import HOOKS, STATES
 from producer.kafka_settings import decide
 from producer.table import nearest
+from producer.text import name as name_of
 
 GROUPS = ("host", "peer", "flow", "port")
 """What an alert rule may judge by itself."""
@@ -49,9 +50,14 @@ _HOST = re.compile(rf"\[[0-9A-Fa-f:.]+\]|(?=.{{1,253}}(?::|$)){_LABEL}(?:\.{_LAB
 _BROKER = re.compile(rf"(?:[A-Za-z0-9_]+://)?(?:{_HOST.pattern})(?::(\d{{1,5}}))?")
 
 
+def host_name() -> str:
+    """Return the kernel's name of this host, printable whatever its bytes are."""
+    return name_of(os.fsencode(socket.gethostname()))
+
+
 def check(config: Any) -> None:
     """Raise ConfigError for the first setting of a Config that is out of its range or form."""
-    if config.host != socket.gethostname():  # the kernel's own name is taken as it is
+    if config.host != host_name():  # the kernel's own name is taken as it is
         _check_text("host", config.host, 255)
     _check_path("state_dir", config.state_dir, absolute=True)
     _check_capture(config.capture)

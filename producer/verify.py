@@ -1,6 +1,5 @@
 """`rebpf verify`: reads topics as any consumer would, and says what is missing, double or out of order."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,8 @@ from producer.audit import Audit, BootReport, Row
 from producer.config import Registry
 from producer.decode import Decoder, UndecodableError
 from producer.front import FrontReader
+from producer.text import lines as as_lines
+from producer.text import to_json
 from producer.topicreader import TopicReader
 
 _LOG = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class TopicReport:
             f"{self.topic} partitions={self.partitions} messages={self.messages} undecodable={self.undecodable}"
             f"{forgotten} " + (" ".join(f"{name}={count}" for name, count in self.faults().items()) or "complete")
         )
-        return "\n".join(lines)
+        return as_lines(lines)
 
 
 class _TopicCount:
@@ -137,7 +138,7 @@ def verify(
 def show(reports: Sequence[TopicReport], *, as_json: bool) -> str:
     """Return the reports as text, or as one JSON object."""
     if as_json:
-        return json.dumps({report.topic: report.as_dict() for report in reports}, separators=(",", ":"))
+        return to_json({report.topic: report.as_dict() for report in reports}, compact=True)
     return "\n".join(map(str, reports))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from rich.color import ColorSystem
 from rich.style import Style
 
+from producer.text import printable
+
 # tcpdump's letters, in its order, by the bit in the flags byte.
 _FLAGS = ((1, "F"), (2, "S"), (4, "R"), (8, "P"), (16, "."), (32, "U"), (64, "E"), (128, "W"))
 _FLAG_TEXTS = tuple("".join(letter for bit, letter in _FLAGS if flags & bit) or "none" for flags in range(256))
@@ -53,7 +55,7 @@ class View:
 
     def _clean(self, text: str) -> str:
         # Anybody may write to a topic: no escape sequence of theirs reaches the terminal.
-        return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+        return printable(text)
 
 
 def _segment(record: Mapping[str, Any]) -> str:

@@ -1,11 +1,8 @@
 """Where alerts go: standard output, Alertmanager, and the topic tcp_alerts."""
 
-import json
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
-
-import click
 
 from producer.alert.alert import Alert, Sink
 from producer.alert.alertmanager import Alertmanager
@@ -16,8 +13,10 @@ from producer.config import Config
 from producer.errors import ConfigError, SchemaError
 from producer.events import SchemaId, Topic
 from producer.kafka_settings import client_settings
+from producer.output import echo
 from producer.provision import alert_topics
 from producer.registry import SchemaIds
+from producer.text import printable, to_json
 
 
 def open_sinks(config: Config, brokers: str, wait: Wait, *, as_json: bool = False) -> list[Sink]:
@@ -61,7 +60,7 @@ class StandardOutput:
         """Write them."""
         for alert in alerts:
             text = f"{'FIRING' if alert.firing else 'RESOLVED'} {summary(alert)}"
-            click.echo(json.dumps({**asdict(alert), "summary": summary(alert)}) if self._as_json else text)
+            echo(to_json({**asdict(alert), "summary": summary(alert)}) if self._as_json else printable(text))
 
     def repeat(self, firing: Collection[Alert]) -> None:
         """Do nothing: what is written stays."""
