@@ -25,11 +25,11 @@ def open_regular(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
-            raise NotAFileError(f"{path} is not a regular file") from error
+            raise NotAFileError(errno.EINVAL, "not a regular file", str(path)) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise NotAFileError(f"{path} is not a regular file")
+        raise NotAFileError(errno.EINVAL, "not a regular file", str(path))
     return descriptor
 
 
@@ -38,7 +38,7 @@ def read(path: Path, most_bytes: int) -> bytes:
     with open(open_regular(path), "rb") as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
-        raise NotAFileError(f"{path} has more than {most_bytes} bytes")
+        raise NotAFileError(errno.EFBIG, f"more than {most_bytes} bytes", str(path))
     return content
 
 

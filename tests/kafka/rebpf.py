@@ -103,6 +103,10 @@ class Run:
         return self._process.pid
 
     @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
     def log(self) -> str:
         """What it wrote to standard error so far."""
         return self._err.read_text()

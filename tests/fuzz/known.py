@@ -1,0 +1,48 @@
+"""Findings in code that is about to be mended: one line each, to be deleted with the mending.
+
+An example whose error has such a signature is counted, and is no finding.
+"""
+
+KNOWN: dict[str, str] = {
+    "ring: IndexError in flows.py:_values": "a row whose `hook` is none: 0x04 in each byte",
+    "ring: ValueError in avro.py:value": "rows of b'\\x00\\x01\\x00\\x80'",
+    "cgroup_paths: UnicodeEncodeError in avro.py:value": "'\\udc80'",
+    "schemas: TypeError in decode.py:_plain_schema": "a schema whose fields are null",
+    "schemas: UnknownType in decode.py:_plain_schema": "a schema of a type that there is not",
+    "schemas: KeyError in decode.py:_plain_schema": "a record without fields",
+    "schemas: SchemaParseException in decode.py:_plain_schema": "a record without a name",
+    "schemas: FindingError in ?": "the client's message has lines",
+    "config: ValueError in config.py:_check_url": 'registry.url = "http://["',
+    "config: ValueError in config.py:_check_alert": 'alert.alertmanager = "http://["',
+    "status: TypeError in status.py:<genexpr>": '{"reasons": null}',
+    "status: TypeError in status.py:table": '{"streams": null}',
+    "status: TypeError in status.py:_row": '{"streams": [null]}',
+    "status: TypeError in status.py:_mebibytes": '{"rss_bytes": null}',
+    "status: KeyError in status.py:<genexpr>": "a status without its host",
+    "status: KeyError in status.py:table": "a status without its streams",
+    "status: KeyError in status.py:_row": "a stream without its topic",
+    "status: ValueError in status.py:table": '{"cpu_s": "text"}',
+    "status: ZeroDivisionError in status.py:_row": '{"ring_bytes": 0}',
+    "status: OverflowError in status.py:_row": '{"ring_bytes": 1 << 2000}',
+    "status: AttributeError in status.py:table": '{"streams": [7]}',
+    "status: KeyError in endpoint.py:ask": "503 without reasons",
+    "status: TypeError in endpoint.py:ask": "503 with null",
+    "status: IndexError in endpoint.py:ask": '503 with {"reasons": []}',
+    "status: RecursionError in endpoint.py:ask": "a list that is nested 5,000 times",
+    "status: FindingError in ?": "an error with a status line that has lines of its own",
+    "registry: FindingError in ?": '200 {"login": ...}: schema id 0',
+    "schema_ids: AttributeError in registry.py:find": "null",
+    "schema_ids: RecursionError in registry.py:_read_cache": "a list that is nested 5,000 times",
+    "schema_ids: TypeError in registry.py:find": "[]",
+    "schema_ids: FindingError in ?": "an id that is text",
+    "agent: AttributeError in state.py:pid": "7",
+    "agent: RecursionError in state.py:running": "a list that is nested 5,000 times",
+    "agent: FindingError in ?": "[]",
+    "schema_ids: a pipe in the place of the file": "blocks the start",
+    "schema_ids: a device in the place of the file": "fills the memory",
+    "schema_ids: a huge in the place of the file": "fills the memory",
+    "agent: a pipe in the place of the file": "blocks status, tail and reload",
+    "agent: a device in the place of the file": "fills the memory",
+    "agent: a huge in the place of the file": "fills the memory",
+}
+"""By target and signature: an example, and what happens."""

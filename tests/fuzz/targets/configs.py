@@ -1,0 +1,212 @@
+"""Configuration files, and the command line."""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from producer import cli
+from producer.config import Config, load, placed
+from producer.errors import ConfigError, RebpfError
+from producer.kafka_settings import client_settings
+from producer.ruleset import resolve
+from producer.rungs import cgroup2_root
+from tests.fuzz.engine import Check, FindingError, Target
+from tests.fuzz.mutation import HOSTILE, NUMBERS, mutated
+
+_SEEDS = (
+    b"""host = "web-17"
+state_dir = "/tmp/rebpf"
+[capture]
+hooks = ["raw_tp", "cgroup_skb"]
+addresses = ["10.0.0.1", "2001:db8::1"]
+ports = [443]
+default = "keep"
+drain_interval_s = 0.1
+transmit_ring_bytes = 16777216
+[kafka]
+brokers = "127.0.0.1:1"
+topic_prefix = "a."
+stop_timeout_s = 3
+[kafka.settings]
+"linger.ms" = 5
+"compression.type" = "zstd"
+"message.max.bytes" = 1000000
+[metrics]
+listen = "127.0.0.1:0"
+[spool]
+keep = "new"
+max_age_s = 60.5
+[registry]
+url = "http://127.0.0.1:1"
+timeout_s = 1
+""",
+    b"""[capture]
+default = "drop"
+[[rules]]
+name = "all"
+address = ["10.0.0.0/8", "::/0"]
+port = [443, "8000-8999"]
+action = "keep"
+sample = 10
+[[rules]]
+uid = [0, "root"]
+cgroup = ["/system.slice"]
+unit = ["ssh.service"]
+interface = ["lo"]
+netns = [4026531840]
+state = ["ESTABLISHED"]
+transmit = "drop"
+retransmit = "keep"
+""",
+    b"""[alert]
+group = "g"
+alertmanager = "http://127.0.0.1:1"
+silent_after = 3
+[[alert.rules]]
+name = "r"
+by = "host"
+measure = "ratio"
+window_s = 60
+threshold = 0.5
+clear = 0.1
+minimum = 100
+""",
+)
+_VALUES = [
+    *map(str, NUMBERS),
+    *(text for text in HOSTILE if "\0" not in text),
+    "127.0.0.1:99999",
+    "[::1]:0",
+    "nan",
+    "1e9",
+]
+_OPTIONS = (
+    "--config",
+    "--brokers",
+    "--registry",
+    "--state-dir",
+    "--explain",
+    "--json",
+    "--local",
+    "--log-level",
+    "--pin",
+)
+_DOCUMENTED = {0, 64, 65, 69, 75, 77, 78, 130}
+
+
+@contextlib.contextmanager
+def _files() -> Iterator[Check]:
+    """A file is loaded and its rules are resolved, or it is a ConfigError of one line."""
+    root = cgroup2_root()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rebpf.toml"
+
+        def check(content: bytes) -> None:
+            path.write_bytes(content)
+            try:
+                config = load(path)
+                with placed(path):
+                    client_settings(config.kafka.brokers, config.kafka.settings)
+                    resolve(config, root).tables()
+            except ConfigError as error:
+                _one_line(str(error))
+
+        yield check
+
+
+@contextlib.contextmanager
+def _command_lines() -> Iterator[Check]:
+    """A command line ends with a documented exit code and one line, and without a traceback."""
+    with tempfile.TemporaryDirectory() as folder, _kept_logging():
+        path = Path(folder) / "rebpf.toml"
+
+        def check(example: tuple[bytes, dict[str, str], list[str]]) -> None:
+            content, environment, options = example
+            path.write_bytes(content)
+            arguments = ["check", "--local", "--state-dir", folder, "--config", str(path), *options]
+            code, text = _run(arguments, environment)
+            if code not in _DOCUMENTED or "Traceback" in text or "internal error" in text:
+                raise FindingError(f"exit code {code} of {arguments}: {text[-2000:]}")
+
+        yield check
+
+
+def _run(arguments: list[str], environment: dict[str, str]) -> tuple[Any, str]:
+    """Run the command in this process; return its exit code, and what it printed on standard error."""
+    before, argv, err = dict(os.environ), sys.argv, io.StringIO()
+    os.environ.update(environment)
+    sys.argv = ["rebpf", *arguments]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+            cli.main()
+    except SystemExit as end:
+        return end.code, err.getvalue()
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _kept_logging() -> Iterator[None]:
+    """The command line sets up logging: let it have it, and put back what was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.getLogger("producer").setLevel(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _values() -> Iterator[Check]:
+    """What the command line lays over a configuration is refused in one line, or taken."""
+
+    def check(values: dict[str, Any]) -> None:
+        try:
+            config = Config().with_values(**values)
+            client_settings(config.kafka.brokers, config.kafka.settings)
+        except RebpfError as error:
+            _one_line(str(error))
+
+    yield check
+
+
+def _one_line(text: str) -> None:
+    if len(text.splitlines()) != 1:
+        raise FindingError(f"the message has not one line: {text!r}")
+
+
+_words = st.sampled_from(_VALUES)
+_option = st.one_of(
+    st.tuples(st.sampled_from(_OPTIONS), _words).map(list), _words.map(lambda word: [word]), st.just(["--json"])
+)
+_ENVIRONMENT = ("REBPF_BROKERS", "REBPF_REGISTRY", "REBPF_EXPLAIN", "REBPF_LOCAL", "REBPF_JSON", "REBPF_LOG_LEVEL")
+_command = st.tuples(
+    mutated(_SEEDS),
+    st.dictionaries(
+        st.sampled_from(_ENVIRONMENT), st.sampled_from([v for v in _VALUES if "\udcff" not in v]), max_size=2
+    ),
+    st.lists(_option, max_size=3).map(lambda lists: [word for words in lists for word in words]),
+)
+_laid_over = st.fixed_dictionaries(
+    {}, optional={"kafka__brokers": _words, "registry__url": _words, "state_dir": _words.map(Path)}
+)
+
+TARGETS = (
+    Target("config", mutated(_SEEDS), _files, 300),
+    Target("values", _laid_over, _values, 60),
+    Target("command", _command, _command_lines, 25),
+)
+assert all(tomllib.loads(seed.decode()) for seed in _SEEDS)
