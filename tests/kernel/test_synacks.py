@@ -12,7 +12,8 @@ import pytest
 
 from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS
 from producer.lab import Host, Lab
-from tests.kernel.capture import Capture, Skips, inside, rules, wait_for
+from producer.rules import filtered
+from tests.kernel.capture import Capture, Skips, hook_settings, inside, rules, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
@@ -27,6 +28,14 @@ def crowd() -> Iterator[Lab]:
         for setting in ("core.somaxconn=65535", "ipv4.tcp_max_syn_backlog=65535", "ipv4.tcp_syncookies=0"):
             subprocess.run(lab.server.command("sysctl", "-qw", f"net.{setting}"), check=True)
         yield lab
+
+
+@pytest.fixture
+def roomy(port: int) -> Iterator[Capture]:
+    """Hooks of their own, whose rings hold all that a crowd brings even if nobody reads them meanwhile."""
+    rings = {"transmit_pipe": 1 << 26, "retransmit_pipe": 1 << 26}
+    with Capture(hook_settings(rules=filtered(ports=(port,)), ring_bytes=rings)) as capture:
+        yield capture
 
 
 def checksum(data: bytes) -> int:
@@ -50,9 +59,9 @@ def send_syns(client: Host, server: Host, port: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [3_001, 30_011])
-def test_each_syn_ack_that_is_sent_again_is_an_event(capture: Capture, crowd: Lab, port: int, count: int) -> None:
+def test_each_syn_ack_that_is_sent_again_is_an_event(roomy: Capture, crowd: Lab, port: int, count: int) -> None:
     client, server = crowd.hosts
-    skips = Skips(capture)
+    skips = Skips(roomy)
     lost = f"tcp sport {port} drop"
     with rules(client, "prerouting", lost), contextlib.ExitStack() as listening:
         with inside(server):
@@ -63,16 +72,16 @@ def test_each_syn_ack_that_is_sent_again_is_an_event(capture: Capture, crowd: La
     # The requests ended with their listener: from here on, nothing is sent.
     may_miss = {stream: skips.of(stream) for stream in (TRANSMITS, RETRANSMITS)}
     kernel = server.counters()
-    again = capture.of_port(RETRANSMITS, port)
+    again = roomy.of_port(RETRANSMITS, port)
     assert kernel["TCPSynRetrans"] == kernel["RetransSegs"]
     assert set(again["cause"]) == {CAUSES.index("syn_ack")}
     assert 0 <= kernel["TCPSynRetrans"] - len(again) <= may_miss[RETRANSMITS]
     assert (again["retransmit_no"] >= 1).all()
 
-    sent = capture.of_port(TRANSMITS, port)
+    sent = roomy.of_port(TRANSMITS, port)
     sent = sent[sent["s"]["tcp_flags"] == SYN | ACK]
     assert 0 <= kernel["OutSegs"] - len(sent) <= may_miss[TRANSMITS]
-    if capture.hooks.rungs["transmit"] == "cgroup_skb":
+    if roomy.hooks.rungs["transmit"] == "cgroup_skb":
         assert (sent["s"]["known"] & KNOWN["is_retransmit"]).all()
         _, first = np.unique(sent["s"]["flow"]["dport"], return_index=True)
         assert set(np.flatnonzero(sent["is_retransmit"] == 0)) == set(first)
