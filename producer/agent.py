@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Any
 
 from producer import fdstore, metrics, privileges, sysbpf, systemd
 from producer.balance import Balance
@@ -32,6 +33,7 @@ from producer.signals import Flag
 from producer.state import StateFolder
 from producer.status import Status, summary
 from producer.streams import Quarantine, StreamBuilder, StreamParts
+from producer.supervise import StuckError, Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class Agent:
             board = Board()
             endpoint = stack.enter_context(_endpoint(config, board)) if config.metrics.listen else None
             rules = RulesInForce(hooks, config, ruleset, self._read, root)
-            facts = {
+            facts: dict[str, Any] = {
                 "brokers": brokers,
                 "registry": config.registry.url,
                 "topics": self._topics,
@@ -103,12 +105,19 @@ class Agent:
             }
             reporter = Reporter(config.host, hooks, sink, parts, self._topics)
 
+            supervisor = Supervisor()
+
             def between() -> None:
                 if reload.is_set():
                     reload.clear()
-                    rules.reload()
-                rules.look()
-                folder.publish_if_new({**facts, "rules_version": rules.version})
+                    supervisor.attempt("reload", rules.reload, None)
+                supervisor.attempt("cgroups", rules.look, None)
+                facts["rules_version"] = rules.version
+                supervisor.attempt("publish", lambda: folder.publish_if_new({**facts}), None)
+
+            def status() -> Status:
+                reasons = [f"reload refused: {rules.refusal}"] if rules.refusal else []
+                return reporter.status(rules.version, [*supervisor.reasons, *reasons])
 
             between()
             self._say_ready(hooks, brokers)
@@ -118,7 +127,8 @@ class Agent:
                 sink,
                 parts,
                 reporter,
-                _Pulse(board, beats, sink, lambda: reporter.status(rules.version)),
+                _Pulse(board, beats, sink, status),
+                supervisor,
                 ring_stays=keeper is not None and keeper.outlives_stop,
             )
             return run.until(stop, between, duration_s)
@@ -176,6 +186,7 @@ class _Run:
     parts: list[StreamParts]
     reporter: Reporter
     pulse: _Pulse
+    supervisor: Supervisor
     ring_stays: bool
     """Whether hooks and rings outlive a stop, for a next start to go on from."""
 
@@ -185,15 +196,12 @@ class _Run:
         pipeline = Pipeline(paths, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery)
         interval_s = self.config.capture.drain_interval_s
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
-        watch = _Watch()
+        watch, attempt = _Watch(), self.supervisor.attempt
         while not stop.is_set() and time.monotonic() < end:
             between()
-            self.pulse.step()
-            watch.tell(self.reporter.reasons())
-            if watch.due():
-                watch.look(self.reporter.balances())
-                self._expire()
-            if not pipeline.step():
+            attempt("status", self.pulse.step, None)
+            attempt("watch", lambda: self._watch(watch), None)
+            if not self._move(pipeline):
                 stop.wait(min(interval_s, max(0.0, end - time.monotonic())))
         systemd.notify("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
@@ -201,6 +209,21 @@ class _Run:
             self.hooks.detach()
         self._drain(pipeline, deadline)
         return self._end(pipeline, deadline)
+
+    def _watch(self, watch: "_Watch") -> None:
+        watch.tell(self.reporter.reasons())
+        if watch.due():
+            watch.look(self.reporter.balances())
+            self._expire()
+
+    def _move(self, pipeline: Pipeline) -> bool:
+        """Move events on; where that fails for too long, log the balance and end. The next start continues."""
+        try:
+            return self.supervisor.attempt("pipeline", pipeline.step, False, vital=True)
+        except StuckError:
+            for name, balance in self.reporter.balances().items():
+                logger.error("balance topic=%s %s", name, balance)
+            raise
 
     def _expire(self) -> None:
         for each in self.parts:

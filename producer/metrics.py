@@ -26,6 +26,7 @@ from producer.status import Status, StreamStatus
 _RETRIES = Counter("rebpf_retries", "Tries after a failed one, by what was tried.", ["what"], registry=None)
 _RETRY_WAIT = Counter("rebpf_retry_wait_seconds", "Seconds waited before these tries.", ["what"], registry=None)
 _KAFKA_ERRORS = Counter("rebpf_kafka_errors", "Errors of librdkafka, by their name.", ["error"], registry=None)
+_STEP_ERRORS = Counter("rebpf_step_errors", "Failures of the loop's steps, by step.", ["step"], registry=None)
 for _what in ("kafka_send", "kafka_client", "spool", "registry", "heartbeat"):  # there before the first
     _RETRIES.labels(_what)
     _RETRY_WAIT.labels(_what)
@@ -70,6 +71,11 @@ def retried(what: str, wait_s: float) -> None:
     """Count another try, and the seconds waited before it."""
     _RETRIES.labels(what).inc()
     _RETRY_WAIT.labels(what).inc(wait_s)
+
+
+def step_failed(step: str) -> None:
+    """Count a failure of a step of the loop."""
+    _STEP_ERRORS.labels(step).inc()
 
 
 def counted(what: str) -> Callable[[RetryCallState], None]:
@@ -157,7 +163,7 @@ class _StatusCollector(Collector):
 def registry(status: Callable[[], Status | None], idle_s: Callable[[], float]) -> CollectorRegistry:
     """Return all metrics, of which those of the status are taken when they are asked for."""
     metrics = CollectorRegistry()
-    for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _DELIVERY, _StatusCollector(status, idle_s)):
+    for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _STEP_ERRORS, _DELIVERY, _StatusCollector(status, idle_s)):
         metrics.register(each)
     ProcessCollector(registry=metrics)
     return metrics

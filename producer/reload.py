@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from producer.config import Config
-from producer.errors import ConfigError
+from producer.errors import RebpfError
 from producer.hooks import Hooks
-from producer.ruleset import Ruleset, resolve
+from producer.ruleset import Ruleset, follow, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +27,19 @@ class RulesInForce:
         self._by_cgroup = any(rule.cgroup or rule.unit for rule in config.rules)
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
         self.version = 1
+        self.refusal = ""
+        """Why the last reload was refused; empty where it was not."""
 
     def reload(self) -> None:
         """Put the rules of the configuration's present text in force; a wrong text changes nothing, and is logged."""
         try:
             config = self._read()
             self._put(config, resolve(config, self._root))
-        except ConfigError as error:
+        except (RebpfError, OSError, ValueError, LookupError) as error:
+            self.refusal = f"{error}"
             logger.error("reload refused: %s; version=%d stays in force", error, self.version)
             return
+        self.refusal = ""
         logger.info("reloaded rules=%d version=%d", len(config.rules), self.version)
 
     def look(self) -> None:
@@ -43,7 +47,7 @@ class RulesInForce:
         if not self._by_cgroup or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
-        ruleset = resolve(self._config, self._root)
+        ruleset = follow(self._ruleset, self._config, self._root)
         if ruleset != self._ruleset:
             self._put(self._config, ruleset)
             logger.info("rules follow the cgroups that there are now version=%d", self.version)

@@ -36,8 +36,8 @@ class Reporter:
             for each in self._parts
         }
 
-    def status(self, rules_version: int) -> Status:
-        """Return the whole status now."""
+    def status(self, rules_version: int, more_reasons: Sequence[str] = ()) -> Status:
+        """Return the whole status now; `more_reasons` say what else is not as it should be."""
         cpu_s, rss_bytes = usage()
         return Status(
             self._host,
@@ -47,7 +47,7 @@ class Reporter:
             self._started_s,
             rules_version,
             tuple(self._stream(each) for each in self._parts),
-            tuple(self.reasons()),
+            (*self.reasons(), *more_reasons),
             cpu_s,
             rss_bytes,
         )

@@ -1,5 +1,7 @@
 """The configuration's rules, the names of this host made numbers: users, namespaces, interfaces, cgroups, units."""
 
+import dataclasses
+import fnmatch
 import ipaddress
 import os
 import pwd
@@ -48,9 +50,28 @@ def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
         raise ConfigError("rules and a filter by addresses or ports cannot be combined: make the filter a rule")
     cgroups = _Cgroups(cgroup_root)
     rules = tuple(_rule(number, rule, cgroups) for number, rule in enumerate(config.rules, 1))
-    named = {cgroup for rule in rules for cgroup in rule.cgroup}
-    above = {cgroup: cgroups.above(cgroup) for cgroup in named}
-    return Ruleset(rules, _action(capture.default, None, None), above)
+    return Ruleset(rules, _action(capture.default, None, None), _above(rules, cgroups))
+
+
+def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None) -> Ruleset:
+    """Return `ruleset`, which was resolved from `config`, with the cgroups that there are now; all else stays.
+
+    Files, users, namespaces and interfaces are read at a reload alone.
+    """
+    cgroups = _Cgroups(cgroup_root)
+    rules = tuple(
+        dataclasses.replace(rule, cgroup=_cgroups(source, cgroups))
+        for rule, source in zip(ruleset.rules, config.rules, strict=True)
+    )
+    return dataclasses.replace(ruleset, rules=rules, cgroups_above=_above(rules, cgroups))
+
+
+def _cgroups(rule: RuleConfig, cgroups: "_Cgroups") -> tuple[int, ...]:
+    return (*_each(rule.cgroup, cgroups.at), *_each(rule.unit, cgroups.named))
+
+
+def _above(rules: Iterable[Rule], cgroups: "_Cgroups") -> dict[int, Sequence[int]]:
+    return {cgroup: cgroups.above(cgroup) for rule in rules for cgroup in rule.cgroup}
 
 
 def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
@@ -71,7 +92,7 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
             local_port=_each(rule.local_port, _ports),
             remote_port=_each(rule.remote_port, _ports),
             netns=_each(rule.netns, _netns),
-            cgroup=(*_each(rule.cgroup, cgroups.at), *_each(rule.unit, cgroups.named)),
+            cgroup=_cgroups(rule, cgroups),
             uid=_each(rule.uid, _uid),
             interface=_each(rule.interface, _interface),
             state=_each(rule.state, _state),
@@ -141,9 +162,18 @@ class _Cgroups:
         return [self._id(self._folder(path)) if self._root else _ABSENT]
 
     def named(self, unit: str) -> Iterable[int]:
-        """Return the ids of all cgroups with the name of a systemd unit."""
-        folders = self._root.rglob(unit) if self._root else ()
-        return [self._id(folder) for folder in folders if folder.is_dir()] or [_ABSENT]
+        """Return the ids of the cgroups of systemd units with a name, which may have wildcards.
+
+        A unit's folder is in the root or in slices. Folders below a unit may be anybody's, whatever they are called.
+        """
+        found, left = [], [self._root] if self._root else []
+        while left:
+            for folder in _folders(left.pop()):
+                if fnmatch.fnmatchcase(folder.name, unit):
+                    found.append(self._id(folder))
+                if folder.name.endswith(".slice"):
+                    left.append(folder)
+        return sorted(set(found)) or [_ABSENT]
 
     def above(self, cgroup: int) -> Sequence[int]:
         """Return the ids of the cgroups above one that was found."""
@@ -160,6 +190,15 @@ class _Cgroups:
     def _id(self, folder: Path) -> int:
         try:
             self._ids[folder] = os.stat(folder).st_ino
-        except FileNotFoundError:
+        except OSError:
             return _ABSENT
         return self._ids[folder]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder; none where it is gone."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []

@@ -9,7 +9,7 @@ import pytest
 from producer.config import Capture, Config, RuleConfig
 from producer.errors import ConfigError
 from producer.rules import Action, Segment, first_match
-from producer.ruleset import Ruleset, resolve
+from producer.ruleset import Ruleset, follow, resolve
 
 
 @pytest.fixture
@@ -98,3 +98,22 @@ def test_what_cannot_be_is_refused(rule: RuleConfig, message: str) -> None:
 def test_a_filter_and_rules_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="cannot be combined"):
         resolve(Config(capture=Capture(ports=(1,)), rules=(RuleConfig(),)), None)
+
+
+def test_cgroups_are_followed_and_files_are_not_read_again(root: Path) -> None:
+    peers = root / "peers"
+    peers.write_text("10.1.0.0/16\n")
+    rule = RuleConfig(remote_address=(f"@{peers}",), unit=("late.service",))
+    config = Config(rules=(rule,))
+    before = resolve(config, root)
+    peers.unlink()
+    assert follow(before, config, root) == before
+    (root / "system.slice/late.service").mkdir()
+    after = follow(before, config, root)
+    assert after.rules[0].cgroup == (inode(root / "system.slice/late.service"),)
+    assert after.rules[0].remote_address == before.rules[0].remote_address
+
+
+def test_a_folder_below_a_unit_cannot_take_the_name_of_another(root: Path) -> None:
+    (root / "user.slice/user@1000.service/app.slice/sshd.service").mkdir(parents=True)
+    assert resolved(root, RuleConfig(unit=("sshd.service",))).rules[0].cgroup == (0,)
