@@ -289,10 +289,7 @@ int raw_tp_tcp_retransmit_skb(u64 *ctx)
 
 	return tp ? take_retransmit(tp, (void *)ctx[1], TRACEPOINT_ERR(ctx), false, HOOK_RAW_TP) : 0;
 }
-#endif
 
-#if RETRANSMIT_RAW_TP || RETRANSMIT_CGROUP_SKB
-/* The kernel counts the retransmission where it calls this, so that neither is there without the other. */
 int raw_tp_tcp_retransmit_synack(u64 *ctx)
 {
 	/* The tracepoint comes before the count on all kernels. */
@@ -439,7 +436,7 @@ struct sender {
 	struct tcp_sock *tp; /* NULL: there is no full socket that would know TCP's state */
 	bool listener;
 	bool knows_again;
-	bool again;
+	u32 again; /* not 0: sent before; of a SYN-ACK how often */
 };
 
 static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
@@ -461,7 +458,7 @@ static __always_inline void transmit_packet(struct __sk_buff *skb, const struct 
 		return;
 	fill_packet(&e->s, skb, wire, sender);
 	if (sender->knows_again) {
-		e->is_retransmit = sender->again;
+		e->is_retransmit = !!sender->again;
 		e->s.known |= KNOWN_IS_RETRANSMIT;
 	}
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
@@ -478,53 +475,25 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
 	fill_packet(&e->s, skb, wire, sender);
 	if (sender->tp)
 		fill_cause(e, sender->tp, false);
+	else
+		fill_synack_cause(e, sender->again);
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
 }
 #endif
 
-/*
- * The socket whose SYN-ACK this is: the request, which is in the table of connections before its first SYN-ACK leaves, or
- * the connection that TCP Fast Open has made of it. The caller releases it. Its peer's segments would be looked up so.
- */
-static __always_inline struct bpf_sock *find_request(struct __sk_buff *skb, const struct flow *flow,
-						     const struct wire *wire)
+/* A request's SYN-ACKs have one sequence number: the first is new, and the others are counted. */
+static __always_inline u32 count_synack(const struct flow *flow, const struct wire *wire)
 {
-	struct bpf_sock_tuple tuple = {};
+	struct synack key = { .netns = flow->netns, .seq = wire->seq, .sport = flow->sport, .dport = flow->dport };
+	u64 none = 0, *sent;
 
-	if (skb->protocol == ETH_P_IP_BE) {
-		__builtin_memcpy(&tuple.ipv4.saddr, flow->daddr + 12, 4);
-		__builtin_memcpy(&tuple.ipv4.daddr, flow->saddr + 12, 4);
-		tuple.ipv4.sport = wire->tcp.dest;
-		tuple.ipv4.dport = wire->tcp.source;
-		return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
-	}
-	__builtin_memcpy(tuple.ipv6.saddr, flow->daddr, 16);
-	__builtin_memcpy(tuple.ipv6.daddr, flow->saddr, 16);
-	tuple.ipv6.sport = wire->tcp.dest;
-	tuple.ipv6.dport = wire->tcp.source;
-	return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
-}
-
-/*
- * Whether a request's SYN-ACK was sent before: the request keeps the time of its first one, in microseconds, which is the
- * time that tcp_make_synack has just put into the packet if this is the first.
- */
-static __always_inline void compare_with_request(struct sender *sender, struct __sk_buff *skb, const struct flow *flow,
-						 const struct wire *wire)
-{
-#if HAS_tcp_request_sock_snt_synack
-	struct bpf_sock *found = find_request(skb, flow, wire);
-	struct tcp_request_sock *request;
-
-	if (!found)
-		return;
-	request = bpf_skc_to_tcp_request_sock(found);
-	if (request && READ(request, snt_isn) == wire->seq && skb->tstamp) {
-		sender->knows_again = true;
-		sender->again = READ(request, snt_synack) != skb->tstamp / 1000;
-	}
-	bpf_sk_release(found);
-#endif
+	__builtin_memcpy(key.saddr, flow->saddr, sizeof(key.saddr));
+	__builtin_memcpy(key.daddr, flow->daddr, sizeof(key.daddr));
+	sent = synacks.lookup(&key);
+	if (sent)
+		return __sync_fetch_and_add(sent, 1) + 1;
+	synacks.update(&key, &none);
+	return 0;
 }
 
 /*
@@ -562,7 +531,8 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 	if (sk)
 		fill_owner(flow, sk);
 	if (sender.listener) {
-		compare_with_request(&sender, skb, flow, wire);
+		sender.knows_again = true;
+		sender.again = count_synack(flow, wire);
 	} else if (tp) {
 		sender.tp = tp;
 		sender.knows_again = true;
@@ -570,7 +540,7 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 	}
 	transmit_packet(skb, flow, wire, &sender);
 #if RETRANSMIT_CGROUP_SKB
-	if (sender.again && sender.tp) /* a SYN-ACK has a tracepoint of its own */
+	if (sender.again)
 		retransmit_packet(skb, flow, wire, &sender);
 #endif
 	return 1;

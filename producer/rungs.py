@@ -15,7 +15,7 @@ cgroup_skb  Where a segment leaves IP, for the sockets below the cgroup v2 root:
             has encrypted, and on Linux 6.1 no SYN-ACK over IPv6 (on 6.12 it does). A retransmit is a segment below what
             the socket has sent; such a program may interrupt itself, so that none is skipped. A retransmission that
             failed before it got there is taken at the raw tracepoint, where that tells of it; one that the queue behind
-            it drops has err 0. A SYN-ACK that is sent again is taken at a raw tracepoint of its own.
+            it drops has err 0.
 """
 
 import os
@@ -91,14 +91,7 @@ LADDERS = {
                 Hook("kretprobe_tcp_rtx_synack", "tcp_rtx_synack", _KPROBE),
             ),
         ),
-        Rung(
-            "cgroup_skb",
-            (
-                Hook("raw_tp_failed_retransmit", "tcp_retransmit_skb", _RAW_TP),
-                Hook("raw_tp_tcp_retransmit_synack", "tcp_retransmit_synack", _RAW_TP),
-            ),
-            beside="cgroup_skb",
-        ),
+        Rung("cgroup_skb", (Hook("raw_tp_failed_retransmit", "tcp_retransmit_skb", _RAW_TP),), beside="cgroup_skb"),
         Rung(
             "raw_tp",
             (

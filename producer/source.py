@@ -56,7 +56,6 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "mss_cache",
     ),
     "request_sock": ("num_retrans",),
-    "tcp_request_sock": ("snt_synack",),
     # x86-64 and arm64; kprobes only.
     "pt_regs": ("di", "si", "dx", "cx", "r8", "ax", "sp", "regs"),
 }
