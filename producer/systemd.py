@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_USEC = (1 << 63) - 1
 _MOST_SHOWN = 40
-_MOST_STATUS = 4096
+_MOST_STATUS = 1024
 _TIMEOUT_S = 30.0  # for a queue that is full: as long as systemd itself is stuck
 
 
