@@ -107,12 +107,15 @@ class Agent:
 
             supervisor = Supervisor()
 
+            def reload_rules() -> None:
+                reload.clear()
+                rules.reload()
+
             def between() -> None:
                 if reload.is_set():
-                    reload.clear()
-                    supervisor.attempt("reload", rules.reload, None)
+                    supervisor.attempt("reload", reload_rules, None)
                 supervisor.attempt("cgroups", rules.look, None)
-                facts["rules_version"] = rules.version
+                facts.update(rules_version=rules.version, reloads=rules.reloads, reload_refused=rules.refusal)
                 supervisor.attempt("publish", lambda: folder.publish_if_new({**facts}), None)
 
             def status() -> Status:
@@ -193,7 +196,7 @@ class _Run:
     def until(self, stop: Flag, between: Callable[[], None], duration_s: float | None) -> dict[Topic, Balance]:
         """Move events until `stop` is set or the time is over, end in good order, and return the balances."""
         paths = [each.path for each in self.parts]
-        pipeline = Pipeline(paths, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery)
+        pipeline = Pipeline(paths, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery, self._guard)
         interval_s = self.config.capture.drain_interval_s
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
         watch, attempt = _Watch(), self.supervisor.attempt
@@ -215,6 +218,9 @@ class _Run:
         if watch.due():
             watch.look(self.reporter.balances())
             self._expire()
+
+    def _guard(self, stream: str, work: Callable[[], bool]) -> bool:
+        return self.supervisor.attempt(f"pipeline {stream}", work, False, vital=True)
 
     def _move(self, pipeline: Pipeline) -> bool:
         """Move events on; where that fails for too long, log the balance and end. The next start continues."""

@@ -30,13 +30,15 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from producer import metrics
+from producer import metrics, statefile
 from producer.errors import UnavailableError
 from producer.status import Status
+from producer.text import printable
 
 logger = logging.getLogger(__name__)
 
 _VISIT_TIMEOUT_S = 5.0
+_MOST_STATUS_BYTES = 1 << 20
 _MAX_VISITORS = 32
 _MAX_WAITING_PER_PAGE = 8
 _MAX_REQUEST_BYTES = 16 << 10
@@ -132,13 +134,17 @@ def ask(url: str) -> dict[str, Any]:
     try:
         connection.request("GET", "/status")
         response = connection.getresponse()
-        status: dict[str, Any] = json.load(response)
+        status = statefile.parse(response.read(_MOST_STATUS_BYTES))
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UnavailableError(f"the producer does not answer at {url}/status: {error or 'nothing'}") from error
     finally:
         connection.close()
+    if not isinstance(status, dict):
+        raise UnavailableError(f"{url}/status: expected a producer's status, found something else")
     if response.status != HTTPStatus.OK:
-        raise UnavailableError(f"the producer {status['reasons'][0]}")
+        reasons = status.get("reasons")
+        reason = reasons[0] if isinstance(reasons, list) and reasons else f"answers with status {response.status}"
+        raise UnavailableError(printable(f"the producer {reason}"))
     return status
 
 

@@ -29,32 +29,44 @@ class Encoder(Protocol):
 
 
 class Isolator:
-    """Encodes what can be encoded; `refuse` gets each row that cannot, as an array of one, and the reason."""
+    """Encodes what can be encoded; `refuse` gets the rows that cannot, each time those with one reason."""
 
     def __init__(self, encoder: Encoder, refuse: Callable[[Rows, str], None]) -> None:
         self._encoder = encoder
         self._refuse = refuse
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch | None:
-        """Encode a batch without the rows that cannot be encoded; None where none is left."""
+        """Encode a batch without the rows that cannot be encoded; None where none is left.
+
+        An error that is about no row, as a lack of memory, is raised: another try may succeed.
+        """
         try:
             return self._encoder.encode(batch, utc_offset_ns)
         except Unencodable as error:
-            bad = dict.fromkeys(np.flatnonzero(error.rows).tolist(), str(error))
+            bad = {str(error): np.flatnonzero(error.rows).tolist()}
+        except (MemoryError, OSError):
+            raise
         except Exception:  # a defect: it may cost the rows that it is about
-            bad = self._find(batch, utc_offset_ns, 0, len(batch.rows))
-        for row, reason in bad.items():
-            self._refuse(batch.rows[row : row + 1], reason)
-        good = np.delete(batch.rows, list(bad))
-        return self.encode(Batch(batch.stream, good), utc_offset_ns) if len(good) and bad else None
+            bad = self._find(batch, utc_offset_ns)
+            if not bad:
+                raise
+        for reason, rows in bad.items():
+            self._refuse(batch.rows[rows], reason)
+        good = np.delete(batch.rows, [row for rows in bad.values() for row in rows])
+        return self.encode(Batch(batch.stream, good), utc_offset_ns) if len(good) else None
 
-    def _find(self, batch: Batch, utc_offset_ns: int, first: int, end: int) -> dict[int, str]:
-        """Return the rows from `first` to before `end` that cannot be encoded by themselves, and why."""
-        try:
-            self._encoder.encode(Batch(batch.stream, batch.rows[first:end]), utc_offset_ns)
-        except Exception as error:  # the same defect
-            if end - first == 1:
-                return {first: f"{type(error).__name__}: {error}"}
-            middle = (first + end) // 2
-            return self._find(batch, utc_offset_ns, first, middle) | self._find(batch, utc_offset_ns, middle, end)
-        return {}
+    def _find(self, batch: Batch, utc_offset_ns: int) -> dict[str, list[int]]:
+        """Return the rows that cannot be encoded by themselves, by reason."""
+        bad: dict[str, list[int]] = {}
+        ranges = [(0, len(batch.rows))]
+        while ranges:
+            first, end = ranges.pop()
+            try:
+                self._encoder.encode(Batch(batch.stream, batch.rows[first:end]), utc_offset_ns)
+            except Exception as error:  # the same defect
+                if end - first == 1:
+                    bad.setdefault(f"{type(error).__name__}: {error}", []).append(first)
+                else:
+                    middle = (first + end) // 2
+                    ranges += [(first, middle), (middle, end)]
+        return bad

@@ -13,6 +13,7 @@ One thread calls `step` in a loop. Nothing here opens a file or reads a clock bu
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from producer.seams import Sink
 from producer.streampath import StreamPath
@@ -22,7 +23,8 @@ class Pipeline:
     """Moves events of all `paths` to `sink`.
 
     `now_s` returns the monotonic clock's seconds, `utc_offset_ns` what it lacks to UTC; `delivered` is told how long
-    a batch took from the kernel to its acknowledgement, in seconds, and how many events it has.
+    a batch took from the kernel to its acknowledgement, in seconds, and how many events it has. `guard` calls the work
+    of one stream, by its name, and decides what its failure means: the other streams go on.
     """
 
     def __init__(
@@ -32,18 +34,20 @@ class Pipeline:
         now_s: Callable[[], float],
         utc_offset_ns: Callable[[], int],
         delivered: Callable[[float, int], None] = lambda seconds, count: None,
+        guard: Callable[[str, Callable[[], bool]], bool] = lambda stream, work: work(),
     ) -> None:
         self._paths = {path.stream.name: path for path in paths}
         self._sink = sink
         self._now_s = now_s
         self._utc_offset_ns = utc_offset_ns
         self._delivered = delivered
+        self._guard = guard
 
     def step(self) -> bool:
         """Move events on, and take account of delivery reports. Return whether more is likely to wait."""
         more = False
-        for path in self._paths.values():
-            more |= path.step(self._sink, self._now_s(), self._utc_offset_ns())
+        for name, path in self._paths.items():
+            more |= self._guard(name, partial(path.step, self._sink, self._now_s(), self._utc_offset_ns()))
         self.settle()
         return more
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from producer import statefile
 from producer.config import Registry
 from producer.errors import PermissionDenied, SchemaError, Stopped, UnavailableError
 from producer.events import SchemaId, Topic
@@ -98,7 +99,10 @@ class SchemaIds:
                 logger.warning("%s; nothing is sent to topic %s", error, topic)
         if self._cache:
             try:
-                self._cache.write_text(json.dumps({keys[topic]: number for topic, number in ids.items()}))
+                fresh = self._cache.with_suffix(".new")
+                with open(statefile.create(fresh), "w") as file:
+                    file.write(json.dumps({keys[topic]: number for topic, number in ids.items()}))
+                fresh.replace(self._cache)
             except OSError as error:
                 logger.warning("registry: its answers are not kept: %s", error)
         return ids
@@ -164,9 +168,8 @@ class SchemaIds:
         if self._cache is None:
             return {}
         try:
-            with self._cache.open("rb") as file:
-                content = json.loads(file.read(_MOST_CACHE_BYTES))
-        except (OSError, ValueError, RecursionError):
+            content = statefile.parse(statefile.read(self._cache, _MOST_CACHE_BYTES))
+        except (OSError, ValueError):
             return {}
         if not isinstance(content, dict):
             return {}

@@ -29,6 +29,8 @@ class RulesInForce:
         self.version = 1
         self.refusal = ""
         """Why the last reload was refused; empty where it was not."""
+        self.reloads = 0
+        """Reloads so far, refused ones among them."""
 
     def reload(self) -> None:
         """Put the rules of the configuration's present text in force; a wrong text changes nothing, and is logged."""
@@ -36,10 +38,10 @@ class RulesInForce:
             config = self._read()
             self._put(config, resolve(config, self._root))
         except (RebpfError, OSError, ValueError, LookupError) as error:
-            self.refusal = f"{error}"
+            self.reloads, self.refusal = self.reloads + 1, str(error)
             logger.error("reload refused: %s; version=%d stays in force", error, self.version)
             return
-        self.refusal = ""
+        self.reloads, self.refusal = self.reloads + 1, ""
         logger.info("reloaded rules=%d version=%d", len(config.rules), self.version)
 
     def look(self) -> None:

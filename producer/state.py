@@ -42,6 +42,8 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
     "registry": (str, type(None)),
     "status_url": (str, type(None)),
     "rules_version": int,
+    "reloads": int,
+    "reload_refused": str,
 }
 
 
@@ -160,19 +162,23 @@ def _facts(value: Any) -> dict[str, Any]:
 def reload(path: Path) -> int:
     """Have the producer that runs with this state folder read its rules anew; return the version that is then in force.
 
-    UnavailableError where none runs, or where it has refused the rules or does not answer: its log says why.
+    ConfigError with the producer's reason where it refuses them, UnavailableError where none runs or answers.
     """
     before = running(path)
-    if before is None or "rules_version" not in before:
+    if before is None or "reloads" not in before:
         raise UnavailableError(f"no producer runs with state_dir {path}")
     _signal_holder(path, before["pid"], signal.SIGHUP)
     deadline = time.monotonic() + _RELOAD_TIMEOUT_S
     while time.monotonic() < deadline:
         now = running(path)
-        if now is not None and now.get("rules_version", 0) > before["rules_version"]:
+        if now is not None and now.get("reloads", 0) > before["reloads"]:
+            if refused := now.get("reload_refused"):
+                raise ConfigError(f"the producer with pid {before['pid']} refuses the rules: {refused}")
             return int(now["rules_version"])
         time.sleep(0.02)
-    raise UnavailableError(f"the producer with pid {before['pid']} has not taken the rules: its log says why")
+    raise UnavailableError(
+        f"the producer with pid {before['pid']} does not answer the reload within {_RELOAD_TIMEOUT_S:.0f} s: see its log"
+    )
 
 
 def _signal_holder(path: Path, pid: int, number: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.balance import Balance, stage
+from producer.errors import UnavailableError
 from producer.events import Topic
 from producer.text import lines
 
@@ -95,7 +96,17 @@ _COUNTS = ("passed", "delivered", "in_flight", "spooled", "in_ring")
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Return a status, as `Status.as_dict` made it, for people: the state and why, a row for each topic, losses."""
+    """Return a status, as `Status.as_dict` made it, for people: the state and why, a row for each topic, losses.
+
+    UnavailableError where it is something else: whoever listens at the address gave it.
+    """
+    try:
+        return _table(report)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UnavailableError(f"expected a producer's status, found something else: {error!r}") from error
+
+
+def _table(report: Mapping[str, Any]) -> str:
     facts = " ".join(f"{name}={report[name]}" for name in ("host", "version", "pid", "rules_version"))
     rows = [("topic", "hook", *_COUNTS, "lost", "ring", "spool"), *map(_row, report["streams"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

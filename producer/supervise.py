@@ -55,6 +55,8 @@ class Supervisor:
             return otherwise
         try:
             result = work()
+        except StuckError:  # of a step within this one
+            raise
         except Exception as error:
             self._note(step, error, vital=vital)
             return otherwise

@@ -38,3 +38,20 @@ def test_only_what_cannot_be_encoded_is_refused(bad: set[int], masked: bool) -> 
     encoded = isolator.encode(Batch(TRANSMITS, rows_of(97)), UTC_OFFSET_NS)
     assert sorted(refused) == sorted(bad)
     assert ([] if encoded is None else ids(encoded)) == [each for each in range(97) if each not in bad]
+
+
+class Overloaded:
+    """An encoder that fails on many rows, and on none of them."""
+
+    def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
+        if len(batch.rows) > 50:
+            raise RuntimeError("too many at a time")
+        return IdEncoder().encode(batch, utc_offset_ns)
+
+
+def test_an_error_that_is_about_no_event_costs_none() -> None:
+    refused: list[Rows] = []
+    isolator = Isolator(Overloaded(), lambda rows, reason: refused.append(rows))
+    with pytest.raises(RuntimeError):
+        isolator.encode(Batch(TRANSMITS, rows_of(97)), UTC_OFFSET_NS)
+    assert refused == []

@@ -162,7 +162,7 @@ def bystander():
 
 def test_a_reload_signals_nobody_who_does_not_hold_the_lock(path, bystander):
     with StateFolder(path):
-        (path / "agent.json").write_text(json.dumps({"pid": bystander.pid, "rules_version": 1}))
+        (path / "agent.json").write_text(json.dumps({"pid": bystander.pid, "rules_version": 1, "reloads": 0}))
         with pytest.raises(UnavailableError, match=f"pid {bystander.pid}, which does not hold the lock"):
             reload(path)
     assert bystander.poll() is None
@@ -172,17 +172,31 @@ def test_a_reload_of_a_process_that_is_no_more(path, bystander):
     bystander.kill()
     bystander.wait()
     with StateFolder(path):
-        (path / "agent.json").write_text(json.dumps({"pid": bystander.pid, "rules_version": 1}))
+        (path / "agent.json").write_text(json.dumps({"pid": bystander.pid, "rules_version": 1, "reloads": 0}))
         with pytest.raises(UnavailableError, match=f"agent.json names pid {bystander.pid}: No such process"):
             reload(path)
 
 
 def test_a_reload_signals_the_holder_of_the_lock(path):
     with StateFolder(path) as folder:
-        folder.publish({"rules_version": 1})
-        before = signal.signal(signal.SIGHUP, lambda *_: folder.publish({"rules_version": 2}))
+        folder.publish({"rules_version": 4, "reloads": 1})
+        answer = {"rules_version": 6, "reloads": 2, "reload_refused": ""}
+        before = signal.signal(signal.SIGHUP, lambda *_: folder.publish(answer))
         try:
-            assert reload(path) == 2
+            assert reload(path) == 6
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
+def test_a_reload_that_is_refused_gives_the_producers_reason(path):
+    with StateFolder(path) as folder:
+        folder.publish({"rules_version": 4, "reloads": 1})
+        # The version rises too, as when cgroups come and go.
+        answer = {"rules_version": 5, "reloads": 2, "reload_refused": "rule 1: no such user"}
+        before = signal.signal(signal.SIGHUP, lambda *_: folder.publish(answer))
+        try:
+            with pytest.raises(ConfigError, match="refuses the rules: rule 1: no such user"):
+                reload(path)
         finally:
             signal.signal(signal.SIGHUP, before)
 

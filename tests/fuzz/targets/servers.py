@@ -74,11 +74,9 @@ def _status() -> Iterator[Check]:
         def check(answer: bytes) -> None:
             server.answer = answer
             try:
-                report = ask(server.url)
+                table(ask(server.url))
             except RebpfError as error:
                 _one_line(error)
-            else:
-                table(report)
 
         yield check
 
