@@ -176,9 +176,8 @@ def reload(path: Path) -> int:
                 raise ConfigError(f"the producer with pid {before['pid']} refuses the rules: {refused}")
             return int(now["rules_version"])
         time.sleep(0.02)
-    raise UnavailableError(
-        f"the producer with pid {before['pid']} does not answer the reload within {_RELOAD_TIMEOUT_S:.0f} s: see its log"
-    )
+    who = f"the producer with pid {before['pid']}"
+    raise UnavailableError(f"{who} does not answer the reload within {_RELOAD_TIMEOUT_S:.0f} s: see its log")
 
 
 def _signal_holder(path: Path, pid: int, number: int) -> None:
