@@ -90,12 +90,14 @@ class Steady:
 def exchange(port: int, connections: int, rounds: int = 5) -> list[Sent]:
     """Make connections to an Echo, one after the other, each with `rounds` segments of data in each direction.
 
-    Every second one is of IPv6. Each has ended in good order when this returns.
+    Every second one is of IPv6. Each has ended in good order when this returns. No two have the same client port: on
+    loopback, connect() takes a port in TIME_WAIT again after a second, and bind() does not.
     """
     sent: list[Sent] = []
     for number in range(connections):
         size_bytes = 1 + number % 997
-        with socket.create_connection((LOOPBACK[number % 2], port)) as client:
+        address = LOOPBACK[number % 2]
+        with socket.create_connection((address, port), source_address=(address, 0)) as client:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             ours, theirs = client.getsockname()[:2], client.getpeername()[:2]
             for _ in range(rounds):
