@@ -19,8 +19,7 @@ from producer.events import STREAMS, Topic
 from producer.fdstore import FdStore
 from producer.heartbeat import INTERVAL_S, HeartbeatEncoder
 from producer.hooks import Hooks, HookSettings
-from producer.kafka import KafkaSink
-from producer.kafka_settings import client_settings
+from producer.kafka import KafkaSink, producer_settings
 from producer.pins import PinFolder
 from producer.pipeline import Pipeline
 from producer.provision import heartbeat_topic, schema_ids, topic
@@ -59,7 +58,7 @@ class Agent:
         config = self._config
         if privileges.missing(privileges.LOADING):  # before anything that an unprivileged user cannot do either
             raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
-        settings = client_settings(config.kafka.brokers, config.kafka.settings)
+        settings = producer_settings(config.kafka.brokers, config.kafka.settings)
         with ExitStack() as stack:
             folder = stack.enter_context(StateFolder(config.state_dir))
             ids = schema_ids(config, stop)

@@ -262,7 +262,21 @@ def load(path: Path | None) -> Config:
     except ValueError as error:  # TOMLDecodeError is one, and a number of too many digits another
         raise ConfigError(f"{path}: {_shown(str(error))}") from error
     with placed(path, text):
+        _check_numbers(table)
         return _with_secrets(check(build(Config, table)))
+
+
+def _check_numbers(table: Mapping[str, Any]) -> None:
+    """Refuse whole numbers beyond TOML's 64 bits: Python has no text for those of thousands of digits."""
+    left = list(table.items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{key}.{name}", each) for name, each in value.items()]
+        elif isinstance(value, list):
+            left += [(key, each) for each in value]
+        elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise ConfigError(f"{key}: expected a whole number of at most 64 bits")
 
 
 def _read_bytes(path: Path) -> bytes:

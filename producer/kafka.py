@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from producer import metrics
 from producer.events import EncodedBatch, Stream, Topic
-from producer.kafka_settings import EMBEDDED, EMBEDDED_PARTITIONS
-from producer.rdkafka import MESSAGE, Error, Log, Producer, Reports, SocketCallback, error_name
+from producer.kafka_settings import DEFAULTS, EMBEDDED, EMBEDDED_PARTITIONS, client_settings
+from producer.rdkafka import MESSAGE, Error, Log, Producer, Reports, SocketCallback, check_settings, error_name
 from producer.retry import BackOff
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,16 @@ _HINTS = {
     "_AUTHENTICATION": "the brokers refuse the credentials",
     "_SSL": "a certificate is not accepted",
 }
+
+
+def producer_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return all of the producer's librdkafka settings; ConfigError for one of `settings` that librdkafka refuses.
+
+    Those that only consumers take are checked too, since they are in the same file.
+    """
+    client = client_settings(brokers, settings)
+    check_settings(settings, aliases=DEFAULTS)
+    return client
 
 
 @dataclass(slots=True, eq=False)

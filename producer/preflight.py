@@ -13,10 +13,10 @@ from producer.btf import VMLINUX, Btf
 from producer.config import Config, placed
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.finding import Finding
-from producer.kafka_settings import DEFAULTS, client_settings
+from producer.kafka import producer_settings
 from producer.loading import python_with_bcc
 from producer.preflight_servers import kafka, registry
-from producer.rdkafka import Producer, check_settings
+from producer.rdkafka import Producer
 from producer.registry_client import RegistryClient
 from producer.ruleset import resolve
 from producer.rungs import LADDERS, cgroup2_root, refusal
@@ -54,8 +54,7 @@ def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
     """Make what a producer makes of its settings before it touches the kernel or a server."""
     try:
         with placed(path):
-            client = client_settings(config.kafka.brokers, config.kafka.settings)
-            check_settings(config.kafka.settings, aliases=DEFAULTS)
+            client = producer_settings(config.kafka.brokers, config.kafka.settings)
             # The client of `run`, without the brokers: it connects nowhere, or to the embedded one in this process.
             Producer({name: value for name, value in client.items() if name != "bootstrap.servers"}).close()
     except ConfigError as error:

@@ -219,7 +219,7 @@ def test_what_its_configuration_has_as_a_comment_is_right(package: Package, tmp_
     changed.write_text(settings.replace('brokers = ""', 'brokers = "a:9092"').replace("\n#", "\n"))
     loaded = config.load(changed)
     assert loaded.kafka.settings == {"security.protocol": "SASL_SSL"}
-    assert loaded.registry.url == "https://HOST:PORT"
+    assert loaded.registry.url == "https://registry.example:8081"
 
 
 @pytest.mark.parametrize("package", ["trixie"], indirect=True)  # the smaller one: they differ in what goes in alone

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from producer import preflight
 from producer.config import Config, load
 from producer.errors import ConfigError, RebpfError
-from producer.kafka import KafkaSink
-from producer.kafka_settings import client_settings
+from producer.kafka import KafkaSink, producer_settings
 from producer.ruleset import resolve
 
 NUMBERS = st.sampled_from(
@@ -118,7 +117,7 @@ def read(text: str, over: dict[str, Any]) -> Config | None:
 def starts(config: Config) -> bool:
     """Make what `run` makes of the settings before it touches the kernel, but for what needs a server."""
     try:
-        sink = KafkaSink(client_settings(config.kafka.brokers and "127.0.0.1:1", config.kafka.settings), {})
+        sink = KafkaSink(producer_settings(config.kafka.brokers and "127.0.0.1:1", config.kafka.settings), {})
         resolve(config, None).tables()
         sink.open()
     except RebpfError:

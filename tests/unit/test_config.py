@@ -342,3 +342,13 @@ def test_values_are_laid_over_and_those_that_are_not_given_change_nothing(read):
     assert (changed.kafka.brokers, changed.capture.ports, changed.state_dir) == ("c:1", (5,), Path("/s"))
     assert changed.kafka.topic_prefix == "dev."
     assert changed.capture.hooks == ("kprobe", "cgroup_skb")
+
+
+@pytest.mark.parametrize("where", ["host = {}", "[kafka]\nstop_timeout_s = {}", "[[rules]]\nuid = [1, {}]"])
+@pytest.mark.parametrize("number", ["0x" + "f" * 5000, str(1 << 63)], ids=["huge", "65 bits"])
+def test_a_number_beyond_64_bits_is_refused_in_one_line(tmp_path: Path, where: str, number: str) -> None:
+    path = tmp_path / "rebpf.toml"
+    path.write_text(where.format(number))
+    with pytest.raises(ConfigError, match="at most 64 bits") as caught:
+        load(path)
+    assert len(str(caught.value)) < 500
