@@ -92,7 +92,7 @@ def test_a_mistake_in_the_file_is_78(tmp_path):
         ('acks = "1"', "kafka.settings.acks: must be all, since delivery rests on it: remove it"),
         (
             '"linger.ms" = "soon"',
-            "kafka setting linger.ms: Invalid value",
+            "kafka.settings.linger.ms: Invalid value",
         ),
     ],
 )
