@@ -28,6 +28,8 @@ _QEMU = (
     "-cpu Nehalem -fsdev local,id=cached,path=/,security_model=none,readonly=on,multidevs=remap"
     " -device virtio-9p-pci,fsdev=cached,mount_tag=cached"
 )
+# A console for the kernel's messages: vng discards what its own one prints.
+_KERNEL_LOG = "kernel.log"
 
 # vng starts QEMU through a shell and another program: they end together, and with us, as a PID namespace does.
 TIED = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -72,7 +74,21 @@ def refusal() -> str | None:
 
 
 def run(suite: str, command: str, timeout_s: int, results: Path) -> Result:
-    """Run a shell command with the kernel of `suite`; what it writes into `results` stays."""
+    """Run a shell command with the kernel of `suite`; what it writes into `results` stays.
+
+    An emulated kernel can die of itself: the guest is booted a second time then, and the first end is printed.
+
+    Raises:
+        GuestError: The guest ended twice before the command did.
+    """
+    try:
+        return _run(suite, command, timeout_s, results)
+    except GuestError as error:
+        print(f"BOOTED A SECOND TIME: {error}", file=sys.stderr)
+        return _run(suite, command, timeout_s, results)
+
+
+def _run(suite: str, command: str, timeout_s: int, results: Path) -> Result:
     kernel = kernel_image(suite)
     script = _SCRIPT.format(
         venv=sys.prefix, modules=kernel.parents[1] / "lib/modules", root=ROOT, timeout_s=timeout_s, results=results
@@ -89,13 +105,18 @@ def run(suite: str, command: str, timeout_s: int, results: Path) -> Result:
             machine.kill()
     status = results / "status"
     if not status.exists():
-        raise GuestError(f"the guest ended before the command did; its console:\n{console[-4000:]}")
+        messages = (results / _KERNEL_LOG).read_text(errors="replace") if (results / _KERNEL_LOG).exists() else ""
+        raise GuestError(
+            f"the guest ended before the command did, with {machine.returncode}; its console:\n{console[-4000:]}\n"
+            f"its kernel's messages:\n{messages[-8000:]}"
+        )
     return Result(int(status.read_text()), (results / "output").read_text(errors="replace"))
 
 
 def _boot(kernel: Path, command: str, results: Path) -> "subprocess.Popen[str]":
     machine = ["--disable-kvm", "--run", str(kernel), "--memory", "4G", "--cpus", "2"]
-    tuning = ["--force-9p", f"--qemu-opts={_QEMU}", "--append=mitigations=off"]
+    log = f"-chardev file,id=log,path={results / _KERNEL_LOG} -device virtio-serial-pci -device virtconsole,chardev=log"
+    tuning = ["--force-9p", f"--qemu-opts={_QEMU} {log}", "--append=mitigations=off loglevel=5 console=hvc0"]
     # Overlays for the folders that vng does not cover by itself.
     folders = ["--overlay-rwdir", str(ROOT), "--overlay-rwdir", "/root", "--rwdir", str(results)]
     return subprocess.Popen(
