@@ -39,16 +39,28 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 logger = logging.getLogger(__name__)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+_SECTIONS = {
+    "Capture": ("run", "reload", "status", "spool"),
+    "Topics": ("init", "tail", "verify", "alert"),
+    "Host": ("check", "demo", "version"),
+}
+
+
+@click.group(
+    cls=Group,
+    sections=_SECTIONS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Each option can be set in the environment: --state-dir as REBPF_STATE_DIR.",
+)
 @option(
     "--log-level",
     default="info",
     type=click.Choice(["debug", "info", "warning", "error"]),
     show_default=True,
-    help="Least important lines to log.",
+    help="Lowest level to log.",
 )
 def rebpf(log_level: str) -> None:
-    """Stream this host's TCP segments and retransmits from the kernel to Kafka."""
+    """Stream TCP segments and retransmissions from the Linux kernel to Kafka."""
     # A full disk or a dead pipe behind standard error stops no run.
     logging.raiseExceptions = False
     handler = logging.StreamHandler(sys.stderr)
@@ -63,15 +75,20 @@ rebpf.add_command(spool)
 rebpf.add_command(alert)
 
 
-@rebpf.command()
+@rebpf.command(
+    examples=(
+        ("rebpf run --port 443", "Try it without Kafka, on connections from or to port 443"),
+        ("rebpf run --brokers kafka-1:9092 --registry http://registry:8081", "Publish to Kafka"),
+    )
+)
 @config_option
 @brokers_option
 @registry_option
-@option("--duration", type=click.FloatRange(min=0), help="Stop after so many seconds.")
-@option("--address", type=Address(), multiple=True, help="Only segments from or to this address; repeatable.")
-@option("--port", type=click.IntRange(1, 65535), multiple=True, help="Only segments from or to this port; repeatable.")
+@option("--duration", type=click.FloatRange(min=0), help="Stop after this many seconds.")
+@option("--address", type=Address(), multiple=True, help="Capture this address only; repeatable.")
+@option("--port", type=click.IntRange(1, 65535), multiple=True, help="Capture this port only; repeatable.")
 @state_dir_option
-@option("--pin", type=click.Path(path_type=Path), help="Folder in a bpffs that keeps rings and hooks over a crash.")
+@option("--pin", type=click.Path(path_type=Path), help="Keep hooks and rings in this bpffs folder across a crash.")
 @json_option
 def run(
     config: Path | None,
@@ -84,7 +101,11 @@ def run(
     pin: Path | None,
     as_json: bool,
 ) -> None:
-    """Capture and publish until SIGINT or SIGTERM. Without brokers, on an embedded one, for trying."""
+    """Capture events and publish them until SIGINT or SIGTERM.
+
+    Without --brokers, uses an in-process test broker that stores nothing. SIGHUP reloads the rules. At the end, prints
+    the balance: how many events were captured, delivered, spooled and lost.
+    """
     from producer.agent import Agent
 
     def read() -> Any:
@@ -106,11 +127,14 @@ def run(
         logger.warning("the balance cannot be printed: %s; %s", error, text)
 
 
-@rebpf.command()
+@rebpf.command(examples=(("rebpf reload --config /etc/rebpf/rebpf.toml", "Check the file, then apply its rules"),))
 @config_option
 @state_dir_option
 def reload(config: Path | None, state_dir: Path | None) -> None:
-    """Put the rules of the changed configuration in force, in the producer that runs here."""
+    """Apply changed rules to the running producer.
+
+    If the configuration is invalid, the rules in force stay, and the error is printed.
+    """
     from producer import state
     from producer.config import placed
     from producer.ruleset import resolve
@@ -124,13 +148,18 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
     echo(f"rules version {version} is in force")
 
 
-@rebpf.command()
+@rebpf.command(
+    examples=(
+        ("rebpf tail", "Show the events of the producer on this host"),
+        ("rebpf tail --brokers kafka-1:9092 --topic tcp_retransmit -n 100", "Show the next 100 retransmissions"),
+    )
+)
 @config_option
 @brokers_option
 @registry_option
-@option("--topic", multiple=True, help="Only this topic; repeatable.")
-@click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after so many events.")
-@option("--from-beginning", is_flag=True, help="Begin with the oldest event, not with the next.")
+@option("--topic", multiple=True, help="Read this topic only; repeatable.")
+@click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
+@option("--from-beginning", is_flag=True, help="Start with the earliest event.")
 @state_dir_option
 @json_option
 def tail(
@@ -143,7 +172,10 @@ def tail(
     state_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Show events from the topics, as any consumer reads them. Without brokers: of the producer that runs here."""
+    """Print events from the topics as they arrive.
+
+    Without --brokers, reads from the brokers of the producer that runs on this host.
+    """
     from producer import state
     from producer.events import STREAMS
     from producer.provision import topic as topic_of
@@ -168,12 +200,12 @@ def tail(
     )
 
 
-@rebpf.command()
+@rebpf.command(examples=(("rebpf status --json | jq .reasons", "Print why the producer is degraded"),))
 @config_option
 @state_dir_option
 @json_option
 def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
-    """Say how the producer that runs here fares, and where its events are."""
+    """Show the running producer's health and event counts."""
     from producer import state
     from producer.endpoint import ask
     from producer.status import table
@@ -188,18 +220,23 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
     echo(to_json(report) if as_json else table(report))
 
 
-@rebpf.command()
+@rebpf.command(
+    examples=(
+        ("rebpf verify --brokers kafka-1:9092 --host web-17", "Check the events of one host"),
+        ("rebpf verify --brokers kafka-1:9092 --since-offset -100000", "Check the latest 100,000 messages"),
+    )
+)
 @config_option
 @brokers_option
 @registry_option
-@option("--topic", multiple=True, help="Only this topic; repeatable.")
-@option("--host", help="Only the events of this host.")
+@option("--topic", multiple=True, help="Read this topic only; repeatable.")
+@option("--host", help="Check the events of this host only.")
 @option(
     "--since-offset",
     type=Offset(),
     default="beginning",
     show_default=True,
-    help="Begin here in each partition; a negative number: so many messages before the end.",
+    help="First offset in each partition; a negative number counts from the end.",
 )
 @json_option
 def verify(
@@ -211,7 +248,10 @@ def verify(
     since_offset: int | None,
     as_json: bool,
 ) -> None:
-    """Read the topics to their end, and say what is missing, double or out of order. Exits with 65 if anything is."""
+    """Check the topics for missing, duplicate and reordered events.
+
+    Reads each topic to its end. Exits with 65 if anything is wrong.
+    """
     from producer import verify as verifying
     from producer.errors import IncompleteError
     from producer.events import STREAMS
@@ -233,30 +273,36 @@ def verify(
         raise IncompleteError(complaint)
 
 
-@rebpf.command()
+@rebpf.command(examples=(("rebpf demo --loss 0.05", "Lose 5 % of the packets"),))
 @option("--duration", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Seconds of traffic.")
-@option("--loss", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Share of packets lost.")
+@option("--loss", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Fraction of packets to drop.")
 @json_option
 def demo(duration: float, loss: float, as_json: bool) -> None:
-    """Show it all: a producer, lossy traffic between two namespaces, the live view, and the kernel's own counts."""
+    """Capture lossy test traffic and compare it with the kernel.
+
+    Starts a producer and sends traffic between two network namespaces over a link that drops packets. Prints the
+    events as they arrive, then compares their number with the kernel's counters.
+    """
     from producer.demo import demo as run_demo
 
     sys.exit(run_demo(duration_s=duration, loss=loss, as_json=as_json))
 
 
-@rebpf.command()
+@rebpf.command(
+    examples=(
+        ("rebpf init --brokers kafka-1:9092 --partitions 12 --replication 3", "Set up the topics of a fleet, once"),
+    )
+)
 @config_option
 @brokers_option
 @registry_option
-@option(
-    "--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions of each topic of events."
-)
-@option("--replication", type=click.IntRange(min=1), default=1, show_default=True, help="Replicas of each partition.")
-@option("--alerts", is_flag=True, help="Also the topics and the schema of `rebpf alert`.")
+@option("--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions per event topic.")
+@option("--replication", type=click.IntRange(min=1), default=1, show_default=True, help="Replicas per partition.")
+@option("--alerts", is_flag=True, help="Also create the topics and schemas of `rebpf alert`.")
 def init(
     config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int, alerts: bool
 ) -> None:
-    """Create the topics and register the schemas: an administrator's act, done once."""
+    """Create the topics and register the schemas."""
     from producer.provision import create_topics, register_schemas
 
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
@@ -267,13 +313,18 @@ def init(
     echo(lines(done))
 
 
-@rebpf.command()
+@rebpf.command(
+    examples=(
+        ("rebpf check --config /etc/rebpf/rebpf.toml", "Check the host, the configuration and the servers"),
+        ("rebpf check --explain 10.0.0.7:443,10.2.0.9:51234", "Show which rule applies to a connection"),
+    )
+)
 @config_option
 @brokers_option
 @registry_option
 @state_dir_option
-@option("--explain", metavar="LOCAL,REMOTE", help="Say which rule decides over this connection.")
-@option("--local", is_flag=True, help="Only this host: ask no server.")
+@option("--explain", metavar="LOCAL,REMOTE", help="Show which rule applies to this connection, then exit.")
+@option("--local", is_flag=True, help="Check this host only; contact no server.")
 @json_option
 def check(
     config: Path | None,
@@ -284,7 +335,10 @@ def check(
     local: bool,
     as_json: bool,
 ) -> None:
-    """Say what is missing here for a producer to run, and what mends it. Exits with 0 if nothing is."""
+    """Check that this host can run the producer.
+
+    Suggests a fix for each problem. Exits with 0 if the producer would start.
+    """
     from producer.errors import ConfigError
     from producer.explain import explain as explain_rules
     from producer.finding import Finding

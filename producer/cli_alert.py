@@ -20,14 +20,17 @@ from producer.signals import stop_on_signals
 logger = logging.getLogger(__name__)
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf alert --config /etc/rebpf/alert.toml --brokers kafka-1:9092", "Apply the file's [[alert.rules]]"),
+    ),
+)
 @config_option
 @brokers_option
 @registry_option
-@option("--duration", type=click.FloatRange(min=0), help="Stop after so many seconds.")
-@option(
-    "--from-beginning", is_flag=True, help="Where the group is new, begin with the oldest event, not with the next."
-)
+@option("--duration", type=click.FloatRange(min=0), help="Stop after this many seconds.")
+@option("--from-beginning", is_flag=True, help="If the group has no committed offsets, start from the earliest event.")
 @json_option
 def alert(
     config: Path | None,
@@ -37,7 +40,10 @@ def alert(
     from_beginning: bool,
     as_json: bool,
 ) -> None:
-    """Read the topics as one of a consumer group, and tell what crosses a threshold of [[alert.rules]]."""
+    """Send alerts when a rule's threshold is crossed.
+
+    Reads the topics as a member of a consumer group: start it more than once, and the members share the partitions.
+    """
     from producer.alert.member import Member
     from producer.alert.sinks import open_sinks
 

@@ -24,15 +24,18 @@ from producer.text import lines, printable, to_json
 
 @click.group(cls=Group)
 def spool() -> None:
-    """What waits on disk for Kafka: look at it, send it without a capture, or give it up."""
+    """Show, send or discard the events spooled on disk."""
 
 
-@spool.command("show")
+@spool.command("show", examples=(("rebpf spool show --json", "List what is spooled, as JSON"),))
 @config_option
 @state_dir_option
 @json_option
 def spool_show(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
-    """Say what waits, and what Kafka has refused. A producer may be at work meanwhile."""
+    """Show spooled events and messages that Kafka rejected.
+
+    Works while a producer is running, too.
+    """
     from producer import spoolreport
 
     settings = load(config).with_values(state_dir=state_dir)
@@ -40,17 +43,17 @@ def spool_show(config: Path | None, state_dir: Path | None, as_json: bool) -> No
     if as_json:
         echo(to_json({topic: asdict(each) for topic, each in (found or {}).items()}))
     elif found is None:
-        echo(printable(f"there is no state folder {settings.state_dir}: nothing waits"))
+        echo(printable(f"no state folder {settings.state_dir}: nothing is spooled"))
     else:
         echo(lines(f"{topic} {each}" for topic, each in found.items()))
 
 
-@spool.command("verify")
+@spool.command("verify", examples=(("rebpf spool verify", "Read every spool file of this host"),))
 @config_option
 @state_dir_option
 @json_option
 def spool_verify(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
-    """Read all that waits, and say what is damaged. Exits with 65 if anything is."""
+    """Check the spool files for damage. Exits with 65 if any is found."""
     from producer import spoolreport
     from producer.errors import IncompleteError
 
@@ -63,7 +66,10 @@ def spool_verify(config: Path | None, state_dir: Path | None, as_json: bool) -> 
         raise IncompleteError(complaint)
 
 
-@spool.command("replay")
+@spool.command(
+    "replay",
+    examples=(("rebpf spool replay --brokers kafka-1:9092", "Empty the spool of a host that is being decommissioned"),),
+)
 @config_option
 @brokers_option
 @state_dir_option
@@ -73,7 +79,7 @@ def spool_verify(config: Path | None, state_dir: Path | None, as_json: bool) -> 
     type=click.FloatRange(min=0, min_open=True),
     default=30.0,
     show_default=True,
-    help="Give up when Kafka has acknowledged nothing for so many seconds.",
+    help="Stop when Kafka has acknowledged nothing for this many seconds.",
 )
 @json_option
 def spool_replay(
@@ -84,7 +90,10 @@ def spool_replay(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Send what waits, while no producer runs. Exits with 69 if some still waits, with 65 if some is lost."""
+    """Send the spooled events while no producer is running.
+
+    Exits with 69 if events remain in the spool, and with 65 if any were lost.
+    """
     from producer import replay
     from producer.errors import IncompleteError
 
@@ -103,18 +112,21 @@ def spool_replay(
         raise IncompleteError(lost)
 
 
-@spool.command("drop")
+@spool.command("drop", examples=(("rebpf spool drop --quarantine --yes", "Delete the rejected messages"),))
 @config_option
 @state_dir_option
 @quarantine_option
-@click.option("--yes", is_flag=True, help="Really: it is gone for good.")
+@click.option("--yes", is_flag=True, help="Confirm. Deleted events cannot be recovered.")
 @json_option
 def spool_drop(config: Path | None, state_dir: Path | None, quarantine: bool, yes: bool, as_json: bool) -> None:
-    """Give up what waits, while no producer runs; the account has it as lost."""
+    """Discard the spooled events while no producer is running.
+
+    The balance counts them as lost.
+    """
     from producer import replay
 
     if not yes:
-        usage("spool drop deletes events for good: say --yes")
+        usage("spool drop deletes events, which cannot be recovered: confirm with --yes")
     settings = load(config).with_values(state_dir=state_dir)
     dropped = replay.drop_quarantine(settings) if quarantine else replay.drop(settings)
     if as_json:

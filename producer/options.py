@@ -1,8 +1,8 @@
-"""What the commands have in common: their options with twins in the environment, and the configuration."""
+"""What the commands share: their help, their options and environment variables, and the configuration."""
 
 import ipaddress
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,8 +25,8 @@ class Address(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes no
             self.fail(str(error), param, ctx)
 
 
-class Offset(click.ParamType):  # type: ignore[type-arg] # likewise
-    """A place in a partition; None is its beginning."""
+class Offset(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes none
+    """An offset in a partition; None is its beginning."""
 
     name = "OFFSET"
 
@@ -41,17 +41,29 @@ class Offset(click.ParamType):  # type: ignore[type-arg] # likewise
 
 
 class _Option(click.Option):
-    """Refuses a twin in the environment that is set and empty, which click takes for unset."""
+    """Refuses an environment variable that is set but empty, which click takes for unset."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """Return the twin's value; UsageError where it is empty."""
+        """Return the variable's value; UsageError if it is empty."""
         if isinstance(self.envvar, str) and os.environ.get(self.envvar) == "":
             raise UsageError(f"{self.envvar} is set but empty: give it a value, or unset it")
         return super().resolve_envvar_value(ctx)
 
 
 class Command(click.Command):
-    """A command whose help is written as all else is."""
+    """A command whose help ends with examples, (command line, what it does) each, and is written by `echo`."""
+
+    def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for line, meaning in self.examples:
+                    formatter.write_text(f"# {meaning}")
+                    formatter.write_text(line)
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
         """Return click's option, which writes by `echo`."""
@@ -59,9 +71,19 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group of such commands."""
+    """A group of such commands; `sections` are headings of its help, with the names of commands below each."""
 
     command_class = Command
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each command with its summary."""
+        for heading, names in (self.sections or {"Commands": self.list_commands(ctx)}).items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=100)) for name in names])
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
         """Return click's option, which writes by `echo`."""
@@ -88,23 +110,23 @@ def _show_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-    """An option with its twin in the environment: --state-dir and REBPF_STATE_DIR."""
-    twin = "REBPF_" + names[0].removeprefix("--").split("/")[0].upper().replace("-", "_")
-    return click.option(*names, envvar=twin, show_envvar=True, cls=_Option, **settings)
+    """An option that can also be set in the environment: --state-dir as REBPF_STATE_DIR."""
+    variable = "REBPF_" + names[0].removeprefix("--").split("/")[0].upper().replace("-", "_")
+    return click.option(*names, envvar=variable, cls=_Option, **settings)
 
 
-config_option = option("--config", type=click.Path(path_type=Path), help="TOML file with all settings.")
-brokers_option = option("--brokers", help="Kafka brokers, HOST:PORT[,...].")
-registry_option = option("--registry", help="URL of a Confluent-compatible schema registry.")
+config_option = option("--config", type=click.Path(path_type=Path), help="Configuration file (TOML).")
+brokers_option = option("--brokers", help="Kafka bootstrap servers, HOST:PORT[,...].")
+registry_option = option("--registry", help="URL of the schema registry (Confluent API).")
 state_dir_option = option(
     "--state-dir",
     type=click.Path(path_type=Path),
-    help="Folder for spool, quarantine, ledger, the lock and the running producer's facts.",
+    help="Folder for the spool, the ledger and the lock.",
 )
 quarantine_option = option(
-    "--quarantine", is_flag=True, help="Not what waits, but the messages that Kafka has refused."
+    "--quarantine", is_flag=True, help="Act on the messages that Kafka rejected instead of the spool."
 )
-json_option = option("--json", "as_json", is_flag=True, help="Standard output carries JSON lines only.")
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def load(path: Path | None) -> Any:

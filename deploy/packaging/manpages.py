@@ -25,6 +25,7 @@ _FILES = """\
 /etc/rebpf/rebpf.toml|The configuration of the service: rebpf.toml(5).
 /var/lib/rebpf|Its ledger, and the events that wait on disk for Kafka.
 /usr/lib/rebpf|The program, and the Python packages that come with it."""
+_ENVIRONMENT = "Each option can be set in the environment: `--state-dir` as `REBPF_STATE_DIR`. An option overrides it."
 _CHECK = """\
 `rebpf check` ends with the highest code of what it finds: with 75 or more while a producer runs in its folder."""
 _AT_ONCE = "Ended at once by a second SIGINT or SIGTERM, or by a first SIGINT where nothing is to be ended in order."
@@ -38,6 +39,7 @@ def command_page(version: str, date: str) -> str:
     for context in _commands(click.Context(rebpf, info_name="rebpf")):
         path = context.command_path.removeprefix("rebpf ")
         lines += [f".SS {_text(path)}", *_synopsis(context), ".PP", _text(_help(context.command)), *_options(context)]
+    lines += [".SH EXAMPLES", *_examples(), ".SH ENVIRONMENT", _text(_ENVIRONMENT)]
     lines += [".SH FILES", *(_entry(*line.split("|")) for line in _FILES.splitlines())]
     lines += [".SH EXIT STATUS", _entry("0", "Success."), *(_entry(*pair) for pair in _exit_codes())]
     lines += [".PP", _text(_CHECK), ".SH SEE ALSO", ".BR rebpf.toml (5)"]
@@ -84,6 +86,12 @@ def _options(context: click.Context) -> Iterator[str]:
         record = parameter.get_help_record(context)
         if record and "--help" not in parameter.opts:
             yield _entry(record[0], record[1])
+
+
+def _examples() -> Iterator[str]:
+    for context in _commands(click.Context(rebpf, info_name="rebpf")):
+        for line, meaning in getattr(context.command, "examples", ()):
+            yield _entry(line, f"{meaning}.")
 
 
 def _help(command: click.Command) -> str:

@@ -1,7 +1,9 @@
 """The command line: exit codes, one clear line for each mistake, and where a setting comes from."""
 
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -31,13 +33,44 @@ def test_help_is_no_mistake(command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_option_has_its_twin_in_the_environment(command):
+def test_each_option_can_be_set_in_the_environment(command):
     options = [each for each in group.commands[command].params if each.name not in ("help", "limit")]
 
     assert all(isinstance(each, click.Option) for each in options)
     assert {each.envvar for each in options} == {
         "REBPF_" + each.opts[0].removeprefix("--").upper().replace("-", "_") for each in options
     }
+
+
+def commands(group: click.Group) -> Iterator[click.Command]:
+    for command in group.commands.values():
+        yield from commands(command) if isinstance(command, click.Group) else [command]
+
+
+def test_no_summary_is_cut_in_80_columns():
+    for arguments in ([], ["spool"]):
+        for line in rebpf(*arguments, "--help", env={"COLUMNS": "80"}).stdout.splitlines():
+            assert len(line) <= 80
+            assert line.startswith("Usage:") or not line.endswith("...")
+
+
+def test_each_command_stands_in_one_section():
+    assert sorted(name for names in group.sections.values() for name in names) == COMMANDS
+
+
+def test_each_command_has_an_example_that_parses():
+    for command in commands(group):
+        if command.name == "version":
+            continue
+        assert command.examples, command.name
+        for line, _ in command.examples:
+            program, *arguments = shlex.split(line.partition(" | ")[0])
+            assert program == "rebpf"
+            context = group.make_context("rebpf", arguments)
+            while isinstance(context.command, click.Group):
+                _, inner, rest = context.command.resolve_command(context, [*context._protected_args, *context.args])
+                context = inner.make_context(inner.name, rest, parent=context)
+            assert context.command is command
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_an_ascii_terminal_gets_escapes(tmp_path: Path) -> None:
     env = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     done = rebpf("spool", "show", "--state-dir", tmp_path / "größe", env=env)
     assert (done.returncode, done.stderr) == (0, "")
-    assert r"gr\xf6\xdfe: nothing waits" in done.stdout
+    assert r"gr\xf6\xdfe: nothing is spooled" in done.stdout
 
 
 STOPPED = """

@@ -104,7 +104,7 @@ def test_show_leaves_out_what_was_given_up(state):
 def test_without_a_state_folder_there_is_nothing_and_none_is_made(state):
     shown = rebpf("spool", "show", "--state-dir", state)
 
-    assert (shown.returncode, shown.stdout) == (0, f"there is no state folder {state}: nothing waits\n")
+    assert (shown.returncode, shown.stdout) == (0, f"no state folder {state}: nothing is spooled\n")
     assert spool("show", state) == {}
     for command in (["verify"], ["replay", "--brokers", "127.0.0.1:1"], ["drop", "--yes"]):
         done = rebpf("spool", *command, "--state-dir", state)
@@ -297,7 +297,10 @@ def test_drop_wants_to_be_meant(state):
 
     done = rebpf("spool", "drop", "--state-dir", state, env={"REBPF_YES": "1"})
 
-    assert (done.returncode, done.stderr) == (64, "rebpf: spool drop deletes events for good: say --yes\n")
+    assert (done.returncode, done.stderr) == (
+        64,
+        "rebpf: spool drop deletes events, which cannot be recovered: confirm with --yes\n",
+    )
     assert spools.tree(state) == before
 
 
