@@ -2,8 +2,9 @@
 
 python -m tests.chaos.oracle BROKERS HOST TOPIC=SCHEMA_ID ...
 
-Reads the topics from their beginning until its standard input ends, then up to their ends at that moment; its output is
-a JSON object. It shares no code with the producer: the first fields of a record are decoded here, whole batches at once.
+Reads the topics from their beginning until its standard input ends, then up to their ends at that moment; its output
+is a JSON object. It shares no code with the producer: the first fields of a record are decoded here, a whole batch at
+once.
 """
 
 import json

@@ -26,7 +26,7 @@ class Proxy:
                 with contextlib.suppress(OSError):
                     proxy.answer(self)
 
-            do_POST = do_GET
+            do_POST = do_PUT = do_DELETE = do_GET
 
             def log_message(self, format: str, *arguments: Any) -> None:
                 pass

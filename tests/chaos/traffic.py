@@ -1,4 +1,4 @@
-"""Mixed connections to a lab's server, until standard input ends: long ones at a steady rate, short, lossy, failed ones.
+"""Mixed connections to a lab's server until standard input ends: long ones at a steady rate, short, lossy, failed ones.
 
 python -m tests.chaos.traffic SENDS_PER_S ADDRESS...
 
