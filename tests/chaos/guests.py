@@ -18,7 +18,7 @@ from pathlib import Path
 CLONE_NEWNET = 0x40000000
 ODD = (
     b"caf\xe9",
-    b"two\nlines",
+    b"tab\tand\rreturn",  # a line feed is the one byte that the kernel refuses in a cgroup's name
     b"2026-01-01 INFO ready",
     b"\x1b[31mred\x1b[0m",
     b"\xff" * 255,

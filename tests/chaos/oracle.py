@@ -151,8 +151,9 @@ def main(brokers: str, host: str, *topics: str) -> None:
                 if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
                     raise SystemExit(f"the oracle is too slow: {error.str()}")
                 continue
-            values[message.topic()].append(message.value())
-            at[message.topic(), message.partition()] = message.offset() + 1
+            topic, part, offset = message.topic() or "", message.partition() or 0, message.offset() or 0
+            values[topic].append(message.value())
+            at[topic, part] = offset + 1
             last = time.monotonic()
         for topic, some in values.items():
             oracle.add(topic, some)

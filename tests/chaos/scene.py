@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,7 +92,8 @@ class Scene:
             stack.callback(lambda: end(self.producer.life.process))
             self._poll_until = threading.Event()
             poller = threading.Thread(target=self._poll, daemon=True)
-            stack.callback(lambda: (self._poll_until.set(), poller.join(20)))
+            stack.callback(poller.join, 20)
+            stack.callback(self._poll_until.set)
             poller.start()
             self._stack = stack.pop_all()
         return self
@@ -101,7 +103,8 @@ class Scene:
 
     @property
     def has_clock(self) -> bool:
-        return FAKETIME.exists()
+        """Whether the producer's clock can be stepped: with libfaketime and a C compiler."""
+        return FAKETIME.exists() and shutil.which("cc") is not None
 
     def config(self, rules: str = "") -> bytes:
         """Return a configuration; `rules` stand before the one that keeps the lab's traffic."""
@@ -169,8 +172,10 @@ class Scene:
     def _env(self) -> dict[str, str]:
         if not self.has_clock:
             return {}
+        sleep = self.folder / "sleep.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", sleep, Path(__file__).with_name("sleep.c")], check=True)
         return {
-            "LD_PRELOAD": str(FAKETIME),
+            "LD_PRELOAD": f"{sleep}:{FAKETIME}",
             "FAKETIME_TIMESTAMP_FILE": str(self.clock),
             "FAKETIME_CACHE_DURATION": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
