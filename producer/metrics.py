@@ -175,7 +175,8 @@ class _StatusCollector(Collector):
 def registry(status: Callable[[], Status | None], idle_s: Callable[[], float]) -> CollectorRegistry:
     """Return all metrics, of which those of the status are taken when they are asked for."""
     metrics = CollectorRegistry()
-    for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _STEP_ERRORS, _DELIVERY, _STEPS, _StatusCollector(status, idle_s)):
+    for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _STEP_ERRORS, _DELIVERY, _STEPS):
         metrics.register(each)
+    metrics.register(_StatusCollector(status, idle_s))
     ProcessCollector(registry=metrics)
     return metrics

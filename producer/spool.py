@@ -141,7 +141,7 @@ class Spool:
         self.end = segment.end = self.end + len(batch)
 
     def read(self) -> Spooled | None:
-        """Return the next batch behind `sent`, which moves behind it; None where there is none. OSError: another try may work.
+        """Return the next batch behind `sent`, which moves behind it; None: there is none. OSError: try later.
 
         Events between the old `sent` and the batch cannot be read. Where that is so up to `end`, `sent` moves there.
         """

@@ -1,5 +1,6 @@
 """The producer of a chaos run: started again whenever it ends, and watched from outside."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from tests.kafka.rebpf import command
 STEP_LIMIT_S = 2.0
 START_LIMIT_S = 90.0
 MEMORY_EVERY_S = 5.0
-DELAY_EVERY_S = 0.5
+DELAY_EVERY_S = 0.2
 MOST_ENDS = 20
 _WRONG = re.compile(r"Traceback|internal error|unaccounted for|CRITICAL| ended:")
 _SLOW = re.compile(r"slow step step=(.*) seconds=([0-9.]+)")
@@ -185,9 +186,13 @@ class Producer:
                 self.life.memory.append((round(self.life.age_s, 1), anonymous_mb(self.pid)))
             if now_s >= self._delay_at:
                 self._delay_at = now_s + DELAY_EVERY_S
-                self._delays.append((now_s, cpu_delay_s(self.pid)))
+                self._sample_delay(now_s)
         except (OSError, ValueError, IndexError):  # it has just ended
             pass
+
+    def _sample_delay(self, now_s: float) -> None:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            self._delays.append((now_s, cpu_delay_s(self.pid)))
 
     def follow(self) -> None:
         """Read what it has logged."""
@@ -214,10 +219,12 @@ class Producer:
     def _slow(self, step: str, seconds: float) -> None:
         """Judge a step by the time that it did not wait for a CPU, or for SIGCONT."""
         end = time.monotonic()
-        begin = end - seconds - DELAY_EVERY_S
+        begin = end - seconds
         stopped = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in self.frozen)
-        waits = [delay for at, delay in self._delays if at >= begin - DELAY_EVERY_S]
-        waited = min(waits[-1] - waits[0], seconds) if waits else 0.0
+        self._sample_delay(end)
+        delays = [delay for at, delay in self._delays if at > begin]
+        delays = [delay for at, delay in self._delays if at <= begin][-1:] + delays
+        waited = min(delays[-1] - delays[0], seconds) if delays else 0.0
         net = seconds - stopped - waited
         self.longest_step_s = max(self.longest_step_s, net)
         if net > STEP_LIMIT_S:
