@@ -95,7 +95,7 @@ class Chaos:
             return
         self._life = life
         now = time.monotonic()
-        is_long = len(self._scene.producer.lives) % 6 == 0 and self._end_s - now > LONG_LIFE_S[0]
+        is_long = len(self._scene.producer.lives) % 6 == 1 and self._end_s - now > LONG_LIFE_S[0]
         self._life_until_s = now + self._chance.uniform(*(LONG_LIFE_S if is_long else SHORT_LIFE_S))
 
 

@@ -38,6 +38,7 @@ EVENTS_PER_SEND = 1.8
 """Each message is an event, and so are most of its acknowledgements."""
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 POLL_EVERY_S = 1.0
+STEER_EVERY_S, STEER_S, MOST_FACTOR = 5.0, 60.0, 1.6
 
 
 def python(*arguments: object) -> list[str]:
@@ -51,7 +52,9 @@ class Scene:
     def __init__(self, folder: Path, events_per_s: float, findings: Findings) -> None:
         self.folder = folder
         self.findings = findings
+        self.events_per_s = events_per_s
         self.sends_per_s = events_per_s / EVENTS_PER_SEND
+        self._began_s = self._steer_at = 0.0
         self.accounts = {topic: TopicAccount() for topic in TOPICS}
         self.lock = threading.Lock()
         """Of the accounts, and of what the poller sees."""
@@ -185,6 +188,7 @@ class Scene:
     def watch(self) -> None:
         """Look after what runs, and at what the poller saw."""
         self.producer.watch()
+        self._steer()
         with self.lock:
             seen, self.unhealthy = self.unhealthy, []
         for at_s, what in seen:
@@ -193,6 +197,21 @@ class Scene:
         for name, child in (("oracle", self.oracle), ("traffic", self.traffic)):
             if self._has_traffic and child.poll() is not None:
                 raise RuntimeError(f"{name} ended: {(self.folder / f'{name}.err').read_text()}")
+
+    def _steer(self) -> None:
+        """Send more, or less, where the events so far are fewer, or more, than they should be."""
+        now = time.monotonic()
+        if now < self._steer_at or not self._has_traffic:
+            return
+        self._steer_at = now + STEER_EVERY_S
+        with self.lock:
+            numbered = sum(account.numbered for account in self.accounts.values())
+        self._began_s = self._began_s or now - numbered / self.events_per_s
+        behind_s = now - self._began_s - numbered / self.events_per_s
+        assert self.traffic.stdin is not None
+        factor = min(MOST_FACTOR, max(1 / MOST_FACTOR, 1 + behind_s / STEER_S))
+        self.traffic.stdin.write(f"{self.sends_per_s * factor:.0f}\n")
+        self.traffic.stdin.flush()
 
     def end_traffic(self) -> None:
         self._has_traffic = False

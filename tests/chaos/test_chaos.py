@@ -24,6 +24,14 @@ def test_an_hour_of_chaos_costs_nothing_that_is_not_named(tmp_path: Path) -> Non
         pytest.skip("BPF programs, namespaces and mounts need root")
     if absent := fetch.missing():
         pytest.skip(f"NO REAL KAFKA: {', '.join(absent)} not installed")
-    command = [sys.executable, "-m", "tests.chaos", "--minutes", str(MINUTES), "--keep", str(tmp_path / "chaos")]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.chaos",
+        "--minutes",
+        str(MINUTES),
+        "--report",
+        str(tmp_path / "report.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
