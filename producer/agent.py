@@ -251,6 +251,7 @@ class _Run:
                 return
             if any(each.path.spooling for each in self.parts):
                 return  # Kafka does not take them
+            self.supervisor.attempt("status", self.pulse.step, None)
             time.sleep(self.config.capture.drain_interval_s / 5)
             if self.ring_stays:
                 pipeline.settle()

@@ -1,9 +1,13 @@
 """The system calls on files that a spool is made of, in one place, so that tests can have a disk that fails."""
 
+import errno
 import os
 from pathlib import Path
 
 from producer import statefile
+
+PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
+"""Numbers of errors that say nothing of the file: another try may work."""
 
 
 class Disk:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
+import numpy.ma  # numpy.unique would import it at its first call, when no descriptor may be left
 from numpy.typing import NDArray
 
 from producer import metrics

@@ -123,6 +123,18 @@ def observe_delivery(seconds: float, count: int) -> None:
     _DELIVERY.observe(seconds, count)
 
 
+_STEPS = _Histogram(
+    "rebpf_step_seconds",
+    "Seconds that a step of the loop took.",
+    (0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+
+
+def observe_step(seconds: float) -> None:
+    """Note that a step of the loop took so many seconds."""
+    _STEPS.observe(seconds, 1)
+
+
 class _StatusCollector(Collector):
     """Metrics of a status, which may not be there yet, and the seconds since the loop's last step."""
 
@@ -163,7 +175,8 @@ class _StatusCollector(Collector):
 def registry(status: Callable[[], Status | None], idle_s: Callable[[], float]) -> CollectorRegistry:
     """Return all metrics, of which those of the status are taken when they are asked for."""
     metrics = CollectorRegistry()
-    for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _STEP_ERRORS, _DELIVERY, _StatusCollector(status, idle_s)):
+    for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _STEP_ERRORS, _DELIVERY, _STEPS):
         metrics.register(each)
+    metrics.register(_StatusCollector(status, idle_s))
     ProcessCollector(registry=metrics)
     return metrics

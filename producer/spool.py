@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from producer import statefile
-from producer.disk import Disk
+from producer.disk import PASSING, Disk
 from producer.events import EncodedBatch, Stream
 from producer.segment import DamagedError, Reader, Spooled, block, container_schema, header, read_header
 from producer.spoolfiles import ASIDE, SEGMENT, Moment, files, made_at, size_bytes
@@ -141,7 +141,7 @@ class Spool:
         self.end = segment.end = self.end + len(batch)
 
     def read(self) -> Spooled | None:
-        """Return the next batch behind `sent`, which moves behind it; None where there is none.
+        """Return the next batch behind `sent`, which moves behind it; None: there is none. OSError: try later.
 
         Events between the old `sent` and the batch cannot be read. Where that is so up to `end`, `sent` moves there.
         """
@@ -154,8 +154,7 @@ class Spool:
             try:
                 spooled = reader.next()
             except OSError as error:
-                logger.error("spool: %s cannot be read: %s", segment.path, error.strerror)
-                segment.damaged = True
+                self._blame(segment, error)
                 spooled = None
             segment.damaged |= reader.damaged or segment.size > _MOST_FILE_BYTES
             if spooled is None:
@@ -303,7 +302,7 @@ class Spool:
             try:
                 descriptor, reader = self._open(segment)
             except OSError as error:
-                logger.error("spool: %s cannot be read: %s", segment.path, error.strerror)
+                self._blame(segment, error)
                 reader = None
             if reader is None:
                 segment.damaged = True
@@ -312,6 +311,14 @@ class Spool:
             self._reading = (segment, descriptor, reader)
             return True
         return False
+
+    @staticmethod
+    def _blame(segment: _Segment, error: OSError) -> None:
+        """Take a file that cannot be read for damaged; raise an error that says nothing of the file."""
+        if error.errno in PASSING:
+            raise error
+        logger.error("spool: %s cannot be read: %s", segment.path, error.strerror)
+        segment.damaged = True
 
     def _open(self, segment: _Segment) -> tuple[int, Reader | None]:
         """Open a segment for reading; no Reader where its header says nothing."""

@@ -303,7 +303,11 @@ class StreamPath:
         for _ in range(_MOST_BATCHES):
             if not sink.room(self.stream):
                 return False
-            spooled = self._spool.read()
+            try:
+                spooled = self._spool.read()
+            except OSError as error:
+                self.spool_trouble = error.strerror or str(error)
+                return False
             if spooled is None:
                 return False
             entry = self._entries[spooled.batch] = _Entry(spooled.batch, now_s, 0, first=spooled.first)

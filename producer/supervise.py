@@ -1,4 +1,7 @@
-"""The loop's steps, each by itself: one that fails is counted, logged and tried again, and does not stop the others."""
+"""The loop's steps, each by itself: one that fails is counted, logged and tried again, and does not stop the others.
+
+Each is measured, and one that takes long is logged.
+"""
 
 import logging
 import time
@@ -16,6 +19,7 @@ _FIRST_WAIT_S = 0.1
 _MAX_WAIT_S = 5.0
 _STUCK_S = 60.0
 _REPEAT_S = 60.0
+_SLOW_S = 1.0
 
 
 class StuckError(RebpfError):
@@ -53,6 +57,7 @@ class Supervisor:
         failing = self._failing.get(step)
         if failing and self._clock() < failing.retry_at_s:
             return otherwise
+        began_s = self._clock()
         try:
             result = work()
         except StuckError:  # of a step within this one
@@ -60,10 +65,18 @@ class Supervisor:
         except Exception as error:
             self._note(step, error, vital=vital)
             return otherwise
+        finally:
+            self._measure(step, self._clock() - began_s)
         if failing:
             del self._failing[step]
             logger.info("step recovered step=%s", step)
         return result
+
+    def _measure(self, step: str, seconds: float) -> None:
+        """Note how long a step took: while it runs, nothing else of the loop does."""
+        metrics.observe_step(seconds)
+        if seconds >= _SLOW_S:
+            logger.warning("slow step step=%s seconds=%.1f", step, seconds)
 
     def _note(self, step: str, error: Exception, *, vital: bool) -> None:
         now_s = self._clock()

@@ -92,9 +92,16 @@ class MemorySink:
 
 
 class FullDisk(Disk):
-    """Has room unless it is told otherwise."""
+    """Has room, and can be read, unless it is told otherwise."""
 
     full = False
+    unreadable = 0
+    """The number of the error that opening a file ends with."""
+
+    def open(self, path: Folder) -> int:
+        if self.unreadable:
+            raise OSError(self.unreadable, os.strerror(self.unreadable))
+        return super().open(path)
 
     def write(self, descriptor: int, data: memoryview) -> int:
         if self.full:

@@ -1,6 +1,8 @@
 """The sink against librdkafka's built-in cluster: what is acknowledged, sent again, lost, and how much is under way."""
 
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -404,3 +406,14 @@ def test_an_embedded_cluster_has_the_topics():
         assert {name: len(topic.partitions) for name, topic in topics.items()} == {"t": 4, "r": 4, "beats": 1}
     finally:
         sink.close()
+
+
+def test_delivery_reports_need_no_descriptor() -> None:
+    """numpy imports a part of itself when it is first needed, which fails where no descriptor is left."""
+    program = """
+import resource, numpy, producer.kafka
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 4096))
+numpy.unique(numpy.zeros(3))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

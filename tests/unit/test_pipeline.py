@@ -4,6 +4,7 @@ Ring, encoder and Kafka are in memory; the spool is real. All orders of events, 
 """
 
 import errno
+import os
 from pathlib import Path as Folder
 
 import numpy as np
@@ -163,6 +164,27 @@ def test_on_a_full_disk_events_stay_in_the_ring_until_there_is_room(tmp_path: Fo
         setup.sink.take_all()
         setup.pipeline.step()
     assert setup.sink.sent == list(range(11))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_spool_that_cannot_be_read_for_want_of_descriptors_or_memory_waits(tmp_path: Folder, number: int) -> None:
+    setup = Setup(tmp_path, most=5)
+    setup.arrive(5)
+    setup.pass_time(2 * AFTER_S)
+    setup.arrive(6)
+    setup.disk.unreadable = number
+    setup.sink.take_all()
+    setup.pipeline.step()
+    assert setup.transmits.spool_trouble == os.strerror(number)
+    assert setup.transmits.spooled == 6
+
+    setup.disk.unreadable = 0
+    for _ in range(5):
+        setup.pipeline.step()
+        setup.sink.take_all()
+    assert setup.sink.sent == list(range(11))
+    assert (setup.transmits.lost, setup.transmits.spool_trouble) == ({}, "")
+    setup.assert_balanced()
 
 
 def test_rows_that_the_disk_did_not_take_are_read_again(tmp_path: Folder) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from producer import metrics
 from producer.supervise import StuckError, Supervisor
 
 
@@ -49,3 +50,25 @@ def test_a_vital_step_that_works_now_and_then_goes_on() -> None:
     clock = Clock()
     supervisor = Supervisor(clock)
     run(supervisor, clock, [*[fail] * 20, *[int] * 10] * 20)
+
+
+def test_a_step_that_takes_long_is_measured_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    before = steps_over_2_s()
+
+    def hang() -> int:
+        clock.now_s += 3.5
+        raise FileNotFoundError
+
+    Supervisor(clock).attempt("look", hang, 0)
+    Supervisor(clock).attempt("other", int, 0)
+    assert "slow step step=look seconds=3.5" in caplog.messages
+    assert steps_over_2_s() == before + 1
+
+
+def steps_over_2_s() -> float:
+    found = metrics.registry(lambda: None, lambda: 0.0)
+    total, quick = (
+        found.get_sample_value("rebpf_step_seconds_bucket", {"le": bound}) or 0.0 for bound in ("+Inf", "2.0")
+    )
+    return total - quick
