@@ -94,7 +94,7 @@ class Endpoint:
 
     def _serve_at(self, path: Path) -> None:
         try:
-            server = _LocalServer(path, self._board)
+            server = _LocalServer(path, self._board, self._web)
         except OSError as error:
             logger.warning("metrics: no socket at %s, `rebpf status` will not work: %s", path, error.strerror or error)
             return
@@ -164,6 +164,10 @@ class _Server(ThreadingHTTPServer):
             self._served.discard(visit.accepted)
             self._places[path].release()
 
+    def settings(self) -> WebConfig:
+        """Return what is in force for a visitor who comes now."""
+        return self.web.current()
+
     def get_request(self) -> tuple[socket, Any]:
         try:
             return super().get_request()
@@ -215,13 +219,17 @@ class _LocalServer(_Server):
 
     address_family = AF_UNIX
 
-    def __init__(self, path: Path, board: Board) -> None:
+    def __init__(self, path: Path, board: Board, web: WebSettings) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError:  # a folder, say
             statefile.set_aside(path)
         self._path = path
-        super().__init__("", 0, board, WebSettings(None))
+        super().__init__("", 0, board, web)
+
+    def settings(self) -> WebConfig:
+        self.web.current()  # so that the status says what is wrong with it
+        return WebConfig()
 
     def server_bind(self) -> None:
         folder = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -262,7 +270,7 @@ class _Visit(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Read one request and answer it."""
-        web = self.server.web.current()
+        web = self.server.settings()
         self.headers_of_all = web.headers
         first = self.accepted.recv(1, MSG_PEEK)
         if first and web.tls and first == _TLS_HANDSHAKE:

@@ -379,6 +379,12 @@ def test_status_comes_by_the_socket_where_the_endpoint_asks_for_more(place: Plac
     assert not place.socket.exists()
 
 
+def test_who_asks_by_the_socket_learns_what_is_wrong_with_the_file(place: Place) -> None:
+    with place.serving(TLS + PASSWORDS):
+        (place.folder / "web.yml").write_text("colour: red")
+        wait_until("seen", lambda: ask(place.url, place.socket) and place.web.trouble, 30)
+
+
 def test_a_socket_that_cannot_be_found_or_is_something_else_is_not_asked(place: Place) -> None:
     with place.serving(TLS):
         place.socket.rename(place.folder / "real.sock")
