@@ -29,10 +29,11 @@ from producer.ruleset import Ruleset, resolve
 from producer.rungs import cgroup2_root
 from producer.sequence import EventNumbers
 from producer.signals import Flag
-from producer.state import StateFolder
+from producer.state import STATUS_SOCKET, StateFolder
 from producer.status import Status, summary
 from producer.streams import Quarantine, StreamBuilder, StreamParts
 from producer.supervise import StuckError, Supervisor
+from producer.web_config import WebSettings
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Agent:
         if privileges.missing(privileges.LOADING):  # before anything that an unprivileged user cannot do either
             raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
         settings = producer_settings(config.kafka.brokers, config.kafka.settings)
+        web = WebSettings(config.metrics.web_config_file)
         with ExitStack() as stack:
             folder = stack.enter_context(StateFolder(config.state_dir))
             ids = schema_ids(config, stop)
@@ -94,13 +96,14 @@ class Agent:
             parts = [builder.build(stream) for stream in STREAMS]
             hooks.drop_old_rings()
             board = Board()
-            endpoint = stack.enter_context(_endpoint(config, board)) if config.metrics.listen else None
+            endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
             rules = RulesInForce(hooks, config, ruleset, self._read, root)
             facts: dict[str, Any] = {
                 "brokers": brokers,
                 "registry": config.registry.url,
                 "topics": self._topics,
                 "status_url": endpoint and endpoint.url,
+                "status_socket": config.metrics.web_config_file is not None,
             }
             reporter = Reporter(config.host, hooks, sink, parts, self._topics)
 
@@ -119,6 +122,7 @@ class Agent:
 
             def status() -> Status:
                 reasons = [f"reload refused: {rules.refusal}"] if rules.refusal else []
+                reasons += [web.trouble] if web.trouble else []
                 return reporter.status(rules.version, [*supervisor.reasons, *reasons])
 
             between()
@@ -331,9 +335,10 @@ def _keeper(config: Config) -> PinFolder | FdStore | None:
     return PinFolder(config.capture.pin)
 
 
-def _endpoint(config: Config, board: Board) -> Endpoint:
+def _endpoint(config: Config, board: Board, web: WebSettings) -> Endpoint:
     host, _, port = config.metrics.listen.rpartition(":")
-    return Endpoint(host.strip("[]"), int(port), board)
+    local = config.state_dir / STATUS_SOCKET if config.metrics.web_config_file else None
+    return Endpoint(host.strip("[]"), int(port), board, web, local)
 
 
 def _hook_settings(config: Config, ruleset: Ruleset) -> HookSettings:

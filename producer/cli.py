@@ -216,7 +216,7 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
         raise UnavailableError(f"no producer runs with state_dir {folder}, or it is not ready")
     if not facts.get("status_url"):
         raise UnavailableError(f"the producer with pid {facts['pid']} has no endpoint: set metrics.listen")
-    report = ask(facts["status_url"])
+    report = ask(facts["status_url"], folder / state.STATUS_SOCKET if facts.get("status_socket") else None)
     echo(to_json(report) if as_json else table(report))
 
 

@@ -100,6 +100,8 @@ class Metrics:
 
     listen: str = "127.0.0.1:9465"
     """HOST:PORT of the HTTP endpoint; empty: none; port 0: any that is free."""
+    web_config_file: Path | None = None
+    """YAML file with the endpoint's TLS, passwords and headers, as --web.config.file of Prometheus' exporters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,8 +281,11 @@ def _check_numbers(table: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}: expected a whole number of at most 64 bits")
 
 
-def _read_bytes(path: Path) -> bytes:
-    """Return a file's content. Only a regular file of bounded size is read: a FIFO would wait, a device never end."""
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content; OSError or ConfigError where it has none.
+
+    Only a regular file of bounded size is read: a FIFO would wait, a device never end.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -296,7 +301,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read(path: Path) -> str:
     try:
-        return _read_bytes(path).decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except ValueError as error:  # not UTF-8, or a path with NUL
@@ -335,7 +340,7 @@ def read_secret(path: Path, where: str) -> str:
             raise ConfigError(f"{where}: systemd has given no credential {path}: LoadCredential={path}:FILE")
         path = Path(folder) / path
     try:
-        lines = _read_bytes(path).decode("utf-8-sig").splitlines()
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise ConfigError(f"{where}: {path}: {error.strerror}") from error
     except ConfigError as error:

@@ -1,7 +1,7 @@
-"""The producer's HTTP endpoint, for its operator and Prometheus, and how `rebpf status` asks it.
+"""The producer's HTTP endpoint, for its operator and Prometheus.
 
 GET /metrics   all metrics
-GET /healthz   200 while the loop makes steps, otherwise 503
+GET /healthz   200 while the loop makes steps, otherwise 503; asks for no password
 GET /readyz    200 and {"state", "reasons"} while the producer captures, also where it is degraded; otherwise 503
 GET /status    the whole status in JSON, or 503
 
@@ -9,143 +9,114 @@ The loop alone knows how things are, and nobody else touches its parts: a visito
 a status on the board. While nobody asks, that costs a look at a flag for each step.
 
 Visitors may be slow, many or hostile. Each visit has a deadline and a bound on what it sends; the oldest visitor is
-closed to make room for a new one; and few visitors at a time may wait for the loop. So /healthz always answers.
+closed to make room for a new one; and few visitors at a time may wait for the loop. So /healthz always answers. TLS
+changes none of this: the handshake belongs to the visit, in the visitor's own thread.
+
+Where the endpoint asks for certificates or passwords, `rebpf status` comes by a socket in the state folder, which the
+folder's mode protects.
 """
 
+import contextlib
 import http.client
 import io
 import json
 import logging
+import os
 import socketserver
+import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import AF_INET6, MSG_PEEK, SHUT_RDWR, SHUT_WR, socket
+from pathlib import Path
+from socket import AF_INET6, AF_UNIX, MSG_PEEK, SHUT_RDWR, SHUT_WR, socket
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from producer import metrics, statefile
-from producer.errors import UnavailableError
-from producer.status import Status
-from producer.text import printable
+from producer.board import Board as Board
+from producer.endpoint_client import ask as ask
+from producer.passwords import Passwords
+from producer.web_config import WebConfig, WebSettings
 
 logger = logging.getLogger(__name__)
 
 _VISIT_TIMEOUT_S = 5.0
-_MOST_STATUS_BYTES = 1 << 20
 _MAX_VISITORS = 32
 _MAX_WAITING_PER_PAGE = 8
 _MAX_REQUEST_BYTES = 16 << 10
 _METHODS = ("GET", "HEAD")
+_WITHOUT_PASSWORD = ("/healthz",)
+_TLS_HANDSHAKE = b"\x16"
 _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
 
 Answer = tuple[HTTPStatus, str, bytes]
 
 
-class Board:
-    """Where the loop leaves its status for other threads.
+class Endpoint:
+    """Serves while it is entered. A port that cannot be had is a warning, and `url` is then None.
 
-    They wait at most `answer_timeout_s` for one; a loop that has made no step for `hangs_after_s` is held to hang.
+    `local` is the path of a socket that serves the same without TLS and passwords.
     """
 
-    def __init__(self, *, hangs_after_s: float = 10.0, answer_timeout_s: float = 2.0) -> None:
-        self._hangs_after_s = hangs_after_s
-        self._answer_timeout_s = answer_timeout_s
-        self._fresh = threading.Condition()
-        self._wanted = False
-        self._status: Status | None = None
-        self._number = 0
-        self._stepped_at = time.monotonic()
-
-    def step(self, status: Callable[[], Status]) -> None:
-        """Note a step of the loop; make and leave a status where somebody waits for it."""
-        self._stepped_at = time.monotonic()
-        if self._wanted or self._status is None:
-            self.leave(status())
-
-    def leave(self, status: Status) -> None:
-        """Leave a status that was made anyway."""
-        with self._fresh:
-            self._status, self._wanted = status, False
-            self._number += 1
-            self._fresh.notify_all()
-
-    def idle_s(self) -> float:
-        """Return the seconds since the loop's last step, or since this object was made."""
-        return time.monotonic() - self._stepped_at
-
-    def trouble(self) -> str | None:
-        """Return what the loop does wrong; None where it makes its steps."""
-        idle_s = self.idle_s()
-        return f"has made no step for {idle_s:.1f} s" if idle_s > self._hangs_after_s else None
-
-    def last(self) -> Status | None:
-        """Return the status of the loop's next step, or the last one where the loop does not make it in time.
-
-        None before the first.
-        """
-        with self._fresh:
-            number = self._number
-            if self._status is not None:
-                self._wanted = True
-                self._fresh.wait_for(lambda: self._number > number, self._answer_timeout_s)
-            return self._status
-
-
-class Endpoint:
-    """Serves while it is entered. A port that cannot be had is a warning, and `url` is then None."""
-
-    def __init__(self, host: str, port: int, board: Board) -> None:
+    def __init__(
+        self, host: str, port: int, board: Board, web: WebSettings | None = None, local: Path | None = None
+    ) -> None:
         self._host, self._port, self._board = host, port, board
-        self._server: _Server | None = None
+        self._web = web or WebSettings(None)
+        self._local = local
+        self._stack = contextlib.ExitStack()
         self.url: str | None = None
         """Where it is to be found."""
 
     def __enter__(self) -> "Endpoint":
         try:
-            self._server = _Server(self._host, self._port, self._board)
+            server = _Server(self._host, self._port, self._board, self._web)
         except OSError as error:
             logger.warning("metrics: no endpoint at %s port %d: %s", self._host, self._port, error.strerror or error)
             return self
         host = f"[{self._host}]" if ":" in self._host else self._host
-        self.url = f"http://{host}:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve, name="endpoint", daemon=True)
-        self._thread.start()
+        scheme = "https" if self._web.current().tls else "http"
+        self.url = f"{scheme}://{host}:{server.server_address[1]}"
+        self._stack.enter_context(_running(server, "endpoint"))
+        if self._local:
+            self._serve_at(self._local)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._server:
-            self._server.stop()
-            self._thread.join()
-            self._server.server_close()
+        self._stack.close()
+
+    def _serve_at(self, path: Path) -> None:
+        try:
+            server = _LocalServer(path, self._board, self._web)
+        except OSError as error:
+            logger.warning("metrics: no socket at %s, `rebpf status` will not work: %s", path, error.strerror or error)
+            return
+        self._stack.callback(_unlink, path)
+        self._stack.enter_context(_running(server, "endpoint-local"))
 
 
-def ask(url: str) -> dict[str, Any]:
-    """Return the status of the producer whose endpoint is at `url`; UnavailableError where it does not answer."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=_VISIT_TIMEOUT_S)
+@contextlib.contextmanager
+def _running(server: "_Server", name: str) -> Iterator[None]:
+    thread = threading.Thread(target=server.serve, name=name, daemon=True)
+    thread.start()
     try:
-        connection.request("GET", "/status")
-        response = connection.getresponse()
-        status = statefile.parse(response.read(_MOST_STATUS_BYTES))
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UnavailableError(f"the producer does not answer at {url}/status: {error or 'nothing'}") from error
+        yield
     finally:
-        connection.close()
-    if not isinstance(status, dict):
-        raise UnavailableError(f"{url}/status: expected a producer's status, found something else")
-    if response.status != HTTPStatus.OK:
-        reasons = status.get("reasons")
-        reason = reasons[0] if isinstance(reasons, list) and reasons else f"answers with status {response.status}"
-        raise UnavailableError(printable(f"the producer {reason}"))
-    return status
+        server.stop()
+        thread.join()
+        server.server_close()
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 class _Server(ThreadingHTTPServer):
@@ -158,10 +129,12 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_port = False
     request_queue_size = 64
 
-    def __init__(self, host: str, port: int, board: Board) -> None:
+    def __init__(self, host: str, port: int, board: Board, web: WebSettings) -> None:
         if ":" in host:
             self.address_family = AF_INET6
         self.board = board
+        self.web = web
+        self.passwords = Passwords()
         self.metrics = metrics.registry(board.last, board.idle_s)
         self._deadlines: dict[socket, float] = {}  # of all visitors, the oldest first
         self._served: set[socket] = set()  # those who wait for us: the others we wait for
@@ -185,11 +158,15 @@ class _Server(ThreadingHTTPServer):
         if not self._places[path].acquire(blocking=False):
             return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"too many visitors wait for this page\n"
         try:
-            self._served.add(visit.connection)
+            self._served.add(visit.accepted)
             return _PAGES[path](visit)
         finally:
-            self._served.discard(visit.connection)
+            self._served.discard(visit.accepted)
             self._places[path].release()
+
+    def settings(self) -> WebConfig:
+        """Return what is in force for a visitor who comes now."""
+        return self.web.current()
 
     def get_request(self) -> tuple[socket, Any]:
         try:
@@ -237,6 +214,31 @@ class _Server(ThreadingHTTPServer):
             logger.debug("metrics: a visitor was gone already")
 
 
+class _LocalServer(_Server):
+    """Serves by a socket in a folder, without TLS and passwords."""
+
+    address_family = AF_UNIX
+
+    def __init__(self, path: Path, board: Board, web: WebSettings) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:  # a folder, say
+            statefile.set_aside(path)
+        self._path = path
+        super().__init__("", 0, board, web)
+
+    def settings(self) -> WebConfig:
+        self.web.current()  # so that the status says what is wrong with it
+        return WebConfig()
+
+    def server_bind(self) -> None:
+        folder = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.socket.bind(f"/proc/self/fd/{folder}/{self._path.name}")  # a path of any length
+        finally:
+            os.close(folder)
+
+
 class _Request(io.BufferedReader):
     """What a visitor sends, up to a bound."""
 
@@ -255,21 +257,47 @@ class _Visit(BaseHTTPRequestHandler):
     timeout = _VISIT_TIMEOUT_S
     command, requestline, request_version = "", "", "HTTP/1.0"  # for an error before they are known
 
+    headers_of_all: Mapping[str, str] = {}
+
     def setup(self) -> None:
+        self.accepted: socket = self.request
+        self._speak_by(self.accepted)
+
+    def _speak_by(self, connection: socket) -> None:
+        self.request = connection
         super().setup()
         self.rfile = _Request(self.rfile.detach())
 
     def handle(self) -> None:
         """Read one request and answer it."""
-        first = self.connection.recv(1, MSG_PEEK)
-        if first and not first.isalpha():  # a TLS client would wait for an answer to its first message
+        web = self.server.settings()
+        self.headers_of_all = web.headers
+        first = self.accepted.recv(1, MSG_PEEK)
+        if first and web.tls and first == _TLS_HANDSHAKE:
+            self._handle_tls(web, web.tls)
+        elif first and web.tls:
+            self.send_error(HTTPStatus.BAD_REQUEST, "Expected HTTPS")
+        elif first and not first.isalpha():  # a TLS client would wait for an answer to its first message
             self.send_error(HTTPStatus.BAD_REQUEST, "Expected HTTP without TLS")
         elif first and self._read():
-            self._answer()
+            self._answer(web)
         # Unread bytes would make the kernel reset the connection, and the visitor lose the answer.
-        self.connection.shutdown(SHUT_WR)
-        while self.connection.recv(1 << 16):
+        self.accepted.shutdown(SHUT_WR)
+        while self.accepted.recv(1 << 16):
             pass
+
+    def _handle_tls(self, web: WebConfig, context: ssl.SSLContext) -> None:
+        # Of a copy: the server ends the visit by the accepted socket, whatever OpenSSL waits for.
+        own = context.wrap_socket(self.accepted.dup(), server_side=True, do_handshake_on_connect=False)
+        with own, contextlib.suppress(OSError):
+            own.do_handshake()
+            if web.admits(own.getpeercert()):
+                self.rfile.close()
+                self._speak_by(own)
+                if self._read():
+                    self._answer(web)
+            own.settimeout(0)  # say that this is the end, and wait for no answer
+            own.unwrap()
 
     def _read(self) -> bool:
         try:
@@ -279,22 +307,35 @@ class _Visit(BaseHTTPRequestHandler):
             return False
         return self.parse_request()
 
-    def _answer(self) -> None:
+    def _answer(self, web: WebConfig) -> None:
         path = self.path.partition("?")[0]
+        if web.users and path not in _WITHOUT_PASSWORD:
+            code = self.server.passwords.check(web.users, self.headers.get("Authorization"), self.client_address[0])
+            if code != HTTPStatus.OK:
+                challenge = {"WWW-Authenticate": 'Basic realm="rebpf", charset="UTF-8"'}
+                more = challenge if code == HTTPStatus.UNAUTHORIZED else {"Retry-After": "1"}
+                self._send(code, _TEXT, f"{code.phrase}\n".encode(), more)
+                return
         if path not in _PAGES:
             self.send_error(HTTPStatus.NOT_FOUND)
-            return
-        code, kind, body = HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"expected GET or HEAD\n"
-        if self.command in _METHODS:
-            code, kind, body = self.server.make(path, self)
+        elif self.command not in _METHODS:
+            allowed = {"Allow": ", ".join(_METHODS)}
+            self._send(HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"expected GET or HEAD\n", allowed)
+        else:
+            self._send(*self.server.make(path, self), {})
+
+    def _send(self, code: HTTPStatus, kind: str, body: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(code)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        if code == HTTPStatus.METHOD_NOT_ALLOWED:
-            self.send_header("Allow", ", ".join(_METHODS))
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def end_headers(self) -> None:
+        for name, value in self.headers_of_all.items():
+            self.send_header(name, value)
+        super().end_headers()
 
     def version_string(self) -> str:
         return "rebpf"

@@ -21,6 +21,7 @@ from producer.registry_client import RegistryClient
 from producer.ruleset import resolve
 from producer.rungs import LADDERS, cgroup2_root, refusal
 from producer.state import is_locked, pid
+from producer.web_config import WebSettings
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
@@ -65,6 +66,11 @@ def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
                 RegistryClient(config.registry)
     except ConfigError as error:
         yield Finding("registry", str(error), error.exit_code)
+    try:
+        with placed(path):
+            WebSettings(config.metrics.web_config_file)
+    except ConfigError as error:
+        yield Finding("metrics.web_config_file", str(error), error.exit_code)
     try:
         with placed(path):
             resolve(config, cgroup2_root()).tables()

@@ -3,6 +3,7 @@
 agent.json   {"pid": ..., "brokers": "HOST:PORT", ...}: written when the producer is ready, removed when it stops. A
              producer that was killed leaves it behind; it counts only while its lock is held.
 ledger.*     each stream's account (producer.ledger); sequence.json: the numbers of events (producer.sequence).
+status.sock  by which `rebpf status` asks, where the endpoint has passwords or certificates (producer.endpoint).
 compiled/    the programs as they were compiled (producer.compiled).
 spool/, quarantine/    events that wait for Kafka, and messages that it has refused (producer.spool).
 lock         locked (flock) while a producer runs; the kernel lets go of it however the producer ends.
@@ -35,12 +36,15 @@ _LOCKING = Retrying(
     reraise=True,
 )
 
+STATUS_SOCKET = "status.sock"
+
 _RELOAD_TIMEOUT_S = 10.0
 _MOST_FACTS_BYTES = 1 << 16
 _FACTS: dict[str, type | tuple[type, ...]] = {
     "brokers": str,
     "registry": (str, type(None)),
     "status_url": (str, type(None)),
+    "status_socket": bool,
     "rules_version": int,
     "reloads": int,
     "reload_refused": str,

@@ -68,6 +68,7 @@ def check(config: Any) -> None:
     _check_spool(config.spool)
     if config.metrics.listen:
         _check_listen(config.metrics.listen)
+    _check_path("metrics.web_config_file", config.metrics.web_config_file)
     _check_registry(config.registry)
     _check_alert(config.alert)
     for number, rule in enumerate(config.rules, 1):

@@ -30,6 +30,7 @@ PACKAGING = ROOT / "deploy" / "packaging"
 SUITES = tomllib.loads((PACKAGING / "suites.toml").read_text())
 
 UNIT = "usr/lib/systemd/system/rebpf.service"
+DROP_IN = f"{UNIT}.d/restart.conf"
 PLACES = (
     "etc/rebpf/rebpf.toml",
     "usr/bin/rebpf",
@@ -121,6 +122,7 @@ def test_nothing_tells_where_it_was_built(package: Package) -> None:
 
 def test_what_is_in_it_is_what_is_in_the_tree(package: Package) -> None:
     assert (package.root / UNIT).read_bytes() == (ROOT / "deploy/systemd/rebpf.service").read_bytes()
+    assert (package.root / DROP_IN).exists() == (SUITES[package.suite]["systemd"] >= 254)
     ours = _files(package.private / "producer")
     sources = {str(path.relative_to(ROOT / "producer")): path.read_bytes() for path in ROOT.glob("producer/**/*.py")}
     data = {f"data/{name}/{file}": text for name in ("bpf", "schemas") for file, text in _files(ROOT / name).items()}

@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import bcrypt
 import pytest
 
 from producer import metrics
 from producer.balance import Balance
 from producer.endpoint import Board, Endpoint
+from producer.web_config import WebSettings
+from tests.servers.certificates import Authority
 from tests.servers.prometheus import Prometheus, programs
 from tests.unit.statuses import status
 
@@ -62,6 +65,40 @@ def endpoint() -> Iterator[tuple[Board, str]]:
     with Endpoint("127.0.0.1", 0, board) as served:
         assert served.url
         yield board, served.url
+
+
+def test_prometheus_scrapes_an_endpoint_with_tls_a_client_certificate_and_a_password(
+    promtool: Callable[..., str], tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    server, client = authority.issue("server"), authority.issue("prometheus")
+    hashed = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
+    (tmp_path / "web.yml").write_text(
+        f"tls_server_config: {{cert_file: {server.certificate}, key_file: {server.key},\n"
+        "  client_ca_file: authority.pem,"
+        "  client_auth_type: RequireAndVerifyClientCert, client_allowed_sans: [localhost]}\n"
+        f"basic_auth_users: {{prometheus: {hashed}}}\n"
+    )
+    promtool("check", "web-config", str(tmp_path / "web.yml"))
+    board = Board(answer_timeout_s=0.01)
+    board.step(status)
+    with Endpoint("127.0.0.1", 0, board, WebSettings(tmp_path / "web.yml")) as served:
+        assert served.url
+        jobs = "".join(
+            f"""
+- job_name: {name}
+  scheme: https
+  scrape_interval: 1s
+  basic_auth: {{username: prometheus, password: {password}}}
+  tls_config: {{ca_file: {authority.certificate}, cert_file: {client.certificate}, key_file: {client.key}}}
+  static_configs: [{{targets: ["{served.url.removeprefix("https://")}"]}}]"""
+            for name, password in (("right", "secret"), ("wrong", "guess"))
+        )
+        (tmp_path / "prometheus.yml").write_text(f"scrape_configs:{jobs}\n")
+        with Prometheus(tmp_path, tmp_path / "prometheus.yml") as scraper:
+            wait_for(lambda: scraper.query('rebpf_events_passed_total{job="right"}'))
+            wait_for(lambda: scraper.query('up{job="wrong"} == 0'))
+            assert scraper.query('rebpf_events_passed_total{job="wrong"}') == []
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ after_s = 0.5
 
 [metrics]
 listen = "[::1]:0"
+web_config_file = "/etc/rebpf/web.yml"
 
 [registry]
 url = "http://registry:8081"
@@ -165,7 +166,7 @@ def test_every_setting_can_be_read(read):
             keep="new",
             after_s=0.5,
         ),
-        metrics=Metrics(listen="[::1]:0"),
+        metrics=Metrics(listen="[::1]:0", web_config_file=Path("/etc/rebpf/web.yml")),
         registry=Registry(
             url="http://registry:8081",
             register=True,

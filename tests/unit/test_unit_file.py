@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from producer.config import Capture
+from producer.config import Capture, Metrics
 from producer.errors import ConfigError, PermissionDenied, UsageError
 from producer.privileges import NAMES
 
-UNIT = Path(__file__).resolve().parents[2] / "deploy/systemd/rebpf.service"
+ROOT = Path(__file__).resolve().parents[2]
+UNIT = ROOT / "deploy/systemd/rebpf.service"
+SECURITY = ROOT / "docs/security.md"
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +70,44 @@ def test_it_leaves_no_core_dump_and_shares_no_memory_with_others(service):
     assert service["KeyringMode"] == "private"
 
 
-def test_the_ports_it_may_listen_on_are_left_to_a_drop_in(service):
-    assert "SocketBindDeny" not in service, "the embedded broker listens on any free port"
-    assert "#   SocketBindDeny=any\n#   SocketBindAllow=tcp:" in UNIT.read_text()
+def test_it_listens_by_tcp_alone_and_a_drop_in_names_the_port(service):
+    assert (service["SocketBindDeny"], service["SocketBindAllow"]) == ("any", "tcp")
+    drop_in = f"SocketBindAllow=\n{{0}}SocketBindAllow=tcp:{Metrics().listen.rpartition(':')[2]}\n"
+    assert "#   " + drop_in.format("#   ") in UNIT.read_text()
+    assert drop_in.format("") in SECURITY.read_text()
 
 
-def test_its_exposure_is_low():
+def analyzed(*words):
     if not shutil.which("systemd-analyze"):
         pytest.skip("NO systemd-analyze: the virtual machines' tests look at the score")
-    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=15", str(UNIT)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["systemd-analyze", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={"LC_ALL": "C.UTF-8", "COLUMNS": "300"})
     print(done.stdout, done.stderr)
+    return done
+
+
+@pytest.fixture
+def unit(tmp_path):
+    """The unit by itself, without the drop-in of later systemds, and with a program that is here."""
+    copy = tmp_path / UNIT.name
+    copy.write_text(UNIT.read_text().replace("/usr/bin/rebpf", "/bin/true"))
+    return copy
+
+
+def test_systemd_has_nothing_to_say_of_it(unit):
+    done = analyzed("verify", "--man=no", str(unit))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_its_exposure_is_low_and_each_finding_has_its_reason(unit):
+    done = analyzed("security", "--offline=true", "--no-pager", "--threshold=15", str(unit))
     score = re.search(r"exposure level for rebpf.service: (\d+\.\d+)", done.stdout)
     assert score is not None
     assert float(score[1]) <= 1.5
+    text = SECURITY.read_text().replace("\\", "")
+    found = re.findall(r"^\S+ (\S+) .* 0\.\d\s*$", done.stdout, re.MULTILINE)
+    assert len(found) >= 8
+    assert [name for name in found if name not in text and name.partition("=")[2] not in text] == []
 
 
 def allowed_networks():
