@@ -90,7 +90,7 @@ class Member:
         self._brokers = brokers
         self._stop = stop
         self._topics = topics_of(config)
-        self._decoder = Decoder(config.registry, _FIXED_SCHEMAS)
+        self._decoder = Decoder(config.registry, _FIXED_SCHEMAS, stop=stop)
         self._shares = Shares(
             config.alert, self._topics, self._decoder, self.counts, self._known, from_beginning=from_beginning
         )
