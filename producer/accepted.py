@@ -5,8 +5,8 @@ makes a list of any length from a few bytes, a record within itself exhausts the
 parts that ours consist of, and each of them takes at least one byte: a value has no more items than its message bytes.
 
 Our schemas are compatible both ways (FULL_TRANSITIVE), so each version has the fields without a default, and a field
-has the same type in all versions. A schema that differs in this is not ours, whatever its name: what is decoded with the
-others has the fields and types that the code that reads it expects.
+has the same type in all versions. A schema that differs in this is not ours, whatever its name: what is decoded with
+the others has the fields and types that the code that reads it expects.
 """
 
 import json
