@@ -86,7 +86,7 @@ class Part(ABC):
         self.until: tuple[int, int] | None = None
         """Where it ended, at a time in nanoseconds; None as soon as it has been read up to there."""
         self._stage = stage
-        self._warned: set[str] = set()
+        self._is_warned = self._is_crowded = False
 
     @property
     def next(self) -> int:
@@ -103,15 +103,12 @@ class Part(ABC):
         except Exception as exc:  # whoever writes to the topic must not end its readers
             self._stage.next = offset + 1
             self.counts.undecodable += 1
-            self._warn("passing over messages", repr(exc))
-        else:
-            if self.counts.crowded > crowded:
-                self._warn("no room for all groups", "too many hosts, peers or flows: see docs/alerting.md")
-
-    def _warn(self, what: str, why: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            logger.warning("%s of topic=%s: %s", what, self.topic, why[:_SHOWN])
+            if not self._is_warned:
+                self._is_warned = True
+                logger.warning("passing over messages of topic=%s: %s", self.topic, repr(exc)[:_SHOWN])
+        if self.counts.crowded > crowded and not self._is_crowded:
+            self._is_crowded = True
+            logger.warning("no room for more groups of topic=%s: not all are watched", self.topic)
 
     def end(self, offset: int) -> None:
         """Note that there is nothing before this offset that was not read."""
