@@ -3,19 +3,36 @@
 Whoever may write to a topic and to the registry chooses the schema, and with it what decoding costs: an `array of null`
 makes a list of any length from a few bytes, a record within itself exhausts the stack. So a schema is made anew of the
 parts that ours consist of, and each of them takes at least one byte: a value has no more items than its message bytes.
+
+Our schemas are compatible both ways (FULL_TRANSITIVE), so each version has the fields without a default, and a field
+has the same type in all versions. A schema that differs in this is not ours, whatever its name: what is decoded with
+the others has the fields and types that the code that reads it expects.
 """
 
 import json
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import fastavro
+
+from producer.paths import SCHEMAS
 
 MOST_VALUE_BYTES = 1 << 20
 """Longest message value that is decoded."""
 MOST_SCHEMA_BYTES = 64 << 10
 """Longest text of a schema."""
 
+MOST_FIELDS = 200
+"""Fields of a record; ours have up to 45."""
+
 _NAMESPACE = "rebpf.v1"
+_FILES = {
+    "TcpTransmit": "tcp_transmit.avsc",
+    "TcpRetransmit": "tcp_retransmit.avsc",
+    "TcpAlert": "tcp_alerts.avsc",
+    "RebpfAgent": "rebpf_agent.avsc",
+}
 _LEVELS = {"TcpTransmit": 1, "TcpRetransmit": 1, "TcpAlert": 1, "RebpfAgent": 3}
 """Our records, and how deep they have records in lists."""
 _PRIMITIVES = frozenset({"boolean", "int", "long", "float", "double", "bytes", "string"})
@@ -39,8 +56,10 @@ def accepted(text: str) -> Any:
     namespace, _, name = _full_name(schema).rpartition(".")
     if namespace != _NAMESPACE or name not in _LEVELS:
         raise NotAccepted(f"it is not a record of {_NAMESPACE}: {_shown(schema.get('name'))}")
+    record = _record(schema, _LEVELS[name])
+    _demand(record, _ours(name))
     try:
-        return fastavro.parse_schema(_record(schema, _LEVELS[name]))
+        return fastavro.parse_schema(record)
     except fastavro.schema.SchemaParseException as error:
         raise NotAccepted(str(error)[:_SHOWN]) from error
 
@@ -56,10 +75,44 @@ def _record(schema: dict[str, Any], levels: int) -> dict[str, Any]:
     fields = schema.get("fields")
     if schema.get("type") != "record" or not isinstance(fields, list) or not fields:
         raise NotAccepted("it has something else than a record with fields")
+    if len(fields) > MOST_FIELDS:
+        raise NotAccepted(f"it has a record with more than {MOST_FIELDS} fields")
     if levels == 0:
         raise NotAccepted("it has records within records where ours have none")
     name = _full_name({"namespace": _NAMESPACE, **schema})
     return {"type": "record", "name": name, "fields": [_field(field, levels) for field in fields]}
+
+
+@cache
+def _ours(name: str) -> Mapping[str, Any]:
+    """Return this version's schema of a record."""
+    schema: Mapping[str, Any] = json.loads((SCHEMAS / _FILES[name]).read_text())
+    return schema
+
+
+def _demand(record: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise NotAccepted where a record lacks a field that all versions have, or has one with another type."""
+    types = {field["name"]: field["type"] for field in record["fields"]}
+    if len(types) < len(record["fields"]):
+        raise NotAccepted("it has two fields of one name")
+    for field in ours["fields"]:
+        name, kind = field["name"], field["type"]
+        if name not in types:
+            if "default" not in field:
+                raise NotAccepted(f"it has no field {name}")
+        elif (nested := _nested(kind)) is None:
+            if types[name] != _type(kind, 0):
+                raise NotAccepted(f"its field {name} has another type than ours")
+        elif (found := _nested(types[name])) is None:
+            raise NotAccepted(f"its field {name} is no list of records")
+        else:
+            _demand(found, nested)
+
+
+def _nested(kind: Any) -> Mapping[str, Any] | None:
+    """Return the record that a list consists of; None of other types."""
+    items = kind.get("items") if isinstance(kind, dict) else None
+    return items if isinstance(items, dict) and items.get("type") == "record" else None
 
 
 def _field(field: Any, levels: int) -> dict[str, Any]:

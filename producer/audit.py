@@ -1,16 +1,18 @@
 """What a topic holds, by host and boot: events, duplicates, gaps, and the order within each flow.
 
 Memory: a bit for each number of an event (gaps.py), the counters, and the last time of the flows seen most recently.
+Each has a bound, since who writes to the topic chooses hosts and numbers: what has no room is counted as unchecked.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from producer.gaps import Gaps, Numbers, find_gaps
+from producer.gaps import MOST_PAGES, Gaps, Numbers, find_gaps
 
 ALL = 0
 """`complete_from_ms` of a topic of which nothing has been deleted."""
+MOST_BOOTS = 100_000
 _FLOWS = 1 << 19
 _NEVER = (1 << 63) - 1
 
@@ -98,9 +100,14 @@ class Audit:
     Nothing sent after `complete_from_ms` has been deleted from the topic.
     """
 
-    def __init__(self, complete_from_ms: float = ALL, flows: int = _FLOWS) -> None:
+    def __init__(
+        self, complete_from_ms: float = ALL, flows: int = _FLOWS, boots: int = MOST_BOOTS, pages: int = MOST_PAGES
+    ) -> None:
+        self.unchecked = 0
+        """Events of more boots, or of more scattered numbers, than there is room for."""
         self._complete_from_ms = complete_from_ms
-        self._numbers = Numbers()
+        self._most_boots = boots
+        self._numbers = Numbers(pages)
         self._order = _Order(flows)
         self._boots: dict[tuple[str, str], _Boot] = {}
         self._counters: list[_Counter] = []
@@ -112,7 +119,11 @@ class Audit:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Look at some messages."""
-        counters = [self._counter(row) for row in rows]
+        found = [(row, counter) for row in rows if (counter := self._counter(row)) is not None]
+        self.unchecked += len(rows) - len(found)
+        if not found:
+            return
+        rows, counters = [row for row, _ in found], [counter for _, counter in found]
         new = self._numbers.add([each.index for each in counters], [row.cpu_seq for row in rows])
         for row, counter, is_new in zip(rows, counters, new.tolist(), strict=True):
             boot = counter.boot
@@ -137,14 +148,20 @@ class Audit:
         for boot in sorted(self._boots.values(), key=lambda boot: (boot.host, boot.first_ns)):
             yield _report(boot, {cpu: gaps[counter.index] for cpu, counter in sorted(boot.counters.items())})
 
-    def _counter(self, row: Row) -> _Counter:
+    def _counter(self, row: Row) -> _Counter | None:
+        """Return a row's counter; None where there is no room for it or for its number."""
         boot = self._boots.get((row.host, row.boot_id))
+        if boot is None and len(self._boots) >= self._most_boots:
+            return None
+        counter = boot.counters.get(row.cpu) if boot is not None else None
+        index = len(self._counters) if counter is None else counter.index
+        if not self._numbers.has_room(index, row.cpu_seq):
+            return None
         if boot is None:
             boot = self._boots[row.host, row.boot_id] = _Boot(row.host, row.boot_id)
-        counter = boot.counters.get(row.cpu)
         if counter is None:
             complete_from = ALL if self._complete_from_ms == ALL else _NEVER
-            counter = boot.counters[row.cpu] = _Counter(len(self._counters), boot, complete_from)
+            counter = boot.counters[row.cpu] = _Counter(index, boot, complete_from)
             self._counters.append(counter)
         return counter
 

@@ -51,11 +51,12 @@ def alert(
     where = settings.kafka.brokers
     if where is None:
         usage("alert needs --brokers")
+    stop = stop_on_signals()
     member = Member(
         settings,
         where,
-        lambda wait: open_sinks(settings, where, wait, as_json=as_json),
-        stop_on_signals(),
+        lambda wait: open_sinks(settings, where, wait, as_json=as_json, stop=stop),
+        stop,
         from_beginning=from_beginning,
     )
     member.run(duration)

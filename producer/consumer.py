@@ -31,6 +31,8 @@ class QuietConsumer:
             "allow.auto.create.topics": False,
             "auto.offset.reset": "earliest",
             "socket.keepalive.enable": True,
+            # Ours are in no transaction, and one that somebody leaves open would hide them.
+            "isolation.level": "read_uncommitted",
             **consumer_settings(settings),
             "bootstrap.servers": brokers,
             "group.id": f"rebpf-{purpose}-{uuid.uuid4()}",

@@ -6,7 +6,7 @@ from typing import Any
 
 import fastavro
 
-from producer.decode import MOST_SCHEMAS, Decoder, UndecodableError, unframed
+from producer.decode import MOST_SCHEMAS, MOST_TEXT, Decoder, UndecodableError, unframed
 
 _TYPES = {"ts_ns": {"long"}, "host": {"string"}, "boot_id": {"string"}, "cpu": {"int", "long"}, "cpu_seq": {"long"}}
 
@@ -30,6 +30,8 @@ class FrontReader:
             record: Any = fastavro.schemaless_reader(io.BytesIO(body), front, None)
         except (EOFError, ValueError, IndexError, OverflowError, MemoryError) as exc:
             raise UndecodableError(f"not a value of schema {schema_id}") from exc
+        if len(record["host"]) > MOST_TEXT or len(record["boot_id"]) > MOST_TEXT:
+            raise UndecodableError(f"a text of more than {MOST_TEXT} characters")
         if not (0 < record["cpu_seq"] < 1 << 63 and -1 << 63 <= record["ts_ns"] < 1 << 63):
             raise UndecodableError("not the number and time of an event")
         return record  # type: ignore[no-any-return]  # a record is a dict: _cut made sure
@@ -38,14 +40,17 @@ class FrontReader:
         if schema_id in self._refused:
             raise UndecodableError(self._refused[schema_id])
         try:
-            self._fronts[schema_id] = self._cut(schema_id)
+            front = self._cut(schema_id)
         except UndecodableError as exc:
             # A topic may be full of them, and a registry is asked once.
             if len(self._refused) >= MOST_SCHEMAS:
                 self._refused.clear()
             self._refused[schema_id] = str(exc)
             raise
-        return self._fronts[schema_id]
+        if len(self._fronts) >= MOST_SCHEMAS:
+            self._fronts.clear()
+        self._fronts[schema_id] = front
+        return front
 
     def _cut(self, schema_id: int) -> Any:
         schema = self._decoder.schema(schema_id)

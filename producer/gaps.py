@@ -18,12 +18,15 @@ GENERATION_BITS = 32
 _PAGE_BITS = 12
 _PAGE_BYTES = 1 << _PAGE_BITS - 3
 _FIRST_PAGES = 64
+MOST_PAGES = 1 << 20
+"""512 MiB: enough for four thousand million numbers without gaps."""
 
 
 class Numbers:
-    """The numbers seen so far, from 1, of counters that are numbered from 0."""
+    """The numbers seen so far, from 1, of counters that are numbered from 0; in up to `most` pages of 4096 numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_PAGES) -> None:
+        self._most = most
         self._slots: dict[tuple[int, int], int] = {}
         self._bits = np.zeros(_FIRST_PAGES * _PAGE_BYTES, np.uint8)
 
@@ -39,6 +42,14 @@ class Numbers:
         new = np.zeros(len(index), np.bool_)
         new[first[is_new]] = True
         return new
+
+    def has_room(self, counter: int, number: int) -> bool:
+        """Whether a number's page is there, or may be made; it is made by this."""
+        page = counter, number - 1 >> _PAGE_BITS
+        if page not in self._slots and len(self._slots) >= self._most:
+            return False
+        self._slot(*page)
+        return True
 
     def held(self) -> Iterator[tuple[int, Iterator[NDArray[np.int64]]]]:
         """Yield each counter and its numbers, ascending, in pieces."""

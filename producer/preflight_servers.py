@@ -22,7 +22,7 @@ def kafka(config: Config) -> Iterator[Finding]:
     heartbeats = heartbeat_topic(config)
     try:
         admin = Admin(config)
-        admin.partitions()  # whether a broker answers at all is known sooner than that a request is not answered
+        admin.demand_reachable()  # known sooner than that a request is not answered
         brokers = admin.brokers()
         topics = admin.describe([*events, heartbeats])
     except RebpfError as error:

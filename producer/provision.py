@@ -25,6 +25,7 @@ from producer.errors import ConfigError, PermissionDenied, RebpfError, Unavailab
 from producer.events import STREAMS, SchemaId, Stream, Topic
 from producer.heartbeat import FIXED_SCHEMA_ID, TOPIC, heartbeat_schema
 from producer.kafka_settings import admin_settings
+from producer.reachable import unreachable
 from producer.registry import COMPATIBILITY, SchemaIds
 from producer.registry_client import AvroSchema
 from producer.signals import Flag
@@ -119,6 +120,17 @@ class Admin:
         """Return how many brokers the cluster has."""
         return len(self._metadata().brokers)
 
+    def demand_reachable(self) -> None:
+        """Raise UnavailableError for the brokers that the cluster names and that this host cannot reach."""
+        brokers = [(str(broker.host), broker.port) for broker in self._metadata().brokers.values()]
+        failed = unreachable(brokers)
+        if failed:
+            reasons = ", ".join(f"{host}:{port} ({reason})" for (host, port), reason in failed.items())
+            raise UnavailableError(
+                f"Kafka at {self._brokers} answers, and names brokers that this host cannot reach: {reasons}; set the "
+                "brokers' advertised.listeners to names that resolve here, or add these names to DNS or /etc/hosts"
+            )
+
     def describe(self, names: Sequence[str]) -> dict[str, TopicFacts | RebpfError]:
         """Return what each topic is like, or why that is not to be had and what to do."""
         described = self._client.describe_topics(
@@ -201,7 +213,7 @@ def create_topics(config: Config, partitions: int, replication: int, *, alerts: 
     UnavailableError says what failed.
     """
     admin = Admin(config)
-    admin.partitions()  # whether a broker answers at all is known sooner than that a request is not answered
+    admin.demand_reachable()  # known sooner than that a request is not answered
     usual = topic_settings(replication)
     wanted: dict[str, tuple[int, Mapping[str, str]]] = {
         topic(config, stream): (partitions, usual) for stream in STREAMS

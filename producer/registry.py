@@ -153,7 +153,7 @@ class SchemaIds:
                 ) from error
             if error.code in INVALID:
                 raise SchemaError(f"registry {url} refuses the schema of {_subject(topic)}: {error}") from error
-            raise UnavailableError(f"registry {url}: {error}") from error
+            raise UnavailableError(f"registry {url}: {error}; is registry.url complete, with its path?") from error
         except NotAuthorized as error:
             raise PermissionDenied(f"registry {url} refuses the authentication: {error}") from error
         except NoAnswer as error:

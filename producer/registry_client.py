@@ -21,8 +21,8 @@ from producer.http_exchange import Answer, ExchangeError, exchange
 from producer.signals import Flag
 
 MOST_ID = (1 << 31) - 1
-NOT_FOUND = frozenset({40401, 40402, 40403, 404})
-"""Subject, version, schema; the last is how some registries word the second."""
+NOT_FOUND = frozenset({40401, 40402, 40403})
+"""Subject, version, schema. 404 alone is not among them: a registry says it of a path that it does not have."""
 INCOMPATIBLE = frozenset({409, 40901, 40902})
 INVALID = frozenset({422, 42201, 42202, 42203, 42204, 42205, 42206})
 _TYPES = frozenset(
@@ -44,11 +44,17 @@ class RegistryRefused(Exception):
 
 
 class NotAuthorized(Exception):
-    """The registry, or what stands before it, refuses the authentication."""
+    """The registry, or what stands before it, refuses the authentication: `status` is 401 or 403."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
 
 
 class NoAnswer(Exception):
-    """Nothing came, or something that is not a registry's answer."""
+    """Nothing came, or something that is not a registry's answer; `answered`: the latter."""
+
+    answered = True
 
 
 class RegistryClient:
@@ -121,7 +127,9 @@ class RegistryClient:
         try:
             answer = exchange(request, self._timeout_s, tls=self._tls, stop=self._stop)
         except ExchangeError as error:
-            raise NoAnswer(str(error)) from error
+            silence = NoAnswer(str(error))
+            silence.answered = False
+            raise silence from error
         return _believed(answer)
 
 
@@ -150,7 +158,7 @@ def _believed(answer: Answer) -> dict[str, Any]:
         if isinstance(code, int) and answer.status in (404, 409, 422) and str(code).startswith(str(answer.status)):
             raise RegistryRefused(answer.status, code, str(content.get("message", ""))[:_SHOWN])
     if answer.status in _REFUSED:
-        raise NotAuthorized(f"status {answer.status}")
+        raise NotAuthorized(answer.status)
     beginning = answer.body[:_SHOWN].decode(errors="replace")
     raise NoAnswer(f"not a registry's answer: status {answer.status}, {answer.content_type}, {beginning!r}")
 

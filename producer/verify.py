@@ -33,6 +33,8 @@ class TopicReport:
     flows_forgotten: int
     """More flows than are remembered: of these, the order was not checked over a long pause."""
     boots: tuple[BootReport, ...]
+    unchecked: int = 0
+    """Events of more hosts, boots or scattered numbers than there is memory for: whether more is missing is unknown."""
 
     def faults(self) -> dict[str, int]:
         """Return what should not be, each with its number."""
@@ -41,6 +43,7 @@ class TopicReport:
             "restarts": sum(boot.restarts for boot in self.boots),
             "out_of_order": sum(boot.out_of_order for boot in self.boots),
             "undecodable": self.undecodable,
+            "unchecked": self.unchecked,
         }
         return {name: count for name, count in counts.items() if count}
 
@@ -82,6 +85,7 @@ class _TopicCount:
             self._undecodable,
             self.audit.flows_forgotten,
             tuple(self.audit.boots()),
+            self.audit.unchecked,
         )
 
     def _rows(self, messages: Sequence[Message]) -> Iterator[Row]:

@@ -8,37 +8,35 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
-from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import Request
 
 from producer.alert.alert import Alert
 from producer.alert.patience import Wait, until_it_works
 from producer.alert.record import summary
 from producer.errors import UnavailableError
+from producer.http_exchange import Answer, ExchangeError, exchange
+from producer.signals import Flag
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 5.0
 _TOO_MANY_REQUESTS = 429
 _REPETITIONS = 3
-
-
-class _Stay(HTTPRedirectHandler):
-    """Takes a redirection for a refusal: urllib would follow with a GET, which loses what was posted."""
-
-    def redirect_request(self, *_: Any) -> None: ...
+_SHOWN = 200
 
 
 class Alertmanager:
-    """The Alertmanager at `url`, which is told every `repeat_s` what fires; `wait` is called between two tries."""
+    """The Alertmanager at `url`, which is told every `repeat_s` what fires; `wait` is called between two tries.
 
-    def __init__(self, url: str, repeat_s: float, wait: Wait) -> None:
+    `stop` ends a request that is under way, with Stopped. A redirect is not followed: what was posted would get lost.
+    """
+
+    def __init__(self, url: str, repeat_s: float, wait: Wait, stop: Flag | None = None) -> None:
         self._url = f"{url.rstrip('/')}/api/v2/alerts"
         self._lasts_s = _REPETITIONS * repeat_s
         self._wait = wait
-        self._opener = build_opener(_Stay)
+        self._stop = stop
         self.refused = 0
         """Alerts that Alertmanager refused for good."""
 
@@ -63,23 +61,18 @@ class Alertmanager:
         body = json.dumps([self._told(alert) for alert in alerts]).encode()
         request = Request(self._url, body, {"Content-Type": "application/json"})
         try:
-            status, text = self._answer(request)
-        except (OSError, HTTPException) as error:
+            answer = exchange(request, _TIMEOUT_S, stop=self._stop)
+        except ExchangeError as error:
             raise UnavailableError(f"Alertmanager at {self._url}: {error}") from error
+        status, text = answer.status, answer.body[:_SHOWN].decode(errors="replace").strip()
         if status >= 500 or status == _TOO_MANY_REQUESTS:
             raise UnavailableError(f"Alertmanager at {self._url}: {status} {text}")
         if status >= 300:
             # The same request would be refused for ever, and hold up all alerts that follow.
             self.refused += len(alerts)
             logger.error("alert: Alertmanager refuses %d alerts: %d %s", len(alerts), status, text)
-
-    def _answer(self, request: Request) -> tuple[int, str]:
-        try:
-            with self._opener.open(request, timeout=_TIMEOUT_S) as answer:
-                return answer.status, ""
-        except HTTPError as error:
-            with error:
-                return error.code, error.read(1000).decode(errors="replace").strip()
+        elif not _is_own(answer):
+            raise UnavailableError(f"not Alertmanager's answer at {self._url}: {status} {text!r}")
 
     def _told(self, alert: Alert) -> dict[str, Any]:
         now_s = time.time()
@@ -93,6 +86,17 @@ class Alertmanager:
             "startsAt": _rfc3339(starts_s),
             "endsAt": _rfc3339(ends_s),
         }
+
+
+def _is_own(answer: Answer) -> bool:
+    """Whether it is Alertmanager that has taken alerts, and not a login page: its answer is empty, or JSON."""
+    if not answer.body.strip():
+        return True
+    try:
+        json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _rfc3339(seconds: float) -> str:

@@ -21,6 +21,8 @@ class Place(NamedTuple):
 
 
 Parts = Mapping[Place, Part]
+_AT_ONCE = 1000
+"""Alerts that a sink gets at a time: however many there are, a request has a bound."""
 
 
 class Writer(Protocol):
@@ -48,9 +50,9 @@ class Cycle:
             part.reach()
         self._write([part for part in parts.values() if isinstance(part, SourcePart)])
         changes = [alert for part in _deciding(parts) for alert in part.changes()]
-        if changes:
+        for at in range(0, len(changes), _AT_ONCE):
             for sink in self._sinks:
-                sink.send(changes)
+                sink.send(changes[at : at + _AT_ONCE])
         if parts:
             self._commit(parts)
         return len(changes)
@@ -58,8 +60,9 @@ class Cycle:
     def repeat(self, parts: Parts) -> None:
         """Remind the sinks of what fires."""
         firing: list[Alert] = [alert for part in _deciding(parts) for alert in part.firing]
-        for sink in self._sinks:
-            sink.repeat(firing)
+        for at in range(0, len(firing), _AT_ONCE):
+            for sink in self._sinks:
+                sink.repeat(firing[at : at + _AT_ONCE])
 
     def _write(self, sources: Sequence[SourcePart]) -> None:
         for part in sources:

@@ -11,11 +11,15 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 from producer.alert.alert import Alert
-from producer.alert.windows import Sums, View
+from producer.alert.windows import MOST_SEGS, ROOM_BYTES, Sums, View
 from producer.config import AlertRule
 
 _SECOND_NS = 1_000_000_000
 RETRANSMITS, TRANSMITS = "retransmits", "transmits"
+MOST_FIRING = 10_000
+"""Groups that fire at a time, for one rule in one partition of the sums: more are not told."""
+_GROUP_BYTES = 200
+"""Memory of a group in a window, beside its name."""
 
 
 def view_of(rule: AlertRule) -> View:
@@ -28,18 +32,29 @@ class _Window:
 
     def __init__(self, first_offset: int) -> None:
         self.first_offset = first_offset
+        self.size = 0
         self._parts: dict[tuple[str, str], dict[str, int]] = {}
 
-    def put(self, stream: str, part: str, sums: Sums) -> None:
-        """Take sums; those of a partition replace what it had said before."""
-        self._parts.setdefault((stream, part), {}).update(sums.segs)
+    def put(self, stream: str, part: str, sums: Sums, room: int) -> int:
+        """Take sums, which replace what the partition had said before; return how many groups had no room."""
+        segs, before = self._parts.setdefault((stream, part), {}), self.size
+        left_out = 0
+        for group, count in sums.segs.items():
+            if group not in segs:
+                size = _GROUP_BYTES + len(group)
+                if self.size - before + size > room:
+                    left_out += 1
+                    continue
+                self.size += size
+            segs[group] = count
+        return left_out
 
     def totals(self, wanted: str) -> dict[str, int]:
         total: dict[str, int] = defaultdict(int)
         for (stream, _), segs in self._parts.items():
             if stream == wanted:
                 for group, count in segs.items():
-                    total[group] += count
+                    total[group] = min(MOST_SEGS, total[group] + count)
         return total
 
 
@@ -57,22 +72,27 @@ class Decider:
         known: Iterable[Alert],
         first: int,
         decided_ns: int = 0,
+        room_bytes: int = ROOM_BYTES,
     ) -> None:
         self._rules = list(rules)
         self._watermarks = dict.fromkeys(sources, 0)
         self._windows: dict[View, dict[int, _Window]] = {view_of(rule): {} for rule in self._rules}
         self._last: dict[str, dict[str, Alert]] = {rule.name: {} for rule in self._rules}
+        self._firing: dict[str, set[str]] = {rule.name: set() for rule in self._rules}
+        self._room = room_bytes
         self._gone: list[Alert] = []
         kinds = {(rule.name, rule.by, rule.measure) for rule in self._rules}
         for alert in known:
             if (alert.rule, alert.by, alert.measure) in kinds:
-                self._last[alert.rule][alert.group] = alert
+                self._note(alert)
             elif alert.firing:
                 self._gone.append(replace(alert, firing=False))
         self.next = first
         """The offset to read next."""
         self.decided_ns = decided_ns
         """Windows that end by now are decided."""
+        self.untold = 0
+        """Groups that would fire, while MOST_FIRING did."""
 
     @property
     def position(self) -> int:
@@ -83,15 +103,28 @@ class Decider:
     @property
     def firing(self) -> list[Alert]:
         """What fires."""
-        return [alert for groups in self._last.values() for alert in groups.values() if alert.firing]
+        return [self._last[rule][group] for rule, groups in self._firing.items() for group in groups]
 
-    def add(self, stream: str, part: str, sums: Sums, offset: int) -> None:
-        """Take sums of a partition; those of decided windows, and of no rule, are passed over."""
+    def add(self, stream: str, part: str, sums: Sums, offset: int) -> int:
+        """Take sums of a partition; those of decided windows, and of no rule, are passed over.
+
+        Return how many groups were left out, for want of memory.
+        """
         self.next = offset + 1
         windows = self._windows.get(sums.view)
-        if windows is None or sums.start_ns + sums.view.width_ns <= self.decided_ns:
-            return
-        windows.setdefault(sums.start_ns, _Window(offset)).put(stream, part, sums)
+        if windows is None or sums.start_ns % sums.view.width_ns or stream not in (RETRANSMITS, TRANSMITS):
+            return 0
+        if sums.start_ns + sums.view.width_ns <= self.decided_ns:
+            return 0
+        window = windows.get(sums.start_ns)
+        if window is None:
+            if self._room < _GROUP_BYTES:
+                return len(sums.segs)
+            window = windows[sums.start_ns] = _Window(offset)
+        before = window.size
+        left_out = window.put(stream, part, sums, self._room)
+        self._room -= window.size - before
+        return left_out
 
     def pass_time(self, part: str, watermark_ns: int, offset: int) -> None:
         """Take a partition's watermark."""
@@ -107,7 +140,7 @@ class Decider:
             changes += self._rule(rule, reached_ns)
         for view, windows in self._windows.items():
             for start_ns in [start for start in windows if start + view.width_ns <= reached_ns]:
-                del windows[start_ns]
+                self._room += windows.pop(start_ns).size
         for rule in self._rules:
             self._forget(self._last[rule.name], reached_ns - view_of(rule).width_ns)
         self.decided_ns = reached_ns
@@ -119,40 +152,53 @@ class Decider:
         for group in [group for group, alert in last.items() if not alert.firing and alert.window_start_ns <= start_ns]:
             del last[group]
 
+    def _note(self, alert: Alert) -> None:
+        """Keep a group's last alert."""
+        self._last[alert.rule][alert.group] = alert
+        firing = self._firing[alert.rule]
+        if alert.firing:
+            firing.add(alert.group)
+        else:
+            firing.discard(alert.group)
+
     def _rule(self, rule: AlertRule, reached_ns: int) -> Iterator[Alert]:
-        view, last = view_of(rule), self._last[rule.name]
+        view = view_of(rule)
         after_ns = self.decided_ns - view.width_ns  # windows that begin after this are not decided
+        starts = sorted(start for start in self._windows[view] if after_ns < start <= reached_ns - view.width_ns)
+        at = 0
         while True:
-            start_ns = self._next_window(view, last, after_ns)
-            if start_ns is None or start_ns + view.width_ns > reached_ns:
+            # One with sums; or, where a group fires, just the next, behind its last alert.
+            candidates = [*starts[at : at + 1], *self._behind_alerts(rule.name, view, after_ns)]
+            start_ns = min(candidates, default=reached_ns)
+            if start_ns + view.width_ns > reached_ns:
                 return
-            for alert in self._window(rule, last, start_ns):
-                last[alert.group] = alert
+            for alert in self._window(rule, self._last[rule.name], start_ns):
+                self._note(alert)
                 yield alert
             after_ns = start_ns
+            while at < len(starts) and starts[at] <= start_ns:
+                at += 1
 
-    def _next_window(self, view: View, last: dict[str, Alert], after_ns: int) -> int | None:
-        """Return the next window in which something may change.
-
-        That is one with sums; or, where a group fires, just the next, behind its last alert.
-        """
-        starts = [start_ns for start_ns in self._windows[view] if start_ns > after_ns]
-        for alert in last.values():
-            if alert.firing:
-                behind_ns = max(after_ns, alert.window_start_ns)
-                starts.append(behind_ns - behind_ns % view.width_ns + view.width_ns)
-        return min(starts, default=None)
+    def _behind_alerts(self, rule: str, view: View, after_ns: int) -> Iterator[int]:
+        """Yield, for each group that fires, the next window behind its last alert."""
+        for group in self._firing[rule]:
+            behind_ns = max(after_ns, self._last[rule][group].window_start_ns)
+            yield behind_ns - behind_ns % view.width_ns + view.width_ns
 
     def _window(self, rule: AlertRule, last: dict[str, Alert], start_ns: int) -> Iterator[Alert]:
         window = self._windows[view_of(rule)].get(start_ns)
         again = window.totals(RETRANSMITS) if window else {}
         total = window.totals(TRANSMITS) if window and rule.measure == "ratio" else {}
-        for group in sorted({*again, *(group for group, alert in last.items() if alert.firing)}):
+        for group in sorted({*again, *self._firing[rule.name]}):
             before = last.get(group)
             if before is None or before.window_start_ns < start_ns:
                 alert = _judged(rule, group, start_ns, again.get(group, 0), total.get(group, 0), before)
-                if alert is not None:
-                    yield alert
+                if alert is None:
+                    continue
+                if alert.firing and len(self._firing[rule.name]) >= MOST_FIRING:
+                    self.untold += 1
+                    continue
+                yield alert
 
 
 def _judged(rule: AlertRule, group: str, start_ns: int, again: int, total: int, before: Alert | None) -> Alert | None:

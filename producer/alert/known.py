@@ -1,30 +1,57 @@
 """The last alert of each group, as the topic tcp_alerts has it: the state that a member begins with."""
 
 import logging
-from collections.abc import Iterator, Mapping
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 
 from producer.alert.alert import Alert
-from producer.decode import Decoder, UndecodableError
+from producer.alert.silence import MEASURE
+from producer.alert.windows import AHEAD_NS, GROUPS, MOST_GROUP, MOST_SEGS
+from producer.decode import Decoder
+from producer.errors import RebpfError
 from producer.topicreader import TopicReader
 
 logger = logging.getLogger(__name__)
 
+MOST_ALERTS = 100_000
+"""Groups whose last alert is kept: the oldest of more are forgotten, and told anew where they still fire."""
+_MEASURES = ("count", "ratio", MEASURE)
+_SHOWN = 200
+
 
 def last_alerts(brokers: str, topic: str, settings: Mapping[str, str], decoder: Decoder) -> list[Alert]:
     """Read the whole topic, which is compacted, and return the last alert of each key."""
-    last: dict[bytes, Alert] = {}
     reader = TopicReader(brokers, [topic], settings, None)
     try:
-        for key, value in _messages(reader):
-            last.pop(key, None)
-            if value is not None:  # else a tombstone: the alert is to be forgotten
-                try:
-                    last[key] = _alert(value, decoder)
-                except (UndecodableError, KeyError) as exc:
-                    logger.warning("passing over an alert in topic=%s key=%r: %r", topic, key, exc)
+        return last_of(_messages(reader), topic, decoder, time.time_ns())
     finally:
         reader.close()
+
+
+def last_of(messages: Iterable[tuple[bytes, bytes | None]], topic: str, decoder: Decoder, now_ns: int) -> list[Alert]:
+    """Return the last alert of each key; what is no alert of ours is counted, told once, and passed over."""
+    last: dict[bytes, Alert] = {}
+    refused = forgotten = 0
+    reason = ""
+    for key, value in messages:
+        last.pop(key, None)
+        if value is None:  # a tombstone: the alert is to be forgotten
+            continue
+        try:
+            last[key] = _alert(key, value, decoder, now_ns)
+        except (RebpfError, MemoryError):  # of a server, or of this host
+            raise
+        except Exception as exc:  # whoever writes to the topic must not end its readers
+            refused, reason = refused + 1, reason or repr(exc)[:_SHOWN]
+        if len(last) > MOST_ALERTS:
+            forgotten += 1
+            del last[next(iter(last))]
+    if refused:
+        logger.warning("passed over messages=%d of topic=%s: %s", refused, topic, reason)
+    if forgotten:
+        logger.warning("topic=%s has more than %d alerts: forgot the oldest %d", topic, MOST_ALERTS, forgotten)
     return list(last.values())
 
 
@@ -34,6 +61,18 @@ def _messages(reader: TopicReader) -> Iterator[tuple[bytes, bytes | None]]:
             yield message.key() or b"", message.value()
 
 
-def _alert(value: bytes, decoder: Decoder) -> Alert:
+def _alert(key: bytes, value: bytes, decoder: Decoder, now_ns: int) -> Alert:
     record = decoder.decode(value)
-    return Alert(**{field.name: record[field.name] for field in fields(Alert)})
+    alert = Alert(**{field.name: record[field.name] for field in fields(Alert)})
+    if key != alert.key.encode():
+        raise ValueError("the key is not that of the alert")
+    numbers = (alert.value, alert.threshold, alert.clear, alert.window_s)
+    counts = (alert.window_start_ns, alert.since_ns, alert.segs, alert.retransmitted_segs)
+    if not all(map(math.isfinite, numbers)) or not all(0 <= count <= MOST_SEGS for count in counts):
+        raise ValueError("no alert has such numbers")
+    if alert.by not in GROUPS or alert.measure not in _MEASURES or len(alert.group) > MOST_GROUP:
+        raise ValueError("no alert has such a group or measure")
+    # No window before it could be decided; with silence, the time is of the host's own clock.
+    if alert.measure != MEASURE and alert.window_start_ns > now_ns + AHEAD_NS:
+        raise ValueError("the window is far ahead")
+    return alert

@@ -23,7 +23,7 @@ from producer.alert.writer import TopicWriter
 from producer.config import Config
 from producer.consumer import client_logger
 from producer.decode import Decoder
-from producer.errors import ConfigError, UnavailableError
+from producer.errors import ConfigError, Stopped, UnavailableError
 from producer.heartbeat import FIXED_SCHEMA_ID as HEARTBEAT_SCHEMA_ID
 from producer.heartbeat import heartbeat_schema
 from producer.kafka_settings import client_settings, consumer_settings
@@ -42,6 +42,8 @@ _DEFAULTS = {
     "session.timeout.ms": "10000",
     "heartbeat.interval.ms": "2000",
     "socket.keepalive.enable": "true",
+    # Ours are in no transaction, and one that somebody leaves open would hide them.
+    "isolation.level": "read_uncommitted",
 }
 _FINAL = frozenset(
     {
@@ -90,7 +92,7 @@ class Member:
         self._brokers = brokers
         self._stop = stop
         self._topics = topics_of(config)
-        self._decoder = Decoder(config.registry, _FIXED_SCHEMAS)
+        self._decoder = Decoder(config.registry, _FIXED_SCHEMAS, stop=stop)
         self._shares = Shares(
             config.alert, self._topics, self._decoder, self.counts, self._known, from_beginning=from_beginning
         )
@@ -133,7 +135,7 @@ class Member:
                     self._go_round(cycle)
                     next_cycle = time.monotonic() + _CYCLE_S
             self._go_round(cycle)
-        except _Stopped:
+        except (_Stopped, Stopped):
             logger.warning("stopped with alerts that were not taken: the next start goes on before them")
         except _Failed as failed:
             raise failed.cause from None
@@ -182,7 +184,8 @@ class Member:
             logger.debug("no ends of partitions: %s", exc)
 
     def _commit(self, parts: Parts) -> None:
-        offsets = [TopicPartition(*place, *part.committed()) for place, part in parts.items()]
+        ends = {place: part.committed() for place, part in parts.items()}
+        offsets = [TopicPartition(*place, end.offset, end.metadata) for place, end in ends.items()]
         try:
             self._consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as exc:  # who reads it again finds that it is out

@@ -5,19 +5,22 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from producer.alert import exchange
 from producer.alert.alert import Alert
 from producer.alert.decide import Decider, view_of
 from producer.alert.silence import Hosts
-from producer.alert.windows import Outcome, SourceSums
+from producer.alert.windows import AHEAD_NS, ROOM_BYTES, Outcome, SourceSums
 from producer.config import AlertRule
-from producer.decode import Decoder, UndecodableError
+from producer.decode import Decoder
+from producer.errors import RebpfError
 
 logger = logging.getLogger(__name__)
 
 _MS_NS = 1_000_000
+_NEVER_NS = (1 << 63) - 1
+_SHOWN = 200
 
 
 @dataclass(slots=True)
@@ -32,6 +35,10 @@ class Counts:
     """Events whose id had been counted."""
     ahead: int = 0
     """Events of a time that is far ahead: not counted."""
+    crowded: int = 0
+    """Events, sums, hosts and alerts of groups for which there was no room: not counted, or not told."""
+    ids_forgotten: int = 0
+    """Ids that were forgotten for want of room: copies of these events would be counted again."""
     undecodable: int = 0
     """Messages that are none of ours."""
     alerts: int = 0
@@ -42,18 +49,22 @@ class Counts:
 
 
 class Committed(NamedTuple):
-    """Where to go on: an offset, and what Kafka keeps beside it."""
+    """Where to go on: an offset, and what Kafka keeps beside it. No time there is believed that is after `now_ns`."""
 
     offset: int
     metadata: str = ""
+    now_ns: int = _NEVER_NS
 
     def facts(self) -> dict[str, int]:
-        """Return what is kept beside the offset."""
+        """Return the numbers that are kept beside the offset; another program may have put anything there."""
         try:
             facts = json.loads(self.metadata or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
-        return facts if isinstance(facts, dict) else {}  # another program's
+        if not isinstance(facts, dict):
+            return {}
+        numbers = {name: fact for name, fact in facts.items() if type(fact) is int and 0 <= fact <= _NEVER_NS}
+        return {name: min(fact, self.now_ns) if name.endswith("_ns") else fact for name, fact in numbers.items()}
 
 
 class Stage(Protocol):
@@ -75,7 +86,7 @@ class Part(ABC):
         self.until: tuple[int, int] | None = None
         """Where it ended, at a time in nanoseconds; None as soon as it has been read up to there."""
         self._stage = stage
-        self._is_warned = False
+        self._is_warned = self._is_crowded = False
 
     @property
     def next(self) -> int:
@@ -84,14 +95,20 @@ class Part(ABC):
 
     def put(self, value: bytes | None, offset: int, now_ns: int) -> None:
         """Take a message; one that is none of ours is counted."""
+        crowded = self.counts.crowded
         try:
             self._take(value, offset, now_ns)
-        except (UndecodableError, KeyError, TypeError, ValueError, OverflowError) as exc:
+        except (RebpfError, MemoryError):  # of a server, or of this host
+            raise
+        except Exception as exc:  # whoever writes to the topic must not end its readers
             self._stage.next = offset + 1
             self.counts.undecodable += 1
             if not self._is_warned:
                 self._is_warned = True
-                logger.warning("passing over messages of topic=%s: %r", self.topic, exc)
+                logger.warning("passing over messages of topic=%s: %s", self.topic, repr(exc)[:_SHOWN])
+        if self.counts.crowded > crowded and not self._is_crowded:
+            self._is_crowded = True
+            logger.warning("no room for more groups of topic=%s: not all are watched", self.topic)
 
     def end(self, offset: int) -> None:
         """Note that there is nothing before this offset that was not read."""
@@ -132,17 +149,21 @@ class SourcePart(Part):
         committed: Committed,
         decoder: Decoder,
         counts: Counts,
+        room_bytes: int = ROOM_BYTES,
     ) -> None:
         facts = committed.facts()
         views = {view_of(rule) for rule in rules}
-        self.sums = SourceSums(views, round(lateness_s * 1e9), committed.offset, facts.get("watermark_ns", 0))
+        watermark_ns = facts.get("watermark_ns", 0)
+        self.sums = SourceSums(views, round(lateness_s * 1e9), committed.offset, watermark_ns, room_bytes)
         super().__init__(topic, self.sums, counts)
         self.stream, self.name = stream, name
         self._decoder = decoder
         self._counted_to = facts.get("next", 0)
 
     def _take(self, value: bytes | None, offset: int, now_ns: int) -> None:
+        forgotten = self.sums.ids_forgotten
         outcome = self.sums.add(self._decoder.decode(value), offset, now_ns)
+        self.counts.ids_forgotten += self.sums.ids_forgotten - forgotten
         if offset < self._counted_to:  # a predecessor read it
             return
         self.counts.read += 1
@@ -167,9 +188,10 @@ class SumsPart(Part):
         known: Iterable[Alert],
         committed: Committed,
         counts: Counts,
+        room_bytes: int = ROOM_BYTES,
     ) -> None:
         decided_ns = committed.facts().get("decided_ns", 0)
-        self._decider = Decider(rules, sources, known, committed.offset, decided_ns)
+        self._decider = Decider(rules, sources, known, committed.offset, decided_ns, room_bytes)
         super().__init__(topic, self._decider, counts)
 
     @property
@@ -179,14 +201,20 @@ class SumsPart(Part):
 
     def changes(self) -> list[Alert]:
         """Return what has changed since the last time."""
-        return self._decider.decide()
+        untold = self._decider.untold
+        changes = self._decider.decide()
+        self.counts.crowded += self._decider.untold - untold
+        return changes
 
     def _take(self, value: bytes | None, offset: int, now_ns: int) -> None:
-        message: dict[str, Any] = json.loads(value or b"")
-        if "watermark_ns" in message:
-            self._decider.pass_time(message["part"], message["watermark_ns"], offset)
+        message = exchange.read(value)
+        if isinstance(message, exchange.Watermark):
+            # A time that is still to come would have all windows up to it decided without their sums.
+            self._decider.pass_time(message.part, min(message.ns, now_ns), offset)
+        elif message.sums.start_ns > now_ns + AHEAD_NS:
+            raise ValueError("sums of a window that is far ahead")
         else:
-            self._decider.add(message["stream"], message["part"], exchange.sums_of(message), offset)
+            self.counts.crowded += self._decider.add(message.stream, message.part, message.sums, offset)
 
     def _read_to_end(self, at_ns: int) -> None:
         """Do nothing: time is what the watermarks say."""
@@ -223,7 +251,8 @@ class HeartbeatPart(Part):
 
     def _take(self, value: bytes | None, offset: int, now_ns: int) -> None:
         beat = self._decoder.decode(value)
-        self._hosts.heard(beat, offset, beat["ts"] * _MS_NS, now_ns)
+        if not self._hosts.heard(beat, offset, beat["ts"] * _MS_NS, now_ns):
+            self.counts.crowded += 1
 
     def _read_to_end(self, at_ns: int) -> None:
         self._read_to_ns = at_ns

@@ -1,5 +1,6 @@
 """A member's share of the partitions: where each goes on, and with what it begins."""
 
+import time
 from collections.abc import Callable, Mapping
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
@@ -10,6 +11,7 @@ from producer.alert.cycle import Place
 from producer.alert.decide import RETRANSMITS
 from producer.alert.parts import Committed, Counts, HeartbeatPart, Part, SourcePart, SumsPart
 from producer.alert.topics import Topics
+from producer.alert.windows import ROOM_BYTES
 from producer.config import Alert as AlertConfig
 from producer.decode import Decoder
 from producer.errors import ConfigError, UnavailableError
@@ -61,22 +63,25 @@ class Shares:
         counts = self.partitions(consumer)
         known = self._known()
         parts, fresh = {}, set()
+        room_bytes = ROOM_BYTES // max(1, len(assigned))
         for found in consumer.committed(assigned, timeout=_ANSWER_S):
             if found.error is not None:  # what it has is not known, which is not the same as nothing
                 raise KafkaException(found.error)
             place = Place(found.topic, found.partition)
-            committed = Committed(found.offset, found.metadata or "")
+            committed = Committed(found.offset, found.metadata or "", time.time_ns())
             if found.offset < 0:
                 fresh.add(place)
                 committed = Committed(self._first_offset(consumer, place))
-            parts[place] = self._part(place, committed, counts, known)
+            parts[place] = self._part(place, committed, counts, known, room_bytes)
         return parts, fresh
 
     def _first_offset(self, consumer: Consumer, place: Place) -> int:
         low, high = consumer.get_watermark_offsets(TopicPartition(*place), timeout=_ANSWER_S)
         return low if self._from_beginning or place.topic == self._topics.sums else high
 
-    def _part(self, place: Place, committed: Committed, counts: Mapping[str, int], known: list[Alert]) -> Part:
+    def _part(
+        self, place: Place, committed: Committed, counts: Mapping[str, int], known: list[Alert], room_bytes: int
+    ) -> Part:
         topic, number = place
         if topic == self._topics.sums:
             ours = [
@@ -85,7 +90,7 @@ class Shares:
                 if not self._is_silence(alert) and exchange.partition_of(alert.by, alert.group, counts[topic]) == number
             ]
             sources = [_name(source, each) for source in self._topics.streams for each in range(counts[source])]
-            return SumsPart(topic, self._config.rules, sources, ours, committed, self._counts)
+            return SumsPart(topic, self._config.rules, sources, ours, committed, self._counts, room_bytes)
         if topic == self._topics.heartbeats:
             silent = [alert for alert in known if self._is_silence(alert)]
             return HeartbeatPart(topic, self._config.silent_after, silent, committed, self._decoder, self._counts)
@@ -93,7 +98,7 @@ class Shares:
         rules = [rule for rule in self._config.rules if stream == RETRANSMITS or rule.measure == "ratio"]
         lateness_s = self._config.lateness_s
         return SourcePart(
-            topic, stream, _name(topic, number), rules, lateness_s, committed, self._decoder, self._counts
+            topic, stream, _name(topic, number), rules, lateness_s, committed, self._decoder, self._counts, room_bytes
         )
 
     def _is_silence(self, alert: Alert) -> bool:

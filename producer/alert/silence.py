@@ -10,9 +10,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from producer.alert.alert import Alert
-from producer.alert.windows import Record
+from producer.alert.windows import MOST_GROUP, MOST_SEGS, Record
 
 RULE, MEASURE = "silent", "silence"
+MOST_HOSTS = 100_000
+"""Hosts that are listened for at a time: others are passed over."""
+_LEAST_S, _MOST_S = 0.1, 86_400.0
+"""An interval between heartbeats."""
 _SECOND_NS = 1_000_000_000
 _STEP_NS = 5 * _SECOND_NS
 """All is read to the end once a second: of a longer time between two, this much counts."""
@@ -49,10 +53,23 @@ class Hosts:
         """The silent hosts."""
         return list(self._silent.values())
 
-    def heard(self, beat: Record, offset: int, sent_ns: int, now_ns: int) -> None:
-        """Take a heartbeat that is read now, and was sent at `sent_ns`."""
+    def heard(self, beat: Record, offset: int, sent_ns: int, now_ns: int) -> bool:
+        """Take a heartbeat that is read now, and was sent at `sent_ns`; return whether there is room for its host.
+
+        ValueError for numbers and names that no heartbeat has.
+        """
         self.next = offset + 1
-        host, patience_s = beat["host"], self._missed * beat["interval_s"]
+        host, interval_s = beat["host"], beat["interval_s"]
+        # Not a number is in no range.
+        if not (_LEAST_S <= interval_s <= _MOST_S and 0 <= sent_ns <= MOST_SEGS and len(host) <= MOST_GROUP):
+            raise ValueError("no heartbeat has such an interval, time or name")
+        is_known = host in self._living or host in self._silent
+        if not is_known and len(self._living) + len(self._silent) >= MOST_HOSTS:
+            return False
+        self._take(beat["state"], host, offset, sent_ns, now_ns, self._missed * interval_s)
+        return True
+
+    def _take(self, state: str, host: str, offset: int, sent_ns: int, now_ns: int, patience_s: float) -> None:
         silent = self._silent.get(host)
         if silent is not None:
             if not self._read_to_ns and sent_ns <= silent.window_start_ns:  # read again: the alert is of later
@@ -60,7 +77,7 @@ class Hosts:
             resolved = replace(silent, firing=False, value=0.0, window_start_ns=sent_ns)
             self._changes.append(resolved)
             del self._silent[host]
-        if beat["state"] == "stopped":
+        if state == "stopped":
             self._living.pop(host, None)
         else:
             self._living[host] = _Heard(offset, sent_ns, now_ns + round(patience_s * _SECOND_NS), patience_s)

@@ -16,11 +16,14 @@ from producer.kafka_settings import client_settings
 from producer.output import echo
 from producer.provision import alert_topics
 from producer.registry import SchemaIds
+from producer.signals import Flag
 from producer.text import printable, to_json
 
 
-def open_sinks(config: Config, brokers: str, wait: Wait, *, as_json: bool = False) -> list[Sink]:
-    """Return those that are configured; with `as_json` also standard output, in JSON lines.
+def open_sinks(
+    config: Config, brokers: str, wait: Wait, *, as_json: bool = False, stop: Flag | None = None
+) -> list[Sink]:
+    """Return those that are configured; with `as_json` also standard output, in JSON lines. `stop` ends what waits.
 
     The topic is the last: who takes over goes on from what it says, so that the others must have been told before.
     Raises ConfigError where there is none.
@@ -29,21 +32,21 @@ def open_sinks(config: Config, brokers: str, wait: Wait, *, as_json: bool = Fals
     if config.alert.stdout or as_json:
         sinks.append(StandardOutput(as_json=as_json))
     if config.alert.alertmanager is not None:
-        sinks.append(Alertmanager(config.alert.alertmanager, config.alert.repeat_s, wait))
+        sinks.append(Alertmanager(config.alert.alertmanager, config.alert.repeat_s, wait, stop))
     if config.alert.topic:
         topic, _ = alert_topics(config)
         settings = client_settings(brokers, config.kafka.settings)
-        encoder = AlertEncoder(_schema_id(config, topic))
+        encoder = AlertEncoder(_schema_id(config, topic, stop))
         sinks.append(TopicSink(TopicWriter(settings, topic, wait), encoder, wait))
     if not sinks:
         raise ConfigError("alert: alerts go nowhere: set topic, stdout or alertmanager below [alert]")
     return sinks
 
 
-def _schema_id(config: Config, topic: Topic) -> SchemaId:
+def _schema_id(config: Config, topic: Topic, stop: Flag | None) -> SchemaId:
     if config.registry.url is None:
         return FIXED_SCHEMA_ID
-    with SchemaIds(config.registry, cache=None) as registry:
+    with SchemaIds(config.registry, cache=None, stop=stop) as registry:
         try:
             return registry.find({topic: alert_schema()})[topic]
         except SchemaError as error:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from producer.alert.record import FIXED_SCHEMA_ID, AlertEncoder, alert_schema, s
 from producer.alert.sinks import StandardOutput, open_sinks
 from producer.config import Alert as AlertConfig
 from producer.config import Config
-from producer.errors import ConfigError
+from producer.errors import ConfigError, Stopped
 from producer.events import STREAMS
 from producer.heartbeat import FIXED_SCHEMA_ID as HEARTBEAT_SCHEMA_ID
 from tests.servers.consume import decode
@@ -106,11 +107,12 @@ class Receiver:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 receiver.posted.append(body)
-                self.send_response(receiver.answers.pop(0) if receiver.answers else 200)
-                for name, value in receiver.headers.items():
+                status = receiver.answers.pop(0) if receiver.answers else 200
+                self.send_response(status)
+                for name, value in receiver.headers.items() if status != 200 else ():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(b"why")
+                self.wfile.write(b"" if status == 200 else b"why")
 
             def log_message(self, format: str, *args: object) -> None: ...
 
@@ -186,6 +188,56 @@ def test_what_is_refused_for_good_holds_up_nothing(
     sink.send([LOSS])
     assert [(record.levelno, f"{status} why" in record.message) for record in caplog.records] == [(logging.ERROR, True)]
     assert sink.refused == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 12\r\n\r\n<html>log in",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n",
+        b"220 mail.example.com ESMTP\r\n",
+        b"\0" * 100,
+        b"",
+    ],
+)
+def test_an_answer_that_is_not_alertmanagers_is_none(answer: bytes) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(seconds: float) -> None:
+        raise Stop
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            visitor, _ = server.accept()
+            with visitor:
+                visitor.recv(1 << 16)
+                visitor.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(Stop):
+            Alertmanager(f"http://127.0.0.1:{server.getsockname()[1]}", 60, stop).send([LOSS])
+        thread.join()
+
+
+def test_a_stop_ends_a_request_that_is_not_answered() -> None:
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            visitor, _ = server.accept()
+            with visitor:
+                stop.set()
+                while visitor.recv(1 << 16):
+                    pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(Stopped):
+            Alertmanager(f"http://127.0.0.1:{server.getsockname()[1]}", 60, pytest.fail, stop).send([LOSS])
+        thread.join()
 
 
 def test_a_way_to_wait_may_end_the_tries(receiver: Receiver) -> None:

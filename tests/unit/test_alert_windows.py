@@ -1,6 +1,5 @@
 """Sums in windows of event time: duplicates, lateness, what a restart reads again, and the topic between the stages."""
 
-import json
 from collections import Counter
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.alert.exchange import partition_of, sums_messages, sums_of
+from producer.alert.exchange import PartSums, partition_of, read, sums_messages
 from producer.alert.windows import GROUPS, Outcome, SourceSums, Sums, View
 
 SECOND_NS = 1_000_000_000
@@ -104,10 +103,11 @@ def test_sums_go_to_their_groups_partitions_in_messages_that_are_not_too_large()
     got: dict[str, int] = {}
     for partition, message in sums_messages("retransmits", "tcp_retransmit/3", sums, 4):
         assert len(message) < 100_000
-        read = sums_of(json.loads(message))
-        assert read[:2] == sums[:2]
-        assert {partition_of("host", group, 4) for group in read.segs} == {partition}
-        got |= read.segs
+        told = read(message)
+        assert isinstance(told, PartSums)
+        assert (told.part, told.stream, *told.sums[:2]) == ("tcp_retransmit/3", "retransmits", *sums[:2])
+        assert {partition_of("host", group, 4) for group in told.sums.segs} == {partition}
+        got |= told.sums.segs
     assert got == sums.segs
 
 

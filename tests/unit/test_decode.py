@@ -19,36 +19,42 @@ from hypothesis import strategies as st
 from producer.accepted import NotAccepted, accepted
 from producer.alert.parts import Committed, Counts, HeartbeatPart
 from producer.decode import Decoder, UndecodableError
-from producer.errors import UnavailableError
+from producer.errors import Stopped, UnavailableError
 from producer.events import SchemaId
 from producer.paths import SCHEMAS
+from tests.unit.test_tail import VALUES, type_name
 
-OLDER = {
-    "type": "record",
-    "name": "TcpTransmit",
-    "namespace": "rebpf.v1",
-    "fields": [{"name": "seq", "type": "long"}],
-}
+OURS = {name: json.loads((SCHEMAS / f"{file}.avsc").read_text()) for name, file in
+        (("TcpTransmit", "tcp_transmit"), ("TcpAlert", "tcp_alerts"), ("RebpfAgent", "rebpf_agent"))}  # fmt: skip
+OTHER = {**OURS["TcpTransmit"], "fields": [*OURS["TcpTransmit"]["fields"], {"name": "a", "type": "long", "default": 0}]}
+"""Another version of a schema of ours."""
 
 
-def frame(schema_id: int, schema: dict[str, Any], record: dict[str, Any]) -> bytes:
+def frame(schema_id: int, schema: dict[str, Any], **fields: Any) -> bytes:
+    """Return a message; each field that is not given has some value of its type."""
     buffer = io.BytesIO()
     buffer.write(struct.pack(">bI", 0, schema_id))
-    fastavro.schemaless_writer(buffer, fastavro.parse_schema(schema), record)
+    values = {field["name"]: VALUES[type_name(field["type"])] for field in schema["fields"]}
+    fastavro.schemaless_writer(buffer, fastavro.parse_schema(schema), {**values, **fields})
     return buffer.getvalue()
 
 
 class Registry(BaseHTTPRequestHandler):
-    """Knows schema 77; requests are counted."""
+    """Knows schema 77; requests are counted. For schema 79 it answers with `failure`, a status and an error code."""
 
     requests: list[str]
+    failure = 404, 40403
 
     def do_GET(self) -> None:
         self.requests.append(self.path)
-        known = self.path.split("?")[0] == "/schemas/ids/77"
-        answer = {"schema": json.dumps(OLDER)} if known else {"error_code": 40403, "message": "Schema not found"}
+        answers: dict[str, tuple[int, dict[str, Any]]] = {
+            "/schemas/ids/77": (200, {"schema": json.dumps(OTHER)}),
+            "/schemas/ids/79": (self.failure[0], {"error_code": self.failure[1], "message": "failed"}),
+            "/config": (200, {"compatibilityLevel": "BACKWARD"}),
+        }
+        status, answer = answers.get(self.path, (404, {"error_code": 40403, "message": "Schema not found"}))
         body = json.dumps(answer).encode()
-        self.send_response(200 if known else 404)
+        self.send_response(status)
         self.send_header("Content-Type", "application/vnd.schemaregistry.v1+json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -89,23 +95,23 @@ def test_a_message_without_a_value_is_refused() -> None:
 
 def test_an_id_that_is_not_fixed_asks_for_the_registry() -> None:
     with pytest.raises(UndecodableError, match="--registry"):
-        Decoder(None).decode(frame(77, OLDER, {"seq": 5}))
+        Decoder(None).decode(frame(77, OTHER))
 
 
 def test_a_value_with_something_behind_it_is_refused(registry: ThreadingHTTPServer) -> None:
     with pytest.raises(UndecodableError, match="not a value"):
-        Decoder(url(registry)).decode(frame(77, OLDER, {"seq": 5}) + b"\0")
+        Decoder(url(registry)).decode(frame(77, OTHER) + b"\0")
 
 
 def test_a_registrys_schema_is_fetched_once(registry: ThreadingHTTPServer) -> None:
     decoder = Decoder(url(registry))
-    assert [decoder.decode(frame(77, OLDER, {"seq": n})) for n in (1, 2, 3)] == [{"seq": 1}, {"seq": 2}, {"seq": 3}]
+    assert [decoder.decode(frame(77, OTHER, a=n))["a"] for n in (1, 2, 3)] == [1, 2, 3]
     assert len(Registry.requests) == 1
 
 
 def test_an_id_that_the_registry_does_not_know_is_refused(registry: ThreadingHTTPServer) -> None:
     with pytest.raises(UndecodableError, match="does not know schema id 78"):
-        Decoder(url(registry)).decode(frame(78, OLDER, {"seq": 5}))
+        Decoder(url(registry)).decode(frame(78, OTHER))
 
 
 def test_a_registry_that_is_down_is_unavailable() -> None:
@@ -113,7 +119,7 @@ def test_a_registry_that_is_down_is_unavailable() -> None:
         taken.bind(("127.0.0.1", 0))  # A port on which nobody listens.
         decoder = Decoder(f"http://127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(UnavailableError, match="registry"):
-            decoder.decode(frame(77, OLDER, {"seq": 5}))
+            decoder.decode(frame(77, OTHER))
 
 
 def test_a_refused_id_is_asked_for_once_a_minute(registry: ThreadingHTTPServer) -> None:
@@ -123,15 +129,77 @@ def test_a_refused_id_is_asked_for_once_a_minute(registry: ThreadingHTTPServer) 
         now = time_s
         for _ in range(5):
             with pytest.raises(UndecodableError, match="does not know schema id 78"):
-                decoder.decode(frame(78, OLDER, {"seq": 5}))
+                decoder.decode(frame(78, OTHER))
         assert len(Registry.requests) == requests
+
+
+def test_new_ids_are_asked_for_at_a_rate_however_many_a_topic_has(registry: ThreadingHTTPServer) -> None:
+    now = 1000.0
+    decoder = Decoder(url(registry), clock=lambda: now)
+    for time_s, requests in ((1000.0, 100), (1001.0, 110)):
+        now = time_s
+        for schema_id in range(1000, 1300):
+            with pytest.raises(UndecodableError, match=r"does not know|too many"):
+                decoder.decode(frame(schema_id, OTHER))
+        assert len(Registry.requests) == requests
+
+
+@pytest.mark.parametrize(("status", "code"), [(500, 50001), (403, 40301), (404, 404), (422, 42201)])
+def test_an_id_for_which_the_registry_fails_ends_no_consumer(
+    registry: ThreadingHTTPServer, status: int, code: int
+) -> None:
+    Registry.failure = status, code
+    decoder = Decoder(url(registry))
+    for _ in range(2):
+        with pytest.raises(UndecodableError, match="does not answer for schema id 79"):
+            decoder.decode(frame(79, OTHER))
+    assert decoder.decode(frame(77, OTHER, a=3))["a"] == 3
+    with pytest.raises(UndecodableError, match="does not answer for schema id 79"):
+        decoder.decode(frame(79, OTHER))
+
+
+def test_a_registry_that_went_away_ends_no_consumer_and_is_not_waited_for_at_each_message() -> None:
+    now = 1000.0
+    Registry.requests = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        decoder = Decoder(url(server), clock=lambda: now)
+        decoder.decode(frame(77, OTHER))
+        server.shutdown()
+        thread.join()
+    with pytest.raises(UndecodableError, match="does not answer for schema id 78"):
+        decoder.decode(frame(78, OTHER))
+    with pytest.raises(UndecodableError, match="new schema ids are not asked for"):
+        decoder.decode(frame(79, OTHER))
+    now += 61
+    with pytest.raises(UndecodableError, match="does not answer for schema id 79"):
+        decoder.decode(frame(79, OTHER))
+
+
+def test_a_stop_ends_the_wait_for_a_schema() -> None:
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+
+        def take() -> None:
+            visitor, _ = silent.accept()
+            with visitor:
+                stop.set()
+                visitor.recv(1 << 16)
+                visitor.recv(1)  # until the client is gone
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        with pytest.raises(Stopped):
+            Decoder(f"http://127.0.0.1:{silent.getsockname()[1]}", stop=stop).decode(frame(77, OTHER))
+        thread.join()
 
 
 def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPServer) -> None:
     decoder = Decoder(url(registry))
     for schema_id in (0, 1 << 31, (1 << 32) - 1):
         with pytest.raises(UndecodableError, match="no registry gives"):
-            decoder.decode(frame(schema_id, OLDER, {"seq": 5}))
+            decoder.decode(frame(schema_id, OTHER))
     assert Registry.requests == []
 
 
@@ -139,7 +207,7 @@ def test_alert_counts_a_message_whose_schema_the_registry_refuses(registry: Thre
     counts = Counts()
     part = HeartbeatPart("hosts", 3, [], Committed(7), Decoder(url(registry)), counts)
     for offset in (7, 8):
-        part.put(frame(78, OLDER, {"seq": 5}), offset, 0)
+        part.put(frame(78, OTHER), offset, 0)
     assert (counts.undecodable, part.next, len(Registry.requests)) == (2, 9, 1)
 
 
@@ -156,7 +224,9 @@ def test_each_schema_of_ours_is_accepted(path: Path) -> None:
 
 
 def of_type(kind: Any, name: str = "RebpfAgent") -> dict[str, Any]:
-    return {"type": "record", "name": name, "namespace": "rebpf.v1", "fields": [{"name": "a", "type": kind}]}
+    """Return a schema of ours with one more field."""
+    fields = OURS.get(name, OURS["RebpfAgent"])["fields"]
+    return {"type": "record", "name": name, "namespace": "rebpf.v1", "fields": [*fields, {"name": "a", "type": kind}]}
 
 
 def nested(levels: int) -> Any:
@@ -206,6 +276,57 @@ LISTS = [
 def test_a_schema_that_is_not_like_ours_is_refused(schema: Any) -> None:
     with pytest.raises(NotAccepted):
         accepted(json.dumps(schema))
+
+
+def changed(change: Any, name: str = "TcpTransmit") -> dict[str, Any]:
+    """Return a schema of ours with its fields changed."""
+    return {**OURS[name], "fields": [each for field in OURS[name]["fields"] for each in change(dict(field))]}
+
+
+def replaced(name: str, **parts: Any) -> Any:
+    return lambda field: [{**field, **parts}] if field["name"] == name else [field]
+
+
+def without(name: str) -> Any:
+    return lambda field: [] if field["name"] == name else [field]
+
+
+RECORDS = {"type": "array", "items": {"type": "record", "name": "S", "fields": [{"name": "topic", "type": "long"}]}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *(changed(without(name)) for name in ("ts_ns", "host", "seq", "segs", "sample_rate")),
+        *(changed(replaced(name, type="string")) for name in ("ts_ns", "cpu", "segs", "sample_rate")),
+        changed(replaced("host", type="bytes")),
+        changed(replaced("host", type=["null", "string"])),
+        changed(replaced("segs", type="double")),
+        changed(replaced("uid", type="string")),
+        changed(lambda field: [field, field] if field["name"] == "host" else [field]),
+        changed(lambda field: [field, *({"name": f"{field['name']}{n}", "type": "long"} for n in range(5))]),
+        changed(replaced("firing", type="string"), "TcpAlert"),
+        changed(without("interval_s"), "RebpfAgent"),
+        changed(replaced("streams", type="string"), "RebpfAgent"),
+        changed(replaced("streams", type=RECORDS), "RebpfAgent"),
+    ],
+    ids=lambda schema: str(len(str(schema))),
+)
+def test_a_schema_by_our_name_with_other_fields_is_refused(schema: Any) -> None:
+    with pytest.raises(NotAccepted):
+        accepted(json.dumps(schema))
+
+
+def test_a_schema_with_other_defaults_and_words_is_accepted_without_them() -> None:
+    schema = changed(lambda field: [{**field, "doc": "x" * 99, "default": None}])
+    assert "default" not in json.dumps(accepted(json.dumps(schema)))
+
+
+def test_a_text_of_more_than_4096_characters_is_refused() -> None:
+    decode = Decoder(None).decode
+    assert len(decode(frame(1, OURS["TcpTransmit"], host="x" * 4096))["host"]) == 4096
+    with pytest.raises(UndecodableError, match="4096 characters"):
+        decode(frame(1, OURS["TcpTransmit"], host="x" * 4097))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 60_000, "\ud800", 'syntax = "proto3";'])

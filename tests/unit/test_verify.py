@@ -174,6 +174,28 @@ def test_of_many_flows_those_that_are_quiet_are_forgotten_and_counted() -> None:
     assert report.out_of_order == 1
 
 
+def test_of_more_boots_and_scattered_numbers_than_have_room_the_rest_is_counted_as_unchecked() -> None:
+    audit = Audit(boots=10, pages=20)
+    audit.add([row(1, host=f"h-{number}") for number in range(50)])
+    assert audit.unchecked == 40
+    audit.add([row(number << 12, host="h-0") for number in range(1, 50)])
+    assert audit.unchecked == 40 + 38
+    audit.add([row(2, host="h-9"), row(1, host="h-99")])
+    assert [report.events for report in audit.boots()] == [12, *[1] * 8, 2]
+    assert audit.unchecked == 40 + 38 + 1
+
+
+def test_what_is_unchecked_is_a_fault() -> None:
+    report = TopicReport("events", 1, 5, 0, 0, 0, (), 3)
+    assert complaint([report]) == "events: unchecked 3"
+    assert str(report).endswith("unchecked=3")
+
+
+def test_a_name_that_is_too_long_is_undecodable() -> None:
+    with pytest.raises(UndecodableError, match="4096 characters"):
+        FrontReader(Decoder(None)).read(message(TRANSMITS, host="x" * 5000))
+
+
 def test_the_front_of_a_record_is_what_the_whole_record_says() -> None:
     for stream in STREAMS:
         value = message(stream, cpu=3, cpu_seq=1 << 40, host="web-1", boot_id="b")

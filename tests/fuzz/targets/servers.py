@@ -15,16 +15,21 @@ from producer.alert.alert import Alert
 from producer.alert.alertmanager import Alertmanager
 from producer.config import Registry
 from producer.decode import Decoder, UndecodableError
+from producer.encode import load_schema
 from producer.endpoint import Board, Endpoint, ask
 from producer.errors import RebpfError
-from producer.events import Topic
+from producer.events import STREAMS, Topic
+from producer.front import FrontReader
 from producer.registry import SchemaIds
 from producer.status import table
+from tests import spools
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import mutated, mutated_json
 from tests.unit.statuses import status
 
 _SCHEMA = {"type": "record", "name": "R", "fields": [{"name": "a", "type": "long"}]}
+_ENCODED = spools.encoded(STREAMS[0], 1, 2)
+_EVENT = _ENCODED.payload[: int(_ENCODED.lengths[0])].tobytes()[5:]
 
 
 class _Server:
@@ -104,7 +109,10 @@ def _registry() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _schemas() -> Iterator[Check]:
-    """A schema that a registry gives makes a message decodable, or undecodable, or the registry unavailable."""
+    """A schema that a registry gives makes a message decodable, or undecodable, or the registry unavailable.
+
+    A decoder that has read a message of ours reads on, whatever the registry answers then.
+    """
     with _server() as server:
 
         def check(example: tuple[bytes, bytes]) -> None:
@@ -116,6 +124,16 @@ def _schemas() -> Iterator[Check]:
                 pass
             except RebpfError as error:
                 _one_line(error)
+            server.answer = _json({"schema": json.dumps(load_schema(STREAMS[0]))})
+            decoder = Decoder(Registry(server.url, timeout_s=1))
+            value = b"\0\0\0\0\x07" + _EVENT
+            decoder.decode(value)
+            server.answer = example[0]
+            fronts = FrontReader(decoder)
+            for read in (decoder.decode, fronts.read):
+                with contextlib.suppress(UndecodableError):
+                    read(b"\0\0\0\0\x08" + body)
+                read(value)
 
         yield check
 
@@ -188,7 +206,15 @@ _ids = st.one_of(
     st.tuples(mutated_json([_ID, _ERROR, 7, []]), _codes).map(lambda pair: _json(*pair)),
     mutated([_json(_ID), _json(_ERROR, 404), _response(_HTML), _response(_HTML, 404)]),
 )
-_schema = mutated_json([_SCHEMA, {"type": "array", "items": "null"}, {"type": "map", "values": "long"}, "string"])
+_schema = mutated_json(
+    [
+        _SCHEMA,
+        *map(load_schema, STREAMS),
+        {"type": "array", "items": "null"},
+        {"type": "map", "values": "long"},
+        "string",
+    ]
+)
 _given = st.one_of(
     _schema.map(lambda schema: _json({"schema": json.dumps(schema)})), mutated([_json({"schema": json.dumps(_SCHEMA)})])
 )
@@ -202,7 +228,7 @@ _REQUESTS = (
 TARGETS = (
     Target("status", st.one_of(mutated_json([_STATUS]).map(_json), mutated([_json(_STATUS)])), _status, 120),
     Target("registry", _ids, _registry, 15),
-    Target("schemas", st.tuples(_given, st.binary(max_size=20)), _schemas, 6),
+    Target("schemas", st.tuples(_given, st.one_of(st.binary(max_size=20), mutated([_EVENT]))), _schemas, 6),
     Target(
         "alertmanager",
         st.one_of(mutated([_json({}), _response(_HTML, 400), _json({}, 503)]), st.binary(max_size=99)),

@@ -1,0 +1,34 @@
+"""Whether the brokers that Kafka names can be reached from this host.
+
+A client asks the brokers that it is given for the cluster's, and goes on with the names that these advertise: where
+they cannot be resolved here, the first answer is the last one.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Sequence
+
+_TIMEOUT_S = 5.0
+
+
+def unreachable(brokers: Sequence[tuple[str, int]], timeout_s: float = _TIMEOUT_S) -> dict[tuple[str, int], str]:
+    """Return the brokers that do not take a connection within the time, each with the reason."""
+    found: dict[tuple[str, int], str | None] = {}
+
+    def look(broker: tuple[str, int]) -> None:
+        try:
+            socket.create_connection(broker, timeout_s).close()
+            found[broker] = None
+        except (OSError, UnicodeError, OverflowError) as error:  # of the name's form, and of the port
+            found[broker] = getattr(error, "strerror", None) or str(error)
+
+    # A resolver has no timeout that can be set.
+    threads = [threading.Thread(target=look, args=(broker,), daemon=True) for broker in brokers]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    reasons = {broker: found.get(broker, f"no answer within {timeout_s:g} s") for broker in brokers}
+    return {broker: reason for broker, reason in reasons.items() if reason is not None}
