@@ -35,6 +35,7 @@ _SHOWN_AT_ZERO = (
     "ring_full",
     "nested",
     "old_ring",
+    "ring_damaged",
     "encode",
     "spool_dropped",
     "spool_expired",

@@ -62,6 +62,7 @@ class _NoRing:
     """Stands for a ring and an encoder where nothing is captured; the ring's position is kept for who has the ring."""
 
     records_before = 0
+    damaged = 0
     fill = 0.0
 
     def __init__(self, stream: Stream, position: int) -> None:
@@ -70,6 +71,9 @@ class _NoRing:
 
     def read(self, limit: int) -> Rows:
         return self._none
+
+    def holds(self, position: int) -> bool:
+        return True
 
     def commit(self, position: int) -> None:
         pass
