@@ -80,11 +80,12 @@ class SignalFlag:
         signal.signal(number, self._pending.setdefault)
 
     def stop_on(self, number: signal.Signals) -> None:
-        """Have a signal set the flag, and end the process at once if it is set."""
+        """Have a signal set the flag, and end the process at once if a signal has set it before."""
+        _stops.append(self)
         signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._pending:
+        if self._pending.keys() - {None}:
             os._exit(QUIT_NOW)
         self._pending[number] = True
 
@@ -105,6 +106,14 @@ class SignalFlag:
         if not self._pending:
             self._wakeup.wait(timeout)
         return bool(self._pending)
+
+
+_stops: list[SignalFlag] = []
+
+
+def is_stopping() -> bool:
+    """Whether a flag that stops this process is set."""
+    return any(flag.is_set() for flag in _stops)
 
 
 def set_on(number: signal.Signals) -> SignalFlag:
