@@ -78,6 +78,9 @@ class _NoRing:
     def commit(self, position: int) -> None:
         pass
 
+    def fit(self, rows: Rows) -> int:
+        return len(rows)
+
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         raise AssertionError("nothing is captured")
 

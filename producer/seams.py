@@ -37,6 +37,9 @@ class Ring(Protocol):
 class Encoder(Protocol):
     """What the pipeline asks of an encoder."""
 
+    def fit(self, rows: Rows) -> int:
+        """Return how many of the rows, from the first on, are encoded in a short time: at least one."""
+
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch | None:
         """Encode a batch, without the rows that cannot be encoded; None where none is left."""
 

@@ -50,10 +50,8 @@ class _Read:
     oldest_ns: int
     refused: Counter[str]
     """Events that are not in the batch, by reason."""
-
-    @property
-    def rows(self) -> int:
-        return len(self.batch or ()) + self.refused.total()
+    more: bool
+    """Whether there is likely more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +207,21 @@ class StreamPath:
         return self._waited(now_s) or (self._ring.fill > _FULL and not sink.room(self.stream))
 
     def _next_batch(self, limit: int, utc_offset_ns: int) -> _Read | None:
+        before = self._ring.position
         rows = self._ring.read(limit)
+        if is_cut := len(rows) > 0 and (fit := self._encoder.fit(rows)) < len(rows):
+            self._ring.position = before
+            rows = self._ring.read(fit)
         damaged = self._ring.damaged
+        if not len(rows) and not damaged:
+            return None
+        more = is_cut or len(rows) + damaged == _BATCH_ROWS
         if not len(rows):
-            return _Read(None, 0, Counter({_DAMAGED: damaged})) if damaged else None
+            return _Read(None, 0, Counter({_DAMAGED: damaged}), more)
         oldest_ns = int(rows["s"]["ts"][0])
         batch = self._encoder.encode(Batch(self.stream, rows), utc_offset_ns)
-        return _Read(batch, oldest_ns, +Counter({_UNENCODABLE: len(rows) - len(batch or ()), _DAMAGED: damaged}))
+        refused = +Counter({_UNENCODABLE: len(rows) - len(batch or ()), _DAMAGED: damaged})
+        return _Read(batch, oldest_ns, refused, more)
 
     def _send(self, sink: Sink, now_s: float, utc_offset_ns: int) -> bool:
         before = self._ring.position
@@ -231,7 +237,7 @@ class StreamPath:
         except Exception:
             self._ring.position = before  # another step reads it again
             raise
-        return read.rows == _BATCH_ROWS
+        return read.more
 
     def _begin(self, batch: EncodedBatch, read: _Read, now_s: float) -> None:
         self._lost.update(read.refused)
@@ -283,7 +289,7 @@ class StreamPath:
             self._append_at = now_s + self._stores.waits.next()
             self.spool_trouble = error.strerror or str(error)
         self._close_books(position)
-        return found is not None and found.rows == _BATCH_ROWS
+        return found is not None and found.more
 
     def _spool_works(self) -> None:
         """Note that the spool takes what it should, or is not needed."""

@@ -375,3 +375,20 @@ def test_a_position_beyond_the_ring_is_not_taken_from_ledger_or_spool(position: 
     ring.position = ring.committed = 2 * STRIDE
     assert resume(Account("ring", position), "ring", ring, None, None).position == 2 * STRIDE
     assert ring.position == ring.committed == 2 * STRIDE
+
+
+def test_rows_that_take_long_are_encoded_in_several_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Folder) -> None:
+    monkeypatch.setattr(IdEncoder, "most", 3)
+    setup = Setup(tmp_path)
+    setup.ring.bad = {1}
+    setup.arrive(8)
+    assert setup.sink.sent == [0, 2]
+    while setup.pipeline.step():
+        pass
+    assert setup.sink.sent == [0, 2, 3, 4, 5, 6, 7]
+    assert setup.transmits.lost == {"ring_damaged": 1}
+    setup.pass_time(AFTER_S + 1)
+    setup.arrive(7)
+    setup.pipeline.put_all_by()
+    assert setup.spools["transmit"].end == 7 + 7
+    setup.assert_balanced()
