@@ -21,6 +21,7 @@ from producer.options import (
     Address,
     Group,
     Offset,
+    TopicName,
     brokers_option,
     config_option,
     json_option,
@@ -132,7 +133,7 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
 @config_option
 @brokers_option
 @registry_option
-@option("--topic", multiple=True, help="Only this topic; repeatable.")
+@option("--topic", type=TopicName(), multiple=True, help="Only this topic; repeatable.")
 @click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after so many events.")
 @option("--from-beginning", is_flag=True, help="Begin with the oldest event, not with the next.")
 @state_dir_option
@@ -196,7 +197,7 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
 @config_option
 @brokers_option
 @registry_option
-@option("--topic", multiple=True, help="Only this topic; repeatable.")
+@option("--topic", type=TopicName(), multiple=True, help="Only this topic; repeatable.")
 @option("--host", help="Only the events of this host.")
 @option(
     "--since-offset",
