@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 5.0
 _LAST_BEAT_S = 1.0
 _REPEAT_REASON_S = 60.0
+_MOST_REASONS = 64
 
 
 class Agent:
@@ -109,13 +110,8 @@ class Agent:
 
             supervisor = Supervisor()
 
-            def reload_rules() -> None:
-                reload.clear()
-                rules.reload()
-
             def between() -> None:
-                if reload.is_set():
-                    supervisor.attempt("reload", reload_rules, None)
+                supervisor.attempt("reload", lambda: rules.follow(reload), None)
                 supervisor.attempt("cgroups", rules.look, None)
                 facts.update(rules_version=rules.version, reloads=rules.reloads, reload_refused=rules.refusal)
                 supervisor.attempt("publish", lambda: folder.publish_if_new({**facts}), None)
@@ -303,12 +299,18 @@ class _Watch:
         if reasons:
             self._well_from = now + _WATCH_INTERVAL_S
         for reason in reasons:
-            if now >= self._reasons.get(reason, 0.0) + _REPEAT_REASON_S:
+            if now >= self._reasons.get(reason, -_REPEAT_REASON_S) + _REPEAT_REASON_S and self._may_tell(now):
                 self._reasons[reason] = now
                 logger.warning("degraded: %s", reason)
         if self._reasons and now >= self._well_from:
             self._reasons.clear()
             logger.info("all is as it should be again")
+
+    def _may_tell(self, now: float) -> bool:
+        """Forget reasons that were told long ago; return whether there is room: texts that change have no end."""
+        if len(self._reasons) >= _MOST_REASONS:
+            self._reasons = {each: told for each, told in self._reasons.items() if now < told + _REPEAT_REASON_S}
+        return len(self._reasons) < _MOST_REASONS
 
     def due(self) -> bool:
         """Whether it is time."""

@@ -10,6 +10,7 @@ _STAGES: Mapping[str, str] = {
     "ring_full": "kernel",
     "nested": "kernel",
     "old_ring": "hooks",
+    "ring_damaged": "ring",
     "encode": "encode",
     "spool_dropped": "spool",
     "spool_expired": "spool",

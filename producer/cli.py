@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from producer import stdio
 from producer.cli_alert import alert
 from producer.cli_spool import spool
 from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
@@ -20,6 +21,7 @@ from producer.options import (
     Address,
     Group,
     Offset,
+    TopicName,
     brokers_option,
     config_option,
     json_option,
@@ -61,14 +63,15 @@ _SECTIONS = {
 )
 def rebpf(log_level: str) -> None:
     """Stream TCP segments and retransmissions from the Linux kernel to Kafka."""
-    # A full disk or a dead pipe behind standard error stops no run.
-    logging.raiseExceptions = False
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter())
-    level = max(logging.WARNING, logging.getLevelName(log_level.upper()))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    _log_from(max(logging.WARNING, logging.getLevelName(log_level.upper())))
     # Not the libraries' loggers: the registry client's logs each request.
     logging.getLogger("producer").setLevel(log_level.upper())
+
+
+def _log_from(level: int) -> None:
+    handler = stdio.LogHandler()
+    handler.setFormatter(LineFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 rebpf.add_command(spool)
@@ -119,7 +122,9 @@ def run(
         )
 
     agent = Agent(read(), read)
-    balances = agent.run(stop_on_signals(), set_on(signal.SIGHUP), duration)
+    stop = stop_on_signals()
+    balances = agent.run(stop, set_on(signal.SIGHUP), duration)
+    stop.set()  # also after `duration`: output waits for no reader
     text = printable("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))
     try:
         echo(to_json({topic: balance.as_dict() for topic, balance in balances.items()}) if as_json else text)
@@ -157,7 +162,7 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
 @config_option
 @brokers_option
 @registry_option
-@option("--topic", multiple=True, help="Read this topic only; repeatable.")
+@option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
 @click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
 @option("--from-beginning", is_flag=True, help="Start with the earliest event.")
 @state_dir_option
@@ -229,7 +234,7 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
 @config_option
 @brokers_option
 @registry_option
-@option("--topic", multiple=True, help="Read this topic only; repeatable.")
+@option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
 @option("--host", help="Check the events of this host only.")
 @option(
     "--since-offset",
@@ -375,6 +380,8 @@ def version() -> None:
 def main() -> NoReturn:
     """Run the command line and exit."""
     hold_descriptors()
+    stdio.take_over()
+    _log_from(logging.WARNING)
     with flushed():
         sys.exit(_main())
 

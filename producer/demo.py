@@ -13,9 +13,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import FrameType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -27,15 +26,17 @@ from producer.events import RETRANSMITS, STREAMS
 from producer.lab import Lab, Sent
 from producer.output import echo
 from producer.reconcile import Comparison, Row, Tally, compare, reasons
+from producer.signals import Flag, SignalFlag
 from producer.tail import Event, batches
 from producer.text import printable, to_json
-from producer.view import View, in_time_order, is_retransmit_event
+from producer.view import View, is_retransmit_event
 
 _READY_TIMEOUT_S = 180
 _STOP_TIMEOUT_S = 60
 # After the traffic's end: the events are all here when nothing has come for so long.
 _QUIET_S = 2.0
 _TRANSMIT_LINES_PER_S = 20
+_MOST_LINE = 1 << 16
 _ERRORS = {error.exit_code: error for error in (PermissionDenied, BusyError, ConfigError)}
 
 
@@ -44,8 +45,10 @@ def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool) -> int:
     if os.geteuid() != 0:
         raise PermissionDenied("the demo loads BPF programs and makes network namespaces: run it as root, or with sudo")
     screen = _Screen(quiet=as_json)
+    stop = SignalFlag()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stop.interrupt_on(number)  # the second one ends the demo at once, cleaning up on the way
     with (
-        _stop_on_signals() as stop,
         tempfile.TemporaryDirectory(prefix="rebpf-demo-") as folder,
         Lab(loss) as lab,
         _Producer(folder, lab.addresses) as producer,
@@ -58,11 +61,17 @@ def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool) -> int:
         tally = Tally()
         with contextlib.closing(_follow(ready["brokers"])) as source, ThreadPoolExecutor(1) as pool:
             next(source)
-            sent = pool.submit(_traffic, lab, duration_s, stop)
+            end = threading.Event()
+
+            def pass_on_stop() -> None:
+                if stop.is_set():
+                    end.set()
+
+            sent = pool.submit(_traffic, lab, duration_s, end)
             try:
-                _watch(source, sent, producer, tally, screen)
+                _watch(source, sent, producer, tally, screen, pass_on_stop)
             finally:
-                stop.set()
+                end.set()
             counters = lab.counters()
             _settle(source, tally, counters)
         balance = producer.stop()
@@ -90,6 +99,7 @@ class _Producer:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="backslashreplace",
             start_new_session=True,
             # What the user has set for a producer of theirs is not for this one.
             env={name: value for name, value in os.environ.items() if not name.startswith("REBPF_")},
@@ -106,7 +116,7 @@ class _Producer:
             assert stream is not None
             stream.close()
 
-    def wait_ready(self, stop: threading.Event) -> Mapping[str, str] | None:
+    def wait_ready(self, stop: Flag) -> Mapping[str, str] | None:
         """Wait for the ready line and return its words; None when `stop` came first."""
         deadline = time.monotonic() + _READY_TIMEOUT_S
         while self._ready is None and not stop.is_set():
@@ -144,7 +154,7 @@ class _Producer:
         return status
 
     def _read(self, stream: TextIO) -> None:
-        for line in stream:
+        while line := stream.readline(_MOST_LINE):
             self._last_lines.append(line.rstrip())
             if self._ready is None and "brokers=" in line and "ready" in line.split():
                 self._ready = dict(word.split("=", 1) for word in line.split() if "=" in word)
@@ -193,7 +203,7 @@ class _Screen:
         if self._quiet:
             return
         shown = [event.record for event in events if self._is_shown(event)]
-        lines = [self._view.line(record) for record in in_time_order(shown)]
+        lines = self._view.lines(shown)
         if lines:
             # Not through the console, whose layout costs more than the line.
             echo("\n".join(lines), color=True)
@@ -240,8 +250,8 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _traffic(lab: Lab, duration_s: float, stop: threading.Event) -> Sent:
-    sent = lab.traffic(duration_s, stop)
+def _traffic(lab: Lab, duration_s: float, end: threading.Event) -> Sent:
+    sent = lab.traffic(duration_s, end)
     lab.wait_idle()
     return sent
 
@@ -253,9 +263,15 @@ def _follow(brokers: str) -> Generator[list[Event]]:
 
 
 def _watch(
-    source: Iterator[list[Event]], sent: "Future[Sent]", producer: _Producer, tally: Tally, screen: _Screen
+    source: Iterator[list[Event]],
+    sent: "Future[Sent]",
+    producer: _Producer,
+    tally: Tally,
+    screen: _Screen,
+    each: Callable[[], None],
 ) -> None:
     while not sent.done():
+        each()
         producer.check()
         events = next(source)
         _count(tally, events)
@@ -276,21 +292,3 @@ def _settle(source: Iterator[list[Event]], tally: Tally, counters: Mapping[str, 
 def _count(tally: Tally, events: Sequence[Event]) -> None:
     for event in events:
         tally.add(event.topic, event.record)
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGINT or SIGTERM sets; a second signal ends the demo at once, cleaning up on the way."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

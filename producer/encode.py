@@ -73,6 +73,10 @@ class BatchEncoder:
             group: _name_table(self._encoder, group, _NAMES[group]) for group in self._encoder.groups if group in _NAMES
         }
 
+    def fit(self, rows: Rows) -> int:
+        """Return how many of the rows, from the first on, are encoded in a short time: new flows take longer."""
+        return self._flows.fit(rows)
+
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         """Encode a batch; `utc_offset_ns` is what the monotonic clock lacks to nanoseconds since 1970.
 

@@ -37,6 +37,11 @@ FLOW_FIELDS = frozenset(
 _WORDS = FLOW.itemsize // 8
 _SLOT_BITS = 15
 _MOST_FLOWS = 1 << 15
+MOST_NEW = 256
+"""Most new flows that a batch should have: each costs as much as a hundred rows of known ones."""
+
+
+_Found = tuple[NDArray[np.void], NDArray[np.uint64], NDArray[np.int64], NDArray[np.intp]]
 
 
 class FlowTable:
@@ -52,6 +57,8 @@ class FlowTable:
         self._fields = fields
         self._cgroups = cgroup_paths
         self._found = 0
+        self._fitted: tuple[Rows, _Found] | None = None
+        """What `fit` has looked up, for the `number` that follows."""
         # Random, so that nobody can choose flows that share a place; odd, so that no bit of a word is lost.
         self._factors = np.random.default_rng().integers(0, 1 << 63, _WORDS, np.uint64) << np.uint64(1) | np.uint64(1)
         self.groups: dict[Group, Table] = {group: Table() for group in groups}
@@ -68,22 +75,47 @@ class FlowTable:
         for group in self.groups:
             self.groups[group] = Table()
 
+    def fit(self, rows: Rows) -> int:
+        """Return how many of the rows, from the first on, have no more than MOST_NEW new flows together."""
+        self._make_room()
+        found = flows, _, _, unseen = self._look_up(rows)
+        self._fitted = rows, found
+        if len(unseen) > MOST_NEW:
+            new: set[bytes] = set()
+            for row in unseen:
+                raw = flows[row].tobytes()
+                if raw not in self._numbers:
+                    new.add(raw)
+                if len(new) > MOST_NEW:
+                    return int(row)
+        return len(rows)
+
     def number(self, rows: Rows) -> NDArray[np.int64]:
-        """Return the number of each row's flow. Numbers hold until the next call."""
+        """Return the number of each row's flow. Numbers hold until the next call of `number` or `fit`."""
+        if self._fitted is None or self._fitted[0] is not rows:
+            self._make_room()
+            self._fitted = rows, self._look_up(rows)
+        (_, (flows, words, slots, unseen)), self._fitted = self._fitted, None
+        numbers = self._slots.take(slots)
+        for row in unseen:
+            number = self._number_of(flows[row])
+            numbers[row] = self._slots[slots[row]] = number
+            self._seen[slots[row]] = words[row]
+        return numbers
+
+    def _make_room(self) -> None:
         if len(self.keys) > _MOST_FLOWS:
             self._clear()
         self._forget_resolved()
+
+    def _look_up(self, rows: Rows) -> tuple[NDArray[np.void], NDArray[np.uint64], NDArray[np.int64], NDArray[np.intp]]:
+        """Return the rows' flows, these as words, their slots, and which rows' flows are not in their slots."""
         flows = np.ascontiguousarray(rows["s"]["flow"])
         words = flows.view(np.uint64).reshape(-1, _WORDS)
         slots = self._slots_of(words)
         # Eight comparisons of a row, read as one number: 0 where all are equal.
         differs = (words != self._seen.take(slots, axis=0)).view(np.uint64)[:, 0] != 0
-        numbers = self._slots.take(slots)
-        for row in np.flatnonzero(differs):
-            number = self._number_of(flows[row])
-            numbers[row] = self._slots[slots[row]] = number
-            self._seen[slots[row]] = words[row]
-        return numbers
+        return flows, words, slots, np.flatnonzero(differs)
 
     def _slots_of(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
         return (words @ self._factors >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)

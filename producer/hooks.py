@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from producer import errors, sysbpf
 from producer.events import HOOKS, STREAMS, Stream, layout_check
-from producer.kept import Kept, KeptRing
+from producer.kept import Kept, KeptRing, usable
 from producer.loader import ATTACH
 from producer.loading import Loader
 from producer.paths import BPF
@@ -161,10 +161,13 @@ class Hooks:
         manifest = self._keeper.manifest() if self._keeper else None
         if self._keeper is None or manifest is None:
             return False
+        opened: dict[str, int] = {}
         try:
             kept = Kept.read(manifest)
             opened = dict(zip(kept.objects, self._keeper.open(kept.objects), strict=True))
+            kept = usable(kept, opened)
         except (OSError, LookupError, ValueError) as error:
+            sysbpf.close_all(list(opened.values()))
             logger.warning("hooks that were kept are given up, and the events in their rings are lost: %s", error)
             self._beside_others = True
             return False

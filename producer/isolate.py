@@ -24,6 +24,9 @@ class Unencodable(ValueError):
 class Encoder(Protocol):
     """What encodes whole batches, or raises."""
 
+    def fit(self, rows: Rows) -> int:
+        """Return how many of the rows, from the first on, are encoded in a short time."""
+
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         """Encode a batch."""
 
@@ -34,6 +37,10 @@ class Isolator:
     def __init__(self, encoder: Encoder, refuse: Callable[[Rows, str], None]) -> None:
         self._encoder = encoder
         self._refuse = refuse
+
+    def fit(self, rows: Rows) -> int:
+        """Return how many of the rows, from the first on, are encoded in a short time."""
+        return self._encoder.fit(rows)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch | None:
         """Encode a batch without the rows that cannot be encoded; None where none is left.

@@ -3,6 +3,7 @@
 The rings' sizes and the layouts of their records are in it: the process that finds them may be of another version.
 """
 
+import logging
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from producer import statefile
+from producer import statefile, sysbpf
 from producer.events import STREAMS, Stream
+from producer.ring import Ring
 from producer.rungs import Refusal
 
+logger = logging.getLogger(__name__)
+
+COUNTERS_BYTES = 24
+"""struct counters in bpf/maps.h."""
 _MOST_RECORD_BYTES = 1 << 12
 
 
@@ -90,6 +96,30 @@ def objects_and_manifest(text: bytes) -> dict[str, Any]:
     ):
         raise ValueError("not the names of objects and a manifest")
     return content
+
+
+def usable(kept: Kept, opened: Mapping[str, int]) -> Kept:
+    """Return what was kept without the older rings that cannot be read; `opened` are descriptors by name.
+
+    Raises OSError, LookupError or ValueError where one of the rings, or the counters, is not what the manifest says.
+    """
+    for ring in kept.rings:
+        _try(ring, opened)
+    counters = sysbpf.map_info(opened[kept.maps["counters"]])
+    if (counters.key_size, counters.value_size) != (4, COUNTERS_BYTES):
+        raise ValueError("the counters have another size")
+    old_rings = []
+    for ring in kept.old_rings:
+        try:
+            _try(ring, opened)
+            old_rings.append(ring)
+        except (OSError, ValueError) as error:
+            logger.error("hooks: %s cannot be read, and the events in it are lost: %s", ring.name, error)
+    return replace(kept, old_rings=old_rings)
+
+
+def _try(ring: KeptRing, opened: Mapping[str, int]) -> None:
+    Ring(opened[ring.name], ring.size_bytes, ring.stream.dtype).close()
 
 
 def _checked(kept: Kept) -> Kept:

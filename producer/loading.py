@@ -20,6 +20,9 @@ from producer.loader import BCC_MISSING, FEW_DESCRIPTORS, PACKET_BYTES
 logger = logging.getLogger(__name__)
 
 _FDS = 64
+_MOST_LOG_BYTES = 1 << 16
+_MOST_LINES = 20
+"""The last ones of what the child has written to its standard streams."""
 # Nothing of ours reaches compiler and linker: CPATH, LD_*, PYTHON* and BCC_* would change what is loaded.
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 _ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
@@ -46,8 +49,15 @@ class Loader:
         try:
             with theirs:
                 command = [python_with_bcc(), "-I", "-c", code]
+                # What Python, bcc and LLVM write themselves is no line of our log yet.
+                self._stderr = os.memfd_create("stderr")
                 self._child = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=_ENVIRONMENT
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._stderr,
+                    stderr=self._stderr,
+                    pass_fds=[theirs.fileno()],
+                    env=_ENVIRONMENT,
                 )
         except OSError as error:
             self._channel.close()
@@ -69,7 +79,7 @@ class Loader:
         if not packet:
             raise errors.HookError(f"the loader ended with status {self._child.wait()} and no answer")
         with open(descriptors[0], "rb") as file:
-            file.seek(0)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _MOST_LOG_BYTES))
             if log := file.read().decode(errors="replace"):
                 logger.debug("loader log:\n%s", log)
         answer = json.loads(packet)
@@ -82,6 +92,10 @@ class Loader:
         self._channel.close()
         self._child.kill()
         self._child.wait()
+        with open(self._stderr, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _MOST_LOG_BYTES))
+            for line in file.read().decode(errors="replace").splitlines()[-_MOST_LINES:]:
+                logger.warning("loader: %s", line)
 
 
 def _start_error(error: OSError) -> errors.UnavailableError:

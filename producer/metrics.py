@@ -20,6 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from tenacity import RetryCallState
 
+from producer import stdio
 from producer.balance import stage
 from producer.status import Status, StreamStatus
 
@@ -35,6 +36,7 @@ _SHOWN_AT_ZERO = (
     "ring_full",
     "nested",
     "old_ring",
+    "ring_damaged",
     "encode",
     "spool_dropped",
     "spool_expired",
@@ -146,6 +148,8 @@ class _StatusCollector(Collector):
         yield GaugeMetricFamily(
             "rebpf_loop_idle_seconds", "Seconds since the loop's last step: more than a few, it hangs.", self._idle_s()
         )
+        text = "Lines of the log that standard error has not taken."
+        yield CounterMetricFamily("rebpf_log_lines_dropped", text, stdio.dropped_lines())
         status = self._status()
         if status is None:
             return

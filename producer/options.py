@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +11,8 @@ import click
 
 from producer.errors import UsageError
 from producer.output import echo
+
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
 class Address(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes none
@@ -38,6 +41,18 @@ class Offset(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes non
             return int(value)
         except ValueError:
             self.fail(f"{value!r} is neither a number nor 'beginning'", param, ctx)
+
+
+class TopicName(click.ParamType):  # type: ignore[type-arg] # likewise
+    """A name that a topic of Kafka can have: librdkafka takes no other, and says less."""
+
+    name = "TOPIC"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name."""
+        if not _TOPIC.fullmatch(value) or value in (".", ".."):
+            self.fail(f"expected 1 to 249 of the characters a-z A-Z 0-9 . _ -, found {value!r}", param, ctx)
+        return value
 
 
 class _Option(click.Option):

@@ -9,6 +9,8 @@ from producer.config import Config
 from producer.errors import RebpfError
 from producer.hooks import Hooks
 from producer.ruleset import Ruleset, follow, resolve
+from producer.signals import Flag
+from producer.supervise import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +20,16 @@ _LOOK_INTERVAL_S = 2.0
 class RulesInForce:
     """Keeps the kernel's rules those of a configuration, which `read` reads anew. `version` is that of the rules."""
 
-    def __init__(self, hooks: Hooks, config: Config, ruleset: Ruleset, read: Callable[[], Config], root: Path | None):
+    def __init__(
+        self,
+        hooks: Hooks,
+        config: Config,
+        ruleset: Ruleset,
+        read: Callable[[], Config],
+        root: Path | None,
+        pace: Pace | None = None,
+    ) -> None:
+        self._pace = pace or Pace()
         self._hooks = hooks
         self._config = config
         self._ruleset = ruleset
@@ -31,6 +42,12 @@ class RulesInForce:
         """Why the last reload was refused; empty where it was not."""
         self.reloads = 0
         """Reloads so far, refused ones among them."""
+
+    def follow(self, asked: Flag) -> None:
+        """Reload where `asked` is set, and clear it; not more often than a pace allows, however often it is set."""
+        if asked.is_set() and self._pace.is_due():
+            asked.clear()
+            self._pace.run(self.reload)
 
     def reload(self) -> None:
         """Put the rules of the configuration's present text in force; a wrong text changes nothing, and is logged."""

@@ -62,6 +62,7 @@ class _NoRing:
     """Stands for a ring and an encoder where nothing is captured; the ring's position is kept for who has the ring."""
 
     records_before = 0
+    damaged = 0
     fill = 0.0
 
     def __init__(self, stream: Stream, position: int) -> None:
@@ -71,8 +72,14 @@ class _NoRing:
     def read(self, limit: int) -> Rows:
         return self._none
 
+    def holds(self, position: int) -> bool:
+        return True
+
     def commit(self, position: int) -> None:
         pass
+
+    def fit(self, rows: Rows) -> int:
+        return len(rows)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         raise AssertionError("nothing is captured")

@@ -9,13 +9,21 @@ A program reserves a record by writing its length with the busy bit and then mov
 by clearing the bit. So the reader looks at the position first, then at the lengths, then at payloads, and stops at the
 first busy record. Between these steps stands a barrier on machines that reorder loads.
 
+A ring outlives its process, and the next one may find anything in it. A record whose header the kernel cannot have
+written costs that record: `read` leaves it out and counts it in `damaged`. So does one that stays busy for a minute. A
+consumer's position that cannot be right would keep the kernel from writing: `Ring` starts at the oldest record that the
+memory still holds, and events come twice rather than never.
+
 `read` goes ahead of `commit`: what was read and not committed still belongs to the ring, and the kernel will not
 overwrite it.
 """
 
 import ctypes
+import logging
 import mmap
 import platform
+import time
+from collections.abc import Callable
 from types import TracebackType
 
 import numpy as np
@@ -23,14 +31,27 @@ from numpy.typing import NDArray
 
 from producer.events import Rows
 
-_BUSY, _DISCARD = np.uint32(1 << 31), np.uint32(1 << 30)
+logger = logging.getLogger(__name__)
+
+_BUSY, _DISCARD = 1 << 31, 1 << 30
 _HEADER_BYTES = 8
+_BUSY_MAX_S = 60.0
+"""A program fills a record within microseconds."""
 
 
 class Ring:
-    """The reader of one ring of `size_bytes`; rows have `dtype`. The descriptor may be closed afterwards."""
+    """The reader of one ring of `size_bytes`; rows have `dtype`. The descriptor may be closed afterwards.
 
-    def __init__(self, descriptor: int, size_bytes: int, dtype: np.dtype[np.void]) -> None:
+    OSError where the descriptor is no ring of this size.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        size_bytes: int,
+        dtype: np.dtype[np.void],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         page = mmap.PAGESIZE
         consumer = mmap.mmap(descriptor, page)
         # Arrays keep their map: the memory goes with the last array on it.
@@ -43,6 +64,11 @@ class Ring:
         self._record = np.dtype([("length", "<u4"), ("page", "<u4"), ("row", dtype)])
         self.position = int(self._consumer[0])
         """Behind the last record read, in bytes since the ring was made."""
+        self.damaged = 0
+        """Records that the last `read` has passed over because they are damaged."""
+        self._clock = clock
+        self._busy_position, self._busy_since_s = -1, 0.0
+        self._repair()
 
     @property
     def records_before(self) -> int:
@@ -59,12 +85,16 @@ class Ring:
         """Number of records behind `position`, those included that a program is still filling."""
         return (int(self._producer[0]) - self.position) // self.stride
 
+    def holds(self, position: int) -> bool:
+        """Say whether `position` is between two records that are not committed, or at an end of them."""
+        committed = int(self._consumer[0])
+        return committed <= position <= int(self._producer[0]) and (position - committed) % self.stride == 0
+
     def read(self, limit: int) -> Rows:
         """Return up to `limit` finished rows, in the order of their reservation, and move `position` behind them.
 
         The rows are a read-only view of the ring: they keep their values until a position behind them is committed.
-        Only where programs have discarded records between them, they are a copy. Raises ValueError, and does not move,
-        where a record has another size than the dtype.
+        Only where records between them were discarded, or are damaged, they are a copy.
         """
         count = min(self.unread, limit)
         _barrier()
@@ -72,15 +102,45 @@ class Ring:
         records = np.ndarray(count, self._record, buffer=self._data, offset=start)
         lengths = records["length"].copy()
         _barrier()
-        count = _finished(lengths)
-        rows = records["row"][:count]
-        odd = lengths[:count] != rows.itemsize
+        self.damaged = 0
+        size = records.dtype["row"].itemsize
+        count = self._finished(lengths, size)
+        lengths, rows = lengths[:count], records["row"][:count]
+        odd = lengths != size
         if odd.any():
-            if not (lengths[:count][odd] & _DISCARD).all():
-                raise ValueError("the ring holds records of another size")
+            self.damaged = int((odd & (lengths != size | _DISCARD)).sum())
             rows = rows[~odd]
         self.position += count * self.stride
         return rows
+
+    def _finished(self, lengths: NDArray[np.uint32], size: int) -> int:
+        """Return how many records come before the first that a program is filling."""
+        busy = lengths == size | _BUSY
+        if not busy.any():
+            return len(lengths)
+        first = int(busy.argmax())
+        position = self.position + first * self.stride
+        if position != self._busy_position:
+            self._busy_position, self._busy_since_s = position, self._clock()
+        elif first == 0 and self._clock() - self._busy_since_s > _BUSY_MAX_S:
+            return 1  # and `read` takes it for damaged
+        return first
+
+    def _repair(self) -> None:
+        """Replace a consumer's position that the kernel would not go on from."""
+        end = int(self._producer[0])
+        unread = end - self.position
+        if 0 <= unread <= self.size_bytes and unread % self.stride == 0:
+            return
+        found = self.position
+        self.position = end - min(end, self.size_bytes) // self.stride * self.stride
+        logger.warning(
+            "ring: consumer position %d does not fit producer position %d: reading from %d, so events may be repeated",
+            found,
+            end,
+            self.position,
+        )
+        self.commit(self.position)
 
     def commit(self, position: int) -> None:
         """Give the kernel the room before `position`; rows read from there lose their values."""
@@ -98,11 +158,6 @@ class Ring:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _finished(lengths: NDArray[np.uint32]) -> int:
-    busy = lengths >= _BUSY
-    return int(busy.argmax()) if busy.any() else len(lengths)
 
 
 if platform.machine() == "x86_64":

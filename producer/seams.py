@@ -13,6 +13,8 @@ class Ring(Protocol):
 
     position: int
     """Behind the last row read."""
+    damaged: int
+    """Records that the last `read` has passed over because they are damaged."""
 
     @property
     def records_before(self) -> int:
@@ -21,6 +23,9 @@ class Ring(Protocol):
     @property
     def fill(self) -> float:
         """Share of the ring that is taken."""
+
+    def holds(self, position: int) -> bool:
+        """Say whether `position` is between two rows that are not committed, or at an end of them."""
 
     def read(self, limit: int) -> Rows:
         """Return up to `limit` rows and move `position` behind them."""
@@ -31,6 +36,9 @@ class Ring(Protocol):
 
 class Encoder(Protocol):
     """What the pipeline asks of an encoder."""
+
+    def fit(self, rows: Rows) -> int:
+        """Return how many of the rows, from the first on, are encoded in a short time: at least one."""
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch | None:
         """Encode a batch, without the rows that cannot be encoded; None where none is left."""

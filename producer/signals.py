@@ -22,6 +22,7 @@ QUIT_NOW = 130
 
 _IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO)
 _READ_BYTES = 4096
+_INTERRUPTED = "interrupted"
 
 
 class Flag(Protocol):
@@ -80,12 +81,26 @@ class SignalFlag:
         signal.signal(number, self._pending.setdefault)
 
     def stop_on(self, number: signal.Signals) -> None:
-        """Have a signal set the flag, and end the process at once if it is set."""
+        """Have a signal set the flag, and end the process at once if a signal has set it before."""
+        _stops.append(self)
         signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._pending:
+        if self._pending.keys() - {None}:
             os._exit(QUIT_NOW)
+        self._pending[number] = True
+
+    def interrupt_on(self, number: signal.Signals) -> None:
+        """Have a signal set the flag; the second raises KeyboardInterrupt, and the third ends the process at once."""
+        _stops.append(self)
+        signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if _INTERRUPTED in self._pending:
+            os._exit(QUIT_NOW)
+        if self._pending.keys() - {None}:
+            self._pending[_INTERRUPTED] = True
+            raise KeyboardInterrupt
         self._pending[number] = True
 
     def is_set(self) -> bool:
@@ -105,6 +120,14 @@ class SignalFlag:
         if not self._pending:
             self._wakeup.wait(timeout)
         return bool(self._pending)
+
+
+_stops: list[SignalFlag] = []
+
+
+def is_stopping() -> bool:
+    """Whether a flag that stops this process is set."""
+    return any(flag.is_set() for flag in _stops)
 
 
 def set_on(number: signal.Signals) -> SignalFlag:

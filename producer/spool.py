@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 1 << 16
 """A file's header is in these first bytes."""
+_MOST_EXPIRED = 16
 _MOST_ASIDE = 4
 _SEGMENT_BYTES = 1 << 24
 _MOST_FILE_BYTES = 1 << 28
@@ -190,11 +191,11 @@ class Spool:
                 self._remove(segment)
 
     def expire(self) -> None:
-        """Give up segments that are too old, and of which nothing is under way to Kafka."""
+        """Give up segments that are too old, a few at a time, and of which nothing is under way to Kafka."""
         now = self._now()
-        for segment in self._untouched():
-            if now.since(segment.made) > self._max_age_s:
-                self._give_up(segment, "spool_expired")
+        expired = [segment for segment in self._untouched() if now.since(segment.made) > self._max_age_s]
+        for segment in expired[:_MOST_EXPIRED]:
+            self._give_up(segment, "spool_expired")
 
     def close(self) -> None:
         """Put what was written on the disk itself, and let go of all files."""

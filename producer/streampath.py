@@ -18,6 +18,8 @@ _MOST_BATCHES = 32
 """Batches from the spool in one step: each may be a few messages."""
 _UNENCODABLE = "encode"
 """Why an event is lost that cannot be made a message."""
+_DAMAGED = "ring_damaged"
+"""Why an event is lost whose record in the ring is damaged."""
 _FULL = 0.5
 """Share of a ring that may fill before the spool takes over from a Kafka that has no room."""
 
@@ -36,21 +38,20 @@ class _Entry:
     """Its first number in the spool, if it is there."""
     done: bool = False
     lost: Counter[str] = field(default_factory=Counter)
-    refused: int = 0
-    """Events that came with it in the ring, or right behind it, and cannot be encoded."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Events that came with it in the ring, or right behind it, and cannot be sent, by reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What was read from the ring: a batch, unless none of the rows could be encoded."""
+    """What was read from the ring: a batch, unless none of the records could be encoded."""
 
     batch: EncodedBatch | None
     oldest_ns: int
-    rows: int
-
-    @property
-    def refused(self) -> int:
-        return self.rows - len(self.batch or ())
+    refused: Counter[str]
+    """Events that are not in the batch, by reason."""
+    more: bool
+    """Whether there is likely more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +207,21 @@ class StreamPath:
         return self._waited(now_s) or (self._ring.fill > _FULL and not sink.room(self.stream))
 
     def _next_batch(self, limit: int, utc_offset_ns: int) -> _Read | None:
+        before = self._ring.position
         rows = self._ring.read(limit)
-        if not len(rows):
+        if is_cut := len(rows) > 0 and (fit := self._encoder.fit(rows)) < len(rows):
+            self._ring.position = before
+            rows = self._ring.read(fit)
+        damaged = self._ring.damaged
+        if not len(rows) and not damaged:
             return None
+        more = is_cut or len(rows) + damaged == _BATCH_ROWS
+        if not len(rows):
+            return _Read(None, 0, Counter({_DAMAGED: damaged}), more)
         oldest_ns = int(rows["s"]["ts"][0])
-        return _Read(self._encoder.encode(Batch(self.stream, rows), utc_offset_ns), oldest_ns, len(rows))
+        batch = self._encoder.encode(Batch(self.stream, rows), utc_offset_ns)
+        refused = +Counter({_UNENCODABLE: len(rows) - len(batch or ()), _DAMAGED: damaged})
+        return _Read(batch, oldest_ns, refused, more)
 
     def _send(self, sink: Sink, now_s: float, utc_offset_ns: int) -> bool:
         before = self._ring.position
@@ -226,24 +237,23 @@ class StreamPath:
         except Exception:
             self._ring.position = before  # another step reads it again
             raise
-        return read.rows == _BATCH_ROWS
+        return read.more
 
     def _begin(self, batch: EncodedBatch, read: _Read, now_s: float) -> None:
-        if read.refused:
-            self._lost[_UNENCODABLE] += read.refused
+        self._lost.update(read.refused)
         position = self._ring.position
         entry = _Entry(batch, now_s, read.oldest_ns, position=position, refused=read.refused)
         self._entries[batch] = entry
         self._from_ring.append(entry)
 
-    def _pass_over(self, refused: int) -> None:
-        """Leave rows behind of which none could be encoded: with the batch before them, if one is under way."""
+    def _pass_over(self, refused: Counter[str]) -> None:
+        """Leave records behind of which none can be sent: with the batch before them, if one is under way."""
+        self._lost.update(refused)
         if self._from_ring:
-            self._lost[_UNENCODABLE] += refused
-            self._from_ring[-1].refused += refused
+            self._from_ring[-1].refused.update(refused)
             self._from_ring[-1].position = self._ring.position
         else:
-            self.lose(_UNENCODABLE, refused)
+            self._settled.update(refused)
             self._close_books(self._ring.position)
 
     def _put_by(self, now_s: float, utc_offset_ns: int) -> bool:
@@ -262,14 +272,14 @@ class StreamPath:
                 self._spool.append(entry.batch, self._account.ring, entry.position)
                 self._spool.sent = self._spool.end  # nothing was there that had not been sent
                 self._from_spool.append(self._from_ring.popleft())
-                self._settle_refused(entry)
+                self._settled.update(entry.refused)
                 position = entry.position
             found = self._next_batch(_BATCH_ROWS, utc_offset_ns)
             if found:
                 if found.batch is not None:
                     self._spool.append(found.batch, self._account.ring, self._ring.position)
-                if found.refused:
-                    self.lose(_UNENCODABLE, found.refused)
+                self._lost.update(found.refused)
+                self._settled.update(found.refused)
                 position = self._ring.position
             if position is not None:
                 self._spool_works()
@@ -279,7 +289,7 @@ class StreamPath:
             self._append_at = now_s + self._stores.waits.next()
             self.spool_trouble = error.strerror or str(error)
         self._close_books(position)
-        return found is not None and found.rows == _BATCH_ROWS
+        return found is not None and found.more
 
     def _spool_works(self) -> None:
         """Note that the spool takes what it should, or is not needed."""
@@ -290,13 +300,8 @@ class StreamPath:
     def _leave_ring(self) -> int:
         """Take the first batch from the ring, which is done, out of the account; return the position behind it."""
         entry = self._from_ring.popleft()
-        self._settled.update(entry.lost)
-        self._settle_refused(entry)
+        self._settled.update(entry.lost + entry.refused)
         return entry.position
-
-    def _settle_refused(self, entry: _Entry) -> None:
-        if entry.refused:
-            self._settled[_UNENCODABLE] += entry.refused
 
     def _send_spooled(self, sink: Sink, now_s: float) -> bool:
         assert self._spool is not None
@@ -354,9 +359,9 @@ def resume(account: Account | None, ring_id: str, ring: Ring, spool: Spool | Non
     if account is None or account.ring != ring_id:
         # Where a ring has records from before, nothing else is known of them: they were delivered, or wait.
         return Account(ring_id, ring.position, max(0, waiting - ring.records_before), {}, *place)
-    position = max(ring.position, account.position)
-    if last is not None and last.ring == ring_id:
-        position = max(position, last.position)
+    known = [account.position, last.position if last is not None and last.ring == ring_id else 0]
+    # A position that is not in the ring would keep the kernel from writing into it.
+    position = max([ring.position, *filter(ring.holds, known)])
     if position != ring.position:
         ring.position = position
         ring.commit(position)

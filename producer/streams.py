@@ -205,7 +205,7 @@ class StreamBuilder:
             ring_id = self._hooks.old_ring_id if number == len(rings) else None
             with ring:
                 if ring_id:
-                    ring.position = max(ring.position, _settled(ring_id, account, spool))
+                    ring.position = max([ring.position, *filter(ring.holds, _settled(ring_id, account, spool))])
                     ring.commit(ring.position)
                 try:
                     lost += self._move(old, ring, spool, ring_id or "")
@@ -220,21 +220,22 @@ class StreamBuilder:
         if spool is None and ring.unread:
             raise UnavailableError("there is no spool")
         encoder, offset_ns = self._encoder(stream), UtcOffset()()
-        while spool and len(rows := ring.read(_BATCH_ROWS)):
+        before = ring.position
+        while spool and (len(rows := ring.read(_BATCH_ROWS)) or ring.damaged):
             try:
-                batch = encoder.encode(Batch(stream, rows), offset_ns)
+                batch = encoder.encode(Batch(stream, rows), offset_ns) if len(rows) else None
                 if batch is not None:
                     spool.append(batch, ring_id, ring.position)
             except _CANNOT_MOVE:
-                ring.position -= len(rows) * ring.stride
+                ring.position = before
                 raise
-            refused += len(rows) - len(batch or ())
-            ring.commit(ring.position)
+            refused += len(rows) - len(batch or ()) + ring.damaged
+            before = ring.position
+            ring.commit(before)
         return refused
 
 
-def _settled(ring_id: str, account: Account | None, spool: Spool | None) -> int:
-    """Return the position in a ring before which all is done or on disk, as far as ledger and spool know."""
-    position = account.position if account and account.ring == ring_id else 0
+def _settled(ring_id: str, account: Account | None, spool: Spool | None) -> list[int]:
+    """Return positions in a ring before which all is done or on disk, as far as ledger and spool know."""
     last = spool.last if spool else None
-    return max(position, last.position) if last and last.ring == ring_id else position
+    return [each.position for each in (account, last) if each is not None and each.ring == ring_id]

@@ -20,6 +20,9 @@ _MAX_WAIT_S = 5.0
 _STUCK_S = 60.0
 _REPEAT_S = 60.0
 _SLOW_S = 1.0
+_PACE_MIN_S = 0.5
+_PACE_MAX_S = 5.0
+_PACE_SHARE = 0.2
 
 
 class StuckError(RebpfError):
@@ -90,3 +93,25 @@ class Supervisor:
             logger.warning("step failed step=%s error=%s", step, failing.error, exc_info=vital)
         failing.retry_at_s = self._clock() + failing.wait_s
         failing.wait_s = min(2 * failing.wait_s, _MAX_WAIT_S)
+
+
+class Pace:
+    """Bounds how often something is done, and how much of the time it takes: others may ask for it at any rate."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._may_run_s = 0.0
+
+    def is_due(self) -> bool:
+        """Whether it may be done now."""
+        return self._clock() >= self._may_run_s
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do it, and note how long it took."""
+        begin_s = self._clock()
+        try:
+            work()
+        finally:
+            end_s = self._clock()
+            wait_s = (end_s - begin_s) * (1 / _PACE_SHARE - 1)
+            self._may_run_s = end_s + min(max(wait_s, _PACE_MIN_S), _PACE_MAX_S)

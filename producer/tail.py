@@ -1,8 +1,10 @@
 """Read the topics as any consumer would, and print them: an own connection, the frames' schemas, nothing of ours."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
@@ -14,12 +16,13 @@ from producer.errors import ReaderGoneError, UnavailableError
 from producer.output import echo
 from producer.signals import Flag
 from producer.text import to_json
-from producer.view import View, in_time_order
+from producer.view import View
 
 _LOG = logging.getLogger(__name__)
 _METADATA_TIMEOUT_S = 5
 _POLL_S = 0.1
 _BATCH = 1000
+_MOST_REASONS = 100
 
 
 class Event(NamedTuple):
@@ -118,6 +121,8 @@ def _decoded(messages: Sequence[Message], decoder: Decoder, skipped: dict[str, i
             record = decoder.decode(message.value())
         except UndecodableError as exc:
             reason = f"{message.topic()}: {exc}"
+            if reason not in skipped and len(skipped) >= _MOST_REASONS:  # a reason may name any schema id
+                reason = f"{message.topic()}: other reasons"
             if reason not in skipped:
                 _LOG.warning("skipping messages of topic=%s: %s", message.topic(), exc)
             skipped[reason] = skipped.get(reason, 0) + 1
@@ -155,12 +160,24 @@ def tail(
 ) -> None:
     """Print the events of the topics, one per line, until `stop` is set or `limit` of them are printed."""
     view = View(color=color)
-    left = limit
-    for batch in batches(
+    source = batches(
         brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
-    ):
-        shown = batch if left is None else batch[:left]
-        if not _print(_json_lines(shown) if as_json else _view_lines(shown, view), color=color):
+    )
+    try:
+        with contextlib.closing(source):
+            _print_all(source, limit, color=color, lines=_json_lines if as_json else partial(_view_lines, view))
+    finally:
+        for reason, count in view.refused.items():
+            _LOG.warning("skipped records=%d reason=%r", count, reason)
+
+
+def _print_all(
+    source: Iterable[list[Event]], limit: int | None, *, color: bool, lines: Callable[[Sequence[Event]], list[str]]
+) -> None:
+    left = limit
+    for batch in source:
+        shown = lines(batch)[:left]
+        if not _print(shown, color=color):
             return
         if left is not None:
             left -= len(shown)
@@ -177,12 +194,8 @@ def _json_lines(shown: Sequence[Event]) -> list[str]:
     return [json_line(event) for event in shown]
 
 
-def _view_lines(shown: Sequence[Event], view: View) -> list[str]:
-    try:
-        return [view.line(record) for record in in_time_order([event.record for event in shown])]
-    except KeyError:
-        # A registry may know schemas that are not ours.
-        return _json_lines(shown)
+def _view_lines(view: View, shown: Sequence[Event]) -> list[str]:
+    return view.lines(event.record for event in shown)
 
 
 def _print(lines: Sequence[str], *, color: bool) -> bool:

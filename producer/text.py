@@ -54,8 +54,18 @@ def lines(texts: Iterable[str]) -> str:
 
 
 def to_json(value: Any, *, compact: bool = False) -> str:
-    """Return a value in JSON, all of it in printable ASCII; json.dumps leaves DEL as it is."""
-    return json.dumps(value, separators=(",", ":") if compact else None).replace("\x7f", "\\u007f")
+    """Return a value in JSON, all of it in printable ASCII; json.dumps leaves DEL as it is.
+
+    Bytes become strings as in Avro's JSON encoding, a character for each.
+    """
+    text = json.dumps(value, separators=(",", ":") if compact else None, default=_bytes_text)
+    return text.replace("\x7f", "\\u007f")
+
+
+def _bytes_text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def _escaped(character: str) -> str:

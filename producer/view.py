@@ -1,6 +1,7 @@
 """One event as one line of a terminal: tcpdump's words, green for a transmit, yellow and red for a retransmit."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +13,10 @@ from producer.text import printable
 # tcpdump's letters, in its order, by the bit in the flags byte.
 _FLAGS = ((1, "F"), (2, "S"), (4, "R"), (8, "P"), (16, "."), (32, "U"), (64, "E"), (128, "W"))
 _FLAG_TEXTS = tuple("".join(letter for bit, letter in _FLAGS if flags & bit) or "none" for flags in range(256))
+_MOST_PART = 512
+"""Most characters of a part of a line, before what does not print is escaped."""
+_MOST_REASON = 100
+_MOST_REASONS = 100
 
 
 def flag_letters(tcp_flags: int) -> str:
@@ -29,19 +34,38 @@ def is_retransmit_event(record: Mapping[str, Any]) -> bool:
     return "cause" in record
 
 
-def in_time_order(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Sort what a consumer got at once: Kafka keeps the order within a partition only, and a flow has one partition."""
-    return sorted(records, key=lambda record: record["ts_ns"])
-
-
 class View:
-    """Turns records into lines, without the line end."""
+    """Turns records into lines, without the line end. `refused` counts those that no line can be made of, by reason."""
 
     def __init__(self, *, color: bool) -> None:
         self._color = color
+        self.refused: Counter[str] = Counter()
+
+    def lines(self, records: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Return the lines of what a consumer got at once, in the order of their times.
+
+        Kafka keeps the order within a partition only, and a flow has one partition.
+        """
+        shown = []
+        for record in records:
+            try:
+                shown.append((record["ts_ns"], self.line(record)))
+            except LookupError as error:
+                self._refuse(f"no field {error}")
+            except (TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+                self._refuse(f"{type(error).__name__}: {error}")
+        return [line for _, line in sorted(shown, key=lambda each: each[0])]
+
+    def _refuse(self, reason: str) -> None:
+        cut = printable(reason[:_MOST_REASON])
+        self.refused[cut if cut in self.refused or len(self.refused) < _MOST_REASONS else "other reasons"] += 1
 
     def line(self, record: Mapping[str, Any]) -> str:
-        """Return the line of a record of either topic."""
+        """Return the line of a record of either topic.
+
+        A field of another type raises TypeError, ValueError, AttributeError, ArithmeticError or OSError, one that is
+        missing LookupError.
+        """
         time = f"{datetime.fromtimestamp(record['ts_ns'] / 1e9):%H:%M:%S.%f}"
         segment = self._clean(_segment(record))
         if not is_retransmit_event(record):
@@ -55,7 +79,7 @@ class View:
 
     def _clean(self, text: str) -> str:
         # Anybody may write to a topic: no escape sequence of theirs reaches the terminal.
-        return printable(text)
+        return printable(text if len(text) <= _MOST_PART else text[:_MOST_PART] + "...[cut]")
 
 
 def _segment(record: Mapping[str, Any]) -> str:

@@ -21,7 +21,9 @@ class MemoryRing:
         self._size_rows = size_rows
         self._commits = commits
         self.written = self.position = self.committed = 0
-        self.ring_full = 0
+        self.ring_full = self.damaged = 0
+        self.bad: set[int] = set()
+        """Numbers of rows that are damaged."""
 
     def arrive(self, count: int) -> None:
         """Write as many rows as there is room for, and count the others."""
@@ -43,7 +45,12 @@ class MemoryRing:
         rows["s"]["cpu_seq"] = np.arange(first, first + len(rows))
         rows["s"]["ts"] = 10**9
         self.position += STRIDE * len(rows)
-        return rows
+        good = [number not in self.bad for number in range(first, first + len(rows))]
+        self.damaged = len(rows) - sum(good)
+        return rows[good] if self.damaged else rows
+
+    def holds(self, position: int) -> bool:
+        return self.committed <= position <= self.written * STRIDE
 
     def commit(self, position: int) -> None:
         assert self.committed <= position <= self.position

@@ -1,11 +1,14 @@
 """Hooks that outlive the process: taken over, or replaced by others without a moment in which none is attached."""
 
+import base64
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -344,3 +347,49 @@ def test_remains_of_a_start_that_did_not_come_to_its_end_are_removed(pins: Path)
     with PinFolder(pins) as folder:
         assert folder.manifest() is None
         assert list(pins.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["ring size", "counters", "program for a map"])
+def test_maps_that_are_not_what_the_manifest_says_are_given_up_and_stop_no_start(
+    pins: Path, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = hook_settings(rules=filtered(ports=(1,)))
+    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+        hooks.load()
+        hooks.attach()
+    text = json.loads(zlib.decompress(base64.urlsafe_b64decode(os.readlink(pins / "manifest"))))
+    manifest = text["manifest"]
+    if wrong == "ring size":
+        manifest["rings"][0]["bytes"] *= 2
+    else:
+        program = manifest["programs"]["transmit"][0]
+        manifest["maps"]["counters"] = program if "program" in wrong else manifest["maps"]["own_sockets"]
+    (pins / "manifest").unlink()
+    (pins / "manifest").symlink_to(base64.urlsafe_b64encode(zlib.compress(json.dumps(text).encode())).decode())
+    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+        hooks.load()
+        assert "hooks that were kept are given up" in caplog.text
+        hooks.attach()
+        assert hooks.counters(TRANSMITS).passed == 0
+
+
+def test_a_ring_of_garbage_is_taken_over_and_goes_on(pins: Path) -> None:
+    with Traffic() as traffic:
+        settings = hook_settings(rules=filtered(ports=(traffic.port,)))
+        with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+            hooks.load()
+            hooks.attach()
+            traffic.start()
+            traffic.wait_more(53)
+            passed = hooks.counters(TRANSMITS).passed
+            with hooks.ring(TRANSMITS) as ring:
+                ring.commit(1 << 60)
+        with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+            hooks.load()
+            assert hooks.taken_over
+            with hooks.ring(TRANSMITS) as ring:
+                traffic.wait_more(53)
+                traffic.stop()
+                hooks.detach()
+                rows = ring.read(1 << 20)
+                assert len(rows) == ring.records_before > passed

@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from producer.events import TRANSMITS, Batch, EncodedBatch, Stream
+from producer.events import TRANSMITS, Batch, EncodedBatch, Rows, Stream
 from producer.kafka import Outcome
 from producer.pipeline import Pipeline
 from producer.spool import Spool
@@ -49,6 +49,9 @@ class IdEncoder:
 
     def __init__(self) -> None:
         self._noise = np.random.default_rng(1)
+
+    def fit(self, rows: Rows) -> int:
+        return len(rows)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         ids = batch.rows["s"]["cpu_seq"].astype(">u8")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from producer.disk import Disk
-from producer.events import STREAMS, TRANSMITS, Batch, EncodedBatch, Stream
+from producer.events import STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream
 from producer.kafka import Outcome
 from producer.ledger import Account
 from producer.pipeline import Pipeline
@@ -28,6 +28,12 @@ SCHEMA: dict[str, Any] = {"type": "record", "name": "Event", "fields": [{"name":
 
 class IdEncoder:
     """A message is the event's number."""
+
+    most = 1 << 20
+    """Most rows that it encodes in a short time."""
+
+    def fit(self, rows: Rows) -> int:
+        return min(len(rows), self.most)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         assert utc_offset_ns == UTC_OFFSET_NS

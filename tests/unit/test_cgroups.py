@@ -1,5 +1,6 @@
 """Cgroups have the path of their folder, and the path tells whose they are."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -118,3 +119,25 @@ def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
         folder.rmdir()
     assert [paths.path(number) for number in numbers[-5:]] == [f"/{number}" for number in range(15, 20)]
     assert paths.path(numbers[0]) is None
+
+
+def test_a_look_at_one_folder_of_many_is_as_short_as_at_many_folders(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"{number}").mkdir()
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.003
+        return now[0]
+
+    paths = CgroupPaths(tmp_path, clock)
+    ids = [(tmp_path / f"{number}").stat().st_ino for number in range(1000)]
+    for each in ids:
+        paths.path(each)
+    found = []
+    while paths.found < 1000:
+        now[0] += 10
+        paths.look()
+        found.append(paths.found)
+    assert max(after - before for before, after in itertools.pairwise([0, *found])) <= 2 * 256
+    assert [paths.path(each) for each in ids] == [f"/{number}" for number in range(1000)]

@@ -1,5 +1,6 @@
 """The command line: exit codes, one clear line for each mistake, and where a setting comes from."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -84,6 +85,9 @@ def test_each_command_has_an_example_that_parses():
         (["run", "--address", "1.2.3"], "'1.2.3' does not appear to be an IPv4 or IPv6 address"),
         (["run", "--duration", "-1"], "-1.0 is not in the range"),
         (["tail", "-n", "0"], "0 is not in the range"),
+        (["tail", "--topic", ""], "expected 1 to 249 of the characters"),
+        (["tail", "--topic", os.fsdecode(b"caf\xe9\x1b[2J")], r"found 'caf\udce9\x1b[2J'"),
+        (["verify", "--brokers", "127.0.0.1:1", "--topic", "a" * 250], "expected 1 to 249 of the characters"),
         (["tail", "--state-dir", "/nonexistent"], "no producer runs with state_dir /nonexistent"),
         (["init"], "init needs --brokers"),
         (["--log-level", "loud", "version"], "'loud' is not one of"),

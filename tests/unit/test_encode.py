@@ -325,6 +325,24 @@ def test_the_flow_table_does_not_grow_without_bound() -> None:
         assert len(table.keys) <= flows._MOST_FLOWS + 4096
 
 
+@pytest.mark.parametrize("before", [0, flows._MOST_FLOWS + 1])
+def test_a_burst_of_new_flows_is_taken_a_few_at_a_time(before: int) -> None:
+    table = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, PathsOfTests())
+    if before:
+        table.number(plain_rows(before))
+    burst = plain_rows(20_000, 10**6)
+    left = burst
+    while len(left):
+        count = table.fit(left)
+        assert count > 0
+        had = len(table.keys)
+        table.number(left[:count])
+        assert len(table.keys) - had <= flows.MOST_NEW
+        left = left[count:]
+    assert table.fit(burst) == len(burst)
+    assert table.fit(np.repeat(plain_rows(1, 10**7), 4096)) == 4096
+
+
 def test_flows_that_share_a_place_are_told_apart() -> None:
     """More flows than places, so that many must share; each comes twice in a batch, and again in the next."""
     encoder = encoder_of(TRANSMITS)

@@ -15,6 +15,9 @@ class Defective:
         self._bad = bad
         self._masked = masked
 
+    def fit(self, rows: Rows) -> int:
+        return len(rows)
+
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         bad = np.isin(batch.rows["s"]["cpu_seq"], list(self._bad))
         if bad.any():
@@ -42,6 +45,9 @@ def test_only_what_cannot_be_encoded_is_refused(bad: set[int], masked: bool) -> 
 
 class Overloaded:
     """An encoder that fails on many rows, and on none of them."""
+
+    def fit(self, rows: Rows) -> int:
+        return len(rows)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         if len(batch.rows) > 50:

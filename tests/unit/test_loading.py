@@ -60,3 +60,20 @@ def test_the_loader_gets_nothing_of_our_environment(monkeypatch: pytest.MonkeyPa
     finally:
         loader.end()
     assert not [name for name in names if name.encode() in environment]
+
+
+def test_what_the_child_writes_goes_through_the_log_and_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nyes noise | head -100000 >&2\nprintf '\\033[2J\\n\\377 last\\n'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("producer.loading.python_with_bcc", lambda: str(python))
+    loader = Loader()
+    with pytest.raises(errors.HookError, match="no answer"):
+        loader.ask({})
+    loader.end()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 20
+    assert told[-2:] == ["loader: \x1b[2J", "loader: \ufffd last"]
+    assert capfd.readouterr() == ("", "")

@@ -353,3 +353,64 @@ def test_a_spool_that_is_gone_is_counted_as_damaged() -> None:
     ring = MemoryRing(TRANSMITS, RING_ROWS, lambda position: None)
     account = Account("ring", 0, 9, {"spool_damaged": 1}, acked=2, end=9, gone=3)
     assert resume(account, "ring", ring, None, None) == Account("ring", 0, 9, {"spool_damaged": 1 + 4})
+
+
+def test_damaged_records_are_counted_and_the_others_are_sent_in_order() -> None:
+    setup = Setup()
+    setup.ring.bad = {0, 3, 4}
+    setup.arrive(6)
+    assert setup.sink.sent == [1, 2, 5]
+    setup.sink.take_all()
+    setup.pipeline.step()
+    assert setup.transmits.lost == {"ring_damaged": 3}
+    assert setup.transmits.delivered == 3
+    assert setup.ring.committed == setup.ring.position
+    assert setup.log[-2] == ("books", Account("ring", setup.ring.position, 0, {"ring_damaged": 3}))
+    setup.assert_balanced()
+
+
+def test_a_ring_with_nothing_but_damaged_records_is_given_back(tmp_path: Folder) -> None:
+    for folder in (None, tmp_path):
+        setup = Setup(folder)
+        setup.ring.bad = set(range(7))
+        setup.arrive(7)
+        assert setup.transmits.lost == {"ring_damaged": 7}
+        assert setup.ring.committed == setup.ring.position
+        setup.assert_balanced()
+
+
+def test_damaged_records_beside_a_stuck_kafka_are_counted_and_the_others_go_into_the_spool(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path)
+    setup.arrive(3)
+    setup.pass_time(AFTER_S + 1)
+    setup.ring.bad = {4, 5}
+    setup.arrive(5)
+    assert setup.transmits.lost == {"ring_damaged": 2}
+    assert setup.spools["transmit"].end == 6
+    setup.assert_balanced()
+
+
+@pytest.mark.parametrize("position", [999 * STRIDE, 1 << 63])
+def test_a_position_beyond_the_ring_is_not_taken_from_ledger_or_spool(position: int) -> None:
+    ring = MemoryRing(TRANSMITS, 10, lambda _: None)
+    ring.arrive(5)
+    ring.position = ring.committed = 2 * STRIDE
+    assert resume(Account("ring", position), "ring", ring, None, None).position == 2 * STRIDE
+    assert ring.position == ring.committed == 2 * STRIDE
+
+
+def test_rows_that_take_long_are_encoded_in_several_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Folder) -> None:
+    monkeypatch.setattr(IdEncoder, "most", 3)
+    setup = Setup(tmp_path)
+    setup.ring.bad = {1}
+    setup.arrive(8)
+    assert setup.sink.sent == [0, 2]
+    while setup.pipeline.step():
+        pass
+    assert setup.sink.sent == [0, 2, 3, 4, 5, 6, 7]
+    assert setup.transmits.lost == {"ring_damaged": 1}
+    setup.pass_time(AFTER_S + 1)
+    setup.arrive(7)
+    setup.pipeline.put_all_by()
+    assert setup.spools["transmit"].end == 7 + 7
+    setup.assert_balanced()

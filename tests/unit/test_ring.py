@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from producer.ring import Ring
 
@@ -145,13 +147,88 @@ def test_discarded_records_are_left_out_and_passed_over(kernel: Kernel, ring: Ri
     assert ring.position == kernel.position
 
 
-def test_a_record_of_another_size_is_an_error_and_not_a_row(kernel: Kernel, ring: Ring) -> None:
+@pytest.mark.parametrize(
+    "header",
+    [0, 8, ROW.itemsize - 8, ROW.itemsize + 8, 8 | DISCARD, 8 | BUSY, ROW.itemsize | BUSY | DISCARD, (1 << 32) - 1],
+)
+def test_a_record_whose_header_is_garbage_costs_that_record(kernel: Kernel, ring: Ring, header: int) -> None:
     kernel.put(0)
-    kernel.put(1, size=ROW.itemsize - 8)
-    with pytest.raises(ValueError, match="another size"):
-        ring.read(10)
-    assert ring.position == 0
-    assert numbers(ring, limit=1) == [0]
+    kernel._write(kernel.put(1), struct.pack("<I", header))
+    kernel.put(2, flags=DISCARD)
+    kernel.put(3)
+    assert numbers(ring) == [0, 3]
+    assert ring.damaged == 1
+    assert ring.position == kernel.position
+    kernel.put(4)
+    assert numbers(ring) == [4]
+    assert ring.damaged == 0
+
+
+def test_a_record_that_stays_busy_is_passed_over_after_a_minute(kernel: Kernel) -> None:
+    now = [100.0]
+    with Ring(kernel.descriptor, PAGE, ROW, lambda: now[0]) as ring:
+        kernel.put(0)
+        kernel.put(1, flags=BUSY)
+        kernel.put(2)
+        assert numbers(ring) == [0]
+        assert numbers(ring) == []
+        now[0] += 59
+        assert numbers(ring) == []
+        now[0] += 2
+        assert numbers(ring) == []
+        assert ring.damaged == 1
+        assert numbers(ring) == [2]
+
+
+@pytest.mark.parametrize("consumer", [7 * PAGE + 24, 5, (1 << 64) - 1, 3 * PAGE, 0])
+def test_a_consumer_position_that_cannot_be_loses_nothing(consumer: int) -> None:
+    kernel = Kernel(position=4 * PAGE)
+    for number in range(100):
+        kernel.put(number)
+    struct.pack_into("<Q", kernel.memory, 0, consumer)
+    with Ring(kernel.descriptor, PAGE, ROW) as ring:
+        held = PAGE // RECORD
+        assert ring.position == kernel.consumed() == kernel.position - held * RECORD
+        assert ring.unread == held
+        assert numbers(ring)[-100:] == list(range(100))
+        ring.commit(ring.position)
+        kernel.put(100)
+        assert numbers(ring) == [100]
+    kernel.close()
+
+
+def test_a_position_is_held_where_a_record_that_is_not_committed_begins_or_ends(kernel: Kernel, ring: Ring) -> None:
+    for number in range(3):
+        kernel.put(number)
+    ring.read(1)
+    ring.commit(ring.position)
+    held = [position for position in range(-8, 4 * RECORD) if ring.holds(position)]
+    assert held == [RECORD, 2 * RECORD, 3 * RECORD]
+
+
+@given(data=st.data())
+def test_whatever_a_ring_holds_reading_ends_at_its_end_and_counts_each_record(data: st.DataObject) -> None:
+    kernel = Kernel(position=data.draw(st.integers(0, 1 << 40)) * RECORD)
+    count = data.draw(st.integers(0, PAGE // RECORD))
+    for number in range(count):
+        kernel.put(number)
+    for _ in range(data.draw(st.integers(0, 20))):
+        at = data.draw(st.integers(0, PAGE - 1))
+        kernel._write(at, data.draw(st.binary(max_size=16)))
+    if data.draw(st.booleans()):
+        struct.pack_into("<Q", kernel.memory, 0, data.draw(st.integers(0, (1 << 64) - 1)))
+    now = iter(range(0, 100_000, 61))
+    with Ring(kernel.descriptor, PAGE, ROW, lambda: next(now)) as ring:
+        begin, taken = ring.position, 0
+        for _ in range(10 * PAGE // RECORD):
+            taken += len(ring.read(1000)) + ring.damaged
+        assert ring.position == kernel.position
+        assert taken <= (ring.position - begin) // RECORD
+        ring.commit(ring.position)
+        at = kernel.put(7)
+        assert numbers(ring) == [7]
+        assert ring.position == at + RECORD
+    kernel.close()
 
 
 def test_what_was_not_committed_is_read_again_by_the_next_reader(kernel: Kernel) -> None:

@@ -1,6 +1,6 @@
 """Signals set flags, in any number, and wake the loop; a second stop signal ends the process at once."""
 
-import os
+import ast
 import select
 import signal
 import subprocess
@@ -8,8 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+
+from producer import signals
 
 DEADLINE_S = 30.0
 LOOP = """
@@ -66,7 +69,7 @@ def test_signals_end_a_wait_and_the_flag_is_set_again_after_it_was_cleared() -> 
         for _ in range(3):
             child.send_signal(signal.SIGHUP)
             assert select.select([child.stdout], [], [], DEADLINE_S)[0]
-            assert os.read(child.stdout.fileno(), 100) == b"reload\n"
+            assert child.stdout.readline() == b"reload\n"
         child.send_signal(signal.SIGINT)
         assert ended(child) == (0, [b"stopped"], b"")
 
@@ -94,3 +97,44 @@ def test_a_stray_signal_changes_nothing(name: str) -> None:
         child.send_signal(signal.SIGCONT)
         child.send_signal(signal.SIGTERM)
         assert ended(child) == (0, [b"stopped"], b"")
+
+
+def test_a_second_signal_may_raise_once_and_clean_up_and_a_third_ends_the_process() -> None:
+    code = """
+import signal
+from producer.signals import *
+stop = SignalFlag()
+stop.interrupt_on(signal.SIGINT)
+stop.interrupt_on(signal.SIGTERM)
+print("ready", flush=True)
+while not stop.is_set(): stop.wait(600)
+try:
+    print("stopping", flush=True)
+    while True: pass
+except KeyboardInterrupt:
+    print("cleaning", flush=True)
+    while True: pass
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        for number, word in ((None, b"ready"), (signal.SIGTERM, b"stopping"), (signal.SIGINT, b"cleaning")):
+            if number:
+                child.send_signal(number)
+            assert child.stdout.readline() == word + b"\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(DEADLINE_S) == 130
+
+
+HANDLERS = {("signals.py", "signal.signal")}
+
+
+def test_handlers_are_set_in_one_module() -> None:
+    producer = Path(signals.__file__).parent
+    found = {
+        (path.name, called)
+        for path in producer.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and (called := ast.unparse(node.func)).endswith(("signal.signal", "add_signal_handler", "sigaction"))
+    }
+    assert found == HANDLERS

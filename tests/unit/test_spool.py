@@ -175,6 +175,19 @@ def test_what_is_too_old_is_given_up_by_a_clock_that_nobody_sets(setup: Setup) -
     assert spool.lost == {"spool_expired": 30}
 
 
+def test_files_that_are_too_old_are_given_up_a_few_at_a_time(setup: Setup) -> None:
+    spool = setup.filled(120, max_age_s=100)
+    files = len(setup.files)
+    assert files > 32
+    setup.clock.pass_time(101)
+    left = [files]
+    while left[-1]:
+        spool.expire()
+        left.append(len(setup.files))
+        assert 0 < left[-2] - left[-1] <= 16
+    assert spool.lost == {"spool_expired": 1200}
+
+
 @pytest.mark.parametrize(("seconds", "expires"), [(90, False), (-1e9, False), (110, True)])
 def test_over_a_boot_the_clock_that_can_be_set_is_all_there_is(setup: Setup, seconds: float, expires: bool) -> None:
     spool = setup.open(max_age_s=100)

@@ -20,6 +20,7 @@ class Ring:
     """Holds rows whose cpu_seq goes up from `first`."""
 
     stride = STRIDE
+    damaged = 0
     fill = 0.0
     size_bytes = 1 << 20
 
@@ -41,6 +42,9 @@ class Ring:
         rows = self._rows[self.records_before :][:limit]
         self.position += STRIDE * len(rows)
         return rows
+
+    def holds(self, position: int) -> bool:
+        return self.committed <= position <= len(self._rows) * STRIDE
 
     def commit(self, position: int) -> None:
         self.committed = position
@@ -120,3 +124,29 @@ def test_without_a_spool_what_old_rings_hold_is_counted_as_lost(tmp_path: Path, 
     parts = build(settings(tmp_path, transmit_bytes=0), *(Ring(0, 7) for _ in range(old)))
     assert parts.path.lost == {"old_ring": 7 * old}
     assert parts.path.carried == 7 * old
+
+
+@pytest.mark.parametrize("position", [12 * STRIDE, 1 << 63])
+def test_a_ledger_that_names_a_position_beyond_an_old_ring_costs_none_of_its_events(
+    tmp_path: Path, position: int
+) -> None:
+    config = settings(tmp_path)
+    note(config, Account("old", position=position))
+    assert build(config, Ring(0, 11)).path.carried == 11
+    assert spooled(config) == 11
+
+
+class DamagedRing(Ring):
+    """Gives each row by itself, and finds the first, the third and the last damaged."""
+
+    def read(self, limit: int) -> Rows:
+        rows = super().read(1)
+        self.damaged = int(len(rows) > 0 and rows["s"]["cpu_seq"][0] in (0, 2, 6))
+        return rows[self.damaged :]
+
+
+def test_damaged_records_of_an_old_ring_are_counted_and_the_others_are_moved(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    parts = build(config, DamagedRing(0, 7))
+    assert parts.path.lost == {"old_ring": 3}
+    assert spooled(config) == 4

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import fastavro
@@ -17,6 +18,7 @@ from producer.errors import ConfigError, UnavailableError
 from producer.events import STREAMS, TRANSMITS, Stream
 from producer.paths import SCHEMAS
 from producer.tail import Event, batches, events, tail
+from tests.unit.test_view import TRANSMIT
 
 TOPICS = [stream.topic for stream in STREAMS]
 VALUES = {"long": 1_790_000_000_123, "int": 7, "string": "text", "boolean": True}
@@ -145,6 +147,89 @@ def test_strangers_messages_are_skipped_and_counted(cluster: Cluster, caplog: py
     assert [event.record["seq"] for event in take(source, 1)] == [17]
     source.close()
     assert 'skipped messages=2 reason="tcp_transmit: not in Confluent\'s frame"' in caplog.text
+
+
+ODD: dict[int, dict[str, Any]] = {
+    100: {"ts_ns": "x"},
+    101: {"ts_ns": 1 << 62, "cause": 5},
+    102: {"cause": "rto", "saddr": b"\xff"},
+    103: {**{name: 7 for name in TRANSMIT if name != "ts_ns"}, "ts_ns": 1.0e300},
+}
+"""Records of ours, by the schema's id, whose fields have other types or are missing."""
+TYPES = {str: "string", int: "long", bytes: "bytes", float: "double"}
+
+
+def odd_schema(number: int) -> dict[str, Any]:
+    fields = [{"name": name, "type": TYPES[type(value)]} for name, value in ODD[number].items()]
+    return {"type": "record", "name": "TcpTransmit", "namespace": "rebpf.v1", "fields": fields}
+
+
+class OddRegistry(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        number = int(self.path.split("?")[0].rpartition("/")[2])
+        schema = odd_schema(number) if number in ODD else json.loads((SCHEMAS / TRANSMITS.schema_file).read_text())
+        body = json.dumps({"schema": json.dumps(schema)}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/vnd.schemaregistry.v1+json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def odd_registry() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OddRegistry) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_records_of_other_types_are_skipped_and_counted_and_cost_no_other(
+    cluster: Cluster,
+    odd_registry: str,
+    as_json: bool,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for number, record in ODD.items():
+        buffer = io.BytesIO()
+        buffer.write(struct.pack(">bI", 0, number))
+        fastavro.schemaless_writer(buffer, fastavro.parse_schema(odd_schema(number)), record)
+        cluster.put(TRANSMITS.topic, buffer.getvalue())
+    cluster.put_events(TRANSMITS, [17, 18])
+    tail(
+        cluster.brokers,
+        [TRANSMITS.topic],
+        registry=odd_registry,
+        as_json=as_json,
+        limit=2 + len(ODD) * as_json,
+        color=False,
+        from_beginning=True,
+        stop=threading.Event(),
+        client_settings={},
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(ODD) * as_json
+    if as_json:
+        assert next(json.loads(line)["saddr"] for line in lines if "rto" in line) == "\xff"
+    else:
+        skipped = [record for record in caplog.records if "skipped records" in record.message]
+        assert sum(record.args[0] for record in skipped if isinstance(record.args, tuple)) == len(ODD)
+
+
+def test_reasons_to_skip_messages_are_bounded(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(300):
+        cluster.put(TRANSMITS.topic, struct.pack(">bI", 0, 1000 + number))
+    cluster.put_events(TRANSMITS, [17])
+    source = follow(cluster)
+    take(source, 1)
+    source.close()
+    assert len([record for record in caplog.records if "skipped messages" in record.message]) <= 101
+    assert len(caplog.records) <= 210
 
 
 def test_stop_ends_the_events(cluster: Cluster) -> None:

@@ -5,6 +5,8 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from producer.view import View, endpoint, flag_letters
 
@@ -74,3 +76,43 @@ def test_colours_tell_the_two_kinds_apart(record: dict[str, Any], color: str) ->
 
 def test_escape_sequences_of_a_stranger_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in plain({**RETRANSMIT, "cause": "\x1b]0;gone\x07", "saddr": "\x1b[2J"})
+
+
+values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=2000) | st.binary(max_size=20)
+
+
+@given(
+    changes=st.dictionaries(st.sampled_from(sorted(RETRANSMIT)), values | st.lists(values, max_size=3), max_size=5),
+    missing=st.sets(st.sampled_from(sorted(RETRANSMIT)), max_size=2),
+)
+@example(changes={"ts_ns": 1 << 62}, missing=set())
+@example(changes={"ts_ns": 1 << 80}, missing=set())
+@example(changes={"ts_ns": 1 << 5000}, missing=set())
+@example(changes={"ts_ns": float("nan")}, missing=set())
+@example(changes={"ts_ns": "x"}, missing=set())
+@example(changes={"tcp_flags": None}, missing=set())
+@example(changes={"saddr": 5}, missing=set())
+@example(changes={"srtt_us": "57"}, missing=set())
+@example(changes={"seq": "x" * (1 << 20), "cause": "y" * (1 << 20), "saddr": "\x1b" * (1 << 20)}, missing=set())
+def test_a_record_of_any_types_is_a_bounded_line_or_counted_and_costs_no_other(
+    changes: dict[str, Any], missing: set[str]
+) -> None:
+    view = View(color=False)
+    odd = {name: value for name, value in {**RETRANSMIT, **changes}.items() if name not in missing}
+    lines = view.lines([RETRANSMIT, odd, TRANSMIT])
+    assert len(lines) + view.refused.total() == 3
+    assert {plain(RETRANSMIT), plain(TRANSMIT)} <= set(lines)
+    assert all(line.isprintable() and len(line) < 8192 for line in [*lines, *view.refused])
+
+
+def test_lines_come_in_the_order_of_time() -> None:
+    records = [{**TRANSMIT, "ts_ns": TRANSMIT["ts_ns"] + late, "seq": late} for late in (3, 1, 2)]
+    assert [line.split("seq ")[1][0] for line in View(color=False).lines(records)] == ["1", "2", "3"]
+
+
+def test_reasons_are_bounded() -> None:
+    view = View(color=False)
+    assert view.lines({**TRANSMIT, "ts_ns": "x", str(number): 0} for number in range(3)) == []
+    assert view.lines({**TRANSMIT, "ts_ns": 10**30 + 10**20 * number} for number in range(1000)) == []
+    assert view.refused.total() == 1003
+    assert len(view.refused) <= 101

@@ -3,10 +3,12 @@
 import contextlib
 import io
 import ipaddress
+import itertools
 import json
 import mmap
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,11 +19,17 @@ from hypothesis import strategies as st
 from producer import text
 from producer.decode import Decoder, UndecodableError
 from producer.encode import BatchEncoder, load_schema
-from producer.events import STREAMS, Batch, Stream
+from producer.events import STREAMS, Batch, EncodedBatch, Stream
 from producer.front import FrontReader
 from producer.heartbeat import HeartbeatEncoder, heartbeat_schema
-from producer.isolate import Unencodable
+from producer.isolate import Isolator
+from producer.kafka import Outcome
+from producer.ledger import Account
+from producer.pipeline import Pipeline
+from producer.retry import BackOff
 from producer.ring import Ring
+from producer.streampath import Stores, StreamPath, resume
+from producer.tail import Event, json_line
 from producer.view import View
 from tests import spools
 from tests.fuzz.engine import Check, FindingError, Target
@@ -39,44 +47,74 @@ class _Memory:
         self._bytes = 2 * mmap.PAGESIZE + 2 * _RING_BYTES
         os.truncate(self.descriptor, self._bytes)
 
-    def fill(self, data: bytes, consumer: int, count: int) -> None:
-        """Write data over and over, and positions with so many bytes between them."""
+    def fill(self, data: bytes, consumer: int, producer: int) -> None:
+        """Write data over and over, and positions."""
         data = (data or b"\0") * (_RING_BYTES // max(1, len(data)) + 1)
         os.pwrite(self.descriptor, struct.pack("<Q", consumer), 0)
-        os.pwrite(self.descriptor, struct.pack("<Q", consumer + count), mmap.PAGESIZE)
+        os.pwrite(self.descriptor, struct.pack("<Q", producer), mmap.PAGESIZE)
         os.pwrite(self.descriptor, data[:_RING_BYTES] * 2, 2 * mmap.PAGESIZE)
+
+
+class _Sink:
+    """Takes all batches, and says at the next poll that they are delivered."""
+
+    def __init__(self, schema: Any) -> None:
+        self._schema = schema
+        self._open: list[EncodedBatch] = []
+
+    def room(self, stream: Stream) -> int:
+        return 4096
+
+    def left(self, batch: EncodedBatch) -> int:
+        return len(batch) if batch in self._open else 0
+
+    def send(self, batch: EncodedBatch) -> None:
+        body = batch.payload[int(batch.starts[0]) :][: int(batch.lengths[0])].tobytes()[5:]
+        buffer = io.BytesIO(body)
+        fastavro.schemaless_reader(buffer, self._schema, None)
+        if buffer.tell() != len(body):
+            raise FindingError("bytes are left over")
+        self._open.append(batch)
+
+    def poll(self) -> dict[str, Outcome]:
+        told: dict[str, Outcome] = {}
+        for batch in self._open:
+            outcome = told.setdefault(batch.stream.name, Outcome())
+            outcome.delivered += len(batch)
+            outcome.done.append((batch, Counter()))
+        self._open = []
+        return told
 
 
 @contextlib.contextmanager
 def _rings() -> Iterator[Check]:
-    """Garbage in a ring is a ValueError, or rows; garbage in rows makes messages that any Avro reader reads."""
+    """Whatever a ring that is taken over holds, and a ledger says of it, it is emptied, and each record counted."""
     memory = _Memory()
     encoders = {stream.name: _encoder(stream, "host-1", "/a") for stream in STREAMS}
     schemas = {stream.name: fastavro.parse_schema(load_schema(stream)) for stream in STREAMS}
 
-    def check(example: tuple[Stream, bytes, int, int]) -> None:
-        stream, data, consumer, count = example
-        memory.fill(data, consumer, count)
-        with Ring(memory.descriptor, _RING_BYTES, stream.dtype) as ring:
-            before = ring.position
-            try:
-                rows = ring.read(4096)
-            except ValueError:
-                if ring.position != before:
-                    raise FindingError("the position moved in spite of an error") from None
-                return
-            if len(rows):
-                try:
-                    encoded = encoders[stream.name].encode(Batch(stream, rows), 0)
-                except Unencodable:
-                    return
-                body = encoded.payload[int(encoded.starts[0]) :][: int(encoded.lengths[0])].tobytes()[5:]
-                buffer = io.BytesIO(body)
-                fastavro.schemaless_reader(buffer, schemas[stream.name], None)
-                if buffer.tell() != len(body):
-                    raise FindingError("bytes are left over")
-            del rows
-            ring.commit(ring.position)
+    def check(example: tuple[Stream, bytes, int, int, int]) -> None:
+        stream, data, consumer, producer, noted = example
+        memory.fill(data, consumer, producer)
+        seconds = itertools.count(0, 61)
+        refused: list[str] = []
+        with Ring(memory.descriptor, _RING_BYTES, stream.dtype, lambda: next(seconds)) as ring:
+            account = resume(Account("ring", position=noted), "ring", ring, None, None)
+            encoder = Isolator(encoders[stream.name], lambda rows, error: refused.append(error))
+            stores = Stores(None, lambda account: None, BackOff("spool"), 2.0)
+            path, sink = StreamPath(stream, ring, encoder, stores, account), _Sink(schemas[stream.name])
+            pipeline = Pipeline([path], sink, lambda: 0.0, lambda: 0)
+            steps = 0
+            while ring.unread or pipeline.step():
+                pipeline.step()
+                steps += 1
+                if steps > 3 * _RING_BYTES // ring.stride:
+                    raise FindingError(f"the ring is not emptied: {ring.unread} records are left")
+            pipeline.step()
+            if ring.fill * _RING_BYTES >= ring.stride:
+                raise FindingError("room is not given back")
+            if path.taken < path.delivered + path.lost.total():
+                raise FindingError("more is counted than there was")
 
     try:
         yield check
@@ -132,11 +170,10 @@ def _messages() -> Iterator[Check]:
         with contextlib.suppress(UndecodableError):
             record = decoder.decode(value)
             for view in views:
-                line = view.line(record)
-                if len(line.splitlines()) != 1:
-                    raise FindingError(f"more than a line: {line!r}")
-            text_of = json.dumps(record)
-            json.loads(text_of)
+                lines = view.lines([record])
+                if any(len(line.splitlines()) != 1 or len(line) > 8192 for line in lines):
+                    raise FindingError(f"more than a line: {lines!r}")
+            json.loads(json_line(Event("topic", "key", record)))
 
     yield check
 
@@ -194,7 +231,14 @@ _ring = st.tuples(
         st.sampled_from([0, *_strides, 3 * _strides[0], _RING_BYTES]),
         st.integers(0, _RING_BYTES // 8).map(lambda n: n * 8),
     ),
-).map(lambda parts: (*parts[0], parts[1], parts[2]))
+).map(lambda parts: (*parts[0], parts[1], parts[1] + parts[2]))
+_positions = st.one_of(st.integers(0, 1 << 17), st.sampled_from([1 << 40, (1 << 63) + 8, (1 << 64) - 1]))
+_ring = st.one_of(
+    st.tuples(_ring, st.one_of(st.just(0), _positions)).map(lambda pair: (*pair[0], pair[1])),
+    st.tuples(st.one_of(_whole, _garbage), _positions, _positions, _positions).map(
+        lambda parts: (*parts[0], *parts[1:])
+    ),
+)
 _raw = st.one_of(st.binary(max_size=300), texts.map(lambda each: each.encode(errors="surrogateescape")))
 _paths = st.one_of(st.sampled_from(HOSTILE), st.binary(max_size=60).map(os.fsdecode))
 

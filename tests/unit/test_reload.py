@@ -1,0 +1,85 @@
+"""Reloads by signal: however many come, the rules are resolved at a bounded rate, and the last text wins."""
+
+from collections.abc import Callable
+from typing import Any
+
+from producer.config import Config
+from producer.errors import ConfigError
+from producer.reload import RulesInForce
+from producer.ruleset import resolve
+from producer.supervise import Pace
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Asked:
+    value = False
+
+    def is_set(self) -> bool:
+        return self.value
+
+    def set(self) -> None:
+        self.value = True
+
+    def clear(self) -> None:
+        self.value = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self.value
+
+
+class Hooks:
+    version = 1
+
+    def put_rules(self, _: object) -> int:
+        self.version += 1
+        return self.version
+
+
+def rules(clock: Clock, read: Callable[[], Config]) -> RulesInForce:
+    hooks: Any = Hooks()
+    return RulesInForce(hooks, Config(), resolve(Config(), None), read, None, Pace(clock))
+
+
+def test_1500_signals_mean_a_few_reloads_and_the_last_text_is_in_force() -> None:
+    clock, asked, reads = Clock(), Asked(), []
+
+    def read() -> Config:
+        reads.append(clock.now_s)
+        return Config()
+
+    in_force = rules(clock, read)
+    for _ in range(1500):
+        asked.set()
+        in_force.follow(asked)
+        clock.now_s += 0.001
+    last_signal = clock.now_s
+    for _ in range(1000):
+        in_force.follow(asked)
+        clock.now_s += 0.01
+    assert len(reads) <= 5
+    assert last_signal - 0.001 <= reads[-1] <= last_signal + 1
+    assert not asked.is_set()
+
+
+def test_the_first_reload_is_at_once_and_a_slow_one_takes_a_share_of_the_time() -> None:
+    clock, asked, reads = Clock(), Asked(), []
+
+    def slow() -> Config:
+        reads.append(clock.now_s)
+        clock.now_s += 1
+        raise ConfigError("no")
+
+    in_force = rules(clock, slow)
+    for _ in range(1000):
+        asked.set()
+        in_force.follow(asked)
+        clock.now_s += 0.01
+    assert reads[0] == 100
+    assert len(reads) <= 4
+    assert in_force.reloads == len(reads)
