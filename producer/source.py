@@ -82,8 +82,8 @@ def program_text(folder: Path, btf: Btf, layout_check: str) -> str:
     return _inline(folder, "rebpf.bpf.c", generated)
 
 
-def macros(btf: Btf, rungs: Mapping[str, str], own_listeners: bool, hz: int) -> list[str]:
-    """Return compiler flags: rung name by stream, whether the agent listens."""
+def macros(btf: Btf, rungs: Mapping[str, str], hz: int) -> list[str]:
+    """Return compiler flags: the rung's name by stream, and the kernel's HZ."""
     chosen = {f"{stream}_{rung}".upper() for stream, rung in rungs.items()}
     tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
     numbers = {
@@ -96,7 +96,6 @@ def macros(btf: Btf, rungs: Mapping[str, str], own_listeners: bool, hz: int) -> 
         # itself.
         "SYNACK_COUNTED_BY_CALLER": int(btf.find(FUNC, "inet_rtx_syn_ack") is not None),
         "HZ": hz,
-        "FILTER_OWN_LISTENERS": int(own_listeners),
     }
     return [f"-D{name}={value}" for name, value in numbers.items()]
 
