@@ -26,8 +26,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
 # Where the kernel has no such member, what it would tell is unknown, and the field is null.
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "kernfs_node": ("id",),
-    "cgroup": ("kn", "self.parent as css_parent"),
-    "cgroup_subsys_state": ("cgroup",),
+    "cgroup": ("kn", "level", "ancestors", "ancestor_ids"),  # ancestors since Linux 6.1, ancestor_ids before
     "sock_common": (
         "skc_v6_daddr.in6_u.u6_addr32 as skc_v6_daddr",
         "skc_v6_rcv_saddr.in6_u.u6_addr32 as skc_v6_rcv_saddr",

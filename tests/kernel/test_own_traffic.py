@@ -15,6 +15,7 @@ from tests.kernel.capture import ALLOWED, inside, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
+
 class Broker:
     """What listens on a broker's port; it answers once it is told to, and counts its answers."""
 
