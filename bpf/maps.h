@@ -19,24 +19,29 @@ BPF_RINGBUF_OUTPUT(retransmit_pipe, 16);
 BPF_PERCPU_ARRAY(counters, struct counters, 2);
 
 /*
- * The agent's own traffic: cookies of the sockets that it opens, inserted before they connect (the oldest fall out),
- * and local endpoints of what it listens on, for sockets that the kernel makes for it. Nobody deletes.
+ * The agent's own traffic (filter.h). Cookies of its sockets, which the agent inserts before they connect, and of their
+ * peers, which the programs insert: no cookie comes again, and the oldest fall out.
  */
+#define OWN_OPENED 1 /* by the agent, to connect or to listen */
+#define OWN_PARTNER 2 /* the other end of such a connection, or accepted by such a listener */
+BPF_TABLE("lru_hash", u64, u8, own_sockets, 16384);
+
+/* Local endpoints of what the agent listens on. It inserts; the listener's close deletes. */
 struct endpoint {
 	u8 address[16];
 	u32 netns;
 	u32 port;
 };
-BPF_TABLE("lru_hash", u64, u8, own_sockets, 4096);
 BPF_HASH(own_listeners, struct endpoint, u8, 64);
 
 /*
- * The other end of the agent's connections, where that is on this host too: its side first. The programs insert it when
- * the agent's end sends, which it does before the other can; the oldest fall out.
+ * The other end of an own connection, its side first. The SYN of the agent's socket inserts, the socket's close deletes;
+ * the oldest fall out.
  */
 struct connection {
 	u8 saddr[16];
 	u8 daddr[16];
+	u32 netns;
 	u16 sport;
 	u16 dport;
 };

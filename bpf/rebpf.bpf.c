@@ -95,9 +95,15 @@ static __always_inline struct retransmit_event *reserve_retransmit(const struct 
 	return e;
 }
 
+/* The cookie is made where there is none yet, except by a kprobe, which can only read it. */
+static __always_inline u64 cookie_of(struct sock *sk, u8 hook)
+{
+	return hook == HOOK_KPROBE ? READ_IF(sock, sk, skc_cookie) : bpf_get_socket_cookie(sk);
+}
+
 /*
  * The flow of a full socket, and what the rules say. Its port is what goes on the wire: skc_num is 0 in the reset of a
- * socket that was disconnected. The cookie is made where there is none yet, except by a kprobe, which can only read it.
+ * socket that was disconnected.
  */
 static __always_inline struct choice choose_socket(struct flow *flow, struct tcp_sock *tp, u8 hook)
 {
@@ -107,8 +113,8 @@ static __always_inline struct choice choose_socket(struct flow *flow, struct tcp
 	flow->hook = hook;
 	fill_endpoints(flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
 	flow->netns = netns_of(sk);
-	set_cookie(flow, hook == HOOK_KPROBE ? READ_IF(sock, sk, skc_cookie) : bpf_get_socket_cookie(sk));
-	if (is_own(flow))
+	set_cookie(flow, cookie_of(sk, hook));
+	if (is_own(flow, flow->sk_cookie, READ(sk, skc_state)))
 		return choice;
 	choice = decide(flow, sk, 0, READ(sk, skc_state));
 	if (choice.action)
@@ -126,7 +132,7 @@ static __always_inline struct choice choose_request(struct flow *flow, struct so
 	flow->hook = hook;
 	fill_endpoints(flow, common, READ(common, skc_num));
 	flow->netns = netns_of(listener);
-	if (is_own(flow))
+	if (is_own(flow, cookie_of(listener, hook), TCP_LISTEN))
 		return choice;
 	choice = decide(flow, listener, 0, TCP_SYN_RECV);
 	if (choice.action)
@@ -224,6 +230,14 @@ static __always_inline bool is_loss_probe(u64 sk)
 	return loss_probes.lookup(&sk) != NULL;
 }
 #endif
+
+/* Beside each rung: what becomes of own sockets, and which sockets belong to them. */
+int raw_tp_inet_sock_set_state(u64 *ctx)
+{
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
+
+	return tp ? follow_state(tp, ctx[1], ctx[2]) : 0;
+}
 
 #if TRANSMIT_FENTRY
 int fentry_tcp_transmit_skb(u64 *ctx)
@@ -507,6 +521,8 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 	const struct sock *sk = NULL;
 	struct tcp_sock *tp = NULL;
 	struct sender sender = {};
+	u64 cookie = 0;
+	u32 state = 0;
 
 	if (!full || full->protocol != IPPROTO_TCP)
 		return 1;
@@ -520,10 +536,12 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 			return 1;
 		sk = (const struct sock *)tp;
 		flow->netns = netns_of(sk);
+		state = full->state;
+		cookie = bpf_get_socket_cookie(skb);
 		if (!sender.listener)
-			set_cookie(flow, bpf_get_socket_cookie(skb));
+			set_cookie(flow, cookie);
 	}
-	if (is_own(flow))
+	if (is_own(flow, cookie, state))
 		return 1;
 	sender.choice = decide(flow, sk, skb->ifindex, sender.listener ? TCP_SYN_RECV : full->state);
 	if (!sender.choice.action)

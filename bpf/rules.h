@@ -14,7 +14,7 @@
 #define CLASSES 2048
 #define PORT_GROUP 4
 #define GENERATIONS 2
-#define CGROUP_LEVELS 16
+#define CGROUP_LEVELS 32
 
 enum property {
 	PROPERTY_NETNS = 0,
@@ -143,20 +143,42 @@ static __always_inline struct rule_set *set_of(const struct rule_generation *tab
 	return rule_sets.lookup(&index);
 }
 
-/* The nearest cgroup that a rule names, from the socket's own up: its set has those of the named ones above it. */
+#define HAS_CGROUP_LEVELS (HAS_OWNER_CGROUP && HAS_cgroup_level && (HAS_cgroup_ancestors || HAS_cgroup_ancestor_ids))
+
+#if HAS_CGROUP_LEVELS
+/* The id of a cgroup's ancestor at a level, at most its own: pointers since Linux 6.1, before that the ids. */
+static __always_inline u64 ancestor_at(const struct cgroup *cgroup, u32 level)
+{
+	u64 entry = 0;
+#if HAS_cgroup_ancestors
+	const struct cgroup *ancestor;
+
+	bpf_probe_read_kernel(&entry, sizeof(entry), &cgroup->ancestors + level);
+	ancestor = (const struct cgroup *)entry;
+	return PROBE(PROBE(ancestor, kn), id);
+#else
+	bpf_probe_read_kernel(&entry, sizeof(entry), &cgroup->ancestor_ids + level);
+	return entry;
+#endif
+}
+#endif
+
+/*
+ * The nearest cgroup that a rule names, from the socket's own up: its set has those of the named ones above it. Rules
+ * name cgroups at the first CGROUP_LEVELS levels, so that these are asked for, however deep the socket's own is.
+ */
 static __always_inline struct rule_set *set_of_cgroup(const struct rule_generation *tables, u32 generation,
 						      const struct sock *sk)
 {
 	u32 index = generation * CLASSES, unnamed = tables->unnamed[PROPERTY_CGROUP], number = unnamed;
 
-#if HAS_OWNER_CGROUP && HAS_cgroup_css_parent && HAS_cgroup_subsys_state_cgroup
-	const struct cgroup *cgroup = sk ? READ(sk, sk_cgroup) : NULL;
+#if HAS_CGROUP_LEVELS
+	const struct cgroup *cgroup = sk ? PROBE(sk, sk_cgroup) : NULL;
+	s32 own = cgroup ? PROBE(cgroup, level) : -1;
 
-	for (int level = 0; level < CGROUP_LEVELS && cgroup && number == unnamed; level++) {
-		const struct cgroup_subsys_state *parent = PROBE(cgroup, css_parent);
-
-		number = set_number(generation, PROPERTY_CGROUP, PROBE(PROBE(cgroup, kn), id), unnamed);
-		cgroup = parent ? PROBE(parent, cgroup) : NULL;
+	for (s32 level = CGROUP_LEVELS - 1; level >= 0 && number == unnamed; level--) {
+		if (level <= own)
+			number = set_number(generation, PROPERTY_CGROUP, ancestor_at(cgroup, level), unnamed);
 	}
 #endif
 	index += number;

@@ -86,11 +86,12 @@ class Agent:
                 quarantine=quarantine.put,
                 heartbeats=heartbeat_topic(config) if beats else None,
             )
+            # Before the client connects: the programs know the other end of a connection by the SYN that they see.
+            hooks.attach()
             brokers = sink.open()
             stack.callback(sink.close)
             if config.kafka.brokers is None:
                 _exclude_embedded(hooks, brokers)
-            hooks.attach()
             builder = StreamBuilder(
                 config, hooks, {name: ids[each] for name, each in self._topics.items()}, stack, quarantine
             )
@@ -349,7 +350,6 @@ def _hook_settings(config: Config, ruleset: Ruleset) -> HookSettings:
         hooks=capture.hooks,
         ring_bytes={"transmit_pipe": capture.transmit_ring_bytes, "retransmit_pipe": capture.retransmit_ring_bytes},
         rules=ruleset.tables(),
-        own_listeners=config.kafka.brokers is None,
         btf=capture.btf,
         compiled=config.state_dir / "compiled",
     )

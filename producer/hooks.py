@@ -5,13 +5,11 @@ keeper has them (producer.pins, producer.fdstore), the last descriptor's end, al
 """
 
 import hashlib
-import ipaddress
 import json
 import logging
 import mmap
 import os
 import secrets
-import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,14 +27,14 @@ from producer.ring import Ring
 from producer.rulemaps import RuleMaps
 from producer.rules import Action, Tables, tables
 from producer.rungs import Refusal
+from producer.sockets import Address, cookie, listener_at
 
 logger = logging.getLogger(__name__)
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
 _COUNTERS = struct.Struct("<3Q")
 """struct counters: passed, lost_ring_full, seq."""
-_SO_COOKIE = 57
+_OWN_OPENED = b"\1"
+"""OWN_OPENED in bpf/maps.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +50,6 @@ class HookSettings:
     )
     rules: Tables = field(default_factory=lambda: tables((), Action()))
     """What becomes events; all of it, unless told otherwise."""
-    own_listeners: bool = False
-    """Whether the agent itself listens (the embedded broker), and its accepted connections are to be left out."""
     btf: Path | None = None
     compiled: Path | None = None
     """The folder of what was compiled, for the next start; None: each compiles."""
@@ -207,7 +203,6 @@ class Hooks:
                 "bpf": str(BPF),
                 "hooks": settings.hooks,
                 "ring_bytes": dict(settings.ring_bytes),
-                "own_listeners": settings.own_listeners,
                 "layout_check": layout_check(),
                 "compiled": settings.compiled and str(settings.compiled),
             }
@@ -254,7 +249,7 @@ class Hooks:
     def _fingerprint(self) -> str:
         """Return a digest of all that the programs and maps are made of, but for the rules, which can be changed."""
         settings = self._settings
-        made_of = [settings.hooks, dict(settings.ring_bytes), settings.own_listeners, str(settings.btf), layout_check()]
+        made_of = [settings.hooks, dict(settings.ring_bytes), str(settings.btf), layout_check()]
         digest = hashlib.sha256(json.dumps(made_of).encode())
         for path in sorted(BPF.rglob("*.[ch]")):
             digest.update(path.read_bytes())
@@ -349,21 +344,24 @@ class Hooks:
         return self._rules.put(rules)
 
     def exclude_socket(self, descriptor: int) -> None:
-        """Leave out what the socket `descriptor` sends, from now on. Call it before the socket connects."""
-        own = socket.socket(fileno=os.dup(descriptor))
-        with own:
-            cookie = own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+        """Leave out what this process's socket `descriptor` sends, and what its peer does in this network namespace.
+
+        Call it after `attach` and before the socket connects: the peer is known from the first segment to it on that
+        the programs see.
+        """
         for own_sockets in self._own_sockets:
-            sysbpf.update(own_sockets, cookie, b"\1")
+            sysbpf.update(own_sockets, cookie(descriptor), _OWN_OPENED)
 
     def exclude_listener(self, address: Address, port: int) -> None:
-        """Leave out what connections accepted on this local endpoint send, in the agent's network namespace.
+        """Leave out what this process's socket that listens there sends, and the sockets that it accepts from now on.
 
-        `address` is the one that peers connect to; the settings must have own_listeners.
+        LookupError if this process does not listen there, ValueError for a wildcard: what is accepted has addresses.
         """
-        if address.is_unspecified or not self._settings.own_listeners:
-            raise ValueError("exclude_listener needs own_listeners in the settings, and an address that is no wildcard")
+        if address.is_unspecified:
+            raise ValueError(f"exclude_listener needs the address that peers connect to, not {address}")
+        listener = cookie(listener_at(address, port))
         namespace = os.stat("/proc/self/ns/net").st_ino
+        sysbpf.update(self._maps["own_sockets"], listener, _OWN_OPENED)
         sysbpf.update(self._maps["own_listeners"], _in6(address) + struct.pack("<II", namespace, port), b"\1")
 
     def close(self) -> None:

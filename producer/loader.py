@@ -110,11 +110,11 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
         "rungs": {stream: rung.name for stream, rung in loaded.rungs.items()},
         "refusals": [[r.stream, r.rung, r.reason] for r in loaded.refusals],
         "maps": list(MAPS),
-        "programs": [stream for stream, _, _ in loaded.programs],
+        "programs": [stream for stream, _, _ in loaded.programs if stream],
         "cached": loaded.cached,
         "warnings": loaded.warnings,
     }
-    _answer(channel, answer, loaded.log, [*loaded.maps, *(program for *_, program in loaded.programs)])
+    _answer(channel, answer, loaded.log, [*loaded.maps, *(program for stream, _, program in loaded.programs if stream)])
     if not channel.recv(PACKET_BYTES):  # the agent gave up; else it is ATTACH
         return
     links: list[int] = []
@@ -186,15 +186,17 @@ class _Loaded:
         except OSError as error:
             raise HookError(f"the kernel makes no maps for the BPF programs: {error.strerror}") from error
         self.maps = maps[: len(MAPS)]
-        self.programs: list[tuple[str, rungs.Hook, int]] = []
-        for stream, rung in self.rungs.items():
-            for hook in rung.hooks:
-                try:
-                    program = rungs.load(hook, code.instructions(hook.program, maps), btf)
-                except sysbpf.VerifierError as error:
-                    sysbpf.close_all([*maps, *(loaded for *_, loaded in self.programs)])
-                    raise _RungFailed(stream, error) from error
-                self.programs.append((stream, hook, program))
+        hooks = [(stream, hook) for stream, rung in self.rungs.items() for hook in rung.hooks]
+        self.programs: list[tuple[str | None, rungs.Hook, int]] = []
+        for stream, hook in [(None, rungs.OWN_SOCKETS), *hooks]:
+            try:
+                program = rungs.load(hook, code.instructions(hook.program, maps), btf)
+            except sysbpf.VerifierError as error:
+                sysbpf.close_all([*maps, *(loaded for *_, loaded in self.programs)])
+                if stream is None:
+                    raise _LoggedError(f"the kernel refuses the program for own sockets: {error}", error.log) from error
+                raise _RungFailed(stream, error) from error
+            self.programs.append((stream, hook, program))
 
     def _no_rung(self, stream: str) -> _LoggedError:
         reasons = "; ".join(f"{r.rung}: {r.reason}" for r in self.refusals if r.stream == stream)
@@ -207,10 +209,10 @@ class _Unit:
     def __init__(self, request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, rungs.Rung]) -> None:
         folder = Path(request["bpf"])
         names = {stream: rung.name for stream, rung in chosen.items()}
-        flags = source.macros(btf, names, request["own_listeners"], sysbpf.jiffies_per_second())
+        flags = source.macros(btf, names, sysbpf.jiffies_per_second())
         self._text = source.program_text(folder, btf, request["layout_check"])
         self._flags = [*flags, "-Wno-unused-function"]
-        self._programs = [hook.program for rung in chosen.values() for hook in rung.hooks]
+        self._programs = [hook.program for rung in chosen.values() for hook in rung.hooks] + [rungs.OWN_SOCKETS.program]
         self._shim = folder / "shim"
         self.key = compiled.key(self._shim, self._text, self._flags, self._programs, MAPS)
 

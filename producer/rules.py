@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from producer.errors import ConfigError
 from producer.events import STATES
 
-# bpf/rules.h has these too, as RULES and CLASSES.
+# bpf/rules.h has these too, as RULES, CLASSES and CGROUP_LEVELS.
 MOST_RULES = 1024
 MOST_CLASSES = 2048
+MOST_CGROUP_LEVELS = 32
+"""A rule names cgroups of these levels alone, from the root, 0, on; the sockets may be in deeper ones."""
 MOST_PREFIXES = 130_000
 MOST_VALUES = 8_000
 PROPERTIES = ("netns", "cgroup", "uid", "interface", "state")

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import ipaddress
+import itertools
 import os
 import pwd
 import socket
@@ -14,7 +15,7 @@ from typing import TypeVar
 from producer.config import Config, RuleConfig
 from producer.errors import ConfigError
 from producer.events import STATES
-from producer.rules import Action, Network, PortRange, Rule, Tables, only, tables
+from producer.rules import MOST_CGROUP_LEVELS, Action, Network, PortRange, Rule, Tables, only, tables
 
 V = TypeVar("V")
 R = TypeVar("R")
@@ -156,42 +157,55 @@ class _Cgroups:
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self._ids: dict[Path, int] = {}
+        self._folders: dict[int, Path] = {}
 
     def at(self, path: str) -> Iterable[int]:
         """Return the id of the cgroup at a path below the root."""
-        return [self._id(self._folder(path)) if self._root else _ABSENT]
+        parts = [part for part in path.split("/") if part]
+        if ".." in parts:
+            raise ValueError(f"a cgroup's path has no '..': {path!r}")
+        if len(parts) >= MOST_CGROUP_LEVELS:
+            raise ValueError(f"cgroup {path!r} is {len(parts)} levels below the root: at most {MOST_CGROUP_LEVELS - 1}")
+        return [self._id(self._root.joinpath(*parts)) if self._root else _ABSENT]
 
     def named(self, unit: str) -> Iterable[int]:
         """Return the ids of the cgroups of systemd units with a name, which may have wildcards.
 
-        A unit's folder is in the root or in slices. Folders below a unit may be anybody's, whatever they are called.
+        A unit's folder is in the root or in slices. Folders in a unit, or in a slice that was given to a user, may be
+        anybody's, whatever they are called.
         """
         found, left = [], [self._root] if self._root else []
         while left:
             for folder in _folders(left.pop()):
                 if fnmatch.fnmatchcase(folder.name, unit):
                     found.append(self._id(folder))
-                if folder.name.endswith(".slice"):
+                if folder.name.endswith(".slice") and self._is_systems(folder):
                     left.append(folder)
         return sorted(set(found)) or [_ABSENT]
 
     def above(self, cgroup: int) -> Sequence[int]:
         """Return the ids of the cgroups above one that was found."""
-        folder = next((folder for folder, number in self._ids.items() if number == cgroup), None)
-        if folder is None or self._root is None:
+        root, folder = self._root, self._folders.get(cgroup)
+        if folder is None or root is None:
             return ()
-        between = [parent for parent in folder.parents if parent == self._root or self._root in parent.parents]
-        return [self._id(parent) for parent in between]
+        between = itertools.takewhile(lambda parent: parent != root.parent, folder.parents)
+        return [self._ids[parent] if parent in self._ids else self._id(parent) for parent in between]
 
-    def _folder(self, path: str) -> Path:
+    def _is_systems(self, folder: Path) -> bool:
+        """Whether nobody but the owner of the whole hierarchy can make folders there."""
         assert self._root is not None
-        return self._root / path.strip("/")
+        try:
+            status = os.stat(folder)
+            return status.st_uid == os.stat(self._root).st_uid and not status.st_mode & 0o022
+        except OSError:
+            return False
 
     def _id(self, folder: Path) -> int:
         try:
             self._ids[folder] = os.stat(folder).st_ino
         except OSError:
             return _ABSENT
+        self._folders[self._ids[folder]] = folder
         return self._ids[folder]
 
 

@@ -102,6 +102,9 @@ LADDERS = {
     ),
 }
 
+OWN_SOCKETS = Hook("raw_tp_inet_sock_set_state", "inet_sock_set_state", _RAW_TP)
+"""Beside each rung: it tells which sockets belong to the agent's own, and when they end. It makes no events."""
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:

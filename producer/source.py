@@ -26,8 +26,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
 # Where the kernel has no such member, what it would tell is unknown, and the field is null.
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "kernfs_node": ("id",),
-    "cgroup": ("kn", "self.parent as css_parent"),
-    "cgroup_subsys_state": ("cgroup",),
+    "cgroup": ("kn", "level", "ancestors", "ancestor_ids"),  # ancestors since Linux 6.1, ancestor_ids before
     "sock_common": (
         "skc_v6_daddr.in6_u.u6_addr32 as skc_v6_daddr",
         "skc_v6_rcv_saddr.in6_u.u6_addr32 as skc_v6_rcv_saddr",
@@ -82,8 +81,8 @@ def program_text(folder: Path, btf: Btf, layout_check: str) -> str:
     return _inline(folder, "rebpf.bpf.c", generated)
 
 
-def macros(btf: Btf, rungs: Mapping[str, str], own_listeners: bool, hz: int) -> list[str]:
-    """Return compiler flags: rung name by stream, whether the agent listens."""
+def macros(btf: Btf, rungs: Mapping[str, str], hz: int) -> list[str]:
+    """Return compiler flags: the rung's name by stream, and the kernel's HZ."""
     chosen = {f"{stream}_{rung}".upper() for stream, rung in rungs.items()}
     tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
     numbers = {
@@ -96,7 +95,6 @@ def macros(btf: Btf, rungs: Mapping[str, str], own_listeners: bool, hz: int) -> 
         # itself.
         "SYNACK_COUNTED_BY_CALLER": int(btf.find(FUNC, "inet_rtx_syn_ack") is not None),
         "HZ": hz,
-        "FILTER_OWN_LISTENERS": int(own_listeners),
     }
     return [f"-D{name}={value}" for name, value in numbers.items()]
 

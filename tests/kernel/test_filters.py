@@ -1,8 +1,10 @@
 """Filters in the kernel: addresses and ports of either side, and the agent's own sockets."""
 
+import contextlib
 import ipaddress
 import itertools
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,7 +75,7 @@ def ask(client: socket.socket, broker: socket.socket) -> None:
 
 def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None:
     port = broker.getsockname()[1]
-    with Capture(hook_settings(rules=filtered(ports=(port,)), own_listeners=True)) as capture:
+    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture:
         capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
         with socket.socket() as own, socket.socket() as other:
             capture.hooks.exclude_socket(own.fileno())
@@ -109,9 +111,131 @@ def test_neither_end_of_the_agents_own_connections_is_seen(broker: socket.socket
 def test_listeners_of_others_on_the_same_port_stay_visible(broker: socket.socket, lab: Lab) -> None:
     """The endpoint is one in the agent's network namespace: not the same address and port in another."""
     port = broker.getsockname()[1]
-    with Capture(hook_settings(rules=filtered(ports=(port,)), own_listeners=True)) as capture:
+    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture:
         capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
         with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
             pair.exchange(1, 1)
         rows = capture.wait_rows(TRANSMITS, port, 3)
         assert (rows["s"]["flow"]["sport"] == port).any()
+
+
+def test_an_address_pair_of_the_agents_in_another_namespace_stays_visible(broker: socket.socket, lab: Lab) -> None:
+    port = broker.getsockname()[1]
+    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture, socket.socket() as own:
+        capture.hooks.exclude_socket(own.fileno())
+        ask(own, broker)
+        with inside(lab.client), socket.create_server(("127.0.0.1", port)) as there, socket.socket() as other:
+            other.bind(own.getsockname())
+            ask(other, there)
+            pair = (*other.getsockname(), *there.getsockname())
+        rows = settled(capture)
+        assert endpoints(rows) == {pair, (*pair[2:], *pair[:2])}
+        assert set(rows["s"]["flow"]["netns"]) == {lab.client.netns}
+
+
+@pytest.mark.parametrize("ended_by", ["client", "broker", "reset"])
+def test_the_agents_own_connection_is_left_out_to_its_last_segment(lab: Lab, port: int, ended_by: str) -> None:
+    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
+        with listening(port) as broker, socket.socket() as own:
+            capture.hooks.exclude_socket(own.fileno())
+            own.connect(broker.getsockname())
+            end_by(ended_by, own, broker.accept()[0])
+        assert len(settled(capture)) == 0
+
+
+@pytest.mark.parametrize("ended_by", ["broker", "reset"])
+def test_an_address_pair_is_others_as_soon_as_the_agents_connection_is_closed(
+    lab: Lab, port: int, ended_by: str
+) -> None:
+    """Also where the one that has it afterwards connects from the broker's side."""
+    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
+        with listening(port) as broker, socket.socket() as own:
+            capture.hooks.exclude_socket(own.fileno())
+            own.connect(broker.getsockname())
+            local = own.getsockname()
+            end_by(ended_by, own, broker.accept()[0])
+        with listening(port) as broker, socket.socket() as other:
+            connect_from(local, other, broker)
+            pair = (*local, *broker.getsockname())
+            reset(other)
+        wait_for(lambda: endpoints(settled(capture)) == {pair, (*pair[2:], *pair[:2])}, "both ends")
+        seen = len(settled(capture))
+        with listening(local[1]) as listener, socket.socket() as other:
+            connect_from(("127.0.0.1", port), other, listener)
+            reset(other)
+        wait_for(lambda: len(settled(capture)) >= seen + 3, "SYN, SYN-ACK and ACK")
+        assert endpoints(settled(capture)[seen:]) == {pair, (*pair[2:], *pair[:2])}
+
+
+def test_a_port_that_the_agent_listened_on_is_others_as_soon_as_it_does_not(lab: Lab, port: int) -> None:
+    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
+        with listening(port) as broker:
+            capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
+            with socket.socket() as client:
+                ask(client, broker)
+            assert {each[1] for each in endpoints(settled(capture))} != {port}
+            assert port not in {each[1] for each in endpoints(settled(capture))}
+        with listening(port) as stranger, socket.socket() as client:
+            ask(client, stranger)
+        wait_for(lambda: port in {each[1] for each in endpoints(settled(capture))}, "the answers")
+
+
+def test_a_connection_that_nobody_accepts_hides_nothing(lab: Lab, port: int) -> None:
+    """The client of a broker that is down tries ports of its own again and again: others get them afterwards."""
+    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
+        with socket.socket() as own:
+            capture.hooks.exclude_socket(own.fileno())
+            own.bind(("127.0.0.1", 0))
+            local = own.getsockname()
+            with pytest.raises(ConnectionRefusedError):
+                own.connect(("127.0.0.1", port))
+        assert len(settled(capture)) == 0
+        with listening(port) as broker, socket.socket() as other:
+            connect_from(local, other, broker)
+            reset(other)
+        pair = (*local, "127.0.0.1", port)
+        wait_for(lambda: endpoints(settled(capture)) == {pair, (*pair[2:], *pair[:2])}, "both ends")
+
+
+def settled(capture: Capture) -> Rows:
+    """Return all transmits that the programs have counted."""
+    wait_for(lambda: len(capture.all(TRANSMITS)) == capture.hooks.counters(TRANSMITS).passed, "all events")
+    return capture.all(TRANSMITS)
+
+
+def listening(port: int) -> socket.socket:
+    return socket.create_server(("127.0.0.1", port))
+
+
+def connect_from(local: tuple[str, int], client: socket.socket, listener: socket.socket) -> None:
+    """Connect from a port that a socket in time wait may still have, and exchange something."""
+
+    def connects() -> bool:
+        with contextlib.suppress(OSError):
+            client.bind(local)
+            return True
+        return False
+
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    wait_for(connects, "the port")
+    ask(client, listener)
+
+
+def end_by(how: str, client: socket.socket, accepted: socket.socket) -> None:
+    """End a connection from one side or the other, or by a reset."""
+    client.settimeout(10)
+    client.sendall(b"question")
+    assert accepted.recv(8)
+    first, second = (accepted, client) if how == "broker" else (client, accepted)
+    if how == "reset":
+        reset(client)
+    else:
+        first.close()
+        assert second.recv(1) == b""
+    second.close()
+
+
+def reset(end: socket.socket) -> None:
+    """Close with a reset, so that nothing is left in time wait."""
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    end.close()

@@ -3,16 +3,21 @@
 import ipaddress
 import itertools
 import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from producer.events import RETRANSMITS, TRANSMITS, Rows
 from producer.lab import Lab
-from producer.rules import Action, Rule, tables
-from tests.kernel.capture import Capture, Pair, hook_settings
+from producer.rules import MOST_CGROUP_LEVELS, Action, Rule, tables
+from producer.rungs import cgroup2_root
+from tests.kernel.capture import Capture, Pair, hook_settings, inside, receive
 from tests.kernel.capture import rules as firewall
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -94,6 +99,67 @@ def test_a_namespace_and_a_cgroup_above_the_sockets_are_conditions(ruled: Captur
         ruled.hooks.put_rules(tables([rule], DROP, {own: (1,)}))
         exchange(lab, port)
         assert len(sent_by(ruled, port)) - before == (EXCHANGES if expected else 0), rule
+
+
+@pytest.fixture
+def cgroups() -> Iterator[list[Path]]:
+    """Folders within each other, deeper than any that a rule can name; the outermost first."""
+    root = cgroup2_root()
+    if root is None:
+        pytest.skip("no cgroup v2 hierarchy is mounted")
+    folders = [root / f"rebpf-rules-{os.getpid()}"]
+    for _ in range(MOST_CGROUP_LEVELS + 8):
+        folders.append(folders[-1] / "d")
+    for folder in folders:
+        folder.mkdir()
+    yield folders
+    for folder in reversed(folders):
+        folder.rmdir()
+
+
+_CLIENT = """\
+import os, socket, sys
+open(sys.argv[1], "w").write(str(os.getpid()))
+with socket.create_connection(("127.0.0.1", int(sys.argv[2]))) as client:
+    client.sendall(bytes(int(sys.argv[3])))
+    client.recv(1)
+"""
+
+
+def send_from(lab: Lab, cgroup: Path, port: int) -> None:
+    """Have a process in a cgroup connect and send one segment."""
+    argv = lab.client.command(sys.executable, "-c", _CLIENT, str(cgroup / "cgroup.procs"), str(port), str(SIZE))
+    with inside(lab.client), socket.create_server(("127.0.0.1", port)) as server, subprocess.Popen(argv) as child:
+        with server.accept()[0] as accepted:
+            receive(accepted, SIZE)
+        assert child.wait(60) == 0
+
+
+def test_a_cgroup_is_a_condition_however_deep_the_socket_is(
+    ruled: Capture, lab: Lab, port: int, cgroups: list[Path]
+) -> None:
+    """Named is the outermost folder, the deepest that can be named, and one beside."""
+    ids = [folder.stat().st_ino for folder in cgroups]
+    above = {each: [*ids[:i][::-1], 1] for i, each in enumerate(ids)}
+    for place in (1, 14, 15, 16, 17, 30, 31, len(cgroups) - 1):
+        for named in (0, 15, MOST_CGROUP_LEVELS - 2):
+            before = len(sent_by(ruled, port))
+            ruled.hooks.put_rules(tables([on_port(port, cgroup=(ids[named],))], DROP, above))
+            send_from(lab, cgroups[place], port)
+            assert len(sent_by(ruled, port)) - before == (1 if named <= place else 0), (place, named)
+
+
+def test_the_nearest_of_the_named_cgroups_decides_with_those_above_it(
+    ruled: Capture, lab: Lab, port: int, cgroups: list[Path]
+) -> None:
+    ids = [folder.stat().st_ino for folder in cgroups]
+    above = {ids[0]: [1], ids[20]: [*ids[:20][::-1], 1]}
+    inner, outer = on_port(port, DROP, cgroup=(ids[20],)), on_port(port, cgroup=(ids[0],))
+    for rules, kept in (([inner, outer], False), ([outer, inner], True)):
+        before = len(sent_by(ruled, port))
+        ruled.hooks.put_rules(tables(rules, DROP, above))
+        send_from(lab, cgroups[-1], port)
+        assert len(sent_by(ruled, port)) - before == kept
 
 
 def test_the_first_of_1024_rules_that_matches_decides(ruled: Capture, lab: Lab, port: int) -> None:

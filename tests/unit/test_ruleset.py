@@ -117,3 +117,38 @@ def test_cgroups_are_followed_and_files_are_not_read_again(root: Path) -> None:
 def test_a_folder_below_a_unit_cannot_take_the_name_of_another(root: Path) -> None:
     (root / "user.slice/user@1000.service/app.slice/sshd.service").mkdir(parents=True)
     assert resolved(root, RuleConfig(unit=("sshd.service",))).rules[0].cgroup == (0,)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
+@pytest.mark.parametrize("owner", ["uid", "mode"])
+def test_a_slice_that_others_can_make_folders_in_names_no_units(root: Path, owner: str) -> None:
+    delegated = root / "user.slice/user-1000.slice"
+    (delegated / "sshd.service").mkdir(parents=True)
+    assert resolved(root, RuleConfig(unit=("sshd.service",))).rules[0].cgroup == (inode(delegated / "sshd.service"),)
+    if owner == "uid":
+        os.chown(delegated, 1000, 1000)
+    else:
+        delegated.chmod(0o777)
+    assert resolved(root, RuleConfig(unit=("sshd.service",))).rules[0].cgroup == (0,)
+    assert resolved(root, RuleConfig(unit=("user-1000.slice",))).rules[0].cgroup == (inode(delegated),)
+
+
+def test_a_slice_of_a_users_own_below_his_units_names_no_units(root: Path) -> None:
+    (root / "user.slice/user@1000.service/system.slice/sshd.service").mkdir(parents=True)
+    (root / "other/system.slice/sshd.service").mkdir(parents=True)
+    assert resolved(root, RuleConfig(unit=("sshd.service", "*/sshd.service"))).rules[0].cgroup == (0, 0)
+
+
+def test_a_cgroup_is_named_by_a_path_that_the_kernel_can_be_asked_for(root: Path) -> None:
+    assert resolved(root, RuleConfig(cgroup=("/a" * 31,))).rules[0].cgroup == (0,)
+    for path, message in (("/a" * 32, "32 levels below the root: at most 31"), ("/other/../..", "has no '..'")):
+        with pytest.raises(ConfigError, match=f"rule 1: .*{message}"):
+            resolved(root, RuleConfig(cgroup=(path,)))
+
+
+def test_thousands_of_units_are_resolved_at_once(root: Path) -> None:
+    for i in range(3000):
+        (root / f"system.slice/job{i}.service").mkdir()
+    found = resolved(root, RuleConfig(unit=("job*.service",)))
+    assert len(found.cgroups_above) == 3000
+    assert all(above == [inode(root / "system.slice"), inode(root)] for above in found.cgroups_above.values())
