@@ -273,6 +273,12 @@ static __always_inline u32 synack_number(const struct request_sock *req, u32 beh
 #endif
 }
 
+/* TCP Fast Open makes the connection before the handshake is over, and the connection then has the request. */
+static __always_inline const struct tcp_request_sock *fast_open_request(const struct tcp_sock *tp)
+{
+	return (const void *)READ_IF(tcp_sock, tp, fastopen_rsk);
+}
+
 /* What the kernel gave up before it counted a retransmission. All other errors are retransmissions that failed. */
 static __always_inline bool gave_up(s32 err)
 {

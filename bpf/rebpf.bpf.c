@@ -436,7 +436,8 @@ struct sender {
 	struct tcp_sock *tp; /* NULL: there is no full socket that would know TCP's state */
 	bool listener;
 	bool knows_again;
-	u32 again; /* not 0: sent before; of a SYN-ACK how often */
+	bool again; /* sent before */
+	u32 synack_number; /* of a SYN-ACK that was sent before: which retransmission this is; 0: not known */
 };
 
 static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
@@ -458,7 +459,7 @@ static __always_inline void transmit_packet(struct __sk_buff *skb, const struct 
 		return;
 	fill_packet(&e->s, skb, wire, sender);
 	if (sender->knows_again) {
-		e->is_retransmit = !!sender->again;
+		e->is_retransmit = sender->again;
 		e->s.known |= KNOWN_IS_RETRANSMIT;
 	}
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
@@ -476,24 +477,93 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
 	if (sender->tp)
 		fill_cause(e, sender->tp, false);
 	else
-		fill_synack_cause(e, sender->again);
+		fill_synack_cause(e, sender->synack_number);
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
 }
 #endif
 
-/* A request's SYN-ACKs have one sequence number: the first is new, and the others are counted. */
-static __always_inline u32 count_synack(const struct flow *flow, const struct wire *wire)
+/*
+ * The socket that the peer's next segment would find, by this SYN-ACK's addresses: the request, which is in the kernel's
+ * table before its first SYN-ACK leaves, or the connection that was made of it. The caller releases it.
+ */
+static __always_inline struct bpf_sock *find_requester(struct __sk_buff *skb, const struct flow *flow,
+						       const struct wire *wire)
 {
-	struct synack key = { .netns = flow->netns, .seq = wire->seq, .sport = flow->sport, .dport = flow->dport };
-	u64 none = 0, *sent;
+	struct bpf_sock_tuple tuple = {};
 
-	__builtin_memcpy(key.saddr, flow->saddr, sizeof(key.saddr));
-	__builtin_memcpy(key.daddr, flow->daddr, sizeof(key.daddr));
-	sent = synacks.lookup(&key);
-	if (sent)
-		return __sync_fetch_and_add(sent, 1) + 1;
-	synacks.update(&key, &none);
-	return 0;
+	if (skb->protocol == ETH_P_IP_BE) {
+		__builtin_memcpy(&tuple.ipv4.saddr, flow->daddr + 12, 4);
+		__builtin_memcpy(&tuple.ipv4.daddr, flow->saddr + 12, 4);
+		tuple.ipv4.sport = wire->tcp.dest;
+		tuple.ipv4.dport = wire->tcp.source;
+		return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	}
+	__builtin_memcpy(tuple.ipv6.saddr, flow->daddr, 16);
+	__builtin_memcpy(tuple.ipv6.daddr, flow->saddr, 16);
+	tuple.ipv6.sport = wire->tcp.dest;
+	tuple.ipv6.dport = wire->tcp.source;
+	return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+}
+
+/*
+ * A request keeps the time of its first SYN-ACK in microseconds. tcp_make_synack has just put the same time into the
+ * packet if this is the first, and adds the listener's TCP_TX_DELAY.
+ */
+static __always_inline void compare_with_request(struct sender *sender, struct __sk_buff *skb, const struct wire *wire,
+						 const struct tcp_sock *listener,
+						 const struct tcp_request_sock *request)
+{
+#if HAS_tcp_request_sock_snt_synack
+	u32 delay = 0;
+
+	if (listener)
+		delay = READ_IF(tcp_sock, listener, tcp_tx_delay);
+	if (PROBE(request, snt_isn) != wire->seq || !skb->tstamp)
+		return;
+	sender->knows_again = true;
+	sender->again = PROBE(request, snt_synack) != skb->tstamp / 1000 - delay;
+	if (sender->again)
+		sender->synack_number = synack_number((const struct request_sock *)request, 1);
+#endif
+}
+
+/* Whether a SYN-ACK was sent before. Not known where the kernel finds nothing by its addresses. */
+static __always_inline void recognize_synack(struct sender *sender, struct __sk_buff *skb, const struct flow *flow,
+					     const struct wire *wire, const struct tcp_sock *listener)
+{
+	struct bpf_sock *found = find_requester(skb, flow, wire);
+	const struct tcp_request_sock *request;
+	struct tcp_sock *tp;
+
+	if (!found)
+		return;
+	request = bpf_skc_to_tcp_request_sock(found);
+	if (!request) {
+		tp = bpf_skc_to_tcp_sock(found);
+		if (tp)
+			request = fast_open_request(tp);
+		/* The peer has answered an earlier SYN-ACK. */
+		if (tp && !request && READ((const struct sock *)tp, skc_state) != TCP_LISTEN)
+			sender->knows_again = sender->again = true;
+	}
+	if (request)
+		compare_with_request(sender, skb, wire, listener, request);
+	bpf_sk_release(found);
+}
+
+/* Whether the segment of a full socket was sent before. Of TCP Fast Open's SYN-ACK the request knows. */
+static __always_inline void recognize_segment(struct sender *sender, struct __sk_buff *skb, const struct wire *wire)
+{
+	const struct tcp_request_sock *request = NULL;
+
+	if (wire->tcp.flags & TCPHDR_SYN)
+		request = fast_open_request(sender->tp);
+	if (request) {
+		compare_with_request(sender, skb, wire, sender->tp, request);
+		return;
+	}
+	sender->knows_again = true;
+	sender->again = is_sent_before(sender->tp, wire->seq, wire->end_seq);
 }
 
 /*
@@ -531,12 +601,10 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 	if (sk)
 		fill_owner(flow, sk);
 	if (sender.listener) {
-		sender.knows_again = true;
-		sender.again = count_synack(flow, wire);
+		recognize_synack(&sender, skb, flow, wire, tp);
 	} else if (tp) {
 		sender.tp = tp;
-		sender.knows_again = true;
-		sender.again = is_sent_before(tp, wire->seq, wire->end_seq);
+		recognize_segment(&sender, skb, wire);
 	}
 	transmit_packet(skb, flow, wire, &sender);
 #if RETRANSMIT_CGROUP_SKB

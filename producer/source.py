@@ -54,8 +54,11 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "snd_wnd",
         "rcv_wnd",
         "mss_cache",
+        "tcp_tx_delay",
+        "fastopen_rsk",
     ),
     "request_sock": ("num_retrans",),
+    "tcp_request_sock": ("snt_synack",),
     # x86-64 and arm64; kprobes only.
     "pt_regs": ("di", "si", "dx", "cx", "r8", "ax", "sp", "regs"),
 }
