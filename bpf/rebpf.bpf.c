@@ -569,7 +569,7 @@ static __always_inline void recognize_segment(struct sender *sender, struct __sk
 /*
  * The socket is that of the segment; or, for a SYN-ACK, the listener; or, for what is sent without a socket (the reset
  * of a closed port), a raw one of the kernel's own, which tells nothing but the network namespace. Others send no TCP
- * of the kernel's.
+ * of the kernel's: a process that writes its own segments through a raw socket is not TCP.
  */
 static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow, const struct wire *wire)
 {
@@ -583,7 +583,11 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 	sender.listener = full->state == TCP_LISTEN;
 	flow->hook = HOOK_CGROUP_SKB;
 	if (full->type == SOCK_RAW) {
-		flow->netns = netns_of_raw(full);
+		const struct sock *raw = address_of(full);
+
+		if (is_of_process(raw))
+			return 1;
+		flow->netns = PROBE(PROBE(raw, skc_net), ns_inum);
 	} else {
 		tp = bpf_skc_to_tcp_sock(full);
 		if (!tp)

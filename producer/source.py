@@ -35,6 +35,7 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "sock": (
         "__sk_common.skc_cookie.counter as skc_cookie",
         "sk_uid.val as sk_uid",
+        "__sk_common.skc_node.pprev as skc_node_pprev",
         "sk_cgrp_data.cgroup as sk_cgroup",  # Linux 5.15
     ),
     "tcp_sock": (

@@ -71,6 +71,8 @@ def syn_acks(rows: Rows) -> list[tuple[int, int]]:
 def test_each_retransmitted_syn_ack_is_an_event(
     roomy: Capture, host: Host, far: Tun, port: int, version: int, count: int
 ) -> None:
+    if version == 6 and not sees_ipv6_synacks(roomy):
+        pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6 (as Linux 6.1)")
     skips = Skips(roomy)
     with listening(host, far, version, port):
         for sport in range(_FIRST_PORT, _FIRST_PORT + count):
@@ -90,8 +92,6 @@ def test_each_retransmitted_syn_ack_is_an_event(
     assert set(again["retransmit_no"]) == {1}
     assert set(again["s"]["tcp_flags"]) == {SYN | ACK}
     assert set(again["s"]["flow"]["netns"]) == {host.netns}
-    if not (version == 4 or sees_ipv6_synacks(roomy)):
-        return
     assert 0 <= 2 * count - len(sent) <= lost[TRANSMITS]
     if roomy.hooks.rungs["transmit"] == "cgroup_skb":
         assert set(again["s"]["ifindex"]) == set(sent["s"]["ifindex"]) == {far.ifindex}
