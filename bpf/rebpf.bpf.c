@@ -205,6 +205,15 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 #if RETRANSMIT_FENTRY || RETRANSMIT_KPROBE
 BPF_TABLE("lru_hash", u64, u8, loss_probes, 1024);
 
+static __always_inline void count_forgotten(void)
+{
+	int stream = STREAM_RETRANSMIT;
+	struct counters *counter = counters.lookup(&stream);
+
+	if (counter)
+		__sync_fetch_and_add(&counter->forgotten, 1);
+}
+
 static __always_inline int begin_loss_probe(u64 sk)
 {
 	u8 yes = 1;
@@ -215,7 +224,8 @@ static __always_inline int begin_loss_probe(u64 sk)
 
 static __always_inline int end_loss_probe(u64 sk)
 {
-	loss_probes.delete(&sk);
+	if (loss_probes.delete(&sk))
+		count_forgotten();
 	return 0;
 }
 
@@ -364,6 +374,15 @@ static __always_inline bool recall(struct pt_regs *regs, struct call *call)
 	return true;
 }
 
+/* For functions whose entry remembers each call. */
+static __always_inline bool recall_or_count(struct pt_regs *regs, struct call *call)
+{
+	if (recall(regs, call))
+		return true;
+	count_forgotten();
+	return false;
+}
+
 int kprobe_tcp_retransmit_skb(void *ctx)
 {
 	return remember(ctx);
@@ -374,7 +393,7 @@ int kretprobe_tcp_retransmit_skb(void *ctx)
 	struct pt_regs *regs = ctx;
 	struct call call;
 
-	if (!recall(regs, &call))
+	if (!recall_or_count(regs, &call))
 		return 0;
 	return take_retransmit(call.sk, call.subject, PT_REGS_RC(regs), false, HOOK_KPROBE);
 }
@@ -391,7 +410,7 @@ int kretprobe_tcp_send_loss_probe(void *ctx)
 {
 	struct call call;
 
-	return recall(ctx, &call) ? end_loss_probe((u64)call.sk) : 0;
+	return recall_or_count(ctx, &call) ? end_loss_probe((u64)call.sk) : 0;
 }
 
 int kprobe_inner_retransmit_skb(void *ctx)
@@ -421,7 +440,7 @@ int kretprobe_tcp_rtx_synack(void *ctx)
 	struct pt_regs *regs = ctx;
 	struct call call;
 
-	if (!recall(regs, &call) || (s32)PT_REGS_RC(regs))
+	if (!recall_or_count(regs, &call) || (s32)PT_REGS_RC(regs))
 		return 0;
 	return take_synack_retransmit(call.sk, call.subject, SYNACK_COUNTED_BY_CALLER, HOOK_KPROBE);
 }

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 COUNT = 97
-_FIRST_PORT = 20_000
+_FIRST_PORT = 40_000  # above all ports of the tests
 _IPPROTO_MPTCP = 262
 
 
