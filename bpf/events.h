@@ -105,6 +105,7 @@ struct counters {
 	u64 passed; /* events that passed the filter */
 	u64 lost_ring_full;
 	u64 seq; /* the last cpu_seq; the agent says where it begins, so that numbers are not used again */
+	u64 forgotten; /* returns of calls whose entry is not in its map (any more): each may be an event */
 };
 
 #endif

@@ -106,15 +106,25 @@ static __always_inline u32 netns_of(const struct sock *sk)
 }
 
 /*
- * Of a raw socket, which some kernels' bpf_skc_to_tcp_sock() takes for TCP's and others' does not (docs/decisions.md): by
- * its address, which is the value of the verifier's pointer.
+ * A raw socket, which some kernels' bpf_skc_to_tcp_sock() takes for TCP's and others' does not (docs/decisions.md): by its
+ * address, which is the value of the verifier's pointer.
  */
-static __always_inline u32 netns_of_raw(struct bpf_sock *raw)
+static __always_inline const struct sock *address_of(struct bpf_sock *raw)
 {
 	const struct sock *sk = NULL;
 
 	bpf_probe_read_kernel(&sk, sizeof(sk), &raw);
-	return PROBE(PROBE(sk, skc_net), ns_inum);
+	return sk;
+}
+
+/* TCP's own is in no table: it receives nothing. One that a process made is in that of raw sockets. */
+static __always_inline bool is_of_process(const struct sock *raw)
+{
+#if HAS_sock_skc_node_pprev
+	return PROBE(raw, skc_node_pprev) != NULL;
+#else
+	return false;
+#endif
 }
 
 #define HAS_OWNER_CGROUP (HAS_sock_sk_cgroup && HAS_cgroup_kn && HAS_kernfs_node_id)
@@ -271,6 +281,12 @@ static __always_inline u32 synack_number(const struct request_sock *req, u32 beh
 #else
 	return 0;
 #endif
+}
+
+/* TCP Fast Open makes the connection before the handshake is over, and the connection then has the request. */
+static __always_inline const struct tcp_request_sock *fast_open_request(const struct tcp_sock *tp)
+{
+	return (const void *)READ_IF(tcp_sock, tp, fastopen_rsk);
 }
 
 /* What the kernel gave up before it counted a retransmission. All other errors are retransmissions that failed. */

@@ -47,20 +47,4 @@ struct connection {
 };
 BPF_TABLE("lru_hash", struct connection, u8, own_peers, 4096);
 
-#if TRANSMIT_CGROUP_SKB
-/*
- * SYN-ACKs that were sent, and how often again: where a packet leaves, nothing else tells a first one from a later one.
- * The program inserts; the oldest fall out.
- */
-struct synack {
-	u8 saddr[16];
-	u8 daddr[16];
-	u32 netns;
-	u32 seq;
-	u16 sport;
-	u16 dport;
-};
-BPF_TABLE("lru_hash", struct synack, u64, synacks, 16384);
-#endif
-
 #endif

@@ -211,6 +211,15 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 #if RETRANSMIT_FENTRY || RETRANSMIT_KPROBE
 BPF_TABLE("lru_hash", u64, u8, loss_probes, 1024);
 
+static __always_inline void count_forgotten(void)
+{
+	int stream = STREAM_RETRANSMIT;
+	struct counters *counter = counters.lookup(&stream);
+
+	if (counter)
+		__sync_fetch_and_add(&counter->forgotten, 1);
+}
+
 static __always_inline int begin_loss_probe(u64 sk)
 {
 	u8 yes = 1;
@@ -221,7 +230,8 @@ static __always_inline int begin_loss_probe(u64 sk)
 
 static __always_inline int end_loss_probe(u64 sk)
 {
-	loss_probes.delete(&sk);
+	if (loss_probes.delete(&sk))
+		count_forgotten();
 	return 0;
 }
 
@@ -378,6 +388,15 @@ static __always_inline bool recall(struct pt_regs *regs, struct call *call)
 	return true;
 }
 
+/* For functions whose entry remembers each call. */
+static __always_inline bool recall_or_count(struct pt_regs *regs, struct call *call)
+{
+	if (recall(regs, call))
+		return true;
+	count_forgotten();
+	return false;
+}
+
 int kprobe_tcp_retransmit_skb(void *ctx)
 {
 	return remember(ctx);
@@ -388,7 +407,7 @@ int kretprobe_tcp_retransmit_skb(void *ctx)
 	struct pt_regs *regs = ctx;
 	struct call call;
 
-	if (!recall(regs, &call))
+	if (!recall_or_count(regs, &call))
 		return 0;
 	return take_retransmit(call.sk, call.subject, PT_REGS_RC(regs), false, HOOK_KPROBE);
 }
@@ -405,7 +424,7 @@ int kretprobe_tcp_send_loss_probe(void *ctx)
 {
 	struct call call;
 
-	return recall(ctx, &call) ? end_loss_probe((u64)call.sk) : 0;
+	return recall_or_count(ctx, &call) ? end_loss_probe((u64)call.sk) : 0;
 }
 
 int kprobe_inner_retransmit_skb(void *ctx)
@@ -435,7 +454,7 @@ int kretprobe_tcp_rtx_synack(void *ctx)
 	struct pt_regs *regs = ctx;
 	struct call call;
 
-	if (!recall(regs, &call) || (s32)PT_REGS_RC(regs))
+	if (!recall_or_count(regs, &call) || (s32)PT_REGS_RC(regs))
 		return 0;
 	return take_synack_retransmit(call.sk, call.subject, SYNACK_COUNTED_BY_CALLER, HOOK_KPROBE);
 }
@@ -450,7 +469,8 @@ struct sender {
 	struct tcp_sock *tp; /* NULL: there is no full socket that would know TCP's state */
 	bool listener;
 	bool knows_again;
-	u32 again; /* not 0: sent before; of a SYN-ACK how often */
+	bool again; /* sent before */
+	u32 synack_number; /* of a SYN-ACK that was sent before: which retransmission this is; 0: not known */
 };
 
 static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
@@ -472,7 +492,7 @@ static __always_inline void transmit_packet(struct __sk_buff *skb, const struct 
 		return;
 	fill_packet(&e->s, skb, wire, sender);
 	if (sender->knows_again) {
-		e->is_retransmit = !!sender->again;
+		e->is_retransmit = sender->again;
 		e->s.known |= KNOWN_IS_RETRANSMIT;
 	}
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
@@ -490,30 +510,99 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
 	if (sender->tp)
 		fill_cause(e, sender->tp, false);
 	else
-		fill_synack_cause(e, sender->again);
+		fill_synack_cause(e, sender->synack_number);
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
 }
 #endif
 
-/* A request's SYN-ACKs have one sequence number: the first is new, and the others are counted. */
-static __always_inline u32 count_synack(const struct flow *flow, const struct wire *wire)
+/*
+ * The socket that the peer's next segment would find, by this SYN-ACK's addresses: the request, which is in the kernel's
+ * table before its first SYN-ACK leaves, or the connection that was made of it. The caller releases it.
+ */
+static __always_inline struct bpf_sock *find_requester(struct __sk_buff *skb, const struct flow *flow,
+						       const struct wire *wire)
 {
-	struct synack key = { .netns = flow->netns, .seq = wire->seq, .sport = flow->sport, .dport = flow->dport };
-	u64 none = 0, *sent;
+	struct bpf_sock_tuple tuple = {};
 
-	__builtin_memcpy(key.saddr, flow->saddr, sizeof(key.saddr));
-	__builtin_memcpy(key.daddr, flow->daddr, sizeof(key.daddr));
-	sent = synacks.lookup(&key);
-	if (sent)
-		return __sync_fetch_and_add(sent, 1) + 1;
-	synacks.update(&key, &none);
-	return 0;
+	if (skb->protocol == ETH_P_IP_BE) {
+		__builtin_memcpy(&tuple.ipv4.saddr, flow->daddr + 12, 4);
+		__builtin_memcpy(&tuple.ipv4.daddr, flow->saddr + 12, 4);
+		tuple.ipv4.sport = wire->tcp.dest;
+		tuple.ipv4.dport = wire->tcp.source;
+		return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	}
+	__builtin_memcpy(tuple.ipv6.saddr, flow->daddr, 16);
+	__builtin_memcpy(tuple.ipv6.daddr, flow->saddr, 16);
+	tuple.ipv6.sport = wire->tcp.dest;
+	tuple.ipv6.dport = wire->tcp.source;
+	return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+}
+
+/*
+ * A request keeps the time of its first SYN-ACK in microseconds. tcp_make_synack has just put the same time into the
+ * packet if this is the first, and adds the listener's TCP_TX_DELAY.
+ */
+static __always_inline void compare_with_request(struct sender *sender, struct __sk_buff *skb, const struct wire *wire,
+						 const struct tcp_sock *listener,
+						 const struct tcp_request_sock *request)
+{
+#if HAS_tcp_request_sock_snt_synack
+	u32 delay = 0;
+
+	if (listener)
+		delay = READ_IF(tcp_sock, listener, tcp_tx_delay);
+	if (PROBE(request, snt_isn) != wire->seq || !skb->tstamp)
+		return;
+	sender->knows_again = true;
+	sender->again = PROBE(request, snt_synack) != skb->tstamp / 1000 - delay;
+	if (sender->again)
+		sender->synack_number = synack_number((const struct request_sock *)request, 1);
+#endif
+}
+
+/* Whether a SYN-ACK was sent before. Not known where the kernel finds nothing by its addresses. */
+static __always_inline void recognize_synack(struct sender *sender, struct __sk_buff *skb, const struct flow *flow,
+					     const struct wire *wire, const struct tcp_sock *listener)
+{
+	struct bpf_sock *found = find_requester(skb, flow, wire);
+	const struct tcp_request_sock *request;
+	struct tcp_sock *tp;
+
+	if (!found)
+		return;
+	request = bpf_skc_to_tcp_request_sock(found);
+	if (!request) {
+		tp = bpf_skc_to_tcp_sock(found);
+		if (tp)
+			request = fast_open_request(tp);
+		/* The peer has answered an earlier SYN-ACK. */
+		if (tp && !request && READ((const struct sock *)tp, skc_state) != TCP_LISTEN)
+			sender->knows_again = sender->again = true;
+	}
+	if (request)
+		compare_with_request(sender, skb, wire, listener, request);
+	bpf_sk_release(found);
+}
+
+/* Whether the segment of a full socket was sent before. Of TCP Fast Open's SYN-ACK the request knows. */
+static __always_inline void recognize_segment(struct sender *sender, struct __sk_buff *skb, const struct wire *wire)
+{
+	const struct tcp_request_sock *request = NULL;
+
+	if (wire->tcp.flags & TCPHDR_SYN)
+		request = fast_open_request(sender->tp);
+	if (request) {
+		compare_with_request(sender, skb, wire, sender->tp, request);
+		return;
+	}
+	sender->knows_again = true;
+	sender->again = is_sent_before(sender->tp, wire->seq, wire->end_seq);
 }
 
 /*
  * The socket is that of the segment; or, for a SYN-ACK, the listener; or, for what is sent without a socket (the reset
  * of a closed port), a raw one of the kernel's own, which tells nothing but the network namespace. Others send no TCP
- * of the kernel's.
+ * of the kernel's: a process that writes its own segments through a raw socket is not TCP.
  */
 static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow, const struct wire *wire)
 {
@@ -529,7 +618,11 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 	sender.listener = full->state == TCP_LISTEN;
 	flow->hook = HOOK_CGROUP_SKB;
 	if (full->type == SOCK_RAW) {
-		flow->netns = netns_of_raw(full);
+		const struct sock *raw = address_of(full);
+
+		if (is_of_process(raw))
+			return 1;
+		flow->netns = PROBE(PROBE(raw, skc_net), ns_inum);
 	} else {
 		tp = bpf_skc_to_tcp_sock(full);
 		if (!tp)
@@ -549,12 +642,10 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 	if (sk)
 		fill_owner(flow, sk);
 	if (sender.listener) {
-		sender.knows_again = true;
-		sender.again = count_synack(flow, wire);
+		recognize_synack(&sender, skb, flow, wire, tp);
 	} else if (tp) {
 		sender.tp = tp;
-		sender.knows_again = true;
-		sender.again = is_sent_before(tp, wire->seq, wire->end_seq);
+		recognize_segment(&sender, skb, wire);
 	}
 	transmit_packet(skb, flow, wire, &sender);
 #if RETRANSMIT_CGROUP_SKB

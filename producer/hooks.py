@@ -31,8 +31,8 @@ from producer.sockets import Address, cookie, listener_at
 
 logger = logging.getLogger(__name__)
 
-_COUNTERS = struct.Struct("<3Q")
-"""struct counters: passed, lost_ring_full, seq."""
+_COUNTERS = struct.Struct("<4Q")
+"""struct counters: passed, lost_ring_full, seq, forgotten."""
 _OWN_OPENED = b"\1"
 """OWN_OPENED in bpf/maps.h."""
 
@@ -66,8 +66,8 @@ class HookSettings:
 class KernelCounters:
     """Events of one stream since the programs were loaded.
 
-    `nested` counts runs that the kernel skipped because the program would have interrupted itself; it stands before the
-    filter.
+    `nested` counts runs that the kernel skipped because the program would have interrupted itself, and returns of calls
+    whose entry was skipped or evicted; it stands before the filter.
     """
 
     passed: int
@@ -317,22 +317,22 @@ class Hooks:
 
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
-        passed, ring_full, _ = zip(*self._words(stream), strict=True)
+        passed, ring_full, _, forgotten = (sum(column) for column in zip(*self._words(stream), strict=True))
         nested = sum(sysbpf.program_info(program).recursion_misses for program in self._programs[stream.name])
-        return KernelCounters(sum(passed), sum(ring_full), nested)
+        return KernelCounters(passed, ring_full, nested + forgotten)
 
     def sequence(self, stream: Stream) -> list[int]:
         """Read the last number (cpu_seq) of each possible CPU."""
-        return [seq for _, _, seq in self._words(stream)]
+        return [seq for _, _, seq, _ in self._words(stream)]
 
-    def _words(self, stream: Stream) -> Iterator[tuple[int, int, int]]:
+    def _words(self, stream: Stream) -> Iterator[tuple[int, int, int, int]]:
         size = self._cpus * _COUNTERS.size
         value = sysbpf.lookup(self._maps["counters"], struct.pack("<I", stream.index), size)
         return _COUNTERS.iter_unpack(value)
 
     def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
         for stream in STREAMS:
-            value = b"".join(_COUNTERS.pack(0, 0, number) for number in numbers[stream.name])
+            value = b"".join(_COUNTERS.pack(0, 0, number, 0) for number in numbers[stream.name])
             sysbpf.update(self._maps["counters"], struct.pack("<I", stream.index), value)
 
     def program_infos(self, stream: Stream) -> list[sysbpf.ProgramInfo]:

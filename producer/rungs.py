@@ -13,9 +13,9 @@ raw_tp      Retransmits alone, at the kernel's own tracepoints, with BTF types (
 cgroup_skb  Where a segment leaves IP, for the sockets below the cgroup v2 root: the header as it is on the wire. Sees
             no SYN-ACK of SYN cookies, no acknowledgement in time wait (they have no socket there), nothing that IPsec
             has encrypted, and on Linux 6.1 no SYN-ACK over IPv6 (on 6.12 it does). A retransmit is a segment below what
-            the socket has sent; such a program may interrupt itself, so that none is skipped. A retransmission that
-            failed before it got there is taken at the raw tracepoint, where that tells of it; one that the queue behind
-            it drops has err 0.
+            the socket has sent, or a SYN-ACK later than its request's first; such a program may interrupt itself, so
+            that none is skipped. A retransmission that failed before it got there is taken at the raw tracepoint, where
+            that tells of it; one that the queue behind it drops has err 0.
 """
 
 import os

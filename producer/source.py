@@ -34,6 +34,7 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "sock": (
         "__sk_common.skc_cookie.counter as skc_cookie",
         "sk_uid.val as sk_uid",
+        "__sk_common.skc_node.pprev as skc_node_pprev",
         "sk_cgrp_data.cgroup as sk_cgroup",  # Linux 5.15
     ),
     "tcp_sock": (
@@ -53,8 +54,11 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "snd_wnd",
         "rcv_wnd",
         "mss_cache",
+        "tcp_tx_delay",
+        "fastopen_rsk",
     ),
     "request_sock": ("num_retrans",),
+    "tcp_request_sock": ("snt_synack",),
     # x86-64 and arm64; kprobes only.
     "pt_regs": ("di", "si", "dx", "cx", "r8", "ax", "sp", "regs"),
 }

@@ -10,7 +10,7 @@ from producer.rules import filtered
 from tests.kernel.capture import COMPILED, Capture, hook_settings
 
 # Below the ephemeral ports, and others than those of tests that run beside these. Each test takes its own.
-_PORTS = tuple(10_000 + os.getpid() % 400 * 50 + i for i in range(50))
+_PORTS = tuple(10_000 + os.getpid() % 200 * 100 + i for i in range(100))
 _unused = iter(_PORTS)
 
 

@@ -20,6 +20,7 @@ type counters struct {
 	Passed       uint64
 	LostRingFull uint64
 	Seq          uint64
+	Forgotten    uint64
 }
 
 func inheritedMap(descriptor int) (*ebpf.Map, error) {

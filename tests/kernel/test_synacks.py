@@ -1,0 +1,162 @@
+"""SYN-ACKs that nobody acknowledges: each retransmission is an event, however many requests there are at once."""
+
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS, Rows
+from producer.lab import Host, Lab
+from producer.rules import filtered
+from tests.kernel.capture import Capture, Skips, hook_settings, inside, sees_ipv6_synacks, wait_for
+from tests.kernel.tun import Tun
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+
+SYN, RST, ACK = 2, 4, 16
+_FIRST_PORT = 30_000  # above all ports of the tests
+SETTINGS = {
+    "core.somaxconn": 65_535,
+    "ipv4.tcp_max_syn_backlog": 65_535,
+    "ipv4.tcp_syncookies": 0,
+    "ipv4.tcp_synack_retries": 1,
+}
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """A namespace of its own that takes 65,535 requests at once and sends each SYN-ACK twice."""
+    with Lab(loss=0) as lab:
+        setting(lab.server, SETTINGS)
+        yield lab.server
+
+
+@pytest.fixture
+def far(host: Host) -> Iterator[Tun]:
+    with Tun(host) as far:
+        yield far
+
+
+@pytest.fixture
+def port() -> int:
+    """None of the ports that the shared capture takes: its rings do not hold what comes here."""
+    return 7_000 + os.getpid() % 2_900
+
+
+@pytest.fixture
+def roomy(port: int) -> Iterator[Capture]:
+    """Hooks of their own, whose rings hold all that the largest test brings even if nobody reads them meanwhile."""
+    rings = {"transmit_pipe": 1 << 26, "retransmit_pipe": 1 << 26}
+    with Capture(hook_settings(rules=filtered(ports=(port,)), ring_bytes=rings)) as capture:
+        yield capture
+
+
+def setting(host: Host, values: dict[str, int]) -> None:
+    for name, value in values.items():
+        subprocess.run(host.command("sysctl", "-qw", f"net.{name}={value}"), check=True)
+
+
+@contextlib.contextmanager
+def listening(host: Host, far: Tun, version: int, port: int) -> Iterator[socket.socket]:
+    with inside(host):
+        family = socket.AF_INET6 if version == 6 else socket.AF_INET
+        listener = socket.create_server((far.near[version], port), family=family, backlog=65_535)
+    with listener:
+        yield listener
+
+
+def syn_acks(rows: Rows) -> list[tuple[int, int]]:
+    """Return port and sequence number of each, sorted."""
+    return sorted(zip(rows["s"]["flow"]["dport"].tolist(), rows["s"]["seq"].tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("version", "count"), [(4, 30_011), (6, 1_009)])
+def test_each_retransmitted_syn_ack_is_an_event(
+    roomy: Capture, host: Host, far: Tun, port: int, version: int, count: int
+) -> None:
+    if version == 6 and not sees_ipv6_synacks(roomy):
+        pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6 (as Linux 6.1)")
+    skips = Skips(roomy)
+    with listening(host, far, version, port):
+        for sport in range(_FIRST_PORT, _FIRST_PORT + count):
+            far.send(version, sport, port, SYN)
+        wait_for(lambda: len(far.read()) >= 2 * count, "each SYN-ACK twice")
+    kernel = host.counters()
+    sent, again = roomy.of_port(TRANSMITS, port), roomy.of_port(RETRANSMITS, port)
+    lost = {stream: skips.of(stream) for stream in (TRANSMITS, RETRANSMITS)}
+    assert kernel["TCPSynRetrans"] == kernel["RetransSegs"] == count
+    assert kernel["OutSegs"] == len(far.sent) == 2 * count
+
+    wire = sorted({(each.dport, each.seq) for each in far.sent})
+    assert len(wire) == count
+    assert set(syn_acks(again)) <= set(wire)
+    assert 0 <= count - len(again) <= lost[RETRANSMITS]
+    assert set(again["cause"]) == {CAUSES.index("syn_ack")}
+    assert set(again["retransmit_no"]) == {1}
+    assert set(again["s"]["tcp_flags"]) == {SYN | ACK}
+    assert set(again["s"]["flow"]["netns"]) == {host.netns}
+    assert 0 <= 2 * count - len(sent) <= lost[TRANSMITS]
+    if roomy.hooks.rungs["transmit"] == "cgroup_skb":
+        assert set(again["s"]["ifindex"]) == set(sent["s"]["ifindex"]) == {far.ifindex}
+        assert (again["s"]["known"] & KNOWN["ifindex"]).all()
+        assert (sent["s"]["known"] & KNOWN["is_retransmit"]).all()
+        _, first = np.unique(sent["s"]["flow"]["dport"], return_index=True)
+        assert set(np.flatnonzero(sent["is_retransmit"] == 0)) == set(first)
+
+
+def test_the_syn_acks_of_syn_cookies_are_counted_by_the_kernel(roomy: Capture, host: Host, far: Tun, port: int) -> None:
+    setting(host, {"ipv4.tcp_syncookies": 2})
+    with listening(host, far, 4, port):
+        for sport in range(_FIRST_PORT, _FIRST_PORT + 307):
+            far.send(4, sport, port, SYN)
+        wait_for(lambda: len(far.read()) >= 307, "as many answers")
+    kernel = host.counters()
+    missing = kernel["OutSegs"] - len(roomy.of_port(TRANSMITS, port))
+    assert kernel["OutSegs"] == kernel["SyncookiesSent"] == 307
+    assert missing == (kernel["SyncookiesSent"] if roomy.hooks.rungs["transmit"] == "cgroup_skb" else 0)
+    assert len(roomy.of_port(RETRANSMITS, port)) == 0
+
+
+def test_the_syn_ack_of_tcp_fast_open_is_no_retransmit(roomy: Capture, host: Host, far: Tun, port: int) -> None:
+    setting(host, {"ipv4.tcp_fastopen": 0x202})  # without a cookie
+    with listening(host, far, 4, port) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 100)
+        far.send(4, _FIRST_PORT, port, SYN, payload=b"hello")
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.recv(5) == b"hello"
+            first = roomy.of_port(TRANSMITS, port)
+            assert len(roomy.of_port(RETRANSMITS, port)) == 0
+            assert not first["is_retransmit"].any()
+            wait_for(lambda: len(far.read()) >= 2, "the SYN-ACK again")
+    (again,) = roomy.of_port(RETRANSMITS, port)
+    assert (CAUSES[again["cause"]], again["retransmit_no"]) == ("syn_ack", 1)
+    assert host.counters()["TCPSynRetrans"] == 1
+
+
+def test_a_delayed_syn_ack_is_no_retransmit(roomy: Capture, host: Host, far: Tun, port: int) -> None:
+    with listening(host, far, 4, port) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, 37, 1_003)  # TCP_TX_DELAY, in microseconds
+        far.send(4, _FIRST_PORT, port, SYN)
+        wait_for(lambda: len(far.read()) >= 2, "the SYN-ACK twice")
+    sent = roomy.of_port(TRANSMITS, port)
+    assert len(roomy.of_port(RETRANSMITS, port)) == 1
+    if roomy.hooks.rungs["transmit"] == "cgroup_skb":
+        assert list(sent["is_retransmit"]) == [0, 1]
+
+
+def test_a_syn_ack_that_the_hosts_queue_drops_is_a_retransmit_that_the_kernel_does_not_count(
+    roomy: Capture, host: Host, far: Tun, port: int
+) -> None:
+    far.hold(31)
+    with listening(host, far, 4, port):
+        for sport in range(_FIRST_PORT, _FIRST_PORT + 97):
+            far.send(4, sport, port, SYN)
+        wait_for(lambda: host.counters()["OutSegs"] >= 2 * 97, "the SYN-ACKs again")
+    again = roomy.of_port(RETRANSMITS, port)
+    assert host.counters()["TCPSynRetrans"] == 0
+    assert len(again) == (97 if roomy.hooks.rungs["retransmit"] == "cgroup_skb" else 0)

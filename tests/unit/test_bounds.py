@@ -1,0 +1,67 @@
+"""docs/truth.md names each map of the programs and each table of the producer, with the bound that it has."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SECTION = (ROOT / "docs" / "truth.md").read_text().split("## What is remembered")[1].split("\n## ")[0]
+MAPS, TABLES = SECTION.split("What the producer keeps in memory:")
+_DECLARATION = re.compile(r"^BPF_(\w+)\(([^;]*)\);", re.MULTILINE)
+_NAME = {"TABLE": 3, "RINGBUF_OUTPUT": 0}
+"""Which argument of a declaration is the name; of the others the first is."""
+
+
+def declared() -> Iterator[tuple[str, str]]:
+    """Yield each map's name and its size as the source has it."""
+    for path in sorted((ROOT / "bpf").glob("*.[ch]")):
+        for macro, arguments in _DECLARATION.findall(path.read_text()):
+            values = [value.strip() for value in arguments.split(",")]
+            yield values[_NAME.get(macro, 0)], values[-1]
+
+
+def rows(table: str) -> Iterator[tuple[str, str]]:
+    """Yield each row's first two cells."""
+    for line in table.splitlines():
+        if line.startswith("| ") and not line.startswith("|---"):
+            yield tuple(cell.strip() for cell in line.split("|")[1:3])  # type: ignore[misc]
+
+
+def evaluated(size: str) -> int:
+    """Return a size in C as a number; the constants are those of rules.h."""
+    constants = dict(re.findall(r"^#define (\w+) (\d+)", (ROOT / "bpf" / "rules.h").read_text(), re.MULTILINE))
+    expression = re.sub(r"[A-Z_]+", lambda word: constants[word[0]], size)
+    assert re.fullmatch(r"[\d\s()*+/]+", expression)
+    return int(eval(expression.replace("/", "//")))  # digits and operators alone
+
+
+def documented() -> dict[str, str]:
+    return {name: bound for names, bound in rows(MAPS) for name in re.findall(r"`(\w+)`", names)}
+
+
+def test_each_map_is_in_the_table_and_nothing_else() -> None:
+    names = [name for name, _ in declared()]
+    assert len(names) > 10
+    assert set(documented()) == set(names)
+
+
+def test_each_map_has_the_bound_that_the_table_says() -> None:
+    for name, size in declared():
+        if name.endswith("_pipe"):
+            continue  # the settings say how large
+        bound = documented()[name].split(",", 1)[0] if "per CPU" in documented()[name] else documented()[name]
+        factors = [int(factor) for factor in bound.replace(",", "").split("*")]
+        expected = factors[0] * (factors[1] if len(factors) > 1 else 1)
+        assert expected == evaluated(size), name
+
+
+@pytest.mark.parametrize(
+    ("constant", "bound"),
+    [(name, bound) for names, bound in rows(TABLES) for name in re.findall(r"`(producer\.[\w.]+)`", names)],
+)
+def test_each_table_of_the_producer_has_the_bound_that_the_document_says(constant: str, bound: str) -> None:
+    module, name = constant.rsplit(".", 1)
+    assert getattr(importlib.import_module(module), name) == int(bound.replace(",", ""))
