@@ -61,10 +61,11 @@ def setting(host: Host, values: dict[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def listening(host: Host, far: Tun, version: int, port: int) -> Iterator[socket.socket]:
+def listening(host: Host, far: Tun, version: int, port: int, *, mapped: bool = False) -> Iterator[socket.socket]:
     with inside(host):
-        family = socket.AF_INET6 if version == 6 else socket.AF_INET
-        listener = socket.create_server((far.near[version], port), family=family, backlog=65_535)
+        family = socket.AF_INET6 if version == 6 or mapped else socket.AF_INET
+        bound = "::" if mapped else far.near[version]
+        listener = socket.create_server((bound, port), family=family, backlog=65_535, dualstack_ipv6=mapped)
     with listener:
         yield listener
 
@@ -80,14 +81,18 @@ def syn_acks(rows: Rows) -> list[tuple[int, int]]:
     return sorted(zip(rows["s"]["flow"]["dport"].tolist(), rows["s"]["seq"].tolist(), strict=True))
 
 
-@pytest.mark.parametrize(("version", "count"), [(4, 30_011), (6, 1_009)])
+@pytest.mark.parametrize(
+    ("version", "mapped", "count"),
+    [(4, False, 30_011), (6, False, 1_009), (4, True, 1_009)],
+    ids=["ipv4", "ipv6", "mapped"],
+)
 def test_each_retransmitted_syn_ack_is_an_event(
-    roomy: Capture, host: Host, far: Tun, port: int, version: int, count: int
+    roomy: Capture, host: Host, far: Tun, port: int, version: int, mapped: bool, count: int
 ) -> None:
     if version == 6 and not sees_ipv6_synacks(roomy):
         pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6 (as Linux 6.1)")
     skips = Skips(roomy)
-    with listening(host, far, version, port):
+    with listening(host, far, version, port, mapped=mapped):
         for sport in range(_FIRST_PORT, _FIRST_PORT + count):
             far.send(version, sport, port, SYN)
         wait_for(lambda: len(far.read()) >= 2 * count, "each SYN-ACK twice")
