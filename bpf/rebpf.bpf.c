@@ -507,7 +507,7 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
 	if (!e)
 		return;
 	fill_packet(&e->s, skb, wire, sender);
-	if (sender->tp)
+	if (sender->tp && !sender->synack_number)
 		fill_cause(e, sender->tp, false);
 	else
 		fill_synack_cause(e, sender->synack_number);

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS, Rows
+from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS, Rows, Stream
 from producer.lab import Host, Lab
 from producer.rules import filtered
 from tests.kernel.capture import Capture, Skips, hook_settings, inside, sees_ipv6_synacks, wait_for
@@ -61,12 +61,19 @@ def setting(host: Host, values: dict[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def listening(host: Host, far: Tun, version: int, port: int) -> Iterator[socket.socket]:
+def listening(host: Host, far: Tun, version: int, port: int, *, mapped: bool = False) -> Iterator[socket.socket]:
     with inside(host):
-        family = socket.AF_INET6 if version == 6 else socket.AF_INET
-        listener = socket.create_server((far.near[version], port), family=family, backlog=65_535)
+        family = socket.AF_INET6 if version == 6 or mapped else socket.AF_INET
+        bound = "::" if mapped else far.near[version]
+        listener = socket.create_server((bound, port), family=family, backlog=65_535, dualstack_ipv6=mapped)
     with listener:
         yield listener
+
+
+def events(capture: Capture, stream: Stream, host: Host, port: int) -> Rows:
+    rows = capture.of_port(stream, port)
+    chosen: Rows = rows[rows["s"]["flow"]["netns"] == host.netns]
+    return chosen
 
 
 def syn_acks(rows: Rows) -> list[tuple[int, int]]:
@@ -74,19 +81,23 @@ def syn_acks(rows: Rows) -> list[tuple[int, int]]:
     return sorted(zip(rows["s"]["flow"]["dport"].tolist(), rows["s"]["seq"].tolist(), strict=True))
 
 
-@pytest.mark.parametrize(("version", "count"), [(4, 30_011), (6, 1_009)])
+@pytest.mark.parametrize(
+    ("version", "mapped", "count"),
+    [(4, False, 30_011), (6, False, 1_009), (4, True, 1_009)],
+    ids=["ipv4", "ipv6", "mapped"],
+)
 def test_each_retransmitted_syn_ack_is_an_event(
-    roomy: Capture, host: Host, far: Tun, port: int, version: int, count: int
+    roomy: Capture, host: Host, far: Tun, port: int, version: int, mapped: bool, count: int
 ) -> None:
     if version == 6 and not sees_ipv6_synacks(roomy):
         pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6 (as Linux 6.1)")
     skips = Skips(roomy)
-    with listening(host, far, version, port):
+    with listening(host, far, version, port, mapped=mapped):
         for sport in range(_FIRST_PORT, _FIRST_PORT + count):
             far.send(version, sport, port, SYN)
         wait_for(lambda: len(far.read()) >= 2 * count, "each SYN-ACK twice")
     kernel = host.counters()
-    sent, again = roomy.of_port(TRANSMITS, port), roomy.of_port(RETRANSMITS, port)
+    sent, again = events(roomy, TRANSMITS, host, port), events(roomy, RETRANSMITS, host, port)
     lost = {stream: skips.of(stream) for stream in (TRANSMITS, RETRANSMITS)}
     assert kernel["TCPSynRetrans"] == kernel["RetransSegs"] == count
     assert kernel["OutSegs"] == len(far.sent) == 2 * count
@@ -98,7 +109,6 @@ def test_each_retransmitted_syn_ack_is_an_event(
     assert set(again["cause"]) == {CAUSES.index("syn_ack")}
     assert set(again["retransmit_no"]) == {1}
     assert set(again["s"]["tcp_flags"]) == {SYN | ACK}
-    assert set(again["s"]["flow"]["netns"]) == {host.netns}
     assert 0 <= 2 * count - len(sent) <= lost[TRANSMITS]
     if roomy.hooks.rungs["transmit"] == "cgroup_skb":
         assert set(again["s"]["ifindex"]) == set(sent["s"]["ifindex"]) == {far.ifindex}
@@ -115,10 +125,10 @@ def test_the_syn_acks_of_syn_cookies_are_counted_by_the_kernel(roomy: Capture, h
             far.send(4, sport, port, SYN)
         wait_for(lambda: len(far.read()) >= 307, "as many answers")
     kernel = host.counters()
-    missing = kernel["OutSegs"] - len(roomy.of_port(TRANSMITS, port))
+    missing = kernel["OutSegs"] - len(events(roomy, TRANSMITS, host, port))
     assert kernel["OutSegs"] == kernel["SyncookiesSent"] == 307
     assert missing == (kernel["SyncookiesSent"] if roomy.hooks.rungs["transmit"] == "cgroup_skb" else 0)
-    assert len(roomy.of_port(RETRANSMITS, port)) == 0
+    assert len(events(roomy, RETRANSMITS, host, port)) == 0
 
 
 def test_the_syn_ack_of_tcp_fast_open_is_no_retransmit(roomy: Capture, host: Host, far: Tun, port: int) -> None:
@@ -129,11 +139,11 @@ def test_the_syn_ack_of_tcp_fast_open_is_no_retransmit(roomy: Capture, host: Hos
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.recv(5) == b"hello"
-            first = roomy.of_port(TRANSMITS, port)
-            assert len(roomy.of_port(RETRANSMITS, port)) == 0
+            first = events(roomy, TRANSMITS, host, port)
+            assert len(events(roomy, RETRANSMITS, host, port)) == 0
             assert not first["is_retransmit"].any()
             wait_for(lambda: len(far.read()) >= 2, "the SYN-ACK again")
-    (again,) = roomy.of_port(RETRANSMITS, port)
+    (again,) = events(roomy, RETRANSMITS, host, port)
     assert (CAUSES[again["cause"]], again["retransmit_no"]) == ("syn_ack", 1)
     assert host.counters()["TCPSynRetrans"] == 1
 
@@ -143,8 +153,8 @@ def test_a_delayed_syn_ack_is_no_retransmit(roomy: Capture, host: Host, far: Tun
         listener.setsockopt(socket.IPPROTO_TCP, 37, 1_003)  # TCP_TX_DELAY, in microseconds
         far.send(4, _FIRST_PORT, port, SYN)
         wait_for(lambda: len(far.read()) >= 2, "the SYN-ACK twice")
-    sent = roomy.of_port(TRANSMITS, port)
-    assert len(roomy.of_port(RETRANSMITS, port)) == 1
+    sent = events(roomy, TRANSMITS, host, port)
+    assert len(events(roomy, RETRANSMITS, host, port)) == 1
     if roomy.hooks.rungs["transmit"] == "cgroup_skb":
         assert list(sent["is_retransmit"]) == [0, 1]
 
@@ -157,6 +167,6 @@ def test_a_syn_ack_that_the_hosts_queue_drops_is_a_retransmit_that_the_kernel_do
         for sport in range(_FIRST_PORT, _FIRST_PORT + 97):
             far.send(4, sport, port, SYN)
         wait_for(lambda: host.counters()["OutSegs"] >= 2 * 97, "the SYN-ACKs again")
-    again = roomy.of_port(RETRANSMITS, port)
+    again = events(roomy, RETRANSMITS, host, port)
     assert host.counters()["TCPSynRetrans"] == 0
     assert len(again) == (97 if roomy.hooks.rungs["retransmit"] == "cgroup_skb" else 0)
