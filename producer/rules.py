@@ -13,6 +13,7 @@ Pure: names (users, namespaces, cgroups, interfaces) have been made numbers befo
 
 import ipaddress
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -213,8 +214,10 @@ def filtered(addresses: Iterable[Address] = (), ports: Iterable[int] = ()) -> Ta
 class _Classes(Generic[K]):
     """Numbers different values in the order of their coming; the first is class 0."""
 
-    def __init__(self, nothing: K) -> None:
-        self._numbers = {nothing: 0}
+    def __init__(self, nothing: K, *others: K) -> None:
+        self._numbers: dict[K, int] = {}
+        for value in (nothing, *others):
+            self.number(value)
 
     @property
     def all(self) -> list[K]:
@@ -225,24 +228,31 @@ class _Classes(Generic[K]):
 
 
 def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], list[Sides]]:
-    """Each prefix has the rules that name it, and those that name one around it: the trie yields the longest alone."""
+    """Each prefix has the rules that name it, and those that name one around it: the trie yields the longest alone.
+
+    IPv4 lies within IPv6 there, at ::ffff:0:0/96: where a network of IPv6 is around it, a prefix of its own parts them.
+    """
     named: dict[tuple[int, int], list[RuleBits]] = {}
     for side, condition in enumerate(("local_address", "remote_address", "address")):
         for i, rule in enumerate(rules):
             for network in getattr(rule, condition):
                 named.setdefault(_prefix(network), [0, 0, 0])[side] |= 1 << i
     unnamed = Sides(_free(rules, "local_address"), _free(rules, "remote_address"), _free(rules, "address"))
-    classes = _Classes(unnamed)
-    prefixes = []
-    around: list[tuple[int, int, Sides]] = []
-    for (packed, length), bits in sorted(named.items()):
-        while around and not _covers(around[-1][0], around[-1][1], packed):
+    found: list[tuple[int, int, Sides]] = []
+    nested: tuple[list[tuple[int, int, Sides]], ...] = ([], [])
+    if any(_covers(*prefix, _MAPPED[0]) and not _is_ipv4(*prefix) for prefix in named):
+        named.setdefault(_MAPPED, [0, 0, 0])
+    for prefix, bits in sorted(named.items()):
+        around = nested[_is_ipv4(*prefix)]
+        while around and not _covers(*around[-1][:2], prefix[0]):
             around.pop()
         outer = around[-1][2] if around else unnamed
         sides = Sides(outer.local | bits[0], outer.remote | bits[1], outer.either | bits[2])
-        around.append((packed, length, sides))
-        prefixes.append((packed.to_bytes(16, "big"), length, classes.number(sides)))
-    return prefixes, classes.all
+        around.append((*prefix, sides))
+        found.append((*prefix, sides))
+    # The most frequent first, so that a long list keeps its number when others change.
+    classes = _Classes(unnamed, *(sides for sides, _ in Counter(sides for *_, sides in found).most_common()))
+    return [(packed.to_bytes(16, "big"), length, classes.number(sides)) for packed, length, sides in found], classes.all
 
 
 def _ports(rules: Sequence[Rule]) -> tuple[NDArray[np.uint16], list[Sides]]:
@@ -315,8 +325,17 @@ def _prefix(network: Network) -> tuple[int, int]:
     return int.from_bytes(_mapped(network.network_address), "big"), length
 
 
+_MAPPED = _prefix(ipaddress.IPv4Network("0.0.0.0/0"))
+
+
+def _is_ipv4(prefix: int, length: int = 128) -> bool:
+    """Whether a prefix is one of IPv4: also where it was written as IPv6, within ::ffff:0:0/96."""
+    return length >= _MAPPED[1] and _covers(*_MAPPED, prefix)
+
+
 def _in(packed: bytes, network: Network) -> bool:
-    return _covers(*_prefix(network), int.from_bytes(packed, "big"))
+    address, prefix = int.from_bytes(packed, "big"), _prefix(network)
+    return _covers(*prefix, address) and _is_ipv4(*prefix) == _is_ipv4(address)
 
 
 def _covers(prefix: int, length: int, address: int) -> bool:
