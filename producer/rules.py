@@ -214,10 +214,8 @@ def filtered(addresses: Iterable[Address] = (), ports: Iterable[int] = ()) -> Ta
 class _Classes(Generic[K]):
     """Numbers different values in the order of their coming; the first is class 0."""
 
-    def __init__(self, nothing: K, *others: K) -> None:
-        self._numbers: dict[K, int] = {}
-        for value in (nothing, *others):
-            self.number(value)
+    def __init__(self, nothing: K) -> None:
+        self._numbers = {nothing: 0}
 
     @property
     def all(self) -> list[K]:
@@ -238,21 +236,25 @@ def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], lis
             for network in getattr(rule, condition):
                 named.setdefault(_prefix(network), [0, 0, 0])[side] |= 1 << i
     unnamed = Sides(_free(rules, "local_address"), _free(rules, "remote_address"), _free(rules, "address"))
-    found: list[tuple[int, int, Sides]] = []
+    classes = _Classes(unnamed)
+    found: list[tuple[int, int, int]] = []
     nested: tuple[list[tuple[int, int, Sides]], ...] = ([], [])
     if any(_covers(*prefix, _MAPPED[0]) and not _is_ipv4(*prefix) for prefix in named):
         named.setdefault(_MAPPED, [0, 0, 0])
-    for prefix, bits in sorted(named.items()):
-        around = nested[_is_ipv4(*prefix)]
-        while around and not _covers(*around[-1][:2], prefix[0]):
+    for (packed, length), bits in sorted(named.items()):
+        around = nested[_is_ipv4(packed, length)]
+        while around and not _covers(around[-1][0], around[-1][1], packed):
             around.pop()
         outer = around[-1][2] if around else unnamed
         sides = Sides(outer.local | bits[0], outer.remote | bits[1], outer.either | bits[2])
-        around.append((*prefix, sides))
-        found.append((*prefix, sides))
+        around.append((packed, length, sides))
+        found.append((packed, length, classes.number(sides)))
     # The most frequent first, so that a long list keeps its number when others change.
-    classes = _Classes(unnamed, *(sides for sides, _ in Counter(sides for *_, sides in found).most_common()))
-    return [(packed.to_bytes(16, "big"), length, classes.number(sides)) for packed, length, sides in found], classes.all
+    order = [0, *(number for number, _ in Counter(number for *_, number in found).most_common() if number)]
+    places = {number: place for place, number in enumerate(order)}
+    prefixes = [(packed.to_bytes(16, "big"), length, places[number]) for packed, length, number in found]
+    sides_by_number = classes.all
+    return prefixes, [sides_by_number[number] for number in order]
 
 
 def _ports(rules: Sequence[Rule]) -> tuple[NDArray[np.uint16], list[Sides]]:
