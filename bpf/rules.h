@@ -61,7 +61,7 @@ struct rule_generation {
 	u32 rules; /* 0: the default decides at once */
 	u32 by_segment; /* a rule looks at the interface or the state, which change from segment to segment */
 	u32 unnamed[PROPERTIES]; /* the set of a value that no rule names */
-	u32 _pad;
+	u32 prefixes; /* the generation of rule_prefixes: both may have the same */
 };
 
 struct verdict_key {
@@ -103,9 +103,10 @@ static __always_inline u32 lowest_bit(u64 word)
 	return bit;
 }
 
-static __always_inline struct rule_sides *sides_of_address(u32 generation, const u8 *address)
+static __always_inline struct rule_sides *sides_of_address(const struct rule_generation *tables, u32 generation,
+							   const u8 *address)
 {
-	struct prefix_key key = { .length = 32 + 128, .generation = generation };
+	struct prefix_key key = { .length = 32 + 128, .generation = tables->prefixes };
 	u32 index = generation * CLASSES, *number;
 
 	__builtin_memcpy(key.address, address, sizeof(key.address));
@@ -194,8 +195,8 @@ static __always_inline u64 uid_of(const struct sock *sk)
 static __always_inline u32 first_rule(const struct flow *flow, const struct sock *sk,
 				      const struct rule_generation *tables, u32 generation, u32 interface, u32 state)
 {
-	struct rule_sides *saddr = sides_of_address(generation, flow->saddr);
-	struct rule_sides *daddr = sides_of_address(generation, flow->daddr);
+	struct rule_sides *saddr = sides_of_address(tables, generation, flow->saddr);
+	struct rule_sides *daddr = sides_of_address(tables, generation, flow->daddr);
 	struct rule_sides *sport = sides_of_port(generation, flow->sport);
 	struct rule_sides *dport = sides_of_port(generation, flow->dport);
 	struct rule_set *netns = set_of(tables, generation, PROPERTY_NETNS, flow->netns);

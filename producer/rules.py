@@ -13,6 +13,7 @@ Pure: names (users, namespaces, cgroups, interfaces) have been made numbers befo
 
 import ipaddress
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -225,7 +226,10 @@ class _Classes(Generic[K]):
 
 
 def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], list[Sides]]:
-    """Each prefix has the rules that name it, and those that name one around it: the trie yields the longest alone."""
+    """Each prefix has the rules that name it, and those that name one around it: the trie yields the longest alone.
+
+    IPv4 lies within IPv6 there, at ::ffff:0:0/96: where a network of IPv6 is around it, a prefix of its own parts them.
+    """
     named: dict[tuple[int, int], list[RuleBits]] = {}
     for side, condition in enumerate(("local_address", "remote_address", "address")):
         for i, rule in enumerate(rules):
@@ -233,16 +237,24 @@ def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], lis
                 named.setdefault(_prefix(network), [0, 0, 0])[side] |= 1 << i
     unnamed = Sides(_free(rules, "local_address"), _free(rules, "remote_address"), _free(rules, "address"))
     classes = _Classes(unnamed)
-    prefixes = []
-    around: list[tuple[int, int, Sides]] = []
+    found: list[tuple[int, int, int]] = []
+    nested: tuple[list[tuple[int, int, Sides]], ...] = ([], [])
+    if any(_covers(*prefix, _MAPPED[0]) and not _is_ipv4(*prefix) for prefix in named):
+        named.setdefault(_MAPPED, [0, 0, 0])
     for (packed, length), bits in sorted(named.items()):
+        around = nested[_is_ipv4(packed, length)]
         while around and not _covers(around[-1][0], around[-1][1], packed):
             around.pop()
         outer = around[-1][2] if around else unnamed
         sides = Sides(outer.local | bits[0], outer.remote | bits[1], outer.either | bits[2])
         around.append((packed, length, sides))
-        prefixes.append((packed.to_bytes(16, "big"), length, classes.number(sides)))
-    return prefixes, classes.all
+        found.append((packed, length, classes.number(sides)))
+    # The most frequent first, so that a long list keeps its number when others change.
+    order = [0, *(number for number, _ in Counter(number for *_, number in found).most_common() if number)]
+    places = {number: place for place, number in enumerate(order)}
+    prefixes = [(packed.to_bytes(16, "big"), length, places[number]) for packed, length, number in found]
+    sides_by_number = classes.all
+    return prefixes, [sides_by_number[number] for number in order]
 
 
 def _ports(rules: Sequence[Rule]) -> tuple[NDArray[np.uint16], list[Sides]]:
@@ -315,8 +327,17 @@ def _prefix(network: Network) -> tuple[int, int]:
     return int.from_bytes(_mapped(network.network_address), "big"), length
 
 
+_MAPPED = _prefix(ipaddress.IPv4Network("0.0.0.0/0"))
+
+
+def _is_ipv4(prefix: int, length: int = 128) -> bool:
+    """Whether a prefix is one of IPv4: also where it was written as IPv6, within ::ffff:0:0/96."""
+    return length >= _MAPPED[1] and _covers(*_MAPPED, prefix)
+
+
 def _in(packed: bytes, network: Network) -> bool:
-    return _covers(*_prefix(network), int.from_bytes(packed, "big"))
+    address, prefix = int.from_bytes(packed, "big"), _prefix(network)
+    return _covers(*prefix, address) and _is_ipv4(*prefix) == _is_ipv4(address)
 
 
 def _covers(prefix: int, length: int, address: int) -> bool:

@@ -7,6 +7,7 @@ import itertools
 import os
 import pwd
 import socket
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TypeVar
 from producer.config import Config, RuleConfig
 from producer.errors import ConfigError
 from producer.events import STATES
-from producer.rules import MOST_CGROUP_LEVELS, Action, Network, PortRange, Rule, Tables, only, tables
+from producer.rules import MOST_CGROUP_LEVELS, MOST_PREFIXES, Action, Network, PortRange, Rule, Tables, only, tables
 
 V = TypeVar("V")
 R = TypeVar("R")
@@ -23,6 +24,10 @@ R = TypeVar("R")
 NETNS = Path("/run/netns")
 _ABSENT = 0
 """A cgroup that does not exist: no id is 0, so that the condition stays, and matches nothing."""
+_NOWHERE = ipaddress.IPv6Network("::/128")
+"""For an empty list: no segment has this address, so that the condition stays, and matches nothing."""
+_MOST_LIST_BYTES = 16 << 20
+"""Longest list of addresses that is read: 130,000 lines of 128 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +123,22 @@ def _networks(text: str) -> Iterable[Network]:
     """Parse an address, a network, or `@FILE` with one of these on each line."""
     if not text.startswith("@"):
         return [ipaddress.ip_network(text)]
-    lines = (line.partition("#")[0].strip() for line in Path(text[1:]).read_text().splitlines())
-    return [ipaddress.ip_network(line) for line in lines if line]
+    lines = (line.partition("#")[0].strip() for line in _read(Path(text[1:])).splitlines())
+    return [ipaddress.ip_network(line) for line in lines if line] or [_NOWHERE]
+
+
+def _read(path: Path) -> str:
+    """Return the text of a list; ValueError for what is no file, or longer than the kernel's tables can need."""
+    # Without O_NONBLOCK, opening a pipe waits for somebody who writes.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file: expected a list with one address or network on each line")
+        content = file.read(_MOST_LIST_BYTES + 1)
+    if len(content) > _MOST_LIST_BYTES:
+        raise ValueError(
+            f"{path} is longer than {_MOST_LIST_BYTES >> 20} MiB: all rules together take {MOST_PREFIXES:,} networks"
+        )
+    return content.decode()
 
 
 def _ports(value: int | str) -> Iterable[PortRange]:

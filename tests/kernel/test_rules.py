@@ -1,9 +1,11 @@
 """Rules in the kernel: what they keep, drop and sample, and that a reload loses no segment and takes none twice."""
 
+import contextlib
 import ipaddress
 import itertools
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -13,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from producer import sysbpf
 from producer.events import RETRANSMITS, TRANSMITS, Rows
 from producer.lab import Lab
+from producer.rulemaps import RuleMaps
 from producer.rules import MOST_CGROUP_LEVELS, Action, Rule, tables
 from producer.rungs import cgroup2_root
 from tests.kernel.capture import Capture, Pair, hook_settings, inside, receive
@@ -225,3 +229,73 @@ def test_reloads_lose_no_segment_and_take_none_twice(ruled: Capture, lab: Lab, p
     assert (np.diff(rows["s"]["seq"].astype(np.int64)) % (1 << 32) == SIZE).all(), "each segment once, none missing"
     assert set(rows["s"]["rules_version"]) <= set(versions)
     assert len(set(rows["s"]["rules_version"])) > 20
+
+
+def test_an_address_of_one_family_takes_none_of_the_other(ruled: Capture, lab: Lab, port: int) -> None:
+    """Also where both are named, and a connection is IPv4 by a socket of IPv6."""
+    four, six = ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")
+    addresses = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    for named, taken in (((six,), {"::1"}), ((four,), {"127.0.0.1", "::ffff:127.0.0.1"}), ((four, six), {*addresses})):
+        put(ruled, on_port(port, address=named))
+        for address in addresses:
+            before = len(sent_by(ruled, port))
+            with Pair(lab.client, lab.client, address, port) as pair:
+                pair.exchange(3, SIZE)
+            assert len(sent_by(ruled, port)) - before == (3 if address in taken else 0), (named, address)
+
+
+def test_a_reload_writes_what_differs_and_nothing_else(ruled: Capture, lab: Lab, port: int) -> None:
+    maps = RuleMaps(ruled.hooks._maps)
+    peers = tuple(ipaddress.ip_network(0x0B000000 + i) for i in range(5_000))
+    many = Rule("many", DROP, address=peers)
+
+    def writes(*rules: Rule) -> int:
+        before = maps.writes
+        maps.put(tables(rules, DROP))
+        return maps.writes - before
+
+    for _ in range(2):  # both generations of the tables are this process's
+        writes(on_port(port))
+    assert writes(many, on_port(port)) >= 5_000
+    assert max(writes(many, on_port(each)) for each in (1, 2, port, 3, port)) < 20
+    more = Rule("more", DROP, address=(*peers[:-1], ipaddress.ip_network("12.0.0.0/8")))
+    assert writes(more, on_port(port)) >= 5_000, "the other generation is filled once"
+    assert writes(many, on_port(port)) < 20
+    assert writes(more, on_port(port)) < 20
+    exchange(lab, port)
+    assert len(sent_by(ruled, port)) == EXCHANGES
+
+
+def test_a_reload_that_fails_on_the_way_changes_nothing_and_the_next_is_whole(
+    ruled: Capture, lab: Lab, port: int
+) -> None:
+    """The kernel has no room for so many addresses."""
+    maps = RuleMaps(ruled.hooks._maps)
+    maps.put(tables([on_port(port)], DROP))
+    too_many = tuple(ipaddress.ip_network(0x0D000000 + i) for i in range(8_000))
+    with full(ruled.hooks._maps["rule_prefixes"]):
+        with pytest.raises(OSError, match="No space"):
+            maps.put(tables([Rule("n", DROP, address=too_many), on_port(port, DROP)], DROP))
+        exchange(lab, port)
+        assert len(sent_by(ruled, port)) == EXCHANGES
+    maps.put(tables([Rule("n", DROP, address=too_many), on_port(port)], DROP))
+    exchange(lab, port)
+    assert len(sent_by(ruled, port)) == 2 * EXCHANGES
+
+
+@contextlib.contextmanager
+def full(prefixes: int) -> Iterator[None]:
+    """Leave room for 1,000 prefixes: the rest has keys that no program looks up."""
+    there: list[bytes] = []
+    try:
+        with contextlib.suppress(OSError):
+            for i in itertools.count():
+                key = struct.pack("<IIQQ", 32 + 128, 7, i, 0)
+                sysbpf.update(prefixes, key, bytes(4))
+                there.append(key)
+        for _ in range(1_000):
+            sysbpf.delete(prefixes, there.pop())
+        yield
+    finally:
+        for key in there:
+            sysbpf.delete(prefixes, key)

@@ -152,3 +152,35 @@ def test_thousands_of_units_are_resolved_at_once(root: Path) -> None:
     found = resolved(root, RuleConfig(unit=("job*.service",)))
     assert len(found.cgroups_above) == 3000
     assert all(above == [inode(root / "system.slice"), inode(root)] for above in found.cgroups_above.values())
+
+
+def test_a_list_of_addresses_is_a_file_of_bounded_length(tmp_path: Path) -> None:
+    long, pipe = tmp_path / "long", tmp_path / "pipe"
+    with long.open("wb") as file:
+        file.truncate((16 << 20) + 1)
+    os.mkfifo(pipe)
+    for path, message in (
+        (long, "longer than 16 MiB: all rules together take 130,000 networks"),
+        (pipe, "is not a regular file"),
+        (Path("/dev/zero"), "is not a regular file"),
+        (tmp_path, "rule 1: "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resolved(None, RuleConfig(address=(f"@{path}",)))
+
+
+def test_a_list_that_is_no_text_is_refused_by_the_rules_name(tmp_path: Path) -> None:
+    path = tmp_path / "list"
+    path.write_bytes(b"10.0.0.1\n\xff\n")
+    with pytest.raises(ConfigError, match=r"rule 1 r: .*utf-8"):
+        resolved(None, RuleConfig(name="r", address=(f"@{path}",)))
+
+
+def test_an_empty_list_of_addresses_matches_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "blocked"
+    path.write_text("# nobody today\n")
+    found = resolved(None, RuleConfig(action="drop", address=(f"@{path}",)))
+    for one, other in (("10.0.0.1", "10.0.0.2"), ("::1", "2001:db8::1")):
+        segment = Segment(ipaddress.ip_address(one), ipaddress.ip_address(other), 1, 2)
+        assert first_match(found.rules, segment) is None
+        assert found.tables().decide(segment) == 1
