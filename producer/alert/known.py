@@ -44,7 +44,7 @@ def last_of(messages: Iterable[tuple[bytes, bytes | None]], topic: str, decoder:
         except (RebpfError, MemoryError):  # of a server, or of this host
             raise
         except Exception as exc:  # whoever writes to the topic must not end its readers
-            refused, reason = refused + 1, reason or repr(exc)[:_SHOWN]
+            refused, reason = refused + 1, reason or f"key={key[:_SHOWN]!r}: {exc!r}"[: 2 * _SHOWN]
         if len(last) > MOST_ALERTS:
             forgotten += 1
             del last[next(iter(last))]
