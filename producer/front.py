@@ -20,7 +20,6 @@ class FrontReader:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._fronts: dict[int, Any] = {}
-        self._refused: dict[int, str] = {}
 
     def read(self, value: bytes | None) -> Mapping[str, Any]:
         """Return the fields, and those between them. What follows is not looked at."""
@@ -37,16 +36,7 @@ class FrontReader:
         return record  # type: ignore[no-any-return]  # a record is a dict: _cut made sure
 
     def _front(self, schema_id: int) -> Any:
-        if schema_id in self._refused:
-            raise UndecodableError(self._refused[schema_id])
-        try:
-            front = self._cut(schema_id)
-        except UndecodableError as exc:
-            # A topic may be full of them, and a registry is asked once.
-            if len(self._refused) >= MOST_SCHEMAS:
-                self._refused.clear()
-            self._refused[schema_id] = str(exc)
-            raise
+        front = self._cut(schema_id)  # the decoder remembers what is refused, and for how long
         if len(self._fronts) >= MOST_SCHEMAS:
             self._fronts.clear()
         self._fronts[schema_id] = front

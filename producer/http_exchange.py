@@ -46,14 +46,22 @@ class _Attempt:
     done: threading.Event = field(default_factory=threading.Event)
     answer: Answer | None = None
     error: Exception | None = None
-    connection: HTTPConnection | None = None
+    sock: socket.socket | None = None
+    is_abandoned: bool = False
 
     def abandon(self) -> None:
         """Shut the connection, so that the thread ends."""
-        sock = self.connection.sock if self.connection else None
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        self.is_abandoned = True
+        if self.sock is not None:
+            with suppress(OSError):  # closed already
+                # Not that of ssl.SSLSocket, which takes the state of TLS from under the thread that reads.
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def connected(self, sock: socket.socket) -> None:
+        """Note the connection's socket: http.client forgets it where an answer is the connection's last."""
+        self.sock = sock
+        if self.is_abandoned:
+            self.abandon()
 
 
 def exchange(
@@ -128,8 +136,7 @@ class _Plain(HTTPHandler):
         return self.do_open(self._connect, req)
 
     def _connect(self, host: str, **settings: Any) -> HTTPConnection:
-        self._attempt.connection = HTTPConnection(host, **settings)
-        return self._attempt.connection
+        return _Connection(self._attempt, host, **settings)
 
 
 class _Tls(HTTPSHandler):
@@ -143,5 +150,28 @@ class _Tls(HTTPSHandler):
         return self.do_open(self._connect, req)
 
     def _connect(self, host: str, **settings: Any) -> HTTPConnection:
-        self._attempt.connection = HTTPSConnection(host, **{**settings, "context": self._context})
-        return self._attempt.connection
+        return _TlsConnection(self._attempt, host, **{**settings, "context": self._context})
+
+
+class _Connection(HTTPConnection):
+    """A connection whose socket the attempt knows."""
+
+    def __init__(self, attempt: _Attempt, host: str, **settings: Any) -> None:
+        super().__init__(host, **settings)
+        self._attempt = attempt
+
+    def connect(self) -> None:
+        super().connect()
+        self._attempt.connected(self.sock)
+
+
+class _TlsConnection(HTTPSConnection):
+    """The same over TLS."""
+
+    def __init__(self, attempt: _Attempt, host: str, **settings: Any) -> None:
+        super().__init__(host, **settings)
+        self._attempt = attempt
+
+    def connect(self) -> None:
+        super().connect()
+        self._attempt.connected(self.sock)

@@ -60,7 +60,7 @@ class Cycle:
     def repeat(self, parts: Parts) -> None:
         """Remind the sinks of what fires."""
         firing: list[Alert] = [alert for part in _deciding(parts) for alert in part.firing]
-        for at in range(0, len(firing), _AT_ONCE):
+        for at in range(0, max(1, len(firing)), _AT_ONCE):
             for sink in self._sinks:
                 sink.repeat(firing[at : at + _AT_ONCE])
 

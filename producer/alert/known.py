@@ -17,13 +17,17 @@ logger = logging.getLogger(__name__)
 
 MOST_ALERTS = 100_000
 """Groups whose last alert is kept: the oldest of more are forgotten, and told anew where they still fire."""
+MOST_MESSAGES = 1_000_000
 _MEASURES = ("count", "ratio", MEASURE)
 _SHOWN = 200
 
 
 def last_alerts(brokers: str, topic: str, settings: Mapping[str, str], decoder: Decoder) -> list[Alert]:
-    """Read the whole topic, which is compacted, and return the last alert of each key."""
-    reader = TopicReader(brokers, [topic], settings, None)
+    """Read the topic, which is compacted, and return the last alert of each key.
+
+    Of a long topic only the last MOST_MESSAGES are read: while this lasts, the member does not do its work.
+    """
+    reader = TopicReader(brokers, [topic], settings, -MOST_MESSAGES)
     try:
         return last_of(_messages(reader), topic, decoder, time.time_ns())
     finally:
@@ -44,7 +48,7 @@ def last_of(messages: Iterable[tuple[bytes, bytes | None]], topic: str, decoder:
         except (RebpfError, MemoryError):  # of a server, or of this host
             raise
         except Exception as exc:  # whoever writes to the topic must not end its readers
-            refused, reason = refused + 1, reason or repr(exc)[:_SHOWN]
+            refused, reason = refused + 1, reason or f"key={key[:_SHOWN]!r}: {exc!r}"[: 2 * _SHOWN]
         if len(last) > MOST_ALERTS:
             forgotten += 1
             del last[next(iter(last))]

@@ -146,6 +146,23 @@ def test_whole_topics_are_complete_and_nothing_is_left_behind(topics: Topics, tm
     assert not [group.group_id for group in groups if "verify" in group.group_id]
 
 
+def test_a_transaction_that_is_left_open_hides_nothing(topics: Topics) -> None:
+    topics.put(TRANSMITS, run_of("web-1", "boot-a", 1, range(1, 20)))
+    somebody = Producer({"bootstrap.servers": topics.bootstrap, "transactional.id": topics.prefix})
+    somebody.init_transactions(60)
+    somebody.begin_transaction()
+    for partition in range(PARTITIONS):
+        somebody.produce(topics.name(TRANSMITS), b"open", partition=partition)
+    somebody.flush(60)
+    topics.put(TRANSMITS, run_of("web-1", "boot-a", 1, range(20, 101)))
+    topics.put(RETRANSMITS, run_of("web-1", "boot-a", 1, range(1, 5)))
+    told, _ = topics.told()
+    somebody.abort_transaction(60)
+    somebody.close()
+    (boot,) = told[TRANSMITS.name]["boots"]
+    assert (boot["events"], boot["missing"], told[TRANSMITS.name]["undecodable"]) == (100, 0, PARTITIONS)
+
+
 def test_numbers_left_out_doubled_and_late_are_told_exactly(topics: Topics) -> None:
     first = run_of("web-1", "boot-a", 3, [*range(1, 100), *range(107, 2000), *range(2001, 2100)])  # 7 and 1 lacking
     second = run_of("web-1", "boot-b", 2, [*range(1, 500), *range(3 * GENERATION + 5, 3 * GENERATION + 100)])

@@ -316,9 +316,14 @@ def told(alert: Alert, key: bytes | None = None) -> tuple[bytes, bytes]:
     ],
     ids=str,
 )
-def test_an_alert_that_none_of_us_wrote_is_passed_over(key: bytes, value: bytes) -> None:
+def test_an_alert_that_none_of_us_wrote_is_passed_over_and_told_once(
+    key: bytes, value: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     other = replace(ALERT, group="web-2")
-    assert last_of([(key, value), told(other)], "alerts", decoder(), NOW_NS) == [other]
+    assert last_of([(key, value), (key, value), told(other)], "alerts", decoder(), NOW_NS) == [other]
+    (record,) = caplog.records
+    assert f"messages=2 of topic=alerts: key={key[:200]!r}: " in record.getMessage()
+    assert len(record.getMessage()) < 500
 
 
 def test_the_oldest_of_too_many_alerts_are_forgotten(

@@ -144,6 +144,28 @@ def test_a_refused_authentication_is_named_and_earlier_ids_are_used(status: int,
         assert find(url, cache_of(url, tmp_path)) == {"events": 7}
 
 
+def test_an_abandoned_answer_that_drips_is_hung_up_on() -> None:
+    gone = threading.Event()
+
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        """Send the length of a chunk, which never ends, on a connection that is to close."""
+        handler.send_response(200)
+        handler.send_header("Content-Type", JSON)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        try:
+            while not gone.wait(0.02):
+                handler.wfile.write(b"0")
+        except OSError:
+            gone.set()
+
+    with serving(drip) as (url, _):
+        with pytest.raises(NoAnswer):
+            RegistryClient(Registry(url, timeout_s=0.2)).schema(7)
+        assert gone.wait(LONG_S)
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_not_followed(status: int) -> None:
     with serving(reply(200, {"id": 3})) as (elsewhere, paths):
