@@ -202,7 +202,7 @@ class _Run:
             attempt("watch", lambda: self._watch(watch), None)
             if not self._move(pipeline):
                 stop.wait(min(interval_s, max(0.0, end - time.monotonic())))
-        systemd.notify("STOPPING=1")
+        systemd.tell("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
         if not self.ring_stays:
             self.hooks.detach()
