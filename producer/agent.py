@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 5.0
 _LAST_BEAT_S = 1.0
+_PUT_BY_S = 5.0
 _REPEAT_REASON_S = 60.0
 _MOST_REASONS = 64
 
@@ -206,7 +207,7 @@ class _Run:
             attempt("watch", lambda: self._watch(watch), None)
             if not self._move(pipeline):
                 stop.wait(min(interval_s, max(0.0, end - time.monotonic())))
-        systemd.notify("STOPPING=1")
+        systemd.tell("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
         if not self.ring_stays:
             self.hooks.detach()
@@ -263,7 +264,7 @@ class _Run:
         """Put what is left on disk; what cannot be put there is lost, unless its ring stays."""
         balances = self.reporter.balances()
         if any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances.values()):
-            pipeline.put_all_by()
+            pipeline.put_all_by(time.monotonic() + _PUT_BY_S if self.ring_stays else float("inf"))
         elif self.pulse.last():
             until = min(deadline, time.monotonic() + _LAST_BEAT_S)
             while self.sink.beating and time.monotonic() < until:

@@ -12,6 +12,12 @@ from numpy.typing import NDArray
 
 from producer.events import Batch, EncodedBatch, Rows
 
+_MANY = 1 << 12
+_FEW = 64
+"""Rows encoded at a time while a defect shows: a search among these takes less than the most tries."""
+_MOST_TRIES = 256
+_MOST_REASONS = 8
+
 
 class Unencodable(ValueError):
     """Rows hold numbers that no event can have; `rows` is a mask of them."""
@@ -32,15 +38,20 @@ class Encoder(Protocol):
 
 
 class Isolator:
-    """Encodes what can be encoded; `refuse` gets the rows that cannot, each time those with one reason."""
+    """Encodes what can be encoded; `refuse` gets the rows that cannot, each time those with one reason.
+
+    A search for rows that meet a defect is bounded: where it takes too long, the error is raised, and `fit` asks for
+    fewer rows until the defect shows no more.
+    """
 
     def __init__(self, encoder: Encoder, refuse: Callable[[Rows, str], None]) -> None:
         self._encoder = encoder
         self._refuse = refuse
+        self._most = _MANY
 
     def fit(self, rows: Rows) -> int:
         """Return how many of the rows, from the first on, are encoded in a short time."""
-        return self._encoder.fit(rows)
+        return min(self._encoder.fit(rows), self._most)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch | None:
         """Encode a batch without the rows that cannot be encoded; None where none is left.
@@ -48,7 +59,9 @@ class Isolator:
         An error that is about no row, as a lack of memory, is raised: another try may succeed.
         """
         try:
-            return self._encoder.encode(batch, utc_offset_ns)
+            encoded = self._encoder.encode(batch, utc_offset_ns)
+            self._most = min(2 * self._most, _MANY)
+            return encoded
         except Unencodable as error:
             bad = {str(error): np.flatnonzero(error.rows).tolist()}
         except (MemoryError, OSError):
@@ -57,22 +70,29 @@ class Isolator:
             bad = self._find(batch, utc_offset_ns)
             if not bad:
                 raise
+            self._most = _FEW
         for reason, rows in bad.items():
             self._refuse(batch.rows[rows], reason)
         good = np.delete(batch.rows, [row for rows in bad.values() for row in rows])
         return self.encode(Batch(batch.stream, good), utc_offset_ns) if len(good) else None
 
     def _find(self, batch: Batch, utc_offset_ns: int) -> dict[str, list[int]]:
-        """Return the rows that cannot be encoded by themselves, by reason."""
+        """Return the rows that cannot be encoded by themselves, by reason; none where the search takes too long."""
         bad: dict[str, list[int]] = {}
         ranges = [(0, len(batch.rows))]
+        tries = 0
         while ranges:
+            tries += 1
+            if tries > _MOST_TRIES:
+                self._most = _FEW
+                return {}
             first, end = ranges.pop()
             try:
                 self._encoder.encode(Batch(batch.stream, batch.rows[first:end]), utc_offset_ns)
             except Exception as error:  # the same defect
                 if end - first == 1:
-                    bad.setdefault(f"{type(error).__name__}: {error}", []).append(first)
+                    reason = f"{type(error).__name__}: {error}"
+                    bad.setdefault(reason if reason in bad or len(bad) < _MOST_REASONS else "others", []).append(first)
                 else:
                     middle = (first + end) // 2
                     ranges += [(first, middle), (middle, end)]

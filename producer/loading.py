@@ -20,6 +20,7 @@ from producer.loader import BCC_MISSING, FEW_DESCRIPTORS, PACKET_BYTES
 logger = logging.getLogger(__name__)
 
 _FDS = 64
+_FIND_TIMEOUT_S = 60.0
 _MOST_LOG_BYTES = 1 << 16
 _MOST_LINES = 20
 """The last ones of what the child has written to its standard streams."""
@@ -124,4 +125,9 @@ sys.exit(not (found and os.path.exists(os.path.join(os.path.dirname(found.origin
 
 
 def _has_bcc(python: str) -> bool:
-    return subprocess.run([python, "-I", "-c", _FIND_BCC], stderr=subprocess.DEVNULL, env=_ENVIRONMENT).returncode == 0
+    command = [python, "-I", "-c", _FIND_BCC]
+    try:
+        found = subprocess.run(command, stderr=subprocess.DEVNULL, env=_ENVIRONMENT, timeout=_FIND_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return found.returncode == 0

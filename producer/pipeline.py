@@ -57,7 +57,10 @@ class Pipeline:
             for oldest_ns, count in self._paths[name].settle(outcome):
                 self._delivered(self._now_s() - oldest_ns / 1e9, count)
 
-    def put_all_by(self) -> None:
-        """Put all that is not acknowledged into the spools, as far as these take it."""
+    def put_all_by(self, until_s: float = float("inf")) -> None:
+        """Put all that is not acknowledged into the spools, as far as these take it.
+
+        Rings that are still filled may never be empty: of these, what there is until the clock says `until_s`.
+        """
         for path in self._paths.values():
-            path.put_all_by(self._now_s(), self._utc_offset_ns())
+            path.put_all_by(self._now_s(), self._utc_offset_ns(), lambda: self._now_s() >= until_s)

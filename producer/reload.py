@@ -54,9 +54,10 @@ class RulesInForce:
         try:
             config = self._read()
             self._put(config, resolve(config, self._root))
-        except (RebpfError, OSError, ValueError, LookupError) as error:
-            self.reloads, self.refusal = self.reloads + 1, str(error)
-            logger.error("reload refused: %s; version=%d stays in force", error, self.version)
+        except Exception as error:
+            is_defect = not isinstance(error, RebpfError | OSError | ValueError | LookupError)
+            self.reloads, self.refusal = self.reloads + 1, str(error) or type(error).__name__
+            logger.error("reload refused: %s; version=%d stays in force", error, self.version, exc_info=is_defect)
             return
         self.reloads, self.refusal = self.reloads + 1, ""
         logger.info("reloaded rules=%d version=%d", len(config.rules), self.version)

@@ -158,13 +158,13 @@ class StreamPath:
         self._close_books(position)
         return [(entry.oldest_ns, len(entry.batch)) for entry in done if entry.oldest_ns]
 
-    def put_all_by(self, now_s: float, utc_offset_ns: int) -> None:
-        """Put what is under way, and what the ring holds, into the spool, as far as it takes that."""
+    def put_all_by(self, now_s: float, utc_offset_ns: int, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Put what is under way, and what the ring holds, into the spool, as far as it takes that, until `is_over`."""
         if self._spool is None:
             return
         self._spooling = True
         self._append_at = 0.0
-        while self._put_by(now_s, utc_offset_ns):
+        while self._put_by(now_s, utc_offset_ns) and not is_over():
             pass
 
     def end(self, sink: Sink, unread: int, *, ring_stays: bool) -> tuple[int, int]:

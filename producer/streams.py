@@ -13,7 +13,7 @@ from producer.cgroups import CgroupPaths
 from producer.clock import UtcOffset, boot_id, now
 from producer.config import Config
 from producer.encode import BatchEncoder, load_schema
-from producer.errors import RebpfError, UnavailableError
+from producer.errors import UnavailableError
 from producer.events import STREAMS, Batch, EncodedBatch, Rows, SchemaId, Stream
 from producer.hooks import Hooks
 from producer.isolate import Isolator
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 _BATCH_ROWS = 4096
 _SPOOL_WAIT_S = 5.0
 _RAW_QUARANTINE_BYTES = 1 << 20
-_CANNOT_MOVE = (OSError, RebpfError, LookupError, ValueError)
-"""What a disk, or rows of another version that lack what the encoder needs, may raise."""
 
 
 def spool_folder(config: Config, stream: Stream) -> Path:
@@ -209,7 +207,7 @@ class StreamBuilder:
                     ring.commit(ring.position)
                 try:
                     lost += self._move(old, ring, spool, ring_id or "")
-                except _CANNOT_MOVE as error:
+                except Exception as error:  # whatever these rings hold, a start goes on
                     logger.error("hooks: %d events of replaced hooks are lost: %s", ring.unread, error)
                 lost += ring.unread
         return lost
@@ -223,11 +221,16 @@ class StreamBuilder:
         before = ring.position
         while spool and (len(rows := ring.read(_BATCH_ROWS)) or ring.damaged):
             try:
+                if len(rows) and (fit := encoder.fit(rows)) < len(rows):
+                    ring.position = before
+                    rows = ring.read(fit)
                 batch = encoder.encode(Batch(stream, rows), offset_ns) if len(rows) else None
                 if batch is not None:
                     spool.append(batch, ring_id, ring.position)
-            except _CANNOT_MOVE:
+            except Exception:
                 ring.position = before
+                if encoder.fit(rows) < len(rows):
+                    continue  # fewer at a time
                 raise
             refused += len(rows) - len(batch or ()) + ring.damaged
             before = ring.position

@@ -20,8 +20,12 @@ _MOST_SHOWN = 40
 _MOST_STATUS = 1024
 _TIMEOUT_S = 30.0  # for a queue that is full: as long as systemd itself is stuck
 
+_TELL_TIMEOUT_S = 0.1
 
-def notify(text: str, descriptors: Sequence[int] = (), *, status: str | None = None) -> bool:
+
+def notify(
+    text: str, descriptors: Sequence[int] = (), *, status: str | None = None, timeout_s: float | None = None
+) -> bool:
     """Send a message; return False where no service manager listens. UnavailableError where it does not take it.
 
     `status` is the line that systemctl status shows. A line break in it makes no assignment of its own.
@@ -32,13 +36,21 @@ def notify(text: str, descriptors: Sequence[int] = (), *, status: str | None = N
     if not address:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        channel.settimeout(_TIMEOUT_S)
+        channel.settimeout(_TIMEOUT_S if timeout_s is None else timeout_s)
         try:
             channel.connect("\0" + address[1:] if address.startswith("@") else address)
             socket.send_fds(channel, [text.encode()], descriptors)
         except OSError as error:
             raise UnavailableError(f"the service manager at NOTIFY_SOCKET {address}: {error}") from error
     return True
+
+
+def tell(text: str, status: str | None = None) -> None:
+    """Send a message that may be lost: a service manager that is stuck or gone neither delays nor ends the caller."""
+    try:
+        notify(text, status=status, timeout_s=_TELL_TIMEOUT_S)
+    except UnavailableError as error:
+        logger.warning("systemd: not told %s: %s", text, error)
 
 
 def barrier() -> None:
@@ -87,4 +99,4 @@ class Watchdog:
         """Note progress at `now_s` of the monotonic clock; `status` makes the line that systemctl status shows."""
         if self._interval_s and now_s >= self._next:
             self._next = now_s + self._interval_s
-            notify("WATCHDOG=1", status=status())
+            tell("WATCHDOG=1", status())

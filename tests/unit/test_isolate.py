@@ -61,3 +61,37 @@ def test_an_error_that_is_about_no_event_costs_none() -> None:
     with pytest.raises(RuntimeError):
         isolator.encode(Batch(TRANSMITS, rows_of(97)), UTC_OFFSET_NS)
     assert refused == []
+
+
+class Counting(Defective):
+    """Notes how many batches it was given."""
+
+    calls = 0
+
+    def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
+        self.calls += 1
+        return super().encode(batch, utc_offset_ns)
+
+
+@pytest.mark.parametrize("bad", [set(range(4096)), set(range(0, 4096, 2)), {5}, set(range(1000, 1100))])
+def test_a_step_with_a_defect_is_bounded_and_all_good_events_are_encoded(bad: set[int]) -> None:
+    refused: list[int] = []
+    encoder = Counting(bad, masked=False)
+    isolator = Isolator(encoder, lambda rows, reason: refused.extend(rows["s"]["cpu_seq"].tolist()))
+    left, good = rows_of(4096), []
+    for _ in range(200):
+        if not len(left):
+            break
+        now = left[: isolator.fit(left)]
+        encoder.calls = 0
+        try:
+            encoded = isolator.encode(Batch(TRANSMITS, now), UTC_OFFSET_NS)
+        except KeyError:
+            continue
+        finally:
+            assert encoder.calls <= 300
+        good += [] if encoded is None else ids(encoded)
+        left = left[len(now) :]
+    assert sorted(refused) == sorted(bad)
+    assert good == [each for each in range(4096) if each not in bad]
+    assert isolator.fit(rows_of(1)) == 1

@@ -10,7 +10,7 @@ from pathlib import Path as Folder
 import numpy as np
 import pytest
 
-from producer.events import RETRANSMITS, TRANSMITS, Batch
+from producer.events import RETRANSMITS, TRANSMITS, Batch, Rows
 from producer.ledger import Account
 from producer.spool import Spool
 from producer.spoolfiles import Moment
@@ -413,4 +413,22 @@ def test_rows_that_take_long_are_encoded_in_several_steps(monkeypatch: pytest.Mo
     setup.arrive(7)
     setup.pipeline.put_all_by()
     assert setup.spools["transmit"].end == 7 + 7
+    setup.assert_balanced()
+
+
+def test_a_stop_does_not_wait_for_a_ring_that_is_filled_faster_than_it_is_emptied(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Folder
+) -> None:
+    setup = Setup(tmp_path)
+
+    def fit(_: IdEncoder, rows: Rows) -> int:
+        setup.now_s += 1
+        setup.ring.arrive(5)
+        return 2
+
+    monkeypatch.setattr(IdEncoder, "fit", fit)
+    setup.ring.arrive(5)
+    setup.pipeline.put_all_by(setup.now_s + 10)
+    assert setup.now_s == 110
+    assert setup.spools["transmit"].end == 20
     setup.assert_balanced()

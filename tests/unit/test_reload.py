@@ -1,7 +1,10 @@
 """Reloads by signal: however many come, the rules are resolved at a bounded rate, and the last text wins."""
 
+import struct
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from producer.config import Config
 from producer.errors import ConfigError
@@ -83,3 +86,15 @@ def test_the_first_reload_is_at_once_and_a_slow_one_takes_a_share_of_the_time() 
     assert reads[0] == 100
     assert len(reads) <= 4
     assert in_force.reloads == len(reads)
+
+
+@pytest.mark.parametrize("error", [RecursionError(), struct.error("range"), TypeError("x"), MemoryError()])
+def test_a_reload_that_meets_a_defect_is_refused_and_answered(error: Exception) -> None:
+    def read() -> Config:
+        raise error
+
+    in_force, asked = rules(Clock(), read), Asked()
+    asked.set()
+    in_force.follow(asked)
+    assert (in_force.reloads, in_force.version) == (1, 1)
+    assert in_force.refusal

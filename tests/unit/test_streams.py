@@ -150,3 +150,15 @@ def test_damaged_records_of_an_old_ring_are_counted_and_the_others_are_moved(tmp
     parts = build(config, DamagedRing(0, 7))
     assert parts.path.lost == {"old_ring": 3}
     assert spooled(config) == 4
+
+
+class BrokenRing(Ring):
+    def read(self, limit: int) -> Rows:
+        raise RuntimeError("a defect")
+
+
+def test_an_old_ring_that_cannot_be_read_costs_its_events_and_stops_no_start(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    parts = build(config, BrokenRing(0, 7), Ring(100, 11))
+    assert parts.path.lost == {"old_ring": 7}
+    assert spooled(config) == 11

@@ -68,3 +68,18 @@ def test_the_watchdog_is_fed_twice_in_its_time_and_only_where_there_is_one(tmp_p
         systemd.Watchdog().step(20.0, lambda: "another's")
         barrier()
         assert manager.messages == [*(f"WATCHDOG=1\nSTATUS=at {at}" for at in (10.0, 11.0, 12.1)), "BARRIER=1"]
+
+
+@pytest.mark.parametrize("stuck", [True, False])
+def test_a_manager_that_is_stuck_or_gone_delays_and_ends_no_step(stuck, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        if stuck:
+            manager.bind(str(tmp_path / "notify"))
+            with pytest.raises(UnavailableError):
+                while True:
+                    notify("STATUS=full", timeout_s=0.01)
+        systemd.Watchdog().step(10.0, lambda: "at 10")
+        systemd.tell("STOPPING=1")
+    assert [record.args[0] for record in caplog.records] == ["WATCHDOG=1", "STOPPING=1"]
