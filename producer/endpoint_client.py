@@ -1,5 +1,6 @@
 """How `rebpf status` asks a producer: at its HTTP endpoint, or by the socket in its state folder."""
 
+import contextlib
 import http.client
 import os
 import stat
@@ -41,17 +42,15 @@ def ask(url: str, local: Path | None = None) -> dict[str, Any]:
 
     `local` is the path of the socket to ask in its place.
     """
-    connection = (
-        _LocalConnection(local) if local else http.client.HTTPConnection(urlsplit(url).netloc, timeout=_TIMEOUT_S)
-    )
     try:
-        connection.request("GET", "/status")
-        response = connection.getresponse()
-        status = statefile.parse(response.read(_MOST_STATUS_BYTES))
+        # Whoever may write agent.json chose the URL.
+        with contextlib.closing(_connection(url, local)) as connection:
+            connection.request("GET", "/status")
+            response = connection.getresponse()
+            status = statefile.parse(response.read(_MOST_STATUS_BYTES))
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UnavailableError(f"the producer does not answer at {url}/status: {error or 'nothing'}") from error
-    finally:
-        connection.close()
+        why = f"the producer does not answer at {url}/status: {error or 'nothing'}"
+        raise UnavailableError(printable(why)) from error
     if not isinstance(status, dict):
         raise UnavailableError(f"{url}/status: expected a producer's status, found something else")
     if response.status != HTTPStatus.OK:
@@ -59,3 +58,9 @@ def ask(url: str, local: Path | None = None) -> dict[str, Any]:
         reason = reasons[0] if isinstance(reasons, list) and reasons else f"answers with status {response.status}"
         raise UnavailableError(printable(f"the producer {reason}"))
     return status
+
+
+def _connection(url: str, local: Path | None) -> http.client.HTTPConnection:
+    if local:
+        return _LocalConnection(local)
+    return http.client.HTTPConnection(urlsplit(url).netloc, timeout=_TIMEOUT_S)

@@ -20,7 +20,7 @@ from producer.rdkafka import Producer
 from producer.registry_client import RegistryClient
 from producer.ruleset import resolve
 from producer.rungs import LADDERS, cgroup2_root, refusal
-from producer.state import is_locked, pid
+from producer.state import check_owners, is_locked, pid
 from producer.web_config import WebSettings
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
@@ -205,7 +205,7 @@ def _endpoint(config: Config) -> Iterator[Finding]:
 
 
 def _folders(config: Config) -> Iterator[Finding]:
-    problem = _unusable(config.state_dir)
+    problem = _unusable(config.state_dir) or _unsafe(config.state_dir)
     if problem:
         yield Finding("state_dir", problem, ConfigError.exit_code)
     else:
@@ -217,6 +217,17 @@ def _folders(config: Config) -> Iterator[Finding]:
         yield _room(config)
     if config.capture.pin is not None:
         yield _pins(config.capture.pin)
+
+
+def _unsafe(path: Path) -> str:
+    """Say why root does not write into the folder; empty where it does."""
+    try:
+        check_owners(path)
+    except ConfigError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return ""
 
 
 def _unusable(path: Path) -> str:

@@ -9,6 +9,7 @@ spool/, quarantine/    events that wait for Kafka, and messages that it has refu
 lock         locked (flock) while a producer runs; the kernel lets go of it however the producer ends.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -104,6 +105,7 @@ class StateFolder:
 def _open_lock(path: Path) -> int:
     """Open the lock of a state folder, which is made if need be. Raises ConfigError where either cannot be used."""
     try:
+        check_owners(path)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -111,9 +113,8 @@ def _open_lock(path: Path) -> int:
             raise ConfigError(f"state_dir {path}: a link to {os.readlink(path)}, which is no folder") from error
         raise ConfigError(f"state_dir {path}: {error.strerror}") from error
     try:
-        owner = os.fstat(folder).st_uid
-        if os.geteuid() == 0 and owner != 0:  # its owner could put links in the place of files that root writes
-            raise ConfigError(f"state_dir {path}: belongs to the user with uid {owner}: run this as that user")
+        if os.geteuid() == 0:  # the very folder that was opened
+            _check_owner(path, os.fstat(folder).st_uid)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         lock = os.open("lock", flags, 0o600, dir_fd=folder)
     except OSError as error:
@@ -125,6 +126,32 @@ def _open_lock(path: Path) -> int:
         os.close(lock)
         raise ConfigError(f"state_dir {path}: lock is not a regular file: remove it")
     return lock
+
+
+def check_owners(path: Path) -> None:
+    """Raise ConfigError where root would write where another user could put links; OSError."""
+    if os.geteuid() != 0:
+        return
+    with contextlib.suppress(FileNotFoundError):
+        _check_owner(path, path.stat().st_uid)
+    above = [*reversed(path.parents), *reversed(Path(os.path.realpath(path)).parents)]
+    for each in [*above, *([path] if path.is_symlink() else [])]:
+        try:
+            status = each.lstat()
+        except FileNotFoundError:  # made later, by root
+            continue
+        others = (
+            status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX and not stat.S_ISLNK(status.st_mode)
+        )
+        if status.st_uid != 0 or others:
+            whose = f"belongs to the user with uid {status.st_uid}" if status.st_uid else "can be written by all users"
+            fix = "set state_dir to a folder below root's own" if others else "run this as that user"
+            raise ConfigError(f"state_dir {path}: {each} {whose}, so root does not write below it: {fix}")
+
+
+def _check_owner(path: Path, owner: int) -> None:
+    if owner != 0:
+        raise ConfigError(f"state_dir {path}: belongs to the user with uid {owner}: run this as that user")
 
 
 def is_locked(path: Path) -> bool:
@@ -203,9 +230,26 @@ def _signal_holder(path: Path, pid: int, number: int) -> None:
 
 def _holds(pid: int, lock: Path) -> bool:
     """Whether the kernel has a process down as a lock's holder. Raises OSError."""
-    inode = str(lock.lstat().st_ino)
+    wanted = lock.lstat()
     for line in Path("/proc/locks").read_text().splitlines():
         match line.split():  # one that waits has -> after its number
-            case [_, "FLOCK", _, "WRITE", holder, place, *_] if int(holder) == pid and place.split(":")[2] == inode:
+            case [_, "FLOCK", _, "WRITE", holder, place, *_] if int(holder) == pid:
+                if place.split(":")[2] == str(wanted.st_ino):
+                    return _has_open(pid, wanted)
+    return False
+
+
+def _has_open(pid: int, wanted: os.stat_result) -> bool:
+    """Whether a process has this very file open, and not one with the same number on another disk.
+
+    The device in /proc/locks is not that of stat() on btrfs and overlayfs.
+    """
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except PermissionError:  # who may not look may signal no more than the user's own processes
+        return True
+    for name in names:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), wanted):
                 return True
     return False

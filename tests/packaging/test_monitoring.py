@@ -76,7 +76,7 @@ def test_prometheus_scrapes_an_endpoint_with_tls_a_client_certificate_and_a_pass
     (tmp_path / "web.yml").write_text(
         f"tls_server_config: {{cert_file: {server.certificate}, key_file: {server.key},\n"
         "  client_ca_file: authority.pem,"
-        "  client_auth_type: RequireAndVerifyClientCert, client_allowed_sans: [localhost]}\n"
+        "  client_auth_type: RequireAndVerifyClientCert}\n"
         f"basic_auth_users: {{prometheus: {hashed}}}\n"
     )
     promtool("check", "web-config", str(tmp_path / "web.yml"))

@@ -10,7 +10,9 @@ import threading
 
 import pytest
 
+from producer.config import Config
 from producer.errors import BusyError, ConfigError, UnavailableError
+from producer.preflight import examine
 from producer.state import StateFolder, reload, running
 
 FACTS = {"brokers": "127.0.0.1:9092", "registry": None}
@@ -109,6 +111,94 @@ def test_root_writes_nothing_into_the_folder_of_another_user(tmp_path):
     with pytest.raises(ConfigError, match="belongs to the user with uid 65534: run this as that user"):
         StateFolder(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
+    config = Config().with_values(state_dir=tmp_path)
+    assert [each.exit_code for each in examine(config, servers=False) if each.subject == "state_dir"] == [78]
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@as_root
+@pytest.mark.parametrize("make", ["folder above", "link", "link above", "behind a link", "open to all"])
+def test_root_writes_nothing_where_another_user_could_put_a_link(tmp_path, make):
+    theirs, victim = tmp_path / "theirs", tmp_path / "victim"
+    theirs.mkdir()
+    victim.mkdir()
+    path = theirs / "state"
+    if make == "link":
+        path.symlink_to(victim)
+        os.lchown(path, 65534, 65534)
+    elif make == "link above":
+        (theirs / "there").symlink_to(victim)
+        os.lchown(theirs / "there", 65534, 65534)
+        path = theirs / "there" / "state"
+    elif make == "behind a link":
+        os.chown(theirs, 65534, 65534)
+        path = tmp_path / "link"
+        path.symlink_to(theirs / "state")
+        (theirs / "state").mkdir()
+    elif make == "open to all":
+        theirs.chmod(0o777)
+    else:
+        os.chown(theirs, 65534, 65534)
+    with pytest.raises(ConfigError, match="so root does not write below it: "):
+        StateFolder(path).__enter__()
+    config = Config().with_values(state_dir=path)
+    assert [each.exit_code for each in examine(config, servers=False) if each.subject == "state_dir"] == [78]
+    assert list(victim.iterdir()) == []
+    assert not (theirs / "state" / "lock").exists()
+
+
+@as_root
+def test_roots_own_links_and_sticky_folders_are_followed(tmp_path):
+    (tmp_path / "sticky").mkdir()
+    (tmp_path / "sticky").chmod(0o1777)
+    (tmp_path / "link").symlink_to("sticky/state")
+    (tmp_path / "sticky" / "state").mkdir()
+    with StateFolder(tmp_path / "link"):
+        assert (tmp_path / "sticky" / "state" / "lock").exists()
+
+
+SAME_NUMBER = """
+import fcntl, json, os, pathlib, signal, subprocess, sys
+from producer import state
+from producer.errors import UnavailableError
+base = pathlib.Path(sys.argv[1])
+for name in ("one", "two"):  # each tmpfs begins its numbers anew
+    (base / name).mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", base / name], check=True)
+    (base / name / "lock").touch()
+assert (base / "one/lock").stat().st_ino == (base / "two/lock").stat().st_ino
+hold = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); time.sleep(600)"
+run = [sys.executable, "-c", hold]
+with (
+    subprocess.Popen([*run, base / "one/lock"], stdout=subprocess.PIPE) as victim,
+    subprocess.Popen([*run, base / "two/lock"], stdout=subprocess.PIPE) as holder,
+):
+    try:
+        victim.stdout.readline()
+        holder.stdout.readline()
+        facts = {"pid": victim.pid, "rules_version": 1, "reloads": 0}
+        (base / "two/agent.json").write_text(json.dumps(facts))
+        try:
+            state.reload(base / "two")
+        except UnavailableError as error:
+            print(error)
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        holder.kill()
+"""
+
+
+@as_root
+def test_a_reload_signals_no_holder_of_a_file_with_the_same_number_on_another_disk(tmp_path):
+    run = ["unshare", "--mount", sys.executable, "-c", SAME_NUMBER, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    if "mount" in done.stderr:
+        pytest.skip("NO MOUNTS in this container")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "which does not hold the lock" in done.stdout
 
 
 def be_folder(path):

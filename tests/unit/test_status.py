@@ -262,3 +262,10 @@ def test_a_step_costs_next_to_nothing_while_nobody_asks():
     for _ in range(1000):
         board.step(make)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("url", ["http://a:b", "http://[", "x", "http://", "http://\x1b[2J:1", "http://a\nb:1"])
+def test_an_address_that_is_none_is_an_error_of_one_line(tmp_path, url):
+    with pytest.raises(UnavailableError, match="the producer does not answer at") as caught:
+        endpoint.ask(url)
+    assert str(caught.value).isprintable()

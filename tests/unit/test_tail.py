@@ -155,7 +155,7 @@ ODD: dict[int, dict[str, Any]] = {
     102: {"cause": "rto", "saddr": b"\xff"},
     103: {**{name: 7 for name in TRANSMIT if name != "ts_ns"}, "ts_ns": 1.0e300},
 }
-"""Records of ours, by the schema's id, whose fields have other types or are missing."""
+"""Records with the name of ours, by the schema's id, whose fields have other types or are missing."""
 TYPES = {str: "string", int: "long", bytes: "bytes", float: "double"}
 
 
@@ -206,19 +206,15 @@ def test_records_of_other_types_are_skipped_and_counted_and_cost_no_other(
         [TRANSMITS.topic],
         registry=odd_registry,
         as_json=as_json,
-        limit=2 + len(ODD) * as_json,
+        limit=2,
         color=False,
         from_beginning=True,
         stop=threading.Event(),
         client_settings={},
     )
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(ODD) * as_json
-    if as_json:
-        assert next(json.loads(line)["saddr"] for line in lines if "rto" in line) == "\xff"
-    else:
-        skipped = [record for record in caplog.records if "skipped records" in record.message]
-        assert sum(record.args[0] for record in skipped if isinstance(record.args, tuple)) == len(ODD)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    skipped = [record.args for record in caplog.records if "skipped messages" in record.message]
+    assert sum(args[0] for args in skipped if isinstance(args, tuple)) == len(ODD)
 
 
 def test_reasons_to_skip_messages_are_bounded(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
