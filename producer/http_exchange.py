@@ -18,9 +18,11 @@ from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Reque
 
 from producer.errors import Stopped
 from producer.signals import Flag
+from producer.text import printable
 
 MOST_BYTES = 1 << 20
 """Longest body that is read."""
+_SHOWN = 200
 _LOOK_S = 0.1
 _PIECE_BYTES = 1 << 16
 
@@ -84,7 +86,8 @@ def exchange(
     finally:
         attempt.abandon()
     if attempt.answer is None:
-        raise ExchangeError(str(attempt.error) or type(attempt.error).__name__) from attempt.error
+        reason = str(attempt.error).strip() or type(attempt.error).__name__  # may have what the server sent
+        raise ExchangeError(printable(reason[:_SHOWN])) from attempt.error
     return attempt.answer
 
 

@@ -17,6 +17,7 @@ from producer.alert.record import summary
 from producer.errors import UnavailableError
 from producer.http_exchange import Answer, ExchangeError, exchange
 from producer.signals import Flag
+from producer.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Alertmanager:
             answer = exchange(request, _TIMEOUT_S, stop=self._stop)
         except ExchangeError as error:
             raise UnavailableError(f"Alertmanager at {self._url}: {error}") from error
-        status, text = answer.status, answer.body[:_SHOWN].decode(errors="replace").strip()
+        status, text = answer.status, printable(answer.body[:_SHOWN].decode(errors="replace").strip())
         if status >= 500 or status == _TOO_MANY_REQUESTS:
             raise UnavailableError(f"Alertmanager at {self._url}: {status} {text}")
         if status >= 300:

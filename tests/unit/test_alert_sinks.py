@@ -197,10 +197,11 @@ def test_what_is_refused_for_good_holds_up_nothing(
         b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n",
         b"220 mail.example.com ESMTP\r\n",
         b"\0" * 100,
+        b"\x1b[31m\nINFO ready\r\n\r\n",
         b"",
     ],
 )
-def test_an_answer_that_is_not_alertmanagers_is_none(answer: bytes) -> None:
+def test_an_answer_that_is_not_alertmanagers_is_none(answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
     class Stop(Exception):
         pass
 
@@ -220,6 +221,7 @@ def test_an_answer_that_is_not_alertmanagers_is_none(answer: bytes) -> None:
         with pytest.raises(Stop):
             Alertmanager(f"http://127.0.0.1:{server.getsockname()[1]}", 60, stop).send([LOSS])
         thread.join()
+    assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
 def test_a_stop_ends_a_request_that_is_not_answered() -> None:
