@@ -64,20 +64,17 @@ class StateFolder:
         self._published: dict[str, Any] = {}
 
     def publish_if_new(self, facts: dict[str, Any]) -> None:
-        """Write agent.json where the facts are others than before."""
+        """Write agent.json where the facts are others than those in it. OSError where that fails: try again."""
         if facts != self._published:
             self.publish(facts)
 
     def publish(self, facts: dict[str, Any]) -> None:
-        """Write agent.json, whole or not at all."""
-        self._published = facts
+        """Write agent.json, whole or not at all. Raises OSError."""
         fresh = self._agent.with_suffix(".new")
-        try:
-            with open(statefile.create(fresh), "w") as file:
-                file.write(json.dumps({"pid": os.getpid(), **facts}))
-            fresh.replace(self._agent)
-        except OSError as error:  # a full disk keeps nobody from capturing
-            logger.warning("state: %s: others cannot find this producer", error)
+        with open(statefile.create(fresh), "w") as file:
+            file.write(json.dumps({"pid": os.getpid(), **facts}))
+        fresh.replace(self._agent)
+        self._published = facts
 
     def __enter__(self) -> "StateFolder":
         self._lock = _open_lock(self.path)

@@ -42,6 +42,17 @@ def test_what_is_published_is_found_while_the_producer_runs(path):
     assert [file.name for file in path.iterdir()] == ["lock"]
 
 
+def test_what_could_not_be_published_is_published_when_it_can_be(path):
+    with StateFolder(path) as folder:
+        (path / "agent.new").mkdir()  # in the place of the file that is written first
+        with pytest.raises(OSError, match="agent"):
+            folder.publish_if_new(FACTS)
+        assert running(path) is None
+        (path / "agent.new").rmdir()
+        folder.publish_if_new(FACTS)
+        assert running(path) == {"pid": os.getpid(), **FACTS}
+
+
 def test_the_folder_is_its_owners_alone(path):
     with StateFolder(path):
         assert path.stat().st_mode & 0o777 == 0o700
