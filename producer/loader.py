@@ -59,9 +59,9 @@ class _LoggedError(HookError):
 
 
 class _RungFailed(Exception):
-    """The verifier refused a program, though the kernel allows its rung."""
+    """The verifier refused a program, though the kernel allows its rung; `stream` is None for that of own sockets."""
 
-    def __init__(self, stream: str, error: sysbpf.VerifierError) -> None:
+    def __init__(self, stream: str | None, error: sysbpf.VerifierError) -> None:
         super().__init__(str(error))
         self.stream, self.log = stream, error.log
 
@@ -142,6 +142,10 @@ class _Loaded:
                 self._load(request, btf, folder)
                 break
             except _RungFailed as failed:
+                if failed.stream is None:
+                    raise _LoggedError(
+                        f"the kernel refuses the program for own sockets: {failed}", failed.log
+                    ) from failed
                 rung = self.rungs[failed.stream].name
                 self.log += f"{failed.stream} {rung}:\n{failed.log}\n"
                 self.refusals.append(rungs.Refusal(failed.stream, rung, str(failed)))
@@ -193,8 +197,6 @@ class _Loaded:
                 program = rungs.load(hook, code.instructions(hook.program, maps), btf)
             except sysbpf.VerifierError as error:
                 sysbpf.close_all([*maps, *(loaded for *_, loaded in self.programs)])
-                if stream is None:
-                    raise _LoggedError(f"the kernel refuses the program for own sockets: {error}", error.log) from error
                 raise _RungFailed(stream, error) from error
             self.programs.append((stream, hook, program))
 

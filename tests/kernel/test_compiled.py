@@ -12,7 +12,7 @@ from producer.hooks import Hooks
 from producer.lab import Lab
 from producer.rules import filtered
 from producer.sysbpf import RETURN_0
-from tests.kernel.capture import Capture, Pair, hook_settings, rules
+from tests.kernel.capture import Capture, Pair, hook_settings, kernel_btf_with, rules
 from tests.kernel.trial import Trial, segs
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -79,11 +79,12 @@ def test_events_of_what_was_compiled_before_are_those_on_the_wire(lab: Lab, port
             assert segs(trial.sent(lab.client)) > 2 * 11
 
 
-def test_another_flag_is_another_compilation(folder: Path) -> None:
+def test_another_layout_is_another_compilation(folder: Path, tmp_path: Path) -> None:
+    btf = kernel_btf_with(tmp_path, {"snd_cwnd": "snd_cwmd"})
     load(folder)
-    assert not load(folder, hooks=("cgroup_skb", "raw_tp"))[0]
+    assert not load(folder, btf=btf)[0]
     assert load(folder)[0]
-    assert load(folder, hooks=("cgroup_skb", "raw_tp"))[0]
+    assert load(folder, btf=btf)[0]
     assert len(list(folder.iterdir())) == 2
 
 
