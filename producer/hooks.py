@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from producer import errors, sysbpf
 from producer.events import HOOKS, STREAMS, Stream, layout_check
-from producer.kept import Kept, KeptRing, usable
+from producer.kept import COUNTERS, Kept, KeptRing, usable
 from producer.loader import ATTACH
 from producer.loading import Loader
 from producer.paths import BPF
@@ -31,8 +31,6 @@ from producer.sockets import Address, cookie, listener_at
 
 logger = logging.getLogger(__name__)
 
-_COUNTERS = struct.Struct("<4Q")
-"""struct counters: passed, lost_ring_full, seq, forgotten."""
 _OWN_OPENED = b"\1"
 """OWN_OPENED in bpf/maps.h."""
 
@@ -326,13 +324,13 @@ class Hooks:
         return [seq for _, _, seq, _ in self._words(stream)]
 
     def _words(self, stream: Stream) -> Iterator[tuple[int, int, int, int]]:
-        size = self._cpus * _COUNTERS.size
+        size = self._cpus * COUNTERS.size
         value = sysbpf.lookup(self._maps["counters"], struct.pack("<I", stream.index), size)
-        return _COUNTERS.iter_unpack(value)
+        return COUNTERS.iter_unpack(value)
 
     def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
         for stream in STREAMS:
-            value = b"".join(_COUNTERS.pack(0, 0, number, 0) for number in numbers[stream.name])
+            value = b"".join(COUNTERS.pack(0, 0, number, 0) for number in numbers[stream.name])
             sysbpf.update(self._maps["counters"], struct.pack("<I", stream.index), value)
 
     def program_infos(self, stream: Stream) -> list[sysbpf.ProgramInfo]:

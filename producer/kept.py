@@ -5,6 +5,7 @@ The rings' sizes and the layouts of their records are in it: the process that fi
 
 import logging
 import mmap
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +19,8 @@ from producer.rungs import Refusal
 
 logger = logging.getLogger(__name__)
 
-COUNTERS_BYTES = 24
-"""struct counters in bpf/maps.h."""
+COUNTERS = struct.Struct("<4Q")
+"""struct counters in bpf/maps.h: passed, lost_ring_full, seq, forgotten."""
 _MOST_RECORD_BYTES = 1 << 12
 
 
@@ -106,7 +107,7 @@ def usable(kept: Kept, opened: Mapping[str, int]) -> Kept:
     for ring in kept.rings:
         _try(ring, opened)
     counters = sysbpf.map_info(opened[kept.maps["counters"]])
-    if (counters.key_size, counters.value_size) != (4, COUNTERS_BYTES):
+    if (counters.key_size, counters.value_size) != (4, COUNTERS.size):
         raise ValueError("the counters have another size")
     old_rings = []
     for ring in kept.old_rings:
