@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from producer.cgroups import CgroupPaths
-from producer.clock import now
-from producer.config import Config
-from producer.encode import BatchEncoder, load_schema
+from producer.agent.streams import ledger_path, quarantine_folder, spool_folder
+from producer.config.load import Config
+from producer.encode.batch import BatchEncoder
 from producer.events import TRANSMITS, Batch, EncodedBatch, Stream
-from producer.ledger import Account, Ledger
-from producer.spool import Spool
-from producer.streams import ledger_path, quarantine_folder, spool_folder
+from producer.host.cgroups import CgroupPaths
+from producer.host.clock import now
+from producer.pipeline.ledger import Account, Ledger
+from producer.schemas import load_schema
+from producer.spool.spool import Spool
 
 FLOWS = 31
 RING = "ring"
@@ -33,7 +34,7 @@ def encoded(stream: Stream, first: int, count: int) -> EncodedBatch:
     segment["flow"]["sport"], segment["flow"]["dport"] = 40_000 + numbers % FLOWS, 443
     segment["cpu_seq"], segment["ts"] = numbers, numbers * 1000
     host = {"host": "host-1", "boot_id": "5e4a1cde-0000-4000-8000-123456789abc"}
-    encoder = BatchEncoder(stream, load_schema(stream), stream.fixed_schema_id, host, CgroupPaths(None))
+    encoder = BatchEncoder(stream, load_schema(stream.schema_file), stream.fixed_schema_id, host, CgroupPaths(None))
     return encoder.encode(Batch(stream, rows), _START_NS)
 
 
@@ -55,7 +56,7 @@ def fill(
     config = Config(state_dir=state_dir)
     folder = spool_folder(config, stream)
     for first in range(0, batches, per_file):
-        spool = Spool(folder, stream, load_schema(stream), now, max_bytes=1 << 30)
+        spool = Spool(folder, stream, load_schema(stream.schema_file), now, max_bytes=1 << 30)
         spool.open()
         for number in range(first, min(first + per_file, batches)):
             batch = encoded(stream, number * size + 1, size)
@@ -63,7 +64,7 @@ def fill(
         spool.close()
     end = batches * size if noted is None else noted
     write_ledger(state_dir, Account(RING, end * STRIDE, 0, {}, acked, end), stream)
-    spool = Spool(folder, stream, load_schema(stream), now, max_bytes=1 << 30)
+    spool = Spool(folder, stream, load_schema(stream.schema_file), now, max_bytes=1 << 30)
     spool.open(acked, end)
     spool.close()
     return sorted(folder.glob("*.avro"))
@@ -73,7 +74,7 @@ def quarantine(state_dir: Path, reasons: Mapping[str, int], stream: Stream = TRA
     """Put messages into the quarantine, so many for each reason; return its files."""
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = quarantine_folder(Config(state_dir=state_dir), stream)
-    spool = Spool(folder, stream, load_schema(stream), now, max_bytes=1 << 26)
+    spool = Spool(folder, stream, load_schema(stream.schema_file), now, max_bytes=1 << 26)
     spool.open()
     for reason, count in reasons.items():
         spool.append(encoded(stream, spool.end + 1, count), "", 0, reason)

@@ -6,7 +6,7 @@ The demo's: two network namespaces inside this container, so that nothing reache
 import signal
 import threading
 
-from producer.lab import Lab
+from producer.demo.lab import Lab
 
 _ROUND_S = 60.0
 

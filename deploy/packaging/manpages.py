@@ -14,8 +14,8 @@ import click
 from click.shell_completion import get_completion_class
 
 from producer import errors
-from producer.cli import rebpf
-from producer.signals import QUIT_NOW
+from producer.cli.main import rebpf
+from producer.host.signals import QUIT_NOW
 
 _CONFIGURATION = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 _SHELLS = ("bash", "zsh", "fish")

@@ -1,1 +1,4 @@
-"""The alerting consumer, `rebpf alert`: reads the topics as a consumer group, and tells what crosses a threshold."""
+"""`rebpf alert`: reads the topics as a consumer group and sends alerts when a threshold is crossed.
+
+`windows`, `evaluate` and `silence` decide without I/O; the other modules read and write Kafka.
+"""

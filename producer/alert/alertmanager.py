@@ -11,13 +11,13 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.request import Request
 
-from producer.alert.alert import Alert
-from producer.alert.patience import Wait, until_it_works
+from producer.alert.model import Alert
 from producer.alert.record import summary
+from producer.alert.retry import Wait, until_it_works
 from producer.errors import UnavailableError
-from producer.http_exchange import Answer, ExchangeError, exchange
-from producer.signals import Flag
-from producer.text import printable
+from producer.host.http_exchange import Answer, ExchangeError, exchange
+from producer.host.signals import Flag
+from producer.host.text import printable
 
 logger = logging.getLogger(__name__)
 

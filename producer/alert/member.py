@@ -11,23 +11,21 @@ from typing import Any
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from producer.alert.alert import Alert, Sink
-from producer.alert.cycle import Cycle, Parts, Place
-from producer.alert.known import last_alerts
-from producer.alert.parts import Counts, Part, SumsPart
-from producer.alert.patience import Wait
-from producer.alert.record import FIXED_SCHEMA_ID, alert_schema
-from producer.alert.share import Shares
+from producer.alert.assignment import Shares
+from producer.alert.commit import Cycle, Parts, Place
+from producer.alert.last_alerts import last_alerts
+from producer.alert.model import Alert, Sink
+from producer.alert.partitions import Counts, Part, SumsPart
+from producer.alert.retry import Wait
 from producer.alert.topics import topics_of
 from producer.alert.writer import TopicWriter
-from producer.config import Config
-from producer.consumer import client_logger
-from producer.decode import Decoder
+from producer.config.librdkafka import client_settings, consumer_settings
+from producer.config.load import Config
+from producer.consume.decode import Decoder
 from producer.errors import ConfigError, Stopped, UnavailableError
-from producer.heartbeat import FIXED_SCHEMA_ID as HEARTBEAT_SCHEMA_ID
-from producer.heartbeat import heartbeat_schema
-from producer.kafka_settings import client_settings, consumer_settings
-from producer.signals import Flag
+from producer.host.signals import Flag
+from producer.kafka.consumer import client_logger
+from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ _FINAL = frozenset(
     }
 )
 
-_FIXED_SCHEMAS = {HEARTBEAT_SCHEMA_ID: heartbeat_schema(), FIXED_SCHEMA_ID: alert_schema()}
+_FIXED_SCHEMAS = {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE), ALERT_ID: load_schema(ALERT_FILE)}
 
 
 class _Stopped(Exception):

@@ -3,43 +3,23 @@
 Key: rule/group in UTF-8. Value: Confluent-framed Avro of schemas/tcp_alerts.avsc.
 """
 
-import io
-import json
 from dataclasses import asdict
-from typing import Any
 
-import fastavro
-
-from producer.alert.alert import Alert
-from producer.encode import frame
-from producer.events import SchemaId, Topic
-from producer.paths import SCHEMAS
-
-TOPIC = Topic("tcp_alerts")
-FIXED_SCHEMA_ID = SchemaId(4)
-"""The id in the Confluent frame where no registry is configured."""
-
-
-def alert_schema() -> dict[str, Any]:
-    """Return the published schema."""
-    schema: dict[str, Any] = json.loads((SCHEMAS / "tcp_alerts.avsc").read_text())
-    return schema
+from producer.alert.model import Alert
+from producer.events import SchemaId
+from producer.schemas import ALERT_FILE, RecordEncoder
 
 
 class AlertEncoder:
     """Makes messages of alerts."""
 
     def __init__(self, schema_id: SchemaId) -> None:
-        self._schema = fastavro.parse_schema(alert_schema())
-        self._frame = frame(schema_id)
+        self._encoder = RecordEncoder(ALERT_FILE, schema_id)
 
     def encode(self, alert: Alert, now_s: float) -> tuple[bytes, bytes]:
         """Return the message's key and value; `now_s` is the time in seconds since 1970 UTC."""
         record = {**asdict(alert), "ts": round(now_s * 1000), "summary": summary(alert)}
-        value = io.BytesIO(self._frame)
-        value.seek(len(self._frame))
-        fastavro.schemaless_writer(value, self._schema, record, strict=True)
-        return alert.key.encode(), value.getvalue()
+        return alert.key.encode(), self._encoder.encode(record)
 
 
 def summary(alert: Alert) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from producer.alert.alert import Alert
+from producer.alert.model import Alert
 from producer.alert.windows import MOST_GROUP, MOST_SEGS, Record
 
 RULE, MEASURE = "silent", "silence"

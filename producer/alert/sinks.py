@@ -4,20 +4,21 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 
-from producer.alert.alert import Alert, Sink
 from producer.alert.alertmanager import Alertmanager
-from producer.alert.patience import Wait, until_it_works
-from producer.alert.record import FIXED_SCHEMA_ID, AlertEncoder, alert_schema, summary
+from producer.alert.model import Alert, Sink
+from producer.alert.record import AlertEncoder, summary
+from producer.alert.retry import Wait, until_it_works
 from producer.alert.writer import ANY_PARTITION, TopicWriter
-from producer.config import Config
+from producer.config.librdkafka import client_settings
+from producer.config.load import Config
 from producer.errors import ConfigError, SchemaError
 from producer.events import SchemaId, Topic
-from producer.kafka_settings import client_settings
-from producer.output import echo
-from producer.provision import alert_topics
-from producer.registry import SchemaIds
-from producer.signals import Flag
-from producer.text import printable, to_json
+from producer.host.output import echo
+from producer.host.signals import Flag
+from producer.host.text import printable, to_json
+from producer.registry.schema_ids import SchemaIds
+from producer.schemas import ALERT_FILE, ALERT_ID, load_schema
+from producer.topics import alert_topics
 
 
 def open_sinks(
@@ -45,10 +46,10 @@ def open_sinks(
 
 def _schema_id(config: Config, topic: Topic, stop: Flag | None) -> SchemaId:
     if config.registry.url is None:
-        return FIXED_SCHEMA_ID
+        return ALERT_ID
     with SchemaIds(config.registry, cache=None, stop=stop) as registry:
         try:
-            return registry.find({topic: alert_schema()})[topic]
+            return registry.find({topic: load_schema(ALERT_FILE)})[topic]
         except SchemaError as error:
             raise SchemaError(f"{error} with --alerts") from error
 

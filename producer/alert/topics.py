@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from producer.alert.decide import RETRANSMITS, TRANSMITS
-from producer.config import Config
+from producer.alert.evaluate import RETRANSMITS, TRANSMITS
+from producer.config.load import Config
 from producer.errors import ConfigError
 from producer.events import RETRANSMITS as RETRANSMIT_STREAM
 from producer.events import TRANSMITS as TRANSMIT_STREAM
-from producer.provision import alert_topics, heartbeat_topic, topic
+from producer.topics import alert_topics, heartbeat_topic, topic
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from producer.alert.patience import Wait
-from producer.consumer import client_logger
+from producer.alert.retry import Wait
 from producer.errors import ConfigError, UnavailableError
+from producer.kafka.consumer import client_logger
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,10 @@ import numpy as np
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from producer.cgroups import CgroupPaths
-from producer.encode import BatchEncoder, load_schema
+from producer.encode.batch import BatchEncoder
 from producer.events import RETRANSMITS, TRANSMITS, Batch, SchemaId, Stream
+from producer.host.cgroups import CgroupPaths
+from producer.schemas import load_schema
 from tests.bench.stages import ROWS, messages, rows
 from tests.kafka.rebpf import command, rebpf, wait_until
 from tests.servers.kafka import KafkaServer
@@ -74,7 +75,9 @@ def retransmits(transmits: np.ndarray) -> np.ndarray:
 
 def encoder(stream: Stream, host: int) -> BatchEncoder:
     names = {"host": f"host-{host:04}.example", "boot_id": f"5e4a1cde-0000-4000-8000-{host:012}"}
-    return BatchEncoder(stream, load_schema(stream), SchemaId(stream.fixed_schema_id), names, CgroupPaths(None))
+    return BatchEncoder(
+        stream, load_schema(stream.schema_file), SchemaId(stream.fixed_schema_id), names, CgroupPaths(None)
+    )
 
 
 def read(admin: AdminClient, prefix: str) -> int:

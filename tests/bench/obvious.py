@@ -20,13 +20,13 @@ import fastavro
 import numpy as np
 from confluent_kafka import Producer
 
-from producer.clock import UtcOffset
-from producer.encode import frame, load_schema
+from producer.config.librdkafka import DEFAULTS
+from producer.encode.flows import address, key
 from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
-from producer.flows import address, key
-from producer.hooks import Hooks, HookSettings
-from producer.kafka_settings import DEFAULTS
-from producer.rules import filtered
+from producer.host.clock import UtcOffset
+from producer.kernel.capture import Hooks, HookSettings
+from producer.rules.tables import filtered
+from producer.schemas import frame, load_schema
 
 sys.path.append("/usr/lib/python3/dist-packages")
 from bcc.libbcc import _RINGBUF_CB_TYPE, lib
@@ -70,7 +70,7 @@ def to_record(values: dict[str, Any], offset_ns: int) -> dict[str, Any]:
 def callback(stream: Stream, producer: Producer, delivered: dict[str, int]) -> Callable[[int, int, int], int]:
     """Return the function that takes one event of a stream from its ring to Kafka."""
     layout, names = flattened(stream.dtype)
-    schema, header = fastavro.parse_schema(load_schema(stream)), frame(stream.fixed_schema_id)
+    schema, header = fastavro.parse_schema(load_schema(stream.schema_file)), frame(stream.fixed_schema_id)
 
     def count(error: Any, message: Any) -> None:
         if error is None:

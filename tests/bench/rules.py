@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from producer.events import STREAMS
-from producer.hooks import Hooks, HookSettings
-from producer.rules import Action, Rule, Tables, tables
+from producer.kernel.capture import Hooks, HookSettings
+from producer.rules.tables import Action, Rule, Tables, tables
 
 PORT = 9011
 STATS = Path("/proc/sys/kernel/bpf_stats_enabled")

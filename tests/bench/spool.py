@@ -17,10 +17,10 @@ from pathlib import Path
 
 import zstandard
 
-from producer.clock import now
-from producer.encode import load_schema
 from producer.events import TRANSMITS, Batch, EncodedBatch
-from producer.spool import Spool
+from producer.host.clock import now
+from producer.schemas import load_schema
+from producer.spool.spool import Spool
 from tests.bench.stages import ROWS, UTC_OFFSET_NS, encoder, rows
 
 BATCHES = 100
@@ -34,7 +34,7 @@ class Segments:
         self._spool = self._open()
 
     def _open(self) -> Spool:
-        spool = Spool(self._folder / "spool", TRANSMITS, load_schema(TRANSMITS), now, max_bytes=1 << 30)
+        spool = Spool(self._folder / "spool", TRANSMITS, load_schema(TRANSMITS.schema_file), now, max_bytes=1 << 30)
         spool.open()
         return spool
 

@@ -12,11 +12,12 @@ import fastavro
 import numpy as np
 from confluent_kafka import Producer
 
-from producer.cgroups import CgroupPaths
-from producer.encode import BatchEncoder, load_schema
+from producer.config.librdkafka import DEFAULTS, EMBEDDED, client_settings
+from producer.encode.batch import BatchEncoder
 from producer.events import FLOW, TCP_FIELDS, TRANSMITS, Batch, EncodedBatch, Rows, SchemaId, Topic
-from producer.kafka import KafkaSink
-from producer.kafka_settings import DEFAULTS, EMBEDDED, client_settings
+from producer.host.cgroups import CgroupPaths
+from producer.kafka.sink import KafkaSink
+from producer.schemas import load_schema
 
 ROWS, FLOWS = 4096, 500
 HOST = {"host": "host-0001.example", "boot_id": "5e4a1cde-0000-4000-8000-123456789abc"}
@@ -48,7 +49,7 @@ def rows() -> Rows:
 
 def encoder() -> BatchEncoder:
     """Return the producer's encoder of transmits."""
-    return BatchEncoder(TRANSMITS, load_schema(TRANSMITS), SchemaId(1), HOST, CgroupPaths(None))
+    return BatchEncoder(TRANSMITS, load_schema(TRANSMITS.schema_file), SchemaId(1), HOST, CgroupPaths(None))
 
 
 def messages(batch: EncodedBatch) -> list[bytes]:
@@ -97,7 +98,7 @@ def main() -> None:
     batch = Batch(TRANSMITS, rows())
     columns = encoder()
     encoded = columns.encode(batch, UTC_OFFSET_NS)
-    schema = fastavro.parse_schema(load_schema(TRANSMITS))
+    schema = fastavro.parse_schema(load_schema(TRANSMITS.schema_file))
     records = [fastavro.schemaless_reader(io.BytesIO(message[5:]), schema) for message in messages(encoded)]
 
     def by_record() -> None:

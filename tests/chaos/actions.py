@@ -145,8 +145,8 @@ def reload_wrong(scene: Scene, chance: random.Random) -> Waits:
     text = wrong(scene, chance)
     producer.write(text)
     if text == b"":  # nothing is the defaults, and right: a folder instead
-        producer.config.unlink()
-        producer.config.mkdir()
+        producer.config.load.unlink()
+        producer.config.load.mkdir()
     before, life = producer.refused, producer.life
     producer.send(signal.SIGHUP)
     end_s = time.monotonic() + DONE_S
@@ -206,7 +206,7 @@ def stop(scene: Scene, chance: random.Random) -> Waits:
             break
         yield 0.05
     else:
-        scene.note_end(scene.producer.balance())
+        scene.note_end(scene.producer.health.balance())
     scene.producer.start()
     yield from until_ready(scene)
 

@@ -68,7 +68,7 @@ def as_nobody() -> list[str]:
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         pytest.skip("giving up privileges needs root and setpriv")
     # Twice: setpriv itself may start a program that the user cannot.
-    probe = "import producer.cli, subprocess, sys; subprocess.run([sys.executable, '-V'], check=True)"
+    probe = "import producer.cli.main, subprocess, sys; subprocess.run([sys.executable, '-V'], check=True)"
     if subprocess.run([*nobody, sys.executable, "-c", probe], capture_output=True).returncode:
         pytest.skip(f"{sys.executable} and the package are not readable for other users")
     return nobody

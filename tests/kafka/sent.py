@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from producer.cgroups import CgroupPaths
-from producer.encode import BatchEncoder, load_schema
+from producer.encode.batch import BatchEncoder
 from producer.events import CAUSES, KNOWN, TRANSMITS, Batch, SchemaId, Stream
+from producer.host.cgroups import CgroupPaths
+from producer.schemas import load_schema
 
 MS = 1_000_000
 
@@ -37,7 +38,7 @@ def messages(
     encoders = {
         (stream, host): BatchEncoder(
             stream,
-            load_schema(stream),
+            load_schema(stream.schema_file),
             SchemaId(ids[prefix + stream.topic]),
             {"host": host, "boot_id": f"boot of {host}"},
             CgroupPaths(None),

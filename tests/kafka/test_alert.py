@@ -17,19 +17,19 @@ from typing import Any, NamedTuple, Self
 import pytest
 from confluent_kafka import Producer
 
-from producer.alert.alert import Alert, Sink
-from producer.alert.known import last_alerts
+from producer.alert.last_alerts import last_alerts
 from producer.alert.member import Member as AlertMember
-from producer.alert.patience import Wait, until_it_works
-from producer.alert.record import FIXED_SCHEMA_ID as ALERT_SCHEMA_ID
-from producer.alert.record import AlertEncoder, alert_schema
-from producer.config import Alert as AlertConfig
-from producer.config import AlertRule, Config, Kafka, Registry
-from producer.decode import Decoder
+from producer.alert.model import Alert, Sink
+from producer.alert.record import AlertEncoder
+from producer.alert.retry import Wait, until_it_works
+from producer.commands.init import create_topics
+from producer.config.load import Alert as AlertConfig
+from producer.config.load import AlertRule, Config, Kafka, Registry
+from producer.consume.decode import Decoder
 from producer.errors import UnavailableError
 from producer.events import RETRANSMITS, TRANSMITS, Stream
-from producer.heartbeat import FIXED_SCHEMA_ID, HeartbeatEncoder
-from producer.provision import create_topics
+from producer.health.heartbeat import HeartbeatEncoder
+from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_ID, load_schema
 from tests.kafka.rebpf import command, rebpf, repeating, wait_until
 from tests.kafka.sent import Sent, messages
 from tests.kafka.topics import FIXED_IDS
@@ -175,7 +175,7 @@ class Feed:
         self._client = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random"})
         self._ids = {PREFIX + topic: number for topic, number in FIXED_IDS.items()}
         self._numbers: Counter[tuple[Stream, str]] = Counter()
-        self._beats = HeartbeatEncoder(FIXED_SCHEMA_ID)
+        self._beats = HeartbeatEncoder(HEARTBEAT_ID)
 
     def events(self, planned: Sequence[tuple[Stream, str, str, int]], start_s: int) -> None:
         """Put in a window's events, some of them twice."""
@@ -204,7 +204,7 @@ def told(bootstrap: str, prefix: str = PREFIX) -> list[dict[str, Any]]:
     found = []
     for message in kcat_messages(bootstrap, f"{prefix}tcp_alerts"):
         assert message.value is not None
-        record = decode(message.value, alert_schema())[1]
+        record = decode(message.value, load_schema(ALERT_FILE))[1]
         assert message.key == f"{record['rule']}/{record['group']}".encode()
         found.append(record)
     return found
@@ -277,7 +277,7 @@ def test_what_fires_is_read_back_without_what_is_forgotten_or_not_ours(kafka, ca
         Alert("loss", "host", group, True, "ratio", 0.5, 0.1, 0.03, 0, 2, 10, 5, 0) for group in ("a", "b", "c")
     )
     resolved = replace(over, firing=False, value=0.0)
-    encoder = AlertEncoder(ALERT_SCHEMA_ID)
+    encoder = AlertEncoder(ALERT_ID)
     client = Producer({"bootstrap.servers": kafka.bootstrap})
     for alert in (fires, over, forgotten, resolved):
         key, value = encoder.encode(alert, time.time())
@@ -286,7 +286,7 @@ def test_what_fires_is_read_back_without_what_is_forgotten_or_not_ours(kafka, ca
     client.produce("known.tcp_alerts", b"not ours", "loss/d")
     assert client.flush(30) == 0
 
-    decoder = Decoder(config.registry, {ALERT_SCHEMA_ID: alert_schema()})
+    decoder = Decoder(config.registry, {ALERT_ID: load_schema(ALERT_FILE)})
     assert last_alerts(kafka.bootstrap, "known.tcp_alerts", {}, decoder) == [fires, resolved]
     assert "loss/d" in caplog.text
 

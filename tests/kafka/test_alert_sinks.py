@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from producer.alert.alert import Alert, Sink
-from producer.alert.record import TOPIC, alert_schema
+from producer.alert.model import Alert, Sink
 from producer.alert.sinks import open_sinks
-from producer.config import Alert as AlertConfig
-from producer.config import Config, Kafka, Registry
+from producer.commands.init import register_schemas
+from producer.config.load import Alert as AlertConfig
+from producer.config.load import Config, Kafka, Registry
 from producer.errors import SchemaError
-from producer.provision import register_schemas
+from producer.schemas import ALERT_FILE, load_schema
+from producer.topics import ALERTS
 from tests.servers import alertmanager
 from tests.servers.alertmanager import AlertmanagerServer
 from tests.servers.consume import decode, kcat_messages
@@ -80,7 +81,7 @@ def alerts(bootstrap: str, topic: str) -> list[tuple[bytes | None, int, Alert]]:
     found = []
     for message in kcat_messages(bootstrap, topic):
         assert message.value is not None
-        number, record = decode(message.value, alert_schema())
+        number, record = decode(message.value, load_schema(ALERT_FILE))
         del record["ts"], record["summary"]
         found.append((message.key, number, Alert(**record)))
     return found
@@ -93,11 +94,11 @@ def test_the_topic_has_each_change_in_order_with_the_registrys_id(kafka, registr
         sink_of(kafka.bootstrap, "sinks.", pytest.fail, registry.url)
     lines = register_schemas(config, alerts=True)
     (number,) = (int(line.split()[3].strip(",")) for line in lines if line.startswith("schema sinks.tcp_alerts-value"))
-    kafka.create_topic(f"sinks.{TOPIC}", partitions=1)
+    kafka.create_topic(f"sinks.{ALERTS}", partitions=1)
 
     sink = sink_of(kafka.bootstrap, "sinks.", lambda seconds: None, registry.url)
     sink.send(CHANGES)
-    assert alerts(kafka.bootstrap, f"sinks.{TOPIC}") == [(each.key.encode(), number, each) for each in CHANGES]
+    assert alerts(kafka.bootstrap, f"sinks.{ALERTS}") == [(each.key.encode(), number, each) for each in CHANGES]
     sink.close()
 
 
@@ -114,7 +115,7 @@ def test_the_topic_has_all_that_was_sent_while_the_broker_was_away(servers_prese
         raise Stop
 
     with KafkaServer(tmp_path) as server:
-        server.create_topic(TOPIC, partitions=1)
+        server.create_topic(ALERTS, partitions=1)
         patient, hasty = (sink_of(server.bootstrap, "", wait) for wait in (start, give_up))
         server.kill()
         # Who is told to give up leaves nothing behind that would come later, though its client lives.
@@ -123,6 +124,6 @@ def test_the_topic_has_all_that_was_sent_while_the_broker_was_away(servers_prese
         patient.send(CHANGES)
         assert len(waits) >= 3
         hasty.send([])
-        assert [alert for *_, alert in alerts(server.bootstrap, TOPIC)] == CHANGES
+        assert [alert for *_, alert in alerts(server.bootstrap, ALERTS)] == CHANGES
         patient.close()
         hasty.close()

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import fastavro
 import pytest
 
-from producer.lab import Lab
-from producer.reconcile import Tally, compare
+from producer.demo.lab import Lab
+from producer.demo.reconcile import Tally, compare
 from tests.kafka import topics
 from tests.kafka.rebpf import Run, command, rebpf, wait_until
 from tests.kafka.topics import RETRANSMIT, TRANSMIT

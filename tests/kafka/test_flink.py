@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from confluent_kafka import Producer
 
-from producer.config import Config, Kafka, Registry
+from producer.commands.init import register_schemas
+from producer.config.load import Config, Kafka, Registry
 from producer.events import CAUSES, RETRANSMITS, TRANSMITS, Stream
-from producer.provision import register_schemas, schema_ids
+from producer.registry.published import schema_ids
 from tests.kafka.sent import Sent, messages
 from tests.servers import fetch, flink
 from tests.servers.consume import kcat_messages

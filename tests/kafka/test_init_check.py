@@ -7,7 +7,7 @@ import pytest
 from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
-from producer.provision import topic_settings
+from producer.kafka.admin import topic_settings
 from tests.kafka.rebpf import as_nobody, rebpf
 from tests.servers.certificates import Authority
 from tests.servers.cluster import Broker

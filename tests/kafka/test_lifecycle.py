@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from producer import sysbpf
+from producer.kernel import bpf_syscall
 from tests.kafka import proc
 from tests.kafka.rebpf import Run, rebpf, wait_until
 from tests.kafka.traffic import Echo, exchange
@@ -102,12 +102,12 @@ def test_kill_leaves_no_program_no_process_and_no_file_and_the_next_start_works(
             run.ready()
             exchange(echo.port, 3)
             programs = proc.bpf_ids(run.pid, "prog")
-            assert programs <= sysbpf.program_ids()
+            assert programs <= bpf_syscall.program_ids()
             assert proc.bpf_ids(run.pid, "link")
             assert not proc.children(run.pid)
             run.kill()
 
-        wait_until("the programs are gone", lambda: not programs & sysbpf.program_ids())
+        wait_until("the programs are gone", lambda: not programs & bpf_syscall.program_ids())
         (compiled,) = (folder / "state" / "compiled").iterdir()
         assert files(folder / "state") == {str(compiled), *(str(folder / "state" / name) for name in LEFT_BY_A_KILL)}
         assert files(home, temporary) == set()
@@ -124,7 +124,7 @@ def test_kill_leaves_no_program_no_process_and_no_file_and_the_next_start_works(
 
 def test_kill_while_it_loads_takes_the_loader_with_it(tmp_path):
     with Run(tmp_path) as run:
-        (loader,) = wait_until("the loader runs", lambda: proc.children(run.pid, "producer.loader"))
+        (loader,) = wait_until("the loader runs", lambda: proc.children(run.pid, "producer.kernel.loader_child"))
         end = os.pidfd_open(loader)
         try:
             run.kill()

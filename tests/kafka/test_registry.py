@@ -10,9 +10,10 @@ import pytest
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 from confluent_kafka.schema_registry.error import SchemaRegistryError
 
-from producer.config import Config, Kafka, Registry
+from producer.commands.init import register_schemas
+from producer.config.load import Config, Kafka, Registry
 from producer.errors import SchemaError
-from producer.provision import register_schemas, schema_ids
+from producer.registry.published import schema_ids
 from tests.kafka import proc, topics
 from tests.kafka.rebpf import Run, rebpf
 from tests.kafka.topics import SCHEMAS, TRANSMIT

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from producer.events import RETRANSMITS
-from producer.ledger import Account
+from producer.pipeline.ledger import Account
 from tests import spools
 from tests.kafka import topics
 from tests.kafka.faults import assert_accounted

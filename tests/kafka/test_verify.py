@@ -16,9 +16,10 @@ from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
-from producer.cgroups import CgroupPaths
-from producer.encode import BatchEncoder, load_schema
+from producer.encode.batch import BatchEncoder
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
+from producer.host.cgroups import CgroupPaths
+from producer.schemas import load_schema
 from tests.kafka.rebpf import Run, rebpf
 from tests.kafka.traffic import Echo, exchange
 from tests.servers.kafka import KafkaServer
@@ -64,7 +65,9 @@ def encoded(stream: Stream, events: Sequence[Given], schema_id: int) -> Iterator
                 events[at].tick * 1000,
             )
         host_fields = {"host": host, "boot_id": boot_id}
-        encoder = BatchEncoder(stream, load_schema(stream), SchemaId(schema_id), host_fields, CgroupPaths(None))
+        encoder = BatchEncoder(
+            stream, load_schema(stream.schema_file), SchemaId(schema_id), host_fields, CgroupPaths(None)
+        )
         for at, message in zip(places, messages(encoder.encode(Batch(stream, rows), START_NS)), strict=True):
             made[at] = message
     return (made[at] for at in range(len(events)))
@@ -266,7 +269,7 @@ def test_the_schemas_ids_are_the_registry_s(topics: Topics, registry) -> None:
         for name in "abcd":  # so that the ids are not the fixed ones
             client.register_schema("other-value", Schema(json.dumps({"type": "record", "name": name, "fields": []})))
         for stream in STREAMS:
-            schema = Schema(json.dumps(load_schema(stream)))
+            schema = Schema(json.dumps(load_schema(stream.schema_file)))
             schema_id = client.register_schema(f"{topics.name(stream)}-value", schema)
             topics.put(stream, run_of("web-1", "boot-a", 2, range(1, 102)), schema_id)
     told, code = topics.told("--registry", registry.url)

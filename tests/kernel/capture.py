@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from producer.demo.lab import Host
 from producer.events import HOOKS, STREAMS, Rows, Stream
-from producer.hooks import Hooks, HookSettings
-from producer.lab import Host
+from producer.kernel.capture import Hooks, HookSettings
 
 T = TypeVar("T")
 

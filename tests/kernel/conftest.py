@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from producer.lab import Lab
-from producer.rules import filtered
+from producer.demo.lab import Lab
+from producer.rules.tables import filtered
 from tests.kernel.capture import COMPILED, Capture, hook_settings
 
 # Below the ephemeral ports, and others than those of tests that run beside these. Each test takes its own.

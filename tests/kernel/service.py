@@ -14,14 +14,14 @@ from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from producer import privileges
-from producer.balance import Balance
 from producer.events import TRANSMITS, Rows
-from producer.fdstore import FdStore
-from producer.hooks import Hooks
-from producer.ring import Ring
-from producer.rules import filtered
-from producer.systemd import notify
+from producer.health.balance import Balance
+from producer.host import capabilities
+from producer.host.systemd import notify
+from producer.kernel.capture import Hooks
+from producer.kernel.fdstore import FdStore
+from producer.kernel.ringbuf import Ring
+from producer.rules.tables import filtered
 from tests.kernel.capture import hook_settings
 from tests.wire import Segment
 
@@ -72,7 +72,7 @@ def main(file: str, port: str, *hold: str) -> None:
     settings = hook_settings(rules=filtered(ports=(int(port),)))
     with FdStore() as store, Hooks(settings, store) as hooks, open(file, "w") as out:
         hooks.load()
-        privileges.drop_all()
+        capabilities.drop_all()
         with hooks.ring(TRANSMITS) as ring:
             hooks.attach()
             print("ready", "taken_over=true" if hooks.taken_over else "", file=sys.stderr, flush=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from producer.compiled import CompiledFolder
-from producer.hooks import Hooks
-from producer.lab import Lab
-from producer.rules import filtered
-from producer.sysbpf import RETURN_0
+from producer.demo.lab import Lab
+from producer.kernel.bpf_syscall import RETURN_0
+from producer.kernel.capture import Hooks
+from producer.kernel.program_cache import CompiledFolder
+from producer.rules.tables import filtered
 from tests.kernel.capture import Capture, Pair, hook_settings, kernel_btf_with, rules
 from tests.kernel.trial import Trial, segs
 
@@ -41,7 +41,7 @@ def objects() -> Counter[tuple[str, ...]]:
 def loader_maps() -> str:
     """Return what the loader, which waits to attach, has in memory."""
     pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    (loader,) = (pid for pid in pids if b"producer.loader" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    (loader,) = (pid for pid in pids if b"producer.kernel.loader_child" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return Path(f"/proc/{loader}/maps").read_text()
 
 

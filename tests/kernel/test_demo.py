@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from producer.demo import demo
+from producer.demo.demo import demo
 from producer.errors import PermissionDenied
 
 pytestmark = pytest.mark.root

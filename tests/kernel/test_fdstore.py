@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from producer.events import TRANSMITS
-from producer.fdstore import FdStore
-from producer.hooks import Hooks
-from producer.rules import filtered
-from producer.sysbpf import program_ids
+from producer.kernel.bpf_syscall import program_ids
+from producer.kernel.capture import Hooks
+from producer.kernel.fdstore import FdStore
+from producer.rules.tables import filtered
 from tests.kafka.proc import bpf_ids
 from tests.kafka.traffic import Echo, exchange
 from tests.kernel import service

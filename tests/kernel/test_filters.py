@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from producer.demo.lab import Lab
 from producer.events import RETRANSMITS, TRANSMITS, Rows
-from producer.lab import Lab
-from producer.rules import filtered
+from producer.rules.tables import filtered
 from tests.kernel.capture import Capture, Pair, hook_settings, inside, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]

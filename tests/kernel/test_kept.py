@@ -17,11 +17,11 @@ import pytest
 
 from producer import paths
 from producer.events import RETRANSMIT, STREAMS, TRANSMIT, TRANSMITS, Rows
-from producer.hooks import Hooks
-from producer.pins import PinFolder
-from producer.rules import filtered
-from producer.sequence import EventNumbers
-from producer.sysbpf import possible_cpus, program_ids
+from producer.kernel.bpf_syscall import possible_cpus, program_ids
+from producer.kernel.capture import Hooks
+from producer.kernel.pinned import PinFolder
+from producer.kernel.sequence import EventNumbers
+from producer.rules.tables import filtered
 from tests.kernel.capture import ALLOWED, hook_settings, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -33,10 +33,10 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from producer.events import TRANSMITS
-from producer.hooks import Hooks, HookSettings
-from producer.pins import PinFolder
-from producer.rules import filtered
-from producer.sequence import EventNumbers
+from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.pinned import PinFolder
+from producer.rules.tables import filtered
+from producer.kernel.sequence import EventNumbers
 
 pins, state, port, cpus, allowed = json.loads(sys.argv[1])
 settings = HookSettings(hooks=tuple(allowed), rules=filtered(ports=(port,)))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from producer.demo.lab import Host, Lab, parse_counters
 from producer.errors import UnavailableError
-from producer.lab import Host, Lab, parse_counters
 
 pytestmark = pytest.mark.root
 
@@ -113,7 +113,7 @@ def test_leaving_removes_everything_also_after_an_error() -> None:
 
 def test_a_killed_process_leaves_nothing() -> None:
     program = (
-        "from producer.lab import Lab\n"
+        "from producer.demo.lab import Lab\n"
         "with Lab() as lab:\n"
         "    print(*(host.pid for host in lab.hosts), flush=True)\n"
         "    lab.traffic(3600)\n"

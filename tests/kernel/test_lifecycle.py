@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from producer import paths
+from producer.demo.lab import Lab
 from producer.errors import ConfigError, HookError, UnavailableError
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS
-from producer.hooks import Hooks, HookSettings
-from producer.lab import Lab
-from producer.rules import filtered
-from producer.rungs import LADDERS
-from producer.sysbpf import program_ids
+from producer.kernel.bpf_syscall import program_ids
+from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.hooks import LADDERS
+from producer.rules.tables import filtered
 from tests.kernel.capture import ALLOWED, Capture, Pair, hook_settings, kernel_btf_with, rules, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -48,8 +48,8 @@ def agent(settings: HookSettings) -> Iterator["subprocess.Popen[str]"]:
         "import sys\n"
         "from pathlib import PosixPath\n"
         "from producer.events import STREAMS\n"
-        "from producer.hooks import Hooks, HookSettings\n"
-        "from producer.rules import filtered\n"
+        "from producer.kernel.capture import Hooks, HookSettings\n"
+        "from producer.rules.tables import filtered\n"
         f"allowed, compiled = {settings.hooks!r}, {settings.compiled!r}\n"
         "hooks = Hooks(HookSettings(hooks=allowed, rules=filtered(ports=(1,)), compiled=compiled))\n"
         "hooks.load()\n"
@@ -142,7 +142,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of bpf/ that the loader takes instead."""
     copy = tmp_path / "bpf"
     subprocess.run(["cp", "-r", str(paths.BPF), str(copy)], check=True)
-    monkeypatch.setattr("producer.hooks.BPF", copy)
+    monkeypatch.setattr("producer.kernel.capture.BPF", copy)
     return copy
 
 
@@ -162,7 +162,7 @@ def test_a_compile_error_is_one_line_and_its_log_is_there_for_debugging(
     sources: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     edit(sources / "fill.h", "READ(sk, skc_dport)", "READ(sk, skc_dport_number)")
-    with caplog.at_level(logging.DEBUG, "producer.loading"):
+    with caplog.at_level(logging.DEBUG, "producer.kernel.loader"):
         message = error_of(HookSettings(hooks=ALLOWED))
     assert message.startswith("the BPF programs do not compile here: fill.h:")
     assert "skc_dport_number" in message
@@ -182,7 +182,7 @@ def test_a_program_that_the_verifier_refuses_costs_its_rung(
     # The cgroup hook's one program takes both streams.
     stream = "transmits" if rung == "cgroup_skb" else "retransmits"
     edit(sources / "fill.h", "\te->cause = CAUSE_SYN_ACK;\n", "\te->cause = ((u8 *)e)[4096];\n")
-    with caplog.at_level(logging.DEBUG, "producer.loading"):
+    with caplog.at_level(logging.DEBUG, "producer.kernel.loader"):
         message = error_of(HookSettings(hooks=(rung, capture.hooks.rungs["transmit"])))
     assert message.startswith(f"no hook for {stream} can be attached on this host")
     assert f"; {rung}: " in message or f"host: {rung}: " in message

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS
-from producer.hooks import Hooks
-from producer.rules import filtered
-from producer.sequence import EventNumbers
-from producer.sysbpf import possible_cpus
+from producer.kernel.bpf_syscall import possible_cpus
+from producer.kernel.capture import Hooks
+from producer.kernel.sequence import EventNumbers
+from producer.rules.tables import filtered
 from tests.kernel.capture import hook_settings
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from producer.events import RETRANSMITS, TRANSMITS
-from producer.hooks import Hooks
-from producer.rules import filtered
+from producer.kernel.capture import Hooks
+from producer.rules.tables import filtered
 from tests.kernel.capture import hook_settings
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.lab import Lab
+from producer.demo.lab import Lab
 from tests.kafka.rebpf import Run
 from tests.kernel.capture import ALLOWED, inside, wait_for
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from producer.demo.lab import Lab
 from producer.events import CAUSES, KNOWN
-from producer.lab import Lab
-from producer.rungs import cgroup2_root
+from producer.kernel.hooks import cgroup2_root
 from tests.kernel.capture import DEADLINE_S, Capture, inside, receive, rules, wait_for
 from tests.kernel.trial import Trial
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from producer.btf import TYPEDEF, Btf
+from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows
-from producer.lab import Host, Lab
+from producer.kernel.btf import TYPEDEF, Btf
 from tests.kernel.capture import DEADLINE_S, Capture, Pair, Skips, cookie_of, rules, sees_ipv6_synacks, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from producer import sysbpf
+from producer.demo.lab import Lab
 from producer.events import RETRANSMITS, TRANSMITS, Rows
-from producer.lab import Lab
-from producer.rulemaps import RuleMaps
-from producer.rules import MOST_CGROUP_LEVELS, Action, Rule, tables
-from producer.rungs import cgroup2_root
+from producer.kernel import bpf_syscall
+from producer.kernel.hooks import cgroup2_root
+from producer.kernel.rule_maps import RuleMaps
+from producer.rules.tables import MOST_CGROUP_LEVELS, Action, Rule, tables
 from tests.kernel.capture import Capture, Pair, hook_settings, inside, receive
 from tests.kernel.capture import rules as firewall
 
@@ -291,11 +291,11 @@ def full(prefixes: int) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for i in itertools.count():
                 key = struct.pack("<IIQQ", 32 + 128, 7, i, 0)
-                sysbpf.update(prefixes, key, bytes(4))
+                bpf_syscall.update(prefixes, key, bytes(4))
                 there.append(key)
         for _ in range(1_000):
-            sysbpf.delete(prefixes, there.pop())
+            bpf_syscall.delete(prefixes, there.pop())
         yield
     finally:
         for key in there:
-            sysbpf.delete(prefixes, key)
+            bpf_syscall.delete(prefixes, key)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS, Rows, Stream
-from producer.lab import Host, Lab
-from producer.rules import filtered
+from producer.rules.tables import filtered
 from tests.kernel.capture import Capture, Skips, hook_settings, inside, sees_ipv6_synacks, wait_for
 from tests.kernel.tun import Tun
 

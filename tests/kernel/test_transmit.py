@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from producer.demo.lab import Host, Lab
 from producer.events import HOOKS, KNOWN, STATES, TRANSMITS, Rows
-from producer.lab import Host, Lab
-from producer.rungs import cgroup2_root
-from producer.sysbpf import jiffies_per_second
+from producer.kernel.bpf_syscall import jiffies_per_second
+from producer.kernel.hooks import cgroup2_root
 from tests.kernel.capture import DEADLINE_S, Capture, Pair, cookie_of, inside, sees_ipv6_synacks, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]

@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 import pytest
 
+from producer.demo.lab import Host, Lab
 from producer.events import Rows
-from producer.lab import Host, Lab
 from tests.kernel.capture import Capture, Pair, inside, kernel_version, receive, rules, wait_for
 from tests.kernel.tcpinfo import TcpInfo, tcp_info
 from tests.kernel.trial import ACK, INTERFACE, RST, Trial, segs

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = "-all,+bpf,+perfmon,+net_admin"
 ATTACH = """
 import sys
-from producer.hooks import Hooks, HookSettings
-from producer.rules import filtered
+from producer.kernel.capture import Hooks, HookSettings
+from producer.rules.tables import filtered
 with Hooks(HookSettings(hooks=sys.argv[1].split(","), rules=filtered(ports=(1,)))) as hooks:
     hooks.load()
     hooks.attach()
@@ -29,7 +29,9 @@ def attach(*hooks: str) -> str:
         pytest.skip("giving up privileges needs setpriv")
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     user += [f"--inh-caps={CAPABILITIES}", f"--ambient-caps={CAPABILITIES}"]
-    if subprocess.run([*user, sys.executable, "-c", "import producer.hooks"], cwd=ROOT, capture_output=True).returncode:
+    if subprocess.run(
+        [*user, sys.executable, "-c", "import producer.kernel.capture"], cwd=ROOT, capture_output=True
+    ).returncode:
         pytest.skip(f"{sys.executable} and the package are not readable for other users")
     command = [*user, sys.executable, "-c", ATTACH, ",".join(hooks)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

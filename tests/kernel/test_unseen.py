@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 
+from producer.demo.lab import Host, Lab
 from producer.events import TRANSMITS, Rows
-from producer.lab import Host, Lab
 from tests.kernel.capture import Capture, Pair, Skips, inside, kernel_version, rules, wait_for
 from tests.kernel.trial import Trial
 from tests.kernel.tun import Tun

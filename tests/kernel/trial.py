@@ -13,8 +13,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows, Stream
-from producer.lab import Host, Lab
 from tests.kernel.capture import DEADLINE_S, Capture, Skips, inside
 from tests.wire import Segment, sniffed
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from producer.lab import Host
+from producer.demo.lab import Host
 from tests.kernel.capture import inside
 from tests.wire import Segment
 

@@ -27,7 +27,7 @@ import yaml
 from confluent_kafka.admin import AdminClient, ConfigResource
 from fastavro import parse_schema
 
-from producer import config
+from producer.config import load
 from producer.events import CAUSES
 from producer.paths import SCHEMAS
 from tests.kafka.rebpf import wait_until
@@ -130,7 +130,7 @@ def test_our_services_have_no_more_rights_than_they_take(composed: dict[str, Any
 
 def test_the_configuration_names_services_and_ports_that_there_are(composed: dict[str, Any]) -> None:
     services = composed["services"]
-    settings = config.load(CONTAINER / "rebpf.toml")
+    settings = load.load(CONTAINER / "rebpf.toml")
     broker, _, port = str(settings.kafka.brokers).partition(":")
     assert f"INTERNAL://{broker}:{port}" in services[broker]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
     assert f"INTERNAL://:{port}" in services[broker]["environment"]["KAFKA_LISTENERS"]

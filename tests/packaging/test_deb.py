@@ -21,8 +21,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from producer import config
-from producer.cli import rebpf
+from producer.cli.main import rebpf
+from producer.config import load
 from producer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,7 +193,7 @@ def test_bash_completes_a_command(package: Package, tmp_path: Path) -> None:
     program.write_text(
         f"#!{sys.executable} -IS\n"
         f"import sys; sys.path += {[str(tmp_path / 'tools'), str(package.private)]}\n"
-        "from producer.cli import main; main()\n"
+        "from producer.cli.main import main; main()\n"
     )
     program.chmod(0o755)
     script = package.root / "usr/share/bash-completion/completions/rebpf"
@@ -209,17 +209,17 @@ def test_its_configuration_is_refused_until_brokers_are_set_in_it(package: Packa
     text = file.read_text()
     number = next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith("brokers"))
     with pytest.raises(ConfigError, match=rf"line {number}: kafka\.brokers"):
-        config.load(file)
+        load.load(file)
     changed = tmp_path / "rebpf.toml"
     changed.write_text(text.replace('brokers = ""', 'brokers = "a:9092"'))
-    assert config.load(changed) == config.Config().with_values(kafka__brokers="a:9092")
+    assert load.load(changed) == load.Config().with_values(kafka__brokers="a:9092")
 
 
 def test_what_its_configuration_has_as_a_comment_is_right(package: Package, tmp_path: Path) -> None:
     _, _, settings = (package.root / "etc/rebpf/rebpf.toml").read_text().partition("\n\n")
     changed = tmp_path / "rebpf.toml"
     changed.write_text(settings.replace('brokers = ""', 'brokers = "a:9092"').replace("\n#", "\n"))
-    loaded = config.load(changed)
+    loaded = load.load(changed)
     assert loaded.kafka.settings == {"security.protocol": "SASL_SSL"}
     assert loaded.registry.url == "https://registry.example:8081"
 

@@ -15,10 +15,10 @@ from urllib.request import urlopen
 import bcrypt
 import pytest
 
-from producer import metrics
-from producer.balance import Balance
-from producer.endpoint import Board, Endpoint
-from producer.web_config import WebSettings
+from producer.health import metrics
+from producer.health.balance import Balance
+from producer.health.endpoint import Board, Endpoint
+from producer.health.web_config import WebSettings
 from tests.servers.certificates import Authority
 from tests.servers.prometheus import Prometheus, programs
 from tests.unit.statuses import status

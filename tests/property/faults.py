@@ -6,8 +6,8 @@ import os
 import random
 from pathlib import Path as Folder
 
-from producer.disk import Disk
-from producer.ledger import Account, Ledger
+from producer.pipeline.ledger import Account, Ledger
+from producer.spool.disk import Disk
 
 
 class CrashError(BaseException):

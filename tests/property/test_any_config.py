@@ -10,11 +10,11 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer import preflight
-from producer.config import Config, load
+from producer.commands import check
+from producer.config.load import Config, load
 from producer.errors import ConfigError, RebpfError
-from producer.kafka import KafkaSink, producer_settings
-from producer.ruleset import resolve
+from producer.kafka.sink import KafkaSink, producer_settings
+from producer.rules.resolve import resolve
 
 NUMBERS = st.sampled_from(
     ["0", "1", "-1", "65536", "4294967295", "8589934592", "0x" + "f" * 4000, "0.5", "1e300", "nan", "inf", "-inf"]
@@ -134,5 +134,5 @@ def test_any_configuration_is_taken_or_refused_in_one_line_and_check_agrees_with
     config = read(text, over)
     if config is None:
         return
-    found = {finding.subject: finding.exit_code for finding in preflight.settings(config)}
+    found = {finding.subject: finding.exit_code for finding in check.settings(config)}
     assert starts(config) == (not found.get("kafka.settings") and not found["rules"])

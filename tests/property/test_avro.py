@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.avro import Coded, Encoder, Group, Ints, Table
+from producer.encode.avro import Coded, Encoder, Group, Ints, Table
 from producer.errors import SchemaError
 
 INTEGERS = {"int": (-(2**31), 2**31 - 1), "long": (-(2**63), 2**63 - 1)}

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from producer.events import TRANSMITS, Batch, EncodedBatch, Rows, Stream
-from producer.kafka import Outcome
-from producer.pipeline import Pipeline
-from producer.spool import Spool
-from producer.spoolfiles import ASIDE, Moment, files
-from producer.streampath import Stores, StreamPath, resume
+from producer.host.clock import Moment
+from producer.kafka.sink import Outcome
+from producer.pipeline.pipeline import Pipeline
+from producer.pipeline.stream import Stores, StreamPath, resume
+from producer.spool.files import ASIDE, files
+from producer.spool.spool import Spool
 from tests.property.faults import CrashError, FailingDisk, FailingLedger, Faults
 from tests.rings import STRIDE, MemoryRing
 

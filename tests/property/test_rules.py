@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.rules import Action, PortRange, Rule, Segment, first_match, tables
+from producer.rules.tables import Action, PortRange, Rule, Segment, first_match, tables
 
 # Few addresses, ports and numbers, so that rules and segments meet.
 ADDRESSES = [

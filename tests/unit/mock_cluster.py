@@ -6,13 +6,13 @@ import uuid
 
 import confluent_kafka
 
-from producer import rdkafka
+from producer.kafka import librdkafka
 
 PRODUCE = 0
 DEADLINE_S = 40.0
 
 
-lib = rdkafka._lib
+lib = librdkafka._lib
 
 
 lib.rd_kafka_mock_push_request_errors_array.argtypes = (
@@ -39,7 +39,7 @@ class Cluster:
     """The cluster, in the process of a client that does nothing else."""
 
     def __init__(self) -> None:
-        self._owner = rdkafka.Producer({"test.mock.num.brokers": "1"})
+        self._owner = librdkafka.Producer({"test.mock.num.brokers": "1"})
         self._handle = lib.rd_kafka_handle_mock_cluster(self._owner._handle)
         self.brokers = self._owner.mock_bootstraps()
 

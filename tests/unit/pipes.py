@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from producer.disk import Disk
 from producer.events import STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream
-from producer.kafka import Outcome
-from producer.ledger import Account
-from producer.pipeline import Pipeline
-from producer.spool import Spool
-from producer.spoolfiles import Moment
-from producer.streampath import Stores, StreamPath
+from producer.host.clock import Moment
+from producer.kafka.sink import Outcome
+from producer.pipeline.ledger import Account
+from producer.pipeline.pipeline import Pipeline
+from producer.pipeline.stream import Stores, StreamPath
+from producer.spool.disk import Disk
+from producer.spool.spool import Spool
 from tests.rings import MemoryRing
 
 RING_ROWS = 1000

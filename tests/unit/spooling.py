@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from producer.disk import Disk
 from producer.events import TRANSMITS, EncodedBatch
-from producer.spool import Spool
-from producer.spoolfiles import Moment
+from producer.host.clock import Moment
+from producer.spool.disk import Disk
+from producer.spool.spool import Spool
 
 IDENTITY = {"type": "fixed", "name": "Id", "size": 100}
 

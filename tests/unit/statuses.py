@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from producer.balance import Balance
 from producer.events import RETRANSMITS, TRANSMITS
-from producer.status import Status, StreamStatus
+from producer.health.balance import Balance
+from producer.health.status import Status, StreamStatus
 
 LOST = {"ring_full": 3, "MSG_SIZE_TOO_LARGE": 2}
 

@@ -11,19 +11,19 @@ from typing import Any
 import fastavro
 import pytest
 
-from producer.alert import decide, exchange, known, silence
-from producer.alert.alert import Alert
-from producer.alert.cycle import Cycle, Place
-from producer.alert.decide import RETRANSMITS, Decider
-from producer.alert.known import last_of
-from producer.alert.parts import Committed, Counts, HeartbeatPart, Part, SourcePart, SumsPart
-from producer.alert.record import FIXED_SCHEMA_ID, AlertEncoder, alert_schema
+from producer.alert import evaluate, last_alerts, silence, sums_topic
+from producer.alert.commit import Cycle, Place
+from producer.alert.evaluate import RETRANSMITS, Decider
+from producer.alert.last_alerts import last_of
+from producer.alert.model import Alert
+from producer.alert.partitions import Committed, Counts, HeartbeatPart, Part, SourcePart, SumsPart
+from producer.alert.record import AlertEncoder
 from producer.alert.windows import MOST_SEGS, Outcome, SourceSums, Sums, View
-from producer.config import AlertRule
-from producer.decode import Decoder
+from producer.config.load import AlertRule
+from producer.consume.decode import Decoder
 from producer.events import RETRANSMITS as STREAM
-from producer.heartbeat import FIXED_SCHEMA_ID as HEARTBEAT_ID
-from producer.heartbeat import HeartbeatEncoder, heartbeat_schema
+from producer.health.heartbeat import HeartbeatEncoder
+from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
 from tests.unit.statuses import status
 from tests.unit.test_alert_windows import event
 from tests.unit.test_tail import message
@@ -39,7 +39,7 @@ ALERT = Alert("many", "host", "web-1", True, "count", 9.0, 5.0, 2.0, 10 * SECOND
 
 
 def decoder() -> Decoder:
-    return Decoder(None, {HEARTBEAT_ID: heartbeat_schema(), FIXED_SCHEMA_ID: alert_schema()})
+    return Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE), ALERT_ID: load_schema(ALERT_FILE)})
 
 
 def source(counts: Counts, committed: Committed = START, room_bytes: int = 1 << 20) -> SourcePart:
@@ -55,10 +55,10 @@ class Tellers:
 
     def __init__(self) -> None:
         self.told: list[Alert] = []
-        self._encoder = AlertEncoder(FIXED_SCHEMA_ID)
+        self._encoder = AlertEncoder(ALERT_ID)
 
     def put(self, partition: int, value: bytes) -> None:
-        assert exchange.read(value)
+        assert sums_topic.read(value)
         assert len(value) < 1_000_000  # Kafka's limit by default
 
     def flush(self) -> None: ...
@@ -112,9 +112,9 @@ def test_sums_of_segments_stay_within_an_alert() -> None:
     counts = Counts()
     part = sums(counts)
     for offset, name in enumerate(("events/0", "events/1")):
-        (_, value), *_ = exchange.sums_messages(RETRANSMITS, name, Sums(VIEW, 0, {"web-1": MOST_SEGS}), 1)
+        (_, value), *_ = sums_topic.sums_messages(RETRANSMITS, name, Sums(VIEW, 0, {"web-1": MOST_SEGS}), 1)
         part.put(value, offset, NOW_NS)
-    part.put(exchange.watermark_message("events/0", VIEW.width_ns), 2, NOW_NS)
+    part.put(sums_topic.watermark_message("events/0", VIEW.width_ns), 2, NOW_NS)
     (alert,) = go_round(part)
     assert (alert.retransmitted_segs, counts.undecodable) == (MOST_SEGS, 0)
 
@@ -191,19 +191,19 @@ def test_a_message_of_sums_that_none_of_us_wrote_is_counted_and_passed_over(valu
     part.put(value, 7, NOW_NS)
     assert (counts.undecodable, part.next) == (1, 8)
     part.put(sums_json(), 8, NOW_NS)
-    part.put(exchange.watermark_message("events/0", END_NS), 9, END_NS)
+    part.put(sums_topic.watermark_message("events/0", END_NS), 9, END_NS)
     assert [alert.group for alert in go_round(part)] == ["a"]
 
 
 def test_a_watermark_of_the_future_decides_no_window_to_come() -> None:
     counts = Counts()
     part = sums(counts)
-    part.put(exchange.watermark_message("events/0", MOST_SEGS), 0, NOW_NS)
+    part.put(sums_topic.watermark_message("events/0", MOST_SEGS), 0, NOW_NS)
     assert go_round(part) == []
     assert part.committed().facts()["decided_ns"] == NOW_NS
     later = NOW_NS + 30 * SECOND_NS
     part.put(sums_json(start_ns=later - later % VIEW.width_ns - VIEW.width_ns), 1, later)
-    part.put(exchange.watermark_message("events/0", later), 2, later)
+    part.put(sums_topic.watermark_message("events/0", later), 2, later)
     assert [alert.group for alert in go_round(part)] == ["a"]
 
 
@@ -234,12 +234,12 @@ def test_a_flood_of_sums_takes_bounded_memory_and_is_counted() -> None:
 
 
 def test_a_flood_of_firing_groups_is_told_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide, "MOST_FIRING", 10)
+    monkeypatch.setattr(evaluate, "MOST_FIRING", 10)
     counts = Counts()
     part = sums(counts)
     for number in range(100):
         part.put(sums_json(segs={f"host-{number:02}": 9}), number, NOW_NS)
-    part.put(exchange.watermark_message("events/0", END_NS), 100, END_NS)
+    part.put(sums_topic.watermark_message("events/0", END_NS), 100, END_NS)
     assert len(go_round(part)) == len(part.firing) == 10
     assert counts.crowded == 90
 
@@ -255,7 +255,7 @@ def test_many_windows_are_decided_in_one_pass_over_them() -> None:
 
 def beat(**fields: Any) -> bytes:
     _, value = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)
-    schema = fastavro.parse_schema(heartbeat_schema())
+    schema = fastavro.parse_schema(load_schema(HEARTBEAT_FILE))
     record: Any = fastavro.schemaless_reader(io.BytesIO(value[5:]), schema, None)
     buffer = io.BytesIO()
     buffer.write(struct.pack(">bI", 0, HEARTBEAT_ID))
@@ -293,7 +293,7 @@ def test_a_flood_of_hosts_takes_bounded_memory_and_known_hosts_are_still_heard(m
 
 
 def told(alert: Alert, key: bytes | None = None) -> tuple[bytes, bytes]:
-    own, value = AlertEncoder(FIXED_SCHEMA_ID).encode(alert, 0.0)
+    own, value = AlertEncoder(ALERT_ID).encode(alert, 0.0)
     return own if key is None else key, value
 
 
@@ -329,7 +329,7 @@ def test_an_alert_that_none_of_us_wrote_is_passed_over_and_told_once(
 def test_the_oldest_of_too_many_alerts_are_forgotten(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(known, "MOST_ALERTS", 10)
+    monkeypatch.setattr(last_alerts, "MOST_ALERTS", 10)
     alerts = [replace(ALERT, group=f"web-{number}") for number in range(25)]
     found = last_of([*map(told, alerts), (b"many/web-24", None)], "alerts", decoder(), NOW_NS)
     assert [alert.group for alert in found] == [f"web-{number}" for number in range(15, 24)]

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.alert import exchange
-from producer.alert.alert import Alert
-from producer.alert.cycle import Cycle, Parts, Place
-from producer.alert.decide import RETRANSMITS, TRANSMITS, Decider
-from producer.alert.parts import Committed, Counts, Part, SourcePart, SumsPart
+from producer.alert import sums_topic
+from producer.alert.commit import Cycle, Parts, Place
+from producer.alert.evaluate import RETRANSMITS, TRANSMITS, Decider
+from producer.alert.model import Alert
+from producer.alert.partitions import Committed, Counts, Part, SourcePart, SumsPart
 from producer.alert.windows import GROUPS, Sums, View
-from producer.config import AlertRule
+from producer.config.load import AlertRule
 
 SECOND_NS = 1_000_000_000
 LATENESS_S = 2
@@ -179,7 +179,7 @@ class World:
         committed = self.committed.get(place, Committed(0))
         if place.topic == "sums":
             count = len(self.sums)
-            ours = [each for each in known if exchange.partition_of(each.by, each.group, count) == place.number]
+            ours = [each for each in known if sums_topic.partition_of(each.by, each.group, count) == place.number]
             return SumsPart("sums", RULES, [_name(each) for each in self.logs], ours, committed, Counts())
         rules = [rule for rule in RULES if place.topic == RETRANSMITS or rule.measure == "ratio"]
         return SourcePart(

@@ -4,11 +4,12 @@ import math
 
 import pytest
 
-from producer.alert.alert import Alert
-from producer.alert.parts import Committed, Counts, HeartbeatPart
+from producer.alert.model import Alert
+from producer.alert.partitions import Committed, Counts, HeartbeatPart
 from producer.alert.silence import Hosts
-from producer.decode import Decoder
-from producer.heartbeat import FIXED_SCHEMA_ID, HeartbeatEncoder, heartbeat_schema
+from producer.consume.decode import Decoder
+from producer.health.heartbeat import HeartbeatEncoder
+from producer.schemas import HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
 from tests.unit.statuses import status
 
 SECOND_NS = 1_000_000_000
@@ -105,10 +106,12 @@ def test_hosts_that_could_not_be_heard_while_kafka_was_away_are_not_silent() -> 
 
 @pytest.mark.parametrize("interval_s", [math.inf, math.nan])
 def test_a_heartbeat_that_makes_no_sense_is_passed_over(monkeypatch: pytest.MonkeyPatch, interval_s: float) -> None:
-    monkeypatch.setattr("producer.heartbeat.INTERVAL_S", interval_s)
-    _, value = HeartbeatEncoder(FIXED_SCHEMA_ID).encode(status(), 100)
+    monkeypatch.setattr("producer.health.heartbeat.INTERVAL_S", interval_s)
+    _, value = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)
     counts = Counts()
-    part = HeartbeatPart("hosts", 3, [], Committed(7), Decoder(None, {FIXED_SCHEMA_ID: heartbeat_schema()}), counts)
+    part = HeartbeatPart(
+        "hosts", 3, [], Committed(7), Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE)}), counts
+    )
     part.put(value, 7, 0)
     assert (part.next, counts.undecodable) == (8, 1)
 

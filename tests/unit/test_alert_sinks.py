@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from producer.alert.alert import Alert
 from producer.alert.alertmanager import Alertmanager
-from producer.alert.record import FIXED_SCHEMA_ID, AlertEncoder, alert_schema, summary
+from producer.alert.model import Alert
+from producer.alert.record import AlertEncoder, summary
 from producer.alert.sinks import StandardOutput, open_sinks
-from producer.config import Alert as AlertConfig
-from producer.config import Config
+from producer.config.load import Alert as AlertConfig
+from producer.config.load import Config
 from producer.errors import ConfigError, Stopped
 from producer.events import STREAMS
-from producer.heartbeat import FIXED_SCHEMA_ID as HEARTBEAT_SCHEMA_ID
+from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_ID, load_schema
 from tests.servers.consume import decode
 from tests.unit.test_docs import DOCS, FIELD, type_of
 
@@ -58,10 +58,10 @@ def test_an_alert_in_words(alert: Alert, words: str) -> None:
 
 
 def test_a_record_says_what_the_alert_does() -> None:
-    key, value = AlertEncoder(FIXED_SCHEMA_ID).encode(LOSS, 1_790_000_123.456)
-    number, record = decode(value, alert_schema())
+    key, value = AlertEncoder(ALERT_ID).encode(LOSS, 1_790_000_123.456)
+    number, record = decode(value, load_schema(ALERT_FILE))
     assert key == b"loss/web-1"
-    assert number == FIXED_SCHEMA_ID
+    assert number == ALERT_ID
     assert record.pop("ts") == datetime.fromtimestamp(1_790_000_123.456, UTC)
     assert record.pop("summary") == summary(LOSS)
     assert Alert(**record) == LOSS
@@ -70,11 +70,11 @@ def test_a_record_says_what_the_alert_does() -> None:
 def test_events_md_has_every_field_of_the_alert_as_it_is() -> None:
     section = (DOCS / "events.md").read_text().split("\n### TcpAlert\n")[1].split("\n#")[0]
     rows = [(name, kind, text) for name, kind, text, _ in FIELD.findall(section)]
-    assert rows == [(field["name"], type_of(field), field["doc"]) for field in alert_schema()["fields"]]
+    assert rows == [(field["name"], type_of(field), field["doc"]) for field in load_schema(ALERT_FILE)["fields"]]
 
 
 def test_no_two_records_have_one_fixed_id() -> None:
-    ids = {FIXED_SCHEMA_ID, HEARTBEAT_SCHEMA_ID, *(stream.fixed_schema_id for stream in STREAMS)}
+    ids = {ALERT_ID, HEARTBEAT_ID, *(stream.fixed_schema_id for stream in STREAMS)}
     assert len(ids) == len(STREAMS) + 2
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.alert.exchange import PartSums, partition_of, read, sums_messages
+from producer.alert.sums_topic import PartSums, partition_of, read, sums_messages
 from producer.alert.windows import GROUPS, Outcome, SourceSums, Sums, View
 
 SECOND_NS = 1_000_000_000

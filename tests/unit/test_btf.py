@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from producer.btf import FUNC, STRUCT, TYPEDEF, VMLINUX, Btf, kernel_header, missing
 from producer.errors import UnavailableError
-from producer.source import OPTIONAL, REQUIRED, WANTED
+from producer.kernel.btf import FUNC, STRUCT, TYPEDEF, VMLINUX, Btf, kernel_header, missing
+from producer.kernel.source import OPTIONAL, REQUIRED, WANTED
 
 INT, PTR, ARRAY, UNION, CONST, FUNC_PROTO = 1, 2, 3, 5, 10, 13
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from producer.cgroups import CgroupPaths, container, unit
-from producer.text import raw_name
+from producer.host.cgroups import CgroupPaths, container, unit
+from producer.host.text import raw_name
 
 ID = "0123456789abcdef" * 4
 

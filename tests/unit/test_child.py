@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.child import python
+from producer.host.python_child import python
 
 
 def test_the_child_finds_modules_where_this_process_does_and_nowhere_else(

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from producer.cli import rebpf as group
+from producer.cli.main import rebpf as group
 from tests.kafka.rebpf import as_nobody, rebpf
 
 COMMANDS = sorted(group.commands)

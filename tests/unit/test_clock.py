@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from producer.clock import UtcOffset
+from producer.host.clock import UtcOffset
 
 OFFSET_NS = 1_700_000_000_000_000_000
 

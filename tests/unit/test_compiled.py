@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from producer.compiled import KEPT_FILES, Compiled, CompiledFolder, key
-from producer.sysbpf import RETURN_0, MapInfo, instruction
+from producer.kernel.bpf_syscall import RETURN_0, MapInfo, instruction
+from producer.kernel.program_cache import KEPT_FILES, Compiled, CompiledFolder, key
 from tests.unit.disks import remount, small_disk
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

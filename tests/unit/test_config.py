@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.config import Alert, AlertRule, Capture, Config, Kafka, Metrics, Registry, RuleConfig, Spool, load
+from producer.config.load import Alert, AlertRule, Capture, Config, Kafka, Metrics, Registry, RuleConfig, Spool, load
 from producer.errors import ConfigError
 
 FULL = """

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.accepted import NotAccepted, accepted
-from producer.alert.parts import Committed, Counts, HeartbeatPart
-from producer.decode import Decoder, UndecodableError
+from producer.alert.partitions import Committed, Counts, HeartbeatPart
+from producer.consume.accepted import NotAccepted, accepted
+from producer.consume.decode import Decoder, UndecodableError
 from producer.errors import Stopped, UnavailableError
 from producer.events import SchemaId
 from producer.paths import SCHEMAS

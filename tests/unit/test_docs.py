@@ -10,11 +10,11 @@ from typing import Any
 import click
 import pytest
 
-from producer.balance import stage
-from producer.cli import rebpf
-from producer.config import load
+from producer.cli.main import rebpf
+from producer.config.librdkafka import client_settings
+from producer.config.load import load
 from producer.events import CAUSES, STREAMS
-from producer.kafka_settings import client_settings
+from producer.health.balance import stage
 from producer.paths import SCHEMAS
 from tests.unit import configuration
 

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer import events, flows
-from producer.avro import Encoder
-from producer.encode import BatchEncoder, load_schema
+from producer import events
+from producer.encode import flows
+from producer.encode.avro import Encoder
+from producer.encode.batch import BatchEncoder
 from producer.errors import SchemaError
 from producer.events import FLOW, RETRANSMITS, SEGMENT, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
+from producer.schemas import load_schema
 
 HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
 OFFSET_NS = 1_790_000_000_123_456_789
@@ -41,7 +43,9 @@ class PathsOfTests:
 
 
 def encoder_of(stream: Stream, schema: Mapping[str, Any] | None = None) -> BatchEncoder:
-    return BatchEncoder(stream, schema or load_schema(stream), SchemaId(stream.fixed_schema_id), HOST, PathsOfTests())
+    return BatchEncoder(
+        stream, schema or load_schema(stream.schema_file), SchemaId(stream.fixed_schema_id), HOST, PathsOfTests()
+    )
 
 
 def messages(encoded: EncodedBatch) -> list[tuple[bytes, bytes]]:
@@ -216,7 +220,7 @@ def parsed(schema: Mapping[str, Any]) -> Any:
     return fastavro.parse_schema(plain)
 
 
-PARSED = {stream.name: parsed(load_schema(stream)) for stream in STREAMS}
+PARSED = {stream.name: parsed(load_schema(stream.schema_file)) for stream in STREAMS}
 
 
 @pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
@@ -234,7 +238,7 @@ def test_fastavro_reads_every_field_as_the_row_has_it(stream: Stream, data: st.D
 
 @given(st.integers(0, 2**32 - 1))
 def test_each_frame_begins_with_the_schemas_id(schema_id: int) -> None:
-    encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS), SchemaId(schema_id), HOST, PathsOfTests())
+    encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS.schema_file), SchemaId(schema_id), HOST, PathsOfTests())
     ((_, value),) = encode(encoder, TRANSMITS, np.zeros(1, TRANSMITS.dtype))
     assert decode(value, PARSED["transmit"])[0] == schema_id
 
@@ -242,7 +246,7 @@ def test_each_frame_begins_with_the_schemas_id(schema_id: int) -> None:
 @pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
 @given(data=st.data())
 def test_a_schema_with_fewer_fields_gives_those_that_it_has(stream: Stream, data: st.DataObject) -> None:
-    schema = load_schema(stream)
+    schema = load_schema(stream.schema_file)
     names = [field["name"] for field in schema["fields"]]
     kept = data.draw(st.sets(st.sampled_from(names), min_size=1))
     schema["fields"] = [field for field in schema["fields"] if field["name"] in kept]
@@ -261,7 +265,7 @@ def test_a_schema_with_fewer_fields_gives_those_that_it_has(stream: Stream, data
 )
 @given(data=st.data())
 def test_a_field_that_no_row_carries_has_its_default(kind: Any, default: Any, data: st.DataObject) -> None:
-    schema = load_schema(RETRANSMITS)
+    schema = load_schema(RETRANSMITS.schema_file)
     at = data.draw(st.integers(0, len(schema["fields"])))
     schema["fields"].insert(at, {"name": "colour", "type": kind, "default": default})
     values = data.draw(st.lists(row_values(RETRANSMITS), min_size=1, max_size=3))
@@ -272,7 +276,7 @@ def test_a_field_that_no_row_carries_has_its_default(kind: Any, default: Any, da
 
 
 def test_a_field_that_no_row_carries_and_that_has_no_default_is_refused() -> None:
-    schema = load_schema(TRANSMITS)
+    schema = load_schema(TRANSMITS.schema_file)
     schema["fields"].append({"name": "colour", "type": ["null", "long"]})
     with pytest.raises(SchemaError, match=r"tcp_transmit\.avsc: no event carries the field colour"):
         encoder_of(TRANSMITS, schema)
@@ -319,7 +323,7 @@ def test_batches_keep_their_keys_and_values_when_the_flow_table_starts_anew() ->
 
 
 def test_the_flow_table_does_not_grow_without_bound() -> None:
-    table = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, PathsOfTests())
+    table = flows.FlowTable(Encoder(load_schema(TRANSMITS.schema_file)), [], HOST, PathsOfTests())
     for first in range(0, 2 * flows._MOST_FLOWS, 4096):
         table.number(plain_rows(4096, first))
         assert len(table.keys) <= flows._MOST_FLOWS + 4096
@@ -327,7 +331,7 @@ def test_the_flow_table_does_not_grow_without_bound() -> None:
 
 @pytest.mark.parametrize("before", [0, flows._MOST_FLOWS + 1])
 def test_a_burst_of_new_flows_is_taken_a_few_at_a_time(before: int) -> None:
-    table = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, PathsOfTests())
+    table = flows.FlowTable(Encoder(load_schema(TRANSMITS.schema_file)), [], HOST, PathsOfTests())
     if before:
         table.number(plain_rows(before))
     burst = plain_rows(20_000, 10**6)
@@ -347,7 +351,7 @@ def test_flows_that_share_a_place_are_told_apart() -> None:
     """More flows than places, so that many must share; each comes twice in a batch, and again in the next."""
     encoder = encoder_of(TRANSMITS)
     once = plain_rows(1 << 15, 7)
-    places = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, PathsOfTests())
+    places = flows.FlowTable(Encoder(load_schema(TRANSMITS.schema_file)), [], HOST, PathsOfTests())
     assert len(set(places.number(once).tolist())) == 1 << 15
     some = plain_rows(3000, 7)
     rows = np.concatenate([some, some[::-1]])
@@ -359,7 +363,7 @@ def test_flows_that_share_a_place_are_told_apart() -> None:
 
 
 def test_flows_that_differ_in_one_byte_are_told_apart_though_they_share_a_place() -> None:
-    table = flows.FlowTable(Encoder(load_schema(TRANSMITS)), [], HOST, PathsOfTests())
+    table = flows.FlowTable(Encoder(load_schema(TRANSMITS.schema_file)), [], HOST, PathsOfTests())
     table._factors[:] = 0  # all flows have the place 0
     base = plain_rows(1)
     assert table.number(base).tolist() == [0]
@@ -410,7 +414,7 @@ class LatePaths:
 
 def test_a_flow_gets_the_path_of_its_cgroup_when_that_is_known():
     paths = LatePaths()
-    schema = load_schema(TRANSMITS)
+    schema = load_schema(TRANSMITS.schema_file)
     encoder = BatchEncoder(TRANSMITS, schema, SchemaId(1), HOST, paths)
     rows = np.zeros(3, TRANSMITS.dtype)
     rows["s"]["flow"]["flow_known"] = events.KNOWN["cgroup_id"]
@@ -427,7 +431,7 @@ def test_a_flow_gets_the_path_of_its_cgroup_when_that_is_known():
 
 
 def test_names_of_numbers_that_mean_nothing_are_unknown():
-    encoder, schema = encoder_of(TRANSMITS), load_schema(TRANSMITS)
+    encoder, schema = encoder_of(TRANSMITS), load_schema(TRANSMITS.schema_file)
     rows = np.zeros(1, TRANSMITS.dtype)
     rows["s"]["known"] = events.KNOWN["ca_state"]
     rows["s"]["flow"]["hook"] = rows["s"]["state"] = rows["s"]["ca_state"] = 255

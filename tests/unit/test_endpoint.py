@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from producer.endpoint import Board, Endpoint
+from producer.health.endpoint import Board, Endpoint
 from tests.kafka.rebpf import wait_until
 from tests.unit.statuses import status
 
@@ -118,7 +118,9 @@ def test_a_visitor_that_sends_a_byte_now_and_then_is_closed_at_its_deadline() ->
 
 def test_a_visitor_that_does_not_read_is_closed_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     large = b"x" * (64 << 20)
-    monkeypatch.setattr("producer.endpoint.choose_encoder", lambda accept: (lambda registry: large, "text/plain"))
+    monkeypatch.setattr(
+        "producer.health.endpoint.choose_encoder", lambda accept: (lambda registry: large, "text/plain")
+    )
     with serving() as address, socket.create_connection(address, timeout=30) as visitor:
         visitor.send(b"GET /metrics HTTP/1.1\r\n\r\n")
         wait_until("the visit began", lambda: visits() == 1, 30)

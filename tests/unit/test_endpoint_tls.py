@@ -17,10 +17,10 @@ from pathlib import Path
 import bcrypt
 import pytest
 
-from producer.endpoint import Board, Endpoint, ask
 from producer.errors import UnavailableError
-from producer.passwords import Passwords
-from producer.web_config import WebSettings
+from producer.health.endpoint import Board, Endpoint, ask
+from producer.health.passwords import Passwords
+from producer.health.web_config import WebSettings
 from tests.kafka.rebpf import wait_until
 from tests.servers.certificates import Authority, Certificate
 from tests.unit.statuses import status

@@ -5,8 +5,8 @@ import ipaddress
 import pytest
 
 from producer.errors import UsageError
-from producer.explain import explain
-from producer.rules import Action, Rule
+from producer.rules.explain import explain
+from producer.rules.tables import Action, Rule
 
 NETWORK = (ipaddress.ip_network("10.0.0.0/8"),)
 DROP = Action(transmit=False, retransmit=False)

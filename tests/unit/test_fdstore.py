@@ -6,13 +6,13 @@ import sys
 import pytest
 
 from producer.errors import ConfigError
-from producer.fdstore import FdStore, available
-from producer.systemd import barrier, notify
+from producer.host.systemd import barrier, notify
+from producer.kernel.fdstore import FdStore, available
 from tests.manager import Manager
 
 NEXT = """
 import os, sys
-from producer.fdstore import FdStore
+from producer.kernel.fdstore import FdStore
 if sys.argv[1:]:
     os.environ["LISTEN_PID"] = sys.argv[1]
 with FdStore() as store:
@@ -83,7 +83,8 @@ def test_the_manifest_is_stored_last_and_nobody_can_change_it(manager, objects):
 def test_what_is_handed_over_has_no_heirs(manager, objects):
     with FdStore() as store:
         store.keep(objects, MANIFEST)
-    look = "import os\nfrom producer.fdstore import FdStore\nwith FdStore(): print(*map(os.get_inheritable, (3, 4, 5)))"
+    look = "import os\nfrom producer.kernel.fdstore import FdStore\n"
+    look += "with FdStore(): print(*map(os.get_inheritable, (3, 4, 5)))"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
     assert process.communicate()[0].split() == ["False"] * 3
 
@@ -119,11 +120,11 @@ def test_a_process_that_is_killed_while_it_keeps_others_leaves_the_old_or_the_ne
 
     with FdStore() as store:
         store.keep(objects, MANIFEST)
-        monkeypatch.setattr("producer.fdstore.notify", send)
+        monkeypatch.setattr("producer.kernel.fdstore.notify", send)
         with pytest.raises(KeyboardInterrupt):
             store.keep({"other": objects["ring"]}, {"maps": ["other"]})
     barrier()  # systemd takes what a process has sent before it takes note of its end
-    look = "from producer.fdstore import FdStore\nwith FdStore() as store: print(store.manifest())"
+    look = "from producer.kernel.fdstore import FdStore\nwith FdStore() as store: print(store.manifest())"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
     is_old = "manifest_2" in killed_before
     assert process.communicate()[0] == f"{MANIFEST if is_old else {'maps': ['other']}}\n"
@@ -135,7 +136,8 @@ def test_a_manifest_that_cannot_be_read_has_nothing_in_it(manager, objects, tmp_
         store.keep(objects, MANIFEST)
     manager.forget("manifest_1")
     manager.stored["manifest_1"] = os.open(tmp_path / "ring", os.O_RDONLY)
-    look = "from producer.fdstore import FdStore\nwith FdStore() as store: print(store.manifest()); store.keep({}, {})"
+    look = "from producer.kernel.fdstore import FdStore\n"
+    look += "with FdStore() as store: print(store.manifest()); store.keep({}, {})"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
     assert process.communicate()[0] == "{}\n"
     assert list(manager.stored) == ["manifest_2"]
@@ -145,7 +147,7 @@ def test_remains_without_a_manifest_are_cleared(manager, objects):
     with FdStore() as store:
         store.keep(objects, MANIFEST)
     manager.forget("manifest_1")
-    look = "from producer.fdstore import FdStore\nwith FdStore() as store: print(store.manifest())"
+    look = "from producer.kernel.fdstore import FdStore\nwith FdStore() as store: print(store.manifest())"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
     assert process.communicate()[0] == "None\n"
     assert manager.stored == {}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from producer.encode.isolate import Isolator, Unencodable
 from producer.events import TRANSMITS, Batch, EncodedBatch, Rows
-from producer.isolate import Isolator, Unencodable
 from tests.unit.pipes import UTC_OFFSET_NS, IdEncoder, ids
 
 

@@ -7,10 +7,7 @@ from pathlib import Path
 import confluent_kafka
 import pytest
 
-from producer.config import load
-from producer.errors import ConfigError
-from producer.kafka import KafkaSink
-from producer.kafka_settings import (
+from producer.config.librdkafka import (
     AT_DEFAULT,
     FREE_OF_ALL,
     FREE_OF_CONSUMERS,
@@ -21,6 +18,9 @@ from producer.kafka_settings import (
     client_settings,
     consumer_settings,
 )
+from producer.config.load import load
+from producer.errors import ConfigError
+from producer.kafka.sink import KafkaSink
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import confluent_kafka
 import numpy as np
 import pytest
 
-from producer import rdkafka
+from producer.config.librdkafka import client_settings
 from producer.events import RETRANSMITS, TRANSMITS, EncodedBatch, Stream, Topic
-from producer.kafka import KafkaSink
-from producer.kafka_settings import client_settings
+from producer.kafka import librdkafka
+from producer.kafka.sink import KafkaSink
 from tests.kafka.rebpf import wait_until
 from tests.unit.mock_cluster import DEADLINE_S, Cluster, lib
 
@@ -135,7 +135,7 @@ def test_a_message_that_is_too_large_for_the_client_is_lost_by_name_and_its_neig
     assert cluster.read("t", 10) == messages[:5] + messages[6:]
 
 
-@pytest.mark.parametrize("code", [7, 19, 29, 3, 6], ids=rdkafka.error_name)
+@pytest.mark.parametrize("code", [7, 19, 29, 3, 6], ids=librdkafka.error_name)
 def test_a_failure_that_passes_costs_no_message(cluster, open_sink, code):
     cluster.create("t")
     sink = open_sink()
@@ -177,7 +177,7 @@ def test_batches_that_are_sent_again_stay_in_order_and_later_ones_wait_for_them(
     assert cluster.read("t", 240) == numbered(240)
 
 
-@pytest.mark.parametrize("code", [10, 44, 87], ids=rdkafka.error_name)
+@pytest.mark.parametrize("code", [10, 44, 87], ids=librdkafka.error_name)
 def test_a_refused_batch_is_sent_one_by_one_and_what_is_refused_then_is_lost_by_name(cluster, open_sink, code):
     cluster.create("t")
     kept: list[tuple[EncodedBatch, str]] = []
@@ -191,7 +191,7 @@ def test_a_refused_batch_is_sent_one_by_one_and_what_is_refused_then_is_lost_by_
     sink.send(later)
     ledger.wait_for(later)
 
-    name = rdkafka.error_name(code)
+    name = librdkafka.error_name(code)
     assert ledger.lost["transmit"] == {name: 2}
     assert ledger.lost_of == {refused: Counter({name: 2}), later: Counter()}
     assert ledger.delivered == {"transmit": 11 + 17}
@@ -411,7 +411,7 @@ def test_an_embedded_cluster_has_the_topics():
 def test_delivery_reports_need_no_descriptor() -> None:
     """numpy imports a part of itself when it is first needed, which fails where no descriptor is left."""
     program = """
-import resource, numpy, producer.kafka
+import resource, numpy, producer.kafka.sink
 resource.setrlimit(resource.RLIMIT_NOFILE, (0, 4096))
 numpy.unique(numpy.zeros(3))
 """

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.ledger import Account, Ledger
+from producer.pipeline.ledger import Account, Ledger
 from tests.unit.disks import fill, small_disk
 
 PAGE_BYTES = 4096

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from producer import errors
-from producer.loading import Loader
+from producer.kernel.loader import Loader
 
 START = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
 from producer.errors import UnavailableError
-from producer.loading import Loader
+from producer.kernel.loader import Loader
 try:
     Loader()
 except UnavailableError as error:
@@ -68,7 +68,7 @@ def test_what_the_child_writes_goes_through_the_log_and_is_bounded(
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nyes noise | head -100000 >&2\nprintf '\\033[2J\\n\\377 last\\n'\n")
     python.chmod(0o755)
-    monkeypatch.setattr("producer.loading.python_with_bcc", lambda: str(python))
+    monkeypatch.setattr("producer.kernel.loader.python_with_bcc", lambda: str(python))
     loader = Loader()
     with pytest.raises(errors.HookError, match="no answer"):
         loader.ask({})

@@ -10,10 +10,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
-from producer import metrics
-from producer.balance import stage
-from producer.endpoint import Board, Endpoint
-from producer.status import Status
+from producer.health import metrics
+from producer.health.balance import stage
+from producer.health.endpoint import Board, Endpoint
+from producer.health.status import Status
 from tests.unit.statuses import status
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -15,20 +15,22 @@ from typing import Any
 import click
 import pytest
 
-from producer import cli, config, systemd
-from producer.audit import BootReport
+from producer.cli import main
+from producer.commands.spool_show import Damage, Verified
+from producer.commands.tail import Event, json_line
+from producer.commands.verify import TopicReport, show
+from producer.config import load
+from producer.consume.audit import BootReport
+from producer.consume.event_line import View
 from producer.errors import OutputError, UnavailableError
-from producer.output import MAX_RECORD_BYTES, LineFormatter, echo
-from producer.spoolreport import Damage, Verified
-from producer.status import table
-from producer.tail import Event, json_line
-from producer.text import to_json
-from producer.verify import TopicReport, show
-from producer.view import View
+from producer.health.status import table
+from producer.host import systemd
+from producer.host.output import MAX_RECORD_BYTES, LineFormatter, echo
+from producer.host.text import to_json
 from tests.kafka.rebpf import command, rebpf
 from tests.unit.test_view import RETRANSMIT
 
-PRODUCER = Path(config.__file__).parent
+PRODUCER = Path(load.__file__).parent
 HOSTILE = [
     "\x1b[2J\x1b]0;gone\x07",
     "x\r\n2026-01-01 00:00:00,000 ERROR forged",
@@ -132,9 +134,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
     def fail(**_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(cli.rebpf, "main", fail)
+    monkeypatch.setattr(main.rebpf, "main", fail)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     code = ended.value.code
     assert isinstance(code, int)
     return code
@@ -220,7 +222,7 @@ def test_a_status_for_systemd_is_one_assignment(text: str, monkeypatch: pytest.M
 
 def test_a_host_name_of_odd_bytes_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: os.fsdecode(b"web\xff\n1\x1b"))
-    assert config.load(None).with_values().host == "web%FF%0A1%1B"
+    assert load.load(None).with_values().host == "web%FF%0A1%1B"
 
 
 SHELL = [
@@ -260,7 +262,9 @@ def test_an_ascii_terminal_gets_escapes(tmp_path: Path) -> None:
 
 
 STOPPED = """
-from producer import agent, balance, cli
+from producer.agent import agent
+from producer.health import balance
+from producer.cli import main
 
 agent.Agent.run = lambda *_: {"tcp_transmit": balance.Balance(passed=7, delivered=7)}
 cli.main()
@@ -280,7 +284,9 @@ def test_a_balance_that_cannot_be_printed_is_logged(options: str, closed: str) -
 
 
 def test_no_file_takes_the_place_of_a_closed_stream() -> None:
-    program = "from producer.output import hold_descriptors; hold_descriptors(); print(open('/dev/zero').fileno() > 2)"
+    program = (
+        "from producer.host.output import hold_descriptors; hold_descriptors(); print(open('/dev/zero').fileno() > 2)"
+    )
     line = shlex.join([sys.executable, "-c", program])
     done = subprocess.run(["/bin/sh", "-c", f"{line} <&- 2>&-"], capture_output=True, text=True, timeout=60)
     assert done.stdout == "True\n"

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from producer.events import RETRANSMITS, TRANSMITS, Batch, Rows
-from producer.ledger import Account
-from producer.spool import Spool
-from producer.spoolfiles import Moment
-from producer.streampath import resume
+from producer.host.clock import Moment
+from producer.pipeline.ledger import Account
+from producer.pipeline.stream import resume
+from producer.spool.spool import Spool
 from tests.rings import STRIDE, MemoryRing
 from tests.unit.pipes import (
     AFTER_S,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from producer.place import line
+from producer.config.locate import line
 
 TEXT = """\
 host = "a" # [kafka]

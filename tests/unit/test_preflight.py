@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.state import StateFolder
+from producer.host.state import StateFolder
 from tests.kafka.rebpf import as_nobody, rebpf
 
 root = pytest.mark.root

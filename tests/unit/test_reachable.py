@@ -7,11 +7,11 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from producer.config import Config, Kafka
+from producer.commands.check_servers import kafka
+from producer.commands.init import create_topics
+from producer.config.load import Config, Kafka
 from producer.errors import UnavailableError
-from producer.preflight_servers import kafka
-from producer.provision import create_topics
-from producer.reachable import unreachable
+from producer.host.reachable import unreachable
 from tests.unit.test_tail import Cluster
 
 REAL, ADVERTISED = b"127.0.0.1", b"x.invalid"

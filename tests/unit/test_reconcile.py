@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
+from producer.demo.reconcile import Tally, compare, reasons
 from producer.events import RETRANSMITS, TRANSMITS
-from producer.reconcile import Tally, compare, reasons
 
 NUMBERS = count(1)
 COUNTERS = {

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from producer.config import Registry
+from producer.config.load import Registry
 from producer.errors import PermissionDenied, SchemaError, Stopped, UnavailableError
-from producer.registry import SchemaIds
-from producer.registry_client import NoAnswer, RegistryClient
+from producer.registry.client import NoAnswer, RegistryClient
+from producer.registry.schema_ids import SchemaIds
 
 SCHEMA = {"type": "record", "name": "TcpTransmit", "namespace": "rebpf.v1", "fields": [{"name": "ts", "type": "long"}]}
 JSON = "application/vnd.schemaregistry.v1+json"

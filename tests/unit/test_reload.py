@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from producer.config import Config
+from producer.agent.reload import RulesInForce
+from producer.agent.supervise import Pace
+from producer.config.load import Config
 from producer.errors import ConfigError
-from producer.reload import RulesInForce
-from producer.ruleset import resolve
-from producer.supervise import Pace
+from producer.rules.resolve import resolve
 
 
 class Clock:

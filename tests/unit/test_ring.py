@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.ring import Ring
+from producer.kernel.ringbuf import Ring
 
 PAGE = mmap.PAGESIZE
 ROW = np.dtype([("number", "<u8"), ("twice", "<u8")])

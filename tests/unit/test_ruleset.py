@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from producer.config import Capture, Config, RuleConfig
+from producer.config.load import Capture, Config, RuleConfig
 from producer.errors import ConfigError
-from producer.rules import Action, Segment, first_match
-from producer.ruleset import Ruleset, follow, resolve
+from producer.rules.resolve import Ruleset, follow, resolve
+from producer.rules.tables import Action, Segment, first_match
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import pytest
 from fastavro.schema import SchemaParseException
 
 from producer.alert.record import AlertEncoder
-from producer.cgroups import CgroupPaths
-from producer.encode import BatchEncoder
+from producer.encode.batch import BatchEncoder
 from producer.events import KNOWN, STREAMS, Batch, SchemaId
-from producer.heartbeat import HeartbeatEncoder
+from producer.health.heartbeat import HeartbeatEncoder
+from producer.host.cgroups import CgroupPaths
 from producer.paths import SCHEMAS
 from tests.unit.statuses import status
 from tests.unit.test_alert_sinks import COUNT, LOSS, SILENT

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from producer.cgroups import CgroupPaths
-from producer.encode import BatchEncoder, load_schema
+from producer.encode.batch import BatchEncoder
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
-from producer.segment import DamagedError, Reader, Spooled, block, container_schema, header, read_header
+from producer.host.cgroups import CgroupPaths
+from producer.schemas import load_schema
+from producer.spool.format import DamagedError, Reader, Spooled, block, container_schema, header, read_header
 from tests.bench import stages
 
 Message = tuple[bytes, bytes]
@@ -136,14 +137,14 @@ def test_what_is_no_segment_of_this_version_is_refused() -> None:
 
 @cache
 def encoder_of(stream: Stream) -> BatchEncoder:
-    return BatchEncoder(stream, load_schema(stream), SchemaId(70_000), HOST, CgroupPaths(None))
+    return BatchEncoder(stream, load_schema(stream.schema_file), SchemaId(70_000), HOST, CgroupPaths(None))
 
 
 @pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
 def test_fastavro_reads_a_file_whose_events_are_those_of_the_messages(stream: Stream) -> None:
     rows = np.zeros(stages.ROWS, stream.dtype)
     rows["s"] = stages.rows()["s"]
-    schema = load_schema(stream)
+    schema = load_schema(stream.schema_file)
     encoder = encoder_of(stream)
     sizes = (1, 1000, stages.ROWS - 1001)
     written, first = [], 0

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.sequence import EventNumbers
+from producer.kernel.sequence import EventNumbers
 
 BOOT = "b5f8c1d2"
 ZEROS = {"transmit": [0, 0], "retransmit": [0, 0]}

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from producer import signals
+from producer.host import signals
 
 DEADLINE_S = 30.0
 LOOP = """
 import sys
-from producer.signals import *
+from producer.host.signals import *
 import signal
 stop, reload = stop_on_signals(), set_on(signal.SIGHUP)
 reloads = 0
@@ -102,7 +102,7 @@ def test_a_stray_signal_changes_nothing(name: str) -> None:
 def test_a_second_signal_may_raise_once_and_clean_up_and_a_third_ends_the_process() -> None:
     code = """
 import signal
-from producer.signals import *
+from producer.host.signals import *
 stop = SignalFlag()
 stop.interrupt_on(signal.SIGINT)
 stop.interrupt_on(signal.SIGTERM)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from producer.btf import VMLINUX, Btf
 from producer.events import layout_check
+from producer.kernel.btf import VMLINUX, Btf
+from producer.kernel.source import macros, program_text
 from producer.paths import BPF
-from producer.source import macros, program_text
 
 pytestmark = pytest.mark.skipif(not VMLINUX.exists(), reason=f"{VMLINUX} is missing: this kernel has no BTF")
 

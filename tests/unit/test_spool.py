@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.spool import FullError
+from producer.spool.spool import FullError
 from tests.unit.spooling import (
     BLOCK_BYTES,
     Setup,

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer import spoolreport
-from producer.clock import now
-from producer.config import Config
-from producer.encode import load_schema
+from producer.agent.streams import ledger_path, spool_folder
+from producer.commands import spool_show
+from producer.config.load import Config
 from producer.events import RETRANSMITS, TRANSMITS
-from producer.ledger import Account, Ledger
-from producer.spool import Spool
-from producer.streams import ledger_path, spool_folder
+from producer.host.clock import now
+from producer.pipeline.ledger import Account, Ledger
+from producer.schemas import load_schema
+from producer.spool.spool import Spool
 from tests import spools
 from tests.kafka.rebpf import as_nobody, rebpf
 
@@ -215,7 +215,7 @@ def test_verify_costs_what_a_producer_then_loses(tmp_path_factory, acked, damage
         if number < len(paths) and paths[number].exists() and (size := paths[number].stat().st_size):
             damage(paths[number], what, int(size * share))
 
-    told = spoolreport.verify(Config(state_dir=state))[TRANSMIT]
+    told = spool_show.verify(Config(state_dir=state))[TRANSMIT]
 
     assert told.lost == lost_by_reading(state)
 
@@ -234,7 +234,11 @@ def lost_by_reading(state: Path) -> int:
     account = spools.read_ledger(state)
     assert account is not None
     waiting = Spool(
-        spool_folder(Config(state_dir=state), TRANSMITS), TRANSMITS, load_schema(TRANSMITS), now, max_bytes=1 << 30
+        spool_folder(Config(state_dir=state), TRANSMITS),
+        TRANSMITS,
+        load_schema(TRANSMITS.schema_file),
+        now,
+        max_bytes=1 << 30,
     )
     waiting.open(account.acked, account.end, account.gone)
     while batch := waiting.read():
@@ -254,7 +258,12 @@ def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
         ledger = Ledger(ledger_path(config, TRANSMITS))
         ledger.open()
         used = Spool(
-            spool_folder(config, TRANSMITS), TRANSMITS, load_schema(TRANSMITS), now, max_bytes=1 << 20, segment_bytes=1
+            spool_folder(config, TRANSMITS),
+            TRANSMITS,
+            load_schema(TRANSMITS.schema_file),
+            now,
+            max_bytes=1 << 20,
+            segment_bytes=1,
         )
         used.open()
         batch = spools.encoded(TRANSMITS, 1, SIZE)
@@ -279,11 +288,11 @@ def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
     try:
         while looks < 200 or (len(seen) < 2 and thread.is_alive()):
             looks += 1
-            found = spoolreport.look(config)
+            found = spool_show.look(config)
             assert found is not None
             assert 0 <= found[TRANSMIT].events <= 6 * SIZE
             seen.add(found[TRANSMIT].events)
-            assert spoolreport.complaint(spoolreport.verify(config)) is None
+            assert spool_show.complaint(spool_show.verify(config)) is None
     finally:
         done.set()
         thread.join()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from producer.disk import Disk
-from producer.spool import FullError
+from producer.spool.disk import Disk
+from producer.spool.spool import FullError
 from tests.unit.disks import remount, small_disk
 from tests.unit.spooling import (
     BLOCK_BYTES,

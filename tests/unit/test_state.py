@@ -10,15 +10,15 @@ import threading
 
 import pytest
 
-from producer.config import Config
+from producer.commands.check import examine
+from producer.config.load import Config
 from producer.errors import BusyError, ConfigError, UnavailableError
-from producer.preflight import examine
-from producer.state import StateFolder, reload, running
+from producer.host.state import StateFolder, reload, running
 
 FACTS = {"brokers": "127.0.0.1:9092", "registry": None}
 HOLD = """
 import pathlib, signal, sys
-from producer.state import StateFolder
+from producer.host.state import StateFolder
 with StateFolder(pathlib.Path(sys.argv[1])) as folder:
     folder.publish({"brokers": "b:1"})
     print("locked", flush=True)
@@ -172,7 +172,7 @@ def test_roots_own_links_and_sticky_folders_are_followed(tmp_path):
 
 SAME_NUMBER = """
 import fcntl, json, os, pathlib, signal, subprocess, sys
-from producer import state
+from producer.host import state
 from producer.errors import UnavailableError
 base = pathlib.Path(sys.argv[1])
 for name in ("one", "two"):  # each tmpfs begins its numbers anew

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from producer import statefile
-from producer.compiled import CompiledFolder
 from producer.events import STREAMS, TRANSMITS
-from producer.kept import Kept, KeptRing, objects_and_manifest
-from producer.ledger import Account, Ledger
-from producer.sequence import EventNumbers
-from producer.spoolfiles import made_at
+from producer.host import state_file
+from producer.kernel.manifest import Kept, KeptRing, objects_and_manifest
+from producer.kernel.program_cache import CompiledFolder
+from producer.kernel.sequence import EventNumbers
+from producer.pipeline.ledger import Account, Ledger
+from producer.spool.files import made_at
 from tests.unit.spooling import Setup, fill, finish, ledger_of
 
 BOOT = "b5f8c1d2"
@@ -379,7 +379,7 @@ def test_what_a_keeper_wrote_is_checked(text: bytes) -> None:
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "file")
     with pytest.raises(OSError, match=r".*") as caught:
-        statefile.read(tmp_path / "file", 100)
+        state_file.read(tmp_path / "file", 100)
     assert caught.value.errno in (errno.EINVAL, errno.EFBIG)
 
 

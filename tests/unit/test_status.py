@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from producer import endpoint
-from producer.endpoint import Board, Endpoint
 from producer.errors import UnavailableError
-from producer.state import StateFolder
-from producer.status import Status, table, usage
+from producer.health import endpoint
+from producer.health.endpoint import Board, Endpoint
+from producer.health.status import Status, table, usage
+from producer.host.state import StateFolder
 from tests.kafka.rebpf import rebpf, wait_until
 from tests.unit.statuses import LOST, status
 
@@ -187,7 +187,7 @@ def test_nobody_asking_costs_no_wakeups():
     code = (
         "import threading, time\n"
         "from pathlib import Path\n"
-        "from producer.endpoint import Board, Endpoint\n"
+        "from producer.health.endpoint import Board, Endpoint\n"
         "def switches():\n"
         "    (thread,) = [each for each in threading.enumerate() if each.name == 'endpoint']\n"
         "    lines = Path(f'/proc/self/task/{thread.native_id}/status').read_text().splitlines()\n"

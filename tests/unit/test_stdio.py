@@ -17,7 +17,7 @@ from tests.kafka.rebpf import command
 TIMEOUT_S = 60
 LOG = """
 import logging
-from producer.output import LineFormatter
+from producer.host.output import LineFormatter
 handler = stdio.LogHandler()
 handler.setFormatter(LineFormatter())
 logging.basicConfig(handlers=[handler])
@@ -108,9 +108,9 @@ def test_a_stop_ends_output_that_nobody_reads(blocking: bool) -> None:
     with full_pipe() as (_, writer):
         os.set_blocking(writer, blocking)
         code = """
-from producer import signals
+from producer.host import signals
 from producer.errors import OutputError
-from producer.output import echo
+from producer.host.output import echo
 stop = signals.stop_on_signals()
 sys.stderr.write("ready\\n")
 try:

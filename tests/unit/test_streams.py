@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from producer.config import Config, Kafka
+from producer.agent.streams import Quarantine, StreamBuilder, StreamParts, ledger_path, new_spool
+from producer.config.load import Config, Kafka
 from producer.events import TRANSMITS, Rows, SchemaId, Stream
-from producer.ledger import Account, Ledger
-from producer.streams import Quarantine, StreamBuilder, StreamParts, ledger_path, new_spool
+from producer.pipeline.ledger import Account, Ledger
 
 STRIDE = TRANSMITS.dtype.itemsize + 8
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from producer import metrics
-from producer.supervise import StuckError, Supervisor
+from producer.agent.supervise import StuckError, Supervisor
+from producer.health import metrics
 
 
 class Clock:

@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from producer import systemd
 from producer.errors import UnavailableError
-from producer.systemd import barrier, notify
+from producer.host import systemd
+from producer.host.systemd import barrier, notify
 from tests.manager import Manager
 
 

@@ -14,10 +14,10 @@ import fastavro
 import pytest
 from confluent_kafka import Producer
 
+from producer.commands.tail import Event, batches, events, tail
 from producer.errors import ConfigError, UnavailableError
 from producer.events import STREAMS, TRANSMITS, Stream
 from producer.paths import SCHEMAS
-from producer.tail import Event, batches, events, tail
 from tests.unit.test_view import TRANSMIT
 
 TOPICS = [stream.topic for stream in STREAMS]

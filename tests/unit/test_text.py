@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.text import MAX_NAME, name, printable, raw_name
+from producer.host.text import MAX_NAME, name, printable, raw_name
 
 
 @given(st.binary(max_size=200))

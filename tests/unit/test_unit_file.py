@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from producer.config import Capture, Metrics
+from producer.config.load import Capture, Metrics
 from producer.errors import ConfigError, PermissionDenied, UsageError
-from producer.privileges import NAMES
+from producer.host.capabilities import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = ROOT / "deploy/systemd/rebpf.service"

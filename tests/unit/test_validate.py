@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.config import Config, load
+from producer.config.load import Config, load
 from producer.errors import ConfigError
 from tests.kafka.rebpf import rebpf
 

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.audit import Audit, BootReport, Row
-from producer.decode import Decoder, UndecodableError
+from producer.commands.verify import TopicReport, complaint, show, verify
+from producer.consume.audit import Audit, BootReport, Row
+from producer.consume.decode import Decoder, UndecodableError
+from producer.consume.event_id import FrontReader
+from producer.consume.gaps import Gaps, Numbers, find_gaps
+from producer.consume.reader import TopicReader
 from producer.errors import ConfigError, UnavailableError
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS
-from producer.front import FrontReader
-from producer.gaps import Gaps, Numbers, find_gaps
-from producer.topicreader import TopicReader
-from producer.verify import TopicReport, complaint, show, verify
 from tests.kafka.rebpf import rebpf
 from tests.unit.test_tail import TOPICS, Cluster, message
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from producer.view import View, endpoint, flag_letters
+from producer.consume.event_line import View, endpoint, flag_letters
 
 TRANSMIT: dict[str, Any] = {
     "ts_ns": 1_790_000_000_123_456_000,

@@ -11,10 +11,10 @@ from pathlib import Path
 import bcrypt
 import pytest
 
-from producer.config import Config, load
+from producer.commands.check import settings
+from producer.config.load import Config, load
 from producer.errors import ConfigError
-from producer.preflight import settings
-from producer.web_config import WebConfig, WebSettings
+from producer.health.web_config import WebConfig, WebSettings
 from tests.servers.certificates import Authority
 
 HASH = "$2y$04$" + "a" * 53

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from producer.sysbpf import program_ids
+from producer.kernel.bpf_syscall import program_ids
 from tests.kafka.proc import bpf_ids, capabilities
 
 T = TypeVar("T")

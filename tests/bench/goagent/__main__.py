@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from producer.hooks import Hooks, HookSettings
-from producer.rules import filtered
-from producer.rungs import cgroup2_root
+from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.hooks import cgroup2_root
+from producer.rules.tables import filtered
 from tests.servers.fetch import cache
 
 HERE = Path(__file__).parent

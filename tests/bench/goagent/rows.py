@@ -8,9 +8,10 @@ import sys
 
 import numpy as np
 
-from producer.cgroups import CgroupPaths
-from producer.encode import BatchEncoder, load_schema
+from producer.encode.batch import BatchEncoder
 from producer.events import CA_STATES, CAUSES, FLOW, HOOKS, STATES, STREAMS, Batch, Rows, Stream
+from producer.host.cgroups import CgroupPaths
+from producer.schemas import load_schema
 
 HOST_FIELDS = {"host": "test-host", "boot_id": "5e4a1cde-0000-4000-8000-123456789abc"}
 UTC_OFFSET_NS = 1_700_000_000_123_456_789
@@ -45,7 +46,9 @@ def main(stream_name: str, count: int) -> None:
     """Write records, keys and values."""
     stream = next(each for each in STREAMS if each.name == stream_name)
     rows = random_rows(stream, count, np.random.default_rng())
-    encoder = BatchEncoder(stream, load_schema(stream), stream.fixed_schema_id, HOST_FIELDS, CgroupPaths(None))
+    encoder = BatchEncoder(
+        stream, load_schema(stream.schema_file), stream.fixed_schema_id, HOST_FIELDS, CgroupPaths(None)
+    )
     messages = encoder.encode(Batch(stream, rows, 0), UTC_OFFSET_NS)
     for row in range(count):
         key = messages.keys[messages.key_starts[row] :][: messages.key_lengths[row]]

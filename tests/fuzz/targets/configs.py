@@ -13,12 +13,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from producer import cli
-from producer.config import Config, load, placed
+from producer.cli import main
+from producer.config.librdkafka import client_settings
+from producer.config.load import Config, load, placed
 from producer.errors import ConfigError, RebpfError
-from producer.kafka_settings import client_settings
-from producer.ruleset import resolve
-from producer.rungs import cgroup2_root
+from producer.kernel.hooks import cgroup2_root
+from producer.rules.resolve import resolve
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, NUMBERS, mutated
 
@@ -147,7 +147,7 @@ def _run(arguments: list[str], environment: dict[str, str]) -> tuple[Any, str]:
     sys.argv = ["rebpf", *arguments]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-            cli.main()
+            main.main()
     except SystemExit as end:
         return end.code, err.getvalue()
     finally:

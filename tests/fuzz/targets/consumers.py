@@ -7,22 +7,22 @@ from collections.abc import Collection, Iterator, Sequence
 
 from hypothesis import strategies as st
 
-from producer.alert import exchange
-from producer.alert.alert import Alert
-from producer.alert.cycle import Cycle, Parts, Place
-from producer.alert.decide import RETRANSMITS
-from producer.alert.known import last_of
-from producer.alert.parts import Committed, Counts, HeartbeatPart, Part, SourcePart, SumsPart
-from producer.alert.record import FIXED_SCHEMA_ID, AlertEncoder, alert_schema
+from producer.alert import sums_topic
+from producer.alert.commit import Cycle, Parts, Place
+from producer.alert.evaluate import RETRANSMITS
+from producer.alert.last_alerts import last_of
+from producer.alert.model import Alert
+from producer.alert.partitions import Committed, Counts, HeartbeatPart, Part, SourcePart, SumsPart
+from producer.alert.record import AlertEncoder
 from producer.alert.windows import Sums, View
-from producer.audit import Audit, Row
-from producer.config import AlertRule
-from producer.decode import Decoder, UndecodableError
+from producer.commands.verify import TopicReport, show
+from producer.config.load import AlertRule
+from producer.consume.audit import Audit, Row
+from producer.consume.decode import Decoder, UndecodableError
+from producer.consume.event_id import FrontReader
 from producer.events import STREAMS
-from producer.front import FrontReader
-from producer.heartbeat import FIXED_SCHEMA_ID as HEARTBEAT_ID
-from producer.heartbeat import HeartbeatEncoder, heartbeat_schema
-from producer.verify import TopicReport, show
+from producer.health.heartbeat import HeartbeatEncoder
+from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
 from tests import spools
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import NUMBERS, mutated, mutated_json
@@ -44,10 +44,10 @@ class _Tellers:
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
-        self._encoder = AlertEncoder(FIXED_SCHEMA_ID)
+        self._encoder = AlertEncoder(ALERT_ID)
 
     def put(self, partition: int, value: bytes) -> None:
-        exchange.read(value)
+        sums_topic.read(value)
         self.written.append(value)
 
     def flush(self) -> None: ...
@@ -65,7 +65,7 @@ class _Tellers:
 
 
 def _decoder() -> Decoder:
-    return Decoder(None, {HEARTBEAT_ID: heartbeat_schema(), FIXED_SCHEMA_ID: alert_schema()})
+    return Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE), ALERT_ID: load_schema(ALERT_FILE)})
 
 
 def _parts(committed: Committed, known: Sequence[Alert], counts: Counts) -> dict[Place, Part]:
@@ -148,13 +148,13 @@ def _events() -> tuple[bytes, ...]:
 def _sums() -> tuple[bytes, ...]:
     start_ns = _NOW_NS - _NOW_NS % (10 * _SECOND_NS)
     sums = Sums(View("host", 10 * _SECOND_NS), start_ns, {"a": 9, "b": 1})
-    ((_, value),) = exchange.sums_messages(RETRANSMITS, "events/0", sums, 1)
-    return value, exchange.watermark_message("events/0", _NOW_NS)
+    ((_, value),) = sums_topic.sums_messages(RETRANSMITS, "events/0", sums, 1)
+    return value, sums_topic.watermark_message("events/0", _NOW_NS)
 
 
 _EVENTS, _SUMS = _events(), _sums()
 _BEAT = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)[1]
-_TOLD = AlertEncoder(FIXED_SCHEMA_ID).encode(_ALERT, 100)
+_TOLD = AlertEncoder(ALERT_ID).encode(_ALERT, 100)
 _DEEP = st.integers(1, 100_000).map(lambda depth: b"[" * depth)
 _sums_values = st.one_of(
     mutated(_SUMS),

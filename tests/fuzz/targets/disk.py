@@ -12,19 +12,20 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from producer import spoolreport, state
-from producer.compiled import Compiled, CompiledFolder
-from producer.config import Config, Registry
+from producer.agent.streams import new_spool
+from producer.commands import spool_show
+from producer.config.load import Config, Registry
 from producer.errors import RebpfError
 from producer.events import STREAMS, TRANSMITS, Topic
-from producer.hooks import Kept
-from producer.kept import KeptRing, objects_and_manifest
-from producer.ledger import Account, Ledger
-from producer.registry import SchemaIds
-from producer.sequence import EventNumbers
-from producer.state import StateFolder
-from producer.streams import new_spool
-from producer.sysbpf import MapInfo
+from producer.host import state
+from producer.host.state import StateFolder
+from producer.kernel.bpf_syscall import MapInfo
+from producer.kernel.capture import Kept
+from producer.kernel.manifest import KeptRing, objects_and_manifest
+from producer.kernel.program_cache import Compiled, CompiledFolder
+from producer.kernel.sequence import EventNumbers
+from producer.pipeline.ledger import Account, Ledger
+from producer.registry.schema_ids import SchemaIds
 from tests import spools
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.known import KNOWN
@@ -144,8 +145,8 @@ def _spools() -> Iterator[Check]:
             if found != 7 or any(count < 0 for count in spool.lost.values()):
                 raise FindingError(f"read {found} events, lost {spool.lost}")
             with contextlib.suppress(RebpfError):
-                spoolreport.look(config)
-                spoolreport.verify(config)
+                spool_show.look(config)
+                spool_show.verify(config)
 
         yield check
 

@@ -16,21 +16,22 @@ import fastavro
 import numpy as np
 from hypothesis import strategies as st
 
-from producer import text
-from producer.decode import Decoder, UndecodableError
-from producer.encode import BatchEncoder, load_schema
+from producer.backoff import BackOff
+from producer.commands.tail import Event, json_line
+from producer.consume.decode import Decoder, UndecodableError
+from producer.consume.event_id import FrontReader
+from producer.consume.event_line import View
+from producer.encode.batch import BatchEncoder
+from producer.encode.isolate import Isolator
 from producer.events import STREAMS, Batch, EncodedBatch, Stream
-from producer.front import FrontReader
-from producer.heartbeat import HeartbeatEncoder, heartbeat_schema
-from producer.isolate import Isolator
-from producer.kafka import Outcome
-from producer.ledger import Account
-from producer.pipeline import Pipeline
-from producer.retry import BackOff
-from producer.ring import Ring
-from producer.streampath import Stores, StreamPath, resume
-from producer.tail import Event, json_line
-from producer.view import View
+from producer.health.heartbeat import HeartbeatEncoder
+from producer.host import text
+from producer.kafka.sink import Outcome
+from producer.kernel.ringbuf import Ring
+from producer.pipeline.ledger import Account
+from producer.pipeline.pipeline import Pipeline
+from producer.pipeline.stream import Stores, StreamPath, resume
+from producer.schemas import HEARTBEAT_FILE, load_schema
 from tests import spools
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, mutated, texts
@@ -91,7 +92,7 @@ def _rings() -> Iterator[Check]:
     """Whatever a ring that is taken over holds, and a ledger says of it, it is emptied, and each record counted."""
     memory = _Memory()
     encoders = {stream.name: _encoder(stream, "host-1", "/a") for stream in STREAMS}
-    schemas = {stream.name: fastavro.parse_schema(load_schema(stream)) for stream in STREAMS}
+    schemas = {stream.name: fastavro.parse_schema(load_schema(stream.schema_file)) for stream in STREAMS}
 
     def check(example: tuple[Stream, bytes, int, int, int]) -> None:
         stream, data, consumer, producer, noted = example
@@ -126,8 +127,8 @@ def _rings() -> Iterator[Check]:
 def _names() -> Iterator[Check]:
     """Any bytes are a name that is printable, bounded, and turned back unless cut; events and heartbeats carry it."""
     (stream, _) = STREAMS
-    schema = fastavro.parse_schema(load_schema(stream))
-    beat = fastavro.parse_schema(heartbeat_schema())
+    schema = fastavro.parse_schema(load_schema(stream.schema_file))
+    beat = fastavro.parse_schema(load_schema(HEARTBEAT_FILE))
 
     def check(raw: bytes) -> None:
         name = text.name(raw)
@@ -194,7 +195,7 @@ class _OneCgroup:
 
 def _encoder(stream: Stream, host: str, cgroup: str) -> BatchEncoder:
     fields = {"host": host, "boot_id": "5e4a1cde-0000-4000-8000-123456789abc"}
-    return BatchEncoder(stream, load_schema(stream), stream.fixed_schema_id, fields, _OneCgroup(cgroup))
+    return BatchEncoder(stream, load_schema(stream.schema_file), stream.fixed_schema_id, fields, _OneCgroup(cgroup))
 
 
 def _rows(stream: Stream) -> Any:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from producer import state
-from producer.config import load
+from producer.config.load import load
 from producer.errors import ConfigError
-from producer.ruleset import resolve
-from producer.rungs import cgroup2_root
+from producer.host import state
+from producer.kernel.hooks import cgroup2_root
+from producer.rules.resolve import resolve
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, NUMBERS, mutated
 from tests.kafka.rebpf import Run, wait_until
@@ -26,8 +26,9 @@ _SERVICE = """
 import os, sys, time
 if os.environ.get("LISTEN_PID") == "mine":
     os.environ["LISTEN_PID"] = str(os.getpid())
-from producer import fdstore, systemd
-from producer.config import read_secret
+from producer.kernel import fdstore
+from producer.host import systemd
+from producer.config.load import read_secret
 from producer.errors import RebpfError
 from pathlib import Path
 try:
@@ -77,9 +78,9 @@ def _reloads() -> Iterator[Check]:
             producer.ready()
 
             def check(content: bytes) -> None:
-                producer.config.write_bytes(content)
+                producer.config.load.write_bytes(content)
                 before, refused = _version(producer), producer.log.count("reload refused")
-                good = _is_right(producer.config, root)
+                good = _is_right(producer.config.load, root)
                 producer.send(signal.SIGHUP)
 
                 def answered() -> bool:

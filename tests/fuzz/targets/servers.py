@@ -11,17 +11,17 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from producer.alert.alert import Alert
 from producer.alert.alertmanager import Alertmanager
-from producer.config import Registry
-from producer.decode import Decoder, UndecodableError
-from producer.encode import load_schema
-from producer.endpoint import Board, Endpoint, ask
+from producer.alert.model import Alert
+from producer.config.load import Registry
+from producer.consume.decode import Decoder, UndecodableError
+from producer.consume.event_id import FrontReader
 from producer.errors import RebpfError
 from producer.events import STREAMS, Topic
-from producer.front import FrontReader
-from producer.registry import SchemaIds
-from producer.status import table
+from producer.health.endpoint import Board, Endpoint, ask
+from producer.health.status import table
+from producer.registry.schema_ids import SchemaIds
+from producer.schemas import load_schema
 from tests import spools
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import mutated, mutated_json
@@ -124,7 +124,7 @@ def _schemas() -> Iterator[Check]:
                 pass
             except RebpfError as error:
                 _one_line(error)
-            server.answer = _json({"schema": json.dumps(load_schema(STREAMS[0]))})
+            server.answer = _json({"schema": json.dumps(load_schema(STREAMS[0].schema_file))})
             decoder = Decoder(Registry(server.url, timeout_s=1))
             value = b"\0\0\0\0\x07" + _EVENT
             decoder.decode(value)
@@ -209,7 +209,7 @@ _ids = st.one_of(
 _schema = mutated_json(
     [
         _SCHEMA,
-        *map(load_schema, STREAMS),
+        *(load_schema(stream.schema_file) for stream in STREAMS),
         {"type": "array", "items": "null"},
         {"type": "map", "values": "long"},
         "string",

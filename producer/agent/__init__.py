@@ -1,0 +1,4 @@
+"""The producer: builds its parts from the configuration, runs the loop, reloads, and reports.
+
+The only package that knows all others; nothing but the command line imports it.
+"""

@@ -1,0 +1,78 @@
+"""The rules in force, and what changes them while the producer runs: a reload, and cgroups that come and go."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from producer.agent.supervise import Pace
+from producer.config.load import Config
+from producer.errors import RebpfError
+from producer.host.signals import Flag
+from producer.kernel.capture import Hooks
+from producer.rules.resolve import Ruleset, follow, resolve
+
+logger = logging.getLogger(__name__)
+
+_LOOK_INTERVAL_S = 2.0
+
+
+class RulesInForce:
+    """Keeps the kernel's rules those of a configuration, which `read` reads anew. `version` is that of the rules."""
+
+    def __init__(
+        self,
+        hooks: Hooks,
+        config: Config,
+        ruleset: Ruleset,
+        read: Callable[[], Config],
+        root: Path | None,
+        pace: Pace | None = None,
+    ) -> None:
+        self._pace = pace or Pace()
+        self._hooks = hooks
+        self._config = config
+        self._ruleset = ruleset
+        self._read = read
+        self._root = root
+        self._by_cgroup = any(rule.cgroup or rule.unit for rule in config.rules)
+        self._look_at = time.monotonic() + _LOOK_INTERVAL_S
+        self.version = 1
+        self.refusal = ""
+        """Why the last reload was refused; empty where it was not."""
+        self.reloads = 0
+        """Reloads so far, refused ones among them."""
+
+    def follow(self, asked: Flag) -> None:
+        """Reload where `asked` is set, and clear it; not more often than a pace allows, however often it is set."""
+        if asked.is_set() and self._pace.is_due():
+            asked.clear()
+            self._pace.run(self.reload)
+
+    def reload(self) -> None:
+        """Put the rules of the configuration's present text in force; a wrong text changes nothing, and is logged."""
+        try:
+            config = self._read()
+            self._put(config, resolve(config, self._root))
+        except Exception as error:
+            is_defect = not isinstance(error, RebpfError | OSError | ValueError | LookupError)
+            self.reloads, self.refusal = self.reloads + 1, str(error) or type(error).__name__
+            logger.error("reload refused: %s; version=%d stays in force", error, self.version, exc_info=is_defect)
+            return
+        self.reloads, self.refusal = self.reloads + 1, ""
+        logger.info("reloaded rules=%d version=%d", len(config.rules), self.version)
+
+    def look(self) -> None:
+        """Once in a while, see whether cgroups and units that the rules name have come, or have come again."""
+        if not self._by_cgroup or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + _LOOK_INTERVAL_S
+        ruleset = follow(self._ruleset, self._config, self._root)
+        if ruleset != self._ruleset:
+            self._put(self._config, ruleset)
+            logger.info("rules follow the cgroups that there are now version=%d", self.version)
+
+    def _put(self, config: Config, ruleset: Ruleset) -> None:
+        self.version = self._hooks.put_rules(ruleset.tables())
+        self._config, self._ruleset = config, ruleset
+        self._by_cgroup = any(rule.cgroup or rule.unit for rule in config.rules)

@@ -1,0 +1,422 @@
+"""The command `rebpf`: reads the command line, builds what it asks for, and turns errors into exit codes."""
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+from dataclasses import replace
+from importlib.metadata import version as distribution_version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from producer.cli.alert import alert
+from producer.cli.options import (
+    Address,
+    Group,
+    Offset,
+    TopicName,
+    brokers_option,
+    config_option,
+    json_option,
+    load,
+    option,
+    registry_option,
+    state_dir_option,
+    usage,
+)
+from producer.cli.spool import spool
+from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
+from producer.host import stdio
+from producer.host.output import LineFormatter, bounded, echo, flushed, hold_descriptors
+from producer.host.signals import QUIT_NOW, set_on, stop_on_signals
+from producer.host.text import lines, printable, to_json
+
+# One thread is enough for what numpy does here, and its library would start one for each CPU on import.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+logger = logging.getLogger(__name__)
+
+
+_SECTIONS = {
+    "Capture": ("run", "reload", "status", "spool"),
+    "Topics": ("init", "tail", "verify", "alert"),
+    "Host": ("check", "demo", "version"),
+}
+
+
+@click.group(
+    cls=Group,
+    sections=_SECTIONS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Each option can be set in the environment: --state-dir as REBPF_STATE_DIR.",
+)
+@option(
+    "--log-level",
+    default="info",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    show_default=True,
+    help="Lowest level to log.",
+)
+def rebpf(log_level: str) -> None:
+    """Stream TCP segments and retransmissions from the Linux kernel to Kafka."""
+    _log_from(max(logging.WARNING, logging.getLevelName(log_level.upper())))
+    # Not the libraries' loggers: the registry client's logs each request.
+    logging.getLogger("producer").setLevel(log_level.upper())
+
+
+def _log_from(level: int) -> None:
+    handler = stdio.LogHandler()
+    handler.setFormatter(LineFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+rebpf.add_command(spool)
+rebpf.add_command(alert)
+
+
+@rebpf.command(
+    examples=(
+        ("rebpf run --port 443", "Try it without Kafka, on connections from or to port 443"),
+        ("rebpf run --brokers kafka-1:9092 --registry http://registry:8081", "Publish to Kafka"),
+    )
+)
+@config_option
+@brokers_option
+@registry_option
+@option("--duration", type=click.FloatRange(min=0), help="Stop after this many seconds.")
+@option("--address", type=Address(), multiple=True, help="Capture this address only; repeatable.")
+@option("--port", type=click.IntRange(1, 65535), multiple=True, help="Capture this port only; repeatable.")
+@state_dir_option
+@option("--pin", type=click.Path(path_type=Path), help="Keep hooks and rings in this bpffs folder across a crash.")
+@json_option
+def run(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    duration: float | None,
+    address: tuple[Any, ...],
+    port: tuple[int, ...],
+    state_dir: Path | None,
+    pin: Path | None,
+    as_json: bool,
+) -> None:
+    """Capture events and publish them until SIGINT or SIGTERM.
+
+    Without --brokers, uses an in-process test broker that stores nothing. SIGHUP reloads the rules. At the end, prints
+    the balance: how many events were captured, delivered, spooled and lost.
+    """
+    from producer.agent.agent import Agent
+
+    def read() -> Any:
+        return load(config).with_values(
+            kafka__brokers=brokers,
+            registry__url=registry,
+            capture__addresses=address,
+            capture__ports=port,
+            capture__pin=pin,
+            state_dir=state_dir,
+        )
+
+    agent = Agent(read(), read)
+    stop = stop_on_signals()
+    balances = agent.run(stop, set_on(signal.SIGHUP), duration)
+    stop.set()  # also after `duration`: output waits for no reader
+    text = printable("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))
+    try:
+        echo(to_json({topic: balance.as_dict() for topic, balance in balances.items()}) if as_json else text)
+    except OutputError as error:  # the stop was a good one nevertheless
+        logger.warning("the balance cannot be printed: %s; %s", error, text)
+
+
+@rebpf.command(examples=(("rebpf reload --config /etc/rebpf/rebpf.toml", "Check the file, then apply its rules"),))
+@config_option
+@state_dir_option
+def reload(config: Path | None, state_dir: Path | None) -> None:
+    """Apply changed rules to the running producer.
+
+    If the configuration is invalid, the rules in force stay, and the error is printed.
+    """
+    from producer.config.load import placed
+    from producer.host import state
+    from producer.kernel.hooks import cgroup2_root
+    from producer.rules.resolve import resolve
+
+    settings = load(config).with_values(state_dir=state_dir)
+    if config is not None:
+        with placed(config):
+            resolve(settings, cgroup2_root()).tables()
+    version = state.reload(settings.state_dir)
+    echo(f"rules version {version} is in force")
+
+
+@rebpf.command(
+    examples=(
+        ("rebpf tail", "Show the events of the producer on this host"),
+        ("rebpf tail --brokers kafka-1:9092 --topic tcp_retransmit -n 100", "Show the next 100 retransmissions"),
+    )
+)
+@config_option
+@brokers_option
+@registry_option
+@option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
+@click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
+@option("--from-beginning", is_flag=True, help="Start with the earliest event.")
+@state_dir_option
+@json_option
+def tail(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    topic: tuple[str, ...],
+    limit: int | None,
+    from_beginning: bool,
+    state_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Print events from the topics as they arrive.
+
+    Without --brokers, reads from the brokers of the producer that runs on this host.
+    """
+    from producer.commands.tail import tail as tail_topics
+    from producer.events import STREAMS
+    from producer.host import state
+    from producer.topics import topic as topic_of
+
+    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+    facts: dict[str, Any] = {"brokers": settings.kafka.brokers, "registry": settings.registry.url}
+    if settings.kafka.brokers is None:
+        facts = state.running(settings.state_dir) or usage(
+            f"no producer runs with state_dir {settings.state_dir}: give --brokers, or start `rebpf run`"
+        )
+    tail_topics(
+        facts["brokers"],
+        topic or tuple(topic_of(settings, stream) for stream in STREAMS),
+        registry=replace(settings.registry, url=facts["registry"]),
+        as_json=as_json,
+        limit=limit,
+        color=sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+        from_beginning=from_beginning,
+        stop=stop_on_signals(),
+        client_settings=settings.kafka.settings,
+    )
+
+
+@rebpf.command(examples=(("rebpf status --json | jq .reasons", "Print why the producer is degraded"),))
+@config_option
+@state_dir_option
+@json_option
+def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
+    """Show the running producer's health and event counts."""
+    from producer.health.endpoint import ask
+    from producer.health.status import table
+    from producer.host import state
+
+    folder = load(config).with_values(state_dir=state_dir).state_dir
+    facts = state.running(folder)
+    if facts is None:
+        raise UnavailableError(f"no producer runs with state_dir {folder}, or it is not ready")
+    if not facts.get("status_url"):
+        raise UnavailableError(f"the producer with pid {facts['pid']} has no endpoint: set metrics.listen")
+    report = ask(facts["status_url"], folder / state.STATUS_SOCKET if facts.get("status_socket") else None)
+    echo(to_json(report) if as_json else table(report))
+
+
+@rebpf.command(
+    examples=(
+        ("rebpf verify --brokers kafka-1:9092 --host web-17", "Check the events of one host"),
+        ("rebpf verify --brokers kafka-1:9092 --since-offset -100000", "Check the latest 100,000 messages"),
+    )
+)
+@config_option
+@brokers_option
+@registry_option
+@option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
+@option("--host", help="Check the events of this host only.")
+@option(
+    "--since-offset",
+    type=Offset(),
+    default="beginning",
+    show_default=True,
+    help="First offset in each partition; a negative number counts from the end.",
+)
+@json_option
+def verify(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    topic: tuple[str, ...],
+    host: str | None,
+    since_offset: int | None,
+    as_json: bool,
+) -> None:
+    """Check the topics for missing, duplicate and reordered events.
+
+    Reads each topic to its end. Exits with 65 if anything is wrong.
+    """
+    from producer.commands import verify as verifying
+    from producer.errors import IncompleteError
+    from producer.events import STREAMS
+    from producer.topics import topic as topic_of
+
+    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    if settings.kafka.brokers is None:
+        usage("verify needs --brokers")
+    reports = verifying.verify(
+        settings.kafka.brokers,
+        tuple(dict.fromkeys(topic)) or tuple(topic_of(settings, stream) for stream in STREAMS),
+        registry=settings.registry,
+        host=host,
+        since=since_offset,
+        client_settings=settings.kafka.settings,
+    )
+    echo(verifying.show(reports, as_json=as_json))
+    if complaint := verifying.complaint(reports):
+        raise IncompleteError(complaint)
+
+
+@rebpf.command(examples=(("rebpf demo --loss 0.05", "Lose 5 % of the packets"),))
+@option("--duration", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Seconds of traffic.")
+@option("--loss", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Fraction of packets to drop.")
+@json_option
+def demo(duration: float, loss: float, as_json: bool) -> None:
+    """Capture lossy test traffic and compare it with the kernel.
+
+    Starts a producer and sends traffic between two network namespaces over a link that drops packets. Prints the
+    events as they arrive, then compares their number with the kernel's counters.
+    """
+    from producer.demo.demo import demo as run_demo
+
+    sys.exit(run_demo(duration_s=duration, loss=loss, as_json=as_json))
+
+
+@rebpf.command(
+    examples=(
+        ("rebpf init --brokers kafka-1:9092 --partitions 12 --replication 3", "Set up the topics of a fleet, once"),
+    )
+)
+@config_option
+@brokers_option
+@registry_option
+@option("--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions per event topic.")
+@option("--replication", type=click.IntRange(min=1), default=1, show_default=True, help="Replicas per partition.")
+@option("--alerts", is_flag=True, help="Also create the topics and schemas of `rebpf alert`.")
+def init(
+    config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int, alerts: bool
+) -> None:
+    """Create the topics and register the schemas."""
+    from producer.commands.init import create_topics, register_schemas
+
+    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    if settings.kafka.brokers is None:
+        usage("init needs --brokers")
+    done = create_topics(settings, partitions, replication, alerts=alerts)
+    done += register_schemas(settings, alerts=alerts)
+    echo(lines(done))
+
+
+@rebpf.command(
+    examples=(
+        ("rebpf check --config /etc/rebpf/rebpf.toml", "Check the host, the configuration and the servers"),
+        ("rebpf check --explain 10.0.0.7:443,10.2.0.9:51234", "Show which rule applies to a connection"),
+    )
+)
+@config_option
+@brokers_option
+@registry_option
+@state_dir_option
+@option("--explain", metavar="LOCAL,REMOTE", help="Show which rule applies to this connection, then exit.")
+@option("--local", is_flag=True, help="Check this host only; contact no server.")
+@json_option
+def check(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    state_dir: Path | None,
+    explain: str | None,
+    local: bool,
+    as_json: bool,
+) -> None:
+    """Check that this host can run the producer.
+
+    Suggests a fix for each problem. Exits with 0 if the producer would start.
+    """
+    from producer.commands.check import examine
+    from producer.commands.finding import Finding
+    from producer.errors import ConfigError
+    from producer.kernel.hooks import cgroup2_root
+    from producer.rules.explain import explain as explain_rules
+    from producer.rules.resolve import resolve
+
+    try:
+        settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+    except ConfigError as error:
+        if not as_json:
+            raise
+        echo(to_json([Finding("configuration", str(error), error.exit_code).as_dict()]))
+        sys.exit(error.exit_code)
+    if explain is not None:
+        ruleset = resolve(settings, cgroup2_root())
+        explanation = explain_rules(ruleset.rules, ruleset.default, explain)
+        echo(to_json(explanation) if as_json else lines(explanation))
+        return
+    findings = examine(settings, path=config, servers=not local)
+    if as_json:
+        echo(to_json([finding.as_dict() for finding in findings]))
+    else:
+        echo(lines(map(str, findings)))
+    sys.exit(max((finding.exit_code for finding in findings), default=0))
+
+
+@rebpf.command()
+def version() -> None:
+    """Print the version."""
+    echo(f"rebpf {distribution_version('rebpf')}")
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    hold_descriptors()
+    stdio.take_over()
+    _log_from(logging.WARNING)
+    with flushed():
+        sys.exit(_main())
+
+
+def _main() -> int:
+    """Run the command line; return the exit code."""
+    try:
+        rebpf.main(prog_name="rebpf", standalone_mode=False)
+    except click.ClickException as error:
+        _complain(_usage_text(error))
+        return UsageError.exit_code
+    except click.Abort:
+        return QUIT_NOW
+    except ReaderGoneError as error:
+        return error.exit_code
+    except RebpfError as error:
+        _complain(bounded(printable(f"rebpf: {error}")))
+        return error.exit_code
+    except Exception:  # a defect
+        logger.exception("rebpf: internal error")
+        return RebpfError.exit_code
+    return 0
+
+
+def _usage_text(error: click.ClickException) -> str:
+    """Return click's lines on a mistake; what the user gave begins no line of its own."""
+    if not isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # whose message is the whole help
+        message = bounded(printable(error.format_message()))
+        error = click.UsageError(message, getattr(error, "ctx", None))
+    buffer = io.StringIO()
+    error.show(file=buffer)
+    return buffer.getvalue().removesuffix("\n")
+
+
+def _complain(text: str) -> None:
+    """Write to standard error, if it can be written: the exit code says it too."""
+    with contextlib.suppress(OutputError):
+        echo(text, err=True)

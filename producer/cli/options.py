@@ -1,0 +1,156 @@
+"""What the commands share: their help, their options and environment variables, and the configuration."""
+
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from producer.errors import UsageError
+from producer.host.output import echo
+
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+
+
+class Address(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes none
+    """An IP address."""
+
+    name = "ADDRESS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the address."""
+        try:
+            return ipaddress.ip_address(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Offset(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes none
+    """An offset in a partition; None is its beginning."""
+
+    name = "OFFSET"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Return the offset, or how many before the end, below 0."""
+        if value == "beginning":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'beginning'", param, ctx)
+
+
+class TopicName(click.ParamType):  # type: ignore[type-arg] # likewise
+    """A name that a topic of Kafka can have: librdkafka takes no other, and says less."""
+
+    name = "TOPIC"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name."""
+        if not _TOPIC.fullmatch(value) or value in (".", ".."):
+            self.fail(f"expected 1 to 249 of the characters a-z A-Z 0-9 . _ -, found {value!r}", param, ctx)
+        return value
+
+
+class _Option(click.Option):
+    """Refuses an environment variable that is set but empty, which click takes for unset."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Return the variable's value; UsageError if it is empty."""
+        if isinstance(self.envvar, str) and os.environ.get(self.envvar) == "":
+            raise UsageError(f"{self.envvar} is set but empty: give it a value, or unset it")
+        return super().resolve_envvar_value(ctx)
+
+
+class Command(click.Command):
+    """A command whose help ends with examples, (command line, what it does) each, and is written by `echo`."""
+
+    def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for line, meaning in self.examples:
+                    formatter.write_text(f"# {meaning}")
+                    formatter.write_text(line)
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return click's option, which writes by `echo`."""
+        return _help_by_echo(super().get_help_option(ctx))
+
+
+class Group(click.Group):
+    """A group of such commands; `sections` are headings of its help, with the names of commands below each."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each command with its summary."""
+        for heading, names in (self.sections or {"Commands": self.list_commands(ctx)}).items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=100)) for name in names])
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return click's option, which writes by `echo`."""
+        return _help_by_echo(super().get_help_option(ctx))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; click would end quietly on these two errors, which are defects here."""
+        try:
+            return super().invoke(ctx)
+        except (BrokenPipeError, EOFError) as error:
+            raise RuntimeError(f"unexpected {error!r}") from error
+
+
+def _help_by_echo(help_option: click.Option | None) -> click.Option | None:
+    if help_option is not None:
+        help_option.callback = _show_help
+    return help_option
+
+
+def _show_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        echo(ctx.get_help())
+        ctx.exit()
+
+
+def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option that can also be set in the environment: --state-dir as REBPF_STATE_DIR."""
+    variable = "REBPF_" + names[0].removeprefix("--").split("/")[0].upper().replace("-", "_")
+    return click.option(*names, envvar=variable, cls=_Option, **settings)
+
+
+config_option = option("--config", type=click.Path(path_type=Path), help="Configuration file (TOML).")
+brokers_option = option("--brokers", help="Kafka bootstrap servers, HOST:PORT[,...].")
+registry_option = option("--registry", help="URL of the schema registry (Confluent API).")
+state_dir_option = option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    help="Folder for the spool, the ledger and the lock.",
+)
+quarantine_option = option(
+    "--quarantine", is_flag=True, help="Act on the messages that Kafka rejected instead of the spool."
+)
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def load(path: Path | None) -> Any:
+    """Read the configuration."""
+    from producer.config import load
+
+    return load.load(path)
+
+
+def usage(message: str) -> NoReturn:
+    """End with a message on how the command is to be called."""
+    raise UsageError(message)

@@ -1,0 +1,288 @@
+"""What waits on disk, as somebody sees it who only looks: `rebpf spool show` and `rebpf spool verify`.
+
+Nothing is made, deleted or locked. A producer may be at work meanwhile, so that the ledger is one of another moment
+than the files. What was appended before a look and is not done after it must be in the files that there are: `end` is
+taken from before, `acked` and `gone` from after. A file that vanishes between its listing and its opening is done.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+from producer.agent.streams import ledger_path, quarantine_folder, spool_folder
+from producer.config.load import Config
+from producer.errors import PermissionDenied, UnavailableError
+from producer.events import STREAMS, Stream, Topic
+from producer.host.clock import Moment, now
+from producer.host.state_file import NotAFileError, open_regular
+from producer.host.text import lines
+from producer.pipeline.ledger import Account, Ledger
+from producer.spool.files import ASIDE, SEGMENT, files, made_at
+from producer.spool.format import DamagedError, Reader, read_header
+from producer.spool.spool import HEADER_BYTES
+from producer.topics import topic
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits of a stream."""
+
+    events: int
+    """Events that wait for Kafka."""
+    segments: int
+    size_bytes: int
+    """Of the segments, and of the files set aside."""
+    oldest_s: float | None
+    """Seconds since the oldest segment with events that wait was begun; None where that is not known."""
+    damaged_files: int
+    """Files set aside because of damage."""
+    quarantine: Mapping[str, int]
+    """Messages that Kafka has refused, by reason."""
+
+    def __str__(self) -> str:
+        oldest = "" if self.oldest_s is None else f" oldest_s={self.oldest_s:.0f}"
+        reasons = ",".join(f"{reason}:{count}" for reason, count in self.quarantine.items()) or "0"
+        return (
+            f"events={self.events} segments={self.segments} size_bytes={self.size_bytes}{oldest} "
+            f"damaged_files={self.damaged_files} quarantine={reasons}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What is damaged in a file, or at a place where there is no file."""
+
+    file: str
+    places: int
+    lost: int
+    """Events that wait and cannot be read; what was done before is no loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What reading all of a folder has shown."""
+
+    segments: int
+    events: int
+    """Events that can be read, done or not."""
+    damage: tuple[Damage, ...]
+
+    @property
+    def lost(self) -> int:
+        """Events that wait and cannot be read."""
+        return sum(each.lost for each in self.damage)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it as JSON has it."""
+        return {**asdict(self), "lost": self.lost}
+
+    def __str__(self) -> str:
+        places = sum(each.places for each in self.damage)
+        summary = f"segments={self.segments} events={self.events} damaged_places={places} lost={self.lost}"
+        return lines(
+            [summary, *(f"  {each.file} damaged_places={each.places} lost={each.lost}" for each in self.damage)]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A batch: events `first` to `end` - 1."""
+
+    first: int
+    end: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A segment as it was when it was opened; `made` is None where its header cannot be read."""
+
+    name: str
+    base: int
+    size_bytes: int
+    made: Moment | None
+    spans: Sequence[_Span] = ()
+    passed_over: bool = False
+    """Whether something could not be read."""
+
+    @property
+    def end(self) -> int:
+        """Number behind the last event that can be read."""
+        return self.spans[-1].end if self.spans else self.base
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Translate OSError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise PermissionDenied(f"{error.filename}: {error.strerror}") from error
+    except OSError as error:
+        raise UnavailableError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+
+
+def require_state_folder(config: Config) -> None:
+    """Raise UnavailableError where there is no state folder."""
+    if not config.state_dir.is_dir():
+        raise UnavailableError(f"there is no state folder {config.state_dir}")
+
+
+def look(config: Config) -> dict[Topic, Waiting] | None:
+    """Return what waits, by topic; None where there is no state folder."""
+    with disk_errors():
+        if not config.state_dir.is_dir():
+            return None
+        return {topic(config, stream): _look(config, stream) for stream in STREAMS}
+
+
+def verify(config: Config) -> dict[str, Verified]:
+    """Read all that is on disk: by topic what waits, and where there is any, by topic/quarantine what was refused."""
+    found = {}
+    with disk_errors():
+        require_state_folder(config)
+        for stream in STREAMS:
+            name = topic(config, stream)
+            found[str(name)] = _verify(spool_folder(config, stream), stream, ledger_path(config, stream))
+            if files(folder := quarantine_folder(config, stream), SEGMENT):
+                found[f"{name}/quarantine"] = _verify(folder, stream, None)
+    return found
+
+
+def complaint(verified: Mapping[str, Verified]) -> str | None:
+    """Return what is damaged, in a line; None where nothing is."""
+    damaged = [
+        f"{name}: {sum(each.places for each in found.damage)} damaged places, {found.lost} events lost"
+        for name, found in verified.items()
+        if found.damage
+    ]
+    return "; ".join(damaged) or None
+
+
+def quarantined(config: Config, stream: Stream) -> Counter[str]:
+    """Return how many messages of a stream lie in the quarantine, by reason."""
+    counts: Counter[str] = Counter()
+    for segment in _segments(files(quarantine_folder(config, stream), SEGMENT), stream):
+        for span in segment.spans:
+            counts[span.reason] += span.end - span.first
+    return counts
+
+
+def _look(config: Config, stream: Stream) -> Waiting:
+    folder = spool_folder(config, stream)
+    paths, aside = files(folder, SEGMENT), files(folder, ASIDE)
+    # Names tell how much is in all but the last, which may be longer than the ledger of a producer that crashed says.
+    segments = [*_segments(paths[:-1], stream, whole=False), *_segments(paths[-1:], stream)]
+    account = _account(ledger_path(config, stream))
+    end = max(account.end if account else 0, segments[-1].end if segments else 0)
+    first = segments[0].base if segments else end
+    acked = min(account.acked, end) if account else first
+    events = end - acked - min(account.gone if account else 0, end - acked)
+    limits = [*(each.base for each in segments[1:]), end]
+    made = next((each.made for each, limit in zip(segments, limits, strict=False) if limit > acked), None)
+    return Waiting(
+        events,
+        len(segments),
+        sum(segment.size_bytes for segment in segments) + sum(map(_size_bytes, aside)),
+        max(0.0, now().since(made)) if events and made else None,
+        len(aside),
+        dict(quarantined(config, stream)),
+    )
+
+
+def _verify(folder: Path, stream: Stream, ledger: Path | None) -> Verified:
+    before = _account(ledger)
+    segments = list(_segments(files(folder, SEGMENT), stream))
+    after = _account(ledger)
+    end = max(before.end if before else 0, segments[-1].end if segments else 0)
+    first = segments[0].base if segments else end
+    acked = after.acked if after else first
+    gone = after.gone if after else 0
+    damage = []
+
+    def cost(start: int, stop: int) -> int:
+        """Return how many events of a gap wait."""
+        return max(0, stop - max(start, acked))
+
+    def cost_between_files(start: int, stop: int) -> int:
+        """Likewise; there, files may have been given up, whose events are counted as lost already."""
+        nonlocal gone
+        counted = min(gone, cost(start, stop))
+        gone -= counted
+        return cost(start, stop) - counted
+
+    if lost := cost_between_files(acked, first):
+        damage.append(Damage("(no file)", 1, lost))
+    for segment, limit in zip(segments, [*(each.base for each in segments[1:]), end], strict=False):
+        limit = max(limit, segment.end)
+        gaps = list(_gaps(segment))
+        behind = cost_between_files(segment.end, limit)
+        no_header = segment.made is None and not segment.spans and limit > segment.base
+        places = len(gaps) + (behind > 0 or no_header) or int(segment.passed_over)
+        if places:
+            damage.append(Damage(segment.name, places, sum(cost(*gap) for gap in gaps) + behind))
+    events = sum(span.end - span.first for span in chain.from_iterable(each.spans for each in segments))
+    return Verified(len(segments), events, tuple(damage))
+
+
+def _gaps(segment: _Segment) -> Iterator[tuple[int, int]]:
+    """Yield what is missing between a segment's beginning and its last batch."""
+    expected = segment.base
+    for span in segment.spans:
+        if span.first > expected:
+            yield expected, span.first
+        expected = span.end
+
+
+def _segments(paths: Sequence[Path], stream: Stream, *, whole: bool = True) -> Iterator[_Segment]:
+    """Read segments, or without `whole` their headers alone."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            yield _segment(path, stream, whole=whole)
+
+
+def _segment(path: Path, stream: Stream, *, whole: bool) -> _Segment:
+    base = int(path.stem)
+    try:
+        descriptor = open_regular(path)
+    except NotAFileError:
+        return _Segment(path.name, base, 0, None)
+    with open(descriptor, "rb") as file:
+        # What is appended from now on would look like damage where a half of it is read.
+        size_bytes = os.fstat(file.fileno()).st_size
+
+        def read_at(offset: int, size: int) -> bytes:
+            return os.pread(file.fileno(), max(0, min(size, size_bytes - offset)), offset)
+
+        try:
+            start, sync, metadata = read_header(read_at(0, HEADER_BYTES))
+        except (OSError, DamagedError):
+            return _Segment(path.name, base, size_bytes, None)
+        made = made_at(metadata)
+        if not whole:
+            return _Segment(path.name, base, size_bytes, made)
+        reader = Reader(stream, sync, start, read_at)
+        spans, failed = [], False
+        try:
+            while batch := reader.next():
+                spans.append(_Span(batch.first, batch.end, batch.reason))
+        except OSError:
+            failed = True
+        return _Segment(path.name, base, size_bytes, made, spans, failed or reader.damaged)
+
+
+def _account(ledger: Path | None) -> Account | None:
+    if ledger is None:
+        return None
+    # Who reads a page while it is written may get two halves.
+    return Ledger(ledger).read() or Ledger(ledger).read()
+
+
+def _size_bytes(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0

@@ -1,0 +1,208 @@
+"""Read the topics as any consumer would, and print them: an own connection, the frames' schemas, nothing of ours."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
+
+from producer.config.load import Registry
+from producer.consume.decode import Decoder, UndecodableError
+from producer.consume.event_line import View
+from producer.errors import ReaderGoneError, UnavailableError
+from producer.host.output import echo
+from producer.host.signals import Flag
+from producer.host.text import to_json
+from producer.kafka.consumer import QuietConsumer
+
+_LOG = logging.getLogger(__name__)
+_METADATA_TIMEOUT_S = 5
+_POLL_S = 0.1
+_BATCH = 1000
+_MOST_REASONS = 100
+
+
+class Event(NamedTuple):
+    """A decoded message."""
+
+    topic: str
+    key: str
+    record: dict[str, Any]
+
+
+class _Follower:
+    """A consumer of all partitions of the topics, also of topics that do not exist yet."""
+
+    def __init__(
+        self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], *, from_beginning: bool
+    ) -> None:
+        self._missing = list(topics)
+        self._from_beginning = from_beginning
+        self._next_look = 0.0
+        self._quiet = QuietConsumer(brokers, "tail", settings, {})
+        self._consumer = self._quiet.client
+
+    def start(self) -> None:
+        """Assign what is there; at its end, or at its beginning."""
+        with self._quiet.answered():
+            self._look(from_beginning=self._from_beginning)
+        if self._missing:
+            _LOG.warning("waiting for topics=%s", ",".join(self._missing))
+
+    def poll(self) -> list[Message]:
+        """Wait a little, and return what has come."""
+        if self._missing and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + 1
+            try:
+                self._look(from_beginning=True)
+            except KafkaException as exc:
+                _LOG.debug("no metadata: %s", exc)
+        return [message for message in self._consumer.consume(_BATCH, _POLL_S) if not self._failed(message)]
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def _look(self, *, from_beginning: bool) -> None:
+        for topic in list(self._missing):
+            metadata = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic]
+            if metadata.error is None:
+                partitions = [TopicPartition(topic, number, OFFSET_BEGINNING) for number in metadata.partitions]
+                if not from_beginning:
+                    # The number and not OFFSET_END, which would be the end at the first fetch, some time later.
+                    for partition in partitions:
+                        partition.offset = self._consumer.get_watermark_offsets(partition, _METADATA_TIMEOUT_S)[1]
+                self._consumer.incremental_assign(partitions)
+                self._missing.remove(topic)
+            elif metadata.error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
+
+    def _failed(self, message: Message) -> bool:
+        error = message.error()
+        if error is None:
+            return False
+        if error.retriable() or error.code() == KafkaError._PARTITION_EOF:
+            return True
+        raise UnavailableError(f"topic {message.topic()}: {error.str()}")
+
+
+def batches(
+    brokers: str,
+    topics: Sequence[str],
+    *,
+    registry: Registry | str | None,
+    from_beginning: bool,
+    stop: Flag,
+    client_settings: Mapping[str, str],
+) -> Generator[list[Event]]:
+    """Yield the events as they come, and an empty list where none comes for a moment; ends when `stop` is set.
+
+    The first list is empty, and comes when every message that is produced from then on will be read.
+    """
+    decoder = Decoder(registry)
+    skipped: dict[str, int] = {}
+    follower = _Follower(brokers, topics, client_settings, from_beginning=from_beginning)
+    try:
+        follower.start()
+        yield []
+        while not stop.is_set():
+            yield list(_decoded(follower.poll(), decoder, skipped))
+    finally:
+        follower.close()
+        for reason, count in skipped.items():
+            _LOG.warning("skipped messages=%d reason=%r", count, reason)
+
+
+def _decoded(messages: Sequence[Message], decoder: Decoder, skipped: dict[str, int]) -> Iterator[Event]:
+    for message in messages:
+        try:
+            record = decoder.decode(message.value())
+        except UndecodableError as exc:
+            reason = f"{message.topic()}: {exc}"
+            if reason not in skipped and len(skipped) >= _MOST_REASONS:  # a reason may name any schema id
+                reason = f"{message.topic()}: other reasons"
+            if reason not in skipped:
+                _LOG.warning("skipping messages of topic=%s: %s", message.topic(), exc)
+            skipped[reason] = skipped.get(reason, 0) + 1
+            continue
+        yield Event(message.topic() or "", (message.key() or b"").decode(errors="replace"), record)
+
+
+def events(
+    brokers: str,
+    topics: Sequence[str],
+    *,
+    registry: Registry | str | None,
+    from_beginning: bool,
+    stop: Flag,
+    client_settings: Mapping[str, str],
+) -> Iterator[Event]:
+    """Yield (topic, key, record) for each event until `stop` is set."""
+    for batch in batches(
+        brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
+    ):
+        yield from batch
+
+
+def tail(
+    brokers: str,
+    topics: Sequence[str],
+    *,
+    registry: Registry | str | None,
+    as_json: bool,
+    limit: int | None,
+    color: bool,
+    from_beginning: bool,
+    stop: Flag,
+    client_settings: Mapping[str, str],
+) -> None:
+    """Print the events of the topics, one per line, until `stop` is set or `limit` of them are printed."""
+    view = View(color=color)
+    source = batches(
+        brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
+    )
+    try:
+        with contextlib.closing(source):
+            _print_all(source, limit, color=color, lines=_json_lines if as_json else partial(_view_lines, view))
+    finally:
+        for reason, count in view.refused.items():
+            _LOG.warning("skipped records=%d reason=%r", count, reason)
+
+
+def _print_all(
+    source: Iterable[list[Event]], limit: int | None, *, color: bool, lines: Callable[[Sequence[Event]], list[str]]
+) -> None:
+    left = limit
+    for batch in source:
+        shown = lines(batch)[:left]
+        if not _print(shown, color=color):
+            return
+        if left is not None:
+            left -= len(shown)
+            if left == 0:
+                return
+
+
+def json_line(event: Event) -> str:
+    """Return the event as one JSON object: topic, key and the record's fields."""
+    return to_json({"topic": event.topic, "key": event.key, **event.record}, compact=True)
+
+
+def _json_lines(shown: Sequence[Event]) -> list[str]:
+    return [json_line(event) for event in shown]
+
+
+def _view_lines(view: View, shown: Sequence[Event]) -> list[str]:
+    return view.lines(event.record for event in shown)
+
+
+def _print(lines: Sequence[str], *, color: bool) -> bool:
+    """Print, at once; False when the reader of our output has gone."""
+    if lines:
+        try:
+            echo("\n".join(lines), color=color)
+        except ReaderGoneError:
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""The configuration: read from files, environment and options, merged, validated once."""

@@ -1,0 +1,300 @@
+"""The form and range of each setting, checked once on the merged configuration, whatever it came from.
+
+Nothing here looks at the host: names of users, interfaces and cgroups are resolved later, in ruleset.py.
+"""
+
+import ipaddress
+import math
+import os
+import re
+import socket
+import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from producer.config.convert import nearest
+from producer.config.librdkafka import decide
+from producer.errors import ConfigError
+from producer.events import HOOKS, STATES
+from producer.host.text import name as name_of
+
+GROUPS = ("host", "peer", "flow", "port")
+"""What an alert rule may judge by itself."""
+MEASURES = ("count", "ratio")
+SILENT = "silent"
+"""The name of the rule that alerts on hosts whose heartbeats have stopped."""
+
+_ACTIONS = ("keep", "drop")
+_MAX_RING_BYTES = 1 << 30
+_MIN_SPOOL_BYTES = 1 << 18
+_MAX_SPOOL_BYTES = 1 << 50
+_MAX_PREFIX = 200
+"""A topic's name has at most 249 characters; the longest of ours leaves more room than this."""
+_MAX_TEXT = 4096
+_DAY_S = 86400.0
+_SECONDS: Mapping[str, tuple[float, float]] = {
+    "capture.drain_interval_s": (0.001, 60),
+    "kafka.stop_timeout_s": (0, _DAY_S),
+    "registry.timeout_s": (0.001, 3600),
+    "spool.after_s": (0.1, 3600),
+    "spool.max_age_s": (1, 3660 * _DAY_S),
+    "alert.lateness_s": (0, _DAY_S),
+    "alert.repeat_s": (1, 30 * _DAY_S),
+}
+_NUMBERS = {"uid": (0, (1 << 32) - 2), "netns": (1, (1 << 32) - 1), "interface": (1, (1 << 31) - 1)}
+"""Ranges of the kernel's types; the user id 4294967295 means none."""
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+_HOST = re.compile(rf"\[[0-9A-Fa-f:.]+\]|(?=.{{1,253}}(?::|$)){_LABEL}(?:\.{_LABEL})*\.?")
+_BROKER = re.compile(rf"(?:[A-Za-z0-9_]+://)?(?:{_HOST.pattern})(?::(\d{{1,5}}))?")
+
+
+def host_name() -> str:
+    """Return the kernel's name of this host, printable whatever its bytes are."""
+    return name_of(os.fsencode(socket.gethostname()))
+
+
+def check(config: Any) -> None:
+    """Raise ConfigError for the first setting of a Config that is out of its range or form."""
+    if config.host != host_name():  # the kernel's own name is taken as it is
+        _check_text("host", config.host, 255)
+    _check_path("state_dir", config.state_dir, absolute=True)
+    _check_capture(config.capture)
+    _check_kafka(config.kafka)
+    for name, (least, most) in _SECONDS.items():
+        section, _, key = name.partition(".")
+        check_seconds(name, getattr(getattr(config, section), key), least, most)
+    _check_spool(config.spool)
+    if config.metrics.listen:
+        _check_listen(config.metrics.listen)
+    _check_path("metrics.web_config_file", config.metrics.web_config_file)
+    _check_registry(config.registry)
+    _check_alert(config.alert)
+    for number, rule in enumerate(config.rules, 1):
+        _check_rule(f"rules[{number}]", rule)
+
+
+def check_seconds(name: str, value: float, least: float, most: float) -> None:
+    """Raise ConfigError where a time is not in its range."""
+    if not least <= value <= most:
+        raise ConfigError(f"{name}: {value} is not a number of seconds from {least} to {most:g}")
+
+
+def _check_text(name: str, value: str, most: int = _MAX_TEXT) -> None:
+    if not value.strip():
+        raise ConfigError(f"{name}: expected a name, found an empty string")
+    if len(value.encode(errors="replace")) > most:
+        raise ConfigError(f"{name}: {len(value)} characters are too many: at most {most} bytes")
+    if not value.isprintable():
+        raise ConfigError(f"{name}: expected printable characters, found {value!r}")
+
+
+def _check_path(name: str, path: Path | None, *, absolute: bool = False) -> None:
+    if path is None:
+        return
+    _check_text(name, str(path))
+    if absolute and not path.is_absolute():
+        raise ConfigError(f"{name}: expected an absolute path, found {str(path)!r}")
+
+
+def _check_capture(capture: Any) -> None:
+    for name in ("transmit_ring_bytes", "retransmit_ring_bytes"):
+        size = getattr(capture, name)
+        if size < os.sysconf("SC_PAGE_SIZE") or size & size - 1:
+            raise ConfigError(f"capture.{name}: {size} is not a power of two of at least one page")
+        if size > _MAX_RING_BYTES:
+            raise ConfigError(f"capture.{name}: {size} is too large: at most {_MAX_RING_BYTES}")
+    if not capture.hooks:
+        raise ConfigError(f"capture.hooks: expected at least one of {', '.join(HOOKS)}")
+    for hook in capture.hooks:
+        if hook not in HOOKS:
+            raise ConfigError(f"capture.hooks: there is no hook {hook}{nearest(hook, HOOKS)}")
+    for port in capture.ports:
+        if not 0 < port < 1 << 16:
+            raise ConfigError(f"capture.ports: {port} is no port")
+    for address in capture.addresses:
+        if getattr(address, "scope_id", None):
+            raise ConfigError(f"capture.addresses: expected an address without an interface, found {str(address)!r}")
+    _check_choice("capture.default", capture.default, _ACTIONS)
+    _check_path("capture.pin", capture.pin, absolute=True)
+    _check_path("capture.btf", capture.btf, absolute=True)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: expected {' or '.join(choices)}, found {value!r}")
+
+
+def _check_kafka(kafka: Any) -> None:
+    if kafka.brokers is not None:
+        _check_brokers(kafka.brokers)
+    if not re.fullmatch(r"[A-Za-z0-9._-]*", kafka.topic_prefix):
+        raise ConfigError("kafka.topic_prefix: topics' names are of letters, digits, dots, underscores and hyphens")
+    if len(kafka.topic_prefix) > _MAX_PREFIX:
+        raise ConfigError(f"kafka.topic_prefix: {len(kafka.topic_prefix)} characters are too many: at most 200")
+    for name, value in kafka.settings.items():
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"kafka.settings: {name!r} is no name of a librdkafka setting")
+        if "\0" in value:  # librdkafka would take what stands before it
+            raise ConfigError(f"kafka.settings.{name}: a value must not contain NUL")
+    decide(kafka.settings)
+
+
+def _check_brokers(brokers: str) -> None:
+    if not brokers.strip():
+        raise ConfigError(
+            "kafka.brokers: HOST:PORT is wanted, several separated by commas, not an empty string; "
+            "for the embedded broker leave the setting out"
+        )
+    if len(brokers) > 1 << 14:
+        raise ConfigError(f"kafka.brokers: {len(brokers)} characters are too many: at most {1 << 14}")
+    for broker in brokers.split(","):
+        found = _BROKER.fullmatch(broker.strip())
+        if not found or (found[1] and not 0 < int(found[1]) < 1 << 16):
+            raise ConfigError(f"kafka.brokers: expected HOST:PORT, several separated by commas, found {broker!r}")
+
+
+def _check_spool(spool: Any) -> None:
+    for name in ("transmit_bytes", "retransmit_bytes", "quarantine_bytes"):
+        size = getattr(spool, name)
+        if size < 0 or 0 < size < _MIN_SPOOL_BYTES:
+            raise ConfigError(f"spool.{name}: {size} is neither 0 nor at least {_MIN_SPOOL_BYTES}")
+        if size > _MAX_SPOOL_BYTES:
+            raise ConfigError(f"spool.{name}: {size} is too large: at most {_MAX_SPOOL_BYTES}")
+    if spool.keep not in ("old", "new"):
+        raise ConfigError(f"spool.keep: old or new is wanted, not {spool.keep!r}")
+
+
+def _check_listen(listen: str) -> None:
+    _check_text("metrics.listen", listen, 300)
+    host, _, port = listen.rpartition(":")
+    if not _is_host(host):
+        raise ConfigError(f"metrics.listen: HOST:PORT is wanted, not {listen!r}")
+    if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) >= 1 << 16:
+        raise ConfigError(f"metrics.listen: expected a port from 0 to 65535, found {listen!r}")
+
+
+def _is_host(text: str) -> bool:
+    return bool(_HOST.fullmatch(text)) or _is_address(text)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_registry(registry: Any) -> None:
+    if registry.url is not None:
+        if "@" in registry.url:
+            raise ConfigError("registry.url: no user and password here: set registry.auth to a file")
+        _check_url("registry.url", registry.url)
+    for name in ("auth", "ca", "certificate", "key"):
+        _check_path(f"registry.{name}", getattr(registry, name))
+
+
+def _check_url(name: str, url: str) -> None:
+    _check_text(name, url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{name}: a URL is wanted, not {url!r}: {error}") from error
+    if parts.scheme not in ("http", "https") or not _is_host(parts.hostname or "") or port == 0 or " " in url:
+        raise ConfigError(f"{name}: a URL is wanted, http://HOST:PORT, not {url!r}")
+
+
+def _check_alert(alert: Any) -> None:
+    if not alert.group:
+        raise ConfigError("alert.group: a name is wanted")
+    _check_text("alert.group", alert.group, 249)
+    if not 0 <= alert.silent_after <= 1e6:
+        raise ConfigError(f"alert.silent_after: {alert.silent_after} is not a number from 0 to 1000000")
+    if alert.alertmanager is not None:
+        _check_url("alert.alertmanager", alert.alertmanager)
+    names: set[str] = set()
+    for number, rule in enumerate(alert.rules, 1):
+        where = f"alert.rules[{number}]"
+        if not _NAME.fullmatch(rule.name) or rule.name == SILENT:
+            raise ConfigError(
+                f"{where}.name: letters, digits, dots, underscores and hyphens are wanted, and not {SILENT!r}, "
+                f"which is silence's own name: {rule.name!r}"
+            )
+        if rule.name in names:
+            raise ConfigError(f"{where}.name: another rule is called {rule.name}")
+        names.add(rule.name)
+        _check_alert_rule(where, rule)
+
+
+def _check_alert_rule(where: str, rule: Any) -> None:
+    for key, value, known in (("by", rule.by, GROUPS), ("measure", rule.measure, MEASURES)):
+        if value not in known:
+            raise ConfigError(f"{where}.{key}: one of {', '.join(known)} is wanted, not {value!r}")
+    check_seconds(f"{where}.window_s", rule.window_s, 1, 30 * _DAY_S)
+    most = 1.0 if rule.measure == "ratio" else math.inf
+    if not 0 < rule.threshold <= most or math.isinf(rule.threshold):
+        raise ConfigError(f"{where}.threshold: {rule.threshold} is not above 0 and at most {most:g}")
+    if not 0 < rule.clear <= rule.threshold:
+        raise ConfigError(f"{where}.clear: {rule.clear} is not above 0 and at most the threshold")
+    if rule.minimum < 0:
+        raise ConfigError(f"{where}.minimum: {rule.minimum} is below 0")
+
+
+def _check_rule(where: str, rule: Any) -> None:
+    if rule.name:
+        _check_text(f"{where}.name", rule.name, 255)
+    for key in ("action", "transmit", "retransmit"):
+        value = getattr(rule, key)
+        if value is not None:
+            _check_choice(f"{where}.{key}", value, _ACTIONS)
+    if not 1 <= rule.sample < 1 << 31:
+        raise ConfigError(f"{where}.sample: expected a number from 1 to {(1 << 31) - 1}, found {rule.sample}")
+    _check_choice(f"{where}.sample_by", rule.sample_by, ("connection", "event"))
+    for key in ("address", "local_address", "remote_address"):
+        for text in getattr(rule, key):
+            _check_network(f"{where}.{key}", text)
+    for key in ("port", "local_port", "remote_port"):
+        for value in getattr(rule, key):
+            _check_ports(f"{where}.{key}", value)
+    for key, (least, most) in _NUMBERS.items():
+        for value in getattr(rule, key):
+            if isinstance(value, str):
+                _check_name(f"{where}.{key}", value)
+            elif not least <= value <= most:
+                raise ConfigError(f"{where}.{key}: expected a number from {least} to {most}, found {value}")
+    for unit in rule.unit:
+        _check_name(f"{where}.unit", unit)
+    for cgroup in rule.cgroup:
+        _check_text(f"{where}.cgroup", cgroup)
+        if ".." in cgroup.split("/"):
+            raise ConfigError(f"{where}.cgroup: expected a path below the cgroup root, found {cgroup!r}")
+    for state in rule.state:
+        if state not in STATES[1:]:
+            raise ConfigError(f"{where}.state: there is no TCP state {state!r}: {', '.join(STATES[1:])}")
+
+
+def _check_name(where: str, name: str) -> None:
+    _check_text(where, name, 255)
+    if "/" in name or name in (".", ".."):
+        raise ConfigError(f"{where}: expected a name, not a path: {name!r}")
+
+
+def _check_network(where: str, text: str) -> None:
+    if text.startswith("@"):
+        _check_text(where, text[1:])
+        return
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if "%" in str(network):
+        raise ConfigError(f"{where}: expected an address without an interface, found {text!r}")
+
+
+def _check_ports(where: str, value: int | str) -> None:
+    found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", str(value))
+    if not found or not int(found[1]) <= int(found[2] or found[1]) < 1 << 16:
+        raise ConfigError(f"{where}: {value!r} is no port and no range of ports")

@@ -1,0 +1,88 @@
+"""YAML as the configuration files of Go's programs have it: mappings with known keys, all scalars as text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from producer.config.convert import nearest
+from producer.errors import ConfigError
+
+_BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A mapping of the file, and its path in it. All scalars are text; an empty one is as good as none."""
+
+    name: str
+    values: dict[str, Any]
+    error: Callable[[str, str], ConfigError]
+
+    def path(self, key: str) -> str:
+        """Return a key's path in the file."""
+        return f"{self.name}.{key}" if self.name else key
+
+    def check_keys(self, *known: str) -> None:
+        """Raise the error of a key that is none of these."""
+        for key in self.values:
+            if key not in known:
+                raise self.error(self.path(key), f"unknown key{nearest(key, known)}")
+
+    def _of_kind(self, key: str, kind: type, what: str) -> Any:
+        value = self.values.get(key)
+        if value in (None, ""):
+            return kind()
+        if not isinstance(value, kind):
+            raise self.error(self.path(key), f"expected {what}")
+        return value
+
+    def table(self, key: str) -> "Table":
+        """Return a mapping; an empty one where there is none."""
+        return Table(self.path(key), self._of_kind(key, dict, "a mapping"), self.error)
+
+    def text(self, key: str) -> str:
+        """Return a text; an empty one where there is none."""
+        return str(self._of_kind(key, str, "text"))
+
+    def texts(self, key: str) -> list[str]:
+        """Return a list of texts that are not empty."""
+        values: list[Any] = self._of_kind(key, list, "a list")
+        if not all(isinstance(each, str) and each for each in values):
+            raise self.error(self.path(key), "expected a list of texts")
+        return values
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        """Return a boolean in one of YAML's words."""
+        text = self.text(key).lower()
+        if text and text not in _BOOLEANS:
+            raise self.error(self.path(key), f"expected true or false, found {text!r}")
+        return _BOOLEANS[text] if text else default
+
+
+def mapping(text: bytes) -> dict[str, Any]:
+    """Return a document's mapping; an empty one where there is none. Raises ValueError."""
+    import yaml  # who reads no such file does without its memory
+
+    class Loader(yaml.BaseLoader):  # makes text, lists and mappings, and nothing else
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(names) < len(node.value):
+                raise yaml.MarkedYAMLError(problem="a key is not text", problem_mark=node.start_mark)
+            if len(names) > len(set(names)):
+                raise yaml.MarkedYAMLError(problem="a key is there twice", problem_mark=node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        value = yaml.load(text, Loader)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except yaml.MarkedYAMLError as error:  # its own text has the line, in which a key may stand
+        at = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{at}{error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError("expected YAML in UTF-8") from error
+    if value is None or value == "":
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError("expected a mapping")
+    return value

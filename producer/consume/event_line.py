@@ -1,0 +1,108 @@
+"""One event as one line of a terminal: tcpdump's words, green for a transmit, yellow and red for a retransmit."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from rich.color import ColorSystem
+from rich.style import Style
+
+from producer.host.text import printable
+
+# tcpdump's letters, in its order, by the bit in the flags byte.
+_FLAGS = ((1, "F"), (2, "S"), (4, "R"), (8, "P"), (16, "."), (32, "U"), (64, "E"), (128, "W"))
+_FLAG_TEXTS = tuple("".join(letter for bit, letter in _FLAGS if flags & bit) or "none" for flags in range(256))
+_MOST_PART = 512
+"""Most characters of a part of a line, before what does not print is escaped."""
+_MOST_REASON = 100
+_MOST_REASONS = 100
+
+
+def flag_letters(tcp_flags: int) -> str:
+    """Return the flags byte as tcpdump prints it, without the brackets."""
+    return _FLAG_TEXTS[tcp_flags & 0xFF]
+
+
+def endpoint(address: str, port: int) -> str:
+    """Return address and port, an IPv6 address in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def is_retransmit_event(record: Mapping[str, Any]) -> bool:
+    """Tell an event of the retransmit topic, under whatever name the topic has, by the field that only it has."""
+    return "cause" in record
+
+
+class View:
+    """Turns records into lines, without the line end. `refused` counts those that no line can be made of, by reason."""
+
+    def __init__(self, *, color: bool) -> None:
+        self._color = color
+        self.refused: Counter[str] = Counter()
+
+    def lines(self, records: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Return the lines of what a consumer got at once, in the order of their times.
+
+        Kafka keeps the order within a partition only, and a flow has one partition.
+        """
+        shown = []
+        for record in records:
+            try:
+                shown.append((record["ts_ns"], self.line(record)))
+            except LookupError as error:
+                self._refuse(f"no field {error}")
+            except (TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+                self._refuse(f"{type(error).__name__}: {error}")
+        return [line for _, line in sorted(shown, key=lambda each: each[0])]
+
+    def _refuse(self, reason: str) -> None:
+        cut = printable(reason[:_MOST_REASON])
+        self.refused[cut if cut in self.refused or len(self.refused) < _MOST_REASONS else "other reasons"] += 1
+
+    def line(self, record: Mapping[str, Any]) -> str:
+        """Return the line of a record of either topic.
+
+        A field of another type raises TypeError, ValueError, AttributeError, ArithmeticError or OSError, one that is
+        missing LookupError.
+        """
+        time = f"{datetime.fromtimestamp(record['ts_ns'] / 1e9):%H:%M:%S.%f}"
+        segment = self._clean(_segment(record))
+        if not is_retransmit_event(record):
+            return f"{self._paint(time, 'dim')} {self._paint(segment, 'green')}"
+        why = self._clean(_why(record))
+        return f"{self._paint(time, 'dim')} {self._paint(segment, 'yellow')} {self._paint(why, 'bold red')}"
+
+    def _paint(self, text: str, style: str) -> str:
+        # rich's markup and wrapping would cost several times the line itself; its styles are all that a line needs.
+        return Style.parse(style).render(text, color_system=ColorSystem.STANDARD) if self._color else text
+
+    def _clean(self, text: str) -> str:
+        # Anybody may write to a topic: no escape sequence of theirs reaches the terminal.
+        return printable(text if len(text) <= _MOST_PART else text[:_MOST_PART] + "...[cut]")
+
+
+def _segment(record: Mapping[str, Any]) -> str:
+    source = endpoint(record["saddr"], record["sport"])
+    destination = endpoint(record["daddr"], record["dport"])
+    ack = "" if record["ack_seq"] is None else f" ack {record['ack_seq']}"
+    return (
+        f"{source} > {destination} [{flag_letters(record['tcp_flags'])}] seq {record['seq']}:{record['end_seq']}{ack}"
+        f" len {record['payload_len']} segs {record['segs']}"
+    )
+
+
+def _why(record: Mapping[str, Any]) -> str:
+    words = ["retransmit", record["cause"]]
+    if record["retransmit_no"] is not None:
+        words.append(f"#{record['retransmit_no']}")
+    for name in ("rto_us", "srtt_us"):
+        if record[name] is not None:
+            words.append(f"{name[:-3]} {_milliseconds(record[name])}")
+    if record["err"]:
+        words.append(f"err {record['err']}")
+    return " ".join(words)
+
+
+def _milliseconds(us: int) -> str:
+    return f"{us / 1000:.3g}ms" if us < 1_000_000 else f"{us / 1000:.0f}ms"

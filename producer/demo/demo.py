@@ -1,0 +1,294 @@
+"""Everything in one, for a newcomer: a producer with the embedded broker, lossy traffic, a live view, and the account.
+
+The producer is the real command in a child process, and what is shown is read back from Kafka. All of it is in a
+temporary folder, in namespaces without names and in child processes, so that nothing is left, however the demo ends.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from producer.commands.tail import Event, batches
+from producer.consume.event_line import View, is_retransmit_event
+from producer.demo.lab import Lab, Sent
+from producer.demo.reconcile import Comparison, Row, Tally, compare, reasons
+from producer.errors import BusyError, ConfigError, PermissionDenied, UnavailableError
+from producer.events import RETRANSMITS, STREAMS
+from producer.host.output import echo
+from producer.host.python_child import python
+from producer.host.signals import Flag, SignalFlag
+from producer.host.text import printable, to_json
+
+_READY_TIMEOUT_S = 180
+_STOP_TIMEOUT_S = 60
+# After the traffic's end: the events are all here when nothing has come for so long.
+_QUIET_S = 2.0
+_TRANSMIT_LINES_PER_S = 20
+_MOST_LINE = 1 << 16
+_ERRORS = {error.exit_code: error for error in (PermissionDenied, BusyError, ConfigError)}
+
+
+def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool) -> int:
+    """Run the demo and print the comparison; with `as_json` that alone, as one JSON object. Return the exit code."""
+    if os.geteuid() != 0:
+        raise PermissionDenied("the demo loads BPF programs and makes network namespaces: run it as root, or with sudo")
+    screen = _Screen(quiet=as_json)
+    stop = SignalFlag()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stop.interrupt_on(number)  # the second one ends the demo at once, cleaning up on the way
+    with (
+        tempfile.TemporaryDirectory(prefix="rebpf-demo-") as folder,
+        Lab(loss) as lab,
+        _Producer(folder, lab.addresses) as producer,
+    ):
+        screen.starting(lab, loss)
+        ready = producer.wait_ready(stop)
+        if ready is None:
+            return 0
+        screen.ready(ready)
+        tally = Tally()
+        with contextlib.closing(_follow(ready["brokers"])) as source, ThreadPoolExecutor(1) as pool:
+            next(source)
+            end = threading.Event()
+
+            def pass_on_stop() -> None:
+                if stop.is_set():
+                    end.set()
+
+            sent = pool.submit(_traffic, lab, duration_s, end)
+            try:
+                _watch(source, sent, producer, tally, screen, pass_on_stop)
+            finally:
+                end.set()
+            counters = lab.counters()
+            _settle(source, tally, counters)
+        balance = producer.stop()
+    screen.report(compare(tally, counters), tally, balance, sent.result())
+    return 0
+
+
+class _Producer:
+    """`rebpf run` as a child, on the lab's addresses alone, which dies with this process."""
+
+    def __init__(self, state_dir: str, addresses: Sequence[str]) -> None:
+        self._state_dir = state_dir
+        self._addresses = addresses
+        self._last_lines: deque[str] = deque(maxlen=20)
+        self._ready: dict[str, str] | None = None
+        self._news = threading.Event()
+
+    def __enter__(self) -> "_Producer":
+        addresses = [word for address in self._addresses for word in ("--address", address)]
+        run = python("producer", "run", "--json", "--state-dir", self._state_dir, *addresses)
+        # A session of its own: a Ctrl-C is for this process, which stops the child when it has read everything.
+        self._child = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "TERM", "--", *run],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",
+            start_new_session=True,
+            # What the user has set for a producer of theirs is not for this one.
+            env={name: value for name, value in os.environ.items() if not name.startswith("REBPF_")},
+        )
+        assert self._child.stderr is not None
+        self._reader = threading.Thread(target=self._read, args=(self._child.stderr,))
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.terminate()
+        self._end()
+        for stream in (self._child.stdout, self._child.stderr):
+            assert stream is not None
+            stream.close()
+
+    def wait_ready(self, stop: Flag) -> Mapping[str, str] | None:
+        """Wait for the ready line and return its words; None when `stop` came first."""
+        deadline = time.monotonic() + _READY_TIMEOUT_S
+        while self._ready is None and not stop.is_set():
+            self.check()
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"the producer is not ready after {_READY_TIMEOUT_S} s")
+            self._news.wait(0.1)
+        return self._ready
+
+    def check(self) -> None:
+        """Raise the producer's own error if it has ended."""
+        status = self._child.poll()
+        if status is not None:
+            self._reader.join()
+            reason = self._last_lines[-1] if self._last_lines else f"status {status}"
+            raise _ERRORS.get(status, UnavailableError)(f"the producer ended: {reason.removeprefix('rebpf: ')}")
+
+    def stop(self) -> dict[str, Any]:
+        """Stop it in order and return its balance."""
+        self.check()
+        self._child.terminate()
+        if self._end() != 0:
+            self.check()
+        assert self._child.stdout is not None
+        balance: dict[str, Any] = json.loads(self._child.stdout.read().splitlines()[-1])
+        return balance
+
+    def _end(self) -> int:
+        try:
+            status = self._child.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            status = self._child.wait()
+        self._reader.join()
+        return status
+
+    def _read(self, stream: TextIO) -> None:
+        while line := stream.readline(_MOST_LINE):
+            self._last_lines.append(line.rstrip())
+            if self._ready is None and "brokers=" in line and "ready" in line.split():
+                self._ready = dict(word.split("=", 1) for word in line.split() if "=" in word)
+                self._news.set()
+        self._news.set()
+
+
+class _Screen:
+    """What the user sees; nothing but the last object in JSON mode."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(highlight=False, quiet=quiet)
+        self._quiet = quiet
+        self._view = View(color=self._console.color_system is not None and not self._console.no_color)
+        self._second = 0
+        self._shown_this_second = 0
+
+    def starting(self, lab: Lab, loss: float) -> None:
+        self._say(
+            f"Two network namespaces, {lab.client.ipv4} and {lab.server.ipv4}, with IPv6 too, are joined by a link that"
+            f" loses {loss * 100:.3g} % of its TCP packets. The kernel's hooks are being loaded."
+        )
+
+    def ready(self, ready: Mapping[str, str]) -> None:
+        brokers = ready["brokers"]
+        hooks = ", ".join(f"{stream.name}s by {ready.get(stream.name, '?')}" for stream in STREAMS)
+        self._say(
+            f"Capturing {hooks}. Kafka is the embedded broker at {brokers}: for trying, not for production."
+            " Any client may read along, in another terminal:"
+        )
+        self._say(f"  rebpf tail --brokers {brokers}")
+        self._say(f"  kcat -b {brokers} -t {RETRANSMITS.topic} -C -f '%k\\n'")
+        self._say("Below, read back from Kafka, are all retransmits and a sample of the transmits. All are counted.")
+
+    def _say(self, text: str) -> None:
+        self._print(printable(text), markup=False)
+
+    def _print(self, *what: Any, **how: Any) -> None:
+        """Lay it out as the console would, and write it as all else is written."""
+        if not self._quiet:
+            with self._console.capture() as captured:
+                self._console.print(*what, **how)
+            echo(captured.get().removesuffix("\n"), color=True)
+
+    def show(self, events: Sequence[Event]) -> None:
+        if self._quiet:
+            return
+        shown = [event.record for event in events if self._is_shown(event)]
+        lines = self._view.lines(shown)
+        if lines:
+            # Not through the console, whose layout costs more than the line.
+            echo("\n".join(lines), color=True)
+
+    def _is_shown(self, event: Event) -> bool:
+        if is_retransmit_event(event.record):
+            return True
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._shown_this_second = second, 0
+        self._shown_this_second += 1
+        return self._shown_this_second <= _TRANSMIT_LINES_PER_S
+
+    def report(self, comparison: Comparison, tally: Tally, balance: Mapping[str, Any], sent: Sent) -> None:
+        why = reasons(tally, comparison, balance)
+        if self._quiet:
+            account = {"rows": [row.as_dict() for row in comparison.rows], "reasons": why, "balance": balance}
+            echo(to_json({**account, "read": tally.events, "repeated": tally.repeated, "missing": tally.missing}))
+            return
+        self._print()
+        self._print(_table(comparison.rows))
+        for topic, account in balance.items():
+            lost = ", ".join(f"{reason} {count}" for reason, count in account["lost"].items()) or "0"
+            self._say(
+                f"{topic}: captured {account['passed']}, delivered to Kafka {account['delivered']},"
+                f" read back {tally.events[topic]}, lost {lost}"
+            )
+        self._say(f"The traffic was {sent.connections} connections with {sent.payload_bytes / 1e6:.0f} MB of payload.")
+        for reason in why:
+            self._print(printable(f"Difference: {reason}."), style="yellow", markup=False)
+        if not why:
+            self._print("The events and the kernel agree.", style="bold green")
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(title="Segments: the events of both topics, and the kernel's own counters", title_justify="left")
+    table.add_column("segments")
+    for heading in ("events", "kernel", "difference"):
+        table.add_column(heading, justify="right")
+    table.add_column("kernel's counter")
+    for row in rows:
+        difference = f"[yellow]{row.difference:+d}[/]" if row.difference else "[green]0[/]"
+        table.add_row(row.what, str(row.seen), str(row.counted), difference, row.counter)
+    return table
+
+
+def _traffic(lab: Lab, duration_s: float, end: threading.Event) -> Sent:
+    sent = lab.traffic(duration_s, end)
+    lab.wait_idle()
+    return sent
+
+
+def _follow(brokers: str) -> Generator[list[Event]]:
+    topics = [stream.topic for stream in STREAMS]
+    never = threading.Event()
+    return batches(brokers, topics, registry=None, from_beginning=True, stop=never, client_settings={})
+
+
+def _watch(
+    source: Iterator[list[Event]],
+    sent: "Future[Sent]",
+    producer: _Producer,
+    tally: Tally,
+    screen: _Screen,
+    each: Callable[[], None],
+) -> None:
+    while not sent.done():
+        each()
+        producer.check()
+        events = next(source)
+        _count(tally, events)
+        screen.show(events)
+    sent.result()
+
+
+def _settle(source: Iterator[list[Event]], tally: Tally, counters: Mapping[str, int]) -> None:
+    """Read what is still on its way; the embedded broker ends with the producer, so this comes before its stop."""
+    last = time.monotonic()
+    while not compare(tally, counters).agrees and time.monotonic() - last < _QUIET_S:
+        events = next(source)
+        if events:
+            last = time.monotonic()
+        _count(tally, events)
+
+
+def _count(tally: Tally, events: Sequence[Event]) -> None:
+    for event in events:
+        tally.add(event.topic, event.record)

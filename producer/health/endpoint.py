@@ -1,0 +1,379 @@
+"""The producer's HTTP endpoint, for its operator and Prometheus.
+
+GET /metrics   all metrics
+GET /healthz   200 while the loop makes steps, otherwise 503; asks for no password
+GET /readyz    200 and {"state", "reasons"} while the producer captures, also where it is degraded; otherwise 503
+GET /status    the whole status in JSON, or 503
+
+The loop alone knows how things are, and nobody else touches its parts: a visitor waits for its next step, which leaves
+a status on the board. While nobody asks, that costs a look at a flag for each step.
+
+Visitors may be slow, many or hostile. Each visit has a deadline and a bound on what it sends; the oldest visitor is
+closed to make room for a new one; and few visitors at a time may wait for the loop. So /healthz always answers. TLS
+changes none of this: the handshake belongs to the visit, in the visitor's own thread.
+
+Where the endpoint asks for certificates or passwords, `rebpf status` comes by a socket in the state folder, which the
+folder's mode protects.
+"""
+
+import contextlib
+import http.client
+import io
+import json
+import logging
+import os
+import socketserver
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socket import AF_INET6, AF_UNIX, MSG_PEEK, SHUT_RDWR, SHUT_WR, socket
+from types import TracebackType
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from producer.health import metrics
+from producer.health.board import Board as Board
+from producer.health.endpoint_client import ask as ask
+from producer.health.passwords import Passwords
+from producer.health.web_config import WebConfig, WebSettings
+from producer.host import state_file
+
+logger = logging.getLogger(__name__)
+
+_VISIT_TIMEOUT_S = 5.0
+_MAX_VISITORS = 32
+_MAX_WAITING_PER_PAGE = 8
+_MAX_REQUEST_BYTES = 16 << 10
+_METHODS = ("GET", "HEAD")
+_WITHOUT_PASSWORD = ("/healthz",)
+_TLS_HANDSHAKE = b"\x16"
+_JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
+
+Answer = tuple[HTTPStatus, str, bytes]
+
+
+class Endpoint:
+    """Serves while it is entered. A port that cannot be had is a warning, and `url` is then None.
+
+    `local` is the path of a socket that serves the same without TLS and passwords.
+    """
+
+    def __init__(
+        self, host: str, port: int, board: Board, web: WebSettings | None = None, local: Path | None = None
+    ) -> None:
+        self._host, self._port, self._board = host, port, board
+        self._web = web or WebSettings(None)
+        self._local = local
+        self._stack = contextlib.ExitStack()
+        self.url: str | None = None
+        """Where it is to be found."""
+
+    def __enter__(self) -> "Endpoint":
+        try:
+            server = _Server(self._host, self._port, self._board, self._web)
+        except OSError as error:
+            logger.warning("metrics: no endpoint at %s port %d: %s", self._host, self._port, error.strerror or error)
+            return self
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        scheme = "https" if self._web.current().tls else "http"
+        self.url = f"{scheme}://{host}:{server.server_address[1]}"
+        self._stack.enter_context(_running(server, "endpoint"))
+        if self._local:
+            self._serve_at(self._local)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _serve_at(self, path: Path) -> None:
+        try:
+            server = _LocalServer(path, self._board, self._web)
+        except OSError as error:
+            logger.warning("metrics: no socket at %s, `rebpf status` will not work: %s", path, error.strerror or error)
+            return
+        self._stack.callback(_unlink, path)
+        self._stack.enter_context(_running(server, "endpoint-local"))
+
+
+@contextlib.contextmanager
+def _running(server: "_Server", name: str) -> Iterator[None]:
+    thread = threading.Thread(target=server.serve, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.stop()
+        thread.join()
+        server.server_close()
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread for each of a bounded number of visitors: they must not use up the producer's file descriptors.
+
+    The thread that accepts visitors also closes those whose time is over, and the oldest where there are too many.
+    """
+
+    block_on_close = False
+    allow_reuse_port = False
+    request_queue_size = 64
+
+    def __init__(self, host: str, port: int, board: Board, web: WebSettings) -> None:
+        if ":" in host:
+            self.address_family = AF_INET6
+        self.board = board
+        self.web = web
+        self.passwords = Passwords()
+        self.metrics = metrics.registry(board.last, board.idle_s)
+        self._deadlines: dict[socket, float] = {}  # of all visitors, the oldest first
+        self._served: set[socket] = set()  # those who wait for us: the others we wait for
+        self._lock = threading.Lock()  # a socket is closed under it: its descriptor may belong to somebody else later
+        self._places = {path: threading.BoundedSemaphore(_MAX_WAITING_PER_PAGE) for path in _PAGES}
+        self._stopping = False
+        super().__init__((host, port), _Visit)
+
+    def serve(self) -> None:
+        """Serve until `stop`. serve_forever would wake up twice a second to see whether it is told to stop."""
+        while not self._stopping:
+            self.timeout = self._close_late()
+            self.handle_request()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self.socket.shutdown(SHUT_RDWR)  # ends the wait for visitors
+
+    def make(self, path: str, visit: "_Visit") -> Answer:
+        """Make a page. Meanwhile the visitor waits for us, and is not closed to make room for another."""
+        if not self._places[path].acquire(blocking=False):
+            return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"too many visitors wait for this page\n"
+        try:
+            self._served.add(visit.accepted)
+            return _PAGES[path](visit)
+        finally:
+            self._served.discard(visit.accepted)
+            self._places[path].release()
+
+    def settings(self) -> WebConfig:
+        """Return what is in force for a visitor who comes now."""
+        return self.web.current()
+
+    def get_request(self) -> tuple[socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # no descriptor is left: the visitor is still there, and the next try would come at once
+            time.sleep(0.1)
+            raise
+
+    def server_bind(self) -> None:
+        # Without HTTPServer's, which asks the name service for the host's name.
+        socketserver.TCPServer.server_bind(self)
+
+    def process_request(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
+        assert isinstance(request, socket)
+        with self._lock:
+            oldest = next((each for each in self._deadlines if each not in self._served), None)
+            if oldest and len(self._deadlines) >= _MAX_VISITORS:
+                self._cut(oldest)
+            self._deadlines[request] = time.monotonic() + _VISIT_TIMEOUT_S
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket | tuple[bytes, socket]) -> None:
+        assert isinstance(request, socket)
+        with self._lock:
+            self._deadlines.pop(request, None)
+            super().shutdown_request(request)
+
+    def handle_error(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
+        logger.debug("metrics: a visitor went away", exc_info=True)
+
+    def _close_late(self) -> float | None:
+        """Close the visitors whose time is over; return the seconds until the next one's is, None without visitors."""
+        with self._lock:
+            now = time.monotonic()
+            for visitor in [each for each, deadline in self._deadlines.items() if deadline <= now]:
+                self._cut(visitor)
+            return min(self._deadlines.values()) - now if self._deadlines else None
+
+    def _cut(self, visitor: socket) -> None:
+        """End whatever the visitor's thread waits for. The thread then closes the socket."""
+        del self._deadlines[visitor]
+        try:
+            visitor.shutdown(SHUT_RDWR)
+        except OSError:
+            logger.debug("metrics: a visitor was gone already")
+
+
+class _LocalServer(_Server):
+    """Serves by a socket in a folder, without TLS and passwords."""
+
+    address_family = AF_UNIX
+
+    def __init__(self, path: Path, board: Board, web: WebSettings) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:  # a folder, say
+            state_file.set_aside(path)
+        self._path = path
+        super().__init__("", 0, board, web)
+
+    def settings(self) -> WebConfig:
+        self.web.current()  # so that the status says what is wrong with it
+        return WebConfig()
+
+    def server_bind(self) -> None:
+        folder = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.socket.bind(f"/proc/self/fd/{folder}/{self._path.name}")  # a path of any length
+        finally:
+            os.close(folder)
+
+
+class _Request(io.BufferedReader):
+    """What a visitor sends, up to a bound."""
+
+    _left = _MAX_REQUEST_BYTES
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(self._left + 1)
+        self._left -= len(line)
+        if self._left < 0:
+            raise http.client.LineTooLong("request")
+        return line
+
+
+class _Visit(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = _VISIT_TIMEOUT_S
+    command, requestline, request_version = "", "", "HTTP/1.0"  # for an error before they are known
+
+    headers_of_all: Mapping[str, str] = {}
+
+    def setup(self) -> None:
+        self.accepted: socket = self.request
+        self._speak_by(self.accepted)
+
+    def _speak_by(self, connection: socket) -> None:
+        self.request = connection
+        super().setup()
+        self.rfile = _Request(self.rfile.detach())
+
+    def handle(self) -> None:
+        """Read one request and answer it."""
+        web = self.server.settings()
+        self.headers_of_all = web.headers
+        first = self.accepted.recv(1, MSG_PEEK)
+        if first and web.tls and first == _TLS_HANDSHAKE:
+            self._handle_tls(web, web.tls)
+        elif first and web.tls:
+            self.send_error(HTTPStatus.BAD_REQUEST, "Expected HTTPS")
+        elif first and not first.isalpha():  # a TLS client would wait for an answer to its first message
+            self.send_error(HTTPStatus.BAD_REQUEST, "Expected HTTP without TLS")
+        elif first and self._read():
+            self._answer(web)
+        # Unread bytes would make the kernel reset the connection, and the visitor lose the answer.
+        self.accepted.shutdown(SHUT_WR)
+        while self.accepted.recv(1 << 16):
+            pass
+
+    def _handle_tls(self, web: WebConfig, context: ssl.SSLContext) -> None:
+        # Of a copy: the server ends the visit by the accepted socket, whatever OpenSSL waits for.
+        own = context.wrap_socket(self.accepted.dup(), server_side=True, do_handshake_on_connect=False)
+        with own, contextlib.suppress(OSError):
+            own.do_handshake()
+            if web.admits(own.getpeercert()):
+                self.rfile.close()
+                self._speak_by(own)
+                if self._read():
+                    self._answer(web)
+            own.settimeout(0)  # say that this is the end, and wait for no answer
+            own.unwrap()
+
+    def _read(self) -> bool:
+        try:
+            self.raw_requestline = self.rfile.readline()
+        except http.client.LineTooLong:
+            self.send_error(HTTPStatus.REQUEST_URI_TOO_LONG)
+            return False
+        return self.parse_request()
+
+    def _answer(self, web: WebConfig) -> None:
+        path = self.path.partition("?")[0]
+        if web.users and path not in _WITHOUT_PASSWORD:
+            code = self.server.passwords.check(web.users, self.headers.get("Authorization"), self.client_address[0])
+            if code != HTTPStatus.OK:
+                challenge = {"WWW-Authenticate": 'Basic realm="rebpf", charset="UTF-8"'}
+                more = challenge if code == HTTPStatus.UNAUTHORIZED else {"Retry-After": "1"}
+                self._send(code, _TEXT, f"{code.phrase}\n".encode(), more)
+                return
+        if path not in _PAGES:
+            self.send_error(HTTPStatus.NOT_FOUND)
+        elif self.command not in _METHODS:
+            allowed = {"Allow": ", ".join(_METHODS)}
+            self._send(HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"expected GET or HEAD\n", allowed)
+        else:
+            self._send(*self.server.make(path, self), {})
+
+    def _send(self, code: HTTPStatus, kind: str, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def end_headers(self) -> None:
+        for name, value in self.headers_of_all.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def version_string(self) -> str:
+        return "rebpf"
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        logger.debug("metrics: " + format, *arguments)
+
+
+def _metrics(visit: _Visit) -> Answer:
+    encode: Callable[[CollectorRegistry], bytes]
+    encode, kind = choose_encoder(visit.headers.get("Accept", ""))
+    return HTTPStatus.OK, kind, encode(visit.server.metrics)
+
+
+def _healthz(visit: _Visit) -> Answer:
+    trouble = visit.server.board.trouble()
+    if trouble:
+        return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"the loop {trouble}\n".encode()
+    return HTTPStatus.OK, _TEXT, b"ok\n"
+
+
+def _readyz(visit: _Visit) -> Answer:
+    return _of_status(visit, ("state", "reasons"))
+
+
+def _status(visit: _Visit) -> Answer:
+    return _of_status(visit, None)
+
+
+def _of_status(visit: _Visit, keys: tuple[str, ...] | None) -> Answer:
+    """Answer with the status, or some of it; that of before the loop hung would not be true."""
+    status, trouble = visit.server.board.last(), visit.server.board.trouble()
+    if status is None or trouble:
+        answer = {"state": "unavailable", "reasons": [trouble or "does not capture yet"]}
+        return HTTPStatus.SERVICE_UNAVAILABLE, _JSON, json.dumps(answer).encode()
+    facts = status.as_dict()
+    return HTTPStatus.OK, _JSON, json.dumps({key: facts[key] for key in keys or facts}).encode()
+
+
+_PAGES = {"/metrics": _metrics, "/healthz": _healthz, "/readyz": _readyz, "/status": _status}

@@ -1,0 +1,66 @@
+"""How `rebpf status` asks a producer: at its HTTP endpoint, or by the socket in its state folder."""
+
+import contextlib
+import http.client
+import os
+import stat
+from http import HTTPStatus
+from pathlib import Path
+from socket import AF_UNIX, socket
+from typing import Any
+from urllib.parse import urlsplit
+
+from producer.errors import UnavailableError
+from producer.host import state_file
+from producer.host.text import printable
+
+_TIMEOUT_S = 5.0
+_MOST_STATUS_BYTES = 1 << 20
+
+
+class _LocalConnection(http.client.HTTPConnection):
+    """A connection to a socket in a folder. Others may have put something else there, and a link is not followed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        found = os.open(self._path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISSOCK(os.fstat(found).st_mode):
+                raise OSError(f"{self._path} is not a socket")
+            self.sock = socket(AF_UNIX)
+            self.sock.settimeout(_TIMEOUT_S)
+            self.sock.connect(f"/proc/self/fd/{found}")  # a path of any length
+        finally:
+            os.close(found)
+
+
+def ask(url: str, local: Path | None = None) -> dict[str, Any]:
+    """Return the status of the producer whose endpoint is at `url`; UnavailableError where it does not answer.
+
+    `local` is the path of the socket to ask in its place.
+    """
+    try:
+        # Whoever may write agent.json chose the URL.
+        with contextlib.closing(_connection(url, local)) as connection:
+            connection.request("GET", "/status")
+            response = connection.getresponse()
+            status = state_file.parse(response.read(_MOST_STATUS_BYTES))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        why = f"the producer does not answer at {url}/status: {error or 'nothing'}"
+        raise UnavailableError(printable(why)) from error
+    if not isinstance(status, dict):
+        raise UnavailableError(f"{url}/status: expected a producer's status, found something else")
+    if response.status != HTTPStatus.OK:
+        reasons = status.get("reasons")
+        reason = reasons[0] if isinstance(reasons, list) and reasons else f"answers with status {response.status}"
+        raise UnavailableError(printable(f"the producer {reason}"))
+    return status
+
+
+def _connection(url: str, local: Path | None) -> http.client.HTTPConnection:
+    if local:
+        return _LocalConnection(local)
+    return http.client.HTTPConnection(urlsplit(url).netloc, timeout=_TIMEOUT_S)

@@ -1,0 +1,141 @@
+"""What the producer says of itself at one moment: the same facts for its heartbeat, its metrics and `rebpf status`."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from producer.errors import UnavailableError
+from producer.events import Topic
+from producer.health.balance import Balance, stage
+from producer.host.text import lines
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatus:
+    """One stream: its account, and the room that is taken."""
+
+    topic: Topic
+    hook: str
+    balance: Balance
+    ring_bytes: int
+    ring_used_bytes: int
+    spool_bytes: int
+    spool_max_bytes: int
+    """0 where nothing waits on disk. Not in the heartbeat."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the stream as in JSON and in the heartbeat's schema."""
+        lost = [{"stage": stage(reason), "reason": reason, "count": n} for reason, n in self.balance.lost.items()]
+        return {
+            "topic": self.topic,
+            "hook": self.hook,
+            **self.balance.as_dict(),
+            "lost": lost,
+            "ring_bytes": self.ring_bytes,
+            "ring_used_bytes": self.ring_used_bytes,
+            "spool_bytes": self.spool_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The producer as a whole. `reasons` say to an operator why it is degraded; none: it is not."""
+
+    host: str
+    boot_id: str
+    version: str
+    pid: int
+    started_s: float
+    """Seconds since 1970 UTC."""
+    rules_version: int
+    streams: tuple[StreamStatus, ...]
+    reasons: tuple[str, ...]
+    cpu_s: float
+    rss_bytes: int
+    stopped: bool = False
+    """This is the last status of a run that ends as it should."""
+
+    @property
+    def state(self) -> str:
+        """ok, degraded or stopped."""
+        return "stopped" if self.stopped else "degraded" if self.reasons else "ok"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the status as in JSON and, but for the times, in the heartbeat's schema."""
+        return {
+            "state": self.state,
+            "reasons": list(self.reasons),
+            "host": self.host,
+            "boot_id": self.boot_id,
+            "version": self.version,
+            "pid": self.pid,
+            "started_s": self.started_s,
+            "rules_version": self.rules_version,
+            "cpu_s": self.cpu_s,
+            "rss_bytes": self.rss_bytes,
+            "streams": [stream.as_dict() for stream in self.streams],
+        }
+
+
+def usage() -> tuple[float, int]:
+    """Return this process's CPU seconds so far, of all its threads, and its resident bytes."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return time.process_time(), resident_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def summary(status: Status) -> str:
+    """Return a status in one line."""
+    streams = "; ".join(f"{stream.topic} {stream.hook} {stream.balance}" for stream in status.streams)
+    return f"{status.state}{' (' + ', '.join(status.reasons) + ')' if status.reasons else ''}: {streams}"
+
+
+_COUNTS = ("passed", "delivered", "in_flight", "spooled", "in_ring")
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Return a status, as `Status.as_dict` made it, for people: the state and why, a row for each topic, losses.
+
+    UnavailableError where it is something else: whoever listens at the address gave it.
+    """
+    try:
+        return _table(report)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UnavailableError(f"expected a producer's status, found something else: {error!r}") from error
+
+
+def _table(report: Mapping[str, Any]) -> str:
+    facts = " ".join(f"{name}={report[name]}" for name in ("host", "version", "pid", "rules_version"))
+    rows = [("topic", "hook", *_COUNTS, "lost", "ring", "spool"), *map(_row, report["streams"])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return lines(
+        [
+            report["state"],
+            *(f"  {reason}" for reason in report["reasons"]),
+            f"{facts} cpu={report['cpu_s']:.1f}s rss={_mebibytes(report['rss_bytes'])}",
+            *("  ".join(map(str.rjust, row, widths)) for row in rows),
+            *(
+                f"lost topic={stream['topic']} stage={loss['stage']} reason={loss['reason']} count={loss['count']}"
+                for stream in report["streams"]
+                for loss in stream["lost"]
+            ),
+        ]
+    )
+
+
+def _row(stream: Mapping[str, Any]) -> tuple[str, ...]:
+    lost = sum(loss["count"] for loss in stream["lost"])
+    return (
+        stream["topic"],
+        stream["hook"],
+        *(str(stream[name]) for name in _COUNTS),
+        str(lost),
+        f"{stream['ring_used_bytes'] / stream['ring_bytes']:.0%}",
+        _mebibytes(stream["spool_bytes"]),
+    )
+
+
+def _mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):.1f}MiB"

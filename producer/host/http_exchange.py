@@ -1,0 +1,180 @@
+"""One HTTP request and its answer, within a deadline and a size, whatever the server does.
+
+A socket's timeout bounds one read: a server that sends a byte a second would hold its reader for hours, and a resolver
+has no timeout that can be set. So the request runs in a thread of its own, which is given up at the deadline, its
+connection shut. Redirects are not followed: an answer is that of the server that was asked.
+"""
+
+import socket
+import ssl
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
+
+from producer.errors import Stopped
+from producer.host.signals import Flag
+from producer.host.text import printable
+
+MOST_BYTES = 1 << 20
+"""Longest body that is read."""
+_SHOWN = 200
+_LOOK_S = 0.1
+_PIECE_BYTES = 1 << 16
+
+
+class ExchangeError(Exception):
+    """There is no whole answer; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server answered: any status, and its whole body."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A request under way in its thread."""
+
+    deadline: float
+    done: threading.Event = field(default_factory=threading.Event)
+    answer: Answer | None = None
+    error: Exception | None = None
+    sock: socket.socket | None = None
+    is_abandoned: bool = False
+
+    def abandon(self) -> None:
+        """Shut the connection, so that the thread ends."""
+        self.is_abandoned = True
+        if self.sock is not None:
+            with suppress(OSError):  # closed already
+                # Not that of ssl.SSLSocket, which takes the state of TLS from under the thread that reads.
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def connected(self, sock: socket.socket) -> None:
+        """Note the connection's socket: http.client forgets it where an answer is the connection's last."""
+        self.sock = sock
+        if self.is_abandoned:
+            self.abandon()
+
+
+def exchange(
+    request: Request,
+    timeout_s: float,
+    *,
+    tls: ssl.SSLContext | None = None,
+    most_bytes: int = MOST_BYTES,
+    stop: Flag | None = None,
+) -> Answer:
+    """Return the answer to a request. ExchangeError where none comes in time, Stopped when `stop` is set meanwhile."""
+    attempt = _Attempt(time.monotonic() + timeout_s)
+    threading.Thread(target=_run, args=(attempt, request, timeout_s, tls, most_bytes), daemon=True).start()
+    try:
+        while not attempt.done.wait(max(0.0, min(_LOOK_S, attempt.deadline - time.monotonic()))):
+            if stop is not None and stop.is_set():
+                raise Stopped(f"stopped while waiting for {request.host}")
+            if time.monotonic() >= attempt.deadline:
+                raise ExchangeError(f"no complete answer within {timeout_s:g} s")
+    finally:
+        attempt.abandon()
+    if attempt.answer is None:
+        reason = str(attempt.error).strip() or type(attempt.error).__name__  # may have what the server sent
+        raise ExchangeError(printable(reason[:_SHOWN])) from attempt.error
+    return attempt.answer
+
+
+def _run(attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLContext | None, most_bytes: int) -> None:
+    try:
+        attempt.answer = _answer(attempt, request, timeout_s, tls, most_bytes)
+    except (OSError, HTTPException, ValueError, ExchangeError) as error:  # ValueError: of headers and addresses
+        attempt.error = error
+    finally:
+        attempt.done.set()
+
+
+def _answer(
+    attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLContext | None, most_bytes: int
+) -> Answer:
+    opener = build_opener(_Stay, _Plain(attempt), _Tls(attempt, tls))
+    try:
+        response: Any = opener.open(request, timeout=timeout_s)
+    except HTTPError as error:
+        response = error
+    with response:
+        body = b""
+        while piece := response.read1(_PIECE_BYTES):
+            body += piece
+            if len(body) > most_bytes:
+                raise ExchangeError(f"the answer is longer than {most_bytes} bytes")
+            if time.monotonic() >= attempt.deadline:
+                raise ExchangeError("the answer takes too long")
+        expected = response.headers.get("Content-Length")
+        if expected is not None and expected != str(len(body)) and response.headers.get("Transfer-Encoding") is None:
+            raise ExchangeError(f"the answer ends after {len(body)} of {expected[:20]} bytes")
+        return Answer(response.status, response.headers.get_content_type(), body)
+
+
+class _Stay(HTTPRedirectHandler):
+    """Takes a redirect for an answer."""
+
+    def redirect_request(self, *_: Any) -> None: ...
+
+
+class _Plain(HTTPHandler):
+    """Opens connections that can be shut from outside."""
+
+    def __init__(self, attempt: _Attempt) -> None:
+        super().__init__()
+        self._attempt = attempt
+
+    def http_open(self, req: Request) -> Any:
+        return self.do_open(self._connect, req)
+
+    def _connect(self, host: str, **settings: Any) -> HTTPConnection:
+        return _Connection(self._attempt, host, **settings)
+
+
+class _Tls(HTTPSHandler):
+    """The same over TLS."""
+
+    def __init__(self, attempt: _Attempt, context: ssl.SSLContext | None) -> None:
+        super().__init__(context=context)
+        self._attempt, self._context = attempt, context
+
+    def https_open(self, req: Request) -> Any:
+        return self.do_open(self._connect, req)
+
+    def _connect(self, host: str, **settings: Any) -> HTTPConnection:
+        return _TlsConnection(self._attempt, host, **{**settings, "context": self._context})
+
+
+class _Connection(HTTPConnection):
+    """A connection whose socket the attempt knows."""
+
+    def __init__(self, attempt: _Attempt, host: str, **settings: Any) -> None:
+        super().__init__(host, **settings)
+        self._attempt = attempt
+
+    def connect(self) -> None:
+        super().connect()
+        self._attempt.connected(self.sock)
+
+
+class _TlsConnection(HTTPSConnection):
+    """The same over TLS."""
+
+    def __init__(self, attempt: _Attempt, host: str, **settings: Any) -> None:
+        super().__init__(host, **settings)
+        self._attempt = attempt
+
+    def connect(self) -> None:
+        super().connect()
+        self._attempt.connected(self.sock)

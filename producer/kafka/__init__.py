@@ -1,0 +1,1 @@
+"""Everything that speaks to Kafka: the sink, the consumers, the admin client, and librdkafka's settings."""

@@ -1,0 +1,182 @@
+"""Kafka's admin client: looks at topics and creates them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it does not say what it exports
+    AclOperation,
+    AdminClient,
+    ClusterMetadata,
+    ConfigResource,
+    TopicDescription,
+)
+from confluent_kafka.cimpl import NewTopic
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from producer.config.librdkafka import admin_settings
+from producer.config.load import Config
+from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
+from producer.host.reachable import unreachable
+from producer.kafka.consumer import client_logger
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT_S = 5.0
+_CREATE_TIMEOUT_S = 10.0
+DAY_MS = 86_400_000
+_RETENTION_DAYS = 7
+_TOPIC_SETTINGS = {
+    "cleanup.policy": "delete",
+    "retention.ms": str(_RETENTION_DAYS * DAY_MS),
+    # Batches stay as the producer has compressed them: the broker spends nothing on it.
+    "compression.type": "producer",
+    "message.timestamp.type": "CreateTime",
+}
+_REPLICAS_FOR_ONE_TO_SPARE = 3
+
+
+def in_partitions(count: int) -> str:
+    """Say how many partitions a topic has."""
+    return f"{count} partition{'s' if count > 1 else ''}"
+
+
+def topic_settings(replication: int) -> dict[str, str]:
+    """Return the settings of a new topic; with three replicas or more, one may be lost and events are still taken."""
+    if replication < _REPLICAS_FOR_ONE_TO_SPARE:
+        return dict(_TOPIC_SETTINGS)
+    return {**_TOPIC_SETTINGS, "min.insync.replicas": str(replication - 1)}
+
+
+@dataclass(frozen=True, slots=True)
+class TopicFacts:
+    """What a topic is like: `replication` is that of the partition with the fewest replicas.
+
+    `settings` is empty where this user may not see them.
+    """
+
+    partitions: int
+    replication: int
+    may_write: bool
+    settings: Mapping[str, str]
+
+    def number(self, name: str) -> int | None:
+        """Return a setting that is a number; None where it is not shown."""
+        return int(self.settings[name]) if name in self.settings else None
+
+
+class Admin:
+    """Looks at a cluster's topics and makes some. Raises ConfigError for settings that librdkafka refuses."""
+
+    def __init__(self, config: Config) -> None:
+        self._brokers = config.kafka.brokers
+        self._trouble: KafkaError | None = None
+        ours = {"bootstrap.servers": self._brokers, "allow.auto.create.topics": "false", "error_cb": self._meet}
+        conf: dict[str, Any] = {**admin_settings(config.kafka.settings), **ours}
+        try:
+            self._client = AdminClient(conf, logger=client_logger(logger))
+        except KafkaException as error:
+            raise ConfigError(f"kafka settings: {error.args[0].str()}") from error
+
+    def partitions(self) -> dict[str, int]:
+        """Return the topics, and how many partitions each has; UnavailableError where no broker answers."""
+        return {name: len(topic.partitions) for name, topic in self._metadata().topics.items()}
+
+    def brokers(self) -> int:
+        """Return how many brokers the cluster has."""
+        return len(self._metadata().brokers)
+
+    def demand_reachable(self) -> None:
+        """Raise UnavailableError for the brokers that the cluster names and that this host cannot reach."""
+        brokers = [(str(broker.host), broker.port) for broker in self._metadata().brokers.values()]
+        failed = unreachable(brokers)
+        if failed:
+            reasons = ", ".join(f"{host}:{port} ({reason})" for (host, port), reason in failed.items())
+            raise UnavailableError(
+                f"Kafka at {self._brokers} answers, and names brokers that this host cannot reach: {reasons}; set the "
+                "brokers' advertised.listeners to names that resolve here, or add these names to DNS or /etc/hosts"
+            )
+
+    def describe(self, names: Sequence[str]) -> dict[str, TopicFacts | RebpfError]:
+        """Return what each topic is like, or why that is not to be had and what to do."""
+        described = self._client.describe_topics(
+            TopicCollection(list(names)), include_authorized_operations=True, request_timeout=_CREATE_TIMEOUT_S
+        )
+        return {name: self._facts(name, described[name]) for name in names}
+
+    def _facts(self, name: str, described: "Future[TopicDescription]") -> TopicFacts | RebpfError:
+        try:
+            topic = described.result()
+        except KafkaException as error:
+            code = error.args[0].code()
+            if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return UnavailableError("missing: run `rebpf init`")
+            if code == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                grant = f"kafka-acls.sh --add --producer --topic {name} --allow-principal User:NAME"
+                return PermissionDenied(f"this user may not see it: {grant}")
+            return UnavailableError(error.args[0].str())
+        allowed = set(topic.authorized_operations or ())
+        may_write = not allowed or bool(allowed & {AclOperation.WRITE, AclOperation.ALL})
+        replication = min((len(partition.replicas) for partition in topic.partitions), default=0)
+        return TopicFacts(len(topic.partitions), replication, may_write, self._settings(name))
+
+    def _settings(self, name: str) -> dict[str, str]:
+        resource = ConfigResource(ConfigResource.Type.TOPIC, name)
+        asked = self._client.describe_configs([resource], request_timeout=_CREATE_TIMEOUT_S)
+        try:
+            return {key: entry.value for key, entry in asked[resource].result().items()}
+        except KafkaException:  # a producer's user may seldom see them
+            return {}
+
+    def _metadata(self) -> ClusterMetadata:
+        try:
+            return self._client.list_topics(timeout=_ANSWER_TIMEOUT_S)
+        except KafkaException as error:
+            self._client.poll(0)  # says what the trouble is
+            raise self._translated(self._trouble or error.args[0]) from error
+
+    def _translated(self, error: KafkaError) -> RebpfError:
+        where, reason = f"Kafka at {self._brokers}", error.str()
+        if error.code() == KafkaError._AUTHENTICATION:
+            mend = "put sasl.mechanism, sasl.username and sasl.password below [kafka.settings] in order"
+            return PermissionDenied(f"{where} refuses the authentication: {reason}; {mend}")
+        # Who hangs up in the handshake is told of as any that hangs up.
+        if error.code() == KafkaError._SSL or "SSL handshake failed" in reason or "in state SSL_HANDSHAKE" in reason:
+            mend = "see ssl.ca.location and security.protocol below [kafka.settings], and the broker's certificate"
+            return UnavailableError(f"no TLS with {where}: {reason}; {mend}")
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # they take the connection and hang up
+            reason += "; where they want TLS, set security.protocol below [kafka.settings]"
+        return UnavailableError(
+            f"no answer from {where}: {reason}; see kafka.brokers, and the way there: nc -vz HOST PORT"
+        )
+
+    def create(self, name: str, partitions: int, replication: int, settings: Mapping[str, str]) -> bool:
+        """Create a topic; False where it exists. UnavailableError says what failed."""
+        wanted = NewTopic(name, partitions, replication, config=dict(settings))
+        retrying = Retrying(
+            retry=retry_if_exception(_may_pass),
+            wait=wait_random_exponential(multiplier=0.5, max=5),
+            stop=stop_after_attempt(3),
+            reraise=True,
+        )
+        try:
+            retrying(lambda: self._client.create_topics([wanted], request_timeout=_CREATE_TIMEOUT_S)[name].result())
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
+                return False
+            raise UnavailableError(f"topic {name} cannot be created: {error.args[0].str()}") from error
+        return True
+
+    def _meet(self, error: KafkaError) -> None:
+        # That all brokers are down comes last and says least.
+        if self._trouble is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._trouble = error
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, KafkaException) and (
+        error.args[0].retriable() or error.args[0].code() in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT)
+    )

@@ -1,0 +1,399 @@
+"""The sink: encoded batches into Kafka topics, and what became of each message.
+
+A batch is handed to librdkafka as one array that points into the batch, which is kept until the last of its delivery
+reports. A message that fails for a reason that passes is sent again. A broker that refuses a message refuses all that
+came with it: after any other failure each message is sent by itself, and what is refused then is lost, and counted by
+the error's name. What librdkafka retries by itself (a broker that is away, a leader that moves) never shows here:
+message.timeout.ms is 0, no limit, because the room in the ring is the limit.
+"""
+
+import logging
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import numpy.ma  # numpy.unique would import it at its first call, when no descriptor may be left
+from numpy.typing import NDArray
+
+from producer.backoff import BackOff
+from producer.config.librdkafka import DEFAULTS, EMBEDDED, EMBEDDED_PARTITIONS, client_settings
+from producer.events import EncodedBatch, Stream, Topic
+from producer.health import metrics
+from producer.kafka.librdkafka import MESSAGE, Error, Log, Producer, Reports, SocketCallback, check_settings, error_name
+
+logger = logging.getLogger(__name__)
+
+# The 64 bits that librdkafka carries with a message: the batch's number, and below it the row.
+_ROW_BITS = 20
+_ROW_MASK = np.uint64((1 << _ROW_BITS) - 1)
+_BEAT = (1 << 64 - _ROW_BITS) - 1
+"""In the place of a batch's number: a heartbeat."""
+
+# Failures of a message that another try may mend.
+_PASSING = frozenset({
+    "_MSG_TIMED_OUT", "_TRANSPORT", "_TIMED_OUT", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "_QUEUE_FULL", "_PURGE_QUEUE",
+    "_PURGE_INFLIGHT", "_FATAL", "UNKNOWN_TOPIC_OR_PART", "LEADER_NOT_AVAILABLE", "NOT_LEADER_FOR_PARTITION",
+    "REQUEST_TIMED_OUT", "BROKER_NOT_AVAILABLE", "NOT_ENOUGH_REPLICAS", "NOT_ENOUGH_REPLICAS_AFTER_APPEND",
+    "TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED", "KAFKA_STORAGE_ERROR",
+})  # fmt: skip
+_REPEAT_TROUBLE_S = 30.0
+_HINTS = {
+    "_ALL_BROKERS_DOWN": "none answers at kafka.brokers, or they want another security.protocol",
+    "_AUTHENTICATION": "the brokers refuse the credentials",
+    "_SSL": "a certificate is not accepted",
+}
+
+
+def producer_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return all of the producer's librdkafka settings; ConfigError for one of `settings` that librdkafka refuses.
+
+    Those that only consumers take are checked too, since they are in the same file.
+    """
+    client = client_settings(brokers, settings)
+    check_settings(settings, aliases=DEFAULTS)
+    return client
+
+
+@dataclass(slots=True, eq=False)
+class Outcome:
+    """What became of a stream's messages since the last poll."""
+
+    delivered: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+    """Messages given up, by the name of the error."""
+    done: list[tuple[EncodedBatch, Counter[str]]] = field(default_factory=list)
+    """Batches that have no message left in flight, and what each has lost."""
+
+
+@dataclass(slots=True, eq=False)
+class _InFlight:
+    batch: EncodedBatch
+    open_rows: NDArray[np.bool_]
+    alone: NDArray[np.bool_]
+    """Rows that were sent by themselves."""
+    open: int
+    lost: Counter[str] = field(default_factory=Counter)
+
+
+class _Retry:
+    """The messages of one stream that wait for another try: rows by the batch's number."""
+
+    def __init__(self) -> None:
+        self.waits = BackOff("kafka_send")
+        self.rows: dict[int, list[NDArray[np.int64]]] = {}
+        self.count = 0
+        self.at = 0.0
+        self.error = ""
+        """Why the last ones failed; until a message is delivered."""
+
+    def add(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+        """Have these rows of a batch wait."""
+        self.rows.setdefault(number, []).append(rows)
+        self.count += len(rows)
+        self.error = error
+
+    def take(self) -> dict[int, NDArray[np.int64]]:
+        """Return the rows of each batch, in order, none of which wait any more."""
+        rows, self.rows, self.count = self.rows, {}, 0
+        return {number: np.sort(np.concatenate(rows[number])) for number in sorted(rows)}
+
+
+Quarantine = Callable[[EncodedBatch, str], None]
+"""Is given messages that Kafka has refused, each by itself, and the error's name."""
+
+
+class KafkaSink:
+    """Sends batches and tells what became of them. About `most_in_flight` messages of a stream are under way at most.
+
+    Streams share the client and nothing else: one whose topic is missing does not hold up the other.
+
+    `topics` are by the stream's name; `on_socket` is shown each of the client's sockets before it connects, from a
+    thread of librdkafka's; `quarantine` is given what is lost.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, str],
+        topics: Mapping[str, Topic],
+        *,
+        most_in_flight: int = 1 << 15,
+        on_socket: Callable[[int], None] = lambda descriptor: None,
+        quarantine: Quarantine = lambda batch, error: None,
+        heartbeats: Topic | None = None,
+    ) -> None:
+        self._heartbeats = heartbeats
+        self._beat: tuple[bytes, bytes] | None = None
+        """Key and value of the heartbeat that is under way."""
+        self._beat_at = 0.0
+        self._beat_waits = BackOff("heartbeat", first_s=20, most_s=600)
+        self._settings = settings
+        self._topics = topics
+        self._most = most_in_flight
+        self._on_socket = on_socket
+        self._quarantine = quarantine
+        self._open_socket = SocketCallback(self._socket)
+        self._batches: dict[int, _InFlight] = {}
+        self._numbers: dict[EncodedBatch, int] = {}
+        self._next = 0
+        self._refused: list[Reports] = []
+        self._retries = {stream: _Retry() for stream in topics}
+        self._alone: Counter[str] = Counter()
+        """Messages that are sent by themselves, by stream."""
+        self._single: Producer | None = None
+        """A client that sends each message by itself; made when it is first needed."""
+        self._fatal = False
+        self._reopen_at = 0.0
+        self._reopen_waits = BackOff("kafka_client")
+        self._told: dict[str, float] = {}
+        """When the operator was told of a kind of trouble last."""
+        self._refused_untold: Counter[tuple[Topic, str]] = Counter()
+        self.in_flight: Counter[str] = Counter()
+        """Messages under way, by stream."""
+        self.trouble: Error | None = None
+        """The client's last error, until a message is delivered."""
+
+    def open(self) -> str:
+        """Start the client and return the brokers' address. It connects in the background, and tries for ever."""
+        self._producer = Producer(self._settings, self._open_socket)
+        self._brokers = self._settings.get("bootstrap.servers") or self._producer.mock_bootstraps()
+        if "bootstrap.servers" not in self._settings:
+            for topic in self._topics.values():
+                self._producer.mock_topic(topic, EMBEDDED_PARTITIONS)
+            if self._heartbeats:
+                self._producer.mock_topic(self._heartbeats, 1)
+        return self._brokers
+
+    def room(self, stream: Stream) -> int:
+        """Return how many more messages of a stream may be sent now: none may overtake those that are sent again."""
+        if self._retries[stream.name].rows or self._alone[stream.name]:
+            return 0
+        return max(0, self._most - self.in_flight[stream.name])
+
+    def left(self, batch: EncodedBatch) -> int:
+        """Return how many messages of a batch are still under way."""
+        number = self._numbers.get(batch)
+        return 0 if number is None else self._batches[number].open
+
+    def trouble_of(self, stream: str) -> str:
+        """Return the name of the error that keeps a stream's messages back; empty where none does."""
+        return self._retries[stream].error
+
+    def send(self, batch: EncodedBatch) -> None:
+        """Queue a batch; it may be larger than the room that there is."""
+        number, self._next = self._next, self._next + 1
+        self._numbers[batch] = number
+        self._batches[number] = _InFlight(
+            batch, np.ones(len(batch), np.bool_), np.zeros(len(batch), np.bool_), len(batch)
+        )
+        self.in_flight[batch.stream.name] += len(batch)
+        self._produce(number, np.arange(len(batch)))
+
+    def beat(self, key: bytes, value: bytes) -> None:
+        """Send a heartbeat, unless the last is still under way or one was refused a short time ago."""
+        if self._heartbeats is None or self._beat or time.monotonic() < self._beat_at:
+            return
+        self._beat = key, value
+        message = np.zeros(1, MESSAGE)
+        message["payload"], message["len"] = np.frombuffer(value, np.uint8).ctypes.data, len(value)
+        message["key"], message["key_len"] = np.frombuffer(key, np.uint8).ctypes.data, len(key)
+        message["private"] = _BEAT << _ROW_BITS
+        if not self._producer.produce(self._heartbeats, message):
+            self._end_beat(int(message["err"][0]))
+
+    @property
+    def beating(self) -> bool:
+        """Whether a heartbeat is under way."""
+        return self._beat is not None
+
+    def _end_beat(self, code: int) -> None:
+        self._beat = None
+        if not code:
+            self._beat_waits.reset()
+            return
+        wait_s = self._beat_waits.next()
+        self._beat_at = time.monotonic() + wait_s
+        metrics.kafka_error(error_name(code))
+        topic, error = self._heartbeats, error_name(code)
+        logger.warning("kafka: a heartbeat is not taken topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
+
+    def poll(self) -> dict[str, Outcome]:
+        """Take the delivery reports that are there, and return what became of messages, by stream."""
+        outcomes: dict[str, Outcome] = {}
+        for stream, retry in self._retries.items():
+            # All at once, when none is under way any more: so they stay in order.
+            if retry.rows and retry.count == self.in_flight[stream] and time.monotonic() >= retry.at:
+                for number, rows in retry.take().items():
+                    self._produce(number, rows)
+        refused, self._refused = self._refused, []
+        for reports in refused:
+            self._report(reports, outcomes)
+        for event in chain.from_iterable(client.events(timeout_s=0) for client in self._clients()):
+            if isinstance(event, Reports):
+                self._report(event, outcomes)
+            elif isinstance(event, Error):
+                self._meet(event)
+            else:
+                level = _level(event)
+                # It repeats itself many times a second: one line of a kind, of a broker, is enough for a while.
+                if level > logging.DEBUG and not self._is_news(_kind(event)):
+                    level = logging.DEBUG
+                logger.log(level, "librdkafka %s", event.text)
+        if self._refused_untold and self._is_news("refused"):
+            for (topic, error), count in self._refused_untold.items():
+                logger.error("kafka: %d messages are refused and lost topic=%s error=%s", count, topic, error)
+            self._refused_untold.clear()
+        if self._fatal and time.monotonic() >= self._reopen_at:
+            self._reopen()
+        return outcomes
+
+    def close(self) -> None:
+        """End the client; what is still in flight is given up."""
+        for client in self._clients():
+            client.close()
+
+    def _clients(self) -> list[Producer]:
+        return [self._producer, self._single] if self._single else [self._producer]
+
+    def _socket(self, family: int, kind: int, protocol: int, _: int | None) -> int:
+        try:
+            with socket.socket(family, kind, protocol) as opened:
+                self._on_socket(opened.fileno())
+                return opened.detach()
+        except OSError as error:
+            logger.error("kafka: no socket: %s", error)
+            return -1
+
+    def _produce(self, number: int, rows: NDArray[np.int64], client: Producer | None = None) -> None:
+        batch = self._batches[number].batch
+        messages = np.zeros(len(rows), MESSAGE)
+        messages["payload"] = batch.starts[rows] + batch.payload.ctypes.data
+        messages["len"] = batch.lengths[rows]
+        messages["key"] = batch.key_starts[rows] + batch.keys.ctypes.data
+        messages["key_len"] = batch.key_lengths[rows]
+        messages["private"] = rows + (number << _ROW_BITS)
+        if (client or self._producer).produce(self._topics[batch.stream.name], messages) < len(rows):
+            refused = messages[messages["err"] != 0]
+            self._refused.append(Reports(refused["err"], refused["private"]))
+
+    def _report(self, reports: Reports, outcomes: dict[str, Outcome]) -> None:
+        numbers = reports.private >> np.uint64(_ROW_BITS)
+        rows = (reports.private & _ROW_MASK).astype(np.int64)
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            if number == _BEAT:
+                self._end_beat(int(reports.err[mine][0]))
+                continue
+            stream = self._batches[number].batch.stream
+            outcome = outcomes.setdefault(stream.name, Outcome())
+            for code in np.unique(reports.err[mine]).tolist():
+                self._settle(number, rows[mine & (reports.err == code)], code, outcome)
+
+    def _settle(self, number: int, rows: NDArray[np.int64], code: int, outcome: Outcome) -> None:
+        """Note that these messages of a batch were acknowledged (code 0), must be sent again, or are lost."""
+        flight = self._batches[number]
+        stream = flight.batch.stream.name
+        alone = flight.alone[rows]
+        if code:
+            metrics.kafka_error(error_name(code), len(rows))
+        if code and error_name(code) in _PASSING:
+            self._alone[stream] -= int(alone.sum())
+            flight.alone[rows] = False
+            self._schedule(number, rows, error_name(code))
+            return
+        if code:
+            self._send_alone(number, rows[~alone], error_name(code))
+            rows, alone = rows[alone], alone[alone]
+        if code and len(rows):
+            self._lose(flight.batch, rows, error_name(code))
+            outcome.lost[error_name(code)] += len(rows)
+            flight.lost[error_name(code)] += len(rows)
+        elif not code:
+            outcome.delivered += len(rows)
+            self.trouble = None
+            self._retries[stream].error = ""
+            self._retries[stream].waits.reset()
+            self._reopen_waits.reset()
+        self._alone[stream] -= int(alone.sum())
+        self.in_flight[stream] -= len(rows)
+        flight.open_rows[rows] = False
+        flight.open -= len(rows)
+        if not flight.open:
+            del self._batches[number], self._numbers[flight.batch]
+            outcome.done.append((flight.batch, flight.lost))
+
+    def _lose(self, batch: EncodedBatch, rows: NDArray[np.int64], error: str) -> None:
+        self._refused_untold[self._topics[batch.stream.name], error] += len(rows)
+        self._quarantine(batch.take(rows), error)
+
+    def _send_alone(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+        """Send each message by itself: the failure may be that of another that was in the same request."""
+        if not len(rows):
+            return
+        flight = self._batches[number]
+        topic = self._topics[flight.batch.stream.name]
+        logger.warning("kafka: %d messages are sent again one by one topic=%s error=%s", len(rows), topic, error)
+        if self._single is None:
+            own = {name: value for name, value in self._settings.items() if name not in EMBEDDED}
+            one_by_one = {"bootstrap.servers": self._brokers, "batch.num.messages": "1", "linger.ms": "0"}
+            self._single = Producer({**own, **one_by_one}, self._open_socket)
+        flight.alone[rows] = True
+        self._alone[flight.batch.stream.name] += len(rows)
+        self._produce(number, rows, self._single)
+
+    def _schedule(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+        stream = self._batches[number].batch.stream.name
+        retry = self._retries[stream]
+        if not retry.rows:
+            wait_s, topic = retry.waits.next(), self._topics[stream]
+            retry.at = time.monotonic() + wait_s
+            logger.warning("kafka: messages are sent again topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
+        retry.add(number, rows, error)
+
+    def _meet(self, error: Error) -> None:
+        metrics.kafka_error(error.name)
+        if error.fatal and not self._fatal:
+            self._reopen_at = time.monotonic() + self._reopen_waits.next()
+        if self._is_news(error.name):
+            hint = _HINTS.get(error.name, "")
+            logger.warning("kafka: %s error=%s%s", error.text, error.name, hint and f" ({hint})")
+        # That all brokers are down comes last and says least.
+        if not self.trouble or error.name != "_ALL_BROKERS_DOWN":
+            self.trouble = error
+        self._fatal |= error.fatal
+
+    def _is_news(self, kind: str) -> bool:
+        """Whether the operator has not been told of this for a while."""
+        now = time.monotonic()
+        if now < self._told.get(kind, now - _REPEAT_TROUBLE_S) + _REPEAT_TROUBLE_S:
+            return False
+        self._told[kind] = now
+        return True
+
+    def _reopen(self) -> None:
+        """Replace a client that met a fatal error, and send again what was not acknowledged."""
+        logger.error("kafka: the client met a fatal error and is replaced error=%s", self.trouble and self.trouble.name)
+        self.close()
+        self._producer, self._single = Producer(self._settings, self._open_socket), None
+        self.trouble, self._fatal, self._refused = None, False, []
+        self._alone.clear()
+        self._beat = None
+        for retry in self._retries.values():
+            retry.take()
+        for number, flight in sorted(self._batches.items()):
+            flight.alone[:] = False
+            self._produce(number, np.flatnonzero(flight.open_rows))
+
+
+def _kind(line: Log) -> str:
+    """Return what a line has in common with its repetitions: the facility, and the thread, which is a broker's."""
+    head, bracket, _ = line.text.partition("]: ")
+    return head if bracket else line.text.partition(":")[0]
+
+
+def _level(line: Log) -> int:
+    """From syslog's levels to Python's."""
+    return logging.ERROR if line.level <= 3 else logging.WARNING if line.level == 4 else logging.DEBUG

@@ -1,0 +1,133 @@
+"""The loader's process (producer.kernel.loader_child) as the agent sees it: start it, ask it, end it."""
+
+import errno
+import functools
+import json
+import logging
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from producer import errors
+from producer.kernel.loader_child import BCC_MISSING, FEW_DESCRIPTORS, PACKET_BYTES
+
+logger = logging.getLogger(__name__)
+
+_FDS = 64
+_FIND_TIMEOUT_S = 60.0
+_MOST_LOG_BYTES = 1 << 16
+_MOST_LINES = 20
+"""The last ones of what the child has written to its standard streams."""
+# Nothing of ours reaches compiler and linker: CPATH, LD_*, PYTHON* and BCC_* would change what is loaded.
+_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+_ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
+
+
+class Loader:
+    """The loader's process, and the socket to it."""
+
+    def __init__(self) -> None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit != resource.RLIM_INFINITY and limit < _FDS:  # bcc would only say that it does not compile
+            raise errors.UnavailableError(f"{FEW_DESCRIPTORS} (now {limit}, at least {_FDS})")
+        package = Path(__file__).resolve().parent.parent
+        try:
+            self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise _start_error(error) from error
+        self._channel.settimeout(_ANSWER_TIMEOUT_S)
+        # This very package and not another that is installed; and of its folder nothing else, since the site-packages
+        # of a venv must not shadow those of the system's Python.
+        code = f"import sys; sys.path.insert(0, {str(package)!r}); import producer; del sys.path[0]"
+        code += f"; from producer.kernel.loader_child import main; main({theirs.fileno()}, {os.getpid()})"
+        # Isolated (-I): a program that runs as root takes no modules from the working directory or PYTHONPATH.
+        try:
+            with theirs:
+                command = [python_with_bcc(), "-I", "-c", code]
+                # What Python, bcc and LLVM write themselves is no line of our log yet.
+                self._stderr = os.memfd_create("stderr")
+                self._child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._stderr,
+                    stderr=self._stderr,
+                    pass_fds=[theirs.fileno()],
+                    env=_ENVIRONMENT,
+                )
+        except OSError as error:
+            self._channel.close()
+            raise _start_error(error) from error
+
+    def ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """Send a request and return the answer, and the descriptors that come with it."""
+        try:
+            self._channel.send(json.dumps(request).encode())
+            packet, descriptors, flags, _ = socket.recv_fds(self._channel, PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC)
+        except TimeoutError as error:
+            raise errors.HookError(f"the loader has not answered within {_ANSWER_TIMEOUT_S:.0f} s") from error
+        except ConnectionError:
+            packet, descriptors, flags = b"", [], 0
+        if flags & socket.MSG_CTRUNC:  # the kernel has left out those that this process may not have
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise errors.UnavailableError(FEW_DESCRIPTORS)
+        if not packet:
+            raise errors.HookError(f"the loader ended with status {self._child.wait()} and no answer")
+        with open(descriptors[0], "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _MOST_LOG_BYTES))
+            if log := file.read().decode(errors="replace"):
+                logger.debug("loader log:\n%s", log)
+        answer = json.loads(packet)
+        if "error" in answer:
+            raise getattr(errors, answer["kind"])(answer["error"])
+        return answer, descriptors[1:]
+
+    def end(self) -> None:
+        """End the process, also in the midst of its work, and with it its copies of the descriptors."""
+        self._channel.close()
+        self._child.kill()
+        self._child.wait()
+        with open(self._stderr, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _MOST_LOG_BYTES))
+            for line in file.read().decode(errors="replace").splitlines()[-_MOST_LINES:]:
+                logger.warning("loader: %s", line)
+
+
+def _start_error(error: OSError) -> errors.UnavailableError:
+    few = error.errno in (errno.EMFILE, errno.ENFILE)
+    return errors.UnavailableError(FEW_DESCRIPTORS if few else f"cannot start the loader: {error}")
+
+
+@functools.cache
+def python_with_bcc() -> str:
+    """Return a Python that can import bcc: the system's, where the distribution's package is, or ours.
+
+    The system's starts sooner than that of a venv.
+    """
+    for python in ("/usr/bin/python3", sys.executable, shutil.which("python3")):
+        if python and _has_bcc(python):
+            return python
+    raise errors.UnavailableError(BCC_MISSING)
+
+
+# The package called bcc on PyPI is something else, and has no such file.
+_FIND_BCC = """
+import importlib.util, os.path, sys
+found = importlib.util.find_spec("bcc")
+sys.exit(not (found and os.path.exists(os.path.join(os.path.dirname(found.origin), "libbcc.py"))))
+"""
+
+
+def _has_bcc(python: str) -> bool:
+    command = [python, "-I", "-c", _FIND_BCC]
+    try:
+        found = subprocess.run(command, stderr=subprocess.DEVNULL, env=_ENVIRONMENT, timeout=_FIND_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return found.returncode == 0

@@ -1,0 +1,265 @@
+"""The child process that compiles, loads and attaches, and hands the file descriptors to the agent.
+
+LLVM costs some 150 MB of resident memory that the agent must not keep, and bcc lives in the system's Python. So this
+module runs in a process of its own, on a Python (3.10 or later) that has bcc; standard library and bcc only. What was
+compiled before is loaded without either (producer.kernel.program_cache).
+
+Over a Unix socket of packets, JSON each: the agent sends a request; the child answers with what it loaded, and the
+descriptors of maps and programs; the agent fills the maps and sends ATTACH; the child answers with the links'
+descriptors and exits. An answer with "error" in it is the last. The first descriptor of each answer is a file of what
+compiler and verifier said.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
+from producer.kernel import bpf_syscall, hooks, program_cache, source
+from producer.kernel.btf import VMLINUX, Btf
+from producer.kernel.program_cache import Compiled, CompiledFolder
+
+MAPS = (
+    "transmit_pipe",
+    "retransmit_pipe",
+    "counters",
+    "own_sockets",
+    "own_listeners",
+    "rules_active",
+    "rule_generations",
+    "rule_actions",
+    "rule_prefixes",
+    "rule_addresses",
+    "rule_port_classes",
+    "rule_ports",
+    "rule_values",
+    "rule_sets",
+)
+ATTACH = {"do": "attach"}
+BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora, RHEL)"
+FEW_DESCRIPTORS = "too few file descriptors: raise LimitNOFILE= of the unit, or ulimit -n"
+PACKET_BYTES = 1 << 16
+_PR_SET_PDEATHSIG, _SIGKILL = 1, 9
+_CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
+
+
+class _LoggedError(HookError):
+    """A HookError with what the compiler or the verifier said."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+class _RungFailed(Exception):
+    """The verifier refused a program, though the kernel allows its rung; `stream` is None for that of own sockets."""
+
+    def __init__(self, stream: str | None, error: bpf_syscall.VerifierError) -> None:
+        super().__init__(str(error))
+        self.stream, self.log = stream, error.log
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Serve the agent, process `parent`, over the socket `descriptor`, and do not outlive it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+    if os.getppid() != parent:
+        return
+    with socket.socket(fileno=descriptor) as channel:
+        try:
+            _serve(channel, json.loads(channel.recv(PACKET_BYTES)))
+        except Exception as error:  # the agent must hear of it, whatever it is
+            _answer_error(channel, error)
+
+
+def _answer_error(channel: socket.socket, error: Exception) -> None:
+    kind, message, log = type(error).__name__, str(error), ""
+    if _is_short_of_descriptors(error):
+        kind, message = "UnavailableError", FEW_DESCRIPTORS
+    elif isinstance(error, _LoggedError):
+        kind, log = "HookError", error.log
+    elif not isinstance(error, RebpfError):  # a defect
+        kind, message = "HookError", f"the loader failed: {kind}: {error}"
+        log = "".join(traceback.format_exception(error))
+    _answer(channel, {"error": message, "kind": kind}, log)
+
+
+def _is_short_of_descriptors(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        if isinstance(error, _LoggedError) and os.strerror(errno.EMFILE) in error.log:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
+    if not _may_load():
+        raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+    btf = Btf.load(Path(request["btf"] or VMLINUX))
+    root = hooks.cgroup2_root()
+    loaded = _Loaded(request, btf, root)
+    answer = {
+        "rungs": {stream: rung.name for stream, rung in loaded.rungs.items()},
+        "refusals": [[r.stream, r.rung, r.reason] for r in loaded.refusals],
+        "maps": list(MAPS),
+        "programs": [stream for stream, _, _ in loaded.programs if stream],
+        "cached": loaded.cached,
+        "warnings": loaded.warnings,
+    }
+    _answer(channel, answer, loaded.log, [*loaded.maps, *(program for stream, _, program in loaded.programs if stream)])
+    if not channel.recv(PACKET_BYTES):  # the agent gave up; else it is ATTACH
+        return
+    links: list[int] = []
+    for _, hook, program in loaded.programs:
+        try:
+            links.append(hooks.attach(hook, program, root))
+        except (OSError, LookupError) as error:
+            raise HookError(f"{hook.program} loaded but did not attach: {error}") from error
+    _answer(channel, {}, "", links)
+
+
+class _Loaded:
+    """The outcome of going down the ladders until the programs of both streams load."""
+
+    def __init__(self, request: Mapping[str, Any], btf: Btf, root: Path | None) -> None:
+        self.rungs: dict[str, hooks.Rung] = {}
+        self.refusals: list[hooks.Refusal] = []
+        self.log = ""
+        self._ring_bytes: Mapping[str, int] = request["ring_bytes"]
+        folder = CompiledFolder(Path(request["compiled"]) if request["compiled"] else None)
+        allowed = {stream: list(request["hooks"]) for stream in hooks.LADDERS}
+        while True:
+            self._choose(allowed, btf, root)
+            try:
+                self._load(request, btf, folder)
+                break
+            except _RungFailed as failed:
+                if failed.stream is None:
+                    raise _LoggedError(
+                        f"the kernel refuses the program for own sockets: {failed}", failed.log
+                    ) from failed
+                rung = self.rungs[failed.stream].name
+                self.log += f"{failed.stream} {rung}:\n{failed.log}\n"
+                self.refusals.append(hooks.Refusal(failed.stream, rung, str(failed)))
+                allowed[failed.stream].remove(rung)
+        self.warnings = folder.warnings
+
+    def _choose(self, allowed: Mapping[str, list[str]], btf: Btf, root: Path | None) -> None:
+        known = {(refusal.stream, refusal.rung) for refusal in self.refusals}
+        for stream in hooks.LADDERS:
+            transmit = self.rungs["transmit"].name if stream == "retransmit" else None
+            rung, refused = hooks.choose(stream, allowed[stream], btf, root, transmit)
+            self.refusals += [refusal for refusal in refused if (stream, refusal.rung) not in known]
+            if rung is None:
+                raise self._no_rung(stream)
+            self.rungs[stream] = rung
+
+    def _load(self, request: Mapping[str, Any], btf: Btf, folder: CompiledFolder) -> None:
+        unit = _Unit(request, btf, self.rungs)
+        self.cached = self._load_kept(unit, btf, folder)
+        if not self.cached:
+            fresh = unit.compile()
+            self._load_programs(fresh, btf)
+            folder.put(unit.key, fresh, program_cache.compiler())
+
+    def _load_kept(self, unit: "_Unit", btf: Btf, folder: CompiledFolder) -> bool:
+        kept = folder.find(unit.key)
+        if kept is None:
+            return False
+        if not unit.is_whole_in(kept):
+            folder.drop(unit.key, "maps or programs are missing")
+            return False
+        try:
+            self._load_programs(kept, btf)
+        except _RungFailed as refused:
+            folder.drop(unit.key, f"refused by the kernel: {refused}")
+            return False
+        return True
+
+    def _load_programs(self, code: Compiled, btf: Btf) -> None:
+        try:
+            maps = code.create_maps(self._ring_bytes)
+        except OSError as error:
+            raise HookError(f"the kernel makes no maps for the BPF programs: {error.strerror}") from error
+        self.maps = maps[: len(MAPS)]
+        attached = [(stream, hook) for stream, rung in self.rungs.items() for hook in rung.hooks]
+        self.programs: list[tuple[str | None, hooks.Hook, int]] = []
+        for stream, hook in [(None, hooks.OWN_SOCKETS), *attached]:
+            try:
+                program = hooks.load(hook, code.instructions(hook.program, maps), btf)
+            except bpf_syscall.VerifierError as error:
+                bpf_syscall.close_all([*maps, *(loaded for *_, loaded in self.programs)])
+                raise _RungFailed(stream, error) from error
+            self.programs.append((stream, hook, program))
+
+    def _no_rung(self, stream: str) -> _LoggedError:
+        reasons = "; ".join(f"{r.rung}: {r.reason}" for r in self.refusals if r.stream == stream)
+        return _LoggedError(f"no hook for {stream}s can be attached on this host: {reasons}", self.log)
+
+
+class _Unit:
+    """What one compilation takes, and its outcome."""
+
+    def __init__(self, request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, hooks.Rung]) -> None:
+        folder = Path(request["bpf"])
+        names = {stream: rung.name for stream, rung in chosen.items()}
+        flags = source.macros(btf, names, bpf_syscall.jiffies_per_second())
+        self._text = source.program_text(folder, btf, request["layout_check"])
+        self._flags = [*flags, "-Wno-unused-function"]
+        self._programs = [hook.program for rung in chosen.values() for hook in rung.hooks] + [hooks.OWN_SOCKETS.program]
+        self._shim = folder / "shim"
+        self.key = program_cache.key(self._shim, self._text, self._flags, self._programs, MAPS)
+
+    def is_whole_in(self, code: Compiled) -> bool:
+        """Whether all maps and programs are there."""
+        return len(code.maps) >= len(MAPS) and set(self._programs) <= set(code.programs)
+
+    def compile(self) -> Compiled:
+        """Compile; the maps in MAPS come first."""
+        os.environ["BCC_KERNEL_SOURCE"] = str(self._shim)
+        try:
+            import bcc
+        except ImportError as error:
+            raise UnavailableError(BCC_MISSING) from error
+        # LLVM writes its messages to file descriptor 2 and returns none of them.
+        with tempfile.TemporaryFile() as messages:
+            saved = os.dup(2)
+            os.dup2(messages.fileno(), 2)
+            try:
+                module = bcc.BPF(text=self._text.encode(), cflags=self._flags)
+            except Exception as error:
+                messages.seek(0)
+                raise _compile_error(messages.read().decode(errors="replace")) from error
+            finally:
+                os.dup2(saved, 2)
+                os.close(saved)
+        # Its maps are only read: those that are used are made in one way, whether this was compiled now or before.
+        programs = {name: module.dump_func(name.encode()) for name in self._programs}
+        return Compiled.take(programs, [module[name].map_fd for name in MAPS])
+
+
+def _compile_error(log: str) -> _LoggedError:
+    first = next((line for line in log.splitlines() if "error:" in line), "no message")
+    return _LoggedError(f"the BPF programs do not compile here: {first.strip()}", log)
+
+
+def _may_load() -> bool:
+    effective = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
+    bits = int(effective.split()[1], 16)
+    return bool(bits >> _CAP_SYS_ADMIN & 1 or (bits >> _CAP_BPF & 1 and bits >> _CAP_PERFMON & 1))
+
+
+def _answer(channel: socket.socket, answer: Mapping[str, Any], log: str, descriptors: list[int] | None = None) -> None:
+    log_file = os.memfd_create("log")
+    with open(log_file, "wb") as file:
+        file.write(log.encode())
+        file.flush()
+        socket.send_fds(channel, [json.dumps(answer).encode()], [log_file, *(descriptors or [])])

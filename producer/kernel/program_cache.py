@@ -1,0 +1,244 @@
+"""Compiled programs as data, and a folder of them: what was compiled before is loaded without bcc and LLVM.
+
+The folder holds a file for each source, set of flags and kernel, KEY.json: a line with the SHA-256 of KEY and of what
+follows, which is JSON. What is loaded with capabilities must not come from where anybody but root can write: who takes
+over the service's user would choose what the next start loads. So root alone uses the folder, and only where the file,
+the folder and all above it are root's, no links, and closed to others' writing. Else programs are compiled afresh.
+Standard library only.
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from producer.host import state_file
+from producer.kernel import bpf_syscall
+
+KEPT_FILES = 8
+"""The files last used; others are deleted."""
+
+_INSTRUCTION = struct.Struct("<BBhi")
+_LD_IMM64, _MAP_FD = 0x18, 1
+_MOST_FILE_BYTES = 1 << 26  # what is compiled takes a tenth of a megabyte
+_MAP_NAME = re.compile(r"[A-Za-z0-9_.]{0,15}")
+_COMPILER = re.compile(r"/lib(bcc|LLVM|clang)[^/]*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Programs by their C functions' names, and their maps. Where an instruction has a map, it has its index here."""
+
+    maps: Sequence[bpf_syscall.MapInfo]
+    programs: Mapping[str, bytes]
+
+    @classmethod
+    def take(cls, programs: Mapping[str, bytes], maps: Iterable[int]) -> "Compiled":
+        """Take programs whose instructions have maps' descriptors; `maps` come first, then what else they refer to."""
+        descriptors = list(maps)
+
+        def index(descriptor: int) -> int:
+            if descriptor not in descriptors:
+                descriptors.append(descriptor)
+            return descriptors.index(descriptor)
+
+        taken = {name: _with_maps(instructions, index) for name, instructions in programs.items()}
+        return cls([bpf_syscall.map_info(descriptor) for descriptor in descriptors], taken)
+
+    def create_maps(self, sizes: Mapping[str, int]) -> list[int]:
+        """Create the maps, some with other max_entries, by name; return their descriptors."""
+        descriptors: list[int] = []
+        try:
+            for each in self.maps:
+                sized = replace(each, max_entries=sizes.get(each.name, each.max_entries))
+                descriptors.append(bpf_syscall.create_map(sized))
+        except OSError:
+            bpf_syscall.close_all(descriptors)
+            raise
+        return descriptors
+
+    def instructions(self, program: str, maps: Sequence[int]) -> bytes:
+        """Return a program as the kernel takes it, with the descriptors of the maps."""
+        return _with_maps(self.programs[program], maps.__getitem__)
+
+
+def _with_maps(instructions: bytes, number: Callable[[int], int]) -> bytes:
+    """Put another number in each place of a map."""
+    changed = bytearray(instructions)
+    at = 0
+    while at < len(instructions):
+        opcode, registers, offset, immediate = _INSTRUCTION.unpack_from(instructions, at)
+        if opcode == _LD_IMM64 and registers >> 4 == _MAP_FD:
+            _INSTRUCTION.pack_into(changed, at, opcode, registers, offset, number(immediate))
+        elif opcode == _LD_IMM64 and registers >> 4:
+            raise ValueError(f"instruction {at // 8} refers to something that is no map")
+        at += 16 if opcode == _LD_IMM64 else 8
+    return bytes(changed)
+
+
+def key(headers: Path, *made_of: Any) -> str:
+    """Return what stands for a compilation: all that goes in, but for the compiler.
+
+    The kernel is part of it: bcc asks it for the helpers that it has.
+    """
+    files = [[str(path.relative_to(headers)), path.read_text()] for path in sorted(headers.rglob("*.h"))]
+    return hashlib.sha256(json.dumps([made_of, files, os.uname()[2:]]).encode()).hexdigest()
+
+
+def compiler() -> list[str]:
+    """Return the files of the compiler that this process has in memory: bcc's library, and LLVM's."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sorted({line.split(maxsplit=5)[5] for line in lines if _COMPILER.search(line)})
+
+
+class CompiledFolder:
+    """The folder at `path`; with None, or where this is not root, nothing is kept.
+
+    What an operator should know is in `warnings`.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path.absolute() if path and os.geteuid() == 0 else None
+        self.warnings: list[str] = []
+
+    def find(self, key: str) -> Compiled | None:
+        """Return what is kept under a key, if the compiler is still the one that made it."""
+        if self._path is None:
+            return None
+        try:
+            _check_folders(self._path)
+            with _own(self._path / f"{key}.json") as descriptor:
+                with open(descriptor, "rb", closefd=False) as file:
+                    compiler, compiled = _unpacked(key, file.read(_MOST_FILE_BYTES))
+                with contextlib.suppress(OSError):
+                    os.utime(descriptor)  # the last that was used
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            self._warn(str(error))
+            return None
+        return compiled if all(_identity(path) == [path, *known] for path, *known in compiler) else None
+
+    def put(self, key: str, compiled: Compiled, compiler: Iterable[str]) -> None:
+        """Keep what was compiled, with the compiler's files; and not more than KEPT_FILES in all."""
+        if self._path is None:
+            return
+        try:
+            _check_folders(self._path.parent)
+            self._path.mkdir(mode=0o700, exist_ok=True)
+            _check_folders(self._path)
+            _write(self._path / f"{key}.json", _packed(key, compiled, compiler))
+            _prune(self._path)
+        except (OSError, ValueError) as error:
+            self._warn(str(error))
+
+    def drop(self, key: str, reason: str) -> None:
+        """Forget what cannot be loaded."""
+        if self._path is not None:
+            self._warn(f"compiled afresh: {reason}")
+            with contextlib.suppress(OSError):
+                (self._path / f"{key}.json").unlink()
+
+    def _warn(self, reason: str) -> None:
+        warning = f"compiled programs: {reason}"
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+
+
+def _check_folders(path: Path) -> None:
+    """Raise ValueError where others than root could put something else into a folder, or in its place."""
+    for folder in (*reversed(path.parents), path):
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise ValueError(f"{folder} is a link or no folder")
+        _check_roots(folder, status)
+
+
+def _check_roots(path: Path, status: os.stat_result) -> None:
+    open_to_others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    # In a sticky folder, as /tmp is, nobody else can rename or delete what is root's.
+    shut = not open_to_others or (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX)
+    if status.st_uid != 0 or not shut:
+        raise ValueError(f"{path} is another user's, or others may write to it")
+
+
+@contextlib.contextmanager
+def _own(path: Path) -> Iterator[int]:
+    """Open a file that is root's, and nobody else may write to. Raises ValueError where it is not, OSError."""
+    descriptor = state_file.open_regular(path)
+    try:
+        _check_roots(path, os.fstat(descriptor))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _packed(key: str, compiled: Compiled, compiler: Iterable[str]) -> bytes:
+    programs = {name: base64.b64encode(code).decode() for name, code in compiled.programs.items()}
+    maps = [astuple(each) for each in compiled.maps]
+    body = json.dumps({"compiler": [*map(_identity, compiler)], "maps": maps, "programs": programs}).encode()
+    return _checksum(key, body) + b"\n" + body
+
+
+def _unpacked(key: str, data: bytes) -> tuple[list[list[Any]], Compiled]:
+    checksum, _, body = data.partition(b"\n")
+    if checksum != _checksum(key, body):
+        raise ValueError(f"{key}.json is damaged")
+    try:
+        known = state_file.parse(body)
+        maps = [_map(each) for each in known["maps"]]
+        programs = {name: base64.b64decode(code, validate=True) for name, code in known["programs"].items()}
+        for code in programs.values():
+            _with_maps(code, range(len(maps)).__getitem__)
+        compiler = [[str(path), *known] for path, *known in known["compiler"]]
+        return compiler, Compiled(maps, programs)
+    except (LookupError, TypeError, AttributeError, ValueError, struct.error) as error:
+        raise ValueError(f"{key}.json is another version's") from error
+
+
+def _map(fields: Sequence[Any]) -> bpf_syscall.MapInfo:
+    """Raises ValueError or TypeError where these are not a map's."""
+    info = bpf_syscall.MapInfo(*fields)
+    *numbers, name = astuple(info)
+    if not all(state_file.is_count(number, 1 << 32) for number in numbers) or not _MAP_NAME.fullmatch(name):
+        raise ValueError(f"no map: {info}")
+    return info
+
+
+def _checksum(key: str, body: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + body).hexdigest().encode()
+
+
+def _identity(path: str) -> list[Any]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return [path]
+    return [path, status.st_size, status.st_mtime_ns]
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, mode 0600."""
+    descriptor, fresh = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(fresh, path)
+    except OSError:
+        os.unlink(fresh)
+        raise
+
+
+def _prune(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another process prunes too
+        for path in sorted(folder.iterdir(), key=lambda path: path.lstat().st_mtime_ns, reverse=True)[KEPT_FILES:]:
+            path.unlink()

@@ -1,0 +1,147 @@
+"""The rules' tables in the kernel's maps (bpf/rules.h): of two generations one decides while the other is filled.
+
+The switch is one 64-bit word, so that each segment falls wholly under the old rules or under the new ones. A generation
+is filled again only when no program can still be reading it.
+"""
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from producer.events import RETRANSMITS, TRANSMITS
+from producer.kernel import bpf_syscall
+from producer.rules.tables import MOST_CLASSES, MOST_RULES, PROPERTIES, Action, RuleBits, Sides, Tables
+
+_SET_BYTES = MOST_RULES // 8
+_PORT_GROUP = 4
+_GENERATION_BITS = 32
+_GENERATION = struct.Struct("<8I")
+"""struct rule_generation; the last of it is the generation of the prefixes."""
+_PREFIX_KEY_BYTES, _VALUE_KEY_BYTES = 24, 16
+_UNKNOWN = b""
+"""The value of an element that another process has written."""
+_NO_CLASS = 0xFFFF
+"""No class has this number, so that each port is written."""
+
+
+class RuleMaps:
+    """Writes tables into the maps, given by name: what differs from what is there, and nothing else.
+
+    `version` counts the tables that were put in force.
+    """
+
+    def __init__(self, maps: Mapping[str, int]) -> None:
+        self._maps = maps
+        (active,) = struct.unpack("<Q", bpf_syscall.lookup(maps["rules_active"], _index(0), 8))
+        self.version: int = active >> 1
+        self.writes = 0
+        """How many elements have been written or deleted so far."""
+        self._arrays: dict[str, dict[bytes, bytes]] = {}
+        """What this process has written, by map and key."""
+        # Maps that were taken over have what another process inserted.
+        generation = bpf_syscall.lookup(maps["rule_generations"], _index(active & 1), _GENERATION.size)
+        self._prefix_generation: int = _GENERATION.unpack(generation)[-1]
+        prefixes = bpf_syscall.keys(maps["rule_prefixes"], _PREFIX_KEY_BYTES)
+        values = bpf_syscall.keys(maps["rule_values"], _VALUE_KEY_BYTES)
+        self._prefixes = [{key: _UNKNOWN for key in prefixes if key[4:8] == _index(each)} for each in (0, 1)]
+        self._values = [{key: _UNKNOWN for key in values if key[:4] == _index(each)} for each in (0, 1)]
+        self._prefixes_in_use: Sequence[tuple[bytes, int, int]] | None = None
+        shape = (2, (1 << 16) // _PORT_GROUP, _PORT_GROUP)
+        self._ports = np.full(shape, _NO_CLASS, np.uint16) if active else np.zeros(shape, np.uint16)
+
+    def put(self, tables: Tables) -> int:
+        """Put tables in force at once, and return their version; an OSError leaves the old ones in force."""
+        version = self.version + 1
+        generation = version & 1
+        bpf_syscall.wait_for_programs()
+        prefix_generation = self._fill(generation, tables)
+        bpf_syscall.update(self._maps["rules_active"], _index(0), struct.pack("<Q", version << 1 | generation))
+        self.version, self._prefix_generation = version, prefix_generation
+        self._prefixes_in_use = tables.prefixes
+        return version
+
+    def _fill(self, generation: int, tables: Tables) -> int:
+        """Fill a generation of the tables, and return which one of the prefixes goes with it."""
+        first_action, first_class = generation * (MOST_RULES + 1), generation * MOST_CLASSES
+        *actions, default = tables.actions
+        self._array("rule_actions", first_action, map(_action, actions))
+        self._array("rule_actions", first_action + MOST_RULES, [_action(default)])
+        self._array("rule_addresses", first_class, map(_sides, tables.address_classes))
+        self._array("rule_ports", first_class, map(_sides, tables.port_classes))
+        self._array("rule_sets", first_class, map(_bits, tables.sets))
+        self._fill_ports(generation, tables.ports)
+        prefix_generation = self._fill_prefixes(tables)
+        values = {
+            struct.pack("<IIQ", generation, PROPERTIES.index(name), value): _index(number)
+            for name, numbers in tables.values.items()
+            for value, number in numbers.items()
+        }
+        self._replace("rule_values", self._values[generation], values)
+        by_segment = any(tables.values[name] for name in ("interface", "state"))
+        unnamed = (tables.unnamed[name] for name in PROPERTIES)
+        packed = _GENERATION.pack(len(actions), by_segment, *unnamed, prefix_generation)
+        self._array("rule_generations", generation, [packed])
+        return prefix_generation
+
+    def _fill_prefixes(self, tables: Tables) -> int:
+        """Leave the prefixes that are in use as they are, where they are the ones; fill the others where not."""
+        if tables.prefixes == self._prefixes_in_use:
+            return self._prefix_generation
+        other = 1 - self._prefix_generation
+        numbers = [_index(number) for number in range(len(tables.address_classes))]
+        wanted = {
+            struct.pack("<II", _GENERATION_BITS + length, other) + prefix: numbers[number]
+            for prefix, length, number in tables.prefixes
+        }
+        self._replace("rule_prefixes", self._prefixes[other], wanted)
+        return other
+
+    def _fill_ports(self, generation: int, ports: NDArray[np.uint16]) -> None:
+        there, wanted = self._ports[generation], ports.reshape(-1, _PORT_GROUP)
+        for group in np.flatnonzero((there != wanted).any(axis=1)).tolist():
+            index = _index(generation * len(wanted) + group)
+            bpf_syscall.update(self._maps["rule_port_classes"], index, wanted[group].tobytes())
+            there[group] = wanted[group]
+            self.writes += 1
+
+    def _array(self, name: str, first: int, values: Iterable[bytes]) -> None:
+        written = self._arrays.setdefault(name, {})
+        for index, value in enumerate(values, first):
+            self._write(name, written, _index(index), value)
+
+    def _replace(self, name: str, there: dict[bytes, bytes], wanted: Mapping[bytes, bytes]) -> None:
+        """Make `there`, what a map has, what is wanted. It says what is there also after an error on the way."""
+        for key in there.keys() - wanted.keys():
+            bpf_syscall.delete(self._maps[name], key)
+            del there[key]
+            self.writes += 1
+        for key, value in wanted.items():
+            self._write(name, there, key, value)
+
+    def _write(self, name: str, there: dict[bytes, bytes], key: bytes, value: bytes) -> None:
+        if there.get(key) != value:
+            bpf_syscall.update(self._maps[name], key, value)
+            there[key] = value
+            self.writes += 1
+
+
+def _index(number: int) -> bytes:
+    return struct.pack("<I", number)
+
+
+def _action(action: Action) -> bytes:
+    """Pack struct rule_action; its arrays are by stream."""
+    keep, sampled = [0, 0], [0, 0]
+    keep[TRANSMITS.index], keep[RETRANSMITS.index] = action.transmit, action.retransmit
+    sampled[TRANSMITS.index], sampled[RETRANSMITS.index] = True, action.sample_retransmits
+    return struct.pack("<I5B3x", action.sample_rate, *keep, *sampled, action.sample_by_event)
+
+
+def _bits(bits: RuleBits) -> bytes:
+    return bits.to_bytes(_SET_BYTES, "little")
+
+
+def _sides(sides: Sides) -> bytes:
+    return _bits(sides.local) + _bits(sides.remote) + _bits(sides.either)

@@ -1,0 +1,111 @@
+"""A stream's account on disk: what a producer that takes a ring or a spool over must know, in one page of a file.
+
+The page is allocated once and written in place, so that a write needs no room on a full disk, and a process that is
+killed leaves the old text or the new one. What cannot be read (another version's, torn by a power cut, a folder) counts
+as no account, and is set aside when the file is opened.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import stat
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from producer.host import state_file
+
+logger = logging.getLogger(__name__)
+
+_PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What is settled of a ring and of the spool behind it, at one moment."""
+
+    ring: str = ""
+    """Identity of the ring that `position`, `carried` and `lost` belong to."""
+    position: int = 0
+    """Ring position before which all is delivered, lost, or on disk."""
+    carried: int = 0
+    """Events that the spool held when the ring was made."""
+    lost: Mapping[str, int] = field(default_factory=dict)
+    """Events lost since then by reason, but for those that the kernel counts."""
+    acked: int = 0
+    """Number of the spool's first event that is not done."""
+    end: int = 0
+    """Number behind the spool's last event."""
+    gone: int = 0
+    """Events from `acked` on that are counted as lost already."""
+
+
+class Ledger:
+    """The page at `path`; `open` makes the file (mode 0600). OSError where it cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+
+    def open(self) -> None:
+        """Make the file where there is none, and allocate its page; what cannot be read is set aside first."""
+        if self._is_damaged() and (aside := state_file.set_aside(self._path)):
+            logger.warning("ledger: %s cannot be read and is set aside as %s", self._path, aside.name)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._descriptor = os.open(self._path, flags, 0o600)
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            self.close()
+            raise OSError(errno.EINVAL, "not a regular file", str(self._path))
+        os.posix_fallocate(self._descriptor, 0, _PAGE_BYTES)
+
+    def read(self) -> Account | None:
+        """Return what was written last; None where there is nothing that can be read."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return _account(state_file.read(self._path, _PAGE_BYTES))
+        return None
+
+    def _is_damaged(self) -> bool:
+        """Whether something stands there that is neither an account nor a page that was never written."""
+        try:
+            page = state_file.read(self._path, _PAGE_BYTES)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return bool(page.strip(b" \0")) and self.read() is None
+
+    def write(self, account: Account) -> None:
+        """Put `account` in the place of what is there."""
+        text = json.dumps(dataclasses.asdict(account)).encode()
+        page = b"%08x %s" % (zlib.crc32(text), text)
+        if len(page) > _PAGE_BYTES or self._descriptor < 0:
+            raise OSError(f"{self._path}: no page for {len(page)} bytes")
+        os.pwrite(self._descriptor, page.ljust(_PAGE_BYTES), 0)
+
+    def close(self) -> None:
+        """Put the page on the disk itself, and close the file."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.fdatasync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _account(page: bytes) -> Account:
+    """Return what a page says. Raises ValueError or TypeError where it is not one that this version wrote."""
+    crc, _, text = page.rstrip(b" \0").partition(b" ")
+    if int(crc, 16) != zlib.crc32(text):
+        raise ValueError("the checksum is wrong")
+    account = Account(**state_file.parse(text))
+    lost: Any = account.lost
+    if not isinstance(account.ring, str) or not isinstance(lost, dict):
+        raise ValueError("a field has another type")
+    counts = (account.position, account.carried, account.acked, account.end, account.gone, *lost.values())
+    if not all(map(state_file.is_count, counts)):
+        raise ValueError("a count is out of range")
+    return account

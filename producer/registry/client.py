@@ -1,0 +1,197 @@
+"""A client of the schema registry: each request has one deadline, and an answer is checked before it is believed.
+
+Only the registry's own errors mean what they say: JSON with an error code that belongs to the status. A proxy, a login
+page or another service that answers in its place is no answer.
+"""
+
+import base64
+import json
+import ssl
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote, urlsplit
+from urllib.request import Request
+
+import certifi
+
+from producer.config.load import Registry, read_secret
+from producer.errors import ConfigError
+from producer.events import SchemaId
+from producer.host.http_exchange import Answer, ExchangeError, exchange
+from producer.host.signals import Flag
+
+MOST_ID = (1 << 31) - 1
+NOT_FOUND = frozenset({40401, 40402, 40403})
+"""Subject, version, schema. 404 alone is not among them: a registry says it of a path that it does not have."""
+INCOMPATIBLE = frozenset({409, 40901, 40902})
+INVALID = frozenset({422, 42201, 42202, 42203, 42204, 42205, 42206})
+_TYPES = frozenset(
+    {"application/json", "application/vnd.schemaregistry.v1+json", "application/vnd.schemaregistry+json"}
+)
+_SHOWN = 120
+_REFUSED = (401, 403)
+
+AvroSchema = Mapping[str, Any]
+
+
+class RegistryRefused(Exception):
+    """The registry answered with an error of its own; `code` is its error code."""
+
+    def __init__(self, status: int, code: int, message: str) -> None:
+        super().__init__(f"{message} (error code {code})")
+        self.status = status
+        self.code = code
+
+
+class NotAuthorized(Exception):
+    """The registry, or what stands before it, refuses the authentication: `status` is 401 or 403."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+class NoAnswer(Exception):
+    """Nothing came, or something that is not a registry's answer; `answered`: the latter."""
+
+    answered = True
+
+
+class RegistryClient:
+    """Talks to one registry. Requests raise RegistryRefused, NotAuthorized or NoAnswer, and Stopped with `stop`."""
+
+    def __init__(self, settings: Registry, stop: Flag | None = None) -> None:
+        self._url = (settings.url or "").rstrip("/")
+        parts = urlsplit(self._url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"registry.url must be http://HOST[:PORT][/PATH] or https://..., not {self._url!r}")
+        self._timeout_s = settings.timeout_s
+        self._stop = stop
+        self._headers = {"Accept": "application/vnd.schemaregistry.v1+json, application/json"}
+        try:
+            if settings.auth is not None:
+                secret = read_secret(settings.auth, "registry.auth")
+                self._headers["Authorization"] = "Basic " + base64.b64encode(secret.encode()).decode()
+            self._tls = _tls(settings) if parts.scheme == "https" else None
+        except (OSError, ValueError) as error:  # none of them tells the secret
+            raise ConfigError(f"registry: {error}: see url, auth, ca, certificate and key below [registry]") from error
+
+    def register(self, subject: str, schema: AvroSchema) -> SchemaId:
+        """Register a schema, which may be there already, and return its id."""
+        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}/versions", _wrapped(schema))
+        return _schema_id(answer)
+
+    def look_up(self, subject: str, schema: AvroSchema) -> SchemaId:
+        """Return the id of a subject's schema; the schema in the answer, where there is one, is the one asked for."""
+        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}", _wrapped(schema))
+        text = answer.get("schema")
+        if text is not None and _differs(text, schema):
+            raise NoAnswer(f"it answers with another schema than {subject}'s")
+        return _schema_id(answer)
+
+    def schema(self, schema_id: int) -> str:
+        """Return the text of an id's schema."""
+        text = self._ask("GET", f"/schemas/ids/{schema_id}").get("schema")
+        if not isinstance(text, str):
+            raise NoAnswer(f"no schema in the answer for schema id {schema_id}")
+        return text
+
+    def compatible(self, subject: str, schema: AvroSchema) -> bool:
+        """Whether the registry would take the schema after the subject's latest."""
+        path = f"/compatibility/subjects/{quote(subject, safe='')}/versions/latest"
+        verdict = self._ask("POST", path, _wrapped(schema)).get("is_compatible")
+        if not isinstance(verdict, bool):
+            raise NoAnswer("no is_compatible in the answer")
+        return verdict
+
+    def set_compatibility(self, subject: str, level: str) -> None:
+        """Set which schemas a subject takes."""
+        answer = self._ask("PUT", f"/config/{quote(subject, safe='')}", {"compatibility": level})
+        if answer.get("compatibility", answer.get("compatibilityLevel")) != level:
+            raise NoAnswer(f"it does not confirm compatibility {level}")
+
+    def answers(self) -> bool:
+        """Whether a registry is there, whatever it says of one schema."""
+        try:
+            return "compatibilityLevel" in self._ask("GET", "/config")
+        except RegistryRefused:
+            return True
+        except (NoAnswer, NotAuthorized):
+            return False
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        request = Request(self._url + path, method=method, headers=dict(self._headers))
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/vnd.schemaregistry.v1+json")
+        try:
+            answer = exchange(request, self._timeout_s, tls=self._tls, stop=self._stop)
+        except ExchangeError as error:
+            silence = NoAnswer(str(error))
+            silence.answered = False
+            raise silence from error
+        return _believed(answer)
+
+
+def plain(schema: Any) -> Any:
+    """Return a schema without what does not matter to its data, to compare it with another."""
+    if isinstance(schema, dict):
+        kept = {key: plain(value) for key, value in schema.items() if key not in ("doc", "aliases")}
+        return kept["type"] if kept.keys() == {"type"} else kept
+    return [plain(each) for each in schema] if isinstance(schema, list) else schema
+
+
+def _differs(text: Any, schema: AvroSchema) -> bool:
+    try:
+        return bool(plain(_json(text)) != plain(schema))
+    except RecursionError:  # ours are not that deep
+        return True
+
+
+def _believed(answer: Answer) -> dict[str, Any]:
+    """Return what a registry says; whatever is not a registry's answer is none."""
+    content = _json(answer.body) if answer.content_type in _TYPES else None
+    if isinstance(content, dict):
+        if answer.status == 200 and "error_code" not in content:
+            return content
+        code = content.get("error_code")
+        if isinstance(code, int) and answer.status in (404, 409, 422) and str(code).startswith(str(answer.status)):
+            raise RegistryRefused(answer.status, code, str(content.get("message", ""))[:_SHOWN])
+    if answer.status in _REFUSED:
+        raise NotAuthorized(answer.status)
+    beginning = answer.body[:_SHOWN].decode(errors="replace")
+    raise NoAnswer(f"not a registry's answer: status {answer.status}, {answer.content_type}, {beginning!r}")
+
+
+def _json(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _schema_id(answer: Mapping[str, Any]) -> SchemaId:
+    number = answer.get("id")
+    if not isinstance(number, int) or not is_schema_id(number):
+        raise NoAnswer(f"not a schema id: {str(number)[:_SHOWN]!r}")
+    return SchemaId(number)
+
+
+def is_schema_id(number: Any) -> bool:
+    """Whether something is what registries give as an id."""
+    return type(number) is int and 0 < number <= MOST_ID
+
+
+def _wrapped(schema: AvroSchema) -> dict[str, str]:
+    return {"schema": json.dumps(schema), "schemaType": "AVRO"}
+
+
+def _tls(settings: Registry) -> ssl.SSLContext:
+    ca = settings.ca
+    if ca is not None and ca.is_dir():
+        context = ssl.create_default_context(capath=str(ca))
+    else:
+        context = ssl.create_default_context(cafile=str(ca) if ca is not None else certifi.where())
+    if settings.certificate is not None:
+        context.load_cert_chain(settings.certificate, settings.key, password="")
+    return context

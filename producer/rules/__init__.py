@@ -1,0 +1,1 @@
+"""Which connections are captured: rules resolved to numbers, the tables that the kernel decides by, and `--explain`."""

@@ -1,0 +1,247 @@
+"""The configuration's rules, the names of this host made numbers: users, namespaces, interfaces, cgroups, units."""
+
+import dataclasses
+import fnmatch
+import ipaddress
+import itertools
+import os
+import pwd
+import socket
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from producer.config.load import Config, RuleConfig
+from producer.errors import ConfigError
+from producer.events import STATES
+from producer.rules.tables import (
+    MOST_CGROUP_LEVELS,
+    MOST_PREFIXES,
+    Action,
+    Network,
+    PortRange,
+    Rule,
+    Tables,
+    only,
+    tables,
+)
+
+V = TypeVar("V")
+R = TypeVar("R")
+
+NETNS = Path("/run/netns")
+_ABSENT = 0
+"""A cgroup that does not exist: no id is 0, so that the condition stays, and matches nothing."""
+_NOWHERE = ipaddress.IPv6Network("::/128")
+"""For an empty list: no segment has this address, so that the condition stays, and matches nothing."""
+_MOST_LIST_BYTES = 16 << 20
+"""Longest list of addresses that is read: 130,000 lines of 128 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ruleset:
+    """Resolved rules; `cgroups_above` has, for each cgroup that is named, those above it."""
+
+    rules: Sequence[Rule]
+    default: Action
+    cgroups_above: Mapping[int, Sequence[int]]
+
+    def tables(self) -> Tables:
+        """Compile the rules; ConfigError where the kernel's tables cannot hold them."""
+        return tables(self.rules, self.default, self.cgroups_above)
+
+
+def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
+    """Resolve the rules of a configuration on this host.
+
+    A cgroup or unit that does not exist now matches nothing. ConfigError names the rule whose condition cannot be.
+    """
+    capture = config.capture
+    if not config.rules:
+        rules, default = only(capture.addresses, capture.ports)
+        return Ruleset(rules, default if rules else _action(capture.default, None, None), {})
+    if capture.addresses or capture.ports:
+        raise ConfigError("rules and a filter by addresses or ports cannot be combined: make the filter a rule")
+    cgroups = _Cgroups(cgroup_root)
+    rules = tuple(_rule(number, rule, cgroups) for number, rule in enumerate(config.rules, 1))
+    return Ruleset(rules, _action(capture.default, None, None), _above(rules, cgroups))
+
+
+def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None) -> Ruleset:
+    """Return `ruleset`, which was resolved from `config`, with the cgroups that there are now; all else stays.
+
+    Files, users, namespaces and interfaces are read at a reload alone.
+    """
+    cgroups = _Cgroups(cgroup_root)
+    rules = tuple(
+        dataclasses.replace(rule, cgroup=_cgroups(source, cgroups))
+        for rule, source in zip(ruleset.rules, config.rules, strict=True)
+    )
+    return dataclasses.replace(ruleset, rules=rules, cgroups_above=_above(rules, cgroups))
+
+
+def _cgroups(rule: RuleConfig, cgroups: "_Cgroups") -> tuple[int, ...]:
+    return (*_each(rule.cgroup, cgroups.at), *_each(rule.unit, cgroups.named))
+
+
+def _above(rules: Iterable[Rule], cgroups: "_Cgroups") -> dict[int, Sequence[int]]:
+    return {cgroup: cgroups.above(cgroup) for rule in rules for cgroup in rule.cgroup}
+
+
+def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
+    name = rule.name or f"rule {number}"
+    where = f"rule {number} {rule.name}".rstrip()
+    if rule.sample < 1 or rule.sample_by not in ("connection", "event"):
+        raise ConfigError(f"{where}: sample is a number from 1, and sample_by is connection or event")
+    keep = _action(rule.action, rule.transmit, rule.retransmit)
+    by_event = rule.sample_by == "event"
+    try:
+        return Rule(
+            name,
+            Action(keep.transmit, keep.retransmit, rule.sample, by_event, rule.sample_retransmits),
+            address=_each(rule.address, _networks),
+            local_address=_each(rule.local_address, _networks),
+            remote_address=_each(rule.remote_address, _networks),
+            port=_each(rule.port, _ports),
+            local_port=_each(rule.local_port, _ports),
+            remote_port=_each(rule.remote_port, _ports),
+            netns=_each(rule.netns, _netns),
+            cgroup=_cgroups(rule, cgroups),
+            uid=_each(rule.uid, _uid),
+            interface=_each(rule.interface, _interface),
+            state=_each(rule.state, _state),
+        )
+    except (ValueError, LookupError, OSError, ConfigError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _each(values: Iterable[V], parse: Callable[[V], Iterable[R]]) -> tuple[R, ...]:
+    return tuple(found for value in values for found in parse(value))
+
+
+def _action(both: str, transmit: str | None, retransmit: str | None) -> Action:
+    words = (transmit or both, retransmit or both)
+    for word in words:
+        if word not in ("keep", "drop"):
+            raise ConfigError(f"an action is keep or drop, not {word!r}")
+    return Action(*(word == "keep" for word in words))
+
+
+def _networks(text: str) -> Iterable[Network]:
+    """Parse an address, a network, or `@FILE` with one of these on each line."""
+    if not text.startswith("@"):
+        return [ipaddress.ip_network(text)]
+    lines = (line.partition("#")[0].strip() for line in _read(Path(text[1:])).splitlines())
+    return [ipaddress.ip_network(line) for line in lines if line] or [_NOWHERE]
+
+
+def _read(path: Path) -> str:
+    """Return the text of a list; ValueError for what is no file, or longer than the kernel's tables can need."""
+    # Without O_NONBLOCK, opening a pipe waits for somebody who writes.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file: expected a list with one address or network on each line")
+        content = file.read(_MOST_LIST_BYTES + 1)
+    if len(content) > _MOST_LIST_BYTES:
+        raise ValueError(
+            f"{path} is longer than {_MOST_LIST_BYTES >> 20} MiB: all rules together take {MOST_PREFIXES:,} networks"
+        )
+    return content.decode()
+
+
+def _ports(value: int | str) -> Iterable[PortRange]:
+    """Parse 443 or "8000-8999"."""
+    low, _, high = str(value).partition("-")
+    ports = int(low), int(high or low)
+    if not 0 <= ports[0] <= ports[1] < 1 << 16:
+        raise ValueError(f"{value!r} is no port and no range of ports")
+    return [ports]
+
+
+def _netns(value: int | str) -> Iterable[int]:
+    """Return an inode number, or that of the namespace that `ip netns` knows by a name."""
+    return [value if isinstance(value, int) else (NETNS / value).stat().st_ino]
+
+
+def _uid(value: int | str) -> Iterable[int]:
+    return [value if isinstance(value, int) else pwd.getpwnam(value).pw_uid]
+
+
+def _interface(value: int | str) -> Iterable[int]:
+    """Return an index, or that of a name in this process's network namespace."""
+    return [value if isinstance(value, int) else socket.if_nametoindex(value)]
+
+
+def _state(value: str) -> Iterable[str]:
+    if value not in STATES:
+        raise ValueError(f"there is no TCP state {value!r}: {', '.join(STATES[1:])}")
+    return [value]
+
+
+class _Cgroups:
+    """Ids of cgroups by their paths below the root, and of those above them."""
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = root
+        self._ids: dict[Path, int] = {}
+        self._folders: dict[int, Path] = {}
+
+    def at(self, path: str) -> Iterable[int]:
+        """Return the id of the cgroup at a path below the root."""
+        parts = [part for part in path.split("/") if part]
+        if ".." in parts:
+            raise ValueError(f"a cgroup's path has no '..': {path!r}")
+        if len(parts) >= MOST_CGROUP_LEVELS:
+            raise ValueError(f"cgroup {path!r} is {len(parts)} levels below the root: at most {MOST_CGROUP_LEVELS - 1}")
+        return [self._id(self._root.joinpath(*parts)) if self._root else _ABSENT]
+
+    def named(self, unit: str) -> Iterable[int]:
+        """Return the ids of the cgroups of systemd units with a name, which may have wildcards.
+
+        A unit's folder is in the root or in slices. Folders in a unit, or in a slice that was given to a user, may be
+        anybody's, whatever they are called.
+        """
+        found, left = [], [self._root] if self._root else []
+        while left:
+            for folder in _folders(left.pop()):
+                if fnmatch.fnmatchcase(folder.name, unit):
+                    found.append(self._id(folder))
+                if folder.name.endswith(".slice") and self._is_systems(folder):
+                    left.append(folder)
+        return sorted(set(found)) or [_ABSENT]
+
+    def above(self, cgroup: int) -> Sequence[int]:
+        """Return the ids of the cgroups above one that was found."""
+        root, folder = self._root, self._folders.get(cgroup)
+        if folder is None or root is None:
+            return ()
+        between = itertools.takewhile(lambda parent: parent != root.parent, folder.parents)
+        return [self._ids[parent] if parent in self._ids else self._id(parent) for parent in between]
+
+    def _is_systems(self, folder: Path) -> bool:
+        """Whether nobody but the owner of the whole hierarchy can make folders there."""
+        assert self._root is not None
+        try:
+            status = os.stat(folder)
+            return status.st_uid == os.stat(self._root).st_uid and not status.st_mode & 0o022
+        except OSError:
+            return False
+
+    def _id(self, folder: Path) -> int:
+        try:
+            self._ids[folder] = os.stat(folder).st_ino
+        except OSError:
+            return _ABSENT
+        self._folders[self._ids[folder]] = folder
+        return self._ids[folder]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder; none where it is gone."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []

@@ -1,0 +1,44 @@
+"""The published schemas, their ids where there is no registry, and single records in Confluent's wire format."""
+
+import io
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import fastavro
+
+from producer.events import SchemaId
+from producer.paths import SCHEMAS
+
+HEARTBEAT_FILE = "rebpf_agent.avsc"
+HEARTBEAT_ID = SchemaId(3)
+ALERT_FILE = "tcp_alerts.avsc"
+ALERT_ID = SchemaId(4)
+"""The ids of the streams' schemas are 1 and 2 (producer.events)."""
+
+
+def load_schema(file: str) -> dict[str, Any]:
+    """Return a published schema, by the name of its file in schemas/."""
+    schema: dict[str, Any] = json.loads((SCHEMAS / file).read_text())
+    return schema
+
+
+def frame(schema_id: SchemaId) -> bytes:
+    """Return what Confluent's wire format puts before an Avro body: a zero, and the schema's id in 4 bytes."""
+    return struct.pack(">bI", 0, schema_id)
+
+
+class RecordEncoder:
+    """Encodes single records with a published schema, framed."""
+
+    def __init__(self, file: str, schema_id: SchemaId) -> None:
+        self._schema = fastavro.parse_schema(load_schema(file))
+        self._frame = frame(schema_id)
+
+    def encode(self, record: Mapping[str, Any]) -> bytes:
+        """Return the message's value."""
+        value = io.BytesIO(self._frame)
+        value.seek(len(self._frame))
+        fastavro.schemaless_writer(value, self._schema, record, strict=True)
+        return value.getvalue()

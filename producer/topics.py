@@ -1,0 +1,23 @@
+"""The topics' names, with the configured prefix."""
+
+from producer.config.load import Config
+from producer.events import Stream, Topic
+
+HEARTBEATS = Topic("rebpf_agent")
+ALERTS = Topic("tcp_alerts")
+ALERT_SUMS = Topic("tcp_alert_sums")
+
+
+def topic(config: Config, stream: Stream) -> Topic:
+    """Return the topic of a stream's events."""
+    return Topic(config.kafka.topic_prefix + stream.topic)
+
+
+def heartbeat_topic(config: Config) -> Topic:
+    """Return the topic of the heartbeats."""
+    return Topic(config.kafka.topic_prefix + HEARTBEATS)
+
+
+def alert_topics(config: Config) -> tuple[Topic, Topic]:
+    """Return the topic of alerts, and that in which the members of `rebpf alert` exchange their sums."""
+    return Topic(config.kafka.topic_prefix + ALERTS), Topic(config.kafka.topic_prefix + ALERT_SUMS)
