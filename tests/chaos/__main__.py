@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ def main() -> int:
     options = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("BPF programs, namespaces and mounts need root")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # mounts and cgroups go on the way out
     seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
     with tempfile.TemporaryDirectory(prefix="rebpf-chaos-") as temporary:
         folder = options.keep or Path(temporary)

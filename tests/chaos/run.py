@@ -154,11 +154,12 @@ def judge(scene: Scene, arrived: dict[str, Any]) -> None:
     findings = scene.findings
     for topic in TOPICS:
         account, seen = scene.accounts[topic], arrived[topic]
-        unnamed = account.numbered - seen["distinct"] - account.named
-        detail = f"numbered={account.numbered} {seen} lost={dict(account.lost)}"
+        waiting = scene.waiting.get(topic, 0)  # on disk, for a next start that there is none of
+        unnamed = account.numbered - seen["distinct"] - account.named - waiting
+        detail = f"numbered={account.numbered} {seen} waiting={waiting} lost={dict(account.lost)}"
         if unnamed > 0:
             findings.add(f"{topic}: {unnamed} events are missing that the balance does not name", detail)
-        if seen["missing"] > account.named:
+        if seen["missing"] > account.named + waiting:
             findings.add(f"{topic}: gaps of {seen['missing']} events, of which {account.named} are named", detail)
         if unnamed < 0:
             findings.notes[f"{topic}: events named as lost, or not numbered, that arrived"] = -unnamed
