@@ -2,7 +2,7 @@
 /*
  * The programs: one per hook, three steps each: select the flow, reserve and fill an event, submit it.
  *
- * bcc compiles this file, and each program is then loaded by name (producer/rungs.py). Only those of the chosen rungs
+ * bcc compiles this file, and each program is then loaded by name (producer/kernel/hooks.py). Only those of the chosen rungs
  * are compiled. A context is `void *` or `u64 *` on purpose: bcc rewrites what is reached through a typed one.
  */
 #include "kernel.h"
