@@ -11,11 +11,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from producer import errors
 from producer.kernel.loader_child import BCC_MISSING, FEW_DESCRIPTORS, PACKET_BYTES
+from producer.paths import IMPORTED_FROM
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ class Loader:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit != resource.RLIM_INFINITY and limit < _FDS:  # bcc would only say that it does not compile
             raise errors.UnavailableError(f"{FEW_DESCRIPTORS} (now {limit}, at least {_FDS})")
-        package = Path(__file__).resolve().parent.parent
         try:
             self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
@@ -44,7 +43,7 @@ class Loader:
         self._channel.settimeout(_ANSWER_TIMEOUT_S)
         # This very package and not another that is installed; and of its folder nothing else, since the site-packages
         # of a venv must not shadow those of the system's Python.
-        code = f"import sys; sys.path.insert(0, {str(package)!r}); import producer; del sys.path[0]"
+        code = f"import sys; sys.path.insert(0, {str(IMPORTED_FROM)!r}); import producer; del sys.path[0]"
         code += f"; from producer.kernel.loader_child import main; main({theirs.fileno()}, {os.getpid()})"
         # Isolated (-I): a program that runs as root takes no modules from the working directory or PYTHONPATH.
         try:
