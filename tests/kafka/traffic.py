@@ -21,14 +21,26 @@ class Sent(NamedTuple):
     size_bytes: int
 
 
+def _listeners() -> list[socket.socket]:
+    """Return listeners on one port of both addresses. Somebody may have the port that is free on one on the other."""
+    for _ in range(100):
+        first = socket.create_server((LOOPBACK[0], 0), backlog=1024)
+        try:
+            return [
+                first,
+                socket.create_server((LOOPBACK[1], first.getsockname()[1]), family=socket.AF_INET6, backlog=1024),
+            ]
+        except OSError:
+            first.close()
+    raise AssertionError("no port is free on both addresses")
+
+
 class Echo:
     """A server on one port of 127.0.0.1 and ::1 that sends back what it receives."""
 
     def __init__(self) -> None:
-        first = socket.create_server((LOOPBACK[0], 0), backlog=1024)
-        self.port: int = first.getsockname()[1]
-        second = socket.create_server((LOOPBACK[1], self.port), family=socket.AF_INET6, backlog=1024)
-        self._listeners = [first, second]
+        self._listeners = _listeners()
+        self.port: int = self._listeners[0].getsockname()[1]
         self._threads = [threading.Thread(target=self._serve, args=(each,)) for each in self._listeners]
         for thread in self._threads:
             thread.start()
