@@ -18,7 +18,7 @@ from producer.errors import PermissionDenied
 from producer.events import STREAMS, Topic
 from producer.health import metrics
 from producer.health.balance import Balance
-from producer.health.endpoint import Board, Endpoint
+from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.heartbeat import INTERVAL_S, HeartbeatEncoder
 from producer.health.status import Status, summary
 from producer.health.web_config import WebSettings
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 5.0
 _LAST_BEAT_S = 1.0
-_PUT_BY_S = 5.0
+_SPILL_S = 5.0
 _REPEAT_REASON_S = 60.0
 _MOST_REASONS = 64
 
@@ -101,7 +101,7 @@ class Agent:
             )
             parts = [builder.build(stream) for stream in STREAMS]
             hooks.drop_old_rings()
-            board = Board()
+            board = StatusBoard()
             endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
             rules = RulesInForce(hooks, config, ruleset, self._read, root)
             facts: dict[str, Any] = {
@@ -115,7 +115,7 @@ class Agent:
 
             supervisor = Supervisor()
 
-            def between() -> None:
+            def housekeeping() -> None:
                 supervisor.attempt("reload", lambda: rules.follow(reload), None)
                 supervisor.attempt("cgroups", rules.look, None)
                 facts.update(rules_version=rules.version, reloads=rules.reloads, reload_refused=rules.refusal)
@@ -123,10 +123,10 @@ class Agent:
 
             def status() -> Status:
                 reasons = [f"reload refused: {rules.refusal}"] if rules.refusal else []
-                reasons += [web.trouble] if web.trouble else []
+                reasons += [web.last_error] if web.last_error else []
                 return reporter.status(rules.version, [*supervisor.reasons, *reasons])
 
-            between()
+            housekeeping()
             self._say_ready(hooks, brokers)
             run = _Run(
                 config,
@@ -134,11 +134,11 @@ class Agent:
                 sink,
                 parts,
                 reporter,
-                _Pulse(board, beats, sink, status),
+                _Liveness(board, beats, sink, status),
                 supervisor,
                 ring_stays=keeper is not None and keeper.outlives_stop,
             )
-            return run.until(stop, between, duration_s)
+            return run.until(stop, housekeeping, duration_s)
 
     def _say_ready(self, hooks: Hooks, brokers: str) -> None:
         for refusal in hooks.refusals:
@@ -151,11 +151,11 @@ class Agent:
         systemd.notify("READY=1", status=f"capturing: {rungs}")
 
 
-class _Pulse:
+class _Liveness:
     """What tells others that the loop lives: the status board, systemd's watchdog and the heartbeat."""
 
     def __init__(
-        self, board: Board, beats: HeartbeatEncoder | None, sink: KafkaSink, status: Callable[[], Status]
+        self, board: StatusBoard, beats: HeartbeatEncoder | None, sink: KafkaSink, status: Callable[[], Status]
     ) -> None:
         self._board = board
         self._beats = beats
@@ -178,7 +178,7 @@ class _Pulse:
         return self._beats is not None
 
     def _beat(self, status: Status) -> None:
-        self._board.leave(status)
+        self._board.publish(status)
         if self._beats:
             self._sink.beat(*self._beats.encode(status, time.time()))
 
@@ -192,21 +192,21 @@ class _Run:
     sink: KafkaSink
     parts: list[StreamParts]
     reporter: Reporter
-    pulse: _Pulse
+    liveness: _Liveness
     supervisor: Supervisor
     ring_stays: bool
     """Whether hooks and rings outlive a stop, for a next start to go on from."""
 
-    def until(self, stop: Flag, between: Callable[[], None], duration_s: float | None) -> dict[Topic, Balance]:
+    def until(self, stop: Flag, housekeeping: Callable[[], None], duration_s: float | None) -> dict[Topic, Balance]:
         """Move events until `stop` is set or the time is over, end in good order, and return the balances."""
         paths = [each.path for each in self.parts]
         pipeline = Pipeline(paths, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery, self._guard)
         interval_s = self.config.capture.drain_interval_s
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
-        watch, attempt = _Watch(), self.supervisor.attempt
+        watch, attempt = _LossReporter(), self.supervisor.attempt
         while not stop.is_set() and time.monotonic() < end:
-            between()
-            attempt("status", self.pulse.step, None)
+            housekeeping()
+            attempt("status", self.liveness.step, None)
             attempt("watch", lambda: self._watch(watch), None)
             if not self._move(pipeline):
                 stop.wait(min(interval_s, max(0.0, end - time.monotonic())))
@@ -217,7 +217,7 @@ class _Run:
         self._drain(pipeline, deadline)
         return self._end(pipeline, deadline)
 
-    def _watch(self, watch: "_Watch") -> None:
+    def _watch(self, watch: "_LossReporter") -> None:
         watch.tell(self.reporter.reasons())
         if watch.due():
             watch.look(self.reporter.balances())
@@ -256,10 +256,10 @@ class _Run:
                 return
             if any(each.path.spooling for each in self.parts):
                 return  # Kafka does not take them
-            self.supervisor.attempt("status", self.pulse.step, None)
+            self.supervisor.attempt("status", self.liveness.step, None)
             time.sleep(self.config.capture.drain_interval_s / 5)
             if self.ring_stays:
-                pipeline.settle()
+                pipeline.poll_reports()
             else:
                 pipeline.step()
 
@@ -267,11 +267,11 @@ class _Run:
         """Put what is left on disk; what cannot be put there is lost, unless its ring stays."""
         balances = self.reporter.balances()
         if any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances.values()):
-            pipeline.put_all_by(time.monotonic() + _PUT_BY_S if self.ring_stays else float("inf"))
-        elif self.pulse.last():
+            pipeline.spill_all(time.monotonic() + _SPILL_S if self.ring_stays else float("inf"))
+        elif self.liveness.last():
             until = min(deadline, time.monotonic() + _LAST_BEAT_S)
             while self.sink.beating and time.monotonic() < until:
-                pipeline.settle()
+                pipeline.poll_reports()
                 time.sleep(0.01)
         final = {}
         for each, name in zip(self.parts, balances, strict=True):
@@ -288,7 +288,7 @@ class _Run:
         return final
 
 
-class _Watch:
+class _LossReporter:
     """Tells the operator of new losses, and of what is not as it should be, once in a while."""
 
     def __init__(self) -> None:
@@ -342,7 +342,7 @@ def _keeper(config: Config) -> PinFolder | FdStore | None:
     return PinFolder(config.capture.pin)
 
 
-def _endpoint(config: Config, board: Board, web: WebSettings) -> Endpoint:
+def _endpoint(config: Config, board: StatusBoard, web: WebSettings) -> Endpoint:
     host, _, port = config.metrics.listen.rpartition(":")
     local = config.state_dir / STATUS_SOCKET if config.metrics.web_config_file else None
     return Endpoint(host.strip("[]"), int(port), board, web, local)

@@ -66,7 +66,7 @@ def new_spool(config: Config, stream: Stream) -> Spool:
         now,
         max_bytes=spool_bytes(config, stream),
         max_age_s=config.spool.max_age_s,
-        keep=config.spool.keep,
+        when_full=config.spool.when_full,
     )
 
 
@@ -135,7 +135,7 @@ class StreamParts:
     ring: Ring
     spool: Spool | None
     path: StreamPath
-    trouble: str
+    open_error: str
     """Why there is no spool, though there should be one."""
 
 
@@ -161,7 +161,7 @@ class StreamBuilder:
         """Open a stream's spool and ledger, drain the rings of hooks that were replaced, and go on from there."""
         ledger = Ledger(ledger_path(self._config, stream))
         account = ledger.read()
-        trouble = ""
+        open_error = ""
         try:
             ledger.open()
         except OSError as error:
@@ -172,22 +172,22 @@ class StreamBuilder:
             try:
                 spool = self._open_spool(stream, account)
             except OSError as error:
-                trouble = str(error)
+                open_error = str(error)
                 logger.error("spool: %s: events wait in the ring alone", error)
         old_lost = self._drain_old(stream, spool, account)
         ring = self._stack.enter_context(self._hooks.ring(stream))
         resumed = resume(account, self._hooks.ring_id, ring, spool, spool.last if spool else None)
-        stores = Stores(spool, ledger.write, BackOff("spool", most_s=_SPOOL_WAIT_S), self._config.spool.after_s)
+        stores = Stores(spool, ledger.write, BackOff("spool", most_s=_SPOOL_WAIT_S), self._config.spool.spill_after_s)
         path = StreamPath(stream, ring, self._encoder(stream), stores, resumed)
         path.open({"old_ring": old_lost} if old_lost else {})
-        return StreamParts(stream, ring, spool, path, trouble)
+        return StreamParts(stream, ring, spool, path, open_error)
 
     def _open_spool(self, stream: Stream, account: Account | None) -> Spool:
         spool = new_spool(self._config, stream)
-        spool.open(*((account.acked, account.end, account.gone) if account else ()))
+        spool.open(*((account.acked, account.end, account.discarded) if account else ()))
         self._stack.callback(spool.close)
         if spool.end > spool.acked:
-            logger.info("spool: %d events of %s wait since before", spool.end - spool.acked - spool.gone, stream.name)
+            logger.info("spool: %d events of %s from an earlier run", spool.pending, stream.name)
         return spool
 
     def _encoder(self, stream: Stream) -> Isolator:
@@ -204,7 +204,7 @@ class StreamBuilder:
             ring_id = self._hooks.old_ring_id if number == len(rings) else None
             with ring:
                 if ring_id:
-                    ring.position = max([ring.position, *filter(ring.holds, _settled(ring_id, account, spool))])
+                    ring.position = max([ring.position, *filter(ring.holds, _safe_positions(ring_id, account, spool))])
                     ring.commit(ring.position)
                 try:
                     lost += self._move(old, ring, spool, ring_id or "")
@@ -239,7 +239,7 @@ class StreamBuilder:
         return refused
 
 
-def _settled(ring_id: str, account: Account | None, spool: Spool | None) -> list[int]:
+def _safe_positions(ring_id: str, account: Account | None, spool: Spool | None) -> list[int]:
     """Return positions in a ring before which all is done or on disk, as far as ledger and spool know."""
     last = spool.last if spool else None
     return [each.position for each in (account, last) if each is not None and each.ring == ring_id]

@@ -33,7 +33,7 @@ from producer.pipeline.ledger import Account, Ledger
 from producer.pipeline.pipeline import Pipeline
 from producer.pipeline.stream import Stores, StreamPath, resume
 from producer.schemas import load_schema
-from producer.spool.files import ASIDE, SEGMENT, files
+from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files
 from producer.spool.spool import Spool
 from producer.topics import topic
 
@@ -50,13 +50,13 @@ class Sent:
     """Events that wait still, or again."""
     lost: Mapping[str, int]
     """Events lost, by reason; what Kafka refuses is in the quarantine."""
-    trouble: str
+    last_error: str
     """Why events wait still, as far as is known."""
 
     def __str__(self) -> str:
         losses = ",".join(f"{reason}:{count}" for reason, count in self.lost.items()) or "0"
-        trouble = f" trouble={self.trouble}" if self.trouble else ""
-        return f"delivered={self.delivered} waiting={self.waiting} lost={losses}{trouble}"
+        last_error = f" last_error={self.last_error}" if self.last_error else ""
+        return f"delivered={self.delivered} waiting={self.waiting} lost={losses}{last_error}"
 
 
 class _NoRing:
@@ -92,7 +92,7 @@ class _Source:
     def __init__(
         self, stream: Stream, spool: Spool, account: Account | None, write_account: Callable[[Account], None]
     ) -> None:
-        spool.open(*((account.acked, account.end, account.gone) if account else ()))
+        spool.open(*((account.acked, account.end, account.discarded) if account else ()))
         before = account or Account()
         ring = _NoRing(stream, before.position)
         self.stream = stream
@@ -107,10 +107,10 @@ class _Source:
     @property
     def waiting(self) -> int:
         """Events that are not done."""
-        return self.spool.end - self.spool.acked - self.spool.gone
+        return self.spool.pending
 
     @property
-    def settled(self) -> int:
+    def done(self) -> int:
         """A number that goes up with each message of which something has become."""
         return self.path.delivered + self.path.lost.total()
 
@@ -121,19 +121,19 @@ class _Source:
     def result(self, sink: KafkaSink) -> Sent:
         """Return what became of it all."""
         self.path.end(sink, 0, ring_stays=True)
-        trouble = sink.trouble_of(self.stream.name) or (sink.trouble.name if sink.trouble else "")
-        if self.path.ledger_trouble:
-            trouble = f"ledger: {self.path.ledger_trouble}"
+        last_error = sink.last_error_of(self.stream.name) or (sink.last_error.name if sink.last_error else "")
+        if self.path.ledger_error:
+            last_error = f"ledger: {self.path.ledger_error}"
         delivered, lost = self.path.delivered - self._delivered, self.path.lost - self._lost
-        return Sent(delivered, self.waiting, dict(lost), trouble if self.waiting else "")
+        return Sent(delivered, self.waiting, dict(lost), last_error if self.waiting else "")
 
-    def give_up(self) -> int:
+    def discard(self) -> int:
         """Count all that waits as lost, and delete it; return how much that is."""
         spool, count = self.spool, self.waiting
         lost = Counter(self.account.lost) + Counter(spool_dropped=count)
-        self._write_account(dataclasses.replace(self.account, lost=dict(lost), acked=spool.end, gone=0))
+        self._write_account(dataclasses.replace(self.account, lost=dict(lost), acked=spool.end, discarded=0))
         spool.acked = spool.sent = spool.end
-        spool.gone = 0
+        spool.discarded = 0
         spool.sweep()
         return count
 
@@ -147,7 +147,7 @@ def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) ->
     settings = client_settings(config.kafka.brokers, config.kafka.settings)
     topics = {stream.name: topic(config, stream) for stream in STREAMS}
     with disk_errors(), ExitStack() as stack:
-        _stand_in(config, stack)
+        _take_over(config, stack)
         Admin(config).partitions()
         if quarantine:
             sources = [_Source(stream, _quarantine(config, stream), None, lambda account: None) for stream in STREAMS]
@@ -169,17 +169,17 @@ def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) ->
 def drop(config: Config) -> dict[Topic, int]:
     """Give up what waits; return the number of events by topic. BusyError where a producer runs."""
     with disk_errors(), ExitStack() as stack:
-        _stand_in(config, stack)
-        return {topic(config, stream): _spool(config, stream, stack).give_up() for stream in STREAMS}
+        _take_over(config, stack)
+        return {topic(config, stream): _spool(config, stream, stack).discard() for stream in STREAMS}
 
 
 def drop_quarantine(config: Config) -> dict[Topic, int]:
     """Delete what is in the quarantine; return the number of messages by topic. BusyError where a producer runs."""
     with disk_errors(), ExitStack() as stack:
-        _stand_in(config, stack)
+        _take_over(config, stack)
         counts = {topic(config, stream): quarantined(config, stream).total() for stream in STREAMS}
         for stream in STREAMS:
-            for ending in (SEGMENT, ASIDE):
+            for ending in (SPOOL_SUFFIX, ASIDE_SUFFIX):
                 for path in files(quarantine_folder(config, stream), ending):
                     path.unlink()
         return counts
@@ -188,13 +188,13 @@ def drop_quarantine(config: Config) -> dict[Topic, int]:
 def complaint(sent: Mapping[Topic, Sent]) -> tuple[str | None, str | None]:
     """Return what waits still, and what is lost, in a line each; None where nothing is."""
     waiting = [
-        f"{name}: {each.waiting} events wait {each.trouble}".rstrip() for name, each in sent.items() if each.waiting
+        f"{name}: {each.waiting} events wait {each.last_error}".rstrip() for name, each in sent.items() if each.waiting
     ]
     lost = [f"{name}: {sum(each.lost.values())} events lost" for name, each in sent.items() if each.lost]
     return "; ".join(waiting) or None, "; ".join(lost) or None
 
 
-def _stand_in(config: Config, stack: ExitStack) -> None:
+def _take_over(config: Config, stack: ExitStack) -> None:
     """Take the producer's place, where there has been one."""
     require_state_folder(config)
     stack.enter_context(StateFolder(config.state_dir))
@@ -233,9 +233,9 @@ def _put_behind(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str
 
 def _send(sources: Sequence[_Source], sink: KafkaSink, stop: Flag, timeout_s: float) -> None:
     pipeline = Pipeline([source.path for source in sources], sink, time.monotonic, lambda: 0)
-    settled, give_up_at = 0, time.monotonic() + timeout_s
-    while not all(source.is_done(sink) for source in sources) and time.monotonic() < give_up_at and not stop.is_set():
+    done, deadline_s = 0, time.monotonic() + timeout_s
+    while not all(source.is_done(sink) for source in sources) and time.monotonic() < deadline_s and not stop.is_set():
         if not pipeline.step():
             stop.wait(_PAUSE_S)
-        if (now_settled := sum(source.settled for source in sources)) != settled:
-            settled, give_up_at = now_settled, time.monotonic() + timeout_s
+        if (now_done := sum(source.done for source in sources)) != done:
+            done, deadline_s = now_done, time.monotonic() + timeout_s

@@ -63,7 +63,7 @@ class Outcome(Protocol):
 class Sink(Protocol):
     """What the pipeline asks of a sink."""
 
-    def room(self, stream: Stream) -> int:
+    def capacity(self, stream: Stream) -> int:
         """Return how many messages of a stream may be sent now."""
 
     def send(self, batch: EncodedBatch) -> None:
@@ -72,7 +72,7 @@ class Sink(Protocol):
     def poll(self) -> Mapping[str, Outcome]:
         """Return what became of messages since the last call, by stream."""
 
-    def left(self, batch: EncodedBatch) -> int:
+    def unacknowledged(self, batch: EncodedBatch) -> int:
         """Return how many messages of a batch are still under way."""
 
 
@@ -82,7 +82,7 @@ class Spool(Protocol):
     acked: int
     sent: int
     end: int
-    gone: int
+    discarded: int
     lost: Counter[str]
 
     def append(self, batch: EncodedBatch, ring: str, position: int) -> None:

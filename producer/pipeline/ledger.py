@@ -41,7 +41,7 @@ class Account:
     """Number of the spool's first event that is not done."""
     end: int = 0
     """Number behind the spool's last event."""
-    gone: int = 0
+    discarded: int = 0
     """Events from `acked` on that are counted as lost already."""
 
 
@@ -105,7 +105,7 @@ def _account(page: bytes) -> Account:
     lost: Any = account.lost
     if not isinstance(account.ring, str) or not isinstance(lost, dict):
         raise ValueError("a field has another type")
-    counts = (account.position, account.carried, account.acked, account.end, account.gone, *lost.values())
+    counts = (account.position, account.carried, account.acked, account.end, account.discarded, *lost.values())
     if not all(map(state_file.is_count, counts)):
         raise ValueError("a count is out of range")
     return account

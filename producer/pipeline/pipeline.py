@@ -48,19 +48,19 @@ class Pipeline:
         more = False
         for name, path in self._paths.items():
             more |= self._guard(name, partial(path.step, self._sink, self._now_s(), self._utc_offset_ns()))
-        self.settle()
+        self.poll_reports()
         return more
 
-    def settle(self) -> None:
+    def poll_reports(self) -> None:
         """Take account of delivery reports."""
         for name, outcome in self._sink.poll().items():
-            for oldest_ns, count in self._paths[name].settle(outcome):
+            for oldest_ns, count in self._paths[name].on_reports(outcome):
                 self._delivered(self._now_s() - oldest_ns / 1e9, count)
 
-    def put_all_by(self, until_s: float = float("inf")) -> None:
+    def spill_all(self, until_s: float = float("inf")) -> None:
         """Put all that is not acknowledged into the spools, as far as these take it.
 
         Rings that are still filled may never be empty: of these, what there is until the clock says `until_s`.
         """
         for path in self._paths.values():
-            path.put_all_by(self._now_s(), self._utc_offset_ns(), lambda: self._now_s() >= until_s)
+            path.spill_all(self._now_s(), self._utc_offset_ns(), lambda: self._now_s() >= until_s)

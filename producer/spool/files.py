@@ -9,8 +9,8 @@ from pathlib import Path
 from producer.host import state_file
 from producer.host.clock import Moment
 
-SEGMENT, ASIDE = ".avro", ".damaged"
-"""What names of files end with: segments, and what was set aside because of damage."""
+SPOOL_SUFFIX, ASIDE_SUFFIX = ".avro", ".damaged"
+"""What names of files end with: files, and what was set aside because of damage."""
 _STEM = re.compile(r"[0-9]{20}")
 _MOST_NUMBER = 1 << 62
 """No event's number comes near it."""
@@ -28,7 +28,7 @@ def files(folder: Path, ending: str) -> list[Path]:
 
 
 def made_at(metadata: Mapping[str, str]) -> Moment | None:
-    """Return when a segment was begun, by its header's metadata; None where these do not say."""
+    """Return when a file was begun, by its header's metadata; None where these do not say."""
     try:
         made = Moment(**state_file.parse(metadata["rebpf.made"]))
     except (ValueError, TypeError, KeyError):

@@ -1,6 +1,6 @@
 """The format of a spool's files: Avro object containers, so that any Avro tool reads what waits on disk.
 
-A file is a segment: a header with the schema, then blocks, each with one record, and behind each the file's random
+A file is a file: a header with the schema, then blocks, each with one record, and behind each the file's random
 sync marker. A record is a batch: where it stands in the spool, where it came from, and its messages as they go to
 Kafka, keys apart. The codec is zstandard, each block a frame with a checksum: a block is read as it was written, or not
 at all. What cannot be read is passed over up to the next sync marker.
@@ -45,7 +45,7 @@ _U32 = np.dtype("<u4")
 
 
 def container_schema(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a segment's records, for events of the schema `event`."""
+    """Return the schema of a file's records, for events of the schema `event`."""
     frame = {"type": "fixed", "name": "Frame", "size": _FRAME_BYTES}
     message = {
         "type": "record",
@@ -59,7 +59,7 @@ def container_schema(event: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spooled:
-    """A batch of a segment: its events are numbers `first` to `end` - 1 of the spool."""
+    """A batch of a file: its events are numbers `first` to `end` - 1 of the spool."""
 
     batch: EncodedBatch
     first: int
@@ -90,7 +90,7 @@ def header(schema: dict[str, Any], metadata: Mapping[str, str], sync: bytes) -> 
 
 
 def read_header(start: bytes) -> tuple[int, bytes, dict[str, str]]:
-    """Return the header's length, the sync marker and the metadata. DamagedError where this is no segment of ours."""
+    """Return the header's length, the sync marker and the metadata. DamagedError where this is no file of ours."""
     file = io.BytesIO(start)
     try:
         metadata = dict(fastavro.block_reader(file).metadata)
@@ -125,7 +125,7 @@ def block(spooled: Spooled, sync: bytes) -> bytes:
 
 
 class Reader:
-    """Reads a segment's batches in turn; `read_at(offset, size)` returns up to `size` bytes of the file."""
+    """Reads a file's batches in turn; `read_at(offset, size)` returns up to `size` bytes of the file."""
 
     def __init__(self, stream: Stream, sync: bytes, start: int, read_at: Callable[[int, int], bytes]) -> None:
         self._stream = stream

@@ -117,7 +117,7 @@ def wrong(scene: Scene, chance: random.Random) -> bytes:
             scene.config(f'{rule}uid = ["no-such-user"]'),
             scene.config(f'{rule}interface = ["{"x" * 300}"]'),
             scene.config().replace(b"127.0.0.1:", b"127.0.0.1:9"),
-            scene.config().replace(b"after_s = 1.0", b"after_s = nan"),
+            scene.config().replace(b"spill_after_s = 1.0", b"spill_after_s = nan"),
             b"x = " + b"[" * 100_000,
         ]
     )

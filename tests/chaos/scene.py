@@ -117,7 +117,7 @@ class Scene:
             kafka.brokers = "{self.kafka.bootstrap}"
             registry = {{ url = "{self.proxy.url}", timeout_s = 2.0 }}
             metrics.listen = "127.0.0.1:{self.listen}"
-            spool = {{ transmit_bytes = {48 << 20}, retransmit_bytes = {8 << 20}, after_s = 1.0 }}
+            spool = {{ transmit_bytes = {48 << 20}, retransmit_bytes = {8 << 20}, spill_after_s = 1.0 }}
             [capture]
             transmit_ring_bytes = {1 << 28}
             retransmit_ring_bytes = {1 << 24}

@@ -26,7 +26,7 @@ WORDS = st.sampled_from(
         "  ",
         "keep",
         "drop",
-        "old",
+        "drop_oldest",
         "a:1",
         "127.0.0.1:0",
         "http://a:1",
@@ -68,7 +68,7 @@ SECTIONS = {
     "kafka": "brokers topic_prefix settings stop_timeout_s",
     "kafka.settings": "acks linger.ms max.in.flight delivery.report.only.error client.id enable.gapless.guarantee "
     "group.id security.protocol ssl.ca.location message.max.bytes batch.size retries debug lingr.ms fetch.max.bytes",
-    "spool": "transmit_bytes retransmit_bytes max_age_s quarantine_bytes keep after_s",
+    "spool": "transmit_bytes retransmit_bytes max_age_s quarantine_bytes when_full spill_after_s",
     "metrics": "listen",
     "registry": "url register timeout_s auth ca certificate key",
     "alert": "group lateness_s silent_after topic stdout alertmanager repeat_s rules",

@@ -23,7 +23,7 @@ from producer.host.clock import Moment
 from producer.kafka.sink import Outcome
 from producer.pipeline.pipeline import Pipeline
 from producer.pipeline.stream import Stores, StreamPath, resume
-from producer.spool.files import ASIDE, files
+from producer.spool.files import ASIDE_SUFFIX, files
 from producer.spool.spool import Spool
 from tests.property.faults import CrashError, FailingDisk, FailingLedger, Faults
 from tests.rings import STRIDE, MemoryRing
@@ -97,14 +97,14 @@ class MemoryKafka:
     def in_flight(self) -> int:
         return sum(self._open.values())
 
-    def room(self, stream: Stream) -> int:
+    def capacity(self, stream: Stream) -> int:
         return max(0, self._most - self.in_flight)
 
     def send(self, batch: EncodedBatch) -> None:
         self._waiting += [(batch, number) for number in ids_of(batch)]
         self._open[batch], self._lost[batch] = len(batch), Counter()
 
-    def left(self, batch: EncodedBatch) -> int:
+    def unacknowledged(self, batch: EncodedBatch) -> int:
         return self._open.get(batch, 0)
 
     def take(self, count: int, *, flow: int | None = None, tell: bool = True) -> None:
@@ -145,22 +145,22 @@ class NoWaits:
 
 
 class Delivery(RuleBasedStateMachine):
-    """`keep` and room are drawn once; then events come, Kafka takes some, and things break."""
+    """`when_full` and room are drawn once; then events come, Kafka takes some, and things break."""
 
     @initialize(
-        keep=st.sampled_from(["old", "new"]),
+        when_full=st.sampled_from(["reject", "drop_oldest"]),
         max_bytes=st.sampled_from([1 << 16, 1 << 20]),
         most=st.sampled_from([64, 1 << 13]),
         seed=st.integers(0, 99),
     )
-    def set_up(self, keep: str, max_bytes: int, most: int, seed: int) -> None:
+    def set_up(self, when_full: str, max_bytes: int, most: int, seed: int) -> None:
         self.faults = Faults()
         self.chance = random.Random(seed)
         self.home = tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None)
         self.ring = MemoryRing(TRANSMITS, RING_ROWS, lambda position: self.faults.crash())
         self.topic: list[int] = []
         self.poison: set[int] = set()
-        self.keep, self.max_bytes, self.most = keep, max_bytes, most
+        self.when_full, self.max_bytes, self.most = when_full, max_bytes, most
         self.now_s, self.wall_s = 1000.0, 1e9
         self.crashes = 0
         self.exact = True
@@ -181,12 +181,12 @@ class Delivery(RuleBasedStateMachine):
             SCHEMA,
             lambda: Moment("boot", self.now_s, self.wall_s),
             max_bytes=self.max_bytes,
-            segment_bytes=1 << 13,
-            keep=self.keep,
+            file_bytes=1 << 13,
+            when_full=self.when_full,
             max_age_s=1e6,
             disk=self.disk,
         )
-        self.spool.open(*((account.acked, account.end, account.gone) if account else ()))
+        self.spool.open(*((account.acked, account.end, account.discarded) if account else ()))
         resumed = resume(account, "ring", self.ring, self.spool, self.spool.last)
         if self.spool.last:
             assert ids_of(self.spool.last.batch)[-1] < self.ring.records_before, "no event is there twice"
@@ -199,7 +199,7 @@ class Delivery(RuleBasedStateMachine):
 
     def crash(self) -> None:
         self.crashes += 1
-        self.exact &= not self.path.ledger_trouble  # a count that could be written nowhere ends with the process
+        self.exact &= not self.path.ledger_error  # a count that could be written nowhere ends with the process
         self.ledger.close()
         self.disk.end()
         self.faults.errno = 0
@@ -261,7 +261,7 @@ class Delivery(RuleBasedStateMachine):
 
     @invariant()
     def every_event_taken_is_in_one_place(self) -> None:
-        if not hasattr(self, "path") or self.path.ledger_trouble:
+        if not hasattr(self, "path") or self.path.ledger_error:
             return
         path = self.path
         pending = self.kafka._outcome
@@ -293,12 +293,12 @@ class Delivery(RuleBasedStateMachine):
         if self.exact:
             # What was under way may have got there, and been given up after a crash.
             assert len(missing) <= self.path.lost.total()
-            assert len(missing) == self.path.lost.total() or self.keep == "new"
+            assert len(missing) == self.path.lost.total() or self.when_full == "drop_oldest"
         if not self.crashes:
             assert len(missing) == self.path.lost.total()
             assert self.path.delivered == len(self.topic) == len(set(self.topic))
         # But for what a crash tore, which is set aside, all files are gone.
-        aside = files(Folder(self.home.name, "spool"), ASIDE)
+        aside = files(Folder(self.home.name, "spool"), ASIDE_SUFFIX)
         assert self.spool.size_bytes == sum(path.stat().st_size for path in aside)
         assert self.crashes or not aside
         assert self.ring.committed // STRIDE == self.ring.written

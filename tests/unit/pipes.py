@@ -61,10 +61,10 @@ class MemorySink:
         """Transmits, in order."""
         self._told: dict[str, Outcome] = {}
 
-    def room(self, stream: Stream) -> int:
+    def capacity(self, stream: Stream) -> int:
         return max(0, self._most - sum(left for _, left, _ in self.open[stream.name]))
 
-    def left(self, batch: EncodedBatch) -> int:
+    def unacknowledged(self, batch: EncodedBatch) -> int:
         return sum(left for each, left, _ in self.open[batch.stream.name] if each is batch)
 
     def send(self, batch: EncodedBatch) -> None:
@@ -72,7 +72,7 @@ class MemorySink:
         if batch.stream == TRANSMITS:
             self.sent += ids(batch)
 
-    def settle(self, stream: Stream, index: int, count: int, reason: str | None = None) -> None:
+    def report(self, stream: Stream, index: int, count: int, reason: str | None = None) -> None:
         """Let `count` messages of the batch `index` be delivered, or lost."""
         flight = self.open[stream.name][index]
         told = self._told.setdefault(stream.name, Outcome())
@@ -90,7 +90,7 @@ class MemorySink:
         """Let all be delivered."""
         for stream in STREAMS:
             while self.open[stream.name]:
-                self.settle(stream, 0, self.open[stream.name][0][1])
+                self.report(stream, 0, self.open[stream.name][0][1])
 
     def poll(self) -> Mapping[str, Outcome]:
         told, self._told = self._told, {}

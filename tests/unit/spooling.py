@@ -119,7 +119,7 @@ class Setup:
         self.disk = FailingDisk()
 
     def open(self, ledger: tuple[int, int, int] | None = None, **options: Any) -> Spool:
-        arguments = {"max_bytes": 1 << 20, "segment_bytes": 3 * BLOCK_BYTES, "disk": self.disk, **options}
+        arguments = {"max_bytes": 1 << 20, "file_bytes": 3 * BLOCK_BYTES, "disk": self.disk, **options}
         spool = Spool(self.folder, TRANSMITS, SCHEMA, lambda: self.clock.now, **arguments)
         spool.open(*(ledger or ()))
         return spool
@@ -144,7 +144,7 @@ def fill(spool: Spool, batches: int) -> None:
 
 
 def ledger_of(spool: Spool) -> tuple[int, int, int]:
-    return spool.acked, spool.end, spool.gone
+    return spool.acked, spool.end, spool.discarded
 
 
 def read_all(spool: Spool) -> list[int]:

@@ -118,7 +118,7 @@ def test_without_room_old_events_are_kept_and_nothing_changes(setup: Setup) -> N
 
 
 def test_to_keep_new_events_the_oldest_that_are_not_under_way_are_given_up(setup: Setup) -> None:
-    spool = setup.open(max_bytes=20 * BLOCK_BYTES, keep="new")
+    spool = setup.open(max_bytes=20 * BLOCK_BYTES, when_full="drop_oldest")
     while not spool.lost:
         fill(spool, 1)
         if spool.end == 30:
@@ -129,24 +129,24 @@ def test_to_keep_new_events_the_oldest_that_are_not_under_way_are_given_up(setup
     dropped = spool.lost["spool_dropped"]
     assert spool.lost == {"spool_dropped": dropped}
     assert names[1] > f"{10 + dropped:020}"
-    assert spool.gone == dropped
+    assert spool.discarded == dropped
     assert spool.size_bytes == size_on_disk(setup) <= 20 * BLOCK_BYTES
 
     fill(spool, 30)
     dropped = spool.lost["spool_dropped"]
     spool.ack(under_way.first, under_way.end)
-    end, gone = spool.end, spool.gone
+    end, discarded = spool.end, spool.discarded
     spool.close()
-    spool = setup.open((10, end, gone), max_bytes=20 * BLOCK_BYTES, keep="new")
+    spool = setup.open((10, end, discarded), max_bytes=20 * BLOCK_BYTES, when_full="drop_oldest")
     back = finish(spool)
     assert back == sorted(set(back))
     assert len(back) == end - 10 - dropped
     assert back[-1] == end - 1
-    assert (spool.lost, spool.gone) == ({}, 0), "they were counted"
+    assert (spool.lost, spool.discarded) == ({}, 0), "they were counted"
 
 
 def test_with_all_under_way_there_is_no_room_for_new_events_either(setup: Setup) -> None:
-    spool = setup.open(max_bytes=20 * BLOCK_BYTES, keep="new")
+    spool = setup.open(max_bytes=20 * BLOCK_BYTES, when_full="drop_oldest")
 
     def fill_and_read() -> None:
         while True:

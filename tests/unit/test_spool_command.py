@@ -26,7 +26,7 @@ TRANSMIT, RETRANSMIT = "tcp_transmit", "tcp_retransmit"
 SIZE = 97
 NOTHING = {
     "events": 0,
-    "segments": 0,
+    "files": 0,
     "size_bytes": 0,
     "oldest_s": None,
     "damaged_files": 0,
@@ -58,7 +58,7 @@ def test_show_tells_what_waits_and_what_was_refused(state):
     assert 0 <= oldest_s < 600
     assert found[TRANSMIT] == {
         "events": 3 * SIZE - 5,
-        "segments": 2,
+        "files": 2,
         "size_bytes": sum(path.stat().st_size for path in [*paths, aside]),
         "damaged_files": 1,
         "quarantine": {"MSG_SIZE_TOO_LARGE": 3, "INVALID_RECORD": 2},
@@ -74,8 +74,8 @@ def test_show_tells_it_to_people(state):
 
     assert done.returncode == 0, done.stderr
     transmit, retransmit = done.stdout.splitlines()
-    assert transmit == f"{TRANSMIT} events=0 segments=0 size_bytes=0 damaged_files=0 quarantine=0"
-    assert retransmit.startswith(f"{RETRANSMIT} events={2 * SIZE} segments=1 size_bytes=")
+    assert transmit == f"{TRANSMIT} events=0 files=0 size_bytes=0 damaged_files=0 quarantine=0"
+    assert retransmit.startswith(f"{RETRANSMIT} events={2 * SIZE} files=1 size_bytes=")
     assert retransmit.endswith(" damaged_files=0 quarantine=INVALID_RECORD:2")
 
 
@@ -95,7 +95,7 @@ def test_show_without_a_ledger_counts_what_is_there(state):
 def test_show_leaves_out_what_was_given_up(state):
     paths = spools.fill(state, batches=5, size=SIZE, per_file=1)
     paths[2].unlink()
-    spools.write_ledger(state, Account(spools.RING, 0, 0, {"spool_dropped": SIZE}, 5, 5 * SIZE, gone=SIZE))
+    spools.write_ledger(state, Account(spools.RING, 0, 0, {"spool_dropped": SIZE}, 5, 5 * SIZE, discarded=SIZE))
 
     assert spool("show", state)[TRANSMIT]["events"] == 4 * SIZE - 5
     assert spool("verify", state)[TRANSMIT]["damage"] == []
@@ -148,9 +148,9 @@ def test_verify_of_what_is_whole(state):
     spools.quarantine(state, {"INVALID_RECORD": 2})
 
     assert spool("verify", state) == {
-        TRANSMIT: {"segments": 2, "events": 4 * SIZE, "damage": [], "lost": 0},
-        f"{TRANSMIT}/quarantine": {"segments": 1, "events": 2, "damage": [], "lost": 0},
-        RETRANSMIT: {"segments": 0, "events": 0, "damage": [], "lost": 0},
+        TRANSMIT: {"files": 2, "events": 4 * SIZE, "damage": [], "lost": 0},
+        f"{TRANSMIT}/quarantine": {"files": 1, "events": 2, "damage": [], "lost": 0},
+        RETRANSMIT: {"files": 0, "events": 0, "damage": [], "lost": 0},
     }
 
 
@@ -159,7 +159,7 @@ def test_a_write_that_a_crash_cut_short_is_no_damage(state):
     start, end = spools.blocks(path)[2]
     os.truncate(path, (start + end) // 2)
 
-    assert spool("verify", state)[TRANSMIT] == {"segments": 1, "events": 2 * SIZE, "damage": [], "lost": 0}
+    assert spool("verify", state)[TRANSMIT] == {"files": 1, "events": 2 * SIZE, "damage": [], "lost": 0}
 
 
 def test_verify_tells_each_damaged_place_and_what_it_costs(state):
@@ -240,7 +240,7 @@ def lost_by_reading(state: Path) -> int:
         now,
         max_bytes=1 << 30,
     )
-    waiting.open(account.acked, account.end, account.gone)
+    waiting.open(account.acked, account.end, account.discarded)
     while batch := waiting.read():
         waiting.ack(batch.first, batch.end)
     waiting.ack(waiting.end, waiting.end)
@@ -263,7 +263,7 @@ def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
             load_schema(TRANSMITS.schema_file),
             now,
             max_bytes=1 << 20,
-            segment_bytes=1,
+            file_bytes=1,
         )
         used.open()
         batch = spools.encoded(TRANSMITS, 1, SIZE)
@@ -316,7 +316,7 @@ def test_drop_wants_to_be_meant(state):
 def test_drop_gives_up_what_waits_and_the_ledger_has_it_as_lost(state):
     paths = spools.fill(state, batches=6, size=SIZE, per_file=2, acked=5)
     paths[1].unlink()
-    account = Account("ring-1", 77, 11, {"stopped": 3, "spool_dropped": 2 * SIZE}, 5, 5 * SIZE, gone=2 * SIZE)
+    account = Account("ring-1", 77, 11, {"stopped": 3, "spool_dropped": 2 * SIZE}, 5, 5 * SIZE, discarded=2 * SIZE)
     spools.write_ledger(state, account)
     spools.quarantine(state, {"INVALID_RECORD": 2})
 

@@ -181,7 +181,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_real_full_disk_takes_what_fits_and_more_when_there_is_room_again(disk: Path) -> None:
     setup = Setup(disk / "spool")
     setup.disk = Disk()  # type: ignore[assignment]  # the real one
-    spool = setup.open(max_bytes=1 << 30, segment_bytes=1 << 17)
+    spool = setup.open(max_bytes=1 << 30, file_bytes=1 << 17)
     with pytest.raises(OSError, match="No space left") as full:
         fill(spool, 5000)
     assert not isinstance(full.value, FullError)

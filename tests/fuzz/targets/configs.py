@@ -43,7 +43,7 @@ stop_timeout_s = 3
 [metrics]
 listen = "127.0.0.1:0"
 [spool]
-keep = "new"
+when_full = "drop_oldest"
 max_age_s = 60.5
 [registry]
 url = "http://127.0.0.1:1"

@@ -270,7 +270,7 @@ def _folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-_ACCOUNT = {"ring": "r", "position": 8, "carried": 0, "lost": {"stopped": 3}, "acked": 5, "end": 10, "gone": 1}
+_ACCOUNT = {"ring": "r", "position": 8, "carried": 0, "lost": {"stopped": 3}, "acked": 5, "end": 10, "discarded": 1}
 
 
 def _page(account: Any) -> bytes:

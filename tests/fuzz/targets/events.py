@@ -63,10 +63,10 @@ class _Sink:
         self._schema = schema
         self._open: list[EncodedBatch] = []
 
-    def room(self, stream: Stream) -> int:
+    def capacity(self, stream: Stream) -> int:
         return 4096
 
-    def left(self, batch: EncodedBatch) -> int:
+    def unacknowledged(self, batch: EncodedBatch) -> int:
         return len(batch) if batch in self._open else 0
 
     def send(self, batch: EncodedBatch) -> None:

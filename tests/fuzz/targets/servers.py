@@ -18,7 +18,7 @@ from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.event_id import FrontReader
 from producer.errors import RebpfError
 from producer.events import STREAMS, Topic
-from producer.health.endpoint import Board, Endpoint, ask
+from producer.health.endpoint import Endpoint, StatusBoard, ask
 from producer.health.status import table
 from producer.registry.schema_ids import SchemaIds
 from producer.schemas import load_schema
@@ -164,8 +164,8 @@ def _alertmanager() -> Iterator[Check]:
 @contextlib.contextmanager
 def _endpoint() -> Iterator[Check]:
     """Whatever a visitor sends, the next one is told that all is well."""
-    board = Board(hangs_after_s=1e9, answer_timeout_s=0.01)
-    board.leave(status())
+    board = StatusBoard(hangs_after_s=1e9, answer_timeout_s=0.01)
+    board.publish(status())
     with Endpoint("127.0.0.1", 0, board) as endpoint:
         port = int((endpoint.url or "").rpartition(":")[2])
 
