@@ -1,11 +1,11 @@
-"""What waits on disk, sent to Kafka without a capture, or given up: `rebpf spool replay` and `rebpf spool drop`.
+"""Sends the spooled events to Kafka without capturing, or discards them: `rebpf spool replay` and `rebpf spool drop`.
 
-Both stand in for the producer: they hold the lock of its state folder, and keep its ledger, so that the next producer
-goes on from there, be it with the same rings. What the ledger says is written first, and then files go. Who is
-interrupted can begin again: what was sent and not yet noted is sent twice.
+Both take the producer's place: they hold the lock of its state folder and update its ledger, so that the next producer
+continues from there, even with the same rings. The ledger is written before files are deleted. An interrupted replay
+can be repeated: events that were sent but not yet recorded are sent twice.
 
-The quarantine has no ledger: there a file goes when all of it is acknowledged, and what is refused again is written
-behind the rest. In the account of the producer its messages stay lost.
+The quarantine has no ledger: a file is deleted when all of its messages are acknowledged, and messages that are
+rejected again are appended to new files. The producer's account still counts quarantined messages as lost.
 """
 
 import dataclasses
@@ -43,15 +43,15 @@ _NO_LIMIT_BYTES = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What became of a stream's events that waited."""
+    """The result of a replay for one stream."""
 
     delivered: int
     waiting: int
-    """Events that wait still, or again."""
+    """Events still in the spool or the quarantine."""
     lost: Mapping[str, int]
-    """Events lost, by reason; what Kafka refuses is in the quarantine."""
+    """Events lost, by reason. Messages that Kafka rejected are in the quarantine."""
     last_error: str
-    """Why events wait still, as far as is known."""
+    """Why events are left, if known."""
 
     def __str__(self) -> str:
         losses = ",".join(f"{reason}:{count}" for reason, count in self.lost.items()) or "0"
@@ -60,7 +60,7 @@ class Sent:
 
 
 class _NoRing:
-    """Stands for a ring and an encoder where nothing is captured; the ring's position is kept for who has the ring."""
+    """Takes the place of ring and encoder, as nothing is captured; keeps the ring's position for the next producer."""
 
     records_before = 0
     damaged = 0
@@ -87,7 +87,7 @@ class _NoRing:
 
 
 class _Source:
-    """A stream's spool or quarantine, opened, and its way to Kafka; `write_account` keeps what outlives a replay."""
+    """A stream's open spool or quarantine, and its path to Kafka; `write_account` stores the account."""
 
     def __init__(
         self, stream: Stream, spool: Spool, account: Account | None, write_account: Callable[[Account], None]
@@ -111,15 +111,15 @@ class _Source:
 
     @property
     def done(self) -> int:
-        """A number that goes up with each message of which something has become."""
+        """Number of messages delivered or lost so far."""
         return self.path.delivered + self.path.lost.total()
 
     def is_done(self, sink: KafkaSink) -> bool:
-        """Say whether all was sent and nothing is under way."""
+        """Whether all was sent and nothing is in flight."""
         return self.spool.sent == self.spool.end and not sink.in_flight[self.stream.name]
 
     def result(self, sink: KafkaSink) -> Sent:
-        """Return what became of it all."""
+        """End the replay and return its result."""
         self.path.end(sink, 0, ring_stays=True)
         last_error = sink.last_error_of(self.stream.name) or (sink.last_error.name if sink.last_error else "")
         if self.path.ledger_error:
@@ -128,7 +128,7 @@ class _Source:
         return Sent(delivered, self.waiting, dict(lost), last_error if self.waiting else "")
 
     def discard(self) -> int:
-        """Count all that waits as lost, and delete it; return how much that is."""
+        """Count all spooled events as lost and delete them; return how many there were."""
         spool, count = self.spool, self.waiting
         lost = Counter(self.account.lost) + Counter(spool_dropped=count)
         self._write_account(dataclasses.replace(self.account, lost=dict(lost), acked=spool.end, discarded=0))
@@ -139,10 +139,10 @@ class _Source:
 
 
 def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) -> dict[Topic, Sent]:
-    """Send what waits, or else what is in the quarantine, until it is acknowledged; return what became of it by topic.
+    """Send the spooled events, or the quarantined messages, until all are acknowledged; return the results by topic.
 
-    It ends early when `stop` is set, and when nothing was acknowledged for `timeout_s`. BusyError where a producer
-    runs, UnavailableError where no broker answers: then nothing has changed.
+    Ends early when `stop` is set or nothing was acknowledged for `timeout_s`. Raises BusyError if a producer is
+    running, and UnavailableError if no broker answers; then nothing has changed.
     """
     settings = client_settings(config.kafka.brokers, config.kafka.settings)
     topics = {stream.name: topic(config, stream) for stream in STREAMS}
@@ -151,7 +151,7 @@ def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) ->
         Admin(config).partitions()
         if quarantine:
             sources = [_Source(stream, _quarantine(config, stream), None, lambda account: None) for stream in STREAMS]
-            put = _put_behind(config, stack)
+            put = _appender(config, stack)
         else:
             sources = [_spool(config, stream, stack) for stream in STREAMS]
             kept = Quarantine(config)
@@ -167,14 +167,14 @@ def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) ->
 
 
 def drop(config: Config) -> dict[Topic, int]:
-    """Give up what waits; return the number of events by topic. BusyError where a producer runs."""
+    """Discard the spooled events; return their number by topic. Raises BusyError if a producer is running."""
     with disk_errors(), ExitStack() as stack:
         _take_over(config, stack)
         return {topic(config, stream): _spool(config, stream, stack).discard() for stream in STREAMS}
 
 
 def drop_quarantine(config: Config) -> dict[Topic, int]:
-    """Delete what is in the quarantine; return the number of messages by topic. BusyError where a producer runs."""
+    """Delete the quarantine; return its number of messages by topic. Raises BusyError if a producer is running."""
     with disk_errors(), ExitStack() as stack:
         _take_over(config, stack)
         counts = {topic(config, stream): quarantined(config, stream).total() for stream in STREAMS}
@@ -186,16 +186,18 @@ def drop_quarantine(config: Config) -> dict[Topic, int]:
 
 
 def complaint(sent: Mapping[Topic, Sent]) -> tuple[str | None, str | None]:
-    """Return what waits still, and what is lost, in a line each; None where nothing is."""
+    """Return a line on events that are left, and one on events that were lost; None if there are none."""
     waiting = [
-        f"{name}: {each.waiting} events wait {each.last_error}".rstrip() for name, each in sent.items() if each.waiting
+        f"{name}: {each.waiting} events not delivered {each.last_error}".rstrip()
+        for name, each in sent.items()
+        if each.waiting
     ]
     lost = [f"{name}: {sum(each.lost.values())} events lost" for name, each in sent.items() if each.lost]
     return "; ".join(waiting) or None, "; ".join(lost) or None
 
 
 def _take_over(config: Config, stack: ExitStack) -> None:
-    """Take the producer's place, where there has been one."""
+    """Take the producer's place: lock its state folder, which must exist."""
     require_state_folder(config)
     stack.enter_context(StateFolder(config.state_dir))
 
@@ -209,16 +211,16 @@ def _spool(config: Config, stream: Stream, stack: ExitStack) -> _Source:
 
 
 def _quarantine(config: Config, stream: Stream) -> Spool:
-    """Return a stream's quarantine, not yet opened; what was in it may come back, however much that is."""
+    """Return a stream's quarantine, not yet opened, without a size limit: any of its messages may come back."""
     return Spool(
         quarantine_folder(config, stream), stream, load_schema(stream.schema_file), now, max_bytes=_NO_LIMIT_BYTES
     )
 
 
-def _put_behind(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str], None]:
-    """Return what writes messages behind those that are in the quarantine now, in files that a replay does not read.
+def _appender(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str], None]:
+    """Return a function that appends messages to the quarantine, in new files that this replay does not read.
 
-    OSError where that cannot be: then they must not be taken for done.
+    It raises OSError if that fails, so that the messages do not count as done.
     """
     spools = {stream.name: _quarantine(config, stream) for stream in STREAMS}
     for spool in spools.values():

@@ -1,8 +1,8 @@
-"""What waits on disk, as somebody sees it who only looks: `rebpf spool show` and `rebpf spool verify`.
+"""Reads the spool without changing it: `rebpf spool show` and `rebpf spool verify`.
 
-Nothing is made, deleted or locked. A producer may be at work meanwhile, so that the ledger is one of another moment
-than the files. What was appended before a look and is not done after it must be in the files that there are: `end` is
-taken from before, `acked` and `discarded` from after. A file that vanishes between its listing and its opening is done.
+Nothing is created, deleted or locked. A producer may be running, so the ledger and the files may be from different
+moments. Events that were appended before the files are read and are not done afterwards must be in the files: `end` is
+read before them, `acked` and `discarded` after. A file that vanishes between listing and opening is done.
 """
 
 import os
@@ -29,19 +29,19 @@ from producer.topics import topic
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What waits of a stream."""
+    """The spooled events of a stream."""
 
     events: int
-    """Events that wait for Kafka."""
+    """Events that are not yet delivered."""
     files: int
     size_bytes: int
-    """Of the spool_files, and of the files set aside."""
+    """Size of the spool files and of damaged files kept for inspection."""
     oldest_s: float | None
-    """Seconds since the oldest file with events that wait was begun; None where that is not known."""
+    """Age of the oldest file with undelivered events; None if unknown."""
     damaged_files: int
-    """Files set aside because of damage."""
+    """Damaged files kept for inspection."""
     quarantine: Mapping[str, int]
-    """Messages that Kafka has refused, by reason."""
+    """Messages that Kafka has rejected, by reason."""
 
     def __str__(self) -> str:
         oldest = "" if self.oldest_s is None else f" oldest_s={self.oldest_s:.0f}"
@@ -54,30 +54,30 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is damaged in a file, or at a place where there is no file."""
+    """The damage in a file, or in place of a missing file."""
 
     file: str
     places: int
     lost: int
-    """Events that wait and cannot be read; what was done before is no loss."""
+    """Undelivered events that cannot be read. Events that were done are not lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What reading all of a folder has shown."""
+    """The result of reading all files of a folder."""
 
     files: int
     events: int
-    """Events that can be read, done or not."""
+    """Readable events, done or not."""
     damage: tuple[Damage, ...]
 
     @property
     def lost(self) -> int:
-        """Events that wait and cannot be read."""
+        """Undelivered events that cannot be read."""
         return sum(each.lost for each in self.damage)
 
     def as_dict(self) -> dict[str, object]:
-        """Return it as JSON has it."""
+        """Return the result for JSON output."""
         return {**asdict(self), "lost": self.lost}
 
     def __str__(self) -> str:
@@ -99,25 +99,25 @@ class _Span:
 
 @dataclass(frozen=True, slots=True)
 class _SpoolFile:
-    """A file as it was when it was opened; `made` is None where its header cannot be read."""
+    """A spool file as it was when it was opened; `made` is None if its header cannot be read."""
 
     name: str
     base: int
     size_bytes: int
     made: Moment | None
     spans: Sequence[_Span] = ()
-    passed_over: bool = False
-    """Whether something could not be read."""
+    is_damaged: bool = False
+    """Whether something in it could not be read."""
 
     @property
     def end(self) -> int:
-        """Number behind the last event that can be read."""
+        """Number after the last readable event."""
         return self.spans[-1].end if self.spans else self.base
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Translate OSError."""
+    """Translate OSError to subclasses of RebpfError."""
     try:
         yield
     except PermissionError as error:
@@ -127,13 +127,13 @@ def disk_errors() -> Iterator[None]:
 
 
 def require_state_folder(config: Config) -> None:
-    """Raise UnavailableError where there is no state folder."""
+    """Raise UnavailableError if there is no state folder."""
     if not config.state_dir.is_dir():
-        raise UnavailableError(f"there is no state folder {config.state_dir}")
+        raise UnavailableError(f"no state folder {config.state_dir}")
 
 
 def look(config: Config) -> dict[Topic, Waiting] | None:
-    """Return what waits, by topic; None where there is no state folder."""
+    """Return the spooled events by topic; None if there is no state folder."""
     with disk_errors():
         if not config.state_dir.is_dir():
             return None
@@ -141,7 +141,7 @@ def look(config: Config) -> dict[Topic, Waiting] | None:
 
 
 def verify(config: Config) -> dict[str, Verified]:
-    """Read all that is on disk: by topic what waits, and where there is any, by topic/quarantine what was refused."""
+    """Read all files: each spool by its topic, and each quarantine that has files by TOPIC/quarantine."""
     found = {}
     with disk_errors():
         require_state_folder(config)
@@ -154,7 +154,7 @@ def verify(config: Config) -> dict[str, Verified]:
 
 
 def complaint(verified: Mapping[str, Verified]) -> str | None:
-    """Return what is damaged, in a line; None where nothing is."""
+    """Return the damage in one line; None if there is none."""
     damaged = [
         f"{name}: {sum(each.places for each in found.damage)} damaged places, {found.lost} events lost"
         for name, found in verified.items()
@@ -164,7 +164,7 @@ def complaint(verified: Mapping[str, Verified]) -> str | None:
 
 
 def quarantined(config: Config, stream: Stream) -> Counter[str]:
-    """Return how many messages of a stream lie in the quarantine, by reason."""
+    """Return the number of messages in a stream's quarantine, by reason."""
     counts: Counter[str] = Counter()
     for file in _read_files(files(quarantine_folder(config, stream), SPOOL_SUFFIX), stream):
         for span in file.spans:
@@ -204,33 +204,33 @@ def _verify(folder: Path, stream: Stream, ledger: Path | None) -> Verified:
     discarded = after.discarded if after else 0
     damage = []
 
-    def cost(start: int, stop: int) -> int:
-        """Return how many events of a gap wait."""
+    def lost_in(start: int, stop: int) -> int:
+        """Return how many events of a gap are undelivered."""
         return max(0, stop - max(start, acked))
 
-    def cost_between_files(start: int, stop: int) -> int:
-        """Likewise; there, files may have been given up, whose events are counted as lost already."""
+    def lost_between_files(start: int, stop: int) -> int:
+        """Return the same for a gap between files, without discarded events, which are counted already."""
         nonlocal discarded
-        counted = min(discarded, cost(start, stop))
+        counted = min(discarded, lost_in(start, stop))
         discarded -= counted
-        return cost(start, stop) - counted
+        return lost_in(start, stop) - counted
 
-    if lost := cost_between_files(acked, first):
+    if lost := lost_between_files(acked, first):
         damage.append(Damage("(no file)", 1, lost))
     for file, limit in zip(spool_files, [*(each.base for each in spool_files[1:]), end], strict=False):
         limit = max(limit, file.end)
         gaps = list(_gaps(file))
-        behind = cost_between_files(file.end, limit)
+        missing_after = lost_between_files(file.end, limit)
         no_header = file.made is None and not file.spans and limit > file.base
-        places = len(gaps) + (behind > 0 or no_header) or int(file.passed_over)
+        places = len(gaps) + (missing_after > 0 or no_header) or int(file.is_damaged)
         if places:
-            damage.append(Damage(file.name, places, sum(cost(*gap) for gap in gaps) + behind))
+            damage.append(Damage(file.name, places, sum(lost_in(*gap) for gap in gaps) + missing_after))
     events = sum(span.end - span.first for span in chain.from_iterable(each.spans for each in spool_files))
     return Verified(len(spool_files), events, tuple(damage))
 
 
 def _gaps(file: _SpoolFile) -> Iterator[tuple[int, int]]:
-    """Yield what is missing between a file's beginning and its last batch."""
+    """Yield the gaps between a file's start and its last batch."""
     expected = file.base
     for span in file.spans:
         if span.first > expected:
@@ -239,7 +239,7 @@ def _gaps(file: _SpoolFile) -> Iterator[tuple[int, int]]:
 
 
 def _read_files(paths: Sequence[Path], stream: Stream, *, whole: bool = True) -> Iterator[_SpoolFile]:
-    """Read spool_files, or without `whole` their headers alone."""
+    """Read files, or only their headers if not `whole`."""
     for path in paths:
         with suppress(FileNotFoundError):
             yield _read_file(path, stream, whole=whole)
@@ -252,7 +252,7 @@ def _read_file(path: Path, stream: Stream, *, whole: bool) -> _SpoolFile:
     except NotAFileError:
         return _SpoolFile(path.name, base, 0, None)
     with open(descriptor, "rb") as file:
-        # What is appended from now on would look like damage where a half of it is read.
+        # Ignore what is appended from now on: half a block would look like damage.
         size_bytes = os.fstat(file.fileno()).st_size
 
         def read_at(offset: int, size: int) -> bytes:
@@ -278,7 +278,7 @@ def _read_file(path: Path, stream: Stream, *, whole: bool) -> _SpoolFile:
 def _account(ledger: Path | None) -> Account | None:
     if ledger is None:
         return None
-    # Who reads a page while it is written may get two halves.
+    # A read during a write may return a mix of old and new.
     return Ledger(ledger).read() or Ledger(ledger).read()
 
 

@@ -1,7 +1,7 @@
-"""One stream's way from its ring to Kafka: what is under way, what is in the spool, and the account of it all.
+"""One stream's path from its ring to Kafka: the batches in flight, the spool, and the account.
 
-The order is that of the ring. What is in the spool comes before what is in the ring; of both, the first part is under
-way. A batch that leaves the ring for the spool while it is under way is still under way, and sent no second time.
+Events keep the ring's order: the spool's come before the ring's, and the first part of each may be in flight. A batch
+that is spilled while in flight stays in flight and is not sent a second time.
 """
 
 from collections import Counter, deque
@@ -15,61 +15,61 @@ from producer.spool.format import Spooled
 
 _BATCH_ROWS = 4096
 _MOST_BATCHES = 32
-"""Batches from the spool in one step: each may be a few messages."""
+"""Batches sent from the spool per step: each may be a few messages."""
 _UNENCODABLE = "encode"
-"""Why an event is lost that cannot be made a message."""
+"""Reason of a loss: the event cannot be encoded."""
 _DAMAGED = "ring_damaged"
-"""Why an event is lost whose record in the ring is damaged."""
+"""Reason of a loss: the event's record in the ring is damaged."""
 _FULL = 0.5
-"""Share of a ring that may fill before the spool takes over from a Kafka that has no room."""
+"""Share of a ring that may fill before spilling starts while the sink has no capacity."""
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A batch under way."""
+    """A batch in flight."""
 
     batch: EncodedBatch
     sent_at: float
     oldest_ns: int
-    """Kernel's time of its first row; 0 for what was read from the spool."""
+    """Kernel time of its first row; 0 if it was read from the spool."""
     position: int = 0
-    """Ring position behind it, if it is not in the spool."""
+    """Ring position after it, if it is not in the spool."""
     first: int = 0
-    """Its first number in the spool, if it is there."""
+    """Number of its first event in the spool, if it is there."""
     done: bool = False
     lost: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
-    """Events that came with it in the ring, or right behind it, and cannot be sent, by reason."""
+    """Events next to it in the ring that cannot be sent, by reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What was read from the ring: a batch, unless none of the records could be encoded."""
+    """The result of a read from the ring: a batch, unless none of the records could be encoded."""
 
     batch: EncodedBatch | None
     oldest_ns: int
     refused: Counter[str]
     """Events that are not in the batch, by reason."""
     more: bool
-    """Whether there is likely more."""
+    """Whether the ring likely has more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """Where a path keeps what outlives the process: a spool, if there is one, and what `write_account` writes."""
+    """What outlives the process: the spool, if there is one, and the account that `write_account` stores."""
 
     spool: Spool | None
     write_account: Callable[[Account], None]
     waits: Waits
     spill_after_s: float
-    """Seconds that a batch may be under way before Kafka counts as not taking it."""
+    """Seconds that a batch may be in flight before spilling starts."""
 
 
 class StreamPath:
-    """One stream's way, and its account, which goes on from `account`.
+    """One stream's path and its account, which continues from `account`.
 
-    `delivered`, `lost` and `carried` count events: acknowledged, lost for reasons other than the kernel's, and those
-    that the spool held when the ring was made.
+    `delivered`, `lost` and `carried` count events: acknowledged, lost outside the kernel, and in the spool when the
+    ring was created.
     """
 
     def __init__(self, stream: Stream, ring: Ring, encoder: Encoder, stores: Stores, account: Account) -> None:
@@ -81,7 +81,7 @@ class StreamPath:
         self._account = account
         self._lost = Counter(account.lost)
         self._ledger_lost = Counter(account.lost)
-        """What is lost of events that are done: those of a batch in part under way may come again after a crash."""
+        """The losses that go to the ledger: of batches that are done. Others may be read again after a crash."""
         self._carried = account.carried
         self._from_spool: deque[_Entry] = deque()
         self._from_ring: deque[_Entry] = deque()
@@ -89,10 +89,10 @@ class StreamPath:
         self._append_at = 0.0
         self._spooling = self._spool is not None and self._spool.sent < self._spool.end
         self.spool_error = ""
-        """Why the spool takes nothing."""
+        """Why the spool cannot be written or read; empty if it can."""
         self.ledger_error = ""
-        """Why the account cannot be written."""
-        # What is behind the ring's position was delivered, or lost, or is in the spool.
+        """Why the account cannot be written; empty if it can."""
+        # Every event before the ring's position is delivered, lost, or in the spool.
         self.delivered = ring.records_before + self._carried - self._lost.total() - self._pending()
 
     @property
@@ -107,21 +107,21 @@ class StreamPath:
 
     @property
     def carried(self) -> int:
-        """Events that the spool held when the ring was made."""
+        """Events in the spool when the ring was created."""
         return self._carried
 
     @property
     def taken(self) -> int:
-        """Events taken out of the ring since it was made."""
+        """Events read from the ring since it was created."""
         return self._ring.records_before
 
     @property
     def spooled(self) -> int:
-        """Events in the spool that are not under way."""
+        """Events in the spool that are not in flight."""
         return self._pending() - sum(len(entry.batch) for entry in self._from_spool)
 
     def step(self, sink: Sink, now_s: float, utc_offset_ns: int) -> bool:
-        """Move events on; return whether more is likely to wait."""
+        """Send or spill the next events; return whether there are likely more."""
         if not self._spooling and self._is_stuck(sink, now_s):
             self._spooling = True
         if not self._spooling:
@@ -130,16 +130,16 @@ class StreamPath:
         more |= self._send_spooled(sink, now_s)
         assert self._spool is not None
         if self._spool.acked < self._spool.sent == self._spool.end and not self._from_spool:
-            self.checkpoint(None)  # what was left could not be read: no report will come for it
+            self.checkpoint(None)  # the rest could not be read, so no report will come for it
         self._spooling = self._spool.sent < self._spool.end or self._is_overdue(now_s)
         if not self._spooling:
             self._spool_recovered()
         return more
 
     def on_reports(self, outcome: Outcome) -> list[tuple[int, int]]:
-        """Take account of delivery reports: give back the ring's room, and what the spool holds, as far as it is done.
+        """Process delivery reports: count, and release from ring and spool what is done.
 
-        Return, for each batch from the ring that is done, the kernel's time of its first event and how many it has.
+        Return the kernel time of the first event and the number of events of each batch from the ring that is done.
         """
         self.delivered += outcome.delivered
         self._lost.update(outcome.lost)
@@ -159,7 +159,7 @@ class StreamPath:
         return [(entry.oldest_ns, len(entry.batch)) for entry in done if entry.oldest_ns]
 
     def spill_all(self, now_s: float, utc_offset_ns: int, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Put what is under way, and what the ring holds, into the spool, as far as it takes that, until `is_over`."""
+        """Spill the batches in flight and the ring's events, as far as the spool takes them, until `is_over`."""
         if self._spool is None:
             return
         self._spooling = True
@@ -168,10 +168,10 @@ class StreamPath:
             pass
 
     def end(self, sink: Sink, unread: int, *, ring_stays: bool) -> tuple[int, int]:
-        """End with what is still under way: nobody will send it. Call it once, before the sink is closed.
+        """Account for what is still in flight. Call this once, before the sink is closed.
 
-        Return the events that are left in the spool, and in the ring, `unread` among them: where that does not stay,
-        they are lost.
+        Return the number of events left in the spool and in the ring, including `unread`. If the ring does not stay,
+        the events in it are lost.
         """
         spooled = self.spooled + sum(sink.unacknowledged(entry.batch) for entry in self._from_spool)
         in_ring = unread + sum(sink.unacknowledged(entry.batch) for entry in self._from_ring)
@@ -182,14 +182,14 @@ class StreamPath:
         return spooled, in_ring
 
     def open(self, lost_before: Mapping[str, int]) -> None:
-        """Write down the account that this begins with; `lost_before` are events of other rings, by reason."""
+        """Write the first account; `lost_before` are losses from other rings, by reason."""
         for reason, count in lost_before.items():
             self._carried += count
             self.count_lost(reason, count)
         self._write(self._account_now(self._account.position))
 
     def count_lost(self, reason: str, count: int) -> None:
-        """Count events that are lost for another reason."""
+        """Count events as lost, for good."""
         self._lost[reason] += count
         self._ledger_lost[reason] += count
 
@@ -197,7 +197,7 @@ class StreamPath:
         return self._spool.end - self._spool.acked - self._spool.discarded if self._spool else 0
 
     def _is_overdue(self, now_s: float) -> bool:
-        """Say whether Kafka has not taken the oldest batch under way for too long."""
+        """Whether the oldest batch has been in flight for too long."""
         oldest = self._from_spool[0] if self._from_spool else self._from_ring[0] if self._from_ring else None
         return oldest is not None and now_s - oldest.sent_at > self._stores.spill_after_s
 
@@ -247,7 +247,7 @@ class StreamPath:
         self._from_ring.append(entry)
 
     def _skip(self, refused: Counter[str]) -> None:
-        """Leave records behind of which none can be sent: with the batch before them, if one is under way."""
+        """Skip records that cannot be sent: together with the batch before them, if one is in flight."""
         self._lost.update(refused)
         if self._from_ring:
             self._from_ring[-1].refused.update(refused)
@@ -257,7 +257,7 @@ class StreamPath:
             self.checkpoint(self._ring.position)
 
     def _spill(self, now_s: float, utc_offset_ns: int) -> bool:
-        """Put what is under way, and then a batch of the ring, into the spool; return whether more is likely there."""
+        """Spill the batches in flight, then one from the ring; return whether the ring likely has more."""
         assert self._spool is not None
         if now_s < self._append_at:
             return False
@@ -270,7 +270,7 @@ class StreamPath:
                     continue
                 entry.first = self._spool.end
                 self._spool.append(entry.batch, self._account.ring, entry.position)
-                self._spool.sent = self._spool.end  # nothing was there that had not been sent
+                self._spool.sent = self._spool.end  # all before it was sent
                 self._from_spool.append(self._from_ring.popleft())
                 self._ledger_lost.update(entry.refused)
                 position = entry.position
@@ -292,13 +292,13 @@ class StreamPath:
         return found is not None and found.more
 
     def _spool_recovered(self) -> None:
-        """Note that the spool takes what it should, or is not needed."""
+        """Clear the spool's error: a write succeeded, or the spool is not needed."""
         if self.spool_error:
             self.spool_error, self._append_at = "", 0.0
             self._stores.waits.reset()
 
     def _leave_ring(self) -> int:
-        """Take the first batch from the ring, which is done, out of the account; return the position behind it."""
+        """Remove the first batch from the ring, which is done; return the position after it."""
         entry = self._from_ring.popleft()
         self._ledger_lost.update(entry.lost + entry.refused)
         return entry.position
@@ -334,10 +334,15 @@ class StreamPath:
             self.ledger_error = error.strerror or str(error)
 
     def checkpoint(self, position: int | None) -> None:
-        """Write down what has changed, and only then give back the ring's room and delete files."""
+        """Record what has changed, then release it from the ring up to `position`, and from the spool.
+
+        This order is the product's main invariant: first the ledger is written, then the ring's position is committed,
+        then spool files are deleted. An event leaves a place only after the ledger no longer needs it there. A crash
+        between two steps causes duplicates, never a loss.
+        """
         spool = self._spool
         if spool and not self._from_spool and spool.sent == spool.end > spool.acked:
-            spool.ack(spool.end, spool.end)  # what is left could not be read
+            spool.ack(spool.end, spool.end)  # the rest could not be read
         account = self._account_now(self._account.position if position is None else position)
         if replace(account, position=self._account.position) != self._account or self.ledger_error:
             self._write(account)
@@ -349,18 +354,18 @@ class StreamPath:
 
 
 def resume(account: Account | None, ring_id: str, ring: Ring, spool: Spool | None, last: Spooled | None) -> Account:
-    """Bring ring, spool and ledger to one state, and return the account that a path goes on from.
+    """Recover ring, spool and ledger to one consistent state, and return the account to continue from.
 
-    `account` is what the ledger said before `ring` was taken over, or before it was made; `last` is the last batch in
-    the spool. A crash may have come between the steps of a move: into the spool, into the ledger, out of the ring.
+    `account` is the ledger's, from before `ring` was taken over or created; `last` is the last batch in the spool. A
+    crash may have come between any two steps of a move: into the spool, into the ledger, out of the ring.
     """
     waiting = spool.end - spool.acked - spool.discarded if spool else 0
     place = (spool.acked, spool.end, spool.discarded) if spool else ()
     if account is None or account.ring != ring_id:
-        # Where a ring has records from before, nothing else is known of them: they were delivered, or wait.
+        # Nothing else is known of the ring's earlier records: they were delivered, or are in the spool.
         return Account(ring_id, ring.position, max(0, waiting - ring.records_before), {}, *place)
     known = [account.position, last.position if last is not None and last.ring == ring_id else 0]
-    # A position that is not in the ring would keep the kernel from writing into it.
+    # Committing a position outside the ring would keep the kernel from writing to it.
     position = max([ring.position, *filter(ring.holds, known)])
     if position != ring.position:
         ring.position = position

@@ -1,18 +1,17 @@
-"""A stream's spool: events that wait on disk for Kafka, in order, in a folder of files.
+"""A stream's spool: undelivered events on disk, in order, in a folder of files.
 
-Events have numbers, from 0 on. A file's name is the number of its first event, so that names alone tell how many
-events each file holds, and how many are missing where one is damaged or gone. Three numbers move, all at ends of
-batches:
+Events are numbered from 0. A file is named by the number of its first event, so the names alone show how many events
+each file holds, and how many are missing if one is damaged or deleted. Three numbers advance, always by whole batches:
 
-    acked <= sent <= end      done before `acked`, read before `sent`, written before `end`
+    acked <= sent <= end      events before `acked` are done, before `sent` were read, before `end` were written
 
-The caller keeps `acked` and `end` in its ledger. A file is written by one process and never again after a restart.
-It is deleted when all of it is done; when it is too old; or, to make room for new events where those are preferred.
-What was damaged is passed over and counted, and the file set aside, up to a few of them. A write that fails leaves no
-trace and can be repeated. Files are put on the disk itself (fdatasync) when they are full and at a stop: a killed
-process loses nothing, a power cut what was written last.
+The caller stores `acked` and `end` in its ledger. After a restart, existing files are never written again. A file is
+deleted when its events are done, when it is too old, or to make space for new events if configured so. Damaged data is
+skipped and counted, and the last few damaged files are kept for inspection. A failed write leaves no trace and can be
+repeated. Files are synced (fdatasync) when they are full and at a stop: a killed process loses nothing, a power cut
+loses what was written last.
 
-No clock and no retry here: time is passed in, and OSError goes to the caller.
+No clock and no retries here: time is passed in, and OSError goes to the caller.
 """
 
 import contextlib
@@ -31,30 +30,30 @@ from producer.events import EncodedBatch, Stream
 from producer.host import state_file
 from producer.host.clock import Moment
 from producer.spool.disk import PASSING, Disk
-from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files, made_at, size_bytes
+from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files, made_at, make_folder, size_bytes
 from producer.spool.format import DamagedError, Reader, Spooled, block, container_schema, header, read_header
 
 logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 1 << 16
-"""A file's header is in these first bytes."""
+"""A header fits in this many bytes."""
 _MOST_EXPIRED = 16
 _MOST_ASIDE = 4
 _FILE_BYTES = 1 << 24
 _MOST_FILE_BYTES = 1 << 28
-"""No file of ours is larger; of one that is, the rest is not read."""
+"""Larger than any file of ours; the rest of a larger one is not read."""
 _FILE_AGE_S = 3600.0
 
 
 class FullError(OSError):
-    """The spool has no room, and old events are to be kept."""
+    """The spool is full, and new events are rejected."""
 
 
 @dataclass(slots=True)
 class _File:
     base: int
     end: int
-    """Number behind the last event, damaged or not."""
+    """Number after the last event, damaged or not."""
     path: Path
     size: int
     made: Moment
@@ -62,11 +61,10 @@ class _File:
 
 
 class Spool:
-    """The spool of `stream` in `folder`, at most `max_bytes` large, for events of the Avro schema `schema`.
+    """The spool of `stream` in `folder`, of at most `max_bytes`, for events of the Avro schema `schema`.
 
-    A file has about `file_bytes`, or an eighth of `max_bytes` where that is less.
-
-    `keep` says which events to keep where there is no room: "old" or "new". `lost` counts events by reason.
+    Files have about `file_bytes`, or an eighth of `max_bytes` if that is less. When the spool is full, `when_full`
+    "reject" raises FullError, and "drop_oldest" deletes the oldest file. `lost` counts lost events by reason.
     """
 
     def __init__(
@@ -94,14 +92,14 @@ class Spool:
         self._files: list[_File] = []
         self._aside: dict[Path, int] = {}
         self._writer: tuple[_File, int, bytes] | None = None
-        """The file that is written, its descriptor, its sync marker."""
+        """The file being written, its descriptor and its sync marker."""
         self._reading: tuple[_File, int, Reader] | None = None
         self.acked = self.sent = self.end = 0
         self.discarded = 0
-        """Events from `acked` on that are counted as lost already."""
+        """Events from `acked` on that are already counted as lost."""
         self.lost: Counter[str] = Counter()
         self.last: Spooled | None = None
-        """The last batch that was there when the spool was opened."""
+        """The last batch found when the spool was opened."""
 
     @property
     def size_bytes(self) -> int:
@@ -114,15 +112,15 @@ class Spool:
         return self.end - self.acked - self.discarded
 
     def open(self, acked: int | None = None, end: int = 0, discarded: int = 0) -> None:
-        """Look at what is there; `acked`, `end` and `discarded` are what the ledger says, if anything."""
-        self._make_folder()
+        """Scan the folder. `acked`, `end` and `discarded` come from the ledger, if there is one."""
+        make_folder(self._folder)
         self._aside = {path: size_bytes(path) for path in files(self._folder, ASIDE_SUFFIX)}
         self._files = [self._found(path) for path in files(self._folder, SPOOL_SUFFIX)]
         if acked is not None:
             self._set_strays_aside(end)
         for file, following in pairwise(self._files):
             file.end = following.base
-            if discarded and (last := self._last_of(file)):  # between them some were given up
+            if discarded and (last := self._last_of(file)):  # events between the two were discarded
                 file.end = min(last.end, following.base)
         self.end = end
         if self._files:
@@ -133,9 +131,9 @@ class Spool:
         self.sweep()
 
     def append(self, batch: EncodedBatch, ring: str, position: int, reason: str = "") -> None:
-        """Write a batch behind the others; it comes from before `position` of the ring `ring`.
+        """Append a batch, whose last event ends at `position` of the ring `ring`.
 
-        Raises OSError where it cannot be written: then nothing has changed.
+        Raises OSError if it cannot be written, and then nothing has changed.
         """
         if self._writer and (
             self._writer[0].size >= self._file_bytes or self._now().since(self._writer[0].made) > _FILE_AGE_S
@@ -148,9 +146,9 @@ class Spool:
         self.end = file.end = self.end + len(batch)
 
     def read(self) -> Spooled | None:
-        """Return the next batch behind `sent`, which moves behind it; None: there is none. OSError: try later.
+        """Return the next batch after `sent` and move `sent` past it; None if there is none. OSError: retry later.
 
-        Events between the old `sent` and the batch cannot be read. Where that is so up to `end`, `sent` moves there.
+        Unreadable events are skipped, if need be up to `end`.
         """
         while True:
             if self._reading is None and not self._begin_reading():
@@ -161,7 +159,7 @@ class Spool:
             try:
                 spooled = reader.next()
             except OSError as error:
-                self._blame(file, error)
+                self._mark_unreadable(file, error)
                 spooled = None
             file.damaged |= reader.damaged or file.size > _MOST_FILE_BYTES
             if spooled is None:
@@ -171,25 +169,25 @@ class Spool:
                 self.sent = max(self.sent, file.end)
                 if self.sent == self.end:
                     return None
-            elif self.sent < spooled.end <= file.end:  # not behind that: a write that failed left it there
+            elif self.sent < spooled.end <= file.end:  # beyond that are remains of a failed write
                 self.sent = spooled.end
                 return spooled
 
     def ack(self, first: int, end: int) -> None:
-        """Note that all is done before `end`; what is between `acked` and `first` could not be read, and is lost.
+        """Mark all events before `end` as done. Those from `acked` to `first` could not be read and are lost.
 
-        The caller writes its ledger, and then calls `sweep`.
+        The caller writes its ledger and then calls `sweep`.
         """
         missing = max(0, first - self.acked)
         counted = min(missing, self.discarded)
         self.discarded -= counted
         if missing > counted:
             self.lost["spool_damaged"] += missing - counted
-            logger.error("spool: %d events of %s are damaged and lost", missing - counted, self._folder)
+            logger.error("spool: %d damaged events lost folder=%s", missing - counted, self._folder)
         self.acked = end
 
     def sweep(self) -> None:
-        """Delete what is done."""
+        """Delete files whose events are done."""
         if self.acked == self.end and self._writer:
             self._end_writer(sync=False)
         for file in [each for each in self._files if each.end <= self.acked]:
@@ -197,25 +195,17 @@ class Spool:
                 self._remove(file)
 
     def expire(self) -> None:
-        """Give up files that are too old, a few at a time, and of which nothing is under way to Kafka."""
+        """Delete files that are too old, a few per call, and only those with nothing in flight."""
         now = self._now()
         expired = [file for file in self._untouched() if now.since(file.made) > self._max_age_s]
         for file in expired[:_MOST_EXPIRED]:
             self._discard(file, "spool_expired")
 
     def close(self) -> None:
-        """Put what was written on the disk itself, and let go of all files."""
+        """Sync and close all files."""
         self._end_reading()
         if self._writer:
             self._end_writer()
-
-    def _make_folder(self) -> None:
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except FileExistsError:  # a file, or a link to nothing
-            aside = state_file.set_aside(self._folder)
-            logger.error("spool: %s is not a folder and is set aside as %s", self._folder, aside and aside.name)
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _found(self, path: Path) -> _File:
         made = None
@@ -225,16 +215,16 @@ class Spool:
         return _File(int(path.stem), int(path.stem), path, size_bytes(path), made)
 
     def _set_strays_aside(self, end: int) -> None:
-        """Set files aside that hold nothing and whose names lie beyond the ledger's `end`.
+        """Set files aside that hold nothing and whose names are beyond the ledger's `end`.
 
-        Nobody knows of events there: if they moved the end, what is missing before them would count as lost.
+        The ledger knows of no events there. If they moved `end`, all numbers up to them would count as lost.
         """
         while self._files and self._files[-1].base > end and self._last_of(self._files[-1]) is None:
             self._files[-1].damaged = True
             self._remove(self._files[-1])
 
     def _last_of(self, file: _File) -> Spooled | None:
-        """Return the last batch of a file that can be read, and note whether others cannot."""
+        """Return the last readable batch of a file, and note whether anything is damaged."""
         last = None
         file.damaged = file.size > 0 or not file.path.is_file()
         with contextlib.suppress(OSError):
@@ -249,7 +239,7 @@ class Spool:
         return last
 
     def _find_end(self, file: _File) -> None:
-        """Find the end of what was written, in the last file; one that holds nothing goes."""
+        """Find the end of the last file; delete the file if it is empty."""
         self.last = self._last_of(file)
         self.end = max(self.end, file.base, self.last.end if self.last else 0)
         file.end = self.end
@@ -282,7 +272,7 @@ class Spool:
         except OSError:
             try:
                 self._disk.truncate(descriptor, file.size)
-            except OSError:  # the rest is passed over when it is read, and nothing is written behind it
+            except OSError:  # readers skip the rest, and nothing is written after it
                 file.size += len(data) - len(left)
                 self._end_writer(sync=False)
             raise
@@ -297,19 +287,19 @@ class Spool:
             if sync:
                 self._disk.sync(descriptor)
         except OSError as error:
-            logger.warning("spool: %s: %s", self._folder, error.strerror)
+            logger.warning("spool: cannot sync %s: %s", file.path, error.strerror)
         finally:
             os.close(descriptor)
         if file.end == file.base:
             self._remove(file)
 
     def _begin_reading(self) -> bool:
-        """Open the first file with events behind `sent`."""
+        """Open the first file with events after `sent`."""
         for file in self._unsent():
             try:
                 descriptor, reader = self._open(file)
             except OSError as error:
-                self._blame(file, error)
+                self._mark_unreadable(file, error)
                 reader = None
             if reader is None:
                 file.damaged = True
@@ -320,15 +310,15 @@ class Spool:
         return False
 
     @staticmethod
-    def _blame(file: _File, error: OSError) -> None:
-        """Take a file that cannot be read for damaged; raise an error that says nothing of the file."""
+    def _mark_unreadable(file: _File, error: OSError) -> None:
+        """Mark an unreadable file as damaged; raise the error if it is not about the file."""
         if error.errno in PASSING:
             raise error
-        logger.error("spool: %s cannot be read: %s", file.path, error.strerror)
+        logger.error("spool: cannot read %s: %s", file.path, error.strerror)
         file.damaged = True
 
     def _open(self, file: _File) -> tuple[int, Reader | None]:
-        """Open a file for reading; no Reader where its header says nothing."""
+        """Open a file for reading; without a Reader if its header is damaged."""
         descriptor = self._disk.open(file.path)
 
         def read_at(offset: int, size: int) -> bytes:
@@ -355,7 +345,7 @@ class Spool:
         return [file for file in self._files if file.end > self.sent]
 
     def _untouched(self) -> list[_File]:
-        """Return the files of which nothing was sent: others must stay until it is acknowledged."""
+        """Return the files of which nothing was sent: others stay until it is acknowledged."""
         return [file for file in self._files if file.base >= self.sent]
 
     def _make_room(self, size: int) -> None:
@@ -364,23 +354,23 @@ class Spool:
         while self.size_bytes + size > self.max_bytes:
             untouched = [file for file in self._untouched() if not self._is_written(file)]
             if self._when_full != "drop_oldest" or not untouched:
-                raise FullError(errno.ENOSPC, f"the spool has its {self.max_bytes} bytes")
+                raise FullError(errno.ENOSPC, f"the spool is full: {self.max_bytes} bytes")
             self._discard(untouched[0], "spool_dropped")
 
     def _discard(self, file: _File, reason: str) -> None:
-        """Delete a file with events that were not sent, and count them as lost."""
+        """Delete a file of unsent events, and count them as lost."""
         count = file.end - max(file.base, self.acked)
         if self._reading and self._reading[0] is file:
             self._end_reading()
         if self._is_written(file):
             self._end_writer(sync=False)
         if file not in self._files:
-            return  # it held nothing, and went with its writer
+            return  # it was empty and was deleted with its writer
         self._disk.unlink(file.path)
         self._files.remove(file)
         self.discarded += count
         self.lost[reason] += count
-        logger.error("spool: %d events are given up reason=%s file=%s", count, reason, file.path)
+        logger.error("spool: %d events discarded reason=%s file=%s", count, reason, file.path)
 
     def _remove(self, file: _File) -> None:
         if self._reading and self._reading[0] is file:
@@ -388,7 +378,7 @@ class Spool:
         try:
             if file.damaged:
                 aside = file.path.with_suffix(ASIDE_SUFFIX)
-                logger.error("spool: %s is damaged and set aside as %s", file.path, aside.name)
+                logger.error("spool: %s is damaged, renamed to %s", file.path, aside.name)
                 self._disk.rename(file.path, aside)
                 if file.size:
                     self._aside[aside] = file.size
@@ -396,8 +386,8 @@ class Spool:
                     self._forget_aside()
             else:
                 self._disk.unlink(file.path)
-        except OSError as error:  # a disk that is read-only: the ledger says that it is done
-            logger.warning("spool: %s stays: %s", file.path, error.strerror)
+        except OSError as error:  # read-only disk: the ledger has it as done
+            logger.warning("spool: cannot remove %s: %s", file.path, error.strerror)
         self._files.remove(file)
 
     def _forget_aside(self) -> None:

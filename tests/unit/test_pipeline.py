@@ -230,15 +230,15 @@ def test_one_stream_waits_on_disk_while_the_other_goes_to_kafka(tmp_path: Folder
     setup.assert_balanced()
 
 
-def test_the_books_are_written_before_room_is_given_back_and_files_go(tmp_path: Folder) -> None:
+def test_a_checkpoint_writes_the_ledger_then_commits_then_deletes_files(tmp_path: Folder) -> None:
     setup = Setup(tmp_path)
     setup.arrive(5)
     setup.pass_time(2 * AFTER_S)
     setup.sink.report(TRANSMITS, 0, 2, "REFUSED")
     setup.arrive(3)
 
-    (books, first), (room, _), (_, second), *_ = setup.log
-    assert (books, room) == ("books", "room")
+    (ledger, first), (commit, _), (_, second), *_ = setup.log
+    assert (ledger, commit) == ("ledger", "commit")
     assert first == Account("ring", 5 * STRIDE, 0, {}, acked=0, end=5)
     assert second == Account("ring", 8 * STRIDE, 0, {}, acked=0, end=8), "losses of what may be sent again are not yet"
     setup.log.clear()
@@ -252,7 +252,7 @@ def test_the_books_are_written_before_room_is_given_back_and_files_go(tmp_path: 
     setup.pipeline.step()
     setup.sink.take_all()
     setup.pipeline.step()
-    assert setup.log[-1] == ("books", Account("ring", 8 * STRIDE, 0, {"REFUSED": 2}, acked=8, end=8))
+    assert setup.log[-1] == ("ledger", Account("ring", 8 * STRIDE, 0, {"REFUSED": 2}, acked=8, end=8))
     assert (setup.files, setup.transmits.ledger_error) == ([], "")
 
 
@@ -262,7 +262,7 @@ def test_losses_are_in_the_books_before_the_room_of_what_is_lost_is_given_back()
     setup.sink.report(TRANSMITS, 0, 5, "REFUSED")
     setup.pipeline.step()
 
-    assert setup.log == [("books", Account("ring", 5 * STRIDE, 0, {"REFUSED": 5})), ("room", 5 * STRIDE)]
+    assert setup.log == [("ledger", Account("ring", 5 * STRIDE, 0, {"REFUSED": 5})), ("commit", 5 * STRIDE)]
 
 
 @pytest.mark.parametrize("spool", [False, True])
@@ -278,7 +278,7 @@ def test_losses_of_a_batch_that_may_come_again_after_a_crash_are_not_in_the_book
     setup.pipeline.step()
 
     assert setup.transmits.lost == {"REFUSED": 7, "old_ring": 4}
-    assert setup.log == [("books", Account("ring", 0, 0, {"old_ring": 4}))]
+    assert setup.log == [("ledger", Account("ring", 0, 0, {"old_ring": 4}))]
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -308,7 +308,7 @@ def test_without_a_spool_and_a_ring_that_stays_what_is_left_at_a_stop_is_lost() 
 
     assert setup.transmits.end(setup.sink, 7, ring_stays=False) == (0, 0)
     assert setup.transmits.lost == {"stopped": 3 + 7}
-    assert setup.log[-1] == ("books", Account("ring", 0, 0, {"stopped": 10}))
+    assert setup.log[-1] == ("ledger", Account("ring", 0, 0, {"stopped": 10}))
 
 
 def spool_with(folder: Folder, count: int, ring: str) -> Spool:
@@ -365,7 +365,7 @@ def test_damaged_records_are_counted_and_the_others_are_sent_in_order() -> None:
     assert setup.transmits.lost == {"ring_damaged": 3}
     assert setup.transmits.delivered == 3
     assert setup.ring.committed == setup.ring.position
-    assert setup.log[-2] == ("books", Account("ring", setup.ring.position, 0, {"ring_damaged": 3}))
+    assert setup.log[-2] == ("ledger", Account("ring", setup.ring.position, 0, {"ring_damaged": 3}))
     setup.assert_balanced()
 
 

@@ -95,7 +95,7 @@ def test_what_is_read_while_more_is_written_is_whole(setup: Setup) -> None:
 
 def test_without_room_old_events_are_kept_and_nothing_changes(setup: Setup) -> None:
     spool = setup.open(max_bytes=20 * BLOCK_BYTES)
-    with pytest.raises(FullError, match="the spool has its 24000 bytes") as full:
+    with pytest.raises(FullError, match="the spool is full: 24000 bytes") as full:
         fill(spool, 100)
     assert full.value.errno == errno.ENOSPC
     before = {path.name: path.read_bytes() for path in setup.files}

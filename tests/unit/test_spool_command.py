@@ -108,7 +108,7 @@ def test_without_a_state_folder_there_is_nothing_and_none_is_made(state):
     assert spool("show", state) == {}
     for command in (["verify"], ["replay", "--brokers", "127.0.0.1:1"], ["drop", "--yes"]):
         done = rebpf("spool", *command, "--state-dir", state)
-        assert (done.returncode, done.stderr) == (69, f"rebpf: there is no state folder {state}\n")
+        assert (done.returncode, done.stderr) == (69, f"rebpf: no state folder {state}\n")
     assert not state.exists()
 
 
