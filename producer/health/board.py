@@ -39,7 +39,7 @@ class StatusBoard:
         """Return the seconds since the loop's last step, or since this object was made."""
         return time.monotonic() - self._stepped_at
 
-    def stalled(self) -> str | None:
+    def hang(self) -> str | None:
         """Return what the loop does wrong; None where it makes its steps."""
         idle_s = self.idle_s()
         return f"has made no step for {idle_s:.1f} s" if idle_s > self._hangs_after_s else None

@@ -352,9 +352,9 @@ def _metrics(visit: _Visit) -> Answer:
 
 
 def _healthz(visit: _Visit) -> Answer:
-    stalled = visit.server.board.stalled()
-    if stalled:
-        return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"the loop {stalled}\n".encode()
+    hang = visit.server.board.hang()
+    if hang:
+        return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"the loop {hang}\n".encode()
     return HTTPStatus.OK, _TEXT, b"ok\n"
 
 
@@ -368,9 +368,9 @@ def _status(visit: _Visit) -> Answer:
 
 def _of_status(visit: _Visit, keys: tuple[str, ...] | None) -> Answer:
     """Answer with the status, or some of it; that of before the loop hung would not be true."""
-    status, stalled = visit.server.board.last(), visit.server.board.stalled()
-    if status is None or stalled:
-        answer = {"state": "unavailable", "reasons": [stalled or "does not capture yet"]}
+    status, hang = visit.server.board.last(), visit.server.board.hang()
+    if status is None or hang:
+        answer = {"state": "unavailable", "reasons": [hang or "does not capture yet"]}
         return HTTPStatus.SERVICE_UNAVAILABLE, _JSON, json.dumps(answer).encode()
     facts = status.as_dict()
     return HTTPStatus.OK, _JSON, json.dumps({key: facts[key] for key in keys or facts}).encode()

@@ -1,7 +1,7 @@
-"""Ring, spool and ledger together, as a model: crashes at each step, short writes, full and broken disks, clock steps.
+"""Ring, spool and ledger against a model: crashes at each step, short writes, full and broken disks, clock steps.
 
-The ring and Kafka are in memory; the spool and the ledger are real, in real files that fail when told to. Whatever
-happens, an event that entered the ring is in the topic, or counted, and each flow's events are there in order.
+The ring and Kafka are in memory. The spool and the ledger are real files, with injected failures. Whatever happens,
+each event that entered the ring is in the topic or counted as lost, and each flow's events are in order.
 """
 
 import errno
@@ -30,7 +30,7 @@ from tests.rings import STRIDE, MemoryRing
 
 pytestmark = pytest.mark.timeout(600)
 
-MEMORY = Folder("/dev/shm")  # where there is none, all waits for a disk
+MEMORY = Folder("/dev/shm")  # otherwise the test waits for a disk
 RING_ROWS = 300
 AFTER_S = 2.0
 FLOWS = 3
@@ -41,12 +41,12 @@ SCHEMA: dict[str, Any] = {"type": "record", "name": "Event", "fields": [{"name":
 
 
 def flow_of(number: Any) -> Any:
-    """Neighbours are of one flow, so that a batch may be done before an older one."""
+    """Neighbours share a flow, so that a batch may be done before an older one."""
     return number // 100 % FLOWS
 
 
 class IdEncoder:
-    """A message is its event's number, and noise that does not compress; the key says which flow it belongs to."""
+    """Encodes an event as its number and incompressible noise; the key is its flow."""
 
     def __init__(self) -> None:
         self._noise = np.random.default_rng(1)
@@ -79,9 +79,9 @@ def ids_of(batch: EncodedBatch) -> list[int]:
 
 
 class MemoryKafka:
-    """Takes messages in order when it is told to, but for `poison`, which it refuses.
+    """Accepts messages in order on demand, and rejects `poison`.
 
-    `topic` and `poison` outlive the process; what is under way does not.
+    `topic` and `poison` outlive the process; messages in flight do not.
     """
 
     def __init__(self, topic: list[int], poison: set[int], most: int) -> None:
@@ -108,7 +108,7 @@ class MemoryKafka:
         return self._open.get(batch, 0)
 
     def take(self, count: int, *, flow: int | None = None, tell: bool = True) -> None:
-        """Take messages, of one flow only or of all; without `tell` they are in the topic, and nobody hears of it."""
+        """Accept messages, of one flow or of all. Without `tell`, they reach the topic but are not acknowledged."""
         taken = [each for each in self._waiting if flow in (None, flow_of(each[1]))][:count]
         for batch, number in taken:
             refuse = number in self.poison
@@ -127,7 +127,7 @@ class MemoryKafka:
             self._waiting = [each for each in self._waiting if each not in taken]
 
     def refuse(self, count: int) -> None:
-        """Refuse the next messages, now and whenever they come again."""
+        """Reject the next messages, now and whenever they are resent."""
         self.poison.update(number for _, number in self._waiting[:count] if number not in self.topic)
         self.take(count)
 
@@ -145,7 +145,7 @@ class NoWaits:
 
 
 class Delivery(RuleBasedStateMachine):
-    """`when_full` and room are drawn once; then events come, Kafka takes some, and things break."""
+    """Draws `when_full` and the sizes once; then events arrive, Kafka accepts some, and things break."""
 
     @initialize(
         when_full=st.sampled_from(["reject", "drop_oldest"]),
@@ -167,7 +167,7 @@ class Delivery(RuleBasedStateMachine):
         self.start()
 
     def start(self) -> None:
-        """Begin a process that takes over what the last one left."""
+        """Start a process that takes over from the last one."""
         folder = Folder(self.home.name)
         self.faults.calls = 0
         self.ring.position = self.ring.committed
@@ -199,7 +199,7 @@ class Delivery(RuleBasedStateMachine):
 
     def crash(self) -> None:
         self.crashes += 1
-        self.exact &= not self.path.ledger_error  # a count that could be written nowhere ends with the process
+        self.exact &= not self.path.ledger_error  # a count that could not be written ends with the process
         self.ledger.close()
         self.disk.end()
         self.faults.errno = 0
@@ -250,7 +250,7 @@ class Delivery(RuleBasedStateMachine):
     def it_crashes_soon(self, calls: int, count: int) -> None:
         self.faults.calls = calls
         self.step(4)
-        if self.faults.calls:  # it has not come so far: now, and some messages had got there
+        if self.faults.calls:  # not reached: crash now, after some messages reached the topic
             self.kafka.take(count, tell=False)
             self.crash()
 
@@ -287,17 +287,17 @@ class Delivery(RuleBasedStateMachine):
             if self.path.taken == self.ring.written and not self.kafka.in_flight and not self.path.spooled:
                 break
         else:
-            raise AssertionError(f"{self.path.spooled} are never sent")
+            raise AssertionError(f"{self.path.spooled} events are never sent")
         self.pipeline.step()
         missing = set(range(self.ring.written)) - set(self.topic)
         if self.exact:
-            # What was under way may have got there, and been given up after a crash.
+            # Messages in flight may have reached the topic, and been discarded after a crash.
             assert len(missing) <= self.path.lost.total()
             assert len(missing) == self.path.lost.total() or self.when_full == "drop_oldest"
         if not self.crashes:
             assert len(missing) == self.path.lost.total()
             assert self.path.delivered == len(self.topic) == len(set(self.topic))
-        # But for what a crash tore, which is set aside, all files are gone.
+        # All files are deleted, except those that a crash tore, which are kept for inspection.
         aside = files(Folder(self.home.name, "spool"), ASIDE_SUFFIX)
         assert self.spool.size_bytes == sum(path.stat().st_size for path in aside)
         assert self.crashes or not aside

@@ -1,4 +1,4 @@
-"""The ledger: one page, written in place, that is read whole or counts as none."""
+"""The ledger: one page, written in place, which is read whole or counts as missing."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The pipeline step by step: direct to Kafka, through the spool, back again, and what is written down in which order.
+"""The pipeline step by step: direct to Kafka, through the spool, back again, and the order of writes.
 
 Ring, encoder and Kafka are in memory; the spool is real. All orders of events, with crashes: tests/property.
 """
@@ -195,7 +195,7 @@ def test_rows_that_the_disk_did_not_take_are_read_again(tmp_path: Folder) -> Non
     setup.arrive(3)
     assert (setup.ring.position, setup.ring.committed) == (5 * STRIDE, 5 * STRIDE)
     setup.disk.full = False
-    setup.pipeline.spill_all()  # a stop waits for nothing
+    setup.pipeline.spill_all()  # a stop does not wait for back-off
     assert setup.ring.committed == 8 * STRIDE
     setup.pipeline.step()
     assert setup.sink.sent == list(range(8))
@@ -256,7 +256,7 @@ def test_a_checkpoint_writes_the_ledger_then_commits_then_deletes_files(tmp_path
     assert (setup.files, setup.transmits.ledger_error) == ([], "")
 
 
-def test_losses_are_in_the_books_before_the_room_of_what_is_lost_is_given_back() -> None:
+def test_losses_are_in_the_ledger_before_the_ring_is_committed() -> None:
     setup = Setup()
     setup.arrive(5)
     setup.sink.report(TRANSMITS, 0, 5, "REFUSED")
@@ -266,7 +266,7 @@ def test_losses_are_in_the_books_before_the_room_of_what_is_lost_is_given_back()
 
 
 @pytest.mark.parametrize("spool", [False, True])
-def test_losses_of_a_batch_that_may_come_again_after_a_crash_are_not_in_the_books_yet(
+def test_losses_of_a_batch_that_may_be_read_again_after_a_crash_are_not_in_the_ledger_yet(
     tmp_path: Folder, spool: bool
 ) -> None:
     setup = Setup(tmp_path if spool else None)
@@ -282,7 +282,7 @@ def test_losses_of_a_batch_that_may_come_again_after_a_crash_are_not_in_the_book
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_at_a_stop_all_is_put_by_if_the_disk_takes_it(tmp_path: Folder, full: bool) -> None:
+def test_at_a_stop_all_is_spilled_if_the_disk_takes_it(tmp_path: Folder, full: bool) -> None:
     setup = Setup(tmp_path, most=5)
     setup.disk.full = full
     setup.arrive(5)
@@ -312,7 +312,7 @@ def test_without_a_spool_and_a_ring_that_stays_what_is_left_at_a_stop_is_lost() 
 
 
 def spool_with(folder: Folder, count: int, ring: str) -> Spool:
-    """Return a spool that holds `count` events, put there before position STRIDE * count of a ring."""
+    """Return a spool with `count` events, which end at position STRIDE * count of a ring."""
     spool = Spool(folder, TRANSMITS, SCHEMA, lambda: Moment("boot", 0, 0), max_bytes=1 << 20)
     spool.open()
     rows = np.zeros(count, TRANSMITS.dtype)
@@ -330,10 +330,10 @@ def spool_with(folder: Folder, count: int, ring: str) -> Spool:
         # The batch is in the spool; the crash came before the ledger, or between it and the ring.
         (Account("ring", 3 * STRIDE, 2, {}, 0, 0), 3, Account("ring", 7 * STRIDE, 2, {}, 0, 7)),
         (Account("ring", 9 * STRIDE, 0, {}, 0, 7), 3, Account("ring", 9 * STRIDE, 0, {}, 0, 7)),
-        # A new ring: what waits was not in it, and other rings' losses are not its.
+        # A new ring: it never held the spooled events, and other rings' losses do not count.
         (Account("another", 3 * STRIDE, 2, {"a": 1}, 0, 7), 0, Account("ring", 0, 7, {}, 0, 7)),
         (None, 0, Account("ring", 0, 7, {}, 0, 7)),
-        # A ring that was kept, and a ledger that was not.
+        # A kept ring without a ledger.
         (None, 4, Account("ring", 4 * STRIDE, 3, {}, 0, 7)),
     ],
 )
@@ -369,7 +369,7 @@ def test_damaged_records_are_counted_and_the_others_are_sent_in_order() -> None:
     setup.assert_balanced()
 
 
-def test_a_ring_with_nothing_but_damaged_records_is_given_back(tmp_path: Folder) -> None:
+def test_a_ring_with_only_damaged_records_is_committed(tmp_path: Folder) -> None:
     for folder in (None, tmp_path):
         setup = Setup(folder)
         setup.ring.bad = set(range(7))

@@ -1,4 +1,4 @@
-"""`rebpf spool show`, `verify` and `drop`: what is on disk is told as it is, looked at without a trace, or given up."""
+"""`rebpf spool show`, `verify` and `drop`: show the spool without changing it, or discard it."""
 
 import fcntl
 import json
@@ -46,7 +46,7 @@ def spool(command: str, state: Path, *arguments: object, code: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
-def test_show_tells_what_waits_and_what_was_refused(state):
+def test_show_has_spooled_events_and_rejected_messages(state):
     paths = spools.fill(state, batches=7, size=SIZE, per_file=3, acked=4 * SIZE + 5)
     spools.quarantine(state, {"MSG_SIZE_TOO_LARGE": 3, "INVALID_RECORD": 2})
     aside = paths[0].with_name(f"{0:020}.damaged")
@@ -66,7 +66,7 @@ def test_show_tells_what_waits_and_what_was_refused(state):
     assert found[RETRANSMIT] == NOTHING
 
 
-def test_show_tells_it_to_people(state):
+def test_show_prints_lines(state):
     spools.fill(state, batches=2, size=SIZE, stream=RETRANSMITS)
     spools.quarantine(state, {"INVALID_RECORD": 2}, RETRANSMITS)
 
@@ -92,7 +92,7 @@ def test_show_without_a_ledger_counts_what_is_there(state):
     assert spool("show", state)[TRANSMIT]["events"] == 3 * SIZE
 
 
-def test_show_leaves_out_what_was_given_up(state):
+def test_show_leaves_out_discarded_events(state):
     paths = spools.fill(state, batches=5, size=SIZE, per_file=1)
     paths[2].unlink()
     spools.write_ledger(state, Account(spools.RING, 0, 0, {"spool_dropped": SIZE}, 5, 5 * SIZE, discarded=SIZE))
@@ -112,7 +112,7 @@ def test_without_a_state_folder_there_is_nothing_and_none_is_made(state):
     assert not state.exists()
 
 
-def test_who_may_not_read_is_told(state):
+def test_missing_rights_are_reported(state):
     spools.fill(state, batches=1, size=SIZE)
     for folder in [state, *state.parents][:3]:
         folder.chmod(0o755)
@@ -162,9 +162,9 @@ def test_a_write_that_a_crash_cut_short_is_no_damage(state):
     assert spool("verify", state)[TRANSMIT] == {"files": 1, "events": 2 * SIZE, "damage": [], "lost": 0}
 
 
-def test_verify_tells_each_damaged_place_and_what_it_costs(state):
+def test_verify_lists_each_damaged_place_and_its_loss(state):
     paths = spools.fill(state, batches=12, size=SIZE, per_file=4, acked=SIZE + 5)
-    for number in (0, 2):  # of events that are done, and of some that wait
+    for number in (0, 2):  # some events are done, some spooled
         spools.flip(paths[0], sum(spools.blocks(paths[0])[number]) // 2)
     spools.flip(paths[1], 10)  # the header
     os.truncate(paths[2], spools.blocks(paths[2])[3][0])
@@ -193,7 +193,7 @@ def test_verify_misses_files_that_are_gone(state):
     ]
 
 
-def test_verify_says_it_in_one_line(state):
+def test_verify_fails_with_one_line(state):
     (path,) = spools.fill(state, batches=3, size=SIZE)
     spools.flip(path, sum(spools.blocks(path)[1]) // 2)
 
@@ -230,7 +230,7 @@ def damage(path: Path, what: str, at: int) -> None:
 
 
 def lost_by_reading(state: Path) -> int:
-    """Return how many events a producer counts as damaged that sends all that waits."""
+    """Return how many events a producer counts as damaged while it sends the spool."""
     account = spools.read_ledger(state)
     assert account is not None
     waiting = Spool(
@@ -276,7 +276,7 @@ def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
                     used.ack(found.first, found.end)
                     ledger.write(Account(spools.RING, 0, 0, {}, used.acked, used.end))
                     used.sweep()
-        except Exception as error:  # told by the test
+        except Exception as error:  # reported by the test
             failures.append(error)
         used.close()
         ledger.close()
@@ -300,7 +300,7 @@ def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
     assert len(seen) > 1, "it was in use"
 
 
-def test_drop_wants_to_be_meant(state):
+def test_drop_needs_a_confirmation(state):
     spools.fill(state, batches=2, size=SIZE)
     before = spools.tree(state)
 
@@ -313,7 +313,7 @@ def test_drop_wants_to_be_meant(state):
     assert spools.tree(state) == before
 
 
-def test_drop_gives_up_what_waits_and_the_ledger_has_it_as_lost(state):
+def test_drop_discards_the_spool_and_the_ledger_has_it_as_lost(state):
     paths = spools.fill(state, batches=6, size=SIZE, per_file=2, acked=5)
     paths[1].unlink()
     account = Account("ring-1", 77, 11, {"stopped": 3, "spool_dropped": 2 * SIZE}, 5, 5 * SIZE, discarded=2 * SIZE)
@@ -354,7 +354,7 @@ def test_what_the_ledger_cannot_take_is_not_dropped(state):
     paths = spools.fill(state, batches=2, size=SIZE, per_file=1)
     (state / "ledger.transmit").unlink()
     (state / "ledger.transmit").mkdir()
-    for ending in ("", ".1", ".2", ".3"):  # nor can the folder be set aside
+    for ending in ("", ".1", ".2", ".3"):  # so that the folder cannot be renamed
         (state / f"ledger.transmit.damaged{ending}").write_text("")
 
     done = rebpf("spool", "drop", "--yes", "--state-dir", state)
@@ -363,7 +363,7 @@ def test_what_the_ledger_cannot_take_is_not_dropped(state):
     assert all(path.exists() for path in paths)
 
 
-def test_drop_of_the_quarantine_leaves_what_waits(state):
+def test_drop_of_the_quarantine_leaves_the_spool(state):
     paths = spools.fill(state, batches=2, size=SIZE)
     (refused,) = spools.quarantine(state, {"MSG_SIZE_TOO_LARGE": 3, "INVALID_RECORD": 2})
     refused.with_suffix(".damaged").touch()
@@ -378,7 +378,7 @@ def test_drop_of_the_quarantine_leaves_what_waits(state):
 @pytest.mark.parametrize(
     "command", [["drop", "--yes"], ["drop", "--yes", "--quarantine"], ["replay", "--brokers", "a:1"]]
 )
-def test_who_holds_the_lock_keeps_others_out(state, command):
+def test_the_lock_keeps_others_out(state, command):
     spools.fill(state, batches=2, size=SIZE)
     lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     before = spools.tree(state)
