@@ -153,7 +153,7 @@ class Producer:
         return balance
 
     def limit_descriptors(self, count: int | None) -> None:
-        """Leave it room for so many more descriptors; None: as many as this process may have."""
+        """Limit it to `count` more descriptors, or to this process's limit if None."""
         limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         try:
             if count is not None:
@@ -163,7 +163,7 @@ class Producer:
             self._findings.notes["descriptors not limited"] += 1
 
     def watch(self) -> None:
-        """Look what it does; start it again where it has ended by itself."""
+        """Follow its log; restart it if it has ended by itself."""
         self.follow()
         if self.ended and not self.life.end_expected:
             self._ends += 1

@@ -101,7 +101,7 @@ OVER = st.fixed_dictionaries(
 
 
 def read(text: str, over: dict[str, Any]) -> Config | None:
-    """Return the configuration, or None where it is refused, as it has to be: in one printable line."""
+    """Return the configuration, or None if it is rejected, in one printable line."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rebpf.toml"
         path.write_text(text)
@@ -115,7 +115,7 @@ def read(text: str, over: dict[str, Any]) -> Config | None:
 
 
 def starts(config: Config) -> bool:
-    """Make what `run` makes of the settings before it touches the kernel, but for what needs a server."""
+    """Build what `run` builds from the settings before it touches the kernel, except what needs a server."""
     try:
         sink = KafkaSink(producer_settings(config.kafka.brokers and "127.0.0.1:1", config.kafka.settings), {})
         resolve(config, None).tables()

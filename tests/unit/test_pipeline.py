@@ -240,7 +240,9 @@ def test_a_checkpoint_writes_the_ledger_then_commits_then_deletes_files(tmp_path
     (ledger, first), (commit, _), (_, second), *_ = setup.log
     assert (ledger, commit) == ("ledger", "commit")
     assert first == Account("ring", 5 * STRIDE, 0, {}, acked=0, end=5)
-    assert second == Account("ring", 8 * STRIDE, 0, {}, acked=0, end=8), "losses of what may be sent again are not yet"
+    assert second == Account("ring", 8 * STRIDE, 0, {}, acked=0, end=8), (
+        "losses of what may be resent are not included yet"
+    )
     setup.log.clear()
     setup.ledger_errno = errno.EROFS
     setup.sink.take_all()

@@ -125,7 +125,7 @@ def test_drop_oldest_discards_the_oldest_events_that_are_not_in_flight(setup: Se
             under_way = spool.read()
     assert under_way
     names = setup.names
-    assert names[0] == "00000000000000000000.avro", "of it a batch is under way"
+    assert names[0] == "00000000000000000000.avro", "a batch of it is in flight"
     dropped = spool.lost["spool_dropped"]
     assert spool.lost == {"spool_dropped": dropped}
     assert names[1] > f"{10 + dropped:020}"
