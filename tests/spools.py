@@ -1,4 +1,4 @@
-"""Spools on disk as a producer leaves them, of events that are made up: numbered from 1, on one CPU."""
+"""Spools on disk as a producer leaves them, with synthetic events numbered from 1 on one CPU."""
 
 import ipaddress
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _START_NS = 1_790_000_000_000_000_000
 
 
 def encoded(stream: Stream, first: int, count: int) -> EncodedBatch:
-    """Return the events `first` to `first` + `count` - 1, in turn of FLOWS flows, each later than those before."""
+    """Return the events `first` to `first` + `count` - 1, spread over FLOWS flows, in the order of time."""
     numbers = np.arange(first, first + count)
     rows = np.zeros(count, stream.dtype)
     segment = rows["s"]
@@ -48,9 +48,9 @@ def fill(
     noted: int | None = None,
     stream: Stream = TRANSMITS,
 ) -> list[Path]:
-    """Spool batches of `size` events, `per_file` in each segment, and write the ledger; return the segments.
+    """Spool batches of `size` events, `per_file` in each file, and write the ledger; return the files.
 
-    Events before `acked` are done, and their files deleted. The ledger knows of `noted` events, or of all.
+    Events before `acked` are done and their files deleted. The ledger has `noted` events, or all.
     """
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     config = Config(state_dir=state_dir)
@@ -71,7 +71,7 @@ def fill(
 
 
 def quarantine(state_dir: Path, reasons: Mapping[str, int], stream: Stream = TRANSMITS) -> list[Path]:
-    """Put messages into the quarantine, so many for each reason; return its files."""
+    """Put messages into the quarantine, with a count per reason; return its files."""
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = quarantine_folder(Config(state_dir=state_dir), stream)
     spool = Spool(folder, stream, load_schema(stream.schema_file), now, max_bytes=1 << 26)
@@ -94,7 +94,7 @@ def write_ledger(state_dir: Path, account: Account, stream: Stream = TRANSMITS) 
 
 
 def blocks(path: Path) -> list[tuple[int, int]]:
-    """Return where a segment's blocks begin and end, by its sync marker: the file's last 16 bytes."""
+    """Return where a file's blocks begin and end, by its sync marker: the file's last 16 bytes."""
     data = path.read_bytes()
     sync, ends, at = data[-16:], [], 0
     while (at := data.find(sync, at)) >= 0:

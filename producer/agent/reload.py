@@ -1,4 +1,4 @@
-"""The rules in force, and what changes them while the producer runs: a reload, and cgroups that come and go."""
+"""The rules in force. A reload changes them while the producer runs, and so do cgroups that come and go."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ _LOOK_INTERVAL_S = 2.0
 
 
 class RulesInForce:
-    """Keeps the kernel's rules those of a configuration, which `read` reads anew. `version` is that of the rules."""
+    """Keeps the kernel's rules up to date. `read` reads the configuration; `version` counts changes of the rules."""
 
     def __init__(
         self,
@@ -39,18 +39,18 @@ class RulesInForce:
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
         self.version = 1
         self.refusal = ""
-        """Why the last reload was refused; empty where it was not."""
+        """Why the last reload was refused; empty if it succeeded."""
         self.reloads = 0
-        """Reloads so far, refused ones among them."""
+        """Reloads so far, including refused ones."""
 
     def follow(self, asked: Flag) -> None:
-        """Reload where `asked` is set, and clear it; not more often than a pace allows, however often it is set."""
+        """Reload if `asked` is set, and clear it. The pace limits how often, however often it is set."""
         if asked.is_set() and self._pace.is_due():
             asked.clear()
             self._pace.run(self.reload)
 
     def reload(self) -> None:
-        """Put the rules of the configuration's present text in force; a wrong text changes nothing, and is logged."""
+        """Put the configuration's current rules in force. An invalid configuration is logged and changes nothing."""
         try:
             config = self._read()
             self._put(config, resolve(config, self._root))
@@ -63,14 +63,14 @@ class RulesInForce:
         logger.info("reloaded rules=%d version=%d", len(config.rules), self.version)
 
     def look(self) -> None:
-        """Once in a while, see whether cgroups and units that the rules name have come, or have come again."""
+        """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced."""
         if not self._by_cgroup or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
         ruleset = follow(self._ruleset, self._config, self._root)
         if ruleset != self._ruleset:
             self._put(self._config, ruleset)
-            logger.info("rules follow the cgroups that there are now version=%d", self.version)
+            logger.info("rules updated: cgroups changed version=%d", self.version)
 
     def _put(self, config: Config, ruleset: Ruleset) -> None:
         self.version = self._hooks.put_rules(ruleset.tables())

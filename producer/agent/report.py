@@ -1,4 +1,4 @@
-"""What the producer says of itself, taken from its parts: the balances, and why it is not as it should be."""
+"""The status of a run: the balances, and the reasons for being degraded."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from producer.kernel.capture import Hooks, KernelCounters
 
 
 class Reporter:
-    """Reports on the parts of a run; `topics` are by the stream's name."""
+    """Collects the status from the parts of a run. `topics` are by the stream's name."""
 
     def __init__(
         self, host: str, hooks: Hooks, sink: KafkaSink, parts: Sequence[StreamParts], topics: Mapping[str, Topic]
@@ -30,14 +30,14 @@ class Reporter:
         self._started_s = time.time()
 
     def balances(self) -> dict[Topic, Balance]:
-        """Return each topic's balance now."""
+        """Return each topic's current balance."""
         return {
             self._topics[each.stream.name]: self.balance(each, self._hooks.counters(each.stream))
             for each in self._parts
         }
 
     def status(self, rules_version: int, more_reasons: Sequence[str] = ()) -> Status:
-        """Return the whole status now; `more_reasons` say what else is not as it should be."""
+        """Return the current status; `more_reasons` are added to the reasons for being degraded."""
         cpu_s, rss_bytes = usage()
         return Status(
             self._host,
@@ -53,7 +53,7 @@ class Reporter:
         )
 
     def balance(self, parts: StreamParts, kernel: KernelCounters) -> Balance:
-        """Return a stream's balance with these counters, which were read after its ring."""
+        """Return a stream's balance. Read the counters after the ring."""
         path = parts.path
         losses = {"ring_full": kernel.ring_full, "nested": kernel.nested, **path.lost}
         return Balance(
@@ -78,16 +78,16 @@ class Reporter:
         )
 
     def reasons(self) -> list[str]:
-        """Return why the producer is not as it should be, for an operator; empty where it is."""
-        reasons = [f"kafka: {self._sink.trouble.name}"] if self._sink.trouble else []
+        """Return the reasons for being degraded, for an operator; empty if there are none."""
+        reasons = [f"kafka: {self._sink.last_error.name}"] if self._sink.last_error else []
         for each in self._parts:
-            troubles = {
-                "kafka": self._sink.trouble_of(each.stream.name),
-                "spool": each.trouble or each.path.spool_trouble,
-                "ledger": each.path.ledger_trouble,
+            errors = {
+                "kafka": self._sink.last_error_of(each.stream.name),
+                "spool": each.open_error or each.path.spool_error,
+                "ledger": each.path.ledger_error,
             }
             topic = self._topics[each.stream.name]
-            reasons += [f"{topic}: {part}: {text}" for part, text in troubles.items() if text]
+            reasons += [f"{topic}: {part}: {text}" for part, text in errors.items() if text]
             if each.path.spooling:
                 reasons.append(f"{topic}: events wait on disk")
         return reasons

@@ -1,4 +1,4 @@
-"""One stream's way, built: its ring, encoder, spool and ledger, brought to one state after whatever came before."""
+"""Builds a stream: its ring, encoder, spool and ledger, recovered to one consistent state."""
 
 import functools
 import json
@@ -38,12 +38,12 @@ def spool_folder(config: Config, stream: Stream) -> Path:
 
 
 def quarantine_folder(config: Config, stream: Stream) -> Path:
-    """Return the folder of a stream's messages that Kafka has refused."""
+    """Return the folder of a stream's messages that Kafka has rejected."""
     return config.state_dir / "quarantine" / stream.name
 
 
 def raw_quarantine_path(config: Config, stream: Stream) -> Path:
-    """Return the file of a stream's records that could not be made messages."""
+    """Return the file of a stream's records that could not be encoded."""
     return config.state_dir / "quarantine" / f"{stream.name}.raw.jsonl"
 
 
@@ -53,7 +53,7 @@ def ledger_path(config: Config, stream: Stream) -> Path:
 
 
 def spool_bytes(config: Config, stream: Stream) -> int:
-    """Return how large a stream's spool may be; the embedded broker, which keeps nothing, has none."""
+    """Return the size limit of a stream's spool. With the embedded broker, which stores nothing, it is 0."""
     return int(getattr(config.spool, f"{stream.name}_bytes")) if config.kafka.brokers else 0
 
 
@@ -66,15 +66,15 @@ def new_spool(config: Config, stream: Stream) -> Spool:
         now,
         max_bytes=spool_bytes(config, stream),
         max_age_s=config.spool.max_age_s,
-        keep=config.spool.keep,
+        when_full=config.spool.when_full,
     )
 
 
 class Quarantine:
-    """Where messages go that Kafka has refused: files like a spool's, with the reason, for somebody to look at.
+    """Stores messages that Kafka has rejected, with the reason, in files like a spool's.
 
-    Records of a ring that cannot be made messages go into a file of their own, with one JSON object on each line:
-    `error`, and the record as hexadecimal digits in `record`.
+    Records that cannot be encoded go to a separate file with one JSON object per line: `error`, and `record` in
+    hexadecimal.
     """
 
     def __init__(self, config: Config) -> None:
@@ -93,7 +93,7 @@ class Quarantine:
         self._open: set[str] = set()
 
     def put(self, batch: EncodedBatch, error: str) -> None:
-        """Write messages down, as long as there is room."""
+        """Store messages, up to the size limit."""
         spool = self._spools.get(batch.stream.name)
         if spool is None:
             return
@@ -103,11 +103,11 @@ class Quarantine:
                 self._open.add(batch.stream.name)
             spool.append(batch, "", 0, error)
         except OSError as failure:
-            logger.warning("quarantine: %d messages are not kept: %s", len(batch), failure.strerror)
+            logger.warning("quarantine: cannot store %d messages: %s", len(batch), failure.strerror)
 
     def put_raw(self, stream: Stream, rows: Rows, error: str) -> None:
-        """Write records down that cannot be made messages, as long as there is room."""
-        logger.warning("encode: %d events are lost topic=%s error=%s", len(rows), stream.topic, error)
+        """Store records that cannot be encoded, up to the size limit."""
+        logger.warning("encode: %d events lost topic=%s error=%s", len(rows), stream.topic, error)
         if not self._config.kafka.brokers or not self._config.spool.quarantine_bytes:
             return
         path = raw_quarantine_path(self._config, stream)
@@ -119,31 +119,28 @@ class Quarantine:
                 if opened.tell() + len(lines) <= _RAW_QUARANTINE_BYTES:
                     opened.write(lines)
         except OSError as failure:
-            logger.warning("quarantine: %d records are not kept: %s", len(rows), failure.strerror)
+            logger.warning("quarantine: cannot store %d records: %s", len(rows), failure.strerror)
 
     def close(self) -> None:
-        """Put what was written on the disk itself."""
+        """Sync the files to disk and close them."""
         for name in self._open:
             self._spools[name].close()
 
 
 @dataclass(frozen=True, slots=True)
 class StreamParts:
-    """A stream's parts that outlive a step of the loop."""
+    """The parts of one stream."""
 
     stream: Stream
     ring: Ring
     spool: Spool | None
     path: StreamPath
-    trouble: str
-    """Why there is no spool, though there should be one."""
+    open_error: str
+    """Why the spool could not be opened; empty if it was, or if none is configured."""
 
 
 class StreamBuilder:
-    """Builds streams' ways for `config`, on hooks that are attached; `ids` are the schemas' by the stream's name.
-
-    What is opened is closed by `stack`.
-    """
+    """Builds streams on hooks; `ids` are the schema ids by the stream's name. `stack` closes what is opened."""
 
     def __init__(
         self, config: Config, hooks: Hooks, ids: Mapping[str, SchemaId], stack: ExitStack, quarantine: Quarantine
@@ -158,36 +155,36 @@ class StreamBuilder:
         self._old_rings = hooks.old_rings()
 
     def build(self, stream: Stream) -> StreamParts:
-        """Open a stream's spool and ledger, drain the rings of hooks that were replaced, and go on from there."""
+        """Open a stream's spool and ledger, drain the rings of replaced hooks, and recover the account."""
         ledger = Ledger(ledger_path(self._config, stream))
         account = ledger.read()
-        trouble = ""
+        open_error = ""
         try:
             ledger.open()
         except OSError as error:
-            logger.warning("ledger: %s: counts of this run will not outlive it", error)
+            logger.warning("ledger: %s: this run's loss counts will not survive a restart", error)
         self._stack.callback(ledger.close)
         spool = None
         if spool_bytes(self._config, stream):
             try:
                 spool = self._open_spool(stream, account)
             except OSError as error:
-                trouble = str(error)
-                logger.error("spool: %s: events wait in the ring alone", error)
+                open_error = str(error)
+                logger.error("spool: %s: continuing without a spool", error)
         old_lost = self._drain_old(stream, spool, account)
         ring = self._stack.enter_context(self._hooks.ring(stream))
         resumed = resume(account, self._hooks.ring_id, ring, spool, spool.last if spool else None)
-        stores = Stores(spool, ledger.write, BackOff("spool", most_s=_SPOOL_WAIT_S), self._config.spool.after_s)
+        stores = Stores(spool, ledger.write, BackOff("spool", most_s=_SPOOL_WAIT_S), self._config.spool.spill_after_s)
         path = StreamPath(stream, ring, self._encoder(stream), stores, resumed)
         path.open({"old_ring": old_lost} if old_lost else {})
-        return StreamParts(stream, ring, spool, path, trouble)
+        return StreamParts(stream, ring, spool, path, open_error)
 
     def _open_spool(self, stream: Stream, account: Account | None) -> Spool:
         spool = new_spool(self._config, stream)
-        spool.open(*((account.acked, account.end, account.gone) if account else ()))
+        spool.open(*((account.acked, account.end, account.discarded) if account else ()))
         self._stack.callback(spool.close)
         if spool.end > spool.acked:
-            logger.info("spool: %d events of %s wait since before", spool.end - spool.acked - spool.gone, stream.name)
+            logger.info("spool: %d events of %s from an earlier run", spool.pending, stream.name)
         return spool
 
     def _encoder(self, stream: Stream) -> Isolator:
@@ -196,28 +193,28 @@ class StreamBuilder:
         return Isolator(encoder, functools.partial(self._quarantine.put_raw, stream))
 
     def _drain_old(self, stream: Stream, spool: Spool | None, account: Account | None) -> int:
-        """Move what old rings hold into the spool; return how many events of theirs are lost."""
+        """Move the events of replaced hooks' rings into the spool; return how many are lost."""
         lost = 0
         rings = [(old, ring) for old, ring in self._old_rings if old.name == stream.name]
         for number, (old, ring) in enumerate(rings, 1):
-            # What is written down of a ring, in the ledger and in the spool, is of the last of them.
+            # The positions in ledger and spool belong to the last of these rings.
             ring_id = self._hooks.old_ring_id if number == len(rings) else None
             with ring:
                 if ring_id:
-                    ring.position = max([ring.position, *filter(ring.holds, _settled(ring_id, account, spool))])
+                    ring.position = max([ring.position, *filter(ring.holds, _safe_positions(ring_id, account, spool))])
                     ring.commit(ring.position)
                 try:
                     lost += self._move(old, ring, spool, ring_id or "")
-                except Exception as error:  # whatever these rings hold, a start goes on
-                    logger.error("hooks: %d events of replaced hooks are lost: %s", ring.unread, error)
+                except Exception as error:  # the start continues, whatever these rings hold
+                    logger.error("hooks: %d events of replaced hooks lost: %s", ring.unread, error)
                 lost += ring.unread
         return lost
 
     def _move(self, stream: Stream, ring: Ring, spool: Spool | None, ring_id: str) -> int:
-        """Move what an old ring holds into the spool; return how many events cannot be moved, for what they are."""
+        """Move an old ring's events into the spool; return how many are damaged or cannot be encoded."""
         refused = 0
         if spool is None and ring.unread:
-            raise UnavailableError("there is no spool")
+            raise UnavailableError("no spool")
         encoder, offset_ns = self._encoder(stream), UtcOffset()()
         before = ring.position
         while spool and (len(rows := ring.read(_BATCH_ROWS)) or ring.damaged):
@@ -231,7 +228,7 @@ class StreamBuilder:
             except Exception:
                 ring.position = before
                 if encoder.fit(rows) < len(rows):
-                    continue  # fewer at a time
+                    continue  # with fewer rows
                 raise
             refused += len(rows) - len(batch or ()) + ring.damaged
             before = ring.position
@@ -239,7 +236,7 @@ class StreamBuilder:
         return refused
 
 
-def _settled(ring_id: str, account: Account | None, spool: Spool | None) -> list[int]:
-    """Return positions in a ring before which all is done or on disk, as far as ledger and spool know."""
+def _safe_positions(ring_id: str, account: Account | None, spool: Spool | None) -> list[int]:
+    """Return the ring positions up to which, by the ledger or the spool, all events are done or on disk."""
     last = spool.last if spool else None
     return [each.position for each in (account, last) if each is not None and each.ring == ring_id]

@@ -1,6 +1,6 @@
-"""The loop's steps, each by itself: one that fails is counted, logged and tried again, and does not stop the others.
+"""Supervises the loop's steps: one that fails is counted, logged and retried, and the others continue.
 
-Each is measured, and one that takes long is logged.
+Each step is timed, and slow ones are logged.
 """
 
 import logging
@@ -26,11 +26,11 @@ _PACE_SHARE = 0.2
 
 
 class StuckError(RebpfError):
-    """A step that nothing works without has failed for too long."""
+    """A vital step has failed for too long."""
 
 
 class _Failing:
-    """A step that fails: since when, and when it is tried again."""
+    """A failing step: since when, and when to retry it."""
 
     def __init__(self, now_s: float) -> None:
         self.since_s = now_s
@@ -49,13 +49,13 @@ class Supervisor:
 
     @property
     def reasons(self) -> list[str]:
-        """Return which steps fail, and why."""
+        """The failing steps, each with its error."""
         return [f"{step}: {failing.error}" for step, failing in self._failing.items()]
 
     def attempt(self, step: str, work: Callable[[], Result], otherwise: Result, *, vital: bool = False) -> Result:
-        """Run a step and return its result; `otherwise` where it fails, or is not to be tried again yet.
+        """Run a step and return its result, or `otherwise` if it fails or its retry is not due.
 
-        StuckError where a vital step has failed for a minute.
+        Raises StuckError if a vital step has failed for a minute.
         """
         failing = self._failing.get(step)
         if failing and self._clock() < failing.retry_at_s:
@@ -63,7 +63,7 @@ class Supervisor:
         began_s = self._clock()
         try:
             result = work()
-        except StuckError:  # of a step within this one
+        except StuckError:  # from a nested step
             raise
         except Exception as error:
             self._note(step, error, vital=vital)
@@ -76,7 +76,7 @@ class Supervisor:
         return result
 
     def _measure(self, step: str, seconds: float) -> None:
-        """Note how long a step took: while it runs, nothing else of the loop does."""
+        """Record how long a step took: it blocks the rest of the loop."""
         metrics.observe_step(seconds)
         if seconds >= _SLOW_S:
             logger.warning("slow step step=%s seconds=%.1f", step, seconds)
@@ -96,18 +96,18 @@ class Supervisor:
 
 
 class Pace:
-    """Bounds how often something is done, and how much of the time it takes: others may ask for it at any rate."""
+    """Limits how often work is done and the share of time that it takes, at any rate of requests."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._may_run_s = 0.0
 
     def is_due(self) -> bool:
-        """Whether it may be done now."""
+        """Whether the work may be done now."""
         return self._clock() >= self._may_run_s
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do it, and note how long it took."""
+        """Do the work, and schedule the earliest next time by how long it took."""
         begin_s = self._clock()
         try:
             work()

@@ -1,11 +1,11 @@
-"""What waits on disk, sent to Kafka without a capture, or given up: `rebpf spool replay` and `rebpf spool drop`.
+"""Sends the spooled events to Kafka without capturing, or discards them: `rebpf spool replay` and `rebpf spool drop`.
 
-Both stand in for the producer: they hold the lock of its state folder, and keep its ledger, so that the next producer
-goes on from there, be it with the same rings. What the ledger says is written first, and then files go. Who is
-interrupted can begin again: what was sent and not yet noted is sent twice.
+Both take the producer's place: they hold the lock of its state folder and update its ledger, so that the next producer
+continues from there, even with the same rings. The ledger is written before files are deleted. An interrupted replay
+can be repeated: events that were sent but not yet recorded are sent twice.
 
-The quarantine has no ledger: there a file goes when all of it is acknowledged, and what is refused again is written
-behind the rest. In the account of the producer its messages stay lost.
+The quarantine has no ledger: a file is deleted when all of its messages are acknowledged, and messages that are
+rejected again are appended to new files. The producer's account still counts quarantined messages as lost.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from producer.pipeline.ledger import Account, Ledger
 from producer.pipeline.pipeline import Pipeline
 from producer.pipeline.stream import Stores, StreamPath, resume
 from producer.schemas import load_schema
-from producer.spool.files import ASIDE, SEGMENT, files
+from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files
 from producer.spool.spool import Spool
 from producer.topics import topic
 
@@ -43,24 +43,24 @@ _NO_LIMIT_BYTES = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What became of a stream's events that waited."""
+    """The result of a replay for one stream."""
 
     delivered: int
     waiting: int
-    """Events that wait still, or again."""
+    """Events still in the spool or the quarantine."""
     lost: Mapping[str, int]
-    """Events lost, by reason; what Kafka refuses is in the quarantine."""
-    trouble: str
-    """Why events wait still, as far as is known."""
+    """Events lost, by reason. Messages that Kafka rejected are in the quarantine."""
+    last_error: str
+    """Why events are left, if known."""
 
     def __str__(self) -> str:
         losses = ",".join(f"{reason}:{count}" for reason, count in self.lost.items()) or "0"
-        trouble = f" trouble={self.trouble}" if self.trouble else ""
-        return f"delivered={self.delivered} waiting={self.waiting} lost={losses}{trouble}"
+        last_error = f" last_error={self.last_error}" if self.last_error else ""
+        return f"delivered={self.delivered} waiting={self.waiting} lost={losses}{last_error}"
 
 
 class _NoRing:
-    """Stands for a ring and an encoder where nothing is captured; the ring's position is kept for who has the ring."""
+    """Takes the place of ring and encoder, as nothing is captured; keeps the ring's position for the next producer."""
 
     records_before = 0
     damaged = 0
@@ -87,12 +87,12 @@ class _NoRing:
 
 
 class _Source:
-    """A stream's spool or quarantine, opened, and its way to Kafka; `write_account` keeps what outlives a replay."""
+    """A stream's open spool or quarantine, and its path to Kafka; `write_account` stores the account."""
 
     def __init__(
         self, stream: Stream, spool: Spool, account: Account | None, write_account: Callable[[Account], None]
     ) -> None:
-        spool.open(*((account.acked, account.end, account.gone) if account else ()))
+        spool.open(*((account.acked, account.end, account.discarded) if account else ()))
         before = account or Account()
         ring = _NoRing(stream, before.position)
         self.stream = stream
@@ -107,51 +107,51 @@ class _Source:
     @property
     def waiting(self) -> int:
         """Events that are not done."""
-        return self.spool.end - self.spool.acked - self.spool.gone
+        return self.spool.pending
 
     @property
-    def settled(self) -> int:
-        """A number that goes up with each message of which something has become."""
+    def done(self) -> int:
+        """Number of messages delivered or lost so far."""
         return self.path.delivered + self.path.lost.total()
 
     def is_done(self, sink: KafkaSink) -> bool:
-        """Say whether all was sent and nothing is under way."""
+        """Whether all was sent and nothing is in flight."""
         return self.spool.sent == self.spool.end and not sink.in_flight[self.stream.name]
 
     def result(self, sink: KafkaSink) -> Sent:
-        """Return what became of it all."""
+        """End the replay and return its result."""
         self.path.end(sink, 0, ring_stays=True)
-        trouble = sink.trouble_of(self.stream.name) or (sink.trouble.name if sink.trouble else "")
-        if self.path.ledger_trouble:
-            trouble = f"ledger: {self.path.ledger_trouble}"
+        last_error = sink.last_error_of(self.stream.name) or (sink.last_error.name if sink.last_error else "")
+        if self.path.ledger_error:
+            last_error = f"ledger: {self.path.ledger_error}"
         delivered, lost = self.path.delivered - self._delivered, self.path.lost - self._lost
-        return Sent(delivered, self.waiting, dict(lost), trouble if self.waiting else "")
+        return Sent(delivered, self.waiting, dict(lost), last_error if self.waiting else "")
 
-    def give_up(self) -> int:
-        """Count all that waits as lost, and delete it; return how much that is."""
+    def discard(self) -> int:
+        """Count all spooled events as lost and delete them; return how many there were."""
         spool, count = self.spool, self.waiting
         lost = Counter(self.account.lost) + Counter(spool_dropped=count)
-        self._write_account(dataclasses.replace(self.account, lost=dict(lost), acked=spool.end, gone=0))
+        self._write_account(dataclasses.replace(self.account, lost=dict(lost), acked=spool.end, discarded=0))
         spool.acked = spool.sent = spool.end
-        spool.gone = 0
+        spool.discarded = 0
         spool.sweep()
         return count
 
 
 def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) -> dict[Topic, Sent]:
-    """Send what waits, or else what is in the quarantine, until it is acknowledged; return what became of it by topic.
+    """Send the spooled events, or the quarantined messages, until all are acknowledged; return the results by topic.
 
-    It ends early when `stop` is set, and when nothing was acknowledged for `timeout_s`. BusyError where a producer
-    runs, UnavailableError where no broker answers: then nothing has changed.
+    Ends early when `stop` is set or nothing was acknowledged for `timeout_s`. Raises BusyError if a producer is
+    running, and UnavailableError if no broker answers; then nothing has changed.
     """
     settings = client_settings(config.kafka.brokers, config.kafka.settings)
     topics = {stream.name: topic(config, stream) for stream in STREAMS}
     with disk_errors(), ExitStack() as stack:
-        _stand_in(config, stack)
+        _take_over(config, stack)
         Admin(config).partitions()
         if quarantine:
             sources = [_Source(stream, _quarantine(config, stream), None, lambda account: None) for stream in STREAMS]
-            put = _put_behind(config, stack)
+            put = _appender(config, stack)
         else:
             sources = [_spool(config, stream, stack) for stream in STREAMS]
             kept = Quarantine(config)
@@ -167,35 +167,37 @@ def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) ->
 
 
 def drop(config: Config) -> dict[Topic, int]:
-    """Give up what waits; return the number of events by topic. BusyError where a producer runs."""
+    """Discard the spooled events; return their number by topic. Raises BusyError if a producer is running."""
     with disk_errors(), ExitStack() as stack:
-        _stand_in(config, stack)
-        return {topic(config, stream): _spool(config, stream, stack).give_up() for stream in STREAMS}
+        _take_over(config, stack)
+        return {topic(config, stream): _spool(config, stream, stack).discard() for stream in STREAMS}
 
 
 def drop_quarantine(config: Config) -> dict[Topic, int]:
-    """Delete what is in the quarantine; return the number of messages by topic. BusyError where a producer runs."""
+    """Delete the quarantine; return its number of messages by topic. Raises BusyError if a producer is running."""
     with disk_errors(), ExitStack() as stack:
-        _stand_in(config, stack)
+        _take_over(config, stack)
         counts = {topic(config, stream): quarantined(config, stream).total() for stream in STREAMS}
         for stream in STREAMS:
-            for ending in (SEGMENT, ASIDE):
+            for ending in (SPOOL_SUFFIX, ASIDE_SUFFIX):
                 for path in files(quarantine_folder(config, stream), ending):
                     path.unlink()
         return counts
 
 
 def complaint(sent: Mapping[Topic, Sent]) -> tuple[str | None, str | None]:
-    """Return what waits still, and what is lost, in a line each; None where nothing is."""
+    """Return a line on events that are left, and one on events that were lost; None if there are none."""
     waiting = [
-        f"{name}: {each.waiting} events wait {each.trouble}".rstrip() for name, each in sent.items() if each.waiting
+        f"{name}: {each.waiting} events not delivered {each.last_error}".rstrip()
+        for name, each in sent.items()
+        if each.waiting
     ]
     lost = [f"{name}: {sum(each.lost.values())} events lost" for name, each in sent.items() if each.lost]
     return "; ".join(waiting) or None, "; ".join(lost) or None
 
 
-def _stand_in(config: Config, stack: ExitStack) -> None:
-    """Take the producer's place, where there has been one."""
+def _take_over(config: Config, stack: ExitStack) -> None:
+    """Take the producer's place: lock its state folder, which must exist."""
     require_state_folder(config)
     stack.enter_context(StateFolder(config.state_dir))
 
@@ -209,16 +211,16 @@ def _spool(config: Config, stream: Stream, stack: ExitStack) -> _Source:
 
 
 def _quarantine(config: Config, stream: Stream) -> Spool:
-    """Return a stream's quarantine, not yet opened; what was in it may come back, however much that is."""
+    """Return a stream's quarantine, not yet opened, without a size limit: any of its messages may come back."""
     return Spool(
         quarantine_folder(config, stream), stream, load_schema(stream.schema_file), now, max_bytes=_NO_LIMIT_BYTES
     )
 
 
-def _put_behind(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str], None]:
-    """Return what writes messages behind those that are in the quarantine now, in files that a replay does not read.
+def _appender(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str], None]:
+    """Return a function that appends messages to the quarantine, in new files that this replay does not read.
 
-    OSError where that cannot be: then they must not be taken for done.
+    It raises OSError if that fails, so that the messages do not count as done.
     """
     spools = {stream.name: _quarantine(config, stream) for stream in STREAMS}
     for spool in spools.values():
@@ -233,9 +235,9 @@ def _put_behind(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str
 
 def _send(sources: Sequence[_Source], sink: KafkaSink, stop: Flag, timeout_s: float) -> None:
     pipeline = Pipeline([source.path for source in sources], sink, time.monotonic, lambda: 0)
-    settled, give_up_at = 0, time.monotonic() + timeout_s
-    while not all(source.is_done(sink) for source in sources) and time.monotonic() < give_up_at and not stop.is_set():
+    done, deadline_s = 0, time.monotonic() + timeout_s
+    while not all(source.is_done(sink) for source in sources) and time.monotonic() < deadline_s and not stop.is_set():
         if not pipeline.step():
             stop.wait(_PAUSE_S)
-        if (now_settled := sum(source.settled for source in sources)) != settled:
-            settled, give_up_at = now_settled, time.monotonic() + timeout_s
+        if (now_done := sum(source.done for source in sources)) != done:
+            done, deadline_s = now_done, time.monotonic() + timeout_s

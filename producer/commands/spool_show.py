@@ -1,8 +1,8 @@
-"""What waits on disk, as somebody sees it who only looks: `rebpf spool show` and `rebpf spool verify`.
+"""Reads the spool without changing it: `rebpf spool show` and `rebpf spool verify`.
 
-Nothing is made, deleted or locked. A producer may be at work meanwhile, so that the ledger is one of another moment
-than the files. What was appended before a look and is not done after it must be in the files that there are: `end` is
-taken from before, `acked` and `gone` from after. A file that vanishes between its listing and its opening is done.
+Nothing is created, deleted or locked. A producer may be running, so the ledger and the files may be from different
+moments. Events that were appended before the files are read and are not done afterwards must be in the files: `end` is
+read before them, `acked` and `discarded` after. A file that vanishes between listing and opening is done.
 """
 
 import os
@@ -21,7 +21,7 @@ from producer.host.clock import Moment, now
 from producer.host.state_file import NotAFileError, open_regular
 from producer.host.text import lines
 from producer.pipeline.ledger import Account, Ledger
-from producer.spool.files import ASIDE, SEGMENT, files, made_at
+from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files, made_at
 from producer.spool.format import DamagedError, Reader, read_header
 from producer.spool.spool import HEADER_BYTES
 from producer.topics import topic
@@ -29,60 +29,60 @@ from producer.topics import topic
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What waits of a stream."""
+    """The spooled events of a stream."""
 
     events: int
-    """Events that wait for Kafka."""
-    segments: int
+    """Events that are not yet delivered."""
+    files: int
     size_bytes: int
-    """Of the segments, and of the files set aside."""
+    """Size of the spool files and of damaged files kept for inspection."""
     oldest_s: float | None
-    """Seconds since the oldest segment with events that wait was begun; None where that is not known."""
+    """Age of the oldest file with undelivered events; None if unknown."""
     damaged_files: int
-    """Files set aside because of damage."""
+    """Damaged files kept for inspection."""
     quarantine: Mapping[str, int]
-    """Messages that Kafka has refused, by reason."""
+    """Messages that Kafka has rejected, by reason."""
 
     def __str__(self) -> str:
         oldest = "" if self.oldest_s is None else f" oldest_s={self.oldest_s:.0f}"
         reasons = ",".join(f"{reason}:{count}" for reason, count in self.quarantine.items()) or "0"
         return (
-            f"events={self.events} segments={self.segments} size_bytes={self.size_bytes}{oldest} "
+            f"events={self.events} files={self.files} size_bytes={self.size_bytes}{oldest} "
             f"damaged_files={self.damaged_files} quarantine={reasons}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is damaged in a file, or at a place where there is no file."""
+    """The damage in a file, or in place of a missing file."""
 
     file: str
     places: int
     lost: int
-    """Events that wait and cannot be read; what was done before is no loss."""
+    """Undelivered events that cannot be read. Events that were done are not lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What reading all of a folder has shown."""
+    """The result of reading all files of a folder."""
 
-    segments: int
+    files: int
     events: int
-    """Events that can be read, done or not."""
+    """Readable events, done or not."""
     damage: tuple[Damage, ...]
 
     @property
     def lost(self) -> int:
-        """Events that wait and cannot be read."""
+        """Undelivered events that cannot be read."""
         return sum(each.lost for each in self.damage)
 
     def as_dict(self) -> dict[str, object]:
-        """Return it as JSON has it."""
+        """Return the result for JSON output."""
         return {**asdict(self), "lost": self.lost}
 
     def __str__(self) -> str:
         places = sum(each.places for each in self.damage)
-        summary = f"segments={self.segments} events={self.events} damaged_places={places} lost={self.lost}"
+        summary = f"files={self.files} events={self.events} damaged_places={places} lost={self.lost}"
         return lines(
             [summary, *(f"  {each.file} damaged_places={each.places} lost={each.lost}" for each in self.damage)]
         )
@@ -98,26 +98,26 @@ class _Span:
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
-    """A segment as it was when it was opened; `made` is None where its header cannot be read."""
+class _SpoolFile:
+    """A spool file as it was when it was opened; `made` is None if its header cannot be read."""
 
     name: str
     base: int
     size_bytes: int
     made: Moment | None
     spans: Sequence[_Span] = ()
-    passed_over: bool = False
-    """Whether something could not be read."""
+    is_damaged: bool = False
+    """Whether something in it could not be read."""
 
     @property
     def end(self) -> int:
-        """Number behind the last event that can be read."""
+        """Number after the last readable event."""
         return self.spans[-1].end if self.spans else self.base
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Translate OSError."""
+    """Translate OSError to subclasses of RebpfError."""
     try:
         yield
     except PermissionError as error:
@@ -127,13 +127,13 @@ def disk_errors() -> Iterator[None]:
 
 
 def require_state_folder(config: Config) -> None:
-    """Raise UnavailableError where there is no state folder."""
+    """Raise UnavailableError if there is no state folder."""
     if not config.state_dir.is_dir():
-        raise UnavailableError(f"there is no state folder {config.state_dir}")
+        raise UnavailableError(f"no state folder {config.state_dir}")
 
 
 def look(config: Config) -> dict[Topic, Waiting] | None:
-    """Return what waits, by topic; None where there is no state folder."""
+    """Return the spooled events by topic; None if there is no state folder."""
     with disk_errors():
         if not config.state_dir.is_dir():
             return None
@@ -141,20 +141,20 @@ def look(config: Config) -> dict[Topic, Waiting] | None:
 
 
 def verify(config: Config) -> dict[str, Verified]:
-    """Read all that is on disk: by topic what waits, and where there is any, by topic/quarantine what was refused."""
+    """Read all files: each spool by its topic, and each quarantine that has files by TOPIC/quarantine."""
     found = {}
     with disk_errors():
         require_state_folder(config)
         for stream in STREAMS:
             name = topic(config, stream)
             found[str(name)] = _verify(spool_folder(config, stream), stream, ledger_path(config, stream))
-            if files(folder := quarantine_folder(config, stream), SEGMENT):
+            if files(folder := quarantine_folder(config, stream), SPOOL_SUFFIX):
                 found[f"{name}/quarantine"] = _verify(folder, stream, None)
     return found
 
 
 def complaint(verified: Mapping[str, Verified]) -> str | None:
-    """Return what is damaged, in a line; None where nothing is."""
+    """Return the damage in one line; None if there is none."""
     damaged = [
         f"{name}: {sum(each.places for each in found.damage)} damaged places, {found.lost} events lost"
         for name, found in verified.items()
@@ -164,30 +164,30 @@ def complaint(verified: Mapping[str, Verified]) -> str | None:
 
 
 def quarantined(config: Config, stream: Stream) -> Counter[str]:
-    """Return how many messages of a stream lie in the quarantine, by reason."""
+    """Return the number of messages in a stream's quarantine, by reason."""
     counts: Counter[str] = Counter()
-    for segment in _segments(files(quarantine_folder(config, stream), SEGMENT), stream):
-        for span in segment.spans:
+    for file in _read_files(files(quarantine_folder(config, stream), SPOOL_SUFFIX), stream):
+        for span in file.spans:
             counts[span.reason] += span.end - span.first
     return counts
 
 
 def _look(config: Config, stream: Stream) -> Waiting:
     folder = spool_folder(config, stream)
-    paths, aside = files(folder, SEGMENT), files(folder, ASIDE)
+    paths, aside = files(folder, SPOOL_SUFFIX), files(folder, ASIDE_SUFFIX)
     # Names tell how much is in all but the last, which may be longer than the ledger of a producer that crashed says.
-    segments = [*_segments(paths[:-1], stream, whole=False), *_segments(paths[-1:], stream)]
+    spool_files = [*_read_files(paths[:-1], stream, whole=False), *_read_files(paths[-1:], stream)]
     account = _account(ledger_path(config, stream))
-    end = max(account.end if account else 0, segments[-1].end if segments else 0)
-    first = segments[0].base if segments else end
+    end = max(account.end if account else 0, spool_files[-1].end if spool_files else 0)
+    first = spool_files[0].base if spool_files else end
     acked = min(account.acked, end) if account else first
-    events = end - acked - min(account.gone if account else 0, end - acked)
-    limits = [*(each.base for each in segments[1:]), end]
-    made = next((each.made for each, limit in zip(segments, limits, strict=False) if limit > acked), None)
+    events = end - acked - min(account.discarded if account else 0, end - acked)
+    limits = [*(each.base for each in spool_files[1:]), end]
+    made = next((each.made for each, limit in zip(spool_files, limits, strict=False) if limit > acked), None)
     return Waiting(
         events,
-        len(segments),
-        sum(segment.size_bytes for segment in segments) + sum(map(_size_bytes, aside)),
+        len(spool_files),
+        sum(file.size_bytes for file in spool_files) + sum(map(_size_bytes, aside)),
         max(0.0, now().since(made)) if events and made else None,
         len(aside),
         dict(quarantined(config, stream)),
@@ -196,63 +196,63 @@ def _look(config: Config, stream: Stream) -> Waiting:
 
 def _verify(folder: Path, stream: Stream, ledger: Path | None) -> Verified:
     before = _account(ledger)
-    segments = list(_segments(files(folder, SEGMENT), stream))
+    spool_files = list(_read_files(files(folder, SPOOL_SUFFIX), stream))
     after = _account(ledger)
-    end = max(before.end if before else 0, segments[-1].end if segments else 0)
-    first = segments[0].base if segments else end
+    end = max(before.end if before else 0, spool_files[-1].end if spool_files else 0)
+    first = spool_files[0].base if spool_files else end
     acked = after.acked if after else first
-    gone = after.gone if after else 0
+    discarded = after.discarded if after else 0
     damage = []
 
-    def cost(start: int, stop: int) -> int:
-        """Return how many events of a gap wait."""
+    def lost_in(start: int, stop: int) -> int:
+        """Return how many events of a gap are undelivered."""
         return max(0, stop - max(start, acked))
 
-    def cost_between_files(start: int, stop: int) -> int:
-        """Likewise; there, files may have been given up, whose events are counted as lost already."""
-        nonlocal gone
-        counted = min(gone, cost(start, stop))
-        gone -= counted
-        return cost(start, stop) - counted
+    def lost_between_files(start: int, stop: int) -> int:
+        """Return the same for a gap between files, without discarded events, which are counted already."""
+        nonlocal discarded
+        counted = min(discarded, lost_in(start, stop))
+        discarded -= counted
+        return lost_in(start, stop) - counted
 
-    if lost := cost_between_files(acked, first):
+    if lost := lost_between_files(acked, first):
         damage.append(Damage("(no file)", 1, lost))
-    for segment, limit in zip(segments, [*(each.base for each in segments[1:]), end], strict=False):
-        limit = max(limit, segment.end)
-        gaps = list(_gaps(segment))
-        behind = cost_between_files(segment.end, limit)
-        no_header = segment.made is None and not segment.spans and limit > segment.base
-        places = len(gaps) + (behind > 0 or no_header) or int(segment.passed_over)
+    for file, limit in zip(spool_files, [*(each.base for each in spool_files[1:]), end], strict=False):
+        limit = max(limit, file.end)
+        gaps = list(_gaps(file))
+        missing_after = lost_between_files(file.end, limit)
+        no_header = file.made is None and not file.spans and limit > file.base
+        places = len(gaps) + (missing_after > 0 or no_header) or int(file.is_damaged)
         if places:
-            damage.append(Damage(segment.name, places, sum(cost(*gap) for gap in gaps) + behind))
-    events = sum(span.end - span.first for span in chain.from_iterable(each.spans for each in segments))
-    return Verified(len(segments), events, tuple(damage))
+            damage.append(Damage(file.name, places, sum(lost_in(*gap) for gap in gaps) + missing_after))
+    events = sum(span.end - span.first for span in chain.from_iterable(each.spans for each in spool_files))
+    return Verified(len(spool_files), events, tuple(damage))
 
 
-def _gaps(segment: _Segment) -> Iterator[tuple[int, int]]:
-    """Yield what is missing between a segment's beginning and its last batch."""
-    expected = segment.base
-    for span in segment.spans:
+def _gaps(file: _SpoolFile) -> Iterator[tuple[int, int]]:
+    """Yield the gaps between a file's start and its last batch."""
+    expected = file.base
+    for span in file.spans:
         if span.first > expected:
             yield expected, span.first
         expected = span.end
 
 
-def _segments(paths: Sequence[Path], stream: Stream, *, whole: bool = True) -> Iterator[_Segment]:
-    """Read segments, or without `whole` their headers alone."""
+def _read_files(paths: Sequence[Path], stream: Stream, *, whole: bool = True) -> Iterator[_SpoolFile]:
+    """Read files, or only their headers if not `whole`."""
     for path in paths:
         with suppress(FileNotFoundError):
-            yield _segment(path, stream, whole=whole)
+            yield _read_file(path, stream, whole=whole)
 
 
-def _segment(path: Path, stream: Stream, *, whole: bool) -> _Segment:
+def _read_file(path: Path, stream: Stream, *, whole: bool) -> _SpoolFile:
     base = int(path.stem)
     try:
         descriptor = open_regular(path)
     except NotAFileError:
-        return _Segment(path.name, base, 0, None)
+        return _SpoolFile(path.name, base, 0, None)
     with open(descriptor, "rb") as file:
-        # What is appended from now on would look like damage where a half of it is read.
+        # Ignore what is appended from now on: half a block would look like damage.
         size_bytes = os.fstat(file.fileno()).st_size
 
         def read_at(offset: int, size: int) -> bytes:
@@ -261,10 +261,10 @@ def _segment(path: Path, stream: Stream, *, whole: bool) -> _Segment:
         try:
             start, sync, metadata = read_header(read_at(0, HEADER_BYTES))
         except (OSError, DamagedError):
-            return _Segment(path.name, base, size_bytes, None)
+            return _SpoolFile(path.name, base, size_bytes, None)
         made = made_at(metadata)
         if not whole:
-            return _Segment(path.name, base, size_bytes, made)
+            return _SpoolFile(path.name, base, size_bytes, made)
         reader = Reader(stream, sync, start, read_at)
         spans, failed = [], False
         try:
@@ -272,13 +272,13 @@ def _segment(path: Path, stream: Stream, *, whole: bool) -> _Segment:
                 spans.append(_Span(batch.first, batch.end, batch.reason))
         except OSError:
             failed = True
-        return _Segment(path.name, base, size_bytes, made, spans, failed or reader.damaged)
+        return _SpoolFile(path.name, base, size_bytes, made, spans, failed or reader.damaged)
 
 
 def _account(ledger: Path | None) -> Account | None:
     if ledger is None:
         return None
-    # Who reads a page while it is written may get two halves.
+    # A read during a write may return a mix of old and new.
     return Ledger(ledger).read() or Ledger(ledger).read()
 
 

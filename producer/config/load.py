@@ -88,10 +88,10 @@ class Spool:
     """Seconds after which events that wait are given up."""
     quarantine_bytes: int = 1 << 26
     """Most bytes on disk, for each stream, of messages that Kafka has refused; 0: none are kept."""
-    keep: str = "old"
-    """Which events to keep where there is no room: old or new."""
-    after_s: float = 2.0
-    """Seconds that Kafka may take for a batch before events go to disk."""
+    when_full: str = "reject"
+    """What to do with events when the spool is full: reject (the newest) or drop_oldest."""
+    spill_after_s: float = 2.0
+    """Seconds that Kafka may take for a batch before events go to the spool."""
 
 
 @dataclass(frozen=True, slots=True)

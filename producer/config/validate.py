@@ -37,7 +37,7 @@ _SECONDS: Mapping[str, tuple[float, float]] = {
     "capture.drain_interval_s": (0.001, 60),
     "kafka.stop_timeout_s": (0, _DAY_S),
     "registry.timeout_s": (0.001, 3600),
-    "spool.after_s": (0.1, 3600),
+    "spool.spill_after_s": (0.1, 3600),
     "spool.max_age_s": (1, 3660 * _DAY_S),
     "alert.lateness_s": (0, _DAY_S),
     "alert.repeat_s": (1, 30 * _DAY_S),
@@ -162,8 +162,8 @@ def _check_spool(spool: Any) -> None:
             raise ConfigError(f"spool.{name}: {size} is neither 0 nor at least {_MIN_SPOOL_BYTES}")
         if size > _MAX_SPOOL_BYTES:
             raise ConfigError(f"spool.{name}: {size} is too large: at most {_MAX_SPOOL_BYTES}")
-    if spool.keep not in ("old", "new"):
-        raise ConfigError(f"spool.keep: old or new is wanted, not {spool.keep!r}")
+    if spool.when_full not in ("reject", "drop_oldest"):
+        raise ConfigError(f"spool.when_full: expected reject or drop_oldest, found {spool.when_full!r}")
 
 
 def _check_listen(listen: str) -> None:

@@ -1,12 +1,11 @@
-"""An Avro encoder for records whose values come as columns: numpy arrays in, all records' bytes out.
+"""A columnar Avro encoder: takes numpy arrays and returns the bytes of all records.
 
-It is driven by the record's schema and gives the same bytes as fastavro. A message is written field by field for all
-rows at once: the bytes of one field of every row are computed as an array of 64-bit words, first byte lowest, and each
-word is stored at its row's own offset. What a word holds beyond its field's length is overwritten by the row's next
-field, or falls into the gap that every row has at its end.
+It follows the record's schema and produces the same bytes as fastavro. It writes one field of all rows at once: the
+field's bytes are computed as an array of 64-bit words, first byte lowest, and each word is stored at its row's offset.
+Bytes of a word beyond the field's length are overwritten by the row's next field, or fall into the gap after the row.
 
-Integers (zig-zag varints) and booleans are computed; every other type, and every run of neighbouring fields that seldom
-change together, is a `Coded` column: fastavro encodes each distinct value once, and rows refer to it by number.
+Integers (zig-zag varints) and booleans are computed. Every other type, and every run of neighbouring fields that seldom
+change, is a `Coded` column: fastavro encodes each distinct value once, and rows refer to it by number.
 
 The format: https://avro.apache.org/docs/1.12.0/specification/#binary-encoding
 """
@@ -27,7 +26,7 @@ Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
 Schema = Mapping[str, Any]
 Group = NewType("Group", str)
-"""The names of neighbouring fields that one column holds, joined by commas."""
+"""The names of the neighbouring fields in one column, joined by commas."""
 
 _WORD = 8
 _GAP_BYTES = 2 * _WORD
@@ -38,7 +37,7 @@ _PRIMITIVES = _COMPUTED | {"string", "bytes", "float", "double", "null"}
 class Table:
     """Distinct encoded values by number, in a matrix of bytes: value i is `matrix[i, :lengths[i]]`.
 
-    Growing makes a new matrix, so that one that was handed out never changes in the rows that it had.
+    Growing creates a new matrix, so the rows of a matrix that was handed out never change.
     """
 
     def __init__(self, values: Sequence[bytes] = ()) -> None:
@@ -72,7 +71,7 @@ class Table:
 class Ints:
     """A column of integers or booleans: any integer or bool dtype, shape (rows,).
 
-    `valid` says which rows are not null; None: all, and a nullable field alone may have one.
+    `valid` marks the rows that are not null; None means all. Only a nullable field may have it.
     """
 
     values: NDArray[Any]
@@ -81,7 +80,7 @@ class Ints:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coded:
-    """A column of numbers into a table of values encoded before; `codes` has an integer dtype and shape (rows,)."""
+    """A column of indices into a table of encoded values; `codes` has an integer dtype and shape (rows,)."""
 
     codes: NDArray[Any]
     table: Table
@@ -92,7 +91,7 @@ Column = Ints | Coded
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Records in one buffer: record i is `buffer[starts[i]:][:lengths[i]]`; bytes between records mean nothing."""
+    """Records in one buffer: record i is `buffer[starts[i]:][:lengths[i]]`; bytes between records are garbage."""
 
     buffer: Bytes
     starts: NDArray[np.int64]
@@ -101,7 +100,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the schema says of one column; `computed`: it is Ints, otherwise Coded."""
+    """The schema of one column, which is Ints if `computed`, otherwise Coded."""
 
     group: Group
     nullable: bool
@@ -110,10 +109,10 @@ class Step:
 
 
 class Encoder:
-    """Encodes rows of one record schema, each behind the bytes of `header`.
+    """Encodes rows of one record schema, each preceded by the bytes of `header`.
 
-    Fields named in `together` are not computed; neighbours among them are one group, which one Coded column
-    fills. Raises SchemaError for a schema that is not a flat record of primitive types and ["null", primitive].
+    Fields named in `together` are not computed; neighbours among them form one group, filled by one Coded column.
+    Raises SchemaError for a schema that is not a flat record of primitive types and ["null", primitive].
     """
 
     def __init__(self, schema: Schema, header: bytes = b"", together: frozenset[str] = frozenset()) -> None:
@@ -131,15 +130,15 @@ class Encoder:
 
     @property
     def groups(self) -> list[Group]:
-        """The columns that `encode` wants, in the record's order."""
+        """The columns that `encode` takes, in the record's order."""
         return [step.group for step in self._steps]
 
     def step(self, group: Group) -> Step:
-        """Return what the schema says of a column."""
+        """Return a column's schema."""
         return next(step for step in self._steps if step.group == group)
 
     def value(self, group: Group, values: Mapping[str, Any]) -> bytes:
-        """Encode one value of a group, for a Coded column's table; a field that is not in `values` has its default."""
+        """Encode one value of a group for a Coded column's table; fields not in `values` get their defaults."""
         names = group.split(",")
         schema = {"type": "record", "name": "group", "fields": [self._fields[name] for name in names]}
         out = io.BytesIO()
@@ -147,7 +146,7 @@ class Encoder:
         return out.getvalue()
 
     def encode(self, columns: Mapping[Group, Column], rows: int) -> Encoded:
-        """Encode `rows` records; KeyError for a missing column."""
+        """Encode `rows` records. Raises KeyError for a missing column."""
         parts = _packed(part for step in self._steps for part in _parts(step, columns[step.group]))
         stride = len(self._header) + sum(part.width for part in parts) + _GAP_BYTES
         buffer = np.empty(rows * stride, np.uint8)
@@ -175,7 +174,7 @@ def _kind(field: Mapping[str, Any]) -> tuple[str, bool]:
     kind, nullable = field["type"], False
     if isinstance(kind, list):
         if len(kind) != 2 or kind[0] != "null":
-            raise SchemaError(f"field {field['name']}: the only unions are of null and one other type, null first")
+            raise SchemaError(f"field {field['name']}: unions other than [null, TYPE] are not supported")
         kind, nullable = kind[1], True
     if isinstance(kind, dict):
         kind = kind["type"]
@@ -186,7 +185,7 @@ def _kind(field: Mapping[str, Any]) -> tuple[str, bool]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """The bytes of one column: of each row's chunk the first `lengths` (a number if all are alike), at most `width`."""
+    """The bytes of one column: the first `lengths` of each row's chunk (an int if all are equal), at most `width`."""
 
     chunks: NDArray[Any]
     lengths: NDArray[np.int64] | int
@@ -194,7 +193,7 @@ class _Part:
 
 
 def _store(chunks: NDArray[Any], buffer: Bytes, offsets: NDArray[np.int64]) -> None:
-    """Write each row's chunk at its offset: an array whose elements begin at every byte of the buffer takes them."""
+    """Write each row's chunk at its offset, through a view whose elements start at every byte of the buffer."""
     size = chunks.dtype.itemsize
     if len(buffer) >= size:
         places = as_strided(buffer[:size].view(chunks.dtype), (len(buffer) - size + 1,), (1,))
@@ -202,7 +201,7 @@ def _store(chunks: NDArray[Any], buffer: Bytes, offsets: NDArray[np.int64]) -> N
 
 
 def _packed(parts: Iterable[_Part]) -> list[_Part]:
-    """Join neighbours that fit in one word, so that fewer words are stored."""
+    """Merge neighbours that fit in one word, to store fewer words."""
     packed: list[_Part] = []
     for part in parts:
         last = packed[-1] if packed else None
@@ -232,14 +231,14 @@ def _parts(step: Step, column: Column) -> list[_Part]:
 
 
 def _nulled(part: _Part, valid: NDArray[np.bool_] | None, null_bytes: int) -> _Part:
-    """Empty the rows that are null, but for `null_bytes` zeros: null's number in the union is 0."""
+    """Replace rows that are null by `null_bytes` zeros: null is branch 0 of the union."""
     if valid is None:
         return part
     return _Part(np.where(valid, part.chunks, _ZERO), np.where(valid, part.lengths, null_bytes), part.width)
 
 
 def _zigzag(values: NDArray[Any]) -> Words:
-    """Integers to the unsigned numbers that Avro's varints hold; a boolean is a byte, and so a varint of itself."""
+    """Zig-zag integers for Avro's varints; a boolean is one byte, which is its own varint."""
     if values.dtype.kind == "b":
         return values.astype(np.uint64)
     if values.dtype.kind == "u":
@@ -252,13 +251,13 @@ _ZERO, _ONE, _BYTE, _NOT_NULL = np.uint64(0), np.uint64(1), np.uint64(8), np.uin
 _SEVENTH = [np.uint64(0x7F << 7 * k) for k in range(_WORD)]
 _SHIFT = [np.uint64(k) for k in range(_WORD)]
 _BELOW = [np.uint64(1 << 7 * k) for k in range(10)]
-# By a varint's length: the continuation bits of its first word (every byte but the last), and of its second.
+# By a varint's length: the continuation bits of its first word (every byte except the last), and of its second.
 _MORE = np.array([sum(0x80 << 8 * k for k in range(min(length - 1, 8))) for length in range(11)], np.uint64)
 _MORE_HIGH = np.array([0] * 10 + [0x80], np.uint64)
 
 
 def _varint(values: Words) -> list[_Part]:
-    """Seven bits to a byte, lowest first: one word where all values fit in 56 bits, else two."""
+    """Seven bits per byte, lowest first: one word if all values fit in 56 bits, else two."""
     most = -(-int(values.max(initial=1)).bit_length() // 7)
     if most == 1:
         return [_Part(values, 1, 1)]

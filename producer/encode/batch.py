@@ -1,4 +1,4 @@
-"""From rows of a ring to Kafka messages: which column, or constant of the host, fills which field of the schema."""
+"""Encodes rows of a ring as Kafka messages: maps columns and constants of the host to fields of the schema."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,14 +33,14 @@ _MILLISECOND_NS = 1_000_000
 _MAX_INT = (1 << 31) - 1
 _MAX_LONG = (1 << 63) - 1
 _MAX_TIME_NS = 1 << 62
-"""The offset to UTC is still to be added."""
+"""Leaves space for adding the offset to UTC."""
 
 
 class BatchEncoder:
     """Encodes batches of one stream with a record schema.
 
     `host_fields` are the values of fields that are the same in all events of this host. A field of the schema that no
-    row carries has its default in every message; SchemaError where it has none.
+    row has gets its default; SchemaError if it has none.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class BatchEncoder:
         }
 
     def fit(self, rows: Rows) -> int:
-        """Return how many of the rows, from the first on, are encoded in a short time: new flows take longer."""
+        """Return how many leading rows can be encoded in a short time: new flows take longer."""
         return self._flows.fit(rows)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
-        """Encode a batch; `utc_offset_ns` is what the monotonic clock lacks to nanoseconds since 1970.
+        """Encode a batch; `utc_offset_ns` plus the monotonic clock is nanoseconds since 1970.
 
-        Unencodable where a row has a number that its field cannot hold, which the kernel never writes.
+        Raises Unencodable if a number is too large for its field, which the kernel never writes.
         """
         rows = batch.rows
         _check(rows)
@@ -107,7 +107,7 @@ class BatchEncoder:
 
 
 def _check(rows: Rows) -> None:
-    """Raise Unencodable where a number does not fit its field's type in the schema."""
+    """Raise Unencodable if a number does not fit its field's type in the schema."""
     segments, flows = rows["s"], rows["s"]["flow"]
     for numbers, most in (
         *((segments[name], _MAX_INT) for name in ("cpu", "payload_len", "segs")),
@@ -117,10 +117,10 @@ def _check(rows: Rows) -> None:
         *((flows[name], _MAX_LONG) for name in ("sk_cookie", "cgroup_id")),
     ):
         if len(numbers) and numbers.max() > most:
-            raise Unencodable(f"{numbers.max()} is more than its field can hold", numbers > most)
+            raise Unencodable(f"{numbers.max()} is too large for its field", numbers > most)
 
 
 def _name_table(encoder: Encoder, name: Group, names: Sequence[str]) -> Table:
-    """Return the encoded name of every number that a byte can hold, and after them null where the field may be null."""
+    """Return the encoded name of each number that a byte can hold, followed by null if the field is nullable."""
     known = [encoder.value(name, {name: names[i] if i < len(names) else UNKNOWN}) for i in range(_NULL)]
     return Table([*known, encoder.value(name, {name: None})] if encoder.step(name).nullable else known)

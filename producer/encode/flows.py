@@ -1,7 +1,7 @@
-"""The parts of an event that stay the same for a connection, encoded once for each connection.
+"""Caches the encoded fields that are constant per connection.
 
-A row's flow (bpf/events.h, struct flow) is looked up for whole batches in an array indexed by a hash of its bytes; a
-row that the array does not answer (a new flow, or one whose place another flow took) goes through a dictionary.
+The flows of a batch (bpf/events.h, struct flow) are looked up at once, in an array indexed by a hash of their bytes. On
+a miss (a new flow, or one whose slot another flow took), a row goes through a dictionary.
 """
 
 import ipaddress
@@ -17,16 +17,16 @@ from producer.host import cgroups
 
 
 class Cgroups(Protocol):
-    """What a flow table asks of the cgroups."""
+    """Looks up paths of cgroups."""
 
     found: int
-    """How many ids have been found so far."""
+    """Number of ids found so far."""
 
     def path(self, cgroup_id: int) -> str | None:
-        """Return the path of a cgroup; None where it is not known, or not known yet."""
+        """Return the path of a cgroup; None if it is unknown, or not yet known."""
 
     def look(self) -> None:
-        """Look a little further for those that are not known yet."""
+        """Continue the search for unknown ids for a short time."""
 
 
 FLOW_FIELDS = frozenset(
@@ -38,16 +38,16 @@ _WORDS = FLOW.itemsize // 8
 _SLOT_BITS = 15
 _MOST_FLOWS = 1 << 15
 MOST_NEW = 256
-"""Most new flows that a batch should have: each costs as much as a hundred rows of known ones."""
+"""Most new flows per batch: each costs as much as a hundred rows of known ones."""
 
 
 _Found = tuple[NDArray[np.void], NDArray[np.uint64], NDArray[np.int64], NDArray[np.intp]]
 
 
 class FlowTable:
-    """Numbers flows, and holds each one's encoded field groups and Kafka key under its number.
+    """Numbers flows, and stores each one's encoded field groups and Kafka key by its number.
 
-    `fields` are what every flow of this host has in common (host, boot_id).
+    `fields` are those that all flows of this host share (host, boot_id).
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class FlowTable:
         self._cgroups = cgroup_paths
         self._found = 0
         self._fitted: tuple[Rows, _Found] | None = None
-        """What `fit` has looked up, for the `number` that follows."""
-        # Random, so that nobody can choose flows that share a place; odd, so that no bit of a word is lost.
+        """The result of `fit`'s look-up, for the next `number`."""
+        # Random, so that nobody can choose flows that share a slot; odd, so that no bit of a word is lost.
         self._factors = np.random.default_rng().integers(0, 1 << 63, _WORDS, np.uint64) << np.uint64(1) | np.uint64(1)
         self.groups: dict[Group, Table] = {group: Table() for group in groups}
         self._clear()
@@ -67,8 +67,8 @@ class FlowTable:
     def _clear(self) -> None:
         self._numbers: dict[bytes, int] = {}
         self._unresolved: dict[int, list[bytes]] = {}
-        """Flows of cgroups whose path was not known, by the cgroup's id."""
-        # No flow is all ones: its padding is 0.
+        """Flows of cgroups whose path was unknown, by the cgroup's id."""
+        # No flow is all ones, because its padding is 0.
         self._seen = np.full((1 << _SLOT_BITS, _WORDS), ~np.uint64(0))
         self._slots: NDArray[np.int64] = np.zeros(1 << _SLOT_BITS, np.int64)
         self.keys = Table()
@@ -76,7 +76,7 @@ class FlowTable:
             self.groups[group] = Table()
 
     def fit(self, rows: Rows) -> int:
-        """Return how many of the rows, from the first on, have no more than MOST_NEW new flows together."""
+        """Return how many leading rows have at most MOST_NEW new flows in total."""
         self._make_room()
         found = flows, _, _, unseen = self._look_up(rows)
         self._fitted = rows, found
@@ -91,7 +91,7 @@ class FlowTable:
         return len(rows)
 
     def number(self, rows: Rows) -> NDArray[np.int64]:
-        """Return the number of each row's flow. Numbers hold until the next call of `number` or `fit`."""
+        """Return the number of each row's flow. Numbers are valid until the next call of `number` or `fit`."""
         if self._fitted is None or self._fitted[0] is not rows:
             self._make_room()
             self._fitted = rows, self._look_up(rows)
@@ -109,11 +109,11 @@ class FlowTable:
         self._forget_resolved()
 
     def _look_up(self, rows: Rows) -> tuple[NDArray[np.void], NDArray[np.uint64], NDArray[np.int64], NDArray[np.intp]]:
-        """Return the rows' flows, these as words, their slots, and which rows' flows are not in their slots."""
+        """Return the rows' flows, the flows as words, their slots, and the rows whose flows are not in their slots."""
         flows = np.ascontiguousarray(rows["s"]["flow"])
         words = flows.view(np.uint64).reshape(-1, _WORDS)
         slots = self._slots_of(words)
-        # Eight comparisons of a row, read as one number: 0 where all are equal.
+        # Eight comparisons per row, read as one number: 0 if all are equal.
         differs = (words != self._seen.take(slots, axis=0)).view(np.uint64)[:, 0] != 0
         return flows, words, slots, np.flatnonzero(differs)
 
@@ -121,7 +121,7 @@ class FlowTable:
         return (words @ self._factors >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
 
     def _forget_resolved(self) -> None:
-        """Forget flows whose cgroup has a path now: their next event encodes them anew."""
+        """Forget flows whose cgroup's path is now known, so that their next event encodes it."""
         self._cgroups.look()
         if self._found == self._cgroups.found:
             return
@@ -165,13 +165,13 @@ class FlowTable:
 
 
 def address(packed: bytes) -> str:
-    """Return the text form of RFC 5952 of 16 bytes; an IPv4-mapped address as IPv4."""
+    """Return 16 bytes as an address in RFC 5952 form; an IPv4-mapped address as IPv4."""
     ip = ipaddress.IPv6Address(packed)
     return str(ip.ipv4_mapped or ip)
 
 
 def key(flow: Mapping[str, Any]) -> bytes:
-    """Return the Kafka key of a flow, the same in all topics: `saddr:sport>daddr:dport`, IPv6 in brackets."""
+    """Return a flow's Kafka key, the same in all topics: `saddr:sport>daddr:dport`, with IPv6 in brackets."""
     return f"{_endpoint(flow['saddr'], flow['sport'])}>{_endpoint(flow['daddr'], flow['dport'])}".encode()
 
 

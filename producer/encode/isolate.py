@@ -1,7 +1,7 @@
-"""Encoding that gives up the events that cannot be encoded, and no others.
+"""Isolates events that cannot be encoded, so that only these are lost.
 
-A ring may hold anything: what another version wrote, or memory that was damaged. One such record must neither end the
-producer nor come back at its next start.
+A ring may hold anything: records of another version, or damaged memory. Such a record must neither end the producer nor
+come back at the next start.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from producer.events import Batch, EncodedBatch, Rows
 
 _MANY = 1 << 12
 _FEW = 64
-"""Rows encoded at a time while a defect shows: a search among these takes less than the most tries."""
+"""Rows per call while a defect shows: a search among these needs fewer than the maximum of tries."""
 _MOST_TRIES = 256
 _MOST_REASONS = 8
 
 
 class Unencodable(ValueError):
-    """Rows hold numbers that no event can have; `rows` is a mask of them."""
+    """Rows have numbers that no event can have; `rows` is a mask of these rows."""
 
     def __init__(self, text: str, rows: NDArray[np.bool_]) -> None:
         super().__init__(text)
@@ -28,20 +28,20 @@ class Unencodable(ValueError):
 
 
 class Encoder(Protocol):
-    """What encodes whole batches, or raises."""
+    """Encodes whole batches, or raises."""
 
     def fit(self, rows: Rows) -> int:
-        """Return how many of the rows, from the first on, are encoded in a short time."""
+        """Return how many leading rows can be encoded in a short time."""
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         """Encode a batch."""
 
 
 class Isolator:
-    """Encodes what can be encoded; `refuse` gets the rows that cannot, each time those with one reason.
+    """Encodes what can be encoded, and passes other rows to `refuse`, grouped by reason.
 
-    A search for rows that meet a defect is bounded: where it takes too long, the error is raised, and `fit` asks for
-    fewer rows until the defect shows no more.
+    The search for rows that trigger a defect is bounded: if it takes too long, the error is raised, and `fit` asks for
+    fewer rows until the defect no longer shows.
     """
 
     def __init__(self, encoder: Encoder, refuse: Callable[[Rows, str], None]) -> None:
@@ -50,13 +50,13 @@ class Isolator:
         self._most = _MANY
 
     def fit(self, rows: Rows) -> int:
-        """Return how many of the rows, from the first on, are encoded in a short time."""
+        """Return how many leading rows can be encoded in a short time."""
         return min(self._encoder.fit(rows), self._most)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch | None:
-        """Encode a batch without the rows that cannot be encoded; None where none is left.
+        """Encode a batch without the rows that cannot be encoded; None if there are no others.
 
-        An error that is about no row, as a lack of memory, is raised: another try may succeed.
+        Errors that no row causes, such as lack of memory, are raised: a retry may succeed.
         """
         try:
             encoded = self._encoder.encode(batch, utc_offset_ns)
@@ -66,7 +66,7 @@ class Isolator:
             bad = {str(error): np.flatnonzero(error.rows).tolist()}
         except (MemoryError, OSError):
             raise
-        except Exception:  # a defect: it may cost the rows that it is about
+        except Exception:  # a defect: drop only the rows that trigger it
             bad = self._find(batch, utc_offset_ns)
             if not bad:
                 raise
@@ -77,7 +77,7 @@ class Isolator:
         return self.encode(Batch(batch.stream, good), utc_offset_ns) if len(good) else None
 
     def _find(self, batch: Batch, utc_offset_ns: int) -> dict[str, list[int]]:
-        """Return the rows that cannot be encoded by themselves, by reason; none where the search takes too long."""
+        """Return the rows that cannot be encoded even alone, by reason; none if the search takes too long."""
         bad: dict[str, list[int]] = {}
         ranges = [(0, len(batch.rows))]
         tries = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from producer.health.status import Status
 
 
-class Board:
+class StatusBoard:
     """Where the loop leaves its status for other threads.
 
     They wait at most `answer_timeout_s` for one; a loop that has made no step for `hangs_after_s` is held to hang.
@@ -26,9 +26,9 @@ class Board:
         """Note a step of the loop; make and leave a status where somebody waits for it."""
         self._stepped_at = time.monotonic()
         if self._wanted or self._status is None:
-            self.leave(status())
+            self.publish(status())
 
-    def leave(self, status: Status) -> None:
+    def publish(self, status: Status) -> None:
         """Leave a status that was made anyway."""
         with self._fresh:
             self._status, self._wanted = status, False
@@ -39,7 +39,7 @@ class Board:
         """Return the seconds since the loop's last step, or since this object was made."""
         return time.monotonic() - self._stepped_at
 
-    def trouble(self) -> str | None:
+    def hang(self) -> str | None:
         """Return what the loop does wrong; None where it makes its steps."""
         idle_s = self.idle_s()
         return f"has made no step for {idle_s:.1f} s" if idle_s > self._hangs_after_s else None

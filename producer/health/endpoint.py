@@ -38,7 +38,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from producer.health import metrics
-from producer.health.board import Board as Board
+from producer.health.board import StatusBoard as StatusBoard
 from producer.health.endpoint_client import ask as ask
 from producer.health.passwords import Passwords
 from producer.health.web_config import WebConfig, WebSettings
@@ -65,7 +65,7 @@ class Endpoint:
     """
 
     def __init__(
-        self, host: str, port: int, board: Board, web: WebSettings | None = None, local: Path | None = None
+        self, host: str, port: int, board: StatusBoard, web: WebSettings | None = None, local: Path | None = None
     ) -> None:
         self._host, self._port, self._board = host, port, board
         self._web = web or WebSettings(None)
@@ -130,7 +130,7 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_port = False
     request_queue_size = 64
 
-    def __init__(self, host: str, port: int, board: Board, web: WebSettings) -> None:
+    def __init__(self, host: str, port: int, board: StatusBoard, web: WebSettings) -> None:
         if ":" in host:
             self.address_family = AF_INET6
         self.board = board
@@ -220,7 +220,7 @@ class _LocalServer(_Server):
 
     address_family = AF_UNIX
 
-    def __init__(self, path: Path, board: Board, web: WebSettings) -> None:
+    def __init__(self, path: Path, board: StatusBoard, web: WebSettings) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError:  # a folder, say
@@ -352,9 +352,9 @@ def _metrics(visit: _Visit) -> Answer:
 
 
 def _healthz(visit: _Visit) -> Answer:
-    trouble = visit.server.board.trouble()
-    if trouble:
-        return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"the loop {trouble}\n".encode()
+    hang = visit.server.board.hang()
+    if hang:
+        return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"the loop {hang}\n".encode()
     return HTTPStatus.OK, _TEXT, b"ok\n"
 
 
@@ -368,9 +368,9 @@ def _status(visit: _Visit) -> Answer:
 
 def _of_status(visit: _Visit, keys: tuple[str, ...] | None) -> Answer:
     """Answer with the status, or some of it; that of before the loop hung would not be true."""
-    status, trouble = visit.server.board.last(), visit.server.board.trouble()
-    if status is None or trouble:
-        answer = {"state": "unavailable", "reasons": [trouble or "does not capture yet"]}
+    status, hang = visit.server.board.last(), visit.server.board.hang()
+    if status is None or hang:
+        answer = {"state": "unavailable", "reasons": [hang or "does not capture yet"]}
         return HTTPStatus.SERVICE_UNAVAILABLE, _JSON, json.dumps(answer).encode()
     facts = status.as_dict()
     return HTTPStatus.OK, _JSON, json.dumps({key: facts[key] for key in keys or facts}).encode()

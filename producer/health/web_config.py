@@ -95,7 +95,7 @@ class WebSettings:
         self._reading = threading.Lock()
         self._config = WebConfig()
         self._digest = b""
-        self.trouble: str | None = None
+        self.last_error: str | None = None
         """Why the file as it is now is not in force; None where it is."""
         if path:
             source = _Source(path)
@@ -117,7 +117,7 @@ class WebSettings:
 
     def _look(self, path: Path) -> None:
         source = _Source(path)
-        trouble = None
+        last_error = None
         try:
             fresh = source.parse()
             digest = source.digest()
@@ -126,10 +126,10 @@ class WebSettings:
                 self._config, self._digest = fresh, digest
                 logger.info("metrics: read %s again", path)
         except ConfigError as error:
-            trouble = str(error)
-        if trouble and trouble != self.trouble:
-            logger.warning("%s: the settings read before stay in force", trouble)
-        self.trouble = trouble
+            last_error = str(error)
+        if last_error and last_error != self.last_error:
+            logger.warning("%s: the settings read before stay in force", last_error)
+        self.last_error = last_error
 
 
 def _check_change(path: Path, old: WebConfig, new: WebConfig) -> None:

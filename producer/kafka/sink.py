@@ -153,7 +153,7 @@ class KafkaSink:
         self._refused_untold: Counter[tuple[Topic, str]] = Counter()
         self.in_flight: Counter[str] = Counter()
         """Messages under way, by stream."""
-        self.trouble: Error | None = None
+        self.last_error: Error | None = None
         """The client's last error, until a message is delivered."""
 
     def open(self) -> str:
@@ -167,18 +167,18 @@ class KafkaSink:
                 self._producer.mock_topic(self._heartbeats, 1)
         return self._brokers
 
-    def room(self, stream: Stream) -> int:
+    def capacity(self, stream: Stream) -> int:
         """Return how many more messages of a stream may be sent now: none may overtake those that are sent again."""
         if self._retries[stream.name].rows or self._alone[stream.name]:
             return 0
         return max(0, self._most - self.in_flight[stream.name])
 
-    def left(self, batch: EncodedBatch) -> int:
+    def unacknowledged(self, batch: EncodedBatch) -> int:
         """Return how many messages of a batch are still under way."""
         number = self._numbers.get(batch)
         return 0 if number is None else self._batches[number].open
 
-    def trouble_of(self, stream: str) -> str:
+    def last_error_of(self, stream: str) -> str:
         """Return the name of the error that keeps a stream's messages back; empty where none does."""
         return self._retries[stream].error
 
@@ -313,7 +313,7 @@ class KafkaSink:
             flight.lost[error_name(code)] += len(rows)
         elif not code:
             outcome.delivered += len(rows)
-            self.trouble = None
+            self.last_error = None
             self._retries[stream].error = ""
             self._retries[stream].waits.reset()
             self._reopen_waits.reset()
@@ -361,8 +361,8 @@ class KafkaSink:
             hint = _HINTS.get(error.name, "")
             logger.warning("kafka: %s error=%s%s", error.text, error.name, hint and f" ({hint})")
         # That all brokers are down comes last and says least.
-        if not self.trouble or error.name != "_ALL_BROKERS_DOWN":
-            self.trouble = error
+        if not self.last_error or error.name != "_ALL_BROKERS_DOWN":
+            self.last_error = error
         self._fatal |= error.fatal
 
     def _is_news(self, kind: str) -> bool:
@@ -375,10 +375,12 @@ class KafkaSink:
 
     def _reopen(self) -> None:
         """Replace a client that met a fatal error, and send again what was not acknowledged."""
-        logger.error("kafka: the client met a fatal error and is replaced error=%s", self.trouble and self.trouble.name)
+        logger.error(
+            "kafka: the client met a fatal error and is replaced error=%s", self.last_error and self.last_error.name
+        )
         self.close()
         self._producer, self._single = Producer(self._settings, self._open_socket), None
-        self.trouble, self._fatal, self._refused = None, False, []
+        self.last_error, self._fatal, self._refused = None, False, []
         self._alone.clear()
         self._beat = None
         for retry in self._retries.values():

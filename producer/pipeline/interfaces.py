@@ -1,4 +1,4 @@
-"""What the pipeline asks of its neighbours: of a ring, an encoder, a sink, and a spool."""
+"""The interfaces that the pipeline needs: ring, encoder, sink and spool."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,43 +9,43 @@ from producer.spool.format import Spooled
 
 
 class Ring(Protocol):
-    """What the pipeline asks of a ring."""
+    """A ring buffer with a read position and a committed position."""
 
     position: int
-    """Behind the last row read."""
+    """After the last row read."""
     damaged: int
-    """Records that the last `read` has passed over because they are damaged."""
+    """Damaged records that the last `read` skipped."""
 
     @property
     def records_before(self) -> int:
-        """Number of rows before `position` since the ring was made."""
+        """Number of rows before `position` since the ring was created."""
 
     @property
     def fill(self) -> float:
-        """Share of the ring that is taken."""
+        """Used share of the ring."""
 
     def holds(self, position: int) -> bool:
-        """Say whether `position` is between two rows that are not committed, or at an end of them."""
+        """Whether `position` is a boundary of uncommitted rows, the first and last boundaries included."""
 
     def read(self, limit: int) -> Rows:
-        """Return up to `limit` rows and move `position` behind them."""
+        """Return up to `limit` rows and move `position` past them."""
 
     def commit(self, position: int) -> None:
-        """Give back the room before `position`."""
+        """Free the space before `position`."""
 
 
 class Encoder(Protocol):
-    """What the pipeline asks of an encoder."""
+    """Encodes rows as messages."""
 
     def fit(self, rows: Rows) -> int:
-        """Return how many of the rows, from the first on, are encoded in a short time: at least one."""
+        """Return how many leading rows can be encoded in a short time: at least one."""
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch | None:
-        """Encode a batch, without the rows that cannot be encoded; None where none is left."""
+        """Encode a batch without the rows that cannot be encoded; None if there are no others."""
 
 
 class Outcome(Protocol):
-    """What a sink says of one stream's messages."""
+    """Delivery reports for one stream's messages."""
 
     @property
     def delivered(self) -> int:
@@ -53,56 +53,56 @@ class Outcome(Protocol):
 
     @property
     def lost(self) -> Mapping[str, int]:
-        """Messages given up, by reason."""
+        """Messages lost, by reason."""
 
     @property
     def done(self) -> Sequence[tuple[EncodedBatch, Counter[str]]]:
-        """Batches with no message left in flight, and what each has lost."""
+        """Batches with no message left in flight, and the losses of each."""
 
 
 class Sink(Protocol):
-    """What the pipeline asks of a sink."""
+    """Sends batches and reports on their delivery."""
 
-    def room(self, stream: Stream) -> int:
-        """Return how many messages of a stream may be sent now."""
+    def capacity(self, stream: Stream) -> int:
+        """Return how many messages of a stream can be sent now."""
 
     def send(self, batch: EncodedBatch) -> None:
-        """Queue a batch; it may be larger than the room that there is."""
+        """Queue a batch, which may exceed the capacity."""
 
     def poll(self) -> Mapping[str, Outcome]:
-        """Return what became of messages since the last call, by stream."""
+        """Return the delivery reports since the last call, by stream."""
 
-    def left(self, batch: EncodedBatch) -> int:
-        """Return how many messages of a batch are still under way."""
+    def unacknowledged(self, batch: EncodedBatch) -> int:
+        """Return how many messages of a batch are still in flight."""
 
 
 class Spool(Protocol):
-    """What the pipeline asks of a spool: producer.spool.spool says what its numbers are."""
+    """Stores batches on disk; producer.spool.spool explains the numbers."""
 
     acked: int
     sent: int
     end: int
-    gone: int
+    discarded: int
     lost: Counter[str]
 
     def append(self, batch: EncodedBatch, ring: str, position: int) -> None:
-        """Write a batch; OSError where that cannot be."""
+        """Write a batch. Raises OSError, and then nothing has changed."""
 
     def read(self) -> Spooled | None:
-        """Return the next batch that was not sent."""
+        """Return the next batch that has not been sent."""
 
     def ack(self, first: int, end: int) -> None:
-        """Note that a batch is done."""
+        """Mark a batch as done."""
 
     def sweep(self) -> None:
-        """Delete what is done."""
+        """Delete files whose events are done."""
 
 
 class Waits(Protocol):
-    """The waits between tries."""
+    """The waits between retries."""
 
     def next(self) -> float:
         """Return the seconds to wait."""
 
     def reset(self) -> None:
-        """Begin with short waits again."""
+        """Start again with short waits."""

@@ -1,8 +1,8 @@
-"""A stream's account on disk: what a producer that takes a ring or a spool over must know, in one page of a file.
+"""A stream's account on disk, in one page of a file: what the next producer needs to take over a ring or a spool.
 
-The page is allocated once and written in place, so that a write needs no room on a full disk, and a process that is
-killed leaves the old text or the new one. What cannot be read (another version's, torn by a power cut, a folder) counts
-as no account, and is set aside when the file is opened.
+The page is allocated once and written in place, so a write needs no space on a full disk, and a killed process leaves
+either the old text or the new one. An unreadable file (of another version, torn by a power cut, a folder) counts as no
+account and is renamed when the ledger is opened.
 """
 
 import contextlib
@@ -27,35 +27,35 @@ _PAGE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What is settled of a ring and of the spool behind it, at one moment."""
+    """The state of a ring and its spool at one moment."""
 
     ring: str = ""
-    """Identity of the ring that `position`, `carried` and `lost` belong to."""
+    """Id of the ring that `position`, `carried` and `lost` belong to."""
     position: int = 0
-    """Ring position before which all is delivered, lost, or on disk."""
+    """Ring position before which every event is delivered, lost, or on disk."""
     carried: int = 0
-    """Events that the spool held when the ring was made."""
+    """Events in the spool when the ring was created."""
     lost: Mapping[str, int] = field(default_factory=dict)
-    """Events lost since then by reason, but for those that the kernel counts."""
+    """Events lost since then by reason, without those that the kernel counts."""
     acked: int = 0
     """Number of the spool's first event that is not done."""
     end: int = 0
-    """Number behind the spool's last event."""
-    gone: int = 0
-    """Events from `acked` on that are counted as lost already."""
+    """Number after the spool's last event."""
+    discarded: int = 0
+    """Events from `acked` on that are already counted as lost."""
 
 
 class Ledger:
-    """The page at `path`; `open` makes the file (mode 0600). OSError where it cannot be written."""
+    """The page at `path`. `open` creates the file (mode 0600). Raises OSError if it cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = -1
 
     def open(self) -> None:
-        """Make the file where there is none, and allocate its page; what cannot be read is set aside first."""
+        """Create the file if needed and allocate its page; rename an unreadable file first."""
         if self._is_damaged() and (aside := state_file.set_aside(self._path)):
-            logger.warning("ledger: %s cannot be read and is set aside as %s", self._path, aside.name)
+            logger.warning("ledger: %s is unreadable, renamed to %s", self._path, aside.name)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._descriptor = os.open(self._path, flags, 0o600)
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
@@ -64,13 +64,13 @@ class Ledger:
         os.posix_fallocate(self._descriptor, 0, _PAGE_BYTES)
 
     def read(self) -> Account | None:
-        """Return what was written last; None where there is nothing that can be read."""
+        """Return the last account written; None if there is none that can be read."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             return _account(state_file.read(self._path, _PAGE_BYTES))
         return None
 
     def _is_damaged(self) -> bool:
-        """Whether something stands there that is neither an account nor a page that was never written."""
+        """Whether the path holds something other than an account or an unwritten page."""
         try:
             page = state_file.read(self._path, _PAGE_BYTES)
         except FileNotFoundError:
@@ -80,7 +80,7 @@ class Ledger:
         return bool(page.strip(b" \0")) and self.read() is None
 
     def write(self, account: Account) -> None:
-        """Put `account` in the place of what is there."""
+        """Overwrite the page with `account`."""
         text = json.dumps(dataclasses.asdict(account)).encode()
         page = b"%08x %s" % (zlib.crc32(text), text)
         if len(page) > _PAGE_BYTES or self._descriptor < 0:
@@ -88,7 +88,7 @@ class Ledger:
         os.pwrite(self._descriptor, page.ljust(_PAGE_BYTES), 0)
 
     def close(self) -> None:
-        """Put the page on the disk itself, and close the file."""
+        """Sync the page to disk and close the file."""
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 os.fdatasync(self._descriptor)
@@ -97,7 +97,7 @@ class Ledger:
 
 
 def _account(page: bytes) -> Account:
-    """Return what a page says. Raises ValueError or TypeError where it is not one that this version wrote."""
+    """Parse a page. Raises ValueError or TypeError if this version did not write it."""
     crc, _, text = page.rstrip(b" \0").partition(b" ")
     if int(crc, 16) != zlib.crc32(text):
         raise ValueError("the checksum is wrong")
@@ -105,7 +105,7 @@ def _account(page: bytes) -> Account:
     lost: Any = account.lost
     if not isinstance(account.ring, str) or not isinstance(lost, dict):
         raise ValueError("a field has another type")
-    counts = (account.position, account.carried, account.acked, account.end, account.gone, *lost.values())
+    counts = (account.position, account.carried, account.acked, account.end, account.discarded, *lost.values())
     if not all(map(state_file.is_count, counts)):
         raise ValueError("a count is out of range")
     return account

@@ -1,15 +1,14 @@
-"""The way of the data, for all streams: rows out of a ring, encoded, sent to Kafka or put on disk, and the ring's room
-given back once they are safe.
+"""Moves the events of all streams: read rows from the ring, encode them, send them to Kafka or spill them to disk, and
+free the ring's space once they are safe.
 
-The ring is the log: a batch's room goes back to the kernel only when Kafka has acknowledged (or finally refused) every
-message of it and of all before it, or when it is in the spool. So what waits for Kafka waits in one order: first what
-is in the spool, then what is in the ring; a window of that is under way to Kafka. While Kafka takes what it is sent,
-the spool is empty and nothing is written. When it does not, the spool takes what is under way and then what comes; what
-is new is sent behind what is in the spool until that is empty. Where the spool takes nothing either (a full disk),
-events stay in the ring, and when that is full, the kernel counts what it cannot take. Nothing else is buffered, and
-nothing waits.
+The ring is the log: the kernel gets a batch's space back only when every message of it and of all batches before it is
+acknowledged or rejected for good, or when the batch is in the spool. So undelivered events have one order: first the
+spool, then the ring. A window of them is in flight. While Kafka accepts messages, the spool is empty and nothing is
+written to disk. When Kafka does not, the batches in flight are spilled, then the new ones; new events are sent after
+the spooled ones until the spool is empty. If the spool fails too (a full disk), events stay in the ring, and when the
+ring is full, the kernel counts what it cannot store. Nothing else is buffered, and nothing blocks.
 
-One thread calls `step` in a loop. Nothing here opens a file or reads a clock but through what it is given.
+One thread calls `step` in a loop. Files and clocks are reached only through the objects passed in.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +21,9 @@ from producer.pipeline.stream import StreamPath
 class Pipeline:
     """Moves events of all `paths` to `sink`.
 
-    `now_s` returns the monotonic clock's seconds, `utc_offset_ns` what it lacks to UTC; `delivered` is told how long
-    a batch took from the kernel to its acknowledgement, in seconds, and how many events it has. `guard` calls the work
-    of one stream, by its name, and decides what its failure means: the other streams go on.
+    `now_s` returns the monotonic clock in seconds, `utc_offset_ns` its offset to UTC. `delivered` is called per batch
+    with the seconds from the kernel to the acknowledgement, and its number of events. `guard` runs the work of one
+    stream, by its name, and handles its failures, so that the other streams continue.
     """
 
     def __init__(
@@ -44,23 +43,23 @@ class Pipeline:
         self._guard = guard
 
     def step(self) -> bool:
-        """Move events on, and take account of delivery reports. Return whether more is likely to wait."""
+        """Move events of each stream, and process delivery reports; return whether there are likely more events."""
         more = False
         for name, path in self._paths.items():
             more |= self._guard(name, partial(path.step, self._sink, self._now_s(), self._utc_offset_ns()))
-        self.settle()
+        self.poll_reports()
         return more
 
-    def settle(self) -> None:
-        """Take account of delivery reports."""
+    def poll_reports(self) -> None:
+        """Process delivery reports."""
         for name, outcome in self._sink.poll().items():
-            for oldest_ns, count in self._paths[name].settle(outcome):
+            for oldest_ns, count in self._paths[name].on_reports(outcome):
                 self._delivered(self._now_s() - oldest_ns / 1e9, count)
 
-    def put_all_by(self, until_s: float = float("inf")) -> None:
-        """Put all that is not acknowledged into the spools, as far as these take it.
+    def spill_all(self, until_s: float = float("inf")) -> None:
+        """Spill all unacknowledged events, as far as the spools take them.
 
-        Rings that are still filled may never be empty: of these, what there is until the clock says `until_s`.
+        A ring that is still being filled may never be empty, so this ends when the clock reaches `until_s`.
         """
         for path in self._paths.values():
-            path.put_all_by(self._now_s(), self._utc_offset_ns(), lambda: self._now_s() >= until_s)
+            path.spill_all(self._now_s(), self._utc_offset_ns(), lambda: self._now_s() >= until_s)

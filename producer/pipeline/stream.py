@@ -1,7 +1,7 @@
-"""One stream's way from its ring to Kafka: what is under way, what is in the spool, and the account of it all.
+"""One stream's path from its ring to Kafka: the batches in flight, the spool, and the account.
 
-The order is that of the ring. What is in the spool comes before what is in the ring; of both, the first part is under
-way. A batch that leaves the ring for the spool while it is under way is still under way, and sent no second time.
+Events keep the ring's order: the spool's come before the ring's, and the first part of each may be in flight. A batch
+that is spilled while in flight stays in flight and is not sent a second time.
 """
 
 from collections import Counter, deque
@@ -15,61 +15,61 @@ from producer.spool.format import Spooled
 
 _BATCH_ROWS = 4096
 _MOST_BATCHES = 32
-"""Batches from the spool in one step: each may be a few messages."""
+"""Batches sent from the spool per step: each may be a few messages."""
 _UNENCODABLE = "encode"
-"""Why an event is lost that cannot be made a message."""
+"""Reason of a loss: the event cannot be encoded."""
 _DAMAGED = "ring_damaged"
-"""Why an event is lost whose record in the ring is damaged."""
+"""Reason of a loss: the event's record in the ring is damaged."""
 _FULL = 0.5
-"""Share of a ring that may fill before the spool takes over from a Kafka that has no room."""
+"""Share of a ring that may fill before spilling starts while the sink has no capacity."""
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A batch under way."""
+    """A batch in flight."""
 
     batch: EncodedBatch
     sent_at: float
     oldest_ns: int
-    """Kernel's time of its first row; 0 for what was read from the spool."""
+    """Kernel time of its first row; 0 if it was read from the spool."""
     position: int = 0
-    """Ring position behind it, if it is not in the spool."""
+    """Ring position after it, if it is not in the spool."""
     first: int = 0
-    """Its first number in the spool, if it is there."""
+    """Number of its first event in the spool, if it is there."""
     done: bool = False
     lost: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
-    """Events that came with it in the ring, or right behind it, and cannot be sent, by reason."""
+    """Events next to it in the ring that cannot be sent, by reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What was read from the ring: a batch, unless none of the records could be encoded."""
+    """The result of a read from the ring: a batch, unless none of the records could be encoded."""
 
     batch: EncodedBatch | None
     oldest_ns: int
     refused: Counter[str]
     """Events that are not in the batch, by reason."""
     more: bool
-    """Whether there is likely more."""
+    """Whether the ring likely has more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """Where a path keeps what outlives the process: a spool, if there is one, and what `write_account` writes."""
+    """What outlives the process: the spool, if there is one, and the account that `write_account` stores."""
 
     spool: Spool | None
     write_account: Callable[[Account], None]
     waits: Waits
-    after_s: float
-    """Seconds that a batch may be under way before Kafka counts as not taking it."""
+    spill_after_s: float
+    """Seconds that a batch may be in flight before spilling starts."""
 
 
 class StreamPath:
-    """One stream's way, and its account, which goes on from `account`.
+    """One stream's path and its account, which continues from `account`.
 
-    `delivered`, `lost` and `carried` count events: acknowledged, lost for reasons other than the kernel's, and those
-    that the spool held when the ring was made.
+    `delivered`, `lost` and `carried` count events: acknowledged, lost outside the kernel, and in the spool when the
+    ring was created.
     """
 
     def __init__(self, stream: Stream, ring: Ring, encoder: Encoder, stores: Stores, account: Account) -> None:
@@ -80,20 +80,20 @@ class StreamPath:
         self._spool = stores.spool
         self._account = account
         self._lost = Counter(account.lost)
-        self._settled = Counter(account.lost)
-        """What is lost of events that are done: those of a batch in part under way may come again after a crash."""
+        self._ledger_lost = Counter(account.lost)
+        """The losses that go to the ledger: of batches that are done. Others may be read again after a crash."""
         self._carried = account.carried
         self._from_spool: deque[_Entry] = deque()
         self._from_ring: deque[_Entry] = deque()
         self._entries: dict[EncodedBatch, _Entry] = {}
         self._append_at = 0.0
         self._spooling = self._spool is not None and self._spool.sent < self._spool.end
-        self.spool_trouble = ""
-        """Why the spool takes nothing."""
-        self.ledger_trouble = ""
-        """Why the account cannot be written."""
-        # What is behind the ring's position was delivered, or lost, or is in the spool.
-        self.delivered = ring.records_before + self._carried - self._lost.total() - self._waiting()
+        self.spool_error = ""
+        """Why the spool cannot be written or read; empty if it can."""
+        self.ledger_error = ""
+        """Why the account cannot be written; empty if it can."""
+        # Every event before the ring's position is delivered, lost, or in the spool.
+        self.delivered = ring.records_before + self._carried - self._lost.total() - self._pending()
 
     @property
     def spooling(self) -> bool:
@@ -107,39 +107,39 @@ class StreamPath:
 
     @property
     def carried(self) -> int:
-        """Events that the spool held when the ring was made."""
+        """Events in the spool when the ring was created."""
         return self._carried
 
     @property
     def taken(self) -> int:
-        """Events taken out of the ring since it was made."""
+        """Events read from the ring since it was created."""
         return self._ring.records_before
 
     @property
     def spooled(self) -> int:
-        """Events in the spool that are not under way."""
-        return self._waiting() - sum(len(entry.batch) for entry in self._from_spool)
+        """Events in the spool that are not in flight."""
+        return self._pending() - sum(len(entry.batch) for entry in self._from_spool)
 
     def step(self, sink: Sink, now_s: float, utc_offset_ns: int) -> bool:
-        """Move events on; return whether more is likely to wait."""
+        """Send or spill the next events; return whether there are likely more."""
         if not self._spooling and self._is_stuck(sink, now_s):
             self._spooling = True
         if not self._spooling:
             return self._send(sink, now_s, utc_offset_ns)
-        more = self._put_by(now_s, utc_offset_ns)
+        more = self._spill(now_s, utc_offset_ns)
         more |= self._send_spooled(sink, now_s)
         assert self._spool is not None
         if self._spool.acked < self._spool.sent == self._spool.end and not self._from_spool:
-            self._close_books(None)  # what was left could not be read: no report will come for it
-        self._spooling = self._spool.sent < self._spool.end or self._waited(now_s)
+            self.checkpoint(None)  # the rest could not be read, so no report will come for it
+        self._spooling = self._spool.sent < self._spool.end or self._is_overdue(now_s)
         if not self._spooling:
-            self._spool_works()
+            self._spool_recovered()
         return more
 
-    def settle(self, outcome: Outcome) -> list[tuple[int, int]]:
-        """Take account of delivery reports: give back the ring's room, and what the spool holds, as far as it is done.
+    def on_reports(self, outcome: Outcome) -> list[tuple[int, int]]:
+        """Process delivery reports: count, and release from ring and spool what is done.
 
-        Return, for each batch from the ring that is done, the kernel's time of its first event and how many it has.
+        Return the kernel time of the first event and the number of events of each batch from the ring that is done.
         """
         self.delivered += outcome.delivered
         self._lost.update(outcome.lost)
@@ -153,58 +153,58 @@ class StreamPath:
             position = self._leave_ring()
         while self._spool and self._from_spool and self._from_spool[0].done:
             entry = self._from_spool.popleft()
-            self._settled.update(entry.lost)
+            self._ledger_lost.update(entry.lost)
             self._spool.ack(entry.first, entry.first + len(entry.batch))
-        self._close_books(position)
+        self.checkpoint(position)
         return [(entry.oldest_ns, len(entry.batch)) for entry in done if entry.oldest_ns]
 
-    def put_all_by(self, now_s: float, utc_offset_ns: int, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Put what is under way, and what the ring holds, into the spool, as far as it takes that, until `is_over`."""
+    def spill_all(self, now_s: float, utc_offset_ns: int, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Spill the batches in flight and the ring's events, as far as the spool takes them, until `is_over`."""
         if self._spool is None:
             return
         self._spooling = True
         self._append_at = 0.0
-        while self._put_by(now_s, utc_offset_ns) and not is_over():
+        while self._spill(now_s, utc_offset_ns) and not is_over():
             pass
 
     def end(self, sink: Sink, unread: int, *, ring_stays: bool) -> tuple[int, int]:
-        """End with what is still under way: nobody will send it. Call it once, before the sink is closed.
+        """Account for what is still in flight. Call this once, before the sink is closed.
 
-        Return the events that are left in the spool, and in the ring, `unread` among them: where that does not stay,
-        they are lost.
+        Return the number of events left in the spool and in the ring, including `unread`. If the ring does not stay,
+        the events in it are lost.
         """
-        spooled = self.spooled + sum(sink.left(entry.batch) for entry in self._from_spool)
-        in_ring = unread + sum(sink.left(entry.batch) for entry in self._from_ring)
+        spooled = self.spooled + sum(sink.unacknowledged(entry.batch) for entry in self._from_spool)
+        in_ring = unread + sum(sink.unacknowledged(entry.batch) for entry in self._from_ring)
         if not ring_stays and in_ring:
-            self.lose("stopped", in_ring)
+            self.count_lost("stopped", in_ring)
             in_ring = 0
-        self._close_books(None)
+        self.checkpoint(None)
         return spooled, in_ring
 
     def open(self, lost_before: Mapping[str, int]) -> None:
-        """Write down the account that this begins with; `lost_before` are events of other rings, by reason."""
+        """Write the first account; `lost_before` are losses from other rings, by reason."""
         for reason, count in lost_before.items():
             self._carried += count
-            self.lose(reason, count)
+            self.count_lost(reason, count)
         self._write(self._account_now(self._account.position))
 
-    def lose(self, reason: str, count: int) -> None:
-        """Count events that are lost for another reason."""
+    def count_lost(self, reason: str, count: int) -> None:
+        """Count events as lost, for good."""
         self._lost[reason] += count
-        self._settled[reason] += count
+        self._ledger_lost[reason] += count
 
-    def _waiting(self) -> int:
-        return self._spool.end - self._spool.acked - self._spool.gone if self._spool else 0
+    def _pending(self) -> int:
+        return self._spool.end - self._spool.acked - self._spool.discarded if self._spool else 0
 
-    def _waited(self, now_s: float) -> bool:
-        """Say whether Kafka has not taken the oldest batch under way for too long."""
+    def _is_overdue(self, now_s: float) -> bool:
+        """Whether the oldest batch has been in flight for too long."""
         oldest = self._from_spool[0] if self._from_spool else self._from_ring[0] if self._from_ring else None
-        return oldest is not None and now_s - oldest.sent_at > self._stores.after_s
+        return oldest is not None and now_s - oldest.sent_at > self._stores.spill_after_s
 
     def _is_stuck(self, sink: Sink, now_s: float) -> bool:
         if self._spool is None or now_s < self._append_at:
             return False
-        return self._waited(now_s) or (self._ring.fill > _FULL and not sink.room(self.stream))
+        return self._is_overdue(now_s) or (self._ring.fill > _FULL and not sink.capacity(self.stream))
 
     def _next_batch(self, limit: int, utc_offset_ns: int) -> _Read | None:
         before = self._ring.position
@@ -226,11 +226,11 @@ class StreamPath:
     def _send(self, sink: Sink, now_s: float, utc_offset_ns: int) -> bool:
         before = self._ring.position
         try:
-            read = self._next_batch(min(sink.room(self.stream), _BATCH_ROWS), utc_offset_ns)
+            read = self._next_batch(min(sink.capacity(self.stream), _BATCH_ROWS), utc_offset_ns)
             if read is None:
                 return False
             if read.batch is None:
-                self._pass_over(read.refused)
+                self._skip(read.refused)
             else:
                 sink.send(read.batch)
                 self._begin(read.batch, read, now_s)
@@ -246,18 +246,18 @@ class StreamPath:
         self._entries[batch] = entry
         self._from_ring.append(entry)
 
-    def _pass_over(self, refused: Counter[str]) -> None:
-        """Leave records behind of which none can be sent: with the batch before them, if one is under way."""
+    def _skip(self, refused: Counter[str]) -> None:
+        """Skip records that cannot be sent: together with the batch before them, if one is in flight."""
         self._lost.update(refused)
         if self._from_ring:
             self._from_ring[-1].refused.update(refused)
             self._from_ring[-1].position = self._ring.position
         else:
-            self._settled.update(refused)
-            self._close_books(self._ring.position)
+            self._ledger_lost.update(refused)
+            self.checkpoint(self._ring.position)
 
-    def _put_by(self, now_s: float, utc_offset_ns: int) -> bool:
-        """Put what is under way, and then a batch of the ring, into the spool; return whether more is likely there."""
+    def _spill(self, now_s: float, utc_offset_ns: int) -> bool:
+        """Spill the batches in flight, then one from the ring; return whether the ring likely has more."""
         assert self._spool is not None
         if now_s < self._append_at:
             return False
@@ -270,48 +270,48 @@ class StreamPath:
                     continue
                 entry.first = self._spool.end
                 self._spool.append(entry.batch, self._account.ring, entry.position)
-                self._spool.sent = self._spool.end  # nothing was there that had not been sent
+                self._spool.sent = self._spool.end  # all before it was sent
                 self._from_spool.append(self._from_ring.popleft())
-                self._settled.update(entry.refused)
+                self._ledger_lost.update(entry.refused)
                 position = entry.position
             found = self._next_batch(_BATCH_ROWS, utc_offset_ns)
             if found:
                 if found.batch is not None:
                     self._spool.append(found.batch, self._account.ring, self._ring.position)
                 self._lost.update(found.refused)
-                self._settled.update(found.refused)
+                self._ledger_lost.update(found.refused)
                 position = self._ring.position
             if position is not None:
-                self._spool_works()
+                self._spool_recovered()
         except OSError as error:
             self._ring.position = before
             found = None
             self._append_at = now_s + self._stores.waits.next()
-            self.spool_trouble = error.strerror or str(error)
-        self._close_books(position)
+            self.spool_error = error.strerror or str(error)
+        self.checkpoint(position)
         return found is not None and found.more
 
-    def _spool_works(self) -> None:
-        """Note that the spool takes what it should, or is not needed."""
-        if self.spool_trouble:
-            self.spool_trouble, self._append_at = "", 0.0
+    def _spool_recovered(self) -> None:
+        """Clear the spool's error: a write succeeded, or the spool is not needed."""
+        if self.spool_error:
+            self.spool_error, self._append_at = "", 0.0
             self._stores.waits.reset()
 
     def _leave_ring(self) -> int:
-        """Take the first batch from the ring, which is done, out of the account; return the position behind it."""
+        """Remove the first batch from the ring, which is done; return the position after it."""
         entry = self._from_ring.popleft()
-        self._settled.update(entry.lost + entry.refused)
+        self._ledger_lost.update(entry.lost + entry.refused)
         return entry.position
 
     def _send_spooled(self, sink: Sink, now_s: float) -> bool:
         assert self._spool is not None
         for _ in range(_MOST_BATCHES):
-            if not sink.room(self.stream):
+            if not sink.capacity(self.stream):
                 return False
             try:
                 spooled = self._spool.read()
             except OSError as error:
-                self.spool_trouble = error.strerror or str(error)
+                self.spool_error = error.strerror or str(error)
                 return False
             if spooled is None:
                 return False
@@ -322,50 +322,55 @@ class StreamPath:
 
     def _account_now(self, position: int) -> Account:
         spool = self._spool
-        lost = dict(self._settled + spool.lost if spool else self._settled)
-        place = (spool.acked, spool.end, spool.gone) if spool else ()
+        lost = dict(self._ledger_lost + spool.lost if spool else self._ledger_lost)
+        place = (spool.acked, spool.end, spool.discarded) if spool else ()
         return Account(self._account.ring, position, self._carried, lost, *place)
 
     def _write(self, account: Account) -> None:
         try:
             self._stores.write_account(account)
-            self.ledger_trouble = ""
+            self.ledger_error = ""
         except OSError as error:
-            self.ledger_trouble = error.strerror or str(error)
+            self.ledger_error = error.strerror or str(error)
 
-    def _close_books(self, position: int | None) -> None:
-        """Write down what has changed, and only then give back the ring's room and delete files."""
+    def checkpoint(self, position: int | None) -> None:
+        """Record what has changed, then release it from the ring up to `position`, and from the spool.
+
+        This order is the product's main invariant: first the ledger is written, then the ring's position is committed,
+        then spool files are deleted. An event leaves a place only after the ledger no longer needs it there. A crash
+        between two steps causes duplicates, never a loss.
+        """
         spool = self._spool
         if spool and not self._from_spool and spool.sent == spool.end > spool.acked:
-            spool.ack(spool.end, spool.end)  # what is left could not be read
+            spool.ack(spool.end, spool.end)  # the rest could not be read
         account = self._account_now(self._account.position if position is None else position)
-        if replace(account, position=self._account.position) != self._account or self.ledger_trouble:
+        if replace(account, position=self._account.position) != self._account or self.ledger_error:
             self._write(account)
         self._account = account
         if position is not None:
             self._ring.commit(position)
-        if spool and not self.ledger_trouble:
+        if spool and not self.ledger_error:
             spool.sweep()
 
 
 def resume(account: Account | None, ring_id: str, ring: Ring, spool: Spool | None, last: Spooled | None) -> Account:
-    """Bring ring, spool and ledger to one state, and return the account that a path goes on from.
+    """Recover ring, spool and ledger to one consistent state, and return the account to continue from.
 
-    `account` is what the ledger said before `ring` was taken over, or before it was made; `last` is the last batch in
-    the spool. A crash may have come between the steps of a move: into the spool, into the ledger, out of the ring.
+    `account` is the ledger's, from before `ring` was taken over or created; `last` is the last batch in the spool. A
+    crash may have come between any two steps of a move: into the spool, into the ledger, out of the ring.
     """
-    waiting = spool.end - spool.acked - spool.gone if spool else 0
-    place = (spool.acked, spool.end, spool.gone) if spool else ()
+    waiting = spool.end - spool.acked - spool.discarded if spool else 0
+    place = (spool.acked, spool.end, spool.discarded) if spool else ()
     if account is None or account.ring != ring_id:
-        # Where a ring has records from before, nothing else is known of them: they were delivered, or wait.
+        # Nothing else is known of the ring's earlier records: they were delivered, or are in the spool.
         return Account(ring_id, ring.position, max(0, waiting - ring.records_before), {}, *place)
     known = [account.position, last.position if last is not None and last.ring == ring_id else 0]
-    # A position that is not in the ring would keep the kernel from writing into it.
+    # Committing a position outside the ring would keep the kernel from writing to it.
     position = max([ring.position, *filter(ring.holds, known)])
     if position != ring.position:
         ring.position = position
         ring.commit(position)
     lost = Counter(account.lost)
     if spool is None:
-        lost["spool_damaged"] += account.end - account.acked - account.gone
+        lost["spool_damaged"] += account.end - account.acked - account.discarded
     return Account(ring_id, position, account.carried, dict(+lost), *place)

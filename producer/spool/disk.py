@@ -1,4 +1,4 @@
-"""The system calls on files that a spool is made of, in one place, so that tests can have a disk that fails."""
+"""The system calls of a spool, in one place so that tests can inject disk errors."""
 
 import errno
 import os
@@ -7,14 +7,14 @@ from pathlib import Path
 from producer.host import state_file
 
 PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
-"""Numbers of errors that say nothing of the file: another try may work."""
+"""Error numbers that are not about the file: a retry may succeed."""
 
 
 class Disk:
-    """The system calls that a spool needs, all of which may raise OSError."""
+    """The system calls that a spool needs. All may raise OSError."""
 
     def create(self, path: Path) -> int:
-        """Make a file for appending; what a failure left over in its place goes."""
+        """Create a file for appending, replacing the remains of a failed attempt."""
         return state_file.create(path)
 
     def open(self, path: Path) -> int:
@@ -22,7 +22,7 @@ class Disk:
         return state_file.open_regular(path)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        """Append, and return how much was taken."""
+        """Append, and return how many bytes were written."""
         return os.write(descriptor, data)
 
     def read_at(self, descriptor: int, offset: int, size: int) -> bytes:
@@ -30,15 +30,15 @@ class Disk:
         return os.pread(descriptor, size, offset)
 
     def truncate(self, descriptor: int, size: int) -> None:
-        """Cut a file off."""
+        """Truncate a file."""
         os.ftruncate(descriptor, size)
 
     def sync(self, descriptor: int) -> None:
-        """Put a file on the disk itself."""
+        """Sync a file's data to disk."""
         os.fdatasync(descriptor)
 
     def rename(self, path: Path, new: Path) -> None:
-        """Give a file another name."""
+        """Rename a file."""
         path.rename(new)
 
     def unlink(self, path: Path) -> None:

@@ -1,5 +1,6 @@
-"""The files of a spool's folder: their names, their sizes, and when they were begun."""
+"""The files in a spool's folder: their names, sizes and creation times."""
 
+import logging
 import math
 import re
 import stat
@@ -9,17 +10,29 @@ from pathlib import Path
 from producer.host import state_file
 from producer.host.clock import Moment
 
-SEGMENT, ASIDE = ".avro", ".damaged"
-"""What names of files end with: segments, and what was set aside because of damage."""
+logger = logging.getLogger(__name__)
+
+SPOOL_SUFFIX, ASIDE_SUFFIX = ".avro", ".damaged"
+"""Suffixes of spool files, and of damaged files kept for inspection."""
 _STEM = re.compile(r"[0-9]{20}")
 _MOST_NUMBER = 1 << 62
-"""No event's number comes near it."""
+"""Far above any event's number."""
+
+
+def make_folder(folder: Path) -> None:
+    """Create a spool's folder (mode 0700); rename a file or dangling link in its place."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        aside = state_file.set_aside(folder)
+        logger.error("spool: %s is not a folder, renamed to %s", folder, aside and aside.name)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def files(folder: Path, ending: str) -> list[Path]:
-    """Return a spool's files whose names end so, in the order of their events; none where there is no folder.
+    """Return a spool's files with this suffix, in the order of their events; none if there is no folder.
 
-    A name that no event can have given is somebody else's.
+    Files whose names are not event numbers are not ours and are left out.
     """
     try:
         return sorted(path for path in folder.iterdir() if path.suffix == ending and _is_ours(path.stem))
@@ -28,7 +41,7 @@ def files(folder: Path, ending: str) -> list[Path]:
 
 
 def made_at(metadata: Mapping[str, str]) -> Moment | None:
-    """Return when a segment was begun, by its header's metadata; None where these do not say."""
+    """Return a file's creation time from its header's metadata; None if it is missing or invalid."""
     try:
         made = Moment(**state_file.parse(metadata["rebpf.made"]))
     except (ValueError, TypeError, KeyError):
@@ -47,7 +60,7 @@ def _is_ours(stem: str) -> bool:
 
 
 def size_bytes(path: Path) -> int:
-    """Return a regular file's size; 0 of anything else, which takes no room that could be won back."""
+    """Return a regular file's size; 0 for anything else, since deleting it would free no space."""
     try:
         status = path.lstat()
     except OSError:

@@ -1,9 +1,9 @@
-"""The format of a spool's files: Avro object containers, so that any Avro tool reads what waits on disk.
+"""The format of a spool's files: Avro object containers, which any Avro tool can read.
 
-A file is a segment: a header with the schema, then blocks, each with one record, and behind each the file's random
-sync marker. A record is a batch: where it stands in the spool, where it came from, and its messages as they go to
-Kafka, keys apart. The codec is zstandard, each block a frame with a checksum: a block is read as it was written, or not
-at all. What cannot be read is passed over up to the next sync marker.
+A file has a header with the schema, then blocks with one record each, each followed by the file's random sync marker.
+A record is a batch: its number in the spool, the ring it came from, and its messages as they go to Kafka, with the keys
+separate. The codec is zstandard, each block a frame with a checksum: a block is read as it was written, or not at all.
+Unreadable data is skipped up to the next sync marker.
 
 Pure: bytes in, bytes out. Specification: https://avro.apache.org/docs/1.12.0/specification/#object-container-files.
 """
@@ -24,28 +24,28 @@ FORMAT = "1"
 _FRAME_BYTES = 5
 _SYNC_BYTES = 16
 _MOST_PREFIX_BYTES = 20
-"""Two varints stand before a block's data."""
+"""A block's data follows two varints."""
 _MOST_BLOCK_BYTES = 1 << 26
 _MOST_NUMBER = 1 << 63
-"""No event has this number: a signed long holds less."""
-_LEVEL = 1  # 0.37 us an event, and 3.8 times smaller; level 3 costs half as much again for a tenth more
+"""Above any event's number: a signed long holds less."""
+_LEVEL = 1  # 0.37 us per event and 3.8 times smaller; level 3 takes 1.5 times as long and saves a tenth more
 
 _PLACE: list[dict[str, Any]] = [
     {"name": "first", "type": "long", "doc": "Number of the batch's first event in this spool."},
     {"name": "ring", "type": "string", "doc": "The ring that the events came from."},
-    {"name": "position", "type": "long", "doc": "Position in that ring behind the batch's last event."},
-    {"name": "reason", "type": "string", "doc": "Why Kafka refused the messages; empty for those that wait."},
-    {"name": "lengths", "type": "bytes", "doc": "Length of each message: unsigned, 32 bits, little-endian."},
-    {"name": "key_numbers", "type": "bytes", "doc": "Which of the keys is each message's, likewise."},
-    {"name": "key_lengths", "type": "bytes", "doc": "Length of each key, likewise."},
-    {"name": "keys", "type": "bytes", "doc": "The keys, one behind the other."},
+    {"name": "position", "type": "long", "doc": "Position in that ring after the batch's last event."},
+    {"name": "reason", "type": "string", "doc": "Why Kafka rejected the messages; empty in the spool."},
+    {"name": "lengths", "type": "bytes", "doc": "Length of each message: unsigned 32-bit integers, little-endian."},
+    {"name": "key_numbers", "type": "bytes", "doc": "Index of each message's key, in the same encoding."},
+    {"name": "key_lengths", "type": "bytes", "doc": "Length of each key, in the same encoding."},
+    {"name": "keys", "type": "bytes", "doc": "The keys, concatenated."},
 ]
 _PREFIX: Any = fastavro.parse_schema({"type": "record", "name": "rebpf.spool.Prefix", "fields": _PLACE})
 _U32 = np.dtype("<u4")
 
 
 def container_schema(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a segment's records, for events of the schema `event`."""
+    """Return the schema of a file's records for events of the schema `event`."""
     frame = {"type": "fixed", "name": "Frame", "size": _FRAME_BYTES}
     message = {
         "type": "record",
@@ -59,7 +59,7 @@ def container_schema(event: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spooled:
-    """A batch of a segment: its events are numbers `first` to `end` - 1 of the spool."""
+    """A batch in a spool: events number `first` to `end` - 1."""
 
     batch: EncodedBatch
     first: int
@@ -69,16 +69,16 @@ class Spooled:
 
     @property
     def end(self) -> int:
-        """Number behind the last event."""
+        """Number after the last event."""
         return self.first + len(self.batch)
 
 
 class DamagedError(Exception):
-    """What was read is not what was written."""
+    """The data read is not what was written."""
 
 
 _NO_BATCH = (ValueError, LookupError, EOFError, TypeError, OverflowError, MemoryError)
-"""What fastavro and numpy raise where bytes are not what they take them for."""
+"""What fastavro and numpy raise on invalid data."""
 
 
 def header(schema: dict[str, Any], metadata: Mapping[str, str], sync: bytes) -> bytes:
@@ -90,11 +90,11 @@ def header(schema: dict[str, Any], metadata: Mapping[str, str], sync: bytes) -> 
 
 
 def read_header(start: bytes) -> tuple[int, bytes, dict[str, str]]:
-    """Return the header's length, the sync marker and the metadata. DamagedError where this is no segment of ours."""
+    """Return the header's length, the sync marker and the metadata. Raises DamagedError if the file is not ours."""
     file = io.BytesIO(start)
     try:
         metadata = dict(fastavro.block_reader(file).metadata)
-    except Exception as error:  # whatever a parser meets in bytes that are not what it takes them for
+    except Exception as error:  # invalid data can raise anything in the parser
         raise DamagedError(f"no header: {error}") from error
     if metadata.get("rebpf.format") != FORMAT:
         raise DamagedError("of another version")
@@ -125,7 +125,7 @@ def block(spooled: Spooled, sync: bytes) -> bytes:
 
 
 class Reader:
-    """Reads a segment's batches in turn; `read_at(offset, size)` returns up to `size` bytes of the file."""
+    """Reads a file's batches in order; `read_at(offset, size)` returns up to `size` bytes of the file."""
 
     def __init__(self, stream: Stream, sync: bytes, start: int, read_at: Callable[[int, int], bytes]) -> None:
         self._stream = stream
@@ -133,10 +133,10 @@ class Reader:
         self._read_at = read_at
         self._at = start
         self.damaged = False
-        """Whether something had to be passed over."""
+        """Whether something had to be skipped."""
 
     def next(self) -> Spooled | None:
-        """Return the next batch that can be read; None where there is none behind the last one (yet)."""
+        """Return the next readable batch; None if there is none yet."""
         while True:
             try:
                 found = self._block()
@@ -166,7 +166,7 @@ class Reader:
         return _parse(self._stream, data[:size]), self._at + used + size + _SYNC_BYTES
 
     def _find_sync(self, at: int) -> int | None:
-        """Return the place behind the next sync marker."""
+        """Return the offset after the next sync marker."""
         window = 1 << 20
         while len(piece := self._read_at(at, window)) >= _SYNC_BYTES:
             found = piece.find(self._sync)
@@ -191,7 +191,7 @@ def _parse(stream: Stream, data: bytes) -> Spooled:
 
 
 def _batch(stream: Stream, raw: bytes) -> Spooled:
-    """Return the batch of a block. Raises one of _NO_BATCH where it is none: its checksum may be right all the same."""
+    """Parse a block's batch. Raises one of _NO_BATCH if it is invalid, which a correct checksum does not rule out."""
     file = io.BytesIO(raw)
     place: Any = fastavro.schemaless_reader(file, _PREFIX, None)
     count, at = _read_varint(raw, file.tell())
@@ -210,11 +210,11 @@ def _batch(stream: Stream, raw: bytes) -> Spooled:
 
 
 def _compact_keys(batch: EncodedBatch) -> tuple[NDArray[np.int64], bytes, NDArray[np.int64]]:
-    """Return which key each message has, the keys in use one behind the other, and their lengths."""
+    """Return the index of each message's key, the used keys concatenated, and their lengths."""
     key_starts, rows, numbers = np.unique(batch.key_starts, return_index=True, return_inverse=True)
     lengths = batch.key_lengths[rows]
     columns = np.arange(lengths.max())
-    # Padding may reach behind the last key.
+    # Padding may reach past the last key.
     places = np.minimum(key_starts[:, None] + columns, len(batch.keys) - 1)
     return numbers, batch.keys[places[columns < lengths[:, None]]].tobytes(), lengths
 
@@ -224,7 +224,7 @@ def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _varint(value: int) -> bytes:
-    """Avro's long, of a number that is not negative."""
+    """Encode a number that is not negative as an Avro long."""
     value <<= 1
     out = bytearray()
     while value > 0x7F:
@@ -235,7 +235,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return an Avro long that is not negative, and the place behind it."""
+    """Return an Avro long that is not negative, and the offset after it."""
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:

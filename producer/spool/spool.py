@@ -1,18 +1,17 @@
-"""A stream's spool: events that wait on disk for Kafka, in order, in a folder of segments.
+"""A stream's spool: undelivered events on disk, in order, in a folder of files.
 
-Events have numbers, from 0 on. A segment's name is the number of its first event, so that names alone tell how many
-events each segment holds, and how many are missing where one is damaged or gone. Three numbers move, all at ends of
-batches:
+Events are numbered from 0. A file is named by the number of its first event, so the names alone show how many events
+each file holds, and how many are missing if one is damaged or deleted. Three numbers advance, always by whole batches:
 
-    acked <= sent <= end      done before `acked`, read before `sent`, written before `end`
+    acked <= sent <= end      events before `acked` are done, before `sent` were read, before `end` were written
 
-The caller keeps `acked` and `end` in its ledger. A segment is written by one process and never again after a restart.
-It is deleted when all of it is done; when it is too old; or, to make room for new events where those are preferred.
-What was damaged is passed over and counted, and the file set aside, up to a few of them. A write that fails leaves no
-trace and can be repeated. Segments are put on the disk itself (fdatasync) when they are full and at a stop: a killed
-process loses nothing, a power cut what was written last.
+The caller stores `acked` and `end` in its ledger. After a restart, existing files are never written again. A file is
+deleted when its events are done, when it is too old, or to make space for new events if configured so. Damaged data is
+skipped and counted, and the last few damaged files are kept for inspection. A failed write leaves no trace and can be
+repeated. Files are synced (fdatasync) when they are full and at a stop: a killed process loses nothing, a power cut
+loses what was written last.
 
-No clock and no retry here: time is passed in, and OSError goes to the caller.
+No clock and no retries here: time is passed in, and OSError goes to the caller.
 """
 
 import contextlib
@@ -31,30 +30,30 @@ from producer.events import EncodedBatch, Stream
 from producer.host import state_file
 from producer.host.clock import Moment
 from producer.spool.disk import PASSING, Disk
-from producer.spool.files import ASIDE, SEGMENT, files, made_at, size_bytes
+from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files, made_at, make_folder, size_bytes
 from producer.spool.format import DamagedError, Reader, Spooled, block, container_schema, header, read_header
 
 logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 1 << 16
-"""A file's header is in these first bytes."""
+"""A header fits in this many bytes."""
 _MOST_EXPIRED = 16
 _MOST_ASIDE = 4
-_SEGMENT_BYTES = 1 << 24
+_FILE_BYTES = 1 << 24
 _MOST_FILE_BYTES = 1 << 28
-"""No file of ours is larger; of one that is, the rest is not read."""
-_SEGMENT_AGE_S = 3600.0
+"""Larger than any file of ours; the rest of a larger one is not read."""
+_FILE_AGE_S = 3600.0
 
 
 class FullError(OSError):
-    """The spool has no room, and old events are to be kept."""
+    """The spool is full, and new events are rejected."""
 
 
 @dataclass(slots=True)
-class _Segment:
+class _File:
     base: int
     end: int
-    """Number behind the last event, damaged or not."""
+    """Number after the last event, damaged or not."""
     path: Path
     size: int
     made: Moment
@@ -62,11 +61,10 @@ class _Segment:
 
 
 class Spool:
-    """The spool of `stream` in `folder`, at most `max_bytes` large, for events of the Avro schema `schema`.
+    """The spool of `stream` in `folder`, of at most `max_bytes`, for events of the Avro schema `schema`.
 
-    A segment has about `segment_bytes`, or an eighth of `max_bytes` where that is less.
-
-    `keep` says which events to keep where there is no room: "old" or "new". `lost` counts events by reason.
+    Files have about `file_bytes`, or an eighth of `max_bytes` if that is less. When the spool is full, `when_full`
+    "reject" raises FullError, and "drop_oldest" deletes the oldest file. `lost` counts lost events by reason.
     """
 
     def __init__(
@@ -78,8 +76,8 @@ class Spool:
         *,
         max_bytes: int,
         max_age_s: float = float("inf"),
-        keep: str = "old",
-        segment_bytes: int = _SEGMENT_BYTES,
+        when_full: str = "reject",
+        file_bytes: int = _FILE_BYTES,
         disk: Disk | None = None,
     ) -> None:
         self._folder = folder
@@ -87,244 +85,241 @@ class Spool:
         self._schema = container_schema(schema)
         self._now = now
         self.max_bytes = max_bytes
-        self._segment_bytes = min(segment_bytes, max_bytes // 8)
+        self._file_bytes = min(file_bytes, max_bytes // 8)
         self._max_age_s = max_age_s
-        self._keep = keep
+        self._when_full = when_full
         self._disk = disk or Disk()
-        self._segments: list[_Segment] = []
+        self._files: list[_File] = []
         self._aside: dict[Path, int] = {}
-        self._writer: tuple[_Segment, int, bytes] | None = None
-        """The segment that is written, its descriptor, its sync marker."""
-        self._reading: tuple[_Segment, int, Reader] | None = None
+        self._writer: tuple[_File, int, bytes] | None = None
+        """The file being written, its descriptor and its sync marker."""
+        self._reading: tuple[_File, int, Reader] | None = None
         self.acked = self.sent = self.end = 0
-        self.gone = 0
-        """Events from `acked` on that are counted as lost already."""
+        self.discarded = 0
+        """Events from `acked` on that are already counted as lost."""
         self.lost: Counter[str] = Counter()
         self.last: Spooled | None = None
-        """The last batch that was there when the spool was opened."""
+        """The last batch found when the spool was opened."""
 
     @property
     def size_bytes(self) -> int:
         """Size of all files."""
-        return sum(segment.size for segment in self._segments) + sum(self._aside.values())
+        return sum(file.size for file in self._files) + sum(self._aside.values())
 
-    def open(self, acked: int | None = None, end: int = 0, gone: int = 0) -> None:
-        """Look at what is there; `acked`, `end` and `gone` are what the ledger says, if anything."""
-        self._make_folder()
-        self._aside = {path: size_bytes(path) for path in files(self._folder, ASIDE)}
-        self._segments = [self._found(path) for path in files(self._folder, SEGMENT)]
+    @property
+    def pending(self) -> int:
+        """Events that are not done, in flight or not."""
+        return self.end - self.acked - self.discarded
+
+    def open(self, acked: int | None = None, end: int = 0, discarded: int = 0) -> None:
+        """Scan the folder. `acked`, `end` and `discarded` come from the ledger, if there is one."""
+        make_folder(self._folder)
+        self._aside = {path: size_bytes(path) for path in files(self._folder, ASIDE_SUFFIX)}
+        self._files = [self._found(path) for path in files(self._folder, SPOOL_SUFFIX)]
         if acked is not None:
             self._set_strays_aside(end)
-        for segment, following in pairwise(self._segments):
-            segment.end = following.base
-            if gone and (last := self._last_of(segment)):  # between them some were given up
-                segment.end = min(last.end, following.base)
+        for file, following in pairwise(self._files):
+            file.end = following.base
+            if discarded and (last := self._last_of(file)):  # events between the two were discarded
+                file.end = min(last.end, following.base)
         self.end = end
-        if self._segments:
-            self._find_end(self._segments[-1])
-        first = self._segments[0].base if self._segments else self.end
+        if self._files:
+            self._find_end(self._files[-1])
+        first = self._files[0].base if self._files else self.end
         self.acked = self.sent = first if acked is None else min(acked, self.end)
-        self.gone = min(gone, self.end - self.acked)
+        self.discarded = min(discarded, self.end - self.acked)
         self.sweep()
 
     def append(self, batch: EncodedBatch, ring: str, position: int, reason: str = "") -> None:
-        """Write a batch behind the others; it comes from before `position` of the ring `ring`.
+        """Append a batch, whose last event ends at `position` of the ring `ring`.
 
-        Raises OSError where it cannot be written: then nothing has changed.
+        Raises OSError if it cannot be written, and then nothing has changed.
         """
         if self._writer and (
-            self._writer[0].size >= self._segment_bytes or self._now().since(self._writer[0].made) > _SEGMENT_AGE_S
+            self._writer[0].size >= self._file_bytes or self._now().since(self._writer[0].made) > _FILE_AGE_S
         ):
             self._end_writer()
-        segment, descriptor, sync = self._writer or self._begin_writer()
+        file, descriptor, sync = self._writer or self._begin_writer()
         data = block(Spooled(batch, self.end, ring, position, reason), sync)
         self._make_room(len(data))
-        self._write(segment, descriptor, data)
-        self.end = segment.end = self.end + len(batch)
+        self._write(file, descriptor, data)
+        self.end = file.end = self.end + len(batch)
 
     def read(self) -> Spooled | None:
-        """Return the next batch behind `sent`, which moves behind it; None: there is none. OSError: try later.
+        """Return the next batch after `sent` and move `sent` past it; None if there is none. OSError: retry later.
 
-        Events between the old `sent` and the batch cannot be read. Where that is so up to `end`, `sent` moves there.
+        Unreadable events are skipped, if need be up to `end`.
         """
         while True:
             if self._reading is None and not self._begin_reading():
                 self.sent = self.end
                 return None
             assert self._reading is not None
-            segment, _, reader = self._reading
+            file, _, reader = self._reading
             try:
                 spooled = reader.next()
             except OSError as error:
-                self._blame(segment, error)
+                self._mark_unreadable(file, error)
                 spooled = None
-            segment.damaged |= reader.damaged or segment.size > _MOST_FILE_BYTES
+            file.damaged |= reader.damaged or file.size > _MOST_FILE_BYTES
             if spooled is None:
-                if self._is_written(segment) and self.sent == self.end:
+                if self._is_written(file) and self.sent == self.end:
                     return None
                 self._end_reading()
-                self.sent = max(self.sent, segment.end)
+                self.sent = max(self.sent, file.end)
                 if self.sent == self.end:
                     return None
-            elif self.sent < spooled.end <= segment.end:  # not behind that: a write that failed left it there
+            elif self.sent < spooled.end <= file.end:  # beyond that are remains of a failed write
                 self.sent = spooled.end
                 return spooled
 
     def ack(self, first: int, end: int) -> None:
-        """Note that all is done before `end`; what is between `acked` and `first` could not be read, and is lost.
+        """Mark all events before `end` as done. Those from `acked` to `first` could not be read and are lost.
 
-        The caller writes its ledger, and then calls `sweep`.
+        The caller writes its ledger and then calls `sweep`.
         """
         missing = max(0, first - self.acked)
-        counted = min(missing, self.gone)
-        self.gone -= counted
+        counted = min(missing, self.discarded)
+        self.discarded -= counted
         if missing > counted:
             self.lost["spool_damaged"] += missing - counted
-            logger.error("spool: %d events of %s are damaged and lost", missing - counted, self._folder)
+            logger.error("spool: %d damaged events lost folder=%s", missing - counted, self._folder)
         self.acked = end
 
     def sweep(self) -> None:
-        """Delete what is done."""
+        """Delete files whose events are done."""
         if self.acked == self.end and self._writer:
             self._end_writer(sync=False)
-        for segment in [each for each in self._segments if each.end <= self.acked]:
-            if not self._is_written(segment):
-                self._remove(segment)
+        for file in [each for each in self._files if each.end <= self.acked]:
+            if not self._is_written(file):
+                self._remove(file)
 
     def expire(self) -> None:
-        """Give up segments that are too old, a few at a time, and of which nothing is under way to Kafka."""
+        """Delete files that are too old, a few per call, and only those with nothing in flight."""
         now = self._now()
-        expired = [segment for segment in self._untouched() if now.since(segment.made) > self._max_age_s]
-        for segment in expired[:_MOST_EXPIRED]:
-            self._give_up(segment, "spool_expired")
+        expired = [file for file in self._untouched() if now.since(file.made) > self._max_age_s]
+        for file in expired[:_MOST_EXPIRED]:
+            self._discard(file, "spool_expired")
 
     def close(self) -> None:
-        """Put what was written on the disk itself, and let go of all files."""
+        """Sync and close all files."""
         self._end_reading()
         if self._writer:
             self._end_writer()
 
-    def _make_folder(self) -> None:
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except FileExistsError:  # a file, or a link to nothing
-            aside = state_file.set_aside(self._folder)
-            logger.error("spool: %s is not a folder and is set aside as %s", self._folder, aside and aside.name)
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    def _found(self, path: Path) -> _Segment:
+    def _found(self, path: Path) -> _File:
         made = None
         with contextlib.suppress(OSError, DamagedError), open(state_file.open_regular(path), "rb") as file:
             made = made_at(read_header(file.read(HEADER_BYTES))[2])
         made = made or self._now()
-        return _Segment(int(path.stem), int(path.stem), path, size_bytes(path), made)
+        return _File(int(path.stem), int(path.stem), path, size_bytes(path), made)
 
     def _set_strays_aside(self, end: int) -> None:
-        """Set files aside that hold nothing and whose names lie beyond the ledger's `end`.
+        """Set files aside that hold nothing and whose names are beyond the ledger's `end`.
 
-        Nobody knows of events there: if they moved the end, what is missing before them would count as lost.
+        The ledger knows of no events there. If they moved `end`, all numbers up to them would count as lost.
         """
-        while self._segments and self._segments[-1].base > end and self._last_of(self._segments[-1]) is None:
-            self._segments[-1].damaged = True
-            self._remove(self._segments[-1])
+        while self._files and self._files[-1].base > end and self._last_of(self._files[-1]) is None:
+            self._files[-1].damaged = True
+            self._remove(self._files[-1])
 
-    def _last_of(self, segment: _Segment) -> Spooled | None:
-        """Return the last batch of a segment that can be read, and note whether others cannot."""
+    def _last_of(self, file: _File) -> Spooled | None:
+        """Return the last readable batch of a file, and note whether anything is damaged."""
         last = None
-        segment.damaged = segment.size > 0 or not segment.path.is_file()
+        file.damaged = file.size > 0 or not file.path.is_file()
         with contextlib.suppress(OSError):
-            descriptor, reader = self._open(segment)
+            descriptor, reader = self._open(file)
             try:
                 while reader and (spooled := reader.next()):
                     last = spooled
                 if reader:
-                    segment.damaged = reader.damaged or segment.size > _MOST_FILE_BYTES
+                    file.damaged = reader.damaged or file.size > _MOST_FILE_BYTES
             finally:
                 os.close(descriptor)
         return last
 
-    def _find_end(self, segment: _Segment) -> None:
-        """Find the end of what was written, in the last segment; one that holds nothing goes."""
-        self.last = self._last_of(segment)
-        self.end = max(self.end, segment.base, self.last.end if self.last else 0)
-        segment.end = self.end
-        if segment.end == segment.base:
-            self._remove(segment)
+    def _find_end(self, file: _File) -> None:
+        """Find the end of the last file; delete the file if it is empty."""
+        self.last = self._last_of(file)
+        self.end = max(self.end, file.base, self.last.end if self.last else 0)
+        file.end = self.end
+        if file.end == file.base:
+            self._remove(file)
 
-    def _begin_writer(self) -> tuple[_Segment, int, bytes]:
+    def _begin_writer(self) -> tuple[_File, int, bytes]:
         made, sync = self._now(), os.urandom(16)
         data = header(self._schema, {"rebpf.made": json.dumps(asdict(made))}, sync)
         self._make_room(len(data))
-        path = self._folder / f"{self.end:020}{SEGMENT}"
+        path = self._folder / f"{self.end:020}{SPOOL_SUFFIX}"
         descriptor = self._disk.create(path)
-        segment = _Segment(self.end, self.end, path, 0, made)
+        file = _File(self.end, self.end, path, 0, made)
         try:
-            self._write(segment, descriptor, data)
+            self._write(file, descriptor, data)
         except OSError:
             os.close(descriptor)
             self._disk.unlink(path)
             raise
-        self._segments.append(segment)
-        self._writer = (segment, descriptor, sync)
+        self._files.append(file)
+        self._writer = (file, descriptor, sync)
         return self._writer
 
-    def _write(self, segment: _Segment, descriptor: int, data: bytes) -> None:
-        """Append to a segment, all or nothing."""
+    def _write(self, file: _File, descriptor: int, data: bytes) -> None:
+        """Append to a file, all or nothing."""
         left = memoryview(data)
         try:
             while left:
                 left = left[self._disk.write(descriptor, left) :]
         except OSError:
             try:
-                self._disk.truncate(descriptor, segment.size)
-            except OSError:  # the rest is passed over when it is read, and nothing is written behind it
-                segment.size += len(data) - len(left)
+                self._disk.truncate(descriptor, file.size)
+            except OSError:  # readers skip the rest, and nothing is written after it
+                file.size += len(data) - len(left)
                 self._end_writer(sync=False)
             raise
-        segment.size += len(data)
+        file.size += len(data)
 
     def _end_writer(self, *, sync: bool = True) -> None:
         if self._writer is None:
             return
-        segment, descriptor, _ = self._writer
+        file, descriptor, _ = self._writer
         self._writer = None
         try:
             if sync:
                 self._disk.sync(descriptor)
         except OSError as error:
-            logger.warning("spool: %s: %s", self._folder, error.strerror)
+            logger.warning("spool: cannot sync %s: %s", file.path, error.strerror)
         finally:
             os.close(descriptor)
-        if segment.end == segment.base:
-            self._remove(segment)
+        if file.end == file.base:
+            self._remove(file)
 
     def _begin_reading(self) -> bool:
-        """Open the first segment with events behind `sent`."""
-        for segment in self._unsent():
+        """Open the first file with events after `sent`."""
+        for file in self._unsent():
             try:
-                descriptor, reader = self._open(segment)
+                descriptor, reader = self._open(file)
             except OSError as error:
-                self._blame(segment, error)
+                self._mark_unreadable(file, error)
                 reader = None
             if reader is None:
-                segment.damaged = True
-                self.sent = max(self.sent, segment.end)
+                file.damaged = True
+                self.sent = max(self.sent, file.end)
                 continue
-            self._reading = (segment, descriptor, reader)
+            self._reading = (file, descriptor, reader)
             return True
         return False
 
     @staticmethod
-    def _blame(segment: _Segment, error: OSError) -> None:
-        """Take a file that cannot be read for damaged; raise an error that says nothing of the file."""
+    def _mark_unreadable(file: _File, error: OSError) -> None:
+        """Mark an unreadable file as damaged; raise the error if it is not about the file."""
         if error.errno in PASSING:
             raise error
-        logger.error("spool: %s cannot be read: %s", segment.path, error.strerror)
-        segment.damaged = True
+        logger.error("spool: cannot read %s: %s", file.path, error.strerror)
+        file.damaged = True
 
-    def _open(self, segment: _Segment) -> tuple[int, Reader | None]:
-        """Open a segment for reading; no Reader where its header says nothing."""
-        descriptor = self._disk.open(segment.path)
+    def _open(self, file: _File) -> tuple[int, Reader | None]:
+        """Open a file for reading; without a Reader if its header is damaged."""
+        descriptor = self._disk.open(file.path)
 
         def read_at(offset: int, size: int) -> bytes:
             return self._disk.read_at(descriptor, offset, max(0, min(size, _MOST_FILE_BYTES - offset)))
@@ -343,57 +338,57 @@ class Spool:
             os.close(self._reading[1])
             self._reading = None
 
-    def _is_written(self, segment: _Segment) -> bool:
-        return self._writer is not None and self._writer[0] is segment
+    def _is_written(self, file: _File) -> bool:
+        return self._writer is not None and self._writer[0] is file
 
-    def _unsent(self) -> list[_Segment]:
-        return [segment for segment in self._segments if segment.end > self.sent]
+    def _unsent(self) -> list[_File]:
+        return [file for file in self._files if file.end > self.sent]
 
-    def _untouched(self) -> list[_Segment]:
-        """Return the segments of which nothing was sent: others must stay until it is acknowledged."""
-        return [segment for segment in self._segments if segment.base >= self.sent]
+    def _untouched(self) -> list[_File]:
+        """Return the files of which nothing was sent: others stay until it is acknowledged."""
+        return [file for file in self._files if file.base >= self.sent]
 
     def _make_room(self, size: int) -> None:
         while self._aside and self.size_bytes + size > self.max_bytes:
             self._forget_aside()
         while self.size_bytes + size > self.max_bytes:
-            untouched = [segment for segment in self._untouched() if not self._is_written(segment)]
-            if self._keep != "new" or not untouched:
-                raise FullError(errno.ENOSPC, f"the spool has its {self.max_bytes} bytes")
-            self._give_up(untouched[0], "spool_dropped")
+            untouched = [file for file in self._untouched() if not self._is_written(file)]
+            if self._when_full != "drop_oldest" or not untouched:
+                raise FullError(errno.ENOSPC, f"the spool is full: {self.max_bytes} bytes")
+            self._discard(untouched[0], "spool_dropped")
 
-    def _give_up(self, segment: _Segment, reason: str) -> None:
-        """Delete a segment with events that were not sent, and count them as lost."""
-        count = segment.end - max(segment.base, self.acked)
-        if self._reading and self._reading[0] is segment:
+    def _discard(self, file: _File, reason: str) -> None:
+        """Delete a file of unsent events, and count them as lost."""
+        count = file.end - max(file.base, self.acked)
+        if self._reading and self._reading[0] is file:
             self._end_reading()
-        if self._is_written(segment):
+        if self._is_written(file):
             self._end_writer(sync=False)
-        if segment not in self._segments:
-            return  # it held nothing, and went with its writer
-        self._disk.unlink(segment.path)
-        self._segments.remove(segment)
-        self.gone += count
+        if file not in self._files:
+            return  # it was empty and was deleted with its writer
+        self._disk.unlink(file.path)
+        self._files.remove(file)
+        self.discarded += count
         self.lost[reason] += count
-        logger.error("spool: %d events are given up reason=%s file=%s", count, reason, segment.path)
+        logger.error("spool: %d events discarded reason=%s file=%s", count, reason, file.path)
 
-    def _remove(self, segment: _Segment) -> None:
-        if self._reading and self._reading[0] is segment:
+    def _remove(self, file: _File) -> None:
+        if self._reading and self._reading[0] is file:
             self._end_reading()
         try:
-            if segment.damaged:
-                aside = segment.path.with_suffix(ASIDE)
-                logger.error("spool: %s is damaged and set aside as %s", segment.path, aside.name)
-                self._disk.rename(segment.path, aside)
-                if segment.size:
-                    self._aside[aside] = segment.size
+            if file.damaged:
+                aside = file.path.with_suffix(ASIDE_SUFFIX)
+                logger.error("spool: %s is damaged, renamed to %s", file.path, aside.name)
+                self._disk.rename(file.path, aside)
+                if file.size:
+                    self._aside[aside] = file.size
                 while len(self._aside) > _MOST_ASIDE:
                     self._forget_aside()
             else:
-                self._disk.unlink(segment.path)
-        except OSError as error:  # a disk that is read-only: the ledger says that it is done
-            logger.warning("spool: %s stays: %s", segment.path, error.strerror)
-        self._segments.remove(segment)
+                self._disk.unlink(file.path)
+        except OSError as error:  # read-only disk: the ledger has it as done
+            logger.warning("spool: cannot remove %s: %s", file.path, error.strerror)
+        self._files.remove(file)
 
     def _forget_aside(self) -> None:
         path = next(iter(self._aside))

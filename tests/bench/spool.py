@@ -1,4 +1,4 @@
-"""What it costs to put events by on disk and to read them back: the spool's segments, beside SQLite and plain files.
+"""The cost of writing events to disk and reading them back: spool files, SQLite and plain files.
 
 python -m tests.bench.spool
 
@@ -26,8 +26,8 @@ from tests.bench.stages import ROWS, UTC_OFFSET_NS, encoder, rows
 BATCHES = 100
 
 
-class Segments:
-    """The producer's own."""
+class SpoolFiles:
+    """The producer's spool."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -121,13 +121,13 @@ def us_per_event(work: Callable[[], object]) -> float:
     return (time.process_time() - before) / BATCHES / ROWS * 1e6
 
 
-def put_by(store: Segments | Sqlite | Plain, batch: EncodedBatch) -> None:
+def append(store: SpoolFiles | Sqlite | Plain, batch: EncodedBatch) -> None:
     for _ in range(BATCHES):
         store.put(batch)
     store.close()
 
 
-def left_after_damage(store: Segments | Sqlite | Plain, folder: Path) -> int:
+def left_after_damage(store: SpoolFiles | Sqlite | Plain, folder: Path) -> int:
     """Overwrite a page in the middle of the largest file, and return how many batches can be read."""
     largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
@@ -145,8 +145,8 @@ def left_after_damage(store: Segments | Sqlite | Plain, folder: Path) -> int:
 def main() -> None:
     """Measure and print."""
     batch = encoder().encode(Batch(TRANSMITS, rows()), UTC_OFFSET_NS)
-    ways: dict[str, Callable[[Path], Segments | Sqlite | Plain]] = {
-        "segments": Segments,
+    ways: dict[str, Callable[[Path], SpoolFiles | Sqlite | Plain]] = {
+        "spool files": SpoolFiles,
         "SQLite, compressed": lambda folder: Sqlite(folder, compressed=True),
         "SQLite, checksums": lambda folder: Sqlite(folder, compressed=False),
         "plain file": Plain,
@@ -154,12 +154,12 @@ def main() -> None:
     for name, make in ways.items():
         with tempfile.TemporaryDirectory() as folder:
             store = make(Path(folder))
-            put = us_per_event(lambda store=store: put_by(store, batch))  # type: ignore[misc]
+            put = us_per_event(lambda store=store: append(store, batch))  # type: ignore[misc]
             size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
             read = us_per_event(lambda store=store: sum(store.read()))  # type: ignore[misc]
         with tempfile.TemporaryDirectory() as folder:
             store = make(Path(folder))
-            put_by(store, batch)
+            append(store, batch)
             left = left_after_damage(store, Path(folder))
         per_event = size / BATCHES / ROWS
         print(f"{name:20} put {put:.2f}, read {read:.2f} us an event; {per_event:.0f} bytes; {left} of {BATCHES} left")

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos --minutes N --events-per-s N --seed N`: a chaos run. Exit code 1 where something was found."""
+"""`python -m tests.chaos --minutes N --events-per-s N --seed N`: a chaos run. Exits with 1 if there are findings."""
 
 import argparse
 import json
@@ -14,15 +14,15 @@ from tests.chaos.run import run
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=5.0, help="how long (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="duration (default: %(default)s)")
     parser.add_argument("--events-per-s", type=float, default=20_000.0, help="traffic (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="which actions, in which order (default: by chance)")
-    parser.add_argument("--report", type=Path, help="file for the report in JSON; else it is printed")
-    parser.add_argument("--keep", type=Path, help="folder for logs and data, which stay there; else temporary")
+    parser.add_argument("--seed", type=int, help="seed of the actions and their order (default: random)")
+    parser.add_argument("--report", type=Path, help="write the JSON report to this file (default: print it)")
+    parser.add_argument("--keep", type=Path, help="keep logs and data in this folder (default: a temporary one)")
     options = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("BPF programs, namespaces and mounts need root")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # mounts and cgroups go on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that mounts and cgroups are removed
     seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
     with tempfile.TemporaryDirectory(prefix="rebpf-chaos-") as temporary:
         folder = options.keep or Path(temporary)

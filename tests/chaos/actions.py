@@ -1,6 +1,6 @@
-"""What goes wrong in a chaos run. An action is a generator: it yields the seconds to wait for its next part.
+"""The actions of a chaos run. An action is a generator that yields the seconds to wait before its next part.
 
-Actions run side by side; two that need the same thing do not.
+Actions run concurrently, unless they need the same resource.
 """
 
 import os
@@ -22,7 +22,7 @@ DONE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """`needs` are things that no other action may have at the time; `weight` says how often it comes."""
+    """`needs` are the resources that it uses exclusively; `weight` is how often it is chosen."""
 
     run: Callable[[Scene, random.Random], Waits]
     weight: int
@@ -30,7 +30,7 @@ class Action:
 
 
 def child(scene: Scene, argv: list[str], what: str) -> Waits:
-    """Run a child to its end, which must be a good one."""
+    """Run a child to its end; note a failure."""
     log = scene.folder / f"{what}.err"
     with log.open("wb") as err:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=err)
@@ -65,7 +65,7 @@ def visitors(scene: Scene, chance: random.Random) -> Waits:
 
 
 def status(scene: Scene, chance: random.Random) -> Waits:
-    """Ask with `rebpf status`, as an operator does."""
+    """Run `rebpf status`, as an operator would."""
     log = scene.folder / "status.err"
     argv = ["setpriv", "--pdeathsig", "KILL", *command("status", "--state-dir", scene.disk / "state")]
     with log.open("wb") as err:
@@ -117,7 +117,7 @@ def wrong(scene: Scene, chance: random.Random) -> bytes:
             scene.config(f'{rule}uid = ["no-such-user"]'),
             scene.config(f'{rule}interface = ["{"x" * 300}"]'),
             scene.config().replace(b"127.0.0.1:", b"127.0.0.1:9"),
-            scene.config().replace(b"after_s = 1.0", b"after_s = nan"),
+            scene.config().replace(b"spill_after_s = 1.0", b"spill_after_s = nan"),
             b"x = " + b"[" * 100_000,
         ]
     )
@@ -133,18 +133,18 @@ def reload_right(scene: Scene, chance: random.Random) -> Waits:
     end_s = time.monotonic() + DONE_S
     while scene.producer.reloaded == before and scene.producer.life is life and not life.end_expected:
         if time.monotonic() > end_s:
-            scene.findings.add("a right reload is not followed")
+            scene.findings.add("a valid reload is not applied")
             return
         yield 0.1
     yield chance.uniform(0, 10)
 
 
 def reload_wrong(scene: Scene, chance: random.Random) -> Waits:
-    """The producer is not ended meanwhile: a start refuses the file too."""
+    """Reload an invalid file. The producer is not ended meanwhile: a start would reject the file too."""
     producer = scene.producer
     text = wrong(scene, chance)
     producer.write(text)
-    if text == b"":  # nothing is the defaults, and right: a folder instead
+    if text == b"":  # an empty file is valid, so use a folder
         producer.config.load.unlink()
         producer.config.load.mkdir()
     before, life = producer.refused, producer.life
@@ -152,7 +152,7 @@ def reload_wrong(scene: Scene, chance: random.Random) -> Waits:
     end_s = time.monotonic() + DONE_S
     while producer.refused == before and producer.life is life:
         if time.monotonic() > end_s:
-            scene.findings.add("a wrong reload is not refused", repr(text[:300]))
+            scene.findings.add("an invalid reload is not refused", repr(text[:300]))
             break
         yield 0.1
     producer.restore()
@@ -163,7 +163,7 @@ def reload_wrong(scene: Scene, chance: random.Random) -> Waits:
 
 
 def storm(scene: Scene, chance: random.Random) -> Waits:
-    """Many signals, a few ms apart."""
+    """Send many signals, a few ms apart."""
     numbers = [signal.SIGHUP] * 5 + [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPIPE, signal.SIGIO]
     for _ in range(chance.randrange(20, 150)):
         for _ in range(10):
@@ -182,14 +182,14 @@ def freeze(scene: Scene, chance: random.Random) -> Waits:
 
 
 def until_ready(scene: Scene) -> Waits:
-    while not scene.producer.ready:  # one that is not in time is a finding
+    while not scene.producer.ready:  # a start that takes too long is a finding
         yield 0.1
 
 
 def kill(scene: Scene, chance: random.Random) -> Waits:
     scene.producer.kill()
     scene.producer.start()
-    if chance.random() < 0.2:  # again, before it is ready
+    if chance.random() < 0.2:  # again before it is ready
         yield chance.uniform(0, 2)
         scene.producer.kill()
         scene.producer.start()
@@ -264,14 +264,14 @@ def disk_full(scene: Scene, chance: random.Random) -> Waits:
         room = os.statvfs(scene.disk)
         try:
             os.posix_fallocate(file.fileno(), 0, max(1, room.f_bavail * room.f_bsize))
-        except OSError:  # the producer took some meanwhile
+        except OSError:  # the producer used some meanwhile
             scene.findings.notes["disk not quite full"] += 1
     yield chance.uniform(3, 30)
     filler.unlink()
 
 
 def clock(scene: Scene, chance: random.Random) -> Waits:
-    """Step the clock that the producer sees; that of the machine is left alone."""
+    """Step the clock that the producer sees, not the machine's."""
     step_s = chance.choice([-86400, -3600, -5, -0.5, 0.5, 5, 3000])
     scene.clock.write_text(f"{step_s:+}\n")
     yield chance.uniform(2, 30)

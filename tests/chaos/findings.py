@@ -1,4 +1,4 @@
-"""What a chaos run finds and counts."""
+"""The findings and counts of a chaos run."""
 
 import time
 from collections import Counter
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(slots=True)
 class Findings:
-    """Findings with the second of the run, and what was done so far."""
+    """The findings, each with its time in the run, and the actions so far."""
 
     began_s: float = field(default_factory=time.monotonic)
     found: list[dict[str, Any]] = field(default_factory=list)
     actions: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    """What was seen and is no finding by itself."""
+    """Observations that are not findings by themselves."""
 
     def add(self, what: str, detail: str = "") -> None:
         at_s = round(time.monotonic() - self.began_s, 1)

@@ -1,9 +1,9 @@
-"""Cgroups and network namespaces that are made, used by a connection from inside, and removed.
+"""Creates cgroups and network namespaces, connects from inside, and removes them.
 
 python -m tests.chaos.guests cgroups SEED FOLDER ADDRESS PORT
 python -m tests.chaos.guests namespace SEED FOLDER ADDRESS PORT
 
-The first runs in the client's namespace; the second makes a namespace of its own, in which it has the address.
+The first runs in the client's namespace; the second creates a namespace in which it has the address.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 CLONE_NEWNET = 0x40000000
 ODD = (
     b"caf\xe9",
-    b"tab\tand\rreturn",  # a line feed is the one byte that the kernel refuses in a cgroup's name
+    b"tab\tand\rreturn",  # the kernel allows all bytes in a cgroup's name except a line feed
     b"2026-01-01 INFO ready",
     b"\x1b[31mred\x1b[0m",
     b"\xff" * 255,
@@ -32,7 +32,7 @@ ODD = (
 
 
 def cgroups(chance: random.Random, folder: bytes, address: str, port: int) -> None:
-    """Make cgroups, enter each, connect, leave, and remove it; and many that nobody enters."""
+    """Create cgroups, enter each, connect, leave and remove it; and create many that stay empty."""
     empty = [os.path.join(folder, b"empty-%d" % chance.randrange(1 << 40)) for _ in range(chance.randrange(300))]
     for path in empty:
         os.mkdir(path)
@@ -57,7 +57,7 @@ def enter(folder: bytes) -> None:
 
 
 def namespace(chance: random.Random, address: str, port: int) -> None:
-    """Make a namespace with the client's address on its loopback, and connections that stay inside it."""
+    """Create a namespace with the client's address on its loopback, and connections inside it."""
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare")
     for command in (f"address add {address}/32 dev lo", "link set lo up"):

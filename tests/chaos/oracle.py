@@ -1,4 +1,4 @@
-"""What arrived, counted outside the producer: a plain consumer, and a map of every event number that it has seen.
+"""Counts what arrived, outside the producer: a plain consumer with a map of every event number seen.
 
 python -m tests.chaos.oracle BROKERS HOST TOPIC=SCHEMA_ID ...
 
@@ -22,7 +22,7 @@ from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 FRAME_BYTES = 5
 FRONT_BYTES = 128
-"""More than the frame and the fields up to the boot id take."""
+"""More than the frame and the fields up to the boot id need."""
 GENERATION_BITS = 32
 BATCH = 20_000
 SILENCE_S = 120.0
@@ -30,7 +30,7 @@ SILENCE_S = 120.0
 
 @dataclass(slots=True)
 class Seen:
-    """The numbers of one CPU, topic and generation: how often each was there; numbers begin at 1."""
+    """The numbers of one CPU, topic and generation, and how often each was seen. Numbers start at 1."""
 
     copies: "np.ndarray[Any, np.dtype[np.uint8]]" = field(default_factory=lambda: np.zeros(1 << 16, np.uint8))
     highest: int = 0
@@ -48,12 +48,12 @@ class Seen:
 
     @property
     def missing(self) -> int:
-        """Numbers that are not there, from 1 to the highest."""
+        """Numbers from 1 to the highest that were not seen."""
         return self.highest - self.distinct
 
 
 class Oracle:
-    """Counts the messages of topics, each of which must have its schema's id, one host and one boot."""
+    """Counts the messages of topics. Each must have its schema's id, the host and the boot."""
 
     def __init__(self, host: str, schema_ids: Mapping[str, int], boot_id: str) -> None:
         self._schema_ids = schema_ids
@@ -83,7 +83,7 @@ class Oracle:
     def _decode(self, topic: str, rows: Any) -> tuple[Any, Any, Any]:
         """Return which rows are events, and their CPUs and numbers.
 
-        Behind the frame come the varints ts, ts_ns, cpu and cpu_seq, then host and boot id, each behind its length.
+        After the frame come the varints ts, ts_ns, cpu and cpu_seq, then host and boot id, each after its length.
         """
         frame = bytes([0]) + self._schema_ids[topic].to_bytes(4, "big")
         good = (rows[:, :FRAME_BYTES] == np.frombuffer(frame, np.uint8)).all(axis=1)
@@ -99,7 +99,7 @@ class Oracle:
         return good, cpus, numbers
 
     def report(self) -> dict[str, Any]:
-        """Return what was counted, by topic."""
+        """Return the counts by topic."""
         report: dict[str, Any] = {"foreign_samples": self.samples}
         for topic in self._schema_ids:
             seen = [(key, each) for key, each in self._seen.items() if key[0] == topic]
@@ -114,7 +114,7 @@ class Oracle:
 
 
 def _varint(body: Any, start: Any, end: Any) -> Any:
-    """Return the zig-zag numbers that stand between two columns of each row."""
+    """Return the zig-zag numbers between two columns of each row."""
     value = np.zeros(len(body), np.uint64)
     for place in range(10):
         at = np.minimum(start + place, body.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""The producer of a chaos run: started again whenever it ends, and watched from outside."""
+"""The producer of a chaos run: restarted whenever it ends, and watched from outside."""
 
 import contextlib
 import json
@@ -28,12 +28,12 @@ _LEVEL = re.compile(r"^\S+ \S+ (WARNING|ERROR) (.*)")
 
 
 class GaveUp(Exception):
-    """The producer ends again and again by itself."""
+    """The producer keeps ending by itself."""
 
 
 @dataclass(slots=True)
 class Life:
-    """One start of the producer, and what was seen of it."""
+    """One start of the producer, and what was observed."""
 
     process: "subprocess.Popen[bytes]"
     began_s: float
@@ -49,7 +49,7 @@ class Life:
 
 
 class Producer:
-    """`rebpf run` with these arguments. All calls come from one thread, which the process dies with."""
+    """`rebpf run` with these arguments. Call it from one thread only: the process dies with that thread."""
 
     def __init__(
         self,
@@ -74,10 +74,10 @@ class Producer:
         self._rest = b""
         self.last_lines: deque[str] = deque(maxlen=30)
         self.refused = 0
-        """Reloads that were refused, and below those that were not."""
+        """Refused reloads; the next counts accepted ones."""
         self.reloaded = 0
         self.frozen: list[tuple[float, float]] = []
-        """When it was stopped by SIGSTOP."""
+        """When SIGSTOP stopped it."""
         self._delays: deque[tuple[float, float]] = deque(maxlen=300)
         self._memory_at = self._delay_at = 0.0
         self.lives: list[Life] = []
@@ -97,7 +97,7 @@ class Producer:
         return self.life.ready_s is not None and self.life.process.poll() is None
 
     def write(self, config: bytes) -> None:
-        """Write the configuration, whole or not at all."""
+        """Write the configuration atomically."""
         fresh = self.config.with_suffix(".new")
         fresh.write_bytes(config)
         if self.config.is_dir():
@@ -105,7 +105,7 @@ class Producer:
         fresh.replace(self.config)
 
     def accept(self, config: bytes) -> None:
-        """Write a configuration that a start can use too."""
+        """Write a configuration that a start can use as well."""
         self._good_config = config
         self.write(config)
 
@@ -114,7 +114,7 @@ class Producer:
         self.write(self._good_config)
 
     def start(self) -> None:
-        """Start it, and do not wait."""
+        """Start it without waiting."""
         with self._err.open("ab") as err, (self.folder / "out").open("wb") as out:
             process = subprocess.Popen(
                 self._command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=self._env
@@ -153,7 +153,7 @@ class Producer:
         return balance
 
     def limit_descriptors(self, count: int | None) -> None:
-        """Leave it room for so many more descriptors; None: as many as this process may have."""
+        """Limit it to `count` more descriptors, or to this process's limit if None."""
         limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         try:
             if count is not None:
@@ -163,7 +163,7 @@ class Producer:
             self._findings.notes["descriptors not limited"] += 1
 
     def watch(self) -> None:
-        """Look what it does; start it again where it has ended by itself."""
+        """Follow its log; restart it if it has ended by itself."""
         self.follow()
         if self.ended and not self.life.end_expected:
             self._ends += 1

@@ -1,4 +1,4 @@
-"""A proxy before the registry that may answer nonsense."""
+"""A proxy in front of the registry that may answer nonsense."""
 
 import contextlib
 import http.client
@@ -14,7 +14,7 @@ _DRIPS = 600
 
 
 class Proxy:
-    """Answers on a port of 127.0.0.1 by its `mode`, one of MODES, while it is entered."""
+    """Answers on a port of 127.0.0.1 as its `mode` says, one of MODES."""
 
     def __init__(self, upstream: str) -> None:
         self._upstream = urlsplit(upstream)

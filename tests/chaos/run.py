@@ -1,4 +1,4 @@
-"""One chaos run: starts actions at random, lets all come to rest, and holds what arrived against what was said."""
+"""One chaos run: starts actions at random, waits for them to end, and compares what arrived with the balances."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from tests.chaos.scene import TOPICS, Scene
 TICK_S = 0.02
 MOST_AT_A_TIME = 5
 PAUSE_S = (0.2, 6.0)
-SETTLE_S = 180.0
+FINISH_S = 180.0
 DRAIN_S = 300.0
 ORACLE_S = 900.0
 FLAT_AFTER_S, FLAT_MB = 600.0, 10.0
@@ -26,7 +26,7 @@ QUIET_S = 10.0
 
 
 class Chaos:
-    """Starts actions in a scene until the time is over. The seed decides which, not what happens meanwhile."""
+    """Starts actions in a scene until the time is over. The seed determines the actions, not their timing."""
 
     def __init__(self, scene: Scene, seed: int, end_s: float) -> None:
         self._scene = scene
@@ -46,9 +46,9 @@ class Chaos:
                 self._begin()
             time.sleep(TICK_S)
 
-    def settle(self) -> None:
-        """Let what was begun come to its end."""
-        end_s = time.monotonic() + SETTLE_S
+    def finish(self) -> None:
+        """Wait until all running actions end."""
+        end_s = time.monotonic() + FINISH_S
         while self._running and time.monotonic() < end_s:
             self._scene.watch()
             self._step()
@@ -83,13 +83,13 @@ class Chaos:
             return False
         if name == "clock" and not self._scene.has_clock:
             return False
-        # A signal before it is ready would end it, as it ends any process.
+        # Before it is ready, a signal would end it like any process.
         if "producer" in action.needs and not self._scene.producer.ready:
             return False
         return "life" not in action.needs or time.monotonic() >= self._life_until_s
 
     def _plan_life(self) -> None:
-        """Decide how long a start is left alone: some long enough to see whether its memory is flat."""
+        """Choose how long a start runs undisturbed: some long enough to see whether its memory grows."""
         life = self._scene.producer.life
         if life is self._life:
             return
@@ -110,7 +110,7 @@ def run(folder: Path, minutes: float, events_per_s: float, seed: int) -> dict[st
         try:
             chaos.run()
             seconds = time.monotonic() - began_s
-            chaos.settle()
+            chaos.finish()
         except GaveUp as error:
             findings.add(str(error))
             seconds = time.monotonic() - began_s
@@ -120,7 +120,7 @@ def run(folder: Path, minutes: float, events_per_s: float, seed: int) -> dict[st
 
 
 def wait(scene: Scene, what: str, condition: Any, deadline_s: float) -> bool:
-    """Look after the scene until the condition is true; a finding where it does not become so."""
+    """Watch the scene until the condition is true; add a finding if it does not become true."""
     end_s = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > end_s:
@@ -132,13 +132,13 @@ def wait(scene: Scene, what: str, condition: Any, deadline_s: float) -> bool:
 
 
 def end(scene: Scene) -> dict[str, Any]:
-    """End the traffic, let the producer deliver all, stop it, and return what the oracle has seen."""
+    """End the traffic, let the producer deliver everything, stop it, and return the oracle's counts."""
     producer = scene.producer
     wait(scene, "the producer is ready", lambda: producer.ready, DRAIN_S)
     producer.accept(scene.config())
     producer.send(signal.SIGHUP)
     scene.end_traffic()
-    quiet_s = time.monotonic() + QUIET_S  # connections that are still open retransmit until then
+    quiet_s = time.monotonic() + QUIET_S  # open connections may retransmit until then
     wait(scene, "traffic is over", lambda: time.monotonic() > quiet_s, DRAIN_S)
     wait(scene, "all is delivered", lambda: scene.waiting and not any(scene.waiting.values()), DRAIN_S)
     producer.terminate()
@@ -150,11 +150,11 @@ def end(scene: Scene) -> dict[str, Any]:
 
 
 def judge(scene: Scene, arrived: dict[str, Any]) -> None:
-    """Hold what arrived against what the producer has said."""
+    """Compare what arrived with the producer's balances."""
     findings = scene.findings
     for topic in TOPICS:
         account, seen = scene.accounts[topic], arrived[topic]
-        waiting = scene.waiting.get(topic, 0)  # on disk, for a next start that there is none of
+        waiting = scene.waiting.get(topic, 0)  # on disk, since there is no next start
         unnamed = account.numbered - seen["distinct"] - account.named - waiting
         detail = f"numbered={account.numbered} {seen} waiting={waiting} lost={dict(account.lost)}"
         if unnamed > 0:
@@ -205,7 +205,7 @@ def report(scene: Scene, arrived: dict[str, Any], seconds: float, seed: int) -> 
 
 
 def summary(life: Life) -> dict[str, Any]:
-    """Return a start's memory: at first, at ten minutes, at most behind that, and at last."""
+    """Return a start's memory: first, at ten minutes, the maximum after that, and last."""
     after = [mb for age_s, mb in life.memory if age_s >= FLAT_AFTER_S]
     flat = {"at_10_min": after[0], "most_after": max(after)} if after else {}
     return {"seconds": life.memory[-1][0], "first": life.memory[0][1], **flat, "last": life.memory[-1][1]}

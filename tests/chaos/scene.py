@@ -110,14 +110,14 @@ class Scene:
         return FAKETIME.exists() and shutil.which("cc") is not None
 
     def config(self, rules: str = "") -> bytes:
-        """Return a configuration; `rules` stand before the one that keeps the lab's traffic."""
+        """Return a configuration; `rules` come before the one that keeps the lab's traffic."""
         lab = json.dumps([*self.lab.addresses])
         return f"""
             host = "{HOST}"
             kafka.brokers = "{self.kafka.bootstrap}"
             registry = {{ url = "{self.proxy.url}", timeout_s = 2.0 }}
             metrics.listen = "127.0.0.1:{self.listen}"
-            spool = {{ transmit_bytes = {48 << 20}, retransmit_bytes = {8 << 20}, after_s = 1.0 }}
+            spool = {{ transmit_bytes = {48 << 20}, retransmit_bytes = {8 << 20}, spill_after_s = 1.0 }}
             [capture]
             transmit_ring_bytes = {1 << 28}
             retransmit_ring_bytes = {1 << 24}
@@ -144,7 +144,7 @@ class Scene:
             subprocess.run(host.command("nft", "-f", "-"), input=rules, text=True, check=True)
 
     def _init(self) -> None:
-        """Make the topics. They keep all that the oracle may still have to read, by the broker's clock."""
+        """Create the topics, with unlimited retention time, as the oracle may lag behind."""
         (self.folder / "init.toml").write_bytes(self.config())
         done = rebpf("init", "--config", self.folder / "init.toml", "--partitions", 2)
         if done.returncode:
@@ -186,7 +186,7 @@ class Scene:
         }
 
     def watch(self) -> None:
-        """Look after what runs, and at what the poller saw."""
+        """Check the child processes, and what the poller saw."""
         self.producer.watch()
         self._steer()
         with self.lock:
@@ -199,7 +199,7 @@ class Scene:
                 raise RuntimeError(f"{name} ended: {(self.folder / f'{name}.err').read_text()}")
 
     def _steer(self) -> None:
-        """Send more, or less, where the events so far are fewer, or more, than they should be."""
+        """Adjust the traffic to the target rate of events."""
         now = time.monotonic()
         if now < self._steer_at or not self._has_traffic:
             return
@@ -218,7 +218,7 @@ class Scene:
         self.traffic.communicate(timeout=60)
 
     def _poll(self) -> None:
-        """Ask for health and balance, from a thread."""
+        """Poll health and balance, in a thread."""
         while not self._poll_until.wait(POLL_EVERY_S):
             if not self.producer.ready:
                 continue
@@ -231,7 +231,7 @@ class Scene:
         try:
             self._ask("healthz")
         except urllib.error.HTTPError as error:
-            if self.producer.life.end_expected:  # what it does then takes no steps
+            if self.producer.life.end_expected:  # a shutdown makes no steps
                 return
             with self.lock:
                 self.unhealthy.append((time.monotonic(), f"{error.code} {error.read().decode(errors='replace')}"))
@@ -250,7 +250,7 @@ class Scene:
                 self._note(stream["topic"], stream, {loss["reason"]: loss["count"] for loss in stream["lost"]})
 
     def note_end(self, balances: dict[str, Any]) -> None:
-        """Add the balances of a stop in good order, behind which rings are new."""
+        """Add the balances of an orderly stop, after which rings are new."""
         with self.lock:
             for topic, balance in balances.items():
                 self._note(topic, balance, balance["lost"])
@@ -275,7 +275,7 @@ class Scene:
 
 @contextlib.contextmanager
 def mounted(folder: Path, kind: str, *options: str) -> Iterator[Path]:
-    """Mount a file system of its own, until the context is left."""
+    """Mount a new file system until the context is left."""
     folder.mkdir()
     subprocess.run(["mount", "-t", kind, *(["-o", *options] if options else []), kind, folder], check=True)
     try:
@@ -286,7 +286,7 @@ def mounted(folder: Path, kind: str, *options: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def cgroup() -> Iterator[Path]:
-    """A cgroup, which is removed with all that is left in it."""
+    """A cgroup, removed with everything left in it."""
     root = cgroup2_root()
     if root is None:
         raise RuntimeError("no cgroup v2 hierarchy is mounted")
@@ -301,7 +301,7 @@ def cgroup() -> Iterator[Path]:
 
 
 def end(child: "subprocess.Popen[Any]") -> None:
-    """End a child that may be stopped, or have ended."""
+    """Kill a child, which may be stopped or have ended."""
     with contextlib.suppress(ProcessLookupError):
         child.send_signal(signal.SIGCONT)
         child.kill()

@@ -1,4 +1,4 @@
-"""The oracle sees each gap, copy and foreign message, and the account each event that is said to be lost."""
+"""The oracle counts each gap, duplicate and foreign message, and the account each reported loss."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def test_messages_of_another_schema_host_or_form_are_foreign() -> None:
     assert report["foreign_samples"]
 
 
-def test_an_account_goes_on_over_crashes_and_begins_again_with_new_rings() -> None:
+def test_an_account_continues_over_crashes_and_restarts_with_new_rings() -> None:
     account = TopicAccount()
     account.note(100, 0, 90, 8, {"nested": 2})
     account.note(150, 0, 140, 0, {"nested": 2, "spool_dropped": 8})

@@ -25,7 +25,7 @@ GIVE_UP_S = 3.0
 
 
 class Rate:
-    """Messages a second, as the parent wants them."""
+    """Messages per second, as set by the parent."""
 
     def __init__(self, per_s: float) -> None:
         self.per_s = per_s
@@ -41,13 +41,13 @@ class Rate:
 
 
 async def steady(rate: Rate, address: str) -> None:
-    """Send on long connections; one that breaks is made again."""
+    """Send on long connections, and replace those that break."""
     connections: list[socket.socket] = []
     loop = asyncio.get_running_loop()
     owed, before = 0.0, loop.time()
     for turn in itertools.count():
         await asyncio.sleep(TICK_S)
-        owed = min(owed + rate.per_s * (loop.time() - before), rate.per_s)  # a second's worth at most is made up for
+        owed = min(owed + rate.per_s * (loop.time() - before), rate.per_s)  # catch up by a second's worth at most
         before = loop.time()
         if len(connections) < LONG:
             with contextlib.suppress(OSError):
@@ -74,7 +74,7 @@ def connect(address: str, port: int) -> socket.socket:
 
 
 async def exchange(address: str, size: int, rounds: int) -> None:
-    """Talk to the echo server, over a link that loses segments."""
+    """Talk to the echo server over a lossy link."""
     with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
         async with asyncio.timeout(30):
             reader, writer = await asyncio.open_connection(address, LOSSY_PORT)
@@ -89,7 +89,7 @@ async def exchange(address: str, size: int, rounds: int) -> None:
 
 
 async def fail(address: str, port: int) -> None:
-    """Connect to where nobody answers."""
+    """Connect to a port that does not answer."""
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(GIVE_UP_S):
             _, writer = await asyncio.open_connection(address, port)

@@ -1,4 +1,4 @@
-"""Many visitors of the producer's endpoint at a time, slow ones and wrong ones among them.
+"""Many concurrent visitors of the producer's endpoint, some slow and some invalid.
 
 python -m tests.chaos.visitors HOST PORT SECONDS SEED
 """
@@ -15,7 +15,7 @@ QUICK, SLOW = 16, 24
 
 
 def quick(host: str, port: int, end: float, chance: random.Random) -> None:
-    """Ask for one page after the other; some go away before the answer."""
+    """Request pages in a loop; some leave before the answer."""
     while time.monotonic() < end:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5) as visitor:
             method = chance.choice(["GET", "GET", "GET", "HEAD", "POST", "\x16\x03\x01"])
@@ -27,7 +27,7 @@ def quick(host: str, port: int, end: float, chance: random.Random) -> None:
 
 
 def slow(host: str, port: int, end: float, chance: random.Random) -> None:
-    """Send a byte now and then, or read nothing."""
+    """Send a byte now and then."""
     while time.monotonic() < end:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5) as visitor:
             for byte in b"GET /metrics HTTP/1.1\r\nHost: chaos\r\nX-Slow: " + b"x" * 60:

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz TARGET... [--seconds N] [--seed N]`: runs targets for a time each, and says what was found."""
+"""`python -m tests.fuzz TARGET... [--seconds N] [--seed N]`: runs each target for a time, and prints the findings."""
 
 import argparse
 import logging
@@ -12,7 +12,7 @@ from tests.fuzz.targets import TARGETS
 
 
 def main() -> int:
-    """Return 1 where something was found."""
+    """Return 1 if there is a finding."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("target", nargs="*", help=f"one or more of: {', '.join(TARGETS)}")
     parser.add_argument("--all-targets", action="store_true", help="all of them, one after the other")

@@ -16,9 +16,9 @@ from hypothesis.strategies import SearchStrategy
 from tests.fuzz.known import KNOWN
 
 _ROUND = 200
-"""Examples between two looks at the clock."""
+"""Examples between two checks of the clock."""
 _MOST_BYTES = 1 << 28
-"""How much one example may add to the memory of this process."""
+"""How much memory one example may add to this process."""
 
 Check = Callable[[Any], None]
 
@@ -29,34 +29,34 @@ class FindingError(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is fuzzed: `checks` is entered once for a run, and gives what checks an example."""
+    """A fuzz target. `checks` is entered once per run and returns the function that checks an example."""
 
     name: str
     examples: SearchStrategy[Any]
     checks: Callable[[], AbstractContextManager[Check]]
     count: int = 100
-    """Examples in the default tests."""
+    """Number of examples in the default tests."""
     bound_s: float = 10.0
-    """How long one example may take."""
+    """Time limit of one example."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What a run has seen."""
+    """The counts of a run."""
 
     executions: int = 0
     known: dict[str, int] = field(default_factory=dict)
 
 
 def run_fixed(target: Target) -> None:
-    """Run the target's fixed examples; raise what an example raises, unless it is known."""
+    """Run the target's fixed examples; raise an example's error, unless it is known."""
     tally = Tally()
     with target.checks() as check:
         _property(target, check, tally, target.count, derandomize=True)()
 
 
 def run_for(target: Target, seconds: float, first_seed: int) -> tuple[Tally, BaseException | None]:
-    """Run other examples for a time, or until one is found; return the tally, and what was raised."""
+    """Run other examples for a time, or until one fails; return the tally and the error."""
     tally, end, number = Tally(), time.monotonic() + seconds, first_seed
     with target.checks() as check, _alarm():
         while time.monotonic() < end:

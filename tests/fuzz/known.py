@@ -1,4 +1,4 @@
-"""Findings in code that is about to be mended: one line each, to be deleted with the mending.
+"""Findings that are not fixed yet, one line each. The fix deletes the line.
 
 An example whose error has such a signature is counted, and is no finding.
 """

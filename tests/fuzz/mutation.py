@@ -1,4 +1,4 @@
-"""Examples that are nearly right: a valid input, with a few changes."""
+"""Nearly valid examples: a valid input with a few changes."""
 
 import json
 import string
@@ -24,7 +24,7 @@ HOSTILE = (
     "a" * 5000,
     "\N{PILE OF POO}",
 )
-"""Texts that ask for trouble."""
+"""Texts that often break parsers."""
 NUMBERS = (
     0,
     -1,
@@ -64,7 +64,7 @@ scalars: st.SearchStrategy[Any] = st.one_of(
 
 @st.composite
 def mutated(draw: st.DrawFn, seeds: Sequence[bytes]) -> bytes:
-    """Return one of the seeds, with up to four pieces changed, taken out, doubled, or put in."""
+    """Return one of the seeds, with up to four pieces changed, removed, repeated or inserted."""
     data = draw(st.sampled_from(seeds))
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(data)))

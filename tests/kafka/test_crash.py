@@ -58,7 +58,7 @@ def prepare(broker: KafkaServer, prefix: str, folder: Path) -> str:
 
 def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, bpffs, tmp_path):
     # Room for a minute or more without a producer: it may be killed before it has done anything at all.
-    config = f"[capture]\ntransmit_ring_bytes = {1 << 28}\n[spool]\nafter_s = 0.2\n"
+    config = f"[capture]\ntransmit_ring_bytes = {1 << 28}\n[spool]\nspill_after_s = 0.2\n"
     scene = SteadyScene(tmp_path, broker, config, pin=bpffs / "pins")
     chance = random.Random(7)
     with Steady(scene.port, SENDS) as traffic:

@@ -79,7 +79,7 @@ def test_what_cannot_be_delivered_in_time_waits_on_disk_or_is_lost_where_there_i
 def test_a_second_signal_ends_it_at_once(tmp_path):
     with Echo() as echo:
         arguments = ["--brokers", NOWHERE, "--port", echo.port]
-        with Run(tmp_path, *arguments, config="kafka.stop_timeout_s = 600.0\nspool.after_s = 600.0") as run:
+        with Run(tmp_path, *arguments, config="kafka.stop_timeout_s = 600.0\nspool.spill_after_s = 600.0") as run:
             run.ready()
             exchange(echo.port, 11)
             assert proc.bpf_ids(run.pid, "link")

@@ -57,7 +57,7 @@ def test_an_outage_costs_nothing_keeps_the_order_and_takes_no_memory(mortal, tmp
 
 
 def test_the_balance_holds_at_every_sample_while_brokers_come_and_go(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal, "[spool]\nafter_s = 0.2\n")
+    scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.2\n")
     samples: list[dict[str, Any]] = []
     done = threading.Event()
 
@@ -88,7 +88,7 @@ def test_the_balance_holds_at_every_sample_while_brokers_come_and_go(mortal, tmp
 
 
 def test_a_stop_during_an_outage_leaves_what_waits_to_the_next_start(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal, "[spool]\nafter_s = 0.5\n")
+    scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.5\n")
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -112,7 +112,7 @@ def test_a_stop_during_an_outage_leaves_what_waits_to_the_next_start(mortal, tmp
 
 
 def test_kill_9_during_an_outage_leaves_what_waits_on_disk_to_the_next_start(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal, "[spool]\nafter_s = 0.5\n")
+    scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.5\n")
     with outage(mortal), Steady(scene.port, SENDS) as traffic:
         scene.wait_for("spooled", 20_000)
         traffic.stop()
@@ -151,7 +151,9 @@ def test_with_a_ring_too_small_what_is_lost_is_what_consumers_see_as_gaps(mortal
 
 
 def test_a_spool_that_keeps_the_new_gives_up_the_oldest_and_says_how_many(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal, '[spool]\nkeep = "new"\ntransmit_bytes = 2097152\nafter_s = 0.5\n')
+    scene = SteadyScene(
+        tmp_path, mortal, '[spool]\nwhen_full = "drop_oldest"\ntransmit_bytes = 2097152\nspill_after_s = 0.5\n'
+    )
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -163,7 +165,7 @@ def test_a_spool_that_keeps_the_new_gives_up_the_oldest_and_says_how_many(mortal
 
 
 def test_a_spool_that_keeps_the_old_leaves_the_new_to_the_ring(mortal, tmp_path):
-    small = "[spool]\ntransmit_bytes = 1048576\nafter_s = 0.5\n[capture]\ntransmit_ring_bytes = 524288\n"
+    small = "[spool]\ntransmit_bytes = 1048576\nspill_after_s = 0.5\n[capture]\ntransmit_ring_bytes = 524288\n"
     scene = SteadyScene(tmp_path, mortal, small)
     with Steady(scene.port, SENDS) as traffic:
         with outage(mortal):
@@ -188,7 +190,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-SMALL_RING = "[spool]\nafter_s = 0.5\n[capture]\ntransmit_ring_bytes = 524288\n"
+SMALL_RING = "[spool]\nspill_after_s = 0.5\n[capture]\ntransmit_ring_bytes = 524288\n"
 
 
 def on(disk: Path, folder: Path) -> None:
@@ -200,7 +202,7 @@ def on(disk: Path, folder: Path) -> None:
 def test_disk_full_during_an_outage_is_counted_and_recovers_by_itself(mortal, small_disk, tmp_path):
     on(small_disk, tmp_path)
     # It overflows after some seconds of an outage, not in a moment in which the producer has no CPU.
-    scene = SteadyScene(tmp_path, mortal, "[spool]\nafter_s = 0.5\n[capture]\ntransmit_ring_bytes = 8388608\n")
+    scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.5\n[capture]\ntransmit_ring_bytes = 8388608\n")
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -260,7 +262,7 @@ def test_disk_read_only_during_an_outage_is_counted_and_kafka_gets_the_rest(mort
 
 
 def test_spool_damaged_is_passed_over_counted_and_set_aside(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal, "[spool]\nafter_s = 0.5\n")
+    scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.5\n")
     with outage(mortal), Steady(scene.port, SENDS) as traffic:
         scene.wait_for("spooled", 60_000)
         traffic.stop()

@@ -41,7 +41,7 @@ class Place:
 
     def _text(self, after_s: float) -> str:
         kafka = f'[kafka]\ntopic_prefix = "{self.prefix}"\nstop_timeout_s = 60.0\n'
-        return f'{kafka}[metrics]\nlisten = ""\n[spool]\nafter_s = {after_s}\n'
+        return f'{kafka}[metrics]\nlisten = ""\n[spool]\nspill_after_s = {after_s}\n'
 
     def init(self) -> None:
         done = rebpf("init", "--brokers", self.kafka.bootstrap, "--partitions", PARTITIONS, "--config", self.config)
@@ -117,8 +117,8 @@ def test_replay_sends_each_event_once_and_in_order(place):
     sent = place.replay()
 
     assert sent == {
-        TRANSMIT: {"delivered": 17 * SIZE, "waiting": 0, "lost": {}, "trouble": ""},
-        RETRANSMIT: {"delivered": 2 * SIZE, "waiting": 0, "lost": {}, "trouble": ""},
+        TRANSMIT: {"delivered": 17 * SIZE, "waiting": 0, "lost": {}, "last_error": ""},
+        RETRANSMIT: {"delivered": 2 * SIZE, "waiting": 0, "lost": {}, "last_error": ""},
     }
     assert numbers(place.events()) == list(range(6 * SIZE + 1, 23 * SIZE + 1))
     assert_in_order(place.events())
@@ -140,7 +140,7 @@ def test_replay_counts_what_is_damaged_and_sends_the_rest(place):
 
     sent = place.replay(code=65)[TRANSMIT]
 
-    assert sent == {"delivered": 4 * SIZE, "waiting": 0, "lost": {"spool_damaged": 2 * SIZE}, "trouble": ""}
+    assert sent == {"delivered": 4 * SIZE, "waiting": 0, "lost": {"spool_damaged": 2 * SIZE}, "last_error": ""}
     account = spools.read_ledger(place.state)
     assert account is not None
     assert (account.acked, account.end, account.lost) == (6 * SIZE, 6 * SIZE, {"spool_damaged": 2 * SIZE})
@@ -175,7 +175,7 @@ def test_a_topic_that_is_missing_holds_up_no_other(kafka, tmp_path):
     sent = place.replay("--timeout", 3, code=69)
 
     assert sent[TRANSMIT]["waiting"] == 2 * SIZE
-    assert sent[RETRANSMIT] == {"delivered": 2 * SIZE, "waiting": 0, "lost": {}, "trouble": ""}
+    assert sent[RETRANSMIT] == {"delivered": 2 * SIZE, "waiting": 0, "lost": {}, "last_error": ""}
     assert place.waiting()[TRANSMIT]["events"] == 2 * SIZE
 
     place.init()
@@ -206,7 +206,7 @@ def test_a_replay_that_is_interrupted_can_be_repeated(place, number):
         assert json.loads(out)[place.prefix + TRANSMIT]["waiting"] == left
     assert place.waiting()[TRANSMIT]["events"] == left
 
-    assert place.replay()[TRANSMIT] == {"delivered": left, "waiting": 0, "lost": {}, "trouble": ""}
+    assert place.replay()[TRANSMIT] == {"delivered": left, "waiting": 0, "lost": {}, "last_error": ""}
     events = place.events()
     assert sorted(set(numbers(events))) == list(range(1, batches * SIZE + 1))
     assert_in_order(events)
@@ -300,7 +300,7 @@ def test_a_run_with_the_same_rings_goes_on_where_the_command_ended(place, bpffs,
         spooled = place.waiting()[TRANSMIT]["events"]
         exchange(echo.port, 5)
         if how == "replay":
-            assert place.replay()[TRANSMIT] == {"delivered": spooled, "waiting": 0, "lost": {}, "trouble": ""}
+            assert place.replay()[TRANSMIT] == {"delivered": spooled, "waiting": 0, "lost": {}, "last_error": ""}
         else:
             assert rebpf("spool", "drop", "--yes", "--state-dir", place.state).returncode == 0
         exchange(echo.port, 3)

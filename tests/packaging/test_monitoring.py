@@ -17,7 +17,7 @@ import pytest
 
 from producer.health import metrics
 from producer.health.balance import Balance
-from producer.health.endpoint import Board, Endpoint
+from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.web_config import WebSettings
 from tests.servers.certificates import Authority
 from tests.servers.prometheus import Prometheus, programs
@@ -56,11 +56,11 @@ def promtool() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[tuple[Board, str]]:
+def endpoint() -> Iterator[tuple[StatusBoard, str]]:
     """An endpoint with something of everything, also what appears with the first error only."""
     metrics.kafka_error("_ALL_BROKERS_DOWN")
     metrics.observe_delivery(0.2, 100)
-    board = Board(answer_timeout_s=0.01)
+    board = StatusBoard(answer_timeout_s=0.01)
     board.step(status)
     with Endpoint("127.0.0.1", 0, board) as served:
         assert served.url
@@ -80,7 +80,7 @@ def test_prometheus_scrapes_an_endpoint_with_tls_a_client_certificate_and_a_pass
         f"basic_auth_users: {{prometheus: {hashed}}}\n"
     )
     promtool("check", "web-config", str(tmp_path / "web.yml"))
-    board = Board(answer_timeout_s=0.01)
+    board = StatusBoard(answer_timeout_s=0.01)
     board.step(status)
     with Endpoint("127.0.0.1", 0, board, WebSettings(tmp_path / "web.yml")) as served:
         assert served.url
@@ -103,7 +103,7 @@ def test_prometheus_scrapes_an_endpoint_with_tls_a_client_certificate_and_a_pass
 
 @pytest.fixture(scope="module")
 def prometheus(
-    promtool: Callable[..., str], endpoint: tuple[Board, str], tmp_path_factory: pytest.TempPathFactory
+    promtool: Callable[..., str], endpoint: tuple[StatusBoard, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
     """One that has scraped the endpoint more than once, with events in between, and has evaluated the rules."""
     board, url = endpoint
@@ -119,7 +119,7 @@ def prometheus(
         metrics.observe_delivery(0.2, 100)
         first = status()
         more = (replace(stream, balance=Balance(5000, 5000)) for stream in first.streams)
-        board.leave(status(streams=tuple(more)))
+        board.publish(status(streams=tuple(more)))
         wait_for(lambda: server.query("instance:rebpf_retransmits_per_transmit:ratio_rate5m"))
         wait_for(lambda: server.query("increase(rebpf_delivery_seconds_count[1m]) > 0"))
         yield server

@@ -1,4 +1,4 @@
-"""What goes wrong with a process and its disk: calls that fail, writes in part, a crash at a step that was chosen."""
+"""Injects faults: calls that fail, partial writes, and a crash at a chosen step."""
 
 import contextlib
 import errno
@@ -15,28 +15,28 @@ class CrashError(BaseException):
 
 
 class Faults:
-    """What goes wrong: the errno of all calls that write, and the number of calls until the process crashes."""
+    """The faults: the errno of all calls that write, and the number of calls until the process crashes."""
 
     def __init__(self) -> None:
         self.errno = 0
         self.calls = 0
 
     def crash(self) -> None:
-        """Stand for a step that cannot fail."""
+        """Mark a step that cannot fail, but may crash."""
         if self.calls:
             self.calls -= 1
             if not self.calls:
                 raise CrashError
 
     def fail(self) -> None:
-        """Stand for a step that can fail."""
+        """Mark a step that can fail or crash."""
         self.crash()
         if self.errno:
             raise OSError(self.errno, os.strerror(self.errno))
 
 
 class FailingDisk(Disk):
-    """Takes writes in part, and fails as told; what is removed needs no room."""
+    """Makes partial writes, and fails on demand. Deleting needs no space."""
 
     def __init__(self, faults: Faults, chance: random.Random) -> None:
         self._faults, self._chance = faults, chance
@@ -50,7 +50,7 @@ class FailingDisk(Disk):
         return self._note(super().open(path))
 
     def end(self) -> None:
-        """Close what the process has left open, as the kernel does."""
+        """Close what the process left open, as the kernel would."""
         for descriptor, inode in self._opened:
             with contextlib.suppress(OSError):
                 if os.fstat(descriptor).st_ino == inode:
@@ -83,7 +83,7 @@ class FailingDisk(Disk):
 
 
 class FailingLedger(Ledger):
-    """Can crash before and after it writes; a full disk has its page already."""
+    """Can crash before and after a write. A full disk does not matter, since the page is allocated."""
 
     def __init__(self, path: Folder, faults: Faults) -> None:
         super().__init__(path)

@@ -26,7 +26,7 @@ WORDS = st.sampled_from(
         "  ",
         "keep",
         "drop",
-        "old",
+        "drop_oldest",
         "a:1",
         "127.0.0.1:0",
         "http://a:1",
@@ -68,7 +68,7 @@ SECTIONS = {
     "kafka": "brokers topic_prefix settings stop_timeout_s",
     "kafka.settings": "acks linger.ms max.in.flight delivery.report.only.error client.id enable.gapless.guarantee "
     "group.id security.protocol ssl.ca.location message.max.bytes batch.size retries debug lingr.ms fetch.max.bytes",
-    "spool": "transmit_bytes retransmit_bytes max_age_s quarantine_bytes keep after_s",
+    "spool": "transmit_bytes retransmit_bytes max_age_s quarantine_bytes when_full spill_after_s",
     "metrics": "listen",
     "registry": "url register timeout_s auth ca certificate key",
     "alert": "group lateness_s silent_after topic stdout alertmanager repeat_s rules",
@@ -101,7 +101,7 @@ OVER = st.fixed_dictionaries(
 
 
 def read(text: str, over: dict[str, Any]) -> Config | None:
-    """Return the configuration, or None where it is refused, as it has to be: in one printable line."""
+    """Return the configuration, or None if it is rejected, in one printable line."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rebpf.toml"
         path.write_text(text)
@@ -115,7 +115,7 @@ def read(text: str, over: dict[str, Any]) -> Config | None:
 
 
 def starts(config: Config) -> bool:
-    """Make what `run` makes of the settings before it touches the kernel, but for what needs a server."""
+    """Build what `run` builds from the settings before it touches the kernel, except what needs a server."""
     try:
         sink = KafkaSink(producer_settings(config.kafka.brokers and "127.0.0.1:1", config.kafka.settings), {})
         resolve(config, None).tables()

@@ -1,7 +1,7 @@
-"""Ring, spool and ledger together, as a model: crashes at each step, short writes, full and broken disks, clock steps.
+"""Ring, spool and ledger against a model: crashes at each step, short writes, full and broken disks, clock steps.
 
-The ring and Kafka are in memory; the spool and the ledger are real, in real files that fail when told to. Whatever
-happens, an event that entered the ring is in the topic, or counted, and each flow's events are there in order.
+The ring and Kafka are in memory. The spool and the ledger are real files, with injected failures. Whatever happens,
+each event that entered the ring is in the topic or counted as lost, and each flow's events are in order.
 """
 
 import errno
@@ -23,14 +23,14 @@ from producer.host.clock import Moment
 from producer.kafka.sink import Outcome
 from producer.pipeline.pipeline import Pipeline
 from producer.pipeline.stream import Stores, StreamPath, resume
-from producer.spool.files import ASIDE, files
+from producer.spool.files import ASIDE_SUFFIX, files
 from producer.spool.spool import Spool
 from tests.property.faults import CrashError, FailingDisk, FailingLedger, Faults
 from tests.rings import STRIDE, MemoryRing
 
 pytestmark = pytest.mark.timeout(600)
 
-MEMORY = Folder("/dev/shm")  # where there is none, all waits for a disk
+MEMORY = Folder("/dev/shm")  # otherwise the test waits for a disk
 RING_ROWS = 300
 AFTER_S = 2.0
 FLOWS = 3
@@ -41,12 +41,12 @@ SCHEMA: dict[str, Any] = {"type": "record", "name": "Event", "fields": [{"name":
 
 
 def flow_of(number: Any) -> Any:
-    """Neighbours are of one flow, so that a batch may be done before an older one."""
+    """Neighbours share a flow, so that a batch may be done before an older one."""
     return number // 100 % FLOWS
 
 
 class IdEncoder:
-    """A message is its event's number, and noise that does not compress; the key says which flow it belongs to."""
+    """Encodes an event as its number and incompressible noise; the key is its flow."""
 
     def __init__(self) -> None:
         self._noise = np.random.default_rng(1)
@@ -79,9 +79,9 @@ def ids_of(batch: EncodedBatch) -> list[int]:
 
 
 class MemoryKafka:
-    """Takes messages in order when it is told to, but for `poison`, which it refuses.
+    """Accepts messages in order on demand, and rejects `poison`.
 
-    `topic` and `poison` outlive the process; what is under way does not.
+    `topic` and `poison` outlive the process; messages in flight do not.
     """
 
     def __init__(self, topic: list[int], poison: set[int], most: int) -> None:
@@ -97,18 +97,18 @@ class MemoryKafka:
     def in_flight(self) -> int:
         return sum(self._open.values())
 
-    def room(self, stream: Stream) -> int:
+    def capacity(self, stream: Stream) -> int:
         return max(0, self._most - self.in_flight)
 
     def send(self, batch: EncodedBatch) -> None:
         self._waiting += [(batch, number) for number in ids_of(batch)]
         self._open[batch], self._lost[batch] = len(batch), Counter()
 
-    def left(self, batch: EncodedBatch) -> int:
+    def unacknowledged(self, batch: EncodedBatch) -> int:
         return self._open.get(batch, 0)
 
     def take(self, count: int, *, flow: int | None = None, tell: bool = True) -> None:
-        """Take messages, of one flow only or of all; without `tell` they are in the topic, and nobody hears of it."""
+        """Accept messages, of one flow or of all. Without `tell`, they reach the topic but are not acknowledged."""
         taken = [each for each in self._waiting if flow in (None, flow_of(each[1]))][:count]
         for batch, number in taken:
             refuse = number in self.poison
@@ -127,7 +127,7 @@ class MemoryKafka:
             self._waiting = [each for each in self._waiting if each not in taken]
 
     def refuse(self, count: int) -> None:
-        """Refuse the next messages, now and whenever they come again."""
+        """Reject the next messages, now and whenever they are resent."""
         self.poison.update(number for _, number in self._waiting[:count] if number not in self.topic)
         self.take(count)
 
@@ -145,29 +145,29 @@ class NoWaits:
 
 
 class Delivery(RuleBasedStateMachine):
-    """`keep` and room are drawn once; then events come, Kafka takes some, and things break."""
+    """Draws `when_full` and the sizes once; then events arrive, Kafka accepts some, and things break."""
 
     @initialize(
-        keep=st.sampled_from(["old", "new"]),
+        when_full=st.sampled_from(["reject", "drop_oldest"]),
         max_bytes=st.sampled_from([1 << 16, 1 << 20]),
         most=st.sampled_from([64, 1 << 13]),
         seed=st.integers(0, 99),
     )
-    def set_up(self, keep: str, max_bytes: int, most: int, seed: int) -> None:
+    def set_up(self, when_full: str, max_bytes: int, most: int, seed: int) -> None:
         self.faults = Faults()
         self.chance = random.Random(seed)
         self.home = tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None)
         self.ring = MemoryRing(TRANSMITS, RING_ROWS, lambda position: self.faults.crash())
         self.topic: list[int] = []
         self.poison: set[int] = set()
-        self.keep, self.max_bytes, self.most = keep, max_bytes, most
+        self.when_full, self.max_bytes, self.most = when_full, max_bytes, most
         self.now_s, self.wall_s = 1000.0, 1e9
         self.crashes = 0
         self.exact = True
         self.start()
 
     def start(self) -> None:
-        """Begin a process that takes over what the last one left."""
+        """Start a process that takes over from the last one."""
         folder = Folder(self.home.name)
         self.faults.calls = 0
         self.ring.position = self.ring.committed
@@ -181,12 +181,12 @@ class Delivery(RuleBasedStateMachine):
             SCHEMA,
             lambda: Moment("boot", self.now_s, self.wall_s),
             max_bytes=self.max_bytes,
-            segment_bytes=1 << 13,
-            keep=self.keep,
+            file_bytes=1 << 13,
+            when_full=self.when_full,
             max_age_s=1e6,
             disk=self.disk,
         )
-        self.spool.open(*((account.acked, account.end, account.gone) if account else ()))
+        self.spool.open(*((account.acked, account.end, account.discarded) if account else ()))
         resumed = resume(account, "ring", self.ring, self.spool, self.spool.last)
         if self.spool.last:
             assert ids_of(self.spool.last.batch)[-1] < self.ring.records_before, "no event is there twice"
@@ -199,7 +199,7 @@ class Delivery(RuleBasedStateMachine):
 
     def crash(self) -> None:
         self.crashes += 1
-        self.exact &= not self.path.ledger_trouble  # a count that could be written nowhere ends with the process
+        self.exact &= not self.path.ledger_error  # a count that could not be written ends with the process
         self.ledger.close()
         self.disk.end()
         self.faults.errno = 0
@@ -250,7 +250,7 @@ class Delivery(RuleBasedStateMachine):
     def it_crashes_soon(self, calls: int, count: int) -> None:
         self.faults.calls = calls
         self.step(4)
-        if self.faults.calls:  # it has not come so far: now, and some messages had got there
+        if self.faults.calls:  # not reached: crash now, after some messages reached the topic
             self.kafka.take(count, tell=False)
             self.crash()
 
@@ -261,7 +261,7 @@ class Delivery(RuleBasedStateMachine):
 
     @invariant()
     def every_event_taken_is_in_one_place(self) -> None:
-        if not hasattr(self, "path") or self.path.ledger_trouble:
+        if not hasattr(self, "path") or self.path.ledger_error:
             return
         path = self.path
         pending = self.kafka._outcome
@@ -287,18 +287,18 @@ class Delivery(RuleBasedStateMachine):
             if self.path.taken == self.ring.written and not self.kafka.in_flight and not self.path.spooled:
                 break
         else:
-            raise AssertionError(f"{self.path.spooled} are never sent")
+            raise AssertionError(f"{self.path.spooled} events are never sent")
         self.pipeline.step()
         missing = set(range(self.ring.written)) - set(self.topic)
         if self.exact:
-            # What was under way may have got there, and been given up after a crash.
+            # Messages in flight may have reached the topic, and been discarded after a crash.
             assert len(missing) <= self.path.lost.total()
-            assert len(missing) == self.path.lost.total() or self.keep == "new"
+            assert len(missing) == self.path.lost.total() or self.when_full == "drop_oldest"
         if not self.crashes:
             assert len(missing) == self.path.lost.total()
             assert self.path.delivered == len(self.topic) == len(set(self.topic))
-        # But for what a crash tore, which is set aside, all files are gone.
-        aside = files(Folder(self.home.name, "spool"), ASIDE)
+        # All files are deleted, except those that a crash tore, which are kept for inspection.
+        aside = files(Folder(self.home.name, "spool"), ASIDE_SUFFIX)
         assert self.spool.size_bytes == sum(path.stat().st_size for path in aside)
         assert self.crashes or not aside
         assert self.ring.committed // STRIDE == self.ring.written

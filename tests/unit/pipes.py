@@ -1,4 +1,4 @@
-"""A pipeline in a test: ring, encoder and Kafka in memory, the spool real."""
+"""A pipeline for tests: ring, encoder and Kafka in memory, a real spool."""
 
 import errno
 import os
@@ -27,10 +27,10 @@ SCHEMA: dict[str, Any] = {"type": "record", "name": "Event", "fields": [{"name":
 
 
 class IdEncoder:
-    """A message is the event's number."""
+    """Encodes an event as its number."""
 
     most = 1 << 20
-    """Most rows that it encodes in a short time."""
+    """Most rows that `fit` accepts."""
 
     def fit(self, rows: Rows) -> int:
         return min(len(rows), self.most)
@@ -51,20 +51,20 @@ def ids(batch: EncodedBatch) -> list[int]:
 
 
 class MemorySink:
-    """Keeps batches until it is told what becomes of their messages."""
+    """Holds batches in flight until `report` delivers or loses their messages."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self.open: dict[str, list[list[Any]]] = {stream.name: [] for stream in STREAMS}
-        """For each batch in flight: the batch, how many of its messages are, and what it has lost."""
+        """For each batch in flight: the batch, its messages in flight, and its losses."""
         self.sent: list[int] = []
-        """Transmits, in order."""
-        self._told: dict[str, Outcome] = {}
+        """Ids of the transmits sent, in order."""
+        self._reports: dict[str, Outcome] = {}
 
-    def room(self, stream: Stream) -> int:
+    def capacity(self, stream: Stream) -> int:
         return max(0, self._most - sum(left for _, left, _ in self.open[stream.name]))
 
-    def left(self, batch: EncodedBatch) -> int:
+    def unacknowledged(self, batch: EncodedBatch) -> int:
         return sum(left for each, left, _ in self.open[batch.stream.name] if each is batch)
 
     def send(self, batch: EncodedBatch) -> None:
@@ -72,37 +72,37 @@ class MemorySink:
         if batch.stream == TRANSMITS:
             self.sent += ids(batch)
 
-    def settle(self, stream: Stream, index: int, count: int, reason: str | None = None) -> None:
-        """Let `count` messages of the batch `index` be delivered, or lost."""
+    def report(self, stream: Stream, index: int, count: int, reason: str | None = None) -> None:
+        """Report `count` messages of the batch `index` as delivered, or as lost with a reason."""
         flight = self.open[stream.name][index]
-        told = self._told.setdefault(stream.name, Outcome())
+        reports = self._reports.setdefault(stream.name, Outcome())
         flight[1] -= count
         if reason is None:
-            told.delivered += count
+            reports.delivered += count
         else:
-            told.lost[reason] += count
+            reports.lost[reason] += count
             flight[2][reason] += count
         if flight[1] == 0:
-            told.done.append((flight[0], flight[2]))
+            reports.done.append((flight[0], flight[2]))
             del self.open[stream.name][index]
 
     def take_all(self) -> None:
-        """Let all be delivered."""
+        """Report all messages as delivered."""
         for stream in STREAMS:
             while self.open[stream.name]:
-                self.settle(stream, 0, self.open[stream.name][0][1])
+                self.report(stream, 0, self.open[stream.name][0][1])
 
     def poll(self) -> Mapping[str, Outcome]:
-        told, self._told = self._told, {}
-        return told
+        reports, self._reports = self._reports, {}
+        return reports
 
 
 class FullDisk(Disk):
-    """Has room, and can be read, unless it is told otherwise."""
+    """A disk that is `full` or `unreadable` on demand."""
 
     full = False
     unreadable = 0
-    """The number of the error that opening a file ends with."""
+    """The errno of opening a file; 0: it succeeds."""
 
     def open(self, path: Folder) -> int:
         if self.unreadable:
@@ -129,14 +129,14 @@ class Waits:
 class Setup:
     def __init__(self, folder: Folder | None = None, *, most: int = 1 << 20) -> None:
         self.log: list[tuple[str, Any]] = []
-        """Accounts that were written, and positions before which rings got their room back, in order."""
+        """Accounts that were written, and positions that were committed, in order."""
         self.now_s = 100.0
         self.sink = MemorySink(most)
         self.disk = FullDisk()
         self.waits = Waits()
         self.folder = folder
         self.ledger_errno = 0
-        self.rings = {stream.name: MemoryRing(stream, RING_ROWS, self._note_room) for stream in STREAMS}
+        self.rings = {stream.name: MemoryRing(stream, RING_ROWS, self._note_commit) for stream in STREAMS}
         self.spools = {stream.name: self.spool(stream) for stream in STREAMS if folder}
         self.paths = {stream.name: self.path(stream) for stream in STREAMS}
         self.ages: list[tuple[float, int]] = []
@@ -159,13 +159,13 @@ class Setup:
         stores = Stores(self.spools.get(stream.name), self.write_account, self.waits, AFTER_S)
         return StreamPath(stream, self.rings[stream.name], IdEncoder(), stores, Account("ring"))
 
-    def _note_room(self, position: int) -> None:
-        self.log.append(("room", position))
+    def _note_commit(self, position: int) -> None:
+        self.log.append(("commit", position))
 
     def write_account(self, account: Account) -> None:
         if self.ledger_errno:
             raise OSError(self.ledger_errno, os.strerror(self.ledger_errno))
-        self.log.append(("books", account))
+        self.log.append(("ledger", account))
 
     @property
     def ring(self) -> MemoryRing:

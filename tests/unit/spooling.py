@@ -1,4 +1,4 @@
-"""A spool in a test: its events, a clock and a disk that do as they are told, and what its owner does."""
+"""A spool for tests: events, a clock and a disk under the test's control, and the owner's part."""
 
 import errno
 import os
@@ -59,7 +59,7 @@ class Clock:
 
 
 class FailingDisk(Disk):
-    """Raises `fails[call]` where that is set, and takes `most_bytes` of a write at most, and of all writes `room`."""
+    """Raises the errno in `fails[call]`, writes at most `most_bytes` per call, and `room` bytes in total."""
 
     def __init__(self) -> None:
         self.fails: dict[str, int] = {}
@@ -111,7 +111,7 @@ class FailingDisk(Disk):
 
 
 class Setup:
-    """A spool, and what its owner does: keeps the ledger, and sends and acknowledges batches."""
+    """Opens spools as their owner does, on a disk and a clock that the test controls."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -119,7 +119,7 @@ class Setup:
         self.disk = FailingDisk()
 
     def open(self, ledger: tuple[int, int, int] | None = None, **options: Any) -> Spool:
-        arguments = {"max_bytes": 1 << 20, "segment_bytes": 3 * BLOCK_BYTES, "disk": self.disk, **options}
+        arguments = {"max_bytes": 1 << 20, "file_bytes": 3 * BLOCK_BYTES, "disk": self.disk, **options}
         spool = Spool(self.folder, TRANSMITS, SCHEMA, lambda: self.clock.now, **arguments)
         spool.open(*(ledger or ()))
         return spool
@@ -144,11 +144,11 @@ def fill(spool: Spool, batches: int) -> None:
 
 
 def ledger_of(spool: Spool) -> tuple[int, int, int]:
-    return spool.acked, spool.end, spool.gone
+    return spool.acked, spool.end, spool.discarded
 
 
 def read_all(spool: Spool) -> list[int]:
-    """Read, and check that each event is the one that its number says."""
+    """Read all events, and check that each has its number."""
     found = []
     while spooled := spool.read():
         assert numbers(spooled.batch) == list(range(spooled.first, spooled.end))
@@ -157,7 +157,7 @@ def read_all(spool: Spool) -> list[int]:
 
 
 def finish(spool: Spool) -> list[int]:
-    """Read, and note each batch as done; return the numbers of all events that could be read."""
+    """Read and acknowledge all batches; return the numbers of all readable events."""
     found = []
     while spooled := spool.read():
         found += numbers(spooled.batch)

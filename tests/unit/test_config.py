@@ -42,8 +42,8 @@ transmit_bytes = 1048576
 retransmit_bytes = 0
 max_age_s = 3600
 quarantine_bytes = 262144
-keep = "new"
-after_s = 0.5
+when_full = "drop_oldest"
+spill_after_s = 0.5
 
 [metrics]
 listen = "[::1]:0"
@@ -163,8 +163,8 @@ def test_every_setting_can_be_read(read):
             retransmit_bytes=0,
             max_age_s=3600.0,
             quarantine_bytes=262144,
-            keep="new",
-            after_s=0.5,
+            when_full="drop_oldest",
+            spill_after_s=0.5,
         ),
         metrics=Metrics(listen="[::1]:0", web_config_file=Path("/etc/rebpf/web.yml")),
         registry=Registry(
@@ -240,8 +240,8 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
         ("spool.retransmit_bytes = 1", r"spool\.retransmit_bytes: 1 is neither 0 nor at least 262144"),
         ("spool.quarantine_bytes = -1", r"spool\.quarantine_bytes: -1 is neither 0 nor at least 262144"),
         ("spool.max_age_s = 0.5", r"spool\.max_age_s: 0\.5 is not a number of seconds from 1"),
-        ("spool.after_s = 0", r"spool\.after_s: 0\.0 is not a number of seconds from 0\.1"),
-        ('spool.keep = "both"', r"spool\.keep: old or new is wanted, not 'both'"),
+        ("spool.spill_after_s = 0", r"spool\.spill_after_s: 0\.0 is not a number of seconds from 0\.1"),
+        ('spool.when_full = "both"', r"spool\.when_full: expected reject or drop_oldest, found 'both'"),
         ('metrics.listen = "9465"', r"metrics\.listen: HOST:PORT is wanted, not '9465'"),
         ('registry.url = "http://me:secret@a:1"', r"registry\.url: no user and password here"),
         (

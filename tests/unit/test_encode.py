@@ -443,5 +443,5 @@ def test_names_of_numbers_that_mean_nothing_are_unknown():
 def test_a_number_that_no_field_can_hold_is_refused(name):
     rows = np.zeros(3, TRANSMITS.dtype)
     rows["s"][name][1] = np.iinfo(rows["s"][name].dtype).max
-    with pytest.raises(ValueError, match="more than its field"):
+    with pytest.raises(ValueError, match="too large for its field"):
         encode(encoder_of(TRANSMITS), TRANSMITS, rows)

@@ -9,7 +9,7 @@ from tests.unit.pipes import UTC_OFFSET_NS, IdEncoder, ids
 
 
 class Defective:
-    """An encoder that fails on some events; `masked` says whether it knows on which."""
+    """An encoder that fails on some events, and reports which ones if `masked`."""
 
     def __init__(self, bad: set[int], *, masked: bool) -> None:
         self._bad = bad
@@ -64,7 +64,7 @@ def test_an_error_that_is_about_no_event_costs_none() -> None:
 
 
 class Counting(Defective):
-    """Notes how many batches it was given."""
+    """Counts the batches."""
 
     calls = 0
 

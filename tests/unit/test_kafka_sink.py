@@ -160,20 +160,22 @@ def test_batches_that_are_sent_again_stay_in_order_and_later_ones_wait_for_them(
         sink.send(each)
     ledger = Ledger(sink)
     # All have failed, and were sent again, and failed again.
-    ledger.wait(lambda: caplog.text.count("sent again topic=t error=") > 1 and "UNKNOWN" in sink.trouble_of("transmit"))
+    ledger.wait(
+        lambda: caplog.text.count("sent again topic=t error=") > 1 and "UNKNOWN" in sink.last_error_of("transmit")
+    )
 
-    assert not sink.trouble_of("retransmit")
-    assert (sink.room(TRANSMITS), sink.room(RETRANSMITS)) == (0, 1 << 15)
-    assert [sink.left(each) for each in batches] == [20] * 8 + [0] * 4
+    assert not sink.last_error_of("retransmit")
+    assert (sink.capacity(TRANSMITS), sink.capacity(RETRANSMITS)) == (0, 1 << 15)
+    assert [sink.unacknowledged(each) for each in batches] == [20] * 8 + [0] * 4
     cluster.create("t")
-    ledger.wait(lambda: sink.room(TRANSMITS))
+    ledger.wait(lambda: sink.capacity(TRANSMITS))
     for each in later:
         sink.send(each)
     ledger.wait_for(*batches)
 
     assert ledger.delivered == {"transmit": 240}
-    assert [sink.left(each) for each in batches] == [0] * 12
-    assert not sink.trouble_of("transmit")
+    assert [sink.unacknowledged(each) for each in batches] == [0] * 12
+    assert not sink.last_error_of("transmit")
     assert cluster.read("t", 240) == numbered(240)
 
 
@@ -208,10 +210,10 @@ def test_nothing_overtakes_messages_that_are_sent_one_by_one(cluster, open_sink)
     refused = batch(TRANSMITS, numbered(13))
     ledger = Ledger(sink)
     sink.send(refused)
-    ledger.wait(lambda: sink.room(TRANSMITS) == 0)
-    assert 0 < sink.left(refused) <= 13
-    ledger.wait(lambda: sink.room(TRANSMITS))
-    assert sink.left(refused) == 0
+    ledger.wait(lambda: sink.capacity(TRANSMITS) == 0)
+    assert 0 < sink.unacknowledged(refused) <= 13
+    ledger.wait(lambda: sink.capacity(TRANSMITS))
+    assert sink.unacknowledged(refused) == 0
     sent = batch(TRANSMITS, numbered(7, 13))
     sink.send(sent)
     ledger.wait_for(sent)
@@ -239,7 +241,7 @@ def test_one_heartbeat_at_most_is_under_way(cluster, open_sink):
     sink = open_sink(heartbeats=Topic("beats"))
     ledger = Ledger(sink)
     sink.beat(b"host", b"first")
-    ledger.wait(lambda: sink.trouble)
+    ledger.wait(lambda: sink.last_error)
     for number in range(5):
         sink.beat(b"host", b"too many %d" % number)
     cluster.up()
@@ -285,10 +287,10 @@ def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_
     sent = batch(TRANSMITS, numbered(60))
     sink.send(sent)
 
-    assert (sink.room(TRANSMITS), sink.room(RETRANSMITS)) == (40, 100)
+    assert (sink.capacity(TRANSMITS), sink.capacity(RETRANSMITS)) == (40, 100)
     cluster.up()
     Ledger(sink).wait_for(sent)
-    assert (sink.room(TRANSMITS), sink.room(RETRANSMITS)) == (100, 100)
+    assert (sink.capacity(TRANSMITS), sink.capacity(RETRANSMITS)) == (100, 100)
 
 
 def test_a_missing_topic_does_not_hold_up_the_other_stream(cluster, open_sink, caplog):
@@ -298,9 +300,9 @@ def test_a_missing_topic_does_not_hold_up_the_other_stream(cluster, open_sink, c
     sink.send(held)
     ledger = Ledger(sink)
     ledger.wait(lambda: "topic=t error=" in caplog.text)
-    assert sink.room(TRANSMITS) == 0
+    assert sink.capacity(TRANSMITS) == 0
     for start in range(0, 500, 100):
-        assert sink.room(RETRANSMITS) == 100
+        assert sink.capacity(RETRANSMITS) == 100
         sent = batch(RETRANSMITS, numbered(100, start))
         sink.send(sent)
         ledger.wait_for(sent)
@@ -356,12 +358,12 @@ def test_the_brokers_trouble_is_told_until_a_message_is_delivered(cluster, open_
     sent = batch(TRANSMITS, numbered(3))
     sink.send(sent)
     ledger = Ledger(sink)
-    ledger.wait(lambda: sink.trouble)
+    ledger.wait(lambda: sink.last_error)
     assert "kafka: " in caplog.text
 
     cluster.up()
     ledger.wait_for(sent)
-    assert sink.trouble is None
+    assert sink.last_error is None
 
 
 def test_each_socket_is_shown_before_it_connects(cluster, open_sink):
@@ -393,7 +395,7 @@ def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
     sink = open_sink(on_socket=refuse)
     sink.send(batch(TRANSMITS, numbered(3)))
     ledger = Ledger(sink)
-    ledger.wait(lambda: "no socket" in caplog.text and sink.trouble)
+    ledger.wait(lambda: "no socket" in caplog.text and sink.last_error)
     assert not ledger.delivered
 
 

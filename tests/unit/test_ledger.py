@@ -1,4 +1,4 @@
-"""The ledger: one page, written in place, that is read whole or counts as none."""
+"""The ledger: one page, written in place, which is read whole or counts as missing."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from producer.pipeline.ledger import Account, Ledger
 from tests.unit.disks import fill, small_disk
 
 PAGE_BYTES = 4096
-ACCOUNT = Account("ring-1", 1 << 40, 7, {"REFUSED": 3, "spool_dropped": 1 << 33}, acked=10, end=1 << 50, gone=2)
+ACCOUNT = Account("ring-1", 1 << 40, 7, {"REFUSED": 3, "spool_dropped": 1 << 33}, acked=10, end=1 << 50, discarded=2)
 numbers = st.integers(0, 1 << 62)
 accounts = st.builds(
     Account,
@@ -24,7 +24,7 @@ accounts = st.builds(
     lost=st.dictionaries(st.text(max_size=30), numbers, max_size=8),
     acked=numbers,
     end=numbers,
-    gone=numbers,
+    discarded=numbers,
 )
 
 

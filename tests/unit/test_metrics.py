@@ -12,7 +12,7 @@ from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from producer.health import metrics
 from producer.health.balance import stage
-from producer.health.endpoint import Board, Endpoint
+from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.status import Status
 from tests.unit.statuses import status
 
@@ -22,7 +22,7 @@ TOPICS = ("tcp_transmit", "tcp_retransmit")
 
 def scrape(of: Status | None = None, accept: str = "text/plain") -> tuple[str, str]:
     """Ask a real endpoint of a loop that has made one step; return the type and the text."""
-    board = Board(answer_timeout_s=0.01)
+    board = StatusBoard(answer_timeout_s=0.01)
     if of:
         board.step(lambda: of)
     with Endpoint("127.0.0.1", 0, board) as endpoint:

@@ -1,4 +1,4 @@
-"""The pipeline step by step: direct to Kafka, through the spool, back again, and what is written down in which order.
+"""The pipeline step by step: direct to Kafka, through the spool, back again, and the order of writes.
 
 Ring, encoder and Kafka are in memory; the spool is real. All orders of events, with crashes: tests/property.
 """
@@ -46,7 +46,7 @@ def test_a_stream_without_room_stays_in_its_ring_and_the_other_goes_on() -> None
     setup = Setup(most=3)
     setup.rings["transmit"].written, setup.rings["retransmit"].written = 5, 2
     setup.pipeline.step()
-    setup.sink.settle(RETRANSMITS, 0, 2)
+    setup.sink.report(RETRANSMITS, 0, 2)
     setup.rings["retransmit"].written += 2
     setup.pipeline.step()
     setup.pipeline.step()
@@ -54,7 +54,7 @@ def test_a_stream_without_room_stays_in_its_ring_and_the_other_goes_on() -> None
     assert (setup.ring.position, setup.ring.committed) == (3 * STRIDE, 0)
     assert setup.rings["retransmit"].position == 4 * STRIDE
     assert setup.rings["retransmit"].committed == 2 * STRIDE
-    setup.sink.settle(TRANSMITS, 0, 3, "refused")
+    setup.sink.report(TRANSMITS, 0, 3, "refused")
     setup.pipeline.step()
     assert setup.ring.committed == 3 * STRIDE
     assert setup.transmits.lost == {"refused": 3}
@@ -66,13 +66,13 @@ def test_a_batch_behind_one_that_is_not_done_gives_no_room_back() -> None:
     setup = Setup()
     for _ in range(3):
         setup.arrive(2)
-    setup.sink.settle(TRANSMITS, 2, 2)
-    setup.sink.settle(TRANSMITS, 1, 2)
-    setup.sink.settle(TRANSMITS, 0, 1)
+    setup.sink.report(TRANSMITS, 2, 2)
+    setup.sink.report(TRANSMITS, 1, 2)
+    setup.sink.report(TRANSMITS, 0, 1)
     setup.pipeline.step()
     assert (setup.ring.committed, setup.transmits.delivered) == (0, 5)
 
-    setup.sink.settle(TRANSMITS, 0, 1)
+    setup.sink.report(TRANSMITS, 0, 1)
     setup.pipeline.step()
     assert setup.ring.committed == 6 * STRIDE
 
@@ -150,7 +150,7 @@ def test_on_a_full_disk_events_stay_in_the_ring_until_there_is_room(tmp_path: Fo
     setup.arrive(5)
     setup.pass_time(2 * AFTER_S)
     setup.arrive(6)
-    assert setup.transmits.spool_trouble == "No space left on device"
+    assert setup.transmits.spool_error == "No space left on device"
     assert (setup.ring.committed, setup.ring.position, setup.files) == (0, 5 * STRIDE, [])
 
     setup.disk.full = False
@@ -158,7 +158,7 @@ def test_on_a_full_disk_events_stay_in_the_ring_until_there_is_room(tmp_path: Fo
     assert not setup.files, "not before the wait is over"
     setup.pass_time(WAIT_S / 2)
     assert (setup.ring.committed, len(setup.files)) == (11 * STRIDE, 1)
-    assert (setup.transmits.spool_trouble, setup.waits.resets) == ("", 1)
+    assert (setup.transmits.spool_error, setup.waits.resets) == ("", 1)
     setup.assert_balanced()
     while setup.sink.open["transmit"]:
         setup.sink.take_all()
@@ -175,7 +175,7 @@ def test_a_spool_that_cannot_be_read_for_want_of_descriptors_or_memory_waits(tmp
     setup.disk.unreadable = number
     setup.sink.take_all()
     setup.pipeline.step()
-    assert setup.transmits.spool_trouble == os.strerror(number)
+    assert setup.transmits.spool_error == os.strerror(number)
     assert setup.transmits.spooled == 6
 
     setup.disk.unreadable = 0
@@ -183,7 +183,7 @@ def test_a_spool_that_cannot_be_read_for_want_of_descriptors_or_memory_waits(tmp
         setup.pipeline.step()
         setup.sink.take_all()
     assert setup.sink.sent == list(range(11))
-    assert (setup.transmits.lost, setup.transmits.spool_trouble) == ({}, "")
+    assert (setup.transmits.lost, setup.transmits.spool_error) == ({}, "")
     setup.assert_balanced()
 
 
@@ -195,7 +195,7 @@ def test_rows_that_the_disk_did_not_take_are_read_again(tmp_path: Folder) -> Non
     setup.arrive(3)
     assert (setup.ring.position, setup.ring.committed) == (5 * STRIDE, 5 * STRIDE)
     setup.disk.full = False
-    setup.pipeline.put_all_by()  # a stop waits for nothing
+    setup.pipeline.spill_all()  # a stop does not wait for back-off
     assert setup.ring.committed == 8 * STRIDE
     setup.pipeline.step()
     assert setup.sink.sent == list(range(8))
@@ -220,7 +220,7 @@ def test_one_stream_waits_on_disk_while_the_other_goes_to_kafka(tmp_path: Folder
         setup.rings["retransmit"].written += 3
         setup.arrive(5)
         for _ in setup.sink.open["retransmit"]:
-            setup.sink.settle(RETRANSMITS, 0, 3)
+            setup.sink.report(RETRANSMITS, 0, 3)
         setup.pass_time(AFTER_S * 0.9)
 
     assert [path.spooling for path in setup.paths.values()] == [True, False]
@@ -230,67 +230,69 @@ def test_one_stream_waits_on_disk_while_the_other_goes_to_kafka(tmp_path: Folder
     setup.assert_balanced()
 
 
-def test_the_books_are_written_before_room_is_given_back_and_files_go(tmp_path: Folder) -> None:
+def test_a_checkpoint_writes_the_ledger_then_commits_then_deletes_files(tmp_path: Folder) -> None:
     setup = Setup(tmp_path)
     setup.arrive(5)
     setup.pass_time(2 * AFTER_S)
-    setup.sink.settle(TRANSMITS, 0, 2, "REFUSED")
+    setup.sink.report(TRANSMITS, 0, 2, "REFUSED")
     setup.arrive(3)
 
-    (books, first), (room, _), (_, second), *_ = setup.log
-    assert (books, room) == ("books", "room")
+    (ledger, first), (commit, _), (_, second), *_ = setup.log
+    assert (ledger, commit) == ("ledger", "commit")
     assert first == Account("ring", 5 * STRIDE, 0, {}, acked=0, end=5)
-    assert second == Account("ring", 8 * STRIDE, 0, {}, acked=0, end=8), "losses of what may be sent again are not yet"
+    assert second == Account("ring", 8 * STRIDE, 0, {}, acked=0, end=8), (
+        "losses of what may be resent are not included yet"
+    )
     setup.log.clear()
     setup.ledger_errno = errno.EROFS
     setup.sink.take_all()
     setup.pipeline.step()
-    assert setup.transmits.ledger_trouble == "Read-only file system"
+    assert setup.transmits.ledger_error == "Read-only file system"
     assert setup.files, "the ledger does not say that they are done"
 
     setup.ledger_errno = 0
     setup.pipeline.step()
     setup.sink.take_all()
     setup.pipeline.step()
-    assert setup.log[-1] == ("books", Account("ring", 8 * STRIDE, 0, {"REFUSED": 2}, acked=8, end=8))
-    assert (setup.files, setup.transmits.ledger_trouble) == ([], "")
+    assert setup.log[-1] == ("ledger", Account("ring", 8 * STRIDE, 0, {"REFUSED": 2}, acked=8, end=8))
+    assert (setup.files, setup.transmits.ledger_error) == ([], "")
 
 
-def test_losses_are_in_the_books_before_the_room_of_what_is_lost_is_given_back() -> None:
+def test_losses_are_in_the_ledger_before_the_ring_is_committed() -> None:
     setup = Setup()
     setup.arrive(5)
-    setup.sink.settle(TRANSMITS, 0, 5, "REFUSED")
+    setup.sink.report(TRANSMITS, 0, 5, "REFUSED")
     setup.pipeline.step()
 
-    assert setup.log == [("books", Account("ring", 5 * STRIDE, 0, {"REFUSED": 5})), ("room", 5 * STRIDE)]
+    assert setup.log == [("ledger", Account("ring", 5 * STRIDE, 0, {"REFUSED": 5})), ("commit", 5 * STRIDE)]
 
 
 @pytest.mark.parametrize("spool", [False, True])
-def test_losses_of_a_batch_that_may_come_again_after_a_crash_are_not_in_the_books_yet(
+def test_losses_of_a_batch_that_may_be_read_again_after_a_crash_are_not_in_the_ledger_yet(
     tmp_path: Folder, spool: bool
 ) -> None:
     setup = Setup(tmp_path if spool else None)
     setup.arrive(5)
-    setup.sink.settle(TRANSMITS, 0, 2, "REFUSED")
+    setup.sink.report(TRANSMITS, 0, 2, "REFUSED")
     setup.arrive(5)
-    setup.sink.settle(TRANSMITS, 1, 5, "REFUSED")
-    setup.paths["transmit"].lose("old_ring", 4)
+    setup.sink.report(TRANSMITS, 1, 5, "REFUSED")
+    setup.paths["transmit"].count_lost("old_ring", 4)
     setup.pipeline.step()
 
     assert setup.transmits.lost == {"REFUSED": 7, "old_ring": 4}
-    assert setup.log == [("books", Account("ring", 0, 0, {"old_ring": 4}))]
+    assert setup.log == [("ledger", Account("ring", 0, 0, {"old_ring": 4}))]
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_at_a_stop_all_is_put_by_if_the_disk_takes_it(tmp_path: Folder, full: bool) -> None:
+def test_at_a_stop_all_is_spilled_if_the_disk_takes_it(tmp_path: Folder, full: bool) -> None:
     setup = Setup(tmp_path, most=5)
     setup.disk.full = full
     setup.arrive(5)
     setup.ring.written = 12
-    setup.pipeline.put_all_by()
-    assert bool(setup.transmits.spool_trouble) == full
-    setup.sink.settle(TRANSMITS, 0, 2)
-    setup.pipeline.settle()
+    setup.pipeline.spill_all()
+    assert bool(setup.transmits.spool_error) == full
+    setup.sink.report(TRANSMITS, 0, 2)
+    setup.pipeline.poll_reports()
     unread = setup.ring.written - setup.ring.records_before
     spooled, in_ring = setup.transmits.end(setup.sink, unread, ring_stays=True)
 
@@ -302,17 +304,17 @@ def test_at_a_stop_all_is_put_by_if_the_disk_takes_it(tmp_path: Folder, full: bo
 def test_without_a_spool_and_a_ring_that_stays_what_is_left_at_a_stop_is_lost() -> None:
     setup = Setup(most=5)
     setup.arrive(12)
-    setup.pipeline.put_all_by()
-    setup.sink.settle(TRANSMITS, 0, 2)
-    setup.pipeline.settle()
+    setup.pipeline.spill_all()
+    setup.sink.report(TRANSMITS, 0, 2)
+    setup.pipeline.poll_reports()
 
     assert setup.transmits.end(setup.sink, 7, ring_stays=False) == (0, 0)
     assert setup.transmits.lost == {"stopped": 3 + 7}
-    assert setup.log[-1] == ("books", Account("ring", 0, 0, {"stopped": 10}))
+    assert setup.log[-1] == ("ledger", Account("ring", 0, 0, {"stopped": 10}))
 
 
 def spool_with(folder: Folder, count: int, ring: str) -> Spool:
-    """Return a spool that holds `count` events, put there before position STRIDE * count of a ring."""
+    """Return a spool with `count` events, which end at position STRIDE * count of a ring."""
     spool = Spool(folder, TRANSMITS, SCHEMA, lambda: Moment("boot", 0, 0), max_bytes=1 << 20)
     spool.open()
     rows = np.zeros(count, TRANSMITS.dtype)
@@ -330,10 +332,10 @@ def spool_with(folder: Folder, count: int, ring: str) -> Spool:
         # The batch is in the spool; the crash came before the ledger, or between it and the ring.
         (Account("ring", 3 * STRIDE, 2, {}, 0, 0), 3, Account("ring", 7 * STRIDE, 2, {}, 0, 7)),
         (Account("ring", 9 * STRIDE, 0, {}, 0, 7), 3, Account("ring", 9 * STRIDE, 0, {}, 0, 7)),
-        # A new ring: what waits was not in it, and other rings' losses are not its.
+        # A new ring: it never held the spooled events, and other rings' losses do not count.
         (Account("another", 3 * STRIDE, 2, {"a": 1}, 0, 7), 0, Account("ring", 0, 7, {}, 0, 7)),
         (None, 0, Account("ring", 0, 7, {}, 0, 7)),
-        # A ring that was kept, and a ledger that was not.
+        # A kept ring without a ledger.
         (None, 4, Account("ring", 4 * STRIDE, 3, {}, 0, 7)),
     ],
 )
@@ -351,7 +353,7 @@ def test_a_start_goes_on_from_the_latest_of_ledger_spool_and_ring(
 
 def test_a_spool_that_is_gone_is_counted_as_damaged() -> None:
     ring = MemoryRing(TRANSMITS, RING_ROWS, lambda position: None)
-    account = Account("ring", 0, 9, {"spool_damaged": 1}, acked=2, end=9, gone=3)
+    account = Account("ring", 0, 9, {"spool_damaged": 1}, acked=2, end=9, discarded=3)
     assert resume(account, "ring", ring, None, None) == Account("ring", 0, 9, {"spool_damaged": 1 + 4})
 
 
@@ -365,11 +367,11 @@ def test_damaged_records_are_counted_and_the_others_are_sent_in_order() -> None:
     assert setup.transmits.lost == {"ring_damaged": 3}
     assert setup.transmits.delivered == 3
     assert setup.ring.committed == setup.ring.position
-    assert setup.log[-2] == ("books", Account("ring", setup.ring.position, 0, {"ring_damaged": 3}))
+    assert setup.log[-2] == ("ledger", Account("ring", setup.ring.position, 0, {"ring_damaged": 3}))
     setup.assert_balanced()
 
 
-def test_a_ring_with_nothing_but_damaged_records_is_given_back(tmp_path: Folder) -> None:
+def test_a_ring_with_only_damaged_records_is_committed(tmp_path: Folder) -> None:
     for folder in (None, tmp_path):
         setup = Setup(folder)
         setup.ring.bad = set(range(7))
@@ -411,7 +413,7 @@ def test_rows_that_take_long_are_encoded_in_several_steps(monkeypatch: pytest.Mo
     assert setup.transmits.lost == {"ring_damaged": 1}
     setup.pass_time(AFTER_S + 1)
     setup.arrive(7)
-    setup.pipeline.put_all_by()
+    setup.pipeline.spill_all()
     assert setup.spools["transmit"].end == 7 + 7
     setup.assert_balanced()
 
@@ -428,7 +430,7 @@ def test_a_stop_does_not_wait_for_a_ring_that_is_filled_faster_than_it_is_emptie
 
     monkeypatch.setattr(IdEncoder, "fit", fit)
     setup.ring.arrive(5)
-    setup.pipeline.put_all_by(setup.now_s + 10)
+    setup.pipeline.spill_all(setup.now_s + 10)
     assert setup.now_s == 110
     assert setup.spools["transmit"].end == 20
     setup.assert_balanced()

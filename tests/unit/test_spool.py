@@ -33,7 +33,7 @@ def test_files_are_named_by_their_first_event_and_are_their_owners_alone(setup: 
     assert spool.size_bytes == size_on_disk(setup)
 
 
-def test_what_is_done_is_deleted_segment_by_segment(setup: Setup) -> None:
+def test_what_is_done_is_deleted_file_by_file(setup: Setup) -> None:
     spool = setup.filled(7)
     for _ in range(4):
         spooled = spool.read()
@@ -93,9 +93,9 @@ def test_what_is_read_while_more_is_written_is_whole(setup: Setup) -> None:
     assert finish(setup.open((0, 80, 0))) == found
 
 
-def test_without_room_old_events_are_kept_and_nothing_changes(setup: Setup) -> None:
+def test_a_full_spool_rejects_new_events_and_nothing_changes(setup: Setup) -> None:
     spool = setup.open(max_bytes=20 * BLOCK_BYTES)
-    with pytest.raises(FullError, match="the spool has its 24000 bytes") as full:
+    with pytest.raises(FullError, match="the spool is full: 24000 bytes") as full:
         fill(spool, 100)
     assert full.value.errno == errno.ENOSPC
     before = {path.name: path.read_bytes() for path in setup.files}
@@ -117,36 +117,36 @@ def test_without_room_old_events_are_kept_and_nothing_changes(setup: Setup) -> N
     assert not spool.lost
 
 
-def test_to_keep_new_events_the_oldest_that_are_not_under_way_are_given_up(setup: Setup) -> None:
-    spool = setup.open(max_bytes=20 * BLOCK_BYTES, keep="new")
+def test_drop_oldest_discards_the_oldest_events_that_are_not_in_flight(setup: Setup) -> None:
+    spool = setup.open(max_bytes=20 * BLOCK_BYTES, when_full="drop_oldest")
     while not spool.lost:
         fill(spool, 1)
         if spool.end == 30:
             under_way = spool.read()
     assert under_way
     names = setup.names
-    assert names[0] == "00000000000000000000.avro", "of it a batch is under way"
+    assert names[0] == "00000000000000000000.avro", "a batch of it is in flight"
     dropped = spool.lost["spool_dropped"]
     assert spool.lost == {"spool_dropped": dropped}
     assert names[1] > f"{10 + dropped:020}"
-    assert spool.gone == dropped
+    assert spool.discarded == dropped
     assert spool.size_bytes == size_on_disk(setup) <= 20 * BLOCK_BYTES
 
     fill(spool, 30)
     dropped = spool.lost["spool_dropped"]
     spool.ack(under_way.first, under_way.end)
-    end, gone = spool.end, spool.gone
+    end, discarded = spool.end, spool.discarded
     spool.close()
-    spool = setup.open((10, end, gone), max_bytes=20 * BLOCK_BYTES, keep="new")
+    spool = setup.open((10, end, discarded), max_bytes=20 * BLOCK_BYTES, when_full="drop_oldest")
     back = finish(spool)
     assert back == sorted(set(back))
     assert len(back) == end - 10 - dropped
     assert back[-1] == end - 1
-    assert (spool.lost, spool.gone) == ({}, 0), "they were counted"
+    assert (spool.lost, spool.discarded) == ({}, 0), "they were counted"
 
 
-def test_with_all_under_way_there_is_no_room_for_new_events_either(setup: Setup) -> None:
-    spool = setup.open(max_bytes=20 * BLOCK_BYTES, keep="new")
+def test_drop_oldest_rejects_new_events_while_all_are_in_flight(setup: Setup) -> None:
+    spool = setup.open(max_bytes=20 * BLOCK_BYTES, when_full="drop_oldest")
 
     def fill_and_read() -> None:
         while True:
@@ -158,7 +158,7 @@ def test_with_all_under_way_there_is_no_room_for_new_events_either(setup: Setup)
     assert not spool.lost
 
 
-def test_what_is_too_old_is_given_up_by_a_clock_that_nobody_sets(setup: Setup) -> None:
+def test_old_events_are_discarded_by_a_clock_that_nobody_sets(setup: Setup) -> None:
     spool = setup.open(max_age_s=100)
     fill(spool, 3)
     setup.clock.pass_time(60)
@@ -175,7 +175,7 @@ def test_what_is_too_old_is_given_up_by_a_clock_that_nobody_sets(setup: Setup) -
     assert spool.lost == {"spool_expired": 30}
 
 
-def test_files_that_are_too_old_are_given_up_a_few_at_a_time(setup: Setup) -> None:
+def test_old_files_are_discarded_a_few_per_call(setup: Setup) -> None:
     spool = setup.filled(120, max_age_s=100)
     files = len(setup.files)
     assert files > 32
@@ -200,7 +200,7 @@ def test_over_a_boot_the_clock_that_can_be_set_is_all_there_is(setup: Setup, sec
     assert finish(spool) == ([] if expires else list(range(30)))
 
 
-def test_what_is_under_way_does_not_expire(setup: Setup) -> None:
+def test_events_in_flight_do_not_expire(setup: Setup) -> None:
     spool = setup.open(max_age_s=100)
     fill(spool, 6)
     spool.read()
@@ -210,7 +210,7 @@ def test_what_is_under_way_does_not_expire(setup: Setup) -> None:
     assert setup.names == ["00000000000000000000.avro"]
 
 
-def test_a_segment_that_was_never_used_expires_without_a_word(setup: Setup) -> None:
+def test_an_unused_file_expires_silently(setup: Setup) -> None:
     spool = setup.open(max_age_s=100)
     fill(spool, 1)
     finish(spool)
@@ -223,7 +223,7 @@ def test_a_segment_that_was_never_used_expires_without_a_word(setup: Setup) -> N
     assert (setup.names, spool.lost) == ([], {})
 
 
-def test_a_segment_is_ended_after_an_hour(setup: Setup) -> None:
+def test_a_file_is_ended_after_an_hour(setup: Setup) -> None:
     spool = setup.filled(1)
     setup.clock.pass_time(3599)
     fill(spool, 1)
@@ -233,7 +233,7 @@ def test_a_segment_is_ended_after_an_hour(setup: Setup) -> None:
     assert setup.names == [f"{number:020}.avro" for number in (0, 20)]
 
 
-def test_what_is_under_way_stays_until_it_is_acknowledged(setup: Setup) -> None:
+def test_events_in_flight_stay_until_they_are_acknowledged(setup: Setup) -> None:
     spool = setup.filled(7)
     files = setup.names
     assert read_all(spool) == list(range(70))

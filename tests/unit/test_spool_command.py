@@ -1,4 +1,4 @@
-"""`rebpf spool show`, `verify` and `drop`: what is on disk is told as it is, looked at without a trace, or given up."""
+"""`rebpf spool show`, `verify` and `drop`: show the spool without changing it, or discard it."""
 
 import fcntl
 import json
@@ -26,7 +26,7 @@ TRANSMIT, RETRANSMIT = "tcp_transmit", "tcp_retransmit"
 SIZE = 97
 NOTHING = {
     "events": 0,
-    "segments": 0,
+    "files": 0,
     "size_bytes": 0,
     "oldest_s": None,
     "damaged_files": 0,
@@ -46,7 +46,7 @@ def spool(command: str, state: Path, *arguments: object, code: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
-def test_show_tells_what_waits_and_what_was_refused(state):
+def test_show_has_spooled_events_and_rejected_messages(state):
     paths = spools.fill(state, batches=7, size=SIZE, per_file=3, acked=4 * SIZE + 5)
     spools.quarantine(state, {"MSG_SIZE_TOO_LARGE": 3, "INVALID_RECORD": 2})
     aside = paths[0].with_name(f"{0:020}.damaged")
@@ -58,7 +58,7 @@ def test_show_tells_what_waits_and_what_was_refused(state):
     assert 0 <= oldest_s < 600
     assert found[TRANSMIT] == {
         "events": 3 * SIZE - 5,
-        "segments": 2,
+        "files": 2,
         "size_bytes": sum(path.stat().st_size for path in [*paths, aside]),
         "damaged_files": 1,
         "quarantine": {"MSG_SIZE_TOO_LARGE": 3, "INVALID_RECORD": 2},
@@ -66,7 +66,7 @@ def test_show_tells_what_waits_and_what_was_refused(state):
     assert found[RETRANSMIT] == NOTHING
 
 
-def test_show_tells_it_to_people(state):
+def test_show_prints_lines(state):
     spools.fill(state, batches=2, size=SIZE, stream=RETRANSMITS)
     spools.quarantine(state, {"INVALID_RECORD": 2}, RETRANSMITS)
 
@@ -74,8 +74,8 @@ def test_show_tells_it_to_people(state):
 
     assert done.returncode == 0, done.stderr
     transmit, retransmit = done.stdout.splitlines()
-    assert transmit == f"{TRANSMIT} events=0 segments=0 size_bytes=0 damaged_files=0 quarantine=0"
-    assert retransmit.startswith(f"{RETRANSMIT} events={2 * SIZE} segments=1 size_bytes=")
+    assert transmit == f"{TRANSMIT} events=0 files=0 size_bytes=0 damaged_files=0 quarantine=0"
+    assert retransmit.startswith(f"{RETRANSMIT} events={2 * SIZE} files=1 size_bytes=")
     assert retransmit.endswith(" damaged_files=0 quarantine=INVALID_RECORD:2")
 
 
@@ -92,10 +92,10 @@ def test_show_without_a_ledger_counts_what_is_there(state):
     assert spool("show", state)[TRANSMIT]["events"] == 3 * SIZE
 
 
-def test_show_leaves_out_what_was_given_up(state):
+def test_show_leaves_out_discarded_events(state):
     paths = spools.fill(state, batches=5, size=SIZE, per_file=1)
     paths[2].unlink()
-    spools.write_ledger(state, Account(spools.RING, 0, 0, {"spool_dropped": SIZE}, 5, 5 * SIZE, gone=SIZE))
+    spools.write_ledger(state, Account(spools.RING, 0, 0, {"spool_dropped": SIZE}, 5, 5 * SIZE, discarded=SIZE))
 
     assert spool("show", state)[TRANSMIT]["events"] == 4 * SIZE - 5
     assert spool("verify", state)[TRANSMIT]["damage"] == []
@@ -108,11 +108,11 @@ def test_without_a_state_folder_there_is_nothing_and_none_is_made(state):
     assert spool("show", state) == {}
     for command in (["verify"], ["replay", "--brokers", "127.0.0.1:1"], ["drop", "--yes"]):
         done = rebpf("spool", *command, "--state-dir", state)
-        assert (done.returncode, done.stderr) == (69, f"rebpf: there is no state folder {state}\n")
+        assert (done.returncode, done.stderr) == (69, f"rebpf: no state folder {state}\n")
     assert not state.exists()
 
 
-def test_who_may_not_read_is_told(state):
+def test_missing_rights_are_reported(state):
     spools.fill(state, batches=1, size=SIZE)
     for folder in [state, *state.parents][:3]:
         folder.chmod(0o755)
@@ -148,9 +148,9 @@ def test_verify_of_what_is_whole(state):
     spools.quarantine(state, {"INVALID_RECORD": 2})
 
     assert spool("verify", state) == {
-        TRANSMIT: {"segments": 2, "events": 4 * SIZE, "damage": [], "lost": 0},
-        f"{TRANSMIT}/quarantine": {"segments": 1, "events": 2, "damage": [], "lost": 0},
-        RETRANSMIT: {"segments": 0, "events": 0, "damage": [], "lost": 0},
+        TRANSMIT: {"files": 2, "events": 4 * SIZE, "damage": [], "lost": 0},
+        f"{TRANSMIT}/quarantine": {"files": 1, "events": 2, "damage": [], "lost": 0},
+        RETRANSMIT: {"files": 0, "events": 0, "damage": [], "lost": 0},
     }
 
 
@@ -159,12 +159,12 @@ def test_a_write_that_a_crash_cut_short_is_no_damage(state):
     start, end = spools.blocks(path)[2]
     os.truncate(path, (start + end) // 2)
 
-    assert spool("verify", state)[TRANSMIT] == {"segments": 1, "events": 2 * SIZE, "damage": [], "lost": 0}
+    assert spool("verify", state)[TRANSMIT] == {"files": 1, "events": 2 * SIZE, "damage": [], "lost": 0}
 
 
-def test_verify_tells_each_damaged_place_and_what_it_costs(state):
+def test_verify_lists_each_damaged_place_and_its_loss(state):
     paths = spools.fill(state, batches=12, size=SIZE, per_file=4, acked=SIZE + 5)
-    for number in (0, 2):  # of events that are done, and of some that wait
+    for number in (0, 2):  # some events are done, some spooled
         spools.flip(paths[0], sum(spools.blocks(paths[0])[number]) // 2)
     spools.flip(paths[1], 10)  # the header
     os.truncate(paths[2], spools.blocks(paths[2])[3][0])
@@ -193,7 +193,7 @@ def test_verify_misses_files_that_are_gone(state):
     ]
 
 
-def test_verify_says_it_in_one_line(state):
+def test_verify_fails_with_one_line(state):
     (path,) = spools.fill(state, batches=3, size=SIZE)
     spools.flip(path, sum(spools.blocks(path)[1]) // 2)
 
@@ -230,7 +230,7 @@ def damage(path: Path, what: str, at: int) -> None:
 
 
 def lost_by_reading(state: Path) -> int:
-    """Return how many events a producer counts as damaged that sends all that waits."""
+    """Return how many events a producer counts as damaged while it sends the spool."""
     account = spools.read_ledger(state)
     assert account is not None
     waiting = Spool(
@@ -240,7 +240,7 @@ def lost_by_reading(state: Path) -> int:
         now,
         max_bytes=1 << 30,
     )
-    waiting.open(account.acked, account.end, account.gone)
+    waiting.open(account.acked, account.end, account.discarded)
     while batch := waiting.read():
         waiting.ack(batch.first, batch.end)
     waiting.ack(waiting.end, waiting.end)
@@ -263,7 +263,7 @@ def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
             load_schema(TRANSMITS.schema_file),
             now,
             max_bytes=1 << 20,
-            segment_bytes=1,
+            file_bytes=1,
         )
         used.open()
         batch = spools.encoded(TRANSMITS, 1, SIZE)
@@ -276,7 +276,7 @@ def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
                     used.ack(found.first, found.end)
                     ledger.write(Account(spools.RING, 0, 0, {}, used.acked, used.end))
                     used.sweep()
-        except Exception as error:  # told by the test
+        except Exception as error:  # reported by the test
             failures.append(error)
         used.close()
         ledger.close()
@@ -300,7 +300,7 @@ def test_a_look_at_a_spool_in_use_neither_fails_nor_sees_damage(state):
     assert len(seen) > 1, "it was in use"
 
 
-def test_drop_wants_to_be_meant(state):
+def test_drop_needs_a_confirmation(state):
     spools.fill(state, batches=2, size=SIZE)
     before = spools.tree(state)
 
@@ -313,10 +313,10 @@ def test_drop_wants_to_be_meant(state):
     assert spools.tree(state) == before
 
 
-def test_drop_gives_up_what_waits_and_the_ledger_has_it_as_lost(state):
+def test_drop_discards_the_spool_and_the_ledger_has_it_as_lost(state):
     paths = spools.fill(state, batches=6, size=SIZE, per_file=2, acked=5)
     paths[1].unlink()
-    account = Account("ring-1", 77, 11, {"stopped": 3, "spool_dropped": 2 * SIZE}, 5, 5 * SIZE, gone=2 * SIZE)
+    account = Account("ring-1", 77, 11, {"stopped": 3, "spool_dropped": 2 * SIZE}, 5, 5 * SIZE, discarded=2 * SIZE)
     spools.write_ledger(state, account)
     spools.quarantine(state, {"INVALID_RECORD": 2})
 
@@ -354,7 +354,7 @@ def test_what_the_ledger_cannot_take_is_not_dropped(state):
     paths = spools.fill(state, batches=2, size=SIZE, per_file=1)
     (state / "ledger.transmit").unlink()
     (state / "ledger.transmit").mkdir()
-    for ending in ("", ".1", ".2", ".3"):  # nor can the folder be set aside
+    for ending in ("", ".1", ".2", ".3"):  # so that the folder cannot be renamed
         (state / f"ledger.transmit.damaged{ending}").write_text("")
 
     done = rebpf("spool", "drop", "--yes", "--state-dir", state)
@@ -363,7 +363,7 @@ def test_what_the_ledger_cannot_take_is_not_dropped(state):
     assert all(path.exists() for path in paths)
 
 
-def test_drop_of_the_quarantine_leaves_what_waits(state):
+def test_drop_of_the_quarantine_leaves_the_spool(state):
     paths = spools.fill(state, batches=2, size=SIZE)
     (refused,) = spools.quarantine(state, {"MSG_SIZE_TOO_LARGE": 3, "INVALID_RECORD": 2})
     refused.with_suffix(".damaged").touch()
@@ -378,7 +378,7 @@ def test_drop_of_the_quarantine_leaves_what_waits(state):
 @pytest.mark.parametrize(
     "command", [["drop", "--yes"], ["drop", "--yes", "--quarantine"], ["replay", "--brokers", "a:1"]]
 )
-def test_who_holds_the_lock_keeps_others_out(state, command):
+def test_the_lock_keeps_others_out(state, command):
     spools.fill(state, batches=2, size=SIZE)
     lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     before = spools.tree(state)

@@ -1,4 +1,4 @@
-"""A spool whose files are torn, damaged, foreign or gone: what can be read is, and what cannot is counted."""
+"""A spool whose files are torn, damaged, foreign or missing: readable events are read, the others are counted."""
 
 import os
 import re
@@ -15,7 +15,7 @@ def setup(tmp_path: Path) -> Setup:
     return Setup(tmp_path / "spool" / "transmit")
 
 
-def test_a_torn_tail_is_passed_over_and_new_batches_have_new_numbers(setup: Setup) -> None:
+def test_a_torn_tail_is_skipped_and_new_batches_have_new_numbers(setup: Setup) -> None:
     setup.filled(2).close()
     (path,) = setup.files
     os.truncate(path, path.stat().st_size - 100)
@@ -24,7 +24,7 @@ def test_a_torn_tail_is_passed_over_and_new_batches_have_new_numbers(setup: Setu
     assert finish(spool) == [*range(10), *range(20, 30)]
     assert spool.lost == {"spool_damaged": 10}
 
-    # A ledger that does not know of the batch: it is still in the ring, and comes again.
+    # The ledger does not have the batch: it is still in the ring, and is read again.
     setup.filled(2).close()
     (path,) = setup.files
     os.truncate(path, path.stat().st_size - 100)
@@ -72,7 +72,7 @@ def test_a_file_whose_header_is_damaged_is_lost_as_a_whole(setup: Setup) -> None
 
 @pytest.mark.parametrize("ledger", [None, (0, 0, 0)])
 def test_the_last_file_is_not_deleted_for_being_unreadable(setup: Setup, ledger: Any) -> None:
-    """Of another version, say: how many events it holds, nobody knows."""
+    """Of another version, for example: its number of events is unknown."""
     setup.filled(3).close()
     (path,) = setup.files
     path.write_bytes(path.read_bytes().replace(b"rebpf.format\x021", b"rebpf.format\x022"))
@@ -149,7 +149,7 @@ def test_all_files_deleted_are_counted(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("name", ["12.avro", "notes.avro", "00000000000000000007.avro.bak", "00000000000000000030"])
-def test_foreign_files_are_let_be(setup: Setup, name: str) -> None:
+def test_foreign_files_are_left_alone(setup: Setup, name: str) -> None:
     setup.filled(7).close()
     (setup.folder / name).write_text("mine")
     spool = setup.open((0, 70, 0))

@@ -1,4 +1,4 @@
-"""A spool on a disk that fails, is full or is read-only: what was not taken can be repeated, nothing is there twice."""
+"""A spool on a disk that fails, is full or is read-only: failed writes can be repeated, and nothing is stored twice."""
 
 import errno
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def setup(tmp_path: Path) -> Setup:
     return Setup(tmp_path / "spool" / "transmit")
 
 
-def test_short_writes_are_gone_on_with(setup: Setup) -> None:
+def test_short_writes_are_completed(setup: Setup) -> None:
     setup.disk.most_bytes = 7
     spool = setup.filled(3)
     assert read_all(spool) == list(range(30))
@@ -116,7 +116,7 @@ def test_a_batch_that_is_there_though_its_write_failed_is_not_there_twice(setup:
     assert (spool.end, spool.last.position) == (25, 99)
 
 
-def test_a_segment_is_put_on_the_disk_itself_when_it_is_full_and_at_a_stop(setup: Setup) -> None:
+def test_a_file_is_synced_when_it_is_full_and_at_a_stop(setup: Setup) -> None:
     spool = setup.filled(3)
     assert "sync" not in setup.disk.calls
     fill(spool, 1)
@@ -125,7 +125,7 @@ def test_a_segment_is_put_on_the_disk_itself_when_it_is_full_and_at_a_stop(setup
     assert setup.disk.calls.count("sync") == 2
 
 
-def test_a_disk_that_cannot_sync_is_told_of_and_costs_nothing(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_cannot_sync_is_logged_and_costs_nothing(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
     spool = setup.filled(3)
     setup.disk.fails = {"sync": errno.EIO}
     fill(spool, 1)
@@ -181,7 +181,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_real_full_disk_takes_what_fits_and_more_when_there_is_room_again(disk: Path) -> None:
     setup = Setup(disk / "spool")
     setup.disk = Disk()  # type: ignore[assignment]  # the real one
-    spool = setup.open(max_bytes=1 << 30, segment_bytes=1 << 17)
+    spool = setup.open(max_bytes=1 << 30, file_bytes=1 << 17)
     with pytest.raises(OSError, match="No space left") as full:
         fill(spool, 5000)
     assert not isinstance(full.value, FullError)

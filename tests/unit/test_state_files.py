@@ -95,7 +95,7 @@ def test_a_pipe_beside_a_ledger_that_cannot_be_set_aside_is_an_error(tmp_path: P
         {"lost": {"stopped": None}},
         {"lost": {"stopped": -1}},
         {"acked": [1]},
-        {"gone": {}},
+        {"discarded": {}},
     ],
 )
 def test_a_ledger_whose_fields_have_other_types_is_no_account(tmp_path: Path, change: dict[str, object]) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from producer.errors import UnavailableError
 from producer.health import endpoint
-from producer.health.endpoint import Board, Endpoint
+from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.status import Status, table, usage
 from producer.host.state import StateFolder
 from tests.kafka.rebpf import rebpf, wait_until
@@ -27,7 +27,7 @@ OK = status(reasons=())
 
 
 @contextmanager
-def loop(board: Board, make: Callable[[], Status] = status) -> Iterator[None]:
+def loop(board: StatusBoard, make: Callable[[], Status] = status) -> Iterator[None]:
     """A loop that makes a step each 5 ms, as the producer's."""
     stop = threading.Event()
 
@@ -45,8 +45,8 @@ def loop(board: Board, make: Callable[[], Status] = status) -> Iterator[None]:
 
 
 @contextmanager
-def serving(board: Board | None = None, host: str = "127.0.0.1") -> Iterator[tuple[Board, Endpoint]]:
-    board = board or Board()
+def serving(board: StatusBoard | None = None, host: str = "127.0.0.1") -> Iterator[tuple[StatusBoard, Endpoint]]:
+    board = board or StatusBoard()
     with Endpoint(host, 0, board) as server:
         yield board, server
 
@@ -135,7 +135,7 @@ def test_a_status_is_made_when_it_is_asked_for_and_only_then():
 
 
 def test_a_loop_that_hangs_is_seen():
-    with serving(Board(hangs_after_s=1, answer_timeout_s=0.1)) as (board, server):
+    with serving(StatusBoard(hangs_after_s=1, answer_timeout_s=0.1)) as (board, server):
         with loop(board):
             wait_until("ready", lambda: get(server.url, "/readyz")[0] == 200)
         wait_until("seen", lambda: get(server.url, "/healthz")[0] == 503)
@@ -159,7 +159,7 @@ def test_it_listens_on_ipv6_too():
 def test_a_port_that_cannot_be_had_is_one_warning(caplog, host):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with Endpoint(host, port, Board()) as server:
+        with Endpoint(host, port, StatusBoard()) as server:
             assert server.url is None
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -169,7 +169,7 @@ def test_a_port_that_cannot_be_had_is_one_warning(caplog, host):
 def test_two_producers_do_not_share_a_port():
     with serving() as (_, first):
         assert first.url
-        with Endpoint("127.0.0.1", int(first.url.rpartition(":")[2]), Board()) as second:
+        with Endpoint("127.0.0.1", int(first.url.rpartition(":")[2]), StatusBoard()) as second:
             assert second.url is None
 
 
@@ -187,12 +187,12 @@ def test_nobody_asking_costs_no_wakeups():
     code = (
         "import threading, time\n"
         "from pathlib import Path\n"
-        "from producer.health.endpoint import Board, Endpoint\n"
+        "from producer.health.endpoint import StatusBoard, Endpoint\n"
         "def switches():\n"
         "    (thread,) = [each for each in threading.enumerate() if each.name == 'endpoint']\n"
         "    lines = Path(f'/proc/self/task/{thread.native_id}/status').read_text().splitlines()\n"
         "    return next(int(line.split()[1]) for line in lines if line.startswith('voluntary_ctxt'))\n"
-        "with Endpoint('127.0.0.1', 0, Board()) as server:\n"
+        "with Endpoint('127.0.0.1', 0, StatusBoard()) as server:\n"
         "    before = -1\n"
         "    for _ in range(20):\n"
         "        if switches() == before:\n"
@@ -253,7 +253,7 @@ def test_status_of_a_producer_that_does_not_answer_is_69(tmp_path):
 
 
 def test_a_step_costs_next_to_nothing_while_nobody_asks():
-    board, made = Board(), []
+    board, made = StatusBoard(), []
 
     def make() -> Status:
         made.append(time.monotonic())

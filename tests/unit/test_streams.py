@@ -1,4 +1,4 @@
-"""Rings of hooks that were replaced: all that they hold and nobody has goes into the spool, from each of them."""
+"""Rings of replaced hooks: all of their events that are not yet safe go into the spool."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,7 +17,7 @@ STRIDE = TRANSMITS.dtype.itemsize + 8
 
 
 class Ring:
-    """Holds rows whose cpu_seq goes up from `first`."""
+    """Holds rows with increasing cpu_seq, from `first` on."""
 
     stride = STRIDE
     damaged = 0
@@ -57,7 +57,7 @@ class Ring:
 
 
 class Hooks:
-    """New ones, and the rings of those that they have replaced."""
+    """New hooks, and the rings of those that they replaced."""
 
     ring_id, old_ring_id = "new", "old"
 
@@ -83,7 +83,7 @@ def build(config: Config, *old: Ring) -> StreamParts:
 
 
 def spooled(config: Config) -> int:
-    """Return how many events wait on disk."""
+    """Return the number of events on disk."""
     spool = new_spool(config, TRANSMITS)
     spool.open()
     count = sum(len(each.batch) for each in iter(spool.read, None))
@@ -137,7 +137,7 @@ def test_a_ledger_that_names_a_position_beyond_an_old_ring_costs_none_of_its_eve
 
 
 class DamagedRing(Ring):
-    """Gives each row by itself, and finds the first, the third and the last damaged."""
+    """Returns one row per read; the first, the third and the last are damaged."""
 
     def read(self, limit: int) -> Rows:
         rows = super().read(1)

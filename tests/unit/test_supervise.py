@@ -1,4 +1,4 @@
-"""A step that fails does not stop the loop, unless nothing works without it."""
+"""A step that fails does not stop the loop, unless it is vital."""
 
 from collections.abc import Callable, Sequence
 

@@ -225,11 +225,11 @@ def test_a_renewed_certificate_is_taken(folder: Path, authority: Authority) -> N
     (folder / "server.pem").write_bytes(renewed.certificate.read_bytes())
     settings.current()
     assert settings.current().tls is before, "it does not fit the old key"
-    assert settings.trouble
-    assert "key values mismatch" in settings.trouble
+    assert settings.last_error
+    assert "key values mismatch" in settings.last_error
     (folder / "server.key").write_bytes(renewed.key.read_bytes())
     assert settings.current().tls is not before
-    assert settings.trouble is None
+    assert settings.last_error is None
 
 
 @pytest.mark.parametrize(
@@ -248,12 +248,12 @@ def test_a_wrong_change_leaves_what_is_in_force_and_is_one_warning(
     write(folder, text)
     for _ in range(5):
         assert settings.current() is before
-    assert settings.trouble
-    assert why in settings.trouble
+    assert settings.last_error
+    assert why in settings.last_error
     assert [(record.levelno, why in record.getMessage()) for record in caplog.records] == [(logging.WARNING, True)]
     write(folder, TLS % "" + f"basic_auth_users: {{bob: {HASH}}}")
     assert settings.current().users == {"bob": HASH}
-    assert settings.trouble is None
+    assert settings.last_error is None
 
 
 def test_client_certificates_cannot_be_turned_off_by_a_change(folder: Path) -> None:
@@ -272,9 +272,9 @@ def test_files_are_looked_at_once_a_second(folder: Path) -> None:
     write(folder, "colour: red")
     settings.current()
     settings.current()
-    assert settings.trouble is None, "not looked at yet"
+    assert settings.last_error is None, "not looked at yet"
     settings.current()
-    assert settings.trouble
+    assert settings.last_error
 
 
 def test_check_refuses_what_a_start_refuses(folder: Path) -> None:

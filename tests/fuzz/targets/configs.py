@@ -43,7 +43,7 @@ stop_timeout_s = 3
 [metrics]
 listen = "127.0.0.1:0"
 [spool]
-keep = "new"
+when_full = "drop_oldest"
 max_age_s = 60.5
 [registry]
 url = "http://127.0.0.1:1"
@@ -105,7 +105,7 @@ _DOCUMENTED = {0, 64, 65, 69, 75, 77, 78, 130}
 
 @contextlib.contextmanager
 def _files() -> Iterator[Check]:
-    """A file is loaded and its rules are resolved, or it is a ConfigError of one line."""
+    """A file loads and its rules resolve, or it raises a ConfigError of one line."""
     root = cgroup2_root()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rebpf.toml"
@@ -141,7 +141,7 @@ def _command_lines() -> Iterator[Check]:
 
 
 def _run(arguments: list[str], environment: dict[str, str]) -> tuple[Any, str]:
-    """Run the command in this process; return its exit code, and what it printed on standard error."""
+    """Run the command in this process; return its exit code and standard error."""
     before, argv, err = dict(os.environ), sys.argv, io.StringIO()
     os.environ.update(environment)
     sys.argv = ["rebpf", *arguments]
@@ -158,7 +158,7 @@ def _run(arguments: list[str], environment: dict[str, str]) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _kept_logging() -> Iterator[None]:
-    """The command line sets up logging: let it have it, and put back what was."""
+    """Restore logging, which the command line sets up."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
@@ -171,7 +171,7 @@ def _kept_logging() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _values() -> Iterator[Check]:
-    """What the command line lays over a configuration is refused in one line, or taken."""
+    """Values from the command line are rejected in one line, or applied."""
 
     def check(values: dict[str, Any]) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What a writer of a topic can do to `rebpf alert` and `rebpf verify`: the real decoder, stages and reports."""
+"""Hostile messages for `rebpf alert` and `rebpf verify`: the real decoder, stages and reports."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ _ROOM_BYTES = 20_000
 
 
 class _Tellers:
-    """A writer and a sink that encode what they are given, as the real ones do."""
+    """A writer and a sink that encode like the real ones."""
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
@@ -81,7 +81,7 @@ def _parts(committed: Committed, known: Sequence[Alert], counts: Counts) -> dict
 
 @contextlib.contextmanager
 def _alert() -> Iterator[Check]:
-    """Each message is taken or counted, and the member goes on: what it writes and commits, it understands."""
+    """Each message is processed or counted, and the member continues. It can read what it writes and commits."""
 
     def check(example: tuple[str, list[tuple[bytes, bytes | None]], list[tuple[int, bytes | None]]]) -> None:
         metadata, alerts, messages = example
@@ -116,7 +116,7 @@ def _alert() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _verify() -> Iterator[Check]:
-    """Each message is a row of an audit or undecodable, and there is a report."""
+    """Each message is a row of the audit or undecodable, and there is a report."""
 
     def check(values: list[bytes | None]) -> None:
         fronts, audit = FrontReader(Decoder(None)), Audit()

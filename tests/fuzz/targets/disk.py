@@ -42,14 +42,14 @@ odd = st.sampled_from(sorted(_ODD))
 
 
 def _odd_but_known(target: str) -> st.SearchStrategy[str]:
-    """Without what is known to hang the target or to fill its memory."""
+    """Leave out what is known to hang the target or to exhaust its memory."""
     return st.sampled_from(
         [kind for kind in sorted(_ODD) if f"{target}: a {kind} in the place of the file" not in KNOWN]
     )
 
 
 def _put(path: Path, content: bytes | str) -> None:
-    """Put a file's content, or something odd, in the place of what is there; what was set aside before goes."""
+    """Replace the file by content or something odd; delete files set aside earlier."""
     for aside in path.parent.glob(f"{path.name}.damaged*"):
         shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
     if path.is_dir() and not path.is_symlink():
@@ -63,7 +63,7 @@ def _put(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def _ledgers() -> Iterator[Check]:
-    """What is read can be taken for an account, and the next one is written and read."""
+    """What is read is a valid account, and the next one can be written and read."""
     with _folder() as folder:
 
         def check(content: bytes | str) -> None:
@@ -84,7 +84,7 @@ def _ledgers() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _sequences() -> Iterator[Check]:
-    """No damaged file makes numbers begin below those that were given."""
+    """No damaged file makes numbers restart below those already used."""
     with _folder() as folder:
         first = EventNumbers(folder, "boot", 2, lambda: 1000.0)
         first.start()
@@ -115,7 +115,7 @@ def _sequence_seed() -> bytes:
 
 @contextlib.contextmanager
 def _spools() -> Iterator[Check]:
-    """What can be read is read, the rest is counted, and the spool takes the next batch."""
+    """Readable events are read, the rest is counted, and the spool accepts the next batch."""
     with _folder() as folder:
         config = Config(state_dir=folder).with_values(kafka__brokers="127.0.0.1:1")
 
@@ -129,7 +129,7 @@ def _spools() -> Iterator[Check]:
             spool = new_spool(config, TRANSMITS)
             spool.open(*((0, 10, 0) if with_ledger else ()))
             found = 0
-            while spooled := spool.read():  # a file of 10 GB has the spool's room until it is passed over
+            while spooled := spool.read():  # a file of 10 GB fills the spool until it is skipped
                 spool.ack(spooled.first, spooled.end)
             spool.ack(spool.end, spool.end)
             spool.sweep()
@@ -159,7 +159,7 @@ def _spool_seeds() -> tuple[bytes, ...]:
 
 @contextlib.contextmanager
 def _compiled() -> Iterator[Check]:
-    """A file is one's own, or a warning of one line."""
+    """A file is ours, or there is a warning of one line."""
     with _folder() as folder:
 
         def check(content: bytes | str) -> None:
@@ -183,7 +183,7 @@ def _compiled_seed() -> bytes:
 
 
 def _signed(body: Any) -> bytes:
-    """Return compiled programs whose checksum is right, whatever they say."""
+    """Return compiled programs with a valid checksum and any content."""
     import hashlib
 
     text = json.dumps(body).encode()
@@ -192,7 +192,7 @@ def _signed(body: Any) -> bytes:
 
 @contextlib.contextmanager
 def _manifests() -> Iterator[Check]:
-    """A manifest hangs together, or is a ValueError."""
+    """A manifest is consistent, or raises a ValueError."""
 
     def check(content: Any) -> None:
         with contextlib.suppress(ValueError):
@@ -223,7 +223,7 @@ def _manifest() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _schema_ids() -> Iterator[Check]:
-    """Without a registry the cache has the id, or the error is that of the registry."""
+    """Without a registry, the cache has the id, or the registry's error is raised."""
     with _folder() as folder:
         cache, schema = folder / "schema_ids.json", {"type": "string"}
 
@@ -251,7 +251,7 @@ def _schema_ids_seed() -> dict[str, int]:
 
 @contextlib.contextmanager
 def _agents() -> Iterator[Check]:
-    """Whoever asks who runs here gets an answer, or None."""
+    """Looking up the running producer returns an answer or None."""
     with _folder() as folder, StateFolder(folder):
 
         def check(content: bytes | str) -> None:
@@ -270,7 +270,7 @@ def _folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-_ACCOUNT = {"ring": "r", "position": 8, "carried": 0, "lost": {"stopped": 3}, "acked": 5, "end": 10, "gone": 1}
+_ACCOUNT = {"ring": "r", "position": 8, "carried": 0, "lost": {"stopped": 3}, "acked": 5, "end": 10, "discarded": 1}
 
 
 def _page(account: Any) -> bytes:
@@ -279,7 +279,7 @@ def _page(account: Any) -> bytes:
 
 
 def _crc(note: Any) -> bytes:
-    """Return a sequence.json whose checksum is right, whatever it says."""
+    """Return a sequence.json with a valid checksum and any content."""
     if not isinstance(note, dict):
         return json.dumps(note).encode()
     crc = zlib.crc32(json.dumps(note, sort_keys=True).encode())
@@ -298,12 +298,12 @@ def _text(value: Any) -> bytes:
 
 
 def _same_or_later_note(note: Any) -> bool:
-    """Whether a note is not one that a whole file could say: what is signed as it should be is believed."""
+    """Whether a note could not come from an intact file: a note with a valid checksum is believed."""
     return not isinstance(note, dict) or note.get("boot_id") == "boot"
 
 
 def _goes_back(note: Any) -> bool:
-    """Whether a note, if it is one, names numbers below those that were given; nothing can tell that it lies."""
+    """Whether a note, if valid, names numbers below those already used, which nothing can detect."""
     last = note.get("last") if isinstance(note, dict) else None
     rows = last.values() if isinstance(last, dict) else ()
     return any(

@@ -41,7 +41,7 @@ _RING_BYTES = 1 << 14
 
 
 class _Memory:
-    """A ring's memory, as a file that is laid out as the kernel lays it out, the data twice in a row."""
+    """A ring's memory, as a file with the kernel's layout: the data twice in a row."""
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("ring")
@@ -49,7 +49,7 @@ class _Memory:
         os.truncate(self.descriptor, self._bytes)
 
     def fill(self, data: bytes, consumer: int, producer: int) -> None:
-        """Write data over and over, and positions."""
+        """Fill the ring with repeated data, and set the positions."""
         data = (data or b"\0") * (_RING_BYTES // max(1, len(data)) + 1)
         os.pwrite(self.descriptor, struct.pack("<Q", consumer), 0)
         os.pwrite(self.descriptor, struct.pack("<Q", producer), mmap.PAGESIZE)
@@ -57,16 +57,16 @@ class _Memory:
 
 
 class _Sink:
-    """Takes all batches, and says at the next poll that they are delivered."""
+    """Accepts all batches, and reports them as delivered at the next poll."""
 
     def __init__(self, schema: Any) -> None:
         self._schema = schema
         self._open: list[EncodedBatch] = []
 
-    def room(self, stream: Stream) -> int:
+    def capacity(self, stream: Stream) -> int:
         return 4096
 
-    def left(self, batch: EncodedBatch) -> int:
+    def unacknowledged(self, batch: EncodedBatch) -> int:
         return len(batch) if batch in self._open else 0
 
     def send(self, batch: EncodedBatch) -> None:
@@ -89,7 +89,7 @@ class _Sink:
 
 @contextlib.contextmanager
 def _rings() -> Iterator[Check]:
-    """Whatever a ring that is taken over holds, and a ledger says of it, it is emptied, and each record counted."""
+    """A ring that is taken over is emptied and each record counted, whatever ring and ledger contain."""
     memory = _Memory()
     encoders = {stream.name: _encoder(stream, "host-1", "/a") for stream in STREAMS}
     schemas = {stream.name: fastavro.parse_schema(load_schema(stream.schema_file)) for stream in STREAMS}
@@ -125,7 +125,7 @@ def _rings() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _names() -> Iterator[Check]:
-    """Any bytes are a name that is printable, bounded, and turned back unless cut; events and heartbeats carry it."""
+    """Any bytes make a printable, bounded name, reversible unless truncated; events and heartbeats carry it."""
     (stream, _) = STREAMS
     schema = fastavro.parse_schema(load_schema(stream.schema_file))
     beat = fastavro.parse_schema(load_schema(HEARTBEAT_FILE))
@@ -149,7 +149,7 @@ def _names() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _raw_names() -> Iterator[Check]:
-    """A cgroup's path as the operating system gives it, with surrogates, reaches an event."""
+    """A cgroup's path from the operating system, with surrogates, reaches an event."""
     (stream, _) = STREAMS
 
     def check(path: str) -> None:
@@ -161,7 +161,7 @@ def _raw_names() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _messages() -> Iterator[Check]:
-    """A message is an event that can be shown, or it is undecodable."""
+    """A message is an event that can be printed, or it is undecodable."""
     decoder = Decoder(None)
     fronts, views = FrontReader(decoder), [View(color=False), View(color=True)]
 
@@ -180,7 +180,7 @@ def _messages() -> Iterator[Check]:
 
 
 class _OneCgroup:
-    """Cgroups that all have one path."""
+    """Cgroups with the same path."""
 
     found = 0
 

@@ -1,4 +1,4 @@
-"""What only a process shows: the environment that a service manager sets, and reloads of a running producer."""
+"""Targets that need a process: a service manager's environment, and reloads of a running producer."""
 
 import contextlib
 import os
@@ -48,7 +48,7 @@ except RebpfError as error:
 
 @contextlib.contextmanager
 def _services() -> Iterator[Check]:
-    """Nonsense in the variables of sd_notify and of the descriptor store is an error of one line, or ignored."""
+    """Nonsense in the variables of sd_notify and of the descriptor store is a one-line error, or ignored."""
 
     def check(variables: dict[str, str]) -> None:
         environment = {**os.environ, **variables}
@@ -71,7 +71,7 @@ def _services() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _reloads() -> Iterator[Check]:
-    """A running producer goes on; its rules are those of the last file that was right, and of no other."""
+    """A running producer continues; its rules are those of the last valid file."""
     with tempfile.TemporaryDirectory() as name, _traffic():
         root = cgroup2_root()
         with Run(Path(name), config=_RELOADS[0].decode()) as producer:
@@ -110,7 +110,7 @@ def _version(producer: Run) -> int:
 
 @contextlib.contextmanager
 def _traffic() -> Iterator[None]:
-    """Connections on loopback, one after the other."""
+    """Sequential connections on loopback."""
     stop = threading.Event()
 
     def connect() -> None:

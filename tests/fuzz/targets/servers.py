@@ -1,4 +1,4 @@
-"""Servers that answer something else, and visitors that ask something else."""
+"""Servers with unexpected answers, and visitors with unexpected requests."""
 
 import contextlib
 import http.client
@@ -18,7 +18,7 @@ from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.event_id import FrontReader
 from producer.errors import RebpfError
 from producer.events import STREAMS, Topic
-from producer.health.endpoint import Board, Endpoint, ask
+from producer.health.endpoint import Endpoint, StatusBoard, ask
 from producer.health.status import table
 from producer.registry.schema_ids import SchemaIds
 from producer.schemas import load_schema
@@ -33,7 +33,7 @@ _EVENT = _ENCODED.payload[: int(_ENCODED.lengths[0])].tobytes()[5:]
 
 
 class _Server:
-    """Answers each connection with the same bytes, and closes it."""
+    """Sends the same bytes on each connection and closes it."""
 
     def __init__(self) -> None:
         self.answer = b""
@@ -73,7 +73,7 @@ def _server() -> Iterator[_Server]:
 
 @contextlib.contextmanager
 def _status() -> Iterator[Check]:
-    """`rebpf status` shows a report, or ends with one line."""
+    """`rebpf status` prints a report, or exits with one line."""
     with _server() as server:
 
         def check(answer: bytes) -> None:
@@ -88,7 +88,7 @@ def _status() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _registry() -> Iterator[Check]:
-    """A registry gives an id that can be one, or it is an error of one line with a documented code."""
+    """A registry returns a valid id, or there is a one-line error with a documented code."""
     with _server() as server, tempfile.TemporaryDirectory() as folder:
 
         def check(answer: bytes) -> None:
@@ -109,7 +109,7 @@ def _registry() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _schemas() -> Iterator[Check]:
-    """A schema that a registry gives makes a message decodable, or undecodable, or the registry unavailable.
+    """A schema from a registry makes a message decodable, or undecodable, or the registry unavailable.
 
     A decoder that has read a message of ours reads on, whatever the registry answers then.
     """
@@ -139,12 +139,12 @@ def _schemas() -> Iterator[Check]:
 
 
 class _StopError(Exception):
-    """There is no other try."""
+    """Do not retry."""
 
 
 @contextlib.contextmanager
 def _alertmanager() -> Iterator[Check]:
-    """Alertmanager has an alert, or refuses it, or it is tried again."""
+    """Alertmanager accepts an alert, or rejects it, or it is retried."""
 
     def stop(seconds: float) -> None:
         raise _StopError
@@ -163,9 +163,9 @@ def _alertmanager() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _endpoint() -> Iterator[Check]:
-    """Whatever a visitor sends, the next one is told that all is well."""
-    board = Board(hangs_after_s=1e9, answer_timeout_s=0.01)
-    board.leave(status())
+    """Whatever a visitor sends, the next one gets a healthy answer."""
+    board = StatusBoard(hangs_after_s=1e9, answer_timeout_s=0.01)
+    board.publish(status())
     with Endpoint("127.0.0.1", 0, board) as endpoint:
         port = int((endpoint.url or "").rpartition(":")[2])
 

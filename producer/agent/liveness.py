@@ -1,0 +1,97 @@
+"""Signs of life for others, and the log lines on losses and on what is degraded."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from producer.events import Topic
+from producer.health.balance import Balance
+from producer.health.endpoint import StatusBoard
+from producer.health.heartbeat import INTERVAL_S, HeartbeatEncoder
+from producer.health.status import Status, summary
+from producer.host import systemd
+from producer.kafka.sink import KafkaSink
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL_S = 5.0
+_REPEAT_REASON_S = 60.0
+_MOST_REASONS = 64
+
+
+class Liveness:
+    """Shows that the loop runs: on the status board, to systemd's watchdog, and by heartbeats."""
+
+    def __init__(
+        self, board: StatusBoard, heartbeats: HeartbeatEncoder | None, sink: KafkaSink, status: Callable[[], Status]
+    ) -> None:
+        self._board = board
+        self._heartbeats = heartbeats
+        self._sink = sink
+        self._status = status
+        self._heartbeat_at = 0.0
+        self._watchdog = systemd.Watchdog()
+
+    def step(self) -> None:
+        """Note a step of the loop, and send a heartbeat if one is due."""
+        self._board.step(self._status)
+        self._watchdog.step(time.monotonic(), lambda: summary(self._status()))
+        if time.monotonic() >= self._heartbeat_at:
+            self._heartbeat_at = time.monotonic() + INTERVAL_S
+            self._publish(self._status())
+
+    def last(self) -> bool:
+        """Send the heartbeat that reports the stop; return whether heartbeats are sent at all."""
+        self._publish(dataclasses.replace(self._status(), stopped=True))
+        return self._heartbeats is not None
+
+    def _publish(self, status: Status) -> None:
+        self._board.publish(status)
+        if self._heartbeats:
+            self._sink.beat(*self._heartbeats.encode(status, time.time()))
+
+
+class LossReporter:
+    """Logs new losses and the reasons for being degraded, without repeating itself too often."""
+
+    def __init__(self) -> None:
+        self._reported: dict[Topic, Mapping[str, int]] = {}
+        self._reasons: dict[str, float] = {}
+        """When each reason was last logged."""
+        self._healthy_from = 0.0
+        self._next = 0.0
+
+    def log_reasons(self, reasons: Sequence[str]) -> None:
+        """Log each reason when it appears, repeat it while it lasts, and log the recovery."""
+        now = time.monotonic()
+        if reasons:
+            self._healthy_from = now + _INTERVAL_S
+        for reason in reasons:
+            is_due = now >= self._reasons.get(reason, -_REPEAT_REASON_S) + _REPEAT_REASON_S
+            if is_due and self._has_capacity(now):
+                self._reasons[reason] = now
+                logger.warning("degraded: %s", reason)
+        if self._reasons and now >= self._healthy_from:
+            self._reasons.clear()
+            logger.info("recovered: no longer degraded")
+
+    def _has_capacity(self, now: float) -> bool:
+        """Forget reasons logged long ago; return whether another fits, since changing texts have no end."""
+        if len(self._reasons) >= _MOST_REASONS:
+            self._reasons = {each: at for each, at in self._reasons.items() if now < at + _REPEAT_REASON_S}
+        return len(self._reasons) < _MOST_REASONS
+
+    def due(self) -> bool:
+        """Whether it is time to compare the balances."""
+        return time.monotonic() >= self._next
+
+    def log_losses(self, balances: Mapping[Topic, Balance]) -> None:
+        """Log each balance whose losses have changed, or that does not add up."""
+        self._next = time.monotonic() + _INTERVAL_S
+        for name, balance in balances.items():
+            if balance.unaccounted:  # a defect
+                logger.error("%d events are unaccounted for topic=%s %s", balance.unaccounted, name, balance)
+            if balance.lost != self._reported.get(name, {}):
+                logger.warning("events lost so far topic=%s %s", name, balance)
+                self._reported[name] = balance.lost

@@ -1,0 +1,187 @@
+"""A run of the producer: the loop, the shutdown, and the final balance."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from producer.agent.liveness import Liveness, LossReporter
+from producer.agent.reload import RulesInForce
+from producer.agent.report import Reporter
+from producer.agent.streams import StreamParts
+from producer.agent.supervise import StuckError, Supervisor
+from producer.config.load import Config
+from producer.events import Topic
+from producer.health import metrics
+from producer.health.balance import Balance
+from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health.heartbeat import HeartbeatEncoder
+from producer.health.status import Status
+from producer.health.web_config import WebSettings
+from producer.host import systemd
+from producer.host.clock import UtcOffset
+from producer.host.signals import Flag
+from producer.host.state import StateFolder
+from producer.kafka.sink import KafkaSink
+from producer.kernel.capture import Hooks
+from producer.pipeline.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+_LAST_HEARTBEAT_S = 1.0
+_SPILL_S = 5.0
+
+
+@dataclass(slots=True)
+class Runtime:
+    """The parts of a run, and its loop. Call `run` once."""
+
+    config: Config
+    topics: dict[str, Topic]
+    """By the stream's name."""
+    hooks: Hooks
+    sink: KafkaSink
+    streams: Sequence[StreamParts]
+    folder: StateFolder
+    rules: RulesInForce
+    web: WebSettings
+    board: StatusBoard
+    heartbeats: HeartbeatEncoder | None
+    brokers: str
+    endpoint: Endpoint | None
+    ring_stays: bool
+    """Whether hooks and rings outlive a stop, so that the next start continues with them."""
+    supervisor: Supervisor = field(default_factory=Supervisor)
+    reporter: Reporter = field(init=False)
+    liveness: Liveness = field(init=False)
+    losses: LossReporter = field(default_factory=LossReporter)
+
+    def __post_init__(self) -> None:
+        self.reporter = Reporter(self.config.host, self.hooks, self.sink, self.streams, self.topics)
+        self.liveness = Liveness(self.board, self.heartbeats, self.sink, self._status)
+
+    def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
+        """Move events until `stop` is set or `duration_s` has passed, shut down, and return the balances."""
+        self._housekeeping(reload)
+        self._log_ready()
+        paths = [each.path for each in self.streams]
+        pipeline = Pipeline(paths, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery, self._guard)
+        interval_s = self.config.capture.drain_interval_s
+        end = float("inf") if duration_s is None else time.monotonic() + duration_s
+        while not stop.is_set() and time.monotonic() < end:
+            self._housekeeping(reload)
+            self.supervisor.attempt("status", self.liveness.step, None)
+            self.supervisor.attempt("watch", self._watch, None)
+            if not self._move(pipeline):
+                stop.wait(min(interval_s, max(0.0, end - time.monotonic())))
+        systemd.tell("STOPPING=1")
+        deadline = time.monotonic() + self.config.kafka.stop_timeout_s
+        if not self.ring_stays:
+            self.hooks.detach()
+        self._drain(pipeline, deadline)
+        return self._end(pipeline, deadline)
+
+    def _housekeeping(self, reload: Flag) -> None:
+        """Reload if asked to, follow cgroups that come and go, and publish what changed."""
+        self.supervisor.attempt("reload", lambda: self.rules.follow(reload), None)
+        self.supervisor.attempt("cgroups", self.rules.look, None)
+        self.supervisor.attempt("publish", lambda: self.folder.publish_if_new(self._facts()), None)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "brokers": self.brokers,
+            "registry": self.config.registry.url,
+            "topics": self.topics,
+            "status_url": self.endpoint and self.endpoint.url,
+            "status_socket": self.config.metrics.web_config_file is not None,
+            "rules_version": self.rules.version,
+            "reloads": self.rules.reloads,
+            "reload_refused": self.rules.refusal,
+        }
+
+    def _status(self) -> Status:
+        reasons = [f"reload refused: {self.rules.refusal}"] if self.rules.refusal else []
+        reasons += [self.web.last_error] if self.web.last_error else []
+        return self.reporter.status(self.rules.version, [*self.supervisor.reasons, *reasons])
+
+    def _log_ready(self) -> None:
+        for refusal in self.hooks.refusals:
+            logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.rung, refusal.reason)
+        rungs = " ".join(f"{name}={rung}" for name, rung in self.hooks.rungs.items())
+        embedded = " embedded=true" if self.config.kafka.brokers is None else ""
+        taken_over = " taken_over=true" if self.hooks.taken_over else ""
+        cached = " cached=true" if self.hooks.cached else ""
+        logger.info("ready brokers=%s%s%s%s %s", self.brokers, embedded, taken_over, cached, rungs)
+        systemd.notify("READY=1", status=f"capturing: {rungs}")
+
+    def _watch(self) -> None:
+        self.losses.log_reasons(self.reporter.reasons())
+        if self.losses.due():
+            self.losses.log_losses(self.reporter.balances())
+            self._expire()
+
+    def _guard(self, stream: str, work: Callable[[], bool]) -> bool:
+        return self.supervisor.attempt(f"pipeline {stream}", work, False, vital=True)
+
+    def _move(self, pipeline: Pipeline) -> bool:
+        """Run a step of the pipeline. If that has failed for too long, log the balance and raise StuckError."""
+        try:
+            return self.supervisor.attempt("pipeline", pipeline.step, False, vital=True)
+        except StuckError:
+            for name, balance in self.reporter.balances().items():
+                logger.error("balance topic=%s %s", name, balance)
+            raise
+
+    def _expire(self) -> None:
+        for each in self.streams:
+            if each.spool:
+                try:
+                    each.spool.expire()
+                except OSError as error:
+                    logger.warning("spool: cannot delete expired files: %s", error)
+
+    def _drain(self, pipeline: Pipeline, deadline: float) -> None:
+        """Wait until Kafka has acknowledged what is in flight and in the ring, at most until the deadline.
+
+        A ring that stays may never be empty, so only what it holds now is drained.
+        """
+        while pipeline.step() and time.monotonic() < deadline:
+            pass
+        while time.monotonic() < deadline:
+            balances = self.reporter.balances().values()
+            if not any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances):
+                return
+            if any(each.path.spooling for each in self.streams):
+                return  # Kafka is not taking them
+            self.supervisor.attempt("status", self.liveness.step, None)
+            time.sleep(self.config.capture.drain_interval_s / 5)
+            if self.ring_stays:
+                pipeline.poll_reports()
+            else:
+                pipeline.step()
+
+    def _end(self, pipeline: Pipeline, deadline: float) -> dict[Topic, Balance]:
+        """Spill what is left. What the spool cannot take is lost, unless its ring stays."""
+        balances = self.reporter.balances()
+        if any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances.values()):
+            pipeline.spill_all(time.monotonic() + _SPILL_S if self.ring_stays else float("inf"))
+        elif self.liveness.last():
+            until = min(deadline, time.monotonic() + _LAST_HEARTBEAT_S)
+            while self.sink.beating and time.monotonic() < until:
+                pipeline.poll_reports()
+                time.sleep(0.01)
+        final = {}
+        for each, name in zip(self.streams, balances, strict=True):
+            kernel = self.hooks.counters(each.stream)  # read once: a ring that stays keeps filling
+            unread = self.reporter.balance(each, kernel).in_ring
+            spooled, in_ring = each.path.end(self.sink, unread, ring_stays=self.ring_stays)
+            now = self.reporter.balance(each, kernel)
+            last = dataclasses.replace(now, in_flight=0, spooled=spooled, in_ring=in_ring)
+            if last.lost.get("stopped"):
+                logger.error("stop: %d events lost topic=%s", last.lost["stopped"], name)
+            if last.spooled:
+                logger.warning("stop: %d events left on disk for the next start topic=%s", last.spooled, name)
+            final[name] = last
+        return final
