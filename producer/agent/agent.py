@@ -28,7 +28,7 @@ from producer.host.signals import Flag
 from producer.host.state import STATUS_SOCKET, StateFolder
 from producer.kafka.sink import KafkaSink, producer_settings
 from producer.kernel import bpf_syscall, fdstore
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 from producer.kernel.fdstore import FdStore
 from producer.kernel.hooks import cgroup2_root
 from producer.kernel.pinned import PinFolder
@@ -75,7 +75,7 @@ class Agent:
             if keeper:
                 stack.enter_context(keeper)
             numbers = EventNumbers(config.state_dir, boot_id(), bpf_syscall.possible_cpus())
-            hooks = stack.enter_context(Hooks(_hook_settings(config, ruleset), keeper, numbers))
+            hooks = stack.enter_context(Capture(_hook_settings(config, ruleset), keeper, numbers))
             hooks.load()
             # The loader's child has what attaching needs. Before the client and the endpoint start threads, which would
             # keep what it has now.
@@ -140,15 +140,15 @@ class Agent:
             )
             return run.until(stop, between, duration_s)
 
-    def _say_ready(self, hooks: Hooks, brokers: str) -> None:
-        for refusal in hooks.refusals:
-            logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.rung, refusal.reason)
-        rungs = " ".join(f"{name}={rung}" for name, rung in hooks.rungs.items())
+    def _say_ready(self, capture: Capture, brokers: str) -> None:
+        for refusal in capture.refusals:
+            logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.hook, refusal.reason)
+        hooks = " ".join(f"{name}={hook}" for name, hook in capture.hooks_in_use.items())
         embedded = " embedded=true" if self._config.kafka.brokers is None else ""
-        taken_over = " taken_over=true" if hooks.taken_over else ""
-        cached = " cached=true" if hooks.cached else ""
-        logger.info("ready brokers=%s%s%s%s %s", brokers, embedded, taken_over, cached, rungs)
-        systemd.notify("READY=1", status=f"capturing: {rungs}")
+        taken_over = " taken_over=true" if capture.taken_over else ""
+        cached = " cached=true" if capture.cached else ""
+        logger.info("ready brokers=%s%s%s%s %s", brokers, embedded, taken_over, cached, hooks)
+        systemd.notify("READY=1", status=f"capturing: {hooks}")
 
 
 class _Pulse:
@@ -188,7 +188,7 @@ class _Run:
     """The parts of a run, and their loop."""
 
     config: Config
-    hooks: Hooks
+    hooks: Capture
     sink: KafkaSink
     parts: list[StreamParts]
     reporter: Reporter
@@ -348,18 +348,18 @@ def _endpoint(config: Config, board: Board, web: WebSettings) -> Endpoint:
     return Endpoint(host.strip("[]"), int(port), board, web, local)
 
 
-def _hook_settings(config: Config, ruleset: Ruleset) -> HookSettings:
+def _hook_settings(config: Config, ruleset: Ruleset) -> CaptureSettings:
     capture = config.capture
-    return HookSettings(
+    return CaptureSettings(
         hooks=capture.hooks,
         ring_bytes={"transmit_pipe": capture.transmit_ring_bytes, "retransmit_pipe": capture.retransmit_ring_bytes},
         rules=ruleset.tables(),
         btf=capture.btf,
-        compiled=config.state_dir / "compiled",
+        cache=config.state_dir / "compiled",
     )
 
 
-def _exclude_embedded(hooks: Hooks, brokers: str) -> None:
+def _exclude_embedded(hooks: Capture, brokers: str) -> None:
     """Keep what the embedded cluster's listeners send out of the events."""
     for broker in brokers.split(","):
         host, _, port = broker.rpartition(":")

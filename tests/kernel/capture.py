@@ -14,12 +14,12 @@ import numpy as np
 
 from producer.demo.lab import Host
 from producer.events import HOOKS, STREAMS, Rows, Stream
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 
 T = TypeVar("T")
 
 ALLOWED = tuple(os.environ.get("REBPF_TEST_HOOKS", ",".join(HOOKS)).split(","))
-"""The rungs that may be used: the tests are the same for all."""
+"""The hooks that may be used: the tests are the same for all."""
 COMPILED = "REBPF_TEST_COMPILED"
 """The variable with the folder of compiled programs, which all tests of a session share, and their child processes."""
 DEADLINE_S = 120
@@ -27,10 +27,10 @@ _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def hook_settings(**others: Any) -> HookSettings:
-    """Return settings with the rungs under test, and with what the session has compiled before."""
+def hook_settings(**others: Any) -> CaptureSettings:
+    """Return settings with the hooks under test, and with what the session has compiled before."""
     folder = os.environ.get(COMPILED)
-    return HookSettings(**{"hooks": ALLOWED, "compiled": Path(folder) if folder else None, **others})
+    return CaptureSettings(**{"hooks": ALLOWED, "cache": Path(folder) if folder else None, **others})
 
 
 def wait_for(condition: Callable[[], T | None], what: str) -> T:
@@ -42,20 +42,20 @@ def wait_for(condition: Callable[[], T | None], what: str) -> T:
     return result
 
 
-class Capture:
+class Recording:
     """Loaded and attached hooks, and the rows of their rings since then."""
 
-    def __init__(self, settings: HookSettings) -> None:
-        self.hooks = Hooks(settings)
+    def __init__(self, settings: CaptureSettings) -> None:
+        self.kernel = Capture(settings)
         self._all: dict[str, Rows] = {}
 
-    def __enter__(self) -> "Capture":
+    def __enter__(self) -> "Recording":
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.hooks)
-            self.hooks.load()
-            self._rings = {stream.name: stack.enter_context(self.hooks.ring(stream)) for stream in STREAMS}
+            stack.enter_context(self.kernel)
+            self.kernel.load()
+            self._rings = {stream.name: stack.enter_context(self.kernel.ring(stream)) for stream in STREAMS}
             self._all = {stream.name: np.empty(0, stream.dtype) for stream in STREAMS}
-            self.hooks.attach()
+            self.kernel.attach()
             self._stack = stack.pop_all()
         return self
 
@@ -90,17 +90,18 @@ class Capture:
 class Skips:
     """Counts the runs of the programs that the kernel skipped since this was made. See docs/truth.md."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Recording) -> None:
         self._capture = capture
         self._first = {stream.name: len(capture.all(stream)) for stream in STREAMS}
-        self._nested = {stream.name: capture.hooks.counters(stream).nested for stream in STREAMS}
+        self._nested = {stream.name: capture.kernel.counters(stream).nested for stream in STREAMS}
 
     def of(self, stream: Stream) -> int:
         """Return how many events of the stream may be missing."""
-        counters = self._capture.hooks.counters(stream)
+        counters = self._capture.kernel.counters(stream)
         assert counters.ring_full == 0
-        if self._capture.hooks.rungs["transmit"] == "kprobe" and kernel_version() < (6, 7):  # which does not count them
-            # What is sent again, in both streams, is sent in a softirq, which is what runs are skipped in.
+        if self._capture.kernel.hooks_in_use["transmit"] == "kprobe" and kernel_version() < (6, 7):
+            # These kernels do not count skipped runs. Both streams' retransmissions are sent in softirqs, where the
+            # kernel skips runs.
             return 2 + len(self._capture.all(stream)[self._first[stream.name] :]) // 100
         return counters.nested - self._nested[stream.name]
 
@@ -111,9 +112,9 @@ def kernel_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def sees_ipv6_synacks(capture: Capture) -> bool:
+def sees_ipv6_synacks(capture: Recording) -> bool:
     """Tell whether SYN-ACKs over IPv6 are captured: the cgroup hook of older kernels is not run for them."""
-    return capture.hooks.rungs["transmit"] != "cgroup_skb" or kernel_version() >= (6, 12)
+    return capture.kernel.hooks_in_use["transmit"] != "cgroup_skb" or kernel_version() >= (6, 12)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import pytest
 
 from producer.demo.lab import Lab
 from producer.rules.tables import filtered
-from tests.kernel.capture import COMPILED, Capture, hook_settings
+from tests.kernel.capture import COMPILED, Recording, hook_settings
 
 # Below the ephemeral ports, and others than those of tests that run beside these. Each test takes its own.
 _PORTS = tuple(10_000 + os.getpid() % 200 * 100 + i for i in range(100))
@@ -30,9 +30,9 @@ def compiled(root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 
 @pytest.fixture(scope="session")
-def capture(root: None) -> Iterator[Capture]:
+def capture(root: None) -> Iterator[Recording]:
     """Both streams, filtered in the kernel for the tests' ports."""
-    with Capture(hook_settings(rules=filtered(ports=_PORTS))) as capture:
+    with Recording(hook_settings(rules=filtered(ports=_PORTS))) as capture:
         yield capture
 
 

@@ -18,7 +18,7 @@ from producer.events import TRANSMITS, Rows
 from producer.health.balance import Balance
 from producer.host import capabilities
 from producer.host.systemd import notify
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
 from producer.kernel.ringbuf import Ring
 from producer.rules.tables import filtered
@@ -59,7 +59,7 @@ def _address(packed: bytes) -> str:
     return str(address.ipv4_mapped or address)
 
 
-def _balance(hooks: Hooks, ring: Ring) -> Balance:
+def _balance(hooks: Capture, ring: Ring) -> Balance:
     kernel = hooks.counters(TRANSMITS)
     lost = {"ring_full": kernel.ring_full, "nested": kernel.nested}
     return Balance(kernel.passed + kernel.nested, ring.records_before, in_ring=ring.unread, lost=lost)
@@ -70,7 +70,7 @@ def main(file: str, port: str, *hold: str) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     signal.signal(signal.SIGHUP, lambda number, frame: print("reload", file=sys.stderr, flush=True))
     settings = hook_settings(rules=filtered(ports=(int(port),)))
-    with FdStore() as store, Hooks(settings, store) as hooks, open(file, "w") as out:
+    with FdStore() as store, Capture(settings, store) as hooks, open(file, "w") as out:
         hooks.load()
         capabilities.drop_all()
         with hooks.ring(TRANSMITS) as ring:

@@ -9,10 +9,10 @@ import pytest
 
 from producer.demo.lab import Lab
 from producer.kernel.bpf_syscall import RETURN_0
-from producer.kernel.capture import Hooks
-from producer.kernel.program_cache import CompiledFolder
+from producer.kernel.capture import Capture
+from producer.kernel.program_cache import ProgramCache
 from producer.rules.tables import filtered
-from tests.kernel.capture import Capture, Pair, hook_settings, kernel_btf_with, rules
+from tests.kernel.capture import Pair, Recording, hook_settings, kernel_btf_with, rules
 from tests.kernel.trial import Trial, segs
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -48,7 +48,7 @@ def loader_maps() -> str:
 def load(folder: Path, **others: object) -> tuple[bool, bool, Counter[tuple[str, ...]]]:
     """Load; tell whether it was kept, whether the loader has the compiler in memory, and what is loaded."""
     before = objects()
-    with Hooks(hook_settings(rules=filtered(ports=(1,)), compiled=folder, **others)) as hooks:
+    with Capture(hook_settings(rules=filtered(ports=(1,)), cache=folder, **others)) as hooks:
         hooks.load()
         return hooks.cached, "libbcc" in loader_maps(), objects() - before
 
@@ -66,11 +66,11 @@ def test_a_second_start_loads_the_same_without_the_compiler(folder: Path) -> Non
 def test_events_of_what_was_compiled_before_are_those_on_the_wire(lab: Lab, port: int) -> None:
     """A Trial compares both streams with the kernel's counters and a packet capture."""
     settings = hook_settings(rules=filtered(ports=(port,)))
-    with Hooks(settings) as hooks:
+    with Capture(settings) as hooks:
         hooks.load()
     lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"  # 61 bytes of payload, in every second packet
-    with Capture(settings) as capture:
-        assert capture.hooks.cached
+    with Recording(settings) as capture:
+        assert capture.kernel.cached
         with rules(lab.server, "prerouting", lost), Trial(capture, lab, port) as trial:
             with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
                 pair.exchange(11, 61)
@@ -112,13 +112,13 @@ def test_what_the_kernel_refuses_is_compiled_afresh_and_costs_no_rung(
 ) -> None:
     _, _, first = load(folder)
     (file,) = folder.iterdir()
-    kept = CompiledFolder(folder)
+    kept = ProgramCache(folder)
     found = kept.find(file.stem)
     assert found is not None
     refused = dict.fromkeys(found.programs, RETURN_0) | {list(found.programs)[-1]: NO_VALUE}
     kept.put(file.stem, replace(found, programs=refused), [])
     assert load(folder) == (False, True, first)
-    assert "compiled programs: compiled afresh: refused by the kernel" in caplog.text
+    assert "compiled programs: compiled again: rejected by the kernel" in caplog.text
     assert load(folder)[0]
 
 
@@ -128,5 +128,5 @@ def test_where_the_folder_cannot_be_the_start_compiles(tmp_path: Path, caplog: p
     assert not cached
     assert loaded
     assert [record.getMessage() for record in caplog.records if "compiled programs" in record.getMessage()] == [
-        f"compiled programs: {tmp_path}/file is a link or no folder"
+        f"compiled programs: {tmp_path}/file is a link or not a folder"
     ]

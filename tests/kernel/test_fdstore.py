@@ -11,7 +11,7 @@ import pytest
 
 from producer.events import TRANSMITS
 from producer.kernel.bpf_syscall import program_ids
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
 from producer.rules.tables import filtered
 from tests.kafka.proc import bpf_ids
@@ -130,7 +130,7 @@ def test_detach_clears_the_store(manager: Manager, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     with contextlib.ExitStack() as stack:
         echo, store = stack.enter_context(Echo()), stack.enter_context(FdStore())
-        hooks = stack.enter_context(Hooks(hook_settings(rules=filtered(ports=(echo.port,))), store))
+        hooks = stack.enter_context(Capture(hook_settings(rules=filtered(ports=(echo.port,))), store))
         others = bpf_ids(os.getpid(), "prog")
         hooks.load()
         hooks.attach()

@@ -18,7 +18,7 @@ import pytest
 from producer import paths
 from producer.events import RETRANSMIT, STREAMS, TRANSMIT, TRANSMITS, Rows
 from producer.kernel.bpf_syscall import possible_cpus, program_ids
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.kernel.pinned import PinFolder
 from producer.kernel.sequence import EventNumbers
 from producer.rules.tables import filtered
@@ -33,14 +33,14 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from producer.events import TRANSMITS
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 from producer.kernel.pinned import PinFolder
 from producer.rules.tables import filtered
 from producer.kernel.sequence import EventNumbers
 
 pins, state, port, cpus, allowed = json.loads(sys.argv[1])
-settings = HookSettings(hooks=tuple(allowed), rules=filtered(ports=(port,)))
-with PinFolder(Path(pins)) as folder, Hooks(settings, folder, EventNumbers(Path(state), "a boot", cpus)) as hooks:
+settings = CaptureSettings(hooks=tuple(allowed), rules=filtered(ports=(port,)))
+with PinFolder(Path(pins)) as folder, Capture(settings, folder, EventNumbers(Path(state), "a boot", cpus)) as hooks:
     hooks.load()
     hooks.attach()
     with hooks.ring(TRANSMITS) as ring:
@@ -127,7 +127,7 @@ def other_version(folder: Path) -> Path:
     return folder
 
 
-def all_rows(hooks: Hooks) -> Rows:
+def all_rows(hooks: Capture) -> Rows:
     with hooks.ring(TRANSMITS) as ring:
         rows: Rows = ring.read(1 << 20).copy()
     return rows
@@ -143,7 +143,7 @@ def probes(rows: Rows, port: int) -> set[int]:
     return set(segments["seq"][(segments["flow"]["dport"] == port) & (segments["payload_len"] == 1)].tolist())
 
 
-def programs(hooks: Hooks) -> set[int]:
+def programs(hooks: Capture) -> set[int]:
     return {info.program_id for stream in STREAMS for info in hooks.program_infos(stream)}
 
 
@@ -154,7 +154,7 @@ def test_hooks_that_are_the_same_are_taken_over_with_rings_and_numbers(pins: Pat
         def numbers() -> EventNumbers:
             return EventNumbers(tmp_path, "a boot", CPUS)
 
-        with PinFolder(pins) as folder, Hooks(settings, folder, numbers()) as hooks:
+        with PinFolder(pins) as folder, Capture(settings, folder, numbers()) as hooks:
             hooks.load()
             hooks.attach()
             ring_id = hooks.ring_id
@@ -162,7 +162,7 @@ def test_hooks_that_are_the_same_are_taken_over_with_rings_and_numbers(pins: Pat
             traffic.start()
             traffic.wait_more(101)
         traffic.wait_more(101)
-        with PinFolder(pins) as folder, Hooks(settings, folder, numbers()) as hooks:
+        with PinFolder(pins) as folder, Capture(settings, folder, numbers()) as hooks:
             hooks.load()
             hooks.attach()
             assert hooks.taken_over
@@ -206,7 +206,7 @@ def test_hooks_of_another_version_stay_until_the_new_ones_are_attached_and_their
 
         settings = hook_settings(rules=filtered(ports=(traffic.port,)))
         numbers = EventNumbers(tmp_path / "state", "a boot", CPUS)
-        with PinFolder(pins) as folder, Hooks(settings, folder, numbers) as hooks:
+        with PinFolder(pins) as folder, Capture(settings, folder, numbers) as hooks:
             hooks.load()
             assert not hooks.taken_over
             traffic.wait_more(101)
@@ -215,7 +215,7 @@ def test_hooks_of_another_version_stay_until_the_new_ones_are_attached_and_their
             assert hooks.ring_id != hooks.old_ring_id == old_ring_id
         traffic.wait_more(101)
 
-        with PinFolder(pins) as folder, Hooks(settings, folder, numbers) as hooks:
+        with PinFolder(pins) as folder, Capture(settings, folder, numbers) as hooks:
             hooks.load()
             hooks.attach()
             assert hooks.taken_over, "after a crash before the old rings were drained"
@@ -266,7 +266,7 @@ def test_hooks_that_are_replaced_twice_leave_all_that_is_not_drained(pins: Path)
                 rules=filtered(ports=(traffic.port,)),
                 ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 16},
             )
-            with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+            with PinFolder(pins) as folder, Capture(settings, folder) as hooks:
                 hooks.load()
                 hooks.attach()
                 if not found:
@@ -289,12 +289,12 @@ def test_the_agents_own_traffic_is_no_event_of_the_hooks_that_are_about_to_end(p
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
         rules = filtered(ports=(address[1],))
-        with PinFolder(pins) as folder, Hooks(hook_settings(rules=rules), folder) as hooks:
+        with PinFolder(pins) as folder, Capture(hook_settings(rules=rules), folder) as hooks:
             hooks.load()
             hooks.attach()
             socket.create_connection(address).close()
         smaller = hook_settings(rules=rules, ring_bytes={"transmit_pipe": 1 << 16, "retransmit_pipe": 1 << 16})
-        with PinFolder(pins) as folder, Hooks(smaller, folder) as hooks:
+        with PinFolder(pins) as folder, Capture(smaller, folder) as hooks:
             hooks.load()
             with socket.socket() as own:
                 hooks.exclude_socket(own.fileno())
@@ -315,17 +315,17 @@ def test_hooks_whose_manifest_cannot_be_read_are_given_up_with_a_warning(
     pins: Path, target: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))
-    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+    with PinFolder(pins) as folder, Capture(settings, folder) as hooks:
         hooks.load()
         hooks.attach()
         old = programs(hooks)
     (pins / "manifest").unlink()
     (pins / "manifest").symlink_to(target)
     assert old <= program_ids()
-    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+    with PinFolder(pins) as folder, Capture(settings, folder) as hooks:
         with caplog.at_level(logging.WARNING):
             hooks.load()
-        assert "hooks that were kept are given up, and the events in their rings are lost" in caplog.text
+        assert "hooks of the last run cannot be taken over, the events in their rings are lost" in caplog.text
         assert not hooks.taken_over
         assert hooks.old_rings() == []
         assert old <= program_ids()
@@ -336,7 +336,7 @@ def test_hooks_whose_manifest_cannot_be_read_are_given_up_with_a_warning(
 
 def test_remains_of_a_start_that_did_not_come_to_its_end_are_removed(pins: Path) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))
-    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+    with PinFolder(pins) as folder, Capture(settings, folder) as hooks:
         hooks.load()
         hooks.attach()
         kept = {path.name for path in pins.iterdir()}
@@ -354,7 +354,7 @@ def test_maps_that_are_not_what_the_manifest_says_are_given_up_and_stop_no_start
     pins: Path, wrong: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))
-    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+    with PinFolder(pins) as folder, Capture(settings, folder) as hooks:
         hooks.load()
         hooks.attach()
     text = json.loads(zlib.decompress(base64.urlsafe_b64decode(os.readlink(pins / "manifest"))))
@@ -366,9 +366,9 @@ def test_maps_that_are_not_what_the_manifest_says_are_given_up_and_stop_no_start
         manifest["maps"]["counters"] = program if "program" in wrong else manifest["maps"]["own_sockets"]
     (pins / "manifest").unlink()
     (pins / "manifest").symlink_to(base64.urlsafe_b64encode(zlib.compress(json.dumps(text).encode())).decode())
-    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+    with PinFolder(pins) as folder, Capture(settings, folder) as hooks:
         hooks.load()
-        assert "hooks that were kept are given up" in caplog.text
+        assert "hooks of the last run cannot be taken over" in caplog.text
         hooks.attach()
         assert hooks.counters(TRANSMITS).passed == 0
 
@@ -376,7 +376,7 @@ def test_maps_that_are_not_what_the_manifest_says_are_given_up_and_stop_no_start
 def test_a_ring_of_garbage_is_taken_over_and_goes_on(pins: Path) -> None:
     with Traffic() as traffic:
         settings = hook_settings(rules=filtered(ports=(traffic.port,)))
-        with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+        with PinFolder(pins) as folder, Capture(settings, folder) as hooks:
             hooks.load()
             hooks.attach()
             traffic.start()
@@ -384,7 +384,7 @@ def test_a_ring_of_garbage_is_taken_over_and_goes_on(pins: Path) -> None:
             passed = hooks.counters(TRANSMITS).passed
             with hooks.ring(TRANSMITS) as ring:
                 ring.commit(1 << 60)
-        with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+        with PinFolder(pins) as folder, Capture(settings, folder) as hooks:
             hooks.load()
             assert hooks.taken_over
             with hooks.ring(TRANSMITS) as ring:

@@ -9,7 +9,7 @@ import pytest
 
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS
 from producer.kernel.bpf_syscall import possible_cpus
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.kernel.sequence import EventNumbers
 from producer.rules.tables import filtered
 from tests.kernel.capture import hook_settings
@@ -30,7 +30,7 @@ class Told:
         assert not overlap
         return self._first
 
-    def in_use(self) -> None:
+    def resume(self) -> None:
         raise AssertionError("nothing was taken over")
 
     def stop(self, last: Mapping[str, Sequence[int]]) -> None:
@@ -47,7 +47,7 @@ def test_numbers_begin_behind_those_told_and_the_counters_at_zero() -> None:
     told = Told(first)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        with Hooks(hook_settings(rules=filtered(ports=(address[1],))), numbers=told) as hooks:
+        with Capture(hook_settings(rules=filtered(ports=(address[1],))), numbers=told) as hooks:
             hooks.load()
             hooks.attach()
             assert hooks.sequence(RETRANSMITS) == first["retransmit"]
@@ -71,7 +71,7 @@ def test_an_orderly_stop_is_continued_and_a_crash_is_a_jump(tmp_path: Path) -> N
         settings = hook_settings(rules=filtered(ports=(address[1],)))
 
         def run(*, crash: bool) -> tuple[list[int], list[int]]:
-            with Hooks(settings, numbers=EventNumbers(tmp_path, "a boot", CPUS)) as hooks:
+            with Capture(settings, numbers=EventNumbers(tmp_path, "a boot", CPUS)) as hooks:
                 hooks.load()
                 hooks.attach()
                 first = hooks.sequence(TRANSMITS)

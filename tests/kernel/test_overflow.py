@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from producer.events import RETRANSMITS, TRANSMITS
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.rules.tables import filtered
 from tests.kernel.capture import hook_settings
 
@@ -52,7 +52,7 @@ def exchange(connection: tuple[socket.socket, socket.socket], count: int) -> Non
 def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket.socket, socket.socket]) -> None:
     port = connection[1].getsockname()[1]
     pages = {"transmit_pipe": mmap.PAGESIZE, "retransmit_pipe": mmap.PAGESIZE}
-    with Hooks(hook_settings(rules=filtered(ports=(port,)), ring_bytes=pages)) as hooks:
+    with Capture(hook_settings(rules=filtered(ports=(port,)), ring_bytes=pages)) as hooks:
         hooks.load()
         hooks.attach()
         with hooks.ring(TRANSMITS) as ring:

@@ -10,7 +10,7 @@ import pytest
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows
 from producer.kernel.btf import TYPEDEF, Btf
-from tests.kernel.capture import DEADLINE_S, Capture, Pair, Skips, cookie_of, rules, sees_ipv6_synacks, wait_for
+from tests.kernel.capture import DEADLINE_S, Pair, Recording, Skips, cookie_of, rules, sees_ipv6_synacks, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -36,7 +36,7 @@ def of_host(rows: Rows, host: Host) -> Rows:
     return chosen
 
 
-def events(capture: Capture, port: int, condition: Callable[[Rows], bool], what: str) -> Rows:
+def events(capture: Recording, port: int, condition: Callable[[Rows], bool], what: str) -> Rows:
     """Wait until the retransmits of a port fulfil a condition, and return them."""
 
     def fulfilled() -> Rows | None:
@@ -47,7 +47,7 @@ def events(capture: Capture, port: int, condition: Callable[[Rows], bool], what:
 
 
 @pytest.mark.parametrize("percent", [3, 10])
-def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, port: int, percent: int) -> None:
+def test_segments_add_up_to_the_kernels_counters(capture: Recording, lab: Lab, port: int, percent: int) -> None:
     assert lab.wait_idle(DEADLINE_S)
     before = {host.name: host.counters() for host in lab.hosts}
     skips = Skips(capture)
@@ -80,7 +80,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, por
         ):
             assert 0 <= moved(host, name) - segs(cause_is(mine, *causes)) <= may_miss[RETRANSMITS]
     assert len(cause_is(rows, "fast")) > 2, "so much loss brings fast retransmits"
-    assert {HOOKS[hook] for hook in set(rows["s"]["flow"]["hook"])} == {capture.hooks.rungs["retransmit"]}
+    assert {HOOKS[hook] for hook in set(rows["s"]["flow"]["hook"])} == {capture.kernel.hooks_in_use["retransmit"]}
 
     # The transmit stream has each of them too, and marks them; not all hooks can tell that of a SYN-ACK.
     sent = capture.of_port(TRANSMITS, port)
@@ -92,7 +92,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, por
         assert 0 <= moved(host, "RetransSegs") - marked <= may_miss[TRANSMITS]
 
 
-def test_a_lost_syn_is_a_syn(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_lost_syn_is_a_syn(capture: Recording, lab: Lab, port: int) -> None:
     first = f"tcp dport {port} tcp flags & (syn|ack) == syn numgen inc mod 997 == 0 drop"
     with rules(lab.server, "prerouting", first), Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         cookie = cookie_of(pair.client)
@@ -110,7 +110,7 @@ def test_a_lost_syn_is_a_syn(capture: Capture, lab: Lab, port: int) -> None:
     assert list(syns["is_retransmit"]) == [0, 1]
 
 
-def test_a_lost_syn_ack_is_a_syn_ack_and_is_numbered(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_lost_syn_ack_is_a_syn_ack_and_is_numbered(capture: Recording, lab: Lab, port: int) -> None:
     assert lab.wait_idle(DEADLINE_S)
     before = lab.server.counters()["RetransSegs"]
     first = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 < 2 drop"
@@ -126,7 +126,7 @@ def test_a_lost_syn_ack_is_a_syn_ack_and_is_numbered(capture: Capture, lab: Lab,
     assert not (rows["s"]["flow"]["flow_known"] & KNOWN["sk_cookie"]).any()
 
 
-def test_silence_is_probed_for_and_then_times_out(capture: Capture, lab: Lab, port: int) -> None:
+def test_silence_is_probed_for_and_then_times_out(capture: Recording, lab: Lab, port: int) -> None:
     with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         cookie = cookie_of(pair.client)
 
@@ -145,8 +145,8 @@ def test_silence_is_probed_for_and_then_times_out(capture: Capture, lab: Lab, po
     assert {CAUSES[cause] for cause in rows["cause"]} <= {"tlp", "rto"}
 
 
-def test_a_retransmission_that_the_host_drops_has_its_error(capture: Capture, lab: Lab, port: int) -> None:
-    if capture.hooks.rungs["retransmit"] in ("raw_tp", "cgroup_skb"):
+def test_a_retransmission_that_the_host_drops_has_its_error(capture: Recording, lab: Lab, port: int) -> None:
+    if capture.kernel.hooks_in_use["retransmit"] in ("raw_tp", "cgroup_skb"):
         btf = Btf.load()
         tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
         assert tracepoint is not None

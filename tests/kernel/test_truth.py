@@ -15,7 +15,7 @@ import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import Rows
-from tests.kernel.capture import Capture, Pair, inside, kernel_version, receive, rules, wait_for
+from tests.kernel.capture import Pair, Recording, inside, kernel_version, receive, rules, wait_for
 from tests.kernel.tcpinfo import TcpInfo, tcp_info
 from tests.kernel.trial import ACK, INTERFACE, RST, Trial, segs
 
@@ -74,7 +74,7 @@ def address(lab: Lab, family: str) -> str:
     ids=["0.1%-single", "1%-tso", "1%-cut-ipv6", "10%-tso-mapped", "10%-single-ipv6"],
 )
 def test_bulk_with_random_loss(
-    capture: Capture, lab: Lab, port: int, permille: int, kind: str, family: str, size: int
+    capture: Recording, lab: Lab, port: int, permille: int, kind: str, family: str, size: int
 ) -> None:
     drop = f"tcp dport {port} numgen random mod 1000 < {permille} drop"
     with (
@@ -93,7 +93,7 @@ def test_bulk_with_random_loss(
             pytest.fail("so much loss brings fast retransmits")
 
 
-def test_a_lost_syn_and_a_lost_syn_ack(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_lost_syn_and_a_lost_syn_ack(capture: Recording, lab: Lab, port: int) -> None:
     syn = f"tcp dport {port} tcp flags & (syn|ack) == syn numgen inc mod 997 == 0 drop"
     syn_ack = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 == 0 drop"
     with Trial(capture, lab, port) as trial:
@@ -105,7 +105,7 @@ def test_a_lost_syn_and_a_lost_syn_ack(capture: Capture, lab: Lab, port: int) ->
     assert len(trial.again(lab.server, "syn_ack")) > 0
 
 
-def test_a_lost_tail_is_probed_for(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_lost_tail_is_probed_for(capture: Recording, lab: Lab, port: int) -> None:
     lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"  # 61 bytes of payload, in every second packet
     with rules(lab.server, "prerouting", lost), Trial(capture, lab, port) as trial:
         with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
@@ -119,7 +119,7 @@ def test_a_lost_tail_is_probed_for(capture: Capture, lab: Lab, port: int) -> Non
         assert segs(trial.again(lab.client, "tlp")) == trial.moved(lab.client, "TCPLossProbes") >= 5
 
 
-def test_a_loss_probe_of_new_data_is_no_retransmit(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_loss_probe_of_new_data_is_no_retransmit(capture: Recording, lab: Lab, port: int) -> None:
     lost = f"tcp dport {port} meta length 113 numgen inc mod 997 == 0 drop"
     with Trial(capture, lab, port) as trial:
         for _ in range(5):
@@ -165,7 +165,7 @@ def slow_lane(lab: Lab, port: int) -> Iterator[None]:
         run(lab.server, "ip", "link", "delete", "slow0")
 
 
-def test_reordering_makes_spurious_retransmits(capture: Capture, lab: Lab, port: int) -> None:
+def test_reordering_makes_spurious_retransmits(capture: Recording, lab: Lab, port: int) -> None:
     with changed(lab.hosts, OFFLOADS["single"]), slow_lane(lab, port), Trial(capture, lab, port) as trial:
         for _ in range(50):
             with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
@@ -185,7 +185,7 @@ def probes_of(rows: Rows) -> Rows:
     return chosen[chosen["s"]["tcp_flags"] == ACK]
 
 
-def test_a_closed_window_is_probed_and_no_probe_is_a_retransmit(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_closed_window_is_probed_and_no_probe_is_a_retransmit(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         pair.client.setblocking(False)
         size = 0
@@ -206,7 +206,7 @@ def test_a_closed_window_is_probed_and_no_probe_is_a_retransmit(capture: Capture
     assert not probes["is_retransmit"].any()
 
 
-def test_a_keep_alive_is_seen_and_is_no_retransmit(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_keep_alive_is_seen_and_is_no_retransmit(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv6, port) as pair:
         pair.exchange(3, 7)
         for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1)):
@@ -219,7 +219,7 @@ def test_a_keep_alive_is_seen_and_is_no_retransmit(capture: Capture, lab: Lab, p
     assert not probes["is_retransmit"].any()
 
 
-def test_1009_short_connections(capture: Capture, lab: Lab, port: int) -> None:
+def test_1009_short_connections(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial:
         for number in range(1009):
             with Pair(lab.client, lab.server, address(lab, ("ipv4", "ipv6", "mapped")[number % 3]), port) as pair:
@@ -239,7 +239,7 @@ def timeouts_after(trial: Trial, host: Host, count: int) -> Rows | None:
     return rows if len(rows) else None
 
 
-def test_small_segments_are_put_together_when_sent_again(capture: Capture, lab: Lab, port: int) -> None:
+def test_small_segments_are_put_together_when_sent_again(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial:
         for _ in range(5):
             before = len(trial.again(lab.client, "rto"))
@@ -255,7 +255,7 @@ def test_small_segments_are_put_together_when_sent_again(capture: Capture, lab: 
     assert rows[0]["s"]["payload_len"] == 7 * 11
 
 
-def test_a_reset_by_the_owner_is_seen(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_reset_by_the_owner_is_seen(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         pair.exchange(3, 7)
         pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0, 0, 0, 0, 0)))
@@ -265,12 +265,12 @@ def test_a_reset_by_the_owner_is_seen(capture: Capture, lab: Lab, port: int) -> 
     assert (trial.sent(lab.client)["s"]["tcp_flags"] & RST).any()
 
 
-def sees_socketless(capture: Capture, *, time_wait: bool) -> bool:
-    """Tell whether the rung sees what is sent without a full socket; that of time wait only before Linux 6.13."""
-    return capture.hooks.rungs["transmit"] == "cgroup_skb" and not (time_wait and kernel_version() >= (6, 13))
+def sees_socketless(capture: Recording, *, time_wait: bool) -> bool:
+    """Tell whether the hook sees what is sent without a full socket; that of time wait only before Linux 6.13."""
+    return capture.kernel.hooks_in_use["transmit"] == "cgroup_skb" and not (time_wait and kernel_version() >= (6, 13))
 
 
-def test_the_acknowledgement_in_time_wait(capture: Capture, lab: Lab, port: int) -> None:
+def test_the_acknowledgement_in_time_wait(capture: Recording, lab: Lab, port: int) -> None:
     last = f"tcp dport {port} tcp flags & (fin|syn|rst|ack) == ack meta length 52 numgen inc mod 997 == 0 drop"
     with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         pair.client.shutdown(socket.SHUT_WR)
@@ -281,14 +281,14 @@ def test_the_acknowledgement_in_time_wait(capture: Capture, lab: Lab, port: int)
     assert len(trial.socketless["client"]) == (0 if sees_socketless(capture, time_wait=True) else 1)
 
 
-def test_the_reset_of_a_closed_port(capture: Capture, lab: Lab, port: int) -> None:
+def test_the_reset_of_a_closed_port(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port, resets=True) as trial, inside(lab.client), pytest.raises(ConnectionRefusedError):
         socket.create_connection((lab.server.ipv4, port))
     assert len(trial.socketless["server"]) == (0 if sees_socketless(capture, time_wait=False) else 1)
 
 
 def test_a_blackhole_times_out_and_each_timeouts_state_is_that_of_tcp_info(
-    capture: Capture, lab: Lab, port: int
+    capture: Recording, lab: Lab, port: int
 ) -> None:
     infos: dict[int, TcpInfo] = {}
     with Trial(capture, lab, port) as trial:
@@ -326,7 +326,7 @@ def test_a_blackhole_times_out_and_each_timeouts_state_is_that_of_tcp_info(
     assert list(timeouts["retransmit_no"][:3]) == [1, 2, 3]
 
 
-def test_the_state_is_that_of_tcp_info(capture: Capture, lab: Lab, port: int) -> None:
+def test_the_state_is_that_of_tcp_info(capture: Recording, lab: Lab, port: int) -> None:
     lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"
     samples: dict[int, tuple[TcpInfo, TcpInfo]] = {}
     # Else a sender that has paused adjusts itself between the look at its state and the segment.

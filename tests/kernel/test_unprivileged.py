@@ -1,4 +1,4 @@
-"""A user who is not root, but has the capabilities that the service has, loads and attaches every rung."""
+"""A user who is not root, but has the capabilities that the service has, loads and attaches every hook."""
 
 import shutil
 import subprocess
@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = "-all,+bpf,+perfmon,+net_admin"
 ATTACH = """
 import sys
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import filtered
-with Hooks(HookSettings(hooks=sys.argv[1].split(","), rules=filtered(ports=(1,)))) as hooks:
+with Capture(CaptureSettings(hooks=sys.argv[1].split(","), rules=filtered(ports=(1,)))) as hooks:
     hooks.load()
     hooks.attach()
-    print(hooks.rungs["transmit"], hooks.rungs["retransmit"])
+    print(hooks.hooks_in_use["transmit"], hooks.hooks_in_use["retransmit"])
 """
 
 

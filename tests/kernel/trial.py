@@ -15,7 +15,7 @@ import numpy as np
 
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows, Stream
-from tests.kernel.capture import DEADLINE_S, Capture, Skips, inside
+from tests.kernel.capture import DEADLINE_S, Recording, Skips, inside
 from tests.wire import Segment, sniffed
 
 INTERFACE = "veth0"
@@ -55,7 +55,7 @@ class Trial:
     `whole`: super-segments leave the interface as they are, and not cut. `resets`: a reset may lack its event.
     """
 
-    def __init__(self, capture: Capture, lab: Lab, port: int, *, whole: bool = True, resets: bool = False) -> None:
+    def __init__(self, capture: Recording, lab: Lab, port: int, *, whole: bool = True, resets: bool = False) -> None:
         self._capture = capture
         self._lab = lab
         self._port = port
@@ -91,8 +91,8 @@ class Trial:
 
     @property
     def hook(self) -> str:
-        """The rung that takes transmits; retransmits are taken by the same, or beside it."""
-        return self._capture.hooks.rungs["transmit"]
+        """The hook that takes transmits; retransmits are taken by the same, or beside it."""
+        return self._capture.kernel.hooks_in_use["transmit"]
 
     def moved(self, host: Host, name: str) -> int:
         """Return by how much a counter of the host moved since the trial began."""
@@ -140,7 +140,7 @@ class Trial:
         )
 
     def _as_told(self, segment: Segment) -> Segment:
-        """Leave out what the rung does not know: fentry and kprobe see the flags before ECN's."""
+        """Leave out what the hook does not know: fentry and kprobe see the flags before ECN's."""
         if self.hook == "cgroup_skb":
             return segment
         return segment._replace(tcp_flags=segment.tcp_flags & ~(ECE | CWR))
@@ -200,7 +200,7 @@ def _text(address: bytes) -> str:
 
 
 def _mark_syn_acks(told: Iterable[Sent]) -> list[Sent]:
-    """Mark what not all rungs can: that a SYN-ACK with this sequence number was sent before."""
+    """Mark what not all hooks can: that a SYN-ACK with this sequence number was sent before."""
     syn_acks: set[Segment] = set()
     marked = []
     for sent in told:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from producer.kernel.bpf_syscall import RETURN_0, MapInfo, instruction
-from producer.kernel.program_cache import KEPT_FILES, Compiled, CompiledFolder, key
+from producer.kernel.program_cache import MAX_FILES, Compiled, ProgramCache, key
 from tests.unit.disks import remount, small_disk
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -43,7 +43,7 @@ def compiler(tmp_path: Path) -> Path:
 @pytest.fixture
 def file(path: Path, compiler: Path) -> Path:
     """The file of KEY, which is whole."""
-    CompiledFolder(path).put(KEY, COMPILED, [str(compiler)])
+    ProgramCache(path).put(KEY, COMPILED, [str(compiler)])
     return path / f"{KEY}.json"
 
 
@@ -56,12 +56,12 @@ def test_instructions_have_the_descriptors_of_their_maps_and_nothing_else_has_ch
 
 
 def test_a_reference_to_anything_but_a_map_is_an_error() -> None:
-    with pytest.raises(ValueError, match="instruction 2 refers to something that is no map"):
-        Compiled.take({"p": load_64(0, 1) + load_64(MAP_VALUE, 3) + RETURN_0}, [])
+    with pytest.raises(ValueError, match="instruction 2 refers to something other than a map"):
+        Compiled.from_loaded({"p": load_64(0, 1) + load_64(MAP_VALUE, 3) + RETURN_0}, [])
 
 
 def test_what_is_put_is_found_by_its_key_alone(path: Path, file: Path) -> None:
-    folder = CompiledFolder(path)
+    folder = ProgramCache(path)
     found = folder.find(KEY)
     assert found is not None
     assert (list(found.maps), found.programs) == (list(COMPILED.maps), COMPILED.programs)
@@ -72,7 +72,7 @@ def test_what_is_put_is_found_by_its_key_alone(path: Path, file: Path) -> None:
 
 def test_a_file_under_another_key_is_not_taken_for_it(path: Path, file: Path) -> None:
     file.rename(path / f"{'b' * 64}.json")
-    folder = CompiledFolder(path)
+    folder = ProgramCache(path)
     assert folder.find("b" * 64) is None
     assert "damaged" in folder.warnings[0]
 
@@ -87,7 +87,7 @@ def flip(data: bytes) -> bytes:
 )  # fmt: skip
 def test_a_damaged_file_is_told_of_and_replaced(path: Path, file: Path, change: Callable[[bytes], bytes]) -> None:
     file.write_bytes(change(file.read_bytes()))
-    folder = CompiledFolder(path)
+    folder = ProgramCache(path)
     assert folder.find(KEY) is None
     assert folder.warnings == [f"compiled programs: {KEY}.json is damaged"]
     folder.put(KEY, COMPILED, [])
@@ -110,10 +110,10 @@ def for_all(path: Path) -> None:
 @pytest.mark.parametrize("what", ["folder", "file"])
 def test_what_others_can_write_is_not_loaded(path: Path, file: Path, what: str, change: Callable[[Path], None]) -> None:
     change(path if what == "folder" else file)
-    folder = CompiledFolder(path)
+    folder = ProgramCache(path)
     assert folder.find(KEY) is None
     assert len(folder.warnings) == 1
-    assert "another user's, or others may write to it" in folder.warnings[0]
+    assert "must belong to root and be writable only by root" in folder.warnings[0]
     folder.put(KEY, COMPILED, [])
     assert len(folder.warnings) == 1, "once is enough"
     assert (folder.find(KEY) is None) == (what == "folder"), "a file is replaced, a folder is not"
@@ -125,28 +125,28 @@ def test_nor_is_what_lies_below_a_folder_of_others(tmp_path: Path, change: Calla
         pytest.skip("needs root")
     path = tmp_path / "others" / "own" / "compiled"
     path.parent.mkdir(parents=True)
-    CompiledFolder(path).put(KEY, COMPILED, [])
+    ProgramCache(path).put(KEY, COMPILED, [])
     change(tmp_path / "others")
-    folder = CompiledFolder(path)
+    folder = ProgramCache(path)
     assert folder.find(KEY) is None
     before = path.stat().st_mtime_ns
     folder.put("b" * 64, COMPILED, [])
     assert path.stat().st_mtime_ns == before
-    assert folder.warnings == [f"compiled programs: {tmp_path}/others is another user's, or others may write to it"]
+    assert folder.warnings == [f"compiled programs: {tmp_path}/others must belong to root and be writable only by root"]
 
 
 def test_a_link_on_the_way_to_the_folder_is_not_followed(path: Path, file: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
-    folder = CompiledFolder(tmp_path / "link" / "compiled")
+    folder = ProgramCache(tmp_path / "link" / "compiled")
     assert folder.find(KEY) is None
-    assert folder.warnings == [f"compiled programs: {tmp_path}/link is a link or no folder"]
+    assert folder.warnings == [f"compiled programs: {tmp_path}/link is a link or not a folder"]
 
 
 def test_a_user_that_is_not_root_neither_writes_nor_loads(path: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     os.seteuid(65534)
     try:
-        folder = CompiledFolder(path)
+        folder = ProgramCache(path)
         folder.put(KEY, COMPILED, [])
         assert folder.find(KEY) is None
         assert folder.warnings == []
@@ -164,11 +164,11 @@ def test_a_user_that_is_not_root_neither_writes_nor_loads(path: Path, tmp_path: 
 def test_wrong_contents_are_ignored(path: Path, body: bytes) -> None:
     path.mkdir()
     (path / f"{KEY}.json").write_bytes(hashlib.sha256(KEY.encode() + body).hexdigest().encode() + b"\n" + body)
-    assert CompiledFolder(path).find(KEY) is None
+    assert ProgramCache(path).find(KEY) is None
 
 
 def test_symbolic_links_are_not_followed(path: Path, file: Path, tmp_path: Path) -> None:
-    folder = CompiledFolder(path)
+    folder = ProgramCache(path)
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
     assert folder.find(KEY) is None
@@ -179,7 +179,7 @@ def test_symbolic_links_are_not_followed(path: Path, file: Path, tmp_path: Path)
 
 
 def test_another_compiler_compiles_anew(path: Path, file: Path, compiler: Path) -> None:
-    folder = CompiledFolder(path)
+    folder = ProgramCache(path)
     compiler.write_bytes(b"an upgrade")
     os.utime(compiler, ns=(1, 1))
     assert folder.find(KEY) is None
@@ -191,8 +191,8 @@ def test_another_compiler_compiles_anew(path: Path, file: Path, compiler: Path) 
 
 
 def test_only_the_last_used_are_kept(path: Path) -> None:
-    folder = CompiledFolder(path)
-    oldest, second, *others = (f"{i:064}" for i in range(KEPT_FILES))
+    folder = ProgramCache(path)
+    oldest, second, *others = (f"{i:064}" for i in range(MAX_FILES))
     for age, each in enumerate([oldest, second, *others]):
         folder.put(each, COMPILED, [])
         os.utime(path / f"{each}.json", (age, age))
@@ -206,18 +206,18 @@ def test_only_the_last_used_are_kept(path: Path) -> None:
 @ROOT_ONLY
 def test_a_disk_that_takes_nothing_is_told_of_once(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
-        CompiledFolder(disk / "used").put(KEY, COMPILED, [])
+        ProgramCache(disk / "used").put(KEY, COMPILED, [])
         remount(disk, "ro")
-        folder = CompiledFolder(disk / "new")
+        folder = ProgramCache(disk / "new")
         assert folder.find(KEY) is None
         folder.put(KEY, COMPILED, [])
         assert len(folder.warnings) == 1
         assert "Read-only file system" in folder.warnings[0]
-        assert CompiledFolder(disk / "used").find(KEY) is not None
+        assert ProgramCache(disk / "used").find(KEY) is not None
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    folder = CompiledFolder(None)
+    folder = ProgramCache(None)
     folder.put(KEY, COMPILED, [])
     assert folder.find(KEY) is None
     assert folder.warnings == []

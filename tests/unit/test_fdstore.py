@@ -59,19 +59,19 @@ def removed(manager):
 def test_the_next_process_finds_what_is_kept_and_its_children_do_not(manager, objects):
     with FdStore() as store:
         assert store.manifest() is None
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     assert next_process(manager) == [str(MANIFEST), "this is ring this is link_0", "[]", "[]"]
 
 
 def test_what_was_handed_to_another_process_is_let_be(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     assert next_process(manager, "1") == ["None", "[]", "[3, 4, 5]"]
 
 
 def test_the_manifest_is_stored_last_and_nobody_can_change_it(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
         names = [text.split("\n")[1] for text in manager.messages if text.startswith("FDSTORE=1\n")]
         assert names == ["FDNAME=ring", "FDNAME=link_0", "FDNAME=manifest_1"]
         assert all("\nFDPOLL=0" in text for text in manager.messages if text.startswith("FDSTORE=1\n"))
@@ -82,7 +82,7 @@ def test_the_manifest_is_stored_last_and_nobody_can_change_it(manager, objects):
 
 def test_what_is_handed_over_has_no_heirs(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     look = "import os\nfrom producer.kernel.fdstore import FdStore\n"
     look += "with FdStore(): print(*map(os.get_inheritable, (3, 4, 5)))"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
@@ -91,7 +91,7 @@ def test_what_is_handed_over_has_no_heirs(manager, objects):
 
 def test_the_manifest_is_removed_first_and_then_the_links(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
         store.clear()
         assert removed(manager) == ["manifest_1", "link_0", "ring"]
         assert manager.stored == {}
@@ -100,8 +100,8 @@ def test_the_manifest_is_removed_first_and_then_the_links(manager, objects):
 
 def test_what_is_kept_anew_is_in_place_of_the_old(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
-        store.keep({"ring": objects["ring"]}, {"maps": ["ring"]})
+        store.save(objects, MANIFEST)
+        store.save({"ring": objects["ring"]}, {"maps": ["ring"]})
         assert sorted(manager.stored) == ["manifest_2", "ring"]
         assert store.manifest() == {"maps": ["ring"]}
         assert removed(manager) == ["manifest_1", "link_0"]
@@ -119,10 +119,10 @@ def test_a_process_that_is_killed_while_it_keeps_others_leaves_the_old_or_the_ne
         return notify(text, descriptors)
 
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
         monkeypatch.setattr("producer.kernel.fdstore.notify", send)
         with pytest.raises(KeyboardInterrupt):
-            store.keep({"other": objects["ring"]}, {"maps": ["other"]})
+            store.save({"other": objects["ring"]}, {"maps": ["other"]})
     barrier()  # systemd takes what a process has sent before it takes note of its end
     look = "from producer.kernel.fdstore import FdStore\nwith FdStore() as store: print(store.manifest())"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
@@ -133,11 +133,11 @@ def test_a_process_that_is_killed_while_it_keeps_others_leaves_the_old_or_the_ne
 
 def test_a_manifest_that_cannot_be_read_has_nothing_in_it(manager, objects, tmp_path):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     manager.forget("manifest_1")
     manager.stored["manifest_1"] = os.open(tmp_path / "ring", os.O_RDONLY)
     look = "from producer.kernel.fdstore import FdStore\n"
-    look += "with FdStore() as store: print(store.manifest()); store.keep({}, {})"
+    look += "with FdStore() as store: print(store.manifest()); store.save({}, {})"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
     assert process.communicate()[0] == "{}\n"
     assert list(manager.stored) == ["manifest_2"]
@@ -145,7 +145,7 @@ def test_a_manifest_that_cannot_be_read_has_nothing_in_it(manager, objects, tmp_
 
 def test_remains_without_a_manifest_are_cleared(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     manager.forget("manifest_1")
     look = "from producer.kernel.fdstore import FdStore\nwith FdStore() as store: print(store.manifest())"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
@@ -156,7 +156,7 @@ def test_remains_without_a_manifest_are_cleared(manager, objects):
 def test_a_store_that_is_too_small_is_a_configuration_error(manager, objects, monkeypatch):
     monkeypatch.setenv("FDSTORE", "2")
     with FdStore() as store, pytest.raises(ConfigError, match="FileDescriptorStoreMax=2 of the unit is too small: 3"):
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     assert manager.messages == []
 
 

@@ -70,7 +70,7 @@ def test_what_the_child_writes_goes_through_the_log_and_is_bounded(
     python.chmod(0o755)
     monkeypatch.setattr("producer.kernel.loader.python_with_bcc", lambda: str(python))
     loader = Loader()
-    with pytest.raises(errors.HookError, match="no answer"):
+    with pytest.raises(errors.HookError, match="without an answer"):
         loader.ask({})
     loader.end()
     told = [record.getMessage() for record in caplog.records]

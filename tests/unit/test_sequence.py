@@ -79,13 +79,13 @@ def test_programs_that_were_taken_over_are_not_continued_from_an_older_stop(tmp_
     first = numbers(tmp_path)
     first.start()
     first.stop(LAST)
-    numbers(tmp_path).in_use()
+    numbers(tmp_path).resume()
     assert numbers(tmp_path, 30).start() == all_at(30)
 
 
 def test_numbers_of_a_generation_from_elsewhere_are_never_begun_again(tmp_path):
     taken_over = numbers(tmp_path)
-    taken_over.in_use()
+    taken_over.resume()
     last = {"transmit": [(77 << 32) + 1, 0], "retransmit": [0, 0]}
     taken_over.stop(last)
     second = numbers(tmp_path)

@@ -47,8 +47,8 @@ def test_no_local_include_is_left_for_the_compiler(btf: Btf) -> None:
 
 def test_macros_name_the_chosen_rungs_and_no_other(btf: Btf) -> None:
     flags = macros(btf, {"transmit": "cgroup_skb", "retransmit": "kprobe"}, 250)
-    rungs = {flag for flag in flags if flag.startswith(("-DTRANSMIT_", "-DRETRANSMIT_")) and flag.endswith("=1")}
-    assert rungs - {"-DRETRANSMIT_TRACEPOINT_HAS_ERR=1"} == {"-DTRANSMIT_CGROUP_SKB=1", "-DRETRANSMIT_KPROBE=1"}
+    hooks = {flag for flag in flags if flag.startswith(("-DTRANSMIT_", "-DRETRANSMIT_")) and flag.endswith("=1")}
+    assert hooks - {"-DRETRANSMIT_TRACEPOINT_HAS_ERR=1"} == {"-DTRANSMIT_CGROUP_SKB=1", "-DRETRANSMIT_KPROBE=1"}
     assert {"-DPROBE_READ=1", "-DHZ=250"} <= set(flags)
 
 

@@ -1,4 +1,4 @@
-"""The kernel tests on the rungs that need another kernel than this machine may have: fentry and kprobe.
+"""The kernel tests on the hooks that need another kernel than this machine may have: fentry and kprobe.
 
 REBPF_TEST_KERNELS names the Debian releases whose kernels are booted, `bookworm` (6.1) unless told otherwise:
 REBPF_TEST_KERNELS=bookworm,trixie.
@@ -18,7 +18,7 @@ from tests.vm import guest
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2100)]
 
 KERNELS = os.environ.get("REBPF_TEST_KERNELS", "bookworm").split(",")
-# Where the rung makes no difference, the machine's own kernel is enough, or one rung: a load takes five seconds here,
+# Where the hook makes no difference, the machine's own kernel is enough, or one hook: a load takes five seconds here,
 # and a compilation twenty.
 # Debian's kernels (perf_event_paranoid 3) let root alone open the perf event of a kprobe, whatever CAP_PERFMON says.
 LEFT_OUT = {
@@ -47,20 +47,20 @@ ESSENTIAL = (
     "test_transmit.py",
     "test_truth.py",
 )
-# The one reason to skip a test: it also tells that neither rung was exchanged for the lowest.
-SKIPPED = "only the cgroup_skb rung sees segments without a socket"
+# The one reason to skip a test: it also tells that neither hook was exchanged for the lowest.
+SKIPPED = "only the cgroup_skb hook sees segments without a socket"
 DEADLINE_S = 1800
 
 
 def command(results: Path, *, everything: bool) -> str:
-    """Both rungs at a time, each on its CPU, and nothing is compiled twice.
+    """Both hooks at a time, each on its CPU, and nothing is compiled twice.
 
-    Of everything, the rung with less to do takes some files of the other one's in the end.
+    Of everything, the hook with less to do takes some files of the other one's in the end.
     """
     files = sorted(file.name for file in (guest.ROOT / "tests/kernel").glob("test_*.py"))
     chosen = {
-        rung: [file for file in files if file not in left_out and (everything or file in ESSENTIAL)]
-        for rung, left_out in LEFT_OUT.items()
+        hook: [file for file in files if file not in left_out and (everything or file in ESSENTIAL)]
+        for hook, left_out in LEFT_OUT.items()
     }
     fentry = _pytest(results, "fentry", *(file for file in chosen["fentry"] if file not in LAST))
     kprobe = _pytest(results, "kprobe", *chosen["kprobe"])
@@ -69,15 +69,15 @@ def command(results: Path, *, everything: bool) -> str:
 
 
 def _pytest(results: Path, name: str, *files: str) -> str:
-    rung, _, _ = name.partition("-")
+    hook, _, _ = name.partition("-")
     arguments = " ".join(f"tests/kernel/{file}" for file in files)
     tests = f"{sys.executable} -m pytest {arguments} -p no:cacheprovider --timeout=600 --durations=5"
-    return f"REBPF_TEST_HOOKS={rung} {tests} --junitxml={results}/{name}.xml >{results}/{name}.log 2>&1"
+    return f"REBPF_TEST_HOOKS={hook} {tests} --junitxml={results}/{name}.xml >{results}/{name}.log 2>&1"
 
 
 @pytest.fixture(scope="module", params=KERNELS)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with pytest's reports, one for each rung, from the guest."""
+    """The folder with pytest's reports, one for each hook, from the guest."""
     if reason := guest.refusal():
         pytest.skip(f"NO VIRTUAL MACHINE: {reason}")
     folder = tmp_path_factory.mktemp(request.param)
@@ -97,10 +97,10 @@ def outcomes(reports: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("rung", LEFT_OUT)
-def test_kernel_tests_pass(results: Path, rung: str, request: pytest.FixtureRequest) -> None:
-    last = rung == "fentry" and request.config.getoption("tier") == "all"
-    names = (rung, "fentry-last") if last else (rung,)
+@pytest.mark.parametrize("hook", LEFT_OUT)
+def test_kernel_tests_pass(results: Path, hook: str, request: pytest.FixtureRequest) -> None:
+    last = hook == "fentry" and request.config.getoption("tier") == "all"
+    names = (hook, "fentry-last") if last else (hook,)
     print(*((results / f"{name}.log").read_text() for name in names), sep="\n")
     found = outcomes([results / f"{name}.xml" for name in names])
     assert {test: outcome for test, outcome in found.items() if outcome not in ("passed", SKIPPED)} == {}
