@@ -26,7 +26,7 @@ def test_a_rule_that_looks_at_more_than_endpoints_may_decide() -> None:
     rules = [Rule("mine", uid=(1000,), address=NETWORK), Rule("rule 2", DROP, address=NETWORK)]
     lines = explain(rules, Action(), "[2001:db8::1]:1,10.0.0.2:5000")
     assert lines == [
-        "rule 1 (mine) decides where uid match: transmits kept, retransmits kept",
+        "rule 1 (mine) decides if uid match: transmits kept, retransmits kept",
         "rule 2 decides: transmits dropped, retransmits dropped",
     ]
 
@@ -39,5 +39,5 @@ def test_the_default_decides_where_no_rule_does() -> None:
 
 @pytest.mark.parametrize("text", ["10.0.0.1:443", "a:1,b:2", "10.0.0.1:70000,10.0.0.2:1", "10.0.0.1,10.0.0.2"])
 def test_what_is_no_pair_of_endpoints_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--explain wants"):
+    with pytest.raises(UsageError, match="--explain: expected LOCAL,REMOTE"):
         explain([], Action(), text)
