@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTION = (ROOT / "docs" / "truth.md").read_text().split("## What is remembered")[1].split("\n## ")[0]
+SECTION = (ROOT / "docs" / "truth.md").read_text().split("## Tables and their bounds")[1].split("\n## ")[0]
 MAPS, TABLES = SECTION.split("What the producer keeps in memory:")
 _DECLARATION = re.compile(r"^BPF_(\w+)\(([^;]*)\);", re.MULTILINE)
 _NAME = {"TABLE": 3, "RINGBUF_OUTPUT": 0}
