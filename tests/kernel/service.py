@@ -1,8 +1,8 @@
-"""The least service that keeps its hooks in systemd's store: `python -m tests.kernel.service FILE PORT [hold]`.
+"""A minimal service that uses systemd's descriptor store: `python -m tests.kernel.service FILE PORT [hold]`.
 
-It writes each transmitted segment of a port to FILE, a line of JSON each, and an empty line when it has given back the
-ring's room of those before; with `hold` it gives back none, as if nothing was acknowledged. Its lines on standard error
-are those of `rebpf run`, as far as they are needed.
+It writes each transmitted segment of a port to FILE as a line of JSON, and an empty line when it has committed the ring
+up to there. With `hold` it never commits, as if nothing was acknowledged. Its lines on standard error are those of
+`rebpf run`, as far as the tests need them.
 """
 
 import json
@@ -35,7 +35,7 @@ class Event(NamedTuple):
 
 
 def read(file: Path) -> list[Event]:
-    """Return the events of a file as far as their room was given back."""
+    """Return the events of a file up to the last commit."""
     text, _, _ = file.read_text().rpartition("\n\n")
     lines = (line for line in text.split("\n") if line)
     return [Event(cpu, cpu_seq, Segment(*segment)) for cpu, cpu_seq, segment in map(json.loads, lines)]

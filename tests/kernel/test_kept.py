@@ -1,4 +1,4 @@
-"""Hooks that outlive the process: taken over, or replaced by others without a moment in which none is attached."""
+"""Hooks that outlive the process are taken over, or replaced without a moment in which none is attached."""
 
 import base64
 import json
@@ -67,7 +67,7 @@ def pins(tmp_path: Path) -> Iterator[Path]:
 
 
 class Traffic:
-    """A connection over loopback on which one byte after the other is sent, in a thread, each after an answer."""
+    """A loopback connection on which a thread sends single bytes, each after an answer."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -112,7 +112,7 @@ class Traffic:
 
 
 def other_version(folder: Path) -> Path:
-    """Copy the package with another layout of the transmit events: as if it was of another version."""
+    """Copy the package with another layout of the transmit events, as if it were another version."""
     package = paths.BPF.parent
     for name in ("producer", "bpf", "schemas"):
         subprocess.run(["cp", "-r", str(package / name), str(folder)], check=True)
@@ -228,7 +228,7 @@ def test_hooks_of_another_version_stay_until_the_new_ones_are_attached_and_their
             with ring, other_ring:
                 old = ring.read(1 << 16).copy()
                 ring.commit(ring.position)
-                other_ring.read(1 << 16)  # a slow machine sends some segments again
+                other_ring.read(1 << 16)  # a slow machine retransmits some segments
                 traffic.wait_more(11)
                 assert ring.unread == other_ring.unread == 0, "the old programs have ended"
             hooks.drop_old_rings()
@@ -243,7 +243,7 @@ def test_hooks_of_another_version_stay_until_the_new_ones_are_attached_and_their
 
 
 def check_without_hole(traffic: Traffic, committed: Rows, old: Rows, new: Rows) -> None:
-    """Every byte was sent in a segment that is somewhere, and the old ring goes on where it was committed."""
+    """Every byte is in a captured segment, and the old ring continues at its last commit."""
     found = set.union(*(probes(rows, traffic.port) for rows in (committed, old, new)))
     segments = committed["s"]
     (first,) = segments["end_seq"][segments["tcp_flags"] == SYN].tolist()
@@ -257,8 +257,8 @@ def check_without_hole(traffic: Traffic, committed: Rows, old: Rows, new: Rows) 
     assert new["s"]["cpu_seq"].min() > 1 << 32
 
 
-def test_hooks_that_are_replaced_twice_leave_all_that_is_not_drained(pins: Path) -> None:
-    """Other ring sizes, and the process ends each time before it has drained anything."""
+def test_hooks_that_are_replaced_twice_leave_all_undrained_rings(pins: Path) -> None:
+    """With other ring sizes, and a process that ends each time before it has drained anything."""
     with Traffic() as traffic:
         found: dict[int, Rows] = {}
         for size in (1 << 24, 1 << 25, 1 << 26):
@@ -311,7 +311,7 @@ def test_the_agents_own_traffic_is_no_event_of_the_hooks_that_are_about_to_end(p
 
 
 @pytest.mark.parametrize("target", ["nonsense", '{"fingerprint": "of an older version"}'])
-def test_hooks_whose_manifest_cannot_be_read_are_given_up_with_a_warning(
+def test_hooks_with_an_unreadable_manifest_are_discarded_with_a_warning(
     pins: Path, target: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))
@@ -334,7 +334,7 @@ def test_hooks_whose_manifest_cannot_be_read_are_given_up_with_a_warning(
         hooks.detach()
 
 
-def test_remains_of_a_start_that_did_not_come_to_its_end_are_removed(pins: Path) -> None:
+def test_pins_of_an_interrupted_start_are_removed(pins: Path) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))
     with PinFolder(pins) as folder, Capture(settings, folder) as hooks:
         hooks.load()
@@ -350,7 +350,7 @@ def test_remains_of_a_start_that_did_not_come_to_its_end_are_removed(pins: Path)
 
 
 @pytest.mark.parametrize("wrong", ["ring size", "counters", "program for a map"])
-def test_maps_that_are_not_what_the_manifest_says_are_given_up_and_stop_no_start(
+def test_maps_that_do_not_match_the_manifest_are_discarded_and_the_start_continues(
     pins: Path, wrong: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))

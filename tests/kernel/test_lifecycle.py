@@ -1,4 +1,4 @@
-"""Loading, attaching and the end: nothing stays behind, and what fails says why."""
+"""Loading, attaching and the end: nothing is left behind, and errors have a reason."""
 
 import contextlib
 import logging
@@ -43,7 +43,7 @@ def is_running(pid: int) -> bool:
 
 @contextlib.contextmanager
 def agent(settings: CaptureSettings) -> Iterator["subprocess.Popen[str]"]:
-    """Run a process that attaches, tells its programs' ids, and waits."""
+    """Run a process that attaches, prints its programs' ids, and waits."""
     program = (
         "import sys\n"
         "from pathlib import PosixPath\n"
@@ -118,7 +118,7 @@ def test_kill_while_the_loader_compiles_leaves_no_orphan() -> None:
         assert process.stdout.readline() == "", "it had not attached yet"
 
 
-def test_a_rung_is_reported_and_so_is_why_the_better_ones_are_not_it(capture: Recording) -> None:
+def test_the_hook_is_reported_with_the_reasons_against_better_ones(capture: Recording) -> None:
     hooks = capture.kernel
     for stream, available in HOOKS_BY_STREAM.items():
         names = [hook.name for hook in available]
@@ -129,7 +129,7 @@ def test_a_rung_is_reported_and_so_is_why_the_better_ones_are_not_it(capture: Re
         assert hooks.hooks_in_use[stream] in ALLOWED
 
 
-def test_no_allowed_rung_is_an_error_that_names_the_reasons() -> None:
+def test_without_an_allowed_hook_the_error_names_the_reasons() -> None:
     with Capture(CaptureSettings(hooks=("raw_tp",))) as hooks, pytest.raises(HookError) as caught:
         hooks.load()
     assert "no hook for transmits can be attached" in str(caught.value)
@@ -139,7 +139,7 @@ def test_no_allowed_rung_is_an_error_that_names_the_reasons() -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of bpf/ that the loader takes instead."""
+    """A copy of bpf/ that the loader uses instead."""
     copy = tmp_path / "bpf"
     subprocess.run(["cp", "-r", str(paths.BPF), str(copy)], check=True)
     monkeypatch.setattr("producer.kernel.capture.BPF", copy)
@@ -175,11 +175,11 @@ def test_a_layout_that_differs_from_the_agents_does_not_compile(sources: Path) -
     assert "transmit_event.s.seq: offset" in error_of(CaptureSettings(hooks=ALLOWED))
 
 
-def test_a_program_that_the_verifier_refuses_costs_its_rung(
+def test_a_program_that_the_verifier_rejects_costs_its_hook(
     sources: Path, caplog: pytest.LogCaptureFixture, capture: Recording
 ) -> None:
     hook = capture.kernel.hooks_in_use["retransmit"]
-    # The cgroup hook's one program takes both streams.
+    # The program of the cgroup hook captures both streams.
     stream = "transmits" if hook == "cgroup_skb" else "retransmits"
     edit(sources / "fill.h", "\te->cause = CAUSE_SYN_ACK;\n", "\te->cause = ((u8 *)e)[4096];\n")
     with caplog.at_level(logging.DEBUG, "producer.kernel.loader"):
@@ -205,12 +205,12 @@ def test_members_that_the_kernel_lacks_are_null_fields(tmp_path: Path, lab: Lab,
     assert not (rows["s"]["flow"]["flow_known"] & (KNOWN["uid"] | KNOWN["cgroup_id"])).any()
     assert not (rows["s"]["known"] & KNOWN["tcp"]).any()
     assert (again["s"]["known"] & KNOWN["ca_state"]).all()
-    # The upper hooks know a loss probe by the function that sends it.
+    # The better hooks recognize a loss probe by the function that sends it.
     by_function = set() if capture.kernel.hooks_in_use["retransmit"] == "raw_tp" else {"tlp"}
     assert {CAUSES[cause] for cause in again["cause"]} <= {"other"} | by_function
 
 
-def test_a_kernel_without_what_all_rests_on_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_kernel_without_a_required_member_is_rejected_by_the_members_name(tmp_path: Path) -> None:
     btf = kernel_btf_with(tmp_path, {"tcp_gso_segs": "tcp_gso_sexs"})
     with Capture(CaptureSettings(hooks=ALLOWED, btf=btf)) as hooks, pytest.raises(UnavailableError) as caught:
         hooks.load()
@@ -227,7 +227,7 @@ def test_without_btf_the_error_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, os.sysconf("SC_PAGE_SIZE") // 2, 3 * os.sysconf("SC_PAGE_SIZE")])
-def test_a_ring_size_that_cannot_be_is_a_configuration_error(size: int) -> None:
+def test_an_invalid_ring_size_is_a_configuration_error(size: int) -> None:
     with pytest.raises(ConfigError, match="power of two"):
         CaptureSettings(ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 22})
 

@@ -1,4 +1,4 @@
-"""Numbers of events (cpu_seq): they begin where they are told to, and go on over an orderly stop."""
+"""Event numbers (cpu_seq) begin where they should, and continue after an orderly stop."""
 
 import socket
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ CPUS = possible_cpus()
 
 
 class Told:
-    """Numbers as the test wants them; `last` is what the hooks have noted."""
+    """Fixed first numbers; `last` has the recorded last ones."""
 
     def __init__(self, first: Mapping[str, Sequence[int]]) -> None:
         self._first = first
@@ -42,7 +42,7 @@ def connect(address: tuple[str, int], count: int) -> None:
         socket.create_connection(address).close()
 
 
-def test_numbers_begin_behind_those_told_and_the_counters_at_zero() -> None:
+def test_numbers_begin_after_the_given_ones_and_counters_at_zero() -> None:
     first = {stream.name: [(stream.index + 3 << 32) + 1009 * cpu for cpu in range(CPUS)] for stream in STREAMS}
     told = Told(first)
     with socket.create_server(("127.0.0.1", 0)) as listener:

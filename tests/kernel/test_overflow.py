@@ -1,4 +1,4 @@
-"""A full ring: what is lost is counted, exactly, and a reader of the events sees the gap."""
+"""A full ring: losses are counted exactly, and a reader of the events sees the gap."""
 
 import mmap
 import os
@@ -16,7 +16,7 @@ from tests.kernel.capture import hook_settings
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 RECORD_BYTES = 8 + TRANSMITS.dtype.itemsize
-# The kernel keeps one byte free, so that a full ring differs from an empty one.
+# The kernel leaves one byte free, so that a full ring differs from an empty one.
 CAPACITY = (mmap.PAGESIZE - 1) // RECORD_BYTES
 
 
@@ -66,9 +66,9 @@ def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket
             assert set(rows["s"]["cpu"]) == {one_cpu}
             assert (rows["s"]["cpu_seq"] == np.arange(1, CAPACITY + 1)).all()
 
-            # Read is not committed: there is no room yet.
+            # Rows were read but not committed: the ring is still full.
             exchange(connection, 1)
-            # Now and not later: a delayed acknowledgement would take the next number.
+            # Now, because a delayed acknowledgement would later take the next number.
             connection[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             second = hooks.counters(TRANSMITS)
             assert second.passed - second.ring_full == CAPACITY

@@ -1,4 +1,4 @@
-"""The truth suite: whose socket it was. As test_truth.py."""
+"""The truth suite: the socket's owner. See test_truth.py."""
 
 import contextlib
 import os

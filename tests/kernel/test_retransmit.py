@@ -27,7 +27,7 @@ def segs(rows: Rows) -> int:
 
 
 def knows(rows: Rows, name: str) -> bool:
-    """Whether the hook filled the field in all of the rows."""
+    """Whether the hook filled the field in all rows."""
     return bool((rows["s"]["known"] & KNOWN[name]).all())
 
 
@@ -37,7 +37,7 @@ def of_host(rows: Rows, host: Host) -> Rows:
 
 
 def events(capture: Recording, port: int, condition: Callable[[Rows], bool], what: str) -> Rows:
-    """Wait until the retransmits of a port fulfil a condition, and return them."""
+    """Wait until the retransmits of a port meet a condition, and return them."""
 
     def fulfilled() -> Rows | None:
         rows = capture.of_port(RETRANSMITS, port)
@@ -53,7 +53,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Recording, lab: Lab, p
     skips = Skips(capture)
     drop = f"tcp dport {port} numgen random mod 100 < {percent} drop"
     with rules(lab.server, "prerouting", drop), rules(lab.client, "prerouting", drop.replace("dport", "sport")):
-        # Loss takes whole super-segments, so that a transfer may come through unhurt.
+        # Whole super-segments are lost, so some transfers may lose none.
         for _ in range(50):
             with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
                 pair.transfer(3_000_017)
@@ -62,7 +62,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Recording, lab: Lab, p
             if len(cause_is(capture.of_port(RETRANSMITS, port), "fast")) > 2:
                 break
     rows = capture.of_port(RETRANSMITS, port)
-    # What the kernel did not run a program for is all that may be missing.
+    # Only events of runs that the kernel skipped may be missing.
     may_miss = {stream: MAX_SEGS * skips.of(stream) for stream in STREAMS}
     assert {CAUSES[cause] for cause in set(rows["cause"])} <= {"rto", "fast", "slow_start", "tlp", "syn", "syn_ack"}
     assert (rows["err"] == 0).all()
@@ -82,7 +82,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Recording, lab: Lab, p
     assert len(cause_is(rows, "fast")) > 2, "so much loss brings fast retransmits"
     assert {HOOKS[hook] for hook in set(rows["s"]["flow"]["hook"])} == {capture.kernel.hooks_in_use["retransmit"]}
 
-    # The transmit stream has each of them too, and marks them; not all hooks can tell that of a SYN-ACK.
+    # The transmit stream has and marks each of them too, but not all hooks can recognize a SYN-ACK.
     sent = capture.of_port(TRANSMITS, port)
     for host in lab.hosts:
         mine = of_host(sent, host)
@@ -103,7 +103,7 @@ def test_a_lost_syn_is_a_syn(capture: Recording, lab: Lab, port: int) -> None:
     assert (row["s"]["end_seq"] - row["s"]["seq"], row["s"]["payload_len"]) == (1, 0)
     assert row["s"]["flow"]["dport"] == port
     assert row["s"]["flow"]["netns"] == lab.client.netns
-    if row["s"]["flow"]["flow_known"] & KNOWN["sk_cookie"]:  # a kprobe cannot make the cookie
+    if row["s"]["flow"]["flow_known"] & KNOWN["sk_cookie"]:  # a kprobe cannot create the cookie
         assert row["s"]["flow"]["sk_cookie"] == cookie
     sent = capture.of_port(TRANSMITS, port)
     syns = sent[(sent["s"]["tcp_flags"] == SYN)]
@@ -151,7 +151,7 @@ def test_a_retransmission_that_the_host_drops_has_its_error(capture: Recording, 
         tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
         assert tracepoint is not None
         if btf.params(tracepoint) < 4:
-            pytest.skip("this kernel's tracepoint tells of no failures (before Linux 6.17)")
+            pytest.skip("this kernel's tracepoint does not fire for failures (before Linux 6.17)")
     assert lab.wait_idle(DEADLINE_S)
     before = lab.client.counters()["RetransSegs"]
     with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:

@@ -1,4 +1,4 @@
-"""Rules in the kernel: what they keep, drop and sample, and that a reload loses no segment and takes none twice."""
+"""Rules in the kernel keep, drop and sample segments, and a reload neither loses nor duplicates any."""
 
 import contextlib
 import ipaddress
@@ -30,7 +30,7 @@ KEEP, DROP = Action(), Action(transmit=False, retransmit=False)
 EXCHANGES, SIZE = 101, 7
 
 
-# Not those that the session's capture takes: nobody reads its rings meanwhile.
+# Not the ports of the session's recording, whose rings are not read meanwhile.
 _ports = itertools.count(30_000 + os.getpid() % 50 * 50)
 
 
@@ -41,7 +41,7 @@ def port() -> int:
 
 @pytest.fixture(scope="module")
 def ruled(root: None) -> Iterator[Recording]:
-    """Hooks whose rules each test puts in force."""
+    """A recording whose rules each test sets."""
     with Recording(hook_settings(rules=tables([], DROP))) as capture:
         yield capture
 
@@ -51,7 +51,7 @@ def put(capture: Recording, *rules: Rule) -> int:
 
 
 def sent_by(capture: Recording, port: int) -> Rows:
-    """Return the exchanges' segments; a slow machine's kernel may take one for lost and send it again."""
+    """Return the exchanges' segments, without retransmissions, which may happen on a slow machine."""
     rows = capture.of_port(TRANSMITS, port)
     chosen: Rows = rows[(rows["s"]["payload_len"] == SIZE) & (rows["is_retransmit"] == 0)]
     return chosen
@@ -107,7 +107,7 @@ def test_a_namespace_and_a_cgroup_above_the_sockets_are_conditions(ruled: Record
 
 @pytest.fixture
 def cgroups() -> Iterator[list[Path]]:
-    """Folders within each other, deeper than any that a rule can name; the outermost first."""
+    """Nested folders, deeper than a rule can name; the outermost first."""
     root = cgroup2_root()
     if root is None:
         pytest.skip("no cgroup v2 hierarchy is mounted")
@@ -131,7 +131,7 @@ with socket.create_connection(("127.0.0.1", int(sys.argv[2]))) as client:
 
 
 def send_from(lab: Lab, cgroup: Path, port: int) -> None:
-    """Have a process in a cgroup connect and send one segment."""
+    """Start a process in a cgroup that connects and sends one segment."""
     argv = lab.client.command(sys.executable, "-c", _CLIENT, str(cgroup / "cgroup.procs"), str(port), str(SIZE))
     with inside(lab.client), socket.create_server(("127.0.0.1", port)) as server, subprocess.Popen(argv) as child:
         with server.accept()[0] as accepted:
@@ -142,7 +142,7 @@ def send_from(lab: Lab, cgroup: Path, port: int) -> None:
 def test_a_cgroup_is_a_condition_however_deep_the_socket_is(
     ruled: Recording, lab: Lab, port: int, cgroups: list[Path]
 ) -> None:
-    """Named is the outermost folder, the deepest that can be named, and one beside."""
+    """Rules name the outermost folder, the deepest one that can be named, and an unrelated one."""
     ids = [folder.stat().st_ino for folder in cgroups]
     above = {each: [*ids[:i][::-1], 1] for i, each in enumerate(ids)}
     for place in (1, 14, 15, 16, 17, 30, 31, len(cgroups) - 1):
@@ -176,7 +176,7 @@ def test_the_first_of_1024_rules_that_matches_decides(ruled: Recording, lab: Lab
     assert len(sent_by(ruled, port)) == EXCHANGES
 
 
-def test_one_connection_in_so_many_is_taken_whole_and_says_so(ruled: Recording, lab: Lab, port: int) -> None:
+def test_sampling_by_connection_keeps_whole_connections(ruled: Recording, lab: Lab, port: int) -> None:
     put(ruled, on_port(port, Action(sample_rate=4)))
     for _ in range(199):
         exchange(lab, port, 3)
@@ -187,7 +187,7 @@ def test_one_connection_in_so_many_is_taken_whole_and_says_so(ruled: Recording, 
     assert 199 / 8 < len(taken) < 199 / 2
 
 
-def test_one_event_in_so_many_is_taken(ruled: Recording, lab: Lab, port: int) -> None:
+def test_sampling_by_event_keeps_single_events(ruled: Recording, lab: Lab, port: int) -> None:
     put(ruled, on_port(port, Action(sample_rate=3, sample_by_event=True)))
     exchange(lab, port, 997)
     rows = sent_by(ruled, port)
@@ -232,7 +232,7 @@ def test_reloads_lose_no_segment_and_take_none_twice(ruled: Recording, lab: Lab,
 
 
 def test_an_address_of_one_family_takes_none_of_the_other(ruled: Recording, lab: Lab, port: int) -> None:
-    """Also where both are named, and a connection is IPv4 by a socket of IPv6."""
+    """Also if both are named, and for IPv4 through an IPv6 socket."""
     four, six = ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")
     addresses = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
     for named, taken in (((six,), {"::1"}), ((four,), {"127.0.0.1", "::ffff:127.0.0.1"}), ((four, six), {*addresses})):
@@ -254,7 +254,7 @@ def test_a_reload_writes_what_differs_and_nothing_else(ruled: Recording, lab: La
         maps.put(tables(rules, DROP))
         return maps.writes - before
 
-    for _ in range(2):  # both generations of the tables are this process's
+    for _ in range(2):  # afterwards this process has written both generations
         writes(on_port(port))
     assert writes(many, on_port(port)) >= 5_000
     assert max(writes(many, on_port(each)) for each in (1, 2, port, 3, port)) < 20
@@ -266,10 +266,8 @@ def test_a_reload_writes_what_differs_and_nothing_else(ruled: Recording, lab: La
     assert len(sent_by(ruled, port)) == EXCHANGES
 
 
-def test_a_reload_that_fails_on_the_way_changes_nothing_and_the_next_is_whole(
-    ruled: Recording, lab: Lab, port: int
-) -> None:
-    """The kernel has no room for so many addresses."""
+def test_a_reload_that_fails_changes_nothing_and_the_next_is_complete(ruled: Recording, lab: Lab, port: int) -> None:
+    """The kernel's table is too small for the addresses."""
     maps = RuleMaps(ruled.kernel._maps)
     maps.put(tables([on_port(port)], DROP))
     too_many = tuple(ipaddress.ip_network(0x0D000000 + i) for i in range(8_000))
@@ -285,7 +283,7 @@ def test_a_reload_that_fails_on_the_way_changes_nothing_and_the_next_is_whole(
 
 @contextlib.contextmanager
 def full(prefixes: int) -> Iterator[None]:
-    """Leave room for 1,000 prefixes: the rest has keys that no program looks up."""
+    """Leave space for 1,000 prefixes: fill the rest with keys that no program looks up."""
     there: list[bytes] = []
     try:
         with contextlib.suppress(OSError):

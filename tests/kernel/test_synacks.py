@@ -1,4 +1,4 @@
-"""SYN-ACKs that nobody acknowledges: each retransmission is an event, however many requests there are at once."""
+"""Unacknowledged SYN-ACKs: each retransmission is an event, however many requests exist at once."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ SETTINGS = {
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    """A namespace of its own that takes 65,535 requests at once and sends each SYN-ACK twice."""
+    """A separate namespace that accepts 65,535 requests at once and sends each SYN-ACK twice."""
     with Lab(loss=0) as lab:
         setting(lab.server, SETTINGS)
         yield lab.server
@@ -43,13 +43,13 @@ def far(host: Host) -> Iterator[Tun]:
 
 @pytest.fixture
 def port() -> int:
-    """None of the ports that the shared capture takes: its rings do not hold what comes here."""
+    """Not a port of the shared recording, whose rings are too small for these tests."""
     return 7_000 + os.getpid() % 2_900
 
 
 @pytest.fixture
 def roomy(port: int) -> Iterator[Recording]:
-    """Hooks of their own, whose rings hold all that the largest test brings even if nobody reads them meanwhile."""
+    """A separate recording whose rings hold all events of the largest test, even unread."""
     rings = {"transmit_pipe": 1 << 26, "retransmit_pipe": 1 << 26}
     with Recording(hook_settings(rules=filtered(ports=(port,)), ring_bytes=rings)) as capture:
         yield capture
@@ -77,7 +77,7 @@ def events(capture: Recording, stream: Stream, host: Host, port: int) -> Rows:
 
 
 def syn_acks(rows: Rows) -> list[tuple[int, int]]:
-    """Return port and sequence number of each, sorted."""
+    """Return the port and sequence number of each, sorted."""
     return sorted(zip(rows["s"]["flow"]["dport"].tolist(), rows["s"]["seq"].tolist(), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The transmit stream: each segment once, and each field as the sender knows it."""
+"""The transmit stream: each segment once, and each field with the sender's value."""
 
 import ctypes
 import os
@@ -25,7 +25,7 @@ FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 
 @pytest.fixture(scope="module")
 def lab(root: None) -> Iterator[Lab]:
-    """Namespaces that no other module's connections close in: their last segments would move OutSegs."""
+    """Namespaces without other modules' connections, whose last segments would change OutSegs."""
     with Lab(loss=0) as lab:
         yield lab
 
@@ -36,7 +36,7 @@ def counted(lab: Lab) -> dict[str, int]:
 
 
 def sums_to(capture: Recording, port: int, host: Host, before: dict[str, int]) -> Callable[[], Rows | None]:
-    """Return a condition: as many segments of the host as the kernel's own counters have moved by since `before`.
+    """Return a condition: the host has as many segments as its kernel's counters have increased by since `before`.
 
     Its value is the rows of what was sent first. A machine that stands still may send some again, though none is lost.
     """
@@ -157,7 +157,7 @@ def test_a_super_segment_counts_as_the_kernel_counts_it(capture: Recording, lab:
 
 def test_uid_is_that_of_the_sockets_owner(capture: Recording, lab: Lab, port: int) -> None:
     libc = ctypes.CDLL(None)
-    libc.setfsuid(4711)  # of this thread alone; a socket's owner is the file system user
+    libc.setfsuid(4711)  # for this thread only; a socket's owner is the file system user
     try:
         with Pair(lab.client, lab.client, "127.0.0.1", port):
             pass
@@ -176,7 +176,7 @@ def test_cgroup_id_is_the_inode_of_the_cgroups_folder(capture: Recording, lab: L
     folder.mkdir()
     try:
         with inside(lab.client), socket.create_server(("127.0.0.1", port)):
-            # The child joins the cgroup before it makes its socket.
+            # The child joins the cgroup before it creates its socket.
             program = (
                 "import os, socket, sys\n"
                 "open(sys.argv[1], 'w').write(str(os.getpid()))\n"

@@ -1,6 +1,6 @@
-"""The truth suite: under each kind of trouble the events are what the kernel counted and what was on the wire.
+"""The truth suite: under each kind of disturbance, the events match the kernel's counters and the wire.
 
-A Trial compares the three when it is left, with no tolerance; the tests make the trouble and see that it came.
+A Trial compares the three on exit, with zero tolerance. The tests cause the disturbance and check that it happened.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ OFFLOADS = {
         ("ip", "link", "set", INTERFACE, "gso_max_segs", "65535"),
     ),
 }
-"""How the interface takes super-segments: as they are, cut by the stack before, or TCP builds none. Do and undo."""
+"""How super-segments reach the interface: whole, cut by the stack before, or TCP builds none. Do and undo."""
 
 
 @contextlib.contextmanager
 def changed(hosts: Iterable[Host], commands: Sequence[Sequence[str]]) -> Iterator[None]:
-    """Run the first command on the hosts, and in the end the second."""
+    """Run the first command on the hosts, and the second on exit."""
     for host in hosts:
         for argv in commands[:1]:
             run(host, *argv)
@@ -115,7 +115,7 @@ def test_a_lost_tail_is_probed_for(capture: Recording, lab: Lab, port: int) -> N
                 if trial.moved(lab.client, "TCPLossProbes") >= 5:
                     break  # on a busy machine, a timeout may come first
             pair.end()
-        # Nothing waited to be sent: each probe was a retransmission.
+        # No data was waiting to be sent, so each probe was a retransmission.
         assert segs(trial.again(lab.client, "tlp")) == trial.moved(lab.client, "TCPLossProbes") >= 5
 
 
@@ -144,7 +144,7 @@ def test_a_loss_probe_of_new_data_is_no_retransmit(capture: Recording, lab: Lab,
 
 @contextlib.contextmanager
 def slow_lane(lab: Lab, port: int) -> Iterator[None]:
-    """Have one in so many of the client's packets come to the server late, behind others, through a slow interface.
+    """Delay some of the client's packets by a slow interface, so that they reach the server after later ones.
 
     It begins and ends in the server's namespace: the packets are still the client's when they wait.
     """
@@ -174,12 +174,12 @@ def test_reordering_makes_spurious_retransmits(capture: Recording, lab: Lab, por
             if trial.moved(lab.client, "TCPDSACKRecv") > 10:
                 break
         else:
-            pytest.fail("nothing was lost: the receiver says that it had the data twice")
+            pytest.fail("nothing was lost: the receiver reports that it got the data twice")
     assert segs(trial.again(lab.client, "fast")) > 0
 
 
 def probes_of(rows: Rows) -> Rows:
-    """Select a connection's segments that carry nothing, from one below the end of what was sent: a forced answer."""
+    """Select a connection's empty segments from one below snd_nxt, which force an answer."""
     reached = np.maximum.accumulate(rows["s"]["end_seq"] - rows["s"]["seq"][0])  # of the first: a short connection
     chosen: Rows = rows[(rows["s"]["payload_len"] == 0) & (rows["s"]["seq"] - rows["s"]["seq"][0] + 1 == reached)]
     return chosen[chosen["s"]["tcp_flags"] == ACK]
@@ -225,7 +225,7 @@ def test_1009_short_connections(capture: Recording, lab: Lab, port: int) -> None
             with Pair(lab.client, lab.server, address(lab, ("ipv4", "ipv6", "mapped")[number % 3]), port) as pair:
                 pair.exchange(1, 7)
                 pair.end()
-    # None is lost, but a machine that stands still may make one late.
+    # None is lost, but a stalled machine may delay one.
     resent = {host.name: trial.moved(host, "RetransSegs") for host in lab.hosts}
     assert len(trial.socketless["client"]) <= resent["server"], "what answers an end that comes again"
     assert len(trial.socketless["server"]) <= resent["client"]
@@ -239,7 +239,7 @@ def timeouts_after(trial: Trial, host: Host, count: int) -> Rows | None:
     return rows if len(rows) else None
 
 
-def test_small_segments_are_put_together_when_sent_again(capture: Recording, lab: Lab, port: int) -> None:
+def test_small_segments_are_merged_when_retransmitted(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial:
         for _ in range(5):
             before = len(trial.again(lab.client, "rto"))
@@ -266,7 +266,7 @@ def test_a_reset_by_the_owner_is_seen(capture: Recording, lab: Lab, port: int) -
 
 
 def sees_socketless(capture: Recording, *, time_wait: bool) -> bool:
-    """Tell whether the hook sees what is sent without a full socket; that of time wait only before Linux 6.13."""
+    """Whether the hook sees segments without a full socket; those of time wait only before Linux 6.13."""
     return capture.kernel.hooks_in_use["transmit"] == "cgroup_skb" and not (time_wait and kernel_version() >= (6, 13))
 
 
@@ -310,7 +310,7 @@ def test_a_blackhole_times_out_and_each_timeouts_state_is_that_of_tcp_info(
             pair.end()
         assert segs(trial.again(lab.client, "rto")) == trial.moved(lab.client, "TCPTimeouts")
     timeouts = trial.again(lab.client, "rto")
-    # The cgroup hook sees the segment before it is counted as one of those that are out again, the others after.
+    # The cgroup hook sees the segment before it is counted in retrans_out, the others after.
     counted_later = trial.hook == "cgroup_skb"
     compared = 0
     for number, row in enumerate(timeouts[:3], 1):
@@ -329,7 +329,7 @@ def test_a_blackhole_times_out_and_each_timeouts_state_is_that_of_tcp_info(
 def test_the_state_is_that_of_tcp_info(capture: Recording, lab: Lab, port: int) -> None:
     lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"
     samples: dict[int, tuple[TcpInfo, TcpInfo]] = {}
-    # Else a sender that has paused adjusts itself between the look at its state and the segment.
+    # Otherwise a paused sender adjusts its state between reading it and sending the segment.
     after_idle = [("sysctl", "-qw", f"net.ipv4.tcp_slow_start_after_idle={value}") for value in (0, 1)]
     with (
         changed([lab.client], after_idle),
@@ -338,7 +338,7 @@ def test_the_state_is_that_of_tcp_info(capture: Recording, lab: Lab, port: int) 
     ):
         congestion_control(pair.client, "reno")
         with rules(lab.server, "prerouting", lost):
-            for _ in range(7):  # a recovery, so that the threshold and the totals are no longer the first ones
+            for _ in range(7):  # a recovery, so that the threshold and the totals have changed
                 pair.client.sendall(bytes(61))
                 for _ in range(13):
                     pair.client.sendall(bytes(997))
@@ -352,7 +352,7 @@ def test_the_state_is_that_of_tcp_info(capture: Recording, lab: Lab, port: int) 
             receive(pair.accepted, size)
             pair.accepted.sendall(b"!")
             assert pair.client.recv(1) == b"!"
-            # Nothing came in between, and nothing else went out.
+            # Nothing was received in between, and nothing else was sent.
             if (after.segs_in, after.segs_out) == (before.segs_in, before.segs_out + 1):
                 samples[size] = before, after
             if len(samples) == 31:
@@ -364,7 +364,7 @@ def test_the_state_is_that_of_tcp_info(capture: Recording, lab: Lab, port: int) 
         row = rows[rows["s"]["payload_len"] == size][0]["s"]
         expected = dict(before.tcp)
         if trial.hook == "cgroup_skb" and "rcv_wnd" in expected:
-            expected["rcv_wnd"] = after.tcp["rcv_wnd"]  # the window is chosen as the header is written
+            expected["rcv_wnd"] = after.tcp["rcv_wnd"]  # the window is chosen when the header is written
         assert {name: int(row[name]) for name in expected} == expected
         assert (row["state"], row["ca_state"]) == (before.state, before.ca_state)
     assert before.tcp["total_retrans"] > 0

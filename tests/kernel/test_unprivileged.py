@@ -1,4 +1,4 @@
-"""A user who is not root, but has the capabilities that the service has, loads and attaches every hook."""
+"""A user without root but with the service's capabilities loads and attaches every hook."""
 
 import shutil
 import subprocess
@@ -39,9 +39,9 @@ def attach(*hooks: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_allowed_rungs_attach_without_root() -> None:
+def test_the_allowed_hooks_attach_without_root() -> None:
     assert attach(*ALLOWED)
 
 
-def test_the_lowest_rungs_attach_without_root() -> None:
+def test_the_last_hooks_attach_without_root() -> None:
     assert attach("cgroup_skb", "raw_tp") in ("cgroup_skb cgroup_skb", "cgroup_skb raw_tp")

@@ -25,7 +25,7 @@ _IPPROTO_MPTCP = 262
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[Lab]:
-    """Namespaces of their own, whose server answers each wrong segment."""
+    """Separate namespaces, whose server answers each invalid segment."""
     with Lab(loss=0) as own:
         for setting in ("tcp_invalid_ratelimit=0", "tcp_challenge_ack_limit=2147483647", "ip_forward=1"):
             subprocess.run(own.server.command("sysctl", "-qw", f"net.ipv4.{setting}"), check=True)
@@ -72,7 +72,7 @@ def to_request(host: Host, far: Tun, version: int, port: int) -> None:
 
 
 def connected(far: Tun, listener: socket.socket, version: int, port: int) -> tuple[socket.socket, int]:
-    """Make a connection from the far side, and return the accepted end and its next sequence number."""
+    """Connect from the far side, and return the accepted socket and its next sequence number."""
     far.send(version, _FIRST_PORT, port, SYN)
     seq = far.read()[-1].seq + 1
     far.send(version, _FIRST_PORT, port, ACK, seq=8, ack_seq=seq)
@@ -109,7 +109,7 @@ def to_time_wait(host: Host, far: Tun, version: int, port: int) -> None:
         (to_time_wait, 3, 0),
     ],
 )
-def test_what_has_no_full_socket(
+def test_segments_without_a_full_socket(
     capture: Recording,
     host: Host,
     far: Tun,
@@ -124,7 +124,7 @@ def test_what_has_no_full_socket(
     before, wire, skips = host.counters(), len(far.read()), Skips(capture)
     provoke(host, far, version, port)
     sent, kernel = far.read()[wire:], host.counters()
-    # Where the machine stood still, a SYN-ACK or FIN came twice.
+    # If the machine stalled, a SYN-ACK or FIN was sent twice.
     resent = kernel["RetransSegs"] - before["RetransSegs"]
     assert COUNT <= len(sent) <= COUNT + resent
     seen = of_sockets
@@ -220,7 +220,7 @@ def test_a_tunnel_adds_no_events(capture: Recording, lab: Lab, port: int) -> Non
             pair.exchange(31, 997)
             pair.end()
         assert lab.wait_idle(120)
-    # A busy machine may resend, and a FIN that comes again is answered from time wait.
+    # A busy machine may retransmit, and a repeated FIN is answered from time wait.
     resent = sum(host.counters()["RetransSegs"] - before[host.name]["RetransSegs"] for host in lab.hosts)
     for host in lab.hosts:
         segments = int(of_host(capture, host, port)["s"]["segs"].sum())

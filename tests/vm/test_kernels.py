@@ -1,6 +1,6 @@
-"""The kernel tests on the hooks that need another kernel than this machine may have: fentry and kprobe.
+"""Runs the kernel tests with hooks that may need another kernel than this machine's: fentry and kprobe.
 
-REBPF_TEST_KERNELS names the Debian releases whose kernels are booted, `bookworm` (6.1) unless told otherwise:
+REBPF_TEST_KERNELS has the Debian releases whose kernels are booted, by default `bookworm` (6.1):
 REBPF_TEST_KERNELS=bookworm,trixie.
 """
 
@@ -18,9 +18,9 @@ from tests.vm import guest
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2100)]
 
 KERNELS = os.environ.get("REBPF_TEST_KERNELS", "bookworm").split(",")
-# Where the hook makes no difference, the machine's own kernel is enough, or one hook: a load takes five seconds here,
-# and a compilation twenty.
-# Debian's kernels (perf_event_paranoid 3) let root alone open the perf event of a kprobe, whatever CAP_PERFMON says.
+# If the hook makes no difference, this machine's kernel suffices, or one hook: in the guest, loading takes five seconds
+# and compiling twenty.
+# On Debian's kernels (perf_event_paranoid 3) only root can open a kprobe's perf event, even with CAP_PERFMON.
 LEFT_OUT = {
     "fentry": ("test_lab.py", "test_demo.py", "test_compiled.py", "test_check_and_run.py"),
     "kprobe": (
@@ -37,7 +37,7 @@ LEFT_OUT = {
     ),
 }
 LAST = ("test_lifecycle.py", "test_unprivileged.py")
-# What depends on the hook most: the default tier runs these alone, in half of the time.
+# These depend most on the hook. The default tier runs only these, in half the time.
 ESSENTIAL = (
     "test_filters.py",
     "test_overflow.py",
@@ -47,15 +47,15 @@ ESSENTIAL = (
     "test_transmit.py",
     "test_truth.py",
 )
-# The one reason to skip a test: it also tells that neither hook was exchanged for the lowest.
+# The only valid reason to skip a test. It also proves that cgroup_skb did not replace the hook under test.
 SKIPPED = "only the cgroup_skb hook sees segments without a socket"
 DEADLINE_S = 1800
 
 
 def command(results: Path, *, everything: bool) -> str:
-    """Both hooks at a time, each on its CPU, and nothing is compiled twice.
+    """Run both hooks in parallel, one per CPU. Nothing is compiled twice.
 
-    Of everything, the hook with less to do takes some files of the other one's in the end.
+    With `everything`, the hook with fewer files runs some of the other one's at the end.
     """
     files = sorted(file.name for file in (guest.ROOT / "tests/kernel").glob("test_*.py"))
     chosen = {
@@ -77,12 +77,12 @@ def _pytest(results: Path, name: str, *files: str) -> str:
 
 @pytest.fixture(scope="module", params=KERNELS)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with pytest's reports, one for each hook, from the guest."""
+    """The folder with pytest's reports from the guest, one per hook."""
     if reason := guest.refusal():
         pytest.skip(f"NO VIRTUAL MACHINE: {reason}")
     folder = tmp_path_factory.mktemp(request.param)
     tests = command(folder, everything=request.config.getoption("tier") == "all")
-    assert guest.run(request.param, tests, DEADLINE_S, folder).status == 0, "the guest's time is over"
+    assert guest.run(request.param, tests, DEADLINE_S, folder).status == 0, "the guest timed out"
     return folder
 
 
