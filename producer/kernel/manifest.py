@@ -78,11 +78,11 @@ class Manifest:
     def from_json(cls, manifest: Mapping[str, Any]) -> "Manifest":
         """Return the manifest. ValueError if it is invalid or has another version's layout."""
         try:
-            known = dict(manifest)
-            known["refusals"] = [Refusal(*each) for each in known["refusals"]]
+            fields = dict(manifest)
+            fields["refusals"] = [Refusal(*each) for each in fields["refusals"]]
             for name in ("rings", "old_rings"):
-                known[name] = [_ring(ring) for ring in known[name]]
-            return _checked(cls(**known))
+                fields[name] = [_ring(ring) for ring in fields[name]]
+            return _checked(cls(**fields))
         except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"the manifest cannot be read: {type(error).__name__}: {error}") from error
 

@@ -91,19 +91,19 @@ class RuleMaps:
             return self._prefix_generation
         other = 1 - self._prefix_generation
         numbers = [_index(number) for number in range(len(tables.address_classes))]
-        wanted = {
+        target = {
             struct.pack("<II", _GENERATION_BITS + length, other) + prefix: numbers[number]
             for prefix, length, number in tables.prefixes
         }
-        self._replace("rule_prefixes", self._prefixes[other], wanted)
+        self._replace("rule_prefixes", self._prefixes[other], target)
         return other
 
     def _fill_ports(self, generation: int, ports: NDArray[np.uint16]) -> None:
-        there, wanted = self._ports[generation], ports.reshape(-1, _PORT_GROUP)
-        for group in np.flatnonzero((there != wanted).any(axis=1)).tolist():
-            index = _index(generation * len(wanted) + group)
-            bpf_syscall.update(self._maps["rule_port_classes"], index, wanted[group].tobytes())
-            there[group] = wanted[group]
+        current, target = self._ports[generation], ports.reshape(-1, _PORT_GROUP)
+        for group in np.flatnonzero((current != target).any(axis=1)).tolist():
+            index = _index(generation * len(target) + group)
+            bpf_syscall.update(self._maps["rule_port_classes"], index, target[group].tobytes())
+            current[group] = target[group]
             self.writes += 1
 
     def _array(self, name: str, first: int, values: Iterable[bytes]) -> None:
@@ -111,19 +111,19 @@ class RuleMaps:
         for index, value in enumerate(values, first):
             self._write(name, written, _index(index), value)
 
-    def _replace(self, name: str, there: dict[bytes, bytes], wanted: Mapping[bytes, bytes]) -> None:
-        """Change a map from `there` to `wanted`. `there` is updated step by step, so it is right after an error."""
-        for key in there.keys() - wanted.keys():
+    def _replace(self, name: str, current: dict[bytes, bytes], target: Mapping[bytes, bytes]) -> None:
+        """Change a map from `current` to `target`. `current` is updated step by step, so it is right after an error."""
+        for key in current.keys() - target.keys():
             bpf_syscall.delete(self._maps[name], key)
-            del there[key]
+            del current[key]
             self.writes += 1
-        for key, value in wanted.items():
-            self._write(name, there, key, value)
+        for key, value in target.items():
+            self._write(name, current, key, value)
 
-    def _write(self, name: str, there: dict[bytes, bytes], key: bytes, value: bytes) -> None:
-        if there.get(key) != value:
+    def _write(self, name: str, current: dict[bytes, bytes], key: bytes, value: bytes) -> None:
+        if current.get(key) != value:
             bpf_syscall.update(self._maps[name], key, value)
-            there[key] = value
+            current[key] = value
             self.writes += 1
 
 

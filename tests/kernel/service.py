@@ -59,8 +59,8 @@ def _address(packed: bytes) -> str:
     return str(address.ipv4_mapped or address)
 
 
-def _balance(hooks: Capture, ring: Ring) -> Balance:
-    kernel = hooks.counters(TRANSMITS)
+def _balance(capture: Capture, ring: Ring) -> Balance:
+    kernel = capture.counters(TRANSMITS)
     lost = {"ring_full": kernel.ring_full, "nested": kernel.nested}
     return Balance(kernel.passed + kernel.nested, ring.records_before, in_ring=ring.unread, lost=lost)
 
@@ -70,12 +70,12 @@ def main(file: str, port: str, *hold: str) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     signal.signal(signal.SIGHUP, lambda number, frame: print("reload", file=sys.stderr, flush=True))
     settings = hook_settings(rules=filtered(ports=(int(port),)))
-    with FdStore() as store, Capture(settings, store) as hooks, open(file, "w") as out:
-        hooks.load()
+    with FdStore() as store, Capture(settings, store) as capture, open(file, "w") as out:
+        capture.load()
         capabilities.drop_all()
-        with hooks.ring(TRANSMITS) as ring:
-            hooks.attach()
-            print("ready", "taken_over=true" if hooks.taken_over else "", file=sys.stderr, flush=True)
+        with capture.ring(TRANSMITS) as ring:
+            capture.attach()
+            print("ready", "taken_over=true" if capture.taken_over else "", file=sys.stderr, flush=True)
             notify("READY=1")
             end = float("inf")
             while ring.records_before < end:
@@ -92,7 +92,7 @@ def main(file: str, port: str, *hold: str) -> None:
                     ring.commit(ring.position)
                 out.write("\n")
                 out.flush()
-            print("balance tcp_transmit", _balance(hooks, ring), file=sys.stderr, flush=True)
+            print("balance tcp_transmit", _balance(capture, ring), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

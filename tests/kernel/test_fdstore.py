@@ -130,21 +130,21 @@ def test_detach_clears_the_store(manager: Manager, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     with contextlib.ExitStack() as stack:
         echo, store = stack.enter_context(Echo()), stack.enter_context(FdStore())
-        hooks = stack.enter_context(Capture(hook_settings(rules=filtered(ports=(echo.port,))), store))
+        capture = stack.enter_context(Capture(hook_settings(rules=filtered(ports=(echo.port,))), store))
         others = bpf_ids(os.getpid(), "prog")
-        hooks.load()
-        hooks.attach()
+        capture.load()
+        capture.attach()
         programs = bpf_ids(os.getpid(), "prog") - others
         for prefix in ("manifest_", "transmit_pipe", "retransmit_pipe", "counters", "link_0"):
             assert any(name.startswith(prefix) for name in manager.stored)
         assert len(manager.stored) <= 40, "the unit's store has room for three of these"
         exchange(echo.port, 1)
-        hooks.detach()
+        capture.detach()
         assert manager.stored == {}
-        passed = hooks.counters(TRANSMITS).passed
+        passed = capture.counters(TRANSMITS).passed
         assert passed > 0
         exchange(echo.port, 1)
-        assert hooks.counters(TRANSMITS).passed == passed
+        assert capture.counters(TRANSMITS).passed == passed
     wait_for(lambda: not programs & program_ids(), "the programs' end")
 
 

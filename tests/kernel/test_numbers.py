@@ -47,16 +47,16 @@ def test_numbers_begin_after_the_given_ones_and_counters_at_zero() -> None:
     told = Told(first)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        with Capture(hook_settings(rules=filtered(ports=(address[1],))), numbers=told) as hooks:
-            hooks.load()
-            hooks.attach()
-            assert hooks.sequence(RETRANSMITS) == first["retransmit"]
+        with Capture(hook_settings(rules=filtered(ports=(address[1],))), numbers=told) as capture:
+            capture.load()
+            capture.attach()
+            assert capture.sequence(RETRANSMITS) == first["retransmit"]
             connect(address, 53)
-            hooks.detach()
+            capture.detach()
             connect(address, 1)
-            passed = hooks.counters(TRANSMITS).passed
-            last = hooks.sequence(TRANSMITS)
-            with hooks.ring(TRANSMITS) as ring:
+            passed = capture.counters(TRANSMITS).passed
+            last = capture.sequence(TRANSMITS)
+            with capture.ring(TRANSMITS) as ring:
                 rows = ring.read(passed + 1)
     assert 53 * 3 <= passed == len(rows)
     assert told.last == {"transmit": last, "retransmit": first["retransmit"]}
@@ -71,14 +71,14 @@ def test_an_orderly_stop_is_continued_and_a_crash_is_a_jump(tmp_path: Path) -> N
         settings = hook_settings(rules=filtered(ports=(address[1],)))
 
         def run(*, crash: bool) -> tuple[list[int], list[int]]:
-            with Capture(settings, numbers=EventNumbers(tmp_path, "a boot", CPUS)) as hooks:
-                hooks.load()
-                hooks.attach()
-                first = hooks.sequence(TRANSMITS)
+            with Capture(settings, numbers=EventNumbers(tmp_path, "a boot", CPUS)) as capture:
+                capture.load()
+                capture.attach()
+                first = capture.sequence(TRANSMITS)
                 connect(address, 11)
                 if not crash:
-                    hooks.detach()
-                return first, hooks.sequence(TRANSMITS)
+                    capture.detach()
+                return first, capture.sequence(TRANSMITS)
 
         first, last = run(crash=False)
         assert first == [0] * CPUS

@@ -52,12 +52,12 @@ def exchange(connection: tuple[socket.socket, socket.socket], count: int) -> Non
 def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket.socket, socket.socket]) -> None:
     port = connection[1].getsockname()[1]
     pages = {"transmit_pipe": mmap.PAGESIZE, "retransmit_pipe": mmap.PAGESIZE}
-    with Capture(hook_settings(rules=filtered(ports=(port,)), ring_bytes=pages)) as hooks:
-        hooks.load()
-        hooks.attach()
-        with hooks.ring(TRANSMITS) as ring:
+    with Capture(hook_settings(rules=filtered(ports=(port,)), ring_bytes=pages)) as capture:
+        capture.load()
+        capture.attach()
+        with capture.ring(TRANSMITS) as ring:
             exchange(connection, 1009)
-            first = hooks.counters(TRANSMITS)
+            first = capture.counters(TRANSMITS)
             assert first.passed >= 2 * 1009
             assert ring.unread == CAPACITY == first.passed - first.ring_full
             assert ring.fill == CAPACITY * RECORD_BYTES / mmap.PAGESIZE
@@ -70,7 +70,7 @@ def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket
             exchange(connection, 1)
             # Now, because a delayed acknowledgement would later take the next number.
             connection[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-            second = hooks.counters(TRANSMITS)
+            second = capture.counters(TRANSMITS)
             assert second.passed - second.ring_full == CAPACITY
             assert ring.unread == 0
 
@@ -79,4 +79,4 @@ def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket
             row = ring.read(1)[0]
             assert row["s"]["cpu_seq"] == second.passed + 1
             assert row["s"]["cpu_seq"] - CAPACITY - 1 == second.ring_full, "the gap is what was lost"
-        assert hooks.counters(RETRANSMITS).passed == 0
+        assert capture.counters(RETRANSMITS).passed == 0

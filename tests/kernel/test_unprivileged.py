@@ -17,10 +17,10 @@ ATTACH = """
 import sys
 from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import filtered
-with Capture(CaptureSettings(hooks=sys.argv[1].split(","), rules=filtered(ports=(1,)))) as hooks:
-    hooks.load()
-    hooks.attach()
-    print(hooks.hooks_in_use["transmit"], hooks.hooks_in_use["retransmit"])
+with Capture(CaptureSettings(hooks=sys.argv[1].split(","), rules=filtered(ports=(1,)))) as capture:
+    capture.load()
+    capture.attach()
+    print(capture.hooks_in_use["transmit"], capture.hooks_in_use["retransmit"])
 """
 
 

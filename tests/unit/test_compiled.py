@@ -1,4 +1,4 @@
-"""The folder of compiled programs: what it gives back, and what it does not trust."""
+"""The program cache: what it returns, and what it does not trust."""
 
 import hashlib
 import os
@@ -42,7 +42,7 @@ def compiler(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def file(path: Path, compiler: Path) -> Path:
-    """The file of KEY, which is whole."""
+    """A valid file of KEY."""
     ProgramCache(path).put(KEY, COMPILED, [str(compiler)])
     return path / f"{KEY}.json"
 
@@ -50,17 +50,17 @@ def file(path: Path, compiler: Path) -> Path:
 def test_instructions_have_the_descriptors_of_their_maps_and_nothing_else_has_changed() -> None:
     patched = load_64(MAP_FD, 63) + load_64(0, 1) + load_64(MAP_FD, 41) + RETURN_0
     assert COMPILED.instructions("one", [41, 63]) == patched
-    # The second half of a 64-bit load is a number, whatever it looks like.
+    # The second half of a 64-bit load is a number, even if it looks like an instruction.
     number = instruction(LD_IMM64, 1, 0, 0, 7) + instruction(LD_IMM64, 0, MAP_FD, 0, 1)
     assert Compiled(MAPS, {"p": number + RETURN_0}).instructions("p", [41, 63]) == number + RETURN_0
 
 
-def test_a_reference_to_anything_but_a_map_is_an_error() -> None:
+def test_a_reference_to_something_other_than_a_map_is_an_error() -> None:
     with pytest.raises(ValueError, match="instruction 2 refers to something other than a map"):
         Compiled.from_loaded({"p": load_64(0, 1) + load_64(MAP_VALUE, 3) + RETURN_0}, [])
 
 
-def test_what_is_put_is_found_by_its_key_alone(path: Path, file: Path) -> None:
+def test_cached_programs_are_found_only_by_their_key(path: Path, file: Path) -> None:
     folder = ProgramCache(path)
     found = folder.find(KEY)
     assert found is not None
@@ -70,7 +70,7 @@ def test_what_is_put_is_found_by_its_key_alone(path: Path, file: Path) -> None:
     assert [each.stat().st_mode & 0o777 for each in (path, file)] == [0o700, 0o600]
 
 
-def test_a_file_under_another_key_is_not_taken_for_it(path: Path, file: Path) -> None:
+def test_a_file_under_another_key_is_not_used(path: Path, file: Path) -> None:
     file.rename(path / f"{'b' * 64}.json")
     folder = ProgramCache(path)
     assert folder.find("b" * 64) is None
@@ -85,7 +85,7 @@ def flip(data: bytes) -> bytes:
     "change", [flip, lambda data: data[:-1], lambda data: b"", lambda data: b"\xff" + data[1:]],
     ids=["a bit", "an end", "all", "the checksum"],
 )  # fmt: skip
-def test_a_damaged_file_is_told_of_and_replaced(path: Path, file: Path, change: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_file_is_reported_and_replaced(path: Path, file: Path, change: Callable[[bytes], bytes]) -> None:
     file.write_bytes(change(file.read_bytes()))
     folder = ProgramCache(path)
     assert folder.find(KEY) is None
@@ -120,7 +120,7 @@ def test_what_others_can_write_is_not_loaded(path: Path, file: Path, what: str, 
 
 
 @pytest.mark.parametrize("change", [give_away, for_the_group, for_all])
-def test_nor_is_what_lies_below_a_folder_of_others(tmp_path: Path, change: Callable[[Path], None]) -> None:
+def test_files_below_a_folder_of_others_are_not_loaded(tmp_path: Path, change: Callable[[Path], None]) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root")
     path = tmp_path / "others" / "own" / "compiled"
@@ -178,7 +178,7 @@ def test_symbolic_links_are_not_followed(path: Path, file: Path, tmp_path: Path)
     assert len(folder.warnings) == 2
 
 
-def test_another_compiler_compiles_anew(path: Path, file: Path, compiler: Path) -> None:
+def test_with_another_compiler_programs_are_compiled_again(path: Path, file: Path, compiler: Path) -> None:
     folder = ProgramCache(path)
     compiler.write_bytes(b"an upgrade")
     os.utime(compiler, ns=(1, 1))
@@ -190,7 +190,7 @@ def test_another_compiler_compiles_anew(path: Path, file: Path, compiler: Path) 
     assert folder.warnings == []
 
 
-def test_only_the_last_used_are_kept(path: Path) -> None:
+def test_only_the_most_recently_used_stay(path: Path) -> None:
     folder = ProgramCache(path)
     oldest, second, *others = (f"{i:064}" for i in range(MAX_FILES))
     for age, each in enumerate([oldest, second, *others]):
@@ -204,7 +204,7 @@ def test_only_the_last_used_are_kept(path: Path) -> None:
 
 
 @ROOT_ONLY
-def test_a_disk_that_takes_nothing_is_told_of_once(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_once(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         ProgramCache(disk / "used").put(KEY, COMPILED, [])
         remount(disk, "ro")
@@ -216,14 +216,14 @@ def test_a_disk_that_takes_nothing_is_told_of_once(tmp_path: Path) -> None:
         assert ProgramCache(disk / "used").find(KEY) is not None
 
 
-def test_without_a_folder_nothing_is_kept() -> None:
+def test_without_a_folder_nothing_is_cached() -> None:
     folder = ProgramCache(None)
     folder.put(KEY, COMPILED, [])
     assert folder.find(KEY) is None
     assert folder.warnings == []
 
 
-def test_the_key_stands_for_all_that_goes_in(tmp_path: Path) -> None:
+def test_the_key_depends_on_all_inputs(tmp_path: Path) -> None:
     header = tmp_path / "include" / "linux" / "types.h"
     header.parent.mkdir(parents=True)
     header.write_text("typedef unsigned int u32;")

@@ -1,4 +1,4 @@
-"""Names of this host become numbers in rules; what cannot be one is refused by the rule's name."""
+"""Names of this host become numbers in rules; invalid ones are rejected with the rule's name."""
 
 import ipaddress
 import os
@@ -60,7 +60,7 @@ def test_a_unit_is_every_cgroup_of_its_name_with_those_above_it(root: Path) -> N
     assert found.cgroups_above[inode(one)] == [inode(root / "system.slice"), inode(root)]
 
 
-def test_a_cgroup_that_is_not_there_matches_nothing(root: Path) -> None:
+def test_a_missing_cgroup_matches_nothing(root: Path) -> None:
     segment = Segment(ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("10.0.0.2"), 1, 2, cgroups=(5,))
     for absent in (RuleConfig(cgroup=("/gone",)), RuleConfig(unit=("gone.service",))):
         for place in (root, None):
@@ -90,7 +90,7 @@ def test_actions_are_by_stream() -> None:
         (RuleConfig(address=("@/no/such/file",)), "rule 1: .*/no/such/file"),
     ],
 )
-def test_what_cannot_be_is_refused(rule: RuleConfig, message: str) -> None:
+def test_invalid_conditions_are_rejected(rule: RuleConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolved(None, rule)
 
@@ -169,7 +169,7 @@ def test_a_list_of_addresses_is_a_file_of_bounded_length(tmp_path: Path) -> None
             resolved(None, RuleConfig(address=(f"@{path}",)))
 
 
-def test_a_list_that_is_no_text_is_refused_by_the_rules_name(tmp_path: Path) -> None:
+def test_a_list_that_is_not_text_is_rejected_with_the_rules_name(tmp_path: Path) -> None:
     path = tmp_path / "list"
     path.write_bytes(b"10.0.0.1\n\xff\n")
     with pytest.raises(ConfigError, match=r"rule 1 r: .*utf-8"):

@@ -1,4 +1,4 @@
-"""Files of the state folder that are not what they should be: null, of other types, pipes, folders, links, 10 GB."""
+"""Invalid files in the state folder: null, wrong types, pipes, folders, links, 10 GB."""
 
 import errno
 import hashlib
@@ -154,7 +154,7 @@ def test_numbers_of_other_types_cost_a_jump(tmp_path: Path, change: dict[str, ob
 
 
 def test_no_changed_byte_makes_numbers_begin_again(tmp_path: Path) -> None:
-    """Least of all one in the boot's id, which would make it the file of another boot."""
+    """In particular one in the boot id, which would make it the file of another boot."""
     first = numbers(tmp_path, 10)
     first.start()
     first.stop({"transmit": [1009, 7], "retransmit": [0, 13]})
@@ -174,7 +174,7 @@ def test_numbers_that_are_other_json_cost_a_jump(tmp_path: Path, content: bytes)
     assert numbers(tmp_path, 55).start() == all_at(55)
 
 
-def test_numbers_jump_where_somebody_deleted_their_file(tmp_path: Path) -> None:
+def test_numbers_jump_if_their_file_was_deleted(tmp_path: Path) -> None:
     numbers(tmp_path, 10).start()
     Ledger(tmp_path / "ledger.transmit").open()
     (tmp_path / "sequence.json").unlink()
@@ -262,9 +262,7 @@ def test_a_time_that_is_none_does_not_tell_a_files_age(made: str) -> None:
 
 
 @anything
-def test_what_stands_in_the_place_of_compiled_programs_is_a_warning(
-    tmp_path: Path, make: Callable[[Path], None]
-) -> None:
+def test_an_unusable_program_cache_is_a_warning(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "key.json")
     folder = ProgramCache(tmp_path)
     assert folder.find("key") is None
@@ -291,7 +289,7 @@ def test_what_stands_in_the_place_of_compiled_programs_is_a_warning(
         b'{"compiler": [], "maps": [], "programs": {"a": null}}',
     ],
 )
-def test_compiled_programs_that_say_something_else_are_a_warning(tmp_path: Path, body: bytes) -> None:
+def test_cached_programs_with_other_content_are_a_warning(tmp_path: Path, body: bytes) -> None:
     (tmp_path / "key.json").write_bytes(hashlib.sha256(b"key" + body).hexdigest().encode() + b"\n" + body)
     folder = ProgramCache(tmp_path)
     assert folder.find("key") is None
@@ -312,7 +310,7 @@ MANIFEST = Manifest(
 )
 
 
-def test_a_manifest_is_read_as_it_was_written() -> None:
+def test_a_manifest_is_read_as_written() -> None:
     assert Manifest.from_json(json.loads(json.dumps(MANIFEST.to_json()))) == MANIFEST
 
 
@@ -338,7 +336,7 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
         {"refusals": [["a", "b", None]]},
     ],
 )
-def test_a_manifest_that_does_not_hang_together_is_none(change: dict[str, object]) -> None:
+def test_an_inconsistent_manifest_is_rejected(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="the manifest cannot be read"):
         Manifest.from_json({**MANIFEST.to_json(), **change})
 
@@ -359,7 +357,7 @@ def test_a_manifest_that_does_not_hang_together_is_none(change: dict[str, object
         {"stream": "third"},
     ],
 )
-def test_a_ring_of_a_manifest_that_cannot_be_one_is_none(change: dict[str, object]) -> None:
+def test_an_invalid_ring_in_a_manifest_is_rejected(change: dict[str, object]) -> None:
     manifest = json.loads(json.dumps(MANIFEST.to_json()))
     manifest["rings"][0].update(change)
     with pytest.raises(ValueError, match="the manifest cannot be read"):
@@ -370,7 +368,7 @@ def test_a_ring_of_a_manifest_that_cannot_be_one_is_none(change: dict[str, objec
     "text",
     [b"", b"null", b"[]", b"{}", b'{"objects": null, "manifest": {}}', b'{"objects": [1], "manifest": {}}', DEEP],
 )
-def test_what_a_keeper_wrote_is_checked(text: bytes) -> None:
+def test_what_a_store_saved_is_checked(text: bytes) -> None:
     with pytest.raises(ValueError, match=r".*"):
         parse_stored(text)
 
