@@ -249,7 +249,7 @@ def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], lis
         sides = Sides(outer.local | bits[0], outer.remote | bits[1], outer.either | bits[2])
         around.append((packed, length, sides))
         found.append((packed, length, classes.number(sides)))
-    # The most frequent first, so that a long list keeps its number when others change.
+    # The most frequent first, so that the class of a long list does not change with other rules.
     order = [0, *(number for number, _ in Counter(number for *_, number in found).most_common() if number)]
     places = {number: place for place, number in enumerate(order)}
     prefixes = [(packed.to_bytes(16, "big"), length, places[number]) for packed, length, number in found]

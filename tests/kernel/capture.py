@@ -37,7 +37,7 @@ def wait_for(condition: Callable[[], T | None], what: str) -> T:
     """Wait until `condition` returns neither None nor False, and return its result."""
     deadline = time.monotonic() + DEADLINE_S
     while (result := condition()) is None or result is False:
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.02)
     return result
 

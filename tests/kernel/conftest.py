@@ -17,7 +17,7 @@ _unused = iter(_PORTS)
 @pytest.fixture(scope="session", autouse=True)
 def root() -> None:
     if os.geteuid() != 0:
-        pytest.skip("kernel tests load BPF programs and make namespaces: run them as root")
+        pytest.skip("kernel tests load BPF programs and create namespaces: run them as root")
 
 
 @pytest.fixture(scope="session", autouse=True)

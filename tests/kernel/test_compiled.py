@@ -60,7 +60,7 @@ def test_a_second_start_loads_the_same_without_the_compiler(folder: Path) -> Non
     assert (cached, has_compiler) == (True, False)
     assert second == first
     assert sum(first.values()) > 14, "maps and programs"
-    assert "libbcc" in next(folder.iterdir()).read_text(), "an upgrade is noticed"
+    assert "libbcc" in next(folder.iterdir()).read_text(), "so that an upgrade is detected"
 
 
 def test_events_of_cached_programs_match_the_wire(lab: Lab, port: int) -> None:

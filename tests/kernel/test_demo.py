@@ -68,7 +68,7 @@ def read_until(lines: Iterator[str], text: str) -> str:
         seen.append(line)
         if text in line:
             return line
-    pytest.fail(f"{text!r} never came: {''.join(seen)}")
+    pytest.fail(f"{text!r} was not printed: {''.join(seen)}")
 
 
 def is_explained(row: dict[str, Any], reasons: list[str]) -> bool:

@@ -42,7 +42,7 @@ def wait_for_processes(namespaces: set[str], count: int) -> list[int]:
         if len(inside) == count:
             return inside
         time.sleep(0.02)
-    pytest.fail(f"not {count} processes in the namespaces but {inside}")
+    pytest.fail(f"expected {count} processes in the namespaces, found {inside}")
 
 
 def connect(lab: Lab, address: str, count: int) -> None:

@@ -70,7 +70,7 @@ def test_detach_ends_the_events_and_close_unloads_the_programs() -> None:
             hooks.load()
             assert hooks.counters(TRANSMITS).passed == 0
             socket.create_connection(address).close()
-            assert hooks.counters(TRANSMITS).passed == 0, "loaded is not attached"
+            assert hooks.counters(TRANSMITS).passed == 0, "loaded programs are not attached"
             hooks.attach()
             loaded = ids(hooks)
             assert loaded <= program_ids()
@@ -97,7 +97,7 @@ def test_kill_leaves_nothing_attached() -> None:
         loaded = {int(each) for each in process.stdout.readline().split()}
         assert loaded
         assert loaded <= program_ids()
-        assert children(process.pid) == [], "the loader is gone once all is attached"
+        assert children(process.pid) == [], "the loader exits once everything is attached"
         process.send_signal(signal.SIGKILL)
         wait_for(lambda: not loaded & program_ids(), "the programs' end")
 

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 CPUS = possible_cpus()
 
 
-class Told:
+class FixedNumbers:
     """Fixed first numbers; `last` has the recorded last ones."""
 
     def __init__(self, first: Mapping[str, Sequence[int]]) -> None:
@@ -44,10 +44,10 @@ def connect(address: tuple[str, int], count: int) -> None:
 
 def test_numbers_begin_after_the_given_ones_and_counters_at_zero() -> None:
     first = {stream.name: [(stream.index + 3 << 32) + 1009 * cpu for cpu in range(CPUS)] for stream in STREAMS}
-    told = Told(first)
+    fixed = FixedNumbers(first)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        with Capture(hook_settings(rules=filtered(ports=(address[1],))), numbers=told) as capture:
+        with Capture(hook_settings(rules=filtered(ports=(address[1],))), numbers=fixed) as capture:
             capture.load()
             capture.attach()
             assert capture.sequence(RETRANSMITS) == first["retransmit"]
@@ -59,7 +59,7 @@ def test_numbers_begin_after_the_given_ones_and_counters_at_zero() -> None:
             with capture.ring(TRANSMITS) as ring:
                 rows = ring.read(passed + 1)
     assert 53 * 3 <= passed == len(rows)
-    assert told.last == {"transmit": last, "retransmit": first["retransmit"]}
+    assert fixed.last == {"transmit": last, "retransmit": first["retransmit"]}
     for cpu, (before, behind) in enumerate(zip(first["transmit"], last, strict=True)):
         numbers = np.sort(rows["s"]["cpu_seq"][rows["s"]["cpu"] == cpu])
         assert (numbers == np.arange(before + 1, behind + 1, dtype=np.uint64)).all()

@@ -71,5 +71,5 @@ def test_a_retransmit_has_the_owner_that_made_the_socket(capture: Recording, lab
         assert (flow["flow_known"] & KNOWN["uid"]).all()
         known = (flow["flow_known"] & KNOWN["sk_cookie"]) != 0
         assert set(flow["sk_cookie"][known]) == {cookie}
-        assert known.all() or trial.hook == "kprobe", "a kprobe cannot make the cookie"
+        assert known.all() or trial.hook == "kprobe", "a kprobe cannot create the cookie"
         assert known[-1]

@@ -79,7 +79,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Recording, lab: Lab, p
             ("TCPSynRetrans", ["syn", "syn_ack"]),
         ):
             assert 0 <= moved(host, name) - segs(cause_is(mine, *causes)) <= may_miss[RETRANSMITS]
-    assert len(cause_is(rows, "fast")) > 2, "so much loss brings fast retransmits"
+    assert len(cause_is(rows, "fast")) > 2, "this much loss must cause fast retransmits"
     assert {HOOKS[hook] for hook in set(rows["s"]["flow"]["hook"])} == {capture.kernel.hooks_in_use["retransmit"]}
 
     # The transmit stream has and marks each of them too, but not all hooks can recognize a SYN-ACK.

@@ -90,7 +90,7 @@ def test_each_retransmitted_syn_ack_is_an_event(
     roomy: Recording, host: Host, far: Tun, port: int, version: int, mapped: bool, count: int
 ) -> None:
     if version == 6 and not sees_ipv6_synacks(roomy):
-        pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6 (as Linux 6.1)")
+        pytest.skip("this kernel does not run cgroup programs for SYN-ACKs over IPv6 (like Linux 6.1)")
     skips = Skips(roomy)
     with listening(host, far, version, port, mapped=mapped):
         for sport in range(_FIRST_PORT, _FIRST_PORT + count):

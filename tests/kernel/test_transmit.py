@@ -46,8 +46,8 @@ def sums_to(capture: Recording, port: int, host: Host, before: dict[str, int]) -
         rows = rows[rows["s"]["flow"]["netns"] == host.netns]
         again = rows["is_retransmit"] == 1
         now = host.counters()
-        told = {"OutSegs": rows[~again]["s"]["segs"].sum(), "RetransSegs": rows[again]["s"]["segs"].sum()}
-        return rows[~again] if told == {name: now[name] - before[name] for name in told} else None
+        captured = {"OutSegs": rows[~again]["s"]["segs"].sum(), "RetransSegs": rows[again]["s"]["segs"].sum()}
+        return rows[~again] if captured == {name: now[name] - before[name] for name in captured} else None
 
     return condition
 
@@ -87,7 +87,7 @@ def test_each_field_is_what_the_sender_knows(
     capture: Recording, lab: Lab, port: int, address: str, on_wire: str
 ) -> None:
     if on_wire == "::1" and not sees_ipv6_synacks(capture):
-        pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6 (as Linux 6.1)")
+        pytest.skip("this kernel does not run cgroup programs for SYN-ACKs over IPv6 (like Linux 6.1)")
     start = time.monotonic_ns()
     before = counted(lab)
     with Pair(lab.client, lab.client, address, port) as pair:

@@ -90,7 +90,7 @@ def test_bulk_with_random_loss(
             if segs(trial.again(lab.client, "fast")) > 2:
                 break
         else:
-            pytest.fail("so much loss brings fast retransmits")
+            pytest.fail("expected fast retransmits with this much loss")
 
 
 def test_a_lost_syn_and_a_lost_syn_ack(capture: Recording, lab: Lab, port: int) -> None:
@@ -227,7 +227,7 @@ def test_1009_short_connections(capture: Recording, lab: Lab, port: int) -> None
                 pair.end()
     # None is lost, but a stalled machine may delay one.
     resent = {host.name: trial.moved(host, "RetransSegs") for host in lab.hosts}
-    assert len(trial.socketless["client"]) <= resent["server"], "what answers an end that comes again"
+    assert len(trial.socketless["client"]) <= resent["server"], "only answers to repeated FINs"
     assert len(trial.socketless["server"]) <= resent["client"]
     for host in lab.hosts:
         assert segs(trial.again(host)) <= resent[host.name]

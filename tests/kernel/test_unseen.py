@@ -120,7 +120,7 @@ def test_segments_without_a_full_socket(
     version: int,
 ) -> None:
     if version == 6 and kernel_version() < (6, 12):
-        pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6")
+        pytest.skip("this kernel does not run cgroup programs for SYN-ACKs over IPv6")
     before, wire, skips = host.counters(), len(far.read()), Skips(capture)
     provoke(host, far, version, port)
     sent, kernel = far.read()[wire:], host.counters()

@@ -114,14 +114,14 @@ class Trial:
 
     def _check_wire(self, host: Host) -> None:
         rows = self.sent(host)
-        told = _mark_syn_acks(_sent(rows, rows["is_retransmit"] == 1))
+        recorded = _mark_syn_acks(_sent(rows, rows["is_retransmit"] == 1))
         wire = [self._as_told(segment) for segment in self._wire[host.name]]
         if not self._whole:
-            wire = list(_joined(wire, zip(told, rows["s"]["segs"].tolist(), strict=True)))
+            wire = list(_joined(wire, zip(recorded, rows["s"]["segs"].tolist(), strict=True)))
         seen = list(_marked(wire))
-        invented = _difference(told, seen)
-        assert not invented, f"events without a packet: {invented[:3]}; packets: {_difference(seen, told)[:3]}"
-        lacking = _difference(seen, told)
+        invented = _difference(recorded, seen)
+        assert not invented, f"events without a packet: {invented[:3]}; packets: {_difference(seen, recorded)[:3]}"
+        lacking = _difference(seen, recorded)
         ends = _ends(segment for wire in self._wire.values() for segment in wire)
         unexplained = [
             each
@@ -132,9 +132,9 @@ class Trial:
         assert len(unexplained) <= pieces * self._skips.of(TRANSMITS), f"packets without an event: {unexplained[:3]}"
         self.socketless[host.name] = [each.segment for each in lacking if each not in unexplained]
         rows = self.again(host)
-        told, seen = _sent(rows, np.ones(len(rows), bool)), [each for each in seen if each.again]
-        assert not (invented := _difference(told, seen)), f"retransmits without a packet: {invented[:3]}"
-        lacking = _difference(seen, told)
+        recorded, seen = _sent(rows, np.ones(len(rows), bool)), [each for each in seen if each.again]
+        assert not (invented := _difference(recorded, seen)), f"retransmits without a packet: {invented[:3]}"
+        lacking = _difference(seen, recorded)
         assert len(lacking) <= pieces * self._skips.of(RETRANSMITS), (
             f"retransmitted packets without an event: {lacking[:3]}"
         )
@@ -151,8 +151,8 @@ class Trial:
         assert not len(cause_is(again, "other"))
         missing = {stream.name: range(MAX_SEGS * self._skips.of(stream) + 1) for stream in STREAMS}
         for name, causes in COUNTED_CAUSES.items():
-            told = segs(cause_is(again, *causes))
-            assert self.moved(host, name) - told in missing["retransmit"], f"{name}: {told} by the events"
+            recorded = segs(cause_is(again, *causes))
+            assert self.moved(host, name) - recorded in missing["retransmit"], f"{name}: {recorded} by the events"
         # A probe may also be new data. A timeout may find the segment still in the host's queue, or belong to a
         # SYN-ACK, which a repeated SYN has also retransmitted.
         assert segs(cause_is(again, "tlp")) <= self.moved(host, "TCPLossProbes")
@@ -199,11 +199,11 @@ def _text(address: bytes) -> str:
     return str(parsed.ipv4_mapped or parsed)
 
 
-def _mark_syn_acks(told: Iterable[Sent]) -> list[Sent]:
+def _mark_syn_acks(recorded: Iterable[Sent]) -> list[Sent]:
     """Mark SYN-ACKs that were sent before, by their sequence numbers, since not all hooks can."""
     syn_acks: set[Segment] = set()
     marked = []
-    for sent in told:
+    for sent in recorded:
         if sent.segment.tcp_flags & (SYN | ACK) == SYN | ACK:
             marked.append(sent._replace(again=sent.again or sent.segment in syn_acks))
             syn_acks.add(sent.segment)
@@ -240,12 +240,12 @@ def _before(one: int, other: int) -> bool:
     return (one - other) % (1 << 32) >= 1 << 31
 
 
-def _joined(wire: Iterable[Segment], told: Iterable[tuple[Sent, int]]) -> Iterator[Segment]:
+def _joined(wire: Iterable[Segment], recorded: Iterable[tuple[Sent, int]]) -> Iterator[Segment]:
     """Merge the packets of a super-segment: as many as its event's `segs`, in order."""
     packets: dict[_Flow, list[Segment]] = defaultdict(list)
     for segment in wire:
         packets[segment[:4]].append(segment)
-    for sent, count in told:
+    for sent, count in recorded:
         mine = packets[sent.segment[:4]]
         while any(each.seq == sent.segment.seq for each in mine[1:]) and mine[0].seq != sent.segment.seq:
             yield mine.pop(0)  # of a skipped event
@@ -255,7 +255,7 @@ def _joined(wire: Iterable[Segment], told: Iterable[tuple[Sent, int]]) -> Iterat
         for one, other in itertools.pairwise(pieces):
             assert (one.seq + one.payload_len) % (1 << 32) == other.seq, "pieces of one super-segment"
             assert one.ack_seq == other.ack_seq
-            assert not one.tcp_flags & (PSH | FIN), "these stand on the last piece"
+            assert not one.tcp_flags & (PSH | FIN), "these are only on the last piece"
         yield pieces[0]._replace(
             payload_len=sum(piece.payload_len for piece in pieces),
             tcp_flags=pieces[0].tcp_flags | pieces[-1].tcp_flags,

@@ -75,7 +75,7 @@ def debian_mirror() -> str:
         label, _, suite = rest.rpartition(" ")
         if label == "Debian" and "-" not in suite:
             return uri
-    raise LookupError("apt is configured with no Debian mirror, or `apt-get update` has not run yet")
+    raise LookupError("no Debian mirror is configured for apt, or `apt-get update` has not run yet")
 
 
 def _run(command: list[str], folder: Path | None = None) -> str:

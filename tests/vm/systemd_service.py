@@ -116,7 +116,7 @@ def wait_for(what: str, condition: Callable[[], T | None]) -> T:
     end = time.monotonic() + DEADLINE_S
     while (value := condition()) is None or value is False:
         if time.monotonic() > end:
-            raise TimeoutError(f"waited in vain for {what}:\n{journal()[-8000:]}")
+            raise TimeoutError(f"timed out waiting for {what}:\n{journal()[-8000:]}")
         time.sleep(0.1)
     return value
 

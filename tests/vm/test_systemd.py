@@ -142,7 +142,7 @@ def test_the_same_programs_stay_attached(outcome: Outcome, life: dict[str, Any])
 def test_each_restart_takes_over_the_last_runs_hooks(outcome: Outcome) -> None:
     sights = outcome.seen["best"]["sights"]
     names = ["start", "restart", "kill", "hang", "upgrade", "reload"]
-    assert len({sights[name]["pid"] for name in names}) == 5, "a reload is no restart"
+    assert len({sights[name]["pid"] for name in names}) == 5, "a reload is not a restart"
     assert sights["hang"]["restarts"] == sights["kill"]["restarts"] + 1, "by the watchdog"
     assert outcome.journal.count("taken_over=true") == 6, "four times in the first life, twice in the other"
 
@@ -165,7 +165,7 @@ def test_different_hooks_replace_the_old_ones(outcome: Outcome) -> None:
     assert after["state"] == "active"
     assert not set(before["programs"]) & set(after["programs"])
     fresh = outcome.seen["best"]["sights"]["start"]
-    assert after["stored"] == fresh["stored"], "the old ones are not in the store any more"
+    assert after["stored"] == fresh["stored"], "the old ones are no longer in the store"
 
 
 def test_it_is_not_root_and_no_thread_has_a_capability(life: dict[str, Any]) -> None:
