@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The wire contract between the kernel programs and the agent.
+ * The record layouts that kernel programs and agent share.
  *
- * Fixed-width members, no holes, every byte written. producer/events.py holds the same layout as numpy dtypes; at each
- * load the compiler checks the one against the other (layout_check.h is generated from the dtypes).
+ * Members have fixed widths, there are no holes, and every byte is written. producer/events.py has the same layout as
+ * numpy dtypes; at each load the compiler checks one against the other (layout_check.h is generated from the dtypes).
  *
  * Addresses are IPv6, IPv4 as v4-mapped (::ffff:a.b.c.d), in network order. Ports and all numbers are in host order.
  */
@@ -27,7 +27,7 @@ enum cause {
 	CAUSE_SYN_ACK = 6,
 };
 
-/* Bits of segment.known: which of the fields that a rung may not know are filled. Unknown fields are 0. */
+/* Bits of segment.known: which of the fields that a hook may not provide are filled. Unknown fields are 0. */
 #define KNOWN_SK_COOKIE (1u << 0)
 #define KNOWN_CGROUP_ID (1u << 1)
 #define KNOWN_UID (1u << 2)
@@ -38,7 +38,7 @@ enum cause {
 #define KNOWN_IS_RETRANSMIT (1u << 7)
 #define KNOWN_RETRANSMIT_NO (1u << 8)
 
-/* What stays the same for a connection: the agent encodes it once per flow. flow_known has the first three KNOWN_ bits. */
+/* Constant for a connection: the agent encodes it once per flow. flow_known has the first three KNOWN_ bits. */
 struct flow {
 	u8 saddr[16];
 	u8 daddr[16];
@@ -104,8 +104,8 @@ struct retransmit_event {
 struct counters {
 	u64 passed; /* events that passed the filter */
 	u64 lost_ring_full;
-	u64 seq; /* the last cpu_seq; the agent says where it begins, so that numbers are not used again */
-	u64 forgotten; /* returns of calls whose entry is not in its map (any more): each may be an event */
+	u64 seq; /* the last cpu_seq; the agent sets where it begins, so that no number is used twice */
+	u64 forgotten; /* returns of calls whose entry is missing from its map: each may be a lost event */
 };
 
 #endif

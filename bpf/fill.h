@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * From the kernel's structs to an event. Differences between kernels and between rungs are here: HAS_<struct>_<member>
- * says whether the running kernel has a member.
+ * Fills events from the kernel's structs. Differences between kernels and between hooks are handled here:
+ * HAS_<struct>_<member> is 1 if the running kernel has a member.
  */
 #ifndef REBPF_FILL_H
 #define REBPF_FILL_H
@@ -20,15 +20,15 @@
 #define ENOBUFS 105
 
 /*
- * What bcc puts in for reads that it rewrites: without root it takes the kernel for one before 5.5, whose only helper
- * for it a cgroup program may not call.
+ * bcc inserts this helper for reads that it rewrites. Without root it assumes a kernel before 5.5, whose only helper is
+ * forbidden in cgroup programs.
  */
 #define bpf_probe_read bpf_probe_read_kernel
 
 /*
- * READ() goes through a BTF pointer, which the verifier checks and the kernel guards; on the kprobe rung, whose
- * pointers have no type, by bpf_probe_read_kernel, as PROBE() does everywhere. The value of a statement expression has
- * the member's type without its const.
+ * READ() uses a BTF pointer, which the verifier checks and the kernel guards. With the kprobe hook, whose pointers have no
+ * type, it uses bpf_probe_read_kernel, as PROBE() always does. The value of a statement expression has the member's type
+ * without const.
  */
 #define PROBE(pointer, member)                                                      \
 	({                                                                          \
@@ -42,14 +42,14 @@
 #define READ(pointer, member) ((pointer)->member)
 #endif
 
-/* READ_IF(tcp_sock, tp, snd_cwnd): the member's value, or 0 where this kernel's struct has no such member. */
+/* READ_IF(tcp_sock, tp, snd_cwnd): the member's value, or 0 if this kernel's struct lacks it. */
 #define READ_IF(type, pointer, member) READ_IF_(HAS_##type##_##member, pointer, member)
 #define READ_IF_(has, pointer, member) READ_IF__(has, pointer, member)
 #define READ_IF__(has, pointer, member) READ_IF_##has(pointer, member)
 #define READ_IF_0(pointer, member) 0
 #define READ_IF_1(pointer, member) READ(pointer, member)
 
-/* All of TCP_FIELDS or none: a field that this kernel cannot tell must not look like a 0. */
+/* All of TCP_FIELDS or none: a field that this kernel cannot provide must not look like a 0. */
 #define HAS_TCP                                                                                                       \
 	(HAS_tcp_sock_srtt_us && HAS_tcp_sock_mdev_us && HAS_tcp_sock_icsk_rto && HAS_tcp_sock_snd_cwnd &&            \
 	 HAS_tcp_sock_snd_ssthresh && HAS_tcp_sock_packets_out && HAS_tcp_sock_sacked_out && HAS_tcp_sock_lost_out && \
@@ -74,7 +74,7 @@ static __always_inline void fill_v6(u8 *to, const u32 *words)
 	__builtin_memcpy(to, words, 16);
 }
 
-/* Addresses and ports of a socket or, since it begins with the same sock_common, of a request. */
+/* Addresses and ports of a socket, or of a request, which begins with the same sock_common. */
 static __always_inline void fill_endpoints(struct flow *flow, const struct sock_common *sk, u16 sport)
 {
 	flow->sport = sport;
@@ -106,8 +106,8 @@ static __always_inline u32 netns_of(const struct sock *sk)
 }
 
 /*
- * A raw socket, which some kernels' bpf_skc_to_tcp_sock() takes for TCP's and others' does not (docs/decisions.md): by its
- * address, which is the value of the verifier's pointer.
+ * The address of a raw socket, which is the value of the verifier's pointer. Some kernels' bpf_skc_to_tcp_sock() accepts a
+ * raw socket as TCP's and others' does not (docs/decisions.md).
  */
 static __always_inline const struct sock *address_of(struct bpf_sock *raw)
 {
@@ -117,7 +117,7 @@ static __always_inline const struct sock *address_of(struct bpf_sock *raw)
 	return sk;
 }
 
-/* TCP's own is in no table: it receives nothing. One that a process made is in that of raw sockets. */
+/* TCP's own raw socket receives nothing, so it is in no table. Those of processes are in the table of raw sockets. */
 static __always_inline bool is_of_process(const struct sock *raw)
 {
 #if HAS_sock_skc_node_pprev
@@ -129,7 +129,7 @@ static __always_inline bool is_of_process(const struct sock *raw)
 
 #define HAS_OWNER_CGROUP (HAS_sock_sk_cgroup && HAS_cgroup_kn && HAS_kernfs_node_id)
 
-/* Whose: of the socket, and never of the task that happens to run. */
+/* The owner of the socket, never of the task that happens to run. */
 static __always_inline void fill_owner(struct flow *flow, const struct sock *sk)
 {
 	flow->uid = READ_IF(sock, sk, sk_uid);
@@ -191,9 +191,8 @@ static __always_inline u32 control_length(u8 tcp_flags)
 }
 
 /*
- * TCP's control block of an skb that is about to be sent, or was. The block has the flags that TCP decided on when it
- * queued the data: ECE and CWR of the header are set later, and are not in it. Nor is the acknowledgement: that is the
- * caller's.
+ * Fills from TCP's control block of an skb that is about to be sent, or was. The block has the flags that TCP chose when
+ * it queued the data: ECE and CWR are set later, in the header only. The caller provides the acknowledgement number.
  */
 static __always_inline void fill_from_cb(struct segment *s, const struct sk_buff *skb, u32 ack_seq)
 {
@@ -201,7 +200,7 @@ static __always_inline void fill_from_cb(struct segment *s, const struct sk_buff
 	u32 segs = READ(cb, tcp_gso_segs);
 
 	s->tcp_flags = READ(cb, tcp_flags);
-	if (segs > 1) /* TCP forces it on super-segments as it writes their header, since Linux 5.4 */
+	if (segs > 1) /* since Linux 5.4, TCP sets it in the header of every super-segment */
 		s->tcp_flags |= TCPHDR_PSH;
 	s->seq = READ(cb, seq);
 	s->end_seq = READ(cb, end_seq);
@@ -211,7 +210,7 @@ static __always_inline void fill_from_cb(struct segment *s, const struct sk_buff
 	s->known |= KNOWN_ACK_SEQ;
 }
 
-/* A SYN-ACK has no skb yet, or none any more, where it is seen: its request says all. */
+/* At the probe, a SYN-ACK has no skb yet, or no longer: everything comes from its request. */
 static __always_inline void fill_from_request(struct segment *s, const struct request_sock *req)
 {
 	const struct tcp_request_sock *treq = (const void *)req;
@@ -225,7 +224,7 @@ static __always_inline void fill_from_request(struct segment *s, const struct re
 	s->known |= KNOWN_ACK_SEQ;
 }
 
-/* It has something to send, and below what was sent so far: snd_nxt moves only after a first transmission. */
+/* Whether it has data, SYN or FIN below snd_nxt, which only advances after a first transmission. */
 static __always_inline bool is_sent_before(const struct tcp_sock *tp, u32 seq, u32 end_seq)
 {
 	return end_seq != seq && (s32)(seq - READ(tp, snd_nxt)) < 0;
@@ -237,7 +236,7 @@ static __always_inline void fill_is_retransmit(struct transmit_event *e, const s
 	e->s.known |= KNOWN_IS_RETRANSMIT;
 }
 
-/* The timer clears icsk_pending before it retransmits; an acknowledgement that lets more be sent leaves it set. */
+/* The timer clears icsk_pending before it retransmits; an acknowledgement that allows more to be sent leaves it set. */
 static __always_inline u8 cause_of(const struct segment *s, const struct tcp_sock *tp)
 {
 	u8 pending = READ_IF(tcp_sock, tp, icsk_pending);
@@ -264,7 +263,7 @@ static __always_inline void fill_cause(struct retransmit_event *e, const struct 
 	}
 }
 
-/* `number`: the how-manieth retransmission of the SYN-ACK; 0 where that is not known. */
+/* `number`: the 1-based retransmission number of the SYN-ACK; 0 if unknown. */
 static __always_inline void fill_synack_cause(struct retransmit_event *e, u32 number)
 {
 	e->cause = CAUSE_SYN_ACK;
@@ -273,7 +272,7 @@ static __always_inline void fill_synack_cause(struct retransmit_event *e, u32 nu
 		e->s.known |= KNOWN_RETRANSMIT_NO;
 }
 
-/* The request counts its retransmissions; `behind` is 1 where this one is not in its count yet. */
+/* The request counts its retransmissions; `behind` is 1 if it has not counted this one yet. */
 static __always_inline u32 synack_number(const struct request_sock *req, u32 behind)
 {
 #if HAS_request_sock_num_retrans
@@ -283,20 +282,20 @@ static __always_inline u32 synack_number(const struct request_sock *req, u32 beh
 #endif
 }
 
-/* TCP Fast Open makes the connection before the handshake is over, and the connection then has the request. */
+/* TCP Fast Open creates the connection before the handshake is over; until then the connection has the request. */
 static __always_inline const struct tcp_request_sock *fast_open_request(const struct tcp_sock *tp)
 {
 	return (const void *)READ_IF(tcp_sock, tp, fastopen_rsk);
 }
 
-/* What the kernel gave up before it counted a retransmission. All other errors are retransmissions that failed. */
+/* Whether the kernel stopped before it counted a retransmission. All other errors are failed retransmissions. */
 static __always_inline bool gave_up(s32 err)
 {
 	return err == -16 /* EBUSY: still in the host's queue */ || err == -11 /* EAGAIN: window closed */ ||
 	       err == -22 /* EINVAL */ || err == -12 /* ENOMEM */ || err == -113 /* EHOSTUNREACH: no route */;
 }
 
-/* A queue that drops answers with a positive code (NET_XMIT_DROP). */
+/* A queue that drops the packet returns a positive code (NET_XMIT_DROP). */
 static __always_inline s32 errno_of(s32 err)
 {
 	return err > 0 ? -ENOBUFS : err;

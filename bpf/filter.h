@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The agent's own traffic never becomes events: it would feed back into itself.
+ * The agent's own traffic never becomes events, because it would feed back into itself.
  *
- * What is left out is told by the socket's cookie, which the kernel gives to one socket until the next boot: of the
- * agent's sockets, which the agent enters before they connect; of the other end of such a connection, where that is in
- * the same network namespace; and of the sockets that the agent's listeners accept.
+ * It is recognized by socket cookie, which is unique until the next boot: the cookies of the agent's sockets, which the
+ * agent enters before they connect; of the other end of such a connection, if in the same network namespace; and of the
+ * sockets that the agent's listeners accept.
  *
- * The other end has no socket yet when it answers a SYN: it is known by its endpoints until its socket is. Such an entry
- * is made when the agent's socket sends, and ends with that socket. No other socket can have these endpoints meanwhile,
- * and one that begins a connection between them later removes what may have been left.
+ * The other end has no socket yet when it answers a SYN, so until then it is recognized by its endpoints. Such an entry is
+ * created when the agent's socket sends, and removed when that socket closes. No other socket can have these endpoints
+ * meanwhile, and a later connection between them removes leftover entries.
  */
 #ifndef REBPF_FILTER_H
 #define REBPF_FILTER_H
@@ -35,7 +35,7 @@ static __always_inline struct connection peer_of(const struct flow *flow)
 	return peer;
 }
 
-/* 0: not the agent's. */
+/* 0: does not belong to the agent. */
 static __always_inline u8 whose(u64 cookie)
 {
 	u8 *owner = cookie ? own_sockets.lookup(&cookie) : NULL;
@@ -51,7 +51,7 @@ static __always_inline void add_partner(u64 cookie)
 		own_sockets.update(&cookie, &owner);
 }
 
-/* A socket that is closed may still send a reset. */
+/* Closed sockets are not noted: they may still send a reset. */
 static __always_inline void note_peer(const struct flow *flow, u32 state)
 {
 	struct connection peer = peer_of(flow);
@@ -61,7 +61,7 @@ static __always_inline void note_peer(const struct flow *flow, u32 state)
 		own_peers.update(&peer, &yes);
 }
 
-/* A connection that somebody else begins: what was known of its endpoints is out of date. */
+/* Another process opens a connection: entries for its endpoints are out of date. */
 static __always_inline void forget_peers(const struct flow *flow)
 {
 	struct connection sender = sent_by(flow), peer = peer_of(flow);
@@ -71,8 +71,8 @@ static __always_inline void forget_peers(const struct flow *flow)
 }
 
 /*
- * The flow has endpoints and network namespace. `cookie` is that of the socket, of a SYN-ACK's listener, or 0; `state`
- * that of the socket, or 0 where there is none.
+ * The flow has endpoints and network namespace. `cookie` is that of the socket, of a SYN-ACK's listener, or 0. `state` is
+ * that of the socket, or 0 without a socket.
  */
 static __always_inline bool is_own(const struct flow *flow, u64 cookie, u32 state)
 {
@@ -103,7 +103,7 @@ static __always_inline struct endpoint local_end(const struct flow *flow)
 	return local;
 }
 
-/* An accepted socket: is it the other end of an own connection, or one of an own listener's? */
+/* An accepted socket: adds it if it is the other end of an own connection, or accepted by an own listener. */
 static __always_inline void note_accepted(const struct flow *flow, struct sock *sk)
 {
 	struct connection sender = sent_by(flow);
@@ -113,7 +113,7 @@ static __always_inline void note_accepted(const struct flow *flow, struct sock *
 		add_partner(bpf_get_socket_cookie(sk));
 }
 
-/* Nobody can have the endpoints of an own socket but by the time it is closed. Its cookie stays: it may send a reset. */
+/* After an own socket closes, others can use its endpoints. Its cookie stays, because it may still send a reset. */
 static __always_inline void forget_closed(const struct flow *flow, u32 old_state)
 {
 	struct connection peer = peer_of(flow);

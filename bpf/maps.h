@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The maps, but for those of the rules (rules.h).
+ * The maps, except those of the rules (rules.h).
  */
 #ifndef REBPF_MAPS_H
 #define REBPF_MAPS_H
@@ -9,8 +9,8 @@
 #define STREAM_RETRANSMIT 1
 
 /*
- * The programs reserve and submit; the agent reads and moves the consumer position. The loader makes them as large as
- * the settings say; this is the least that each kernel takes, a page of 64 KiB.
+ * The programs reserve and submit; the agent reads and moves the consumer position. The loader creates them with the
+ * configured sizes; this one is the minimum on all kernels, a page of 64 KiB.
  */
 BPF_RINGBUF_OUTPUT(transmit_pipe, 16);
 BPF_RINGBUF_OUTPUT(retransmit_pipe, 16);
@@ -20,13 +20,13 @@ BPF_PERCPU_ARRAY(counters, struct counters, 2);
 
 /*
  * The agent's own traffic (filter.h). Cookies of its sockets, which the agent inserts before they connect, and of their
- * peers, which the programs insert: no cookie comes again, and the oldest fall out.
+ * peers, which the programs insert. Cookies are never reused; the oldest are evicted.
  */
 #define OWN_OPENED 1 /* by the agent, to connect or to listen */
 #define OWN_PARTNER 2 /* the other end of such a connection, or accepted by such a listener */
 BPF_TABLE("lru_hash", u64, u8, own_sockets, 16384);
 
-/* Local endpoints of what the agent listens on. It inserts; the listener's close deletes. */
+/* Local endpoints of the agent's listeners. The agent inserts; the listener's close deletes. */
 struct endpoint {
 	u8 address[16];
 	u32 netns;
@@ -36,7 +36,7 @@ BPF_HASH(own_listeners, struct endpoint, u8, 64);
 
 /*
  * The other end of an own connection, its side first. The SYN of the agent's socket inserts, the socket's close deletes;
- * the oldest fall out.
+ * the oldest are evicted.
  */
 struct connection {
 	u8 saddr[16];

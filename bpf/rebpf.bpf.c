@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The programs: one per hook, three steps each: select the flow, reserve and fill an event, submit it.
+ * The programs, one per probe, with three steps each: select the flow, reserve and fill an event, submit it.
  *
- * bcc compiles this file, and each program is then loaded by name (producer/kernel/hooks.py). Only those of the chosen rungs
- * are compiled. A context is `void *` or `u64 *` on purpose: bcc rewrites what is reached through a typed one.
+ * bcc compiles this file, and each program is then loaded by name (producer/kernel/hooks.py). Only the programs of the
+ * chosen hooks are compiled. Contexts are `void *` or `u64 *` because bcc rewrites accesses through a typed one.
  */
 #include "kernel.h"
 #include "events.h"
@@ -14,14 +14,14 @@
 #include "rules.h"
 
 /*
- * No wakeup: an interrupt for each event would cost the traced context more than the event does, and would invite the
+ * No wakeup: an interrupt per event would cost the traced context more than the event itself, and would cause more of the
  * runs that the kernel skips because a program would interrupt itself. The agent reads on a timer.
  */
 #define SUBMIT_FLAGS 1 /* BPF_RB_NO_WAKEUP */
 
 /*
- * The event's number: taken also when the ring is full, so that a reader of the topic sees the gap. Atomic, because on
- * the cgroup hook a softirq may interrupt a run on the same CPU and run the program again.
+ * The event's number. Used even if the ring is full, so that a reader of the topic sees the gap. Atomic, because with the
+ * cgroup hook a softirq may interrupt a run on the same CPU and run the program again.
  */
 static __always_inline u64 next_seq(struct counters *counter)
 {
@@ -95,15 +95,15 @@ static __always_inline struct retransmit_event *reserve_retransmit(const struct 
 	return e;
 }
 
-/* The cookie is made where there is none yet, except by a kprobe, which can only read it. */
+/* Creates the cookie if there is none yet, except in a kprobe, which can only read it. */
 static __always_inline u64 cookie_of(struct sock *sk, u8 hook)
 {
 	return hook == HOOK_KPROBE ? READ_IF(sock, sk, skc_cookie) : bpf_get_socket_cookie(sk);
 }
 
 /*
- * The flow of a full socket, and what the rules say. Its port is what goes on the wire: skc_num is 0 in the reset of a
- * socket that was disconnected.
+ * The flow of a full socket, and the rules' decision. The port is the one on the wire: skc_num is 0 in the reset of a
+ * disconnected socket.
  */
 static __always_inline struct choice choose_socket(struct flow *flow, struct tcp_sock *tp, u8 hook)
 {
@@ -122,7 +122,7 @@ static __always_inline struct choice choose_socket(struct flow *flow, struct tcp
 	return choice;
 }
 
-/* The flow of a SYN-ACK: the request's endpoints, the listener's owner, and no socket of its own yet. */
+/* The flow of a SYN-ACK: the request's endpoints and the listener's owner. It has no full socket yet. */
 static __always_inline struct choice choose_request(struct flow *flow, struct sock *listener, struct request_sock *req,
 						    u8 hook)
 {
@@ -204,9 +204,10 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 }
 
 /*
- * A tail loss probe calls __tcp_retransmit_skb by itself. All others come through tcp_retransmit_skb, which may have
- * __tcp_retransmit_skb inlined (as in Debian's 6.1) or call it. So the inner function counts for loss probes alone: those
- * of the sockets that are in tcp_send_loss_probe now. By socket, which is locked meanwhile. Entry inserts, return deletes.
+ * A tail loss probe calls __tcp_retransmit_skb directly. All other retransmissions go through tcp_retransmit_skb, which
+ * calls __tcp_retransmit_skb or has it inlined (as in Debian's 6.1). So the inner function is only used for loss probes,
+ * on sockets that are in tcp_send_loss_probe now. The key is the socket, which is locked meanwhile. Entry inserts, return
+ * deletes.
  */
 #if RETRANSMIT_FENTRY || RETRANSMIT_KPROBE
 BPF_TABLE("lru_hash", u64, u8, loss_probes, 1024);
@@ -241,7 +242,7 @@ static __always_inline bool is_loss_probe(u64 sk)
 }
 #endif
 
-/* Beside each rung: what becomes of own sockets, and which sockets belong to them. */
+/* Attached with every hook: tracks the agent's own sockets and their peers. */
 int raw_tp_inet_sock_set_state(u64 *ctx)
 {
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
@@ -299,7 +300,7 @@ int fexit_tcp_rtx_synack(u64 *ctx)
 }
 #endif
 
-/* Linux 6.17 has the result as third argument and also fires for failures; before, for successes alone. */
+/* Since Linux 6.17 the third argument is the result, and the tracepoint also fires for failures. */
 #if RETRANSMIT_TRACEPOINT_HAS_ERR
 #define TRACEPOINT_ERR(ctx) ((s32)(ctx)[2])
 #else
@@ -316,13 +317,13 @@ int raw_tp_tcp_retransmit_skb(u64 *ctx)
 
 int raw_tp_tcp_retransmit_synack(u64 *ctx)
 {
-	/* The tracepoint comes before the count on all kernels. */
+	/* All kernels count after the tracepoint. */
 	return take_synack_retransmit((void *)ctx[0], (void *)ctx[1], 1, HOOK_RAW_TP);
 }
 #endif
 
 #if RETRANSMIT_CGROUP_SKB
-/* What the cgroup hook does not see: retransmissions that the host's own firewall or routing stopped on the way to it. */
+/* Retransmissions that the host's own firewall or routing stopped before the cgroup hook. */
 int raw_tp_failed_retransmit(u64 *ctx)
 {
 	s32 err = TRACEPOINT_ERR(ctx);
@@ -351,8 +352,8 @@ int kprobe_tcp_make_synack(void *ctx)
 
 #if RETRANSMIT_KPROBE
 /*
- * The arguments of calls under way, for the return probe. By stack pointer: a softirq may interrupt a call and make another
- * on the same task. Entry inserts, return deletes; what a missed return leaves behind falls out of the LRU.
+ * The arguments of calls in progress, for the return probe. The key is the stack pointer: a softirq may interrupt a call
+ * and make another one on the same task. Entry inserts, return deletes; entries of missed returns are evicted by the LRU.
  */
 struct call {
 	void *sk;
@@ -360,7 +361,7 @@ struct call {
 };
 BPF_TABLE("lru_hash", u64, struct call, calls, 1024);
 
-/* On x86 the return address is still on the stack at entry, and popped at return. */
+/* On x86 the return address is on the stack at entry, and popped at return. */
 #if defined(bpf_target_x86)
 #define ENTRY_SP(regs) (PT_REGS_SP(regs) + 8)
 #else
@@ -388,7 +389,7 @@ static __always_inline bool recall(struct pt_regs *regs, struct call *call)
 	return true;
 }
 
-/* For functions whose entry remembers each call. */
+/* For functions whose entry probe remembers every call. */
 static __always_inline bool recall_or_count(struct pt_regs *regs, struct call *call)
 {
 	if (recall(regs, call))
@@ -463,14 +464,14 @@ int kretprobe_tcp_rtx_synack(void *ctx)
 #if TRANSMIT_CGROUP_SKB
 #include "wire.h"
 
-/* What the rules say of a packet, what its socket is, and whether it was sent before. */
+/* The rules' decision on a packet, its socket, and whether it was sent before. */
 struct sender {
 	struct choice choice;
-	struct tcp_sock *tp; /* NULL: there is no full socket that would know TCP's state */
+	struct tcp_sock *tp; /* NULL: no full socket with TCP's state */
 	bool listener;
 	bool knows_again;
 	bool again; /* sent before */
-	u32 synack_number; /* of a SYN-ACK that was sent before: which retransmission this is; 0: not known */
+	u32 synack_number; /* 1-based retransmission number of a SYN-ACK; 0 if unknown */
 };
 
 static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
@@ -516,8 +517,8 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
 #endif
 
 /*
- * The socket that the peer's next segment would find, by this SYN-ACK's addresses: the request, which is in the kernel's
- * table before its first SYN-ACK leaves, or the connection that was made of it. The caller releases it.
+ * Looks up the socket that the peer's next segment would reach, by the addresses of this SYN-ACK: the request, which is in
+ * the kernel's table before its first SYN-ACK leaves, or the connection created from it. The caller releases it.
  */
 static __always_inline struct bpf_sock *find_requester(struct __sk_buff *skb, const struct flow *flow,
 						       const struct wire *wire)
@@ -539,8 +540,8 @@ static __always_inline struct bpf_sock *find_requester(struct __sk_buff *skb, co
 }
 
 /*
- * A request keeps the time of its first SYN-ACK in microseconds. tcp_make_synack has just put the same time into the
- * packet if this is the first, and adds the listener's TCP_TX_DELAY.
+ * A request stores the time of its first SYN-ACK in microseconds. If this is the first one, tcp_make_synack has just put
+ * the same time into the packet, plus the listener's TCP_TX_DELAY.
  */
 static __always_inline void compare_with_request(struct sender *sender, struct __sk_buff *skb, const struct wire *wire,
 						 const struct tcp_sock *listener,
@@ -560,7 +561,7 @@ static __always_inline void compare_with_request(struct sender *sender, struct _
 #endif
 }
 
-/* Whether a SYN-ACK was sent before. Not known where the kernel finds nothing by its addresses. */
+/* Whether a SYN-ACK was sent before; unknown if the lookup finds nothing. */
 static __always_inline void recognize_synack(struct sender *sender, struct __sk_buff *skb, const struct flow *flow,
 					     const struct wire *wire, const struct tcp_sock *listener)
 {
@@ -584,7 +585,7 @@ static __always_inline void recognize_synack(struct sender *sender, struct __sk_
 	bpf_sk_release(found);
 }
 
-/* Whether the segment of a full socket was sent before. Of TCP Fast Open's SYN-ACK the request knows. */
+/* Whether the segment of a full socket was sent before. For TCP Fast Open's SYN-ACK the request is compared. */
 static __always_inline void recognize_segment(struct sender *sender, struct __sk_buff *skb, const struct wire *wire)
 {
 	const struct tcp_request_sock *request = NULL;
@@ -600,9 +601,9 @@ static __always_inline void recognize_segment(struct sender *sender, struct __sk
 }
 
 /*
- * The socket is that of the segment; or, for a SYN-ACK, the listener; or, for what is sent without a socket (the reset
- * of a closed port), a raw one of the kernel's own, which tells nothing but the network namespace. Others send no TCP
- * of the kernel's: a process that writes its own segments through a raw socket is not TCP.
+ * The packet's socket is the segment's; or, for a SYN-ACK, the listener; or, for segments sent without a socket (the reset
+ * of a closed port), a raw socket of the kernel, which only has the network namespace. Segments that a process writes
+ * through a raw socket are ignored: they are not sent by TCP.
  */
 static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow, const struct wire *wire)
 {
@@ -655,7 +656,7 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 	return 1;
 }
 
-/* 1 lets the packet pass. */
+/* Returning 1 lets the packet pass. */
 int cgroup_skb_egress(struct __sk_buff *skb)
 {
 	struct flow flow = {};

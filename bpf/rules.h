@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Which rule decides over a segment. producer/rules.py makes the tables and says how they work; this is `Tables.decide`.
+ * Finds the rule that decides a segment. producer/rules/tables.py builds the tables and documents them; this code is its
+ * `Tables.decide`.
  *
- * Two generations of the tables stand side by side. The agent fills the one that is not in use and then writes
- * rules_active, one 64-bit word: a program reads it once, so that a segment falls wholly under the old rules or under the
- * new ones. What was decided for a socket is kept in `verdicts`, with the version of the rules that it was decided by.
+ * There are two generations of the tables. The agent fills the inactive one and then writes rules_active, one 64-bit word.
+ * A program reads it once, so that a segment is decided entirely by the old rules or entirely by the new ones. Decisions
+ * are cached per socket in `verdicts`, with the version of the rules.
  */
 #ifndef REBPF_RULES_H
 #define REBPF_RULES_H
@@ -59,9 +60,9 @@ struct port_group {
 
 struct rule_generation {
 	u32 rules; /* 0: the default decides at once */
-	u32 by_segment; /* a rule looks at the interface or the state, which change from segment to segment */
-	u32 unnamed[PROPERTIES]; /* the set of a value that no rule names */
-	u32 prefixes; /* the generation of rule_prefixes: both may have the same */
+	u32 by_segment; /* a rule uses the interface or the state, which change from segment to segment */
+	u32 unnamed[PROPERTIES]; /* the set of values that no rule names */
+	u32 prefixes; /* the generation of rule_prefixes; both generations may share one */
 };
 
 struct verdict_key {
@@ -76,8 +77,8 @@ struct verdict {
 	u32 _pad;
 };
 
-/* The agent inserts into the generation that is not in use, and deletes from it what it had inserted two reloads ago. */
-BPF_ARRAY(rules_active, u64, 1); /* version << 1 | generation; 0: take nothing */
+/* The agent inserts into the inactive generation, and deletes what it inserted there two reloads ago. */
+BPF_ARRAY(rules_active, u64, 1); /* version << 1 | generation; 0: capture nothing */
 BPF_ARRAY(rule_generations, struct rule_generation, GENERATIONS);
 BPF_ARRAY(rule_actions, struct rule_action, GENERATIONS *(RULES + 1));
 BPF_LPM_TRIE(rule_prefixes, struct prefix_key, u32, 262144);
@@ -86,7 +87,7 @@ BPF_ARRAY(rule_port_classes, struct port_group, GENERATIONS * 65536 / PORT_GROUP
 BPF_ARRAY(rule_ports, struct rule_sides, GENERATIONS *CLASSES);
 BPF_HASH(rule_values, struct value_key, u32, 16384);
 BPF_ARRAY(rule_sets, struct rule_set, GENERATIONS *CLASSES);
-/* The programs insert; the oldest fall out. */
+/* The programs insert; the oldest are evicted. */
 BPF_TABLE("lru_hash", struct verdict_key, struct verdict, verdicts, 32768);
 
 static __always_inline u32 lowest_bit(u64 word)
@@ -147,7 +148,7 @@ static __always_inline struct rule_set *set_of(const struct rule_generation *tab
 #define HAS_CGROUP_LEVELS (HAS_OWNER_CGROUP && HAS_cgroup_level && (HAS_cgroup_ancestors || HAS_cgroup_ancestor_ids))
 
 #if HAS_CGROUP_LEVELS
-/* The id of a cgroup's ancestor at a level, at most its own: pointers since Linux 6.1, before that the ids. */
+/* The id of a cgroup's ancestor at a level up to its own. Since Linux 6.1 the kernel stores pointers, before that ids. */
 static __always_inline u64 ancestor_at(const struct cgroup *cgroup, u32 level)
 {
 	u64 entry = 0;
@@ -165,8 +166,8 @@ static __always_inline u64 ancestor_at(const struct cgroup *cgroup, u32 level)
 #endif
 
 /*
- * The nearest cgroup that a rule names, from the socket's own up: its set has those of the named ones above it. Rules
- * name cgroups at the first CGROUP_LEVELS levels, so that these are asked for, however deep the socket's own is.
+ * The set of the nearest named cgroup, from the socket's own up; it includes the sets of named ancestors. Rules can only
+ * name cgroups in the first CGROUP_LEVELS levels, so only these are searched, however deep the socket's own is.
  */
 static __always_inline struct rule_set *set_of_cgroup(const struct rule_generation *tables, u32 generation,
 						      const struct sock *sk)
@@ -191,7 +192,7 @@ static __always_inline u64 uid_of(const struct sock *sk)
 	return sk ? READ_IF(sock, sk, sk_uid) : ~0ULL;
 }
 
-/* Without a socket (NULL) there is no owner: no cgroup and no uid that a rule could name. */
+/* Without a socket (NULL) there is no owner, so no cgroup or uid that a rule could name. */
 static __always_inline u32 first_rule(const struct flow *flow, const struct sock *sk,
 				      const struct rule_generation *tables, u32 generation, u32 interface, u32 state)
 {
@@ -220,7 +221,7 @@ static __always_inline u32 first_rule(const struct flow *flow, const struct sock
 	return RULES;
 }
 
-/* What was decided for the socket with these rules before; RULES + 1 where nothing was. */
+/* The cached decision for the socket under these rules; RULES + 1 if there is none. */
 static __always_inline u32 decided(const struct verdict_key *key, u64 active)
 {
 	struct verdict *verdict = verdicts.lookup(key);
@@ -239,13 +240,13 @@ static __always_inline u32 decide_anew(const struct verdict_key *key, const stru
 	return verdict.rule;
 }
 
-/* What the rules decided over a segment, and by which version of them. */
+/* The rules' decision on a segment, and the version of the rules. */
 struct choice {
 	const struct rule_action *action; /* NULL: no event */
 	u32 version;
 };
 
-/* `interface` is 0 where the hook does not know it. The flow has endpoints, netns and cookie. */
+/* `interface` is 0 if the hook does not know it. The flow has endpoints, netns and cookie. */
 static __always_inline struct choice decide(const struct flow *flow, const struct sock *sk, u32 interface, u32 state)
 {
 	struct verdict_key key = { .cookie = flow->sk_cookie };
@@ -293,7 +294,7 @@ static __always_inline u64 flow_hash(const struct flow *flow)
 	return mixed(mixed(mixed(hash, addresses[1]), addresses[2]), addresses[3]);
 }
 
-/* How many of such events one stands for; 0: this one is not taken. */
+/* The number of events that this one represents; 0: drop it. */
 static __always_inline u32 sample_rate(const struct choice *choice, const struct flow *flow, u32 stream)
 {
 	const struct rule_action *action = choice->action;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The cgroup hook sees a packet and not TCP's control block: headers, read from the skb. It starts at the IP header.
+ * The cgroup hook sees packets, not TCP's control block: the headers are read from the skb, which starts at the IP header.
  */
 #ifndef REBPF_WIRE_H
 #define REBPF_WIRE_H
@@ -55,7 +55,7 @@ struct wire {
 	u32 payload_len;
 };
 
-/* Where the TCP header is; 0 if the packet is not TCP. */
+/* Returns the offset of the TCP header; 0 if the packet is not TCP. */
 static __always_inline u32 parse_ipv4(struct __sk_buff *skb, struct flow *flow)
 {
 	struct ipv4_header ip;
@@ -67,7 +67,7 @@ static __always_inline u32 parse_ipv4(struct __sk_buff *skb, struct flow *flow)
 	return (ip.version_ihl & 0xf) * 4;
 }
 
-/* Extension headers are rare: the kernel's own for packets over 64 KiB (BIG TCP), or what a socket asked for. */
+/* Extension headers are rare: the kernel adds one for packets over 64 KiB (BIG TCP), and sockets can request some. */
 static __always_inline u32 parse_ipv6(struct __sk_buff *skb, struct flow *flow)
 {
 	struct ipv6_header ip;

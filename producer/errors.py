@@ -5,7 +5,7 @@ RebpfError            70 internal
 ├── UsageError        64 the command line is wrong
 ├── IncompleteError   65 what lies in the topics or on disk is not whole, or not in order
 ├── UnavailableError  69 this host or a server cannot do what was asked
-│   └── HookError        no rung of a stream could be attached
+│   └── HookError        no hook of a stream could be attached
 ├── OutputError       74 standard output cannot be written
 │   └── ReaderGoneError 141 the reader of the output has gone, as a shell shows SIGPIPE
 ├── BusyError         75 another producer runs on this host: try again later
@@ -46,7 +46,7 @@ class UnavailableError(RebpfError):
 
 
 class HookError(UnavailableError):
-    """No rung of a stream could be attached."""
+    """No hook of a stream could be attached."""
 
 
 class OutputError(RebpfError):

@@ -1,6 +1,6 @@
-"""The events: layouts of the ring records, names of their values, and the two streams.
+"""The events: record layouts in the rings, names of values, and the two streams.
 
-The dtypes repeat bpf/events.h; `layout_check` turns them into assertions that the compiler checks at each load.
+The dtypes repeat bpf/events.h. `layout_check` turns them into assertions that the compiler checks at each load.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ STATES = (
 # enum tcp_ca_state in include/uapi/linux/tcp.h
 CA_STATES = ("Open", "Disorder", "CWR", "Recovery", "Loss")
 
-# Bits of `known`, by the field that they speak of; `tcp` speaks of TCP_FIELDS.
+# Bits of `known`, by field. `tcp` covers TCP_FIELDS.
 KNOWN = {
     "sk_cookie": 1 << 0,
     "cgroup_id": 1 << 1,
@@ -108,7 +108,7 @@ RETRANSMIT = np.dtype([("s", SEGMENT), ("err", "<i4"), ("retransmit_no", "<u4"),
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One of the two kinds of event, from its ring to its topic."""
+    """A kind of event, with its ring, record layout, schema and topic."""
 
     name: str
     index: int
@@ -119,7 +119,7 @@ class Stream:
     topic: Topic
     schema_file: str
     fixed_schema_id: SchemaId
-    """The id in the Confluent frame where no registry is configured."""
+    """The id in the Confluent frame if no registry is configured."""
 
 
 TRANSMITS = Stream(
@@ -147,9 +147,9 @@ STREAMS = (TRANSMITS, RETRANSMITS)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Consecutive events of one ring, in the ring's order.
+    """Consecutive events of one ring, in order.
 
-    `rows` has the stream's dtype and may be a view of the ring: valid until a position behind it is committed.
+    `rows` has the stream's dtype and may be a view of the ring, valid until a position after it is committed.
     """
 
     stream: Stream
@@ -158,11 +158,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedBatch:
-    """The events of a Batch as Kafka messages; message i is `payload[starts[i]:][:lengths[i]]`, its key alike.
+    """The events of a Batch as Kafka messages. Message i is `payload[starts[i]:][:lengths[i]]`; keys are similar.
 
-    `payload` and `keys` are uint8 arrays, C-contiguous and never changed after this object is made; starts and lengths
-    are int64, in bytes. Bytes between messages mean nothing; keys may be shared. Both arrays must outlive the delivery
-    of the messages: the sink hands out pointers into them.
+    `payload` and `keys` are C-contiguous uint8 arrays, immutable once this object exists; starts and lengths are int64,
+    in bytes. Bytes between messages are unused, and messages may share keys. Both arrays must outlive the delivery of
+    the messages, because the sink passes pointers into them.
     """
 
     stream: Stream
@@ -177,12 +177,12 @@ class EncodedBatch:
         return len(self.starts)
 
     def packed(self) -> bytes:
-        """Return the messages one behind the other."""
+        """Return the messages concatenated."""
         ends = self.starts + self.lengths
         return b"".join(map(self.payload.data.__getitem__, map(slice, self.starts.tolist(), ends.tolist())))
 
     def take(self, rows: NDArray[np.int64]) -> "EncodedBatch":
-        """Return some of the messages, in the order of `rows`."""
+        """Return the messages with the indexes `rows`, in that order."""
         keys = self.keys, self.key_starts[rows], self.key_lengths[rows]
         return EncodedBatch(self.stream, self.payload, self.starts[rows], self.lengths[rows], *keys)
 
@@ -196,7 +196,7 @@ def _members(dtype: np.dtype[np.void], base: int = 0, prefix: str = "") -> Itera
 
 
 def layout_check() -> str:
-    """Return C that fails to compile where bpf/events.h and this module disagree."""
+    """Return C that fails to compile if bpf/events.h and this module differ."""
     lines = []
     for struct, dtype in (("transmit_event", TRANSMIT), ("retransmit_event", RETRANSMIT)):
         lines.append(f'_Static_assert(sizeof(struct {struct}) == {dtype.itemsize}, "{struct}: size");')

@@ -1,4 +1,4 @@
-"""A ring in memory: rows that are numbered by cpu_seq, and room that is given back."""
+"""A ring in memory, whose rows are numbered by cpu_seq."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ import numpy as np
 from producer.events import Rows, Stream
 
 STRIDE = 8
-"""A position is so many times the rows before it."""
+"""Position units per row."""
 
 
 class MemoryRing:
-    """The kernel's side, which outlives a process (`written`, `committed`), and the process's (`position`).
+    """The kernel's side, which outlives a process (`written`, `committed`), and the process's side (`position`).
 
-    `commits` is told of a position before which room is to be given back, and may raise.
+    `commits` is called with each position to commit, and may raise.
     """
 
     def __init__(self, stream: Stream, size_rows: int, commits: Callable[[int], None]) -> None:
@@ -23,13 +23,13 @@ class MemoryRing:
         self.written = self.position = self.committed = 0
         self.ring_full = self.damaged = 0
         self.bad: set[int] = set()
-        """Numbers of rows that are damaged."""
+        """Numbers of damaged rows."""
 
     def arrive(self, count: int) -> None:
-        """Write as many rows as there is room for, and count the others."""
-        room = self._size_rows - (self.written - self.committed // STRIDE)
-        self.written += min(count, room)
-        self.ring_full += max(0, count - room)
+        """Write as many rows as fit, and count the others."""
+        free = self._size_rows - (self.written - self.committed // STRIDE)
+        self.written += min(count, free)
+        self.ring_full += max(0, count - free)
 
     @property
     def records_before(self) -> int:

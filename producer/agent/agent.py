@@ -20,7 +20,7 @@ from producer.host.signals import Flag
 from producer.host.state import STATUS_SOCKET, StateFolder
 from producer.kafka.sink import KafkaSink, producer_settings
 from producer.kernel import bpf_syscall, fdstore
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 from producer.kernel.fdstore import FdStore
 from producer.kernel.hooks import cgroup2_root
 from producer.kernel.pinned import PinFolder
@@ -64,8 +64,8 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     if handover:
         stack.enter_context(handover)
     numbers = EventNumbers(config.state_dir, boot_id(), bpf_syscall.possible_cpus())
-    hooks = stack.enter_context(Hooks(_hook_settings(config, ruleset), handover, numbers))
-    hooks.load()
+    capture = stack.enter_context(Capture(_capture_settings(config, ruleset), handover, numbers))
+    capture.load()
     # The loader's child keeps what attaching needs. Drop before the client and the endpoint start threads: each thread
     # has capabilities of its own, which it would keep.
     capabilities.drop_all()
@@ -76,26 +76,26 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     sink = KafkaSink(
         settings,
         topics,
-        on_socket=hooks.exclude_socket,
+        on_socket=capture.exclude_socket,
         quarantine=quarantine.put,
         heartbeats=heartbeat_topic(config) if heartbeats else None,
     )
     # Attach before the client connects: the programs recognise a local broker by the SYN that they see.
-    hooks.attach()
+    capture.attach()
     brokers = sink.open()
     stack.callback(sink.close)
     if config.kafka.brokers is None:
-        _exclude_embedded(hooks, brokers)
+        _exclude_embedded(capture, brokers)
     stream_ids = {name: ids[each] for name, each in topics.items()}
-    builder = StreamBuilder(config, hooks, stream_ids, stack, quarantine)
+    builder = StreamBuilder(config, capture, stream_ids, stack, quarantine)
     streams = [builder.build(stream) for stream in STREAMS]
-    hooks.drop_old_rings()
+    capture.drop_old_rings()
     board = StatusBoard()
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
-    rules = RulesInForce(hooks, config, ruleset, read, root)
+    rules = RulesInForce(capture, config, ruleset, read, root)
     ring_stays = handover is not None and handover.outlives_stop
     return Runtime(
-        config, topics, hooks, sink, streams, folder, rules, web, board, heartbeats, brokers, endpoint, ring_stays
+        config, topics, capture, sink, streams, folder, rules, web, board, heartbeats, brokers, endpoint, ring_stays
     )
 
 
@@ -115,19 +115,19 @@ def _endpoint(config: Config, board: StatusBoard, web: WebSettings) -> Endpoint:
     return Endpoint(host.strip("[]"), int(port), board, web, local)
 
 
-def _hook_settings(config: Config, ruleset: Ruleset) -> HookSettings:
+def _capture_settings(config: Config, ruleset: Ruleset) -> CaptureSettings:
     capture = config.capture
-    return HookSettings(
+    return CaptureSettings(
         hooks=capture.hooks,
         ring_bytes={"transmit_pipe": capture.transmit_ring_bytes, "retransmit_pipe": capture.retransmit_ring_bytes},
         rules=ruleset.tables(),
         btf=capture.btf,
-        compiled=config.state_dir / "compiled",
+        cache=config.state_dir / "compiled",
     )
 
 
-def _exclude_embedded(hooks: Hooks, brokers: str) -> None:
+def _exclude_embedded(capture: Capture, brokers: str) -> None:
     """Exclude what the embedded cluster's listeners send."""
     for broker in brokers.split(","):
         host, _, port = broker.rpartition(":")
-        hooks.exclude_listener(ip_address(host), int(port))
+        capture.exclude_listener(ip_address(host), int(port))

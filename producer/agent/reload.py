@@ -9,7 +9,7 @@ from producer.agent.supervise import Pace
 from producer.config.load import Config
 from producer.errors import RebpfError
 from producer.host.signals import Flag
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.rules.resolve import Ruleset, follow, resolve
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ class RulesInForce:
 
     def __init__(
         self,
-        hooks: Hooks,
+        hooks: Capture,
         config: Config,
         ruleset: Ruleset,
         read: Callable[[], Config],

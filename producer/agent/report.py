@@ -11,14 +11,14 @@ from producer.health.balance import Balance
 from producer.health.status import Status, StreamStatus, usage
 from producer.host.clock import boot_id
 from producer.kafka.sink import KafkaSink
-from producer.kernel.capture import Hooks, KernelCounters
+from producer.kernel.capture import Capture, KernelCounters
 
 
 class Reporter:
     """Collects the status from the parts of a run. `topics` are by the stream's name."""
 
     def __init__(
-        self, host: str, hooks: Hooks, sink: KafkaSink, parts: Sequence[StreamParts], topics: Mapping[str, Topic]
+        self, host: str, hooks: Capture, sink: KafkaSink, parts: Sequence[StreamParts], topics: Mapping[str, Topic]
     ) -> None:
         self._host = host
         self._hooks = hooks
@@ -69,7 +69,7 @@ class Reporter:
     def _stream(self, parts: StreamParts) -> StreamStatus:
         return StreamStatus(
             self._topics[parts.stream.name],
-            self._hooks.rungs[parts.stream.name],
+            self._hooks.hooks_in_use[parts.stream.name],
             self.balance(parts, self._hooks.counters(parts.stream)),
             parts.ring.size_bytes,
             round(parts.ring.fill * parts.ring.size_bytes),

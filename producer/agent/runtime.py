@@ -25,7 +25,7 @@ from producer.host.clock import UtcOffset
 from producer.host.signals import Flag
 from producer.host.state import StateFolder
 from producer.kafka.sink import KafkaSink
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.pipeline.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Runtime:
     config: Config
     topics: dict[str, Topic]
     """By the stream's name."""
-    hooks: Hooks
+    capture: Capture
     sink: KafkaSink
     streams: Sequence[StreamParts]
     folder: StateFolder
@@ -59,7 +59,7 @@ class Runtime:
     losses: LossReporter = field(default_factory=LossReporter)
 
     def __post_init__(self) -> None:
-        self.reporter = Reporter(self.config.host, self.hooks, self.sink, self.streams, self.topics)
+        self.reporter = Reporter(self.config.host, self.capture, self.sink, self.streams, self.topics)
         self.liveness = Liveness(self.board, self.heartbeats, self.sink, self._status)
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
@@ -79,7 +79,7 @@ class Runtime:
         systemd.tell("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
         if not self.ring_stays:
-            self.hooks.detach()
+            self.capture.detach()
         self._drain(pipeline, deadline)
         return self._end(pipeline, deadline)
 
@@ -107,14 +107,14 @@ class Runtime:
         return self.reporter.status(self.rules.version, [*self.supervisor.reasons, *reasons])
 
     def _log_ready(self) -> None:
-        for refusal in self.hooks.refusals:
-            logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.rung, refusal.reason)
-        rungs = " ".join(f"{name}={rung}" for name, rung in self.hooks.rungs.items())
+        for refusal in self.capture.refusals:
+            logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.hook, refusal.reason)
+        hooks = " ".join(f"{name}={hook}" for name, hook in self.capture.hooks_in_use.items())
         embedded = " embedded=true" if self.config.kafka.brokers is None else ""
-        taken_over = " taken_over=true" if self.hooks.taken_over else ""
-        cached = " cached=true" if self.hooks.cached else ""
-        logger.info("ready brokers=%s%s%s%s %s", self.brokers, embedded, taken_over, cached, rungs)
-        systemd.notify("READY=1", status=f"capturing: {rungs}")
+        taken_over = " taken_over=true" if self.capture.taken_over else ""
+        cached = " cached=true" if self.capture.cached else ""
+        logger.info("ready brokers=%s%s%s%s %s", self.brokers, embedded, taken_over, cached, hooks)
+        systemd.notify("READY=1", status=f"capturing: {hooks}")
 
     def _watch(self) -> None:
         self.losses.log_reasons(self.reporter.reasons())
@@ -174,7 +174,7 @@ class Runtime:
                 time.sleep(0.01)
         final = {}
         for each, name in zip(self.streams, balances, strict=True):
-            kernel = self.hooks.counters(each.stream)  # read once: a ring that stays keeps filling
+            kernel = self.capture.counters(each.stream)  # read once: a ring that stays keeps filling
             unread = self.reporter.balance(each, kernel).in_ring
             spooled, in_ring = each.path.end(self.sink, unread, ring_stays=self.ring_stays)
             now = self.reporter.balance(each, kernel)

@@ -17,7 +17,7 @@ from producer.errors import UnavailableError
 from producer.events import STREAMS, Batch, EncodedBatch, Rows, SchemaId, Stream
 from producer.host.cgroups import CgroupPaths
 from producer.host.clock import UtcOffset, boot_id, now
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.kernel.hooks import cgroup2_root
 from producer.kernel.ringbuf import Ring
 from producer.pipeline.ledger import Account, Ledger
@@ -143,7 +143,7 @@ class StreamBuilder:
     """Builds streams on hooks; `ids` are the schema ids by the stream's name. `stack` closes what is opened."""
 
     def __init__(
-        self, config: Config, hooks: Hooks, ids: Mapping[str, SchemaId], stack: ExitStack, quarantine: Quarantine
+        self, config: Config, hooks: Capture, ids: Mapping[str, SchemaId], stack: ExitStack, quarantine: Quarantine
     ) -> None:
         self._quarantine = quarantine
         self._config = config

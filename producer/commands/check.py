@@ -19,7 +19,7 @@ from producer.kafka.librdkafka import Producer
 from producer.kafka.sink import producer_settings
 from producer.kernel import bpf_syscall
 from producer.kernel.btf import VMLINUX, Btf
-from producer.kernel.hooks import LADDERS, cgroup2_root, refusal
+from producer.kernel.hooks import HOOKS_BY_STREAM, cgroup2_root, refusal
 from producer.kernel.loader import python_with_bcc
 from producer.registry.client import RegistryClient
 from producer.rules.resolve import resolve
@@ -153,8 +153,8 @@ def _perf_events(path: Path, hooks: Sequence[str]) -> Iterator[Finding]:
 
 
 def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
-    for stream, ladder in LADDERS.items():
-        reasons = {rung.name: refusal(rung, btf, root) for rung in ladder if rung.name in config.capture.hooks}
+    for stream, available in HOOKS_BY_STREAM.items():
+        reasons = {hook.name: refusal(hook, btf, root) for hook in available if hook.name in config.capture.hooks}
         for hook, reason in reasons.items():
             yield Finding(f"{stream} by {hook}", reason or "possible", there=reason is None)
         if all(reasons.values()):

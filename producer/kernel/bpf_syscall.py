@@ -1,9 +1,9 @@
-"""The bpf(2) commands that ReBPF uses itself, by ctypes: programs, links, map elements, object information.
+"""The bpf(2) commands that ReBPF needs, by ctypes: programs, links, map elements, object information.
 
-bcc compiles; loading and attaching are here, because a program attached through a link goes away with its last
-descriptor (bcc's own attach_func leaves it on the cgroup after a kill -9), and because the agent works on maps without
-bcc. Standard library only. Layouts: union bpf_attr in include/uapi/linux/bpf.h. Functions raise OSError with the
-kernel's errno.
+bcc only compiles. Loading and attaching are here because a program attached through a link is detached with its last
+descriptor (bcc's attach_func leaves it on the cgroup after kill -9), and because the agent uses maps without bcc.
+Standard library only. Layouts: union bpf_attr in include/uapi/linux/bpf.h. Functions raise OSError with the kernel's
+errno.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ _libc.syscall.restype = ctypes.c_long
 
 
 class VerifierError(Exception):
-    """The kernel refused a program; `log` is the verifier's own text, empty where it gave none."""
+    """The kernel rejected a program. `log` is the verifier's output, which may be empty."""
 
     def __init__(self, name: str, error: OSError, log: str) -> None:
         self.errno = error.errno
@@ -45,7 +45,7 @@ class VerifierError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class MapInfo:
-    """What a map is made of. The kernel keeps 15 characters of the name."""
+    """The attributes of a map. The kernel stores 15 characters of the name."""
 
     map_type: int
     key_size: int
@@ -57,7 +57,7 @@ class MapInfo:
 
 @dataclass(frozen=True, slots=True)
 class ProgramInfo:
-    """What the kernel counts for a program. run_time_ns and run_cnt are 0 unless kernel.bpf_stats_enabled is 1."""
+    """The kernel's counts for a program. run_time_ns and run_cnt are 0 unless kernel.bpf_stats_enabled is 1."""
 
     program_id: int
     run_time_ns: int
@@ -68,7 +68,7 @@ class ProgramInfo:
 def load_program(
     name: str, instructions: bytes, prog_type: int, *, attach_type: int = ATTACH_NONE, attach_btf_id: int = 0
 ) -> int:
-    """Load a program under the licence GPL and return its descriptor; VerifierError carries the log."""
+    """Load a program under the GPL and return its descriptor. VerifierError has the log."""
 
     def attempt(log: ctypes.Array[ctypes.c_char] | None) -> int:
         attr = struct.pack(
@@ -92,22 +92,22 @@ def load_program(
 
 
 def attach_tracing(program: int) -> int:
-    """Attach a fentry, fexit or BTF raw tracepoint program where it was loaded for; return the link."""
+    """Attach a fentry, fexit or BTF raw tracepoint program to the target it was loaded for; return the link."""
     return _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("<QII", 0, program, 0))
 
 
 def attach_cgroup(program: int, cgroup: int, attach_type: int) -> int:
-    """Attach to a cgroup v2 folder's descriptor, beside what others attached; return the link."""
+    """Attach to a cgroup v2, given by its folder's descriptor, in addition to other programs; return the link."""
     return _bpf(_LINK_CREATE, struct.pack("<IIII", program, cgroup, attach_type, 0))
 
 
 def attach_kprobe(program: int, function: str, *, on_return: bool) -> int:
-    """Attach to a kernel function by a perf event; return the link, which keeps the event open."""
+    """Attach to a kernel function by a perf event; return the link, which holds the event."""
     pmu = Path("/sys/bus/event_source/devices/kprobe")
     name = ctypes.create_string_buffer(function.encode())
     bit = int((pmu / "format/retprobe").read_text().split(":")[1]) if on_return else 0
     config = (1 << bit) if on_return else 0
-    # struct perf_event_attr, first published size 64 and on: type, size, config, ..., config1 at 56, config2 at 64.
+    # struct perf_event_attr: type, size, config, ..., config1 at 56, config2 at 64.
     attr = struct.pack("<IIQ40xQQ56x", int((pmu / "type").read_text()), 128, config, _address(name), 0)
     buffer = ctypes.create_string_buffer(attr, len(attr))
     event = _libc.syscall(_NR_PERF_EVENT_OPEN, buffer, -1, 0, -1, ctypes.c_ulong(8))  # 8: PERF_FLAG_FD_CLOEXEC
@@ -126,7 +126,7 @@ def create_map(info: MapInfo) -> int:
 
 
 def map_info(map_fd: int) -> MapInfo:
-    """Return what a map is made of."""
+    """Return the attributes of a map."""
     info = ctypes.create_string_buffer(40)
     _bpf(_INFO_BY_FD, struct.pack("<IIQ", map_fd, len(info), _address(info)))
     kind, key_size, value_size, max_entries, flags, name = struct.unpack("<IxxxxIIII16s", info.raw)
@@ -134,7 +134,7 @@ def map_info(map_fd: int) -> MapInfo:
 
 
 def lookup(map_fd: int, key: bytes, size: int) -> bytes:
-    """Return the value of `key`; for a per-CPU map `size` is that of all possible CPUs together."""
+    """Return the value of `key`. For a per-CPU map, `size` is the total over all possible CPUs."""
     key_buffer, value = ctypes.create_string_buffer(key, len(key)), ctypes.create_string_buffer(size)
     _bpf(_MAP_LOOKUP, struct.pack("<IxxxxQQQ", map_fd, _address(key_buffer), _address(value), 0))
     return value.raw
@@ -160,7 +160,7 @@ def keys(map_fd: int, size: int) -> list[bytes]:
     found: list[bytes] = []
     key = ctypes.create_string_buffer(size)
     while True:
-        # A null pointer for the key asks for the first one.
+        # A null pointer asks for the first key.
         last = ctypes.create_string_buffer(found[-1], size) if found else None
         previous = _address(last) if last else 0
         try:
@@ -171,7 +171,7 @@ def keys(map_fd: int, size: int) -> list[bytes]:
 
 
 def pin(descriptor: int, path: Path) -> None:
-    """Make a file in a bpffs that holds the object of a descriptor."""
+    """Create a file in a bpffs that holds the object of a descriptor."""
     name = ctypes.create_string_buffer(os.fsencode(path))
     _bpf(_OBJ_PIN, struct.pack("<QI", _address(name), descriptor))
 
@@ -191,7 +191,7 @@ def is_bpffs(path: Path) -> bool:
 
 
 def program_info(program: int) -> ProgramInfo:
-    """Return what the kernel counts for a program."""
+    """Return the kernel's counts for a program."""
     info = ctypes.create_string_buffer(232)
     _bpf(_INFO_BY_FD, struct.pack("<IIQ", program, len(info), _address(info)))
     return ProgramInfo(*struct.unpack_from("<I", info, 4), *struct.unpack_from("<QQQ", info, 192))
@@ -218,21 +218,21 @@ def close_all(descriptors: Sequence[int]) -> None:
 
 
 def possible_cpus() -> int:
-    """Return the number of CPUs that a per-CPU map has a value for."""
+    """Return the number of CPUs for which a per-CPU map has a value."""
     ranges = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")
     ends = (each.partition("-") for each in ranges)
     return sum(int(last or first) - int(first) + 1 for first, _, last in ends)
 
 
 def jiffies_per_second() -> int:
-    """Return the kernel's HZ, which TCP's timers are counted in: the coarse clock's resolution is one tick."""
+    """Return the kernel's HZ, the unit of TCP's timers: the resolution of the coarse clock is one tick."""
     return round(1 / time.clock_getres(_CLOCK_MONOTONIC_COARSE))
 
 
 def wait_for_programs() -> None:
-    """Return when each program that ran at the call has ended: programs run in RCU sections, and this waits them out.
+    """Wait until each program that runs now has ended: programs run in RCU sections, and membarrier(2) waits for these.
 
-    Where the kernel or a seccomp filter refuses membarrier(2), it returns at once.
+    Returns at once if the kernel or a seccomp filter rejects membarrier(2).
     """
     _libc.syscall(_NR_MEMBARRIER, _MEMBARRIER_CMD_GLOBAL, 0, 0)
 

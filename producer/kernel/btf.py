@@ -1,7 +1,7 @@
-"""Struct layouts of the running kernel, read from its BTF, and the C header that carries them to the compiler.
+"""Struct layouts of the running kernel, read from its BTF, and the C header generated from them.
 
-A host needs no kernel headers: `kernel_header` writes just the structs and members that the programs name, each at its
-true offset. A member that this kernel lacks is left out, and a macro says so: HAS_<struct>_<member> is 0.
+A host needs no kernel headers: `kernel_header` declares only the structs and members that the programs use, each at its
+true offset. A member that this kernel lacks is omitted, and the macro HAS_<struct>_<member> is 0.
 
 BTF: Documentation/bpf/btf.rst of the kernel. Standard library only, because the loader's child runs on the system's
 Python.
@@ -20,7 +20,7 @@ INT, PTR, ARRAY, STRUCT, UNION, ENUM, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT = 
 FUNC, FUNC_PROTO, VAR, DATASEC, FLOAT, DECL_TAG, TYPE_TAG, ENUM64 = range(12, 20)
 _MODIFIERS = {TYPEDEF, VOLATILE, CONST, RESTRICT, TYPE_TAG}
 
-# Bytes behind the 12 of each type: fixed, and for each of its `vlen` entries.
+# Bytes after the 12 of each type: fixed, and for each of its `vlen` entries.
 _TAIL = {
     INT: (4, 0), PTR: (0, 0), ARRAY: (12, 0), STRUCT: (0, 12), UNION: (0, 12), ENUM: (0, 8), FWD: (0, 0),
     TYPEDEF: (0, 0), VOLATILE: (0, 0), CONST: (0, 0), RESTRICT: (0, 0), FUNC: (0, 0), FUNC_PROTO: (0, 8),
@@ -31,7 +31,7 @@ _UNITS = {1: "u8", 2: "u16", 4: "u32", 8: "u64"}
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where a member is: bits from the start of its struct; `bits` is 0 unless it is a bit field."""
+    """A member's position, in bits from the start of its struct. `bits` is 0 unless it is a bit field."""
 
     bit_offset: int
     bits: int
@@ -39,12 +39,12 @@ class Member:
 
 
 class Btf:
-    """The types of one BTF blob. `find` and `member` return None for what the kernel does not have."""
+    """The types of one BTF blob. `find` and `member` return None if the kernel lacks the type or member."""
 
     def __init__(self, blob: bytes) -> None:
         magic, _, _, header, type_off, type_len, str_off, _ = struct.unpack_from("<HBBIIIII", blob.ljust(24, b"\0"))
         if magic != 0xEB9F:
-            raise UnavailableError("not BTF: the magic number is missing (a big-endian kernel is not supported)")
+            raise UnavailableError("not BTF: wrong magic number (big-endian kernels are not supported)")
         self._blob = blob
         self._strings = header + str_off
         self._at = [0]
@@ -64,7 +64,7 @@ class Btf:
 
     @classmethod
     def load(cls, path: Path = VMLINUX) -> "Btf":
-        """Read the BTF at `path`; UnavailableError says what to do where there is none."""
+        """Read the BTF at `path`. UnavailableError with the fix if there is none."""
         try:
             return cls(path.read_bytes())
         except FileNotFoundError as error:
@@ -81,7 +81,7 @@ class Btf:
         kind, vlen, inner = self._type(type_id)
         while kind != FUNC_PROTO:
             if kind not in (FUNC, TYPEDEF, PTR):
-                raise ValueError(f"type {type_id} is no function")
+                raise ValueError(f"type {type_id} is not a function")
             kind, vlen, inner = self._type(inner)
         return vlen
 
@@ -98,7 +98,7 @@ class Btf:
         return None if found is None else Member(offset, found.bits, found.type_id)
 
     def pointee(self, type_id: int) -> str | None:
-        """Return the struct's name that a pointer type points to, or None for other types."""
+        """Return the name of the struct that a pointer type points to, or None for other types."""
         kind, _, inner = self._type(self._strip(type_id))
         if kind != PTR:
             return None
@@ -106,7 +106,7 @@ class Btf:
         return self._name(target) if target and self._type(target)[0] in (STRUCT, FWD) else "void"
 
     def shape(self, type_id: int) -> tuple[int, int]:
-        """Return a type as so many elements of so many bytes; (1, size) for all that is no array."""
+        """Return the number of elements of an array type and their size in bytes; (1, size) for other types."""
         type_id = self._strip(type_id)
         kind, _, size = self._type(type_id)
         if kind == PTR:
@@ -153,11 +153,11 @@ class Btf:
 
 
 def kernel_header(btf: Btf, wanted: Mapping[str, Iterable[str]]) -> str:
-    """Return C that declares `struct X` with the wanted members at their true offsets, for each X in `wanted`.
+    """Return C that declares each struct in `wanted` with the wanted members at their true offsets.
 
-    A member is a path, `a.b`, optionally with the name that it gets in C: `a.b as name`. Each is an arm of a union,
-    behind its offset in padding, so that members may overlap as they do in the kernel. A member of struct type becomes
-    bytes. A bit field `f` becomes the byte `f_byte`, and `f_bits(byte)` takes the field out of it.
+    A member is a path, `a.b`, optionally with a name for C: `a.b as name`. Each is an arm of a union, after padding up
+    to its offset, so that members may overlap as in the kernel. A member of struct type becomes bytes. A bit field `f`
+    becomes the byte `f_byte`, and `f_bits(byte)` extracts the field.
     """
     lines = [f"struct {name};" for name in wanted]
     for name, specs in wanted.items():
@@ -193,7 +193,7 @@ def _members(btf: Btf, name: str, specs: Iterable[str]) -> Iterator[tuple[str, M
 def _bit_field(alias: str, member: Member) -> str:
     shift = member.bit_offset % 8
     if shift + member.bits > 8:
-        raise UnavailableError(f"{alias}: a bit field over a byte's edge is not supported")
+        raise UnavailableError(f"{alias}: bit fields across a byte boundary are not supported")
     return f"#define {alias}_bits(byte) ((byte) >> {shift} & {(1 << member.bits) - 1})"
 
 

@@ -1,7 +1,8 @@
-"""The kernel side as the agent sees it: which rungs are in use, the rings and maps, the counters, attach and detach.
+"""The kernel side for the agent: hooks in use, rings, maps and counters; attach and detach.
 
 A child process (loader_child) loads and attaches; this module holds the descriptors that it passes. Unless they are
-pinned (pinned) or held by systemd (fdstore), the programs end with the last descriptor, also by kill -9.
+pinned (pinned) or held by systemd (fdstore), the kernel removes the programs with the last descriptor, even after
+kill -9.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from producer.kernel import bpf_syscall
 from producer.kernel.hooks import Refusal
 from producer.kernel.loader import Loader
 from producer.kernel.loader_child import ATTACH
-from producer.kernel.manifest import COUNTERS, Kept, KeptRing, usable
+from producer.kernel.manifest import COUNTERS, Manifest, StoredRing, with_readable_rings
 from producer.kernel.ringbuf import Ring
 from producer.kernel.rule_maps import RuleMaps
 from producer.paths import BPF
@@ -37,10 +38,10 @@ _OWN_OPENED = b"\1"
 
 
 @dataclass(frozen=True, slots=True)
-class HookSettings:
-    """What to hook and how. The ring sizes are in bytes, by the ring's name: powers of two, a page or more.
+class CaptureSettings:
+    """How to capture. Ring sizes are in bytes, by ring name: powers of two, at least a page.
 
-    Raises ConfigError where a value cannot be.
+    Raises ConfigError for an invalid value.
     """
 
     hooks: tuple[str, ...] = HOOKS
@@ -48,17 +49,17 @@ class HookSettings:
         default_factory=lambda: {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22}
     )
     rules: Tables = field(default_factory=lambda: tables((), Action()))
-    """What becomes events; all of it, unless told otherwise."""
+    """Which segments become events; by default all."""
     btf: Path | None = None
-    compiled: Path | None = None
-    """The folder of what was compiled, for the next start; None: each compiles."""
+    cache: Path | None = None
+    """The folder of the program cache. None: compile at each start."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.hooks) - set(HOOKS):
-            raise errors.ConfigError(f"unknown hook {min(unknown)!r}: the hooks are {', '.join(HOOKS)}")
+            raise errors.ConfigError(f"unknown hook {min(unknown)!r}: expected one of {', '.join(HOOKS)}")
         for ring, size in self.ring_bytes.items():
             if size & (size - 1) or not mmap.PAGESIZE <= size <= 1 << 30:
-                raise errors.ConfigError(f"{ring}: {size} bytes is no power of two from a page to 1 GiB")
+                raise errors.ConfigError(f"{ring}: expected a power of two from a page to 1 GiB, not {size} bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class KernelCounters:
     """Events of one stream since the programs were loaded.
 
     `nested` counts runs that the kernel skipped because the program would have interrupted itself, and returns of calls
-    whose entry was skipped or evicted; it stands before the filter.
+    whose entry was skipped or evicted. It is counted before the filter.
     """
 
     passed: int
@@ -75,59 +76,61 @@ class KernelCounters:
 
 
 class Numbers(Protocol):
-    """What says where the numbers of events begin, by stream and possible CPU."""
+    """Decides where event numbers (cpu_seq) begin, by stream and possible CPU."""
 
     def start(self, *, overlap: bool) -> Mapping[str, Sequence[int]]:
-        """Return the numbers before the first; with `overlap`, other programs are giving numbers."""
+        """Return the number before the first. With `overlap`, other programs are still assigning numbers."""
 
-    def in_use(self) -> None:
-        """Note that programs which were taken over are giving numbers."""
+    def resume(self) -> None:
+        """Record that programs which were taken over are assigning numbers."""
 
     def stop(self, last: Mapping[str, Sequence[int]]) -> None:
-        """Note the last numbers."""
+        """Record the last numbers."""
 
 
-class Keeper(Protocol):
-    """What keeps maps, programs and links by name when the process ends. A name stands for one object for ever."""
+class HandoverStore(Protocol):
+    """Holds maps, programs and links by name for the next process. A name always refers to the same object."""
 
     @property
     def outlives_stop(self) -> bool:
-        """Whether a stop is no reason to detach: where nobody is to take over, the keeper itself lets go."""
+        """Whether the probes stay attached at a stop, because the store itself releases them when that is final."""
 
     def manifest(self) -> Mapping[str, Any] | None:
-        """Return what `keep` was told; None where nothing is kept, nothing in it where that cannot be read."""
+        """Return the manifest given to `save`: None if nothing is stored, empty if it cannot be read."""
 
     def open(self, names: Sequence[str]) -> list[int]:
-        """Return new descriptors of kept objects; OSError or LookupError where one is not there."""
+        """Return new descriptors of stored objects. OSError or LookupError if one is missing."""
 
-    def keep(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
-        """Keep the objects of these descriptors by their names, and let go of others that were kept."""
+    def save(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
+        """Store the objects of these descriptors by name, and release all others."""
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Release everything."""
 
 
-class Hooks:
-    """The loaded programs of both streams; `attach` starts them. A context manager: leaving it detaches.
+class Capture:
+    """The loaded programs of both streams; `attach` starts them. As a context manager, detaches on exit.
 
-    With a keeper, hooks that outlived another process are taken over if they are what would be loaded; if not, they
-    stay attached until these are. Without `numbers`, the events' begin at 1.
+    With a store, probes left by an earlier process are taken over if they are the same that would be loaded. Otherwise
+    they stay attached until the new ones are. Without `numbers`, event numbers begin at 1.
     """
 
-    def __init__(self, settings: HookSettings, keeper: Keeper | None = None, numbers: Numbers | None = None) -> None:
+    def __init__(
+        self, settings: CaptureSettings, store: HandoverStore | None = None, numbers: Numbers | None = None
+    ) -> None:
         self._settings = settings
-        self._keeper = keeper
+        self._store = store
         self._numbers = numbers
         self.taken_over = False
-        """Whether the programs were attached by another process, and have been all the time since."""
+        """Whether an earlier process attached the programs, and they have been attached since."""
         self.cached = False
-        """Whether what was loaded had been compiled by an earlier start."""
+        """Whether the programs came from the program cache."""
         self.ring_id = ""
-        """Which rings these are: another one at each load, the same when they are taken over."""
+        """Identifies the rings: new at each load, unchanged when they are taken over."""
         self.old_ring_id: str | None = None
-        """The `ring_id` that the last of the old rings had, while there are any."""
-        self._old_rings: dict[str, tuple[KeptRing, int]] = {}
-        self._beside_others = False
+        """The `ring_id` of the newest old rings, while there are any."""
+        self._old_rings: dict[str, tuple[StoredRing, int]] = {}
+        self._replacing = False
         self._descriptors: list[int] = []
         self._maps: dict[str, int] = {}
         self._own_sockets: list[int] = []
@@ -135,61 +138,63 @@ class Hooks:
         self._links: list[int] = []
         self._loader: Loader | None = None
         self._cpus = bpf_syscall.possible_cpus()
-        self.rungs: dict[str, str] = {}
-        """The rung in use, by stream."""
+        self.hooks_in_use: dict[str, str] = {}
+        """By stream."""
         self.refusals: list[Refusal] = []
-        """The better rungs, and why the host does not allow them."""
+        """The better hooks, and why the host does not allow them."""
 
     def load(self) -> None:
-        """Load, or take over what is kept, if that is the same that would be loaded.
+        """Load the programs, or take over the stored ones if they are the same.
 
         Raises HookError, PermissionDenied or UnavailableError with the reason in one line.
         """
-        if not self._find_kept():
+        if not self._open_stored():
             self._load()
         self._own_sockets.append(self._maps["own_sockets"])
         self._rules = RuleMaps(self._maps)
         self._rules.put(self._settings.rules)
 
-    def _find_kept(self) -> bool:
-        """Take over what is kept, or the rings of it that are to be drained; return whether nothing is to be loaded."""
-        manifest = self._keeper.manifest() if self._keeper else None
-        if self._keeper is None or manifest is None:
+    def _open_stored(self) -> bool:
+        """Take over the stored probes, or at least their rings to drain them; return whether nothing must be loaded."""
+        manifest = self._store.manifest() if self._store else None
+        if self._store is None or manifest is None:
             return False
         opened: dict[str, int] = {}
         try:
-            kept = Kept.read(manifest)
-            opened = dict(zip(kept.objects, self._keeper.open(kept.objects), strict=True))
-            kept = usable(kept, opened)
+            stored = Manifest.from_json(manifest)
+            opened = dict(zip(stored.objects, self._store.open(stored.objects), strict=True))
+            stored = with_readable_rings(stored, opened)
         except (OSError, LookupError, ValueError) as error:
             bpf_syscall.close_all(list(opened.values()))
-            logger.warning("hooks that were kept are given up, and the events in their rings are lost: %s", error)
-            self._beside_others = True
+            logger.warning("hooks of the last run cannot be taken over, the events in their rings are lost: %s", error)
+            self._replacing = True
             return False
-        if kept.fingerprint == self._fingerprint():
-            self._take_over(kept, opened)
+        if stored.fingerprint == self._fingerprint():
+            self._take_over(stored, opened)
         else:
-            self._stand_beside(kept, opened)
+            self._replace(stored, opened)
         return self.taken_over
 
-    def _take_over(self, kept: Kept, opened: Mapping[str, int]) -> None:
+    def _take_over(self, stored: Manifest, opened: Mapping[str, int]) -> None:
         self.taken_over = True
-        self.ring_id, self.old_ring_id = kept.ring_id, kept.old_ring_id
-        self.rungs, self.refusals = dict(kept.rungs), list(kept.refusals)
-        self._maps = {name: opened[kept_as] for name, kept_as in kept.maps.items()}
-        self._programs = {stream: [opened[each] for each in programs] for stream, programs in kept.programs.items()}
-        self._links = [opened[link] for link in kept.links]
-        self._old_rings = {ring.name: (ring, opened[ring.name]) for ring in kept.old_rings}
-        apart = {*kept.links, *self._old_rings}
+        self.ring_id, self.old_ring_id = stored.ring_id, stored.old_ring_id
+        self.hooks_in_use, self.refusals = dict(stored.hooks), list(stored.refusals)
+        self._maps = {name: opened[stored_as] for name, stored_as in stored.maps.items()}
+        self._programs = {stream: [opened[each] for each in programs] for stream, programs in stored.programs.items()}
+        self._links = [opened[link] for link in stored.links]
+        self._old_rings = {ring.name: (ring, opened[ring.name]) for ring in stored.old_rings}
+        apart = {*stored.links, *self._old_rings}
         self._descriptors = [descriptor for name, descriptor in opened.items() if name not in apart]
 
-    def _stand_beside(self, kept: Kept, opened: dict[str, int]) -> None:
-        logger.info("hooks that were kept are not those that are wanted: they stay until these are attached")
-        self._beside_others = True
-        self.old_ring_id = kept.ring_id
-        self._old_rings = {ring.name: (ring, opened.pop(ring.name)) for ring in [*kept.old_rings, *kept.rings]}
-        # Until they end, they take what the agent sends: it is to leave itself out there too.
-        self._own_sockets = [opened.pop(kept.maps["own_sockets"])]
+    def _replace(self, stored: Manifest, opened: dict[str, int]) -> None:
+        logger.info(
+            "hooks of the last run do not match the configuration or version: detaching them after the new attach"
+        )
+        self._replacing = True
+        self.old_ring_id = stored.ring_id
+        self._old_rings = {ring.name: (ring, opened.pop(ring.name)) for ring in [*stored.old_rings, *stored.rings]}
+        # Until they are detached they capture the agent's own traffic too, so exclude it there as well.
+        self._own_sockets = [opened.pop(stored.maps["own_sockets"])]
         self._descriptors = [*self._own_sockets]
         bpf_syscall.close_all(list(opened.values()))
 
@@ -203,7 +208,7 @@ class Hooks:
                 "hooks": settings.hooks,
                 "ring_bytes": dict(settings.ring_bytes),
                 "layout_check": layout_check(),
-                "compiled": settings.compiled and str(settings.compiled),
+                "cache": settings.cache and str(settings.cache),
             }
         )
         self._descriptors += descriptors
@@ -211,42 +216,42 @@ class Hooks:
         for warning in answer["warnings"]:
             logger.warning("%s", warning)
         self.ring_id = secrets.token_hex(8)
-        self.rungs = answer["rungs"]
+        self.hooks_in_use = answer["hooks"]
         self.refusals = [Refusal(*each) for each in answer["refusals"]]
         count = len(answer["maps"])
         self._maps = dict(zip(answer["maps"], descriptors[:count], strict=True))
         for stream, program in zip(answer["programs"], descriptors[count:], strict=True):
             self._programs.setdefault(stream, []).append(program)
 
-    def _keep(self) -> None:
-        """Keep these hooks and the old rings, and nothing else: others end."""
-        assert self._keeper is not None
+    def _save(self) -> None:
+        """Store these probes and the old rings, and release everything else."""
+        assert self._store is not None
         maps = {name: f"{name}_{self.ring_id}" for name in self._maps}
         programs = {
             stream: {f"{stream}_{i}_{self.ring_id}": program for i, program in enumerate(programs)}
             for stream, programs in self._programs.items()
         }
         links = {f"link_{i}_{self.ring_id}": link for i, link in enumerate(self._links)}
-        kept = Kept(
+        stored = Manifest(
             fingerprint=self._fingerprint(),
             ring_id=self.ring_id,
-            rungs=self.rungs,
+            hooks=self.hooks_in_use,
             refusals=self.refusals,
             maps=maps,
             programs={stream: list(named) for stream, named in programs.items()},
             links=list(links),
-            rings=[KeptRing(each, maps[each.ring], self._settings.ring_bytes[each.ring]) for each in STREAMS],
+            rings=[StoredRing(each, maps[each.ring], self._settings.ring_bytes[each.ring]) for each in STREAMS],
             old_ring_id=self.old_ring_id,
             old_rings=[ring for ring, _ in self._old_rings.values()],
         )
-        objects = {kept_as: self._maps[name] for name, kept_as in maps.items()}
+        objects = {stored_as: self._maps[name] for name, stored_as in maps.items()}
         objects.update(link for named in programs.values() for link in named.items())
         objects.update(links)
         objects.update({name: descriptor for name, (_, descriptor) in self._old_rings.items()})
-        self._keeper.keep(objects, kept.manifest())
+        self._store.save(objects, stored.to_json())
 
     def _fingerprint(self) -> str:
-        """Return a digest of all that the programs and maps are made of, but for the rules, which can be changed."""
+        """Return a digest of everything that defines programs and maps, except the rules, which can change later."""
         settings = self._settings
         made_of = [settings.hooks, dict(settings.ring_bytes), str(settings.btf), layout_check()]
         digest = hashlib.sha256(json.dumps(made_of).encode())
@@ -255,35 +260,35 @@ class Hooks:
         return digest.hexdigest()
 
     def attach(self) -> None:
-        """Attach all programs; from here on events come. What was taken over is attached already.
+        """Attach all programs, unless they were taken over. Events arrive from here on.
 
-        Other hooks that were kept end only then, and for a moment both take each segment: their events are in the old
-        rings.
+        Only then are stored probes that do not match detached. For a moment both capture each segment; the events of
+        the old ones are in the old rings.
         """
         if self.taken_over:
             if self._numbers:
-                self._numbers.in_use()
+                self._numbers.resume()
             return
         if self._loader is None:
-            raise ValueError("attach comes once, after load")
+            raise ValueError("attach must be called once, after load")
         if self._numbers:
-            self._seed(self._numbers.start(overlap=self._beside_others))
+            self._seed(self._numbers.start(overlap=self._replacing))
         _, self._links = self._loader.ask(ATTACH)
         self._end_loader()
-        if self._keeper:
-            self._keep()
-        if self._beside_others:
+        if self._store:
+            self._save()
+        if self._replacing:
             self._own_sockets = [self._maps["own_sockets"]]
             bpf_syscall.wait_for_programs()
 
     def detach(self) -> None:
-        """Detach, and keep nothing: no event comes after this. The rings and counters stay readable."""
+        """Detach and clear the store. No event arrives after this; rings and counters stay readable."""
         if not self._links:
             return
-        # The kernel may end a link a moment after its last descriptor; a program that runs until then takes nothing.
+        # The kernel may release a link a moment after its last descriptor; without rules, a late run captures nothing.
         bpf_syscall.update(self._maps["rules_active"], struct.pack("<I", 0), struct.pack("<Q", 0))
-        if self._keeper:
-            self._keeper.clear()
+        if self._store:
+            self._store.clear()
         bpf_syscall.close_all(self._links)
         self._links = []
         bpf_syscall.wait_for_programs()
@@ -295,9 +300,9 @@ class Hooks:
         return Ring(self._maps[stream.ring], self._settings.ring_bytes[stream.ring], stream.dtype)
 
     def old_rings(self) -> list[tuple[Stream, Ring]]:
-        """Map the rings of hooks that these have replaced, oldest first; each stream has the dtype of its ring's rows.
+        """Map the rings of replaced probes, oldest first. Each stream has the dtype of its ring's rows.
 
-        What is committed in them stays so when another process comes to it. They are kept until `drop_old_rings`.
+        Commits persist across processes. The rings are stored until `drop_old_rings`.
         """
         return [
             (ring.stream, Ring(descriptor, ring.size_bytes, ring.stream.dtype))
@@ -305,13 +310,13 @@ class Hooks:
         ]
 
     def drop_old_rings(self) -> None:
-        """Let go of the old rings, after `attach`; what is mapped of them stays readable."""
+        """Release the old rings, after `attach`. Mapped ones stay readable."""
         if not self._old_rings:
             return
         descriptors = [descriptor for _, descriptor in self._old_rings.values()]
         self._old_rings, self.old_ring_id = {}, None
-        if self._keeper and self._links:
-            self._keep()
+        if self._store and self._links:
+            self._save()
         bpf_syscall.close_all(descriptors)
 
     def counters(self, stream: Stream) -> KernelCounters:
@@ -339,38 +344,38 @@ class Hooks:
         return [bpf_syscall.program_info(program) for program in self._programs[stream.name]]
 
     def put_rules(self, rules: Tables) -> int:
-        """Put other rules in force, between two segments, and return their version. The settings' own are version 1."""
+        """Activate other rules, atomically between two segments, and return their version. The initial ones are 1."""
         return self._rules.put(rules)
 
     def exclude_socket(self, descriptor: int) -> None:
-        """Leave out what this process's socket `descriptor` sends, and what its peer does in this network namespace.
+        """Exclude the traffic of this process's socket `descriptor`, and of its peer if in the same network namespace.
 
-        Call it after `attach` and before the socket connects: the peer is known from the first segment to it on that
-        the programs see.
+        Call it after `attach` and before the socket connects: the programs learn the peer from the first segment.
         """
         for own_sockets in self._own_sockets:
             bpf_syscall.update(own_sockets, cookie(descriptor), _OWN_OPENED)
 
     def exclude_listener(self, address: Address, port: int) -> None:
-        """Leave out what this process's socket that listens there sends, and the sockets that it accepts from now on.
+        """Exclude the traffic of this process's listening socket, and of the sockets that it accepts from now on.
 
-        LookupError if this process does not listen there, ValueError for a wildcard: what is accepted has addresses.
+        LookupError if this process does not listen there. ValueError for a wildcard, because accepted sockets have
+        specific addresses.
         """
         if address.is_unspecified:
-            raise ValueError(f"exclude_listener needs the address that peers connect to, not {address}")
+            raise ValueError(f"exclude_listener: expected the address that peers connect to, not {address}")
         listener = cookie(listener_at(address, port))
         namespace = os.stat("/proc/self/ns/net").st_ino
         bpf_syscall.update(self._maps["own_sockets"], listener, _OWN_OPENED)
         bpf_syscall.update(self._maps["own_listeners"], _in6(address) + struct.pack("<II", namespace, port), b"\1")
 
     def close(self) -> None:
-        """Let go of everything: the programs end, unless they are kept."""
+        """Release everything. The kernel removes the programs, unless they are stored."""
         self._end_loader()
         old_rings = [descriptor for _, descriptor in self._old_rings.values()]
         bpf_syscall.close_all([*self._links, *self._descriptors, *old_rings])
         self._links, self._descriptors, self._old_rings = [], [], {}
 
-    def __enter__(self) -> "Hooks":
+    def __enter__(self) -> "Capture":
         return self
 
     def __exit__(

@@ -1,14 +1,14 @@
-"""Maps, programs and links that outlive the process that made them, in systemd's file descriptor store.
+"""Maps, programs and links in systemd's file descriptor store, so that they outlive the process.
 
-systemd holds a copy of each descriptor by its name, and hands all of them to the next process of the service, after a
-crash as after `systemctl restart`; at `systemctl stop` it lets go of them. What they are is a manifest, with their
-names, in a sealed memory file that is stored behind them. Of two manifests the later one counts: the earlier one was
-about to be removed. What the manifest does not name are the remains of a start or stop that did not come to its end.
-Only the service's main process can store (NotifyAccess=main), and at most FileDescriptorStoreMax= descriptors.
+systemd holds a copy of each descriptor by name, and passes all of them to the next process of the service, after a
+crash or `systemctl restart`. At `systemctl stop` it closes them. Their names and the manifest are in a sealed memory
+file, stored after them. If there are two manifests, the later one is valid: the earlier one was about to be removed.
+Descriptors that the manifest does not name were left by an interrupted start or stop. Only the service's main process
+can store (NotifyAccess=main), and at most FileDescriptorStoreMax= descriptors.
 
-systemd never says what it has stored. That it would is in the environment variable FDSTORE, the number of descriptors
-that it allows: it sets that itself from version 254 on, and before, the unit does (Environment=FDSTORE=). Nothing else
-tells: NOTIFY_SOCKET is set for services without a store too, and LISTEN_FDS only from the second start on.
+systemd never reports what it has stored. The only sign of a store is the environment variable FDSTORE, the number of
+descriptors that it allows. systemd sets it from version 254; before that, the unit does (Environment=FDSTORE=).
+NOTIFY_SOCKET is also set for services without a store, and LISTEN_FDS only from the second start on.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ from typing import Any
 
 from producer.errors import ConfigError
 from producer.host.systemd import barrier, notify, number
-from producer.kernel.manifest import objects_and_manifest
+from producer.kernel.manifest import parse_stored
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +39,19 @@ def available() -> bool:
 
 
 class FdStore:
-    """The store of the service that this process is. Entering takes what systemd handed over, at most once a process.
+    """The store of this service. Entering it takes the descriptors that systemd passed, at most once per process.
 
-    What systemd keeps is held here too, until it is cleared or this object is left.
+    This object holds a copy of each stored descriptor until it is cleared or exited.
     """
 
     outlives_stop = True
-    """Only systemd knows whether a stop is the first half of a restart: it ends what is kept where it is not."""
+    """Only systemd knows whether a stop is part of a restart; if it is not, systemd closes the descriptors."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, int] = {}
+        self._held: dict[str, int] = {}
 
     def manifest(self) -> dict[str, Any] | None:
-        """Return what `keep` was told; None where nothing is kept, and nothing in it where that cannot be read."""
+        """Return the manifest given to `save`: None if nothing is stored, empty if it cannot be read."""
         name = self._manifest_name()
         if name is None:
             return None
@@ -62,20 +62,20 @@ class FdStore:
         return manifest
 
     def open(self, names: Sequence[str]) -> list[int]:
-        """Return new descriptors of kept objects. Raises LookupError where one is not there."""
-        return [os.dup(descriptor) for descriptor in [self._kept[name] for name in names]]
+        """Return new descriptors of stored objects. LookupError if one is missing."""
+        return [os.dup(descriptor) for descriptor in [self._held[name] for name in names]]
 
-    def keep(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
-        """Keep the objects of these descriptors by their names, in place of what was kept.
+    def save(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
+        """Store the objects of these descriptors by name, and remove all others.
 
-        A name stands for one object for ever: what is kept by it already stays. At any moment, either the old objects
-        are kept or the new ones. Raises ConfigError where the store is too small for both.
+        A name always refers to the same object, so a stored one stays. At any moment, either the old objects are
+        complete or the new ones. ConfigError if the store is too small for both.
         """
-        needed = len(self._kept.keys() | objects.keys()) + 1
+        needed = len(self._held.keys() | objects.keys()) + 1
         if needed > _limit():
             raise ConfigError(f"FileDescriptorStoreMax={_limit()} of the unit is too small: {needed} are needed")
         for name, descriptor in objects.items():
-            if name not in self._kept:
+            if name not in self._held:
                 self._store(name, os.dup(descriptor))
         fresh = f"{_MANIFEST}{_number(self._manifest_name()) + 1}"
         self._store(fresh, _sealed(json.dumps({"objects": list(objects), "manifest": manifest}).encode()))
@@ -83,48 +83,48 @@ class FdStore:
         barrier()
 
     def clear(self) -> None:
-        """Keep nothing: what nobody else holds ends, links first.
+        """Remove everything, links first. The kernel releases what no one else holds.
 
-        From version 254 on systemd closes what it removes in a thread of its own, which may be a moment later.
+        From version 254, systemd closes removed descriptors in a separate thread, which may be a moment later.
         """
         self._remove_all_but(())
         barrier()
 
     def _manifest_name(self) -> str | None:
-        return max((name for name in self._kept if name.startswith(_MANIFEST)), key=_number, default=None)
+        return max((name for name in self._held if name.startswith(_MANIFEST)), key=_number, default=None)
 
     def _read(self, name: str) -> dict[str, Any]:
-        descriptor = self._kept[name]
-        return objects_and_manifest(os.pread(descriptor, _MOST_MANIFEST_BYTES, 0))
+        descriptor = self._held[name]
+        return parse_stored(os.pread(descriptor, _MOST_MANIFEST_BYTES, 0))
 
     def _remove_all_but(self, names: Collection[str]) -> None:
-        for name in sorted(self._kept.keys() - names, key=_order):
+        for name in sorted(self._held.keys() - names, key=_order):
             notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
-            os.close(self._kept.pop(name))
+            os.close(self._held.pop(name))
 
     def _remove_remains(self) -> None:
         name = self._manifest_name()
         try:
             self._remove_all_but({name, *self._read(name)["objects"]} if name else ())
         except (OSError, ValueError, LookupError):
-            return  # another version's: they go when others are kept
+            return  # another version's manifest: the next `save` removes them
 
     def _store(self, name: str, descriptor: int) -> None:
-        self._kept[name] = descriptor
-        # FDPOLL=0: systemd shall not drop a descriptor because it is at its end, as poll(2) has it.
+        self._held[name] = descriptor
+        # FDPOLL=0: otherwise systemd drops a descriptor for which poll(2) reports an end.
         notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [descriptor])
 
     def __enter__(self) -> "FdStore":
-        self._kept = _handed_over()
+        self._held = _handed_over()
         self._remove_remains()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in self._kept.values():
+        for descriptor in self._held.values():
             os.close(descriptor)
-        self._kept = {}
+        self._held = {}
 
 
 def _limit() -> int:
@@ -137,15 +137,15 @@ def _number(manifest: str | None) -> int:
 
 
 def _order(name: str) -> tuple[bool, bool, int]:
-    """Manifests are removed first, the earlier before the later, and then links."""
+    """Sort manifests first, the earlier before the later, then links."""
     is_manifest = name.startswith(_MANIFEST)
     return not is_manifest, not name.startswith("link"), _number(name) if is_manifest else 0
 
 
 def _handed_over() -> dict[str, int]:
-    """Return the descriptors that systemd handed to this process, by name; neither they nor the word go on to children.
+    """Return the descriptors that systemd passed to this process, by name. Children inherit neither them nor LISTEN_*.
 
-    The variables of another process, which this one has inherited, are none of its business: sd_listen_fds(3).
+    Variables meant for another process are ignored: sd_listen_fds(3).
     """
     mine = os.environ.get("LISTEN_PID") == str(os.getpid())
     count, names = number("LISTEN_FDS", _MOST_DESCRIPTORS), os.environ.get("LISTEN_FDNAMES", "").split(":")
@@ -155,7 +155,7 @@ def _handed_over() -> dict[str, int]:
         return {}
     descriptors = [descriptor for descriptor in range(_FIRST, _FIRST + count) if _is_open(descriptor)]
     if len(descriptors) != count or len(names) != count or len(set(names)) != count:
-        logger.warning("LISTEN_FDS and LISTEN_FDNAMES do not fit the descriptors of this process: none is taken over")
+        logger.warning("LISTEN_FDS and LISTEN_FDNAMES do not match the open descriptors: none is taken over")
         return {}
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
@@ -171,7 +171,7 @@ def _is_open(descriptor: int) -> bool:
 
 
 def _sealed(content: bytes) -> int:
-    """Return a memory file that nobody can change."""
+    """Return a memory file that no one can change."""
     descriptor = os.memfd_create("manifest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.write(descriptor, content)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)

@@ -1,4 +1,4 @@
-"""The loader's process (producer.kernel.loader_child) as the agent sees it: start it, ask it, end it."""
+"""The agent's side of the loader process (producer.kernel.loader_child): start it, ask it, end it."""
 
 import errno
 import functools
@@ -23,33 +23,33 @@ _FDS = 64
 _FIND_TIMEOUT_S = 60.0
 _MOST_LOG_BYTES = 1 << 16
 _MOST_LINES = 20
-"""The last ones of what the child has written to its standard streams."""
-# Nothing of ours reaches compiler and linker: CPATH, LD_*, PYTHON* and BCC_* would change what is loaded.
+"""Lines logged of the child's standard output and error; the last ones."""
+# The child does not inherit our environment: CPATH, LD_*, PYTHON* and BCC_* would change what is compiled and loaded.
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 _ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
 
 
 class Loader:
-    """The loader's process, and the socket to it."""
+    """The loader process, and the socket to it."""
 
     def __init__(self) -> None:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if limit != resource.RLIM_INFINITY and limit < _FDS:  # bcc would only say that it does not compile
+        if limit != resource.RLIM_INFINITY and limit < _FDS:  # bcc would only report a compile error
             raise errors.UnavailableError(f"{FEW_DESCRIPTORS} (now {limit}, at least {_FDS})")
         try:
             self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
             raise _start_error(error) from error
         self._channel.settimeout(_ANSWER_TIMEOUT_S)
-        # This very package and not another that is installed; and of its folder nothing else, since the site-packages
-        # of a venv must not shadow those of the system's Python.
+        # Import this package, not another installed copy, and nothing else from its folder: the site-packages of a venv
+        # must not shadow those of the system's Python.
         code = f"import sys; sys.path.insert(0, {str(IMPORTED_FROM)!r}); import producer; del sys.path[0]"
         code += f"; from producer.kernel.loader_child import main; main({theirs.fileno()}, {os.getpid()})"
-        # Isolated (-I): a program that runs as root takes no modules from the working directory or PYTHONPATH.
+        # Isolated (-I): a program that runs as root must not import from the working directory or PYTHONPATH.
         try:
             with theirs:
                 command = [python_with_bcc(), "-I", "-c", code]
-                # What Python, bcc and LLVM write themselves is no line of our log yet.
+                # Python, bcc and LLVM write here; `end` turns it into log lines.
                 self._stderr = os.memfd_create("stderr")
                 self._child = subprocess.Popen(
                     command,
@@ -64,20 +64,20 @@ class Loader:
             raise _start_error(error) from error
 
     def ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-        """Send a request and return the answer, and the descriptors that come with it."""
+        """Send a request; return the answer and the descriptors that come with it."""
         try:
             self._channel.send(json.dumps(request).encode())
             packet, descriptors, flags, _ = socket.recv_fds(self._channel, PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError as error:
-            raise errors.HookError(f"the loader has not answered within {_ANSWER_TIMEOUT_S:.0f} s") from error
+            raise errors.HookError(f"the loader did not answer within {_ANSWER_TIMEOUT_S:.0f} s") from error
         except ConnectionError:
             packet, descriptors, flags = b"", [], 0
-        if flags & socket.MSG_CTRUNC:  # the kernel has left out those that this process may not have
+        if flags & socket.MSG_CTRUNC:  # RLIMIT_NOFILE: the kernel has dropped some
             for descriptor in descriptors:
                 os.close(descriptor)
             raise errors.UnavailableError(FEW_DESCRIPTORS)
         if not packet:
-            raise errors.HookError(f"the loader ended with status {self._child.wait()} and no answer")
+            raise errors.HookError(f"the loader exited with status {self._child.wait()} without an answer")
         with open(descriptors[0], "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _MOST_LOG_BYTES))
             if log := file.read().decode(errors="replace"):
@@ -88,7 +88,7 @@ class Loader:
         return answer, descriptors[1:]
 
     def end(self) -> None:
-        """End the process, also in the midst of its work, and with it its copies of the descriptors."""
+        """Kill the process, even while it works, which also closes its copies of the descriptors."""
         self._channel.close()
         self._child.kill()
         self._child.wait()
@@ -105,9 +105,9 @@ def _start_error(error: OSError) -> errors.UnavailableError:
 
 @functools.cache
 def python_with_bcc() -> str:
-    """Return a Python that can import bcc: the system's, where the distribution's package is, or ours.
+    """Return a Python that can import bcc: the system's, which has the distribution's package, or ours.
 
-    The system's starts sooner than that of a venv.
+    The system's is tried first because it starts faster than a venv's.
     """
     for python in ("/usr/bin/python3", sys.executable, shutil.which("python3")):
         if python and _has_bcc(python):
@@ -115,7 +115,7 @@ def python_with_bcc() -> str:
     raise errors.UnavailableError(BCC_MISSING)
 
 
-# The package called bcc on PyPI is something else, and has no such file.
+# The package named bcc on PyPI is unrelated, and has no libbcc.py.
 _FIND_BCC = """
 import importlib.util, os.path, sys
 found = importlib.util.find_spec("bcc")

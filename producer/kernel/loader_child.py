@@ -1,13 +1,13 @@
-"""The child process that compiles, loads and attaches, and hands the file descriptors to the agent.
+"""The child process that compiles, loads and attaches, and passes the file descriptors to the agent.
 
-LLVM costs some 150 MB of resident memory that the agent must not keep, and bcc lives in the system's Python. So this
-module runs in a process of its own, on a Python (3.10 or later) that has bcc; standard library and bcc only. What was
-compiled before is loaded without either (producer.kernel.program_cache).
+LLVM takes about 150 MB of resident memory, which the agent must not hold, and bcc belongs to the system's Python. So
+this module runs in a separate process, on a Python (3.10 or later) that has bcc. Standard library and bcc only. Cached
+programs are loaded without bcc and LLVM (producer.kernel.program_cache).
 
-Over a Unix socket of packets, JSON each: the agent sends a request; the child answers with what it loaded, and the
-descriptors of maps and programs; the agent fills the maps and sends ATTACH; the child answers with the links'
-descriptors and exits. An answer with "error" in it is the last. The first descriptor of each answer is a file of what
-compiler and verifier said.
+The protocol, JSON packets over a Unix socket: the agent sends a request. The child answers with what it loaded and the
+descriptors of maps and programs. The agent fills the maps and sends ATTACH. The child answers with the links'
+descriptors and exits. An answer with "error" is the last. The first descriptor of each answer is a file with the output
+of compiler and verifier.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from typing import Any
 from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.kernel import bpf_syscall, hooks, program_cache, source
 from producer.kernel.btf import VMLINUX, Btf
-from producer.kernel.program_cache import Compiled, CompiledFolder
+from producer.kernel.program_cache import Compiled, ProgramCache
 
 MAPS = (
     "transmit_pipe",
@@ -51,15 +51,15 @@ _CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
 
 
 class _LoggedError(HookError):
-    """A HookError with what the compiler or the verifier said."""
+    """A HookError with the output of the compiler or the verifier."""
 
     def __init__(self, message: str, log: str) -> None:
         super().__init__(message)
         self.log = log
 
 
-class _RungFailed(Exception):
-    """The verifier refused a program, though the kernel allows its rung; `stream` is None for that of own sockets."""
+class _HookFailed(Exception):
+    """The verifier rejected a program although its hook works. `stream` is None for the probe of own sockets."""
 
     def __init__(self, stream: str | None, error: bpf_syscall.VerifierError) -> None:
         super().__init__(str(error))
@@ -67,14 +67,14 @@ class _RungFailed(Exception):
 
 
 def main(descriptor: int, parent: int) -> None:
-    """Serve the agent, process `parent`, over the socket `descriptor`, and do not outlive it."""
+    """Serve the agent, process `parent`, over the socket `descriptor`. Never outlive it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     if os.getppid() != parent:
         return
     with socket.socket(fileno=descriptor) as channel:
         try:
             _serve(channel, json.loads(channel.recv(PACKET_BYTES)))
-        except Exception as error:  # the agent must hear of it, whatever it is
+        except Exception as error:  # whatever it is, report it to the agent
             _answer_error(channel, error)
 
 
@@ -107,80 +107,80 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
     root = hooks.cgroup2_root()
     loaded = _Loaded(request, btf, root)
     answer = {
-        "rungs": {stream: rung.name for stream, rung in loaded.rungs.items()},
-        "refusals": [[r.stream, r.rung, r.reason] for r in loaded.refusals],
+        "hooks": {stream: hook.name for stream, hook in loaded.chosen.items()},
+        "refusals": [[r.stream, r.hook, r.reason] for r in loaded.refusals],
         "maps": list(MAPS),
         "programs": [stream for stream, _, _ in loaded.programs if stream],
         "cached": loaded.cached,
         "warnings": loaded.warnings,
     }
     _answer(channel, answer, loaded.log, [*loaded.maps, *(program for stream, _, program in loaded.programs if stream)])
-    if not channel.recv(PACKET_BYTES):  # the agent gave up; else it is ATTACH
+    if not channel.recv(PACKET_BYTES):  # closed by the agent; otherwise ATTACH
         return
     links: list[int] = []
-    for _, hook, program in loaded.programs:
+    for _, probe, program in loaded.programs:
         try:
-            links.append(hooks.attach(hook, program, root))
+            links.append(hooks.attach(probe, program, root))
         except (OSError, LookupError) as error:
-            raise HookError(f"{hook.program} loaded but did not attach: {error}") from error
+            raise HookError(f"{probe.program} was loaded but cannot be attached: {error}") from error
     _answer(channel, {}, "", links)
 
 
 class _Loaded:
-    """The outcome of going down the ladders until the programs of both streams load."""
+    """The loaded programs of both streams, with the best hooks whose programs load."""
 
     def __init__(self, request: Mapping[str, Any], btf: Btf, root: Path | None) -> None:
-        self.rungs: dict[str, hooks.Rung] = {}
+        self.chosen: dict[str, hooks.Hook] = {}
         self.refusals: list[hooks.Refusal] = []
         self.log = ""
         self._ring_bytes: Mapping[str, int] = request["ring_bytes"]
-        folder = CompiledFolder(Path(request["compiled"]) if request["compiled"] else None)
-        allowed = {stream: list(request["hooks"]) for stream in hooks.LADDERS}
+        cache = ProgramCache(Path(request["cache"]) if request["cache"] else None)
+        allowed = {stream: list(request["hooks"]) for stream in hooks.HOOKS_BY_STREAM}
         while True:
             self._choose(allowed, btf, root)
             try:
-                self._load(request, btf, folder)
+                self._load(request, btf, cache)
                 break
-            except _RungFailed as failed:
+            except _HookFailed as failed:
                 if failed.stream is None:
                     raise _LoggedError(
-                        f"the kernel refuses the program for own sockets: {failed}", failed.log
+                        f"the kernel rejects the program that tracks own sockets: {failed}", failed.log
                     ) from failed
-                rung = self.rungs[failed.stream].name
-                self.log += f"{failed.stream} {rung}:\n{failed.log}\n"
-                self.refusals.append(hooks.Refusal(failed.stream, rung, str(failed)))
-                allowed[failed.stream].remove(rung)
-        self.warnings = folder.warnings
+                hook = self.chosen[failed.stream].name
+                self.log += f"{failed.stream} {hook}:\n{failed.log}\n"
+                self.refusals.append(hooks.Refusal(failed.stream, hook, str(failed)))
+                allowed[failed.stream].remove(hook)
+        self.warnings = cache.warnings
 
     def _choose(self, allowed: Mapping[str, list[str]], btf: Btf, root: Path | None) -> None:
-        known = {(refusal.stream, refusal.rung) for refusal in self.refusals}
-        for stream in hooks.LADDERS:
-            transmit = self.rungs["transmit"].name if stream == "retransmit" else None
-            rung, refused = hooks.choose(stream, allowed[stream], btf, root, transmit)
-            self.refusals += [refusal for refusal in refused if (stream, refusal.rung) not in known]
-            if rung is None:
-                raise self._no_rung(stream)
-            self.rungs[stream] = rung
+        known = {(refusal.stream, refusal.hook) for refusal in self.refusals}
+        for stream in hooks.HOOKS_BY_STREAM:
+            transmit = self.chosen["transmit"].name if stream == "retransmit" else None
+            hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmit)
+            self.refusals += [refusal for refusal in refused if (stream, refusal.hook) not in known]
+            if hook is None:
+                raise self._no_hook(stream)
+            self.chosen[stream] = hook
 
-    def _load(self, request: Mapping[str, Any], btf: Btf, folder: CompiledFolder) -> None:
-        unit = _Unit(request, btf, self.rungs)
-        self.cached = self._load_kept(unit, btf, folder)
+    def _load(self, request: Mapping[str, Any], btf: Btf, cache: ProgramCache) -> None:
+        unit = _Unit(request, btf, self.chosen)
+        self.cached = self._load_cached(unit, btf, cache)
         if not self.cached:
             fresh = unit.compile()
             self._load_programs(fresh, btf)
-            folder.put(unit.key, fresh, program_cache.compiler())
+            cache.put(unit.key, fresh, program_cache.compiler())
 
-    def _load_kept(self, unit: "_Unit", btf: Btf, folder: CompiledFolder) -> bool:
-        kept = folder.find(unit.key)
-        if kept is None:
+    def _load_cached(self, unit: "_Unit", btf: Btf, cache: ProgramCache) -> bool:
+        cached = cache.find(unit.key)
+        if cached is None:
             return False
-        if not unit.is_whole_in(kept):
-            folder.drop(unit.key, "maps or programs are missing")
+        if not unit.is_whole_in(cached):
+            cache.drop(unit.key, "maps or programs are missing")
             return False
         try:
-            self._load_programs(kept, btf)
-        except _RungFailed as refused:
-            folder.drop(unit.key, f"refused by the kernel: {refused}")
+            self._load_programs(cached, btf)
+        except _HookFailed as refused:
+            cache.drop(unit.key, f"rejected by the kernel: {refused}")
             return False
         return True
 
@@ -188,48 +188,50 @@ class _Loaded:
         try:
             maps = code.create_maps(self._ring_bytes)
         except OSError as error:
-            raise HookError(f"the kernel makes no maps for the BPF programs: {error.strerror}") from error
+            raise HookError(f"cannot create the maps of the BPF programs: {error.strerror}") from error
         self.maps = maps[: len(MAPS)]
-        attached = [(stream, hook) for stream, rung in self.rungs.items() for hook in rung.hooks]
-        self.programs: list[tuple[str | None, hooks.Hook, int]] = []
-        for stream, hook in [(None, hooks.OWN_SOCKETS), *attached]:
+        attached = [(stream, probe) for stream, hook in self.chosen.items() for probe in hook.probes]
+        self.programs: list[tuple[str | None, hooks.Probe, int]] = []
+        for stream, probe in [(None, hooks.OWN_SOCKETS), *attached]:
             try:
-                program = hooks.load(hook, code.instructions(hook.program, maps), btf)
+                program = hooks.load(probe, code.instructions(probe.program, maps), btf)
             except bpf_syscall.VerifierError as error:
                 bpf_syscall.close_all([*maps, *(loaded for *_, loaded in self.programs)])
-                raise _RungFailed(stream, error) from error
-            self.programs.append((stream, hook, program))
+                raise _HookFailed(stream, error) from error
+            self.programs.append((stream, probe, program))
 
-    def _no_rung(self, stream: str) -> _LoggedError:
-        reasons = "; ".join(f"{r.rung}: {r.reason}" for r in self.refusals if r.stream == stream)
+    def _no_hook(self, stream: str) -> _LoggedError:
+        reasons = "; ".join(f"{r.hook}: {r.reason}" for r in self.refusals if r.stream == stream)
         return _LoggedError(f"no hook for {stream}s can be attached on this host: {reasons}", self.log)
 
 
 class _Unit:
-    """What one compilation takes, and its outcome."""
+    """The input of one compilation, and the compilation itself."""
 
-    def __init__(self, request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, hooks.Rung]) -> None:
+    def __init__(self, request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, hooks.Hook]) -> None:
         folder = Path(request["bpf"])
-        names = {stream: rung.name for stream, rung in chosen.items()}
+        names = {stream: hook.name for stream, hook in chosen.items()}
         flags = source.macros(btf, names, bpf_syscall.jiffies_per_second())
         self._text = source.program_text(folder, btf, request["layout_check"])
         self._flags = [*flags, "-Wno-unused-function"]
-        self._programs = [hook.program for rung in chosen.values() for hook in rung.hooks] + [hooks.OWN_SOCKETS.program]
+        self._programs = [probe.program for hook in chosen.values() for probe in hook.probes] + [
+            hooks.OWN_SOCKETS.program
+        ]
         self._shim = folder / "shim"
         self.key = program_cache.key(self._shim, self._text, self._flags, self._programs, MAPS)
 
     def is_whole_in(self, code: Compiled) -> bool:
-        """Whether all maps and programs are there."""
+        """Whether `code` has all maps and programs."""
         return len(code.maps) >= len(MAPS) and set(self._programs) <= set(code.programs)
 
     def compile(self) -> Compiled:
-        """Compile; the maps in MAPS come first."""
+        """Compile. The maps in MAPS come first."""
         os.environ["BCC_KERNEL_SOURCE"] = str(self._shim)
         try:
             import bcc
         except ImportError as error:
             raise UnavailableError(BCC_MISSING) from error
-        # LLVM writes its messages to file descriptor 2 and returns none of them.
+        # LLVM writes its messages only to file descriptor 2.
         with tempfile.TemporaryFile() as messages:
             saved = os.dup(2)
             os.dup2(messages.fileno(), 2)
@@ -241,9 +243,9 @@ class _Unit:
             finally:
                 os.dup2(saved, 2)
                 os.close(saved)
-        # Its maps are only read: those that are used are made in one way, whether this was compiled now or before.
+        # bcc's maps only serve as a description: the real ones are created the same way with and without the cache.
         programs = {name: module.dump_func(name.encode()) for name in self._programs}
-        return Compiled.take(programs, [module[name].map_fd for name in MAPS])
+        return Compiled.from_loaded(programs, [module[name].map_fd for name in MAPS])
 
 
 def _compile_error(log: str) -> _LoggedError:

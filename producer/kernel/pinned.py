@@ -1,9 +1,9 @@
-"""Maps, programs and links that outlive the process that made them, in a folder of a bpffs.
+"""Maps, programs and links pinned in a folder of a bpffs, so that they outlive the process.
 
-Each object is a file there. What they are is a manifest, kept with their names as the target of the symbolic link
-`manifest` (a bpffs holds no other text, and of that no more than a page: it is compressed). The link is replaced at
-once; files that it does not name are the remains of a start or stop that did not come to its end. All of it is gone at
-a reboot. The folder is locked (flock) by the process that uses it.
+Each object is a file. Their names and the manifest are the target of the symbolic link `manifest`: a bpffs can hold no
+other text, and no more than a page of it, so it is compressed. The link is replaced atomically. Files that it does not
+name were left by an interrupted start or stop. A reboot removes everything. The process that uses the folder locks it
+(flock).
 """
 
 import base64
@@ -18,24 +18,24 @@ from typing import Any
 
 from producer.errors import BusyError, ConfigError
 from producer.kernel import bpf_syscall
-from producer.kernel.manifest import objects_and_manifest
+from producer.kernel.manifest import parse_stored
 
 
 class PinFolder:
-    """The folder at `path`, made if need be (mode 0700), and locked while this object is entered.
+    """The folder at `path`, created if necessary (mode 0700), and locked while this object is entered.
 
-    Entering raises ConfigError where there is no bpffs, BusyError where another process holds the lock.
+    Entering raises ConfigError if there is no bpffs, BusyError if another process holds the lock.
     """
 
     outlives_stop = False
-    """What is kept here stays until it is cleared, at a stop too."""
+    """Pins stay until they are cleared, so a stop clears them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._manifest = path / "manifest"
 
     def manifest(self) -> dict[str, Any] | None:
-        """Return what `keep` was told; None where nothing is kept, and nothing in it where that cannot be read."""
+        """Return the manifest given to `save`: None if nothing is pinned, empty if it cannot be read."""
         try:
             manifest: dict[str, Any] = self._read()["manifest"]
         except FileNotFoundError:
@@ -45,7 +45,7 @@ class PinFolder:
         return manifest
 
     def open(self, names: Sequence[str]) -> list[int]:
-        """Return new descriptors of kept objects. Raises OSError where one is not there."""
+        """Return new descriptors of pinned objects. OSError if one is missing."""
         opened: list[int] = []
         try:
             for name in names:
@@ -55,11 +55,11 @@ class PinFolder:
             raise
         return opened
 
-    def keep(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
-        """Keep the objects of these descriptors by their names, in place of what was kept.
+    def save(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
+        """Pin the objects of these descriptors by name, and unpin all others.
 
-        A name stands for one object for ever: what is kept by it already stays. At any moment, either the old objects
-        are kept or the new ones.
+        A name always refers to the same object, so an existing pin stays. At any moment, either the old objects are
+        complete or the new ones.
         """
         for name, descriptor in objects.items():
             if not (self._path / name).exists():
@@ -72,18 +72,18 @@ class PinFolder:
         self._remove_all_but(objects)
 
     def clear(self) -> None:
-        """Keep nothing: what nobody else holds ends, links first."""
+        """Unpin everything, links first. The kernel releases what no one else holds."""
         self._manifest.unlink(missing_ok=True)
         self._remove_all_but(())
 
     def _read(self) -> dict[str, Any]:
-        """Raises FileNotFoundError where there is no manifest, ValueError where it is another version's."""
+        """Raises FileNotFoundError if there is no manifest, ValueError if it is another version's."""
         try:
             target = os.readlink(self._manifest)
-            return objects_and_manifest(zlib.decompress(base64.urlsafe_b64decode(target)))
+            return parse_stored(zlib.decompress(base64.urlsafe_b64decode(target)))
         except FileNotFoundError:
             raise
-        except (OSError, zlib.error) as error:  # no link
+        except (OSError, zlib.error) as error:  # not a link
             raise ValueError(str(error)) from error
 
     def _remove_all_but(self, names: Collection[str]) -> None:
@@ -97,7 +97,7 @@ class PinFolder:
         except FileNotFoundError:
             self._remove_all_but(())
         except ValueError:
-            return  # they go when others are kept
+            return  # the next `save` removes them
 
     def __enter__(self) -> "PinFolder":
         try:
@@ -107,12 +107,12 @@ class PinFolder:
             raise ConfigError(f"capture.pin {self._path}: {error.strerror}") from error
         if not bpf_syscall.is_bpffs(self._path):
             os.close(self._lock)
-            raise ConfigError(f"capture.pin {self._path}: not in a bpffs; mount one: mount -t bpf bpf /sys/fs/bpf")
+            raise ConfigError(f"capture.pin {self._path}: not in a bpffs. Mount one: mount -t bpf bpf /sys/fs/bpf")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
-            raise BusyError(f"another producer keeps its hooks in {self._path}") from error
+            raise BusyError(f"another producer has pinned its hooks in {self._path}") from error
         self._remove_remains()
         return self
 

@@ -1,10 +1,10 @@
-"""Compiled programs as data, and a folder of them: what was compiled before is loaded without bcc and LLVM.
+"""Compiled programs as data, and the cache folder, from which they are loaded without bcc and LLVM.
 
-The folder holds a file for each source, set of flags and kernel, KEY.json: a line with the SHA-256 of KEY and of what
-follows, which is JSON. What is loaded with capabilities must not come from where anybody but root can write: who takes
-over the service's user would choose what the next start loads. So root alone uses the folder, and only where the file,
-the folder and all above it are root's, no links, and closed to others' writing. Else programs are compiled afresh.
-Standard library only.
+The folder has a file KEY.json for each combination of source, flags and kernel: a line with the SHA-256 of KEY and the
+content, then the content, which is JSON. Programs are loaded with capabilities, so they must not come from a place that
+anyone but root can write to: an attacker with the service's user could choose what the next start loads. Therefore only
+root uses the cache, and only if the file, the folder and all its parents belong to root, are not links, and are not
+writable by others. Otherwise programs are compiled at each start. Standard library only.
 """
 
 import base64
@@ -24,26 +24,26 @@ from typing import Any
 from producer.host import state_file
 from producer.kernel import bpf_syscall
 
-KEPT_FILES = 8
-"""The files last used; others are deleted."""
+MAX_FILES = 8
+"""Files in the folder; the least recently used beyond these are deleted."""
 
 _INSTRUCTION = struct.Struct("<BBhi")
 _LD_IMM64, _MAP_FD = 0x18, 1
-_MOST_FILE_BYTES = 1 << 26  # what is compiled takes a tenth of a megabyte
+_MOST_FILE_BYTES = 1 << 26  # a real one has about 100 KB
 _MAP_NAME = re.compile(r"[A-Za-z0-9_.]{0,15}")
 _COMPILER = re.compile(r"/lib(bcc|LLVM|clang)[^/]*$")
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """Programs by their C functions' names, and their maps. Where an instruction has a map, it has its index here."""
+    """Programs by C function name, and their maps. Instructions refer to a map by its index here."""
 
     maps: Sequence[bpf_syscall.MapInfo]
     programs: Mapping[str, bytes]
 
     @classmethod
-    def take(cls, programs: Mapping[str, bytes], maps: Iterable[int]) -> "Compiled":
-        """Take programs whose instructions have maps' descriptors; `maps` come first, then what else they refer to."""
+    def from_loaded(cls, programs: Mapping[str, bytes], maps: Iterable[int]) -> "Compiled":
+        """Convert programs that refer to maps by descriptor. `maps` come first, then others that they refer to."""
         descriptors = list(maps)
 
         def index(descriptor: int) -> int:
@@ -55,7 +55,7 @@ class Compiled:
         return cls([bpf_syscall.map_info(descriptor) for descriptor in descriptors], taken)
 
     def create_maps(self, sizes: Mapping[str, int]) -> list[int]:
-        """Create the maps, some with other max_entries, by name; return their descriptors."""
+        """Create the maps and return their descriptors. `sizes` overrides max_entries by name."""
         descriptors: list[int] = []
         try:
             for each in self.maps:
@@ -67,12 +67,12 @@ class Compiled:
         return descriptors
 
     def instructions(self, program: str, maps: Sequence[int]) -> bytes:
-        """Return a program as the kernel takes it, with the descriptors of the maps."""
+        """Return a program for loading, with the descriptors of the maps."""
         return _with_maps(self.programs[program], maps.__getitem__)
 
 
 def _with_maps(instructions: bytes, number: Callable[[int], int]) -> bytes:
-    """Put another number in each place of a map."""
+    """Replace the number of each map reference."""
     changed = bytearray(instructions)
     at = 0
     while at < len(instructions):
@@ -80,30 +80,30 @@ def _with_maps(instructions: bytes, number: Callable[[int], int]) -> bytes:
         if opcode == _LD_IMM64 and registers >> 4 == _MAP_FD:
             _INSTRUCTION.pack_into(changed, at, opcode, registers, offset, number(immediate))
         elif opcode == _LD_IMM64 and registers >> 4:
-            raise ValueError(f"instruction {at // 8} refers to something that is no map")
+            raise ValueError(f"instruction {at // 8} refers to something other than a map")
         at += 16 if opcode == _LD_IMM64 else 8
     return bytes(changed)
 
 
 def key(headers: Path, *made_of: Any) -> str:
-    """Return what stands for a compilation: all that goes in, but for the compiler.
+    """Return a digest of all inputs of a compilation except the compiler.
 
-    The kernel is part of it: bcc asks it for the helpers that it has.
+    The kernel is one of them, because bcc asks it which helpers it has.
     """
     files = [[str(path.relative_to(headers)), path.read_text()] for path in sorted(headers.rglob("*.h"))]
     return hashlib.sha256(json.dumps([made_of, files, os.uname()[2:]]).encode()).hexdigest()
 
 
 def compiler() -> list[str]:
-    """Return the files of the compiler that this process has in memory: bcc's library, and LLVM's."""
+    """Return the compiler's files that this process has loaded: the libraries of bcc and LLVM."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return sorted({line.split(maxsplit=5)[5] for line in lines if _COMPILER.search(line)})
 
 
-class CompiledFolder:
-    """The folder at `path`; with None, or where this is not root, nothing is kept.
+class ProgramCache:
+    """The cache in the folder `path`. Without a path, or without root, nothing is cached.
 
-    What an operator should know is in `warnings`.
+    `warnings` collects messages for the operator.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -111,7 +111,7 @@ class CompiledFolder:
         self.warnings: list[str] = []
 
     def find(self, key: str) -> Compiled | None:
-        """Return what is kept under a key, if the compiler is still the one that made it."""
+        """Return the programs cached under a key, if the compiler has not changed since."""
         if self._path is None:
             return None
         try:
@@ -120,7 +120,7 @@ class CompiledFolder:
                 with open(descriptor, "rb", closefd=False) as file:
                     compiler, compiled = _unpacked(key, file.read(_MOST_FILE_BYTES))
                 with contextlib.suppress(OSError):
-                    os.utime(descriptor)  # the last that was used
+                    os.utime(descriptor)  # most recently used
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -129,7 +129,7 @@ class CompiledFolder:
         return compiled if all(_identity(path) == [path, *known] for path, *known in compiler) else None
 
     def put(self, key: str, compiled: Compiled, compiler: Iterable[str]) -> None:
-        """Keep what was compiled, with the compiler's files; and not more than KEPT_FILES in all."""
+        """Cache programs, with the compiler's files. Keeps at most MAX_FILES."""
         if self._path is None:
             return
         try:
@@ -142,9 +142,9 @@ class CompiledFolder:
             self._warn(str(error))
 
     def drop(self, key: str, reason: str) -> None:
-        """Forget what cannot be loaded."""
+        """Delete programs that cannot be loaded."""
         if self._path is not None:
-            self._warn(f"compiled afresh: {reason}")
+            self._warn(f"compiled again: {reason}")
             with contextlib.suppress(OSError):
                 (self._path / f"{key}.json").unlink()
 
@@ -155,25 +155,25 @@ class CompiledFolder:
 
 
 def _check_folders(path: Path) -> None:
-    """Raise ValueError where others than root could put something else into a folder, or in its place."""
+    """Raise ValueError if anyone but root could change or replace a folder."""
     for folder in (*reversed(path.parents), path):
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode):
-            raise ValueError(f"{folder} is a link or no folder")
+            raise ValueError(f"{folder} is a link or not a folder")
         _check_roots(folder, status)
 
 
 def _check_roots(path: Path, status: os.stat_result) -> None:
     open_to_others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    # In a sticky folder, as /tmp is, nobody else can rename or delete what is root's.
+    # In a sticky folder such as /tmp, others cannot rename or delete root's files.
     shut = not open_to_others or (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX)
     if status.st_uid != 0 or not shut:
-        raise ValueError(f"{path} is another user's, or others may write to it")
+        raise ValueError(f"{path} must belong to root and be writable only by root")
 
 
 @contextlib.contextmanager
 def _own(path: Path) -> Iterator[int]:
-    """Open a file that is root's, and nobody else may write to. Raises ValueError where it is not, OSError."""
+    """Open a file that belongs to root and is writable only by root. Raises ValueError if it is not, or OSError."""
     descriptor = state_file.open_regular(path)
     try:
         _check_roots(path, os.fstat(descriptor))
@@ -206,11 +206,11 @@ def _unpacked(key: str, data: bytes) -> tuple[list[list[Any]], Compiled]:
 
 
 def _map(fields: Sequence[Any]) -> bpf_syscall.MapInfo:
-    """Raises ValueError or TypeError where these are not a map's."""
+    """Raises ValueError or TypeError if these do not describe a map."""
     info = bpf_syscall.MapInfo(*fields)
     *numbers, name = astuple(info)
     if not all(state_file.is_count(number, 1 << 32) for number in numbers) or not _MAP_NAME.fullmatch(name):
-        raise ValueError(f"no map: {info}")
+        raise ValueError(f"invalid map: {info}")
     return info
 
 
@@ -227,7 +227,7 @@ def _identity(path: str) -> list[Any]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, mode 0600."""
+    """Write a file atomically, mode 0600."""
     descriptor, fresh = tempfile.mkstemp(dir=path.parent)
     try:
         with open(descriptor, "wb") as file:
@@ -239,6 +239,6 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _prune(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # another process prunes too
-        for path in sorted(folder.iterdir(), key=lambda path: path.lstat().st_mtime_ns, reverse=True)[KEPT_FILES:]:
+    with contextlib.suppress(FileNotFoundError):  # another process may prune too
+        for path in sorted(folder.iterdir(), key=lambda path: path.lstat().st_mtime_ns, reverse=True)[MAX_FILES:]:
             path.unlink()

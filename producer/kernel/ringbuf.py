@@ -1,21 +1,19 @@
-"""A BPF ring buffer of records of one size, as numpy rows: no callback, no Python per record, no copy.
+"""A BPF ring buffer of fixed-size records, read as numpy rows without callbacks, copies or Python code per record.
 
-Layout (kernel/bpf/ringbuf.c): a page with the consumer's position, a page with the producer's, then the data, mapped
-twice in a row, so that a run of records that wraps is still contiguous. A record is a u32 length with two flag bits, a
-u32 that is the kernel's own, and the payload; all are multiples of 8 bytes. Positions count bytes since the ring was
-made and never wrap.
+Layout (kernel/bpf/ringbuf.c): a page with the consumer position, a page with the producer position, then the data,
+mapped twice in a row, so that a run of records that wraps is contiguous. A record is a u32 length with two flag bits, a
+u32 that the kernel uses, and the payload, padded to a multiple of 8 bytes. Positions count bytes since the ring was
+created and never wrap.
 
-A program reserves a record by writing its length with the busy bit and then moving the producer's position; it submits
-by clearing the bit. So the reader looks at the position first, then at the lengths, then at payloads, and stops at the
-first busy record. Between these steps stands a barrier on machines that reorder loads.
+A program reserves a record by writing its length with the busy bit and then advancing the producer position. It submits
+by clearing the bit. So the reader loads the position first, then the lengths, then the payloads, and stops at the first
+busy record. Between these steps is a barrier on machines that reorder loads.
 
-A ring outlives its process, and the next one may find anything in it. A record whose header the kernel cannot have
-written costs that record: `read` leaves it out and counts it in `damaged`. So does one that stays busy for a minute. A
-consumer's position that cannot be right would keep the kernel from writing: `Ring` starts at the oldest record that the
-memory still holds, and events come twice rather than never.
+A ring outlives its process, so the next process may find damage. A record whose header the kernel cannot have written
+is skipped and counted in `damaged`. So is one that stays busy for a minute. An invalid consumer position would prevent
+the kernel from writing: `Ring` then starts at the oldest record in memory, so events are repeated rather than lost.
 
-`read` goes ahead of `commit`: what was read and not committed still belongs to the ring, and the kernel will not
-overwrite it.
+`read` runs ahead of `commit`: the kernel does not overwrite records that were read but not committed.
 """
 
 import ctypes
@@ -40,9 +38,9 @@ _BUSY_MAX_S = 60.0
 
 
 class Ring:
-    """The reader of one ring of `size_bytes`; rows have `dtype`. The descriptor may be closed afterwards.
+    """Reads one ring of `size_bytes`; rows have `dtype`. The descriptor may be closed afterwards.
 
-    OSError where the descriptor is no ring of this size.
+    OSError if the descriptor is not a ring of this size.
     """
 
     def __init__(
@@ -54,47 +52,47 @@ class Ring:
     ) -> None:
         page = mmap.PAGESIZE
         consumer = mmap.mmap(descriptor, page)
-        # Arrays keep their map: the memory goes with the last array on it.
+        # Arrays hold the mapping: the memory is unmapped with the last array on it.
         self._data = mmap.mmap(descriptor, page + 2 * size_bytes, prot=mmap.PROT_READ, offset=page)
         self._consumer: NDArray[np.uint64] = np.frombuffer(consumer, "<u8", 1)
         self._producer: NDArray[np.uint64] = np.frombuffer(self._data, "<u8", 1)
         self.size_bytes = size_bytes
         self.stride = _HEADER_BYTES + dtype.itemsize
-        """Bytes that a record takes."""
+        """Bytes per record."""
         self._record = np.dtype([("length", "<u4"), ("page", "<u4"), ("row", dtype)])
         self.position = int(self._consumer[0])
-        """Behind the last record read, in bytes since the ring was made."""
+        """Position after the last record read, in bytes since the ring was created."""
         self.damaged = 0
-        """Records that the last `read` has passed over because they are damaged."""
+        """Damaged records that the last `read` skipped."""
         self._clock = clock
         self._busy_position, self._busy_since_s = -1, 0.0
         self._repair()
 
     @property
     def records_before(self) -> int:
-        """Number of records before `position`, since the ring was made."""
+        """Number of records before `position`, since the ring was created."""
         return self.position // self.stride
 
     @property
     def fill(self) -> float:
-        """Share of the ring that is taken, from 0 to 1: records unread, and records read but not committed."""
+        """Used share of the ring, from 0 to 1: unread records, and those read but not committed."""
         return (int(self._producer[0]) - int(self._consumer[0])) / self.size_bytes
 
     @property
     def unread(self) -> int:
-        """Number of records behind `position`, those included that a program is still filling."""
+        """Number of records after `position`, including those that a program is still filling."""
         return (int(self._producer[0]) - self.position) // self.stride
 
     def holds(self, position: int) -> bool:
-        """Say whether `position` is between two records that are not committed, or at an end of them."""
+        """Whether `position` is a boundary of uncommitted records."""
         committed = int(self._consumer[0])
         return committed <= position <= int(self._producer[0]) and (position - committed) % self.stride == 0
 
     def read(self, limit: int) -> Rows:
-        """Return up to `limit` finished rows, in the order of their reservation, and move `position` behind them.
+        """Return up to `limit` finished rows, in the order of their reservation, and move `position` past them.
 
-        The rows are a read-only view of the ring: they keep their values until a position behind them is committed.
-        Only where records between them were discarded, or are damaged, they are a copy.
+        The rows are a read-only view of the ring, valid until a position after them is committed. They are a copy only
+        if records between them were discarded or are damaged.
         """
         count = min(self.unread, limit)
         _barrier()
@@ -114,7 +112,7 @@ class Ring:
         return rows
 
     def _finished(self, lengths: NDArray[np.uint32], size: int) -> int:
-        """Return how many records come before the first that a program is filling."""
+        """Return the number of records before the first that a program is filling."""
         busy = lengths == size | _BUSY
         if not busy.any():
             return len(lengths)
@@ -123,11 +121,11 @@ class Ring:
         if position != self._busy_position:
             self._busy_position, self._busy_since_s = position, self._clock()
         elif first == 0 and self._clock() - self._busy_since_s > _BUSY_MAX_S:
-            return 1  # and `read` takes it for damaged
+            return 1  # `read` then treats it as damaged
         return first
 
     def _repair(self) -> None:
-        """Replace a consumer's position that the kernel would not go on from."""
+        """Replace an invalid consumer position, with which the kernel would not continue."""
         end = int(self._producer[0])
         unread = end - self.position
         if 0 <= unread <= self.size_bytes and unread % self.stride == 0:
@@ -143,12 +141,12 @@ class Ring:
         self.commit(self.position)
 
     def commit(self, position: int) -> None:
-        """Give the kernel the room before `position`; rows read from there lose their values."""
+        """Release the space before `position` to the kernel. Rows before it become invalid."""
         _barrier()
         self._consumer[0] = position
 
     def close(self) -> None:
-        """Let go of the ring. Rows still in use stay readable: the memory is unmapped with the last of them."""
+        """Release the ring. Rows in use stay readable: the memory is unmapped with the last of them."""
         del self._consumer, self._producer, self._data
 
     def __enter__(self) -> "Ring":
@@ -171,5 +169,5 @@ else:
     _libc.syscall(_NR_MEMBARRIER, _REGISTER, 0, 0)
 
     def _barrier() -> None:
-        """membarrier(2), once or twice a batch: Python has no instruction for it."""
+        """Python has no barrier instruction, so this is membarrier(2), at most twice per batch."""
         _libc.syscall(_NR_MEMBARRIER, _PRIVATE_EXPEDITED, 0, 0)

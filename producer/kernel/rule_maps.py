@@ -1,7 +1,7 @@
-"""The rules' tables in the kernel's maps (bpf/rules.h): of two generations one decides while the other is filled.
+"""The tables of the rules in the kernel's maps (bpf/rules.h). Two generations: one active, one to fill.
 
-The switch is one 64-bit word, so that each segment falls wholly under the old rules or under the new ones. A generation
-is filled again only when no program can still be reading it.
+The switch is one 64-bit word, so that each segment is decided entirely by the old rules or entirely by the new ones. A
+generation is refilled only when no program can still be reading it.
 """
 
 import struct
@@ -18,18 +18,18 @@ _SET_BYTES = MOST_RULES // 8
 _PORT_GROUP = 4
 _GENERATION_BITS = 32
 _GENERATION = struct.Struct("<8I")
-"""struct rule_generation; the last of it is the generation of the prefixes."""
+"""struct rule_generation; the last member is the generation of the prefixes."""
 _PREFIX_KEY_BYTES, _VALUE_KEY_BYTES = 24, 16
 _UNKNOWN = b""
-"""The value of an element that another process has written."""
+"""Stands for the value of an element that another process wrote."""
 _NO_CLASS = 0xFFFF
-"""No class has this number, so that each port is written."""
+"""Not the number of any class, so that each port is written."""
 
 
 class RuleMaps:
-    """Writes tables into the maps, given by name: what differs from what is there, and nothing else.
+    """Writes tables into the maps, given by name. Writes only differences.
 
-    `version` counts the tables that were put in force.
+    `version` counts the activated tables.
     """
 
     def __init__(self, maps: Mapping[str, int]) -> None:
@@ -37,10 +37,10 @@ class RuleMaps:
         (active,) = struct.unpack("<Q", bpf_syscall.lookup(maps["rules_active"], _index(0), 8))
         self.version: int = active >> 1
         self.writes = 0
-        """How many elements have been written or deleted so far."""
+        """Number of elements written or deleted so far."""
         self._arrays: dict[str, dict[bytes, bytes]] = {}
-        """What this process has written, by map and key."""
-        # Maps that were taken over have what another process inserted.
+        """The values written by this process, by map and key."""
+        # Maps that were taken over contain elements of another process.
         generation = bpf_syscall.lookup(maps["rule_generations"], _index(active & 1), _GENERATION.size)
         self._prefix_generation: int = _GENERATION.unpack(generation)[-1]
         prefixes = bpf_syscall.keys(maps["rule_prefixes"], _PREFIX_KEY_BYTES)
@@ -52,7 +52,7 @@ class RuleMaps:
         self._ports = np.full(shape, _NO_CLASS, np.uint16) if active else np.zeros(shape, np.uint16)
 
     def put(self, tables: Tables) -> int:
-        """Put tables in force at once, and return their version; an OSError leaves the old ones in force."""
+        """Activate tables atomically, and return their version. After an OSError the old ones stay active."""
         version = self.version + 1
         generation = version & 1
         bpf_syscall.wait_for_programs()
@@ -63,7 +63,7 @@ class RuleMaps:
         return version
 
     def _fill(self, generation: int, tables: Tables) -> int:
-        """Fill a generation of the tables, and return which one of the prefixes goes with it."""
+        """Fill a generation of the tables, and return the generation of prefixes that belongs to it."""
         first_action, first_class = generation * (MOST_RULES + 1), generation * MOST_CLASSES
         *actions, default = tables.actions
         self._array("rule_actions", first_action, map(_action, actions))
@@ -86,24 +86,24 @@ class RuleMaps:
         return prefix_generation
 
     def _fill_prefixes(self, tables: Tables) -> int:
-        """Leave the prefixes that are in use as they are, where they are the ones; fill the others where not."""
+        """Reuse the active prefixes if they are unchanged; otherwise fill the other generation."""
         if tables.prefixes == self._prefixes_in_use:
             return self._prefix_generation
         other = 1 - self._prefix_generation
         numbers = [_index(number) for number in range(len(tables.address_classes))]
-        wanted = {
+        target = {
             struct.pack("<II", _GENERATION_BITS + length, other) + prefix: numbers[number]
             for prefix, length, number in tables.prefixes
         }
-        self._replace("rule_prefixes", self._prefixes[other], wanted)
+        self._replace("rule_prefixes", self._prefixes[other], target)
         return other
 
     def _fill_ports(self, generation: int, ports: NDArray[np.uint16]) -> None:
-        there, wanted = self._ports[generation], ports.reshape(-1, _PORT_GROUP)
-        for group in np.flatnonzero((there != wanted).any(axis=1)).tolist():
-            index = _index(generation * len(wanted) + group)
-            bpf_syscall.update(self._maps["rule_port_classes"], index, wanted[group].tobytes())
-            there[group] = wanted[group]
+        current, target = self._ports[generation], ports.reshape(-1, _PORT_GROUP)
+        for group in np.flatnonzero((current != target).any(axis=1)).tolist():
+            index = _index(generation * len(target) + group)
+            bpf_syscall.update(self._maps["rule_port_classes"], index, target[group].tobytes())
+            current[group] = target[group]
             self.writes += 1
 
     def _array(self, name: str, first: int, values: Iterable[bytes]) -> None:
@@ -111,19 +111,19 @@ class RuleMaps:
         for index, value in enumerate(values, first):
             self._write(name, written, _index(index), value)
 
-    def _replace(self, name: str, there: dict[bytes, bytes], wanted: Mapping[bytes, bytes]) -> None:
-        """Make `there`, what a map has, what is wanted. It says what is there also after an error on the way."""
-        for key in there.keys() - wanted.keys():
+    def _replace(self, name: str, current: dict[bytes, bytes], target: Mapping[bytes, bytes]) -> None:
+        """Change a map from `current` to `target`. `current` is updated step by step, so it is right after an error."""
+        for key in current.keys() - target.keys():
             bpf_syscall.delete(self._maps[name], key)
-            del there[key]
+            del current[key]
             self.writes += 1
-        for key, value in wanted.items():
-            self._write(name, there, key, value)
+        for key, value in target.items():
+            self._write(name, current, key, value)
 
-    def _write(self, name: str, there: dict[bytes, bytes], key: bytes, value: bytes) -> None:
-        if there.get(key) != value:
+    def _write(self, name: str, current: dict[bytes, bytes], key: bytes, value: bytes) -> None:
+        if current.get(key) != value:
             bpf_syscall.update(self._maps[name], key, value)
-            there[key] = value
+            current[key] = value
             self.writes += 1
 
 

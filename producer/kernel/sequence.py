@@ -1,14 +1,14 @@
-"""Where the numbers of events (cpu_seq) begin, so that none is given twice within a boot: a small file says what was.
+"""Where event numbers (cpu_seq) begin, so that none is used twice within a boot. A small file records the last ones.
 
 sequence.json   {"boot_id": ..., "generation": G, "last": {stream: [number by CPU]}, "crc32": ...}: `last` is null while
-                programs give numbers, and stays so if nobody comes to note the last ones. The checksum is of the rest,
-                so that no damage makes the file one of another boot, after which numbers would begin at 0 again.
+                programs assign numbers, and stays null after a crash. The checksum covers the rest, so that no damage
+                can make the file look like one of another boot, after which numbers would begin at 0 again.
 
-After an orderly stop the numbers go on. Where the last ones are not known, a new generation begins, on all CPUs at
-G << 32. G is at least the uptime in seconds, not just one more than the last: a CPU that gives less than 2^32 numbers a
-second has not come so far, however long the last generation was in use. Where the file cannot be written, the next
-start will believe what it says now, and G is one that it never names. A file that cannot be used is set aside; where it
-is missing beside a ledger, somebody has deleted it, and a new generation begins too.
+After an orderly stop the numbers continue. If the last ones are unknown, a new generation begins, on all CPUs at
+G << 32. G is at least the uptime in seconds, not only one more than the last: a CPU that assigns less than 2^32 numbers
+per second cannot have reached it, however long the last generation was in use. If the file cannot be written, the next
+start will trust its current content, so G is a number that the file never contains. An unusable file is set aside. If
+it is missing next to a ledger, it was deleted, and a new generation begins too.
 """
 
 import json
@@ -32,7 +32,7 @@ Numbers = Mapping[str, Sequence[int]]
 _GENERATION_SHIFT = 32
 _MOST_BYTES = 1 << 20  # 4,096 CPUs need a quarter of it
 _UNWRITTEN = 1 << 30
-"""Set in generations that the file does not name; above any uptime, and numbers with it still fit a signed long."""
+"""Set in generations that are not in the file. Above any uptime; numbers with it still fit a signed long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class _Note:
 
 
 class EventNumbers:
-    """The numbers of the host's boot `boot_id`, noted in `folder`. `uptime_s` is the time since then.
+    """The event numbers of the boot `boot_id`, recorded in `folder`. `uptime_s` is the time since boot.
 
-    No method raises OSError: a disk that is full or broken costs a jump in the numbers, and a warning.
+    No method raises OSError: a full or broken disk causes a jump in the numbers, and a warning.
     """
 
     def __init__(self, folder: Path, boot_id: str, cpus: int, uptime_s: Callable[[], float] | None = None) -> None:
@@ -60,7 +60,7 @@ class EventNumbers:
     def start(self, *, overlap: bool = False) -> Numbers:
         """Return the numbers before the first ones of programs that are about to be attached.
 
-        `overlap`: other programs are attached, and still give numbers.
+        `overlap`: other programs are attached and still assign numbers.
         """
         note = self._read()
         go_on = note.last is not None and not overlap
@@ -68,25 +68,25 @@ class EventNumbers:
         error = self._write(None)
         if error is not None:
             self._generation = self._next(note.generation | _UNWRITTEN)
-            logger.warning("%s: %s: the numbers of events jump to %d * 2^32", self._path, error, self._generation)
+            logger.warning("%s: %s: event numbers jump to %d * 2^32", self._path, error, self._generation)
         elif note.last is not None and go_on:
             return note.last
         return self._all(self._generation << _GENERATION_SHIFT)
 
-    def in_use(self) -> None:
-        """Note that programs give numbers which this object has not started: they were taken over."""
+    def resume(self) -> None:
+        """Record that programs which were taken over are assigning numbers."""
         note = self._read()
         self._generation = note.generation
         if note.last is not None and (error := self._write(None)):
-            logger.warning("%s: %s: numbers of events may come twice after a crash", self._path, error)
+            logger.warning("%s: %s: event numbers may be repeated after a crash", self._path, error)
 
     def stop(self, last: Numbers) -> None:
-        """Note the last numbers, after the programs' end."""
-        # Programs that were taken over may have begun with a generation that this folder does not know of.
+        """Record the last numbers, after the programs are detached."""
+        # Programs that were taken over may have begun with a generation that is not in this folder.
         highest = max(max(numbers) for numbers in last.values())
         self._generation = max(self._generation, highest >> _GENERATION_SHIFT)
         if error := self._write(last):
-            logger.warning("%s: %s: the numbers of events will jump at the next start", self._path, error)
+            logger.warning("%s: %s: event numbers will jump at the next start", self._path, error)
 
     def _next(self, generation: int) -> int:
         return max(generation + 1, generation & _UNWRITTEN | int(self._uptime_s()))
@@ -101,31 +101,31 @@ class EventNumbers:
                 return self._checked(note)
         except FileNotFoundError:
             if self._was_in_use():
-                logger.warning("%s is missing, the numbers of events jump", self._path)
+                logger.warning("%s is missing, event numbers jump", self._path)
                 return _Note(self._boot_id, 0, None)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             aside = state_file.set_aside(self._path)
-            where = f"; it is set aside as {aside.name}" if aside else ""
-            logger.warning("%s cannot be used, the numbers of events jump: %s%s", self._path, error, where)
+            where = f"; set aside as {aside.name}" if aside else ""
+            logger.warning("%s cannot be used, event numbers jump: %s%s", self._path, error, where)
             return _Note(self._boot_id, 0, None)
         return _Note(self._boot_id, 0, self._all(0))
 
     def _was_in_use(self) -> bool:
-        """Whether events were numbered here before: ledgers are made after sequence.json."""
+        """Whether events were numbered here before: ledgers are created after sequence.json."""
         return any(self._path.parent.glob("ledger.*"))
 
     def _checked(self, note: _Note) -> _Note:
-        """Return the note. Raises ValueError, TypeError or AttributeError where it cannot be one."""
+        """Return the note. Raises ValueError, TypeError or AttributeError if it is invalid."""
         if not state_file.is_count(note.generation, 2 * _UNWRITTEN - 1):
-            raise ValueError(f"no generation: {note.generation}")
+            raise ValueError(f"invalid generation: {note.generation}")
         if note.last is not None:
             fit = {name: [*map(state_file.is_count, numbers)] for name, numbers in note.last.items()}
             if fit != {stream.name: [True] * self._cpus for stream in STREAMS}:
-                raise ValueError("other streams or CPUs")
+                raise ValueError("the streams or CPUs do not match")
         return note
 
     def _write(self, last: Numbers | None) -> OSError | None:
-        """Write the file, whole or not at all, and to the disk; return what went wrong."""
+        """Write and sync the file atomically. Return the error, if any."""
         note = _Note(self._boot_id, self._generation, last)
         fresh = self._path.with_suffix(".new")
         try:
@@ -150,10 +150,10 @@ def _text(note: _Note) -> bytes:
 
 
 def _parsed(text: bytes) -> _Note:
-    """Raises ValueError or TypeError where this is no note."""
+    """Raises ValueError or TypeError if this is not a note."""
     content: Any = state_file.parse(text)
     if not isinstance(content, dict) or content.pop("crc32", None) != _crc32(content):
-        raise ValueError("the checksum is wrong")
+        raise ValueError("wrong checksum")
     return _Note(**content)
 
 

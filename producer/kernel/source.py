@@ -1,8 +1,7 @@
-"""The C that one host compiles: the files of bpf/ joined, with the running kernel's layouts and the chosen rungs. Pure
-text.
+"""The C source that a host compiles: the files of bpf/ joined, with the running kernel's layouts and the chosen hooks.
 
-bcc rewrites map accesses in its main file only, so that the local headers cannot stay `#include`s: they are put in
-place, with #line, so that a compiler's message names the file that a reader knows. Standard library only.
+bcc rewrites map accesses only in its main file, so the local headers are inlined. #line directives make the compiler's
+messages name the original files. Standard library only.
 """
 
 import re
@@ -12,8 +11,7 @@ from pathlib import Path
 from producer.errors import UnavailableError
 from producer.kernel.btf import FUNC, TYPEDEF, Btf, kernel_header, missing
 
-# What the programs read, by the struct that a pointer to it has in the verifier's eyes. A path may reach into nested
-# structs.
+# The members that the programs read, by the struct that the verifier sees. A path may lead into nested structs.
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "net": ("ns.inum as ns_inum",),
     "sock_common": ("skc_family", "skc_num", "skc_dport", "skc_daddr", "skc_rcv_saddr"),
@@ -23,7 +21,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "sk_buff": ("cb",),
     "tcp_skb_cb": ("seq", "end_seq", "tcp_gso_segs", "tcp_flags"),
 }
-# Where the kernel has no such member, what it would tell is unknown, and the field is null.
+# If the kernel lacks one of these members, the fields that depend on it are null.
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "kernfs_node": ("id",),
     "cgroup": ("kn", "level", "ancestors", "ancestor_ids"),  # ancestors since Linux 6.1, ancestor_ids before
@@ -66,7 +64,7 @@ WANTED = {
     struct: REQUIRED.get(struct, ()) + OPTIONAL.get(struct, ()) for struct in dict.fromkeys([*REQUIRED, *OPTIONAL])
 }
 
-_RUNGS = (
+_HOOKS = (
     "TRANSMIT_FENTRY",
     "TRANSMIT_KPROBE",
     "TRANSMIT_CGROUP_SKB",
@@ -78,25 +76,24 @@ _RUNGS = (
 
 
 def program_text(folder: Path, btf: Btf, layout_check: str) -> str:
-    """Return the whole C source; `layout_check` is C that compares events.h with what the agent expects."""
+    """Return the whole C source. `layout_check` is C that compares events.h with the agent's dtypes."""
     if lacking := missing(btf, REQUIRED):
-        raise UnavailableError(f"this kernel's structs are not those that ReBPF knows; missing: {', '.join(lacking)}")
+        raise UnavailableError(f"this kernel's structs lack members that ReBPF needs: {', '.join(lacking)}")
     generated = {"kernel.h": kernel_header(btf, WANTED), "layout_check.h": layout_check}
     return _inline(folder, "rebpf.bpf.c", generated)
 
 
-def macros(btf: Btf, rungs: Mapping[str, str], hz: int) -> list[str]:
-    """Return compiler flags: the rung's name by stream, and the kernel's HZ."""
-    chosen = {f"{stream}_{rung}".upper() for stream, rung in rungs.items()}
+def macros(btf: Btf, hooks: Mapping[str, str], hz: int) -> list[str]:
+    """Return the compiler flags for the chosen hooks, by stream, and the kernel's HZ."""
+    chosen = {f"{stream}_{hook}".upper() for stream, hook in hooks.items()}
     tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
     numbers = {
-        **{name: int(name in chosen) for name in _RUNGS},
-        # One compilation holds both streams: pointers have BTF types unless one of them is taken by kprobes.
-        "PROBE_READ": int("kprobe" in rungs.values()),
-        # A tracepoint's typedef has the data pointer first.
+        **{name: int(name in chosen) for name in _HOOKS},
+        # Both streams are in one compilation: pointers have BTF types unless one stream uses kprobes.
+        "PROBE_READ": int("kprobe" in hooks.values()),
+        # The first parameter of a tracepoint's typedef is the data pointer.
         "RETRANSMIT_TRACEPOINT_HAS_ERR": int(tracepoint is not None and btf.params(tracepoint) > 3),
-        # Who counts a SYN-ACK's retransmission in its request: the caller of tcp_rtx_synack, or since Linux 6.17
-        # itself.
+        # Whether a SYN-ACK's retransmission is counted by the caller of tcp_rtx_synack; since Linux 6.17 by itself.
         "SYNACK_COUNTED_BY_CALLER": int(btf.find(FUNC, "inet_rtx_syn_ack") is not None),
         "HZ": hz,
     }

@@ -1,1 +1,1 @@
-"""Which connections are captured: rules resolved to numbers, the tables that the kernel decides by, and `--explain`."""
+"""Capture rules: names resolved to numbers, the decision tables for the kernel, and `--explain`."""

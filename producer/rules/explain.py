@@ -1,4 +1,4 @@
-"""Which rule decides over a connection, and why: the answer of `rebpf check --explain`. Pure."""
+"""Which rule decides a connection: the output of `rebpf check --explain`. Pure."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ _OF_ENDPOINTS = frozenset({"address", "local_address", "remote_address", "port",
 
 
 def explain(rules: Sequence[Rule], default: Action, endpoints: str) -> list[str]:
-    """Return a line about each rule that the connection LOCAL,REMOTE reaches, the last of which decides.
+    """Return a line for each rule that the connection LOCAL,REMOTE reaches; the last one decides.
 
-    An endpoint is `10.0.0.1:443` or `[2001:db8::1]:443`. A rule that also looks at something else than the endpoints
-    may decide or not, which its line says. Raises UsageError for text that is no pair of endpoints.
+    An endpoint is `10.0.0.1:443` or `[2001:db8::1]:443`. If a rule also has conditions on other properties, its line
+    names them. UsageError if `endpoints` is not a pair of endpoints.
     """
     segment = _segment(endpoints)
     lines: list[str] = []
@@ -25,7 +25,7 @@ def explain(rules: Sequence[Rule], default: Action, endpoints: str) -> list[str]
         name = rule.name if rule.name == f"rule {number}" else f"rule {number} ({rule.name})"
         if not open_conditions:
             return [*lines, f"{name} decides: {_text(rule.action)}"]
-        lines.append(f"{name} decides where {' and '.join(open_conditions)} match: {_text(rule.action)}")
+        lines.append(f"{name} decides if {' and '.join(open_conditions)} match: {_text(rule.action)}")
     return [*lines, f"the default decides: {_text(default)}"]
 
 
@@ -43,12 +43,13 @@ def _segment(endpoints: str) -> Segment:
     try:
         local, remote = (_endpoint(text) for text in endpoints.split(","))
     except ValueError as error:
-        raise UsageError(f"--explain wants LOCAL,REMOTE, as in 10.0.0.1:443,[2001:db8::1]:5000: {error}") from error
+        example = "10.0.0.1:443,[2001:db8::1]:5000"
+        raise UsageError(f"--explain: expected LOCAL,REMOTE, for example {example}: {error}") from error
     return Segment(local[0], remote[0], local[1], remote[1])
 
 
 def _endpoint(text: str) -> tuple[Address, int]:
     address, _, port = text.strip().rpartition(":")
     if not 0 <= int(port) < 1 << 16:
-        raise ValueError(f"{port} is no port")
+        raise ValueError(f"{port} is not a port")
     return ipaddress.ip_address(address.strip("[]")), int(port)

@@ -1,4 +1,4 @@
-"""The configuration's rules, the names of this host made numbers: users, namespaces, interfaces, cgroups, units."""
+"""Resolves the names in the configuration's rules on this host: users, namespaces, interfaces, cgroups, units."""
 
 import dataclasses
 import fnmatch
@@ -33,46 +33,46 @@ R = TypeVar("R")
 
 NETNS = Path("/run/netns")
 _ABSENT = 0
-"""A cgroup that does not exist: no id is 0, so that the condition stays, and matches nothing."""
+"""The id of a cgroup that does not exist. No cgroup has id 0, so the condition matches nothing."""
 _NOWHERE = ipaddress.IPv6Network("::/128")
-"""For an empty list: no segment has this address, so that the condition stays, and matches nothing."""
+"""The network of an empty list. No segment has this address, so the condition matches nothing."""
 _MOST_LIST_BYTES = 16 << 20
-"""Longest list of addresses that is read: 130,000 lines of 128 bytes."""
+"""Maximum size of an address list: 130,000 lines of 128 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ruleset:
-    """Resolved rules; `cgroups_above` has, for each cgroup that is named, those above it."""
+    """Resolved rules. `cgroups_above` has the ancestors of each named cgroup."""
 
     rules: Sequence[Rule]
     default: Action
     cgroups_above: Mapping[int, Sequence[int]]
 
     def tables(self) -> Tables:
-        """Compile the rules; ConfigError where the kernel's tables cannot hold them."""
+        """Compile the rules. ConfigError if the kernel's tables cannot hold them."""
         return tables(self.rules, self.default, self.cgroups_above)
 
 
 def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
     """Resolve the rules of a configuration on this host.
 
-    A cgroup or unit that does not exist now matches nothing. ConfigError names the rule whose condition cannot be.
+    A cgroup or unit that does not exist now matches nothing. ConfigError names the rule with an invalid condition.
     """
     capture = config.capture
     if not config.rules:
         rules, default = only(capture.addresses, capture.ports)
         return Ruleset(rules, default if rules else _action(capture.default, None, None), {})
     if capture.addresses or capture.ports:
-        raise ConfigError("rules and a filter by addresses or ports cannot be combined: make the filter a rule")
+        raise ConfigError("rules and a filter by addresses or ports cannot be combined: turn the filter into a rule")
     cgroups = _Cgroups(cgroup_root)
     rules = tuple(_rule(number, rule, cgroups) for number, rule in enumerate(config.rules, 1))
     return Ruleset(rules, _action(capture.default, None, None), _above(rules, cgroups))
 
 
 def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None) -> Ruleset:
-    """Return `ruleset`, which was resolved from `config`, with the cgroups that there are now; all else stays.
+    """Return `ruleset`, which was resolved from `config`, with the cgroups that exist now.
 
-    Files, users, namespaces and interfaces are read at a reload alone.
+    Files, users, namespaces and interfaces are only read at a reload.
     """
     cgroups = _Cgroups(cgroup_root)
     rules = tuple(
@@ -94,7 +94,7 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
     name = rule.name or f"rule {number}"
     where = f"rule {number} {rule.name}".rstrip()
     if rule.sample < 1 or rule.sample_by not in ("connection", "event"):
-        raise ConfigError(f"{where}: sample is a number from 1, and sample_by is connection or event")
+        raise ConfigError(f"{where}: expected sample >= 1, and sample_by connection or event")
     keep = _action(rule.action, rule.transmit, rule.retransmit)
     by_event = rule.sample_by == "event"
     try:
@@ -125,12 +125,12 @@ def _action(both: str, transmit: str | None, retransmit: str | None) -> Action:
     words = (transmit or both, retransmit or both)
     for word in words:
         if word not in ("keep", "drop"):
-            raise ConfigError(f"an action is keep or drop, not {word!r}")
+            raise ConfigError(f"expected the action keep or drop, not {word!r}")
     return Action(*(word == "keep" for word in words))
 
 
 def _networks(text: str) -> Iterable[Network]:
-    """Parse an address, a network, or `@FILE` with one of these on each line."""
+    """Parse an address, a network, or `@FILE` with one of these per line."""
     if not text.startswith("@"):
         return [ipaddress.ip_network(text)]
     lines = (line.partition("#")[0].strip() for line in _read(Path(text[1:])).splitlines())
@@ -138,15 +138,15 @@ def _networks(text: str) -> Iterable[Network]:
 
 
 def _read(path: Path) -> str:
-    """Return the text of a list; ValueError for what is no file, or longer than the kernel's tables can need."""
-    # Without O_NONBLOCK, opening a pipe waits for somebody who writes.
+    """Return the text of a list. ValueError if it is not a regular file, or too long."""
+    # Without O_NONBLOCK, opening a pipe blocks until it has a writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path} is not a regular file: expected a list with one address or network on each line")
+            raise ValueError(f"{path} is not a regular file: expected a list with one address or network per line")
         content = file.read(_MOST_LIST_BYTES + 1)
     if len(content) > _MOST_LIST_BYTES:
         raise ValueError(
-            f"{path} is longer than {_MOST_LIST_BYTES >> 20} MiB: all rules together take {MOST_PREFIXES:,} networks"
+            f"{path} is longer than {_MOST_LIST_BYTES >> 20} MiB: at most {MOST_PREFIXES:,} networks in all rules"
         )
     return content.decode()
 
@@ -156,12 +156,12 @@ def _ports(value: int | str) -> Iterable[PortRange]:
     low, _, high = str(value).partition("-")
     ports = int(low), int(high or low)
     if not 0 <= ports[0] <= ports[1] < 1 << 16:
-        raise ValueError(f"{value!r} is no port and no range of ports")
+        raise ValueError(f"{value!r} is not a port or range of ports: expected 443 or '8000-8999'")
     return [ports]
 
 
 def _netns(value: int | str) -> Iterable[int]:
-    """Return an inode number, or that of the namespace that `ip netns` knows by a name."""
+    """Return an inode number, or that of a named namespace (`ip netns`)."""
     return [value if isinstance(value, int) else (NETNS / value).stat().st_ino]
 
 
@@ -170,18 +170,18 @@ def _uid(value: int | str) -> Iterable[int]:
 
 
 def _interface(value: int | str) -> Iterable[int]:
-    """Return an index, or that of a name in this process's network namespace."""
+    """Return an index, or that of a named interface in this process's network namespace."""
     return [value if isinstance(value, int) else socket.if_nametoindex(value)]
 
 
 def _state(value: str) -> Iterable[str]:
     if value not in STATES:
-        raise ValueError(f"there is no TCP state {value!r}: {', '.join(STATES[1:])}")
+        raise ValueError(f"unknown TCP state {value!r}: expected one of {', '.join(STATES[1:])}")
     return [value]
 
 
 class _Cgroups:
-    """Ids of cgroups by their paths below the root, and of those above them."""
+    """Ids of cgroups by path below the root, and of their ancestors."""
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
@@ -192,28 +192,28 @@ class _Cgroups:
         """Return the id of the cgroup at a path below the root."""
         parts = [part for part in path.split("/") if part]
         if ".." in parts:
-            raise ValueError(f"a cgroup's path has no '..': {path!r}")
+            raise ValueError(f"a cgroup path must not contain '..': {path!r}")
         if len(parts) >= MOST_CGROUP_LEVELS:
             raise ValueError(f"cgroup {path!r} is {len(parts)} levels below the root: at most {MOST_CGROUP_LEVELS - 1}")
         return [self._id(self._root.joinpath(*parts)) if self._root else _ABSENT]
 
     def named(self, unit: str) -> Iterable[int]:
-        """Return the ids of the cgroups of systemd units with a name, which may have wildcards.
+        """Return the ids of the cgroups of systemd units by name, which may have wildcards.
 
-        A unit's folder is in the root or in slices. Folders in a unit, or in a slice that was given to a user, may be
-        anybody's, whatever they are called.
+        Units are in the root or in slices. Folders in a unit, or in a slice delegated to a user, are not searched:
+        unprivileged users may have created them under any name.
         """
-        found, left = [], [self._root] if self._root else []
-        while left:
-            for folder in _folders(left.pop()):
+        found, to_search = [], [self._root] if self._root else []
+        while to_search:
+            for folder in _folders(to_search.pop()):
                 if fnmatch.fnmatchcase(folder.name, unit):
                     found.append(self._id(folder))
                 if folder.name.endswith(".slice") and self._is_systems(folder):
-                    left.append(folder)
+                    to_search.append(folder)
         return sorted(set(found)) or [_ABSENT]
 
     def above(self, cgroup: int) -> Sequence[int]:
-        """Return the ids of the cgroups above one that was found."""
+        """Return the ids of the ancestors of a cgroup that was found."""
         root, folder = self._root, self._folders.get(cgroup)
         if folder is None or root is None:
             return ()
@@ -221,7 +221,7 @@ class _Cgroups:
         return [self._ids[parent] if parent in self._ids else self._id(parent) for parent in between]
 
     def _is_systems(self, folder: Path) -> bool:
-        """Whether nobody but the owner of the whole hierarchy can make folders there."""
+        """Whether only the owner of the whole hierarchy can create folders there."""
         assert self._root is not None
         try:
             status = os.stat(folder)
@@ -239,7 +239,7 @@ class _Cgroups:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Return the folders in a folder; none where it is gone."""
+    """Return the folders in a folder; none if it no longer exists."""
     try:
         with os.scandir(folder) as entries:
             return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -1,14 +1,14 @@
-"""Rules: which flows become events, as the configuration says it, and as the tables that the kernel decides by.
+"""Rules, and the tables by which the kernel decides which segments become events.
 
-Rules are ordered, the first that matches a segment decides, and a default stands behind the last. Each condition of a
-rule is a list, of which one value must match; a condition that is absent matches everything.
+Rules are ordered. The first that matches a segment decides; if none does, the default decides. Each condition of a rule
+is a list of which one value must match. An absent condition matches everything.
 
-The kernel does not walk the rules. Each property of a segment (its addresses, ports, owner, ...) is looked up once and
-yields a class, and each class has a set of the rules whose condition on that property it meets: a bit for each rule.
-The sets are ANDed; the lowest bit is the first rule that matches. So the cost does not grow with the number of rules
+The kernel does not walk the rules. Each property of a segment (addresses, ports, owner, ...) is looked up once and
+yields a class. Each class has the set of rules whose condition on that property it meets, one bit per rule. The sets
+are ANDed, and the lowest bit is the first matching rule. So the cost does not grow with the number of rules
 (bpf/rules.h).
 
-Pure: names (users, namespaces, cgroups, interfaces) have been made numbers before they come here.
+Pure: names (users, namespaces, cgroups, interfaces) are already resolved to numbers.
 """
 
 import ipaddress
@@ -29,11 +29,11 @@ from producer.events import STATES
 MOST_RULES = 1024
 MOST_CLASSES = 2048
 MOST_CGROUP_LEVELS = 32
-"""A rule names cgroups of these levels alone, from the root, 0, on; the sockets may be in deeper ones."""
+"""Rules can only name cgroups at these levels, counted from the root, 0. Sockets may be in deeper ones."""
 MOST_PREFIXES = 130_000
 MOST_VALUES = 8_000
 PROPERTIES = ("netns", "cgroup", "uid", "interface", "state")
-"""What is looked up as a number; the index is bpf/rules.h's enum property."""
+"""Properties that are looked up by number. The index is enum property in bpf/rules.h."""
 _PORTS = 1 << 16
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -46,20 +46,20 @@ RuleBits = int
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What becomes of a segment: an event of its stream or not, and of how many such flows or events one is taken."""
+    """Whether a segment becomes an event of its stream, and the sampling rate."""
 
     transmit: bool = True
     retransmit: bool = True
     sample_rate: int = 1
-    """One in so many is taken; a retransmit is not sampled unless `sample_retransmits` says so."""
+    """Keep one in `sample_rate`. Retransmits are sampled only with `sample_retransmits`."""
     sample_by_event: bool = False
-    """Chosen event by event; otherwise connection by connection, the same connections in both streams."""
+    """Sample by event. Otherwise by connection, the same ones in both streams."""
     sample_retransmits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. An empty condition matches everything; addresses and ports without a side match on either."""
+    """One rule. An empty condition matches everything. `address` and `port` match on either side."""
 
     name: str
     action: Action = Action()
@@ -72,16 +72,16 @@ class Rule:
     netns: tuple[int, ...] = ()
     """Inode numbers of network namespaces."""
     cgroup: tuple[int, ...] = ()
-    """Ids of cgroups: the socket's cgroup is one of them, or below one."""
+    """Ids of cgroups. Matches sockets in them or below."""
     uid: tuple[int, ...] = ()
     interface: tuple[int, ...] = ()
-    """Interface indexes; a hook that does not know the interface (any but cgroup_skb) matches none."""
+    """Interface indexes. Only cgroup_skb knows the interface; with other hooks the condition matches nothing."""
     state: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The properties of a segment that rules look at; None where it is not known, which matches no condition."""
+    """The properties of a segment that rules use. None means unknown, and matches no condition."""
 
     local: Address
     remote: Address
@@ -89,19 +89,19 @@ class Segment:
     remote_port: int
     netns: int | None = None
     cgroups: tuple[int, ...] = ()
-    """The socket's cgroup and all above it, from the socket's own up."""
+    """The socket's cgroup and its ancestors, from the bottom up."""
     uid: int | None = None
     interface: int | None = None
     state: str | None = None
 
 
 def first_match(rules: Sequence[Rule], segment: Segment) -> int | None:
-    """Return the index of the rule that decides, by going through the rules; None: the default decides."""
+    """Return the index of the rule that decides, by walking the rules. None: the default decides."""
     return next((i for i, rule in enumerate(rules) if all(met(rule, segment).values())), None)
 
 
 def met(rule: Rule, segment: Segment) -> dict[str, bool]:
-    """Return each condition that the rule has, and whether the segment meets it."""
+    """Return whether the segment meets each condition that the rule has."""
     local, remote = _mapped(segment.local), _mapped(segment.remote)
     results = {
         "address": any(_in(local, net) or _in(remote, net) for net in rule.address),
@@ -121,7 +121,7 @@ def met(rule: Rule, segment: Segment) -> dict[str, bool]:
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """For an address or a port: the rules whose condition it meets as the local one, the remote one, and either."""
+    """For an address or port: the rules whose conditions it meets as local, as remote, and on either side."""
 
     local: RuleBits
     remote: RuleBits
@@ -130,36 +130,36 @@ class Sides:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tables:
-    """What the kernel decides by. Class 0 of each is that of a value that no rule names."""
+    """The decision tables for the kernel. Class 0 is always the class of values that no rule names."""
 
     actions: Sequence[Action]
-    """Of each rule, and last the default."""
+    """Of each rule; the last is the default."""
     address_classes: Sequence[Sides]
     prefixes: Sequence[tuple[bytes, int, int]]
-    """Address (16 bytes, IPv4 as v4-mapped), length in bits, class: the longest prefix counts."""
+    """Address (16 bytes, IPv4 as v4-mapped), length in bits, class. The longest prefix decides."""
     port_classes: Sequence[Sides]
     ports: NDArray[np.uint16]
     """The class of each port, shape (65536,)."""
     sets: Sequence[RuleBits]
-    """Of all PROPERTIES: the rules by class."""
+    """Rules by class, for all PROPERTIES together."""
     unnamed: Mapping[str, int]
-    """The class of a value that no rule names, by property."""
+    """By property, the class of values that no rule names."""
     values: Mapping[str, Mapping[int, int]]
-    """The class by value, by property; a cgroup's has the sets of those above it."""
+    """By property, the class of each named value. A cgroup's class includes the rules of its ancestors."""
 
     def decide(self, segment: Segment) -> int:
-        """Return the index of the action that decides, as bpf/rules.h does it."""
+        """Return the index of the action for a segment, by the algorithm of bpf/rules.h."""
         local, remote = (self._address(address) for address in (segment.local, segment.remote))
         local_port, remote_port = (self.port_classes[self.ports[p]] for p in (segment.local_port, segment.remote_port))
-        left = local.local & remote.remote & (local.either | remote.either)
-        left &= local_port.local & remote_port.remote & (local_port.either | remote_port.either)
+        matching = local.local & remote.remote & (local.either | remote.either)
+        matching &= local_port.local & remote_port.remote & (local_port.either | remote_port.either)
         state = None if segment.state is None else STATES.index(segment.state)
         named = (cgroup for cgroup in segment.cgroups if cgroup in self.values["cgroup"])
         numbers = (segment.netns, next(named, None), segment.uid, segment.interface, state)
         for name, value in zip(PROPERTIES, numbers, strict=True):
             number = self.unnamed[name] if value is None else self.values[name].get(value, self.unnamed[name])
-            left &= self.sets[number]
-        return (left & -left).bit_length() - 1 if left else len(self.actions) - 1
+            matching &= self.sets[number]
+        return (matching & -matching).bit_length() - 1 if matching else len(self.actions) - 1
 
     def _address(self, address: Address) -> Sides:
         packed = int.from_bytes(_mapped(address), "big")
@@ -173,9 +173,9 @@ class Tables:
 def tables(
     rules: Sequence[Rule], default: Action, cgroups_above: Mapping[int, Sequence[int]] = MappingProxyType({})
 ) -> Tables:
-    """Compile rules; ConfigError where there are more than the kernel's tables hold.
+    """Compile rules. ConfigError if they do not fit the kernel's tables.
 
-    `cgroups_above` has, for each cgroup that a rule names, those above it.
+    `cgroups_above` has the ancestors of each cgroup that a rule names.
     """
     prefixes, address_classes = _addresses(rules)
     ports, port_classes = _ports(rules)
@@ -189,13 +189,13 @@ def tables(
         ("different combinations of these", len(sets), MOST_CLASSES),
     ):
         if count > limit:
-            raise ConfigError(f"rules: {count} {what} are too many: at most {limit}")
+            raise ConfigError(f"rules: too many {what}: {count}, at most {limit}")
     actions = [*(rule.action for rule in rules), default]
     return Tables(actions, address_classes, prefixes, port_classes, ports, sets, unnamed, values)
 
 
 def only(addresses: Iterable[Address], ports: Iterable[int]) -> tuple[tuple[Rule, ...], Action]:
-    """Return rules and default that take just what has one of the addresses and one of the ports, on either side.
+    """Return rules and default that keep only segments with one of the addresses and one of the ports, on either side.
 
     An empty list does not restrict.
     """
@@ -212,7 +212,7 @@ def filtered(addresses: Iterable[Address] = (), ports: Iterable[int] = ()) -> Ta
 
 
 class _Classes(Generic[K]):
-    """Numbers different values in the order of their coming; the first is class 0."""
+    """Numbers distinct values in order of appearance; `nothing` is class 0."""
 
     def __init__(self, nothing: K) -> None:
         self._numbers = {nothing: 0}
@@ -226,9 +226,9 @@ class _Classes(Generic[K]):
 
 
 def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], list[Sides]]:
-    """Each prefix has the rules that name it, and those that name one around it: the trie yields the longest alone.
+    """Give each prefix the rules that name it or an enclosing one, since a trie lookup yields only the longest match.
 
-    IPv4 lies within IPv6 there, at ::ffff:0:0/96: where a network of IPv6 is around it, a prefix of its own parts them.
+    In the trie, IPv4 is at ::ffff:0:0/96 of IPv6. If an IPv6 network encloses that, an extra prefix separates the two.
     """
     named: dict[tuple[int, int], list[RuleBits]] = {}
     for side, condition in enumerate(("local_address", "remote_address", "address")):
@@ -249,7 +249,7 @@ def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], lis
         sides = Sides(outer.local | bits[0], outer.remote | bits[1], outer.either | bits[2])
         around.append((packed, length, sides))
         found.append((packed, length, classes.number(sides)))
-    # The most frequent first, so that a long list keeps its number when others change.
+    # The most frequent first, so that the class of a long list does not change with other rules.
     order = [0, *(number for number, _ in Counter(number for *_, number in found).most_common() if number)]
     places = {number: place for place, number in enumerate(order)}
     prefixes = [(packed.to_bytes(16, "big"), length, places[number]) for packed, length, number in found]
@@ -258,19 +258,18 @@ def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], lis
 
 
 def _ports(rules: Sequence[Rule]) -> tuple[NDArray[np.uint16], list[Sides]]:
-    """Go up through the ports, and take rules in and out where their ranges begin and end."""
-    turns: dict[int, list[RuleBits]] = {0: [0, 0, 0], _PORTS: [0, 0, 0]}
+    """Sweep the ports upwards, adding and removing rules where their ranges begin and end."""
+    changes: dict[int, list[RuleBits]] = {0: [0, 0, 0], _PORTS: [0, 0, 0]}
     for side, condition in enumerate(("local_port", "remote_port", "port")):
         for i, rule in enumerate(rules):
             for low, high in _merged(getattr(rule, condition)):
-                for turn in (low, high + 1):
-                    turns.setdefault(turn, [0, 0, 0])[side] ^= 1 << i
+                for port in (low, high + 1):
+                    changes.setdefault(port, [0, 0, 0])[side] ^= 1 << i
     bits = [_free(rules, "local_port"), _free(rules, "remote_port"), _free(rules, "port")]
     classes = _Classes(Sides(*bits))
     ports = np.zeros(_PORTS, np.uint16)
-    places = sorted(turns)
-    for start, end in itertools.pairwise(places):
-        bits = [old ^ turn for old, turn in zip(bits, turns[start], strict=True)]
+    for start, end in itertools.pairwise(sorted(changes)):
+        bits = [old ^ change for old, change in zip(bits, changes[start], strict=True)]
         ports[start:end] = classes.number(Sides(*bits))
     return ports, classes.all
 
@@ -331,7 +330,7 @@ _MAPPED = _prefix(ipaddress.IPv4Network("0.0.0.0/0"))
 
 
 def _is_ipv4(prefix: int, length: int = 128) -> bool:
-    """Whether a prefix is one of IPv4: also where it was written as IPv6, within ::ffff:0:0/96."""
+    """Whether a prefix is IPv4, even if written as IPv6 within ::ffff:0:0/96."""
     return length >= _MAPPED[1] and _covers(*_MAPPED, prefix)
 
 

@@ -24,7 +24,7 @@ from producer.config.librdkafka import DEFAULTS
 from producer.encode.flows import address, key
 from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
 from producer.host.clock import UtcOffset
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import filtered
 from producer.schemas import frame, load_schema
 
@@ -101,7 +101,7 @@ def main(brokers: str, port: int) -> None:
     settings = {**DEFAULTS, "enable.idempotence": True, "acks": "all", "bootstrap.servers": brokers}
     producer = Producer(settings)
     delivered = {stream.topic: 0 for stream in STREAMS}
-    with Hooks(HookSettings(rules=filtered(ports=(port,)))) as hooks:
+    with Capture(CaptureSettings(rules=filtered(ports=(port,)))) as hooks:
         hooks.load()
         callbacks = [_RINGBUF_CB_TYPE(callback(stream, producer, delivered)) for stream in STREAMS]
         manager = None

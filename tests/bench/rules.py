@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from producer.events import STREAMS
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import Action, Rule, Tables, tables
 
 PORT = 9011
@@ -43,13 +43,13 @@ CASES: dict[str, Tables] = {
 }
 
 
-def runs(hooks: Hooks) -> tuple[int, int]:
+def runs(hooks: Capture) -> tuple[int, int]:
     """Return the nanoseconds and the number of all runs of the transmit stream's programs."""
     infos = hooks.program_infos(STREAMS[0])
     return sum(info.run_time_ns for info in infos), sum(info.run_cnt for info in infos)
 
 
-def measure(hooks: Hooks, seconds: float) -> float:
+def measure(hooks: Capture, seconds: float) -> float:
     """Return the nanoseconds that a run takes, over some seconds of traffic."""
     rings = [hooks.ring(stream) for stream in STREAMS]
     before = runs(hooks)
@@ -75,10 +75,10 @@ def main() -> None:
     costs: dict[str, list[float]] = {name: [] for name in CASES}
     try:
         STATS.write_text("1")
-        with Hooks(HookSettings()) as hooks:
+        with Capture(CaptureSettings()) as hooks:
             hooks.load()
             hooks.attach()
-            print("hooks:", hooks.rungs)
+            print("hooks:", hooks.hooks_in_use)
             for _ in range(arguments.rounds):
                 for name, rules in CASES.items():
                     hooks.put_rules(rules)

@@ -116,7 +116,7 @@ def test_hooks_that_are_not_the_same_are_replaced_and_what_they_took_is_delivere
         exchange(echo.port, 53)
         run = start(tmp_path, broker, bpffs, echo.port, config + "[capture]\ntransmit_ring_bytes = 1048576\n")
         run.ready()
-        assert "hooks that were kept are not those that are wanted" in run.log
+        assert "hooks of the last run do not match the configuration or version" in run.log
         exchange(echo.port, 3)
         balance = run.finish()["other.tcp_transmit"]
     events = topics.read(broker.bootstrap, TRANSMIT, "other.")

@@ -1,4 +1,4 @@
-"""What the kernel tests share: the hooks under test with all that they captured, and sockets in other namespaces."""
+"""Shared by the kernel tests: a recording of all captured rows, and sockets in other namespaces."""
 
 import contextlib
 import ctypes
@@ -14,48 +14,48 @@ import numpy as np
 
 from producer.demo.lab import Host
 from producer.events import HOOKS, STREAMS, Rows, Stream
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 
 T = TypeVar("T")
 
 ALLOWED = tuple(os.environ.get("REBPF_TEST_HOOKS", ",".join(HOOKS)).split(","))
-"""The rungs that may be used: the tests are the same for all."""
+"""The hooks under test. The tests are the same for all."""
 COMPILED = "REBPF_TEST_COMPILED"
-"""The variable with the folder of compiled programs, which all tests of a session share, and their child processes."""
+"""The variable with the folder of the program cache, shared by all tests of a session and their child processes."""
 DEADLINE_S = 120
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def hook_settings(**others: Any) -> HookSettings:
-    """Return settings with the rungs under test, and with what the session has compiled before."""
+def hook_settings(**others: Any) -> CaptureSettings:
+    """Return settings with the hooks under test and the session's program cache."""
     folder = os.environ.get(COMPILED)
-    return HookSettings(**{"hooks": ALLOWED, "compiled": Path(folder) if folder else None, **others})
+    return CaptureSettings(**{"hooks": ALLOWED, "cache": Path(folder) if folder else None, **others})
 
 
 def wait_for(condition: Callable[[], T | None], what: str) -> T:
-    """Return what `condition` returns as soon as that is neither None nor False."""
+    """Wait until `condition` returns neither None nor False, and return its result."""
     deadline = time.monotonic() + DEADLINE_S
     while (result := condition()) is None or result is False:
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.02)
     return result
 
 
-class Capture:
-    """Loaded and attached hooks, and the rows of their rings since then."""
+class Recording:
+    """Attached probes, and all rows of their rings since then."""
 
-    def __init__(self, settings: HookSettings) -> None:
-        self.hooks = Hooks(settings)
+    def __init__(self, settings: CaptureSettings) -> None:
+        self.kernel = Capture(settings)
         self._all: dict[str, Rows] = {}
 
-    def __enter__(self) -> "Capture":
+    def __enter__(self) -> "Recording":
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.hooks)
-            self.hooks.load()
-            self._rings = {stream.name: stack.enter_context(self.hooks.ring(stream)) for stream in STREAMS}
+            stack.enter_context(self.kernel)
+            self.kernel.load()
+            self._rings = {stream.name: stack.enter_context(self.kernel.ring(stream)) for stream in STREAMS}
             self._all = {stream.name: np.empty(0, stream.dtype) for stream in STREAMS}
-            self.hooks.attach()
+            self.kernel.attach()
             self._stack = stack.pop_all()
         return self
 
@@ -78,7 +78,7 @@ class Capture:
         return chosen
 
     def wait_rows(self, stream: Stream, port: int, count: int) -> Rows:
-        """Wait for so many rows of a port, or more, and return them."""
+        """Wait for at least `count` rows of a port, and return them."""
 
         def condition() -> Rows | None:
             rows = self.of_port(stream, port)
@@ -88,37 +88,38 @@ class Capture:
 
 
 class Skips:
-    """Counts the runs of the programs that the kernel skipped since this was made. See docs/truth.md."""
+    """Counts the program runs that the kernel has skipped since this was created. See docs/truth.md."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Recording) -> None:
         self._capture = capture
         self._first = {stream.name: len(capture.all(stream)) for stream in STREAMS}
-        self._nested = {stream.name: capture.hooks.counters(stream).nested for stream in STREAMS}
+        self._nested = {stream.name: capture.kernel.counters(stream).nested for stream in STREAMS}
 
     def of(self, stream: Stream) -> int:
-        """Return how many events of the stream may be missing."""
-        counters = self._capture.hooks.counters(stream)
+        """Return the number of events of the stream that may be missing."""
+        counters = self._capture.kernel.counters(stream)
         assert counters.ring_full == 0
-        if self._capture.hooks.rungs["transmit"] == "kprobe" and kernel_version() < (6, 7):  # which does not count them
-            # What is sent again, in both streams, is sent in a softirq, which is what runs are skipped in.
+        if self._capture.kernel.hooks_in_use["transmit"] == "kprobe" and kernel_version() < (6, 7):
+            # These kernels do not count skipped runs. Both streams' retransmissions are sent in softirqs, where the
+            # kernel skips runs.
             return 2 + len(self._capture.all(stream)[self._first[stream.name] :]) // 100
         return counters.nested - self._nested[stream.name]
 
 
 def kernel_version() -> tuple[int, int]:
-    """Return the running kernel's, without its patch level."""
+    """Return the running kernel's version, without its patch level."""
     major, minor, *_ = os.uname().release.split(".")
     return int(major), int(minor)
 
 
-def sees_ipv6_synacks(capture: Capture) -> bool:
-    """Tell whether SYN-ACKs over IPv6 are captured: the cgroup hook of older kernels is not run for them."""
-    return capture.hooks.rungs["transmit"] != "cgroup_skb" or kernel_version() >= (6, 12)
+def sees_ipv6_synacks(capture: Recording) -> bool:
+    """Whether SYN-ACKs over IPv6 are captured: older kernels do not run the cgroup hook for them."""
+    return capture.kernel.hooks_in_use["transmit"] != "cgroup_skb" or kernel_version() >= (6, 12)
 
 
 @contextlib.contextmanager
 def inside(host: Host) -> Iterator[None]:
-    """Put this thread into the network namespace of `host`: sockets that it makes belong there, also afterwards."""
+    """Move this thread into the network namespace of `host`. Sockets that it creates stay there."""
     with open("/proc/thread-self/ns/net") as own, open(f"/proc/{host.pid}/ns/net") as target:
         _enter(target.fileno())
         try:
@@ -149,7 +150,7 @@ class Pair:
             end.settimeout(DEADLINE_S)
 
     def exchange(self, count: int, size: int) -> None:
-        """Send so many segments of so many bytes, each after the other's one-byte answer."""
+        """Send `count` segments of `size` bytes, each after the other side's one-byte answer."""
         for _ in range(count):
             self.client.sendall(bytes(size))
             assert len(self.accepted.recv(size, socket.MSG_WAITALL)) == size
@@ -157,7 +158,7 @@ class Pair:
             assert self.client.recv(1) == b"!"
 
     def transfer(self, size: int) -> None:
-        """Send so many bytes from client to server in one stream, at the pace of the receiver."""
+        """Send bytes from client to server in one stream, at the receiver's pace."""
         self.client.setblocking(False)
         sent = received = 0
         while received < size:
@@ -168,7 +169,7 @@ class Pair:
         self.client.settimeout(DEADLINE_S)
 
     def end(self) -> None:
-        """Close in order, so that the last acknowledgement comes from a full socket and not from one in time wait."""
+        """Close in an order in which the last acknowledgement comes from a full socket, not from one in time wait."""
         self.client.shutdown(socket.SHUT_WR)
         assert self.accepted.recv(1) == b""
         self.accepted.close()
@@ -189,7 +190,7 @@ def cookie_of(end: socket.socket) -> int:
 
 @contextlib.contextmanager
 def rules(host: Host, hook: str, rule: str) -> Iterator[None]:
-    """Have one nftables rule at `hook` (prerouting, output) of a host."""
+    """Install an nftables rule at `hook` (prerouting, output) of a host."""
     chain = f"chain c {{ type filter hook {hook} priority -300; {rule}; }};"
     _nft(host, f"table inet test_{hook} {{ {chain} }}")
     try:
@@ -203,7 +204,7 @@ def _nft(host: Host, text: str) -> None:
 
 
 def kernel_btf_with(folder: Path, renamed: dict[str, str]) -> Path:
-    """Write the running kernel's BTF with names changed to others of the same length, as if it had no such members."""
+    """Write the running kernel's BTF with renamed members (same length), as if they did not exist."""
     blob = Path("/sys/kernel/btf/vmlinux").read_bytes()
     for name, other in renamed.items():
         assert len(name) == len(other)
@@ -215,7 +216,7 @@ def kernel_btf_with(folder: Path, renamed: dict[str, str]) -> Path:
 
 
 def receive(end: socket.socket, size: int) -> None:
-    """Read so many bytes."""
+    """Read exactly the given number of bytes."""
     while size:
         data = end.recv(size)
         assert data

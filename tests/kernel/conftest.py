@@ -1,4 +1,4 @@
-"""Hooks and namespaces that most kernel tests share: to load costs a second here and a minute in a virtual machine."""
+"""The recording and the namespaces that most kernel tests share: loading takes a second here, a minute in a VM."""
 
 import os
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ import pytest
 
 from producer.demo.lab import Lab
 from producer.rules.tables import filtered
-from tests.kernel.capture import COMPILED, Capture, hook_settings
+from tests.kernel.capture import COMPILED, Recording, hook_settings
 
-# Below the ephemeral ports, and others than those of tests that run beside these. Each test takes its own.
+# Below the ephemeral ports, and not used by tests that run in parallel. Each test takes its own.
 _PORTS = tuple(10_000 + os.getpid() % 200 * 100 + i for i in range(100))
 _unused = iter(_PORTS)
 
@@ -17,12 +17,12 @@ _unused = iter(_PORTS)
 @pytest.fixture(scope="session", autouse=True)
 def root() -> None:
     if os.geteuid() != 0:
-        pytest.skip("kernel tests load BPF programs and make namespaces: run them as root")
+        pytest.skip("kernel tests load BPF programs and create namespaces: run them as root")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compile each set of flags once in a session, or once for several sessions that are given the same folder."""
+    """Compile each set of flags once per session, or once for all sessions with the same folder."""
     with pytest.MonkeyPatch.context() as patch:
         if COMPILED not in os.environ:
             patch.setenv(COMPILED, str(tmp_path_factory.mktemp("compiled")))
@@ -30,15 +30,15 @@ def compiled(root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 
 @pytest.fixture(scope="session")
-def capture(root: None) -> Iterator[Capture]:
+def capture(root: None) -> Iterator[Recording]:
     """Both streams, filtered in the kernel for the tests' ports."""
-    with Capture(hook_settings(rules=filtered(ports=_PORTS))) as capture:
+    with Recording(hook_settings(rules=filtered(ports=_PORTS))) as capture:
         yield capture
 
 
 @pytest.fixture(scope="session")
 def lab(root: None) -> Iterator[Lab]:
-    """Two namespaces without loss of their own."""
+    """Two namespaces without packet loss."""
     with Lab(loss=0) as lab:
         yield lab
 

@@ -1,8 +1,8 @@
-"""The least service that keeps its hooks in systemd's store: `python -m tests.kernel.service FILE PORT [hold]`.
+"""A minimal service that uses systemd's descriptor store: `python -m tests.kernel.service FILE PORT [hold]`.
 
-It writes each transmitted segment of a port to FILE, a line of JSON each, and an empty line when it has given back the
-ring's room of those before; with `hold` it gives back none, as if nothing was acknowledged. Its lines on standard error
-are those of `rebpf run`, as far as they are needed.
+It writes each transmitted segment of a port to FILE as a line of JSON, and an empty line when it has committed the ring
+up to there. With `hold` it never commits, as if nothing was acknowledged. Its lines on standard error are those of
+`rebpf run`, as far as the tests need them.
 """
 
 import json
@@ -18,7 +18,7 @@ from producer.events import TRANSMITS, Rows
 from producer.health.balance import Balance
 from producer.host import capabilities
 from producer.host.systemd import notify
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
 from producer.kernel.ringbuf import Ring
 from producer.rules.tables import filtered
@@ -35,7 +35,7 @@ class Event(NamedTuple):
 
 
 def read(file: Path) -> list[Event]:
-    """Return the events of a file as far as their room was given back."""
+    """Return the events of a file up to the last commit."""
     text, _, _ = file.read_text().rpartition("\n\n")
     lines = (line for line in text.split("\n") if line)
     return [Event(cpu, cpu_seq, Segment(*segment)) for cpu, cpu_seq, segment in map(json.loads, lines)]
@@ -59,8 +59,8 @@ def _address(packed: bytes) -> str:
     return str(address.ipv4_mapped or address)
 
 
-def _balance(hooks: Hooks, ring: Ring) -> Balance:
-    kernel = hooks.counters(TRANSMITS)
+def _balance(capture: Capture, ring: Ring) -> Balance:
+    kernel = capture.counters(TRANSMITS)
     lost = {"ring_full": kernel.ring_full, "nested": kernel.nested}
     return Balance(kernel.passed + kernel.nested, ring.records_before, in_ring=ring.unread, lost=lost)
 
@@ -70,12 +70,12 @@ def main(file: str, port: str, *hold: str) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     signal.signal(signal.SIGHUP, lambda number, frame: print("reload", file=sys.stderr, flush=True))
     settings = hook_settings(rules=filtered(ports=(int(port),)))
-    with FdStore() as store, Hooks(settings, store) as hooks, open(file, "w") as out:
-        hooks.load()
+    with FdStore() as store, Capture(settings, store) as capture, open(file, "w") as out:
+        capture.load()
         capabilities.drop_all()
-        with hooks.ring(TRANSMITS) as ring:
-            hooks.attach()
-            print("ready", "taken_over=true" if hooks.taken_over else "", file=sys.stderr, flush=True)
+        with capture.ring(TRANSMITS) as ring:
+            capture.attach()
+            print("ready", "taken_over=true" if capture.taken_over else "", file=sys.stderr, flush=True)
             notify("READY=1")
             end = float("inf")
             while ring.records_before < end:
@@ -92,7 +92,7 @@ def main(file: str, port: str, *hold: str) -> None:
                     ring.commit(ring.position)
                 out.write("\n")
                 out.flush()
-            print("balance tcp_transmit", _balance(hooks, ring), file=sys.stderr, flush=True)
+            print("balance tcp_transmit", _balance(capture, ring), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""struct tcp_info of a socket: the state that `ss -ti` prints, by the names of the events' fields."""
+"""struct tcp_info of a socket: the state that `ss -ti` prints, by the events' field names."""
 
 import socket
 import struct
@@ -29,7 +29,7 @@ _TCP = {
 
 @dataclass(frozen=True, slots=True)
 class TcpInfo:
-    """`tcp` has the events' fields in their units; the segments are what the socket sent and received so far."""
+    """`tcp` has the events' fields in their units; the segments are those that the socket has sent and received."""
 
     state: int
     ca_state: int
@@ -39,7 +39,7 @@ class TcpInfo:
 
 
 def tcp_info(end: socket.socket) -> TcpInfo:
-    """Read TCP_INFO; a window that this kernel does not tell (rcv_wnd before Linux 6.2) is left out."""
+    """Read TCP_INFO, without windows that this kernel does not report (rcv_wnd before Linux 6.2)."""
     info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 512)
     state, ca_state = info[:2]
     values = dict(zip(_FIELDS, struct.unpack_from(f"={len(_FIELDS)}I", info, _AT_FIELDS), strict=True))

@@ -1,4 +1,4 @@
-"""What was compiled before is loaded without the compiler, and is the same; what is not trusted is compiled afresh."""
+"""The program cache: cached programs are loaded without the compiler; untrusted ones are compiled again."""
 
 import os
 from collections import Counter
@@ -9,16 +9,16 @@ import pytest
 
 from producer.demo.lab import Lab
 from producer.kernel.bpf_syscall import RETURN_0
-from producer.kernel.capture import Hooks
-from producer.kernel.program_cache import CompiledFolder
+from producer.kernel.capture import Capture
+from producer.kernel.program_cache import ProgramCache
 from producer.rules.tables import filtered
-from tests.kernel.capture import Capture, Pair, hook_settings, kernel_btf_with, rules
+from tests.kernel.capture import Pair, Recording, hook_settings, kernel_btf_with, rules
 from tests.kernel.trial import Trial, segs
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 NO_VALUE = bytes.fromhex("9500000000000000")
-"""An exit that returns what was never set: the verifier refuses it."""
+"""Returns an uninitialized register, which the verifier rejects."""
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def objects() -> Counter[tuple[str, ...]]:
-    """Return the programs and maps that this process has, by what they are made of."""
+    """Count the programs and maps that this process holds, by their attributes."""
     found: Counter[tuple[str, ...]] = Counter()
     for each in Path("/proc/self/fdinfo").iterdir():
         if each.exists():
@@ -39,16 +39,16 @@ def objects() -> Counter[tuple[str, ...]]:
 
 
 def loader_maps() -> str:
-    """Return what the loader, which waits to attach, has in memory."""
+    """Return the memory mappings of the loader, which waits to attach."""
     pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     (loader,) = (pid for pid in pids if b"producer.kernel.loader_child" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return Path(f"/proc/{loader}/maps").read_text()
 
 
 def load(folder: Path, **others: object) -> tuple[bool, bool, Counter[tuple[str, ...]]]:
-    """Load; tell whether it was kept, whether the loader has the compiler in memory, and what is loaded."""
+    """Load; return whether it was cached, whether the loader has the compiler in memory, and what is loaded."""
     before = objects()
-    with Hooks(hook_settings(rules=filtered(ports=(1,)), compiled=folder, **others)) as hooks:
+    with Capture(hook_settings(rules=filtered(ports=(1,)), cache=folder, **others)) as hooks:
         hooks.load()
         return hooks.cached, "libbcc" in loader_maps(), objects() - before
 
@@ -60,17 +60,17 @@ def test_a_second_start_loads_the_same_without_the_compiler(folder: Path) -> Non
     assert (cached, has_compiler) == (True, False)
     assert second == first
     assert sum(first.values()) > 14, "maps and programs"
-    assert "libbcc" in next(folder.iterdir()).read_text(), "an upgrade is noticed"
+    assert "libbcc" in next(folder.iterdir()).read_text(), "so that an upgrade is detected"
 
 
-def test_events_of_what_was_compiled_before_are_those_on_the_wire(lab: Lab, port: int) -> None:
+def test_events_of_cached_programs_match_the_wire(lab: Lab, port: int) -> None:
     """A Trial compares both streams with the kernel's counters and a packet capture."""
     settings = hook_settings(rules=filtered(ports=(port,)))
-    with Hooks(settings) as hooks:
+    with Capture(settings) as hooks:
         hooks.load()
     lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"  # 61 bytes of payload, in every second packet
-    with Capture(settings) as capture:
-        assert capture.hooks.cached
+    with Recording(settings) as capture:
+        assert capture.kernel.cached
         with rules(lab.server, "prerouting", lost), Trial(capture, lab, port) as trial:
             with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
                 pair.exchange(11, 61)
@@ -79,7 +79,7 @@ def test_events_of_what_was_compiled_before_are_those_on_the_wire(lab: Lab, port
             assert segs(trial.sent(lab.client)) > 2 * 11
 
 
-def test_another_layout_is_another_compilation(folder: Path, tmp_path: Path) -> None:
+def test_another_layout_is_compiled_again(folder: Path, tmp_path: Path) -> None:
     btf = kernel_btf_with(tmp_path, {"snd_cwnd": "snd_cwmd"})
     load(folder)
     assert not load(folder, btf=btf)[0]
@@ -97,7 +97,7 @@ def test_another_size_of_the_ring_needs_no_compilation(folder: Path) -> None:
     assert {f"max_entries:\t{size}" for size in small.values()} <= sizes
 
 
-def test_a_damaged_file_is_compiled_afresh(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cache_file_is_compiled_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, _, first = load(folder)
     (file,) = folder.iterdir()
     whole = file.read_bytes()
@@ -107,26 +107,26 @@ def test_a_damaged_file_is_compiled_afresh(folder: Path, caplog: pytest.LogCaptu
     assert load(folder)[0]
 
 
-def test_what_the_kernel_refuses_is_compiled_afresh_and_costs_no_rung(
+def test_a_cached_program_that_the_kernel_rejects_is_compiled_again_and_costs_no_hook(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, _, first = load(folder)
     (file,) = folder.iterdir()
-    kept = CompiledFolder(folder)
+    kept = ProgramCache(folder)
     found = kept.find(file.stem)
     assert found is not None
     refused = dict.fromkeys(found.programs, RETURN_0) | {list(found.programs)[-1]: NO_VALUE}
     kept.put(file.stem, replace(found, programs=refused), [])
     assert load(folder) == (False, True, first)
-    assert "compiled programs: compiled afresh: refused by the kernel" in caplog.text
+    assert "compiled programs: compiled again: rejected by the kernel" in caplog.text
     assert load(folder)[0]
 
 
-def test_where_the_folder_cannot_be_the_start_compiles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_usable_cache_folder_the_start_compiles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     cached, _, loaded = load(tmp_path / "file" / "compiled")
     assert not cached
     assert loaded
     assert [record.getMessage() for record in caplog.records if "compiled programs" in record.getMessage()] == [
-        f"compiled programs: {tmp_path}/file is a link or no folder"
+        f"compiled programs: {tmp_path}/file is a link or not a folder"
     ]

@@ -1,4 +1,4 @@
-"""`rebpf demo` as a user runs it: its numbers hold against the kernel's, and nothing is left, however it ends."""
+"""`rebpf demo` as a user runs it: its numbers match the kernel's, and nothing is left, however it ends."""
 
 import json
 import os
@@ -23,7 +23,7 @@ START_TIMEOUT_S = 120
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the demo puts its temporary folder."""
+    """The parent of the demo's temporary folder."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     return folder
@@ -40,7 +40,7 @@ def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Return the processes below `pid`, each with its start time, so that a reused number is not taken for it."""
+    """Return the descendants of `pid` with their start times, so that a reused pid is not mistaken for one."""
     found: dict[int, str] = {}
     for thread in Path(f"/proc/{pid}/task").iterdir():
         for child in map(int, (thread / "children").read_text().split()):
@@ -68,7 +68,7 @@ def read_until(lines: Iterator[str], text: str) -> str:
         seen.append(line)
         if text in line:
             return line
-    pytest.fail(f"{text!r} never came: {''.join(seen)}")
+    pytest.fail(f"{text!r} was not printed: {''.join(seen)}")
 
 
 def is_explained(row: dict[str, Any], reasons: list[str]) -> bool:
@@ -82,7 +82,7 @@ def test_the_events_hold_against_the_kernels_counters(folder: Path) -> None:
     result = json.loads(out)
     rows = {row["what"].strip(): row for row in result["rows"]}
     assert rows["retransmitted"]["counted"] > 0
-    # The transmit topic's marks, which no tracepoint gave, are exactly the kernel's retransmits.
+    # The events marked is_retransmit in the transmit topic are exactly the kernel's retransmits.
     assert rows["transmitted again"]["difference"] == 0
     assert [what for what, row in rows.items() if not is_explained(row, result["reasons"])] == []
     assert rows["retransmitted"]["seen"] > 0.9 * rows["retransmitted"]["counted"]

@@ -1,4 +1,4 @@
-"""A service is killed, and the next process of it goes on with the hooks that the service manager has kept."""
+"""A service is killed, and its next process continues with the hooks in the service manager's store."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from producer.events import TRANSMITS
 from producer.kernel.bpf_syscall import program_ids
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
 from producer.rules.tables import filtered
 from tests.kafka.proc import bpf_ids
@@ -31,17 +31,17 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 
 class Service:
-    """A process of the service, ready when the context begins."""
+    """A ready process of the service."""
 
     def __init__(self, manager: Manager, file: Path, port: int, *arguments: str) -> None:
         self._manager, self._file = manager, file
         self._before = manager.messages.count("READY=1")
         command = [sys.executable, "-m", "tests.kernel.service", str(file), str(port), *arguments]
-        # It dies with the tests, however they end.
+        # It ends with the tests, however they end.
         self._process = manager.start(["setpriv", "--pdeathsig", "KILL", *command])
 
     def wait_events(self, count: int) -> "Counter[service.Event]":
-        """Wait for so many events that any hook sees, or more, and return all."""
+        """Wait for at least `count` events that all hooks see, and return all events."""
 
         def look() -> "Counter[service.Event] | None":
             events = Counter(service.read(self._file))
@@ -115,7 +115,7 @@ def test_a_restart_is_no_end_and_a_stop_is_one(manager: Manager, tmp_path: Path)
     wait_for(lambda: not programs & program_ids(), "the programs' end")
 
 
-def test_the_remains_of_a_start_that_did_not_end_are_given_up(manager: Manager, tmp_path: Path) -> None:
+def test_leftovers_of_an_interrupted_start_are_discarded(manager: Manager, tmp_path: Path) -> None:
     with Service(manager, tmp_path / "first", 1) as first:
         remains = first.programs
         first.kill()
@@ -130,25 +130,25 @@ def test_detach_clears_the_store(manager: Manager, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     with contextlib.ExitStack() as stack:
         echo, store = stack.enter_context(Echo()), stack.enter_context(FdStore())
-        hooks = stack.enter_context(Hooks(hook_settings(rules=filtered(ports=(echo.port,))), store))
+        capture = stack.enter_context(Capture(hook_settings(rules=filtered(ports=(echo.port,))), store))
         others = bpf_ids(os.getpid(), "prog")
-        hooks.load()
-        hooks.attach()
+        capture.load()
+        capture.attach()
         programs = bpf_ids(os.getpid(), "prog") - others
         for prefix in ("manifest_", "transmit_pipe", "retransmit_pipe", "counters", "link_0"):
             assert any(name.startswith(prefix) for name in manager.stored)
-        assert len(manager.stored) <= 40, "the unit's store has room for three of these"
+        assert len(manager.stored) <= 40, "the unit's store must hold three of these"
         exchange(echo.port, 1)
-        hooks.detach()
+        capture.detach()
         assert manager.stored == {}
-        passed = hooks.counters(TRANSMITS).passed
+        passed = capture.counters(TRANSMITS).passed
         assert passed > 0
         exchange(echo.port, 1)
-        assert hooks.counters(TRANSMITS).passed == passed
+        assert capture.counters(TRANSMITS).passed == passed
     wait_for(lambda: not programs & program_ids(), "the programs' end")
 
 
 def segments(events: "Counter[service.Event]") -> "Counter[Segment]":
-    """Return the events' segments, but for those that only some hooks see."""
+    """Return the events' segments, except those that only some hooks see."""
     found = Counter(event.segment for event in events.elements())
     return found - late_acks(found)

@@ -14,7 +14,7 @@ import pytest
 from producer.demo.lab import Lab
 from producer.events import RETRANSMITS, TRANSMITS, Rows
 from producer.rules.tables import filtered
-from tests.kernel.capture import Capture, Pair, hook_settings, inside, wait_for
+from tests.kernel.capture import Pair, Recording, hook_settings, inside, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -32,12 +32,12 @@ def text(address: object) -> str:
     return str(parsed.ipv4_mapped or parsed)
 
 
-def test_a_flow_passes_with_a_wanted_address_and_a_wanted_port_on_any_side(lab: Lab, port: int) -> None:
+def test_a_flow_passes_with_a_listed_address_and_a_listed_port_on_either_side(lab: Lab, port: int) -> None:
     wanted = ("127.0.0.7", "::1")
     rules = filtered(map(ipaddress.ip_address, wanted), (port, port + 10_000))
     settings = hook_settings(rules=rules)
     expected = set()
-    with Capture(settings) as capture:
+    with Recording(settings) as capture:
         for address, number in itertools.product(("127.0.0.7", "127.0.0.1", "::1"), (port, port + 5_000)):
             with Pair(lab.client, lab.client, address, number) as pair:
                 pair.exchange(3, 3)
@@ -51,20 +51,20 @@ def test_a_flow_passes_with_a_wanted_address_and_a_wanted_port_on_any_side(lab: 
             ("127.0.0.7", port + 10_000, "127.0.0.1", port + 5_000),
             ("127.0.0.1", port + 5_000, "127.0.0.7", port + 10_000),
         }
-        wait_for(lambda: len(capture.all(TRANSMITS)) == capture.hooks.counters(TRANSMITS).passed, "all events")
+        wait_for(lambda: len(capture.all(TRANSMITS)) == capture.kernel.counters(TRANSMITS).passed, "all events")
         assert endpoints(capture.all(TRANSMITS)) == expected
-        assert len(capture.all(RETRANSMITS)) == capture.hooks.counters(RETRANSMITS).passed == 0
+        assert len(capture.all(RETRANSMITS)) == capture.kernel.counters(RETRANSMITS).passed == 0
 
 
 @pytest.fixture
 def broker() -> Iterator[socket.socket]:
-    """A listener in this process's own namespace, as the embedded broker is."""
+    """A listener in this process's namespace, like the embedded broker."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener
 
 
 def ask(client: socket.socket, broker: socket.socket) -> None:
-    """Connect to a broker, ask it something, and get an answer."""
+    """Connect to a broker, send a request, and receive an answer."""
     client.connect(broker.getsockname())
     with broker.accept()[0] as accepted:
         client.sendall(b"question")
@@ -73,16 +73,16 @@ def ask(client: socket.socket, broker: socket.socket) -> None:
         assert client.recv(6)
 
 
-def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None:
+def test_only_the_agents_own_sockets_are_excluded(broker: socket.socket) -> None:
     port = broker.getsockname()[1]
-    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture:
-        capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
+    with Recording(hook_settings(rules=filtered(ports=(port,)))) as capture:
+        capture.kernel.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
         with socket.socket() as own, socket.socket() as other:
-            capture.hooks.exclude_socket(own.fileno())
+            capture.kernel.exclude_socket(own.fileno())
             for client in (own, other):
                 ask(client, broker)
             visible = ("127.0.0.1", other.getsockname()[1], "127.0.0.1", port)
-        # Another process, which knows nothing of the agent, talks to the same port.
+        # Another process, unrelated to the agent, uses the same port.
         program = (
             "import socket, sys\n"
             "with socket.create_connection(('127.0.0.1', int(sys.argv[1]))) as s:\n"
@@ -91,28 +91,28 @@ def test_only_the_agents_own_sockets_are_left_out(broker: socket.socket) -> None
         command = [sys.executable, "-c", program, str(port)]
         stranger = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         broker.accept()[0].close()
-        wait_for(lambda: len(capture.all(TRANSMITS)) == capture.hooks.counters(TRANSMITS).passed, "all events")
+        wait_for(lambda: len(capture.all(TRANSMITS)) == capture.kernel.counters(TRANSMITS).passed, "all events")
         assert endpoints(capture.all(TRANSMITS)) == {visible, ("127.0.0.1", stranger, "127.0.0.1", port)}
 
 
 def test_neither_end_of_the_agents_own_connections_is_seen(broker: socket.socket) -> None:
-    """A broker on this host that is not the agent's: what it answers the agent would feed back too."""
+    """A broker on this host that the agent did not start: its answers to the agent would feed back too."""
     port = broker.getsockname()[1]
-    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture:
+    with Recording(hook_settings(rules=filtered(ports=(port,)))) as capture:
         with socket.socket() as own, socket.socket() as other:
-            capture.hooks.exclude_socket(own.fileno())
+            capture.kernel.exclude_socket(own.fileno())
             for client in (own, other):
                 ask(client, broker)
             visible = ("127.0.0.1", other.getsockname()[1], "127.0.0.1", port)
-        wait_for(lambda: len(capture.all(TRANSMITS)) == capture.hooks.counters(TRANSMITS).passed, "all events")
+        wait_for(lambda: len(capture.all(TRANSMITS)) == capture.kernel.counters(TRANSMITS).passed, "all events")
         assert endpoints(capture.all(TRANSMITS)) == {visible, (*visible[2:], *visible[:2])}
 
 
 def test_listeners_of_others_on_the_same_port_stay_visible(broker: socket.socket, lab: Lab) -> None:
-    """The endpoint is one in the agent's network namespace: not the same address and port in another."""
+    """Endpoints are per network namespace: the same address and port in another one is different."""
     port = broker.getsockname()[1]
-    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture:
-        capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
+    with Recording(hook_settings(rules=filtered(ports=(port,)))) as capture:
+        capture.kernel.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
         with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
             pair.exchange(1, 1)
         rows = capture.wait_rows(TRANSMITS, port, 3)
@@ -121,8 +121,8 @@ def test_listeners_of_others_on_the_same_port_stay_visible(broker: socket.socket
 
 def test_an_address_pair_of_the_agents_in_another_namespace_stays_visible(broker: socket.socket, lab: Lab) -> None:
     port = broker.getsockname()[1]
-    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture, socket.socket() as own:
-        capture.hooks.exclude_socket(own.fileno())
+    with Recording(hook_settings(rules=filtered(ports=(port,)))) as capture, socket.socket() as own:
+        capture.kernel.exclude_socket(own.fileno())
         ask(own, broker)
         with inside(lab.client), socket.create_server(("127.0.0.1", port)) as there, socket.socket() as other:
             other.bind(own.getsockname())
@@ -134,23 +134,23 @@ def test_an_address_pair_of_the_agents_in_another_namespace_stays_visible(broker
 
 
 @pytest.mark.parametrize("ended_by", ["client", "broker", "reset"])
-def test_the_agents_own_connection_is_left_out_to_its_last_segment(lab: Lab, port: int, ended_by: str) -> None:
-    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
+def test_the_agents_own_connection_is_excluded_to_its_last_segment(lab: Lab, port: int, ended_by: str) -> None:
+    with Recording(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
         with listening(port) as broker, socket.socket() as own:
-            capture.hooks.exclude_socket(own.fileno())
+            capture.kernel.exclude_socket(own.fileno())
             own.connect(broker.getsockname())
             end_by(ended_by, own, broker.accept()[0])
         assert len(settled(capture)) == 0
 
 
 @pytest.mark.parametrize("ended_by", ["broker", "reset"])
-def test_an_address_pair_is_others_as_soon_as_the_agents_connection_is_closed(
+def test_an_address_pair_is_captured_again_once_the_agents_connection_is_closed(
     lab: Lab, port: int, ended_by: str
 ) -> None:
-    """Also where the one that has it afterwards connects from the broker's side."""
-    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
+    """Also if the next connection comes from the broker's side."""
+    with Recording(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
         with listening(port) as broker, socket.socket() as own:
-            capture.hooks.exclude_socket(own.fileno())
+            capture.kernel.exclude_socket(own.fileno())
             own.connect(broker.getsockname())
             local = own.getsockname()
             end_by(ended_by, own, broker.accept()[0])
@@ -167,10 +167,10 @@ def test_an_address_pair_is_others_as_soon_as_the_agents_connection_is_closed(
         assert endpoints(settled(capture)[seen:]) == {pair, (*pair[2:], *pair[:2])}
 
 
-def test_a_port_that_the_agent_listened_on_is_others_as_soon_as_it_does_not(lab: Lab, port: int) -> None:
-    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
+def test_a_port_is_captured_again_once_the_agent_stops_listening_on_it(lab: Lab, port: int) -> None:
+    with Recording(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
         with listening(port) as broker:
-            capture.hooks.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
+            capture.kernel.exclude_listener(ipaddress.IPv4Address("127.0.0.1"), port)
             with socket.socket() as client:
                 ask(client, broker)
             assert {each[1] for each in endpoints(settled(capture))} != {port}
@@ -181,10 +181,10 @@ def test_a_port_that_the_agent_listened_on_is_others_as_soon_as_it_does_not(lab:
 
 
 def test_a_connection_that_nobody_accepts_hides_nothing(lab: Lab, port: int) -> None:
-    """The client of a broker that is down tries ports of its own again and again: others get them afterwards."""
-    with Capture(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
+    """The client of an unavailable broker tries many local ports, which others use afterwards."""
+    with Recording(hook_settings(rules=filtered(ports=(port,)))) as capture, inside(lab.client):
         with socket.socket() as own:
-            capture.hooks.exclude_socket(own.fileno())
+            capture.kernel.exclude_socket(own.fileno())
             own.bind(("127.0.0.1", 0))
             local = own.getsockname()
             with pytest.raises(ConnectionRefusedError):
@@ -197,9 +197,9 @@ def test_a_connection_that_nobody_accepts_hides_nothing(lab: Lab, port: int) -> 
         wait_for(lambda: endpoints(settled(capture)) == {pair, (*pair[2:], *pair[:2])}, "both ends")
 
 
-def settled(capture: Capture) -> Rows:
-    """Return all transmits that the programs have counted."""
-    wait_for(lambda: len(capture.all(TRANSMITS)) == capture.hooks.counters(TRANSMITS).passed, "all events")
+def settled(capture: Recording) -> Rows:
+    """Wait for all transmits that the programs have counted, and return them."""
+    wait_for(lambda: len(capture.all(TRANSMITS)) == capture.kernel.counters(TRANSMITS).passed, "all events")
     return capture.all(TRANSMITS)
 
 
@@ -208,7 +208,7 @@ def listening(port: int) -> socket.socket:
 
 
 def connect_from(local: tuple[str, int], client: socket.socket, listener: socket.socket) -> None:
-    """Connect from a port that a socket in time wait may still have, and exchange something."""
+    """Connect from a port that a socket in time wait may still use, and exchange data."""
 
     def connects() -> bool:
         with contextlib.suppress(OSError):
@@ -222,7 +222,7 @@ def connect_from(local: tuple[str, int], client: socket.socket, listener: socket
 
 
 def end_by(how: str, client: socket.socket, accepted: socket.socket) -> None:
-    """End a connection from one side or the other, or by a reset."""
+    """End a connection from either side, or by a reset."""
     client.settimeout(10)
     client.sendall(b"question")
     assert accepted.recv(8)

@@ -1,4 +1,4 @@
-"""Hooks that outlive the process: taken over, or replaced by others without a moment in which none is attached."""
+"""Hooks that outlive the process are taken over, or replaced without a moment in which none is attached."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ import pytest
 from producer import paths
 from producer.events import RETRANSMIT, STREAMS, TRANSMIT, TRANSMITS, Rows
 from producer.kernel.bpf_syscall import possible_cpus, program_ids
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.kernel.pinned import PinFolder
 from producer.kernel.sequence import EventNumbers
 from producer.rules.tables import filtered
@@ -33,18 +33,18 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from producer.events import TRANSMITS
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 from producer.kernel.pinned import PinFolder
 from producer.rules.tables import filtered
 from producer.kernel.sequence import EventNumbers
 
 pins, state, port, cpus, allowed = json.loads(sys.argv[1])
-settings = HookSettings(hooks=tuple(allowed), rules=filtered(ports=(port,)))
-with PinFolder(Path(pins)) as folder, Hooks(settings, folder, EventNumbers(Path(state), "a boot", cpus)) as hooks:
-    hooks.load()
-    hooks.attach()
-    with hooks.ring(TRANSMITS) as ring:
-        print(hooks.ring_id, flush=True)
+settings = CaptureSettings(hooks=tuple(allowed), rules=filtered(ports=(port,)))
+with PinFolder(Path(pins)) as folder, Capture(settings, folder, EventNumbers(Path(state), "a boot", cpus)) as capture:
+    capture.load()
+    capture.attach()
+    with capture.ring(TRANSMITS) as ring:
+        print(capture.ring_id, flush=True)
         sys.stdin.readline()
         rows = ring.read(1 << 16)
         assert rows.dtype["note"] == "<u8"
@@ -67,7 +67,7 @@ def pins(tmp_path: Path) -> Iterator[Path]:
 
 
 class Traffic:
-    """A connection over loopback on which one byte after the other is sent, in a thread, each after an answer."""
+    """A loopback connection on which a thread sends single bytes, each after an answer."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -112,7 +112,7 @@ class Traffic:
 
 
 def other_version(folder: Path) -> Path:
-    """Copy the package with another layout of the transmit events: as if it was of another version."""
+    """Copy the package with another layout of the transmit events, as if it were another version."""
     package = paths.BPF.parent
     for name in ("producer", "bpf", "schemas"):
         subprocess.run(["cp", "-r", str(package / name), str(folder)], check=True)
@@ -127,8 +127,8 @@ def other_version(folder: Path) -> Path:
     return folder
 
 
-def all_rows(hooks: Hooks) -> Rows:
-    with hooks.ring(TRANSMITS) as ring:
+def all_rows(capture: Capture) -> Rows:
+    with capture.ring(TRANSMITS) as ring:
         rows: Rows = ring.read(1 << 20).copy()
     return rows
 
@@ -143,8 +143,8 @@ def probes(rows: Rows, port: int) -> set[int]:
     return set(segments["seq"][(segments["flow"]["dport"] == port) & (segments["payload_len"] == 1)].tolist())
 
 
-def programs(hooks: Hooks) -> set[int]:
-    return {info.program_id for stream in STREAMS for info in hooks.program_infos(stream)}
+def programs(capture: Capture) -> set[int]:
+    return {info.program_id for stream in STREAMS for info in capture.program_infos(stream)}
 
 
 def test_hooks_that_are_the_same_are_taken_over_with_rings_and_numbers(pins: Path, tmp_path: Path) -> None:
@@ -154,25 +154,25 @@ def test_hooks_that_are_the_same_are_taken_over_with_rings_and_numbers(pins: Pat
         def numbers() -> EventNumbers:
             return EventNumbers(tmp_path, "a boot", CPUS)
 
-        with PinFolder(pins) as folder, Hooks(settings, folder, numbers()) as hooks:
-            hooks.load()
-            hooks.attach()
-            ring_id = hooks.ring_id
+        with PinFolder(pins) as folder, Capture(settings, folder, numbers()) as capture:
+            capture.load()
+            capture.attach()
+            ring_id = capture.ring_id
             assert ring_id
             traffic.start()
             traffic.wait_more(101)
         traffic.wait_more(101)
-        with PinFolder(pins) as folder, Hooks(settings, folder, numbers()) as hooks:
-            hooks.load()
-            hooks.attach()
-            assert hooks.taken_over
-            assert (hooks.ring_id, hooks.old_ring_id, hooks.old_rings()) == (ring_id, None, [])
+        with PinFolder(pins) as folder, Capture(settings, folder, numbers()) as capture:
+            capture.load()
+            capture.attach()
+            assert capture.taken_over
+            assert (capture.ring_id, capture.old_ring_id, capture.old_rings()) == (ring_id, None, [])
             traffic.wait_more(101)
-            hooks.detach()
+            capture.detach()
             assert list(pins.iterdir()) == []
             traffic.stop()
-            last = hooks.sequence(TRANSMITS)
-            assert len(all_rows(hooks)) == hooks.counters(TRANSMITS).passed == sum(last)
+            last = capture.sequence(TRANSMITS)
+            assert len(all_rows(capture)) == capture.counters(TRANSMITS).passed == sum(last)
         assert numbers().start()["transmit"] == last
 
 
@@ -206,44 +206,44 @@ def test_hooks_of_another_version_stay_until_the_new_ones_are_attached_and_their
 
         settings = hook_settings(rules=filtered(ports=(traffic.port,)))
         numbers = EventNumbers(tmp_path / "state", "a boot", CPUS)
-        with PinFolder(pins) as folder, Hooks(settings, folder, numbers) as hooks:
-            hooks.load()
-            assert not hooks.taken_over
+        with PinFolder(pins) as folder, Capture(settings, folder, numbers) as capture:
+            capture.load()
+            assert not capture.taken_over
             traffic.wait_more(101)
-            hooks.attach()
+            capture.attach()
             traffic.wait_more(101)
-            assert hooks.ring_id != hooks.old_ring_id == old_ring_id
+            assert capture.ring_id != capture.old_ring_id == old_ring_id
         traffic.wait_more(101)
 
-        with PinFolder(pins) as folder, Hooks(settings, folder, numbers) as hooks:
-            hooks.load()
-            hooks.attach()
-            assert hooks.taken_over, "after a crash before the old rings were drained"
-            assert hooks.old_ring_id == old_ring_id
+        with PinFolder(pins) as folder, Capture(settings, folder, numbers) as capture:
+            capture.load()
+            capture.attach()
+            assert capture.taken_over, "after a crash before the old rings were drained"
+            assert capture.old_ring_id == old_ring_id
             traffic.wait_more(101)
-            (stream, ring), (other_stream, other_ring) = hooks.old_rings()
+            (stream, ring), (other_stream, other_ring) = capture.old_rings()
             assert stream == TRANSMITS
             assert stream.dtype == np.dtype([*TRANSMIT.descr, ("note", "<u8")])
             assert other_stream.dtype == RETRANSMIT
             with ring, other_ring:
                 old = ring.read(1 << 16).copy()
                 ring.commit(ring.position)
-                other_ring.read(1 << 16)  # a slow machine sends some segments again
+                other_ring.read(1 << 16)  # a slow machine retransmits some segments
                 traffic.wait_more(11)
                 assert ring.unread == other_ring.unread == 0, "the old programs have ended"
-            hooks.drop_old_rings()
-            assert hooks.old_rings() == []
-            assert all(path.name == "manifest" or path.name.endswith(hooks.ring_id) for path in pins.iterdir())
+            capture.drop_old_rings()
+            assert capture.old_rings() == []
+            assert all(path.name == "manifest" or path.name.endswith(capture.ring_id) for path in pins.iterdir())
             traffic.stop()
-            hooks.detach()
-            new = all_rows(hooks)
-            assert len(new) == hooks.counters(TRANSMITS).passed
+            capture.detach()
+            new = all_rows(capture)
+            assert len(new) == capture.counters(TRANSMITS).passed
 
         check_without_hole(traffic, committed, old, new)
 
 
 def check_without_hole(traffic: Traffic, committed: Rows, old: Rows, new: Rows) -> None:
-    """Every byte was sent in a segment that is somewhere, and the old ring goes on where it was committed."""
+    """Every byte is in a captured segment, and the old ring continues at its last commit."""
     found = set.union(*(probes(rows, traffic.port) for rows in (committed, old, new)))
     segments = committed["s"]
     (first,) = segments["end_seq"][segments["tcp_flags"] == SYN].tolist()
@@ -257,8 +257,8 @@ def check_without_hole(traffic: Traffic, committed: Rows, old: Rows, new: Rows) 
     assert new["s"]["cpu_seq"].min() > 1 << 32
 
 
-def test_hooks_that_are_replaced_twice_leave_all_that_is_not_drained(pins: Path) -> None:
-    """Other ring sizes, and the process ends each time before it has drained anything."""
+def test_hooks_that_are_replaced_twice_leave_all_undrained_rings(pins: Path) -> None:
+    """With other ring sizes, and a process that ends each time before it has drained anything."""
     with Traffic() as traffic:
         found: dict[int, Rows] = {}
         for size in (1 << 24, 1 << 25, 1 << 26):
@@ -266,19 +266,19 @@ def test_hooks_that_are_replaced_twice_leave_all_that_is_not_drained(pins: Path)
                 rules=filtered(ports=(traffic.port,)),
                 ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 16},
             )
-            with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
-                hooks.load()
-                hooks.attach()
+            with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+                capture.load()
+                capture.attach()
                 if not found:
                     traffic.start()
                 traffic.wait_more(53)
-                found[size] = all_rows(hooks)
+                found[size] = all_rows(capture)
                 if size == 1 << 26:
                     traffic.stop()
-                    rings = [ring for stream, ring in hooks.old_rings() if stream == TRANSMITS]
+                    rings = [ring for stream, ring in capture.old_rings() if stream == TRANSMITS]
                     old = [ring.read(1 << 16) for ring in rings]
-                    hooks.detach()
-                    segments = [probes(rows, traffic.port) for rows in (*old, all_rows(hooks))]
+                    capture.detach()
+                    segments = [probes(rows, traffic.port) for rows in (*old, all_rows(capture))]
                     for seen, whole in zip(found.values(), segments, strict=True):
                         assert len(probes(seen, traffic.port) - whole) == 0
                     found_once = len(set.union(*segments))
@@ -289,56 +289,56 @@ def test_the_agents_own_traffic_is_no_event_of_the_hooks_that_are_about_to_end(p
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
         rules = filtered(ports=(address[1],))
-        with PinFolder(pins) as folder, Hooks(hook_settings(rules=rules), folder) as hooks:
-            hooks.load()
-            hooks.attach()
+        with PinFolder(pins) as folder, Capture(hook_settings(rules=rules), folder) as capture:
+            capture.load()
+            capture.attach()
             socket.create_connection(address).close()
         smaller = hook_settings(rules=rules, ring_bytes={"transmit_pipe": 1 << 16, "retransmit_pipe": 1 << 16})
-        with PinFolder(pins) as folder, Hooks(smaller, folder) as hooks:
-            hooks.load()
+        with PinFolder(pins) as folder, Capture(smaller, folder) as capture:
+            capture.load()
             with socket.socket() as own:
-                hooks.exclude_socket(own.fileno())
+                capture.exclude_socket(own.fileno())
                 own.connect(address)
                 port = own.getsockname()[1]
                 own.sendall(b"!")
-                hooks.attach()
+                capture.attach()
                 own.sendall(b"!")
-            hooks.detach()
-            (_, ring), _ = hooks.old_rings()
-            for flow in (rows["s"]["flow"] for rows in (ring.read(1 << 16), all_rows(hooks))):
+            capture.detach()
+            (_, ring), _ = capture.old_rings()
+            for flow in (rows["s"]["flow"] for rows in (ring.read(1 << 16), all_rows(capture))):
                 assert port not in {*flow["sport"], *flow["dport"]}
             assert ring.position > 0
 
 
 @pytest.mark.parametrize("target", ["nonsense", '{"fingerprint": "of an older version"}'])
-def test_hooks_whose_manifest_cannot_be_read_are_given_up_with_a_warning(
+def test_hooks_with_an_unreadable_manifest_are_discarded_with_a_warning(
     pins: Path, target: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))
-    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
-        hooks.load()
-        hooks.attach()
-        old = programs(hooks)
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+        capture.load()
+        capture.attach()
+        old = programs(capture)
     (pins / "manifest").unlink()
     (pins / "manifest").symlink_to(target)
     assert old <= program_ids()
-    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
         with caplog.at_level(logging.WARNING):
-            hooks.load()
-        assert "hooks that were kept are given up, and the events in their rings are lost" in caplog.text
-        assert not hooks.taken_over
-        assert hooks.old_rings() == []
+            capture.load()
+        assert "hooks of the last run cannot be taken over, the events in their rings are lost" in caplog.text
+        assert not capture.taken_over
+        assert capture.old_rings() == []
         assert old <= program_ids()
-        hooks.attach()
+        capture.attach()
         wait_for(lambda: not old & program_ids(), "the old programs' end")
-        hooks.detach()
+        capture.detach()
 
 
-def test_remains_of_a_start_that_did_not_come_to_its_end_are_removed(pins: Path) -> None:
+def test_pins_of_an_interrupted_start_are_removed(pins: Path) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))
-    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
-        hooks.load()
-        hooks.attach()
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+        capture.load()
+        capture.attach()
         kept = {path.name for path in pins.iterdir()}
         (pins / "link_0_of_another").symlink_to("x")
     with PinFolder(pins):
@@ -350,13 +350,13 @@ def test_remains_of_a_start_that_did_not_come_to_its_end_are_removed(pins: Path)
 
 
 @pytest.mark.parametrize("wrong", ["ring size", "counters", "program for a map"])
-def test_maps_that_are_not_what_the_manifest_says_are_given_up_and_stop_no_start(
+def test_maps_that_do_not_match_the_manifest_are_discarded_and_the_start_continues(
     pins: Path, wrong: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))
-    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
-        hooks.load()
-        hooks.attach()
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+        capture.load()
+        capture.attach()
     text = json.loads(zlib.decompress(base64.urlsafe_b64decode(os.readlink(pins / "manifest"))))
     manifest = text["manifest"]
     if wrong == "ring size":
@@ -366,30 +366,30 @@ def test_maps_that_are_not_what_the_manifest_says_are_given_up_and_stop_no_start
         manifest["maps"]["counters"] = program if "program" in wrong else manifest["maps"]["own_sockets"]
     (pins / "manifest").unlink()
     (pins / "manifest").symlink_to(base64.urlsafe_b64encode(zlib.compress(json.dumps(text).encode())).decode())
-    with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
-        hooks.load()
-        assert "hooks that were kept are given up" in caplog.text
-        hooks.attach()
-        assert hooks.counters(TRANSMITS).passed == 0
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+        capture.load()
+        assert "hooks of the last run cannot be taken over" in caplog.text
+        capture.attach()
+        assert capture.counters(TRANSMITS).passed == 0
 
 
 def test_a_ring_of_garbage_is_taken_over_and_goes_on(pins: Path) -> None:
     with Traffic() as traffic:
         settings = hook_settings(rules=filtered(ports=(traffic.port,)))
-        with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
-            hooks.load()
-            hooks.attach()
+        with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+            capture.load()
+            capture.attach()
             traffic.start()
             traffic.wait_more(53)
-            passed = hooks.counters(TRANSMITS).passed
-            with hooks.ring(TRANSMITS) as ring:
+            passed = capture.counters(TRANSMITS).passed
+            with capture.ring(TRANSMITS) as ring:
                 ring.commit(1 << 60)
-        with PinFolder(pins) as folder, Hooks(settings, folder) as hooks:
-            hooks.load()
-            assert hooks.taken_over
-            with hooks.ring(TRANSMITS) as ring:
+        with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+            capture.load()
+            assert capture.taken_over
+            with capture.ring(TRANSMITS) as ring:
                 traffic.wait_more(53)
                 traffic.stop()
-                hooks.detach()
+                capture.detach()
                 rows = ring.read(1 << 20)
                 assert len(rows) == ring.records_before > passed

@@ -1,4 +1,4 @@
-"""The lab: real namespaces, real loss, counters from 0, and nothing left behind, however it ends."""
+"""The lab: real namespaces, real loss, counters that start at 0, and nothing left behind, however it ends."""
 
 import contextlib
 import os
@@ -42,11 +42,11 @@ def wait_for_processes(namespaces: set[str], count: int) -> list[int]:
         if len(inside) == count:
             return inside
         time.sleep(0.02)
-    pytest.fail(f"not {count} processes in the namespaces but {inside}")
+    pytest.fail(f"expected {count} processes in the namespaces, found {inside}")
 
 
 def connect(lab: Lab, address: str, count: int) -> None:
-    """Make connections to the lab's echo server, each with one exchange and an orderly end."""
+    """Open connections to the lab's echo server, each with one exchange and an orderly end."""
     program = (
         "import socket, sys\n"
         "for _ in range(int(sys.argv[2])):\n"
@@ -91,7 +91,7 @@ def test_stop_ends_the_traffic_early() -> None:
     stop = threading.Event()
     stop.set()
     with Lab(loss=0) as lab:
-        # An hour otherwise: the test's timeout is far below.
+        # Otherwise an hour, far above the test's timeout.
         assert lab.traffic(3600, stop).failed == 0
 
 
@@ -123,7 +123,7 @@ def test_a_killed_process_leaves_nothing() -> None:
     pids = [int(word) for word in child.stdout.readline().split()]
     assert len(pids) == 2
     namespaces = {os.readlink(f"/proc/{pid}/ns/net") for pid in pids}
-    # The two that keep the namespaces, the server and the generator.
+    # The two that hold the namespaces, the server, and the generator.
     inside = wait_for_processes(namespaces, 4)
     child.send_signal(signal.SIGKILL)
     child.wait()

@@ -1,4 +1,4 @@
-"""Loading, attaching and the end: nothing stays behind, and what fails says why."""
+"""Loading, attaching and the end: nothing is left behind, and errors have a reason."""
 
 import contextlib
 import logging
@@ -17,15 +17,15 @@ from producer.demo.lab import Lab
 from producer.errors import ConfigError, HookError, UnavailableError
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS
 from producer.kernel.bpf_syscall import program_ids
-from producer.kernel.capture import Hooks, HookSettings
-from producer.kernel.hooks import LADDERS
+from producer.kernel.capture import Capture, CaptureSettings
+from producer.kernel.hooks import HOOKS_BY_STREAM
 from producer.rules.tables import filtered
-from tests.kernel.capture import ALLOWED, Capture, Pair, hook_settings, kernel_btf_with, rules, wait_for
+from tests.kernel.capture import ALLOWED, Pair, Recording, hook_settings, kernel_btf_with, rules, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 
-def ids(hooks: Hooks) -> set[int]:
+def ids(hooks: Capture) -> set[int]:
     return {info.program_id for stream in STREAMS for info in hooks.program_infos(stream)}
 
 
@@ -42,16 +42,16 @@ def is_running(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def agent(settings: HookSettings) -> Iterator["subprocess.Popen[str]"]:
-    """Run a process that attaches, tells its programs' ids, and waits."""
+def agent(settings: CaptureSettings) -> Iterator["subprocess.Popen[str]"]:
+    """Run a process that attaches, prints its programs' ids, and waits."""
     program = (
         "import sys\n"
         "from pathlib import PosixPath\n"
         "from producer.events import STREAMS\n"
-        "from producer.kernel.capture import Hooks, HookSettings\n"
+        "from producer.kernel.capture import Capture, CaptureSettings\n"
         "from producer.rules.tables import filtered\n"
-        f"allowed, compiled = {settings.hooks!r}, {settings.compiled!r}\n"
-        "hooks = Hooks(HookSettings(hooks=allowed, rules=filtered(ports=(1,)), compiled=compiled))\n"
+        f"allowed, compiled = {settings.hooks!r}, {settings.cache!r}\n"
+        "hooks = Capture(CaptureSettings(hooks=allowed, rules=filtered(ports=(1,)), cache=compiled))\n"
         "hooks.load()\n"
         "hooks.attach()\n"
         "print(*(info.program_id for stream in STREAMS for info in hooks.program_infos(stream)), flush=True)\n"
@@ -66,19 +66,19 @@ def agent(settings: HookSettings) -> Iterator["subprocess.Popen[str]"]:
 def test_detach_ends_the_events_and_close_unloads_the_programs() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        with Hooks(hook_settings(rules=filtered(ports=(address[1],)))) as hooks:
+        with Capture(hook_settings(rules=filtered(ports=(address[1],)))) as hooks:
             hooks.load()
             assert hooks.counters(TRANSMITS).passed == 0
             socket.create_connection(address).close()
-            assert hooks.counters(TRANSMITS).passed == 0, "loaded is not attached"
+            assert hooks.counters(TRANSMITS).passed == 0, "loaded programs are not attached"
             hooks.attach()
             loaded = ids(hooks)
             assert loaded <= program_ids()
             assert len(loaded) == sum(
-                len(rung.hooks)
-                for stream, ladder in LADDERS.items()
-                for rung in ladder
-                if rung.name == hooks.rungs[stream]
+                len(hook.probes)
+                for stream, available in HOOKS_BY_STREAM.items()
+                for hook in available
+                if hook.name == hooks.hooks_in_use[stream]
             )
             socket.create_connection(address).close()
             hooks.detach()
@@ -97,7 +97,7 @@ def test_kill_leaves_nothing_attached() -> None:
         loaded = {int(each) for each in process.stdout.readline().split()}
         assert loaded
         assert loaded <= program_ids()
-        assert children(process.pid) == [], "the loader is gone once all is attached"
+        assert children(process.pid) == [], "the loader exits once everything is attached"
         process.send_signal(signal.SIGKILL)
         wait_for(lambda: not loaded & program_ids(), "the programs' end")
 
@@ -110,7 +110,7 @@ def test_kill_while_the_loader_compiles_leaves_no_orphan() -> None:
                     return child
         return None
 
-    with agent(HookSettings(hooks=ALLOWED)) as process:
+    with agent(CaptureSettings(hooks=ALLOWED)) as process:
         loader = wait_for(lambda: compiling(process.pid), "the loader")
         process.send_signal(signal.SIGKILL)
         wait_for(lambda: not is_running(loader), "the loader's end")
@@ -118,19 +118,19 @@ def test_kill_while_the_loader_compiles_leaves_no_orphan() -> None:
         assert process.stdout.readline() == "", "it had not attached yet"
 
 
-def test_a_rung_is_reported_and_so_is_why_the_better_ones_are_not_it(capture: Capture) -> None:
-    hooks = capture.hooks
-    for stream, ladder in LADDERS.items():
-        names = [rung.name for rung in ladder]
-        better = names[: names.index(hooks.rungs[stream])]
+def test_the_hook_is_reported_with_the_reasons_against_better_ones(capture: Recording) -> None:
+    hooks = capture.kernel
+    for stream, available in HOOKS_BY_STREAM.items():
+        names = [hook.name for hook in available]
+        better = names[: names.index(hooks.hooks_in_use[stream])]
         refused = [refusal for refusal in hooks.refusals if refusal.stream == stream]
-        assert [refusal.rung for refusal in refused] == better
+        assert [refusal.hook for refusal in refused] == better
         assert all(refusal.reason for refusal in refused)
-        assert hooks.rungs[stream] in ALLOWED
+        assert hooks.hooks_in_use[stream] in ALLOWED
 
 
-def test_no_allowed_rung_is_an_error_that_names_the_reasons() -> None:
-    with Hooks(HookSettings(hooks=("raw_tp",))) as hooks, pytest.raises(HookError) as caught:
+def test_without_an_allowed_hook_the_error_names_the_reasons() -> None:
+    with Capture(CaptureSettings(hooks=("raw_tp",))) as hooks, pytest.raises(HookError) as caught:
         hooks.load()
     assert "no hook for transmits can be attached" in str(caught.value)
     assert "cgroup_skb: not among the hooks that the configuration allows" in str(caught.value)
@@ -139,7 +139,7 @@ def test_no_allowed_rung_is_an_error_that_names_the_reasons() -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of bpf/ that the loader takes instead."""
+    """A copy of bpf/ that the loader uses instead."""
     copy = tmp_path / "bpf"
     subprocess.run(["cp", "-r", str(paths.BPF), str(copy)], check=True)
     monkeypatch.setattr("producer.kernel.capture.BPF", copy)
@@ -152,8 +152,8 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def error_of(settings: HookSettings) -> str:
-    with Hooks(settings) as hooks, pytest.raises(HookError) as caught:
+def error_of(settings: CaptureSettings) -> str:
+    with Capture(settings) as hooks, pytest.raises(HookError) as caught:
         hooks.load()
     return str(caught.value)
 
@@ -163,7 +163,7 @@ def test_a_compile_error_is_one_line_and_its_log_is_there_for_debugging(
 ) -> None:
     edit(sources / "fill.h", "READ(sk, skc_dport)", "READ(sk, skc_dport_number)")
     with caplog.at_level(logging.DEBUG, "producer.kernel.loader"):
-        message = error_of(HookSettings(hooks=ALLOWED))
+        message = error_of(CaptureSettings(hooks=ALLOWED))
     assert message.startswith("the BPF programs do not compile here: fill.h:")
     assert "skc_dport_number" in message
     assert "\n" not in message
@@ -172,20 +172,20 @@ def test_a_compile_error_is_one_line_and_its_log_is_there_for_debugging(
 
 def test_a_layout_that_differs_from_the_agents_does_not_compile(sources: Path) -> None:
     edit(sources / "events.h", "\tu32 seq;\n\tu32 end_seq;\n", "\tu32 end_seq;\n\tu32 seq;\n")
-    assert "transmit_event.s.seq: offset" in error_of(HookSettings(hooks=ALLOWED))
+    assert "transmit_event.s.seq: offset" in error_of(CaptureSettings(hooks=ALLOWED))
 
 
-def test_a_program_that_the_verifier_refuses_costs_its_rung(
-    sources: Path, caplog: pytest.LogCaptureFixture, capture: Capture
+def test_a_program_that_the_verifier_rejects_costs_its_hook(
+    sources: Path, caplog: pytest.LogCaptureFixture, capture: Recording
 ) -> None:
-    rung = capture.hooks.rungs["retransmit"]
-    # The cgroup hook's one program takes both streams.
-    stream = "transmits" if rung == "cgroup_skb" else "retransmits"
+    hook = capture.kernel.hooks_in_use["retransmit"]
+    # The program of the cgroup hook captures both streams.
+    stream = "transmits" if hook == "cgroup_skb" else "retransmits"
     edit(sources / "fill.h", "\te->cause = CAUSE_SYN_ACK;\n", "\te->cause = ((u8 *)e)[4096];\n")
     with caplog.at_level(logging.DEBUG, "producer.kernel.loader"):
-        message = error_of(HookSettings(hooks=(rung, capture.hooks.rungs["transmit"])))
+        message = error_of(CaptureSettings(hooks=(hook, capture.kernel.hooks_in_use["transmit"])))
     assert message.startswith(f"no hook for {stream} can be attached on this host")
-    assert f"; {rung}: " in message or f"host: {rung}: " in message
+    assert f"; {hook}: " in message or f"host: {hook}: " in message
     assert "\n" not in message
     assert "processed" in caplog.text, "the verifier's log"
 
@@ -195,7 +195,7 @@ def test_members_that_the_kernel_lacks_are_null_fields(tmp_path: Path, lab: Lab,
         tmp_path,
         {"snd_cwnd": "snd_cwmd", "sk_uid": "sk_uxd", "icsk_pending": "icsk_pemding", "sk_cgrp_data": "sk_cgrp_dada"},
     )
-    with Capture(hook_settings(rules=filtered(ports=(port,)), btf=btf)) as capture:
+    with Recording(hook_settings(rules=filtered(ports=(port,)), btf=btf)) as capture:
         with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
             with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
                 pair.client.sendall(b"lost")
@@ -205,30 +205,33 @@ def test_members_that_the_kernel_lacks_are_null_fields(tmp_path: Path, lab: Lab,
     assert not (rows["s"]["flow"]["flow_known"] & (KNOWN["uid"] | KNOWN["cgroup_id"])).any()
     assert not (rows["s"]["known"] & KNOWN["tcp"]).any()
     assert (again["s"]["known"] & KNOWN["ca_state"]).all()
-    # The upper rungs know a loss probe by the function that sends it.
-    by_function = set() if capture.hooks.rungs["retransmit"] == "raw_tp" else {"tlp"}
+    # The better hooks recognize a loss probe by the function that sends it.
+    by_function = set() if capture.kernel.hooks_in_use["retransmit"] == "raw_tp" else {"tlp"}
     assert {CAUSES[cause] for cause in again["cause"]} <= {"other"} | by_function
 
 
-def test_a_kernel_without_what_all_rests_on_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_kernel_without_a_required_member_is_rejected_by_the_members_name(tmp_path: Path) -> None:
     btf = kernel_btf_with(tmp_path, {"tcp_gso_segs": "tcp_gso_sexs"})
-    with Hooks(HookSettings(hooks=ALLOWED, btf=btf)) as hooks, pytest.raises(UnavailableError) as caught:
+    with Capture(CaptureSettings(hooks=ALLOWED, btf=btf)) as hooks, pytest.raises(UnavailableError) as caught:
         hooks.load()
     assert "missing: tcp_skb_cb.tcp_gso_segs" in str(caught.value)
 
 
 def test_without_btf_the_error_says_what_to_do(tmp_path: Path) -> None:
-    with Hooks(HookSettings(hooks=ALLOWED, btf=tmp_path / "none")) as hooks, pytest.raises(UnavailableError) as caught:
+    with (
+        Capture(CaptureSettings(hooks=ALLOWED, btf=tmp_path / "none")) as hooks,
+        pytest.raises(UnavailableError) as caught,
+    ):
         hooks.load()
     assert "CONFIG_DEBUG_INFO_BTF" in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, os.sysconf("SC_PAGE_SIZE") // 2, 3 * os.sysconf("SC_PAGE_SIZE")])
-def test_a_ring_size_that_cannot_be_is_a_configuration_error(size: int) -> None:
+def test_an_invalid_ring_size_is_a_configuration_error(size: int) -> None:
     with pytest.raises(ConfigError, match="power of two"):
-        HookSettings(ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 22})
+        CaptureSettings(ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 22})
 
 
 def test_an_unknown_hook_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match=f"the hooks are {', '.join(HOOKS)}"):
-        HookSettings(hooks=("fentri",))
+    with pytest.raises(ConfigError, match=f"expected one of {', '.join(HOOKS)}"):
+        CaptureSettings(hooks=("fentri",))

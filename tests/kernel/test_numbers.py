@@ -1,4 +1,4 @@
-"""Numbers of events (cpu_seq): they begin where they are told to, and go on over an orderly stop."""
+"""Event numbers (cpu_seq) begin where they should, and continue after an orderly stop."""
 
 import socket
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import pytest
 
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS
 from producer.kernel.bpf_syscall import possible_cpus
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.kernel.sequence import EventNumbers
 from producer.rules.tables import filtered
 from tests.kernel.capture import hook_settings
@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 CPUS = possible_cpus()
 
 
-class Told:
-    """Numbers as the test wants them; `last` is what the hooks have noted."""
+class FixedNumbers:
+    """Fixed first numbers; `last` has the recorded last ones."""
 
     def __init__(self, first: Mapping[str, Sequence[int]]) -> None:
         self._first = first
@@ -30,7 +30,7 @@ class Told:
         assert not overlap
         return self._first
 
-    def in_use(self) -> None:
+    def resume(self) -> None:
         raise AssertionError("nothing was taken over")
 
     def stop(self, last: Mapping[str, Sequence[int]]) -> None:
@@ -42,24 +42,24 @@ def connect(address: tuple[str, int], count: int) -> None:
         socket.create_connection(address).close()
 
 
-def test_numbers_begin_behind_those_told_and_the_counters_at_zero() -> None:
+def test_numbers_begin_after_the_given_ones_and_counters_at_zero() -> None:
     first = {stream.name: [(stream.index + 3 << 32) + 1009 * cpu for cpu in range(CPUS)] for stream in STREAMS}
-    told = Told(first)
+    fixed = FixedNumbers(first)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        with Hooks(hook_settings(rules=filtered(ports=(address[1],))), numbers=told) as hooks:
-            hooks.load()
-            hooks.attach()
-            assert hooks.sequence(RETRANSMITS) == first["retransmit"]
+        with Capture(hook_settings(rules=filtered(ports=(address[1],))), numbers=fixed) as capture:
+            capture.load()
+            capture.attach()
+            assert capture.sequence(RETRANSMITS) == first["retransmit"]
             connect(address, 53)
-            hooks.detach()
+            capture.detach()
             connect(address, 1)
-            passed = hooks.counters(TRANSMITS).passed
-            last = hooks.sequence(TRANSMITS)
-            with hooks.ring(TRANSMITS) as ring:
+            passed = capture.counters(TRANSMITS).passed
+            last = capture.sequence(TRANSMITS)
+            with capture.ring(TRANSMITS) as ring:
                 rows = ring.read(passed + 1)
     assert 53 * 3 <= passed == len(rows)
-    assert told.last == {"transmit": last, "retransmit": first["retransmit"]}
+    assert fixed.last == {"transmit": last, "retransmit": first["retransmit"]}
     for cpu, (before, behind) in enumerate(zip(first["transmit"], last, strict=True)):
         numbers = np.sort(rows["s"]["cpu_seq"][rows["s"]["cpu"] == cpu])
         assert (numbers == np.arange(before + 1, behind + 1, dtype=np.uint64)).all()
@@ -71,14 +71,14 @@ def test_an_orderly_stop_is_continued_and_a_crash_is_a_jump(tmp_path: Path) -> N
         settings = hook_settings(rules=filtered(ports=(address[1],)))
 
         def run(*, crash: bool) -> tuple[list[int], list[int]]:
-            with Hooks(settings, numbers=EventNumbers(tmp_path, "a boot", CPUS)) as hooks:
-                hooks.load()
-                hooks.attach()
-                first = hooks.sequence(TRANSMITS)
+            with Capture(settings, numbers=EventNumbers(tmp_path, "a boot", CPUS)) as capture:
+                capture.load()
+                capture.attach()
+                first = capture.sequence(TRANSMITS)
                 connect(address, 11)
                 if not crash:
-                    hooks.detach()
-                return first, hooks.sequence(TRANSMITS)
+                    capture.detach()
+                return first, capture.sequence(TRANSMITS)
 
         first, last = run(crash=False)
         assert first == [0] * CPUS

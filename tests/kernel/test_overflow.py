@@ -1,4 +1,4 @@
-"""A full ring: what is lost is counted, exactly, and a reader of the events sees the gap."""
+"""A full ring: losses are counted exactly, and a reader of the events sees the gap."""
 
 import mmap
 import os
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from producer.events import RETRANSMITS, TRANSMITS
-from producer.kernel.capture import Hooks
+from producer.kernel.capture import Capture
 from producer.rules.tables import filtered
 from tests.kernel.capture import hook_settings
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 RECORD_BYTES = 8 + TRANSMITS.dtype.itemsize
-# The kernel keeps one byte free, so that a full ring differs from an empty one.
+# The kernel leaves one byte free, so that a full ring differs from an empty one.
 CAPACITY = (mmap.PAGESIZE - 1) // RECORD_BYTES
 
 
@@ -52,12 +52,12 @@ def exchange(connection: tuple[socket.socket, socket.socket], count: int) -> Non
 def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket.socket, socket.socket]) -> None:
     port = connection[1].getsockname()[1]
     pages = {"transmit_pipe": mmap.PAGESIZE, "retransmit_pipe": mmap.PAGESIZE}
-    with Hooks(hook_settings(rules=filtered(ports=(port,)), ring_bytes=pages)) as hooks:
-        hooks.load()
-        hooks.attach()
-        with hooks.ring(TRANSMITS) as ring:
+    with Capture(hook_settings(rules=filtered(ports=(port,)), ring_bytes=pages)) as capture:
+        capture.load()
+        capture.attach()
+        with capture.ring(TRANSMITS) as ring:
             exchange(connection, 1009)
-            first = hooks.counters(TRANSMITS)
+            first = capture.counters(TRANSMITS)
             assert first.passed >= 2 * 1009
             assert ring.unread == CAPACITY == first.passed - first.ring_full
             assert ring.fill == CAPACITY * RECORD_BYTES / mmap.PAGESIZE
@@ -66,11 +66,11 @@ def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket
             assert set(rows["s"]["cpu"]) == {one_cpu}
             assert (rows["s"]["cpu_seq"] == np.arange(1, CAPACITY + 1)).all()
 
-            # Read is not committed: there is no room yet.
+            # Rows were read but not committed: the ring is still full.
             exchange(connection, 1)
-            # Now and not later: a delayed acknowledgement would take the next number.
+            # Now, because a delayed acknowledgement would later take the next number.
             connection[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-            second = hooks.counters(TRANSMITS)
+            second = capture.counters(TRANSMITS)
             assert second.passed - second.ring_full == CAPACITY
             assert ring.unread == 0
 
@@ -79,4 +79,4 @@ def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket
             row = ring.read(1)[0]
             assert row["s"]["cpu_seq"] == second.passed + 1
             assert row["s"]["cpu_seq"] - CAPACITY - 1 == second.ring_full, "the gap is what was lost"
-        assert hooks.counters(RETRANSMITS).passed == 0
+        assert capture.counters(RETRANSMITS).passed == 0

@@ -1,4 +1,4 @@
-"""`rebpf run` in a network namespace where nobody else is: nothing of its own is an event, from start to end."""
+"""`rebpf run` alone in a network namespace: none of its own segments is an event, from start to end."""
 
 import selectors
 import socket
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 
 class Broker:
-    """What listens on a broker's port; it answers once it is told to, and counts its answers."""
+    """Listens on a broker's port, answers once it is enabled, and counts its answers."""
 
     def __init__(self, address: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -54,7 +54,7 @@ class Broker:
     def _answer(self) -> None:
         for end, number in self._asked:
             if end.fileno() >= 0:
-                # Too short for what was asked: the client closes the connection, and opens another.
+                # Too short an answer: the client closes the connection and opens another.
                 end.sendall((4).to_bytes(4, "big") + number)
                 self.answers += 1
         self._asked.clear()
@@ -72,7 +72,7 @@ class Broker:
 
 @contextmanager
 def run_alone(lab: Lab, folder: Path, *arguments: object) -> Iterator[Run]:
-    """Run the producer in a namespace; it captures all that is sent there."""
+    """Run the producer in a namespace, where it captures everything that is sent."""
     netns = f"[[rules]]\nnetns = [{lab.client.netns}]\n"
     config = f'kafka.stop_timeout_s = 0\ncapture.default = "drop"\ncapture.hooks = {list(ALLOWED)}\n{netns}'
     with inside(lab.client):
@@ -87,7 +87,7 @@ def captured(run: Run) -> dict[str, int]:
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_of_a_broker_on_this_host_nothing_is_seen(lab: Lab, tmp_path: Path, address: str) -> None:
-    """Not even the answer to what the client asked at the very start."""
+    """Not even the answer to the client's first request."""
     with inside(lab.client), Broker(address) as broker, run_alone(lab, tmp_path, "--brokers", broker.address) as run:
         run.ready()
         broker.answer()

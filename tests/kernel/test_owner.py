@@ -1,4 +1,4 @@
-"""The truth suite: whose socket it was. As test_truth.py."""
+"""The truth suite: the socket's owner. See test_truth.py."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ import pytest
 from producer.demo.lab import Lab
 from producer.events import CAUSES, KNOWN
 from producer.kernel.hooks import cgroup2_root
-from tests.kernel.capture import DEADLINE_S, Capture, inside, receive, rules, wait_for
+from tests.kernel.capture import DEADLINE_S, Recording, inside, receive, rules, wait_for
 from tests.kernel.trial import Trial
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -41,7 +41,7 @@ def cgroup() -> Iterator[Path]:
     folder.rmdir()
 
 
-def test_a_retransmit_has_the_owner_that_made_the_socket(capture: Capture, lab: Lab, port: int, cgroup: Path) -> None:
+def test_a_retransmit_has_the_owner_that_made_the_socket(capture: Recording, lab: Lab, port: int, cgroup: Path) -> None:
     first_syn = f"tcp dport {port} tcp flags & (syn|ack) == syn numgen inc mod 997 == 0 drop"
     program = [sys.executable, "-c", _OWNER, str(cgroup / "cgroup.procs"), "4711", lab.server.ipv4, str(port)]
     with Trial(capture, lab, port) as trial, contextlib.ExitStack() as stack:
@@ -71,5 +71,5 @@ def test_a_retransmit_has_the_owner_that_made_the_socket(capture: Capture, lab: 
         assert (flow["flow_known"] & KNOWN["uid"]).all()
         known = (flow["flow_known"] & KNOWN["sk_cookie"]) != 0
         assert set(flow["sk_cookie"][known]) == {cookie}
-        assert known.all() or trial.hook == "kprobe", "a kprobe cannot make the cookie"
+        assert known.all() or trial.hook == "kprobe", "a kprobe cannot create the cookie"
         assert known[-1]

@@ -10,7 +10,7 @@ import pytest
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows
 from producer.kernel.btf import TYPEDEF, Btf
-from tests.kernel.capture import DEADLINE_S, Capture, Pair, Skips, cookie_of, rules, sees_ipv6_synacks, wait_for
+from tests.kernel.capture import DEADLINE_S, Pair, Recording, Skips, cookie_of, rules, sees_ipv6_synacks, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -27,7 +27,7 @@ def segs(rows: Rows) -> int:
 
 
 def knows(rows: Rows, name: str) -> bool:
-    """Whether the hook filled the field in all of the rows."""
+    """Whether the hook filled the field in all rows."""
     return bool((rows["s"]["known"] & KNOWN[name]).all())
 
 
@@ -36,8 +36,8 @@ def of_host(rows: Rows, host: Host) -> Rows:
     return chosen
 
 
-def events(capture: Capture, port: int, condition: Callable[[Rows], bool], what: str) -> Rows:
-    """Wait until the retransmits of a port fulfil a condition, and return them."""
+def events(capture: Recording, port: int, condition: Callable[[Rows], bool], what: str) -> Rows:
+    """Wait until the retransmits of a port meet a condition, and return them."""
 
     def fulfilled() -> Rows | None:
         rows = capture.of_port(RETRANSMITS, port)
@@ -47,13 +47,13 @@ def events(capture: Capture, port: int, condition: Callable[[Rows], bool], what:
 
 
 @pytest.mark.parametrize("percent", [3, 10])
-def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, port: int, percent: int) -> None:
+def test_segments_add_up_to_the_kernels_counters(capture: Recording, lab: Lab, port: int, percent: int) -> None:
     assert lab.wait_idle(DEADLINE_S)
     before = {host.name: host.counters() for host in lab.hosts}
     skips = Skips(capture)
     drop = f"tcp dport {port} numgen random mod 100 < {percent} drop"
     with rules(lab.server, "prerouting", drop), rules(lab.client, "prerouting", drop.replace("dport", "sport")):
-        # Loss takes whole super-segments, so that a transfer may come through unhurt.
+        # Whole super-segments are lost, so some transfers may lose none.
         for _ in range(50):
             with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
                 pair.transfer(3_000_017)
@@ -62,7 +62,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, por
             if len(cause_is(capture.of_port(RETRANSMITS, port), "fast")) > 2:
                 break
     rows = capture.of_port(RETRANSMITS, port)
-    # What the kernel did not run a program for is all that may be missing.
+    # Only events of runs that the kernel skipped may be missing.
     may_miss = {stream: MAX_SEGS * skips.of(stream) for stream in STREAMS}
     assert {CAUSES[cause] for cause in set(rows["cause"])} <= {"rto", "fast", "slow_start", "tlp", "syn", "syn_ack"}
     assert (rows["err"] == 0).all()
@@ -79,10 +79,10 @@ def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, por
             ("TCPSynRetrans", ["syn", "syn_ack"]),
         ):
             assert 0 <= moved(host, name) - segs(cause_is(mine, *causes)) <= may_miss[RETRANSMITS]
-    assert len(cause_is(rows, "fast")) > 2, "so much loss brings fast retransmits"
-    assert {HOOKS[hook] for hook in set(rows["s"]["flow"]["hook"])} == {capture.hooks.rungs["retransmit"]}
+    assert len(cause_is(rows, "fast")) > 2, "this much loss must cause fast retransmits"
+    assert {HOOKS[hook] for hook in set(rows["s"]["flow"]["hook"])} == {capture.kernel.hooks_in_use["retransmit"]}
 
-    # The transmit stream has each of them too, and marks them; not all hooks can tell that of a SYN-ACK.
+    # The transmit stream has and marks each of them too, but not all hooks can recognize a SYN-ACK.
     sent = capture.of_port(TRANSMITS, port)
     for host in lab.hosts:
         mine = of_host(sent, host)
@@ -92,7 +92,7 @@ def test_segments_add_up_to_the_kernels_counters(capture: Capture, lab: Lab, por
         assert 0 <= moved(host, "RetransSegs") - marked <= may_miss[TRANSMITS]
 
 
-def test_a_lost_syn_is_a_syn(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_lost_syn_is_a_syn(capture: Recording, lab: Lab, port: int) -> None:
     first = f"tcp dport {port} tcp flags & (syn|ack) == syn numgen inc mod 997 == 0 drop"
     with rules(lab.server, "prerouting", first), Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         cookie = cookie_of(pair.client)
@@ -103,14 +103,14 @@ def test_a_lost_syn_is_a_syn(capture: Capture, lab: Lab, port: int) -> None:
     assert (row["s"]["end_seq"] - row["s"]["seq"], row["s"]["payload_len"]) == (1, 0)
     assert row["s"]["flow"]["dport"] == port
     assert row["s"]["flow"]["netns"] == lab.client.netns
-    if row["s"]["flow"]["flow_known"] & KNOWN["sk_cookie"]:  # a kprobe cannot make the cookie
+    if row["s"]["flow"]["flow_known"] & KNOWN["sk_cookie"]:  # a kprobe cannot create the cookie
         assert row["s"]["flow"]["sk_cookie"] == cookie
     sent = capture.of_port(TRANSMITS, port)
     syns = sent[(sent["s"]["tcp_flags"] == SYN)]
     assert list(syns["is_retransmit"]) == [0, 1]
 
 
-def test_a_lost_syn_ack_is_a_syn_ack_and_is_numbered(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_lost_syn_ack_is_a_syn_ack_and_is_numbered(capture: Recording, lab: Lab, port: int) -> None:
     assert lab.wait_idle(DEADLINE_S)
     before = lab.server.counters()["RetransSegs"]
     first = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 < 2 drop"
@@ -126,7 +126,7 @@ def test_a_lost_syn_ack_is_a_syn_ack_and_is_numbered(capture: Capture, lab: Lab,
     assert not (rows["s"]["flow"]["flow_known"] & KNOWN["sk_cookie"]).any()
 
 
-def test_silence_is_probed_for_and_then_times_out(capture: Capture, lab: Lab, port: int) -> None:
+def test_silence_is_probed_for_and_then_times_out(capture: Recording, lab: Lab, port: int) -> None:
     with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         cookie = cookie_of(pair.client)
 
@@ -145,13 +145,13 @@ def test_silence_is_probed_for_and_then_times_out(capture: Capture, lab: Lab, po
     assert {CAUSES[cause] for cause in rows["cause"]} <= {"tlp", "rto"}
 
 
-def test_a_retransmission_that_the_host_drops_has_its_error(capture: Capture, lab: Lab, port: int) -> None:
-    if capture.hooks.rungs["retransmit"] in ("raw_tp", "cgroup_skb"):
+def test_a_retransmission_that_the_host_drops_has_its_error(capture: Recording, lab: Lab, port: int) -> None:
+    if capture.kernel.hooks_in_use["retransmit"] in ("raw_tp", "cgroup_skb"):
         btf = Btf.load()
         tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
         assert tracepoint is not None
         if btf.params(tracepoint) < 4:
-            pytest.skip("this kernel's tracepoint tells of no failures (before Linux 6.17)")
+            pytest.skip("this kernel's tracepoint does not fire for failures (before Linux 6.17)")
     assert lab.wait_idle(DEADLINE_S)
     before = lab.client.counters()["RetransSegs"]
     with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:

@@ -1,4 +1,4 @@
-"""Rules in the kernel: what they keep, drop and sample, and that a reload loses no segment and takes none twice."""
+"""Rules in the kernel keep, drop and sample segments, and a reload neither loses nor duplicates any."""
 
 import contextlib
 import ipaddress
@@ -21,7 +21,7 @@ from producer.kernel import bpf_syscall
 from producer.kernel.hooks import cgroup2_root
 from producer.kernel.rule_maps import RuleMaps
 from producer.rules.tables import MOST_CGROUP_LEVELS, Action, Rule, tables
-from tests.kernel.capture import Capture, Pair, hook_settings, inside, receive
+from tests.kernel.capture import Pair, Recording, hook_settings, inside, receive
 from tests.kernel.capture import rules as firewall
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -30,7 +30,7 @@ KEEP, DROP = Action(), Action(transmit=False, retransmit=False)
 EXCHANGES, SIZE = 101, 7
 
 
-# Not those that the session's capture takes: nobody reads its rings meanwhile.
+# Not the ports of the session's recording, whose rings are not read meanwhile.
 _ports = itertools.count(30_000 + os.getpid() % 50 * 50)
 
 
@@ -40,18 +40,18 @@ def port() -> int:
 
 
 @pytest.fixture(scope="module")
-def ruled(root: None) -> Iterator[Capture]:
-    """Hooks whose rules each test puts in force."""
-    with Capture(hook_settings(rules=tables([], DROP))) as capture:
+def ruled(root: None) -> Iterator[Recording]:
+    """A recording whose rules each test sets."""
+    with Recording(hook_settings(rules=tables([], DROP))) as capture:
         yield capture
 
 
-def put(capture: Capture, *rules: Rule) -> int:
-    return capture.hooks.put_rules(tables(rules, DROP))
+def put(capture: Recording, *rules: Rule) -> int:
+    return capture.kernel.put_rules(tables(rules, DROP))
 
 
-def sent_by(capture: Capture, port: int) -> Rows:
-    """Return the exchanges' segments; a slow machine's kernel may take one for lost and send it again."""
+def sent_by(capture: Recording, port: int) -> Rows:
+    """Return the exchanges' segments, without retransmissions, which may happen on a slow machine."""
     rows = capture.of_port(TRANSMITS, port)
     chosen: Rows = rows[(rows["s"]["payload_len"] == SIZE) & (rows["is_retransmit"] == 0)]
     return chosen
@@ -81,14 +81,14 @@ def on_port(port: int, action: Action = KEEP, **conditions: object) -> Rule:
     ],
 )
 def test_a_condition_is_met_or_not(
-    ruled: Capture, lab: Lab, port: int, conditions: dict[str, object], kept: bool
+    ruled: Recording, lab: Lab, port: int, conditions: dict[str, object], kept: bool
 ) -> None:
     put(ruled, on_port(port, **conditions))
     exchange(lab, port)
     assert len(sent_by(ruled, port)) == (EXCHANGES if kept else 0)
 
 
-def test_a_namespace_and_a_cgroup_above_the_sockets_are_conditions(ruled: Capture, lab: Lab, port: int) -> None:
+def test_a_namespace_and_a_cgroup_above_the_sockets_are_conditions(ruled: Recording, lab: Lab, port: int) -> None:
     put(ruled, on_port(port))
     exchange(lab, port)
     own = int(sent_by(ruled, port)["s"]["flow"]["cgroup_id"][0])
@@ -100,14 +100,14 @@ def test_a_namespace_and_a_cgroup_above_the_sockets_are_conditions(ruled: Captur
         (on_port(port, cgroup=(2,)), False),
     ):
         before = len(sent_by(ruled, port))
-        ruled.hooks.put_rules(tables([rule], DROP, {own: (1,)}))
+        ruled.kernel.put_rules(tables([rule], DROP, {own: (1,)}))
         exchange(lab, port)
         assert len(sent_by(ruled, port)) - before == (EXCHANGES if expected else 0), rule
 
 
 @pytest.fixture
 def cgroups() -> Iterator[list[Path]]:
-    """Folders within each other, deeper than any that a rule can name; the outermost first."""
+    """Nested folders, deeper than a rule can name; the outermost first."""
     root = cgroup2_root()
     if root is None:
         pytest.skip("no cgroup v2 hierarchy is mounted")
@@ -131,7 +131,7 @@ with socket.create_connection(("127.0.0.1", int(sys.argv[2]))) as client:
 
 
 def send_from(lab: Lab, cgroup: Path, port: int) -> None:
-    """Have a process in a cgroup connect and send one segment."""
+    """Start a process in a cgroup that connects and sends one segment."""
     argv = lab.client.command(sys.executable, "-c", _CLIENT, str(cgroup / "cgroup.procs"), str(port), str(SIZE))
     with inside(lab.client), socket.create_server(("127.0.0.1", port)) as server, subprocess.Popen(argv) as child:
         with server.accept()[0] as accepted:
@@ -140,33 +140,33 @@ def send_from(lab: Lab, cgroup: Path, port: int) -> None:
 
 
 def test_a_cgroup_is_a_condition_however_deep_the_socket_is(
-    ruled: Capture, lab: Lab, port: int, cgroups: list[Path]
+    ruled: Recording, lab: Lab, port: int, cgroups: list[Path]
 ) -> None:
-    """Named is the outermost folder, the deepest that can be named, and one beside."""
+    """Rules name the outermost folder, the deepest one that can be named, and an unrelated one."""
     ids = [folder.stat().st_ino for folder in cgroups]
     above = {each: [*ids[:i][::-1], 1] for i, each in enumerate(ids)}
     for place in (1, 14, 15, 16, 17, 30, 31, len(cgroups) - 1):
         for named in (0, 15, MOST_CGROUP_LEVELS - 2):
             before = len(sent_by(ruled, port))
-            ruled.hooks.put_rules(tables([on_port(port, cgroup=(ids[named],))], DROP, above))
+            ruled.kernel.put_rules(tables([on_port(port, cgroup=(ids[named],))], DROP, above))
             send_from(lab, cgroups[place], port)
             assert len(sent_by(ruled, port)) - before == (1 if named <= place else 0), (place, named)
 
 
 def test_the_nearest_of_the_named_cgroups_decides_with_those_above_it(
-    ruled: Capture, lab: Lab, port: int, cgroups: list[Path]
+    ruled: Recording, lab: Lab, port: int, cgroups: list[Path]
 ) -> None:
     ids = [folder.stat().st_ino for folder in cgroups]
     above = {ids[0]: [1], ids[20]: [*ids[:20][::-1], 1]}
     inner, outer = on_port(port, DROP, cgroup=(ids[20],)), on_port(port, cgroup=(ids[0],))
     for rules, kept in (([inner, outer], False), ([outer, inner], True)):
         before = len(sent_by(ruled, port))
-        ruled.hooks.put_rules(tables(rules, DROP, above))
+        ruled.kernel.put_rules(tables(rules, DROP, above))
         send_from(lab, cgroups[-1], port)
         assert len(sent_by(ruled, port)) - before == kept
 
 
-def test_the_first_of_1024_rules_that_matches_decides(ruled: Capture, lab: Lab, port: int) -> None:
+def test_the_first_of_1024_rules_that_matches_decides(ruled: Recording, lab: Lab, port: int) -> None:
     others = [Rule(str(i), KEEP, local_port=((i + 1, i + 1),)) for i in range(1022)]
     put(ruled, *others, on_port(port, DROP), on_port(port))
     exchange(lab, port)
@@ -176,7 +176,7 @@ def test_the_first_of_1024_rules_that_matches_decides(ruled: Capture, lab: Lab, 
     assert len(sent_by(ruled, port)) == EXCHANGES
 
 
-def test_one_connection_in_so_many_is_taken_whole_and_says_so(ruled: Capture, lab: Lab, port: int) -> None:
+def test_sampling_by_connection_keeps_whole_connections(ruled: Recording, lab: Lab, port: int) -> None:
     put(ruled, on_port(port, Action(sample_rate=4)))
     for _ in range(199):
         exchange(lab, port, 3)
@@ -187,7 +187,7 @@ def test_one_connection_in_so_many_is_taken_whole_and_says_so(ruled: Capture, la
     assert 199 / 8 < len(taken) < 199 / 2
 
 
-def test_one_event_in_so_many_is_taken(ruled: Capture, lab: Lab, port: int) -> None:
+def test_sampling_by_event_keeps_single_events(ruled: Recording, lab: Lab, port: int) -> None:
     put(ruled, on_port(port, Action(sample_rate=3, sample_by_event=True)))
     exchange(lab, port, 997)
     rows = sent_by(ruled, port)
@@ -195,21 +195,21 @@ def test_one_event_in_so_many_is_taken(ruled: Capture, lab: Lab, port: int) -> N
     assert 997 / 6 < len(rows) < 997 / 1.5
 
 
-def test_a_stream_is_kept_or_dropped_by_itself(ruled: Capture, lab: Lab, port: int) -> None:
+def test_a_stream_is_kept_or_dropped_by_itself(ruled: Recording, lab: Lab, port: int) -> None:
     put(ruled, on_port(port, Action(transmit=False)))
-    before = [ruled.hooks.counters(stream).passed for stream in (TRANSMITS, RETRANSMITS)]
+    before = [ruled.kernel.counters(stream).passed for stream in (TRANSMITS, RETRANSMITS)]
     with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         with firewall(lab.server, "prerouting", f"tcp dport {port} drop"):
             pair.client.sendall(bytes(SIZE))
             rows = ruled.wait_rows(RETRANSMITS, port, 1)
         pair.accepted.recv(SIZE)
     assert set(rows["s"]["payload_len"]) == {SIZE}
-    after = [ruled.hooks.counters(stream).passed for stream in (TRANSMITS, RETRANSMITS)]
+    after = [ruled.kernel.counters(stream).passed for stream in (TRANSMITS, RETRANSMITS)]
     assert after[0] == before[0]
     assert after[1] > before[1]
 
 
-def test_reloads_lose_no_segment_and_take_none_twice(ruled: Capture, lab: Lab, port: int) -> None:
+def test_reloads_lose_no_segment_and_take_none_twice(ruled: Recording, lab: Lab, port: int) -> None:
     done = threading.Event()
     versions = [put(ruled, on_port(port))]
 
@@ -231,8 +231,8 @@ def test_reloads_lose_no_segment_and_take_none_twice(ruled: Capture, lab: Lab, p
     assert len(set(rows["s"]["rules_version"])) > 20
 
 
-def test_an_address_of_one_family_takes_none_of_the_other(ruled: Capture, lab: Lab, port: int) -> None:
-    """Also where both are named, and a connection is IPv4 by a socket of IPv6."""
+def test_an_address_of_one_family_takes_none_of_the_other(ruled: Recording, lab: Lab, port: int) -> None:
+    """Also if both are named, and for IPv4 through an IPv6 socket."""
     four, six = ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")
     addresses = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
     for named, taken in (((six,), {"::1"}), ((four,), {"127.0.0.1", "::ffff:127.0.0.1"}), ((four, six), {*addresses})):
@@ -244,8 +244,8 @@ def test_an_address_of_one_family_takes_none_of_the_other(ruled: Capture, lab: L
             assert len(sent_by(ruled, port)) - before == (3 if address in taken else 0), (named, address)
 
 
-def test_a_reload_writes_what_differs_and_nothing_else(ruled: Capture, lab: Lab, port: int) -> None:
-    maps = RuleMaps(ruled.hooks._maps)
+def test_a_reload_writes_what_differs_and_nothing_else(ruled: Recording, lab: Lab, port: int) -> None:
+    maps = RuleMaps(ruled.kernel._maps)
     peers = tuple(ipaddress.ip_network(0x0B000000 + i) for i in range(5_000))
     many = Rule("many", DROP, address=peers)
 
@@ -254,7 +254,7 @@ def test_a_reload_writes_what_differs_and_nothing_else(ruled: Capture, lab: Lab,
         maps.put(tables(rules, DROP))
         return maps.writes - before
 
-    for _ in range(2):  # both generations of the tables are this process's
+    for _ in range(2):  # afterwards this process has written both generations
         writes(on_port(port))
     assert writes(many, on_port(port)) >= 5_000
     assert max(writes(many, on_port(each)) for each in (1, 2, port, 3, port)) < 20
@@ -266,14 +266,12 @@ def test_a_reload_writes_what_differs_and_nothing_else(ruled: Capture, lab: Lab,
     assert len(sent_by(ruled, port)) == EXCHANGES
 
 
-def test_a_reload_that_fails_on_the_way_changes_nothing_and_the_next_is_whole(
-    ruled: Capture, lab: Lab, port: int
-) -> None:
-    """The kernel has no room for so many addresses."""
-    maps = RuleMaps(ruled.hooks._maps)
+def test_a_reload_that_fails_changes_nothing_and_the_next_is_complete(ruled: Recording, lab: Lab, port: int) -> None:
+    """The kernel's table is too small for the addresses."""
+    maps = RuleMaps(ruled.kernel._maps)
     maps.put(tables([on_port(port)], DROP))
     too_many = tuple(ipaddress.ip_network(0x0D000000 + i) for i in range(8_000))
-    with full(ruled.hooks._maps["rule_prefixes"]):
+    with full(ruled.kernel._maps["rule_prefixes"]):
         with pytest.raises(OSError, match="No space"):
             maps.put(tables([Rule("n", DROP, address=too_many), on_port(port, DROP)], DROP))
         exchange(lab, port)
@@ -285,7 +283,7 @@ def test_a_reload_that_fails_on_the_way_changes_nothing_and_the_next_is_whole(
 
 @contextlib.contextmanager
 def full(prefixes: int) -> Iterator[None]:
-    """Leave room for 1,000 prefixes: the rest has keys that no program looks up."""
+    """Leave space for 1,000 prefixes: fill the rest with keys that no program looks up."""
     there: list[bytes] = []
     try:
         with contextlib.suppress(OSError):

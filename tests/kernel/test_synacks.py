@@ -1,4 +1,4 @@
-"""SYN-ACKs that nobody acknowledges: each retransmission is an event, however many requests there are at once."""
+"""Unacknowledged SYN-ACKs: each retransmission is an event, however many requests exist at once."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import pytest
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS, Rows, Stream
 from producer.rules.tables import filtered
-from tests.kernel.capture import Capture, Skips, hook_settings, inside, sees_ipv6_synacks, wait_for
+from tests.kernel.capture import Recording, Skips, hook_settings, inside, sees_ipv6_synacks, wait_for
 from tests.kernel.tun import Tun
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
@@ -29,7 +29,7 @@ SETTINGS = {
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    """A namespace of its own that takes 65,535 requests at once and sends each SYN-ACK twice."""
+    """A separate namespace that accepts 65,535 requests at once and sends each SYN-ACK twice."""
     with Lab(loss=0) as lab:
         setting(lab.server, SETTINGS)
         yield lab.server
@@ -43,15 +43,15 @@ def far(host: Host) -> Iterator[Tun]:
 
 @pytest.fixture
 def port() -> int:
-    """None of the ports that the shared capture takes: its rings do not hold what comes here."""
+    """Not a port of the shared recording, whose rings are too small for these tests."""
     return 7_000 + os.getpid() % 2_900
 
 
 @pytest.fixture
-def roomy(port: int) -> Iterator[Capture]:
-    """Hooks of their own, whose rings hold all that the largest test brings even if nobody reads them meanwhile."""
+def roomy(port: int) -> Iterator[Recording]:
+    """A separate recording whose rings hold all events of the largest test, even unread."""
     rings = {"transmit_pipe": 1 << 26, "retransmit_pipe": 1 << 26}
-    with Capture(hook_settings(rules=filtered(ports=(port,)), ring_bytes=rings)) as capture:
+    with Recording(hook_settings(rules=filtered(ports=(port,)), ring_bytes=rings)) as capture:
         yield capture
 
 
@@ -70,14 +70,14 @@ def listening(host: Host, far: Tun, version: int, port: int, *, mapped: bool = F
         yield listener
 
 
-def events(capture: Capture, stream: Stream, host: Host, port: int) -> Rows:
+def events(capture: Recording, stream: Stream, host: Host, port: int) -> Rows:
     rows = capture.of_port(stream, port)
     chosen: Rows = rows[rows["s"]["flow"]["netns"] == host.netns]
     return chosen
 
 
 def syn_acks(rows: Rows) -> list[tuple[int, int]]:
-    """Return port and sequence number of each, sorted."""
+    """Return the port and sequence number of each, sorted."""
     return sorted(zip(rows["s"]["flow"]["dport"].tolist(), rows["s"]["seq"].tolist(), strict=True))
 
 
@@ -87,10 +87,10 @@ def syn_acks(rows: Rows) -> list[tuple[int, int]]:
     ids=["ipv4", "ipv6", "mapped"],
 )
 def test_each_retransmitted_syn_ack_is_an_event(
-    roomy: Capture, host: Host, far: Tun, port: int, version: int, mapped: bool, count: int
+    roomy: Recording, host: Host, far: Tun, port: int, version: int, mapped: bool, count: int
 ) -> None:
     if version == 6 and not sees_ipv6_synacks(roomy):
-        pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6 (as Linux 6.1)")
+        pytest.skip("this kernel does not run cgroup programs for SYN-ACKs over IPv6 (like Linux 6.1)")
     skips = Skips(roomy)
     with listening(host, far, version, port, mapped=mapped):
         for sport in range(_FIRST_PORT, _FIRST_PORT + count):
@@ -110,7 +110,7 @@ def test_each_retransmitted_syn_ack_is_an_event(
     assert set(again["retransmit_no"]) == {1}
     assert set(again["s"]["tcp_flags"]) == {SYN | ACK}
     assert 0 <= 2 * count - len(sent) <= lost[TRANSMITS]
-    if roomy.hooks.rungs["transmit"] == "cgroup_skb":
+    if roomy.kernel.hooks_in_use["transmit"] == "cgroup_skb":
         assert set(again["s"]["ifindex"]) == set(sent["s"]["ifindex"]) == {far.ifindex}
         assert (again["s"]["known"] & KNOWN["ifindex"]).all()
         assert (sent["s"]["known"] & KNOWN["is_retransmit"]).all()
@@ -118,7 +118,9 @@ def test_each_retransmitted_syn_ack_is_an_event(
         assert set(np.flatnonzero(sent["is_retransmit"] == 0)) == set(first)
 
 
-def test_the_syn_acks_of_syn_cookies_are_counted_by_the_kernel(roomy: Capture, host: Host, far: Tun, port: int) -> None:
+def test_the_syn_acks_of_syn_cookies_are_counted_by_the_kernel(
+    roomy: Recording, host: Host, far: Tun, port: int
+) -> None:
     setting(host, {"ipv4.tcp_syncookies": 2})
     with listening(host, far, 4, port):
         for sport in range(_FIRST_PORT, _FIRST_PORT + 307):
@@ -127,11 +129,11 @@ def test_the_syn_acks_of_syn_cookies_are_counted_by_the_kernel(roomy: Capture, h
     kernel = host.counters()
     missing = kernel["OutSegs"] - len(events(roomy, TRANSMITS, host, port))
     assert kernel["OutSegs"] == kernel["SyncookiesSent"] == 307
-    assert missing == (kernel["SyncookiesSent"] if roomy.hooks.rungs["transmit"] == "cgroup_skb" else 0)
+    assert missing == (kernel["SyncookiesSent"] if roomy.kernel.hooks_in_use["transmit"] == "cgroup_skb" else 0)
     assert len(events(roomy, RETRANSMITS, host, port)) == 0
 
 
-def test_the_syn_ack_of_tcp_fast_open_is_no_retransmit(roomy: Capture, host: Host, far: Tun, port: int) -> None:
+def test_the_syn_ack_of_tcp_fast_open_is_no_retransmit(roomy: Recording, host: Host, far: Tun, port: int) -> None:
     setting(host, {"ipv4.tcp_fastopen": 0x202})  # without a cookie
     with listening(host, far, 4, port) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 100)
@@ -148,19 +150,19 @@ def test_the_syn_ack_of_tcp_fast_open_is_no_retransmit(roomy: Capture, host: Hos
     assert host.counters()["TCPSynRetrans"] == 1
 
 
-def test_a_delayed_syn_ack_is_no_retransmit(roomy: Capture, host: Host, far: Tun, port: int) -> None:
+def test_a_delayed_syn_ack_is_no_retransmit(roomy: Recording, host: Host, far: Tun, port: int) -> None:
     with listening(host, far, 4, port) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, 37, 1_003)  # TCP_TX_DELAY, in microseconds
         far.send(4, _FIRST_PORT, port, SYN)
         wait_for(lambda: len(far.read()) >= 2, "the SYN-ACK twice")
     sent = events(roomy, TRANSMITS, host, port)
     assert len(events(roomy, RETRANSMITS, host, port)) == 1
-    if roomy.hooks.rungs["transmit"] == "cgroup_skb":
+    if roomy.kernel.hooks_in_use["transmit"] == "cgroup_skb":
         assert list(sent["is_retransmit"]) == [0, 1]
 
 
 def test_a_syn_ack_that_the_hosts_queue_drops_is_a_retransmit_that_the_kernel_does_not_count(
-    roomy: Capture, host: Host, far: Tun, port: int
+    roomy: Recording, host: Host, far: Tun, port: int
 ) -> None:
     far.hold(31)
     with listening(host, far, 4, port):
@@ -169,4 +171,4 @@ def test_a_syn_ack_that_the_hosts_queue_drops_is_a_retransmit_that_the_kernel_do
         wait_for(lambda: host.counters()["OutSegs"] >= 2 * 97, "the SYN-ACKs again")
     again = events(roomy, RETRANSMITS, host, port)
     assert host.counters()["TCPSynRetrans"] == 0
-    assert len(again) == (97 if roomy.hooks.rungs["retransmit"] == "cgroup_skb" else 0)
+    assert len(again) == (97 if roomy.kernel.hooks_in_use["retransmit"] == "cgroup_skb" else 0)

@@ -1,4 +1,4 @@
-"""The transmit stream: each segment once, and each field as the sender knows it."""
+"""The transmit stream: each segment once, and each field with the sender's value."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ from producer.demo.lab import Host, Lab
 from producer.events import HOOKS, KNOWN, STATES, TRANSMITS, Rows
 from producer.kernel.bpf_syscall import jiffies_per_second
 from producer.kernel.hooks import cgroup2_root
-from tests.kernel.capture import DEADLINE_S, Capture, Pair, cookie_of, inside, sees_ipv6_synacks, wait_for
+from tests.kernel.capture import DEADLINE_S, Pair, Recording, cookie_of, inside, sees_ipv6_synacks, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -25,7 +25,7 @@ FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 
 @pytest.fixture(scope="module")
 def lab(root: None) -> Iterator[Lab]:
-    """Namespaces that no other module's connections close in: their last segments would move OutSegs."""
+    """Namespaces without other modules' connections, whose last segments would change OutSegs."""
     with Lab(loss=0) as lab:
         yield lab
 
@@ -35,8 +35,8 @@ def counted(lab: Lab) -> dict[str, int]:
     return lab.client.counters()
 
 
-def sums_to(capture: Capture, port: int, host: Host, before: dict[str, int]) -> Callable[[], Rows | None]:
-    """Return a condition: as many segments of the host as the kernel's own counters have moved by since `before`.
+def sums_to(capture: Recording, port: int, host: Host, before: dict[str, int]) -> Callable[[], Rows | None]:
+    """Return a condition: the host has as many segments as its kernel's counters have increased by since `before`.
 
     Its value is the rows of what was sent first. A machine that stands still may send some again, though none is lost.
     """
@@ -46,8 +46,8 @@ def sums_to(capture: Capture, port: int, host: Host, before: dict[str, int]) -> 
         rows = rows[rows["s"]["flow"]["netns"] == host.netns]
         again = rows["is_retransmit"] == 1
         now = host.counters()
-        told = {"OutSegs": rows[~again]["s"]["segs"].sum(), "RetransSegs": rows[again]["s"]["segs"].sum()}
-        return rows[~again] if told == {name: now[name] - before[name] for name in told} else None
+        captured = {"OutSegs": rows[~again]["s"]["segs"].sum(), "RetransSegs": rows[again]["s"]["segs"].sum()}
+        return rows[~again] if captured == {name: now[name] - before[name] for name in captured} else None
 
     return condition
 
@@ -64,7 +64,7 @@ def in6(address: str) -> bytes:
     return bytes(10) + b"\xff\xff" + socket.inet_aton(address)
 
 
-def test_1009_connections_are_captured_segment_for_segment(capture: Capture, lab: Lab, port: int) -> None:
+def test_1009_connections_are_captured_segment_for_segment(capture: Recording, lab: Lab, port: int) -> None:
     before = counted(lab)
     for _ in range(1009):
         with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
@@ -83,9 +83,11 @@ def test_1009_connections_are_captured_segment_for_segment(capture: Capture, lab
     [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("::ffff:127.0.0.1", "127.0.0.1")],
     ids=["ipv4", "ipv6", "v4-mapped"],
 )
-def test_each_field_is_what_the_sender_knows(capture: Capture, lab: Lab, port: int, address: str, on_wire: str) -> None:
+def test_each_field_is_what_the_sender_knows(
+    capture: Recording, lab: Lab, port: int, address: str, on_wire: str
+) -> None:
     if on_wire == "::1" and not sees_ipv6_synacks(capture):
-        pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6 (as Linux 6.1)")
+        pytest.skip("this kernel does not run cgroup programs for SYN-ACKs over IPv6 (like Linux 6.1)")
     start = time.monotonic_ns()
     before = counted(lab)
     with Pair(lab.client, lab.client, address, port) as pair:
@@ -101,7 +103,7 @@ def test_each_field_is_what_the_sender_knows(capture: Capture, lab: Lab, port: i
     assert {bytes(each) for each in flow["saddr"]} == {bytes(each) for each in flow["daddr"]} == {in6(on_wire)}
     assert set(flow["netns"]) == {lab.client.netns}
     assert set(flow["uid"]) == {0}
-    assert {HOOKS[hook] for hook in set(flow["hook"])} == {capture.hooks.rungs["transmit"]}
+    assert {HOOKS[hook] for hook in set(flow["hook"])} == {capture.kernel.hooks_in_use["transmit"]}
     assert set(rows["s"]["sample_rate"]) == {1}
 
     segments, answers = there[there["payload_len"] == 97], back[back["payload_len"] == 1]
@@ -119,7 +121,7 @@ def test_each_field_is_what_the_sender_knows(capture: Capture, lab: Lab, port: i
 
 
 def test_a_handshake_is_three_segments_and_the_timers_are_in_microseconds(
-    capture: Capture, lab: Lab, port: int
+    capture: Recording, lab: Lab, port: int
 ) -> None:
     with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
         sport = pair.client.getsockname()[1]
@@ -140,7 +142,7 @@ def test_a_handshake_is_three_segments_and_the_timers_are_in_microseconds(
     assert syn_ack["flow"]["flow_known"] & KNOWN["uid"], "the listener's"
 
 
-def test_a_super_segment_counts_as_the_kernel_counts_it(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_super_segment_counts_as_the_kernel_counts_it(capture: Recording, lab: Lab, port: int) -> None:
     before = counted(lab)
     size = 1_000_003
     with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
@@ -153,9 +155,9 @@ def test_a_super_segment_counts_as_the_kernel_counts_it(capture: Capture, lab: L
     assert rows["segs"].max() > 1
 
 
-def test_uid_is_that_of_the_sockets_owner(capture: Capture, lab: Lab, port: int) -> None:
+def test_uid_is_that_of_the_sockets_owner(capture: Recording, lab: Lab, port: int) -> None:
     libc = ctypes.CDLL(None)
-    libc.setfsuid(4711)  # of this thread alone; a socket's owner is the file system user
+    libc.setfsuid(4711)  # for this thread only; a socket's owner is the file system user
     try:
         with Pair(lab.client, lab.client, "127.0.0.1", port):
             pass
@@ -166,7 +168,7 @@ def test_uid_is_that_of_the_sockets_owner(capture: Capture, lab: Lab, port: int)
     assert (rows["s"]["flow"]["flow_known"] & KNOWN["uid"]).all()
 
 
-def test_cgroup_id_is_the_inode_of_the_cgroups_folder(capture: Capture, lab: Lab, port: int) -> None:
+def test_cgroup_id_is_the_inode_of_the_cgroups_folder(capture: Recording, lab: Lab, port: int) -> None:
     root = cgroup2_root()
     if root is None:
         pytest.skip("no cgroup v2 hierarchy is mounted")
@@ -174,7 +176,7 @@ def test_cgroup_id_is_the_inode_of_the_cgroups_folder(capture: Capture, lab: Lab
     folder.mkdir()
     try:
         with inside(lab.client), socket.create_server(("127.0.0.1", port)):
-            # The child joins the cgroup before it makes its socket.
+            # The child joins the cgroup before it creates its socket.
             program = (
                 "import os, socket, sys\n"
                 "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
@@ -192,9 +194,9 @@ def test_cgroup_id_is_the_inode_of_the_cgroups_folder(capture: Capture, lab: Lab
         folder.rmdir()
 
 
-def test_the_reset_of_a_closed_port_has_no_socket_but_a_namespace(capture: Capture, lab: Lab, port: int) -> None:
-    if capture.hooks.rungs["transmit"] != "cgroup_skb":
-        pytest.skip("only the cgroup_skb rung sees segments without a socket")
+def test_the_reset_of_a_closed_port_has_no_socket_but_a_namespace(capture: Recording, lab: Lab, port: int) -> None:
+    if capture.kernel.hooks_in_use["transmit"] != "cgroup_skb":
+        pytest.skip("only the cgroup_skb hook sees segments without a socket")
     with inside(lab.client), pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
     rows = capture.wait_rows(TRANSMITS, port, 2)
@@ -208,12 +210,12 @@ def test_the_reset_of_a_closed_port_has_no_socket_but_a_namespace(capture: Captu
     assert not reset["s"]["known"] & (KNOWN["tcp"] | KNOWN["is_retransmit"])
 
 
-def test_the_numbers_of_each_cpu_have_no_gap_and_no_repeat(capture: Capture, lab: Lab, port: int) -> None:
+def test_the_numbers_of_each_cpu_have_no_gap_and_no_repeat(capture: Recording, lab: Lab, port: int) -> None:
     with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
         pair.exchange(13, 1)
-    wait_for(lambda: len(capture.all(TRANSMITS)) == capture.hooks.counters(TRANSMITS).passed, "all events")
+    wait_for(lambda: len(capture.all(TRANSMITS)) == capture.kernel.counters(TRANSMITS).passed, "all events")
     rows = capture.all(TRANSMITS)
-    assert capture.hooks.counters(TRANSMITS).ring_full == 0
+    assert capture.kernel.counters(TRANSMITS).ring_full == 0
     for cpu in set(rows["s"]["cpu"]):
         numbers = np.sort(rows["s"]["cpu_seq"][rows["s"]["cpu"] == cpu])
         assert (numbers == np.arange(1, len(numbers) + 1)).all()

@@ -1,6 +1,6 @@
-"""The truth suite: under each kind of trouble the events are what the kernel counted and what was on the wire.
+"""The truth suite: under each kind of disturbance, the events match the kernel's counters and the wire.
 
-A Trial compares the three when it is left, with no tolerance; the tests make the trouble and see that it came.
+A Trial compares the three on exit, with zero tolerance. The tests cause the disturbance and check that it happened.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import Rows
-from tests.kernel.capture import Capture, Pair, inside, kernel_version, receive, rules, wait_for
+from tests.kernel.capture import Pair, Recording, inside, kernel_version, receive, rules, wait_for
 from tests.kernel.tcpinfo import TcpInfo, tcp_info
 from tests.kernel.trial import ACK, INTERFACE, RST, Trial, segs
 
@@ -37,12 +37,12 @@ OFFLOADS = {
         ("ip", "link", "set", INTERFACE, "gso_max_segs", "65535"),
     ),
 }
-"""How the interface takes super-segments: as they are, cut by the stack before, or TCP builds none. Do and undo."""
+"""How super-segments reach the interface: whole, cut by the stack before, or TCP builds none. Do and undo."""
 
 
 @contextlib.contextmanager
 def changed(hosts: Iterable[Host], commands: Sequence[Sequence[str]]) -> Iterator[None]:
-    """Run the first command on the hosts, and in the end the second."""
+    """Run the first command on the hosts, and the second on exit."""
     for host in hosts:
         for argv in commands[:1]:
             run(host, *argv)
@@ -74,7 +74,7 @@ def address(lab: Lab, family: str) -> str:
     ids=["0.1%-single", "1%-tso", "1%-cut-ipv6", "10%-tso-mapped", "10%-single-ipv6"],
 )
 def test_bulk_with_random_loss(
-    capture: Capture, lab: Lab, port: int, permille: int, kind: str, family: str, size: int
+    capture: Recording, lab: Lab, port: int, permille: int, kind: str, family: str, size: int
 ) -> None:
     drop = f"tcp dport {port} numgen random mod 1000 < {permille} drop"
     with (
@@ -90,10 +90,10 @@ def test_bulk_with_random_loss(
             if segs(trial.again(lab.client, "fast")) > 2:
                 break
         else:
-            pytest.fail("so much loss brings fast retransmits")
+            pytest.fail("expected fast retransmits with this much loss")
 
 
-def test_a_lost_syn_and_a_lost_syn_ack(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_lost_syn_and_a_lost_syn_ack(capture: Recording, lab: Lab, port: int) -> None:
     syn = f"tcp dport {port} tcp flags & (syn|ack) == syn numgen inc mod 997 == 0 drop"
     syn_ack = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 == 0 drop"
     with Trial(capture, lab, port) as trial:
@@ -105,7 +105,7 @@ def test_a_lost_syn_and_a_lost_syn_ack(capture: Capture, lab: Lab, port: int) ->
     assert len(trial.again(lab.server, "syn_ack")) > 0
 
 
-def test_a_lost_tail_is_probed_for(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_lost_tail_is_probed_for(capture: Recording, lab: Lab, port: int) -> None:
     lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"  # 61 bytes of payload, in every second packet
     with rules(lab.server, "prerouting", lost), Trial(capture, lab, port) as trial:
         with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
@@ -115,11 +115,11 @@ def test_a_lost_tail_is_probed_for(capture: Capture, lab: Lab, port: int) -> Non
                 if trial.moved(lab.client, "TCPLossProbes") >= 5:
                     break  # on a busy machine, a timeout may come first
             pair.end()
-        # Nothing waited to be sent: each probe was a retransmission.
+        # No data was waiting to be sent, so each probe was a retransmission.
         assert segs(trial.again(lab.client, "tlp")) == trial.moved(lab.client, "TCPLossProbes") >= 5
 
 
-def test_a_loss_probe_of_new_data_is_no_retransmit(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_loss_probe_of_new_data_is_no_retransmit(capture: Recording, lab: Lab, port: int) -> None:
     lost = f"tcp dport {port} meta length 113 numgen inc mod 997 == 0 drop"
     with Trial(capture, lab, port) as trial:
         for _ in range(5):
@@ -144,7 +144,7 @@ def test_a_loss_probe_of_new_data_is_no_retransmit(capture: Capture, lab: Lab, p
 
 @contextlib.contextmanager
 def slow_lane(lab: Lab, port: int) -> Iterator[None]:
-    """Have one in so many of the client's packets come to the server late, behind others, through a slow interface.
+    """Delay some of the client's packets by a slow interface, so that they reach the server after later ones.
 
     It begins and ends in the server's namespace: the packets are still the client's when they wait.
     """
@@ -165,7 +165,7 @@ def slow_lane(lab: Lab, port: int) -> Iterator[None]:
         run(lab.server, "ip", "link", "delete", "slow0")
 
 
-def test_reordering_makes_spurious_retransmits(capture: Capture, lab: Lab, port: int) -> None:
+def test_reordering_makes_spurious_retransmits(capture: Recording, lab: Lab, port: int) -> None:
     with changed(lab.hosts, OFFLOADS["single"]), slow_lane(lab, port), Trial(capture, lab, port) as trial:
         for _ in range(50):
             with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
@@ -174,18 +174,18 @@ def test_reordering_makes_spurious_retransmits(capture: Capture, lab: Lab, port:
             if trial.moved(lab.client, "TCPDSACKRecv") > 10:
                 break
         else:
-            pytest.fail("nothing was lost: the receiver says that it had the data twice")
+            pytest.fail("nothing was lost: the receiver reports that it got the data twice")
     assert segs(trial.again(lab.client, "fast")) > 0
 
 
 def probes_of(rows: Rows) -> Rows:
-    """Select a connection's segments that carry nothing, from one below the end of what was sent: a forced answer."""
+    """Select a connection's empty segments from one below snd_nxt, which force an answer."""
     reached = np.maximum.accumulate(rows["s"]["end_seq"] - rows["s"]["seq"][0])  # of the first: a short connection
     chosen: Rows = rows[(rows["s"]["payload_len"] == 0) & (rows["s"]["seq"] - rows["s"]["seq"][0] + 1 == reached)]
     return chosen[chosen["s"]["tcp_flags"] == ACK]
 
 
-def test_a_closed_window_is_probed_and_no_probe_is_a_retransmit(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_closed_window_is_probed_and_no_probe_is_a_retransmit(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         pair.client.setblocking(False)
         size = 0
@@ -206,7 +206,7 @@ def test_a_closed_window_is_probed_and_no_probe_is_a_retransmit(capture: Capture
     assert not probes["is_retransmit"].any()
 
 
-def test_a_keep_alive_is_seen_and_is_no_retransmit(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_keep_alive_is_seen_and_is_no_retransmit(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv6, port) as pair:
         pair.exchange(3, 7)
         for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1)):
@@ -219,15 +219,15 @@ def test_a_keep_alive_is_seen_and_is_no_retransmit(capture: Capture, lab: Lab, p
     assert not probes["is_retransmit"].any()
 
 
-def test_1009_short_connections(capture: Capture, lab: Lab, port: int) -> None:
+def test_1009_short_connections(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial:
         for number in range(1009):
             with Pair(lab.client, lab.server, address(lab, ("ipv4", "ipv6", "mapped")[number % 3]), port) as pair:
                 pair.exchange(1, 7)
                 pair.end()
-    # None is lost, but a machine that stands still may make one late.
+    # None is lost, but a stalled machine may delay one.
     resent = {host.name: trial.moved(host, "RetransSegs") for host in lab.hosts}
-    assert len(trial.socketless["client"]) <= resent["server"], "what answers an end that comes again"
+    assert len(trial.socketless["client"]) <= resent["server"], "only answers to repeated FINs"
     assert len(trial.socketless["server"]) <= resent["client"]
     for host in lab.hosts:
         assert segs(trial.again(host)) <= resent[host.name]
@@ -239,7 +239,7 @@ def timeouts_after(trial: Trial, host: Host, count: int) -> Rows | None:
     return rows if len(rows) else None
 
 
-def test_small_segments_are_put_together_when_sent_again(capture: Capture, lab: Lab, port: int) -> None:
+def test_small_segments_are_merged_when_retransmitted(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial:
         for _ in range(5):
             before = len(trial.again(lab.client, "rto"))
@@ -255,7 +255,7 @@ def test_small_segments_are_put_together_when_sent_again(capture: Capture, lab: 
     assert rows[0]["s"]["payload_len"] == 7 * 11
 
 
-def test_a_reset_by_the_owner_is_seen(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_reset_by_the_owner_is_seen(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         pair.exchange(3, 7)
         pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0, 0, 0, 0, 0)))
@@ -265,12 +265,12 @@ def test_a_reset_by_the_owner_is_seen(capture: Capture, lab: Lab, port: int) -> 
     assert (trial.sent(lab.client)["s"]["tcp_flags"] & RST).any()
 
 
-def sees_socketless(capture: Capture, *, time_wait: bool) -> bool:
-    """Tell whether the rung sees what is sent without a full socket; that of time wait only before Linux 6.13."""
-    return capture.hooks.rungs["transmit"] == "cgroup_skb" and not (time_wait and kernel_version() >= (6, 13))
+def sees_socketless(capture: Recording, *, time_wait: bool) -> bool:
+    """Whether the hook sees segments without a full socket; those of time wait only before Linux 6.13."""
+    return capture.kernel.hooks_in_use["transmit"] == "cgroup_skb" and not (time_wait and kernel_version() >= (6, 13))
 
 
-def test_the_acknowledgement_in_time_wait(capture: Capture, lab: Lab, port: int) -> None:
+def test_the_acknowledgement_in_time_wait(capture: Recording, lab: Lab, port: int) -> None:
     last = f"tcp dport {port} tcp flags & (fin|syn|rst|ack) == ack meta length 52 numgen inc mod 997 == 0 drop"
     with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         pair.client.shutdown(socket.SHUT_WR)
@@ -281,14 +281,14 @@ def test_the_acknowledgement_in_time_wait(capture: Capture, lab: Lab, port: int)
     assert len(trial.socketless["client"]) == (0 if sees_socketless(capture, time_wait=True) else 1)
 
 
-def test_the_reset_of_a_closed_port(capture: Capture, lab: Lab, port: int) -> None:
+def test_the_reset_of_a_closed_port(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port, resets=True) as trial, inside(lab.client), pytest.raises(ConnectionRefusedError):
         socket.create_connection((lab.server.ipv4, port))
     assert len(trial.socketless["server"]) == (0 if sees_socketless(capture, time_wait=False) else 1)
 
 
 def test_a_blackhole_times_out_and_each_timeouts_state_is_that_of_tcp_info(
-    capture: Capture, lab: Lab, port: int
+    capture: Recording, lab: Lab, port: int
 ) -> None:
     infos: dict[int, TcpInfo] = {}
     with Trial(capture, lab, port) as trial:
@@ -310,7 +310,7 @@ def test_a_blackhole_times_out_and_each_timeouts_state_is_that_of_tcp_info(
             pair.end()
         assert segs(trial.again(lab.client, "rto")) == trial.moved(lab.client, "TCPTimeouts")
     timeouts = trial.again(lab.client, "rto")
-    # The cgroup hook sees the segment before it is counted as one of those that are out again, the others after.
+    # The cgroup hook sees the segment before it is counted in retrans_out, the others after.
     counted_later = trial.hook == "cgroup_skb"
     compared = 0
     for number, row in enumerate(timeouts[:3], 1):
@@ -326,10 +326,10 @@ def test_a_blackhole_times_out_and_each_timeouts_state_is_that_of_tcp_info(
     assert list(timeouts["retransmit_no"][:3]) == [1, 2, 3]
 
 
-def test_the_state_is_that_of_tcp_info(capture: Capture, lab: Lab, port: int) -> None:
+def test_the_state_is_that_of_tcp_info(capture: Recording, lab: Lab, port: int) -> None:
     lost = f"tcp dport {port} meta length 113 numgen inc mod 2 == 0 drop"
     samples: dict[int, tuple[TcpInfo, TcpInfo]] = {}
-    # Else a sender that has paused adjusts itself between the look at its state and the segment.
+    # Otherwise a paused sender adjusts its state between reading it and sending the segment.
     after_idle = [("sysctl", "-qw", f"net.ipv4.tcp_slow_start_after_idle={value}") for value in (0, 1)]
     with (
         changed([lab.client], after_idle),
@@ -338,7 +338,7 @@ def test_the_state_is_that_of_tcp_info(capture: Capture, lab: Lab, port: int) ->
     ):
         congestion_control(pair.client, "reno")
         with rules(lab.server, "prerouting", lost):
-            for _ in range(7):  # a recovery, so that the threshold and the totals are no longer the first ones
+            for _ in range(7):  # a recovery, so that the threshold and the totals have changed
                 pair.client.sendall(bytes(61))
                 for _ in range(13):
                     pair.client.sendall(bytes(997))
@@ -352,7 +352,7 @@ def test_the_state_is_that_of_tcp_info(capture: Capture, lab: Lab, port: int) ->
             receive(pair.accepted, size)
             pair.accepted.sendall(b"!")
             assert pair.client.recv(1) == b"!"
-            # Nothing came in between, and nothing else went out.
+            # Nothing was received in between, and nothing else was sent.
             if (after.segs_in, after.segs_out) == (before.segs_in, before.segs_out + 1):
                 samples[size] = before, after
             if len(samples) == 31:
@@ -364,7 +364,7 @@ def test_the_state_is_that_of_tcp_info(capture: Capture, lab: Lab, port: int) ->
         row = rows[rows["s"]["payload_len"] == size][0]["s"]
         expected = dict(before.tcp)
         if trial.hook == "cgroup_skb" and "rcv_wnd" in expected:
-            expected["rcv_wnd"] = after.tcp["rcv_wnd"]  # the window is chosen as the header is written
+            expected["rcv_wnd"] = after.tcp["rcv_wnd"]  # the window is chosen when the header is written
         assert {name: int(row[name]) for name in expected} == expected
         assert (row["state"], row["ca_state"]) == (before.state, before.ca_state)
     assert before.tcp["total_retrans"] > 0

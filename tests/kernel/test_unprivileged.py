@@ -1,4 +1,4 @@
-"""A user who is not root, but has the capabilities that the service has, loads and attaches every rung."""
+"""A user without root but with the service's capabilities loads and attaches every hook."""
 
 import shutil
 import subprocess
@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = "-all,+bpf,+perfmon,+net_admin"
 ATTACH = """
 import sys
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import filtered
-with Hooks(HookSettings(hooks=sys.argv[1].split(","), rules=filtered(ports=(1,)))) as hooks:
-    hooks.load()
-    hooks.attach()
-    print(hooks.rungs["transmit"], hooks.rungs["retransmit"])
+with Capture(CaptureSettings(hooks=sys.argv[1].split(","), rules=filtered(ports=(1,)))) as capture:
+    capture.load()
+    capture.attach()
+    print(capture.hooks_in_use["transmit"], capture.hooks_in_use["retransmit"])
 """
 
 
@@ -39,9 +39,9 @@ def attach(*hooks: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_allowed_rungs_attach_without_root() -> None:
+def test_the_allowed_hooks_attach_without_root() -> None:
     assert attach(*ALLOWED)
 
 
-def test_the_lowest_rungs_attach_without_root() -> None:
+def test_the_last_hooks_attach_without_root() -> None:
     assert attach("cgroup_skb", "raw_tp") in ("cgroup_skb cgroup_skb", "cgroup_skb raw_tp")

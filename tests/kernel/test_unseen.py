@@ -11,7 +11,7 @@ import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import TRANSMITS, Rows
-from tests.kernel.capture import Capture, Pair, Skips, inside, kernel_version, rules, wait_for
+from tests.kernel.capture import Pair, Recording, Skips, inside, kernel_version, rules, wait_for
 from tests.kernel.trial import Trial
 from tests.kernel.tun import Tun
 
@@ -25,7 +25,7 @@ _IPPROTO_MPTCP = 262
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[Lab]:
-    """Namespaces of their own, whose server answers each wrong segment."""
+    """Separate namespaces, whose server answers each invalid segment."""
     with Lab(loss=0) as own:
         for setting in ("tcp_invalid_ratelimit=0", "tcp_challenge_ack_limit=2147483647", "ip_forward=1"):
             subprocess.run(own.server.command("sysctl", "-qw", f"net.ipv4.{setting}"), check=True)
@@ -72,7 +72,7 @@ def to_request(host: Host, far: Tun, version: int, port: int) -> None:
 
 
 def connected(far: Tun, listener: socket.socket, version: int, port: int) -> tuple[socket.socket, int]:
-    """Make a connection from the far side, and return the accepted end and its next sequence number."""
+    """Connect from the far side, and return the accepted socket and its next sequence number."""
     far.send(version, _FIRST_PORT, port, SYN)
     seq = far.read()[-1].seq + 1
     far.send(version, _FIRST_PORT, port, ACK, seq=8, ack_seq=seq)
@@ -109,8 +109,8 @@ def to_time_wait(host: Host, far: Tun, version: int, port: int) -> None:
         (to_time_wait, 3, 0),
     ],
 )
-def test_what_has_no_full_socket(
-    capture: Capture,
+def test_segments_without_a_full_socket(
+    capture: Recording,
     host: Host,
     far: Tun,
     port: int,
@@ -120,28 +120,30 @@ def test_what_has_no_full_socket(
     version: int,
 ) -> None:
     if version == 6 and kernel_version() < (6, 12):
-        pytest.skip("this kernel runs cgroup programs for no SYN-ACK over IPv6")
+        pytest.skip("this kernel does not run cgroup programs for SYN-ACKs over IPv6")
     before, wire, skips = host.counters(), len(far.read()), Skips(capture)
     provoke(host, far, version, port)
     sent, kernel = far.read()[wire:], host.counters()
-    # Where the machine stood still, a SYN-ACK or FIN came twice.
+    # If the machine stalled, a SYN-ACK or FIN was sent twice.
     resent = kernel["RetransSegs"] - before["RetransSegs"]
     assert COUNT <= len(sent) <= COUNT + resent
     seen = of_sockets
-    if capture.hooks.rungs["transmit"] == "cgroup_skb" and version == 4:
+    if capture.kernel.hooks_in_use["transmit"] == "cgroup_skb" and version == 4:
         seen += resets
         if provoke is to_time_wait and kernel_version() < (6, 13):
             seen = COUNT
     assert seen - skips.of(TRANSMITS) <= len(of_host(capture, host, port)) <= seen + resent
 
 
-def of_host(capture: Capture, host: Host, port: int) -> Rows:
+def of_host(capture: Recording, host: Host, port: int) -> Rows:
     rows = capture.of_port(TRANSMITS, port)
     chosen: Rows = rows[rows["s"]["flow"]["netns"] == host.netns]
     return chosen
 
 
-def test_segments_that_a_process_writes_itself_are_no_events(capture: Capture, host: Host, far: Tun, port: int) -> None:
+def test_segments_that_a_process_writes_itself_are_no_events(
+    capture: Recording, host: Host, far: Tun, port: int
+) -> None:
     before, wire = host.counters()["OutSegs"], len(far.read())
     ends = b"".join(socket.inet_aton(each[4]) for each in (far.near, far.far))
     tcp = struct.pack("!HHIIBBHHH", port, _FIRST_PORT, 1, 1, 5 << 4, RST, 100, 0, 0)
@@ -155,7 +157,7 @@ def test_segments_that_a_process_writes_itself_are_no_events(capture: Capture, h
     assert len(capture.of_port(TRANSMITS, port)) == 0
 
 
-def test_the_resets_of_a_packet_filter_are_no_events(capture: Capture, host: Host, far: Tun, port: int) -> None:
+def test_the_resets_of_a_packet_filter_are_no_events(capture: Recording, host: Host, far: Tun, port: int) -> None:
     before, wire = host.counters()["OutSegs"], len(far.read())
     with rules(host, "input", f"tcp dport {port} reject with tcp reset"):
         to_closed_port(host, far, 4, port)
@@ -164,7 +166,7 @@ def test_the_resets_of_a_packet_filter_are_no_events(capture: Capture, host: Hos
     assert len(capture.of_port(TRANSMITS, port)) == 0
 
 
-def test_forwarded_segments_are_their_senders(capture: Capture, own: Lab, far: Tun, port: int) -> None:
+def test_forwarded_segments_are_their_senders(capture: Recording, own: Lab, far: Tun, port: int) -> None:
     server, client = own.server, own.client
     subprocess.run(client.command("ip", "route", "add", "10.222.0.0/24", "via", server.ipv4), check=True)
     before, wire = server.counters()["OutSegs"], len(far.read())
@@ -179,7 +181,7 @@ def test_forwarded_segments_are_their_senders(capture: Capture, own: Lab, far: T
     assert len(of_host(capture, server, port)) == 0
 
 
-def test_multipath_tcp_is_seen_once(capture: Capture, lab: Lab, port: int) -> None:
+def test_multipath_tcp_is_seen_once(capture: Recording, lab: Lab, port: int) -> None:
     with Trial(capture, lab, port):
         with inside(lab.server):
             listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP)
@@ -204,7 +206,7 @@ def ip(host: Host, *argv: str) -> None:
     subprocess.run(host.command("ip", *argv), check=True)
 
 
-def test_a_tunnel_adds_no_events(capture: Capture, lab: Lab, port: int) -> None:
+def test_a_tunnel_adds_no_events(capture: Recording, lab: Lab, port: int) -> None:
     ends = dict(zip(lab.hosts, (("10.223.0.1", lab.server), ("10.223.0.2", lab.client)), strict=True))
     with contextlib.ExitStack() as stack:
         for host, (address, other) in ends.items():
@@ -218,7 +220,7 @@ def test_a_tunnel_adds_no_events(capture: Capture, lab: Lab, port: int) -> None:
             pair.exchange(31, 997)
             pair.end()
         assert lab.wait_idle(120)
-    # A busy machine may resend, and a FIN that comes again is answered from time wait.
+    # A busy machine may retransmit, and a repeated FIN is answered from time wait.
     resent = sum(host.counters()["RetransSegs"] - before[host.name]["RetransSegs"] for host in lab.hosts)
     for host in lab.hosts:
         segments = int(of_host(capture, host, port)["s"]["segs"].sum())

@@ -1,4 +1,4 @@
-"""A trial: some traffic of one port in the lab, and the three accounts of it, which must be the same.
+"""A trial: traffic of one port in the lab, and three accounts of it, which must match.
 
 The accounts are the events, the namespaces' counters, and a packet capture on each host's interface.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows, Stream
-from tests.kernel.capture import DEADLINE_S, Capture, Skips, inside
+from tests.kernel.capture import DEADLINE_S, Recording, Skips, inside
 from tests.wire import Segment, sniffed
 
 INTERFACE = "veth0"
@@ -31,7 +31,7 @@ _Flow = tuple[str, int, str, int]
 
 
 class Sent(NamedTuple):
-    """A segment, and whether its data was sent before: by an event, or by the capture."""
+    """A segment, and whether its data was sent before, according to an event or to the capture."""
 
     segment: Segment
     end_seq: int
@@ -45,17 +45,17 @@ def cause_is(rows: Rows, *causes: str) -> Rows:
 
 
 def segs(rows: Rows) -> int:
-    """Sum up what the kernel counts."""
+    """Sum the segments, as the kernel counts them."""
     return int(rows["s"]["segs"].sum())
 
 
 class Trial:
-    """Keeps the accounts of what happens in the context, and compares them when it is left.
+    """Records the accounts of the context, and compares them on exit.
 
     `whole`: super-segments leave the interface as they are, and not cut. `resets`: a reset may lack its event.
     """
 
-    def __init__(self, capture: Capture, lab: Lab, port: int, *, whole: bool = True, resets: bool = False) -> None:
+    def __init__(self, capture: Recording, lab: Lab, port: int, *, whole: bool = True, resets: bool = False) -> None:
         self._capture = capture
         self._lab = lab
         self._port = port
@@ -64,7 +64,7 @@ class Trial:
         self._wire: dict[str, list[Segment]] = {}
         self._stack = contextlib.ExitStack()
         self.socketless: dict[str, list[Segment]] = {}
-        """By host, what the capture has and the events lack (see docs/truth.md)."""
+        """By host, packets of the capture without an event (see docs/truth.md)."""
 
     def __enter__(self) -> Self:
         assert self._lab.wait_idle(DEADLINE_S)
@@ -91,11 +91,11 @@ class Trial:
 
     @property
     def hook(self) -> str:
-        """The rung that takes transmits; retransmits are taken by the same, or beside it."""
-        return self._capture.hooks.rungs["transmit"]
+        """The transmit stream's hook; retransmits use the same, or one together with it."""
+        return self._capture.kernel.hooks_in_use["transmit"]
 
     def moved(self, host: Host, name: str) -> int:
-        """Return by how much a counter of the host moved since the trial began."""
+        """Return the increase of a counter of the host since the trial began."""
         return host.counters()[name] - self._before[host.name][name]
 
     def sent(self, host: Host) -> Rows:
@@ -103,7 +103,7 @@ class Trial:
         return self._rows(TRANSMITS, host)
 
     def again(self, host: Host, *causes: str) -> Rows:
-        """Return the retransmit events of a host, those of some causes or all."""
+        """Return the retransmit events of a host, of some causes or all."""
         rows = self._rows(RETRANSMITS, host)
         return cause_is(rows, *causes) if causes else rows
 
@@ -114,14 +114,14 @@ class Trial:
 
     def _check_wire(self, host: Host) -> None:
         rows = self.sent(host)
-        told = _mark_syn_acks(_sent(rows, rows["is_retransmit"] == 1))
+        recorded = _mark_syn_acks(_sent(rows, rows["is_retransmit"] == 1))
         wire = [self._as_told(segment) for segment in self._wire[host.name]]
         if not self._whole:
-            wire = list(_joined(wire, zip(told, rows["s"]["segs"].tolist(), strict=True)))
+            wire = list(_joined(wire, zip(recorded, rows["s"]["segs"].tolist(), strict=True)))
         seen = list(_marked(wire))
-        invented = _difference(told, seen)
-        assert not invented, f"events without a packet: {invented[:3]}; packets: {_difference(seen, told)[:3]}"
-        lacking = _difference(seen, told)
+        invented = _difference(recorded, seen)
+        assert not invented, f"events without a packet: {invented[:3]}; packets: {_difference(seen, recorded)[:3]}"
+        lacking = _difference(seen, recorded)
         ends = _ends(segment for wire in self._wire.values() for segment in wire)
         unexplained = [
             each
@@ -132,15 +132,15 @@ class Trial:
         assert len(unexplained) <= pieces * self._skips.of(TRANSMITS), f"packets without an event: {unexplained[:3]}"
         self.socketless[host.name] = [each.segment for each in lacking if each not in unexplained]
         rows = self.again(host)
-        told, seen = _sent(rows, np.ones(len(rows), bool)), [each for each in seen if each.again]
-        assert not (invented := _difference(told, seen)), f"retransmits without a packet: {invented[:3]}"
-        lacking = _difference(seen, told)
+        recorded, seen = _sent(rows, np.ones(len(rows), bool)), [each for each in seen if each.again]
+        assert not (invented := _difference(recorded, seen)), f"retransmits without a packet: {invented[:3]}"
+        lacking = _difference(seen, recorded)
         assert len(lacking) <= pieces * self._skips.of(RETRANSMITS), (
             f"retransmitted packets without an event: {lacking[:3]}"
         )
 
     def _as_told(self, segment: Segment) -> Segment:
-        """Leave out what the rung does not know: fentry and kprobe see the flags before ECN's."""
+        """Drop what the hook cannot provide: fentry and kprobe see the flags without ECN's."""
         if self.hook == "cgroup_skb":
             return segment
         return segment._replace(tcp_flags=segment.tcp_flags & ~(ECE | CWR))
@@ -151,10 +151,10 @@ class Trial:
         assert not len(cause_is(again, "other"))
         missing = {stream.name: range(MAX_SEGS * self._skips.of(stream) + 1) for stream in STREAMS}
         for name, causes in COUNTED_CAUSES.items():
-            told = segs(cause_is(again, *causes))
-            assert self.moved(host, name) - told in missing["retransmit"], f"{name}: {told} by the events"
-        # A probe may also be new data. A timeout may find the segment still in the host's queue, or be that of a
-        # SYN-ACK, which a SYN that comes again has sent again too.
+            recorded = segs(cause_is(again, *causes))
+            assert self.moved(host, name) - recorded in missing["retransmit"], f"{name}: {recorded} by the events"
+        # A probe may also be new data. A timeout may find the segment still in the host's queue, or belong to a
+        # SYN-ACK, which a repeated SYN has also retransmitted.
         assert segs(cause_is(again, "tlp")) <= self.moved(host, "TCPLossProbes")
         timeouts = self.moved(host, "TCPTimeouts") - segs(cause_is(again, "rto", "syn"))
         queued = self.moved(host, "TCPSpuriousRtxHostQueues")
@@ -167,7 +167,7 @@ class Trial:
         assert self.moved(host, "RetransSegs") - marked in missing["transmit"], (
             f"RetransSegs: {marked} by the transmits"
         )
-        # tcp_make_synack counts each SYN-ACK in OutSegs, also one that is sent again.
+        # tcp_make_synack counts each SYN-ACK in OutSegs, including retransmitted ones.
         first = segs(sent) - marked + syn_acks + len(self.socketless[host.name])
         assert self.moved(host, "OutSegs") - first in missing["transmit"], f"OutSegs: {first} by the transmits"
 
@@ -177,7 +177,7 @@ def _difference(some: Iterable[Sent], others: Iterable[Sent]) -> list[Sent]:
 
 
 def _length(segment: Segment) -> int:
-    """Return by how much the segment moves the sequence number on."""
+    """Return by how much the segment advances the sequence number."""
     return segment.payload_len + bool(segment.tcp_flags & SYN) + bool(segment.tcp_flags & FIN)
 
 
@@ -199,11 +199,11 @@ def _text(address: bytes) -> str:
     return str(parsed.ipv4_mapped or parsed)
 
 
-def _mark_syn_acks(told: Iterable[Sent]) -> list[Sent]:
-    """Mark what not all rungs can: that a SYN-ACK with this sequence number was sent before."""
+def _mark_syn_acks(recorded: Iterable[Sent]) -> list[Sent]:
+    """Mark SYN-ACKs that were sent before, by their sequence numbers, since not all hooks can."""
     syn_acks: set[Segment] = set()
     marked = []
-    for sent in told:
+    for sent in recorded:
         if sent.segment.tcp_flags & (SYN | ACK) == SYN | ACK:
             marked.append(sent._replace(again=sent.again or sent.segment in syn_acks))
             syn_acks.add(sent.segment)
@@ -213,7 +213,7 @@ def _mark_syn_acks(told: Iterable[Sent]) -> list[Sent]:
 
 
 def _marked(wire: Iterable[Segment]) -> Iterator[Sent]:
-    """Tell from the capture alone what was sent before: it begins below what its flow has reached."""
+    """Mark what was sent before, from the capture alone: segments that begin below the end of their flow."""
     reached: dict[_Flow, int] = {}
     for segment in wire:
         flow, length = segment[:4], _length(segment)
@@ -230,7 +230,7 @@ def _ends(wire: Iterable[Segment]) -> dict[_Flow, int]:
 
 
 def _is_of_time_wait(segment: Segment, ends: dict[_Flow, int]) -> bool:
-    """Tell whether it only acknowledges the other's FIN, after its own: as TCP does when no socket is left."""
+    """Whether it only acknowledges the other side's FIN, after its own: as TCP does without a socket."""
     saddr, sport, daddr, dport, seq, ack_seq, tcp_flags, payload_len = segment
     ended = (ends.get((saddr, sport, daddr, dport)), ends.get((daddr, dport, saddr, sport))) == (seq, ack_seq)
     return ended and (tcp_flags, payload_len) == (ACK, 0)
@@ -240,12 +240,12 @@ def _before(one: int, other: int) -> bool:
     return (one - other) % (1 << 32) >= 1 << 31
 
 
-def _joined(wire: Iterable[Segment], told: Iterable[tuple[Sent, int]]) -> Iterator[Segment]:
-    """Put the packets of a super-segment together again: as many as its event says that there are, in their order."""
+def _joined(wire: Iterable[Segment], recorded: Iterable[tuple[Sent, int]]) -> Iterator[Segment]:
+    """Merge the packets of a super-segment: as many as its event's `segs`, in order."""
     packets: dict[_Flow, list[Segment]] = defaultdict(list)
     for segment in wire:
         packets[segment[:4]].append(segment)
-    for sent, count in told:
+    for sent, count in recorded:
         mine = packets[sent.segment[:4]]
         while any(each.seq == sent.segment.seq for each in mine[1:]) and mine[0].seq != sent.segment.seq:
             yield mine.pop(0)  # of a skipped event
@@ -255,7 +255,7 @@ def _joined(wire: Iterable[Segment], told: Iterable[tuple[Sent, int]]) -> Iterat
         for one, other in itertools.pairwise(pieces):
             assert (one.seq + one.payload_len) % (1 << 32) == other.seq, "pieces of one super-segment"
             assert one.ack_seq == other.ack_seq
-            assert not one.tcp_flags & (PSH | FIN), "these stand on the last piece"
+            assert not one.tcp_flags & (PSH | FIN), "these are only on the last piece"
         yield pieces[0]._replace(
             payload_len=sum(piece.payload_len for piece in pieces),
             tcp_flags=pieces[0].tcp_flags | pieces[-1].tcp_flags,

@@ -1,6 +1,6 @@
-"""A host's far side made by hand: TCP segments go in through a TUN device, and all that the host answers is read there.
+"""A host's remote side, crafted by hand: TCP segments enter through a TUN device, from which the answers are read.
 
-The device is synchronous and drops nothing: no backlog and no packet filter stands between the kernel and the account.
+The device is synchronous and drops nothing: there is no backlog or packet filter between the kernel and the account.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from tests.wire import Segment
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 1, 0x1000
 _INTERFACE = "far0"
 _QUEUE = 500_000
-"""How many packets wait to be read."""
+"""Length of the queue of unread packets."""
 
 
 class Tun:
@@ -32,7 +32,7 @@ class Tun:
         self.near = {4: "10.222.0.1", 6: "fd6f:222::1"}
         self.far = {4: "10.222.0.2", 6: "fd6f:222::2"}
         self.sent: list[Segment] = []
-        """What `read` found so far."""
+        """All packets read so far."""
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -58,7 +58,7 @@ class Tun:
         self._stack.close()
 
     def hold(self, count: int) -> None:
-        """Let so many packets wait to be read. The device refuses the others, and says so to the sender."""
+        """Limit the queue of unread packets. The device rejects further ones, with an error to the sender."""
         for argv in (
             ("ip", "link", "set", _INTERFACE, "txqueuelen", str(count)),
             ("tc", "qdisc", "replace", "dev", _INTERFACE, "root", "noqueue"),
@@ -76,7 +76,7 @@ class Tun:
         ack_seq: int = 0,
         payload: bytes = b"",
     ) -> None:
-        """Have a segment arrive from the far side. The host has handled it when this returns."""
+        """Send a segment from the far side. The host has handled it when this returns."""
         ends = b"".join(ipaddress.ip_address(each[version]).packed for each in (self.far, self.near))
         pseudo = ends + struct.pack("!HH", socket.IPPROTO_TCP, 20 + len(payload))
         start = struct.pack("!HHIIBBH", sport, dport, seq, ack_seq, 5 << 4, tcp_flags, 65_535)
@@ -111,7 +111,7 @@ def _ip_header(version: int, ends: bytes, length: int) -> bytes:
 
 
 def _parse(packet: bytes) -> Segment | None:
-    """Return the TCP segment in an IP packet without extensions; None for another one."""
+    """Return the TCP segment in an IP packet without extensions; None for other packets."""
     version = packet[0] >> 4
     offset, protocol, addresses = (40, packet[6], 8) if version == 6 else ((packet[0] & 15) * 4, packet[9], 12)
     if protocol != socket.IPPROTO_TCP:

@@ -1,4 +1,4 @@
-"""docs/truth.md names each map of the programs and each table of the producer, with the bound that it has."""
+"""docs/truth.md lists each map of the programs and each table of the producer, with its bound."""
 
 import importlib
 import re
@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTION = (ROOT / "docs" / "truth.md").read_text().split("## What is remembered")[1].split("\n## ")[0]
+SECTION = (ROOT / "docs" / "truth.md").read_text().split("## Tables and their bounds")[1].split("\n## ")[0]
 MAPS, TABLES = SECTION.split("What the producer keeps in memory:")
 _DECLARATION = re.compile(r"^BPF_(\w+)\(([^;]*)\);", re.MULTILINE)
 _NAME = {"TABLE": 3, "RINGBUF_OUTPUT": 0}
-"""Which argument of a declaration is the name; of the others the first is."""
+"""The index of the argument with the name; 0 for macros that are not listed."""
 
 
 def declared() -> Iterator[tuple[str, str]]:
-    """Yield each map's name and its size as the source has it."""
+    """Yield each map's name and size from the source."""
     for path in sorted((ROOT / "bpf").glob("*.[ch]")):
         for macro, arguments in _DECLARATION.findall(path.read_text()):
             values = [value.strip() for value in arguments.split(",")]
@@ -35,7 +35,7 @@ def evaluated(size: str) -> int:
     constants = dict(re.findall(r"^#define (\w+) (\d+)", (ROOT / "bpf" / "rules.h").read_text(), re.MULTILINE))
     expression = re.sub(r"[A-Z_]+", lambda word: constants[word[0]], size)
     assert re.fullmatch(r"[\d\s()*+/]+", expression)
-    return int(eval(expression.replace("/", "//")))  # digits and operators alone
+    return int(eval(expression.replace("/", "//")))  # only digits and operators
 
 
 def documented() -> dict[str, str]:
@@ -51,7 +51,7 @@ def test_each_map_is_in_the_table_and_nothing_else() -> None:
 def test_each_map_has_the_bound_that_the_table_says() -> None:
     for name, size in declared():
         if name.endswith("_pipe"):
-            continue  # the settings say how large
+            continue  # sized by the settings
         bound = documented()[name].split(",", 1)[0] if "per CPU" in documented()[name] else documented()[name]
         factors = [int(factor) for factor in bound.replace(",", "").split("*")]
         expected = factors[0] * (factors[1] if len(factors) > 1 else 1)

@@ -1,4 +1,4 @@
-"""BTF: the running kernel's own, and one made by hand, whose layout is known."""
+"""BTF: the running kernel's, and one made by hand with a known layout."""
 
 import re
 import struct
@@ -85,7 +85,7 @@ def test_a_member_is_found_through_structs_and_anonymous_unions(made: Btf) -> No
     assert made.member("nothing", "a") is None
 
 
-def test_a_function_and_a_tracepoint_tell_their_parameters(made: Btf) -> None:
+def test_parameters_of_a_function_and_a_tracepoint(made: Btf) -> None:
     function, tracepoint, inner = (
         made.find(FUNC, "function"),
         made.find(TYPEDEF, "btf_trace_event"),
@@ -95,7 +95,7 @@ def test_a_function_and_a_tracepoint_tell_their_parameters(made: Btf) -> None:
     assert tracepoint is not None
     assert inner is not None
     assert made.params(function) == made.params(tracepoint) == 3
-    with pytest.raises(ValueError, match="no function"):
+    with pytest.raises(ValueError, match="not a function"):
         made.params(inner)
 
 
@@ -117,7 +117,7 @@ def test_a_member_that_is_not_aligned_becomes_bytes(made: Btf) -> None:
     assert "struct { u8 _odd[1]; u8 odd[4]; };" in kernel_header(made, {"packed": ("odd",)})
 
 
-def test_a_missing_member_is_a_fact(made: Btf) -> None:
+def test_a_missing_member_is_a_macro(made: Btf) -> None:
     wanted = {"outer": ("first", "gone", "in.gone as lost"), "nowhere": ("x",)}
     header = kernel_header(made, wanted)
     assert "#define HAS_outer_first 1" in header
@@ -133,23 +133,23 @@ def test_a_bit_field_becomes_its_byte_and_a_macro(made: Btf) -> None:
     assert "#define high_bits(byte) ((byte) >> 3 & 31)" in header
     assert "struct { u8 high_byte; };" in header
     assert "struct { u8 _plain[1]; u8 plain; };" in header
-    with pytest.raises(UnavailableError, match="over a byte's edge"):
+    with pytest.raises(UnavailableError, match="across a byte boundary"):
         kernel_header(made, {"torn": ("over",)})
 
 
-def test_what_is_no_btf_is_refused() -> None:
+def test_something_other_than_btf_is_rejected() -> None:
     with pytest.raises(UnavailableError, match="not BTF"):
         Btf(bytes(64))
 
 
-def test_a_kind_of_a_later_kernel_is_refused() -> None:
+def test_an_unknown_kind_is_rejected() -> None:
     blob = Blob()
     blob.add(29, "future", 0)
     with pytest.raises(UnavailableError, match="kind 29"):
         Btf(blob.bytes())
 
 
-def test_no_btf_says_what_the_kernel_needs(tmp_path: Path) -> None:
+def test_without_btf_the_error_names_the_requirement(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="CONFIG_DEBUG_INFO_BTF"):
         Btf.load(tmp_path / "none")
 
@@ -158,7 +158,7 @@ needs_btf = pytest.mark.skipif(not VMLINUX.exists(), reason=f"{VMLINUX} is missi
 
 
 @needs_btf
-def test_the_running_kernel_has_what_all_rests_on() -> None:
+def test_the_running_kernel_has_all_required_members() -> None:
     btf = Btf.load()
     assert missing(btf, REQUIRED) == []
     registers = {f"pt_regs.{name}" for name in ("di", "si", "dx", "cx", "r8", "ax", "sp", "regs")}

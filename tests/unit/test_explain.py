@@ -1,4 +1,4 @@
-"""The dry run names the rule that decides, and the ones before it that might."""
+"""`--explain` names the rule that decides, and the earlier ones that might."""
 
 import ipaddress
 
@@ -22,22 +22,22 @@ def test_the_first_rule_that_matches_decides() -> None:
     assert lines == ["rule 2 (web) decides: transmits kept, retransmits kept, 1 in 10 transmits sampled by connection"]
 
 
-def test_a_rule_that_looks_at_more_than_endpoints_may_decide() -> None:
+def test_a_rule_with_other_conditions_may_decide() -> None:
     rules = [Rule("mine", uid=(1000,), address=NETWORK), Rule("rule 2", DROP, address=NETWORK)]
     lines = explain(rules, Action(), "[2001:db8::1]:1,10.0.0.2:5000")
     assert lines == [
-        "rule 1 (mine) decides where uid match: transmits kept, retransmits kept",
+        "rule 1 (mine) decides if uid match: transmits kept, retransmits kept",
         "rule 2 decides: transmits dropped, retransmits dropped",
     ]
 
 
-def test_the_default_decides_where_no_rule_does() -> None:
+def test_the_default_decides_if_no_rule_does() -> None:
     assert explain([Rule("r", address=NETWORK)], DROP, "192.0.2.1:1,192.0.2.2:2") == [
         "the default decides: transmits dropped, retransmits dropped"
     ]
 
 
 @pytest.mark.parametrize("text", ["10.0.0.1:443", "a:1,b:2", "10.0.0.1:70000,10.0.0.2:1", "10.0.0.1,10.0.0.2"])
-def test_what_is_no_pair_of_endpoints_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--explain wants"):
+def test_anything_but_a_pair_of_endpoints_is_rejected(text: str) -> None:
+    with pytest.raises(UsageError, match="--explain: expected LOCAL,REMOTE"):
         explain([], Action(), text)

@@ -1,4 +1,4 @@
-"""The store as systemd sees it, and as the service's next process finds it."""
+"""The descriptor store, as systemd and the service's next process see it."""
 
 import os
 import sys
@@ -35,7 +35,7 @@ def manager(tmp_path, monkeypatch):
 
 @pytest.fixture
 def objects(tmp_path):
-    """Descriptors that can be told apart."""
+    """Distinguishable descriptors."""
     found = {}
     for name in ("ring", "link_0"):
         (tmp_path / name).write_text(f"this is {name}")
@@ -56,22 +56,22 @@ def removed(manager):
     return [text.split("FDNAME=")[1] for text in manager.messages if text.startswith("FDSTOREREMOVE=1\n")]
 
 
-def test_the_next_process_finds_what_is_kept_and_its_children_do_not(manager, objects):
+def test_the_next_process_finds_the_stored_objects_and_its_children_do_not(manager, objects):
     with FdStore() as store:
         assert store.manifest() is None
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     assert next_process(manager) == [str(MANIFEST), "this is ring this is link_0", "[]", "[]"]
 
 
-def test_what_was_handed_to_another_process_is_let_be(manager, objects):
+def test_descriptors_passed_to_another_process_are_ignored(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     assert next_process(manager, "1") == ["None", "[]", "[3, 4, 5]"]
 
 
-def test_the_manifest_is_stored_last_and_nobody_can_change_it(manager, objects):
+def test_the_manifest_is_stored_last_and_cannot_be_changed(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
         names = [text.split("\n")[1] for text in manager.messages if text.startswith("FDSTORE=1\n")]
         assert names == ["FDNAME=ring", "FDNAME=link_0", "FDNAME=manifest_1"]
         assert all("\nFDPOLL=0" in text for text in manager.messages if text.startswith("FDSTORE=1\n"))
@@ -80,9 +80,9 @@ def test_the_manifest_is_stored_last_and_nobody_can_change_it(manager, objects):
             os.write(manager.stored["manifest_1"], b"{}")
 
 
-def test_what_is_handed_over_has_no_heirs(manager, objects):
+def test_children_do_not_inherit_the_descriptors(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     look = "import os\nfrom producer.kernel.fdstore import FdStore\n"
     look += "with FdStore(): print(*map(os.get_inheritable, (3, 4, 5)))"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
@@ -91,17 +91,17 @@ def test_what_is_handed_over_has_no_heirs(manager, objects):
 
 def test_the_manifest_is_removed_first_and_then_the_links(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
         store.clear()
         assert removed(manager) == ["manifest_1", "link_0", "ring"]
         assert manager.stored == {}
         assert store.manifest() is None
 
 
-def test_what_is_kept_anew_is_in_place_of_the_old(manager, objects):
+def test_saving_again_replaces_the_old_objects(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
-        store.keep({"ring": objects["ring"]}, {"maps": ["ring"]})
+        store.save(objects, MANIFEST)
+        store.save({"ring": objects["ring"]}, {"maps": ["ring"]})
         assert sorted(manager.stored) == ["manifest_2", "ring"]
         assert store.manifest() == {"maps": ["ring"]}
         assert removed(manager) == ["manifest_1", "link_0"]
@@ -110,20 +110,18 @@ def test_what_is_kept_anew_is_in_place_of_the_old(manager, objects):
 
 
 @pytest.mark.parametrize("killed_before", ["FDSTORE=1\nFDNAME=manifest_2", "FDSTOREREMOVE=1\nFDNAME=manifest_1"])
-def test_a_process_that_is_killed_while_it_keeps_others_leaves_the_old_or_the_new(
-    manager, objects, monkeypatch, killed_before
-):
+def test_a_process_killed_while_saving_leaves_the_old_or_the_new_objects(manager, objects, monkeypatch, killed_before):
     def send(text, descriptors=()):
         if text.startswith(killed_before):
             raise KeyboardInterrupt
         return notify(text, descriptors)
 
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
         monkeypatch.setattr("producer.kernel.fdstore.notify", send)
         with pytest.raises(KeyboardInterrupt):
-            store.keep({"other": objects["ring"]}, {"maps": ["other"]})
-    barrier()  # systemd takes what a process has sent before it takes note of its end
+            store.save({"other": objects["ring"]}, {"maps": ["other"]})
+    barrier()  # systemd processes a process's messages before its exit
     look = "from producer.kernel.fdstore import FdStore\nwith FdStore() as store: print(store.manifest())"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
     is_old = "manifest_2" in killed_before
@@ -131,21 +129,21 @@ def test_a_process_that_is_killed_while_it_keeps_others_leaves_the_old_or_the_ne
     assert sorted(manager.stored) == (["link_0", "manifest_1", "ring"] if is_old else ["manifest_2", "other"])
 
 
-def test_a_manifest_that_cannot_be_read_has_nothing_in_it(manager, objects, tmp_path):
+def test_an_unreadable_manifest_is_empty(manager, objects, tmp_path):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     manager.forget("manifest_1")
     manager.stored["manifest_1"] = os.open(tmp_path / "ring", os.O_RDONLY)
     look = "from producer.kernel.fdstore import FdStore\n"
-    look += "with FdStore() as store: print(store.manifest()); store.keep({}, {})"
+    look += "with FdStore() as store: print(store.manifest()); store.save({}, {})"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
     assert process.communicate()[0] == "{}\n"
     assert list(manager.stored) == ["manifest_2"]
 
 
-def test_remains_without_a_manifest_are_cleared(manager, objects):
+def test_leftovers_without_a_manifest_are_cleared(manager, objects):
     with FdStore() as store:
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     manager.forget("manifest_1")
     look = "from producer.kernel.fdstore import FdStore\nwith FdStore() as store: print(store.manifest())"
     process = manager.start([sys.executable, "-c", look], stdout=-1)
@@ -156,7 +154,7 @@ def test_remains_without_a_manifest_are_cleared(manager, objects):
 def test_a_store_that_is_too_small_is_a_configuration_error(manager, objects, monkeypatch):
     monkeypatch.setenv("FDSTORE", "2")
     with FdStore() as store, pytest.raises(ConfigError, match="FileDescriptorStoreMax=2 of the unit is too small: 3"):
-        store.keep(objects, MANIFEST)
+        store.save(objects, MANIFEST)
     assert manager.messages == []
 
 

@@ -1,4 +1,4 @@
-"""The loader's process: its environment, and what it needs of descriptors."""
+"""The loader process: its environment and its descriptors."""
 
 import contextlib
 import os
@@ -25,15 +25,15 @@ except UnavailableError as error:
 
 
 @pytest.mark.parametrize("limit", [16, 24, 63])
-def test_too_few_descriptors_are_named(limit: int) -> None:
+def test_a_low_descriptor_limit_is_reported(limit: int) -> None:
     command = [sys.executable, "-c", START, str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("too few file descriptors: raise LimitNOFILE= of the unit, or ulimit -n")
     assert f"(now {limit}, at least 64)" in done.stdout
 
 
-def test_no_descriptor_left_is_named() -> None:
-    """The limit suffices, but all are taken."""
+def test_exhausted_descriptors_are_reported() -> None:
+    """The limit suffices, but all descriptors are in use."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
     taken: list[int] = []
@@ -49,7 +49,7 @@ def test_no_descriptor_left_is_named() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_the_loader_gets_nothing_of_our_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loader_does_not_inherit_our_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("PYTHONPATH", "LD_PRELOAD_X", "BCC_PROBE", "CPATH", "PASSWORD")
     for name in names:
         monkeypatch.setenv(name, "/nowhere")
@@ -62,7 +62,7 @@ def test_the_loader_gets_nothing_of_our_environment(monkeypatch: pytest.MonkeyPa
     assert not [name for name in names if name.encode() in environment]
 
 
-def test_what_the_child_writes_goes_through_the_log_and_is_bounded(
+def test_the_childs_output_is_logged_and_bounded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     python = tmp_path / "python"
@@ -70,7 +70,7 @@ def test_what_the_child_writes_goes_through_the_log_and_is_bounded(
     python.chmod(0o755)
     monkeypatch.setattr("producer.kernel.loader.python_with_bcc", lambda: str(python))
     loader = Loader()
-    with pytest.raises(errors.HookError, match="no answer"):
+    with pytest.raises(errors.HookError, match="without an answer"):
         loader.ask({})
     loader.end()
     told = [record.getMessage() for record in caplog.records]

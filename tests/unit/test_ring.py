@@ -1,4 +1,4 @@
-"""The ring's reader, on a file laid out as the kernel lays out a BPF ring buffer."""
+"""The ring's reader, on a file with the layout of a BPF ring buffer."""
 
 import mmap
 import os
@@ -19,7 +19,7 @@ BUSY, DISCARD = 1 << 31, 1 << 30
 
 
 class Kernel:
-    """The kernel's side of a ring of one page: a file cannot be mapped twice in a row, so it writes both copies."""
+    """The kernel's side of a one-page ring. A file cannot be mapped twice in a row, so it writes both copies."""
 
     def __init__(self, position: int = 0) -> None:
         self.descriptor = os.memfd_create("ring")
@@ -84,7 +84,7 @@ def test_rows_come_in_order_and_once(kernel: Kernel, ring: Ring) -> None:
     assert ring.unread == 0
 
 
-def test_room_is_given_back_by_commit_alone(kernel: Kernel, ring: Ring) -> None:
+def test_only_commit_releases_space(kernel: Kernel, ring: Ring) -> None:
     kernel.put(1)
     numbers(ring)
     assert kernel.consumed() == 0
@@ -136,7 +136,7 @@ def test_reading_stops_at_the_first_busy_record(kernel: Kernel, ring: Ring) -> N
     assert numbers(ring) == [1, 2]
 
 
-def test_discarded_records_are_left_out_and_passed_over(kernel: Kernel, ring: Ring) -> None:
+def test_discarded_records_are_skipped(kernel: Kernel, ring: Ring) -> None:
     for number in range(6):
         kernel.put(number, flags=DISCARD if number in (0, 3) else 0)
     busy = kernel.put(6, flags=BUSY)
@@ -164,7 +164,7 @@ def test_a_record_whose_header_is_garbage_costs_that_record(kernel: Kernel, ring
     assert ring.damaged == 0
 
 
-def test_a_record_that_stays_busy_is_passed_over_after_a_minute(kernel: Kernel) -> None:
+def test_a_record_that_stays_busy_is_skipped_after_a_minute(kernel: Kernel) -> None:
     now = [100.0]
     with Ring(kernel.descriptor, PAGE, ROW, lambda: now[0]) as ring:
         kernel.put(0)
@@ -181,7 +181,7 @@ def test_a_record_that_stays_busy_is_passed_over_after_a_minute(kernel: Kernel) 
 
 
 @pytest.mark.parametrize("consumer", [7 * PAGE + 24, 5, (1 << 64) - 1, 3 * PAGE, 0])
-def test_a_consumer_position_that_cannot_be_loses_nothing(consumer: int) -> None:
+def test_an_invalid_consumer_position_loses_nothing(consumer: int) -> None:
     kernel = Kernel(position=4 * PAGE)
     for number in range(100):
         kernel.put(number)
@@ -197,7 +197,7 @@ def test_a_consumer_position_that_cannot_be_loses_nothing(consumer: int) -> None
     kernel.close()
 
 
-def test_a_position_is_held_where_a_record_that_is_not_committed_begins_or_ends(kernel: Kernel, ring: Ring) -> None:
+def test_holds_accepts_the_boundaries_of_uncommitted_records(kernel: Kernel, ring: Ring) -> None:
     for number in range(3):
         kernel.put(number)
     ring.read(1)

@@ -1,4 +1,4 @@
-"""Names of this host become numbers in rules; what cannot be one is refused by the rule's name."""
+"""Names of this host become numbers in rules; invalid ones are rejected with the rule's name."""
 
 import ipaddress
 import os
@@ -60,7 +60,7 @@ def test_a_unit_is_every_cgroup_of_its_name_with_those_above_it(root: Path) -> N
     assert found.cgroups_above[inode(one)] == [inode(root / "system.slice"), inode(root)]
 
 
-def test_a_cgroup_that_is_not_there_matches_nothing(root: Path) -> None:
+def test_a_missing_cgroup_matches_nothing(root: Path) -> None:
     segment = Segment(ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("10.0.0.2"), 1, 2, cgroups=(5,))
     for absent in (RuleConfig(cgroup=("/gone",)), RuleConfig(unit=("gone.service",))):
         for place in (root, None):
@@ -78,19 +78,19 @@ def test_actions_are_by_stream() -> None:
     ("rule", "message"),
     [
         (RuleConfig(address=("10.0.0.1/8",)), "rule 1: 10.0.0.1/8 has host bits set"),
-        (RuleConfig(name="web", port=("90-80",)), "web: '90-80' is no port"),
+        (RuleConfig(name="web", port=("90-80",)), "web: '90-80' is not a port"),
         (RuleConfig(port=("http",)), "rule 1: invalid literal"),
         (RuleConfig(uid=("nobody-of-this-name",)), "rule 1: .*nobody-of-this-name"),
         (RuleConfig(interface=("nodev0",)), "rule 1: "),
         (RuleConfig(netns=("nons",)), "rule 1: .*nons"),
-        (RuleConfig(state=("OPEN",)), "rule 1: there is no TCP state 'OPEN'"),
-        (RuleConfig(action="reject"), "an action is keep or drop, not 'reject'"),
-        (RuleConfig(sample=0), "rule 1: sample"),
-        (RuleConfig(sample_by="host"), "rule 1: sample"),
+        (RuleConfig(state=("OPEN",)), "rule 1: unknown TCP state 'OPEN'"),
+        (RuleConfig(action="reject"), "expected the action keep or drop, not 'reject'"),
+        (RuleConfig(sample=0), "rule 1: expected sample"),
+        (RuleConfig(sample_by="host"), "rule 1: expected sample"),
         (RuleConfig(address=("@/no/such/file",)), "rule 1: .*/no/such/file"),
     ],
 )
-def test_what_cannot_be_is_refused(rule: RuleConfig, message: str) -> None:
+def test_invalid_conditions_are_rejected(rule: RuleConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolved(None, rule)
 
@@ -141,7 +141,7 @@ def test_a_slice_of_a_users_own_below_his_units_names_no_units(root: Path) -> No
 
 def test_a_cgroup_is_named_by_a_path_that_the_kernel_can_be_asked_for(root: Path) -> None:
     assert resolved(root, RuleConfig(cgroup=("/a" * 31,))).rules[0].cgroup == (0,)
-    for path, message in (("/a" * 32, "32 levels below the root: at most 31"), ("/other/../..", "has no '..'")):
+    for path, message in (("/a" * 32, "32 levels below the root: at most 31"), ("/other/../..", "must not contain")):
         with pytest.raises(ConfigError, match=f"rule 1: .*{message}"):
             resolved(root, RuleConfig(cgroup=(path,)))
 
@@ -160,7 +160,7 @@ def test_a_list_of_addresses_is_a_file_of_bounded_length(tmp_path: Path) -> None
         file.truncate((16 << 20) + 1)
     os.mkfifo(pipe)
     for path, message in (
-        (long, "longer than 16 MiB: all rules together take 130,000 networks"),
+        (long, "longer than 16 MiB: at most 130,000 networks in all rules"),
         (pipe, "is not a regular file"),
         (Path("/dev/zero"), "is not a regular file"),
         (tmp_path, "rule 1: "),
@@ -169,7 +169,7 @@ def test_a_list_of_addresses_is_a_file_of_bounded_length(tmp_path: Path) -> None
             resolved(None, RuleConfig(address=(f"@{path}",)))
 
 
-def test_a_list_that_is_no_text_is_refused_by_the_rules_name(tmp_path: Path) -> None:
+def test_a_list_that_is_not_text_is_rejected_with_the_rules_name(tmp_path: Path) -> None:
     path = tmp_path / "list"
     path.write_bytes(b"10.0.0.1\n\xff\n")
     with pytest.raises(ConfigError, match=r"rule 1 r: .*utf-8"):

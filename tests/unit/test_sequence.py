@@ -1,4 +1,4 @@
-"""Numbers of events: none twice within a boot, whatever became of the last run."""
+"""Event numbers: none is used twice within a boot, however the last run ended."""
 
 import contextlib
 import itertools
@@ -26,7 +26,7 @@ def all_at(generation):
 
 @contextlib.contextmanager
 def unwritable(folder):
-    """Have the file that is written first not be one: what root cannot write either."""
+    """Put a folder in place of the temporary file, so that even root cannot write it."""
     (folder / "sequence.new").mkdir()
     try:
         yield
@@ -55,7 +55,7 @@ def test_another_boot_begins_at_zero(tmp_path):
     assert numbers(tmp_path, boot="another").start() == ZEROS
 
 
-def test_after_a_crash_a_generation_begins_that_no_number_has_come_to(tmp_path):
+def test_after_a_crash_an_unused_generation_begins(tmp_path):
     numbers(tmp_path, 50).start()
     assert numbers(tmp_path, 100.9).start() == all_at(100)
     assert numbers(tmp_path, 100.9).start() == all_at(101), "twice in a second"
@@ -67,7 +67,7 @@ def test_after_a_crash_a_generation_begins_that_no_number_has_come_to(tmp_path):
     assert fourth.start()["transmit"] == [(300 << 32) + 5, 300 << 32]
 
 
-def test_programs_beside_others_get_a_generation_of_their_own(tmp_path):
+def test_overlapping_programs_get_a_separate_generation(tmp_path):
     assert numbers(tmp_path, 0).start(overlap=True) == all_at(1)
     first = numbers(tmp_path, 20)
     first.start()
@@ -79,13 +79,13 @@ def test_programs_that_were_taken_over_are_not_continued_from_an_older_stop(tmp_
     first = numbers(tmp_path)
     first.start()
     first.stop(LAST)
-    numbers(tmp_path).in_use()
+    numbers(tmp_path).resume()
     assert numbers(tmp_path, 30).start() == all_at(30)
 
 
 def test_numbers_of_a_generation_from_elsewhere_are_never_begun_again(tmp_path):
     taken_over = numbers(tmp_path)
-    taken_over.in_use()
+    taken_over.resume()
     last = {"transmit": [(77 << 32) + 1, 0], "retransmit": [0, 0]}
     taken_over.stop(last)
     second = numbers(tmp_path)
@@ -108,14 +108,14 @@ def test_numbers_of_a_generation_from_elsewhere_are_never_begun_again(tmp_path):
         json.dumps({"boot_id": BOOT, "generation": 0, "last": [1, 2]}),
     ],
 )
-def test_a_file_that_cannot_be_used_costs_a_jump_and_a_warning(tmp_path, content, caplog):
+def test_an_unusable_file_causes_a_jump_and_a_warning(tmp_path, content, caplog):
     (tmp_path / "sequence.json").write_text(content)
     assert numbers(tmp_path, 55).start() == all_at(55)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert numbers(tmp_path, 66).start() == all_at(66)
 
 
-def test_where_nothing_can_be_written_numbers_are_apart_from_all_that_the_file_will_name(tmp_path, caplog):
+def test_without_a_writable_file_numbers_differ_from_all_that_the_file_will_contain(tmp_path, caplog):
     first = numbers(tmp_path)
     first.start()
     first.stop(LAST)
@@ -157,7 +157,7 @@ def test_numbers_fit_a_signed_long_after_34_years(tmp_path):
     )
 )
 def test_no_number_is_given_twice(tmp_path_factory, runs):
-    """Runs that start with or without a disk, go on for a time at up to 2^20 numbers a second, and end somehow."""
+    """Runs with or without a disk, at up to 2^20 numbers per second, that end in any way."""
     folder = tmp_path_factory.mktemp("numbers")
     uptime_s = 60
     given_out: list[tuple[int, int]] = []

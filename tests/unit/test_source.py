@@ -1,4 +1,4 @@
-"""The program's text: one file for bcc, whose messages name the files that a reader knows."""
+"""The C source for bcc: one file, whose messages name the original files."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def btf() -> Btf:
 
 
 def located(text: str) -> dict[str, dict[int, str]]:
-    """Each line of the text by the file and number that #line gives it."""
+    """Yield each line of the text with its file and number according to #line."""
     files: dict[str, dict[int, str]] = {}
     name, number = "", 0
     for line in text.splitlines():
@@ -31,7 +31,7 @@ def located(text: str) -> dict[str, dict[int, str]]:
     return files
 
 
-def test_every_line_is_where_the_compiler_says_that_it_is(btf: Btf) -> None:
+def test_line_directives_name_the_right_file_and_line(btf: Btf) -> None:
     files = located(program_text(BPF, btf, layout_check()))
     for path in [*BPF.glob("*.h"), BPF / "rebpf.bpf.c"]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -45,10 +45,10 @@ def test_no_local_include_is_left_for_the_compiler(btf: Btf) -> None:
     assert "_Static_assert(sizeof(struct transmit_event)" in text
 
 
-def test_macros_name_the_chosen_rungs_and_no_other(btf: Btf) -> None:
+def test_macros_name_only_the_chosen_hooks(btf: Btf) -> None:
     flags = macros(btf, {"transmit": "cgroup_skb", "retransmit": "kprobe"}, 250)
-    rungs = {flag for flag in flags if flag.startswith(("-DTRANSMIT_", "-DRETRANSMIT_")) and flag.endswith("=1")}
-    assert rungs - {"-DRETRANSMIT_TRACEPOINT_HAS_ERR=1"} == {"-DTRANSMIT_CGROUP_SKB=1", "-DRETRANSMIT_KPROBE=1"}
+    hooks = {flag for flag in flags if flag.startswith(("-DTRANSMIT_", "-DRETRANSMIT_")) and flag.endswith("=1")}
+    assert hooks - {"-DRETRANSMIT_TRACEPOINT_HAS_ERR=1"} == {"-DTRANSMIT_CGROUP_SKB=1", "-DRETRANSMIT_KPROBE=1"}
     assert {"-DPROBE_READ=1", "-DHZ=250"} <= set(flags)
 
 

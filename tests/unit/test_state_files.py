@@ -1,4 +1,4 @@
-"""Files of the state folder that are not what they should be: null, of other types, pipes, folders, links, 10 GB."""
+"""Invalid files in the state folder: null, wrong types, pipes, folders, links, 10 GB."""
 
 import errno
 import hashlib
@@ -14,8 +14,8 @@ import pytest
 
 from producer.events import STREAMS, TRANSMITS
 from producer.host import state_file
-from producer.kernel.manifest import Kept, KeptRing, objects_and_manifest
-from producer.kernel.program_cache import CompiledFolder
+from producer.kernel.manifest import Manifest, StoredRing, parse_stored
+from producer.kernel.program_cache import ProgramCache
 from producer.kernel.sequence import EventNumbers
 from producer.pipeline.ledger import Account, Ledger
 from producer.spool.files import made_at
@@ -154,7 +154,7 @@ def test_numbers_of_other_types_cost_a_jump(tmp_path: Path, change: dict[str, ob
 
 
 def test_no_changed_byte_makes_numbers_begin_again(tmp_path: Path) -> None:
-    """Least of all one in the boot's id, which would make it the file of another boot."""
+    """In particular one in the boot id, which would make it the file of another boot."""
     first = numbers(tmp_path, 10)
     first.start()
     first.stop({"transmit": [1009, 7], "retransmit": [0, 13]})
@@ -174,7 +174,7 @@ def test_numbers_that_are_other_json_cost_a_jump(tmp_path: Path, content: bytes)
     assert numbers(tmp_path, 55).start() == all_at(55)
 
 
-def test_numbers_jump_where_somebody_deleted_their_file(tmp_path: Path) -> None:
+def test_numbers_jump_if_their_file_was_deleted(tmp_path: Path) -> None:
     numbers(tmp_path, 10).start()
     Ledger(tmp_path / "ledger.transmit").open()
     (tmp_path / "sequence.json").unlink()
@@ -262,11 +262,9 @@ def test_a_time_that_is_none_does_not_tell_a_files_age(made: str) -> None:
 
 
 @anything
-def test_what_stands_in_the_place_of_compiled_programs_is_a_warning(
-    tmp_path: Path, make: Callable[[Path], None]
-) -> None:
+def test_an_unusable_program_cache_is_a_warning(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "key.json")
-    folder = CompiledFolder(tmp_path)
+    folder = ProgramCache(tmp_path)
     assert folder.find("key") is None
     assert len(folder.warnings) == 1
 
@@ -291,29 +289,29 @@ def test_what_stands_in_the_place_of_compiled_programs_is_a_warning(
         b'{"compiler": [], "maps": [], "programs": {"a": null}}',
     ],
 )
-def test_compiled_programs_that_say_something_else_are_a_warning(tmp_path: Path, body: bytes) -> None:
+def test_cached_programs_with_other_content_are_a_warning(tmp_path: Path, body: bytes) -> None:
     (tmp_path / "key.json").write_bytes(hashlib.sha256(b"key" + body).hexdigest().encode() + b"\n" + body)
-    folder = CompiledFolder(tmp_path)
+    folder = ProgramCache(tmp_path)
     assert folder.find("key") is None
     assert len(folder.warnings) == 1
 
 
-KEPT = Kept(
+MANIFEST = Manifest(
     fingerprint="f",
     ring_id="r",
-    rungs={stream.name: "raw_tp" for stream in STREAMS},
+    hooks={stream.name: "raw_tp" for stream in STREAMS},
     refusals=[],
     maps={"own_sockets": "own_sockets_r", **{stream.ring: f"{stream.ring}_r" for stream in STREAMS}},
     programs={stream.name: [f"{stream.name}_0_r"] for stream in STREAMS},
     links=["link_0_r"],
-    rings=[KeptRing(stream, f"{stream.ring}_r", 1 << 20) for stream in STREAMS],
+    rings=[StoredRing(stream, f"{stream.ring}_r", 1 << 20) for stream in STREAMS],
     old_ring_id=None,
     old_rings=[],
 )
 
 
-def test_a_manifest_is_read_as_it_was_written() -> None:
-    assert Kept.read(json.loads(json.dumps(KEPT.manifest()))) == KEPT
+def test_a_manifest_is_read_as_written() -> None:
+    assert Manifest.from_json(json.loads(json.dumps(MANIFEST.to_json()))) == MANIFEST
 
 
 @pytest.mark.parametrize(
@@ -321,9 +319,9 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
     [
         {"fingerprint": None},
         {"ring_id": 7},
-        {"rungs": None},
-        {"rungs": {"transmit": "raw_tp"}},
-        {"rungs": {"transmit": None, "retransmit": "raw_tp"}},
+        {"hooks": None},
+        {"hooks": {"transmit": "raw_tp"}},
+        {"hooks": {"transmit": None, "retransmit": "raw_tp"}},
         {"maps": []},
         {"maps": {}},
         {"maps": {"own_sockets": None}},
@@ -338,9 +336,9 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
         {"refusals": [["a", "b", None]]},
     ],
 )
-def test_a_manifest_that_does_not_hang_together_is_none(change: dict[str, object]) -> None:
+def test_an_inconsistent_manifest_is_rejected(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="the manifest cannot be read"):
-        Kept.read({**KEPT.manifest(), **change})
+        Manifest.from_json({**MANIFEST.to_json(), **change})
 
 
 @pytest.mark.parametrize(
@@ -359,20 +357,20 @@ def test_a_manifest_that_does_not_hang_together_is_none(change: dict[str, object
         {"stream": "third"},
     ],
 )
-def test_a_ring_of_a_manifest_that_cannot_be_one_is_none(change: dict[str, object]) -> None:
-    manifest = json.loads(json.dumps(KEPT.manifest()))
+def test_an_invalid_ring_in_a_manifest_is_rejected(change: dict[str, object]) -> None:
+    manifest = json.loads(json.dumps(MANIFEST.to_json()))
     manifest["rings"][0].update(change)
     with pytest.raises(ValueError, match="the manifest cannot be read"):
-        Kept.read(manifest)
+        Manifest.from_json(manifest)
 
 
 @pytest.mark.parametrize(
     "text",
     [b"", b"null", b"[]", b"{}", b'{"objects": null, "manifest": {}}', b'{"objects": [1], "manifest": {}}', DEEP],
 )
-def test_what_a_keeper_wrote_is_checked(text: bytes) -> None:
+def test_what_a_store_saved_is_checked(text: bytes) -> None:
     with pytest.raises(ValueError, match=r".*"):
-        objects_and_manifest(text)
+        parse_stored(text)
 
 
 @anything
@@ -384,6 +382,6 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path, make: Cal
 
 
 def test_layouts_are_the_streams_own() -> None:
-    (found,) = [ring.stream.dtype for ring in Kept.read(KEPT.manifest()).rings if ring.stream == TRANSMITS]
+    (found,) = [ring.stream.dtype for ring in Manifest.from_json(MANIFEST.to_json()).rings if ring.stream == TRANSMITS]
     assert isinstance(found, np.dtype)
     assert found == TRANSMITS.dtype

@@ -1,7 +1,7 @@
 """Runs a command as root in a virtual machine with another kernel, over this machine's root file system, without KVM.
 
-The guest sees the machine's files as they are, under overlays in its memory: what it writes is gone with it, but for
-one folder, `results`. It ends with the process that started it, however that ends.
+The guest sees the machine's files under overlays in its memory: its changes end with it, except in one folder,
+`results`. It ends with the process that started it, however that ends.
 """
 
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _BOOT_S = 180  # generous: without KVM a loaded machine boots for a minute
 _PROGRAMS = ("vng", "qemu-system-x86_64", "busybox", "modprobe", "udevadm", "file", "apt-get")
-# The venv's programs, and those of root: vng starts others by name.
+# The venv's programs, and root's: vng starts others by name.
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 # An old processor: QEMU emulates the newest that it knows, AVX included, in nearly twice the time. And vng mounts the
@@ -28,7 +28,7 @@ _QEMU = (
     "-cpu Nehalem -fsdev local,id=cached,path=/,security_model=none,readonly=on,multidevs=remap"
     " -device virtio-9p-pci,fsdev=cached,mount_tag=cached"
 )
-# A console for the kernel's messages: vng discards what its own one prints.
+# A console for the kernel's messages: vng discards those on its own console.
 _KERNEL_LOG = "kernel.log"
 
 # vng starts QEMU through a shell and another program: they end together, and with us, as a PID namespace does.
@@ -51,12 +51,12 @@ echo $status >{results}/status
 
 
 class GuestError(Exception):
-    """The guest ended, or was ended, before the command did."""
+    """The guest ended before the command did."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a command left: 124 is the status of one that took longer than its time."""
+    """The result of a command; status 124 means that it timed out."""
 
     status: int
     output: str
@@ -74,7 +74,7 @@ def refusal() -> str | None:
 
 
 def run(suite: str, command: str, timeout_s: int, results: Path) -> Result:
-    """Run a shell command with the kernel of `suite`; what it writes into `results` stays.
+    """Run a shell command with the kernel of `suite`. Files that it writes into `results` remain.
 
     An emulated kernel can die of itself: the guest is booted a second time then, and the first end is printed.
 

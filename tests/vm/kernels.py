@@ -1,7 +1,7 @@
-"""Debian's kernel of a suite, unpacked into the cache and never installed.
+"""A suite's Debian kernel, unpacked into the cache but not installed.
 
-The suite's own package lists are fetched into a folder that is thrown away: the machine's apt state stays as it is. The
-mirror is the one that the machine's apt is configured with.
+The suite's package lists are fetched into a temporary folder, so the machine's apt state does not change. The mirror is
+the one in the machine's apt configuration.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ KEYRINGS = Path("/usr/share/keyrings")
 def kernel_image(suite: str) -> Path:
     """Return the kernel image of `suite`, with its modules under ../lib/modules; fetched at the first call.
 
-    Raises LookupError where apt knows no Debian mirror.
+    Raises LookupError if apt has no Debian mirror.
     """
     folder = cache() / "kernels" / suite
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def _fetch(suite: str, folder: Path) -> None:
 
 
 def _index_modules(root: Path) -> None:
-    """Make the modules' index, which a package's installation makes otherwise."""
+    """Build the modules' index, which installing a package would do."""
     # Old packages have /lib, new ones /usr/lib; so have the kmods that look for the modules there.
     (root / "usr").mkdir(exist_ok=True)
     for place, target in ((root / "lib", "usr/lib"), (root / "usr/lib", "../lib")):
@@ -53,7 +53,7 @@ def _index_modules(root: Path) -> None:
 
 
 def apt_options(suite: str, work: Path) -> list[str]:
-    """Return apt's options that make it know the packages of `suite`, with all that it keeps in a folder."""
+    """Return apt options for the packages of `suite`, with all of apt's state in a folder."""
     (work / "lists/partial").mkdir(parents=True)
     (work / "cache/archives/partial").mkdir(parents=True)
     keyring = next(iter(sorted(KEYRINGS.glob("debian-archive-keyring.*"))), None)
@@ -75,7 +75,7 @@ def debian_mirror() -> str:
         label, _, suite = rest.rpartition(" ")
         if label == "Debian" and "-" not in suite:
             return uri
-    raise LookupError("apt is configured with no Debian mirror, or `apt-get update` has not run yet")
+    raise LookupError("no Debian mirror is configured for apt, or `apt-get update` has not run yet")
 
 
 def _run(command: list[str], folder: Path | None = None) -> str:

@@ -1,7 +1,7 @@
-"""Runs a command as root in a virtual machine that has booted a systemd of its own, without KVM.
+"""Runs a command as root in a virtual machine that has booted systemd, without KVM.
 
-The checkout is /checkout there, read-only, and one folder of this machine is /results. What else the command changes is
-gone with the machine, which ends with the process that started it, however that ends. Its network has one other host,
+The checkout is /checkout there, read-only, and a folder of this machine is /results. All other changes are lost with
+the machine, which ends with the process that started it, however that ends. Its network has one other host,
 HOST, which is this machine's loopback.
 """
 
@@ -28,7 +28,7 @@ _BOOT = "root=/dev/vda rw console=ttyS0 quiet mitigations=off net.ifnames=0 syst
 
 
 def refusal() -> str | None:
-    """Return why this machine cannot run such a guest, or None if it can."""
+    """Return why this machine cannot run a systemd guest, or None if it can."""
     if platform.machine() != "x86_64":
         return "the image is of x86-64"
     if os.geteuid() != 0:
@@ -65,7 +65,7 @@ def run(suite: str, packages: Sequence[str], command: str, timeout_s: int, resul
                 whole, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, timeout=_BOOT_S + timeout_s
             )
         except subprocess.TimeoutExpired:
-            pass  # the command's status tells
+            pass  # the command's status shows it
     status = results / "status"
     if not status.exists():
         log = (results / "console").read_text(errors="replace")

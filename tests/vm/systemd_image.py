@@ -1,6 +1,6 @@
-"""A disk image of a Debian suite that boots its systemd and runs one command: built once, and kept in the cache.
+"""A disk image of a Debian suite that boots systemd and runs one command. Built once, then cached.
 
-In it is what the package of ReBPF depends on, but not ReBPF. That and the checkout come in when it boots
+It contains the dependencies of ReBPF's package, but not ReBPF. The package and the checkout are added when it boots
 (tests.vm.systemd_guest).
 """
 
@@ -17,7 +17,7 @@ from tests.vm.kernels import KEYRINGS, debian_mirror
 
 DISK, KERNEL, INITRD = "disk", "vmlinuz", "initrd"
 
-# What makes a host of it, and what the tests run there.
+# Packages that make it a host, and those that the tests run.
 _HOST = ("systemd-sysv", "dbus", "udev", "kmod", "procps", "iproute2", "ca-certificates", "linux-image-amd64")
 _SIZE = "4G"  # it takes half of that
 
@@ -48,7 +48,7 @@ def dependencies(package: Path) -> list[str]:
 
 
 def image(suite: str, packages: Sequence[str]) -> Path:
-    """Return the folder with the disk, the kernel and its initial RAM disk; built at the first call, in minutes."""
+    """Return the folder with the disk, the kernel and its initial RAM disk. The first call builds it, in minutes."""
     made_of = [Path(__file__).read_text(), *packages]
     digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
     return cached(f"systemd-{suite}-{digest}", lambda part: _fill(suite, packages, part))
@@ -61,9 +61,9 @@ def _fill(suite: str, packages: Sequence[str], part: Path) -> None:
     root = part / "root"
     keyring = KEYRINGS / "debian-archive-keyring.gpg"
     options = ["--variant=minbase", f"--include={','.join(_HOST)}", f"--keyring={keyring}"]
-    # In namespaces of its own: the file systems that it mounts in there go with it, whatever ends it.
+    # In separate namespaces, so that its mounts end with it, however it ends.
     _run(*TIED, "debootstrap", *options, suite, str(root), debian_mirror())
-    # By apt, since debootstrap does not know what else provides a package.
+    # By apt, because debootstrap does not resolve virtual packages.
     install = f"apt-get -qq update && apt-get -qq install --no-install-recommends {' '.join(packages)}"
     into = 'mount -t proc proc "$0/proc" && DEBIAN_FRONTEND=noninteractive exec chroot "$0" sh -ec "$1"'
     _run(*TIED, "sh", "-ec", into, str(root), install)
@@ -80,7 +80,7 @@ def _configure(root: Path) -> None:
     (root / "etc/fstab").write_text(_FSTAB)
     for folder in ("checkout", "results"):
         (root / folder).mkdir()
-    (root / "etc/dpkg/dpkg.cfg.d/unsafe-io").write_text("force-unsafe-io\n")  # the disk is gone with the machine
+    (root / "etc/dpkg/dpkg.cfg.d/unsafe-io").write_text("force-unsafe-io\n")  # the disk ends with the machine
     (root / "etc/systemd/system/command.service").write_text(_COMMAND_UNIT)
     _run("chroot", str(root), "systemctl", "enable", "command.service")
 

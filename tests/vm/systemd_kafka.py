@@ -1,4 +1,4 @@
-"""A real Kafka on this machine's loopback that a guest reaches too, and what is in its topics: by kcat and fastavro."""
+"""A real Kafka on this machine's loopback, reachable from a guest, and its topics' content, by kcat and fastavro."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ _LISTENER = "GUEST"
 
 
 class GuestKafka(KafkaServer):
-    """A broker with a second listener, which tells its clients that it is at the guest's address of this machine."""
+    """A broker with a second listener, which advertises the address at which the guest sees this machine."""
 
     @property
     def guest_bootstrap(self) -> str:
@@ -24,12 +24,12 @@ class GuestKafka(KafkaServer):
         return f"{HOST}:{self.address(_LISTENER).rpartition(':')[2]}"
 
     def make_topics(self) -> None:
-        """Do what an administrator does once."""
+        """Set up topics and schemas, as an administrator does once."""
         command = [sys.executable, "-m", "producer", "init", "--brokers", self.bootstrap, "--partitions", "3"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def events(self, topic: str) -> list[dict[str, Any]]:
-        """Return the events of a topic; one that came twice, as may be after a kill, once."""
+        """Return the events of a topic, without duplicates, which a kill may cause."""
         schema = fastavro.parse_schema(fastavro.schema.load_schema(SCHEMAS / f"{topic}.avsc"))
         events = (decode(message.value, schema)[1] for message in kcat_messages(self.bootstrap, topic) if message.value)
         return list({(event["boot_id"], event["cpu"], event["cpu_seq"]): event for event in events}.values())

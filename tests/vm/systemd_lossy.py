@@ -1,6 +1,6 @@
-"""Two hosts with a router between them that loses packets on the way to the second: network namespaces and netem.
+"""Two hosts, and a router that drops packets on the way to the second: network namespaces and netem.
 
-The router drops what has left the sender: to its kernel it is sent.
+The router drops packets that have left the sender, so the sender's kernel counts them as sent.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def build() -> dict[str, int]:
-    """Make the hosts and return the inode numbers of their namespaces."""
+    """Create the hosts and return the inode numbers of their namespaces."""
     for name in (SENDER, ROUTER, RECEIVER):
         _run("ip", "netns", "add", name)
     for number, name in enumerate(_ADDRESSES, 1):
@@ -42,14 +42,14 @@ def build() -> dict[str, int]:
 
 
 def send_until(retransmitted: int) -> None:
-    """Send transfers, one after the other, until the sender's kernel has counted so many segments sent again."""
+    """Send transfers, one by one, until the sender's kernel has counted the given number of retransmitted segments."""
     with _inside(RECEIVER):
         listener = socket.create_server((_ADDRESSES[RECEIVER], PORT))
     end = time.monotonic() + _DEADLINE_S
     with listener:
         while retransmits(SENDER) < retransmitted:
             if time.monotonic() > end:
-                raise TimeoutError(f"{retransmits(SENDER)} retransmits, {retransmitted} wanted")
+                raise TimeoutError(f"{retransmits(SENDER)} retransmits, expected {retransmitted}")
             _transfer(listener)
     while any(_open_connections(name) for name in _ADDRESSES):
         if time.monotonic() > end:
@@ -58,7 +58,7 @@ def send_until(retransmitted: int) -> None:
 
 
 def retransmits(name: str) -> int:
-    """Return a host's RetransSegs, by nstat: since its namespace was made."""
+    """Return a host's RetransSegs since its namespace was created, by nstat."""
     lines = _run("ip", "netns", "exec", name, "nstat", "-asz", "TcpRetransSegs").splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("TcpRetransSegs")))
 
@@ -86,7 +86,7 @@ def _transfer(listener: socket.socket) -> None:
 
 @contextmanager
 def _inside(name: str) -> Iterator[None]:
-    """Be in a host's namespace, with this thread: a socket stays where it was made."""
+    """Move this thread into a host's namespace. Sockets stay where they were created."""
     with open("/proc/thread-self/ns/net") as home, open(f"/run/netns/{name}") as there:
         _set_namespace(there.fileno())
         try:

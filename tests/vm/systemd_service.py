@@ -1,4 +1,4 @@
-"""The service on a host with a real systemd, as root sees it there, and what root does to it."""
+"""The service on a host with a real systemd, as root sees and controls it."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ _SETS = ("CapInh", "CapPrm", "CapEff", "CapAmb")
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """The service at one moment."""
+    """A snapshot of the service."""
 
     state: str
     pid: int
@@ -31,7 +31,7 @@ class Sight:
     programs: list[int]
     uid: str
     capabilities: list[int]
-    """What any thread has, in any set but the bounding one."""
+    """Capabilities of any thread, in any set except the bounding one."""
 
 
 def systemctl(*arguments: str) -> str:
@@ -42,7 +42,7 @@ def systemctl(*arguments: str) -> str:
 
 
 def journal(since: float = 0) -> str:
-    subprocess.run(["journalctl", "--sync"], capture_output=True)  # else the last lines may not be there yet
+    subprocess.run(["journalctl", "--sync"], capture_output=True)  # otherwise the last lines may still be missing
     command = ["journalctl", "--no-pager", "-o", "cat", "-u", UNIT, f"--since=@{since:.6f}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -66,14 +66,14 @@ def look() -> Sight:
 
 
 def killed(signal: str = "KILL") -> Sight:
-    """Kill the service as a crash does, or let it hang (STOP), and wait until it is there again."""
+    """Kill the service like a crash, or let it hang (STOP), and wait until it is running again."""
     old = look()
     subprocess.run(["kill", f"-{signal}", str(old.pid)], check=True)
 
     def again() -> Sight | None:
         try:
             new = look()
-        except (FileNotFoundError, ProcessLookupError):  # it ends at this moment
+        except (FileNotFoundError, ProcessLookupError):  # it is just ending
             return None
         if new.state == "failed":
             raise RuntimeError(f"{UNIT} has failed:\n{journal()[-8000:]}")
@@ -96,7 +96,7 @@ def refused() -> dict[str, str]:
 
 
 def drop_in(name: str, *settings: str) -> None:
-    """Lay settings over the unit's [Service]."""
+    """Override settings of the unit's [Service]."""
     DROP_INS.mkdir(parents=True, exist_ok=True)
     (DROP_INS / f"{name}.conf").write_text("\n".join(["[Service]", *settings, ""]))
     systemctl("daemon-reload")
@@ -112,11 +112,11 @@ def cgroup(file: str) -> str:
 
 
 def wait_for(what: str, condition: Callable[[], T | None]) -> T:
-    """Return the condition's first value that is neither None nor False."""
+    """Wait until the condition is neither None nor False, and return its value."""
     end = time.monotonic() + DEADLINE_S
     while (value := condition()) is None or value is False:
         if time.monotonic() > end:
-            raise TimeoutError(f"waited in vain for {what}:\n{journal()[-8000:]}")
+            raise TimeoutError(f"timed out waiting for {what}:\n{journal()[-8000:]}")
         time.sleep(0.1)
     return value
 

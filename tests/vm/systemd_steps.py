@@ -1,7 +1,7 @@
 """The package on a host with a real systemd, from its installation to its purge; root runs this in the guest.
 
-What is seen is in /results/seen.json. The package is /results/rebpf.deb, what it is upgraded to /results/upgrade.deb,
-and /results/brokers says where Kafka is. It needs nothing but the standard library.
+The observations are in /results/seen.json. The package is /results/rebpf.deb, its upgrade /results/upgrade.deb, and
+/results/brokers has Kafka's address. Uses only the standard library.
 """
 
 import json
@@ -38,7 +38,7 @@ from tests.wire import Segment, captured, late_acks
 
 SYN_ACK = 0x12
 RETRANSMITS = 20
-"""How many at least the lossy way is to bring."""
+"""Minimum number of retransmissions on the lossy path."""
 
 RESULTS = Path("/results")
 PACKAGE, UPGRADE = Path("/root/rebpf.deb"), Path("/root/upgrade.deb")
@@ -58,13 +58,13 @@ def apt(*arguments: str) -> None:
 
 
 def version() -> str:
-    """Return the version of the package that is installed."""
+    """Return the version of the installed package."""
     command = ["dpkg-query", "--show", "--showformat=${Version}", "rebpf"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def configure(brokers: str, *more: str) -> None:
-    """Change the one line of the package's file, and add others."""
+    """Change the one line of the package's file, and append others."""
     text, changed = re.subn(r'^brokers = "".*$', f'brokers = "{brokers}"', seen["installed"], flags=re.MULTILINE)
     assert changed == 1, seen["installed"]
     CONFIG.write_text("\n".join([text, *more, ""]))
@@ -72,7 +72,7 @@ def configure(brokers: str, *more: str) -> None:
 
 @contextmanager
 def traffic(port: int) -> Iterator[None]:
-    """Exchange segments all the time, in connections that end in good order."""
+    """Exchange segments continuously, in connections with orderly ends."""
     done = threading.Event()
 
     def run() -> None:
@@ -89,7 +89,7 @@ def traffic(port: int) -> Iterator[None]:
 
 
 def refusals() -> None:
-    """Start it as it was installed, and without the capabilities."""
+    """Start it as installed, and without the capabilities."""
     seen["no brokers"] = refused()
     configure("localhost:1")
     drop_in("bare", "ExecStartPre=", "AmbientCapabilities=", "CapabilityBoundingSet=")
@@ -98,7 +98,7 @@ def refusals() -> None:
 
 
 def checks_are_tried_again() -> None:
-    """Show why the unit's check before a start decides nothing: systemd would never let it be with a status."""
+    """Show why the unit's check before a start has no influence: systemd restarts it whatever the status."""
     settings = ["ExecStartPre=/bin/sh -c 'exit 78'", "ExecStart=/bin/true", "Restart=always", "RestartSec=100ms"]
     lines = ["[Unit]", "StartLimitIntervalSec=0", "[Service]", *settings, "RestartPreventExitStatus=78", ""]
     Path("/run/systemd/system/trial.service").write_text("\n".join(lines))
@@ -116,7 +116,7 @@ def life(brokers: str) -> None:
     with Echo() as echo:
         systemctl("start", UNIT)
         sights = {"start": look()}
-        drop_in("brief", "ExecStartPre=")  # it has shown that it works, and takes ten seconds without KVM
+        drop_in("brief", "ExecStartPre=")  # already tested, and takes ten seconds without KVM
         lossy.send_until(RETRANSMITS)
         seen["lossy"] = {netns[name]: lossy.retransmits(name) for name in netns}
         seen["security"] = security()
@@ -141,7 +141,7 @@ def life(brokers: str) -> None:
 
 
 def other_life(brokers: str) -> None:
-    """With the hooks that need another capability, and a secret: start, restart and kill; then others take their place.
+    """With the hooks that need another capability, and a secret: start, restart and kill; then replace the hooks.
 
     Without the secret, the configuration would be wrong, and there would be no start.
     """
@@ -176,7 +176,7 @@ def tell(name: str, port: int, sights: dict[str, Sight], segments: "Counter[Segm
         ),
         "late_acks": late_acks(segments).total(),
     }
-    # Not read: for whoever looks for the reason of a difference.
+    # Not read by the tests; for debugging.
     lines = (json.dumps([*segment, count]) for segment, count in segments.items())
     (RESULTS / f"segments_{name}").write_text("\n".join(lines))
 

@@ -1,7 +1,7 @@
 """The package on hosts with a real systemd: installed, started, restarted, killed, hung, upgraded, removed and purged.
 
-What it captures goes to a real Kafka, and is read there by kcat and fastavro. REBPF_TEST_SYSTEMD names the Debian
-releases that are booted, `bookworm,trixie` (systemd 252 and 257, Linux 6.1 and 6.12) unless told otherwise.
+Captured events go to a real Kafka, and are read by kcat and fastavro. REBPF_TEST_SYSTEMD has the Debian releases to
+boot, by default `bookworm,trixie` (systemd 252 and 257, Linux 6.1 and 6.12).
 """
 
 import json
@@ -33,12 +33,12 @@ COMMAND = "env PYTHONDONTWRITEBYTECODE=1 python3 -m tests.vm.systemd_steps"
 DEADLINE_S = 1200
 MAX_SEGS = 46  # of one event: 64 KiB in segments of 1,448 bytes
 LIVES = {"best": "fentry", "cgroup": "cgroup_skb"}
-"""The hook of transmits, by the name of a life."""
+"""The transmit stream's hook, by the name of a life."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was seen in the guest, and what has come to Kafka from there."""
+    """Observations in the guest, and the events that it sent to Kafka."""
 
     seen: dict[str, Any]
     journal: str
@@ -46,7 +46,7 @@ class Outcome:
     retransmits: list[dict[str, Any]]
 
     def lost(self, topic: str) -> dict[str, int]:
-        """What the last balance of the first life says of losses, by reason; all else is delivered."""
+        """The losses in the last balance of the first life, by reason; everything else is delivered."""
         account = next(part for part in self.seen["balance"].split(" | ") if part.startswith(topic + " "))
         words = dict(word.split("=", 1) for word in account.split()[1:])
         lost = {name: int(count) for name, count in re.findall(r"(\w+):(\d+)", words["lost"])}
@@ -84,13 +84,13 @@ def build(suite: str, folder: Path, revision: str) -> Path:
 
 @pytest.fixture(params=LIVES)
 def life(request: pytest.FixtureRequest, outcome: Outcome) -> dict[str, Any]:
-    """One of its lives, with `visible`: between how many and how many of the captured segments its hooks see."""
+    """One of its lives, with `visible`: the minimum and maximum of captured segments that its hooks can see."""
     found: dict[str, Any] = {**outcome.seen[request.param], "hook": LIVES[request.param]}
     captured = found["captured"]
-    # What has no socket is seen by no hook but cgroup_skb. That is rare: a peer that is slow sends its end twice.
+    # Only cgroup_skb sees segments without a socket. They are rare: a slow peer repeats its FIN.
     unseen = 0
     if request.param == "cgroup" and kernel(outcome) < (6, 12):
-        unseen = found["ipv6_synacks"]  # for these, the cgroup hook of older kernels is not run
+        unseen = found["ipv6_synacks"]  # older kernels do not run the cgroup hook for these
     return {**found, "visible": (captured - unseen - found["late_acks"], captured - unseen)}
 
 
@@ -111,7 +111,7 @@ def test_the_retransmits_in_kafka_add_up_to_the_kernels_count(outcome: Outcome) 
     nested = outcome.lost("tcp_retransmit").get("nested", 0)
     print(Counter(event["cause"] for event in lossy(outcome, outcome.retransmits)), counted, segs, nested)
     assert counted >= RETRANSMITS
-    # What the kernel did not run a program for, and says so, is all that may be missing.
+    # Only events of runs that the kernel skipped and counted may be missing.
     assert 0 <= counted - segs <= MAX_SEGS * nested
 
 
@@ -127,7 +127,7 @@ def test_every_segment_that_left_meanwhile_is_in_kafka(outcome: Outcome, life: d
 
 def test_nothing_is_lost_over_restart_kill_hang_and_upgrade(outcome: Outcome) -> None:
     for topic in ("tcp_transmit", "tcp_retransmit"):
-        # Runs that the kernel skips, and says so, are no event that could be kept.
+        # Runs that the kernel skipped and counted have no event.
         assert {reason for reason, count in outcome.lost(topic).items() if count} <= {"nested"}
 
 
@@ -139,10 +139,10 @@ def test_the_same_programs_stay_attached(outcome: Outcome, life: dict[str, Any])
     assert all(sight["stored"] == running[0]["stored"] > 15 for sight in running)
 
 
-def test_each_restart_takes_over_what_the_last_left(outcome: Outcome) -> None:
+def test_each_restart_takes_over_the_last_runs_hooks(outcome: Outcome) -> None:
     sights = outcome.seen["best"]["sights"]
     names = ["start", "restart", "kill", "hang", "upgrade", "reload"]
-    assert len({sights[name]["pid"] for name in names}) == 5, "a reload is no restart"
+    assert len({sights[name]["pid"] for name in names}) == 5, "a reload is not a restart"
     assert sights["hang"]["restarts"] == sights["kill"]["restarts"] + 1, "by the watchdog"
     assert outcome.journal.count("taken_over=true") == 6, "four times in the first life, twice in the other"
 
@@ -152,20 +152,20 @@ def test_the_upgrade_is_to_a_later_package(outcome: Outcome) -> None:
 
 
 def test_a_stop_leaves_no_program_and_nothing_in_the_store(outcome: Outcome) -> None:
-    # The steps have waited for the programs' end.
+    # The steps have waited until the programs were removed.
     stop = outcome.seen["best"]["sights"]["stop"]
     assert stop == {
         "state": "inactive", "pid": 0, "restarts": 0, "stored": 0, "programs": [], "uid": "", "capabilities": []
     }  # fmt: skip
 
 
-def test_hooks_that_are_not_the_same_take_the_old_ones_place(outcome: Outcome) -> None:
-    # The steps have waited for the old programs' end.
+def test_different_hooks_replace_the_old_ones(outcome: Outcome) -> None:
+    # The steps have waited until the old programs were removed.
     before, after = outcome.seen["cgroup"]["sights"]["kill"], outcome.seen["cgroup"]["sights"]["change"]
     assert after["state"] == "active"
     assert not set(before["programs"]) & set(after["programs"])
     fresh = outcome.seen["best"]["sights"]["start"]
-    assert after["stored"] == fresh["stored"], "the old ones are not in the store any more"
+    assert after["stored"] == fresh["stored"], "the old ones are no longer in the store"
 
 
 def test_it_is_not_root_and_no_thread_has_a_capability(life: dict[str, Any]) -> None:
@@ -200,9 +200,7 @@ def test_its_memory_is_enough(outcome: Outcome) -> None:
         ("no capabilities", PermissionDenied.exit_code, "needs root, or the capabilities CAP_BPF and CAP_PERFMON"),
     ],
 )
-def test_a_start_that_would_only_be_repeated_is_refused_for_good(
-    outcome: Outcome, what: str, status: int, said: str
-) -> None:
+def test_a_start_that_can_only_fail_again_is_not_repeated(outcome: Outcome, what: str, status: int, said: str) -> None:
     found = outcome.seen[what]
     assert (found["ActiveState"], found["Result"], found["NRestarts"]) == ("failed", "exit-code", "0")
     assert int(found["ExecMainStatus"]) == status
@@ -210,12 +208,12 @@ def test_a_start_that_would_only_be_repeated_is_refused_for_good(
 
 
 def test_a_removal_leaves_settings_and_spool_alone_and_a_purge_nothing(outcome: Outcome) -> None:
-    # The steps have waited for the programs' end.
+    # The steps have waited until the programs were removed.
     assert outcome.seen["removed"] == ["/etc/rebpf/rebpf.toml", "/var/lib/rebpf"]
     assert outcome.seen["purged"] == {"files": [], "user": "", "unit": ""}
 
 
 def lossy(outcome: Outcome, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events of the hosts with the lossy way between them."""
+    """The events of the hosts with the lossy path between them."""
     namespaces = {int(inode) for inode in outcome.seen["lossy"]}
     return [event for event in events if event["netns"] in namespaces]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from producer.kernel.capture import Hooks, HookSettings
+from producer.kernel.capture import Capture, CaptureSettings
 from producer.kernel.hooks import cgroup2_root
 from producer.rules.tables import filtered
 from tests.servers.fetch import cache
@@ -29,8 +29,8 @@ def build() -> Path:
 def main(brokers: str, port: int) -> None:
     """Replace this process by the Go program."""
     binary = build()
-    hooks = Hooks(
-        HookSettings(rules=filtered(ports=(port,)))
+    hooks = Capture(
+        CaptureSettings(rules=filtered(ports=(port,)))
     )  # never closed: the descriptors live on in the Go program
     hooks.load()
     hooks.attach()

@@ -20,9 +20,8 @@ from producer.events import STREAMS, TRANSMITS, Topic
 from producer.host import state
 from producer.host.state import StateFolder
 from producer.kernel.bpf_syscall import MapInfo
-from producer.kernel.capture import Kept
-from producer.kernel.manifest import KeptRing, objects_and_manifest
-from producer.kernel.program_cache import Compiled, CompiledFolder
+from producer.kernel.manifest import Manifest, StoredRing, parse_stored
+from producer.kernel.program_cache import Compiled, ProgramCache
 from producer.kernel.sequence import EventNumbers
 from producer.pipeline.ledger import Account, Ledger
 from producer.registry.schema_ids import SchemaIds
@@ -164,7 +163,7 @@ def _compiled() -> Iterator[Check]:
 
         def check(content: bytes | str) -> None:
             _put(folder / "key.json", content)
-            kept = CompiledFolder(folder)
+            kept = ProgramCache(folder)
             if (found := kept.find("key")) is not None:
                 for program in found.programs:
                     found.instructions(program, range(100, 100 + len(found.maps)))
@@ -178,7 +177,7 @@ def _compiled_seed() -> bytes:
     with _folder() as folder:
         code = bytes.fromhex("1811000000000000" + "0" * 16 + "b700000000000000" + "9500000000000000")
         maps = [MapInfo(27, 0, 0, 4096, 0, "pipe")]
-        CompiledFolder(folder).put("key", Compiled(maps, {"program": code}), ["/lib/libbcc.so"])
+        ProgramCache(folder).put("key", Compiled(maps, {"program": code}), ["/lib/libbcc.so"])
         return (folder / "key.json").read_bytes()
 
 
@@ -196,17 +195,17 @@ def _manifests() -> Iterator[Check]:
 
     def check(content: Any) -> None:
         with contextlib.suppress(ValueError):
-            kept = Kept.read(objects_and_manifest(json.dumps(content).encode())["manifest"])
+            kept = Manifest.from_json(parse_stored(json.dumps(content).encode())["manifest"])
             opened = dict.fromkeys(kept.objects, 1)
             for ring in (*kept.old_rings, *kept.rings):
                 opened.pop(ring.name)
-            kept.manifest()
+            kept.to_json()
 
     yield check
 
 
 def _manifest() -> dict[str, Any]:
-    kept = Kept(
+    kept = Manifest(
         "fingerprint",
         "ring",
         {stream.name: "raw_tp" for stream in STREAMS},
@@ -214,11 +213,11 @@ def _manifest() -> dict[str, Any]:
         {"own_sockets": "own_sockets_ring", **{stream.ring: stream.ring for stream in STREAMS}},
         {stream.name: [f"{stream.name}_0"] for stream in STREAMS},
         ["link_0"],
-        [KeptRing(stream, stream.ring, 1 << 20) for stream in STREAMS],
+        [StoredRing(stream, stream.ring, 1 << 20) for stream in STREAMS],
         None,
-        [KeptRing(TRANSMITS, "old", 1 << 20)],
+        [StoredRing(TRANSMITS, "old", 1 << 20)],
     )
-    return {"objects": kept.objects, "manifest": kept.manifest()}
+    return {"objects": kept.objects, "manifest": kept.to_json()}
 
 
 @contextlib.contextmanager

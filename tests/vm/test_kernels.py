@@ -1,6 +1,6 @@
-"""The kernel tests on the rungs that need another kernel than this machine may have: fentry and kprobe.
+"""Runs the kernel tests with hooks that may need another kernel than this machine's: fentry and kprobe.
 
-REBPF_TEST_KERNELS names the Debian releases whose kernels are booted, `bookworm` (6.1) unless told otherwise:
+REBPF_TEST_KERNELS has the Debian releases whose kernels are booted, by default `bookworm` (6.1):
 REBPF_TEST_KERNELS=bookworm,trixie.
 """
 
@@ -18,9 +18,9 @@ from tests.vm import guest
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2100)]
 
 KERNELS = os.environ.get("REBPF_TEST_KERNELS", "bookworm").split(",")
-# Where the rung makes no difference, the machine's own kernel is enough, or one rung: a load takes five seconds here,
-# and a compilation twenty.
-# Debian's kernels (perf_event_paranoid 3) let root alone open the perf event of a kprobe, whatever CAP_PERFMON says.
+# If the hook makes no difference, this machine's kernel suffices, or one hook: in the guest, loading takes five seconds
+# and compiling twenty.
+# On Debian's kernels (perf_event_paranoid 3) only root can open a kprobe's perf event, even with CAP_PERFMON.
 LEFT_OUT = {
     "fentry": ("test_lab.py", "test_demo.py", "test_compiled.py", "test_check_and_run.py"),
     "kprobe": (
@@ -37,7 +37,7 @@ LEFT_OUT = {
     ),
 }
 LAST = ("test_lifecycle.py", "test_unprivileged.py")
-# What depends on the hook most: the default tier runs these alone, in half of the time.
+# These depend most on the hook. The default tier runs only these, in half the time.
 ESSENTIAL = (
     "test_filters.py",
     "test_overflow.py",
@@ -47,20 +47,20 @@ ESSENTIAL = (
     "test_transmit.py",
     "test_truth.py",
 )
-# The one reason to skip a test: it also tells that neither rung was exchanged for the lowest.
-SKIPPED = "only the cgroup_skb rung sees segments without a socket"
+# The only valid reason to skip a test. It also proves that cgroup_skb did not replace the hook under test.
+SKIPPED = "only the cgroup_skb hook sees segments without a socket"
 DEADLINE_S = 1800
 
 
 def command(results: Path, *, everything: bool) -> str:
-    """Both rungs at a time, each on its CPU, and nothing is compiled twice.
+    """Run both hooks in parallel, one per CPU. Nothing is compiled twice.
 
-    Of everything, the rung with less to do takes some files of the other one's in the end.
+    With `everything`, the hook with fewer files runs some of the other one's at the end.
     """
     files = sorted(file.name for file in (guest.ROOT / "tests/kernel").glob("test_*.py"))
     chosen = {
-        rung: [file for file in files if file not in left_out and (everything or file in ESSENTIAL)]
-        for rung, left_out in LEFT_OUT.items()
+        hook: [file for file in files if file not in left_out and (everything or file in ESSENTIAL)]
+        for hook, left_out in LEFT_OUT.items()
     }
     fentry = _pytest(results, "fentry", *(file for file in chosen["fentry"] if file not in LAST))
     kprobe = _pytest(results, "kprobe", *chosen["kprobe"])
@@ -69,20 +69,20 @@ def command(results: Path, *, everything: bool) -> str:
 
 
 def _pytest(results: Path, name: str, *files: str) -> str:
-    rung, _, _ = name.partition("-")
+    hook, _, _ = name.partition("-")
     arguments = " ".join(f"tests/kernel/{file}" for file in files)
     tests = f"{sys.executable} -m pytest {arguments} -p no:cacheprovider --timeout=600 --durations=5"
-    return f"REBPF_TEST_HOOKS={rung} {tests} --junitxml={results}/{name}.xml >{results}/{name}.log 2>&1"
+    return f"REBPF_TEST_HOOKS={hook} {tests} --junitxml={results}/{name}.xml >{results}/{name}.log 2>&1"
 
 
 @pytest.fixture(scope="module", params=KERNELS)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with pytest's reports, one for each rung, from the guest."""
+    """The folder with pytest's reports from the guest, one per hook."""
     if reason := guest.refusal():
         pytest.skip(f"NO VIRTUAL MACHINE: {reason}")
     folder = tmp_path_factory.mktemp(request.param)
     tests = command(folder, everything=request.config.getoption("tier") == "all")
-    assert guest.run(request.param, tests, DEADLINE_S, folder).status == 0, "the guest's time is over"
+    assert guest.run(request.param, tests, DEADLINE_S, folder).status == 0, "the guest timed out"
     return folder
 
 
@@ -97,10 +97,10 @@ def outcomes(reports: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("rung", LEFT_OUT)
-def test_kernel_tests_pass(results: Path, rung: str, request: pytest.FixtureRequest) -> None:
-    last = rung == "fentry" and request.config.getoption("tier") == "all"
-    names = (rung, "fentry-last") if last else (rung,)
+@pytest.mark.parametrize("hook", LEFT_OUT)
+def test_kernel_tests_pass(results: Path, hook: str, request: pytest.FixtureRequest) -> None:
+    last = hook == "fentry" and request.config.getoption("tier") == "all"
+    names = (hook, "fentry-last") if last else (hook,)
     print(*((results / f"{name}.log").read_text() for name in names), sep="\n")
     found = outcomes([results / f"{name}.xml" for name in names])
     assert {test: outcome for test, outcome in found.items() if outcome not in ("passed", SKIPPED)} == {}
