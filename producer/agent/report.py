@@ -79,10 +79,10 @@ class Reporter:
 
     def reasons(self) -> list[str]:
         """Return why the producer is not as it should be, for an operator; empty where it is."""
-        reasons = [f"kafka: {self._sink.trouble.name}"] if self._sink.trouble else []
+        reasons = [f"kafka: {self._sink.last_error.name}"] if self._sink.last_error else []
         for each in self._parts:
             troubles = {
-                "kafka": self._sink.trouble_of(each.stream.name),
+                "kafka": self._sink.last_error_of(each.stream.name),
                 "spool": each.trouble or each.path.spool_trouble,
                 "ledger": each.path.ledger_trouble,
             }

@@ -121,7 +121,7 @@ class _Source:
     def result(self, sink: KafkaSink) -> Sent:
         """Return what became of it all."""
         self.path.end(sink, 0, ring_stays=True)
-        trouble = sink.trouble_of(self.stream.name) or (sink.trouble.name if sink.trouble else "")
+        trouble = sink.last_error_of(self.stream.name) or (sink.last_error.name if sink.last_error else "")
         if self.path.ledger_trouble:
             trouble = f"ledger: {self.path.ledger_trouble}"
         delivered, lost = self.path.delivered - self._delivered, self.path.lost - self._lost

@@ -9,6 +9,7 @@ message.timeout.ms is 0, no limit, because the room in the ring is the limit.
 
 import logging
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,7 +24,9 @@ from producer.backoff import BackOff
 from producer.config.librdkafka import DEFAULTS, EMBEDDED, EMBEDDED_PARTITIONS, client_settings
 from producer.events import EncodedBatch, Stream, Topic
 from producer.health import metrics
+from producer.host.clock import UtcOffset
 from producer.kafka.librdkafka import MESSAGE, Error, Log, Producer, Reports, SocketCallback, check_settings, error_name
+from producer.kafka.retry import TRANSIENT, Retry
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +36,8 @@ _ROW_MASK = np.uint64((1 << _ROW_BITS) - 1)
 _BEAT = (1 << 64 - _ROW_BITS) - 1
 """In the place of a batch's number: a heartbeat."""
 
-# Failures of a message that another try may mend.
-_PASSING = frozenset({
-    "_MSG_TIMED_OUT", "_TRANSPORT", "_TIMED_OUT", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "_QUEUE_FULL", "_PURGE_QUEUE",
-    "_PURGE_INFLIGHT", "_FATAL", "UNKNOWN_TOPIC_OR_PART", "LEADER_NOT_AVAILABLE", "NOT_LEADER_FOR_PARTITION",
-    "REQUEST_TIMED_OUT", "BROKER_NOT_AVAILABLE", "NOT_ENOUGH_REPLICAS", "NOT_ENOUGH_REPLICAS_AFTER_APPEND",
-    "TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED", "KAFKA_STORAGE_ERROR",
-})  # fmt: skip
-_REPEAT_TROUBLE_S = 30.0
+_REPEAT_LOG_S = 30.0
+_CLOCK_STEP_NS = 5_000_000_000
 _HINTS = {
     "_ALL_BROKERS_DOWN": "none answers at kafka.brokers, or they want another security.protocol",
     "_AUTHENTICATION": "the brokers refuse the credentials",
@@ -79,29 +76,6 @@ class _InFlight:
     lost: Counter[str] = field(default_factory=Counter)
 
 
-class _Retry:
-    """The messages of one stream that wait for another try: rows by the batch's number."""
-
-    def __init__(self) -> None:
-        self.waits = BackOff("kafka_send")
-        self.rows: dict[int, list[NDArray[np.int64]]] = {}
-        self.count = 0
-        self.at = 0.0
-        self.error = ""
-        """Why the last ones failed; until a message is delivered."""
-
-    def add(self, number: int, rows: NDArray[np.int64], error: str) -> None:
-        """Have these rows of a batch wait."""
-        self.rows.setdefault(number, []).append(rows)
-        self.count += len(rows)
-        self.error = error
-
-    def take(self) -> dict[int, NDArray[np.int64]]:
-        """Return the rows of each batch, in order, none of which wait any more."""
-        rows, self.rows, self.count = self.rows, {}, 0
-        return {number: np.sort(np.concatenate(rows[number])) for number in sorted(rows)}
-
-
 Quarantine = Callable[[EncodedBatch, str], None]
 """Is given messages that Kafka has refused, each by itself, and the error's name."""
 
@@ -124,7 +98,10 @@ class KafkaSink:
         on_socket: Callable[[int], None] = lambda descriptor: None,
         quarantine: Quarantine = lambda batch, error: None,
         heartbeats: Topic | None = None,
+        utc_offset_ns: Callable[[], int] | None = None,
     ) -> None:
+        self._utc_offset_ns = utc_offset_ns or UtcOffset()
+        self._last_offset_ns = self._utc_offset_ns()
         self._heartbeats = heartbeats
         self._beat: tuple[bytes, bytes] | None = None
         """Key and value of the heartbeat that is under way."""
@@ -139,8 +116,8 @@ class KafkaSink:
         self._batches: dict[int, _InFlight] = {}
         self._numbers: dict[EncodedBatch, int] = {}
         self._next = 0
-        self._refused: list[Reports] = []
-        self._retries = {stream: _Retry() for stream in topics}
+        self._failed: list[Reports] = []
+        self._retries = {stream: Retry() for stream in topics}
         self._alone: Counter[str] = Counter()
         """Messages that are sent by themselves, by stream."""
         self._single: Producer | None = None
@@ -153,7 +130,7 @@ class KafkaSink:
         self._refused_untold: Counter[tuple[Topic, str]] = Counter()
         self.in_flight: Counter[str] = Counter()
         """Messages under way, by stream."""
-        self.trouble: Error | None = None
+        self.last_error: Error | None = None
         """The client's last error, until a message is delivered."""
 
     def open(self) -> str:
@@ -178,7 +155,7 @@ class KafkaSink:
         number = self._numbers.get(batch)
         return 0 if number is None else self._batches[number].open
 
-    def trouble_of(self, stream: str) -> str:
+    def last_error_of(self, stream: str) -> str:
         """Return the name of the error that keeps a stream's messages back; empty where none does."""
         return self._retries[stream].error
 
@@ -218,7 +195,7 @@ class KafkaSink:
         self._beat_at = time.monotonic() + wait_s
         metrics.kafka_error(error_name(code))
         topic, error = self._heartbeats, error_name(code)
-        logger.warning("kafka: a heartbeat is not taken topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
+        logger.warning("kafka: heartbeat not accepted topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
 
     def poll(self) -> dict[str, Outcome]:
         """Take the delivery reports that are there, and return what became of messages, by stream."""
@@ -228,7 +205,7 @@ class KafkaSink:
             if retry.rows and retry.count == self.in_flight[stream] and time.monotonic() >= retry.at:
                 for number, rows in retry.take().items():
                     self._produce(number, rows)
-        refused, self._refused = self._refused, []
+        refused, self._failed = self._failed, []
         for reports in refused:
             self._report(reports, outcomes)
         for event in chain.from_iterable(client.events(timeout_s=0) for client in self._clients()):
@@ -244,10 +221,12 @@ class KafkaSink:
                 logger.log(level, "librdkafka %s", event.text)
         if self._refused_untold and self._is_news("refused"):
             for (topic, error), count in self._refused_untold.items():
-                logger.error("kafka: %d messages are refused and lost topic=%s error=%s", count, topic, error)
+                logger.error("kafka: %d messages rejected and lost topic=%s error=%s", count, topic, error)
             self._refused_untold.clear()
         if self._fatal and time.monotonic() >= self._reopen_at:
-            self._reopen()
+            self._reopen(f"fatal error {self.last_error.name if self.last_error else ''}")
+        if self._clock_was_set_back():
+            self._reopen("the system clock was set back")
         return outcomes
 
     def close(self) -> None:
@@ -264,7 +243,7 @@ class KafkaSink:
                 self._on_socket(opened.fileno())
                 return opened.detach()
         except OSError as error:
-            logger.error("kafka: no socket: %s", error)
+            logger.error("kafka: cannot open a socket: %s", error)
             return -1
 
     def _produce(self, number: int, rows: NDArray[np.int64], client: Producer | None = None) -> None:
@@ -277,7 +256,7 @@ class KafkaSink:
         messages["private"] = rows + (number << _ROW_BITS)
         if (client or self._producer).produce(self._topics[batch.stream.name], messages) < len(rows):
             refused = messages[messages["err"] != 0]
-            self._refused.append(Reports(refused["err"], refused["private"]))
+            self._failed.append(Reports(refused["err"], refused["private"]))
 
     def _report(self, reports: Reports, outcomes: dict[str, Outcome]) -> None:
         numbers = reports.private >> np.uint64(_ROW_BITS)
@@ -299,7 +278,7 @@ class KafkaSink:
         alone = flight.alone[rows]
         if code:
             metrics.kafka_error(error_name(code), len(rows))
-        if code and error_name(code) in _PASSING:
+        if code and error_name(code) in TRANSIENT:
             self._alone[stream] -= int(alone.sum())
             flight.alone[rows] = False
             self._schedule(number, rows, error_name(code))
@@ -313,9 +292,9 @@ class KafkaSink:
             flight.lost[error_name(code)] += len(rows)
         elif not code:
             outcome.delivered += len(rows)
-            self.trouble = None
+            self.last_error = None
             self._retries[stream].error = ""
-            self._retries[stream].waits.reset()
+            self._retries[stream].backoff.reset()
             self._reopen_waits.reset()
         self._alone[stream] -= int(alone.sum())
         self.in_flight[stream] -= len(rows)
@@ -335,7 +314,7 @@ class KafkaSink:
             return
         flight = self._batches[number]
         topic = self._topics[flight.batch.stream.name]
-        logger.warning("kafka: %d messages are sent again one by one topic=%s error=%s", len(rows), topic, error)
+        logger.warning("kafka: retrying %d messages one by one topic=%s error=%s", len(rows), topic, error)
         if self._single is None:
             own = {name: value for name, value in self._settings.items() if name not in EMBEDDED}
             one_by_one = {"bootstrap.servers": self._brokers, "batch.num.messages": "1", "linger.ms": "0"}
@@ -348,9 +327,9 @@ class KafkaSink:
         stream = self._batches[number].batch.stream.name
         retry = self._retries[stream]
         if not retry.rows:
-            wait_s, topic = retry.waits.next(), self._topics[stream]
+            wait_s, topic = retry.backoff.next(), self._topics[stream]
             retry.at = time.monotonic() + wait_s
-            logger.warning("kafka: messages are sent again topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
+            logger.warning("kafka: retrying messages topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
         retry.add(number, rows, error)
 
     def _meet(self, error: Error) -> None:
@@ -361,24 +340,34 @@ class KafkaSink:
             hint = _HINTS.get(error.name, "")
             logger.warning("kafka: %s error=%s%s", error.text, error.name, hint and f" ({hint})")
         # That all brokers are down comes last and says least.
-        if not self.trouble or error.name != "_ALL_BROKERS_DOWN":
-            self.trouble = error
+        if not self.last_error or error.name != "_ALL_BROKERS_DOWN":
+            self.last_error = error
         self._fatal |= error.fatal
 
     def _is_news(self, kind: str) -> bool:
         """Whether the operator has not been told of this for a while."""
         now = time.monotonic()
-        if now < self._told.get(kind, now - _REPEAT_TROUBLE_S) + _REPEAT_TROUBLE_S:
+        if now < self._told.get(kind, now - _REPEAT_LOG_S) + _REPEAT_LOG_S:
             return False
         self._told[kind] = now
         return True
 
-    def _reopen(self) -> None:
-        """Replace a client that met a fatal error, and send again what was not acknowledged."""
-        logger.error("kafka: the client met a fatal error and is replaced error=%s", self.trouble and self.trouble.name)
-        self.close()
+    def _clock_was_set_back(self) -> bool:
+        """Return whether the system clock has jumped back since the last call.
+
+        librdkafka's threads wait until a time of CLOCK_REALTIME, so they would sleep for the difference (issue 2145).
+        """
+        before, self._last_offset_ns = self._last_offset_ns, self._utc_offset_ns()
+        return "bootstrap.servers" in self._settings and before - self._last_offset_ns > _CLOCK_STEP_NS
+
+    def _reopen(self, reason: str) -> None:
+        """Replace the client, and send everything that is not acknowledged with the new one."""
+        logger.error("kafka: replacing the client: %s", reason)
+        # In the background: threads that sleep would block it. The old client still points into batches and heartbeat.
+        clients, memory = self._clients(), (list(self._batches.values()), self._beat)
+        threading.Thread(target=_close_all, args=(clients, memory), name="kafka-close", daemon=True).start()
         self._producer, self._single = Producer(self._settings, self._open_socket), None
-        self.trouble, self._fatal, self._refused = None, False, []
+        self.last_error, self._fatal, self._failed = None, False, []
         self._alone.clear()
         self._beat = None
         for retry in self._retries.values():
@@ -386,6 +375,12 @@ class KafkaSink:
         for number, flight in sorted(self._batches.items()):
             flight.alone[:] = False
             self._produce(number, np.flatnonzero(flight.open_rows))
+
+
+def _close_all(clients: list[Producer], memory: object) -> None:
+    """Close clients; `memory` is what they point to, which must live as long as they do."""
+    for client in clients:
+        client.close()
 
 
 def _kind(line: Log) -> str:

@@ -90,13 +90,13 @@ class SchemaIds:
             cached = self._read_cache()
             if not cached.keys() >= {keys[topic] for topic in schemas}:
                 raise
-            logger.warning("registry: %s; its earlier answers are used", error)
+            logger.warning("registry: %s; using cached schema ids", error)
             return {topic: cached[key] for topic, key in keys.items() if key in cached}
         for topic, schema in optional.items():
             try:
                 ids[topic] = call(topic, schema)
             except (PermissionDenied, SchemaError, UnavailableError) as error:
-                logger.warning("%s; nothing is sent to topic %s", error, topic)
+                logger.warning("%s; not sending to topic %s", error, topic)
         if self._cache:
             try:
                 fresh = self._cache.with_suffix(".new")
@@ -104,7 +104,7 @@ class SchemaIds:
                     file.write(json.dumps({keys[topic]: number for topic, number in ids.items()}))
                 fresh.replace(self._cache)
             except OSError as error:
-                logger.warning("registry: its answers are not kept: %s", error)
+                logger.warning("registry: cannot cache the schema ids: %s", error)
         return ids
 
     def demand_compatibility(self, topic: Topic) -> None:

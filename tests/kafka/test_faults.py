@@ -277,7 +277,7 @@ def test_too_large_for_the_broker_among_good_ones(kafka, long_cgroup, tmp_path):
     with scene(tmp_path, kafka.bootstrap, "large.") as at:
         large = make_some_too_large(at, long_cgroup)
 
-    assert "sent again one by one topic=large.tcp_transmit error=MSG_SIZE_TOO_LARGE" in at.run.log
+    assert "messages one by one topic=large.tcp_transmit error=MSG_SIZE_TOO_LARGE" in at.run.log
     assert_these_alone_are_lost(at, large)
 
 

@@ -81,7 +81,7 @@ def test_a_registry_without_the_heartbeats_schema_costs_the_heartbeats_alone(cli
     assert schema_ids(own_config("deaf.", registry.url, tmp_path)) == numbers
     (record,) = caplog.records
     assert "does not have deaf.rebpf_agent-value" in record.getMessage()
-    assert record.getMessage().endswith("nothing is sent to topic deaf.rebpf_agent")
+    assert record.getMessage().endswith("not sending to topic deaf.rebpf_agent")
 
     cache = tmp_path / "schema_ids.json"
     with refusing() as url:

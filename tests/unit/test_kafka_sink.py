@@ -160,9 +160,13 @@ def test_batches_that_are_sent_again_stay_in_order_and_later_ones_wait_for_them(
         sink.send(each)
     ledger = Ledger(sink)
     # All have failed, and were sent again, and failed again.
-    ledger.wait(lambda: caplog.text.count("sent again topic=t error=") > 1 and "UNKNOWN" in sink.trouble_of("transmit"))
+    ledger.wait(
+        lambda: (
+            caplog.text.count("retrying messages topic=t error=") > 1 and "UNKNOWN" in sink.last_error_of("transmit")
+        )
+    )
 
-    assert not sink.trouble_of("retransmit")
+    assert not sink.last_error_of("retransmit")
     assert (sink.room(TRANSMITS), sink.room(RETRANSMITS)) == (0, 1 << 15)
     assert [sink.left(each) for each in batches] == [20] * 8 + [0] * 4
     cluster.create("t")
@@ -173,7 +177,7 @@ def test_batches_that_are_sent_again_stay_in_order_and_later_ones_wait_for_them(
 
     assert ledger.delivered == {"transmit": 240}
     assert [sink.left(each) for each in batches] == [0] * 12
-    assert not sink.trouble_of("transmit")
+    assert not sink.last_error_of("transmit")
     assert cluster.read("t", 240) == numbered(240)
 
 
@@ -239,7 +243,7 @@ def test_one_heartbeat_at_most_is_under_way(cluster, open_sink):
     sink = open_sink(heartbeats=Topic("beats"))
     ledger = Ledger(sink)
     sink.beat(b"host", b"first")
-    ledger.wait(lambda: sink.trouble)
+    ledger.wait(lambda: sink.last_error)
     for number in range(5):
         sink.beat(b"host", b"too many %d" % number)
     cluster.up()
@@ -258,12 +262,12 @@ def test_a_missing_heartbeat_topic_is_told_and_not_asked_for_all_the_time_and_co
     ledger = Ledger(sink)
     sink.beat(b"host", b"first")
     ledger.wait(lambda: not sink.beating)
-    assert "a heartbeat is not taken topic=beats error=" in caplog.text
+    assert "heartbeat not accepted topic=beats error=" in caplog.text
     for _ in range(50):
         sink.beat(b"host", b"too soon")
         ledger.wait(lambda: not sink.beating)
     # Each that is refused is told; waits are random, up to 20 s and more: that 10 are over by now would be a miracle.
-    assert caplog.text.count("a heartbeat is not taken") < 10
+    assert caplog.text.count("heartbeat not accepted") < 10
     sent = batch(TRANSMITS, numbered(11))
     sink.send(sent)
     ledger.wait_for(sent)
@@ -340,12 +344,42 @@ def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluste
     cluster.down()
     wait_until("other errors come after it", lambda: lib.rd_kafka_queue_length(sink._producer._queue) > 3)
     sink.send(second)
-    ledger.wait(lambda: "is replaced" in caplog.text)
+    ledger.wait(lambda: "replacing the client: fatal error" in caplog.text)
     cluster.up()
     ledger.wait_for(second)
 
     assert ledger.delivered == {"transmit": 24}
     assert not ledger.lost["transmit"]
+    assert cluster.read("t", 24) == numbered(24)
+
+
+def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts_once(cluster, open_sink, caplog):
+    """librdkafka's threads wait by the system clock, and would sleep for as long as it was set back."""
+    cluster.create("t")
+    offset_ns = [1_700_000_000_000_000_000]
+    sink = open_sink(utc_offset_ns=lambda: offset_ns[0])
+    first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
+    ledger = Ledger(sink)
+    sink.send(first)
+    ledger.wait_for(first)
+    for correction_ns in (-4_000_000_000, 3600_000_000_000):
+        offset_ns[0] += correction_ns
+        ledger.poll()
+    assert "replacing" not in caplog.text
+    cluster.down()
+    sink.send(second)
+    offset_ns[0] -= 3_000_000_000_000
+    before = time.monotonic()
+    for _ in range(5):
+        ledger.poll()
+    assert time.monotonic() - before < 1
+    cluster.up()
+    ledger.wait_for(second)
+
+    assert caplog.text.count("replacing the client: the system clock was set back") == 1
+    assert ledger.delivered == {"transmit": 24}
+    assert not ledger.lost["transmit"]
+    assert sink.in_flight == {"transmit": 0}
     assert cluster.read("t", 24) == numbered(24)
 
 
@@ -356,12 +390,12 @@ def test_the_brokers_trouble_is_told_until_a_message_is_delivered(cluster, open_
     sent = batch(TRANSMITS, numbered(3))
     sink.send(sent)
     ledger = Ledger(sink)
-    ledger.wait(lambda: sink.trouble)
+    ledger.wait(lambda: sink.last_error)
     assert "kafka: " in caplog.text
 
     cluster.up()
     ledger.wait_for(sent)
-    assert sink.trouble is None
+    assert sink.last_error is None
 
 
 def test_each_socket_is_shown_before_it_connects(cluster, open_sink):
@@ -393,7 +427,7 @@ def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
     sink = open_sink(on_socket=refuse)
     sink.send(batch(TRANSMITS, numbered(3)))
     ledger = Ledger(sink)
-    ledger.wait(lambda: "no socket" in caplog.text and sink.trouble)
+    ledger.wait(lambda: "cannot open a socket" in caplog.text and sink.last_error)
     assert not ledger.delivered
 
 
