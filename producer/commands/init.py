@@ -15,7 +15,7 @@ from producer.topics import alert_topics, heartbeat_topic, topic
 _HEARTBEAT_PARTITIONS = 1
 _ALERT_PARTITIONS = 1  # there are few, and a reader of one partition sees them in the order of time
 # The last alert of each group stays for so long: a member that takes over learns from it what fires. A group that has
-# fired for longer is forgotten at the next start, and told anew.
+# fired for longer is forgotten at the next start, and alert_topic anew.
 _ALERT_SETTINGS = {"cleanup.policy": "compact,delete", "retention.ms": str(90 * DAY_MS)}
 # A window's sums are needed until it is decided.
 _SUMS_SETTINGS = {"retention.ms": str(DAY_MS)}
@@ -27,15 +27,15 @@ def create_topics(config: Config, partitions: int, replication: int, *, alerts: 
     UnavailableError says what failed.
     """
     admin = Admin(config)
-    admin.demand_reachable()  # known sooner than that a request is not answered
+    admin.require_reachable()  # known sooner than that a request is not answered
     usual = topic_settings(replication)
     wanted: dict[str, tuple[int, Mapping[str, str]]] = {
         topic(config, stream): (partitions, usual) for stream in STREAMS
     }
     wanted[heartbeat_topic(config)] = (_HEARTBEAT_PARTITIONS, usual)
     if alerts:
-        told, sums = alert_topics(config)
-        wanted[told] = (_ALERT_PARTITIONS, {**usual, **_ALERT_SETTINGS})
+        alert_topic, sums = alert_topics(config)
+        wanted[alert_topic] = (_ALERT_PARTITIONS, {**usual, **_ALERT_SETTINGS})
         wanted[sums] = (partitions, {**usual, **_SUMS_SETTINGS})
     lines = []
     for name, (count, settings) in wanted.items():
@@ -52,14 +52,14 @@ def register_schemas(config: Config, *, alerts: bool = False) -> list[str]:
 
     Return a line about each.
     """
-    told, _ = alert_topics(config)
+    alert_topic, _ = alert_topics(config)
     if config.registry.url is None:
-        ids = {**schema_ids(config), **({told: ALERT_ID} if alerts else {})}
+        ids = {**schema_ids(config), **({alert_topic: ALERT_ID} if alerts else {})}
         return ["no registry: schema ids are " + ", ".join(f"{name} {number}" for name, number in ids.items())]
-    schemas = {**published_schemas(config), **({told: load_schema(ALERT_FILE)} if alerts else {})}
+    schemas = {**published_schemas(config), **({alert_topic: load_schema(ALERT_FILE)} if alerts else {})}
     with SchemaIds(config.registry, cache=None) as registry:
         lines = []
         for name, schema in schemas.items():
-            registry.demand_compatibility(name)
+            registry.set_compatibility(name)
             lines.append(f"schema {name}-value: id {registry.register(name, schema)}, {COMPATIBILITY}")
         return lines

@@ -11,7 +11,7 @@ from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Messag
 
 from producer.config.load import Registry
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_line import View
+from producer.consume.event_line import EventFormatter
 from producer.errors import ReaderGoneError, UnavailableError
 from producer.host.output import echo
 from producer.host.signals import Flag
@@ -41,23 +41,23 @@ class _Follower:
     ) -> None:
         self._missing = list(topics)
         self._from_beginning = from_beginning
-        self._next_look = 0.0
-        self._quiet = QuietConsumer(brokers, "tail", settings, {})
-        self._consumer = self._quiet.client
+        self._next_check = 0.0
+        self._connection = QuietConsumer(brokers, "tail", settings, {})
+        self._consumer = self._connection.client
 
     def start(self) -> None:
         """Assign what is there; at its end, or at its beginning."""
-        with self._quiet.answered():
-            self._look(from_beginning=self._from_beginning)
+        with self._connection.translated_errors():
+            self._assign_existing(from_beginning=self._from_beginning)
         if self._missing:
             _LOG.warning("waiting for topics=%s", ",".join(self._missing))
 
     def poll(self) -> list[Message]:
         """Wait a little, and return what has come."""
-        if self._missing and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + 1
+        if self._missing and time.monotonic() >= self._next_check:
+            self._next_check = time.monotonic() + 1
             try:
-                self._look(from_beginning=True)
+                self._assign_existing(from_beginning=True)
             except KafkaException as exc:
                 _LOG.debug("no metadata: %s", exc)
         return [message for message in self._consumer.consume(_BATCH, _POLL_S) if not self._failed(message)]
@@ -65,7 +65,7 @@ class _Follower:
     def close(self) -> None:
         self._consumer.close()
 
-    def _look(self, *, from_beginning: bool) -> None:
+    def _assign_existing(self, *, from_beginning: bool) -> None:
         for topic in list(self._missing):
             metadata = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic]
             if metadata.error is None:
@@ -159,29 +159,29 @@ def tail(
     client_settings: Mapping[str, str],
 ) -> None:
     """Print the events of the topics, one per line, until `stop` is set or `limit` of them are printed."""
-    view = View(color=color)
+    formatter = EventFormatter(color=color)
     source = batches(
         brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
     )
     try:
         with contextlib.closing(source):
-            _print_all(source, limit, color=color, lines=_json_lines if as_json else partial(_view_lines, view))
+            _print_all(source, limit, color=color, lines=_json_lines if as_json else partial(_text_lines, formatter))
     finally:
-        for reason, count in view.refused.items():
+        for reason, count in formatter.rejected.items():
             _LOG.warning("skipped records=%d reason=%r", count, reason)
 
 
 def _print_all(
     source: Iterable[list[Event]], limit: int | None, *, color: bool, lines: Callable[[Sequence[Event]], list[str]]
 ) -> None:
-    left = limit
+    remaining = limit
     for batch in source:
-        shown = lines(batch)[:left]
+        shown = lines(batch)[:remaining]
         if not _print(shown, color=color):
             return
-        if left is not None:
-            left -= len(shown)
-            if left == 0:
+        if remaining is not None:
+            remaining -= len(shown)
+            if remaining == 0:
                 return
 
 
@@ -194,8 +194,8 @@ def _json_lines(shown: Sequence[Event]) -> list[str]:
     return [json_line(event) for event in shown]
 
 
-def _view_lines(view: View, shown: Sequence[Event]) -> list[str]:
-    return view.lines(event.record for event in shown)
+def _text_lines(formatter: EventFormatter, shown: Sequence[Event]) -> list[str]:
+    return formatter.lines(event.record for event in shown)
 
 
 def _print(lines: Sequence[str], *, color: bool) -> bool:

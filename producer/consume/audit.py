@@ -155,7 +155,7 @@ class Audit:
             return None
         counter = boot.counters.get(row.cpu) if boot is not None else None
         index = len(self._counters) if counter is None else counter.index
-        if not self._numbers.has_room(index, row.cpu_seq):
+        if not self._numbers.reserve(index, row.cpu_seq):
             return None
         if boot is None:
             boot = self._boots[row.host, row.boot_id] = _Boot(row.host, row.boot_id)

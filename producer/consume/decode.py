@@ -28,13 +28,13 @@ from producer.registry.client import (
     NoAnswer,
     NotAuthorized,
     RegistryClient,
-    RegistryRefused,
+    RegistryRejected,
 )
 
 _FRAME = struct.Struct(">bI")
 _REGISTRY_TIMEOUT_S = 10
 _ATTEMPTS = 3
-_REFUSED_S = 60
+_REJECTED_S = 60
 _REQUESTS_PER_S = 10.0
 _MOST_REQUESTS = 100.0
 """At once: a topic has few schemas, unless somebody fills it with messages of others."""
@@ -74,7 +74,7 @@ class Decoder:
         stop: Flag | None = None,
     ) -> None:
         self._schemas: dict[int, Any] = {}
-        self._refused: dict[int, tuple[float, str]] = {}
+        self._rejected: dict[int, tuple[float, str]] = {}
         """Until when, and why; the oldest first."""
         self._clock = clock
         self._stop = stop
@@ -116,18 +116,18 @@ class Decoder:
             raise UndecodableError(f"schema id {schema_id} is not one of the fixed ids: give --registry")
         if not 0 < schema_id <= MOST_ID:
             raise UndecodableError(f"no registry gives the schema id {schema_id}")
-        until, reason = self._refused.get(schema_id, (0.0, ""))
+        until, reason = self._rejected.get(schema_id, (0.0, ""))
         if reason and self._clock() < until:
             raise UndecodableError(reason)
         self._spend()
         try:
             schema = accepted(self._ask(self._client, schema_id))
         except NotAccepted as exc:
-            raise self._refuse(schema_id, f"schema id {schema_id} is not one of ours: {exc}") from exc
-        except (RegistryRefused, NoAnswer, NotAuthorized) as exc:
+            raise self._reject(schema_id, f"schema id {schema_id} is not one of ours: {exc}") from exc
+        except (RegistryRejected, NoAnswer, NotAuthorized) as exc:
             raise self._no_schema(schema_id, exc) from exc
-        self._refused.pop(schema_id, None)
-        _keep(self._schemas, schema_id, schema)
+        self._rejected.pop(schema_id, None)
+        _put_bounded(self._schemas, schema_id, schema)
         return schema
 
     def _spend(self) -> None:
@@ -161,14 +161,14 @@ class Decoder:
 
     def _no_schema(self, schema_id: int, error: Exception) -> UndecodableError | UnavailableError:
         """Return the error for an id of which the registry did not give the schema."""
-        if isinstance(error, RegistryRefused) and error.code in NOT_FOUND:
-            return self._refuse(schema_id, f"the registry does not know schema id {schema_id}")
+        if isinstance(error, RegistryRejected) and error.code in NOT_FOUND:
+            return self._reject(schema_id, f"the registry does not know schema id {schema_id}")
         reason = f"the schema registry does not answer for schema id {schema_id}: {error}"
         if not self._schemas and not self._is_about_id(error):
             return UnavailableError(reason)
         if isinstance(error, NoAnswer) and not error.answered:
-            self._silent_until = self._clock() + _REFUSED_S
-        return self._refuse(schema_id, reason)
+            self._silent_until = self._clock() + _REJECTED_S
+        return self._reject(schema_id, reason)
 
     def _is_about_id(self, error: Exception) -> bool:
         """Whether the registry works, and fails for one id alone."""
@@ -176,15 +176,15 @@ class Decoder:
             return error.status == HTTPStatus.FORBIDDEN
         return self._client is not None and self._client.answers()
 
-    def _refuse(self, schema_id: int, reason: str) -> UndecodableError:
+    def _reject(self, schema_id: int, reason: str) -> UndecodableError:
         """Remember that an id is not to be asked for again soon, and return the error that says so."""
-        _keep(self._refused, schema_id, (self._clock() + _REFUSED_S, reason))
+        _put_bounded(self._rejected, schema_id, (self._clock() + _REJECTED_S, reason))
         return UndecodableError(reason)
 
 
-def _keep(kept: dict[int, Any], schema_id: int, value: Any) -> None:
+def _put_bounded(cache: dict[int, Any], schema_id: int, value: Any) -> None:
     """Put a value in place of the oldest where there are many: ids come from messages, and there is no end of them."""
-    kept.pop(schema_id, None)
-    if len(kept) >= MOST_SCHEMAS:
-        del kept[next(iter(kept))]
-    kept[schema_id] = value
+    cache.pop(schema_id, None)
+    if len(cache) >= MOST_SCHEMAS:
+        del cache[next(iter(cache))]
+    cache[schema_id] = value

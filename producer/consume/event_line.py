@@ -34,12 +34,12 @@ def is_retransmit_event(record: Mapping[str, Any]) -> bool:
     return "cause" in record
 
 
-class View:
+class EventFormatter:
     """Turns records into lines, without the line end. `refused` counts those that no line can be made of, by reason."""
 
     def __init__(self, *, color: bool) -> None:
         self._color = color
-        self.refused: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
 
     def lines(self, records: Iterable[Mapping[str, Any]]) -> list[str]:
         """Return the lines of what a consumer got at once, in the order of their times.
@@ -51,14 +51,14 @@ class View:
             try:
                 shown.append((record["ts_ns"], self.line(record)))
             except LookupError as error:
-                self._refuse(f"no field {error}")
+                self._reject(f"no field {error}")
             except (TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
-                self._refuse(f"{type(error).__name__}: {error}")
+                self._reject(f"{type(error).__name__}: {error}")
         return [line for _, line in sorted(shown, key=lambda each: each[0])]
 
-    def _refuse(self, reason: str) -> None:
+    def _reject(self, reason: str) -> None:
         cut = printable(reason[:_MOST_REASON])
-        self.refused[cut if cut in self.refused or len(self.refused) < _MOST_REASONS else "other reasons"] += 1
+        self.rejected[cut if cut in self.rejected or len(self.rejected) < _MOST_REASONS else "other reasons"] += 1
 
     def line(self, record: Mapping[str, Any]) -> str:
         """Return the line of a record of either topic.

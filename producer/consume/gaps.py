@@ -43,7 +43,7 @@ class Numbers:
         new[first[is_new]] = True
         return new
 
-    def has_room(self, counter: int, number: int) -> bool:
+    def reserve(self, counter: int, number: int) -> bool:
         """Whether a number's page is there, or may be made; it is made by this."""
         page = counter, number - 1 >> _PAGE_BITS
         if page not in self._slots and len(self._slots) >= self._most:

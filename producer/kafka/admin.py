@@ -52,7 +52,7 @@ def topic_settings(replication: int) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class TopicFacts:
+class TopicInfo:
     """What a topic is like: `replication` is that of the partition with the fewest replicas.
 
     `settings` is empty where this user may not see them.
@@ -73,8 +73,8 @@ class Admin:
 
     def __init__(self, config: Config) -> None:
         self._brokers = config.kafka.brokers
-        self._trouble: KafkaError | None = None
-        ours = {"bootstrap.servers": self._brokers, "allow.auto.create.topics": "false", "error_cb": self._meet}
+        self._last_error: KafkaError | None = None
+        ours = {"bootstrap.servers": self._brokers, "allow.auto.create.topics": "false", "error_cb": self._on_error}
         conf: dict[str, Any] = {**admin_settings(config.kafka.settings), **ours}
         try:
             self._client = AdminClient(conf, logger=client_logger(logger))
@@ -89,7 +89,7 @@ class Admin:
         """Return how many brokers the cluster has."""
         return len(self._metadata().brokers)
 
-    def demand_reachable(self) -> None:
+    def require_reachable(self) -> None:
         """Raise UnavailableError for the brokers that the cluster names and that this host cannot reach."""
         brokers = [(str(broker.host), broker.port) for broker in self._metadata().brokers.values()]
         failed = unreachable(brokers)
@@ -100,14 +100,14 @@ class Admin:
                 "brokers' advertised.listeners to names that resolve here, or add these names to DNS or /etc/hosts"
             )
 
-    def describe(self, names: Sequence[str]) -> dict[str, TopicFacts | RebpfError]:
+    def describe(self, names: Sequence[str]) -> dict[str, TopicInfo | RebpfError]:
         """Return what each topic is like, or why that is not to be had and what to do."""
         described = self._client.describe_topics(
             TopicCollection(list(names)), include_authorized_operations=True, request_timeout=_CREATE_TIMEOUT_S
         )
         return {name: self._facts(name, described[name]) for name in names}
 
-    def _facts(self, name: str, described: "Future[TopicDescription]") -> TopicFacts | RebpfError:
+    def _facts(self, name: str, described: "Future[TopicDescription]") -> TopicInfo | RebpfError:
         try:
             topic = described.result()
         except KafkaException as error:
@@ -121,7 +121,7 @@ class Admin:
         allowed = set(topic.authorized_operations or ())
         may_write = not allowed or bool(allowed & {AclOperation.WRITE, AclOperation.ALL})
         replication = min((len(partition.replicas) for partition in topic.partitions), default=0)
-        return TopicFacts(len(topic.partitions), replication, may_write, self._settings(name))
+        return TopicInfo(len(topic.partitions), replication, may_write, self._settings(name))
 
     def _settings(self, name: str) -> dict[str, str]:
         resource = ConfigResource(ConfigResource.Type.TOPIC, name)
@@ -136,17 +136,17 @@ class Admin:
             return self._client.list_topics(timeout=_ANSWER_TIMEOUT_S)
         except KafkaException as error:
             self._client.poll(0)  # says what the trouble is
-            raise self._translated(self._trouble or error.args[0]) from error
+            raise self._translated(self._last_error or error.args[0]) from error
 
     def _translated(self, error: KafkaError) -> RebpfError:
         where, reason = f"Kafka at {self._brokers}", error.str()
         if error.code() == KafkaError._AUTHENTICATION:
-            mend = "put sasl.mechanism, sasl.username and sasl.password below [kafka.settings] in order"
-            return PermissionDenied(f"{where} refuses the authentication: {reason}; {mend}")
+            fix = "put sasl.mechanism, sasl.username and sasl.password below [kafka.settings] in order"
+            return PermissionDenied(f"{where} refuses the authentication: {reason}; {fix}")
         # Who hangs up in the handshake is told of as any that hangs up.
         if error.code() == KafkaError._SSL or "SSL handshake failed" in reason or "in state SSL_HANDSHAKE" in reason:
-            mend = "see ssl.ca.location and security.protocol below [kafka.settings], and the broker's certificate"
-            return UnavailableError(f"no TLS with {where}: {reason}; {mend}")
+            fix = "see ssl.ca.location and security.protocol below [kafka.settings], and the broker's certificate"
+            return UnavailableError(f"no TLS with {where}: {reason}; {fix}")
         if error.code() == KafkaError._ALL_BROKERS_DOWN:  # they take the connection and hang up
             reason += "; where they want TLS, set security.protocol below [kafka.settings]"
         return UnavailableError(
@@ -170,10 +170,10 @@ class Admin:
             raise UnavailableError(f"topic {name} cannot be created: {error.args[0].str()}") from error
         return True
 
-    def _meet(self, error: KafkaError) -> None:
+    def _on_error(self, error: KafkaError) -> None:
         # That all brokers are down comes last and says least.
-        if self._trouble is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
-            self._trouble = error
+        if self._last_error is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._last_error = error
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 class QuietConsumer:
     """Opens a consumer of `brokers` for `purpose`, which is a part of its group's id; `client` is confluent-kafka's.
 
-    `settings` are the user's, and `own` win over them. Raises ConfigError where librdkafka refuses them.
+    `settings` are the user's, and `overrides` win over them. Raises ConfigError where librdkafka refuses them.
     """
 
-    def __init__(self, brokers: str, purpose: str, settings: Mapping[str, str], own: Mapping[str, Any]) -> None:
+    def __init__(self, brokers: str, purpose: str, settings: Mapping[str, str], overrides: Mapping[str, Any]) -> None:
         self._brokers = brokers
-        self.trouble: KafkaError | None = None
+        self.last_error: KafkaError | None = None
         """The client's last error."""
         conf = {
             "allow.auto.create.topics": False,
@@ -37,8 +37,8 @@ class QuietConsumer:
             "bootstrap.servers": brokers,
             "group.id": f"rebpf-{purpose}-{uuid.uuid4()}",
             "enable.auto.commit": False,
-            "error_cb": self._meet,
-            **own,
+            "error_cb": self._on_error,
+            **overrides,
         }
         try:
             self.client = Consumer(conf, logger=client_logger(logger))
@@ -46,18 +46,18 @@ class QuietConsumer:
             raise ConfigError(f"the Kafka client's settings: {exc.args[0].str()}") from exc
 
     @contextmanager
-    def answered(self) -> Iterator[None]:
+    def translated_errors(self) -> Iterator[None]:
         """Translate what is raised where no broker answers."""
         try:
             yield
         except KafkaException as exc:
-            reason = self.trouble or exc.args[0]
+            reason = self.last_error or exc.args[0]
             raise UnavailableError(f"no answer from Kafka at {self._brokers}: {reason.str()}") from exc
 
-    def _meet(self, error: KafkaError) -> None:
-        known = self.trouble is not None and self.trouble.code() == error.code()
-        self.trouble = error
-        if not known:
+    def _on_error(self, error: KafkaError) -> None:
+        repeated = self.last_error is not None and self.last_error.code() == error.code()
+        self.last_error = error
+        if not repeated:
             logger.warning("kafka: %s", error.str())
 
 

@@ -81,7 +81,7 @@ Quarantine = Callable[[EncodedBatch, str], None]
 
 
 class KafkaSink:
-    """Sends batches and tells what became of them. About `most_in_flight` messages of a stream are under way at most.
+    """Sends batches and tells what became of them. About `max_in_flight` messages of a stream are under way at most.
 
     Streams share the client and nothing else: one whose topic is missing does not hold up the other.
 
@@ -94,7 +94,7 @@ class KafkaSink:
         settings: Mapping[str, str],
         topics: Mapping[str, Topic],
         *,
-        most_in_flight: int = 1 << 15,
+        max_in_flight: int = 1 << 15,
         on_socket: Callable[[int], None] = lambda descriptor: None,
         quarantine: Quarantine = lambda batch, error: None,
         heartbeats: Topic | None = None,
@@ -106,16 +106,16 @@ class KafkaSink:
         self._beat: tuple[bytes, bytes] | None = None
         """Key and value of the heartbeat that is under way."""
         self._beat_at = 0.0
-        self._beat_waits = BackOff("heartbeat", first_s=20, most_s=600)
+        self._beat_backoff = BackOff("heartbeat", first_s=20, most_s=600)
         self._settings = settings
         self._topics = topics
-        self._most = most_in_flight
+        self._max_in_flight = max_in_flight
         self._on_socket = on_socket
         self._quarantine = quarantine
         self._open_socket = SocketCallback(self._socket)
         self._batches: dict[int, _InFlight] = {}
-        self._numbers: dict[EncodedBatch, int] = {}
-        self._next = 0
+        self._batch_numbers: dict[EncodedBatch, int] = {}
+        self._next_number = 0
         self._failed: list[Reports] = []
         self._retries = {stream: Retry() for stream in topics}
         self._alone: Counter[str] = Counter()
@@ -124,10 +124,10 @@ class KafkaSink:
         """A client that sends each message by itself; made when it is first needed."""
         self._fatal = False
         self._reopen_at = 0.0
-        self._reopen_waits = BackOff("kafka_client")
-        self._told: dict[str, float] = {}
+        self._reopen_backoff = BackOff("kafka_client")
+        self._last_logged: dict[str, float] = {}
         """When the operator was told of a kind of trouble last."""
-        self._refused_untold: Counter[tuple[Topic, str]] = Counter()
+        self._unlogged_losses: Counter[tuple[Topic, str]] = Counter()
         self.in_flight: Counter[str] = Counter()
         """Messages under way, by stream."""
         self.last_error: Error | None = None
@@ -148,11 +148,11 @@ class KafkaSink:
         """Return how many more messages of a stream may be sent now: none may overtake those that are sent again."""
         if self._retries[stream.name].rows or self._alone[stream.name]:
             return 0
-        return max(0, self._most - self.in_flight[stream.name])
+        return max(0, self._max_in_flight - self.in_flight[stream.name])
 
     def left(self, batch: EncodedBatch) -> int:
         """Return how many messages of a batch are still under way."""
-        number = self._numbers.get(batch)
+        number = self._batch_numbers.get(batch)
         return 0 if number is None else self._batches[number].open
 
     def last_error_of(self, stream: str) -> str:
@@ -161,8 +161,8 @@ class KafkaSink:
 
     def send(self, batch: EncodedBatch) -> None:
         """Queue a batch; it may be larger than the room that there is."""
-        number, self._next = self._next, self._next + 1
-        self._numbers[batch] = number
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._batch_numbers[batch] = number
         self._batches[number] = _InFlight(
             batch, np.ones(len(batch), np.bool_), np.zeros(len(batch), np.bool_), len(batch)
         )
@@ -189,9 +189,9 @@ class KafkaSink:
     def _end_beat(self, code: int) -> None:
         self._beat = None
         if not code:
-            self._beat_waits.reset()
+            self._beat_backoff.reset()
             return
-        wait_s = self._beat_waits.next()
+        wait_s = self._beat_backoff.next()
         self._beat_at = time.monotonic() + wait_s
         metrics.kafka_error(error_name(code))
         topic, error = self._heartbeats, error_name(code)
@@ -212,17 +212,17 @@ class KafkaSink:
             if isinstance(event, Reports):
                 self._report(event, outcomes)
             elif isinstance(event, Error):
-                self._meet(event)
+                self._on_error(event)
             else:
                 level = _level(event)
                 # It repeats itself many times a second: one line of a kind, of a broker, is enough for a while.
-                if level > logging.DEBUG and not self._is_news(_kind(event)):
+                if level > logging.DEBUG and not self._may_log(_kind(event)):
                     level = logging.DEBUG
                 logger.log(level, "librdkafka %s", event.text)
-        if self._refused_untold and self._is_news("refused"):
-            for (topic, error), count in self._refused_untold.items():
+        if self._unlogged_losses and self._may_log("refused"):
+            for (topic, error), count in self._unlogged_losses.items():
                 logger.error("kafka: %d messages rejected and lost topic=%s error=%s", count, topic, error)
-            self._refused_untold.clear()
+            self._unlogged_losses.clear()
         if self._fatal and time.monotonic() >= self._reopen_at:
             self._reopen(f"fatal error {self.last_error.name if self.last_error else ''}")
         if self._clock_was_set_back():
@@ -262,16 +262,16 @@ class KafkaSink:
         numbers = reports.private >> np.uint64(_ROW_BITS)
         rows = (reports.private & _ROW_MASK).astype(np.int64)
         for number in np.unique(numbers).tolist():
-            mine = numbers == number
+            of_batch = numbers == number
             if number == _BEAT:
-                self._end_beat(int(reports.err[mine][0]))
+                self._end_beat(int(reports.err[of_batch][0]))
                 continue
             stream = self._batches[number].batch.stream
             outcome = outcomes.setdefault(stream.name, Outcome())
-            for code in np.unique(reports.err[mine]).tolist():
-                self._settle(number, rows[mine & (reports.err == code)], code, outcome)
+            for code in np.unique(reports.err[of_batch]).tolist():
+                self._on_result(number, rows[of_batch & (reports.err == code)], code, outcome)
 
-    def _settle(self, number: int, rows: NDArray[np.int64], code: int, outcome: Outcome) -> None:
+    def _on_result(self, number: int, rows: NDArray[np.int64], code: int, outcome: Outcome) -> None:
         """Note that these messages of a batch were acknowledged (code 0), must be sent again, or are lost."""
         flight = self._batches[number]
         stream = flight.batch.stream.name
@@ -281,13 +281,13 @@ class KafkaSink:
         if code and error_name(code) in TRANSIENT:
             self._alone[stream] -= int(alone.sum())
             flight.alone[rows] = False
-            self._schedule(number, rows, error_name(code))
+            self._retry_later(number, rows, error_name(code))
             return
         if code:
-            self._send_alone(number, rows[~alone], error_name(code))
+            self._retry_one_by_one(number, rows[~alone], error_name(code))
             rows, alone = rows[alone], alone[alone]
         if code and len(rows):
-            self._lose(flight.batch, rows, error_name(code))
+            self._quarantine_rows(flight.batch, rows, error_name(code))
             outcome.lost[error_name(code)] += len(rows)
             flight.lost[error_name(code)] += len(rows)
         elif not code:
@@ -295,20 +295,20 @@ class KafkaSink:
             self.last_error = None
             self._retries[stream].error = ""
             self._retries[stream].backoff.reset()
-            self._reopen_waits.reset()
+            self._reopen_backoff.reset()
         self._alone[stream] -= int(alone.sum())
         self.in_flight[stream] -= len(rows)
         flight.open_rows[rows] = False
         flight.open -= len(rows)
         if not flight.open:
-            del self._batches[number], self._numbers[flight.batch]
+            del self._batches[number], self._batch_numbers[flight.batch]
             outcome.done.append((flight.batch, flight.lost))
 
-    def _lose(self, batch: EncodedBatch, rows: NDArray[np.int64], error: str) -> None:
-        self._refused_untold[self._topics[batch.stream.name], error] += len(rows)
+    def _quarantine_rows(self, batch: EncodedBatch, rows: NDArray[np.int64], error: str) -> None:
+        self._unlogged_losses[self._topics[batch.stream.name], error] += len(rows)
         self._quarantine(batch.take(rows), error)
 
-    def _send_alone(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+    def _retry_one_by_one(self, number: int, rows: NDArray[np.int64], error: str) -> None:
         """Send each message by itself: the failure may be that of another that was in the same request."""
         if not len(rows):
             return
@@ -316,14 +316,14 @@ class KafkaSink:
         topic = self._topics[flight.batch.stream.name]
         logger.warning("kafka: retrying %d messages one by one topic=%s error=%s", len(rows), topic, error)
         if self._single is None:
-            own = {name: value for name, value in self._settings.items() if name not in EMBEDDED}
+            settings = {name: value for name, value in self._settings.items() if name not in EMBEDDED}
             one_by_one = {"bootstrap.servers": self._brokers, "batch.num.messages": "1", "linger.ms": "0"}
-            self._single = Producer({**own, **one_by_one}, self._open_socket)
+            self._single = Producer({**settings, **one_by_one}, self._open_socket)
         flight.alone[rows] = True
         self._alone[flight.batch.stream.name] += len(rows)
         self._produce(number, rows, self._single)
 
-    def _schedule(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+    def _retry_later(self, number: int, rows: NDArray[np.int64], error: str) -> None:
         stream = self._batches[number].batch.stream.name
         retry = self._retries[stream]
         if not retry.rows:
@@ -332,11 +332,11 @@ class KafkaSink:
             logger.warning("kafka: retrying messages topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
         retry.add(number, rows, error)
 
-    def _meet(self, error: Error) -> None:
+    def _on_error(self, error: Error) -> None:
         metrics.kafka_error(error.name)
         if error.fatal and not self._fatal:
-            self._reopen_at = time.monotonic() + self._reopen_waits.next()
-        if self._is_news(error.name):
+            self._reopen_at = time.monotonic() + self._reopen_backoff.next()
+        if self._may_log(error.name):
             hint = _HINTS.get(error.name, "")
             logger.warning("kafka: %s error=%s%s", error.text, error.name, hint and f" ({hint})")
         # That all brokers are down comes last and says least.
@@ -344,12 +344,12 @@ class KafkaSink:
             self.last_error = error
         self._fatal |= error.fatal
 
-    def _is_news(self, kind: str) -> bool:
+    def _may_log(self, kind: str) -> bool:
         """Whether the operator has not been told of this for a while."""
         now = time.monotonic()
-        if now < self._told.get(kind, now - _REPEAT_LOG_S) + _REPEAT_LOG_S:
+        if now < self._last_logged.get(kind, now - _REPEAT_LOG_S) + _REPEAT_LOG_S:
             return False
-        self._told[kind] = now
+        self._last_logged[kind] = now
         return True
 
     def _clock_was_set_back(self) -> bool:

@@ -29,12 +29,12 @@ _TYPES = frozenset(
     {"application/json", "application/vnd.schemaregistry.v1+json", "application/vnd.schemaregistry+json"}
 )
 _SHOWN = 120
-_REFUSED = (401, 403)
+_UNAUTHORIZED = (401, 403)
 
 AvroSchema = Mapping[str, Any]
 
 
-class RegistryRefused(Exception):
+class RegistryRejected(Exception):
     """The registry answered with an error of its own; `code` is its error code."""
 
     def __init__(self, status: int, code: int, message: str) -> None:
@@ -58,7 +58,7 @@ class NoAnswer(Exception):
 
 
 class RegistryClient:
-    """Talks to one registry. Requests raise RegistryRefused, NotAuthorized or NoAnswer, and Stopped with `stop`."""
+    """Talks to one registry. Requests raise RegistryRejected, NotAuthorized or NoAnswer, and Stopped with `stop`."""
 
     def __init__(self, settings: Registry, stop: Flag | None = None) -> None:
         self._url = (settings.url or "").rstrip("/")
@@ -78,12 +78,12 @@ class RegistryClient:
 
     def register(self, subject: str, schema: AvroSchema) -> SchemaId:
         """Register a schema, which may be there already, and return its id."""
-        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}/versions", _wrapped(schema))
+        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}/versions", _request_body(schema))
         return _schema_id(answer)
 
     def look_up(self, subject: str, schema: AvroSchema) -> SchemaId:
         """Return the id of a subject's schema; the schema in the answer, where there is one, is the one asked for."""
-        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}", _wrapped(schema))
+        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}", _request_body(schema))
         text = answer.get("schema")
         if text is not None and _differs(text, schema):
             raise NoAnswer(f"it answers with another schema than {subject}'s")
@@ -99,7 +99,7 @@ class RegistryClient:
     def compatible(self, subject: str, schema: AvroSchema) -> bool:
         """Whether the registry would take the schema after the subject's latest."""
         path = f"/compatibility/subjects/{quote(subject, safe='')}/versions/latest"
-        verdict = self._ask("POST", path, _wrapped(schema)).get("is_compatible")
+        verdict = self._ask("POST", path, _request_body(schema)).get("is_compatible")
         if not isinstance(verdict, bool):
             raise NoAnswer("no is_compatible in the answer")
         return verdict
@@ -114,7 +114,7 @@ class RegistryClient:
         """Whether a registry is there, whatever it says of one schema."""
         try:
             return "compatibilityLevel" in self._ask("GET", "/config")
-        except RegistryRefused:
+        except RegistryRejected:
             return True
         except (NoAnswer, NotAuthorized):
             return False
@@ -130,7 +130,7 @@ class RegistryClient:
             silence = NoAnswer(str(error))
             silence.answered = False
             raise silence from error
-        return _believed(answer)
+        return _parsed(answer)
 
 
 def plain(schema: Any) -> Any:
@@ -148,7 +148,7 @@ def _differs(text: Any, schema: AvroSchema) -> bool:
         return True
 
 
-def _believed(answer: Answer) -> dict[str, Any]:
+def _parsed(answer: Answer) -> dict[str, Any]:
     """Return what a registry says; whatever is not a registry's answer is none."""
     content = _json(answer.body) if answer.content_type in _TYPES else None
     if isinstance(content, dict):
@@ -156,8 +156,8 @@ def _believed(answer: Answer) -> dict[str, Any]:
             return content
         code = content.get("error_code")
         if isinstance(code, int) and answer.status in (404, 409, 422) and str(code).startswith(str(answer.status)):
-            raise RegistryRefused(answer.status, code, str(content.get("message", ""))[:_SHOWN])
-    if answer.status in _REFUSED:
+            raise RegistryRejected(answer.status, code, str(content.get("message", ""))[:_SHOWN])
+    if answer.status in _UNAUTHORIZED:
         raise NotAuthorized(answer.status)
     beginning = answer.body[:_SHOWN].decode(errors="replace")
     raise NoAnswer(f"not a registry's answer: status {answer.status}, {answer.content_type}, {beginning!r}")
@@ -182,7 +182,7 @@ def is_schema_id(number: Any) -> bool:
     return type(number) is int and 0 < number <= MOST_ID
 
 
-def _wrapped(schema: AvroSchema) -> dict[str, str]:
+def _request_body(schema: AvroSchema) -> dict[str, str]:
     return {"schema": json.dumps(schema), "schemaType": "AVRO"}
 
 

@@ -31,7 +31,7 @@ from producer.registry.client import (
     NoAnswer,
     NotAuthorized,
     RegistryClient,
-    RegistryRefused,
+    RegistryRejected,
     is_schema_id,
 )
 
@@ -99,15 +99,15 @@ class SchemaIds:
                 logger.warning("%s; not sending to topic %s", error, topic)
         if self._cache:
             try:
-                fresh = self._cache.with_suffix(".new")
-                with open(state_file.create(fresh), "w") as file:
+                new_file = self._cache.with_suffix(".new")
+                with open(state_file.create(new_file), "w") as file:
                     file.write(json.dumps({keys[topic]: number for topic, number in ids.items()}))
-                fresh.replace(self._cache)
+                new_file.replace(self._cache)
             except OSError as error:
                 logger.warning("registry: cannot cache the schema ids: %s", error)
         return ids
 
-    def demand_compatibility(self, topic: Topic) -> None:
+    def set_compatibility(self, topic: Topic) -> None:
         """Have the registry refuse a schema of the topic that is not compatible both ways with all before it."""
         self._ask(topic, lambda: self._client.set_compatibility(_subject(topic), COMPATIBILITY))
 
@@ -132,19 +132,19 @@ class SchemaIds:
             stop=stop_after_attempt(self._attempts),
             reraise=True,
         )
-        answer: _Answer = retrying(self._translated, topic, call)
+        answer: _Answer = retrying(self._translate_errors, topic, call)
         return answer
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.wait(seconds):
             raise Stopped(f"stopped while waiting for the registry {self._settings.url}")
 
-    def _translated(self, topic: Topic, call: Callable[[], _Answer]) -> _Answer:
+    def _translate_errors(self, topic: Topic, call: Callable[[], _Answer]) -> _Answer:
         """Call the registry, its errors made ours."""
         url = self._settings.url
         try:
             return call()
-        except RegistryRefused as error:
+        except RegistryRejected as error:
             if error.code in INCOMPATIBLE:
                 raise SchemaError(f"registry {url}: {_subject(topic)} has an incompatible schema: {error}") from error
             if error.code in NOT_FOUND:

@@ -21,7 +21,7 @@ from producer.alert.last_alerts import last_alerts
 from producer.alert.member import Member as AlertMember
 from producer.alert.model import Alert, Sink
 from producer.alert.record import AlertEncoder
-from producer.alert.retry import Wait, until_it_works
+from producer.alert.retry import Sleep, retry_until_available
 from producer.commands.init import create_topics
 from producer.config.load import Alert as AlertConfig
 from producer.config.load import AlertRule, Config, Kafka, Registry
@@ -47,7 +47,7 @@ kafka.topic_prefix = "{PREFIX}"
 kafka.settings = {{ "session.timeout.ms" = 6000 }}
 [alert]
 lateness_s = {LATENESS_S}
-silent_after = 0.5  # of a heartbeat's 10 s
+missed_heartbeats = 0.5  # of a heartbeat's 10 s
 [[alert.rules]]
 name = "loss"
 by = "host"
@@ -227,7 +227,7 @@ def test_a_topic_that_is_missing_is_named_with_what_makes_it(config):
 class WaitingSink:
     """Has another member join the group when it is reminded and ready, and waits then; it may not try again."""
 
-    def __init__(self, kafka: KafkaServer, is_ready: Callable[[], bool], wait: Wait) -> None:
+    def __init__(self, kafka: KafkaServer, is_ready: Callable[[], bool], wait: Sleep) -> None:
         self._kafka = kafka
         self._is_ready = is_ready
         self._wait = wait
@@ -246,7 +246,7 @@ class WaitingSink:
         strategy = "partition.assignment.strategy=roundrobin"
         join = ["kcat", "-q", "-b", self._kafka.bootstrap, "-X", strategy, "-G", "waiting", "waiting.tcp_retransmit"]
         self.other = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *join], stdout=subprocess.DEVNULL)
-        until_it_works("alerts", pytest.fail)(self._wait, 60)
+        retry_until_available("alerts", pytest.fail)(self._wait, 60)
 
     def close(self) -> None:
         if self.other is not None:
@@ -262,7 +262,7 @@ def test_a_share_that_cannot_be_taken_while_a_sink_waits_ends_the_member_and_no_
     config = Config(kafka=often, registry=Registry("http://127.0.0.1:1"), alert=group)
     create_topics(config, 1, 1, alerts=True)
 
-    def open_sinks(wait: Wait) -> list[Sink]:
+    def open_sinks(wait: Sleep) -> list[Sink]:
         return [WaitingSink(kafka, lambda: "ready brokers" in caplog.text, wait)]
 
     member = AlertMember(config, kafka.bootstrap, open_sinks, threading.Event(), from_beginning=False)

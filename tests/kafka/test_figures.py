@@ -112,7 +112,7 @@ def test_the_alerting_consumers_window_has_the_same(captured, kafka, registry, t
         kafka = {{ brokers = "{kafka.bootstrap}", topic_prefix = "{PREFIX}" }}
         registry.url = "{registry.url}"
         [alert]
-        silent_after = 0
+        missed_heartbeats = 0
         lateness_s = 1
         rules = [
             {{ name = "host-ratio", by = "host", measure = "ratio", {rule} }},

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from producer.alert.model import Alert
-from producer.alert.partitions import Committed, Counts, HeartbeatPart
+from producer.alert.partitions import Committed, Counts, HeartbeatPartition
 from producer.alert.silence import Hosts
 from producer.consume.decode import Decoder
 from producer.health.heartbeat import HeartbeatEncoder
@@ -109,11 +109,11 @@ def test_a_heartbeat_that_makes_no_sense_is_passed_over(monkeypatch: pytest.Monk
     monkeypatch.setattr("producer.health.heartbeat.INTERVAL_S", interval_s)
     _, value = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)
     counts = Counts()
-    part = HeartbeatPart(
+    partition = HeartbeatPartition(
         "hosts", 3, [], Committed(7), Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE)}), counts
     )
-    part.put(value, 7, 0)
-    assert (part.next, counts.undecodable) == (8, 1)
+    partition.put(value, 7, 0)
+    assert (partition.next, counts.undecodable) == (8, 1)
 
 
 @pytest.mark.parametrize("metadata", ["5", "null", "[]", "not JSON"])

@@ -1,4 +1,4 @@
-"""What is said of an alert, and how Alertmanager is told: a server of the test's own shows what comes and refuses."""
+"""Alerts as text, records and requests to Alertmanager, against a fake server."""
 
 import json
 import logging
@@ -46,9 +46,9 @@ SILENT = replace(LOSS, rule="silent", measure="silence", value=31.4)
 @pytest.mark.parametrize(
     ("alert", "words"),
     [
-        (LOSS, "host web-1: 6.25% of 16000 segments were sent again in 60 s (loss fires from 5.00%, "),
+        (LOSS, "host web-1: 6.25% of 16000 segments were retransmitted in 60 s (loss fires from 5.00%, "),
         (replace(LOSS, firing=False), "host web-1 is resolved: 6.25% of 16000 segments"),
-        (COUNT, "peer 192.0.2.1: 1000 segments were sent again in 60 s (many fires from 5, is resolved below 2)"),
+        (COUNT, "peer 192.0.2.1: 1000 segments were retransmitted in 60 s (many fires from 5, resolves below 2)"),
         (SILENT, "host web-1 is silent: no heartbeat for 31 s"),
         (replace(SILENT, firing=False), "host web-1 is heard again"),
     ],
@@ -89,8 +89,8 @@ def test_standard_output_has_a_line_for_each(capsys: pytest.CaptureFixture[str])
     assert Alert(**record) == COUNT
 
 
-def test_alerts_that_would_go_nowhere_are_refused() -> None:
-    with pytest.raises(ConfigError, match="alerts go nowhere"):
+def test_alerts_without_a_destination_are_rejected() -> None:
+    with pytest.raises(ConfigError, match="no destination for alerts"):
         open_sinks(Config(alert=AlertConfig(topic=False)), "127.0.0.1:1", lambda seconds: None)
 
 
@@ -187,7 +187,7 @@ def test_what_is_refused_for_good_holds_up_nothing(
     sink = Alertmanager(receiver.url, 60, pytest.fail)
     sink.send([LOSS])
     assert [(record.levelno, f"{status} why" in record.message) for record in caplog.records] == [(logging.ERROR, True)]
-    assert sink.refused == 1
+    assert sink.rejected == 1
 
 
 @pytest.mark.parametrize(

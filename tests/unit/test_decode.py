@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.alert.partitions import Committed, Counts, HeartbeatPart
+from producer.alert.partitions import Committed, Counts, HeartbeatPartition
 from producer.consume.accepted import NotAccepted, accepted
 from producer.consume.decode import Decoder, UndecodableError
 from producer.errors import Stopped, UnavailableError
@@ -205,10 +205,10 @@ def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPSe
 
 def test_alert_counts_a_message_whose_schema_the_registry_refuses(registry: ThreadingHTTPServer) -> None:
     counts = Counts()
-    part = HeartbeatPart("hosts", 3, [], Committed(7), Decoder(url(registry)), counts)
+    partition = HeartbeatPartition("hosts", 3, [], Committed(7), Decoder(url(registry)), counts)
     for offset in (7, 8):
-        part.put(frame(78, OTHER), offset, 0)
-    assert (counts.undecodable, part.next, len(Registry.requests)) == (2, 9, 1)
+        partition.put(frame(78, OTHER), offset, 0)
+    assert (counts.undecodable, partition.next, len(Registry.requests)) == (2, 9, 1)
 
 
 def test_a_value_of_more_than_a_mebibyte_is_refused() -> None:

@@ -284,7 +284,7 @@ def test_without_a_topic_for_them_there_are_no_heartbeats(open_sink):
 def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_sink):
     cluster.create("t")
     cluster.create("r")
-    sink = open_sink(most_in_flight=100)
+    sink = open_sink(max_in_flight=100)
     cluster.down()
     sent = batch(TRANSMITS, numbered(60))
     sink.send(sent)
@@ -297,7 +297,7 @@ def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_
 
 def test_a_missing_topic_does_not_hold_up_the_other_stream(cluster, open_sink, caplog):
     cluster.create("r")
-    sink = open_sink(most_in_flight=100)
+    sink = open_sink(max_in_flight=100)
     held = batch(TRANSMITS, numbered(100))
     sink.send(held)
     ledger = Ledger(sink)

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.commands.verify import TopicReport, complaint, show, verify
+from producer.commands.verify import TopicReport, fault_summary, show, verify
 from producer.consume.audit import Audit, BootReport, Row
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import FrontReader
+from producer.consume.event_id import EventIdReader
 from producer.consume.gaps import Gaps, Numbers, find_gaps
 from producer.consume.reader import TopicReader
 from producer.errors import ConfigError, UnavailableError
@@ -187,22 +187,22 @@ def test_of_more_boots_and_scattered_numbers_than_have_room_the_rest_is_counted_
 
 def test_what_is_unchecked_is_a_fault() -> None:
     report = TopicReport("events", 1, 5, 0, 0, 0, (), 3)
-    assert complaint([report]) == "events: unchecked 3"
+    assert fault_summary([report]) == "events: unchecked 3"
     assert str(report).endswith("unchecked=3")
 
 
 def test_a_name_that_is_too_long_is_undecodable() -> None:
     with pytest.raises(UndecodableError, match="4096 characters"):
-        FrontReader(Decoder(None)).read(message(TRANSMITS, host="x" * 5000))
+        EventIdReader(Decoder(None)).read(message(TRANSMITS, host="x" * 5000))
 
 
 def test_the_front_of_a_record_is_what_the_whole_record_says() -> None:
     for stream in STREAMS:
         value = message(stream, cpu=3, cpu_seq=1 << 40, host="web-1", boot_id="b")
-        front, record = FrontReader(Decoder(None)).read(value), Decoder(None).decode(value)
-        assert front["cpu_seq"] == 1 << 40
-        assert front == {name: record[name] for name in front}
-        assert set(front) == {"ts", "ts_ns", "cpu", "cpu_seq", "host", "boot_id"}
+        event_id, record = EventIdReader(Decoder(None)).read(value), Decoder(None).decode(value)
+        assert event_id["cpu_seq"] == 1 << 40
+        assert event_id == {name: record[name] for name in event_id}
+        assert set(event_id) == {"ts", "ts_ns", "cpu", "cpu_seq", "host", "boot_id"}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_the_front_of_a_record_is_what_the_whole_record_says() -> None:
 )
 def test_what_is_no_event_is_undecodable(value: bytes | None) -> None:
     with pytest.raises(UndecodableError):
-        FrontReader(Decoder(None)).read(value)
+        EventIdReader(Decoder(None)).read(value)
 
 
 def test_a_schema_without_an_event_s_id_is_undecodable() -> None:
@@ -220,7 +220,7 @@ def test_a_schema_without_an_event_s_id_is_undecodable() -> None:
             return {"type": "record", "name": "Other", "fields": [{"name": "cpu_seq", "type": "string"}]}
 
     with pytest.raises(UndecodableError, match="schema 1 has no "):
-        FrontReader(Other(None)).read(message(TRANSMITS))
+        EventIdReader(Other(None)).read(message(TRANSMITS))
 
 
 def test_a_schema_that_was_refused_for_a_while_is_read_with_afterwards() -> None:
@@ -233,11 +233,11 @@ def test_a_schema_that_was_refused_for_a_while_is_read_with_afterwards() -> None
                 raise UndecodableError("too many unknown schema ids")
             return super().schema(schema_id)
 
-    fronts = FrontReader(Forgetful(None))
+    id_reader = EventIdReader(Forgetful(None))
     for _ in range(2):
         with pytest.raises(UndecodableError, match="too many"):
-            fronts.read(message(TRANSMITS, host="web-1"))
-    assert fronts.read(message(TRANSMITS, host="web-1"))["host"] == "web-1"
+            id_reader.read(message(TRANSMITS, host="web-1"))
+    assert id_reader.read(message(TRANSMITS, host="web-1"))["host"] == "web-1"
 
 
 def read(cluster: Cluster, **settings: Any) -> list[TopicReport]:
@@ -257,7 +257,7 @@ def test_topics_are_read_to_their_end_and_reported(cluster: Cluster) -> None:
     cluster.put(TRANSMITS.topic, b"not avro")
     put(cluster, RETRANSMITS.topic, cpu_seq=1, ts_ns=1)
     reports = read(cluster)
-    assert complaint(reports) == "tcp_transmit: missing 2, undecodable 1"
+    assert fault_summary(reports) == "tcp_transmit: missing 2, undecodable 1"
     told = json.loads(show(reports, as_json=True))
     assert list(told) == TOPICS
     assert (told["tcp_transmit"]["messages"], told["tcp_transmit"]["undecodable"]) == (5, 1)
@@ -288,9 +288,9 @@ def test_one_host_alone_can_be_asked_for(cluster: Cluster) -> None:
         for number in numbers:
             put(cluster, TRANSMITS.topic, cpu_seq=number, host=host)
     put(cluster, RETRANSMITS.topic, cpu_seq=1)
-    assert complaint(read(cluster, host="h")) is None
+    assert fault_summary(read(cluster, host="h")) is None
     assert read(cluster, host="h")[0].other_hosts == 2
-    assert complaint(read(cluster, host="g")) == "tcp_transmit: missing 1"
+    assert fault_summary(read(cluster, host="g")) == "tcp_transmit: missing 1"
 
 
 def test_a_topic_that_is_not_there_is_unavailable(cluster: Cluster) -> None:
