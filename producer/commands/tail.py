@@ -1,4 +1,4 @@
-"""Read the topics as any consumer would, and print them: an own connection, the frames' schemas, nothing of ours."""
+"""`rebpf tail`: print the events of the topics, as any consumer could read them."""
 
 import contextlib
 import logging
@@ -34,7 +34,7 @@ class Event(NamedTuple):
 
 
 class _Follower:
-    """A consumer of all partitions of the topics, also of topics that do not exist yet."""
+    """A consumer of all partitions of the topics, including topics that do not exist yet."""
 
     def __init__(
         self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], *, from_beginning: bool
@@ -46,14 +46,14 @@ class _Follower:
         self._consumer = self._connection.client
 
     def start(self) -> None:
-        """Assign what is there; at its end, or at its beginning."""
+        """Assign existing partitions, at their end or beginning."""
         with self._connection.translated_errors():
             self._assign_existing(from_beginning=self._from_beginning)
         if self._missing:
             _LOG.warning("waiting for topics=%s", ",".join(self._missing))
 
     def poll(self) -> list[Message]:
-        """Wait a little, and return what has come."""
+        """Wait briefly, and return the messages that arrived."""
         if self._missing and time.monotonic() >= self._next_check:
             self._next_check = time.monotonic() + 1
             try:
@@ -71,7 +71,7 @@ class _Follower:
             if metadata.error is None:
                 partitions = [TopicPartition(topic, number, OFFSET_BEGINNING) for number in metadata.partitions]
                 if not from_beginning:
-                    # The number and not OFFSET_END, which would be the end at the first fetch, some time later.
+                    # Not OFFSET_END, which is the end at the first fetch, some time later.
                     for partition in partitions:
                         partition.offset = self._consumer.get_watermark_offsets(partition, _METADATA_TIMEOUT_S)[1]
                 self._consumer.incremental_assign(partitions)
@@ -97,9 +97,9 @@ def batches(
     stop: Flag,
     client_settings: Mapping[str, str],
 ) -> Generator[list[Event]]:
-    """Yield the events as they come, and an empty list where none comes for a moment; ends when `stop` is set.
+    """Yield events as they arrive, and an empty list when there are none for a moment, until `stop` is set.
 
-    The first list is empty, and comes when every message that is produced from then on will be read.
+    The first list is empty: every message produced after it will be read.
     """
     decoder = Decoder(registry)
     skipped: dict[str, int] = {}
@@ -121,7 +121,9 @@ def _decoded(messages: Sequence[Message], decoder: Decoder, skipped: dict[str, i
             record = decoder.decode(message.value())
         except UndecodableError as exc:
             reason = f"{message.topic()}: {exc}"
-            if reason not in skipped and len(skipped) >= _MOST_REASONS:  # a reason may name any schema id
+            if (
+                reason not in skipped and len(skipped) >= _MOST_REASONS
+            ):  # reasons contain schema ids, which are unlimited
                 reason = f"{message.topic()}: other reasons"
             if reason not in skipped:
                 _LOG.warning("skipping messages of topic=%s: %s", message.topic(), exc)
@@ -158,7 +160,7 @@ def tail(
     stop: Flag,
     client_settings: Mapping[str, str],
 ) -> None:
-    """Print the events of the topics, one per line, until `stop` is set or `limit` of them are printed."""
+    """Print the events of the topics, one per line, until `stop` is set or `limit` are printed."""
     formatter = EventFormatter(color=color)
     source = batches(
         brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
@@ -186,7 +188,7 @@ def _print_all(
 
 
 def json_line(event: Event) -> str:
-    """Return the event as one JSON object: topic, key and the record's fields."""
+    """Return the event as a JSON object with topic, key and the record's fields."""
     return to_json({"topic": event.topic, "key": event.key, **event.record}, compact=True)
 
 
@@ -199,7 +201,7 @@ def _text_lines(formatter: EventFormatter, shown: Sequence[Event]) -> list[str]:
 
 
 def _print(lines: Sequence[str], *, color: bool) -> bool:
-    """Print, at once; False when the reader of our output has gone."""
+    """Print and flush; return False if the reader of the output has gone."""
     if lines:
         try:
             echo("\n".join(lines), color=color)

@@ -1,4 +1,4 @@
-"""`rebpf verify`: reads topics as any consumer would, and says what is missing, double or out of order."""
+"""`rebpf verify`: check topics for missing, duplicate and reordered events."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,22 +22,22 @@ _REASONS = 10
 
 @dataclass(frozen=True, slots=True)
 class TopicReport:
-    """What a topic holds."""
+    """The audit of a topic."""
 
     topic: str
     partitions: int
     messages: int
     other_hosts: int
-    """Messages of hosts that were not asked for."""
+    """Messages of hosts other than the requested one."""
     undecodable: int
     flows_forgotten: int
-    """More flows than are remembered: of these, the order was not checked over a long pause."""
+    """Flows that were forgotten because there are too many: their order is not checked across a pause."""
     boots: tuple[BootReport, ...]
     unchecked: int = 0
-    """Events of more hosts, boots or scattered numbers than there is memory for: whether more is missing is unknown."""
+    """Events beyond the memory limits: whether more are missing is unknown."""
 
     def faults(self) -> dict[str, int]:
-        """Return what should not be, each with its number."""
+        """Return the faults found, with their counts."""
         counts = {
             "missing": sum(boot.missing for boot in self.boots),
             "restarts": sum(boot.restarts for boot in self.boots),
@@ -48,7 +48,7 @@ class TopicReport:
         return {name: count for name, count in counts.items() if count}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the report as for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class TopicReport:
 
 
 class _TopicCount:
-    """Messages of one topic on the way to its audit."""
+    """Passes the messages of one topic to its audit."""
 
     def __init__(self, topic: str, complete_from_ms: float, id_reader: EventIdReader, host: str | None) -> None:
         self.audit = Audit(complete_from_ms)
@@ -125,7 +125,7 @@ def verify(
 ) -> list[TopicReport]:
     """Read the topics and report on each.
 
-    `host`: on this one alone. `since`: from this offset on in each partition, or, below 0, from so many before its end.
+    `host`: only this one. `since`: start at this offset of each partition, or, if negative, this many before its end.
     """
     id_reader = EventIdReader(Decoder(registry))
     reader = TopicReader(brokers, topics, client_settings, since)
@@ -149,7 +149,7 @@ def show(reports: Sequence[TopicReport], *, as_json: bool) -> str:
 
 
 def fault_summary(reports: Sequence[TopicReport]) -> str | None:
-    """Return what is wrong, in a line; None where nothing is."""
+    """Return the faults in one line; None if there are none."""
     faults = [
         f"{report.topic}: " + ", ".join(f"{name} {count}" for name, count in report.faults().items())
         for report in reports

@@ -1,4 +1,4 @@
-"""Reads topics from their beginnings to their ends: its own connection, nothing of the agent."""
+"""Reads topics from beginning to end, over its own connection."""
 
 import math
 import time
@@ -16,7 +16,7 @@ _SILENCE_S = 30
 _POLL_S = 0.1
 _BATCH = 10_000
 _SKEW_MS = 60_000
-"""How far the clocks of two hosts may differ, and how long a message may be on its way."""
+"""Allowance for clock differences between hosts and for delivery time."""
 
 
 class PartitionId(NamedTuple):
@@ -27,7 +27,7 @@ class PartitionId(NamedTuple):
 
 
 class TopicReader:
-    """Reads all partitions of the topics up to where they ended when it began."""
+    """Reads all partitions of the topics up to the ends that they had at the start."""
 
     def __init__(self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], since: int | None) -> None:
         self._brokers = brokers
@@ -40,9 +40,9 @@ class TopicReader:
             }
 
     def complete_from_ms(self, topic: str) -> float:
-        """Return from when on all that was sent to the topic is there: since the latest beginning of its partitions.
+        """Return the time from which the topic is complete: the latest beginning of its partitions.
 
-        That is ALL where no message was deleted, and infinity where all messages of a partition were.
+        ALL if no message was deleted, infinity if all messages of a partition were.
         """
         latest: float = ALL
         for partition, (start, end) in self.spans.items():
@@ -95,7 +95,7 @@ class TopicReader:
                     return timestamp_ms
 
     def _receive(self) -> list[Message]:
-        """Wait for messages, or the news that a partition ends here; UnavailableError where nothing comes."""
+        """Wait for messages or end-of-partition events; UnavailableError if none come."""
         deadline = time.monotonic() + _SILENCE_S
         while time.monotonic() < deadline:
             messages = [each for each in self._consumer.consume(_BATCH, _POLL_S) if not self._is_transient_error(each)]
@@ -112,5 +112,5 @@ class TopicReader:
         if error.retriable():
             return True
         if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
-            raise UnavailableError(f"topic {message.topic()}: messages were deleted while they were read: try again")
+            raise UnavailableError(f"topic {message.topic()}: messages were deleted while being read: try again")
         raise UnavailableError(f"topic {message.topic()}: {error.str()}")

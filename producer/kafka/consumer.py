@@ -1,6 +1,6 @@
-"""A Kafka consumer that nobody else notices: no group moves, nothing is committed, all partitions are assigned by hand.
+"""A Kafka consumer without side effects: it joins no group, commits nothing, and assigns partitions by hand.
 
-A group id is needed and never used.
+librdkafka requires a group id; it is not used.
 """
 
 import logging
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class QuietConsumer:
-    """Opens a consumer of `brokers` for `purpose`, which is a part of its group's id; `client` is confluent-kafka's.
+    """A consumer of `brokers`; `client` is confluent-kafka's. `purpose` is part of the group id.
 
-    `settings` are the user's, and `overrides` win over them. Raises ConfigError where librdkafka refuses them.
+    `settings` are the user's; `overrides` take precedence. Raises ConfigError if librdkafka rejects them.
     """
 
     def __init__(self, brokers: str, purpose: str, settings: Mapping[str, str], overrides: Mapping[str, Any]) -> None:
@@ -31,7 +31,7 @@ class QuietConsumer:
             "allow.auto.create.topics": False,
             "auto.offset.reset": "earliest",
             "socket.keepalive.enable": True,
-            # Ours are in no transaction, and one that somebody leaves open would hide them.
+            # We use no transactions, and one that somebody leaves open would hide our messages.
             "isolation.level": "read_uncommitted",
             **consumer_settings(settings),
             "bootstrap.servers": brokers,
@@ -47,7 +47,7 @@ class QuietConsumer:
 
     @contextmanager
     def translated_errors(self) -> Iterator[None]:
-        """Translate what is raised where no broker answers."""
+        """Raise UnavailableError if no broker answers."""
         try:
             yield
         except KafkaException as exc:
@@ -62,7 +62,7 @@ class QuietConsumer:
 
 
 def client_logger(parent: logging.Logger) -> logging.Logger:
-    """Return librdkafka's logger, for debugging only: it repeats itself many times a second while a broker is down."""
+    """Return librdkafka's logger; silent unless debugging, since it repeats itself while a broker is down."""
     client = parent.getChild("librdkafka")
     client.setLevel(logging.DEBUG if parent.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
     return client

@@ -133,11 +133,11 @@ def test_a_registry_with_tls_and_a_password(kafka, registry, authority, tmp_path
         done = rebpf("check", *arguments)
         assert done.returncode >= 77
         (line,) = [each for each in done.stdout.splitlines() if "registry" in each]
-        assert line.startswith(f"MISSING registry: registry {guarded.url} refuses the authentication: ")
+        assert line.startswith(f"MISSING registry: registry {guarded.url} rejects the authentication: ")
         assert guarded.refused == 1, "it is asked once"
         done = rebpf("init", *arguments)
         assert done.returncode == 77
-        assert done.stderr.startswith(f"rebpf: registry {guarded.url} refuses the authentication: ")
+        assert done.stderr.startswith(f"rebpf: registry {guarded.url} rejects the authentication: ")
         assert "wr0ng" not in done.stdout + done.stderr
 
 

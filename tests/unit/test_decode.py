@@ -89,7 +89,7 @@ def test_any_bytes_are_a_record_or_the_one_error(value: bytes) -> None:
 
 
 def test_a_message_without_a_value_is_refused() -> None:
-    with pytest.raises(UndecodableError, match="frame"):
+    with pytest.raises(UndecodableError, match="wire format"):
         Decoder(None).decode(None)
 
 
@@ -170,7 +170,7 @@ def test_a_registry_that_went_away_ends_no_consumer_and_is_not_waited_for_at_eac
         thread.join()
     with pytest.raises(UndecodableError, match="does not answer for schema id 78"):
         decoder.decode(frame(78, OTHER))
-    with pytest.raises(UndecodableError, match="new schema ids are not asked for"):
+    with pytest.raises(UndecodableError, match="new schema ids are not requested"):
         decoder.decode(frame(79, OTHER))
     now += 61
     with pytest.raises(UndecodableError, match="does not answer for schema id 79"):
@@ -198,7 +198,7 @@ def test_a_stop_ends_the_wait_for_a_schema() -> None:
 def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPServer) -> None:
     decoder = Decoder(url(registry))
     for schema_id in (0, 1 << 31, (1 << 32) - 1):
-        with pytest.raises(UndecodableError, match="no registry gives"):
+        with pytest.raises(UndecodableError, match="is out of range"):
             decoder.decode(frame(schema_id, OTHER))
     assert Registry.requests == []
 

@@ -146,7 +146,7 @@ def test_strangers_messages_are_skipped_and_counted(cluster: Cluster, caplog: py
     source = follow(cluster)
     assert [event.record["seq"] for event in take(source, 1)] == [17]
     source.close()
-    assert 'skipped messages=2 reason="tcp_transmit: not in Confluent\'s frame"' in caplog.text
+    assert 'skipped messages=2 reason="tcp_transmit: not in Confluent\'s wire format"' in caplog.text
 
 
 ODD: dict[int, dict[str, Any]] = {
