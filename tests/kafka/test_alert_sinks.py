@@ -1,4 +1,4 @@
-"""Alerts in a real topic and a real Alertmanager, and what becomes of them while one is not there."""
+"""Alerts in a real topic and a real Alertmanager, also while one is unavailable."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -118,7 +118,7 @@ def test_the_topic_has_all_that_was_sent_while_the_broker_was_away(servers_prese
         server.create_topic(ALERTS, partitions=1)
         patient, hasty = (sink_of(server.bootstrap, "", wait) for wait in (start, give_up))
         server.kill()
-        # Who is told to give up leaves nothing behind that would come later, though its client lives.
+        # An ended sink leaves no messages that would arrive later, though its client lives.
         with pytest.raises(Stop):
             hasty.send(CHANGES)
         patient.send(CHANGES)

@@ -1,4 +1,4 @@
-"""`rebpf verify` on a real Kafka: numbers left out, doubled and late on purpose, and exactly those are told."""
+"""`rebpf verify` on a real Kafka: it reports exactly the missing, duplicate and late numbers that were produced."""
 
 import ipaddress
 import json
@@ -33,7 +33,7 @@ GENERATION = 1 << 32
 
 
 class Given(NamedTuple):
-    """An event by what identifies it; its time goes up with `tick`, in microseconds."""
+    """An event's identity; its time increases with `tick`, in microseconds."""
 
     host: str
     boot_id: str
@@ -47,7 +47,7 @@ class Given(NamedTuple):
 
 
 def encoded(stream: Stream, events: Sequence[Given], schema_id: int) -> Iterator[tuple[bytes, bytes]]:
-    """Encode events as the agents of their hosts do; yield keys and values in the same order."""
+    """Encode events as the agents of their hosts would; yield keys and values in the same order."""
     by_boot: dict[tuple[str, str], list[int]] = defaultdict(list)
     for at, each in enumerate(events):
         by_boot[each.host, each.boot_id].append(at)
@@ -86,7 +86,7 @@ class Topics:
         self.bootstrap = kafka.bootstrap
         self.prefix = prefix
         for stream in STREAMS:
-            # The messages' times are of one day, however long ago that is.
+            # The messages' timestamps are of one day, however long ago.
             kafka.create_topic(self.name(stream), PARTITIONS, settings={"retention.ms": "-1"})
 
     def name(self, stream: Stream) -> str:
@@ -108,7 +108,7 @@ class Topics:
         return rebpf("verify", "--brokers", self.bootstrap, *chosen, *arguments)
 
     def told(self, *arguments: object) -> tuple[dict[str, Any], int]:
-        """Return by the streams' names what verify says in JSON, and its exit code."""
+        """Return verify's JSON by stream name, and its exit code."""
         done = self.verify("--json", *arguments)
         (line,) = done.stdout.splitlines() or [done.stderr]
         report = json.loads(line)
@@ -116,12 +116,12 @@ class Topics:
 
 
 def run_of(host: str, boot_id: str, cpus: int, numbers: Iterable[int]) -> list[Given]:
-    """Return the events of some CPUs that each give the same numbers, in turn."""
+    """Return events of several CPUs in turn, each with the same numbers."""
     return [Given(host, boot_id, cpu, number, number * cpus + cpu) for number in numbers for cpu in range(cpus)]
 
 
 def counts(boot: dict[str, Any]) -> dict[str, Any]:
-    """Return what is not 0."""
+    """Return the counts above 0."""
     return {name: value for name, value in boot.items() if value and name not in ("first_ns", "last_ns", "boot_id")}
 
 
@@ -170,9 +170,9 @@ def test_numbers_left_out_doubled_and_late_are_told_exactly(topics: Topics) -> N
     first = run_of("web-1", "boot-a", 3, [*range(1, 100), *range(107, 2000), *range(2001, 2100)])  # 7 and 1 lacking
     second = run_of("web-1", "boot-b", 2, [*range(1, 500), *range(3 * GENERATION + 5, 3 * GENERATION + 100)])
     other = run_of("web-2", "boot-c", 1, range(11, 700))
-    # What a crash sends again: in order, late, and some of it twice.
+    # Resent after a crash: in order, late, and some of it twice.
     twice = [*first[1000:2000], *first[1500:1600]]
-    # An event behind the next of its flow, in each of two flows.
+    # An event after the next one of its flow, in each of two flows.
     late = [500, 501]
     for at in late:
         other[at], other[at + FLOWS] = other[at + FLOWS], other[at]

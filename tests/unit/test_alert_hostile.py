@@ -1,4 +1,4 @@
-"""Nothing that a writer of a topic can do ends, fills or stalls a member: with real partitions, stages and decoder."""
+"""No writer of a topic can stop, exhaust or stall a member: with real partitions, stages and decoder."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Both stages together: whoever has which partition, and wherever a member is killed, the alerts are the same."""
+"""Both stages together: the alerts do not depend on the assignment, or on when a member is killed."""
 
 import pickle
 from collections import defaultdict
@@ -30,7 +30,7 @@ def told(alerts: Sequence[Alert]) -> list[tuple[str, bool, int, float]]:
 
 
 class Deciding:
-    """A Decider of one rule with one source, which is given a window's sums, and then the time of its end."""
+    """A Decider of one rule and one source: gets a window's sums, then the watermark at its end."""
 
     def __init__(self, rule: AlertRule, known: Sequence[Alert] = (), decided_ns: int = 0) -> None:
         self.decider = Decider([rule], ["r/0"], known, 0, decided_ns)
@@ -114,14 +114,14 @@ class _Killed(Exception):
 
 
 class _AsItIs:
-    """Decodes what is a record already."""
+    """A decoder for values that are records already."""
 
     def decode(self, value: Any) -> Any:
         return value
 
 
 class World:
-    """What outlives the members: topics and offsets. After `life` of its acts the member that acts is killed."""
+    """The state that survives members: topics and offsets. A member is killed after `life` actions."""
 
     def __init__(self, logs: dict[PartitionId, list[dict[str, Any]]], sums: int) -> None:
         self.logs = logs
@@ -136,7 +136,7 @@ class World:
         self.share(dict.fromkeys(self.places, 0))
 
     def share(self, owners: dict[PartitionId, int]) -> None:
-        """A rebalance: all members begin anew with what is committed."""
+        """Rebalance: all members start from the committed state."""
         known = {alert.key: alert for alert in self.alerts}
         self.members = [{}, {}]
         for partition_id in self.places:
@@ -191,7 +191,7 @@ class World:
 
 
 class _Pager:
-    """A sink that is told again what may not have been heard."""
+    """A sink that may receive alerts twice."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -219,7 +219,7 @@ def _name(partition_id: PartitionId) -> str:
 
 
 def reference(logs: dict[PartitionId, list[dict[str, Any]]]) -> list[tuple[str, str, bool, int, float]]:
-    """Return the changes, counted in one go over all events."""
+    """Return the changes, from one pass over all events."""
     events = {
         (partition_id.topic, each["boot_id"], each["cpu_seq"]): (partition_id.topic, each)
         for partition_id, log in logs.items()

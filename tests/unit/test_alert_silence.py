@@ -1,4 +1,4 @@
-"""Silent hosts: by the heartbeat's own interval, told once, and not where a producer stopped as it should."""
+"""Silent hosts: by the heartbeat's own interval, alerted on once, and not after a clean stop."""
 
 import math
 

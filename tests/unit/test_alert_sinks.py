@@ -95,7 +95,7 @@ def test_alerts_without_a_destination_are_rejected() -> None:
 
 
 class Receiver:
-    """Takes what is posted, and answers with the statuses of `answers` in turn, then with 200."""
+    """Records posts, and answers with the statuses of `answers` in turn, then with 200."""
 
     def __init__(self) -> None:
         self.answers: list[int] = []

@@ -1,4 +1,4 @@
-"""Sums in windows of event time: duplicates, lateness, what a restart reads again, and the topic between the stages."""
+"""Sums in windows of event time: duplicates, lateness, restarts, and the topic between the stages."""
 
 from collections import Counter
 from typing import Any
@@ -115,7 +115,7 @@ _EVENTS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5), st.sampled_f
 
 
 def _stream(steps: list[tuple[int, int, str]]) -> list[dict[str, Any]]:
-    """Events whose time goes up, each at most 5 seconds, the lateness, behind the latest."""
+    """Events with increasing times, each at most 5 seconds (the lateness) before the latest."""
     now, made = 100, []
     for number, (forward, back, host) in enumerate(steps):
         now = max(now, now + forward - 5)

@@ -1,4 +1,4 @@
-"""The reader's side of the frame: what is ours is read, whatever else is refused as one error."""
+"""Decoding: our messages are read, all others raise one kind of error."""
 
 import io
 import json
@@ -31,7 +31,7 @@ OTHER = {**OURS["TcpTransmit"], "fields": [*OURS["TcpTransmit"]["fields"], {"nam
 
 
 def frame(schema_id: int, schema: dict[str, Any], **fields: Any) -> bytes:
-    """Return a message; each field that is not given has some value of its type."""
+    """Return a message; fields that are not given have some value of their type."""
     buffer = io.BytesIO()
     buffer.write(struct.pack(">bI", 0, schema_id))
     values = {field["name"]: VALUES[type_name(field["type"])] for field in schema["fields"]}
@@ -40,7 +40,7 @@ def frame(schema_id: int, schema: dict[str, Any], **fields: Any) -> bytes:
 
 
 class Registry(BaseHTTPRequestHandler):
-    """Knows schema 77; requests are counted. For schema 79 it answers with `failure`, a status and an error code."""
+    """Has schema 77, and counts requests. Answers for schema 79 with `failure`, a status and an error code."""
 
     requests: list[str]
     failure = 404, 40403
@@ -224,7 +224,7 @@ def test_each_schema_of_ours_is_accepted(path: Path) -> None:
 
 
 def of_type(kind: Any, name: str = "RebpfAgent") -> dict[str, Any]:
-    """Return a schema of ours with one more field."""
+    """Return one of our schemas with one more field."""
     fields = OURS.get(name, OURS["RebpfAgent"])["fields"]
     return {"type": "record", "name": name, "namespace": "rebpf.v1", "fields": [*fields, {"name": "a", "type": kind}]}
 
@@ -279,7 +279,7 @@ def test_a_schema_that_is_not_like_ours_is_refused(schema: Any) -> None:
 
 
 def changed(change: Any, name: str = "TcpTransmit") -> dict[str, Any]:
-    """Return a schema of ours with its fields changed."""
+    """Return one of our schemas with changed fields."""
     return {**OURS[name], "fields": [each for field in OURS[name]["fields"] for each in change(dict(field))]}
 
 

@@ -1,4 +1,4 @@
-"""librdkafka's settings: what is refused, what is passed on."""
+"""librdkafka's settings: which are rejected, which are passed on."""
 
 import ctypes
 import re
@@ -55,7 +55,7 @@ def test_a_setting_that_librdkafka_refuses_is_a_configuration_error(name, value)
 
 
 def listed(path: Path) -> dict[str, str]:
-    """Return all settings that the installed librdkafka lists, each with whom it is for: C, P or *."""
+    """Return all settings of the installed librdkafka with their scope: C, P or *."""
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         library = ctypes.CDLL(next(line.split(maxsplit=5)[5].strip() for line in maps if "librdkafka" in line))
     libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""The sink against librdkafka's built-in cluster: what is acknowledged, sent again, lost, and how much is under way."""
+"""The sink against librdkafka's mock cluster: acknowledgements, retries, losses, and limits in flight."""
 
 import socket
 import subprocess
@@ -76,7 +76,7 @@ def numbered(count: int, start: int = 0) -> list[tuple[bytes, bytes]]:
 
 
 class Ledger:
-    """What a sink said so far, added up."""
+    """The sum of a sink's outcomes."""
 
     def __init__(self, sink: KafkaSink) -> None:
         self._sink = sink
@@ -152,14 +152,14 @@ def test_a_failure_that_passes_costs_no_message(cluster, open_sink, code):
 
 
 def test_batches_that_are_sent_again_stay_in_order_and_later_ones_wait_for_them(cluster, open_sink, caplog):
-    """The client takes two batches and a half, and refuses others before these have failed: the topic is missing."""
+    """The topic is missing. The client's queue takes two and a half batches, and rejects more before these have failed."""
     sink = open_sink(raw={"queue.buffering.max.messages": "50"})
     batches = [batch(TRANSMITS, numbered(20, start)) for start in range(0, 240, 20)]
     failing, later = batches[:8], batches[8:]
     for each in failing:
         sink.send(each)
     ledger = Ledger(sink)
-    # All have failed, and were sent again, and failed again.
+    # All have failed, were retried, and failed again.
     ledger.wait(
         lambda: (
             caplog.text.count("retrying messages topic=t error=") > 1 and "UNKNOWN" in sink.last_error_of("transmit")
@@ -186,7 +186,7 @@ def test_a_refused_batch_is_sent_one_by_one_and_what_is_refused_then_is_lost_by_
     cluster.create("t")
     kept: list[tuple[EncodedBatch, str]] = []
     sink = open_sink(quarantine=lambda refused, error: kept.append((refused, error)))
-    # The whole batch, and then, each in a request of its own, the first two of its messages.
+    # The whole batch, then its first two messages, each in a separate request.
     cluster.answer_produce_with(code, code, code)
     refused, later = batch(TRANSMITS, numbered(13)), batch(TRANSMITS, numbered(17, 13))
     ledger = Ledger(sink)
@@ -266,7 +266,7 @@ def test_a_missing_heartbeat_topic_is_told_and_not_asked_for_all_the_time_and_co
     for _ in range(50):
         sink.beat(b"host", b"too soon")
         ledger.wait(lambda: not sink.beating)
-    # Each that is refused is told; waits are random, up to 20 s and more: that 10 are over by now would be a miracle.
+    # Each failure is logged. Waits are random, up to 20 s and more: 10 within this time are practically impossible.
     assert caplog.text.count("heartbeat not accepted") < 10
     sent = batch(TRANSMITS, numbered(11))
     sink.send(sent)
@@ -328,7 +328,7 @@ def test_warnings_of_a_missing_topic_become_rare_though_the_other_streams_messag
         sink.send(sent)
         ledger.wait_for(sent)
 
-    # Waits of up to 0.5, 1, 2, 4 s: 10 within 4 s would be a miracle, and 16 are to be expected of waits up to 0.5 s.
+    # Waits of up to 0.5, 1, 2, 4 s: 10 within 4 s are practically impossible; waits up to 0.5 s would give 16.
     assert caplog.text.count("topic=r error=") < 10
 
 
@@ -339,7 +339,7 @@ def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluste
     ledger = Ledger(sink)
     sink.send(first)
     ledger.wait_for(first)
-    # There is no way to make a broker cause one: librdkafka has this function for tests.
+    # A broker cannot be made to cause one; librdkafka has this function for tests.
     lib.rd_kafka_test_fatal_error(sink._producer._handle, 47, b"made by a test")
     cluster.down()
     wait_until("other errors come after it", lambda: lib.rd_kafka_queue_length(sink._producer._queue) > 3)
@@ -354,7 +354,7 @@ def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluste
 
 
 def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts_once(cluster, open_sink, caplog):
-    """librdkafka's threads wait by the system clock, and would sleep for as long as it was set back."""
+    """librdkafka's threads wait by the system clock, and would sleep for the difference."""
     cluster.create("t")
     offset_ns = [1_700_000_000_000_000_000]
     sink = open_sink(utc_offset_ns=lambda: offset_ns[0])
@@ -443,7 +443,7 @@ def test_an_embedded_cluster_has_the_topics():
 
 
 def test_delivery_reports_need_no_descriptor() -> None:
-    """numpy imports a part of itself when it is first needed, which fails where no descriptor is left."""
+    """numpy imports a submodule on first use, which fails when descriptors have run out."""
     program = """
 import resource, numpy, producer.kafka.sink
 resource.setrlimit(resource.RLIMIT_NOFILE, (0, 4096))

@@ -1,4 +1,4 @@
-"""The registry's answers: its own are believed, all others are none, and none takes longer than its deadline."""
+"""The registry's answers: others' answers are rejected, and none takes longer than its deadline."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""`rebpf verify`: exact counts of what is missing, double or late, whatever the order in which the topics are read."""
+"""`rebpf verify`: exact counts of missing, duplicate and late events, in whatever order the topics are read."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def row(cpu_seq: int, **fields: Any) -> Row:
-    """An event sent and taken at the time `cpu_seq`, unless `fields` say otherwise."""
+    """An event sent and captured at the time `cpu_seq`, unless `fields` override it."""
     at = fields.pop("at", cpu_seq)
     values = {"partition": 0, "key": b"a:1>b:2", "timestamp_ms": at, "ts_ns": at, "host": "h", "boot_id": "b", "cpu": 0}
     return Row(**{**values, **fields}, cpu_seq=cpu_seq)
@@ -57,7 +57,7 @@ def boot(rows: Iterable[Row], **settings: Any) -> BootReport:
     return report
 
 
-# Around the ends of pages and generations, and few enough to come twice.
+# Around the ends of pages and generations, and few enough for duplicates.
 near = st.sampled_from([0, 4095, 4096, 8192, GENERATION, 2 * GENERATION, 7 * GENERATION + 4096])
 some_numbers = st.builds(lambda base, step: max(1, base + step), near, st.integers(-5, 9))
 
@@ -78,7 +78,7 @@ def test_numbers_are_new_once_and_all_there(chunks: list[list[tuple[int, int]]])
 
 
 def model(held: list[int], complete_from: int) -> Gaps:
-    """Gaps by the rules' own words."""
+    """Gaps, literally as specified."""
     gaps, missing, unsure, generations = 0, 0, 0, set()
     for before, behind in itertools.pairwise(held):
         start = before + 1
@@ -325,7 +325,7 @@ def test_a_mistake_on_the_command_line_is_64(arguments: list[str], text: str) ->
 
 
 def documented_sql() -> str:
-    """Return the statement of docs/delivery.md that looks for gaps."""
+    """Return the SQL statement of docs/delivery.md that finds gaps."""
     blocks = re.findall(r"```sql\n(.*?)```", DELIVERY.read_text(), re.DOTALL)
     (statement,) = [block for block in blocks if "LAG(" in block]
     return statement

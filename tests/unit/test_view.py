@@ -1,4 +1,4 @@
-"""The line of an event: tcpdump's words, colours, and nothing that a terminal would obey."""
+"""The line of an event: tcpdump's notation, colours, and no control characters."""
 
 import re
 from datetime import datetime
