@@ -199,7 +199,7 @@ class Feed:
         assert self._client.flush(30) == 0
 
 
-def told(bootstrap: str, prefix: str = PREFIX) -> list[dict[str, Any]]:
+def alert_records(bootstrap: str, prefix: str = PREFIX) -> list[dict[str, Any]]:
     """Return the records of the alerts topic."""
     found = []
     for message in kcat_messages(bootstrap, f"{prefix}tcp_alerts"):
@@ -254,7 +254,7 @@ class WaitingSink:
             self.other.wait()
 
 
-def test_a_share_that_cannot_be_taken_while_a_sink_waits_ends_the_member_and_no_try_follows(kafka, caplog):
+def test_an_assignment_that_fails_while_a_sink_waits_ends_the_member_without_retries(kafka, caplog):
     """An unavailable registry keeps the member from reading the last alerts, which it needs to start."""
     caplog.set_level(logging.INFO, "producer.alert")
     group = AlertConfig(group="waiting", repeat_s=1, rules=(AlertRule(name="loss"),))
@@ -311,10 +311,11 @@ def test_a_partition_that_is_added_is_read_as_soon_as_it_is_seen(kafka, tmp_path
         for topic, key, value in messages(sent, {"added.tcp_retransmit": FIXED_IDS["tcp_retransmit"]}, "added."):
             client.produce(topic, value, key, partition=1)
         assert client.flush(30) == 0
-        wait_until("it fires and is resolved", lambda: len(told(kafka.bootstrap, "added.")) == 2)
+        wait_until("it fires and is resolved", lambda: len(alert_records(kafka.bootstrap, "added.")) == 2)
         member.stop()
     found = [
-        (record["group"], record["firing"], record["retransmitted_segs"]) for record in told(kafka.bootstrap, "added.")
+        (record["group"], record["firing"], record["retransmitted_segs"])
+        for record in alert_records(kafka.bootstrap, "added.")
     ]
     assert found == [("busy", True, 3), ("busy", False, 0)]
 
@@ -332,8 +333,8 @@ def test_two_members_of_which_one_is_killed_tell_each_change_once(kafka, config,
         # Both are in the group, and the partitions are reassigned.
         wait_until("both have partitions", lambda: shares(one) and shares(two))
 
-        def steady_is_told() -> bool:
-            return any(each["group"] == STEADY for each in told(kafka.bootstrap))
+        def steady_has_fired() -> bool:
+            return any(each["group"] == STEADY for each in alert_records(kafka.bootstrap))
 
         first_s = (int(time.time()) // WINDOW_S + 1) * WINDOW_S
         for window, events in enumerate(planned()):
@@ -342,16 +343,16 @@ def test_two_members_of_which_one_is_killed_tell_each_change_once(kafka, config,
             if window < 2:
                 feed.beat(DYING)
             # The next owner has to know what fires now.
-            if one.process.poll() is None and steady_is_told():
+            if one.process.poll() is None and steady_has_fired():
                 one.kill()
         if one.process.poll() is None:
-            wait_until("it fires", steady_is_told)
+            wait_until("it fires", steady_has_fired)
             one.kill()
         # And which hosts are silent.
-        wait_until("all changes are told", lambda: len(told(kafka.bootstrap)) > len(expected))
+        wait_until("all changes are sent", lambda: len(alert_records(kafka.bootstrap)) > len(expected))
         two.stop()
 
-    found = told(kafka.bootstrap)
+    found = alert_records(kafka.bootstrap)
     changes = [
         Change(
             record["rule"],

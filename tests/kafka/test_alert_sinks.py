@@ -49,15 +49,15 @@ def test_alertmanager_has_what_fires_and_not_what_is_resolved(manager: Alertmana
     manager.start()
     sink = alertmanager_sink(manager, pytest.fail)
     sink.send([LOSS])
-    (told,) = manager.alerts()
-    assert told["labels"] == FIRES
-    assert told["status"]["state"] in ("active", "unprocessed")
+    (received,) = manager.alerts()
+    assert received["labels"] == FIRES
+    assert received["status"]["state"] in ("active", "unprocessed")
 
     sink.send([replace(LOSS, firing=False)])
     assert manager.alerts() == []
 
 
-def test_alertmanager_is_told_when_it_is_there_again(manager: AlertmanagerServer) -> None:
+def test_alertmanager_gets_the_alerts_when_it_is_available_again(manager: AlertmanagerServer) -> None:
     waits: list[float] = []
 
     def start(seconds: float) -> None:
@@ -67,7 +67,7 @@ def test_alertmanager_is_told_when_it_is_there_again(manager: AlertmanagerServer
 
     alertmanager_sink(manager, start).send([LOSS])
     assert len(waits) == 2
-    assert [told["labels"] for told in manager.alerts()] == [FIRES]
+    assert [received["labels"] for received in manager.alerts()] == [FIRES]
 
 
 def sink_of(bootstrap: str, prefix: str, wait: Callable[[float], None], registry: str | None = None) -> Sink:

@@ -182,7 +182,7 @@ def test_check_says_what_an_unprivileged_user_lacks():
         assert name in str(found["capabilities"]["text"])
 
 
-def test_a_setting_that_the_client_refuses_is_a_configuration_error(config):
+def test_a_setting_that_the_client_rejects_is_a_configuration_error(config):
     arguments = ["--config", config("", 'kafka.settings = { "lingr.ms" = 5 }'), "--brokers", "127.0.0.1:1"]
     done = rebpf("init", *arguments)
 

@@ -101,7 +101,7 @@ def test_the_heartbeats_schema_is_registered_and_cached_as_the_others_are(client
         assert schema_ids(own_config("heard.", url, tmp_path))["heard.rebpf_agent"] == number
 
 
-def test_run_registers_where_it_is_told_to(kafka, client, registry, tmp_path):
+def test_run_registers_schemas_if_configured(kafka, client, registry, tmp_path):
     for topic in topics.FIXED_IDS:
         kafka.create_topic(f"registered.{topic}")
     text = config("registered.", registry.url, "registry.register = true")

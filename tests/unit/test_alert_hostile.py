@@ -149,8 +149,8 @@ def test_names_that_are_long_make_no_message_that_kafka_refuses() -> None:
 
 
 def sums_json(**fields: Any) -> bytes:
-    told = {"part": "events/0", "stream": RETRANSMITS, "by": "host", "width_ns": 10 * SECOND_NS}
-    return json.dumps({**told, "start_ns": NOW_NS - NOW_NS % (10 * SECOND_NS), "segs": {"a": 9}, **fields}).encode()
+    message = {"part": "events/0", "stream": RETRANSMITS, "by": "host", "width_ns": 10 * SECOND_NS}
+    return json.dumps({**message, "start_ns": NOW_NS - NOW_NS % (10 * SECOND_NS), "segs": {"a": 9}, **fields}).encode()
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_flood_of_sums_takes_bounded_memory_and_is_counted() -> None:
     assert counts.undecodable == 0
 
 
-def test_a_flood_of_firing_groups_is_told_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flood_of_firing_groups_is_alerted_on_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "MOST_FIRING", 10)
     counts = Counts()
     partition = sums(counts)
@@ -292,7 +292,7 @@ def test_a_flood_of_hosts_takes_bounded_memory_and_known_hosts_are_still_heard(m
     assert [alert.group for alert in run_step(partition)] == [f"host-{number:02}" for number in range(1, 10)]
 
 
-def told(alert: Alert, key: bytes | None = None) -> tuple[bytes, bytes]:
+def encoded(alert: Alert, key: bytes | None = None) -> tuple[bytes, bytes]:
     own, value = AlertEncoder(ALERT_ID).encode(alert, 0.0)
     return own if key is None else key, value
 
@@ -300,27 +300,25 @@ def told(alert: Alert, key: bytes | None = None) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        told(ALERT, b""),
-        told(ALERT, b"x" * 1_000_000),
-        told(replace(ALERT, value=math.nan)),
-        told(replace(ALERT, threshold=math.inf)),
-        told(replace(ALERT, window_start_ns=-1)),
-        told(replace(ALERT, since_ns=-(1 << 63))),
-        told(replace(ALERT, window_start_ns=MOST_SEGS)),
-        told(replace(ALERT, segs=-1)),
-        told(replace(ALERT, by="__name__")),
-        told(replace(ALERT, measure="other")),
+        encoded(ALERT, b""),
+        encoded(ALERT, b"x" * 1_000_000),
+        encoded(replace(ALERT, value=math.nan)),
+        encoded(replace(ALERT, threshold=math.inf)),
+        encoded(replace(ALERT, window_start_ns=-1)),
+        encoded(replace(ALERT, since_ns=-(1 << 63))),
+        encoded(replace(ALERT, window_start_ns=MOST_SEGS)),
+        encoded(replace(ALERT, segs=-1)),
+        encoded(replace(ALERT, by="__name__")),
+        encoded(replace(ALERT, measure="other")),
         (b"many/web-1", b""),
         (b"many/web-1", b"\0\0\0\0\x04"),
         (b"many/web-1", beat()),
     ],
     ids=str,
 )
-def test_an_alert_that_none_of_us_wrote_is_passed_over_and_told_once(
-    key: bytes, value: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_foreign_alert_is_skipped_and_logged_once(key: bytes, value: bytes, caplog: pytest.LogCaptureFixture) -> None:
     other = replace(ALERT, group="web-2")
-    assert last_of([(key, value), (key, value), told(other)], "alerts", decoder(), NOW_NS) == [other]
+    assert last_of([(key, value), (key, value), encoded(other)], "alerts", decoder(), NOW_NS) == [other]
     (record,) = caplog.records
     assert f"messages=2 of topic=alerts: key={key[:200]!r}: " in record.getMessage()
     assert len(record.getMessage()) < 500
@@ -331,6 +329,6 @@ def test_the_oldest_of_too_many_alerts_are_forgotten(
 ) -> None:
     monkeypatch.setattr(last_alerts, "MOST_ALERTS", 10)
     alerts = [replace(ALERT, group=f"web-{number}") for number in range(25)]
-    found = last_of([*map(told, alerts), (b"many/web-24", None)], "alerts", decoder(), NOW_NS)
+    found = last_of([*map(encoded, alerts), (b"many/web-24", None)], "alerts", decoder(), NOW_NS)
     assert [alert.group for alert in found] == [f"web-{number}" for number in range(15, 24)]
     assert "forgot the oldest 15" in caplog.text

@@ -25,7 +25,7 @@ RULES = (COUNT, RATIO)
 HOSTS = Grouping("host", 10 * SECOND_NS)
 
 
-def told(alerts: Sequence[Alert]) -> list[tuple[str, bool, int, float]]:
+def fields_of(alerts: Sequence[Alert]) -> list[tuple[str, bool, int, float]]:
     return [(each.group, each.firing, each.window_start_ns // SECOND_NS, each.value) for each in alerts]
 
 
@@ -43,7 +43,7 @@ class Deciding:
             if segs:
                 self.decider.add(stream, "r/0", Sums(self._view, start_ns, segs), self.decider.next)
         self.decider.advance("r/0", start_ns + self._width_s * SECOND_NS, self.decider.next)
-        return told(self.decider.decide())
+        return fields_of(self.decider.decide())
 
 
 def test_between_clear_and_threshold_nothing_changes_and_a_window_without_segments_resolves() -> None:
@@ -82,11 +82,11 @@ def test_a_window_waits_for_all_partitions_and_sums_that_come_again_replace_the_
     assert decider.decide() == []
     assert (decider.next, decider.position) == (9, 5)
     decider.advance("r/1", 10 * SECOND_NS, 9)
-    assert told(decider.decide()) == [("a", True, 0, 8)]
+    assert fields_of(decider.decide()) == [("a", True, 0, 8)]
     assert (decider.position, decider.decided_ns) == (10, 10 * SECOND_NS)
 
 
-def test_what_was_told_is_not_told_again_nor_undone_by_windows_before_it() -> None:
+def test_what_was_sent_is_not_sent_again_nor_undone_by_windows_before_it() -> None:
     fired = Deciding(COUNT)
     fired.window(3, {"a": 9})
     again = Deciding(COUNT, fired.decider.firing)
@@ -244,7 +244,7 @@ def reference(logs: dict[PartitionId, list[dict[str, Any]]]) -> list[tuple[str, 
 
 
 def changes(alerts: Sequence[Alert]) -> list[tuple[str, str, bool, int, float]]:
-    return sorted((each.rule, *fields) for each, fields in zip(alerts, told(alerts), strict=True))
+    return sorted((each.rule, *fields) for each, fields in zip(alerts, fields_of(alerts), strict=True))
 
 
 SOURCES = [PartitionId(RETRANSMITS, 0), PartitionId(RETRANSMITS, 1), PartitionId(TRANSMITS, 0)]

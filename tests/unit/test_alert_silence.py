@@ -34,7 +34,7 @@ def silent_since(second: int) -> Alert:
     )
 
 
-def test_a_host_is_silent_after_three_of_its_own_intervals_and_that_is_told_once() -> None:
+def test_a_host_is_silent_after_three_of_its_own_intervals_and_alerted_on_once() -> None:
     hosts = Hosts(3, [], 0)
     hear(hosts, 100)
     hear(hosts, 100, beat("web-2", interval_s=60))
@@ -50,7 +50,7 @@ def test_time_is_up_to_when_heartbeats_were_read() -> None:
     assert look(hosts, 0) == []
 
 
-def test_a_host_that_is_heard_again_is_told_once_and_can_go_silent_again() -> None:
+def test_a_host_that_is_heard_again_resolves_once_and_can_go_silent_again() -> None:
     hosts = Hosts(3, [], 0)
     hear(hosts, 100)
     look(hosts, 131)

@@ -150,15 +150,15 @@ def test_what_fires_ends_later_and_what_is_resolved_has_ended(receiver: Receiver
 def test_a_clock_that_is_ahead_begins_no_alert_after_its_end(receiver: Receiver, firing: bool) -> None:
     ahead = replace(SILENT, firing=firing, since_ns=2**62)
     Alertmanager(receiver.url, 60, pytest.fail).send([ahead])
-    (told,) = receiver.posted[0]
-    assert datetime.fromisoformat(told["startsAt"]) <= datetime.now(UTC)
-    assert told["startsAt"] <= told["endsAt"]
+    (received,) = receiver.posted[0]
+    assert datetime.fromisoformat(received["startsAt"]) <= datetime.now(UTC)
+    assert received["startsAt"] <= received["endsAt"]
 
 
-def test_of_one_alert_that_changed_twice_the_last_is_told(receiver: Receiver) -> None:
+def test_of_one_alert_that_changed_twice_the_last_is_sent(receiver: Receiver) -> None:
     Alertmanager(receiver.url, 60, pytest.fail).send([LOSS, replace(LOSS, firing=False)])
-    (told,) = receiver.posted[0]
-    assert told["annotations"]["summary"].startswith("host web-1 is resolved")
+    (received,) = receiver.posted[0]
+    assert received["annotations"]["summary"].startswith("host web-1 is resolved")
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
@@ -179,9 +179,7 @@ def test_an_answer_that_breaks_off_is_none(receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 400, 404])
-def test_what_is_refused_for_good_holds_up_nothing(
-    receiver: Receiver, caplog: pytest.LogCaptureFixture, status: int
-) -> None:
+def test_what_is_rejected_holds_up_nothing(receiver: Receiver, caplog: pytest.LogCaptureFixture, status: int) -> None:
     receiver.answers = [status]
     receiver.headers = {"Location": "/"}
     sink = Alertmanager(receiver.url, 60, pytest.fail)

@@ -103,11 +103,11 @@ def test_sums_go_to_their_groups_partitions_in_messages_that_are_not_too_large()
     got: dict[str, int] = {}
     for partition, message in sums_messages("retransmits", "tcp_retransmit/3", sums, 4):
         assert len(message) < 100_000
-        told = read(message)
-        assert isinstance(told, PartitionSums)
-        assert (told.source, told.stream, *told.sums[:2]) == ("tcp_retransmit/3", "retransmits", *sums[:2])
-        assert {partition_of("host", group, 4) for group in told.sums.segs} == {partition}
-        got |= told.sums.segs
+        parsed = read(message)
+        assert isinstance(parsed, PartitionSums)
+        assert (parsed.source, parsed.stream, *parsed.sums[:2]) == ("tcp_retransmit/3", "retransmits", *sums[:2])
+        assert {partition_of("host", group, 4) for group in parsed.sums.segs} == {partition}
+        got |= parsed.sums.segs
     assert got == sums.segs
 
 

@@ -88,7 +88,7 @@ def test_any_bytes_are_a_record_or_the_one_error(value: bytes) -> None:
     assert "seq" in record
 
 
-def test_a_message_without_a_value_is_refused() -> None:
+def test_a_message_without_a_value_is_rejected() -> None:
     with pytest.raises(UndecodableError, match="wire format"):
         Decoder(None).decode(None)
 
@@ -98,7 +98,7 @@ def test_an_id_that_is_not_fixed_asks_for_the_registry() -> None:
         Decoder(None).decode(frame(77, OTHER))
 
 
-def test_a_value_with_something_behind_it_is_refused(registry: ThreadingHTTPServer) -> None:
+def test_a_value_with_trailing_bytes_is_rejected(registry: ThreadingHTTPServer) -> None:
     with pytest.raises(UndecodableError, match="not a value"):
         Decoder(url(registry)).decode(frame(77, OTHER) + b"\0")
 
@@ -109,7 +109,7 @@ def test_a_registrys_schema_is_fetched_once(registry: ThreadingHTTPServer) -> No
     assert len(Registry.requests) == 1
 
 
-def test_an_id_that_the_registry_does_not_know_is_refused(registry: ThreadingHTTPServer) -> None:
+def test_an_id_that_the_registry_does_not_know_is_rejected(registry: ThreadingHTTPServer) -> None:
     with pytest.raises(UndecodableError, match="does not know schema id 78"):
         Decoder(url(registry)).decode(frame(78, OTHER))
 
@@ -211,7 +211,7 @@ def test_alert_counts_a_message_whose_schema_the_registry_refuses(registry: Thre
     assert (counts.undecodable, partition.next, len(Registry.requests)) == (2, 9, 1)
 
 
-def test_a_value_of_more_than_a_mebibyte_is_refused() -> None:
+def test_a_value_of_more_than_a_mebibyte_is_rejected() -> None:
     with pytest.raises(UndecodableError, match="longer than"):
         Decoder(None).decode(b"\0\0\0\0\2" + bytes(1 << 20))
 
@@ -322,7 +322,7 @@ def test_a_schema_with_other_defaults_and_words_is_accepted_without_them() -> No
     assert "default" not in json.dumps(accepted(json.dumps(schema)))
 
 
-def test_a_text_of_more_than_4096_characters_is_refused() -> None:
+def test_a_string_of_more_than_4096_characters_is_rejected() -> None:
     decode = Decoder(None).decode
     assert len(decode(frame(1, OURS["TcpTransmit"], host="x" * 4096))["host"]) == 4096
     with pytest.raises(UndecodableError, match="4096 characters"):
@@ -330,7 +330,7 @@ def test_a_text_of_more_than_4096_characters_is_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 60_000, "\ud800", 'syntax = "proto3";'])
-def test_a_text_that_is_no_schema_is_refused(text: str) -> None:
+def test_a_text_that_is_no_schema_is_rejected(text: str) -> None:
     with pytest.raises(NotAccepted):
         accepted(text)
 

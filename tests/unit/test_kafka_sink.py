@@ -151,8 +151,8 @@ def test_a_failure_that_passes_costs_no_message(cluster, open_sink, code):
     assert set(cluster.read("t", 101)) == set(messages)
 
 
-def test_batches_that_are_sent_again_stay_in_order_and_later_ones_wait_for_them(cluster, open_sink, caplog):
-    """The topic is missing. The client's queue takes two and a half batches, and rejects more before these have failed."""
+def test_retried_batches_stay_in_order_and_later_ones_wait_for_them(cluster, open_sink, caplog):
+    """The topic is missing. The client's queue takes two and a half batches and rejects more before these fail."""
     sink = open_sink(raw={"queue.buffering.max.messages": "50"})
     batches = [batch(TRANSMITS, numbered(20, start)) for start in range(0, 240, 20)]
     failing, later = batches[:8], batches[8:]
@@ -182,7 +182,7 @@ def test_batches_that_are_sent_again_stay_in_order_and_later_ones_wait_for_them(
 
 
 @pytest.mark.parametrize("code", [10, 44, 87], ids=librdkafka.error_name)
-def test_a_refused_batch_is_sent_one_by_one_and_what_is_refused_then_is_lost_by_name(cluster, open_sink, code):
+def test_a_rejected_batch_is_retried_one_by_one_and_what_is_rejected_again_is_lost_by_name(cluster, open_sink, code):
     cluster.create("t")
     kept: list[tuple[EncodedBatch, str]] = []
     sink = open_sink(quarantine=lambda refused, error: kept.append((refused, error)))
@@ -254,9 +254,7 @@ def test_one_heartbeat_at_most_is_under_way(cluster, open_sink):
     assert cluster.read("beats", 2) == [(b"host", b"first"), (b"host", b"last")]
 
 
-def test_a_missing_heartbeat_topic_is_told_and_not_asked_for_all_the_time_and_costs_no_event(
-    cluster, open_sink, caplog
-):
+def test_a_missing_heartbeat_topic_is_logged_and_retried_rarely_and_costs_no_event(cluster, open_sink, caplog):
     cluster.create("t")
     sink = open_sink(heartbeats=Topic("beats"))
     ledger = Ledger(sink)
@@ -383,7 +381,7 @@ def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts
     assert cluster.read("t", 24) == numbered(24)
 
 
-def test_the_brokers_trouble_is_told_until_a_message_is_delivered(cluster, open_sink, caplog):
+def test_the_last_error_is_kept_until_a_message_is_delivered(cluster, open_sink, caplog):
     cluster.create("t")
     cluster.down()
     sink = open_sink()

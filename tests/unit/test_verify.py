@@ -152,7 +152,7 @@ def test_a_crash_is_one_restart_of_all_cpus_and_what_lacks_behind_it_is_missing(
     assert (boot(again).restarts, boot(again).gaps, boot(again).missing) == (2, 1, 2)
 
 
-def test_what_came_before_the_first_number_is_told_and_not_counted() -> None:
+def test_what_came_before_the_first_number_is_reported_and_not_counted() -> None:
     report = boot([row(7, cpu=2), row(8, cpu=2), row(1), row(GENERATION + 1, cpu=3)])
     assert (report.missing, report.restarts) == (0, 0)
     assert report.first_numbers == {2: 7, 3: GENERATION + 1}
@@ -223,7 +223,7 @@ def test_a_schema_without_an_event_s_id_is_undecodable() -> None:
         EventIdReader(Other(None)).read(message(TRANSMITS))
 
 
-def test_a_schema_that_was_refused_for_a_while_is_read_with_afterwards() -> None:
+def test_a_schema_that_was_rejected_for_a_while_is_used_afterwards() -> None:
     class Forgetful(Decoder):
         asked = 0
 
