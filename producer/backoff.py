@@ -1,4 +1,4 @@
-"""Waits between tries of what may work later: exponential with jitter, by tenacity, and counted."""
+"""Exponential back-off with jitter, by tenacity, counted in the metrics."""
 
 from tenacity import RetryCallState, Retrying, wait_random_exponential
 
@@ -6,10 +6,9 @@ from producer.health.metrics import retried
 
 
 class BackOff:
-    """The waits of one thing that is tried again and again, by a loop that does other things in between.
+    """The waits between retries of one operation, for a loop that does other work meanwhile.
 
-    `what` names it in the metrics. Waits are random, up to `first_s` for the first, twice that for each that follows,
-    and `most_s` at most.
+    `what` is its name in the metrics. Waits are random, up to `first_s` at first, then doubling up to `most_s`.
     """
 
     def __init__(self, what: str, first_s: float = 0.5, most_s: float = 30.0) -> None:
@@ -18,12 +17,12 @@ class BackOff:
         self._state = RetryCallState(Retrying(wait=self._wait), None, (), {})
 
     def next(self) -> float:
-        """Return the seconds to wait before the next try."""
+        """Return the seconds to wait before the next retry."""
         wait_s = self._wait(self._state)
         self._state.attempt_number += 1
         retried(self._what, wait_s)
         return wait_s
 
     def reset(self) -> None:
-        """Begin with short waits again."""
+        """Start again with short waits."""
         self._state.attempt_number = 1

@@ -1,4 +1,4 @@
-"""The published schemas, their ids where there is no registry, and single records in Confluent's wire format."""
+"""The published schemas, their ids without a registry, and single records in Confluent's wire format."""
 
 import io
 import json
@@ -19,18 +19,18 @@ ALERT_ID = SchemaId(4)
 
 
 def load_schema(file: str) -> dict[str, Any]:
-    """Return a published schema, by the name of its file in schemas/."""
+    """Return a published schema by its file name in schemas/."""
     schema: dict[str, Any] = json.loads((SCHEMAS / file).read_text())
     return schema
 
 
 def frame(schema_id: SchemaId) -> bytes:
-    """Return what Confluent's wire format puts before an Avro body: a zero, and the schema's id in 4 bytes."""
+    """Return the header of Confluent's wire format: a zero byte, and the schema id in 4 bytes."""
     return struct.pack(">bI", 0, schema_id)
 
 
 class RecordEncoder:
-    """Encodes single records with a published schema, framed."""
+    """Encodes single records in Confluent's wire format."""
 
     def __init__(self, file: str, schema_id: SchemaId) -> None:
         self._schema = fastavro.parse_schema(load_schema(file))

@@ -1,4 +1,4 @@
-"""The topics' names, with the configured prefix."""
+"""Topic names with the configured prefix."""
 
 from producer.config.load import Config
 from producer.events import Stream, Topic
@@ -19,5 +19,5 @@ def heartbeat_topic(config: Config) -> Topic:
 
 
 def alert_topics(config: Config) -> tuple[Topic, Topic]:
-    """Return the topic of alerts, and that in which the members of `rebpf alert` exchange their sums."""
+    """Return the topics of alerts and of sums, the latter internal to `rebpf alert`."""
     return Topic(config.kafka.topic_prefix + ALERTS), Topic(config.kafka.topic_prefix + ALERT_SUMS)

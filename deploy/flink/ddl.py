@@ -1,6 +1,6 @@
 """Print the Flink SQL tables of ReBPF's topics, from their schemas, and those of the two jobs' results.
 
-tables.sql is what it prints by default; other brokers, registries and prefixes are its options.
+Without options, it prints tables.sql.
 """
 
 import argparse
@@ -17,7 +17,7 @@ ID = ("boot_id", "cpu", "cpu_seq")
 TYPES = {"int": "INT", "long": "BIGINT", "double": "DOUBLE", "string": "STRING", "boolean": "BOOLEAN"}
 LOGICAL = {"timestamp-millis": "TIMESTAMP(3)"}
 
-# Events of one partition are a little out of order between flows and CPUs, and much only after an outage.
+# Events of a partition are slightly out of order between flows and CPUs, and much only after an outage.
 LATENESS = "5"
 
 RETRANSMITS = {
@@ -62,7 +62,7 @@ def sql_type(avro: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return a text as a literal of SQL."""
+    """Return a text as an SQL literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -97,7 +97,7 @@ def source(topic: str, kafka: dict[str, str], prefix: str, registry: str) -> str
 
 
 def result(name: str, columns: dict[str, str], key: Sequence[str], kafka: dict[str, str], prefix: str) -> str:
-    """Return the table of a job's result: for each key its last row counts."""
+    """Return the table of a job's result: the last row of each key counts."""
     lines = [f"`{column}` {kind}{' NOT NULL' if column in key else ''}" for column, kind in columns.items()]
     lines.append(f"PRIMARY KEY ({', '.join(f'`{column}`' for column in key)}) NOT ENFORCED")
     options = {
@@ -111,7 +111,7 @@ def result(name: str, columns: dict[str, str], key: Sequence[str], kafka: dict[s
 
 
 def tables(brokers: str, registry: str, prefix: str = "", properties: Sequence[str] = ()) -> str:
-    """Return all tables; `properties` are further settings of the Kafka clients, each KEY=VALUE."""
+    """Return all tables; `properties` are additional settings of the Kafka clients, each KEY=VALUE."""
     kafka = {"properties.bootstrap.servers": brokers}
     kafka.update({f"properties.{key}": value for key, _, value in (each.partition("=") for each in properties)})
     parts = [
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--brokers", default="localhost:9092")
     parser.add_argument("--registry", default="http://localhost:8081", metavar="URL")
-    parser.add_argument("--prefix", default="", help="the producer's kafka.topic_prefix; also that of the results")
+    parser.add_argument("--prefix", default="", help="the producer's kafka.topic_prefix, also used for the results")
     parser.add_argument("--property", action="append", default=[], type=_property, metavar="KEY=VALUE")
     given = parser.parse_args()
     sys.stdout.write(tables(given.brokers, given.registry, given.prefix, given.property))

@@ -1,16 +1,16 @@
 -- Each retransmit with its flow's last transmit before it, to the topic tcp_retransmit_last. Needs tables.sql.
 --
--- A join by event time: a retransmit waits until the watermarks of both topics have passed it. The times compared are in
--- milliseconds, as all of Flink's time attributes are: where both fell into the same one, the transmit may be the later,
--- and since_last_us is negative. Copies need no care: the result's key is the retransmit's id, and a copy of a transmit
--- is the same version again. The last_ columns are null where the flow sent nothing else since its state went, or since
--- the topic begins; so it can be for what comes late, from a spool.
+-- A join by event time: a retransmit waits until the watermarks of both topics have passed it. Flink compares event times
+-- in milliseconds: within the same millisecond, the transmit may be the later one, and since_last_us is negative.
+-- Duplicates have no effect: the result's key is the retransmit's id, and a copy of a transmit is the same version again.
+-- The last_ columns are null if no earlier transmit of the flow is known: its state has expired, the topic begins later,
+-- or the event came late, from a spool.
 SET 'pipeline.name' = 'rebpf last transmits';
 SET 'table.exec.state.ttl' = '1 h';
--- A partition in which nothing comes would hold up the others' watermarks.
+-- An idle partition would hold back the others' watermarks.
 SET 'table.exec.source.idle-timeout' = '30 s';
 
--- What was sent again is in tcp_transmit too, and is not what is asked for. Null: the hook cannot know.
+-- tcp_transmit has retransmissions too, which are excluded here. Null: the hook cannot know.
 CREATE TEMPORARY VIEW last_transmit AS
 SELECT boot_id, netns, flow, ts, ts_ns, seq, end_seq, snd_cwnd, srtt_us FROM (
   SELECT *, ROW_NUMBER() OVER (PARTITION BY boot_id, netns, flow ORDER BY ts DESC) AS age

@@ -1,11 +1,11 @@
 -- Retransmits per minute of event time, host and peer, to the topic tcp_retransmit_minute. Needs tables.sql.
 --
--- No window: after an outage a producer delivers what it had on disk, hours late, and a window would drop it without a
--- word. Here it corrects the row of its minute. State goes when nothing has touched it for as long as state.ttl; what is
--- later still would begin its minute's row anew. So it has to be longer than outages are, at most spool.max_age_s.
+-- No window: after an outage a producer delivers its spool, hours late, and a window would silently drop these events.
+-- Here they correct the row of their minute. State expires after state.ttl without updates; later events would start
+-- their minute's row from zero. So state.ttl must be longer than outages; at most spool.max_age_s is needed.
 SET 'pipeline.name' = 'rebpf retransmits';
 SET 'table.exec.state.ttl' = '1 d';
--- A row of the result at most every 10 s for each key, and not for each event.
+-- At most one result row per key every 10 s, instead of one per event.
 SET 'table.exec.mini-batch.enabled' = 'true';
 SET 'table.exec.mini-batch.allow-latency' = '10 s';
 SET 'table.exec.mini-batch.size' = '50000';
@@ -25,7 +25,7 @@ retransmits AS (
   )
   WHERE copy_number = 1
 ),
--- Weighted with sample_rate. A segment that was sent again is in both topics, so it is among segs too.
+-- Weighted with sample_rate. A retransmitted segment is in both topics, so segs includes it.
 events AS (
   SELECT CAST(ts AS TIMESTAMP(3)) AS ts, host, daddr, segs * sample_rate AS segs, CAST(0 AS BIGINT) AS retransmitted_segs,
     CAST(NULL AS STRING) AS cause, NULLIF(srtt_us, 0) AS srtt_us

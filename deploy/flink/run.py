@@ -1,8 +1,8 @@
-"""Run files of Flink SQL, one behind the other in one session, with PyFlink: on a mini cluster in this process, or with
---set execution.target=remote on a cluster.
+"""Run Flink SQL files in one session with PyFlink: on a mini cluster in this process, or, with
+--set execution.target=remote, on a cluster.
 
-In the files a statement ends where a line ends with a semicolon. Each INSERT is a job; run.py waits for its end,
-and topics have none unless a table says so.
+A statement ends with a semicolon at the end of a line. Each INSERT is a job, and run.py waits until it ends: never,
+unless the tables have a bounded scan mode.
 """
 
 import argparse
@@ -17,7 +17,7 @@ _SETTING = re.compile(r"SET '([^']+)' = '([^']*)'")
 
 
 def statements(text: str) -> Iterator[str]:
-    """Split a file, and leave out lines that are comments."""
+    """Split a file into statements, without comment lines."""
     lines = (line for line in text.splitlines() if not line.lstrip().startswith("--"))
     for statement in re.split(r";[ \t]*$", "\n".join(lines), flags=re.MULTILINE):
         if stripped := statement.strip():
@@ -25,7 +25,7 @@ def statements(text: str) -> Iterator[str]:
 
 
 def run(session: TableEnvironment, statement: str) -> None:
-    """Execute a statement; TableEnvironment leaves SET to the SQL client, so it is done here."""
+    """Execute a statement; TableEnvironment does not support SET, so it is handled here."""
     if setting := _SETTING.fullmatch(statement):
         session.get_config().set(*setting.groups())
         return
@@ -37,8 +37,8 @@ def run(session: TableEnvironment, statement: str) -> None:
 def main() -> None:
     """Open a session and run the files in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jars", type=Path, metavar="FOLDER", help="where the connectors' jars are")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of Flink")
+    parser.add_argument("--jars", type=Path, metavar="FOLDER", help="folder of the connectors' jars")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a Flink setting")
     parser.add_argument("files", nargs="+", type=Path)
     given = parser.parse_args()
     settings = dict(each.partition("=")[::2] for each in given.set)

@@ -1,6 +1,6 @@
-"""Tells Alertmanager, by its API v2, what fires and what is resolved.
+"""Sends alerts to Alertmanager, through its API v2.
 
-Alertmanager forgets what it is not told again: each alert that fires says that it ends three repetitions from now.
+Alertmanager resolves alerts that are not repeated: a firing alert's `endsAt` is three repetitions from now.
 """
 
 import json
@@ -13,7 +13,7 @@ from urllib.request import Request
 
 from producer.alert.model import Alert
 from producer.alert.record import summary
-from producer.alert.retry import Wait, until_it_works
+from producer.alert.retry import Sleep, retry_until_available
 from producer.errors import UnavailableError
 from producer.host.http_exchange import Answer, ExchangeError, exchange
 from producer.host.signals import Flag
@@ -28,27 +28,27 @@ _SHOWN = 200
 
 
 class Alertmanager:
-    """The Alertmanager at `url`, which is told every `repeat_s` what fires; `wait` is called between two tries.
+    """The Alertmanager at `url`. Firing alerts are repeated every `repeat_s`; `sleep` is called between retries.
 
-    `stop` ends a request that is under way, with Stopped. A redirect is not followed: what was posted would get lost.
+    `stop` ends a request in flight, with Stopped. Redirects are not followed: they would lose the request body.
     """
 
-    def __init__(self, url: str, repeat_s: float, wait: Wait, stop: Flag | None = None) -> None:
+    def __init__(self, url: str, repeat_s: float, sleep: Sleep, stop: Flag | None = None) -> None:
         self._url = f"{url.rstrip('/')}/api/v2/alerts"
         self._lasts_s = _REPETITIONS * repeat_s
-        self._wait = wait
+        self._sleep = sleep
         self._stop = stop
-        self.refused = 0
-        """Alerts that Alertmanager refused for good."""
+        self.rejected = 0
+        """Alerts that Alertmanager rejected."""
 
     def send(self, alerts: Sequence[Alert]) -> None:
-        """Tell of changes, for as long as it takes."""
-        # Of a group that changed more than once, only the last: they would all have the same labels.
+        """Send changes, and retry until Alertmanager accepts them."""
+        # Only the last change of each group: all have the same labels.
         last = {alert.key: alert for alert in alerts}
-        until_it_works("alertmanager", self._wait)(self._post, list(last.values()))
+        retry_until_available("alertmanager", self._sleep)(self._post, list(last.values()))
 
     def repeat(self, firing: Collection[Alert]) -> None:
-        """Tell again what fires, in one try: the next repetition is another."""
+        """Repeat what fires, without retries: the next repetition is one."""
         try:
             if firing:
                 self._post(firing)
@@ -56,10 +56,10 @@ class Alertmanager:
             logger.warning("alert: %s", error)
 
     def close(self) -> None:
-        """Do nothing: no connection is kept."""
+        """Do nothing: no connection is kept open."""
 
     def _post(self, alerts: Collection[Alert]) -> None:
-        body = json.dumps([self._told(alert) for alert in alerts]).encode()
+        body = json.dumps([self._payload(alert) for alert in alerts]).encode()
         request = Request(self._url, body, {"Content-Type": "application/json"})
         try:
             answer = exchange(request, _TIMEOUT_S, stop=self._stop)
@@ -69,19 +69,19 @@ class Alertmanager:
         if status >= 500 or status == _TOO_MANY_REQUESTS:
             raise UnavailableError(f"Alertmanager at {self._url}: {status} {text}")
         if status >= 300:
-            # The same request would be refused for ever, and hold up all alerts that follow.
-            self.refused += len(alerts)
-            logger.error("alert: Alertmanager refuses %d alerts: %d %s", len(alerts), status, text)
+            # A retry would be rejected too, and hold up all later alerts.
+            self.rejected += len(alerts)
+            logger.error("alert: Alertmanager rejected %d alerts: %d %s", len(alerts), status, text)
         elif not _is_own(answer):
-            raise UnavailableError(f"not Alertmanager's answer at {self._url}: {status} {text!r}")
+            raise UnavailableError(f"the answer from {self._url} is not Alertmanager's: {status} {text!r}")
 
-    def _told(self, alert: Alert) -> dict[str, Any]:
+    def _payload(self, alert: Alert) -> dict[str, Any]:
         now_s = time.time()
         ends_s = now_s + self._lasts_s if alert.firing else now_s
-        # A host's clock may be ahead, and what begins after its end is refused.
+        # A host's clock may be ahead, and Alertmanager rejects alerts that start after their end.
         starts_s = min(alert.since_ns / 1e9, now_s)
         return {
-            # By the group's own name for inhibition against other alerts of that host; `group` for any rule.
+            # The group by its kind (host=...) is for inhibition with other alerts of that host.
             "labels": {"alertname": alert.rule, "by": alert.by, "group": alert.group, alert.by: alert.group},
             "annotations": {"summary": summary(alert), "value": f"{alert.value:g}"},
             "startsAt": _rfc3339(starts_s),
@@ -90,7 +90,7 @@ class Alertmanager:
 
 
 def _is_own(answer: Answer) -> bool:
-    """Whether it is Alertmanager that has taken alerts, and not a login page: its answer is empty, or JSON."""
+    """Return whether the answer is from Alertmanager (empty or JSON) and not, for example, a login page."""
     if not answer.body.strip():
         return True
     try:

@@ -1,8 +1,8 @@
-"""What a member does once a second: all that is ready goes out, and then offsets are committed.
+"""The commit step: once a second, a member publishes everything that is ready, then commits offsets.
 
-The order is such that an end at any point is harmless: sums before watermarks, both before the offsets of the events;
-alerts before the offsets of the sums, and tcp_alerts, from which the next to decide learns what was told, as the last
-of the sinks.
+The order makes a crash at any point harmless: sums before watermarks, both before the offsets of the events; alerts
+before the offsets of the sums, and the topic tcp_alerts last of the sinks, because the next owner of a partition reads
+it to learn which alerts were sent.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,71 +10,75 @@ from typing import NamedTuple, Protocol
 
 from producer.alert import sums_topic
 from producer.alert.model import Alert, Sink
-from producer.alert.partitions import HeartbeatPart, Part, SourcePart, SumsPart
+from producer.alert.partitions import EventPartition, HeartbeatPartition, Partition, SumsPartition
 
 
-class Place(NamedTuple):
+class PartitionId(NamedTuple):
     """A partition of a topic."""
 
     topic: str
     number: int
 
 
-Parts = Mapping[Place, Part]
+Assigned = Mapping[PartitionId, Partition]
 _AT_ONCE = 1000
-"""Alerts that a sink gets at a time: however many there are, a request has a bound."""
+"""Most alerts per call of a sink, to bound its requests."""
 
 
 class Writer(Protocol):
-    """Writes to the topic of the sums."""
+    """Writes to the sums topic."""
 
     def put(self, partition: int, value: bytes) -> None:
         """Queue a message."""
 
     def flush(self) -> None:
-        """Return when Kafka has all that was queued."""
+        """Return when Kafka has acknowledged all queued messages."""
 
 
-class Cycle:
-    """Writes to `writer`, tells `sinks`, and commits with `commit`; `partitions` are those of the topic of the sums."""
+class CommitStep:
+    """Writes sums to `writer`, sends alerts to `sinks`, and commits with `commit`."""
 
-    def __init__(self, writer: Writer, partitions: int, sinks: Sequence[Sink], commit: Callable[[Parts], None]) -> None:
+    def __init__(
+        self, writer: Writer, sums_partitions: int, sinks: Sequence[Sink], commit: Callable[[Assigned], None]
+    ) -> None:
         self._writer = writer
-        self._partitions = partitions
+        self._sums_partitions = sums_partitions
         self._sinks = sinks
         self._commit = commit
 
-    def run(self, parts: Parts) -> int:
-        """Put out what is ready; return how many alerts."""
-        for part in parts.values():
-            part.reach()
-        self._write([part for part in parts.values() if isinstance(part, SourcePart)])
-        changes = [alert for part in _deciding(parts) for alert in part.changes()]
+    def run(self, assigned: Assigned) -> int:
+        """Publish what is ready; return the number of alerts."""
+        for partition in assigned.values():
+            partition.reach()
+        self._write([partition for partition in assigned.values() if isinstance(partition, EventPartition)])
+        changes = [alert for partition in _deciding(assigned) for alert in partition.changes()]
         for at in range(0, len(changes), _AT_ONCE):
             for sink in self._sinks:
                 sink.send(changes[at : at + _AT_ONCE])
-        if parts:
-            self._commit(parts)
+        if assigned:
+            self._commit(assigned)
         return len(changes)
 
-    def repeat(self, parts: Parts) -> None:
-        """Remind the sinks of what fires."""
-        firing: list[Alert] = [alert for part in _deciding(parts) for alert in part.firing]
+    def repeat(self, assigned: Assigned) -> None:
+        """Repeat to the sinks everything that fires."""
+        firing: list[Alert] = [alert for partition in _deciding(assigned) for alert in partition.firing]
         for at in range(0, max(1, len(firing)), _AT_ONCE):
             for sink in self._sinks:
                 sink.repeat(firing[at : at + _AT_ONCE])
 
-    def _write(self, sources: Sequence[SourcePart]) -> None:
-        for part in sources:
-            for sums in part.sums.take():
-                for partition, message in sums_topic.sums_messages(part.stream, part.name, sums, self._partitions):
-                    self._writer.put(partition, message)
-        for part in sources:
-            watermark = sums_topic.watermark_message(part.name, part.sums.watermark_ns)
-            for partition in range(self._partitions):
-                self._writer.put(partition, watermark)
+    def _write(self, sources: Sequence[EventPartition]) -> None:
+        for partition in sources:
+            for sums in partition.sums.take():
+                for number, message in sums_topic.sums_messages(
+                    partition.stream, partition.name, sums, self._sums_partitions
+                ):
+                    self._writer.put(number, message)
+        for partition in sources:
+            watermark = sums_topic.watermark_message(partition.name, partition.sums.watermark_ns)
+            for number in range(self._sums_partitions):
+                self._writer.put(number, watermark)
         self._writer.flush()
 
 
-def _deciding(parts: Parts) -> list[SumsPart | HeartbeatPart]:
-    return [part for part in parts.values() if isinstance(part, SumsPart | HeartbeatPart)]
+def _deciding(assigned: Assigned) -> list[SumsPartition | HeartbeatPartition]:
+    return [partition for partition in assigned.values() if isinstance(partition, SumsPartition | HeartbeatPartition)]

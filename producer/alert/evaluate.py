@@ -1,9 +1,9 @@
-"""Second stage, without I/O: from the sums of all partitions to alerts, for the groups of one partition of the sums.
+"""Second stage, without I/O: from the sums of all sources to alerts, for the groups of one partition of the sums topic.
 
-Window after window is decided, each once the watermarks of all partitions of the topics of events have passed its end.
-A reader that takes over goes on from `position`, with the `decided_ns` of that time and the last alert of each of its
-groups. It decides again what its predecessor had decided and not committed; since it changes nothing in a window at or
-before that of a group's last alert, the changes that were told already are not told again.
+Windows are decided in order, each when the watermarks of all sources (partitions of event topics) have passed its end.
+A new owner resumes from `position`, with the `decided_ns` of that time and the last alert of each of its groups. It
+decides again what its predecessor had decided but not committed. Windows up to a group's last alert change nothing, so
+no alert is sent twice.
 """
 
 from collections import defaultdict
@@ -11,47 +11,47 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 from producer.alert.model import Alert
-from producer.alert.windows import MOST_SEGS, ROOM_BYTES, Sums, View
+from producer.alert.windows import MEMORY_BYTES, MOST_SEGS, Grouping, Sums
 from producer.config.load import AlertRule
 
 _SECOND_NS = 1_000_000_000
 RETRANSMITS, TRANSMITS = "retransmits", "transmits"
 MOST_FIRING = 10_000
-"""Groups that fire at a time, for one rule in one partition of the sums: more are not told."""
+"""Most groups that fire at once, per rule and partition of the sums topic; others are suppressed."""
 _GROUP_BYTES = 200
-"""Memory of a group in a window, beside its name."""
+"""Memory of a group in a window, without its name."""
 
 
-def view_of(rule: AlertRule) -> View:
-    """Return what is summed for a rule."""
-    return View(rule.by, round(rule.window_s * _SECOND_NS))
+def grouping_of(rule: AlertRule) -> Grouping:
+    """Return the grouping that a rule needs."""
+    return Grouping(rule.by, round(rule.window_s * _SECOND_NS))
 
 
 class _Window:
-    """The sums of one window, by stream and partition."""
+    """The sums of one window, by stream and source."""
 
     def __init__(self, first_offset: int) -> None:
         self.first_offset = first_offset
         self.size = 0
-        self._parts: dict[tuple[str, str], dict[str, int]] = {}
+        self._sources: dict[tuple[str, str], dict[str, int]] = {}
 
-    def put(self, stream: str, part: str, sums: Sums, room: int) -> int:
-        """Take sums, which replace what the partition had said before; return how many groups had no room."""
-        segs, before = self._parts.setdefault((stream, part), {}), self.size
-        left_out = 0
+    def put(self, stream: str, source: str, sums: Sums, room: int) -> int:
+        """Set a source's sums; return how many groups did not fit into `room` bytes."""
+        segs, before = self._sources.setdefault((stream, source), {}), self.size
+        skipped = 0
         for group, count in sums.segs.items():
             if group not in segs:
                 size = _GROUP_BYTES + len(group)
                 if self.size - before + size > room:
-                    left_out += 1
+                    skipped += 1
                     continue
                 self.size += size
             segs[group] = count
-        return left_out
+        return skipped
 
     def totals(self, wanted: str) -> dict[str, int]:
         total: dict[str, int] = defaultdict(int)
-        for (stream, _), segs in self._parts.items():
+        for (stream, _), segs in self._sources.items():
             if stream == wanted:
                 for group, count in segs.items():
                     total[group] = min(MOST_SEGS, total[group] + count)
@@ -59,101 +59,101 @@ class _Window:
 
 
 class Decider:
-    """Decides for some rules over some groups.
+    """Evaluates rules.
 
-    `sources` are the partitions of events. `known` are the last alerts of these groups; those that fire and whose rule
-    is no more are resolved.
+    `sources` are the partitions of event topics. `last_alerts` has the last alert of each group; firing alerts whose
+    rule was removed are resolved.
     """
 
     def __init__(
         self,
         rules: Iterable[AlertRule],
         sources: Collection[str],
-        known: Iterable[Alert],
+        last_alerts: Iterable[Alert],
         first: int,
         decided_ns: int = 0,
-        room_bytes: int = ROOM_BYTES,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self._rules = list(rules)
         self._watermarks = dict.fromkeys(sources, 0)
-        self._windows: dict[View, dict[int, _Window]] = {view_of(rule): {} for rule in self._rules}
+        self._windows: dict[Grouping, dict[int, _Window]] = {grouping_of(rule): {} for rule in self._rules}
         self._last: dict[str, dict[str, Alert]] = {rule.name: {} for rule in self._rules}
         self._firing: dict[str, set[str]] = {rule.name: set() for rule in self._rules}
-        self._room = room_bytes
-        self._gone: list[Alert] = []
+        self._free_bytes = memory_bytes
+        self._orphaned: list[Alert] = []
         kinds = {(rule.name, rule.by, rule.measure) for rule in self._rules}
-        for alert in known:
+        for alert in last_alerts:
             if (alert.rule, alert.by, alert.measure) in kinds:
                 self._note(alert)
             elif alert.firing:
-                self._gone.append(replace(alert, firing=False))
+                self._orphaned.append(replace(alert, firing=False))
         self.next = first
         """The offset to read next."""
         self.decided_ns = decided_ns
-        """Windows that end by now are decided."""
-        self.untold = 0
-        """Groups that would fire, while MOST_FIRING did."""
+        """Windows that end at or before this are decided."""
+        self.suppressed = 0
+        """Alerts not sent because MOST_FIRING groups were firing."""
 
     @property
     def position(self) -> int:
-        """The offset to go on from after a restart: of the first sums of a window that is not decided."""
+        """The offset to resume from: the first sums of an undecided window."""
         firsts = (window.first_offset for windows in self._windows.values() for window in windows.values())
         return min(firsts, default=self.next)
 
     @property
     def firing(self) -> list[Alert]:
-        """What fires."""
+        """The firing alerts."""
         return [self._last[rule][group] for rule, groups in self._firing.items() for group in groups]
 
-    def add(self, stream: str, part: str, sums: Sums, offset: int) -> int:
-        """Take sums of a partition; those of decided windows, and of no rule, are passed over.
+    def add(self, stream: str, source: str, sums: Sums, offset: int) -> int:
+        """Add sums; ignore those of decided windows or without a rule.
 
-        Return how many groups were left out, for want of memory.
+        Return how many groups were skipped for lack of memory.
         """
         self.next = offset + 1
-        windows = self._windows.get(sums.view)
-        if windows is None or sums.start_ns % sums.view.width_ns or stream not in (RETRANSMITS, TRANSMITS):
+        windows = self._windows.get(sums.grouping)
+        if windows is None or sums.start_ns % sums.grouping.width_ns or stream not in (RETRANSMITS, TRANSMITS):
             return 0
-        if sums.start_ns + sums.view.width_ns <= self.decided_ns:
+        if sums.start_ns + sums.grouping.width_ns <= self.decided_ns:
             return 0
         window = windows.get(sums.start_ns)
         if window is None:
-            if self._room < _GROUP_BYTES:
+            if self._free_bytes < _GROUP_BYTES:
                 return len(sums.segs)
             window = windows[sums.start_ns] = _Window(offset)
         before = window.size
-        left_out = window.put(stream, part, sums, self._room)
-        self._room -= window.size - before
-        return left_out
+        skipped = window.put(stream, source, sums, self._free_bytes)
+        self._free_bytes -= window.size - before
+        return skipped
 
-    def pass_time(self, part: str, watermark_ns: int, offset: int) -> None:
-        """Take a partition's watermark."""
+    def advance(self, source: str, watermark_ns: int, offset: int) -> None:
+        """Advance a source's watermark."""
         self.next = offset + 1
-        if part in self._watermarks:
-            self._watermarks[part] = max(self._watermarks[part], watermark_ns)
+        if source in self._watermarks:
+            self._watermarks[source] = max(self._watermarks[source], watermark_ns)
 
     def decide(self) -> list[Alert]:
-        """Decide over the windows that are complete; return what changes, in the order of time."""
+        """Decide all complete windows; return the changes in order of time."""
         reached_ns = max(self.decided_ns, min(self._watermarks.values(), default=0))
-        changes, self._gone = self._gone, []
+        changes, self._orphaned = self._orphaned, []
         for rule in self._rules:
             changes += self._rule(rule, reached_ns)
-        for view, windows in self._windows.items():
-            for start_ns in [start for start in windows if start + view.width_ns <= reached_ns]:
-                self._room += windows.pop(start_ns).size
+        for grouping, windows in self._windows.items():
+            for start_ns in [start for start in windows if start + grouping.width_ns <= reached_ns]:
+                self._free_bytes += windows.pop(start_ns).size
         for rule in self._rules:
-            self._forget(self._last[rule.name], reached_ns - view_of(rule).width_ns)
+            self._forget(self._last[rule.name], reached_ns - grouping_of(rule).width_ns)
         self.decided_ns = reached_ns
         return changes
 
     @staticmethod
     def _forget(last: dict[str, Alert], start_ns: int) -> None:
-        """Forget what is resolved, where no window up to that of the alert can be decided again: flows are many."""
+        """Forget resolved alerts of windows that cannot be decided again: there are many flows."""
         for group in [group for group, alert in last.items() if not alert.firing and alert.window_start_ns <= start_ns]:
             del last[group]
 
     def _note(self, alert: Alert) -> None:
-        """Keep a group's last alert."""
+        """Set a group's last alert."""
         self._last[alert.rule][alert.group] = alert
         firing = self._firing[alert.rule]
         if alert.firing:
@@ -162,15 +162,17 @@ class Decider:
             firing.discard(alert.group)
 
     def _rule(self, rule: AlertRule, reached_ns: int) -> Iterator[Alert]:
-        view = view_of(rule)
-        after_ns = self.decided_ns - view.width_ns  # windows that begin after this are not decided
-        starts = sorted(start for start in self._windows[view] if after_ns < start <= reached_ns - view.width_ns)
+        grouping = grouping_of(rule)
+        after_ns = self.decided_ns - grouping.width_ns  # windows that begin after this are not decided
+        starts = sorted(
+            start for start in self._windows[grouping] if after_ns < start <= reached_ns - grouping.width_ns
+        )
         at = 0
         while True:
-            # One with sums; or, where a group fires, just the next, behind its last alert.
-            candidates = [*starts[at : at + 1], *self._behind_alerts(rule.name, view, after_ns)]
+            # The next window with sums, or the next after a firing group's last alert.
+            candidates = [*starts[at : at + 1], *self._after_alerts(rule.name, grouping, after_ns)]
             start_ns = min(candidates, default=reached_ns)
-            if start_ns + view.width_ns > reached_ns:
+            if start_ns + grouping.width_ns > reached_ns:
                 return
             for alert in self._window(rule, self._last[rule.name], start_ns):
                 self._note(alert)
@@ -179,14 +181,14 @@ class Decider:
             while at < len(starts) and starts[at] <= start_ns:
                 at += 1
 
-    def _behind_alerts(self, rule: str, view: View, after_ns: int) -> Iterator[int]:
-        """Yield, for each group that fires, the next window behind its last alert."""
+    def _after_alerts(self, rule: str, grouping: Grouping, after_ns: int) -> Iterator[int]:
+        """Yield, for each firing group, the next window after its last alert."""
         for group in self._firing[rule]:
             behind_ns = max(after_ns, self._last[rule][group].window_start_ns)
-            yield behind_ns - behind_ns % view.width_ns + view.width_ns
+            yield behind_ns - behind_ns % grouping.width_ns + grouping.width_ns
 
     def _window(self, rule: AlertRule, last: dict[str, Alert], start_ns: int) -> Iterator[Alert]:
-        window = self._windows[view_of(rule)].get(start_ns)
+        window = self._windows[grouping_of(rule)].get(start_ns)
         again = window.totals(RETRANSMITS) if window else {}
         total = window.totals(TRANSMITS) if window and rule.measure == "ratio" else {}
         for group in sorted({*again, *self._firing[rule.name]}):
@@ -196,14 +198,14 @@ class Decider:
                 if alert is None:
                     continue
                 if alert.firing and len(self._firing[rule.name]) >= MOST_FIRING:
-                    self.untold += 1
+                    self.suppressed += 1
                     continue
                 yield alert
 
 
 def _judged(rule: AlertRule, group: str, start_ns: int, again: int, total: int, before: Alert | None) -> Alert | None:
     is_ratio = rule.measure == "ratio"
-    # No more than all: the two topics may differ at a window's edge.
+    # At most 1: the two topics may differ at a window's edge.
     value = min(1.0, again / max(total, 1)) if is_ratio else float(again)
     is_enough = (total if is_ratio else again) >= rule.minimum
     was_firing = before is not None and before.firing

@@ -1,7 +1,7 @@
-"""A member of the group that alerts: has a share of the partitions, and runs both stages over them.
+"""A member of the consumer group: runs both stages over its assigned partitions.
 
-Who takes a partition over does again what was not committed, and it comes to the same (cycle.py). So there is nothing
-to save when partitions are taken away: what was not committed is forgotten.
+The next owner of a partition repeats what was not committed, with the same result (commit.py). So a member saves
+nothing when partitions are revoked; it drops their uncommitted state.
 """
 
 import logging
@@ -11,12 +11,12 @@ from typing import Any
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from producer.alert.assignment import Shares
-from producer.alert.commit import Cycle, Parts, Place
+from producer.alert.assignment import Assigner
+from producer.alert.commit import Assigned, CommitStep, PartitionId
 from producer.alert.last_alerts import last_alerts
 from producer.alert.model import Alert, Sink
-from producer.alert.partitions import Counts, Part, SumsPart
-from producer.alert.retry import Wait
+from producer.alert.partitions import Counts, Partition, SumsPartition
+from producer.alert.retry import Sleep
 from producer.alert.topics import topics_of
 from producer.alert.writer import TopicWriter
 from producer.config.librdkafka import client_settings, consumer_settings
@@ -29,18 +29,18 @@ from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID,
 
 logger = logging.getLogger(__name__)
 
-_CYCLE_S = 1.0
+_STEP_S = 1.0
 _POLL_S = 0.2
 _BATCH = 1000
 _ANSWER_S = 10.0
 _DEFAULTS = {
-    # How soon a partition that is added is seen and read; librdkafka's 5 minutes of its events would be left out.
+    # How soon an added partition is read: with librdkafka's 5 minutes, as much of its events would be skipped.
     "topic.metadata.refresh.interval.ms": "10000",
-    # Until the others take over what a member that was killed had; librdkafka's 45 s are long for alerts.
+    # How soon others take over from a killed member: librdkafka's 45 s are long for alerts.
     "session.timeout.ms": "10000",
     "heartbeat.interval.ms": "2000",
     "socket.keepalive.enable": "true",
-    # Ours are in no transaction, and one that somebody leaves open would hide them.
+    # We use no transactions, and one that somebody leaves open would hide our messages.
     "isolation.level": "read_uncommitted",
 }
 _FINAL = frozenset(
@@ -55,15 +55,15 @@ _FIXED_SCHEMAS = {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE), ALERT_ID: load_sche
 
 
 class _Stopped(Exception):
-    """The member is to end, and a sink or Kafka does not take what is ready."""
+    """The member must stop while waiting for a sink or Kafka."""
 
 
-class _Lost(Exception):
-    """The partitions that what is ready came from were taken away meanwhile."""
+class _Revoked(Exception):
+    """Partitions were revoked while waiting for a sink or Kafka."""
 
 
 class _Failed(Exception):
-    """What Kafka failed in while a sink waits, which is not the sink's failure: it is not to try again."""
+    """The consumer failed while a sink waited. Not an error of the sink, which must not retry."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__()
@@ -71,16 +71,16 @@ class _Failed(Exception):
 
 
 class Member:
-    """Reads and alerts. `open_sinks` makes the sinks, of a way to wait.
+    """Reads events and sends alerts. `open_sinks` creates the sinks, given a sleep function for their retries.
 
-    `from_beginning`: where nothing is committed, from the oldest event on and not from the next.
+    `from_beginning`: start partitions without a committed offset at their earliest event instead of at their end.
     """
 
     def __init__(
         self,
         config: Config,
         brokers: str,
-        open_sinks: Callable[[Wait], Sequence[Sink]],
+        open_sinks: Callable[[Sleep], Sequence[Sink]],
         stop: Flag,
         *,
         from_beginning: bool,
@@ -91,50 +91,50 @@ class Member:
         self._stop = stop
         self._topics = topics_of(config)
         self._decoder = Decoder(config.registry, _FIXED_SCHEMAS, stop=stop)
-        self._shares = Shares(
-            config.alert, self._topics, self._decoder, self.counts, self._known, from_beginning=from_beginning
+        self._assigner = Assigner(
+            config.alert, self._topics, self._decoder, self.counts, self._last_alerts, from_beginning=from_beginning
         )
-        self._parts: dict[Place, Part] = {}
-        self._share = 0
-        """Which: another number after each time that partitions came or went."""
-        self._waiting: list[Message] = []
+        self._assigned: dict[PartitionId, Partition] = {}
+        self._generation = 0
+        """Changes with each assignment and revocation."""
+        self._unhandled: list[Message] = []
         self._next_repeat = 0.0
         self._is_ready = False
-        self._trouble: KafkaError | None = None
-        self._consumer = _consumer(config, brokers, self._meet)
+        self._last_error: KafkaError | None = None
+        self._consumer = _consumer(config, brokers, self._on_error)
         self._writer = TopicWriter(client_settings(brokers, config.kafka.settings), self._topics.sums, self._wait)
         self._sinks = open_sinks(self._wait)
 
     def run(self, duration_s: float | None) -> None:
-        """Read and alert until `stop` is set or the time is over."""
+        """Read and alert until `stop` is set or `duration_s` has passed."""
         try:
-            partitions = self._shares.partitions(self._consumer)[self._topics.sums]
-            cycle = Cycle(self._writer, partitions, self._sinks, self._commit)
+            partitions = self._assigner.partition_counts(self._consumer)[self._topics.sums]
+            step = CommitStep(self._writer, partitions, self._sinks, self._commit)
             self._consumer.subscribe(
                 self._topics.read, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
             )
-            self._loop(cycle, None if duration_s is None else time.monotonic() + duration_s)
+            self._loop(step, None if duration_s is None else time.monotonic() + duration_s)
         except KafkaException as exc:
-            reason = self._trouble or exc.args[0]
+            reason = self._last_error or exc.args[0]
             raise UnavailableError(f"Kafka at {self._brokers}: {reason.str()}") from exc
         finally:
             self._consumer.close()
-            self._writer.give_up()
+            self._writer.discard()
             for sink in self._sinks:
                 sink.close()
 
-    def _loop(self, cycle: Cycle, end: float | None) -> None:
-        next_cycle = time.monotonic()
+    def _loop(self, step: CommitStep, end: float | None) -> None:
+        next_step = time.monotonic()
         try:
             while not self._stop.is_set() and (end is None or time.monotonic() < end):
-                messages, self._waiting = self._waiting, []
+                messages, self._unhandled = self._unhandled, []
                 self._take(messages or self._consumer.consume(_BATCH, _POLL_S))
-                if time.monotonic() >= next_cycle:
-                    self._go_round(cycle)
-                    next_cycle = time.monotonic() + _CYCLE_S
-            self._go_round(cycle)
+                if time.monotonic() >= next_step:
+                    self._run_step(step)
+                    next_step = time.monotonic() + _STEP_S
+            self._run_step(step)
         except (_Stopped, Stopped):
-            logger.warning("stopped with alerts that were not taken: the next start goes on before them")
+            logger.warning("stopped with alerts pending: the next start will resend them")
         except _Failed as failed:
             raise failed.cause from None
 
@@ -142,63 +142,63 @@ class Member:
         now_ns = time.time_ns()
         for message in messages:
             error = message.error()
-            part = self._parts.get(Place(message.topic() or "", message.partition() or 0))
+            partition = self._assigned.get(PartitionId(message.topic() or "", message.partition() or 0))
             if error is None:
-                if part is not None:
-                    part.put(message.value(), message.offset() or 0, now_ns)
+                if partition is not None:
+                    partition.put(message.value(), message.offset() or 0, now_ns)
             elif error.code() == KafkaError._PARTITION_EOF:
-                if part is not None:
-                    part.end(message.offset() or 0)
+                if partition is not None:
+                    partition.end(message.offset() or 0)
             elif error.fatal() or error.code() in _FINAL:
                 raise UnavailableError(f"topic {message.topic()}: {error.str()}")
             else:
                 logger.debug("topic=%s: %s", message.topic(), error.str())
 
-    def _go_round(self, cycle: Cycle) -> None:
+    def _run_step(self, step: CommitStep) -> None:
         try:
-            self._look_for_ends()
-            self.counts.alerts += cycle.run(self._parts)
+            self._request_ends()
+            self.counts.alerts += step.run(self._assigned)
             if time.monotonic() >= self._next_repeat:
                 self._next_repeat = time.monotonic() + self._config.alert.repeat_s
-                cycle.repeat(self._parts)
-        except _Lost:
-            logger.info("partitions were taken away while alerts waited: who has them now goes on before them")
+                step.repeat(self._assigned)
+        except _Revoked:
+            logger.info("partitions revoked with alerts pending: the new owner will resend them")
 
-    def _look_for_ends(self) -> None:
-        """Ask where partitions end now, once what was asked before is reached."""
+    def _request_ends(self) -> None:
+        """Request the current end of each partition that has been read to its last known end."""
         at_ns = time.time_ns()
         asked = [
-            TopicPartition(*place, OFFSET_END)
-            for place, part in self._parts.items()
-            if part.until is None and not isinstance(part, SumsPart)
+            TopicPartition(*partition_id, OFFSET_END)
+            for partition_id, partition in self._assigned.items()
+            if partition.until is None and not isinstance(partition, SumsPartition)
         ]
         if not asked:
             return
         try:
             for found in self._consumer.offsets_for_times(asked, timeout=_ANSWER_S):
                 if found.error is None:
-                    self._parts[Place(found.topic, found.partition)].until = (found.offset, at_ns)
+                    self._assigned[PartitionId(found.topic, found.partition)].until = (found.offset, at_ns)
         except KafkaException as exc:  # time stands still until Kafka answers
-            logger.debug("no ends of partitions: %s", exc)
+            logger.debug("cannot get the ends of partitions: %s", exc)
 
-    def _commit(self, parts: Parts) -> None:
-        ends = {place: part.committed() for place, part in parts.items()}
-        offsets = [TopicPartition(*place, end.offset, end.metadata) for place, end in ends.items()]
+    def _commit(self, assigned: Assigned) -> None:
+        ends = {partition_id: partition.committed() for partition_id, partition in assigned.items()}
+        offsets = [TopicPartition(*partition_id, end.offset, end.metadata) for partition_id, end in ends.items()]
         try:
             self._consumer.commit(offsets=offsets, asynchronous=False)
-        except KafkaException as exc:  # who reads it again finds that it is out
-            logger.warning("offsets are not committed: %s", exc.args[0].str())
+        except KafkaException as exc:  # the next owner repeats it, without effect
+            logger.warning("cannot commit offsets: %s", exc.args[0].str())
 
     def _wait(self, seconds: float) -> None:
-        """Let Kafka know that this member lives, while a sink waits; raise where it is to give up."""
+        """Sleep for a sink's retry, and stay in the group meanwhile; raise if the retries must end."""
         try:
             self._poll(seconds)
-        except (KafkaException, UnavailableError) as exc:  # of a share that cannot be taken, too
+        except (KafkaException, UnavailableError) as exc:  # also from on_assign
             raise _Failed(exc) from exc
 
     def _poll(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        share = self._share
+        generation = self._generation
         self._consumer.pause(self._consumer.assignment())
         try:
             while True:
@@ -206,46 +206,50 @@ class Member:
                     raise _Stopped
                 message = self._consumer.poll(max(0.0, min(_POLL_S, end - time.monotonic())))
                 if message is not None:
-                    self._waiting.append(message)
-                if share != self._share:
-                    raise _Lost
+                    self._unhandled.append(message)
+                if generation != self._generation:
+                    raise _Revoked
                 if time.monotonic() >= end:
                     return
         finally:
             self._consumer.resume(self._consumer.assignment())
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
-        self._share += 1
-        self._waiting = []  # of an earlier share: they are read again by whoever has them now
-        self._parts, fresh = self._shares.take(consumer, assigned) if assigned else ({}, set())
-        # At once: who takes over from here on must not begin at a later end.
+        self._generation += 1
+        self._unhandled = []  # from an earlier assignment; their new owner reads them
+        self._assigned, fresh = self._assigner.build(consumer, assigned) if assigned else ({}, set())
+        # Now, so that the next owner does not start at a later end.
         if fresh:
-            self._commit({place: self._parts[place] for place in fresh})
-        consumer.assign([TopicPartition(*place, part.next) for place, part in self._parts.items()])
-        self._tell()
+            self._commit({partition_id: self._assigned[partition_id] for partition_id in fresh})
+        consumer.assign(
+            [TopicPartition(*partition_id, partition.next) for partition_id, partition in self._assigned.items()]
+        )
+        self._log_assignment()
 
     def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
-        self._share += 1
-        self._waiting = []
-        self._parts = {}
+        self._generation += 1
+        self._unhandled = []
+        self._assigned = {}
 
-    def _tell(self) -> None:
-        partitions = ",".join(f"{place.topic}/{place.number}" for place in sorted(self._parts)) or "none"
+    def _log_assignment(self) -> None:
+        partitions = (
+            ",".join(f"{partition_id.topic}/{partition_id.number}" for partition_id in sorted(self._assigned)) or "none"
+        )
         if self._is_ready:
             logger.info("assigned partitions=%s", partitions)
         else:
             self._is_ready = True
             logger.info("ready brokers=%s group=%s partitions=%s", self._brokers, self._config.alert.group, partitions)
 
-    def _known(self) -> list[Alert]:
+    def _last_alerts(self) -> list[Alert]:
         if self._topics.alerts is None:
             return []
         return last_alerts(self._brokers, self._topics.alerts, self._config.kafka.settings, self._decoder)
 
-    def _meet(self, error: KafkaError) -> None:
-        known = self._trouble is not None and self._trouble.code() == error.code()
-        self._trouble = error
-        if not known:
+    def _on_error(self, error: KafkaError) -> None:
+        repeated = self._last_error is not None and self._last_error.code() == error.code()
+        self._last_error = error
+        if not repeated:
             logger.warning("kafka: %s", error.str())
 
 

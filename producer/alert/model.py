@@ -1,4 +1,4 @@
-"""An alert, and where it goes: what the deciding part hands to the sinks."""
+"""Alerts, and the protocol of their sinks."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """That a rule begins or ceases to hold for a group. Times are in nanoseconds since 1970 UTC."""
+    """A group starts or stops firing a rule. Times are in nanoseconds since 1970 UTC."""
 
     rule: str
     by: str
-    """What is one group: host, peer, flow or port."""
+    """Kind of group: host, peer, flow or port."""
     group: str
     firing: bool
     """False: resolved."""
     measure: str
     """count, ratio or silence."""
     value: float
-    """In the window that decided: segments sent again, their share of all, or seconds of silence."""
+    """In the deciding window: retransmitted segments, their ratio to all segments, or seconds of silence."""
     threshold: float
     clear: float
     window_start_ns: int
@@ -26,22 +26,22 @@ class Alert:
     segs: int
     retransmitted_segs: int
     since_ns: int
-    """Begin of the window in which it began to fire."""
+    """Start of the first firing window."""
 
     @property
     def key(self) -> str:
-        """What tells it from other alerts: the key in the topic."""
+        """Identity of the alert, and its key in the topic."""
         return f"{self.rule}/{self.group}"
 
 
 class Sink(Protocol):
-    """Puts alerts out. It tries until they are, and raises what its way of waiting raises where it is to give up."""
+    """Publishes alerts. Retries until it succeeds; an exception from its sleep function ends the retries."""
 
     def send(self, alerts: Sequence[Alert]) -> None:
-        """Put alerts out, in their order; they are out when this returns. The same ones may come again."""
+        """Publish alerts in order, and return when they are out. May be called with the same alerts again."""
 
     def repeat(self, firing: Collection[Alert]) -> None:
-        """Be reminded of all that fire, every few seconds: for those who forget what they are not told again."""
+        """Repeat everything that fires, every few seconds, for receivers that expire alerts."""
 
     def close(self) -> None:
-        """End."""
+        """Release resources."""

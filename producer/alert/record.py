@@ -11,7 +11,7 @@ from producer.schemas import ALERT_FILE, RecordEncoder
 
 
 class AlertEncoder:
-    """Makes messages of alerts."""
+    """Encodes alerts."""
 
     def __init__(self, schema_id: SchemaId) -> None:
         self._encoder = RecordEncoder(ALERT_FILE, schema_id)
@@ -23,14 +23,14 @@ class AlertEncoder:
 
 
 def summary(alert: Alert) -> str:
-    """Say in one sentence what is the matter, or that it is over."""
+    """Describe the alert, or its end, in one sentence."""
     who = f"{alert.by} {alert.group}"
     if alert.measure == "silence":
         return f"{who} is silent: no heartbeat for {alert.value:.0f} s" if alert.firing else f"{who} is heard again"
     if alert.measure == "ratio":
-        what = f"{alert.value:.2%} of {alert.segs} segments were sent again in {alert.window_s:g} s"
-        limits = f"fires from {alert.threshold:.2%}, is resolved below {alert.clear:.2%}"
+        what = f"{alert.value:.2%} of {alert.segs} segments were retransmitted in {alert.window_s:g} s"
+        limits = f"fires from {alert.threshold:.2%}, resolves below {alert.clear:.2%}"
     else:
-        what = f"{alert.retransmitted_segs} segments were sent again in {alert.window_s:g} s"
-        limits = f"fires from {alert.threshold:g}, is resolved below {alert.clear:g}"
+        what = f"{alert.retransmitted_segs} segments were retransmitted in {alert.window_s:g} s"
+        limits = f"fires from {alert.threshold:g}, resolves below {alert.clear:g}"
     return f"{who}{'' if alert.firing else ' is resolved'}: {what} ({alert.rule} {limits})"

@@ -1,4 +1,4 @@
-"""Tries of what will work again: for ever, with a way to wait that may end them."""
+"""Unlimited retries, with a sleep function that can end them."""
 
 import logging
 from collections.abc import Callable
@@ -10,23 +10,23 @@ from producer.health.metrics import counted
 
 logger = logging.getLogger(__name__)
 
-Wait = Callable[[float], None]
-"""Waits for so many seconds, and raises where there is to be no other try."""
+Sleep = Callable[[float], None]
+"""Sleeps for this many seconds; raises to end the retries."""
 
 
-def until_it_works(what: str, wait: Wait) -> Retrying:
-    """Return what calls a function again and again while it raises UnavailableError; `what` names it in the metrics."""
+def retry_until_available(what: str, sleep: Sleep) -> Retrying:
+    """Return a caller that retries a function while it raises UnavailableError; `what` is its name in the metrics."""
     count = counted(what)
 
-    def tell(state: RetryCallState) -> None:
+    def log(state: RetryCallState) -> None:
         count(state)
         error = state.outcome.exception() if state.outcome else None
-        logger.warning("alert: not out yet, try=%d: %s", state.attempt_number, error)
+        logger.warning("alert: retrying, attempt=%d: %s", state.attempt_number, error)
 
     return Retrying(
         retry=retry_if_exception_type(UnavailableError),
         wait=wait_random_exponential(multiplier=0.5, max=30),
-        sleep=wait,
-        before_sleep=tell,
+        sleep=sleep,
+        before_sleep=log,
         reraise=True,
     )

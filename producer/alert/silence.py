@@ -1,8 +1,8 @@
-"""Silent hosts, without I/O: those whose heartbeats have stopped, in one partition of the topic of heartbeats.
+"""Silent hosts, without I/O: hosts whose heartbeats have stopped, in one partition of the heartbeat topic.
 
-A host's own clock may be wrong: time is when a heartbeat was read. So who takes over gives every host a whole respite,
-and goes on from `position`, from where each living host is heard at least once. And time in which nothing could be read
-is left out: where Kafka was away, no host could be heard.
+A host's own clock may be wrong, so time is when a heartbeat was read. A new owner therefore gives every host a full
+timeout, and resumes from `position`, from which each live host has at least one heartbeat. Time in which nothing could
+be read, because Kafka was unavailable, does not count.
 """
 
 from collections.abc import Iterable
@@ -14,30 +14,30 @@ from producer.alert.windows import MOST_GROUP, MOST_SEGS, Record
 
 RULE, MEASURE = "silent", "silence"
 MOST_HOSTS = 100_000
-"""Hosts that are listened for at a time: others are passed over."""
+"""Most hosts to track; others are ignored."""
 _LEAST_S, _MOST_S = 0.1, 86_400.0
-"""An interval between heartbeats."""
+"""Valid intervals between heartbeats."""
 _SECOND_NS = 1_000_000_000
 _STEP_NS = 5 * _SECOND_NS
-"""All is read to the end once a second: of a longer time between two, this much counts."""
+"""The partition is read to its end once a second. Of a longer pause, only this much counts."""
 
 
 class _Heard(NamedTuple):
-    """The last heartbeat of a host that lives."""
+    """The last heartbeat of a live host."""
 
     offset: int
     sent_ns: int
     due_ns: int
-    patience_s: float
+    timeout_s: float
 
 
 class Hosts:
-    """Which hosts are silent: not heard for `missed` of their own intervals, and not stopped as they should be."""
+    """Finds silent hosts: no heartbeat for `missed` of their intervals, and the last one did not report `stopped`."""
 
-    def __init__(self, missed: float, known: Iterable[Alert], first: int) -> None:
+    def __init__(self, missed: float, last_alerts: Iterable[Alert], first: int) -> None:
         self._missed = missed
-        self._living: dict[str, _Heard] = {}
-        self._silent = {alert.group: alert for alert in known if alert.firing}
+        self._live: dict[str, _Heard] = {}
+        self._silent = {alert.group: alert for alert in last_alerts if alert.firing}
         self._changes: list[Alert] = []
         self._read_to_ns = 0
         self.next = first
@@ -45,8 +45,8 @@ class Hosts:
 
     @property
     def position(self) -> int:
-        """The offset to go on from after a restart: of the oldest last heartbeat of the hosts that live."""
-        return min((heard.offset for heard in self._living.values()), default=self.next)
+        """The offset to resume from: the oldest of the last heartbeats of live hosts."""
+        return min((heard.offset for heard in self._live.values()), default=self.next)
 
     @property
     def firing(self) -> list[Alert]:
@@ -54,46 +54,46 @@ class Hosts:
         return list(self._silent.values())
 
     def heard(self, beat: Record, offset: int, sent_ns: int, now_ns: int) -> bool:
-        """Take a heartbeat that is read now, and was sent at `sent_ns`; return whether there is room for its host.
+        """Record a heartbeat sent at `sent_ns` and read now; return False if too many hosts are tracked.
 
-        ValueError for numbers and names that no heartbeat has.
+        Raises ValueError for impossible numbers and names.
         """
         self.next = offset + 1
         host, interval_s = beat["host"], beat["interval_s"]
-        # Not a number is in no range.
+        # NaN is in no range.
         if not (_LEAST_S <= interval_s <= _MOST_S and 0 <= sent_ns <= MOST_SEGS and len(host) <= MOST_GROUP):
-            raise ValueError("no heartbeat has such an interval, time or name")
-        is_known = host in self._living or host in self._silent
-        if not is_known and len(self._living) + len(self._silent) >= MOST_HOSTS:
+            raise ValueError("interval, time or name out of range")
+        is_known = host in self._live or host in self._silent
+        if not is_known and len(self._live) + len(self._silent) >= MOST_HOSTS:
             return False
         self._take(beat["state"], host, offset, sent_ns, now_ns, self._missed * interval_s)
         return True
 
-    def _take(self, state: str, host: str, offset: int, sent_ns: int, now_ns: int, patience_s: float) -> None:
+    def _take(self, state: str, host: str, offset: int, sent_ns: int, now_ns: int, timeout_s: float) -> None:
         silent = self._silent.get(host)
         if silent is not None:
-            if not self._read_to_ns and sent_ns <= silent.window_start_ns:  # read again: the alert is of later
+            if not self._read_to_ns and sent_ns <= silent.window_start_ns:  # an old heartbeat, read again
                 return
             resolved = replace(silent, firing=False, value=0.0, window_start_ns=sent_ns)
             self._changes.append(resolved)
             del self._silent[host]
         if state == "stopped":
-            self._living.pop(host, None)
+            self._live.pop(host, None)
         else:
-            self._living[host] = _Heard(offset, sent_ns, now_ns + round(patience_s * _SECOND_NS), patience_s)
+            self._live[host] = _Heard(offset, sent_ns, now_ns + round(timeout_s * _SECOND_NS), timeout_s)
 
     def look(self, read_to_ns: int) -> list[Alert]:
-        """Return what has changed; `read_to_ns` is up to when all heartbeats have been read, or 0.
+        """Return the changes; `read_to_ns` is the time up to which all heartbeats have been read, or 0.
 
-        A reader that lags would take its own delay for silence.
+        A lagging reader must not take its own delay for silence.
         """
-        left_out_ns = read_to_ns - self._read_to_ns - _STEP_NS
-        if self._read_to_ns and left_out_ns > 0:
-            for host, heard in self._living.items():
-                self._living[host] = heard._replace(due_ns=heard.due_ns + left_out_ns)
+        unread_ns = read_to_ns - self._read_to_ns - _STEP_NS
+        if self._read_to_ns and unread_ns > 0:
+            for host, heard in self._live.items():
+                self._live[host] = heard._replace(due_ns=heard.due_ns + unread_ns)
         self._read_to_ns = read_to_ns
-        for host in sorted(host for host, heard in self._living.items() if heard.due_ns <= read_to_ns):
-            heard = self._living.pop(host)
+        for host in sorted(host for host, heard in self._live.items() if heard.due_ns <= read_to_ns):
+            heard = self._live.pop(host)
             silent_s = max(0.0, (read_to_ns - heard.sent_ns) / _SECOND_NS)
             self._silent[host] = _alert(host, silent_s, heard)
             self._changes.append(self._silent[host])
@@ -109,10 +109,10 @@ def _alert(host: str, silent_s: float, heard: _Heard) -> Alert:
         firing=True,
         measure=MEASURE,
         value=silent_s,
-        threshold=heard.patience_s,
-        clear=heard.patience_s,
+        threshold=heard.timeout_s,
+        clear=heard.timeout_s,
         window_start_ns=heard.sent_ns,
-        window_s=heard.patience_s,
+        window_s=heard.timeout_s,
         segs=0,
         retransmitted_segs=0,
         since_ns=heard.sent_ns,

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from producer.alert.alertmanager import Alertmanager
 from producer.alert.model import Alert, Sink
 from producer.alert.record import AlertEncoder, summary
-from producer.alert.retry import Wait, until_it_works
+from producer.alert.retry import Sleep, retry_until_available
 from producer.alert.writer import ANY_PARTITION, TopicWriter
 from producer.config.librdkafka import client_settings
 from producer.config.load import Config
@@ -22,25 +22,25 @@ from producer.topics import alert_topics
 
 
 def open_sinks(
-    config: Config, brokers: str, wait: Wait, *, as_json: bool = False, stop: Flag | None = None
+    config: Config, brokers: str, sleep: Sleep, *, as_json: bool = False, stop: Flag | None = None
 ) -> list[Sink]:
-    """Return those that are configured; with `as_json` also standard output, in JSON lines. `stop` ends what waits.
+    """Return the configured sinks; with `as_json` also standard output, in JSON lines. `stop` ends their waits.
 
-    The topic is the last: who takes over goes on from what it says, so that the others must have been told before.
-    Raises ConfigError where there is none.
+    The topic is last: the next owner of a partition resumes from it, so the others must have been written before.
+    Raises ConfigError if there is none.
     """
     sinks: list[Sink] = []
     if config.alert.stdout or as_json:
         sinks.append(StandardOutput(as_json=as_json))
     if config.alert.alertmanager is not None:
-        sinks.append(Alertmanager(config.alert.alertmanager, config.alert.repeat_s, wait, stop))
+        sinks.append(Alertmanager(config.alert.alertmanager, config.alert.repeat_s, sleep, stop))
     if config.alert.topic:
         topic, _ = alert_topics(config)
         settings = client_settings(brokers, config.kafka.settings)
         encoder = AlertEncoder(_schema_id(config, topic, stop))
-        sinks.append(TopicSink(TopicWriter(settings, topic, wait), encoder, wait))
+        sinks.append(TopicSink(TopicWriter(settings, topic, sleep), encoder, sleep))
     if not sinks:
-        raise ConfigError("alert: alerts go nowhere: set topic, stdout or alertmanager below [alert]")
+        raise ConfigError("alert: no destination for alerts: set topic, stdout or alertmanager in [alert]")
     return sinks
 
 
@@ -55,42 +55,44 @@ def _schema_id(config: Config, topic: Topic, stop: Flag | None) -> SchemaId:
 
 
 class StandardOutput:
-    """Writes a line for each alert."""
+    """Writes one line per alert."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
 
     def send(self, alerts: Sequence[Alert]) -> None:
-        """Write them."""
+        """Write the alerts."""
         for alert in alerts:
             text = f"{'FIRING' if alert.firing else 'RESOLVED'} {summary(alert)}"
             echo(to_json({**asdict(alert), "summary": summary(alert)}) if self._as_json else printable(text))
 
     def repeat(self, firing: Collection[Alert]) -> None:
-        """Do nothing: what is written stays."""
+        """Do nothing: written lines stay."""
 
     def close(self) -> None:
         """Do nothing."""
 
 
 class TopicSink:
-    """Writes to a topic by `writer`; `wait` is called between two tries."""
+    """Writes to a topic with `writer`; `sleep` is called between retries."""
 
-    def __init__(self, writer: TopicWriter, encoder: AlertEncoder, wait: Wait) -> None:
+    def __init__(self, writer: TopicWriter, encoder: AlertEncoder, sleep: Sleep) -> None:
         self._writer = writer
         self._encoder = encoder
-        self._wait = wait
+        self._sleep = sleep
 
     def send(self, alerts: Sequence[Alert]) -> None:
-        """Return when Kafka has acknowledged all. Where it refuses one, all are sent again, so that order is kept."""
-        until_it_works("alerts", self._wait)(self._put, [self._encoder.encode(alert, time.time()) for alert in alerts])
+        """Return when Kafka has acknowledged all. If it rejects one, all are resent, to keep their order."""
+        retry_until_available("alerts", self._sleep)(
+            self._put, [self._encoder.encode(alert, time.time()) for alert in alerts]
+        )
 
     def repeat(self, firing: Collection[Alert]) -> None:
-        """Do nothing: the topic is compacted, and keeps what fires."""
+        """Do nothing: the topic is compacted and keeps the last alert of each group."""
 
     def close(self) -> None:
-        """Give up what is under way."""
-        self._writer.give_up()
+        """Drop what is in flight."""
+        self._writer.discard()
 
     def _put(self, messages: Sequence[tuple[bytes, bytes]]) -> None:
         try:
@@ -98,6 +100,6 @@ class TopicSink:
                 self._writer.put(ANY_PARTITION, value, key)
             self._writer.flush()
         except BaseException:
-            # Who has the partitions now sends them, or the next try does; they must not come later from here.
-            self._writer.give_up()
+            # The new owner of the partitions or the next retry sends them; they must not arrive later from here.
+            self._writer.discard()
             raise

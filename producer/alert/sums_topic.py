@@ -1,7 +1,8 @@
-"""The internal topic between the stages, tcp_alert_sums: what is in its messages, and in which partition a group is.
+"""The internal topic between the stages, tcp_alert_sums: its messages, and the partition of each group.
 
 JSON, since nobody else reads it: {"part", "stream", "by", "width_ns", "start_ns", "segs": {group: number}}, the sums of
-some groups in a window; or {"part", "watermark_ns"}. `part` is a partition of a topic of events, as tcp_retransmit/3.
+some groups in a window; or {"part", "watermark_ns"}. `part` is the source, a partition of an event
+topic: tcp_retransmit/3.
 """
 
 import json
@@ -10,35 +11,35 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeGuard
 
-from producer.alert.windows import MOST_GROUP, MOST_SEGS, Sums, View
+from producer.alert.windows import MOST_GROUP, MOST_SEGS, Grouping, Sums
 from producer.consume.accepted import MOST_VALUE_BYTES
 
 _GROUPS = 500
-"""Most in a message."""
+"""Most groups per message."""
 _NAMES_BYTES = 1 << 18
-"""Most bytes of their names, so that Kafka takes the message: by default up to 1 MB."""
+"""Most bytes of group names per message, so that Kafka accepts it: by default up to 1 MB."""
 
 
 def partition_of(by: str, group: str, partitions: int) -> int:
-    """Return the partition of the sums in which a group is."""
+    """Return a group's partition of the sums topic."""
     return zlib.crc32(f"{by}/{group}".encode()) % partitions
 
 
-def sums_messages(stream: str, part: str, sums: Sums, partitions: int) -> Iterator[tuple[int, bytes]]:
+def sums_messages(stream: str, source: str, sums: Sums, partitions: int) -> Iterator[tuple[int, bytes]]:
     """Yield (partition, message) for the sums of a window."""
-    shares: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    by_partition: dict[int, list[tuple[str, int]]] = defaultdict(list)
     for group, segs in sums.segs.items():
-        shares[partition_of(sums.view.by, group, partitions)].append((group, segs))
-    where = {"part": part, "stream": stream, **sums.view._asdict(), "start_ns": sums.start_ns}
-    for partition, share in shares.items():
-        for some in _batches(share):
+        by_partition[partition_of(sums.grouping.by, group, partitions)].append((group, segs))
+    where = {"part": source, "stream": stream, **sums.grouping._asdict(), "start_ns": sums.start_ns}
+    for partition, groups in by_partition.items():
+        for some in _batches(groups):
             yield partition, _packed({**where, "segs": some})
 
 
-def _batches(share: Iterable[tuple[str, int]]) -> Iterator[dict[str, int]]:
+def _batches(groups: Iterable[tuple[str, int]]) -> Iterator[dict[str, int]]:
     batch: dict[str, int] = {}
     size = 0
-    for group, segs in share:
+    for group, segs in groups:
         size += len(json.dumps(group))
         if batch and (size > _NAMES_BYTES or len(batch) == _GROUPS):
             yield batch
@@ -47,48 +48,48 @@ def _batches(share: Iterable[tuple[str, int]]) -> Iterator[dict[str, int]]:
     yield batch
 
 
-def watermark_message(part: str, watermark_ns: int) -> bytes:
-    """Return the message that tells a partition's watermark."""
-    return _packed({"part": part, "watermark_ns": watermark_ns})
+def watermark_message(source: str, watermark_ns: int) -> bytes:
+    """Return the message for a source's watermark."""
+    return _packed({"part": source, "watermark_ns": watermark_ns})
 
 
 class Watermark(NamedTuple):
-    """Up to when a partition's windows are closed."""
+    """The time up to which a source's windows are closed."""
 
-    part: str
+    source: str
     ns: int
 
 
-class PartSums(NamedTuple):
-    """Sums of a partition."""
+class PartitionSums(NamedTuple):
+    """Sums of one source."""
 
-    part: str
+    source: str
     stream: str
     sums: Sums
 
 
-def read(value: bytes | None) -> Watermark | PartSums:
-    """Return what a message tells; ValueError for whatever none of us has written."""
+def read(value: bytes | None) -> Watermark | PartitionSums:
+    """Parse a message; ValueError if we did not write it."""
     if value is None or len(value) > MOST_VALUE_BYTES:
-        raise ValueError(f"not a message of up to {MOST_VALUE_BYTES} bytes")
+        raise ValueError(f"empty, or longer than {MOST_VALUE_BYTES} bytes")
     message = json.loads(value)
-    if not isinstance(message, dict) or not _is_name(part := message.get("part")):
+    if not isinstance(message, dict) or not _is_name(source := message.get("part")):
         raise ValueError("neither sums nor a watermark")
     if "watermark_ns" in message:
         at_ns = message["watermark_ns"]
         if not _is_number(at_ns):
-            raise ValueError("a watermark that is no time")
-        return Watermark(part, at_ns)
+            raise ValueError("the watermark is not a time")
+        return Watermark(source, at_ns)
     stream, by, width_ns, start_ns, segs = map(message.get, ("stream", "by", "width_ns", "start_ns", "segs"))
     if not (_is_name(stream) and _is_name(by) and _is_number(width_ns) and _is_number(start_ns)):
-        raise ValueError("sums of no window")
+        raise ValueError("the window is not valid")
     if not isinstance(segs, dict) or not all(_is_name(group) and _is_number(count) for group, count in segs.items()):
-        raise ValueError("sums that are no numbers of segments")
-    return PartSums(part, stream, Sums(View(by, width_ns), start_ns, segs))
+        raise ValueError("the sums are not numbers of segments")
+    return PartitionSums(source, stream, Sums(Grouping(by, width_ns), start_ns, segs))
 
 
 def _is_name(text: Any) -> TypeGuard[str]:
-    # A lone surrogate has no UTF-8.
+    # encode() raises for a lone surrogate.
     return isinstance(text, str) and len(text) <= MOST_GROUP and (text.isascii() or bool(text.encode()))
 
 

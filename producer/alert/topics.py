@@ -1,4 +1,4 @@
-"""The topics of the group that alerts."""
+"""The topics that `rebpf alert` uses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,27 +13,27 @@ from producer.topics import alert_topics, heartbeat_topic, topic
 
 @dataclass(frozen=True, slots=True)
 class Topics:
-    """Which topics are read, and what is in them."""
+    """The names of the topics, by what they hold."""
 
     streams: Mapping[str, str]
-    """Those of events that the rules need, each with its stream's name in the sums."""
+    """The event topics that the rules need, with the stream's name in the sums."""
     sums: str
     heartbeats: str | None
-    """None where no silence is looked for."""
+    """None if silence detection is off."""
     alerts: str | None
-    """Where alerts are put, and read at the start; None where they are not put into a topic."""
+    """Written, and read at the start; None if alerts do not go to a topic."""
 
     @property
     def read(self) -> list[str]:
-        """Those that the group shares."""
+        """The topics that the group subscribes to."""
         return [*self.streams, self.sums, *([self.heartbeats] if self.heartbeats else [])]
 
 
 def topics_of(config: Config) -> Topics:
-    """Return the topics that a configuration needs; ConfigError where it has nothing to alert on."""
+    """Return the topics that a configuration needs; ConfigError if it has nothing to alert on."""
     alert = config.alert
-    if not alert.rules and not alert.silent_after:
-        raise ConfigError("alert: there is nothing to alert on: no [[alert.rules]], and silent_after is 0")
+    if not alert.rules and not alert.missed_heartbeats:
+        raise ConfigError("alert: nothing to alert on: add [[alert.rules]], or set missed_heartbeats above 0")
     streams = {}
     if alert.rules:
         streams[str(topic(config, RETRANSMIT_STREAM))] = RETRANSMITS
@@ -41,5 +41,5 @@ def topics_of(config: Config) -> Topics:
         streams[str(topic(config, TRANSMIT_STREAM))] = TRANSMITS
     alerts, sums = alert_topics(config)
     return Topics(
-        streams, sums, heartbeat_topic(config) if alert.silent_after else None, alerts if alert.topic else None
+        streams, sums, heartbeat_topic(config) if alert.missed_heartbeats else None, alerts if alert.topic else None
     )

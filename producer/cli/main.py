@@ -274,7 +274,7 @@ def verify(
         client_settings=settings.kafka.settings,
     )
     echo(verifying.show(reports, as_json=as_json))
-    if complaint := verifying.complaint(reports):
+    if complaint := verifying.fault_summary(reports):
         raise IncompleteError(complaint)
 
 

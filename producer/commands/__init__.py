@@ -1,4 +1,4 @@
-"""What the `rebpf` commands other than `run`, `demo` and `alert` do.
+"""The `rebpf` commands other than `run`, `demo` and `alert`.
 
-One module for each command: it reads topics, the spool or the host, and prints.
+One module per command: it reads topics, the spool or the host, and prints.
 """

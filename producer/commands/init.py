@@ -10,32 +10,32 @@ from producer.registry.schema_ids import COMPATIBILITY, SchemaIds
 from producer.schemas import ALERT_FILE, ALERT_ID, load_schema
 from producer.topics import alert_topics, heartbeat_topic, topic
 
-# One: a thousand hosts send a hundred small records a second, and a consumer that works with event time (Flink) waits
-# for partitions in which nothing comes.
+# One is enough: a thousand hosts send a hundred small records per second. And consumers that use event time, such as
+# Flink, wait for idle partitions.
 _HEARTBEAT_PARTITIONS = 1
-_ALERT_PARTITIONS = 1  # there are few, and a reader of one partition sees them in the order of time
-# The last alert of each group stays for so long: a member that takes over learns from it what fires. A group that has
-# fired for longer is forgotten at the next start, and told anew.
+_ALERT_PARTITIONS = 1  # alerts are few, and one partition keeps them in order of time
+# How long the last alert of each group is kept, from which a new owner of a partition learns what fires. A group that
+# fires for longer is forgotten at the next start, and alerted on again.
 _ALERT_SETTINGS = {"cleanup.policy": "compact,delete", "retention.ms": str(90 * DAY_MS)}
-# A window's sums are needed until it is decided.
+# Sums are needed only until their window is decided.
 _SUMS_SETTINGS = {"retention.ms": str(DAY_MS)}
 
 
 def create_topics(config: Config, partitions: int, replication: int, *, alerts: bool = False) -> list[str]:
-    """Create the topics that do not exist, with `alerts` those of `rebpf alert` too; return a line about each.
+    """Create missing topics, with `alerts` also those of `rebpf alert`; return a line about each.
 
-    UnavailableError says what failed.
+    Raises UnavailableError if one cannot be created.
     """
     admin = Admin(config)
-    admin.demand_reachable()  # known sooner than that a request is not answered
+    admin.require_reachable()  # faster than the timeout of a request
     usual = topic_settings(replication)
     wanted: dict[str, tuple[int, Mapping[str, str]]] = {
         topic(config, stream): (partitions, usual) for stream in STREAMS
     }
     wanted[heartbeat_topic(config)] = (_HEARTBEAT_PARTITIONS, usual)
     if alerts:
-        told, sums = alert_topics(config)
-        wanted[told] = (_ALERT_PARTITIONS, {**usual, **_ALERT_SETTINGS})
+        alert_topic, sums = alert_topics(config)
+        wanted[alert_topic] = (_ALERT_PARTITIONS, {**usual, **_ALERT_SETTINGS})
         wanted[sums] = (partitions, {**usual, **_SUMS_SETTINGS})
     lines = []
     for name, (count, settings) in wanted.items():
@@ -43,23 +43,23 @@ def create_topics(config: Config, partitions: int, replication: int, *, alerts: 
             said = " ".join(f"{key}={value}" for key, value in settings.items())
             lines.append(f"topic {name}: created, {in_partitions(count)}, replication {replication}, {said}")
         else:
-            lines.append(f"topic {name}: exists, and is left as it is")
+            lines.append(f"topic {name}: exists, unchanged")
     return lines
 
 
 def register_schemas(config: Config, *, alerts: bool = False) -> list[str]:
-    """Register the schemas where a registry is configured, compatible both ways, with `alerts` that of alerts too.
+    """Register the schemas if a registry is configured, as compatible both ways; with `alerts` also that of alerts.
 
     Return a line about each.
     """
-    told, _ = alert_topics(config)
+    alert_topic, _ = alert_topics(config)
     if config.registry.url is None:
-        ids = {**schema_ids(config), **({told: ALERT_ID} if alerts else {})}
+        ids = {**schema_ids(config), **({alert_topic: ALERT_ID} if alerts else {})}
         return ["no registry: schema ids are " + ", ".join(f"{name} {number}" for name, number in ids.items())]
-    schemas = {**published_schemas(config), **({told: load_schema(ALERT_FILE)} if alerts else {})}
+    schemas = {**published_schemas(config), **({alert_topic: load_schema(ALERT_FILE)} if alerts else {})}
     with SchemaIds(config.registry, cache=None) as registry:
         lines = []
         for name, schema in schemas.items():
-            registry.demand_compatibility(name)
+            registry.set_compatibility(name)
             lines.append(f"schema {name}-value: id {registry.register(name, schema)}, {COMPATIBILITY}")
         return lines

@@ -1,4 +1,4 @@
-"""Read the topics as any consumer would, and print them: an own connection, the frames' schemas, nothing of ours."""
+"""`rebpf tail`: print the events of the topics, as any consumer could read them."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Messag
 
 from producer.config.load import Registry
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_line import View
+from producer.consume.event_line import EventFormatter
 from producer.errors import ReaderGoneError, UnavailableError
 from producer.host.output import echo
 from producer.host.signals import Flag
@@ -34,30 +34,30 @@ class Event(NamedTuple):
 
 
 class _Follower:
-    """A consumer of all partitions of the topics, also of topics that do not exist yet."""
+    """A consumer of all partitions of the topics, including topics that do not exist yet."""
 
     def __init__(
         self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], *, from_beginning: bool
     ) -> None:
         self._missing = list(topics)
         self._from_beginning = from_beginning
-        self._next_look = 0.0
-        self._quiet = QuietConsumer(brokers, "tail", settings, {})
-        self._consumer = self._quiet.client
+        self._next_check = 0.0
+        self._connection = QuietConsumer(brokers, "tail", settings, {})
+        self._consumer = self._connection.client
 
     def start(self) -> None:
-        """Assign what is there; at its end, or at its beginning."""
-        with self._quiet.answered():
-            self._look(from_beginning=self._from_beginning)
+        """Assign existing partitions, at their end or beginning."""
+        with self._connection.translated_errors():
+            self._assign_existing(from_beginning=self._from_beginning)
         if self._missing:
             _LOG.warning("waiting for topics=%s", ",".join(self._missing))
 
     def poll(self) -> list[Message]:
-        """Wait a little, and return what has come."""
-        if self._missing and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + 1
+        """Wait briefly, and return the messages that arrived."""
+        if self._missing and time.monotonic() >= self._next_check:
+            self._next_check = time.monotonic() + 1
             try:
-                self._look(from_beginning=True)
+                self._assign_existing(from_beginning=True)
             except KafkaException as exc:
                 _LOG.debug("no metadata: %s", exc)
         return [message for message in self._consumer.consume(_BATCH, _POLL_S) if not self._failed(message)]
@@ -65,13 +65,13 @@ class _Follower:
     def close(self) -> None:
         self._consumer.close()
 
-    def _look(self, *, from_beginning: bool) -> None:
+    def _assign_existing(self, *, from_beginning: bool) -> None:
         for topic in list(self._missing):
             metadata = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic]
             if metadata.error is None:
                 partitions = [TopicPartition(topic, number, OFFSET_BEGINNING) for number in metadata.partitions]
                 if not from_beginning:
-                    # The number and not OFFSET_END, which would be the end at the first fetch, some time later.
+                    # Not OFFSET_END, which is the end at the first fetch, some time later.
                     for partition in partitions:
                         partition.offset = self._consumer.get_watermark_offsets(partition, _METADATA_TIMEOUT_S)[1]
                 self._consumer.incremental_assign(partitions)
@@ -97,9 +97,9 @@ def batches(
     stop: Flag,
     client_settings: Mapping[str, str],
 ) -> Generator[list[Event]]:
-    """Yield the events as they come, and an empty list where none comes for a moment; ends when `stop` is set.
+    """Yield events as they arrive, and an empty list when there are none for a moment, until `stop` is set.
 
-    The first list is empty, and comes when every message that is produced from then on will be read.
+    The first list is empty: every message produced after it will be read.
     """
     decoder = Decoder(registry)
     skipped: dict[str, int] = {}
@@ -121,7 +121,9 @@ def _decoded(messages: Sequence[Message], decoder: Decoder, skipped: dict[str, i
             record = decoder.decode(message.value())
         except UndecodableError as exc:
             reason = f"{message.topic()}: {exc}"
-            if reason not in skipped and len(skipped) >= _MOST_REASONS:  # a reason may name any schema id
+            if (
+                reason not in skipped and len(skipped) >= _MOST_REASONS
+            ):  # reasons contain schema ids, which are unlimited
                 reason = f"{message.topic()}: other reasons"
             if reason not in skipped:
                 _LOG.warning("skipping messages of topic=%s: %s", message.topic(), exc)
@@ -158,35 +160,35 @@ def tail(
     stop: Flag,
     client_settings: Mapping[str, str],
 ) -> None:
-    """Print the events of the topics, one per line, until `stop` is set or `limit` of them are printed."""
-    view = View(color=color)
+    """Print the events of the topics, one per line, until `stop` is set or `limit` are printed."""
+    formatter = EventFormatter(color=color)
     source = batches(
         brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
     )
     try:
         with contextlib.closing(source):
-            _print_all(source, limit, color=color, lines=_json_lines if as_json else partial(_view_lines, view))
+            _print_all(source, limit, color=color, lines=_json_lines if as_json else partial(_text_lines, formatter))
     finally:
-        for reason, count in view.refused.items():
+        for reason, count in formatter.rejected.items():
             _LOG.warning("skipped records=%d reason=%r", count, reason)
 
 
 def _print_all(
     source: Iterable[list[Event]], limit: int | None, *, color: bool, lines: Callable[[Sequence[Event]], list[str]]
 ) -> None:
-    left = limit
+    remaining = limit
     for batch in source:
-        shown = lines(batch)[:left]
+        shown = lines(batch)[:remaining]
         if not _print(shown, color=color):
             return
-        if left is not None:
-            left -= len(shown)
-            if left == 0:
+        if remaining is not None:
+            remaining -= len(shown)
+            if remaining == 0:
                 return
 
 
 def json_line(event: Event) -> str:
-    """Return the event as one JSON object: topic, key and the record's fields."""
+    """Return the event as a JSON object with topic, key and the record's fields."""
     return to_json({"topic": event.topic, "key": event.key, **event.record}, compact=True)
 
 
@@ -194,12 +196,12 @@ def _json_lines(shown: Sequence[Event]) -> list[str]:
     return [json_line(event) for event in shown]
 
 
-def _view_lines(view: View, shown: Sequence[Event]) -> list[str]:
-    return view.lines(event.record for event in shown)
+def _text_lines(formatter: EventFormatter, shown: Sequence[Event]) -> list[str]:
+    return formatter.lines(event.record for event in shown)
 
 
 def _print(lines: Sequence[str], *, color: bool) -> bool:
-    """Print, at once; False when the reader of our output has gone."""
+    """Print and flush; return False if the reader of the output has gone."""
     if lines:
         try:
             echo("\n".join(lines), color=color)

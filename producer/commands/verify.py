@@ -1,4 +1,4 @@
-"""`rebpf verify`: reads topics as any consumer would, and says what is missing, double or out of order."""
+"""`rebpf verify`: check topics for missing, duplicate and reordered events."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from confluent_kafka import Message
 from producer.config.load import Registry
 from producer.consume.audit import Audit, BootReport, Row
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import FrontReader
+from producer.consume.event_id import EventIdReader
 from producer.consume.reader import TopicReader
 from producer.host.text import lines as as_lines
 from producer.host.text import to_json
@@ -22,22 +22,22 @@ _REASONS = 10
 
 @dataclass(frozen=True, slots=True)
 class TopicReport:
-    """What a topic holds."""
+    """The audit of a topic."""
 
     topic: str
     partitions: int
     messages: int
     other_hosts: int
-    """Messages of hosts that were not asked for."""
+    """Messages of hosts other than the requested one."""
     undecodable: int
     flows_forgotten: int
-    """More flows than are remembered: of these, the order was not checked over a long pause."""
+    """Flows that were forgotten because there are too many: their order is not checked across a pause."""
     boots: tuple[BootReport, ...]
     unchecked: int = 0
-    """Events of more hosts, boots or scattered numbers than there is memory for: whether more is missing is unknown."""
+    """Events beyond the memory limits: whether more are missing is unknown."""
 
     def faults(self) -> dict[str, int]:
-        """Return what should not be, each with its number."""
+        """Return the faults found, with their counts."""
         counts = {
             "missing": sum(boot.missing for boot in self.boots),
             "restarts": sum(boot.restarts for boot in self.boots),
@@ -48,7 +48,7 @@ class TopicReport:
         return {name: count for name, count in counts.items() if count}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the report as for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -62,12 +62,12 @@ class TopicReport:
 
 
 class _TopicCount:
-    """Messages of one topic on the way to its audit."""
+    """Passes the messages of one topic to its audit."""
 
-    def __init__(self, topic: str, complete_from_ms: float, fronts: FrontReader, host: str | None) -> None:
+    def __init__(self, topic: str, complete_from_ms: float, id_reader: EventIdReader, host: str | None) -> None:
         self.audit = Audit(complete_from_ms)
         self._topic = topic
-        self._fronts = fronts
+        self._id_reader = id_reader
         self._host = host
         self._messages = self._other_hosts = self._undecodable = 0
         self._reasons: set[str] = set()
@@ -91,20 +91,20 @@ class _TopicCount:
     def _rows(self, messages: Sequence[Message]) -> Iterator[Row]:
         for message in messages:
             try:
-                front = self._fronts.read(message.value())
+                event_id = self._id_reader.read(message.value())
             except UndecodableError as exc:
-                self._refuse(message, str(exc))
+                self._reject(message, str(exc))
                 continue
-            host = front["host"]
+            host = event_id["host"]
             if self._host is not None and host != self._host:
                 self._other_hosts += 1
                 continue
             yield Row(
                 message.partition() or 0, message.key(), message.timestamp()[1],
-                front["ts_ns"], host, front["boot_id"], front["cpu"], front["cpu_seq"],
+                event_id["ts_ns"], host, event_id["boot_id"], event_id["cpu"], event_id["cpu_seq"],
             )  # fmt: skip
 
-    def _refuse(self, message: Message, reason: str) -> None:
+    def _reject(self, message: Message, reason: str) -> None:
         self._undecodable += 1
         if reason not in self._reasons and len(self._reasons) < _REASONS:
             self._reasons.add(reason)
@@ -125,18 +125,20 @@ def verify(
 ) -> list[TopicReport]:
     """Read the topics and report on each.
 
-    `host`: on this one alone. `since`: from this offset on in each partition, or, below 0, from so many before its end.
+    `host`: only this one. `since`: start at this offset of each partition, or, if negative, this many before its end.
     """
-    fronts = FrontReader(Decoder(registry))
+    id_reader = EventIdReader(Decoder(registry))
     reader = TopicReader(brokers, topics, client_settings, since)
     try:
-        counts = {topic: _TopicCount(topic, reader.complete_from_ms(topic), fronts, host) for topic in topics}
+        counts = {topic: _TopicCount(topic, reader.complete_from_ms(topic), id_reader, host) for topic in topics}
         for batch in reader.batches():
             for topic, count in counts.items():
                 count.add([message for message in batch if message.topic() == topic])
     finally:
         reader.close()
-    return [count.report(sum(part.topic == topic for part in reader.spans)) for topic, count in counts.items()]
+    return [
+        count.report(sum(partition.topic == topic for partition in reader.spans)) for topic, count in counts.items()
+    ]
 
 
 def show(reports: Sequence[TopicReport], *, as_json: bool) -> str:
@@ -146,8 +148,8 @@ def show(reports: Sequence[TopicReport], *, as_json: bool) -> str:
     return "\n".join(map(str, reports))
 
 
-def complaint(reports: Sequence[TopicReport]) -> str | None:
-    """Return what is wrong, in a line; None where nothing is."""
+def fault_summary(reports: Sequence[TopicReport]) -> str | None:
+    """Return the faults in one line; None if there are none."""
     faults = [
         f"{report.topic}: " + ", ".join(f"{name} {count}" for name, count in report.faults().items())
         for report in reports

@@ -195,8 +195,8 @@ class Alert:
     """Kafka's consumer group, whose members share the work."""
     lateness_s: float = 10.0
     """Seconds that an event may take to get into Kafka: so long a window waits for events after its end."""
-    silent_after: float = 3.0
-    """A host whose heartbeat is overdue by so many of its intervals is silent; 0: no alerts on silence."""
+    missed_heartbeats: float = 3.0
+    """A host is silent when its heartbeat is overdue by this many of its intervals; 0: off."""
     topic: bool = True
     """Put alerts into the topic tcp_alerts, from which a member that takes over learns what fires."""
     stdout: bool = False

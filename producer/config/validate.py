@@ -211,8 +211,8 @@ def _check_alert(alert: Any) -> None:
     if not alert.group:
         raise ConfigError("alert.group: a name is wanted")
     _check_text("alert.group", alert.group, 249)
-    if not 0 <= alert.silent_after <= 1e6:
-        raise ConfigError(f"alert.silent_after: {alert.silent_after} is not a number from 0 to 1000000")
+    if not 0 <= alert.missed_heartbeats <= 1e6:
+        raise ConfigError(f"alert.missed_heartbeats: {alert.missed_heartbeats} is not a number from 0 to 1000000")
     if alert.alertmanager is not None:
         _check_url("alert.alertmanager", alert.alertmanager)
     names: set[str] = set()

@@ -1,4 +1,4 @@
-"""Reading the topics back: messages to records, and records to audits and lines of text.
+"""Reads the topics: decodes messages, audits event numbers, and formats events as text.
 
-Every message is untrusted: only records with our schemas are decoded, within bounds.
+Every message is untrusted: only records of our schemas are decoded, within bounds.
 """

@@ -1,12 +1,12 @@
-"""Which schemas of a registry messages are decoded with: those of our records, in this version or another.
+"""Accepts a registry's schemas for decoding: only those of our records, of any version.
 
-Whoever may write to a topic and to the registry chooses the schema, and with it what decoding costs: an `array of null`
-makes a list of any length from a few bytes, a record within itself exhausts the stack. So a schema is made anew of the
-parts that ours consist of, and each of them takes at least one byte: a value has no more items than its message bytes.
+Whoever may write to a topic and to the registry chooses the schema, and so the cost of decoding: an `array of null`
+makes a list of any length from a few bytes, and a recursive record exhausts the stack. So a schema is rebuilt from the
+types that ours use. Each takes at least one byte, so a value has no more items than its message has bytes.
 
-Our schemas are compatible both ways (FULL_TRANSITIVE), so each version has the fields without a default, and a field
-has the same type in all versions. A schema that differs in this is not ours, whatever its name: what is decoded with
-the others has the fields and types that the code that reads it expects.
+Our schemas are compatible both ways (FULL_TRANSITIVE), so every version has all fields without a default, and a field
+has the same type in all versions. A schema that violates this is not ours, whatever its name. So decoded records have
+the fields and types that our code expects.
 """
 
 import json
@@ -34,17 +34,17 @@ _FILES = {
     "RebpfAgent": "rebpf_agent.avsc",
 }
 _LEVELS = {"TcpTransmit": 1, "TcpRetransmit": 1, "TcpAlert": 1, "RebpfAgent": 3}
-"""Our records, and how deep they have records in lists."""
+"""Our records, and how deep their records are nested."""
 _PRIMITIVES = frozenset({"boolean", "int", "long", "float", "double", "bytes", "string"})
 _SHOWN = 60
 
 
 class NotAccepted(ValueError):
-    """A schema that none of our records has; the text says what is wrong."""
+    """A schema is not ours; the message has the reason."""
 
 
 def accepted(text: str) -> Any:
-    """Return a schema parsed, without its logical types, which only cost time; NotAccepted where it is not ours."""
+    """Parse a schema, without logical types, which only cost time; NotAccepted if it is not ours."""
     if len(text.encode(errors="replace")) > MOST_SCHEMA_BYTES:
         raise NotAccepted(f"its text is longer than {MOST_SCHEMA_BYTES} bytes")
     try:
@@ -57,7 +57,7 @@ def accepted(text: str) -> Any:
     if namespace != _NAMESPACE or name not in _LEVELS:
         raise NotAccepted(f"it is not a record of {_NAMESPACE}: {_shown(schema.get('name'))}")
     record = _record(schema, _LEVELS[name])
-    _demand(record, _ours(name))
+    _require_fields(record, _ours(name))
     try:
         return fastavro.parse_schema(record)
     except fastavro.schema.SchemaParseException as error:
@@ -74,11 +74,11 @@ def _full_name(schema: dict[str, Any]) -> str:
 def _record(schema: dict[str, Any], levels: int) -> dict[str, Any]:
     fields = schema.get("fields")
     if schema.get("type") != "record" or not isinstance(fields, list) or not fields:
-        raise NotAccepted("it has something else than a record with fields")
+        raise NotAccepted("it has something other than a record with fields")
     if len(fields) > MOST_FIELDS:
         raise NotAccepted(f"it has a record with more than {MOST_FIELDS} fields")
     if levels == 0:
-        raise NotAccepted("it has records within records where ours have none")
+        raise NotAccepted("it nests records deeper than ours")
     name = _full_name({"namespace": _NAMESPACE, **schema})
     return {"type": "record", "name": name, "fields": [_field(field, levels) for field in fields]}
 
@@ -90,11 +90,11 @@ def _ours(name: str) -> Mapping[str, Any]:
     return schema
 
 
-def _demand(record: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise NotAccepted where a record lacks a field that all versions have, or has one with another type."""
+def _require_fields(record: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise NotAccepted if a required field is missing, or a field has another type than ours."""
     types = {field["name"]: field["type"] for field in record["fields"]}
     if len(types) < len(record["fields"]):
-        raise NotAccepted("it has two fields of one name")
+        raise NotAccepted("it has two fields with one name")
     for field in ours["fields"]:
         name, kind = field["name"], field["type"]
         if name not in types:
@@ -104,13 +104,13 @@ def _demand(record: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
             if types[name] != _type(kind, 0):
                 raise NotAccepted(f"its field {name} has another type than ours")
         elif (found := _nested(types[name])) is None:
-            raise NotAccepted(f"its field {name} is no list of records")
+            raise NotAccepted(f"its field {name} is not a list of records")
         else:
-            _demand(found, nested)
+            _require_fields(found, nested)
 
 
 def _nested(kind: Any) -> Mapping[str, Any] | None:
-    """Return the record that a list consists of; None of other types."""
+    """Return the record type of a list of records; None for other types."""
     items = kind.get("items") if isinstance(kind, dict) else None
     return items if isinstance(items, dict) and items.get("type") == "record" else None
 
@@ -122,7 +122,7 @@ def _field(field: Any, levels: int) -> dict[str, Any]:
 
 
 def _type(kind: Any, levels: int) -> Any:
-    if isinstance(kind, list) and len(kind) == 2 and kind.count("null") == 1:  # null and another
+    if isinstance(kind, list) and len(kind) == 2 and kind.count("null") == 1:  # null or another type
         return [each if each == "null" else _primitive(each) for each in kind]
     if isinstance(kind, dict) and kind.get("type") == "array":
         items = kind.get("items")
@@ -135,7 +135,7 @@ def _type(kind: Any, levels: int) -> Any:
 def _primitive(kind: Any) -> str:
     name = kind.get("type") if isinstance(kind, dict) else kind
     if not isinstance(name, str) or name not in _PRIMITIVES:
-        raise NotAccepted(f"it has a type that ours do not have: {_shown(kind)}")
+        raise NotAccepted(f"it has a type that ours do not use: {_shown(kind)}")
     return name
 
 

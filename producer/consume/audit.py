@@ -1,7 +1,7 @@
-"""What a topic holds, by host and boot: events, duplicates, gaps, and the order within each flow.
+"""Audits a topic by host and boot: events, duplicates, gaps, and the order within each flow.
 
-Memory: a bit for each number of an event (gaps.py), the counters, and the last time of the flows seen most recently.
-Each has a bound, since who writes to the topic chooses hosts and numbers: what has no room is counted as unchecked.
+Memory: one bit per event number (gaps.py), the counters, and the last time of the most recent flows. Each is bounded,
+since writers of the topic choose hosts and numbers: events beyond the bounds are counted as unchecked.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,19 +11,19 @@ from typing import NamedTuple
 from producer.consume.gaps import MOST_PAGES, Gaps, Numbers, find_gaps
 
 ALL = 0
-"""`complete_from_ms` of a topic of which nothing has been deleted."""
+"""`complete_from_ms` of a topic without deleted messages."""
 MOST_BOOTS = 100_000
 _FLOWS = 1 << 19
 _NEVER = (1 << 63) - 1
 
 
 class Row(NamedTuple):
-    """What is looked at of a message."""
+    """The audited fields of a message."""
 
     partition: int
     key: bytes | None
     timestamp_ms: int
-    """Kafka's, of the message: when it was sent, however old the event was."""
+    """The message's timestamp: when it was sent, however old the event was."""
     ts_ns: int
     host: str
     boot_id: str
@@ -33,25 +33,25 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BootReport:
-    """The events of one boot of a host."""
+    """The audit of one boot of a host."""
 
     host: str
     boot_id: str
     first_ns: int
     last_ns: int
     events: int
-    """Different events; a duplicate is not counted here."""
+    """Distinct events, without duplicates."""
     duplicates: int
     gaps: int
     missing: int
     perhaps_deleted: int
-    """Missing where the topic itself has lost messages, by its retention: these may have been among them."""
+    """Missing numbers that the topic's retention may have deleted."""
     restarts: int
-    """Starts after a crash that kept no ring: how many events were lost before each is not known."""
+    """Starts after a crash without pinned rings: before each, an unknown number of events was lost."""
     out_of_order: int
-    """Events behind a later one of their flow."""
+    """Events after a later one of their flow."""
     first_numbers: dict[int, int]
-    """By CPU, where it is not 1: what came before was deleted, or was never in this topic."""
+    """By CPU, if not 1: earlier events were deleted, or were never in this topic."""
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class _Counter:
 
 
 class _Order:
-    """The last time of each flow; of many flows, those without events for long are forgotten."""
+    """The last time of each flow. With many flows, the least recently active are forgotten."""
 
     def __init__(self, limit: int) -> None:
         self.forgotten = 0
@@ -83,7 +83,7 @@ class _Order:
         self._old: dict[int, int] = {}
 
     def is_late(self, flow: int, ts_ns: int) -> bool:
-        """Note an event; return whether its flow has had a later one."""
+        """Record an event; return whether its flow had a later one."""
         last = self._young.get(flow)
         if last is None:
             last = self._old.get(flow, -_NEVER)
@@ -95,7 +95,7 @@ class _Order:
 
 
 class Audit:
-    """Looks at the messages of one topic, in each partition's order.
+    """Audits the messages of one topic, given in each partition's order.
 
     Nothing sent after `complete_from_ms` has been deleted from the topic.
     """
@@ -104,7 +104,7 @@ class Audit:
         self, complete_from_ms: float = ALL, flows: int = _FLOWS, boots: int = MOST_BOOTS, pages: int = MOST_PAGES
     ) -> None:
         self.unchecked = 0
-        """Events of more boots, or of more scattered numbers, than there is room for."""
+        """Events beyond the limits on boots or on memory for numbers."""
         self._complete_from_ms = complete_from_ms
         self._most_boots = boots
         self._numbers = Numbers(pages)
@@ -114,11 +114,11 @@ class Audit:
 
     @property
     def flows_forgotten(self) -> int:
-        """How many flows were given up, and would be taken for new ones."""
+        """Number of flows that were forgotten, and would count as new."""
         return self._order.forgotten
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Look at some messages."""
+        """Audit messages."""
         found = [(row, counter) for row in rows if (counter := self._counter(row)) is not None]
         self.unchecked += len(rows) - len(found)
         if not found:
@@ -140,7 +140,7 @@ class Audit:
                 boot.out_of_order += 1
 
     def boots(self) -> Iterator[BootReport]:
-        """Tell what was seen, by host and then by the boots' first event."""
+        """Yield the reports, by host and then by the boots' first event."""
         gaps = {
             counter: find_gaps(pieces, self._counters[counter].complete_from)
             for counter, pieces in self._numbers.held()
@@ -149,13 +149,13 @@ class Audit:
             yield _report(boot, {cpu: gaps[counter.index] for cpu, counter in sorted(boot.counters.items())})
 
     def _counter(self, row: Row) -> _Counter | None:
-        """Return a row's counter; None where there is no room for it or for its number."""
+        """Return a row's counter; None if a limit does not allow it or its number."""
         boot = self._boots.get((row.host, row.boot_id))
         if boot is None and len(self._boots) >= self._most_boots:
             return None
         counter = boot.counters.get(row.cpu) if boot is not None else None
         index = len(self._counters) if counter is None else counter.index
-        if not self._numbers.has_room(index, row.cpu_seq):
+        if not self._numbers.reserve(index, row.cpu_seq):
             return None
         if boot is None:
             boot = self._boots[row.host, row.boot_id] = _Boot(row.host, row.boot_id)
@@ -177,7 +177,7 @@ def _report(boot: _Boot, gaps: dict[int, Gaps]) -> BootReport:
         gaps=sum(each.gaps for each in gaps.values()),
         missing=sum(each.missing for each in gaps.values()),
         perhaps_deleted=sum(each.unsure for each in gaps.values()),
-        # All CPUs go to the same generation together.
+        # All CPUs enter a generation together.
         restarts=len(frozenset[int]().union(*(each.generations for each in gaps.values()))),
         out_of_order=boot.out_of_order,
         first_numbers={cpu: each.first for cpu, each in gaps.items() if each.first != 1},

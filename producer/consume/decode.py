@@ -1,7 +1,7 @@
-"""From a message's bytes to a record: the reader's side of the Confluent frame, by fastavro and not by our encoder.
+"""Decodes messages: Confluent's wire format and Avro, by fastavro, independent of our encoder.
 
-Anybody who may write to a topic, or register a schema, chooses what is read here. So only our own records are read
-(accepted.py), a value and its strings are bounded, and an id that was refused is not asked for again for a while.
+Whoever may write to a topic or register a schema chooses the input. So only our records are decoded (accepted.py),
+values and strings have a maximum length, and a rejected schema id is not requested again for a while.
 """
 
 import io
@@ -28,42 +28,42 @@ from producer.registry.client import (
     NoAnswer,
     NotAuthorized,
     RegistryClient,
-    RegistryRefused,
+    RegistryRejected,
 )
 
 _FRAME = struct.Struct(">bI")
 _REGISTRY_TIMEOUT_S = 10
 _ATTEMPTS = 3
-_REFUSED_S = 60
+_REJECTED_S = 60
 _REQUESTS_PER_S = 10.0
 _MOST_REQUESTS = 100.0
-"""At once: a topic has few schemas, unless somebody fills it with messages of others."""
+"""Burst size: a topic has few schemas, unless somebody fills it with foreign messages."""
 MOST_SCHEMAS = 1000
 MOST_TEXT = 4096
-"""Longest string of a record, in characters; our names have up to 1024."""
+"""Longest string in a record, in characters; our names have up to 1024."""
 
 
 class UndecodableError(ValueError):
-    """A message that is not one of ours, or whose schema is not to be had."""
+    """A message is not ours, or its schema is unavailable."""
 
 
 def unframed(value: bytes | None) -> tuple[int, bytes]:
-    """Return the schema id and the body of a value in Confluent's frame."""
+    """Return the schema id and the body of a value in Confluent's wire format."""
     if value is None or len(value) < _FRAME.size or value[0] != 0:
-        raise UndecodableError("not in Confluent's frame")
+        raise UndecodableError("not in Confluent's wire format")
     if len(value) > MOST_VALUE_BYTES:
         raise UndecodableError(f"longer than {MOST_VALUE_BYTES} bytes")
     return _FRAME.unpack_from(value)[1], value[_FRAME.size :]
 
 
 class Decoder:
-    """Decodes Confluent-framed Avro; without a registry the ids are the fixed ones of this version's own schemas.
+    """Decodes Avro in Confluent's wire format. Without a registry, schema ids are the fixed ones of this version.
 
-    Those of the events are known, and `others` are by their ids. An id that the registry refuses, or whose schema is
-    not one of ours, is asked for once a minute: a topic may be full of such messages. `stop` ends every wait.
+    `others` adds schemas, by id, to those of the events. An id that the registry rejects, or whose schema is not ours,
+    is requested at most once a minute, since a topic may be full of such messages. `stop` ends every wait.
 
-    UnavailableError where the registry does not answer before it has given a schema. Once it has, a message with a new
-    id is undecodable instead, and no other id is asked for within a minute: a writer must not be able to stop a reader.
+    Raises UnavailableError if the registry does not answer before it has returned any schema. After that, a message
+    with a new id is undecodable, and no other id is requested for a minute: a writer must not be able to stop a reader.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Decoder:
         stop: Flag | None = None,
     ) -> None:
         self._schemas: dict[int, Any] = {}
-        self._refused: dict[int, tuple[float, str]] = {}
-        """Until when, and why; the oldest first."""
+        self._rejected: dict[int, tuple[float, str]] = {}
+        """Until when, and the reason, by id; oldest first."""
         self._clock = clock
         self._stop = stop
         self._requests, self._counted_at = _MOST_REQUESTS, clock()
-        """How many requests are left, and when that was counted."""
+        """Remaining requests, and when they were counted."""
         self._silent_until = 0.0
         self._client = None
         settings = registry if isinstance(registry, Registry) else Registry(registry, timeout_s=_REGISTRY_TIMEOUT_S)
@@ -93,7 +93,7 @@ class Decoder:
             self._client = RegistryClient(settings, stop)
 
     def decode(self, value: bytes | None) -> dict[str, Any]:
-        """Return the record; numbers stay numbers, also where the schema calls them times."""
+        """Return the record; timestamps stay numbers."""
         schema_id, body = unframed(value)
         schema = self.schema(schema_id)
         buffer = io.BytesIO(body)
@@ -104,45 +104,45 @@ class Decoder:
         if buffer.tell() != len(body) or not isinstance(record, dict):
             raise UndecodableError(f"not a value of schema {schema_id}")
         if any(type(value) is str and len(value) > MOST_TEXT for value in record.values()):
-            raise UndecodableError(f"a text of more than {MOST_TEXT} characters")
+            raise UndecodableError(f"a string is longer than {MOST_TEXT} characters")
         return record
 
     def schema(self, schema_id: int) -> Any:
-        """Return an id's schema, parsed and without logical types."""
+        """Return a schema by id, parsed and without logical types."""
         return self._schemas.get(schema_id) or self._fetch(schema_id)
 
     def _fetch(self, schema_id: int) -> Any:
         if self._client is None:
-            raise UndecodableError(f"schema id {schema_id} is not one of the fixed ids: give --registry")
+            raise UndecodableError(f"schema id {schema_id} is not one of the fixed ids: set --registry")
         if not 0 < schema_id <= MOST_ID:
-            raise UndecodableError(f"no registry gives the schema id {schema_id}")
-        until, reason = self._refused.get(schema_id, (0.0, ""))
+            raise UndecodableError(f"schema id {schema_id} is out of range")
+        until, reason = self._rejected.get(schema_id, (0.0, ""))
         if reason and self._clock() < until:
             raise UndecodableError(reason)
         self._spend()
         try:
             schema = accepted(self._ask(self._client, schema_id))
         except NotAccepted as exc:
-            raise self._refuse(schema_id, f"schema id {schema_id} is not one of ours: {exc}") from exc
-        except (RegistryRefused, NoAnswer, NotAuthorized) as exc:
+            raise self._reject(schema_id, f"schema id {schema_id} is not one of ours: {exc}") from exc
+        except (RegistryRejected, NoAnswer, NotAuthorized) as exc:
             raise self._no_schema(schema_id, exc) from exc
-        self._refused.pop(schema_id, None)
-        _keep(self._schemas, schema_id, schema)
+        self._rejected.pop(schema_id, None)
+        _put_bounded(self._schemas, schema_id, schema)
         return schema
 
     def _spend(self) -> None:
-        """Count a request; UndecodableError where there were too many, or the registry did not answer a moment ago."""
+        """Count a request; UndecodableError if there were too many, or if the registry has just not answered."""
         now = self._clock()
         if now < self._silent_until:
-            raise UndecodableError("the schema registry does not answer, and new schema ids are not asked for")
+            raise UndecodableError("the schema registry does not answer: new schema ids are not requested for now")
         self._requests = min(_MOST_REQUESTS, self._requests + _REQUESTS_PER_S * (now - self._counted_at))
         self._counted_at = now
         if self._requests < 1:
-            raise UndecodableError("too many unknown schema ids, and not all are asked for")
+            raise UndecodableError("too many unknown schema ids: not all are requested")
         self._requests -= 1
 
     def _ask(self, client: RegistryClient, schema_id: int) -> str:
-        if self._schemas:  # others can be read meanwhile
+        if self._schemas:  # messages with known ids can be read meanwhile
             return client.schema(schema_id)
         retrying = Retrying(
             retry=retry_if_exception_type(NoAnswer),
@@ -160,31 +160,31 @@ class Decoder:
             raise Stopped("stopped while waiting for the schema registry")
 
     def _no_schema(self, schema_id: int, error: Exception) -> UndecodableError | UnavailableError:
-        """Return the error for an id of which the registry did not give the schema."""
-        if isinstance(error, RegistryRefused) and error.code in NOT_FOUND:
-            return self._refuse(schema_id, f"the registry does not know schema id {schema_id}")
+        """Return the error for an id whose schema the registry did not return."""
+        if isinstance(error, RegistryRejected) and error.code in NOT_FOUND:
+            return self._reject(schema_id, f"the registry does not know schema id {schema_id}")
         reason = f"the schema registry does not answer for schema id {schema_id}: {error}"
         if not self._schemas and not self._is_about_id(error):
             return UnavailableError(reason)
         if isinstance(error, NoAnswer) and not error.answered:
-            self._silent_until = self._clock() + _REFUSED_S
-        return self._refuse(schema_id, reason)
+            self._silent_until = self._clock() + _REJECTED_S
+        return self._reject(schema_id, reason)
 
     def _is_about_id(self, error: Exception) -> bool:
-        """Whether the registry works, and fails for one id alone."""
+        """Return whether the registry works, and fails only for this id."""
         if isinstance(error, NotAuthorized):
             return error.status == HTTPStatus.FORBIDDEN
         return self._client is not None and self._client.answers()
 
-    def _refuse(self, schema_id: int, reason: str) -> UndecodableError:
-        """Remember that an id is not to be asked for again soon, and return the error that says so."""
-        _keep(self._refused, schema_id, (self._clock() + _REFUSED_S, reason))
+    def _reject(self, schema_id: int, reason: str) -> UndecodableError:
+        """Block requests of an id for a while, and return the error."""
+        _put_bounded(self._rejected, schema_id, (self._clock() + _REJECTED_S, reason))
         return UndecodableError(reason)
 
 
-def _keep(kept: dict[int, Any], schema_id: int, value: Any) -> None:
-    """Put a value in place of the oldest where there are many: ids come from messages, and there is no end of them."""
-    kept.pop(schema_id, None)
-    if len(kept) >= MOST_SCHEMAS:
-        del kept[next(iter(kept))]
-    kept[schema_id] = value
+def _put_bounded(cache: dict[int, Any], schema_id: int, value: Any) -> None:
+    """Add to a cache, and drop the oldest if it is full: ids come from messages and are unlimited."""
+    cache.pop(schema_id, None)
+    if len(cache) >= MOST_SCHEMAS:
+        del cache[next(iter(cache))]
+    cache[schema_id] = value

@@ -1,4 +1,4 @@
-"""The front of a record: an event's id and time, without what stands behind them."""
+"""Reads an event's id and time, without decoding the rest of the record."""
 
 import io
 from collections.abc import Mapping
@@ -11,36 +11,36 @@ from producer.consume.decode import MOST_SCHEMAS, MOST_TEXT, Decoder, Undecodabl
 _TYPES = {"ts_ns": {"long"}, "host": {"string"}, "boot_id": {"string"}, "cpu": {"int", "long"}, "cpu_seq": {"long"}}
 
 
-class FrontReader:
-    """Reads the fields of _TYPES, with the schema that the message names, cut behind the last of them.
+class EventIdReader:
+    """Decodes with the message's schema, truncated after the last field of _TYPES.
 
-    1.3 us, a tenth of what the whole record costs; a reader schema, under which the rest is skipped, saves a quarter.
+    1.3 us, a tenth of the cost of the whole record; a reader schema that skips the rest saves only a quarter.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._fronts: dict[int, Any] = {}
+        self._schemas: dict[int, Any] = {}
 
     def read(self, value: bytes | None) -> Mapping[str, Any]:
-        """Return the fields, and those between them. What follows is not looked at."""
+        """Return these fields and those between them; the rest is not checked."""
         schema_id, body = unframed(value)
-        front = self._fronts.get(schema_id) or self._front(schema_id)
+        schema = self._schemas.get(schema_id) or self._id_schema(schema_id)
         try:
-            record: Any = fastavro.schemaless_reader(io.BytesIO(body), front, None)
+            record: Any = fastavro.schemaless_reader(io.BytesIO(body), schema, None)
         except (EOFError, ValueError, IndexError, OverflowError, MemoryError) as exc:
             raise UndecodableError(f"not a value of schema {schema_id}") from exc
         if len(record["host"]) > MOST_TEXT or len(record["boot_id"]) > MOST_TEXT:
-            raise UndecodableError(f"a text of more than {MOST_TEXT} characters")
+            raise UndecodableError(f"a string is longer than {MOST_TEXT} characters")
         if not (0 < record["cpu_seq"] < 1 << 63 and -1 << 63 <= record["ts_ns"] < 1 << 63):
-            raise UndecodableError("not the number and time of an event")
-        return record  # type: ignore[no-any-return]  # a record is a dict: _cut made sure
+            raise UndecodableError("cpu_seq or ts_ns is out of range")
+        return record  # type: ignore[no-any-return]  # _cut ensures that it is a record
 
-    def _front(self, schema_id: int) -> Any:
-        front = self._cut(schema_id)  # the decoder remembers what is refused, and for how long
-        if len(self._fronts) >= MOST_SCHEMAS:
-            self._fronts.clear()
-        self._fronts[schema_id] = front
-        return front
+    def _id_schema(self, schema_id: int) -> Any:
+        schema = self._cut(schema_id)  # the decoder remembers rejected ids
+        if len(self._schemas) >= MOST_SCHEMAS:
+            self._schemas.clear()
+        self._schemas[schema_id] = schema
+        return schema
 
     def _cut(self, schema_id: int) -> Any:
         schema = self._decoder.schema(schema_id)
@@ -48,9 +48,9 @@ class FrontReader:
         at = {field["name"]: number for number, field in enumerate(fields)}
         for name, types in _TYPES.items():
             if name not in at or _plain(fields[at[name]]["type"]) not in types:
-                raise UndecodableError(f"schema {schema_id} has no {name} as our events have")
+                raise UndecodableError(f"schema {schema_id} has no field {name} of our type")
         last = max(at[name] for name in _TYPES)
-        return fastavro.parse_schema({"type": "record", "name": "Front", "fields": fields[: last + 1]})
+        return fastavro.parse_schema({"type": "record", "name": "EventId", "fields": fields[: last + 1]})
 
 
 def _plain(kind: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One event as one line of a terminal: tcpdump's words, green for a transmit, yellow and red for a retransmit."""
+"""Formats an event as one line, in tcpdump's notation: transmits in green, retransmits in yellow and red."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from producer.host.text import printable
 _FLAGS = ((1, "F"), (2, "S"), (4, "R"), (8, "P"), (16, "."), (32, "U"), (64, "E"), (128, "W"))
 _FLAG_TEXTS = tuple("".join(letter for bit, letter in _FLAGS if flags & bit) or "none" for flags in range(256))
 _MOST_PART = 512
-"""Most characters of a part of a line, before what does not print is escaped."""
+"""Most characters of a part of a line, before escaping."""
 _MOST_REASON = 100
 _MOST_REASONS = 100
 
@@ -30,55 +30,55 @@ def endpoint(address: str, port: int) -> str:
 
 
 def is_retransmit_event(record: Mapping[str, Any]) -> bool:
-    """Tell an event of the retransmit topic, under whatever name the topic has, by the field that only it has."""
+    """Return whether this is a retransmit event, by a field that only these have."""
     return "cause" in record
 
 
-class View:
-    """Turns records into lines, without the line end. `refused` counts those that no line can be made of, by reason."""
+class EventFormatter:
+    """Formats records as lines, without line ends. `rejected` counts records that cannot be formatted, by reason."""
 
     def __init__(self, *, color: bool) -> None:
         self._color = color
-        self.refused: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
 
     def lines(self, records: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Return the lines of what a consumer got at once, in the order of their times.
+        """Return the lines of a consumer's batch, in order of time.
 
-        Kafka keeps the order within a partition only, and a flow has one partition.
+        Kafka keeps the order only within a partition; each flow has one partition.
         """
         shown = []
         for record in records:
             try:
                 shown.append((record["ts_ns"], self.line(record)))
             except LookupError as error:
-                self._refuse(f"no field {error}")
+                self._reject(f"no field {error}")
             except (TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
-                self._refuse(f"{type(error).__name__}: {error}")
+                self._reject(f"{type(error).__name__}: {error}")
         return [line for _, line in sorted(shown, key=lambda each: each[0])]
 
-    def _refuse(self, reason: str) -> None:
+    def _reject(self, reason: str) -> None:
         cut = printable(reason[:_MOST_REASON])
-        self.refused[cut if cut in self.refused or len(self.refused) < _MOST_REASONS else "other reasons"] += 1
+        self.rejected[cut if cut in self.rejected or len(self.rejected) < _MOST_REASONS else "other reasons"] += 1
 
     def line(self, record: Mapping[str, Any]) -> str:
-        """Return the line of a record of either topic.
+        """Format a record of either topic.
 
-        A field of another type raises TypeError, ValueError, AttributeError, ArithmeticError or OSError, one that is
-        missing LookupError.
+        Raises LookupError for a missing field, and TypeError, ValueError, AttributeError, ArithmeticError or OSError
+        for one of another type.
         """
         time = f"{datetime.fromtimestamp(record['ts_ns'] / 1e9):%H:%M:%S.%f}"
         segment = self._clean(_segment(record))
         if not is_retransmit_event(record):
             return f"{self._paint(time, 'dim')} {self._paint(segment, 'green')}"
-        why = self._clean(_why(record))
+        why = self._clean(_retransmission(record))
         return f"{self._paint(time, 'dim')} {self._paint(segment, 'yellow')} {self._paint(why, 'bold red')}"
 
     def _paint(self, text: str, style: str) -> str:
-        # rich's markup and wrapping would cost several times the line itself; its styles are all that a line needs.
+        # rich's markup and wrapping would cost several times as much as the line itself.
         return Style.parse(style).render(text, color_system=ColorSystem.STANDARD) if self._color else text
 
     def _clean(self, text: str) -> str:
-        # Anybody may write to a topic: no escape sequence of theirs reaches the terminal.
+        # Untrusted: no escape sequence may reach the terminal.
         return printable(text if len(text) <= _MOST_PART else text[:_MOST_PART] + "...[cut]")
 
 
@@ -92,7 +92,7 @@ def _segment(record: Mapping[str, Any]) -> str:
     )
 
 
-def _why(record: Mapping[str, Any]) -> str:
+def _retransmission(record: Mapping[str, Any]) -> str:
     words = ["retransmit", record["cause"]]
     if record["retransmit_no"] is not None:
         words.append(f"#{record['retransmit_no']}")

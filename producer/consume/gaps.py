@@ -1,10 +1,10 @@
-"""Which event numbers were seen, of many counters, and which are missing: one bit for each number, in pages.
+"""Tracks which event numbers of many counters were seen, with one bit per number, in pages.
 
 Ranges would be smaller if the numbers came in order. They do not: a CPU's numbers are spread over the partitions, which
-are read at different speeds, so that millions of ranges can be open for long, each of one number.
+are read at different speeds, so millions of ranges of one number each can be open for long.
 
-The numbers of a boot begin at 1. After a crash that kept no ring they go on behind the next multiple of 2**32: how many
-events were lost at the end of such a generation, nobody knows.
+The numbers of a boot start at 1. After a crash without pinned rings they continue after the next multiple of 2**32: how
+many events were lost at the end of such a generation is unknown.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,11 +19,11 @@ _PAGE_BITS = 12
 _PAGE_BYTES = 1 << _PAGE_BITS - 3
 _FIRST_PAGES = 64
 MOST_PAGES = 1 << 20
-"""512 MiB: enough for four thousand million numbers without gaps."""
+"""512 MiB: enough for four billion numbers without gaps."""
 
 
 class Numbers:
-    """The numbers seen so far, from 1, of counters that are numbered from 0; in up to `most` pages of 4096 numbers."""
+    """Numbers (from 1) seen of each counter (from 0), in at most `most` pages of 4096 numbers."""
 
     def __init__(self, most: int = MOST_PAGES) -> None:
         self._most = most
@@ -31,7 +31,7 @@ class Numbers:
         self._bits = np.zeros(_FIRST_PAGES * _PAGE_BYTES, np.uint8)
 
     def add(self, counters: Sequence[int], numbers: Sequence[int]) -> NDArray[np.bool_]:
-        """Note numbers[i] of counters[i]; return where it was not there yet. Of equal ones the first is new."""
+        """Add numbers[i] to counters[i]; return which were new. Of equal ones the first is new."""
         index = np.array(numbers, np.int64) - 1
         pages = (index >> _PAGE_BITS).tolist()
         slots = np.array([self._slot(*page) for page in zip(counters, pages, strict=True)], np.int64)
@@ -43,8 +43,8 @@ class Numbers:
         new[first[is_new]] = True
         return new
 
-    def has_room(self, counter: int, number: int) -> bool:
-        """Whether a number's page is there, or may be made; it is made by this."""
+    def reserve(self, counter: int, number: int) -> bool:
+        """Create a number's page if needed; return False if the limit does not allow it."""
         page = counter, number - 1 >> _PAGE_BITS
         if page not in self._slots and len(self._slots) >= self._most:
             return False
@@ -70,21 +70,21 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Gaps:
-    """What a counter's numbers lack."""
+    """The gaps in a counter's numbers."""
 
     first: int
-    """The first number; whatever came before it is not counted anywhere."""
+    """The first number; earlier ones are not counted as missing."""
     gaps: int
     missing: int
     """Numbers in the gaps."""
     unsure: int
-    """Numbers missing before the number from which on all must be there."""
+    """Numbers missing before `complete_from`."""
     generations: frozenset[int]
-    """Generations that the numbers jumped to: of the end of those before, nothing is known."""
+    """Generations that the numbers jumped to: losses at the end of the previous ones are unknown."""
 
 
 def find_gaps(pieces: Iterable[NDArray[np.int64]], complete_from: int) -> Gaps:
-    """Look for gaps in ascending numbers, of which there is one at least."""
+    """Find the gaps in ascending numbers, at least one; from `complete_from` on, none should be missing."""
     gaps = missing = unsure = first = last = 0
     generations: set[int] = set()
     for piece in pieces:
@@ -98,9 +98,9 @@ def find_gaps(pieces: Iterable[NDArray[np.int64]], complete_from: int) -> Gaps:
         generation = behind - 1 >> GENERATION_BITS
         crossed = before - 1 >> GENERATION_BITS != generation
         generations.update(generation[crossed].tolist())
-        lacking = behind - 1 - np.where(crossed, generation << GENERATION_BITS, before)
+        absent = behind - 1 - np.where(crossed, generation << GENERATION_BITS, before)
         sure = behind > complete_from
-        gaps += int(np.count_nonzero(lacking[sure]))
-        missing += int(lacking[sure].sum())
-        unsure += int(lacking[~sure].sum())
+        gaps += int(np.count_nonzero(absent[sure]))
+        missing += int(absent[sure].sum())
+        unsure += int(absent[~sure].sum())
     return Gaps(first, gaps, missing, unsure, frozenset(generations))

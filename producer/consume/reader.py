@@ -1,4 +1,4 @@
-"""Reads topics from their beginnings to their ends: an own connection, nothing of the agent."""
+"""Reads topics from beginning to end, over its own connection."""
 
 import math
 import time
@@ -16,10 +16,10 @@ _SILENCE_S = 30
 _POLL_S = 0.1
 _BATCH = 10_000
 _SKEW_MS = 60_000
-"""How far the clocks of two hosts may differ, and how long a message may be on its way."""
+"""Allowance for clock differences between hosts and for delivery time."""
 
 
-class Part(NamedTuple):
+class PartitionId(NamedTuple):
     """A partition of a topic."""
 
     topic: str
@@ -27,88 +27,90 @@ class Part(NamedTuple):
 
 
 class TopicReader:
-    """Reads all partitions of the topics up to where they ended when it began."""
+    """Reads all partitions of the topics up to the ends that they had at the start."""
 
     def __init__(self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], since: int | None) -> None:
         self._brokers = brokers
-        own = {"auto.offset.reset": "error", "enable.partition.eof": True}
-        self._quiet = QuietConsumer(brokers, "verify", settings, own)
-        self._consumer = self._quiet.client
-        with self._quiet.answered():
-            self.spans = {part: self._span(part, since) for topic in topics for part in self._parts(topic)}
+        overrides = {"auto.offset.reset": "error", "enable.partition.eof": True}
+        self._connection = QuietConsumer(brokers, "verify", settings, overrides)
+        self._consumer = self._connection.client
+        with self._connection.translated_errors():
+            self.spans = {
+                partition: self._span(partition, since) for topic in topics for partition in self._partitions(topic)
+            }
 
     def complete_from_ms(self, topic: str) -> float:
-        """Return from when on all that was sent to the topic is there: since the latest beginning of its partitions.
+        """Return the time from which the topic is complete: the latest beginning of its partitions.
 
-        That is ALL where no message was deleted, and infinity where all messages of a partition were.
+        ALL if no message was deleted, infinity if all messages of a partition were.
         """
         latest: float = ALL
-        for part, (start, end) in self.spans.items():
-            if part.topic == topic and start > 0:
-                latest = max(latest, self._timestamp_ms(part, start) + _SKEW_MS if start < end else math.inf)
+        for partition, (start, end) in self.spans.items():
+            if partition.topic == topic and start > 0:
+                latest = max(latest, self._timestamp_ms(partition, start) + _SKEW_MS if start < end else math.inf)
         return latest
 
     def batches(self) -> Iterator[list[Message]]:
         """Yield all messages, in each partition's order."""
-        left = {part: end for part, (start, end) in self.spans.items() if start < end}
-        starts = [TopicPartition(*part, self.spans[part][0]) for part in left]
+        remaining = {partition: end for partition, (start, end) in self.spans.items() if start < end}
+        starts = [TopicPartition(*partition, self.spans[partition][0]) for partition in remaining]
         self._consumer.assign(starts)
-        while left:
+        while remaining:
             batch = []
-            for message in self._answer():
-                part = Part(message.topic() or "", message.partition() or 0)
-                if part not in left:
+            for message in self._receive():
+                partition = PartitionId(message.topic() or "", message.partition() or 0)
+                if partition not in remaining:
                     continue
                 is_end = message.error() is not None
                 offset = message.offset() or 0
-                if not is_end and offset < left[part]:
+                if not is_end and offset < remaining[partition]:
                     batch.append(message)
-                if is_end or offset >= left[part] - 1:
-                    del left[part]
-                    self._consumer.incremental_unassign([TopicPartition(*part)])
+                if is_end or offset >= remaining[partition] - 1:
+                    del remaining[partition]
+                    self._consumer.incremental_unassign([TopicPartition(*partition)])
             yield batch
 
     def close(self) -> None:
         """Close the connection."""
         self._consumer.close()
 
-    def _parts(self, topic: str) -> list[Part]:
+    def _partitions(self, topic: str) -> list[PartitionId]:
         metadata = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic]
         if metadata.error is not None:
             raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
-        return [Part(topic, number) for number in sorted(metadata.partitions)]
+        return [PartitionId(topic, number) for number in sorted(metadata.partitions)]
 
-    def _span(self, part: Part, since: int | None) -> tuple[int, int]:
-        low, high = self._consumer.get_watermark_offsets(TopicPartition(*part), _METADATA_TIMEOUT_S)
+    def _span(self, partition: PartitionId, since: int | None) -> tuple[int, int]:
+        low, high = self._consumer.get_watermark_offsets(TopicPartition(*partition), _METADATA_TIMEOUT_S)
         if since is None:
             return low, high
         return max(low, min(high, since if since >= 0 else high + since)), high
 
-    def _timestamp_ms(self, part: Part, offset: int) -> int:
-        self._consumer.assign([TopicPartition(*part, offset)])
+    def _timestamp_ms(self, partition: PartitionId, offset: int) -> int:
+        self._consumer.assign([TopicPartition(*partition, offset)])
         while True:
-            for message in self._answer():
-                if (message.topic(), message.partition()) == part and message.error() is None:
+            for message in self._receive():
+                if (message.topic(), message.partition()) == partition and message.error() is None:
                     timestamp_ms: int = message.timestamp()[1]
                     return timestamp_ms
 
-    def _answer(self) -> list[Message]:
-        """Wait for messages, or the news that a partition ends here; UnavailableError where nothing comes."""
+    def _receive(self) -> list[Message]:
+        """Wait for messages or end-of-partition events; UnavailableError if none come."""
         deadline = time.monotonic() + _SILENCE_S
         while time.monotonic() < deadline:
-            messages = [each for each in self._consumer.consume(_BATCH, _POLL_S) if not self._is_trouble(each)]
+            messages = [each for each in self._consumer.consume(_BATCH, _POLL_S) if not self._is_transient_error(each)]
             if messages:
                 return messages
-        reason = f": {self._quiet.trouble.str()}" if self._quiet.trouble else ""
+        reason = f": {self._connection.last_error.str()}" if self._connection.last_error else ""
         raise UnavailableError(f"no message from Kafka at {self._brokers} for {_SILENCE_S} s{reason}")
 
     @staticmethod
-    def _is_trouble(message: Message) -> bool:
+    def _is_transient_error(message: Message) -> bool:
         error = message.error()
         if error is None or error.code() == KafkaError._PARTITION_EOF:
             return False
         if error.retriable():
             return True
         if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
-            raise UnavailableError(f"topic {message.topic()}: messages were deleted while they were read: try again")
+            raise UnavailableError(f"topic {message.topic()}: messages were deleted while being read: try again")
         raise UnavailableError(f"topic {message.topic()}: {error.str()}")

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from producer.commands.tail import Event, batches
-from producer.consume.event_line import View, is_retransmit_event
+from producer.consume.event_line import EventFormatter, is_retransmit_event
 from producer.demo.lab import Lab, Sent
 from producer.demo.reconcile import Comparison, Row, Tally, compare, reasons
 from producer.errors import BusyError, ConfigError, PermissionDenied, UnavailableError
@@ -168,7 +168,7 @@ class _Screen:
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(highlight=False, quiet=quiet)
         self._quiet = quiet
-        self._view = View(color=self._console.color_system is not None and not self._console.no_color)
+        self._formatter = EventFormatter(color=self._console.color_system is not None and not self._console.no_color)
         self._second = 0
         self._shown_this_second = 0
 
@@ -203,7 +203,7 @@ class _Screen:
         if self._quiet:
             return
         shown = [event.record for event in events if self._is_shown(event)]
-        lines = self._view.lines(shown)
+        lines = self._formatter.lines(shown)
         if lines:
             # Not through the console, whose layout costs more than the line.
             echo("\n".join(lines), color=True)

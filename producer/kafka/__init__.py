@@ -1,1 +1,1 @@
-"""Everything that speaks to Kafka: the sink, the consumers, the admin client, and librdkafka's settings."""
+"""Kafka clients: the agent's sink, consumers, and the admin client."""

@@ -1,4 +1,4 @@
-"""Kafka's admin client: looks at topics and creates them."""
+"""Kafka's admin client: describes and creates topics."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
-from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it does not say what it exports
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it has no __all__
     AclOperation,
     AdminClient,
     ClusterMetadata,
@@ -32,7 +32,7 @@ _RETENTION_DAYS = 7
 _TOPIC_SETTINGS = {
     "cleanup.policy": "delete",
     "retention.ms": str(_RETENTION_DAYS * DAY_MS),
-    # Batches stay as the producer has compressed them: the broker spends nothing on it.
+    # The broker stores batches as the producer compressed them.
     "compression.type": "producer",
     "message.timestamp.type": "CreateTime",
 }
@@ -40,22 +40,22 @@ _REPLICAS_FOR_ONE_TO_SPARE = 3
 
 
 def in_partitions(count: int) -> str:
-    """Say how many partitions a topic has."""
+    """Return '1 partition' or 'N partitions'."""
     return f"{count} partition{'s' if count > 1 else ''}"
 
 
 def topic_settings(replication: int) -> dict[str, str]:
-    """Return the settings of a new topic; with three replicas or more, one may be lost and events are still taken."""
+    """Return the settings of a new topic. With three or more replicas, it accepts events while one is down."""
     if replication < _REPLICAS_FOR_ONE_TO_SPARE:
         return dict(_TOPIC_SETTINGS)
     return {**_TOPIC_SETTINGS, "min.insync.replicas": str(replication - 1)}
 
 
 @dataclass(frozen=True, slots=True)
-class TopicFacts:
-    """What a topic is like: `replication` is that of the partition with the fewest replicas.
+class TopicInfo:
+    """A topic's description. `replication` is that of the partition with the fewest replicas.
 
-    `settings` is empty where this user may not see them.
+    `settings` is empty if this user may not describe them.
     """
 
     partitions: int
@@ -64,17 +64,17 @@ class TopicFacts:
     settings: Mapping[str, str]
 
     def number(self, name: str) -> int | None:
-        """Return a setting that is a number; None where it is not shown."""
+        """Return a numeric setting; None if not shown."""
         return int(self.settings[name]) if name in self.settings else None
 
 
 class Admin:
-    """Looks at a cluster's topics and makes some. Raises ConfigError for settings that librdkafka refuses."""
+    """Describes and creates a cluster's topics. Raises ConfigError for settings that librdkafka rejects."""
 
     def __init__(self, config: Config) -> None:
         self._brokers = config.kafka.brokers
-        self._trouble: KafkaError | None = None
-        ours = {"bootstrap.servers": self._brokers, "allow.auto.create.topics": "false", "error_cb": self._meet}
+        self._last_error: KafkaError | None = None
+        ours = {"bootstrap.servers": self._brokers, "allow.auto.create.topics": "false", "error_cb": self._on_error}
         conf: dict[str, Any] = {**admin_settings(config.kafka.settings), **ours}
         try:
             self._client = AdminClient(conf, logger=client_logger(logger))
@@ -82,32 +82,32 @@ class Admin:
             raise ConfigError(f"kafka settings: {error.args[0].str()}") from error
 
     def partitions(self) -> dict[str, int]:
-        """Return the topics, and how many partitions each has; UnavailableError where no broker answers."""
+        """Return each topic's number of partitions; UnavailableError if no broker answers."""
         return {name: len(topic.partitions) for name, topic in self._metadata().topics.items()}
 
     def brokers(self) -> int:
-        """Return how many brokers the cluster has."""
+        """Return the number of brokers."""
         return len(self._metadata().brokers)
 
-    def demand_reachable(self) -> None:
-        """Raise UnavailableError for the brokers that the cluster names and that this host cannot reach."""
+    def require_reachable(self) -> None:
+        """Raise UnavailableError if this host cannot reach all brokers that the cluster advertises."""
         brokers = [(str(broker.host), broker.port) for broker in self._metadata().brokers.values()]
         failed = unreachable(brokers)
         if failed:
             reasons = ", ".join(f"{host}:{port} ({reason})" for (host, port), reason in failed.items())
             raise UnavailableError(
-                f"Kafka at {self._brokers} answers, and names brokers that this host cannot reach: {reasons}; set the "
-                "brokers' advertised.listeners to names that resolve here, or add these names to DNS or /etc/hosts"
+                f"Kafka at {self._brokers} answers, but advertises brokers that this host cannot reach: {reasons}; "
+                "set advertised.listeners to names that resolve here, or add these names to DNS or /etc/hosts"
             )
 
-    def describe(self, names: Sequence[str]) -> dict[str, TopicFacts | RebpfError]:
-        """Return what each topic is like, or why that is not to be had and what to do."""
+    def describe(self, names: Sequence[str]) -> dict[str, TopicInfo | RebpfError]:
+        """Return each topic's description, or an error with its fix."""
         described = self._client.describe_topics(
             TopicCollection(list(names)), include_authorized_operations=True, request_timeout=_CREATE_TIMEOUT_S
         )
         return {name: self._facts(name, described[name]) for name in names}
 
-    def _facts(self, name: str, described: "Future[TopicDescription]") -> TopicFacts | RebpfError:
+    def _facts(self, name: str, described: "Future[TopicDescription]") -> TopicInfo | RebpfError:
         try:
             topic = described.result()
         except KafkaException as error:
@@ -116,67 +116,67 @@ class Admin:
                 return UnavailableError("missing: run `rebpf init`")
             if code == KafkaError.TOPIC_AUTHORIZATION_FAILED:
                 grant = f"kafka-acls.sh --add --producer --topic {name} --allow-principal User:NAME"
-                return PermissionDenied(f"this user may not see it: {grant}")
+                return PermissionDenied(f"this user may not describe it: {grant}")
             return UnavailableError(error.args[0].str())
         allowed = set(topic.authorized_operations or ())
         may_write = not allowed or bool(allowed & {AclOperation.WRITE, AclOperation.ALL})
         replication = min((len(partition.replicas) for partition in topic.partitions), default=0)
-        return TopicFacts(len(topic.partitions), replication, may_write, self._settings(name))
+        return TopicInfo(len(topic.partitions), replication, may_write, self._settings(name))
 
     def _settings(self, name: str) -> dict[str, str]:
         resource = ConfigResource(ConfigResource.Type.TOPIC, name)
         asked = self._client.describe_configs([resource], request_timeout=_CREATE_TIMEOUT_S)
         try:
             return {key: entry.value for key, entry in asked[resource].result().items()}
-        except KafkaException:  # a producer's user may seldom see them
+        except KafkaException:  # a producer's user is rarely allowed to
             return {}
 
     def _metadata(self) -> ClusterMetadata:
         try:
             return self._client.list_topics(timeout=_ANSWER_TIMEOUT_S)
         except KafkaException as error:
-            self._client.poll(0)  # says what the trouble is
-            raise self._translated(self._trouble or error.args[0]) from error
+            self._client.poll(0)  # calls _on_error
+            raise self._translated(self._last_error or error.args[0]) from error
 
     def _translated(self, error: KafkaError) -> RebpfError:
         where, reason = f"Kafka at {self._brokers}", error.str()
         if error.code() == KafkaError._AUTHENTICATION:
-            mend = "put sasl.mechanism, sasl.username and sasl.password below [kafka.settings] in order"
-            return PermissionDenied(f"{where} refuses the authentication: {reason}; {mend}")
-        # Who hangs up in the handshake is told of as any that hangs up.
+            fix = "check sasl.mechanism, sasl.username and sasl.password in [kafka.settings]"
+            return PermissionDenied(f"{where} rejects the authentication: {reason}; {fix}")
+        # A peer that closes the connection in the handshake has no error code of TLS.
         if error.code() == KafkaError._SSL or "SSL handshake failed" in reason or "in state SSL_HANDSHAKE" in reason:
-            mend = "see ssl.ca.location and security.protocol below [kafka.settings], and the broker's certificate"
-            return UnavailableError(f"no TLS with {where}: {reason}; {mend}")
-        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # they take the connection and hang up
-            reason += "; where they want TLS, set security.protocol below [kafka.settings]"
+            fix = "check ssl.ca.location and security.protocol in [kafka.settings], and the broker's certificate"
+            return UnavailableError(f"TLS with {where} failed: {reason}; {fix}")
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # they accept the connection and close it
+            reason += "; if they expect TLS, set security.protocol in [kafka.settings]"
         return UnavailableError(
-            f"no answer from {where}: {reason}; see kafka.brokers, and the way there: nc -vz HOST PORT"
+            f"no answer from {where}: {reason}; check kafka.brokers, and the network: nc -vz HOST PORT"
         )
 
     def create(self, name: str, partitions: int, replication: int, settings: Mapping[str, str]) -> bool:
-        """Create a topic; False where it exists. UnavailableError says what failed."""
-        wanted = NewTopic(name, partitions, replication, config=dict(settings))
+        """Create a topic; return False if it exists. Raises UnavailableError if it fails."""
+        topic = NewTopic(name, partitions, replication, config=dict(settings))
         retrying = Retrying(
-            retry=retry_if_exception(_may_pass),
+            retry=retry_if_exception(_is_transient),
             wait=wait_random_exponential(multiplier=0.5, max=5),
             stop=stop_after_attempt(3),
             reraise=True,
         )
         try:
-            retrying(lambda: self._client.create_topics([wanted], request_timeout=_CREATE_TIMEOUT_S)[name].result())
+            retrying(lambda: self._client.create_topics([topic], request_timeout=_CREATE_TIMEOUT_S)[name].result())
         except KafkaException as error:
             if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
                 return False
-            raise UnavailableError(f"topic {name} cannot be created: {error.args[0].str()}") from error
+            raise UnavailableError(f"cannot create topic {name}: {error.args[0].str()}") from error
         return True
 
-    def _meet(self, error: KafkaError) -> None:
-        # That all brokers are down comes last and says least.
-        if self._trouble is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
-            self._trouble = error
+    def _on_error(self, error: KafkaError) -> None:
+        # _ALL_BROKERS_DOWN comes last and is the least specific.
+        if self._last_error is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._last_error = error
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     return isinstance(error, KafkaException) and (
         error.args[0].retriable() or error.args[0].code() in (KafkaError._TRANSPORT, KafkaError._TIMED_OUT)
     )

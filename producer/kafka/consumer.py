@@ -1,6 +1,6 @@
-"""A Kafka consumer that nobody else notices: no group moves, nothing is committed, all partitions are assigned by hand.
+"""A Kafka consumer without side effects: it joins no group, commits nothing, and assigns partitions by hand.
 
-A group id is needed and never used.
+librdkafka requires a group id; it is not used.
 """
 
 import logging
@@ -18,27 +18,27 @@ logger = logging.getLogger(__name__)
 
 
 class QuietConsumer:
-    """Opens a consumer of `brokers` for `purpose`, which is a part of its group's id; `client` is confluent-kafka's.
+    """A consumer of `brokers`; `client` is confluent-kafka's. `purpose` is part of the group id.
 
-    `settings` are the user's, and `own` win over them. Raises ConfigError where librdkafka refuses them.
+    `settings` are the user's; `overrides` take precedence. Raises ConfigError if librdkafka rejects them.
     """
 
-    def __init__(self, brokers: str, purpose: str, settings: Mapping[str, str], own: Mapping[str, Any]) -> None:
+    def __init__(self, brokers: str, purpose: str, settings: Mapping[str, str], overrides: Mapping[str, Any]) -> None:
         self._brokers = brokers
-        self.trouble: KafkaError | None = None
+        self.last_error: KafkaError | None = None
         """The client's last error."""
         conf = {
             "allow.auto.create.topics": False,
             "auto.offset.reset": "earliest",
             "socket.keepalive.enable": True,
-            # Ours are in no transaction, and one that somebody leaves open would hide them.
+            # We use no transactions, and one that somebody leaves open would hide our messages.
             "isolation.level": "read_uncommitted",
             **consumer_settings(settings),
             "bootstrap.servers": brokers,
             "group.id": f"rebpf-{purpose}-{uuid.uuid4()}",
             "enable.auto.commit": False,
-            "error_cb": self._meet,
-            **own,
+            "error_cb": self._on_error,
+            **overrides,
         }
         try:
             self.client = Consumer(conf, logger=client_logger(logger))
@@ -46,23 +46,23 @@ class QuietConsumer:
             raise ConfigError(f"the Kafka client's settings: {exc.args[0].str()}") from exc
 
     @contextmanager
-    def answered(self) -> Iterator[None]:
-        """Translate what is raised where no broker answers."""
+    def translated_errors(self) -> Iterator[None]:
+        """Raise UnavailableError if no broker answers."""
         try:
             yield
         except KafkaException as exc:
-            reason = self.trouble or exc.args[0]
+            reason = self.last_error or exc.args[0]
             raise UnavailableError(f"no answer from Kafka at {self._brokers}: {reason.str()}") from exc
 
-    def _meet(self, error: KafkaError) -> None:
-        known = self.trouble is not None and self.trouble.code() == error.code()
-        self.trouble = error
-        if not known:
+    def _on_error(self, error: KafkaError) -> None:
+        repeated = self.last_error is not None and self.last_error.code() == error.code()
+        self.last_error = error
+        if not repeated:
             logger.warning("kafka: %s", error.str())
 
 
 def client_logger(parent: logging.Logger) -> logging.Logger:
-    """Return librdkafka's logger, for debugging only: it repeats itself many times a second while a broker is down."""
+    """Return librdkafka's logger; silent unless debugging, since it repeats itself while a broker is down."""
     client = parent.getChild("librdkafka")
     client.setLevel(logging.DEBUG if parent.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
     return client

@@ -1,7 +1,7 @@
-"""The part of librdkafka's C interface that the sink uses, through ctypes on the library inside confluent-kafka.
+"""The part of librdkafka's C API that the sink uses, through ctypes on the library inside confluent-kafka.
 
-confluent-kafka's Producer takes a Python call for each message and another for each delivery report. The C interface
-takes an array of messages, and hands delivery reports out in arrays; as numpy arrays, both cost no Python per message.
+confluent-kafka's Producer needs a Python call per message and another per delivery report. The C API takes an array of
+messages and returns delivery reports in arrays; as numpy arrays, neither runs Python code per message.
 
 Functions and structures: librdkafka's rdkafka.h and rdkafka_mock.h. Pointers are integers here.
 """
@@ -35,14 +35,14 @@ _PURGE_QUEUE, _PURGE_INFLIGHT = 1, 2
 _ERROR_BYTES = 512
 
 SocketCallback = CFUNCTYPE(c_int, c_int, c_int, c_int, c_void_p)
-"""int (domain, type, protocol, opaque): opens a socket and returns its descriptor. Called by librdkafka's threads."""
+"""int (domain, type, protocol, opaque): opens a socket and returns its descriptor. Called from librdkafka's threads."""
 
 
 def _library() -> ctypes.CDLL:
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         path = next((line.split(maxsplit=5)[5].strip() for line in maps if "librdkafka" in line), None)
     if path is None:
-        raise UnavailableError("confluent-kafka does not use a shared librdkafka here: install its wheel from PyPI")
+        raise UnavailableError("confluent-kafka does not use a shared librdkafka here: install the wheel from PyPI")
     return ctypes.CDLL(path)
 
 
@@ -89,14 +89,14 @@ _lib = _declare(_library())
 
 
 def error_name(code: int) -> str:
-    """Return librdkafka's name of an error code: MSG_SIZE_TOO_LARGE; its own codes begin with an underscore."""
+    """Return librdkafka's name of an error code: MSG_SIZE_TOO_LARGE; internal codes begin with an underscore."""
     return str(_lib.rd_kafka_err2name(code).decode())
 
 
 def check_settings(settings: Mapping[str, str], aliases: Iterable[str]) -> None:
-    """Raise ConfigError for the first setting that librdkafka refuses; for an unknown one, with the nearest name.
+    """Raise ConfigError for the first setting that librdkafka rejects; for an unknown one, with the nearest name.
 
-    `aliases` are other names in use, which the library does not list.
+    `aliases` are valid names that the library does not list.
     """
     text = ctypes.create_string_buffer(_ERROR_BYTES)
     conf = _lib.rd_kafka_conf_new()
@@ -130,7 +130,7 @@ class Reports:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """A trouble of the client that belongs to no message: a broker that is down, refused credentials."""
+    """An error of the client as a whole: a broker that is down, rejected credentials."""
 
     code: int
     text: str
@@ -144,7 +144,7 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """A line of librdkafka's log; `level` is syslog's, 3 is an error and 7 debug."""
+    """A line of librdkafka's log; `level` is syslog's: 3 is error, 7 debug."""
 
     level: int
     text: str
@@ -154,10 +154,10 @@ Event = Reports | Error | Log
 
 
 class Producer:
-    """A librdkafka producer. Raises ConfigError for settings that librdkafka refuses.
+    """A librdkafka producer. Raises ConfigError for settings that librdkafka rejects.
 
-    `open_socket` opens each socket that the client connects with, and returns its descriptor. Messages are not copied:
-    the arrays that they lie in must stay until their delivery reports are there.
+    `open_socket` opens each socket of the client and returns its descriptor. Messages are not copied: keep their arrays
+    until the delivery reports have arrived.
     """
 
     def __init__(self, settings: Mapping[str, str], open_socket: "ctypes._FuncPointer | None" = None) -> None:
@@ -170,7 +170,7 @@ class Producer:
         _lib.rd_kafka_conf_set_events(conf, EVENT_DR | EVENT_LOG | EVENT_ERROR)
         if open_socket is not None:
             _lib.rd_kafka_conf_set_socket_cb(conf, open_socket)
-        self._open_socket = open_socket  # the library calls it as long as the producer lives
+        self._open_socket = open_socket  # the library calls it until the producer is closed
         self._handle = _lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
         if not self._handle:
             _lib.rd_kafka_conf_destroy(conf)
@@ -188,7 +188,7 @@ class Producer:
         _lib.rd_kafka_mock_topic_create(_lib.rd_kafka_handle_mock_cluster(self._handle), topic.encode(), partitions, 1)
 
     def produce(self, topic: str, messages: NDArray[np.void]) -> int:
-        """Queue messages, a C-contiguous array of MESSAGE; return how many were taken: `err` of the others is set."""
+        """Queue messages, a C-contiguous array of MESSAGE; return how many were accepted. The others have `err` set."""
         if topic not in self._topics:
             self._topics[topic] = _lib.rd_kafka_topic_new(self._handle, topic.encode(), None)
         return int(
@@ -196,7 +196,7 @@ class Producer:
         )
 
     def events(self, timeout_s: float) -> Iterator[Event]:
-        """Yield what has happened; wait up to `timeout_s` for the first."""
+        """Yield events; wait up to `timeout_s` for the first."""
         event = _lib.rd_kafka_queue_poll(self._queue, int(timeout_s * 1000))
         while event:
             kind = _lib.rd_kafka_event_type(event)
@@ -212,7 +212,7 @@ class Producer:
             event = _lib.rd_kafka_queue_poll(self._queue, 0)
 
     def close(self) -> None:
-        """Give up what is queued or under way, and end the client."""
+        """Drop queued messages and those in flight, and destroy the client."""
         _lib.rd_kafka_purge(self._handle, _PURGE_QUEUE | _PURGE_INFLIGHT)
         for _ in self.events(0.1):
             pass
@@ -222,8 +222,8 @@ class Producer:
         _lib.rd_kafka_destroy(self._handle)
 
 
-# All of the address space as numbers of 8 bytes: librdkafka hands out delivery reports as pointers, and no Python call
-# for each of them reads what they point to. Only the places that are asked for are touched. Address 8 has index 0.
+# The whole address space as 8-byte numbers: librdkafka returns delivery reports as pointers, and this reads what they
+# point to without a Python call per report. Only the requested addresses are touched. Address 8 has index 0.
 _MEMORY = np.ctypeslib.as_array((c_char * ((1 << 48) - 8)).from_address(8)).view(np.uint64)
 _ERR_WORD, _PRIVATE_WORD = 0, MESSAGE.itemsize // 8 - 1
 

@@ -1,14 +1,15 @@
-"""The sink: encoded batches into Kafka topics, and what became of each message.
+"""The sink: sends encoded batches to Kafka topics, and reports the outcome of each message.
 
-A batch is handed to librdkafka as one array that points into the batch, which is kept until the last of its delivery
-reports. A message that fails for a reason that passes is sent again. A broker that refuses a message refuses all that
-came with it: after any other failure each message is sent by itself, and what is refused then is lost, and counted by
-the error's name. What librdkafka retries by itself (a broker that is away, a leader that moves) never shows here:
-message.timeout.ms is 0, no limit, because the room in the ring is the limit.
+A batch is passed to librdkafka as one array that points into the batch, which is kept until its last delivery report.
+A message that fails with a transient error is retried. A broker that rejects a message rejects the whole request; so
+after any other error each message is retried in a request by itself. If it is rejected again it is lost, and counted by
+the name of the error. What librdkafka retries internally (unavailable brokers, moving leaders) does not show here:
+message.timeout.ms is 0, unlimited, because the ring's size is the limit.
 """
 
 import logging
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,42 +17,38 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
-import numpy.ma  # numpy.unique would import it at its first call, when no descriptor may be left
+import numpy.ma  # numpy.unique imports it at its first call, when descriptors may have run out
 from numpy.typing import NDArray
 
 from producer.backoff import BackOff
 from producer.config.librdkafka import DEFAULTS, EMBEDDED, EMBEDDED_PARTITIONS, client_settings
 from producer.events import EncodedBatch, Stream, Topic
 from producer.health import metrics
+from producer.host.clock import UtcOffset
 from producer.kafka.librdkafka import MESSAGE, Error, Log, Producer, Reports, SocketCallback, check_settings, error_name
+from producer.kafka.retry import TRANSIENT, Retry
 
 logger = logging.getLogger(__name__)
 
-# The 64 bits that librdkafka carries with a message: the batch's number, and below it the row.
+# The 64 bits that librdkafka carries per message: the batch's number, and the row in the low bits.
 _ROW_BITS = 20
 _ROW_MASK = np.uint64((1 << _ROW_BITS) - 1)
 _BEAT = (1 << 64 - _ROW_BITS) - 1
-"""In the place of a batch's number: a heartbeat."""
+"""The batch number of heartbeats."""
 
-# Failures of a message that another try may mend.
-_PASSING = frozenset({
-    "_MSG_TIMED_OUT", "_TRANSPORT", "_TIMED_OUT", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "_QUEUE_FULL", "_PURGE_QUEUE",
-    "_PURGE_INFLIGHT", "_FATAL", "UNKNOWN_TOPIC_OR_PART", "LEADER_NOT_AVAILABLE", "NOT_LEADER_FOR_PARTITION",
-    "REQUEST_TIMED_OUT", "BROKER_NOT_AVAILABLE", "NOT_ENOUGH_REPLICAS", "NOT_ENOUGH_REPLICAS_AFTER_APPEND",
-    "TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED", "KAFKA_STORAGE_ERROR",
-})  # fmt: skip
-_REPEAT_TROUBLE_S = 30.0
+_REPEAT_LOG_S = 30.0
+_CLOCK_STEP_NS = 5_000_000_000
 _HINTS = {
-    "_ALL_BROKERS_DOWN": "none answers at kafka.brokers, or they want another security.protocol",
-    "_AUTHENTICATION": "the brokers refuse the credentials",
-    "_SSL": "a certificate is not accepted",
+    "_ALL_BROKERS_DOWN": "no answer at kafka.brokers, or the brokers expect another security.protocol",
+    "_AUTHENTICATION": "the brokers reject the credentials",
+    "_SSL": "a certificate was rejected",
 }
 
 
 def producer_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return all of the producer's librdkafka settings; ConfigError for one of `settings` that librdkafka refuses.
+    """Return all of the producer's librdkafka settings; ConfigError if librdkafka rejects one of `settings`.
 
-    Those that only consumers take are checked too, since they are in the same file.
+    Settings for consumers only are checked too, since they are in the same file.
     """
     client = client_settings(brokers, settings)
     check_settings(settings, aliases=DEFAULTS)
@@ -60,13 +57,13 @@ def producer_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[
 
 @dataclass(slots=True, eq=False)
 class Outcome:
-    """What became of a stream's messages since the last poll."""
+    """The results of a stream's messages since the last poll."""
 
     delivered: int = 0
     lost: Counter[str] = field(default_factory=Counter)
-    """Messages given up, by the name of the error."""
+    """Lost messages by the name of the error."""
     done: list[tuple[EncodedBatch, Counter[str]]] = field(default_factory=list)
-    """Batches that have no message left in flight, and what each has lost."""
+    """Batches with no message in flight any more, and the losses of each."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,45 +71,22 @@ class _InFlight:
     batch: EncodedBatch
     open_rows: NDArray[np.bool_]
     alone: NDArray[np.bool_]
-    """Rows that were sent by themselves."""
+    """Rows that are in a request by themselves."""
     open: int
     lost: Counter[str] = field(default_factory=Counter)
 
 
-class _Retry:
-    """The messages of one stream that wait for another try: rows by the batch's number."""
-
-    def __init__(self) -> None:
-        self.waits = BackOff("kafka_send")
-        self.rows: dict[int, list[NDArray[np.int64]]] = {}
-        self.count = 0
-        self.at = 0.0
-        self.error = ""
-        """Why the last ones failed; until a message is delivered."""
-
-    def add(self, number: int, rows: NDArray[np.int64], error: str) -> None:
-        """Have these rows of a batch wait."""
-        self.rows.setdefault(number, []).append(rows)
-        self.count += len(rows)
-        self.error = error
-
-    def take(self) -> dict[int, NDArray[np.int64]]:
-        """Return the rows of each batch, in order, none of which wait any more."""
-        rows, self.rows, self.count = self.rows, {}, 0
-        return {number: np.sort(np.concatenate(rows[number])) for number in sorted(rows)}
-
-
 Quarantine = Callable[[EncodedBatch, str], None]
-"""Is given messages that Kafka has refused, each by itself, and the error's name."""
+"""Receives messages that Kafka has rejected one by one, and the name of the error."""
 
 
 class KafkaSink:
-    """Sends batches and tells what became of them. About `most_in_flight` messages of a stream are under way at most.
+    """Sends batches and reports the outcomes. At most about `max_in_flight` messages per stream are in flight.
 
-    Streams share the client and nothing else: one whose topic is missing does not hold up the other.
+    Streams share only the client: a missing topic of one does not block the other.
 
-    `topics` are by the stream's name; `on_socket` is shown each of the client's sockets before it connects, from a
-    thread of librdkafka's; `quarantine` is given what is lost.
+    `topics` are by the stream's name. `on_socket` is called with each socket of the client before it connects, from a
+    thread of librdkafka. `quarantine` receives lost messages. `utc_offset_ns` returns UTC minus the monotonic clock.
     """
 
     def __init__(
@@ -120,44 +94,47 @@ class KafkaSink:
         settings: Mapping[str, str],
         topics: Mapping[str, Topic],
         *,
-        most_in_flight: int = 1 << 15,
+        max_in_flight: int = 1 << 15,
         on_socket: Callable[[int], None] = lambda descriptor: None,
         quarantine: Quarantine = lambda batch, error: None,
         heartbeats: Topic | None = None,
+        utc_offset_ns: Callable[[], int] | None = None,
     ) -> None:
+        self._utc_offset_ns = utc_offset_ns or UtcOffset()
+        self._last_offset_ns = self._utc_offset_ns()
         self._heartbeats = heartbeats
         self._beat: tuple[bytes, bytes] | None = None
-        """Key and value of the heartbeat that is under way."""
+        """Key and value of the heartbeat in flight."""
         self._beat_at = 0.0
-        self._beat_waits = BackOff("heartbeat", first_s=20, most_s=600)
+        self._beat_backoff = BackOff("heartbeat", first_s=20, most_s=600)
         self._settings = settings
         self._topics = topics
-        self._most = most_in_flight
+        self._max_in_flight = max_in_flight
         self._on_socket = on_socket
         self._quarantine = quarantine
         self._open_socket = SocketCallback(self._socket)
         self._batches: dict[int, _InFlight] = {}
-        self._numbers: dict[EncodedBatch, int] = {}
-        self._next = 0
-        self._refused: list[Reports] = []
-        self._retries = {stream: _Retry() for stream in topics}
+        self._batch_numbers: dict[EncodedBatch, int] = {}
+        self._next_number = 0
+        self._failed: list[Reports] = []
+        self._retries = {stream: Retry() for stream in topics}
         self._alone: Counter[str] = Counter()
-        """Messages that are sent by themselves, by stream."""
+        """Messages in requests by themselves, by stream."""
         self._single: Producer | None = None
-        """A client that sends each message by itself; made when it is first needed."""
+        """A client that sends one message per request; created when first needed."""
         self._fatal = False
         self._reopen_at = 0.0
-        self._reopen_waits = BackOff("kafka_client")
-        self._told: dict[str, float] = {}
-        """When the operator was told of a kind of trouble last."""
-        self._refused_untold: Counter[tuple[Topic, str]] = Counter()
+        self._reopen_backoff = BackOff("kafka_client")
+        self._last_logged: dict[str, float] = {}
+        """When each kind of problem was logged last."""
+        self._unlogged_losses: Counter[tuple[Topic, str]] = Counter()
         self.in_flight: Counter[str] = Counter()
-        """Messages under way, by stream."""
+        """Messages in flight by stream."""
         self.last_error: Error | None = None
         """The client's last error, until a message is delivered."""
 
     def open(self) -> str:
-        """Start the client and return the brokers' address. It connects in the background, and tries for ever."""
+        """Start the client and return the brokers' address. It connects in the background, with unlimited retries."""
         self._producer = Producer(self._settings, self._open_socket)
         self._brokers = self._settings.get("bootstrap.servers") or self._producer.mock_bootstraps()
         if "bootstrap.servers" not in self._settings:
@@ -168,24 +145,24 @@ class KafkaSink:
         return self._brokers
 
     def capacity(self, stream: Stream) -> int:
-        """Return how many more messages of a stream may be sent now: none may overtake those that are sent again."""
+        """Return how many more messages of a stream may be sent now. 0 during retries, to keep the order."""
         if self._retries[stream.name].rows or self._alone[stream.name]:
             return 0
-        return max(0, self._most - self.in_flight[stream.name])
+        return max(0, self._max_in_flight - self.in_flight[stream.name])
 
     def unacknowledged(self, batch: EncodedBatch) -> int:
-        """Return how many messages of a batch are still under way."""
-        number = self._numbers.get(batch)
+        """Return how many messages of a batch are still in flight."""
+        number = self._batch_numbers.get(batch)
         return 0 if number is None else self._batches[number].open
 
     def last_error_of(self, stream: str) -> str:
-        """Return the name of the error that keeps a stream's messages back; empty where none does."""
+        """Return the name of the error that a stream's messages are retried for, or an empty string."""
         return self._retries[stream].error
 
     def send(self, batch: EncodedBatch) -> None:
-        """Queue a batch; it may be larger than the room that there is."""
-        number, self._next = self._next, self._next + 1
-        self._numbers[batch] = number
+        """Queue a batch. It may be larger than what `room` returned."""
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._batch_numbers[batch] = number
         self._batches[number] = _InFlight(
             batch, np.ones(len(batch), np.bool_), np.zeros(len(batch), np.bool_), len(batch)
         )
@@ -193,7 +170,7 @@ class KafkaSink:
         self._produce(number, np.arange(len(batch)))
 
     def beat(self, key: bytes, value: bytes) -> None:
-        """Send a heartbeat, unless the last is still under way or one was refused a short time ago."""
+        """Send a heartbeat, unless the last one is still in flight or has just failed."""
         if self._heartbeats is None or self._beat or time.monotonic() < self._beat_at:
             return
         self._beat = key, value
@@ -206,52 +183,54 @@ class KafkaSink:
 
     @property
     def beating(self) -> bool:
-        """Whether a heartbeat is under way."""
+        """Whether a heartbeat is in flight."""
         return self._beat is not None
 
     def _end_beat(self, code: int) -> None:
         self._beat = None
         if not code:
-            self._beat_waits.reset()
+            self._beat_backoff.reset()
             return
-        wait_s = self._beat_waits.next()
+        wait_s = self._beat_backoff.next()
         self._beat_at = time.monotonic() + wait_s
         metrics.kafka_error(error_name(code))
         topic, error = self._heartbeats, error_name(code)
-        logger.warning("kafka: a heartbeat is not taken topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
+        logger.warning("kafka: heartbeat not accepted topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
 
     def poll(self) -> dict[str, Outcome]:
-        """Take the delivery reports that are there, and return what became of messages, by stream."""
+        """Process the delivery reports that have arrived, and return the outcomes by stream."""
         outcomes: dict[str, Outcome] = {}
         for stream, retry in self._retries.items():
-            # All at once, when none is under way any more: so they stay in order.
+            # All at once, when nothing else is in flight, to keep their order.
             if retry.rows and retry.count == self.in_flight[stream] and time.monotonic() >= retry.at:
                 for number, rows in retry.take().items():
                     self._produce(number, rows)
-        refused, self._refused = self._refused, []
-        for reports in refused:
+        failed, self._failed = self._failed, []
+        for reports in failed:
             self._report(reports, outcomes)
         for event in chain.from_iterable(client.events(timeout_s=0) for client in self._clients()):
             if isinstance(event, Reports):
                 self._report(event, outcomes)
             elif isinstance(event, Error):
-                self._meet(event)
+                self._on_error(event)
             else:
                 level = _level(event)
-                # It repeats itself many times a second: one line of a kind, of a broker, is enough for a while.
-                if level > logging.DEBUG and not self._is_news(_kind(event)):
+                # librdkafka repeats itself many times a second.
+                if level > logging.DEBUG and not self._may_log(_kind(event)):
                     level = logging.DEBUG
                 logger.log(level, "librdkafka %s", event.text)
-        if self._refused_untold and self._is_news("refused"):
-            for (topic, error), count in self._refused_untold.items():
-                logger.error("kafka: %d messages are refused and lost topic=%s error=%s", count, topic, error)
-            self._refused_untold.clear()
+        if self._unlogged_losses and self._may_log("rejected"):
+            for (topic, error), count in self._unlogged_losses.items():
+                logger.error("kafka: %d messages rejected and lost topic=%s error=%s", count, topic, error)
+            self._unlogged_losses.clear()
         if self._fatal and time.monotonic() >= self._reopen_at:
-            self._reopen()
+            self._reopen(f"fatal error {self.last_error.name if self.last_error else ''}")
+        if self._clock_was_set_back():
+            self._reopen("the system clock was set back")
         return outcomes
 
     def close(self) -> None:
-        """End the client; what is still in flight is given up."""
+        """Close the client; messages in flight are dropped."""
         for client in self._clients():
             client.close()
 
@@ -264,7 +243,7 @@ class KafkaSink:
                 self._on_socket(opened.fileno())
                 return opened.detach()
         except OSError as error:
-            logger.error("kafka: no socket: %s", error)
+            logger.error("kafka: cannot open a socket: %s", error)
             return -1
 
     def _produce(self, number: int, rows: NDArray[np.int64], client: Producer | None = None) -> None:
@@ -276,111 +255,119 @@ class KafkaSink:
         messages["key_len"] = batch.key_lengths[rows]
         messages["private"] = rows + (number << _ROW_BITS)
         if (client or self._producer).produce(self._topics[batch.stream.name], messages) < len(rows):
-            refused = messages[messages["err"] != 0]
-            self._refused.append(Reports(refused["err"], refused["private"]))
+            failed = messages[messages["err"] != 0]
+            self._failed.append(Reports(failed["err"], failed["private"]))
 
     def _report(self, reports: Reports, outcomes: dict[str, Outcome]) -> None:
         numbers = reports.private >> np.uint64(_ROW_BITS)
         rows = (reports.private & _ROW_MASK).astype(np.int64)
         for number in np.unique(numbers).tolist():
-            mine = numbers == number
+            of_batch = numbers == number
             if number == _BEAT:
-                self._end_beat(int(reports.err[mine][0]))
+                self._end_beat(int(reports.err[of_batch][0]))
                 continue
             stream = self._batches[number].batch.stream
             outcome = outcomes.setdefault(stream.name, Outcome())
-            for code in np.unique(reports.err[mine]).tolist():
-                self._settle(number, rows[mine & (reports.err == code)], code, outcome)
+            for code in np.unique(reports.err[of_batch]).tolist():
+                self._on_result(number, rows[of_batch & (reports.err == code)], code, outcome)
 
-    def _settle(self, number: int, rows: NDArray[np.int64], code: int, outcome: Outcome) -> None:
-        """Note that these messages of a batch were acknowledged (code 0), must be sent again, or are lost."""
+    def _on_result(self, number: int, rows: NDArray[np.int64], code: int, outcome: Outcome) -> None:
+        """Record that messages of a batch were acknowledged (code 0), must be retried, or are lost."""
         flight = self._batches[number]
         stream = flight.batch.stream.name
         alone = flight.alone[rows]
         if code:
             metrics.kafka_error(error_name(code), len(rows))
-        if code and error_name(code) in _PASSING:
+        if code and error_name(code) in TRANSIENT:
             self._alone[stream] -= int(alone.sum())
             flight.alone[rows] = False
-            self._schedule(number, rows, error_name(code))
+            self._retry_later(number, rows, error_name(code))
             return
         if code:
-            self._send_alone(number, rows[~alone], error_name(code))
+            self._retry_one_by_one(number, rows[~alone], error_name(code))
             rows, alone = rows[alone], alone[alone]
         if code and len(rows):
-            self._lose(flight.batch, rows, error_name(code))
+            self._quarantine_rows(flight.batch, rows, error_name(code))
             outcome.lost[error_name(code)] += len(rows)
             flight.lost[error_name(code)] += len(rows)
         elif not code:
             outcome.delivered += len(rows)
             self.last_error = None
             self._retries[stream].error = ""
-            self._retries[stream].waits.reset()
-            self._reopen_waits.reset()
+            self._retries[stream].backoff.reset()
+            self._reopen_backoff.reset()
         self._alone[stream] -= int(alone.sum())
         self.in_flight[stream] -= len(rows)
         flight.open_rows[rows] = False
         flight.open -= len(rows)
         if not flight.open:
-            del self._batches[number], self._numbers[flight.batch]
+            del self._batches[number], self._batch_numbers[flight.batch]
             outcome.done.append((flight.batch, flight.lost))
 
-    def _lose(self, batch: EncodedBatch, rows: NDArray[np.int64], error: str) -> None:
-        self._refused_untold[self._topics[batch.stream.name], error] += len(rows)
+    def _quarantine_rows(self, batch: EncodedBatch, rows: NDArray[np.int64], error: str) -> None:
+        self._unlogged_losses[self._topics[batch.stream.name], error] += len(rows)
         self._quarantine(batch.take(rows), error)
 
-    def _send_alone(self, number: int, rows: NDArray[np.int64], error: str) -> None:
-        """Send each message by itself: the failure may be that of another that was in the same request."""
+    def _retry_one_by_one(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+        """Retry each message in its own request: another message of the request may have caused the error."""
         if not len(rows):
             return
         flight = self._batches[number]
         topic = self._topics[flight.batch.stream.name]
-        logger.warning("kafka: %d messages are sent again one by one topic=%s error=%s", len(rows), topic, error)
+        logger.warning("kafka: retrying %d messages one by one topic=%s error=%s", len(rows), topic, error)
         if self._single is None:
-            own = {name: value for name, value in self._settings.items() if name not in EMBEDDED}
+            settings = {name: value for name, value in self._settings.items() if name not in EMBEDDED}
             one_by_one = {"bootstrap.servers": self._brokers, "batch.num.messages": "1", "linger.ms": "0"}
-            self._single = Producer({**own, **one_by_one}, self._open_socket)
+            self._single = Producer({**settings, **one_by_one}, self._open_socket)
         flight.alone[rows] = True
         self._alone[flight.batch.stream.name] += len(rows)
         self._produce(number, rows, self._single)
 
-    def _schedule(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+    def _retry_later(self, number: int, rows: NDArray[np.int64], error: str) -> None:
         stream = self._batches[number].batch.stream.name
         retry = self._retries[stream]
         if not retry.rows:
-            wait_s, topic = retry.waits.next(), self._topics[stream]
+            wait_s, topic = retry.backoff.next(), self._topics[stream]
             retry.at = time.monotonic() + wait_s
-            logger.warning("kafka: messages are sent again topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
+            logger.warning("kafka: retrying messages topic=%s error=%s wait_s=%.1f", topic, error, wait_s)
         retry.add(number, rows, error)
 
-    def _meet(self, error: Error) -> None:
+    def _on_error(self, error: Error) -> None:
         metrics.kafka_error(error.name)
         if error.fatal and not self._fatal:
-            self._reopen_at = time.monotonic() + self._reopen_waits.next()
-        if self._is_news(error.name):
+            self._reopen_at = time.monotonic() + self._reopen_backoff.next()
+        if self._may_log(error.name):
             hint = _HINTS.get(error.name, "")
             logger.warning("kafka: %s error=%s%s", error.text, error.name, hint and f" ({hint})")
-        # That all brokers are down comes last and says least.
+        # _ALL_BROKERS_DOWN comes last and is the least specific.
         if not self.last_error or error.name != "_ALL_BROKERS_DOWN":
             self.last_error = error
         self._fatal |= error.fatal
 
-    def _is_news(self, kind: str) -> bool:
-        """Whether the operator has not been told of this for a while."""
+    def _may_log(self, kind: str) -> bool:
+        """Return whether this kind of problem has not been logged for a while."""
         now = time.monotonic()
-        if now < self._told.get(kind, now - _REPEAT_TROUBLE_S) + _REPEAT_TROUBLE_S:
+        if now < self._last_logged.get(kind, now - _REPEAT_LOG_S) + _REPEAT_LOG_S:
             return False
-        self._told[kind] = now
+        self._last_logged[kind] = now
         return True
 
-    def _reopen(self) -> None:
-        """Replace a client that met a fatal error, and send again what was not acknowledged."""
-        logger.error(
-            "kafka: the client met a fatal error and is replaced error=%s", self.last_error and self.last_error.name
-        )
-        self.close()
+    def _clock_was_set_back(self) -> bool:
+        """Return whether the system clock has jumped back since the last call.
+
+        librdkafka's threads wait until a time of CLOCK_REALTIME, so they would sleep for the difference (issue 2145).
+        """
+        before, self._last_offset_ns = self._last_offset_ns, self._utc_offset_ns()
+        return "bootstrap.servers" in self._settings and before - self._last_offset_ns > _CLOCK_STEP_NS
+
+    def _reopen(self, reason: str) -> None:
+        """Replace the client, and send everything that is not acknowledged with the new one."""
+        logger.error("kafka: replacing the client: %s", reason)
+        # In the background: threads that sleep would block it. The old client still points into batches and heartbeat.
+        clients, memory = self._clients(), (list(self._batches.values()), self._beat)
+        threading.Thread(target=_close_all, args=(clients, memory), name="kafka-close", daemon=True).start()
         self._producer, self._single = Producer(self._settings, self._open_socket), None
-        self.last_error, self._fatal, self._refused = None, False, []
+        self.last_error, self._fatal, self._failed = None, False, []
         self._alone.clear()
         self._beat = None
         for retry in self._retries.values():
@@ -390,12 +377,18 @@ class KafkaSink:
             self._produce(number, np.flatnonzero(flight.open_rows))
 
 
+def _close_all(clients: list[Producer], memory: object) -> None:
+    """Close clients; `memory` is what they point to, which must live as long as they do."""
+    for client in clients:
+        client.close()
+
+
 def _kind(line: Log) -> str:
-    """Return what a line has in common with its repetitions: the facility, and the thread, which is a broker's."""
+    """Return what a line shares with its repetitions: the facility and the thread, which belongs to a broker."""
     head, bracket, _ = line.text.partition("]: ")
     return head if bracket else line.text.partition(":")[0]
 
 
 def _level(line: Log) -> int:
-    """From syslog's levels to Python's."""
+    """Translate syslog's level to Python's."""
     return logging.ERROR if line.level <= 3 else logging.WARNING if line.level == 4 else logging.DEBUG

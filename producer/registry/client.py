@@ -1,7 +1,7 @@
-"""A client of the schema registry: each request has one deadline, and an answer is checked before it is believed.
+"""A client of the schema registry. Each request has one deadline, and every answer is checked.
 
-Only the registry's own errors mean what they say: JSON with an error code that belongs to the status. A proxy, a login
-page or another service that answers in its place is no answer.
+An error counts as the registry's only if it is JSON with an error code that matches the status. Answers from a proxy, a
+login page or another service are treated as no answer.
 """
 
 import base64
@@ -22,20 +22,20 @@ from producer.host.signals import Flag
 
 MOST_ID = (1 << 31) - 1
 NOT_FOUND = frozenset({40401, 40402, 40403})
-"""Subject, version, schema. 404 alone is not among them: a registry says it of a path that it does not have."""
+"""Subject, version, schema. Not 404: the registry returns that for unknown paths."""
 INCOMPATIBLE = frozenset({409, 40901, 40902})
 INVALID = frozenset({422, 42201, 42202, 42203, 42204, 42205, 42206})
 _TYPES = frozenset(
     {"application/json", "application/vnd.schemaregistry.v1+json", "application/vnd.schemaregistry+json"}
 )
 _SHOWN = 120
-_REFUSED = (401, 403)
+_UNAUTHORIZED = (401, 403)
 
 AvroSchema = Mapping[str, Any]
 
 
-class RegistryRefused(Exception):
-    """The registry answered with an error of its own; `code` is its error code."""
+class RegistryRejected(Exception):
+    """The registry answered with an error; `code` is its error code."""
 
     def __init__(self, status: int, code: int, message: str) -> None:
         super().__init__(f"{message} (error code {code})")
@@ -44,7 +44,7 @@ class RegistryRefused(Exception):
 
 
 class NotAuthorized(Exception):
-    """The registry, or what stands before it, refuses the authentication: `status` is 401 or 403."""
+    """The registry, or a proxy before it, rejects the authentication: `status` is 401 or 403."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"status {status}")
@@ -52,13 +52,13 @@ class NotAuthorized(Exception):
 
 
 class NoAnswer(Exception):
-    """Nothing came, or something that is not a registry's answer; `answered`: the latter."""
+    """No answer, or (`answered`) one that is not from a registry."""
 
     answered = True
 
 
 class RegistryClient:
-    """Talks to one registry. Requests raise RegistryRefused, NotAuthorized or NoAnswer, and Stopped with `stop`."""
+    """One registry. Requests raise RegistryRejected, NotAuthorized or NoAnswer, and Stopped with `stop`."""
 
     def __init__(self, settings: Registry, stop: Flag | None = None) -> None:
         self._url = (settings.url or "").rstrip("/")
@@ -73,48 +73,48 @@ class RegistryClient:
                 secret = read_secret(settings.auth, "registry.auth")
                 self._headers["Authorization"] = "Basic " + base64.b64encode(secret.encode()).decode()
             self._tls = _tls(settings) if parts.scheme == "https" else None
-        except (OSError, ValueError) as error:  # none of them tells the secret
-            raise ConfigError(f"registry: {error}: see url, auth, ca, certificate and key below [registry]") from error
+        except (OSError, ValueError) as error:  # none of these contains the secret
+            raise ConfigError(f"registry: {error}: check url, auth, ca, certificate and key in [registry]") from error
 
     def register(self, subject: str, schema: AvroSchema) -> SchemaId:
-        """Register a schema, which may be there already, and return its id."""
-        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}/versions", _wrapped(schema))
+        """Register a schema unless it is registered, and return its id."""
+        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}/versions", _request_body(schema))
         return _schema_id(answer)
 
     def look_up(self, subject: str, schema: AvroSchema) -> SchemaId:
-        """Return the id of a subject's schema; the schema in the answer, where there is one, is the one asked for."""
-        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}", _wrapped(schema))
+        """Return the id of a subject's schema. Raises NoAnswer if the answer contains another schema."""
+        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}", _request_body(schema))
         text = answer.get("schema")
         if text is not None and _differs(text, schema):
-            raise NoAnswer(f"it answers with another schema than {subject}'s")
+            raise NoAnswer(f"the answer has another schema than {subject}")
         return _schema_id(answer)
 
     def schema(self, schema_id: int) -> str:
-        """Return the text of an id's schema."""
+        """Return the text of the schema with this id."""
         text = self._ask("GET", f"/schemas/ids/{schema_id}").get("schema")
         if not isinstance(text, str):
             raise NoAnswer(f"no schema in the answer for schema id {schema_id}")
         return text
 
     def compatible(self, subject: str, schema: AvroSchema) -> bool:
-        """Whether the registry would take the schema after the subject's latest."""
+        """Return whether the schema is compatible with the subject's latest."""
         path = f"/compatibility/subjects/{quote(subject, safe='')}/versions/latest"
-        verdict = self._ask("POST", path, _wrapped(schema)).get("is_compatible")
+        verdict = self._ask("POST", path, _request_body(schema)).get("is_compatible")
         if not isinstance(verdict, bool):
             raise NoAnswer("no is_compatible in the answer")
         return verdict
 
     def set_compatibility(self, subject: str, level: str) -> None:
-        """Set which schemas a subject takes."""
+        """Set a subject's compatibility level."""
         answer = self._ask("PUT", f"/config/{quote(subject, safe='')}", {"compatibility": level})
         if answer.get("compatibility", answer.get("compatibilityLevel")) != level:
-            raise NoAnswer(f"it does not confirm compatibility {level}")
+            raise NoAnswer(f"compatibility {level} was not confirmed")
 
     def answers(self) -> bool:
-        """Whether a registry is there, whatever it says of one schema."""
+        """Return whether a registry answers at all."""
         try:
             return "compatibilityLevel" in self._ask("GET", "/config")
-        except RegistryRefused:
+        except RegistryRejected:
             return True
         except (NoAnswer, NotAuthorized):
             return False
@@ -127,14 +127,14 @@ class RegistryClient:
         try:
             answer = exchange(request, self._timeout_s, tls=self._tls, stop=self._stop)
         except ExchangeError as error:
-            silence = NoAnswer(str(error))
-            silence.answered = False
-            raise silence from error
-        return _believed(answer)
+            no_answer = NoAnswer(str(error))
+            no_answer.answered = False
+            raise no_answer from error
+        return _parsed(answer)
 
 
 def plain(schema: Any) -> Any:
-    """Return a schema without what does not matter to its data, to compare it with another."""
+    """Return a schema without doc and aliases, for comparison."""
     if isinstance(schema, dict):
         kept = {key: plain(value) for key, value in schema.items() if key not in ("doc", "aliases")}
         return kept["type"] if kept.keys() == {"type"} else kept
@@ -144,20 +144,20 @@ def plain(schema: Any) -> Any:
 def _differs(text: Any, schema: AvroSchema) -> bool:
     try:
         return bool(plain(_json(text)) != plain(schema))
-    except RecursionError:  # ours are not that deep
+    except RecursionError:  # ours is not that deep
         return True
 
 
-def _believed(answer: Answer) -> dict[str, Any]:
-    """Return what a registry says; whatever is not a registry's answer is none."""
+def _parsed(answer: Answer) -> dict[str, Any]:
+    """Return the content of a registry's answer; raise NoAnswer for any other."""
     content = _json(answer.body) if answer.content_type in _TYPES else None
     if isinstance(content, dict):
         if answer.status == 200 and "error_code" not in content:
             return content
         code = content.get("error_code")
         if isinstance(code, int) and answer.status in (404, 409, 422) and str(code).startswith(str(answer.status)):
-            raise RegistryRefused(answer.status, code, str(content.get("message", ""))[:_SHOWN])
-    if answer.status in _REFUSED:
+            raise RegistryRejected(answer.status, code, str(content.get("message", ""))[:_SHOWN])
+    if answer.status in _UNAUTHORIZED:
         raise NotAuthorized(answer.status)
     beginning = answer.body[:_SHOWN].decode(errors="replace")
     raise NoAnswer(f"not a registry's answer: status {answer.status}, {answer.content_type}, {beginning!r}")
@@ -178,11 +178,11 @@ def _schema_id(answer: Mapping[str, Any]) -> SchemaId:
 
 
 def is_schema_id(number: Any) -> bool:
-    """Whether something is what registries give as an id."""
+    """Return whether this is a valid schema id."""
     return type(number) is int and 0 < number <= MOST_ID
 
 
-def _wrapped(schema: AvroSchema) -> dict[str, str]:
+def _request_body(schema: AvroSchema) -> dict[str, str]:
     return {"schema": json.dumps(schema), "schemaType": "AVRO"}
 
 

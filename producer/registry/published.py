@@ -1,4 +1,4 @@
-"""This version's schema of each topic, and the ids of these schemas."""
+"""This version's schema of each topic, and its id."""
 
 from producer.config.load import Config
 from producer.events import STREAMS, SchemaId, Topic
@@ -10,9 +10,9 @@ from producer.topics import heartbeat_topic, topic
 
 
 def schema_ids(config: Config, stop: Flag | None = None) -> dict[Topic, SchemaId]:
-    """Return the id of each topic's schema: the registry's, or the fixed ones where there is none.
+    """Return the id of each topic's schema: from the registry, or the fixed one if none is configured.
 
-    The heartbeat's is left out where it is not to be had: nobody depends on it for events. `stop` ends the wait.
+    The heartbeat's id is omitted if unavailable, since events do not depend on it. `stop` ends the wait.
     """
     if config.registry.url is None:
         fixed = {topic(config, stream): stream.fixed_schema_id for stream in STREAMS}

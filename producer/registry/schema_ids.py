@@ -1,9 +1,7 @@
-"""Schema ids from a Confluent-compatible registry, and from a file of what it answered before when it does not answer
-now.
+"""Schema ids from a Confluent-compatible registry, or from a cache of its answers while it is unavailable.
 
-The value schema of a topic stands under the subject `<topic>-value`. The cache (`schema_ids.json` in the state folder)
-is keyed by registry, subject and the schema's own text, so that an id is never used for another schema than the one it
-was given for.
+The subject of a topic's value schema is `<topic>-value`. The cache (`schema_ids.json` in the state folder) is keyed by
+registry, subject and the schema's text, so that an id is never used for another schema.
 """
 
 import hashlib
@@ -31,7 +29,7 @@ from producer.registry.client import (
     NoAnswer,
     NotAuthorized,
     RegistryClient,
-    RegistryRefused,
+    RegistryRejected,
     is_schema_id,
 )
 
@@ -40,14 +38,14 @@ logger = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
 COMPATIBILITY = "FULL_TRANSITIVE"
-"""Any consumer reads any event: with an older schema a newer event, with a newer one an older event."""
+"""Consumers can read newer events with an older schema, and older events with a newer one."""
 
 _ATTEMPTS = 4
 _MOST_CACHE_BYTES = 1 << 20
 
 
 class SchemaIds:
-    """Finds the ids of topics' schemas at the registry of `settings`, or in the file `cache`, while it is entered.
+    """Finds schema ids in the registry of `settings`, or in the file `cache`.
 
     `stop` ends every wait, with Stopped.
     """
@@ -71,15 +69,15 @@ class SchemaIds:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Do nothing: no connection is kept."""
+        """Do nothing: no connection is kept open."""
 
     def find(
         self, schemas: Mapping[Topic, AvroSchema], optional: Mapping[Topic, AvroSchema] = MappingProxyType({})
     ) -> dict[Topic, SchemaId]:
-        """Return each topic's schema id; of the optional ones, those that are to be had.
+        """Return each topic's schema id; optional ones are omitted if unavailable.
 
-        Raises SchemaError where the registry does not have a schema, or refuses it; UnavailableError where it does not
-        answer, and PermissionDenied where it refuses us, and the cache does not know.
+        Raises SchemaError if the registry does not have a schema or rejects it. Raises UnavailableError if it does not
+        answer, and PermissionDenied if it rejects us, unless the cache has the ids.
         """
         everything = {**schemas, **optional}
         keys = {topic: self._cache_key(topic, schema) for topic, schema in everything.items()}
@@ -90,37 +88,37 @@ class SchemaIds:
             cached = self._read_cache()
             if not cached.keys() >= {keys[topic] for topic in schemas}:
                 raise
-            logger.warning("registry: %s; its earlier answers are used", error)
+            logger.warning("registry: %s; using cached schema ids", error)
             return {topic: cached[key] for topic, key in keys.items() if key in cached}
         for topic, schema in optional.items():
             try:
                 ids[topic] = call(topic, schema)
             except (PermissionDenied, SchemaError, UnavailableError) as error:
-                logger.warning("%s; nothing is sent to topic %s", error, topic)
+                logger.warning("%s; not sending to topic %s", error, topic)
         if self._cache:
             try:
-                fresh = self._cache.with_suffix(".new")
-                with open(state_file.create(fresh), "w") as file:
+                new_file = self._cache.with_suffix(".new")
+                with open(state_file.create(new_file), "w") as file:
                     file.write(json.dumps({keys[topic]: number for topic, number in ids.items()}))
-                fresh.replace(self._cache)
+                new_file.replace(self._cache)
             except OSError as error:
-                logger.warning("registry: its answers are not kept: %s", error)
+                logger.warning("registry: cannot cache the schema ids: %s", error)
         return ids
 
-    def demand_compatibility(self, topic: Topic) -> None:
-        """Have the registry refuse a schema of the topic that is not compatible both ways with all before it."""
+    def set_compatibility(self, topic: Topic) -> None:
+        """Make the registry reject schemas of the topic that are not compatible both ways with all earlier ones."""
         self._ask(topic, lambda: self._client.set_compatibility(_subject(topic), COMPATIBILITY))
 
     def register(self, topic: Topic, schema: AvroSchema) -> SchemaId:
-        """Register a topic's schema, which may be there already, and return its id."""
+        """Register a topic's schema unless it is registered, and return its id."""
         return self._ask(topic, lambda: self._client.register(_subject(topic), schema))
 
     def compatible(self, topic: Topic, schema: AvroSchema) -> bool:
-        """Whether the registry would take the schema."""
+        """Return whether the registry would accept the schema."""
         return self._ask(topic, lambda: self._client.compatible(_subject(topic), schema))
 
     def look_up(self, topic: Topic, schema: AvroSchema) -> SchemaId:
-        """Return the id of a topic's schema; SchemaError where the registry does not have it."""
+        """Return the id of a topic's schema; SchemaError if the registry does not have it."""
         return self._ask(topic, lambda: self._client.look_up(_subject(topic), schema))
 
     def _ask(self, topic: Topic, call: Callable[[], _Answer]) -> _Answer:
@@ -132,19 +130,19 @@ class SchemaIds:
             stop=stop_after_attempt(self._attempts),
             reraise=True,
         )
-        answer: _Answer = retrying(self._translated, topic, call)
+        answer: _Answer = retrying(self._translate_errors, topic, call)
         return answer
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.wait(seconds):
             raise Stopped(f"stopped while waiting for the registry {self._settings.url}")
 
-    def _translated(self, topic: Topic, call: Callable[[], _Answer]) -> _Answer:
-        """Call the registry, its errors made ours."""
+    def _translate_errors(self, topic: Topic, call: Callable[[], _Answer]) -> _Answer:
+        """Call the registry, and translate its errors to ours."""
         url = self._settings.url
         try:
             return call()
-        except RegistryRefused as error:
+        except RegistryRejected as error:
             if error.code in INCOMPATIBLE:
                 raise SchemaError(f"registry {url}: {_subject(topic)} has an incompatible schema: {error}") from error
             if error.code in NOT_FOUND:
@@ -152,10 +150,10 @@ class SchemaIds:
                     f"registry {url} does not have {_subject(topic)} in this version: run `rebpf init`"
                 ) from error
             if error.code in INVALID:
-                raise SchemaError(f"registry {url} refuses the schema of {_subject(topic)}: {error}") from error
-            raise UnavailableError(f"registry {url}: {error}; is registry.url complete, with its path?") from error
+                raise SchemaError(f"registry {url} rejects the schema of {_subject(topic)}: {error}") from error
+            raise UnavailableError(f"registry {url}: {error}; check registry.url, including its path") from error
         except NotAuthorized as error:
-            raise PermissionDenied(f"registry {url} refuses the authentication: {error}") from error
+            raise PermissionDenied(f"registry {url} rejects the authentication: {error}") from error
         except NoAnswer as error:
             raise UnavailableError(f"registry {url} does not answer: {error}") from error
 
@@ -164,7 +162,7 @@ class SchemaIds:
         return f"{self._settings.url} {_subject(topic)} {digest}"
 
     def _read_cache(self) -> dict[str, SchemaId]:
-        """Return what was answered before, without what no registry would have answered."""
+        """Return the valid entries of the cache."""
         if self._cache is None:
             return {}
         try:

@@ -1,10 +1,9 @@
-"""CPU per event of whole agents, side by side: the producer, the obvious way to write it, and any other that is named.
+"""CPU per event of whole agents: the producer, a baseline written the obvious way, and any others that are given.
 
 python -m tests.bench.agent [--sends 35000] [--seconds 15] [--rounds 3] [--other NAME=COMMAND ...]
 
-All take the same traffic on loopback to the same real Kafka, one after the other, in rounds. A command gets the brokers
-and the port as arguments, says "ready" on standard error, and ends on SIGTERM with a balance as `rebpf run --json`
-prints it.
+All capture the same loopback traffic for the same real Kafka, in turn, in rounds. A command gets the brokers and the
+port as arguments, prints "ready" to standard error, and ends on SIGTERM with a balance like that of `rebpf run --json`.
 
 A Go program that does the same job (needs Go): --other go="python -m tests.bench.goagent".
 """
@@ -28,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU time of a process and all of its threads."""
+    """Return the CPU time of a process with all its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
 
@@ -40,7 +39,7 @@ def rss_mb(pid: int) -> float:
 
 
 def measure(command: list[str], sends: int, seconds: float) -> tuple[float, float, int, int]:
-    """Return microseconds of CPU for each delivered event, MB of memory, events delivered, and events passed."""
+    """Return microseconds of CPU per delivered event, MB of memory, events delivered, and events passed."""
     agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert agent.stderr
     assert agent.stdout

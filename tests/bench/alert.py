@@ -1,9 +1,9 @@
-"""What one member of `rebpf alert` takes: events a second while it catches up, and CPU for each.
+"""The cost of one member of `rebpf alert`: events per second while catching up, and CPU per event.
 
 python -m tests.bench.alert [--rounds 45]
 
-Made-up events of 20 hosts and 500 flows, in six partitions of each topic of a real Kafka, with a rule by host (ratio)
-and one by peer (count). The member is a process of its own; CPU is all of it, but for what its start takes.
+Synthetic events of 20 hosts and 500 flows, in six partitions of each topic of a real Kafka, with a rule by host (ratio)
+and one by peer (count). The member is a separate process; CPU is its total without the start.
 """
 
 import argparse
@@ -49,7 +49,7 @@ clear = 1000
 
 
 def fill(bootstrap: str, prefix: str, rounds: int) -> None:
-    """Put in so many rounds of events, over a minute that is past."""
+    """Produce this many rounds of events, over a past minute."""
     client = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random", "linger.ms": 50})
     made = rows()
     step_ns = 60_000_000_000 // max(1, rounds * ROWS)
@@ -81,7 +81,7 @@ def encoder(stream: Stream, host: int) -> BatchEncoder:
 
 
 def read(admin: AdminClient, prefix: str) -> int:
-    """Return how many events the group has done with."""
+    """Return how many events the group has processed."""
     places = [TopicPartition(prefix + topic, number) for topic in TOPICS for number in range(PARTITIONS)]
     group = f"{prefix}alert"
     asked = [ConsumerGroupTopicPartitions(group, places)]
@@ -90,7 +90,7 @@ def read(admin: AdminClient, prefix: str) -> int:
 
 
 def measured(folder: Path, prefix: str, kafka: KafkaServer, rounds: int) -> tuple[float, float]:
-    """Run a member until all that was put in is done with; return seconds since it was ready, and its CPU."""
+    """Run a member until all events are processed; return the seconds since it was ready, and its CPU."""
     config, log = folder / f"{prefix}toml", folder / f"{prefix}log"
     config.write_text(CONFIG.format(brokers=kafka.bootstrap, prefix=prefix))
     made = rebpf("init", "--alerts", "--partitions", PARTITIONS, "--config", config)

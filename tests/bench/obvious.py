@@ -1,8 +1,8 @@
-"""The obvious way to write the producer, to be measured beside it: the same programs and the same events, but a Python
-callback (bcc's), a fastavro record and a produce() for each of them.
+"""The baseline: the producer written the obvious way. The same BPF programs and events, but per event a Python callback
+(bcc), a fastavro record and a produce().
 
-python -m tests.bench.obvious BROKERS PORT. Says "ready" on standard error, ends on SIGTERM, prints a balance as the
-producer does.
+python -m tests.bench.obvious BROKERS PORT. Prints "ready" to standard error, ends on SIGTERM, and prints a balance
+like the producer.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ WAIT_MS = 50
 
 
 def flattened(dtype: np.dtype[np.void]) -> tuple[struct.Struct, list[str]]:
-    """Return what unpacks a row of the dtype, and the names of the values."""
+    """Return a struct that unpacks a row of the dtype, and the names of its values."""
     assert dtype.fields is not None
     letters, names = "", []
     for name, (member, *_) in dtype.fields.items():
@@ -51,7 +51,7 @@ def flattened(dtype: np.dtype[np.void]) -> tuple[struct.Struct, list[str]]:
 
 
 def to_record(values: dict[str, Any], offset_ns: int) -> dict[str, Any]:
-    """Return an event as the dictionary that fastavro writes."""
+    """Return an event as a dictionary for fastavro."""
     known = values["known"] | values["flow_known"]
     record = {name: value if known & BITS.get(name, -1) else None for name, value in values.items()}
     ts_ns = values["ts"] + offset_ns
@@ -68,7 +68,7 @@ def to_record(values: dict[str, Any], offset_ns: int) -> dict[str, Any]:
 
 
 def callback(stream: Stream, producer: Producer, delivered: dict[str, int]) -> Callable[[int, int, int], int]:
-    """Return the function that takes one event of a stream from its ring to Kafka."""
+    """Return the function that moves one event of a stream from its ring to Kafka."""
     layout, names = flattened(stream.dtype)
     schema, header = fastavro.parse_schema(load_schema(stream.schema_file)), frame(stream.fixed_schema_id)
 

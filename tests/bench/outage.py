@@ -1,9 +1,9 @@
-"""A long outage: what the producer's memory and disk do meanwhile, how fast it catches up, and whether all arrives.
+"""A long outage: the producer's memory and disk use, how fast it catches up, and whether everything arrives.
 
 python -m tests.bench.outage [--outage-s 600] [--sends 11000]
 
-Real segments on loopback (about 1.8 events for each send) to a real Kafka that is killed and comes back while the
-traffic goes on. The topic is read by `rebpf verify`, and the traffic says what it sent.
+Real segments on loopback (about 1.8 events per send) and a real Kafka that is killed and restarted under traffic. The
+topic is checked by `rebpf verify` and against the traffic's own counts.
 """
 
 import argparse
@@ -25,7 +25,7 @@ HOUR_S = 3600.0
 
 
 def report(scene: SteadyScene, what: str, started: float) -> None:
-    """Print where events are, and what memory and disk are taken."""
+    """Print where events are, and the use of memory and disk."""
     account = scene.account()
     counts = " ".join(f"{name}={account[name]}" for name in ("delivered", "in_flight", "spooled", "in_ring"))
     memory = rss_anon_kb(scene.run.pid) / 1024

@@ -1,4 +1,4 @@
-"""What a segment costs in the kernel: captured, and left out by 1 rule and by 1,024 (the kernel's own run statistics).
+"""The cost of a segment in the kernel: captured, and dropped by 1 or 1,024 rules (from the kernel's run statistics).
 
 python -m tests.bench.rules [--seconds 3] [--rounds 3]
 
@@ -23,7 +23,7 @@ KEEP, DROP = Action(), Action(transmit=False, retransmit=False)
 
 
 def others(count: int) -> list[Rule]:
-    """Return rules that keep other flows, each by a network, a port and an owner of its own."""
+    """Return rules for other flows, each with a different network, port and owner."""
     return [
         Rule(
             str(i),
@@ -44,13 +44,13 @@ CASES: dict[str, Tables] = {
 
 
 def runs(hooks: Capture) -> tuple[int, int]:
-    """Return the nanoseconds and the number of all runs of the transmit stream's programs."""
+    """Return the total time in ns and the number of runs of the transmit stream's programs."""
     infos = hooks.program_infos(STREAMS[0])
     return sum(info.run_time_ns for info in infos), sum(info.run_cnt for info in infos)
 
 
 def measure(hooks: Capture, seconds: float) -> float:
-    """Return the nanoseconds that a run takes, over some seconds of traffic."""
+    """Return the ns per run over some seconds of traffic."""
     rings = [hooks.ring(stream) for stream in STREAMS]
     before = runs(hooks)
     traffic = subprocess.Popen([sys.executable, Path(__file__).parent / "traffic.py", "30000", str(seconds), str(PORT)])

@@ -1,4 +1,4 @@
-"""The cost of writing events to disk and reading them back: spool files, SQLite and plain files.
+"""The cost of writing events to disk and reading them back: the spool, SQLite and plain files.
 
 python -m tests.bench.spool
 
@@ -53,7 +53,7 @@ class SpoolFiles:
 
 
 class Sqlite:
-    """A row for each batch in a database in WAL mode; compressed, or with a checksum beside it."""
+    """One row per batch in a database in WAL mode; compressed, or with a checksum."""
 
     def __init__(self, folder: Path, *, compressed: bool) -> None:
         self._path = folder / "spool.db"
@@ -92,7 +92,7 @@ class Sqlite:
 
 
 class Plain:
-    """One file, batches one behind the other, with length and checksum; not compressed, never deleted in part."""
+    """One file of batches with length and checksum; not compressed, never partly deleted."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "plain"

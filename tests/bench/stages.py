@@ -1,5 +1,5 @@
-"""CPU per event of the producer's stages, beside the obvious way of each: encode (columns, or fastavro by record) and
-produce (librdkafka's batch call, or confluent-kafka's produce()). No kernel: the rows are made up.
+"""CPU per event of the producer's stages, compared with the obvious way: encode (columns, or fastavro per record) and
+produce (librdkafka's batch call, or confluent-kafka's produce()). Without the kernel: the rows are synthetic.
 
 python -m tests.bench.stages
 """
@@ -25,7 +25,7 @@ UTC_OFFSET_NS = 1_700_000_000_000_000_000
 
 
 def rows() -> Rows:
-    """Return rows of some hundred flows, with values as a busy host's have."""
+    """Return rows of some hundred flows, with realistic values."""
     random = np.random.default_rng(1)
     flows = np.zeros(FLOWS, FLOW)
     for side in ("saddr", "daddr"):
@@ -59,7 +59,7 @@ def messages(batch: EncodedBatch) -> list[bytes]:
 
 
 def us_per_event(work: Callable[[], None], repeat: int = 20) -> float:
-    """Return microseconds of CPU, of all threads, for each of the rows."""
+    """Return microseconds of CPU, of all threads, per row."""
     work()
     before = time.process_time()
     for _ in range(repeat):
@@ -68,7 +68,7 @@ def us_per_event(work: Callable[[], None], repeat: int = 20) -> float:
 
 
 def produce_with(batch: EncodedBatch) -> tuple[float, float]:
-    """Return the cost of the sink's batch call, and of produce() for each message; both to a broker in this process."""
+    """Return the cost of the sink's batch call, and of produce() per message; both to a broker in this process."""
     sink = KafkaSink(client_settings(None, {}), {TRANSMITS.name: Topic("bench")})
     sink.open()
 

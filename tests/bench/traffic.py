@@ -2,7 +2,7 @@
 
 python tests/bench/traffic.py SENDS_PER_SECOND SECONDS PORT
 
-It ends earlier when its standard input does. Its output says how many bytes were sent from which port, in JSON.
+It ends early when its standard input does. It prints the bytes sent by port, in JSON.
 """
 
 import json

@@ -13,7 +13,7 @@ from tests.servers.registry import SchemaRegistry
 
 @pytest.fixture(scope="session")
 def servers_present() -> None:
-    """Skip where real servers cannot run; for tests that start their own, to stop or kill it."""
+    """Skip if real servers cannot run; for tests that start their own."""
     if absent := fetch.missing():
         packages = "default-jre-headless maven kcat openssl util-linux"
         pytest.skip(f"NO REAL KAFKA: {', '.join(absent)} not installed (apt-get install {packages})")
@@ -30,7 +30,7 @@ def kafka(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> It
 def registry(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SchemaRegistry]:
     """A running registry, shared: a test names its subjects after itself and does not stop the registry.
 
-    The first ids are taken, so that a schema's is not what frames have without a registry.
+    The first ids are taken, so that no schema gets a fixed id.
     """
     with SchemaRegistry(tmp_path_factory.mktemp("registry")) as server:
         with SchemaRegistryClient({"url": server.url, "timeout": 10}) as client:

@@ -1,4 +1,4 @@
-"""A producer in trouble: traffic of which everything is known goes on while its Kafka fails, and is counted after."""
+"""A producer whose Kafka fails under known traffic, and the checks of what arrived."""
 
 import contextlib
 import json
@@ -26,13 +26,13 @@ PARTITIONS = 5
 
 EventId = tuple[str, int, int]
 
-# Room for all traffic of a test, should nothing but the ring keep it.
+# Large enough for all traffic of a test, if only the ring holds it.
 CAPTURE = f'[capture]\ntransmit_ring_bytes = {1 << 26}\n[metrics]\nlisten = "127.0.0.1:0"\n'
 
 
 @dataclass(slots=True)
 class Scene:
-    """A producer that sends an Echo's traffic to the topics with `prefix`, and a capture of that traffic beside it."""
+    """A producer that sends an Echo's traffic to the topics with `prefix`, and an independent capture of it."""
 
     run: Run
     port: int
@@ -51,12 +51,12 @@ class Scene:
 
     @contextmanager
     def steady_traffic(self) -> Iterator[None]:
-        """A connection or two at a time, until the context is left."""
+        """Make one or two connections at once, until the context exits."""
         with repeating(lambda: exchange(self.port, 2), 0.02):
             yield
 
     def wait_for_more(self, segments: int = 503) -> None:
-        """Wait until that many more segments were on the wire."""
+        """Wait until this many more segments were on the wire."""
         target = len(self.segments) + segments
         wait_until("more traffic", lambda: len(self.segments) >= target)
 
@@ -66,7 +66,7 @@ class Scene:
         wait_until("the topic has all", lambda: len(once(self.events())) >= target)
 
     def wait_for_rest(self) -> None:
-        """Wait until no event is on its way: each is delivered or lost, and none waits on disk as a slow host's may."""
+        """Wait until no event is in flight or spooled: each is delivered or lost."""
         waits = ("in_ring", "in_flight", "spooled")
 
         def is_at_rest() -> bool:
@@ -77,7 +77,7 @@ class Scene:
         wait_until("nothing is on its way", is_at_rest)
 
     def reasons(self) -> list[str]:
-        """Return why the producer says that it is degraded; none where it says that all is well."""
+        """Return the producer's reasons for being degraded."""
         url = json.loads((self.run.state_dir / "agent.json").read_text())["status_url"]
         with urllib.request.urlopen(f"{url}/readyz", timeout=10) as response:
             answer: dict[str, Any] = json.load(response)
@@ -85,11 +85,11 @@ class Scene:
         return list(answer["reasons"])
 
     def wait_for_reason(self, pattern: str) -> None:
-        """Wait until the producer's health says it."""
+        """Wait for a reason in the producer's health."""
         wait_until(f"{pattern} in its health", lambda: re.search(pattern, "\n".join(self.reasons())))
 
     def finish(self) -> None:
-        """Stop the producer once everything is delivered and its health is good again."""
+        """Stop the producer once everything is delivered and it is healthy again."""
         self.wait_for_delivery()
         wait_until("its health is good", lambda: not self.reasons())
         self.balance = self.run.finish()
@@ -102,7 +102,7 @@ class Scene:
         assert_accounted(self.balance[self.prefix + RETRANSMIT])
 
     def assert_balance(self, *, delivered: int, lost: Mapping[str, int] | None = None) -> None:
-        """Check the transmit stream's account at the end of a run that left nothing undone."""
+        """Check the transmit stream's balance at the end of a run with nothing pending."""
         account = self.balance[self.prefix + TRANSMIT]
         assert_accounted(account)
         assert account["lost"] == (lost or {})
@@ -123,7 +123,7 @@ def scene(
 ) -> Iterator[Scene]:
     """Start a producer with librdkafka's `settings` that captures the traffic of an Echo and of `ports`.
 
-    It sends to `brokers`, which are those at `bootstrap`, where the administrator reads, by another listener.
+    It sends to `brokers`; `bootstrap` is the administrator's listener of the same brokers.
     """
     wanted = ", ".join(f'"{name}" = "{value}"' for name, value in (settings or {}).items())
     config = f'[kafka]\ntopic_prefix = "{prefix}"\nstop_timeout_s = {stop_timeout_s}\nsettings = {{ {wanted} }}\n'
@@ -137,14 +137,14 @@ def scene(
 
 
 def once(events: list[topics.Event]) -> dict[EventId, topics.Event]:
-    """Return the events without those that were sent twice."""
+    """Return the events without duplicates."""
     return {(each.record["boot_id"], each.record["cpu"], each.record["cpu_seq"]): each for each in events}
 
 
 def assert_same(segments: list[Segment], events: list[topics.Event]) -> None:
-    """Check that events tell of these segments and no others."""
+    """Check that the events are exactly these segments."""
     captured, told = Counter(segments), Counter(map(topics.segment, events))
-    # Not the whole difference, which may be of very many segments.
+    # Not the whole difference, which may be large.
     missing, unknown = captured - told, told - captured
     assert (missing.total(), unknown.total()) == (0, 0), (next(iter(missing), None), next(iter(unknown), None))
 
@@ -156,7 +156,7 @@ def assert_accounted(account: Mapping[str, Any]) -> None:
 
 
 def rss_anon_kb(pid: int) -> int:
-    """Return the memory of a process's own, without files and shared memory."""
+    """Return a process's anonymous memory."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1])
@@ -170,13 +170,13 @@ def create_topics(kafka: KafkaServer | KafkaCluster, prefix: str, *but: str) -> 
 
 
 def retransmitted_syn(port: int) -> None:
-    """Connect to a listener whose queue is full, and give up after the kernel has sent a SYN again."""
+    """Connect to a listener with a full queue until the kernel has retransmitted a SYN."""
     with socket.create_server(("127.0.0.1", port), backlog=0), contextlib.ExitStack() as clients:
         for _ in range(8):
             client = clients.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(("127.0.0.1", port))
-        wait_until("a SYN is sent again", lambda: syn_retransmits(client))
+        wait_until("a SYN is retransmitted", lambda: syn_retransmits(client))
 
 
 def syn_retransmits(client: socket.socket) -> int:

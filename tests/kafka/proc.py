@@ -1,4 +1,4 @@
-"""What /proc tells of another process: sockets, BPF objects, children, capabilities."""
+"""Reads a process's sockets, BPF objects, children and capabilities from /proc."""
 
 import ipaddress
 import os
@@ -41,7 +41,7 @@ def bpf_ids(pid: int, kind: str) -> set[int]:
 
 
 def children(pid: int, text: str = "") -> set[int]:
-    """Return the pids of the process's children whose command line has `text` in it."""
+    """Return the pids of the process's children whose command line contains `text`."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

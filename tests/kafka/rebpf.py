@@ -22,7 +22,7 @@ _READY = re.compile(r" ready brokers=(\S+)")
 
 
 def wait_until(what: str, condition: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
-    """Return the condition's first value that is true."""
+    """Return the condition's first true value."""
     end = time.monotonic() + deadline_s
     while not (value := condition()):
         if time.monotonic() > end:
@@ -33,7 +33,7 @@ def wait_until(what: str, condition: Callable[[], Any], deadline_s: float = DEAD
 
 @contextmanager
 def repeating(work: Callable[[], Any], interval_s: float) -> Iterator[None]:
-    """Have a thread do something again and again until the context is left; raise what it raised."""
+    """Repeat an action in a thread until the context exits; raise its exception."""
     done = threading.Event()
 
     def repeat() -> None:
@@ -57,17 +57,17 @@ def command(*arguments: object) -> list[str]:
 def rebpf(
     *arguments: object, env: Mapping[str, str] | None = None, before: Sequence[str] = ()
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end; `before` is what stands before it, as setpriv and its options."""
+    """Run a command; `before` is its prefix, such as setpriv with options."""
     run = [*before, *command(*arguments)]
     return subprocess.run(run, capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ, **(env or {})})
 
 
 def as_nobody() -> list[str]:
-    """Return what runs a command as a user without privileges, for `before`; skip the test where that cannot be."""
+    """Return a prefix that runs a command as an unprivileged user; skip the test if impossible."""
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         pytest.skip("giving up privileges needs root and setpriv")
-    # Twice: setpriv itself may start a program that the user cannot.
+    # Twice: the first setpriv may start a program that the user cannot.
     probe = "import producer.cli.main, subprocess, sys; subprocess.run([sys.executable, '-V'], check=True)"
     if subprocess.run([*nobody, sys.executable, "-c", probe], capture_output=True).returncode:
         pytest.skip(f"{sys.executable} and the package are not readable for other users")
@@ -75,7 +75,7 @@ def as_nobody() -> list[str]:
 
 
 class Run:
-    """`rebpf run --json` with its state in `folder`/state; `config` is the text of its configuration file."""
+    """`rebpf run --json` with its state in `folder`/state; `config` is the content of its configuration file."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Run:
         self.config = folder / "rebpf.toml"
         self.config.write_text(config)
         self._out, self._err = folder / "out", folder / "err"
-        # It dies with the tests, however they end.
+        # Dies with the tests, however they end.
         run = ["setpriv", "--pdeathsig", "KILL"]
         run += command("run", "--json", "--config", self.config, "--state-dir", self.state_dir, *arguments)
         with self._out.open("wb") as out, self._err.open("wb") as err:
@@ -108,19 +108,19 @@ class Run:
 
     @property
     def log(self) -> str:
-        """What it wrote to standard error so far."""
+        """Its standard error so far."""
         return self._err.read_text()
 
     @property
     def output(self) -> str:
-        """What it wrote to standard output so far."""
+        """Its standard output so far."""
         return self._out.read_text()
 
     def wait_for(self, pattern: str | re.Pattern[str], deadline_s: float = DEADLINE_S) -> "re.Match[str]":
-        """Wait until the log has it."""
+        """Wait for a text in the log."""
 
         def look() -> "re.Match[str] | None":
-            ended = self._process.poll()  # before the log is read, so that nothing is written behind it
+            ended = self._process.poll()  # before reading the log, so that nothing is written after
             found = re.search(pattern, self.log)
             if not found and ended is not None:
                 raise RuntimeError(f"rebpf run ended with {ended}:\n{self.log}")
@@ -137,11 +137,11 @@ class Run:
         self._process.send_signal(number)
 
     def wait(self, deadline_s: float = DEADLINE_S) -> int:
-        """Wait for its end and return the exit code."""
+        """Wait until it exits and return the exit code."""
         return self._process.wait(deadline_s)
 
     def finish(self, number: signal.Signals | None = signal.SIGTERM) -> dict[str, Any]:
-        """Stop it, which must succeed, and return the balance."""
+        """Stop it, check that it succeeds, and return the balance."""
         if number is not None:
             self.send(number)
         code = self.wait()
@@ -151,7 +151,7 @@ class Run:
         return balance
 
     def kill(self) -> None:
-        """End it as a crash does."""
+        """Kill it, as in a crash."""
         self._process.kill()
         self._process.wait()
 

@@ -1,4 +1,4 @@
-"""Events that a test makes up, encoded as the producer does it."""
+"""Synthetic events, encoded as by the producer."""
 
 import ipaddress
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ MS = 1_000_000
 
 
 class Sent(NamedTuple):
-    """An event as it is put in; `last` is the number of the flow's last transmit before it, in a retransmit alone."""
+    """A sent event; `last`, for retransmits, is the number of the flow's last transmit before it."""
 
     stream: Stream
     host: str
@@ -34,7 +34,7 @@ class Sent(NamedTuple):
 def messages(
     sent: Sequence[Sent], ids: Mapping[str, int], prefix: str, clock_step_ms: int = 0
 ) -> list[tuple[str, bytes, bytes]]:
-    """Return topic, key and value of events; `ids` are the schemas' by topic, with its prefix."""
+    """Return topic, key and value of events; `ids` are schema ids by topic with prefix."""
     encoders = {
         (stream, host): BatchEncoder(
             stream,
@@ -54,7 +54,7 @@ def messages(
 
 
 def row(event: Sent) -> Any:
-    """Return the ring's row of one event."""
+    """Return the ring row of an event."""
     made = np.zeros(1, event.stream.dtype)
     segment = made["s"]
     for side, address in (("saddr", "10.0.0.1"), ("daddr", event.daddr)):

@@ -1,4 +1,4 @@
-"""A producer under steady traffic, and what it says of itself while Kafka comes and goes."""
+"""A producer under steady traffic, and its status while Kafka fails and recovers."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PARTITIONS = 4
 
 
 class SteadyScene:
-    """A producer of steady traffic; `config` is added to its configuration, and `pin` keeps its hooks."""
+    """A producer under steady traffic, with additional `config`; `pin` pins its hooks."""
 
     def __init__(self, folder: Path, kafka: KafkaServer, config: str = "", *, pin: Path | None = None) -> None:
         self.prefix = f"{folder.name[-40:]}."
@@ -39,7 +39,7 @@ class SteadyScene:
         return self.run.state_dir
 
     def start(self) -> Run:
-        """Start the producer, again with the same state."""
+        """Start the producer, with the same state each time."""
         arguments: list[object] = ["--brokers", self.kafka.bootstrap, "--port", self.port]
         if self._pin:
             arguments += ["--pin", self._pin]
@@ -48,27 +48,27 @@ class SteadyScene:
         return self.run
 
     def status(self) -> dict[str, Any]:
-        """Ask the producer how it is."""
+        """Return the producer's status."""
         facts = json.loads((self.state / "agent.json").read_text())
         with urllib.request.urlopen(f"{facts['status_url']}/status", timeout=10) as answer:
             status: dict[str, Any] = json.load(answer)
         return status
 
     def account(self) -> dict[str, Any]:
-        """Ask for the balance of transmits."""
+        """Return the balance of transmits."""
         (stream,) = (each for each in self.status()["streams"] if each["topic"] == self.prefix + TRANSMIT)
         return {**stream, "lost": {loss["reason"]: loss["count"] for loss in stream["lost"]}}
 
     def wait_for(self, what: str, least: int) -> None:
-        """Wait until so many events are in one place of the balance."""
+        """Wait until a field of the balance reaches a number."""
         wait_until(f"{least} {what}", lambda: self.account()[what] >= least)
 
     def wait_for_delivery(self) -> None:
-        """Wait until the spool is empty, and Kafka has taken up again."""
+        """Wait until the spool is empty and Kafka accepts events again."""
         wait_until("nothing waits", lambda: self.account()["spooled"] == 0 and self.status()["state"] == "ok")
 
     def wait_until_drained(self, deadline_s: float = DEADLINE_S) -> None:
-        """Wait until Kafka has all. Once the traffic has ended: a stop leaves on disk what Kafka is slow to take."""
+        """Wait until Kafka has everything. Call it after the traffic: a stop may leave events on disk."""
 
         def is_drained() -> bool:
             account = self.account()
@@ -77,9 +77,9 @@ class SteadyScene:
         wait_until("all is delivered", is_drained, deadline_s)
 
     def end_on_each_cpu(self) -> None:
-        """Send a little on each CPU, behind all that may be lost: what is lost last of all leaves no gap.
+        """Send a few segments on each CPU after all that may be lost, since a loss at the end leaves no gap.
 
-        The ring must have room again, or these would be lost too.
+        The ring must have space again, or these would be lost too.
         """
         self.wait_until_drained()
         for cpu in os.sched_getaffinity(0):
@@ -97,7 +97,7 @@ class SteadyScene:
 
 @contextmanager
 def outage(kafka: KafkaServer) -> Iterator[None]:
-    """No broker is there, until the context is left."""
+    """Stop the broker until the context exits."""
     kafka.kill()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a topic holds of steady traffic, counted: for more events than can be kept as records."""
+"""Counts the events of steady traffic in a topic, when there are too many to keep as records."""
 
 import io
 import json
@@ -21,7 +21,7 @@ class Tally:
     copies: int = 0
     """Events that are there again."""
     payload: Counter[int] = field(default_factory=Counter)
-    """Bytes of payload by the sender's port, without what was sent again."""
+    """Payload bytes by the sender's port, without retransmissions."""
     inversions: int = 0
     """Events that are older than one of their flow before them; copies do not count."""
     sample: dict[str, Any] = field(default_factory=dict)
@@ -29,16 +29,16 @@ class Tally:
 
     @property
     def events(self) -> int:
-        """Events, each counted once."""
+        """Distinct events."""
         return sum(map(len, self.numbers.values()))
 
     @property
     def missing(self) -> int:
-        """Numbers that are not there, up to the last of each CPU."""
+        """Missing numbers, up to the last of each CPU."""
         return sum(max(numbers) - len(numbers) for numbers in self.numbers.values())
 
     def assert_whole(self, sent: dict[int, int]) -> None:
-        """Check that nothing is missing, neither of the numbers nor of what was `sent`, by the sender's port."""
+        """Check that no numbers are missing, and no bytes of `sent`, by the sender's port."""
         found = {"missing": self.missing, "inversions": self.inversions}
         assert found == {"missing": 0, "inversions": 0}, self.sample
         assert {port: self.payload[port] for port in sent} == sent

@@ -1,6 +1,6 @@
-"""`rebpf alert` on a real Kafka: two members share the work, one is killed, and each change is told once.
+"""`rebpf alert` on a real Kafka: two members share the partitions, one is killed, and each change is sent once.
 
-The events are of a plan, window after window, so that it is known beforehand what fires and what is resolved.
+The events follow a plan, window by window, so the expected alerts are known.
 """
 
 import logging
@@ -21,7 +21,7 @@ from producer.alert.last_alerts import last_alerts
 from producer.alert.member import Member as AlertMember
 from producer.alert.model import Alert, Sink
 from producer.alert.record import AlertEncoder
-from producer.alert.retry import Wait, until_it_works
+from producer.alert.retry import Sleep, retry_until_available
 from producer.commands.init import create_topics
 from producer.config.load import Alert as AlertConfig
 from producer.config.load import AlertRule, Config, Kafka, Registry
@@ -47,7 +47,7 @@ kafka.topic_prefix = "{PREFIX}"
 kafka.settings = {{ "session.timeout.ms" = 6000 }}
 [alert]
 lateness_s = {LATENESS_S}
-silent_after = 0.5  # of a heartbeat's 10 s
+missed_heartbeats = 0.5  # of a heartbeat's 10 s
 [[alert.rules]]
 name = "loss"
 by = "host"
@@ -65,13 +65,13 @@ threshold = {MANY}
 clear = {FEW}
 """
 STEADY = "steady"
-# Segments sent again of 100 to each of three peers, window after window.
+# Retransmitted segments, of 100 to each of three peers, window by window.
 PLAN = {
     STEADY: (0, 15, 15, 6, 6, 4, 15, 15, 0),
     "changing": (12, 0, 12, 0, 12, 0, 12, 0, 12),
     "quiet": (1, 1, 2, 1, 2, 1, 1, 0, 1),
 }
-SMALL = "small"  # all of its few segments are sent again
+SMALL = "small"  # retransmits all of its few segments
 PEERS = ("192.0.2.1", "192.0.2.2", "2001:db8::3")
 FRAMED = b"\0\0\0\0\7..."  # of schema 7
 DYING, LIVING = "dying", "living"
@@ -79,7 +79,7 @@ WINDOWS = len(PLAN[STEADY])
 
 
 class Change(NamedTuple):
-    """What an alert says that matters here."""
+    """The checked fields of an alert."""
 
     rule: str
     group: str
@@ -96,7 +96,7 @@ def planned() -> list[list[tuple[Stream, str, str, int]]]:
         events = []
         for host, again in PLAN.items():
             for peer in PEERS:
-                # Both of several events, so that there is something to sum up.
+                # Several events each, so that there is something to sum.
                 events += [(TRANSMITS, host, peer, 10)] * 10
                 events += [(RETRANSMITS, host, peer, 1)] * again[window]
         events += [(TRANSMITS, SMALL, PEERS[0], 5), (RETRANSMITS, SMALL, PEERS[0], 5)]
@@ -105,7 +105,7 @@ def planned() -> list[list[tuple[Stream, str, str, int]]]:
 
 
 def reference() -> list[Change]:
-    """Return what the rules say of the plan, by the plainest computation there is."""
+    """Return the expected alerts of the plan, by the simplest computation."""
     changes = []
     firing: set[tuple[str, str]] = set()
     for window, events in enumerate([*planned(), []]):
@@ -178,7 +178,7 @@ class Feed:
         self._beats = HeartbeatEncoder(HEARTBEAT_ID)
 
     def events(self, planned: Sequence[tuple[Stream, str, str, int]], start_s: int) -> None:
-        """Put in a window's events, some of them twice."""
+        """Produce a window's events, some of them twice."""
         sent = []
         for i, (stream, host, peer, segs) in enumerate(planned):
             self._numbers[stream, host] += 1
@@ -199,8 +199,8 @@ class Feed:
         assert self._client.flush(30) == 0
 
 
-def told(bootstrap: str, prefix: str = PREFIX) -> list[dict[str, Any]]:
-    """Return the records of the topic of alerts."""
+def alert_records(bootstrap: str, prefix: str = PREFIX) -> list[dict[str, Any]]:
+    """Return the records of the alerts topic."""
     found = []
     for message in kcat_messages(bootstrap, f"{prefix}tcp_alerts"):
         assert message.value is not None
@@ -225,9 +225,9 @@ def test_a_topic_that_is_missing_is_named_with_what_makes_it(config):
 
 
 class WaitingSink:
-    """Has another member join the group when it is reminded and ready, and waits then; it may not try again."""
+    """Starts another member on `repeat`, and waits; it must not be called again."""
 
-    def __init__(self, kafka: KafkaServer, is_ready: Callable[[], bool], wait: Wait) -> None:
+    def __init__(self, kafka: KafkaServer, is_ready: Callable[[], bool], wait: Sleep) -> None:
         self._kafka = kafka
         self._is_ready = is_ready
         self._wait = wait
@@ -242,11 +242,11 @@ class WaitingSink:
         client = Producer({"bootstrap.servers": self._kafka.bootstrap})
         client.produce("waiting.tcp_alerts", FRAMED, "a/b")
         assert client.flush(30) == 0
-        # In a process of its own, which can be ended: the client of one that is closed while it joins may never return.
+        # In a process that can be killed: a client that is closed while joining may never return.
         strategy = "partition.assignment.strategy=roundrobin"
         join = ["kcat", "-q", "-b", self._kafka.bootstrap, "-X", strategy, "-G", "waiting", "waiting.tcp_retransmit"]
         self.other = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *join], stdout=subprocess.DEVNULL)
-        until_it_works("alerts", pytest.fail)(self._wait, 60)
+        retry_until_available("alerts", pytest.fail)(self._wait, 60)
 
     def close(self) -> None:
         if self.other is not None:
@@ -254,15 +254,15 @@ class WaitingSink:
             self.other.wait()
 
 
-def test_a_share_that_cannot_be_taken_while_a_sink_waits_ends_the_member_and_no_try_follows(kafka, caplog):
-    """A schema's registry that is away keeps the member from the last alerts, without which it cannot begin."""
+def test_an_assignment_that_fails_while_a_sink_waits_ends_the_member_without_retries(kafka, caplog):
+    """An unavailable registry keeps the member from reading the last alerts, which it needs to start."""
     caplog.set_level(logging.INFO, "producer.alert")
     group = AlertConfig(group="waiting", repeat_s=1, rules=(AlertRule(name="loss"),))
     often = Kafka(topic_prefix="waiting.", brokers=kafka.bootstrap, settings={"heartbeat.interval.ms": "200"})
     config = Config(kafka=often, registry=Registry("http://127.0.0.1:1"), alert=group)
     create_topics(config, 1, 1, alerts=True)
 
-    def open_sinks(wait: Wait) -> list[Sink]:
+    def open_sinks(wait: Sleep) -> list[Sink]:
         return [WaitingSink(kafka, lambda: "ready brokers" in caplog.text, wait)]
 
     member = AlertMember(config, kafka.bootstrap, open_sinks, threading.Event(), from_beginning=False)
@@ -306,15 +306,16 @@ def test_a_partition_that_is_added_is_read_as_soon_as_it_is_seen(kafka, tmp_path
         member.wait_for(" ready ")
         kafka.add_partitions("added.tcp_retransmit", 2)
         member.wait_for("added.tcp_retransmit/1")
-        at_ms = (int(time.time()) + 5) * 1000  # the window is not over before they are there
+        at_ms = (int(time.time()) + 5) * 1000  # the window ends after they arrive
         sent = [Sent(RETRANSMITS, "busy", i, at_ms + i, PEERS[0], 50_000, 1, cause="fast") for i in range(3)]
         for topic, key, value in messages(sent, {"added.tcp_retransmit": FIXED_IDS["tcp_retransmit"]}, "added."):
             client.produce(topic, value, key, partition=1)
         assert client.flush(30) == 0
-        wait_until("it fires and is resolved", lambda: len(told(kafka.bootstrap, "added.")) == 2)
+        wait_until("it fires and is resolved", lambda: len(alert_records(kafka.bootstrap, "added.")) == 2)
         member.stop()
     found = [
-        (record["group"], record["firing"], record["retransmitted_segs"]) for record in told(kafka.bootstrap, "added.")
+        (record["group"], record["firing"], record["retransmitted_segs"])
+        for record in alert_records(kafka.bootstrap, "added.")
     ]
     assert found == [("busy", True, 3), ("busy", False, 0)]
 
@@ -329,11 +330,11 @@ def test_two_members_of_which_one_is_killed_tell_each_change_once(kafka, config,
     ):
         for member in (one, two):
             member.wait_for(" ready ")
-        # Both are in the group, and what the first one had alone is shared out.
+        # Both are in the group, and the partitions are reassigned.
         wait_until("both have partitions", lambda: shares(one) and shares(two))
 
-        def steady_is_told() -> bool:
-            return any(each["group"] == STEADY for each in told(kafka.bootstrap))
+        def steady_has_fired() -> bool:
+            return any(each["group"] == STEADY for each in alert_records(kafka.bootstrap))
 
         first_s = (int(time.time()) // WINDOW_S + 1) * WINDOW_S
         for window, events in enumerate(planned()):
@@ -341,17 +342,17 @@ def test_two_members_of_which_one_is_killed_tell_each_change_once(kafka, config,
             feed.events(events, first_s + window * WINDOW_S)
             if window < 2:
                 feed.beat(DYING)
-            # What fires now, the one that takes over has to know.
-            if one.process.poll() is None and steady_is_told():
+            # The next owner has to know what fires now.
+            if one.process.poll() is None and steady_has_fired():
                 one.kill()
         if one.process.poll() is None:
-            wait_until("it fires", steady_is_told)
+            wait_until("it fires", steady_has_fired)
             one.kill()
-        # And who is silent.
-        wait_until("all changes are told", lambda: len(told(kafka.bootstrap)) > len(expected))
+        # And which hosts are silent.
+        wait_until("all changes are sent", lambda: len(alert_records(kafka.bootstrap)) > len(expected))
         two.stop()
 
-    found = told(kafka.bootstrap)
+    found = alert_records(kafka.bootstrap)
     changes = [
         Change(
             record["rule"],
@@ -375,6 +376,6 @@ def test_two_members_of_which_one_is_killed_tell_each_change_once(kafka, config,
 
 
 def shares(member: Member) -> bool:
-    """Whether the last that the member said of its partitions is that it has some."""
+    """Whether the member's last assignment has partitions."""
     lines = [line for line in member.log.splitlines() if " partitions=" in line]
     return bool(lines) and not lines[-1].endswith("partitions=none")

@@ -1,4 +1,4 @@
-"""Alerts in a real topic and a real Alertmanager, and what becomes of them while one is not there."""
+"""Alerts in a real topic and a real Alertmanager, also while one is unavailable."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -49,15 +49,15 @@ def test_alertmanager_has_what_fires_and_not_what_is_resolved(manager: Alertmana
     manager.start()
     sink = alertmanager_sink(manager, pytest.fail)
     sink.send([LOSS])
-    (told,) = manager.alerts()
-    assert told["labels"] == FIRES
-    assert told["status"]["state"] in ("active", "unprocessed")
+    (received,) = manager.alerts()
+    assert received["labels"] == FIRES
+    assert received["status"]["state"] in ("active", "unprocessed")
 
     sink.send([replace(LOSS, firing=False)])
     assert manager.alerts() == []
 
 
-def test_alertmanager_is_told_when_it_is_there_again(manager: AlertmanagerServer) -> None:
+def test_alertmanager_gets_the_alerts_when_it_is_available_again(manager: AlertmanagerServer) -> None:
     waits: list[float] = []
 
     def start(seconds: float) -> None:
@@ -67,7 +67,7 @@ def test_alertmanager_is_told_when_it_is_there_again(manager: AlertmanagerServer
 
     alertmanager_sink(manager, start).send([LOSS])
     assert len(waits) == 2
-    assert [told["labels"] for told in manager.alerts()] == [FIRES]
+    assert [received["labels"] for received in manager.alerts()] == [FIRES]
 
 
 def sink_of(bootstrap: str, prefix: str, wait: Callable[[float], None], registry: str | None = None) -> Sink:
@@ -118,7 +118,7 @@ def test_the_topic_has_all_that_was_sent_while_the_broker_was_away(servers_prese
         server.create_topic(ALERTS, partitions=1)
         patient, hasty = (sink_of(server.bootstrap, "", wait) for wait in (start, give_up))
         server.kill()
-        # Who is told to give up leaves nothing behind that would come later, though its client lives.
+        # An ended sink leaves no messages that would arrive later, though its client lives.
         with pytest.raises(Stop):
             hasty.send(CHANGES)
         patient.send(CHANGES)

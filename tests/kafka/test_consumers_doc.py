@@ -52,7 +52,7 @@ def events(kafka, registry, tmp_path_factory) -> list[Event]:
 
 @contextmanager
 def running(command: Sequence[object], folder: Path) -> Iterator[Path]:
-    """Run a program that ends when it is told to; yield the file that it writes to."""
+    """Run a program until the context exits; yield its output file."""
     output = folder / "output"
     with output.open("wb") as out, (folder / "errors").open("wb") as err:
         process = subprocess.Popen([str(each) for each in command], stdout=out, stderr=err)
@@ -65,7 +65,7 @@ def running(command: Sequence[object], folder: Path) -> Iterator[Path]:
 
 
 def lines(output: Path, count: int) -> list[list[str]]:
-    """Wait for so many lines, and return them in words."""
+    """Wait for this many lines, and return them split into words."""
     text = wait_until(f"{count} lines", lambda: (t := output.read_text()).count("\n") >= count and t)
     return [line.split() for line in text.splitlines()]
 
@@ -97,7 +97,7 @@ def test_the_java_program_reads_each_key_and_schema_id(kafka, events, tmp_path):
 
 
 def test_kcat_and_the_console_consumer_show_the_keys(kafka, events, tmp_path):
-    # The jars are there without the distribution's scripts; this is what the script starts.
+    # The cache has the jars without the distribution's scripts; this is what the script starts.
     script = tmp_path / "kafka-console-consumer.sh"
     jars = f"{fetch.kafka()}/*"
     script.write_text(f"#!/bin/sh\nexec java -cp '{jars}' org.apache.kafka.tools.consumer.ConsoleConsumer \"$@\"\n")

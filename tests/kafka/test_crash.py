@@ -1,4 +1,4 @@
-"""A producer that keeps its hooks (--pin) is killed again and again under traffic, and so is the broker."""
+"""A producer with pinned hooks (--pin) is killed repeatedly under traffic, and so is the broker."""
 
 import os
 import random
@@ -57,7 +57,7 @@ def prepare(broker: KafkaServer, prefix: str, folder: Path) -> str:
 
 
 def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, bpffs, tmp_path):
-    # Room for a minute or more without a producer: it may be killed before it has done anything at all.
+    # Holds a minute or more without a producer, which may be killed before it does anything.
     config = f"[capture]\ntransmit_ring_bytes = {1 << 28}\n[spool]\nspill_after_s = 0.2\n"
     scene = SteadyScene(tmp_path, broker, config, pin=bpffs / "pins")
     chance = random.Random(7)

@@ -1,4 +1,4 @@
-"""`rebpf run` without brokers: the embedded one serves other processes, and none of it is in the events."""
+"""`rebpf run` without brokers: other processes can use the test broker, whose own traffic is not captured."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ LISTED = ["--topic", TRANSMIT, "--from-beginning", "--json"]
 
 
 def complete(bootstrap: str, segments: "Counter[Segment]") -> list[topics.Event]:
-    """Read the transmit topic once it has as many events as were captured segments."""
+    """Read the transmit topic once it has as many events as captured segments."""
 
     def look() -> list[topics.Event] | None:
         events = topics.read(bootstrap, TRANSMIT)
@@ -71,7 +71,7 @@ def test_tail_stops_after_so_many_events(tmp_path):
 
 
 def test_neither_the_producers_nor_its_brokers_segments_are_events_and_its_readers_are(tmp_path):
-    """Without any filter, while kcat reads."""
+    """Without a filter, while kcat reads."""
     with Run(tmp_path) as run:
         brokers = run.ready()
         port = int(brokers.rpartition(":")[2])

@@ -1,4 +1,4 @@
-"""What can go wrong between the producer and Kafka: nothing is lost without a name, and the log says what is wrong.
+"""Faults between the producer and Kafka: every loss has a reason, and the log names the fault.
 
 Each test makes one fault, under traffic that a packet socket captures beside the producer, and ends it. A registry that
 does not answer: test_registry.py. Two producers on one host, and signals: test_lifecycle.py. A producer that crashes:
@@ -41,13 +41,13 @@ from tests.servers.process import free_port
 pytestmark = [pytest.mark.root, pytest.mark.real_kafka]
 
 ROOT = Path(__file__).parents[2]
-# How long the client takes a new topic's absence for a delay; its default is 30 s.
+# How long the client waits for a missing topic to appear; by default 30 s.
 IMPATIENT = {"topic.metadata.propagation.max.ms": 2000}
 
 
 @pytest.fixture(scope="module")
 def broker(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
-    # A quota counts over 2 s, and not over 11: the broker lets a client that is above it wait for so much less.
+    # Quotas over 2 s instead of 11, so that the broker's delays are shorter.
     short = {"quota.window.num": "2"}
     with KafkaServer(tmp_path_factory.mktemp("faults"), num_partitions=PARTITIONS, settings=short) as server:
         yield server
@@ -55,7 +55,7 @@ def broker(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture
 def kafka(broker: KafkaServer) -> Iterator[KafkaServer]:
-    """A broker of this module's own, that runs again after a test."""
+    """A broker for this module, restarted after each test."""
     yield broker
     mend(broker)
 
@@ -68,7 +68,7 @@ def three(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture
 def cluster(three: KafkaCluster) -> Iterator[KafkaCluster]:
-    """Three brokers, that run again after a test."""
+    """Three brokers, restarted after each test."""
     yield three
     for node in three.nodes.values():
         mend(node)
@@ -116,7 +116,7 @@ def test_broker_killed_and_restarted_mid_stream(kafka, tmp_path):
 
 
 def test_broker_frozen_and_memory_stays_flat_under_much_traffic(kafka, tmp_path):
-    """More events are made than may be under way at a time (32,768), so that only the ring or the spool has room."""
+    """More events than may be in flight (32,768), so the rest must be in the ring or the spool."""
     create_topics(kafka, "frozen.")
     patience = {"socket.timeout.ms": 2000, "request.timeout.ms": 1000}
     with scene(tmp_path, kafka.bootstrap, "frozen.", settings=patience) as at:
@@ -148,7 +148,7 @@ def test_leader_change_and_loss_of_one_of_three_brokers(cluster, tmp_path):
     with scene(tmp_path, cluster.bootstrap, "leader.") as at:
         with at.steady_traffic():
             at.wait_for_more()
-            cluster.nodes[3].stop()  # as for an upgrade: it hands over what it leads
+            cluster.nodes[3].stop()  # as for an upgrade: it hands over its partitions
             cluster.nodes[3].start()
             wait_until_in_sync(cluster, "leader.tcp_transmit")
             at.wait_for_more()
@@ -177,7 +177,7 @@ def test_loss_of_two_of_three_brokers_where_each_event_has_to_be_on_two(cluster,
         at.exchange()
         for node in cluster.brokers:
             at.run.wait_for(f"{node.bootstrap}.*Connection refused")
-        at.wait_for_reason("alone.tcp_transmit: events wait on disk")  # the client keeps to itself why
+        at.wait_for_reason("alone.tcp_transmit: events wait on disk")  # the client does not report the reason
         during = at.events()
         for node in cluster.brokers:
             node.start()
@@ -185,7 +185,7 @@ def test_loss_of_two_of_three_brokers_where_each_event_has_to_be_on_two(cluster,
         at.finish()
     wait_until_in_sync(cluster, "alone.tcp_transmit")
 
-    # Fewer may be shown: what only the leader knew to be on two brokers.
+    # Fewer may be visible: only the leader knew which were on two brokers.
     assert once(during).keys() <= once(before).keys(), "nothing is shown that is on one broker"
     at.assert_nothing_is_missing()
 
@@ -239,7 +239,7 @@ def long_cgroup() -> Iterator[Path]:
 
 
 def exchange_in(cgroup: Path, port: int) -> set[tuple[str, int]]:
-    """Exchange data with an Echo from a process in a cgroup, which its events tell; return its addresses."""
+    """Exchange data with an Echo from a process in a cgroup, which its events name; return its addresses."""
     program = (
         "import os, pathlib, sys\n"
         "from tests.kafka.traffic import exchange\n"
@@ -252,7 +252,7 @@ def exchange_in(cgroup: Path, port: int) -> set[tuple[str, int]]:
 
 
 def make_some_too_large(at: Scene, cgroup: Path) -> set[tuple[str, int]]:
-    """Make both kinds of traffic at a time; return the addresses that the large events are from."""
+    """Make both kinds of traffic in parallel; return the addresses of the large events."""
     with at.steady_traffic():
         at.wait_for_more(101)
         large = exchange_in(cgroup, at.port)
@@ -263,7 +263,7 @@ def make_some_too_large(at: Scene, cgroup: Path) -> set[tuple[str, int]]:
 
 
 def assert_these_alone_are_lost(at: Scene, large: set[tuple[str, int]]) -> None:
-    """Check that all events are in the topic but those from the addresses, which are counted."""
+    """Check that all events are in the topic except those from the addresses, which are counted as lost."""
     small = [each for each in at.segments if (each.saddr, each.sport) not in large]
     assert len(small) < len(at.segments)
     assert_same(small, list(once(at.events()).values()))
@@ -271,13 +271,13 @@ def assert_these_alone_are_lost(at: Scene, large: set[tuple[str, int]]) -> None:
 
 
 def test_too_large_for_the_broker_among_good_ones(kafka, long_cgroup, tmp_path):
-    """The topic's limit is above each good message, and below the batches that they are sent in."""
+    """The topic's limit is above each good message, but below their batches."""
     create_topics(kafka, "large.", TRANSMIT)
     kafka.create_topic("large.tcp_transmit", settings={"max.message.bytes": "1000"})
     with scene(tmp_path, kafka.bootstrap, "large.") as at:
         large = make_some_too_large(at, long_cgroup)
 
-    assert "sent again one by one topic=large.tcp_transmit error=MSG_SIZE_TOO_LARGE" in at.run.log
+    assert "messages one by one topic=large.tcp_transmit error=MSG_SIZE_TOO_LARGE" in at.run.log
     assert_these_alone_are_lost(at, large)
 
 
@@ -290,7 +290,7 @@ def test_too_large_for_the_client_among_good_ones(kafka, long_cgroup, tmp_path):
 
 
 def test_refused_for_a_reason_that_does_not_pass(kafka, tmp_path):
-    """The topic takes no message that is older than a millisecond, until that is changed."""
+    """The topic rejects messages older than a millisecond until its setting is changed."""
     create_topics(kafka, "refused.")
     limit = "message.timestamp.before.max.ms"
     kafka.set_topic("refused.tcp_transmit", {limit: "1"})
@@ -313,7 +313,7 @@ def test_refused_for_a_reason_that_does_not_pass(kafka, tmp_path):
 
 
 def test_slow_broker(kafka, tmp_path):
-    """The broker lets the client wait for its answers, so that it falls behind, and catches up when the quota ends."""
+    """The broker delays its answers, so the client falls behind, and catches up when the quota ends."""
     create_topics(kafka, "slow.")
     with scene(tmp_path, kafka.bootstrap, "slow.", settings={"client.id": "slowed"}) as at:
         with kafka.slow("slowed", 50_000):
@@ -326,7 +326,7 @@ def test_slow_broker(kafka, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder whose state folder has room for 1 MiB."""
+    """A folder with a state folder on a disk of 1 MiB."""
     state = tmp_path / "run" / "state"
     state.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", state], check=True)

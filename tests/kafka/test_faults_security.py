@@ -1,4 +1,4 @@
-"""What goes wrong between the producer and a secured Kafka: rights, passwords, certificates. As test_faults.py."""
+"""Faults between the producer and a secured Kafka: rights, passwords, certificates. See test_faults.py."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,19 +121,19 @@ def test_certificate_refused_until_it_is_renewed(secure, tmp_path, bad):
 
 
 def deliver_what_waits(folder: Path, bootstrap: str, at: Scene) -> Scene:
-    """Start again with what a scene has left on disk, and end once the topic has it."""
+    """Start again with a scene's spool, and stop once it is delivered."""
     with scene(folder, bootstrap, at.prefix) as again:
         wait_until("the topic has all", lambda: len(once(at.events())) >= len(at.segments))
         again.finish()
     return again
 
 
-# A TLS listener hangs up on a client without TLS, and says nothing.
+# A TLS listener closes connections without TLS silently.
 @pytest.mark.parametrize(
     ("client", "says"), [("TLS", "connecting to a PLAINTEXT broker listener"), ("PLAINTEXT", "brokers are down")]
 )
 def test_tls_against_plaintext(secure, tmp_path, client, says):
-    """A mistake in the settings, that only another start can mend: it has all that was captured in the meantime."""
+    """A mistake in the settings that needs a restart, which delivers everything captured in the meantime."""
     prefix = f"mistaken-{client}."
     create_topics(secure, prefix)
     settings = secure.tls() if client == "TLS" else {}

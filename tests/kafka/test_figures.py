@@ -1,5 +1,5 @@
-"""The figures of a real capture with real loss are the same wherever they are looked at: in the kernel, a plain
-consumer, the Flink job and the alerting consumer.
+"""The counts of a real capture with real loss agree: in the kernel, a plain consumer, the Flink job and the alerting
+consumer.
 
 The demo's traffic between two namespaces, a producer as a user runs it, and the topics' readers as users run them.
 """
@@ -31,13 +31,13 @@ LOSS, TRAFFIC_S = 0.02, 5.0
 
 
 class Captured(NamedTuple):
-    """What was captured, as the kernel counts it and as a plain consumer reads it."""
+    """A capture, as counted by the kernel and as read by a plain consumer."""
 
     counters: dict[str, int]
     events: dict[str, list[dict[str, Any]]]
 
     def segs(self, topic: str) -> int:
-        """Return how many segments the topic's events stand for."""
+        """Return the number of segments of the topic's events."""
         return sum(event["segs"] * event["sample_rate"] for event in self.events[topic])
 
     @property
@@ -79,9 +79,9 @@ def test_a_plain_consumer_counts_what_the_kernel_counted(captured):
 
     assert comparison.retransmitted.counted > 10
     assert [row for row in comparison.rows if row.difference and row is not comparison.sent_first] == []
-    # What is sent without a socket passes no hook: an answer from TIME_WAIT, each to something that was sent again.
+    # Segments without a socket pass no hook: answers from TIME_WAIT, each to a retransmission.
     assert -comparison.retransmitted.counted < comparison.sent_first.difference <= 0
-    # A SYN-ACK that is sent again is one event, and in both counters.
+    # A retransmitted SYN-ACK is one event, and in both counters.
     both = tally.sent_first + tally.sent_again - tally.retransmitted["syn_ack"]
     assert (captured.segs(TRANSMIT), captured.segs(RETRANSMIT)) == (both, captured.counters["RetransSegs"])
 
@@ -105,14 +105,14 @@ def test_the_flink_jobs_sums_over_all_minutes_are_the_same(captured, kafka, regi
 
 
 def test_the_alerting_consumers_window_has_the_same(captured, kafka, registry, tmp_path):
-    """One window holds the whole capture, so that what fires in it tells of all."""
+    """One window contains the whole capture, so its alerts count all of it."""
     width_ns = width_of_a_window_around([event["ts_ns"] for events in captured.events.values() for event in events])
     rule = f"window_s = {width_ns / 1e9:.9f}, threshold = 0.0001, clear = 0.00005"
     text = f"""
         kafka = {{ brokers = "{kafka.bootstrap}", topic_prefix = "{PREFIX}" }}
         registry.url = "{registry.url}"
         [alert]
-        silent_after = 0
+        missed_heartbeats = 0
         lateness_s = 1
         rules = [
             {{ name = "host-ratio", by = "host", measure = "ratio", {rule} }},
@@ -147,7 +147,7 @@ def test_the_alerting_consumers_window_has_the_same(captured, kafka, registry, t
 
 
 def width_of_a_window_around(times_ns: list[int]) -> int:
-    """Return the width of windows of which one holds all these times, and ends soon after them."""
+    """Return a window width such that one window contains all these times and ends soon after."""
     second = 1_000_000_000
     end_ns = max(times_ns) + second
     width_ns = end_ns // (end_ns // (max(times_ns) - min(times_ns) + 2 * second))
@@ -157,7 +157,7 @@ def width_of_a_window_around(times_ns: list[int]) -> int:
 
 @contextmanager
 def alerting(folder: Path) -> Iterator[Path]:
-    """Run `rebpf alert` from the topics' beginning; yield the file of what it logs. It must end in order."""
+    """Run `rebpf alert` from the topics' beginning; yield its log file. It must exit with 0."""
     errors = folder / "errors"
     run = ["setpriv", "--pdeathsig", "KILL", *command("alert", "--config", folder / "rebpf.toml", "--from-beginning")]
     with errors.open("wb") as err:

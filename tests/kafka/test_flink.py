@@ -1,6 +1,6 @@
-"""The jobs of deploy/flink on a real Flink, Kafka and registry: their figures are those of what was put in.
+"""The jobs of deploy/flink on a real Flink, Kafka and registry: their results match the input.
 
-Two hosts send to three peers over three minutes. Some events come twice, copies with a corrected clock, and some come
+Two hosts send to three peers over three minutes. Some events are duplicated, with a corrected clock, and some come
 after all others, as from a spool.
 """
 
@@ -37,7 +37,7 @@ MINUTES = 3
 
 
 def traffic() -> list[Sent]:
-    """Return all events, in the order of their times; late ones, and one without a transmit, have own ports."""
+    """Return all events in order of time; late ones, and one without a transmit, have distinct ports."""
     made: list[Sent] = []
     numbers: Counter[tuple[str, Stream]] = Counter()
 
@@ -72,7 +72,7 @@ def sent() -> list[Sent]:
 
 @pytest.fixture(scope="module")
 def tables(kafka, registry, sent, tmp_path_factory) -> Path:
-    """Put the events into the topics, and return a file of the tables, which end where the topics now end."""
+    """Produce the events, and return a file of the tables, bounded at the topics' current ends."""
     if absent := fetch.flink_missing():
         pytest.skip(f"NO REAL FLINK: it is not in the cache, and this machine lacks {', '.join(absent)}")
     folder = tmp_path_factory.mktemp("state")
@@ -93,7 +93,7 @@ def tables(kafka, registry, sent, tmp_path_factory) -> Path:
 
 
 def results(kafka, topic: str) -> list[dict[str, Any]]:
-    """Return the last row for each key of a result."""
+    """Return the last row per key of a result."""
     return [
         json.loads(value)
         for value in {each.key: each.value for each in kcat_messages(kafka.bootstrap, PREFIX + topic)}.values()
@@ -101,7 +101,7 @@ def results(kafka, topic: str) -> list[dict[str, Any]]:
 
 
 def percentile(values: list[int], part: float) -> float:
-    """Return what SQL's PERCENTILE_CONT does: between the two nearest values in proportion."""
+    """Return a percentile like SQL's PERCENTILE_CONT: interpolated between the two nearest values."""
     return float(np.percentile(values, part * 100, method="linear"))
 
 

@@ -48,7 +48,7 @@ def test_init_creates_the_topics_and_leaves_those_that_are_there(kafka, config):
     settings = "replication 1, " + " ".join(f"{name}={value}" for name, value in TOPIC_SETTINGS.items())
     created = [f"topic init.{topic}: created, 5 partitions, {settings}" for topic in TOPICS]
     assert first.stdout.splitlines() == [*created, f"topic init.rebpf_agent: created, 1 partition, {settings}", ids]
-    there = [f"topic init.{topic}: exists, and is left as it is" for topic in all_topics]
+    there = [f"topic init.{topic}: exists, unchanged" for topic in all_topics]
     assert again.stdout.splitlines() == [*there, ids]
     present = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
     assert [len(present[f"init.{topic}"].partitions) for topic in all_topics] == [5, 5, 1]
@@ -91,7 +91,7 @@ def test_init_says_why_a_topic_cannot_be_created(kafka, config):
     done = rebpf("init", "--config", config("init-three."), "--brokers", kafka.bootstrap, "--replication", 3)
 
     assert done.returncode == 69
-    assert done.stderr.startswith("rebpf: topic init-three.tcp_transmit cannot be created: ")
+    assert done.stderr.startswith("rebpf: cannot create topic init-three.tcp_transmit: ")
     assert "replication factor" in done.stderr.lower()
     assert len(done.stderr.splitlines()) == 1
 
@@ -141,7 +141,7 @@ def test_a_missing_topic_of_heartbeats_is_named_and_no_reason_not_to_run(kafka, 
     code, found = findings("--config", config("deaf."), "--brokers", kafka.bootstrap)
 
     assert (code, found["topic deaf.rebpf_agent"]["ok"]) == (0, True)
-    assert found["topic deaf.rebpf_agent"]["text"] == "missing: run `rebpf init`; till then no heartbeats are sent"
+    assert found["topic deaf.rebpf_agent"]["text"] == "missing: run `rebpf init`; no heartbeats are sent until then"
 
 
 def test_check_says_that_no_broker_answers():
@@ -152,7 +152,7 @@ def test_check_says_that_no_broker_answers():
     text = str(found["Kafka"]["text"])
     assert text.startswith("no answer from Kafka at 127.0.0.1:")
     assert "Connection refused" in text
-    assert text.endswith("; see kafka.brokers, and the way there: nc -vz HOST PORT")
+    assert text.endswith("; check kafka.brokers, and the network: nc -vz HOST PORT")
 
 
 @pytest.mark.root
@@ -160,7 +160,7 @@ def test_check_of_a_host_that_has_everything_is_good():
     code, found = findings()
     assert code == 0
     assert {"capabilities", "cgroup v2", "BTF", "Python", "bcc", "Kafka"} <= found.keys()
-    assert found["Kafka"]["text"] == "no brokers are configured: the embedded broker will run, for trying only"
+    assert found["Kafka"]["text"] == "no brokers configured: the in-process test broker will be used"
     for stream in ("transmit", "retransmit"):
         assert "possible" in {found[name]["text"] for name in found if name.startswith(f"{stream} by ")}
 
@@ -182,7 +182,7 @@ def test_check_says_what_an_unprivileged_user_lacks():
         assert name in str(found["capabilities"]["text"])
 
 
-def test_a_setting_that_the_client_refuses_is_a_configuration_error(config):
+def test_a_setting_that_the_client_rejects_is_a_configuration_error(config):
     arguments = ["--config", config("", 'kafka.settings = { "lingr.ms" = 5 }'), "--brokers", "127.0.0.1:1"]
     done = rebpf("init", *arguments)
 
@@ -202,9 +202,9 @@ def test_a_topic_whose_settings_let_no_event_in(kafka, config):
     assert done.returncode >= 69
     alter = "kafka-configs.sh --alter --entity-type topics --entity-name"
     for text in (
-        "topic tight.tcp_transmit: max.message.bytes is 999, and no event fits: "
+        "topic tight.tcp_transmit: max.message.bytes is 999, too small for any event: "
         f"{alter} tight.tcp_transmit --add-config max.message.bytes=1048588",
-        "topic tight.tcp_retransmit: min.insync.replicas is 2 with 1 replicas, so that it takes no event: "
+        "topic tight.tcp_retransmit: min.insync.replicas is 2 with 1 replicas, so the topic accepts no events: "
         f"{alter} tight.tcp_retransmit --add-config min.insync.replicas=1",
     ):
         assert f"MISSING {text}" in done.stdout.splitlines()
@@ -218,7 +218,7 @@ def test_a_topic_that_compacts(kafka, config):
     alter = "kafka-configs.sh --alter --entity-type topics --entity-name compact.tcp_transmit --add-config"
     warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING topic")]
     assert warnings == [
-        "WARNING topic compact.tcp_transmit: cleanup.policy is compact, and of each flow all events but the last go: "
+        "WARNING topic compact.tcp_transmit: cleanup.policy is compact, which keeps only the last event of each flow: "
         f"{alter} cleanup.policy=delete"
     ]
 
@@ -235,8 +235,8 @@ def test_a_topic_on_one_of_two_brokers(tmp_path, servers_present, config):
     assert found["Kafka"]["text"] == f"{first.bootstrap}, 2 brokers"
     warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING topic")]
     assert warnings == [
-        "WARNING topic tcp_transmit: one replica on 2 brokers: with its broker go its events; "
-        "kafka-reassign-partitions.sh gives it more, or delete it and `rebpf init --replication 3`"
+        "WARNING topic tcp_transmit: one replica on 2 brokers: its events are lost with its broker; "
+        "add replicas with kafka-reassign-partitions.sh, or delete it and run `rebpf init --replication 3`"
     ]
 
 
@@ -272,7 +272,7 @@ def test_authentication_refused(secure, config):
     assert code == 77
     assert found["Kafka"]["exit_code"] == 77
     text = str(found["Kafka"]["text"])
-    assert text.startswith(f"Kafka at {secure.address('SASL_SSL')} refuses the authentication: ")
+    assert text.startswith(f"Kafka at {secure.address('SASL_SSL')} rejects the authentication: ")
     assert "sasl.password" in text
     assert "wrong-secret" not in json.dumps(found)
 
@@ -284,7 +284,7 @@ def test_tls_that_does_not_come_about(secure, config, tmp_path):
 
     assert code >= 69
     assert found["Kafka"]["exit_code"] == 69
-    assert str(found["Kafka"]["text"]).startswith(f"no TLS with Kafka at {secure.address('TLS')}: ")
+    assert str(found["Kafka"]["text"]).startswith(f"TLS with Kafka at {secure.address('TLS')} failed: ")
     assert "ssl.ca.location" in str(found["Kafka"]["text"])
 
 
@@ -307,9 +307,9 @@ def test_a_topic_that_is_not_ours_to_write(secure, config):
     assert code == 77
     assert found["topic acl.tcp_retransmit"]["exit_code"] == 77
     grant = "kafka-acls.sh --add --producer --topic acl.tcp_retransmit --allow-principal User:NAME"
-    assert found["topic acl.tcp_retransmit"]["text"] == f"this user may not see it: {grant}"
+    assert found["topic acl.tcp_retransmit"]["text"] == f"this user may not describe it: {grant}"
     assert found["topic acl.tcp_transmit"]["ok"]
-    assert found["topic acl.tcp_transmit"]["text"] == "3 partitions; its settings are not shown to this user"
+    assert found["topic acl.tcp_transmit"]["text"] == "3 partitions; this user may not describe its settings"
 
 
 def test_a_topic_that_may_be_seen_and_not_written(secure, config):
@@ -339,7 +339,7 @@ def test_a_registry_that_refuses_the_password(kafka, registry, config, tmp_path)
     assert code == 77
     assert found["registry"]["exit_code"] == 77
     text = str(found["registry"]["text"])
-    assert text.startswith(f"registry {guarded.url} refuses the authentication: ")
+    assert text.startswith(f"registry {guarded.url} rejects the authentication: ")
     assert text.endswith("; put USER:PASSWORD into the file that registry.auth names, or see registry.certificate")
     assert "wr0ng" not in json.dumps(found)
 
@@ -351,7 +351,7 @@ def test_a_registry_that_does_not_answer(kafka, config):
     assert code >= 69
     assert found["registry"]["exit_code"] == 69
     assert str(found["registry"]["text"]).startswith(f"registry {url} does not answer: ")
-    assert str(found["registry"]["text"]).endswith(f"; see registry.url, and the way there: curl -f {url}/subjects")
+    assert str(found["registry"]["text"]).endswith(f"; check registry.url, and the network: curl -f {url}/subjects")
 
 
 def test_a_registry_without_our_schemas_or_with_others(kafka, registry, config):
@@ -379,8 +379,8 @@ def test_a_registry_without_our_schemas_or_with_others(kafka, registry, config):
     assert code == 78
     assert found[f"schema {subject}"]["exit_code"] == 78
     assert found[f"schema {subject}"]["text"] == (
-        f"registry {registry.url} has others there, with which this version's is incompatible: "
-        "use another kafka.topic_prefix, or delete the subject and `rebpf init`"
+        f"registry {registry.url} has schemas that are incompatible with this version's: "
+        "use another kafka.topic_prefix, or delete the subject and run `rebpf init`"
     )
 
     arguments[1] = config("unborn.", "registry.register = true\n")

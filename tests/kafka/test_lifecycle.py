@@ -1,4 +1,4 @@
-"""How `rebpf run` begins and ends: signals, exit codes, what it holds, and that nothing of it stays."""
+"""How `rebpf run` starts and ends: signals, exit codes, what it holds, and that nothing remains."""
 
 import json
 import os

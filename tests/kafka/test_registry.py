@@ -1,4 +1,4 @@
-"""`rebpf run` with a real schema registry, with one that is down, and with one that never answers."""
+"""`rebpf run` with a real schema registry, one that is down, and one that never answers."""
 
 import json
 import socket
@@ -81,7 +81,7 @@ def test_a_registry_without_the_heartbeats_schema_costs_the_heartbeats_alone(cli
     assert schema_ids(own_config("deaf.", registry.url, tmp_path)) == numbers
     (record,) = caplog.records
     assert "does not have deaf.rebpf_agent-value" in record.getMessage()
-    assert record.getMessage().endswith("nothing is sent to topic deaf.rebpf_agent")
+    assert record.getMessage().endswith("not sending to topic deaf.rebpf_agent")
 
     cache = tmp_path / "schema_ids.json"
     with refusing() as url:
@@ -101,7 +101,7 @@ def test_the_heartbeats_schema_is_registered_and_cached_as_the_others_are(client
         assert schema_ids(own_config("heard.", url, tmp_path))["heard.rebpf_agent"] == number
 
 
-def test_run_registers_where_it_is_told_to(kafka, client, registry, tmp_path):
+def test_run_registers_schemas_if_configured(kafka, client, registry, tmp_path):
     for topic in topics.FIXED_IDS:
         kafka.create_topic(f"registered.{topic}")
     text = config("registered.", registry.url, "registry.register = true")
@@ -134,7 +134,7 @@ def test_an_incompatible_schema_is_a_configuration_error(kafka, client, registry
 
 
 def test_init_takes_no_schema_that_is_incompatible_with_what_is_there(client, registry, tmp_path):
-    """Also where the subject was made by another and demands nothing yet."""
+    """Also if somebody else created the subject, without a compatibility level."""
     subject = "taken.tcp_transmit-value"
     client.register_schema(subject, Schema(json.dumps({"type": "record", "name": "Other", "fields": []}), "AVRO"))
     with pytest.raises(SchemaError, match=f"{subject} has an incompatible schema"):
@@ -143,7 +143,7 @@ def test_init_takes_no_schema_that_is_incompatible_with_what_is_there(client, re
 
 
 def test_each_schema_is_compatible_both_ways_with_every_released_one(client, registry, tmp_path):
-    """As the registry sees it, which then also keeps the next ones to it."""
+    """As decided by the registry, which then also checks later ones."""
     for path in sorted(SCHEMAS.glob("released/*/*.avsc")):
         prefix = f"since-{path.parent.name}."
         client.register_schema(f"{prefix}{path.stem}-value", Schema(path.read_text(), "AVRO"))
@@ -177,7 +177,7 @@ def refusing() -> Iterator[str]:
 
 @contextmanager
 def black_hole() -> Iterator[str]:
-    """A registry that takes connections and never answers."""
+    """A registry that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -192,7 +192,7 @@ def test_without_an_answer_and_without_a_cache_it_does_not_start(kafka, tmp_path
 
 @pytest.mark.parametrize("registry_of", [refusing, black_hole])
 def test_without_an_answer_earlier_ids_are_used(kafka, registry, tmp_path, registry_of):
-    """Of the same registry, subject and schema: so the cache of a real run, with its address changed."""
+    """For the same registry, subject and schema: the cache of a real run, with its address changed."""
     prefix = f"cached-{registry_of.__name__}."
     text = config(prefix, registry.url, "registry.register = true")
     for topic in topics.FIXED_IDS:

@@ -1,4 +1,4 @@
-"""Rules changed while the producer runs: by `rebpf reload`, by SIGHUP, by a bad file, and by a cgroup that appears."""
+"""Rule changes while the producer runs: by `rebpf reload`, SIGHUP, a bad file, and a new cgroup."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def test_reload_puts_the_changed_rules_in_force(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (0, "rules version 2 is in force\n")
         exchange(one.port, 7)
         balance = run.finish()
-    # Three connections before the reload, and none of the five, nor of the seven behind it.
+    # Three connections before the reload; none of the five, nor of the seven after it.
     assert balance["tcp_transmit"]["delivered"] == balance["tcp_transmit"]["passed"] == segments.total() > 3 * 16
 
 

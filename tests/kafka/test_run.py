@@ -1,4 +1,4 @@
-"""`rebpf run` against a real Kafka that is well: every segment once, and nothing of its own."""
+"""`rebpf run` against a healthy Kafka: every segment once, and no own traffic."""
 
 import os
 from collections import Counter, defaultdict
@@ -101,7 +101,7 @@ def test_the_key_is_the_flow_and_its_partition_the_java_clients(outcome):
 
 
 def test_a_flow_stays_in_order(outcome):
-    """By the sequence number, which the events of one direction must not step back in but by a retransmission."""
+    """By sequence number, which within a direction decreases only in retransmissions."""
     *_, events = outcome
     ends: dict[bytes, int] = {}
     for event in events[TRANSMIT]:
@@ -134,7 +134,7 @@ def ports_to(port: int, pid: int) -> set[int]:
 
 
 def test_the_producers_connections_are_not_in_its_events_and_other_clients_of_the_broker_are(kafka, tmp_path):
-    """Without any filter, and although both talk to the same port."""
+    """Without a filter, and although both use the same port."""
     config = '[kafka]\ntopic_prefix = "own."\n'
     init(config, tmp_path, kafka)
     kafka.create_topic("others")
@@ -142,7 +142,7 @@ def test_the_producers_connections_are_not_in_its_events_and_other_clients_of_th
 
     with Run(tmp_path, "--brokers", kafka.bootstrap, config=config) as run:
         run.ready()
-        # Clients of earlier tests may still be connected, and have nothing to send.
+        # Clients of earlier tests may still be connected, idle.
         idle = ports_to(port, os.getpid())
         other = confluent_kafka.Producer({"bootstrap.servers": kafka.bootstrap})
         for number in range(101):
@@ -161,7 +161,7 @@ def test_the_producers_connections_are_not_in_its_events_and_other_clients_of_th
     assert not own & {event.record["dport"] for event in events if event.record["sport"] == port}
     sent_by_other = [event for event in events if event.record["sport"] in others and event.record["payload_len"]]
     assert len(sent_by_other) >= 101
-    # All of the host's traffic: how much that is, and whether the ring can hold it, is not known here.
+    # All of the host's traffic: its amount, and whether the ring can hold it, is unknown.
     account = balance["own.tcp_transmit"]
     assert account["delivered"] == len(events)
     assert account["passed"] == account["delivered"] + sum(account["lost"].values())

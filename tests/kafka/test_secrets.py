@@ -1,4 +1,4 @@
-"""Secrets from files, and certificates: they open Kafka and the registry, and nobody sees them."""
+"""Secrets from files, and certificates: they work with Kafka and the registry, and never leak."""
 
 import json
 import subprocess
@@ -61,7 +61,7 @@ def test_the_password_comes_from_a_credential_and_is_seen_nowhere(secure, tmp_pa
 
 
 def test_the_key_of_a_clients_certificate_is_opened_by_a_password_from_a_file(secure, tmp_path):
-    """Of the wrong password it says so, and not which it was."""
+    """The error names the wrong password's setting, not the password."""
     client = secure.authority.issue("client")
     encrypt = ["openssl", "ec", "-aes256", "-passout", "pass:k3y-s3cret", "-in", client.key]
     subprocess.run([*encrypt, "-out", tmp_path / "client.key"], check=True, capture_output=True)
@@ -80,7 +80,7 @@ def test_the_key_of_a_clients_certificate_is_opened_by_a_password_from_a_file(se
 
 @pytest.mark.parametrize("mistake", ["password", "certificate"])
 def test_a_mistake_is_in_the_health_and_its_mending_delivers_all(secure, tmp_path, mistake):
-    """Another start mends it, since secrets and certificates are read at the start."""
+    """A restart fixes it, since secrets and certificates are read at the start."""
     prefix = f"mended-{mistake}."
     ours = secure.authority.issue("client")
     user, listener = (USERS[PLAIN], "SASL_SSL") if mistake == "password" else ("CN=client", "MUTUAL")
@@ -133,11 +133,11 @@ def test_a_registry_with_tls_and_a_password(kafka, registry, authority, tmp_path
         done = rebpf("check", *arguments)
         assert done.returncode >= 77
         (line,) = [each for each in done.stdout.splitlines() if "registry" in each]
-        assert line.startswith(f"MISSING registry: registry {guarded.url} refuses the authentication: ")
+        assert line.startswith(f"MISSING registry: registry {guarded.url} rejects the authentication: ")
         assert guarded.refused == 1, "it is asked once"
         done = rebpf("init", *arguments)
         assert done.returncode == 77
-        assert done.stderr.startswith(f"rebpf: registry {guarded.url} refuses the authentication: ")
+        assert done.stderr.startswith(f"rebpf: registry {guarded.url} rejects the authentication: ")
         assert "wr0ng" not in done.stdout + done.stderr
 
 

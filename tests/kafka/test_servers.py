@@ -1,4 +1,4 @@
-"""The test servers are real: they keep what they are given over a crash, and kcat reads it byte for byte."""
+"""The test servers are real: data survive a crash, and kcat reads them byte for byte."""
 
 import os
 import threading
@@ -22,7 +22,7 @@ from tests.servers.secure import PASSWORD, PLAIN, SCRAM, USERS, SecureKafka
 
 pytestmark = pytest.mark.real_kafka
 
-# What trips a reader of text: line ends, NUL, kcat's own header, bytes that are not UTF-8, empty beside null.
+# Hard for text readers: line ends, NUL, kcat's own header, bytes that are not UTF-8, empty and null.
 AWKWARD = [b"", b"\n", b"\x00", b"0 0 0 1 1\n", b"%s%k\\n", bytes(range(256)), b"\xff" * 1009, None]
 
 

@@ -1,8 +1,7 @@
-"""What Kafka does not take waits on disk: outages, stops, full and read-only disks, damage; every event is accounted
-for.
+"""The spool on disk: outages, stops, full and read-only disks, damage; every event is accounted for.
 
-Traffic is steady, so much a second that a ring does not hold what an outage needs. The oracle is the traffic itself,
-which says what it has sent, and the kernel's numbers in the topic, read by kcat.
+Traffic is steady, and too much for a ring to hold during an outage. The oracles are the traffic generator's own counts
+and the kernel's numbers in the topic, read by kcat.
 """
 
 import os
@@ -29,7 +28,7 @@ SENDS = 6000  # a second; with the acknowledgements some 10,000 segments
 
 @pytest.fixture(scope="module")
 def mortal(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
-    """A broker that tests kill; each leaves it running."""
+    """A broker that tests may kill; each leaves it running."""
     with KafkaServer(tmp_path_factory.mktemp("mortal"), num_partitions=PARTITIONS) as server:
         yield server
 
@@ -194,14 +193,14 @@ SMALL_RING = "[spool]\nspill_after_s = 0.5\n[capture]\ntransmit_ring_bytes = 524
 
 
 def on(disk: Path, folder: Path) -> None:
-    """Put the state folder of a run in `folder` on a disk."""
+    """Put the state folder of the run in `folder` on this disk."""
     (disk / "state").mkdir(mode=0o700)
     (folder / "state").symlink_to(disk / "state")
 
 
 def test_disk_full_during_an_outage_is_counted_and_recovers_by_itself(mortal, small_disk, tmp_path):
     on(small_disk, tmp_path)
-    # It overflows after some seconds of an outage, not in a moment in which the producer has no CPU.
+    # Overflows after some seconds of an outage, but not when the producer briefly gets no CPU.
     scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.5\n[capture]\ntransmit_ring_bytes = 8388608\n")
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
@@ -212,7 +211,7 @@ def test_disk_full_during_an_outage_is_counted_and_recovers_by_itself(mortal, sm
             assert any("No space left" in reason for reason in scene.status()["reasons"])
             spooled = scene.account()["spooled"]
             ballast.unlink()
-            scene.wait_for("spooled", spooled + 5000)  # by itself, while Kafka is still away
+            scene.wait_for("spooled", spooled + 5000)  # by itself, while Kafka is still down
         scene.wait_for_delivery()
         wait_until("the ring has room", lambda: scene.account()["in_ring"] < 10_000)
         lost = scene.account()["lost"]
@@ -224,7 +223,7 @@ def test_disk_full_during_an_outage_is_counted_and_recovers_by_itself(mortal, sm
 
 @pytest.fixture
 def breakable_disk(tmp_path: Path) -> Iterator[Path]:
-    """An ext4 file system that an error makes read-only, though files are open for writing."""
+    """An ext4 file system that an error makes read-only, even with files open for writing."""
     image, folder = tmp_path / "image", tmp_path / "disk"
     image.write_bytes(bytes(1 << 25))
     folder.mkdir()
@@ -239,7 +238,7 @@ def breakable_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def break_disk(folder: Path) -> None:
-    """Have the kernel find an error in the file system."""
+    """Make the kernel find an error in the file system."""
     device = os.stat(folder).st_dev
     name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
     Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("a test")
@@ -256,7 +255,7 @@ def test_disk_read_only_during_an_outage_is_counted_and_kafka_gets_the_rest(mort
             wait_until("the ring is full", lambda: scene.account()["lost"].get("ring_full", 0) > 5000)
             assert any("Read-only file system" in reason for reason in scene.status()["reasons"])
         delivered = scene.account()["delivered"]
-        scene.wait_for("delivered", delivered + 20_000)  # what waited, and what came then
+        scene.wait_for("delivered", delivered + 20_000)  # spooled and new events
         traffic.stop()
     gaps_are_what_is_lost(scene, mortal, "ring_full")
 

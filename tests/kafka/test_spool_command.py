@@ -1,4 +1,4 @@
-"""`rebpf spool replay` on a real Kafka: each event once and in order, and an account that a next run goes on from."""
+"""`rebpf spool replay` on a real Kafka: each event once and in order, and a ledger that the next run continues from."""
 
 import json
 import os
@@ -65,7 +65,7 @@ class Place:
         return topics.read(self.kafka.bootstrap, topic, self.prefix)
 
     def run(self, folder: Path, *options: object, brokers: str | None = None) -> Run:
-        # A broker that is there takes all, however slow it is, and none that is away.
+        # A reachable broker accepts everything, however slow; an unreachable one nothing.
         config = self._text(0.3 if brokers else 60.0)
         return Run(folder, "--brokers", brokers or self.kafka.bootstrap, *options, config=config)
 
@@ -95,7 +95,7 @@ def numbers(events: Sequence[topics.Event]) -> list[int]:
 
 
 def assert_in_order(events: Sequence[topics.Event]) -> None:
-    """Check that each flow is in one partition, and its events, where each comes first, in order."""
+    """Check that each flow is in one partition, with first copies in order."""
     flows: dict[bytes | None, list[int]] = defaultdict(list)
     partitions = defaultdict(set)
     seen: set[int] = set()
@@ -123,7 +123,7 @@ def test_replay_sends_each_event_once_and_in_order(place):
     assert numbers(place.events()) == list(range(6 * SIZE + 1, 23 * SIZE + 1))
     assert_in_order(place.events())
     assert numbers(place.events(RETRANSMIT)) == list(range(1, 2 * SIZE + 1))
-    # The ring, too, goes on behind the batch that the ledger had not noted.
+    # The ring also continues after the batch that the ledger had not recorded.
     end = 23 * SIZE
     assert spools.read_ledger(place.state) == Account(spools.RING, end * spools.STRIDE, 0, {}, end, end, 0)
     assert list((place.state / "spool").rglob("*.avro")) == []

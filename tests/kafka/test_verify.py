@@ -1,4 +1,4 @@
-"""`rebpf verify` on a real Kafka: numbers left out, doubled and late on purpose, and exactly those are told."""
+"""`rebpf verify` on a real Kafka: it reports exactly the missing, duplicate and late numbers that were produced."""
 
 import ipaddress
 import json
@@ -33,7 +33,7 @@ GENERATION = 1 << 32
 
 
 class Given(NamedTuple):
-    """An event by what identifies it; its time goes up with `tick`, in microseconds."""
+    """An event's identity; its time increases with `tick`, in microseconds."""
 
     host: str
     boot_id: str
@@ -47,7 +47,7 @@ class Given(NamedTuple):
 
 
 def encoded(stream: Stream, events: Sequence[Given], schema_id: int) -> Iterator[tuple[bytes, bytes]]:
-    """Encode events as the agents of their hosts do; yield keys and values in the same order."""
+    """Encode events as the agents of their hosts would; yield keys and values in the same order."""
     by_boot: dict[tuple[str, str], list[int]] = defaultdict(list)
     for at, each in enumerate(events):
         by_boot[each.host, each.boot_id].append(at)
@@ -86,7 +86,7 @@ class Topics:
         self.bootstrap = kafka.bootstrap
         self.prefix = prefix
         for stream in STREAMS:
-            # The messages' times are of one day, however long ago that is.
+            # The messages' timestamps are of one day, however long ago.
             kafka.create_topic(self.name(stream), PARTITIONS, settings={"retention.ms": "-1"})
 
     def name(self, stream: Stream) -> str:
@@ -107,8 +107,8 @@ class Topics:
         chosen = [word for stream in STREAMS for word in ("--topic", self.name(stream))] if by_topics else []
         return rebpf("verify", "--brokers", self.bootstrap, *chosen, *arguments)
 
-    def told(self, *arguments: object) -> tuple[dict[str, Any], int]:
-        """Return by the streams' names what verify says in JSON, and its exit code."""
+    def reports(self, *arguments: object) -> tuple[dict[str, Any], int]:
+        """Return verify's JSON by stream name, and its exit code."""
         done = self.verify("--json", *arguments)
         (line,) = done.stdout.splitlines() or [done.stderr]
         report = json.loads(line)
@@ -116,12 +116,12 @@ class Topics:
 
 
 def run_of(host: str, boot_id: str, cpus: int, numbers: Iterable[int]) -> list[Given]:
-    """Return the events of some CPUs that each give the same numbers, in turn."""
+    """Return events of several CPUs in turn, each with the same numbers."""
     return [Given(host, boot_id, cpu, number, number * cpus + cpu) for number in numbers for cpu in range(cpus)]
 
 
 def counts(boot: dict[str, Any]) -> dict[str, Any]:
-    """Return what is not 0."""
+    """Return the counts above 0."""
     return {name: value for name, value in boot.items() if value and name not in ("first_ns", "last_ns", "boot_id")}
 
 
@@ -159,20 +159,20 @@ def test_a_transaction_that_is_left_open_hides_nothing(topics: Topics) -> None:
     somebody.flush(60)
     topics.put(TRANSMITS, run_of("web-1", "boot-a", 1, range(20, 101)))
     topics.put(RETRANSMITS, run_of("web-1", "boot-a", 1, range(1, 5)))
-    told, _ = topics.told()
+    reports, _ = topics.reports()
     somebody.abort_transaction(60)
     somebody.close()
-    (boot,) = told[TRANSMITS.name]["boots"]
-    assert (boot["events"], boot["missing"], told[TRANSMITS.name]["undecodable"]) == (100, 0, PARTITIONS)
+    (boot,) = reports[TRANSMITS.name]["boots"]
+    assert (boot["events"], boot["missing"], reports[TRANSMITS.name]["undecodable"]) == (100, 0, PARTITIONS)
 
 
-def test_numbers_left_out_doubled_and_late_are_told_exactly(topics: Topics) -> None:
+def test_missing_duplicate_and_late_numbers_are_reported_exactly(topics: Topics) -> None:
     first = run_of("web-1", "boot-a", 3, [*range(1, 100), *range(107, 2000), *range(2001, 2100)])  # 7 and 1 lacking
     second = run_of("web-1", "boot-b", 2, [*range(1, 500), *range(3 * GENERATION + 5, 3 * GENERATION + 100)])
     other = run_of("web-2", "boot-c", 1, range(11, 700))
-    # What a crash sends again: in order, late, and some of it twice.
+    # Resent after a crash: in order, late, and some of it twice.
     twice = [*first[1000:2000], *first[1500:1600]]
-    # An event behind the next of its flow, in each of two flows.
+    # An event after the next one of its flow, in each of two flows.
     late = [500, 501]
     for at in late:
         other[at], other[at + FLOWS] = other[at + FLOWS], other[at]
@@ -180,16 +180,16 @@ def test_numbers_left_out_doubled_and_late_are_told_exactly(topics: Topics) -> N
     topics.put_raw(TRANSMITS, [(b"k", b"not avro"), (b"k", b"\0\0\0\0\x09and no schema")])
     topics.put(RETRANSMITS, run_of("web-1", "boot-a", 2, [1, 2, 4]))
 
-    told, code = topics.told()
+    reports, code = topics.reports()
     assert code == 65
-    transmits = told["transmit"]
+    transmits = reports["transmit"]
     assert (transmits["messages"], transmits["undecodable"]) == (len([*first, *second, *twice, *other]) + 2, 2)
     assert [counts(boot) for boot in sorted(transmits["boots"], key=lambda boot: str(boot["boot_id"]))] == [
         {"host": "web-1", "events": len(first), "duplicates": len(twice), "gaps": 6, "missing": 3 * 8},
         {"host": "web-1", "events": len(second), "gaps": 2, "missing": 2 * 4, "restarts": 1},
         {"host": "web-2", "events": len(other), "out_of_order": 2, "first_numbers": {"0": 11}},
     ]
-    (boot,) = told["retransmit"]["boots"]
+    (boot,) = reports["retransmit"]["boots"]
     assert counts(boot) == {"host": "web-1", "events": 6, "gaps": 2, "missing": 2}
 
     done = topics.verify()
@@ -200,7 +200,7 @@ def test_numbers_left_out_doubled_and_late_are_told_exactly(topics: Topics) -> N
     )
     assert "first_numbers=0:11" in done.stdout
 
-    alone, code = topics.told("--host", "web-2")
+    alone, code = topics.reports("--host", "web-2")
     assert code == 65  # undecodable
     assert [boot["host"] for boot in alone["transmit"]["boots"]] == ["web-2"]
     assert alone["transmit"]["other_hosts"] == len([*first, *second, *twice])
@@ -218,11 +218,11 @@ def test_random_faults_of_many_hosts_are_those_that_a_count_by_hand_finds(topics
     chosen.shuffle(whole)
     sent = [each for each in whole for _ in range(chosen.choices([0, 1, 2, 3], [2, 90, 6, 2])[0])]
     topics.put(TRANSMITS, sent)
-    told, code = topics.told()
+    reports, code = topics.reports()
     assert code == 65
-    assert told["retransmit"]["messages"] == 0
-    assert len(told["transmit"]["boots"]) == 15
-    for boot in told["transmit"]["boots"]:
+    assert reports["retransmit"]["messages"] == 0
+    assert len(reports["transmit"]["boots"]) == 15
+    for boot in reports["transmit"]["boots"]:
         here = [each for each in sent if each.boot_id == boot["boot_id"]]
         assert (boot["events"], boot["duplicates"]) == (len(set(here)), len(here) - len(set(here)))
         missing = gaps = 0
@@ -250,18 +250,18 @@ def test_what_retention_deleted_is_no_gap_and_what_is_missing_after_it_is(topics
     cut = TopicPartition(topics.name(TRANSMITS), 1, 100)
     admin.delete_records([cut])[cut].result(30)
 
-    told, code = topics.told()
+    reports, code = topics.reports()
     assert code == 65
-    (boot,) = told["transmit"]["boots"]
+    (boot,) = reports["transmit"]["boots"]
     assert (boot["missing"], boot["gaps"], boot["events"]) == (2, 2, len([*old, *new]) - 100)
     assert boot["out_of_order"] == 0
     lacking_at_the_beginning = sum(number - 1 for number in boot["first_numbers"].values())
     assert boot["perhaps_deleted"] + lacking_at_the_beginning == 100
 
-    told, code = topics.told("--since-offset", -10)
+    reports, code = topics.reports("--since-offset", -10)
     assert code == 0
-    assert told["transmit"]["messages"] == 10 * PARTITIONS
-    assert told["transmit"]["boots"][0]["perhaps_deleted"] > 0
+    assert reports["transmit"]["messages"] == 10 * PARTITIONS
+    assert reports["transmit"]["boots"][0]["perhaps_deleted"] > 0
 
 
 def test_the_schemas_ids_are_the_registry_s(topics: Topics, registry) -> None:
@@ -272,12 +272,12 @@ def test_the_schemas_ids_are_the_registry_s(topics: Topics, registry) -> None:
             schema = Schema(json.dumps(load_schema(stream.schema_file)))
             schema_id = client.register_schema(f"{topics.name(stream)}-value", schema)
             topics.put(stream, run_of("web-1", "boot-a", 2, range(1, 102)), schema_id)
-    told, code = topics.told("--registry", registry.url)
+    reports, code = topics.reports("--registry", registry.url)
     assert code == 0
-    assert [(report["undecodable"], report["boots"][0]["events"]) for report in told.values()] == [(0, 202)] * 2
-    told, code = topics.told()
+    assert [(report["undecodable"], report["boots"][0]["events"]) for report in reports.values()] == [(0, 202)] * 2
+    reports, code = topics.reports()
     assert code == 65
-    assert [(report["undecodable"], report["boots"]) for report in told.values()] == [(202, [])] * 2
+    assert [(report["undecodable"], report["boots"]) for report in reports.values()] == [(202, [])] * 2
 
 
 def test_it_ends_where_the_topic_ended_while_others_go_on_writing(topics: Topics) -> None:
@@ -293,12 +293,12 @@ def test_it_ends_where_the_topic_ended_while_others_go_on_writing(topics: Topics
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        told, _ = topics.told()
+        reports, _ = topics.reports()
     finally:
         enough.set()
         writer.join()
-    assert told["transmit"]["messages"] >= 999
-    assert told["transmit"]["boots"][0]["duplicates"] == 0
+    assert reports["transmit"]["messages"] >= 999
+    assert reports["transmit"]["boots"][0]["duplicates"] == 0
 
 
 def test_a_topic_that_does_not_exist_is_69(topics: Topics) -> None:
@@ -318,8 +318,8 @@ def test_runs_that_stop_and_go_on_are_complete_and_a_crash_without_rings_is_told
                 run.ready()
                 exchange(echo.port, 53)
                 passed += run.finish()[topics.name(TRANSMITS)]["passed"]
-        told, code = topics.told()
-        (boot,) = told["transmit"]["boots"]
+        reports, code = topics.reports()
+        (boot,) = reports["transmit"]["boots"]
         assert (boot["events"], boot["missing"], boot["first_numbers"], boot["restarts"]) == (passed, 0, {}, 0)
         assert code == 0
 
@@ -328,8 +328,8 @@ def test_runs_that_stop_and_go_on_are_complete_and_a_crash_without_rings_is_told
                 run.ready()
                 exchange(echo.port, 53)
                 ending(run)
-    told, code = topics.told()
+    reports, code = topics.reports()
     assert code == 65
-    (boot,) = told["transmit"]["boots"]
+    (boot,) = reports["transmit"]["boots"]
     assert boot["restarts"] == 1
     assert boot["events"] > passed

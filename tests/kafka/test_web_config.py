@@ -1,4 +1,4 @@
-"""`rebpf run` with TLS and passwords on its endpoint, and what `rebpf status` and `check` say of it."""
+"""`rebpf run` with TLS and passwords on its endpoint, and `rebpf status` and `check` with it."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""What lies in the topics, read by kcat and fastavro alone, and what must always be true of it."""
+"""The topics' content, read with kcat and fastavro only, and its invariants."""
 
 import json
 from collections import Counter
@@ -35,25 +35,25 @@ def read(bootstrap: str, topic: str, prefix: str = "") -> list[Event]:
 def wait_for_events(
     bootstrap: str, topic: str, cause: Callable[[], Any] = lambda: None, deadline_s: float = DEADLINE_S
 ) -> int:
-    """Do what causes events, and wait until there are messages in the topic; return how many."""
+    """Cause events, wait until the topic has messages, and return their number."""
     cause()
     count: int = wait_until(f"messages in {topic}", lambda: len(kcat_messages(bootstrap, topic)), deadline_s)
     return count
 
 
 def segment(event: Event) -> Segment:
-    """Return the segment that an event tells of."""
+    """Return the segment of an event."""
     return Segment(*(event.record[name] for name in Segment._fields))
 
 
 def assert_one_each(events: Sequence[Event]) -> None:
-    """Check that no event's id comes twice."""
+    """Check that event ids are unique."""
     ids = Counter((event.record["boot_id"], event.record["cpu"], event.record["cpu_seq"]) for event in events)
     assert not [each for each, count in ids.items() if count > 1]
 
 
 def assert_none_twice(events: Sequence[Event]) -> None:
-    """Check the events' ids: each once, and no gap in what a CPU numbered."""
+    """Check that event ids are unique, without gaps per CPU."""
     assert_one_each(events)
     last: dict[tuple[str, int], int] = {}
     for boot_id, cpu, cpu_seq in (

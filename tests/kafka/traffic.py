@@ -1,4 +1,4 @@
-"""TCP traffic on loopback of which everything is known."""
+"""Known TCP traffic on loopback."""
 
 import json
 import socket
@@ -12,7 +12,7 @@ LOOPBACK = ("127.0.0.1", "::1")
 
 
 class Sent(NamedTuple):
-    """A direction of a connection, and the bytes that were sent in it."""
+    """One direction of a connection, and its payload bytes."""
 
     saddr: str
     sport: int
@@ -73,9 +73,9 @@ class Echo:
 
 
 class Steady:
-    """A process that sends segments of 100 bytes on a few connections, so many a second; `stop` says what was sent.
+    """A process that sends segments of 100 bytes on a few connections at a fixed rate; `stop` returns what was sent.
 
-    With `cpu`, all of it is sent and received there.
+    With `cpu`, all traffic is sent and received on it.
     """
 
     def __init__(self, port: int, sends_per_second: int, cpu: int | None = None) -> None:
@@ -87,7 +87,7 @@ class Steady:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def stop(self) -> dict[int, int]:
-        """End it, and return the bytes of payload that it has sent, by the sender's port."""
+        """Stop it, and return the payload bytes sent, by the sender's port."""
         output, _ = self._process.communicate(timeout=30)
         return {int(port): size for port, size in json.loads(output).items()}
 
@@ -100,9 +100,9 @@ class Steady:
 
 
 def exchange(port: int, connections: int, rounds: int = 5) -> list[Sent]:
-    """Make connections to an Echo, one after the other, each with `rounds` segments of data in each direction.
+    """Make connections to an Echo, one at a time, each with `rounds` data segments per direction.
 
-    Every second one is of IPv6. Each has ended in good order when this returns. No two have the same client port: on
+    Every second one uses IPv6. All are closed when this returns. Client ports are distinct: on
     loopback, connect() takes a port in TIME_WAIT again after a second, and bind() does not.
     """
     sent: list[Sent] = []

@@ -71,7 +71,7 @@ SECTIONS = {
     "spool": "transmit_bytes retransmit_bytes max_age_s quarantine_bytes when_full spill_after_s",
     "metrics": "listen",
     "registry": "url register timeout_s auth ca certificate key",
-    "alert": "group lateness_s silent_after topic stdout alertmanager repeat_s rules",
+    "alert": "group lateness_s missed_heartbeats topic stdout alertmanager repeat_s rules",
     "[alert.rules]": "name by measure window_s threshold clear minimum",
     "[rules]": "name action transmit retransmit sample sample_by sample_retransmits address local_address "
     "remote_address port local_port remote_port netns cgroup unit uid interface state",

@@ -1,4 +1,4 @@
-"""A real Alertmanager, of Debian's package."""
+"""A real Alertmanager, from the Debian package."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from tests.servers.process import ServerProcess, free_port
 
 
 def package() -> Path:
-    """Return the root of the package's files; LookupError where it cannot be had or run."""
+    """Return the root of the package's files; LookupError if it is unavailable or cannot run."""
     if os.geteuid() != 0:
-        raise LookupError("not root, who alone may put its templates in their place")
+        raise LookupError("not root: only root can put its templates in place")
     return unpacked.package("prometheus-alertmanager")
 
 
 class AlertmanagerServer(ServerProcess):
-    """One that tells nobody, and keeps what it was told in its folder."""
+    """An Alertmanager that notifies nobody, with its data in its folder."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "alertmanager")
@@ -29,7 +29,7 @@ class AlertmanagerServer(ServerProcess):
     def command(self) -> Sequence[str]:
         config = self.folder / "alertmanager.yml"
         config.write_text("route: {receiver: nobody}\nreceivers: [{name: nobody}]\n")
-        # Its templates are looked for in /usr/share alone: there they are, for this process and nobody else.
+        # It reads templates only from /usr/share: mount them there, for this process only.
         root = package()
         mount = f"mount -t overlay overlay -o lowerdir={root}/usr/share:/usr/share /usr/share"
         return (
@@ -49,7 +49,7 @@ class AlertmanagerServer(ServerProcess):
             return False
 
     def alerts(self) -> list[dict[str, Any]]:
-        """Return what fires now."""
+        """Return the firing alerts."""
         with urlopen(f"{self.url}/api/v2/alerts", timeout=10) as answer:
             found: list[dict[str, Any]] = json.load(answer)
             return found

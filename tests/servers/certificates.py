@@ -1,10 +1,10 @@
-"""Certificates for TLS on 127.0.0.1, made by openssl: an authority of one's own, and what it issues."""
+"""Certificates for TLS on 127.0.0.1: an authority and its certificates, made with openssl."""
 
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-# openssl ca alone takes dates in the past before OpenSSL 3.4, and it wants a file of settings and one of records.
+# Before OpenSSL 3.4, only `openssl ca` accepts dates in the past. It needs a settings file and a records file.
 _SETTINGS = """\
 [ca]
 default_ca = own
@@ -27,7 +27,7 @@ _EXPIRED = ("-startdate", "20200101000000Z", "-enddate", "20200102000000Z")
 
 
 class Certificate(NamedTuple):
-    """PEM files: a private key, its certificate, and both in one, as Kafka's keystore wants them."""
+    """PEM files: a private key, its certificate, and both in one file, as Kafka's keystore requires."""
 
     key: Path
     certificate: Path
@@ -35,7 +35,7 @@ class Certificate(NamedTuple):
 
 
 class Authority:
-    """A certificate authority with its files in `folder`; `certificate` is what trusts in it."""
+    """A certificate authority with its files in `folder`; trust it with `certificate`."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ class Authority:
         self._openssl("req", "-x509", *_KEY, *_VALID, "-subj", f"/CN={folder.name}", *output)
 
     def issue(self, name: str, *, expired: bool = False) -> Certificate:
-        """Issue a certificate with the subject CN=name; there may be one that expired, and one that did not."""
+        """Issue a certificate with the subject CN=name, valid or expired."""
         files = f"{name}-expired" if expired else name
         key, request, certificate, both = (self._folder / f"{files}.{end}" for end in ("key", "csr", "pem", "both"))
         self._openssl("req", "-new", *_KEY, "-subj", f"/CN={name}", "-keyout", key, "-out", request)

@@ -1,4 +1,4 @@
-"""A real Kafka of three brokers on 127.0.0.1, of which two can be lost: the third is the controller too."""
+"""A real Kafka cluster of three brokers on 127.0.0.1. Two can fail; the third is also the controller."""
 
 from pathlib import Path
 from typing import Self
@@ -11,7 +11,7 @@ TOPIC_SETTINGS = {"min.insync.replicas": "2"}
 
 
 class Broker(KafkaServer):
-    """A broker that is no controller, and joins another node's cluster."""
+    """A broker that is not a controller, and joins another node's cluster."""
 
     def __init__(self, folder: Path, node_id: int, controller: KafkaServer, num_partitions: int) -> None:
         super().__init__(folder, num_partitions=num_partitions, node_id=node_id, heap_mb=HEAP_MB)
@@ -35,7 +35,7 @@ class Broker(KafkaServer):
 
 
 class KafkaCluster:
-    """Three nodes, of which the first is the one controller and must live."""
+    """Three nodes; the first is the only controller and must stay up."""
 
     def __init__(self, folder: Path, *, num_partitions: int = 6) -> None:
         self.controller = KafkaServer(folder / "1", num_partitions=num_partitions, heap_mb=HEAP_MB)
@@ -48,21 +48,21 @@ class KafkaCluster:
         return ",".join(node.bootstrap for node in self.nodes.values())
 
     def create_topic(self, name: str, partitions: int | None = None) -> None:
-        """Create a topic that is on all three nodes and takes messages while two of them have it."""
+        """Create a topic with three replicas that accepts messages with two in sync."""
         self.controller.create_topic(name, partitions, replication=REPLICATION, settings=TOPIC_SETTINGS)
         for broker in self.brokers:
             broker.wait_for_partitions(name, partitions or self.controller.num_partitions)
 
     def leaders(self, topic: str) -> dict[int, int]:
-        """Return which node leads each partition, as the controller's node sees it; -1: none does."""
+        """Return the leader of each partition, as seen by the controller; -1 if none."""
         return {number: partition.leader for number, partition in self.controller.partitions(topic).items()}
 
     def in_sync(self, topic: str) -> dict[int, set[int]]:
-        """Return the nodes that have all of each partition."""
+        """Return the in-sync replicas of each partition."""
         return {number: set(partition.isrs) for number, partition in self.controller.partitions(topic).items()}
 
     def start(self) -> None:
-        """Start all nodes at a time, and wait until each is ready."""
+        """Start all nodes in parallel, and wait until each is ready."""
         try:
             for node in self.nodes.values():
                 node.launch()
@@ -73,7 +73,7 @@ class KafkaCluster:
             raise
 
     def stop(self) -> None:
-        """Stop all nodes; the controller last, whom the others tell that they go."""
+        """Stop all nodes, the controller last, since the others deregister from it."""
         for node in reversed(self.nodes.values()):
             node.stop()
 

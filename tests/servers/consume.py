@@ -10,14 +10,14 @@ from fastavro import schemaless_reader
 
 # Sizes before bytes, so that keys and values may hold anything; -1 is a null.
 KCAT_FORMAT = r"%p %o %T %K %S\n%k%s"
-# kcat takes a partition's end for reached when a fetch brings nothing. A fetch that waited would bring what comes in
-# meanwhile, and of a topic that is always written to there would be no end.
+# kcat takes an empty fetch for the end of a partition. A fetch that waits would return new messages, so a topic under
+# constant load would have no end.
 KCAT_AT_ONCE = "fetch.wait.max.ms=0"
 KCAT_HEADER = re.compile(rb"(\d+) (\d+) (-?\d+) (-?\d+) (-?\d+)\n")
 
 
 class Message(NamedTuple):
-    """A message as it lies in the topic; the timestamp is in milliseconds since 1970."""
+    """A message in the topic; the timestamp is in milliseconds since 1970."""
 
     key: bytes | None
     value: bytes | None
@@ -27,7 +27,7 @@ class Message(NamedTuple):
 
 
 def kcat_messages(bootstrap: str, topic: str, *, timeout_s: float = 60.0) -> list[Message]:
-    """Read all partitions of a topic from their beginnings to their present ends."""
+    """Read all partitions of a topic from the beginning to the current end."""
     command = ["kcat", "-C", "-q", "-b", bootstrap, "-t", topic, "-o", "beginning", "-e", "-f", KCAT_FORMAT]
     command += ["-X", KCAT_AT_ONCE]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s)
@@ -37,7 +37,7 @@ def kcat_messages(bootstrap: str, topic: str, *, timeout_s: float = 60.0) -> lis
 
 
 def parse_kcat(output: bytes) -> list[Message]:
-    """Split what kcat wrote in KCAT_FORMAT."""
+    """Parse kcat's output in KCAT_FORMAT."""
     messages = []
     position = 0
     while position < len(output):

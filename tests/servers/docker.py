@@ -1,8 +1,8 @@
-"""A real Docker engine, with Compose: Debian's packages, unpacked into the cache and never installed.
+"""A real Docker engine with Compose, from Debian packages unpacked into the cache.
 
-Its images, containers and mounts are in a folder of its own and in a mount namespace. It makes no bridge and no rule of
-a firewall: containers are on the host's network, or on none. It can pull no image where there is no way to a registry,
-so that the base image is made by debootstrap.
+Its images, containers and mounts are in its folder and in a mount namespace. It creates no bridge and no firewall
+rules: containers use the host's network, or none. It may have no access to an image registry, so debootstrap makes the
+base image.
 """
 
 import os
@@ -17,13 +17,13 @@ from tests.servers.process import ServerProcess
 from tests.vm.guest import TIED
 from tests.vm.kernels import KEYRINGS, apt_options, debian_mirror
 
-# bookworm's Compose is of the first generation, and its engine does not know CAP_BPF.
+# bookworm has Compose v1, and its engine does not know CAP_BPF.
 _SUITE = "trixie"
 _PACKAGES = ("containerd", "docker-buildx", "docker-cli", "docker-compose", "docker.io")
-# Of this machine's own release: the only one that takes more of libc than bookworm's has.
+# From this machine's release: it is the only one that needs a newer libc than bookworm's.
 _OWN_PACKAGES = ("runc",)
 PLUGINS = "usr/libexec/docker/cli-plugins"
-"""Where Compose and BuildKit's client are, below programs(); they run by themselves too."""
+"""Folder of Compose and buildx, below programs(); they also run standalone."""
 
 
 def refusal() -> str | None:
@@ -36,17 +36,17 @@ def refusal() -> str | None:
 
 
 def programs() -> Path:
-    """Return the folder with the engine's programs; LookupError where apt knows no Debian mirror."""
+    """Return the folder with the engine's programs; LookupError if apt has no Debian mirror."""
     return cached("docker", _fill_programs)
 
 
 def compose() -> Path:
-    """Return the program of Compose, which needs no engine for its `config`."""
+    """Return the Compose program, whose `config` needs no engine."""
     return programs() / PLUGINS / "docker-compose"
 
 
 def base(suite: str) -> Path:
-    """Return a tar file of a suite's smallest system."""
+    """Return a tar file of a suite's minimal system."""
     return cached(f"docker-base-{suite}", lambda part: _fill_base(suite, part)) / "base.tar"
 
 
@@ -64,9 +64,9 @@ def _fill_programs(part: Path) -> None:
 def _fill_base(suite: str, part: Path) -> None:
     root = part / "root"
     options = ("--variant=minbase", f"--keyring={KEYRINGS / 'debian-archive-keyring.gpg'}")
-    # In namespaces of its own: the file systems that it mounts in there go with it, whatever ends it.
+    # In new namespaces, so that its mounts disappear with it, however it ends.
     _run(*TIED, "debootstrap", *options, suite, str(root), debian_mirror())
-    # As in Debian's own images: no package waits for the disk.
+    # As in Debian's images: do not sync to disk for each package.
     (root / "etc/dpkg/dpkg.cfg.d/unsafe-io").write_text("force-unsafe-io\n")
     without = ("./var/cache/apt/archives/*.deb", "./var/lib/apt/lists/*", "./dev/*")
     _run("tar", "-C", str(root), *(f"--exclude={each}" for each in without), "-cf", str(part / "base.tar"), ".")
@@ -80,7 +80,7 @@ def _run(*command: str, cwd: Path | None = None) -> None:
 
 
 class DockerEngine(ServerProcess):
-    """An engine with all that it keeps in its folder, whose path must be short: a socket is in it."""
+    """An engine with all its data in its folder, whose path must be short, since it contains a socket."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "dockerd")
@@ -92,7 +92,7 @@ class DockerEngine(ServerProcess):
         plugins.mkdir(parents=True, exist_ok=True)
         for plugin in (programs() / PLUGINS).iterdir():
             (plugins / plugin.name).symlink_to(plugin)
-        # A KILL would leave containerd and what runs below it: with us, the engine ends in good order too.
+        # SIGKILL would leave containerd and its children running, so stop the engine with SIGTERM when we die.
         tied = ("setpriv", "--pdeathsig", "TERM", "unshare", "--mount", "env", f"PATH={self._path()}")
         places = {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}
         folders = (f"--{option}={self.folder / name}" for option, name in places.items())
@@ -104,13 +104,13 @@ class DockerEngine(ServerProcess):
         return self._docker("version", environment={}).returncode == 0
 
     def docker(self, *words: str, environment: Mapping[str, str] | None = None, status: int = 0) -> str:
-        """Run a command of Docker's, which must end with `status`; return its standard output."""
+        """Run a Docker command, which must exit with `status`; return its standard output."""
         done = self._docker(*words, environment=environment or {}, timeout_s=800)  # a build downloads packages
         assert done.returncode == status, f"docker {' '.join(words)}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
     def stop(self) -> None:
-        """End the engine and its containers; their cgroups, which it leaves, go too."""
+        """Stop the engine and its containers, and remove the cgroups that it leaves."""
         if self.is_running:
             for container in self._docker("ps", "--quiet", "--all", environment={}).stdout.split():
                 self._docker("rm", "--force", "--volumes", container, environment={})

@@ -1,6 +1,6 @@
-"""Download what the test servers run on, once: `python -m tests.servers.fetch` does it ahead.
+"""Download the test servers once; `python -m tests.servers.fetch` does it ahead of the tests.
 
-Each is a folder of the cache, filled under another name and renamed when complete: a folder that exists is whole.
+Each is a folder of the cache, filled under another name and renamed when complete, so an existing folder is complete.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ KAFKA = "kafka-4.2.0"
 REGISTRY = "apicurio-registry-3.0.9"
 FLINK = "flink-2.1.1"
 FLINK_PACKAGE = "apache-flink==2.1.1"
-FLINK_PYTHON = (3, 12)  # the newest that its pins have wheels for
+FLINK_PYTHON = (3, 12)  # the newest with wheels for its pinned dependencies
 FLINK_CONNECTORS = (
     "org.apache.flink:flink-sql-connector-kafka:4.0.1-2.0",
     "org.apache.flink:flink-sql-avro-confluent-registry:2.1.0",
@@ -63,19 +63,19 @@ def registry() -> Path:
 
 
 def flink() -> Path:
-    """Folder with venv/, in which Apache Flink 2.1.1 is, and jars/, which connect it to Kafka and the registry."""
+    """Folder with venv/ (Apache Flink 2.1.1) and jars/ (connectors for Kafka and the registry)."""
     return cached(FLINK, _fill_flink)
 
 
 def missing() -> list[str]:
-    """Programs that the servers and readers need and this machine does not have."""
+    """Programs for the servers and readers that this machine lacks."""
     whole = all((cache() / name).is_dir() for name in (KAFKA, REGISTRY))
     needed = ["java", "kcat", "openssl", "setpriv"] + ([] if whole else ["mvn"])
     return [program for program in needed if shutil.which(program) is None]
 
 
 def flink_missing() -> list[str]:
-    """What Flink needs beside that and this machine does not have; nothing where it is in the cache."""
+    """Further programs for Flink that this machine lacks; empty if Flink is in the cache."""
     if (cache() / FLINK).is_dir():
         return []
     absent = [] if shutil.which("mvn") else ["mvn"]
@@ -85,12 +85,12 @@ def flink_missing() -> list[str]:
 
 
 def cached(name: str, fill: Callable[[Path], None]) -> Path:
-    """Folder `name` of the cache, filled by `fill` where it is not there yet, by one process at a time."""
+    """Return folder `name` of the cache; `fill` it if missing, in one process only."""
     target = cache() / name
     if target.is_dir():
         return target
     with _lock():
-        if not target.is_dir():  # it may be there after the wait
+        if not target.is_dir():  # it may exist after the wait
             part = target.with_name(f"{name}.part")
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
@@ -116,7 +116,7 @@ def _fill_registry(part: Path) -> None:
 
 
 def _fill_flink(part: Path) -> None:
-    # The folder is renamed: of the venv its python works everywhere, the scripts beside it do not.
+    # The folder is renamed later: a venv's python is relocatable, its scripts are not.
     _run([sys.executable, "-m", "venv", "venv"], cwd=part)
     pip = [str(part / "venv" / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
     _run([*pip, "install", FLINK_PACKAGE], cwd=part)
@@ -125,7 +125,7 @@ def _fill_flink(part: Path) -> None:
 
 
 def _maven(*arguments: str, output: Path, pom: str | None = None) -> None:
-    """Run Maven in a folder that goes away with its local repository: in that it remembers failures."""
+    """Run Maven in a temporary folder with its local repository, which would remember failures."""
     with tempfile.TemporaryDirectory(dir=cache(), prefix="maven-") as scratch:
         if pom:
             Path(scratch, "pom.xml").write_text(pom)
@@ -143,7 +143,7 @@ def _run(command: list[str], *, cwd: str | Path) -> None:
 
 
 def main() -> int:
-    """Fill the cache and say what took how long."""
+    """Fill the cache and print the durations."""
     if absent := missing():
         print(f"not installed: {', '.join(absent)}", file=sys.stderr)
         return 69

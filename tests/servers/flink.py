@@ -1,4 +1,4 @@
-"""Flink SQL on a real mini cluster: deploy/flink/run.py in a venv of its own, for PyFlink has its own pins."""
+"""Flink SQL on a real mini cluster: deploy/flink/run.py in a separate venv, since PyFlink pins its dependencies."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ JVM = "-Xmx768m -XX:+UseSerialGC"
 
 
 def tables(folder: Path, brokers: str, registry: str, prefix: str) -> Path:
-    """Return a file of the tables, whose sources end where the topics now end, so that jobs end too."""
+    """Return a file of the tables, with sources bounded at the topics' current ends, so that jobs end."""
     options = ["--brokers", brokers, "--registry", registry, "--prefix", prefix]
     made = subprocess.run([sys.executable, FLINK / "ddl.py", *options], capture_output=True, text=True, check=True)
     ends = [f"ALTER TABLE {each} SET ('scan.bounded.mode' = 'latest-offset');" for each in SOURCES]
@@ -26,10 +26,10 @@ def tables(folder: Path, brokers: str, registry: str, prefix: str) -> Path:
 
 
 def run_sql(folder: Path, *files: Path) -> None:
-    """Run files of SQL in one session until their jobs have ended; Flink's log is in `folder`."""
+    """Run SQL files in one session until their jobs have ended; Flink's log is in `folder`."""
     flink = fetch.flink()
     python = flink / "venv" / "bin" / "python"
-    # Flink ends with the process that opened the session: it reads from a pipe of that.
+    # Flink ends with the process that opened the session, because it reads from its pipe.
     command = [
         "setpriv",
         "--pdeathsig",

@@ -1,4 +1,4 @@
-"""A proxy before a real server, as one stands before a registry: TLS, basic authentication, client certificates."""
+"""A proxy in front of a real server, with TLS, basic authentication and client certificates."""
 
 import base64
 import http.client
@@ -14,13 +14,13 @@ _TIMEOUT_S = 30
 
 
 class Guarded:
-    """Passes on to `url` what comes with the right user and password, or with a client's certificate of `authority`."""
+    """Forwards requests to `url` if they have the right password or a client certificate of `authority`."""
 
     def __init__(self, url: str, authority: Authority, *, user: str | None = None) -> None:
         parts = urllib.parse.urlsplit(url)
         wanted = None if user is None else "Basic " + base64.b64encode(user.encode()).decode()
         self.refused = 0
-        """How many requests had no right."""
+        """Number of unauthorized requests."""
         guard = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -55,7 +55,7 @@ class Guarded:
         class Server(ThreadingHTTPServer):
             daemon_threads = True
 
-            def handle_error(self, *_: object) -> None:  # a client that does not trust us hangs up
+            def handle_error(self, *_: object) -> None:  # a client that does not trust us disconnects
                 pass
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -65,7 +65,7 @@ class Guarded:
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(authority.certificate)
         self._server = Server(("127.0.0.1", 0), Handler)
-        # The handshake is each connection's own, so that one that hangs keeps no other waiting.
+        # The handshake is in the connection's thread, so that a stalled one blocks no other.
         self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self.url = f"https://127.0.0.1:{self._server.server_port}{parts.path}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -1,6 +1,6 @@
 """A real Apache Kafka 4.2 on one node (KRaft: broker and controller in one process), on 127.0.0.1.
 
-The controller answers to a change once it is noted, and brokers apply it later: what changes something waits for that.
+The controller acknowledges a change before the brokers apply it, so methods that change something wait for that.
 """
 
 import subprocess
@@ -28,7 +28,7 @@ TOOL_DEADLINE_S = 60.0
 
 
 class KafkaServer(ServerProcess):
-    """A broker with its data in `folder`; `settings` are added to server.properties and win over what is there.
+    """A broker with its data in `folder`; `settings` are added to server.properties and take precedence.
 
     Ports are chosen at the first start and kept.
     """
@@ -83,21 +83,21 @@ class KafkaServer(ServerProcess):
         replication: int = 1,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        """Create a topic, by default of `num_partitions` partitions, and wait until the broker has it."""
+        """Create a topic, by default with `num_partitions` partitions, and wait until the broker has it."""
         partitions = partitions or self.num_partitions
         topic = NewTopic(name, partitions, replication, config=dict(settings or {}))
-        admin = self._admin()  # held until there is an answer: with the client goes the request
+        admin = self._admin()  # kept until the answer: the request ends with the client
         admin.create_topics([topic], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
         self.wait_for_partitions(name, partitions)
 
     def delete_topic(self, name: str) -> None:
-        """Delete a topic, and wait until the broker has it no more."""
+        """Delete a topic, and wait until it is gone from the broker."""
         admin = self._admin()
         admin.delete_topics([name], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
         wait_until_shown(f"{name} is gone", lambda: name not in admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics)
 
     def add_partitions(self, name: str, total: int) -> None:
-        """Give a topic partitions up to that number."""
+        """Increase a topic's partitions to this number."""
         admin = self._admin()
         more = NewPartitions(name, total)
         admin.create_partitions([more], operation_timeout=REQUEST_TIMEOUT_S)[name].result(REQUEST_TIMEOUT_S)
@@ -115,7 +115,7 @@ class KafkaServer(ServerProcess):
         wait_until_shown(f"{name} has {settings}", is_set)
 
     def wait_for_partitions(self, topic: str, count: int) -> None:
-        """Wait until this broker shows so many partitions of a topic, each with a leader."""
+        """Wait until this broker shows this many partitions of a topic, each with a leader."""
 
         def are_led() -> bool:
             found = self.partitions(topic)
@@ -124,7 +124,7 @@ class KafkaServer(ServerProcess):
         wait_until_shown(f"{topic} has {count} partitions", are_led)
 
     def partitions(self, topic: str) -> dict[int, PartitionMetadata]:
-        """Return a topic's partitions: their leader, replicas and isrs, as this broker sees them."""
+        """Return a topic's partitions with leader, replicas and in-sync replicas, as seen by this broker."""
         found: dict[int, PartitionMetadata] = (
             self._admin().list_topics(topic, REQUEST_TIMEOUT_S).topics[topic].partitions
         )
@@ -132,7 +132,7 @@ class KafkaServer(ServerProcess):
 
     @contextmanager
     def slow(self, client_id: str, bytes_per_s: int) -> Iterator[None]:
-        """Hold a producer to a rate, by a quota of its client id; the broker lets it wait for its answers."""
+        """Limit a producer's rate, with a quota on its client id; the broker delays its answers."""
         quota = "producer_byte_rate"
         self._alter(client_id, "--add-config", f"{quota}={bytes_per_s}")
         try:
@@ -172,7 +172,7 @@ class KafkaServer(ServerProcess):
             "log.dirs": str(self.folder / "data"),
             "num.partitions": str(self.num_partitions),
             "auto.create.topics.enable": "false",
-            # A killed broker is let in again only when its old session is over: by default after 9 s.
+            # A killed broker may rejoin only after its old session has expired: by default 9 s.
             "broker.session.timeout.ms": "3000",
             "broker.heartbeat.interval.ms": "500",
             "group.initial.rebalance.delay.ms": "0",
@@ -195,13 +195,13 @@ class KafkaServer(ServerProcess):
 
 
 def _tool(main: str, *arguments: str) -> None:
-    """Run one of Kafka's own commands to its end."""
+    """Run one of Kafka's commands."""
     done = subprocess.run([*_java(256), main, *arguments], capture_output=True, text=True, timeout=TOOL_DEADLINE_S)
     if done.returncode:
         raise RuntimeError(f"{main} {' '.join(arguments)}:\n{done.stdout}{done.stderr}")
 
 
 def _java(heap_mb: int) -> list[str]:
-    # Little memory and a quick start count for more than throughput here.
+    # Little memory and a fast start matter more than throughput.
     options = [f"-Xmx{heap_mb}m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
     return ["java", *options, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{fetch.kafka()}/*"]

@@ -34,7 +34,7 @@ class ServerProcess(ABC):
 
     @abstractmethod
     def is_ready(self) -> bool:
-        """Say whether the server serves requests, within a second or so."""
+        """Return whether the server answers requests, within about a second."""
 
     @property
     def pid(self) -> int:
@@ -42,7 +42,7 @@ class ServerProcess(ABC):
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started, and neither stopped nor killed since."""
+        """Whether it has been started, and not stopped or killed since."""
         return self._process is not None
 
     def start(self) -> None:
@@ -51,11 +51,11 @@ class ServerProcess(ABC):
         self.wait_until_ready()
 
     def launch(self) -> None:
-        """Start the server without waiting for it, so that several can start at a time."""
+        """Start the server without waiting for it, so that several can start in parallel."""
         if self._process is not None:
             raise RuntimeError(f"{self.name} runs already")
         self.folder.mkdir(parents=True, exist_ok=True)
-        # setpriv rather than preexec_fn, which Python 3.12 warns of where there are threads, as librdkafka's.
+        # setpriv instead of preexec_fn, which Python 3.12 warns about with threads, such as librdkafka's.
         command = ["setpriv", "--pdeathsig", "KILL", *self.command()]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -68,7 +68,7 @@ class ServerProcess(ABC):
             )
 
     def wait_until_ready(self) -> None:
-        """Wait until a launched server is ready; it is killed where that fails."""
+        """Wait until a launched server is ready; kill it on failure."""
         try:
             self._wait_until_ready(self._running())
         except BaseException:
@@ -76,7 +76,7 @@ class ServerProcess(ABC):
             raise
 
     def stop(self) -> None:
-        """End the server in good order, or by force after a deadline; nothing happens where it does not run."""
+        """Stop the server, by force after a deadline. Does nothing if it is not running."""
         if self._process is None:
             return
         self._process.terminate()
@@ -88,14 +88,14 @@ class ServerProcess(ABC):
             self.kill()
 
     def kill(self) -> None:
-        """End the server at once, as a crash does."""
+        """Kill the server, as in a crash."""
         process = self._running()
         process.kill()
         process.wait()
         self._process = None
 
     def pause(self) -> None:
-        """Stop the server without closing its connections: to its clients it is a black hole."""
+        """Freeze the server with its connections open: to its clients it is a black hole."""
         self._running().send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -127,7 +127,7 @@ class ServerProcess(ABC):
 
 
 def wait_until_shown(what: str, is_shown: Callable[[], bool]) -> None:
-    """Wait until a server shows what it was told to change."""
+    """Wait until a server shows a requested change."""
     deadline = time.monotonic() + CHANGE_DEADLINE_S
     while not is_shown():
         if time.monotonic() > deadline:
@@ -136,7 +136,7 @@ def wait_until_shown(what: str, is_shown: Callable[[], bool]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free now and that no client is given while its server is down.
+    """Return a free TCP port of 127.0.0.1 that no client gets while its server is down.
 
     From below the range of ephemeral ports: a server that restarts must find its port again.
     """

@@ -1,4 +1,4 @@
-"""A real Prometheus and its promtool, of Debian's package."""
+"""A real Prometheus and promtool, from the Debian package."""
 
 import json
 import os
@@ -17,13 +17,13 @@ PROGRAMS = ("prometheus", "promtool")
 
 
 def programs() -> Path:
-    """Return the folder of `prometheus` and `promtool`; LookupError where apt has no such package."""
+    """Return the folder of `prometheus` and `promtool`; LookupError if apt does not have it."""
     found = {Path(path).parent for path in map(shutil.which, PROGRAMS) if path}
     return found.pop() if len(found) == 1 else unpacked.package("prometheus") / "usr/bin"
 
 
 class Prometheus(ServerProcess):
-    """One that reads a config file; its data are in its folder."""
+    """A Prometheus with a config file, and its data in its folder."""
 
     def __init__(self, folder: Path, config: Path) -> None:
         super().__init__(folder, "prometheus")
@@ -46,10 +46,10 @@ class Prometheus(ServerProcess):
             return False
 
     def get(self, path: str, **parameters: str) -> Any:
-        """Return the data of an answer of /api/v1."""
+        """Return the data from a request to /api/v1."""
         with urlopen(f"http://{self._address}/api/v1/{path}?{urlencode(parameters)}", timeout=30) as answer:
             return json.load(answer)["data"]
 
     def query(self, expression: str) -> list[dict[str, str]]:
-        """Return the labels of each series that an expression has now."""
+        """Return the labels of each series of an expression."""
         return [series["metric"] for series in self.get("query", query=expression)["result"]]

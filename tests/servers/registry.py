@@ -1,4 +1,4 @@
-"""A real schema registry on 127.0.0.1: Apicurio 3.0, which speaks the Confluent API."""
+"""A real schema registry on 127.0.0.1: Apicurio 3.0, with its Confluent-compatible API."""
 
 import urllib.error
 import urllib.request
@@ -10,7 +10,7 @@ from .process import ServerProcess, free_port
 
 
 class SchemaRegistry(ServerProcess):
-    """A registry with its database in `folder`: schemas and ids outlive a restart.
+    """A registry with its database in `folder`: schemas and ids survive a restart.
 
     The port is chosen at the first start and kept.
     """
@@ -28,7 +28,7 @@ class SchemaRegistry(ServerProcess):
 
     def command(self) -> Sequence[str]:
         self._port = self._port or free_port()
-        # Without a write delay, an answered request is on disk: H2 writes half a second later by default.
+        # Without write delay, an answered request is on disk; by default H2 writes half a second later.
         database = f"jdbc:h2:file:{self.folder / 'data'};WRITE_DELAY=0"
         settings = {
             "quarkus.http.host": "127.0.0.1",

@@ -1,4 +1,4 @@
-"""A real Kafka with TLS, SASL and ACLs: what a user may do, and by which listener, is decided here."""
+"""A real Kafka with TLS, SASL and ACLs."""
 
 import ssl
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from .process import wait_until_shown
 
 PLAIN, SCRAM = "PLAIN", "SCRAM-SHA-512"
 USERS: Mapping[str, str] = {PLAIN: "plainuser", SCRAM: "scramuser"}
-"""The user of each mechanism; a client certificate's is its subject."""
+"""The user of each mechanism; that of a client certificate is its subject."""
 PASSWORD = "secret"
 _WHAT_A_PRODUCER_NEEDS = (AclOperation.WRITE, AclOperation.DESCRIBE)
 
@@ -57,7 +57,7 @@ class SecureKafka(KafkaServer):
         return {**trust, "ssl.key.location": str(client.key), "ssl.certificate.location": str(client.certificate)}
 
     def grant(self, user: str, topic: str) -> None:
-        """Let a user (scramuser, CN=name) produce to a topic."""
+        """Allow a user (scramuser, CN=name) to produce to a topic."""
         admin = self._admin()
         rules = [AclBinding(*_rule(user, topic, operation)) for operation in _WHAT_A_PRODUCER_NEEDS]
         for done in admin.create_acls(rules, request_timeout=REQUEST_TIMEOUT_S).values():
@@ -65,7 +65,7 @@ class SecureKafka(KafkaServer):
         self._wait_for_rights(user, topic, _WHAT_A_PRODUCER_NEEDS, granted=True)
 
     def revoke(self, user: str, topic: str, *operations: AclOperation) -> None:
-        """Take back what was granted, all of it or these operations."""
+        """Revoke a user's rights, all or these operations."""
         admin = self._admin()
         wanted = operations or _WHAT_A_PRODUCER_NEEDS
         rules = [AclBindingFilter(*_rule(user, topic, operation)) for operation in wanted]
@@ -91,7 +91,7 @@ class SecureKafka(KafkaServer):
         admin.alter_user_scram_credentials([change], request_timeout=REQUEST_TIMEOUT_S)[user].result()
 
     def present(self, certificate: Certificate) -> None:
-        """Change the certificate of the listener TLS, for new connections."""
+        """Change the certificate of the TLS listener, for new connections."""
         location = {"listener.name.tls.ssl.keystore.location": str(certificate.both)}
         self._set(ConfigResource.Type.BROKER, str(self.node_id), location)
         host, _, port = self.address("TLS").rpartition(":")

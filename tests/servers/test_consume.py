@@ -1,4 +1,4 @@
-"""The readers refuse what is cut, unframed or too long, and know null from empty."""
+"""The readers reject truncated, unframed and overlong values, and distinguish null from empty."""
 
 import struct
 from io import BytesIO

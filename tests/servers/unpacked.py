@@ -1,4 +1,4 @@
-"""Debian's packages, unpacked into the cache and never installed: installed, they would start a service."""
+"""Debian packages, unpacked into the cache instead of installed, since installed ones start a service."""
 
 import shutil
 import subprocess
@@ -9,7 +9,7 @@ from tests.servers.fetch import cached
 
 
 def package(name: str) -> Path:
-    """Return the root of a package's files; LookupError where apt has no such package."""
+    """Return the root of a package's files; LookupError if apt does not have it."""
     return cached(f"package-{name}", lambda part: _fill(part, name))
 
 

@@ -1,4 +1,4 @@
-"""librdkafka's built-in cluster, told to fail: requests that are refused, a broker that is down or slow."""
+"""librdkafka's mock cluster with faults: failed requests, a broker that is down or slow."""
 
 import ctypes
 import logging
@@ -36,7 +36,7 @@ lib.rd_kafka_test_fatal_error.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.
 
 
 class Cluster:
-    """The cluster, in the process of a client that does nothing else."""
+    """The cluster, inside an otherwise unused client."""
 
     def __init__(self) -> None:
         self._owner = librdkafka.Producer({"test.mock.num.brokers": "1"})
@@ -47,7 +47,7 @@ class Cluster:
         self._owner.mock_topic(topic, partitions)
 
     def answer_produce_with(self, *codes: int) -> None:
-        """Let the next requests fail, each with a code."""
+        """Make the next requests fail with these codes."""
         errors = (ctypes.c_int * len(codes))(*codes)
         lib.rd_kafka_mock_push_request_errors_array(self._handle, PRODUCE, len(codes), errors)
 
@@ -55,14 +55,14 @@ class Cluster:
         lib.rd_kafka_mock_broker_set_down(self._handle, 1)
 
     def slow_down(self, milliseconds: int) -> None:
-        """Let each answer take so long."""
+        """Delay each answer."""
         lib.rd_kafka_mock_broker_set_rtt(self._handle, 1, milliseconds)
 
     def up(self) -> None:
         lib.rd_kafka_mock_broker_set_up(self._handle, 1)
 
     def read(self, topic: str, count: int) -> list[tuple[bytes, bytes]]:
-        """Read a topic's first messages: key and value."""
+        """Return key and value of a topic's first messages."""
         consumer = confluent_kafka.Consumer(
             {"bootstrap.servers": self.brokers, "group.id": str(uuid.uuid4())}, logger=logging.getLogger("reader")
         )

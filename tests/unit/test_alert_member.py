@@ -1,4 +1,4 @@
-"""Both stages together: whoever has which partition, and wherever a member is killed, the alerts are the same."""
+"""Both stages together: the alerts do not depend on the assignment, or on when a member is killed."""
 
 import pickle
 from collections import defaultdict
@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from producer.alert import sums_topic
-from producer.alert.commit import Cycle, Parts, Place
+from producer.alert.commit import Assigned, CommitStep, PartitionId
 from producer.alert.evaluate import RETRANSMITS, TRANSMITS, Decider
 from producer.alert.model import Alert
-from producer.alert.partitions import Committed, Counts, Part, SourcePart, SumsPart
-from producer.alert.windows import GROUPS, Sums, View
+from producer.alert.partitions import Committed, Counts, EventPartition, Partition, SumsPartition
+from producer.alert.windows import GROUPS, Grouping, Sums
 from producer.config.load import AlertRule
 
 SECOND_NS = 1_000_000_000
@@ -22,28 +22,28 @@ LATENESS_S = 2
 COUNT = AlertRule(name="count", by="host", measure="count", window_s=10, threshold=7, clear=3, minimum=1)
 RATIO = AlertRule(name="ratio", by="peer", measure="ratio", window_s=5, threshold=0.5, clear=0.2, minimum=3)
 RULES = (COUNT, RATIO)
-HOSTS = View("host", 10 * SECOND_NS)
+HOSTS = Grouping("host", 10 * SECOND_NS)
 
 
-def told(alerts: Sequence[Alert]) -> list[tuple[str, bool, int, float]]:
+def fields_of(alerts: Sequence[Alert]) -> list[tuple[str, bool, int, float]]:
     return [(each.group, each.firing, each.window_start_ns // SECOND_NS, each.value) for each in alerts]
 
 
 class Deciding:
-    """A Decider of one rule with one source, which is given a window's sums, and then the time of its end."""
+    """A Decider of one rule and one source: gets a window's sums, then the watermark at its end."""
 
     def __init__(self, rule: AlertRule, known: Sequence[Alert] = (), decided_ns: int = 0) -> None:
         self.decider = Decider([rule], ["r/0"], known, 0, decided_ns)
         self._width_s = int(rule.window_s)
-        self._view = View(rule.by, self._width_s * SECOND_NS)
+        self._view = Grouping(rule.by, self._width_s * SECOND_NS)
 
     def window(self, number: int, again: dict[str, int], total: dict[str, int] | None = None) -> list[Any]:
         start_ns = number * self._width_s * SECOND_NS
         for stream, segs in ((RETRANSMITS, again), (TRANSMITS, total or {})):
             if segs:
                 self.decider.add(stream, "r/0", Sums(self._view, start_ns, segs), self.decider.next)
-        self.decider.pass_time("r/0", start_ns + self._width_s * SECOND_NS, self.decider.next)
-        return told(self.decider.decide())
+        self.decider.advance("r/0", start_ns + self._width_s * SECOND_NS, self.decider.next)
+        return fields_of(self.decider.decide())
 
 
 def test_between_clear_and_threshold_nothing_changes_and_a_window_without_segments_resolves() -> None:
@@ -68,7 +68,7 @@ def test_an_alert_says_since_when_and_of_how_many_segments() -> None:
         Alert("count", "host", "a", True, "count", 9, 7, 3, 30 * SECOND_NS, 10, 0, 9, 30 * SECOND_NS)
     ]
     resolved = Deciding(COUNT, decider.decider.firing)
-    resolved.decider.pass_time("r/0", 100 * SECOND_NS, 0)
+    resolved.decider.advance("r/0", 100 * SECOND_NS, 0)
     assert [(each.window_start_ns, each.since_ns) for each in resolved.decider.decide()] == [
         (40 * SECOND_NS, 30 * SECOND_NS)
     ]
@@ -78,15 +78,15 @@ def test_a_window_waits_for_all_partitions_and_sums_that_come_again_replace_the_
     decider = Decider([COUNT], ["r/0", "r/1"], [], 5)
     for offset, (part, segs) in enumerate([("r/0", 4), ("r/1", 4), ("r/0", 4)], 5):
         decider.add(RETRANSMITS, part, Sums(HOSTS, 0, {"a": segs}), offset)
-    decider.pass_time("r/0", 50 * SECOND_NS, 8)
+    decider.advance("r/0", 50 * SECOND_NS, 8)
     assert decider.decide() == []
     assert (decider.next, decider.position) == (9, 5)
-    decider.pass_time("r/1", 10 * SECOND_NS, 9)
-    assert told(decider.decide()) == [("a", True, 0, 8)]
+    decider.advance("r/1", 10 * SECOND_NS, 9)
+    assert fields_of(decider.decide()) == [("a", True, 0, 8)]
     assert (decider.position, decider.decided_ns) == (10, 10 * SECOND_NS)
 
 
-def test_what_was_told_is_not_told_again_nor_undone_by_windows_before_it() -> None:
+def test_what_was_sent_is_not_sent_again_nor_undone_by_windows_before_it() -> None:
     fired = Deciding(COUNT)
     fired.window(3, {"a": 9})
     again = Deciding(COUNT, fired.decider.firing)
@@ -114,46 +114,46 @@ class _Killed(Exception):
 
 
 class _AsItIs:
-    """Decodes what is a record already."""
+    """A decoder for values that are records already."""
 
     def decode(self, value: Any) -> Any:
         return value
 
 
 class World:
-    """What outlives the members: topics and offsets. After `life` of its acts the member that acts is killed."""
+    """The state that survives members: topics and offsets. A member is killed after `life` actions."""
 
-    def __init__(self, logs: dict[Place, list[dict[str, Any]]], sums: int) -> None:
+    def __init__(self, logs: dict[PartitionId, list[dict[str, Any]]], sums: int) -> None:
         self.logs = logs
-        self.sums: dict[Place, list[bytes]] = {Place("sums", number): [] for number in range(sums)}
+        self.sums: dict[PartitionId, list[bytes]] = {PartitionId("sums", number): [] for number in range(sums)}
         self.places = [*logs, *self.sums]
-        self.committed: dict[Place, Committed] = {}
+        self.committed: dict[PartitionId, Committed] = {}
         self.alerts: list[Alert] = []
         self.pager: list[Alert] = []
         self.life: int | None = None
         self.end_ns = 1_000 * SECOND_NS
-        self.members: list[dict[Place, Part]] = []
+        self.members: list[dict[PartitionId, Partition]] = []
         self.share(dict.fromkeys(self.places, 0))
 
-    def share(self, owners: dict[Place, int]) -> None:
-        """A rebalance: all members begin anew with what is committed."""
+    def share(self, owners: dict[PartitionId, int]) -> None:
+        """Rebalance: all members start from the committed state."""
         known = {alert.key: alert for alert in self.alerts}
         self.members = [{}, {}]
-        for place in self.places:
-            self.members[owners[place]][place] = self._part(place, known.values())
+        for partition_id in self.places:
+            self.members[owners[partition_id]][partition_id] = self._partition(partition_id, known.values())
 
-    def read(self, place: Place, count: int) -> None:
-        (parts,) = (parts for parts in self.members if place in parts)
-        part, log = parts[place], self.logs.get(place) or self.sums.get(place, [])
+    def read(self, partition_id: PartitionId, count: int) -> None:
+        (parts,) = (parts for parts in self.members if partition_id in parts)
+        part, log = parts[partition_id], self.logs.get(partition_id) or self.sums.get(partition_id, [])
         for offset in range(part.next, min(part.next + count, len(log))):
             part.put(log[offset], offset, self.end_ns)  # type: ignore[arg-type]  # a record stands for its bytes
-        if place in self.logs:
+        if partition_id in self.logs:
             part.until = (len(log), self.end_ns)
 
     def cycle(self, member: int, life: int | None = None) -> None:
         self.life = life
         try:
-            Cycle(self, len(self.sums), [_Pager(self), _Topic(self)], self.commit).run(self.members[member])
+            CommitStep(self, len(self.sums), [_Pager(self), _Topic(self)], self.commit).run(self.members[member])
         except _Killed:
             self.share(dict.fromkeys(self.places, 1 - member))
 
@@ -165,30 +165,33 @@ class World:
 
     def put(self, partition: int, value: bytes) -> None:
         self.act()
-        self.sums[Place("sums", partition)].append(value)
+        self.sums[PartitionId("sums", partition)].append(value)
 
     def flush(self) -> None:
         pass
 
-    def commit(self, parts: Parts) -> None:
-        for place, part in parts.items():
+    def commit(self, parts: Assigned) -> None:
+        for partition_id, part in parts.items():
             self.act()
-            self.committed[place] = part.committed()
+            self.committed[partition_id] = part.committed()
 
-    def _part(self, place: Place, known: Collection[Alert]) -> Part:
-        committed = self.committed.get(place, Committed(0))
-        if place.topic == "sums":
+    def _partition(self, partition_id: PartitionId, known: Collection[Alert]) -> Partition:
+        committed = self.committed.get(partition_id, Committed(0))
+        if partition_id.topic == "sums":
             count = len(self.sums)
-            ours = [each for each in known if sums_topic.partition_of(each.by, each.group, count) == place.number]
-            return SumsPart("sums", RULES, [_name(each) for each in self.logs], ours, committed, Counts())
-        rules = [rule for rule in RULES if place.topic == RETRANSMITS or rule.measure == "ratio"]
-        return SourcePart(
-            place.topic, place.topic, _name(place), rules, LATENESS_S, committed, _AsItIs(), Counts()  # type: ignore[arg-type]
+            ours = [
+                each for each in known if sums_topic.partition_of(each.by, each.group, count) == partition_id.number
+            ]
+            return SumsPartition("sums", RULES, [_name(each) for each in self.logs], ours, committed, Counts())
+        rules = [rule for rule in RULES if partition_id.topic == RETRANSMITS or rule.measure == "ratio"]
+        return EventPartition(
+            partition_id.topic, partition_id.topic, _name(partition_id), rules, LATENESS_S, committed,
+            _AsItIs(), Counts(),  # type: ignore[arg-type]
         )  # fmt: skip
 
 
 class _Pager:
-    """A sink that is told again what may not have been heard."""
+    """A sink that may receive alerts twice."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -211,15 +214,15 @@ class _Topic(_Pager):
             self._world.alerts.append(alert)
 
 
-def _name(place: Place) -> str:
-    return f"{place.topic}/{place.number}"
+def _name(partition_id: PartitionId) -> str:
+    return f"{partition_id.topic}/{partition_id.number}"
 
 
-def reference(logs: dict[Place, list[dict[str, Any]]]) -> list[tuple[str, str, bool, int, float]]:
-    """Return the changes, counted in one go over all events."""
+def reference(logs: dict[PartitionId, list[dict[str, Any]]]) -> list[tuple[str, str, bool, int, float]]:
+    """Return the changes, from one pass over all events."""
     events = {
-        (place.topic, each["boot_id"], each["cpu_seq"]): (place.topic, each)
-        for place, log in logs.items()
+        (partition_id.topic, each["boot_id"], each["cpu_seq"]): (partition_id.topic, each)
+        for partition_id, log in logs.items()
         for each in log
     }
     changes = []
@@ -241,10 +244,10 @@ def reference(logs: dict[Place, list[dict[str, Any]]]) -> list[tuple[str, str, b
 
 
 def changes(alerts: Sequence[Alert]) -> list[tuple[str, str, bool, int, float]]:
-    return sorted((each.rule, *fields) for each, fields in zip(alerts, told(alerts), strict=True))
+    return sorted((each.rule, *fields) for each, fields in zip(alerts, fields_of(alerts), strict=True))
 
 
-SOURCES = [Place(RETRANSMITS, 0), Place(RETRANSMITS, 1), Place(TRANSMITS, 0)]
+SOURCES = [PartitionId(RETRANSMITS, 0), PartitionId(RETRANSMITS, 1), PartitionId(TRANSMITS, 0)]
 _EVENT = st.tuples(st.sampled_from(SOURCES), st.integers(0, 4), st.sampled_from("abc"), st.integers(1, 5))
 _STEP = st.one_of(
     st.tuples(st.just("read"), st.integers(0, 4), st.integers(1, 20)),
@@ -260,19 +263,19 @@ _STEP = st.one_of(
 def test_the_alerts_are_those_of_one_count_whoever_reads_and_wherever_a_member_is_killed(
     given_events: list[Any], copies: list[int], steps: list[Any]
 ) -> None:
-    logs: dict[Place, list[dict[str, Any]]] = {place: [] for place in SOURCES}
+    logs: dict[PartitionId, list[dict[str, Any]]] = {partition_id: [] for partition_id in SOURCES}
     at_ns = SECOND_NS
     made = []
-    for number, (place, forward, name, segs) in enumerate(given_events):
+    for number, (partition_id, forward, name, segs) in enumerate(given_events):
         at_ns += forward * SECOND_NS
-        made.append((place, {
+        made.append((partition_id, {
             "ts_ns": at_ns, "host": name, "boot_id": "boot", "cpu": 0, "cpu_seq": number, "saddr": "10.0.0.1",
             "sport": 1, "daddr": f"192.0.2.{segs % 2}", "dport": 2, "segs": segs, "sample_rate": 1,
         }))  # fmt: skip
-        logs[place].append(made[-1][1])
-    for place, each in (made[copy] for copy in copies if copy < len(made)):
-        at = next(i for i, other in enumerate(logs[place]) if other is each)
-        logs[place].insert(min(at + 2, len(logs[place])), each)
+        logs[partition_id].append(made[-1][1])
+    for partition_id, each in (made[copy] for copy in copies if copy < len(made)):
+        at = next(i for i, other in enumerate(logs[partition_id]) if other is each)
+        logs[partition_id].insert(min(at + 2, len(logs[partition_id])), each)
     expected = reference(logs)
     world = World(logs, sums=2)
 
@@ -284,8 +287,8 @@ def test_the_alerts_are_those_of_one_count_whoever_reads_and_wherever_a_member_i
         else:
             world.share(dict(zip(world.places, which, strict=True)))
     for _ in range(2):  # the second reads what the first wrote
-        for place in world.places:
-            world.read(place, 10_000)
+        for partition_id in world.places:
+            world.read(partition_id, 10_000)
         world.cycle(0)
         world.cycle(1)
 

@@ -1,11 +1,11 @@
-"""Silent hosts: by the heartbeat's own interval, told once, and not where a producer stopped as it should."""
+"""Silent hosts: by the heartbeat's own interval, alerted on once, and not after a clean stop."""
 
 import math
 
 import pytest
 
 from producer.alert.model import Alert
-from producer.alert.partitions import Committed, Counts, HeartbeatPart
+from producer.alert.partitions import Committed, Counts, HeartbeatPartition
 from producer.alert.silence import Hosts
 from producer.consume.decode import Decoder
 from producer.health.heartbeat import HeartbeatEncoder
@@ -34,7 +34,7 @@ def silent_since(second: int) -> Alert:
     )
 
 
-def test_a_host_is_silent_after_three_of_its_own_intervals_and_that_is_told_once() -> None:
+def test_a_host_is_silent_after_three_of_its_own_intervals_and_alerted_on_once() -> None:
     hosts = Hosts(3, [], 0)
     hear(hosts, 100)
     hear(hosts, 100, beat("web-2", interval_s=60))
@@ -50,7 +50,7 @@ def test_time_is_up_to_when_heartbeats_were_read() -> None:
     assert look(hosts, 0) == []
 
 
-def test_a_host_that_is_heard_again_is_told_once_and_can_go_silent_again() -> None:
+def test_a_host_that_is_heard_again_resolves_once_and_can_go_silent_again() -> None:
     hosts = Hosts(3, [], 0)
     hear(hosts, 100)
     look(hosts, 131)
@@ -109,11 +109,11 @@ def test_a_heartbeat_that_makes_no_sense_is_passed_over(monkeypatch: pytest.Monk
     monkeypatch.setattr("producer.health.heartbeat.INTERVAL_S", interval_s)
     _, value = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)
     counts = Counts()
-    part = HeartbeatPart(
+    partition = HeartbeatPartition(
         "hosts", 3, [], Committed(7), Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE)}), counts
     )
-    part.put(value, 7, 0)
-    assert (part.next, counts.undecodable) == (8, 1)
+    partition.put(value, 7, 0)
+    assert (partition.next, counts.undecodable) == (8, 1)
 
 
 @pytest.mark.parametrize("metadata", ["5", "null", "[]", "not JSON"])

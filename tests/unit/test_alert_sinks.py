@@ -1,4 +1,4 @@
-"""What is said of an alert, and how Alertmanager is told: a server of the test's own shows what comes and refuses."""
+"""Alerts as text, records and requests to Alertmanager, against a fake server."""
 
 import json
 import logging
@@ -46,9 +46,9 @@ SILENT = replace(LOSS, rule="silent", measure="silence", value=31.4)
 @pytest.mark.parametrize(
     ("alert", "words"),
     [
-        (LOSS, "host web-1: 6.25% of 16000 segments were sent again in 60 s (loss fires from 5.00%, "),
+        (LOSS, "host web-1: 6.25% of 16000 segments were retransmitted in 60 s (loss fires from 5.00%, "),
         (replace(LOSS, firing=False), "host web-1 is resolved: 6.25% of 16000 segments"),
-        (COUNT, "peer 192.0.2.1: 1000 segments were sent again in 60 s (many fires from 5, is resolved below 2)"),
+        (COUNT, "peer 192.0.2.1: 1000 segments were retransmitted in 60 s (many fires from 5, resolves below 2)"),
         (SILENT, "host web-1 is silent: no heartbeat for 31 s"),
         (replace(SILENT, firing=False), "host web-1 is heard again"),
     ],
@@ -89,13 +89,13 @@ def test_standard_output_has_a_line_for_each(capsys: pytest.CaptureFixture[str])
     assert Alert(**record) == COUNT
 
 
-def test_alerts_that_would_go_nowhere_are_refused() -> None:
-    with pytest.raises(ConfigError, match="alerts go nowhere"):
+def test_alerts_without_a_destination_are_rejected() -> None:
+    with pytest.raises(ConfigError, match="no destination for alerts"):
         open_sinks(Config(alert=AlertConfig(topic=False)), "127.0.0.1:1", lambda seconds: None)
 
 
 class Receiver:
-    """Takes what is posted, and answers with the statuses of `answers` in turn, then with 200."""
+    """Records posts, and answers with the statuses of `answers` in turn, then with 200."""
 
     def __init__(self) -> None:
         self.answers: list[int] = []
@@ -150,15 +150,15 @@ def test_what_fires_ends_later_and_what_is_resolved_has_ended(receiver: Receiver
 def test_a_clock_that_is_ahead_begins_no_alert_after_its_end(receiver: Receiver, firing: bool) -> None:
     ahead = replace(SILENT, firing=firing, since_ns=2**62)
     Alertmanager(receiver.url, 60, pytest.fail).send([ahead])
-    (told,) = receiver.posted[0]
-    assert datetime.fromisoformat(told["startsAt"]) <= datetime.now(UTC)
-    assert told["startsAt"] <= told["endsAt"]
+    (received,) = receiver.posted[0]
+    assert datetime.fromisoformat(received["startsAt"]) <= datetime.now(UTC)
+    assert received["startsAt"] <= received["endsAt"]
 
 
-def test_of_one_alert_that_changed_twice_the_last_is_told(receiver: Receiver) -> None:
+def test_of_one_alert_that_changed_twice_the_last_is_sent(receiver: Receiver) -> None:
     Alertmanager(receiver.url, 60, pytest.fail).send([LOSS, replace(LOSS, firing=False)])
-    (told,) = receiver.posted[0]
-    assert told["annotations"]["summary"].startswith("host web-1 is resolved")
+    (received,) = receiver.posted[0]
+    assert received["annotations"]["summary"].startswith("host web-1 is resolved")
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
@@ -179,15 +179,13 @@ def test_an_answer_that_breaks_off_is_none(receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 400, 404])
-def test_what_is_refused_for_good_holds_up_nothing(
-    receiver: Receiver, caplog: pytest.LogCaptureFixture, status: int
-) -> None:
+def test_what_is_rejected_holds_up_nothing(receiver: Receiver, caplog: pytest.LogCaptureFixture, status: int) -> None:
     receiver.answers = [status]
     receiver.headers = {"Location": "/"}
     sink = Alertmanager(receiver.url, 60, pytest.fail)
     sink.send([LOSS])
     assert [(record.levelno, f"{status} why" in record.message) for record in caplog.records] == [(logging.ERROR, True)]
-    assert sink.refused == 1
+    assert sink.rejected == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sums in windows of event time: duplicates, lateness, what a restart reads again, and the topic between the stages."""
+"""Sums in windows of event time: duplicates, lateness, restarts, and the topic between the stages."""
 
 from collections import Counter
 from typing import Any
@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.alert.sums_topic import PartSums, partition_of, read, sums_messages
-from producer.alert.windows import GROUPS, Outcome, SourceSums, Sums, View
+from producer.alert.sums_topic import PartitionSums, partition_of, read, sums_messages
+from producer.alert.windows import GROUPS, Grouping, Outcome, SourceSums, Sums
 
 SECOND_NS = 1_000_000_000
 LATENESS_NS = 5 * SECOND_NS
-TENS = View("host", 10 * SECOND_NS)
-BY_PEER = View("peer", 20 * SECOND_NS)
+TENS = Grouping("host", 10 * SECOND_NS)
+BY_PEER = Grouping("peer", 20 * SECOND_NS)
 NOW_NS = 1_000 * SECOND_NS
 
 
@@ -23,8 +23,8 @@ def event(number: int, second: float, host: str = "web-1", segs: int = 1, **fiel
     return made | {"segs": segs, "sample_rate": 1} | fields
 
 
-def source(first: int = 0, watermark_ns: int = 0, *views: View) -> SourceSums:
-    return SourceSums(views or [TENS], LATENESS_NS, first, watermark_ns)
+def source(first: int = 0, watermark_ns: int = 0, *groupings: Grouping) -> SourceSums:
+    return SourceSums(groupings or [TENS], LATENESS_NS, first, watermark_ns)
 
 
 def added(sums: SourceSums, *events: dict[str, Any]) -> list[Outcome]:
@@ -103,11 +103,11 @@ def test_sums_go_to_their_groups_partitions_in_messages_that_are_not_too_large()
     got: dict[str, int] = {}
     for partition, message in sums_messages("retransmits", "tcp_retransmit/3", sums, 4):
         assert len(message) < 100_000
-        told = read(message)
-        assert isinstance(told, PartSums)
-        assert (told.part, told.stream, *told.sums[:2]) == ("tcp_retransmit/3", "retransmits", *sums[:2])
-        assert {partition_of("host", group, 4) for group in told.sums.segs} == {partition}
-        got |= told.sums.segs
+        parsed = read(message)
+        assert isinstance(parsed, PartitionSums)
+        assert (parsed.source, parsed.stream, *parsed.sums[:2]) == ("tcp_retransmit/3", "retransmits", *sums[:2])
+        assert {partition_of("host", group, 4) for group in parsed.sums.segs} == {partition}
+        got |= parsed.sums.segs
     assert got == sums.segs
 
 
@@ -115,7 +115,7 @@ _EVENTS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5), st.sampled_f
 
 
 def _stream(steps: list[tuple[int, int, str]]) -> list[dict[str, Any]]:
-    """Events whose time goes up, each at most 5 seconds, the lateness, behind the latest."""
+    """Events with increasing times, each at most 5 seconds (the lateness) before the latest."""
     now, made = 100, []
     for number, (forward, back, host) in enumerate(steps):
         now = max(now, now + forward - 5)

@@ -61,7 +61,7 @@ key = "/etc/client.key"
 [alert]
 group = "on-call"
 lateness_s = 30
-silent_after = 5
+missed_heartbeats = 5
 topic = false
 stdout = true
 alertmanager = "http://alertmanager:9093"
@@ -179,7 +179,7 @@ def test_every_setting_can_be_read(read):
         alert=Alert(
             group="on-call",
             lateness_s=30.0,
-            silent_after=5.0,
+            missed_heartbeats=5.0,
             topic=False,
             stdout=True,
             alertmanager="http://alertmanager:9093",
@@ -308,7 +308,7 @@ def test_an_alert_rule_that_makes_no_sense_is_named_with_its_line(read, text, me
         ('group = ""', "a name is wanted"),
         ("lateness_s = -1", "not a number of seconds from 0"),
         ("repeat_s = 0", "not a number of seconds from 1"),
-        ("silent_after = -1", "not a number from 0"),
+        ("missed_heartbeats = -1", "not a number from 0"),
         ('alertmanager = "alertmanager:9093"', "a URL is wanted"),
         ('rules = [{name = "a"}, {name = "a"}]', "another rule is called a"),
     ],

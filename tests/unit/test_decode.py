@@ -1,4 +1,4 @@
-"""The reader's side of the frame: what is ours is read, whatever else is refused as one error."""
+"""Decoding: our messages are read, all others raise one kind of error."""
 
 import io
 import json
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.alert.partitions import Committed, Counts, HeartbeatPart
+from producer.alert.partitions import Committed, Counts, HeartbeatPartition
 from producer.consume.accepted import NotAccepted, accepted
 from producer.consume.decode import Decoder, UndecodableError
 from producer.errors import Stopped, UnavailableError
@@ -31,7 +31,7 @@ OTHER = {**OURS["TcpTransmit"], "fields": [*OURS["TcpTransmit"]["fields"], {"nam
 
 
 def frame(schema_id: int, schema: dict[str, Any], **fields: Any) -> bytes:
-    """Return a message; each field that is not given has some value of its type."""
+    """Return a message; fields that are not given have some value of their type."""
     buffer = io.BytesIO()
     buffer.write(struct.pack(">bI", 0, schema_id))
     values = {field["name"]: VALUES[type_name(field["type"])] for field in schema["fields"]}
@@ -40,7 +40,7 @@ def frame(schema_id: int, schema: dict[str, Any], **fields: Any) -> bytes:
 
 
 class Registry(BaseHTTPRequestHandler):
-    """Knows schema 77; requests are counted. For schema 79 it answers with `failure`, a status and an error code."""
+    """Has schema 77, and counts requests. Answers for schema 79 with `failure`, a status and an error code."""
 
     requests: list[str]
     failure = 404, 40403
@@ -88,8 +88,8 @@ def test_any_bytes_are_a_record_or_the_one_error(value: bytes) -> None:
     assert "seq" in record
 
 
-def test_a_message_without_a_value_is_refused() -> None:
-    with pytest.raises(UndecodableError, match="frame"):
+def test_a_message_without_a_value_is_rejected() -> None:
+    with pytest.raises(UndecodableError, match="wire format"):
         Decoder(None).decode(None)
 
 
@@ -98,7 +98,7 @@ def test_an_id_that_is_not_fixed_asks_for_the_registry() -> None:
         Decoder(None).decode(frame(77, OTHER))
 
 
-def test_a_value_with_something_behind_it_is_refused(registry: ThreadingHTTPServer) -> None:
+def test_a_value_with_trailing_bytes_is_rejected(registry: ThreadingHTTPServer) -> None:
     with pytest.raises(UndecodableError, match="not a value"):
         Decoder(url(registry)).decode(frame(77, OTHER) + b"\0")
 
@@ -109,7 +109,7 @@ def test_a_registrys_schema_is_fetched_once(registry: ThreadingHTTPServer) -> No
     assert len(Registry.requests) == 1
 
 
-def test_an_id_that_the_registry_does_not_know_is_refused(registry: ThreadingHTTPServer) -> None:
+def test_an_id_that_the_registry_does_not_know_is_rejected(registry: ThreadingHTTPServer) -> None:
     with pytest.raises(UndecodableError, match="does not know schema id 78"):
         Decoder(url(registry)).decode(frame(78, OTHER))
 
@@ -170,7 +170,7 @@ def test_a_registry_that_went_away_ends_no_consumer_and_is_not_waited_for_at_eac
         thread.join()
     with pytest.raises(UndecodableError, match="does not answer for schema id 78"):
         decoder.decode(frame(78, OTHER))
-    with pytest.raises(UndecodableError, match="new schema ids are not asked for"):
+    with pytest.raises(UndecodableError, match="new schema ids are not requested"):
         decoder.decode(frame(79, OTHER))
     now += 61
     with pytest.raises(UndecodableError, match="does not answer for schema id 79"):
@@ -198,20 +198,20 @@ def test_a_stop_ends_the_wait_for_a_schema() -> None:
 def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPServer) -> None:
     decoder = Decoder(url(registry))
     for schema_id in (0, 1 << 31, (1 << 32) - 1):
-        with pytest.raises(UndecodableError, match="no registry gives"):
+        with pytest.raises(UndecodableError, match="is out of range"):
             decoder.decode(frame(schema_id, OTHER))
     assert Registry.requests == []
 
 
 def test_alert_counts_a_message_whose_schema_the_registry_refuses(registry: ThreadingHTTPServer) -> None:
     counts = Counts()
-    part = HeartbeatPart("hosts", 3, [], Committed(7), Decoder(url(registry)), counts)
+    partition = HeartbeatPartition("hosts", 3, [], Committed(7), Decoder(url(registry)), counts)
     for offset in (7, 8):
-        part.put(frame(78, OTHER), offset, 0)
-    assert (counts.undecodable, part.next, len(Registry.requests)) == (2, 9, 1)
+        partition.put(frame(78, OTHER), offset, 0)
+    assert (counts.undecodable, partition.next, len(Registry.requests)) == (2, 9, 1)
 
 
-def test_a_value_of_more_than_a_mebibyte_is_refused() -> None:
+def test_a_value_of_more_than_a_mebibyte_is_rejected() -> None:
     with pytest.raises(UndecodableError, match="longer than"):
         Decoder(None).decode(b"\0\0\0\0\2" + bytes(1 << 20))
 
@@ -224,7 +224,7 @@ def test_each_schema_of_ours_is_accepted(path: Path) -> None:
 
 
 def of_type(kind: Any, name: str = "RebpfAgent") -> dict[str, Any]:
-    """Return a schema of ours with one more field."""
+    """Return one of our schemas with one more field."""
     fields = OURS.get(name, OURS["RebpfAgent"])["fields"]
     return {"type": "record", "name": name, "namespace": "rebpf.v1", "fields": [*fields, {"name": "a", "type": kind}]}
 
@@ -279,7 +279,7 @@ def test_a_schema_that_is_not_like_ours_is_refused(schema: Any) -> None:
 
 
 def changed(change: Any, name: str = "TcpTransmit") -> dict[str, Any]:
-    """Return a schema of ours with its fields changed."""
+    """Return one of our schemas with changed fields."""
     return {**OURS[name], "fields": [each for field in OURS[name]["fields"] for each in change(dict(field))]}
 
 
@@ -322,7 +322,7 @@ def test_a_schema_with_other_defaults_and_words_is_accepted_without_them() -> No
     assert "default" not in json.dumps(accepted(json.dumps(schema)))
 
 
-def test_a_text_of_more_than_4096_characters_is_refused() -> None:
+def test_a_string_of_more_than_4096_characters_is_rejected() -> None:
     decode = Decoder(None).decode
     assert len(decode(frame(1, OURS["TcpTransmit"], host="x" * 4096))["host"]) == 4096
     with pytest.raises(UndecodableError, match="4096 characters"):
@@ -330,7 +330,7 @@ def test_a_text_of_more_than_4096_characters_is_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 60_000, "\ud800", 'syntax = "proto3";'])
-def test_a_text_that_is_no_schema_is_refused(text: str) -> None:
+def test_a_text_that_is_no_schema_is_rejected(text: str) -> None:
     with pytest.raises(NotAccepted):
         accepted(text)
 

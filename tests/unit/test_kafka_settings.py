@@ -1,4 +1,4 @@
-"""librdkafka's settings: what is refused, what is passed on."""
+"""librdkafka's settings: which are rejected, which are passed on."""
 
 import ctypes
 import re
@@ -48,14 +48,14 @@ def test_other_settings_are_passed_on_and_win_over_defaults():
 
 
 @pytest.mark.parametrize(("name", "value"), [("lingr.ms", "5"), ("linger.ms", "soon"), ("max.in.flight", "6")])
-def test_a_setting_that_librdkafka_refuses_is_a_configuration_error(name, value):
+def test_a_setting_that_librdkafka_rejects_is_a_configuration_error(name, value):
     sink = KafkaSink(client_settings("b:1", {name: value}), {})
     with pytest.raises(ConfigError, match=r"kafka setting"):
         sink.open()
 
 
 def listed(path: Path) -> dict[str, str]:
-    """Return all settings that the installed librdkafka lists, each with whom it is for: C, P or *."""
+    """Return all settings of the installed librdkafka with their scope: C, P or *."""
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         library = ctypes.CDLL(next(line.split(maxsplit=5)[5].strip() for line in maps if "librdkafka" in line))
     libc = ctypes.CDLL(None)

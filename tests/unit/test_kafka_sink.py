@@ -1,4 +1,4 @@
-"""The sink against librdkafka's built-in cluster: what is acknowledged, sent again, lost, and how much is under way."""
+"""The sink against librdkafka's mock cluster: acknowledgements, retries, losses, and limits in flight."""
 
 import socket
 import subprocess
@@ -76,7 +76,7 @@ def numbered(count: int, start: int = 0) -> list[tuple[bytes, bytes]]:
 
 
 class Ledger:
-    """What a sink said so far, added up."""
+    """The sum of a sink's outcomes."""
 
     def __init__(self, sink: KafkaSink) -> None:
         self._sink = sink
@@ -151,17 +151,19 @@ def test_a_failure_that_passes_costs_no_message(cluster, open_sink, code):
     assert set(cluster.read("t", 101)) == set(messages)
 
 
-def test_batches_that_are_sent_again_stay_in_order_and_later_ones_wait_for_them(cluster, open_sink, caplog):
-    """The client takes two batches and a half, and refuses others before these have failed: the topic is missing."""
+def test_retried_batches_stay_in_order_and_later_ones_wait_for_them(cluster, open_sink, caplog):
+    """The topic is missing. The client's queue takes two and a half batches and rejects more before these fail."""
     sink = open_sink(raw={"queue.buffering.max.messages": "50"})
     batches = [batch(TRANSMITS, numbered(20, start)) for start in range(0, 240, 20)]
     failing, later = batches[:8], batches[8:]
     for each in failing:
         sink.send(each)
     ledger = Ledger(sink)
-    # All have failed, and were sent again, and failed again.
+    # All have failed, were retried, and failed again.
     ledger.wait(
-        lambda: caplog.text.count("sent again topic=t error=") > 1 and "UNKNOWN" in sink.last_error_of("transmit")
+        lambda: (
+            caplog.text.count("retrying messages topic=t error=") > 1 and "UNKNOWN" in sink.last_error_of("transmit")
+        )
     )
 
     assert not sink.last_error_of("retransmit")
@@ -180,11 +182,11 @@ def test_batches_that_are_sent_again_stay_in_order_and_later_ones_wait_for_them(
 
 
 @pytest.mark.parametrize("code", [10, 44, 87], ids=librdkafka.error_name)
-def test_a_refused_batch_is_sent_one_by_one_and_what_is_refused_then_is_lost_by_name(cluster, open_sink, code):
+def test_a_rejected_batch_is_retried_one_by_one_and_what_is_rejected_again_is_lost_by_name(cluster, open_sink, code):
     cluster.create("t")
     kept: list[tuple[EncodedBatch, str]] = []
     sink = open_sink(quarantine=lambda refused, error: kept.append((refused, error)))
-    # The whole batch, and then, each in a request of its own, the first two of its messages.
+    # The whole batch, then its first two messages, each in a separate request.
     cluster.answer_produce_with(code, code, code)
     refused, later = batch(TRANSMITS, numbered(13)), batch(TRANSMITS, numbered(17, 13))
     ledger = Ledger(sink)
@@ -252,20 +254,18 @@ def test_one_heartbeat_at_most_is_under_way(cluster, open_sink):
     assert cluster.read("beats", 2) == [(b"host", b"first"), (b"host", b"last")]
 
 
-def test_a_missing_heartbeat_topic_is_told_and_not_asked_for_all_the_time_and_costs_no_event(
-    cluster, open_sink, caplog
-):
+def test_a_missing_heartbeat_topic_is_logged_and_retried_rarely_and_costs_no_event(cluster, open_sink, caplog):
     cluster.create("t")
     sink = open_sink(heartbeats=Topic("beats"))
     ledger = Ledger(sink)
     sink.beat(b"host", b"first")
     ledger.wait(lambda: not sink.beating)
-    assert "a heartbeat is not taken topic=beats error=" in caplog.text
+    assert "heartbeat not accepted topic=beats error=" in caplog.text
     for _ in range(50):
         sink.beat(b"host", b"too soon")
         ledger.wait(lambda: not sink.beating)
-    # Each that is refused is told; waits are random, up to 20 s and more: that 10 are over by now would be a miracle.
-    assert caplog.text.count("a heartbeat is not taken") < 10
+    # Each failure is logged. Waits are random, up to 20 s and more: 10 within this time are practically impossible.
+    assert caplog.text.count("heartbeat not accepted") < 10
     sent = batch(TRANSMITS, numbered(11))
     sink.send(sent)
     ledger.wait_for(sent)
@@ -282,7 +282,7 @@ def test_without_a_topic_for_them_there_are_no_heartbeats(open_sink):
 def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_sink):
     cluster.create("t")
     cluster.create("r")
-    sink = open_sink(most_in_flight=100)
+    sink = open_sink(max_in_flight=100)
     cluster.down()
     sent = batch(TRANSMITS, numbered(60))
     sink.send(sent)
@@ -295,7 +295,7 @@ def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_
 
 def test_a_missing_topic_does_not_hold_up_the_other_stream(cluster, open_sink, caplog):
     cluster.create("r")
-    sink = open_sink(most_in_flight=100)
+    sink = open_sink(max_in_flight=100)
     held = batch(TRANSMITS, numbered(100))
     sink.send(held)
     ledger = Ledger(sink)
@@ -326,7 +326,7 @@ def test_warnings_of_a_missing_topic_become_rare_though_the_other_streams_messag
         sink.send(sent)
         ledger.wait_for(sent)
 
-    # Waits of up to 0.5, 1, 2, 4 s: 10 within 4 s would be a miracle, and 16 are to be expected of waits up to 0.5 s.
+    # Waits of up to 0.5, 1, 2, 4 s: 10 within 4 s are practically impossible; waits up to 0.5 s would give 16.
     assert caplog.text.count("topic=r error=") < 10
 
 
@@ -337,12 +337,12 @@ def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluste
     ledger = Ledger(sink)
     sink.send(first)
     ledger.wait_for(first)
-    # There is no way to make a broker cause one: librdkafka has this function for tests.
+    # A broker cannot be made to cause one; librdkafka has this function for tests.
     lib.rd_kafka_test_fatal_error(sink._producer._handle, 47, b"made by a test")
     cluster.down()
     wait_until("other errors come after it", lambda: lib.rd_kafka_queue_length(sink._producer._queue) > 3)
     sink.send(second)
-    ledger.wait(lambda: "is replaced" in caplog.text)
+    ledger.wait(lambda: "replacing the client: fatal error" in caplog.text)
     cluster.up()
     ledger.wait_for(second)
 
@@ -351,7 +351,37 @@ def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluste
     assert cluster.read("t", 24) == numbered(24)
 
 
-def test_the_brokers_trouble_is_told_until_a_message_is_delivered(cluster, open_sink, caplog):
+def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts_once(cluster, open_sink, caplog):
+    """librdkafka's threads wait by the system clock, and would sleep for the difference."""
+    cluster.create("t")
+    offset_ns = [1_700_000_000_000_000_000]
+    sink = open_sink(utc_offset_ns=lambda: offset_ns[0])
+    first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
+    ledger = Ledger(sink)
+    sink.send(first)
+    ledger.wait_for(first)
+    for correction_ns in (-4_000_000_000, 3600_000_000_000):
+        offset_ns[0] += correction_ns
+        ledger.poll()
+    assert "replacing" not in caplog.text
+    cluster.down()
+    sink.send(second)
+    offset_ns[0] -= 3_000_000_000_000
+    before = time.monotonic()
+    for _ in range(5):
+        ledger.poll()
+    assert time.monotonic() - before < 1
+    cluster.up()
+    ledger.wait_for(second)
+
+    assert caplog.text.count("replacing the client: the system clock was set back") == 1
+    assert ledger.delivered == {"transmit": 24}
+    assert not ledger.lost["transmit"]
+    assert sink.in_flight == {"transmit": 0}
+    assert cluster.read("t", 24) == numbered(24)
+
+
+def test_the_last_error_is_kept_until_a_message_is_delivered(cluster, open_sink, caplog):
     cluster.create("t")
     cluster.down()
     sink = open_sink()
@@ -395,7 +425,7 @@ def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
     sink = open_sink(on_socket=refuse)
     sink.send(batch(TRANSMITS, numbered(3)))
     ledger = Ledger(sink)
-    ledger.wait(lambda: "no socket" in caplog.text and sink.last_error)
+    ledger.wait(lambda: "cannot open a socket" in caplog.text and sink.last_error)
     assert not ledger.delivered
 
 
@@ -411,7 +441,7 @@ def test_an_embedded_cluster_has_the_topics():
 
 
 def test_delivery_reports_need_no_descriptor() -> None:
-    """numpy imports a part of itself when it is first needed, which fails where no descriptor is left."""
+    """numpy imports a submodule on first use, which fails when descriptors have run out."""
     program = """
 import resource, numpy, producer.kafka.sink
 resource.setrlimit(resource.RLIMIT_NOFILE, (0, 4096))

@@ -21,7 +21,7 @@ from producer.commands.tail import Event, json_line
 from producer.commands.verify import TopicReport, show
 from producer.config import load
 from producer.consume.audit import BootReport
-from producer.consume.event_line import View
+from producer.consume.event_line import EventFormatter
 from producer.errors import OutputError, UnavailableError
 from producer.health.status import table
 from producer.host import systemd
@@ -178,7 +178,7 @@ def test_the_command_line_is_quoted_safely(arguments: list[str]) -> None:
 @hostile
 def test_a_line_of_the_view_is_printable(text: str) -> None:
     record = {**RETRANSMIT, "cause": text, "saddr": text}
-    assert View(color=False).line(record).isprintable()
+    assert EventFormatter(color=False).line(record).isprintable()
 
 
 @hostile

@@ -1,4 +1,4 @@
-"""The registry's answers: its own are believed, all others are none, and none takes longer than its deadline."""
+"""The registry's answers: others' answers are rejected, and none takes longer than its deadline."""
 
 import json
 import threading
@@ -123,7 +123,7 @@ def test_what_no_registry_answers_is_no_answer_and_earlier_ids_are_used(name: st
         (404, 40401, "run `rebpf init`"),
         (404, 40403, "run `rebpf init`"),
         (409, 409, "incompatible"),
-        (422, 42201, "refuses the schema"),
+        (422, 42201, "rejects the schema"),
     ],
 )
 def test_the_registrys_own_refusal_counts_more_than_the_cache(

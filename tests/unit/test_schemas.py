@@ -1,4 +1,4 @@
-"""Released schemas stay as they are, and what is published now is read by every released reader and the other way."""
+"""Released schemas never change, and current and released versions can read each other's records."""
 
 import copy
 import hashlib
@@ -55,7 +55,7 @@ def test_each_released_topic_is_still_published() -> None:
 
 
 def bodies(name: str, schema: Schema) -> list[bytes]:
-    """Return records as this version's encoder makes them with `schema`: all known, nothing known, and in between."""
+    """Return records of this version's encoder with `schema`: all fields set, all optional ones null, and between."""
     stream = STREAM_OF.get(name)
     if stream is None:
         return [written(body, read(name), schema) for body in OTHERS[name]()]
@@ -100,7 +100,7 @@ def decoded(body: bytes, writer: Schema, reader: Schema) -> Mapping[str, Any]:
 
 
 def assert_read(name: str, written_with: Schema, read_with: Schema) -> None:
-    """Check that a consumer with the one schema reads what was written with the other, and what both have alike."""
+    """Check that a consumer with one schema reads records of the other, with equal values in common fields."""
     shared = {field["name"] for field in written_with["fields"]} & {field["name"] for field in read_with["fields"]}
     for body in bodies(name, written_with):
         own = decoded(body, written_with, written_with)
@@ -122,7 +122,7 @@ def test_a_consumer_with_the_new_schema_reads_events_of_a_release(released: str)
 
 
 def grown(schema: Schema) -> Schema:
-    """Return what a later version may do: a field more, with a default."""
+    """Return a compatible later version: with one more field, with a default."""
     return {**schema, "fields": [*schema["fields"], {"name": "new", "type": ["null", "long"], "default": None}]}
 
 

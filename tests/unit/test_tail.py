@@ -1,4 +1,4 @@
-"""`rebpf tail` against the embedded cluster: a consumer that sees each event once, in its partition's order."""
+"""`rebpf tail` against the mock cluster: each event once, in its partition's order."""
 
 import io
 import json
@@ -25,7 +25,7 @@ VALUES = {"long": 1_790_000_000_123, "int": 7, "string": "text", "boolean": True
 
 
 class Cluster:
-    """librdkafka's built-in cluster, and a producer to it."""
+    """librdkafka's mock cluster, and a producer for it."""
 
     def __init__(self) -> None:
         self._producer = Producer(
@@ -81,7 +81,7 @@ def follow(cluster: Cluster, topics: Sequence[str] = TOPICS, *, from_beginning: 
 
 
 def take(source: Iterator[list[Event]], count: int) -> list[Event]:
-    """Read until `count` events are there; the test's timeout is the deadline."""
+    """Read until there are `count` events; the test's timeout is the deadline."""
     taken: list[Event] = []
     while len(taken) < count:
         taken += next(source)
@@ -146,7 +146,7 @@ def test_strangers_messages_are_skipped_and_counted(cluster: Cluster, caplog: py
     source = follow(cluster)
     assert [event.record["seq"] for event in take(source, 1)] == [17]
     source.close()
-    assert 'skipped messages=2 reason="tcp_transmit: not in Confluent\'s frame"' in caplog.text
+    assert 'skipped messages=2 reason="tcp_transmit: not in Confluent\'s wire format"' in caplog.text
 
 
 ODD: dict[int, dict[str, Any]] = {

@@ -68,7 +68,7 @@ def read(folder: Path, text: str | bytes) -> Config:
         "registry.timeout_s = 1e300",
         'alert.alertmanager = "http://a:x"',
         'alert.group = "a\\nb"',
-        "alert.silent_after = 1e300",
+        "alert.missed_heartbeats = 1e300",
         "alert.lateness_s = 1e300",
         RULE + "uid = [-1]",
         RULE + "uid = [1099511627776]",

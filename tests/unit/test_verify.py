@@ -1,4 +1,4 @@
-"""`rebpf verify`: exact counts of what is missing, double or late, whatever the order in which the topics are read."""
+"""`rebpf verify`: exact counts of missing, duplicate and late events, in whatever order the topics are read."""
 
 import itertools
 import json
@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.commands.verify import TopicReport, complaint, show, verify
+from producer.commands.verify import TopicReport, fault_summary, show, verify
 from producer.consume.audit import Audit, BootReport, Row
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import FrontReader
+from producer.consume.event_id import EventIdReader
 from producer.consume.gaps import Gaps, Numbers, find_gaps
 from producer.consume.reader import TopicReader
 from producer.errors import ConfigError, UnavailableError
@@ -38,7 +38,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def row(cpu_seq: int, **fields: Any) -> Row:
-    """An event sent and taken at the time `cpu_seq`, unless `fields` say otherwise."""
+    """An event sent and captured at the time `cpu_seq`, unless `fields` override it."""
     at = fields.pop("at", cpu_seq)
     values = {"partition": 0, "key": b"a:1>b:2", "timestamp_ms": at, "ts_ns": at, "host": "h", "boot_id": "b", "cpu": 0}
     return Row(**{**values, **fields}, cpu_seq=cpu_seq)
@@ -57,7 +57,7 @@ def boot(rows: Iterable[Row], **settings: Any) -> BootReport:
     return report
 
 
-# Around the ends of pages and generations, and few enough to come twice.
+# Around the ends of pages and generations, and few enough for duplicates.
 near = st.sampled_from([0, 4095, 4096, 8192, GENERATION, 2 * GENERATION, 7 * GENERATION + 4096])
 some_numbers = st.builds(lambda base, step: max(1, base + step), near, st.integers(-5, 9))
 
@@ -78,7 +78,7 @@ def test_numbers_are_new_once_and_all_there(chunks: list[list[tuple[int, int]]])
 
 
 def model(held: list[int], complete_from: int) -> Gaps:
-    """Gaps by the rules' own words."""
+    """Gaps, literally as specified."""
     gaps, missing, unsure, generations = 0, 0, 0, set()
     for before, behind in itertools.pairwise(held):
         start = before + 1
@@ -152,7 +152,7 @@ def test_a_crash_is_one_restart_of_all_cpus_and_what_lacks_behind_it_is_missing(
     assert (boot(again).restarts, boot(again).gaps, boot(again).missing) == (2, 1, 2)
 
 
-def test_what_came_before_the_first_number_is_told_and_not_counted() -> None:
+def test_what_came_before_the_first_number_is_reported_and_not_counted() -> None:
     report = boot([row(7, cpu=2), row(8, cpu=2), row(1), row(GENERATION + 1, cpu=3)])
     assert (report.missing, report.restarts) == (0, 0)
     assert report.first_numbers == {2: 7, 3: GENERATION + 1}
@@ -187,22 +187,22 @@ def test_of_more_boots_and_scattered_numbers_than_have_room_the_rest_is_counted_
 
 def test_what_is_unchecked_is_a_fault() -> None:
     report = TopicReport("events", 1, 5, 0, 0, 0, (), 3)
-    assert complaint([report]) == "events: unchecked 3"
+    assert fault_summary([report]) == "events: unchecked 3"
     assert str(report).endswith("unchecked=3")
 
 
 def test_a_name_that_is_too_long_is_undecodable() -> None:
     with pytest.raises(UndecodableError, match="4096 characters"):
-        FrontReader(Decoder(None)).read(message(TRANSMITS, host="x" * 5000))
+        EventIdReader(Decoder(None)).read(message(TRANSMITS, host="x" * 5000))
 
 
 def test_the_front_of_a_record_is_what_the_whole_record_says() -> None:
     for stream in STREAMS:
         value = message(stream, cpu=3, cpu_seq=1 << 40, host="web-1", boot_id="b")
-        front, record = FrontReader(Decoder(None)).read(value), Decoder(None).decode(value)
-        assert front["cpu_seq"] == 1 << 40
-        assert front == {name: record[name] for name in front}
-        assert set(front) == {"ts", "ts_ns", "cpu", "cpu_seq", "host", "boot_id"}
+        event_id, record = EventIdReader(Decoder(None)).read(value), Decoder(None).decode(value)
+        assert event_id["cpu_seq"] == 1 << 40
+        assert event_id == {name: record[name] for name in event_id}
+        assert set(event_id) == {"ts", "ts_ns", "cpu", "cpu_seq", "host", "boot_id"}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_the_front_of_a_record_is_what_the_whole_record_says() -> None:
 )
 def test_what_is_no_event_is_undecodable(value: bytes | None) -> None:
     with pytest.raises(UndecodableError):
-        FrontReader(Decoder(None)).read(value)
+        EventIdReader(Decoder(None)).read(value)
 
 
 def test_a_schema_without_an_event_s_id_is_undecodable() -> None:
@@ -220,10 +220,10 @@ def test_a_schema_without_an_event_s_id_is_undecodable() -> None:
             return {"type": "record", "name": "Other", "fields": [{"name": "cpu_seq", "type": "string"}]}
 
     with pytest.raises(UndecodableError, match="schema 1 has no "):
-        FrontReader(Other(None)).read(message(TRANSMITS))
+        EventIdReader(Other(None)).read(message(TRANSMITS))
 
 
-def test_a_schema_that_was_refused_for_a_while_is_read_with_afterwards() -> None:
+def test_a_schema_that_was_rejected_for_a_while_is_used_afterwards() -> None:
     class Forgetful(Decoder):
         asked = 0
 
@@ -233,11 +233,11 @@ def test_a_schema_that_was_refused_for_a_while_is_read_with_afterwards() -> None
                 raise UndecodableError("too many unknown schema ids")
             return super().schema(schema_id)
 
-    fronts = FrontReader(Forgetful(None))
+    id_reader = EventIdReader(Forgetful(None))
     for _ in range(2):
         with pytest.raises(UndecodableError, match="too many"):
-            fronts.read(message(TRANSMITS, host="web-1"))
-    assert fronts.read(message(TRANSMITS, host="web-1"))["host"] == "web-1"
+            id_reader.read(message(TRANSMITS, host="web-1"))
+    assert id_reader.read(message(TRANSMITS, host="web-1"))["host"] == "web-1"
 
 
 def read(cluster: Cluster, **settings: Any) -> list[TopicReport]:
@@ -257,7 +257,7 @@ def test_topics_are_read_to_their_end_and_reported(cluster: Cluster) -> None:
     cluster.put(TRANSMITS.topic, b"not avro")
     put(cluster, RETRANSMITS.topic, cpu_seq=1, ts_ns=1)
     reports = read(cluster)
-    assert complaint(reports) == "tcp_transmit: missing 2, undecodable 1"
+    assert fault_summary(reports) == "tcp_transmit: missing 2, undecodable 1"
     told = json.loads(show(reports, as_json=True))
     assert list(told) == TOPICS
     assert (told["tcp_transmit"]["messages"], told["tcp_transmit"]["undecodable"]) == (5, 1)
@@ -288,9 +288,9 @@ def test_one_host_alone_can_be_asked_for(cluster: Cluster) -> None:
         for number in numbers:
             put(cluster, TRANSMITS.topic, cpu_seq=number, host=host)
     put(cluster, RETRANSMITS.topic, cpu_seq=1)
-    assert complaint(read(cluster, host="h")) is None
+    assert fault_summary(read(cluster, host="h")) is None
     assert read(cluster, host="h")[0].other_hosts == 2
-    assert complaint(read(cluster, host="g")) == "tcp_transmit: missing 1"
+    assert fault_summary(read(cluster, host="g")) == "tcp_transmit: missing 1"
 
 
 def test_a_topic_that_is_not_there_is_unavailable(cluster: Cluster) -> None:
@@ -325,7 +325,7 @@ def test_a_mistake_on_the_command_line_is_64(arguments: list[str], text: str) ->
 
 
 def documented_sql() -> str:
-    """Return the statement of docs/delivery.md that looks for gaps."""
+    """Return the SQL statement of docs/delivery.md that finds gaps."""
     blocks = re.findall(r"```sql\n(.*?)```", DELIVERY.read_text(), re.DOTALL)
     (statement,) = [block for block in blocks if "LAG(" in block]
     return statement

@@ -1,4 +1,4 @@
-"""The line of an event: tcpdump's words, colours, and nothing that a terminal would obey."""
+"""The line of an event: tcpdump's notation, colours, and no control characters."""
 
 import re
 from datetime import datetime
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from producer.consume.event_line import View, endpoint, flag_letters
+from producer.consume.event_line import EventFormatter, endpoint, flag_letters
 
 TRANSMIT: dict[str, Any] = {
     "ts_ns": 1_790_000_000_123_456_000,
@@ -34,7 +34,7 @@ RETRANSMIT = {
 
 
 def plain(record: dict[str, Any]) -> str:
-    return View(color=False).line(record)
+    return EventFormatter(color=False).line(record)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_what_is_unknown_is_left_out() -> None:
 
 @pytest.mark.parametrize(("record", "color"), [(TRANSMIT, "\x1b[32m"), (RETRANSMIT, "\x1b[33m")])
 def test_colours_tell_the_two_kinds_apart(record: dict[str, Any], color: str) -> None:
-    line = View(color=True).line(record)
+    line = EventFormatter(color=True).line(record)
     assert f"{color}10.0.0.1:40001" in line
     assert re.sub(r"\x1b\[[\d;]*m", "", line) == plain(record)
 
@@ -97,22 +97,22 @@ values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 def test_a_record_of_any_types_is_a_bounded_line_or_counted_and_costs_no_other(
     changes: dict[str, Any], missing: set[str]
 ) -> None:
-    view = View(color=False)
+    formatter = EventFormatter(color=False)
     odd = {name: value for name, value in {**RETRANSMIT, **changes}.items() if name not in missing}
-    lines = view.lines([RETRANSMIT, odd, TRANSMIT])
-    assert len(lines) + view.refused.total() == 3
+    lines = formatter.lines([RETRANSMIT, odd, TRANSMIT])
+    assert len(lines) + formatter.rejected.total() == 3
     assert {plain(RETRANSMIT), plain(TRANSMIT)} <= set(lines)
-    assert all(line.isprintable() and len(line) < 8192 for line in [*lines, *view.refused])
+    assert all(line.isprintable() and len(line) < 8192 for line in [*lines, *formatter.rejected])
 
 
 def test_lines_come_in_the_order_of_time() -> None:
     records = [{**TRANSMIT, "ts_ns": TRANSMIT["ts_ns"] + late, "seq": late} for late in (3, 1, 2)]
-    assert [line.split("seq ")[1][0] for line in View(color=False).lines(records)] == ["1", "2", "3"]
+    assert [line.split("seq ")[1][0] for line in EventFormatter(color=False).lines(records)] == ["1", "2", "3"]
 
 
 def test_reasons_are_bounded() -> None:
-    view = View(color=False)
-    assert view.lines({**TRANSMIT, "ts_ns": "x", str(number): 0} for number in range(3)) == []
-    assert view.lines({**TRANSMIT, "ts_ns": 10**30 + 10**20 * number} for number in range(1000)) == []
-    assert view.refused.total() == 1003
-    assert len(view.refused) <= 101
+    formatter = EventFormatter(color=False)
+    assert formatter.lines({**TRANSMIT, "ts_ns": "x", str(number): 0} for number in range(3)) == []
+    assert formatter.lines({**TRANSMIT, "ts_ns": 10**30 + 10**20 * number} for number in range(1000)) == []
+    assert formatter.rejected.total() == 1003
+    assert len(formatter.rejected) <= 101

@@ -70,7 +70,7 @@ retransmit = "keep"
     b"""[alert]
 group = "g"
 alertmanager = "http://127.0.0.1:1"
-silent_after = 3
+missed_heartbeats = 3
 [[alert.rules]]
 name = "r"
 by = "host"

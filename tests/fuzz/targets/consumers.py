@@ -8,18 +8,18 @@ from collections.abc import Collection, Iterator, Sequence
 from hypothesis import strategies as st
 
 from producer.alert import sums_topic
-from producer.alert.commit import Cycle, Parts, Place
+from producer.alert.commit import Assigned, CommitStep, PartitionId
 from producer.alert.evaluate import RETRANSMITS
 from producer.alert.last_alerts import last_of
 from producer.alert.model import Alert
-from producer.alert.partitions import Committed, Counts, HeartbeatPart, Part, SourcePart, SumsPart
+from producer.alert.partitions import Committed, Counts, EventPartition, HeartbeatPartition, Partition, SumsPartition
 from producer.alert.record import AlertEncoder
-from producer.alert.windows import Sums, View
+from producer.alert.windows import Grouping, Sums
 from producer.commands.verify import TopicReport, show
 from producer.config.load import AlertRule
 from producer.consume.audit import Audit, Row
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import FrontReader
+from producer.consume.event_id import EventIdReader
 from producer.events import STREAMS
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
@@ -36,7 +36,7 @@ _RULES = (
     AlertRule(name="port", by="port", measure="count", window_s=5, threshold=1, clear=1),
 )
 _ALERT = Alert("many", "host", "a", True, "count", 9.0, 1.0, 1.0, 10 * _SECOND_NS, 10.0, 0, 9, 10 * _SECOND_NS)
-_ROOM_BYTES = 20_000
+_MEMORY_BYTES = 20_000
 
 
 class _Tellers:
@@ -68,14 +68,14 @@ def _decoder() -> Decoder:
     return Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE), ALERT_ID: load_schema(ALERT_FILE)})
 
 
-def _parts(committed: Committed, known: Sequence[Alert], counts: Counts) -> dict[Place, Part]:
+def _parts(committed: Committed, known: Sequence[Alert], counts: Counts) -> dict[PartitionId, Partition]:
     decoder = _decoder()
     return {
-        Place("events", 0): SourcePart(
-            "events", RETRANSMITS, "events/0", _RULES, 5, committed, decoder, counts, _ROOM_BYTES
+        PartitionId("events", 0): EventPartition(
+            "events", RETRANSMITS, "events/0", _RULES, 5, committed, decoder, counts, _MEMORY_BYTES
         ),
-        Place("sums", 0): SumsPart("sums", _RULES, ["events/0"], known, committed, counts, _ROOM_BYTES),
-        Place("hosts", 0): HeartbeatPart("hosts", 3, [], committed, decoder, counts),
+        PartitionId("sums", 0): SumsPartition("sums", _RULES, ["events/0"], known, committed, counts, _MEMORY_BYTES),
+        PartitionId("hosts", 0): HeartbeatPartition("hosts", 3, [], committed, decoder, counts),
     }
 
 
@@ -91,10 +91,10 @@ def _alert() -> Iterator[Check]:
         tellers = _Tellers()
         committed: list[Committed] = []
 
-        def commit(done: Parts) -> None:
+        def commit(done: Assigned) -> None:
             committed.extend(part.committed() for part in done.values())
 
-        cycle = Cycle(tellers, 1, [tellers], commit)
+        cycle = CommitStep(tellers, 1, [tellers], commit)
         places = list(parts)
         for offset, (which, value) in enumerate(messages):
             parts[places[which]].put(value, offset, _NOW_NS + offset * _SECOND_NS)
@@ -104,7 +104,7 @@ def _alert() -> Iterator[Check]:
             cycle.run(parts)
             cycle.repeat(parts)
             for value in tellers.written:
-                parts[Place("sums", 0)].put(value, len(messages) + at_s, _NOW_NS + at_s * _SECOND_NS)
+                parts[PartitionId("sums", 0)].put(value, len(messages) + at_s, _NOW_NS + at_s * _SECOND_NS)
             tellers.written.clear()
         for part in committed:
             facts = part.facts()
@@ -119,16 +119,16 @@ def _verify() -> Iterator[Check]:
     """Each message is a row of the audit or undecodable, and there is a report."""
 
     def check(values: list[bytes | None]) -> None:
-        fronts, audit = FrontReader(Decoder(None)), Audit()
+        id_reader, audit = EventIdReader(Decoder(None)), Audit()
         undecodable = 0
         for value in values:
             try:
-                front = fronts.read(value)
+                event_id = id_reader.read(value)
             except UndecodableError:
                 undecodable += 1
                 continue
             names = ("ts_ns", "host", "boot_id", "cpu", "cpu_seq")
-            audit.add([Row(0, b"key", 0, *(front[name] for name in names))])
+            audit.add([Row(0, b"key", 0, *(event_id[name] for name in names))])
         report = TopicReport("topic", 1, len(values), 0, undecodable, audit.flows_forgotten, tuple(audit.boots()))
         json.loads(show([report], as_json=True))
         if len(show([report], as_json=False).splitlines()) != 1 + len(report.boots):
@@ -147,7 +147,7 @@ def _events() -> tuple[bytes, ...]:
 
 def _sums() -> tuple[bytes, ...]:
     start_ns = _NOW_NS - _NOW_NS % (10 * _SECOND_NS)
-    sums = Sums(View("host", 10 * _SECOND_NS), start_ns, {"a": 9, "b": 1})
+    sums = Sums(Grouping("host", 10 * _SECOND_NS), start_ns, {"a": 9, "b": 1})
     ((_, value),) = sums_topic.sums_messages(RETRANSMITS, "events/0", sums, 1)
     return value, sums_topic.watermark_message("events/0", _NOW_NS)
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from producer.backoff import BackOff
 from producer.commands.tail import Event, json_line
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import FrontReader
-from producer.consume.event_line import View
+from producer.consume.event_id import EventIdReader
+from producer.consume.event_line import EventFormatter
 from producer.encode.batch import BatchEncoder
 from producer.encode.isolate import Isolator
 from producer.events import STREAMS, Batch, EncodedBatch, Stream
@@ -163,11 +163,11 @@ def _raw_names() -> Iterator[Check]:
 def _messages() -> Iterator[Check]:
     """A message is an event that can be printed, or it is undecodable."""
     decoder = Decoder(None)
-    fronts, views = FrontReader(decoder), [View(color=False), View(color=True)]
+    id_reader, views = EventIdReader(decoder), [EventFormatter(color=False), EventFormatter(color=True)]
 
     def check(value: bytes | None) -> None:
         with contextlib.suppress(UndecodableError):
-            fronts.read(value)
+            id_reader.read(value)
         with contextlib.suppress(UndecodableError):
             record = decoder.decode(value)
             for view in views:

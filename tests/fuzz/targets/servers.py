@@ -15,7 +15,7 @@ from producer.alert.alertmanager import Alertmanager
 from producer.alert.model import Alert
 from producer.config.load import Registry
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import FrontReader
+from producer.consume.event_id import EventIdReader
 from producer.errors import RebpfError
 from producer.events import STREAMS, Topic
 from producer.health.endpoint import Endpoint, StatusBoard, ask
@@ -129,8 +129,8 @@ def _schemas() -> Iterator[Check]:
             value = b"\0\0\0\0\x07" + _EVENT
             decoder.decode(value)
             server.answer = example[0]
-            fronts = FrontReader(decoder)
-            for read in (decoder.decode, fronts.read):
+            id_reader = EventIdReader(decoder)
+            for read in (decoder.decode, id_reader.read):
                 with contextlib.suppress(UndecodableError):
                     read(b"\0\0\0\0\x08" + body)
                 read(value)
