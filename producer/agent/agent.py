@@ -141,8 +141,9 @@ class Agent:
             return run.until(stop, between, duration_s)
 
     def _say_ready(self, hooks: Hooks, brokers: str) -> None:
-        for refusal in hooks.refusals:
-            logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.rung, refusal.reason)
+        if hooks.refusals:
+            reasons = (f"{refusal.stream} by {refusal.rung}: {refusal.reason}" for refusal in hooks.refusals)
+            logger.info("better hooks are not available: %s", "; ".join(reasons))
         rungs = " ".join(f"{name}={rung}" for name, rung in hooks.rungs.items())
         embedded = " embedded=true" if self._config.kafka.brokers is None else ""
         taken_over = " taken_over=true" if hooks.taken_over else ""

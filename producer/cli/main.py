@@ -31,7 +31,7 @@ from producer.cli.options import (
 from producer.cli.spool import spool
 from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
 from producer.host import stdio
-from producer.host.output import LineFormatter, bounded, echo, flushed, hold_descriptors
+from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors
 from producer.host.signals import QUIT_NOW, set_on, stop_on_signals
 from producer.host.text import lines, printable, to_json
 
@@ -61,16 +61,23 @@ _SECTIONS = {
     show_default=True,
     help="Lowest level to log.",
 )
-def rebpf(log_level: str) -> None:
+@option(
+    "--log-format",
+    default="auto",
+    type=click.Choice(["auto", "text", "journald", "json"]),
+    show_default=True,
+    help="Format of log lines; auto is journald under systemd, otherwise text.",
+)
+def rebpf(log_level: str, log_format: str) -> None:
     """Stream TCP segments and retransmissions from the Linux kernel to Kafka."""
-    _log_from(max(logging.WARNING, logging.getLevelName(log_level.upper())))
+    _log_from(max(logging.WARNING, logging.getLevelName(log_level.upper())), formatter(log_format))
     # Not the libraries' loggers: the registry client's logs each request.
     logging.getLogger("producer").setLevel(log_level.upper())
 
 
-def _log_from(level: int) -> None:
+def _log_from(level: int, form: logging.Formatter) -> None:
     handler = stdio.LogHandler()
-    handler.setFormatter(LineFormatter())
+    handler.setFormatter(form)
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
@@ -381,7 +388,7 @@ def main() -> NoReturn:
     """Run the command line and exit."""
     hold_descriptors()
     stdio.take_over()
-    _log_from(logging.WARNING)
+    _log_from(logging.WARNING, formatter("auto"))
     with flushed():
         sys.exit(_main())
 
@@ -417,6 +424,11 @@ def _usage_text(error: click.ClickException) -> str:
 
 
 def _complain(text: str) -> None:
-    """Write to standard error, if it can be written: the exit code says it too."""
-    with contextlib.suppress(OutputError):
-        echo(text, err=True)
+    """Write an error to standard error: as it is for people, as log records for the journal and for JSON."""
+    handlers = logging.getLogger().handlers
+    if all(type(handler.formatter) is LineFormatter for handler in handlers):
+        with contextlib.suppress(OutputError):  # the exit code reports the error, too
+            echo(text, err=True)
+        return
+    for line in filter(None, text.splitlines()):
+        logger.error("%s", line)

@@ -10,34 +10,93 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import TextIO
 
 from producer.errors import OutputError, ReaderGoneError
-from producer.host.text import lines, printable
+from producer.host.text import lines, printable, to_json
 
 MAX_RECORD_BYTES = 8192
 """Most bytes of a record of the log, its traceback included."""
 
 _CUT = "...[cut]"
 _INDENT = "    "
+_SEVERITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 class LineFormatter(logging.Formatter):
-    """Makes one printable, bounded line of each record; the lines of a traceback follow, indented."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s ")
+    """Formats a record as one printable, bounded line; the lines of a traceback follow, indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's line, and the last lines of its traceback as far as there is room."""
-        head = self.formatTime(record) + f" {record.levelname} "
-        trace = self.formatException(record.exc_info) if record.exc_info else record.exc_text
-        details = [each for each in (trace, record.stack_info) if each]
+        """Return the record's line, followed by as many of the last lines of its traceback as fit."""
+        head, prefix = self._head(record), self._prefix(record)
+        details = self._details(record)
         if not details:
             return bounded(head + printable(_message(record)))
         first = bounded(head + printable(_message(record)), MAX_RECORD_BYTES // 2)
-        return "\n".join([first, *_indented("\n".join(details), MAX_RECORD_BYTES - len(first.encode()))])
+        return "\n".join([first, *_indented(details, MAX_RECORD_BYTES - len(first.encode()), prefix)])
+
+    def _head(self, record: logging.LogRecord) -> str:
+        return f"{self.formatTime(record)} {record.levelname} "
+
+    def _prefix(self, record: logging.LogRecord) -> str:
+        return ""
+
+    def _details(self, record: logging.LogRecord) -> str:
+        """Return the traceback and the stack, if the record has any."""
+        trace = self.formatException(record.exc_info) if record.exc_info else record.exc_text
+        return "\n".join(each for each in (trace, record.stack_info) if each)
+
+
+class JournalFormatter(LineFormatter):
+    """Begins each line with its priority, <N> (sd-daemon(3)); the journal adds the time."""
+
+    def _head(self, record: logging.LogRecord) -> str:
+        return f"{self._prefix(record)}{record.levelname} "
+
+    def _prefix(self, record: logging.LogRecord) -> str:
+        return f"<{_severity(record.levelno)}>"
+
+
+class JsonFormatter(LineFormatter):
+    """Formats a record as one JSON object per line: time, level, logger, message and, after an exception, traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the object, of at most MAX_RECORD_BYTES."""
+        limit = MAX_RECORD_BYTES // 2
+        while len(text := to_json(self._fields(record, limit))) > MAX_RECORD_BYTES:
+            limit //= 2
+        return text
+
+    def _fields(self, record: logging.LogRecord, limit: int) -> dict[str, str]:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields = {"time": time, "level": record.levelname.lower(), "logger": record.name}
+        fields["message"] = bounded(printable(_message(record)), limit)
+        if details := self._details(record):
+            fields["traceback"] = "\n".join(_indented(details, limit))
+        return fields
+
+
+def formatter(log_format: str) -> logging.Formatter:
+    """Return the formatter of a --log-format; `auto` is journald if the journal reads standard error, otherwise text."""
+    if log_format == "auto":
+        log_format = "journald" if _is_journal(2) else "text"
+    return {"text": LineFormatter, "journald": JournalFormatter, "json": JsonFormatter}[log_format]()
+
+
+def _is_journal(descriptor: int) -> bool:
+    """Whether JOURNAL_STREAM names the device and inode of a descriptor; see systemd.exec(5)."""
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _severity(level: int) -> int:
+    """Return the severity of RFC 5424: 2 critical, 3 error, 4 warning, 6 informational, 7 debug."""
+    return next((severity for least, severity in _SEVERITIES if level >= least), 7)
 
 
 def bounded(text: str, limit: int = MAX_RECORD_BYTES) -> str:
@@ -103,15 +162,16 @@ def _message(record: logging.LogRecord) -> str:
         return f"{record.msg} {record.args!r}"
 
 
-def _indented(text: str, room: int) -> list[str]:
-    """Return the last of the lines that fit into `room` bytes with their line breaks: the error is at the end."""
+def _indented(text: str, capacity: int, prefix: str = "") -> list[str]:
+    """Return as many of the last lines as fit into `capacity` bytes with their line breaks: the error is at the end."""
     kept: list[str] = []
-    room -= len(_INDENT) + len(_CUT) + 1
+    indent = prefix + _INDENT
+    capacity -= len(indent) + len(_CUT) + 1
     for line in reversed(text.rstrip("\n").split("\n")):
-        shown = bounded(_INDENT + printable(line), MAX_RECORD_BYTES // 8)
-        room -= len(shown.encode()) + 1
-        if room < 0:
-            kept.append(_INDENT + _CUT)
+        shown = bounded(indent + printable(line), MAX_RECORD_BYTES // 8)
+        capacity -= len(shown.encode()) + 1
+        if capacity < 0:
+            kept.append(indent + _CUT)
             break
         kept.append(shown)
     return kept[::-1]

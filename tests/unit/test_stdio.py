@@ -39,7 +39,7 @@ def full_pipe() -> Iterator[tuple[int, int]]:
 
 
 def python(code: str, **streams: object) -> "subprocess.Popen[bytes]":
-    text = f"import sys\nfrom producer import stdio\nstdio.take_over()\n{code}"
+    text = f"import sys\nfrom producer.host import stdio\nstdio.take_over()\n{code}"
     return subprocess.Popen([sys.executable, "-c", text], **streams)  # type: ignore[call-overload, no-any-return]
 
 

@@ -97,6 +97,7 @@ _OPTIONS = (
     "--explain",
     "--json",
     "--local",
+    "--log-format",
     "--log-level",
     "--pin",
 )
