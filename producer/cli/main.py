@@ -147,14 +147,14 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
 
     If the configuration is invalid, the rules in force stay, and the error is printed.
     """
-    from producer.config.load import placed
+    from producer.config.load import located
     from producer.host import state
     from producer.kernel.hooks import cgroup2_root
     from producer.rules.resolve import resolve
 
     settings = load(config).with_values(state_dir=state_dir)
     if config is not None:
-        with placed(config):
+        with located(config):
             resolve(settings, cgroup2_root()).tables()
     version = state.reload(settings.state_dir)
     echo(f"rules version {version} is in force")

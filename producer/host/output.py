@@ -79,7 +79,7 @@ class JsonFormatter(LineFormatter):
 
 
 def formatter(log_format: str) -> logging.Formatter:
-    """Return the formatter of a --log-format; `auto` is journald if the journal reads standard error, otherwise text."""
+    """Return the formatter of a --log-format; `auto` is journald if standard error is the journal, otherwise text."""
     if log_format == "auto":
         log_format = "journald" if _is_journal(2) else "text"
     return {"text": LineFormatter, "journald": JournalFormatter, "json": JsonFormatter}[log_format]()

@@ -126,7 +126,7 @@ def test_a_mistake_in_the_file_is_78(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ('acks = "1"', "kafka.settings.acks: must be all, since delivery rests on it: remove it"),
+        ('acks = "1"', "kafka.settings.acks: must be all, since delivery depends on it: remove it"),
         (
             '"linger.ms" = "soon"',
             "kafka.settings.linger.ms: Invalid value",
