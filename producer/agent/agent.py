@@ -123,7 +123,7 @@ class Agent:
 
             def status() -> Status:
                 reasons = [f"reload refused: {rules.refusal}"] if rules.refusal else []
-                reasons += [web.trouble] if web.trouble else []
+                reasons += [web.last_error] if web.last_error else []
                 return reporter.status(rules.version, [*supervisor.reasons, *reasons])
 
             between()
@@ -179,7 +179,7 @@ class _Pulse:
         return self._beats is not None
 
     def _beat(self, status: Status) -> None:
-        self._board.leave(status)
+        self._board.publish(status)
         if self._beats:
             self._sink.beat(*self._beats.encode(status, time.time()))
 
@@ -211,7 +211,7 @@ class _Run:
             attempt("watch", lambda: self._watch(watch), None)
             if not self._move(pipeline):
                 stop.wait(min(interval_s, max(0.0, end - time.monotonic())))
-        systemd.tell("STOPPING=1")
+        systemd.try_notify("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
         if not self.ring_stays:
             self.hooks.detach()

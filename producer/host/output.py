@@ -1,7 +1,7 @@
-"""All that the command writes for people and scripts: lines of the log, and standard output.
+"""Formats and writes the log and standard output.
 
-Names, paths and messages in them come from others. Whatever they hold, a record is one line, no escape sequence gets
-through, and output that cannot be written ends with its own error.
+Names, paths and messages in them come from outside. Whatever they contain, a record is one line without escape
+sequences. Output that cannot be written is an OutputError.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from producer.errors import OutputError, ReaderGoneError
 from producer.host.text import lines, printable, to_json
 
 MAX_RECORD_BYTES = 8192
-"""Most bytes of a record of the log, its traceback included."""
+"""Maximum size of a log record, including its traceback."""
 
 _CUT = "...[cut]"
 _INDENT = "    "
@@ -100,7 +100,7 @@ def _severity(level: int) -> int:
 
 
 def bounded(text: str, limit: int = MAX_RECORD_BYTES) -> str:
-    """Return printable text of at most `limit` bytes; a mark at its end says that it was cut."""
+    """Return at most `limit` bytes of printable text; a mark at its end shows that it was cut."""
     if len(text) * 4 <= limit:
         return text
     raw = text.encode()
@@ -110,10 +110,10 @@ def bounded(text: str, limit: int = MAX_RECORD_BYTES) -> str:
 
 
 def echo(text: str, *, err: bool = False, color: bool = False) -> None:
-    """Write lines to standard output, or to standard error, at once.
+    """Write lines to standard output, or to standard error, and flush.
 
-    Each line is cleaned; with `color`, colours and weights stay: for text whose foreign parts are cleaned already.
-    Raises ReaderGoneError where the reader of a pipe has gone, OutputError where nothing can be written.
+    Unprintable characters are escaped; with `color`, except styles: the foreign parts must be escaped already.
+    Raises ReaderGoneError if the reader of a pipe has exited, OutputError if the stream cannot be written.
     """
     stream, name = (sys.stderr, "standard error") if err else (sys.stdout, "standard output")
     if stream is None:
@@ -125,25 +125,25 @@ def echo(text: str, *, err: bool = False, color: bool = False) -> None:
         stream.flush()
     except BrokenPipeError as error:
         _discard(stream)
-        raise ReaderGoneError(f"{name}: the reader has gone") from error
+        raise ReaderGoneError(f"{name}: the reader has exited") from error
     except (OSError, ValueError) as error:  # ValueError: the stream was closed
         _discard(stream)
         raise OutputError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def hold_descriptors() -> None:
-    """Open /dev/null in place of standard streams that are closed, lest a file of the state folder become one."""
+    """Open /dev/null in place of closed standard streams, so that no other file gets their descriptors."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest that is free, which is this one.
+            # open() returns the lowest free descriptor, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 @contextlib.contextmanager
 def flushed() -> Iterator[None]:
-    """Drop at the end what a standard stream cannot write: at its exit Python would fail over it, with status 120."""
+    """Discard output that cannot be written at the end, since Python would otherwise exit with status 120."""
     try:
         yield
     finally:
@@ -158,7 +158,7 @@ def flushed() -> Iterator[None]:
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
-    except Exception:  # a line with arguments that do not fit is worth more than none
+    except Exception:  # arguments that do not fit must not cost the line
         return f"{record.msg} {record.args!r}"
 
 
@@ -182,7 +182,7 @@ def _styled(line: str) -> str:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what the buffer still holds, and all that follows, nowhere."""
+    """Discard the buffer and all further output."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         try:

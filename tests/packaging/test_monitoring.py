@@ -119,7 +119,7 @@ def prometheus(
         metrics.observe_delivery(0.2, 100)
         first = status()
         more = (replace(stream, balance=Balance(5000, 5000)) for stream in first.streams)
-        board.leave(status(streams=tuple(more)))
+        board.publish(status(streams=tuple(more)))
         wait_for(lambda: server.query("instance:rebpf_retransmits_per_transmit:ratio_rate5m"))
         wait_for(lambda: server.query("increase(rebpf_delivery_seconds_count[1m]) > 0"))
         yield server

@@ -23,7 +23,7 @@ PATHS = ("/metrics", "/healthz", "/readyz", "/status")
 def serving() -> Iterator[tuple[str, int]]:
     """An endpoint whose loop makes a step each 5 ms."""
     board, stop = Board(), threading.Event()
-    board.leave(status())
+    board.publish(status())
 
     def run() -> None:
         while not stop.wait(0.005):
@@ -147,7 +147,7 @@ def test_visitors_take_a_bounded_number_of_threads_and_leave_none() -> None:
 def test_visitors_that_wait_for_the_loop_are_bounded() -> None:
     """With a loop that stands, /status and /metrics in numbers leave room for /healthz."""
     board = Board(answer_timeout_s=30)
-    board.leave(status())
+    board.publish(status())
     with Endpoint("127.0.0.1", 0, board) as server, ExitStack() as stack:
         assert server.url
         host, _, port = server.url.removeprefix("http://").partition(":")
@@ -158,7 +158,7 @@ def test_visitors_that_wait_for_the_loop_are_bounded() -> None:
         assert ask((host, int(port)), "/healthz")[0].status == 200
         assert time.monotonic() - began < 20, "it does not wait for the loop"
         wait_until("few", lambda: visits() <= 33, 20)
-        board.leave(status())
+        board.publish(status())
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -65,7 +65,7 @@ class Place:
         (self.folder / "web.yml").write_text(text)
         self.web = WebSettings(self.folder / "web.yml")
         board, stop = Board(), threading.Event()
-        board.leave(status())
+        board.publish(status())
 
         def run() -> None:
             while step and not stop.wait(0.005):
@@ -255,11 +255,11 @@ def test_a_renewed_certificate_is_presented_without_a_restart(place: Place) -> N
         assert presented() == place.server.certificate.read_text().strip()
         renewed = place.authority.issue("renewed")
         (place.folder / "server.pem").write_bytes(renewed.certificate.read_bytes())
-        wait_until("the half is seen", lambda: presented() != "" and place.web.trouble is not None, 30)
+        wait_until("the half is seen", lambda: presented() != "" and place.web.last_error is not None, 30)
         assert place.get("/healthz")[0] == 200, "with the old certificate"
         (place.folder / "server.key").write_bytes(renewed.key.read_bytes())
         wait_until("renewed", lambda: presented() == renewed.certificate.read_text().strip(), 30)
-        assert place.web.trouble is None
+        assert place.web.last_error is None
 
 
 PAGES = ("/metrics", "/readyz", "/status", "/none")
@@ -382,7 +382,7 @@ def test_status_comes_by_the_socket_where_the_endpoint_asks_for_more(place: Plac
 def test_who_asks_by_the_socket_learns_what_is_wrong_with_the_file(place: Place) -> None:
     with place.serving(TLS + PASSWORDS):
         (place.folder / "web.yml").write_text("colour: red")
-        wait_until("seen", lambda: ask(place.url, place.socket) and place.web.trouble, 30)
+        wait_until("seen", lambda: ask(place.url, place.socket) and place.web.last_error, 30)
 
 
 def test_a_socket_that_cannot_be_found_or_is_something_else_is_not_asked(place: Place) -> None:
