@@ -1,28 +1,28 @@
-"""All errors that reach a user, each with the exit code of sysexits.h that the process ends with.
+"""All errors that users see, each with its exit code, from sysexits.h where possible.
 
 RebpfError            70 internal
-├── Stopped            0 a signal came while a start waited for a server
+├── Stopped            0 a signal arrived while waiting for a server
 ├── UsageError        64 the command line is wrong
-├── IncompleteError   65 what lies in the topics or on disk is not whole, or not in order
-├── UnavailableError  69 this host or a server cannot do what was asked
+├── IncompleteError   65 data in the topics or on disk is incomplete or out of order
+├── UnavailableError  69 this host or a server cannot do what is needed
 │   └── HookError        no hook of a stream could be attached
 ├── OutputError       74 standard output cannot be written
-│   └── ReaderGoneError 141 the reader of the output has gone, as a shell shows SIGPIPE
-├── BusyError         75 another producer runs on this host: try again later
+│   └── ReaderGoneError 141 the reader of the output has exited, as shells report SIGPIPE
+├── BusyError         75 another producer is running: retry later
 ├── PermissionDenied  77 a capability is missing
 └── ConfigError       78 the configuration is wrong
-    └── SchemaError      a schema is wrong, or the registry refuses it
+    └── SchemaError      a schema is wrong, or the registry rejects it
 """
 
 
 class RebpfError(Exception):
-    """An error that ends the command; its text says what to do."""
+    """An error that ends the command. Its text includes the fix."""
 
     exit_code = 70
 
 
 class Stopped(RebpfError):
-    """A signal came while something waited for a server: the command ends as it was asked to."""
+    """A signal arrived while waiting for a server, so the command ends as requested."""
 
     exit_code = 0
 
@@ -34,13 +34,13 @@ class UsageError(RebpfError):
 
 
 class IncompleteError(RebpfError):
-    """What lies in the topics or on disk is not whole, or not in order."""
+    """Data in the topics or on disk is incomplete or out of order."""
 
     exit_code = 65
 
 
 class UnavailableError(RebpfError):
-    """This host or a server it needs cannot do what was asked."""
+    """This host or a server cannot do what is needed."""
 
     exit_code = 69
 
@@ -56,13 +56,13 @@ class OutputError(RebpfError):
 
 
 class ReaderGoneError(OutputError):
-    """The reader of the output has gone: the status is what a shell shows of a process that SIGPIPE ended."""
+    """The reader of the output has exited. The exit code is the one that shells report for SIGPIPE."""
 
     exit_code = 141
 
 
 class BusyError(RebpfError):
-    """Another producer runs on this host."""
+    """Another producer is running on this host."""
 
     exit_code = 75
 
@@ -80,4 +80,4 @@ class ConfigError(RebpfError):
 
 
 class SchemaError(ConfigError):
-    """A schema cannot be used, or the registry refuses it."""
+    """A schema cannot be used, or the registry rejects it."""

@@ -1,4 +1,4 @@
-"""Settings of all tests, and the tiers: which tests belong in a run. See scripts/test."""
+"""Settings of all tests, and the tiers, which select the tests of a run. See scripts/test."""
 
 import os
 from collections import Counter
@@ -6,16 +6,16 @@ from collections import Counter
 import pytest
 from hypothesis import settings
 
-# No test fails because the machine is slow. In CI the examples are the same each time; tests.fuzz looks for new ones.
+# Slow machines must not fail tests. In CI, the examples are always the same; tests.fuzz searches for new ones.
 settings.register_profile("rebpf", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("rebpf")
 
 TIERS = ("quick", "default", "all")
 QUICK = ("tests/unit/", "tests/property/", "tests/servers/")
-"""The folders whose tests need neither servers nor a network; those of root and of extended tests are left out."""
+"""Folders whose tests need neither servers nor a network, except tests marked root or extended."""
 
 left_out = pytest.StashKey[Counter[tuple[str, str]]]()
-"""How many tests of a folder are not in the tier, and with which option scripts/test runs them."""
+"""Number of tests per folder that are not in the tier, with the option of scripts/test that runs them."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is not in the tier; a test that is named on the command line by its id always runs."""
+    """Deselect tests outside the tier; a test given by its id on the command line always runs."""
     tier = config.getoption("tier")
     named = {argument.partition("[")[0] for argument in config.args if "::" in argument}
     chosen = [item for item in items if in_tier(item, tier) or item.nodeid.partition("[")[0] in named]
@@ -51,7 +51,7 @@ def folder(item: pytest.Item) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what the tier leaves out, by folder."""
+    """Report the tests outside the tier, by folder."""
     for (name, option), count in sorted(config.stash.get(left_out, Counter()).items()):
         tests = "test" if count == 1 else "tests"
         command = f"scripts/test {option}".strip()

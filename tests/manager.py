@@ -1,4 +1,4 @@
-"""systemd's side of sd_notify and of the file descriptor store, and the start of a service that is handed the store."""
+"""A fake systemd: sd_notify, the file descriptor store, and the start of a service with the stored descriptors."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-# Becomes the service: what it is handed stands at descriptor 3 and on, and LISTEN_PID is its own.
+# Becomes the service: stored descriptors start at 3, and LISTEN_PID is its pid.
 _START = """
 import fcntl, os, sys
 _, given, names, *command = sys.argv
@@ -24,7 +24,7 @@ os.execvp(command[0], command)
 
 
 class Manager:
-    """A service manager of one service: it notes each message, and keeps descriptors by name."""
+    """A service manager for one service: records each message and stores descriptors by name."""
 
     def __init__(self, folder: Path, limit: int = 128) -> None:
         self.address = str(folder / "notify")
@@ -36,20 +36,20 @@ class Manager:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a service's process is told."""
+        """The environment of the service."""
         return {"NOTIFY_SOCKET": self.address, "FDSTORE": str(self._limit)}
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, **settings: Any
     ) -> "subprocess.Popen[str]":
-        """Start a process of the service, which is handed all that is stored."""
+        """Start a process of the service with all stored descriptors."""
         given = list(self.stored.values())
         start = [sys.executable, "-c", _START, ",".join(map(str, given)), ":".join(self.stored), *command]
         env = {**os.environ, **self.environment, **(environment or {})}
         return subprocess.Popen(start, env=env, pass_fds=given, text=True, **settings)
 
     def forget(self, *names: str) -> None:
-        """Let go of what is stored, as a stop does: of all, unless names are given."""
+        """Close stored descriptors, as a stop does: all, unless names are given."""
         for name in names or tuple(self.stored):
             os.close(self.stored.pop(name))
 

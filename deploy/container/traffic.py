@@ -1,6 +1,6 @@
-"""TCP traffic over a link that loses 1 % of the packets, for the producer beside it to see, until it is stopped.
+"""Sends TCP traffic over a link that loses 1 % of the packets, as test data for the producer, until stopped.
 
-The demo's: two network namespaces inside this container, so that nothing reaches the host's network.
+Uses the lab of the demo: two network namespaces inside this container, separate from the host's network.
 """
 
 import signal

@@ -1,6 +1,6 @@
-"""The copyright file of a package: ours, and who holds the rights in each Python package that comes with it.
+"""Writes the copyright file of the package: our license, and the copyright holders of each bundled Python package.
 
-Their licences' texts are where their wheels have them, and the file says where that is.
+It refers to the license texts in the wheels.
 """
 
 import re
@@ -32,7 +32,7 @@ _TEXT = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|AUTHORS)", re.IGNORECASE)
 
 
 def copyright_file(ours: str, folder: Path) -> str:
-    """Return the file's text, for what is installed in `folder` and for ours with the text of its licence."""
+    """Return the text for the distributions in `folder`; `ours` is the text of our license."""
     stanzas = [_stanza(dist) for dist in sorted(folder.glob("*.dist-info"))]
     return _HEAD.format(ours=_indented(ours)) + "".join(stanzas)
 
@@ -51,7 +51,7 @@ def _stanza(dist: Path) -> str:
 
 
 def _places(dist: Path) -> list[str]:
-    """Return what a distribution has installed: folders and, beside them, files."""
+    """Return the folders and top-level files of a distribution."""
     names = [line.partition(",")[0] for line in (dist / "RECORD").read_text().splitlines()]
     within = {f"{folder}/*" for folder, slash, _ in (name.partition("/") for name in names) if slash and folder != ".."}
     return [f"usr/lib/rebpf/{each}" for each in sorted(within | {name for name in names if "/" not in name})]

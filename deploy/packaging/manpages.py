@@ -23,12 +23,14 @@ _SETTINGS = ["key", "type", "default", "what it does", "option, environment"]
 
 _FILES = """\
 /etc/rebpf/rebpf.toml|The configuration of the service: rebpf.toml(5).
-/var/lib/rebpf|Its ledger, and the events that wait on disk for Kafka.
+/var/lib/rebpf|Its ledger, and the events spooled on disk.
 /usr/lib/rebpf|The program, and the Python packages that come with it."""
-_ENVIRONMENT = "Each option can be set in the environment: `--state-dir` as `REBPF_STATE_DIR`. An option overrides it."
+_ENVIRONMENT = (
+    "Each option can be set in the environment: `--state-dir` as `REBPF_STATE_DIR`. Options override the environment."
+)
 _CHECK = """\
-`rebpf check` ends with the highest code of what it finds: with 75 or more while a producer runs in its folder."""
-_AT_ONCE = "Ended at once by a second SIGINT or SIGTERM, or by a first SIGINT where nothing is to be ended in order."
+`rebpf check` exits with the highest code among its findings: 75 or more while a producer uses its state folder."""
+_AT_ONCE = "Terminated at once by a second SIGINT or SIGTERM, or by a first SIGINT if no orderly stop is needed."
 
 
 def command_page(version: str, date: str) -> str:

@@ -37,21 +37,21 @@ def lock_file(name: str) -> Path:
 
 
 def target(python: str) -> list[str]:
-    """Return pip's options that choose wheels for another Python than the one that it runs on."""
+    """Return pip's options to choose wheels for another version of Python."""
     platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
     return ["--python-version", python, "--implementation", "cp", *platforms]
 
 
 def install(folder: Path, name: str, *options: str) -> None:
-    """Install what a lock file names into `folder`."""
+    """Install the packages of a lock file into `folder`."""
     wanted = ["--require-hashes", "--no-deps", "--requirement", str(lock_file(name))]
     pip("install", "--target", str(folder), "--no-compile", "--only-binary=:all:", *options, *wanted)
 
 
 def pip(*arguments: str) -> None:
-    """Run pip; what it has to say goes to standard error."""
+    """Run pip with its output on standard error."""
     own = ["--quiet", "--disable-pip-version-check", "--no-input"]
-    # Nothing is installed into this machine's Python, whoever runs it.
+    # Root is fine: nothing is installed into this machine's Python.
     quiet = ["--root-user-action=ignore"] if arguments[0] == "install" else []
     command = [_python_with_pip(), "-m", "pip", *own, arguments[0], *quiet, *arguments[1:]]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
@@ -59,7 +59,7 @@ def pip(*arguments: str) -> None:
 
 @cache
 def _python_with_pip() -> str:
-    """Return this Python, or the checkout's own where this one has no pip."""
+    """Return this Python, or that of the checkout if this one has no pip."""
     for python in (sys.executable, str(ROOT / ".venv/bin/python")):
         if os.path.exists(python) and subprocess.run([python, "-c", "import pip"], capture_output=True).returncode == 0:
             return python

@@ -76,7 +76,7 @@ class Runtime:
             self.supervisor.attempt("watch", self._watch, None)
             if not self._move(pipeline):
                 stop.wait(min(interval_s, max(0.0, end - time.monotonic())))
-        systemd.tell("STOPPING=1")
+        systemd.try_notify("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
         if not self.ring_stays:
             self.capture.detach()
@@ -107,8 +107,9 @@ class Runtime:
         return self.reporter.status(self.rules.version, [*self.supervisor.reasons, *reasons])
 
     def _log_ready(self) -> None:
-        for refusal in self.capture.refusals:
-            logger.info("hook refused stream=%s hook=%s reason=%s", refusal.stream, refusal.hook, refusal.reason)
+        if self.capture.refusals:
+            reasons = (f"{refusal.stream} by {refusal.hook}: {refusal.reason}" for refusal in self.capture.refusals)
+            logger.info("better hooks are not available: %s", "; ".join(reasons))
         hooks = " ".join(f"{name}={hook}" for name, hook in self.capture.hooks_in_use.items())
         embedded = " embedded=true" if self.config.kafka.brokers is None else ""
         taken_over = " taken_over=true" if self.capture.taken_over else ""

@@ -1,4 +1,4 @@
-"""The command `rebpf`: reads the command line, builds what it asks for, and turns errors into exit codes."""
+"""The command `rebpf`: parses the command line, runs a command, and maps errors to exit codes."""
 
 import contextlib
 import io
@@ -31,11 +31,11 @@ from producer.cli.options import (
 from producer.cli.spool import spool
 from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
 from producer.host import stdio
-from producer.host.output import LineFormatter, bounded, echo, flushed, hold_descriptors
+from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors
 from producer.host.signals import QUIT_NOW, set_on, stop_on_signals
 from producer.host.text import lines, printable, to_json
 
-# One thread is enough for what numpy does here, and its library would start one for each CPU on import.
+# One thread is enough; otherwise numpy's OpenBLAS starts one per CPU on import.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 logger = logging.getLogger(__name__)
@@ -61,16 +61,23 @@ _SECTIONS = {
     show_default=True,
     help="Lowest level to log.",
 )
-def rebpf(log_level: str) -> None:
+@option(
+    "--log-format",
+    default="auto",
+    type=click.Choice(["auto", "text", "journald", "json"]),
+    show_default=True,
+    help="Format of log lines; auto is journald under systemd, otherwise text.",
+)
+def rebpf(log_level: str, log_format: str) -> None:
     """Stream TCP segments and retransmissions from the Linux kernel to Kafka."""
-    _log_from(max(logging.WARNING, logging.getLevelName(log_level.upper())))
-    # Not the libraries' loggers: the registry client's logs each request.
+    _log_from(max(logging.WARNING, logging.getLevelName(log_level.upper())), formatter(log_format))
+    # Not for libraries: the registry client logs each request.
     logging.getLogger("producer").setLevel(log_level.upper())
 
 
-def _log_from(level: int) -> None:
+def _log_from(level: int, form: logging.Formatter) -> None:
     handler = stdio.LogHandler()
-    handler.setFormatter(LineFormatter())
+    handler.setFormatter(form)
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
@@ -124,11 +131,11 @@ def run(
     agent = Agent(read(), read)
     stop = stop_on_signals()
     balances = agent.run(stop, set_on(signal.SIGHUP), duration)
-    stop.set()  # also after `duration`: output waits for no reader
+    stop.set()  # also after `duration`, so that output does not wait for a reader
     text = printable("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))
     try:
         echo(to_json({topic: balance.as_dict() for topic, balance in balances.items()}) if as_json else text)
-    except OutputError as error:  # the stop was a good one nevertheless
+    except OutputError as error:  # the stop itself succeeded
         logger.warning("the balance cannot be printed: %s; %s", error, text)
 
 
@@ -140,14 +147,14 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
 
     If the configuration is invalid, the rules in force stay, and the error is printed.
     """
-    from producer.config.load import placed
+    from producer.config.load import located
     from producer.host import state
     from producer.kernel.hooks import cgroup2_root
     from producer.rules.resolve import resolve
 
     settings = load(config).with_values(state_dir=state_dir)
     if config is not None:
-        with placed(config):
+        with located(config):
             resolve(settings, cgroup2_root()).tables()
     version = state.reload(settings.state_dir)
     echo(f"rules version {version} is in force")
@@ -190,7 +197,7 @@ def tail(
     facts: dict[str, Any] = {"brokers": settings.kafka.brokers, "registry": settings.registry.url}
     if settings.kafka.brokers is None:
         facts = state.running(settings.state_dir) or usage(
-            f"no producer runs with state_dir {settings.state_dir}: give --brokers, or start `rebpf run`"
+            f"no producer is running with state_dir {settings.state_dir}: give --brokers, or start `rebpf run`"
         )
     tail_topics(
         facts["brokers"],
@@ -218,9 +225,9 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
     folder = load(config).with_values(state_dir=state_dir).state_dir
     facts = state.running(folder)
     if facts is None:
-        raise UnavailableError(f"no producer runs with state_dir {folder}, or it is not ready")
+        raise UnavailableError(f"no producer is running with state_dir {folder}, or it is not ready yet")
     if not facts.get("status_url"):
-        raise UnavailableError(f"the producer with pid {facts['pid']} has no endpoint: set metrics.listen")
+        raise UnavailableError(f"the producer with pid {facts['pid']} has no HTTP endpoint: set metrics.listen")
     report = ask(facts["status_url"], folder / state.STATUS_SOCKET if facts.get("status_socket") else None)
     echo(to_json(report) if as_json else table(report))
 
@@ -381,7 +388,7 @@ def main() -> NoReturn:
     """Run the command line and exit."""
     hold_descriptors()
     stdio.take_over()
-    _log_from(logging.WARNING)
+    _log_from(logging.WARNING, formatter("auto"))
     with flushed():
         sys.exit(_main())
 
@@ -400,15 +407,15 @@ def _main() -> int:
     except RebpfError as error:
         _complain(bounded(printable(f"rebpf: {error}")))
         return error.exit_code
-    except Exception:  # a defect
+    except Exception:  # a bug
         logger.exception("rebpf: internal error")
         return RebpfError.exit_code
     return 0
 
 
 def _usage_text(error: click.ClickException) -> str:
-    """Return click's lines on a mistake; what the user gave begins no line of its own."""
-    if not isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # whose message is the whole help
+    """Return click's message for a usage error, with the user's input escaped."""
+    if not isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # whose message is the help
         message = bounded(printable(error.format_message()))
         error = click.UsageError(message, getattr(error, "ctx", None))
     buffer = io.StringIO()
@@ -417,6 +424,11 @@ def _usage_text(error: click.ClickException) -> str:
 
 
 def _complain(text: str) -> None:
-    """Write to standard error, if it can be written: the exit code says it too."""
-    with contextlib.suppress(OutputError):
-        echo(text, err=True)
+    """Write an error to standard error: as it is for people, as log records for the journal and for JSON."""
+    handlers = logging.getLogger().handlers
+    if all(type(handler.formatter) is LineFormatter for handler in handlers):
+        with contextlib.suppress(OutputError):  # the exit code reports the error, too
+            echo(text, err=True)
+        return
+    for line in filter(None, text.splitlines()):
+        logger.error("%s", line)

@@ -1,4 +1,4 @@
-"""What the commands share: their help, their options and environment variables, and the configuration."""
+"""Shared by the commands: help, options, environment variables, and loading the configuration."""
 
 import ipaddress
 import os
@@ -15,7 +15,7 @@ from producer.host.output import echo
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
-class Address(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes none
+class Address(click.ParamType):  # type: ignore[type-arg] # not generic in click 8.1
     """An IP address."""
 
     name = "ADDRESS"
@@ -28,23 +28,23 @@ class Address(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes no
             self.fail(str(error), param, ctx)
 
 
-class Offset(click.ParamType):  # type: ignore[type-arg] # click 8.1's takes none
-    """An offset in a partition; None is its beginning."""
+class Offset(click.ParamType):  # type: ignore[type-arg] # not generic in click 8.1
+    """An offset in a partition; None is the beginning."""
 
     name = "OFFSET"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Return the offset, or how many before the end, below 0."""
+        """Return the offset; a negative one counts from the end."""
         if value == "beginning":
             return None
         try:
             return int(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a number nor 'beginning'", param, ctx)
+            self.fail(f"expected a number or 'beginning', found {value!r}", param, ctx)
 
 
-class TopicName(click.ParamType):  # type: ignore[type-arg] # likewise
-    """A name that a topic of Kafka can have: librdkafka takes no other, and says less."""
+class TopicName(click.ParamType):  # type: ignore[type-arg] # not generic in click 8.1
+    """A valid topic name, checked here because librdkafka's error is less clear."""
 
     name = "TOPIC"
 
@@ -56,17 +56,17 @@ class TopicName(click.ParamType):  # type: ignore[type-arg] # likewise
 
 
 class _Option(click.Option):
-    """Refuses an environment variable that is set but empty, which click takes for unset."""
+    """Rejects an environment variable that is set but empty, which click treats as unset."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """Return the variable's value; UsageError if it is empty."""
+        """Return the value of the variable. Raises UsageError if it is empty."""
         if isinstance(self.envvar, str) and os.environ.get(self.envvar) == "":
             raise UsageError(f"{self.envvar} is set but empty: give it a value, or unset it")
         return super().resolve_envvar_value(ctx)
 
 
 class Command(click.Command):
-    """A command whose help ends with examples, (command line, what it does) each, and is written by `echo`."""
+    """A command whose help is written by `echo` and ends with examples: (command line, description)."""
 
     def __init__(self, *args: Any, examples: Sequence[tuple[str, str]] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,12 +81,12 @@ class Command(click.Command):
                     formatter.write_text(line)
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
-        """Return click's option, which writes by `echo`."""
+        """Return click's option, changed to write by `echo`."""
         return _help_by_echo(super().get_help_option(ctx))
 
 
 class Group(click.Group):
-    """A group of such commands; `sections` are headings of its help, with the names of commands below each."""
+    """A group of such commands; `sections` maps headings of its help to command names."""
 
     command_class = Command
 
@@ -101,11 +101,11 @@ class Group(click.Group):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=100)) for name in names])
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
-        """Return click's option, which writes by `echo`."""
+        """Return click's option, changed to write by `echo`."""
         return _help_by_echo(super().get_help_option(ctx))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; click would end quietly on these two errors, which are defects here."""
+        """Run the command. click would hide these two errors, which are bugs here."""
         try:
             return super().invoke(ctx)
         except (BrokenPipeError, EOFError) as error:
@@ -125,7 +125,7 @@ def _show_help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-    """An option that can also be set in the environment: --state-dir as REBPF_STATE_DIR."""
+    """Return an option that can also be set in the environment: --state-dir as REBPF_STATE_DIR."""
     variable = "REBPF_" + names[0].removeprefix("--").split("/")[0].upper().replace("-", "_")
     return click.option(*names, envvar=variable, cls=_Option, **settings)
 
@@ -152,5 +152,5 @@ def load(path: Path | None) -> Any:
 
 
 def usage(message: str) -> NoReturn:
-    """End with a message on how the command is to be called."""
+    """Raise a UsageError."""
     raise UsageError(message)

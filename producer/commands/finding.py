@@ -1,4 +1,4 @@
-"""A finding of `rebpf check`: one thing that was examined, and what it means for a producer."""
+"""A finding of `rebpf check`: one thing that was checked, and what it means for the producer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing examined; `exit_code` is 0 unless a producer could not run or deliver because of it.
+    """One thing checked; `exit_code` is 0 unless it keeps the producer from running or delivering.
 
-    `there` is False for what this host does not offer, whether or not a producer needs it; `warns` is True for what
-    works now and will hurt later. The text says what to do where something is to be done.
+    `available` is False if this host does not have it, whether the producer needs it or not. `warns` is True if it
+    works now but will cause problems. The text includes the fix.
     """
 
     subject: str
     text: str
     exit_code: int = 0
-    there: bool = True
+    available: bool = True
     warns: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the finding as it is printed in JSON."""
+        """Return the finding for JSON output."""
         return {
             "subject": self.subject,
             "ok": self.exit_code == 0,
@@ -29,5 +29,5 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        label = "MISSING" if self.exit_code else "WARNING" if self.warns else "ok" if self.there else "no"
+        label = "MISSING" if self.exit_code else "WARNING" if self.warns else "ok" if self.available else "no"
         return f"{label:7} {self.subject}: {self.text}"

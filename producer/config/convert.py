@@ -1,6 +1,6 @@
-"""TOML's tables into the dataclasses of the configuration, by the types of their fields.
+"""Converts TOML tables to the dataclasses of the configuration, by the types of their fields.
 
-A key that is no field is refused, and the nearest that there is is named.
+An unknown key is an error that suggests the nearest known one.
 """
 
 import dataclasses
@@ -16,11 +16,19 @@ from producer.errors import ConfigError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+_KINDS: Mapping[Any, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path in quotes",
+}
+
 
 def build(kind: Any, table: Mapping[str, Any], where: str = "") -> Any:
-    """Return the dataclass `kind` that a table stands for; ConfigError begins with the path of what is wrong in it.
+    """Convert a table to the dataclass `kind`. A ConfigError begins with the path of the wrong setting.
 
-    `where` is the table's own path, with a dot at its end.
+    `where` is the path of the table, ending in a dot.
     """
     hints = typing.get_type_hints(kind)
     values = {}
@@ -32,20 +40,20 @@ def build(kind: Any, table: Mapping[str, Any], where: str = "") -> Any:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
-    """Turn TOML's value into the field's type."""
+    """Convert a TOML value to the type of its field."""
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise ConfigError(f"{where}: a number must fit in 64 bits, as TOML has them")
+        raise ConfigError(f"{where}: expected a number of at most 64 bits")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     is_mapping = origin is not None and issubclass(origin, Mapping)
     if (dataclasses.is_dataclass(kind) or is_mapping) and not isinstance(value, dict):
-        raise ConfigError(f"{where} is a table: write [{where}]")
+        raise ConfigError(f"{where}: expected a table, [{where}], found {value!r}")
     if dataclasses.is_dataclass(kind):
         return build(kind, value, where + ".")
     if origin is tuple:
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: a list is wanted")
-        places = (f"{where}[{i}]" if isinstance(each, dict) else where for i, each in enumerate(value, 1))
-        return tuple(_value(arguments[0], each, place) for each, place in zip(value, places, strict=True))
+            raise ConfigError(f"{where}: expected a list, found {value!r}")
+        paths = (f"{where}[{i}]" if isinstance(each, dict) else where for i, each in enumerate(value, 1))
+        return tuple(_value(arguments[0], each, path) for each, path in zip(value, paths, strict=True))
     if is_mapping:
         return {name: _text(each, f"{where}.{name}") for name, each in value.items()}
     if isinstance(kind, types.UnionType) and type(None) in arguments:
@@ -58,7 +66,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 def _scalar(kind: Any, value: Any, where: str) -> Any:
     if kind == Address:
         if not isinstance(value, str):
-            raise ConfigError(f"{where}: an address in quotes is wanted, not {value!r}")
+            raise ConfigError(f"{where}: expected an address in quotes, found {value!r}")
         try:
             return ipaddress.ip_address(value)
         except ValueError as error:
@@ -68,22 +76,22 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{where}: {getattr(kind, '__name__', kind)} is wanted, not {value!r}")
+        raise ConfigError(f"{where}: expected {_KINDS.get(kind, 'a number or a string')}, found {value!r}")
     return value
 
 
 def _text(value: Any, where: str) -> str:
-    """librdkafka's settings are text; TOML's own numbers and booleans are as good."""
+    """Return a librdkafka setting as text: TOML numbers and booleans are accepted."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise ConfigError(f"{where}: a number must fit in 64 bits, as TOML has them")
+        raise ConfigError(f"{where}: expected a number of at most 64 bits")
     if isinstance(value, str | int | float):
         return str(value)
-    raise ConfigError(f"{where}: a string, a number or a boolean is wanted")
+    raise ConfigError(f"{where}: expected a string, a number or a boolean, found {value!r}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a question for a message, after the one of the known names that comes near; empty where none does."""
+    """Return `: did you mean NAME?` with the nearest known name, for an error; empty if none is near."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f": did you mean {close[0]}?" if close else ""

@@ -1,7 +1,7 @@
-"""librdkafka's settings: what delivery rests on, what is ours unless told otherwise, and what may be passed through.
+"""librdkafka's settings: which are fixed, which are rejected, and which the user may set.
 
-Each setting that the library has is in one of three classes: it has one value (REQUIRED, AT_DEFAULT), it is refused
-with a reason (REFUSED), or it is free. A test holds the classes against the list of the installed library.
+Each setting of the library is fixed (REQUIRED, AT_DEFAULT), rejected with a reason (REFUSED) or free. A test compares
+the classes with the list of the installed library.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ REQUIRED: Mapping[str, str] = {
     "partitioner": "murmur2_random",
     "message.timeout.ms": "0",
     "allow.auto.create.topics": "false",
-    # What is in flight is bounded here; librdkafka's own bounds must not come first.
+    # The producer bounds the messages in flight; librdkafka's own limits must not be reached first.
     "queue.buffering.max.messages": "1000000",
     "queue.buffering.max.kbytes": "2097151",
 }
-"""What delivery rests on: settings that say otherwise are refused."""
+"""Settings that delivery depends on; other values are rejected."""
 
 AT_DEFAULT: Mapping[str, str] = {
     "delivery.report.only.error": "false",
@@ -26,7 +26,7 @@ AT_DEFAULT: Mapping[str, str] = {
     "message.send.max.retries": "2147483647",
     "queuing.strategy": "fifo",
 }
-"""Likewise, at the library's own default, so that they are not passed on."""
+"""The same, but at the library's default, so they are not passed on."""
 
 _ALIASES = {
     "request.required.acks": "acks",
@@ -39,16 +39,16 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_OURS = "since rebpf sets it itself"
-_CODE = "since it would run code of its own inside the producer, or a command"
-_BROKERS = "since kafka.brokers says it"
-_OFFSETS = "since rebpf alert commits offsets when alerts are out, the other readers never"
-_TRANSACTION = "since nothing here ends a transaction, and no consumer would see the events"
-_PROTOCOL = "since members of rebpf alert share partitions by the classic protocol"
+_OURS = "since rebpf sets it"
+_CODE = "since it loads code into the producer or runs a command"
+_BROKERS = "since kafka.brokers sets it"
+_OFFSETS = "since rebpf alert commits offsets after sending alerts, and other readers never do"
+_TRANSACTION = "since rebpf never commits a transaction, and no consumer would see the events"
+_PROTOCOL = "since rebpf alert needs the classic protocol"
 
 _REASONS: Mapping[str, str] = {
     _BROKERS: "bootstrap.servers metadata.broker.list",
-    "since it would put an embedded broker, which keeps nothing, in the place of kafka.brokers": (
+    "since it would replace kafka.brokers by a test broker, which stores nothing": (
         "test.mock.num.brokers test.mock.broker.rtt"
     ),
     _TRANSACTION: "transactional.id transaction.timeout.ms",
@@ -63,16 +63,16 @@ _REASONS: Mapping[str, str] = {
         "ssl_certificate ssl_ca enable_sasl_queue enable.partition.eof auto.offset.reset consume.callback.max.messages "
         "max.poll.records share.acknowledgement.mode builtin.features client.software.name internal.termination.signal"
     ),
-    "since alert.group says it": "group.id",
+    "since alert.group sets it": "group.id",
     _PROTOCOL: "partition.assignment.strategy group.protocol.type group.protocol group.remote.assignor",
     _OFFSETS: (
         "enable.auto.commit auto.commit.enable auto.commit.interval.ms enable.auto.offset.store offset.store.method "
         "offset.store.path offset.store.sync.interval.ms"
     ),
-    "since it would hide topics that events go to": "topic.blacklist",
+    "since it could hide the topics of the events": "topic.blacklist",
 }
 REFUSED: Mapping[str, str] = {name: reason for reason, names in _REASONS.items() for name in names.split()}
-"""Settings that nobody may set, each with the reason."""
+"""Rejected settings, each with the reason."""
 
 FREE_OF_PRODUCERS = _names(
     """
@@ -81,7 +81,7 @@ FREE_OF_PRODUCERS = _names(
     batch.size sticky.partitioning.linger.ms request.timeout.ms produce.offset.report
     """
 )
-"""Passed to producers alone."""
+"""Passed to producers only."""
 
 FREE_OF_CONSUMERS = _names(
     """
@@ -90,7 +90,7 @@ FREE_OF_CONSUMERS = _names(
     max.partition.fetch.bytes fetch.max.bytes fetch.min.bytes fetch.error.backoff.ms isolation.level check.crcs
     """
 )
-"""Passed to consumers alone."""
+"""Passed to consumers only."""
 
 FREE_OF_ALL = _names(
     """
@@ -123,7 +123,7 @@ FREE_OF_ALL = _names(
     sasl.oauthbearer.assertion.jwt.template.file sasl.oauthbearer.metadata.authentication.type
     """
 )
-"""Passed to each client. max.in.flight above 5 is refused by librdkafka itself: it would break a producer's order."""
+"""Passed to all clients. librdkafka itself rejects max.in.flight above 5, which would break the order."""
 
 DEFAULTS: Mapping[str, str] = {
     "client.id": "rebpf",
@@ -137,19 +137,19 @@ EMBEDDED_PARTITIONS = 4
 
 
 def decide(settings: Mapping[str, str]) -> None:
-    """Raise ConfigError for the first setting that is refused, or that must have another value."""
+    """Raise ConfigError for the first setting that is rejected or that must have another value."""
     for name, value in settings.items():
         required = {**REQUIRED, **AT_DEFAULT}.get(_ALIASES.get(name, name), value)
         if required != value:
-            raise ConfigError(f"kafka.settings.{name}: must be {required}, since delivery rests on it: remove it")
+            raise ConfigError(f"kafka.settings.{name}: must be {required}, since delivery depends on it: remove it")
         if name in REFUSED:
             raise ConfigError(f"kafka.settings.{name}: must not be set, {REFUSED[name]}: remove it")
 
 
 def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return all of the producer's librdkafka settings; without brokers, those of the embedded cluster.
+    """Return all librdkafka settings of a producer; without brokers, those of the in-process test broker.
 
-    Raises ConfigError where `settings` contradicts what delivery rests on.
+    Raises ConfigError for settings that `decide` rejects.
     """
     decide(settings)
     where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
@@ -157,13 +157,13 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
 
 
 def consumer_settings(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return those of the user's settings that a consumer takes; ConfigError for those that `decide` refuses."""
+    """Return the user's settings that apply to a consumer. Raises ConfigError for those that `decide` rejects."""
     decide(settings)
     return _without(settings, FREE_OF_PRODUCERS | REQUIRED.keys())
 
 
 def admin_settings(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return those of the user's settings that concern the connection; ConfigError for those that `decide` refuses."""
+    """Return the user's settings that apply to the connection. Raises ConfigError for those that `decide` rejects."""
     return _without(consumer_settings(settings), FREE_OF_CONSUMERS)
 
 

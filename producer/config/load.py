@@ -1,8 +1,7 @@
-"""The configuration: what can be set, where it comes from, and what is refused.
+"""The configuration: all settings with their defaults, and the TOML file that sets them.
 
-A TOML file, then the environment and the command line, which the command line module lays over it. Each setting is a
-field of a frozen dataclass here, with its default; a key that is none of them is refused, and the nearest that there is
-is named.
+The command line (producer.cli) puts environment variables and options over the file. Each setting is a field of a
+frozen dataclass. An unknown key is an error that suggests the nearest known one.
 """
 
 import contextlib
@@ -39,152 +38,152 @@ _OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """[capture]: what is taken from the kernel, and how."""
+    """[capture]: what to capture, and how."""
 
     hooks: tuple[str, ...] = HOOKS
-    """Hooks that may be used; the best that the kernel allows is."""
+    """Hooks to choose from; the best one that the kernel allows is used."""
     addresses: tuple[Address, ...] = ()
-    """Only segments from or to one of these addresses; none: all."""
+    """Capture only segments from or to one of these addresses; empty: all."""
     ports: tuple[int, ...] = ()
-    """Only segments from or to one of these ports; none: all."""
+    """Capture only segments from or to one of these ports; empty: all."""
     default: str = "keep"
-    """What becomes of a segment that no rule matches: keep or drop."""
+    """Action for segments that no rule matches: keep or drop."""
     transmit_ring_bytes: int = 1 << 24
-    """Size of transmit_pipe: a power of two, in bytes. A segment takes 200 bytes."""
+    """Size of the ring for transmits in bytes, a power of two. An event takes 200 bytes."""
     retransmit_ring_bytes: int = 1 << 22
-    """Size of retransmit_pipe, likewise."""
+    """Size of the ring for retransmissions in bytes, a power of two."""
     pin: Path | None = None
-    """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks over a crash for the next start."""
+    """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash; none: they are lost."""
     drain_interval_s: float = 0.1
-    """Seconds between two readings of the rings."""
+    """Seconds between two reads of the rings."""
     btf: Path | None = None
-    """BTF to read struct layouts from, where it is not /sys/kernel/btf/vmlinux."""
+    """BTF file with the kernel's struct layouts; none: /sys/kernel/btf/vmlinux."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kafka:
-    """[kafka]: where events go."""
+    """[kafka]: where to publish events."""
 
     brokers: str | None = None
-    """HOST:PORT, several separated by commas; none: the embedded broker, for trying."""
+    """Bootstrap servers, HOST:PORT[,HOST:PORT...]; none: an in-process test broker."""
     topic_prefix: str = ""
-    """What stands before the topics' names."""
+    """Prefix of the topic names."""
     settings: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Settings of librdkafka, by its own names, passed on as they are; a secret as "@FILE", or as "@NAME" of a systemd
-    credential."""
+    """Settings for librdkafka, by its names. Secrets can be "@FILE", or "@NAME" for a systemd credential."""
     stop_timeout_s: float = 10.0
-    """Seconds that a stop waits for messages in flight."""
+    """Seconds to wait for messages in flight at a stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spool:
-    """[spool]: where events wait while Kafka does not take them."""
+    """[spool]: disk space for events while Kafka is unavailable."""
 
     transmit_bytes: int = 1 << 30
-    """Most bytes on disk of transmits; 0: none wait there. An event takes 17 to 86 bytes."""
+    """Maximum bytes on disk for transmits; 0: no spool. An event takes 17 to 86 bytes."""
     retransmit_bytes: int = 1 << 28
-    """Likewise of retransmits."""
+    """Maximum bytes on disk for retransmissions; 0: no spool."""
     max_age_s: float = 7 * 86400.0
-    """Seconds after which events that wait are given up."""
+    """Age in seconds at which spooled events are discarded."""
     quarantine_bytes: int = 1 << 26
-    """Most bytes on disk, for each stream, of messages that Kafka has refused; 0: none are kept."""
+    """Maximum bytes on disk per stream for messages that Kafka rejected; 0: they are not kept."""
     when_full: str = "reject"
     """What to do with events when the spool is full: reject (the newest) or drop_oldest."""
     spill_after_s: float = 2.0
-    """Seconds that Kafka may take for a batch before events go to the spool."""
+    """Seconds without an acknowledgement after which events are spooled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """[metrics]: where the producer tells how it is."""
+    """[metrics]: the HTTP endpoint for metrics, health and status."""
 
     listen: str = "127.0.0.1:9465"
-    """HOST:PORT of the HTTP endpoint; empty: none; port 0: any that is free."""
+    """HOST:PORT to listen on; empty: no endpoint; port 0: any free port."""
     web_config_file: Path | None = None
-    """YAML file with the endpoint's TLS, passwords and headers, as --web.config.file of Prometheus' exporters."""
+    """YAML file with TLS, passwords and headers, in the format of --web.config.file of Prometheus exporters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """[registry]: where schemas get their ids."""
+    """[registry]: the schema registry."""
 
     url: str | None = None
-    """A Confluent-compatible schema registry; none: the ids 1 (transmit), 2 (retransmit), 3 (heartbeat), 4 (alerts)."""
+    """URL, Confluent-compatible; none: schema ids 1 (transmit), 2 (retransmit), 3 (heartbeat), 4 (alerts)."""
     register: bool = False
-    """Register the schemas at start; otherwise they are looked up, and `rebpf init` registers them."""
+    """Register the schemas at start; otherwise `rebpf init` registers them, and a start looks them up."""
     timeout_s: float = 5.0
-    """Seconds for one request."""
+    """Timeout of a request in seconds."""
     auth: Path | None = None
-    """File with USER:PASSWORD for HTTP's basic authentication; a mere name: of a systemd credential."""
+    """File with USER:PASSWORD for basic authentication; a name without a slash is a systemd credential."""
     ca: Path | None = None
-    """File or folder of the certificates that the registry's is checked with; none: certifi's."""
+    """File or folder with CA certificates; none: those of certifi."""
     certificate: Path | None = None
-    """This client's certificate, for a registry that wants one."""
+    """File with the client certificate; none: no client certificate."""
     key: Path | None = None
-    """Its private key, where that is in a file of its own."""
+    """File with the certificate's private key; none: it is in the file of the certificate."""
 
 
 @dataclass(frozen=True, slots=True)
 class RuleConfig:
-    """[[rules]]: the first rule that matches a segment decides. Of each condition that it has, one value must match."""
+    """[[rules]]: the first rule that matches a segment decides. One value of each condition must match."""
 
     name: str = ""
+    """Name in messages and in `rebpf check --explain`."""
     action: str = "keep"
     """keep or drop, for both streams."""
     transmit: str | None = None
-    """keep or drop, for transmits, where that differs."""
+    """keep or drop, for transmits; none: as action."""
     retransmit: str | None = None
-    """Likewise, for retransmits."""
+    """keep or drop, for retransmissions; none: as action."""
     sample: int = 1
-    """Take one transmit in so many; the events' sample_rate says so."""
+    """Capture one in N transmits; the field sample_rate of the events is N."""
     sample_by: str = "connection"
-    """connection: all of a connection or none of it; event: each by itself."""
+    """connection: all events of a connection or none; event: each event on its own."""
     sample_retransmits: bool = False
-    """Sample retransmits too."""
+    """Sample retransmissions, too."""
     address: tuple[str, ...] = ()
-    """Addresses or networks, of either side; "@FILE" stands for a file's lines."""
+    """Local or remote addresses or networks; "@FILE" reads them from a file, one per line."""
     local_address: tuple[str, ...] = ()
-    """Of this host's side."""
+    """As above, local only."""
     remote_address: tuple[str, ...] = ()
-    """Of the peer's side."""
+    """As above, remote only."""
     port: tuple[int | str, ...] = ()
-    """Ports, or ranges like "8000-8999", of either side."""
+    """Local or remote ports, or ranges such as "8000-8999"."""
     local_port: tuple[int | str, ...] = ()
-    """Of this host's side."""
+    """As above, local only."""
     remote_port: tuple[int | str, ...] = ()
-    """Of the peer's side."""
+    """As above, remote only."""
     netns: tuple[int | str, ...] = ()
     """Network namespaces: inode numbers, or names in /run/netns."""
     cgroup: tuple[str, ...] = ()
-    """Cgroups by their path below the cgroup v2 root, and all below them."""
+    """Cgroups by their path below the cgroup v2 root, including all below them."""
     unit: tuple[str, ...] = ()
-    """Cgroups by the name of a systemd unit, and all below them."""
+    """systemd units, including all cgroups below them."""
     uid: tuple[int | str, ...] = ()
-    """Owners of the socket: user ids or names."""
+    """Owner of the socket: user ids or names."""
     interface: tuple[int | str, ...] = ()
-    """Interfaces that the segment leaves by, which only the hook cgroup_skb knows."""
+    """Outgoing interfaces, by name or index; only with the hook cgroup_skb."""
     state: tuple[str, ...] = ()
     """TCP states of the socket."""
 
 
 @dataclass(frozen=True, slots=True)
 class AlertRule:
-    """[[alert.rules]]: what `rebpf alert` looks for in each window of the events' time."""
+    """[[alert.rules]]: thresholds for retransmissions per window of event time."""
 
     name: str = ""
-    """Name in the alerts."""
+    """Name of the rule in the alerts."""
     by: str = "host"
-    """What is judged by itself: each host, peer (remote address), flow or port (of both ends the lower)."""
+    """Group by host, peer (remote address), flow, or port (the lower of the two)."""
     measure: str = "ratio"
-    """count: segments sent again; ratio: their share of all segments sent."""
+    """count: retransmitted segments; ratio: retransmitted segments divided by all segments sent."""
     window_s: float = 60.0
-    """Length of a window, in seconds."""
+    """Length of a window in seconds."""
     threshold: float = 0.05
-    """Fires from this value on."""
+    """Fire at this value or above."""
     clear: float = 0.02
-    """Is resolved below this value; between the two nothing changes."""
+    """Resolve below this value; between the two, the state stays."""
     minimum: int = 1
-    """Windows with fewer segments (ratio: of all, count: sent again) do not fire."""
+    """Do not fire in windows with fewer segments (ratio: sent; count: retransmitted)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,19 +191,19 @@ class Alert:
     """[alert]: the alerting consumer, `rebpf alert`."""
 
     group: str = "rebpf-alert"
-    """Kafka's consumer group, whose members share the work."""
+    """Consumer group; its members share the partitions."""
     lateness_s: float = 10.0
-    """Seconds that an event may take to get into Kafka: so long a window waits for events after its end."""
+    """Seconds to wait for late events after the end of a window."""
     missed_heartbeats: float = 3.0
-    """A host is silent when its heartbeat is overdue by this many of its intervals; 0: off."""
+    """Number of missed heartbeats after which a host is silent; 0: no alerts on silence."""
     topic: bool = True
-    """Put alerts into the topic tcp_alerts, from which a member that takes over learns what fires."""
+    """Write alerts to the topic tcp_alerts; a new owner of a partition reads the firing alerts from it."""
     stdout: bool = False
     """Write alerts to standard output."""
     alertmanager: str | None = None
-    """URL of an Alertmanager that is told too."""
+    """URL of an Alertmanager to send alerts to."""
     repeat_s: float = 60.0
-    """Seconds after which Alertmanager is told again of what still fires."""
+    """Seconds between two notifications to Alertmanager of an alert that is still firing."""
     rules: tuple[AlertRule, ...] = ()
 
 
@@ -213,10 +212,9 @@ class Config:
     """All settings."""
 
     host: str = field(default_factory=validate.host_name)
-    """This host's name in the events."""
+    """Host name in the events."""
     state_dir: Path = Path("/var/lib/rebpf")
-    """Folder for spool, quarantine, ledger and compiled programs, for what a run leaves for others to find, and for the
-    lock that keeps a second producer out."""
+    """Folder for the spool, quarantine, ledger, compiled programs, agent.json and the lock."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
     spool: Spool = Spool()
@@ -226,9 +224,9 @@ class Config:
     rules: tuple[RuleConfig, ...] = ()
 
     def with_values(self, **values: Any) -> "Config":
-        """Return a copy with values laid over: `kafka__brokers=...`; a value of None or () changes nothing.
+        """Return a copy with settings replaced: `kafka__brokers=...`; None and () change nothing.
 
-        The result is checked as a file's is: ConfigError names the option that a wrong value came from.
+        The result is checked like a file. ConfigError names the option of a wrong value.
         """
         changed = self
         for path, value in values.items():
@@ -244,7 +242,7 @@ class Config:
 
 def _replaced(config: Config, path: str, value: Any) -> Config:
     section, _, name = path.rpartition("__")
-    if isinstance(value, Path):  # an option's path is relative to where the command was called
+    if isinstance(value, Path):  # options are relative to the working directory
         value = value.absolute()
     if not section:
         return dataclasses.replace(config, **{name: value})
@@ -253,7 +251,7 @@ def _replaced(config: Config, path: str, value: Any) -> Config:
 
 
 def load(path: Path | None) -> Config:
-    """Read a TOML file; without one, all settings have their defaults. ConfigError says what is wrong, in one line."""
+    """Read a TOML file, or return the defaults if `path` is None. ConfigError is one line with the location."""
     if path is None:
         return Config()
     text = _read(path)
@@ -261,30 +259,30 @@ def load(path: Path | None) -> Config:
         table = tomllib.loads(text)
     except RecursionError:
         raise ConfigError(f"{path}: tables or lists are nested too deeply") from None
-    except ValueError as error:  # TOMLDecodeError is one, and a number of too many digits another
+    except ValueError as error:  # TOMLDecodeError, or a number with too many digits
         raise ConfigError(f"{path}: {_shown(str(error))}") from error
-    with placed(path, text):
+    with located(path, text):
         _check_numbers(table)
         return _with_secrets(check(build(Config, table)))
 
 
 def _check_numbers(table: Mapping[str, Any]) -> None:
-    """Refuse whole numbers beyond TOML's 64 bits: Python has no text for those of thousands of digits."""
-    left = list(table.items())
-    while left:
-        key, value = left.pop()
+    """Reject integers of more than 64 bits: Python cannot print those of thousands of digits."""
+    pending = list(table.items())
+    while pending:
+        key, value = pending.pop()
         if isinstance(value, dict):
-            left += [(f"{key}.{name}", each) for name, each in value.items()]
+            pending += [(f"{key}.{name}", each) for name, each in value.items()]
         elif isinstance(value, list):
-            left += [(key, each) for each in value]
+            pending += [(key, each) for each in value]
         elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-            raise ConfigError(f"{key}: expected a whole number of at most 64 bits")
+            raise ConfigError(f"{key}: expected an integer of at most 64 bits")
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return a file's content; OSError or ConfigError where it has none.
+    """Return the content of a regular file of bounded size. Raises OSError or ConfigError.
 
-    Only a regular file of bounded size is read: a FIFO would wait, a device never end.
+    Reading a FIFO could block, and a device may have no end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -295,7 +293,7 @@ def read_bytes(path: Path) -> bytes:
     finally:
         os.close(descriptor)
     if len(content) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {_MAX_FILE_BYTES} bytes; put long lists of addresses into @FILE")
+        raise ConfigError(f"{path}: expected at most {_MAX_FILE_BYTES} bytes; move long lists of addresses to an @FILE")
     return content
 
 
@@ -309,14 +307,14 @@ def _read(path: Path) -> str:
 
 
 def _shown(text: str) -> str:
-    """Return text of a user's file as one bounded, printable line."""
+    """Return text from a user's file as one bounded, printable line."""
     text = printable(text[: _MAX_MESSAGE + 1])
     return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "..."
 
 
 @contextlib.contextmanager
-def placed(path: Path | None, text: str | None = None) -> Iterator[None]:
-    """Have a ConfigError that begins with a setting's path name the file and the line too."""
+def located(path: Path | None, text: str | None = None) -> Iterator[None]:
+    """Add the file and the line to a ConfigError that begins with the path of a setting."""
     try:
         yield
     except ConfigError as error:
@@ -327,17 +325,17 @@ def placed(path: Path | None, text: str | None = None) -> Iterator[None]:
 
 
 def check(config: Config) -> Config:
-    """Return `config`; ConfigError where values do not fit."""
+    """Return `config`. Raises ConfigError if a value is out of range."""
     validate.check(config)
     return config
 
 
 def read_secret(path: Path, where: str) -> str:
-    """Return the first line of a secret's file, or of the systemd credential of that name; ConfigError without it."""
+    """Return the first line of a file, or of the systemd credential of that name. Raises ConfigError."""
     if len(path.parts) == 1:
         folder = os.environ.get("CREDENTIALS_DIRECTORY")
         if not folder:
-            raise ConfigError(f"{where}: systemd has given no credential {path}: LoadCredential={path}:FILE")
+            raise ConfigError(f"{where}: no systemd credential {path}: set LoadCredential={path}:FILE in the unit")
         path = Path(folder) / path
     try:
         lines = read_bytes(path).decode("utf-8-sig").splitlines()
@@ -346,14 +344,14 @@ def read_secret(path: Path, where: str) -> str:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"{where}: {path}: not UTF-8") from error  # which bytes is nobody's business
+        raise ConfigError(f"{where}: {path}: not UTF-8") from error  # without the bytes of the secret
     if not lines or not lines[0]:
-        raise ConfigError(f"{where}: {path}: its first line is empty")
+        raise ConfigError(f"{where}: {path}: expected a secret in the first line, found none")
     return lines[0]
 
 
 def _with_secrets(config: Config) -> Config:
-    """Return `config` with the secrets of Kafka's client, which are named as "@FILE", read."""
+    """Return `config` with each "@FILE" secret of the Kafka client replaced by its content."""
     settings = {
         name: read_secret(Path(value[1:]), f"kafka.settings.{name}") if name in _SECRETS and value[:1] == "@" else value
         for name, value in config.kafka.settings.items()

@@ -1,6 +1,6 @@
-"""Where in a TOML file a setting stands, for messages that begin with its path: `rules[2].port: ...`.
+"""Finds the line of a setting in a TOML file, for messages that begin with its path: `rules[2].port: ...`.
 
-tomllib keeps no positions. This looks at headers and keys alone, which is enough to send a reader to the line.
+tomllib does not keep positions. This reads headers and keys only, which is enough to point a user to the line.
 """
 
 import re
@@ -13,21 +13,21 @@ _RULE = re.compile(r"rule (\d+)\b")
 
 
 def line(text: str, message: str) -> str:
-    """Return `line N: ` of the setting that the message begins with, or of the nearest table around it."""
+    """Return `line N: ` for the setting that the message begins with, or for the table that encloses it."""
     rule = _RULE.match(message)
     path = f"rules[{rule[1]}]" if rule else found[1] if (found := _PATH.match(message)) else ""
-    places = _places(text)
+    locations = _locations(text)
     while path:
-        for place, number in places:
-            if place == path or place.startswith((f"{path}.", f"{path}[")):
+        for key, number in locations:
+            if key == path or key.startswith((f"{path}.", f"{path}[")):
                 return f"line {number}: "
         path = path.rpartition(".")[0]
     return ""
 
 
-def _places(text: str) -> list[tuple[str, int]]:
-    """Return the paths of all headers and keys, each with its line."""
-    table, made = "", []
+def _locations(text: str) -> list[tuple[str, int]]:
+    """Return the path and line of each header and key."""
+    table, found = "", []
     counts: Counter[str] = Counter()
     for number, each in enumerate(text.split("\n"), 1):
         if header := _HEADER.fullmatch(each):
@@ -35,10 +35,10 @@ def _places(text: str) -> list[tuple[str, int]]:
             if header[1] == "[[":
                 counts[table] += 1
                 table += f"[{counts[table]}]"
-            made.append((table, number))
+            found.append((table, number))
         elif key := _KEY.match(each):
-            made.append((f"{table}.{_plain(key[1])}".lstrip("."), number))
-    return made
+            found.append((f"{table}.{_plain(key[1])}".lstrip("."), number))
+    return found
 
 
 def _plain(path: str) -> str:

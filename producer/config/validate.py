@@ -1,6 +1,6 @@
-"""The form and range of each setting, checked once on the merged configuration, whatever it came from.
+"""Checks the form and range of each setting, once, on the merged configuration.
 
-Nothing here looks at the host: names of users, interfaces and cgroups are resolved later, in ruleset.py.
+Nothing here depends on the host: rules/resolve looks up the names of users, interfaces and cgroups later.
 """
 
 import ipaddress
@@ -20,17 +20,17 @@ from producer.events import HOOKS, STATES
 from producer.host.text import name as name_of
 
 GROUPS = ("host", "peer", "flow", "port")
-"""What an alert rule may judge by itself."""
+"""What an alert rule can group by."""
 MEASURES = ("count", "ratio")
 SILENT = "silent"
-"""The name of the rule that alerts on hosts whose heartbeats have stopped."""
+"""Name of the built-in rule for hosts whose heartbeats have stopped."""
 
 _ACTIONS = ("keep", "drop")
 _MAX_RING_BYTES = 1 << 30
 _MIN_SPOOL_BYTES = 1 << 18
 _MAX_SPOOL_BYTES = 1 << 50
 _MAX_PREFIX = 200
-"""A topic's name has at most 249 characters; the longest of ours leaves more room than this."""
+"""Kafka limits topic names to 249 characters; this leaves enough for the longest of ours."""
 _MAX_TEXT = 4096
 _DAY_S = 86400.0
 _SECONDS: Mapping[str, tuple[float, float]] = {
@@ -43,7 +43,7 @@ _SECONDS: Mapping[str, tuple[float, float]] = {
     "alert.repeat_s": (1, 30 * _DAY_S),
 }
 _NUMBERS = {"uid": (0, (1 << 32) - 2), "netns": (1, (1 << 32) - 1), "interface": (1, (1 << 31) - 1)}
-"""Ranges of the kernel's types; the user id 4294967295 means none."""
+"""Ranges of the kernel's types. The user id 4294967295 means no user."""
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _LABEL = r"[A-Za-z0-9_-]{1,63}"
 _HOST = re.compile(rf"\[[0-9A-Fa-f:.]+\]|(?=.{{1,253}}(?::|$)){_LABEL}(?:\.{_LABEL})*\.?")
@@ -51,13 +51,13 @@ _BROKER = re.compile(rf"(?:[A-Za-z0-9_]+://)?(?:{_HOST.pattern})(?::(\d{{1,5}}))
 
 
 def host_name() -> str:
-    """Return the kernel's name of this host, printable whatever its bytes are."""
+    """Return the kernel's host name as printable text."""
     return name_of(os.fsencode(socket.gethostname()))
 
 
 def check(config: Any) -> None:
-    """Raise ConfigError for the first setting of a Config that is out of its range or form."""
-    if config.host != host_name():  # the kernel's own name is taken as it is
+    """Raise ConfigError for the first setting of a Config that is out of range or malformed."""
+    if config.host != host_name():  # the kernel's own name is always valid
         _check_text("host", config.host, 255)
     _check_path("state_dir", config.state_dir, absolute=True)
     _check_capture(config.capture)
@@ -76,16 +76,16 @@ def check(config: Any) -> None:
 
 
 def check_seconds(name: str, value: float, least: float, most: float) -> None:
-    """Raise ConfigError where a time is not in its range."""
+    """Raise ConfigError if a time is out of its range."""
     if not least <= value <= most:
-        raise ConfigError(f"{name}: {value} is not a number of seconds from {least} to {most:g}")
+        raise ConfigError(f"{name}: expected {least} to {most:g} seconds, found {value}")
 
 
 def _check_text(name: str, value: str, most: int = _MAX_TEXT) -> None:
     if not value.strip():
         raise ConfigError(f"{name}: expected a name, found an empty string")
     if len(value.encode(errors="replace")) > most:
-        raise ConfigError(f"{name}: {len(value)} characters are too many: at most {most} bytes")
+        raise ConfigError(f"{name}: expected at most {most} bytes, found {len(value)} characters")
     if not value.isprintable():
         raise ConfigError(f"{name}: expected printable characters, found {value!r}")
 
@@ -101,18 +101,19 @@ def _check_path(name: str, path: Path | None, *, absolute: bool = False) -> None
 def _check_capture(capture: Any) -> None:
     for name in ("transmit_ring_bytes", "retransmit_ring_bytes"):
         size = getattr(capture, name)
-        if size < os.sysconf("SC_PAGE_SIZE") or size & size - 1:
-            raise ConfigError(f"capture.{name}: {size} is not a power of two of at least one page")
-        if size > _MAX_RING_BYTES:
-            raise ConfigError(f"capture.{name}: {size} is too large: at most {_MAX_RING_BYTES}")
+        page = os.sysconf("SC_PAGE_SIZE")
+        if not page <= size <= _MAX_RING_BYTES or size & size - 1:
+            raise ConfigError(
+                f"capture.{name}: expected a power of two from {page} to {_MAX_RING_BYTES} bytes, found {size}"
+            )
     if not capture.hooks:
         raise ConfigError(f"capture.hooks: expected at least one of {', '.join(HOOKS)}")
     for hook in capture.hooks:
         if hook not in HOOKS:
-            raise ConfigError(f"capture.hooks: there is no hook {hook}{nearest(hook, HOOKS)}")
+            raise ConfigError(f"capture.hooks: unknown hook {hook}{nearest(hook, HOOKS)}")
     for port in capture.ports:
         if not 0 < port < 1 << 16:
-            raise ConfigError(f"capture.ports: {port} is no port")
+            raise ConfigError(f"capture.ports: expected a port from 1 to 65535, found {port}")
     for address in capture.addresses:
         if getattr(address, "scope_id", None):
             raise ConfigError(f"capture.addresses: expected an address without an interface, found {str(address)!r}")
@@ -130,47 +131,50 @@ def _check_kafka(kafka: Any) -> None:
     if kafka.brokers is not None:
         _check_brokers(kafka.brokers)
     if not re.fullmatch(r"[A-Za-z0-9._-]*", kafka.topic_prefix):
-        raise ConfigError("kafka.topic_prefix: topics' names are of letters, digits, dots, underscores and hyphens")
+        raise ConfigError(
+            f"kafka.topic_prefix: expected letters, digits, dots, underscores and hyphens, found {kafka.topic_prefix!r}"
+        )
     if len(kafka.topic_prefix) > _MAX_PREFIX:
-        raise ConfigError(f"kafka.topic_prefix: {len(kafka.topic_prefix)} characters are too many: at most 200")
+        raise ConfigError(
+            f"kafka.topic_prefix: expected at most {_MAX_PREFIX} characters, found {len(kafka.topic_prefix)}"
+        )
     for name, value in kafka.settings.items():
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"kafka.settings: {name!r} is no name of a librdkafka setting")
-        if "\0" in value:  # librdkafka would take what stands before it
-            raise ConfigError(f"kafka.settings.{name}: a value must not contain NUL")
+            raise ConfigError(f"kafka.settings: expected the name of a librdkafka setting, found {name!r}")
+        if "\0" in value:  # librdkafka would cut the value there
+            raise ConfigError(f"kafka.settings.{name}: expected a value without NUL")
     decide(kafka.settings)
 
 
 def _check_brokers(brokers: str) -> None:
     if not brokers.strip():
         raise ConfigError(
-            "kafka.brokers: HOST:PORT is wanted, several separated by commas, not an empty string; "
-            "for the embedded broker leave the setting out"
+            "kafka.brokers: expected HOST:PORT[,HOST:PORT...], found an empty string; "
+            "for the in-process test broker, remove the setting"
         )
     if len(brokers) > 1 << 14:
-        raise ConfigError(f"kafka.brokers: {len(brokers)} characters are too many: at most {1 << 14}")
+        raise ConfigError(f"kafka.brokers: expected at most {1 << 14} characters, found {len(brokers)}")
     for broker in brokers.split(","):
         found = _BROKER.fullmatch(broker.strip())
         if not found or (found[1] and not 0 < int(found[1]) < 1 << 16):
-            raise ConfigError(f"kafka.brokers: expected HOST:PORT, several separated by commas, found {broker!r}")
+            raise ConfigError(f"kafka.brokers: expected HOST:PORT[,HOST:PORT...], found {broker!r}")
 
 
 def _check_spool(spool: Any) -> None:
     for name in ("transmit_bytes", "retransmit_bytes", "quarantine_bytes"):
         size = getattr(spool, name)
         if size < 0 or 0 < size < _MIN_SPOOL_BYTES:
-            raise ConfigError(f"spool.{name}: {size} is neither 0 nor at least {_MIN_SPOOL_BYTES}")
+            raise ConfigError(f"spool.{name}: expected 0, or at least {_MIN_SPOOL_BYTES} bytes, found {size}")
         if size > _MAX_SPOOL_BYTES:
-            raise ConfigError(f"spool.{name}: {size} is too large: at most {_MAX_SPOOL_BYTES}")
-    if spool.when_full not in ("reject", "drop_oldest"):
-        raise ConfigError(f"spool.when_full: expected reject or drop_oldest, found {spool.when_full!r}")
+            raise ConfigError(f"spool.{name}: expected at most {_MAX_SPOOL_BYTES} bytes, found {size}")
+    _check_choice("spool.keep", spool.keep, ("old", "new"))
 
 
 def _check_listen(listen: str) -> None:
     _check_text("metrics.listen", listen, 300)
     host, _, port = listen.rpartition(":")
     if not _is_host(host):
-        raise ConfigError(f"metrics.listen: HOST:PORT is wanted, not {listen!r}")
+        raise ConfigError(f"metrics.listen: expected HOST:PORT, found {listen!r}")
     if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) >= 1 << 16:
         raise ConfigError(f"metrics.listen: expected a port from 0 to 65535, found {listen!r}")
 
@@ -190,7 +194,7 @@ def _is_address(text: str) -> bool:
 def _check_registry(registry: Any) -> None:
     if registry.url is not None:
         if "@" in registry.url:
-            raise ConfigError("registry.url: no user and password here: set registry.auth to a file")
+            raise ConfigError("registry.url: expected no user or password in the URL: set registry.auth to a file")
         _check_url("registry.url", registry.url)
     for name in ("auth", "ca", "certificate", "key"):
         _check_path(f"registry.{name}", getattr(registry, name))
@@ -202,17 +206,18 @@ def _check_url(name: str, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise ConfigError(f"{name}: a URL is wanted, not {url!r}: {error}") from error
+        raise ConfigError(f"{name}: expected a URL, found {url!r}: {error}") from error
     if parts.scheme not in ("http", "https") or not _is_host(parts.hostname or "") or port == 0 or " " in url:
-        raise ConfigError(f"{name}: a URL is wanted, http://HOST:PORT, not {url!r}")
+        raise ConfigError(f"{name}: expected a URL, http://HOST:PORT, found {url!r}")
 
 
 def _check_alert(alert: Any) -> None:
     if not alert.group:
-        raise ConfigError("alert.group: a name is wanted")
+        raise ConfigError("alert.group: expected a name, found an empty string")
     _check_text("alert.group", alert.group, 249)
     if not 0 <= alert.missed_heartbeats <= 1e6:
-        raise ConfigError(f"alert.missed_heartbeats: {alert.missed_heartbeats} is not a number from 0 to 1000000")
+        found = alert.missed_heartbeats
+        raise ConfigError(f"alert.missed_heartbeats: expected a number from 0 to 1000000, found {found}")
     if alert.alertmanager is not None:
         _check_url("alert.alertmanager", alert.alertmanager)
     names: set[str] = set()
@@ -220,11 +225,11 @@ def _check_alert(alert: Any) -> None:
         where = f"alert.rules[{number}]"
         if not _NAME.fullmatch(rule.name) or rule.name == SILENT:
             raise ConfigError(
-                f"{where}.name: letters, digits, dots, underscores and hyphens are wanted, and not {SILENT!r}, "
-                f"which is silence's own name: {rule.name!r}"
+                f"{where}.name: expected letters, digits, dots, underscores and hyphens, and not {SILENT!r}, "
+                f"which is the built-in rule's name; found {rule.name!r}"
             )
         if rule.name in names:
-            raise ConfigError(f"{where}.name: another rule is called {rule.name}")
+            raise ConfigError(f"{where}.name: expected a unique name, found another rule {rule.name}")
         names.add(rule.name)
         _check_alert_rule(where, rule)
 
@@ -232,15 +237,15 @@ def _check_alert(alert: Any) -> None:
 def _check_alert_rule(where: str, rule: Any) -> None:
     for key, value, known in (("by", rule.by, GROUPS), ("measure", rule.measure, MEASURES)):
         if value not in known:
-            raise ConfigError(f"{where}.{key}: one of {', '.join(known)} is wanted, not {value!r}")
+            raise ConfigError(f"{where}.{key}: expected one of {', '.join(known)}, found {value!r}")
     check_seconds(f"{where}.window_s", rule.window_s, 1, 30 * _DAY_S)
     most = 1.0 if rule.measure == "ratio" else math.inf
     if not 0 < rule.threshold <= most or math.isinf(rule.threshold):
-        raise ConfigError(f"{where}.threshold: {rule.threshold} is not above 0 and at most {most:g}")
+        raise ConfigError(f"{where}.threshold: expected above 0 and at most {most:g}, found {rule.threshold}")
     if not 0 < rule.clear <= rule.threshold:
-        raise ConfigError(f"{where}.clear: {rule.clear} is not above 0 and at most the threshold")
+        raise ConfigError(f"{where}.clear: expected above 0 and at most the threshold, found {rule.clear}")
     if rule.minimum < 0:
-        raise ConfigError(f"{where}.minimum: {rule.minimum} is below 0")
+        raise ConfigError(f"{where}.minimum: expected at least 0, found {rule.minimum}")
 
 
 def _check_rule(where: str, rule: Any) -> None:
@@ -273,13 +278,13 @@ def _check_rule(where: str, rule: Any) -> None:
             raise ConfigError(f"{where}.cgroup: expected a path below the cgroup root, found {cgroup!r}")
     for state in rule.state:
         if state not in STATES[1:]:
-            raise ConfigError(f"{where}.state: there is no TCP state {state!r}: {', '.join(STATES[1:])}")
+            raise ConfigError(f"{where}.state: expected one of {', '.join(STATES[1:])}, found {state!r}")
 
 
 def _check_name(where: str, name: str) -> None:
     _check_text(where, name, 255)
     if "/" in name or name in (".", ".."):
-        raise ConfigError(f"{where}: expected a name, not a path: {name!r}")
+        raise ConfigError(f"{where}: expected a name, found the path {name!r}")
 
 
 def _check_network(where: str, text: str) -> None:
@@ -297,4 +302,4 @@ def _check_network(where: str, text: str) -> None:
 def _check_ports(where: str, value: int | str) -> None:
     found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", str(value))
     if not found or not int(found[1]) <= int(found[2] or found[1]) < 1 << 16:
-        raise ConfigError(f"{where}: {value!r} is no port and no range of ports")
+        raise ConfigError(f"{where}: expected a port or a range of ports, found {value!r}")

@@ -1,4 +1,4 @@
-"""YAML as the configuration files of Go's programs have it: mappings with known keys, all scalars as text."""
+"""Reads YAML the way Go programs do: mappings with known keys, all scalars as text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "on": True,
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A mapping of the file, and its path in it. All scalars are text; an empty one is as good as none."""
+    """A mapping and its path in the file. All scalars are text; an empty one counts as missing."""
 
     name: str
     values: dict[str, Any]
@@ -23,7 +23,7 @@ class Table:
         return f"{self.name}.{key}" if self.name else key
 
     def check_keys(self, *known: str) -> None:
-        """Raise the error of a key that is none of these."""
+        """Raise an error for the first unknown key."""
         for key in self.values:
             if key not in known:
                 raise self.error(self.path(key), f"unknown key{nearest(key, known)}")
@@ -37,22 +37,22 @@ class Table:
         return value
 
     def table(self, key: str) -> "Table":
-        """Return a mapping; an empty one where there is none."""
+        """Return a mapping; empty if the key is missing."""
         return Table(self.path(key), self._of_kind(key, dict, "a mapping"), self.error)
 
     def text(self, key: str) -> str:
-        """Return a text; an empty one where there is none."""
+        """Return a text; empty if the key is missing."""
         return str(self._of_kind(key, str, "text"))
 
     def texts(self, key: str) -> list[str]:
-        """Return a list of texts that are not empty."""
+        """Return a list of non-empty texts."""
         values: list[Any] = self._of_kind(key, list, "a list")
         if not all(isinstance(each, str) and each for each in values):
             raise self.error(self.path(key), "expected a list of texts")
         return values
 
     def boolean(self, key: str, *, default: bool) -> bool:
-        """Return a boolean in one of YAML's words."""
+        """Return a boolean in any of YAML's spellings."""
         text = self.text(key).lower()
         if text and text not in _BOOLEANS:
             raise self.error(self.path(key), f"expected true or false, found {text!r}")
@@ -60,23 +60,23 @@ class Table:
 
 
 def mapping(text: bytes) -> dict[str, Any]:
-    """Return a document's mapping; an empty one where there is none. Raises ValueError."""
-    import yaml  # who reads no such file does without its memory
+    """Return the mapping of a document; empty if the document is. Raises ValueError."""
+    import yaml  # imported only if needed, to save memory
 
-    class Loader(yaml.BaseLoader):  # makes text, lists and mappings, and nothing else
+    class Loader(yaml.BaseLoader):  # creates only text, lists and mappings
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if len(names) < len(node.value):
-                raise yaml.MarkedYAMLError(problem="a key is not text", problem_mark=node.start_mark)
+                raise yaml.MarkedYAMLError(problem="expected a key that is text", problem_mark=node.start_mark)
             if len(names) > len(set(names)):
-                raise yaml.MarkedYAMLError(problem="a key is there twice", problem_mark=node.start_mark)
+                raise yaml.MarkedYAMLError(problem="duplicate key", problem_mark=node.start_mark)
             return super().construct_mapping(node, deep)
 
     try:
         value = yaml.load(text, Loader)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    except yaml.MarkedYAMLError as error:  # its own text has the line, in which a key may stand
+    except yaml.MarkedYAMLError as error:  # its own message quotes the line, which may hold a secret
         at = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{at}{error.problem}") from error
     except (yaml.YAMLError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Everything in one, for a newcomer: a producer with the embedded broker, lossy traffic, a live view, and the account.
+"""The demo: a producer with the in-process test broker, lossy traffic, a live view, and a comparison with the kernel.
 
-The producer is the real command in a child process, and what is shown is read back from Kafka. All of it is in a
-temporary folder, in namespaces without names and in child processes, so that nothing is left, however the demo ends.
+The producer is the real command in a child process, and the events shown are read back from Kafka. Everything is in a
+temporary folder, unnamed namespaces and child processes, so nothing stays behind, however the demo ends.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from producer.host.text import printable, to_json
 
 _READY_TIMEOUT_S = 180
 _STOP_TIMEOUT_S = 60
-# After the traffic's end: the events are all here when nothing has come for so long.
+# All events have arrived when none came for this long after the end of the traffic.
 _QUIET_S = 2.0
 _TRANSMIT_LINES_PER_S = 20
 _MOST_LINE = 1 << 16
@@ -41,13 +41,15 @@ _ERRORS = {error.exit_code: error for error in (PermissionDenied, BusyError, Con
 
 
 def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool) -> int:
-    """Run the demo and print the comparison; with `as_json` that alone, as one JSON object. Return the exit code."""
+    """Run the demo and print the comparison; with `as_json`, only that, as one JSON object. Return the exit code."""
     if os.geteuid() != 0:
-        raise PermissionDenied("the demo loads BPF programs and makes network namespaces: run it as root, or with sudo")
+        raise PermissionDenied(
+            "the demo loads BPF programs and creates network namespaces: run it as root, or with sudo"
+        )
     screen = _Screen(quiet=as_json)
     stop = SignalFlag()
     for number in (signal.SIGINT, signal.SIGTERM):
-        stop.interrupt_on(number)  # the second one ends the demo at once, cleaning up on the way
+        stop.interrupt_on(number)  # the second one ends the demo at once, but cleans up
     with (
         tempfile.TemporaryDirectory(prefix="rebpf-demo-") as folder,
         Lab(loss) as lab,
@@ -73,14 +75,14 @@ def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool) -> int:
             finally:
                 end.set()
             counters = lab.counters()
-            _settle(source, tally, counters)
+            _read_rest(source, tally, counters)
         balance = producer.stop()
     screen.report(compare(tally, counters), tally, balance, sent.result())
     return 0
 
 
 class _Producer:
-    """`rebpf run` as a child, on the lab's addresses alone, which dies with this process."""
+    """`rebpf run` in a child process that ends with this one; captures only the lab's addresses."""
 
     def __init__(self, state_dir: str, addresses: Sequence[str]) -> None:
         self._state_dir = state_dir
@@ -92,7 +94,7 @@ class _Producer:
     def __enter__(self) -> "_Producer":
         addresses = [word for address in self._addresses for word in ("--address", address)]
         run = python("producer", "run", "--json", "--state-dir", self._state_dir, *addresses)
-        # A session of its own: a Ctrl-C is for this process, which stops the child when it has read everything.
+        # In a new session: Ctrl-C signals only this process, which stops the child after reading all events.
         self._child = subprocess.Popen(
             ["setpriv", "--pdeathsig", "TERM", "--", *run],
             stdin=subprocess.DEVNULL,
@@ -101,7 +103,7 @@ class _Producer:
             text=True,
             errors="backslashreplace",
             start_new_session=True,
-            # What the user has set for a producer of theirs is not for this one.
+            # The user's settings for another producer do not apply here.
             env={name: value for name, value in os.environ.items() if not name.startswith("REBPF_")},
         )
         assert self._child.stderr is not None
@@ -117,17 +119,17 @@ class _Producer:
             stream.close()
 
     def wait_ready(self, stop: Flag) -> Mapping[str, str] | None:
-        """Wait for the ready line and return its words; None when `stop` came first."""
+        """Wait for the ready line and return its fields; None if `stop` was set first."""
         deadline = time.monotonic() + _READY_TIMEOUT_S
         while self._ready is None and not stop.is_set():
             self.check()
             if time.monotonic() > deadline:
-                raise UnavailableError(f"the producer is not ready after {_READY_TIMEOUT_S} s")
+                raise UnavailableError(f"the producer was not ready within {_READY_TIMEOUT_S} s")
             self._news.wait(0.1)
         return self._ready
 
     def check(self) -> None:
-        """Raise the producer's own error if it has ended."""
+        """Raise the producer's error if it has ended."""
         status = self._child.poll()
         if status is not None:
             self._reader.join()
@@ -135,7 +137,7 @@ class _Producer:
             raise _ERRORS.get(status, UnavailableError)(f"the producer ended: {reason.removeprefix('rebpf: ')}")
 
     def stop(self) -> dict[str, Any]:
-        """Stop it in order and return its balance."""
+        """Stop the producer and return its balance."""
         self.check()
         self._child.terminate()
         if self._end() != 0:
@@ -163,7 +165,7 @@ class _Producer:
 
 
 class _Screen:
-    """What the user sees; nothing but the last object in JSON mode."""
+    """Output for the user; in JSON mode, only the final object."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(highlight=False, quiet=quiet)
@@ -174,26 +176,26 @@ class _Screen:
 
     def starting(self, lab: Lab, loss: float) -> None:
         self._say(
-            f"Two network namespaces, {lab.client.ipv4} and {lab.server.ipv4}, with IPv6 too, are joined by a link that"
-            f" loses {loss * 100:.3g} % of its TCP packets. The kernel's hooks are being loaded."
+            f"Two network namespaces, {lab.client.ipv4} and {lab.server.ipv4}, also with IPv6, are connected by a link"
+            f" that drops {loss * 100:.3g} % of the TCP packets. Loading the hooks."
         )
 
     def ready(self, ready: Mapping[str, str]) -> None:
         brokers = ready["brokers"]
         hooks = ", ".join(f"{stream.name}s by {ready.get(stream.name, '?')}" for stream in STREAMS)
         self._say(
-            f"Capturing {hooks}. Kafka is the embedded broker at {brokers}: for trying, not for production."
-            " Any client may read along, in another terminal:"
+            f"Capturing {hooks}. Kafka is an in-process test broker at {brokers}, not for production."
+            " Any Kafka client can read from it, in another terminal:"
         )
         self._say(f"  rebpf tail --brokers {brokers}")
         self._say(f"  kcat -b {brokers} -t {RETRANSMITS.topic} -C -f '%k\\n'")
-        self._say("Below, read back from Kafka, are all retransmits and a sample of the transmits. All are counted.")
+        self._say("Below are all retransmissions and a sample of the transmits, read back from Kafka. All are counted.")
 
     def _say(self, text: str) -> None:
         self._print(printable(text), markup=False)
 
     def _print(self, *what: Any, **how: Any) -> None:
-        """Lay it out as the console would, and write it as all else is written."""
+        """Format with the console, and write by `echo`."""
         if not self._quiet:
             with self._console.capture() as captured:
                 self._console.print(*what, **how)
@@ -205,7 +207,7 @@ class _Screen:
         shown = [event.record for event in events if self._is_shown(event)]
         lines = self._formatter.lines(shown)
         if lines:
-            # Not through the console, whose layout costs more than the line.
+            # Without the console, whose formatting costs more than the line.
             echo("\n".join(lines), color=True)
 
     def _is_shown(self, event: Event) -> bool:
@@ -231,7 +233,7 @@ class _Screen:
                 f"{topic}: captured {account['passed']}, delivered to Kafka {account['delivered']},"
                 f" read back {tally.events[topic]}, lost {lost}"
             )
-        self._say(f"The traffic was {sent.connections} connections with {sent.payload_bytes / 1e6:.0f} MB of payload.")
+        self._say(f"Traffic: {sent.connections} connections with {sent.payload_bytes / 1e6:.0f} MB of payload.")
         for reason in why:
             self._print(printable(f"Difference: {reason}."), style="yellow", markup=False)
         if not why:
@@ -239,7 +241,7 @@ class _Screen:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="Segments: the events of both topics, and the kernel's own counters", title_justify="left")
+    table = Table(title="Segments: the events of both topics, and the kernel's counters", title_justify="left")
     table.add_column("segments")
     for heading in ("events", "kernel", "difference"):
         table.add_column(heading, justify="right")
@@ -279,8 +281,8 @@ def _watch(
     sent.result()
 
 
-def _settle(source: Iterator[list[Event]], tally: Tally, counters: Mapping[str, int]) -> None:
-    """Read what is still on its way; the embedded broker ends with the producer, so this comes before its stop."""
+def _read_rest(source: Iterator[list[Event]], tally: Tally, counters: Mapping[str, int]) -> None:
+    """Read the remaining events, before the stop, since the test broker ends with the producer."""
     last = time.monotonic()
     while not compare(tally, counters).agrees and time.monotonic() - last < _QUIET_S:
         events = next(source)

@@ -1,8 +1,8 @@
-"""Two network namespaces joined by a lossy veth pair, for traffic whose counters nothing else on the host moves.
+"""Two network namespaces connected by a lossy veth pair, with TCP counters that nothing else on the host changes.
 
 The namespaces have no names: each lives as long as a process that waits on a pipe from here, and the veth pair lives
-inside them. So everything goes when the lab is left, and also when this process is killed. Loss is in the receiver's
-prerouting: a drop in the sender's own output would be a failed send, which TCP does not count as sent.
+inside them. So everything is cleaned up when the lab ends, even if this process is killed. Packets are dropped in the
+receiver's prerouting: in the sender's output, a drop would be a failed send, which TCP does not count as sent.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from producer.host.python_child import python
 
 _INTERFACE = "veth0"
 _CLOSE_TIMEOUT_S = 60
-# Connection states of /proc/net/tcp that may still send: all but TIME_WAIT and LISTEN.
+# The states in /proc/net/tcp that send nothing: TIME_WAIT and LISTEN.
 _SILENT_STATES = {"06", "0A"}
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One of the two namespaces; `pid` is the process that keeps it."""
+    """One of the two namespaces; the process `pid` keeps it alive."""
 
     name: str
     pid: int
@@ -37,7 +37,7 @@ class Host:
 
     @property
     def netns(self) -> int:
-        """Inode number of the namespace, as in the events' field netns."""
+        """Inode number of the namespace, as in the field netns of events."""
         return os.stat(f"/proc/{self.pid}/ns/net").st_ino
 
     def command(self, *argv: str) -> list[str]:
@@ -50,7 +50,7 @@ class Host:
         return parse_counters((folder / "snmp").read_text() + (folder / "netstat").read_text())
 
     def open_connections(self) -> int:
-        """Count the connections that may still send a segment by themselves."""
+        """Count the connections that may still send segments."""
         folder = Path(f"/proc/{self.pid}/net")
         rows = [row for name in ("tcp", "tcp6") for row in (folder / name).read_text().splitlines()[1:]]
         return sum(row.split()[3] not in _SILENT_STATES for row in rows)
@@ -58,7 +58,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What the traffic generator did."""
+    """Totals of the traffic generator."""
 
     connections: int
     failed: int
@@ -66,7 +66,7 @@ class Sent:
 
 
 def parse_counters(text: str) -> dict[str, int]:
-    """Parse the pairs of lines, names and values, of the protocols Tcp and TcpExt."""
+    """Parse the pairs of lines (names, values) of the protocols Tcp and TcpExt."""
     lines = [line.split() for line in text.splitlines()]
     counters: dict[str, int] = {}
     for names, values in zip(lines[::2], lines[1::2], strict=True):
@@ -83,7 +83,7 @@ class Lab:
 
     def __init__(self, loss: float = 0.01) -> None:
         if not 0 <= loss < 1:
-            raise ValueError("loss is a share from 0 to below 1")
+            raise ValueError("expected a loss from 0 to below 1")
         self._loss = loss
         self._stack = contextlib.ExitStack()
 
@@ -144,7 +144,7 @@ class Lab:
         return Sent(**json.loads(report))
 
     def wait_idle(self, timeout_s: float = 20) -> bool:
-        """Wait until no connection may send any more; False when some still may after the timeout."""
+        """Wait until no connection can send any more; return False on a timeout."""
         deadline = time.monotonic() + timeout_s
         while any(host.open_connections() for host in self.hosts):
             if time.monotonic() > deadline:
@@ -153,11 +153,11 @@ class Lab:
         return True
 
     def _host(self, name: str, number: int) -> Host:
-        # The shell says that the namespace is there; then cat keeps it until the pipe from here closes.
+        # The shell reports that the namespace exists; then cat keeps it until the pipe from here closes.
         argv = ["unshare", "--net", "--", "sh", "-c", "echo ready; exec cat"]
         keeper = self._stack.enter_context(_pipe_bound(argv, "network namespace"))
         pid = os.getpid()
-        # A subnet of four addresses for each process: the filter of one lab's producer leaves another's traffic out.
+        # A subnet of four addresses per process, so that the filter of a producer excludes the traffic of other labs.
         block = 4 * (pid % (1 << 14))
         ipv4 = f"10.111.{block >> 8}.{(block & 0xFF) + number}"
         return Host(name, keeper.pid, ipv4, f"fd6f:{pid >> 16:x}:{pid & 0xFFFF:x}::{number:x}")
@@ -204,14 +204,14 @@ def _run(argv: Sequence[str], text: str = "") -> None:
 
 @contextlib.contextmanager
 def _pipe_bound(argv: Sequence[str], what: str) -> Iterator["subprocess.Popen[Any]"]:
-    """Run a child that says when it is ready and ends with its standard input; so it never outlives this process."""
+    """Run a child that reports when it is ready and ends with its standard input, so it never outlives this process."""
     child = subprocess.Popen(
         argv,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A Ctrl-C in the terminal is for this process, which then ends the children in order.
+        # Ctrl-C in the terminal signals only this process, which then stops the children.
         start_new_session=True,
     )
     try:

@@ -1,8 +1,8 @@
-"""What was read from the topics beside the kernel's own counters: pure counting, no input or output.
+"""Compares the events in the topics with the kernel's counters. Pure computation, no input or output.
 
-The kernel counts what it sends for the first time in OutSegs, and every SYN-ACK too, also one sent again. What it sends
-again it counts in RetransSegs and, by cause, in one of the others; a cause without a counter of its own is in the rest.
-The transmit topic marks what was sent before, and so is a second witness of the retransmits.
+The kernel counts first transmissions in OutSegs, along with every SYN-ACK, also retransmitted ones. It counts
+retransmissions in RetransSegs and, for some causes, in another counter; the other causes are the rest. The transmit
+topic marks retransmitted segments, too, so it is a second source for their number.
 """
 
 from collections import Counter, defaultdict
@@ -16,13 +16,13 @@ _REST_CAUSES = ("rto", "tlp", "other")
 _SYN_ACK = 0x12
 _LOSSES = {
     "nested": "the kernel skipped runs in which a program would have interrupted itself",
-    "ring_full": "the agent came too late to a full ring",
+    "ring_full": "the agent was too slow, and the ring was full",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Segments by the events, and by the kernel; `counter` names the kernel's."""
+    """Segments counted by events and by the kernel's `counter`."""
 
     what: str
     seen: int
@@ -31,37 +31,37 @@ class Row:
 
     @property
     def difference(self) -> int:
-        """By how much the events say more than the kernel."""
+        """Events minus the kernel's count."""
         return self.seen - self.counted
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the row as it is printed in JSON."""
+        """Return the row for JSON output."""
         return {**asdict(self), "difference": self.difference}
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The rows of the table: retransmits in all and by cause, and both kinds of transmit."""
+    """The rows of the table: all retransmissions, those by cause, and both kinds of transmits."""
 
     retransmitted: Row
     causes: Sequence[Row]
-    sent_again: Row
-    sent_first: Row
+    marked_retransmits: Row
+    first_transmissions: Row
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """All rows, in the table's order."""
-        return self.retransmitted, *self.causes, self.sent_again, self.sent_first
+        """All rows in the order of the table."""
+        return self.retransmitted, *self.causes, self.marked_retransmits, self.first_transmissions
 
     @property
     def agrees(self) -> bool:
-        """Whether every row does."""
+        """Whether every row agrees."""
         return not any(row.difference for row in self.rows)
 
 
 @dataclass(slots=True)
 class _Numbers:
-    """The event numbers of one topic, by CPU: each comes once, and none is left out."""
+    """The event numbers of one topic by CPU, to find duplicates and gaps."""
 
     by_cpu: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     repeated: int = 0
@@ -82,8 +82,8 @@ class Tally:
     def __init__(self) -> None:
         self.events: Counter[str] = Counter()
         self.retransmitted: Counter[str] = Counter()
-        self.sent_first = 0
-        self.sent_again = 0
+        self.first_transmissions = 0
+        self.marked_retransmits = 0
         self._syn_acks: set[tuple[Any, ...]] = set()
         self._numbers: dict[str, _Numbers] = defaultdict(_Numbers)
 
@@ -96,30 +96,30 @@ class Tally:
         elif record["tcp_flags"] == _SYN_ACK:
             self._add_syn_ack(record)
         elif record["is_retransmit"]:
-            self.sent_again += record["segs"]
+            self.marked_retransmits += record["segs"]
         else:
-            self.sent_first += record["segs"]
+            self.first_transmissions += record["segs"]
 
     def _add_syn_ack(self, record: Mapping[str, Any]) -> None:
-        # It has no socket that could tell whether it was sent before; its initial sequence number does.
-        self.sent_first += 1
+        # It has no socket with the history, but its initial sequence number identifies it.
+        self.first_transmissions += 1
         key = tuple(record[name] for name in ("saddr", "sport", "daddr", "dport", "seq"))
-        self.sent_again += key in self._syn_acks
+        self.marked_retransmits += key in self._syn_acks
         self._syn_acks.add(key)
 
     @property
     def repeated(self) -> int:
-        """Events that were read more than once."""
+        """Number of events read more than once."""
         return sum(numbers.repeated for numbers in self._numbers.values())
 
     @property
     def missing(self) -> int:
-        """Event numbers below the highest read that were not read."""
+        """Number of gaps below the highest event numbers."""
         return sum(numbers.missing for numbers in self._numbers.values())
 
 
 def compare(tally: Tally, counters: Mapping[str, int]) -> Comparison:
-    """Set the events against the counters, which began at 0 with them."""
+    """Compare the events with the counters, which started at 0 with them."""
     causes = tally.retransmitted
     by_cause = (
         Row("  fast", causes["fast"], "TCPFastRetrans", counters["TCPFastRetrans"]),
@@ -130,29 +130,29 @@ def compare(tally: Tally, counters: Mapping[str, int]) -> Comparison:
     counted_rest = counters["RetransSegs"] - sum(row.counted for row in by_cause)
     return Comparison(
         Row("retransmitted", causes.total(), "RetransSegs", counters["RetransSegs"]),
-        (*by_cause, Row(f"  {', '.join(_REST_CAUSES)}", rest, "RetransSegs less those", counted_rest)),
-        Row("transmitted again", tally.sent_again, "RetransSegs", counters["RetransSegs"]),
-        Row("transmitted first", tally.sent_first, "OutSegs", counters["OutSegs"]),
+        (*by_cause, Row(f"  {', '.join(_REST_CAUSES)}", rest, "RetransSegs minus those", counted_rest)),
+        Row("marked as retransmitted", tally.marked_retransmits, "RetransSegs", counters["RetransSegs"]),
+        Row("first transmissions", tally.first_transmissions, "OutSegs", counters["OutSegs"]),
     )
 
 
 def reasons(tally: Tally, comparison: Comparison, balance: Mapping[str, Any]) -> list[str]:
-    """Say why the numbers differ, as far as the producer's balance and the events tell; empty if they agree."""
+    """Explain differences by the producer's balance and the events; empty if there are none."""
     found = _losses(tally, balance)
-    skipped = tally.sent_again - tally.retransmitted.total()
+    skipped = tally.marked_retransmits - tally.retransmitted.total()
     nested = any("nested" in account["lost"] for account in balance.values())
-    if skipped > 0 and not nested and not comparison.sent_again.difference:
+    if skipped > 0 and not nested and not comparison.marked_retransmits.difference:
         found.append(
-            f"{skipped} segments are in the transmit topic as sent again and not in the retransmit topic:"
+            f"{skipped} segments are marked as retransmitted in the transmit topic, but not in the retransmit topic:"
             " this kernel did not run the retransmit hook for them"
         )
-    if comparison.sent_first.difference < 0:
+    if comparison.first_transmissions.difference < 0:
         found.append(
-            f"{-comparison.sent_first.difference} segments of OutSegs are not in the transmit topic: what the kernel"
-            " sends without a socket, an acknowledgement from TIME_WAIT or a reset, passes no hook"
+            f"{-comparison.first_transmissions.difference} segments of OutSegs are not in the transmit topic: segments"
+            " without a socket, such as acknowledgements from TIME_WAIT and resets, pass no hook"
         )
     if not found and not comparison.agrees:
-        found.append("no event was lost: the hooks and the kernel's counters see this traffic differently")
+        found.append("no event was lost, but the hooks and the kernel's counters see this traffic differently")
     return found
 
 
@@ -164,7 +164,7 @@ def _losses(tally: Tally, balance: Mapping[str, Any]) -> list[str]:
             found.append(f"{topic}: {count} events lost, {why}{meaning}")
         unread = account["delivered"] - tally.events[topic]
         if unread > 0:
-            found.append(f"{topic}: {unread} events were delivered to the broker and not read back")
+            found.append(f"{topic}: {unread} events were delivered to the broker, but not read back")
     if tally.repeated:
         found.append(f"{tally.repeated} events were read twice")
     return found

@@ -1,7 +1,7 @@
-"""The programs at both ends of the lab: bulk transfers, many short connections, and small messages with pauses.
+"""The traffic client and server of the lab: bulk transfers, many short connections, and small messages with pauses.
 
-Bulk is for fast retransmits, pauses are for tail loss probes, and the handshakes of short connections for lost SYNs and
-SYN-ACKs. Both programs say `ready`, run until their standard input ends, and need nothing but Python.
+Bulk transfers cause fast retransmits, pauses cause tail loss probes, and short connections lose SYNs and SYN-ACKs. Both
+programs print `ready`, run until their standard input ends, and need only Python.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 
 _BULK_PORT, _ECHO_PORT = 5001, 5002
-# Missing in Python's socket module; from asm-generic/socket.h. TCP paces by itself where the interface has no fq queue.
+# From asm-generic/socket.h, missing in Python. Without an fq queue on the interface, TCP itself paces.
 _SO_MAX_PACING_RATE = 47
 _PR_SET_PDEATHSIG = 1
 _BULK_BYTES_PER_S = 1_500_000
@@ -35,7 +35,7 @@ class _Tally:
 
 
 def _input_end() -> asyncio.Event:
-    """Return an event that is set when standard input ends: the parent asks to stop, or is no more."""
+    """Return an event that is set when standard input ends: the parent requests a stop, or has ended."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -64,7 +64,7 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def serve(*addresses: str) -> None:
-    """Serve at the addresses until standard input ends."""
+    """Listen on the addresses until standard input ends."""
     for address in addresses:
         await asyncio.start_server(_swallow, address, _BULK_PORT, backlog=512)
         await asyncio.start_server(_echo, address, _ECHO_PORT, backlog=512)
@@ -116,7 +116,7 @@ async def _counted(tally: _Tally, connection: Awaitable[None]) -> None:
 
 
 async def send(*addresses: str) -> None:
-    """Send to the addresses until standard input ends, and print what was sent as JSON."""
+    """Send to the addresses until standard input ends, then print the totals as JSON."""
     tally = _Tally()
     stop = _input_end()
     print("ready", flush=True)
@@ -133,6 +133,6 @@ async def send(*addresses: str) -> None:
 
 
 if __name__ == "__main__":
-    # With a killed parent the other host goes as well: connections to it would stay open for minutes.
+    # If the parent is killed, the other host ends, too, and connections to it would stay open for minutes.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     asyncio.run({"serve": serve, "send": send}[sys.argv[1]](*sys.argv[2:]))

@@ -1,6 +1,4 @@
-"""The account of a stream: every event that passed the filter is delivered, on its way, on disk, or lost for a named
-reason.
-"""
+"""The balance of a stream: each event that passed the filter is delivered, in flight, on disk, or lost for a reason."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,19 +18,19 @@ _STAGES: Mapping[str, str] = {
 
 
 def stage(reason: str) -> str:
-    """Return where events are lost for a reason; kafka, whose reasons are its errors, for all that is not listed."""
+    """Return the stage of a reason. Reasons that are not listed are Kafka errors, of the stage kafka."""
     return _STAGES.get(reason, "kafka")
 
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """One stream's events since its ring was made, and those that the spool held then (`carried` of them):
+    """One stream's events since its ring was created, including `carried` ones that the spool held then:
 
         passed = delivered + in_flight + spooled + in_ring + the sum of lost
 
     `passed` includes runs that the kernel skipped because the program would have interrupted itself, lost as `nested`:
-    whether the filter would have let them pass is not known. Each event is in one place: `in_ring` is not read yet,
-    `spooled` is on disk, `in_flight` is under way to Kafka (and may be on disk too).
+    the filter might have dropped them. Each event counts once: `in_ring` is not read yet, `spooled` is on disk,
+    `in_flight` is sent but not acknowledged (and may be on disk, too).
     """
 
     passed: int
@@ -45,12 +43,12 @@ class Balance:
 
     @property
     def unaccounted(self) -> int:
-        """Events in none of the places: 0, or the account is wrong."""
-        places = self.delivered + self.in_flight + self.spooled + self.in_ring + sum(self.lost.values())
-        return self.passed - places
+        """Events that are nowhere: other than 0 is a bug."""
+        located = self.delivered + self.in_flight + self.spooled + self.in_ring + sum(self.lost.values())
+        return self.passed - located
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the balance as it is printed in JSON."""
+        """Return the balance for JSON output."""
         return {
             "passed": self.passed,
             "carried": self.carried,

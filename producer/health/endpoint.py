@@ -1,19 +1,19 @@
-"""The producer's HTTP endpoint, for its operator and Prometheus.
+"""The producer's HTTP endpoint, for operators and Prometheus.
 
 GET /metrics   all metrics
-GET /healthz   200 while the loop makes steps, otherwise 503; asks for no password
-GET /readyz    200 and {"state", "reasons"} while the producer captures, also where it is degraded; otherwise 503
-GET /status    the whole status in JSON, or 503
+GET /healthz   200 while the loop is running, otherwise 503; needs no password
+GET /readyz    200 and {"state", "reasons"} while the producer is capturing, also if degraded; otherwise 503
+GET /status    the full status in JSON, or 503
 
-The loop alone knows how things are, and nobody else touches its parts: a visitor waits for its next step, which leaves
-a status on the board. While nobody asks, that costs a look at a flag for each step.
+Only the loop knows the status: a request waits for the loop's next step, which publishes it on the board. Without
+requests, a step only checks a flag.
 
-Visitors may be slow, many or hostile. Each visit has a deadline and a bound on what it sends; the oldest visitor is
-closed to make room for a new one; and few visitors at a time may wait for the loop. So /healthz always answers. TLS
-changes none of this: the handshake belongs to the visit, in the visitor's own thread.
+Clients may be slow, many or hostile. Each visit has a deadline and a size limit; a new visitor replaces the oldest one;
+and only a few visitors can wait for the loop. So /healthz always answers. The same holds with TLS: the handshake is
+part of the visit, in the visitor's thread.
 
-Where the endpoint asks for certificates or passwords, `rebpf status` comes by a socket in the state folder, which the
-folder's mode protects.
+If the endpoint requires certificates or passwords, `rebpf status` uses a socket in the state folder, protected by the
+folder's mode.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ Answer = tuple[HTTPStatus, str, bytes]
 
 
 class Endpoint:
-    """Serves while it is entered. A port that cannot be had is a warning, and `url` is then None.
+    """Serves while entered. If the port is not available, it logs a warning, and `url` is None.
 
     `local` is the path of a socket that serves the same without TLS and passwords.
     """
@@ -72,7 +72,7 @@ class Endpoint:
         self._local = local
         self._stack = contextlib.ExitStack()
         self.url: str | None = None
-        """Where it is to be found."""
+        """URL of the endpoint."""
 
     def __enter__(self) -> "Endpoint":
         try:
@@ -121,9 +121,9 @@ def _unlink(path: Path) -> None:
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread for each of a bounded number of visitors: they must not use up the producer's file descriptors.
+    """Serves each visitor in a thread. Their number is bounded, to save the producer's file descriptors.
 
-    The thread that accepts visitors also closes those whose time is over, and the oldest where there are too many.
+    The thread that accepts visitors also closes those past their deadline, and the oldest one if there are too many.
     """
 
     block_on_close = False
@@ -137,15 +137,15 @@ class _Server(ThreadingHTTPServer):
         self.web = web
         self.passwords = Passwords()
         self.metrics = metrics.registry(board.last, board.idle_s)
-        self._deadlines: dict[socket, float] = {}  # of all visitors, the oldest first
-        self._served: set[socket] = set()  # those who wait for us: the others we wait for
-        self._lock = threading.Lock()  # a socket is closed under it: its descriptor may belong to somebody else later
-        self._places = {path: threading.BoundedSemaphore(_MAX_WAITING_PER_PAGE) for path in _PAGES}
+        self._deadlines: dict[socket, float] = {}  # of all visitors, oldest first
+        self._served: set[socket] = set()  # visitors that wait for us; we wait for the others
+        self._lock = threading.Lock()  # held to close a socket, since its descriptor may be reused later
+        self._slots = {path: threading.BoundedSemaphore(_MAX_WAITING_PER_PAGE) for path in _PAGES}
         self._stopping = False
         super().__init__((host, port), _Visit)
 
     def serve(self) -> None:
-        """Serve until `stop`. serve_forever would wake up twice a second to see whether it is told to stop."""
+        """Serve until `stop`. serve_forever would wake up twice a second to check for a stop."""
         while not self._stopping:
             self.timeout = self._close_late()
             self.handle_request()
@@ -155,29 +155,29 @@ class _Server(ThreadingHTTPServer):
         self.socket.shutdown(SHUT_RDWR)  # ends the wait for visitors
 
     def make(self, path: str, visit: "_Visit") -> Answer:
-        """Make a page. Meanwhile the visitor waits for us, and is not closed to make room for another."""
-        if not self._places[path].acquire(blocking=False):
-            return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"too many visitors wait for this page\n"
+        """Make a page. Meanwhile the visitor waits for us, so it is not replaced by a new one."""
+        if not self._slots[path].acquire(blocking=False):
+            return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"too many requests for this page\n"
         try:
             self._served.add(visit.accepted)
             return _PAGES[path](visit)
         finally:
             self._served.discard(visit.accepted)
-            self._places[path].release()
+            self._slots[path].release()
 
     def settings(self) -> WebConfig:
-        """Return what is in force for a visitor who comes now."""
+        """Return the settings for a new visitor."""
         return self.web.current()
 
     def get_request(self) -> tuple[socket, Any]:
         try:
             return super().get_request()
-        except OSError:  # no descriptor is left: the visitor is still there, and the next try would come at once
+        except OSError:  # out of descriptors: the visitor stays queued, so a retry without a pause would spin
             time.sleep(0.1)
             raise
 
     def server_bind(self) -> None:
-        # Without HTTPServer's, which asks the name service for the host's name.
+        # HTTPServer's would look up the host name.
         socketserver.TCPServer.server_bind(self)
 
     def process_request(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
@@ -196,10 +196,10 @@ class _Server(ThreadingHTTPServer):
             super().shutdown_request(request)
 
     def handle_error(self, request: socket | tuple[bytes, socket], client_address: Any) -> None:
-        logger.debug("metrics: a visitor went away", exc_info=True)
+        logger.debug("metrics: a visitor disconnected", exc_info=True)
 
     def _close_late(self) -> float | None:
-        """Close the visitors whose time is over; return the seconds until the next one's is, None without visitors."""
+        """Close visitors past their deadline; return the seconds until the next deadline, None without visitors."""
         with self._lock:
             now = time.monotonic()
             for visitor in [each for each, deadline in self._deadlines.items() if deadline <= now]:
@@ -207,16 +207,16 @@ class _Server(ThreadingHTTPServer):
             return min(self._deadlines.values()) - now if self._deadlines else None
 
     def _cut(self, visitor: socket) -> None:
-        """End whatever the visitor's thread waits for. The thread then closes the socket."""
+        """End all waits of the visitor's thread, which then closes the socket."""
         del self._deadlines[visitor]
         try:
             visitor.shutdown(SHUT_RDWR)
         except OSError:
-            logger.debug("metrics: a visitor was gone already")
+            logger.debug("metrics: a visitor had disconnected already")
 
 
 class _LocalServer(_Server):
-    """Serves by a socket in a folder, without TLS and passwords."""
+    """Serves on a Unix socket, without TLS and passwords."""
 
     address_family = AF_UNIX
 
@@ -229,7 +229,7 @@ class _LocalServer(_Server):
         super().__init__("", 0, board, web)
 
     def settings(self) -> WebConfig:
-        self.web.current()  # so that the status says what is wrong with it
+        self.web.current()  # so that errors of the file are in the status
         return WebConfig()
 
     def server_bind(self) -> None:
@@ -241,14 +241,14 @@ class _LocalServer(_Server):
 
 
 class _Request(io.BufferedReader):
-    """What a visitor sends, up to a bound."""
+    """A visitor's request, bounded in size."""
 
-    _left = _MAX_REQUEST_BYTES
+    _remaining = _MAX_REQUEST_BYTES
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        line = super().readline(self._left + 1)
-        self._left -= len(line)
-        if self._left < 0:
+        line = super().readline(self._remaining + 1)
+        self._remaining -= len(line)
+        if self._remaining < 0:
             raise http.client.LineTooLong("request")
         return line
 
@@ -256,7 +256,7 @@ class _Request(io.BufferedReader):
 class _Visit(BaseHTTPRequestHandler):
     server: _Server
     timeout = _VISIT_TIMEOUT_S
-    command, requestline, request_version = "", "", "HTTP/1.0"  # for an error before they are known
+    command, requestline, request_version = "", "", "HTTP/1.0"  # for errors before they are read
 
     headers_of_all: Mapping[str, str] = {}
 
@@ -278,17 +278,17 @@ class _Visit(BaseHTTPRequestHandler):
             self._handle_tls(web, web.tls)
         elif first and web.tls:
             self.send_error(HTTPStatus.BAD_REQUEST, "Expected HTTPS")
-        elif first and not first.isalpha():  # a TLS client would wait for an answer to its first message
+        elif first and not first.isalpha():  # a TLS client would wait for a response to its first message
             self.send_error(HTTPStatus.BAD_REQUEST, "Expected HTTP without TLS")
         elif first and self._read():
             self._answer(web)
-        # Unread bytes would make the kernel reset the connection, and the visitor lose the answer.
+        # With unread bytes, the kernel would reset the connection, and the visitor would not get the response.
         self.accepted.shutdown(SHUT_WR)
         while self.accepted.recv(1 << 16):
             pass
 
     def _handle_tls(self, web: WebConfig, context: ssl.SSLContext) -> None:
-        # Of a copy: the server ends the visit by the accepted socket, whatever OpenSSL waits for.
+        # On a copy: the server ends the visit through the accepted socket, whatever OpenSSL waits for.
         own = context.wrap_socket(self.accepted.dup(), server_side=True, do_handshake_on_connect=False)
         with own, contextlib.suppress(OSError):
             own.do_handshake()
@@ -297,7 +297,7 @@ class _Visit(BaseHTTPRequestHandler):
                 self._speak_by(own)
                 if self._read():
                     self._answer(web)
-            own.settimeout(0)  # say that this is the end, and wait for no answer
+            own.settimeout(0)  # send the closing alert without waiting for a response
             own.unwrap()
 
     def _read(self) -> bool:
@@ -367,7 +367,7 @@ def _status(visit: _Visit) -> Answer:
 
 
 def _of_status(visit: _Visit, keys: tuple[str, ...] | None) -> Answer:
-    """Answer with the status, or some of it; that of before the loop hung would not be true."""
+    """Answer with the status or parts of it, but not with an outdated one if the loop hangs."""
     status, hang = visit.server.board.last(), visit.server.board.hang()
     if status is None or hang:
         answer = {"state": "unavailable", "reasons": [hang or "does not capture yet"]}

@@ -1,4 +1,4 @@
-"""How `rebpf status` asks a producer: at its HTTP endpoint, or by the socket in its state folder."""
+"""How `rebpf status` asks a producer: at its HTTP endpoint, or through the socket in its state folder."""
 
 import contextlib
 import http.client
@@ -19,7 +19,7 @@ _MOST_STATUS_BYTES = 1 << 20
 
 
 class _LocalConnection(http.client.HTTPConnection):
-    """A connection to a socket in a folder. Others may have put something else there, and a link is not followed."""
+    """A connection to a Unix socket. Others may have replaced it, so links are not followed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__("localhost", timeout=_TIMEOUT_S)
@@ -32,30 +32,30 @@ class _LocalConnection(http.client.HTTPConnection):
                 raise OSError(f"{self._path} is not a socket")
             self.sock = socket(AF_UNIX)
             self.sock.settimeout(_TIMEOUT_S)
-            self.sock.connect(f"/proc/self/fd/{found}")  # a path of any length
+            self.sock.connect(f"/proc/self/fd/{found}")  # so that the path can have any length
         finally:
             os.close(found)
 
 
 def ask(url: str, local: Path | None = None) -> dict[str, Any]:
-    """Return the status of the producer whose endpoint is at `url`; UnavailableError where it does not answer.
+    """Return the status of the producer whose endpoint is at `url`. Raises UnavailableError if it does not answer.
 
-    `local` is the path of the socket to ask in its place.
+    If `local` is set, ask through that socket instead.
     """
     try:
-        # Whoever may write agent.json chose the URL.
+        # The URL is from agent.json, so it is as trustworthy as whoever can write that file.
         with contextlib.closing(_connection(url, local)) as connection:
             connection.request("GET", "/status")
             response = connection.getresponse()
             status = state_file.parse(response.read(_MOST_STATUS_BYTES))
     except (OSError, ValueError, http.client.HTTPException) as error:
-        why = f"the producer does not answer at {url}/status: {error or 'nothing'}"
+        why = f"the producer does not answer at {url}/status: {error or 'no response'}"
         raise UnavailableError(printable(why)) from error
     if not isinstance(status, dict):
-        raise UnavailableError(f"{url}/status: expected a producer's status, found something else")
+        raise UnavailableError(f"{url}/status: expected the status of a producer, found something else")
     if response.status != HTTPStatus.OK:
         reasons = status.get("reasons")
-        reason = reasons[0] if isinstance(reasons, list) and reasons else f"answers with status {response.status}"
+        reason = reasons[0] if isinstance(reasons, list) and reasons else f"answers with HTTP status {response.status}"
         raise UnavailableError(printable(f"the producer {reason}"))
     return status
 

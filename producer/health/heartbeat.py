@@ -1,4 +1,4 @@
-"""The heartbeat: every INTERVAL_S a record in a topic of its own, which tells a quiet host from a dead one.
+"""The heartbeat: a record every INTERVAL_S in a separate topic, which distinguishes a quiet host from a dead one.
 
 Key: the host's name in UTF-8. Value: Confluent-framed Avro of schemas/rebpf_agent.avsc.
 """
@@ -11,7 +11,7 @@ INTERVAL_S = 10.0
 
 
 class HeartbeatEncoder:
-    """Makes heartbeats of statuses."""
+    """Encodes statuses as heartbeats."""
 
     def __init__(self, schema_id: SchemaId) -> None:
         self._encoder = RecordEncoder(HEARTBEAT_FILE, schema_id)

@@ -1,7 +1,7 @@
-"""All metrics, declared once: what is counted while the producer runs, and what its last status says.
+"""All metrics: counters of the running producer, and the values of its last status.
 
-Nothing here is called for a single event. Every label takes a bounded set of values: topics, hooks, stages, reasons (of
-which the open-ended ones are the names of librdkafka's errors), and the kinds of retry.
+Nothing here is called per event. Every label has a bounded set of values: topics, hooks, stages, reasons (including the
+names of librdkafka's errors) and kinds of retry.
 """
 
 import threading
@@ -24,11 +24,11 @@ from producer.health.balance import stage
 from producer.health.status import Status, StreamStatus
 from producer.host import stdio
 
-_RETRIES = Counter("rebpf_retries", "Tries after a failed one, by what was tried.", ["what"], registry=None)
-_RETRY_WAIT = Counter("rebpf_retry_wait_seconds", "Seconds waited before these tries.", ["what"], registry=None)
-_KAFKA_ERRORS = Counter("rebpf_kafka_errors", "Errors of librdkafka, by their name.", ["error"], registry=None)
-_STEP_ERRORS = Counter("rebpf_step_errors", "Failures of the loop's steps, by step.", ["step"], registry=None)
-for _what in ("kafka_send", "kafka_client", "spool", "registry", "heartbeat"):  # there before the first
+_RETRIES = Counter("rebpf_retries", "Retries, by what was retried.", ["what"], registry=None)
+_RETRY_WAIT = Counter("rebpf_retry_wait_seconds", "Seconds waited before retries.", ["what"], registry=None)
+_KAFKA_ERRORS = Counter("rebpf_kafka_errors", "Errors of librdkafka, by name.", ["error"], registry=None)
+_STEP_ERRORS = Counter("rebpf_step_errors", "Failed steps of the loop, by step.", ["step"], registry=None)
+for _what in ("kafka_send", "kafka_client", "spool", "registry", "heartbeat"):  # exported before the first retry
     _RETRIES.labels(_what)
     _RETRY_WAIT.labels(_what)
 
@@ -43,55 +43,55 @@ _SHOWN_AT_ZERO = (
     "spool_damaged",
     "stopped",
 )
-"""Reasons that are shown before the first loss: the rate of a counter that appears with its first loss misses it."""
+"""Reasons exported before the first loss: the rate of a counter that appears with its first loss misses it."""
 
 _STREAM_COUNTERS: tuple[tuple[str, str, Callable[[StreamStatus], int]], ...] = (
     (
         "rebpf_events_passed",
-        "Events that passed the filter, without those that the spool held at first.",
+        "Events that passed the filter, without those that the spool held at the start.",
         lambda stream: stream.balance.passed - stream.balance.carried,
     ),
-    ("rebpf_events_delivered", "Events that Kafka has acknowledged.", lambda stream: stream.balance.delivered),
+    ("rebpf_events_delivered", "Events that Kafka acknowledged.", lambda stream: stream.balance.delivered),
 )
 _STREAM_GAUGES: tuple[tuple[str, str, Callable[[StreamStatus], int]], ...] = (
     (
         "rebpf_events_carried",
-        "Events of an earlier run that the spool held when the rings were made.",
+        "Events of an earlier run that the spool held when the rings were created.",
         lambda stream: stream.balance.carried,
     ),
-    ("rebpf_events_in_flight", "Events under way to Kafka.", lambda stream: stream.balance.in_flight),
+    ("rebpf_events_in_flight", "Events in flight to Kafka.", lambda stream: stream.balance.in_flight),
     ("rebpf_events_in_ring", "Events in the ring, not yet read.", lambda stream: stream.balance.in_ring),
-    ("rebpf_events_spooled", "Events on disk, and not under way.", lambda stream: stream.balance.spooled),
+    ("rebpf_events_spooled", "Events on disk, not in flight.", lambda stream: stream.balance.spooled),
     ("rebpf_ring_bytes", "Size of the ring.", lambda stream: stream.ring_bytes),
-    ("rebpf_ring_used_bytes", "Bytes of the ring that are taken.", lambda stream: stream.ring_used_bytes),
-    ("rebpf_spool_bytes", "Bytes of the spool on disk.", lambda stream: stream.spool_bytes),
-    ("rebpf_spool_max_bytes", "Most bytes of the spool; 0: there is none.", lambda stream: stream.spool_max_bytes),
+    ("rebpf_ring_used_bytes", "Bytes of the ring in use.", lambda stream: stream.ring_used_bytes),
+    ("rebpf_spool_bytes", "Size of the spool on disk.", lambda stream: stream.spool_bytes),
+    ("rebpf_spool_max_bytes", "Size limit of the spool; 0 if there is none.", lambda stream: stream.spool_max_bytes),
 )
 
 
 def retried(what: str, wait_s: float) -> None:
-    """Count another try, and the seconds waited before it."""
+    """Count a retry and the seconds waited before it."""
     _RETRIES.labels(what).inc()
     _RETRY_WAIT.labels(what).inc(wait_s)
 
 
 def step_failed(step: str) -> None:
-    """Count a failure of a step of the loop."""
+    """Count a failed step of the loop."""
     _STEP_ERRORS.labels(step).inc()
 
 
 def counted(what: str) -> Callable[[RetryCallState], None]:
-    """Return what counts the tries of a tenacity Retrying as its `before_sleep`."""
+    """Return a `before_sleep` for tenacity's Retrying that counts the retries."""
     return lambda state: retried(what, state.upcoming_sleep)
 
 
 def kafka_error(name: str, count: int = 1) -> None:
-    """Count an error that librdkafka reported, of its client or of so many messages."""
+    """Count an error that librdkafka reported for its client or for `count` messages."""
     _KAFKA_ERRORS.labels(name).inc(count)
 
 
 class _Histogram(Collector):
-    """A histogram that takes many equal observations at once, which prometheus_client's own does not."""
+    """A histogram that takes many equal observations in one call, unlike that of prometheus_client."""
 
     def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
         self._name, self._text, self._bounds = name, text, bounds
@@ -115,30 +115,30 @@ class _Histogram(Collector):
 
 _DELIVERY = _Histogram(
     "rebpf_delivery_seconds",
-    "Seconds from the kernel's time of a batch's oldest event to the batch's acknowledgement.",
+    "Seconds from the kernel's timestamp of a batch's oldest event to the acknowledgement of the batch.",
     (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
 )
 
 
 def observe_delivery(seconds: float, count: int) -> None:
-    """Note that so many events were acknowledged, all after so many seconds."""
+    """Record that `count` events were acknowledged after `seconds`."""
     _DELIVERY.observe(seconds, count)
 
 
 _STEPS = _Histogram(
     "rebpf_step_seconds",
-    "Seconds that a step of the loop took.",
+    "Duration of the loop's steps in seconds.",
     (0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
 )
 
 
 def observe_step(seconds: float) -> None:
-    """Note that a step of the loop took so many seconds."""
+    """Record the duration of a step of the loop."""
     _STEPS.observe(seconds, 1)
 
 
 class _StatusCollector(Collector):
-    """Metrics of a status, which may not be there yet, and the seconds since the loop's last step."""
+    """Metrics of the status, once there is one, and the seconds since the loop's last step."""
 
     def __init__(self, status: Callable[[], Status | None], idle_s: Callable[[], float]) -> None:
         self._status = status
@@ -146,18 +146,20 @@ class _StatusCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
-            "rebpf_loop_idle_seconds", "Seconds since the loop's last step: more than a few, it hangs.", self._idle_s()
+            "rebpf_loop_idle_seconds",
+            "Seconds since the loop's last step; more than a few mean that it hangs.",
+            self._idle_s(),
         )
-        text = "Lines of the log that standard error has not taken."
+        text = "Log lines dropped because standard error was full or closed."
         yield CounterMetricFamily("rebpf_log_lines_dropped", text, stdio.dropped_lines())
         status = self._status()
         if status is None:
             return
         yield InfoMetricFamily("rebpf_build", "The producer's version.", {"version": status.version})
         degraded = float(bool(status.reasons))
-        yield GaugeMetricFamily("rebpf_degraded", "1 where /status names reasons, otherwise 0.", degraded)
+        yield GaugeMetricFamily("rebpf_degraded", "1 if degraded: /status has the reasons; otherwise 0.", degraded)
         yield GaugeMetricFamily("rebpf_rules_version", "Version of the rules in force.", status.rules_version)
-        hooks = InfoMetricFamily("rebpf_hook", "The hook that takes a topic's events.", labels=["topic"])
+        hooks = InfoMetricFamily("rebpf_hook", "The hook that captures the events of a topic.", labels=["topic"])
         lost = CounterMetricFamily("rebpf_events_lost", "Events lost.", labels=["topic", "stage", "reason"])
         for stream in status.streams:
             hooks.add_metric([stream.topic], {"hook": stream.hook})
@@ -177,7 +179,7 @@ class _StatusCollector(Collector):
 
 
 def registry(status: Callable[[], Status | None], idle_s: Callable[[], float]) -> CollectorRegistry:
-    """Return all metrics, of which those of the status are taken when they are asked for."""
+    """Return all metrics. Those of the status are read at each scrape."""
     metrics = CollectorRegistry()
     for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _STEP_ERRORS, _DELIVERY, _STEPS):
         metrics.register(each)

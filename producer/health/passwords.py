@@ -1,8 +1,8 @@
-"""HTTP's basic authentication. bcrypt takes CPU on purpose, and who has no password must not make it take more.
+"""HTTP basic authentication. bcrypt is slow on purpose, so attackers must not be able to waste CPU with it.
 
-What was verified once is remembered by a keyed hash, of which nobody learns the password. All else is checked one after
-the other, each wrong one followed by a rest of four times what it took: wrong passwords cost a fifth of a CPU at most.
-Few may wait for their turn, and one from each address, so that others' wrong passwords do not keep a right one out.
+Verified credentials are cached by a keyed hash, which does not reveal the password. All others are checked one by one.
+A wrong one is followed by a pause of four times its duration, so wrong passwords take at most a fifth of a CPU. Only a
+few visitors can wait for a check, and one per address, so that wrong passwords from others do not block a right one.
 """
 
 import base64
@@ -16,50 +16,50 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from ipaddress import ip_address
 
-_REST = 4
+_PAUSE_FACTOR = 4
 _MAX_WAITING = 8
-_MAX_KNOWN = 1024
+_MAX_CACHED = 1024
 _MAX_PASSWORD_BYTES = 72
-"""bcrypt takes no more; its implementations cut the rest off, or refuse it."""
+"""bcrypt's limit; implementations truncate or reject longer ones."""
 
 
 class Passwords:
-    """Checks the passwords of visitors, in their threads. bcrypt lets the other threads run meanwhile."""
+    """Checks passwords in the visitors' threads. bcrypt releases the GIL."""
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
-        self._known: OrderedDict[bytes, bool] = OrderedDict()
-        """Whether credentials are right, by their seal: right ones and wrong ones take no room from each other."""
+        self._verified: OrderedDict[bytes, bool] = OrderedDict()
+        """Verified credentials by their keyed hash; separate from wrong ones, so that those cannot evict them."""
         self._wrong: OrderedDict[bytes, bool] = OrderedDict()
         self._lock = threading.Lock()
         self._turn = threading.Lock()
         self._waiting: set[str] = set()
-        self._rest_until = 0.0
+        self._pause_until = 0.0
 
     def check(self, users: Mapping[str, str], header: str | None, address: str) -> HTTPStatus:
-        """Return OK where a request's Authorization is of one of `users`, UNAUTHORIZED where it is not.
+        """Return OK if the Authorization header is right for one of `users`, otherwise UNAUTHORIZED.
 
-        TOO_MANY_REQUESTS where too many wait to be checked, or one from this address does.
+        TOO_MANY_REQUESTS if too many checks are waiting, or one for this address.
         """
         credentials = _credentials(header)
         if credentials is None:
             return HTTPStatus.UNAUTHORIZED
         user, password = credentials
-        # Of an unknown user a known one's hash is checked, so that it takes as long.
+        # For an unknown user, check the hash of a known one, to take the same time.
         hashed = users.get(user) or next(iter(users.values()))
         seal = self._seal(user, hashed, password, user in users)
         with self._lock:
-            if seal in self._known:
-                self._known.move_to_end(seal)
+            if seal in self._verified:
+                self._verified.move_to_end(seal)
                 return HTTPStatus.OK
             if seal in self._wrong:
                 return HTTPStatus.UNAUTHORIZED
-        with self._place(_network(address)) as free:
+        with self._slot(_network(address)) as free:
             if not free:
                 return HTTPStatus.TOO_MANY_REQUESTS
             right = self._verify(hashed, password) and user in users
         with self._lock:
-            _remember(self._known if right else self._wrong, seal)
+            _remember(self._verified if right else self._wrong, seal)
         return HTTPStatus.OK if right else HTTPStatus.UNAUTHORIZED
 
     def _seal(self, user: str, hashed: str, password: bytes, known: bool) -> bytes:
@@ -68,7 +68,7 @@ class Passwords:
         return hmac.digest(self._key, text, "sha256")
 
     @contextmanager
-    def _place(self, network: str) -> Iterator[bool]:
+    def _slot(self, network: str) -> Iterator[bool]:
         with self._lock:
             free = network not in self._waiting and len(self._waiting) < _MAX_WAITING
             if free:
@@ -81,26 +81,26 @@ class Passwords:
                     self._waiting.discard(network)
 
     def _verify(self, hashed: str, password: bytes) -> bool:
-        import bcrypt  # a producer without passwords does without its memory
+        import bcrypt  # imported only if needed, to save memory
 
         with self._turn:
-            time.sleep(max(0.0, self._rest_until - time.monotonic()))
+            time.sleep(max(0.0, self._pause_until - time.monotonic()))
             began = time.monotonic()
             right = bcrypt.checkpw(password, hashed.encode())
             now = time.monotonic()
             if not right:
-                self._rest_until = now + _REST * (now - began)
+                self._pause_until = now + _PAUSE_FACTOR * (now - began)
             return right
 
 
 def _remember(seals: "OrderedDict[bytes, bool]", seal: bytes) -> None:
     seals[seal] = True
-    if len(seals) > _MAX_KNOWN:
+    if len(seals) > _MAX_CACHED:
         seals.popitem(last=False)
 
 
 def _credentials(header: str | None) -> tuple[str, bytes] | None:
-    """Return the user and the password, as bcrypt takes it; None where there are none."""
+    """Return the user and the password, truncated as bcrypt does; None if the header has none."""
     scheme, _, text = (header or "").strip().partition(" ")
     if scheme.lower() != "basic":
         return None
@@ -109,13 +109,13 @@ def _credentials(header: str | None) -> tuple[str, bytes] | None:
         name = user.decode()
     except ValueError:
         return None
-    if not colon or b"\0" in password:  # some bcrypt would take what stands before it
+    if not colon or b"\0" in password:  # some implementations of bcrypt stop there
         return None
     return name, password[:_MAX_PASSWORD_BYTES]
 
 
 def _network(address: str) -> str:
-    """Return an address; of IPv6 its /64, since who has one has them all."""
+    """Return an IPv4 address, or the /64 of an IPv6 address, which is usually one client."""
     try:
         ip = ip_address(address)
     except ValueError:

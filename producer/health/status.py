@@ -1,4 +1,4 @@
-"""What the producer says of itself at one moment: the same facts for its heartbeat, its metrics and `rebpf status`."""
+"""The producer's status: the same for heartbeats, metrics and `rebpf status`."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from producer.host.text import lines
 
 @dataclass(frozen=True, slots=True)
 class StreamStatus:
-    """One stream: its account, and the room that is taken."""
+    """One stream: its balance, and the use of its ring and spool."""
 
     topic: Topic
     hook: str
@@ -24,10 +24,10 @@ class StreamStatus:
     ring_used_bytes: int
     spool_bytes: int
     spool_max_bytes: int
-    """0 where nothing waits on disk. Not in the heartbeat."""
+    """0 without a spool. Not in the heartbeat."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the stream as in JSON and in the heartbeat's schema."""
+        """Return the stream for JSON output and for the heartbeat's schema."""
         lost = [{"stage": stage(reason), "reason": reason, "count": n} for reason, n in self.balance.lost.items()]
         return {
             "topic": self.topic,
@@ -42,7 +42,7 @@ class StreamStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The producer as a whole. `reasons` say to an operator why it is degraded; none: it is not."""
+    """The producer as a whole. It is degraded if there are `reasons`, which are for the operator."""
 
     host: str
     boot_id: str
@@ -56,7 +56,7 @@ class Status:
     cpu_s: float
     rss_bytes: int
     stopped: bool = False
-    """This is the last status of a run that ends as it should."""
+    """Whether this is the last status of a run that ended in order."""
 
     @property
     def state(self) -> str:
@@ -64,7 +64,7 @@ class Status:
         return "stopped" if self.stopped else "degraded" if self.reasons else "ok"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the status as in JSON and, but for the times, in the heartbeat's schema."""
+        """Return the status for JSON output and, except for the times, for the heartbeat's schema."""
         return {
             "state": self.state,
             "reasons": list(self.reasons),
@@ -81,13 +81,13 @@ class Status:
 
 
 def usage() -> tuple[float, int]:
-    """Return this process's CPU seconds so far, of all its threads, and its resident bytes."""
+    """Return this process's CPU seconds so far, of all threads, and its resident bytes."""
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     return time.process_time(), resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def summary(status: Status) -> str:
-    """Return a status in one line."""
+    """Return a status as one line."""
     streams = "; ".join(f"{stream.topic} {stream.hook} {stream.balance}" for stream in status.streams)
     return f"{status.state}{' (' + ', '.join(status.reasons) + ')' if status.reasons else ''}: {streams}"
 
@@ -96,14 +96,14 @@ _COUNTS = ("passed", "delivered", "in_flight", "spooled", "in_ring")
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Return a status, as `Status.as_dict` made it, for people: the state and why, a row for each topic, losses.
+    """Format the result of `Status.as_dict`: the state and its reasons, one row per topic, and losses.
 
-    UnavailableError where it is something else: whoever listens at the address gave it.
+    Raises UnavailableError if `report` is not a status, because something else answers at the address.
     """
     try:
         return _table(report)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise UnavailableError(f"expected a producer's status, found something else: {error!r}") from error
+        raise UnavailableError(f"expected the status of a producer, found something else: {error!r}") from error
 
 
 def _table(report: Mapping[str, Any]) -> str:

@@ -1,11 +1,10 @@
-"""TLS, passwords and headers of the HTTP endpoint: a file in the format of Prometheus' exporters, web.config.file.
+"""TLS, passwords and headers of the HTTP endpoint, from a file in the format of Prometheus exporters (web.config.file).
 
-The file, and the certificates and keys that it names, are read again when they change; a change that cannot be used
-leaves the settings in force. OpenSSL takes certificates as files alone: it gets the text that was read in a file in
-memory, so that no path is opened a second time.
+The file, its certificates and its keys are read again when they change; an invalid change leaves the current settings
+in force. OpenSSL loads certificates from files only, so it gets their text in memory files: no path is opened twice.
 
-An unknown key is an error, and so is all that this endpoint does not have: an elliptic curve that was asked for and is
-not used would be worse than a start that is refused.
+Unknown keys and unsupported features are errors: a start that fails is better than an elliptic curve that is silently
+ignored.
 """
 
 import hashlib
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 WHERE = "metrics.web_config_file"
 _MAX_BYTES = 1 << 17
 _READ_INTERVAL_S = 1.0
-_READ_SHARE = 20  # of the time, one part at most goes into reading
+_READ_SHARE = 20  # reading takes at most 1/20 of the time
 _NOT_ENCRYPTED = "the key is encrypted: expected one without a passphrase"
 
 _VERSIONS = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
@@ -67,28 +66,28 @@ _TLS_KEYS = (
     *("min_version", "max_version", "cipher_suites", "prefer_server_cipher_suites", "curve_preferences"),
 )
 _HASH = re.compile(r"\$2[aby]\$(\d\d)\$[./A-Za-z0-9]{53}")
-_COSTS = range(4, 15)  # 14 takes over a second of CPU, and a visit has five
+_COSTS = range(4, 15)  # 14 takes over a second of CPU, and a visit lasts at most five
 
 
 @dataclass(frozen=True, slots=True)
 class WebConfig:
-    """What a file says. Without `tls` the endpoint speaks plain HTTP, without `users` it asks for no password."""
+    """The content of a file. Without `tls`, the endpoint uses plain HTTP; without `users`, it needs no password."""
 
     tls: ssl.SSLContext | None = None
     sans: frozenset[str] = frozenset()
-    """Names of which a client's certificate must have one; none: any."""
+    """Names, one of which the client certificate must have; empty: any certificate."""
     users: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Passwords' bcrypt hashes, by user."""
+    """bcrypt hashes of the passwords, by user."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def admits(self, certificate: Mapping[str, Any] | None) -> bool:
-        """Whether a client with this certificate, which was verified, may connect."""
+        """Whether a client with this verified certificate may connect."""
         names = (certificate or {}).get("subjectAltName", ())
         return not self.sans or any(_san(name) in self.sans for _, name in names)
 
 
 class WebSettings:
-    """The settings in force. Those of the file at `path`, read for the first time here: raises ConfigError."""
+    """The settings in force, from the file at `path`. Raises ConfigError if its first read fails."""
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = path, clock
@@ -96,15 +95,15 @@ class WebSettings:
         self._config = WebConfig()
         self._digest = b""
         self.last_error: str | None = None
-        """Why the file as it is now is not in force; None where it is."""
+        """Why the current content of the file is not in force; None if it is."""
         if path:
             source = _Source(path)
             self._config, self._digest = source.parse(), source.digest()
         self._next = clock() + _READ_INTERVAL_S
 
     def current(self) -> WebConfig:
-        """Return the settings in force; at most once a second, look whether the files have changed."""
-        # One who reads from a disk that hangs keeps nobody else waiting.
+        """Return the settings in force; check the files for changes at most once a second."""
+        # If the disk hangs, only one visitor waits.
         if self._path and self._clock() >= self._next and self._reading.acquire(blocking=False):
             began = self._clock()
             try:
@@ -117,23 +116,23 @@ class WebSettings:
 
     def _look(self, path: Path) -> None:
         source = _Source(path)
-        last_error = None
+        error_text = None
         try:
             fresh = source.parse()
             digest = source.digest()
             if digest != self._digest:
                 _check_change(path, self._config, fresh)
                 self._config, self._digest = fresh, digest
-                logger.info("metrics: read %s again", path)
+                logger.info("metrics: reloaded %s", path)
         except ConfigError as error:
-            last_error = str(error)
-        if last_error and last_error != self.last_error:
-            logger.warning("%s: the settings read before stay in force", last_error)
-        self.last_error = last_error
+            error_text = str(error)
+        if error_text and error_text != self.last_error:
+            logger.warning("%s: the previous settings stay in force", error_text)
+        self.last_error = error_text
 
 
 def _check_change(path: Path, old: WebConfig, new: WebConfig) -> None:
-    """Refuse to take protection away: a file that is being written may look empty for a moment."""
+    """Reject changes that remove protection: a file that is being written may be empty for a moment."""
     for what, before, after in (
         ("TLS", old.tls, new.tls),
         ("passwords", old.users, new.users),
@@ -150,23 +149,25 @@ def _verifies(config: WebConfig) -> bool:
 
 
 class _Source:
-    """A file and those that it names, each read once."""
+    """A file and the files that it names, each read once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._texts: dict[Path, bytes] = {}
 
     def digest(self) -> bytes:
-        """Return a digest of all that was read."""
+        """Return a digest of all content read."""
         parts = [hashlib.sha256(part).digest() for path, text in self._texts.items() for part in (bytes(path), text)]
         return hashlib.sha256(b"".join(parts)).digest()
 
     def parse(self) -> WebConfig:
-        """Return what the file says. Raises ConfigError."""
+        """Return the content of the file. Raises ConfigError."""
         top = Table("", self._mapping(), self._error)
         top.check_keys("tls_server_config", "http_server_config", "basic_auth_users", "rate_limit")
         if "rate_limit" in top.values:
-            raise self._error("rate_limit", "not supported: visitors are bounded in number and time anyway")
+            raise self._error(
+                "rate_limit", "not supported: the endpoint always limits the number and duration of visits"
+            )
         tls = top.table("tls_server_config")
         context, sans = (self._context(tls), self._sans(tls)) if tls.values else (None, frozenset[str]())
         return WebConfig(context, sans, self._users(top.table("basic_auth_users")), self._http(top))
@@ -185,15 +186,15 @@ class _Source:
             text = read_bytes(path)
         except OSError as error:
             raise self._error(key, f"{path}: {error.strerror}" if key else str(error.strerror)) from error
-        except (ConfigError, ValueError) as error:  # no regular file; a path with NUL
+        except (ConfigError, ValueError) as error:  # not a regular file, or a path with NUL
             raise self._error(key, str(error)) from error
         if len(text) > _MAX_BYTES:
-            raise self._error(key, f"{path}: {len(text)} bytes are too many: at most {_MAX_BYTES}")
+            raise self._error(key, f"{path}: expected at most {_MAX_BYTES} bytes, found {len(text)}")
         self._texts[path] = text
         return text
 
     def _pem(self, tls: Table, key: str, *, required: bool = True) -> tuple[str, bytes]:
-        """Return the key in use and the text: of `key` itself, or of the file that `key`_file names."""
+        """Return the key in use and the text, either inline from `key` or from the file in `key`_file."""
         inline, name = tls.text(key), tls.text(f"{key}_file")
         where = tls.path(key if inline else f"{key}_file")
         if inline and name:
@@ -201,7 +202,7 @@ class _Source:
         if name:
             return where, self._read(where, self._path.parent / name)
         if not inline and required:
-            raise self._error(where, "missing: TLS needs a certificate and its key")
+            raise self._error(where, "missing: TLS needs a certificate and a key")
         return where, inline.encode()
 
     def _context(self, tls: Table) -> ssl.SSLContext:
@@ -229,25 +230,27 @@ class _Source:
         context.minimum_version = _VERSIONS[tls.text("min_version") or "TLS12"]
         context.maximum_version = _VERSIONS[tls.text("max_version") or "TLS13"]
         if context.maximum_version < context.minimum_version:
-            raise self._error(tls.path("max_version"), "below min_version")
+            raise self._error(tls.path("max_version"), "expected at least min_version")
 
     def _set_suites(self, context: ssl.SSLContext, tls: Table) -> None:
         names, where = tls.texts("cipher_suites"), tls.path("cipher_suites")
         for name in names:
             if name not in _SUITES and name not in _TLS13_SUITES:
                 hint = nearest(name, (*_SUITES, *_TLS13_SUITES))
-                raise self._error(where, f"there is no suite {name!r}{hint}")
+                raise self._error(where, f"unknown suite {name!r}{hint}")
         suites = [_SUITES[name] for name in names if name in _SUITES]
         if suites:
             context.set_ciphers(":".join(suites))
         elif names and context.minimum_version == ssl.TLSVersion.TLSv1_2:
-            raise self._error(where, "none of them is of TLS 1.2: add one, or set min_version to TLS13")
+            raise self._error(
+                where, "expected at least one suite of TLS 1.2, found none: add one, or set min_version to TLS13"
+            )
 
     def _set_certificate(self, context: ssl.SSLContext, tls: Table) -> None:
         (certificate_key, certificate), (key_key, key) = self._pem(tls, "cert"), self._pem(tls, "key")
         encrypted = False
 
-        def password() -> bytes:  # without this, OpenSSL would ask on the terminal
+        def password() -> bytes:  # otherwise OpenSSL would prompt on the terminal
             nonlocal encrypted
             encrypted = True
             return b""
@@ -266,7 +269,7 @@ class _Source:
     def _set_client_auth(self, context: ssl.SSLContext, tls: Table) -> None:
         kind, where = tls.text("client_auth_type") or "NoClientCert", tls.path("client_auth_type")
         if kind in _UNVERIFIED:
-            raise self._error(where, f"{kind} checks no certificate: expected RequireAndVerifyClientCert")
+            raise self._error(where, f"{kind} does not verify certificates: expected RequireAndVerifyClientCert")
         if kind not in _CLIENT_AUTH:
             raise self._error(where, f"expected one of {', '.join(_CLIENT_AUTH)}, found {kind!r}")
         ca_key, authority = self._pem(tls, "client_ca", required=False)
@@ -278,7 +281,7 @@ class _Source:
             context.load_verify_locations(cadata=authority.decode("ascii"))
         except (OSError, ValueError) as error:
             raise self._error(ca_key, _reason(error)) from error
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an authority need not be a root
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # intermediate authorities are allowed
         context.verify_mode = _CLIENT_AUTH[kind]
 
     def _sans(self, tls: Table) -> frozenset[str]:
@@ -292,8 +295,8 @@ class _Source:
             found = _HASH.fullmatch(hashed) if isinstance(hashed, str) else None
             where = users.path(name) if name else f"basic_auth_users: entry {number}"
             if not name or ":" in name or not name.isprintable():
-                raise self._error(where, "expected a user's name: printable, not empty, without a colon")
-            if not found:  # what is there may be the password itself
+                raise self._error(where, "expected a user name: printable, not empty, without a colon")
+            if not found:  # the value may be the plain password, so it is not shown
                 raise self._error(where, "expected a bcrypt hash, such as `htpasswd -nBC 10 USER` prints")
             if int(found[1]) not in _COSTS:
                 raise self._error(where, f"expected a cost from {_COSTS[0]} to {_COSTS[-1]}, found {int(found[1])}")
@@ -323,13 +326,13 @@ def _memory_file(text: bytes) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """Return OpenSSL's reason; its own errors name lines of its sources."""
+    """Return OpenSSL's reason, without the line of its source code."""
     reason = getattr(error, "reason", None)
     return str(reason).replace("_", " ").lower() if reason else "not in PEM format"
 
 
 def _san(name: str) -> str:
-    """Return a name as it is compared: OpenSSL writes IPv6 addresses in a form of its own."""
+    """Return a name in normal form: OpenSSL formats IPv6 addresses differently."""
     try:
         return str(ip_address(name))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Capabilities: what the process may do, and giving it all up.
+"""Capabilities of the process: query and drop them.
 
 Standard library only. Layouts: include/uapi/linux/capability.h.
 """
@@ -18,17 +18,17 @@ NAMES = {CAP_NET_ADMIN: "CAP_NET_ADMIN", CAP_PERFMON: "CAP_PERFMON", CAP_BPF: "C
 
 
 def effective() -> int:
-    """Return the calling thread's effective capabilities as bits."""
+    """Return the effective capabilities of the calling thread as a bit mask."""
     lines = Path("/proc/thread-self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("CapEff:")).split()[1], 16)
 
 
-def missing(wanted: frozenset[int] = frozenset(NAMES)) -> list[str]:
-    """Return the names of the `wanted` capabilities that this process lacks; CAP_SYS_ADMIN stands for all of them."""
+def missing(needed: frozenset[int] = frozenset(NAMES)) -> list[str]:
+    """Return the names of the `needed` capabilities that this process lacks; CAP_SYS_ADMIN includes all of them."""
     if is_admin():
         return []
     have = effective()
-    return [NAMES[number] for number in sorted(wanted) if not have >> number & 1]
+    return [NAMES[number] for number in sorted(needed) if not have >> number & 1]
 
 
 def is_admin() -> bool:
@@ -37,7 +37,7 @@ def is_admin() -> bool:
 
 
 def drop_all() -> None:
-    """Give up every capability of the calling thread, for good; threads that it starts later have none either."""
+    """Drop all capabilities of the calling thread, and so of threads that it starts later."""
     header = ctypes.create_string_buffer(struct.pack("<Ii", _VERSION_3, 0))
     nothing = ctypes.create_string_buffer(24)
     if _libc.capset(header, nothing) != 0:

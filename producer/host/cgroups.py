@@ -1,7 +1,7 @@
-"""Cgroups: their paths by id, which is the inode number of the cgroup's folder, and whose they are by their path.
+"""Cgroups: their paths by id, which is the inode number of their folder, and their owners by path.
 
-Folders may have any name: paths are escaped (producer.host.text). A look-up has a bound in time, however many cgroups
-there are: what it does not find in time is unknown for now, and found later.
+Folders can have any name, so paths are escaped (producer.host.text). A look-up is bounded in time for any number of
+cgroups: a path that is not found in time is unknown for now, and found later.
 """
 
 import os
@@ -13,21 +13,21 @@ from pathlib import Path
 
 from producer.host.text import name
 
-# Docker, containerd, CRI-O and Podman name a container's cgroup by its id, bare or as PREFIX-ID.scope.
+# Docker, containerd, CRI-O and Podman name the cgroup of a container ID or PREFIX-ID.scope.
 _CONTAINER = re.compile(r"(?:[\w.-]+-)?([0-9a-f]{64})(?:\.scope)?")
 _UNIT = re.compile(r".+\.(?:service|scope|socket|mount|swap)")
 
-_MAX_KNOWN = 16_384
+_MAX_CACHED = 16_384
 _LOOK_S = 0.005
 _ENTRIES_AT_ONCE = 256
 _SHARE = 0.05
-"""Most of the time that is spent on looking for paths."""
+"""Maximum share of the time spent on look-ups."""
 
 
 def unit(path: str) -> str | None:
     """Return the systemd unit that a cgroup belongs to: the first folder of its path below the slices.
 
-    What is below a unit belongs to whom systemd has delegated it to, who may name folders as he likes.
+    Folders below a unit can have any name, since systemd may have delegated them.
     """
     first = next((folder for folder in path.split("/") if folder and not folder.endswith(".slice")), "")
     return first if _UNIT.fullmatch(first) else None
@@ -40,89 +40,89 @@ def container(path: str) -> str | None:
 
 
 class CgroupPaths:
-    """Resolves ids below the cgroup v2 root. The last `max_known` ids keep their paths, also after the cgroup is gone.
+    """Resolves ids below the cgroup v2 root. Caches the last `max_cached` ids, even after their cgroup is deleted.
 
-    `root` None: no cgroup v2 hierarchy is mounted, and nothing resolves.
+    Without `root`, no cgroup v2 hierarchy is mounted, and nothing resolves.
     """
 
     def __init__(
-        self, root: Path | None, clock: Callable[[], float] = time.monotonic, max_known: int = _MAX_KNOWN
+        self, root: Path | None, clock: Callable[[], float] = time.monotonic, max_cached: int = _MAX_CACHED
     ) -> None:
         self._root = root
         self._clock = clock
-        self._max_known = max_known
-        self._known: OrderedDict[int, str | None] = OrderedDict()
-        self._wanted: dict[int, int] = {}
-        """Ids that are looked for, and how many walks had begun before."""
+        self._max_cached = max_cached
+        self._paths: OrderedDict[int, str | None] = OrderedDict()
+        self._pending: dict[int, int] = {}
+        """Ids to look up, with the number of walks started before."""
         self._walk: Iterator[None] | None = None
         self._walks = 0
-        self._may_look_at = 0.0
+        self._next_look_s = 0.0
         self.found = 0
-        """How many ids have been found so far."""
+        """Number of ids found so far."""
 
     def path(self, cgroup_id: int) -> str | None:
-        """Return the path below the root, `/` for the root itself; None where it is not known, or not known yet."""
-        if cgroup_id in self._known:
-            self._known.move_to_end(cgroup_id)
-            return self._known[cgroup_id]
+        """Return the path below the root, `/` for the root itself; None if it is unknown, or not known yet."""
+        if cgroup_id in self._paths:
+            self._paths.move_to_end(cgroup_id)
+            return self._paths[cgroup_id]
         if self._root is None:
             return None
-        if len(self._wanted) < self._max_known:
-            self._wanted.setdefault(cgroup_id, self._walks)
+        if len(self._pending) < self._max_cached:
+            self._pending.setdefault(cgroup_id, self._walks)
         self.look()
-        return self._known.get(cgroup_id)
+        return self._paths.get(cgroup_id)
 
     def look(self) -> None:
-        """Look for what is wanted, for a few milliseconds at most, and seldom enough."""
+        """Look up pending ids, for a few milliseconds at most and a bounded share of the time."""
         now = self._clock()
-        if not self._wanted or now < self._may_look_at:
+        if not self._pending or now < self._next_look_s:
             return
-        while self._wanted and self._clock() - now < _LOOK_S:
+        while self._pending and self._clock() - now < _LOOK_S:
             if self._walk is None:
                 self._walks += 1
                 self._walk = self._folders()
             if next(self._walk, self) is self:
                 self._walk = None
-                self._give_up()
+                self._drop_missing()
         end = self._clock()
-        self._may_look_at = end + (end - now) / _SHARE
+        self._next_look_s = end + (end - now) / _SHARE
 
     def _folders(self) -> Iterator[None]:
-        """Visit all folders, and note each one's path."""
+        """Visit all folders and record their paths."""
         assert self._root is not None
         root = os.fsencode(self._root)
         try:
-            self._note(os.stat(root).st_ino, b"/")
+            self._record(os.stat(root).st_ino, b"/")
         except OSError:
             return
-        left = [root]
-        while left:
-            folder = left.pop()
+        folders = [root]
+        while folders:
+            folder = folders.pop()
             try:
                 with os.scandir(folder) as entries:
                     for number, entry in enumerate(entries, 1):
                         if entry.is_dir(follow_symlinks=False):
-                            self._note(entry.inode(), entry.path[len(root) :])
-                            left.append(entry.path)
+                            self._record(entry.inode(), entry.path[len(root) :])
+                            folders.append(entry.path)
                         if number % _ENTRIES_AT_ONCE == 0:
                             yield
-            except OSError:  # it is gone
+            except OSError:  # deleted meanwhile
                 continue
             yield
 
-    def _note(self, number: int, path: bytes) -> None:
-        """Keep the path of an id that is wanted; others are not escaped before somebody asks."""
-        if self._wanted.pop(number, None) is not None:
-            self._keep(number, name(path))
+    def _record(self, number: int, path: bytes) -> None:
+        """Store the path if its id is pending."""
+        if self._pending.pop(number, None) is not None:
+            self._store(number, name(path))
             self.found += 1
 
-    def _give_up(self) -> None:
-        """Note those that a whole walk, begun after they were wanted, has not found: they are gone."""
-        for number in [number for number, walks in self._wanted.items() if walks < self._walks]:
-            del self._wanted[number]
-            self._keep(number, None)
+    def _drop_missing(self) -> None:
+        """Mark ids as unknown that a full walk, started after their request, did not find."""
+        for number in [number for number, walks in self._pending.items() if walks < self._walks]:
+            del self._pending[number]
+            self._store(number, None)
 
-    def _keep(self, number: int, path: str | None) -> None:
-        self._known[number] = path
-        if len(self._known) > self._max_known:
-            self._known.popitem(last=False)
+    def _store(self, number: int, path: str | None) -> None:
+        self._paths[number] = path
+        if len(self._paths) > self._max_cached:
+            self._paths.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Clocks: from the kernel's monotonic time to UTC, and a moment that outlives a boot."""
+"""Clocks: from the kernel's monotonic time to UTC, and a time that is valid across boots."""
 
 import time
 from collections.abc import Callable
@@ -12,25 +12,24 @@ _STEP_NS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A time as two clocks tell it: one that is right only within a boot, and one that somebody may set."""
+    """A time on two clocks: one that is valid within a boot only, and one that can be set."""
 
     boot_id: str
     boottime_s: float
     time_s: float
 
     def since(self, other: "Moment") -> float:
-        """Return the seconds since another moment; between boots the clock that can be set is all there is."""
+        """Return the seconds since another moment; across boots, this depends on the clock that can be set."""
         if self.boot_id == other.boot_id:
             return self.boottime_s - other.boottime_s
         return self.time_s - other.time_s
 
 
 class UtcOffset:
-    """What CLOCK_MONOTONIC lacks to nanoseconds since 1970 UTC.
+    """The difference between CLOCK_MONOTONIC and nanoseconds since 1970 UTC.
 
-    Both clocks are disciplined alike, so that it changes when somebody sets the clock, and not otherwise. What looks
-    like less than a millisecond's change is the time between two readings, in which the process may have to wait: taken
-    for a change, it would put events of one flow out of order.
+    It only changes when the clock is set, since both clocks are disciplined in the same way. Apparent changes of less
+    than a millisecond are delays between the two reads; following them would put events of a flow out of order.
     """
 
     def __init__(
@@ -41,15 +40,15 @@ class UtcOffset:
         self._offset_ns: int | None = None
 
     def __call__(self) -> int:
-        """Return the offset now."""
+        """Return the current offset."""
         width_ns, offset_ns = min(self._read() for _ in range(_TRIES))
-        known = self._offset_ns
-        if known is None or (width_ns < _TIGHT_NS and abs(offset_ns - known) > _STEP_NS):
+        current = self._offset_ns
+        if current is None or (width_ns < _TIGHT_NS and abs(offset_ns - current) > _STEP_NS):
             self._offset_ns = offset_ns
         return self._offset_ns or 0
 
     def _read(self) -> tuple[int, int]:
-        """Return how long a reading took, and what it said."""
+        """Return the duration of a read, and the offset."""
         before = self._monotonic_ns()
         utc = self._time_ns()
         after = self._monotonic_ns()
@@ -62,5 +61,5 @@ def boot_id() -> str:
 
 
 def now() -> Moment:
-    """Return this moment, as a spool tells age."""
+    """Return the current moment, for the age of spool files."""
     return Moment(boot_id(), time.clock_gettime(time.CLOCK_BOOTTIME), time.time())

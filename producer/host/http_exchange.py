@@ -1,8 +1,8 @@
-"""One HTTP request and its answer, within a deadline and a size, whatever the server does.
+"""An HTTP request with a deadline and a size limit for the response.
 
-A socket's timeout bounds one read: a server that sends a byte a second would hold its reader for hours, and a resolver
-has no timeout that can be set. So the request runs in a thread of its own, which is given up at the deadline, its
-connection shut. Redirects are not followed: an answer is that of the server that was asked.
+A socket timeout bounds a single read: a server that sends a byte per second could block for hours, and name resolution
+has no configurable timeout. So the request runs in a separate thread; at the deadline, its connection is shut down and
+the thread abandoned. Redirects are not followed: only the responses of the given server count.
 """
 
 import socket
@@ -21,19 +21,19 @@ from producer.host.signals import Flag
 from producer.host.text import printable
 
 MOST_BYTES = 1 << 20
-"""Longest body that is read."""
+"""Maximum size of a body."""
 _SHOWN = 200
 _LOOK_S = 0.1
 _PIECE_BYTES = 1 << 16
 
 
 class ExchangeError(Exception):
-    """There is no whole answer; the text says why."""
+    """No complete response; the text has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server answered: any status, and its whole body."""
+    """A complete response with any status."""
 
     status: int
     content_type: str
@@ -42,7 +42,7 @@ class Answer:
 
 @dataclass(slots=True)
 class _Attempt:
-    """A request under way in its thread."""
+    """A request in its thread."""
 
     deadline: float
     done: threading.Event = field(default_factory=threading.Event)
@@ -52,15 +52,15 @@ class _Attempt:
     is_abandoned: bool = False
 
     def abandon(self) -> None:
-        """Shut the connection, so that the thread ends."""
+        """Shut down the connection, so that the thread ends."""
         self.is_abandoned = True
         if self.sock is not None:
             with suppress(OSError):  # closed already
-                # Not that of ssl.SSLSocket, which takes the state of TLS from under the thread that reads.
+                # Not SSLSocket.shutdown, which removes the TLS state that the thread uses.
                 socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def connected(self, sock: socket.socket) -> None:
-        """Note the connection's socket: http.client forgets it where an answer is the connection's last."""
+        """Store the connection's socket, since http.client drops it with the last response of a connection."""
         self.sock = sock
         if self.is_abandoned:
             self.abandon()
@@ -74,7 +74,7 @@ def exchange(
     most_bytes: int = MOST_BYTES,
     stop: Flag | None = None,
 ) -> Answer:
-    """Return the answer to a request. ExchangeError where none comes in time, Stopped when `stop` is set meanwhile."""
+    """Return the response. Raises ExchangeError if none arrives in time, Stopped if `stop` is set meanwhile."""
     attempt = _Attempt(time.monotonic() + timeout_s)
     threading.Thread(target=_run, args=(attempt, request, timeout_s, tls, most_bytes), daemon=True).start()
     try:
@@ -86,7 +86,7 @@ def exchange(
     finally:
         attempt.abandon()
     if attempt.answer is None:
-        reason = str(attempt.error).strip() or type(attempt.error).__name__  # may have what the server sent
+        reason = str(attempt.error).strip() or type(attempt.error).__name__  # may quote the server
         raise ExchangeError(printable(reason[:_SHOWN])) from attempt.error
     return attempt.answer
 
@@ -94,7 +94,7 @@ def exchange(
 def _run(attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLContext | None, most_bytes: int) -> None:
     try:
         attempt.answer = _answer(attempt, request, timeout_s, tls, most_bytes)
-    except (OSError, HTTPException, ValueError, ExchangeError) as error:  # ValueError: of headers and addresses
+    except (OSError, HTTPException, ValueError, ExchangeError) as error:  # ValueError: headers, addresses
         attempt.error = error
     finally:
         attempt.done.set()
@@ -123,13 +123,13 @@ def _answer(
 
 
 class _Stay(HTTPRedirectHandler):
-    """Takes a redirect for an answer."""
+    """Treats a redirect as a response."""
 
     def redirect_request(self, *_: Any) -> None: ...
 
 
 class _Plain(HTTPHandler):
-    """Opens connections that can be shut from outside."""
+    """Opens connections that another thread can shut down."""
 
     def __init__(self, attempt: _Attempt) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class _Tls(HTTPSHandler):
 
 
 class _Connection(HTTPConnection):
-    """A connection whose socket the attempt knows."""
+    """A connection that registers its socket with the attempt."""
 
     def __init__(self, attempt: _Attempt, host: str, **settings: Any) -> None:
         super().__init__(host, **settings)

@@ -1,7 +1,7 @@
-"""All that the command writes for people and scripts: lines of the log, and standard output.
+"""Formats and writes the log and standard output.
 
-Names, paths and messages in them come from others. Whatever they hold, a record is one line, no escape sequence gets
-through, and output that cannot be written ends with its own error.
+Names, paths and messages in them come from outside. Whatever they contain, a record is one line without escape
+sequences. Output that cannot be written is an OutputError.
 """
 
 import contextlib
@@ -10,38 +10,97 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import TextIO
 
 from producer.errors import OutputError, ReaderGoneError
-from producer.host.text import lines, printable
+from producer.host.text import lines, printable, to_json
 
 MAX_RECORD_BYTES = 8192
-"""Most bytes of a record of the log, its traceback included."""
+"""Maximum size of a log record, including its traceback."""
 
 _CUT = "...[cut]"
 _INDENT = "    "
+_SEVERITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 class LineFormatter(logging.Formatter):
-    """Makes one printable, bounded line of each record; the lines of a traceback follow, indented."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s ")
+    """Formats a record as one printable, bounded line; the lines of a traceback follow, indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's line, and the last lines of its traceback as far as there is room."""
-        head = self.formatTime(record) + f" {record.levelname} "
-        trace = self.formatException(record.exc_info) if record.exc_info else record.exc_text
-        details = [each for each in (trace, record.stack_info) if each]
+        """Return the record's line, followed by as many of the last lines of its traceback as fit."""
+        head, prefix = self._head(record), self._prefix(record)
+        details = self._details(record)
         if not details:
             return bounded(head + printable(_message(record)))
         first = bounded(head + printable(_message(record)), MAX_RECORD_BYTES // 2)
-        return "\n".join([first, *_indented("\n".join(details), MAX_RECORD_BYTES - len(first.encode()))])
+        return "\n".join([first, *_indented(details, MAX_RECORD_BYTES - len(first.encode()), prefix)])
+
+    def _head(self, record: logging.LogRecord) -> str:
+        return f"{self.formatTime(record)} {record.levelname} "
+
+    def _prefix(self, record: logging.LogRecord) -> str:
+        return ""
+
+    def _details(self, record: logging.LogRecord) -> str:
+        """Return the traceback and the stack, if the record has any."""
+        trace = self.formatException(record.exc_info) if record.exc_info else record.exc_text
+        return "\n".join(each for each in (trace, record.stack_info) if each)
+
+
+class JournalFormatter(LineFormatter):
+    """Begins each line with its priority, <N> (sd-daemon(3)); the journal adds the time."""
+
+    def _head(self, record: logging.LogRecord) -> str:
+        return f"{self._prefix(record)}{record.levelname} "
+
+    def _prefix(self, record: logging.LogRecord) -> str:
+        return f"<{_severity(record.levelno)}>"
+
+
+class JsonFormatter(LineFormatter):
+    """Formats a record as one JSON object per line: time, level, logger, message and, after an exception, traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the object, of at most MAX_RECORD_BYTES."""
+        limit = MAX_RECORD_BYTES // 2
+        while len(text := to_json(self._fields(record, limit))) > MAX_RECORD_BYTES:
+            limit //= 2
+        return text
+
+    def _fields(self, record: logging.LogRecord, limit: int) -> dict[str, str]:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields = {"time": time, "level": record.levelname.lower(), "logger": record.name}
+        fields["message"] = bounded(printable(_message(record)), limit)
+        if details := self._details(record):
+            fields["traceback"] = "\n".join(_indented(details, limit))
+        return fields
+
+
+def formatter(log_format: str) -> logging.Formatter:
+    """Return the formatter of a --log-format; `auto` is journald if standard error is the journal, otherwise text."""
+    if log_format == "auto":
+        log_format = "journald" if _is_journal(2) else "text"
+    return {"text": LineFormatter, "journald": JournalFormatter, "json": JsonFormatter}[log_format]()
+
+
+def _is_journal(descriptor: int) -> bool:
+    """Whether JOURNAL_STREAM names the device and inode of a descriptor; see systemd.exec(5)."""
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _severity(level: int) -> int:
+    """Return the severity of RFC 5424: 2 critical, 3 error, 4 warning, 6 informational, 7 debug."""
+    return next((severity for least, severity in _SEVERITIES if level >= least), 7)
 
 
 def bounded(text: str, limit: int = MAX_RECORD_BYTES) -> str:
-    """Return printable text of at most `limit` bytes; a mark at its end says that it was cut."""
+    """Return at most `limit` bytes of printable text; a mark at its end shows that it was cut."""
     if len(text) * 4 <= limit:
         return text
     raw = text.encode()
@@ -51,10 +110,10 @@ def bounded(text: str, limit: int = MAX_RECORD_BYTES) -> str:
 
 
 def echo(text: str, *, err: bool = False, color: bool = False) -> None:
-    """Write lines to standard output, or to standard error, at once.
+    """Write lines to standard output, or to standard error, and flush.
 
-    Each line is cleaned; with `color`, colours and weights stay: for text whose foreign parts are cleaned already.
-    Raises ReaderGoneError where the reader of a pipe has gone, OutputError where nothing can be written.
+    Unprintable characters are escaped; with `color`, except styles: the foreign parts must be escaped already.
+    Raises ReaderGoneError if the reader of a pipe has exited, OutputError if the stream cannot be written.
     """
     stream, name = (sys.stderr, "standard error") if err else (sys.stdout, "standard output")
     if stream is None:
@@ -66,25 +125,25 @@ def echo(text: str, *, err: bool = False, color: bool = False) -> None:
         stream.flush()
     except BrokenPipeError as error:
         _discard(stream)
-        raise ReaderGoneError(f"{name}: the reader has gone") from error
+        raise ReaderGoneError(f"{name}: the reader has exited") from error
     except (OSError, ValueError) as error:  # ValueError: the stream was closed
         _discard(stream)
         raise OutputError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def hold_descriptors() -> None:
-    """Open /dev/null in place of standard streams that are closed, lest a file of the state folder become one."""
+    """Open /dev/null in place of closed standard streams, so that no other file gets their descriptors."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest that is free, which is this one.
+            # open() returns the lowest free descriptor, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 @contextlib.contextmanager
 def flushed() -> Iterator[None]:
-    """Drop at the end what a standard stream cannot write: at its exit Python would fail over it, with status 120."""
+    """Discard output that cannot be written at the end, since Python would otherwise exit with status 120."""
     try:
         yield
     finally:
@@ -99,19 +158,20 @@ def flushed() -> Iterator[None]:
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
-    except Exception:  # a line with arguments that do not fit is worth more than none
+    except Exception:  # arguments that do not fit must not cost the line
         return f"{record.msg} {record.args!r}"
 
 
-def _indented(text: str, room: int) -> list[str]:
-    """Return the last of the lines that fit into `room` bytes with their line breaks: the error is at the end."""
+def _indented(text: str, capacity: int, prefix: str = "") -> list[str]:
+    """Return as many of the last lines as fit into `capacity` bytes with their line breaks: the error is at the end."""
     kept: list[str] = []
-    room -= len(_INDENT) + len(_CUT) + 1
+    indent = prefix + _INDENT
+    capacity -= len(indent) + len(_CUT) + 1
     for line in reversed(text.rstrip("\n").split("\n")):
-        shown = bounded(_INDENT + printable(line), MAX_RECORD_BYTES // 8)
-        room -= len(shown.encode()) + 1
-        if room < 0:
-            kept.append(_INDENT + _CUT)
+        shown = bounded(indent + printable(line), MAX_RECORD_BYTES // 8)
+        capacity -= len(shown.encode()) + 1
+        if capacity < 0:
+            kept.append(indent + _CUT)
             break
         kept.append(shown)
     return kept[::-1]
@@ -122,7 +182,7 @@ def _styled(line: str) -> str:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what the buffer still holds, and all that follows, nowhere."""
+    """Discard the buffer and all further output."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         try:

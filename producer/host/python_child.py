@@ -1,7 +1,6 @@
-"""The command that runs another of our modules as a process of its own.
+"""The command line that runs another of our modules in a child process.
 
-`python -m` would look for it in the working directory and in the interpreter's own places: installed by a
-distribution's package, it is in neither.
+`python -m` would search the working directory and the interpreter's folders; the Debian package is in neither.
 """
 
 import sys
@@ -10,5 +9,5 @@ _RUN = "import runpy, sys; sys.path[:] = {path!r}; runpy.run_module({module!r}, 
 
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:
-    """Return the command that runs a module on this process's Python and path, and takes no other modules."""
+    """Return the command that runs a module with this process's Python and exactly its path."""
     return sys.executable, "-I", "-c", _RUN.format(path=sys.path, module=module), *arguments

@@ -1,7 +1,7 @@
-"""Whether the brokers that Kafka names can be reached from this host.
+"""Checks that the brokers advertised by Kafka are reachable from this host.
 
-A client asks the brokers that it is given for the cluster's, and goes on with the names that these advertise: where
-they cannot be resolved here, the first answer is the last one.
+A client asks its bootstrap servers for the brokers of the cluster, and then uses their advertised names. If those
+cannot be resolved here, the client fails after its first request.
 """
 
 import socket
@@ -13,17 +13,17 @@ _TIMEOUT_S = 5.0
 
 
 def unreachable(brokers: Sequence[tuple[str, int]], timeout_s: float = _TIMEOUT_S) -> dict[tuple[str, int], str]:
-    """Return the brokers that do not take a connection within the time, each with the reason."""
+    """Return the brokers that do not accept a connection within the time, each with the reason."""
     found: dict[tuple[str, int], str | None] = {}
 
     def look(broker: tuple[str, int]) -> None:
         try:
             socket.create_connection(broker, timeout_s).close()
             found[broker] = None
-        except (OSError, UnicodeError, OverflowError) as error:  # of the name's form, and of the port
+        except (OSError, UnicodeError, OverflowError) as error:  # invalid name or port
             found[broker] = getattr(error, "strerror", None) or str(error)
 
-    # A resolver has no timeout that can be set.
+    # Name resolution has no configurable timeout, hence the threads.
     threads = [threading.Thread(target=look, args=(broker,), daemon=True) for broker in brokers]
     for thread in threads:
         thread.start()

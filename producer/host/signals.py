@@ -1,15 +1,15 @@
-"""Signals of the commands: handlers that take no lock, and a wait that a signal ends.
+"""Signal handlers of the commands, without locks, and a wait that signals interrupt.
 
-SIGINT, SIGTERM   stop in good order; the second one ends the process at once with 130
-SIGHUP            `rebpf run` reads its rules again; other commands end, as when their terminal goes away
-SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO   ignored: a stray one would end the process by default
+SIGINT, SIGTERM   stop in order; the second one terminates the process at once with 130
+SIGHUP            `rebpf run` reloads its rules; other commands end, as when their terminal closes
+SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO   ignored: by default, a stray one would terminate the process
 SIGPIPE           ignored by Python: a write raises BrokenPipeError
-SIGQUIT           the kernel's default: ends the process, for a dump
-SIGWINCH, SIGCONT no effect; after SIGSTOP and SIGCONT a command continues where it was
+SIGQUIT           the kernel's default: terminates the process with a core dump
+SIGWINCH, SIGCONT no effect; after SIGSTOP and SIGCONT, a command continues
 
-A handler runs between any two instructions of the main thread, also inside another handler and while a lock is held. So
-a handler here takes no lock: threading.Event.set in one can wait for a lock that the interrupted code holds. SIGHUP's
-is a function in C, which no other handler can interrupt: however many signals come, handlers do not nest.
+A handler runs between any two instructions of the main thread, even inside another handler or while a lock is held. So
+handlers here take no lock: threading.Event.set could deadlock on a lock that the interrupted code holds. The handler of
+SIGHUP is a C function, which no other handler can interrupt, so handlers do not nest, however many signals arrive.
 """
 
 import os
@@ -26,7 +26,7 @@ _INTERRUPTED = "interrupted"
 
 
 class Flag(Protocol):
-    """What a loop asks of a flag that a signal sets; threading.Event is one too."""
+    """The interface of a flag that a signal sets; threading.Event has it, too."""
 
     def is_set(self) -> bool:
         """Whether it is set."""
@@ -42,17 +42,17 @@ class Flag(Protocol):
 
 
 class _Wakeup:
-    """The descriptor that the interpreter writes a byte to for each signal, whatever thread the signal comes to."""
+    """The descriptor to which the interpreter writes a byte per signal, whichever thread receives it."""
 
     def __init__(self) -> None:
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        # A full pipe is no loss: the flags say which signals came.
+        # A full pipe loses nothing: the flags record the signals.
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self._poll = select.poll()
         self._poll.register(self._reader, select.POLLIN)
 
     def wait(self, timeout_s: float | None) -> None:
-        """Return when a signal has come since the last call, or after `timeout_s`."""
+        """Return once a signal has arrived since the last call, or after `timeout_s`."""
         if self._poll.poll(None if timeout_s is None else max(0.0, timeout_s * 1000)):
             os.read(self._reader, _READ_BYTES)
 
@@ -70,18 +70,18 @@ def _listen() -> _Wakeup:
 
 
 class SignalFlag:
-    """A flag that signals set. The main thread alone may wait for it; a wait may also end early, with any signal."""
+    """A flag that signals set. Only the main thread may wait for it; any signal may end a wait early."""
 
     def __init__(self) -> None:
         self._wakeup = _listen()
         self._pending: dict[Any, Any] = {}
 
     def set_on(self, number: signal.Signals) -> None:
-        """Have a signal set the flag, however often it comes."""
+        """Let a signal set the flag, every time."""
         signal.signal(number, self._pending.setdefault)
 
     def stop_on(self, number: signal.Signals) -> None:
-        """Have a signal set the flag, and end the process at once if a signal has set it before."""
+        """Let a signal set the flag, or terminate the process if a signal has set it before."""
         _stops.append(self)
         signal.signal(number, self._stop)
 
@@ -91,7 +91,7 @@ class SignalFlag:
         self._pending[number] = True
 
     def interrupt_on(self, number: signal.Signals) -> None:
-        """Have a signal set the flag; the second raises KeyboardInterrupt, and the third ends the process at once."""
+        """Let a signal set the flag; the second one raises KeyboardInterrupt, and the third terminates the process."""
         _stops.append(self)
         signal.signal(number, self._interrupt)
 
@@ -116,7 +116,7 @@ class SignalFlag:
         self._pending.clear()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is set, any signal comes, or `timeout` seconds have passed; return whether it is set."""
+        """Wait until it is set, any signal arrives, or `timeout` seconds pass; return whether it is set."""
         if not self._pending:
             self._wakeup.wait(timeout)
         return bool(self._pending)
@@ -138,7 +138,7 @@ def set_on(number: signal.Signals) -> SignalFlag:
 
 
 def stop_on_signals() -> SignalFlag:
-    """Return a flag that SIGINT or SIGTERM sets; a second signal ends the process at once."""
+    """Return a flag that SIGINT or SIGTERM sets; a second signal terminates the process."""
     stop = SignalFlag()
     for number in (signal.SIGINT, signal.SIGTERM):
         stop.stop_on(number)

@@ -1,4 +1,4 @@
-"""This process's own sockets, by their descriptors. Standard library only."""
+"""This process's sockets by descriptor. Standard library only."""
 
 import contextlib
 import ipaddress
@@ -12,15 +12,15 @@ _SO_COOKIE = 57
 
 
 def cookie(descriptor: int) -> bytes:
-    """Return the kernel's cookie of a socket, 8 bytes: no other socket has it before the next boot."""
+    """Return the kernel's cookie of a socket, 8 bytes, which is unique within a boot."""
     with _borrowed(descriptor) as own:
         return own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
 
 
 def listener_at(address: Address, port: int) -> int:
-    """Return the descriptor of the socket that listens on an endpoint; LookupError if this process has none."""
+    """Return the descriptor of this process's socket that listens on an endpoint. Raises LookupError."""
     for name in os.listdir("/proc/self/fd"):
-        # Other threads close descriptors meanwhile, and not all are sockets of the internet.
+        # Other threads may close descriptors meanwhile, and not all are TCP sockets.
         with contextlib.suppress(OSError, ValueError):
             if _listens(int(name)) and _local_end(int(name)) == (address, port):
                 return int(name)

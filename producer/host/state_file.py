@@ -1,4 +1,4 @@
-"""Small files of the state folder, in whose place anything may be found: nothing, a folder, a pipe, a link, 10 GB.
+"""Small files of the state folder. Their paths may hold anything: nothing, a folder, a pipe, a link, 10 GB.
 
 Standard library only.
 """
@@ -16,11 +16,11 @@ _MOST_ASIDE = 4
 
 
 class NotAFileError(OSError):
-    """What stands there is no regular file, or is larger than such a file can be."""
+    """The path is not a regular file, or the file is too large."""
 
 
 def open_regular(path: Path) -> int:
-    """Open a regular file for reading, and nothing else: no link, no pipe, which would block. Raises OSError."""
+    """Open a regular file for reading, but no link, and no pipe, which would block. Raises OSError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -34,7 +34,7 @@ def open_regular(path: Path) -> int:
 
 
 def read(path: Path, most_bytes: int) -> bytes:
-    """Return a file's content. Raises OSError, also where the file has more than `most_bytes`."""
+    """Return a file's content. Raises OSError, also if it has more than `most_bytes`."""
     with open(open_regular(path), "rb") as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
@@ -43,16 +43,16 @@ def read(path: Path, most_bytes: int) -> bytes:
 
 
 def create(path: Path) -> int:
-    """Create a file for appending, mode 0600; an older file, pipe or link in its place goes. Raises OSError."""
+    """Create a file for appending, mode 0600, and replace an older file, pipe or link. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename what stands at `path`, for somebody to look at, and return its new path; None where that fails.
+    """Rename whatever is at `path` for inspection, and return its new path; None if that fails.
 
-    The new name ends with .damaged; an older file of that name goes, so that there are only a few.
+    The new name ends with .damaged and replaces an older file of that name, so that they do not accumulate.
     """
     for number in range(_MOST_ASIDE):
         aside = path.with_name(path.name + ASIDE + (f".{number}" if number else ""))
@@ -63,7 +63,7 @@ def set_aside(path: Path) -> Path | None:
 
 
 def parse(text: bytes | str) -> Any:
-    """Return what JSON text says. Raises ValueError for all that is no JSON, also where it is nested too deeply."""
+    """Parse JSON. Raises ValueError, also if it is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -71,5 +71,5 @@ def parse(text: bytes | str) -> Any:
 
 
 def is_count(value: object, below: int = 1 << 63) -> bool:
-    """Whether a value from JSON is a whole number from 0 that is below a limit, and not a boolean."""
+    """Whether a JSON value is an integer from 0 to below a limit, and not a boolean."""
     return type(value) is int and 0 <= value < below

@@ -1,12 +1,12 @@
-"""Standard output and standard error, whatever is at their other end, and the log that is written to the latter.
+"""Standard output and standard error, whatever they are connected to, and the log handler.
 
-Standard output may be a pipe that does not block, as some programs leave it to those that they start: Python's own
-writer drops what such a pipe does not take at once. Here a write waits, but not past a stop signal. Standard error may
-be a pipe that nobody reads, a full disk, or closed: no log line is worth a producer that stops capturing. A write to it
-never fails and hardly waits; lines that are not taken are dropped and counted, and the log says how many.
+Standard output may be a non-blocking pipe, as some programs pass to their children: Python's own writer drops what such
+a pipe does not take at once. Here a write waits, but not after a stop signal. Standard error may be a pipe without a
+reader, a full disk, or closed. The log must never stop the capture: a write to it never fails and hardly waits. Lines
+that cannot be written are dropped, counted and reported.
 
-Exceptions that nobody caught are logged. Python itself would write a traceback as it is, with the escape sequences and
-line breaks that its message holds.
+Uncaught exceptions are logged. Python itself would write the traceback with all escape sequences and line breaks of its
+message.
 """
 
 import errno
@@ -25,37 +25,37 @@ logger = logging.getLogger(__name__)
 
 _SLICE_S = 0.1
 _STOP_WAIT_S = 1.0
-"""How long output may wait after a stop was asked for."""
+"""Maximum wait of output after a stop signal."""
 _ERRORS_WAIT_S = 1.0
 _ERRORS_SHARE = 0.01
-"""All that is written to standard error may wait for so long, and then for this share of the time."""
+"""Writes to standard error may wait for this long in total, and then for this share of the time."""
 
 
 def take_over() -> None:
-    """Put these streams in the place of sys.stdout and sys.stderr, but not of one that is closed."""
+    """Replace sys.stdout and sys.stderr, unless they are closed."""
     sys.stdout = _over(_Output, sys.stdout)
     sys.stderr = _over(_Errors, sys.stderr)
-    # A formatter that fails, or a dead pipe, stops no run.
+    # Failures of formatters and pipes must not end the run.
     logging.raiseExceptions = False
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
-    threading.excepthook = lambda told: _log_uncaught(told.exc_type, told.exc_value, told.exc_traceback)
-    sys.unraisablehook = lambda told: _log_uncaught(told.exc_type, told.exc_value, told.exc_traceback)
+    threading.excepthook = lambda args: _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.unraisablehook = lambda args: _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 class LogHandler(logging.Handler):
-    """Writes records to standard error, and counts those that it does not take."""
+    """Writes records to standard error, and counts those that cannot be written."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._untold = 0
+        self._unreported = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, after a line about those that were dropped before it."""
-        if self._untold and self._write(_dropped_record(self._untold)):
-            self._untold = 0
-        if self._untold or not self._write(record):
-            self._untold += 1
+        """Write a record, after a report of records dropped before it."""
+        if self._unreported and self._write(_dropped_record(self._unreported)):
+            self._unreported = 0
+        if self._unreported or not self._write(record):
+            self._unreported += 1
             _count_dropped()
 
     def _write(self, record: logging.LogRecord) -> bool:
@@ -67,7 +67,7 @@ class LogHandler(logging.Handler):
         try:
             stream.write(self.format(record) + "\n")
             stream.flush()
-        except (OSError, ValueError):  # ValueError: the stream was closed
+        except (OSError, ValueError):  # ValueError: the stream is closed
             return False
         return bool(getattr(raw, "drops", 0) == drops)
 
@@ -76,12 +76,12 @@ _dropped = 0
 
 
 def dropped_lines() -> int:
-    """Return how many records of the log standard error has not taken."""
+    """Return the number of log records dropped so far."""
     return _dropped
 
 
 def _count_dropped() -> None:
-    global _dropped  # handlers are called under their lock
+    global _dropped  # handlers hold their lock
     _dropped += 1
 
 
@@ -91,16 +91,16 @@ def _dropped_record(count: int) -> logging.LogRecord:
 
 
 class _Output(io.FileIO):
-    """Waits until the descriptor takes something. After an error it drops all, since buffers still hold some."""
+    """Waits until the descriptor is writable. After an error it discards all output, since buffers may hold more."""
 
     _failed = False
 
     def write(self, data: Any) -> int:
-        """Write some of the data; raise OSError once."""
+        """Write some of the data. Raises OSError once."""
         while not self._failed:
             try:
                 self._wait()
-                # A pipe that is ready has room for this much: the write does not block, as pipe(7) has it.
+                # A writable pipe takes this much without blocking; see pipe(7).
                 written: int | None = super().write(data[: select.PIPE_BUF])
             except OSError:
                 self._failed = True
@@ -110,24 +110,24 @@ class _Output(io.FileIO):
         return len(data)
 
     def _wait(self) -> None:
-        give_up_s = None
+        deadline_s = None
         while not _is_ready(self.fileno(), _SLICE_S):
             if signals.is_stopping():
-                give_up_s = give_up_s or time.monotonic() + _STOP_WAIT_S
-                if time.monotonic() >= give_up_s:
-                    raise OSError(errno.EAGAIN, "nobody reads it")
+                deadline_s = deadline_s or time.monotonic() + _STOP_WAIT_S
+                if time.monotonic() >= deadline_s:
+                    raise OSError(errno.EAGAIN, "the reader does not read")
 
 
 class _Errors(io.FileIO):
-    """Drops what is not taken soon, until the descriptor takes some again; a line that was cut is ended first."""
+    """Drops output while the descriptor is blocked; afterwards ends a truncated line first."""
 
     drops = 0
-    """How many writes were dropped."""
+    """Number of dropped writes."""
     _in_line = False
-    """Whether what was written last ends in the middle of a line."""
+    """Whether the last write ended in the middle of a line."""
     _is_cut = False
-    _left_s = _ERRORS_WAIT_S
-    _left_at_s = 0.0
+    _budget_s = _ERRORS_WAIT_S
+    _budget_at_s = 0.0
 
     def write(self, data: Any) -> int:
         """Write some of the data, or drop it."""
@@ -142,7 +142,7 @@ class _Errors(io.FileIO):
         return len(data)
 
     def _try(self, data: bytes) -> int:
-        """Write some of the data if the descriptor takes any; return how much."""
+        """Write as much as the descriptor takes; return the number of bytes."""
         if not self._wait():
             return 0
         try:
@@ -154,20 +154,20 @@ class _Errors(io.FileIO):
         return written
 
     def _wait(self) -> bool:
-        """Wait for a short time, of which there is less the more was used before."""
+        """Wait for the descriptor, within the remaining budget of waiting time."""
         begin_s = time.monotonic()
-        self._left_s = min(_ERRORS_WAIT_S, self._left_s + (begin_s - self._left_at_s) * _ERRORS_SHARE)
-        ready = _is_ready(self.fileno(), self._left_s)
-        self._left_at_s = time.monotonic()
-        self._left_s = max(0.0, self._left_s - (self._left_at_s - begin_s))
+        self._budget_s = min(_ERRORS_WAIT_S, self._budget_s + (begin_s - self._budget_at_s) * _ERRORS_SHARE)
+        ready = _is_ready(self.fileno(), self._budget_s)
+        self._budget_at_s = time.monotonic()
+        self._budget_s = max(0.0, self._budget_s - (self._budget_at_s - begin_s))
         return ready
 
 
 def _over(kind: type[io.FileIO], old: Any) -> Any:
-    """Return a stream on the descriptor of `old`, which keeps its encoding and shows what that has no code for."""
+    """Return a stream on the descriptor of `old`, with its encoding, that escapes what it cannot encode."""
     try:
         raw = kind(old.fileno(), "w", closefd=False)
-    except (AttributeError, OSError, ValueError):  # closed, or a test's
+    except (AttributeError, OSError, ValueError):  # closed, or replaced by a test
         return old
     return io.TextIOWrapper(
         io.BufferedWriter(raw), old.encoding, errors="backslashreplace", newline="\n", line_buffering=True
@@ -175,12 +175,12 @@ def _over(kind: type[io.FileIO], old: Any) -> Any:
 
 
 def _is_ready(descriptor: int, timeout_s: float) -> bool:
-    """Say whether a write would do something, if only fail, waiting a little for it."""
+    """Wait until a write would succeed or fail at once; return whether it would."""
     ready = select.poll()
     ready.register(descriptor, select.POLLOUT)
     return bool(ready.poll(timeout_s * 1000))
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
-    if not issubclass(kind, SystemExit):  # of a thread: no error
+    if not issubclass(kind, SystemExit):  # not an error in a thread
         logger.error("uncaught %s", kind.__name__, exc_info=error and (kind, error, trace))

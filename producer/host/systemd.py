@@ -1,7 +1,7 @@
-"""What a service tells systemd, and what systemd keeps for it: the protocol of sd_notify(3).
+"""Notifications to systemd, and its file descriptor store: the protocol of sd_notify(3).
 
-A message is a datagram of lines KEY=VALUE to the Unix socket in NOTIFY_SOCKET, with file descriptors beside it. systemd
-takes the messages of a service in their order, those too of a process that was killed meanwhile. Standard library only.
+A message is a datagram of lines KEY=VALUE to the Unix socket in NOTIFY_SOCKET, with attached file descriptors. systemd
+processes the messages of a service in order, even after the sender was killed. Standard library only.
 """
 
 import logging
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 _MOST_USEC = (1 << 63) - 1
 _MOST_SHOWN = 40
 _MOST_STATUS = 1024
-_TIMEOUT_S = 30.0  # for a queue that is full: as long as systemd itself is stuck
+_TIMEOUT_S = 30.0  # for a full queue, while systemd itself hangs
 
-_TELL_TIMEOUT_S = 0.1
+_NOTIFY_TIMEOUT_S = 0.1
 
 
 def notify(
     text: str, descriptors: Sequence[int] = (), *, status: str | None = None, timeout_s: float | None = None
 ) -> bool:
-    """Send a message; return False where no service manager listens. UnavailableError where it does not take it.
+    """Send a message; return False without a service manager. Raises UnavailableError if it cannot be sent.
 
-    `status` is the line that systemctl status shows. A line break in it makes no assignment of its own.
+    `status` is the line for systemctl status. Line breaks in it are escaped, so they cannot add assignments.
     """
     if status is not None:
         text += f"\nSTATUS={printable(status)[:_MOST_STATUS]}"
@@ -45,19 +45,19 @@ def notify(
     return True
 
 
-def tell(text: str, status: str | None = None) -> None:
-    """Send a message that may be lost: a service manager that is stuck or gone neither delays nor ends the caller."""
+def try_notify(text: str, status: str | None = None) -> None:
+    """Send a message, or log a warning: a service manager that hangs must not block or end the caller."""
     try:
-        notify(text, status=status, timeout_s=_TELL_TIMEOUT_S)
+        notify(text, status=status, timeout_s=_NOTIFY_TIMEOUT_S)
     except UnavailableError as error:
-        logger.warning("systemd: not told %s: %s", text, error)
+        logger.warning("systemd: cannot send %s: %s", text, error)
 
 
 def barrier() -> None:
-    """Return when all messages sent so far have been taken account of.
+    """Return once systemd has processed all messages sent so far.
 
-    systemd closes a descriptor when it is at its message; before 246, which knows no BARRIER, as one that it has no use
-    for.
+    systemd closes a descriptor when it reaches its message; before version 246, which has no BARRIER, because it does
+    not use the descriptor.
     """
     ours, theirs = os.pipe()
     try:
@@ -66,7 +66,7 @@ def barrier() -> None:
         finally:
             os.close(theirs)
         hangup = select.poll()
-        hangup.register(ours, 0)  # POLLHUP comes unasked
+        hangup.register(ours, 0)  # POLLHUP is always reported
         if sent and not hangup.poll(_TIMEOUT_S * 1000):
             raise UnavailableError(f"the service manager has not answered within {_TIMEOUT_S:.0f} s")
     finally:
@@ -74,7 +74,7 @@ def barrier() -> None:
 
 
 def number(variable: str, most: int) -> int:
-    """Return the number in an environment variable; 0, and a warning, where that is no number from 0 to `most`."""
+    """Return the number in an environment variable; 0 with a warning if it is not a number from 0 to `most`."""
     text = os.environ.get(variable, "")
     if not text:
         return 0
@@ -85,9 +85,9 @@ def number(variable: str, most: int) -> int:
 
 
 class Watchdog:
-    """Tells systemd that the process makes progress, as often as WatchdogSec= of the unit asks for; see sd_watchdog(3).
+    """Notifies systemd of the process's progress, twice per WatchdogSec= of the unit; see sd_watchdog(3).
 
-    Where no word comes for that long, systemd ends the process and starts it again.
+    Without a notification for that long, systemd restarts the process.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Watchdog:
         self._next = 0.0
 
     def step(self, now_s: float, status: Callable[[], str]) -> None:
-        """Note progress at `now_s` of the monotonic clock; `status` makes the line that systemctl status shows."""
+        """Report progress at `now_s` of the monotonic clock; `status` returns the line for systemctl status."""
         if self._interval_s and now_s >= self._next:
             self._next = now_s + self._interval_s
-            tell("WATCHDOG=1", status())
+            try_notify("WATCHDOG=1", status())

@@ -1,7 +1,7 @@
-"""Text that others choose: names from the operating system, and anything that goes to a terminal or a log.
+"""Untrusted text: names from the operating system, and output to a terminal or a log.
 
-`name` turns the bytes of a name into text that is always valid, printable and bounded, and can be turned back; it is
-what events, metrics and messages carry. `printable` cleans a whole line on its way out.
+`name` converts the bytes of a name to valid, printable, bounded and reversible text, for events, metrics and messages.
+`printable` escapes a line for output.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 MAX_NAME = 1024
-"""Most characters of an escaped name."""
+"""Maximum length of an escaped name."""
 
 _CUT = "%~"
 _DIGEST_DIGITS = 16
@@ -20,10 +20,10 @@ _PLAIN = re.compile(r"[ -$&-~]*")
 
 
 def name(raw: bytes, limit: int = MAX_NAME) -> str:
-    """Return the text of a name: as it is where it is printable UTF-8, the rest percent-encoded (RFC 3986).
+    """Return a name as text: printable UTF-8 stays, the rest is percent-encoded (RFC 3986).
 
-    Encoded are `%` itself, bytes that are not UTF-8, and characters that do not print. A name longer than `limit`
-    characters keeps its beginning, followed by `%~` and 16 hexadecimal digits of the whole name's SHA-256.
+    It encodes `%` itself, bytes that are not UTF-8, and unprintable characters. A name longer than `limit` characters
+    is cut, and `%~` and 16 hexadecimal digits of the SHA-256 of the full name are appended.
     """
     text = raw.decode(errors="surrogateescape")
     if _PLAIN.fullmatch(text):
@@ -34,14 +34,14 @@ def name(raw: bytes, limit: int = MAX_NAME) -> str:
 
 
 def raw_name(text: str) -> bytes | None:
-    """Return the bytes that `name` has made a text of; None where the name was cut."""
+    """Reverse `name`; return None if the name was cut."""
     return None if _CUT in text else unquote_to_bytes(text)
 
 
 def printable(text: str) -> str:
-    """Return a line in which nothing moves a cursor, changes a colour or begins another line.
+    """Escape characters that could move the cursor, change colors or start a new line.
 
-    What does not print becomes an escape such as \\x1b or \\u202e; all else, backslashes too, stays as it is.
+    Unprintable characters become escapes such as \\x1b or \\u202e; all others stay, including backslashes.
     """
     if text.isprintable():
         return text
@@ -49,14 +49,14 @@ def printable(text: str) -> str:
 
 
 def lines(texts: Iterable[str]) -> str:
-    """Return texts as lines: a line break within a text begins no line."""
+    """Join texts as lines; line breaks within a text are escaped."""
     return "\n".join(map(printable, texts))
 
 
 def to_json(value: Any, *, compact: bool = False) -> str:
-    """Return a value in JSON, all of it in printable ASCII; json.dumps leaves DEL as it is.
+    """Return a value as JSON in printable ASCII; json.dumps does not escape DEL.
 
-    Bytes become strings as in Avro's JSON encoding, a character for each.
+    Bytes become strings with one character per byte, as in Avro's JSON encoding.
     """
     text = json.dumps(value, separators=(",", ":") if compact else None, default=_bytes_text)
     return text.replace("\x7f", "\\u007f")
@@ -65,7 +65,7 @@ def to_json(value: Any, *, compact: bool = False) -> str:
 def _bytes_text(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("latin-1")
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be converted to JSON")
 
 
 def _escaped(character: str) -> str:
@@ -75,14 +75,14 @@ def _escaped(character: str) -> str:
 
 
 def _bounded(pieces: list[str] | str, raw: bytes, limit: int) -> str:
-    """Join the pieces, of which none is cut apart."""
+    """Join whole pieces up to the limit."""
     if sum(map(len, pieces)) <= limit:
         return "".join(pieces)
     tail = _CUT + hashlib.sha256(raw).hexdigest()[:_DIGEST_DIGITS]
-    kept, room = [], limit - len(tail)
+    kept, capacity = [], limit - len(tail)
     for piece in pieces:
-        room -= len(piece)
-        if room < 0:
+        capacity -= len(piece)
+        if capacity < 0:
             break
         kept.append(piece)
     return "".join(kept) + tail

@@ -162,7 +162,7 @@ def test_check_of_a_host_that_has_everything_is_good():
     assert {"capabilities", "cgroup v2", "BTF", "Python", "bcc", "Kafka"} <= found.keys()
     assert found["Kafka"]["text"] == "no brokers configured: the in-process test broker will be used"
     for stream in ("transmit", "retransmit"):
-        assert "possible" in {found[name]["text"] for name in found if name.startswith(f"{stream} by ")}
+        assert "available" in {found[name]["text"] for name in found if name.startswith(f"{stream} by ")}
 
     text = rebpf("check")
     assert text.returncode == 0

@@ -64,7 +64,7 @@ def test_a_number_out_of_range_in_a_reload_changes_nothing(tmp_path: Path, wrong
 def test_without_a_producer_there_is_nothing_to_reload(tmp_path: Path) -> None:
     done = rebpf("reload", "--state-dir", tmp_path)
     assert done.returncode == 69
-    assert "no producer runs" in done.stderr
+    assert "no producer is running" in done.stderr
 
 
 def test_a_cgroup_that_appears_is_followed(tmp_path: Path) -> None:

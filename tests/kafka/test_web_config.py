@@ -49,7 +49,7 @@ def test_a_producer_serves_by_tls_and_its_status_is_known_to_root_alone(tmp_path
         wait_until("well again", lambda: not reasons())
         run.finish()
     assert not (run.state_dir / "status.sock").exists()
-    assert run.log.count("the settings read before stay in force") == 1
+    assert run.log.count("the previous settings stay in force") == 1
 
 
 def test_what_check_refuses_a_start_refuses(tmp_path):

@@ -1,4 +1,4 @@
-"""The image and docker-compose.yml: built and run by a real engine, where one can be started.
+"""The image and docker-compose.yml, built and run by a real engine if one can be started.
 
 The engine is without a bridge, and others' images may be out of reach. So Compose starts the services that are this
 project's, on the host's network, against a real Kafka, registry and Alertmanager there. Grafana does not run: that its
@@ -49,7 +49,7 @@ SUITE, BASE = "trixie", "debian:trixie-slim"
 OURS = ("init", "producer", "alert", "traffic")
 HTTP_PORT = 9465
 TRAFFIC = ("10.111.", "fd6f:")
-"""What the addresses of the service `traffic` begin with: the demo's."""
+"""Prefix of the addresses of the service `traffic`, as in the demo."""
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 Servers = tuple[KafkaServer, SchemaRegistry]
@@ -59,7 +59,7 @@ pytestmark = pytest.mark.timeout(900)  # packages and a base system may have to 
 
 @pytest.fixture(scope="module")
 def composed() -> dict[str, Any]:
-    """docker-compose.yml as Compose itself reads it."""
+    """docker-compose.yml as parsed by Compose."""
     if reason := docker.refusal():
         pytest.skip(f"NO COMPOSE: {reason}")
     try:
@@ -74,7 +74,7 @@ def composed() -> dict[str, Any]:
 
 
 def mounts(service: dict[str, Any]) -> dict[str, Path]:
-    """Return where a service finds which of the checkout's files and folders."""
+    """Return the checkout's files and folders mounted in a service, by target."""
     bound = [each for each in service.get("volumes", ()) if each["type"] == "bind"]
     return {each["target"]: Path(each["source"]) for each in bound if each["source"].startswith(str(ROOT))}
 
@@ -194,7 +194,7 @@ def test_grafana_is_provisioned_with_what_the_dashboard_asks_for(composed: dict[
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DockerEngine]:
-    """A running engine that has the Dockerfile's base image."""
+    """A running engine with the Dockerfile's base image."""
     if reason := docker.refusal():
         pytest.skip(f"NO DOCKER ENGINE: {reason}")
     try:
@@ -202,7 +202,7 @@ def engine() -> Iterator[DockerEngine]:
         docker.programs()
     except LookupError as error:
         pytest.skip(f"NO DOCKER ENGINE: {error}")
-    # A short path, and gone at the end: pytest keeps its own folders for a while, and this one has gigabytes.
+    # A short path, deleted at the end: pytest keeps its folders for a while, and this one has gigabytes.
     with tempfile.TemporaryDirectory(prefix="rebpf-docker-") as name, contextlib.ExitStack() as stack:
         try:
             server = stack.enter_context(DockerEngine(Path(name)))
@@ -214,7 +214,7 @@ def engine() -> Iterator[DockerEngine]:
 
 
 def this_machines_ways(folder: Path) -> Path:
-    """Make the context of an image in which apt and pip reach what they reach here; it is in the image alone."""
+    """Create the context of an image in which apt and pip reach the same servers as here."""
     kept = ("Acquire::http", "Acquire::https", "Acquire::Check-")
     settings = run("apt-config", "dump").splitlines()
     write(folder / "etc/apt/apt.conf.d/99host", "".join(f"{each}\n" for each in settings if each.startswith(kept)))
@@ -244,7 +244,7 @@ def write(path: Path, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def image(engine: DockerEngine) -> str:
-    """The image, built by the Dockerfile without anything kept from before."""
+    """The image, built by the Dockerfile without caches."""
     proxies = [word for name in PROXIES if name in os.environ for word in ("--build-arg", name)]
     dockerfile = ("--file", str(CONTAINER / "Dockerfile"))
     engine.docker("build", "--network", "host", *proxies, *dockerfile, "--tag", "rebpf", str(ROOT))
@@ -260,12 +260,12 @@ def test_the_image_runs_without_rights(engine: DockerEngine, image: str) -> None
     command = ("run", "--rm", "--network", "none", "--read-only", "--cap-drop", "ALL", image)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert engine.docker(*command, "version") == f"rebpf {project['version']}\n"
-    # What capture takes is missing, and that alone.
+    # Only the requirements of capture are missing.
     answer = json.loads(engine.docker(*command, "check", "--local", "--json", status=77))
     findings = {finding["subject"]: finding for finding in answer}
     assert [name for name, finding in findings.items() if not finding["ok"]] == ["capabilities"]
     assert findings["capabilities"]["exit_code"] == 77
-    assert findings["bcc"]["text"].endswith("found by /usr/bin/python3")
+    assert findings["bcc"]["text"].endswith("in /usr/bin/python3")
 
 
 @pytest.mark.extended
@@ -290,7 +290,7 @@ def servers(composed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def kafka_settings(composed: dict[str, Any]) -> dict[str, str]:
-    """Return Compose's settings of Kafka by their own names, but for the places that differ here."""
+    """Return Compose's Kafka settings by Kafka's names, except for paths and addresses that differ here."""
     environment = composed["services"]["kafka"]["environment"]
     names = {name: name.removeprefix("KAFKA_").lower().replace("_", ".") for name in environment}
     places = re.compile(r".*listener.*|controller\..*|process\.roles|node\.id|log\.dirs")
@@ -314,7 +314,7 @@ def test_kafka_and_the_registry_take_what_compose_gives_them(composed: dict[str,
 
 @dataclass(frozen=True)
 class Live:
-    """Compose's services of this project, which run, and the servers behind them."""
+    """The running Compose services of this project, and the servers that they use."""
 
     engine: DockerEngine
     command: tuple[str, ...]
@@ -351,7 +351,7 @@ def live(
 
 
 def configuration(folder: Path, kafka: KafkaServer, registry: SchemaRegistry, alertmanager: AlertmanagerServer) -> Path:
-    """Write Compose's configuration with the servers that run here, and a window that is soon over."""
+    """Write Compose's configuration with the servers that run here, and a short window."""
     text = (CONTAINER / "rebpf.toml").read_text()
     changes = {
         "kafka:19092": kafka.bootstrap,
@@ -368,7 +368,7 @@ def configuration(folder: Path, kafka: KafkaServer, registry: SchemaRegistry, al
 
 
 def override(config_file: Path) -> str:
-    """What makes docker-compose.yml of services on the host's network, with servers that run there already."""
+    """Overrides for docker-compose.yml: services on the host's network, with servers that already run there."""
     mounted = f"{config_file}:/etc/rebpf/rebpf.toml:ro"
     services: dict[str, Any] = {name: {"network_mode": "host", "volumes": [mounted]} for name in OURS}
     services["traffic"] = {"network_mode": "none"}
@@ -404,7 +404,7 @@ def test_alertmanager_is_told_of_the_traffic(live: Live) -> None:
 
 
 def retransmit(kafka: KafkaServer) -> dict[str, Any] | None:
-    """Return a retransmit of the service `traffic`, told from all else on this host by the demo's addresses."""
+    """Return a retransmission of the service `traffic`, identified by the demo's addresses."""
     schema = cast("dict[str, Any]", parse_schema(json.loads((SCHEMAS / "tcp_retransmit.avsc").read_text())))
     messages = kcat_messages(kafka.bootstrap, "tcp_retransmit")
     events = (decode(message.value or b"", schema)[1] for message in messages)

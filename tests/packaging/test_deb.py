@@ -63,7 +63,7 @@ class Package:
         return self.root / "usr/lib/rebpf"
 
     def members(self) -> Iterator[tarfile.TarInfo]:
-        """Yield what is in it, with owners and modes, which only root could unpack."""
+        """Yield its content with owners and modes, which only root could unpack."""
         command = ["dpkg-deb", "--fsys-tarfile", str(self.path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking:
             assert unpacking.stdout is not None
@@ -78,14 +78,14 @@ def _build(suite: str, folder: Path, umask: int = 0o022, **environment: str) -> 
     return Path(done.stdout.splitlines()[-1])
 
 
-# One release's package shows what a change breaks; the other is built where its host is booted too.
+# The package of one release is enough here; the other is built for the tests that boot its host.
 PARAMS = [suite if suite == "bookworm" else pytest.param(suite, marks=pytest.mark.extended) for suite in SUITES]
 
 
 @pytest.fixture(scope="module", params=PARAMS)
 def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Package:
     if not shutil.which("dpkg-deb"):
-        pytest.skip("NO DEBIAN PACKAGE: there is no dpkg-deb to build it with")
+        pytest.skip("NO DEBIAN PACKAGE: dpkg-deb is missing")
     folder = tmp_path_factory.mktemp(request.param)
     path = _build(request.param, folder)
     subprocess.run(["dpkg-deb", "-x", path, folder / "root"], check=True)
@@ -137,11 +137,11 @@ def test_each_requirement_of_its_python_packages_is_met(package: Package) -> Non
     environment = {"python_version": suite["python"], "python_full_version": f"{suite['python']}.0", "extra": ""}
     wanted = [each for dist in own.values() for each in _requirements(dist, environment)]
     unmet = [str(each) for each in wanted if not _meets(versions.get(canonicalize_name(each.name)), each)]
-    assert unmet == [], "run deploy/packaging/lock, or mend suites.toml"
+    assert unmet == [], "run deploy/packaging/lock, or fix suites.toml"
 
 
 def _requirements(dist: Distribution, environment: dict[str, str]) -> Iterator[Requirement]:
-    """Yield what a distribution requires; confluent-kafka's client of the registry is an extra of it."""
+    """Yield the requirements of a distribution; the registry client is an extra of confluent-kafka."""
     extras = ("", "schemaregistry") if dist.name == "confluent-kafka" else ("",)
     for requirement in map(Requirement, dist.requires or []):
         marker = requirement.marker
@@ -186,7 +186,7 @@ def _commands(group: click.Group, path: tuple[str, ...]) -> Iterator[tuple[tuple
 
 
 def test_bash_completes_a_command(package: Package, tmp_path: Path) -> None:
-    # The release's own click is not here: of that version the tools have one.
+    # The release's click is not installed here; the tools include the same version.
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "tools")]
     subprocess.run([*pip, "--requirement", str(PACKAGING / "tools.lock")], check=True)
     program = tmp_path / "rebpf"
@@ -199,7 +199,7 @@ def test_bash_completes_a_command(package: Package, tmp_path: Path) -> None:
     script = package.root / "usr/share/bash-completion/completions/rebpf"
     words = f"source {script}; COMP_WORDS=(rebpf sp); COMP_CWORD=1; _rebpf_completion rebpf; echo ${{COMPREPLY[@]}}"
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    # `complete -o nosort` and the like are for interactive shells alone.
+    # `complete -o nosort` and the like only work in interactive shells.
     done = subprocess.run(["bash", "-c", words], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["spool"], done.stderr
 
@@ -224,7 +224,7 @@ def test_what_its_configuration_has_as_a_comment_is_right(package: Package, tmp_
     assert loaded.registry.url == "https://registry.example:8081"
 
 
-@pytest.mark.parametrize("package", ["trixie"], indirect=True)  # the smaller one: they differ in what goes in alone
+@pytest.mark.parametrize("package", ["trixie"], indirect=True)  # the smaller one; they only differ in content
 def test_the_same_input_gives_the_same_bytes(package: Package, tmp_path: Path) -> None:
     again = _build(package.suite, tmp_path, umask=0o077, TZ="Asia/Tokyo", LC_ALL="C", PYTHONHASHSEED="1")
     assert again.name == package.path.name

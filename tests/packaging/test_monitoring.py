@@ -1,4 +1,4 @@
-"""The rules and the dashboard, against a real Prometheus that scrapes a real endpoint as the example config says."""
+"""The rules and the dashboard with a real Prometheus that scrapes a real endpoint by the example configuration."""
 
 import json
 import re
@@ -32,7 +32,7 @@ DASHBOARD = json.loads((ROOT / "deploy/grafana/rebpf.json").read_text())
 pytestmark = pytest.mark.timeout(300)  # the package may have to be downloaded
 DEADLINE_S = 60.0
 
-# Grafana's variables, as it would fill them in: no recorded rule has a window that is shorter than four scrapes.
+# Values of Grafana's variables: no recorded rule has a window shorter than four scrapes.
 VARIABLES = {"$host": ".*", "$__rate_interval": "1m", "$__range": "1h"}
 SELECTOR = re.compile(r"\b(?:(?:rebpf|process|instance:rebpf)_[\w:]+|up\b(?!\())(?:\{[^}]*\})?")
 GROUPING = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
@@ -57,7 +57,7 @@ def promtool() -> Callable[..., str]:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[tuple[StatusBoard, str]]:
-    """An endpoint with something of everything, also what appears with the first error only."""
+    """An endpoint with all metrics, including those that appear with the first error."""
     metrics.kafka_error("_ALL_BROKERS_DOWN")
     metrics.observe_delivery(0.2, 100)
     board = StatusBoard(answer_timeout_s=0.01)
@@ -105,7 +105,7 @@ def test_prometheus_scrapes_an_endpoint_with_tls_a_client_certificate_and_a_pass
 def prometheus(
     promtool: Callable[..., str], endpoint: tuple[StatusBoard, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
-    """One that has scraped the endpoint more than once, with events in between, and has evaluated the rules."""
+    """A Prometheus that has scraped the endpoint twice, with events in between, and evaluated the rules."""
     board, url = endpoint
     folder = tmp_path_factory.mktemp("prometheus")
     config = (RULES / "prometheus.yml").read_text()
@@ -138,14 +138,14 @@ def wait_for(
 
 @pytest.fixture(scope="module")
 def rules(prometheus: Prometheus) -> list[dict[str, Any]]:
-    """The rules as Prometheus has read them."""
+    """The rules as loaded by Prometheus."""
     found = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert len(found) == len(re.findall(r"^ +- (?:alert|record): ", (RULES / "rebpf.rules.yml").read_text(), re.M))
     return found
 
 
 def targets() -> Iterator[tuple[str, str, str]]:
-    """Each of the dashboard's queries: panel, expression with Grafana's variables filled in, legend."""
+    """The dashboard's queries: panel, expression with Grafana's variables replaced, legend."""
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", ()):
             expression = target["expr"]
@@ -155,20 +155,20 @@ def targets() -> Iterator[tuple[str, str, str]]:
 
 
 def unknown_words(expression: str) -> set[str]:
-    """Words that are neither a selector that was recognised, nor PromQL's that are known here."""
+    """Words that are neither recognized selectors nor known PromQL."""
     rest = re.sub(r"\[[^]]*\]|\boffset \w+", "", GROUPING.sub("", SELECTOR.sub("", expression)))
     return set(re.findall(r"[A-Za-z_]\w*", rest)) - WORDS
 
 
 def assert_exists(prometheus: Prometheus, expression: str) -> set[str]:
-    """Every selector has a series, with the labels that the expression groups by; return the labels of all."""
+    """Check that every selector has a series with the labels of the expression's grouping; return all labels."""
     assert not unknown_words(expression), expression
     selectors = SELECTOR.findall(expression)
     assert selectors, expression
     grouped = {label.strip() for labels in GROUPING.findall(expression) for label in labels.split(",")}
     seen = set()
     for selector in selectors:
-        # All that was scraped, not only what is there now.
+        # Everything scraped, not only current series.
         series = prometheus.get("series", **{"match[]": selector})
         assert series, f"nothing is exposed for {selector}, in {expression}"
         for labels in series:
@@ -211,7 +211,7 @@ def test_whatever_the_dashboard_names_is_exposed_and_every_query_has_an_answer(p
     for title, expression, legend in targets():
         assert_exists(prometheus, expression)
         try:
-            # A scrape that came late leaves none for a moment.
+            # A late scrape can leave a short gap.
             series = wait_for(partial(prometheus.query, expression), f"no answer: {title}: {expression}")
         except HTTPError as error:
             pytest.fail(f"{title}: {expression}: {error.read().decode()}")

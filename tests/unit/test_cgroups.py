@@ -112,7 +112,7 @@ def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
     folders = [tmp_path / str(number) for number in range(20)]
     for folder in folders:
         folder.mkdir()
-    paths = CgroupPaths(tmp_path, Clock(), max_known=5)
+    paths = CgroupPaths(tmp_path, Clock(), max_cached=5)
     numbers = [folder.stat().st_ino for folder in folders]
     assert [paths.path(number) for number in numbers] == [f"/{number}" for number in range(20)]
     for folder in folders:

@@ -88,7 +88,7 @@ def test_each_command_has_an_example_that_parses():
         (["tail", "--topic", ""], "expected 1 to 249 of the characters"),
         (["tail", "--topic", os.fsdecode(b"caf\xe9\x1b[2J")], r"found 'caf\udce9\x1b[2J'"),
         (["verify", "--brokers", "127.0.0.1:1", "--topic", "a" * 250], "expected 1 to 249 of the characters"),
-        (["tail", "--state-dir", "/nonexistent"], "no producer runs with state_dir /nonexistent"),
+        (["tail", "--state-dir", "/nonexistent"], "no producer is running with state_dir /nonexistent"),
         (["init"], "init needs --brokers"),
         (["--log-level", "loud", "version"], "'loud' is not one of"),
     ],
@@ -126,7 +126,7 @@ def test_a_mistake_in_the_file_is_78(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ('acks = "1"', "kafka.settings.acks: must be all, since delivery rests on it: remove it"),
+        ('acks = "1"', "kafka.settings.acks: must be all, since delivery depends on it: remove it"),
         (
             '"linger.ms" = "soon"',
             "kafka.settings.linger.ms: Invalid value",

@@ -149,7 +149,7 @@ def test_operations_md_has_a_paragraph_for_each_alert() -> None:
     )
     assert titles == alerts
     for title, text in zip(titles, texts[1:], strict=True):
-        assert re.search(r"\bLook: \S.*\bMend(, by stage)?:\s\S", text, re.DOTALL), title
+        assert re.search(r"\bCheck: \S.*\bFix(, by stage)?:\s\S", text, re.DOTALL), title
 
 
 def test_each_alerts_runbook_is_its_paragraph() -> None:

@@ -35,7 +35,7 @@ def test_settings_that_delivery_rests_on_cannot_be_changed(name, value):
 
 @pytest.mark.parametrize("brokers", ["b:1", None])
 def test_brokers_are_set_in_their_own_place(brokers):
-    with pytest.raises(ConfigError, match=r"bootstrap\.servers: must not be set, since kafka\.brokers says it"):
+    with pytest.raises(ConfigError, match=r"bootstrap\.servers: must not be set, since kafka\.brokers sets it"):
         client_settings(brokers, {"bootstrap.servers": "other:1"})
 
 

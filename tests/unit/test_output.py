@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from producer.consume.event_line import EventFormatter
 from producer.errors import OutputError, UnavailableError
 from producer.health.status import table
 from producer.host import systemd
-from producer.host.output import MAX_RECORD_BYTES, LineFormatter, echo
+from producer.host.output import MAX_RECORD_BYTES, JournalFormatter, JsonFormatter, LineFormatter, echo
 from producer.host.text import to_json
 from tests.kafka.rebpf import command, rebpf
 from tests.unit.test_view import RETRANSMIT
 
-PRODUCER = Path(load.__file__).parent
+PRODUCER = Path(load.__file__).parents[1]
 HOSTILE = [
     "\x1b[2J\x1b]0;gone\x07",
     "x\r\n2026-01-01 00:00:00,000 ERROR forged",
@@ -90,6 +91,74 @@ def test_a_traceback_of_many_lines_keeps_its_end() -> None:
 
 def test_arguments_that_do_not_fit_cost_no_line() -> None:
     assert LineFormatter().format(record_of("count=%d", "\x1b")).endswith(r"count=%d ('\x1b',)")
+
+
+@hostile
+def test_each_line_for_the_journal_begins_with_its_priority_and_has_no_time(text: str) -> None:
+    error = ValueError(text)
+    error.add_note(text)
+    first, *rest = JournalFormatter().format(record_of("%s", text, exc_info=raised(error))).split("\n")
+    assert first.startswith("<3>ERROR ")
+    assert rest
+    assert all(line.startswith("<3>    ") for line in rest)
+    assert all(line.isprintable() for line in (first, *rest))
+    assert sum(len(line.encode()) + 1 for line in (first, *rest)) <= MAX_RECORD_BYTES + 1
+
+
+@pytest.mark.parametrize(("level", "priority"), [(10, 7), (20, 6), (30, 4), (40, 3), (50, 2)])
+def test_the_priority_is_the_severity_of_rfc_5424(level: int, priority: int) -> None:
+    record = logging.LogRecord("producer", level, "", 0, "text", (), None)
+    assert JournalFormatter().format(record).startswith(f"<{priority}>")
+
+
+@hostile
+def test_json_has_one_bounded_object_per_line(text: str) -> None:
+    line = JsonFormatter().format(record_of("name=%s", text, exc_info=raised(ValueError(text))))
+    assert line.isascii()
+    assert line.isprintable()
+    assert len(line) <= MAX_RECORD_BYTES
+    record = json.loads(line)
+    assert list(record) == ["time", "level", "logger", "message", "traceback"]
+    assert (record["level"], record["logger"]) == ("error", "producer")
+    assert record["message"].startswith("name=")
+    assert datetime.fromisoformat(record["time"]).utcoffset() == timedelta()
+
+
+def journal(stderr: Any) -> dict[str, str]:
+    status = os.fstat(stderr.fileno())
+    return {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+
+
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ([], "<3>ERROR rebpf: "),
+        (["--log-format", "text"], "rebpf: "),
+        (["--log-format", "json"], '{"time": "'),
+    ],
+)
+def test_an_error_has_the_format_of_the_log(options: list[str], start: str, tmp_path: Path) -> None:
+    with open(tmp_path / "stderr", "w+b") as stderr:
+        environment = os.environ | journal(stderr)
+        missing = ["check", "--config", str(tmp_path / "missing.toml")]
+        assert subprocess.run(command(*options, *missing), stderr=stderr, env=environment, check=False).returncode == 78
+        stderr.seek(0)
+        assert stderr.read().decode().startswith(start)
+
+
+def test_without_the_journal_at_the_other_end_the_log_is_text(tmp_path: Path) -> None:
+    environment = {**os.environ, "JOURNAL_STREAM": "1:1"}
+    missing = ["check", "--config", str(tmp_path / "missing.toml")]
+    ended = subprocess.run(command(*missing), stderr=subprocess.PIPE, env=environment, check=False)
+    assert ended.stderr.startswith(b"rebpf: ")
+
+
+def test_each_line_of_a_mistake_in_usage_has_its_priority(tmp_path: Path) -> None:
+    with open(tmp_path / "stderr", "w+b") as stderr:
+        environment = os.environ | journal(stderr)
+        assert subprocess.run(command("run", "--unknown"), stderr=stderr, env=environment, check=False).returncode == 64
+        stderr.seek(0)
+        assert all(line.startswith("<3>ERROR ") for line in stderr.read().decode().splitlines())
 
 
 @hostile
@@ -267,7 +336,7 @@ from producer.health import balance
 from producer.cli import main
 
 agent.Agent.run = lambda *_: {"tcp_transmit": balance.Balance(passed=7, delivered=7)}
-cli.main()
+main.main()
 """
 
 
@@ -293,7 +362,7 @@ def test_no_file_takes_the_place_of_a_closed_stream() -> None:
 
 
 # The programs at both ends of the lab's traffic speak to their parent only.
-ALLOWED = {("lab_traffic.py", "print")}
+ALLOWED = {("demo/traffic.py", "print")}
 
 
 def test_all_output_goes_through_one_module() -> None:

@@ -24,14 +24,14 @@ registry = { url = "x" }
 @pytest.mark.parametrize(
     ("message", "number"),
     [
-        ("host: str is wanted", 1),
+        ("host: expected a string", 1),
         ("unknown key spool.keep", 2),
-        ("capture is a table: write [capture]", 4),
+        ("capture: expected a table, [capture]", 4),
         ("unknown key capture.prots: did you mean ports?", 4),
-        ("capture.ports: 1 is no port", 5),
-        ("kafka.settings.linger.ms: a string is wanted", 8),
-        ("rules[1].port: a list is wanted", 10),
-        ("rules[2].port: a list is wanted", 11),
+        ("capture.ports: expected a port", 5),
+        ("kafka.settings.linger.ms: expected a string", 8),
+        ("rules[1].port: expected a list", 10),
+        ("rules[2].port: expected a list", 11),
         ("rules and a filter cannot be combined", 9),
         ("rule 2 web: '99-1' is no port", 11),
         ("metrics.registry.url: no", 13),
@@ -41,6 +41,6 @@ def test_the_line_of_a_message(message: str, number: int) -> None:
     assert line(TEXT, message) == f"line {number}: "
 
 
-@pytest.mark.parametrize("message", ["an action is keep or drop", "state_dir: str is wanted", ""])
+@pytest.mark.parametrize("message", ["an action is keep or drop", "state_dir: expected a string", ""])
 def test_no_line_for_what_is_not_there(message: str) -> None:
     assert line(TEXT, message) == ""

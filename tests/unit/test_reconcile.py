@@ -59,11 +59,11 @@ def test_each_cause_is_set_against_its_own_counter() -> None:
     assert [(row.seen, row.counted, row.difference) for row in rows] == [(13, 11, 2), (0, 2, -2), (5, 3, 2), (1, 7, -6)]
 
 
-def test_a_syn_ack_counts_as_sent_first_each_time_and_as_sent_again_from_the_second() -> None:
+def test_each_syn_ack_is_a_first_transmission_and_a_retransmission_from_the_second_on() -> None:
     tally = Tally()
     for seq in (7, 7, 8, 7):
         tally.add(TRANSMITS.topic, syn_ack(seq))
-    assert (tally.sent_first, tally.sent_again) == (4, 2)
+    assert (tally.first_transmissions, tally.marked_retransmits) == (4, 2)
 
 
 def test_repeated_and_missing_numbers_are_counted() -> None:
@@ -87,13 +87,15 @@ def test_losses_of_the_balance_are_reasons() -> None:
 
 def test_what_the_reader_missed_is_a_reason() -> None:
     late = {**NOTHING_LOST, TRANSMITS.topic: {"delivered": 5, "lost": {}}}
-    assert "tcp_transmit: 3 events were delivered to the broker and not read back" in why(
+    assert "tcp_transmit: 3 events were delivered to the broker, but not read back" in why(
         tally_of(AGREEING, first=90, again=23), late
     )
 
 
 def test_the_transmit_topic_is_a_witness_for_runs_that_the_kernel_left_out() -> None:
-    assert why(tally_of({**AGREEING, "tlp": 1}, first=100, again=23)).startswith("2 segments are in the transmit topic")
+    assert why(tally_of({**AGREEING, "tlp": 1}, first=100, again=23)).startswith(
+        "2 segments are marked as retransmitted"
+    )
 
 
 def test_segments_without_a_socket_are_a_reason() -> None:

@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_is_a_configuration_error(tmp_path):
 def test_a_link_to_nowhere_and_a_link_to_a_folder(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "none")
-    with pytest.raises(ConfigError, match=f"state_dir {link}: a link to {tmp_path}/none, which is no folder"):
+    with pytest.raises(ConfigError, match=f"state_dir {link}: a link to {tmp_path}/none, which is not a folder"):
         StateFolder(link).__enter__()
     (tmp_path / "none").mkdir()
     with StateFolder(link) as folder:
@@ -296,7 +296,7 @@ def test_a_reload_that_is_refused_gives_the_producers_reason(path):
         answer = {"rules_version": 5, "reloads": 2, "reload_refused": "rule 1: no such user"}
         before = signal.signal(signal.SIGHUP, lambda *_: folder.publish(answer))
         try:
-            with pytest.raises(ConfigError, match="refuses the rules: rule 1: no such user"):
+            with pytest.raises(ConfigError, match="rejects the rules: rule 1: no such user"):
                 reload(path)
         finally:
             signal.signal(signal.SIGHUP, before)

@@ -230,7 +230,7 @@ def test_status_where_none_runs_is_69(tmp_path):
     done = rebpf("status", "--state-dir", tmp_path)
 
     assert (done.returncode, done.stdout) == (69, "")
-    assert done.stderr == f"rebpf: no producer runs with state_dir {tmp_path}, or it is not ready\n"
+    assert done.stderr == f"rebpf: no producer is running with state_dir {tmp_path}, or it is not ready yet\n"
 
 
 def test_status_of_a_producer_without_an_endpoint_is_69(tmp_path):
@@ -238,7 +238,7 @@ def test_status_of_a_producer_without_an_endpoint_is_69(tmp_path):
         done = rebpf("status", "--state-dir", tmp_path)
 
     assert (done.returncode, done.stdout) == (69, "")
-    assert done.stderr == f"rebpf: the producer with pid {os.getpid()} has no endpoint: set metrics.listen\n"
+    assert done.stderr == f"rebpf: the producer with pid {os.getpid()} has no HTTP endpoint: set metrics.listen\n"
 
 
 def test_status_of_a_producer_that_does_not_answer_is_69(tmp_path):

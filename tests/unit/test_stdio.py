@@ -39,7 +39,7 @@ def full_pipe() -> Iterator[tuple[int, int]]:
 
 
 def python(code: str, **streams: object) -> "subprocess.Popen[bytes]":
-    text = f"import sys\nfrom producer import stdio\nstdio.take_over()\n{code}"
+    text = f"import sys\nfrom producer.host import stdio\nstdio.take_over()\n{code}"
     return subprocess.Popen([sys.executable, "-c", text], **streams)  # type: ignore[call-overload, no-any-return]
 
 
@@ -122,7 +122,7 @@ except OutputError as error:
         assert child.stderr is not None
         assert child.stderr.readline() == b"ready\n"
         child.send_signal(signal.SIGTERM)
-        assert child.communicate(timeout=TIMEOUT_S)[1] == b"True standard output: nobody reads it\n"
+        assert child.communicate(timeout=TIMEOUT_S)[1] == b"True standard output: the reader does not read\n"
 
 
 @pytest.mark.parametrize("end", ["/dev/full", "a dead pipe"])

@@ -82,5 +82,5 @@ def test_a_manager_that_is_stuck_or_gone_delays_and_ends_no_step(stuck, tmp_path
                 while True:
                     notify("STATUS=full", timeout_s=0.01)
         systemd.Watchdog().step(10.0, lambda: "at 10")
-        systemd.tell("STOPPING=1")
+        systemd.try_notify("STOPPING=1")
     assert [record.args[0] for record in caplog.records] == ["WATCHDOG=1", "STOPPING=1"]

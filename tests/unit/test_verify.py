@@ -315,7 +315,7 @@ def test_a_broker_that_is_down_is_unavailable() -> None:
     ("arguments", "text"),
     [
         ([], "verify needs --brokers"),
-        (["--brokers", "127.0.0.1:1", "--since-offset", "end"], "'end' is neither a number nor 'beginning'"),
+        (["--brokers", "127.0.0.1:1", "--since-offset", "end"], "expected a number or 'beginning', found 'end'"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_64(arguments: list[str], text: str) -> None:

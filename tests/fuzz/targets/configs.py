@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from producer.cli import main
 from producer.config.librdkafka import client_settings
-from producer.config.load import Config, load, placed
+from producer.config.load import Config, load, located
 from producer.errors import ConfigError, RebpfError
 from producer.kernel.hooks import cgroup2_root
 from producer.rules.resolve import resolve
@@ -97,6 +97,7 @@ _OPTIONS = (
     "--explain",
     "--json",
     "--local",
+    "--log-format",
     "--log-level",
     "--pin",
 )
@@ -114,7 +115,7 @@ def _files() -> Iterator[Check]:
             path.write_bytes(content)
             try:
                 config = load(path)
-                with placed(path):
+                with located(path):
                     client_settings(config.kafka.brokers, config.kafka.settings)
                     resolve(config, root).tables()
             except ConfigError as error:
