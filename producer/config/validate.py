@@ -167,7 +167,7 @@ def _check_spool(spool: Any) -> None:
             raise ConfigError(f"spool.{name}: expected 0, or at least {_MIN_SPOOL_BYTES} bytes, found {size}")
         if size > _MAX_SPOOL_BYTES:
             raise ConfigError(f"spool.{name}: expected at most {_MAX_SPOOL_BYTES} bytes, found {size}")
-    _check_choice("spool.keep", spool.keep, ("old", "new"))
+    _check_choice("spool.when_full", spool.when_full, ("reject", "drop_oldest"))
 
 
 def _check_listen(listen: str) -> None:
