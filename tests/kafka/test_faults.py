@@ -57,7 +57,7 @@ def broker(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> I
 def kafka(broker: KafkaServer) -> Iterator[KafkaServer]:
     """A broker for this module, restarted after each test."""
     yield broker
-    mend(broker)
+    repair(broker)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,10 @@ def cluster(three: KafkaCluster) -> Iterator[KafkaCluster]:
     """Three brokers, restarted after each test."""
     yield three
     for node in three.nodes.values():
-        mend(node)
+        repair(node)
 
 
-def mend(server: KafkaServer) -> None:
+def repair(server: KafkaServer) -> None:
     if server.is_running:
         server.resume()
     else:

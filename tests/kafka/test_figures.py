@@ -79,9 +79,9 @@ def test_a_plain_consumer_counts_what_the_kernel_counted(captured):
 
     assert comparison.retransmitted.counted > 10
     assert [row for row in comparison.rows if row.difference and row is not comparison.first_transmissions] == []
-    # What is sent without a socket passes no hook: an answer from TIME_WAIT, each to something that was sent again.
+    # Segments without a socket pass no hook: answers from TIME_WAIT, each to a retransmission.
     assert -comparison.retransmitted.counted < comparison.first_transmissions.difference <= 0
-    # A SYN-ACK that is sent again is one event, and in both counters.
+    # A retransmitted SYN-ACK is one event, and in both counters.
     both = tally.first_transmissions + tally.marked_retransmits - tally.retransmitted["syn_ack"]
     assert (captured.segs(TRANSMIT), captured.segs(RETRANSMIT)) == (both, captured.counters["RetransSegs"])
 

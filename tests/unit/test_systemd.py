@@ -1,4 +1,4 @@
-"""What is told to systemd, and that it is known to have arrived."""
+"""Notifications to systemd, and the proof that they arrived."""
 
 import contextlib
 import os

@@ -28,7 +28,6 @@ RETIRED = (
     "so many",
     "put by",
     "how-manieth",
-    "in numbers",
     "once more",
 )
 PATTERN = re.compile(rf"\b({'|'.join(RETIRED)})\b", re.IGNORECASE)

@@ -163,7 +163,7 @@ def _alertmanager() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _endpoint() -> Iterator[Check]:
-    """Whatever a visitor sends, the next one is told that all is well."""
+    """Whatever a visitor sends, the next one gets a healthy answer."""
     board = StatusBoard(hangs_after_s=1e9, answer_timeout_s=0.01)
     board.publish(status())
     with Endpoint("127.0.0.1", 0, board) as endpoint:
