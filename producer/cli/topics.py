@@ -1,0 +1,159 @@
+"""The commands `rebpf init`, `rebpf tail` and `rebpf verify`."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from producer.cli.options import (
+    Command,
+    Offset,
+    TopicName,
+    brokers_option,
+    config_option,
+    json_option,
+    load,
+    option,
+    registry_option,
+    state_dir_option,
+    usage,
+)
+from producer.host.output import echo
+from producer.host.signals import stop_on_signals
+from producer.host.text import lines
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf init --brokers kafka-1:9092 --partitions 12 --replication 3", "Set up the topics of a fleet, once"),
+    ),
+)
+@config_option
+@brokers_option
+@registry_option
+@option("--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions per event topic.")
+@option("--replication", type=click.IntRange(min=1), default=1, show_default=True, help="Replicas per partition.")
+@option("--alerts", is_flag=True, help="Also create the topics and schemas of `rebpf alert`.")
+def init(
+    config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int, alerts: bool
+) -> None:
+    """Create the topics and register the schemas."""
+    from producer.commands.init import create_topics, register_schemas
+
+    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    if settings.kafka.brokers is None:
+        usage("init needs --brokers")
+    done = create_topics(settings, partitions, replication, alerts=alerts)
+    done += register_schemas(settings, alerts=alerts)
+    echo(lines(done))
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf tail", "Show the events of the producer on this host"),
+        ("rebpf tail --brokers kafka-1:9092 --topic tcp_retransmit -n 100", "Show the next 100 retransmissions"),
+    ),
+)
+@config_option
+@brokers_option
+@registry_option
+@option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
+@click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
+@option("--from-beginning", is_flag=True, help="Start with the earliest event.")
+@state_dir_option
+@json_option
+def tail(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    topic: tuple[str, ...],
+    limit: int | None,
+    from_beginning: bool,
+    state_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Print events from the topics as they arrive.
+
+    Without --brokers, reads from the brokers of the producer that runs on this host.
+    """
+    from producer.commands.tail import tail as tail_topics
+    from producer.events import STREAMS
+    from producer.host import state
+    from producer.topics import topic as topic_of
+
+    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+    facts: dict[str, Any] = {"brokers": settings.kafka.brokers, "registry": settings.registry.url}
+    if settings.kafka.brokers is None:
+        facts = state.running(settings.state_dir) or usage(
+            f"no producer is running with state_dir {settings.state_dir}: give --brokers, or start `rebpf run`"
+        )
+    tail_topics(
+        facts["brokers"],
+        topic or tuple(topic_of(settings, stream) for stream in STREAMS),
+        registry=replace(settings.registry, url=facts["registry"]),
+        as_json=as_json,
+        limit=limit,
+        color=sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+        from_beginning=from_beginning,
+        stop=stop_on_signals(),
+        client_settings=settings.kafka.settings,
+    )
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf verify --brokers kafka-1:9092 --host web-17", "Check the events of one host"),
+        ("rebpf verify --brokers kafka-1:9092 --since-offset -100000", "Check the latest 100,000 messages"),
+    ),
+)
+@config_option
+@brokers_option
+@registry_option
+@option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
+@option("--host", help="Check the events of this host only.")
+@option(
+    "--since-offset",
+    type=Offset(),
+    default="beginning",
+    show_default=True,
+    help="First offset in each partition; a negative number counts from the end.",
+)
+@json_option
+def verify(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    topic: tuple[str, ...],
+    host: str | None,
+    since_offset: int | None,
+    as_json: bool,
+) -> None:
+    """Check the topics for missing, duplicate and reordered events.
+
+    Reads each topic to its end. Exits with 65 if anything is wrong.
+    """
+    from producer.commands import verify as verifying
+    from producer.errors import IncompleteError
+    from producer.events import STREAMS
+    from producer.topics import topic as topic_of
+
+    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    if settings.kafka.brokers is None:
+        usage("verify needs --brokers")
+    reports = verifying.verify(
+        settings.kafka.brokers,
+        tuple(dict.fromkeys(topic)) or tuple(topic_of(settings, stream) for stream in STREAMS),
+        registry=settings.registry,
+        host=host,
+        since=since_offset,
+        client_settings=settings.kafka.settings,
+    )
+    echo(verifying.show(reports, as_json=as_json))
+    if complaint := verifying.fault_summary(reports):
+        raise IncompleteError(complaint)
