@@ -102,7 +102,7 @@ def test_a_stop_keeps_nothing_and_a_second_producer_is_refused(broker, bpffs, tm
     assert (bpffs / "pins" / "manifest").is_symlink()
     other = rebpf("run", "--state-dir", tmp_path / "other", "--pin", bpffs / "pins", "--duration", 1)
     assert other.returncode == 75
-    assert "keeps its hooks" in other.stderr
+    assert "has pinned its hooks" in other.stderr
     run.finish()
     assert list((bpffs / "pins").iterdir()) == []
 

@@ -214,7 +214,7 @@ def test_a_kernel_without_a_required_member_is_rejected_by_the_members_name(tmp_
     btf = kernel_btf_with(tmp_path, {"tcp_gso_segs": "tcp_gso_sexs"})
     with Capture(CaptureSettings(hooks=ALLOWED, btf=btf)) as hooks, pytest.raises(UnavailableError) as caught:
         hooks.load()
-    assert "missing: tcp_skb_cb.tcp_gso_segs" in str(caught.value)
+    assert "that ReBPF needs: tcp_skb_cb.tcp_gso_segs" in str(caught.value)
 
 
 def test_without_btf_the_error_says_what_to_do(tmp_path: Path) -> None:
