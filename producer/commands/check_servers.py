@@ -36,7 +36,7 @@ def kafka(config: Config) -> Iterator[Finding]:
         yield from _compaction(name, topics[name])
     for finding in _topic(heartbeats, topics[heartbeats], brokers):
         if finding.exit_code:
-            yield Finding(finding.subject, f"{finding.text}; till then no heartbeats are sent", available=False)
+            yield Finding(finding.subject, f"{finding.text}; no heartbeats are sent until then", available=False)
         else:
             yield finding
     counts = {info.partitions for info in (topics[name] for name in events) if isinstance(info, TopicInfo)}
@@ -95,8 +95,8 @@ def registry(config: Config) -> Iterator[Finding]:
                 subject = f"schema {name}-value"
                 try:
                     if not schemas.compatible(name, schema):
-                        text = f"registry {config.registry.url} has others there, with which this version's is "
-                        text += "incompatible: use another kafka.topic_prefix, or delete the subject and `rebpf init`"
+                        text = f"registry {config.registry.url} has schemas that are incompatible with this version's: "
+                        text += "use another kafka.topic_prefix, or delete the subject and run `rebpf init`"
                         yield Finding(
                             subject, text, 0 if name == heartbeats else SchemaError.exit_code, available=False
                         )

@@ -169,7 +169,7 @@ def test_check_of_a_host_that_has_everything_is_good():
     assert len(text.stdout.splitlines()) == len(found)
     assert {line.split()[0] for line in text.stdout.splitlines()} <= {"ok", "no", "WARNING"}
     for line in text.stdout.splitlines():
-        assert "transmit by " not in line or line.startswith("ok ") == line.endswith(": possible")
+        assert "transmit by " not in line or line.startswith("ok ") == line.endswith(": available")
 
 
 def test_check_says_what_an_unprivileged_user_lacks():
@@ -340,7 +340,7 @@ def test_a_registry_that_refuses_the_password(kafka, registry, config, tmp_path)
     assert found["registry"]["exit_code"] == 77
     text = str(found["registry"]["text"])
     assert text.startswith(f"registry {guarded.url} rejects the authentication: ")
-    assert text.endswith("; put USER:PASSWORD into the file that registry.auth names, or see registry.certificate")
+    assert text.endswith("; put USER:PASSWORD into the file named by registry.auth, or check registry.certificate")
     assert "wr0ng" not in json.dumps(found)
 
 
