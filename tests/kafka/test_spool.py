@@ -169,7 +169,7 @@ def test_a_spool_that_keeps_the_old_leaves_the_new_to_the_ring(mortal, tmp_path)
     with Steady(scene.port, SENDS) as traffic:
         with outage(mortal):
             wait_until("the ring is full", lambda: scene.account()["lost"].get("ring_full", 0) > 5000)
-            assert any("the spool has its" in reason for reason in scene.status()["reasons"])
+            assert any("the spool is full" in reason for reason in scene.status()["reasons"])
         scene.wait_for_delivery()
         traffic.stop()
     gaps_are_what_is_lost(scene, mortal, "ring_full")
