@@ -102,7 +102,7 @@ class Skips:
         if self._capture.kernel.hooks_in_use["transmit"] == "kprobe" and kernel_version() < (6, 7):
             # These kernels do not count skipped runs. Both streams' retransmissions are sent in softirqs, where the
             # kernel skips runs.
-            return 2 + len(self._capture.all(stream)[self._first[stream.name] :]) // 100
+            return 4 + len(self._capture.all(stream)[self._first[stream.name] :]) // 50
         return counters.nested - self._nested[stream.name]
 
 
