@@ -89,6 +89,8 @@ class Isolator:
             first, end = ranges.pop()
             try:
                 self._encoder.encode(Batch(batch.stream, batch.rows[first:end]), utc_offset_ns)
+            except (MemoryError, OSError):  # no row causes it: none may be dropped for it
+                raise
             except Exception as error:  # the same defect
                 if end - first == 1:
                     reason = f"{type(error).__name__}: {error}"

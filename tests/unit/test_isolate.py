@@ -95,3 +95,27 @@ def test_a_step_with_a_defect_is_bounded_and_all_good_events_are_encoded(bad: se
     assert sorted(refused) == sorted(bad)
     assert good == [each for each in range(4096) if each not in bad]
     assert isolator.fit(rows_of(1)) == 1
+
+
+class OutOfMemory:
+    """An encoder with a defect on one row, for which memory runs out when the defect is searched for."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def fit(self, rows: Rows) -> int:
+        return len(rows)
+
+    def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
+        self._calls += 1
+        if self._calls > 1:
+            raise MemoryError
+        raise KeyError("defect")
+
+
+def test_no_event_is_lost_because_memory_runs_out_in_the_search() -> None:
+    refused: list[Rows] = []
+    isolator = Isolator(OutOfMemory(), lambda rows, reason: refused.append(rows))
+    with pytest.raises(MemoryError):
+        isolator.encode(Batch(TRANSMITS, rows_of(97)), UTC_OFFSET_NS)
+    assert refused == []
