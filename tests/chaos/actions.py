@@ -145,8 +145,8 @@ def reload_wrong(scene: Scene, chance: random.Random) -> Waits:
     text = wrong(scene, chance)
     producer.write(text)
     if text == b"":  # an empty file is valid, so use a folder
-        producer.config.load.unlink()
-        producer.config.load.mkdir()
+        producer.config.unlink()
+        producer.config.mkdir()
     before, life = producer.refused, producer.life
     producer.send(signal.SIGHUP)
     end_s = time.monotonic() + DONE_S

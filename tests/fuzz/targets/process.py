@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from producer.config.load import load
+from producer.config import load
 from producer.errors import ConfigError
 from producer.host import state
 from producer.kernel.hooks import cgroup2_root
@@ -28,7 +28,7 @@ if os.environ.get("LISTEN_PID") == "mine":
     os.environ["LISTEN_PID"] = str(os.getpid())
 from producer.kernel import fdstore
 from producer.host import systemd
-from producer.config.load import read_secret
+from producer.config import read_secret
 from producer.errors import RebpfError
 from pathlib import Path
 try:
@@ -78,9 +78,9 @@ def _reloads() -> Iterator[Check]:
             producer.ready()
 
             def check(content: bytes) -> None:
-                producer.config.load.write_bytes(content)
+                producer.config.write_bytes(content)
                 before, refused = _version(producer), producer.log.count("reload refused")
-                good = _is_right(producer.config.load, root)
+                good = _is_right(producer.config, root)
                 producer.send(signal.SIGHUP)
 
                 def answered() -> bool:
