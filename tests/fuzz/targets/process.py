@@ -28,7 +28,7 @@ if os.environ.get("LISTEN_PID") == "mine":
     os.environ["LISTEN_PID"] = str(os.getpid())
 from producer.kernel import fdstore
 from producer.host import systemd
-from producer.config import read_secret
+from producer.config.load import read_secret
 from producer.errors import RebpfError
 from pathlib import Path
 try:
