@@ -11,7 +11,7 @@ settings.register_profile("rebpf", deadline=None, derandomize="CI" in os.environ
 settings.load_profile("rebpf")
 
 TIERS = ("quick", "default", "all")
-QUICK = ("tests/unit/", "tests/property/", "tests/servers/")
+QUICK = ("tests/unit/", "tests/property/")
 """Folders whose tests need neither servers nor a network, except tests marked root or extended."""
 
 left_out = pytest.StashKey[Counter[tuple[str, str]]]()

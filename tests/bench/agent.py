@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.servers.kafka import KafkaServer
+from tests.support.servers.kafka import KafkaServer
 
 PORT = 9010
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -22,8 +22,8 @@ from producer.events import RETRANSMITS, TRANSMITS, Batch, SchemaId, Stream
 from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
 from tests.bench.stages import ROWS, messages, rows
-from tests.kafka.rebpf import command, rebpf, wait_until
-from tests.servers.kafka import KafkaServer
+from tests.support.rebpf import command, rebpf, wait_until
+from tests.support.servers.kafka import KafkaServer
 
 HOSTS, PARTITIONS = 20, 6
 ROUND = ROWS + ROWS // 10

@@ -14,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.kafka.faults import rss_anon_kb
-from tests.kafka.rebpf import wait_until
-from tests.kafka.steady import SteadyScene
-from tests.kafka.traffic import Steady
-from tests.servers.kafka import KafkaServer
+from tests.support.faults import rss_anon_kb
+from tests.support.load import SteadyScene
+from tests.support.rebpf import wait_until
+from tests.support.servers.kafka import KafkaServer
+from tests.support.traffic import Steady
 
 WARM_S = 20.0
 HOUR_S = 3600.0

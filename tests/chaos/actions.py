@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tests.chaos.proxy import MODES
 from tests.chaos.scene import Scene, python
-from tests.kafka.rebpf import command
+from tests.support.rebpf import command
 
 Waits = Iterator[float]
 DONE_S = 60.0

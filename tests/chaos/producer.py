@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tests.chaos.findings import Findings
-from tests.kafka.rebpf import command
+from tests.support.rebpf import command
 
 STEP_LIMIT_S = 2.0
 START_LIMIT_S = 90.0

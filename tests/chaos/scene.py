@@ -24,10 +24,10 @@ from tests.chaos.findings import Findings
 from tests.chaos.producer import Life, Producer
 from tests.chaos.proxy import Proxy
 from tests.chaos.traffic import BLACKHOLE_PORT, LOSSY_PORT
-from tests.kafka.rebpf import rebpf
-from tests.servers.kafka import KafkaServer
-from tests.servers.process import free_port
-from tests.servers.registry import SchemaRegistry
+from tests.support.rebpf import rebpf
+from tests.support.servers.kafka import KafkaServer
+from tests.support.servers.process import free_port
+from tests.support.servers.registry import SchemaRegistry
 
 TOPICS = ("tcp_transmit", "tcp_retransmit")
 HOST = "chaos"

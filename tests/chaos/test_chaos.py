@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import fetch
+from tests.support.servers import fetch
 
 MINUTES = 60
 

@@ -8,7 +8,7 @@ import fastavro
 
 from tests.chaos.account import TopicAccount
 from tests.chaos.oracle import Oracle
-from tests.kafka.topics import SCHEMAS
+from tests.support.topics import SCHEMAS
 
 BOOT_ID = "5f0c0e2a-0000-4000-8000-00000000abcd"
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.kafka.rebpf import rebpf
+from tests.support.rebpf import rebpf
 
 pytestmark = pytest.mark.root
 

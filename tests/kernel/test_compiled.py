@@ -12,8 +12,8 @@ from producer.kernel.bpf_syscall import RETURN_0
 from producer.kernel.capture import Capture
 from producer.kernel.program_cache import ProgramCache
 from producer.rules.tables import filtered
-from tests.kernel.capture import Pair, Recording, hook_settings, kernel_btf_with, rules
-from tests.kernel.trial import Trial, segs
+from tests.support.capture import Pair, Recording, hook_settings, kernel_btf_with, rules
+from tests.support.comparison import Trial, segs
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

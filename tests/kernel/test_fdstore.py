@@ -14,12 +14,12 @@ from producer.kernel.bpf_syscall import program_ids
 from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
 from producer.rules.tables import filtered
-from tests.kafka.proc import bpf_ids
-from tests.kafka.traffic import Echo, exchange
-from tests.kernel import service
-from tests.kernel.capture import hook_settings, wait_for
-from tests.manager import Manager
-from tests.wire import Segment, captured, late_acks
+from tests.support import fdstore_service
+from tests.support.capture import hook_settings, wait_for
+from tests.support.fake_systemd import Manager
+from tests.support.procfs import bpf_ids
+from tests.support.traffic import Echo, exchange
+from tests.support.wire import Segment, captured, late_acks
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
@@ -36,15 +36,15 @@ class Service:
     def __init__(self, manager: Manager, file: Path, port: int, *arguments: str) -> None:
         self._manager, self._file = manager, file
         self._before = manager.messages.count("READY=1")
-        command = [sys.executable, "-m", "tests.kernel.service", str(file), str(port), *arguments]
+        command = [sys.executable, "-m", "tests.support.fdstore_service", str(file), str(port), *arguments]
         # It ends with the tests, however they end.
         self._process = manager.start(["setpriv", "--pdeathsig", "KILL", *command])
 
-    def wait_events(self, count: int) -> "Counter[service.Event]":
+    def wait_events(self, count: int) -> "Counter[fdstore_service.Event]":
         """Wait for at least `count` events that all hooks see, and return all events."""
 
-        def look() -> "Counter[service.Event] | None":
-            events = Counter(service.read(self._file))
+        def look() -> "Counter[fdstore_service.Event] | None":
+            events = Counter(fdstore_service.read(self._file))
             return events if segments(events).total() >= count else None
 
         return wait_for(look, f"{count} events")
@@ -148,7 +148,7 @@ def test_detach_clears_the_store(manager: Manager, monkeypatch: pytest.MonkeyPat
     wait_for(lambda: not programs & program_ids(), "the programs' end")
 
 
-def segments(events: "Counter[service.Event]") -> "Counter[Segment]":
+def segments(events: "Counter[fdstore_service.Event]") -> "Counter[Segment]":
     """Return the events' segments, except those that only some hooks see."""
     found = Counter(event.segment for event in events.elements())
     return found - late_acks(found)

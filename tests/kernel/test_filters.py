@@ -14,7 +14,7 @@ import pytest
 from producer.demo.lab import Lab
 from producer.events import RETRANSMITS, TRANSMITS, Rows
 from producer.rules.tables import filtered
-from tests.kernel.capture import Pair, Recording, hook_settings, inside, wait_for
+from tests.support.capture import Pair, Recording, hook_settings, inside, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

@@ -22,7 +22,7 @@ from producer.kernel.capture import Capture
 from producer.kernel.pinned import PinFolder
 from producer.kernel.sequence import EventNumbers
 from producer.rules.tables import filtered
-from tests.kernel.capture import ALLOWED, hook_settings, wait_for
+from tests.support.capture import ALLOWED, hook_settings, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

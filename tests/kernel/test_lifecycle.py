@@ -20,7 +20,7 @@ from producer.kernel.bpf_syscall import program_ids
 from producer.kernel.capture import Capture, CaptureSettings
 from producer.kernel.hooks import HOOKS_BY_STREAM
 from producer.rules.tables import filtered
-from tests.kernel.capture import ALLOWED, Pair, Recording, hook_settings, kernel_btf_with, rules, wait_for
+from tests.support.capture import ALLOWED, Pair, Recording, hook_settings, kernel_btf_with, rules, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

@@ -12,7 +12,7 @@ from producer.kernel.bpf_syscall import possible_cpus
 from producer.kernel.capture import Capture
 from producer.kernel.sequence import EventNumbers
 from producer.rules.tables import filtered
-from tests.kernel.capture import hook_settings
+from tests.support.capture import hook_settings
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

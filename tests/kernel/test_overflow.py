@@ -11,7 +11,7 @@ import pytest
 from producer.events import RETRANSMITS, TRANSMITS
 from producer.kernel.capture import Capture
 from producer.rules.tables import filtered
-from tests.kernel.capture import hook_settings
+from tests.support.capture import hook_settings
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

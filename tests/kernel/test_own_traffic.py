@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from producer.demo.lab import Lab
-from tests.kafka.rebpf import Run
-from tests.kernel.capture import ALLOWED, inside, wait_for
+from tests.support.capture import ALLOWED, inside, wait_for
+from tests.support.rebpf import Run
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 

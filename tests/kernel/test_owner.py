@@ -13,8 +13,8 @@ import pytest
 from producer.demo.lab import Lab
 from producer.events import CAUSES, KNOWN
 from producer.kernel.hooks import cgroup2_root
-from tests.kernel.capture import DEADLINE_S, Recording, inside, receive, rules, wait_for
-from tests.kernel.trial import Trial
+from tests.support.capture import DEADLINE_S, Recording, inside, receive, rules, wait_for
+from tests.support.comparison import Trial
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

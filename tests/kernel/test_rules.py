@@ -21,8 +21,8 @@ from producer.kernel import bpf_syscall
 from producer.kernel.hooks import cgroup2_root
 from producer.kernel.rule_maps import RuleMaps
 from producer.rules.tables import MOST_CGROUP_LEVELS, Action, Rule, tables
-from tests.kernel.capture import Pair, Recording, hook_settings, inside, receive
-from tests.kernel.capture import rules as firewall
+from tests.support.capture import Pair, Recording, hook_settings, inside, receive
+from tests.support.capture import rules as firewall
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

@@ -12,8 +12,8 @@ import pytest
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS, Rows, Stream
 from producer.rules.tables import filtered
-from tests.kernel.capture import Recording, Skips, hook_settings, inside, sees_ipv6_synacks, wait_for
-from tests.kernel.tun import Tun
+from tests.support.capture import Recording, Skips, hook_settings, inside, sees_ipv6_synacks, wait_for
+from tests.support.tun import Tun
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 

@@ -15,9 +15,9 @@ import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import Rows
-from tests.kernel.capture import Pair, Recording, inside, kernel_version, receive, rules, wait_for
-from tests.kernel.tcpinfo import TcpInfo, tcp_info
-from tests.kernel.trial import ACK, INTERFACE, RST, Trial, segs
+from tests.support.capture import Pair, Recording, inside, kernel_version, receive, rules, wait_for
+from tests.support.comparison import ACK, INTERFACE, RST, Trial, segs
+from tests.support.tcpinfo import TcpInfo, tcp_info
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

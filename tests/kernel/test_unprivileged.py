@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.capture import ALLOWED
+from tests.support.capture import ALLOWED
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 

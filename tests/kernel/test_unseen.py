@@ -11,9 +11,9 @@ import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import TRANSMITS, Rows
-from tests.kernel.capture import Pair, Recording, Skips, inside, kernel_version, rules, wait_for
-from tests.kernel.trial import Trial
-from tests.kernel.tun import Tun
+from tests.support.capture import Pair, Recording, Skips, inside, kernel_version, rules, wait_for
+from tests.support.comparison import Trial
+from tests.support.tun import Tun
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 

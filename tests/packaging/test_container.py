@@ -30,15 +30,15 @@ from fastavro import parse_schema
 from producer.config import load
 from producer.events import CAUSES
 from producer.paths import SCHEMAS
-from tests.kafka.rebpf import wait_until
-from tests.servers import docker, fetch, prometheus
-from tests.servers.alertmanager import AlertmanagerServer
-from tests.servers.alertmanager import package as alertmanager_package
-from tests.servers.consume import decode, kcat_messages
-from tests.servers.docker import DockerEngine
-from tests.servers.kafka import KafkaServer
-from tests.servers.process import LOG_TAIL_LINES
-from tests.servers.registry import SchemaRegistry
+from tests.support.rebpf import wait_until
+from tests.support.servers import docker, fetch, prometheus
+from tests.support.servers.alertmanager import AlertmanagerServer
+from tests.support.servers.alertmanager import package as alertmanager_package
+from tests.support.servers.consume import decode, kcat_messages
+from tests.support.servers.docker import DockerEngine
+from tests.support.servers.kafka import KafkaServer
+from tests.support.servers.process import LOG_TAIL_LINES
+from tests.support.servers.registry import SchemaRegistry
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINER = ROOT / "deploy/container"

@@ -19,9 +19,9 @@ from producer.health import metrics
 from producer.health.balance import Balance
 from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.web_config import WebSettings
-from tests.servers.certificates import Authority
-from tests.servers.prometheus import Prometheus, programs
-from tests.unit.statuses import status
+from tests.support.servers.certificates import Authority
+from tests.support.servers.prometheus import Prometheus, programs
+from tests.support.statuses import status
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from producer.pipeline.stream import Stores, StreamPath, resume
 from producer.spool.files import ASIDE_SUFFIX, files
 from producer.spool.spool import Spool
 from tests.property.faults import CrashError, FailingDisk, FailingLedger, Faults
-from tests.rings import STRIDE, MemoryRing
+from tests.support.memory_ring import STRIDE, MemoryRing
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -16,7 +16,7 @@ from producer.config.load import load
 from producer.events import CAUSES, STREAMS
 from producer.health.balance import stage
 from producer.paths import SCHEMAS
-from tests.unit import configuration
+from tests.support import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -61,7 +61,7 @@ def test_delivery_md_names_tests_that_there_are() -> None:
     section = (DOCS / "delivery.md").read_text().split("## Faults")[1].split("\n## ")[0]
     named = set(re.findall(r"`(test_\w+)` \|$", section, re.MULTILINE))
     there = {
-        name for path in ROOT.glob("tests/*/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+        name for path in ROOT.glob("tests/**/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }
     assert len(named) > 20
     assert named <= there
@@ -78,7 +78,7 @@ def test_delivery_md_has_each_reason_at_its_stage() -> None:
 def test_configuration_md_has_the_settings_that_there_are() -> None:
     above, mark, _ = configuration.DOCUMENT.read_text().partition(configuration.MARK)
     assert mark
-    assert above == configuration.generated(), "run `python -m tests.unit.configuration`"
+    assert above == configuration.generated(), "run `python -m tests.support.configuration`"
 
 
 def logged() -> set[str]:
@@ -159,8 +159,8 @@ def test_each_alerts_runbook_is_its_paragraph() -> None:
 
 
 def test_operations_md_grants_what_the_tests_producer_has() -> None:
-    """tests/servers/secure.py's user produces with these rights alone."""
+    """tests/support/servers/secure.py's user produces with these rights alone."""
     text = (DOCS / "operations.md").read_text()
     operations = re.findall(r"--operation (\w+)", text.split("## Rights")[1].split("Brokers before")[0])
-    granted = (ROOT / "tests" / "servers" / "secure.py").read_text().split("_WHAT_A_PRODUCER_NEEDS = ")[1]
+    granted = (ROOT / "tests/support/servers/secure.py").read_text().split("_WHAT_A_PRODUCER_NEEDS = ")[1]
     assert re.findall(r"AclOperation\.(\w+)", granted.splitlines()[0]) == operations

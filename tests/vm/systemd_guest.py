@@ -12,8 +12,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.vm.guest import ROOT, GuestError, Result
-from tests.vm.kernels import KEYRINGS, debian_mirror
+from tests.support.vm.guest import ROOT, GuestError, Result
+from tests.support.vm.kernels import KEYRINGS, debian_mirror
 from tests.vm.systemd_image import DISK, INITRD, KERNEL, image
 
 _BOOT_S = 240

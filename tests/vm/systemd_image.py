@@ -11,9 +11,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.servers.fetch import cache, cached
-from tests.vm.guest import TIED
-from tests.vm.kernels import KEYRINGS, debian_mirror
+from tests.support.servers.fetch import cache, cached
+from tests.support.vm.guest import TIED
+from tests.support.vm.kernels import KEYRINGS, debian_mirror
 
 DISK, KERNEL, INITRD = "disk", "vmlinuz", "initrd"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import fastavro
 
-from tests.servers.consume import decode, kcat_messages
-from tests.servers.kafka import KafkaServer
+from tests.support.servers.consume import decode, kcat_messages
+from tests.support.servers.kafka import KafkaServer
 from tests.vm.systemd_guest import HOST
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "schemas"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from producer.kernel.bpf_syscall import program_ids
-from tests.kafka.proc import bpf_ids, capabilities
+from tests.support.procfs import bpf_ids, capabilities
 
 T = TypeVar("T")
 

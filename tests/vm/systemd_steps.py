@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.kafka.traffic import Echo, exchange
+from tests.support.traffic import Echo, exchange
+from tests.support.wire import Segment, captured, late_acks
 from tests.vm import systemd_lossy as lossy
 from tests.vm.systemd_service import (
     UNIT,
@@ -34,7 +35,6 @@ from tests.vm.systemd_service import (
     wait_for,
     wait_for_end,
 )
-from tests.wire import Segment, captured, late_acks
 
 SYN_ACK = 0x12
 RETRANSMITS = 20

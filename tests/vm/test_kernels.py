@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.capture import COMPILED
-from tests.vm import guest
+from tests.support.capture import COMPILED
+from tests.support.vm import guest
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2100)]
 

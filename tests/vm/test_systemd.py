@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from producer.errors import ConfigError, PermissionDenied
-from tests.servers import fetch
+from tests.support.servers import fetch
+from tests.support.vm.guest import ROOT
 from tests.vm import systemd_guest
-from tests.vm.guest import ROOT
 from tests.vm.systemd_image import dependencies
 from tests.vm.systemd_kafka import GuestKafka
 from tests.vm.systemd_steps import RETRANSMITS

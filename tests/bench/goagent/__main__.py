@@ -14,7 +14,7 @@ from pathlib import Path
 from producer.kernel.capture import Capture, CaptureSettings
 from producer.kernel.hooks import cgroup2_root
 from producer.rules.tables import filtered
-from tests.servers.fetch import cache
+from tests.support.servers.fetch import cache
 
 HERE = Path(__file__).parent
 

@@ -23,10 +23,10 @@ from producer.consume.event_id import EventIdReader
 from producer.events import STREAMS
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
-from tests import spools
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import NUMBERS, mutated, mutated_json
-from tests.unit.statuses import status
+from tests.support import spool_folders
+from tests.support.statuses import status
 
 _SECOND_NS = 1_000_000_000
 _NOW_NS = 1_790_000_000 * _SECOND_NS
@@ -140,7 +140,7 @@ def _verify() -> Iterator[Check]:
 def _events() -> tuple[bytes, ...]:
     found = []
     for stream in STREAMS:
-        encoded = spools.encoded(stream, 1, 2)
+        encoded = spool_folders.encoded(stream, 1, 2)
         found.append(encoded.payload[: int(encoded.lengths[0])].tobytes())
     return tuple(found)
 

@@ -25,10 +25,10 @@ from producer.kernel.program_cache import Compiled, ProgramCache
 from producer.kernel.sequence import EventNumbers
 from producer.pipeline.ledger import Account, Ledger
 from producer.registry.schema_ids import SchemaIds
-from tests import spools
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.known import KNOWN
 from tests.fuzz.mutation import mutated, mutated_json
+from tests.support import spool_folders
 
 _ODD: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,
@@ -132,7 +132,7 @@ def _spools() -> Iterator[Check]:
                 spool.ack(spooled.first, spooled.end)
             spool.ack(spool.end, spool.end)
             spool.sweep()
-            spool.append(spools.encoded(TRANSMITS, 100, 7), "ring", 8)
+            spool.append(spool_folders.encoded(TRANSMITS, 100, 7), "ring", 8)
             while spooled := spool.read():
                 found += len(spooled.batch)
                 spooled.batch.packed()
@@ -152,7 +152,7 @@ def _spools() -> Iterator[Check]:
 
 def _spool_seeds() -> tuple[bytes, ...]:
     with _folder() as folder:
-        paths = spools.fill(folder, batches=2, size=5, per_file=1)
+        paths = spool_folders.fill(folder, batches=2, size=5, per_file=1)
         return tuple(path.read_bytes() for path in paths)
 
 

@@ -32,10 +32,10 @@ from producer.pipeline.ledger import Account
 from producer.pipeline.pipeline import Pipeline
 from producer.pipeline.stream import Stores, StreamPath, resume
 from producer.schemas import HEARTBEAT_FILE, load_schema
-from tests import spools
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, mutated, texts
-from tests.unit.statuses import status
+from tests.support import spool_folders
+from tests.support.statuses import status
 
 _RING_BYTES = 1 << 14
 
@@ -215,7 +215,7 @@ def _record(stream: Stream, fill: bytes) -> bytes:
 def _values() -> tuple[bytes, ...]:
     found = []
     for stream in STREAMS:
-        encoded = spools.encoded(stream, 1, 2)
+        encoded = spool_folders.encoded(stream, 1, 2)
         found.append(encoded.payload[: int(encoded.lengths[0])].tobytes())
     return tuple(found)
 

@@ -20,7 +20,7 @@ from producer.kernel.hooks import cgroup2_root
 from producer.rules.resolve import resolve
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, NUMBERS, mutated
-from tests.kafka.rebpf import Run, wait_until
+from tests.support.rebpf import Run, wait_until
 
 _SERVICE = """
 import os, sys, time

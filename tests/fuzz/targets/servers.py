@@ -22,13 +22,13 @@ from producer.health.endpoint import Endpoint, StatusBoard, ask
 from producer.health.status import table
 from producer.registry.schema_ids import SchemaIds
 from producer.schemas import load_schema
-from tests import spools
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import mutated, mutated_json
-from tests.unit.statuses import status
+from tests.support import spool_folders
+from tests.support.statuses import status
 
 _SCHEMA = {"type": "record", "name": "R", "fields": [{"name": "a", "type": "long"}]}
-_ENCODED = spools.encoded(STREAMS[0], 1, 2)
+_ENCODED = spool_folders.encoded(STREAMS[0], 1, 2)
 _EVENT = _ENCODED.payload[: int(_ENCODED.lengths[0])].tobytes()[5:]
 
 

@@ -1,0 +1,40 @@
+"""One real Kafka and one real registry for the whole session."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
+
+from tests.support.servers import fetch
+from tests.support.servers.kafka import KafkaServer
+from tests.support.servers.registry import SchemaRegistry
+
+
+@pytest.fixture(scope="session")
+def servers_present() -> None:
+    """Skip if real servers cannot run; for tests that start their own."""
+    if absent := fetch.missing():
+        packages = "default-jre-headless maven kcat openssl util-linux"
+        pytest.skip(f"NO REAL KAFKA: {', '.join(absent)} not installed (apt-get install {packages})")
+
+
+@pytest.fixture(scope="session")
+def kafka(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
+    """A running broker, shared: a test names its topics after itself and does not stop the broker."""
+    with KafkaServer(tmp_path_factory.mktemp("kafka")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def registry(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SchemaRegistry]:
+    """A running registry, shared: a test names its subjects after itself and does not stop the registry.
+
+    The first ids are taken, so that no schema gets a fixed id.
+    """
+    with SchemaRegistry(tmp_path_factory.mktemp("registry")) as server:
+        with SchemaRegistryClient({"url": server.url, "timeout": 10}) as client:
+            for name in "abcd":
+                text = json.dumps({"type": "record", "name": name, "fields": []})
+                client.register_schema("other-value", Schema(text))
+        yield server

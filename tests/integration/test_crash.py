@@ -1,0 +1,132 @@
+"""A producer with pinned hooks (--pin) is killed repeatedly under traffic, and so is the broker."""
+
+import os
+import random
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import topics
+from tests.support.load import SteadyScene
+from tests.support.rebpf import Run, rebpf
+from tests.support.servers.kafka import KafkaServer
+from tests.support.tally import tally
+from tests.support.topics import RETRANSMIT, TRANSMIT
+from tests.support.traffic import Echo, Steady, exchange
+from tests.support.wire import captured
+
+pytestmark = [pytest.mark.root, pytest.mark.real_kafka, pytest.mark.timeout(600)]
+
+PARTITIONS = 5
+SENDS = 11_000  # a second; with the acknowledgements some 20,000 segments
+
+
+@pytest.fixture(scope="module")
+def broker(servers_present, tmp_path_factory) -> Iterator[KafkaServer]:
+    with KafkaServer(tmp_path_factory.mktemp("crash"), num_partitions=PARTITIONS) as server:
+        yield server
+
+
+@pytest.fixture
+def bpffs(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "bpffs"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting a bpffs needs root")
+    subprocess.run(["mount", "-t", "bpf", "bpf", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def start(tmp_path: Path, broker: KafkaServer, bpffs: Path, port: int, config: str) -> Run:
+    return Run(tmp_path, "--brokers", broker.bootstrap, "--port", port, "--pin", bpffs / "pins", config=config)
+
+
+def prepare(broker: KafkaServer, prefix: str, folder: Path) -> str:
+    config = f'[kafka]\ntopic_prefix = "{prefix}"\n'
+    (folder / "init.toml").write_text(config)
+    done = rebpf("init", "--brokers", broker.bootstrap, "--partitions", PARTITIONS, "--config", folder / "init.toml")
+    assert done.returncode == 0, done.stderr
+    return config
+
+
+def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, bpffs, tmp_path):
+    # Holds a minute or more without a producer, which may be killed before it does anything.
+    config = f"[capture]\ntransmit_ring_bytes = {1 << 28}\n[spool]\nspill_after_s = 0.2\n"
+    scene = SteadyScene(tmp_path, broker, config, pin=bpffs / "pins")
+    chance = random.Random(7)
+    with Steady(scene.port, SENDS) as traffic:
+        for number in range(20):
+            time.sleep(chance.uniform(0.05, 1.5))
+            if number % 4 == 1:
+                broker.kill()
+            scene.run.kill()
+            if number % 4 == 3:
+                broker.start()
+            assert "taken_over=true" in scene.start().log
+        sent = traffic.stop()
+    scene.wait_until_drained(120)
+    balance = scene.finish()
+    assert balance["lost"] == {}
+    counted = tally(broker.bootstrap, scene.prefix)
+    counted.assert_whole(sent)
+    assert balance["passed"] == balance["delivered"] == counted.events
+
+
+def test_what_happens_while_no_producer_runs_is_delivered_by_the_next(broker, bpffs, tmp_path):
+    config = prepare(broker, "between.", tmp_path)
+    with Echo() as echo, captured(echo.port) as segments:
+        run = start(tmp_path, broker, bpffs, echo.port, config)
+        run.ready()
+        run.kill()
+        exchange(echo.port, 53)
+        run = start(tmp_path, broker, bpffs, echo.port, config)
+        run.ready()
+        balance = run.finish()
+    events = topics.read(broker.bootstrap, TRANSMIT, "between.")
+    assert Counter(map(topics.segment, events)) == segments
+    assert balance["between.tcp_transmit"]["delivered"] == len(events)
+    assert topics.read(broker.bootstrap, RETRANSMIT, "between.") == []
+
+
+def test_a_stop_keeps_nothing_and_a_second_producer_is_refused(broker, bpffs, tmp_path):
+    config = prepare(broker, "stop.", tmp_path)
+    run = start(tmp_path, broker, bpffs, 1, config)
+    run.ready()
+    assert (bpffs / "pins" / "manifest").is_symlink()
+    other = rebpf("run", "--state-dir", tmp_path / "other", "--pin", bpffs / "pins", "--duration", 1)
+    assert other.returncode == 75
+    assert "has pinned its hooks" in other.stderr
+    run.finish()
+    assert list((bpffs / "pins").iterdir()) == []
+
+
+def test_hooks_that_are_not_the_same_are_replaced_and_what_they_took_is_delivered(broker, bpffs, tmp_path):
+    config = prepare(broker, "other.", tmp_path)
+    with Echo() as echo, captured(echo.port) as segments:
+        run = start(tmp_path, broker, bpffs, echo.port, config)
+        run.ready()
+        run.kill()
+        exchange(echo.port, 53)
+        run = start(tmp_path, broker, bpffs, echo.port, config + "[capture]\ntransmit_ring_bytes = 1048576\n")
+        run.ready()
+        assert "hooks of the last run do not match the configuration or version" in run.log
+        exchange(echo.port, 3)
+        balance = run.finish()["other.tcp_transmit"]
+    events = topics.read(broker.bootstrap, TRANSMIT, "other.")
+    topics.assert_one_each(events)
+    assert Counter(map(topics.segment, events)) == segments
+    assert balance["delivered"] == balance["passed"] == len(events)
+    assert balance["carried"] > 53 * 16
+
+
+def test_a_folder_that_is_in_no_bpffs_is_refused(tmp_path):
+    done = rebpf("run", "--state-dir", tmp_path / "state", "--pin", tmp_path / "pins", "--duration", 1)
+    assert done.returncode == 78
+    assert "not in a bpffs" in done.stderr

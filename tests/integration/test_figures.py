@@ -1,0 +1,179 @@
+"""The counts of a real capture with real loss agree: in the kernel, a plain consumer, the Flink job and the alerting
+consumer.
+
+The demo's traffic between two namespaces, a producer as a user runs it, and the topics' readers as users run them.
+"""
+
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fastavro
+import pytest
+
+from producer.demo.lab import Lab
+from producer.demo.reconcile import Tally, compare
+from tests.support import topics
+from tests.support.rebpf import Run, command, rebpf, wait_until
+from tests.support.servers import fetch, flink
+from tests.support.servers.consume import decode, kcat_messages
+from tests.support.topics import RETRANSMIT, TRANSMIT
+
+# The first time Flink is downloaded.
+pytestmark = [pytest.mark.root, pytest.mark.real_kafka, pytest.mark.timeout(fetch.DEADLINE_S)]
+
+PREFIX, HOST = "figures.", "lab"
+LOSS, TRAFFIC_S = 0.02, 5.0
+
+
+class Captured(NamedTuple):
+    """A capture, as counted by the kernel and as read by a plain consumer."""
+
+    counters: dict[str, int]
+    events: dict[str, list[dict[str, Any]]]
+
+    def segs(self, topic: str) -> int:
+        """Return the number of segments of the topic's events."""
+        return sum(event["segs"] * event["sample_rate"] for event in self.events[topic])
+
+    @property
+    def causes(self) -> Counter[str]:
+        """Retransmit events by cause."""
+        return Counter(event["cause"] for event in self.events[RETRANSMIT])
+
+
+@pytest.fixture(scope="module")
+def captured(kafka, registry, tmp_path_factory) -> Captured:
+    folder = tmp_path_factory.mktemp("figures")
+    text = f'host = "{HOST}"\nkafka.topic_prefix = "{PREFIX}"\nregistry.url = "{registry.url}"\n'
+    (folder / "init.toml").write_text(text)
+    done = rebpf("init", "--config", folder / "init.toml", "--brokers", kafka.bootstrap, "--partitions", 3)
+    assert done.returncode == 0, done.stderr
+    with Lab(LOSS) as lab:
+        addresses = [word for address in lab.addresses for word in ("--address", address)]
+        with Run(folder / "run", "--brokers", kafka.bootstrap, *addresses, config=text) as run:
+            run.ready()
+            lab.traffic(TRAFFIC_S)
+            assert lab.wait_idle()
+            balance = run.finish()
+        counters = lab.counters()
+    events = {
+        topic: [e.record for e in topics.read(kafka.bootstrap, topic, PREFIX)] for topic in (TRANSMIT, RETRANSMIT)
+    }
+    for topic, records in events.items():
+        account = balance[PREFIX + topic]
+        assert (account["lost"], account["delivered"]) == ({}, len(records))
+    return Captured(counters, events)
+
+
+def test_a_plain_consumer_counts_what_the_kernel_counted(captured):
+    tally = Tally()
+    for topic, records in captured.events.items():
+        for record in records:
+            tally.add(topic, record)
+    comparison = compare(tally, captured.counters)
+
+    assert comparison.retransmitted.counted > 10
+    assert [row for row in comparison.rows if row.difference and row is not comparison.first_transmissions] == []
+    # Segments without a socket pass no hook: answers from TIME_WAIT, each to a retransmission.
+    assert -comparison.retransmitted.counted < comparison.first_transmissions.difference <= 0
+    # A retransmitted SYN-ACK is one event, and in both counters.
+    both = tally.first_transmissions + tally.marked_retransmits - tally.retransmitted["syn_ack"]
+    assert (captured.segs(TRANSMIT), captured.segs(RETRANSMIT)) == (both, captured.counters["RetransSegs"])
+
+
+def test_the_flink_jobs_sums_over_all_minutes_are_the_same(captured, kafka, registry, tmp_path):
+    if absent := fetch.flink_missing():
+        pytest.skip(f"NO REAL FLINK: it is not in the cache, and this machine lacks {', '.join(absent)}")
+    result = f"{PREFIX}tcp_retransmit_minute"
+    kafka.create_topic(result, settings={"cleanup.policy": "compact"})
+    flink.run_sql(
+        tmp_path, flink.tables(tmp_path, kafka.bootstrap, registry.url, PREFIX), flink.FLINK / "retransmits.sql"
+    )
+
+    last = {message.key: message.value for message in kcat_messages(kafka.bootstrap, result)}
+    rows = [json.loads(value) for value in last.values()]
+    assert {row["host"] for row in rows} == {HOST}
+    assert {row["daddr"] for row in rows} == {event["daddr"] for event in captured.events[TRANSMIT]}
+    assert sum(row["segs"] for row in rows) == captured.segs(TRANSMIT)
+    assert sum(row["retransmitted_segs"] for row in rows) == captured.counters["RetransSegs"]
+    assert sum((Counter(row["causes"]) for row in rows), Counter()) == captured.causes
+
+
+def test_the_alerting_consumers_window_has_the_same(captured, kafka, registry, tmp_path):
+    """One window contains the whole capture, so its alerts count all of it."""
+    width_ns = width_of_a_window_around([event["ts_ns"] for events in captured.events.values() for event in events])
+    rule = f"window_s = {width_ns / 1e9:.9f}, threshold = 0.0001, clear = 0.00005"
+    text = f"""
+        kafka = {{ brokers = "{kafka.bootstrap}", topic_prefix = "{PREFIX}" }}
+        registry.url = "{registry.url}"
+        [alert]
+        missed_heartbeats = 0
+        lateness_s = 1
+        rules = [
+            {{ name = "host-ratio", by = "host", measure = "ratio", {rule} }},
+            {{ name = "host-count", by = "host", measure = "count", {rule} }},
+            {{ name = "peer-ratio", by = "peer", measure = "ratio", {rule} }},
+        ]
+    """
+    (tmp_path / "rebpf.toml").write_text(text)
+    done = rebpf("init", "--alerts", "--config", tmp_path / "rebpf.toml")
+    assert done.returncode == 0, done.stderr
+
+    by_peer = Counter[str]()
+    sent_to = Counter[str]()
+    for counter, topic in ((by_peer, RETRANSMIT), (sent_to, TRANSMIT)):
+        for event in captured.events[topic]:
+            counter[event["daddr"]] += event["segs"] * event["sample_rate"]
+    again, total = captured.counters["RetransSegs"], captured.segs(TRANSMIT)
+    expected = {
+        ("host-ratio", HOST): (again / total, total, again),
+        ("host-count", HOST): (again, 0, again),
+        **{("peer-ratio", peer): (by_peer[peer] / sent_to[peer], sent_to[peer], by_peer[peer]) for peer in by_peer},
+    }
+    assert len(by_peer) > 1
+    with alerting(tmp_path) as errors:
+        found = wait_until("all alerts", lambda: len(a := fired(kafka.bootstrap)) >= len(expected) and a)
+    assert "WARNING" not in errors.read_text()
+    for key, (value, *segs) in expected.items():
+        alert = found[key]
+        assert alert["value"] == pytest.approx(value), key
+        assert [alert["segs"], alert["retransmitted_segs"]] == segs, key
+    assert found.keys() == expected.keys()
+
+
+def width_of_a_window_around(times_ns: list[int]) -> int:
+    """Return a window width such that one window contains all these times and ends soon after."""
+    second = 1_000_000_000
+    end_ns = max(times_ns) + second
+    width_ns = end_ns // (end_ns // (max(times_ns) - min(times_ns) + 2 * second))
+    assert len({at // width_ns for at in times_ns}) == 1
+    return width_ns
+
+
+@contextmanager
+def alerting(folder: Path) -> Iterator[Path]:
+    """Run `rebpf alert` from the topics' beginning; yield its log file. It must exit with 0."""
+    errors = folder / "errors"
+    run = ["setpriv", "--pdeathsig", "KILL", *command("alert", "--config", folder / "rebpf.toml", "--from-beginning")]
+    with errors.open("wb") as err:
+        process = subprocess.Popen(run, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=err)
+    try:
+        yield errors
+        assert process.poll() is None, errors.read_text()
+        process.terminate()
+        assert process.wait(60) == 0, errors.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def fired(bootstrap: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the first alert of each rule and group."""
+    schema = fastavro.parse_schema(json.loads((topics.SCHEMAS / "tcp_alerts.avsc").read_text()))
+    alerts = [decode(each.value or b"", schema)[1] for each in kcat_messages(bootstrap, f"{PREFIX}tcp_alerts")]
+    return {(each["rule"], each["group"]): each for each in reversed(alerts) if each["firing"]}

@@ -1,0 +1,388 @@
+"""`rebpf init` and `rebpf check` against real servers, and against none."""
+
+import json
+from collections.abc import Iterator, Mapping
+
+import pytest
+from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource
+from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
+
+from producer.kafka.admin import topic_settings
+from tests.support.rebpf import as_nobody, rebpf
+from tests.support.servers.certificates import Authority
+from tests.support.servers.cluster import Broker
+from tests.support.servers.kafka import KafkaServer
+from tests.support.servers.process import free_port
+from tests.support.servers.secure import PLAIN, SCRAM, USERS, SecureKafka
+from tests.support.servers.tls_proxy import Guarded
+
+pytestmark = pytest.mark.real_kafka
+
+TOPICS = ("tcp_transmit", "tcp_retransmit")
+TOPIC_SETTINGS = {
+    "cleanup.policy": "delete",
+    "retention.ms": "604800000",
+    "compression.type": "producer",
+    "message.timestamp.type": "CreateTime",
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(prefix: str, more: str = "") -> str:
+        path = tmp_path / "rebpf.toml"
+        path.write_text(f'kafka.topic_prefix = "{prefix}"\n{more}')
+        return str(path)
+
+    return write
+
+
+def test_init_creates_the_topics_and_leaves_those_that_are_there(kafka, config):
+    arguments = ["init", "--config", config("init."), "--brokers", kafka.bootstrap]
+    first = rebpf(*arguments, "--partitions", 5)
+    again = rebpf(*arguments, "--partitions", 7)
+
+    ids = "no registry: schema ids are init.tcp_transmit 1, init.tcp_retransmit 2, init.rebpf_agent 3"
+    all_topics = [*TOPICS, "rebpf_agent"]
+    assert (first.returncode, again.returncode) == (0, 0)
+    settings = "replication 1, " + " ".join(f"{name}={value}" for name, value in TOPIC_SETTINGS.items())
+    created = [f"topic init.{topic}: created, 5 partitions, {settings}" for topic in TOPICS]
+    assert first.stdout.splitlines() == [*created, f"topic init.rebpf_agent: created, 1 partition, {settings}", ids]
+    there = [f"topic init.{topic}: exists, unchanged" for topic in all_topics]
+    assert again.stdout.splitlines() == [*there, ids]
+    present = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
+    assert [len(present[f"init.{topic}"].partitions) for topic in all_topics] == [5, 5, 1]
+    for topic in all_topics:
+        has = settings_of(kafka.bootstrap, f"init.{topic}")
+        assert {name: has[name] for name in TOPIC_SETTINGS} == TOPIC_SETTINGS
+
+
+def test_init_creates_what_alerts_need_where_it_is_asked_to(kafka, config):
+    plain = rebpf("init", "--config", config("watch."), "--brokers", kafka.bootstrap)
+    assert "tcp_alert" not in plain.stdout
+    done = rebpf("init", "--config", config("watch."), "--brokers", kafka.bootstrap, "--alerts", "--partitions", 3)
+
+    assert done.returncode == 0, done.stderr
+    assert [line.split(",")[0] for line in done.stdout.splitlines()[3:5]] == [
+        "topic watch.tcp_alerts: created",
+        "topic watch.tcp_alert_sums: created",
+    ]
+    assert done.stdout.endswith("watch.rebpf_agent 3, watch.tcp_alerts 4\n")
+    present = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
+    assert [len(present[f"watch.{topic}"].partitions) for topic in ("tcp_alerts", "tcp_alert_sums")] == [1, 3]
+    alerts, sums = (settings_of(kafka.bootstrap, f"watch.{topic}") for topic in ("tcp_alerts", "tcp_alert_sums"))
+    assert (alerts["cleanup.policy"], sums["cleanup.policy"]) == ("compact,delete", "delete")
+    assert int(alerts["retention.ms"]) == 90 * int(sums["retention.ms"]) == 90 * 86_400_000
+
+
+def settings_of(bootstrap: str, topic: str) -> dict[str, str]:
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    found = admin.describe_configs([resource], request_timeout=30)[resource].result()
+    return {name: entry.value for name, entry in found.items()}
+
+
+@pytest.mark.parametrize(("replication", "spared"), [(1, None), (2, None), (3, "2"), (4, "3")])
+def test_with_three_replicas_a_new_topic_takes_events_while_one_is_lost(replication, spared):
+    assert topic_settings(replication).get("min.insync.replicas") == spared
+
+
+def test_init_says_why_a_topic_cannot_be_created(kafka, config):
+    done = rebpf("init", "--config", config("init-three."), "--brokers", kafka.bootstrap, "--replication", 3)
+
+    assert done.returncode == 69
+    assert done.stderr.startswith("rebpf: cannot create topic init-three.tcp_transmit: ")
+    assert "replication factor" in done.stderr.lower()
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_init_without_brokers_is_a_mistake_of_the_command_line():
+    done = rebpf("init")
+
+    assert (done.returncode, done.stderr) == (64, "rebpf: init needs --brokers\n")
+
+
+def test_init_with_no_broker_there_says_so(config):
+    brokers = f"127.0.0.1:{free_port()}"
+    done = rebpf("init", "--config", config(""), "--brokers", brokers)
+
+    assert done.returncode == 69
+    assert done.stderr.startswith(f"rebpf: no answer from Kafka at {brokers}: ")
+    assert "Connection refused" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def findings(*arguments: object) -> tuple[int, dict[str, dict[str, object]]]:
+    done = rebpf("check", "--json", *arguments)
+    return done.returncode, {each["subject"]: each for each in json.loads(done.stdout)}
+
+
+def test_check_names_missing_topics_and_finds_them_after_init(kafka, config):
+    arguments = ["--config", config("check."), "--brokers", kafka.bootstrap]
+    code, before = findings(*arguments)
+    assert code == 69
+    for topic in TOPICS:
+        assert before[f"topic check.{topic}"] == {
+            "subject": f"topic check.{topic}", "ok": False, "warning": False, "exit_code": 69,
+            "text": "missing: run `rebpf init`",
+        }  # fmt: skip
+    assert before["Kafka"]["ok"]
+
+    assert rebpf("init", *arguments).returncode == 0
+    _, after = findings(*arguments)
+    assert [after[f"topic check.{topic}"]["text"] for topic in TOPICS] == ["6 partitions"] * 2
+    assert after["topic check.rebpf_agent"]["text"] == "1 partition"
+
+
+@pytest.mark.root
+def test_a_missing_topic_of_heartbeats_is_named_and_no_reason_not_to_run(kafka, config):
+    for topic in TOPICS:
+        kafka.create_topic(f"deaf.{topic}")
+    code, found = findings("--config", config("deaf."), "--brokers", kafka.bootstrap)
+
+    assert (code, found["topic deaf.rebpf_agent"]["ok"]) == (0, True)
+    assert found["topic deaf.rebpf_agent"]["text"] == "missing: run `rebpf init`; no heartbeats are sent until then"
+
+
+def test_check_says_that_no_broker_answers():
+    code, found = findings("--brokers", f"127.0.0.1:{free_port()}")
+
+    assert code == 69
+    assert found["Kafka"]["exit_code"] == 69
+    text = str(found["Kafka"]["text"])
+    assert text.startswith("no answer from Kafka at 127.0.0.1:")
+    assert "Connection refused" in text
+    assert text.endswith("; check kafka.brokers, and the network: nc -vz HOST PORT")
+
+
+@pytest.mark.root
+def test_check_of_a_host_that_has_everything_is_good():
+    code, found = findings()
+    assert code == 0
+    assert {"capabilities", "cgroup v2", "BTF", "Python", "bcc", "Kafka"} <= found.keys()
+    assert found["Kafka"]["text"] == "no brokers configured: the in-process test broker will be used"
+    for stream in ("transmit", "retransmit"):
+        assert "available" in {found[name]["text"] for name in found if name.startswith(f"{stream} by ")}
+
+    text = rebpf("check")
+    assert text.returncode == 0
+    assert len(text.stdout.splitlines()) == len(found)
+    assert {line.split()[0] for line in text.stdout.splitlines()} <= {"ok", "no", "WARNING"}
+    for line in text.stdout.splitlines():
+        assert "transmit by " not in line or line.startswith("ok ") == line.endswith(": available")
+
+
+def test_check_says_what_an_unprivileged_user_lacks():
+    done = rebpf("check", "--json", "--state-dir", "/tmp/rebpf-that-is-not-there", before=as_nobody())
+    found = {each["subject"]: each for each in json.loads(done.stdout)}
+
+    assert done.returncode == 77
+    assert found["capabilities"]["exit_code"] == 77
+    for name in ("CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"):
+        assert name in str(found["capabilities"]["text"])
+
+
+def test_a_setting_that_the_client_rejects_is_a_configuration_error(config):
+    arguments = ["--config", config("", 'kafka.settings = { "lingr.ms" = 5 }'), "--brokers", "127.0.0.1:1"]
+    done = rebpf("init", *arguments)
+
+    assert done.returncode == 78
+    assert "lingr.ms" in done.stderr
+    code, found = findings(*arguments)
+    assert code == 78
+    assert str(found["kafka.settings"]["text"]).endswith(": did you mean linger.ms?")
+    assert "Kafka" not in found, "no client takes it"
+
+
+def test_a_topic_whose_settings_let_no_event_in(kafka, config):
+    kafka.create_topic("tight.tcp_transmit", settings={"max.message.bytes": "999"})
+    kafka.create_topic("tight.tcp_retransmit", settings={"min.insync.replicas": "2"})
+    done = rebpf("check", "--config", config("tight."), "--brokers", kafka.bootstrap)
+
+    assert done.returncode >= 69
+    alter = "kafka-configs.sh --alter --entity-type topics --entity-name"
+    for text in (
+        "topic tight.tcp_transmit: max.message.bytes is 999, too small for any event: "
+        f"{alter} tight.tcp_transmit --add-config max.message.bytes=1048588",
+        "topic tight.tcp_retransmit: min.insync.replicas is 2 with 1 replicas, so the topic accepts no events: "
+        f"{alter} tight.tcp_retransmit --add-config min.insync.replicas=1",
+    ):
+        assert f"MISSING {text}" in done.stdout.splitlines()
+
+
+def test_a_topic_that_compacts(kafka, config):
+    kafka.create_topic("compact.tcp_transmit", settings={"cleanup.policy": "compact"})
+    kafka.create_topic("compact.tcp_retransmit")
+    done = rebpf("check", "--config", config("compact."), "--brokers", kafka.bootstrap)
+
+    alter = "kafka-configs.sh --alter --entity-type topics --entity-name compact.tcp_transmit --add-config"
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING topic")]
+    assert warnings == [
+        "WARNING topic compact.tcp_transmit: cleanup.policy is compact, which keeps only the last event of each flow: "
+        f"{alter} cleanup.policy=delete"
+    ]
+
+
+@pytest.mark.root
+def test_a_topic_on_one_of_two_brokers(tmp_path, servers_present, config):
+    with KafkaServer(tmp_path / "1") as first, Broker(tmp_path / "2", 2, first, 1):
+        for topic, replication in zip((*TOPICS, "rebpf_agent"), (1, 2, 2), strict=True):
+            first.create_topic(topic, 1, replication=replication)
+        code, found = findings("--config", config(""), "--brokers", first.bootstrap)
+        done = rebpf("check", "--config", config(""), "--brokers", first.bootstrap)
+
+    assert code == done.returncode == 0
+    assert found["Kafka"]["text"] == f"{first.bootstrap}, 2 brokers"
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING topic")]
+    assert warnings == [
+        "WARNING topic tcp_transmit: one replica on 2 brokers: its events are lost with its broker; "
+        "add replicas with kafka-reassign-partitions.sh, or delete it and run `rebpf init --replication 3`"
+    ]
+
+
+def test_topics_of_different_partitions(kafka, config):
+    kafka.create_topic("uneven.tcp_transmit", 2)
+    kafka.create_topic("uneven.tcp_retransmit", 5)
+    _, found = findings("--config", config("uneven."), "--brokers", kafka.bootstrap)
+
+    assert found["topics"]["warning"]
+    assert found["topics"]["exit_code"] == 0
+    assert str(found["topics"]["text"]).startswith("2 and 5 partitions: ")
+    assert "--alter --partitions 5" in str(found["topics"]["text"])
+
+
+@pytest.fixture(scope="module")
+def secure(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
+    with SecureKafka(tmp_path_factory.mktemp("secure")) as server:
+        yield server
+
+
+def as_toml(settings: Mapping[str, str]) -> str:
+    return "[kafka.settings]\n" + "".join(f'"{name}" = "{value}"\n' for name, value in settings.items())
+
+
+def check_secure(secure: SecureKafka, config, prefix: str, settings: Mapping[str, str], listener: str = "SASL_SSL"):
+    more = as_toml(settings)
+    return findings("--config", config(prefix, more), "--brokers", secure.address(listener))
+
+
+def test_authentication_refused(secure, config):
+    code, found = check_secure(secure, config, "", secure.sasl(SCRAM, "wrong-secret"))
+
+    assert code == 77
+    assert found["Kafka"]["exit_code"] == 77
+    text = str(found["Kafka"]["text"])
+    assert text.startswith(f"Kafka at {secure.address('SASL_SSL')} rejects the authentication: ")
+    assert "sasl.password" in text
+    assert "wrong-secret" not in json.dumps(found)
+
+
+def test_tls_that_does_not_come_about(secure, config, tmp_path):
+    other = Authority(tmp_path / "other")
+    settings = {**secure.tls(), "ssl.ca.location": str(other.certificate)}
+    code, found = check_secure(secure, config, "", settings, "TLS")
+
+    assert code >= 69
+    assert found["Kafka"]["exit_code"] == 69
+    assert str(found["Kafka"]["text"]).startswith(f"TLS with Kafka at {secure.address('TLS')} failed: ")
+    assert "ssl.ca.location" in str(found["Kafka"]["text"])
+
+
+@pytest.mark.parametrize("client", ["TLS", "PLAINTEXT"])
+def test_tls_against_plaintext(secure, config, client):
+    settings, listener = (secure.tls(), "PLAINTEXT") if client == "TLS" else ({}, "TLS")
+    code, found = check_secure(secure, config, "", settings, listener)
+
+    assert code >= 69
+    assert found["Kafka"]["exit_code"] == 69
+    assert "security.protocol" in str(found["Kafka"]["text"])
+
+
+def test_a_topic_that_is_not_ours_to_write(secure, config):
+    secure.create_topic("acl.tcp_transmit")
+    secure.create_topic("acl.tcp_retransmit")
+    secure.grant(USERS[PLAIN], "acl.tcp_transmit")
+    code, found = check_secure(secure, config, "acl.", secure.sasl(PLAIN))
+
+    assert code == 77
+    assert found["topic acl.tcp_retransmit"]["exit_code"] == 77
+    grant = "kafka-acls.sh --add --producer --topic acl.tcp_retransmit --allow-principal User:NAME"
+    assert found["topic acl.tcp_retransmit"]["text"] == f"this user may not describe it: {grant}"
+    assert found["topic acl.tcp_transmit"]["ok"]
+    assert found["topic acl.tcp_transmit"]["text"] == "3 partitions; this user may not describe its settings"
+
+
+def test_a_topic_that_may_be_seen_and_not_written(secure, config):
+    for topic in TOPICS:
+        secure.create_topic(f"read-only.{topic}")
+        secure.grant(USERS[PLAIN], f"read-only.{topic}")
+    secure.revoke(USERS[PLAIN], "read-only.tcp_transmit", AclOperation.WRITE)
+    code, _ = check_secure(secure, config, "read-only.", secure.sasl(PLAIN))
+    arguments = ["--config", config("read-only.", as_toml(secure.sasl(PLAIN)))]
+    done = rebpf("check", *arguments, "--brokers", secure.address("SASL_SSL"))
+
+    assert code == done.returncode == 77
+    assert (
+        "MISSING topic read-only.tcp_transmit: this user may not write to it: "
+        "kafka-acls.sh --add --producer --topic read-only.tcp_transmit --allow-principal User:NAME"
+    ) in done.stdout.splitlines()
+    assert "may not write to it: kafka-acls.sh --add --producer --topic read-only.tcp_retransmit" not in done.stdout
+
+
+def test_a_registry_that_refuses_the_password(kafka, registry, config, tmp_path):
+    authority = Authority(tmp_path / "authority")
+    (tmp_path / "auth").write_text("agent:wr0ng-s3cret\n")
+    with Guarded(registry.url, authority, user="agent:right") as guarded:
+        more = f'[registry]\nurl = "{guarded.url}"\nauth = "{tmp_path}/auth"\nca = "{authority.certificate}"\n'
+        code, found = findings("--config", config("guarded.", more), "--brokers", kafka.bootstrap)
+
+    assert code == 77
+    assert found["registry"]["exit_code"] == 77
+    text = str(found["registry"]["text"])
+    assert text.startswith(f"registry {guarded.url} rejects the authentication: ")
+    assert text.endswith("; put USER:PASSWORD into the file named by registry.auth, or check registry.certificate")
+    assert "wr0ng" not in json.dumps(found)
+
+
+def test_a_registry_that_does_not_answer(kafka, config):
+    url = f"http://127.0.0.1:{free_port()}"
+    code, found = findings("--config", config("check."), "--brokers", kafka.bootstrap, "--registry", url)
+
+    assert code >= 69
+    assert found["registry"]["exit_code"] == 69
+    assert str(found["registry"]["text"]).startswith(f"registry {url} does not answer: ")
+    assert str(found["registry"]["text"]).endswith(f"; check registry.url, and the network: curl -f {url}/subjects")
+
+
+def test_a_registry_without_our_schemas_or_with_others(kafka, registry, config):
+    arguments = ["--config", config("schemas."), "--brokers", kafka.bootstrap, "--registry", registry.url]
+    code, found = findings(*arguments)
+    assert code == 78
+    for topic in TOPICS:
+        finding = found[f"schema schemas.{topic}-value"]
+        assert finding["exit_code"] == 78
+        assert str(finding["text"]).endswith(f"does not have schemas.{topic}-value in this version: run `rebpf init`")
+    assert found["schema schemas.rebpf_agent-value"]["ok"]
+
+    assert rebpf("init", *arguments).returncode == 0
+    _, found = findings(*arguments)
+    for topic in (*TOPICS, "rebpf_agent"):
+        assert str(found[f"schema schemas.{topic}-value"]["text"]).startswith("id ")
+
+    subject = "alien.tcp_transmit-value"
+    with SchemaRegistryClient({"url": registry.url, "timeout": 10}) as client:
+        alien = {"type": "record", "name": "Alien", "fields": [{"name": "ts", "type": "string"}]}
+        client.set_compatibility(subject, "FULL_TRANSITIVE")
+        client.register_schema(subject, Schema(json.dumps(alien), "AVRO"))
+    arguments[1] = config("alien.")
+    code, found = findings(*arguments)
+    assert code == 78
+    assert found[f"schema {subject}"]["exit_code"] == 78
+    assert found[f"schema {subject}"]["text"] == (
+        f"registry {registry.url} has schemas that are incompatible with this version's: "
+        "use another kafka.topic_prefix, or delete the subject and run `rebpf init`"
+    )
+
+    arguments[1] = config("unborn.", "registry.register = true\n")
+    found = findings(*arguments)[1]["schema unborn.tcp_transmit-value"]
+    assert found["ok"], "a producer that may register it does so at its start"

@@ -1,0 +1,85 @@
+"""A suite's Debian kernel, unpacked into the cache but not installed.
+
+The suite's package lists are fetched into a temporary folder, so the machine's apt state does not change. The mirror is
+the one in the machine's apt configuration.
+"""
+
+import fcntl
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests.support.servers.fetch import cache
+
+KEYRINGS = Path("/usr/share/keyrings")
+
+
+def kernel_image(suite: str) -> Path:
+    """Return the kernel image of `suite`, with its modules under ../lib/modules; fetched at the first call.
+
+    Raises LookupError if apt has no Debian mirror.
+    """
+    folder = cache() / "kernels" / suite
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{suite}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            _fetch(suite, folder)
+    return next(folder.glob("boot/vmlinuz-*"))
+
+
+def _fetch(suite: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{suite}-", dir=folder.parent) as name:
+        work = Path(name)
+        options = apt_options(suite, work)
+        _run(["apt-get", "-qq", *options, "update"], work)
+        meta = _run(["apt-cache", *options, "depends", "linux-image-amd64"], work)
+        package = next(line.split()[1] for line in meta.splitlines() if "Depends: linux-image-" in line)
+        _run(["apt-get", "-qq", *options, "download", package], work)
+        _run(["dpkg", "-x", str(next(work.glob("*.deb"))), "unpacked"], work)
+        _index_modules(work / "unpacked")
+        (work / "unpacked").rename(folder)
+
+
+def _index_modules(root: Path) -> None:
+    """Build the modules' index, which installing a package would do."""
+    # Old packages have /lib, new ones /usr/lib; so have the kmods that look for the modules there.
+    (root / "usr").mkdir(exist_ok=True)
+    for place, target in ((root / "lib", "usr/lib"), (root / "usr/lib", "../lib")):
+        if not place.exists():
+            place.symlink_to(target)
+    version = next(root.glob("boot/vmlinuz-*")).name.removeprefix("vmlinuz-")
+    _run(["depmod", "-b", str(root), version])
+
+
+def apt_options(suite: str, work: Path) -> list[str]:
+    """Return apt options for the packages of `suite`, with all of apt's state in a folder."""
+    (work / "lists/partial").mkdir(parents=True)
+    (work / "cache/archives/partial").mkdir(parents=True)
+    keyring = next(iter(sorted(KEYRINGS.glob("debian-archive-keyring.*"))), None)
+    signed_by = f"[signed-by={keyring}] " if keyring else ""
+    (work / "sources.list").write_text(f"deb {signed_by}{debian_mirror()} {suite} main\n")
+    settings = {
+        "Dir::Etc::sourcelist": work / "sources.list",
+        "Dir::Etc::sourceparts": "-",
+        "Dir::State::lists": work / "lists",
+        "Dir::Cache": work / "cache",
+        "APT::Sandbox::User": "root",  # apt's own user cannot write into the folder
+    }
+    return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+
+
+def debian_mirror() -> str:
+    for line in _run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(LABEL) $(SUITE)"]).splitlines():
+        uri, _, rest = line.partition(" ")
+        label, _, suite = rest.rpartition(" ")
+        if label == "Debian" and "-" not in suite:
+            return uri
+    raise LookupError("no Debian mirror is configured for apt, or `apt-get update` has not run yet")
+
+
+def _run(command: list[str], folder: Path | None = None) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: status {done.returncode}: {done.stderr.strip()}")
+    return done.stdout

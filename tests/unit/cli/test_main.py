@@ -1,0 +1,172 @@
+"""The command line: exit codes, one clear line for each mistake, and where a setting comes from."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from producer.cli.main import rebpf as group
+from tests.support.rebpf import as_nobody, rebpf
+
+COMMANDS = sorted(group.commands)
+
+
+def test_the_script_and_the_module_are_the_same_command():
+    script = Path(sys.executable).with_name("rebpf")
+    by_script = subprocess.run([script, "version"], capture_output=True, text=True, timeout=60)
+
+    assert by_script.returncode == 0
+    assert by_script.stdout.startswith("rebpf ")
+    assert rebpf("version").stdout == by_script.stdout
+
+
+@pytest.mark.parametrize("command", [[], *([each] for each in COMMANDS)])
+def test_help_is_no_mistake(command):
+    done = rebpf(*command, "--help")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_option_can_be_set_in_the_environment(command):
+    options = [each for each in group.commands[command].params if each.name not in ("help", "limit")]
+
+    assert all(isinstance(each, click.Option) for each in options)
+    assert {each.envvar for each in options} == {
+        "REBPF_" + each.opts[0].removeprefix("--").upper().replace("-", "_") for each in options
+    }
+
+
+def commands(group: click.Group) -> Iterator[click.Command]:
+    for command in group.commands.values():
+        yield from commands(command) if isinstance(command, click.Group) else [command]
+
+
+def test_no_summary_is_cut_in_80_columns():
+    for arguments in ([], ["spool"]):
+        for line in rebpf(*arguments, "--help", env={"COLUMNS": "80"}).stdout.splitlines():
+            assert len(line) <= 80
+            assert line.startswith("Usage:") or not line.endswith("...")
+
+
+def test_each_command_stands_in_one_section():
+    assert sorted(name for names in group.sections.values() for name in names) == COMMANDS
+
+
+def test_each_command_has_an_example_that_parses():
+    for command in commands(group):
+        if command.name == "version":
+            continue
+        assert command.examples, command.name
+        for line, _ in command.examples:
+            program, *arguments = shlex.split(line.partition(" | ")[0])
+            assert program == "rebpf"
+            context = group.make_context("rebpf", arguments)
+            while isinstance(context.command, click.Group):
+                _, inner, rest = context.command.resolve_command(context, [*context._protected_args, *context.args])
+                context = inner.make_context(inner.name, rest, parent=context)
+            assert context.command is command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rn"], "No such command 'rn'"),
+        (["run", "--brokrs", "a:1"], "No such option"),
+        (["run", "more"], "unexpected extra argument"),
+        (["run", "--port", "0"], "0 is not in the range"),
+        (["run", "--port", "http"], "'http' is not a valid integer"),
+        (["run", "--address", "1.2.3"], "'1.2.3' does not appear to be an IPv4 or IPv6 address"),
+        (["run", "--duration", "-1"], "-1.0 is not in the range"),
+        (["tail", "-n", "0"], "0 is not in the range"),
+        (["tail", "--topic", ""], "expected 1 to 249 of the characters"),
+        (["tail", "--topic", os.fsdecode(b"caf\xe9\x1b[2J")], r"found 'caf\udce9\x1b[2J'"),
+        (["verify", "--brokers", "127.0.0.1:1", "--topic", "a" * 250], "expected 1 to 249 of the characters"),
+        (["tail", "--state-dir", "/nonexistent"], "no producer is running with state_dir /nonexistent"),
+        (["init"], "init needs --brokers"),
+        (["--log-level", "loud", "version"], "'loud' is not one of"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_64(arguments, message):
+    done = rebpf(*arguments)
+
+    assert (done.returncode, done.stdout) == (64, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [({"REBPF_PORT": "443 99999"}, "99999 is not in the range"), ({"REBPF_ADDRESS": "here"}, "'here' does not appear")],
+)
+def test_a_mistake_in_the_environment_is_one_on_the_command_line(env, message):
+    done = rebpf("run", env=env)
+
+    assert done.returncode == 64
+    assert message in done.stderr
+
+
+def test_a_mistake_in_the_file_is_78(tmp_path):
+    path = tmp_path / "rebpf.toml"
+    path.write_text("[capture]\nprots = [443]")
+    done = rebpf("run", env={"REBPF_CONFIG": str(path)})
+
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.startswith(f"rebpf: {path}: ")
+    assert done.stderr.endswith("unknown key capture.prots: did you mean ports?\n")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('acks = "1"', "kafka.settings.acks: must be all, since delivery depends on it: remove it"),
+        (
+            '"linger.ms" = "soon"',
+            "kafka.settings.linger.ms: Invalid value",
+        ),
+    ],
+)
+def test_a_setting_that_delivery_or_librdkafka_refuses_is_78(tmp_path, settings, message):
+    path = tmp_path / "rebpf.toml"
+    path.write_text(f"[kafka.settings]\n{settings}")
+    done = rebpf("run", "--config", path, "--state-dir", tmp_path / "state")
+
+    assert done.returncode == 78
+    assert done.stderr.startswith("rebpf: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.root
+def test_a_state_folder_that_cannot_be_is_78(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = rebpf("run", "--state-dir", tmp_path / "file")
+
+    assert (done.returncode, done.stderr) == (78, f"rebpf: state_dir {tmp_path}/file: File exists\n")
+
+
+def test_a_user_without_capabilities_is_told_in_one_line_and_77():
+    done = rebpf("run", before=as_nobody())
+
+    assert done.returncode == 77
+    assert done.stderr == "rebpf: loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON\n"
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path):
+    path = tmp_path / "rebpf.toml"
+    path.write_text('state_dir = "/of/the/file"')
+    env = {"REBPF_STATE_DIR": "/of/the/environment", "REBPF_CONFIG": str(path)}
+
+    def said(*arguments: str, **settings: dict[str, str]) -> str:
+        return rebpf("tail", *arguments, **settings).stderr.partition("state_dir ")[2].partition(":")[0]
+
+    assert said("--config", str(path)) == "/of/the/file"
+    assert said(env=env) == "/of/the/environment"
+    assert said("--state-dir", "/of/the/command/line", env=env) == "/of/the/command/line"

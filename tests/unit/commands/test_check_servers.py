@@ -1,0 +1,93 @@
+"""Brokers under names that this host cannot reach, behind an address that answers: `check` and `init` name them."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from producer.commands.check_servers import kafka
+from producer.commands.init import create_topics
+from producer.config.load import Config, Kafka
+from producer.errors import UnavailableError
+from producer.host.reachable import unreachable
+from tests.unit.commands.test_tail import Cluster
+
+REAL, ADVERTISED = b"127.0.0.1", b"x.invalid"
+"""Of one length, so that an answer with the one instead of the other stays well-formed."""
+
+
+@contextmanager
+def advertising(brokers: str, name: bytes) -> Iterator[str]:
+    """Pass a cluster's connections on, with another name in what it answers; yield the address."""
+    host, _, port = brokers.rpartition(":")
+    sockets: list[socket.socket] = []
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def copy(source: socket.socket, target: socket.socket, *, is_answer: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data.replace(REAL, name) if is_answer else data)
+        for each in (source, target):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    threads: list[threading.Thread] = []
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                visitor, _ = server.accept()
+                upstream = socket.create_connection((host, int(port)))
+                sockets.extend((visitor, upstream))
+                for source, target, is_answer in ((visitor, upstream, False), (upstream, visitor, True)):
+                    thread = threading.Thread(target=copy, args=(source, target), kwargs={"is_answer": is_answer})
+                    thread.start()
+                    threads.append(thread)
+
+    acceptor = threading.Thread(target=serve)
+    acceptor.start()
+    try:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        acceptor.join()
+        for each in sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+        for each in (*sockets, server):
+            each.close()
+
+
+@pytest.fixture
+def brokers() -> Iterator[str]:
+    cluster = Cluster()
+    with advertising(cluster.brokers, ADVERTISED) as address:
+        yield address
+    cluster.close()
+
+
+def test_check_names_an_advertised_broker_that_does_not_resolve(brokers: str) -> None:
+    (finding,) = kafka(Config(kafka=Kafka(brokers=brokers)))
+    assert finding.exit_code == UnavailableError.exit_code
+    assert f"Kafka at {brokers} answers" in finding.text
+    assert "x.invalid:" in finding.text
+    assert "advertised.listeners" in finding.text
+
+
+def test_init_names_an_advertised_broker_that_does_not_resolve(brokers: str) -> None:
+    with pytest.raises(UnavailableError, match=r"x\.invalid:\d+ .*advertised\.listeners"):
+        create_topics(Config(kafka=Kafka(brokers=brokers)), 1, 1)
+
+
+def test_brokers_that_take_a_connection_are_reachable() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens
+        there, away = server.getsockname(), closed.getsockname()
+        names = [("a" * 70 + ".invalid", 9092), ("", 9092), ("..", 9092), ("127.0.0.1", 1 << 20), ("\ud800", 9092)]
+        found = unreachable([there, away, *names])
+    assert set(found) >= {away, names[0], names[2], names[3], names[4]}
+    assert there not in found

@@ -1,0 +1,262 @@
+"""`rebpf tail` against the mock cluster: each event once, in its partition's order."""
+
+import io
+import json
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import fastavro
+import pytest
+from confluent_kafka import Producer
+
+from producer.commands.tail import Event, batches, events, tail
+from producer.errors import ConfigError, UnavailableError
+from producer.events import STREAMS, TRANSMITS, Stream
+from producer.paths import SCHEMAS
+from tests.unit.consume.test_event_line import TRANSMIT
+
+TOPICS = [stream.topic for stream in STREAMS]
+VALUES = {"long": 1_790_000_000_123, "int": 7, "string": "text", "boolean": True}
+
+
+class Cluster:
+    """librdkafka's mock cluster, and a producer for it."""
+
+    def __init__(self) -> None:
+        self._producer = Producer(
+            {"bootstrap.servers": "none", "test.mock.num.brokers": 1, "linger.ms": 0},
+            logger=logging.getLogger("cluster"),
+        )
+        (broker,) = self._producer.list_topics(timeout=10).brokers.values()
+        self.brokers = f"{broker.host}:{broker.port}"
+
+    def put(self, topic: str, value: bytes, key: str = "a:1>b:2") -> None:
+        self._producer.produce(topic, value, key)
+        assert self._producer.flush(10) == 0
+
+    def put_events(self, stream: Stream, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.put(stream.topic, message(stream, seq=number))
+
+    def close(self) -> None:
+        self._producer.close()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+def message(stream: Stream, **fields: Any) -> bytes:
+    schema = json.loads((SCHEMAS / stream.schema_file).read_text())
+    record = {field["name"]: VALUES[type_name(field["type"])] for field in schema["fields"]} | fields
+    buffer = io.BytesIO()
+    buffer.write(struct.pack(">bI", 0, stream.fixed_schema_id))
+    fastavro.schemaless_writer(buffer, fastavro.parse_schema(schema), record)
+    return buffer.getvalue()
+
+
+def type_name(kind: Any) -> str:
+    if isinstance(kind, list):
+        return type_name(kind[1])
+    return kind["type"] if isinstance(kind, dict) else kind
+
+
+def follow(cluster: Cluster, topics: Sequence[str] = TOPICS, *, from_beginning: bool = True) -> Generator[list[Event]]:
+    return batches(
+        cluster.brokers,
+        topics,
+        registry=None,
+        from_beginning=from_beginning,
+        stop=threading.Event(),
+        client_settings={},
+    )
+
+
+def take(source: Iterator[list[Event]], count: int) -> list[Event]:
+    """Read until there are `count` events; the test's timeout is the deadline."""
+    taken: list[Event] = []
+    while len(taken) < count:
+        taken += next(source)
+    return taken
+
+
+def print_events(cluster: Cluster, *, as_json: bool, limit: int | None) -> None:
+    tail(
+        cluster.brokers,
+        TOPICS,
+        registry=None,
+        as_json=as_json,
+        limit=limit,
+        color=False,
+        from_beginning=True,
+        stop=threading.Event(),
+        client_settings={},
+    )
+
+
+def test_json_lines_have_topic_key_and_raw_numbers(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    for stream in STREAMS:
+        cluster.put_events(stream, [11])
+    print_events(cluster, as_json=True, limit=2)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["topic"] for line in lines} == set(TOPICS)
+    assert [(line["key"], line["seq"], line["ts"]) for line in lines] == [("a:1>b:2", 11, VALUES["long"])] * 2
+
+
+def test_a_limit_is_the_number_of_lines(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.put_events(TRANSMITS, range(13))
+    print_events(cluster, as_json=False, limit=7)
+    assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+def test_each_event_is_read_once_and_in_order(cluster: Cluster) -> None:
+    cluster.put_events(TRANSMITS, range(101))
+    source = follow(cluster)
+    assert [event.record["seq"] for event in take(source, 101)] == list(range(101))
+    assert next(source) == []
+
+
+def test_without_from_beginning_only_what_comes_later_is_read(cluster: Cluster) -> None:
+    cluster.put_events(TRANSMITS, range(5))
+    source = follow(cluster, from_beginning=False)
+    assert next(source) == []
+    cluster.put_events(TRANSMITS, [1000])
+    assert [event.record["seq"] for event in take(source, 1)] == [1000]
+
+
+def test_a_topic_that_appears_later_is_read_from_its_beginning(cluster: Cluster) -> None:
+    source = follow(cluster, ["late"], from_beginning=False)
+    assert next(source) == []
+    cluster.put("late", message(TRANSMITS, seq=3))
+    assert [(event.topic, event.record["seq"]) for event in take(source, 1)] == [("late", 3)]
+
+
+def test_strangers_messages_are_skipped_and_counted(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    cluster.put(TRANSMITS.topic, b"not avro")
+    cluster.put(TRANSMITS.topic, b"not avro either")
+    cluster.put_events(TRANSMITS, [17])
+    source = follow(cluster)
+    assert [event.record["seq"] for event in take(source, 1)] == [17]
+    source.close()
+    assert 'skipped messages=2 reason="tcp_transmit: not in Confluent\'s wire format"' in caplog.text
+
+
+ODD: dict[int, dict[str, Any]] = {
+    100: {"ts_ns": "x"},
+    101: {"ts_ns": 1 << 62, "cause": 5},
+    102: {"cause": "rto", "saddr": b"\xff"},
+    103: {**{name: 7 for name in TRANSMIT if name != "ts_ns"}, "ts_ns": 1.0e300},
+}
+"""Records with the name of ours, by the schema's id, whose fields have other types or are missing."""
+TYPES = {str: "string", int: "long", bytes: "bytes", float: "double"}
+
+
+def odd_schema(number: int) -> dict[str, Any]:
+    fields = [{"name": name, "type": TYPES[type(value)]} for name, value in ODD[number].items()]
+    return {"type": "record", "name": "TcpTransmit", "namespace": "rebpf.v1", "fields": fields}
+
+
+class OddRegistry(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        number = int(self.path.split("?")[0].rpartition("/")[2])
+        schema = odd_schema(number) if number in ODD else json.loads((SCHEMAS / TRANSMITS.schema_file).read_text())
+        body = json.dumps({"schema": json.dumps(schema)}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/vnd.schemaregistry.v1+json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def odd_registry() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OddRegistry) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_records_of_other_types_are_skipped_and_counted_and_cost_no_other(
+    cluster: Cluster,
+    odd_registry: str,
+    as_json: bool,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for number, record in ODD.items():
+        buffer = io.BytesIO()
+        buffer.write(struct.pack(">bI", 0, number))
+        fastavro.schemaless_writer(buffer, fastavro.parse_schema(odd_schema(number)), record)
+        cluster.put(TRANSMITS.topic, buffer.getvalue())
+    cluster.put_events(TRANSMITS, [17, 18])
+    tail(
+        cluster.brokers,
+        [TRANSMITS.topic],
+        registry=odd_registry,
+        as_json=as_json,
+        limit=2,
+        color=False,
+        from_beginning=True,
+        stop=threading.Event(),
+        client_settings={},
+    )
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    skipped = [record.args for record in caplog.records if "skipped messages" in record.message]
+    assert sum(args[0] for args in skipped if isinstance(args, tuple)) == len(ODD)
+
+
+def test_reasons_to_skip_messages_are_bounded(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(300):
+        cluster.put(TRANSMITS.topic, struct.pack(">bI", 0, 1000 + number))
+    cluster.put_events(TRANSMITS, [17])
+    source = follow(cluster)
+    take(source, 1)
+    source.close()
+    assert len([record for record in caplog.records if "skipped messages" in record.message]) <= 101
+    assert len(caplog.records) <= 210
+
+
+def test_stop_ends_the_events(cluster: Cluster) -> None:
+    cluster.put_events(TRANSMITS, range(3))
+    stop = threading.Event()
+    seen = []
+    for event in events(cluster.brokers, TOPICS, registry=None, from_beginning=True, stop=stop, client_settings={}):
+        seen.append(event.record["seq"])
+        if len(seen) == 3:  # a batch may end before
+            stop.set()
+    assert seen == [0, 1, 2]
+
+
+def test_a_setting_that_the_client_does_not_know_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r"no\.such\.setting"):
+        next(
+            batches(
+                "127.0.0.1:1",
+                TOPICS,
+                registry=None,
+                from_beginning=True,
+                stop=threading.Event(),
+                client_settings={"no.such.setting": "1"},
+            )
+        )
+
+
+def test_a_broker_that_is_down_is_unavailable() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # A port on which nobody listens.
+        brokers = f"127.0.0.1:{taken.getsockname()[1]}"
+        source = events(brokers, TOPICS, registry=None, from_beginning=True, stop=threading.Event(), client_settings={})
+        with pytest.raises(UnavailableError, match=brokers):
+            next(source)

@@ -1,0 +1,271 @@
+"""What the producer says of itself, its HTTP endpoint, and `rebpf status`."""
+
+import http.client
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from producer.errors import UnavailableError
+from producer.health import endpoint
+from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health.status import Status, table, usage
+from producer.host.state import StateFolder
+from tests.support.rebpf import rebpf, wait_until
+from tests.support.statuses import LOST, status
+
+OK = status(reasons=())
+
+
+@contextmanager
+def loop(board: StatusBoard, make: Callable[[], Status] = status) -> Iterator[None]:
+    """A loop that makes a step each 5 ms, as the producer's."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(0.005):
+            board.step(make)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def serving(board: StatusBoard | None = None, host: str = "127.0.0.1") -> Iterator[tuple[StatusBoard, Endpoint]]:
+    board = board or StatusBoard()
+    with Endpoint(host, 0, board) as server:
+        yield board, server
+
+
+def get(url: str | None, path: str) -> tuple[int, str]:
+    assert url
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+def test_the_state_is_ok_degraded_or_stopped():
+    assert [each.state for each in (OK, status(), status(stopped=True))] == ["ok", "degraded", "stopped"]
+
+
+def test_losses_are_by_stage_and_reason():
+    transmit, retransmit = status().as_dict()["streams"]
+
+    assert transmit["lost"] == [
+        {"stage": "kernel", "reason": "ring_full", "count": 3},
+        {"stage": "kafka", "reason": "MSG_SIZE_TOO_LARGE", "count": 2},
+    ]
+    assert retransmit["lost"] == []
+
+
+def test_usage_is_what_the_kernel_says_of_this_process():
+    cpu_s, rss_bytes = usage()
+    stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert 0 < cpu_s <= (int(stat[11]) + int(stat[12]) + 2) / ticks
+    assert 1 << 20 < rss_bytes <= int(peak.split()[1]) << 10
+
+
+def test_the_table_begins_with_the_state_and_why():
+    lines = table(status().as_dict()).splitlines()
+
+    assert lines[:3] == ["degraded", "  kafka: _ALL_BROKERS_DOWN", "  tcp_transmit: spooling"]
+    assert lines[3] == "host=höst-1 version=1.2.3 pid=4711 rules_version=7 cpu=1.5s rss=77.0MiB"
+    assert lines[4].split() == (
+        ["topic", "hook", "passed", "delivered", "in_flight", "spooled", "in_ring", "lost", "ring", "spool"]
+    )
+    assert lines[5].split() == ["tcp_transmit", "fentry", "1000", "700", "200", "50", "45", "5", "25%", "3.0MiB"]
+    assert lines[6].split() == ["tcp_retransmit", "raw_tp", "13", "13", "0", "0", "0", "0", "0%", "0.0MiB"]
+    assert len({len(line) for line in lines[4:7]}) == 1
+    assert lines[7:] == [
+        "lost topic=tcp_transmit stage=kernel reason=ring_full count=3",
+        "lost topic=tcp_transmit stage=kafka reason=MSG_SIZE_TOO_LARGE count=2",
+    ]
+
+
+def test_before_the_loop_begins_the_producer_lives_and_is_not_ready():
+    with serving() as (_, server):
+        assert get(server.url, "/healthz") == (200, "ok\n")
+        assert get(server.url, "/readyz") == (503, '{"state": "unavailable", "reasons": ["does not capture yet"]}')
+        assert get(server.url, "/status")[0] == 503
+        assert get(server.url, "/metrics")[0] == 200
+        assert get(server.url, "/")[0] == 404
+
+
+def test_a_degraded_producer_is_ready_and_says_why():
+    with serving() as (board, server), loop(board):
+        wait_until("ready", lambda: get(server.url, "/readyz")[0] == 200)
+        assert json.loads(get(server.url, "/readyz")[1]) == {"state": "degraded", "reasons": list(status().reasons)}
+        assert json.loads(get(server.url, "/status")[1]) == status().as_dict()
+
+
+def test_a_status_is_made_when_it_is_asked_for_and_only_then():
+    made = []
+
+    def make() -> Status:
+        made.append(threading.get_ident())
+        return status(rules_version=len(made))
+
+    with serving() as (board, server), loop(board, make):
+        wait_until("the first", lambda: made)
+        steps = [json.loads(get(server.url, "/status")[1])["rules_version"] for _ in range(5)]
+    assert steps == [2, 3, 4, 5, 6]
+    assert len(made) == 6
+    assert set(made) == {made[0]} != {threading.get_ident()}, "in the loop's own thread"
+
+
+def test_a_loop_that_hangs_is_seen():
+    with serving(StatusBoard(hangs_after_s=1, answer_timeout_s=0.1)) as (board, server):
+        with loop(board):
+            wait_until("ready", lambda: get(server.url, "/readyz")[0] == 200)
+        wait_until("seen", lambda: get(server.url, "/healthz")[0] == 503)
+        assert get(server.url, "/readyz")[0] == get(server.url, "/status")[0] == 503
+        assert "rebpf_events_passed_total" in get(server.url, "/metrics")[1]
+        assert server.url
+        with pytest.raises(UnavailableError, match=r"the producer has made no step for \d+\.\d s"):
+            endpoint.ask(server.url)
+        with loop(board):
+            wait_until("well again", lambda: get(server.url, "/healthz")[0] == 200)
+
+
+def test_it_listens_on_ipv6_too():
+    with serving(host="::1") as (_, server):
+        assert server.url
+        assert server.url.startswith("http://[::1]:")
+        assert get(server.url, "/healthz") == (200, "ok\n")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no such host"])
+def test_a_port_that_cannot_be_had_is_one_warning(caplog, host):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with Endpoint(host, port, StatusBoard()) as server:
+            assert server.url is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith(f"metrics: no endpoint at {host} port {port}: ")
+
+
+def test_two_producers_do_not_share_a_port():
+    with serving() as (_, first):
+        assert first.url
+        with Endpoint("127.0.0.1", int(first.url.rpartition(":")[2]), StatusBoard()) as second:
+            assert second.url is None
+
+
+def test_it_is_gone_after_the_end():
+    with serving() as (_, server):
+        pass
+    assert server.url
+    with pytest.raises(ConnectionRefusedError):
+        get(server.url, "/healthz")
+    assert "endpoint" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_nobody_asking_costs_no_wakeups():
+    """The server's thread sleeps until there is a visitor."""
+    code = (
+        "import threading, time\n"
+        "from pathlib import Path\n"
+        "from producer.health.endpoint import StatusBoard, Endpoint\n"
+        "def switches():\n"
+        "    (thread,) = [each for each in threading.enumerate() if each.name == 'endpoint']\n"
+        "    lines = Path(f'/proc/self/task/{thread.native_id}/status').read_text().splitlines()\n"
+        "    return next(int(line.split()[1]) for line in lines if line.startswith('voluntary_ctxt'))\n"
+        "with Endpoint('127.0.0.1', 0, StatusBoard()) as server:\n"
+        "    before = -1\n"
+        "    for _ in range(20):\n"
+        "        if switches() == before:\n"
+        "            break\n"
+        "        before = switches()\n"
+        "        time.sleep(1.2)\n"
+        "    else:\n"
+        "        print('it never sleeps for long')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@contextmanager
+def running(folder: Path, url: str | None) -> Iterator[None]:
+    with StateFolder(folder) as state:
+        state.publish({"status_url": url})
+        yield
+
+
+def test_status_says_how_the_producer_fares(tmp_path):
+    with serving() as (board, server), loop(board), running(tmp_path, server.url):
+        board.step(status)
+        for_people = rebpf("status", "--state-dir", tmp_path)
+        as_json = rebpf("status", "--state-dir", tmp_path, "--json", env={"http_proxy": "http://127.0.0.1:1"})
+
+    assert (for_people.returncode, for_people.stderr) == (0, ""), "degraded is no error"
+    assert for_people.stdout == table(status().as_dict()) + "\n"
+    assert as_json.returncode == 0
+    assert json.loads(as_json.stdout) == status().as_dict()
+    assert sum(loss["count"] for loss in json.loads(as_json.stdout)["streams"][0]["lost"]) == sum(LOST.values())
+
+
+def test_status_where_none_runs_is_69(tmp_path):
+    done = rebpf("status", "--state-dir", tmp_path)
+
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr == f"rebpf: no producer is running with state_dir {tmp_path}, or it is not ready yet\n"
+
+
+def test_status_of_a_producer_without_an_endpoint_is_69(tmp_path):
+    with running(tmp_path, None):
+        done = rebpf("status", "--state-dir", tmp_path)
+
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr == f"rebpf: the producer with pid {os.getpid()} has no HTTP endpoint: set metrics.listen\n"
+
+
+def test_status_of_a_producer_that_does_not_answer_is_69(tmp_path):
+    with serving() as (_, server):
+        pass
+    with running(tmp_path, server.url):
+        done = rebpf("status", "--state-dir", tmp_path)
+
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr.startswith(f"rebpf: the producer does not answer at {server.url}/status: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_step_costs_next_to_nothing_while_nobody_asks():
+    board, made = StatusBoard(), []
+
+    def make() -> Status:
+        made.append(time.monotonic())
+        return status()
+
+    for _ in range(1000):
+        board.step(make)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("url", ["http://a:b", "http://[", "x", "http://", "http://\x1b[2J:1", "http://a\nb:1"])
+def test_an_address_that_is_none_is_an_error_of_one_line(tmp_path, url):
+    with pytest.raises(UnavailableError, match="the producer does not answer at") as caught:
+        endpoint.ask(url)
+    assert str(caught.value).isprintable()

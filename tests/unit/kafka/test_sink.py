@@ -1,0 +1,451 @@
+"""The sink against librdkafka's mock cluster: acknowledgements, retries, losses, and limits in flight."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import confluent_kafka
+import numpy as np
+import pytest
+
+from producer.config.librdkafka import client_settings
+from producer.events import RETRANSMITS, TRANSMITS, EncodedBatch, Stream, Topic
+from producer.kafka import librdkafka
+from producer.kafka.sink import KafkaSink
+from tests.support.mock_cluster import DEADLINE_S, Cluster, lib
+from tests.support.rebpf import wait_until
+
+TOPICS = {"transmit": Topic("t"), "retransmit": Topic("r")}
+SETTINGS = {"linger.ms": "0", "retry.backoff.ms": "10", "topic.metadata.propagation.max.ms": "300"}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def open_sink(cluster: Cluster) -> Iterator[Callable[..., KafkaSink]]:
+    sinks = []
+
+    def make(
+        settings: Mapping[str, str] | None = None, raw: Mapping[str, str] | None = None, **arguments: object
+    ) -> KafkaSink:
+        known = client_settings(cluster.brokers, {**SETTINGS, **(settings or {})}) | (raw or {})
+        sink = KafkaSink(known, TOPICS, **arguments)
+        assert sink.open() == cluster.brokers
+        sinks.append(sink)
+        return sink
+
+    yield make
+    for sink in sinks:
+        sink.close()
+
+
+def batch(stream: Stream, messages: Sequence[tuple[bytes, bytes]]) -> EncodedBatch:
+    """Lay messages out as the encoder does: with gaps, and keys of one width that rows share."""
+    gap = b"\xee" * 7
+    keys = sorted({key for key, _ in messages})
+    width = max(map(len, keys)) + 3
+    lengths = np.array([len(value) for _, value in messages], np.int64)
+    numbers = np.array([keys.index(key) for key, _ in messages], np.int64)
+    return EncodedBatch(
+        stream,
+        np.frombuffer(b"".join(value + gap for _, value in messages), np.uint8),
+        np.concatenate([[0], np.cumsum(lengths + len(gap))[:-1]]).astype(np.int64),
+        lengths,
+        np.frombuffer(b"".join(key.ljust(width, b"\xee") for key in keys), np.uint8),
+        numbers * width,
+        np.array([len(key) for key in keys], np.int64)[numbers],
+    )
+
+
+def messages_of(sent: EncodedBatch) -> list[tuple[bytes, bytes]]:
+    keys = [sent.keys[at:][:size].tobytes() for at, size in zip(sent.key_starts, sent.key_lengths, strict=True)]
+    values = [sent.payload[at:][:size].tobytes() for at, size in zip(sent.starts, sent.lengths, strict=True)]
+    return list(zip(keys, values, strict=True))
+
+
+def numbered(count: int, start: int = 0) -> list[tuple[bytes, bytes]]:
+    return [(b"key %d" % (number % 7), b"value %d" % number) for number in range(start, start + count)]
+
+
+class Ledger:
+    """The sum of a sink's outcomes."""
+
+    def __init__(self, sink: KafkaSink) -> None:
+        self._sink = sink
+        self.delivered: Counter[str] = Counter()
+        self.lost: dict[str, Counter[str]] = {"transmit": Counter(), "retransmit": Counter()}
+        self.done: list[EncodedBatch] = []
+        self.lost_of: dict[EncodedBatch, Counter[str]] = {}
+
+    def poll(self) -> None:
+        for stream, outcome in self._sink.poll().items():
+            self.delivered[stream] += outcome.delivered
+            self.lost[stream].update(outcome.lost)
+            self.done += [batch for batch, _ in outcome.done]
+            self.lost_of.update(dict(outcome.done))
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Poll until the condition holds."""
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end, (self.delivered, self.lost, len(self.done))
+            self.poll()
+            time.sleep(0.005)
+
+    def wait_for(self, *batches: EncodedBatch) -> None:
+        self.wait(lambda: all(any(each is one for one in self.done) for each in batches))
+
+
+def test_keys_and_values_arrive_as_they_lie_in_the_batch_and_each_key_in_order(cluster, open_sink):
+    cluster.create("t", 4)
+    sink = open_sink()
+    first, second = numbered(307), numbered(211, 307)
+    batches = [batch(TRANSMITS, first), batch(TRANSMITS, second)]
+    for each in batches:
+        sink.send(each)
+    ledger = Ledger(sink)
+    ledger.wait_for(*batches)
+
+    assert ledger.delivered == {"transmit": 518}
+    read = cluster.read("t", 518)
+    for key in {key for key, _ in first}:
+        assert [value for k, value in read if k == key] == [value for k, value in first + second if k == key]
+
+
+def test_a_message_that_is_too_large_for_the_client_is_lost_by_name_and_its_neighbours_arrive(cluster, open_sink):
+    cluster.create("t")
+    sink = open_sink({"message.max.bytes": "1000"})
+    messages = numbered(11)
+    messages[5] = (b"key", bytes(5000))
+    sent = batch(TRANSMITS, messages)
+    sink.send(sent)
+    ledger = Ledger(sink)
+    ledger.wait_for(sent)
+
+    assert ledger.delivered == {"transmit": 10}
+    assert ledger.lost["transmit"] == {"MSG_SIZE_TOO_LARGE": 1}
+    assert cluster.read("t", 10) == messages[:5] + messages[6:]
+
+
+@pytest.mark.parametrize("code", [7, 19, 29, 3, 6], ids=librdkafka.error_name)
+def test_a_failure_that_passes_costs_no_message(cluster, open_sink, code):
+    cluster.create("t")
+    sink = open_sink()
+    cluster.answer_produce_with(code, code, code)
+    messages = numbered(101)
+    sent = batch(TRANSMITS, messages)
+    sink.send(sent)
+    ledger = Ledger(sink)
+    ledger.wait_for(sent)
+
+    assert ledger.delivered == {"transmit": 101}
+    assert not ledger.lost["transmit"]
+    assert set(cluster.read("t", 101)) == set(messages)
+
+
+def test_retried_batches_stay_in_order_and_later_ones_wait_for_them(cluster, open_sink, caplog):
+    """The topic is missing. The client's queue takes two and a half batches and rejects more before these fail."""
+    sink = open_sink(raw={"queue.buffering.max.messages": "50"})
+    batches = [batch(TRANSMITS, numbered(20, start)) for start in range(0, 240, 20)]
+    failing, later = batches[:8], batches[8:]
+    for each in failing:
+        sink.send(each)
+    ledger = Ledger(sink)
+    # All have failed, were retried, and failed again.
+    ledger.wait(
+        lambda: (
+            caplog.text.count("retrying messages topic=t error=") > 1 and "UNKNOWN" in sink.last_error_of("transmit")
+        )
+    )
+
+    assert not sink.last_error_of("retransmit")
+    assert (sink.capacity(TRANSMITS), sink.capacity(RETRANSMITS)) == (0, 1 << 15)
+    assert [sink.unacknowledged(each) for each in batches] == [20] * 8 + [0] * 4
+    cluster.create("t")
+    ledger.wait(lambda: sink.capacity(TRANSMITS))
+    for each in later:
+        sink.send(each)
+    ledger.wait_for(*batches)
+
+    assert ledger.delivered == {"transmit": 240}
+    assert [sink.unacknowledged(each) for each in batches] == [0] * 12
+    assert not sink.last_error_of("transmit")
+    assert cluster.read("t", 240) == numbered(240)
+
+
+@pytest.mark.parametrize("code", [10, 44, 87], ids=librdkafka.error_name)
+def test_a_rejected_batch_is_retried_one_by_one_and_what_is_rejected_again_is_lost_by_name(cluster, open_sink, code):
+    cluster.create("t")
+    kept: list[tuple[EncodedBatch, str]] = []
+    sink = open_sink(quarantine=lambda refused, error: kept.append((refused, error)))
+    # The whole batch, then its first two messages, each in a separate request.
+    cluster.answer_produce_with(code, code, code)
+    refused, later = batch(TRANSMITS, numbered(13)), batch(TRANSMITS, numbered(17, 13))
+    ledger = Ledger(sink)
+    sink.send(refused)
+    ledger.wait_for(refused)
+    sink.send(later)
+    ledger.wait_for(later)
+
+    name = librdkafka.error_name(code)
+    assert ledger.lost["transmit"] == {name: 2}
+    assert ledger.lost_of == {refused: Counter({name: 2}), later: Counter()}
+    assert ledger.delivered == {"transmit": 11 + 17}
+    assert cluster.read("t", 28) == [*numbered(11, 2), *numbered(17, 13)]
+    assert [each for messages, _ in kept for each in messages_of(messages)] == numbered(2)
+    assert {(messages.stream, error) for messages, error in kept} == {(TRANSMITS, name)}
+
+
+def test_nothing_overtakes_messages_that_are_sent_one_by_one(cluster, open_sink):
+    cluster.create("t")
+    sink = open_sink()
+    cluster.slow_down(50)
+    cluster.answer_produce_with(87)
+    refused = batch(TRANSMITS, numbered(13))
+    ledger = Ledger(sink)
+    sink.send(refused)
+    ledger.wait(lambda: sink.capacity(TRANSMITS) == 0)
+    assert 0 < sink.unacknowledged(refused) <= 13
+    ledger.wait(lambda: sink.capacity(TRANSMITS))
+    assert sink.unacknowledged(refused) == 0
+    sent = batch(TRANSMITS, numbered(7, 13))
+    sink.send(sent)
+    ledger.wait_for(sent)
+
+    assert cluster.read("t", 20) == numbered(20)
+
+
+def test_a_heartbeat_is_delivered_and_then_the_next(cluster, open_sink):
+    cluster.create("beats")
+    sink = open_sink(heartbeats=Topic("beats"))
+    ledger = Ledger(sink)
+    for number in range(3):
+        assert not sink.beating
+        sink.beat(b"host", b"beat %d" % number)
+        assert sink.beating
+        ledger.wait(lambda: not sink.beating)
+
+    assert cluster.read("beats", 3) == [(b"host", b"beat %d" % number) for number in range(3)]
+    assert not ledger.delivered
+
+
+def test_one_heartbeat_at_most_is_under_way(cluster, open_sink):
+    cluster.create("beats")
+    cluster.down()
+    sink = open_sink(heartbeats=Topic("beats"))
+    ledger = Ledger(sink)
+    sink.beat(b"host", b"first")
+    ledger.wait(lambda: sink.last_error)
+    for number in range(5):
+        sink.beat(b"host", b"too many %d" % number)
+    cluster.up()
+    ledger.wait(lambda: not sink.beating)
+    sink.beat(b"host", b"last")
+    ledger.wait(lambda: not sink.beating)
+
+    assert cluster.read("beats", 2) == [(b"host", b"first"), (b"host", b"last")]
+
+
+def test_a_missing_heartbeat_topic_is_logged_and_retried_rarely_and_costs_no_event(cluster, open_sink, caplog):
+    cluster.create("t")
+    sink = open_sink(heartbeats=Topic("beats"))
+    ledger = Ledger(sink)
+    sink.beat(b"host", b"first")
+    ledger.wait(lambda: not sink.beating)
+    assert "heartbeat not accepted topic=beats error=" in caplog.text
+    for _ in range(50):
+        sink.beat(b"host", b"too soon")
+        ledger.wait(lambda: not sink.beating)
+    # Each failure is logged. Waits are random, up to 20 s and more: 10 within this time are practically impossible.
+    assert caplog.text.count("heartbeat not accepted") < 10
+    sent = batch(TRANSMITS, numbered(11))
+    sink.send(sent)
+    ledger.wait_for(sent)
+
+    assert ledger.delivered == {"transmit": 11}
+
+
+def test_without_a_topic_for_them_there_are_no_heartbeats(open_sink):
+    sink = open_sink()
+    sink.beat(b"host", b"beat")
+    assert not sink.beating
+
+
+def test_room_is_each_streams_own_and_comes_back_with_the_reports(cluster, open_sink):
+    cluster.create("t")
+    cluster.create("r")
+    sink = open_sink(max_in_flight=100)
+    cluster.down()
+    sent = batch(TRANSMITS, numbered(60))
+    sink.send(sent)
+
+    assert (sink.capacity(TRANSMITS), sink.capacity(RETRANSMITS)) == (40, 100)
+    cluster.up()
+    Ledger(sink).wait_for(sent)
+    assert (sink.capacity(TRANSMITS), sink.capacity(RETRANSMITS)) == (100, 100)
+
+
+def test_a_missing_topic_does_not_hold_up_the_other_stream(cluster, open_sink, caplog):
+    cluster.create("r")
+    sink = open_sink(max_in_flight=100)
+    held = batch(TRANSMITS, numbered(100))
+    sink.send(held)
+    ledger = Ledger(sink)
+    ledger.wait(lambda: "topic=t error=" in caplog.text)
+    assert sink.capacity(TRANSMITS) == 0
+    for start in range(0, 500, 100):
+        assert sink.capacity(RETRANSMITS) == 100
+        sent = batch(RETRANSMITS, numbered(100, start))
+        sink.send(sent)
+        ledger.wait_for(sent)
+    assert (ledger.delivered["transmit"], ledger.delivered["retransmit"]) == (0, 500)
+
+    cluster.create("t")
+    ledger.wait_for(held)
+    assert ledger.delivered == {"retransmit": 500, "transmit": 100}
+    assert not ledger.lost["transmit"]
+
+
+def test_warnings_of_a_missing_topic_become_rare_though_the_other_streams_messages_arrive(cluster, open_sink, caplog):
+    cluster.create("t")
+    sink = open_sink()
+    sink.send(batch(RETRANSMITS, numbered(3)))
+    ledger = Ledger(sink)
+    ledger.wait(lambda: "topic=r error=" in caplog.text)
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        sent = batch(TRANSMITS, numbered(1))
+        sink.send(sent)
+        ledger.wait_for(sent)
+
+    # Waits of up to 0.5, 1, 2, 4 s: 10 within 4 s are practically impossible; waits up to 0.5 s would give 16.
+    assert caplog.text.count("topic=r error=") < 10
+
+
+def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluster, open_sink, caplog):
+    cluster.create("t")
+    sink = open_sink()
+    first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
+    ledger = Ledger(sink)
+    sink.send(first)
+    ledger.wait_for(first)
+    # A broker cannot be made to cause one; librdkafka has this function for tests.
+    lib.rd_kafka_test_fatal_error(sink._producer._handle, 47, b"made by a test")
+    cluster.down()
+    wait_until("other errors come after it", lambda: lib.rd_kafka_queue_length(sink._producer._queue) > 3)
+    sink.send(second)
+    ledger.wait(lambda: "replacing the client: fatal error" in caplog.text)
+    cluster.up()
+    ledger.wait_for(second)
+
+    assert ledger.delivered == {"transmit": 24}
+    assert not ledger.lost["transmit"]
+    assert cluster.read("t", 24) == numbered(24)
+
+
+def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts_once(cluster, open_sink, caplog):
+    """librdkafka's threads wait by the system clock, and would sleep for the difference."""
+    cluster.create("t")
+    offset_ns = [1_700_000_000_000_000_000]
+    sink = open_sink(utc_offset_ns=lambda: offset_ns[0])
+    first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
+    ledger = Ledger(sink)
+    sink.send(first)
+    ledger.wait_for(first)
+    for correction_ns in (-4_000_000_000, 3600_000_000_000):
+        offset_ns[0] += correction_ns
+        ledger.poll()
+    assert "replacing" not in caplog.text
+    cluster.down()
+    sink.send(second)
+    offset_ns[0] -= 3_000_000_000_000
+    before = time.monotonic()
+    for _ in range(5):
+        ledger.poll()
+    assert time.monotonic() - before < 1
+    cluster.up()
+    ledger.wait_for(second)
+
+    assert caplog.text.count("replacing the client: the system clock was set back") == 1
+    assert ledger.delivered == {"transmit": 24}
+    assert not ledger.lost["transmit"]
+    assert sink.in_flight == {"transmit": 0}
+    assert cluster.read("t", 24) == numbered(24)
+
+
+def test_the_last_error_is_kept_until_a_message_is_delivered(cluster, open_sink, caplog):
+    cluster.create("t")
+    cluster.down()
+    sink = open_sink()
+    sent = batch(TRANSMITS, numbered(3))
+    sink.send(sent)
+    ledger = Ledger(sink)
+    ledger.wait(lambda: sink.last_error)
+    assert "kafka: " in caplog.text
+
+    cluster.up()
+    ledger.wait_for(sent)
+    assert sink.last_error is None
+
+
+def test_each_socket_is_shown_before_it_connects(cluster, open_sink):
+    cluster.create("t")
+    seen: list[str] = []
+
+    def look(descriptor: int) -> None:
+        with socket.socket(fileno=socket.dup(descriptor)) as shown:
+            try:
+                seen.append(str(shown.getpeername()))
+            except OSError as error:
+                seen.append(type(error).__name__ if error.errno != 107 else "not connected")
+
+    sink = open_sink(on_socket=look)
+    sent = batch(TRANSMITS, numbered(3))
+    sink.send(sent)
+    Ledger(sink).wait_for(sent)
+
+    assert set(seen) == {"not connected"}
+
+
+def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
+    """Or its segments would be events."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError("no")
+
+    cluster.create("t")
+    sink = open_sink(on_socket=refuse)
+    sink.send(batch(TRANSMITS, numbered(3)))
+    ledger = Ledger(sink)
+    ledger.wait(lambda: "cannot open a socket" in caplog.text and sink.last_error)
+    assert not ledger.delivered
+
+
+def test_an_embedded_cluster_has_the_topics():
+    sink = KafkaSink(client_settings(None, {}), TOPICS, heartbeats=Topic("beats"))
+    brokers = sink.open()
+    try:
+        client = confluent_kafka.admin.AdminClient({"bootstrap.servers": brokers})
+        topics = client.list_topics(timeout=10).topics
+        assert {name: len(topic.partitions) for name, topic in topics.items()} == {"t": 4, "r": 4, "beats": 1}
+    finally:
+        sink.close()
+
+
+def test_delivery_reports_need_no_descriptor() -> None:
+    """numpy imports a submodule on first use, which fails when descriptors have run out."""
+    program = """
+import resource, numpy, producer.kafka.sink
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 4096))
+numpy.unique(numpy.zeros(3))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,230 @@
+"""A spool on a disk that fails, is full or is read-only: failed writes can be repeated, and nothing is stored twice."""
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from producer.spool.disk import Disk
+from producer.spool.spool import FullError
+from tests.support.disks import remount, small_disk
+from tests.support.spool import (
+    BLOCK_BYTES,
+    Setup,
+    batch,
+    fill,
+    finish,
+    ledger_of,
+    read_all,
+    size_on_disk,
+)
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(tmp_path / "spool" / "transmit")
+
+
+def test_short_writes_are_completed(setup: Setup) -> None:
+    setup.disk.most_bytes = 7
+    spool = setup.filled(3)
+    assert read_all(spool) == list(range(30))
+    assert setup.disk.calls.count("write") > 3 * BLOCK_BYTES // 7
+
+
+@pytest.mark.parametrize("room", [0, 100, BLOCK_BYTES // 2])
+def test_a_write_that_fails_leaves_no_trace_and_can_be_repeated(setup: Setup, room: int) -> None:
+    spool = setup.filled(1)
+    before = {path.name: path.read_bytes() for path in setup.files}
+    state = ledger_of(spool), spool.size_bytes
+    setup.disk.room = room
+    with pytest.raises(OSError, match="No space left"):
+        fill(spool, 1)
+    assert {path.name: path.read_bytes() for path in setup.files} == before
+    assert (ledger_of(spool), spool.size_bytes) == state
+    setup.disk.room = 1 << 30
+    fill(spool, 1)
+    assert finish(spool) == list(range(20))
+    assert not spool.lost
+
+
+@pytest.mark.parametrize("room", [0, 300, 1000])
+def test_a_header_that_cannot_be_written_leaves_no_file(setup: Setup, room: int) -> None:
+    spool = setup.open()
+    setup.disk.room = room
+    with pytest.raises(OSError, match="No space left"):
+        fill(spool, 1)
+    assert (setup.names, spool.size_bytes, spool.end) == ([], 0, 0)
+    setup.disk.room = 1 << 30
+    fill(spool, 1)
+    assert finish(spool) == list(range(10))
+
+
+def test_a_file_that_could_not_be_removed_is_written_anew(setup: Setup) -> None:
+    spool = setup.open()
+    setup.disk.room = 300
+    setup.disk.fails = {"unlink": errno.EIO}
+    with pytest.raises(OSError, match="Input/output error"):
+        fill(spool, 1)
+    assert setup.names == ["00000000000000000000.avro"]
+    setup.disk.room, setup.disk.fails = 1 << 30, {}
+    fill(spool, 1)
+    assert finish(spool) == list(range(10))
+    assert (setup.names, spool.lost) == ([], {})
+
+
+def test_where_half_a_batch_cannot_be_cut_off_nothing_is_written_behind_it(setup: Setup) -> None:
+    spool = setup.filled(1)
+    setup.disk.room = BLOCK_BYTES // 2
+    setup.disk.fails = {"truncate": errno.EIO}
+    with pytest.raises(OSError, match="No space left"):
+        fill(spool, 1)
+    assert spool.size_bytes == size_on_disk(setup)
+    setup.disk.room, setup.disk.fails = 1 << 30, {}
+    fill(spool, 1)
+    assert len(setup.names) == 2
+    spool.close()
+    spool = setup.open((0, 20, 0))
+    assert finish(spool) == list(range(20))
+    assert not spool.lost
+
+
+def test_a_batch_that_is_there_though_its_write_failed_is_not_there_twice(setup: Setup) -> None:
+    spool = setup.filled(1)
+    setup.disk.fails = {"written": errno.EIO, "truncate": errno.EIO}
+    with pytest.raises(OSError, match="Input/output error"):
+        fill(spool, 1)
+    assert read_all(spool) == list(range(10))
+    setup.disk.fails = {}
+    spool.append(batch(10, 15), "ring", 0)
+    assert read_all(spool) == list(range(10, 25))
+    ledger = ledger_of(spool)
+    spool.close()
+    spool = setup.open(ledger)
+    assert finish(spool) == list(range(25))
+    assert not spool.lost
+
+    # And if the process ends there: it is in the spool, and the next start must know.
+    spool = setup.filled(1)
+    setup.disk.fails = {"written": errno.EIO, "truncate": errno.EIO}
+    with pytest.raises(OSError, match="Input/output error"):
+        spool.append(batch(10, 15), "ring", 99)
+    setup.disk.fails = {}
+    spool = setup.open((0, 10, 0))
+    assert spool.last
+    assert (spool.end, spool.last.position) == (25, 99)
+
+
+def test_a_file_is_synced_when_it_is_full_and_at_a_stop(setup: Setup) -> None:
+    spool = setup.filled(3)
+    assert "sync" not in setup.disk.calls
+    fill(spool, 1)
+    assert setup.disk.calls.count("sync") == 1
+    spool.close()
+    assert setup.disk.calls.count("sync") == 2
+
+
+def test_a_disk_that_cannot_sync_is_logged_and_costs_nothing(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
+    spool = setup.filled(3)
+    setup.disk.fails = {"sync": errno.EIO}
+    fill(spool, 1)
+    assert "Input/output error" in caplog.text
+    spool.close()
+    assert finish(setup.open((0, 40, 0))) == list(range(40))
+
+
+@pytest.mark.parametrize("call", ["open", "read"])
+def test_what_cannot_be_read_is_lost_and_counted_and_the_file_set_aside(setup: Setup, call: str) -> None:
+    spool = setup.filled(6)
+    first = spool.read()
+    assert first
+    spool.ack(0, first.end)
+    setup.disk.fails = {call: errno.EIO}
+    found = finish(spool)
+    setup.disk.fails = {}
+    assert found == ([] if call == "read" else list(range(10, 30))), "of the first, which is open already"
+    assert spool.lost == {"spool_damaged": 50 if call == "read" else 30}
+    assert "00000000000000000030.damaged" in setup.names
+    fill(spool, 1)
+    assert finish(spool) == list(range(60, 70))
+
+
+def test_a_file_that_cannot_be_read_at_a_start_stays(setup: Setup) -> None:
+    setup.filled(3).close()
+    setup.disk.fails = {"read": errno.EIO}
+    spool = setup.open()
+    assert len(setup.names) == 1
+    setup.disk.fails = {}
+    fill(spool, 1)
+    assert len(setup.names) == 2
+
+
+def test_where_nothing_can_be_removed_the_ledger_says_what_is_done(setup: Setup) -> None:
+    spool = setup.filled(6)
+    setup.disk.fails = {"unlink": errno.EROFS, "rename": errno.EROFS}
+    assert finish(spool) == list(range(60))
+    ledger = ledger_of(spool)
+    assert len(setup.names) == 2
+    setup.disk.fails = {}
+    spool = setup.open(ledger)
+    assert (setup.names, finish(spool), spool.lost) == ([], [], {})
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
+
+
+@pytest.mark.root
+def test_a_real_full_disk_takes_what_fits_and_more_when_there_is_room_again(disk: Path) -> None:
+    setup = Setup(disk / "spool")
+    setup.disk = Disk()  # type: ignore[assignment]  # the real one
+    spool = setup.open(max_bytes=1 << 30, file_bytes=1 << 17)
+    with pytest.raises(OSError, match="No space left") as full:
+        fill(spool, 5000)
+    assert not isinstance(full.value, FullError)
+    assert 0 < spool.size_bytes == size_on_disk(setup) <= 1 << 20
+    end = spool.end
+    assert end > 5000
+    with pytest.raises(OSError, match="No space left"):
+        spool.append(batch(end, 1000), "ring", 0)
+    assert spool.end == end
+
+    while spool.acked < end // 2:
+        spooled = spool.read()
+        assert spooled
+        spool.ack(spooled.first, spooled.end)
+        spool.sweep()
+    fill(spool, 10)
+    spool.close()
+    spool = setup.open(ledger_of(spool), max_bytes=1 << 30)
+    assert finish(spool)[-1] == end + 99
+    assert (setup.names, spool.lost) == ([], {})
+
+
+@pytest.mark.root
+def test_a_real_read_only_disk_is_read_and_takes_nothing(disk: Path) -> None:
+    setup = Setup(disk / "spool")
+    setup.disk = Disk()  # type: ignore[assignment]  # the real one
+    spool = setup.filled(4)
+    spool.close()
+    remount(disk, "ro")
+    spool = setup.open(ledger_of(spool), max_age_s=100)
+    with pytest.raises(OSError, match="Read-only file system"):
+        fill(spool, 1)
+    setup.clock.pass_time(1000)
+    with pytest.raises(OSError, match="Read-only file system"):
+        spool.expire()
+    assert not spool.lost
+    assert finish(spool) == list(range(40))
+    ledger = ledger_of(spool)
+    assert ledger == (40, 40, 0)
+
+    remount(disk, "rw")
+    fill(spool, 1)
+    assert finish(spool) == list(range(40, 50))
+    spool.close()
+    spool = setup.open((50, 50, 0))
+    assert (setup.names, spool.lost) == ([], {})

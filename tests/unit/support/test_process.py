@@ -1,0 +1,116 @@
+"""A server process ends when asked, when its tests are killed, and explains a failed start."""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import process
+from tests.support.servers.process import ServerProcess, free_port
+
+ROOT = Path(__file__).parents[3]
+
+
+class ShellServer(ServerProcess):
+    """A shell script that is ready once it has made the file `ready`."""
+
+    def __init__(self, folder: Path, script: str) -> None:
+        super().__init__(folder, "shell")
+        self.script = script
+
+    def command(self) -> Sequence[str]:
+        return ["sh", "-c", self.script]
+
+    def is_ready(self) -> bool:
+        return (self.folder / "ready").exists()
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def ends(pidfd: int, deadline_s: float = 10.0) -> bool:
+    return bool(select.select([pidfd], [], [], deadline_s)[0])
+
+
+def test_a_server_dies_with_a_killed_test_process(tmp_path):
+    code = (
+        "import pathlib, signal, sys\n"
+        "from tests.unit.support.test_process import ShellServer\n"
+        "server = ShellServer(pathlib.Path(sys.argv[1]), 'touch ready; exec sleep 600')\n"
+        "server.start()\n"
+        "print(server.pid, flush=True)\n"
+        "signal.pause()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        server = os.pidfd_open(int(parent.stdout.readline()))
+        try:
+            parent.kill()
+            assert ends(server)
+        finally:
+            os.close(server)
+
+
+def test_stop_ends_a_paused_server_in_good_order(tmp_path):
+    server = ShellServer(tmp_path, "trap 'touch ended; exit' TERM; touch ready; while :; do sleep 0.1; done")
+    server.start()
+    server.pause()
+
+    server.stop()
+
+    assert (tmp_path / "ended").exists()
+
+
+def test_stop_uses_force_where_the_server_does_not_listen(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "STOP_DEADLINE_S", 0.3)
+    server = ShellServer(tmp_path, "trap '' TERM; touch ready; while :; do sleep 0.1; done")
+    server.start()
+    running = os.pidfd_open(server.pid)
+    try:
+        server.stop()
+        assert ends(running)
+    finally:
+        os.close(running)
+
+
+def test_pause_and_resume_stop_the_process_and_let_it_go_on(tmp_path):
+    with ShellServer(tmp_path, "touch ready; exec sleep 600") as server:
+        server.pause()
+        os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
+        assert state_of(server.pid) == "T"
+
+        server.resume()
+        os.waitid(os.P_PID, server.pid, os.WCONTINUED | os.WNOWAIT)
+        assert state_of(server.pid) in "SR"
+
+
+def test_a_failed_start_shows_the_end_of_the_log(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)ended with 3.*no such disk"):
+        ShellServer(tmp_path, "echo no such disk >&2; exit 3").start()
+
+
+def test_a_start_that_takes_too_long_leaves_nothing_running(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "START_DEADLINE_S", 0.3)
+    server = ShellServer(tmp_path, "echo $$ > pid; exec sleep 600")
+
+    with pytest.raises(TimeoutError):
+        server.start()
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
+
+
+def test_a_free_port_is_bindable_and_no_ephemeral_one():
+    port = free_port()
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+
+    assert port < first_ephemeral
+    with socket.create_server(("127.0.0.1", port)):
+        pass
