@@ -15,10 +15,9 @@ from producer.encode.batch import BatchEncoder
 from producer.encode.isolate import Isolator
 from producer.errors import UnavailableError
 from producer.events import STREAMS, Batch, EncodedBatch, Rows, SchemaId, Stream
-from producer.host.cgroups import CgroupPaths
+from producer.host.cgroups import CgroupPaths, cgroup2_root
 from producer.host.clock import UtcOffset, boot_id, now
 from producer.kernel.capture import Capture
-from producer.kernel.hooks import cgroup2_root
 from producer.kernel.ringbuf import Ring
 from producer.pipeline.ledger import Account, Ledger
 from producer.pipeline.stream import Stores, StreamPath, resume

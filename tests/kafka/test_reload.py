@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.kernel.hooks import cgroup2_root
+from producer.host.cgroups import cgroup2_root
 from tests.kafka.rebpf import Run, rebpf, wait_until
 from tests.kafka.traffic import Echo, exchange
 from tests.wire import captured
