@@ -2,7 +2,7 @@
 
 A socket timeout bounds a single read: a server that sends a byte per second could block for hours, and name resolution
 has no configurable timeout. So the request runs in a separate thread; at the deadline, its connection is shut down and
-the thread abandoned. This includes the response of a proxy (https_proxy), which could otherwise keep a thread per request.
+the thread abandoned. This includes the response of a proxy (https_proxy), which could otherwise keep a thread forever.
 Redirects are not followed: only the responses of the given server count. Bodies are not decompressed.
 """
 
