@@ -15,6 +15,7 @@ from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.health.web_config import WebSettings
 from producer.host import capabilities
+from producer.host.cgroups import cgroup2_root
 from producer.host.clock import boot_id
 from producer.host.signals import Flag
 from producer.host.state import STATUS_SOCKET, StateFolder
@@ -22,7 +23,6 @@ from producer.kafka.sink import KafkaSink, producer_settings
 from producer.kernel import bpf_syscall, fdstore
 from producer.kernel.capture import Capture, CaptureSettings
 from producer.kernel.fdstore import FdStore
-from producer.kernel.hooks import cgroup2_root
 from producer.kernel.pinned import PinFolder
 from producer.kernel.sequence import EventNumbers
 from producer.registry.published import schema_ids

@@ -15,14 +15,14 @@ from producer.encode.batch import BatchEncoder
 from producer.encode.isolate import Isolator
 from producer.errors import UnavailableError
 from producer.events import STREAMS, Batch, EncodedBatch, Rows, SchemaId, Stream
-from producer.host.cgroups import CgroupPaths
+from producer.host.cgroups import CgroupPaths, cgroup2_root
 from producer.host.clock import UtcOffset, boot_id, now
 from producer.kernel.capture import Capture
-from producer.kernel.hooks import cgroup2_root
 from producer.kernel.ringbuf import Ring
 from producer.pipeline.ledger import Account, Ledger
 from producer.pipeline.stream import Stores, StreamPath, resume
 from producer.schemas import load_schema
+from producer.spool.disk import PASSING
 from producer.spool.spool import Spool
 
 logger = logging.getLogger(__name__)
@@ -169,6 +169,8 @@ class StreamBuilder:
             try:
                 spool = self._open_spool(stream, account)
             except OSError as error:
+                if error.errno in PASSING:  # without a spool, its events would count as lost
+                    raise UnavailableError(f"spool: {error}") from error
                 open_error = str(error)
                 logger.error("spool: %s: continuing without a spool", error)
         old_lost = self._drain_old(stream, spool, account)

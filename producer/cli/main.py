@@ -146,7 +146,7 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
     """
     from producer.config.load import located
     from producer.host import state
-    from producer.kernel.hooks import cgroup2_root
+    from producer.host.cgroups import cgroup2_root
     from producer.rules.resolve import resolve
 
     settings = load(config).with_values(state_dir=state_dir)
@@ -221,7 +221,7 @@ def check(
     from producer.commands.check import examine
     from producer.commands.finding import Finding
     from producer.errors import ConfigError
-    from producer.kernel.hooks import cgroup2_root
+    from producer.host.cgroups import cgroup2_root
     from producer.rules.explain import explain as explain_rules
     from producer.rules.resolve import resolve
 

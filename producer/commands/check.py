@@ -14,12 +14,13 @@ from producer.config.load import Config, located
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.health.web_config import WebSettings
 from producer.host import capabilities
+from producer.host.cgroups import cgroup2_root
 from producer.host.state import check_owners, is_locked, pid
 from producer.kafka.librdkafka import Producer
 from producer.kafka.sink import producer_settings
 from producer.kernel import bpf_syscall
 from producer.kernel.btf import VMLINUX, Btf
-from producer.kernel.hooks import HOOKS_BY_STREAM, cgroup2_root, refusal
+from producer.kernel.hooks import HOOKS_BY_STREAM, refusal
 from producer.kernel.loader import python_with_bcc
 from producer.registry.client import RegistryClient
 from producer.rules.resolve import resolve

@@ -1,4 +1,4 @@
-"""Cgroups: their paths by id, which is the inode number of their folder, and their owners by path.
+"""Cgroups: the root of their hierarchy, their paths by id (the inode number of their folder), and their owners by path.
 
 Folders can have any name, so paths are escaped (producer.host.text). A look-up is bounded in time for any number of
 cgroups: a path that is not found in time is unknown for now, and found later.
@@ -16,12 +16,26 @@ from producer.host.text import name
 # Docker, containerd, CRI-O and Podman name the cgroup of a container ID or PREFIX-ID.scope.
 _CONTAINER = re.compile(r"(?:[\w.-]+-)?([0-9a-f]{64})(?:\.scope)?")
 _UNIT = re.compile(r".+\.(?:service|scope|socket|mount|swap)")
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 _MAX_CACHED = 16_384
 _LOOK_S = 0.005
 _ENTRIES_AT_ONCE = 256
 _SHARE = 0.05
 """Maximum share of the time spent on look-ups."""
+
+
+def cgroup2_root(mounts: Path = Path("/proc/self/mounts")) -> Path | None:
+    """Return where the cgroup v2 hierarchy is mounted, or None.
+
+    The paths of other mounts can be any bytes, since users can mount (FUSE). The kernel escapes only space, tab, line
+    feed, backslash and #, so other characters that Python takes for white space do not separate.
+    """
+    for line in mounts.read_bytes().split(b"\n"):
+        match line.split(b" "):
+            case [_, path, b"cgroup2", *_]:
+                return Path(os.fsdecode(_ESCAPE.sub(lambda octal: bytes([int(octal[1], 8)]), path)))
+    return None
 
 
 def unit(path: str) -> str | None:

@@ -2,7 +2,8 @@
 
 A socket timeout bounds a single read: a server that sends a byte per second could block for hours, and name resolution
 has no configurable timeout. So the request runs in a separate thread; at the deadline, its connection is shut down and
-the thread abandoned. Redirects are not followed: only the responses of the given server count.
+the thread abandoned. This includes the response of a proxy (https_proxy), which could otherwise keep a thread forever.
+Redirects are not followed: only the responses of the given server count. Bodies are not decompressed.
 """
 
 import socket
@@ -48,22 +49,33 @@ class _Attempt:
     done: threading.Event = field(default_factory=threading.Event)
     answer: Answer | None = None
     error: Exception | None = None
-    sock: socket.socket | None = None
     is_abandoned: bool = False
+    _sock: socket.socket | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held to shut down and to close, since the descriptor may be reused later."""
+
+    def connect(self, *where: Any) -> socket.socket:
+        """Connect as socket.create_connection, and keep a copy of the socket: TLS takes the original's descriptor."""
+        sock = socket.create_connection(*where)
+        with self._lock:
+            self._sock = sock.dup()
+        if self.is_abandoned:
+            self.abandon()
+        return sock
 
     def abandon(self) -> None:
         """Shut down the connection, so that the thread ends."""
         self.is_abandoned = True
-        if self.sock is not None:
-            with suppress(OSError):  # closed already
-                # Not SSLSocket.shutdown, which removes the TLS state that the thread uses.
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        with self._lock, suppress(OSError):  # disconnected already
+            if self._sock is not None:
+                self._sock.shutdown(socket.SHUT_RDWR)
 
-    def connected(self, sock: socket.socket) -> None:
-        """Store the connection's socket, since http.client drops it with the last response of a connection."""
-        self.sock = sock
-        if self.is_abandoned:
-            self.abandon()
+    def end(self) -> None:
+        """Close the copy of the socket, and end the wait for the answer."""
+        with self._lock:
+            if self._sock is not None:
+                self._sock.close()
+        self.done.set()
 
 
 def exchange(
@@ -76,7 +88,11 @@ def exchange(
 ) -> Answer:
     """Return the response. Raises ExchangeError if none arrives in time, Stopped if `stop` is set meanwhile."""
     attempt = _Attempt(time.monotonic() + timeout_s)
-    threading.Thread(target=_run, args=(attempt, request, timeout_s, tls, most_bytes), daemon=True).start()
+    thread = threading.Thread(target=_run, args=(attempt, request, timeout_s, tls, most_bytes), daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise ExchangeError(f"{error}: the limit on processes (TasksMax, ulimit -u) or memory is reached") from error
     try:
         while not attempt.done.wait(max(0.0, min(_LOOK_S, attempt.deadline - time.monotonic()))):
             if stop is not None and stop.is_set():
@@ -97,7 +113,7 @@ def _run(attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLCont
     except (OSError, HTTPException, ValueError, ExchangeError) as error:  # ValueError: headers, addresses
         attempt.error = error
     finally:
-        attempt.done.set()
+        attempt.end()
 
 
 def _answer(
@@ -136,10 +152,10 @@ class _Plain(HTTPHandler):
         self._attempt = attempt
 
     def http_open(self, req: Request) -> Any:
-        return self.do_open(self._connect, req)
+        return self.do_open(self._connection, req)
 
-    def _connect(self, host: str, **settings: Any) -> HTTPConnection:
-        return _Connection(self._attempt, host, **settings)
+    def _connection(self, host: str, **settings: Any) -> HTTPConnection:
+        return _with(self._attempt, HTTPConnection(host, **settings))
 
 
 class _Tls(HTTPSHandler):
@@ -150,31 +166,13 @@ class _Tls(HTTPSHandler):
         self._attempt, self._context = attempt, context
 
     def https_open(self, req: Request) -> Any:
-        return self.do_open(self._connect, req)
+        return self.do_open(self._connection, req)
 
-    def _connect(self, host: str, **settings: Any) -> HTTPConnection:
-        return _TlsConnection(self._attempt, host, **{**settings, "context": self._context})
-
-
-class _Connection(HTTPConnection):
-    """A connection that registers its socket with the attempt."""
-
-    def __init__(self, attempt: _Attempt, host: str, **settings: Any) -> None:
-        super().__init__(host, **settings)
-        self._attempt = attempt
-
-    def connect(self) -> None:
-        super().connect()
-        self._attempt.connected(self.sock)
+    def _connection(self, host: str, **settings: Any) -> HTTPConnection:
+        return _with(self._attempt, HTTPSConnection(host, **{**settings, "context": self._context}))
 
 
-class _TlsConnection(HTTPSConnection):
-    """The same over TLS."""
-
-    def __init__(self, attempt: _Attempt, host: str, **settings: Any) -> None:
-        super().__init__(host, **settings)
-        self._attempt = attempt
-
-    def connect(self) -> None:
-        super().connect()
-        self._attempt.connected(self.sock)
+def _with(attempt: _Attempt, connection: HTTPConnection) -> HTTPConnection:
+    """Let a connection connect through the attempt: http.client has no public way before a proxy's answer."""
+    connection._create_connection = attempt.connect  # type: ignore[attr-defined]
+    return connection

@@ -185,12 +185,3 @@ def choose(
             return hook, refusals
         refusals.append(Refusal(stream, hook.name, reason))
     return None, refusals
-
-
-def cgroup2_root(mounts: Path = Path("/proc/self/mounts")) -> Path | None:
-    """Return where the cgroup v2 hierarchy is mounted, or None."""
-    for line in mounts.read_text().splitlines():
-        _, path, kind, *_ = line.split()
-        if kind == "cgroup2":
-            return Path(path.encode().decode("unicode_escape"))
-    return None

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
+from producer.host.cgroups import cgroup2_root
 from producer.kernel import bpf_syscall, hooks, program_cache, source
 from producer.kernel.btf import VMLINUX, Btf
 from producer.kernel.program_cache import Compiled, ProgramCache
@@ -104,7 +105,7 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
     if not _may_load():
         raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
     btf = Btf.load(Path(request["btf"] or VMLINUX))
-    root = hooks.cgroup2_root()
+    root = cgroup2_root()
     loaded = _Loaded(request, btf, root)
     answer = {
         "hooks": {stream: hook.name for stream, hook in loaded.chosen.items()},

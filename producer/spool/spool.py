@@ -14,7 +14,6 @@ loses what was written last.
 No clock and no retries here: time is passed in, and OSError goes to the caller.
 """
 
-import contextlib
 import errno
 import json
 import logging
@@ -112,7 +111,10 @@ class Spool:
         return self.end - self.acked - self.discarded
 
     def open(self, acked: int | None = None, end: int = 0, discarded: int = 0) -> None:
-        """Scan the folder. `acked`, `end` and `discarded` come from the ledger, if there is one."""
+        """Scan the folder. `acked`, `end` and `discarded` come from the ledger, if there is one.
+
+        OSError: nothing has changed, and it can be repeated.
+        """
         make_folder(self._folder)
         self._aside = {path: size_bytes(path) for path in files(self._folder, ASIDE_SUFFIX)}
         self._files = [self._found(path) for path in files(self._folder, SPOOL_SUFFIX)]
@@ -209,8 +211,14 @@ class Spool:
 
     def _found(self, path: Path) -> _File:
         made = None
-        with contextlib.suppress(OSError, DamagedError), open(state_file.open_regular(path), "rb") as file:
-            made = made_at(read_header(file.read(HEADER_BYTES))[2])
+        try:
+            with open(state_file.open_regular(path), "rb") as file:
+                made = made_at(read_header(file.read(HEADER_BYTES))[2])
+        except DamagedError:
+            pass
+        except OSError as error:
+            if error.errno in PASSING:
+                raise
         made = made or self._now()
         return _File(int(path.stem), int(path.stem), path, size_bytes(path), made)
 
@@ -227,7 +235,7 @@ class Spool:
         """Return the last readable batch of a file, and note whether anything is damaged."""
         last = None
         file.damaged = file.size > 0 or not file.path.is_file()
-        with contextlib.suppress(OSError):
+        try:
             descriptor, reader = self._open(file)
             try:
                 while reader and (spooled := reader.next()):
@@ -236,6 +244,8 @@ class Spool:
                     file.damaged = reader.damaged or file.size > _MOST_FILE_BYTES
             finally:
                 os.close(descriptor)
+        except OSError as error:
+            self._mark_unreadable(file, error)
         return last
 
     def _find_end(self, file: _File) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Self
 from confluent_kafka.schema_registry import SchemaRegistryClient
 
 from producer.demo.lab import Lab
-from producer.kernel.hooks import cgroup2_root
+from producer.host.cgroups import cgroup2_root
 from tests.chaos.account import TopicAccount
 from tests.chaos.findings import Findings
 from tests.chaos.producer import Life, Producer

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.kernel.hooks import cgroup2_root
+from producer.host.cgroups import cgroup2_root
 from tests.support import topics
 from tests.support.faults import (
     PARTITIONS,

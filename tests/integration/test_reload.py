@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.kernel.hooks import cgroup2_root
+from producer.host.cgroups import cgroup2_root
 from tests.support.rebpf import Run, rebpf, wait_until
 from tests.support.traffic import Echo, exchange
 from tests.support.wire import captured

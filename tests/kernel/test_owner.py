@@ -12,7 +12,7 @@ import pytest
 
 from producer.demo.lab import Lab
 from producer.events import CAUSES, KNOWN
-from producer.kernel.hooks import cgroup2_root
+from producer.host.cgroups import cgroup2_root
 from tests.support.capture import DEADLINE_S, Recording, inside, receive, rules, wait_for
 from tests.support.comparison import Trial
 

@@ -17,8 +17,8 @@ import pytest
 
 from producer.demo.lab import Lab
 from producer.events import RETRANSMITS, TRANSMITS, Rows
+from producer.host.cgroups import cgroup2_root
 from producer.kernel import bpf_syscall
-from producer.kernel.hooks import cgroup2_root
 from producer.kernel.rule_maps import RuleMaps
 from producer.rules.tables import MOST_CGROUP_LEVELS, Action, Rule, tables
 from tests.support.capture import Pair, Recording, hook_settings, inside, receive

@@ -14,8 +14,8 @@ import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import HOOKS, KNOWN, STATES, TRANSMITS, Rows
+from producer.host.cgroups import cgroup2_root
 from producer.kernel.bpf_syscall import jiffies_per_second
-from producer.kernel.hooks import cgroup2_root
 from tests.support.capture import DEADLINE_S, Pair, Recording, cookie_of, inside, sees_ipv6_synacks, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]

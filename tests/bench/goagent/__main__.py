@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from producer.host.cgroups import cgroup2_root
 from producer.kernel.capture import Capture, CaptureSettings
-from producer.kernel.hooks import cgroup2_root
 from producer.rules.tables import filtered
 from tests.support.servers.fetch import cache
 

@@ -17,7 +17,7 @@ from producer.cli import main
 from producer.config.librdkafka import client_settings
 from producer.config.load import Config, load, located
 from producer.errors import ConfigError, RebpfError
-from producer.kernel.hooks import cgroup2_root
+from producer.host.cgroups import cgroup2_root
 from producer.rules.resolve import resolve
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, NUMBERS, mutated

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from producer.config import load
 from producer.errors import ConfigError
 from producer.host import state
-from producer.kernel.hooks import cgroup2_root
+from producer.host.cgroups import cgroup2_root
 from producer.rules.resolve import resolve
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, NUMBERS, mutated

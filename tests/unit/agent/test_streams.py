@@ -1,5 +1,7 @@
 """Rings of replaced hooks: all of their events that are not yet safe go into the spool."""
 
+import os
+import resource
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from producer.agent.streams import Quarantine, StreamBuilder, StreamParts, ledger_path, new_spool
 from producer.config.load import Config, Kafka
+from producer.errors import UnavailableError
 from producer.events import TRANSMITS, Rows, SchemaId, Stream
 from producer.pipeline.ledger import Account, Ledger
 
@@ -162,3 +165,19 @@ def test_an_old_ring_that_cannot_be_read_costs_its_events_and_stops_no_start(tmp
     parts = build(config, BrokenRing(0, 7), Ring(100, 11))
     assert parts.path.lost == {"old_ring": 7}
     assert spooled(config) == 11
+
+
+def test_a_start_without_descriptors_for_the_spool_ends_and_costs_no_event(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    build(config, Ring(0, 30))
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, usual[1]))  # one, for the ledger
+    try:
+        with pytest.raises(UnavailableError, match="Too many open files"):
+            build(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    assert spooled(config) == 30
+    assert not build(config).path.lost

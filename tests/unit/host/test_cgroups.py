@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.host.cgroups import CgroupPaths, container, unit
+from producer.host.cgroups import CgroupPaths, cgroup2_root, container, unit
 from producer.host.text import raw_name
 
 ID = "0123456789abcdef" * 4
@@ -31,6 +31,36 @@ ID = "0123456789abcdef" * 4
 )
 def test_a_path_names_a_unit_and_a_container(path: str, expected: tuple[str | None, str | None]) -> None:
     assert (unit(path), container(path)) == expected
+
+
+OURS = b"cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\n"
+
+
+@pytest.mark.parametrize(
+    "mounted_by_a_user",
+    [
+        b"s /home/u/caf\xe9 fuse.sshfs rw 0 0\n",
+        "s /home/u/\u2028 fuse.sshfs rw 0 0\n".encode(),
+        "s /home/u/\x85none\xa0/home/u/fake\xa0cgroup2\xa0rw fuse.sshfs rw 0 0\n".encode(),
+        b"cgroup2 /home/u/fake fuse.cgroup2 rw 0 0\n",
+        b"s /home/u/\\012cgroup2\\040/home/u/fake\\040cgroup2\\040rw fuse.sshfs rw 0 0\n",
+        b"s /\x0b\x0c\x1c\x00\r fuse.sshfs rw 0 0\n",
+    ],
+)
+def test_no_mount_by_a_user_hides_or_replaces_the_cgroup_root(mounted_by_a_user: bytes, tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_bytes(mounted_by_a_user + OURS)
+    assert cgroup2_root(mounts) == Path("/sys/fs/cgroup")
+    mounts.write_bytes(mounted_by_a_user)
+    assert cgroup2_root(mounts) is None
+
+
+def test_the_cgroup_root_can_have_any_name(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_bytes(b"proc /proc proc rw 0 0\nnone /mnt/caf\xc3\xa9\xe9\\040\\134x cgroup2 rw 0 0\n")
+    root = cgroup2_root(mounts)
+    assert root is not None
+    assert os.fsencode(root) == b"/mnt/caf\xc3\xa9\xe9 \\x"
 
 
 class Clock:

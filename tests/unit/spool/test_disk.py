@@ -1,6 +1,7 @@
 """A spool on a disk that fails, is full or is read-only: failed writes can be repeated, and nothing is stored twice."""
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +159,23 @@ def test_a_file_that_cannot_be_read_at_a_start_stays(setup: Setup) -> None:
     setup.disk.fails = {}
     fill(spool, 1)
     assert len(setup.names) == 2
+
+
+@pytest.mark.parametrize("call", ["open", "read"])
+@pytest.mark.parametrize("ledger", [None, (0, 30, 0), (0, 10, 0)])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_for_want_of_descriptors_or_memory_at_a_start_nothing_is_set_aside(
+    setup: Setup, call: str, ledger: tuple[int, int, int] | None, number: int
+) -> None:
+    setup.filled(6).close()
+    names = setup.names
+    setup.disk.fails = {call: number}
+    with pytest.raises(OSError, match=os.strerror(number)):
+        setup.open(ledger)
+    assert setup.names == names
+    setup.disk.fails = {}
+    assert finish(setup.open(ledger)) == list(range(60))
+    assert setup.names == []
 
 
 def test_where_nothing_can_be_removed_the_ledger_says_what_is_done(setup: Setup) -> None:

@@ -1,0 +1,96 @@
+"""HTTP requests end at their deadline, with all that they hold, whatever the server sends."""
+
+import gzip
+import os
+import socket
+import ssl
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from urllib.request import Request
+
+import pytest
+
+from producer.host.http_exchange import ExchangeError, exchange
+
+LONG_S = 20
+Reply = Callable[[socket.socket], None]
+
+
+@contextmanager
+def serving(reply: Reply) -> Iterator[int]:
+    """Accept one visitor and reply; yield the port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            visitor, _ = server.accept()
+            with visitor:
+                visitor.settimeout(LONG_S)
+                reply(visitor)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        thread.join(1)
+
+
+def drip(begin: bytes, gone: threading.Event) -> Reply:
+    """Send the beginning of an answer and then byte by byte, until the visitor disconnects."""
+
+    def reply(visitor: socket.socket) -> None:
+        visitor.recv(1 << 16)
+        try:
+            visitor.sendall(begin)
+            while not gone.wait(0.02):
+                visitor.sendall(b"0")
+        except OSError:
+            gone.set()
+
+    return reply
+
+
+def test_a_proxy_that_drips_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = threading.Event()
+    with serving(drip(b"HTTP/1.1 200 Connection est", gone)) as port:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        with pytest.raises(ExchangeError, match=r"within 0\.3 s"):
+            exchange(Request("https://registry.example:8081/"), 0.3, tls=ssl.create_default_context())
+        assert gone.wait(LONG_S)
+
+
+def answer(body: bytes, *headers: str) -> Reply:
+    def reply(visitor: socket.socket) -> None:
+        visitor.recv(1 << 16)
+        lines = ["HTTP/1.1 200 OK", f"Content-Length: {len(body)}", *headers, "", ""]
+        visitor.sendall("\r\n".join(lines).encode() + body)
+
+    return reply
+
+
+def test_no_descriptor_stays_open() -> None:
+    before = os.listdir("/proc/self/fd")
+    with serving(answer(b"{}")) as port:
+        assert exchange(Request(f"http://127.0.0.1:{port}/"), LONG_S).body == b"{}"
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_compressed_answer_is_not_unpacked() -> None:
+    bomb = gzip.compress(bytes(100 << 20))
+    with serving(answer(bomb, "Content-Type: application/json", "Content-Encoding: gzip")) as port:
+        tracemalloc.start()
+        try:
+            found = exchange(Request(f"http://127.0.0.1:{port}/"), LONG_S)
+            assert tracemalloc.get_traced_memory()[1] < 10 << 20
+        finally:
+            tracemalloc.stop()
+    assert found.body == bomb
+
+
+def test_where_no_thread_can_be_started_there_is_no_answer() -> None:
+    usual = threading.stack_size(1 << 46)  # more than the address space
+    try:
+        with pytest.raises(ExchangeError, match="can't start new thread"):
+            exchange(Request("http://127.0.0.1:9/"), LONG_S)
+    finally:
+        threading.stack_size(usual)
