@@ -54,15 +54,15 @@ class Reporter:
 
     def balance(self, parts: StreamParts, kernel: KernelCounters) -> Balance:
         """Return a stream's balance. Read the counters after the ring."""
-        path = parts.path
-        losses = {"ring_full": kernel.ring_full, "nested": kernel.nested, **path.lost}
+        account = parts.pipeline.account
+        losses = {"ring_full": kernel.ring_full, "nested": kernel.nested, **account.lost}
         return Balance(
-            passed=kernel.passed + kernel.nested + path.carried,
-            delivered=path.delivered,
+            passed=kernel.passed + kernel.nested + account.carried,
+            delivered=account.delivered,
             in_flight=self._sink.in_flight[parts.stream.name],
-            in_ring=kernel.passed - kernel.ring_full - path.taken,
-            spooled=path.spooled,
-            carried=path.carried,
+            in_ring=kernel.passed - kernel.ring_full - parts.pipeline.taken,
+            spooled=parts.pipeline.spooled,
+            carried=account.carried,
             lost={reason: count for reason, count in losses.items() if count},
         )
 
@@ -83,11 +83,11 @@ class Reporter:
         for each in self._parts:
             errors = {
                 "kafka": self._sink.last_error_of(each.stream.name),
-                "spool": each.open_error or each.path.spool_error,
-                "ledger": each.path.ledger_error,
+                "spool": each.open_error or each.pipeline.spool_error,
+                "ledger": each.pipeline.account.ledger_error,
             }
             topic = self._topics[each.stream.name]
             reasons += [f"{topic}: {part}: {text}" for part, text in errors.items() if text]
-            if each.path.spooling:
+            if each.pipeline.spooling:
                 reasons.append(f"{topic}: events wait on disk")
         return reasons

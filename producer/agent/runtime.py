@@ -66,8 +66,8 @@ class Runtime:
         """Move events until `stop` is set or `duration_s` has passed, shut down, and return the balances."""
         self._housekeeping(reload)
         self._log_ready()
-        paths = [each.path for each in self.streams]
-        pipeline = Pipeline(paths, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery, self._guard)
+        streams = [each.pipeline for each in self.streams]
+        pipeline = Pipeline(streams, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery, self._guard)
         interval_s = self.config.capture.drain_interval_s
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
         while not stop.is_set() and time.monotonic() < end:
@@ -154,7 +154,7 @@ class Runtime:
             balances = self.reporter.balances().values()
             if not any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances):
                 return
-            if any(each.path.spooling for each in self.streams):
+            if any(each.pipeline.spooling for each in self.streams):
                 return  # Kafka is not taking them
             self.supervisor.attempt("status", self.liveness.step, None)
             time.sleep(self.config.capture.drain_interval_s / 5)
@@ -177,7 +177,7 @@ class Runtime:
         for each, name in zip(self.streams, balances, strict=True):
             kernel = self.capture.counters(each.stream)  # read once: a ring that stays keeps filling
             unread = self.reporter.balance(each, kernel).in_ring
-            spooled, in_ring = each.path.end(self.sink, unread, ring_stays=self.ring_stays)
+            spooled, in_ring = each.pipeline.end(self.sink, unread, ring_stays=self.ring_stays)
             now = self.reporter.balance(each, kernel)
             last = dataclasses.replace(now, in_flight=0, spooled=spooled, in_ring=in_ring)
             if last.lost.get("stopped"):

@@ -13,21 +13,20 @@ from producer.backoff import BackOff
 from producer.config.load import Config
 from producer.encode.batch import BatchEncoder
 from producer.encode.isolate import Isolator
-from producer.errors import UnavailableError
-from producer.events import STREAMS, Batch, EncodedBatch, Rows, SchemaId, Stream
+from producer.events import STREAMS, EncodedBatch, Rows, SchemaId, Stream
 from producer.host.cgroups import CgroupPaths, cgroup2_root
 from producer.host.clock import UtcOffset, boot_id, now
 from producer.kernel.capture import Capture
 from producer.kernel.ringbuf import Ring
 from producer.pipeline.ledger import Account, Ledger
-from producer.pipeline.stream import Stores, StreamPath, resume
+from producer.pipeline.recovery import drain, resume
+from producer.pipeline.stream import Stores, StreamPipeline
 from producer.schemas import load_schema
 from producer.spool.disk import PASSING
 from producer.spool.spool import Spool
 
 logger = logging.getLogger(__name__)
 
-_BATCH_ROWS = 4096
 _SPOOL_WAIT_S = 5.0
 _RAW_QUARANTINE_BYTES = 1 << 20
 
@@ -134,7 +133,7 @@ class StreamParts:
     stream: Stream
     ring: Ring
     spool: Spool | None
-    path: StreamPath
+    pipeline: StreamPipeline
     open_error: str
     """Why the spool could not be opened; empty if it was, or if none is configured."""
 
@@ -175,11 +174,11 @@ class StreamBuilder:
                 logger.error("spool: %s: continuing without a spool", error)
         old_lost = self._drain_old(stream, spool, account)
         ring = self._stack.enter_context(self._hooks.ring(stream))
-        resumed = resume(account, self._hooks.ring_id, ring, spool, spool.last if spool else None)
+        resumed = resume(account, self._hooks.ring_id, ring, spool)
         stores = Stores(spool, ledger.write, BackOff("spool", most_s=_SPOOL_WAIT_S), self._config.spool.spill_after_s)
-        path = StreamPath(stream, ring, self._encoder(stream), stores, resumed)
-        path.open({"old_ring": old_lost} if old_lost else {})
-        return StreamParts(stream, ring, spool, path, open_error)
+        pipeline = StreamPipeline(stream, ring, self._encoder(stream), stores, resumed)
+        pipeline.account.open({"old_ring": old_lost} if old_lost else {})
+        return StreamParts(stream, ring, spool, pipeline, open_error)
 
     def _open_spool(self, stream: Stream, account: Account | None) -> Spool:
         spool = new_spool(self._config, stream)
@@ -201,44 +200,7 @@ class StreamBuilder:
         for number, (old, ring) in enumerate(rings, 1):
             # The positions in ledger and spool belong to the last of these rings.
             ring_id = self._hooks.old_ring_id if number == len(rings) else None
+            encoder = functools.partial(self._encoder, old)
             with ring:
-                if ring_id:
-                    ring.position = max([ring.position, *filter(ring.holds, _safe_positions(ring_id, account, spool))])
-                    ring.commit(ring.position)
-                try:
-                    lost += self._move(old, ring, spool, ring_id or "")
-                except Exception as error:  # the start continues, whatever these rings hold
-                    logger.error("hooks: %d events of replaced hooks lost: %s", ring.unread, error)
-                lost += ring.unread
+                lost += drain(old, ring, ring_id or "", encoder, spool, account, UtcOffset()())
         return lost
-
-    def _move(self, stream: Stream, ring: Ring, spool: Spool | None, ring_id: str) -> int:
-        """Move an old ring's events into the spool; return how many are damaged or cannot be encoded."""
-        refused = 0
-        if spool is None and ring.unread:
-            raise UnavailableError("no spool")
-        encoder, offset_ns = self._encoder(stream), UtcOffset()()
-        before = ring.position
-        while spool and (len(rows := ring.read(_BATCH_ROWS)) or ring.damaged):
-            try:
-                if len(rows) and (fit := encoder.fit(rows)) < len(rows):
-                    ring.position = before
-                    rows = ring.read(fit)
-                batch = encoder.encode(Batch(stream, rows), offset_ns) if len(rows) else None
-                if batch is not None:
-                    spool.append(batch, ring_id, ring.position)
-            except Exception:
-                ring.position = before
-                if encoder.fit(rows) < len(rows):
-                    continue  # with fewer rows
-                raise
-            refused += len(rows) - len(batch or ()) + ring.damaged
-            before = ring.position
-            ring.commit(before)
-        return refused
-
-
-def _safe_positions(ring_id: str, account: Account | None, spool: Spool | None) -> list[int]:
-    """Return the ring positions up to which, by the ledger or the spool, all events are done or on disk."""
-    last = spool.last if spool else None
-    return [each.position for each in (account, last) if each is not None and each.ring == ring_id]

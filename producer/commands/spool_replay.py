@@ -9,29 +9,26 @@ rejected again are appended to new files. The producer's account still counts qu
 """
 
 import dataclasses
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import numpy as np
-
 from producer.agent.streams import Quarantine, ledger_path, new_spool, quarantine_folder
-from producer.backoff import BackOff
 from producer.commands.spool_show import disk_errors, quarantined, require_state_folder
 from producer.config.librdkafka import client_settings
 from producer.config.load import Config
-from producer.events import STREAMS, Batch, EncodedBatch, Rows, Stream, Topic
+from producer.events import STREAMS, EncodedBatch, Stream, Topic
 from producer.host.clock import now
 from producer.host.signals import Flag
 from producer.host.state import StateFolder
 from producer.kafka.admin import Admin
 from producer.kafka.sink import KafkaSink
+from producer.pipeline.account import StreamAccount
 from producer.pipeline.ledger import Account, Ledger
-from producer.pipeline.pipeline import Pipeline
-from producer.pipeline.stream import Stores, StreamPath, resume
+from producer.pipeline.recovery import resume_spool
+from producer.pipeline.spool_sender import SpoolSender
 from producer.schemas import load_schema
 from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files
 from producer.spool.spool import Spool
@@ -59,50 +56,19 @@ class Sent:
         return f"delivered={self.delivered} waiting={self.waiting} lost={losses}{last_error}"
 
 
-class _NoRing:
-    """Takes the place of ring and encoder, as nothing is captured; keeps the ring's position for the next producer."""
-
-    records_before = 0
-    damaged = 0
-    fill = 0.0
-
-    def __init__(self, stream: Stream, position: int) -> None:
-        self._none = np.zeros(0, stream.dtype)
-        self.position = position
-
-    def read(self, limit: int) -> Rows:
-        return self._none
-
-    def holds(self, position: int) -> bool:
-        return True
-
-    def commit(self, position: int) -> None:
-        pass
-
-    def fit(self, rows: Rows) -> int:
-        return len(rows)
-
-    def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
-        raise AssertionError("nothing is captured")
-
-
 class _Source:
-    """A stream's open spool or quarantine, and its path to Kafka; `write_account` stores the account."""
+    """A stream's open spool or quarantine, and its sender; `write_account` stores the account."""
 
     def __init__(
         self, stream: Stream, spool: Spool, account: Account | None, write_account: Callable[[Account], None]
     ) -> None:
         spool.open(*((account.acked, account.end, account.discarded) if account else ()))
-        before = account or Account()
-        ring = _NoRing(stream, before.position)
-        self.stream = stream
-        self.spool = spool
-        self.account = resume(before, before.ring, ring, spool, spool.last)
-        self.path = StreamPath(
-            stream, ring, ring, Stores(spool, write_account, BackOff("spool"), math.inf), self.account
-        )
+        self.account = resume_spool(account, spool)
         self._write_account = write_account
-        self._delivered, self._lost = self.path.delivered, self.path.lost
+        self._counts = StreamAccount(None, spool, write_account, self.account)
+        self._delivered, self._lost = self._counts.delivered, self._counts.lost
+        self.spool = spool
+        self.sender = SpoolSender(stream, spool, self._counts)
 
     @property
     def waiting(self) -> int:
@@ -112,19 +78,19 @@ class _Source:
     @property
     def done(self) -> int:
         """Number of messages delivered or lost so far."""
-        return self.path.delivered + self.path.lost.total()
+        return self._counts.delivered + self._counts.lost.total()
 
     def is_done(self, sink: KafkaSink) -> bool:
         """Whether all was sent and nothing is in flight."""
-        return self.spool.sent == self.spool.end and not sink.in_flight[self.stream.name]
+        return not self.sender.has_unsent and not sink.in_flight[self.sender.stream.name]
 
     def result(self, sink: KafkaSink) -> Sent:
         """End the replay and return its result."""
-        self.path.end(sink, 0, ring_stays=True)
-        last_error = sink.last_error_of(self.stream.name) or (sink.last_error.name if sink.last_error else "")
-        if self.path.ledger_error:
-            last_error = f"ledger: {self.path.ledger_error}"
-        delivered, lost = self.path.delivered - self._delivered, self.path.lost - self._lost
+        self._counts.checkpoint()
+        last_error = sink.last_error_of(self.sender.stream.name) or (sink.last_error.name if sink.last_error else "")
+        if self._counts.ledger_error:
+            last_error = f"ledger: {self._counts.ledger_error}"
+        delivered, lost = self._counts.delivered - self._delivered, self._counts.lost - self._lost
         return Sent(delivered, self.waiting, dict(lost), last_error if self.waiting else "")
 
     def discard(self) -> int:
@@ -163,7 +129,7 @@ def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) ->
         sink.open()
         stack.callback(sink.close)
         _send(sources, sink, stop, timeout_s)
-        return {topics[source.stream.name]: source.result(sink) for source in sources}
+        return {topics[source.sender.stream.name]: source.result(sink) for source in sources}
 
 
 def drop(config: Config) -> dict[Topic, int]:
@@ -234,10 +200,13 @@ def _appender(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str],
 
 
 def _send(sources: Sequence[_Source], sink: KafkaSink, stop: Flag, timeout_s: float) -> None:
-    pipeline = Pipeline([source.path for source in sources], sink, time.monotonic, lambda: 0)
+    senders = {source.sender.stream.name: source.sender for source in sources}
     done, deadline_s = 0, time.monotonic() + timeout_s
     while not all(source.is_done(sink) for source in sources) and time.monotonic() < deadline_s and not stop.is_set():
-        if not pipeline.step():
+        more = [sender.send(sink, time.monotonic()) for sender in senders.values()]
+        for name, outcome in sink.poll().items():
+            senders[name].on_reports(outcome)
+        if not any(more):
             stop.wait(_PAUSE_S)
         if (now_done := sum(source.done for source in sources)) != done:
             done, deadline_s = now_done, time.monotonic() + timeout_s

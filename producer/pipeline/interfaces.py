@@ -24,6 +24,10 @@ class Ring(Protocol):
     def fill(self) -> float:
         """Used share of the ring."""
 
+    @property
+    def unread(self) -> int:
+        """Number of rows after `position`."""
+
     def holds(self, position: int) -> bool:
         """Whether `position` is a boundary of uncommitted rows, the first and last boundaries included."""
 
@@ -84,6 +88,12 @@ class Spool(Protocol):
     end: int
     discarded: int
     lost: Counter[str]
+    last: Spooled | None
+    """The last batch found when the spool was opened."""
+
+    @property
+    def pending(self) -> int:
+        """Events that are not done, in flight or not."""
 
     def append(self, batch: EncodedBatch, ring: str, position: int) -> None:
         """Write a batch. Raises OSError, and then nothing has changed."""

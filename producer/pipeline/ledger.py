@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.host import state_file
+from producer.pipeline.interfaces import Spool
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,11 @@ class Account:
     """Number after the spool's last event."""
     discarded: int = 0
     """Events from `acked` on that are already counted as lost."""
+
+    def with_spool(self, spool: Spool | None) -> "Account":
+        """Return the account with the spool's numbers; without a spool, they are 0."""
+        numbers = (spool.acked, spool.end, spool.discarded) if spool else (0, 0, 0)
+        return Account(self.ring, self.position, self.carried, self.lost, *numbers)
 
 
 class Ledger:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from producer.pipeline.interfaces import Sink
-from producer.pipeline.stream import StreamPath
+from producer.pipeline.stream import StreamPipeline
 
 
 class Pipeline:
-    """Moves events of all `paths` to `sink`.
+    """Moves the events of all `streams` to `sink`.
 
     `now_s` returns the monotonic clock in seconds, `utc_offset_ns` its offset to UTC. `delivered` is called per batch
     with the seconds from the kernel to the acknowledgement, and its number of events. `guard` runs the work of one
@@ -28,14 +28,14 @@ class Pipeline:
 
     def __init__(
         self,
-        paths: Sequence[StreamPath],
+        streams: Sequence[StreamPipeline],
         sink: Sink,
         now_s: Callable[[], float],
         utc_offset_ns: Callable[[], int],
         delivered: Callable[[float, int], None] = lambda seconds, count: None,
         guard: Callable[[str, Callable[[], bool]], bool] = lambda stream, work: work(),
     ) -> None:
-        self._paths = {path.stream.name: path for path in paths}
+        self._streams = {each.stream.name: each for each in streams}
         self._sink = sink
         self._now_s = now_s
         self._utc_offset_ns = utc_offset_ns
@@ -45,15 +45,15 @@ class Pipeline:
     def step(self) -> bool:
         """Move events of each stream, and process delivery reports; return whether there are likely more events."""
         more = False
-        for name, path in self._paths.items():
-            more |= self._guard(name, partial(path.step, self._sink, self._now_s(), self._utc_offset_ns()))
+        for name, stream in self._streams.items():
+            more |= self._guard(name, partial(stream.step, self._sink, self._now_s(), self._utc_offset_ns()))
         self.poll_reports()
         return more
 
     def poll_reports(self) -> None:
         """Process delivery reports."""
         for name, outcome in self._sink.poll().items():
-            for oldest_ns, count in self._paths[name].on_reports(outcome):
+            for oldest_ns, count in self._streams[name].on_reports(outcome):
                 self._delivered(self._now_s() - oldest_ns / 1e9, count)
 
     def spill_all(self, until_s: float = float("inf")) -> None:
@@ -61,5 +61,5 @@ class Pipeline:
 
         A ring that is still being filled may never be empty, so this ends when the clock reaches `until_s`.
         """
-        for path in self._paths.values():
-            path.spill_all(self._now_s(), self._utc_offset_ns(), lambda: self._now_s() >= until_s)
+        for stream in self._streams.values():
+            stream.spill_all(self._now_s(), self._utc_offset_ns(), lambda: self._now_s() >= until_s)

@@ -22,7 +22,8 @@ from producer.events import TRANSMITS, Batch, EncodedBatch, Rows, Stream
 from producer.host.clock import Moment
 from producer.kafka.sink import Outcome
 from producer.pipeline.pipeline import Pipeline
-from producer.pipeline.stream import Stores, StreamPath, resume
+from producer.pipeline.recovery import resume
+from producer.pipeline.stream import Stores, StreamPipeline
 from producer.spool.files import ASIDE_SUFFIX, files
 from producer.spool.spool import Spool
 from tests.property.faults import CrashError, FailingDisk, FailingLedger, Faults
@@ -187,19 +188,19 @@ class Delivery(RuleBasedStateMachine):
             disk=self.disk,
         )
         self.spool.open(*((account.acked, account.end, account.discarded) if account else ()))
-        resumed = resume(account, "ring", self.ring, self.spool, self.spool.last)
+        resumed = resume(account, "ring", self.ring, self.spool)
         if self.spool.last:
             assert ids_of(self.spool.last.batch)[-1] < self.ring.records_before, "no event is there twice"
         stores = Stores(self.spool, ledger.write, NoWaits(), AFTER_S)
-        self.path = StreamPath(TRANSMITS, self.ring, IdEncoder(), stores, resumed)
+        self.path = StreamPipeline(TRANSMITS, self.ring, IdEncoder(), stores, resumed)
         self.kafka = MemoryKafka(self.topic, self.poison, self.most)
-        self.path.open({})
+        self.path.account.open({})
         self.pipeline = Pipeline([self.path], self.kafka, lambda: self.now_s, lambda: 0)
         self.ledger = ledger
 
     def crash(self) -> None:
         self.crashes += 1
-        self.exact &= not self.path.ledger_error  # a count that could not be written ends with the process
+        self.exact &= not self.path.account.ledger_error  # a count that could not be written ends with the process
         self.ledger.close()
         self.disk.end()
         self.faults.errno = 0
@@ -261,12 +262,12 @@ class Delivery(RuleBasedStateMachine):
 
     @invariant()
     def every_event_taken_is_in_one_place(self) -> None:
-        if not hasattr(self, "path") or self.path.ledger_error:
+        if not hasattr(self, "path") or self.path.account.ledger_error:
             return
         path = self.path
         pending = self.kafka._outcome
-        places = path.delivered + path.lost.total() + path.spooled + self.kafka.in_flight
-        assert path.taken + path.carried == places + pending.delivered + pending.lost.total()
+        places = path.account.delivered + path.account.lost.total() + path.spooled + self.kafka.in_flight
+        assert path.taken + path.account.carried == places + pending.delivered + pending.lost.total()
 
     def teardown(self) -> None:
         if not hasattr(self, "path"):
@@ -292,11 +293,11 @@ class Delivery(RuleBasedStateMachine):
         missing = set(range(self.ring.written)) - set(self.topic)
         if self.exact:
             # Messages in flight may have reached the topic, and been discarded after a crash.
-            assert len(missing) <= self.path.lost.total()
-            assert len(missing) == self.path.lost.total() or self.when_full == "drop_oldest"
+            assert len(missing) <= self.path.account.lost.total()
+            assert len(missing) == self.path.account.lost.total() or self.when_full == "drop_oldest"
         if not self.crashes:
-            assert len(missing) == self.path.lost.total()
-            assert self.path.delivered == len(self.topic) == len(set(self.topic))
+            assert len(missing) == self.path.account.lost.total()
+            assert self.path.account.delivered == len(self.topic) == len(set(self.topic))
         # All files are deleted, except those that a crash tore, which are kept for inspection.
         aside = files(Folder(self.home.name, "spool"), ASIDE_SUFFIX)
         assert self.spool.size_bytes == sum(path.stat().st_size for path in aside)

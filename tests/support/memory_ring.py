@@ -39,6 +39,10 @@ class MemoryRing:
     def fill(self) -> float:
         return (self.written - self.committed // STRIDE) / self._size_rows
 
+    @property
+    def unread(self) -> int:
+        return self.written - self.records_before
+
     def read(self, limit: int) -> Rows:
         first = self.position // STRIDE
         rows = np.zeros(min(limit, self.written - first), self._dtype)

@@ -14,7 +14,7 @@ from producer.host.clock import Moment
 from producer.kafka.sink import Outcome
 from producer.pipeline.ledger import Account
 from producer.pipeline.pipeline import Pipeline
-from producer.pipeline.stream import Stores, StreamPath
+from producer.pipeline.stream import Stores, StreamPipeline
 from producer.spool.disk import Disk
 from producer.spool.spool import Spool
 from tests.support.memory_ring import MemoryRing
@@ -155,9 +155,9 @@ class Setup:
         spool.open()
         return spool
 
-    def path(self, stream: Stream) -> StreamPath:
+    def path(self, stream: Stream) -> StreamPipeline:
         stores = Stores(self.spools.get(stream.name), self.write_account, self.waits, AFTER_S)
-        return StreamPath(stream, self.rings[stream.name], IdEncoder(), stores, Account("ring"))
+        return StreamPipeline(stream, self.rings[stream.name], IdEncoder(), stores, Account("ring"))
 
     def _note_commit(self, position: int) -> None:
         self.log.append(("commit", position))
@@ -172,7 +172,7 @@ class Setup:
         return self.rings["transmit"]
 
     @property
-    def transmits(self) -> StreamPath:
+    def transmits(self) -> StreamPipeline:
         return self.paths["transmit"]
 
     @property
@@ -191,4 +191,7 @@ class Setup:
     def assert_balanced(self) -> None:
         for name, path in self.paths.items():
             under_way = sum(left for _, left, _ in self.sink.open[name])
-            assert path.taken + path.carried == path.delivered + path.lost.total() + path.spooled + under_way
+            assert (
+                path.taken + path.account.carried
+                == path.account.delivered + path.account.lost.total() + path.spooled + under_way
+            )

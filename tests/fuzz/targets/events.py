@@ -30,7 +30,8 @@ from producer.kafka.sink import Outcome
 from producer.kernel.ringbuf import Ring
 from producer.pipeline.ledger import Account
 from producer.pipeline.pipeline import Pipeline
-from producer.pipeline.stream import Stores, StreamPath, resume
+from producer.pipeline.recovery import resume
+from producer.pipeline.stream import Stores, StreamPipeline
 from producer.schemas import HEARTBEAT_FILE, load_schema
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, mutated, texts
@@ -100,10 +101,10 @@ def _rings() -> Iterator[Check]:
         seconds = itertools.count(0, 61)
         refused: list[str] = []
         with Ring(memory.descriptor, _RING_BYTES, stream.dtype, lambda: next(seconds)) as ring:
-            account = resume(Account("ring", position=noted), "ring", ring, None, None)
+            account = resume(Account("ring", position=noted), "ring", ring, None)
             encoder = Isolator(encoders[stream.name], lambda rows, error: refused.append(error))
             stores = Stores(None, lambda account: None, BackOff("spool"), 2.0)
-            path, sink = StreamPath(stream, ring, encoder, stores, account), _Sink(schemas[stream.name])
+            path, sink = StreamPipeline(stream, ring, encoder, stores, account), _Sink(schemas[stream.name])
             pipeline = Pipeline([path], sink, lambda: 0.0, lambda: 0)
             steps = 0
             while ring.unread or pipeline.step():
@@ -114,7 +115,7 @@ def _rings() -> Iterator[Check]:
             pipeline.step()
             if ring.fill * _RING_BYTES >= ring.stride:
                 raise FindingError("room is not given back")
-            if path.taken < path.delivered + path.lost.total():
+            if path.taken < path.account.delivered + path.account.lost.total():
                 raise FindingError("more is counted than there was")
 
     try:

@@ -109,8 +109,8 @@ def test_what_the_ledger_says_of_the_last_old_ring_is_not_taken_for_an_older_one
     assert older.committed == 7 * STRIDE
     assert last.committed == 11 * STRIDE
     assert spooled(config) == 7 + 11 - 4
-    assert parts.path.carried == 7 + 11 - 4
-    assert not parts.path.lost
+    assert parts.pipeline.account.carried == 7 + 11 - 4
+    assert not parts.pipeline.account.lost
 
 
 def test_a_crash_between_spool_and_ring_moves_nothing_twice(tmp_path: Path) -> None:
@@ -118,15 +118,15 @@ def test_a_crash_between_spool_and_ring_moves_nothing_twice(tmp_path: Path) -> N
     note(config, Account("old"))
     build(config, Ring(0, 7), Ring(100, 11))
     again = Ring(100, 11)  # its position was not committed
-    assert build(config, again).path.carried == 7 + 11
+    assert build(config, again).pipeline.account.carried == 7 + 11
     assert spooled(config) == 7 + 11
 
 
 @pytest.mark.parametrize("old", [1, 2])
 def test_without_a_spool_what_old_rings_hold_is_counted_as_lost(tmp_path: Path, old: int) -> None:
     parts = build(settings(tmp_path, transmit_bytes=0), *(Ring(0, 7) for _ in range(old)))
-    assert parts.path.lost == {"old_ring": 7 * old}
-    assert parts.path.carried == 7 * old
+    assert parts.pipeline.account.lost == {"old_ring": 7 * old}
+    assert parts.pipeline.account.carried == 7 * old
 
 
 @pytest.mark.parametrize("position", [12 * STRIDE, 1 << 63])
@@ -135,7 +135,7 @@ def test_a_ledger_that_names_a_position_beyond_an_old_ring_costs_none_of_its_eve
 ) -> None:
     config = settings(tmp_path)
     note(config, Account("old", position=position))
-    assert build(config, Ring(0, 11)).path.carried == 11
+    assert build(config, Ring(0, 11)).pipeline.account.carried == 11
     assert spooled(config) == 11
 
 
@@ -151,7 +151,7 @@ class DamagedRing(Ring):
 def test_damaged_records_of_an_old_ring_are_counted_and_the_others_are_moved(tmp_path: Path) -> None:
     config = settings(tmp_path)
     parts = build(config, DamagedRing(0, 7))
-    assert parts.path.lost == {"old_ring": 3}
+    assert parts.pipeline.account.lost == {"old_ring": 3}
     assert spooled(config) == 4
 
 
@@ -163,7 +163,7 @@ class BrokenRing(Ring):
 def test_an_old_ring_that_cannot_be_read_costs_its_events_and_stops_no_start(tmp_path: Path) -> None:
     config = settings(tmp_path)
     parts = build(config, BrokenRing(0, 7), Ring(100, 11))
-    assert parts.path.lost == {"old_ring": 7}
+    assert parts.pipeline.account.lost == {"old_ring": 7}
     assert spooled(config) == 11
 
 

@@ -13,7 +13,7 @@ import pytest
 from producer.events import RETRANSMITS, TRANSMITS, Batch, Rows
 from producer.host.clock import Moment
 from producer.pipeline.ledger import Account
-from producer.pipeline.stream import resume
+from producer.pipeline.recovery import resume
 from producer.spool.spool import Spool
 from tests.support.memory_ring import STRIDE, MemoryRing
 from tests.support.pipeline import (
@@ -38,7 +38,7 @@ def test_while_kafka_takes_them_events_go_to_it_and_nothing_is_on_disk(tmp_path:
 
     assert setup.sink.sent == list(range(15))
     assert setup.ring.committed == 15 * STRIDE
-    assert (setup.transmits.delivered, setup.transmits.spooling, setup.files) == (15, False, [])
+    assert (setup.transmits.account.delivered, setup.transmits.spooling, setup.files) == (15, False, [])
     assert setup.ages == [(100.0, 5), (121.0, 5), (142.0, 5)]
 
 
@@ -57,7 +57,7 @@ def test_a_stream_without_room_stays_in_its_ring_and_the_other_goes_on() -> None
     setup.sink.report(TRANSMITS, 0, 3, "refused")
     setup.pipeline.step()
     assert setup.ring.committed == 3 * STRIDE
-    assert setup.transmits.lost == {"refused": 3}
+    assert setup.transmits.account.lost == {"refused": 3}
     setup.pipeline.step()
     assert setup.ring.position == 5 * STRIDE
 
@@ -70,7 +70,7 @@ def test_a_batch_behind_one_that_is_not_done_gives_no_room_back() -> None:
     setup.sink.report(TRANSMITS, 1, 2)
     setup.sink.report(TRANSMITS, 0, 1)
     setup.pipeline.step()
-    assert (setup.ring.committed, setup.transmits.delivered) == (0, 5)
+    assert (setup.ring.committed, setup.transmits.account.delivered) == (0, 5)
 
     setup.sink.report(TRANSMITS, 0, 1)
     setup.pipeline.step()
@@ -111,7 +111,7 @@ def test_what_kafka_does_not_take_goes_to_disk_and_when_that_is_empty_events_go_
     assert (setup.files, setup.ring.committed) == ([], 12 * STRIDE)
     setup.sink.take_all()
     setup.pipeline.step()
-    assert (setup.transmits.delivered, setup.ring.committed) == (14, 14 * STRIDE)
+    assert (setup.transmits.account.delivered, setup.ring.committed) == (14, 14 * STRIDE)
 
 
 def test_new_events_wait_behind_those_on_disk_for_as_long_as_kafka_has_no_room(tmp_path: Folder) -> None:
@@ -183,7 +183,7 @@ def test_a_spool_that_cannot_be_read_for_want_of_descriptors_or_memory_waits(tmp
         setup.pipeline.step()
         setup.sink.take_all()
     assert setup.sink.sent == list(range(11))
-    assert (setup.transmits.lost, setup.transmits.spool_error) == ({}, "")
+    assert (setup.transmits.account.lost, setup.transmits.spool_error) == ({}, "")
     setup.assert_balanced()
 
 
@@ -211,7 +211,7 @@ def test_with_a_full_disk_kafka_gets_what_it_takes_straight_from_the_ring(tmp_pa
         setup.pipeline.step()
 
     assert setup.sink.sent == list(range(12))
-    assert setup.transmits.delivered == 12
+    assert setup.transmits.account.delivered == 12
 
 
 def test_one_stream_waits_on_disk_while_the_other_goes_to_kafka(tmp_path: Folder) -> None:
@@ -225,7 +225,7 @@ def test_one_stream_waits_on_disk_while_the_other_goes_to_kafka(tmp_path: Folder
 
     assert [path.spooling for path in setup.paths.values()] == [True, False]
     assert {file.split("/")[0] for file in setup.files} == {"transmit"}
-    assert (setup.paths["retransmit"].delivered, setup.transmits.delivered) == (12, 0)
+    assert (setup.paths["retransmit"].account.delivered, setup.transmits.account.delivered) == (12, 0)
     assert setup.ring.committed == 20 * STRIDE
     setup.assert_balanced()
 
@@ -247,7 +247,7 @@ def test_a_checkpoint_writes_the_ledger_then_commits_then_deletes_files(tmp_path
     setup.ledger_errno = errno.EROFS
     setup.sink.take_all()
     setup.pipeline.step()
-    assert setup.transmits.ledger_error == "Read-only file system"
+    assert setup.transmits.account.ledger_error == "Read-only file system"
     assert setup.files, "the ledger does not say that they are done"
 
     setup.ledger_errno = 0
@@ -255,7 +255,7 @@ def test_a_checkpoint_writes_the_ledger_then_commits_then_deletes_files(tmp_path
     setup.sink.take_all()
     setup.pipeline.step()
     assert setup.log[-1] == ("ledger", Account("ring", 8 * STRIDE, 0, {"REFUSED": 2}, acked=8, end=8))
-    assert (setup.files, setup.transmits.ledger_error) == ([], "")
+    assert (setup.files, setup.transmits.account.ledger_error) == ([], "")
 
 
 def test_losses_are_in_the_ledger_before_the_ring_is_committed() -> None:
@@ -276,10 +276,10 @@ def test_losses_of_a_batch_that_may_be_read_again_after_a_crash_are_not_in_the_l
     setup.sink.report(TRANSMITS, 0, 2, "REFUSED")
     setup.arrive(5)
     setup.sink.report(TRANSMITS, 1, 5, "REFUSED")
-    setup.paths["transmit"].count_lost("old_ring", 4)
+    setup.paths["transmit"].account.count_lost({"old_ring": 4})
     setup.pipeline.step()
 
-    assert setup.transmits.lost == {"REFUSED": 7, "old_ring": 4}
+    assert setup.transmits.account.lost == {"REFUSED": 7, "old_ring": 4}
     assert setup.log == [("ledger", Account("ring", 0, 0, {"old_ring": 4}))]
 
 
@@ -298,7 +298,7 @@ def test_at_a_stop_all_is_spilled_if_the_disk_takes_it(tmp_path: Folder, full: b
 
     assert (spooled, in_ring) == ((0, 10) if full else (10, 0))
     assert setup.ring.committed == (0 if full else 12 * STRIDE)
-    assert not setup.transmits.lost
+    assert not setup.transmits.account.lost
 
 
 def test_without_a_spool_and_a_ring_that_stays_what_is_left_at_a_stop_is_lost() -> None:
@@ -309,7 +309,7 @@ def test_without_a_spool_and_a_ring_that_stays_what_is_left_at_a_stop_is_lost() 
     setup.pipeline.poll_reports()
 
     assert setup.transmits.end(setup.sink, 7, ring_stays=False) == (0, 0)
-    assert setup.transmits.lost == {"stopped": 3 + 7}
+    assert setup.transmits.account.lost == {"stopped": 3 + 7}
     assert setup.log[-1] == ("ledger", Account("ring", 0, 0, {"stopped": 10}))
 
 
@@ -347,14 +347,14 @@ def test_a_start_goes_on_from_the_latest_of_ledger_spool_and_ring(
     ring.written = 20
     ring.position = ring.committed = committed * STRIDE
 
-    assert resume(account, "ring", ring, spool, spool.last) == resumed
+    assert resume(account, "ring", ring, spool) == resumed
     assert ring.position == ring.committed == resumed.position
 
 
 def test_a_spool_that_is_gone_is_counted_as_damaged() -> None:
     ring = MemoryRing(TRANSMITS, RING_ROWS, lambda position: None)
     account = Account("ring", 0, 9, {"spool_damaged": 1}, acked=2, end=9, discarded=3)
-    assert resume(account, "ring", ring, None, None) == Account("ring", 0, 9, {"spool_damaged": 1 + 4})
+    assert resume(account, "ring", ring, None) == Account("ring", 0, 9, {"spool_damaged": 1 + 4})
 
 
 def test_damaged_records_are_counted_and_the_others_are_sent_in_order() -> None:
@@ -364,8 +364,8 @@ def test_damaged_records_are_counted_and_the_others_are_sent_in_order() -> None:
     assert setup.sink.sent == [1, 2, 5]
     setup.sink.take_all()
     setup.pipeline.step()
-    assert setup.transmits.lost == {"ring_damaged": 3}
-    assert setup.transmits.delivered == 3
+    assert setup.transmits.account.lost == {"ring_damaged": 3}
+    assert setup.transmits.account.delivered == 3
     assert setup.ring.committed == setup.ring.position
     assert setup.log[-2] == ("ledger", Account("ring", setup.ring.position, 0, {"ring_damaged": 3}))
     setup.assert_balanced()
@@ -376,7 +376,7 @@ def test_a_ring_with_only_damaged_records_is_committed(tmp_path: Folder) -> None
         setup = Setup(folder)
         setup.ring.bad = set(range(7))
         setup.arrive(7)
-        assert setup.transmits.lost == {"ring_damaged": 7}
+        assert setup.transmits.account.lost == {"ring_damaged": 7}
         assert setup.ring.committed == setup.ring.position
         setup.assert_balanced()
 
@@ -387,7 +387,7 @@ def test_damaged_records_beside_a_stuck_kafka_are_counted_and_the_others_go_into
     setup.pass_time(AFTER_S + 1)
     setup.ring.bad = {4, 5}
     setup.arrive(5)
-    assert setup.transmits.lost == {"ring_damaged": 2}
+    assert setup.transmits.account.lost == {"ring_damaged": 2}
     assert setup.spools["transmit"].end == 6
     setup.assert_balanced()
 
@@ -397,7 +397,7 @@ def test_a_position_beyond_the_ring_is_not_taken_from_ledger_or_spool(position: 
     ring = MemoryRing(TRANSMITS, 10, lambda _: None)
     ring.arrive(5)
     ring.position = ring.committed = 2 * STRIDE
-    assert resume(Account("ring", position), "ring", ring, None, None).position == 2 * STRIDE
+    assert resume(Account("ring", position), "ring", ring, None).position == 2 * STRIDE
     assert ring.position == ring.committed == 2 * STRIDE
 
 
@@ -410,7 +410,7 @@ def test_rows_that_take_long_are_encoded_in_several_steps(monkeypatch: pytest.Mo
     while setup.pipeline.step():
         pass
     assert setup.sink.sent == [0, 2, 3, 4, 5, 6, 7]
-    assert setup.transmits.lost == {"ring_damaged": 1}
+    assert setup.transmits.account.lost == {"ring_damaged": 1}
     setup.pass_time(AFTER_S + 1)
     setup.arrive(7)
     setup.pipeline.spill_all()

@@ -1,0 +1,64 @@
+"""The batches in flight, oldest first."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from producer.events import EncodedBatch
+
+
+@dataclass(slots=True, eq=False)
+class InFlight:
+    """A batch in flight."""
+
+    batch: EncodedBatch
+    sent_at_s: float
+    oldest_ns: int = 0
+    """Kernel time of its first row; 0 if it was read from the spool."""
+    position: int = 0
+    """Ring position after it, if it came from the ring."""
+    first: int = 0
+    """Number of its first event in the spool, if it is there."""
+    done: bool = False
+    lost: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    """Events next to it in the ring that cannot be sent, by reason."""
+
+
+class Window:
+    """Batches in flight. They may be done in any order, and leave in the order in which they were sent."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[EncodedBatch, InFlight] = OrderedDict()
+
+    @property
+    def oldest(self) -> InFlight | None:
+        """The first batch."""
+        return next(iter(self._entries.values()), None)
+
+    @property
+    def newest(self) -> InFlight | None:
+        """The last batch."""
+        return next(reversed(self._entries.values()), None)
+
+    def add(self, entry: InFlight) -> None:
+        """Add a batch after all others."""
+        self._entries[entry.batch] = entry
+
+    def pop(self) -> InFlight:
+        """Remove the first batch."""
+        return self._entries.popitem(last=False)[1]
+
+    def finish(self, batch: EncodedBatch, lost: Counter[str]) -> InFlight | None:
+        """Note that no message of a batch is in flight any more; return it, or None if it is not in this window."""
+        if entry := self._entries.get(batch):
+            entry.done, entry.lost = True, lost
+        return entry
+
+    def pop_done(self) -> Iterator[InFlight]:
+        """Remove the batches that are done, up to the first that is not."""
+        while (entry := self.oldest) and entry.done:
+            yield self.pop()
+
+    def __iter__(self) -> Iterator[InFlight]:
+        return iter(self._entries.values())
