@@ -1,27 +1,29 @@
-"""The bpf(2) commands that ReBPF needs, by ctypes: programs, links, map elements, object information.
+"""The bpf(2) commands that ReBPF needs, by libbpf: programs, links, map elements, object information.
 
-bcc only compiles. Loading and attaching are here because a program attached through a link is detached with its last
-descriptor (bcc's attach_func leaves it on the cgroup after kill -9), and because the agent uses maps without bcc.
-Standard library only. Layouts: union bpf_attr in include/uapi/linux/bpf.h. Functions raise OSError with the kernel's
-errno.
+libbpf.so.1 comes with bcc on every supported distribution, but nothing here needs bcc. bcc only compiles. Loading and
+attaching are here because a program attached through a link is detached with its last descriptor (bcc's attach_func
+leaves it on the cgroup after kill -9), and because the agent uses maps without bcc. Standard library only. Layouts:
+bpf.h of libbpf, and include/uapi/linux/bpf.h. Functions raise OSError with the kernel's errno, and UnavailableError if
+libbpf is missing.
 """
 
 import ctypes
+import functools
 import os
 import platform
 import struct
 import time
 from collections.abc import Sequence
+from ctypes import c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
-_NUMBERS = {"x86_64": (321, 298, 324), "aarch64": (280, 241, 283)}
-_NR_BPF, _NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1, -1))
+from producer.errors import UnavailableError
 
-_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY, _PROG_LOAD = 0, 1, 2, 3, 4, 5
-_OBJ_PIN, _OBJ_GET = 6, 7
-_PROG_GET_NEXT_ID, _INFO_BY_FD, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 11, 15, 17, 28
+_NUMBERS = {"x86_64": (298, 324), "aarch64": (241, 283)}
+_NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1))
 _MEMBARRIER_CMD_GLOBAL = 1
+_ANY = 0  # BPF_ANY: insert or replace
 _CLOCK_MONOTONIC_COARSE = 6
 
 PROG_KPROBE, PROG_CGROUP_SKB, PROG_TRACING = 2, 8, 26
@@ -31,6 +33,29 @@ _BPF_FS_MAGIC = 0xCAFE4A11
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+
+
+class _MapCreateOpts(ctypes.Structure):
+    """struct bpf_map_create_opts up to the last member that is used."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        *((name, c_uint32) for name in ("btf_fd", "btf_key_type_id", "btf_value_type_id")),
+        *((name, c_uint32) for name in ("btf_vmlinux_value_type_id", "inner_map_fd", "map_flags")),
+    )
+
+
+class _ProgLoadOpts(ctypes.Structure):
+    """struct bpf_prog_load_opts up to the last member that is used."""
+
+    _fields_ = (
+        *(("sz", c_size_t), ("attempts", c_int), ("expected_attach_type", c_uint32)),
+        *((name, c_uint32) for name in ("prog_btf_fd", "prog_flags", "prog_ifindex", "kern_version")),
+        *((name, c_uint32) for name in ("attach_btf_id", "attach_prog_fd", "attach_btf_obj_fd")),
+        *(("fd_array", c_void_p), ("func_info", c_void_p), ("func_info_cnt", c_uint32)),
+        *(("func_info_rec_size", c_uint32), ("line_info", c_void_p), ("line_info_cnt", c_uint32)),
+        *(("line_info_rec_size", c_uint32), ("log_level", c_uint32), ("log_size", c_uint32), ("log_buf", c_void_p)),
+    )
 
 
 class VerifierError(Exception):
@@ -70,35 +95,31 @@ def load_program(
 ) -> int:
     """Load a program under the GPL and return its descriptor. VerifierError has the log."""
 
-    def attempt(log: ctypes.Array[ctypes.c_char] | None) -> int:
-        attr = struct.pack(
-            "<IIQQIIQII16sIIIIQIIQII",
-            prog_type, len(instructions) // 8, _address(code), _address(licence),
-            1 if log else 0, len(log) if log else 0, _address(log) if log else 0,
-            0, 0, name.encode()[:15], 0, attach_type, 0, 0, 0, 0, 0, 0, 0, attach_btf_id,
-        )  # fmt: skip
-        return _bpf(_PROG_LOAD, attr)
-
-    code = ctypes.create_string_buffer(instructions, len(instructions))
-    licence = ctypes.create_string_buffer(b"GPL")
+    # libbpf repeats the load with a log if the kernel rejects the program.
+    log = ctypes.create_string_buffer(1 << 20)
+    opts = _ProgLoadOpts(
+        sz=ctypes.sizeof(_ProgLoadOpts),
+        expected_attach_type=attach_type,
+        attach_btf_id=attach_btf_id,
+        log_size=len(log),
+        log_buf=ctypes.addressof(log),
+    )
+    identity = (prog_type, name.encode()[:15], b"GPL")
+    count = c_size_t(len(instructions) // 8)
     try:
-        return attempt(None)
+        return _call("bpf_prog_load", *identity, instructions, count, ctypes.byref(opts))
     except OSError as error:
-        log = ctypes.create_string_buffer(1 << 20)
-        try:
-            return attempt(log)
-        except OSError:
-            raise VerifierError(name, error, log.value.decode(errors="replace")) from error
+        raise VerifierError(name, error, log.value.decode(errors="replace")) from error
 
 
 def attach_tracing(program: int) -> int:
     """Attach a fentry, fexit or BTF raw tracepoint program to the target it was loaded for; return the link."""
-    return _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("<QII", 0, program, 0))
+    return _call("bpf_raw_tracepoint_open", None, program)
 
 
 def attach_cgroup(program: int, cgroup: int, attach_type: int) -> int:
     """Attach to a cgroup v2, given by its folder's descriptor, in addition to other programs; return the link."""
-    return _bpf(_LINK_CREATE, struct.pack("<IIII", program, cgroup, attach_type, 0))
+    return _call("bpf_link_create", program, cgroup, attach_type, None)
 
 
 def attach_kprobe(program: int, function: str, *, on_return: bool) -> int:
@@ -108,51 +129,44 @@ def attach_kprobe(program: int, function: str, *, on_return: bool) -> int:
     bit = int((pmu / "format/retprobe").read_text().split(":")[1]) if on_return else 0
     config = (1 << bit) if on_return else 0
     # struct perf_event_attr: type, size, config, ..., config1 at 56, config2 at 64.
-    attr = struct.pack("<IIQ40xQQ56x", int((pmu / "type").read_text()), 128, config, _address(name), 0)
-    buffer = ctypes.create_string_buffer(attr, len(attr))
-    event = _libc.syscall(_NR_PERF_EVENT_OPEN, buffer, -1, 0, -1, ctypes.c_ulong(8))  # 8: PERF_FLAG_FD_CLOEXEC
+    attr = struct.pack("<IIQ40xQQ56x", int((pmu / "type").read_text()), 128, config, ctypes.addressof(name), 0)
+    event = _libc.syscall(_NR_PERF_EVENT_OPEN, attr, -1, 0, -1, ctypes.c_ulong(8))  # 8: PERF_FLAG_FD_CLOEXEC
     if event < 0:
         raise _last_error()
     try:
-        return _bpf(_LINK_CREATE, struct.pack("<IIII", program, event, ATTACH_PERF_EVENT, 0))
+        return _call("bpf_link_create", program, event, ATTACH_PERF_EVENT, None)
     finally:
         os.close(event)
 
 
 def create_map(info: MapInfo) -> int:
     """Create a map and return its descriptor."""
-    sizes = (info.map_type, info.key_size, info.value_size, info.max_entries, info.flags)
-    return _bpf(_MAP_CREATE, struct.pack("<IIIIIII16s", *sizes, 0, 0, info.name.encode()))
+    opts = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=info.flags)
+    sizes = (info.key_size, info.value_size, info.max_entries)
+    return _call("bpf_map_create", info.map_type, info.name.encode(), *sizes, ctypes.byref(opts))
 
 
 def map_info(map_fd: int) -> MapInfo:
     """Return the attributes of a map."""
-    info = ctypes.create_string_buffer(40)
-    _bpf(_INFO_BY_FD, struct.pack("<IIQ", map_fd, len(info), _address(info)))
-    kind, key_size, value_size, max_entries, flags, name = struct.unpack("<IxxxxIIII16s", info.raw)
+    kind, key_size, value_size, max_entries, flags, name = struct.unpack("<IxxxxIIII16s", _info(map_fd, 40))
     return MapInfo(kind, key_size, value_size, max_entries, flags, name.rstrip(b"\0").decode())
 
 
 def lookup(map_fd: int, key: bytes, size: int) -> bytes:
     """Return the value of `key`. For a per-CPU map, `size` is the total over all possible CPUs."""
-    key_buffer, value = ctypes.create_string_buffer(key, len(key)), ctypes.create_string_buffer(size)
-    _bpf(_MAP_LOOKUP, struct.pack("<IxxxxQQQ", map_fd, _address(key_buffer), _address(value), 0))
+    value = ctypes.create_string_buffer(size)
+    _call("bpf_map_lookup_elem", map_fd, key, value)
     return value.raw
 
 
 def update(map_fd: int, key: bytes, value: bytes) -> None:
     """Insert or replace an element."""
-    key_buffer, value_buffer = (
-        ctypes.create_string_buffer(key, len(key)),
-        ctypes.create_string_buffer(value, len(value)),
-    )
-    _bpf(_MAP_UPDATE, struct.pack("<IxxxxQQQ", map_fd, _address(key_buffer), _address(value_buffer), 0))
+    _call("bpf_map_update_elem", map_fd, key, value, c_uint64(_ANY))
 
 
 def delete(map_fd: int, key: bytes) -> None:
     """Delete an element."""
-    key_buffer = ctypes.create_string_buffer(key, len(key))
-    _bpf(_MAP_DELETE, struct.pack("<IxxxxQQQ", map_fd, _address(key_buffer), 0, 0))
+    _call("bpf_map_delete_elem", map_fd, key)
 
 
 def keys(map_fd: int, size: int) -> list[bytes]:
@@ -160,11 +174,9 @@ def keys(map_fd: int, size: int) -> list[bytes]:
     found: list[bytes] = []
     key = ctypes.create_string_buffer(size)
     while True:
-        # A null pointer asks for the first key.
-        last = ctypes.create_string_buffer(found[-1], size) if found else None
-        previous = _address(last) if last else 0
         try:
-            _bpf(_MAP_NEXT_KEY, struct.pack("<IxxxxQQ", map_fd, previous, _address(key)))
+            # A null pointer requests the first key.
+            _call("bpf_map_get_next_key", map_fd, found[-1] if found else None, key)
         except FileNotFoundError:
             return found
         found.append(key.raw)
@@ -172,14 +184,12 @@ def keys(map_fd: int, size: int) -> list[bytes]:
 
 def pin(descriptor: int, path: Path) -> None:
     """Create a file in a bpffs that holds the object of a descriptor."""
-    name = ctypes.create_string_buffer(os.fsencode(path))
-    _bpf(_OBJ_PIN, struct.pack("<QI", _address(name), descriptor))
+    _call("bpf_obj_pin", descriptor, os.fsencode(path))
 
 
 def get(path: Path) -> int:
     """Return a new descriptor of the object that a file in a bpffs holds."""
-    name = ctypes.create_string_buffer(os.fsencode(path))
-    return _bpf(_OBJ_GET, struct.pack("<QI", _address(name), 0))
+    return _call("bpf_obj_get", os.fsencode(path))
 
 
 def is_bpffs(path: Path) -> bool:
@@ -192,23 +202,20 @@ def is_bpffs(path: Path) -> bool:
 
 def program_info(program: int) -> ProgramInfo:
     """Return the kernel's counts for a program."""
-    info = ctypes.create_string_buffer(232)
-    _bpf(_INFO_BY_FD, struct.pack("<IIQ", program, len(info), _address(info)))
+    info = _info(program, 232)
     return ProgramInfo(*struct.unpack_from("<I", info, 4), *struct.unpack_from("<QQQ", info, 192))
 
 
 def program_ids() -> set[int]:
     """Return the ids of all programs that are loaded in the kernel; needs CAP_SYS_ADMIN."""
     ids: set[int] = set()
-    last = 0
+    last = c_uint32(0)
     while True:
-        attr = ctypes.create_string_buffer(struct.pack("<II", last, 0), 128)
         try:
-            _call(_PROG_GET_NEXT_ID, attr)
+            _call("bpf_prog_get_next_id", last, ctypes.byref(last))
         except FileNotFoundError:
             return ids
-        (last,) = struct.unpack_from("<I", attr, 4)
-        ids.add(last)
+        ids.add(last.value)
 
 
 def close_all(descriptors: Sequence[int]) -> None:
@@ -247,16 +254,25 @@ RETURN_0 = instruction(0xB7, 0, 0, 0, 0) + _EXIT
 RETURN_1 = instruction(0xB7, 0, 0, 0, 1) + _EXIT
 
 
-def _address(buffer: "ctypes.Array[ctypes.c_char]") -> int:
-    return ctypes.addressof(buffer)
+def _info(descriptor: int, size: int) -> bytes:
+    info = ctypes.create_string_buffer(size)
+    _call("bpf_obj_get_info_by_fd", descriptor, info, ctypes.byref(c_uint32(size)))
+    return info.raw
 
 
-def _bpf(command: int, attr: bytes) -> int:
-    return _call(command, ctypes.create_string_buffer(attr, max(len(attr), 128)))
+@functools.cache
+def libbpf(name: str = "libbpf.so.1") -> ctypes.CDLL:
+    """Return the library, loaded once. Raises UnavailableError with the package that has it."""
+    try:
+        return ctypes.CDLL(name, use_errno=True)
+    except OSError as error:
+        raise UnavailableError(
+            f"{name} is missing: install the package libbpf1 (Debian, Ubuntu) or libbpf (Fedora, RHEL)"
+        ) from error
 
 
-def _call(command: int, attr: "ctypes.Array[ctypes.c_char]") -> int:
-    result = int(_libc.syscall(_NR_BPF, command, attr, len(attr)))
+def _call(function: str, *arguments: object) -> int:
+    result: int = getattr(libbpf(), function)(*arguments)
     if result < 0:
         raise _last_error()
     return result
