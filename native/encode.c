@@ -7,6 +7,7 @@
 #include "cache.h"
 
 #define MAX_VARINT 10
+#define SLACK 8 /* bytes that put_varint() may write beyond what it returns */
 #define MAX_DECIMAL 20
 #define NULL_BRANCH 0
 #define VALUE_BRANCH 2 /* zig-zag 1 */
@@ -28,6 +29,10 @@ struct encoder {
 	const struct step *id; /* the first STEP_CACHED, which says where the id is; or NULL */
 	struct cache cache;
 };
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "rows and steps are little-endian"
+#endif
 
 static inline uint64_t load(const uint8_t *row, const struct step *step)
 {
@@ -66,7 +71,7 @@ static inline bool is_null(const struct step *step, const uint8_t *row)
 	return step->known_mask && !(row[step->known_offset] & step->known_mask);
 }
 
-static inline uint8_t *put_varint(uint8_t *out, uint64_t number)
+static uint8_t *put_long_varint(uint8_t *out, uint64_t number)
 {
 	while (number >= 0x80) {
 		*out++ = (uint8_t)number | 0x80;
@@ -74,6 +79,22 @@ static inline uint8_t *put_varint(uint8_t *out, uint64_t number)
 	}
 	*out++ = (uint8_t)number;
 	return out;
+}
+
+/* Spreads groups of 7 bits to 8 bytes at once: lengths are hard to predict, and a branch for each byte costs more. */
+static inline uint8_t *put_varint(uint8_t *out, uint64_t number)
+{
+	if (number >> 56)
+		return put_long_varint(out, number);
+	unsigned length = (unsigned)(70 - __builtin_clzll(number | 1)) / 7;
+	uint64_t more = 0x8080808080808080U & (((uint64_t)1 << 8 * (length - 1)) - 1);
+
+	number = (number & 0x000000000fffffff) | (number & 0x00fffffff0000000) << 4;
+	number = (number & 0x00003fff00003fff) | (number & 0x0fffc0000fffc000) << 2;
+	number = (number & 0x007f007f007f007f) | (number & 0x3f803f803f803f80) << 1;
+	number |= more;
+	memcpy(out, &number, sizeof(number));
+	return out + length;
 }
 
 static inline uint64_t zigzag(int64_t number)
@@ -247,7 +268,7 @@ size_t encoder_bound(const struct encoder *encoder, size_t rows)
 	size_t key = encoder->key.fixed_bytes;
 	size_t bytes;
 
-	if (__builtin_mul_overflow(rows, row, &bytes) || __builtin_add_overflow(bytes, key, &bytes))
+	if (__builtin_mul_overflow(rows, row, &bytes) || __builtin_add_overflow(bytes, key + SLACK, &bytes))
 		return SIZE_MAX;
 	return bytes;
 }

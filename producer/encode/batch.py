@@ -40,6 +40,8 @@ _OWNER = ("cgroup", "unit", "container")
 _MILLISECOND_NS = 1_000_000
 _MAX_TIME_NS = 1 << 62
 """Leaves space for adding the offset to UTC."""
+_MOST_SCRATCH_BYTES = 8 << 20
+_MOST_LOOKED_UP = 256
 _MOST_UNRESOLVED = 1 << 14
 
 
@@ -88,28 +90,40 @@ class BatchEncoder:
         )
         self._cgroups = cgroup_paths
         self._found = cgroup_paths.found
+        self._scratch = np.empty(0, np.uint8)
         self._unresolved: set[int] = set()
         """Remembered cgroups whose path was unknown."""
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         """Encode a batch; `utc_offset_ns` plus the monotonic clock is nanoseconds since 1970.
 
-        At most 256 cgroups are looked up; those of events beyond are null, as are those that are not found yet.
+        Some 256 new cgroups are looked up at once; further ones are null, as are those that are not found yet.
         Raises Unencodable if a number is too large for its field, which the kernel never writes.
         """
         native, rows = self._native, batch.rows
         count = len(rows)
         self._resolve_late()
-        if ids := native.missing(rows):
+        looked_up = 0
+        while looked_up < _MOST_LOOKED_UP and (ids := native.missing(rows)):
             self._remember(ids)
-        payload = np.empty(native.bound(count), np.uint8)
+            looked_up += len(ids)
+        scratch = self._room(native.bound(count))
         spans = np.empty((4, count), np.int64)
-        size = native.encode(rows, utc_offset_ns, payload, spans)
+        size = native.encode(rows, utc_offset_ns, scratch, spans)
         if size is None:
             raise self._unencodable(rows, spans[1])
-        payload.resize(size, refcheck=False)
+        payload = scratch[:size].copy()
         starts, lengths, key_starts, key_lengths = spans
         return EncodedBatch(batch.stream, payload, starts, lengths, payload, key_starts, key_lengths)
+
+    def _room(self, size: int) -> NDArray[np.uint8]:
+        """Return memory for messages of unknown length: the same each time, since fresh pages cost more than a copy."""
+        if size <= len(self._scratch):
+            return self._scratch
+        room = np.empty(size, np.uint8)
+        if size <= _MOST_SCRATCH_BYTES:
+            self._scratch = room
+        return room
 
     def _remember(self, ids: list[int]) -> None:
         """Cache the encoded owner of cgroups."""
