@@ -145,5 +145,5 @@ def test_a_type_that_is_not_supported_is_refused(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["string", "bytes", "double"])
 def test_a_number_in_a_field_of_another_type_is_refused(kind: str) -> None:
     schema = {"type": "record", "name": "r", "fields": [{"name": "a", "type": kind}]}
-    with pytest.raises(SchemaError, match="field a: type .* does not fit a column of uint32"):
+    with pytest.raises(SchemaError, match=r"field a: type .* does not fit a column of uint32"):
         value_program(schema, b"", {"a": Column(0, np.dtype("<u4"))}, {}, {})
