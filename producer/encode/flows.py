@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from producer.encode.avro import Encoder, Group, Table
 from producer.events import FLOW, HOOKS, KNOWN, UNKNOWN, Rows
 from producer.host import cgroups
+from producer.host.endpoints import endpoint
 
 
 class Cgroups(Protocol):
@@ -172,8 +173,4 @@ def address(packed: bytes) -> str:
 
 def key(flow: Mapping[str, Any]) -> bytes:
     """Return a flow's Kafka key, the same in all topics: `saddr:sport>daddr:dport`, with IPv6 in brackets."""
-    return f"{_endpoint(flow['saddr'], flow['sport'])}>{_endpoint(flow['daddr'], flow['dport'])}".encode()
-
-
-def _endpoint(text: str, port: int) -> str:
-    return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
+    return f"{endpoint(flow['saddr'], flow['sport'])}>{endpoint(flow['daddr'], flow['dport'])}".encode()
