@@ -14,7 +14,7 @@ from producer.health.balance import Balance
 from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.health.web_config import WebSettings
-from producer.host import capabilities
+from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
 from producer.host.clock import boot_id
 from producer.host.signals import Flag
@@ -110,9 +110,9 @@ def _handover_store(config: Config) -> PinFolder | FdStore | None:
 
 
 def _endpoint(config: Config, board: StatusBoard, web: WebSettings) -> Endpoint:
-    host, _, port = config.metrics.listen.rpartition(":")
+    host, port = endpoints.split(config.metrics.listen)
     local = config.state_dir / STATUS_SOCKET if config.metrics.web_config_file else None
-    return Endpoint(host.strip("[]"), int(port), board, web, local)
+    return Endpoint(host, port, board, web, local)
 
 
 def _capture_settings(config: Config, ruleset: Ruleset) -> CaptureSettings:
@@ -129,5 +129,5 @@ def _capture_settings(config: Config, ruleset: Ruleset) -> CaptureSettings:
 def _exclude_embedded(capture: Capture, brokers: str) -> None:
     """Exclude what the embedded cluster's listeners send."""
     for broker in brokers.split(","):
-        host, _, port = broker.rpartition(":")
-        capture.exclude_listener(ip_address(host), int(port))
+        host, port = endpoints.split(broker)
+        capture.exclude_listener(ip_address(host), port)

@@ -11,13 +11,13 @@ from producer.health.endpoint import StatusBoard
 from producer.health.heartbeat import INTERVAL_S, HeartbeatEncoder
 from producer.health.status import Status, summary
 from producer.host import systemd
+from producer.host.log_limit import LogLimit
 from producer.kafka.sink import KafkaSink
 
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 5.0
 _REPEAT_REASON_S = 60.0
-_MOST_REASONS = 64
 
 
 class Liveness:
@@ -57,8 +57,7 @@ class LossReporter:
 
     def __init__(self) -> None:
         self._reported: dict[Topic, Mapping[str, int]] = {}
-        self._reasons: dict[str, float] = {}
-        """When each reason was last logged."""
+        self._reasons = LogLimit(_REPEAT_REASON_S)
         self._healthy_from = 0.0
         self._next = 0.0
 
@@ -68,19 +67,11 @@ class LossReporter:
         if reasons:
             self._healthy_from = now + _INTERVAL_S
         for reason in reasons:
-            is_due = now >= self._reasons.get(reason, -_REPEAT_REASON_S) + _REPEAT_REASON_S
-            if is_due and self._has_capacity(now):
-                self._reasons[reason] = now
+            if self._reasons.allows(reason):
                 logger.warning("degraded: %s", reason)
         if self._reasons and now >= self._healthy_from:
             self._reasons.clear()
             logger.info("recovered: no longer degraded")
-
-    def _has_capacity(self, now: float) -> bool:
-        """Forget reasons logged long ago; return whether another fits, since changing texts have no end."""
-        if len(self._reasons) >= _MOST_REASONS:
-            self._reasons = {each: at for each, at in self._reasons.items() if now < at + _REPEAT_REASON_S}
-        return len(self._reasons) < _MOST_REASONS
 
     def due(self) -> bool:
         """Whether it is time to compare the balances."""

@@ -13,6 +13,7 @@ from producer.backoff import BackOff
 from producer.config.load import Config
 from producer.encode.batch import BatchEncoder
 from producer.encode.isolate import Isolator
+from producer.errors import UnavailableError
 from producer.events import STREAMS, EncodedBatch, Rows, SchemaId, Stream
 from producer.host.cgroups import CgroupPaths, cgroup2_root
 from producer.host.clock import UtcOffset, boot_id, now

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from producer.errors import RebpfError
 from producer.health import metrics
+from producer.host.log_limit import LogLimit
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ class _Failing:
         self.since_s = now_s
         self.wait_s = _FIRST_WAIT_S
         self.retry_at_s = 0.0
-        self.logged_at_s = -_REPEAT_S
         self.error = ""
 
 
@@ -46,6 +46,7 @@ class Supervisor:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._failing: dict[str, _Failing] = {}
+        self._log_limit = LogLimit(_REPEAT_S, clock)
 
     @property
     def reasons(self) -> list[str]:
@@ -72,6 +73,7 @@ class Supervisor:
             self._measure(step, self._clock() - began_s)
         if failing:
             del self._failing[step]
+            self._log_limit.forget(step)
             logger.info("step recovered step=%s", step)
         return result
 
@@ -88,8 +90,7 @@ class Supervisor:
         metrics.step_failed(step)
         if vital and now_s - failing.since_s >= _STUCK_S:
             raise StuckError(f"{step} has failed for {_STUCK_S:.0f} s: {failing.error}") from error
-        if now_s >= failing.logged_at_s + _REPEAT_S:
-            failing.logged_at_s = now_s
+        if self._log_limit.allows(step):
             logger.warning("step failed step=%s error=%s", step, failing.error, exc_info=vital)
         failing.retry_at_s = self._clock() + failing.wait_s
         failing.wait_s = min(2 * failing.wait_s, _MAX_WAIT_S)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
+from producer.host.endpoints import endpoint
+
 AHEAD_NS = 3_600_000_000_000
 """How far an event may be ahead of the reader's clock: its window stays open until then."""
 
@@ -64,12 +66,8 @@ class Outcome(Enum):
 
 def flow(record: Record) -> str:
     """Return the name of an event's flow: the host, and the key of its message."""
-    return f"{record['host']} {_end(record, 'saddr', 'sport')}>{_end(record, 'daddr', 'dport')}"
-
-
-def _end(record: Record, address: str, port: str) -> str:
-    text = record[address]
-    return f"[{text}]:{record[port]}" if ":" in text else f"{text}:{record[port]}"
+    source, destination = endpoint(record["saddr"], record["sport"]), endpoint(record["daddr"], record["dport"])
+    return f"{record['host']} {source}>{destination}"
 
 
 GROUPS: Mapping[str, Callable[[Record], str]] = {

@@ -13,7 +13,7 @@ from producer.commands.finding import Finding
 from producer.config.load import Config, located
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.health.web_config import WebSettings
-from producer.host import capabilities
+from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
 from producer.host.state import check_owners, is_locked, pid
 from producer.kafka.librdkafka import Producer
@@ -194,12 +194,11 @@ def _endpoint(config: Config) -> Iterator[Finding]:
     """Check that the endpoint can listen; the producer also runs without it."""
     if not config.metrics.listen or is_locked(config.state_dir):  # the running producer has the port
         return
-    host, _, port = config.metrics.listen.rpartition(":")
-    host = host.strip("[]")
+    host, port = endpoints.split(config.metrics.listen)
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind((host, int(port)))
+            server.bind((host, port))
     except OSError as error:
         text = f"{config.metrics.listen}: {error.strerror or error}; the producer would run without its endpoint: "
         yield Finding("metrics.listen", f"{text}set metrics.listen to a free address and port", warns=True)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.color import ColorSystem
 from rich.style import Style
 
+from producer.host.endpoints import endpoint
 from producer.host.text import printable
 
 # tcpdump's letters, in its order, by the bit in the flags byte.
@@ -22,11 +23,6 @@ _MOST_REASONS = 100
 def flag_letters(tcp_flags: int) -> str:
     """Return the flags byte as tcpdump prints it, without the brackets."""
     return _FLAG_TEXTS[tcp_flags & 0xFF]
-
-
-def endpoint(address: str, port: int) -> str:
-    """Return address and port, an IPv6 address in brackets."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def is_retransmit_event(record: Mapping[str, Any]) -> bool:

@@ -43,6 +43,7 @@ from producer.health.endpoint_client import ask as ask
 from producer.health.passwords import Passwords
 from producer.health.web_config import WebConfig, WebSettings
 from producer.host import state_file
+from producer.host.endpoints import endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,8 @@ class Endpoint:
         except OSError as error:
             logger.warning("metrics: no endpoint at %s port %d: %s", self._host, self._port, error.strerror or error)
             return self
-        host = f"[{self._host}]" if ":" in self._host else self._host
         scheme = "https" if self._web.current().tls else "http"
-        self.url = f"{scheme}://{host}:{server.server_address[1]}"
+        self.url = f"{scheme}://{endpoint(self._host, server.server_address[1])}"
         self._stack.enter_context(_running(server, "endpoint"))
         if self._local:
             self._serve_at(self._local)

@@ -71,10 +71,7 @@ class StateFolder:
 
     def publish(self, facts: dict[str, Any]) -> None:
         """Write agent.json atomically. Raises OSError."""
-        fresh = self._agent.with_suffix(".new")
-        with open(state_file.create(fresh), "w") as file:
-            file.write(json.dumps({"pid": os.getpid(), **facts}))
-        fresh.replace(self._agent)
+        state_file.write(self._agent, json.dumps({"pid": os.getpid(), **facts}).encode())
         self._published = facts
 
     def __enter__(self) -> "StateFolder":

@@ -49,6 +49,26 @@ def create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
+def write(path: Path, content: bytes, *, sync: bool = False) -> None:
+    """Replace a file atomically, mode 0600; with `sync`, also on disk. Raises OSError.
+
+    Only one process may do so at a time: `path` with the suffix .new is written first.
+    """
+    fresh = path.with_suffix(".new")
+    with open(create(fresh), "wb") as file:
+        file.write(content)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+    fresh.replace(path)
+    if sync:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def set_aside(path: Path) -> Path | None:
     """Rename whatever is at `path` for inspection, and return its new path; None if that fails.
 

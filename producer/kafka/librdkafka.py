@@ -7,7 +7,6 @@ Functions and structures: librdkafka's rdkafka.h and rdkafka_mock.h. Pointers ar
 """
 
 import ctypes
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from ctypes import CFUNCTYPE, POINTER, c_char, c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import confluent_kafka  # noqa: F401  # loads the library
 import numpy as np
 from numpy.typing import NDArray
 
+from producer.config.convert import nearest
 from producer.errors import ConfigError, UnavailableError
 
 # struct rd_kafka_message_s
@@ -104,9 +104,8 @@ def check_settings(settings: Mapping[str, str], aliases: Iterable[str]) -> None:
         for name, value in settings.items():
             result = _lib.rd_kafka_conf_set(conf, name.encode(), value.encode(), text, len(text))
             if result != _CONF_OK:
-                close = difflib.get_close_matches(name, [*aliases, *_names(conf)], 1) if result == _CONF_UNKNOWN else []
-                nearest = f": did you mean {close[0]}?" if close else ""
-                raise ConfigError(f"kafka.settings.{name}: {text.value.decode()}{nearest}")
+                hint = nearest(name, [*aliases, *_names(conf)]) if result == _CONF_UNKNOWN else ""
+                raise ConfigError(f"kafka.settings.{name}: {text.value.decode()}{hint}")
     finally:
         _lib.rd_kafka_conf_destroy(conf)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
+from producer.host import capabilities
 from producer.host.cgroups import cgroup2_root
 from producer.kernel import bpf_syscall, hooks, program_cache, source
 from producer.kernel.btf import VMLINUX, Btf
@@ -48,7 +49,6 @@ BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu
 FEW_DESCRIPTORS = "too few file descriptors: raise LimitNOFILE= of the unit, or ulimit -n"
 PACKET_BYTES = 1 << 16
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
-_CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
 
 
 class _LoggedError(HookError):
@@ -102,7 +102,7 @@ def _is_short_of_descriptors(error: BaseException | None) -> bool:
 
 
 def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
-    if not _may_load():
+    if capabilities.missing(capabilities.LOADING):
         raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
     btf = Btf.load(Path(request["btf"] or VMLINUX))
     root = cgroup2_root()
@@ -252,12 +252,6 @@ class _Unit:
 def _compile_error(log: str) -> _LoggedError:
     first = next((line for line in log.splitlines() if "error:" in line), "no message")
     return _LoggedError(f"the BPF programs do not compile here: {first.strip()}", log)
-
-
-def _may_load() -> bool:
-    effective = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
-    bits = int(effective.split()[1], 16)
-    return bool(bits >> _CAP_SYS_ADMIN & 1 or (bits >> _CAP_BPF & 1 and bits >> _CAP_PERFMON & 1))
 
 
 def _answer(channel: socket.socket, answer: Mapping[str, Any], log: str, descriptors: list[int] | None = None) -> None:

@@ -15,7 +15,6 @@ import os
 import re
 import stat
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -136,7 +135,7 @@ class ProgramCache:
             _check_folders(self._path.parent)
             self._path.mkdir(mode=0o700, exist_ok=True)
             _check_folders(self._path)
-            _write(self._path / f"{key}.json", _packed(key, compiled, compiler))
+            state_file.write(self._path / f"{key}.json", _packed(key, compiled, compiler))
             _prune(self._path)
         except (OSError, ValueError) as error:
             self._warn(str(error))
@@ -224,18 +223,6 @@ def _identity(path: str) -> list[Any]:
     except (OSError, ValueError):
         return [path]
     return [path, status.st_size, status.st_mtime_ns]
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file atomically, mode 0600."""
-    descriptor, fresh = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(fresh, path)
-    except OSError:
-        os.unlink(fresh)
-        raise
 
 
 def _prune(folder: Path) -> None:

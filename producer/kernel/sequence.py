@@ -13,7 +13,6 @@ it is missing next to a ledger, it was deleted, and a new generation begins too.
 
 import json
 import logging
-import os
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -127,18 +126,8 @@ class EventNumbers:
     def _write(self, last: Numbers | None) -> OSError | None:
         """Write and sync the file atomically. Return the error, if any."""
         note = _Note(self._boot_id, self._generation, last)
-        fresh = self._path.with_suffix(".new")
         try:
-            with open(state_file.create(fresh), "wb") as file:
-                file.write(_text(note))
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(self._path)
-            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            state_file.write(self._path, _text(note), sync=True)
         except OSError as error:
             return error
         return None

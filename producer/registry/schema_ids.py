@@ -97,10 +97,8 @@ class SchemaIds:
                 logger.warning("%s; not sending to topic %s", error, topic)
         if self._cache:
             try:
-                new_file = self._cache.with_suffix(".new")
-                with open(state_file.create(new_file), "w") as file:
-                    file.write(json.dumps({keys[topic]: number for topic, number in ids.items()}))
-                new_file.replace(self._cache)
+                content = json.dumps({keys[topic]: number for topic, number in ids.items()})
+                state_file.write(self._cache, content.encode())
             except OSError as error:
                 logger.warning("registry: cannot cache the schema ids: %s", error)
         return ids

@@ -4,6 +4,7 @@ import ipaddress
 from collections.abc import Sequence
 
 from producer.errors import UsageError
+from producer.host import endpoints
 from producer.rules.tables import Action, Address, Rule, Segment, met
 
 _OF_ENDPOINTS = frozenset({"address", "local_address", "remote_address", "port", "local_port", "remote_port"})
@@ -39,9 +40,9 @@ def _text(action: Action) -> str:
     return ", ".join(words)
 
 
-def _segment(endpoints: str) -> Segment:
+def _segment(text: str) -> Segment:
     try:
-        local, remote = (_endpoint(text) for text in endpoints.split(","))
+        local, remote = map(_endpoint, text.split(","))
     except ValueError as error:
         example = "10.0.0.1:443,[2001:db8::1]:5000"
         raise UsageError(f"--explain: expected LOCAL,REMOTE, for example {example}: {error}") from error
@@ -49,7 +50,7 @@ def _segment(endpoints: str) -> Segment:
 
 
 def _endpoint(text: str) -> tuple[Address, int]:
-    address, _, port = text.strip().rpartition(":")
-    if not 0 <= int(port) < 1 << 16:
+    address, port = endpoints.split(text)
+    if not 0 <= port < 1 << 16:
         raise ValueError(f"{port} is not a port")
-    return ipaddress.ip_address(address.strip("[]")), int(port)
+    return ipaddress.ip_address(address), port

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from producer.consume.event_line import EventFormatter, endpoint, flag_letters
+from producer.consume.event_line import EventFormatter, flag_letters
+from producer.host.endpoints import endpoint
 
 TRANSMIT: dict[str, Any] = {
     "ts_ns": 1_790_000_000_123_456_000,
