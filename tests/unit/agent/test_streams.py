@@ -180,4 +180,4 @@ def test_a_start_without_descriptors_for_the_spool_ends_and_costs_no_event(tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, usual)
     assert spooled(config) == 30
-    assert not build(config).path.lost
+    assert not build(config).pipeline.account.lost
