@@ -206,7 +206,7 @@ def stop(scene: Scene, chance: random.Random) -> Waits:
             break
         yield 0.05
     else:
-        scene.note_end(scene.producer.health.balance())
+        scene.note_end(scene.producer.balance())
     scene.producer.start()
     yield from until_ready(scene)
 

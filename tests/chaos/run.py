@@ -143,7 +143,7 @@ def end(scene: Scene) -> dict[str, Any]:
     wait(scene, "all is delivered", lambda: scene.waiting and not any(scene.waiting.values()), DRAIN_S)
     producer.terminate()
     wait(scene, "the producer stops", lambda: producer.ended, DRAIN_S)
-    scene.note_end(producer.health.balance())
+    scene.note_end(producer.balance())
     output, _ = scene.oracle.communicate("end\n", timeout=ORACLE_S)
     arrived: dict[str, Any] = json.loads(output)
     return arrived

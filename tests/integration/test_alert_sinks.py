@@ -14,11 +14,11 @@ from producer.config.load import Config, Kafka, Registry
 from producer.errors import SchemaError
 from producer.schemas import ALERT_FILE, load_schema
 from producer.topics import ALERTS
+from tests.support.alerts import COUNT, LOSS
 from tests.support.servers import alertmanager
 from tests.support.servers.alertmanager import AlertmanagerServer
 from tests.support.servers.consume import decode, kcat_messages
 from tests.support.servers.kafka import KafkaServer
-from tests.unit.alert.test_sinks import COUNT, LOSS
 
 CHANGES = [LOSS, COUNT, replace(LOSS, firing=False)]
 FIRES = {"alertname": "loss", "by": "host", "group": "web-1", "host": "web-1"}

@@ -9,9 +9,7 @@ import configparser
 import contextlib
 import json
 import os
-import re
 import shlex
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -20,18 +18,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from confluent_kafka.admin import AdminClient, ConfigResource
 from fastavro import parse_schema
 
-from producer.config import load
 from producer.events import CAUSES
 from producer.paths import SCHEMAS
+from tests.support.compose import CONTAINER, ROOT, Servers
 from tests.support.rebpf import wait_until
-from tests.support.servers import docker, fetch, prometheus
+from tests.support.servers import docker
 from tests.support.servers.alertmanager import AlertmanagerServer
 from tests.support.servers.alertmanager import package as alertmanager_package
 from tests.support.servers.consume import decode, kcat_messages
@@ -40,11 +36,6 @@ from tests.support.servers.kafka import KafkaServer
 from tests.support.servers.process import LOG_TAIL_LINES
 from tests.support.servers.registry import SchemaRegistry
 
-ROOT = Path(__file__).resolve().parents[2]
-CONTAINER = ROOT / "deploy/container"
-GRAFANA = ROOT / "deploy/grafana"
-DASHBOARD = json.loads((GRAFANA / "rebpf.json").read_text())
-
 SUITE, BASE = "trixie", "debian:trixie-slim"
 OURS = ("init", "producer", "alert", "traffic")
 HTTP_PORT = 9465
@@ -52,144 +43,7 @@ TRAFFIC = ("10.111.", "fd6f:")
 """Prefix of the addresses of the service `traffic`, as in the demo."""
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
-Servers = tuple[KafkaServer, SchemaRegistry]
-
 pytestmark = pytest.mark.timeout(900)  # packages and a base system may have to be downloaded
-
-
-@pytest.fixture(scope="module")
-def composed() -> dict[str, Any]:
-    """docker-compose.yml as parsed by Compose."""
-    if reason := docker.refusal():
-        pytest.skip(f"NO COMPOSE: {reason}")
-    try:
-        command = [str(docker.compose()), "--project-directory", str(ROOT), "config", "--format", "json"]
-    except LookupError as error:
-        pytest.skip(f"NO COMPOSE: {error}")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr
-    read: dict[str, Any] = json.loads(done.stdout)
-    return read
-
-
-def mounts(service: dict[str, Any]) -> dict[str, Path]:
-    """Return the checkout's files and folders mounted in a service, by target."""
-    bound = [each for each in service.get("volumes", ()) if each["type"] == "bind"]
-    return {each["target"]: Path(each["source"]) for each in bound if each["source"].startswith(str(ROOT))}
-
-
-def test_compose_finds_what_it_mounts_and_builds(composed: dict[str, Any]) -> None:
-    services = composed["services"].values()
-    sources = [path for service in services for path in mounts(service).values()]
-    assert len(set(sources)) > 5
-    assert [path for path in sources if not path.exists()] == []
-    for service in services:
-        if build := service.get("build"):
-            assert Path(build["context"], build["dockerfile"]).is_file()
-
-
-def test_images_of_others_have_their_version(composed: dict[str, Any]) -> None:
-    others = [service["image"] for service in composed["services"].values() if "build" not in service]
-    assert len(others) == 5
-    assert [image for image in others if not re.fullmatch(r"[\w./-]+:v?\d+(\.\d+){2}", image)] == []
-
-
-def test_images_of_others_are_there_to_be_pulled(composed: dict[str, Any]) -> None:
-    images = [service["image"] for service in composed["services"].values() if "build" not in service]
-    buildx = docker.programs() / docker.PLUGINS / "docker-buildx"
-    for image in images:
-        command = [buildx, "imagetools", "inspect", image]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except subprocess.TimeoutExpired as error:
-            reason: str | None = str(error)
-        else:
-            assert "not found" not in done.stderr, image
-            reason = done.stderr.strip() if done.returncode else None
-        if reason is not None:
-            names = ", ".join(image.rpartition("/")[2] for image in images)
-            pytest.skip(f"NO IMAGES OF OTHERS: {names} were neither found nor run: {reason[-200:]}")
-
-
-def test_nothing_listens_but_on_loopback(composed: dict[str, Any]) -> None:
-    ports = [port for service in composed["services"].values() for port in service.get("ports", ())]
-    assert {port["host_ip"] for port in ports} == {"127.0.0.1"}
-
-
-def test_our_services_have_no_more_rights_than_they_take(composed: dict[str, Any]) -> None:
-    for name, service in composed["services"].items():
-        if "build" in service:
-            assert service["read_only"], name
-            assert service["cap_drop"] == ["ALL"], name
-            assert service["security_opt"] == ["no-new-privileges:true"], name
-    granted = {name: set(service.get("cap_add", ())) for name, service in composed["services"].items()}
-    assert {name for name, capabilities in granted.items() if capabilities} == {"producer", "traffic"}
-    assert granted["producer"] == {"BPF", "PERFMON", "NET_ADMIN", "SETUID", "SETGID"}
-
-
-def test_the_configuration_names_services_and_ports_that_there_are(composed: dict[str, Any]) -> None:
-    services = composed["services"]
-    settings = load.load(CONTAINER / "rebpf.toml")
-    broker, _, port = str(settings.kafka.brokers).partition(":")
-    assert f"INTERNAL://{broker}:{port}" in services[broker]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
-    assert f"INTERNAL://:{port}" in services[broker]["environment"]["KAFKA_LISTENERS"]
-    assert settings.registry.url == "http://registry:8080/apis/ccompat/v7"
-    assert settings.alert.alertmanager == "http://alertmanager:9093"
-    assert settings.metrics.listen == f"0.0.0.0:{HTTP_PORT}"
-    (rule,) = settings.rules
-    inside = {int(port["target"]) for service in services.values() for port in service.get("ports", ())}
-    assert rule.action == "drop"
-    assert set(rule.port) == inside | {int(port), HTTP_PORT}
-
-
-def test_promtool_finds_nothing_wrong_with_what_prometheus_is_given(composed: dict[str, Any], tmp_path: Path) -> None:
-    try:
-        promtool = prometheus.programs() / "promtool"
-    except LookupError as error:
-        pytest.skip(f"NO PROMETHEUS: {error}")
-    for target, source in mounts(composed["services"]["prometheus"]).items():
-        shutil.copy(source, tmp_path / Path(target).name)
-    done = subprocess.run([promtool, "check", "config", tmp_path / "prometheus.yml"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "rules found" in done.stdout
-    given = yaml.safe_load((tmp_path / "prometheus.yml").read_text())
-    scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in given["scrape_configs"]}
-    assert scraped == {"rebpf": [f"producer:{HTTP_PORT}"]}
-    (alertmanager,) = given["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
-    assert alertmanager.partition(":")[0] in composed["services"]
-
-
-def test_amtool_finds_nothing_wrong_with_what_alertmanager_is_given(composed: dict[str, Any]) -> None:
-    try:
-        amtool = alertmanager_package() / "usr/bin/amtool"
-    except LookupError as error:
-        pytest.skip(f"NO ALERTMANAGER: {error}")
-    (source,) = mounts(composed["services"]["alertmanager"]).values()
-    done = subprocess.run([amtool, "check-config", source], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_grafana_is_provisioned_with_what_the_dashboard_asks_for(composed: dict[str, Any]) -> None:
-    service = composed["services"]["grafana"]
-    there = mounts(service)
-    assert there["/etc/grafana/provisioning"] == GRAFANA / "provisioning"
-    (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
-    (provider,) = yaml.safe_load((GRAFANA / "provisioning/dashboards/rebpf.yml").read_text())["providers"]
-    dashboard = f"{provider['options']['path']}/rebpf.json"
-    assert there[dashboard] == GRAFANA / "rebpf.json"
-    assert service["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == dashboard
-    # A provisioned dashboard has a uid and no id of some database; its queries go to the variable's choice, which is
-    # the default data source where that is of the variable's type.
-    assert DASHBOARD["uid"]
-    assert DASHBOARD["id"] is None
-    (variable,) = [each for each in DASHBOARD["templating"]["list"] if each["type"] == "datasource"]
-    assert (variable["query"], variable["regex"], variable["current"]) == (source["type"], "", {})
-    uids = {panel["datasource"]["uid"] for panel in DASHBOARD["panels"] if "datasource" in panel}
-    assert uids == {f"${{{variable['name']}}}"}
-    assert source["isDefault"]
-    name, _, port = source["url"].removeprefix("http://").partition(":")
-    assert int(port) in [each["target"] for each in composed["services"][name]["ports"]]
 
 
 @pytest.fixture(scope="module")
@@ -277,39 +131,6 @@ def test_nothing_that_builds_is_left_in_the_image(engine: DockerEngine, image: s
     )
     command = ("run", "--rm", "--network", "none", "--user", "root", "--entrypoint", "sh", image, "-c")
     assert engine.docker(*command, f"{'; '.join(left)}; true") == ""
-
-
-@pytest.fixture(scope="module")
-def servers(composed: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    if absent := fetch.missing():
-        pytest.skip(f"NO REAL KAFKA: {', '.join(absent)} not installed (scripts/setup --tests installs them)")
-    kafka = KafkaServer(tmp_path_factory.mktemp("kafka"), settings=kafka_settings(composed))
-    registry = SchemaRegistry(tmp_path_factory.mktemp("registry"))
-    with kafka, registry:
-        yield kafka, registry
-
-
-def kafka_settings(composed: dict[str, Any]) -> dict[str, str]:
-    """Return Compose's Kafka settings by Kafka's names, except for paths and addresses that differ here."""
-    environment = composed["services"]["kafka"]["environment"]
-    names = {name: name.removeprefix("KAFKA_").lower().replace("_", ".") for name in environment}
-    places = re.compile(r".*listener.*|controller\..*|process\.roles|node\.id|log\.dirs")
-    return {names[name]: value for name, value in environment.items() if not places.fullmatch(names[name])}
-
-
-def test_kafka_and_the_registry_take_what_compose_gives_them(composed: dict[str, Any], servers: Servers) -> None:
-    kafka, registry = servers
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-    (answer,) = admin.describe_configs([ConfigResource(ConfigResource.Type.BROKER, str(kafka.node_id))]).values()
-    in_force = {name: entry.value for name, entry in answer.result(30).items()}
-    settings = kafka_settings(composed)
-    assert len(settings) == 7
-    assert {name: in_force.get(name) for name in settings} == settings
-    (kind, *command) = composed["services"]["registry"]["healthcheck"]["test"]
-    assert kind == "CMD"
-    script = command.pop().replace("$$", "$").replace("/8080", f"/{urlsplit(registry.url).port}")
-    assert subprocess.run([*command, script], timeout=30).returncode == 0
-    assert subprocess.run([*command, script.replace("/ready", "/none")], timeout=30).returncode == 1
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from producer.events import CAUSES, STREAMS
 from producer.health.balance import stage
 from producer.paths import SCHEMAS
 from tests.support import configuration
+from tests.support.documents import DOCS, FIELD, ROOT, type_of
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
 RULES = ROOT / "deploy" / "prometheus" / "rebpf.rules.yml"
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in DOCS.glob("*.md"))]
 WITHOUT_COMMANDS = {
@@ -30,17 +29,6 @@ WITHOUT_COMMANDS = {
     "docs/security.md",
     "docs/truth.md",
 }
-FIELD = re.compile(r"\| `(\w+)` \| ([^|]+) \| (.*?)(?: \*\((\w+) only\)\*)? \|")
-
-
-def type_of(field: dict[str, Any]) -> str:
-    kind = field["type"]
-    optional = isinstance(kind, list)
-    if optional:
-        kind = kind[1]
-    if isinstance(kind, dict):
-        kind = f"{kind['type']} ({kind['logicalType']})"
-    return f"{kind} or null" if optional else str(kind)
 
 
 @pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)

@@ -96,8 +96,8 @@ def requirements(package: str, version: str, target: tuple[str, str]) -> Iterato
 
 @targets
 def test_tests_run_with_what_is_run(target: tuple[str, str]) -> None:
-    run, tests = pinned("run.lock", target), pinned("tests.lock", target)
-    assert {name: tests.get(name) for name in run} == run
+    run, testing = pinned("run.lock", target), pinned("tests.lock", target)
+    assert {name: testing.get(name) for name in run} == run
 
 
 def test_setup_installs_by_hash_and_by_nothing_else() -> None:

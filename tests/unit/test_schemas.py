@@ -19,8 +19,8 @@ from producer.events import KNOWN, STREAMS, Batch, SchemaId
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.host.cgroups import CgroupPaths
 from producer.paths import SCHEMAS
+from tests.support.alerts import COUNT, LOSS, SILENT
 from tests.support.statuses import status
-from tests.unit.alert.test_sinks import COUNT, LOSS, SILENT
 
 Schema = dict[str, Any]
 

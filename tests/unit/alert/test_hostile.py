@@ -24,9 +24,8 @@ from producer.consume.decode import Decoder
 from producer.events import RETRANSMITS as STREAM
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
+from tests.support.records import event, message
 from tests.support.statuses import status
-from tests.unit.alert.test_windows import event
-from tests.unit.commands.test_tail import message
 
 SECOND_NS = 1_000_000_000
 NOW_NS = 1_790_000_000 * SECOND_NS

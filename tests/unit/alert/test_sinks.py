@@ -21,26 +21,9 @@ from producer.config.load import Config
 from producer.errors import ConfigError, Stopped
 from producer.events import STREAMS
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_ID, load_schema
+from tests.support.alerts import COUNT, LOSS, SILENT
+from tests.support.documents import DOCS, FIELD, type_of
 from tests.support.servers.consume import decode
-from tests.unit.test_docs import DOCS, FIELD, type_of
-
-LOSS = Alert(
-    rule="loss",
-    by="host",
-    group="web-1",
-    firing=True,
-    measure="ratio",
-    value=0.0625,
-    threshold=0.05,
-    clear=0.02,
-    window_start_ns=1_790_000_060 * 10**9,
-    window_s=60.0,
-    segs=16_000,
-    retransmitted_segs=1_000,
-    since_ns=1_790_000_000 * 10**9,
-)
-COUNT = replace(LOSS, rule="many", by="peer", group="192.0.2.1", measure="count", value=7.0, threshold=5.0, clear=2.0)
-SILENT = replace(LOSS, rule="silent", measure="silence", value=31.4)
 
 
 @pytest.mark.parametrize(

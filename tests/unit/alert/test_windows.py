@@ -9,18 +9,12 @@ from hypothesis import strategies as st
 
 from producer.alert.sums_topic import PartitionSums, partition_of, read, sums_messages
 from producer.alert.windows import GROUPS, Grouping, Outcome, SourceSums, Sums
+from tests.support.records import SECOND_NS, event
 
-SECOND_NS = 1_000_000_000
 LATENESS_NS = 5 * SECOND_NS
 TENS = Grouping("host", 10 * SECOND_NS)
 BY_PEER = Grouping("peer", 20 * SECOND_NS)
 NOW_NS = 1_000 * SECOND_NS
-
-
-def event(number: int, second: float, host: str = "web-1", segs: int = 1, **fields: Any) -> dict[str, Any]:
-    made = {"ts_ns": int(second * SECOND_NS), "host": host, "boot_id": "boot", "cpu": 0, "cpu_seq": number}
-    made |= {"saddr": "10.0.0.1", "sport": 40_000, "daddr": "192.0.2.1", "dport": 443}
-    return made | {"segs": segs, "sample_rate": 1} | fields
 
 
 def source(first: int = 0, watermark_ns: int = 0, *groupings: Grouping) -> SourceSums:

@@ -12,7 +12,7 @@ from producer.commands.init import create_topics
 from producer.config.load import Config, Kafka
 from producer.errors import UnavailableError
 from producer.host.reachable import unreachable
-from tests.unit.commands.test_tail import Cluster
+from tests.support.mock_topics import Cluster
 
 REAL, ADVERTISED = b"127.0.0.1", b"x.invalid"
 """Of one length, so that an answer with the one instead of the other stays well-formed."""

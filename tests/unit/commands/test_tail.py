@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import socket
 import struct
 import threading
@@ -12,39 +11,13 @@ from typing import Any
 
 import fastavro
 import pytest
-from confluent_kafka import Producer
 
 from producer.commands.tail import Event, batches, events, tail
 from producer.errors import ConfigError, UnavailableError
-from producer.events import STREAMS, TRANSMITS, Stream
+from producer.events import STREAMS, TRANSMITS
 from producer.paths import SCHEMAS
-from tests.unit.consume.test_event_line import TRANSMIT
-
-TOPICS = [stream.topic for stream in STREAMS]
-VALUES = {"long": 1_790_000_000_123, "int": 7, "string": "text", "boolean": True}
-
-
-class Cluster:
-    """librdkafka's mock cluster, and a producer for it."""
-
-    def __init__(self) -> None:
-        self._producer = Producer(
-            {"bootstrap.servers": "none", "test.mock.num.brokers": 1, "linger.ms": 0},
-            logger=logging.getLogger("cluster"),
-        )
-        (broker,) = self._producer.list_topics(timeout=10).brokers.values()
-        self.brokers = f"{broker.host}:{broker.port}"
-
-    def put(self, topic: str, value: bytes, key: str = "a:1>b:2") -> None:
-        self._producer.produce(topic, value, key)
-        assert self._producer.flush(10) == 0
-
-    def put_events(self, stream: Stream, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            self.put(stream.topic, message(stream, seq=number))
-
-    def close(self) -> None:
-        self._producer.close()
+from tests.support.mock_topics import TOPICS, Cluster
+from tests.support.records import TRANSMIT, VALUES, message
 
 
 @pytest.fixture
@@ -52,21 +25,6 @@ def cluster() -> Iterator[Cluster]:
     cluster = Cluster()
     yield cluster
     cluster.close()
-
-
-def message(stream: Stream, **fields: Any) -> bytes:
-    schema = json.loads((SCHEMAS / stream.schema_file).read_text())
-    record = {field["name"]: VALUES[type_name(field["type"])] for field in schema["fields"]} | fields
-    buffer = io.BytesIO()
-    buffer.write(struct.pack(">bI", 0, stream.fixed_schema_id))
-    fastavro.schemaless_writer(buffer, fastavro.parse_schema(schema), record)
-    return buffer.getvalue()
-
-
-def type_name(kind: Any) -> str:
-    if isinstance(kind, list):
-        return type_name(kind[1])
-    return kind["type"] if isinstance(kind, dict) else kind
 
 
 def follow(cluster: Cluster, topics: Sequence[str] = TOPICS, *, from_beginning: bool = True) -> Generator[list[Event]]:

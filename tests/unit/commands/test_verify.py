@@ -23,8 +23,9 @@ from producer.consume.gaps import Gaps, Numbers, find_gaps
 from producer.consume.reader import TopicReader
 from producer.errors import ConfigError, UnavailableError
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS
+from tests.support.mock_topics import TOPICS, Cluster
 from tests.support.rebpf import rebpf
-from tests.unit.commands.test_tail import TOPICS, Cluster, message
+from tests.support.records import message
 
 DELIVERY = Path(__file__).resolve().parents[3] / "docs" / "delivery.md"
 GENERATION = 1 << 32

@@ -22,7 +22,7 @@ from producer.consume.decode import Decoder, UndecodableError
 from producer.errors import Stopped, UnavailableError
 from producer.events import SchemaId
 from producer.paths import SCHEMAS
-from tests.unit.commands.test_tail import VALUES, type_name
+from tests.support.records import VALUES, type_name
 
 OURS = {name: json.loads((SCHEMAS / f"{file}.avsc").read_text()) for name, file in
         (("TcpTransmit", "tcp_transmit"), ("TcpAlert", "tcp_alerts"), ("RebpfAgent", "rebpf_agent"))}  # fmt: skip

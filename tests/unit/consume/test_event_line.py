@@ -10,28 +10,7 @@ from hypothesis import strategies as st
 
 from producer.consume.event_line import EventFormatter, flag_letters
 from producer.host.endpoints import endpoint
-
-TRANSMIT: dict[str, Any] = {
-    "ts_ns": 1_790_000_000_123_456_000,
-    "saddr": "10.0.0.1",
-    "sport": 40001,
-    "daddr": "fd00::2",
-    "dport": 443,
-    "tcp_flags": 24,
-    "seq": 4294967290,
-    "end_seq": 1442,
-    "ack_seq": 77,
-    "payload_len": 1448,
-    "segs": 1,
-}
-RETRANSMIT = {
-    **TRANSMIT,
-    "cause": "rto",
-    "retransmit_no": 3,
-    "rto_us": 204_000,
-    "srtt_us": 57,
-    "err": 0,
-}
+from tests.support.records import RETRANSMIT, TRANSMIT
 
 
 def plain(record: dict[str, Any]) -> str:

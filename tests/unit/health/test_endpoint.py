@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 
 from producer.health.endpoint import Endpoint, StatusBoard
+from tests.support.endpoint import visits
 from tests.support.rebpf import wait_until
 from tests.support.statuses import status
 
@@ -128,10 +129,6 @@ def test_a_visitor_that_does_not_read_is_closed_at_its_deadline(monkeypatch: pyt
         got = b"".join(iter(lambda: visitor.recv(1 << 20), b""))
 
     assert len(got) < len(large)
-
-
-def visits() -> int:
-    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
 
 
 def test_visitors_take_a_bounded_number_of_threads_and_leave_none() -> None:

@@ -29,7 +29,7 @@ from producer.host import systemd
 from producer.host.output import MAX_RECORD_BYTES, JournalFormatter, JsonFormatter, LineFormatter, echo
 from producer.host.text import to_json
 from tests.support.rebpf import command, rebpf
-from tests.unit.consume.test_event_line import RETRANSMIT
+from tests.support.records import RETRANSMIT
 
 PRODUCER = Path(load.__file__).parents[1]
 HOSTILE = [

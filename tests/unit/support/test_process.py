@@ -6,29 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.support.servers import process
-from tests.support.servers.process import ServerProcess, free_port
+from tests.support.servers.process import free_port
+from tests.support.servers.shell import ShellServer
 
 ROOT = Path(__file__).parents[3]
-
-
-class ShellServer(ServerProcess):
-    """A shell script that is ready once it has made the file `ready`."""
-
-    def __init__(self, folder: Path, script: str) -> None:
-        super().__init__(folder, "shell")
-        self.script = script
-
-    def command(self) -> Sequence[str]:
-        return ["sh", "-c", self.script]
-
-    def is_ready(self) -> bool:
-        return (self.folder / "ready").exists()
 
 
 def state_of(pid: int) -> str:
@@ -42,7 +28,7 @@ def ends(pidfd: int, deadline_s: float = 10.0) -> bool:
 def test_a_server_dies_with_a_killed_test_process(tmp_path):
     code = (
         "import pathlib, signal, sys\n"
-        "from tests.unit.support.test_process import ShellServer\n"
+        "from tests.support.servers.shell import ShellServer\n"
         "server = ShellServer(pathlib.Path(sys.argv[1]), 'touch ready; exec sleep 600')\n"
         "server.start()\n"
         "print(server.pid, flush=True)\n"

@@ -1,0 +1,23 @@
+"""Alerts of each measure."""
+
+from dataclasses import replace
+
+from producer.alert.model import Alert
+
+LOSS = Alert(
+    rule="loss",
+    by="host",
+    group="web-1",
+    firing=True,
+    measure="ratio",
+    value=0.0625,
+    threshold=0.05,
+    clear=0.02,
+    window_start_ns=1_790_000_060 * 10**9,
+    window_s=60.0,
+    segs=16_000,
+    retransmitted_segs=1_000,
+    since_ns=1_790_000_000 * 10**9,
+)
+COUNT = replace(LOSS, rule="many", by="peer", group="192.0.2.1", measure="count", value=7.0, threshold=5.0, clear=2.0)
+SILENT = replace(LOSS, rule="silent", measure="silence", value=31.4)

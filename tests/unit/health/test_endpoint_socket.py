@@ -1,0 +1,67 @@
+"""The status socket beside an endpoint that asks for certificates or passwords."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from producer.errors import UnavailableError
+from producer.health.endpoint import ask
+from tests.support.endpoint import CLIENTS, PASSWORDS, TLS, Place
+from tests.support.rebpf import wait_until
+from tests.support.servers.certificates import Authority, Certificate
+from tests.support.statuses import status
+
+
+def test_status_comes_by_the_socket_where_the_endpoint_asks_for_more(place: Place) -> None:
+    with place.serving(TLS + CLIENTS + PASSWORDS):
+        assert ask(place.url, place.socket)["pid"] == status().pid
+    assert not place.socket.exists()
+
+
+def test_who_asks_by_the_socket_learns_what_is_wrong_with_the_file(place: Place) -> None:
+    with place.serving(TLS + PASSWORDS):
+        (place.folder / "web.yml").write_text("colour: red")
+        wait_until("seen", lambda: ask(place.url, place.socket) and place.web.last_error, 30)
+
+
+def test_a_socket_that_cannot_be_found_or_is_something_else_is_not_asked(place: Place) -> None:
+    with place.serving(TLS):
+        place.socket.rename(place.folder / "real.sock")
+        with pytest.raises(UnavailableError, match="does not answer"):
+            ask(place.url, place.socket)
+        place.socket.symlink_to("real.sock")
+        with pytest.raises(UnavailableError, match="does not answer"):
+            ask(place.url, place.socket)
+        place.socket.unlink()
+        place.socket.write_text("")
+        with pytest.raises(UnavailableError, match="is not a socket"):
+            ask(place.url, place.socket)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "socket"])
+def test_what_stands_in_the_place_of_the_socket_goes(place: Place, kind: str) -> None:
+    if kind == "folder":
+        place.socket.mkdir()
+        (place.socket / "mine").touch()
+    elif kind == "link":
+        (place.folder / "victim").write_text("as it was")
+        place.socket.symlink_to("victim")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(str(place.socket))
+    else:
+        place.socket.touch()
+    with place.serving(PASSWORDS):
+        assert ask(place.url, place.socket)["pid"] == status().pid
+    assert kind != "link" or (place.folder / "victim").read_text() == "as it was"
+
+
+def test_a_state_folder_with_a_long_path_has_its_socket(
+    tmp_path: Path, authority: Authority, server: Certificate
+) -> None:
+    folder = tmp_path / ("a" * 100) / ("b" * 100)
+    folder.mkdir(parents=True)
+    place = Place(folder, authority, server)
+    with place.serving(PASSWORDS):
+        assert ask(place.url, place.socket)["pid"] == status().pid
