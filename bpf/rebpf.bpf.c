@@ -14,10 +14,14 @@
 #include "rules.h"
 
 /*
- * No wakeup: an interrupt per event would cost the traced context more than the event itself, and would cause more of the
- * runs that the kernel skips because a program would interrupt itself. The agent reads on a timer.
+ * Whether a submit wakes the agent. An interrupt per event would cost the traced context more than the event itself, and
+ * would cause more of the runs that the kernel skips because a program would interrupt itself. So the agent reads on a
+ * timer, and each CPU wakes it every 256 events, to look how full the ring is. A retransmit also wakes it when all before
+ * it was committed: that is what 0 means.
  */
-#define SUBMIT_FLAGS 1 /* BPF_RB_NO_WAKEUP */
+#define RB_NO_WAKEUP 1
+#define RB_FORCE_WAKEUP 2
+#define SUBMIT_FLAGS(e, otherwise) ((e)->s.cpu_seq % 256 ? (otherwise) : RB_FORCE_WAKEUP)
 
 /*
  * The event's number. Used even if the ring is full, so that a reader of the topic sees the gap. Atomic, because with the
@@ -151,7 +155,7 @@ static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *sk
 	fill_from_cb(&e->s, skb, rcv_nxt);
 	fill_tcp(&e->s, tp);
 	fill_is_retransmit(e, tp);
-	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
+	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, RB_NO_WAKEUP));
 	return 0;
 }
 
@@ -164,7 +168,7 @@ static __always_inline int take_synack(struct sock *listener, struct request_soc
 	if (!e)
 		return 0;
 	fill_from_request(&e->s, req);
-	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
+	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, RB_NO_WAKEUP));
 	return 0;
 }
 
@@ -185,7 +189,7 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 	fill_tcp(&e->s, tp);
 	fill_cause(e, tp, is_loss_probe);
 	e->err = errno_of(err);
-	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
+	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, 0));
 	return 0;
 }
 
@@ -199,7 +203,7 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 		return 0;
 	fill_from_request(&e->s, req);
 	fill_synack_cause(e, synack_number(req, behind));
-	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
+	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, 0));
 	return 0;
 }
 
@@ -496,7 +500,7 @@ static __always_inline void transmit_packet(struct __sk_buff *skb, const struct 
 		e->is_retransmit = sender->again;
 		e->s.known |= KNOWN_IS_RETRANSMIT;
 	}
-	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
+	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, RB_NO_WAKEUP));
 }
 
 #if RETRANSMIT_CGROUP_SKB
@@ -512,7 +516,7 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
 		fill_cause(e, sender->tp, false);
 	else
 		fill_synack_cause(e, sender->synack_number);
-	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS);
+	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, 0));
 }
 #endif
 

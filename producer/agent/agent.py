@@ -7,6 +7,7 @@ from ipaddress import ip_address
 from producer.agent.reload import RulesInForce
 from producer.agent.runtime import Runtime
 from producer.agent.streams import Quarantine, StreamBuilder
+from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
 from producer.errors import PermissionDenied
 from producer.events import STREAMS, Topic
@@ -14,7 +15,7 @@ from producer.health.balance import Balance
 from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.health.web_config import WebSettings
-from producer.host import capabilities, endpoints
+from producer.host import capabilities, endpoints, signals
 from producer.host.cgroups import cgroup2_root
 from producer.host.clock import boot_id
 from producer.host.signals import Flag
@@ -90,12 +91,27 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     builder = StreamBuilder(config, capture, stream_ids, stack, quarantine)
     streams = [builder.build(stream) for stream in STREAMS]
     capture.drop_old_rings()
-    board = StatusBoard()
+    rings = {stream.name: capture.ring_descriptor(stream) for stream in STREAMS}
+    wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
+    board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
     rules = RulesInForce(capture, config, ruleset, read, root)
     ring_stays = handover is not None and handover.outlives_stop
     return Runtime(
-        config, topics, capture, sink, streams, folder, rules, web, board, heartbeats, brokers, endpoint, ring_stays
+        config,
+        topics,
+        capture,
+        sink,
+        streams,
+        folder,
+        rules,
+        web,
+        board,
+        wakeup,
+        heartbeats,
+        brokers,
+        endpoint,
+        ring_stays,
     )
 
 

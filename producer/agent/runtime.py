@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from producer.agent.liveness import Liveness, LossReporter
@@ -12,6 +13,7 @@ from producer.agent.reload import RulesInForce
 from producer.agent.report import Reporter
 from producer.agent.streams import StreamParts
 from producer.agent.supervise import StuckError, Supervisor
+from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
 from producer.events import Topic
 from producer.health import metrics
@@ -26,10 +28,13 @@ from producer.host.signals import Flag
 from producer.host.state import StateFolder
 from producer.kafka.sink import KafkaSink
 from producer.kernel.capture import Capture
+from producer.pipeline.pace import LEAST_S
 from producer.pipeline.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
+_CHORES_S = 1.0
+_RETRY_S = 0.1
 _LAST_HEARTBEAT_S = 1.0
 _SPILL_S = 5.0
 
@@ -48,6 +53,7 @@ class Runtime:
     rules: RulesInForce
     web: WebSettings
     board: StatusBoard
+    wakeup: Wakeup
     heartbeats: HeartbeatEncoder | None
     brokers: str
     endpoint: Endpoint | None
@@ -57,6 +63,7 @@ class Runtime:
     reporter: Reporter = field(init=False)
     liveness: Liveness = field(init=False)
     losses: LossReporter = field(default_factory=LossReporter)
+    chores_at_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.reporter = Reporter(self.config.host, self.capture, self.sink, self.streams, self.topics)
@@ -67,21 +74,46 @@ class Runtime:
         self._housekeeping(reload)
         self._log_ready()
         streams = [each.pipeline for each in self.streams]
-        pipeline = Pipeline(streams, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery, self._guard)
-        interval_s = self.config.capture.drain_interval_s
+        latency_s = self.config.capture.latency_s
+        pipeline = Pipeline(
+            streams, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery, self._guard, latency_s
+        )
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
-        while not stop.is_set() and time.monotonic() < end:
-            self._housekeeping(reload)
-            self.supervisor.attempt("status", self.liveness.step, None)
-            self.supervisor.attempt("watch", self._watch, None)
-            if not self._move(pipeline):
-                stop.wait(min(interval_s, max(0.0, end - time.monotonic())))
+        woken: set[str] = set()
+        while not stop.wait(0) and time.monotonic() < end:
+            self._do_chores(reload)
+            wait_s = min(self._move(pipeline, woken), self._chores_wait_s(reload), end - time.monotonic())
+            woken = self._wait(pipeline, wait_s)
         systemd.try_notify("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
         if not self.ring_stays:
             self.capture.detach()
         self._drain(pipeline, deadline)
         return self._end(pipeline, deadline)
+
+    def _do_chores(self, reload: Flag) -> None:
+        """Do what is not about events, at its own times, however often the loop turns."""
+        now = time.monotonic()
+        if now < self.chores_at_s and not reload.is_set() and not self.wakeup.called:
+            return
+        self.chores_at_s = now + _CHORES_S
+        self._housekeeping(reload)
+        self.supervisor.attempt("status", self.liveness.step, None)
+        self.supervisor.attempt("watch", self._watch, None)
+
+    def _wait(self, pipeline: Pipeline, wait_s: float) -> set[str]:
+        """Wait until the time has passed or something happens that matters; return the streams whose rings do."""
+        end = time.monotonic() + wait_s
+        while True:
+            woken = self.wakeup.wait(end - time.monotonic())
+            if not woken or self.wakeup.called or pipeline.heeds(woken):
+                return woken
+
+    def _chores_wait_s(self, reload: Flag) -> float:
+        """Return the seconds until chores are due: soon while a reload waits for its time or a step for its retry."""
+        if reload.is_set() or self.supervisor.reasons:
+            return _RETRY_S
+        return self.chores_at_s - time.monotonic()
 
     def _housekeeping(self, reload: Flag) -> None:
         """Reload if asked to, follow cgroups that come and go, and publish what changed."""
@@ -123,13 +155,16 @@ class Runtime:
             self.losses.log_losses(self.reporter.balances())
             self._expire()
 
-    def _guard(self, stream: str, work: Callable[[], bool]) -> bool:
-        return self.supervisor.attempt(f"pipeline {stream}", work, False, vital=True)
+    def _guard(self, stream: str, work: Callable[[], bool]) -> bool | None:
+        return self.supervisor.attempt(f"pipeline {stream}", work, None, vital=True)
 
-    def _move(self, pipeline: Pipeline) -> bool:
-        """Run a step of the pipeline. If that has failed for too long, log the balance and raise StuckError."""
+    def _move(self, pipeline: Pipeline, woken: set[str]) -> float:
+        """Run a turn of the pipeline, and return the seconds until the next one.
+
+        If that has failed for too long, log the balance and raise StuckError.
+        """
         try:
-            return self.supervisor.attempt("pipeline", pipeline.step, False, vital=True)
+            return self.supervisor.attempt("pipeline", partial(pipeline.turn, woken), _RETRY_S, vital=True)
         except StuckError:
             for name, balance in self.reporter.balances().items():
                 logger.error("balance topic=%s %s", name, balance)
@@ -157,7 +192,7 @@ class Runtime:
             if any(each.pipeline.spooling for each in self.streams):
                 return  # Kafka is not taking them
             self.supervisor.attempt("status", self.liveness.step, None)
-            time.sleep(self.config.capture.drain_interval_s / 5)
+            time.sleep(LEAST_S)
             if self.ring_stays:
                 pipeline.poll_reports()
             else:

@@ -15,6 +15,7 @@ from producer.host.log_limit import LogLimit
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Other = TypeVar("Other")
 
 _FIRST_WAIT_S = 0.1
 _MAX_WAIT_S = 5.0
@@ -53,7 +54,9 @@ class Supervisor:
         """The failing steps, each with its error."""
         return [f"{step}: {failing.error}" for step, failing in self._failing.items()]
 
-    def attempt(self, step: str, work: Callable[[], Result], otherwise: Result, *, vital: bool = False) -> Result:
+    def attempt(
+        self, step: str, work: Callable[[], Result], otherwise: Other, *, vital: bool = False
+    ) -> Result | Other:
         """Run a step and return its result, or `otherwise` if it fails or its retry is not due.
 
         Raises StuckError if a vital step has failed for a minute.

@@ -54,8 +54,8 @@ class Capture:
     """Size of the ring for retransmissions in bytes, a power of two."""
     pin: Path | None = None
     """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash; none: they are lost."""
-    drain_interval_s: float = 0.1
-    """Seconds between two reads of the rings."""
+    latency_s: float = 1.0
+    """Most seconds between two reads of a ring. Busy rings are read more often, and retransmissions at once."""
     btf: Path | None = None
     """BTF file with the kernel's struct layouts; none: /sys/kernel/btf/vmlinux."""
 

@@ -34,7 +34,7 @@ _MAX_PREFIX = 200
 _MAX_TEXT = 4096
 _DAY_S = 86400.0
 _SECONDS: Mapping[str, tuple[float, float]] = {
-    "capture.drain_interval_s": (0.001, 60),
+    "capture.latency_s": (0.02, 60),
     "kafka.stop_timeout_s": (0, _DAY_S),
     "registry.timeout_s": (0.001, 3600),
     "spool.spill_after_s": (0.1, 3600),

@@ -10,12 +10,20 @@ from producer.health.status import Status
 class StatusBoard:
     """Passes the loop's status to other threads.
 
-    They wait at most `answer_timeout_s` for it. A loop without a step for `hangs_after_s` counts as hanging.
+    They call `wake` and wait at most `answer_timeout_s` for it. A loop without a step for `hangs_after_s` counts as
+    hanging.
     """
 
-    def __init__(self, *, hangs_after_s: float = 10.0, answer_timeout_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        *,
+        hangs_after_s: float = 10.0,
+        answer_timeout_s: float = 2.0,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
         self._hangs_after_s = hangs_after_s
         self._answer_timeout_s = answer_timeout_s
+        self._wake = wake
         self._fresh = threading.Condition()
         self._requested = False
         self._status: Status | None = None
@@ -50,5 +58,6 @@ class StatusBoard:
             number = self._number
             if self._status is not None:
                 self._requested = True
+                self._wake()
                 self._fresh.wait_for(lambda: self._number > number, self._answer_timeout_s)
             return self._status

@@ -45,16 +45,16 @@ class _Wakeup:
     """The descriptor to which the interpreter writes a byte per signal, whichever thread receives it."""
 
     def __init__(self) -> None:
-        self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # A full pipe loses nothing: the flags record the signals.
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self._poll = select.poll()
-        self._poll.register(self._reader, select.POLLIN)
+        self._poll.register(self.reader, select.POLLIN)
 
     def wait(self, timeout_s: float | None) -> None:
         """Return once a signal has arrived since the last call, or after `timeout_s`."""
         if self._poll.poll(None if timeout_s is None else max(0.0, timeout_s * 1000)):
-            os.read(self._reader, _READ_BYTES)
+            os.read(self.reader, _READ_BYTES)
 
 
 _wakeup: _Wakeup | None = None
@@ -123,6 +123,11 @@ class SignalFlag:
 
 
 _stops: list[SignalFlag] = []
+
+
+def descriptor() -> int:
+    """Return a descriptor that is readable once a signal has arrived, until a flag's `wait` has noticed it."""
+    return _listen().reader
 
 
 def is_stopping() -> bool:

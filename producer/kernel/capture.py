@@ -295,6 +295,10 @@ class Capture:
         if self._numbers:
             self._numbers.stop({stream.name: self.sequence(stream) for stream in STREAMS})
 
+    def ring_descriptor(self, stream: Stream) -> int:
+        """Return the descriptor of a stream's ring, for epoll; it stays open until `close`."""
+        return self._maps[stream.ring]
+
     def ring(self, stream: Stream) -> Ring:
         """Map the ring of a stream."""
         return Ring(self._maps[stream.ring], self._settings.ring_bytes[stream.ring], stream.dtype)

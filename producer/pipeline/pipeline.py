@@ -8,22 +8,27 @@ written to disk. When Kafka does not, the batches in flight are spilled, then th
 the spooled ones until the spool is empty. If the spool fails too (a full disk), events stay in the ring, and when the
 ring is full, the kernel counts what it cannot store. Nothing else is buffered, and nothing blocks.
 
-One thread calls `step` in a loop. Files and clocks are reached only through the objects passed in.
+One thread calls `turn` in a loop, and `pace` decides what is due. Files and clocks are reached only through the objects
+passed in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
+from producer.events import RETRANSMITS
 from producer.pipeline.interfaces import Sink
+from producer.pipeline.pace import LEAST_S, Budget, StreamPace
 from producer.pipeline.stream import StreamPipeline
+
+_MOST_REPORT_WAIT_S = 0.1
 
 
 class Pipeline:
-    """Moves the events of all `streams` to `sink`.
+    """Moves the events of all `streams` to `sink`, each within about `latency_s`.
 
     `now_s` returns the monotonic clock in seconds, `utc_offset_ns` its offset to UTC. `delivered` is called per batch
     with the seconds from the kernel to the acknowledgement, and its number of events. `guard` runs the work of one
-    stream, by its name, and handles its failures, so that the other streams continue.
+    stream, by its name, and handles its failures, so that the other streams continue; it returns None for a failure.
     """
 
     def __init__(
@@ -33,7 +38,8 @@ class Pipeline:
         now_s: Callable[[], float],
         utc_offset_ns: Callable[[], int],
         delivered: Callable[[float, int], None] = lambda seconds, count: None,
-        guard: Callable[[str, Callable[[], bool]], bool] = lambda stream, work: work(),
+        guard: Callable[[str, Callable[[], bool]], bool | None] = lambda stream, work: work(),
+        latency_s: float = 1.0,
     ) -> None:
         self._streams = {each.stream.name: each for each in streams}
         self._sink = sink
@@ -41,20 +47,58 @@ class Pipeline:
         self._utc_offset_ns = utc_offset_ns
         self._delivered = delivered
         self._guard = guard
+        budget = Budget()
+        self._paces = {
+            each.stream.name: StreamPace(each.stream.name, latency_s, budget, is_urgent=each.stream == RETRANSMITS)
+            for each in streams
+        }
+
+    def heeds(self, woken: Collection[str]) -> bool:
+        """Whether the next turn should come early because the rings of these streams woke the process."""
+        return any(self._paces[name].heeds(self._streams[name].ring_fill) for name in woken)
+
+    def turn(self, woken: Collection[str] = ()) -> float:
+        """Process delivery reports and move the events that are due; return the seconds until the next turn.
+
+        `woken` are the streams whose rings woke the process.
+        """
+        finished = self.poll_reports()
+        for name, stream in self._streams.items():
+            pace, now_s = self._paces[name], self._now_s()
+            # The kernel wakes nobody for an event that arrives before all older ones were committed.
+            if name in woken or (pace.is_urgent and name in finished):
+                pace.wake(now_s, stream.ring_fill)
+            if pace.due_s <= now_s or stream.is_stalled(self._sink, now_s):
+                taken = stream.taken
+                more = self._step(name, stream)
+                if more is None:
+                    pace.after_failure(now_s)
+                else:
+                    pace.after_read(now_s, stream.taken - taken, more=more)
+        now_s = self._now_s()
+        return min([pace.due_s - now_s for pace in self._paces.values()] + self._report_waits(now_s))
+
+    def _report_waits(self, now_s: float) -> list[float]:
+        """Return when to look for each stream's next delivery reports: the longer they take, the later."""
+        ages = [now_s - sent_s for each in self._streams.values() if (sent_s := each.oldest_sent_s) is not None]
+        return [min(max(LEAST_S, age_s), _MOST_REPORT_WAIT_S) for age_s in ages]
 
     def step(self) -> bool:
         """Move events of each stream, and process delivery reports; return whether there are likely more events."""
-        more = False
-        for name, stream in self._streams.items():
-            more |= self._guard(name, partial(stream.step, self._sink, self._now_s(), self._utc_offset_ns()))
+        more = [self._step(name, stream) for name, stream in self._streams.items()]
         self.poll_reports()
-        return more
+        return any(more)
 
-    def poll_reports(self) -> None:
-        """Process delivery reports."""
-        for name, outcome in self._sink.poll().items():
+    def _step(self, name: str, stream: StreamPipeline) -> bool | None:
+        return self._guard(name, partial(stream.step, self._sink, self._now_s(), self._utc_offset_ns()))
+
+    def poll_reports(self) -> set[str]:
+        """Process delivery reports; return the streams that have any."""
+        outcomes = self._sink.poll()
+        for name, outcome in outcomes.items():
             for oldest_ns, count in self._streams[name].on_reports(outcome):
                 self._delivered(self._now_s() - oldest_ns / 1e9, count)
+        return set(outcomes)
 
     def spill_all(self, until_s: float = float("inf")) -> None:
         """Spill all unacknowledged events, as far as the spools take them.

@@ -55,6 +55,17 @@ class StreamPipeline:
         return self._spill_error or (self._sender.error if self._sender else "")
 
     @property
+    def ring_fill(self) -> float:
+        """Used share of the ring."""
+        return self._ring.fill
+
+    @property
+    def oldest_sent_s(self) -> float | None:
+        """When the oldest batch in flight was sent; None if none is in flight."""
+        oldest = (self._sender.window.oldest if self._sender else None) or self._window.oldest
+        return oldest.sent_at_s if oldest else None
+
+    @property
     def taken(self) -> int:
         """Events read from the ring since it was created."""
         return self._ring.records_before
@@ -117,10 +128,14 @@ class StreamPipeline:
         self.account.checkpoint()
         return spooled, in_ring
 
+    def is_stalled(self, sink: Sink, now_s: float) -> bool:
+        """Whether events wait for acknowledgements, so that a step may do something at any time."""
+        return self.spooling or self._is_overdue(now_s) or not sink.capacity(self.stream)
+
     def _is_overdue(self, now_s: float) -> bool:
         """Whether the oldest batch has been in flight for too long."""
-        oldest = (self._sender.window.oldest if self._sender else None) or self._window.oldest
-        return oldest is not None and now_s - oldest.sent_at_s > self._spill_after_s
+        sent_s = self.oldest_sent_s
+        return sent_s is not None and now_s - sent_s > self._spill_after_s
 
     def _is_stuck(self, sink: Sink, now_s: float) -> bool:
         if now_s < self._spill_at_s:

@@ -30,7 +30,7 @@ hooks = ["raw_tp", "cgroup_skb"]
 addresses = ["10.0.0.1", "2001:db8::1"]
 ports = [443]
 default = "keep"
-drain_interval_s = 0.1
+latency_s = 0.1
 transmit_ring_bytes = 16777216
 [kafka]
 brokers = "127.0.0.1:1"

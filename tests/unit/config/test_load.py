@@ -23,7 +23,7 @@ default = "drop"
 transmit_ring_bytes = 65536
 retransmit_ring_bytes = 8192
 pin = "/sys/fs/bpf/rebpf"
-drain_interval_s = 1
+latency_s = 1
 btf = "/some/vmlinux"
 
 [kafka]
@@ -144,7 +144,7 @@ def test_every_setting_can_be_read(read):
             transmit_ring_bytes=65536,
             retransmit_ring_bytes=8192,
             pin=Path("/sys/fs/bpf/rebpf"),
-            drain_interval_s=1.0,
+            latency_s=1.0,
             btf=Path("/some/vmlinux"),
         ),
         kafka=Kafka(
@@ -235,8 +235,8 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
             r"capture\.retransmit_ring_bytes: expected a power of two .*, found -4096",
         ),
         ('capture.hooks = ["fentri"]', r"capture\.hooks: unknown hook fentri: did you mean fentry\?"),
-        ('capture.drain_interval_s = "1"', r"capture\.drain_interval_s: expected a number, found '1'"),
-        ("capture.drain_interval_s = 0", r"capture\.drain_interval_s: expected 0\.001 to 60 seconds, found 0\.0"),
+        ('capture.latency_s = "1"', r"capture\.latency_s: expected a number, found '1'"),
+        ("capture.latency_s = 0", r"capture\.latency_s: expected 0\.02 to 60 seconds, found 0\.0"),
         ("kafka.stop_timeout_s = -1", r"kafka\.stop_timeout_s: expected 0 to 86400 seconds, found -1\.0"),
         ("registry.timeout_s = nan", r"registry\.timeout_s: expected .* seconds, found nan"),
         ("registry.timeout_s = inf", r"registry\.timeout_s: expected .* seconds, found inf"),

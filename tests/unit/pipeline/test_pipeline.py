@@ -13,6 +13,7 @@ import pytest
 from producer.events import RETRANSMITS, TRANSMITS, Batch, Rows
 from producer.host.clock import Moment
 from producer.pipeline.ledger import Account
+from producer.pipeline.pipeline import Pipeline
 from producer.pipeline.recovery import resume
 from producer.spool.spool import Spool
 from tests.support.memory_ring import STRIDE, MemoryRing
@@ -434,3 +435,77 @@ def test_a_stop_does_not_wait_for_a_ring_that_is_filled_faster_than_it_is_emptie
     assert setup.now_s == 110
     assert setup.spools["transmit"].end == 20
     setup.assert_balanced()
+
+
+def test_a_turn_reads_only_rings_that_are_due_and_returns_when_the_next_is() -> None:
+    setup = Setup()
+    assert setup.pipeline.turn() == pytest.approx(1.0)
+    setup.ring.written = 5
+    setup.now_s += 0.5
+    assert setup.pipeline.turn() == pytest.approx(0.5)
+    assert not setup.sink.sent
+    setup.now_s += 0.5
+    setup.pipeline.turn()
+    assert setup.sink.sent == list(range(5))
+
+
+def test_a_turn_that_sends_is_followed_by_looks_for_the_reports_at_growing_distances() -> None:
+    setup = Setup()
+    setup.ring.written = 5
+    waits = []
+    for _ in range(6):
+        waits.append(setup.pipeline.turn())
+        setup.now_s += waits[-1]
+    assert waits == pytest.approx([0.02, 0.02, 0.04, 0.08, 0.1, 0.1])
+    setup.sink.take_all()
+    setup.pipeline.turn()
+    assert (setup.transmits.account.delivered, setup.ring.committed) == (5, 5 * STRIDE)
+
+
+def test_a_retransmission_that_came_while_others_were_in_flight_is_read_after_their_reports() -> None:
+    setup = Setup()
+    ring = setup.rings["retransmit"]
+    setup.pipeline.turn()
+    setup.now_s += 0.5
+    ring.written = 1
+    setup.pipeline.turn({"retransmit"})
+    setup.now_s += 0.02
+    setup.pipeline.turn()
+    ring.written = 2  # not committed to the end, so the kernel wakes nobody
+    setup.now_s += 0.03
+    setup.sink.take_all()
+    setup.pipeline.turn()
+    assert ring.position == 2 * STRIDE
+
+
+def test_a_ring_that_fills_is_read_before_it_is_due() -> None:
+    setup = Setup()
+    setup.pipeline.turn()
+    setup.ring.written = RING_ROWS // 10
+    assert not setup.pipeline.heeds({"transmit"})
+    setup.ring.written = RING_ROWS // 5
+    assert setup.pipeline.heeds({"transmit"})
+    setup.pipeline.turn({"transmit"})
+    assert len(setup.sink.sent) == RING_ROWS // 5
+
+
+def test_a_turn_spills_what_is_overdue_whatever_is_due(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path)
+    setup.ring.written = 5
+    setup.pipeline.turn()
+    setup.now_s += AFTER_S + 0.01
+    setup.pipeline.turn()
+    assert setup.transmits.spooling
+    assert setup.ring.committed == 5 * STRIDE
+
+
+def test_a_stream_whose_step_fails_is_due_again_soon() -> None:
+    setup = Setup()
+    pipeline = Pipeline(
+        list(setup.paths.values()),
+        setup.sink,
+        lambda: setup.now_s,
+        lambda: UTC_OFFSET_NS,
+        guard=lambda name, work: None,
+    )
+    assert pipeline.turn() == pytest.approx(0.1)
