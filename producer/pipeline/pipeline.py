@@ -52,8 +52,9 @@ class Pipeline:
 
     def poll_reports(self) -> None:
         """Process delivery reports."""
-        for name, outcome in self._sink.poll().items():
-            for oldest_ns, count in self._paths[name].on_reports(outcome):
+        outcomes = self._sink.poll()
+        for name in self._paths.keys() & outcomes.keys():  # heartbeats have no path
+            for oldest_ns, count in self._paths[name].on_reports(outcomes[name]):
                 self._delivered(self._now_s() - oldest_ns / 1e9, count)
 
     def spill_all(self, until_s: float = float("inf")) -> None:
