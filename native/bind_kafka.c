@@ -80,30 +80,38 @@ done:
 	return result;
 }
 
-/* reports(pointers, err, private) */
+static PyObject *runs(const Py_buffer *pointers, const Py_buffer *rows)
+{
+	size_t count = (size_t)pointers->len / sizeof(void *);
+	struct kafka_run run = { 0 };
+	PyObject *list;
+
+	if ((size_t)rows->len / sizeof(int64_t) != count)
+		return PyErr_Format(PyExc_ValueError, "rows must have one item for each of %zu pointers", count);
+	list = PyList_New(0);
+	while (list && kafka_next_run(pointers->buf, count, rows->buf, &run)) {
+		PyObject *item = Py_BuildValue("Kinn", (unsigned long long)run.batch, (int)run.err,
+					       (Py_ssize_t)run.first, (Py_ssize_t)run.end);
+		if (!item || PyList_Append(list, item) < 0)
+			Py_CLEAR(list);
+		Py_XDECREF(item);
+	}
+	return list;
+}
+
+/* reports(pointers, rows) */
 static PyObject *reports(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-	Py_buffer views[3] = { 0 };
+	Py_buffer views[2] = { 0 };
 	PyObject *result = NULL;
 
 	(void)module;
-	if (count != 3)
-		return PyErr_Format(PyExc_TypeError, "reports() takes 3 arguments, not %zd", count);
-	if (!open_buffer(args[0], &views[0], PyBUF_SIMPLE, sizeof(void *), "pointers") ||
-	    !open_buffer(args[1], &views[1], PyBUF_WRITABLE, sizeof(int32_t), "err") ||
-	    !open_buffer(args[2], &views[2], PyBUF_WRITABLE, sizeof(uint64_t), "private"))
-		goto done;
-	size_t messages_count = (size_t)views[0].len / sizeof(void *);
-	if ((size_t)views[1].len / sizeof(int32_t) != messages_count ||
-	    (size_t)views[2].len / sizeof(uint64_t) != messages_count) {
-		PyErr_Format(PyExc_ValueError, "err and private must have one item for each of %zu pointers",
-			     messages_count);
-		goto done;
-	}
-	kafka_reports(views[0].buf, messages_count, views[1].buf, views[2].buf);
-	result = Py_NewRef(Py_None);
-done:
-	close_buffers(views, 3);
+	if (count != 2)
+		return PyErr_Format(PyExc_TypeError, "reports() takes 2 arguments, not %zd", count);
+	if (open_buffer(args[0], &views[0], PyBUF_SIMPLE, sizeof(void *), "pointers") &&
+	    open_buffer(args[1], &views[1], PyBUF_WRITABLE, sizeof(int64_t), "rows"))
+		result = runs(&views[0], &views[1]);
+	close_buffers(views, 2);
 	return result;
 }
 

@@ -1,6 +1,5 @@
 #include "kafka.h"
 
-#include <stdbool.h>
 #include <string.h>
 
 static bool find(const struct byte_strings *strings, int64_t row, const uint8_t **start, size_t *length)
@@ -31,10 +30,18 @@ size_t kafka_messages(struct kafka_message *out, size_t count, const int64_t *ro
 	return count;
 }
 
-void kafka_reports(const struct kafka_message *const *messages, size_t count, int32_t *err, uint64_t *private)
+bool kafka_next_run(const struct kafka_message *const *messages, size_t count, int64_t *rows, struct kafka_run *run)
 {
-	for (size_t i = 0; i < count; i++) {
-		err[i] = messages[i]->err;
-		private[i] = messages[i]->private;
+	size_t i = run->first = run->end;
+
+	if (i >= count)
+		return false;
+	run->batch = messages[i]->private >> KAFKA_ROW_BITS;
+	run->err = messages[i]->err;
+	while (i < count && messages[i]->private >> KAFKA_ROW_BITS == run->batch && messages[i]->err == run->err) {
+		rows[i] = (int64_t)(messages[i]->private & (KAFKA_MAX_ROWS - 1));
+		i++;
 	}
+	run->end = i;
+	return true;
 }

@@ -2,6 +2,7 @@
 #ifndef REBPF_KAFKA_H
 #define REBPF_KAFKA_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -40,7 +41,18 @@ struct byte_strings {
 size_t kafka_messages(struct kafka_message *out, size_t count, const int64_t *rows, uint64_t batch,
 		      const struct byte_strings *payloads, const struct byte_strings *keys);
 
-/* Copies error code and private number of each message. */
-void kafka_reports(const struct kafka_message *const *messages, size_t count, int32_t *err, uint64_t *private);
+/* Reports from `first` to before `end` of messages of one batch with the same result. */
+struct kafka_run {
+	uint64_t batch;
+	int32_t err;
+	size_t first;
+	size_t end;
+};
+
+/*
+ * Copies the rows of the messages from `run->end` on, as long as batch and result stay the same, and describes them in
+ * `run`. False if there are no more of the `count` messages.
+ */
+bool kafka_next_run(const struct kafka_message *const *messages, size_t count, int64_t *rows, struct kafka_run *run);
 
 #endif

@@ -31,11 +31,12 @@ def messages(
     Raises ValueError for a row that is outside the batch, or whose bytes are outside their buffer.
     """
 
-def reports(pointers: _Array, err: _Array, private: _Array, /) -> None:
-    """Copy `err` (int32) and `private` (uint64) of each rd_kafka_message_t that `pointers` (uint64) point to.
+def reports(pointers: _Array, rows: _Array, /) -> list[tuple[int, int, int, int]]:
+    """Read delivery reports; return their runs of one batch and one result: (batch, err, first, end), `end` excluded.
 
-    All three have the same length. The pointers must be valid: those that rd_kafka_event_message_array() returned,
-    before rd_kafka_event_destroy().
+    `pointers` (uint64) point to rd_kafka_message_t and must be valid: those that rd_kafka_event_message_array()
+    returned, before rd_kafka_event_destroy(). `rows` (int64), of the same length, receives the messages' rows in their
+    batches.
     """
 
 MAX_IDS: int

@@ -107,40 +107,49 @@ RETRANSMIT = np.dtype([("s", SEGMENT), ("err", "<i4"), ("retransmit_no", "<u4"),
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
-    """A kind of event, with its ring, record layout, schema and topic."""
+class Feed:
+    """A kind of message, with its topic and schema."""
 
     name: str
-    index: int
-    """Index into the kernel's counters map."""
-    ring: str
-    dtype: np.dtype[np.void] = field(compare=False)
-    struct: str
     topic: Topic
     schema_file: str
     fixed_schema_id: SchemaId
     """The id in the Confluent frame if no registry is configured."""
 
 
+HEARTBEATS = Feed("heartbeat", Topic("rebpf_agent"), "rebpf_agent.avsc", SchemaId(3))
+
+
+@dataclass(frozen=True, slots=True)
+class Stream(Feed):
+    """A kind of event, with its ring and record layout."""
+
+    index: int
+    """Index into the kernel's counters map."""
+    ring: str
+    dtype: np.dtype[np.void] = field(compare=False)
+    struct: str
+
+
 TRANSMITS = Stream(
     "transmit",
+    Topic("tcp_transmit"),
+    "tcp_transmit.avsc",
+    SchemaId(1),
     0,
     "transmit_pipe",
     TRANSMIT,
     "transmit_event",
-    Topic("tcp_transmit"),
-    "tcp_transmit.avsc",
-    SchemaId(1),
 )
 RETRANSMITS = Stream(
     "retransmit",
+    Topic("tcp_retransmit"),
+    "tcp_retransmit.avsc",
+    SchemaId(2),
     1,
     "retransmit_pipe",
     RETRANSMIT,
     "retransmit_event",
-    Topic("tcp_retransmit"),
-    "tcp_retransmit.avsc",
-    SchemaId(2),
 )
 STREAMS = (TRANSMITS, RETRANSMITS)
 
@@ -165,13 +174,21 @@ class EncodedBatch:
     the messages, because the sink passes pointers into them.
     """
 
-    stream: Stream
+    stream: Feed
     payload: NDArray[np.uint8]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     keys: NDArray[np.uint8]
     key_starts: NDArray[np.int64]
     key_lengths: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, stream: Feed, key: bytes, value: bytes) -> "EncodedBatch":
+        """Return a batch of one message."""
+        start, sizes = np.zeros(1, np.int64), (np.array([len(value)], np.int64), np.array([len(key)], np.int64))
+        return cls(
+            stream, np.frombuffer(value, np.uint8), start, sizes[0], np.frombuffer(key, np.uint8), start, sizes[1]
+        )
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -8,11 +8,11 @@ from typing import Any
 
 import fastavro
 
-from producer.events import SchemaId
+from producer.events import HEARTBEATS, SchemaId
 from producer.paths import SCHEMAS
 
-HEARTBEAT_FILE = "rebpf_agent.avsc"
-HEARTBEAT_ID = SchemaId(3)
+HEARTBEAT_FILE = HEARTBEATS.schema_file
+HEARTBEAT_ID = HEARTBEATS.fixed_schema_id
 ALERT_FILE = "tcp_alerts.avsc"
 ALERT_ID = SchemaId(4)
 """The ids of the streams' schemas are 1 and 2 (producer.events)."""

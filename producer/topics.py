@@ -1,9 +1,8 @@
 """Topic names with the configured prefix."""
 
 from producer.config.load import Config
-from producer.events import Stream, Topic
+from producer.events import HEARTBEATS, Stream, Topic
 
-HEARTBEATS = Topic("rebpf_agent")
 ALERTS = Topic("tcp_alerts")
 ALERT_SUMS = Topic("tcp_alert_sums")
 
@@ -15,7 +14,7 @@ def topic(config: Config, stream: Stream) -> Topic:
 
 def heartbeat_topic(config: Config) -> Topic:
     """Return the topic of the heartbeats."""
-    return Topic(config.kafka.topic_prefix + HEARTBEATS)
+    return Topic(config.kafka.topic_prefix + HEARTBEATS.topic)
 
 
 def alert_topics(config: Config) -> tuple[Topic, Topic]:

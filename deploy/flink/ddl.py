@@ -66,6 +66,12 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def endpoint(address: str, port: str) -> str:
+    """Return an SQL expression for address:port, an IPv6 address in brackets."""
+    bracketed = f"IF(POSITION(':' IN `{address}`) > 0, '[' || `{address}` || ']', `{address}`)"
+    return f"{bracketed} || ':' || CAST(`{port}` AS STRING)"
+
+
 def create(name: str, columns: Sequence[str], options: dict[str, str]) -> str:
     """Return one CREATE TABLE."""
     lines = ",\n".join(f"  {column}" for column in columns)
@@ -77,8 +83,8 @@ def source(topic: str, kafka: dict[str, str], prefix: str, registry: str) -> str
     """Return the table of one of the producer's topics."""
     schema = json.loads((SCHEMAS / f"{topic}.avsc").read_text())
     columns = [
-        "`flow` STRING COMMENT 'The message''s key.'",
         *(f"`{each['name']}` {sql_type(each['type'])} COMMENT {quoted(each['doc'])}" for each in schema["fields"]),
+        f"`flow` AS {endpoint('saddr', 'sport')} || '>' || {endpoint('daddr', 'dport')}",
         "`arrived` AS PROCTIME()",
         f"WATERMARK FOR `ts` AS `ts` - INTERVAL '{LATENESS}' SECOND",
     ]
@@ -87,10 +93,7 @@ def source(topic: str, kafka: dict[str, str], prefix: str, registry: str) -> str
         "topic": prefix + topic,
         **kafka,
         "scan.startup.mode": "earliest-offset",
-        "key.format": "raw",
-        "key.fields": "flow",
         "value.format": "avro-confluent",
-        "value.fields-include": "EXCEPT_KEY",
         "value.avro-confluent.url": registry,
     }
     return create(topic, columns, options)

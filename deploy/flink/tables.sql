@@ -1,7 +1,6 @@
 -- Made by deploy/flink/ddl.py from schemas/: do not edit.
 
 CREATE TABLE tcp_transmit (
-  `flow` STRING COMMENT 'The message''s key.',
   `ts` TIMESTAMP(3) NOT NULL COMMENT 'Event time in milliseconds since 1970 UTC: the kernel''s monotonic clock plus the current offset to UTC.',
   `ts_ns` BIGINT NOT NULL COMMENT 'The same event time in nanoseconds since 1970 UTC.',
   `cpu` INT NOT NULL COMMENT 'CPU that recorded the event; boot_id, cpu and cpu_seq together identify an event within its topic.',
@@ -45,6 +44,7 @@ CREATE TABLE tcp_transmit (
   `sample_rate` BIGINT NOT NULL COMMENT 'Sampling rate: this event represents sample_rate events; 1 if none are dropped.',
   `rules_version` BIGINT NOT NULL COMMENT 'Version of the rules that selected the segment: 1 at the start of a run, and one more after each reload.',
   `is_retransmit` BOOLEAN COMMENT 'Whether this is a retransmission, which then also has an event in the retransmit topic; null if the hook cannot tell.',
+  `flow` AS IF(POSITION(':' IN `saddr`) > 0, '[' || `saddr` || ']', `saddr`) || ':' || CAST(`sport` AS STRING) || '>' || IF(POSITION(':' IN `daddr`) > 0, '[' || `daddr` || ']', `daddr`) || ':' || CAST(`dport` AS STRING),
   `arrived` AS PROCTIME(),
   WATERMARK FOR `ts` AS `ts` - INTERVAL '5' SECOND
 ) WITH (
@@ -52,15 +52,11 @@ CREATE TABLE tcp_transmit (
   'topic' = 'tcp_transmit',
   'properties.bootstrap.servers' = 'localhost:9092',
   'scan.startup.mode' = 'earliest-offset',
-  'key.format' = 'raw',
-  'key.fields' = 'flow',
   'value.format' = 'avro-confluent',
-  'value.fields-include' = 'EXCEPT_KEY',
   'value.avro-confluent.url' = 'http://localhost:8081'
 );
 
 CREATE TABLE tcp_retransmit (
-  `flow` STRING COMMENT 'The message''s key.',
   `ts` TIMESTAMP(3) NOT NULL COMMENT 'Event time in milliseconds since 1970 UTC: the kernel''s monotonic clock plus the current offset to UTC.',
   `ts_ns` BIGINT NOT NULL COMMENT 'The same event time in nanoseconds since 1970 UTC.',
   `cpu` INT NOT NULL COMMENT 'CPU that recorded the event; boot_id, cpu and cpu_seq together identify an event within its topic.',
@@ -106,6 +102,7 @@ CREATE TABLE tcp_retransmit (
   `cause` STRING NOT NULL COMMENT 'Why it was retransmitted: rto (timer), fast (recovery), slow_start (the rest after a timeout), tlp (tail loss probe), syn, syn_ack or other.',
   `err` INT NOT NULL COMMENT '0, or the negative errno of a retransmission that the kernel counted but could not send.',
   `retransmit_no` INT COMMENT '1-based retransmission number: of the handshake''s timeouts for syn and syn_ack, of the timer''s back-off otherwise; null if unknown.',
+  `flow` AS IF(POSITION(':' IN `saddr`) > 0, '[' || `saddr` || ']', `saddr`) || ':' || CAST(`sport` AS STRING) || '>' || IF(POSITION(':' IN `daddr`) > 0, '[' || `daddr` || ']', `daddr`) || ':' || CAST(`dport` AS STRING),
   `arrived` AS PROCTIME(),
   WATERMARK FOR `ts` AS `ts` - INTERVAL '5' SECOND
 ) WITH (
@@ -113,10 +110,7 @@ CREATE TABLE tcp_retransmit (
   'topic' = 'tcp_retransmit',
   'properties.bootstrap.servers' = 'localhost:9092',
   'scan.startup.mode' = 'earliest-offset',
-  'key.format' = 'raw',
-  'key.fields' = 'flow',
   'value.format' = 'avro-confluent',
-  'value.fields-include' = 'EXCEPT_KEY',
   'value.avro-confluent.url' = 'http://localhost:8081'
 );
 

@@ -10,7 +10,7 @@ from producer.agent.streams import Quarantine, StreamBuilder
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
 from producer.errors import PermissionDenied
-from producer.events import STREAMS, Topic
+from producer.events import HEARTBEATS, STREAMS, Topic
 from producer.health.balance import Balance
 from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.heartbeat import HeartbeatEncoder
@@ -74,13 +74,8 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     quarantine = Quarantine(config)
     stack.callback(quarantine.close)
     heartbeats = HeartbeatEncoder(ids[heartbeat_topic(config)]) if heartbeat_topic(config) in ids else None
-    sink = KafkaSink(
-        settings,
-        topics,
-        on_socket=capture.exclude_socket,
-        quarantine=quarantine.put,
-        heartbeats=heartbeat_topic(config) if heartbeats else None,
-    )
+    beats = {HEARTBEATS.name: heartbeat_topic(config)} if heartbeats else {}
+    sink = KafkaSink(settings, topics | beats, on_socket=capture.exclude_socket, quarantine=quarantine.put)
     # Attach before the client connects: the programs recognise a local broker by the SYN that they see.
     capture.attach()
     brokers = sink.open()

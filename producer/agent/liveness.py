@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from producer.events import Topic
+from producer.events import HEARTBEATS, EncodedBatch, Topic
 from producer.health.balance import Balance
 from producer.health.endpoint import StatusBoard
 from producer.health.heartbeat import INTERVAL_S, HeartbeatEncoder
@@ -41,15 +41,15 @@ class Liveness:
             self._heartbeat_at = time.monotonic() + INTERVAL_S
             self._publish(self._status())
 
-    def last(self) -> bool:
-        """Send the heartbeat that reports the stop; return whether heartbeats are sent at all."""
+    def last(self) -> None:
+        """Send the heartbeat that reports the stop."""
         self._publish(dataclasses.replace(self._status(), stopped=True))
-        return self._heartbeats is not None
 
     def _publish(self, status: Status) -> None:
         self._board.publish(status)
-        if self._heartbeats:
-            self._sink.beat(*self._heartbeats.encode(status, time.time()))
+        # One at a time: what was true some time ago is of no use when Kafka is back.
+        if self._heartbeats and not self._sink.in_flight[HEARTBEATS.name]:
+            self._sink.send(EncodedBatch.of(HEARTBEATS, *self._heartbeats.encode(status, time.time())))
 
 
 class LossReporter:

@@ -15,7 +15,7 @@ from producer.agent.streams import StreamParts
 from producer.agent.supervise import StuckError, Supervisor
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
-from producer.events import Topic
+from producer.events import HEARTBEATS, Topic
 from producer.health import metrics
 from producer.health.balance import Balance
 from producer.health.endpoint import Endpoint, StatusBoard
@@ -203,9 +203,10 @@ class Runtime:
         balances = self.reporter.balances()
         if any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances.values()):
             pipeline.spill_all(time.monotonic() + _SPILL_S if self.ring_stays else float("inf"))
-        elif self.liveness.last():
+        else:
+            self.liveness.last()
             until = min(deadline, time.monotonic() + _LAST_HEARTBEAT_S)
-            while self.sink.beating and time.monotonic() < until:
+            while self.sink.in_flight[HEARTBEATS.name] and time.monotonic() < until:
                 pipeline.poll_reports()
                 time.sleep(0.01)
         final = {}

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from producer.backoff import BackOff
 from producer.config.load import Config
-from producer.encode.batch import BatchEncoder
+from producer.encode.batch import BatchEncoder, Key
 from producer.encode.isolate import Isolator
 from producer.errors import UnavailableError
 from producer.events import STREAMS, EncodedBatch, Rows, SchemaId, Stream
@@ -191,7 +192,8 @@ class StreamBuilder:
 
     def _encoder(self, stream: Stream) -> Isolator:
         schema = load_schema(stream.schema_file)
-        encoder = BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups)
+        key = cast(Key, self._config.kafka.key)  # validated
+        encoder = BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups, key)
         return Isolator(encoder, functools.partial(self._quarantine.put_raw, stream))
 
     def _drain_old(self, stream: Stream, spool: Spool | None, account: Account | None) -> int:

@@ -7,7 +7,6 @@ nothing when partitions are revoked; it drops their uncommitted state.
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
@@ -22,9 +21,9 @@ from producer.alert.writer import TopicWriter
 from producer.config.librdkafka import client_settings, consumer_settings
 from producer.config.load import Config
 from producer.consume.decode import Decoder
-from producer.errors import ConfigError, Stopped, UnavailableError
+from producer.errors import Stopped, UnavailableError
 from producer.host.signals import Flag
-from producer.kafka.consumer import client_logger
+from producer.kafka.confluent import ClientErrors, open_client
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
 
 logger = logging.getLogger(__name__)
@@ -39,9 +38,6 @@ _DEFAULTS = {
     # How soon others take over from a killed member: librdkafka's 45 s are long for alerts.
     "session.timeout.ms": "10000",
     "heartbeat.interval.ms": "2000",
-    "socket.keepalive.enable": "true",
-    # We use no transactions, and one that somebody leaves open would hide our messages.
-    "isolation.level": "read_uncommitted",
 }
 _FINAL = frozenset(
     {
@@ -100,8 +96,8 @@ class Member:
         self._unhandled: list[Message] = []
         self._next_repeat = 0.0
         self._is_ready = False
-        self._last_error: KafkaError | None = None
-        self._consumer = _consumer(config, brokers, self._on_error)
+        self._errors = ClientErrors(brokers, log=True)
+        self._consumer = _consumer(config, brokers, self._errors)
         self._writer = TopicWriter(client_settings(brokers, config.kafka.settings), self._topics.sums, self._wait)
         self._sinks = open_sinks(self._wait)
 
@@ -115,8 +111,7 @@ class Member:
             )
             self._loop(step, None if duration_s is None else time.monotonic() + duration_s)
         except KafkaException as exc:
-            reason = self._last_error or exc.args[0]
-            raise UnavailableError(f"Kafka at {self._brokers}: {reason.str()}") from exc
+            raise self._errors.worded(exc) from exc
         finally:
             self._consumer.close()
             self._writer.discard()
@@ -246,29 +241,16 @@ class Member:
             return []
         return last_alerts(self._brokers, self._topics.alerts, self._config.kafka.settings, self._decoder)
 
-    def _on_error(self, error: KafkaError) -> None:
-        repeated = self._last_error is not None and self._last_error.code() == error.code()
-        self._last_error = error
-        if not repeated:
-            logger.warning("kafka: %s", error.str())
 
-
-def _consumer(config: Config, brokers: str, meet: Callable[[KafkaError], None]) -> Consumer:
-    settings: dict[str, Any] = {
+def _consumer(config: Config, brokers: str, errors: ClientErrors) -> Consumer:
+    settings = {
         **_DEFAULTS,
-        **consumer_settings(config.kafka.settings),
-        "bootstrap.servers": brokers,
+        **consumer_settings(brokers, config.kafka.settings),
         "group.id": config.alert.group,
         # All members must have the same; each topic's partitions are spread over all of them.
         "partition.assignment.strategy": "roundrobin",
-        "allow.auto.create.topics": False,
-        "auto.offset.reset": "earliest",
-        "enable.auto.commit": False,
-        "enable.auto.offset.store": False,
-        "enable.partition.eof": True,
-        "error_cb": meet,
+        "enable.auto.offset.store": "false",
+        "enable.partition.eof": "true",
+        "error_cb": errors,
     }
-    try:
-        return Consumer(settings, logger=client_logger(logger))
-    except KafkaException as exc:
-        raise ConfigError(f"the Kafka client's settings: {exc.args[0].str()}") from exc
+    return open_client(Consumer, settings)

@@ -1,8 +1,8 @@
 """First stage, without I/O: sums of segments in windows of event time, for one partition of an event topic.
 
-Events are partitioned by flow and a rule may be by host, so a partition has only part of a group's sum. The sums are
-absolute: a new owner that reads again from `position`, with the `watermark_ns` of that time, produces the same sums of
-the windows that were still open, and none of the closed ones.
+Events are partitioned by host or flow and a rule may be by peer, so a partition has only part of a group's sum. The
+sums are absolute: a new owner that reads again from `position`, with the `watermark_ns` of that time, produces the same
+sums of the windows that were still open, and none of the closed ones.
 
 A window closes when the watermark passes its end; an event of a closed window is late. The watermark is behind the
 latest event by the lateness (how long an event may take to reach Kafka), or, if all that Kafka had at some time has
@@ -65,7 +65,7 @@ class Outcome(Enum):
 
 
 def flow(record: Record) -> str:
-    """Return the name of an event's flow: the host, and the key of its message."""
+    """Return the name of an event's flow: the host, the addresses and the ports."""
     source, destination = endpoint(record["saddr"], record["sport"]), endpoint(record["daddr"], record["dport"])
     return f"{record['host']} {source}>{destination}"
 

@@ -1,15 +1,12 @@
 """Writes to a topic, and waits for the acknowledgements."""
 
-import logging
 from collections.abc import Mapping
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from producer.alert.retry import Sleep
-from producer.errors import ConfigError, UnavailableError
-from producer.kafka.consumer import client_logger
-
-logger = logging.getLogger(__name__)
+from producer.errors import UnavailableError
+from producer.kafka.confluent import open_client
 
 ANY_PARTITION = -1
 """Choose the partition by the key."""
@@ -67,10 +64,7 @@ class TopicWriter:
         return UnavailableError(f"topic {self._topic}: {fatal.args[0].str()}")
 
     def _open(self) -> Producer:
-        try:
-            return Producer(dict(self._settings), logger=client_logger(logger))
-        except KafkaException as exc:
-            raise ConfigError(f"kafka settings: {exc.args[0].str()}") from exc
+        return open_client(Producer, self._settings)
 
     def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
         if error is not None and error.code() not in _PURGED:

@@ -132,6 +132,16 @@ DEFAULTS: Mapping[str, str] = {
     "batch.num.messages": "10000",
     "socket.keepalive.enable": "true",
 }
+_CONSUMER_DEFAULTS = {
+    "socket.keepalive.enable": "true",
+    # We use no transactions, and one that somebody leaves open would hide our messages.
+    "isolation.level": "read_uncommitted",
+}
+_CONSUMER_REQUIRED = {
+    "allow.auto.create.topics": "false",
+    "auto.offset.reset": "earliest",
+    "enable.auto.commit": "false",
+}
 EMBEDDED: Mapping[str, str] = {"test.mock.num.brokers": "1"}
 EMBEDDED_PARTITIONS = 4
 
@@ -156,15 +166,18 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
     return {**DEFAULTS, **_without(settings, FREE_OF_CONSUMERS), **REQUIRED, **where}
 
 
-def consumer_settings(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return the user's settings that apply to a consumer. Raises ConfigError for those that `decide` rejects."""
+def consumer_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return all librdkafka settings of a consumer, but its group. Raises ConfigError for what `decide` rejects."""
     decide(settings)
-    return _without(settings, FREE_OF_PRODUCERS | REQUIRED.keys())
+    users = _without(settings, FREE_OF_PRODUCERS | REQUIRED.keys())
+    return {**_CONSUMER_DEFAULTS, **users, **_CONSUMER_REQUIRED, "bootstrap.servers": brokers}
 
 
-def admin_settings(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return the user's settings that apply to the connection. Raises ConfigError for those that `decide` rejects."""
-    return _without(consumer_settings(settings), FREE_OF_CONSUMERS)
+def admin_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return all librdkafka settings of an admin client. Raises ConfigError for what `decide` rejects."""
+    decide(settings)
+    users = _without(settings, FREE_OF_PRODUCERS | FREE_OF_CONSUMERS | REQUIRED.keys())
+    return {**users, "allow.auto.create.topics": "false", "bootstrap.servers": brokers}
 
 
 def _without(settings: Mapping[str, str], left_out: frozenset[str]) -> dict[str, str]:

@@ -68,6 +68,8 @@ class Kafka:
     """Bootstrap servers, HOST:PORT[,HOST:PORT...]; none: an in-process test broker."""
     topic_prefix: str = ""
     """Prefix of the topic names."""
+    key: str = "host"
+    """Key of events' messages, which decides the partition: host (its name), or flow (saddr:sport>daddr:dport)."""
     settings: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Settings for librdkafka, by its names. Secrets can be "@FILE", or "@NAME" for a systemd credential."""
     stop_timeout_s: float = 10.0

@@ -138,6 +138,7 @@ def _check_kafka(kafka: Any) -> None:
         raise ConfigError(
             f"kafka.topic_prefix: expected at most {_MAX_PREFIX} characters, found {len(kafka.topic_prefix)}"
         )
+    _check_choice("kafka.key", kafka.key, ("host", "flow"))
     for name, value in kafka.settings.items():
         if not _NAME.fullmatch(name):
             raise ConfigError(f"kafka.settings: expected the name of a librdkafka setting, found {name!r}")

@@ -31,7 +31,7 @@ class TopicReader:
 
     def __init__(self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], since: int | None) -> None:
         self._brokers = brokers
-        overrides = {"auto.offset.reset": "error", "enable.partition.eof": True}
+        overrides = {"auto.offset.reset": "error", "enable.partition.eof": "true"}
         self._connection = QuietConsumer(brokers, "verify", settings, overrides)
         self._consumer = self._connection.client
         with self._connection.translated_errors():
@@ -101,7 +101,7 @@ class TopicReader:
             messages = [each for each in self._consumer.consume(_BATCH, _POLL_S) if not self._is_transient_error(each)]
             if messages:
                 return messages
-        reason = f": {self._connection.last_error.str()}" if self._connection.last_error else ""
+        reason = self._connection.errors.reason
         raise UnavailableError(f"no message from Kafka at {self._brokers} for {_SILENCE_S} s{reason}")
 
     @staticmethod

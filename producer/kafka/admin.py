@@ -1,10 +1,8 @@
 """Kafka's admin client: describes and creates topics."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it has no __all__
@@ -19,11 +17,9 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from producer.config.librdkafka import admin_settings
 from producer.config.load import Config
-from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
+from producer.errors import PermissionDenied, RebpfError, UnavailableError
 from producer.host.reachable import unreachable
-from producer.kafka.consumer import client_logger
-
-logger = logging.getLogger(__name__)
+from producer.kafka.confluent import ClientErrors, open_client
 
 _ANSWER_TIMEOUT_S = 5.0
 _CREATE_TIMEOUT_S = 10.0
@@ -73,13 +69,9 @@ class Admin:
 
     def __init__(self, config: Config) -> None:
         self._brokers = config.kafka.brokers
-        self._last_error: KafkaError | None = None
-        ours = {"bootstrap.servers": self._brokers, "allow.auto.create.topics": "false", "error_cb": self._on_error}
-        conf: dict[str, Any] = {**admin_settings(config.kafka.settings), **ours}
-        try:
-            self._client = AdminClient(conf, logger=client_logger(logger))
-        except KafkaException as error:
-            raise ConfigError(f"kafka settings: {error.args[0].str()}") from error
+        self._errors = ClientErrors(str(self._brokers), log=False)
+        conf = {**admin_settings(str(self._brokers), config.kafka.settings), "error_cb": self._errors}
+        self._client = open_client(AdminClient, conf)
 
     def partitions(self) -> dict[str, int]:
         """Return each topic's number of partitions; UnavailableError if no broker answers."""
@@ -135,23 +127,8 @@ class Admin:
         try:
             return self._client.list_topics(timeout=_ANSWER_TIMEOUT_S)
         except KafkaException as error:
-            self._client.poll(0)  # calls _on_error
-            raise self._translated(self._last_error or error.args[0]) from error
-
-    def _translated(self, error: KafkaError) -> RebpfError:
-        where, reason = f"Kafka at {self._brokers}", error.str()
-        if error.code() == KafkaError._AUTHENTICATION:
-            fix = "check sasl.mechanism, sasl.username and sasl.password in [kafka.settings]"
-            return PermissionDenied(f"{where} rejects the authentication: {reason}; {fix}")
-        # A peer that closes the connection in the handshake has no error code of TLS.
-        if error.code() == KafkaError._SSL or "SSL handshake failed" in reason or "in state SSL_HANDSHAKE" in reason:
-            fix = "check ssl.ca.location and security.protocol in [kafka.settings], and the broker's certificate"
-            return UnavailableError(f"TLS with {where} failed: {reason}; {fix}")
-        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # they accept the connection and close it
-            reason += "; if they expect TLS, set security.protocol in [kafka.settings]"
-        return UnavailableError(
-            f"no answer from {where}: {reason}; check kafka.brokers, and the network: nc -vz HOST PORT"
-        )
+            self._client.poll(0)  # calls error_cb
+            raise self._errors.worded(error) from error
 
     def create(self, name: str, partitions: int, replication: int, settings: Mapping[str, str]) -> bool:
         """Create a topic; return False if it exists. Raises UnavailableError if it fails."""
@@ -169,11 +146,6 @@ class Admin:
                 return False
             raise UnavailableError(f"cannot create topic {name}: {error.args[0].str()}") from error
         return True
-
-    def _on_error(self, error: KafkaError) -> None:
-        # _ALL_BROKERS_DOWN comes last and is the least specific.
-        if self._last_error is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
-            self._last_error = error
 
 
 def _is_transient(error: BaseException) -> bool:

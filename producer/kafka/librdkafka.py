@@ -1,14 +1,14 @@
 """The part of librdkafka's C API that the sink uses, through ctypes on the library inside confluent-kafka.
 
 confluent-kafka's Producer needs a Python call per message and another per delivery report. The C API takes an array of
-messages and returns delivery reports in arrays; as numpy arrays, neither runs Python code per message.
+messages and returns delivery reports in arrays, which native code fills and reads.
 
 Functions and structures: librdkafka's rdkafka.h and rdkafka_mock.h. Pointers are integers here.
 """
 
 import ctypes
-from collections.abc import Iterable, Iterator, Mapping
-from ctypes import CFUNCTYPE, POINTER, c_char, c_char_p, c_int, c_size_t, c_void_p
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import confluent_kafka  # noqa: F401  # loads the library
 import numpy as np
 from numpy.typing import NDArray
 
+from producer import _native
 from producer.config.convert import nearest
 from producer.errors import ConfigError, UnavailableError
 
@@ -27,7 +28,7 @@ MESSAGE = np.dtype(
     ]
 )  # fmt: skip
 
-EVENT_DR, EVENT_LOG, EVENT_ERROR, EVENT_STATS = 0x1, 0x4, 0x8, 0x40
+EVENT_DR, EVENT_LOG, EVENT_ERROR = 0x1, 0x4, 0x8
 PARTITION_UA = -1
 _PRODUCER = 0
 _CONF_OK, _CONF_UNKNOWN = 0, -2
@@ -121,10 +122,12 @@ def _names(conf: int) -> list[str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reports:
-    """Delivery reports of messages of one topic: `err` int32 (0: acknowledged) and `private` uint64, shape (n,)."""
+    """Delivery reports, in runs of one batch and one result."""
 
-    err: NDArray[np.int32]
-    private: NDArray[np.uint64]
+    rows: NDArray[np.int64]
+    """The messages' rows in their batches, shape (n,)."""
+    runs: Sequence[tuple[int, int, int, int]]
+    """The batch's number, the error's code (0: acknowledged), and the run's first and end index in `rows`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +180,10 @@ class Producer:
         _lib.rd_kafka_set_log_queue(self._handle, None)
         self._queue = _lib.rd_kafka_queue_get_main(self._handle)
         self._topics: dict[str, int] = {}
+        self._event: int | None = None
+        """An event that is not done."""
+        self._pointers: NDArray[np.uint64] | None = None
+        """Its messages, which the library returns only once."""
 
     def mock_bootstraps(self) -> str:
         """Return the address of the mock cluster that the setting test.mock.num.brokers started in this process."""
@@ -195,20 +202,26 @@ class Producer:
         )
 
     def events(self, timeout_s: float) -> Iterator[Event]:
-        """Yield events; wait up to `timeout_s` for the first."""
-        event = _lib.rd_kafka_queue_poll(self._queue, int(timeout_s * 1000))
-        while event:
-            kind = _lib.rd_kafka_event_type(event)
-            try:
-                if kind == EVENT_DR:
-                    yield _reports(event)
-                elif kind == EVENT_ERROR:
-                    yield _error(event)
-                elif kind == EVENT_LOG:
-                    yield _log(event)
-            finally:
-                _lib.rd_kafka_event_destroy(event)
-            event = _lib.rd_kafka_queue_poll(self._queue, 0)
+        """Yield events; wait up to `timeout_s` for the first. If the caller fails, the next call yields it again."""
+        wait_ms = int(timeout_s * 1000)
+        while event := self._event or _lib.rd_kafka_queue_poll(self._queue, wait_ms):
+            self._event, wait_ms = event, 0
+            if found := self._read(event):
+                yield found
+            self._event = self._pointers = None
+            _lib.rd_kafka_event_destroy(event)
+
+    def _read(self, event: int) -> Event | None:
+        kind = _lib.rd_kafka_event_type(event)
+        if kind == EVENT_DR:
+            if self._pointers is None:
+                pointers = np.empty(_lib.rd_kafka_event_message_count(event), np.uint64)
+                _lib.rd_kafka_event_message_array(event, pointers.ctypes.data, len(pointers))
+                self._pointers = pointers
+            return _reports(self._pointers)
+        if kind == EVENT_ERROR:
+            return _error(event)
+        return _log(event) if kind == EVENT_LOG else None
 
     def close(self) -> None:
         """Drop queued messages and those in flight, and destroy the client."""
@@ -221,19 +234,15 @@ class Producer:
         _lib.rd_kafka_destroy(self._handle)
 
 
-# The whole address space as 8-byte numbers: librdkafka returns delivery reports as pointers, and this reads what they
-# point to without a Python call per report. Only the requested addresses are touched. Address 8 has index 0.
-_MEMORY = np.ctypeslib.as_array((c_char * ((1 << 48) - 8)).from_address(8)).view(np.uint64)
-_ERR_WORD, _PRIVATE_WORD = 0, MESSAGE.itemsize // 8 - 1
+def _reports(pointers: NDArray[np.uint64]) -> Reports:
+    rows = np.empty(len(pointers), np.int64)
+    return Reports(rows, _native.reports(pointers, rows))
 
 
-def _reports(event: int) -> Reports:
-    count = _lib.rd_kafka_event_message_count(event)
-    at = np.empty(count, np.uint64)
-    _lib.rd_kafka_event_message_array(event, at.ctypes.data, count)
-    word = (at >> np.uint64(3)).astype(np.int64) - 1
-    err = _MEMORY.take(word + _ERR_WORD).astype(np.uint32).view(np.int32)
-    return Reports(err, _MEMORY.take(word + _PRIVATE_WORD))
+def rejected(messages: NDArray[np.void]) -> Reports:
+    """Return reports of the messages that `Producer.produce` did not accept."""
+    indexes = np.flatnonzero(messages["err"]).astype(np.uint64)
+    return _reports(messages.ctypes.data + indexes * np.uint64(MESSAGE.itemsize))
 
 
 def _error(event: int) -> Error:

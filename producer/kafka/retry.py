@@ -1,9 +1,17 @@
-"""Failed messages of one stream that wait for a retry."""
+"""One stream's messages to retry: after a wait, or one by one."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from producer.backoff import BackOff
+from producer.events import Topic
+
+logger = logging.getLogger(__name__)
 
 TRANSIENT = frozenset({
     "_MSG_TIMED_OUT", "_TRANSPORT", "_TIMED_OUT", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "_QUEUE_FULL", "_PURGE_QUEUE",
@@ -13,25 +21,76 @@ TRANSIENT = frozenset({
 })  # fmt: skip
 """Errors after which a message is retried."""
 
+Send = Callable[[int, NDArray[np.int64], bool], None]
+"""Sends rows of a batch, by its number; the last argument says whether each goes in its own request."""
+
 
 class Retry:
-    """Rows to retry, by batch number."""
+    """The messages of one stream to retry, by batch number and row.
 
-    def __init__(self) -> None:
-        self.backoff = BackOff("kafka_send")
-        self.rows: dict[int, list[NDArray[np.int64]]] = {}
-        self.count = 0
-        self.at = 0.0
+    An exception while sending leaves the messages here; the next `resend` continues with them.
+    """
+
+    def __init__(self, topic: Topic, backoff: BackOff | None = None) -> None:
+        self._topic = topic
+        self._backoff = backoff or BackOff("kafka_send")
+        self._waiting: dict[int, list[NDArray[np.int64]]] = {}
+        self._waiting_count = 0
+        self._due_at = 0.0
+        self._singles: deque[tuple[int, NDArray[np.int64]]] = deque()
+        self._alone = 0
+        """Messages in requests by themselves, sent or about to be."""
         self.error = ""
-        """The last failure, until a message is delivered."""
+        """The name of the last transient error, until a message is delivered."""
 
-    def add(self, number: int, rows: NDArray[np.int64], error: str) -> None:
-        """Add failed rows of a batch."""
-        self.rows.setdefault(number, []).append(rows)
-        self.count += len(rows)
+    @property
+    def busy(self) -> bool:
+        """Whether messages wait or are sent one by one, so that later ones must not overtake them."""
+        return bool(self._waiting_count or self._alone)
+
+    def later(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+        """Retry rows after a wait. Rows that fail while others wait join them."""
+        first = not self._waiting_count
+        self.hold(number, rows)
         self.error = error
+        if first:
+            wait_s = self._backoff.next()
+            self._due_at = time.monotonic() + wait_s
+            logger.warning("kafka: retrying messages topic=%s error=%s wait_s=%.1f", self._topic, error, wait_s)
 
-    def take(self) -> dict[int, NDArray[np.int64]]:
-        """Remove and return all rows, in order, by batch number."""
-        rows, self.rows, self.count = self.rows, {}, 0
-        return {number: np.sort(np.concatenate(rows[number])) for number in sorted(rows)}
+    def hold(self, number: int, rows: NDArray[np.int64]) -> None:
+        """Add rows to those that wait."""
+        self._waiting.setdefault(number, []).append(rows)
+        self._waiting_count += len(rows)
+
+    def one_by_one(self, number: int, rows: NDArray[np.int64], error: str) -> None:
+        """Retry each message in its own request: another message of the request may have caused the error."""
+        self._singles.append((number, rows))
+        self._alone += len(rows)
+        logger.warning("kafka: retrying %d messages one by one topic=%s error=%s", len(rows), self._topic, error)
+
+    def returned(self, count: int) -> None:
+        """Note the results of messages that were sent one by one."""
+        self._alone -= count
+
+    def delivered(self) -> None:
+        """Note that messages were delivered."""
+        self.error = ""
+        self._backoff.reset()
+
+    def restart(self) -> None:
+        """Forget all messages; rows that are held from now on are due at once."""
+        self._waiting, self._waiting_count, self._alone, self._due_at = {}, 0, 0, 0.0
+        self._singles.clear()
+
+    def resend(self, in_flight: int, send: Send) -> None:
+        """Send what is due. Waiting rows are sent once they are all that is in flight, to keep their order."""
+        while self._singles:
+            send(*self._singles[0], True)
+            self._singles.popleft()
+        if not self._waiting_count or self._waiting_count != in_flight or time.monotonic() < self._due_at:
+            return
+        while self._waiting:
+            number = min(self._waiting)
+            send(number, np.sort(np.concatenate(self._waiting[number])), False)
+            self._waiting_count -= sum(map(len, self._waiting.pop(number)))

@@ -15,6 +15,7 @@ from typing import Any
 
 import fastavro
 import numpy as np
+import numpy.ma  # numpy.unique imports it at its first call, when descriptors may have run out
 import zstandard
 from numpy.typing import NDArray
 

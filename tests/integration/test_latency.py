@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from tests.kafka.rebpf import DEADLINE_S, Run, rebpf, wait_until
-from tests.servers.kafka import KafkaServer
+from tests.support.rebpf import DEADLINE_S, Run, rebpf, wait_until
+from tests.support.servers.kafka import KafkaServer
 
 pytestmark = [pytest.mark.root, pytest.mark.real_kafka]
 

@@ -1,5 +1,6 @@
 """`rebpf run` against a healthy Kafka: every segment once, and no own traffic."""
 
+import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -89,27 +90,59 @@ def test_without_a_registry_the_ids_in_the_frames_are_the_documented_ones(outcom
         assert {event.schema_id for event in events[topic]} <= {topics.FIXED_IDS[topic]}
 
 
-def test_the_key_is_the_flow_and_its_partition_the_java_clients(outcome):
+def test_the_key_is_the_host_and_its_partition_the_java_clients(outcome):
     *_, events = outcome
-    for event in events[TRANSMIT]:
-        record = event.record
-        form = "[{}]:{}>[{}]:{}" if ":" in record["saddr"] else "{}:{}>{}:{}"
-        key = form.format(record["saddr"], record["sport"], record["daddr"], record["dport"]).encode()
+    for event in events[TRANSMIT] + events[RETRANSMIT]:
+        key = event.record["host"].encode()
         assert event.message.key == key
         assert event.message.partition == topics.partition(key, PARTITIONS)
-    assert {event.message.partition for event in events[TRANSMIT]} == set(range(PARTITIONS))
+
+
+def assert_flows_in_order(events: list[topics.Event]) -> None:
+    """By sequence number, which within a direction decreases only in retransmissions."""
+    ends: dict[tuple[object, ...], int] = {}
+    for event in events:
+        record = event.record
+        flow = tuple(record[name] for name in ("saddr", "sport", "daddr", "dport"))
+        if not record["is_retransmit"]:
+            step = record["seq"] - ends.get(flow, record["seq"]) & 0xFFFFFFFF
+            assert step == 0, (flow, record)
+            ends[flow] = record["end_seq"]
 
 
 def test_a_flow_stays_in_order(outcome):
-    """By sequence number, which within a direction decreases only in retransmissions."""
     *_, events = outcome
-    ends: dict[bytes, int] = {}
-    for event in events[TRANSMIT]:
-        key, record = event.message.key, event.record
-        if not record["is_retransmit"]:
-            step = record["seq"] - ends.get(key, record["seq"]) & 0xFFFFFFFF
-            assert step == 0, (key, record)
-            ends[key] = record["end_seq"]
+    assert_flows_in_order(events[TRANSMIT])
+
+
+def test_events_can_be_spread_by_flow_and_a_flow_stays_in_order(kafka, tmp_path, echo):
+    """The topic begins with events by host: readers must do with both."""
+    config = '[kafka]\ntopic_prefix = "keys."\n'
+    init(config, tmp_path, kafka)
+    for number, key in enumerate(("host", "flow")):
+        arguments = ["--brokers", kafka.bootstrap, "--port", echo.port]
+        with Run(tmp_path / key, *arguments, config=f'{config}key = "{key}"\n') as run:
+            run.ready()
+            exchange(echo.port, 101)
+            run.finish()
+        events = topics.read(kafka.bootstrap, TRANSMIT, "keys.")
+        by_host = [event for event in events if event.message.key == event.record["host"].encode()]
+        by_flow = [event for event in events if event not in by_host]
+        assert len(by_host) > 16 * 101
+        if number == 0:
+            assert not by_flow
+    for event in by_flow:
+        record = event.record
+        form = "[{}]:{}>[{}]:{}" if ":" in record["saddr"] else "{}:{}>{}:{}"
+        flow = form.format(record["saddr"], record["sport"], record["daddr"], record["dport"]).encode()
+        assert event.message.key == flow
+        assert event.message.partition == topics.partition(flow, PARTITIONS)
+    assert {event.message.partition for event in by_flow} == set(range(PARTITIONS))
+    assert_flows_in_order(by_host)
+    assert_flows_in_order(by_flow)
+    done = rebpf("verify", "--brokers", kafka.bootstrap, "--topic", f"keys.{TRANSMIT}", "--json")
+    report = json.loads(done.stdout)[f"keys.{TRANSMIT}"]
+    assert [(boot["missing"], boot["duplicates"], boot["out_of_order"]) for boot in report["boots"]] == [(0, 0, 0)]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class Place:
         self.kafka = kafka
 
     def _text(self, after_s: float) -> str:
-        kafka = f'[kafka]\ntopic_prefix = "{self.prefix}"\nstop_timeout_s = 60.0\n'
+        kafka = f'[kafka]\nkey = "flow"\ntopic_prefix = "{self.prefix}"\nstop_timeout_s = 60.0\n'
         return f'{kafka}[metrics]\nlisten = ""\n[spool]\nspill_after_s = {after_s}\n'
 
     def init(self) -> None:

@@ -42,6 +42,7 @@ def messages(
             SchemaId(ids[prefix + stream.topic]),
             {"host": host, "boot_id": f"boot of {host}"},
             CgroupPaths(None),
+            "flow" if host.endswith("b") else "host",  # readers must do with both
         )
         for stream, host in {(event.stream, event.host) for event in sent}
     }

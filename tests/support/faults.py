@@ -126,7 +126,9 @@ def scene(
     It sends to `brokers`; `bootstrap` is the administrator's listener of the same brokers.
     """
     wanted = ", ".join(f'"{name}" = "{value}"' for name, value in (settings or {}).items())
-    config = f'[kafka]\ntopic_prefix = "{prefix}"\nstop_timeout_s = {stop_timeout_s}\nsettings = {{ {wanted} }}\n'
+    # By flow, so that each fault meets events of all partitions.
+    config = f'kafka.key = "flow"\nkafka.topic_prefix = "{prefix}"\nkafka.stop_timeout_s = {stop_timeout_s}\n'
+    config += f"kafka.settings = {{ {wanted} }}\n"
     with Echo() as echo, sniffed(echo.port) as segments:
         arguments: list[object] = ["--brokers", brokers or bootstrap]
         for port in (echo.port, *ports):

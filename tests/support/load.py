@@ -27,7 +27,9 @@ class SteadyScene:
         self.port = free_port()
         self._folder = folder
         self._pin = pin
-        self._config = f'[kafka]\ntopic_prefix = "{self.prefix}"\n[metrics]\nlisten = "127.0.0.1:0"\n{config}'
+        self._config = (
+            f'[kafka]\nkey = "flow"\ntopic_prefix = "{self.prefix}"\n[metrics]\nlisten = "127.0.0.1:0"\n{config}'
+        )
         (folder / "init.toml").write_text(self._config)
         arguments = ["--brokers", kafka.bootstrap, "--partitions", PARTITIONS, "--config", folder / "init.toml"]
         done = rebpf("init", *arguments)

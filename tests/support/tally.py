@@ -48,7 +48,7 @@ def tally(bootstrap: str, prefix: str) -> Tally:
     """Read the transmit topic with this prefix."""
     schema: Any = fastavro.parse_schema(json.loads((SCHEMAS / f"{TRANSMIT}.avsc").read_text()))
     counted = Tally()
-    latest: dict[bytes | None, int] = {}
+    latest: dict[tuple[Any, ...], int] = {}
     for message in kcat_messages(bootstrap, prefix + TRANSMIT, timeout_s=180):
         record: Any = fastavro.schemaless_reader(io.BytesIO((message.value or b"")[5:]), schema, None)
         numbers = counted.numbers[record["cpu"]]
@@ -56,10 +56,11 @@ def tally(bootstrap: str, prefix: str) -> Tally:
             counted.copies += 1
             continue
         numbers.add(record["cpu_seq"])
-        if record["ts_ns"] < latest.get(message.key, 0):
+        flow = tuple(record[name] for name in ("netns", "saddr", "sport", "daddr", "dport"))
+        if record["ts_ns"] < latest.get(flow, 0):
             counted.inversions += 1
-            counted.sample = counted.sample or {**record, "latest": latest[message.key], "offset": message.offset}
-        latest[message.key] = max(record["ts_ns"], latest.get(message.key, 0))
+            counted.sample = counted.sample or {**record, "latest": latest[flow], "offset": message.offset}
+        latest[flow] = max(record["ts_ns"], latest.get(flow, 0))
         if not record["is_retransmit"]:
             counted.payload[record["sport"]] += record["payload_len"]
     return counted

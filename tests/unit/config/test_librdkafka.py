@@ -114,8 +114,13 @@ def test_what_delivery_order_or_identity_rests_on_is_refused_when_it_is_read(tmp
 def test_the_value_that_is_required_may_be_said_and_each_client_gets_what_is_for_it():
     said = {**AT_DEFAULT, "acks": "all", "linger.ms": "7", "fetch.max.bytes": "1000000", "security.protocol": "ssl"}
 
-    assert consumer_settings(said) == {"fetch.max.bytes": "1000000", "security.protocol": "ssl"}
-    assert admin_settings(said) == {"security.protocol": "ssl"}
+    found = consumer_settings("b:1", said)
+    assert (
+        found.items() >= {"fetch.max.bytes": "1000000", "security.protocol": "ssl", "bootstrap.servers": "b:1"}.items()
+    )
+    assert not found.keys() & said.keys() - {"fetch.max.bytes", "security.protocol"}
+    ours = {"allow.auto.create.topics": "false", "bootstrap.servers": "b:1"}
+    assert admin_settings("b:1", said) == {"security.protocol": "ssl", **ours}
     produced = client_settings("b:1", said)
     assert produced["linger.ms"] == "7"
     assert not produced.keys() & {"fetch.max.bytes", *AT_DEFAULT}

@@ -250,6 +250,7 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
         ("spool.quarantine_bytes = -1", r"spool\.quarantine_bytes: expected 0, or at least 262144 bytes, found -1"),
         ("spool.max_age_s = 0.5", r"spool\.max_age_s: expected 1 to .* seconds, found 0\.5"),
         ("spool.spill_after_s = 0", r"spool\.spill_after_s: expected 0\.1 to 3600 seconds, found 0\.0"),
+        ('kafka.key = "port"', r"kafka\.key: expected host or flow, found 'port'"),
         ('spool.when_full = "both"', r"spool\.when_full: expected reject or drop_oldest, found 'both'"),
         ('metrics.listen = "9465"', r"metrics\.listen: expected HOST:PORT, found '9465'"),
         ('registry.url = "http://me:secret@a:1"', r"registry\.url: expected no user or password"),

@@ -10,11 +10,10 @@ from typing import Any
 import fastavro
 import pytest
 
-from producer.events import STREAMS, SchemaId
+from producer.events import HEARTBEATS, STREAMS, SchemaId
 from producer.health.heartbeat import INTERVAL_S, HeartbeatEncoder
 from producer.paths import SCHEMAS
 from producer.schemas import HEARTBEAT_ID
-from producer.topics import HEARTBEATS
 from tests.support.statuses import status
 
 SCHEMA: dict[str, Any] = json.loads((SCHEMAS / "rebpf_agent.avsc").read_text())
@@ -59,7 +58,7 @@ def test_a_run_says_that_it_ends():
 
 def test_the_fixed_ids_and_topics_are_different_ones():
     assert len({HEARTBEAT_ID, *(stream.fixed_schema_id for stream in STREAMS)}) == len(STREAMS) + 1
-    assert len({HEARTBEATS, *(stream.topic for stream in STREAMS)}) == len(STREAMS) + 1
+    assert len({HEARTBEATS.topic, *(stream.topic for stream in STREAMS)}) == len(STREAMS) + 1
 
 
 def records(schema: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """producer._native's arrays of librdkafka messages, against numpy."""
 
 import ctypes
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -62,14 +63,25 @@ def test_arrays_of_other_sizes_are_errors() -> None:
     with pytest.raises(ValueError, match="batch number"):
         _native.messages(np.zeros(1, MESSAGE), 1 << 44, *strings, *strings, None)
     with pytest.raises(ValueError, match="one item for each of 2 pointers"):
-        _native.reports(np.zeros(2, np.uint64), np.zeros(1, np.int32), np.zeros(2, np.uint64))
+        _native.reports(np.zeros(2, np.uint64), np.zeros(1, np.int64))
 
 
-@given(st.lists(st.tuples(st.integers(-(1 << 31), (1 << 31) - 1), st.integers(0, (1 << 64) - 1)), max_size=50))
-def test_reports_gather_what_pointers_point_to(values: list[tuple[int, int]]) -> None:
+_batches = st.integers(0, 2) | st.integers(0, (1 << 44) - 1)
+_rows = st.integers(0, 3) | st.integers(0, (1 << 20) - 1)
+_errors = st.sampled_from([0, 0, 0, -192, 10]) | st.integers(-(1 << 31), (1 << 31) - 1)
+
+
+@given(st.lists(st.tuples(_batches, _errors, _rows), max_size=50))
+def test_reports_are_split_where_batch_or_result_changes(values: list[tuple[int, int, int]]) -> None:
     messages = np.zeros(len(values), MESSAGE)
-    messages["err"], messages["private"] = [each for each, _ in values], [each for _, each in values]
+    messages["private"] = [batch << 20 | row for batch, _, row in values]
+    messages["err"] = [err for _, err, _ in values]
     pointers = messages.ctypes.data + np.arange(len(values), dtype=np.uint64) * np.uint64(MESSAGE.itemsize)
-    err, private = np.empty(len(values), np.int32), np.empty(len(values), np.uint64)
-    _native.reports(pointers[::-1].copy(), err, private)
-    assert list(zip(err.tolist(), private.tolist(), strict=True)) == values[::-1]
+    rows = np.empty(len(values), np.int64)
+    found = _native.reports(pointers[::-1].copy(), rows)
+    values.reverse()
+
+    assert rows.tolist() == [row for _, _, row in values]
+    expected = [(key, len(list(run))) for key, run in groupby((batch, err) for batch, err, _ in values)]
+    assert [((batch, err), end - first) for batch, err, first, end in found] == expected
+    assert [first for *_, first, _ in found] == [0, *(end for *_, end in found)][: len(found)]

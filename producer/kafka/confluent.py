@@ -1,0 +1,65 @@
+"""confluent-kafka's clients: one way to open them, and one to word their errors."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from confluent_kafka import KafkaError, KafkaException
+
+from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
+from producer.kafka.wording import fix
+
+logger = logging.getLogger(__name__)
+
+Client = TypeVar("Client")
+_NO_ANSWER = frozenset({"_ALL_BROKERS_DOWN", "_TRANSPORT", "_TIMED_OUT", "_RESOLVE"})
+
+
+def open_client(kind: Callable[..., Client], settings: Mapping[str, Any]) -> Client:
+    """Return a client of confluent-kafka. Raises ConfigError for settings that librdkafka rejects.
+
+    Its log is silent unless debugging, since librdkafka repeats itself while a broker is down.
+    """
+    client_logger = logger.getChild("librdkafka")
+    client_logger.setLevel(logging.DEBUG if logger.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
+    try:
+        return kind(dict(settings), logger=client_logger)
+    except KafkaException as error:
+        raise ConfigError(f"kafka.settings: {error.args[0].str()}") from error
+
+
+class ClientErrors:
+    """The errors of a client of `brokers`: pass it as error_cb. With `log`, each new kind is logged."""
+
+    def __init__(self, brokers: str, *, log: bool) -> None:
+        self._brokers = brokers
+        self._log = log
+        self._logged: int | None = None
+        self._last: KafkaError | None = None
+
+    def __call__(self, error: KafkaError) -> None:
+        """Remember an error. _ALL_BROKERS_DOWN comes last and is the least specific."""
+        if self._last is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._last = error
+        if self._log and error.code() != self._logged:
+            self._logged = error.code()
+            logger.warning("kafka: %s", error.str())
+
+    @property
+    def reason(self) -> str:
+        """The last error, to be appended to a message; empty if there was none."""
+        return f": {self._last.str()}" if self._last else ""
+
+    def worded(self, exception: KafkaException) -> RebpfError:
+        """Return the error to raise for an exception of the client, with the fix."""
+        error = self._last or exception.args[0]
+        name, where, reason = error.name(), f"Kafka at {self._brokers}", error.str()
+        # A peer that closes the connection in the handshake has no error code of TLS.
+        if "SSL handshake failed" in reason or "in state SSL_HANDSHAKE" in reason:
+            name = "_SSL"
+        advice = fix(name) and f"; {fix(name)}"
+        if name == "_AUTHENTICATION":
+            return PermissionDenied(f"{where} rejects the authentication: {reason}{advice}")
+        if name == "_SSL":
+            return UnavailableError(f"TLS with {where} failed: {reason}{advice}")
+        return UnavailableError(f"{'no answer from ' if name in _NO_ANSWER else ''}{where}: {reason}{advice}")

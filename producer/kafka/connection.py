@@ -1,0 +1,173 @@
+"""The sink's connection to Kafka: its clients, what they log, and when they are replaced."""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from producer.backoff import BackOff
+from producer.config.librdkafka import EMBEDDED
+from producer.events import Topic
+from producer.health import metrics
+from producer.host.log_limit import LogLimit
+from producer.kafka.librdkafka import Error, Log, Producer, Reports, SocketCallback
+from producer.kafka.wording import fix
+
+logger = logging.getLogger(__name__)
+
+_REPEAT_LOG_S = 30.0
+_CLOCK_STEP_NS = 5_000_000_000
+
+
+def rough_utc_offset_ns() -> int:
+    """Return UTC minus the monotonic clock, as of two readings that may be apart."""
+    return time.time_ns() - time.monotonic_ns()
+
+
+class Connection:
+    """A client, and from its first use on a second one that sends each message in its own request.
+
+    `on_socket` is called with each socket before it connects, from a thread of librdkafka. `utc_offset_ns` returns UTC
+    minus the monotonic clock.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, str],
+        on_socket: Callable[[int], None],
+        utc_offset_ns: Callable[[], int] = rough_utc_offset_ns,
+    ) -> None:
+        self._settings = settings
+        self._on_socket = on_socket
+        self._open_socket = SocketCallback(self._socket)
+        self._utc_offset_ns = utc_offset_ns
+        self._last_offset_ns = self._utc_offset_ns()
+        self._clients: list[Producer] = []
+        """The client, and the second one if there is one."""
+        self._brokers = ""
+        self._fatal = ""
+        """Why the clients must be replaced."""
+        self._replace_at = 0.0
+        self._backoff = BackOff("kafka_client")
+        self._log_limit = LogLimit(_REPEAT_LOG_S)
+        self.last_error: Error | None = None
+        """The client's last error, until a message is delivered."""
+
+    def open(self, topics: Mapping[Topic, int]) -> str:
+        """Start the client and return the brokers' address. It connects in the background, with unlimited retries.
+
+        `topics`, with their numbers of partitions, are created if the broker is the embedded one.
+        """
+        self._clients = [self._new()]
+        self._brokers = self._settings.get("bootstrap.servers") or self._clients[0].mock_bootstraps()
+        if "bootstrap.servers" not in self._settings:
+            for topic, partitions in topics.items():
+                self._clients[0].mock_topic(topic, partitions)
+        return self._brokers
+
+    def produce(self, topic: Topic, messages: NDArray[np.void], *, alone: bool) -> int:
+        """Queue messages, `alone` each in its own request; return how many were accepted. The others have `err` set."""
+        if alone and len(self._clients) == 1:
+            settings = {name: value for name, value in self._settings.items() if name not in EMBEDDED}
+            one_by_one = {"bootstrap.servers": self._brokers, "batch.num.messages": "1", "linger.ms": "0"}
+            self._clients.append(Producer({**settings, **one_by_one}, self._open_socket))
+        return self._clients[alone].produce(topic, messages)
+
+    def reports(self) -> Iterator[tuple[Reports, bool]]:
+        """Yield the delivery reports that have arrived, and whether they are of messages sent alone."""
+        for alone, client in enumerate(self._clients):
+            for event in client.events(timeout_s=0):
+                if isinstance(event, Reports):
+                    yield event, bool(alone)
+                elif isinstance(event, Error):
+                    self._on_error(event)
+                else:
+                    self._on_log(event)
+
+    def delivered(self) -> None:
+        """Note that a message was delivered."""
+        self.last_error = None
+        self._backoff.reset()
+
+    def replace_if_needed(self, memory: Iterable[object]) -> bool:
+        """Replace the clients after a fatal error or a clock set back; return whether they were replaced.
+
+        Messages in flight get no reports then. `memory` is what they point to.
+        """
+        if self._clock_was_set_back():
+            self._fatal, self._replace_at = "the system clock was set back", 0.0
+        if not self._fatal or time.monotonic() < self._replace_at:
+            return False
+        logger.error("kafka: replacing the client: %s", self._fatal)
+        old, self._clients = self._clients, [self._new()]
+        self.last_error, self._fatal = None, ""
+        # In the background: threads that sleep would block it.
+        threading.Thread(target=_close_all, args=(old, list(memory)), name="kafka-close", daemon=True).start()
+        return True
+
+    def close(self) -> None:
+        """Close the clients; messages in flight are dropped."""
+        _close_all(self._clients, [])
+
+    def _new(self) -> Producer:
+        return Producer(self._settings, self._open_socket)
+
+    def _socket(self, family: int, kind: int, protocol: int, _: int | None) -> int:
+        try:
+            with socket.socket(family, kind, protocol) as opened:
+                self._on_socket(opened.fileno())
+                return opened.detach()
+        except OSError as error:
+            logger.error("kafka: cannot open a socket: %s", error)
+            return -1
+
+    def _on_error(self, error: Error) -> None:
+        metrics.kafka_error(error.name)
+        if error.fatal and not self._fatal:
+            self._fatal = f"fatal error {error.name}"
+            self._replace_at = time.monotonic() + self._backoff.next()
+        if self._log_limit.allows(error.name):
+            advice = fix(error.name)
+            logger.warning("kafka: %s error=%s%s", error.text, error.name, advice and f" ({advice})")
+        # _ALL_BROKERS_DOWN comes last and is the least specific.
+        if not self.last_error or error.name != "_ALL_BROKERS_DOWN":
+            self.last_error = error
+
+    def _on_log(self, line: Log) -> None:
+        """Log a line of librdkafka, which repeats itself many times a second."""
+        level = _level(line)
+        if level > logging.DEBUG and not self._log_limit.allows(_kind(line)):
+            level = logging.DEBUG
+        logger.log(level, "librdkafka %s", line.text)
+
+    def _clock_was_set_back(self) -> bool:
+        """Return whether the system clock has jumped back since the last call.
+
+        librdkafka's threads wait until a time of CLOCK_REALTIME, so they would sleep for the difference (issue 2145).
+        """
+        before, now = self._last_offset_ns, self._utc_offset_ns()
+        if before - now > _CLOCK_STEP_NS:
+            now = self._utc_offset_ns()  # the thread may have paused between reading the two clocks
+        self._last_offset_ns = now
+        return "bootstrap.servers" in self._settings and before - now > _CLOCK_STEP_NS
+
+
+def _close_all(clients: Iterable[Producer], memory: object) -> None:
+    """Close clients; `memory` is what they point to, which must live as long as they do."""
+    for client in clients:
+        client.close()
+
+
+def _kind(line: Log) -> str:
+    """Return what a line shares with its repetitions: the facility and the thread, which belongs to a broker."""
+    head, bracket, _ = line.text.partition("]: ")
+    return head if bracket else line.text.partition(":")[0]
+
+
+def _level(line: Log) -> int:
+    """Translate syslog's level to Python's."""
+    return logging.ERROR if line.level <= 3 else logging.WARNING if line.level == 4 else logging.DEBUG
