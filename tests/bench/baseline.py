@@ -1,8 +1,8 @@
-"""The baseline: the producer written the obvious way. The same BPF programs and events, but per event a Python callback
-(bcc), a fastavro record and a produce().
+"""The baseline: a producer without columns and batches. The same BPF programs and events, but per event a Python
+callback (bcc), a fastavro record and a produce().
 
-python -m tests.bench.obvious BROKERS PORT. Prints "ready" to standard error, ends on SIGTERM, and prints a balance
-like the producer.
+python -m tests.bench.baseline BROKERS PORT [CODEC]. Prints "ready" to standard error, ends on SIGTERM, and prints a
+balance like the producer.
 """
 
 import ctypes
@@ -27,6 +27,7 @@ from producer.host.clock import UtcOffset
 from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import filtered
 from producer.schemas import frame, load_schema
+from tests.servers.fetch import cache
 
 sys.path.append("/usr/lib/python3/dist-packages")
 from bcc.libbcc import _RINGBUF_CB_TYPE, lib
@@ -94,14 +95,15 @@ def callback(stream: Stream, producer: Producer, delivered: dict[str, int]) -> C
     return on_event
 
 
-def main(brokers: str, port: int) -> None:
+def main(brokers: str, port: int, codec: str = "") -> None:
     """Run until SIGTERM."""
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     settings = {**DEFAULTS, "enable.idempotence": True, "acks": "all", "bootstrap.servers": brokers}
+    settings["compression.codec"] = codec or "lz4"
     producer = Producer(settings)
     delivered = {stream.topic: 0 for stream in STREAMS}
-    with Capture(CaptureSettings(rules=filtered(ports=(port,)))) as hooks:
+    with Capture(CaptureSettings(rules=filtered(ports=(port,)), cache=cache() / "bench" / "programs")) as hooks:
         hooks.load()
         callbacks = [_RINGBUF_CB_TYPE(callback(stream, producer, delivered)) for stream in STREAMS]
         manager = None
@@ -123,4 +125,4 @@ def main(brokers: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
