@@ -169,6 +169,7 @@ def main() -> None:
             agent, start_s = start(command(""))
             stop(agent)
             print(f"{each}: ready in {start_s:.2f} s the first time, programs compiled", flush=True)
+        broker.work()
         print(f"{arguments.partitions} partitions")
         bench = Bench(contenders, broker, port)
         for workload in arguments.workload:

@@ -23,6 +23,7 @@ class Broker:
     def __init__(self, kafka: KafkaServer, partitions: int) -> None:
         self._kafka = kafka
         self._jmx_port = free_port()
+        self._requests = self._stored_bytes = 0
         for topic in (*TOPICS, HEARTBEATS):
             kafka.create_topic(topic, partitions)
         jmx = ["jcmd", str(kafka.pid), "ManagementAgent.start", f"jmxremote.port={self._jmx_port}"]
@@ -32,6 +33,7 @@ class Broker:
         reader = [sys.executable, "-m", "tests.bench.reader", self._kafka.bootstrap]
         self._reader = subprocess.Popen(reader, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ages_ms()
+        self.work()
         return self
 
     def __exit__(
@@ -44,21 +46,12 @@ class Broker:
         """Address for clients."""
         return self._kafka.bootstrap
 
-    def produce_requests(self) -> int:
-        """Return how many produce requests the broker has served."""
-        url = f"service:jmx:rmi:///jndi/rmi://127.0.0.1:{self._jmx_port}/jmxrmi"
-        tool = ["java", "-XX:TieredStopAtLevel=1", "-cp", f"{fetch.kafka()}/*", "org.apache.kafka.tools.JmxTool"]
-        options = ["--jmx-url", url, "--one-time", "--report-format", "properties", "--attributes", "Count"]
-        done = subprocess.run([*tool, *options, "--object-name", _REQUESTS], capture_output=True, text=True)
-        if done.returncode and "No matched attributes" not in done.stderr:  # none yet
-            raise RuntimeError(f"JmxTool: {done.stderr}")
-        counts = (line.rpartition("=")[2] for line in done.stdout.splitlines() if ":Count=" in line)
-        return sum(map(int, counts))
-
-    def stored_bytes(self) -> int:
-        """Return the size of the events' topics."""
-        logs = (log for topic in TOPICS for log in (self._kafka.folder / "data").glob(f"{topic}-*/*.log"))
-        return sum(log.stat().st_size for log in logs)
+    def work(self) -> tuple[int, int]:
+        """Return the produce requests served and the bytes of events stored since the last call."""
+        requests, stored_bytes = self._count_requests(), self._count_bytes()
+        done = requests - self._requests, stored_bytes - self._stored_bytes
+        self._requests, self._stored_bytes = requests, stored_bytes
+        return done
 
     def ages_ms(self) -> dict[str, Sequence[float]]:
         """Return, by topic, the ages of events that a consumer has received since the last call."""
@@ -68,3 +61,17 @@ class Broker:
         self._reader.stdin.flush()
         ages: dict[str, Sequence[float]] = json.loads(self._reader.stdout.readline())
         return ages
+
+    def _count_requests(self) -> int:
+        url = f"service:jmx:rmi:///jndi/rmi://127.0.0.1:{self._jmx_port}/jmxrmi"
+        tool = ["java", "-XX:TieredStopAtLevel=1", "-cp", f"{fetch.kafka()}/*", "org.apache.kafka.tools.JmxTool"]
+        options = ["--jmx-url", url, "--one-time", "--report-format", "properties", "--attributes", "Count"]
+        done = subprocess.run([*tool, *options, "--object-name", _REQUESTS], capture_output=True, text=True)
+        if done.returncode and "No matched attributes" not in done.stderr:  # none yet
+            raise RuntimeError(f"JmxTool: {done.stderr}")
+        counts = (line.rpartition("=")[2] for line in done.stdout.splitlines() if ":Count=" in line)
+        return sum(map(int, counts))
+
+    def _count_bytes(self) -> int:
+        logs = (log for topic in TOPICS for log in (self._kafka.folder / "data").glob(f"{topic}-*/*.log"))
+        return sum(log.stat().st_size for log in logs)

@@ -51,6 +51,7 @@ def memory_mb(pid: int, name: str) -> float:
 def start(command: Sequence[str]) -> tuple["subprocess.Popen[str]", float]:
     """Start an agent. Return it when it is ready, and how long that took."""
     began = time.monotonic()
+    command = ["setpriv", "--pdeathsig", "KILL", *command]  # execs: the process is the agent
     agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert agent.stderr
     said = ""
@@ -70,7 +71,6 @@ def stop(agent: "subprocess.Popen[str]") -> dict[str, int]:
 
 def measure(command: Sequence[str], workload: Workload, port: int, seconds: float, broker: Broker) -> Result:
     """Run an agent beside the workload."""
-    requests, stored_bytes = broker.produce_requests(), broker.stored_bytes()
     with Traffic(workload, port, seconds) as traffic:
         agent, start_s = start(command)
         time.sleep(SETTLE_S)
@@ -81,6 +81,7 @@ def measure(command: Sequence[str], workload: Workload, port: int, seconds: floa
         used_s, ages_ms = cpu_s(agent.pid) - before, broker.ages_ms()
         anon_mb, rss_mb = memory_mb(agent.pid, "RssAnon"), memory_mb(agent.pid, "VmRSS")
         balance = stop(agent)
+    requests, stored_bytes = broker.work()
     return Result(
         seconds,
         start_s,
@@ -90,7 +91,7 @@ def measure(command: Sequence[str], workload: Workload, port: int, seconds: floa
         segments,
         balance["delivered"],
         balance["passed"] - balance["delivered"],
-        broker.produce_requests() - requests,
-        broker.stored_bytes() - stored_bytes,
+        requests,
+        stored_bytes,
         ages_ms,
     )
