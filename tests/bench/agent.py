@@ -6,6 +6,7 @@ All capture the same traffic for the same real Kafka, in turn, in rounds. Prints
 CPU per event and its ratio to the Go agent's, round by round; produce requests a second; memory; the ages of events
 at a consumer; bytes an event on the broker, at the agent's default compression and with lz4 and zstd; events lost.
 
+--tree adds the producer of another checkout, such as the one before a change, in which its native module is built.
 --other adds an agent: a command that gets brokers, port and codec as arguments ("" is its default), prints "ready" to
 standard error, and ends on SIGTERM with a balance like that of `rebpf run --json`. Needs root, a C compiler and Go.
 """
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from producer.paths import IMPORTED_FROM
 from tests.bench.broker import Broker
 from tests.bench.contender import SETTLE_S, Result, measure, start, stop
 from tests.bench.workloads import MILLION_S, WORKLOADS, Workload
@@ -116,14 +118,16 @@ def quantiles(ages_ms: Sequence[float]) -> str:
     return f"{statistics.median(ordered):.0f} / {ordered[int(len(ordered) * 0.99)]:.0f}"
 
 
-def rebpf(folder: Path, brokers: str, port: int) -> Command:
-    """Return the producer's command lines, with its state below the folder."""
+def rebpf(tree: Path, folder: Path, brokers: str, port: int) -> Command:
+    """Return the command lines of a checkout's producer, with its state in the folder."""
+    folder.mkdir()
 
     def command(codec: str) -> Sequence[str]:
         config = folder / f"rebpf{codec}.toml"
         config.write_text(f'[kafka.settings]\n"compression.codec" = "{codec}"\n' if codec else "")
         options = ["--config", str(config), "--state-dir", str(folder / "state"), "--brokers", brokers]
-        return [sys.executable, "-m", "producer", "run", "--json", *options, "--port", str(port)]
+        run = [sys.executable, "-m", "producer", "run", "--json", *options, "--port", str(port)]
+        return ["env", f"--chdir={tree}", *run]
 
     return command
 
@@ -142,6 +146,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--quick", action="store_true", help="one short round of each workload but `million`")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="leave out these agents")
+    parser.add_argument("--tree", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--other", action="append", default=[], metavar="NAME=COMMAND")
     return parser.parse_args()
 
@@ -157,10 +162,13 @@ def main() -> None:
     ):
         python = f"{sys.executable} -m tests.bench"
         contenders = {
-            "rebpf": rebpf(Path(name), broker.bootstrap, port),
+            "rebpf": rebpf(IMPORTED_FROM, Path(name) / "rebpf", broker.bootstrap, port),
             BAR: other(f"{python}.goagent", broker.bootstrap, port),
             "baseline": other(f"{python}.baseline", broker.bootstrap, port),
         }
+        for each in arguments.tree:
+            added, _, tree = each.partition("=")
+            contenders[added] = rebpf(Path(tree), Path(name) / added, broker.bootstrap, port)
         for each in arguments.other:
             added, _, command = each.partition("=")
             contenders[added] = other(command, broker.bootstrap, port)

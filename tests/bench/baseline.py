@@ -7,6 +7,7 @@ balance like the producer.
 
 import ctypes
 import io
+import ipaddress
 import json
 import signal
 import socket
@@ -21,7 +22,6 @@ import numpy as np
 from confluent_kafka import Producer
 
 from producer.config.librdkafka import DEFAULTS
-from producer.encode.flows import address, key
 from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
 from producer.host.clock import UtcOffset
 from producer.kernel.capture import Capture, CaptureSettings
@@ -40,7 +40,7 @@ WAIT_MS = 50
 def flattened(dtype: np.dtype[np.void]) -> tuple[struct.Struct, list[str]]:
     """Return a struct that unpacks a row of the dtype, and the names of its values."""
     assert dtype.fields is not None
-    letters, names = "", []
+    letters, names = "", list[str]()
     for name, (member, *_) in dtype.fields.items():
         if member.fields is not None:
             inner, inner_names = flattened(member)
@@ -49,6 +49,18 @@ def flattened(dtype: np.dtype[np.void]) -> tuple[struct.Struct, list[str]]:
             letters += f"{member.itemsize}s" if member.subdtype else member.char
             names.append(name)
     return struct.Struct("<" + letters), names
+
+
+def address(packed: bytes) -> str:
+    """Return an address as text, IPv4-mapped IPv6 as IPv4."""
+    ip = ipaddress.IPv6Address(packed)
+    return str(ip.ipv4_mapped or ip)
+
+
+def key(record: dict[str, Any]) -> str:
+    """Return the text SADDR:SPORT>DADDR:DPORT of a record's flow."""
+    source, destination = (f"[{each}]" if ":" in each else each for each in (record["saddr"], record["daddr"]))
+    return f"{source}:{record['sport']}>{destination}:{record['dport']}"
 
 
 def to_record(values: dict[str, Any], offset_ns: int) -> dict[str, Any]:

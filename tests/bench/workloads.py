@@ -68,13 +68,13 @@ class Traffic:
         self._arguments = workload.arguments(port, seconds)
 
     def __enter__(self) -> Self:
-        command = ["unshare", "--net", "--", "sh", "-c", _IN_NAMESPACE, "sh", _build(), *self._arguments]
+        command = ["unshare", "--net", "--", "sh", "-c", _IN_NAMESPACE, "sh", str(_build()), *self._arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdin
         assert self._process.stdout
         self._input, self._output = self._process.stdin, self._process.stdout
         if self._output.readline() != "ready\n":
-            raise RuntimeError(f"no traffic: expected ready from {' '.join(map(str, command[6:]))} (needs root)")
+            raise RuntimeError(f"no traffic: expected ready from {' '.join(command[7:])} (needs root)")
         return self
 
     def run(self) -> int:
