@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from producer.topics import HEARTBEATS
 from tests.bench.reader import TOPICS
 from tests.servers import fetch
 from tests.servers.kafka import KafkaServer
@@ -24,7 +23,7 @@ class Broker:
         self._kafka = kafka
         self._jmx_port = free_port()
         self._requests = self._stored_bytes = 0
-        for topic in (*TOPICS, HEARTBEATS):
+        for topic in (*TOPICS, "rebpf_agent"):
             kafka.create_topic(topic, partitions)
         jmx = ["jcmd", str(kafka.pid), "ManagementAgent.start", f"jmxremote.port={self._jmx_port}"]
         subprocess.run([*jmx, *(f"jmxremote.{each}" for each in _LOCAL)], check=True, capture_output=True)
