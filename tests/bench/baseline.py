@@ -52,15 +52,15 @@ def flattened(dtype: np.dtype[np.void]) -> tuple[struct.Struct, list[str]]:
 
 
 def address(packed: bytes) -> str:
-    """Return an address as text, IPv4-mapped IPv6 as IPv4."""
+    """Return 16 bytes as text; an IPv4-mapped address as IPv4."""
     ip = ipaddress.IPv6Address(packed)
     return str(ip.ipv4_mapped or ip)
 
 
-def key(record: dict[str, Any]) -> str:
-    """Return the text SADDR:SPORT>DADDR:DPORT of a record's flow."""
-    source, destination = (f"[{each}]" if ":" in each else each for each in (record["saddr"], record["daddr"]))
-    return f"{source}:{record['sport']}>{destination}:{record['dport']}"
+def key(record: dict[str, Any]) -> bytes:
+    """Return an event's Kafka key."""
+    ends = [(f"[{record[name]}]" if ":" in record[name] else record[name]) for name in ("saddr", "daddr")]
+    return f"{ends[0]}:{record['sport']}>{ends[1]}:{record['dport']}".encode()
 
 
 def to_record(values: dict[str, Any], offset_ns: int) -> dict[str, Any]:
