@@ -21,7 +21,6 @@ import fastavro
 import numpy as np
 from confluent_kafka import Producer
 
-from producer.config.librdkafka import DEFAULTS
 from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
 from producer.host.clock import UtcOffset
 from producer.kernel.capture import Capture, CaptureSettings
@@ -111,9 +110,8 @@ def main(brokers: str, port: int, codec: str = "") -> None:
     """Run until SIGTERM."""
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    settings = {**DEFAULTS, "enable.idempotence": True, "acks": "all", "bootstrap.servers": brokers}
-    settings["compression.codec"] = codec or "lz4"
-    producer = Producer(settings)
+    settings = {"bootstrap.servers": brokers, "compression.codec": codec or "lz4", "linger.ms": 20}
+    producer = Producer({**settings, "enable.idempotence": True, "acks": "all"})
     delivered = {stream.topic: 0 for stream in STREAMS}
     with Capture(CaptureSettings(rules=filtered(ports=(port,)), cache=cache() / "bench" / "programs")) as hooks:
         hooks.load()
