@@ -21,7 +21,7 @@ import fastavro
 import numpy as np
 from confluent_kafka import Producer
 
-from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
+from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream, Topic
 from producer.host.clock import UtcOffset
 from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import filtered
@@ -79,7 +79,7 @@ def to_record(values: dict[str, Any], offset_ns: int) -> dict[str, Any]:
     return record
 
 
-def callback(stream: Stream, producer: Producer, delivered: dict[str, int]) -> Callable[[int, int, int], int]:
+def callback(stream: Stream, producer: Producer, delivered: dict[Topic, int]) -> Callable[[int, int, int], int]:
     """Return the function that moves one event of a stream from its ring to Kafka."""
     layout, names = flattened(stream.dtype)
     schema, header = fastavro.parse_schema(load_schema(stream.schema_file)), frame(stream.fixed_schema_id)
