@@ -1,6 +1,6 @@
 """Start the Go agent: build it, load and attach the producer's own programs, and become it.
 
-python -m tests.bench.goagent BROKERS PORT. Says "ready" on standard error, ends on SIGTERM, prints a balance.
+python -m tests.bench.goagent BROKERS PORT [CODEC]. Says "ready" on standard error, ends on SIGTERM, prints a balance.
 
 Maps and links pass to the Go program as inherited descriptors, and it keeps this process's id.
 """
@@ -26,12 +26,11 @@ def build() -> Path:
     return binary
 
 
-def main(brokers: str, port: int) -> None:
+def main(brokers: str, port: int, codec: str = "") -> None:
     """Replace this process by the Go program."""
     binary = build()
-    hooks = Capture(
-        CaptureSettings(rules=filtered(ports=(port,)))
-    )  # never closed: the descriptors live on in the Go program
+    settings = CaptureSettings(rules=filtered(ports=(port,)), cache=cache() / "bench" / "programs")
+    hooks = Capture(settings)  # never closed: the descriptors live on in the Go program
     hooks.load()
     hooks.attach()
     maps = {name: hooks._maps[name] for name in ("transmit_pipe", "retransmit_pipe", "counters", "own_sockets")}
@@ -39,6 +38,7 @@ def main(brokers: str, port: int) -> None:
         os.set_inheritable(descriptor, True)
     options = {
         "brokers": brokers,
+        "codec": codec or "lz4",
         "host": socket.gethostname(),
         "cgroup-root": str(cgroup2_root() or ""),
         "links": ",".join(map(str, hooks._links)),
@@ -48,4 +48,4 @@ def main(brokers: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

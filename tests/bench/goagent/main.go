@@ -24,6 +24,7 @@ const flushTimeout = 30 * time.Second
 
 type settings struct {
 	brokers                      string
+	codec                        string
 	host                         string
 	cgroupRoot                   string
 	links                        string
@@ -40,6 +41,7 @@ func main() {
 	log.SetFlags(0)
 	var s settings
 	flag.StringVar(&s.brokers, "brokers", "", "addresses of Kafka brokers, joined by commas")
+	flag.StringVar(&s.codec, "codec", "lz4", "compression: lz4 or zstd")
 	flag.StringVar(&s.host, "host", "", "name of this host in the events")
 	flag.StringVar(&s.cgroupRoot, "cgroup-root", "", "where the cgroup v2 hierarchy is mounted")
 	flag.StringVar(&s.links, "links", "", "descriptors of the BPF links, joined by commas")
@@ -68,7 +70,7 @@ func run(s settings) error {
 	if err != nil {
 		return err
 	}
-	client, err := newClient(s.brokers, maps[s.ownSockets])
+	client, err := newClient(s.brokers, s.codec, maps[s.ownSockets])
 	if err != nil {
 		return err
 	}
@@ -109,12 +111,16 @@ func run(s settings) error {
 	return report(client, maps[s.counters], pumps)
 }
 
-func newClient(brokers string, ownSockets *ebpf.Map) (*kgo.Client, error) {
+func newClient(brokers, codec string, ownSockets *ebpf.Map) (*kgo.Client, error) {
+	compression := kgo.Lz4Compression()
+	if codec == "zstd" {
+		compression = kgo.ZstdCompression()
+	}
 	return kgo.NewClient(
 		kgo.SeedBrokers(strings.Split(brokers, ",")...),
 		kgo.ClientID("goagent"),
 		kgo.RequiredAcks(kgo.AllISRAcks()), // and idempotent, which is the default
-		kgo.ProducerBatchCompression(kgo.Lz4Compression()),
+		kgo.ProducerBatchCompression(compression),
 		kgo.ProducerLinger(20*time.Millisecond),
 		kgo.RecordPartitioner(kgo.StickyKeyPartitioner(nil)), // Java's murmur2
 		kgo.MaxBufferedRecords(1<<15),                        // the producer's most in flight

@@ -1,8 +1,8 @@
-"""The baseline: the producer written the obvious way. The same BPF programs and events, but per event a Python callback
-(bcc), a fastavro record and a produce().
+"""The baseline: a producer without columns and batches. The same BPF programs and events, but per event a Python
+callback (bcc), a fastavro record and a produce().
 
-python -m tests.bench.obvious BROKERS PORT. Prints "ready" to standard error, ends on SIGTERM, and prints a balance
-like the producer.
+python -m tests.bench.baseline BROKERS PORT [CODEC]. Prints "ready" to standard error, ends on SIGTERM, and prints a
+balance like the producer.
 """
 
 import ctypes
@@ -21,12 +21,12 @@ import fastavro
 import numpy as np
 from confluent_kafka import Producer
 
-from producer.config.librdkafka import DEFAULTS
-from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
+from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream, Topic
 from producer.host.clock import UtcOffset
 from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import filtered
 from producer.schemas import frame, load_schema
+from tests.servers.fetch import cache
 
 sys.path.append("/usr/lib/python3/dist-packages")
 from bcc.libbcc import _RINGBUF_CB_TYPE, lib
@@ -39,7 +39,7 @@ WAIT_MS = 50
 def flattened(dtype: np.dtype[np.void]) -> tuple[struct.Struct, list[str]]:
     """Return a struct that unpacks a row of the dtype, and the names of its values."""
     assert dtype.fields is not None
-    letters, names = "", []
+    letters, names = "", list[str]()
     for name, (member, *_) in dtype.fields.items():
         if member.fields is not None:
             inner, inner_names = flattened(member)
@@ -79,7 +79,7 @@ def to_record(values: dict[str, Any], offset_ns: int) -> dict[str, Any]:
     return record
 
 
-def callback(stream: Stream, producer: Producer, delivered: dict[str, int]) -> Callable[[int, int, int], int]:
+def callback(stream: Stream, producer: Producer, delivered: dict[Topic, int]) -> Callable[[int, int, int], int]:
     """Return the function that moves one event of a stream from its ring to Kafka."""
     layout, names = flattened(stream.dtype)
     schema, header = fastavro.parse_schema(load_schema(stream.schema_file)), frame(stream.fixed_schema_id)
@@ -106,14 +106,14 @@ def callback(stream: Stream, producer: Producer, delivered: dict[str, int]) -> C
     return on_event
 
 
-def main(brokers: str, port: int) -> None:
+def main(brokers: str, port: int, codec: str = "") -> None:
     """Run until SIGTERM."""
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    settings = {**DEFAULTS, "enable.idempotence": True, "acks": "all", "bootstrap.servers": brokers}
-    producer = Producer(settings)
+    settings = {"bootstrap.servers": brokers, "compression.codec": codec or "lz4", "linger.ms": 20}
+    producer = Producer({**settings, "enable.idempotence": True, "acks": "all"})
     delivered = {stream.topic: 0 for stream in STREAMS}
-    with Capture(CaptureSettings(rules=filtered(ports=(port,)))) as hooks:
+    with Capture(CaptureSettings(rules=filtered(ports=(port,)), cache=cache() / "bench" / "programs")) as hooks:
         hooks.load()
         callbacks = [_RINGBUF_CB_TYPE(callback(stream, producer, delivered)) for stream in STREAMS]
         manager = None
@@ -135,4 +135,4 @@ def main(brokers: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,76 @@
+"""What the benchmark asks its broker: produce requests served, bytes stored, and the ages of events at a consumer."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from tests.bench.reader import TOPICS
+from tests.servers import fetch
+from tests.support.servers.kafka import KafkaServer
+from tests.servers.process import free_port
+
+_REQUESTS = "kafka.network:type=RequestMetrics,name=RequestsPerSec,request=Produce,*"
+_LOCAL = ("authenticate=false", "ssl=false", "host=127.0.0.1")
+
+
+class Broker:
+    """A running Kafka with the events' topics, observed."""
+
+    def __init__(self, kafka: KafkaServer, partitions: int) -> None:
+        self._kafka = kafka
+        self._jmx_port = free_port()
+        self._requests = self._stored_bytes = 0
+        for topic in (*TOPICS, "rebpf_agent"):
+            kafka.create_topic(topic, partitions)
+        jmx = ["jcmd", str(kafka.pid), "ManagementAgent.start", f"jmxremote.port={self._jmx_port}"]
+        subprocess.run([*jmx, *(f"jmxremote.{each}" for each in _LOCAL)], check=True, capture_output=True)
+
+    def __enter__(self) -> Self:
+        reader = [sys.executable, "-m", "tests.bench.reader", self._kafka.bootstrap]
+        self._reader = subprocess.Popen(reader, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ages_ms()
+        self.work()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.communicate()
+
+    @property
+    def bootstrap(self) -> str:
+        """Address for clients."""
+        return self._kafka.bootstrap
+
+    def work(self) -> tuple[int, int]:
+        """Return the produce requests served and the bytes of events stored since the last call."""
+        requests, stored_bytes = self._count_requests(), self._count_bytes()
+        done = requests - self._requests, stored_bytes - self._stored_bytes
+        self._requests, self._stored_bytes = requests, stored_bytes
+        return done
+
+    def ages_ms(self) -> dict[str, Sequence[float]]:
+        """Return, by topic, the ages of events that a consumer has received since the last call."""
+        assert self._reader.stdin
+        assert self._reader.stdout
+        self._reader.stdin.write("\n")
+        self._reader.stdin.flush()
+        ages: dict[str, Sequence[float]] = json.loads(self._reader.stdout.readline())
+        return ages
+
+    def _count_requests(self) -> int:
+        url = f"service:jmx:rmi:///jndi/rmi://127.0.0.1:{self._jmx_port}/jmxrmi"
+        tool = ["java", "-XX:TieredStopAtLevel=1", "-cp", f"{fetch.kafka()}/*", "org.apache.kafka.tools.JmxTool"]
+        options = ["--jmx-url", url, "--one-time", "--report-format", "properties", "--attributes", "Count"]
+        done = subprocess.run([*tool, *options, "--object-name", _REQUESTS], capture_output=True, text=True)
+        if done.returncode and "No matched attributes" not in done.stderr:  # none yet
+            raise RuntimeError(f"JmxTool: {done.stderr}")
+        counts = (line.rpartition("=")[2] for line in done.stdout.splitlines() if ":Count=" in line)
+        return sum(map(int, counts))
+
+    def _count_bytes(self) -> int:
+        logs = (log for topic in TOPICS for log in (self._kafka.folder / "data").glob(f"{topic}-*/*.log"))
+        return sum(log.stat().st_size for log in logs)
