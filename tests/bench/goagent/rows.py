@@ -49,7 +49,7 @@ def main(stream_name: str, count: int) -> None:
     encoder = BatchEncoder(
         stream, load_schema(stream.schema_file), stream.fixed_schema_id, HOST_FIELDS, CgroupPaths(None)
     )
-    messages = encoder.encode(Batch(stream, rows, 0), UTC_OFFSET_NS)
+    messages = encoder.encode(Batch(stream, rows), UTC_OFFSET_NS)
     for row in range(count):
         key = messages.keys[messages.key_starts[row] :][: messages.key_lengths[row]]
         value = messages.payload[messages.starts[row] :][: messages.lengths[row]]
