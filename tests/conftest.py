@@ -8,7 +8,7 @@ from hypothesis import settings
 
 # Slow machines must not fail tests. In CI, the examples are always the same; tests.fuzz searches for new ones.
 settings.register_profile("rebpf", deadline=None, derandomize="CI" in os.environ)
-settings.load_profile("rebpf")
+settings.register_profile("quick", settings.get_profile("rebpf"), max_examples=10)
 
 TIERS = ("quick", "default", "all")
 QUICK = ("tests/unit/", "tests/property/")
@@ -20,10 +20,18 @@ left_out = pytest.StashKey[Counter[tuple[str, str]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tier", choices=TIERS, default="default", help="which tests to run (default: %(default)s)")
+    parser.addoption("--part", metavar="K/N", help="every N-th test only, from the K-th; for processes side by side")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("quick" if config.getoption("tier") == "quick" else "rebpf")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests outside the tier; a test given by its id on the command line always runs."""
+    """Deselect tests outside the part or tier; a test given by its id on the command line always runs."""
+    if part := config.getoption("part"):
+        first, count = map(int, part.split("/"))
+        items[:] = items[first - 1 :: count]
     tier = config.getoption("tier")
     named = {argument.partition("[")[0] for argument in config.args if "::" in argument}
     chosen = [item for item in items if in_tier(item, tier) or item.nodeid.partition("[")[0] in named]

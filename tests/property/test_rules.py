@@ -152,7 +152,8 @@ def test_ipv4_within_a_network_of_ipv6_has_its_own_rules() -> None:
     four, six = ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("2001:db8::1")
     assert compiled.decide(Segment(four, four, 1, 2)) == 1
     assert compiled.decide(Segment(six, six, 1, 2)) == 0
-    assert compiled.decide(Segment(*[ipaddress.ip_address("11.0.0.1")] * 2, 1, 2)) == 3
+    other = ipaddress.ip_address("11.0.0.1")
+    assert compiled.decide(Segment(other, other, 1, 2)) == 3
 
 
 @given(RULES)

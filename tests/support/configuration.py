@@ -97,8 +97,8 @@ def _options() -> dict[str, str]:
     )
     found = {}
     for keyword in overrides.keywords:
-        param = params[keyword.value.id]
-        found[keyword.arg.replace("__", ".")] = f"`{param.opts[0]}`, `{param.envvar}`"
+        param = params[ast.unparse(keyword.value)]
+        found[str(keyword.arg).replace("__", ".")] = f"`{param.opts[0]}`, `{param.envvar}`"
     return found
 
 

@@ -111,7 +111,7 @@ def exchange(port: int, connections: int, rounds: int = 5) -> list[Sent]:
         address = LOOPBACK[number % 2]
         with socket.create_connection((address, port), source_address=(address, 0)) as client:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            ours, theirs = client.getsockname()[:2], client.getpeername()[:2]
+            ours, theirs = client.getsockname(), client.getpeername()
             for _ in range(rounds):
                 client.sendall(bytes(size_bytes))
                 left = size_bytes
@@ -119,5 +119,6 @@ def exchange(port: int, connections: int, rounds: int = 5) -> list[Sent]:
                     left -= len(client.recv(left))
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
-        sent += [Sent(*ours, *theirs, rounds * size_bytes), Sent(*theirs, *ours, rounds * size_bytes)]
+        for source, target in ((ours, theirs), (theirs, ours)):
+            sent.append(Sent(source[0], source[1], target[0], target[1], rounds * size_bytes))
     return sent

@@ -106,10 +106,10 @@ def _alert() -> Iterator[Check]:
             for value in tellers.written:
                 parts[PartitionId("sums", 0)].put(value, len(messages) + at_s, _NOW_NS + at_s * _SECOND_NS)
             tellers.written.clear()
-        for part in committed:
-            facts = part.facts()
-            if part.offset < 0 or facts != json.loads(part.metadata):
-                raise FindingError(f"committed {part}")
+        for each in committed:
+            facts = each.facts()
+            if each.offset < 0 or facts != json.loads(each.metadata):
+                raise FindingError(f"committed {each}")
 
     yield check
 

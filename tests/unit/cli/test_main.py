@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -43,7 +44,7 @@ def test_each_option_can_be_set_in_the_environment(command):
     }
 
 
-def commands(group: click.Group) -> Iterator[click.Command]:
+def commands(group: click.Group) -> Iterator[Any]:
     for command in group.commands.values():
         yield from commands(command) if isinstance(command, click.Group) else [command]
 

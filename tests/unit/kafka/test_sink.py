@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import confluent_kafka
+import confluent_kafka.admin
 import numpy as np
 import pytest
 

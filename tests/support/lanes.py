@@ -1,0 +1,162 @@
+"""Runs a tier's tests in lanes, pytest processes side by side: `python -m tests.support.lanes TIER [OPTION...]`.
+
+Most time of the integration tests is waiting, so that others fit beside them. The kernel tests come last and alone: the
+hooks see the traffic of the whole host. Options are passed to each lane. With a path or a test's id there is one lane.
+A lane's output is printed in whole when it ends. Each lane has a time limit.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+NO_TESTS = 5
+"""pytest's exit code if it has selected no tests."""
+_CLEAN_UP_S = 60
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """pytest's arguments, and the lanes that have to end first."""
+
+    name: str
+    arguments: tuple[str, ...]
+    limit_s: float
+    after: tuple[str, ...] = ()
+
+
+PLANS: Mapping[str, Sequence[Lane]] = {
+    "quick": [Lane(f"part {part}", ("tests/unit", "tests/property", f"--part={part}"), 600) for part in ("1/2", "2/2")],
+    "default": [
+        Lane("integration", ("tests/integration",), 3000),
+        Lane("unit", ("tests/unit", "tests/property", "tests/fuzz", "tests/packaging"), 3000),
+        Lane("vm", ("tests/vm",), 3600),
+        Lane("kernel", ("tests/kernel", "tests/chaos"), 1800, after=("integration", "unit")),
+    ],
+    "all": [Lane("all", (), 6 * 3600)],
+}
+
+
+@dataclass(slots=True)
+class Running:
+    """A started lane; its `end` is when it has to have ended."""
+
+    lane: Lane
+    process: "subprocess.Popen[bytes]"
+    output: Path
+    began: float
+    end: float
+    told: bool = False
+    """Whether it was interrupted because its time was over."""
+
+    def enforce(self) -> None:
+        """Interrupt the lane when its time is over, so that it reports and cleans up; kill it a minute later."""
+        if time.monotonic() < self.end:
+            return
+        if self.told:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        else:
+            self.process.send_signal(signal.SIGINT)
+        self.told = True
+        self.end = time.monotonic() + _CLEAN_UP_S
+
+
+def run(lanes: Sequence[Lane], command: Sequence[str], options: Sequence[str], out: IO[str]) -> list[str]:
+    """Run `command`, a lane's arguments and `options` for each lane; return what failed, in words."""
+    failed: list[str] = []
+    skipped: list[str] = []
+    left = list(lanes)
+    with tempfile.TemporaryDirectory(prefix="rebpf-lanes-") as folder, _ended() as running:
+        while left or running:
+            names = {each.name for each in left} | {each.lane.name for each in running}
+            for lane in [each for each in left if not names & set(each.after)]:
+                left.remove(lane)
+                running.append(_start(lane, [*command, *lane.arguments, *options], Path(folder, f"{len(left)}")))
+                print(f"==== {lane.name}: started", file=out, flush=True)
+            for each in [each for each in running if each.process.poll() is not None]:
+                running.remove(each)
+                text = each.output.read_text(errors="replace")
+                took = f"{time.monotonic() - each.began:.0f} s"
+                print(f"==== {each.lane.name}\n{text}==== {each.lane.name}: {took}", file=out, flush=True)
+                skipped += last_summary(text)
+                if each.told or each.process.returncode not in ((0, NO_TESTS) if options else (0,)):
+                    end = "timed out" if each.told else f"exit code {each.process.returncode}"
+                    failed.append(f"{each.lane.name}: {end}")
+            for each in running:
+                each.enforce()
+            time.sleep(_POLL_S)
+    for line in skipped:
+        print(line, file=out)
+    return failed
+
+
+def _start(lane: Lane, command: Sequence[str], output: Path) -> Running:
+    with output.open("wb") as file:
+        # It ends with us, and has a session of its own, so that a terminal's interrupt reaches it once, by us.
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "INT", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    began = time.monotonic()
+    return Running(lane, process, output, began, began + lane.limit_s)
+
+
+@contextlib.contextmanager
+def _ended() -> Iterator[list[Running]]:
+    """Collect running lanes; on an interrupt, interrupt them and print what they have written."""
+    running: list[Running] = []
+    try:
+        yield running
+    finally:
+        for each in running:
+            each.process.send_signal(signal.SIGINT)
+        for each in running:
+            try:
+                each.process.wait(_CLEAN_UP_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(each.process.pid, signal.SIGKILL)
+            print(f"==== {each.lane.name}: interrupted\n{each.output.read_text(errors='replace')}", flush=True)
+
+
+def last_summary(text: str) -> list[str]:
+    """Return the lines of what was not run, from pytest's last summary.
+
+    The last one, since the output of a failure may include that of a virtual machine.
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    tiers = re.findall(r"^NOT RUN in this tier: .*$", plain, re.MULTILINE)
+    summary = plain.rpartition(" short test summary info ")[2]
+    return tiers + [f"NOT RUN on this machine: {line}" for line in re.findall(r"^SKIPPED (.*)$", summary, re.MULTILINE)]
+
+
+def is_path(argument: str) -> bool:
+    return not argument.startswith("-") and Path(argument.partition("::")[0]).exists()
+
+
+def main(tier: str, options: Sequence[str]) -> int:
+    """Run the tier, or what the options select, and return the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    color = "yes" if sys.stdout.isatty() else "no"
+    command = [sys.executable, "-m", "pytest", "-ra", f"--tier={tier}", f"--color={color}"]
+    lanes = [Lane("selected", (), 6 * 3600)] if any(map(is_path, options)) else PLANS[tier]
+    failed = run(lanes, command, options, sys.stdout)
+    for each in failed:
+        print(f"==== FAILED: {each}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

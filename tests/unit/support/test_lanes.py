@@ -1,0 +1,108 @@
+"""Lanes of tests: all output is shown, and no crash or hang of one goes unnoticed or holds up the run."""
+
+import io
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import lanes
+from tests.support.documents import ROOT
+from tests.support.lanes import NO_TESTS, PLANS, Lane, last_summary, run
+
+PYTHON = (sys.executable, "-c")
+
+
+def lane(name: str, code: str, limit_s: float = 60, after: tuple[str, ...] = ()) -> Lane:
+    return Lane(name, (code,), limit_s, after)
+
+
+def test_output_is_whole_and_each_failure_is_named() -> None:
+    out = io.StringIO()
+    plan = [
+        lane("good", "print('a' * 100_000)"),
+        lane("bad", "print('b' * 100_000); raise SystemExit(1)"),
+        lane("crash", "import os; os.kill(os.getpid(), 9)"),
+        lane("none", f"raise SystemExit({NO_TESTS})"),
+    ]
+    failed = run(plan, PYTHON, [], out)
+    assert sorted(failed) == ["bad: exit code 1", "crash: exit code -9", f"none: exit code {NO_TESTS}"]
+    assert "a" * 100_000 in out.getvalue()
+    assert "b" * 100_000 in out.getvalue()
+
+
+def test_options_may_leave_nothing_of_a_lane() -> None:
+    assert run([lane("none", f"raise SystemExit({NO_TESTS})")], PYTHON, ["-k", "x"], io.StringIO()) == []
+
+
+@pytest.mark.parametrize("handler", ["SIG_IGN", "default_int_handler"])
+def test_a_lane_that_hangs_is_ended_with_its_children(
+    handler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "_CLEAN_UP_S", 0.5)
+    code = (
+        "import pathlib, signal, subprocess, time\n"
+        f"signal.signal(signal.SIGINT, signal.{handler})\n"
+        "child = subprocess.Popen(['setpriv', '--pdeathsig', 'KILL', 'sleep', '600'])\n"
+        f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+    assert run([lane("hangs", code, 2)], PYTHON, [], io.StringIO()) == ["hangs: timed out"]
+    state = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_lane_begins_when_those_before_it_have_ended(tmp_path: Path) -> None:
+    file = str(tmp_path / "done")
+    plan = [
+        lane("last", f"open({file!r}).close()", after=("first",)),
+        lane("first", f"import time; time.sleep(0.3); open({file!r}, 'w').close()"),
+    ]
+    assert run(plan, PYTHON, [], io.StringIO()) == []
+
+
+def test_an_interrupt_reaches_the_lanes(tmp_path: Path) -> None:
+    inner = (
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); print('x'); time.sleep(600)"
+    )
+    outer = (
+        "import sys\n"
+        "from tests.support.lanes import Lane, run\n"
+        f"run([Lane('sleeps', ({inner!r},), 60)], [sys.executable, '-c'], [], sys.stdout)\n"
+    )
+    os.mkfifo(pipe)
+    with subprocess.Popen([sys.executable, "-c", outer], cwd=ROOT, stdout=subprocess.PIPE, text=True) as runner:
+        pidfd = os.pidfd_open(int(Path(pipe).read_text()))
+        try:
+            runner.send_signal(signal.SIGINT)
+            assert select.select([pidfd], [], [], 30)[0]
+        finally:
+            os.close(pidfd)
+        output, _ = runner.communicate(timeout=30)
+    assert "==== sleeps: interrupted" in output
+
+
+@pytest.mark.parametrize("tier", ["quick", "default"])
+def test_the_lanes_have_all_folders_of_their_tier(tier: str) -> None:
+    parts = [each for plan in PLANS[tier] for each in plan.arguments]
+    folders = {f"tests/{path.relative_to(ROOT / 'tests').parts[0]}" for path in ROOT.glob("tests/**/test_*.py")}
+    if tier == "quick":
+        assert sorted(parts) == sorted(["tests/unit", "tests/property"] * 2 + ["--part=1/2", "--part=2/2"])
+    else:
+        assert sorted(parts) == sorted(folders)
+
+
+def test_what_was_not_run_is_from_the_last_summary() -> None:
+    text = (
+        "= short test summary info =\nSKIPPED [1] of the guest\n"
+        "NOT RUN in this tier: 3 tests of tests/vm (run scripts/test --all)\n"
+        "\x1b[36m= short test summary info =\x1b[0m\n\x1b[33mSKIPPED\x1b[0m [2] tests/x.py:1: NO KAFKA\n= 1 passed =\n"
+    )
+    assert last_summary(text) == [
+        "NOT RUN in this tier: 3 tests of tests/vm (run scripts/test --all)",
+        "NOT RUN on this machine: [2] tests/x.py:1: NO KAFKA",
+    ]
