@@ -167,6 +167,23 @@ def test_a_port_that_cannot_be_had_is_one_warning(caplog, host):
     assert record.getMessage().startswith(f"metrics: no endpoint at {host} port {port}: ")
 
 
+@pytest.fixture
+def no_threads():
+    usual = threading.stack_size(1 << 46)  # more than the address space
+    yield
+    threading.stack_size(usual)
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_where_no_thread_can_be_started_the_endpoint_is_a_warning(caplog, tmp_path):
+    with Endpoint("127.0.0.1", 0, StatusBoard()) as server:
+        assert server.url is None
+    with Endpoint("127.0.0.1", 0, StatusBoard()) as server:
+        server._serve_at(tmp_path / "s")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_producers_do_not_share_a_port():
     with serving() as (_, first):
         assert first.url
