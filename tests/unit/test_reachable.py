@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
