@@ -4,8 +4,8 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -158,20 +158,21 @@ class StreamBuilder:
     def build(self, stream: Stream) -> StreamParts:
         """Open a stream's spool and ledger, drain the rings of replaced hooks, and recover the account."""
         ledger = Ledger(ledger_path(self._config, stream))
-        account = ledger.read()
+        with _passing_errors("ledger"):
+            account = ledger.read()
         open_error = ""
         try:
-            ledger.open()
+            with _passing_errors("ledger"):
+                ledger.open()
         except OSError as error:
             logger.warning("ledger: %s: this run's loss counts will not survive a restart", error)
         self._stack.callback(ledger.close)
         spool = None
         if spool_bytes(self._config, stream):
             try:
-                spool = self._open_spool(stream, account)
+                with _passing_errors("spool"):
+                    spool = self._open_spool(stream, account)
             except OSError as error:
-                if error.errno in PASSING:  # without a spool, its events would count as lost
-                    raise UnavailableError(f"spool: {error}") from error
                 open_error = str(error)
                 logger.error("spool: %s: continuing without a spool", error)
         old_lost = self._drain_old(stream, spool, account)
@@ -207,3 +208,14 @@ class StreamBuilder:
             with ring:
                 lost += drain(old, ring, ring_id or "", encoder, spool, account, UtcOffset()())
         return lost
+
+
+@contextmanager
+def _passing_errors(what: str) -> Iterator[None]:
+    """Raise UnavailableError for want of descriptors or memory: without ledger or spool, their events count as lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in PASSING:
+            raise UnavailableError(f"{what}: {error}") from error
+        raise

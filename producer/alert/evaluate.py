@@ -9,6 +9,7 @@ no alert is sent twice.
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from sys import getsizeof
 
 from producer.alert.model import Alert
 from producer.alert.windows import MEMORY_BYTES, MOST_SEGS, Grouping, Sums
@@ -18,8 +19,8 @@ _SECOND_NS = 1_000_000_000
 RETRANSMITS, TRANSMITS = "retransmits", "transmits"
 MOST_FIRING = 10_000
 """Most groups that fire at once, per rule and partition of the sums topic; others are suppressed."""
-_GROUP_BYTES = 200
-"""Memory of a group in a window, without its name."""
+_WINDOW_BYTES, _SOURCE_BYTES, _GROUP_BYTES = 400, 400, 200
+"""Memory of a window, of a source in it, and of a group of that, without names. A topic's writers choose them."""
 
 
 def grouping_of(rule: AlertRule) -> Grouping:
@@ -32,16 +33,22 @@ class _Window:
 
     def __init__(self, first_offset: int) -> None:
         self.first_offset = first_offset
-        self.size = 0
+        self.size = _WINDOW_BYTES
         self._sources: dict[tuple[str, str], dict[str, int]] = {}
 
     def put(self, stream: str, source: str, sums: Sums, room: int) -> int:
         """Set a source's sums; return how many groups did not fit into `room` bytes."""
-        segs, before = self._sources.setdefault((stream, source), {}), self.size
-        skipped = 0
+        before, skipped = self.size, 0
+        segs = self._sources.get((stream, source))
+        if segs is None:
+            size = _SOURCE_BYTES + getsizeof(source)
+            if size > room:
+                return len(sums.segs)
+            segs = self._sources[stream, source] = {}
+            self.size += size
         for group, count in sums.segs.items():
             if group not in segs:
-                size = _GROUP_BYTES + len(group)
+                size = _GROUP_BYTES + getsizeof(group)
                 if self.size - before + size > room:
                     skipped += 1
                     continue
@@ -118,9 +125,10 @@ class Decider:
             return 0
         window = windows.get(sums.start_ns)
         if window is None:
-            if self._free_bytes < _GROUP_BYTES:
+            if self._free_bytes < _WINDOW_BYTES:
                 return len(sums.segs)
             window = windows[sums.start_ns] = _Window(offset)
+            self._free_bytes -= window.size
         before = window.size
         skipped = window.put(stream, source, sums, self._free_bytes)
         self._free_bytes -= window.size - before

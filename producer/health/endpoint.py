@@ -17,6 +17,7 @@ folder's mode.
 """
 
 import contextlib
+import errno
 import http.client
 import io
 import json
@@ -78,12 +79,12 @@ class Endpoint:
     def __enter__(self) -> "Endpoint":
         try:
             server = _Server(self._host, self._port, self._board, self._web)
+            self._stack.enter_context(_running(server, "endpoint"))
         except OSError as error:
             logger.warning("metrics: no endpoint at %s port %d: %s", self._host, self._port, error.strerror or error)
             return self
         scheme = "https" if self._web.current().tls else "http"
         self.url = f"{scheme}://{endpoint(self._host, server.server_address[1])}"
-        self._stack.enter_context(_running(server, "endpoint"))
         if self._local:
             self._serve_at(self._local)
         return self
@@ -96,17 +97,21 @@ class Endpoint:
     def _serve_at(self, path: Path) -> None:
         try:
             server = _LocalServer(path, self._board, self._web)
+            self._stack.callback(_unlink, path)
+            self._stack.enter_context(_running(server, "endpoint-local"))
         except OSError as error:
             logger.warning("metrics: no socket at %s, `rebpf status` will not work: %s", path, error.strerror or error)
-            return
-        self._stack.callback(_unlink, path)
-        self._stack.enter_context(_running(server, "endpoint-local"))
 
 
 @contextlib.contextmanager
 def _running(server: "_Server", name: str) -> Iterator[None]:
+    """Serve in a thread. Raises OSError if none can be started."""
     thread = threading.Thread(target=server.serve, name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        server.server_close()
+        raise OSError(errno.EAGAIN, f"{error}: raise TasksMax, or ulimit -u") from error
     try:
         yield
     finally:

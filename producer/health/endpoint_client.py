@@ -1,12 +1,18 @@
-"""How `rebpf status` asks a producer: at its HTTP endpoint, or through the socket in its state folder."""
+"""How `rebpf status` asks a producer: at its HTTP endpoint, or through the socket in its state folder.
+
+Something else may answer there: the whole visit has a deadline and a size limit.
+"""
 
 import contextlib
 import http.client
 import os
 import stat
+import threading
+import time
+from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
-from socket import AF_UNIX, socket
+from socket import AF_UNIX, SHUT_RDWR, socket
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,11 +50,11 @@ def ask(url: str, local: Path | None = None) -> dict[str, Any]:
     """
     try:
         # The URL is from agent.json, so it is as trustworthy as whoever can write that file.
-        with contextlib.closing(_connection(url, local)) as connection:
+        with contextlib.closing(_connection(url, local)) as connection, _deadline(connection):
             connection.request("GET", "/status")
             response = connection.getresponse()
             status = state_file.parse(response.read(_MOST_STATUS_BYTES))
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: no thread
         why = f"the producer does not answer at {url}/status: {error or 'no response'}"
         raise UnavailableError(printable(why)) from error
     if not isinstance(status, dict):
@@ -64,3 +70,27 @@ def _connection(url: str, local: Path | None) -> http.client.HTTPConnection:
     if local:
         return _LocalConnection(local)
     return http.client.HTTPConnection(urlsplit(url).netloc, timeout=_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def _deadline(connection: http.client.HTTPConnection) -> Iterator[None]:
+    """Connect, and disconnect when the time is over: the timeout of a socket bounds each read."""
+    end_s = time.monotonic() + _TIMEOUT_S
+    connection.connect()
+    with connection.sock.dup() as own:  # http.client drops its socket before the body is read
+        timer = threading.Timer(_TIMEOUT_S, _disconnect, [own])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if time.monotonic() >= end_s:
+                raise TimeoutError(f"no complete response within {_TIMEOUT_S:g} s") from error
+            raise
+        finally:
+            timer.cancel()
+
+
+def _disconnect(sock: socket) -> None:
+    with contextlib.suppress(OSError):  # disconnected already
+        sock.shutdown(SHUT_RDWR)

@@ -25,10 +25,13 @@ def unreachable(brokers: Sequence[tuple[str, int]], timeout_s: float = _TIMEOUT_
 
     # Name resolution has no configurable timeout, hence the threads.
     threads = [threading.Thread(target=look, args=(broker,), daemon=True) for broker in brokers]
-    for thread in threads:
-        thread.start()
+    for broker, thread in zip(brokers, threads, strict=True):
+        try:
+            thread.start()
+        except RuntimeError as error:  # at the limit on processes
+            found[broker] = f"not checked: {error}"
     deadline = time.monotonic() + timeout_s
-    for thread in threads:
+    for thread in filter(threading.Thread.is_alive, threads):
         thread.join(max(0.0, deadline - time.monotonic()))
     reasons = {broker: found.get(broker, f"no answer within {timeout_s:g} s") for broker in brokers}
     return {broker: reason for broker, reason in reasons.items() if reason is not None}

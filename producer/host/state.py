@@ -129,19 +129,27 @@ def check_owners(path: Path) -> None:
         return
     with contextlib.suppress(FileNotFoundError):
         _check_owner(path, path.stat().st_uid)
-    above = [*reversed(path.parents), *reversed(Path(os.path.realpath(path)).parents)]
-    for each in [*above, *([path] if path.is_symlink() else [])]:
+    real = Path(os.path.realpath(path))
+    above = [*reversed(path.parents), *reversed(real.parents), *([path] if path.is_symlink() else [])]
+    for each in [*above, real]:
         try:
             status = each.lstat()
         except FileNotFoundError:  # root creates it later
             continue
-        others = (
-            status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX and not stat.S_ISLNK(status.st_mode)
-        )
+        # In a sticky folder such as /tmp, others cannot replace root's folders, but create links among its files.
+        is_safe = stat.S_ISLNK(status.st_mode) or (status.st_mode & stat.S_ISVTX and each != real)
+        others = "" if is_safe else _writers(status)
         if status.st_uid != 0 or others:
-            owner = f"belongs to the user with uid {status.st_uid}" if status.st_uid else "is writable for all users"
+            owner = f"belongs to the user with uid {status.st_uid}" if status.st_uid else f"is writable for {others}"
             fix = "set state_dir to a folder that only root can write to" if others else "run this as that user"
             raise ConfigError(f"state_dir {path}: {each} {owner}, so root does not write below it: {fix}")
+
+
+def _writers(status: os.stat_result) -> str:
+    """Return who may write to a folder besides its owner and root's group; empty if nobody."""
+    if status.st_mode & stat.S_IWOTH:
+        return "all users"
+    return f"the group with gid {status.st_gid}" if status.st_mode & stat.S_IWGRP and status.st_gid else ""
 
 
 def _check_owner(path: Path, owner: int) -> None:

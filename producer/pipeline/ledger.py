@@ -20,6 +20,7 @@ from typing import Any
 
 from producer.host import state_file
 from producer.pipeline.interfaces import Spool
+from producer.spool.disk import PASSING
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,17 @@ class Ledger:
         os.posix_fallocate(self._descriptor, 0, _PAGE_BYTES)
 
     def read(self) -> Account | None:
-        """Return the last account written; None if there is none that can be read."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        """Return the last account written; None if there is none that can be read.
+
+        OSError: for want of descriptors or memory; the account is as it was.
+        """
+        try:
             return _account(state_file.read(self._path, _PAGE_BYTES))
+        except OSError as error:
+            if error.errno in PASSING:
+                raise
+        except (ValueError, TypeError):
+            pass
         return None
 
     def _is_damaged(self) -> bool:
@@ -81,7 +90,9 @@ class Ledger:
             page = state_file.read(self._path, _PAGE_BYTES)
         except FileNotFoundError:
             return False
-        except OSError:
+        except OSError as error:
+            if error.errno in PASSING:
+                raise
             return True
         return bool(page.strip(b" \0")) and self.read() is None
 

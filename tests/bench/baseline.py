@@ -26,7 +26,7 @@ from producer.host.clock import UtcOffset
 from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import filtered
 from producer.schemas import frame, load_schema
-from tests.servers.fetch import cache
+from tests.support.servers.fetch import cache
 
 sys.path.append("/usr/lib/python3/dist-packages")
 from bcc.libbcc import _RINGBUF_CB_TYPE, lib

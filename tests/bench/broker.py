@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import Self
 
 from tests.bench.reader import TOPICS
-from tests.servers import fetch
+from tests.support.servers import fetch
 from tests.support.servers.kafka import KafkaServer
-from tests.servers.process import free_port
+from tests.support.servers.process import free_port
 
 _REQUESTS = "kafka.network:type=RequestMetrics,name=RequestsPerSec,request=Produce,*"
 _LOCAL = ("authenticate=false", "ssl=false", "host=127.0.0.1")

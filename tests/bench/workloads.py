@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.servers.fetch import cache
+from tests.support.servers.fetch import cache
 
 LOSS = 0.25
 LOSSY_EVENTS_PER_S = 50

@@ -1,9 +1,11 @@
-"""Configuration files, and the command line."""
+"""Configuration files, the file of the endpoint's TLS and passwords, and the command line."""
 
 import contextlib
 import io
+import json
 import logging
 import os
+import ssl
 import sys
 import tempfile
 import tomllib
@@ -17,10 +19,12 @@ from producer.cli import main
 from producer.config.librdkafka import client_settings
 from producer.config.load import Config, load, located
 from producer.errors import ConfigError, RebpfError
+from producer.health.web_config import WebSettings
 from producer.host.cgroups import cgroup2_root
 from producer.rules.resolve import resolve
 from tests.fuzz.engine import Check, FindingError, Target
-from tests.fuzz.mutation import HOSTILE, NUMBERS, mutated
+from tests.fuzz.mutation import HOSTILE, NUMBERS, mutated, mutated_json
+from tests.support.servers.certificates import Authority
 
 _SEEDS = (
     b"""host = "web-17"
@@ -81,6 +85,34 @@ clear = 0.1
 minimum = 100
 """,
 )
+_SECRET = "hunter2hunter2"
+_WEB = (
+    b"""tls_server_config:
+  cert_file: server.pem
+  key_file: server.key
+  client_auth_type: RequireAndVerifyClientCert
+  client_ca_file: authority.pem
+  client_allowed_sans: [prometheus, "::1"]
+  min_version: TLS12
+  max_version: TLS13
+  prefer_server_cipher_suites: no
+  cipher_suites: [TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, TLS_AES_128_GCM_SHA256]
+http_server_config:
+  http2: false
+  headers: {X-Frame-Options: deny, Strict-Transport-Security: max-age=1}
+basic_auth_users:
+  alice: $2y$04$aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
+""",
+    b"basic_auth_users: {alice: hunter2hunter2}\n",
+    b"tls_server_config: &a {cert: *a, key_file: !!python/object/apply:os.getpid []}\n<<: *a\n? [b]\n: |\n  c\n",
+    b"a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nbasic_auth_users: &d {? *c : *c, e: *d}\n",
+)
+_WEB_VALUES = {
+    "tls_server_config": {"cert_file": "server.pem", "key_file": "server.key", "curve_preferences": ["X25519"]},
+    "http_server_config": {"http2": "true", "headers": {"X-Frame-Options": "deny"}},
+    "basic_auth_users": {"alice": "$2y$04$" + "a" * 53},
+    "rate_limit": {"burst": 1},
+}
 _VALUES = [
     *map(str, NUMBERS),
     *(text for text in HOSTILE if "\0" not in text),
@@ -120,6 +152,37 @@ def _files() -> Iterator[Check]:
                     resolve(config, root).tables()
             except ConfigError as error:
                 _one_line(str(error))
+
+        yield check
+
+
+@contextlib.contextmanager
+def _web_files() -> Iterator[Check]:
+    """A file is in force, or rejected in one line without a password; a change never removes protection."""
+    now_s = 0.0
+    with tempfile.TemporaryDirectory() as name:
+        authority, folder = Authority(Path(name) / "authority"), Path(name)
+        server = authority.issue("server")
+        for source, target in (server.certificate, "server.pem"), (server.key, "server.key"):
+            (folder / target).write_bytes(source.read_bytes())
+        (folder / "authority.pem").write_bytes(authority.certificate.read_bytes())
+        path = folder / "web.yml"
+        path.write_bytes(_WEB[0])
+        running = WebSettings(path, lambda: now_s)
+
+        def check(content: bytes) -> None:
+            nonlocal now_s
+            path.write_bytes(content)
+            try:
+                WebSettings(path)
+            except ConfigError as error:
+                _one_line(str(error))
+                if _SECRET in str(error):
+                    raise FindingError(f"the message has the password: {error}") from error
+            now_s += 100
+            web = running.current()
+            if web.tls is None or web.tls.verify_mode != ssl.CERT_REQUIRED or not web.users:
+                raise FindingError("a change has removed TLS, certificates or passwords")
 
         yield check
 
@@ -201,12 +264,17 @@ _command = st.tuples(
     ),
     st.lists(_option, max_size=3).map(lambda lists: [word for words in lists for word in words]),
 )
+_web = st.one_of(
+    mutated(_WEB),
+    mutated_json([_WEB_VALUES]).map(lambda values: json.dumps(values, ensure_ascii=False).encode(errors="replace")),
+)
 _laid_over = st.fixed_dictionaries(
     {}, optional={"kafka__brokers": _words, "registry__url": _words, "state_dir": _words.map(Path)}
 )
 
 TARGETS = (
     Target("config", mutated(_SEEDS), _files, 300),
+    Target("web_config", _web, _web_files, 40, bound_s=30.0),  # PyYAML takes a second for 5,000 open brackets
     Target("values", _laid_over, _values, 60),
     Target("command", _command, _command_lines, 25),
 )

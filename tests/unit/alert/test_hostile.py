@@ -4,6 +4,7 @@ import io
 import json
 import math
 import struct
+import tracemalloc
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -331,3 +332,19 @@ def test_the_oldest_of_too_many_alerts_are_forgotten(
     found = last_of([*map(encoded, alerts), (b"many/web-24", None)], "alerts", decoder(), NOW_NS)
     assert [alert.group for alert in found] == [f"web-{number}" for number in range(15, 24)]
     assert "forgot the oldest 15" in caplog.text
+
+
+@pytest.mark.parametrize("chosen", ["sources", "windows", "wide names"])
+def test_whatever_a_writer_of_sums_chooses_takes_bounded_memory(chosen: str) -> None:
+    decider = Decider([RULE], ["events/0"], [], 0, memory_bytes=1 << 20)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(20_000):
+            source = f"{number}/" + "x" * 500 if chosen == "sources" else "events/0"
+            start_ns = GROUPING.width_ns * (number + 1 if chosen == "windows" else 7)
+            segs = {f"{number}" + "\N{PILE OF POO}" * 500: 1} if chosen == "wide names" else {}
+            decider.add(RETRANSMITS, source, Sums(GROUPING, start_ns, segs), number)
+        assert tracemalloc.get_traced_memory()[0] - before < 3 << 19
+    finally:
+        tracemalloc.stop()

@@ -91,3 +91,12 @@ def test_brokers_that_take_a_connection_are_reachable() -> None:
         found = unreachable([there, away, *names])
     assert set(found) >= {away, names[0], names[2], names[3], names[4]}
     assert there not in found
+
+
+def test_where_no_thread_can_be_started_brokers_are_not_checked() -> None:
+    usual = threading.stack_size(1 << 46)  # more than the address space
+    try:
+        found = unreachable([("127.0.0.1", 9092), ("x.invalid", 9092)])
+    finally:
+        threading.stack_size(usual)
+    assert set(found.values()) == {"not checked: can't start new thread"}

@@ -1,5 +1,6 @@
 """What the producer says of itself, its HTTP endpoint, and `rebpf status`."""
 
+import contextlib
 import http.client
 import json
 import logging
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from producer.errors import UnavailableError
-from producer.health import endpoint
+from producer.health import endpoint, endpoint_client
 from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.status import Status, table, usage
 from producer.host.state import StateFolder
@@ -166,6 +167,23 @@ def test_a_port_that_cannot_be_had_is_one_warning(caplog, host):
     assert record.getMessage().startswith(f"metrics: no endpoint at {host} port {port}: ")
 
 
+@pytest.fixture
+def no_threads():
+    usual = threading.stack_size(1 << 46)  # more than the address space
+    yield
+    threading.stack_size(usual)
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_where_no_thread_can_be_started_the_endpoint_is_a_warning(caplog, tmp_path):
+    with Endpoint("127.0.0.1", 0, StatusBoard()) as server:
+        assert server.url is None
+    with Endpoint("127.0.0.1", 0, StatusBoard()) as server:
+        server._serve_at(tmp_path / "s")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_producers_do_not_share_a_port():
     with serving() as (_, first):
         assert first.url
@@ -250,6 +268,36 @@ def test_status_of_a_producer_that_does_not_answer_is_69(tmp_path):
     assert (done.returncode, done.stdout) == (69, "")
     assert done.stderr.startswith(f"rebpf: the producer does not answer at {server.url}/status: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+DRIPS = (b"HTTP/1.1 200 O", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n{", b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+@pytest.mark.parametrize("begin", DRIPS)
+@pytest.mark.parametrize("is_local", [False, True])
+def test_an_answer_that_drips_ends_at_the_deadline(tmp_path, monkeypatch, begin, is_local):
+    monkeypatch.setattr(endpoint_client, "_TIMEOUT_S", 0.3)
+    gone = threading.Event()
+    listener = socket.socket(socket.AF_UNIX) if is_local else socket.socket()
+    listener.bind(str(tmp_path / "s") if is_local else ("127.0.0.1", 0))
+    listener.listen()
+
+    def drip() -> None:
+        visitor, _ = listener.accept()
+        with visitor, contextlib.suppress(OSError):
+            visitor.sendall(begin)
+            while not gone.wait(0.02):
+                visitor.sendall(b"0")
+        gone.set()
+
+    with listener:
+        threading.Thread(target=drip, daemon=True).start()
+        url = "http://127.0.0.1:1" if is_local else f"http://127.0.0.1:{listener.getsockname()[1]}"
+        end = threading.Timer(10, gone.set)  # of a drip that nothing ends
+        end.start()
+        with pytest.raises(UnavailableError, match=r"no complete response within 0\.3 s"):
+            endpoint.ask(url, tmp_path / "s" if is_local else None)
+        end.cancel()
 
 
 def test_a_step_costs_next_to_nothing_while_nobody_asks():

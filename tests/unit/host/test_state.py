@@ -127,10 +127,11 @@ def test_root_writes_nothing_into_the_folder_of_another_user(tmp_path):
 
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+MODES = {"open to all": 0o777, "open to a group": 0o770, "itself open to all": 0o777, "itself sticky": 0o1777}
 
 
 @as_root
-@pytest.mark.parametrize("make", ["folder above", "link", "link above", "behind a link", "open to all"])
+@pytest.mark.parametrize("make", ["folder above", "link", "link above", "behind a link", *MODES])
 def test_root_writes_nothing_where_another_user_could_put_a_link(tmp_path, make):
     theirs, victim = tmp_path / "theirs", tmp_path / "victim"
     theirs.mkdir()
@@ -148,8 +149,11 @@ def test_root_writes_nothing_where_another_user_could_put_a_link(tmp_path, make)
         path = tmp_path / "link"
         path.symlink_to(theirs / "state")
         (theirs / "state").mkdir()
-    elif make == "open to all":
-        theirs.chmod(0o777)
+    elif make in MODES:
+        where = path if "itself" in make else theirs
+        where.mkdir(exist_ok=True)
+        os.chown(where, 0, 65534)
+        where.chmod(MODES[make])
     else:
         os.chown(theirs, 65534, 65534)
     with pytest.raises(ConfigError, match="so root does not write below it: "):
@@ -166,6 +170,7 @@ def test_roots_own_links_and_sticky_folders_are_followed(tmp_path):
     (tmp_path / "sticky").chmod(0o1777)
     (tmp_path / "link").symlink_to("sticky/state")
     (tmp_path / "sticky" / "state").mkdir()
+    (tmp_path / "sticky" / "state").chmod(0o770)  # root's group
     with StateFolder(tmp_path / "link"):
         assert (tmp_path / "sticky" / "state" / "lock").exists()
 

@@ -49,9 +49,9 @@ def test_a_row_outside_the_batch_is_an_error(row: int) -> None:
 def test_bytes_outside_the_buffer_are_an_error(start: int, length: int) -> None:
     good = _strings([b"onetwo"])
     bad = good[0], np.array([start]), np.array([length])
-    for arguments in ((*good, *bad), (*bad, *good)):
+    for payload, keys in ((good, bad), (bad, good)):
         with pytest.raises(ValueError, match="message 0 is outside its batch"):
-            _native.messages(np.zeros(1, MESSAGE), 0, *arguments, None)
+            _native.messages(np.zeros(1, MESSAGE), 0, *payload, *keys, None)
 
 
 def test_arrays_of_other_sizes_are_errors() -> None:

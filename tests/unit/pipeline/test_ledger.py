@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import resource
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +80,23 @@ def test_opening_keeps_what_is_there(path: Path) -> None:
     ledger = opened(path)
     assert ledger.read() == ACCOUNT
     ledger.close()
+
+
+def test_for_want_of_descriptors_an_account_is_neither_none_nor_damaged(path: Path) -> None:
+    write(path, ACCOUNT)
+    ledger = Ledger(path)
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, usual[1]))
+    try:
+        for call in (ledger.read, ledger.open):
+            with pytest.raises(OSError, match="Too many open files"):
+                call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert ledger.read() == ACCOUNT
 
 
 def test_no_file_and_a_page_that_nobody_wrote_are_no_account(path: Path) -> None:
