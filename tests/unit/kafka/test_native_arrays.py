@@ -48,7 +48,7 @@ def test_a_row_outside_the_batch_is_an_error(row: int) -> None:
 @pytest.mark.parametrize(("start", "length"), [(0, 7), (7, 0), (6, 1), (-1, 1), (0, -1), (1 << 62, 1 << 62)])
 def test_bytes_outside_the_buffer_are_an_error(start: int, length: int) -> None:
     good = _strings([b"onetwo"])
-    bad = good[0], np.array([start]), np.array([length])
+    bad: Strings = good[0], np.array([start]), np.array([length])
     for payload, keys in ((good, bad), (bad, good)):
         with pytest.raises(ValueError, match="message 0 is outside its batch"):
             _native.messages(np.zeros(1, MESSAGE), 0, *payload, *keys, None)
