@@ -16,6 +16,8 @@ from producer.schemas import load_schema
 HOST_FIELDS = {"host": "test-host", "boot_id": "5e4a1cde-0000-4000-8000-123456789abc"}
 UTC_OFFSET_NS = 1_700_000_000_123_456_789
 FLOWS = 50
+INTS = ("cpu", "payload_len", "segs", "retransmit_no")
+"""Unsigned in the rings, but Avro ints."""
 # One more than there are names of: a number without a name.
 NAMED = {"state": len(STATES) + 1, "ca_state": len(CA_STATES) + 1, "cause": len(CAUSES) + 1}
 
@@ -36,7 +38,7 @@ def random_rows(stream: Stream, count: int, random: np.random.Generator) -> Rows
     for place in (segments, rows):
         for name, (member, *_) in (place.dtype.fields or {}).items():
             if member == np.uint32 and name != "known":
-                place[name] >>= random.integers(0, 33, count).astype(np.uint32) % 32
+                place[name] >>= random.integers(name in INTS, 32, count, np.uint32)
             elif name in NAMED:
                 place[name] %= NAMED[name]
     return rows
