@@ -12,7 +12,7 @@ import pytest
 
 from producer.cli.main import rebpf
 from producer.config.librdkafka import client_settings
-from producer.config.load import load
+from producer.config.load import Config, load
 from producer.events import CAUSES, STREAMS
 from producer.health.balance import stage
 from producer.paths import SCHEMAS
@@ -89,6 +89,16 @@ def commands(text: str) -> list[list[str]]:
     """Return the command lines of `rebpf` in a document, in blocks and in the text, without their comments."""
     lines = re.findall(r"^ {4}(?:\S*/)?rebpf (.*)$", text, re.MULTILINE) + re.findall(r"`rebpf ([a-z].*?)`", text)
     return [shlex.split(line, comments=True) for line in lines]
+
+
+SETTING = re.compile(r"`(capture|kafka|spool|metrics|registry|alert)\.([a-z_]+)[` =]")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_settings_that_the_documents_name_exist(name: str) -> None:
+    config = Config()
+    named = SETTING.findall((ROOT / name).read_text())
+    assert not [f"{section}.{key}" for section, key in named if not hasattr(getattr(config, section), key)]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
