@@ -39,6 +39,31 @@ def reports(pointers: _Array, rows: _Array, /) -> list[tuple[int, int, int, int]
     batches.
     """
 
+def schema_ids(values: list[bytes | None], /) -> bytes:
+    """Return the schema id of each value in Confluent's wire format, as int64.
+
+    -1 where there is none, and -2 where the value is longer than 1 MiB.
+    """
+
+def decode(
+    values: list[bytes | None], plan: bytes, columns: int, seed: int, /
+) -> tuple[bytes, bytes, bytes, tuple[list[str], bytes]]:
+    """Decode values of one schema by a plan (struct decode_step in native/decode.h, made in producer.consume.plan).
+
+    Returns the cells (int64) and whether they are not null (uint8), column by column; each value's status (uint8,
+    0 is decoded, 1 invalid, 2 a text too long; the cells of others are undefined); and the distinct texts with their
+    hashes (int64). A cell of a text is the index of the text, and of a double its bits. `seed` makes the hashes secret.
+    """
+
+def groups(seed: int, /, *columns: _Array) -> tuple[bytes, bytes]:
+    """Number the distinct rows of 1 to 8 columns (int64) from 0, in order of appearance.
+
+    Returns each row's number, and each number's first row, as int64.
+    """
+
+def mark(bits: _Array, positions: _Array, /) -> bytes:
+    """Set the bits at the positions (int64) in `bits` (uint8); return which were not set before (uint8)."""
+
 MAX_IDS: int
 """How many ids an Encoder remembers."""
 

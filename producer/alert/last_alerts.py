@@ -3,13 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 from producer.alert.model import Alert
 from producer.alert.silence import MEASURE
 from producer.alert.windows import AHEAD_NS, GROUPS, MOST_GROUP, MOST_SEGS
-from producer.consume.decode import Decoder
+from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.reader import TopicReader
 from producer.errors import RebpfError
 
@@ -34,24 +35,28 @@ def last_alerts(brokers: str, topic: str, settings: Mapping[str, str], decoder: 
         reader.close()
 
 
-def last_of(messages: Iterable[tuple[bytes, bytes | None]], topic: str, decoder: Decoder, now_ns: int) -> list[Alert]:
+def last_of(
+    batches: Iterable[Sequence[tuple[bytes, bytes | None]]], topic: str, decoder: Decoder, now_ns: int
+) -> list[Alert]:
     """Return the last alert of each key; other messages are skipped, counted and logged once."""
     last: dict[bytes, Alert] = {}
     rejected = forgotten = 0
     reason = ""
-    for key, value in messages:
-        last.pop(key, None)
-        if value is None:  # a tombstone
-            continue
-        try:
-            last[key] = _alert(key, value, decoder, now_ns)
-        except (RebpfError, MemoryError):  # not about this message
-            raise
-        except Exception as exc:  # no message may stop its readers
-            rejected, reason = rejected + 1, reason or f"key={key[:_SHOWN]!r}: {exc!r}"[: 2 * _SHOWN]
-        if len(last) > MOST_ALERTS:
-            forgotten += 1
-            del last[next(iter(last))]
+    for batch in batches:
+        records = decoder.records([value for _, value in batch])
+        for (key, value), record in zip(batch, records, strict=True):
+            last.pop(key, None)
+            if value is None:  # a tombstone
+                continue
+            try:
+                last[key] = _alert(key, record, now_ns)
+            except (RebpfError, MemoryError):  # not about this message
+                raise
+            except Exception as exc:  # no message may stop its readers
+                rejected, reason = rejected + 1, reason or f"key={key[:_SHOWN]!r}: {exc!r}"[: 2 * _SHOWN]
+            if len(last) > MOST_ALERTS:
+                forgotten += 1
+                del last[next(iter(last))]
     if rejected:
         logger.warning("skipped messages=%d of topic=%s: %s", rejected, topic, reason)
     if forgotten:
@@ -59,14 +64,15 @@ def last_of(messages: Iterable[tuple[bytes, bytes | None]], topic: str, decoder:
     return list(last.values())
 
 
-def _messages(reader: TopicReader) -> Iterator[tuple[bytes, bytes | None]]:
+def _messages(reader: TopicReader) -> Iterator[list[tuple[bytes, bytes | None]]]:
     for batch in reader.batches():
-        for message in batch:
-            yield message.key() or b"", message.value()
+        for messages in batch.values():
+            yield [(message.key() or b"", message.value()) for message in messages]
 
 
-def _alert(key: bytes, value: bytes, decoder: Decoder, now_ns: int) -> Alert:
-    record = decoder.decode(value)
+def _alert(key: bytes, record: dict[str, Any] | UndecodableError, now_ns: int) -> Alert:
+    if isinstance(record, UndecodableError):
+        raise record
     alert = Alert(**{field.name: record[field.name] for field in fields(Alert)})
     if key != alert.key.encode():
         raise ValueError("the key does not match the alert")

@@ -6,8 +6,10 @@ nothing when partitions are revoked; it drops their uncommitted state.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
+import numpy as np
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from producer.alert.assignment import Assigner
@@ -21,6 +23,7 @@ from producer.alert.writer import TopicWriter
 from producer.config.librdkafka import client_settings, consumer_settings
 from producer.config.load import Config
 from producer.consume.decode import Decoder
+from producer.consume.reader import by_partition
 from producer.errors import Stopped, UnavailableError
 from producer.host.signals import Flag
 from producer.kafka.confluent import ClientErrors, open_client
@@ -30,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _STEP_S = 1.0
 _POLL_S = 0.2
-_BATCH = 1000
+_BATCH = 10_000
 _ANSWER_S = 10.0
 _DEFAULTS = {
     # How soon an added partition is read: with librdkafka's 5 minutes, as much of its events would be skipped.
@@ -133,21 +136,25 @@ class Member:
         except _Failed as failed:
             raise failed.cause from None
 
-    def _take(self, messages: Iterable[Message]) -> None:
+    def _take(self, messages: list[Message]) -> None:
         now_ns = time.time_ns()
-        for message in messages:
-            error = message.error()
-            partition = self._assigned.get(PartitionId(message.topic() or "", message.partition() or 0))
+        for (topic, number), run in by_partition(messages):
+            partition = self._assigned.get(PartitionId(topic, number))
+            error = run[-1].error()
+            if error is not None:
+                end = run.pop()
+            if run and partition is not None:
+                offsets = np.fromiter(cast("Iterator[int]", map(Message.offset, run)), np.int64, len(run))
+                partition.put(list(map(Message.value, run)), offsets, now_ns)
             if error is None:
+                continue
+            if error.code() == KafkaError._PARTITION_EOF:
                 if partition is not None:
-                    partition.put(message.value(), message.offset() or 0, now_ns)
-            elif error.code() == KafkaError._PARTITION_EOF:
-                if partition is not None:
-                    partition.end(message.offset() or 0)
+                    partition.end(end.offset() or 0)
             elif error.fatal() or error.code() in _FINAL:
-                raise UnavailableError(f"topic {message.topic()}: {error.str()}")
+                raise UnavailableError(f"topic {topic}: {error.str()}")
             else:
-                logger.debug("topic=%s: %s", message.topic(), error.str())
+                logger.debug("topic=%s: %s", topic, error.str())
 
     def _run_step(self, step: CommitStep) -> None:
         try:

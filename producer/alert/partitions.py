@@ -3,17 +3,21 @@
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from producer.alert import sums_topic
 from producer.alert.evaluate import Decider, grouping_of
 from producer.alert.model import Alert
 from producer.alert.silence import Hosts
-from producer.alert.windows import AHEAD_NS, MEMORY_BYTES, Outcome, SourceSums
+from producer.alert.windows import AHEAD_NS, EVENT_FIELDS, MEMORY_BYTES, Outcome, SourceSums
 from producer.config.load import AlertRule
-from producer.consume.decode import Decoder
+from producer.consume.columns import Ints, Values
+from producer.consume.decode import Decoder, UndecodableError
 from producer.errors import RebpfError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +25,7 @@ logger = logging.getLogger(__name__)
 _MS_NS = 1_000_000
 _NEVER_NS = (1 << 63) - 1
 _SHOWN = 200
+_Item = TypeVar("_Item")
 
 
 @dataclass(slots=True)
@@ -93,19 +98,10 @@ class Partition(ABC):
         """The offset to read next."""
         return self._stage.next
 
-    def put(self, value: bytes | None, offset: int, now_ns: int) -> None:
-        """Handle a message; count it if it is not ours."""
+    def put(self, values: Values, offsets: Ints, now_ns: int) -> None:
+        """Handle messages, in order; count those that are not ours."""
         crowded = self.counts.crowded
-        try:
-            self._take(value, offset, now_ns)
-        except (RebpfError, MemoryError):  # not about this message
-            raise
-        except Exception as exc:  # no message may stop its readers
-            self._stage.next = offset + 1
-            self.counts.undecodable += 1
-            if not self._is_warned:
-                self._is_warned = True
-                logger.warning("skipping messages of topic=%s: %s", self.topic, repr(exc)[:_SHOWN])
+        self._take(values, offsets, now_ns)
         if self.counts.crowded > crowded and not self._is_crowded:
             self._is_crowded = True
             logger.warning("too many groups in topic=%s: not all are watched", self.topic)
@@ -125,8 +121,26 @@ class Partition(ABC):
         return Committed(self._stage.position, json.dumps(self._facts()))
 
     @abstractmethod
-    def _take(self, value: bytes | None, offset: int, now_ns: int) -> None:
-        """Handle a message; raise if it is not ours."""
+    def _take(self, values: Values, offsets: Ints, now_ns: int) -> None:
+        """Handle messages; reject those that are not ours."""
+
+    def _reject(self, count: int, reason: str) -> None:
+        """Count messages that are not ours; log the first reason."""
+        self.counts.undecodable += count
+        if not self._is_warned:
+            self._is_warned = True
+            logger.warning("skipping messages of topic=%s: %s", self.topic, reason[:_SHOWN])
+
+    def _each(self, messages: Iterable[_Item], offsets: Ints, take: Callable[[_Item, int], None]) -> None:
+        """Call `take` with each message and its offset; reject the message if that raises."""
+        for message, offset in zip(messages, offsets.tolist(), strict=True):
+            try:
+                take(message, offset)
+            except (RebpfError, MemoryError):  # not about this message
+                raise
+            except Exception as exc:  # no message may stop its readers
+                self._stage.next = offset + 1
+                self._reject(1, repr(exc))
 
     @abstractmethod
     def _read_to_end(self, at_ns: int) -> None:
@@ -160,15 +174,27 @@ class EventPartition(Partition):
         self._decoder = decoder
         self._counted_to = facts.get("next", 0)
 
-    def _take(self, value: bytes | None, offset: int, now_ns: int) -> None:
+    def _take(self, values: Values, offsets: Ints, now_ns: int) -> None:
         forgotten = self.sums.ids_forgotten
-        outcome = self.sums.add(self._decoder.decode(value), offset, now_ns)
+        events, rejected = self._decoder.columns(values, EVENT_FIELDS)
+        at = offsets if len(events) == len(offsets) else offsets[events.rows]
+        outcomes = self.sums.add(events, at, now_ns)
+        self.sums.next = int(offsets[-1]) + 1
         self.counts.ids_forgotten += self.sums.ids_forgotten - forgotten
-        if offset < self._counted_to:  # counted by a previous owner
-            return
-        self.counts.read += 1
-        if outcome is not Outcome.COUNTED:
-            setattr(self.counts, outcome.value, getattr(self.counts, outcome.value) + 1)
+        if rejected:
+            self._reject(len(rejected), rejected[0].reason)
+        if impossible := int(np.count_nonzero(outcomes == Outcome.IMPOSSIBLE)):
+            self._reject(impossible, "numbers or names are out of range")
+        ours = at >= self._counted_to
+        self._note(outcomes if ours.all() else outcomes[ours])  # others were counted by a previous owner
+
+    def _note(self, outcomes: NDArray[np.uint8]) -> None:
+        found = np.bincount(outcomes, minlength=len(Outcome)).tolist()
+        self.counts.read += len(outcomes) - found[Outcome.IMPOSSIBLE]
+        self.counts.duplicate += found[Outcome.DUPLICATE]
+        self.counts.late += found[Outcome.LATE]
+        self.counts.ahead += found[Outcome.AHEAD]
+        self.counts.crowded += found[Outcome.CROWDED]
 
     def _read_to_end(self, at_ns: int) -> None:
         self.sums.read_to_end(at_ns)
@@ -206,7 +232,10 @@ class SumsPartition(Partition):
         self.counts.crowded += self._decider.suppressed - suppressed
         return changes
 
-    def _take(self, value: bytes | None, offset: int, now_ns: int) -> None:
+    def _take(self, values: Values, offsets: Ints, now_ns: int) -> None:
+        self._each(values, offsets, lambda value, offset: self._take_sums(value, offset, now_ns))
+
+    def _take_sums(self, value: bytes | None, offset: int, now_ns: int) -> None:
         message = sums_topic.read(value)
         if isinstance(message, sums_topic.Watermark):
             # A future time would decide all windows up to it without their sums.
@@ -249,8 +278,13 @@ class HeartbeatPartition(Partition):
         """Return the changes since the last call."""
         return self._hosts.look(self._read_to_ns)
 
-    def _take(self, value: bytes | None, offset: int, now_ns: int) -> None:
-        beat = self._decoder.decode(value)
+    def _take(self, values: Values, offsets: Ints, now_ns: int) -> None:
+        beats = self._decoder.records(values)
+        self._each(beats, offsets, lambda beat, offset: self._take_beat(beat, offset, now_ns))
+
+    def _take_beat(self, beat: dict[str, Any] | UndecodableError, offset: int, now_ns: int) -> None:
+        if isinstance(beat, UndecodableError):
+            raise beat
         if not self._hosts.heard(beat, offset, beat["ts"] * _MS_NS, now_ns):
             self.counts.crowded += 1
 

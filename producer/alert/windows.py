@@ -13,9 +13,15 @@ counted, and the oldest ids are forgotten. Both are reported.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from enum import Enum
+from enum import IntEnum
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from producer.alert.event_ids import EventIds
+from producer.consume.columns import Columns, Ints, groups
+from producer.consume.plan import Fields
 from producer.host.endpoints import endpoint
 
 AHEAD_NS = 3_600_000_000_000
@@ -29,8 +35,6 @@ MOST_GROUP = 2048
 """Longest name of a group, in characters: a flow has a host name of up to 1024, and two addresses."""
 
 _NUMBER = 1 << 31
-_ID_BYTES = 100
-"""Measured, of an id in a set."""
 _GROUP_BYTES = 200
 """Of a group in a window, without its name."""
 
@@ -52,16 +56,34 @@ class Sums(NamedTuple):
     segs: Mapping[str, int]
 
 
-class Outcome(Enum):
+class Outcome(IntEnum):
     """What became of an event."""
 
-    COUNTED = "counted"
-    DUPLICATE = "duplicate"
-    LATE = "late"
+    COUNTED = 0
+    DUPLICATE = 1
+    LATE = 2
     """For at least one grouping."""
-    AHEAD = "ahead"
-    CROWDED = "crowded"
+    AHEAD = 3
+    CROWDED = 4
     """No memory for its group, for at least one grouping."""
+    IMPOSSIBLE = 5
+    """Its numbers or names are out of range."""
+
+
+EVENT_FIELDS: Fields = (
+    ("ts_ns", "long"),
+    ("host", "string"),
+    ("boot_id", "string"),
+    ("cpu", "long"),
+    ("cpu_seq", "long"),
+    ("saddr", "string"),
+    ("daddr", "string"),
+    ("sport", "long"),
+    ("dport", "long"),
+    ("segs", "long"),
+    ("sample_rate", "long"),
+)
+"""The fields that are counted and grouped by."""
 
 
 def flow(record: Record) -> str:
@@ -79,6 +101,17 @@ GROUPS: Mapping[str, Callable[[Record], str]] = {
 }
 """The kinds of groups, and how to get the group's name from an event."""
 
+_NAMED_BY: Mapping[str, tuple[str, ...]] = {
+    "host": ("host",),
+    "peer": ("daddr",),
+    "flow": ("host", "saddr", "sport", "daddr", "dport"),
+    "port": ("sport", "dport"),
+}
+"""The fields that a group's name consists of."""
+_TEXTS = frozenset(name for name, kind in EVENT_FIELDS if kind == "string")
+_NUMBERS_LENGTH = 20
+"""Most characters of a group's name besides its texts."""
+
 
 class _Window:
     """An open window: its sums, and the offset of its first event."""
@@ -89,37 +122,6 @@ class _Window:
         self.first_offset = first_offset
         self.size = 0
         self.segs: dict[str, int] = {}
-
-
-class _Ids:
-    """Event ids of open windows, at most `most`, in buckets by time so that old ones can be dropped."""
-
-    def __init__(self, width_ns: int, most: int) -> None:
-        self.forgotten = 0
-        self._width_ns = width_ns
-        self._most = most
-        self._count = 0
-        self._buckets: dict[int, set[int]] = {}
-
-    def add(self, record: Record) -> bool:
-        """Add an event's id; return False if present. A duplicate's time may differ after a clock correction."""
-        number = hash((record["boot_id"], record["cpu"], record["cpu_seq"]))
-        if any(number in bucket for bucket in self._buckets.values()):
-            return False
-        if self._count >= self._most:
-            self.forgotten += self._drop(min(self._buckets))
-        self._buckets.setdefault(record["ts_ns"] // self._width_ns, set()).add(number)
-        self._count += 1
-        return True
-
-    def forget(self, before_ns: int) -> None:
-        for at in [at for at in self._buckets if (at + 2) * self._width_ns <= before_ns]:
-            self._drop(at)
-
-    def _drop(self, at: int) -> int:
-        dropped = len(self._buckets.pop(at))
-        self._count -= dropped
-        return dropped
 
 
 class SourceSums:
@@ -134,10 +136,9 @@ class SourceSums:
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self._open: dict[Grouping, dict[int, _Window]] = {grouping: {} for grouping in groupings}
-        self._keys = [(grouping, GROUPS[grouping.by], windows) for grouping, windows in self._open.items()]
         self._lateness_ns = lateness_ns
         self._free_bytes = memory_bytes // 2
-        self._ids = _Ids(max(grouping.width_ns for grouping in self._open), max(1, memory_bytes // 2 // _ID_BYTES))
+        self._ids = EventIds(max(grouping.width_ns for grouping in self._open), memory_bytes // 2)
         self.next = first
         """The offset to read next."""
         self.watermark_ns = watermark_ns
@@ -154,35 +155,74 @@ class SourceSums:
         """Ids that were forgotten while duplicates of their events could still arrive."""
         return self._ids.forgotten
 
-    def add(self, record: Record, offset: int, now_ns: int) -> Outcome:
-        """Count an event, multiplied by its sample rate; duplicates are not counted.
+    def add(self, events: Columns, offsets: Ints, now_ns: int) -> NDArray[np.uint8]:
+        """Count events, multiplied by their sample rate, and return their outcomes; duplicates are not counted."""
+        if not len(events):
+            return np.empty(0, np.uint8)
+        self.next = int(offsets[-1]) + 1
+        ts_ns = events["ts_ns"]
+        outcomes = np.full(len(events), Outcome.COUNTED, np.uint8)
+        outcomes[ts_ns > now_ns + AHEAD_NS] = Outcome.AHEAD
+        outcomes[~self._possible(events)] = Outcome.IMPOSSIBLE
+        usable = outcomes == Outcome.COUNTED
+        # Late events and duplicates may advance it too: not beyond what their originals did, or their windows.
+        reached = np.where(usable, np.minimum(ts_ns, now_ns) - self._lateness_ns, 0)
+        watermarks = np.maximum.accumulate(np.append(self.watermark_ns, reached))
+        opened = [
+            usable & (ts_ns - ts_ns % grouping.width_ns + grouping.width_ns > watermarks[:-1])
+            for grouping in self._open
+        ]
+        in_any, in_all = np.logical_or.reduce(opened), np.logical_and.reduce(opened)
+        outcomes[usable & ~in_all] = Outcome.LATE
+        is_counted = self._are_new(events, in_any)
+        outcomes[in_any & ~is_counted] = Outcome.DUPLICATE
+        for (grouping, windows), is_open in zip(self._open.items(), opened, strict=True):
+            rows = np.flatnonzero(is_open & is_counted)
+            crowded = self._count(grouping, windows, events.select(rows), offsets[rows])
+            outcomes[rows[crowded]] = Outcome.CROWDED
+        self.watermark_ns = int(watermarks[-1])
+        return outcomes
 
-        Raises ValueError for impossible numbers and names.
-        """
-        self.next = offset + 1
-        ts_ns = record["ts_ns"]
-        if ts_ns < 0 or not (0 <= record["segs"] < _NUMBER and 0 < record["sample_rate"] < _NUMBER):
-            raise ValueError("numbers out of range")
-        if ts_ns > now_ns + AHEAD_NS:
-            return Outcome.AHEAD
-        windows_of_event = [(name, windows, ts_ns - ts_ns % grouping.width_ns) for grouping, name, windows in self._keys
-                  if ts_ns - ts_ns % grouping.width_ns + grouping.width_ns > self.watermark_ns]  # fmt: skip
-        if not windows_of_event:
-            return Outcome.LATE
-        groups = [name(record) for name, _, _ in windows_of_event]
-        if max(map(len, groups)) > MOST_GROUP:
-            raise ValueError(f"a name is longer than {MOST_GROUP} characters")
-        if not self._ids.add(record):
-            return Outcome.DUPLICATE
-        segs = record["segs"] * record["sample_rate"]
-        counted = [self._count(windows, start_ns, group, segs, offset)
-                   for (_, windows, start_ns), group in zip(windows_of_event, groups, strict=True)]  # fmt: skip
-        self.watermark_ns = max(self.watermark_ns, min(ts_ns, now_ns) - self._lateness_ns)
-        if not all(counted):
-            return Outcome.CROWDED
-        return Outcome.COUNTED if len(windows_of_event) == len(self._keys) else Outcome.LATE
+    def _possible(self, events: Columns) -> NDArray[np.bool_]:
+        """Return which events have possible numbers and names."""
+        segs, rate = events["segs"], events["sample_rate"]
+        possible: NDArray[np.bool_] = (
+            (events["ts_ns"] >= 0) & (segs >= 0) & (segs < _NUMBER) & (rate > 0) & (rate < _NUMBER)
+        )
+        lengths = np.array(list(map(len, events.texts)), np.int64)
+        if len(_TEXTS) * lengths.max(initial=0) + _NUMBERS_LENGTH > MOST_GROUP:
+            for grouping in self._open:
+                names = [name for name in _NAMED_BY[grouping.by] if name in _TEXTS]
+                total = sum((lengths[events[name]] for name in names), np.zeros(len(events), np.int64))
+                possible &= total + (_NUMBERS_LENGTH if grouping.by == "flow" else 0) <= MOST_GROUP
+        return possible
 
-    def _count(self, windows: dict[int, _Window], start_ns: int, group: str, segs: int, offset: int) -> bool:
+    def _are_new(self, events: Columns, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return which of the chosen events are no duplicates."""
+        found = events if chosen.all() else events.select(chosen)
+        is_new = np.zeros(len(events), np.bool_)
+        if len(found):
+            boots = found.hashes[found["boot_id"]]
+            is_new[chosen] = self._ids.add(boots, found["cpu"], found["cpu_seq"], found["ts_ns"])
+        return is_new
+
+    def _count(
+        self, grouping: Grouping, windows: dict[int, _Window], events: Columns, offsets: Ints
+    ) -> NDArray[np.bool_]:
+        """Add to the sums of groups; return which events are of a group that is new while memory is full."""
+        starts = events["ts_ns"] // grouping.width_ns * grouping.width_ns
+        named_by = _NAMED_BY[grouping.by]
+        numbers, firsts = groups(starts, *(events[name] for name in named_by))
+        segs = _summed(numbers, events["segs"] * events["sample_rate"])
+        names = _names(grouping.by, events.select(firsts))
+        crowded = np.zeros(len(firsts), np.bool_)
+        for number, (start_ns, offset, name) in enumerate(
+            zip(starts[firsts].tolist(), offsets[firsts].tolist(), names, strict=True)
+        ):
+            crowded[number] = not self._add(windows, start_ns, name, segs[number], offset)
+        return crowded[numbers]
+
+    def _add(self, windows: dict[int, _Window], start_ns: int, group: str, segs: int, offset: int) -> bool:
         """Add to a group's sum; return False if the group is new and memory is full."""
         window = windows.get(start_ns)
         if window is None or group not in window.segs:
@@ -209,3 +249,20 @@ class SourceSums:
                 taken.append(Sums(grouping, start_ns, window.segs))
         self._ids.forget(self.watermark_ns)
         return taken
+
+
+def _names(by: str, events: Columns) -> list[str]:
+    """Return the name of each event's group."""
+    named_by = _NAMED_BY[by]
+    columns = [
+        [events.texts[index] for index in events[name].tolist()] if name in _TEXTS else events[name].tolist()
+        for name in named_by
+    ]
+    return [GROUPS[by](dict(zip(named_by, values, strict=True))) for values in zip(*columns, strict=True)]
+
+
+def _summed(numbers: Ints, segs: Ints) -> list[int]:
+    """Return the sum of each number's segments, exactly: a sum may have more than 64 bits."""
+    # bincount() adds doubles, exact up to 2^53: the halves of a batch's numbers are far below.
+    high, low = (np.bincount(numbers, part).astype(np.int64).tolist() for part in (segs >> 31, segs & _NUMBER - 1))
+    return [(above << 31) + below for above, below in zip(high, low, strict=True)]

@@ -116,20 +116,22 @@ def batches(
 
 
 def _decoded(messages: Sequence[Message], decoder: Decoder, skipped: dict[str, int]) -> Iterator[Event]:
-    for message in messages:
-        try:
-            record = decoder.decode(message.value())
-        except UndecodableError as exc:
-            reason = f"{message.topic()}: {exc}"
-            if (
-                reason not in skipped and len(skipped) >= _MOST_REASONS
-            ):  # reasons contain schema ids, which are unlimited
-                reason = f"{message.topic()}: other reasons"
-            if reason not in skipped:
-                _LOG.warning("skipping messages of topic=%s: %s", message.topic(), exc)
-            skipped[reason] = skipped.get(reason, 0) + 1
-            continue
-        yield Event(message.topic() or "", (message.key() or b"").decode(errors="replace"), record)
+    records = decoder.records([message.value() for message in messages])
+    for message, record in zip(messages, records, strict=True):
+        if isinstance(record, UndecodableError):
+            _skip(message.topic() or "", str(record), skipped)
+        else:
+            yield Event(message.topic() or "", (message.key() or b"").decode(errors="replace"), record)
+
+
+def _skip(topic: str, why: str, skipped: dict[str, int]) -> None:
+    """Count a skipped message by its reason, of which there are unlimited many: reasons contain schema ids."""
+    reason = f"{topic}: {why}"
+    if reason not in skipped and len(skipped) >= _MOST_REASONS:
+        reason = f"{topic}: other reasons"
+    if reason not in skipped:
+        _LOG.warning("skipping messages of topic=%s: %s", topic, why)
+    skipped[reason] = skipped.get(reason, 0) + 1
 
 
 def events(

@@ -1,7 +1,7 @@
 """`rebpf verify`: check topics for missing, duplicate and reordered events."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,9 +9,10 @@ import numpy as np
 from confluent_kafka import Message
 
 from producer.config.load import Registry
-from producer.consume.audit import Audit, BootReport, Row
-from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import EventIdReader
+from producer.consume.audit import ALL, Audit, BootReport, Rows
+from producer.consume.columns import Columns
+from producer.consume.decode import Decoder
+from producer.consume.event_id import read_events, rows_of
 from producer.consume.reader import TopicReader
 from producer.host.text import lines as as_lines
 from producer.host.text import to_json
@@ -64,17 +65,26 @@ class TopicReport:
 class _TopicCount:
     """Passes the messages of one topic to its audit."""
 
-    def __init__(self, topic: str, complete_from_ms: float, id_reader: EventIdReader, host: str | None) -> None:
+    def __init__(self, topic: str, complete_from_ms: float, decoder: Decoder, host: str | None) -> None:
         self.audit = Audit(complete_from_ms)
         self._topic = topic
-        self._id_reader = id_reader
+        self._needs_timestamps = complete_from_ms != ALL
+        self._decoder = decoder
         self._host = host
         self._messages = self._other_hosts = self._undecodable = 0
         self._reasons: set[str] = set()
 
     def add(self, messages: Sequence[Message]) -> None:
         self._messages += len(messages)
-        self.audit.add(list(self._rows(messages)))
+        events, rejected = read_events(self._decoder, list(map(Message.value, messages)))
+        for row, reason in rejected:
+            self._reject(messages[row], reason)
+        if self._host is not None:
+            is_host = np.array([text == self._host for text in events.texts], np.bool_)
+            of_host = is_host[events["host"]] if len(events) else np.empty(0, np.bool_)
+            self._other_hosts += int(np.count_nonzero(~of_host))
+            events = events.select(of_host)
+        self.audit.add(self._rows(messages, events))
 
     def report(self, partitions: int) -> TopicReport:
         return TopicReport(
@@ -88,21 +98,13 @@ class _TopicCount:
             self.audit.unchecked,
         )
 
-    def _rows(self, messages: Sequence[Message]) -> Iterator[Row]:
-        for message in messages:
-            try:
-                event_id = self._id_reader.read(message.value())
-            except UndecodableError as exc:
-                self._reject(message, str(exc))
-                continue
-            host = event_id["host"]
-            if self._host is not None and host != self._host:
-                self._other_hosts += 1
-                continue
-            yield Row(
-                message.partition() or 0, message.key(), message.timestamp()[1],
-                event_id["ts_ns"], host, event_id["boot_id"], event_id["cpu"], event_id["cpu_seq"],
-            )  # fmt: skip
+    def _rows(self, messages: Sequence[Message], events: Columns) -> Rows:
+        partitions = np.array(list(map(Message.partition, messages)), np.int64)[events.rows]
+        if self._needs_timestamps:
+            sent_ms = np.array([at for _, at in map(Message.timestamp, messages)], np.int64)[events.rows]
+        else:
+            sent_ms = np.zeros(len(events), np.int64)
+        return rows_of(events, partitions, sent_ms)
 
     def _reject(self, message: Message, reason: str) -> None:
         self._undecodable += 1
@@ -127,13 +129,13 @@ def verify(
 
     `host`: only this one. `since`: start at this offset of each partition, or, if negative, this many before its end.
     """
-    id_reader = EventIdReader(Decoder(registry))
+    decoder = Decoder(registry)
     reader = TopicReader(brokers, topics, client_settings, since)
     try:
-        counts = {topic: _TopicCount(topic, reader.complete_from_ms(topic), id_reader, host) for topic in topics}
+        counts = {topic: _TopicCount(topic, reader.complete_from_ms(topic), decoder, host) for topic in topics}
         for batch in reader.batches():
-            for topic, count in counts.items():
-                count.add([message for message in batch if message.topic() == topic])
+            for topic, messages in batch.items():
+                counts[topic].add(messages)
     finally:
         reader.close()
     return [

@@ -6,29 +6,54 @@ since writers of the topic choose hosts and numbers: events beyond the bounds ar
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
-from producer.consume.gaps import MOST_PAGES, Gaps, Numbers, find_gaps
+import numpy as np
+from numpy.typing import NDArray
+
+from producer.consume.columns import Ints, groups
+from producer.consume.gaps import MOST_PAGES, Gaps, Numbers, find_gaps, page_of
 
 ALL = 0
 """`complete_from_ms` of a topic without deleted messages."""
 MOST_BOOTS = 100_000
 _FLOWS = 1 << 19
 _NEVER = (1 << 63) - 1
+_SPREAD = 0x1E3779B97F4A7C15
+"""Odd, to spread partition numbers over the hashes of flows."""
 
 
-class Row(NamedTuple):
-    """The audited fields of a message."""
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The audited fields of a batch of messages, by column."""
 
-    partition: int
-    key: bytes | None
-    timestamp_ms: int
-    """The message's timestamp: when it was sent, however old the event was."""
-    ts_ns: int
-    host: str
-    boot_id: str
-    cpu: int
-    cpu_seq: int
+    partition: Ints
+    timestamp_ms: Ints
+    """The messages' timestamps: when they were sent, however old the events were."""
+    flow: Ints
+    """A hash of the flow."""
+    ts_ns: Ints
+    host: Ints
+    boot_id: Ints
+    """Indexes in `texts`, as `host`."""
+    cpu: Ints
+    cpu_seq: Ints
+    """From 1."""
+    texts: Sequence[str]
+
+    def select(self, chosen: NDArray[Any]) -> "Rows":
+        """Return the chosen rows."""
+        return Rows(
+            self.partition[chosen],
+            self.timestamp_ms[chosen],
+            self.flow[chosen],
+            self.ts_ns[chosen],
+            self.host[chosen],
+            self.boot_id[chosen],
+            self.cpu[chosen],
+            self.cpu_seq[chosen],
+            self.texts,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +107,44 @@ class _Order:
         self._young: dict[int, int] = {}
         self._old: dict[int, int] = {}
 
-    def is_late(self, flow: int, ts_ns: int) -> bool:
-        """Record an event; return whether its flow had a later one."""
+    def late(self, flows: Ints, firsts: Ints, hashes: Ints, ts_ns: Ints) -> NDArray[np.bool_]:
+        """Record events; return which had a later one of their flow before.
+
+        `flows` numbers the flows from 0 by their first events, `firsts`; `hashes` tells them from those of other calls.
+        """
+        last = np.array([self._last(number) for number in hashes[firsts].tolist()], np.int64)
+        order = np.argsort(flows, kind="stable")
+        flow, ts = flows[order], ts_ns[order]
+        # The latest time before each event of its flow, as a running maximum of (flow, rank of the time).
+        times, ranks = np.unique(np.concatenate([last, ts]), return_inverse=True)
+        steps = flow * len(times) + ranks[len(last) :]
+        starts = np.flatnonzero(np.diff(flow, prepend=-1))
+        before = np.empty_like(steps)
+        before[1:] = steps[:-1]
+        before[starts] = np.arange(len(last)) * len(times) + ranks[: len(last)]
+        latest = np.maximum.accumulate(before)
+        late = np.empty(len(ts), np.bool_)
+        late[order] = steps < latest
+        ends = np.append(starts[1:], len(ts)) - 1
+        for number, at in zip(
+            hashes[firsts].tolist(), times[np.maximum(latest, steps)[ends] % len(times)].tolist(), strict=True
+        ):
+            if number in self._young:
+                self._young[number] = at
+            elif number in self._old:
+                self._old[number] = at
+        return late
+
+    def _last(self, flow: int) -> int:
+        """Return a flow's last time, and make the flow young."""
         last = self._young.get(flow)
         if last is None:
             last = self._old.get(flow, -_NEVER)
             if len(self._young) >= self._limit:
                 self.forgotten += len(self._old.keys() - self._young.keys())
                 self._old, self._young = self._young, {}
-        self._young[flow] = max(last, ts_ns)
-        return ts_ns < last
+            self._young[flow] = last
+        return last
 
 
 class Audit:
@@ -117,27 +170,37 @@ class Audit:
         """Number of flows that were forgotten, and would count as new."""
         return self._order.forgotten
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Rows) -> None:
         """Audit messages."""
-        found = [(row, counter) for row in rows if (counter := self._counter(row)) is not None]
-        self.unchecked += len(rows) - len(found)
-        if not found:
-            return
-        rows, counters = [row for row, _ in found], [counter for _, counter in found]
-        new = self._numbers.add([each.index for each in counters], [row.cpu_seq for row in rows])
-        for row, counter, is_new in zip(rows, counters, new.tolist(), strict=True):
-            boot = counter.boot
-            if not is_new:
-                boot.duplicates += 1
-                continue
-            boot.events += 1
-            boot.first_ns = min(boot.first_ns, row.ts_ns)
-            boot.last_ns = max(boot.last_ns, row.ts_ns)
-            if row.timestamp_ms > self._complete_from_ms and row.cpu_seq < counter.complete_from:
-                counter.complete_from = row.cpu_seq
-            # Hosts may have the same private addresses, and so the same keys.
-            if self._order.is_late(hash((row.partition, row.key, row.host, row.boot_id)), row.ts_ns):
-                boot.out_of_order += 1
+        counters, slots = self._counters_of(rows)
+        checked = slots >= 0
+        if not checked.all():
+            self.unchecked += int(np.count_nonzero(~checked))
+            rows, counters, slots = rows.select(checked), counters[checked], slots[checked]
+        is_new = self._numbers.add(slots, rows.cpu_seq)
+        if not is_new.all():
+            for counter, count in _counted(counters[~is_new]):
+                self._counters[counter].boot.duplicates += count
+            rows, counters = rows.select(is_new), counters[is_new]
+        if len(counters):
+            self._add_new(rows, counters)
+
+    def _add_new(self, rows: Rows, counters: Ints) -> None:
+        flows, firsts = groups(rows.partition, rows.flow)
+        # Hosts may have the same private addresses; the flow has the host and the boot.
+        late = self._order.late(flows, firsts, rows.partition * _SPREAD ^ rows.flow, rows.ts_ns)
+        numbers, firsts = groups(counters)
+        for number, (counter, events) in enumerate(_counted(counters, numbers, firsts)):
+            chosen = slice(None) if len(firsts) == 1 else numbers == number
+            found, ts_ns = self._counters[counter], rows.ts_ns[chosen]
+            boot = found.boot
+            boot.events += events
+            boot.first_ns = min(boot.first_ns, int(ts_ns.min()))
+            boot.last_ns = max(boot.last_ns, int(ts_ns.max()))
+            boot.out_of_order += int(np.count_nonzero(late[chosen]))
+            complete = rows.cpu_seq[chosen][rows.timestamp_ms[chosen] > self._complete_from_ms]
+            if len(complete):
+                found.complete_from = min(found.complete_from, int(complete.min()))
 
     def boots(self) -> Iterator[BootReport]:
         """Yield the reports, by host and then by the boots' first event."""
@@ -148,22 +211,43 @@ class Audit:
         for boot in sorted(self._boots.values(), key=lambda boot: (boot.host, boot.first_ns)):
             yield _report(boot, {cpu: gaps[counter.index] for cpu, counter in sorted(boot.counters.items())})
 
-    def _counter(self, row: Row) -> _Counter | None:
-        """Return a row's counter; None if a limit does not allow it or its number."""
-        boot = self._boots.get((row.host, row.boot_id))
+    def _counters_of(self, rows: Rows) -> tuple[Ints, Ints]:
+        """Return the counter of each row, and the slot of its number's page; the slot is -1 if a limit allows none."""
+        pages = page_of(rows.cpu_seq)
+        numbers, firsts = groups(rows.host, rows.boot_id, rows.cpu, pages)
+        found = [
+            self._counter(rows.texts[host], rows.texts[boot_id], cpu, page)
+            for host, boot_id, cpu, page in zip(
+                *(column[firsts].tolist() for column in (rows.host, rows.boot_id, rows.cpu, pages)), strict=True
+            )
+        ]
+        counters, slots = np.array(found, np.int64).reshape(len(found), 2).T
+        return counters[numbers], slots[numbers]
+
+    def _counter(self, host: str, boot_id: str, cpu: int, page: int) -> tuple[int, int]:
+        """Return the index of a counter, and the slot of a page; the slot is -1 if a limit allows none."""
+        boot = self._boots.get((host, boot_id))
         if boot is None and len(self._boots) >= self._most_boots:
-            return None
-        counter = boot.counters.get(row.cpu) if boot is not None else None
+            return 0, -1
+        counter = boot.counters.get(cpu) if boot is not None else None
         index = len(self._counters) if counter is None else counter.index
-        if not self._numbers.reserve(index, row.cpu_seq):
-            return None
+        slot = self._numbers.slot(index, page)
+        if slot is None:
+            return 0, -1
         if boot is None:
-            boot = self._boots[row.host, row.boot_id] = _Boot(row.host, row.boot_id)
+            boot = self._boots[host, boot_id] = _Boot(host, boot_id)
         if counter is None:
             complete_from = ALL if self._complete_from_ms == ALL else _NEVER
-            counter = boot.counters[row.cpu] = _Counter(index, boot, complete_from)
+            counter = boot.counters[cpu] = _Counter(index, boot, complete_from)
             self._counters.append(counter)
-        return counter
+        return index, slot
+
+
+def _counted(counters: Ints, numbers: Ints | None = None, firsts: Ints | None = None) -> list[tuple[int, int]]:
+    """Return each counter and how many rows it has, in order of appearance."""
+    if numbers is None or firsts is None:
+        numbers, firsts = groups(counters)
+    return list(zip(counters[firsts].tolist(), np.bincount(numbers).tolist(), strict=True))
 
 
 def _report(boot: _Boot, gaps: dict[int, Gaps]) -> BootReport:

@@ -1,23 +1,23 @@
-"""Decodes messages: Confluent's wire format and Avro, by fastavro, independent of our encoder.
+"""Decodes batches of messages: Confluent's wire format and Avro, to columns or to records.
 
 Whoever may write to a topic or register a schema chooses the input. So only our records are decoded (accepted.py),
 values and strings have a maximum length, and a rejected schema id is not requested again for a while.
 """
 
-import io
 import json
-import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
-import fastavro
+import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from producer.config.load import Registry
 from producer.consume.accepted import MOST_VALUE_BYTES, NotAccepted, accepted
+from producer.consume.columns import Columns, Ints, Table, Values, decode, groups, joined, records, schema_ids
+from producer.consume.plan import FieldError, Fields, Plan, plan_for, plan_for_all
 from producer.errors import Stopped, UnavailableError
 from producer.events import STREAMS, SchemaId
 from producer.host.signals import Flag
@@ -31,7 +31,6 @@ from producer.registry.client import (
     RegistryRejected,
 )
 
-_FRAME = struct.Struct(">bI")
 _REGISTRY_TIMEOUT_S = 10
 _ATTEMPTS = 3
 _REJECTED_S = 60
@@ -43,17 +42,20 @@ MOST_TEXT = 4096
 """Longest string in a record, in characters; our names have up to 1024."""
 
 
+_NO_ID = {-1: "not in Confluent's wire format", -2: f"longer than {MOST_VALUE_BYTES} bytes"}
+"""Why a value has no schema id, by the native decoder's code."""
+_TEXT_TOO_LONG = 2
+
+
+class Rejected(NamedTuple):
+    """The index of a message in its batch, and why it was not decoded."""
+
+    row: int
+    reason: str
+
+
 class UndecodableError(ValueError):
     """A message is not ours, or its schema is unavailable."""
-
-
-def unframed(value: bytes | None) -> tuple[int, bytes]:
-    """Return the schema id and the body of a value in Confluent's wire format."""
-    if value is None or len(value) < _FRAME.size or value[0] != 0:
-        raise UndecodableError("not in Confluent's wire format")
-    if len(value) > MOST_VALUE_BYTES:
-        raise UndecodableError(f"longer than {MOST_VALUE_BYTES} bytes")
-    return _FRAME.unpack_from(value)[1], value[_FRAME.size :]
 
 
 class Decoder:
@@ -74,6 +76,7 @@ class Decoder:
         stop: Flag | None = None,
     ) -> None:
         self._schemas: dict[int, Any] = {}
+        self._plans: dict[tuple[int, Fields | None], Plan] = {}
         self._rejected: dict[int, tuple[float, str]] = {}
         """Until when, and the reason, by id; oldest first."""
         self._clock = clock
@@ -92,20 +95,52 @@ class Decoder:
         else:
             self._client = RegistryClient(settings, stop)
 
-    def decode(self, value: bytes | None) -> dict[str, Any]:
-        """Return the record; timestamps stay numbers."""
-        schema_id, body = unframed(value)
+    def columns(self, values: Values, fields: Fields) -> tuple[Columns, list[Rejected]]:
+        """Return the fields of a batch of values, and the rejected ones."""
+        parts: list[tuple[Ints, Table]] = []
+        rejected: list[Rejected] = []
+        for schema_id, rows in _by_schema(values):
+            try:
+                plan = self._plan(schema_id, fields)
+            except UndecodableError as exc:
+                rejected += [Rejected(row, str(exc)) for row in rows.tolist()]
+                continue
+            table = decode(_chosen(values, rows), plan)
+            parts.append((rows, table))
+            bad = np.flatnonzero(table.status)
+            rejected += [Rejected(int(rows[at]), _reason(table.status[at], schema_id)) for at in bad.tolist()]
+        texts = {name for name, kind in fields if kind == "string"}
+        return joined([name for name, _ in fields], texts, parts), rejected
+
+    def records(self, values: Values) -> list[dict[str, Any] | UndecodableError]:
+        """Return each value's record, without lists and bytes, or why there is none; timestamps stay numbers."""
+        found: list[Any] = [None] * len(values)
+        for schema_id, rows in _by_schema(values):
+            try:
+                table = decode(_chosen(values, rows), self._plan(schema_id, None))
+            except UndecodableError as exc:
+                for row in rows.tolist():
+                    found[row] = exc
+                continue
+            for row, status, record in zip(rows.tolist(), table.status.tolist(), records(table), strict=True):
+                found[row] = UndecodableError(_reason(status, schema_id)) if status else record
+        return found
+
+    def _plan(self, schema_id: int, fields: Fields | None) -> Plan:
+        """Return the plan for a schema's fields, or for all."""
+        if schema_id in _NO_ID:
+            raise UndecodableError(_NO_ID[schema_id])
         schema = self.schema(schema_id)
-        buffer = io.BytesIO(body)
-        try:
-            record = fastavro.schemaless_reader(buffer, schema, None)
-        except (EOFError, ValueError, IndexError, OverflowError, MemoryError) as exc:
-            raise UndecodableError(f"not a value of schema {schema_id}") from exc
-        if buffer.tell() != len(body) or not isinstance(record, dict):
-            raise UndecodableError(f"not a value of schema {schema_id}")
-        if any(type(value) is str and len(value) > MOST_TEXT for value in record.values()):
-            raise UndecodableError(f"a string is longer than {MOST_TEXT} characters")
-        return record
+        plan = self._plans.get((schema_id, fields))
+        if plan is None:
+            try:
+                plan = plan_for_all(schema) if fields is None else plan_for(schema, fields)
+            except FieldError as exc:
+                raise UndecodableError(f"schema {schema_id} has {exc}") from exc
+            if len(self._plans) >= MOST_SCHEMAS:
+                self._plans.clear()
+            self._plans[schema_id, fields] = plan
+        return plan
 
     def schema(self, schema_id: int) -> Any:
         """Return a schema by id, parsed and without logical types."""
@@ -188,3 +223,27 @@ def _put_bounded(cache: dict[int, Any], schema_id: int, value: Any) -> None:
     if len(cache) >= MOST_SCHEMAS:
         del cache[next(iter(cache))]
     cache[schema_id] = value
+
+
+def _by_schema(values: Values) -> Iterator[tuple[int, Ints]]:
+    """Yield each schema id and its rows."""
+    ids = schema_ids(values)
+    if not len(ids):
+        return
+    if (ids == ids[0]).all():
+        yield int(ids[0]), np.arange(len(ids))
+        return
+    numbers, firsts = groups(ids)
+    order = np.argsort(numbers, kind="stable")
+    ends = np.cumsum(np.bincount(numbers))
+    yield from zip(ids[firsts].tolist(), np.split(order, ends[:-1]), strict=True)
+
+
+def _chosen(values: Values, rows: Ints) -> Values:
+    return values if len(rows) == len(values) else [values[row] for row in rows.tolist()]
+
+
+def _reason(status: int, schema_id: int) -> str:
+    if status == _TEXT_TOO_LONG:
+        return f"a string is longer than {MOST_TEXT} characters"
+    return f"not a value of schema {schema_id}"

@@ -7,16 +7,19 @@ The numbers of a boot start at 1. After a crash without pinned rings they contin
 many events were lost at the end of such a generation is unknown.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
+from producer import _native
+from producer.consume.columns import Ints
+
 GENERATION_BITS = 32
-_PAGE_BITS = 12
-_PAGE_BYTES = 1 << _PAGE_BITS - 3
+PAGE_BITS = 12
+PAGE_BYTES = 1 << PAGE_BITS - 3
 _FIRST_PAGES = 64
 MOST_PAGES = 1 << 20
 """512 MiB: enough for four billion numbers without gaps."""
@@ -28,28 +31,20 @@ class Numbers:
     def __init__(self, most: int = MOST_PAGES) -> None:
         self._most = most
         self._slots: dict[tuple[int, int], int] = {}
-        self._bits = np.zeros(_FIRST_PAGES * _PAGE_BYTES, np.uint8)
+        self._bits = np.zeros(_FIRST_PAGES * PAGE_BYTES, np.uint8)
 
-    def add(self, counters: Sequence[int], numbers: Sequence[int]) -> NDArray[np.bool_]:
-        """Add numbers[i] to counters[i]; return which were new. Of equal ones the first is new."""
-        index = np.array(numbers, np.int64) - 1
-        pages = (index >> _PAGE_BITS).tolist()
-        slots = np.array([self._slot(*page) for page in zip(counters, pages, strict=True)], np.int64)
-        bits, first = np.unique(slots << _PAGE_BITS | index & (1 << _PAGE_BITS) - 1, return_index=True)
-        at, mask = bits >> 3, np.left_shift(1, bits & 7).astype(np.uint8)
-        is_new = self._bits[at] & mask == 0
-        np.bitwise_or.at(self._bits, at, mask)
-        new = np.zeros(len(index), np.bool_)
-        new[first[is_new]] = True
-        return new
+    def slot(self, counter: int, page: int) -> int | None:
+        """Return the slot of a counter's page, created if needed; None if the limit does not allow it."""
+        slot = self._slots.get((counter, page))
+        if slot is None and len(self._slots) < self._most:
+            slot = self._slots[counter, page] = len(self._slots)
+            if slot * PAGE_BYTES == len(self._bits):
+                self._bits = np.concatenate([self._bits, np.zeros_like(self._bits)])
+        return slot
 
-    def reserve(self, counter: int, number: int) -> bool:
-        """Create a number's page if needed; return False if the limit does not allow it."""
-        page = counter, number - 1 >> _PAGE_BITS
-        if page not in self._slots and len(self._slots) >= self._most:
-            return False
-        self._slot(*page)
-        return True
+    def add(self, slots: Ints, numbers: Ints) -> NDArray[np.bool_]:
+        """Add numbers[i] to the page in slots[i]; return which were new. Of equal ones the first is new."""
+        return mark(self._bits, slots, numbers)
 
     def held(self) -> Iterator[tuple[int, Iterator[NDArray[np.int64]]]]:
         """Yield each counter and its numbers, ascending, in pieces."""
@@ -57,15 +52,20 @@ class Numbers:
             yield counter, (self._page(*page) for page in pages)
 
     def _page(self, counter: int, page: int) -> NDArray[np.int64]:
-        at = self._slots[counter, page] * _PAGE_BYTES
-        bits = np.unpackbits(self._bits[at : at + _PAGE_BYTES], bitorder="little")
-        return np.flatnonzero(bits).astype(np.int64) + ((page << _PAGE_BITS) + 1)
+        at = self._slots[counter, page] * PAGE_BYTES
+        bits = np.unpackbits(self._bits[at : at + PAGE_BYTES], bitorder="little")
+        return np.flatnonzero(bits).astype(np.int64) + ((page << PAGE_BITS) + 1)
 
-    def _slot(self, counter: int, page: int) -> int:
-        slot = self._slots.setdefault((counter, page), len(self._slots))
-        if slot * _PAGE_BYTES == len(self._bits):
-            self._bits = np.concatenate([self._bits, np.zeros_like(self._bits)])
-        return slot
+
+def page_of(numbers: Ints) -> Ints:
+    """Return the page of each number."""
+    return numbers - 1 >> PAGE_BITS
+
+
+def mark(bits: NDArray[np.uint8], slots: Ints, numbers: Ints) -> NDArray[np.bool_]:
+    """Set the bits of numbers in the pages at `slots`; return which were not set before."""
+    positions = slots << PAGE_BITS | numbers - 1 & (1 << PAGE_BITS) - 1
+    return np.frombuffer(_native.mark(bits, positions), np.bool_)
 
 
 @dataclass(frozen=True, slots=True)

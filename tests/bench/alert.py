@@ -1,16 +1,19 @@
-"""The cost of one member of `rebpf alert`: events per second while catching up, and CPU per event.
+"""The cost of reading events: CPU per event of one member of `rebpf alert` that catches up, and of `rebpf verify`.
 
-python -m tests.bench.alert [--rounds 45]
+python -m tests.bench.alert [--rounds 45] [--repeat 5] [--tree FOLDER]...
 
 Synthetic events of 20 hosts and 500 flows, in six partitions of each topic of a real Kafka, with a rule by host (ratio)
-and one by peer (count). The member is a separate process; CPU is its total without the start.
+and one by peer (count). Each reader is a separate process; CPU is its total, all threads, less that of a run without
+events. Other checkouts (--tree) read the same events in turn with this one; each needs its native module built.
 """
 
 import argparse
 import os
+import statistics
 import subprocess
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from tests.bench.stages import ROWS, messages, rows
 from tests.support.rebpf import command, rebpf, wait_until
 from tests.support.servers.kafka import KafkaServer
 
+ROOT = Path(__file__).resolve().parents[2]
 HOSTS, PARTITIONS = 20, 6
 ROUND = ROWS + ROWS // 10
 """Transmits of one host, and a tenth of them again as retransmits."""
@@ -32,7 +36,7 @@ TOPICS = ("tcp_transmit", "tcp_retransmit")
 CONFIG = """
 kafka.brokers = "{brokers}"
 kafka.topic_prefix = "{prefix}"
-alert.group = "{prefix}alert"
+alert.group = "{group}"
 [[alert.rules]]
 name = "loss"
 by = "host"
@@ -80,48 +84,78 @@ def encoder(stream: Stream, host: int) -> BatchEncoder:
     )
 
 
-def read(admin: AdminClient, prefix: str) -> int:
-    """Return how many events the group has processed."""
-    places = [TopicPartition(prefix + topic, number) for topic in TOPICS for number in range(PARTITIONS)]
-    group = f"{prefix}alert"
-    asked = [ConsumerGroupTopicPartitions(group, places)]
-    found = admin.list_consumer_group_offsets(asked)[group].result().topic_partitions
-    return sum(max(0, place.offset) for place in found)
+class Reading:
+    """Topics with `rounds` rounds of events, and their readers."""
+
+    def __init__(self, folder: Path, kafka: KafkaServer, prefix: str, rounds: int) -> None:
+        self.events = rounds * ROUND
+        self._folder, self._bootstrap, self._prefix, self._runs = folder, kafka.bootstrap, prefix, 0
+        self._admin = AdminClient({"bootstrap.servers": kafka.bootstrap, "log_level": 0})
+        made = rebpf("init", "--alerts", "--partitions", PARTITIONS, "--config", self._config("init"))
+        assert made.returncode == 0, made.stderr
+        fill(kafka.bootstrap, prefix, rounds)
+
+    def alert_cpu_s(self, tree: Path) -> float:
+        """Run a member until it has processed all events; return its CPU seconds."""
+        self._runs += 1
+        group = f"{self._prefix}{self._runs}"
+        log = self._folder / f"{group}.log"
+        with log.open("wb") as err:
+            arguments = command("alert", "--config", self._config(group), "--from-beginning")
+            member = subprocess.Popen(arguments, stderr=err, cwd=tree)
+        wait_until("ready", lambda: " ready " in log.read_text())
+        while self._processed(group) < self.events:
+            assert member.poll() is None, log.read_text()
+            time.sleep(0.2)
+        member.terminate()
+        return _cpu_s(member, log)
+
+    def verify_cpu_s(self, tree: Path) -> float:
+        """Run `rebpf verify`; return its CPU seconds."""
+        log = self._folder / "verify.log"
+        with log.open("wb") as err:
+            arguments = command("verify", "--config", self._config("verify"))
+            return _cpu_s(subprocess.Popen(arguments, stdout=err, stderr=err, cwd=tree), log)
+
+    def _config(self, group: str) -> Path:
+        path = self._folder / f"{group}.toml"
+        path.write_text(CONFIG.format(brokers=self._bootstrap, prefix=self._prefix, group=group))
+        return path
+
+    def _processed(self, group: str) -> int:
+        """Return how many events the group has processed."""
+        partitions = [TopicPartition(self._prefix + topic, number) for topic in TOPICS for number in range(PARTITIONS)]
+        asked = [ConsumerGroupTopicPartitions(group, partitions)]
+        found = self._admin.list_consumer_group_offsets(asked)[group].result().topic_partitions
+        return sum(max(0, partition.offset) for partition in found)
 
 
-def measured(folder: Path, prefix: str, kafka: KafkaServer, rounds: int) -> tuple[float, float]:
-    """Run a member until all events are processed; return the seconds since it was ready, and its CPU."""
-    config, log = folder / f"{prefix}toml", folder / f"{prefix}log"
-    config.write_text(CONFIG.format(brokers=kafka.bootstrap, prefix=prefix))
-    made = rebpf("init", "--alerts", "--partitions", PARTITIONS, "--config", config)
-    assert made.returncode == 0, made.stderr
-    fill(kafka.bootstrap, prefix, rounds)
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap, "log_level": 0})
-    with log.open("wb") as err:
-        member = subprocess.Popen(command("alert", "--config", config, "--from-beginning"), stderr=err)
-    wait_until("ready", lambda: " ready " in log.read_text())
-    started = time.monotonic()
-    while read(admin, prefix) < rounds * ROUND:
-        time.sleep(0.2)
-    seconds = time.monotonic() - started
-    member.terminate()
-    _, status, usage = os.wait4(member.pid, 0)
-    assert status == 0, log.read_text()
-    print(log.read_text().splitlines()[-1])
-    return seconds, usage.ru_utime + usage.ru_stime
+def _cpu_s(process: "subprocess.Popen[bytes]", log: Path) -> float:
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, 1, 65), log.read_text()
+    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=45)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--tree", type=Path, action="append", default=[])
+    options = parser.parse_args()
+    trees = [ROOT, *(tree.resolve() for tree in options.tree)]
+    taken: dict[tuple[str, Path], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name, KafkaServer(Path(name) / "kafka") as kafka:
-        _, start_s = measured(Path(name), "none.", kafka, 0)
-        seconds, cpu_s = measured(Path(name), "many.", kafka, rounds)
-    events = rounds * ROUND
-    rate, each_us = events / seconds, (cpu_s - start_s) / events * 1e6
-    print(f"{events} events in {seconds:.1f} s: {rate:.0f} a second, {each_us:.1f} us of CPU each")
+        none, many = Reading(Path(name), kafka, "none.", 0), Reading(Path(name), kafka, "many.", options.rounds)
+        for _ in range(options.repeat):
+            for tree in trees:
+                for reader in ("alert", "verify"):
+                    idle_s, cpu_s = (getattr(reading, f"{reader}_cpu_s")(tree) for reading in (none, many))
+                    taken[reader, tree].append((cpu_s - idle_s) / many.events * 1e6)
+    print(f"{many.events} events, us of CPU each:")
+    for (reader, tree), each_us in taken.items():
+        rounds = " ".join(f"{us:.2f}" for us in each_us)
+        print(f"{reader:<7} median={statistics.median(each_us):.2f} rounds={rounds} tree={tree.name}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Sequence
 
+import numpy as np
 from hypothesis import strategies as st
 
 from producer.alert import sums_topic
@@ -17,9 +18,9 @@ from producer.alert.record import AlertEncoder
 from producer.alert.windows import Grouping, Sums
 from producer.commands.verify import TopicReport, show
 from producer.config.load import AlertRule
-from producer.consume.audit import Audit, Row
-from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import EventIdReader
+from producer.consume.audit import Audit
+from producer.consume.decode import Decoder
+from producer.consume.event_id import read_events, rows_of
 from producer.events import STREAMS
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
@@ -55,7 +56,7 @@ class _Tellers:
     def send(self, alerts: Sequence[Alert]) -> None:
         for alert in alerts:
             key, value = self._encoder.encode(alert, 0.0)
-            if not last_of([(key, value)], "alerts", _decoder(), 1 << 62):
+            if not last_of([[(key, value)]], "alerts", _decoder(), 1 << 62):
                 raise FindingError(f"an alert that a member does not believe: {alert}")
 
     def repeat(self, firing: Collection[Alert]) -> None:
@@ -86,7 +87,7 @@ def _alert() -> Iterator[Check]:
     def check(example: tuple[str, list[tuple[bytes, bytes | None]], list[tuple[int, bytes | None]]]) -> None:
         metadata, alerts, messages = example
         counts = Counts()
-        known = last_of(alerts, "alerts", _decoder(), _NOW_NS)
+        known = last_of([alerts], "alerts", _decoder(), _NOW_NS)
         parts = _parts(Committed(0, metadata, _NOW_NS), known, counts)
         tellers = _Tellers()
         committed: list[Committed] = []
@@ -97,14 +98,16 @@ def _alert() -> Iterator[Check]:
         cycle = CommitStep(tellers, 1, [tellers], commit)
         places = list(parts)
         for offset, (which, value) in enumerate(messages):
-            parts[places[which]].put(value, offset, _NOW_NS + offset * _SECOND_NS)
+            parts[places[which]].put([value], np.array([offset]), _NOW_NS + offset * _SECOND_NS)
         for at_s in (5, 20, 100):
             for part in parts.values():
                 part.until = (part.next, _NOW_NS + at_s * _SECOND_NS)
             cycle.run(parts)
             cycle.repeat(parts)
-            for value in tellers.written:
-                parts[PartitionId("sums", 0)].put(value, len(messages) + at_s, _NOW_NS + at_s * _SECOND_NS)
+            offsets = [len(messages) + at_s] * len(tellers.written)
+            parts[PartitionId("sums", 0)].put(
+                list(tellers.written), np.array(offsets, np.int64), _NOW_NS + at_s * _SECOND_NS
+            )
             tellers.written.clear()
         for each in committed:
             facts = each.facts()
@@ -119,17 +122,11 @@ def _verify() -> Iterator[Check]:
     """Each message is a row of the audit or undecodable, and there is a report."""
 
     def check(values: list[bytes | None]) -> None:
-        id_reader, audit = EventIdReader(Decoder(None)), Audit()
-        undecodable = 0
-        for value in values:
-            try:
-                event_id = id_reader.read(value)
-            except UndecodableError:
-                undecodable += 1
-                continue
-            names = ("ts_ns", "host", "boot_id", "cpu", "cpu_seq")
-            audit.add([Row(0, b"key", 0, *(event_id[name] for name in names))])
-        report = TopicReport("topic", 1, len(values), 0, undecodable, audit.flows_forgotten, tuple(audit.boots()))
+        audit = Audit()
+        events, rejected = read_events(Decoder(None), values)
+        none = np.zeros(len(events), np.int64)
+        audit.add(rows_of(events, none, none))
+        report = TopicReport("topic", 1, len(values), 0, len(rejected), audit.flows_forgotten, tuple(audit.boots()))
         json.loads(show([report], as_json=True))
         if len(show([report], as_json=False).splitlines()) != 1 + len(report.boots):
             raise FindingError("more lines than boots")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from producer.backoff import BackOff
 from producer.commands.tail import Event, json_line
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import EventIdReader
+from producer.consume.event_id import read_events
 from producer.consume.event_line import EventFormatter
 from producer.encode.batch import BatchEncoder
 from producer.encode.isolate import Isolator
@@ -36,6 +36,7 @@ from producer.schemas import HEARTBEAT_FILE, load_schema
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, mutated, texts
 from tests.support import spool_folders
+from tests.support.batches import decoded
 from tests.support.statuses import status
 
 _RING_BYTES = 1 << 14
@@ -162,15 +163,18 @@ def _raw_names() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _messages() -> Iterator[Check]:
-    """A message is an event that can be printed, or it is undecodable."""
+    """A message is an event that fastavro reads too and that can be printed, or it is undecodable."""
     decoder = Decoder(None)
-    id_reader, views = EventIdReader(decoder), [EventFormatter(color=False), EventFormatter(color=True)]
+    views = [EventFormatter(color=False), EventFormatter(color=True)]
 
     def check(value: bytes | None) -> None:
+        events, rejected = read_events(decoder, [value, value])
+        if len(events) + len(rejected) != 2:
+            raise FindingError("a message is neither an event nor rejected")
         with contextlib.suppress(UndecodableError):
-            id_reader.read(value)
-        with contextlib.suppress(UndecodableError):
-            record = decoder.decode(value)
+            record = decoded(decoder, value)
+            if record != _by_fastavro(decoder, value or b""):
+                raise FindingError("fastavro reads another record")
             for view in views:
                 lines = view.lines([record])
                 if any(len(line.splitlines()) != 1 or len(line) > 8192 for line in lines):
@@ -178,6 +182,11 @@ def _messages() -> Iterator[Check]:
             json.loads(json_line(Event("topic", "key", record)))
 
     yield check
+
+
+def _by_fastavro(decoder: Decoder, value: bytes) -> Any:
+    schema = decoder.schema(int.from_bytes(value[1:5]))
+    return fastavro.schemaless_reader(io.BytesIO(value[5:]), schema, None)
 
 
 class _OneCgroup:

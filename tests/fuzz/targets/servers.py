@@ -15,7 +15,7 @@ from producer.alert.alertmanager import Alertmanager
 from producer.alert.model import Alert
 from producer.config.load import Registry
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import EventIdReader
+from producer.consume.event_id import read_events
 from producer.errors import RebpfError
 from producer.events import STREAMS, Topic
 from producer.health.endpoint import Endpoint, StatusBoard, ask
@@ -25,6 +25,7 @@ from producer.schemas import load_schema
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import mutated, mutated_json
 from tests.support import spool_folders
+from tests.support.batches import decoded
 from tests.support.statuses import status
 
 _SCHEMA = {"type": "record", "name": "R", "fields": [{"name": "a", "type": "long"}]}
@@ -119,7 +120,7 @@ def _schemas() -> Iterator[Check]:
             server.answer, body = example
             decoder = Decoder(Registry(server.url, timeout_s=1))
             try:
-                decoder.decode(b"\0\0\0\0\x07" + body)
+                decoded(decoder, b"\0\0\0\0\x07" + body)
             except UndecodableError:
                 pass
             except RebpfError as error:
@@ -127,13 +128,13 @@ def _schemas() -> Iterator[Check]:
             server.answer = _json({"schema": json.dumps(load_schema(STREAMS[0].schema_file))})
             decoder = Decoder(Registry(server.url, timeout_s=1))
             value = b"\0\0\0\0\x07" + _EVENT
-            decoder.decode(value)
+            decoded(decoder, value)
             server.answer = example[0]
-            id_reader = EventIdReader(decoder)
-            for read in (decoder.decode, id_reader.read):
-                with contextlib.suppress(UndecodableError):
-                    read(b"\0\0\0\0\x08" + body)
-                read(value)
+            with contextlib.suppress(UndecodableError):
+                decoded(decoder, b"\0\0\0\0\x08" + body)
+            events, _ = read_events(decoder, [b"\0\0\0\0\x08" + body, value])
+            if not len(events) or events.rows[-1] != 1:
+                raise FindingError("a message of another schema costs one of ours")
 
         yield check
 

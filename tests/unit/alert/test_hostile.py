@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import fastavro
+import numpy as np
 import pytest
 
 from producer.alert import evaluate, last_alerts, silence, sums_topic
@@ -25,6 +26,7 @@ from producer.consume.decode import Decoder
 from producer.events import RETRANSMITS as STREAM
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
+from tests.support.batches import add_events
 from tests.support.records import event, message
 from tests.support.statuses import status
 
@@ -98,14 +100,14 @@ def run_step(partition: Partition) -> list[Alert]:
 def test_an_event_with_impossible_fields_is_counted_and_changes_nothing(fields: dict[str, Any]) -> None:
     counts = Counts()
     partition = source(counts)
-    partition.put(message(STREAM, **{"ts_ns": NOW_NS, "segs": 1, "sample_rate": 1, **fields}), 7, NOW_NS)
+    partition.put([message(STREAM, **{"ts_ns": NOW_NS, "segs": 1, "sample_rate": 1, **fields})], np.array([7]), NOW_NS)
     assert (counts.undecodable, partition.next, partition.sums.watermark_ns, partition.sums.position) == (1, 8, 0, 8)
 
 
 def test_sums_of_segments_stay_within_an_alert() -> None:
     most = SourceSums([GROUPING], 0, 0)
     for number in range(3):
-        most.add(event(number, 1, segs=(1 << 31) - 1, sample_rate=(1 << 31) - 1), number, NOW_NS)
+        add_events(most, [event(number, 1, segs=(1 << 31) - 1, sample_rate=(1 << 31) - 1)], number, NOW_NS)
     most.read_to_end(NOW_NS)
     (taken,) = most.take()
     assert taken.segs == {"web-1": MOST_SEGS}
@@ -113,27 +115,29 @@ def test_sums_of_segments_stay_within_an_alert() -> None:
     partition = sums(counts)
     for offset, name in enumerate(("events/0", "events/1")):
         (_, value), *_ = sums_topic.sums_messages(RETRANSMITS, name, Sums(GROUPING, 0, {"web-1": MOST_SEGS}), 1)
-        partition.put(value, offset, NOW_NS)
-    partition.put(sums_topic.watermark_message("events/0", GROUPING.width_ns), 2, NOW_NS)
+        partition.put([value], np.array([offset]), NOW_NS)
+    partition.put([sums_topic.watermark_message("events/0", GROUPING.width_ns)], np.array([2]), NOW_NS)
     (alert,) = run_step(partition)
     assert (alert.retransmitted_segs, counts.undecodable) == (MOST_SEGS, 0)
 
 
 def test_a_flood_of_groups_and_ids_takes_bounded_memory_and_known_groups_are_still_counted() -> None:
     flooded = SourceSums([GROUPING], 0, 0, memory_bytes=20_000)
-    outcomes = [flooded.add(event(n, 1, f"host-{n}"), n, NOW_NS) for n in range(1000)]
+    outcomes = [
+        outcome for n in range(1000) for outcome in add_events(flooded, [event(n << 12, 1, f"host-{n}")], n, NOW_NS)
+    ]
     assert outcomes.count(Outcome.CROWDED) > 900
     assert flooded.ids_forgotten > 800
-    assert flooded.add(event(2000, 2, "host-0"), 2000, NOW_NS) is Outcome.COUNTED
+    assert add_events(flooded, [event(2000 << 12, 2, "host-0")], 2000, NOW_NS) == [Outcome.COUNTED]
     flooded.read_to_end(NOW_NS)
     (taken,) = flooded.take()
     assert taken.segs["host-0"] == 2
-    assert flooded.add(event(3000, NOW_NS // SECOND_NS, "other"), 3000, NOW_NS) is Outcome.COUNTED
+    assert add_events(flooded, [event(3000, NOW_NS // SECOND_NS, "other")], 3000, NOW_NS) == [Outcome.COUNTED]
 
 
 def test_a_flood_of_windows_takes_bounded_memory() -> None:
     flooded = SourceSums([GROUPING], 3600 * SECOND_NS, 0, memory_bytes=20_000)
-    outcomes = [flooded.add(event(n, n * 10), n, 4000 * SECOND_NS) for n in range(1, 500)]
+    outcomes = add_events(flooded, [event(n, n * 10) for n in range(1, 500)], 1, 4000 * SECOND_NS)
     assert outcomes.count(Outcome.CROWDED) > 300
 
 
@@ -142,7 +146,8 @@ def test_names_that_are_long_make_no_message_that_kafka_refuses() -> None:
     partition = source(counts, memory_bytes=1 << 24)
     for number in range(600):
         host = f"{number}\u1234" + "\u1234" * 1900
-        partition.put(message(STREAM, ts_ns=NOW_NS, cpu_seq=number, host=host, segs=1, sample_rate=1), number, NOW_NS)
+        value = message(STREAM, ts_ns=NOW_NS, cpu_seq=number, host=host, segs=1, sample_rate=1)
+        partition.put([value], np.array([number]), NOW_NS)
     partition.until = (600, NOW_NS + 100 * SECOND_NS)
     run_step(partition)
     assert (counts.read, counts.undecodable, partition.sums.position) == (600, 0, 600)
@@ -188,22 +193,22 @@ def sums_json(**fields: Any) -> bytes:
 def test_a_message_of_sums_that_none_of_us_wrote_is_counted_and_passed_over(value: bytes | None) -> None:
     counts = Counts()
     partition = sums(counts)
-    partition.put(value, 7, NOW_NS)
+    partition.put([value], np.array([7]), NOW_NS)
     assert (counts.undecodable, partition.next) == (1, 8)
-    partition.put(sums_json(), 8, NOW_NS)
-    partition.put(sums_topic.watermark_message("events/0", END_NS), 9, END_NS)
+    partition.put([sums_json()], np.array([8]), NOW_NS)
+    partition.put([sums_topic.watermark_message("events/0", END_NS)], np.array([9]), END_NS)
     assert [alert.group for alert in run_step(partition)] == ["a"]
 
 
 def test_a_watermark_of_the_future_decides_no_window_to_come() -> None:
     counts = Counts()
     partition = sums(counts)
-    partition.put(sums_topic.watermark_message("events/0", MOST_SEGS), 0, NOW_NS)
+    partition.put([sums_topic.watermark_message("events/0", MOST_SEGS)], np.array([0]), NOW_NS)
     assert run_step(partition) == []
     assert partition.committed().facts()["decided_ns"] == NOW_NS
     later = NOW_NS + 30 * SECOND_NS
-    partition.put(sums_json(start_ns=later - later % GROUPING.width_ns - GROUPING.width_ns), 1, later)
-    partition.put(sums_topic.watermark_message("events/0", later), 2, later)
+    partition.put([sums_json(start_ns=later - later % GROUPING.width_ns - GROUPING.width_ns)], np.array([1]), later)
+    partition.put([sums_topic.watermark_message("events/0", later)], np.array([2]), later)
     assert [alert.group for alert in run_step(partition)] == ["a"]
 
 
@@ -226,9 +231,9 @@ def test_a_time_beside_an_offset_is_at_most_now() -> None:
 def test_a_flood_of_sums_takes_bounded_memory_and_is_counted() -> None:
     counts = Counts()
     partition = sums(counts, memory_bytes=20_000)
-    partition.put(sums_json(segs={f"host-{n}": 9 for n in range(1000)}), 0, NOW_NS)
+    partition.put([sums_json(segs={f"host-{n}": 9 for n in range(1000)})], np.array([0]), NOW_NS)
     for number in range(1000):
-        partition.put(sums_json(partition=f"events/{number}", segs={"a": 9}), number + 1, NOW_NS)
+        partition.put([sums_json(partition=f"events/{number}", segs={"a": 9})], np.array([number + 1]), NOW_NS)
     assert counts.crowded > 1800
     assert counts.undecodable == 0
 
@@ -238,8 +243,8 @@ def test_a_flood_of_firing_groups_is_alerted_on_up_to_a_bound(monkeypatch: pytes
     counts = Counts()
     partition = sums(counts)
     for number in range(100):
-        partition.put(sums_json(segs={f"host-{number:02}": 9}), number, NOW_NS)
-    partition.put(sums_topic.watermark_message("events/0", END_NS), 100, END_NS)
+        partition.put([sums_json(segs={f"host-{number:02}": 9})], np.array([number]), NOW_NS)
+    partition.put([sums_topic.watermark_message("events/0", END_NS)], np.array([100]), END_NS)
     assert len(run_step(partition)) == len(partition.firing) == 10
     assert counts.crowded == 90
 
@@ -267,7 +272,7 @@ def beat(**fields: Any) -> bytes:
 def test_a_heartbeat_with_an_impossible_interval_makes_no_host_silent(interval_s: float) -> None:
     counts = Counts()
     partition = HeartbeatPartition("hosts", 3, [], Committed(0), decoder(), counts)
-    partition.put(beat(interval_s=interval_s), 0, NOW_NS)
+    partition.put([beat(interval_s=interval_s)], np.array([0]), NOW_NS)
     partition.until = (1, 2 * NOW_NS)
     assert (run_step(partition), counts.undecodable) == ([], 1)
 
@@ -275,7 +280,7 @@ def test_a_heartbeat_with_an_impossible_interval_makes_no_host_silent(interval_s
 @pytest.mark.parametrize("ts", [-62_135_596_800_000, 253_402_300_799_999])
 def test_a_heartbeat_of_any_time_makes_an_alert_that_can_be_written_or_none(ts: int) -> None:
     partition = HeartbeatPartition("hosts", 3, [], Committed(0), decoder(), Counts())
-    partition.put(beat(ts=ts), 0, NOW_NS)
+    partition.put([beat(ts=ts)], np.array([0]), NOW_NS)
     partition.until = (1, 2 * NOW_NS)
     run_step(partition)
 
@@ -285,9 +290,9 @@ def test_a_flood_of_hosts_takes_bounded_memory_and_known_hosts_are_still_heard(m
     counts = Counts()
     partition = HeartbeatPartition("hosts", 3, [], Committed(0), decoder(), counts)
     for number in range(100):
-        partition.put(beat(host=f"host-{number:02}"), number, NOW_NS)
+        partition.put([beat(host=f"host-{number:02}")], np.array([number]), NOW_NS)
     assert counts.crowded == 90
-    partition.put(beat(host="host-00", state="stopped"), 100, NOW_NS)
+    partition.put([beat(host="host-00", state="stopped")], np.array([100]), NOW_NS)
     partition.until = (101, NOW_NS + 1000 * SECOND_NS)
     assert [alert.group for alert in run_step(partition)] == [f"host-{number:02}" for number in range(1, 10)]
 
@@ -318,7 +323,7 @@ def encoded(alert: Alert, key: bytes | None = None) -> tuple[bytes, bytes]:
 )
 def test_a_foreign_alert_is_skipped_and_logged_once(key: bytes, value: bytes, caplog: pytest.LogCaptureFixture) -> None:
     other = replace(ALERT, group="web-2")
-    assert last_of([(key, value), (key, value), encoded(other)], "alerts", decoder(), NOW_NS) == [other]
+    assert last_of([[(key, value)], [(key, value), encoded(other)]], "alerts", decoder(), NOW_NS) == [other]
     (record,) = caplog.records
     assert f"messages=2 of topic=alerts: key={key[:200]!r}: " in record.getMessage()
     assert len(record.getMessage()) < 500
@@ -329,7 +334,7 @@ def test_the_oldest_of_too_many_alerts_are_forgotten(
 ) -> None:
     monkeypatch.setattr(last_alerts, "MOST_ALERTS", 10)
     alerts = [replace(ALERT, group=f"web-{number}") for number in range(25)]
-    found = last_of([*map(encoded, alerts), (b"many/web-24", None)], "alerts", decoder(), NOW_NS)
+    found = last_of([list(map(encoded, alerts)), [(b"many/web-24", None)]], "alerts", decoder(), NOW_NS)
     assert [alert.group for alert in found] == [f"web-{number}" for number in range(15, 24)]
     assert "forgot the oldest 15" in caplog.text
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from producer.alert.model import Alert
@@ -112,7 +113,7 @@ def test_a_heartbeat_that_makes_no_sense_is_passed_over(monkeypatch: pytest.Monk
     partition = HeartbeatPartition(
         "hosts", 3, [], Committed(7), Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE)}), counts
     )
-    partition.put(value, 7, 0)
+    partition.put([value], np.array([7]), 0)
     assert (partition.next, counts.undecodable) == (8, 1)
 
 

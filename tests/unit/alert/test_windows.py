@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from producer.alert.sums_topic import PartitionSums, partition_of, read, sums_messages
 from producer.alert.windows import GROUPS, Grouping, Outcome, SourceSums, Sums
+from tests.support.batches import add_events
 from tests.support.records import SECOND_NS, event
 
 LATENESS_NS = 5 * SECOND_NS
@@ -22,7 +23,7 @@ def source(first: int = 0, watermark_ns: int = 0, *groupings: Grouping) -> Sourc
 
 
 def added(sums: SourceSums, *events: dict[str, Any]) -> list[Outcome]:
-    return [sums.add(each, offset, NOW_NS) for offset, each in enumerate(events, sums.next)]
+    return add_events(sums, events, sums.next, NOW_NS)
 
 
 def test_segments_are_summed_not_events_and_a_window_closes_when_the_lateness_is_over() -> None:
@@ -70,10 +71,7 @@ def test_a_partition_in_which_nothing_comes_closes_its_windows_when_it_is_read_t
 
 def test_a_clock_that_is_ahead_closes_no_window_of_others() -> None:
     sums = source()
-    outcomes = [
-        sums.add(each, offset, 20 * SECOND_NS)
-        for offset, each in enumerate([event(1, 12), event(2, 60), event(3, 10_000), event(4, 13)])
-    ]
+    outcomes = add_events(sums, [event(1, 12), event(2, 60), event(3, 10_000), event(4, 13)], 0, 20 * SECOND_NS)
     assert outcomes == [Outcome.COUNTED, Outcome.COUNTED, Outcome.AHEAD, Outcome.COUNTED]
     assert sums.watermark_ns == 15 * SECOND_NS
 
@@ -120,7 +118,7 @@ def _stream(steps: list[tuple[int, int, str]]) -> list[dict[str, Any]]:
 def _taken(sums: SourceSums, events: list[dict[str, Any]]) -> list[Sums]:
     taken = []
     for offset in range(sums.next, len(events)):
-        sums.add(events[offset], offset, 10_000 * SECOND_NS)
+        add_events(sums, [events[offset]], offset, 10_000 * SECOND_NS)
         taken += sums.take()
     return taken
 
@@ -133,6 +131,26 @@ def test_within_the_lateness_nothing_is_late_and_sums_are_those_of_a_count_by_ha
     got = _taken(source(), [*made, event(-1, 10_000)])
     by_hand = Counter((each["ts_ns"] // TENS.width_ns * TENS.width_ns, each["host"]) for each in made)
     assert {(each.start_ns, group): segs for each in got for group, segs in each.segs.items()} == by_hand
+
+
+_ANY_EVENTS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(-3, 90), st.sampled_from(["a", "b", "c" * 3000]), st.integers(-1, 3)),
+    max_size=40,
+)
+
+
+@given(_ANY_EVENTS, st.lists(st.integers(1, 9), max_size=20))
+def test_outcomes_and_sums_do_not_depend_on_how_events_are_batched(
+    given_events: list[tuple[int, int, str, int]], sizes: list[int]
+) -> None:
+    made = [event(number, second, host, segs=segs) for number, second, host, segs in given_events]
+    single, batched = source(0, 0, TENS, BY_PEER), source(0, 0, TENS, BY_PEER)
+    expected = [outcome for each in made for outcome in added(single, each)]
+    found: list[Outcome] = []
+    for size in [*sizes, len(made)]:
+        found += added(batched, *made[len(found) : len(found) + size])
+    assert found == expected
+    assert (batched.next, batched.watermark_ns, batched.take()) == (single.next, single.watermark_ns, single.take())
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.sampled_from(["a", "b"])), max_size=60), st.integers(0, 60))

@@ -5,7 +5,7 @@ import json
 import re
 import socket
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.commands.verify import TopicReport, fault_summary, show, verify
-from producer.consume.audit import Audit, BootReport, Row
+from producer.consume.audit import Audit, BootReport
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_id import EventIdReader
-from producer.consume.gaps import Gaps, Numbers, find_gaps
+from producer.consume.event_id import read_events
+from producer.consume.gaps import Gaps, Numbers, find_gaps, page_of
 from producer.consume.reader import TopicReader
 from producer.errors import ConfigError, UnavailableError
 from producer.events import RETRANSMITS, STREAMS, TRANSMITS
+from tests.support.batches import Row, decoded, rows_of
 from tests.support.mock_topics import TOPICS, Cluster
 from tests.support.rebpf import rebpf
 from tests.support.records import message
@@ -49,13 +50,19 @@ def boots(rows: Iterable[Row], chunk: int = 1000, **settings: Any) -> list[BootR
     audit = Audit(**settings)
     rest = iter(rows)
     while piece := list(itertools.islice(rest, chunk)):
-        audit.add(piece)
+        audit.add(rows_of(piece))
     return list(audit.boots())
 
 
 def boot(rows: Iterable[Row], **settings: Any) -> BootReport:
     (report,) = boots(rows, **settings)
     return report
+
+
+def added(numbers: Numbers, counters: Sequence[int], some: Sequence[int]) -> list[bool]:
+    values = np.array(some, np.int64)
+    slots = [numbers.slot(*page) for page in zip(counters, page_of(values).tolist(), strict=True)]
+    return numbers.add(np.array(slots, np.int64), values).tolist()
 
 
 # Around the ends of pages and generations, and few enough for duplicates.
@@ -71,7 +78,7 @@ def test_numbers_are_new_once_and_all_there(chunks: list[list[tuple[int, int]]])
         for each in chunk:
             expected.append(each not in seen)
             seen.add(each)
-        assert numbers.add([counter for counter, _ in chunk], [number for _, number in chunk]).tolist() == expected
+        assert added(numbers, [counter for counter, _ in chunk], [number for _, number in chunk]) == expected
     held = {counter: np.concatenate(list(pieces)).tolist() for counter, pieces in numbers.held()}
     assert held == {
         counter: sorted(number for each, number in seen if each == counter) for counter in {c for c, _ in seen}
@@ -105,7 +112,7 @@ def test_more_numbers_than_the_first_pages_hold() -> None:
     numbers = Numbers()
     for start in range(1, 1_000_001, 50_000):
         chunk = range(start, start + 50_000)
-        assert numbers.add([start & 1] * len(chunk), list(chunk)).all()
+        assert all(added(numbers, [start & 1] * len(chunk), chunk))
     found = {counter: find_gaps(pieces, 0) for counter, pieces in numbers.held()}
     assert found == {1: Gaps(1, 0, 0, 0, frozenset())}
 
@@ -168,20 +175,20 @@ def test_what_is_missing_while_the_topic_was_cut_off_may_have_been_deleted() -> 
 
 def test_of_many_flows_those_that_are_quiet_are_forgotten_and_counted() -> None:
     audit = Audit(flows=10)
-    audit.add([row(number, key=b"%d" % number) for number in range(1, 31)])
+    audit.add(rows_of([row(number, key=b"%d" % number) for number in range(1, 31)]))
     assert audit.flows_forgotten == 10
-    audit.add([row(31, key=b"1", at=0), row(32, key=b"30", at=0)])
+    audit.add(rows_of([row(31, key=b"1", at=0), row(32, key=b"30", at=0)]))
     (report,) = audit.boots()
     assert report.out_of_order == 1
 
 
 def test_of_more_boots_and_scattered_numbers_than_have_room_the_rest_is_counted_as_unchecked() -> None:
     audit = Audit(boots=10, pages=20)
-    audit.add([row(1, host=f"h-{number}") for number in range(50)])
+    audit.add(rows_of([row(1, host=f"h-{number}") for number in range(50)]))
     assert audit.unchecked == 40
-    audit.add([row(number << 12, host="h-0") for number in range(1, 50)])
+    audit.add(rows_of([row(number << 12, host="h-0") for number in range(1, 50)]))
     assert audit.unchecked == 40 + 38
-    audit.add([row(2, host="h-9"), row(1, host="h-99")])
+    audit.add(rows_of([row(2, host="h-9"), row(1, host="h-99")]))
     assert [report.events for report in audit.boots()] == [12, *[1] * 8, 2]
     assert audit.unchecked == 40 + 38 + 1
 
@@ -192,27 +199,39 @@ def test_what_is_unchecked_is_a_fault() -> None:
     assert str(report).endswith("unchecked=3")
 
 
+def reasons(decoder: Decoder, *values: bytes | None) -> list[str]:
+    """Return why messages are not events; all of them are read as one batch."""
+    return [reason for _, reason in read_events(decoder, list(values))[1]]
+
+
 def test_a_name_that_is_too_long_is_undecodable() -> None:
-    with pytest.raises(UndecodableError, match="4096 characters"):
-        EventIdReader(Decoder(None)).read(message(TRANSMITS, host="x" * 5000))
+    (reason,) = reasons(Decoder(None), message(TRANSMITS, host="x" * 5000))
+    assert "4096 characters" in reason
 
 
-def test_the_front_of_a_record_is_what_the_whole_record_says() -> None:
-    for stream in STREAMS:
-        value = message(stream, cpu=3, cpu_seq=1 << 40, host="web-1", boot_id="b")
-        event_id, record = EventIdReader(Decoder(None)).read(value), Decoder(None).decode(value)
-        assert event_id["cpu_seq"] == 1 << 40
-        assert event_id == {name: record[name] for name in event_id}
-        assert set(event_id) == {"ts", "ts_ns", "cpu", "cpu_seq", "host", "boot_id"}
+def test_the_columns_of_events_are_what_their_records_say() -> None:
+    values: list[bytes | None] = [
+        message(stream, cpu=3, cpu_seq=number, host=f"web-{number % 3}", boot_id="b")
+        for number in (1, 1 << 40, 1 << 62)
+        for stream in STREAMS
+    ]
+    decoder = Decoder(None)
+    events, rejected = read_events(decoder, values)
+    assert (events.rows.tolist(), rejected) == (list(range(6)), [])
+    for row, value in enumerate(values):
+        record = decoded(decoder, value)
+        for name, cells in events.cells.items():
+            assert (events.texts[cells[row]] if type(record[name]) is str else cells[row]) == record[name]
 
 
 @pytest.mark.parametrize(
     "value",
     [None, b"", b"\0\0\0\0", b"not avro", message(TRANSMITS)[:9], message(TRANSMITS, cpu_seq=0), b"\0\0\0\0\x09" * 9],
 )
-def test_what_is_no_event_is_undecodable(value: bytes | None) -> None:
-    with pytest.raises(UndecodableError):
-        EventIdReader(Decoder(None)).read(value)
+def test_what_is_no_event_is_undecodable_and_costs_no_other(value: bytes | None) -> None:
+    good = message(TRANSMITS)
+    events, rejected = read_events(Decoder(None), [good, value, good])
+    assert (events.rows.tolist(), [row for row, _ in rejected]) == ([0, 2], [1])
 
 
 def test_a_schema_without_an_event_s_id_is_undecodable() -> None:
@@ -220,8 +239,8 @@ def test_a_schema_without_an_event_s_id_is_undecodable() -> None:
         def schema(self, schema_id: int) -> Any:
             return {"type": "record", "name": "Other", "fields": [{"name": "cpu_seq", "type": "string"}]}
 
-    with pytest.raises(UndecodableError, match="schema 1 has no "):
-        EventIdReader(Other(None)).read(message(TRANSMITS))
+    (reason,) = reasons(Other(None), message(TRANSMITS))
+    assert "schema 1 has no " in reason
 
 
 def test_a_schema_that_was_rejected_for_a_while_is_used_afterwards() -> None:
@@ -234,11 +253,10 @@ def test_a_schema_that_was_rejected_for_a_while_is_used_afterwards() -> None:
                 raise UndecodableError("too many unknown schema ids")
             return super().schema(schema_id)
 
-    id_reader = EventIdReader(Forgetful(None))
+    decoder = Forgetful(None)
     for _ in range(2):
-        with pytest.raises(UndecodableError, match="too many"):
-            id_reader.read(message(TRANSMITS, host="web-1"))
-    assert id_reader.read(message(TRANSMITS, host="web-1"))["host"] == "web-1"
+        assert reasons(decoder, message(TRANSMITS)) == ["too many unknown schema ids"]
+    assert reasons(decoder, message(TRANSMITS)) == []
 
 
 def read(cluster: Cluster, **settings: Any) -> list[TopicReport]:
@@ -274,12 +292,18 @@ def test_topics_are_read_to_their_end_and_reported(cluster: Cluster) -> None:
     assert lines[-1].endswith(" messages=1 undecodable=0 complete")
 
 
+def test_order_is_of_the_events_own_flow_whatever_their_key(cluster: Cluster) -> None:
+    for number, (sport, ts_ns) in enumerate([(1, 100), (2, 50), (1, 99), (2, 60)], 1):
+        put(cluster, TRANSMITS.topic, cpu_seq=number, ts_ns=ts_ns, sport=sport)
+    assert fault_summary(read(cluster, topics=[TRANSMITS.topic])) == "tcp_transmit: out_of_order 1"
+
+
 def test_what_comes_after_the_start_is_not_read(cluster: Cluster) -> None:
     cluster.put_events(TRANSMITS, range(7))
     reader = TopicReader(cluster.brokers, [TRANSMITS.topic], {}, None)
     try:
         cluster.put_events(TRANSMITS, range(20))
-        assert sum(map(len, reader.batches())) == 7
+        assert sum(len(messages) for batch in reader.batches() for messages in batch.values()) == 7
     finally:
         reader.close()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fastavro
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from producer.consume.decode import Decoder, UndecodableError
 from producer.errors import Stopped, UnavailableError
 from producer.events import SchemaId
 from producer.paths import SCHEMAS
+from tests.support.batches import decoded
 from tests.support.records import VALUES, type_name
 
 OURS = {name: json.loads((SCHEMAS / f"{file}.avsc").read_text()) for name, file in
@@ -82,7 +84,7 @@ def url(server: ThreadingHTTPServer) -> str:
 @given(st.binary(max_size=300) | st.binary(max_size=300).map(lambda rest: b"\0\0\0\0\2" + rest))
 def test_any_bytes_are_a_record_or_the_one_error(value: bytes) -> None:
     try:
-        record = Decoder(None).decode(value)
+        record = decoded(Decoder(None), value)
     except UndecodableError:
         return
     assert "seq" in record
@@ -90,28 +92,28 @@ def test_any_bytes_are_a_record_or_the_one_error(value: bytes) -> None:
 
 def test_a_message_without_a_value_is_rejected() -> None:
     with pytest.raises(UndecodableError, match="wire format"):
-        Decoder(None).decode(None)
+        decoded(Decoder(None), None)
 
 
 def test_an_id_that_is_not_fixed_asks_for_the_registry() -> None:
     with pytest.raises(UndecodableError, match="--registry"):
-        Decoder(None).decode(frame(77, OTHER))
+        decoded(Decoder(None), frame(77, OTHER))
 
 
 def test_a_value_with_trailing_bytes_is_rejected(registry: ThreadingHTTPServer) -> None:
     with pytest.raises(UndecodableError, match="not a value"):
-        Decoder(url(registry)).decode(frame(77, OTHER) + b"\0")
+        decoded(Decoder(url(registry)), frame(77, OTHER) + b"\0")
 
 
 def test_a_registrys_schema_is_fetched_once(registry: ThreadingHTTPServer) -> None:
     decoder = Decoder(url(registry))
-    assert [decoder.decode(frame(77, OTHER, a=n))["a"] for n in (1, 2, 3)] == [1, 2, 3]
+    assert [decoded(decoder, frame(77, OTHER, a=n))["a"] for n in (1, 2, 3)] == [1, 2, 3]
     assert len(Registry.requests) == 1
 
 
 def test_an_id_that_the_registry_does_not_know_is_rejected(registry: ThreadingHTTPServer) -> None:
     with pytest.raises(UndecodableError, match="does not know schema id 78"):
-        Decoder(url(registry)).decode(frame(78, OTHER))
+        decoded(Decoder(url(registry)), frame(78, OTHER))
 
 
 def test_a_registry_that_is_down_is_unavailable() -> None:
@@ -119,7 +121,7 @@ def test_a_registry_that_is_down_is_unavailable() -> None:
         taken.bind(("127.0.0.1", 0))  # A port on which nobody listens.
         decoder = Decoder(f"http://127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(UnavailableError, match="registry"):
-            decoder.decode(frame(77, OTHER))
+            decoded(decoder, frame(77, OTHER))
 
 
 def test_a_refused_id_is_asked_for_once_a_minute(registry: ThreadingHTTPServer) -> None:
@@ -129,7 +131,7 @@ def test_a_refused_id_is_asked_for_once_a_minute(registry: ThreadingHTTPServer) 
         now = time_s
         for _ in range(5):
             with pytest.raises(UndecodableError, match="does not know schema id 78"):
-                decoder.decode(frame(78, OTHER))
+                decoded(decoder, frame(78, OTHER))
         assert len(Registry.requests) == requests
 
 
@@ -140,7 +142,7 @@ def test_new_ids_are_asked_for_at_a_rate_however_many_a_topic_has(registry: Thre
         now = time_s
         for schema_id in range(1000, 1300):
             with pytest.raises(UndecodableError, match=r"does not know|too many"):
-                decoder.decode(frame(schema_id, OTHER))
+                decoded(decoder, frame(schema_id, OTHER))
         assert len(Registry.requests) == requests
 
 
@@ -152,10 +154,10 @@ def test_an_id_for_which_the_registry_fails_ends_no_consumer(
     decoder = Decoder(url(registry))
     for _ in range(2):
         with pytest.raises(UndecodableError, match="does not answer for schema id 79"):
-            decoder.decode(frame(79, OTHER))
-    assert decoder.decode(frame(77, OTHER, a=3))["a"] == 3
+            decoded(decoder, frame(79, OTHER))
+    assert decoded(decoder, frame(77, OTHER, a=3))["a"] == 3
     with pytest.raises(UndecodableError, match="does not answer for schema id 79"):
-        decoder.decode(frame(79, OTHER))
+        decoded(decoder, frame(79, OTHER))
 
 
 def test_a_registry_that_went_away_ends_no_consumer_and_is_not_waited_for_at_each_message() -> None:
@@ -165,16 +167,16 @@ def test_a_registry_that_went_away_ends_no_consumer_and_is_not_waited_for_at_eac
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         decoder = Decoder(url(server), clock=lambda: now)
-        decoder.decode(frame(77, OTHER))
+        decoded(decoder, frame(77, OTHER))
         server.shutdown()
         thread.join()
     with pytest.raises(UndecodableError, match="does not answer for schema id 78"):
-        decoder.decode(frame(78, OTHER))
+        decoded(decoder, frame(78, OTHER))
     with pytest.raises(UndecodableError, match="new schema ids are not requested"):
-        decoder.decode(frame(79, OTHER))
+        decoded(decoder, frame(79, OTHER))
     now += 61
     with pytest.raises(UndecodableError, match="does not answer for schema id 79"):
-        decoder.decode(frame(79, OTHER))
+        decoded(decoder, frame(79, OTHER))
 
 
 def test_a_stop_ends_the_wait_for_a_schema() -> None:
@@ -191,7 +193,7 @@ def test_a_stop_ends_the_wait_for_a_schema() -> None:
         thread = threading.Thread(target=take)
         thread.start()
         with pytest.raises(Stopped):
-            Decoder(f"http://127.0.0.1:{silent.getsockname()[1]}", stop=stop).decode(frame(77, OTHER))
+            decoded(Decoder(f"http://127.0.0.1:{silent.getsockname()[1]}", stop=stop), frame(77, OTHER))
         thread.join()
 
 
@@ -199,7 +201,7 @@ def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPSe
     decoder = Decoder(url(registry))
     for schema_id in (0, 1 << 31, (1 << 32) - 1):
         with pytest.raises(UndecodableError, match="is out of range"):
-            decoder.decode(frame(schema_id, OTHER))
+            decoded(decoder, frame(schema_id, OTHER))
     assert Registry.requests == []
 
 
@@ -207,13 +209,13 @@ def test_alert_counts_a_message_whose_schema_the_registry_refuses(registry: Thre
     counts = Counts()
     partition = HeartbeatPartition("hosts", 3, [], Committed(7), Decoder(url(registry)), counts)
     for offset in (7, 8):
-        partition.put(frame(78, OTHER), offset, 0)
+        partition.put([frame(78, OTHER)], np.array([offset]), 0)
     assert (counts.undecodable, partition.next, len(Registry.requests)) == (2, 9, 1)
 
 
 def test_a_value_of_more_than_a_mebibyte_is_rejected() -> None:
     with pytest.raises(UndecodableError, match="longer than"):
-        Decoder(None).decode(b"\0\0\0\0\2" + bytes(1 << 20))
+        decoded(Decoder(None), b"\0\0\0\0\2" + bytes(1 << 20))
 
 
 @pytest.mark.parametrize("path", sorted(SCHEMAS.rglob("*.avsc")), ids=str)
@@ -323,10 +325,10 @@ def test_a_schema_with_other_defaults_and_words_is_accepted_without_them() -> No
 
 
 def test_a_string_of_more_than_4096_characters_is_rejected() -> None:
-    decode = Decoder(None).decode
-    assert len(decode(frame(1, OURS["TcpTransmit"], host="x" * 4096))["host"]) == 4096
+    decoder = Decoder(None)
+    assert len(decoded(decoder, frame(1, OURS["TcpTransmit"], host="x" * 4096))["host"]) == 4096
     with pytest.raises(UndecodableError, match="4096 characters"):
-        decode(frame(1, OURS["TcpTransmit"], host="x" * 4097))
+        decoded(decoder, frame(1, OURS["TcpTransmit"], host="x" * 4097))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 60_000, "\ud800", 'syntax = "proto3";'])
@@ -343,7 +345,7 @@ def test_an_arrays_count_takes_no_more_than_the_bytes_that_are_there() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(UndecodableError, match="not a value"):
-            decoder.decode(b"\0\0\0\0\x09" + count.getvalue() + bytes(1000))
+            decoded(decoder, b"\0\0\0\0\x09" + count.getvalue() + bytes(1000))
         assert tracemalloc.get_traced_memory()[1] < 10 << 20
     finally:
         tracemalloc.stop()

@@ -30,7 +30,7 @@ def fuzzer(target: str, folder: Path) -> Path:
     return folder / target
 
 
-@pytest.mark.parametrize("target", ["encode"])
+@pytest.mark.parametrize("target", ["decode", "encode"])
 def test_no_input_breaks_it(target: str, tmp_path: Path) -> None:
     corpus = TESTS / "corpus" / target
     assert shutil.which("gcc"), "no gcc: scripts/setup --tests installs it"

@@ -1,0 +1,271 @@
+#include "binding.h"
+#include "decode.h"
+#include "groups.h"
+
+#include <string.h>
+
+#define MOST_ROWS (1u << 24)
+
+/* A bytes object of `size` zeros. */
+static PyObject *zeros(size_t size)
+{
+	PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
+
+	if (bytes)
+		memset(PyBytes_AsString(bytes), 0, size);
+	return bytes;
+}
+
+/* The item of a list of bytes or None; false with an exception set if it is neither. */
+static bool get_value(PyObject *values, Py_ssize_t at, const uint8_t **value, size_t *size)
+{
+	PyObject *item = PyList_GetItem(values, at);
+	char *data;
+	Py_ssize_t length;
+
+	*value = NULL;
+	*size = 0;
+	if (item == Py_None)
+		return true;
+	if (!item || PyBytes_AsStringAndSize(item, &data, &length) < 0)
+		return false;
+	*value = (const uint8_t *)data;
+	*size = (size_t)length;
+	return true;
+}
+
+static Py_ssize_t row_count(PyObject *values)
+{
+	Py_ssize_t rows = PyList_Size(values);
+
+	if (rows > (Py_ssize_t)MOST_ROWS) {
+		PyErr_Format(PyExc_ValueError, "%zd messages are more than %u", rows, MOST_ROWS);
+		return -1;
+	}
+	return rows;
+}
+
+/* schema_ids(values) */
+static PyObject *schema_ids(PyObject *module, PyObject *values)
+{
+	Py_ssize_t rows = row_count(values);
+	PyObject *ids = rows < 0 ? NULL : zeros((size_t)rows * sizeof(int64_t));
+
+	(void)module;
+	if (!ids)
+		return NULL;
+	int64_t *out = (int64_t *)PyBytes_AsString(ids);
+	for (Py_ssize_t row = 0; row < rows; row++) {
+		const uint8_t *value;
+		size_t size;
+		if (!get_value(values, row, &value, &size)) {
+			Py_DecRef(ids);
+			return NULL;
+		}
+		out[row] = decode_schema_id(value, size);
+	}
+	return ids;
+}
+
+static uint32_t table_size(size_t entries)
+{
+	uint32_t size = 16;
+
+	while (size < 2 * entries)
+		size *= 2;
+	return size;
+}
+
+/* The distinct strings, and their hashes as a bytes object of int64; NULL with an exception set on failure. */
+static PyObject *text_lists(const struct decode_strings *strings)
+{
+	PyObject *texts = PyList_New(strings->count), *hashes = zeros(strings->count * sizeof(uint64_t));
+
+	for (uint32_t i = 0; texts && hashes && i < strings->count; i++) {
+		const struct decode_text *text = &strings->texts[i];
+		PyObject *item = PyUnicode_DecodeUTF8((const char *)text->data, text->size, NULL);
+		if (!item || PyList_SetItem(texts, i, item) < 0)
+			goto failed;
+		memcpy(PyBytes_AsString(hashes) + i * sizeof(uint64_t), &text->hash, sizeof(uint64_t));
+	}
+	if (texts && hashes)
+		return Py_BuildValue("(NN)", texts, hashes);
+failed:
+	Py_DecRef(texts);
+	Py_DecRef(hashes);
+	return NULL;
+}
+
+struct plan {
+	const struct decode_step *steps;
+	size_t count;
+	size_t columns;
+};
+
+static size_t string_columns(const struct plan *plan)
+{
+	size_t count = 0;
+
+	for (size_t i = 0; i < plan->count; i++)
+		count += plan->steps[i].type == DECODE_STRING && plan->steps[i].column >= 0;
+	return count;
+}
+
+/* Decode all values into `columns`; false with an exception set if one is neither bytes nor None. */
+static bool decode_all(PyObject *values, const struct plan *plan, struct decode_columns *columns, uint8_t *status)
+{
+	for (size_t row = 0; row < columns->rows; row++) {
+		const uint8_t *value;
+		size_t size;
+		if (!get_value(values, (Py_ssize_t)row, &value, &size))
+			return false;
+		status[row] = (uint8_t)decode_value(plan->steps, plan->count, value, size, row, columns);
+	}
+	return true;
+}
+
+static PyObject *decode_columns(PyObject *values, size_t rows, const struct plan *plan, uint64_t seed)
+{
+	size_t cells = rows * plan->columns, texts = rows * string_columns(plan);
+	uint32_t slots = table_size(texts);
+	PyObject *cell_bytes = zeros(cells * sizeof(int64_t)), *valid = zeros(cells), *status = zeros(rows);
+	PyObject *strings = NULL;
+	struct decode_columns columns = {
+		.rows = rows,
+		.strings = { .texts = PyMem_Malloc((texts + 1) * sizeof(struct decode_text)),
+			     .slots = PyMem_Calloc(slots, sizeof(uint32_t)),
+			     .mask = slots - 1,
+			     .capacity = (uint32_t)texts,
+			     .seed = seed },
+	};
+
+	if (!columns.strings.texts || !columns.strings.slots) {
+		PyErr_NoMemory();
+	} else if (cell_bytes && valid && status) {
+		columns.cells = (int64_t *)PyBytes_AsString(cell_bytes);
+		columns.valid = (uint8_t *)PyBytes_AsString(valid);
+		if (decode_all(values, plan, &columns, (uint8_t *)PyBytes_AsString(status)))
+			strings = text_lists(&columns.strings);
+	}
+	PyMem_Free(columns.strings.texts);
+	PyMem_Free(columns.strings.slots);
+	if (strings)
+		return Py_BuildValue("(NNNN)", cell_bytes, valid, status, strings);
+	Py_DecRef(cell_bytes);
+	Py_DecRef(valid);
+	Py_DecRef(status);
+	return NULL;
+}
+
+/* decode(values, plan, columns, seed) */
+static PyObject *decode(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+	Py_buffer view = { 0 };
+	PyObject *result = NULL;
+
+	(void)module;
+	if (count != 4)
+		return PyErr_Format(PyExc_TypeError, "decode() takes 4 arguments, not %zd", count);
+	size_t columns = PyLong_AsSize_t(args[2]);
+	uint64_t seed = PyLong_AsUnsignedLongLongMask(args[3]);
+	Py_ssize_t rows = PyErr_Occurred() ? -1 : row_count(args[0]);
+	if (rows < 0 || !open_buffer(args[1], &view, PyBUF_SIMPLE, sizeof(struct decode_step), "plan"))
+		return NULL;
+	struct plan plan = { view.buf, (size_t)view.len / sizeof(struct decode_step), columns };
+	if (decode_plan_valid(plan.steps, plan.count, columns))
+		result = decode_columns(args[0], (size_t)rows, &plan, seed);
+	else
+		PyErr_SetString(PyExc_ValueError, "the plan is not well formed");
+	close_buffers(&view, 1);
+	return result;
+}
+
+#define MOST_GROUP_COLUMNS 8
+
+static PyObject *find_groups(const int64_t *const *columns, size_t column_count, size_t rows, uint64_t seed)
+{
+	uint32_t size = table_size(rows);
+	uint32_t *slots = PyMem_Calloc(size, sizeof(uint32_t));
+	PyObject *ids = zeros(rows * sizeof(int64_t));
+	int64_t *firsts = PyMem_Malloc((rows + 1) * sizeof(int64_t));
+	PyObject *result = NULL;
+
+	if (!slots || !firsts) {
+		PyErr_NoMemory();
+	} else if (ids) {
+		size_t found = groups_find(columns, column_count, rows, seed, slots, size - 1,
+					   (int64_t *)PyBytes_AsString(ids), firsts);
+		result = Py_BuildValue("(Oy#)", ids, (const char *)firsts, (Py_ssize_t)(found * sizeof(int64_t)));
+	}
+	Py_DecRef(ids);
+	PyMem_Free(slots);
+	PyMem_Free(firsts);
+	return result;
+}
+
+/* groups(seed, column, ...) */
+static PyObject *groups(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+	Py_buffer views[MOST_GROUP_COLUMNS] = { 0 };
+	const int64_t *columns[MOST_GROUP_COLUMNS];
+	size_t column_count = (size_t)count - 1;
+	PyObject *result = NULL;
+
+	(void)module;
+	if (count < 2 || column_count > MOST_GROUP_COLUMNS)
+		return PyErr_Format(PyExc_TypeError, "groups() takes a seed and 1 to %d columns", MOST_GROUP_COLUMNS);
+	uint64_t seed = PyLong_AsUnsignedLongLongMask(args[0]);
+	if (PyErr_Occurred())
+		return NULL;
+	for (size_t i = 0; i < column_count; i++) {
+		if (!open_buffer(args[i + 1], &views[i], PyBUF_SIMPLE, sizeof(int64_t), "column"))
+			goto done;
+		columns[i] = views[i].buf;
+		if (views[i].len != views[0].len || (size_t)views[i].len > MOST_ROWS * sizeof(int64_t)) {
+			PyErr_SetString(PyExc_ValueError, "the columns differ in length, or are too long");
+			goto done;
+		}
+	}
+	result = find_groups(columns, column_count, (size_t)views[0].len / sizeof(int64_t), seed);
+done:
+	close_buffers(views, MOST_GROUP_COLUMNS);
+	return result;
+}
+
+/* mark(bits, positions) */
+static PyObject *mark(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+	Py_buffer views[2] = { 0 };
+	PyObject *is_new = NULL;
+
+	(void)module;
+	if (count != 2)
+		return PyErr_Format(PyExc_TypeError, "mark() takes 2 arguments, not %zd", count);
+	if (!open_buffer(args[0], &views[0], PyBUF_WRITABLE, 1, "bits") ||
+	    !open_buffer(args[1], &views[1], PyBUF_SIMPLE, sizeof(int64_t), "positions"))
+		goto done;
+	size_t rows = (size_t)views[1].len / sizeof(int64_t);
+	is_new = zeros(rows);
+	if (is_new && groups_mark(views[0].buf, (size_t)views[0].len, views[1].buf, rows,
+				  (uint8_t *)PyBytes_AsString(is_new)) < rows) {
+		Py_DecRef(is_new);
+		is_new = NULL;
+		PyErr_SetString(PyExc_ValueError, "a position is outside the bits");
+	}
+done:
+	close_buffers(views, 2);
+	return is_new;
+}
+
+static PyMethodDef functions[] = {
+	{ "schema_ids", schema_ids, METH_O, NULL },
+	{ "decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL, NULL },
+	{ "groups", (PyCFunction)(void (*)(void))groups, METH_FASTCALL, NULL },
+	{ "mark", (PyCFunction)(void (*)(void))mark, METH_FASTCALL, NULL },
+	{ NULL, NULL, 0, NULL },
+};
+
+int add_decode(PyObject *module)
+{
+	return PyModule_AddFunctions(module, functions);
+}

@@ -1,0 +1,402 @@
+#include "decode.h"
+
+#include <string.h>
+
+struct cursor {
+	const uint8_t *at;
+	const uint8_t *end;
+};
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "numbers are read as they lie in memory");
+
+#define HIGH_BITS 0x8080808080808080u
+
+static inline int64_t unzigzag(uint64_t bits)
+{
+	return (int64_t)((bits >> 1) ^ (~(bits & 1) + 1));
+}
+
+/* Avro's zig-zag varint; false if it is cut off or has more than 64 bits. */
+static bool read_long_slowly(struct cursor *in, int64_t *value)
+{
+	uint64_t bits = 0;
+
+	for (unsigned int shift = 0; shift < 64 && in->at < in->end; shift += 7) {
+		uint8_t byte = *in->at++;
+
+		if (shift == 63 && byte > 1)
+			return false;
+		bits |= (uint64_t)(byte & 0x7f) << shift;
+		if (byte < 0x80) {
+			*value = unzigzag(bits);
+			return true;
+		}
+	}
+	return false;
+}
+
+/* The same, without a branch for each byte where the number has up to 8 bytes and as many are there. */
+static inline bool read_long(struct cursor *in, int64_t *value)
+{
+	uint64_t word, last;
+
+	if (in->end - in->at < (ptrdiff_t)sizeof(word))
+		return read_long_slowly(in, value);
+	memcpy(&word, in->at, sizeof(word));
+	last = ~word & HIGH_BITS;
+	if (!last)
+		return read_long_slowly(in, value);
+	word &= (last ^ (last - 1)) & ~HIGH_BITS;
+	word = (word & 0x007f007f007f007f) | (word & 0x7f007f007f007f00) >> 1;
+	word = (word & 0x00003fff00003fff) | (word & 0x3fff00003fff0000) >> 2;
+	word = (word & 0x000000000fffffff) | (word & 0x0fffffff00000000) >> 4;
+	in->at += (__builtin_ctzll(last) >> 3) + 1;
+	*value = unzigzag(word);
+	return true;
+}
+
+static inline bool skip_long(struct cursor *in)
+{
+	uint64_t word, last;
+	int64_t value;
+
+	if (in->end - in->at < (ptrdiff_t)sizeof(word))
+		return read_long_slowly(in, &value);
+	memcpy(&word, in->at, sizeof(word));
+	last = ~word & HIGH_BITS;
+	if (!last)
+		return read_long_slowly(in, &value);
+	in->at += (__builtin_ctzll(last) >> 3) + 1;
+	return true;
+}
+
+static inline bool read_fixed(struct cursor *in, void *value, size_t size)
+{
+	if ((size_t)(in->end - in->at) < size)
+		return false;
+	memcpy(value, in->at, size);
+	in->at += size;
+	return true;
+}
+
+static bool read_float(struct cursor *in, int64_t *cell)
+{
+	float value;
+	double wide;
+
+	if (!read_fixed(in, &value, sizeof(value)))
+		return false;
+	wide = value;
+	memcpy(cell, &wide, sizeof(wide));
+	return true;
+}
+
+static inline bool read_bytes(struct cursor *in, const uint8_t **data, size_t *size)
+{
+	int64_t length;
+
+	if (!read_long(in, &length) || length < 0 || length > in->end - in->at)
+		return false;
+	*data = in->at;
+	*size = (size_t)length;
+	in->at += length;
+	return true;
+}
+
+static bool is_continuation(uint8_t byte)
+{
+	return (byte & 0xc0) == 0x80;
+}
+
+/* Return the length of the UTF-8 sequence at `at`, of more than one byte; 0 if it is not valid, as Python judges. */
+static size_t sequence_length(const uint8_t *at, size_t room)
+{
+	if (room < 2 || !is_continuation(at[1]))
+		return 0;
+	if (at[0] >= 0xc2 && at[0] < 0xe0)
+		return 2;
+	if (room < 3 || !is_continuation(at[2]))
+		return 0;
+	if (at[0] >= 0xe0 && at[0] < 0xf0) {
+		bool overlong = at[0] == 0xe0 && at[1] < 0xa0;
+		bool surrogate = at[0] == 0xed && at[1] >= 0xa0;
+
+		return overlong || surrogate ? 0 : 3;
+	}
+	if (room < 4 || !is_continuation(at[3]) || at[0] < 0xf0 || at[0] > 0xf4)
+		return 0;
+	return (at[0] == 0xf0 && at[1] < 0x90) || (at[0] == 0xf4 && at[1] >= 0x90) ? 0 : 4;
+}
+
+static inline bool is_ascii(const uint8_t *data, size_t size)
+{
+	uint64_t word, all = 0;
+	size_t at = 0;
+
+	if (size < sizeof(word)) {
+		while (at < size)
+			all |= data[at++];
+		return !(all & 0x80);
+	}
+	for (; at + sizeof(word) <= size; at += sizeof(word)) {
+		memcpy(&word, data + at, sizeof(word));
+		all |= word;
+	}
+	memcpy(&word, data + size - sizeof(word), sizeof(word));
+	return !((all | word) & HIGH_BITS);
+}
+
+static enum decode_status check_characters(const uint8_t *data, size_t size)
+{
+	size_t characters = 0;
+
+	for (size_t at = 0; at < size; characters++) {
+		size_t length = data[at] < 0x80 ? 1 : sequence_length(data + at, size - at);
+
+		if (!length)
+			return DECODE_INVALID;
+		at += length;
+	}
+	return characters > DECODE_MOST_CHARACTERS ? DECODE_TEXT_TOO_LONG : DECODE_OK;
+}
+
+static inline enum decode_status check_text(const uint8_t *data, size_t size)
+{
+	return size <= DECODE_MOST_CHARACTERS && is_ascii(data, size) ? DECODE_OK : check_characters(data, size);
+}
+
+static uint64_t mix(uint64_t hash, uint64_t word)
+{
+	hash = (hash ^ word) * 0x9e3779b97f4a7c15;
+	return hash ^ (hash >> 29);
+}
+
+static uint64_t hash_text(const uint8_t *data, size_t size, uint64_t seed)
+{
+	uint64_t hash = mix(seed, size), word;
+
+	for (; size >= sizeof(word); data += sizeof(word), size -= sizeof(word)) {
+		memcpy(&word, data, sizeof(word));
+		hash = mix(hash, word);
+	}
+	word = 0;
+	memcpy(&word, data, size);
+	return mix(mix(hash, word), seed);
+}
+
+static bool is_text(const struct decode_text *text, const uint8_t *data, size_t size)
+{
+	return text->size == size && memcmp(text->data, data, size) == 0;
+}
+
+/* Set `cell` to the string's index. `before` is the column's previous one, most often the same string. */
+static enum decode_status intern(struct decode_strings *strings, const uint8_t *data, size_t size, int64_t before,
+				 int64_t *cell)
+{
+	enum decode_status status;
+	uint64_t hash;
+	uint32_t slot;
+
+	if (before >= 0 && is_text(&strings->texts[before], data, size)) {
+		*cell = before;
+		return DECODE_OK;
+	}
+	hash = hash_text(data, size, strings->seed);
+	for (slot = (uint32_t)hash & strings->mask; strings->slots[slot]; slot = (slot + 1) & strings->mask) {
+		uint32_t index = strings->slots[slot] - 1;
+
+		if (strings->texts[index].hash == hash && is_text(&strings->texts[index], data, size)) {
+			*cell = index;
+			return DECODE_OK;
+		}
+	}
+	status = check_text(data, size);
+	if (status)
+		return status;
+	if (strings->count == strings->capacity)
+		return DECODE_INVALID; /* the caller gave less room than promised */
+	strings->texts[strings->count] = (struct decode_text){ data, (uint32_t)size, hash };
+	*cell = strings->count++;
+	strings->slots[slot] = (uint32_t)*cell + 1;
+	return DECODE_OK;
+}
+
+static inline enum decode_status read_string(struct cursor *in, int64_t *cell, size_t row,
+					     struct decode_columns *columns)
+{
+	const uint8_t *data;
+	size_t size;
+	int64_t before = -1;
+
+	if (!read_bytes(in, &data, &size))
+		return DECODE_INVALID;
+	if (!cell)
+		return check_text(data, size);
+	/* The row before may have been refused, or be null: any index of a string will do. */
+	if (row > 0 && cell[-1] >= 0 && cell[-1] < columns->strings.count)
+		before = cell[-1];
+	return intern(&columns->strings, data, size, before, cell);
+}
+
+static inline bool read_number(struct cursor *in, enum decode_type type, int64_t *cell)
+{
+	uint8_t byte;
+
+	switch (type) {
+	case DECODE_BOOLEAN:
+		if (!read_fixed(in, &byte, 1) || byte > 1)
+			return false;
+		*cell = byte;
+		return true;
+	case DECODE_INT:
+		return read_long(in, cell) && *cell >= INT32_MIN && *cell <= INT32_MAX;
+	case DECODE_LONG:
+		return read_long(in, cell);
+	case DECODE_FLOAT:
+		return read_float(in, cell);
+	default:
+		return read_fixed(in, cell, sizeof(*cell));
+	}
+}
+
+/* Read a field that is not null and not a list; `cell` is NULL if it is skipped. */
+static inline enum decode_status read_field(struct cursor *in, enum decode_type type, int64_t *cell, size_t row,
+					    struct decode_columns *columns)
+{
+	const uint8_t *data;
+	int64_t skipped;
+	size_t size;
+	bool ok;
+
+	if (type == DECODE_STRING)
+		return read_string(in, cell, row, columns);
+	if (type == DECODE_BYTES)
+		ok = read_bytes(in, &data, &size);
+	else if (!cell && (type == DECODE_LONG || type == DECODE_INT))
+		ok = skip_long(in);
+	else
+		ok = read_number(in, type, cell ? cell : &skipped);
+	return ok ? DECODE_OK : DECODE_INVALID;
+}
+
+/* Read the number of items of a list's next block, 0 at its end. Each item has at least one byte. */
+static bool read_block(struct cursor *in, int64_t *items)
+{
+	int64_t size;
+
+	if (!read_long(in, items))
+		return false;
+	if (*items < 0) {
+		if (*items == INT64_MIN || !read_long(in, &size))
+			return false;
+		*items = -*items;
+	}
+	return *items <= in->end - in->at;
+}
+
+/* Read the branch of a union, which has two; set `is_null`. */
+static inline bool read_branch(struct cursor *in, uint8_t null, bool *is_null)
+{
+	int64_t branch;
+
+	if (in->at < in->end && (*in->at & ~2) == 0)
+		branch = *in->at++ >> 1;
+	else if (!read_long_slowly(in, &branch) || branch < 0 || branch > 1)
+		return false;
+	*is_null = branch == (null == DECODE_NULL_FIRST ? 0 : 1);
+	return true;
+}
+
+int64_t decode_schema_id(const uint8_t *value, size_t size)
+{
+	if (!value || size < DECODE_FRAME_BYTES || value[0] != 0)
+		return DECODE_NOT_FRAMED;
+	if (size > DECODE_MOST_VALUE_BYTES)
+		return DECODE_VALUE_TOO_LONG;
+	return (int64_t)((uint32_t)value[1] << 24 | (uint32_t)value[2] << 16 | (uint32_t)value[3] << 8 | value[4]);
+}
+
+bool decode_plan_valid(const struct decode_step *steps, size_t count, size_t columns)
+{
+	uint8_t used[DECODE_MOST_STEPS / 8] = { 0 };
+	uint16_t open[DECODE_MOST_DEPTH];
+	size_t depth = 0;
+
+	if (count > DECODE_MOST_STEPS || columns > DECODE_MOST_STEPS)
+		return false;
+	for (size_t at = 0; at < count; at++) {
+		const struct decode_step *step = &steps[at];
+
+		if (step->type >= DECODE_TYPES || step->null >= DECODE_NULLS || step->column < -1)
+			return false;
+		if (step->column >= 0) {
+			uint8_t bit = (uint8_t)(1u << (step->column % 8));
+
+			if (depth || (size_t)step->column >= columns || step->type >= DECODE_ARRAY ||
+			    step->type == DECODE_BYTES || (used[step->column / 8] & bit))
+				return false;
+			used[step->column / 8] |= bit;
+		}
+		if (step->type == DECODE_ARRAY) {
+			if (depth == DECODE_MOST_DEPTH || step->other >= count || step->null)
+				return false;
+			open[depth++] = (uint16_t)at;
+		} else if (step->type == DECODE_END) {
+			/* A list without items' steps would take no bytes for each item. */
+			if (!depth || step->null || step->other != open[depth - 1] || step->other + 1u == at ||
+			    steps[step->other].other != at)
+				return false;
+			depth--;
+		}
+	}
+	return depth == 0;
+}
+
+enum decode_status decode_value(const struct decode_step *steps, size_t count, const uint8_t *value, size_t size,
+				size_t row, struct decode_columns *columns)
+{
+	struct cursor in = { value + DECODE_FRAME_BYTES, value + size };
+	int64_t items[DECODE_MOST_DEPTH]; /* left in the open lists' blocks */
+	size_t depth = 0, at = 0;
+
+	if (decode_schema_id(value, size) < 0)
+		return DECODE_INVALID;
+	while (at < count) {
+		const struct decode_step *step = &steps[at];
+		int64_t *cell = step->column < 0 ? NULL : &columns->cells[(size_t)step->column * columns->rows + row];
+		enum decode_status status;
+		bool is_null = false;
+
+		if (step->type == DECODE_ARRAY || step->type == DECODE_END) {
+			bool starts = step->type == DECODE_ARRAY;
+
+			if (starts)
+				items[depth++] = 0;
+			else
+				items[depth - 1]--;
+			if (items[depth - 1] == 0 && !read_block(&in, &items[depth - 1]))
+				return DECODE_INVALID;
+			if (items[depth - 1] == 0) {
+				depth--;
+				at = (starts ? step->other : at) + 1u;
+			} else {
+				at = (starts ? at : step->other) + 1u;
+			}
+			continue;
+		}
+		if (step->null && !read_branch(&in, step->null, &is_null))
+			return DECODE_INVALID;
+		if (cell)
+			columns->valid[(size_t)step->column * columns->rows + row] = !is_null;
+		if (is_null) {
+			if (cell)
+				*cell = 0;
+		} else {
+			status = read_field(&in, step->type, cell, row, columns);
+			if (status)
+				return status;
+		}
+		at++;
+	}
+	return in.at == in.end ? DECODE_OK : DECODE_INVALID;
+}

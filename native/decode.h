@@ -1,0 +1,98 @@
+/*
+ * Decodes messages in Confluent's wire format (a zero byte, a schema id in four bytes, an Avro record) to columns.
+ *
+ * Every message is untrusted. A plan made from the writer's schema says what follows what; nothing in a message can make
+ * the decoder read outside the message, recurse, or allocate: all memory is the caller's, and its size depends on the
+ * number of messages and columns only. A message that does not fit the plan is refused, and costs no other message.
+ */
+#ifndef REBPF_DECODE_H
+#define REBPF_DECODE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define DECODE_MOST_VALUE_BYTES (1u << 20)
+#define DECODE_MOST_CHARACTERS 4096u /* of a string; our names have up to 1024 */
+#define DECODE_MOST_STEPS 4096
+#define DECODE_MOST_DEPTH 4
+#define DECODE_FRAME_BYTES 5
+
+enum decode_type {
+	DECODE_BOOLEAN,
+	DECODE_INT,
+	DECODE_LONG,
+	DECODE_FLOAT,
+	DECODE_DOUBLE,
+	DECODE_BYTES,
+	DECODE_STRING,
+	DECODE_ARRAY, /* its items' steps follow, up to its DECODE_END */
+	DECODE_END,
+	DECODE_TYPES,
+};
+
+enum decode_null {
+	DECODE_NOT_NULL, /* the field is no union */
+	DECODE_NULL_FIRST, /* ["null", T] */
+	DECODE_NULL_LAST, /* [T, "null"] */
+	DECODE_NULLS,
+};
+
+enum decode_status {
+	DECODE_OK,
+	DECODE_INVALID, /* not a value of the schema */
+	DECODE_TEXT_TOO_LONG,
+};
+
+#define DECODE_NOT_FRAMED (-1)
+#define DECODE_VALUE_TOO_LONG (-2)
+
+/* A step of a plan. Steps of lists refer to each other: DECODE_ARRAY to its DECODE_END, and back. */
+struct decode_step {
+	uint8_t type;
+	uint8_t null;
+	uint16_t other;
+	int16_t column; /* -1: skip the field */
+	uint16_t _pad;
+};
+
+/*
+ * The distinct strings of a batch, found by an open-addressing table. The caller allocates room for one string per
+ * message and string column, and at least twice as many slots (a power of two, all zero). `seed` is secret, so that no
+ * writer can make strings collide.
+ */
+struct decode_strings {
+	struct decode_text {
+		const uint8_t *data;
+		uint32_t size;
+		uint64_t hash;
+	} *texts;
+	uint32_t *slots; /* index in texts, plus 1 */
+	uint32_t mask;
+	uint32_t count;
+	uint32_t capacity;
+	uint64_t seed;
+};
+
+/*
+ * Columns of `rows` cells each, column by column: integers and booleans as int64, float and double as the bits of a
+ * double, strings as the index in `strings`. A cell that is null has `valid` 0.
+ */
+struct decode_columns {
+	int64_t *cells;
+	uint8_t *valid;
+	size_t rows;
+	struct decode_strings strings;
+};
+
+/* Return a value's schema id, DECODE_NOT_FRAMED or DECODE_VALUE_TOO_LONG. `value` may be NULL. */
+int64_t decode_schema_id(const uint8_t *value, size_t size);
+
+/* Return whether a plan is well formed, with its columns in 0 to `columns` - 1, each of one step at most. */
+bool decode_plan_valid(const struct decode_step *steps, size_t count, size_t columns);
+
+/* Decode a framed value to row `row`. Of a message that is refused, the row's cells are undefined. */
+enum decode_status decode_value(const struct decode_step *steps, size_t count, const uint8_t *value, size_t size,
+				size_t row, struct decode_columns *columns);
+
+#endif

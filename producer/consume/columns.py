@@ -1,0 +1,142 @@
+"""Batches of messages as columns, decoded by the native module."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from producer import _native
+from producer.consume.plan import Plan
+
+Ints = NDArray[np.int64]
+Values = list[bytes | None]
+"""The values of messages."""
+
+_SEED = int.from_bytes(os.urandom(8))
+"""Makes hashes unpredictable: a writer must not be able to make texts collide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Decoded messages, by column.
+
+    `rows` has the index of each message in its batch, ascending. A column of texts has indexes in `texts`, which are
+    distinct; `hashes` are of the texts, the same for the same text while the process lives.
+    """
+
+    rows: Ints
+    cells: dict[str, Ints]
+    texts: list[str]
+    hashes: Ints
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> Ints:
+        return self.cells[name]
+
+    def select(self, chosen: NDArray[Any]) -> "Columns":
+        """Return the chosen rows: a mask, or ascending distinct indexes."""
+        if bool(chosen.all()) if chosen.dtype == np.bool_ else len(chosen) == len(self):
+            return self
+        cells = {name: column[chosen] for name, column in self.cells.items()}
+        return Columns(self.rows[chosen], cells, self.texts, self.hashes)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Messages of one schema: `cells` and `valid` by column and message, and the native decoder's `status`.
+
+    Cells are integers, the bits of doubles, or indexes in `texts`.
+    """
+
+    plan: Plan
+    cells: Ints
+    valid: NDArray[np.bool_]
+    status: NDArray[np.uint8]
+    texts: list[str]
+    hashes: Ints
+
+
+def schema_ids(values: Values) -> Ints:
+    """Return each value's schema id: -1 if it is not in Confluent's wire format, -2 if it is too long."""
+    return np.frombuffer(_native.schema_ids(values), np.int64)
+
+
+def decode(values: Values, plan: Plan) -> Table:
+    """Decode values of one schema."""
+    shape = len(plan.names), len(values)
+    cells, valid, status, (texts, hashes) = _native.decode(values, plan.steps, len(plan.names), _SEED)
+    return Table(
+        plan,
+        np.frombuffer(cells, np.int64).reshape(shape),
+        np.frombuffer(valid, np.bool_).reshape(shape),
+        np.frombuffer(status, np.uint8),
+        texts,
+        np.frombuffer(hashes, np.int64),
+    )
+
+
+def joined(names: Sequence[str], texts: set[str], parts: Sequence[tuple[Ints, Table]]) -> Columns:
+    """Return the decoded messages of tables with the same columns, given with their rows, in order of the rows."""
+    tables = [table for _, table in parts]
+    decoded = [table.status == 0 for table in tables]
+    rows = _concatenated([rows[chosen] for (rows, _), chosen in zip(parts, decoded, strict=True)])
+    order = np.argsort(rows, kind="stable") if len(parts) > 1 else slice(None)
+    bases = np.cumsum([0, *(len(table.texts) for table in tables)])
+    all_decoded = all(bool(chosen.all()) for chosen in decoded)
+    cells = {}
+    for column, name in enumerate(names):
+        pieces = [
+            table.cells[column] + (base if name in texts and base else 0)
+            for table, base in zip(tables, bases.tolist(), strict=False)
+        ]
+        if not all_decoded:
+            pieces = [piece[chosen] for piece, chosen in zip(pieces, decoded, strict=True)]
+        cells[name] = _concatenated(pieces)[order]
+    return Columns(
+        rows[order],
+        cells,
+        [text for table in tables for text in table.texts],
+        _concatenated([table.hashes for table in tables]),
+    )
+
+
+def _concatenated(pieces: Sequence[Ints]) -> Ints:
+    return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int64), *pieces])
+
+
+def records(table: Table) -> Iterator[dict[str, Any]]:
+    """Yield the messages as records, also those that could not be decoded, with any content."""
+    columns = [_listed(table, column) for column in range(len(table.plan.names))]
+    for row in zip(*columns, strict=True):
+        yield dict(zip(table.plan.names, row, strict=True))
+
+
+def _listed(table: Table, column: int) -> list[Any]:
+    kind, cells, valid = table.plan.types[column], table.cells[column], table.valid[column]
+    values: list[Any]
+    if kind == "string":
+        values = np.array([*table.texts, None], object)[np.where(valid, cells, len(table.texts))].tolist()
+        return values
+    if kind in ("float", "double"):
+        values = cells.view(np.float64).tolist()
+    elif kind == "boolean":
+        values = (cells != 0).tolist()
+    else:
+        values = cells.tolist()
+    if not valid.all():
+        values = [value if has else None for value, has in zip(values, valid.tolist(), strict=True)]
+    return values
+
+
+def groups(*columns: Ints) -> tuple[Ints, Ints]:
+    """Number the distinct rows of up to 8 columns, in order of appearance.
+
+    Return each row's number, and each number's first row.
+    """
+    ids, firsts = _native.groups(_SEED, *map(np.ascontiguousarray, columns))
+    return np.frombuffer(ids, np.int64), np.frombuffer(firsts, np.int64)

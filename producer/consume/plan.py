@@ -1,0 +1,92 @@
+"""Makes plans for the native decoder (native/decode.h) from accepted schemas."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_STEP = np.dtype([("type", "u1"), ("null", "u1"), ("other", "<u2"), ("column", "<i2"), ("_pad", "<u2")])
+"""struct decode_step"""
+_TYPES = {"boolean": 0, "int": 1, "long": 2, "float": 3, "double": 4, "bytes": 5, "string": 6}
+_ARRAY, _END = 7, 8
+_NOT_NULL, _NULL_FIRST, _NULL_LAST = 0, 1, 2
+_SKIP = -1
+_SCALARS = frozenset(_TYPES) - {"bytes"}
+
+Fields = tuple[tuple[str, str], ...]
+"""Names of fields that are not null, with their types: long (also for int), double (also for float) or string."""
+_ALSO = {"long": {"long", "int"}, "double": {"double", "float"}, "string": {"string"}}
+
+_Step = tuple[int, int, int, int, int]
+
+
+class FieldError(ValueError):
+    """The schema has no field of this name and type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The steps through a record of a schema, and the names and types of its columns."""
+
+    steps: bytes
+    names: tuple[str, ...]
+    types: tuple[str, ...]
+
+
+def plan_for(schema: Mapping[str, Any], wanted: Fields) -> Plan:
+    """Return the plan that decodes the wanted fields and skips all others; FieldError if one is missing."""
+    types = {field["name"]: field["type"] for field in schema["fields"]}
+    for name, kind in wanted:
+        if not isinstance(types.get(name), str) or types[name] not in _ALSO[kind]:
+            raise FieldError(f"no field {name} of type {kind}")
+    return _plan(schema["fields"], [name for name, _ in wanted])
+
+
+def plan_for_all(schema: Mapping[str, Any]) -> Plan:
+    """Return the plan that decodes all fields but lists and bytes."""
+    names = [field["name"] for field in schema["fields"] if _scalar(field["type"]) is not None]
+    return _plan(schema["fields"], names)
+
+
+def _plan(fields: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plan:
+    columns = {name: column for column, name in enumerate(names)}
+    steps: list[_Step] = []
+    for field in fields:
+        _append(steps, field["type"], columns.get(field["name"], _SKIP))
+    types = {field["name"]: _scalar(field["type"]) or "" for field in fields}
+    return Plan(np.array(steps, _STEP).tobytes(), tuple(names), tuple(types[name] for name in names))
+
+
+def _scalar(kind: Any) -> str | None:
+    """Return a type without null if a column can have it, otherwise None."""
+    name, _ = _nullable(kind)
+    return name if isinstance(name, str) and name in _SCALARS else None
+
+
+def _append(steps: list[_Step], kind: Any, column: int) -> None:
+    name, null = _nullable(kind)
+    if isinstance(name, str):
+        steps.append((_TYPES[name], null, 0, column, 0))
+        return
+    start = len(steps)
+    steps.append((_ARRAY, _NOT_NULL, 0, _SKIP, 0))
+    for item in _item_types(name["items"]):
+        _append(steps, item, _SKIP)
+    steps[start] = (_ARRAY, _NOT_NULL, len(steps), _SKIP, 0)
+    steps.append((_END, _NOT_NULL, start, _SKIP, 0))
+
+
+def _item_types(items: Any) -> Iterator[Any]:
+    if isinstance(items, dict) and items.get("type") == "record":
+        yield from (field["type"] for field in items["fields"])
+    else:
+        yield items
+
+
+def _nullable(kind: Any) -> tuple[Any, int]:
+    """Return a type without null, and where null stands in its union."""
+    if not isinstance(kind, list):
+        return kind, _NOT_NULL
+    first, last = kind
+    return (last, _NULL_FIRST) if first == "null" else (first, _NULL_LAST)

@@ -1,0 +1,165 @@
+/* Plans and messages from the fuzzer's bytes: valid ones stay as they are (tests/native/decode_seeds.py). */
+#include <stdlib.h>
+#include <string.h>
+
+#include "decode.h"
+#include "groups.h"
+
+#define MAX_STEPS 128
+#define MAX_COLUMNS 64
+#define MAX_ROWS 32
+#define MAX_MESSAGE 8192
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static const uint8_t *bytes;
+static size_t left;
+
+/* Takes bytes from the input; zeros follow its end. */
+static void take(void *out, size_t count)
+{
+	size_t given = count < left ? count : left;
+
+	memset(out, 0, count);
+	if (given)
+		memcpy(out, bytes, given);
+	bytes += given;
+	left -= given;
+}
+
+static size_t take_number(size_t limit)
+{
+	uint16_t number;
+
+	take(&number, sizeof(number));
+	return number % (limit + 1);
+}
+
+static void check(bool holds)
+{
+	if (!holds)
+		abort();
+}
+
+static uint32_t table_size(size_t entries)
+{
+	uint32_t size = 16;
+
+	while (size < 2 * entries)
+		size *= 2;
+	return size;
+}
+
+struct message {
+	uint8_t *data; /* NULL: no value */
+	size_t size;
+};
+
+static void check_cells(const struct decode_columns *columns, const struct decode_step *step, size_t row)
+{
+	size_t at = (size_t)step->column * columns->rows + row;
+
+	check(columns->valid[at] <= 1);
+	if (!columns->valid[at])
+		return;
+	if (step->type == DECODE_STRING)
+		check(columns->cells[at] >= 0 && columns->cells[at] < columns->strings.count);
+	if (step->type == DECODE_INT)
+		check(columns->cells[at] >= INT32_MIN && columns->cells[at] <= INT32_MAX);
+	if (step->type == DECODE_BOOLEAN)
+		check(columns->cells[at] == 0 || columns->cells[at] == 1);
+}
+
+static void check_texts(const struct decode_strings *strings, const struct message *messages, size_t rows)
+{
+	for (uint32_t i = 0; i < strings->count; i++) {
+		const struct decode_text *text = &strings->texts[i];
+		bool inside = false;
+
+		for (size_t row = 0; row < rows; row++)
+			inside |= messages[row].data && text->data >= messages[row].data &&
+				  text->data + text->size <= messages[row].data + messages[row].size;
+		check(inside && text->size <= 4 * DECODE_MOST_CHARACTERS);
+		for (uint32_t j = 0; j < i; j++)
+			check(strings->texts[j].size != text->size ||
+			      memcmp(strings->texts[j].data, text->data, text->size) != 0);
+	}
+}
+
+/* Group the rows by two columns and mark them, as the readers do. */
+static void group(const struct decode_columns *columns, size_t column_count, uint64_t seed)
+{
+	uint32_t slots[4 * MAX_ROWS] = { 0 };
+	int64_t ids[MAX_ROWS], firsts[MAX_ROWS];
+	uint8_t bits[64] = { 0 }, is_new[MAX_ROWS];
+	const int64_t *pair[] = { columns->cells, columns->cells + (column_count - 1) * columns->rows };
+	size_t found = groups_find(pair, 2, columns->rows, seed, slots, 4 * MAX_ROWS - 1, ids, firsts);
+
+	check(found <= columns->rows);
+	for (size_t row = 0; row < columns->rows; row++) {
+		size_t first = (size_t)firsts[ids[row]];
+		check(ids[row] >= 0 && (size_t)ids[row] < found && first <= row);
+		check(pair[0][first] == pair[0][row] && pair[1][first] == pair[1][row]);
+	}
+	if (groups_mark(bits, sizeof(bits), pair[0], columns->rows, is_new) == columns->rows)
+		groups_mark(bits, sizeof(bits), ids, columns->rows, is_new);
+}
+
+static void decode(const struct decode_step *steps, size_t count, size_t column_count, const struct message *messages,
+		   size_t rows, uint64_t seed)
+{
+	size_t texts = rows * count;
+	uint32_t slots = table_size(texts);
+	struct decode_columns columns = {
+		.cells = calloc(rows * column_count + 1, sizeof(int64_t)),
+		.valid = calloc(rows * column_count + 1, 1),
+		.rows = rows,
+		.strings = { .texts = malloc((texts + 1) * sizeof(struct decode_text)),
+			     .slots = calloc(slots, sizeof(uint32_t)),
+			     .mask = slots - 1,
+			     .capacity = (uint32_t)texts,
+			     .seed = seed },
+	};
+
+	for (size_t row = 0; row < rows; row++) {
+		decode_schema_id(messages[row].data, messages[row].size);
+		if (decode_value(steps, count, messages[row].data, messages[row].size, row, &columns) != DECODE_OK)
+			continue;
+		for (size_t at = 0; at < count; at++)
+			if (steps[at].column >= 0)
+				check_cells(&columns, &steps[at], row);
+	}
+	check_texts(&columns.strings, messages, rows);
+	if (rows && column_count)
+		group(&columns, column_count, seed);
+	free(columns.cells);
+	free(columns.valid);
+	free(columns.strings.texts);
+	free(columns.strings.slots);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	struct message messages[MAX_ROWS] = { 0 };
+	uint64_t seed;
+
+	bytes = data;
+	left = size;
+	size_t count = take_number(MAX_STEPS), column_count = take_number(MAX_COLUMNS), rows = take_number(MAX_ROWS);
+	take(&seed, sizeof(seed));
+	struct decode_step *steps = malloc((count + 1) * sizeof(*steps));
+	take(steps, count * sizeof(*steps));
+	for (size_t row = 0; row < rows; row++) {
+		size_t length = take_number(MAX_MESSAGE);
+		if (!length)
+			continue;
+		messages[row] = (struct message){ malloc(length), length };
+		take(messages[row].data, length);
+	}
+	if (decode_plan_valid(steps, count, column_count))
+		decode(steps, count, column_count, messages, rows, seed);
+	for (size_t row = 0; row < rows; row++)
+		free(messages[row].data);
+	free(steps);
+	return 0;
+}

@@ -1,0 +1,71 @@
+"""Single messages and records, as the batches that the readers take."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from producer.alert.windows import EVENT_FIELDS, Outcome, SourceSums
+from producer.consume.audit import Rows
+from producer.consume.columns import Columns
+from producer.consume.decode import Decoder, UndecodableError
+
+
+def decoded(decoder: Decoder, value: bytes | None) -> dict[str, Any]:
+    """Return a message's record, or raise why there is none."""
+    (record,) = decoder.records([value])
+    if isinstance(record, UndecodableError):
+        raise record
+    return record
+
+
+def columns_of(records: Sequence[Mapping[str, Any]]) -> Columns:
+    """Return records as the columns that `rebpf alert` reads."""
+    texts: dict[str, int] = {}
+    cells = {
+        name: np.array(
+            [texts.setdefault(each[name], len(texts)) if kind == "string" else each[name] for each in records], np.int64
+        )
+        for name, kind in EVENT_FIELDS
+    }
+    return Columns(np.arange(len(records)), cells, list(texts), np.array(list(map(hash, texts)), np.int64))
+
+
+def add_events(sums: SourceSums, records: Sequence[Mapping[str, Any]], first: int, now_ns: int) -> list[Outcome]:
+    """Add records as one batch, with consecutive offsets; return their outcomes."""
+    offsets = np.arange(first, first + len(records))
+    return [Outcome(each) for each in sums.add(columns_of(records), offsets, now_ns).tolist()]
+
+
+class Row(NamedTuple):
+    """One row of the audit."""
+
+    partition: int
+    key: bytes
+    """Of the flow within its host and boot."""
+    timestamp_ms: int
+    ts_ns: int
+    host: str
+    boot_id: str
+    cpu: int
+    cpu_seq: int
+
+
+def rows_of(rows: Sequence[Row]) -> Rows:
+    """Return rows as the audit takes them."""
+    texts: dict[str, int] = {}
+
+    def column(values: Sequence[int]) -> Any:
+        return np.array(values, np.int64)
+
+    return Rows(
+        column([row.partition for row in rows]),
+        column([row.timestamp_ms for row in rows]),
+        column([hash((row.key, row.host, row.boot_id)) for row in rows]),
+        column([row.ts_ns for row in rows]),
+        column([texts.setdefault(row.host, len(texts)) for row in rows]),
+        column([texts.setdefault(row.boot_id, len(texts)) for row in rows]),
+        column([row.cpu for row in rows]),
+        column([row.cpu_seq for row in rows]),
+        list(texts),
+    )
