@@ -127,7 +127,7 @@ def starts(config: Config) -> bool:
 
 
 @given(texts(), OVER)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 def test_any_configuration_is_taken_or_refused_in_one_line_and_check_agrees_with_run(
     text: str, over: dict[str, Any]
 ) -> None:

@@ -75,12 +75,14 @@ def run(lanes: Sequence[Lane], command: Sequence[str], options: Sequence[str], o
     failed: list[str] = []
     skipped: list[str] = []
     left = list(lanes)
-    with tempfile.TemporaryDirectory(prefix="rebpf-lanes-") as folder, _ended() as running:
+    with tempfile.TemporaryDirectory(prefix="rebpf-", ignore_cleanup_errors=True) as name, _ended() as running:
+        folder = Path(name)
+        folder.chmod(0o711)
         while left or running:
             names = {each.name for each in left} | {each.lane.name for each in running}
             for lane in [each for each in left if not names & set(each.after)]:
                 left.remove(lane)
-                running.append(_start(lane, [*command, *lane.arguments, *options], Path(folder, f"{len(left)}")))
+                running.append(_start(lane, [*command, *lane.arguments, *options], folder / f"{len(left)}"))
                 print(f"==== {lane.name}: started", file=out, flush=True)
             for each in [each for each in running if each.process.poll() is not None]:
                 running.remove(each)
@@ -99,11 +101,15 @@ def run(lanes: Sequence[Lane], command: Sequence[str], options: Sequence[str], o
     return failed
 
 
-def _start(lane: Lane, command: Sequence[str], output: Path) -> Running:
+def _start(lane: Lane, command: Sequence[str], folder: Path) -> Running:
+    # Its own root for tmp_path: each pytest takes the common one's rights away, while tests of another need them.
+    folder.mkdir(mode=0o711)
+    output = folder / "output"
     with output.open("wb") as file:
         # It ends with us, and has a session of its own, so that a terminal's interrupt reaches it once, by us.
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "INT", *command],
+            env={**os.environ, "PYTEST_DEBUG_TEMPROOT": str(folder)},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.alert import sums_topic
@@ -265,7 +265,6 @@ _STEP = st.one_of(
 @given(
     st.lists(_EVENT, min_size=5, max_size=60), st.lists(st.integers(0, 59), max_size=5), st.lists(_STEP, max_size=40)
 )
-@settings(deadline=None)
 def test_the_alerts_are_those_of_one_count_whoever_reads_and_wherever_a_member_is_killed(
     given_events: list[Any], copies: list[int], steps: list[Any]
 ) -> None:

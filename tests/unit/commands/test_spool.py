@@ -209,7 +209,7 @@ DAMAGE = st.tuples(st.integers(0, 2), st.sampled_from(["flip", "cut", "delete"])
 
 
 @given(acked=st.integers(0, 8 * SIZE), damages=st.lists(DAMAGE, min_size=1, max_size=4))
-@settings(max_examples=60)
+@settings(max_examples=settings.default.max_examples * 3 // 5)
 def test_verify_costs_what_a_producer_then_loses(tmp_path_factory, acked, damages):
     state = tmp_path_factory.mktemp("damage") / "state"
     paths = spool_folders.fill(state, batches=8, size=SIZE, per_file=3, acked=acked)

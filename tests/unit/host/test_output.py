@@ -204,8 +204,14 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
         raise error
 
     monkeypatch.setattr(main.rebpf, "main", fail)
-    with pytest.raises(SystemExit) as ended:
-        main.main()
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+    finally:  # main sets up the log of this process
+        root.handlers[:] = handlers
+        root.setLevel(level)
     code = ended.value.code
     assert isinstance(code, int)
     return code
