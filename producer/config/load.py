@@ -231,10 +231,10 @@ class Config:
         The result is checked like a file. ConfigError names the option of a wrong value.
         """
         changed = self
-        for path, value in values.items():
-            if value is not None and value != ():
-                changed = _replaced(changed, path, value)
         try:
+            for path, value in values.items():
+                if value is not None and value != ():
+                    changed = _replaced(changed, path, value)
             return check(changed)
         except ConfigError as error:
             key = str(error).partition(":")[0]
@@ -244,12 +244,20 @@ class Config:
 
 def _replaced(config: Config, path: str, value: Any) -> Config:
     section, _, name = path.rpartition("__")
-    if isinstance(value, Path):  # options are relative to the working directory
-        value = value.absolute()
+    if isinstance(value, Path):
+        value = _absolute(path.replace("__", "."), value)
     if not section:
         return dataclasses.replace(config, **{name: value})
     inner = dataclasses.replace(getattr(config, section), **{name: value})
     return dataclasses.replace(config, **{section: inner})
+
+
+def _absolute(key: str, path: Path) -> Path:
+    """Return an option's path, which is relative to the working directory."""
+    try:
+        return path.absolute()
+    except OSError as error:
+        raise ConfigError(f"{key}: {path}: the working directory no longer exists: {error.strerror}") from error
 
 
 def load(path: Path | None) -> Config:

@@ -352,7 +352,10 @@ class _Visit(BaseHTTPRequestHandler):
 
 def _metrics(visit: _Visit) -> Answer:
     encode: Callable[[CollectorRegistry], bytes]
-    encode, kind = choose_encoder(visit.headers.get("Accept", ""))
+    try:
+        encode, kind = choose_encoder(visit.headers.get("Accept", ""))
+    except (TypeError, ValueError):  # a version that is no number
+        encode, kind = choose_encoder("")
     return HTTPStatus.OK, kind, encode(visit.server.metrics)
 
 

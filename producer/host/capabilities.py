@@ -19,8 +19,9 @@ NAMES = {CAP_NET_ADMIN: "CAP_NET_ADMIN", CAP_PERFMON: "CAP_PERFMON", CAP_BPF: "C
 
 def effective() -> int:
     """Return the effective capabilities of the calling thread as a bit mask."""
-    lines = Path("/proc/thread-self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("CapEff:")).split()[1], 16)
+    # Bytes, because the file begins with the program's name, which may be any.
+    lines = Path("/proc/thread-self/status").read_bytes().split(b"\n")
+    return int(next(line for line in lines if line.startswith(b"CapEff:")).split()[1], 16)
 
 
 def missing(needed: frozenset[int] = frozenset(NAMES)) -> list[str]:

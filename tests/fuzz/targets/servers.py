@@ -164,7 +164,7 @@ def _alertmanager() -> Iterator[Check]:
 
 @contextlib.contextmanager
 def _endpoint() -> Iterator[Check]:
-    """Whatever a visitor sends, the next one gets a healthy answer."""
+    """Whatever a visitor sends, a request with an end gets a response, and the next visitor a healthy one."""
     board = StatusBoard(hangs_after_s=1e9, answer_timeout_s=0.01)
     board.publish(status())
     with Endpoint("127.0.0.1", 0, board) as endpoint:
@@ -174,8 +174,9 @@ def _endpoint() -> Iterator[Check]:
             with socket.create_connection(("127.0.0.1", port), timeout=5) as visitor, contextlib.suppress(OSError):
                 visitor.sendall(request)
                 visitor.shutdown(socket.SHUT_WR)
-                while visitor.recv(1 << 16):
-                    pass
+                answer = b"".join(iter(lambda: visitor.recv(1 << 16), b""))
+                if b"\n\r\n" in request and not answer:
+                    raise FindingError("no response")
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
             connection.request("GET", "/healthz")
             if connection.getresponse().status != 200:
@@ -221,6 +222,7 @@ _given = st.one_of(
 )
 _REQUESTS = (
     b"GET /metrics HTTP/1.1\r\nHost: a\r\nAccept: application/openmetrics-text;q=0.5\r\nConnection: close\r\n\r\n",
+    b"GET /metrics HTTP/1.1\r\nAccept: text/plain;version=0.0.4;q=0.2;escaping=values,*/*\r\nConnection: close\r\n\r\n",
     b"GET /status HTTP/1.0\r\n\r\n",
     b"HEAD /healthz HTTP/1.1\r\nConnection: close\r\n\r\n",
     b"POST /readyz HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello",

@@ -12,6 +12,7 @@ import click
 import pytest
 
 from producer.cli.main import rebpf as group
+from producer.host import capabilities
 from tests.support.rebpf import as_nobody, rebpf
 
 COMMANDS = sorted(group.commands)
@@ -171,3 +172,28 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_p
     assert said("--config", str(path)) == "/of/the/file"
     assert said(env=env) == "/of/the/environment"
     assert said("--state-dir", "/of/the/command/line", env=env) == "/of/the/command/line"
+
+
+def test_a_relative_option_in_a_folder_that_no_longer_exists_is_a_configuration_error(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = rebpf(
+        "status", "--state-dir", "state", before=["sh", "-c", f'cd "{gone}" && rmdir "{gone}" && exec "$@"', "sh"]
+    )
+
+    assert done.returncode == 78
+    assert done.stderr.startswith(
+        "rebpf: --state-dir or REBPF_STATE_DIR: state_dir: state: the working directory no lon"
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_programs_name_can_be_any_bytes():
+    comm = Path("/proc/thread-self/comm")
+    before = comm.read_bytes()
+    comm.write_bytes(b"caf\xe9\x85\n")  # as after a start through a link of that name
+    try:
+        effective = capabilities.effective()
+    finally:
+        comm.write_bytes(before)
+    assert effective == capabilities.effective()

@@ -240,3 +240,11 @@ def test_visitors_that_go_away_log_nothing_for_the_operator(
 
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("version", ["abc", "", "1.x.0", "-1", "1" * 5000, ".", "1..1", "\xb2"])
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+def test_metrics_are_sent_whatever_version_a_visitor_accepts(kind: str, version: str) -> None:
+    with serving() as address:
+        request = f"GET /metrics HTTP/1.1\r\nAccept: {kind};version={version};escaping=x\r\nConnection: close\r\n\r\n"
+        assert answer(address, request.encode("latin-1")).startswith(b"HTTP/1.0 200 OK\r\n")
