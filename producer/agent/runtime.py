@@ -82,8 +82,8 @@ class Runtime:
         woken: set[str] = set()
         while not stop.wait(0) and time.monotonic() < end:
             self._do_chores(reload)
-            wait_s = min(self._move(pipeline, woken), self._chores_wait_s(reload), end - time.monotonic())
-            woken = self._wait(pipeline, wait_s)
+            due = min(time.monotonic() + self._move(pipeline, woken), self.chores_at_s, end)
+            woken = self._wait(pipeline, due)
         systemd.try_notify("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
         if not self.ring_stays:
@@ -93,27 +93,20 @@ class Runtime:
 
     def _do_chores(self, reload: Flag) -> None:
         """Do what is not about events, at its own times, however often the loop turns."""
-        now = time.monotonic()
-        if now < self.chores_at_s and not reload.is_set() and not self.wakeup.called:
+        if time.monotonic() < self.chores_at_s and not (reload.is_set() or self.wakeup.called):
             return
-        self.chores_at_s = now + _CHORES_S
+        is_soon = reload.is_set() or self.supervisor.reasons  # for a reload's pace, and for retries
+        self.chores_at_s = time.monotonic() + (_RETRY_S if is_soon else _CHORES_S)
         self._housekeeping(reload)
         self.supervisor.attempt("status", self.liveness.step, None)
         self.supervisor.attempt("watch", self._watch, None)
 
-    def _wait(self, pipeline: Pipeline, wait_s: float) -> set[str]:
-        """Wait until the time has passed or something happens that matters; return the streams whose rings do."""
-        end = time.monotonic() + wait_s
+    def _wait(self, pipeline: Pipeline, due: float) -> set[str]:
+        """Wait until `due`, or until something happens that matters; return the streams whose rings woke the loop."""
         while True:
-            woken = self.wakeup.wait(end - time.monotonic())
+            woken = self.wakeup.wait(due - time.monotonic())
             if not woken or self.wakeup.called or pipeline.heeds(woken):
                 return woken
-
-    def _chores_wait_s(self, reload: Flag) -> float:
-        """Return the seconds until chores are due: soon while a reload waits for its time or a step for its retry."""
-        if reload.is_set() or self.supervisor.reasons:
-            return _RETRY_S
-        return self.chores_at_s - time.monotonic()
 
     def _housekeeping(self, reload: Flag) -> None:
         """Reload if asked to, follow cgroups that come and go, and publish what changed."""

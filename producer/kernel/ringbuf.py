@@ -83,6 +83,11 @@ class Ring:
         """Number of records after `position`, including those that a program is still filling."""
         return (int(self._producer[0]) - self.position) // self.stride
 
+    @property
+    def unread_share(self) -> float:
+        """Share of the ring that these records use, from 0 to 1."""
+        return (int(self._producer[0]) - self.position) / self.size_bytes
+
     def holds(self, position: int) -> bool:
         """Whether `position` is a boundary of uncommitted records."""
         committed = int(self._consumer[0])

@@ -28,6 +28,10 @@ class Ring(Protocol):
     def unread(self) -> int:
         """Number of rows after `position`."""
 
+    @property
+    def unread_share(self) -> float:
+        """Share of the ring that these rows use."""
+
     def holds(self, position: int) -> bool:
         """Whether `position` is a boundary of uncommitted rows, the first and last boundaries included."""
 

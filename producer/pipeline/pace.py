@@ -2,7 +2,7 @@
 
 A read that finds events costs a batch and a produce request. So a ring is read once it has about 4,096 events, by the
 rate at the last read, and `latency_s` after the last read at the latest. If events come faster than expected, it is
-read when an eighth of it is full: the kernel wakes the process often enough to see that (bpf/rebpf.bpf.c).
+read when unread events fill an eighth of it: the kernel wakes the process often enough to see that (bpf/rebpf.bpf.c).
 
 Retransmissions are urgent. Their ring also wakes the process when it was empty, and is read at once, but at most every
 20 ms and within a budget of reads that grows with the host's events, so that they cost a quiet host few requests.
@@ -86,13 +86,13 @@ class StreamPace:
         """Note a read that failed."""
         self.due_s = now_s + _RETRY_S
 
-    def heeds(self, fill: float) -> bool:
-        """Whether a wake-up by a ring with this used share changes when it is read."""
-        return self.is_urgent or fill >= _FILLING
+    def heeds(self, unread_share: float) -> bool:
+        """Whether a wake-up changes when the ring is read, if unread events use this share of it."""
+        return self.is_urgent or unread_share >= _FILLING
 
-    def wake(self, now_s: float, fill: float) -> None:
-        """Note that the ring woke the process or may have missed a reason to; `fill` is its used share."""
-        if fill >= _FILLING:
+    def wake(self, now_s: float, unread_share: float) -> None:
+        """Note that the ring woke the process or may have missed a reason to."""
+        if unread_share >= _FILLING:
             self.due_s = now_s
         elif self.is_urgent:
             at_s = max(now_s + self._budget.wait_s(now_s), self._read_s + LEAST_S)

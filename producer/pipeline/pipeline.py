@@ -55,7 +55,7 @@ class Pipeline:
 
     def heeds(self, woken: Collection[str]) -> bool:
         """Whether the next turn should come early because the rings of these streams woke the process."""
-        return any(self._paces[name].heeds(self._streams[name].ring_fill) for name in woken)
+        return any(self._paces[name].heeds(self._streams[name].unread_share) for name in woken)
 
     def turn(self, woken: Collection[str] = ()) -> float:
         """Process delivery reports and move the events that are due; return the seconds until the next turn.
@@ -67,7 +67,7 @@ class Pipeline:
             pace, now_s = self._paces[name], self._now_s()
             # The kernel wakes nobody for an event that arrives before all older ones were committed.
             if name in woken or (pace.is_urgent and name in finished):
-                pace.wake(now_s, stream.ring_fill)
+                pace.wake(now_s, stream.unread_share)
             if pace.due_s <= now_s or stream.is_stalled(self._sink, now_s):
                 taken = stream.taken
                 more = self._step(name, stream)

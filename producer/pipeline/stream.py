@@ -55,9 +55,9 @@ class StreamPipeline:
         return self._spill_error or (self._sender.error if self._sender else "")
 
     @property
-    def ring_fill(self) -> float:
-        """Used share of the ring."""
-        return self._ring.fill
+    def unread_share(self) -> float:
+        """Share of the ring that unread events use."""
+        return self._ring.unread_share
 
     @property
     def oldest_sent_s(self) -> float | None:

@@ -43,6 +43,10 @@ class MemoryRing:
     def unread(self) -> int:
         return self.written - self.records_before
 
+    @property
+    def unread_share(self) -> float:
+        return self.unread / self._size_rows
+
     def read(self, limit: int) -> Rows:
         first = self.position // STRIDE
         rows = np.zeros(min(limit, self.written - first), self._dtype)

@@ -1,5 +1,8 @@
 """When rings are read, at each load: with the time passed in, so that each read can be counted."""
 
+import math
+from collections import deque
+
 import pytest
 
 from producer.pipeline.pace import LEAST_S, Budget, StreamPace
@@ -83,16 +86,16 @@ def delays_of(events_per_s: float, retransmits_per_s: float, seconds: float) -> 
     """Let both streams' events arrive evenly; return how long each retransmission is unread, and the reads with any."""
     budget = Budget()
     transmit, retransmit = transmits(budget), retransmits(budget)
-    arrivals = [START_S + number / retransmits_per_s for number in range(1, int(seconds * retransmits_per_s))]
+    arrivals = deque(START_S + number / retransmits_per_s for number in range(1, int(seconds * retransmits_per_s)))
     delays: list[float] = []
     reads, seen_s, unread = 0, START_S, list[float]()
     while arrivals or unread:
-        now_s = min(transmit.due_s, retransmit.due_s, *arrivals[:1])
+        now_s = min(transmit.due_s, retransmit.due_s, arrivals[0] if arrivals else math.inf)
         if transmit.due_s == now_s:
             transmit.after_read(now_s, round((now_s - seen_s) * events_per_s), more=False)
             seen_s = now_s
         if arrivals and arrivals[0] == now_s:
-            unread.append(arrivals.pop(0))
+            unread.append(arrivals.popleft())
             retransmit.wake(now_s, 0.0)
         if retransmit.due_s <= now_s:
             reads += bool(unread)
