@@ -69,7 +69,7 @@ class LossReporter:
         for reason in reasons:
             if self._reasons.allows(reason):
                 logger.warning("degraded: %s", reason)
-        if self._reasons and now >= self._healthy_from:
+        if self._reasons.has_logged and now >= self._healthy_from:
             self._reasons.clear()
             logger.info("recovered: no longer degraded")
 

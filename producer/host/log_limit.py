@@ -18,7 +18,8 @@ class LogLimit:
         self._next: dict[str, float] = {}
         """When each kind may be logged again."""
 
-    def __bool__(self) -> bool:
+    @property
+    def has_logged(self) -> bool:
         """Whether any kind was logged since the last `clear`, and is remembered."""
         return bool(self._next)
 

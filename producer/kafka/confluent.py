@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from confluent_kafka import KafkaError, KafkaException
 
 from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
-from producer.kafka.wording import fix
+from producer.host.log_limit import LogLimit
+from producer.kafka.wording import REPEAT_LOG_S, described, fix
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +30,19 @@ def open_client(kind: Callable[..., Client], settings: Mapping[str, Any]) -> Cli
 
 
 class ClientErrors:
-    """The errors of a client of `brokers`: pass it as error_cb. With `log`, each new kind is logged."""
+    """The errors of a client of `brokers`: pass it as error_cb. With `log`, they are logged, each kind rarely."""
 
     def __init__(self, brokers: str, *, log: bool) -> None:
         self._brokers = brokers
-        self._log = log
-        self._logged: int | None = None
+        self._log_limit = LogLimit(REPEAT_LOG_S) if log else None
         self._last: KafkaError | None = None
 
     def __call__(self, error: KafkaError) -> None:
         """Remember an error. _ALL_BROKERS_DOWN comes last and is the least specific."""
         if self._last is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
             self._last = error
-        if self._log and error.code() != self._logged:
-            self._logged = error.code()
-            logger.warning("kafka: %s", error.str())
+        if self._log_limit and self._log_limit.allows(error.name()):
+            logger.warning("kafka: %s", described(error.str(), error.name()))
 
     @property
     def reason(self) -> str:

@@ -15,11 +15,10 @@ from producer.events import Topic
 from producer.health import metrics
 from producer.host.log_limit import LogLimit
 from producer.kafka.librdkafka import Error, Log, Producer, Reports, SocketCallback
-from producer.kafka.wording import fix
+from producer.kafka.wording import REPEAT_LOG_S, described
 
 logger = logging.getLogger(__name__)
 
-_REPEAT_LOG_S = 30.0
 _CLOCK_STEP_NS = 5_000_000_000
 
 
@@ -53,7 +52,7 @@ class Connection:
         """Why the clients must be replaced."""
         self._replace_at = 0.0
         self._backoff = BackOff("kafka_client")
-        self._log_limit = LogLimit(_REPEAT_LOG_S)
+        self._log_limit = LogLimit(REPEAT_LOG_S)
         self.last_error: Error | None = None
         """The client's last error, until a message is delivered."""
 
@@ -131,8 +130,7 @@ class Connection:
             self._fatal = f"fatal error {error.name}"
             self._replace_at = time.monotonic() + self._backoff.next()
         if self._log_limit.allows(error.name):
-            advice = fix(error.name)
-            logger.warning("kafka: %s error=%s%s", error.text, error.name, advice and f" ({advice})")
+            logger.warning("kafka: %s", described(error.text, error.name))
         # _ALL_BROKERS_DOWN comes last and is the least specific.
         if not self.last_error or error.name != "_ALL_BROKERS_DOWN":
             self.last_error = error

@@ -28,10 +28,9 @@ from producer.kafka.connection import Connection, rough_utc_offset_ns
 from producer.kafka.flights import Flight, Run, runs
 from producer.kafka.librdkafka import MESSAGE, Error, Reports, check_settings, error_name, rejected
 from producer.kafka.retry import TRANSIENT, Retry
+from producer.kafka.wording import REPEAT_LOG_S
 
 logger = logging.getLogger(__name__)
-
-_REPEAT_LOG_S = 30.0
 
 
 def producer_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
@@ -94,7 +93,7 @@ class KafkaSink:
         self._runs: deque[Run] = deque()
         self._outcomes: dict[str, Outcome] = {}
         self._messages = np.zeros(0, MESSAGE)
-        self._log_limit = LogLimit(_REPEAT_LOG_S)
+        self._log_limit = LogLimit(REPEAT_LOG_S)
         self._unlogged_losses: Counter[tuple[Topic, str]] = Counter()
         self.in_flight: Counter[str] = Counter()
         """Messages in flight by stream."""

@@ -1,4 +1,7 @@
-"""What to do about an error of librdkafka, by its name."""
+"""How errors of librdkafka are worded, and what to do about them, by their names."""
+
+REPEAT_LOG_S = 30.0
+"""Seconds before the same kind of error is logged again: librdkafka repeats itself many times a second."""
 
 _REACH = "check kafka.brokers, and the network: nc -vz HOST PORT"
 _FIXES = {
@@ -15,3 +18,9 @@ _FIXES = {
 def fix(name: str) -> str:
     """Return the fix for an error; empty if there is none to suggest."""
     return _FIXES.get(name, "")
+
+
+def described(text: str, name: str) -> str:
+    """Return an error's text with its name and fix, for the log."""
+    advice = fix(name)
+    return f"{text} error={name}" + (f" ({advice})" if advice else "")

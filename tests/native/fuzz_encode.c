@@ -84,18 +84,20 @@ static void fill_messages(const uint8_t *out, size_t written, const struct spans
 	struct byte_strings keys = { out, written, spans->key_starts, spans->key_lengths, rows };
 	struct kafka_message messages[MAX_ROWS];
 	const struct kafka_message *pointers[MAX_ROWS];
-	int64_t chosen[MAX_ROWS];
-	int32_t err[MAX_ROWS];
-	uint64_t private[MAX_ROWS];
+	int64_t chosen[MAX_ROWS], reported[MAX_ROWS];
+	struct kafka_run run = { 0 };
 
 	for (size_t i = 0; i < MAX_ROWS; i++) {
 		chosen[i] = (int16_t)take_number();
 		pointers[i] = &messages[i];
 	}
 	size_t count = kafka_messages(messages, rows, NULL, 7, &payloads, &keys);
-	kafka_reports(pointers, count, err, private);
+	/* One result for all: one run. */
+	check(kafka_next_run(pointers, count, reported, &run) == (count > 0));
+	check(run.end == count && (!count || (run.batch == 7 && run.err == 0)));
+	check(!kafka_next_run(pointers, count, reported, &run));
 	for (size_t i = 0; i < count; i++)
-		check(err[i] == 0 && private[i] == (7 << KAFKA_ROW_BITS | i));
+		check(reported[i] == (int64_t)i);
 	kafka_messages(messages, MAX_ROWS, chosen, 7, &payloads, &keys);
 	/* Starts and lengths from the input. */
 	take(spans->starts, rows * sizeof(int64_t));

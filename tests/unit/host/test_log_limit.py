@@ -27,8 +27,9 @@ def test_a_kind_that_is_forgotten_is_let_through_again_and_others_are_not() -> N
     limit.forget("disk")
     assert limit.allows("disk")
     assert not limit.allows("broker")
+    assert limit.has_logged
     limit.clear()
-    assert not limit
+    assert not limit.has_logged
     assert limit.allows("broker")
 
 

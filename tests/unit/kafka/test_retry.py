@@ -126,3 +126,14 @@ def test_an_error_says_what_and_how_to_fix_it(
 def test_a_broker_that_ends_the_tls_handshake_is_named_as_such() -> None:
     error = worded(KafkaError._TRANSPORT, text="Disconnected (after 3ms in state SSL_HANDSHAKE)")
     assert str(error).startswith("TLS with Kafka at b:1 failed: ")
+
+
+def test_errors_are_logged_with_the_fix_and_each_kind_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
+    errors = ClientErrors("b:1", log=True)
+    for _ in range(5):
+        errors(KafkaError(KafkaError._TRANSPORT, "refused"))
+        errors(KafkaError(KafkaError._SSL, "expired"))
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith("kafka: ")
+    assert "refused" in caplog.messages[0]
+    assert "error=_SSL (check ssl.ca.location" in caplog.messages[1]
