@@ -46,7 +46,9 @@ def alert(
     """
     from producer.alert.member import Member
     from producer.alert.sinks import open_sinks
+    from producer.consume.reader import collect_rarely
 
+    collect_rarely()
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
     where = settings.kafka.brokers
     if where is None:

@@ -139,6 +139,7 @@ def verify(
     Reads each topic to its end. Exits with 65 if anything is wrong.
     """
     from producer.commands import verify as verifying
+    from producer.consume.reader import collect_rarely
     from producer.errors import IncompleteError
     from producer.events import STREAMS
     from producer.topics import topic as topic_of
@@ -146,6 +147,7 @@ def verify(
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
     if settings.kafka.brokers is None:
         usage("verify needs --brokers")
+    collect_rarely()
     reports = verifying.verify(
         settings.kafka.brokers,
         tuple(dict.fromkeys(topic)) or tuple(topic_of(settings, stream) for stream in STREAMS),

@@ -1,5 +1,6 @@
 """Reads topics from beginning to end, over its own connection."""
 
+import gc
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,14 @@ class PartitionId(NamedTuple):
 
     topic: str
     number: int
+
+
+def collect_rarely() -> None:
+    """Let this process collect garbage after 100,000 objects that stay, and not after 700.
+
+    Messages come in batches of thousands and are freed together: collections in between are a tenth of a reader's cost.
+    """
+    gc.set_threshold(100_000)
 
 
 def by_partition(messages: list[Message]) -> list[tuple[PartitionId, list[Message]]]:
