@@ -25,9 +25,9 @@ from producer.host.cgroups import CgroupPaths
 from producer.kafka.sink import KafkaSink
 from producer.schemas import load_schema
 from tests.bench.stages import HOST, UTC_OFFSET_NS, messages, rows
-from tests.kafka.rebpf import Run
-from tests.servers.consume import kcat_messages
-from tests.servers.kafka import KafkaServer
+from tests.support.rebpf import Run
+from tests.support.servers.consume import kcat_messages
+from tests.support.servers.kafka import KafkaServer
 
 PORT = 9010
 CODECS = ("none", "lz4", "zstd:1", "zstd:3", "zstd:6")

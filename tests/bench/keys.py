@@ -22,7 +22,7 @@ from producer.kafka.connection import Connection
 from producer.kafka.sink import KafkaSink
 from producer.schemas import load_schema
 from tests.bench.stages import HOST, UTC_OFFSET_NS, rows
-from tests.servers.kafka import KafkaServer
+from tests.support.servers.kafka import KafkaServer
 
 KEYS: tuple[Key, ...] = ("flow", "host")
 LOADS = ((600, 0.01), (20, 0.1))

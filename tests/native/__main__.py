@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.unit.test_native_sanitized import TESTS, fuzzer
+from tests.native.build import TESTS, fuzzer
 
 
 def main() -> int:
