@@ -32,10 +32,11 @@ def texts() -> Iterator[tuple[Path, str]]:
 def names(module: str) -> frozenset[str] | None:
     """Return the names that a module defines or imports, with its submodules; None if it does not exist."""
     folder = ROOT.joinpath(*module.split("."))
-    source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-    if not source.exists():
+    sources = [folder / "__init__.py", folder.with_suffix(".py"), folder.with_suffix(".pyi")]
+    source = next((path for path in sources if path.exists()), None)
+    if source is None:
         return None
-    found = {path.stem for path in folder.glob("*") if path.suffix == ".py" or path.is_dir()}
+    found = {path.stem for path in folder.glob("*") if path.suffix in (".py", ".pyi") or path.is_dir()}
     for statement in ast.parse(source.read_text()).body:
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
             found.add(statement.name)
