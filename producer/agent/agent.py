@@ -61,15 +61,7 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     ids = schema_ids(config, stop)
     root = cgroup2_root()
     ruleset = resolve(config, root)
-    handover = _handover_store(config)
-    if handover:
-        stack.enter_context(handover)
-    numbers = EventNumbers(config.state_dir, boot_id(), bpf_syscall.possible_cpus())
-    capture = stack.enter_context(Capture(_capture_settings(config, ruleset), handover, numbers))
-    capture.load()
-    # The loader's child keeps what attaching needs. Drop before the client and the endpoint start threads: each thread
-    # has capabilities of its own, which it would keep.
-    capabilities.drop_all()
+    capture, ring_stays = _load(config, ruleset, stack)
     topics = {stream.name: topic(config, stream) for stream in STREAMS}
     quarantine = Quarantine(config)
     stack.callback(quarantine.close)
@@ -91,7 +83,6 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
     rules = RulesInForce(capture, config, ruleset, read, root)
-    ring_stays = handover is not None and handover.outlives_stop
     return Runtime(
         config,
         topics,
@@ -108,6 +99,20 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
         endpoint,
         ring_stays,
     )
+
+
+def _load(config: Config, ruleset: Ruleset, stack: ExitStack) -> tuple[Capture, bool]:
+    """Load the hooks or take them over, and drop all capabilities; return them, and whether they outlive a stop."""
+    handover = _handover_store(config)
+    if handover:
+        stack.enter_context(handover)
+    numbers = EventNumbers(config.state_dir, boot_id(), bpf_syscall.possible_cpus())
+    capture = stack.enter_context(Capture(_capture_settings(config, ruleset), handover, numbers))
+    capture.load()
+    # The loader's child keeps what attaching needs. Drop before the client and the endpoint start threads: each thread
+    # has capabilities of its own, which it would keep.
+    capabilities.drop_all()
+    return capture, handover is not None and handover.outlives_stop
 
 
 def _handover_store(config: Config) -> PinFolder | FdStore | None:

@@ -95,11 +95,11 @@ class Pipeline:
     def poll_reports(self) -> set[str]:
         """Process delivery reports; return the streams that have any."""
         outcomes = self._sink.poll()
-        reported = self._streams.keys() & outcomes.keys()  # heartbeats have no stream here
-        for name in reported:
+        finished = self._streams.keys() & outcomes.keys()  # the sink may carry more than these streams
+        for name in finished:
             for oldest_ns, count in self._streams[name].on_reports(outcomes[name]):
                 self._delivered(self._now_s() - oldest_ns / 1e9, count)
-        return reported
+        return finished
 
     def spill_all(self, until_s: float = float("inf")) -> None:
         """Spill all unacknowledged events, as far as the spools take them.

@@ -2,6 +2,7 @@
 
 import gc
 import http.client
+import json
 import logging
 import socket
 import threading
@@ -156,6 +157,26 @@ def test_visitors_that_wait_for_the_loop_are_bounded() -> None:
         assert time.monotonic() - began < 20, "it does not wait for the loop"
         wait_until("few", lambda: visits() <= 33, 20)
         board.publish(status())
+
+
+def test_a_visitor_wakes_the_loop_and_gets_its_next_status() -> None:
+    asked = threading.Event()
+    board = StatusBoard(wake=asked.set, answer_timeout_s=30)
+    board.publish(status(host="before"))
+
+    def run() -> None:
+        asked.wait(10)
+        board.step(lambda: status(host="after"))
+
+    thread = threading.Thread(target=run)
+    with Endpoint("127.0.0.1", 0, board) as server:
+        assert server.url
+        thread.start()
+        host, _, port = server.url.removeprefix("http://").partition(":")
+        _, body = ask((host, int(port)), "/status")
+        thread.join()
+    assert asked.is_set()
+    assert json.loads(body)["host"] == "after"
 
 
 @pytest.mark.parametrize("path", PATHS)
