@@ -323,6 +323,7 @@ int main(int argc, char **argv)
 	sum_of(result[0], lossy);
 	if (mode != LONG && (server = child(start[1])) == 0)
 		serve(listener);
+	close(result[1]); /* so that the end of a worker shows */
 	puts("ready");
 	fflush(stdout);
 	if (!fgets(line, sizeof(line), stdin))
