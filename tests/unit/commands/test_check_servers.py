@@ -3,7 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
@@ -100,3 +100,28 @@ def test_where_no_thread_can_be_started_brokers_are_not_checked() -> None:
     finally:
         threading.stack_size(usual)
     assert set(found.values()) == {"not checked: can't start new thread"}
+
+
+def test_a_broker_that_advertises_thousands_of_others_costs_a_bounded_number_of_threads() -> None:
+    before, most = threading.active_count(), 0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.01):
+            most = max(most, threading.active_count() - before)
+
+    watcher = threading.Thread(target=watch)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, ExitStack() as stack:
+        for _ in range(2):  # a full queue: later connections get no answer
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        watcher.start()
+        names = [server.getsockname(), *(("127.0.0.1", 1 << 20 | number) for number in range(2000))]
+        found = unreachable([*names[:1] * 300, *names], 1)
+        done.set()
+        watcher.join()
+    assert set(found) == set(names)
+    assert "no answer within 1 s" in found[names[0]] or "timed out" in found[names[0]]
+    assert 0 < most <= 70
