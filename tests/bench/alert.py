@@ -1,10 +1,11 @@
 """The cost of reading events: CPU per event of one member of `rebpf alert` that catches up, and of `rebpf verify`.
 
-python -m tests.bench.alert [--rounds 45] [--repeat 5] [--tree FOLDER]...
+python -m tests.bench.alert [--rounds 45] [--repeat 5] [--mock] [--tree FOLDER]...
 
-Synthetic events of 20 hosts and 500 flows, in six partitions of each topic of a real Kafka, with a rule by host (ratio)
-and one by peer (count). Each reader is a separate process; CPU is its total, all threads, less that of a run without
-events. Other checkouts (--tree) read the same events in turn with this one; each needs its native module built.
+Synthetic events of 20 hosts and 500 flows, in six partitions of each topic of a real Kafka, or, with --mock, in four of
+librdkafka's mock broker in this process, with a rule by host (ratio) and one by peer (count). Each reader is a separate
+process; CPU is its total, all threads, less that of a run that reads nothing. Other checkouts (--tree) read the same
+events in turn with this one; each needs its native module built.
 """
 
 import argparse
@@ -14,22 +15,26 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from producer.encode.batch import BatchEncoder
 from producer.events import RETRANSMITS, TRANSMITS, Batch, SchemaId, Stream
 from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
 from tests.bench.stages import ROWS, messages, rows
-from tests.support.rebpf import command, rebpf, wait_until
+from tests.support.mock_topics import Cluster
+from tests.support.rebpf import command, wait_until
 from tests.support.servers.kafka import KafkaServer
 
 ROOT = Path(__file__).resolve().parents[2]
-HOSTS, PARTITIONS = 20, 6
+HOSTS, PARTITIONS, PREFIX = 20, 6, "bench."
 ROUND = ROWS + ROWS // 10
 """Transmits of one host, and a tenth of them again as retransmits."""
 TOPICS = ("tcp_transmit", "tcp_retransmit")
@@ -37,6 +42,9 @@ CONFIG = """
 kafka.brokers = "{brokers}"
 kafka.topic_prefix = "{prefix}"
 alert.group = "{group}"
+alert.missed_heartbeats = 0
+alert.topic = false
+alert.stdout = true
 [[alert.rules]]
 name = "loss"
 by = "host"
@@ -85,49 +93,68 @@ def encoder(stream: Stream, host: int) -> BatchEncoder:
 
 
 class Reading:
-    """Topics with `rounds` rounds of events, and their readers."""
+    """Topics with `rounds` rounds of events at a broker, and their readers."""
 
-    def __init__(self, folder: Path, kafka: KafkaServer, prefix: str, rounds: int) -> None:
+    def __init__(self, folder: Path, bootstrap: str, rounds: int) -> None:
         self.events = rounds * ROUND
-        self._folder, self._bootstrap, self._prefix, self._runs = folder, kafka.bootstrap, prefix, 0
-        self._admin = AdminClient({"bootstrap.servers": kafka.bootstrap, "log_level": 0})
-        made = rebpf("init", "--alerts", "--partitions", PARTITIONS, "--config", self._config("init"))
-        assert made.returncode == 0, made.stderr
-        fill(kafka.bootstrap, prefix, rounds)
+        self._folder, self._bootstrap, self._groups = folder, bootstrap, count()
+        self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
+        fill(bootstrap, PREFIX, rounds)
+        sums = Producer({"bootstrap.servers": bootstrap})
+        sums.produce(f"{PREFIX}tcp_alert_sums", b"{}")
+        assert sums.flush(10) == 0
 
-    def alert_cpu_s(self, tree: Path) -> float:
-        """Run a member until it has processed all events; return its CPU seconds."""
-        self._runs += 1
-        group = f"{self._prefix}{self._runs}"
+    def alert_cpu_s(self, tree: Path, *, idle: bool) -> float:
+        """Run a member until it has processed all events, or from their end; return its CPU seconds."""
+        group = f"{PREFIX}{next(self._groups)}"
         log = self._folder / f"{group}.log"
+        arguments = command("alert", "--config", self._config(group), *([] if idle else ["--from-beginning"]))
         with log.open("wb") as err:
-            arguments = command("alert", "--config", self._config(group), "--from-beginning")
-            member = subprocess.Popen(arguments, stderr=err, cwd=tree)
+            member = subprocess.Popen(arguments, stdout=err, stderr=err, cwd=tree)
         wait_until("ready", lambda: " ready " in log.read_text())
-        while self._processed(group) < self.events:
-            assert member.poll() is None, log.read_text()
+        while not idle and self._processed(group) < self.events:
             time.sleep(0.2)
         member.terminate()
         return _cpu_s(member, log)
 
-    def verify_cpu_s(self, tree: Path) -> float:
-        """Run `rebpf verify`; return its CPU seconds."""
+    def verify_cpu_s(self, tree: Path, *, idle: bool) -> float:
+        """Run `rebpf verify` on all events or none; return its CPU seconds."""
         log = self._folder / "verify.log"
+        since = ["--since-offset", str(1 << 40)] if idle else []
         with log.open("wb") as err:
-            arguments = command("verify", "--config", self._config("verify"))
+            arguments = command("verify", "--config", self._config("verify"), *since)
             return _cpu_s(subprocess.Popen(arguments, stdout=err, stderr=err, cwd=tree), log)
 
     def _config(self, group: str) -> Path:
         path = self._folder / f"{group}.toml"
-        path.write_text(CONFIG.format(brokers=self._bootstrap, prefix=self._prefix, group=group))
+        path.write_text(CONFIG.format(brokers=self._bootstrap, prefix=PREFIX, group=group))
         return path
 
     def _processed(self, group: str) -> int:
         """Return how many events the group has processed."""
-        partitions = [TopicPartition(self._prefix + topic, number) for topic in TOPICS for number in range(PARTITIONS)]
+        topics = self._admin.list_topics(timeout=10).topics
+        partitions = [
+            TopicPartition(PREFIX + topic, number) for topic in TOPICS for number in topics[PREFIX + topic].partitions
+        ]
         asked = [ConsumerGroupTopicPartitions(group, partitions)]
         found = self._admin.list_consumer_group_offsets(asked)[group].result().topic_partitions
         return sum(max(0, partition.offset) for partition in found)
+
+
+@contextmanager
+def broker(folder: Path, *, mock: bool) -> Iterator[str]:
+    """Run a broker; yield its address."""
+    if mock:
+        cluster = Cluster()
+        yield cluster.brokers
+        cluster.close()
+        return
+    with KafkaServer(folder / "kafka") as kafka:
+        admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+        names = [*TOPICS, "tcp_alert_sums"]
+        for made in admin.create_topics([NewTopic(PREFIX + name, PARTITIONS, 1) for name in names]).values():
+            made.result()
+        yield kafka.bootstrap
 
 
 def _cpu_s(process: "subprocess.Popen[bytes]", log: Path) -> float:
@@ -141,18 +168,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=45)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--mock", action="store_true")
     parser.add_argument("--tree", type=Path, action="append", default=[])
     options = parser.parse_args()
     trees = [ROOT, *(tree.resolve() for tree in options.tree)]
     taken: dict[tuple[str, Path], list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as name, KafkaServer(Path(name) / "kafka") as kafka:
-        none, many = Reading(Path(name), kafka, "none.", 0), Reading(Path(name), kafka, "many.", options.rounds)
+    with tempfile.TemporaryDirectory() as name, broker(Path(name), mock=options.mock) as bootstrap:
+        reading = Reading(Path(name), bootstrap, options.rounds)
         for _ in range(options.repeat):
             for tree in trees:
-                for reader in ("alert", "verify"):
-                    idle_s, cpu_s = (getattr(reading, f"{reader}_cpu_s")(tree) for reading in (none, many))
-                    taken[reader, tree].append((cpu_s - idle_s) / many.events * 1e6)
-    print(f"{many.events} events, us of CPU each:")
+                for reader, cpu_s in (("alert", reading.alert_cpu_s), ("verify", reading.verify_cpu_s)):
+                    spent_s = cpu_s(tree, idle=False) - cpu_s(tree, idle=True)
+                    taken[reader, tree].append(spent_s / reading.events * 1e6)
+    print(f"{reading.events} events, us of CPU each:")
     for (reader, tree), each_us in taken.items():
         rounds = " ".join(f"{us:.2f}" for us in each_us)
         print(f"{reader:<7} median={statistics.median(each_us):.2f} rounds={rounds} tree={tree.name}")
