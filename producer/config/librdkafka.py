@@ -128,7 +128,6 @@ FREE_OF_ALL = _names(
 DEFAULTS: Mapping[str, str] = {
     "client.id": "rebpf",
     "compression.codec": "zstd",
-    "linger.ms": "5",
     "batch.num.messages": "10000",
     "socket.keepalive.enable": "true",
 }

@@ -219,6 +219,15 @@ class Delivery(RuleBasedStateMachine):
         except CrashError:
             self.crash()
 
+    @rule(seconds=st.sampled_from([0.0, 0.02, 1.0]))
+    def turn(self, seconds: float) -> None:
+        """What the producer's loop does, which reads only what is due."""
+        self.now_s += seconds
+        try:
+            self.pipeline.turn({TRANSMITS.name})
+        except CrashError:
+            self.crash()
+
     @rule(rounds=st.integers(2, 12), count=st.integers(1, 120), seconds=st.sampled_from([0.1, AFTER_S]))
     def traffic_without_an_answer(self, rounds: int, count: int, seconds: float) -> None:
         for _ in range(rounds):
