@@ -8,7 +8,7 @@
  * short   RATE connections a second: request, response, close; ten segments each
  * reset   RATE connections a second that are reset as soon as they are open; four segments each
  *
- * With LOSSY 1, a further connection to LOSSY_ADDRESS sends a segment every LOSSY_PERIOD_S, for loss rules of the
+ * With LOSSY above 0, a further connection, to LOSSY_ADDRESS, sends LOSSY segments a second, for loss rules of the
  * network namespace. Prints "ready" when the connections are open, and starts when it reads a line. After SECONDS, it
  * prints in JSON how many connections were made or segments with data sent, and the segments of the namespace.
  */
@@ -31,7 +31,6 @@
 #define PAYLOAD 100
 #define TICK_MS 2
 #define LOSSY_ADDRESS 0x7f090909u /* 127.9.9.9 */
-#define LOSSY_PERIOD_S 0.05
 #define SOURCES 200	/* addresses that clients use in turn: each has 64,000 ports */
 #define MOST_OPEN 1000	/* short connections, when the machine does not keep up */
 #define PER_WORKER 8000 /* long connections of a process, with two descriptors each */
@@ -255,7 +254,7 @@ static void worker(int listener, int share, double rate, double seconds, int sta
 }
 
 /* The same for the connection that loses segments. */
-static void lossy_worker(int listener, double seconds, int start, int result)
+static void lossy_worker(int listener, int rate, double seconds, int start, int result)
 {
 	struct connection both = open_both_ends(listener, LOSSY_ADDRESS);
 	long done = 0;
@@ -263,7 +262,7 @@ static void lossy_worker(int listener, double seconds, int start, int result)
 
 	report(result, done);
 	wait_for_start(start);
-	for (end = now_s() + seconds; now_s() < end; usleep(LOSSY_PERIOD_S * 1e6))
+	for (end = now_s() + seconds; now_s() < end; usleep(1000000 / rate))
 		exchange(both);
 	report(result, done);
 	exit(0);
@@ -293,7 +292,7 @@ static long sum_of(int result, int workers)
 
 int main(int argc, char **argv)
 {
-	int listener, start[2], result[2], connections, workers, lossy;
+	int listener, start[2], result[2], connections, workers, lossy_rate;
 	double rate, seconds;
 	pid_t server = 0;
 	long before;
@@ -309,7 +308,7 @@ int main(int argc, char **argv)
 	seconds = atof(argv[4]);
 	connections = mode == LONG ? atoi(argv[5]) : 0;
 	workers = 1 + (connections - 1) / PER_WORKER;
-	lossy = atoi(argv[6]);
+	lossy_rate = atoi(argv[6]);
 	listener = listen_on();
 	if (pipe(start) || pipe(result))
 		fail("pipe");
@@ -318,9 +317,9 @@ int main(int argc, char **argv)
 			worker(listener, connections / workers, rate / workers, seconds, start[0], result[1]);
 		sum_of(result[0], 1);
 	}
-	if (lossy && child(start[1]) == 0)
-		lossy_worker(listener, seconds, start[0], result[1]);
-	sum_of(result[0], lossy);
+	if (lossy_rate && child(start[1]) == 0)
+		lossy_worker(listener, lossy_rate, seconds, start[0], result[1]);
+	sum_of(result[0], lossy_rate > 0);
 	if (mode != LONG && (server = child(start[1])) == 0)
 		serve(listener);
 	close(result[1]); /* so that the end of a worker shows */
@@ -330,7 +329,7 @@ int main(int argc, char **argv)
 		return 0;
 	before = segments_sent();
 	close(start[1]);
-	printf("{\"done\": %ld, ", sum_of(result[0], workers + lossy));
+	printf("{\"done\": %ld, ", sum_of(result[0], workers + (lossy_rate > 0)));
 	printf("\"segments\": %ld}\n", segments_sent() - before);
 	if (server)
 		kill(server, SIGKILL);

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,8 +11,8 @@ from typing import Self
 from tests.support.servers.fetch import cache
 
 LOSS = 0.25
-LOSSY_EVENTS_PER_S = 50
-"""Of the connection of every workload that loses segments: data, acknowledgements and retransmissions."""
+_EVENTS_PER_LOSSY_SEND = 2.5
+"""Data, acknowledgement and, for some, a retransmission in both topics."""
 _SOURCE = Path(__file__).parent / "traffic.c"
 # Loss in the receiver's prerouting, and of data only: in the output, a drop would be a failed send. TIME_WAIT sockets
 # are few, as they would otherwise occupy the ports.
@@ -33,18 +34,21 @@ exec "$@"
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the traffic program is to do: its mode, rate, and number of long connections."""
+    """What the traffic program is to do: its mode, rate, and number of long connections.
+
+    `lossy_rate`: segments a second on a further connection, which loses a share of LOSS.
+    """
 
     what: str
     mode: str = "long"
     rate: int = 0
     connections: int = 8
-    is_lossy: bool = True
+    lossy_rate: int = 20
 
     def arguments(self, port: int, seconds: float) -> list[str]:
         """Return the traffic program's command line. The rate of segments includes those of the lossy connection."""
-        rate = self.rate - LOSSY_EVENTS_PER_S if self.mode == "long" and self.is_lossy else self.rate
-        return [self.mode, str(port), str(rate), str(seconds), str(self.connections), str(int(self.is_lossy))]
+        rate = self.rate - self.lossy_rate * _EVENTS_PER_LOSSY_SEND if self.mode == "long" else self.rate
+        return [self.mode, str(port), str(rate), str(seconds), str(self.connections), str(self.lossy_rate)]
 
 
 WORKLOADS = {
@@ -52,10 +56,10 @@ WORKLOADS = {
     "long-3000": Workload("8 long connections, 3,000 events/s", rate=3_000),
     "short-2000": Workload("2,000 short connections/s, 10 segments each", "short", rate=2_000),
     "short-500": Workload("500 short connections/s, 10 segments each", "short", rate=500),
-    "quiet": Workload("a quiet host: 200 events/s", rate=200),
+    "quiet": Workload("a quiet host: 200 events/s", rate=200, lossy_rate=4),
     "alive": Workload("100,000 flows alive, 20,000 events/s", rate=20_000, connections=50_000),
-    "million": Workload("8,000 connections/s, reset once open: a million flows", "reset", rate=8_000, is_lossy=False),
-    "idle": Workload("no events", rate=0, connections=1, is_lossy=False),
+    "million": Workload("8,000 connections/s, reset once open: a million flows", "reset", rate=8_000, lossy_rate=0),
+    "idle": Workload("no events", rate=0, connections=1, lossy_rate=0),
 }
 MILLION_S = 63
 """Seconds after which the workload `million` has had a million flows, two for each connection."""
@@ -92,9 +96,9 @@ class Traffic:
 
 
 def _build() -> Path:
-    """Compile the traffic program, unless that was done since it changed."""
-    binary = cache() / "bench" / "traffic"
-    if not binary.exists() or binary.stat().st_mtime < _SOURCE.stat().st_mtime:
+    """Compile the traffic program, unless the cache has this version of it."""
+    binary = cache() / "bench" / f"traffic-{zlib.crc32(_SOURCE.read_bytes()):08x}"
+    if not binary.exists():
         binary.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["cc", "-O2", "-Wall", "-o", binary, _SOURCE], check=True)
     return binary
