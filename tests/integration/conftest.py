@@ -6,9 +6,18 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
+from tests.support.rebpf import COMPILED
 from tests.support.servers import fetch
 from tests.support.servers.kafka import KafkaServer
 from tests.support.servers.registry import SchemaRegistry
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile the programs once for all producers, except those of tests that say otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(COMPILED, str(tmp_path_factory.mktemp("compiled")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,19 @@ import pytest
 
 from producer.kernel import bpf_syscall
 from tests.support import procfs
-from tests.support.rebpf import Run, rebpf, wait_until
+from tests.support.rebpf import COMPILED, Run, rebpf, wait_until
 from tests.support.traffic import Echo, exchange
 
 pytestmark = pytest.mark.root
 
 NOWHERE = "127.0.0.1:1"
 QUIT_NOW = 130
+
+
+@pytest.fixture(autouse=True)
+def compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile at each first start, as a new producer does."""
+    monkeypatch.delenv(COMPILED)
 
 
 def files(*folders: Path) -> set[str]:

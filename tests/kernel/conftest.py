@@ -7,7 +7,8 @@ import pytest
 
 from producer.demo.lab import Lab
 from producer.rules.tables import filtered
-from tests.support.capture import COMPILED, Recording, hook_settings
+from tests.support.capture import Recording, hook_settings
+from tests.support.rebpf import COMPILED
 
 # Below the ephemeral ports, and not used by tests that run in parallel. Each test takes its own.
 _PORTS = tuple(10_000 + os.getpid() % 200 * 100 + i for i in range(100))

@@ -15,13 +15,12 @@ import numpy as np
 from producer.demo.lab import Host
 from producer.events import HOOKS, STREAMS, Rows, Stream
 from producer.kernel.capture import Capture, CaptureSettings
+from tests.support.rebpf import COMPILED
 
 T = TypeVar("T")
 
 ALLOWED = tuple(os.environ.get("REBPF_TEST_HOOKS", ",".join(HOOKS)).split(","))
 """The hooks under test. The tests are the same for all."""
-COMPILED = "REBPF_TEST_COMPILED"
-"""The variable with the folder of the program cache, shared by all tests of a session and their child processes."""
 DEADLINE_S = 120
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.capture import COMPILED
+from tests.support.rebpf import COMPILED
 from tests.support.vm import guest
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2100)]
