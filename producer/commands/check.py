@@ -22,6 +22,7 @@ from producer.kernel import bpf_syscall
 from producer.kernel.btf import VMLINUX, Btf
 from producer.kernel.hooks import HOOKS_BY_STREAM, refusal
 from producer.kernel.loader import python_with_bcc
+from producer.kernel.pinned import unusable
 from producer.registry.client import RegistryClient
 from producer.rules.resolve import resolve
 
@@ -276,6 +277,8 @@ def _pins(path: Path) -> Finding:
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
         text = f"{path} is not writable for user {os.geteuid()}: install -d -m 0700 -o {os.geteuid()} {path}"
         return Finding("capture.pin", text, ConfigError.exit_code)
+    if existing == path and (why := unusable(path)):
+        return Finding("capture.pin", f"{path}: {why}", ConfigError.exit_code)
     return Finding("capture.pin", f"{path} is writable")
 
 

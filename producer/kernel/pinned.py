@@ -4,12 +4,16 @@ Each object is a file. Their names and the manifest are the target of the symbol
 other text, and no more than a page of it, so it is compressed. The link is replaced atomically. Files that it does not
 name were left by an interrupted start or stop. A reboot removes everything. The process that uses the folder locks it
 (flock).
+
+Files that are not ours are never removed: other programs pin their objects in the same bpffs. The folder must belong to
+this user and be writable only by it, or others could pin objects for us to take over.
 """
 
 import base64
 import fcntl
 import json
 import os
+import re
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +23,18 @@ from typing import Any
 from producer.errors import BusyError, ConfigError
 from producer.kernel import bpf_syscall
 from producer.kernel.manifest import parse_stored
+
+_OURS = re.compile(r"manifest(_new)?|[a-z_]+(_\d+)?_[0-9a-f]{16}")
+"""Names of the manifest and of objects, which end with the ring's id."""
+
+
+def unusable(path: Path) -> str | None:
+    """Return why an existing folder in a bpffs cannot be used; None if it can."""
+    status, user = path.stat(), os.geteuid()
+    if status.st_uid != user or status.st_mode & 0o022:
+        return f"expected a folder that belongs to uid {user} and that nobody else can write to: create another one"
+    others = sorted(name for name in os.listdir(path) if not _OURS.fullmatch(name))
+    return f"contains objects of other programs ({others[0]}): use a separate folder" if others else None
 
 
 class PinFolder:
@@ -108,6 +124,9 @@ class PinFolder:
         if not bpf_syscall.is_bpffs(self._path):
             os.close(self._lock)
             raise ConfigError(f"capture.pin {self._path}: not in a bpffs. Mount one: mount -t bpf bpf /sys/fs/bpf")
+        if why := unusable(self._path):
+            os.close(self._lock)
+            raise ConfigError(f"capture.pin {self._path}: {why}")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -29,6 +29,8 @@ MAX_FILES = 8
 _INSTRUCTION = struct.Struct("<BBhi")
 _LD_IMM64, _MAP_FD = 0x18, 1
 _MOST_FILE_BYTES = 1 << 26  # a real one has about 100 KB
+_OURS = re.compile(r"[0-9a-f]{64}\.(json|new)|tmp\w{8}")
+"""Names of our files and of those that a crash left; others stay, in case state_dir is a folder of something else."""
 _MAP_NAME = re.compile(r"[A-Za-z0-9_.]{0,15}")
 _COMPILER = re.compile(r"/lib(bcc|LLVM|clang)[^/]*$")
 
@@ -227,5 +229,6 @@ def _identity(path: str) -> list[Any]:
 
 def _prune(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # another process may prune too
-        for path in sorted(folder.iterdir(), key=lambda path: path.lstat().st_mtime_ns, reverse=True)[MAX_FILES:]:
+        ours = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
+        for path in sorted(ours, key=lambda path: path.lstat().st_mtime_ns, reverse=True)[MAX_FILES:]:
             path.unlink()

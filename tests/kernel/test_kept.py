@@ -340,7 +340,7 @@ def test_pins_of_an_interrupted_start_are_removed(pins: Path) -> None:
         capture.load()
         capture.attach()
         kept = {path.name for path in pins.iterdir()}
-        (pins / "link_0_of_another").symlink_to("x")
+        (pins / f"link_0_{0:016}").symlink_to("x")
     with PinFolder(pins):
         assert {path.name for path in pins.iterdir()} == kept
     (pins / "manifest").unlink()

@@ -196,11 +196,15 @@ def test_only_the_most_recently_used_stay(path: Path) -> None:
     for age, each in enumerate([oldest, second, *others]):
         folder.put(each, COMPILED, [])
         os.utime(path / f"{each}.json", (age, age))
-    (path / "left by a crash").touch()
-    os.utime(path / "left by a crash", (0, 0))
+    left = (path / "tmp0abc_xyz", path / f"{'b' * 64}.new")
+    foreign = (path / "main.json", path / "notes", path / "tmp")
+    for each in (*left, *foreign):
+        each.touch()
+        os.utime(each, (0, 0))
     assert folder.find(oldest) is not None
     folder.put(KEY, COMPILED, [])
-    assert {each.stem for each in path.iterdir()} == {oldest, *others, KEY}
+    ours = (f"{each}.json" for each in (oldest, *others, KEY))
+    assert {each.name for each in path.iterdir()} == {*ours, *(each.name for each in foreign)}
 
 
 @ROOT_ONLY
