@@ -102,9 +102,9 @@ struct retransmit_event {
 
 /* Per CPU and stream. */
 struct counters {
-	u64 passed; /* events that passed the filter */
+	u64 begin; /* the number before the first event's, which the agent sets, so that no number is used twice */
 	u64 lost_ring_full;
-	u64 seq; /* the last cpu_seq; the agent sets where it begins, so that no number is used twice */
+	u64 seq; /* the last cpu_seq; the agent sets it to `begin`. The difference is the events that passed the filter */
 	u64 forgotten; /* returns of calls whose entry is missing from its map: each may be a lost event */
 };
 

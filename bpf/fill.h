@@ -129,9 +129,41 @@ static __always_inline bool is_of_process(const struct sock *raw)
 
 #define HAS_OWNER_CGROUP (HAS_sock_sk_cgroup && HAS_cgroup_kn && HAS_kernfs_node_id)
 
-/* The owner of the socket, never of the task that happens to run. */
-static __always_inline void fill_owner(struct flow *flow, const struct sock *sk)
+/* The members of a flow that are constant for a socket. */
+struct owner {
+	u64 sk_cookie;
+	u64 cgroup_id;
+	u32 netns;
+	u32 uid;
+	u8 flow_known;
+	u8 _pad[7];
+};
+
+static __always_inline void set_owner(struct flow *flow, const struct owner *owner)
 {
+	flow->sk_cookie = owner->sk_cookie;
+	flow->cgroup_id = owner->cgroup_id;
+	flow->netns = owner->netns;
+	flow->uid = owner->uid;
+	flow->flow_known = owner->flow_known;
+}
+
+static __always_inline void get_owner(struct owner *owner, const struct flow *flow)
+{
+	owner->sk_cookie = flow->sk_cookie;
+	owner->cgroup_id = flow->cgroup_id;
+	owner->netns = flow->netns;
+	owner->uid = flow->uid;
+	owner->flow_known = flow->flow_known;
+}
+
+/* The owner of the socket, never of the task that happens to run. `cookie` is 0 for a listener. */
+static __always_inline void fill_owner(struct flow *flow, const struct sock *sk, u64 cookie)
+{
+	flow->netns = netns_of(sk);
+	flow->sk_cookie = cookie;
+	if (cookie)
+		flow->flow_known |= KNOWN_SK_COOKIE;
 	flow->uid = READ_IF(sock, sk, sk_uid);
 	if (HAS_sock_sk_uid)
 		flow->flow_known |= KNOWN_UID;
@@ -143,13 +175,6 @@ static __always_inline void fill_owner(struct flow *flow, const struct sock *sk)
 	if (flow->cgroup_id)
 		flow->flow_known |= KNOWN_CGROUP_ID;
 #endif
-}
-
-static __always_inline void set_cookie(struct flow *flow, u64 cookie)
-{
-	flow->sk_cookie = cookie;
-	if (cookie)
-		flow->flow_known |= KNOWN_SK_COOKIE;
 }
 
 static __always_inline u8 ca_state_of(const struct tcp_sock *tp)

@@ -8,7 +8,8 @@
  *
  * The other end has no socket yet when it answers a SYN, so until then it is recognized by its endpoints. Such an entry is
  * created when the agent's socket sends, and removed when that socket closes. No other socket can have these endpoints
- * meanwhile, and a later connection between them removes leftover entries.
+ * meanwhile, and a later connection between them removes leftover entries. Any process can dissolve a connection and use its
+ * socket, and so its cookie, for another one: this ends what was known about the socket.
  */
 #ifndef REBPF_FILTER_H
 #define REBPF_FILTER_H
@@ -51,6 +52,13 @@ static __always_inline void add_partner(u64 cookie)
 		own_sockets.update(&cookie, &owner);
 }
 
+/* A socket that connects or listens again, with the same cookie, is no longer the other end. */
+static __always_inline void forget_partner(u64 cookie)
+{
+	if (whose(cookie) == OWN_PARTNER)
+		own_sockets.delete(&cookie);
+}
+
 /* Closed sockets are not noted: they may still send a reset. */
 static __always_inline void note_peer(const struct flow *flow, u32 state)
 {
@@ -71,28 +79,28 @@ static __always_inline void forget_peers(const struct flow *flow)
 }
 
 /*
- * The flow has endpoints and network namespace. `cookie` is that of the socket, of a SYN-ACK's listener, or 0. `state` is
- * that of the socket, or 0 without a socket.
+ * OWN_OPENED or OWN_PARTNER for a socket of the agent's traffic; 0 for all others. The flow has endpoints and network
+ * namespace. `cookie` is that of the socket, of a SYN-ACK's listener, or 0. `state` is that of the socket, or 0 without a
+ * socket.
  */
-static __always_inline bool is_own(const struct flow *flow, u64 cookie, u32 state)
+static __always_inline u8 own_side(const struct flow *flow, u64 cookie, u32 state)
 {
 	struct connection sender = sent_by(flow);
 	u8 owner = whose(cookie);
 
-	if (owner) {
-		if (owner == OWN_OPENED)
-			note_peer(flow, state);
-		return true;
-	}
+	if (owner == OWN_OPENED)
+		note_peer(flow, state);
+	if (owner)
+		return owner;
 	if (state == TCP_SYN_SENT) {
 		forget_peers(flow);
-		return false;
+		return 0;
 	}
 	if (!own_peers.lookup(&sender))
-		return false;
+		return 0;
 	if (state && state != TCP_LISTEN)
 		add_partner(cookie);
-	return true;
+	return OWN_PARTNER;
 }
 
 static __always_inline struct endpoint local_end(const struct flow *flow)
@@ -123,24 +131,6 @@ static __always_inline void forget_closed(const struct flow *flow, u32 old_state
 		own_listeners.delete(&local);
 	else
 		own_peers.delete(&peer);
-}
-
-static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 state)
-{
-	struct sock *sk = (struct sock *)tp;
-	bool accepted = old_state == TCP_SYN_RECV && state == TCP_ESTABLISHED;
-	bool closed = state == TCP_CLOSE && whose(READ_IF(sock, sk, skc_cookie));
-	struct flow flow = {};
-
-	if (!accepted && !closed)
-		return 0;
-	fill_endpoints(&flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
-	flow.netns = netns_of(sk);
-	if (accepted)
-		note_accepted(&flow, sk);
-	else
-		forget_closed(&flow, old_state);
-	return 0;
 }
 
 #endif

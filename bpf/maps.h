@@ -7,6 +7,7 @@
 
 #define STREAM_TRANSMIT 0
 #define STREAM_RETRANSMIT 1
+#define STREAMS 2
 
 /*
  * The programs reserve and submit; the agent reads and moves the consumer position. The loader creates them with the
@@ -20,7 +21,8 @@ BPF_PERCPU_ARRAY(counters, struct counters, 2);
 
 /*
  * The agent's own traffic (filter.h). Cookies of its sockets, which the agent inserts before they connect, and of their
- * peers, which the programs insert. Cookies are never reused; the oldest are evicted.
+ * peers, which the programs insert, and delete when these connect elsewhere. Cookies are never reused; the oldest are
+ * evicted.
  */
 #define OWN_OPENED 1 /* by the agent, to connect or to listen */
 #define OWN_PARTNER 2 /* the other end of such a connection, or accepted by such a listener */

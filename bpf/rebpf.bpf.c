@@ -29,7 +29,6 @@
  */
 static __always_inline u64 next_seq(struct counters *counter)
 {
-	__sync_fetch_and_add(&counter->passed, 1);
 	return __sync_fetch_and_add(&counter->seq, 1) + 1;
 }
 
@@ -46,14 +45,14 @@ static __always_inline void begin(struct segment *s, const struct flow *flow, co
 	s->cpu_seq = cpu_seq;
 	s->cpu = bpf_get_smp_processor_id();
 	s->sample_rate = rate;
-	s->rules_version = choice->version;
+	s->rules_version = choice->active >> 1;
 }
 
 /* NULL: no event, by the rules' choice or because the ring is full, which is counted. */
 static __always_inline struct transmit_event *reserve_transmit(const struct flow *flow, const struct choice *choice)
 {
 	int stream = STREAM_TRANSMIT;
-	u32 rate = sample_rate(choice, flow, stream);
+	u32 rate = sample_rate(choice, stream);
 	struct counters *counter;
 	struct transmit_event *e;
 	u64 seq;
@@ -78,7 +77,7 @@ static __always_inline struct transmit_event *reserve_transmit(const struct flow
 static __always_inline struct retransmit_event *reserve_retransmit(const struct flow *flow, const struct choice *choice)
 {
 	int stream = STREAM_RETRANSMIT;
-	u32 rate = sample_rate(choice, flow, stream);
+	u32 rate = sample_rate(choice, stream);
 	struct counters *counter;
 	struct retransmit_event *e;
 	u64 seq;
@@ -106,50 +105,99 @@ static __always_inline u64 cookie_of(struct sock *sk, u8 hook)
 }
 
 /*
- * The flow of a full socket, and the rules' decision. The port is the one on the wire: skc_num is 0 in the reset of a
- * disconnected socket.
+ * Decides on a segment by the rules of `active`. `own_state` is the state of its socket or listener, 0 without one; `state`
+ * is that for the rules. A decision on the agent's own traffic is for no event. Returns whether the decision can be stored
+ * with the socket: not for the agent's own sockets, because each of their segments notes its peer, and not before the
+ * handshake is over, because only then is it known whether the agent is at the other end.
  */
-static __always_inline struct choice choose_socket(struct flow *flow, struct tcp_sock *tp, u8 hook)
+static __always_inline bool decide_anew(struct choice *choice, const struct flow *flow, const struct sock *sk,
+					u64 cookie, u32 own_state, u32 interface, u32 state)
+{
+	u8 own = own_side(flow, cookie, own_state);
+
+	if (!own)
+		decide(choice, flow, sk, interface, state);
+	return choice->active && own != OWN_OPENED && own_state != TCP_SYN_SENT && own_state != TCP_SYN_RECV;
+}
+
+/*
+ * The flow of a full socket, and the rules' decision; returns whether they keep the segment for `stream`. The port is the
+ * one on the wire: skc_num is 0 in the reset of a disconnected socket.
+ */
+static __always_inline bool choose_socket(struct choice *choice, struct flow *flow, struct tcp_sock *tp, u32 stream,
+					  u8 hook)
 {
 	struct sock *sk = (struct sock *)tp;
-	struct choice choice = {};
+	u64 cookie = PROBE_READ ? cookie_of(sk, hook) : 0;
+	struct verdict *stored = find_verdict(tp, cookie);
+	u32 state = READ(sk, skc_state);
+	bool held;
 
+	choice->active = active_rules();
+	held = holds(stored, choice->active, 0, state);
+	if (held) {
+		*choice = stored->choice;
+		if (!choice->rates[stream])
+			return false;
+		set_owner(flow, &stored->owner);
+	}
 	flow->hook = hook;
 	fill_endpoints(flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
-	flow->netns = netns_of(sk);
-	set_cookie(flow, cookie_of(sk, hook));
-	if (is_own(flow, flow->sk_cookie, READ(sk, skc_state)))
-		return choice;
-	choice = decide(flow, sk, 0, READ(sk, skc_state));
-	if (choice.action)
-		fill_owner(flow, sk);
-	return choice;
+	if (!held) {
+		cookie = cookie_of(sk, hook);
+		fill_owner(flow, sk, cookie);
+		if (decide_anew(choice, flow, sk, cookie, state, 0, state))
+			store_verdict(tp, cookie, choice, flow, 0, state);
+	}
+	return choice->rates[stream];
 }
 
 /* The flow of a SYN-ACK: the request's endpoints and the listener's owner. It has no full socket yet. */
-static __always_inline struct choice choose_request(struct flow *flow, struct sock *listener, struct request_sock *req,
-						    u8 hook)
+static __always_inline bool choose_request(struct choice *choice, struct flow *flow, struct sock *listener,
+					   struct request_sock *req, u32 stream, u8 hook)
 {
 	const struct sock_common *common = (const struct sock_common *)req;
-	struct choice choice = {};
 
+	choice->active = active_rules();
 	flow->hook = hook;
 	fill_endpoints(flow, common, READ(common, skc_num));
-	flow->netns = netns_of(listener);
-	if (is_own(flow, cookie_of(listener, hook), TCP_LISTEN))
-		return choice;
-	choice = decide(flow, listener, 0, TCP_SYN_RECV);
-	if (choice.action)
-		fill_owner(flow, listener);
-	return choice;
+	fill_owner(flow, listener, 0);
+	decide_anew(choice, flow, listener, cookie_of(listener, hook), TCP_LISTEN, 0, TCP_SYN_RECV);
+	return choice->rates[stream];
+}
+
+static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 state)
+{
+	struct sock *sk = (struct sock *)tp;
+	u64 cookie = READ_IF(sock, sk, skc_cookie);
+	bool accepted = old_state == TCP_SYN_RECV && state == TCP_ESTABLISHED;
+	bool closed = state == TCP_CLOSE && whose(cookie);
+	struct flow flow = {};
+
+	if (state == TCP_SYN_SENT || state == TCP_LISTEN) {
+		forget_verdict(tp, cookie);
+		forget_partner(cookie);
+	}
+	if (!accepted && !closed)
+		return 0;
+	fill_endpoints(&flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
+	flow.netns = netns_of(sk);
+	if (accepted)
+		note_accepted(&flow, sk);
+	else
+		forget_closed(&flow, old_state);
+	return 0;
 }
 
 static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *skb, u32 rcv_nxt, u8 hook)
 {
 	struct flow flow = {};
-	struct choice choice = choose_socket(&flow, tp, hook);
-	struct transmit_event *e = reserve_transmit(&flow, &choice);
+	struct choice choice = {};
+	struct transmit_event *e;
 
+	if (!choose_socket(&choice, &flow, tp, STREAM_TRANSMIT, hook))
+		return 0;
+	e = reserve_transmit(&flow, &choice);
 	if (!e)
 		return 0;
 	fill_from_cb(&e->s, skb, rcv_nxt);
@@ -162,9 +210,12 @@ static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *sk
 static __always_inline int take_synack(struct sock *listener, struct request_sock *req, u8 hook)
 {
 	struct flow flow = {};
-	struct choice choice = choose_request(&flow, listener, req, hook);
-	struct transmit_event *e = reserve_transmit(&flow, &choice);
+	struct choice choice = {};
+	struct transmit_event *e;
 
+	if (!choose_request(&choice, &flow, listener, req, STREAM_TRANSMIT, hook))
+		return 0;
+	e = reserve_transmit(&flow, &choice);
 	if (!e)
 		return 0;
 	fill_from_request(&e->s, req);
@@ -176,12 +227,11 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 					   u8 hook)
 {
 	struct flow flow = {};
+	struct choice choice = {};
 	struct retransmit_event *e;
-	struct choice choice;
 
-	if (gave_up(err))
+	if (gave_up(err) || !choose_socket(&choice, &flow, tp, STREAM_RETRANSMIT, hook))
 		return 0;
-	choice = choose_socket(&flow, tp, hook);
 	e = reserve_retransmit(&flow, &choice);
 	if (!e)
 		return 0;
@@ -196,9 +246,12 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 static __always_inline int take_synack_retransmit(struct sock *listener, struct request_sock *req, u32 behind, u8 hook)
 {
 	struct flow flow = {};
-	struct choice choice = choose_request(&flow, listener, req, hook);
-	struct retransmit_event *e = reserve_retransmit(&flow, &choice);
+	struct choice choice = {};
+	struct retransmit_event *e;
 
+	if (!choose_request(&choice, &flow, listener, req, STREAM_RETRANSMIT, hook))
+		return 0;
+	e = reserve_retransmit(&flow, &choice);
 	if (!e)
 		return 0;
 	fill_from_request(&e->s, req);
@@ -471,12 +524,18 @@ int kretprobe_tcp_rtx_synack(void *ctx)
 /* The rules' decision on a packet, its socket, and whether it was sent before. */
 struct sender {
 	struct choice choice;
-	struct tcp_sock *tp; /* NULL: no full socket with TCP's state */
+	struct tcp_sock *tp; /* the socket, or the listener of a SYN-ACK; NULL: none */
 	bool listener;
 	bool knows_again;
 	bool again; /* sent before */
 	u32 synack_number; /* 1-based retransmission number of a SYN-ACK; 0 if unknown */
 };
+
+/* This hook's program may take both streams. */
+static __always_inline bool is_wanted(const struct choice *choice)
+{
+	return choice->rates[STREAM_TRANSMIT] || (RETRANSMIT_CGROUP_SKB && choice->rates[STREAM_RETRANSMIT]);
+}
 
 static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
 					const struct sender *sender)
@@ -484,7 +543,7 @@ static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb
 	fill_from_wire(s, skb, wire);
 	if (sender->listener)
 		s->state = TCP_SYN_RECV;
-	if (sender->tp)
+	else if (sender->tp)
 		fill_tcp(s, sender->tp);
 }
 
@@ -512,7 +571,7 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
 	if (!e)
 		return;
 	fill_packet(&e->s, skb, wire, sender);
-	if (sender->tp && !sender->synack_number)
+	if (sender->tp && !sender->listener && !sender->synack_number)
 		fill_cause(e, sender->tp, false);
 	else
 		fill_synack_cause(e, sender->synack_number);
@@ -524,22 +583,21 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
  * Looks up the socket that the peer's next segment would reach, by the addresses of this SYN-ACK: the request, which is in
  * the kernel's table before its first SYN-ACK leaves, or the connection created from it. The caller releases it.
  */
-static __always_inline struct bpf_sock *find_requester(struct __sk_buff *skb, const struct flow *flow,
-						       const struct wire *wire)
+static __always_inline struct bpf_sock *find_requester(struct __sk_buff *skb, const struct flow *flow)
 {
 	struct bpf_sock_tuple tuple = {};
 
 	if (skb->protocol == ETH_P_IP_BE) {
 		__builtin_memcpy(&tuple.ipv4.saddr, flow->daddr + 12, 4);
 		__builtin_memcpy(&tuple.ipv4.daddr, flow->saddr + 12, 4);
-		tuple.ipv4.sport = wire->tcp.dest;
-		tuple.ipv4.dport = wire->tcp.source;
+		tuple.ipv4.sport = from_be16(flow->dport);
+		tuple.ipv4.dport = from_be16(flow->sport);
 		return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
 	}
 	__builtin_memcpy(tuple.ipv6.saddr, flow->daddr, 16);
 	__builtin_memcpy(tuple.ipv6.daddr, flow->saddr, 16);
-	tuple.ipv6.sport = wire->tcp.dest;
-	tuple.ipv6.dport = wire->tcp.source;
+	tuple.ipv6.sport = from_be16(flow->dport);
+	tuple.ipv6.dport = from_be16(flow->sport);
 	return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
 }
 
@@ -567,9 +625,9 @@ static __always_inline void compare_with_request(struct sender *sender, struct _
 
 /* Whether a SYN-ACK was sent before; unknown if the lookup finds nothing. */
 static __always_inline void recognize_synack(struct sender *sender, struct __sk_buff *skb, const struct flow *flow,
-					     const struct wire *wire, const struct tcp_sock *listener)
+					     const struct wire *wire)
 {
-	struct bpf_sock *found = find_requester(skb, flow, wire);
+	struct bpf_sock *found = find_requester(skb, flow);
 	const struct tcp_request_sock *request;
 	struct tcp_sock *tp;
 
@@ -585,7 +643,7 @@ static __always_inline void recognize_synack(struct sender *sender, struct __sk_
 			sender->knows_again = sender->again = true;
 	}
 	if (request)
-		compare_with_request(sender, skb, wire, listener, request);
+		compare_with_request(sender, skb, wire, sender->tp, request);
 	bpf_sk_release(found);
 }
 
@@ -594,7 +652,7 @@ static __always_inline void recognize_segment(struct sender *sender, struct __sk
 {
 	const struct tcp_request_sock *request = NULL;
 
-	if (wire->tcp.flags & TCPHDR_SYN)
+	if (wire->tcp_flags & TCPHDR_SYN)
 		request = fast_open_request(sender->tp);
 	if (request) {
 		compare_with_request(sender, skb, wire, sender->tp, request);
@@ -605,57 +663,72 @@ static __always_inline void recognize_segment(struct sender *sender, struct __sk
 }
 
 /*
- * The packet's socket is the segment's; or, for a SYN-ACK, the listener; or, for segments sent without a socket (the reset
- * of a closed port), a raw socket of the kernel, which only has the network namespace. Segments that a process writes
- * through a raw socket are ignored: they are not sent by TCP.
+ * The flow of a packet, and the rules' decision. The packet's socket is the segment's; or, for a SYN-ACK, the listener; or,
+ * for segments sent without a socket (the reset of a closed port), a raw socket of the kernel, which only has the network
+ * namespace. Segments that a process writes through a raw socket are ignored: they are not sent by TCP. Returns whether the
+ * rules keep it.
  */
-static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow, const struct wire *wire)
+static __always_inline bool choose_packet(struct sender *sender, struct __sk_buff *skb, struct bpf_sock *full,
+					  struct flow *flow, struct wire *wire)
 {
-	struct bpf_sock *full = skb->sk ? bpf_sk_fullsock(skb->sk) : NULL;
+	u32 interface = skb->ifindex, state = full->state, own_state = state;
+	bool raw = full->type == SOCK_RAW, listener = state == TCP_LISTEN, held;
 	const struct sock *sk = NULL;
-	struct tcp_sock *tp = NULL;
-	struct sender sender = {};
+	struct verdict *stored = NULL;
 	u64 cookie = 0;
-	u32 state = 0;
 
-	if (!full || full->protocol != IPPROTO_TCP)
-		return 1;
-	sender.listener = full->state == TCP_LISTEN;
+	sender->choice.active = active_rules();
+	if (!raw && !listener)
+		stored = find_verdict(full, PROBE_READ ? bpf_get_socket_cookie(skb) : 0);
+	held = holds(stored, sender->choice.active, interface, state);
+	if (held && !is_wanted(&stored->choice))
+		return false;
+	if (!parse(skb, flow, wire))
+		return false;
 	flow->hook = HOOK_CGROUP_SKB;
-	if (full->type == SOCK_RAW) {
-		const struct sock *raw = address_of(full);
+	if (raw) {
+		const struct sock *raw_sk = address_of(full);
 
-		if (is_of_process(raw))
-			return 1;
-		flow->netns = PROBE(PROBE(raw, skc_net), ns_inum);
+		if (is_of_process(raw_sk))
+			return false;
+		flow->netns = PROBE(PROBE(raw_sk, skc_net), ns_inum);
+		own_state = 0;
 	} else {
-		tp = bpf_skc_to_tcp_sock(full);
-		if (!tp)
-			return 1;
-		sk = (const struct sock *)tp;
-		flow->netns = netns_of(sk);
-		state = full->state;
+		sender->tp = bpf_skc_to_tcp_sock(full);
+		if (!sender->tp)
+			return false;
+		if (held) {
+			sender->choice = stored->choice;
+			set_owner(flow, &stored->owner);
+			return true;
+		}
+		sk = (const struct sock *)sender->tp;
 		cookie = bpf_get_socket_cookie(skb);
-		if (!sender.listener)
-			set_cookie(flow, cookie);
+		fill_owner(flow, sk, listener ? 0 : cookie);
 	}
-	if (is_own(flow, cookie, state))
+	sender->listener = listener;
+	if (decide_anew(&sender->choice, flow, sk, cookie, own_state, interface, listener ? TCP_SYN_RECV : state) &&
+	    sk && !listener)
+		store_verdict(full, cookie, &sender->choice, flow, interface, state);
+	return is_wanted(&sender->choice);
+}
+
+static __always_inline int take_packet(struct __sk_buff *skb, struct bpf_sock *full)
+{
+	struct sender sender = {};
+	struct flow flow = {};
+	struct wire wire = {};
+
+	if (!choose_packet(&sender, skb, full, &flow, &wire))
 		return 1;
-	sender.choice = decide(flow, sk, skb->ifindex, sender.listener ? TCP_SYN_RECV : full->state);
-	if (!sender.choice.action)
-		return 1;
-	if (sk)
-		fill_owner(flow, sk);
-	if (sender.listener) {
-		recognize_synack(&sender, skb, flow, wire, tp);
-	} else if (tp) {
-		sender.tp = tp;
-		recognize_segment(&sender, skb, wire);
-	}
-	transmit_packet(skb, flow, wire, &sender);
+	if (sender.listener)
+		recognize_synack(&sender, skb, &flow, &wire);
+	else if (sender.tp)
+		recognize_segment(&sender, skb, &wire);
+	transmit_packet(skb, &flow, &wire, &sender);
 #if RETRANSMIT_CGROUP_SKB
 	if (sender.again)
-		retransmit_packet(skb, flow, wire, &sender);
+		retransmit_packet(skb, &flow, &wire, &sender);
 #endif
 	return 1;
 }
@@ -663,9 +736,8 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct flow *flow,
 /* Returning 1 lets the packet pass. */
 int cgroup_skb_egress(struct __sk_buff *skb)
 {
-	struct flow flow = {};
-	struct wire wire = {};
+	struct bpf_sock *full = skb->sk ? bpf_sk_fullsock(skb->sk) : NULL;
 
-	return parse(skb, &flow, &wire) ? take_packet(skb, &flow, &wire) : 1;
+	return full && full->protocol == IPPROTO_TCP ? take_packet(skb, full) : 1;
 }
 #endif

@@ -4,8 +4,10 @@
  * `Tables.decide`.
  *
  * There are two generations of the tables. The agent fills the inactive one and then writes rules_active, one 64-bit word.
- * A program reads it once, so that a segment is decided entirely by the old rules or entirely by the new ones. Decisions
- * are cached per socket in `verdicts`, with the version of the rules.
+ * A program reads it once, so that a segment is decided entirely by the old rules or entirely by the new ones.
+ *
+ * A decision is stored with its socket, with everything about the socket that does not change, and holds until the rules
+ * change. So most segments cost one lookup.
  */
 #ifndef REBPF_RULES_H
 #define REBPF_RULES_H
@@ -65,16 +67,21 @@ struct rule_generation {
 	u32 prefixes; /* the generation of rule_prefixes; both generations may share one */
 };
 
-struct verdict_key {
-	u64 cookie;
-	u32 interface;
-	u32 state;
+/* The rules' decision on a segment. The arrays are by stream. */
+struct choice {
+	u64 active; /* rules_active at the time */
+	u32 rates[STREAMS]; /* the number of events that one represents; 0: no event */
+	u8 by_event[STREAMS]; /* draw for each event whether it is one of `rates` */
+	u8 by_segment; /* holds only for one interface and state */
+	u8 _pad[5];
 };
 
+/* The decision on a socket, and its owner. Not for listeners: they answer for connections that differ. */
 struct verdict {
-	u64 active; /* rules_active at the time */
-	u32 rule;
-	u32 _pad;
+	struct choice choice;
+	u32 interface;
+	u32 state;
+	struct owner owner;
 };
 
 /* The agent inserts into the inactive generation, and deletes what it inserted there two reloads ago. */
@@ -87,8 +94,15 @@ BPF_ARRAY(rule_port_classes, struct port_group, GENERATIONS * 65536 / PORT_GROUP
 BPF_ARRAY(rule_ports, struct rule_sides, GENERATIONS *CLASSES);
 BPF_HASH(rule_values, struct value_key, u32, 16384);
 BPF_ARRAY(rule_sets, struct rule_set, GENERATIONS *CLASSES);
-/* The programs insert; the oldest are evicted. */
-BPF_TABLE("lru_hash", struct verdict_key, struct verdict, verdicts, 32768);
+#if PROBE_READ
+/* By cookie, because kprobe programs cannot use socket storage. The programs insert; the oldest are evicted. */
+BPF_TABLE("lru_hash", u64, struct verdict, verdicts, 32768);
+/* Zero: the value of a new entry, for which the stack has no room. */
+BPF_ARRAY(empty_verdict, struct verdict, 1);
+#else
+/* The programs insert; deleted with the socket. */
+BPF_SK_STORAGE(socket_verdicts, struct verdict);
+#endif
 
 static __always_inline u32 lowest_bit(u64 word)
 {
@@ -221,64 +235,6 @@ static __always_inline u32 first_rule(const struct flow *flow, const struct sock
 	return RULES;
 }
 
-/* The cached decision for the socket under these rules; RULES + 1 if there is none. */
-static __always_inline u32 decided(const struct verdict_key *key, u64 active)
-{
-	struct verdict *verdict = verdicts.lookup(key);
-
-	return verdict && verdict->active == active ? verdict->rule : RULES + 1;
-}
-
-static __always_inline u32 decide_anew(const struct verdict_key *key, const struct flow *flow, const struct sock *sk,
-				       const struct rule_generation *tables, u64 active, u32 interface, u32 state)
-{
-	struct verdict verdict = { .active = active };
-
-	verdict.rule = first_rule(flow, sk, tables, active & 1, interface, state);
-	if (key->cookie)
-		verdicts.update((struct verdict_key *)key, &verdict);
-	return verdict.rule;
-}
-
-/* The rules' decision on a segment, and the version of the rules. */
-struct choice {
-	const struct rule_action *action; /* NULL: no event */
-	u32 version;
-};
-
-/* `interface` is 0 if the hook does not know it. The flow has endpoints, netns and cookie. */
-static __always_inline struct choice decide(const struct flow *flow, const struct sock *sk, u32 interface, u32 state)
-{
-	struct verdict_key key = { .cookie = flow->sk_cookie };
-	struct rule_generation *tables;
-	struct choice choice = {};
-	u32 zero = 0, generation, rule = RULES;
-	u64 *active = rules_active.lookup(&zero), now;
-
-	if (!active)
-		return choice;
-	now = *(volatile u64 *)active;
-	if (!now)
-		return choice;
-	generation = now & 1;
-	tables = rule_generations.lookup(&generation);
-	if (!tables)
-		return choice;
-	if (tables->rules) {
-		if (tables->by_segment) {
-			key.interface = interface;
-			key.state = state;
-		}
-		rule = decided(&key, now);
-		if (rule > RULES)
-			rule = decide_anew(&key, flow, sk, tables, now, interface, state);
-	}
-	rule += generation * (RULES + 1);
-	choice.action = rule_actions.lookup(&rule);
-	choice.version = now >> 1;
-	return choice;
-}
-
 static __always_inline u64 mixed(u64 hash, u64 word)
 {
 	hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
@@ -294,18 +250,124 @@ static __always_inline u64 flow_hash(const struct flow *flow)
 	return mixed(mixed(mixed(hash, addresses[1]), addresses[2]), addresses[3]);
 }
 
-/* The number of events that this one represents; 0: drop it. */
-static __always_inline u32 sample_rate(const struct choice *choice, const struct flow *flow, u32 stream)
+static __always_inline void apply(struct choice *choice, const struct rule_action *action, const struct flow *flow)
 {
-	const struct rule_action *action = choice->action;
-	u64 draw;
+	u64 draw = flow_hash(flow) >> 20;
 
-	if (!action || !action->keep[stream & 1])
-		return 0;
-	if (action->sample_rate <= 1 || !action->sampled[stream & 1])
-		return 1;
-	draw = action->by_event ? bpf_get_prandom_u32() : flow_hash(flow) >> 20;
-	return draw % action->sample_rate ? 0 : action->sample_rate;
+#pragma unroll
+	for (int stream = 0; stream < STREAMS; stream++) {
+		u32 rate = action->sampled[stream] ? action->sample_rate : 1;
+
+		if (!action->keep[stream])
+			rate = 0;
+		else if (rate < 1)
+			rate = 1;
+		choice->by_event[stream] = rate > 1 && action->by_event;
+		if (rate > 1 && !action->by_event && draw % rate)
+			rate = 0;
+		choice->rates[stream] = rate;
+	}
+}
+
+/* The rules that apply now; 0: capture nothing. */
+static __always_inline u64 active_rules(void)
+{
+	u32 zero = 0;
+	u64 *active = rules_active.lookup(&zero);
+
+	return active ? *(volatile u64 *)active : 0;
+}
+
+/*
+ * Decides by the rules of `active`. `interface` is 0 if the hook does not know it. The flow has endpoints and netns. Without
+ * a socket, `sk` is NULL.
+ */
+static __always_inline void decide(struct choice *choice, const struct flow *flow, const struct sock *sk, u32 interface,
+				   u32 state)
+{
+	u32 generation = choice->active & 1, rule = RULES;
+	struct rule_generation *tables = rule_generations.lookup(&generation);
+	struct rule_action *action;
+
+	if (!choice->active || !tables)
+		return;
+	if (tables->rules) {
+		choice->by_segment = tables->by_segment;
+		rule = first_rule(flow, sk, tables, generation, interface, state);
+	}
+	rule += generation * (RULES + 1);
+	action = rule_actions.lookup(&rule);
+	if (action)
+		apply(choice, action, flow);
+}
+
+static __always_inline struct verdict *find_verdict(void *sk, u64 cookie)
+{
+#if PROBE_READ
+	return cookie ? verdicts.lookup(&cookie) : NULL;
+#else
+	return socket_verdicts.sk_storage_get(sk, NULL, 0);
+#endif
+}
+
+/* NULL if there is no memory, or no cookie for the key. */
+static __always_inline struct verdict *create_verdict(void *sk, u64 cookie)
+{
+#if PROBE_READ
+	u32 zero = 0;
+	struct verdict *empty = cookie ? empty_verdict.lookup(&zero) : NULL;
+
+	if (!empty)
+		return NULL;
+	verdicts.update(&cookie, empty);
+	return verdicts.lookup(&cookie);
+#else
+	return socket_verdicts.sk_storage_get(sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+#endif
+}
+
+/* A netfilter queue may return a packet to IP on another CPU meanwhile, so `active` is 0 while the verdict changes. */
+static __always_inline void store_verdict(void *sk, u64 cookie, const struct choice *choice, const struct flow *flow,
+					  u32 interface, u32 state)
+{
+	struct verdict *verdict = create_verdict(sk, cookie);
+
+	if (!verdict)
+		return;
+	*(volatile u64 *)&verdict->choice.active = 0;
+	verdict->choice.by_event[0] = choice->by_event[0];
+	verdict->choice.by_event[1] = choice->by_event[1];
+	verdict->choice.by_segment = choice->by_segment;
+	verdict->choice.rates[0] = choice->rates[0];
+	verdict->choice.rates[1] = choice->rates[1];
+	verdict->interface = interface;
+	verdict->state = state;
+	get_owner(&verdict->owner, flow);
+	*(volatile u64 *)&verdict->choice.active = choice->active;
+}
+
+/* A socket that connects again has other endpoints. */
+static __always_inline void forget_verdict(void *sk, u64 cookie)
+{
+#if PROBE_READ
+	verdicts.delete(&cookie);
+#else
+	socket_verdicts.sk_storage_delete(sk);
+#endif
+}
+
+static __always_inline bool holds(const struct verdict *verdict, u64 active, u32 interface, u32 state)
+{
+	return verdict && active && verdict->choice.active == active &&
+	       (!verdict->choice.by_segment || (verdict->interface == interface && verdict->state == state));
+}
+
+/* The number of events that this one represents; 0: drop it. */
+static __always_inline u32 sample_rate(const struct choice *choice, u32 stream)
+{
+	u32 rate = choice->rates[stream];
+
+	return rate && choice->by_event[stream] && bpf_get_prandom_u32() % rate ? 0 : rate;
 }
 
 #endif

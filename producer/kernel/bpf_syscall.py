@@ -23,6 +23,7 @@ from producer.errors import UnavailableError
 _NUMBERS = {"x86_64": (298, 324), "aarch64": (241, 283)}
 _NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1))
 _MEMBARRIER_CMD_GLOBAL = 1
+_MAP_SK_STORAGE = 24
 _ANY = 0  # BPF_ANY: insert or replace
 _CLOCK_MONOTONIC_COARSE = 6
 
@@ -143,7 +144,24 @@ def create_map(info: MapInfo) -> int:
     """Create a map and return its descriptor."""
     opts = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=info.flags)
     sizes = (info.key_size, info.value_size, info.max_entries)
-    return _call("bpf_map_create", info.map_type, info.name.encode(), *sizes, ctypes.byref(opts))
+    if info.map_type != _MAP_SK_STORAGE:
+        return _call("bpf_map_create", info.map_type, info.name.encode(), *sizes, ctypes.byref(opts))
+    types = _btf_of_storage(info.value_size)
+    opts.btf_key_type_id, opts.btf_value_type_id = 1, 3
+    opts.btf_fd = _call("bpf_btf_load", types, c_size_t(len(types)), None)
+    try:
+        return _call("bpf_map_create", info.map_type, info.name.encode(), *sizes, ctypes.byref(opts))
+    finally:
+        os.close(opts.btf_fd)
+
+
+def _btf_of_storage(value_size: int) -> bytes:
+    """Return the BTF that socket storage requires: 1 is the key, a 32-bit integer; 3 the value, an array of bytes."""
+    integer, array = 1 << 24, 3 << 24
+    types = struct.pack("<4I", 1, integer, 4, 32) + struct.pack("<4I", 1, integer, 1, 8)
+    types += struct.pack("<6I", 0, array, 0, 2, 1, value_size)
+    names = b"\0int\0"
+    return struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(names)) + types + names
 
 
 def map_info(map_fd: int) -> MapInfo:

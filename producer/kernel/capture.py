@@ -325,9 +325,9 @@ class Capture:
 
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
-        passed, ring_full, _, forgotten = (sum(column) for column in zip(*self._words(stream), strict=True))
+        begin, ring_full, seq, forgotten = (sum(column) for column in zip(*self._words(stream), strict=True))
         nested = sum(bpf_syscall.program_info(program).recursion_misses for program in self._programs[stream.name])
-        return KernelCounters(passed, ring_full, nested + forgotten)
+        return KernelCounters(seq - begin, ring_full, nested + forgotten)
 
     def sequence(self, stream: Stream) -> list[int]:
         """Read the last number (cpu_seq) of each possible CPU."""
@@ -340,7 +340,7 @@ class Capture:
 
     def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
         for stream in STREAMS:
-            value = b"".join(COUNTERS.pack(0, 0, number, 0) for number in numbers[stream.name])
+            value = b"".join(COUNTERS.pack(number, 0, number, 0) for number in numbers[stream.name])
             bpf_syscall.update(self._maps["counters"], struct.pack("<I", stream.index), value)
 
     def program_infos(self, stream: Stream) -> list[bpf_syscall.ProgramInfo]:

@@ -1,6 +1,7 @@
 """Rules in the kernel keep, drop and sample segments, and a reload neither loses nor duplicates any."""
 
 import contextlib
+import ctypes
 import ipaddress
 import itertools
 import os
@@ -86,6 +87,67 @@ def test_a_condition_is_met_or_not(
     put(ruled, on_port(port, **conditions))
     exchange(lab, port)
     assert len(sent_by(ruled, port)) == (EXCHANGES if kept else 0)
+
+
+def test_a_state_is_decided_for_each_segment_of_a_socket(ruled: Recording, lab: Lab, port: int) -> None:
+    put(ruled, on_port(port, state=("CLOSE_WAIT",)))
+    with Pair(lab.client, lab.client, "127.0.0.1", port) as pair:
+        pair.exchange(3, SIZE)
+        assert len(sent_by(ruled, port)) == 0
+        pair.client.shutdown(socket.SHUT_WR)
+        assert pair.accepted.recv(1) == b""
+        pair.accepted.sendall(bytes(SIZE))
+        receive(pair.client, SIZE)
+        assert len(sent_by(ruled, port)) == 1
+
+
+def test_a_socket_that_connects_again_is_decided_again(ruled: Recording, lab: Lab, port: int) -> None:
+    other = next(_ports)
+    put(ruled, on_port(port))
+    with (
+        inside(lab.client),
+        socket.create_server(("127.0.0.1", port)) as server,
+        socket.create_server(("127.0.0.1", other)) as other_server,
+        socket.socket() as client,
+    ):
+        for listener, connected in ((other_server, other), (server, port), (other_server, other)):
+            client.connect(("127.0.0.1", connected))
+            with listener.accept()[0] as accepted:
+                client.sendall(bytes(SIZE))
+                receive(accepted, SIZE)
+                disconnect(client)
+    assert len(sent_by(ruled, port)) == 1
+    assert len(ruled.of_port(TRANSMITS, other)) == 0
+
+
+def test_the_other_end_of_the_agents_connection_is_captured_once_it_connects_elsewhere(
+    ruled: Recording, lab: Lab, port: int
+) -> None:
+    elsewhere = next(_ports)
+    put(ruled, Rule("both", KEEP, port=((port, port), (elsewhere, elsewhere))))
+    with (
+        inside(lab.client),
+        socket.create_server(("127.0.0.1", port)) as broker,
+        socket.create_server(("127.0.0.1", elsewhere)) as other_server,
+        socket.socket() as agents,
+    ):
+        ruled.kernel.exclude_socket(agents.fileno())
+        agents.connect(("127.0.0.1", port))
+        with broker.accept()[0] as partner:
+            partner.sendall(bytes(SIZE))
+            receive(agents, SIZE)
+            disconnect(partner)
+            partner.connect(("127.0.0.1", elsewhere))
+            with other_server.accept()[0] as accepted:
+                partner.sendall(bytes(SIZE))
+                receive(accepted, SIZE)
+    assert len(sent_by(ruled, port)) == 0
+    assert len(sent_by(ruled, elsewhere)) == 1
+
+
+def disconnect(connected: socket.socket) -> None:
+    """Dissolve the association, so that the socket can connect again: connect(2) with AF_UNSPEC."""
+    assert ctypes.CDLL(None).connect(connected.fileno(), bytes(16), 16) == 0
 
 
 def test_a_namespace_and_a_cgroup_above_the_sockets_are_conditions(ruled: Recording, lab: Lab, port: int) -> None:

@@ -52,6 +52,9 @@ def test_each_map_has_the_bound_that_the_table_says() -> None:
     for name, size in declared():
         if name.endswith("_pipe"):
             continue  # sized by the settings
+        if size == "struct verdict":
+            assert documented()[name] == "one for each socket", "socket storage has no size"
+            continue
         bound = documented()[name].split(",", 1)[0] if "per CPU" in documented()[name] else documented()[name]
         factors = [int(factor) for factor in bound.replace(",", "").split("*")]
         expected = factors[0] * (factors[1] if len(factors) > 1 else 1)

@@ -17,7 +17,7 @@ import (
 
 // counters is struct counters of bpf/events.h.
 type counters struct {
-	Passed       uint64
+	Begin        uint64
 	LostRingFull uint64
 	Seq          uint64
 	Forgotten    uint64
@@ -38,7 +38,7 @@ func passed(m *ebpf.Map, stream uint32) (total uint64, err error) {
 		return 0, err
 	}
 	for _, each := range perCPU {
-		total += each.Passed
+		total += each.Seq - each.Begin
 	}
 	return total, nil
 }
