@@ -21,7 +21,7 @@ from pathlib import Path
 from producer.events import STREAMS
 from producer.kernel import bpf_syscall, capture
 from producer.kernel.capture import Capture, CaptureSettings
-from producer.kernel.hooks import cgroup2_root
+from producer.host.cgroups import cgroup2_root
 from producer.paths import BPF
 from producer.rules.tables import Action, Rule, Tables, tables
 

@@ -198,9 +198,9 @@ def test_only_the_most_recently_used_stay(path: Path) -> None:
         os.utime(path / f"{each}.json", (age, age))
     left = (path / "tmp0abc_xyz", path / f"{'b' * 64}.new")
     foreign = (path / "main.json", path / "notes", path / "tmp")
-    for each in (*left, *foreign):
-        each.touch()
-        os.utime(each, (0, 0))
+    for file in (*left, *foreign):
+        file.touch()
+        os.utime(file, (0, 0))
     assert folder.find(oldest) is not None
     folder.put(KEY, COMPILED, [])
     ours = (f"{each}.json" for each in (oldest, *others, KEY))
