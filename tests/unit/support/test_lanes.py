@@ -67,7 +67,11 @@ def test_a_lane_begins_when_those_before_it_have_ended(tmp_path: Path) -> None:
 
 def test_an_interrupt_reaches_the_lanes(tmp_path: Path) -> None:
     pipe = str(tmp_path / "pid")
-    inner = f"import os, time; open({pipe!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    inner = (
+        "import os, time\n"
+        f"os.write(os.open({pipe!r}, os.O_WRONLY), b'%d\\n' % os.getpid())\n"
+        "while True: time.sleep(0.05)\n"
+    )
     outer = (
         "import sys\n"
         "from tests.support.lanes import Lane, run\n"
@@ -75,7 +79,10 @@ def test_an_interrupt_reaches_the_lanes(tmp_path: Path) -> None:
     )
     os.mkfifo(pipe)
     with subprocess.Popen([sys.executable, "-c", outer], cwd=ROOT, stdout=subprocess.PIPE, text=True) as runner:
-        pidfd = os.pidfd_open(int(Path(pipe).read_text()))
+        assert runner.stdout is not None
+        assert runner.stdout.readline() == "==== sleeps: started\n"
+        with open(pipe) as reader:
+            pidfd = os.pidfd_open(int(reader.readline()))
         try:
             runner.send_signal(signal.SIGINT)
             assert select.select([pidfd], [], [], 30)[0]
@@ -90,7 +97,9 @@ def test_the_lanes_have_all_folders_of_their_tier(tier: str) -> None:
     parts = [each for plan in PLANS[tier] for each in plan.arguments]
     folders = {f"tests/{path.relative_to(ROOT / 'tests').parts[0]}" for path in ROOT.glob("tests/**/test_*.py")}
     if tier == "quick":
-        assert sorted(parts) == sorted(["tests/unit", "tests/property"] * 2 + ["--part=1/2", "--part=2/2"])
+        assert sorted(parts) == sorted(
+            ["tests/unit", "tests/property"] * 3 + ["--part=1/3", "--part=2/3", "--part=3/3"]
+        )
     else:
         assert sorted(parts) == sorted(folders)
 
