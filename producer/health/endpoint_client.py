@@ -78,7 +78,7 @@ def _deadline(connection: http.client.HTTPConnection) -> Iterator[None]:
     end_s = time.monotonic() + _TIMEOUT_S
     connection.connect()
     with connection.sock.dup() as own:  # http.client drops its socket before the body is read
-        timer = threading.Timer(_TIMEOUT_S, _disconnect, [own])
+        timer = threading.Timer(max(0.0, end_s - time.monotonic()), _disconnect, [own])
         timer.daemon = True
         timer.start()
         try:
