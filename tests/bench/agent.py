@@ -33,7 +33,7 @@ STORED = ("long-60000", "short-2000")
 """Workloads that are also measured with each codec."""
 TITLES = (
     *("agent", "CPU us/event", "times go", "share of a core", "requests/s", "MB anonymous", "MB resident"),
-    *("ms transmit p50 / p99", "ms retransmit p50 / p99", "bytes/event", "lz4 / zstd", "lost", "s to ready"),
+    *("ms transmit p50 / p99", "ms retransmit p50 / p99", "bytes/event", "lz4 / zstd", "lost", "s to ready / CPU"),
 )
 Command = Callable[[str], Sequence[str]]
 """From a codec to an agent's command line."""
@@ -108,7 +108,7 @@ def cells(results: Sequence[Result], bar: Sequence[Result] | None, stored: Seque
         f"{median(lambda r: r.stored_bytes / max(r.delivered, 1)):.1f}",
         " / ".join(f"{each:.1f}" for each in stored),
         f"{median(lambda r: r.lost / max(r.lost + r.delivered, 1)):.1%}",
-        f"{median(lambda r: r.start_s):.2f}",
+        f"{median(lambda r: r.start_s):.2f} / {median(lambda r: r.start_cpu_s):.2f}",
     ]
 
 

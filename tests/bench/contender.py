@@ -1,6 +1,7 @@
 """One run of one agent beside a workload, measured from outside."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -17,10 +18,15 @@ SETTLE_S = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The figures of one run. `cpu_s`: of all threads, from the start of the traffic until it has settled."""
+    """The figures of one run.
+
+    `cpu_s`: of all threads, from the start of the traffic until it has settled. `start_cpu_s`: until the agent was
+    ready, its children included.
+    """
 
     seconds: float
     start_s: float
+    start_cpu_s: float
     cpu_s: float
     anon_mb: float
     rss_mb: float
@@ -40,6 +46,12 @@ class Result:
 def cpu_s(pid: int) -> float:
     """Return the CPU time of a process with all its threads, from its CPU clock (CPUCLOCK_SCHED)."""
     return time.clock_gettime(~pid << 3 | 2)
+
+
+def start_cpu_s(pid: int) -> float:
+    """Return the CPU time of a process and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_mb(pid: int, name: str) -> float:
@@ -73,6 +85,7 @@ def measure(command: Sequence[str], workload: Workload, port: int, seconds: floa
     """Run an agent beside the workload."""
     with Traffic(workload, port, seconds) as traffic:
         agent, start_s = start(command)
+        started_cpu_s = start_cpu_s(agent.pid)
         time.sleep(SETTLE_S)
         broker.ages_ms()
         before = cpu_s(agent.pid)
@@ -85,6 +98,7 @@ def measure(command: Sequence[str], workload: Workload, port: int, seconds: floa
     return Result(
         seconds,
         start_s,
+        started_cpu_s,
         used_s,
         anon_mb,
         rss_mb,
