@@ -1,4 +1,4 @@
-"""`python -m tests.native TARGET [--seconds N] [--keep FOLDER]`: fuzzes the C of native/ for a longer time.
+"""`python -m tests.native TARGET [--runs N] [--keep FOLDER]`: fuzzes the C of native/ for longer than the tests do.
 
 Inputs that reach new code are written to FOLDER: the small ones are worth a place in tests/native/corpus.
 """
@@ -18,13 +18,13 @@ def main() -> int:
     targets = sorted(path.name for path in (TESTS / "corpus").iterdir())
     parser = argparse.ArgumentParser(prog="python -m tests.native", description=__doc__)
     parser.add_argument("target", choices=targets)
-    parser.add_argument("--seconds", type=int, default=60, help="how long it runs (default: 60)")
+    parser.add_argument("--runs", type=int, default=1_000_000, help="number of inputs (default: 1,000,000)")
     parser.add_argument("--keep", type=Path, help="folder for new inputs")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         program = fuzzer(options.target, Path(name))
         seed = random.SystemRandom().randrange(1 << 32)
-        arguments = [str(options.seconds), str(seed), str(TESTS / "corpus" / options.target)]
+        arguments = [str(options.runs), str(seed), str(TESTS / "corpus" / options.target)]
         print(f"target={options.target} seed={seed}", flush=True)
         return subprocess.run([program, *arguments, *([options.keep] if options.keep else [])], check=False).returncode
 
