@@ -1,4 +1,4 @@
-"""`python -m tests.native TARGET [--runs N] [--keep FOLDER]`: fuzzes the C of native/ with more inputs.
+"""`python -m tests.native TARGET [--runs N] [--keep FOLDER]`: fuzzes the C of native/ for longer than the tests do.
 
 Inputs that reach new code are written to FOLDER: the small ones are worth a place in tests/native/corpus.
 """
@@ -18,7 +18,7 @@ def main() -> int:
     targets = sorted(path.name for path in (TESTS / "corpus").iterdir())
     parser = argparse.ArgumentParser(prog="python -m tests.native", description=__doc__)
     parser.add_argument("target", choices=targets)
-    parser.add_argument("--runs", type=int, default=1_000_000, help="inputs to try (default: 1,000,000)")
+    parser.add_argument("--runs", type=int, default=1_000_000, help="number of inputs (default: 1,000,000)")
     parser.add_argument("--keep", type=Path, help="folder for new inputs")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
