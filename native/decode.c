@@ -1,4 +1,5 @@
 #include "decode.h"
+#include "hash.h"
 
 #include <string.h>
 
@@ -165,23 +166,17 @@ static inline enum decode_status check_text(const uint8_t *data, size_t size)
 	return size <= DECODE_MOST_CHARACTERS && is_ascii(data, size) ? DECODE_OK : check_characters(data, size);
 }
 
-static uint64_t mix(uint64_t hash, uint64_t word)
-{
-	hash = (hash ^ word) * 0x9e3779b97f4a7c15;
-	return hash ^ (hash >> 29);
-}
-
 static uint64_t hash_text(const uint8_t *data, size_t size, uint64_t seed)
 {
-	uint64_t hash = mix(seed, size), word;
+	uint64_t hash = hash_word(~seed, size, seed), word;
 
 	for (; size >= sizeof(word); data += sizeof(word), size -= sizeof(word)) {
 		memcpy(&word, data, sizeof(word));
-		hash = mix(hash, word);
+		hash = hash_word(hash, word, seed);
 	}
 	word = 0;
 	memcpy(&word, data, size);
-	return mix(mix(hash, word), seed);
+	return hash_word(hash_word(hash, word, seed), ~seed, seed);
 }
 
 static bool is_text(const struct decode_text *text, const uint8_t *data, size_t size)

@@ -1,4 +1,5 @@
 #include "groups.h"
+#include "hash.h"
 
 #include <stdbool.h>
 
@@ -12,14 +13,11 @@ static bool is_equal(const int64_t *const *columns, size_t column_count, size_t 
 
 static uint64_t hash_row(const int64_t *const *columns, size_t column_count, size_t row, uint64_t seed)
 {
-	uint64_t hash = seed;
+	uint64_t hash = ~seed;
 
-	for (size_t i = 0; i < column_count; i++) {
-		hash = (hash ^ (uint64_t)columns[i][row]) * 0x9e3779b97f4a7c15;
-		hash ^= hash >> 29;
-		hash += seed; /* else equal parts of two hashes would stay equal, whatever the seed */
-	}
-	return hash ^ (hash >> 32);
+	for (size_t i = 0; i < column_count; i++)
+		hash = hash_word(hash, (uint64_t)columns[i][row], seed);
+	return hash_word(hash, ~seed, seed);
 }
 
 size_t groups_find(const int64_t *const *columns, size_t column_count, size_t rows, uint64_t seed, uint32_t *slots,
