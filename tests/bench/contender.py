@@ -39,8 +39,8 @@ class Result:
 
     @property
     def us_per_event(self) -> float:
-        """CPU time per delivered event."""
-        return self.cpu_s / max(self.delivered, 1) * 1e6
+        """CPU time per delivered event; not a number on an idle host."""
+        return self.cpu_s / self.delivered * 1e6 if self.delivered >= self.seconds else float("nan")
 
 
 def cpu_s(pid: int) -> float:
