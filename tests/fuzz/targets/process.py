@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from producer.config import load
+from producer.config.load import load
 from producer.errors import ConfigError
 from producer.host import state
 from producer.host.cgroups import cgroup2_root
