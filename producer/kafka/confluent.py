@@ -8,7 +8,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
 from producer.host.log_limit import LogLimit
-from producer.kafka.wording import REPEAT_LOG_S, described, fix
+from producer.kafka.wording import REPEAT_LOG_S, fix, in_brackets
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class ClientErrors:
         if self._last is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
             self._last = error
         if self._log_limit and self._log_limit.allows(error.name()):
-            logger.warning("kafka: %s", described(error.str(), error.name()))
+            logger.warning("kafka: %s error=%s%s", error.str(), error.name(), in_brackets(error.name()))
 
     @property
     def reason(self) -> str:

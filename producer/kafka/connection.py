@@ -15,7 +15,7 @@ from producer.events import Topic
 from producer.health import metrics
 from producer.host.log_limit import LogLimit
 from producer.kafka.librdkafka import Error, Log, Producer, Reports, SocketCallback
-from producer.kafka.wording import REPEAT_LOG_S, described
+from producer.kafka.wording import REPEAT_LOG_S, in_brackets
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Connection:
             self._fatal = f"fatal error {error.name}"
             self._replace_at = time.monotonic() + self._backoff.next()
         if self._log_limit.allows(error.name):
-            logger.warning("kafka: %s", described(error.text, error.name))
+            logger.warning("kafka: %s error=%s%s", error.text, error.name, in_brackets(error.name))
         # _ALL_BROKERS_DOWN comes last and is the least specific.
         if not self.last_error or error.name != "_ALL_BROKERS_DOWN":
             self.last_error = error

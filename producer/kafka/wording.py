@@ -20,7 +20,6 @@ def fix(name: str) -> str:
     return _FIXES.get(name, "")
 
 
-def described(text: str, name: str) -> str:
-    """Return an error's text with its name and fix, for the log."""
-    advice = fix(name)
-    return f"{text} error={name}" + (f" ({advice})" if advice else "")
+def in_brackets(name: str) -> str:
+    """Return the fix for an error as the end of a log line; empty if there is none to suggest."""
+    return f" ({fix(name)})" if fix(name) else ""
