@@ -18,5 +18,6 @@ void close_buffers(Py_buffer *views, size_t count);
 
 /* Each adds functions and types to the module; -1 with an exception set on failure. */
 int add_kafka(PyObject *module);
+int add_encode(PyObject *module);
 
 #endif

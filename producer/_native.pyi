@@ -3,18 +3,24 @@
 Raises ValueError for a buffer of another size, and BufferError or TypeError for an object that has none.
 """
 
+from typing import Any
+
+from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+_Array = NDArray[Any] | Buffer
+"""numpy's arrays have a buffer that type checkers see from Python 3.12 on."""
+
 def messages(
-    out: Buffer,
+    out: _Array,
     batch: int,
-    payload: Buffer,
-    starts: Buffer,
-    lengths: Buffer,
-    keys: Buffer,
-    key_starts: Buffer,
-    key_lengths: Buffer,
-    rows: Buffer | None,
+    payload: _Array,
+    starts: _Array,
+    lengths: _Array,
+    keys: _Array,
+    key_starts: _Array,
+    key_lengths: _Array,
+    rows: _Array | None,
     /,
 ) -> None:
     """Fill `out`, an array of MESSAGE (producer.kafka.librdkafka), with rows of a batch: all of `out` is written.
@@ -25,9 +31,35 @@ def messages(
     Raises ValueError for a row that is outside the batch, or whose bytes are outside their buffer.
     """
 
-def reports(pointers: Buffer, err: Buffer, private: Buffer, /) -> None:
+def reports(pointers: _Array, err: _Array, private: _Array, /) -> None:
     """Copy `err` (int32) and `private` (uint64) of each rd_kafka_message_t that `pointers` (uint64) point to.
 
     All three have the same length. The pointers must be valid: those that rd_kafka_event_message_array() returned,
     before rd_kafka_event_destroy().
     """
+
+class Encoder:
+    """Runs a program of steps (native/encode.h) over rows: one for the messages' bytes, one for their keys."""
+
+    def __new__(cls, steps: bytes, key_steps: bytes, strings: tuple[bytes, ...], row_size: int, /) -> Encoder:
+        """Check and copy a program. Raises ValueError if it reads outside rows of `row_size` bytes, or the strings."""
+
+    def bound(self, rows: int, /) -> int:
+        """Return how many bytes the messages and keys of `rows` rows have at most, with what is remembered now."""
+
+    def missing(self, rows: _Array, /) -> list[int] | None:
+        """Return distinct ids of the rows of which nothing is remembered, 256 at most; None if there are none."""
+
+    def remember(self, id: int, parts: tuple[bytes, ...], /) -> None:
+        """Remember an id's encoded parts. All others are forgotten first if there are 16,384 of them, or 8 MiB."""
+
+    def forget(self) -> None:
+        """Forget all ids."""
+
+    def encode(self, rows: _Array, utc_offset: int, out: _Array, spans: _Array, /) -> int | None:
+        """Encode rows into `out` (uint8), which has `bound(len(rows))` bytes; return how many were written.
+
+        `rows` may lie apart. `spans` (int64, shape (4, rows)) receives starts and lengths of messages, and those of
+        keys. Returns None if a number in some row does not fit its field: the lengths of these rows are negative, -1
+        minus the index of the step.
+        """

@@ -1,18 +1,22 @@
-"""Encodes rows of a ring as Kafka messages: maps columns and constants of the host to fields of the schema."""
+"""Encodes rows of a ring as Kafka messages: says where each field of the schema comes from."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from producer.encode.avro import Coded, Column, Encoder, Group, Ints, Schema, Table
-from producer.encode.flows import FLOW_FIELDS, Cgroups, FlowTable
+from producer import _native
 from producer.encode.isolate import Unencodable
+from producer.encode.plan import Column, Kind, Program, Schema, encoded, value_program
 from producer.errors import SchemaError
 from producer.events import (
     CA_STATES,
     CAUSES,
+    FLOW,
+    HOOKS,
     KNOWN,
     SEGMENT,
     STATES,
@@ -24,103 +28,185 @@ from producer.events import (
     SchemaId,
     Stream,
 )
+from producer.host import cgroups
 from producer.schemas import frame
 
-_NAMES: Mapping[str, tuple[str, ...]] = {"state": STATES, "ca_state": CA_STATES, "cause": CAUSES}
-_NULL = 256
+Key = Literal["flow", "host"]
+"""`flow`: `saddr:sport>daddr:dport`, with IPv6 in brackets. `host`: the host's name. The same in all topics."""
+
+_NAMES = {"hook": HOOKS, "state": STATES, "ca_state": CA_STATES, "cause": CAUSES}
 _BIT = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"])}
+_OWNER = ("cgroup", "unit", "container")
 _MILLISECOND_NS = 1_000_000
-_MAX_INT = (1 << 31) - 1
-_MAX_LONG = (1 << 63) - 1
 _MAX_TIME_NS = 1 << 62
 """Leaves space for adding the offset to UTC."""
+_MOST_SCRATCH_BYTES = 8 << 20
+_MOST_LOOKED_UP = 256
+_MOST_UNRESOLVED = 1 << 14
+
+
+class Cgroups(Protocol):
+    """Looks up paths of cgroups."""
+
+    found: int
+    """Number of ids found so far."""
+
+    def path(self, cgroup_id: int) -> str | None:
+        """Return the path of a cgroup; None if it is unknown, or not yet known."""
+
+    def look(self) -> None:
+        """Continue the search for unknown ids for a short time."""
 
 
 class BatchEncoder:
     """Encodes batches of one stream with a record schema.
 
-    `host_fields` are the values of fields that are the same in all events of this host. A field of the schema that no
-    row has gets its default; SchemaError if it has none.
+    `host_fields` are the values of fields that are the same in all events of this host; `host` is among them if it is
+    the key. A field of the schema that no row has gets its default; SchemaError if it has none.
     """
 
     def __init__(
-        self, stream: Stream, schema: Schema, schema_id: SchemaId, host_fields: Mapping[str, Any], cgroup_paths: Cgroups
+        self,
+        stream: Stream,
+        schema: Schema,
+        schema_id: SchemaId,
+        host_fields: Mapping[str, Any],
+        cgroup_paths: Cgroups,
+        key: Key = "flow",
     ) -> None:
-        fields = {field["name"]: field for field in schema["fields"]}
-        carried = {*(SEGMENT.names or ()), *(stream.dtype.names or ()), "ts_ns"}
-        constant = fields.keys() - carried | FLOW_FIELDS
-        for name in constant - FLOW_FIELDS:
-            if "default" not in fields[name]:
-                raise SchemaError(f"{stream.schema_file}: no event carries the field {name}, and it has no default")
-        self._stream = stream
-        self._encoder = Encoder(schema, frame(schema_id), frozenset(constant))
-        groups = [group for group in self._encoder.groups if constant.issuperset(group.split(","))]
-        self._flows = FlowTable(self._encoder, groups, host_fields, cgroup_paths)
-        self._names = {
-            group: _name_table(self._encoder, group, _NAMES[group]) for group in self._encoder.groups if group in _NAMES
-        }
-
-    def fit(self, rows: Rows) -> int:
-        """Return how many leading rows can be encoded in a short time: new flows take longer."""
-        return self._flows.fit(rows)
+        columns = dict(_columns(stream))
+        owner = dict.fromkeys(_OWNER, columns["cgroup_id"])
+        try:
+            value, parts = value_program(schema, frame(schema_id), columns, host_fields, owner)
+        except SchemaError as error:
+            raise SchemaError(f"{stream.schema_file}: {error}") from error
+        fields = {each["name"]: each for each in schema["fields"]}
+        self._parts = [[fields[name] for name in part] for part in parts]
+        self._columns = columns
+        self._steps = value.fields
+        keys = _key_program(key, columns, host_fields, value.strings)
+        self._native = _native.Encoder(
+            b"".join(value.steps), b"".join(keys.steps), tuple(value.strings), stream.dtype.itemsize
+        )
+        self._cgroups = cgroup_paths
+        self._found = cgroup_paths.found
+        self._scratch = np.empty(0, np.uint8)
+        self._unresolved: set[int] = set()
+        """Remembered cgroups whose path was unknown."""
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         """Encode a batch; `utc_offset_ns` plus the monotonic clock is nanoseconds since 1970.
 
+        Some 256 new cgroups are looked up at once; further ones are null, as are those that are not found yet.
         Raises Unencodable if a number is too large for its field, which the kernel never writes.
         """
-        rows = batch.rows
-        _check(rows)
-        numbers = self._flows.number(rows)
-        segments = rows["s"]
-        known = segments["known"]
-        always = int(np.bitwise_and.reduce(known))
-        columns: dict[Group, Column] = {group: Coded(numbers, table) for group, table in self._flows.groups.items()}
-        for group in self._encoder.groups:
-            if group not in columns:
-                bit = _BIT.get(group, 0)
-                valid = None if always & bit == bit else known & np.uint32(bit) != 0
-                columns[group] = self._column(group, rows, valid, utc_offset_ns)
-        encoded = self._encoder.encode(columns, len(rows))
-        keys = self._flows.keys
-        return EncodedBatch(
-            batch.stream,
-            encoded.buffer,
-            encoded.starts,
-            encoded.lengths,
-            keys.matrix.reshape(-1),
-            numbers * keys.matrix.shape[1],
-            keys.lengths.take(numbers),
-        )
+        native, rows = self._native, batch.rows
+        count = len(rows)
+        self._resolve_late()
+        looked_up = 0
+        while looked_up < _MOST_LOOKED_UP and (ids := native.missing(rows)):
+            self._remember(ids)
+            looked_up += len(ids)
+        scratch = self._room(native.bound(count))
+        spans = np.empty((4, count), np.int64)
+        size = native.encode(rows, utc_offset_ns, scratch, spans)
+        if size is None:
+            raise self._unencodable(rows, spans[1])
+        payload = scratch[:size].copy()
+        starts, lengths, key_starts, key_lengths = spans
+        return EncodedBatch(batch.stream, payload, starts, lengths, payload, key_starts, key_lengths)
 
-    def _column(self, name: Group, rows: Rows, valid: NDArray[np.bool_] | None, utc_offset_ns: int) -> Column:
-        if name == "ts_ns":
-            return Ints(rows["s"]["ts"].astype(np.int64) + utc_offset_ns)
+    def _room(self, size: int) -> NDArray[np.uint8]:
+        """Return memory for messages of unknown length: the same each time, since fresh pages cost more than a copy."""
+        if size <= len(self._scratch):
+            return self._scratch
+        room = np.empty(size, np.uint8)
+        if size <= _MOST_SCRATCH_BYTES:
+            self._scratch = room
+        return room
+
+    def _remember(self, ids: list[int]) -> None:
+        """Cache the encoded owner of cgroups."""
+        for cgroup_id in ids:
+            path = self._cgroups.path(cgroup_id)
+            if path is None:
+                if len(self._unresolved) == _MOST_UNRESOLVED:
+                    self._unresolved.clear()
+                    self._native.forget()
+                self._unresolved.add(cgroup_id)
+            self._native.remember(cgroup_id, self._owner(path))
+
+    def _owner(self, path: str | None) -> tuple[bytes, ...]:
+        values: dict[str, Any] = dict.fromkeys(_OWNER)
+        if path is not None:
+            values = {"cgroup": path, "unit": cgroups.unit(path), "container": cgroups.container(path)}
+        return tuple(encoded(fields, values) for fields in self._parts)
+
+    def _resolve_late(self) -> None:
+        """Cache the owner of cgroups whose path has been found meanwhile."""
+        self._cgroups.look()
+        if self._found == self._cgroups.found:
+            return
+        self._found = self._cgroups.found
+        for cgroup_id in [each for each in self._unresolved if self._cgroups.path(each) is not None]:
+            self._unresolved.discard(cgroup_id)
+            self._remember([cgroup_id])
+
+    def _unencodable(self, rows: Rows, lengths: NDArray[np.int64]) -> Unencodable:
+        bad = lengths < 0
+        first = int(bad.argmax())
+        name = self._steps[-1 - int(lengths[first])]
+        column = self._columns[name]
+        number = np.frombuffer(rows[first].tobytes(), column.dtype, 1, column.offset)[0]
+        return Unencodable(f"{name}: {number} is too large for its field", bad)
+
+
+def _columns(stream: Stream) -> Iterator[tuple[str, Column]]:
+    """Yield the fields that rows carry. Padding and nested records are none."""
+    segment = _offset(stream.dtype, "s")
+    flow = segment + _offset(SEGMENT, "flow")
+    places = (
+        (FLOW, flow, flow + _offset(FLOW, "flow_known")),
+        (SEGMENT, segment, segment + _offset(SEGMENT, "known")),
+        (stream.dtype, 0, segment + _offset(SEGMENT, "known")),
+    )
+    members = chain.from_iterable(_members(*place) for place in places)
+    for name, column in members:
         if name == "ts":
-            return Ints((rows["s"]["ts"].astype(np.int64) + utc_offset_ns) // _MILLISECOND_NS)
-        values = rows[name] if name in (self._stream.dtype.names or ()) else rows["s"][name]
-        if name in self._names:
-            return Coded(values if valid is None else np.where(valid, values, np.uint16(_NULL)), self._names[name])
-        if self._encoder.step(name).boolean:
-            return Ints(values != 0, valid)
-        return Ints(values, valid)
+            time = replace(column, utc=True, most=_MAX_TIME_NS)
+            yield "ts_ns", time
+            yield "ts", replace(time, divisor=_MILLISECOND_NS)
+        else:
+            yield name, column
 
 
-def _check(rows: Rows) -> None:
-    """Raise Unencodable if a number does not fit its field's type in the schema."""
-    segments, flows = rows["s"], rows["s"]["flow"]
-    for numbers, most in (
-        *((segments[name], _MAX_INT) for name in ("cpu", "payload_len", "segs")),
-        *((rows[name], _MAX_INT) for name in ("retransmit_no",) if name in (rows.dtype.names or ())),
-        (segments["ts"], _MAX_TIME_NS),
-        (segments["cpu_seq"], _MAX_LONG),
-        *((flows[name], _MAX_LONG) for name in ("sk_cookie", "cgroup_id")),
-    ):
-        if len(numbers) and numbers.max() > most:
-            raise Unencodable(f"{numbers.max()} is too large for its field", numbers > most)
+def _members(dtype: "np.dtype[Any]", base: int, known: int) -> Iterator[tuple[str, Column]]:
+    for name in dtype.names or ():
+        member = dtype[name]
+        if member.names is None and not name.startswith("_pad"):
+            bit = _BIT.get(name, 0).bit_length()
+            place = (known + (bit - 1) // 8, 1 << (bit - 1) % 8) if bit else (0, 0)
+            names = (*_NAMES[name], UNKNOWN) if name in _NAMES else ()
+            yield name, Column(base + _offset(dtype, name), member, place, names)
 
 
-def _name_table(encoder: Encoder, name: Group, names: Sequence[str]) -> Table:
-    """Return the encoded name of each number that a byte can hold, followed by null if the field is nullable."""
-    known = [encoder.value(name, {name: names[i] if i < len(names) else UNKNOWN}) for i in range(_NULL)]
-    return Table([*known, encoder.value(name, {name: None})] if encoder.step(name).nullable else known)
+def _offset(dtype: "np.dtype[Any]", name: str) -> int:
+    assert dtype.fields is not None
+    return int(dtype.fields[name][1])
+
+
+def _key_program(
+    key: Key, columns: Mapping[str, Column], host_fields: Mapping[str, Any], strings: list[bytes]
+) -> Program:
+    """Return the program for keys; its strings are added to `strings`."""
+    program = Program(strings)
+    if key == "host":
+        program.constant(str(host_fields["host"]).encode())
+        return program
+    for address, port, end in (("saddr", "sport", b">"), ("daddr", "dport", b"")):
+        program.add(Kind.KEY_ADDRESS, address, columns[address])
+        program.constant(b":")
+        program.add(Kind.KEY_NUMBER, port, columns[port])
+        if end:
+            program.constant(end)
+    return program

@@ -30,9 +30,6 @@ class Unencodable(ValueError):
 class Encoder(Protocol):
     """Encodes whole batches, or raises."""
 
-    def fit(self, rows: Rows) -> int:
-        """Return how many leading rows can be encoded in a short time."""
-
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         """Encode a batch."""
 
@@ -50,8 +47,8 @@ class Isolator:
         self._most = _MANY
 
     def fit(self, rows: Rows) -> int:
-        """Return how many leading rows can be encoded in a short time."""
-        return min(self._encoder.fit(rows), self._most)
+        """Return how many leading rows may be encoded at once: fewer while a defect shows."""
+        return min(len(rows), self._most)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch | None:
         """Encode a batch without the rows that cannot be encoded; None if there are no others.

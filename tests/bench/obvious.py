@@ -7,6 +7,7 @@ like the producer.
 
 import ctypes
 import io
+import ipaddress
 import json
 import signal
 import socket
@@ -21,7 +22,6 @@ import numpy as np
 from confluent_kafka import Producer
 
 from producer.config.librdkafka import DEFAULTS
-from producer.encode.flows import address, key
 from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream
 from producer.host.clock import UtcOffset
 from producer.kernel.capture import Capture, CaptureSettings
@@ -48,6 +48,18 @@ def flattened(dtype: np.dtype[np.void]) -> tuple[struct.Struct, list[str]]:
             letters += f"{member.itemsize}s" if member.subdtype else member.char
             names.append(name)
     return struct.Struct("<" + letters), names
+
+
+def address(packed: bytes) -> str:
+    """Return 16 bytes as text; an IPv4-mapped address as IPv4."""
+    ip = ipaddress.IPv6Address(packed)
+    return str(ip.ipv4_mapped or ip)
+
+
+def key(record: dict[str, Any]) -> bytes:
+    """Return an event's Kafka key."""
+    ends = [(f"[{record[name]}]" if ":" in record[name] else record[name]) for name in ("saddr", "daddr")]
+    return f"{ends[0]}:{record['sport']}>{ends[1]}:{record['dport']}".encode()
 
 
 def to_record(values: dict[str, Any], offset_ns: int) -> dict[str, Any]:

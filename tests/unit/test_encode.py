@@ -3,8 +3,10 @@
 import copy
 import io
 import ipaddress
+import mmap
 import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import fastavro
@@ -14,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producer import events
-from producer.encode import flows
-from producer.encode.avro import Encoder
-from producer.encode.batch import BatchEncoder
+from producer.encode.batch import BatchEncoder, Key
+from producer.encode.isolate import Unencodable
 from producer.errors import SchemaError
 from producer.events import FLOW, RETRANSMITS, SEGMENT, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
+from producer.host.text import name as shown_name
 from producer.schemas import load_schema
 
 HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
@@ -42,10 +44,9 @@ class PathsOfTests:
     def look(self) -> None: ...
 
 
-def encoder_of(stream: Stream, schema: Mapping[str, Any] | None = None) -> BatchEncoder:
-    return BatchEncoder(
-        stream, schema or load_schema(stream.schema_file), SchemaId(stream.fixed_schema_id), HOST, PathsOfTests()
-    )
+def encoder_of(stream: Stream, schema: Mapping[str, Any] | None = None, key: Key = "flow") -> BatchEncoder:
+    schema = schema or load_schema(stream.schema_file)
+    return BatchEncoder(stream, schema, SchemaId(stream.fixed_schema_id), HOST, PathsOfTests(), key)
 
 
 def messages(encoded: EncodedBatch) -> list[tuple[bytes, bytes]]:
@@ -307,81 +308,64 @@ def assert_plain(told: Sequence[tuple[bytes, bytes]], first: int) -> None:
         assert decode(value, PARSED["transmit"])[1]["sk_cookie"] == number
 
 
-def test_batches_keep_their_keys_and_values_when_the_flow_table_starts_anew() -> None:
+def test_a_million_flows_take_no_memory() -> None:
     encoder = encoder_of(TRANSMITS)
-    most, half = flows._MOST_FLOWS, 2048
-    before = [plain_rows(2 * half, first) for first in range(0, most, 2 * half)]
-    # The last to be encoded before: its keys lie where those of new flows would lie next.
-    before.append(np.concatenate([plain_rows(half), plain_rows(half, most)]))
-    after = plain_rows(2 * half, 10**6)
-    kept = [encoder.encode(Batch(TRANSMITS, rows), OFFSET_NS) for rows in (*before, after)]
-
-    assert_plain(messages(kept[0]), 0)
-    assert_plain(messages(kept[-2])[:half], 0)
-    assert_plain(messages(kept[-2])[half:], most)
-    assert_plain(messages(kept[-1]), 10**6)
+    before = _resident_bytes()
+    for first in range(0, 10**6, 4000):
+        encoder.encode(Batch(TRANSMITS, plain_rows(4000, first)), OFFSET_NS)
+        if first == 40_000:
+            before = _resident_bytes()
+    assert _resident_bytes() - before < 4 << 20
 
 
-def test_the_flow_table_does_not_grow_without_bound() -> None:
-    table = flows.FlowTable(Encoder(load_schema(TRANSMITS.schema_file)), [], HOST, PathsOfTests())
-    for first in range(0, 2 * flows._MOST_FLOWS, 4096):
-        table.number(plain_rows(4096, first))
-        assert len(table.keys) <= flows._MOST_FLOWS + 4096
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-@pytest.mark.parametrize("before", [0, flows._MOST_FLOWS + 1])
-def test_a_burst_of_new_flows_is_taken_a_few_at_a_time(before: int) -> None:
-    table = flows.FlowTable(Encoder(load_schema(TRANSMITS.schema_file)), [], HOST, PathsOfTests())
-    if before:
-        table.number(plain_rows(before))
-    burst = plain_rows(20_000, 10**6)
-    left = burst
-    while len(left):
-        count = table.fit(left)
-        assert count > 0
-        had = len(table.keys)
-        table.number(left[:count])
-        assert len(table.keys) - had <= flows.MOST_NEW
-        left = left[count:]
-    assert table.fit(burst) == len(burst)
-    assert table.fit(np.repeat(plain_rows(1, 10**7), 4096)) == 4096
-
-
-def test_flows_that_share_a_place_are_told_apart() -> None:
-    """More flows than places, so that many must share; each comes twice in a batch, and again in the next."""
+def test_batches_keep_their_messages_while_others_are_encoded() -> None:
     encoder = encoder_of(TRANSMITS)
-    once = plain_rows(1 << 15, 7)
-    places = flows.FlowTable(Encoder(load_schema(TRANSMITS.schema_file)), [], HOST, PathsOfTests())
-    assert len(set(places.number(once).tolist())) == 1 << 15
-    some = plain_rows(3000, 7)
-    rows = np.concatenate([some, some[::-1]])
-    for _ in range(2):
-        encoder.encode(Batch(TRANSMITS, once), OFFSET_NS)
-        told = encode(encoder, TRANSMITS, rows)
-        assert_plain(told[:3000], 7)
-        assert_plain(told[3000:][::-1], 7)
+    kept = [encoder.encode(Batch(TRANSMITS, plain_rows(100, first)), OFFSET_NS) for first in range(0, 1000, 100)]
+    for first, encoded in zip(range(0, 1000, 100), kept, strict=True):
+        assert_plain(messages(encoded), first)
 
 
-def test_flows_that_differ_in_one_byte_are_told_apart_though_they_share_a_place() -> None:
-    table = flows.FlowTable(Encoder(load_schema(TRANSMITS.schema_file)), [], HOST, PathsOfTests())
-    table._factors[:] = 0  # all flows have the place 0
-    base = plain_rows(1)
-    assert table.number(base).tolist() == [0]
-    offsets = [
-        at
-        for name, (member, start, *_) in (FLOW.fields or {}).items()
-        if name not in ("hook", "_pad0")
-        for at in range(start, start + member.itemsize)
-    ]
-    for number, at in enumerate(offsets, 1):
-        changed = bytearray(base["s"]["flow"].tobytes())
-        changed[at] ^= 1
-        other = base.copy()
-        other["s"]["flow"] = np.frombuffer(bytes(changed), FLOW)
-        assert table.number(other).tolist() == [number]
-        assert table.number(base).tolist() == [0]
-        assert table.number(np.concatenate([other, base, other])).tolist() == [number, 0, number]
-        assert table.number(base).tolist() == [0]
+def test_rows_of_a_ring_lie_apart() -> None:
+    records = np.zeros(10, np.dtype([("head", "u8"), ("row", TRANSMITS.dtype)]))
+    records["row"] = plain_rows(10)
+    assert_plain(encode(encoder_of(TRANSMITS), TRANSMITS, records["row"]), 0)
+
+
+def test_a_batch_may_be_empty() -> None:
+    for key in ("flow", "host"):
+        assert encode(encoder_of(TRANSMITS, key=key), TRANSMITS, plain_rows(0)) == []
+
+
+@pytest.mark.parametrize("host", ["db-1", "", "h\u00f6st", "h" * 5000])
+def test_the_host_is_the_key_of_all_its_events(host: str) -> None:
+    fields = {**HOST, "host": host}
+    encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS.schema_file), SchemaId(1), fields, PathsOfTests(), "host")
+    encoded = encoder.encode(Batch(TRANSMITS, plain_rows(3)), OFFSET_NS)
+    assert [key for key, _ in messages(encoded)] == [host.encode()] * 3
+    assert len(set(encoded.key_starts.tolist())) == 1
+    assert [decode(value, PARSED["transmit"])[1]["host"] for _, value in messages(encoded)] == [host] * 3
+
+
+@given(st.lists(addresses | st.binary(min_size=16, max_size=16).map(ipaddress.IPv6Address), min_size=1, max_size=50))
+def test_addresses_are_in_the_text_form_of_rfc_5952(drawn: list[ipaddress.IPv6Address]) -> None:
+    rows = np.zeros(len(drawn), TRANSMITS.dtype)
+    for row, address in zip(rows, drawn, strict=True):
+        row["s"]["flow"]["saddr"] = np.frombuffer(address.packed, np.uint8)
+    told = encode(encoder_of(TRANSMITS), TRANSMITS, rows)
+    assert [decode(value, PARSED["transmit"])[1]["saddr"] for _, value in told] == [text(each) for each in drawn]
+
+
+@pytest.mark.parametrize("zeros", range(256))
+def test_the_longest_run_of_zero_groups_is_left_out(zeros: int) -> None:
+    groups = b"".join(b"\0\0" if zeros >> group & 1 else b"\x0a\xbc" for group in range(8))
+    rows = np.zeros(1, TRANSMITS.dtype)
+    rows["s"]["flow"]["daddr"] = np.frombuffer(groups, np.uint8)
+    ((_, value),) = encode(encoder_of(TRANSMITS), TRANSMITS, rows)
+    assert decode(value, PARSED["transmit"])[1]["daddr"] == str(ipaddress.IPv6Address(groups))
 
 
 @pytest.mark.parametrize(
@@ -389,14 +373,74 @@ def test_flows_that_differ_in_one_byte_are_told_apart_though_they_share_a_place(
     [
         ("::ffff:192.0.2.1", "192.0.2.1"),
         ("2001:db8:0:0:1:0:0:1", "2001:db8::1:0:0:1"),
-        ("::", "::"),
-        ("::1", "::1"),
         ("::192.0.2.1", "::c000:201"),
         ("64:ff9b::192.0.2.1", "64:ff9b::c000:201"),
     ],
 )
-def test_addresses_are_in_the_text_form_of_rfc_5952(packed: str, shown: str) -> None:
-    assert flows.address(ipaddress.IPv6Address(packed).packed) == shown
+def test_only_mapped_addresses_are_shown_as_ipv4(packed: str, shown: str) -> None:
+    rows = np.zeros(1, TRANSMITS.dtype)
+    rows["s"]["flow"]["saddr"] = np.frombuffer(ipaddress.IPv6Address(packed).packed, np.uint8)
+    ((_, value),) = encode(encoder_of(TRANSMITS), TRANSMITS, rows)
+    assert decode(value, PARSED["transmit"])[1]["saddr"] == shown
+
+
+def cgroup_rows(ids: Sequence[int]) -> Any:
+    rows = np.zeros(len(ids), TRANSMITS.dtype)
+    rows["s"]["flow"]["flow_known"] = events.KNOWN["cgroup_id"]
+    rows["s"]["flow"]["cgroup_id"] = ids
+    return rows
+
+
+class NamedPaths:
+    """Cgroups with chosen paths; counts the look-ups."""
+
+    def __init__(self, paths: Mapping[int, str]) -> None:
+        self.found = 0
+        self.asked = 0
+        self._paths = paths
+
+    def path(self, cgroup_id: int) -> str | None:
+        self.asked += 1
+        return self._paths.get(cgroup_id)
+
+    def look(self) -> None: ...
+
+
+def cgroups_of(encoder: BatchEncoder, ids: Sequence[int]) -> list[str | None]:
+    told = encode(encoder, TRANSMITS, cgroup_rows(ids))
+    return [decode(value, PARSED["transmit"])[1]["cgroup"] for _, value in told]
+
+
+@given(st.lists(st.binary(max_size=3000), min_size=1, max_size=5))
+def test_a_cgroup_may_have_any_name(names: list[bytes]) -> None:
+    shown = [shown_name(b"/" + raw) for raw in names]
+    paths = NamedPaths(dict(enumerate(shown)))
+    encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS.schema_file), SchemaId(1), HOST, paths)
+    assert cgroups_of(encoder, range(len(names))) == shown
+    assert cgroups_of(encoder, range(len(names))) == shown
+    assert paths.asked == len(names)
+
+
+def test_many_cgroups_are_looked_up_a_few_at_a_time() -> None:
+    paths = NamedPaths({number: f"/{number}" for number in range(1000)})
+    encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS.schema_file), SchemaId(1), HOST, paths)
+    for known in (256, 512, 768, 1000):
+        assert cgroups_of(encoder, range(1000)) == [f"/{number}" if number < known else None for number in range(1000)]
+        assert paths.asked == known
+    assert paths.asked == 1000
+
+
+@pytest.mark.parametrize("length", [1, 1000])
+def test_the_memory_of_cgroups_is_bounded(length: int) -> None:
+    """More cgroups than are remembered; all long, or all short. Some have no path."""
+    paths = NamedPaths({number: f"/{number}".ljust(length, "x") for number in range(40_000) if number % 3})
+    encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS.schema_file), SchemaId(1), HOST, paths)
+    before = _resident_bytes()
+    for first in range(0, 40_000, 200):
+        ids = range(first, first + 200)
+        told = [each and each.rstrip("x") for each in cgroups_of(encoder, ids)]
+        assert told == [f"/{number}" if number % 3 else None for number in ids]
+    assert _resident_bytes() - before < 16 << 20
 
 
 class LatePaths:
@@ -439,9 +483,13 @@ def test_names_of_numbers_that_mean_nothing_are_unknown():
     assert (record["hook"], record["state"], record["ca_state"]) == (events.UNKNOWN,) * 3
 
 
-@pytest.mark.parametrize("name", ["cpu", "payload_len", "segs", "ts", "cpu_seq"])
-def test_a_number_that_no_field_can_hold_is_refused(name):
-    rows = np.zeros(3, TRANSMITS.dtype)
-    rows["s"][name][1] = np.iinfo(rows["s"][name].dtype).max
-    with pytest.raises(ValueError, match="too large for its field"):
+@pytest.mark.parametrize("member", ["cpu", "payload_len", "segs", "ts", "cpu_seq"])
+def test_a_number_that_no_field_can_hold_is_refused(member):
+    rows = np.zeros(5, TRANSMITS.dtype)
+    most = np.iinfo(rows["s"][member].dtype).max
+    rows["s"][member][[1, 3]] = most
+    with pytest.raises(
+        Unencodable, match=f"{member.replace('ts', 'ts.*')}: {most} is too large for its field"
+    ) as error:
         encode(encoder_of(TRANSMITS), TRANSMITS, rows)
+    assert error.value.rows.tolist() == [False, True, False, True, False]

@@ -1,0 +1,78 @@
+#include "address.h"
+
+#include <string.h>
+
+#define GROUPS 8
+
+bool is_mapped(const uint8_t *address)
+{
+	static const uint8_t prefix[12] = { [10] = 0xff, [11] = 0xff };
+
+	return !memcmp(address, prefix, sizeof(prefix));
+}
+
+static uint8_t *put_ipv4(uint8_t *out, const uint8_t *address)
+{
+	for (int i = 0; i < 4; i++) {
+		unsigned byte = address[i];
+
+		if (i)
+			*out++ = '.';
+		if (byte >= 100)
+			*out++ = (uint8_t)('0' + byte / 100);
+		if (byte >= 10)
+			*out++ = (uint8_t)('0' + byte / 10 % 10);
+		*out++ = (uint8_t)('0' + byte % 10);
+	}
+	return out;
+}
+
+static uint8_t *put_group(uint8_t *out, unsigned group)
+{
+	static const char digits[] = "0123456789abcdef";
+
+	for (int shift = 12; shift >= 0; shift -= 4)
+		if (!shift || group >> shift)
+			*out++ = (uint8_t)digits[group >> shift & 0xf];
+	return out;
+}
+
+/* The first of the longest runs of at least two zero groups: [*first, *end), or empty. */
+static void longest_zeros(const unsigned *groups, int *first, int *end)
+{
+	*first = *end = 0;
+	for (int i = 0; i < GROUPS; i++) {
+		int start = i;
+
+		while (i < GROUPS && !groups[i])
+			i++;
+		if (i - start > 1 && i - start > *end - *first) {
+			*first = start;
+			*end = i;
+		}
+	}
+}
+
+uint8_t *put_address(uint8_t *out, const uint8_t *address)
+{
+	unsigned groups[GROUPS];
+	int first, end;
+
+	if (is_mapped(address))
+		return put_ipv4(out, address + 12);
+	for (int i = 0; i < GROUPS; i++)
+		groups[i] = (unsigned)address[2 * i] << 8 | address[2 * i + 1];
+	longest_zeros(groups, &first, &end);
+	for (int i = 0; i < GROUPS; i++) {
+		if (i == first && end > first) {
+			*out++ = ':';
+			*out++ = ':';
+			i = end - 1;
+			continue;
+		}
+		if (i && i != end)
+			*out++ = ':';
+		out = put_group(out, groups[i]);
+	}
+	return out;
+}

@@ -1,0 +1,445 @@
+#include "encode.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "address.h"
+#include "cache.h"
+
+#define MAX_VARINT 10
+#define SLACK 8 /* bytes that put_varint() may write beyond what it returns */
+#define MAX_DECIMAL 20
+#define NULL_BRANCH 0
+#define VALUE_BRANCH 2 /* zig-zag 1 */
+
+struct program {
+	struct step *steps;
+	size_t count;
+	size_t fixed_bytes; /* at most, without cached parts */
+	size_t cached; /* number of STEP_CACHED */
+	bool constant;
+};
+
+struct encoder {
+	struct program value;
+	struct program key;
+	struct bytes *strings;
+	uint8_t *string_data;
+	size_t row_size;
+	const struct step *id; /* the first STEP_CACHED, which says where the id is; or NULL */
+	struct cache cache;
+};
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "rows and steps are little-endian"
+#endif
+
+static inline uint64_t load(const uint8_t *row, const struct step *step)
+{
+	const uint8_t *at = row + step->offset;
+
+	switch (step->width) {
+	case 1:
+		return step->is_signed ? (uint64_t)(int64_t)(int8_t)*at : *at;
+	case 2: {
+		uint16_t number;
+		memcpy(&number, at, sizeof(number));
+		return step->is_signed ? (uint64_t)(int64_t)(int16_t)number : number;
+	}
+	case 4: {
+		uint32_t number;
+		memcpy(&number, at, sizeof(number));
+		return step->is_signed ? (uint64_t)(int64_t)(int32_t)number : number;
+	}
+	default: {
+		uint64_t number;
+		memcpy(&number, at, sizeof(number));
+		return number;
+	}
+	}
+}
+
+static inline bool fits(const struct step *step, uint64_t number)
+{
+	if (step->is_signed)
+		return (int64_t)number >= step->least && (int64_t)number <= (int64_t)step->most;
+	return number <= step->most;
+}
+
+static inline bool is_null(const struct step *step, const uint8_t *row)
+{
+	return step->known_mask && !(row[step->known_offset] & step->known_mask);
+}
+
+static uint8_t *put_long_varint(uint8_t *out, uint64_t number)
+{
+	while (number >= 0x80) {
+		*out++ = (uint8_t)number | 0x80;
+		number >>= 7;
+	}
+	*out++ = (uint8_t)number;
+	return out;
+}
+
+/* Spreads groups of 7 bits to 8 bytes at once: lengths are hard to predict, and a branch for each byte costs more. */
+static inline uint8_t *put_varint(uint8_t *out, uint64_t number)
+{
+	if (number >> 56)
+		return put_long_varint(out, number);
+	unsigned length = (unsigned)(70 - __builtin_clzll(number | 1)) / 7;
+	uint64_t more = 0x8080808080808080U & (((uint64_t)1 << 8 * (length - 1)) - 1);
+
+	number = (number & 0x000000000fffffff) | (number & 0x00fffffff0000000) << 4;
+	number = (number & 0x00003fff00003fff) | (number & 0x0fffc0000fffc000) << 2;
+	number = (number & 0x007f007f007f007f) | (number & 0x3f803f803f803f80) << 1;
+	number |= more;
+	memcpy(out, &number, sizeof(number));
+	return out + length;
+}
+
+static inline uint64_t zigzag(int64_t number)
+{
+	return (uint64_t)number << 1 ^ (uint64_t)(number >> 63);
+}
+
+static inline int64_t floor_divided(int64_t number, int64_t divisor)
+{
+	int64_t quotient = number / divisor;
+
+	return quotient - (number % divisor < 0);
+}
+
+static inline uint8_t *put_bytes(uint8_t *out, struct bytes bytes)
+{
+	if (bytes.length)
+		memcpy(out, bytes.data, bytes.length);
+	return out + bytes.length;
+}
+
+static inline uint8_t *put_integer(uint8_t *out, const struct step *step, uint64_t raw, int64_t utc_offset)
+{
+	int64_t number = (int64_t)(step->utc ? raw + (uint64_t)utc_offset : raw);
+
+	return put_varint(out, zigzag(step->divisor == 1 ? number : floor_divided(number, step->divisor)));
+}
+
+static uint8_t *put_key_address(uint8_t *out, const uint8_t *address)
+{
+	if (is_mapped(address))
+		return put_address(out, address);
+	*out++ = '[';
+	out = put_address(out, address);
+	*out++ = ']';
+	return out;
+}
+
+static uint8_t *put_decimal(uint8_t *out, uint64_t number)
+{
+	uint8_t digits[MAX_DECIMAL], *first = digits + sizeof(digits);
+
+	do
+		*--first = (uint8_t)('0' + number % 10);
+	while (number /= 10);
+	return put_bytes(out, (struct bytes){ first, (size_t)(digits + sizeof(digits) - first) });
+}
+
+static inline struct bytes remembered(const struct encoder *encoder, const struct step *step, const uint8_t *row)
+{
+	const struct cache_entry *entry = NULL;
+
+	if (!is_null(step, row))
+		entry = cache_find(&encoder->cache, load(row, step));
+	return entry ? cache_part(entry, step->first) : encoder->strings[step->count];
+}
+
+/* Returns the end of what was written, or NULL for a number that does not fit, with the step in `*failed`. */
+static inline uint8_t *run(const struct encoder *encoder, const struct program *program, const uint8_t *row,
+			   int64_t utc_offset, uint8_t *out, size_t *failed)
+{
+	for (size_t i = 0; i < program->count; i++) {
+		const struct step *step = &program->steps[i];
+		uint64_t number;
+
+		if (step->nullable) {
+			if (is_null(step, row)) {
+				*out++ = NULL_BRANCH;
+				continue;
+			}
+			*out++ = VALUE_BRANCH;
+		}
+		switch (step->kind) {
+		case STEP_CONSTANT:
+			out = put_bytes(out, encoder->strings[step->first]);
+			break;
+		case STEP_INTEGER:
+			number = load(row, step);
+			if (!fits(step, number)) {
+				*failed = i;
+				return NULL;
+			}
+			out = put_integer(out, step, number, utc_offset);
+			break;
+		case STEP_BOOLEAN:
+			*out++ = load(row, step) != 0;
+			break;
+		case STEP_NAME:
+			number = load(row, step);
+			number = number < step->count ? number : step->count - 1;
+			out = put_bytes(out, encoder->strings[step->first + number]);
+			break;
+		case STEP_ADDRESS: {
+			uint8_t *end = put_address(out + 1, row + step->offset);
+			*out = (uint8_t)((end - out - 1) << 1); /* its length in one byte, since it is below 64 */
+			out = end;
+			break;
+		}
+		case STEP_CACHED:
+			out = put_bytes(out, remembered(encoder, step, row));
+			break;
+		case STEP_KEY_ADDRESS:
+			out = put_key_address(out, row + step->offset);
+			break;
+		case STEP_KEY_NUMBER:
+			out = put_decimal(out, load(row, step));
+			break;
+		}
+	}
+	return out;
+}
+
+bool encoder_encode(const struct encoder *encoder, struct rows rows, int64_t utc_offset, uint8_t *out,
+		    struct spans spans, size_t *written)
+{
+	uint8_t *at = out;
+	int64_t key_start = 0, key_length = 0;
+	bool all = true;
+	size_t failed;
+
+	if (encoder->key.constant) {
+		at = run(encoder, &encoder->key, NULL, 0, at, &failed);
+		key_length = at - out;
+	}
+	for (size_t i = 0; i < rows.count; i++) {
+		const uint8_t *row = rows.data + (ptrdiff_t)i * rows.stride;
+		uint8_t *end = run(encoder, &encoder->value, row, utc_offset, at, &failed);
+
+		spans.starts[i] = at - out;
+		spans.lengths[i] = end ? end - at : -1 - (int64_t)failed;
+		all &= end != NULL;
+		at = end ? end : at;
+		if (!encoder->key.constant) {
+			end = run(encoder, &encoder->key, row, utc_offset, at, &failed);
+			key_start = at - out;
+			key_length = end - at;
+			at = end;
+		}
+		spans.key_starts[i] = key_start;
+		spans.key_lengths[i] = key_length;
+	}
+	*written = (size_t)(at - out);
+	return all;
+}
+
+size_t encoder_missing(const struct encoder *encoder, struct rows rows, uint64_t *ids, size_t limit)
+{
+	size_t found = 0;
+
+	for (size_t i = 0; encoder->id && i < rows.count && found < limit; i++) {
+		const uint8_t *row = rows.data + (ptrdiff_t)i * rows.stride;
+
+		if (is_null(encoder->id, row))
+			continue;
+		uint64_t id = load(row, encoder->id);
+		if (cache_find(&encoder->cache, id))
+			continue;
+		size_t j = 0;
+		while (j < found && ids[j] != id)
+			j++;
+		if (j == found)
+			ids[found++] = id;
+	}
+	return found;
+}
+
+size_t encoder_bound(const struct encoder *encoder, size_t rows)
+{
+	size_t cached = encoder->value.cached + encoder->key.cached;
+	size_t row = encoder->value.fixed_bytes + encoder->key.fixed_bytes + cached * encoder->cache.longest;
+	size_t key = encoder->key.fixed_bytes;
+	size_t bytes;
+
+	if (__builtin_mul_overflow(rows, row, &bytes) || __builtin_add_overflow(bytes, key + SLACK, &bytes))
+		return SIZE_MAX;
+	return bytes;
+}
+
+size_t encoder_row_size(const struct encoder *encoder)
+{
+	return encoder->row_size;
+}
+
+bool encoder_remember(struct encoder *encoder, uint64_t id, const struct bytes *parts, size_t count)
+{
+	return cache_put(&encoder->cache, id, parts, count);
+}
+
+void encoder_forget(struct encoder *encoder)
+{
+	cache_clear(&encoder->cache);
+}
+
+/* What a step writes at most, without its branch and without cached parts. */
+static size_t most_bytes(const struct step *step, const struct bytes *strings)
+{
+	size_t most = 0;
+
+	switch (step->kind) {
+	case STEP_INTEGER:
+		return MAX_VARINT;
+	case STEP_BOOLEAN:
+		return 1;
+	case STEP_ADDRESS:
+		return 1 + MAX_ADDRESS;
+	case STEP_KEY_ADDRESS:
+		return MAX_ADDRESS + 2;
+	case STEP_KEY_NUMBER:
+		return MAX_DECIMAL;
+	case STEP_CACHED:
+		return strings[step->count].length;
+	default: /* STEP_CONSTANT, STEP_NAME */
+		for (size_t i = 0; i < (step->kind == STEP_NAME ? step->count : 1); i++)
+			if (strings[step->first + i].length > most)
+				most = strings[step->first + i].length;
+		return most;
+	}
+}
+
+static bool reads_number(const struct step *step)
+{
+	return step->kind != STEP_CONSTANT && step->kind != STEP_ADDRESS && step->kind != STEP_KEY_ADDRESS;
+}
+
+static const char *check_step(const struct step *step, const struct step *id, size_t string_count, size_t row_size)
+{
+	bool is_address = step->kind == STEP_ADDRESS || step->kind == STEP_KEY_ADDRESS;
+	uint64_t width = is_address ? 16 : reads_number(step) ? step->width : 0;
+
+	if (step->kind >= STEP_KINDS)
+		return "a step of an unknown kind";
+	if (reads_number(step) && width != 1 && width != 2 && width != 4 && width != 8)
+		return "a number whose width is not 1, 2, 4 or 8 bytes";
+	if (width && step->offset + width > row_size)
+		return "a step that reads outside the row";
+	if (step->known_mask && step->known_offset >= row_size)
+		return "a null bit outside the row";
+	if (step->kind == STEP_CONSTANT && step->first >= string_count)
+		return "a constant outside the strings";
+	if (step->kind == STEP_NAME &&
+	    (!step->count || (uint64_t)step->first + step->count > string_count || step->is_signed))
+		return "names outside the strings, or by a signed number";
+	if (step->kind == STEP_INTEGER && step->divisor < 1)
+		return "a divisor below 1";
+	if (step->kind == STEP_CACHED) {
+		if (step->first >= ENCODER_MAX_PARTS || step->count >= string_count || step->nullable)
+			return "a cached part that does not exist, or has a branch of its own";
+		if (id && (step->offset != id->offset || step->width != id->width || step->is_signed != id->is_signed ||
+			   step->known_offset != id->known_offset || step->known_mask != id->known_mask))
+			return "cached parts of two ids";
+	}
+	return NULL;
+}
+
+static const char *check_program(struct encoder *encoder, struct program *program, size_t string_count)
+{
+	program->constant = true;
+	for (size_t i = 0; i < program->count; i++) {
+		const struct step *step = &program->steps[i];
+		const char *reason = check_step(step, encoder->id, string_count, encoder->row_size);
+
+		if (reason)
+			return reason;
+		if (step->kind == STEP_CACHED) {
+			encoder->id = encoder->id ? encoder->id : step;
+			program->cached++;
+		}
+		program->constant &= step->kind == STEP_CONSTANT && !step->known_mask;
+		program->fixed_bytes += step->nullable + most_bytes(step, encoder->strings);
+	}
+	return NULL;
+}
+
+static const char *check(struct encoder *encoder, size_t string_count)
+{
+	const char *reason = check_program(encoder, &encoder->value, string_count);
+
+	if (!reason)
+		reason = check_program(encoder, &encoder->key, string_count);
+	/* A key has no failed rows: a row with a bad number has none, and is not sent. */
+	for (size_t i = 0; !reason && i < encoder->key.count; i++)
+		if (encoder->key.steps[i].kind == STEP_INTEGER)
+			reason = "an Avro integer in a key";
+	return reason;
+}
+
+static bool copy_steps(struct program *program, const struct step *steps, size_t count)
+{
+	program->steps = calloc(count + 1, sizeof(*steps));
+	program->count = count;
+	if (program->steps && count)
+		memcpy(program->steps, steps, count * sizeof(*steps));
+	return program->steps;
+}
+
+static bool copy_strings(struct encoder *encoder, const struct bytes *strings, size_t count)
+{
+	size_t total = 0;
+
+	for (size_t i = 0; i < count; i++)
+		total += strings[i].length;
+	encoder->strings = calloc(count + 1, sizeof(*strings));
+	encoder->string_data = malloc(total + 1);
+	if (!encoder->strings || !encoder->string_data)
+		return false;
+	uint8_t *at = encoder->string_data;
+	for (size_t i = 0; i < count; i++) {
+		encoder->strings[i] = (struct bytes){ at, strings[i].length };
+		at = put_bytes(at, strings[i]);
+	}
+	return true;
+}
+
+struct encoder *encoder_new(const struct step *value, size_t value_steps, const struct step *key, size_t key_steps,
+			    const struct bytes *strings, size_t string_count, size_t row_size, const char **reason)
+{
+	struct encoder *encoder;
+
+	*reason = NULL;
+	if (value_steps > ENCODER_MAX_STEPS || key_steps > ENCODER_MAX_STEPS || string_count > UINT32_MAX)
+		*reason = "too many steps";
+	for (size_t i = 0; !*reason && i < string_count; i++)
+		if (strings[i].length > ENCODER_MAX_STRING)
+			*reason = "a string that is too long";
+	if (*reason || !(encoder = calloc(1, sizeof(*encoder))))
+		return NULL;
+	encoder->row_size = row_size;
+	if (copy_steps(&encoder->value, value, value_steps) && copy_steps(&encoder->key, key, key_steps) &&
+	    copy_strings(encoder, strings, string_count)) {
+		*reason = check(encoder, string_count);
+		if (!*reason)
+			return encoder;
+	}
+	encoder_free(encoder);
+	return NULL;
+}
+
+void encoder_free(struct encoder *encoder)
+{
+	if (!encoder)
+		return;
+	cache_clear(&encoder->cache);
+	free(encoder->value.steps);
+	free(encoder->key.steps);
+	free(encoder->strings);
+	free(encoder->string_data);
+	free(encoder);
+}
