@@ -234,6 +234,9 @@ int add_encode(PyObject *module)
 	PyObject *type = PyType_FromSpec(&specification);
 	int failed = type ? PyModule_AddType(module, (PyTypeObject *)type) : -1;
 
+	if (!failed)
+		failed = PyModule_AddIntConstant(module, "MAX_IDS", ENCODER_MAX_ENTRIES);
+
 	Py_XDECREF(type);
 	return failed;
 }

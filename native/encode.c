@@ -7,7 +7,6 @@
 #include "cache.h"
 
 #define MAX_VARINT 10
-#define SLACK 8 /* bytes that put_varint() may write beyond what it returns */
 #define MAX_DECIMAL 20
 #define NULL_BRANCH 0
 #define VALUE_BRANCH 2 /* zig-zag 1 */
@@ -81,7 +80,10 @@ static uint8_t *put_long_varint(uint8_t *out, uint64_t number)
 	return out;
 }
 
-/* Spreads groups of 7 bits to 8 bytes at once: lengths are hard to predict, and a branch for each byte costs more. */
+/*
+ * Spreads groups of 7 bits to 8 bytes at once: lengths are hard to predict, and a branch for each byte costs more. It may
+ * write 8 bytes where fewer are taken, but never beyond MAX_VARINT.
+ */
 static inline uint8_t *put_varint(uint8_t *out, uint64_t number)
 {
 	if (number >> 56)
@@ -268,7 +270,7 @@ size_t encoder_bound(const struct encoder *encoder, size_t rows)
 	size_t key = encoder->key.fixed_bytes;
 	size_t bytes;
 
-	if (__builtin_mul_overflow(rows, row, &bytes) || __builtin_add_overflow(bytes, key + SLACK, &bytes))
+	if (__builtin_mul_overflow(rows, row, &bytes) || __builtin_add_overflow(bytes, key, &bytes))
 		return SIZE_MAX;
 	return bytes;
 }

@@ -38,6 +38,9 @@ def reports(pointers: _Array, err: _Array, private: _Array, /) -> None:
     before rd_kafka_event_destroy().
     """
 
+MAX_IDS: int
+"""How many ids an Encoder remembers."""
+
 class Encoder:
     """Runs a program of steps (native/encode.h) over rows: one for the messages' bytes, one for their keys."""
 
@@ -51,7 +54,7 @@ class Encoder:
         """Return distinct ids of the rows of which nothing is remembered, 256 at most; None if there are none."""
 
     def remember(self, id: int, parts: tuple[bytes, ...], /) -> None:
-        """Remember an id's encoded parts. All others are forgotten first if there are 16,384 of them, or 8 MiB."""
+        """Remember an id's encoded parts. All others are forgotten first if there are MAX_IDS, or 8 MiB, of them."""
 
     def forget(self) -> None:
         """Forget all ids."""

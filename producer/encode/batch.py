@@ -42,7 +42,6 @@ _MAX_TIME_NS = 1 << 62
 """Leaves space for adding the offset to UTC."""
 _MOST_SCRATCH_BYTES = 8 << 20
 _MOST_LOOKED_UP = 256
-_MOST_UNRESOLVED = 1 << 14
 
 
 class Cgroups(Protocol):
@@ -74,17 +73,11 @@ class BatchEncoder:
         cgroup_paths: Cgroups,
         key: Key = "flow",
     ) -> None:
-        columns = dict(_columns(stream))
-        owner = dict.fromkeys(_OWNER, columns["cgroup_id"])
-        try:
-            value, parts = value_program(schema, frame(schema_id), columns, host_fields, owner)
-        except SchemaError as error:
-            raise SchemaError(f"{stream.schema_file}: {error}") from error
+        value, keys, parts = programs(stream, schema, frame(schema_id), host_fields, key)
         fields = {each["name"]: each for each in schema["fields"]}
         self._parts = [[fields[name] for name in part] for part in parts]
-        self._columns = columns
+        self._columns = dict(_columns(stream))
         self._steps = value.fields
-        keys = _key_program(key, columns, host_fields, value.strings)
         self._native = _native.Encoder(
             b"".join(value.steps), b"".join(keys.steps), tuple(value.strings), stream.dtype.itemsize
         )
@@ -130,7 +123,7 @@ class BatchEncoder:
         for cgroup_id in ids:
             path = self._cgroups.path(cgroup_id)
             if path is None:
-                if len(self._unresolved) == _MOST_UNRESOLVED:
+                if len(self._unresolved) == _native.MAX_IDS:
                     self._unresolved.clear()
                     self._native.forget()
                 self._unresolved.add(cgroup_id)
@@ -159,6 +152,19 @@ class BatchEncoder:
         column = self._columns[name]
         number = np.frombuffer(rows[first].tobytes(), column.dtype, 1, column.offset)[0]
         return Unencodable(f"{name}: {number} is too large for its field", bad)
+
+
+def programs(
+    stream: Stream, schema: Schema, header: bytes, host_fields: Mapping[str, Any], key: Key
+) -> tuple[Program, Program, list[tuple[str, ...]]]:
+    """Return the programs for messages and for keys, which share strings, and the parts of the cache of cgroups."""
+    columns = dict(_columns(stream))
+    try:
+        owner = dict.fromkeys(_OWNER, columns["cgroup_id"])
+        value, parts = value_program(schema, header, columns, host_fields, owner)
+    except SchemaError as error:
+        raise SchemaError(f"{stream.schema_file}: {error}") from error
+    return value, _key_program(key, columns, host_fields, value.strings), parts
 
 
 def _columns(stream: Stream) -> Iterator[tuple[str, Column]]:
