@@ -15,7 +15,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 HERE = Path(__file__).resolve().parent
 MODULE = HERE.parent / "producer/_native.abi3.so"
-_FLAGS = ("-std=gnu11", "-O2", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra")
+_FLAGS = (
+    *("-std=gnu11", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-Wl,-z,relro,-z,now"),
+)
 
 
 def build(*flags: str) -> Path:
@@ -26,6 +29,7 @@ def build(*flags: str) -> Path:
     unfinished = MODULE.with_suffix(f".{os.getpid()}")
     compiler = shlex.split(os.environ.get("CC", "gcc"))
     chosen = [*_FLAGS, *flags, *shlex.split(os.environ.get("CFLAGS", ""))]
+    chosen += [] if "-g" in chosen else ["-s"]
     try:
         subprocess.run(
             [*compiler, *chosen, f"-I{include}", *sorted(map(str, HERE.glob("*.c"))), "-o", str(unfinished)], check=True

@@ -124,7 +124,12 @@ def test_what_is_in_it_is_what_is_in_the_tree(package: Package) -> None:
     assert (package.root / UNIT).read_bytes() == (ROOT / "deploy/systemd/rebpf.service").read_bytes()
     assert (package.root / DROP_IN).exists() == (SUITES[package.suite]["systemd"] >= 254)
     ours = _files(package.private / "producer")
-    sources = {str(path.relative_to(ROOT / "producer")): path.read_bytes() for path in ROOT.glob("producer/**/*.py")}
+    assert ours.pop("_native.abi3.so").startswith(b"\x7fELF")
+    sources = {
+        str(path.relative_to(ROOT / "producer")): path.read_bytes()
+        for path in ROOT.glob("producer/**/*.py*")
+        if path.suffix != ".pyc"
+    }
     data = {f"data/{name}/{file}": text for name in ("bpf", "schemas") for file, text in _files(ROOT / name).items()}
     assert ours == sources | data
 

@@ -40,6 +40,12 @@ def test_the_command_runs_from_another_folder(venv: Path, tmp_path: Path) -> Non
     assert version in _run(venv / "bin/rebpf", "version", cwd=tmp_path)
 
 
+def test_the_native_module_is_in_the_wheel(venv: Path, tmp_path: Path) -> None:
+    where = _run(venv / "bin/python", "-c", "import producer._native as n; print(n.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(venv)
+    assert Path(where.strip()).name == "_native.abi3.so"
+
+
 def test_bpf_sources_and_schemas_are_in_the_wheel(venv: Path, tmp_path: Path) -> None:
     bpf, schemas = map(Path, _run(venv / "bin/python", "-c", _WHERE, cwd=tmp_path).split())
     assert bpf.is_relative_to(venv)
