@@ -1,4 +1,4 @@
-"""CPU per event of the producer's stages, compared with the obvious way: encode (columns, or fastavro per record) and
+"""CPU per event of the producer's stages, compared with the obvious way: encode (in C, or fastavro per record) and
 produce (librdkafka's batch call, or confluent-kafka's produce()). Without the kernel: the rows are synthetic.
 
 python -m tests.bench.stages
@@ -20,6 +20,8 @@ from producer.kafka.sink import KafkaSink
 from producer.schemas import load_schema
 
 ROWS, FLOWS = 4096, 500
+SIZES = (10, 100, ROWS)
+ROUNDS = 7
 HOST = {"host": "host-0001.example", "boot_id": "5e4a1cde-0000-4000-8000-123456789abc"}
 UTC_OFFSET_NS = 1_700_000_000_000_000_000
 
@@ -58,13 +60,32 @@ def messages(batch: EncodedBatch) -> list[bytes]:
     return [whole[start : start + size] for start, size in zip(batch.starts, batch.lengths, strict=True)]
 
 
-def us_per_event(work: Callable[[], None], repeat: int = 20) -> float:
+def us_per_event(work: Callable[[], None], repeat: int = 20, rows: int = ROWS) -> float:
     """Return microseconds of CPU, of all threads, per row."""
     work()
     before = time.process_time()
     for _ in range(repeat):
         work()
-    return (time.process_time() - before) / repeat / ROWS * 1e6
+    return (time.process_time() - before) / repeat / rows * 1e6
+
+
+def encode_batches(size: int, *, new_flows: bool) -> float:
+    """Return the cost of batches of `size` rows: of some hundred flows, or each row of a flow never seen before."""
+    ours, made = encoder(), rows()
+    for _ in range(3):
+        ours.encode(Batch(TRANSMITS, made), UTC_OFFSET_NS)  # has looked up the cgroups
+    if new_flows:
+        made["s"]["flow"]["sport"] = np.arange(ROWS) % 50_000 + 1024
+    batches = [Batch(TRANSMITS, made[first : first + size]) for first in range(0, ROWS - size + 1, size)]
+    cookies = made["s"]["flow"]["sk_cookie"]
+
+    def encode() -> None:
+        if new_flows:
+            np.add(cookies, 1 << 24, out=cookies)
+        for batch in batches:
+            ours.encode(batch, UTC_OFFSET_NS)
+
+    return min(us_per_event(encode, 2, len(batches) * size) for _ in range(ROUNDS))
 
 
 def produce_with(batch: EncodedBatch) -> tuple[float, float]:
@@ -96,8 +117,8 @@ def produce_with(batch: EncodedBatch) -> tuple[float, float]:
 def main() -> None:
     """Measure and print."""
     batch = Batch(TRANSMITS, rows())
-    columns = encoder()
-    encoded = columns.encode(batch, UTC_OFFSET_NS)
+    native = encoder()
+    encoded = native.encode(batch, UTC_OFFSET_NS)
     schema = fastavro.parse_schema(load_schema(TRANSMITS.schema_file))
     records = [fastavro.schemaless_reader(io.BytesIO(message[5:]), schema) for message in messages(encoded)]
 
@@ -106,8 +127,12 @@ def main() -> None:
             fastavro.schemaless_writer(io.BytesIO(), schema, record)
 
     print(f"{ROWS} events of {len(schema['fields'])} fields, {encoded.lengths.mean():.0f} bytes each")
+    for new_flows in (False, True):
+        kind = "each of a new flow" if new_flows else f"of {FLOWS} flows"
+        costs = (f"{encode_batches(size, new_flows=new_flows):.2f} ({size})" for size in SIZES)
+        print(f"encode, events {kind}: us an event (events in a batch): {', '.join(costs)}")
     for name, ours, obvious in (
-        ("encode", us_per_event(lambda: columns.encode(batch, UTC_OFFSET_NS) and None), us_per_event(by_record, 3)),
+        ("encode", us_per_event(lambda: native.encode(batch, UTC_OFFSET_NS) and None), us_per_event(by_record, 3)),
         ("produce", *produce_with(encoded)),
     ):
         print(f"{name}: {ours:.2f} us an event; obvious {obvious:.2f}, {obvious / ours:.1f} times as much")
