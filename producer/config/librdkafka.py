@@ -128,6 +128,7 @@ FREE_OF_ALL = _names(
 DEFAULTS: Mapping[str, str] = {
     "client.id": "rebpf",
     "compression.codec": "zstd",
+    "linger.ms": "5",  # librdkafka's default too: a read of a ring is a batch already
     "batch.num.messages": "10000",
     "socket.keepalive.enable": "true",
 }
