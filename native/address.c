@@ -11,20 +11,33 @@ bool is_mapped(const uint8_t *address)
 	return !memcmp(address, prefix, sizeof(prefix));
 }
 
-static uint8_t *put_ipv4(uint8_t *out, const uint8_t *address)
-{
-	for (int i = 0; i < 4; i++) {
-		unsigned byte = address[i];
+/* Each byte in decimal with a point, and how many of the 4 characters that takes. */
+static uint8_t decimals[256][4];
+static uint8_t lengths[256];
 
-		if (i)
-			*out++ = '.';
+void prepare_addresses(void)
+{
+	for (unsigned byte = 0; byte < 256; byte++) {
+		uint8_t *out = decimals[byte];
+
 		if (byte >= 100)
 			*out++ = (uint8_t)('0' + byte / 100);
 		if (byte >= 10)
 			*out++ = (uint8_t)('0' + byte / 10 % 10);
 		*out++ = (uint8_t)('0' + byte % 10);
+		*out++ = '.';
+		lengths[byte] = (uint8_t)(out - decimals[byte]);
 	}
-	return out;
+}
+
+/* Copies 4 characters each time: how many digits follow is hard to predict. */
+static uint8_t *put_ipv4(uint8_t *out, const uint8_t *address)
+{
+	for (int i = 0; i < 4; i++) {
+		memcpy(out, decimals[address[i]], 4);
+		out += lengths[address[i]];
+	}
+	return out - 1;
 }
 
 static uint8_t *put_group(uint8_t *out, unsigned group)

@@ -7,6 +7,9 @@
 
 #define MAX_ADDRESS 39
 
+/* Must be called once before put_address(). */
+void prepare_addresses(void);
+
 /* Whether it is IPv4 in IPv6: ::ffff:a.b.c.d. */
 bool is_mapped(const uint8_t *address);
 

@@ -97,13 +97,14 @@ static bool open_rows(PyObject *self, PyObject *object, Py_buffer *view, struct 
 
 	if (PyObject_GetBuffer(object, view, PyBUF_STRIDED_RO) < 0)
 		return false;
-	if (view->ndim != 1 || (size_t)view->itemsize != row_size) {
+	if (view->ndim != 1 || !view->shape || (size_t)view->itemsize != row_size) {
 		PyErr_Format(PyExc_ValueError, "rows: one dimension of %zu bytes expected, not %d of %zd", row_size,
 			     view->ndim, view->itemsize);
 		PyBuffer_Release(view);
 		return false;
 	}
-	*rows = (struct rows){ view->buf, (size_t)view->shape[0], view->strides[0] };
+	/* ctypes leaves out the strides of a contiguous array. */
+	*rows = (struct rows){ view->buf, (size_t)view->shape[0], view->strides ? view->strides[0] : view->itemsize };
 	return true;
 }
 
@@ -153,6 +154,10 @@ static PyObject *remember(PyObject *self, PyObject *const *args, Py_ssize_t coun
 	struct bytes *parts = bytes_of(args[1], &parts_count);
 	if (!parts)
 		return NULL;
+	if (parts_count > ENCODER_MAX_PARTS) {
+		PyMem_Free(parts);
+		return PyErr_Format(PyExc_ValueError, "%zu parts, but at most %d", parts_count, ENCODER_MAX_PARTS);
+	}
 	bool done = encoder_remember(encoder_of(self), id, parts, parts_count);
 	PyMem_Free(parts);
 	if (!done)

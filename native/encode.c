@@ -33,29 +33,25 @@ struct encoder {
 #error "rows and steps are little-endian"
 #endif
 
+static uint64_t load_at_end(const uint8_t *row, const struct step *step)
+{
+	uint64_t number = 0;
+
+	memcpy(&number, row + step->offset, step->width);
+	return number;
+}
+
+/* Reads 8 bytes and drops those that are not the number's: cheaper than a branch by its width. */
 static inline uint64_t load(const uint8_t *row, const struct step *step)
 {
-	const uint8_t *at = row + step->offset;
+	uint64_t number;
 
-	switch (step->width) {
-	case 1:
-		return step->is_signed ? (uint64_t)(int64_t)(int8_t)*at : *at;
-	case 2: {
-		uint16_t number;
-		memcpy(&number, at, sizeof(number));
-		return step->is_signed ? (uint64_t)(int64_t)(int16_t)number : number;
-	}
-	case 4: {
-		uint32_t number;
-		memcpy(&number, at, sizeof(number));
-		return step->is_signed ? (uint64_t)(int64_t)(int32_t)number : number;
-	}
-	default: {
-		uint64_t number;
-		memcpy(&number, at, sizeof(number));
-		return number;
-	}
-	}
+	if (step->is_inside)
+		memcpy(&number, row + step->offset, sizeof(number));
+	else
+		number = load_at_end(row, step);
+	number <<= step->shift;
+	return step->is_signed ? (uint64_t)((int64_t)number >> step->shift) : number >> step->shift;
 }
 
 static inline bool fits(const struct step *step, uint64_t number)
@@ -88,7 +84,8 @@ static inline uint8_t *put_varint(uint8_t *out, uint64_t number)
 {
 	if (number >> 56)
 		return put_long_varint(out, number);
-	unsigned length = (unsigned)(70 - __builtin_clzll(number | 1)) / 7;
+	/* Bits / 7, rounded up; the multiplication is exact for these, and a division would take longer. */
+	unsigned length = ((unsigned)(63 - __builtin_clzll(number | 1)) * 9 + 73) / 64;
 	uint64_t more = 0x8080808080808080U & (((uint64_t)1 << 8 * (length - 1)) - 1);
 
 	number = (number & 0x000000000fffffff) | (number & 0x00fffffff0000000) << 4;
@@ -351,15 +348,24 @@ static const char *check_step(const struct step *step, const struct step *id, si
 	return NULL;
 }
 
+static void prepare_step(struct step *step, size_t row_size)
+{
+	if (reads_number(step)) {
+		step->shift = (uint8_t)(64 - 8 * step->width);
+		step->is_inside = step->offset + sizeof(uint64_t) <= row_size;
+	}
+}
+
 static const char *check_program(struct encoder *encoder, struct program *program, size_t string_count)
 {
 	program->constant = true;
 	for (size_t i = 0; i < program->count; i++) {
-		const struct step *step = &program->steps[i];
+		struct step *step = &program->steps[i];
 		const char *reason = check_step(step, encoder->id, string_count, encoder->row_size);
 
 		if (reason)
 			return reason;
+		prepare_step(step, encoder->row_size);
 		if (step->kind == STEP_CACHED) {
 			encoder->id = encoder->id ? encoder->id : step;
 			program->cached++;
@@ -424,6 +430,7 @@ struct encoder *encoder_new(const struct step *value, size_t value_steps, const 
 	if (*reason || !(encoder = calloc(1, sizeof(*encoder))))
 		return NULL;
 	encoder->row_size = row_size;
+	prepare_addresses();
 	if (copy_steps(&encoder->value, value, value_steps) && copy_steps(&encoder->key, key, key_steps) &&
 	    copy_strings(encoder, strings, string_count)) {
 		*reason = check(encoder, string_count);

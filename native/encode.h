@@ -34,7 +34,7 @@ struct step {
 	uint8_t nullable; /* a union [null, T]: its branch precedes the value */
 	uint8_t known_mask; /* null unless one of these bits of row[known_offset] is set; 0: never null */
 	uint8_t utc;
-	uint8_t _pad[2];
+	uint8_t shift, is_inside; /* set by encoder_new(): 64 - bits; whether 8 bytes can be read */
 	uint32_t offset;
 	uint32_t known_offset;
 	uint32_t first;

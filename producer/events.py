@@ -170,8 +170,8 @@ class EncodedBatch:
     """The events of a Batch as Kafka messages. Message i is `payload[starts[i]:][:lengths[i]]`; keys are similar.
 
     `payload` and `keys` are C-contiguous uint8 arrays, immutable once this object exists; starts and lengths are int64,
-    in bytes. Bytes between messages are unused, and messages may share keys. Both arrays must outlive the delivery of
-    the messages, because the sink passes pointers into them.
+    in bytes. Both may be one array, bytes between messages are unused, and messages may share keys. They must outlive
+    the delivery of the messages, because the sink passes pointers into them.
     """
 
     stream: Feed

@@ -1,1 +1,1 @@
-"""From ring buffer rows to Avro messages, whole columns at a time. No I/O."""
+"""From ring buffer rows to Avro messages, in C (native/) by a program made from the schema. No I/O."""

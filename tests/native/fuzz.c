@@ -1,5 +1,5 @@
 /*
- * A small coverage-guided fuzzer: FUZZER SECONDS SEED CORPUS [KEEP]. It runs the files of the folder CORPUS, then
+ * A small coverage-guided fuzzer: FUZZER RUNS SEED CORPUS [KEEP]. It runs the files of the folder CORPUS, then RUNS
  * mutations of them; an input that reaches new code joins the pool, and is written to the folder KEEP if there is one.
  *
  * gcc's -fsanitize-coverage=trace-pc calls back at each edge of the code under test. The function that it drives has
@@ -12,7 +12,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #define MAP_BITS 16
 #define INPUT_BYTES 8192
@@ -165,13 +164,13 @@ int main(int count, char **arguments)
 
 	if (count < 4)
 		return 2;
-	time_t end = time(NULL) + atoi(arguments[1]);
+	size_t most = strtoull(arguments[1], NULL, 10);
 	state = strtoull(arguments[2], NULL, 10) * 2 + 1;
 	read_corpus(arguments[3]);
 	size_t from_corpus = pool_size;
 	if (!pool_size)
 		add(data, 0, NULL);
-	for (; runs % 64 || time(NULL) < end; runs++) {
+	for (; runs < most; runs++) {
 		struct input from = pool[below(pool_size)];
 		memcpy(data, from.data, from.size);
 		size_t size = mutate(data, from.size);

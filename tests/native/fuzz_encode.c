@@ -153,7 +153,7 @@ static void use(struct encoder *encoder, size_t row_size)
 		rows.stride = -rows.stride;
 		encode(encoder, rows);
 	}
-	/* So many ids that all are forgotten at times. */
+	/* At times, enough ids that all are forgotten. */
 	for (uint64_t i = 0, most = take_number() % 256 == 1 ? ENCODER_MAX_ENTRIES + 9 : 3; i < most; i++)
 		check(encoder_remember(encoder, i << 32, &(struct bytes){ data, size % 9 }, 1));
 	encode(encoder, rows);

@@ -15,6 +15,8 @@ from producer.encode.plan import Column, Schema, encoded, value_program
 from producer.errors import SchemaError
 
 LIMITS = {"int": (-(1 << 31), (1 << 31) - 1), "long": (-(1 << 63), (1 << 63) - 1)}
+MAX_PARTS = 4
+"""ENCODER_MAX_PARTS of native/encode.h."""
 EDGES = sorted({sign * (1 << bits) + step for bits in range(64) for sign in (1, -1) for step in (-1, 0, 1)})
 NAMES = ("Open", "", "Disorder", "n\u00e4me" * 50)
 ID = Column(0, np.dtype("<u8"), known=(8, 1))
@@ -54,7 +56,9 @@ def layouts(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[tuple[str, str]
     """Draw the fields of a schema, and for each the type of its member: a number's, or none for constants and ids."""
     fields, members = [], []
     for number in range(draw(st.integers(0, 12))):
-        kind = draw(st.sampled_from(["int", "long", "boolean", "string", "constant", "cached"]))
+        cached = [kind for kind, _ in members if kind == "cached"]
+        more = ["cached"] if len(cached) < MAX_PARTS else []
+        kind = draw(st.sampled_from(["int", "long", "boolean", "string", "constant", *more]))
         dtype = draw(st.sampled_from(["u1", "<u2", "<u4", "<u8"]))
         if kind in LIMITS:
             dtype = draw(st.sampled_from([dtype, "i1", "<i2", "<i4", "<i8"]))

@@ -15,9 +15,6 @@ class Defective:
         self._bad = bad
         self._masked = masked
 
-    def fit(self, rows: Rows) -> int:
-        return len(rows)
-
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         bad = np.isin(batch.rows["s"]["cpu_seq"], list(self._bad))
         if bad.any():
@@ -45,9 +42,6 @@ def test_only_what_cannot_be_encoded_is_refused(bad: set[int], masked: bool) -> 
 
 class Overloaded:
     """An encoder that fails on many rows, and on none of them."""
-
-    def fit(self, rows: Rows) -> int:
-        return len(rows)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         if len(batch.rows) > 50:
@@ -102,9 +96,6 @@ class OutOfMemory:
 
     def __init__(self) -> None:
         self._calls = 0
-
-    def fit(self, rows: Rows) -> int:
-        return len(rows)
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         self._calls += 1
