@@ -34,6 +34,8 @@ from bcc.libbcc import _RINGBUF_CB_TYPE, lib
 BITS = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"])}
 HOST = {"host": socket.gethostname(), "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
 WAIT_MS = 50
+# numpy's letter of 8 bytes, L, is of 4 in a struct without alignment.
+LETTERS = {"u1": "B", "u2": "H", "u4": "I", "u8": "Q", "i4": "i"}
 
 
 def flattened(dtype: np.dtype[np.void]) -> tuple[struct.Struct, list[str]]:
@@ -45,7 +47,7 @@ def flattened(dtype: np.dtype[np.void]) -> tuple[struct.Struct, list[str]]:
             inner, inner_names = flattened(member)
             letters, names = letters + inner.format[1:], names + inner_names
         else:
-            letters += f"{member.itemsize}s" if member.subdtype else member.char
+            letters += f"{member.itemsize}s" if member.subdtype else LETTERS[member.str[1:]]
             names.append(name)
     return struct.Struct("<" + letters), names
 

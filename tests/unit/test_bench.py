@@ -1,7 +1,12 @@
-"""The benchmark's consumer finds the time in messages without decoding them."""
+"""The benchmark's consumer and baseline read events as they were written."""
 
-from producer.events import TRANSMITS, Batch
+import numpy as np
+import pytest
+
+from producer.events import STREAMS, TRANSMITS, Batch
 from tests.bench import stages
+from tests.bench.baseline import flattened
+from tests.bench.goagent.rows import random_rows
 from tests.bench.reader import ts_ns
 
 
@@ -11,3 +16,13 @@ def test_the_events_time_is_read_from_the_message():
     messages = stages.messages(stages.encoder().encode(Batch(TRANSMITS, rows), stages.UTC_OFFSET_NS))
 
     assert [ts_ns(each) for each in messages] == (rows["s"]["ts"] + stages.UTC_OFFSET_NS).tolist()
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
+def test_the_baseline_unpacks_rows_of_the_ring(stream):
+    layout, names = flattened(stream.dtype)
+    rows = random_rows(stream, 3, np.random.default_rng(1))
+    unpacked = [dict(zip(names, layout.unpack(row.tobytes()), strict=True)) for row in rows]
+
+    assert [each["cpu_seq"] for each in unpacked] == rows["s"]["cpu_seq"].tolist()
+    assert [each["rules_version"] for each in unpacked] == rows["s"]["rules_version"].tolist()
