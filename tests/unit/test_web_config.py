@@ -301,3 +301,9 @@ def test_many_open_brackets_are_an_error_of_the_first_too_many(folder: Path, bra
     """PyYAML's time for each token grows with the open brackets: 5,000 took a second of CPU."""
     with pytest.raises(ConfigError, match="line 2: nested too deeply"):
         read(folder, "\n" + bracket * 200)
+
+
+def test_a_password_after_a_missing_colon_is_not_shown(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="basic_auth_users: entry 1: expected a bcrypt hash") as caught:
+        read(folder, f"basic_auth_users: {{alice {SECRET}}}\n")
+    assert SECRET not in str(caught.value)
