@@ -9,6 +9,8 @@ from producer.errors import ConfigError
 
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
 
+_MOST_BRACKETS = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -64,6 +66,11 @@ def mapping(text: bytes) -> dict[str, Any]:
     import yaml  # imported only if needed, to save memory
 
     class Loader(yaml.BaseLoader):  # creates only text, lists and mappings
+        def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+            if self.flow_level >= _MOST_BRACKETS:  # each token costs time by the number of open brackets
+                raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+            super().fetch_flow_collection_start(TokenClass)
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if len(names) < len(node.value):

@@ -274,7 +274,7 @@ _laid_over = st.fixed_dictionaries(
 
 TARGETS = (
     Target("config", mutated(_SEEDS), _files, 300),
-    Target("web_config", _web, _web_files, 40, bound_s=30.0),  # PyYAML takes a second for 5,000 open brackets
+    Target("web_config", _web, _web_files, 40),
     Target("values", _laid_over, _values, 60),
     Target("command", _command, _command_lines, 25),
 )

@@ -294,3 +294,16 @@ def test_check_refuses_what_a_start_refuses(folder: Path) -> None:
 def test_hashes_of_each_tool_are_taken(folder: Path, prefix: str) -> None:
     hashed = bcrypt.hashpw(b"right", bcrypt.gensalt(4)).decode().replace("$2b$", f"${prefix}$")
     assert read(folder, f"basic_auth_users: {{alice: {hashed}}}").users == {"alice": hashed}
+
+
+@pytest.mark.parametrize("bracket", ["[", "{"])
+def test_many_open_brackets_are_an_error_of_the_first_too_many(folder: Path, bracket: str) -> None:
+    """PyYAML's time for each token grows with the open brackets: 5,000 took a second of CPU."""
+    with pytest.raises(ConfigError, match="line 2: nested too deeply"):
+        read(folder, "\n" + bracket * 200)
+
+
+def test_a_password_after_a_missing_colon_is_not_shown(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="basic_auth_users: entry 1: expected a bcrypt hash") as caught:
+        read(folder, f"basic_auth_users: {{alice {SECRET}}}\n")
+    assert SECRET not in str(caught.value)
