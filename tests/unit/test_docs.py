@@ -138,6 +138,13 @@ def test_operations_md_has_each_message_of_the_log() -> None:
     assert set(named) | PASSED_ON == logged()
 
 
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))], ids=str)
+def test_prose_ends_at_100_columns(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "    ", "<!--"))]
+    assert [line for line in prose if len(line) > 100 and " " in line.strip()] == []
+
+
 def test_operations_md_has_a_paragraph_for_each_alert() -> None:
     alerts = re.findall(r"^ *- alert: (\w+)$", RULES.read_text(), re.MULTILINE)
     section = (DOCS / "operations.md").read_text().split("## Alerts\n")[1].split("\n## ")[0]
