@@ -12,6 +12,7 @@ Memory is bounded, since writers of the topic choose the groups and ids: when it
 counted, and the oldest ids are forgotten. Both are reported.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -226,7 +227,7 @@ class SourceSums:
         """Add to a group's sum; return False if the group is new and memory is full."""
         window = windows.get(start_ns)
         if window is None or group not in window.segs:
-            size = _GROUP_BYTES + len(group)
+            size = _GROUP_BYTES + sys.getsizeof(group)
             if self._free_bytes < size:
                 return False
             self._free_bytes -= size

@@ -113,13 +113,13 @@ class TopicReader:
             return low, high
         return max(low, min(high, since if since >= 0 else high + since)), high
 
-    def _timestamp_ms(self, partition: PartitionId, offset: int) -> int:
+    def _timestamp_ms(self, partition: PartitionId, offset: int) -> float:
+        """Return the time of the first message from the offset on; infinity if there are only control records."""
         self._consumer.assign([TopicPartition(*partition, offset)])
         while True:
             for message in self._receive():
-                if (message.topic(), message.partition()) == partition and message.error() is None:
-                    timestamp_ms: int = message.timestamp()[1]
-                    return timestamp_ms
+                if (message.topic(), message.partition()) == partition:
+                    return float(message.timestamp()[1]) if message.error() is None else math.inf
 
     def _receive(self) -> list[Message]:
         """Wait for messages or end-of-partition events; UnavailableError if none come."""

@@ -47,6 +47,8 @@ class Connection:
         self._last_offset_ns = self._utc_offset_ns()
         self._clients: list[Producer] = []
         """The client, and the second one if there is one."""
+        self._abandoned: list[object] = []
+        """Clients that no thread could close, with what they point to."""
         self._brokers = ""
         self._fatal = ""
         """Why the clients must be replaced."""
@@ -99,13 +101,19 @@ class Connection:
         """
         if self._clock_was_set_back():
             self._fatal, self._replace_at = "the system clock was set back", 0.0
+            metrics.retried("kafka_client", 0.0)
         if not self._fatal or time.monotonic() < self._replace_at:
             return False
         logger.error("kafka: replacing the client: %s", self._fatal)
         old, self._clients = self._clients, [self._new()]
         self.last_error, self._fatal = None, ""
         # In the background: threads that sleep would block it.
-        threading.Thread(target=_close_all, args=(old, list(memory)), name="kafka-close", daemon=True).start()
+        pointed_to = list(memory)
+        try:
+            threading.Thread(target=_close_all, args=(old, pointed_to), name="kafka-close", daemon=True).start()
+        except RuntimeError as error:
+            logger.warning("kafka: the replaced client stays open: %s", error)
+            self._abandoned += [old, pointed_to]
         return True
 
     def close(self) -> None:

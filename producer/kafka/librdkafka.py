@@ -90,8 +90,12 @@ _lib = _declare(_library())
 
 
 def error_name(code: int) -> str:
-    """Return librdkafka's name of an error code: MSG_SIZE_TOO_LARGE; internal codes begin with an underscore."""
-    return str(_lib.rd_kafka_err2name(code).decode())
+    """Return librdkafka's name of an error code: MSG_SIZE_TOO_LARGE; internal codes begin with an underscore.
+
+    All codes that it does not know are UNKNOWN, since a broker may send any.
+    """
+    name = str(_lib.rd_kafka_err2name(code).decode())
+    return "UNKNOWN" if name.endswith("?") else name
 
 
 def check_settings(settings: Mapping[str, str], aliases: Iterable[str]) -> None:

@@ -233,7 +233,7 @@ def test_a_flood_of_sums_takes_bounded_memory_and_is_counted() -> None:
     partition = sums(counts, memory_bytes=20_000)
     partition.put([sums_json(segs={f"host-{n}": 9 for n in range(1000)})], np.array([0]), NOW_NS)
     for number in range(1000):
-        partition.put([sums_json(partition=f"events/{number}", segs={"a": 9})], np.array([number + 1]), NOW_NS)
+        partition.put([sums_json(part=f"events/{number}", segs={"a": 9})], np.array([number + 1]), NOW_NS)
     assert counts.crowded > 1800
     assert counts.undecodable == 0
 
