@@ -74,8 +74,7 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     stack.callback(sink.close)
     if config.kafka.brokers is None:
         _exclude_embedded(capture, brokers)
-    stream_ids = {name: ids[each] for name, each in topics.items()}
-    builder = StreamBuilder(config, capture, stream_ids, stack, quarantine)
+    builder = StreamBuilder(config, capture, {name: ids[each] for name, each in topics.items()}, stack, quarantine)
     streams = [builder.build(stream) for stream in STREAMS]
     capture.drop_old_rings()
     rings = {stream.name: capture.ring_descriptor(stream) for stream in STREAMS}

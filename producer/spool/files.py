@@ -5,6 +5,7 @@ import math
 import re
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from producer.host import state_file
@@ -17,6 +18,19 @@ SPOOL_SUFFIX, ASIDE_SUFFIX = ".avro", ".damaged"
 _STEM = re.compile(r"[0-9]{20}")
 _MOST_NUMBER = 1 << 62
 """Far above any event's number."""
+
+
+@dataclass(slots=True)
+class SpoolFile:
+    """A file of events from number `base` on."""
+
+    base: int
+    end: int
+    """Number after the last event, damaged or not."""
+    path: Path
+    size: int
+    made: Moment
+    damaged: bool = False
 
 
 def make_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from producer.events import EncodedBatch, Stream
 from producer.host import state_file
 from producer.host.clock import Moment
 from producer.spool.disk import PASSING, Disk
-from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files, made_at, make_folder, size_bytes
+from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, SpoolFile, files, made_at, make_folder, size_bytes
 from producer.spool.format import DamagedError, Reader, Spooled, block, container_schema, header, read_header
 
 logger = logging.getLogger(__name__)
@@ -46,17 +46,6 @@ _FILE_AGE_S = 3600.0
 
 class FullError(OSError):
     """The spool is full, and new events are rejected."""
-
-
-@dataclass(slots=True)
-class _File:
-    base: int
-    end: int
-    """Number after the last event, damaged or not."""
-    path: Path
-    size: int
-    made: Moment
-    damaged: bool = False
 
 
 class Spool:
@@ -88,11 +77,11 @@ class Spool:
         self._max_age_s = max_age_s
         self._when_full = when_full
         self._disk = disk or Disk()
-        self._files: list[_File] = []
+        self._files: list[SpoolFile] = []
         self._aside: dict[Path, int] = {}
-        self._writer: tuple[_File, int, bytes] | None = None
+        self._writer: tuple[SpoolFile, int, bytes] | None = None
         """The file being written, its descriptor and its sync marker."""
-        self._reading: tuple[_File, int, Reader] | None = None
+        self._reading: tuple[SpoolFile, int, Reader] | None = None
         self.acked = self.sent = self.end = 0
         self.discarded = 0
         """Events from `acked` on that are already counted as lost."""
@@ -209,7 +198,7 @@ class Spool:
         if self._writer:
             self._end_writer()
 
-    def _found(self, path: Path) -> _File:
+    def _found(self, path: Path) -> SpoolFile:
         made = None
         try:
             with open(state_file.open_regular(path), "rb") as file:
@@ -220,7 +209,7 @@ class Spool:
             if error.errno in PASSING:
                 raise
         made = made or self._now()
-        return _File(int(path.stem), int(path.stem), path, size_bytes(path), made)
+        return SpoolFile(int(path.stem), int(path.stem), path, size_bytes(path), made)
 
     def _set_strays_aside(self, end: int) -> None:
         """Set files aside that hold nothing and whose names are beyond the ledger's `end`.
@@ -231,7 +220,7 @@ class Spool:
             self._files[-1].damaged = True
             self._remove(self._files[-1])
 
-    def _last_of(self, file: _File) -> Spooled | None:
+    def _last_of(self, file: SpoolFile) -> Spooled | None:
         """Return the last readable batch of a file, and note whether anything is damaged."""
         last = None
         file.damaged = file.size > 0 or not file.path.is_file()
@@ -248,7 +237,7 @@ class Spool:
             self._mark_unreadable(file, error)
         return last
 
-    def _find_end(self, file: _File) -> None:
+    def _find_end(self, file: SpoolFile) -> None:
         """Find the end of the last file; delete the file if it is empty."""
         self.last = self._last_of(file)
         self.end = max(self.end, file.base, self.last.end if self.last else 0)
@@ -256,13 +245,13 @@ class Spool:
         if file.end == file.base:
             self._remove(file)
 
-    def _begin_writer(self) -> tuple[_File, int, bytes]:
+    def _begin_writer(self) -> tuple[SpoolFile, int, bytes]:
         made, sync = self._now(), os.urandom(16)
         data = header(self._schema, {"rebpf.made": json.dumps(asdict(made))}, sync)
         self._make_room(len(data))
         path = self._folder / f"{self.end:020}{SPOOL_SUFFIX}"
         descriptor = self._disk.create(path)
-        file = _File(self.end, self.end, path, 0, made)
+        file = SpoolFile(self.end, self.end, path, 0, made)
         try:
             self._write(file, descriptor, data)
         except OSError:
@@ -273,7 +262,7 @@ class Spool:
         self._writer = (file, descriptor, sync)
         return self._writer
 
-    def _write(self, file: _File, descriptor: int, data: bytes) -> None:
+    def _write(self, file: SpoolFile, descriptor: int, data: bytes) -> None:
         """Append to a file, all or nothing."""
         left = memoryview(data)
         try:
@@ -320,14 +309,14 @@ class Spool:
         return False
 
     @staticmethod
-    def _mark_unreadable(file: _File, error: OSError) -> None:
+    def _mark_unreadable(file: SpoolFile, error: OSError) -> None:
         """Mark an unreadable file as damaged; raise the error if it is not about the file."""
         if error.errno in PASSING:
             raise error
         logger.error("spool: cannot read %s: %s", file.path, error.strerror)
         file.damaged = True
 
-    def _open(self, file: _File) -> tuple[int, Reader | None]:
+    def _open(self, file: SpoolFile) -> tuple[int, Reader | None]:
         """Open a file for reading; without a Reader if its header is damaged."""
         descriptor = self._disk.open(file.path)
 
@@ -348,13 +337,13 @@ class Spool:
             os.close(self._reading[1])
             self._reading = None
 
-    def _is_written(self, file: _File) -> bool:
+    def _is_written(self, file: SpoolFile) -> bool:
         return self._writer is not None and self._writer[0] is file
 
-    def _unsent(self) -> list[_File]:
+    def _unsent(self) -> list[SpoolFile]:
         return [file for file in self._files if file.end > self.sent]
 
-    def _untouched(self) -> list[_File]:
+    def _untouched(self) -> list[SpoolFile]:
         """Return the files of which nothing was sent: others stay until it is acknowledged."""
         return [file for file in self._files if file.base >= self.sent]
 
@@ -367,7 +356,7 @@ class Spool:
                 raise FullError(errno.ENOSPC, f"the spool is full: {self.max_bytes} bytes")
             self._discard(untouched[0], "spool_dropped")
 
-    def _discard(self, file: _File, reason: str) -> None:
+    def _discard(self, file: SpoolFile, reason: str) -> None:
         """Delete a file of unsent events, and count them as lost."""
         count = file.end - max(file.base, self.acked)
         if self._reading and self._reading[0] is file:
@@ -382,7 +371,7 @@ class Spool:
         self.lost[reason] += count
         logger.error("spool: %d events discarded reason=%s file=%s", count, reason, file.path)
 
-    def _remove(self, file: _File) -> None:
+    def _remove(self, file: SpoolFile) -> None:
         if self._reading and self._reading[0] is file:
             self._end_reading()
         try:
