@@ -64,6 +64,14 @@ def rebpf(
     return subprocess.run(run, capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ, **(env or {})})
 
 
+def let_others_in(folder: Path) -> None:
+    """Let other users look into a folder and those above it."""
+    for each in (folder, *folder.parents):
+        mode = each.stat().st_mode
+        if mode & 0o005 != 0o005:
+            each.chmod(mode | 0o055)
+
+
 def as_nobody() -> list[str]:
     """Return a prefix that runs a command as an unprivileged user; skip the test if impossible."""
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]

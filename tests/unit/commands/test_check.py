@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from producer.host.state import StateFolder
-from tests.support.rebpf import as_nobody, rebpf
+from tests.support.rebpf import as_nobody, let_others_in, rebpf
 
 root = pytest.mark.root
 
@@ -248,8 +248,7 @@ def test_a_state_folder_that_is_none(tmp_path):
 
 @root
 def test_folders_of_another_user(tmp_path):
-    for name in (tmp_path, *tmp_path.parents[:2]):
-        name.chmod(0o755)
+    let_others_in(tmp_path)
     code, found = check(tmp_path, before=as_nobody())
     assert code == 78
     assert found["state_dir"] == (
@@ -303,8 +302,7 @@ def test_pins_that_are_not_in_a_bpffs(tmp_path):
 
 @root
 def test_pins_in_a_bpffs_of_another_user(mounts, tmp_path):
-    for name in (tmp_path, *tmp_path.parents[:2]):
-        name.chmod(0o755)
+    let_others_in(tmp_path)
     pins = tmp_path / "pins"
     pins.mkdir()
     before = inside(f"mount -t bpf -o mode=0755 none {pins}")

@@ -20,7 +20,7 @@ from producer.pipeline.ledger import Account, Ledger
 from producer.schemas import load_schema
 from producer.spool.spool import Spool
 from tests.support import spool_folders
-from tests.support.rebpf import as_nobody, rebpf
+from tests.support.rebpf import as_nobody, let_others_in, rebpf
 
 TRANSMIT, RETRANSMIT = "tcp_transmit", "tcp_retransmit"
 SIZE = 97
@@ -116,8 +116,7 @@ def test_without_a_state_folder_there_is_nothing_and_none_is_made(state):
 
 def test_missing_rights_are_reported(state):
     spool_folders.fill(state, batches=1, size=SIZE)
-    for folder in [state, *state.parents][:3]:
-        folder.chmod(0o755)
+    let_others_in(state)
     (state / "spool").chmod(0o700)
 
     done = rebpf("spool", "show", "--state-dir", state, before=as_nobody())
