@@ -1,6 +1,6 @@
 """Encodes rows of a ring as Kafka messages: says where each field of the schema comes from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal, Protocol
@@ -53,8 +53,8 @@ class Cgroups(Protocol):
     def path(self, cgroup_id: int) -> str | None:
         """Return the path of a cgroup; None if it is unknown, or not yet known."""
 
-    def look(self) -> None:
-        """Continue the search for unknown ids for a short time."""
+    def look(self, ids: Iterable[int] = ()) -> None:
+        """Search for these ids and other unknown ones for a short time."""
 
 
 class BatchEncoder:
@@ -120,6 +120,7 @@ class BatchEncoder:
 
     def _remember(self, ids: list[int]) -> None:
         """Cache the encoded owner of cgroups."""
+        self._cgroups.look(ids)
         for cgroup_id in ids:
             path = self._cgroups.path(cgroup_id)
             if path is None:

@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from producer.host.text import name
@@ -60,10 +60,15 @@ class CgroupPaths:
     """
 
     def __init__(
-        self, root: Path | None, clock: Callable[[], float] = time.monotonic, max_cached: int = _MAX_CACHED
+        self,
+        root: Path | None,
+        clock: Callable[[], float] = time.monotonic,
+        max_cached: int = _MAX_CACHED,
+        cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self._root = root
         self._clock = clock
+        self._cpu_clock = cpu_clock
         self._max_cached = max_cached
         self._paths: OrderedDict[int, str | None] = OrderedDict()
         self._pending: dict[int, int] = {}
@@ -79,18 +84,23 @@ class CgroupPaths:
         if cgroup_id in self._paths:
             self._paths.move_to_end(cgroup_id)
             return self._paths[cgroup_id]
-        if self._root is None:
-            return None
-        if len(self._pending) < self._max_cached:
-            self._pending.setdefault(cgroup_id, self._walks)
-        self.look()
+        self.look([cgroup_id])
         return self._paths.get(cgroup_id)
 
-    def look(self) -> None:
-        """Look up pending ids, for a few milliseconds at most and a bounded share of the time."""
+    def look(self, ids: Iterable[int] = ()) -> None:
+        """Look up `ids` and pending ones, for a few milliseconds at most and a bounded share of the time.
+
+        Ask for many at once: one walk finds them all, and the next one has to wait.
+        """
+        if self._root is None:
+            return
+        for cgroup_id in ids:
+            if cgroup_id not in self._paths and len(self._pending) < self._max_cached:
+                self._pending.setdefault(cgroup_id, self._walks)
         now = self._clock()
         if not self._pending or now < self._next_look_s:
             return
+        used = self._cpu_clock()
         while self._pending and self._clock() - now < _LOOK_S:
             if self._walk is None:
                 self._walks += 1
@@ -98,8 +108,7 @@ class CgroupPaths:
             if next(self._walk, self) is self:
                 self._walk = None
                 self._drop_missing()
-        end = self._clock()
-        self._next_look_s = end + (end - now) / _SHARE
+        self._next_look_s = self._clock() + (self._cpu_clock() - used) / _SHARE
 
     def _folders(self) -> Iterator[None]:
         """Visit all folders and record their paths."""

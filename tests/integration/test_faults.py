@@ -329,7 +329,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder with a state folder on a disk of 1 MiB."""
     state = tmp_path / "run" / "state"
     state.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", state], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", state], check=True)
     try:
         yield state.parent
     finally:

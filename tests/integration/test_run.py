@@ -121,7 +121,7 @@ def test_events_can_be_spread_by_flow_and_a_flow_stays_in_order(kafka, tmp_path,
     init(config, tmp_path, kafka)
     for number, key in enumerate(("host", "flow")):
         arguments = ["--brokers", kafka.bootstrap, "--port", echo.port]
-        with Run(tmp_path / key, *arguments, config=f'{config}key = "{key}"\n') as run:
+        with Run(tmp_path / "run", *arguments, config=f'{config}key = "{key}"\n') as run:
             run.ready()
             exchange(echo.port, 101)
             run.finish()

@@ -11,7 +11,7 @@ from pathlib import Path
 def small_disk(folder: Path) -> Iterator[Path]:
     """Mount a file system of 1 MiB at `folder`."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "rebpf-test", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "rebpf-test", folder], check=True)
     try:
         yield folder
     finally:

@@ -9,7 +9,7 @@ import mmap
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import fastavro
@@ -200,7 +200,7 @@ class _OneCgroup:
     def path(self, cgroup_id: int) -> str:
         return self._path
 
-    def look(self) -> None: ...
+    def look(self, ids: Iterable[int] = ()) -> None: ...
 
 
 def _encoder(stream: Stream, host: str, cgroup: str) -> BatchEncoder:

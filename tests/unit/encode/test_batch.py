@@ -5,7 +5,7 @@ import io
 import ipaddress
 import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class PathsOfTests:
     def path(self, cgroup_id: int) -> str | None:
         return cgroup_path(cgroup_id)
 
-    def look(self) -> None: ...
+    def look(self, ids: Iterable[int] = ()) -> None: ...
 
 
 def encoder_of(stream: Stream, schema: Mapping[str, Any] | None = None, key: Key = "flow") -> BatchEncoder:
@@ -403,7 +403,7 @@ class NamedPaths:
         self.asked += 1
         return self._paths.get(cgroup_id)
 
-    def look(self) -> None: ...
+    def look(self, ids: Iterable[int] = ()) -> None: ...
 
 
 def cgroups_of(encoder: BatchEncoder, ids: Sequence[int]) -> list[str | None]:
@@ -453,7 +453,7 @@ class LatePaths:
     def path(self, cgroup_id: int) -> str | None:
         return self.names.get(cgroup_id)
 
-    def look(self) -> None: ...
+    def look(self, ids: Iterable[int] = ()) -> None: ...
 
 
 def test_a_flow_gets_the_path_of_its_cgroup_when_that_is_known():

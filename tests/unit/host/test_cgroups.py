@@ -78,7 +78,7 @@ class Clock:
 def test_a_cgroup_keeps_its_path_when_it_is_gone(tmp_path: Path) -> None:
     folder = tmp_path / "a.slice" / "b.service"
     folder.mkdir(parents=True)
-    paths = CgroupPaths(tmp_path, Clock())
+    paths = CgroupPaths(tmp_path, clock := Clock(), cpu_clock=clock)
     number = folder.stat().st_ino
     assert paths.path(number) == "/a.slice/b.service"
     assert paths.path(tmp_path.stat().st_ino) == "/"
@@ -87,7 +87,7 @@ def test_a_cgroup_keeps_its_path_when_it_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_cgroup_that_came_later_is_found_and_one_that_never_was_is_not(tmp_path: Path) -> None:
-    paths = CgroupPaths(tmp_path, Clock())
+    paths = CgroupPaths(tmp_path, clock := Clock(), cpu_clock=clock)
     assert paths.path(1) is None
     (tmp_path / "late").mkdir()
     assert paths.path((tmp_path / "late").stat().st_ino) == "/late"
@@ -97,7 +97,7 @@ def test_a_cgroup_that_came_later_is_found_and_one_that_never_was_is_not(tmp_pat
 def test_a_name_may_have_any_bytes(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/caf\xe9\n%\x1b[2J.service"
     os.mkdir(folder)
-    paths = CgroupPaths(tmp_path, Clock())
+    paths = CgroupPaths(tmp_path, clock := Clock(), cpu_clock=clock)
     path = paths.path(os.stat(folder).st_ino)
     assert path == "/caf%E9%0A%25%1B[2J.service"
     assert raw_name(path) == b"/caf\xe9\n%\x1b[2J.service"
@@ -108,7 +108,7 @@ def test_a_look_at_many_cgroups_is_short_and_seldom_and_goes_on_where_it_was(tmp
         (tmp_path / f"run{number}" / "a").mkdir(parents=True)
     wanted = (tmp_path / "run137" / "a").stat().st_ino
     clock = Clock(step_s=0.001)
-    paths = CgroupPaths(tmp_path, clock)
+    paths = CgroupPaths(tmp_path, clock, cpu_clock=clock)
     looks, found = 0, None
     while found is None and looks < 1000:
         looks += 1
@@ -125,7 +125,7 @@ def test_cgroups_that_come_and_go_under_a_look_do_not_stop_it(tmp_path: Path) ->
         (tmp_path / f"run{number}" / "a").mkdir(parents=True)
     wanted = (tmp_path / "run49" / "a").stat().st_ino
     clock = Clock(step_s=0.001)
-    paths = CgroupPaths(tmp_path, clock)
+    paths = CgroupPaths(tmp_path, clock, cpu_clock=clock)
     number = 0
     while paths.path(wanted) is None and number < 49:
         (tmp_path / f"run{number}" / "a").rmdir()
@@ -142,7 +142,7 @@ def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
     folders = [tmp_path / str(number) for number in range(20)]
     for folder in folders:
         folder.mkdir()
-    paths = CgroupPaths(tmp_path, Clock(), max_cached=5)
+    paths = CgroupPaths(tmp_path, clock := Clock(), max_cached=5, cpu_clock=clock)
     numbers = [folder.stat().st_ino for folder in folders]
     assert [paths.path(number) for number in numbers] == [f"/{number}" for number in range(20)]
     for folder in folders:
@@ -160,7 +160,7 @@ def test_a_look_at_one_folder_of_many_is_as_short_as_at_many_folders(tmp_path: P
         now[0] += 0.003
         return now[0]
 
-    paths = CgroupPaths(tmp_path, clock)
+    paths = CgroupPaths(tmp_path, clock, cpu_clock=lambda: 0.0)
     ids = [(tmp_path / f"{number}").stat().st_ino for number in range(1000)]
     for each in ids:
         paths.path(each)
@@ -171,3 +171,14 @@ def test_a_look_at_one_folder_of_many_is_as_short_as_at_many_folders(tmp_path: P
         found.append(paths.found)
     assert max(after - before for before, after in itertools.pairwise([0, *found])) <= 2 * 256
     assert [paths.path(each) for each in ids] == [f"/{number}" for number in range(1000)]
+
+
+def test_one_walk_finds_all_ids_that_are_asked_for_together(tmp_path: Path) -> None:
+    ids = []
+    for number in range(10):
+        (tmp_path / f"{number}").mkdir()
+        ids.append((tmp_path / f"{number}").stat().st_ino)
+    ticks = itertools.count()
+    paths = CgroupPaths(tmp_path, lambda: next(ticks) / 10_000)
+    paths.look(ids)
+    assert [paths.path(each) for each in ids] == [f"/{number}" for number in range(10)]
