@@ -77,7 +77,7 @@ class Scene:
             self.proxy = stack.enter_context(Proxy(self.registry.url))
             self.lab = stack.enter_context(Lab(0))
             self._lose()
-            self.disk = stack.enter_context(mounted(self.folder / "disk", "tmpfs", f"size={DISK_BYTES}"))
+            self.disk = stack.enter_context(mounted(self.folder / "disk", "tmpfs", f"size={DISK_BYTES},mode=0700"))
             self.pins = stack.enter_context(mounted(self.folder / "bpf", "bpf")) / "pins"
             self.cgroup = stack.enter_context(cgroup())
             self.clock = self.folder / "clock"

@@ -229,8 +229,8 @@ def long_cgroup() -> Iterator[Path]:
     if root is None:
         pytest.skip("no cgroup v2 hierarchy is mounted")
     folders = [root / f"rebpf-test-{os.getpid()}"]
-    for _ in range(5):
-        folders.append(folders[-1] / secrets.token_hex(120))
+    for _ in range(8):
+        folders.append(folders[-1] / secrets.token_urlsafe(180))
     with contextlib.ExitStack() as made:
         for folder in folders:
             folder.mkdir()

@@ -283,7 +283,7 @@ def test_a_read_only_disk(mounts, tmp_path):
 @root
 def test_a_disk_too_small_for_the_spool(mounts, tmp_path):
     (tmp_path / "state").mkdir()
-    code, found = check(tmp_path, before=inside(f"mount -t tmpfs -o size=64m none {tmp_path}/state"))
+    code, found = check(tmp_path, before=inside(f"mount -t tmpfs -o size=64m,mode=0700 none {tmp_path}/state"))
 
     assert code == 0
     assert found["spool"].startswith(f"WARNING spool: {tmp_path}/state has space for 64 MiB, but [spool] allows 1408")
