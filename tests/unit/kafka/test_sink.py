@@ -1,112 +1,17 @@
 """The sink against librdkafka's mock cluster: acknowledgements, retries, losses, and limits in flight."""
 
 import re
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import confluent_kafka.admin
-import numpy as np
 import pytest
 
-from producer.config.librdkafka import client_settings
-from producer.events import HEARTBEATS, RETRANSMITS, TRANSMITS, EncodedBatch, Stream, Topic
+from producer.events import HEARTBEATS, RETRANSMITS, TRANSMITS, EncodedBatch
 from producer.kafka import librdkafka
-from producer.kafka.sink import KafkaSink
-from tests.support.mock_cluster import DEADLINE_S, Cluster, lib
-from tests.support.rebpf import wait_until
-
-TOPICS = {"transmit": Topic("t"), "retransmit": Topic("r")}
-BEATS = {**TOPICS, "heartbeat": Topic("beats")}
-SETTINGS = {"linger.ms": "0", "retry.backoff.ms": "10", "topic.metadata.propagation.max.ms": "300"}
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture
-def open_sink(cluster: Cluster) -> Iterator[Callable[..., KafkaSink]]:
-    sinks = []
-
-    def make(
-        settings: Mapping[str, str] | None = None,
-        raw: Mapping[str, str] | None = None,
-        topics: Mapping[str, Topic] = TOPICS,
-        **arguments: object,
-    ) -> KafkaSink:
-        known = client_settings(cluster.brokers, {**SETTINGS, **(settings or {})}) | (raw or {})
-        sink = KafkaSink(known, topics, **arguments)
-        assert sink.open() == cluster.brokers
-        sinks.append(sink)
-        return sink
-
-    yield make
-    for sink in sinks:
-        sink.close()
-
-
-def batch(stream: Stream, messages: Sequence[tuple[bytes, bytes]]) -> EncodedBatch:
-    """Lay messages out as the encoder does: with gaps, and keys of one width that rows share."""
-    gap = b"\xee" * 7
-    keys = sorted({key for key, _ in messages})
-    width = max(map(len, keys)) + 3
-    lengths = np.array([len(value) for _, value in messages], np.int64)
-    numbers = np.array([keys.index(key) for key, _ in messages], np.int64)
-    return EncodedBatch(
-        stream,
-        np.frombuffer(b"".join(value + gap for _, value in messages), np.uint8),
-        np.concatenate([[0], np.cumsum(lengths + len(gap))[:-1]]).astype(np.int64),
-        lengths,
-        np.frombuffer(b"".join(key.ljust(width, b"\xee") for key in keys), np.uint8),
-        numbers * width,
-        np.array([len(key) for key in keys], np.int64)[numbers],
-    )
-
-
-def messages_of(sent: EncodedBatch) -> list[tuple[bytes, bytes]]:
-    keys = [sent.keys[at:][:size].tobytes() for at, size in zip(sent.key_starts, sent.key_lengths, strict=True)]
-    values = [sent.payload[at:][:size].tobytes() for at, size in zip(sent.starts, sent.lengths, strict=True)]
-    return list(zip(keys, values, strict=True))
-
-
-def numbered(count: int, start: int = 0) -> list[tuple[bytes, bytes]]:
-    return [(b"key %d" % (number % 7), b"value %d" % number) for number in range(start, start + count)]
-
-
-class Ledger:
-    """The sum of a sink's outcomes."""
-
-    def __init__(self, sink: KafkaSink) -> None:
-        self._sink = sink
-        self.delivered: Counter[str] = Counter()
-        self.lost: dict[str, Counter[str]] = {name: Counter() for name in BEATS}
-        self.done: list[EncodedBatch] = []
-        self.lost_of: dict[EncodedBatch, Counter[str]] = {}
-
-    def poll(self) -> None:
-        for stream, outcome in self._sink.poll().items():
-            self.delivered[stream] += outcome.delivered
-            self.lost[stream].update(outcome.lost)
-            self.done += [batch for batch, _ in outcome.done]
-            self.lost_of.update(dict(outcome.done))
-
-    def wait(self, condition: Callable[[], object]) -> None:
-        """Poll until the condition holds."""
-        end = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert time.monotonic() < end, (self.delivered, self.lost, len(self.done))
-            self.poll()
-            time.sleep(0.005)
-
-    def wait_for(self, *batches: EncodedBatch) -> None:
-        self.wait(lambda: all(any(each is one for one in self.done) for each in batches))
+from tests.support.mock_cluster import DEADLINE_S
+from tests.support.sink import BEATS, Ledger, batch, messages_of, numbered
 
 
 def test_keys_and_values_arrive_as_they_lie_in_the_batch_and_each_key_in_order(cluster, open_sink):
@@ -352,117 +257,6 @@ def test_warnings_of_a_missing_topic_become_rare_though_the_other_streams_messag
 
     # Waits of up to 0.5, 1, 2, 4 s: 10 within 4 s are practically impossible; waits up to 0.5 s would give 16.
     assert caplog.text.count("topic=r error=") < 10
-
-
-def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluster, open_sink, caplog):
-    cluster.create("t")
-    sink = open_sink()
-    first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
-    ledger = Ledger(sink)
-    sink.send(first)
-    ledger.wait_for(first)
-    # A broker cannot be made to cause one; librdkafka has this function for tests.
-    client = sink._connection._clients[0]
-    lib.rd_kafka_test_fatal_error(client._handle, 47, b"made by a test")
-    cluster.down()
-    wait_until("other errors come after it", lambda: lib.rd_kafka_queue_length(client._queue) > 3)
-    sink.send(second)
-    ledger.wait(lambda: "replacing the client: fatal error" in caplog.text)
-    cluster.up()
-    ledger.wait_for(second)
-
-    assert ledger.delivered == {"transmit": 24}
-    assert not ledger.lost["transmit"]
-    assert cluster.read("t", 24) == numbered(24)
-
-
-def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts_once(cluster, open_sink, caplog):
-    """librdkafka's threads wait by the system clock, and would sleep for the difference."""
-    cluster.create("t")
-    offset_ns = [1_700_000_000_000_000_000]
-    sink = open_sink(utc_offset_ns=lambda: offset_ns[0])
-    first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
-    ledger = Ledger(sink)
-    sink.send(first)
-    ledger.wait_for(first)
-    for correction_ns in (-4_000_000_000, 3600_000_000_000):
-        offset_ns[0] += correction_ns
-        ledger.poll()
-    assert "replacing" not in caplog.text
-    cluster.down()
-    sink.send(second)
-    offset_ns[0] -= 3_000_000_000_000
-    before = time.monotonic()
-    for _ in range(5):
-        ledger.poll()
-    assert time.monotonic() - before < 1
-    cluster.up()
-    ledger.wait_for(second)
-
-    assert caplog.text.count("replacing the client: the system clock was set back") == 1
-    assert ledger.delivered == {"transmit": 24}
-    assert not ledger.lost["transmit"]
-    assert sink.in_flight == {"transmit": 0}
-    assert cluster.read("t", 24) == numbered(24)
-
-
-def test_the_last_error_is_kept_until_a_message_is_delivered(cluster, open_sink, caplog):
-    cluster.create("t")
-    cluster.down()
-    sink = open_sink()
-    sent = batch(TRANSMITS, numbered(3))
-    sink.send(sent)
-    ledger = Ledger(sink)
-    ledger.wait(lambda: sink.last_error)
-    assert "kafka: " in caplog.text
-
-    cluster.up()
-    ledger.wait_for(sent)
-    assert sink.last_error is None
-
-
-def test_each_socket_is_shown_before_it_connects(cluster, open_sink):
-    cluster.create("t")
-    seen: list[str] = []
-
-    def look(descriptor: int) -> None:
-        with socket.socket(fileno=socket.dup(descriptor)) as shown:
-            try:
-                seen.append(str(shown.getpeername()))
-            except OSError as error:
-                seen.append(type(error).__name__ if error.errno != 107 else "not connected")
-
-    sink = open_sink(on_socket=look)
-    sent = batch(TRANSMITS, numbered(3))
-    sink.send(sent)
-    Ledger(sink).wait_for(sent)
-
-    assert set(seen) == {"not connected"}
-
-
-def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
-    """Or its segments would be events."""
-
-    def refuse(descriptor: int) -> None:
-        raise OSError("no")
-
-    cluster.create("t")
-    sink = open_sink(on_socket=refuse)
-    sink.send(batch(TRANSMITS, numbered(3)))
-    ledger = Ledger(sink)
-    ledger.wait(lambda: "cannot open a socket" in caplog.text and sink.last_error)
-    assert not ledger.delivered
-
-
-def test_an_embedded_cluster_has_the_topics():
-    sink = KafkaSink(client_settings(None, {}), BEATS)
-    brokers = sink.open()
-    try:
-        client = confluent_kafka.admin.AdminClient({"bootstrap.servers": brokers})
-        topics = client.list_topics(timeout=10).topics
-        assert {name: len(topic.partitions) for name, topic in topics.items()} == {"t": 4, "r": 4, "beats": 1}
-    finally:
-        sink.close()
 
 
 def test_spilling_needs_no_new_module() -> None:

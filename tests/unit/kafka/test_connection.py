@@ -1,0 +1,124 @@
+"""The sink's connection: replaced clients, its errors, and its sockets."""
+
+import socket
+import time
+
+import confluent_kafka.admin
+
+from producer.config.librdkafka import client_settings
+from producer.events import TRANSMITS
+from producer.kafka.sink import KafkaSink
+from tests.support.mock_cluster import lib
+from tests.support.rebpf import wait_until
+from tests.support.sink import BEATS, Ledger, batch, numbered
+
+
+def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluster, open_sink, caplog):
+    cluster.create("t")
+    sink = open_sink()
+    first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
+    ledger = Ledger(sink)
+    sink.send(first)
+    ledger.wait_for(first)
+    # A broker cannot be made to cause one; librdkafka has this function for tests.
+    client = sink._connection._clients[0]
+    lib.rd_kafka_test_fatal_error(client._handle, 47, b"made by a test")
+    cluster.down()
+    wait_until("other errors come after it", lambda: lib.rd_kafka_queue_length(client._queue) > 3)
+    sink.send(second)
+    ledger.wait(lambda: "replacing the client: fatal error" in caplog.text)
+    cluster.up()
+    ledger.wait_for(second)
+
+    assert ledger.delivered == {"transmit": 24}
+    assert not ledger.lost["transmit"]
+    assert cluster.read("t", 24) == numbered(24)
+
+
+def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts_once(cluster, open_sink, caplog):
+    """librdkafka's threads wait by the system clock, and would sleep for the difference."""
+    cluster.create("t")
+    offset_ns = [1_700_000_000_000_000_000]
+    sink = open_sink(utc_offset_ns=lambda: offset_ns[0])
+    first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
+    ledger = Ledger(sink)
+    sink.send(first)
+    ledger.wait_for(first)
+    for correction_ns in (-4_000_000_000, 3600_000_000_000):
+        offset_ns[0] += correction_ns
+        ledger.poll()
+    assert "replacing" not in caplog.text
+    cluster.down()
+    sink.send(second)
+    offset_ns[0] -= 3_000_000_000_000
+    before = time.monotonic()
+    for _ in range(5):
+        ledger.poll()
+    assert time.monotonic() - before < 1
+    cluster.up()
+    ledger.wait_for(second)
+
+    assert caplog.text.count("replacing the client: the system clock was set back") == 1
+    assert ledger.delivered == {"transmit": 24}
+    assert not ledger.lost["transmit"]
+    assert sink.in_flight == {"transmit": 0}
+    assert cluster.read("t", 24) == numbered(24)
+
+
+def test_the_last_error_is_kept_until_a_message_is_delivered(cluster, open_sink, caplog):
+    cluster.create("t")
+    cluster.down()
+    sink = open_sink()
+    sent = batch(TRANSMITS, numbered(3))
+    sink.send(sent)
+    ledger = Ledger(sink)
+    ledger.wait(lambda: sink.last_error)
+    assert "kafka: " in caplog.text
+
+    cluster.up()
+    ledger.wait_for(sent)
+    assert sink.last_error is None
+
+
+def test_each_socket_is_shown_before_it_connects(cluster, open_sink):
+    cluster.create("t")
+    seen: list[str] = []
+
+    def look(descriptor: int) -> None:
+        with socket.socket(fileno=socket.dup(descriptor)) as shown:
+            try:
+                seen.append(str(shown.getpeername()))
+            except OSError as error:
+                seen.append(type(error).__name__ if error.errno != 107 else "not connected")
+
+    sink = open_sink(on_socket=look)
+    sent = batch(TRANSMITS, numbered(3))
+    sink.send(sent)
+    Ledger(sink).wait_for(sent)
+
+    assert set(seen) == {"not connected"}
+
+
+def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
+    """Or its segments would be events."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError("no")
+
+    cluster.create("t")
+    sink = open_sink(on_socket=refuse)
+    sink.send(batch(TRANSMITS, numbered(3)))
+    ledger = Ledger(sink)
+    ledger.wait(lambda: "cannot open a socket" in caplog.text and sink.last_error)
+    assert not ledger.delivered
+
+
+def test_an_embedded_cluster_has_the_topics():
+    sink = KafkaSink(client_settings(None, {}), BEATS)
+    brokers = sink.open()
+    try:
+        client = confluent_kafka.admin.AdminClient({"bootstrap.servers": brokers})
+        topics = client.list_topics(timeout=10).topics
+        assert {name: len(topic.partitions) for name, topic in topics.items()} == {"t": 4, "r": 4, "beats": 1}
+    finally:
+        sink.close()
