@@ -3,8 +3,8 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 
+from producer import __version__
 from producer.agent.streams import StreamParts
 from producer.events import Topic
 from producer.health.balance import Balance
@@ -26,7 +26,7 @@ class Reporter:
         self._parts = parts
         self._topics = topics
         self._boot_id = boot_id()
-        self._version = version("rebpf")
+        self._version = __version__
         self._started_s = time.time()
 
     def balances(self) -> dict[Topic, Balance]:

@@ -6,12 +6,12 @@ import logging
 import os
 import signal
 import sys
-from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from producer import __version__
 from producer.cli.alert import alert
 from producer.cli.options import (
     Address,
@@ -248,7 +248,7 @@ def check(
 @rebpf.command()
 def version() -> None:
     """Print the version."""
-    echo(f"rebpf {distribution_version('rebpf')}")
+    echo(f"rebpf {__version__}")
 
 
 def main() -> NoReturn:

@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from producer import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.11", "3.12", "3.13")  # bookworm, Ubuntu 24.04, trixie
@@ -107,3 +109,7 @@ def test_setup_installs_by_hash_and_by_nothing_else() -> None:
         'pip_install --require-hashes --only-binary=:all: --requirement "$lock"',
         "pip_install --no-deps --no-build-isolation -e .",
     ]
+
+
+def test_the_package_has_the_projects_version() -> None:
+    assert __version__ == PROJECT["project"]["version"]
