@@ -107,8 +107,9 @@ static __always_inline u64 cookie_of(struct sock *sk, u8 hook)
 /*
  * Decides on a segment by the rules of `active`. `own_state` is the state of its socket or listener, 0 without one; `state`
  * is that for the rules. A decision on the agent's own traffic is for no event. Returns whether the decision can be stored
- * with the socket: not for the agent's own sockets, because each of their segments notes its peer, and not before the
- * handshake is over, because only then is it known whether the agent is at the other end.
+ * with the socket: not for the agent's own sockets, because each of their segments notes its peer, not before the handshake
+ * is over, because only then is it known whether the agent is at the other end, and not before a process has accepted it,
+ * because only then it has its user.
  */
 static __always_inline bool decide_anew(struct choice *choice, const struct flow *flow, const struct sock *sk,
 					u64 cookie, u32 own_state, u32 interface, u32 state)
@@ -117,7 +118,8 @@ static __always_inline bool decide_anew(struct choice *choice, const struct flow
 
 	if (!own)
 		decide(choice, flow, sk, interface, state);
-	return choice->active && own != OWN_OPENED && own_state != TCP_SYN_SENT && own_state != TCP_SYN_RECV;
+	return choice->active && own != OWN_OPENED && own_state != TCP_SYN_SENT && own_state != TCP_SYN_RECV && sk &&
+	       READ(sk, sk_socket);
 }
 
 /*
@@ -708,7 +710,7 @@ static __always_inline bool choose_packet(struct sender *sender, struct __sk_buf
 	}
 	sender->listener = listener;
 	if (decide_anew(&sender->choice, flow, sk, cookie, own_state, interface, listener ? TCP_SYN_RECV : state) &&
-	    sk && !listener)
+	    !listener)
 		store_verdict(full, cookie, &sender->choice, flow, interface, state);
 	return is_wanted(&sender->choice);
 }

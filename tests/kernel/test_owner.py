@@ -1,10 +1,12 @@
 """The truth suite: the socket's owner. See test_truth.py."""
 
 import contextlib
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +75,37 @@ def test_a_retransmit_has_the_owner_that_made_the_socket(capture: Recording, lab
         assert set(flow["sk_cookie"][known]) == {cookie}
         assert known.all() or trial.hook == "kprobe", "a kprobe cannot create the cookie"
         assert known[-1]
+
+
+def unacknowledged(end: socket.socket) -> int:
+    """Return how many bytes the peer has not acknowledged."""
+    return int.from_bytes(fcntl.ioctl(end, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+_WORKER = """\
+import os, socket, sys
+os.setuid(int(sys.argv[2]))
+accepted, _ = socket.socket(fileno=int(sys.argv[1])).accept()
+with accepted:
+    assert len(accepted.recv(101, socket.MSG_WAITALL)) == 101
+    accepted.sendall(bytes(103))
+"""
+
+
+def test_an_accepted_socket_belongs_to_the_user_who_accepted_it(capture: Recording, lab: Lab, port: int) -> None:
+    """The kernel acknowledges data before that, for the user of the listener."""
+    with Trial(capture, lab, port) as trial, contextlib.ExitStack() as stack:
+        with inside(lab.server):
+            server = stack.enter_context(socket.create_server((lab.server.ipv4, port)))
+        with inside(lab.client):
+            client = stack.enter_context(socket.create_connection((lab.server.ipv4, port)))
+        client.sendall(bytes(101))
+        wait_for(lambda: unacknowledged(client) == 0, "the acknowledgement")
+        worker = [sys.executable, "-c", _WORKER, str(server.fileno()), "4712"]
+        stack.enter_context(subprocess.Popen(worker, pass_fds=[server.fileno()]))
+        receive(client, 103)
+        assert client.recv(1) == b""
+    sent = trial.sent(lab.server)["s"]
+    has_data = sent["payload_len"] > 0
+    assert set(sent["flow"]["uid"][has_data]) == {4712}
+    assert sent["flow"]["uid"][0] == 0
