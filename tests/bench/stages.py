@@ -158,7 +158,7 @@ def main() -> None:
         ("encode", us_per_event(lambda: native.encode(batch, UTC_OFFSET_NS) and None), us_per_event(by_record, 3)),
         ("produce", *produce_with(encoded)),
     ):
-        print(f"{name}: {ours:.2f} us an event; obvious {obvious:.2f}, {obvious / ours:.1f} times as much")
+        print(f"{name}: {ours:.2f} us an event; baseline {obvious:.2f}, {obvious / ours:.1f} times as much")
     for count in (10, 100, ROWS):
         print(f"sink, a batch of {count}: {us_per_batch(encoded.take(np.arange(count))):.0f} us in the calling thread")
 
