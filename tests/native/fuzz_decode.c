@@ -4,6 +4,7 @@
 
 #include "decode.h"
 #include "groups.h"
+#include "input.h"
 
 #define MAX_STEPS 128
 #define MAX_COLUMNS 64
@@ -12,33 +13,12 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-static const uint8_t *bytes;
-static size_t left;
-
-/* Takes bytes from the input; zeros follow its end. */
-static void take(void *out, size_t count)
-{
-	size_t given = count < left ? count : left;
-
-	memset(out, 0, count);
-	if (given)
-		memcpy(out, bytes, given);
-	bytes += given;
-	left -= given;
-}
-
 static size_t take_number(size_t limit)
 {
 	uint16_t number;
 
 	take(&number, sizeof(number));
 	return number % (limit + 1);
-}
-
-static void check(bool holds)
-{
-	if (!holds)
-		abort();
 }
 
 static uint32_t table_size(size_t entries)

@@ -4,26 +4,12 @@
 
 #include "encode.h"
 #include "kafka.h"
+#include "input.h"
 
 #define MAX_STRINGS 64
 #define MAX_ROWS 16
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-static const uint8_t *bytes;
-static size_t left;
-
-/* Takes bytes from the input; zeros follow its end. */
-static void take(void *out, size_t count)
-{
-	size_t given = count < left ? count : left;
-
-	memset(out, 0, count);
-	if (given)
-		memcpy(out, bytes, given);
-	bytes += given;
-	left -= given;
-}
 
 static uint16_t take_number(void)
 {
@@ -31,12 +17,6 @@ static uint16_t take_number(void)
 
 	take(&number, sizeof(number));
 	return number;
-}
-
-static void check(bool holds)
-{
-	if (!holds)
-		abort();
 }
 
 /* Memory of the exact size, filled from the input. */

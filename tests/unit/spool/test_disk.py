@@ -22,11 +22,6 @@ from tests.support.spool import (
 )
 
 
-@pytest.fixture
-def setup(tmp_path: Path) -> Setup:
-    return Setup(tmp_path / "spool" / "transmit")
-
-
 def test_short_writes_are_completed(setup: Setup) -> None:
     setup.disk.most_bytes = 7
     spool = setup.filled(3)

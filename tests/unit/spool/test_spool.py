@@ -1,7 +1,6 @@
 """The spool: names, numbers over restarts, room and age."""
 
 import errno
-from pathlib import Path
 
 import pytest
 
@@ -18,11 +17,6 @@ from tests.support.spool import (
 )
 
 """About: a batch of ten messages that do not compress."""
-
-
-@pytest.fixture
-def setup(tmp_path: Path) -> Setup:
-    return Setup(tmp_path / "spool" / "transmit")
 
 
 def test_files_are_named_by_their_first_event_and_are_their_owners_alone(setup: Setup) -> None:
