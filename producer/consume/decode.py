@@ -144,7 +144,9 @@ class Decoder:
 
     def schema(self, schema_id: int) -> Any:
         """Return a schema by id, parsed and without logical types."""
-        return self._schemas.get(schema_id) or self._fetch(schema_id)
+        schema = self._schemas.get(schema_id) or self._fetch(schema_id)
+        _put_bounded(self._schemas, schema_id, schema)
+        return schema
 
     def _fetch(self, schema_id: int) -> Any:
         if self._client is None:
@@ -162,7 +164,6 @@ class Decoder:
         except (RegistryRejected, NoAnswer, NotAuthorized) as exc:
             raise self._no_schema(schema_id, exc) from exc
         self._rejected.pop(schema_id, None)
-        _put_bounded(self._schemas, schema_id, schema)
         return schema
 
     def _spend(self) -> None:
@@ -218,7 +219,7 @@ class Decoder:
 
 
 def _put_bounded(cache: dict[int, Any], schema_id: int, value: Any) -> None:
-    """Add to a cache, and drop the oldest if it is full: ids come from messages and are unlimited."""
+    """Put last in a cache, and drop its first if it is full: ids come from messages and are unlimited."""
     cache.pop(schema_id, None)
     if len(cache) >= MOST_SCHEMAS:
         del cache[next(iter(cache))]

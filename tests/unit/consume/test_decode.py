@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producer.alert.partitions import Committed, Counts, HeartbeatPartition
+from producer.consume import decode
 from producer.consume.accepted import NotAccepted, accepted
 from producer.consume.decode import Decoder, UndecodableError
 from producer.errors import Stopped, UnavailableError
@@ -42,7 +43,7 @@ def frame(schema_id: int, schema: dict[str, Any], **fields: Any) -> bytes:
 
 
 class Registry(BaseHTTPRequestHandler):
-    """Has schema 77, and counts requests. Answers for schema 79 with `failure`, a status and an error code."""
+    """Has schemas 77 and 100 to 109, and counts requests. For 79 it answers `failure`: a status and an error code."""
 
     requests: list[str]
     failure = 404, 40403
@@ -52,6 +53,7 @@ class Registry(BaseHTTPRequestHandler):
         answers: dict[str, tuple[int, dict[str, Any]]] = {
             "/schemas/ids/77": (200, {"schema": json.dumps(OTHER)}),
             "/schemas/ids/79": (self.failure[0], {"error_code": self.failure[1], "message": "failed"}),
+            **{f"/schemas/ids/{number}": (200, {"schema": json.dumps(OTHER)}) for number in range(100, 110)},
             "/config": (200, {"compatibilityLevel": "BACKWARD"}),
         }
         status, answer = answers.get(self.path, (404, {"error_code": 40403, "message": "Schema not found"}))
@@ -109,6 +111,17 @@ def test_a_registrys_schema_is_fetched_once(registry: ThreadingHTTPServer) -> No
     decoder = Decoder(url(registry))
     assert [decoded(decoder, frame(77, OTHER, a=n))["a"] for n in (1, 2, 3)] == [1, 2, 3]
     assert len(Registry.requests) == 1
+
+
+def test_a_schema_in_use_is_kept_however_many_others_come(
+    registry: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "MOST_SCHEMAS", 3)
+    decoder = Decoder(url(registry))
+    for schema_id in range(100, 110):
+        for each in (77, schema_id):
+            assert decoded(decoder, frame(each, OTHER, a=1))["a"] == 1
+    assert Registry.requests.count("/schemas/ids/77") == 1
 
 
 def test_an_id_that_the_registry_does_not_know_is_rejected(registry: ThreadingHTTPServer) -> None:
