@@ -262,26 +262,26 @@ static __always_inline void fill_is_retransmit(struct transmit_event *e, const s
 }
 
 /* The timer clears icsk_pending before it retransmits; an acknowledgement that allows more to be sent leaves it set. */
-static __always_inline u8 cause_of(const struct segment *s, const struct tcp_sock *tp)
+static __always_inline u8 cause_of(u8 tcp_flags, u8 ca_state, const struct tcp_sock *tp)
 {
 	u8 pending = READ_IF(tcp_sock, tp, icsk_pending);
 
-	if (s->tcp_flags & TCPHDR_SYN)
+	if (tcp_flags & TCPHDR_SYN)
 		return CAUSE_SYN;
 	if (!HAS_tcp_sock_icsk_ca_state)
 		return CAUSE_OTHER;
-	if (s->ca_state == TCP_CA_RECOVERY)
+	if (ca_state == TCP_CA_RECOVERY)
 		return CAUSE_FAST;
 	if (!HAS_tcp_sock_icsk_pending)
 		return CAUSE_OTHER;
-	if (s->ca_state == TCP_CA_LOSS)
+	if (ca_state == TCP_CA_LOSS)
 		return pending ? CAUSE_SLOW_START : CAUSE_RTO;
 	return pending == ICSK_TIME_LOSS_PROBE ? CAUSE_TLP : CAUSE_OTHER;
 }
 
 static __always_inline void fill_cause(struct retransmit_event *e, const struct tcp_sock *tp, bool is_loss_probe)
 {
-	e->cause = is_loss_probe ? CAUSE_TLP : cause_of(&e->s, tp);
+	e->cause = is_loss_probe ? CAUSE_TLP : cause_of(e->s.tcp_flags, e->s.ca_state, tp);
 	if (HAS_tcp_sock_icsk_retransmits && (e->cause == CAUSE_RTO || e->cause == CAUSE_SYN)) {
 		e->retransmit_no = READ_IF(tcp_sock, tp, icsk_retransmits);
 		e->s.known |= KNOWN_RETRANSMIT_NO;

@@ -7,7 +7,8 @@
 
 #define STREAM_TRANSMIT 0
 #define STREAM_RETRANSMIT 1
-#define STREAMS 2
+#define STREAMS 2 /* those of segments */
+#define STREAM_FLOW 2
 
 /*
  * The programs reserve and submit; the agent reads and moves the consumer position. The loader creates them with the
@@ -15,9 +16,10 @@
  */
 BPF_RINGBUF_OUTPUT(transmit_pipe, 16);
 BPF_RINGBUF_OUTPUT(retransmit_pipe, 16);
+BPF_RINGBUF_OUTPUT(flow_pipe, 16);
 
 /* By stream. The agent writes before the programs are attached; they add, and the agent reads. */
-BPF_PERCPU_ARRAY(counters, struct counters, 2);
+BPF_PERCPU_ARRAY(counters, struct counters, 3);
 
 /*
  * The agent's own traffic (filter.h). Cookies of its sockets, which the agent inserts before they connect, and of their

@@ -301,6 +301,44 @@ static __always_inline bool is_loss_probe(u64 sk)
 }
 #endif
 
+/* Since Linux 6.17 the third argument is the result, and the tracepoint also fires for failures. */
+#if RETRANSMIT_TRACEPOINT_HAS_ERR
+#define TRACEPOINT_ERR(ctx) ((s32)(ctx)[2])
+#else
+#define TRACEPOINT_ERR(ctx) 0
+#endif
+
+#if FLOW_RAW_TP
+#include "flow.h"
+
+int raw_tp_flow_state(u64 *ctx)
+{
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
+
+	return tp ? follow_flow(tp, ctx[1], ctx[2]) : 0;
+}
+
+/* All kernels run this after the segment was counted. */
+int raw_tp_flow_retransmit(u64 *ctx)
+{
+	struct tcp_sock *tp = gave_up(TRACEPOINT_ERR(ctx)) ? NULL : bpf_skc_to_tcp_sock((void *)ctx[0]);
+
+	return tp ? count_retransmission(tp, (void *)ctx[1]) : 0;
+}
+
+/* Arguments: metadata, the map, the socket, its state. */
+int iter_flow_states(u64 *ctx)
+{
+	return visit_flow((void *)ctx[2], (void *)ctx[3]);
+}
+
+/* Arguments: metadata, a task, a file descriptor, its file. */
+int iter_task_files(u64 *ctx)
+{
+	return adopt_socket((void *)ctx[1], (void *)ctx[3]);
+}
+#endif
+
 /* Attached with every hook: tracks the agent's own sockets and their peers. */
 int raw_tp_inet_sock_set_state(u64 *ctx)
 {
@@ -357,13 +395,6 @@ int fexit_tcp_rtx_synack(u64 *ctx)
 
 	return err ? 0 : take_synack_retransmit((void *)ctx[0], (void *)ctx[1], SYNACK_COUNTED_BY_CALLER, HOOK_FENTRY);
 }
-#endif
-
-/* Since Linux 6.17 the third argument is the result, and the tracepoint also fires for failures. */
-#if RETRANSMIT_TRACEPOINT_HAS_ERR
-#define TRACEPOINT_ERR(ctx) ((s32)(ctx)[2])
-#else
-#define TRACEPOINT_ERR(ctx) 0
 #endif
 
 #if RETRANSMIT_RAW_TP

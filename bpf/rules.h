@@ -41,7 +41,8 @@ struct rule_action {
 	u8 keep[2]; /* by stream */
 	u8 sampled[2];
 	u8 by_event;
-	u8 _pad[3];
+	u8 keep_flow;
+	u8 _pad[2];
 };
 
 struct prefix_key {
@@ -299,6 +300,25 @@ static __always_inline void decide(struct choice *choice, const struct flow *flo
 	action = rule_actions.lookup(&rule);
 	if (action)
 		apply(choice, action, flow);
+}
+
+/*
+ * Whether a connection has records; these are never sampled. Asked once for each record, so it is not stored with the
+ * socket.
+ */
+static __always_inline bool keeps_flow(u64 active, const struct flow *flow, const struct sock *sk, u32 state)
+{
+	u32 generation = active & 1, rule = RULES;
+	struct rule_generation *tables = rule_generations.lookup(&generation);
+	struct rule_action *action;
+
+	if (!active || !tables)
+		return false;
+	if (tables->rules)
+		rule = first_rule(flow, sk, tables, generation, 0, state);
+	rule += generation * (RULES + 1);
+	action = rule_actions.lookup(&rule);
+	return action && action->keep_flow;
 }
 
 static __always_inline struct verdict *find_verdict(void *sk, u64 cookie)

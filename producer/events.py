@@ -1,4 +1,4 @@
-"""The events: record layouts in the rings, names of values, and the two streams.
+"""The events: record layouts in the rings, names of values, and the streams.
 
 The dtypes repeat bpf/events.h. `layout_check` turns them into assertions that the compiler checks at each load.
 """
@@ -16,6 +16,8 @@ SchemaId = NewType("SchemaId", int)
 
 HOOKS = ("fentry", "kprobe", "raw_tp", "cgroup_skb")
 CAUSES = ("other", "rto", "fast", "slow_start", "tlp", "syn", "syn_ack")
+ROLES = ("unknown", "client", "server")
+REASONS = ("interval", "close")
 # include/net/tcp_states.h; the number is the index.
 UNKNOWN = "UNKNOWN"
 STATES = (
@@ -37,7 +39,7 @@ STATES = (
 # enum tcp_ca_state in include/uapi/linux/tcp.h
 CA_STATES = ("Open", "Disorder", "CWR", "Recovery", "Loss")
 
-# Bits of `known`, by field. `tcp` covers TCP_FIELDS.
+# Bits of `known`, by field. `tcp` covers TCP_FIELDS, `counters` COUNTER_FIELDS, and `process` pid and comm.
 KNOWN = {
     "sk_cookie": 1 << 0,
     "cgroup_id": 1 << 1,
@@ -48,6 +50,16 @@ KNOWN = {
     "ifindex": 1 << 6,
     "is_retransmit": 1 << 7,
     "retransmit_no": 1 << 8,
+    "start_ns": 1 << 9,
+    "role": 1 << 10,
+    "process": 1 << 11,
+    "error": 1 << 12,
+    "connect_us": 1 << 13,
+    "counters": 1 << 14,
+    "min_rtt_us": 1 << 15,
+    "delivery_rate": 1 << 16,
+    "pacing_rate": 1 << 17,
+    "cc": 1 << 18,
 }
 TCP_FIELDS = (
     "srtt_us",
@@ -64,6 +76,35 @@ TCP_FIELDS = (
     "rcv_wnd",
     "mss",
 )
+COUNTERS_64 = (
+    "bytes_sent",
+    "bytes_retrans",
+    "bytes_acked",
+    "bytes_received",
+    "busy_time_us",
+    "rwnd_limited_us",
+    "sndbuf_limited_us",
+)
+COUNTERS_32 = (
+    "data_segs_out",
+    "segs_in",
+    "data_segs_in",
+    "total_retrans",
+    "retrans_rto",
+    "retrans_fast",
+    "retrans_slow_start",
+    "retrans_tlp",
+    "retrans_syn",
+    "retrans_syn_ack",
+    "retrans_other",
+    "delivered",
+    "delivered_ce",
+    "dsack_dups",
+    "reord_seen",
+    "rcv_ooopack",
+)
+COUNTER_FIELDS = ("segs_out", *COUNTERS_64, *COUNTERS_32)
+"""Of a connection, since it began."""
 
 FLOW = np.dtype(
     [
@@ -104,6 +145,42 @@ SEGMENT = np.dtype(
 )
 TRANSMIT = np.dtype([("s", SEGMENT), ("is_retransmit", "<u4"), ("_pad3", "<u4")])
 RETRANSMIT = np.dtype([("s", SEGMENT), ("err", "<i4"), ("retransmit_no", "<u4"), ("cause", "u1"), ("_pad3", "u1", 7)])
+FLOW_EVENT = np.dtype(
+    [
+        ("flow", FLOW),
+        ("ts", "<u8"),
+        ("cpu_seq", "<u8"),
+        ("cpu", "<u4"),
+        ("known", "<u4"),
+        ("sample_rate", "<u4"),
+        ("rules_version", "<u4"),
+        ("start_ns", "<u8"),
+        ("connect_us", "<u8"),
+        ("pid", "<u4"),
+        ("error", "<u4"),
+        ("comm", "u1", 16),
+        ("cc", "u1", 16),
+        ("role", "u1"),
+        ("reason", "u1"),
+        ("state", "u1"),
+        ("ca_state", "u1"),
+        ("segs_out", "<u4"),
+        *((name, "<u8") for name in COUNTERS_64),
+        *((name, "<u4") for name in COUNTERS_32),
+        ("srtt_us", "<u4"),
+        ("mdev_us", "<u4"),
+        ("rto_us", "<u4"),
+        ("snd_cwnd", "<u4"),
+        ("snd_ssthresh", "<u4"),
+        ("snd_wnd", "<u4"),
+        ("rcv_wnd", "<u4"),
+        ("mss", "<u4"),
+        ("min_rtt_us", "<u4"),
+        ("_pad1", "<u4"),
+        ("pacing_rate", "<u8"),
+        ("delivery_rate", "<u8"),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +229,18 @@ RETRANSMITS = Stream(
     "retransmit_event",
 )
 STREAMS = (TRANSMITS, RETRANSMITS)
+"""Those that the agent publishes."""
+FLOWS = Stream(
+    "flow",
+    Topic("tcp_flow"),
+    "tcp_flow.avsc",
+    SchemaId(5),
+    2,
+    "flow_pipe",
+    FLOW_EVENT,
+    "flow_event",
+)
+"""A record for each connection, when it closes and on demand. Only captured, not published yet."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,7 +304,8 @@ def _members(dtype: np.dtype[np.void], base: int = 0, prefix: str = "") -> Itera
 def layout_check() -> str:
     """Return C that fails to compile if bpf/events.h and this module differ."""
     lines = []
-    for struct, dtype in (("transmit_event", TRANSMIT), ("retransmit_event", RETRANSMIT)):
+    for stream in (*STREAMS, FLOWS):
+        struct, dtype = stream.struct, stream.dtype
         lines.append(f'_Static_assert(sizeof(struct {struct}) == {dtype.itemsize}, "{struct}: size");')
         for name, offset, size in _members(dtype):
             at = f"__builtin_offsetof(struct {struct}, {name})"
@@ -224,6 +314,9 @@ def layout_check() -> str:
     numbers = {
         **{f"HOOK_{name.upper()}": i for i, name in enumerate(HOOKS)},
         **{f"CAUSE_{name.upper()}": i for i, name in enumerate(CAUSES)},
+        "CAUSES": len(CAUSES),
+        **{f"ROLE_{name.upper()}": i for i, name in enumerate(ROLES)},
+        **{f"REASON_{name.upper()}": i for i, name in enumerate(REASONS)},
         **{f"KNOWN_{name.upper()}": bit for name, bit in KNOWN.items()},
     }
     lines += [f'_Static_assert({name} == {value}, "{name}");' for name, value in numbers.items()]

@@ -7,8 +7,10 @@ bpf.h of libbpf, and include/uapi/linux/bpf.h. Functions raise OSError with the 
 libbpf is missing.
 """
 
+import contextlib
 import ctypes
 import functools
+import mmap
 import os
 import platform
 import struct
@@ -23,12 +25,14 @@ from producer.errors import UnavailableError
 _NUMBERS = {"x86_64": (298, 324), "aarch64": (241, 283)}
 _NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1))
 _MEMBARRIER_CMD_GLOBAL = 1
-_MAP_SK_STORAGE = 24
 _ANY = 0  # BPF_ANY: insert or replace
 _CLOCK_MONOTONIC_COARSE = 6
 
+MAP_SK_STORAGE = 24
+NO_PREALLOC, CLONE = 1 << 0, 1 << 9
 PROG_KPROBE, PROG_CGROUP_SKB, PROG_TRACING = 2, 8, 26
-ATTACH_NONE, ATTACH_CGROUP_EGRESS, ATTACH_RAW_TP, ATTACH_FENTRY, ATTACH_FEXIT, ATTACH_PERF_EVENT = 0, 1, 23, 24, 25, 41
+ATTACH_NONE, ATTACH_CGROUP_EGRESS, ATTACH_RAW_TP, ATTACH_FENTRY, ATTACH_FEXIT = 0, 1, 23, 24, 25
+ATTACH_ITER, ATTACH_PERF_EVENT = 28, 41
 
 _BPF_FS_MAGIC = 0xCAFE4A11
 
@@ -56,6 +60,15 @@ class _ProgLoadOpts(ctypes.Structure):
         *(("fd_array", c_void_p), ("func_info", c_void_p), ("func_info_cnt", c_uint32)),
         *(("func_info_rec_size", c_uint32), ("line_info", c_void_p), ("line_info_cnt", c_uint32)),
         *(("line_info_rec_size", c_uint32), ("log_level", c_uint32), ("log_size", c_uint32), ("log_buf", c_void_p)),
+    )
+
+
+class _LinkCreateOpts(ctypes.Structure):
+    """struct bpf_link_create_opts up to the last member that is used."""
+
+    _fields_ = (
+        *(("sz", c_size_t), ("flags", c_uint32), ("target_btf_id", c_uint32)),
+        *(("iter_info", c_void_p), ("iter_info_len", c_uint32)),
     )
 
 
@@ -118,6 +131,28 @@ def attach_tracing(program: int) -> int:
     return _call("bpf_raw_tracepoint_open", None, program)
 
 
+def attach_iterator(program: int, map_fd: int | None = None) -> int:
+    """Attach an iterator, over the elements of a map if it is one of those; return the link, for `run_iterator`."""
+    opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts))
+    if map_fd is not None:
+        info = c_uint32(map_fd)  # union bpf_iter_link_info: map.map_fd
+        opts.iter_info, opts.iter_info_len = ctypes.addressof(info), ctypes.sizeof(info)
+    return _call("bpf_link_create", program, 0, ATTACH_ITER, ctypes.byref(opts))
+
+
+def run_iterator(link: int) -> None:
+    """Run an iterator that prints nothing over all its objects."""
+    iterator = _call("bpf_iter_create", link)
+    try:
+        while True:
+            # The kernel returns EAGAIN after a million objects without output.
+            with contextlib.suppress(BlockingIOError):
+                if not os.read(iterator, mmap.PAGESIZE):
+                    return
+    finally:
+        os.close(iterator)
+
+
 def attach_cgroup(program: int, cgroup: int, attach_type: int) -> int:
     """Attach to a cgroup v2, given by its folder's descriptor, in addition to other programs; return the link."""
     return _call("bpf_link_create", program, cgroup, attach_type, None)
@@ -144,7 +179,7 @@ def create_map(info: MapInfo) -> int:
     """Create a map and return its descriptor."""
     opts = _MapCreateOpts(sz=ctypes.sizeof(_MapCreateOpts), map_flags=info.flags)
     sizes = (info.key_size, info.value_size, info.max_entries)
-    if info.map_type != _MAP_SK_STORAGE:
+    if info.map_type != MAP_SK_STORAGE:
         return _call("bpf_map_create", info.map_type, info.name.encode(), *sizes, ctypes.byref(opts))
     types = _btf_of_storage(info.value_size)
     opts.btf_key_type_id, opts.btf_value_type_id = 1, 3

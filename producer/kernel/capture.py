@@ -45,8 +45,10 @@ class CaptureSettings:
     """
 
     hooks: tuple[str, ...] = HOOKS
+    """Those allowed for transmits and retransmits."""
+    streams: tuple[Stream, ...] = STREAMS
     ring_bytes: Mapping[str, int] = field(
-        default_factory=lambda: {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22}
+        default_factory=lambda: {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22, "flow_pipe": 1 << 22}
     )
     rules: Tables = field(default_factory=lambda: tables((), Action()))
     """Which segments become events; by default all."""
@@ -109,7 +111,7 @@ class HandoverStore(Protocol):
 
 
 class Capture:
-    """The loaded programs of both streams; `attach` starts them. As a context manager, detaches on exit.
+    """The loaded programs of the streams; `attach` starts them. As a context manager, detaches on exit.
 
     With a store, probes left by an earlier process are taken over if they are the same that would be loaded. Otherwise
     they stay attached until the new ones are. Without `numbers`, event numbers begin at 1.
@@ -136,6 +138,8 @@ class Capture:
         self._own_sockets: list[int] = []
         self._programs: dict[str, list[int]] = {}
         self._links: list[int] = []
+        self._iterators: list[int] = []
+        """Indexes of the links through which flows are read."""
         self._loader: Loader | None = None
         self._cpus = bpf_syscall.possible_cpus()
         self.hooks_in_use: dict[str, str] = {}
@@ -182,6 +186,7 @@ class Capture:
         self._maps = {name: opened[stored_as] for name, stored_as in stored.maps.items()}
         self._programs = {stream: [opened[each] for each in programs] for stream, programs in stored.programs.items()}
         self._links = [opened[link] for link in stored.links]
+        self._iterators = [*map(stored.links.index, stored.iterators)]
         self._old_rings = {ring.name: (ring, opened[ring.name]) for ring in stored.old_rings}
         apart = {*stored.links, *self._old_rings}
         self._descriptors = [descriptor for name, descriptor in opened.items() if name not in apart]
@@ -206,6 +211,7 @@ class Capture:
                 "btf": str(settings.btf or ""),
                 "bpf": str(BPF),
                 "hooks": settings.hooks,
+                "streams": [stream.name for stream in settings.streams],
                 "ring_bytes": dict(settings.ring_bytes),
                 "layout_check": layout_check(),
                 "cache": settings.cache and str(settings.cache),
@@ -240,7 +246,11 @@ class Capture:
             maps=maps,
             programs={stream: list(named) for stream, named in programs.items()},
             links=list(links),
-            rings=[StoredRing(each, maps[each.ring], self._settings.ring_bytes[each.ring]) for each in STREAMS],
+            iterators=[list(links)[index] for index in self._iterators],
+            rings=[
+                StoredRing(each, maps[each.ring], self._settings.ring_bytes[each.ring])
+                for each in self._settings.streams
+            ],
             old_ring_id=self.old_ring_id,
             old_rings=[ring for ring, _ in self._old_rings.values()],
         )
@@ -253,7 +263,8 @@ class Capture:
     def _fingerprint(self) -> str:
         """Return a digest of everything that defines programs and maps, except the rules, which can change later."""
         settings = self._settings
-        made_of = [settings.hooks, dict(settings.ring_bytes), str(settings.btf), layout_check()]
+        streams = [stream.name for stream in settings.streams]
+        made_of = [settings.hooks, streams, dict(settings.ring_bytes), str(settings.btf), layout_check()]
         digest = hashlib.sha256(json.dumps(made_of).encode())
         for path in sorted(BPF.rglob("*.[ch]")):
             digest.update(path.read_bytes())
@@ -273,7 +284,8 @@ class Capture:
             raise ValueError("attach must be called once, after load")
         if self._numbers:
             self._seed(self._numbers.start(overlap=self._replacing))
-        _, self._links = self._loader.ask(ATTACH)
+        answer, self._links = self._loader.ask(ATTACH)
+        self._iterators = answer["iterators"]
         self._end_loader()
         if self._store:
             self._save()
@@ -290,10 +302,15 @@ class Capture:
         if self._store:
             self._store.clear()
         bpf_syscall.close_all(self._links)
-        self._links = []
+        self._links, self._iterators = [], []
         bpf_syscall.wait_for_programs()
         if self._numbers:
-            self._numbers.stop({stream.name: self.sequence(stream) for stream in STREAMS})
+            self._numbers.stop({stream.name: self.sequence(stream) for stream in self._settings.streams})
+
+    def report_flows(self) -> None:
+        """Write a record of each open connection to the ring of flows, from `attach` to `detach`."""
+        for index in self._iterators:
+            bpf_syscall.run_iterator(self._links[index])
 
     def ring_descriptor(self, stream: Stream) -> int:
         """Return the descriptor of a stream's ring, for epoll; it stays open until `close`."""
@@ -339,7 +356,7 @@ class Capture:
         return COUNTERS.iter_unpack(value)
 
     def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
-        for stream in STREAMS:
+        for stream in self._settings.streams:
             value = b"".join(COUNTERS.pack(number, 0, number, 0) for number in numbers[stream.name])
             bpf_syscall.update(self._maps["counters"], struct.pack("<I", stream.index), value)
 

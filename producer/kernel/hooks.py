@@ -29,11 +29,21 @@ from producer.kernel.btf import FUNC, TYPEDEF, Btf
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One program to attach: `program` is the C function, `target` the kernel function or tracepoint."""
+    """One program to attach: `program` is the C function, `target` the kernel function, tracepoint or iterator."""
 
     program: str
     target: str
     attach_type: int
+
+    @property
+    def runs_once(self) -> bool:
+        """Whether the program runs once, after all are attached, and is then released."""
+        return self.target == _TASK_FILES
+
+    @property
+    def runs_on_demand(self) -> bool:
+        """Whether the agent runs the program, through its link."""
+        return self.attach_type == _ITER and not self.runs_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,11 @@ class Hook:
 
 
 _FENTRY, _FEXIT, _RAW_TP = bpf_syscall.ATTACH_FENTRY, bpf_syscall.ATTACH_FEXIT, bpf_syscall.ATTACH_RAW_TP
-_KPROBE, _EGRESS = bpf_syscall.ATTACH_PERF_EVENT, bpf_syscall.ATTACH_CGROUP_EGRESS
+_KPROBE, _EGRESS, _ITER = bpf_syscall.ATTACH_PERF_EVENT, bpf_syscall.ATTACH_CGROUP_EGRESS, bpf_syscall.ATTACH_ITER
+_SOCKET_STORAGE, _TASK_FILES = "bpf_sk_storage_map", "task_file"
+_TRIAL_STORAGE = bpf_syscall.MapInfo(
+    bpf_syscall.MAP_SK_STORAGE, 4, 8, 0, bpf_syscall.NO_PREALLOC | bpf_syscall.CLONE, "trial"
+)
 
 HOOKS_BY_STREAM = {
     "transmit": (
@@ -100,6 +114,17 @@ HOOKS_BY_STREAM = {
             ),
         ),
     ),
+    "flow": (
+        Hook(
+            "raw_tp",
+            (
+                Probe("raw_tp_flow_state", "inet_sock_set_state", _RAW_TP),
+                Probe("raw_tp_flow_retransmit", "tcp_retransmit_skb", _RAW_TP),
+                Probe("iter_flow_states", _SOCKET_STORAGE, _ITER),
+                Probe("iter_task_files", _TASK_FILES, _ITER),
+            ),
+        ),
+    ),
 }
 
 OWN_SOCKETS = Probe("raw_tp_inet_sock_set_state", "inet_sock_set_state", _RAW_TP)
@@ -123,6 +148,8 @@ def load(probe: Probe, instructions: bytes, btf: Btf) -> int:
         return bpf_syscall.load_program(probe.program, instructions, bpf_syscall.PROG_KPROBE)
     if probe.attach_type == _RAW_TP:
         target = btf.find(TYPEDEF, f"btf_trace_{probe.target}")
+    elif probe.attach_type == _ITER:
+        target = btf.find(FUNC, f"bpf_iter_{probe.target}")
     else:
         target = btf.find(FUNC, probe.target)
     if target is None:
@@ -132,8 +159,13 @@ def load(probe: Probe, instructions: bytes, btf: Btf) -> int:
     )
 
 
-def attach(probe: Probe, program: int, cgroup_root: Path | None) -> int:
-    """Attach a loaded program through a link and return the link's descriptor."""
+def attach(probe: Probe, program: int, cgroup_root: Path | None, flow_states: int) -> int:
+    """Attach a loaded program through a link and return the link's descriptor.
+
+    `flow_states` is the map of that name, over which an iterator runs.
+    """
+    if probe.attach_type == _ITER:
+        return bpf_syscall.attach_iterator(program, flow_states if probe.target == _SOCKET_STORAGE else None)
     if probe.attach_type == _KPROBE:
         return bpf_syscall.attach_kprobe(program, probe.target, on_return=probe.program.startswith("kretprobe_"))
     if probe.attach_type != _EGRESS:
@@ -155,7 +187,9 @@ def refusal(hook: Hook, btf: Btf, cgroup_root: Path | None) -> str | None:
         descriptors: list[int] = []
         try:
             descriptors.append(load(probe, instructions, btf))
-            descriptors.append(attach(probe, descriptors[0], cgroup_root))
+            if probe.attach_type == _ITER:
+                descriptors.append(bpf_syscall.create_map(_TRIAL_STORAGE))
+            descriptors.append(attach(probe, descriptors[0], cgroup_root, descriptors[-1]))
         except (OSError, LookupError, bpf_syscall.VerifierError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             return f"{probe.target}: {reason}"

@@ -31,6 +31,8 @@ from producer.kernel.program_cache import Compiled, ProgramCache
 MAPS = (
     "transmit_pipe",
     "retransmit_pipe",
+    "flow_pipe",
+    "flow_states",
     "counters",
     "own_sockets",
     "own_listeners",
@@ -119,16 +121,23 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
     if not channel.recv(PACKET_BYTES):  # closed by the agent; otherwise ATTACH
         return
     links: list[int] = []
+    iterators: list[int] = []
     for _, probe, program in loaded.programs:
         try:
-            links.append(hooks.attach(probe, program, root))
+            link = hooks.attach(probe, program, root, loaded.maps[MAPS.index("flow_states")])
+            if probe.runs_once:
+                bpf_syscall.run_iterator(link)
+                continue
         except (OSError, LookupError) as error:
             raise HookError(f"{probe.program} was loaded but cannot be attached: {error}") from error
-    _answer(channel, {}, "", links)
+        if probe.runs_on_demand:
+            iterators.append(len(links))
+        links.append(link)
+    _answer(channel, {"iterators": iterators}, "", links)
 
 
 class _Loaded:
-    """The loaded programs of both streams, with the best hooks whose programs load."""
+    """The loaded programs of the streams, with the best hooks whose programs load."""
 
     def __init__(self, request: Mapping[str, Any], btf: Btf, root: Path | None) -> None:
         self.chosen: dict[str, hooks.Hook] = {}
@@ -136,7 +145,9 @@ class _Loaded:
         self.log = ""
         self._ring_bytes: Mapping[str, int] = request["ring_bytes"]
         cache = ProgramCache(Path(request["cache"]) if request["cache"] else None)
-        allowed = {stream: list(request["hooks"]) for stream in hooks.HOOKS_BY_STREAM}
+        allowed = {stream: list(request["hooks"]) for stream in request["streams"]}
+        if "flow" in allowed:
+            allowed["flow"] = [hook.name for hook in hooks.HOOKS_BY_STREAM["flow"]]
         while True:
             self._choose(allowed, btf, root)
             try:
@@ -155,7 +166,7 @@ class _Loaded:
 
     def _choose(self, allowed: Mapping[str, list[str]], btf: Btf, root: Path | None) -> None:
         known = {(refusal.stream, refusal.hook) for refusal in self.refusals}
-        for stream in hooks.HOOKS_BY_STREAM:
+        for stream in allowed:
             transmit = self.chosen["transmit"].name if stream == "retransmit" else None
             hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmit)
             self.refusals += [refusal for refusal in refused if (stream, refusal.hook) not in known]
@@ -246,7 +257,7 @@ class _Unit:
                 os.close(saved)
         # bcc's maps only serve as a description: the real ones are created the same way with and without the cache.
         programs = {name: module.dump_func(name.encode()) for name in self._programs}
-        return Compiled.from_loaded(programs, [module[name].map_fd for name in MAPS])
+        return Compiled.from_loaded(programs, [bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS])
 
 
 def _compile_error(log: str) -> _LoggedError:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from producer.events import STREAMS, Stream
+from producer.events import FLOWS, STREAMS, Stream
 from producer.host import state_file
 from producer.kernel import bpf_syscall
 from producer.kernel.hooks import Refusal
@@ -52,6 +52,8 @@ class Manifest:
     old_ring_id: str | None
     """Of the newest old rings."""
     old_rings: Sequence[StoredRing]
+    iterators: Sequence[str] = ()
+    """Those of the links through which flows are read."""
 
     @property
     def objects(self) -> list[str]:
@@ -72,6 +74,7 @@ class Manifest:
             "rings": [_ring_json(ring) for ring in self.rings],
             "old_ring_id": self.old_ring_id,
             "old_rings": [_ring_json(ring) for ring in self.old_rings],
+            "iterators": list(self.iterators),
         }
 
     @classmethod
@@ -135,11 +138,15 @@ def _checked(manifest: Manifest) -> Manifest:
     ]
     if not all(isinstance(name, str) for name in names) or not isinstance(manifest.old_ring_id, str | None):
         raise ValueError("a name is not text")
-    streams = {stream.name for stream in STREAMS}
-    if manifest.hooks.keys() != streams or manifest.programs.keys() != streams or "own_sockets" not in manifest.maps:
-        raise ValueError("a stream or a map is missing")
-    if [ring.stream.name for ring in manifest.rings] != [stream.name for stream in STREAMS]:
+    streams = manifest.hooks.keys()
+    if not {stream.name for stream in STREAMS} <= streams or manifest.programs.keys() != streams:
+        raise ValueError("a stream is missing")
+    if "own_sockets" not in manifest.maps:
+        raise ValueError("a map is missing")
+    if {ring.stream.name for ring in manifest.rings} != streams or len(manifest.rings) != len(streams):
         raise ValueError("a ring is missing")
+    if not {*manifest.iterators} <= {*manifest.links}:
+        raise ValueError("an iterator is missing among the links")
     if not {ring.name for ring in manifest.rings} <= {*manifest.maps.values()}:
         raise ValueError("a ring is missing among the maps")
     return manifest
@@ -151,7 +158,7 @@ def _ring_json(ring: StoredRing) -> dict[str, Any]:
 
 
 def _ring(ring: Mapping[str, Any]) -> StoredRing:
-    stream = {stream.name: stream for stream in STREAMS}[ring["stream"]]
+    stream = {stream.name: stream for stream in (*STREAMS, FLOWS)}[ring["stream"]]
     dtype = np.lib.format.descr_to_dtype(_descr(ring["layout"]))
     if dtype.hasobject or dtype.itemsize % 8 or not 0 < dtype.itemsize <= _MOST_RECORD_BYTES:
         raise ValueError(f"invalid record layout: {dtype}")

@@ -20,6 +20,8 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "tcp_request_sock": ("snt_isn", "rcv_nxt"),
     "sk_buff": ("cb",),
     "tcp_skb_cb": ("seq", "end_seq", "tcp_gso_segs", "tcp_flags"),
+    "socket": ("sk",),
+    "task_struct": ("tgid", "comm", "group_leader"),
 }
 # If the kernel lacks one of these members, the fields that depend on it are null.
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
@@ -34,6 +36,8 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "sk_uid.val as sk_uid",
         "__sk_common.skc_node.pprev as skc_node_pprev",
         "sk_cgrp_data.cgroup as sk_cgroup",  # Linux 5.15
+        "sk_err",
+        "sk_pacing_rate",
     ),
     "tcp_sock": (
         "inet_conn.icsk_ca_state",
@@ -54,7 +58,28 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "mss_cache",
         "tcp_tx_delay",
         "fastopen_rsk",
+        "segs_out",
+        "data_segs_out",
+        "segs_in",
+        "data_segs_in",
+        "bytes_sent",
+        "bytes_retrans",
+        "bytes_acked",
+        "bytes_received",
+        "delivered",
+        "delivered_ce",
+        "dsack_dups",
+        "reord_seen",
+        "rcv_ooopack",
+        "chrono_type",
+        "chrono_start",
+        "chrono_stat",
+        "rate_delivered",
+        "rate_interval_us",
+        "rtt_min",
+        "inet_conn.icsk_ca_ops",
     ),
+    "tcp_congestion_ops": ("name",),
     "request_sock": ("num_retrans",),
     "tcp_request_sock": ("snt_synack",),
     # x86-64 and arm64; kprobes only.
@@ -72,6 +97,7 @@ _HOOKS = (
     "RETRANSMIT_KPROBE",
     "RETRANSMIT_CGROUP_SKB",
     "RETRANSMIT_RAW_TP",
+    "FLOW_RAW_TP",
 )
 
 
@@ -89,7 +115,7 @@ def macros(btf: Btf, hooks: Mapping[str, str], hz: int) -> list[str]:
     tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
     numbers = {
         **{name: int(name in chosen) for name in _HOOKS},
-        # Both streams are in one compilation: pointers have BTF types unless one stream uses kprobes.
+        # All streams are in one compilation: pointers have BTF types unless one stream uses kprobes.
         "PROBE_READ": int("kprobe" in hooks.values()),
         # The first parameter of a tracepoint's typedef is the data pointer.
         "RETRANSMIT_TRACEPOINT_HAS_ERR": int(tracepoint is not None and btf.params(tracepoint) > 3),

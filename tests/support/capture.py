@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from producer.demo.lab import Host
-from producer.events import HOOKS, STREAMS, Rows, Stream
+from producer.events import FLOWS, HOOKS, STREAMS, Rows, Stream
 from producer.kernel.capture import Capture, CaptureSettings
 from tests.support.rebpf import COMPILED
 
@@ -46,14 +46,15 @@ class Recording:
 
     def __init__(self, settings: CaptureSettings) -> None:
         self.kernel = Capture(settings)
+        self._streams = settings.streams
         self._all: dict[str, Rows] = {}
 
     def __enter__(self) -> "Recording":
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.kernel)
             self.kernel.load()
-            self._rings = {stream.name: stack.enter_context(self.kernel.ring(stream)) for stream in STREAMS}
-            self._all = {stream.name: np.empty(0, stream.dtype) for stream in STREAMS}
+            self._rings = {stream.name: stack.enter_context(self.kernel.ring(stream)) for stream in self._streams}
+            self._all = {stream.name: np.empty(0, stream.dtype) for stream in self._streams}
             self.kernel.attach()
             self._stack = stack.pop_all()
         return self
@@ -72,7 +73,7 @@ class Recording:
     def of_port(self, stream: Stream, port: int) -> Rows:
         """Return the rows that have `port` on either side."""
         rows = self.all(stream)
-        flow = rows["s"]["flow"]
+        flow = rows["flow"] if stream == FLOWS else rows["s"]["flow"]
         chosen: Rows = rows[(flow["sport"] == port) | (flow["dport"] == port)]
         return chosen
 

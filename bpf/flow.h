@@ -1,0 +1,388 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The third stream: a record for each connection when it closes, and one at each run of the iterator.
+ *
+ * The kernel's counters of a socket need no program for each segment. Only what it does not store is kept with the socket:
+ * who opened it, when, and its retransmissions by cause.
+ */
+#ifndef REBPF_FLOW_H
+#define REBPF_FLOW_H
+
+struct flow_state {
+	u64 start_ns; /* 0: unknown, older than the programs */
+	u64 established_ns;
+	u32 pid; /* 0: unknown */
+	u32 role;
+	u32 retrans[8]; /* segments, by cause */
+	u8 comm[16];
+};
+
+/* As BPF_SK_STORAGE, but an accepted socket begins with a copy of the listener's value. */
+#define BPF_CLONED_SK_STORAGE(_name, _leaf_type)                                     \
+	struct _name##_table_t {                                                     \
+		int key;                                                             \
+		_leaf_type leaf;                                                     \
+		void *(*sk_storage_get)(void *, void *, int);                        \
+		int (*sk_storage_delete)(void *);                                    \
+		u32 flags;                                                           \
+	};                                                                           \
+	__attribute__((section("maps/sk_storage"))) struct _name##_table_t _name = { \
+		.flags = BPF_F_NO_PREALLOC | BPF_F_CLONE,                            \
+	};                                                                           \
+	BPF_ANNOTATE_KV_PAIR(_name, int, _leaf_type)
+
+/* The programs insert, when a socket connects, listens or first retransmits; a program deletes, when it closes. */
+BPF_CLONED_SK_STORAGE(flow_states, struct flow_state);
+
+/* All of the counters or none. */
+#define HAS_COUNTERS                                                                                                 \
+	(HAS_tcp_sock_segs_out && HAS_tcp_sock_data_segs_out && HAS_tcp_sock_segs_in && HAS_tcp_sock_data_segs_in && \
+	 HAS_tcp_sock_bytes_sent && HAS_tcp_sock_bytes_retrans && HAS_tcp_sock_bytes_acked &&                        \
+	 HAS_tcp_sock_bytes_received && HAS_tcp_sock_total_retrans && HAS_tcp_sock_delivered &&                      \
+	 HAS_tcp_sock_delivered_ce && HAS_tcp_sock_dsack_dups && HAS_tcp_sock_reord_seen &&                          \
+	 HAS_tcp_sock_rcv_ooopack && HAS_tcp_sock_chrono_stat && HAS_tcp_sock_chrono_start &&                        \
+	 HAS_tcp_sock_chrono_type)
+
+/* The process of a task, not the thread. */
+static __always_inline void note_process(struct flow_state *state, const struct task_struct *task)
+{
+	const struct task_struct *leader = PROBE(task, group_leader);
+
+	state->pid = PROBE(task, tgid);
+	bpf_probe_read_kernel(state->comm, sizeof(state->comm), &leader->comm);
+}
+
+static __always_inline void forget_retransmissions(struct flow_state *state)
+{
+	__builtin_memset(state->retrans, 0, sizeof(state->retrans));
+}
+
+/* connect() and listen() run in the process that calls them. */
+static __always_inline void begin_flow(struct tcp_sock *tp, u32 role)
+{
+	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!state)
+		return;
+	state->start_ns = bpf_ktime_get_ns();
+	state->established_ns = 0;
+	state->role = role;
+	forget_retransmissions(state);
+	note_process(state, (const void *)bpf_get_current_task());
+}
+
+/* A new socket for an acknowledged SYN-ACK, or for a SYN with TCP Fast Open, begins with its listener's process. */
+static __always_inline void accept_flow(struct tcp_sock *tp)
+{
+	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!state)
+		return;
+	state->start_ns = bpf_ktime_get_ns();
+	state->role = ROLE_SERVER;
+	forget_retransmissions(state);
+}
+
+/* Until an accepted socket is established, only SYN-ACKs are retransmitted, which the kernel counts for its request. */
+static __always_inline void count_synacks(struct tcp_sock *tp)
+{
+	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, 0);
+
+	if (state && state->role == ROLE_SERVER)
+		state->retrans[CAUSE_SYN_ACK] = READ_IF(tcp_sock, tp, total_retrans);
+}
+
+static __always_inline void establish_flow(struct tcp_sock *tp)
+{
+	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, 0);
+
+	if (state)
+		state->established_ns = bpf_ktime_get_ns();
+}
+
+static __always_inline int count_retransmission(struct tcp_sock *tp, const struct sk_buff *skb)
+{
+	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	const struct tcp_skb_cb *cb = (const void *)skb->cb;
+	u32 segs = READ(cb, tcp_gso_segs);
+
+	if (state)
+		state->retrans[cause_of(READ(cb, tcp_flags), ca_state_of(tp), tp) & 7] += segs ? segs : 1;
+	return 0;
+}
+
+/* The agent's own connections have no records. `rules` are the active ones. */
+static __always_inline bool choose_flow(struct flow *flow, struct tcp_sock *tp, u64 rules, u32 tcp_state)
+{
+	struct sock *sk = (struct sock *)tp;
+	u64 cookie = bpf_get_socket_cookie(sk);
+
+	if (whose(cookie))
+		return false;
+	flow->hook = HOOK_RAW_TP;
+	fill_endpoints(flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
+	fill_owner(flow, sk, cookie);
+	return keeps_flow(rules, flow, sk, tcp_state);
+}
+
+static __always_inline void fill_process(struct flow_event *e, const struct flow_state *state)
+{
+	if (state->pid) {
+		e->pid = state->pid;
+		__builtin_memcpy(e->comm, state->comm, sizeof(e->comm));
+		e->known |= KNOWN_PROCESS;
+	}
+	e->role = state->role;
+	if (state->role)
+		e->known |= KNOWN_ROLE;
+	e->start_ns = state->start_ns;
+	if (state->start_ns)
+		e->known |= KNOWN_START_NS;
+	if (state->role == ROLE_CLIENT && state->established_ns) {
+		e->connect_us = (state->established_ns - state->start_ns) / 1000;
+		e->known |= KNOWN_CONNECT_US;
+	}
+	e->retrans_rto = state->retrans[CAUSE_RTO];
+	e->retrans_fast = state->retrans[CAUSE_FAST];
+	e->retrans_slow_start = state->retrans[CAUSE_SLOW_START];
+	e->retrans_tlp = state->retrans[CAUSE_TLP];
+	e->retrans_syn = state->retrans[CAUSE_SYN];
+	e->retrans_syn_ack = state->retrans[CAUSE_SYN_ACK];
+}
+
+#if HAS_COUNTERS
+static __always_inline u64 jiffies_to_us(u32 jiffies)
+{
+	return (u64)jiffies * 1000000 / HZ;
+}
+
+#ifdef chrono_type_bits /* a bit field on some kernels */
+#define CHRONO_TYPE(tp) chrono_type_bits(READ(tp, chrono_type_byte))
+#else
+#define CHRONO_TYPE(tp) READ(tp, chrono_type)
+#endif
+
+/* The times that limited the sender, as tcp_get_info_chrono_stats; the current one is still running. */
+static __always_inline void fill_chrono(struct flow_event *e, const struct tcp_sock *tp)
+{
+	u32 type = CHRONO_TYPE(tp);
+	u32 running = type ? (u32)bpf_jiffies64() - READ(tp, chrono_start) : 0;
+	u32 busy = READ(tp, chrono_stat[0]), rwnd = READ(tp, chrono_stat[1]), sndbuf = READ(tp, chrono_stat[2]);
+
+	rwnd += type == 2 ? running : 0;
+	sndbuf += type == 3 ? running : 0;
+	busy += type == 1 ? running : 0;
+	e->busy_time_us = jiffies_to_us(busy) + jiffies_to_us(rwnd) + jiffies_to_us(sndbuf);
+	e->rwnd_limited_us = jiffies_to_us(rwnd);
+	e->sndbuf_limited_us = jiffies_to_us(sndbuf);
+}
+
+static __always_inline void fill_counters(struct flow_event *e, const struct tcp_sock *tp)
+{
+	e->segs_out = READ(tp, segs_out);
+	e->data_segs_out = READ(tp, data_segs_out);
+	e->segs_in = READ(tp, segs_in);
+	e->data_segs_in = READ(tp, data_segs_in);
+	e->bytes_sent = READ(tp, bytes_sent);
+	e->bytes_retrans = READ(tp, bytes_retrans);
+	e->bytes_acked = READ(tp, bytes_acked);
+	e->bytes_received = READ(tp, bytes_received);
+	e->total_retrans = READ(tp, total_retrans);
+	e->delivered = READ(tp, delivered);
+	e->delivered_ce = READ(tp, delivered_ce);
+	e->dsack_dups = READ(tp, dsack_dups);
+	e->reord_seen = READ(tp, reord_seen);
+	e->rcv_ooopack = READ(tp, rcv_ooopack);
+	/* Those that no program has seen: before the programs were attached, or failed in the host before Linux 6.17. */
+	e->retrans_other = e->total_retrans - e->retrans_rto - e->retrans_fast - e->retrans_slow_start -
+			   e->retrans_tlp - e->retrans_syn - e->retrans_syn_ack;
+	fill_chrono(e, tp);
+	e->known |= KNOWN_COUNTERS;
+}
+#endif
+
+static __always_inline void fill_rates(struct flow_event *e, const struct tcp_sock *tp)
+{
+#if HAS_tcp_sock_rtt_min
+	/* The first of the minima: a time stamp, then the value; all ones before the first measurement. */
+	bpf_probe_read_kernel(&e->min_rtt_us, sizeof(e->min_rtt_us), (const u8 *)&tp->rtt_min + 4);
+	if (e->min_rtt_us != ~0u)
+		e->known |= KNOWN_MIN_RTT_US;
+	else
+		e->min_rtt_us = 0;
+#endif
+#if HAS_tcp_sock_rate_delivered && HAS_tcp_sock_rate_interval_us
+	u32 interval = READ(tp, rate_interval_us);
+
+	if (interval && HAS_TCP) {
+		e->delivery_rate = (u64)READ(tp, rate_delivered) * e->mss * 1000000 / interval;
+		e->known |= KNOWN_DELIVERY_RATE;
+	}
+#endif
+#if HAS_sock_sk_pacing_rate
+	e->pacing_rate = READ((const struct sock *)tp, sk_pacing_rate);
+	if (e->pacing_rate != ~0ULL) /* not limited */
+		e->known |= KNOWN_PACING_RATE;
+	else
+		e->pacing_rate = 0;
+#endif
+#if HAS_tcp_sock_icsk_ca_ops && HAS_tcp_congestion_ops_name
+	const struct tcp_congestion_ops *ops = READ(tp, icsk_ca_ops);
+
+	if (ops) {
+		bpf_probe_read_kernel(e->cc, sizeof(e->cc), &ops->name);
+		e->known |= KNOWN_CC;
+	}
+#endif
+}
+
+static __always_inline void fill_gauges(struct flow_event *e, const struct tcp_sock *tp)
+{
+	e->ca_state = ca_state_of(tp);
+	if (HAS_tcp_sock_icsk_ca_state)
+		e->known |= KNOWN_CA_STATE;
+	if (HAS_TCP) {
+		e->srtt_us = READ_IF(tcp_sock, tp, srtt_us) >> 3;
+		e->mdev_us = READ_IF(tcp_sock, tp, mdev_us) >> 2;
+		e->rto_us = (u64)READ_IF(tcp_sock, tp, icsk_rto) * 1000000 / HZ;
+		e->snd_cwnd = READ_IF(tcp_sock, tp, snd_cwnd);
+		e->snd_ssthresh = READ_IF(tcp_sock, tp, snd_ssthresh);
+		e->snd_wnd = READ_IF(tcp_sock, tp, snd_wnd);
+		e->rcv_wnd = READ_IF(tcp_sock, tp, rcv_wnd);
+		e->mss = READ_IF(tcp_sock, tp, mss_cache);
+		e->known |= KNOWN_TCP;
+	}
+	fill_rates(e, tp);
+}
+
+/* Only at a close: a live connection's is a report that the process has not read yet. */
+static __always_inline void fill_error(struct flow_event *e, const struct tcp_sock *tp)
+{
+	e->error = READ_IF(sock, (const struct sock *)tp, sk_err);
+	if (e->error)
+		e->known |= KNOWN_ERROR;
+}
+
+/* NULL: no record, because the ring is full, which is counted. */
+static __always_inline struct flow_event *reserve_flow(const struct flow *flow, u64 rules)
+{
+	int stream = STREAM_FLOW;
+	struct counters *counter = counters.lookup(&stream);
+	struct flow_event *e;
+	u64 seq;
+
+	if (!counter)
+		return NULL;
+	seq = next_seq(counter);
+	e = flow_pipe.ringbuf_reserve(sizeof(*e));
+	if (!e) {
+		count_ring_full(counter);
+		return NULL;
+	}
+	__builtin_memset(e, 0, sizeof(*e));
+	e->flow = *flow;
+	e->ts = bpf_ktime_get_ns();
+	e->cpu_seq = seq;
+	e->cpu = bpf_get_smp_processor_id();
+	e->sample_rate = 1;
+	e->rules_version = rules >> 1;
+	return e;
+}
+
+/* `tcp_state` is the one before a close. `state` may be NULL: nothing is known about the beginning. */
+static __always_inline int take_flow(struct tcp_sock *tp, const struct flow_state *state, u32 tcp_state, u8 reason)
+{
+	struct flow flow = {};
+	u64 rules = active_rules();
+	struct flow_event *e;
+
+	if (!choose_flow(&flow, tp, rules, tcp_state))
+		return 0;
+	e = reserve_flow(&flow, rules);
+	if (!e)
+		return 0;
+	e->reason = reason;
+	e->state = tcp_state;
+	if (state)
+		fill_process(e, state);
+#if HAS_COUNTERS
+	fill_counters(e, tp);
+#endif
+	fill_gauges(e, tp);
+	if (reason == REASON_CLOSE)
+		fill_error(e, tp);
+	flow_pipe.ringbuf_submit(e, e->cpu_seq % 256 ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);
+	return 0;
+}
+
+/*
+ * Whether a socket in this state is a connection. A socket that was created for an acknowledgement and given up before it
+ * was established is none, except with TCP Fast Open, where it may have carried data.
+ */
+static __always_inline bool is_connection(const struct tcp_sock *tp, const struct flow_state *state, u32 tcp_state)
+{
+	if (tcp_state == TCP_CLOSE || tcp_state == TCP_LISTEN)
+		return false;
+	if (tcp_state != TCP_SYN_RECV || (state && state->role == ROLE_CLIENT))
+		return true;
+	return fast_open_request(tp) != NULL;
+}
+
+static __always_inline int follow_flow(struct tcp_sock *tp, u32 old_state, u32 new_state)
+{
+	const struct flow_state *state;
+
+	if (new_state == TCP_SYN_SENT)
+		begin_flow(tp, ROLE_CLIENT);
+	else if (new_state == TCP_LISTEN)
+		begin_flow(tp, ROLE_SERVER);
+	else if (new_state == TCP_SYN_RECV && old_state == TCP_LISTEN)
+		accept_flow(tp);
+	else if (old_state == TCP_SYN_RECV)
+		count_synacks(tp);
+	if (new_state == TCP_ESTABLISHED)
+		establish_flow(tp);
+	if (new_state != TCP_CLOSE)
+		return 0;
+	state = flow_states.sk_storage_get(tp, NULL, 0);
+	if (is_connection(tp, state, old_state))
+		take_flow(tp, state, old_state, REASON_CLOSE);
+	flow_states.sk_storage_delete(tp);
+	return 0;
+}
+
+/* One of the sockets with a state: an interval record, if it is a connection. */
+static __always_inline int visit_flow(struct sock *sk, const struct flow_state *state)
+{
+	struct tcp_sock *tp = sk && state ? bpf_skc_to_tcp_sock(sk) : NULL;
+	u32 tcp_state;
+
+	if (!tp)
+		return 0;
+	tcp_state = READ((const struct sock *)tp, skc_state);
+	return is_connection(tp, state, tcp_state) ? take_flow(tp, state, tcp_state, REASON_INTERVAL) : 0;
+}
+
+/*
+ * A socket that an open file of a task belongs to: its process, if nothing is known about it. Run once, for sockets that
+ * are older than the programs. A listener's role passes to the sockets that it accepts from now on.
+ */
+static __always_inline int adopt_socket(const struct task_struct *task, struct file *file)
+{
+	struct socket *socket = task && file ? bpf_sock_from_file(file) : NULL;
+	struct sock *sk = socket ? socket->sk : NULL;
+	struct tcp_sock *tp = sk ? bpf_skc_to_tcp_sock(sk) : NULL;
+	struct flow_state *state;
+
+	if (!tp || READ((const struct sock *)tp, skc_state) == TCP_CLOSE)
+		return 0;
+	state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!state || state->pid)
+		return 0;
+	note_process(state, task);
+	if (READ((const struct sock *)tp, skc_state) == TCP_LISTEN)
+		state->role = ROLE_SERVER;
+	return 0;
+}
+
+#endif
