@@ -7,7 +7,7 @@ import logging
 import mmap
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class Manifest:
     old_ring_id: str | None
     """Of the newest old rings."""
     old_rings: Sequence[StoredRing]
-    iterators: Sequence[str] = ()
+    iterators: Sequence[str] = field(default_factory=list)
     """Those of the links through which flows are read."""
 
     @property

@@ -307,11 +307,18 @@ MANIFEST = Manifest(
     rings=[StoredRing(stream, f"{stream.ring}_r", 1 << 20) for stream in STREAMS],
     old_ring_id=None,
     old_rings=[],
+    iterators=["link_0_r"],
 )
 
 
 def test_a_manifest_is_read_as_written() -> None:
     assert Manifest.from_json(json.loads(json.dumps(MANIFEST.to_json()))) == MANIFEST
+
+
+def test_a_manifest_of_a_version_without_iterators_has_none() -> None:
+    manifest = MANIFEST.to_json()
+    del manifest["iterators"]
+    assert Manifest.from_json(manifest).iterators == []
 
 
 @pytest.mark.parametrize(
@@ -328,6 +335,8 @@ def test_a_manifest_is_read_as_written() -> None:
         {"programs": None},
         {"programs": {"transmit": [], "retransmit": None}},
         {"links": None},
+        {"iterators": None},
+        {"iterators": ["link_1_r"]},
         {"links": [None]},
         {"rings": []},
         {"old_ring_id": 7},
