@@ -8,6 +8,7 @@
 
 #define MAX_VARINT 10
 #define MAX_DECIMAL 20
+#define MAX_TEXT 16 /* so that the length of its encoding takes one byte */
 #define NULL_BRANCH 0
 #define VALUE_BRANCH 2 /* zig-zag 1 */
 
@@ -142,6 +143,22 @@ static uint8_t *put_decimal(uint8_t *out, uint64_t number)
 	return put_bytes(out, (struct bytes){ first, (size_t)(digits + sizeof(digits) - first) });
 }
 
+static uint8_t *put_text(uint8_t *out, const uint8_t *text, size_t width)
+{
+	static const char digits[] = "0123456789ABCDEF";
+
+	for (size_t i = 0; i < width && text[i]; i++) {
+		if (text[i] >= ' ' && text[i] <= '~' && text[i] != '%') {
+			*out++ = text[i];
+			continue;
+		}
+		*out++ = '%';
+		*out++ = (uint8_t)digits[text[i] >> 4];
+		*out++ = (uint8_t)digits[text[i] & 15];
+	}
+	return out;
+}
+
 static inline struct bytes remembered(const struct encoder *encoder, const struct step *step, const uint8_t *row)
 {
 	const struct cache_entry *entry = NULL;
@@ -189,6 +206,12 @@ static inline uint8_t *run(const struct encoder *encoder, const struct program *
 		case STEP_ADDRESS: {
 			uint8_t *end = put_address(out + 1, row + step->offset);
 			*out = (uint8_t)((end - out - 1) << 1); /* its length in one byte, since it is below 64 */
+			out = end;
+			break;
+		}
+		case STEP_TEXT: {
+			uint8_t *end = put_text(out + 1, row + step->offset, step->width);
+			*out = (uint8_t)((end - out - 1) << 1);
 			out = end;
 			break;
 		}
@@ -299,6 +322,8 @@ static size_t most_bytes(const struct step *step, const struct bytes *strings)
 		return 1;
 	case STEP_ADDRESS:
 		return 1 + MAX_ADDRESS;
+	case STEP_TEXT:
+		return 1 + 3 * (size_t)step->width;
 	case STEP_KEY_ADDRESS:
 		return MAX_ADDRESS + 2;
 	case STEP_KEY_NUMBER:
@@ -315,18 +340,21 @@ static size_t most_bytes(const struct step *step, const struct bytes *strings)
 
 static bool reads_number(const struct step *step)
 {
-	return step->kind != STEP_CONSTANT && step->kind != STEP_ADDRESS && step->kind != STEP_KEY_ADDRESS;
+	return step->kind != STEP_CONSTANT && step->kind != STEP_ADDRESS && step->kind != STEP_KEY_ADDRESS &&
+	       step->kind != STEP_TEXT;
 }
 
 static const char *check_step(const struct step *step, const struct step *id, size_t string_count, size_t row_size)
 {
 	bool is_address = step->kind == STEP_ADDRESS || step->kind == STEP_KEY_ADDRESS;
-	uint64_t width = is_address ? 16 : reads_number(step) ? step->width : 0;
+	uint64_t width = is_address ? 16 : step->kind == STEP_CONSTANT ? 0 : step->width;
 
 	if (step->kind >= STEP_KINDS)
 		return "a step of an unknown kind";
 	if (reads_number(step) && width != 1 && width != 2 && width != 4 && width != 8)
 		return "a number whose width is not 1, 2, 4 or 8 bytes";
+	if (step->kind == STEP_TEXT && (!width || width > MAX_TEXT))
+		return "a text that is empty or longer than 16 bytes";
 	if (width && step->offset + width > row_size)
 		return "a step that reads outside the row";
 	if (step->known_mask && step->known_offset >= row_size)

@@ -23,13 +23,14 @@ enum step_kind {
 	STEP_CACHED, /* part `first` of what is remembered of the id at `offset`; the string `count` if nothing is */
 	STEP_KEY_ADDRESS, /* the address without a length, IPv6 in brackets */
 	STEP_KEY_NUMBER, /* an unsigned integer in decimal */
+	STEP_TEXT, /* string: `width` bytes up to a zero; % and all but printable ASCII percent-encoded (RFC 3986) */
 	STEP_KINDS,
 };
 
 /* Packed by Python: little-endian, without holes. */
 struct step {
 	uint8_t kind;
-	uint8_t width; /* bytes of the number: 1, 2, 4 or 8 */
+	uint8_t width; /* bytes of the number: 1, 2, 4 or 8; or of the text */
 	uint8_t is_signed;
 	uint8_t nullable; /* a union [null, T]: its branch precedes the value */
 	uint8_t known_mask; /* null unless one of these bits of row[known_offset] is set; 0: never null */

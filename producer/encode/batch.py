@@ -1,5 +1,6 @@
 """Encodes rows of a ring as Kafka messages: says where each field of the schema comes from."""
 
+import errno
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -15,10 +16,12 @@ from producer.errors import SchemaError
 from producer.events import (
     CA_STATES,
     CAUSES,
+    COUNTER_FIELDS,
     FLOW,
     HOOKS,
     KNOWN,
-    SEGMENT,
+    REASONS,
+    ROLES,
     STATES,
     TCP_FIELDS,
     UNKNOWN,
@@ -34,8 +37,24 @@ from producer.schemas import frame
 Key = Literal["flow", "host"]
 """`flow`: `saddr:sport>daddr:dport`, with IPv6 in brackets. `host`: the host's name. The same in all topics."""
 
-_NAMES = {"hook": HOOKS, "state": STATES, "ca_state": CA_STATES, "cause": CAUSES}
-_BIT = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"])}
+_ERRORS = tuple(errno.errorcode.get(number, UNKNOWN) for number in range(max(errno.errorcode) + 1))
+_NAMES = {
+    "hook": HOOKS,
+    "state": STATES,
+    "ca_state": CA_STATES,
+    "cause": CAUSES,
+    "role": ROLES,
+    "reason": REASONS,
+    "error": _ERRORS,
+}
+_TEXTS = {"comm", "cc"}
+_TIMES = {"ts", "start_ns"}
+_SEGMENT_BITS = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"])}
+_FLOW_BITS = {
+    **_SEGMENT_BITS,
+    **dict.fromkeys(COUNTER_FIELDS, KNOWN["counters"]),
+    **dict.fromkeys(("pid", "comm"), KNOWN["process"]),
+}
 _OWNER = ("cgroup", "unit", "container")
 _MILLISECOND_NS = 1_000_000
 _MAX_TIME_NS = 1 << 62
@@ -170,31 +189,27 @@ def programs(
 
 def _columns(stream: Stream) -> Iterator[tuple[str, Column]]:
     """Yield the fields that rows carry. Padding and nested records are none."""
-    segment = _offset(stream.dtype, "s")
-    flow = segment + _offset(SEGMENT, "flow")
-    places = (
-        (FLOW, flow, flow + _offset(FLOW, "flow_known")),
-        (SEGMENT, segment, segment + _offset(SEGMENT, "known")),
-        (stream.dtype, 0, segment + _offset(SEGMENT, "known")),
-    )
-    members = chain.from_iterable(_members(*place) for place in places)
-    for name, column in members:
+    is_segment = "s" in (stream.dtype.names or ())
+    bits = _SEGMENT_BITS if is_segment else _FLOW_BITS
+    base, record = (_offset(stream.dtype, "s"), stream.dtype["s"]) if is_segment else (0, stream.dtype)
+    flow, known = base + _offset(record, "flow"), base + _offset(record, "known")
+    places = [(FLOW, flow, flow + _offset(FLOW, "flow_known")), (record, base, known), (stream.dtype, 0, known)]
+    for name, column in chain.from_iterable(_members(*place, bits) for place in places):
+        yield name, column
         if name == "ts":
-            time = replace(column, utc=True, most=_MAX_TIME_NS)
-            yield "ts_ns", time
-            yield "ts", replace(time, divisor=_MILLISECOND_NS)
-        else:
-            yield name, column
+            yield "ts_ns", column
+            yield "ts", replace(column, divisor=_MILLISECOND_NS)
 
 
-def _members(dtype: "np.dtype[Any]", base: int, known: int) -> Iterator[tuple[str, Column]]:
+def _members(dtype: "np.dtype[Any]", base: int, known: int, bits: Mapping[str, int]) -> Iterator[tuple[str, Column]]:
     for name in dtype.names or ():
         member = dtype[name]
         if member.names is None and not name.startswith("_pad"):
-            bit = _BIT.get(name, 0).bit_length()
+            bit = bits.get(name, 0).bit_length()
             place = (known + (bit - 1) // 8, 1 << (bit - 1) % 8) if bit else (0, 0)
             names = (*_NAMES[name], UNKNOWN) if name in _NAMES else ()
-            yield name, Column(base + _offset(dtype, name), member, place, names)
+            column = Column(base + _offset(dtype, name), member, place, names, is_text=name in _TEXTS)
+            yield name, replace(column, utc=True, most=_MAX_TIME_NS) if name in _TIMES else column
 
 
 def _offset(dtype: "np.dtype[Any]", name: str) -> int:

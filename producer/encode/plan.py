@@ -35,11 +35,12 @@ class Kind(IntEnum):
     CACHED = 5
     KEY_ADDRESS = 6
     KEY_NUMBER = 7
+    TEXT = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A member of the rows: an integer, or an address of 16 bytes, at `offset`.
+    """A member of the rows: an integer, an address of 16 bytes, or a text padded with zeros, at `offset`.
 
     `known` is a byte's offset and a mask: the field is null, if it can be, unless a bit of the mask is set there.
     A number with `names` becomes the name with this index; the last one stands for all higher numbers. Other numbers
@@ -53,6 +54,7 @@ class Column:
     utc: bool = False
     divisor: int = 1
     most: int = (1 << 64) - 1
+    is_text: bool = False
 
 
 @dataclass(slots=True)
@@ -92,7 +94,8 @@ class Program:
     ) -> None:
         """Add a step."""
         column = column or Column(0, np.dtype("u1"))
-        width = 1 if column.dtype.kind == "V" else column.dtype.itemsize
+        is_number = column.dtype.kind != "V"
+        width = column.dtype.itemsize if is_number or kind == Kind.TEXT else 1
         known_offset, mask = column.known if nullable or kind == Kind.CACHED else (0, 0)
         least, most = limits[0], min(limits[1], column.most)
         head = (kind, width, column.dtype.kind == "i", nullable, mask, column.utc)
@@ -171,16 +174,16 @@ def _runs(fields: Iterable[Schema], cached: Mapping[str, Column]) -> list[list[S
 
 def _add_column(program: Program, each: Schema, column: Column, kind: str, *, nullable: bool) -> None:
     name = each["name"]
-    is_address = column.dtype.subdtype is not None
-    if kind == "string" and is_address:
-        program.add(Kind.ADDRESS, name, column, nullable=nullable)
+    is_bytes = column.dtype.subdtype is not None
+    if kind == "string" and is_bytes:
+        program.add(Kind.TEXT if column.is_text else Kind.ADDRESS, name, column, nullable=nullable)
     elif kind == "string" and column.names:
         plain = {"name": name, "type": "string"}
         names = [encoded([plain], {name: each}) for each in column.names]
         program.name(column, names, name, nullable=nullable)
-    elif kind == "boolean" and not is_address:
+    elif kind == "boolean" and not is_bytes:
         program.add(Kind.BOOLEAN, name, column, nullable=nullable)
-    elif kind in _LIMITS and not is_address:
+    elif kind in _LIMITS and not is_bytes:
         program.add(Kind.INTEGER, name, column, nullable=nullable, limits=_LIMITS[kind])
     else:
         raise SchemaError(f"field {name}: type {kind} does not fit a column of {column.dtype}")

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from producer import paths
-from producer.events import RETRANSMIT, STREAMS, TRANSMIT, TRANSMITS, Rows
+from producer.demo.lab import Lab
+from producer.events import FLOWS, REASONS, RETRANSMIT, STREAMS, TRANSMIT, TRANSMITS, Rows
 from producer.kernel.bpf_syscall import possible_cpus, program_ids
 from producer.kernel.capture import Capture
 from producer.kernel.pinned import PinFolder
 from producer.kernel.sequence import EventNumbers
 from producer.rules.tables import filtered
-from tests.support.capture import ALLOWED, hook_settings, wait_for
+from tests.support.capture import ALLOWED, Pair, hook_settings, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -393,3 +394,22 @@ def test_a_ring_of_garbage_is_taken_over_and_goes_on(pins: Path) -> None:
                 capture.detach()
                 rows = ring.read(1 << 20)
                 assert len(rows) == ring.records_before > passed
+
+
+def test_open_connections_are_reported_by_the_iterator_that_was_taken_over(pins: Path, lab: Lab, port: int) -> None:
+    settings = hook_settings(streams=(*STREAMS, FLOWS), rules=filtered(ports=[port]))
+    with PinFolder(pins) as folder, Capture(settings, folder) as first:
+        first.load()
+        first.attach()
+    with (
+        Pair(lab.client, lab.server, lab.server.ipv4, port),
+        PinFolder(pins) as folder,
+        Capture(settings, folder) as second,
+    ):
+        second.load()
+        assert second.taken_over
+        second.attach()
+        second.report_flows()
+        with second.ring(FLOWS) as ring:
+            assert [REASONS[row["reason"]] for row in ring.read(1 << 10)] == ["interval", "interval"]
+        second.detach()

@@ -36,7 +36,7 @@ def seed(stream: Stream, key: Key, rows: Rows) -> bytes:
 def longest(kind: Kind) -> bytes:
     """Return an input in which one step writes as much as it ever does, in each of some rows."""
     program = Program([b"name", b"n"])
-    dtype = np.dtype(("u1", 16)) if kind in (Kind.ADDRESS, Kind.KEY_ADDRESS) else np.dtype("<u8")
+    dtype = np.dtype(("u1", 16)) if kind in (Kind.ADDRESS, Kind.KEY_ADDRESS, Kind.TEXT) else np.dtype("<u8")
     program.add(kind, "", Column(0, dtype), count=1)
     strings = b"".join(_u16(len(each)) + each for each in program.strings)
     body = _u16(_ROWS, 0) + b"\xff" * 16 * _ROWS + bytes(8)

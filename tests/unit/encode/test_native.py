@@ -55,6 +55,11 @@ def test_programs_that_are_not_whole_are_errors() -> None:
         _native.Encoder(b"x", b"", (), 8)
     with pytest.raises(TypeError):
         _native.Encoder(b"", b"", ("text",), 8)  # type: ignore[arg-type]
+    for size, reason in ((16, "reads outside the row"), (17, "longer than 16 bytes")):
+        program = Program()
+        program.add(Kind.TEXT, "", Column(0, np.dtype(("u1", size)), is_text=True))
+        with pytest.raises(ValueError, match=reason):
+            _native.Encoder(b"".join(program.steps), b"", (), size - 1)
 
 
 def test_ids_and_parts_out_of_range_are_errors() -> None:
