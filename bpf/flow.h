@@ -179,6 +179,8 @@ static __always_inline void fill_chrono(struct flow_event *e, const struct tcp_s
 
 static __always_inline void fill_counters(struct flow_event *e, const struct tcp_sock *tp)
 {
+	u32 causes;
+
 	e->segs_out = READ(tp, segs_out);
 	e->data_segs_out = READ(tp, data_segs_out);
 	e->segs_in = READ(tp, segs_in);
@@ -193,9 +195,10 @@ static __always_inline void fill_counters(struct flow_event *e, const struct tcp
 	e->dsack_dups = READ(tp, dsack_dups);
 	e->reord_seen = READ(tp, reord_seen);
 	e->rcv_ooopack = READ(tp, rcv_ooopack);
-	/* Those that no program has seen: before the programs were attached, or failed in the host before Linux 6.17. */
-	e->retrans_other = e->total_retrans - e->retrans_rto - e->retrans_fast - e->retrans_slow_start -
-			   e->retrans_tlp - e->retrans_syn - e->retrans_syn_ack;
+	/* The rest no program has seen: before the programs were attached, or failed in the host before Linux 6.17. */
+	causes = e->retrans_rto + e->retrans_fast + e->retrans_slow_start + e->retrans_tlp + e->retrans_syn +
+		 e->retrans_syn_ack;
+	e->retrans_other = e->total_retrans > causes ? e->total_retrans - causes : 0;
 	fill_chrono(e, tp);
 	e->known |= KNOWN_COUNTERS;
 }
