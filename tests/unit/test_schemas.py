@@ -15,7 +15,7 @@ from fastavro.schema import SchemaParseException
 
 from producer.alert.record import AlertEncoder
 from producer.encode.batch import BatchEncoder
-from producer.events import KNOWN, STREAMS, Batch, SchemaId
+from producer.events import FLOWS, KNOWN, STREAMS, Batch, SchemaId
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.host.cgroups import CgroupPaths
 from producer.paths import SCHEMAS
@@ -34,9 +34,9 @@ RELEASED = {
 
 HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
 FRAME_BYTES = 5
-ROWS = 7
+ROWS = len(KNOWN) + 2
 NOW_S = 1_790_000_123.456
-STREAM_OF = {stream.schema_file: stream for stream in STREAMS}
+STREAM_OF = {stream.schema_file: stream for stream in (*STREAMS, FLOWS)}
 
 
 def read(path: str | Path) -> Schema:
@@ -60,10 +60,11 @@ def bodies(name: str, schema: Schema) -> list[bytes]:
     if stream is None:
         return [written(body, read(name), schema) for body in OTHERS[name]()]
     rows = np.zeros(ROWS, stream.dtype)
-    rows["s"]["known"] = [0, *(1 << bit for bit in range(ROWS - 2)), sum(KNOWN.values())]
-    rows["s"]["flow"]["flow_known"] = rows["s"]["known"]
-    rows["s"]["cpu_seq"] = np.arange(1, ROWS + 1)
-    rows["s"]["sample_rate"] = 1
+    events = rows["s"] if "s" in (stream.dtype.names or ()) else rows
+    events["known"] = [0, *(1 << bit for bit in range(ROWS - 2)), sum(KNOWN.values())]
+    events["flow"]["flow_known"] = events["known"]
+    events["cpu_seq"] = np.arange(1, ROWS + 1)
+    events["sample_rate"] = 1
     encoded = BatchEncoder(stream, schema, SchemaId(1), HOST, CgroupPaths(None)).encode(Batch(stream, rows), 10**18)
     payload = encoded.payload.tobytes()
     spans = zip(encoded.starts.tolist(), encoded.lengths.tolist(), strict=True)

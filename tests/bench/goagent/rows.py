@@ -16,7 +16,7 @@ from producer.schemas import load_schema
 HOST_FIELDS = {"host": "test-host", "boot_id": "5e4a1cde-0000-4000-8000-123456789abc"}
 UTC_OFFSET_NS = 1_700_000_000_123_456_789
 FLOWS = 50
-INTS = ("cpu", "payload_len", "segs", "retransmit_no")
+INTS = ("cpu", "payload_len", "segs", "retransmit_no", "pid")
 """Unsigned in the rings, but Avro ints."""
 # One more than there are names of: a number without a name.
 NAMED = {"state": len(STATES) + 1, "ca_state": len(CA_STATES) + 1, "cause": len(CAUSES) + 1}
@@ -31,13 +31,15 @@ def random_rows(stream: Stream, count: int, random: np.random.Generator) -> Rows
     flows["sk_cookie"] >>= np.uint64(1)
     for row in range(0, FLOWS, 2):  # IPv4-mapped
         flows["saddr"][row, :12] = flows["daddr"][row, :12] = [*[0] * 10, 255, 255]
-    segments = rows["s"]
+    segments = rows["s"] if "s" in (stream.dtype.names or ()) else rows
     segments["flow"] = flows[random.integers(0, FLOWS, count)]
     segments["ts"] >>= np.uint64(10)
     segments["cpu_seq"] >>= random.integers(1, 60, count).astype(np.uint64)
     for place in (segments, rows):
         for name, (member, *_) in (place.dtype.fields or {}).items():
-            if member == np.uint32 and name != "known":
+            if member == np.uint64 and name not in ("ts", "cpu_seq"):
+                place[name] >>= np.uint64(10)  # an Avro long; of a time a date in this century
+            elif member == np.uint32 and name != "known":
                 place[name] >>= random.integers(name in INTS, 32, count, np.uint32)
             elif name in NAMED:
                 place[name] %= NAMED[name]
