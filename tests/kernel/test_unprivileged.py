@@ -1,4 +1,4 @@
-"""A user without root but with the service's capabilities loads and attaches every hook."""
+"""A user without root but with the service's capabilities loads and attaches every hook, then needs none of them."""
 
 import shutil
 import subprocess
@@ -15,11 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = "-all,+bpf,+perfmon,+net_admin"
 ATTACH = """
 import sys
+from producer.events import FLOWS, STREAMS
+from producer.host import capabilities
 from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import filtered
-with Capture(CaptureSettings(hooks=sys.argv[1].split(","), rules=filtered(ports=(1,)))) as capture:
+settings = CaptureSettings(tuple(sys.argv[1].split(",")), (*STREAMS, FLOWS), rules=filtered(ports=(1,)))
+with Capture(settings) as capture:
     capture.load()
     capture.attach()
+    capabilities.drop_all()
+    capture.report_flows()
     print(capture.hooks_in_use["transmit"], capture.hooks_in_use["retransmit"])
 """
 
