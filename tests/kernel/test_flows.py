@@ -138,6 +138,33 @@ def test_sums_over_a_lossy_link_equal_the_kernels_counters(flows: Recording) -> 
     assert flows.kernel.counters(FLOWS).ring_full == 0
 
 
+def test_tcp_fast_opens_syn_acks_are_of_the_connection(flows: Recording, port: int) -> None:
+    first = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 == 0 drop"
+    with Lab(loss=0) as lab, contextlib.ExitStack() as stack:
+        for host, without_cookie in ((lab.client, 0x5), (lab.server, 0x202)):
+            subprocess.run(host.command("sysctl", "-qw", f"net.ipv4.tcp_fastopen={without_cookie}"), check=True)
+        with inside(lab.server):
+            listener = stack.enter_context(socket.create_server((lab.server.ipv4, port)))
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 100)
+        with inside(lab.client):
+            client = stack.enter_context(socket.socket())
+        with rules(lab.client, "prerouting", first):
+            client.sendto(b"hello", socket.MSG_FASTOPEN, (lab.server.ipv4, port))
+            accepted = stack.enter_context(listener.accept()[0])
+            assert accepted.recv(5) == b"hello"
+            accepted.sendall(b"!")
+            assert client.recv(1) == b"!"
+        client.close()
+        assert accepted.recv(1) == b""
+        accepted.close()
+        rows = closed(flows, port, 2)
+        for host in lab.hosts:
+            assert_equal_to_counters(rows, host)
+        (server,) = by_role(rows, "server")
+        assert server["retrans_syn_ack"] >= 1
+        assert server["bytes_received"] == 5 + 1
+
+
 def test_segments_and_bytes_equal_what_was_sent(flows: Recording, port: int) -> None:
     with Lab(loss=0) as lab:
         for _ in range(101):
