@@ -311,19 +311,39 @@ static __always_inline bool is_loss_probe(u64 sk)
 #if FLOW_RAW_TP
 #include "flow.h"
 
-int raw_tp_flow_state(u64 *ctx)
+static __always_inline int flow_changes_state(u64 *ctx, bool first)
 {
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
 
-	return tp ? follow_flow(tp, ctx[1], ctx[2]) : 0;
+	return tp ? follow_flow(tp, ctx[1], ctx[2], first) : 0;
+}
+
+int raw_tp_flow_state(u64 *ctx)
+{
+	return flow_changes_state(ctx, true);
+}
+
+int raw_tp_flow_state_again(u64 *ctx)
+{
+	return flow_changes_state(ctx, false);
 }
 
 /* All kernels run this after the segment was counted. */
-int raw_tp_flow_retransmit(u64 *ctx)
+static __always_inline int flow_retransmits(u64 *ctx)
 {
 	struct tcp_sock *tp = gave_up(TRACEPOINT_ERR(ctx)) ? NULL : bpf_skc_to_tcp_sock((void *)ctx[0]);
 
 	return tp ? count_retransmission(tp, (void *)ctx[1]) : 0;
+}
+
+int raw_tp_flow_retransmit(u64 *ctx)
+{
+	return flow_retransmits(ctx);
+}
+
+int raw_tp_flow_retransmit_again(u64 *ctx)
+{
+	return flow_retransmits(ctx);
 }
 
 /* Arguments: metadata, the map, the socket, its state. */

@@ -119,7 +119,9 @@ HOOKS_BY_STREAM = {
             "raw_tp",
             (
                 Probe("raw_tp_flow_state", "inet_sock_set_state", _RAW_TP),
+                Probe("raw_tp_flow_state_again", "inet_sock_set_state", _RAW_TP),
                 Probe("raw_tp_flow_retransmit", "tcp_retransmit_skb", _RAW_TP),
+                Probe("raw_tp_flow_retransmit_again", "tcp_retransmit_skb", _RAW_TP),
                 Probe("iter_flow_states", _SOCKET_STORAGE, _ITER),
                 Probe("iter_task_files", _TASK_FILES, _ITER),
             ),

@@ -107,14 +107,17 @@ def assert_equal_to_counters(rows: Rows, host: Host) -> None:
     assert len(by_role(mine, "server")) == counters["PassiveOpens"]
     assert len(by_role(mine, "unknown")) == 0
     assert total(mine, "total_retrans") == counters["RetransSegs"]
-    assert total(mine, "retrans_fast") == counters["TCPFastRetrans"]
-    assert total(mine, "retrans_slow_start") == counters["TCPSlowStartRetrans"]
-    assert total(mine, "retrans_syn", "retrans_syn_ack") == counters["TCPSynRetrans"]
-    rest = counters["RetransSegs"] - sum(
-        counters[name] for name in ("TCPFastRetrans", "TCPSlowStartRetrans", "TCPSynRetrans")
-    )
-    assert total(mine, "retrans_rto", "retrans_tlp") == rest
-    assert total(mine, "retrans_other") == 0
+    parts = {
+        "TCPFastRetrans": ("retrans_fast",),
+        "TCPSlowStartRetrans": ("retrans_slow_start",),
+        "TCPSynRetrans": ("retrans_syn", "retrans_syn_ack"),
+    }
+    kernel = {name: counters[name] for name in parts}
+    kernel["rest"] = counters["RetransSegs"] - sum(kernel.values())
+    parts["rest"] = ("retrans_rto", "retrans_tlp")
+    unseen = {name: kernel[name] - total(mine, *causes) for name, causes in parts.items()}
+    assert min(unseen.values()) >= 0, unseen
+    assert sum(unseen.values()) == total(mine, "retrans_other"), "no program ran for these: docs/truth.md"
 
 
 def test_sums_over_a_lossy_link_equal_the_kernels_counters(flows: Recording) -> None:
@@ -204,7 +207,7 @@ def test_a_connect_that_times_out_has_its_error_and_its_syns(flows: Recording, l
             client.connect((lab.server.ipv4, port))
     (row,) = closed(flows, port, 1)
     assert (STATES[row["state"]], row["error"]) == ("SYN_SENT", errno.ETIMEDOUT)
-    assert (row["retrans_syn"], row["total_retrans"], row["segs_out"]) == (1, 1, 2)
+    assert row["retrans_syn"] == row["total_retrans"] == row["segs_out"] - 1 > 0
 
 
 def test_an_unreachable_peer_has_its_error(flows: Recording, lab: Lab, port: int) -> None:
