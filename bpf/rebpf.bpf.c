@@ -308,9 +308,9 @@ static __always_inline bool is_loss_probe(u64 sk)
 #define TRACEPOINT_ERR(ctx) 0
 #endif
 
-#if FLOW_RAW_TP
 #include "flow.h"
 
+#if FLOW_RAW_TP
 static __always_inline int flow_changes_state(u64 *ctx, bool first)
 {
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
