@@ -12,6 +12,7 @@ from producer.commands.check_servers import kafka, registry
 from producer.commands.finding import Finding
 from producer.config.load import Config, located
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
+from producer.events import STREAMS
 from producer.health.web_config import WebSettings
 from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
@@ -154,8 +155,9 @@ def _perf_events(path: Path, hooks: Sequence[str]) -> Iterator[Finding]:
 
 
 def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
-    for stream, available in HOOKS_BY_STREAM.items():
-        reasons = {hook.name: refusal(hook, btf, root) for hook in available if hook.name in config.capture.hooks}
+    for stream in (each.name for each in STREAMS):
+        available = [hook for hook in HOOKS_BY_STREAM[stream] if hook.name in config.capture.hooks]
+        reasons = {hook.name: refusal(hook, btf, root) for hook in available}
         for hook, reason in reasons.items():
             yield Finding(f"{stream} by {hook}", reason or "available", available=reason is None)
         if all(reasons.values()):

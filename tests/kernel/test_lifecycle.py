@@ -76,9 +76,9 @@ def test_detach_ends_the_events_and_close_unloads_the_programs() -> None:
             assert loaded <= program_ids()
             assert len(loaded) == sum(
                 len(hook.probes)
-                for stream, available in HOOKS_BY_STREAM.items()
-                for hook in available
-                if hook.name == hooks.hooks_in_use[stream]
+                for stream, name in hooks.hooks_in_use.items()
+                for hook in HOOKS_BY_STREAM[stream]
+                if hook.name == name
             )
             socket.create_connection(address).close()
             hooks.detach()
@@ -120,13 +120,13 @@ def test_kill_while_the_loader_compiles_leaves_no_orphan() -> None:
 
 def test_the_hook_is_reported_with_the_reasons_against_better_ones(capture: Recording) -> None:
     hooks = capture.kernel
-    for stream, available in HOOKS_BY_STREAM.items():
-        names = [hook.name for hook in available]
-        better = names[: names.index(hooks.hooks_in_use[stream])]
+    for stream, in_use in hooks.hooks_in_use.items():
+        names = [hook.name for hook in HOOKS_BY_STREAM[stream]]
+        better = names[: names.index(in_use)]
         refused = [refusal for refusal in hooks.refusals if refusal.stream == stream]
         assert [refusal.hook for refusal in refused] == better
         assert all(refusal.reason for refusal in refused)
-        assert hooks.hooks_in_use[stream] in ALLOWED
+        assert in_use in ALLOWED
 
 
 def test_without_an_allowed_hook_the_error_names_the_reasons() -> None:
