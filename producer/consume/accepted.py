@@ -30,10 +30,11 @@ _NAMESPACE = "rebpf.v1"
 _FILES = {
     "TcpTransmit": "tcp_transmit.avsc",
     "TcpRetransmit": "tcp_retransmit.avsc",
+    "TcpFlow": "tcp_flow.avsc",
     "TcpAlert": "tcp_alerts.avsc",
     "RebpfAgent": "rebpf_agent.avsc",
 }
-_LEVELS = {"TcpTransmit": 1, "TcpRetransmit": 1, "TcpAlert": 1, "RebpfAgent": 3}
+_LEVELS = {"TcpTransmit": 1, "TcpRetransmit": 1, "TcpFlow": 1, "TcpAlert": 1, "RebpfAgent": 3}
 """Our records, and how deep their records are nested."""
 _PRIMITIVES = frozenset({"boolean", "int", "long", "float", "double", "bytes", "string"})
 _SHOWN = 60
