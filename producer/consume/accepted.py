@@ -24,7 +24,7 @@ MOST_SCHEMA_BYTES = 64 << 10
 """Longest text of a schema."""
 
 MOST_FIELDS = 200
-"""Fields of a record; ours have up to 45."""
+"""Fields of a record; ours have up to 65."""
 
 _NAMESPACE = "rebpf.v1"
 _FILES = {
