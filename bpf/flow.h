@@ -23,6 +23,7 @@ struct flow_state {
 	u8 comm[16];
 };
 
+#if HAS_TRACING_STORAGE
 /* As BPF_SK_STORAGE, but an accepted socket begins with a copy of the listener's value. */
 #define BPF_CLONED_SK_STORAGE(_name, _leaf_type)                                     \
 	struct _name##_table_t {                                                     \
@@ -39,6 +40,52 @@ struct flow_state {
 
 /* The programs insert, when a socket connects, listens, first retransmits or closes; deleted with the socket. */
 BPF_CLONED_SK_STORAGE(flow_states, struct flow_state);
+
+static __always_inline struct flow_state *find_state(struct tcp_sock *tp)
+{
+	return flow_states.sk_storage_get(tp, NULL, 0);
+}
+
+static __always_inline struct flow_state *create_state(struct tcp_sock *tp)
+{
+	return flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+}
+
+/* Nothing to do: the kernel deletes it with the socket, and an accepted socket's is the listener's copy. */
+static __always_inline void delete_state(struct tcp_sock *tp)
+{
+}
+#else
+/*
+ * By the address of the socket. The programs insert, as above, and delete when it is closed; the oldest are evicted. A
+ * socket at the same address begins anew. An accepted socket has nothing of its listener's.
+ */
+BPF_TABLE("lru_hash", u64, struct flow_state, flow_states, 65536);
+BPF_ARRAY(empty_state, struct flow_state, 1);
+
+static __always_inline struct flow_state *find_state(struct tcp_sock *tp)
+{
+	u64 key = (u64)tp;
+
+	return flow_states.lookup(&key);
+}
+
+static __always_inline struct flow_state *create_state(struct tcp_sock *tp)
+{
+	u64 key = (u64)tp;
+	u32 zero = 0;
+	struct flow_state *empty = empty_state.lookup(&zero);
+
+	return empty ? flow_states.lookup_or_try_init(&key, empty) : NULL;
+}
+
+static __always_inline void delete_state(struct tcp_sock *tp)
+{
+	u64 key = (u64)tp;
+
+	flow_states.delete(&key);
+}
+#endif
 
 /* All of the counters or none. */
 #define HAS_COUNTERS                                                                                                 \
@@ -67,7 +114,7 @@ static __always_inline void forget_retransmissions(struct flow_state *state)
 /* connect() and listen() run in the process that calls them. */
 static __always_inline void begin_flow(struct tcp_sock *tp, u32 role)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct flow_state *state = create_state(tp);
 
 	if (!state)
 		return;
@@ -82,8 +129,10 @@ static __always_inline void begin_flow(struct tcp_sock *tp, u32 role)
 /* A new socket for an acknowledged SYN-ACK, or for a SYN with TCP Fast Open, begins with its listener's process. */
 static __always_inline void accept_flow(struct tcp_sock *tp)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct flow_state *state;
 
+	delete_state(tp);
+	state = create_state(tp);
 	if (!state)
 		return;
 	state->start_ns = bpf_ktime_get_ns();
@@ -94,7 +143,7 @@ static __always_inline void accept_flow(struct tcp_sock *tp)
 /* Until an accepted socket is established, only SYN-ACKs are retransmitted, which the kernel counts for its request. */
 static __always_inline void count_synacks(struct tcp_sock *tp)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, 0);
+	struct flow_state *state = find_state(tp);
 
 	if (!state || state->role != ROLE_SERVER)
 		return;
@@ -103,7 +152,7 @@ static __always_inline void count_synacks(struct tcp_sock *tp)
 
 static __always_inline void establish_flow(struct tcp_sock *tp)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, 0);
+	struct flow_state *state = find_state(tp);
 
 	if (state && !state->established_ns)
 		state->established_ns = bpf_ktime_get_ns();
@@ -111,7 +160,7 @@ static __always_inline void establish_flow(struct tcp_sock *tp)
 
 static __always_inline int count_retransmission(struct tcp_sock *tp, const struct sk_buff *skb)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct flow_state *state = create_state(tp);
 	const struct tcp_skb_cb *cb = (const void *)skb->cb;
 	u32 segs = READ(cb, tcp_gso_segs), total = READ_IF(tcp_sock, tp, total_retrans);
 
@@ -126,7 +175,7 @@ static __always_inline int count_retransmission(struct tcp_sock *tp, const struc
 static __always_inline bool choose_flow(struct flow *flow, struct tcp_sock *tp, u64 rules, u32 tcp_state)
 {
 	struct sock *sk = (struct sock *)tp;
-	u64 cookie = bpf_get_socket_cookie(sk);
+	u64 cookie = traced_cookie(sk);
 
 	if (whose(cookie))
 		return false;
@@ -287,7 +336,7 @@ static __always_inline struct flow_event *reserve_flow(const struct flow *flow, 
 
 	if (!counter)
 		return NULL;
-	seq = next_seq(counter);
+	seq = next_seq(counter, stream);
 	e = flow_pipe.ringbuf_reserve(sizeof(*e));
 	if (!e) {
 		count_ring_full(counter);
@@ -345,10 +394,12 @@ static __always_inline bool is_connection(const struct tcp_sock *tp, const struc
 /* Without memory for a state, only the first of both programs takes the record. */
 static __always_inline void close_flow(struct tcp_sock *tp, u32 old_state, bool first)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct flow_state *state = create_state(tp);
 
-	if (state ? state->closed : !first)
+	if (state ? state->closed : !first) {
+		delete_state(tp);
 		return;
+	}
 	if (state)
 		state->closed = true;
 	if (is_connection(tp, state, old_state))
@@ -397,7 +448,7 @@ static __always_inline int adopt_socket(const struct task_struct *task, struct f
 
 	if (!tp || READ((const struct sock *)tp, skc_state) == TCP_CLOSE)
 		return 0;
-	state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	state = create_state(tp);
 	if (!state || state->pid)
 		return 0;
 	note_process(state, task);
