@@ -105,6 +105,11 @@ def _kernel(config: Config) -> Iterator[Finding]:
         yield Finding("BTF", text, UnavailableError.exit_code)
         return
     yield Finding("BTF", str(path))
+    try:
+        bpf_syscall.check_machine()
+    except UnavailableError as error:
+        yield Finding("processor", str(error), error.exit_code)
+        return
     if not capabilities.missing(capabilities.LOADING):
         yield from _hooks(config, btf, root)
 

@@ -29,6 +29,8 @@ _MEMBARRIER_CMD_GLOBAL = 1
 _ANY = 0  # BPF_ANY: insert or replace
 _CLOCK_MONOTONIC_COARSE = 6
 _PERF_EVENT_IOC_SET_BPF = 0x40042408
+_ENOTSUPP = 524  # of the kernel alone: strerror does not know it
+_NOT_SUPPORTED = "not supported by this kernel on this processor (errno 524; fentry on arm64 needs Linux 6.4)"
 
 MAP_SK_STORAGE, MAP_RINGBUF = 24, 27
 NO_PREALLOC, CLONE = 1 << 0, 1 << 9
@@ -104,6 +106,12 @@ class ProgramInfo:
     run_time_ns: int
     run_cnt: int
     recursion_misses: int
+
+
+def check_machine(machine: str = platform.machine()) -> None:
+    """Raise UnavailableError on a processor that the programs do not support."""
+    if machine not in _NUMBERS:
+        raise UnavailableError(f"{machine} is not supported: ReBPF runs on {' and '.join(_NUMBERS)}")
 
 
 def load_program(
@@ -346,4 +354,4 @@ def _call(function: str, *arguments: object) -> int:
 
 def _last_error() -> OSError:
     number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
+    return OSError(number, _NOT_SUPPORTED if number == _ENOTSUPP else os.strerror(number))

@@ -108,6 +108,7 @@ def _is_short_of_descriptors(error: BaseException | None) -> bool:
 def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
     if capabilities.missing(capabilities.LOADING):
         raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+    bpf_syscall.check_machine()
     btf = Btf.load(Path(request["btf"] or VMLINUX))
     kernel = hooks.Kernel(btf, Features.find(btf), cgroup2_root(), keeps=request["keeps"])
     if not kernel.features.ring_buffer:
