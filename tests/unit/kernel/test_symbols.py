@@ -59,7 +59,7 @@ def read(tmp_path: Path, text: str) -> frozenset[str] | None:
     ],
 )
 def test_parts_and_copies_are_found_and_cold_parts_ignored(tmp_path: Path, text: str, names: set[str]) -> None:
-    assert read(tmp_path, text) == names
+    assert set(read(tmp_path, text) or ()) == names
 
 
 def test_symbols_that_cannot_be_read_are_unknown(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_symbols_that_cannot_be_read_are_unknown(tmp_path: Path) -> None:
 def test_the_second_path_is_read_if_the_first_is_hidden(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "mount").write_text(PART)
-    assert split_functions([tmp_path / "empty", tmp_path / "mount"]) == {"__tcp_retransmit_skb"}
+    assert split_functions([tmp_path / "empty", tmp_path / "mount"]) == frozenset({"__tcp_retransmit_skb"})
 
 
 def test_a_split_inner_function_moves_the_fentry_probe_to_the_next_one() -> None:
