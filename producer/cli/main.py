@@ -272,7 +272,7 @@ def _main() -> int:
     except ReaderGoneError as error:
         return error.exit_code
     except RebpfError as error:
-        _complain(bounded(printable(f"rebpf: {error}")))
+        _complain("\n".join(bounded(printable(line)) for line in (f"rebpf: {error}", *error.details)))
         return error.exit_code
     except Exception:  # a bug
         logger.exception("rebpf: internal error")
