@@ -14,6 +14,7 @@ from producer.errors import ConfigError
 FULL = """
 host = "db-1"
 state_dir = "/run/rebpf"
+log_level = "debug"
 
 [capture]
 hooks = ["kprobe", "cgroup_skb"]
@@ -136,6 +137,7 @@ def test_every_setting_can_be_read(read):
     assert read(FULL) == Config(
         host="db-1",
         state_dir=Path("/run/rebpf"),
+        log_level="debug",
         capture=Capture(
             hooks=("kprobe", "cgroup_skb"),
             addresses=(ip_address("192.0.2.1"), ip_address("2001:db8::1")),
