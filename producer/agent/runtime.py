@@ -66,7 +66,8 @@ class Runtime:
     chores_at_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.reporter = Reporter(self.config.host, self.capture, self.sink, self.streams, self.topics)
+        config = self.config
+        self.reporter = Reporter(config.host, config.labels, self.capture, self.sink, self.streams, self.topics)
         self.liveness = Liveness(self.board, self.heartbeats, self.sink, self._status)
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:

@@ -217,6 +217,8 @@ class Config:
     """Host name in the events."""
     state_dir: Path = Path("/var/lib/rebpf")
     """Folder for the spool, quarantine, ledger, compiled programs, agent.json and the lock."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """[labels]: at most 16 labels of the site, such as env or dc, in each event, heartbeat and status."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
     spool: Spool = Spool()
