@@ -215,6 +215,8 @@ class Config:
     """Folder for the spool, quarantine, ledger, compiled programs, agent.json and the lock."""
     log_level: str = "info"
     """Lowest level that `rebpf run` logs: debug, info, warning or error. The option --log-level overrides it."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """[labels]: at most 16 labels of the site, such as env or dc, in each event, heartbeat and status."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
     spool: Spool = Spool()
