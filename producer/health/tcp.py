@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from producer.events import CAUSES, FLOWS, KNOWN, REASONS, RETRANSMITS, ROLES, STATES, Rows, Stream
 
 Counts = NDArray[np.uint32]
+Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 MOST_CONNECTIONS = 1 << 16
@@ -59,13 +60,14 @@ _SERVER = ROLES.index("server")
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """The last record of each connection in a batch, with the segments that are new: sent, and retransmitted by cause."""
+    """The last record of each connection in a batch, and what is new in it: segments sent, and retransmitted by cause."""
 
-    rows: Rows
+    at: Ints
+    """Indexes of the records in the batch."""
     opened: Mask
     """Connections that began in this run and had no record yet."""
-    segments: NDArray[np.int64]
-    retransmitted: NDArray[np.int64]
+    segments: Ints
+    retransmitted: Ints
 
 
 class ConnectionTable:
@@ -85,43 +87,49 @@ class ConnectionTable:
 
     def add(self, rows: Rows) -> Connections:
         """Take a batch of records, and return what they add to the records before them."""
-        keys, firsts, rows = _by_connection(rows)
-        counters, closed = _counters(rows), rows["reason"] == _CLOSE
-        began = rows["start_ns"] >= max(self._since_ns, 1)
+        keys, first, last = _by_connection(rows)
+        counters, starts, ts = _counters(rows), rows["start_ns"][last], rows["ts"][last]
+        closed = rows["reason"][last] == _CLOSE
+        began = starts >= max(self._since_ns, 1)
         at = np.searchsorted(self._keys, keys)
         known = np.zeros(len(keys), np.bool_)
         inside = at < len(self._keys)
         known[inside] = self._keys[at[inside]] == keys[inside]
-        before = np.where(began[:, None], np.uint32(0), _counters(firsts))
+        before = np.where(began[:, None], np.uint32(0), counters[first])
         before[known] = self._last[at[known]]
+        counters = counters[last]
         # Counters of 32 bits may wrap, and records of one connection may be a little out of order.
         more = np.maximum((counters - before).view(np.int32), 0).astype(np.int64)
         is_open = known & ~closed
-        self._update(at[is_open], counters[is_open], rows["ts"][is_open])
-        inserted = self._change(at[known & closed], ~known & ~closed, keys, counters, rows)
+        self._last[at[is_open]] = (before + more.astype(np.uint32))[is_open]
+        self._seen[at[is_open]] = ts[is_open]
+        inserted = self._change(at[known & closed], ~known & ~closed, keys, counters, starts, ts)
         opened = began & ~known & (closed | inserted)
         more[began & ~known & ~opened] = 0
-        return Connections(rows, opened, more[:, 0], more[:, 1:])
+        return Connections(last, opened, more[:, 0], more[:, 1:])
 
-    def _update(self, at: NDArray[Any], counters: Counts, ts: NDArray[np.uint64]) -> None:
-        newer = (counters - self._last[at]).view(np.int32) > 0
-        self._last[at] = np.where(newer, counters, self._last[at])
-        self._seen[at] = ts
-
-    def _change(self, closed: NDArray[Any], new: Mask, keys: NDArray[np.uint64], counters: Counts, rows: Rows) -> Mask:
+    def _change(
+        self,
+        closed: NDArray[Any],
+        new: Mask,
+        keys: NDArray[np.uint64],
+        counters: Counts,
+        starts: NDArray[np.uint64],
+        ts: NDArray[np.uint64],
+    ) -> Mask:
         """Remove entries and insert new connections, as many as fit; return which were inserted."""
         keep = np.ones(len(self._keys), np.bool_)
         keep[closed] = False
         if int(keep.sum()) + int(new.sum()) > self._most:
-            self._forget(keep, int(rows["ts"].max()))
+            self._forget(keep, int(ts.max()))
         new = new & (np.cumsum(new) <= self._most - int(keep.sum()))
         if new.any() or not keep.all():
             merged = np.concatenate([self._keys[keep], keys[new]])
             order = np.argsort(merged, kind="stable")
             self._keys = merged[order]
             self._last = np.concatenate([self._last[keep], counters[new]])[order]
-            self._starts = np.concatenate([self._starts[keep], rows["start_ns"][new]])[order]
-            self._seen = np.concatenate([self._seen[keep], rows["ts"][new]])[order]
+            self._starts = np.concatenate([self._starts[keep], starts[new]])[order]
+            self._seen = np.concatenate([self._seen[keep], ts[new]])[order]
         return new
 
     def _forget(self, keep: Mask, now_ns: int) -> None:
@@ -132,8 +140,8 @@ class ConnectionTable:
             keep &= ~stale
 
 
-def _by_connection(rows: Rows) -> tuple[NDArray[np.uint64], Rows, Rows]:
-    """Return the key of each connection, ascending, with its first and its last record: the closing one is last.
+def _by_connection(rows: Rows) -> tuple[NDArray[np.uint64], Ints, Ints]:
+    """Return the connections' keys, ascending, and the indexes of the first and last record of each: a closing one is last.
 
     A socket can connect again, so the time of the start is part of the key.
     """
@@ -145,7 +153,7 @@ def _by_connection(rows: Rows) -> tuple[NDArray[np.uint64], Rows, Rows]:
     keys = keys[order]
     differ = keys[1:] != keys[:-1]
     first, last = np.append(True, differ), np.append(differ, True)
-    return keys[last], rows[order[first]], rows[order[last]]
+    return keys[last], order[first], order[last]
 
 
 def _counters(rows: Rows) -> Counts:
@@ -194,22 +202,23 @@ class TcpMetrics(Collector):
             self._segments += int(found.segments.sum())
             if RETRANSMITS.name not in self._captured:
                 self._retransmitted += found.retransmitted.sum(axis=0)
-            roles = found.rows["role"][found.opened]
+            roles = rows["role"][found.at[found.opened]]
             self._opened += np.bincount(np.where(roles < len(ROLES), roles, 0), minlength=len(ROLES))
-            self._count_closed(found.rows[found.rows["reason"] == _CLOSE])
-            self._observe_srtt(found.rows[found.segments > 0])
+            self._count_closed(rows, found.at[rows["reason"][found.at] == _CLOSE])
+            self._observe_srtt(rows, found.at[found.segments > 0])
 
-    def _count_closed(self, rows: Rows) -> None:
-        self._closed += len(rows)
-        connecting = rows["state"] == _SYN_SENT
-        has_error = (rows["known"] & KNOWN["error"]) != 0
+    def _count_closed(self, rows: Rows, at: Ints) -> None:
+        self._closed += len(at)
+        connecting = rows["state"][at] == _SYN_SENT
+        has_error = (rows["known"][at] & KNOWN["error"]) != 0
+        errors = _ERROR_INDEX[np.minimum(rows["error"][at], len(_ERROR_INDEX) - 1)]
         for phase, chosen in ((_CONNECT, connecting), (_ESTABLISHED, ~connecting)):
-            errors = _ERROR_INDEX[np.minimum(rows["error"][chosen & has_error], len(_ERROR_INDEX) - 1)]
-            self._failed[phase] += np.bincount(errors, minlength=len(ERRORS))
+            self._failed[phase] += np.bincount(errors[chosen & has_error], minlength=len(ERRORS))
         self._given_up += int((connecting & ~has_error).sum())
 
-    def _observe_srtt(self, rows: Rows) -> None:
-        srtt_us = rows["srtt_us"][((rows["known"] & KNOWN["tcp"]) != 0) & (rows["srtt_us"] > 0)]
+    def _observe_srtt(self, rows: Rows, at: Ints) -> None:
+        srtt_us = rows["srtt_us"][at]
+        srtt_us = srtt_us[((rows["known"][at] & KNOWN["tcp"]) != 0) & (srtt_us > 0)]
         buckets = np.searchsorted(np.array(_SRTT_BOUNDS_S) * 1e6, srtt_us)
         self._srtt += np.bincount(buckets, minlength=len(self._srtt))
         self._srtt_sum_us += int(srtt_us.sum(dtype=np.int64))
