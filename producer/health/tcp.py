@@ -60,7 +60,7 @@ _SERVER = ROLES.index("server")
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """The last record of each connection in a batch, and what is new in it: segments sent, and retransmitted by cause."""
+    """The last record of each connection in a batch, and its new segments: those sent, and retransmitted by cause."""
 
     at: Ints
     """Indexes of the records in the batch."""
@@ -141,7 +141,7 @@ class ConnectionTable:
 
 
 def _by_connection(rows: Rows) -> tuple[NDArray[np.uint64], Ints, Ints]:
-    """Return the connections' keys, ascending, and the indexes of the first and last record of each: a closing one is last.
+    """Return each connection's key, ascending, and the indexes of its first and last record; a closing one is last.
 
     A socket can connect again, so the time of the start is part of the key.
     """
