@@ -25,6 +25,8 @@ MEASURES = ("count", "ratio")
 SILENT = "silent"
 """Name of the built-in rule for hosts whose heartbeats have stopped."""
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
 _ACTIONS = ("keep", "drop")
 _MAX_RING_BYTES = 1 << 30
 _MIN_SPOOL_BYTES = 1 << 18
@@ -64,6 +66,7 @@ def check(config: Any) -> None:
     if config.host != host_name():  # the kernel's own name is always valid
         _check_text("host", config.host, 255)
     _check_path("state_dir", config.state_dir, absolute=True)
+    _check_choice("log_level", config.log_level, LOG_LEVELS)
     _check_labels(config.labels)
     _check_capture(config.capture)
     _check_kafka(config.kafka)

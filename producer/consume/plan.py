@@ -1,6 +1,6 @@
 """Makes plans for the native decoder (native/decode.h) from accepted schemas."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,11 @@ def plan_for_all(schema: Mapping[str, Any]) -> Plan:
     """Return the plan that decodes all fields but lists, maps and bytes."""
     names = [field["name"] for field in schema["fields"] if _scalar(field["type"]) is not None]
     return _plan(schema["fields"], names)
+
+
+def plan_for_names(schema: Mapping[str, Any], names: Collection[str]) -> Plan:
+    """Return the plan that decodes the fields of these names, as far as the schema has them and columns can."""
+    return _plan(schema["fields"], [name for name in plan_for_all(schema).names if name in names])
 
 
 def _plan(fields: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plan:

@@ -165,6 +165,9 @@ class _StatusCollector(Collector):
         degraded = float(bool(status.reasons))
         yield GaugeMetricFamily("rebpf_degraded", "1 if degraded: /status has the reasons; otherwise 0.", degraded)
         yield GaugeMetricFamily("rebpf_rules_version", "Version of the rules in force.", status.rules_version)
+        yield InfoMetricFamily("rebpf_config", "Hash of the configuration in force.", {"hash": status.config_hash})
+        text = "Changed settings that need a restart: /status has their names."
+        yield GaugeMetricFamily("rebpf_restart_needed", text, len(status.restart_needed))
         hooks = InfoMetricFamily("rebpf_hook", "The hook that captures the events of a topic.", labels=["topic"])
         lost = CounterMetricFamily("rebpf_events_lost", "Events lost.", labels=["topic", "stage", "reason"])
         for stream in status.streams:

@@ -26,6 +26,7 @@ from producer.errors import ConfigError
 FULL = """
 host = "db-1"
 state_dir = "/run/rebpf"
+log_level = "debug"
 
 [labels]
 env = "prod"
@@ -158,6 +159,7 @@ def test_every_setting_can_be_read(read):
     assert read(FULL) == Config(
         host="db-1",
         state_dir=Path("/run/rebpf"),
+        log_level="debug",
         labels={"env": "prod", "rack": "7"},
         capture=Capture(
             hooks=("kprobe", "cgroup_skb"),
