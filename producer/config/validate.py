@@ -70,6 +70,11 @@ def check(config: Any) -> None:
     _check_labels(config.labels)
     _check_capture(config.capture)
     _check_kafka(config.kafka)
+    for feed in ("transmit", "retransmit", "flow", "heartbeat"):
+        for name, value in getattr(config.topics, feed).items():
+            if not _NAME.fullmatch(name):
+                raise ConfigError(f"topics.{feed}: expected the name of a setting of Kafka's topics, found {name!r}")
+            _check_text(f"topics.{feed}.{name}", value)
     for name, (least, most) in _SECONDS.items():
         section, _, key = name.partition(".")
         check_seconds(name, getattr(getattr(config, section), key), least, most)
