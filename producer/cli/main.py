@@ -31,7 +31,8 @@ from producer.cli.options import (
 )
 from producer.cli.spool import spool
 from producer.cli.topics import init, tail, verify
-from producer.errors import OutputError, ReaderGoneError, RebpfError, UsageError
+from producer.cli.view import trace
+from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
 from producer.host import stdio
 from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
 from producer.host.signals import QUIT_NOW, set_on, stop_on_signals
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _SECTIONS = {
     "Capture": ("run", "reload", "status", "spool"),
+    "View": ("trace",),
     "Topics": ("init", "tail", "verify", "alert"),
     "Analysis": ("export",),
     "Host": ("check", "config", "demo", "version"),
@@ -83,7 +85,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, export, init, tail, verify, config_command):
+for each in (spool, alert, export, init, tail, verify, trace, config_command):
     rebpf.add_command(each)
 
 

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import json
 import os
+import signal
 import socket
 import tempfile
 import traceback
@@ -71,6 +72,7 @@ class _HookFailed(Exception):
 
 def main(descriptor: int, parent: int) -> None:
     """Serve the agent, process `parent`, over the socket `descriptor`. Never outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C, which the agent gets, too
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     if os.getppid() != parent:
         return
@@ -167,8 +169,8 @@ class _Loaded:
     def _choose(self, allowed: Mapping[str, list[str]], btf: Btf, root: Path | None) -> None:
         known = {(refusal.stream, refusal.hook) for refusal in self.refusals}
         for stream in allowed:
-            transmit = self.chosen["transmit"].name if stream == "retransmit" else None
-            hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmit)
+            transmits = self.chosen.get("transmit")
+            hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmits and transmits.name)
             self.refusals += [refusal for refusal in refused if (stream, refusal.hook) not in known]
             if hook is None:
                 raise self._no_hook(stream)
