@@ -112,3 +112,47 @@ def export(
     echo(lines(f"{path} events={count}" for path, count in written.items()))
     if source.undecodable:
         echo(f"undecodable messages: {source.undecodable}", err=True)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf report --brokers kafka-1:9092 --since 1h -o report.html", "Show what a fleet retransmitted in an hour"),
+        ("rebpf report events.avro -o report.html --png report.png", "The same of a file, also as a picture"),
+    ),
+)
+@paths_argument
+@config_option
+@brokers_option
+@registry_option
+@option("--output", "-o", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@option("--png", type=click.Path(path_type=Path), help="Also write a picture to this file.")
+@since_option
+@until_option
+def report(
+    paths: tuple[Path, ...],
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    output: Path,
+    png: Path | None,
+    since: str | None,
+    until: str | None,
+) -> None:
+    """Write a report with plots: what was retransmitted, where and why.
+
+    The HTML file needs no network. Reads the topics, or Avro files as `rebpf export` does. Needs `rebpf[report]`.
+    """
+    _require("report", "pyarrow", "matplotlib")
+    from producer.commands.report import report as write
+    from producer.consume.reader import collect_rarely
+    from producer.export.read import STREAMS
+    from producer.export.sources import Period
+    from producer.report.connections import MARGIN_NS
+
+    collect_rarely()
+    period = _period(since, until)
+    earlier = Period(period.since_ns and period.since_ns - MARGIN_NS, period.until_ns)
+    source = _source(config, brokers, registry, paths, earlier, tuple(STREAMS))
+    echo(lines(write(source, period, output, png)))
+    echo(lines(f"wrote {path}" for path in (output, png) if path is not None))

@@ -13,7 +13,7 @@ import click
 
 from producer import __version__
 from producer.cli.alert import alert
-from producer.cli.analysis import export
+from producer.cli.analysis import export, report
 from producer.cli.options import (
     Address,
     Group,
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _SECTIONS = {
     "Capture": ("run", "reload", "status", "spool"),
     "Topics": ("init", "tail", "verify", "alert"),
-    "Analysis": ("export",),
+    "Analysis": ("report", "export"),
     "Host": ("check", "demo", "version"),
 }
 
@@ -80,7 +80,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, export, init, tail, verify):
+for each in (spool, alert, export, report, init, tail, verify):
     rebpf.add_command(each)
 
 
