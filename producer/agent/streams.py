@@ -151,7 +151,7 @@ class StreamBuilder:
         self._hooks = hooks
         self._ids = ids
         self._stack = stack
-        self._fields = {"host": config.host, "boot_id": boot_id()}
+        self._fields = {"host": config.host, "boot_id": boot_id(), "labels": dict(config.labels)}
         self._cgroups = CgroupPaths(cgroup2_root())
         self._old_rings = hooks.old_rings()
 

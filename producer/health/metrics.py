@@ -1,7 +1,7 @@
 """All metrics: counters of the running producer, and the values of its last status.
 
 Nothing here is called per event. Every label has a bounded set of values: topics, hooks, stages, reasons (including the
-names of librdkafka's errors) and kinds of retry.
+names of librdkafka's errors), kinds of retry, and the labels of the site.
 """
 
 import threading
@@ -156,9 +156,13 @@ class _StatusCollector(Collector):
         if status is None:
             return
         yield InfoMetricFamily("rebpf_build", "The producer's version.", {"version": status.version})
+        yield InfoMetricFamily("rebpf_site", "The labels of the site.", dict(status.labels))
         degraded = float(bool(status.reasons))
         yield GaugeMetricFamily("rebpf_degraded", "1 if degraded: /status has the reasons; otherwise 0.", degraded)
         yield GaugeMetricFamily("rebpf_rules_version", "Version of the rules in force.", status.rules_version)
+        yield InfoMetricFamily("rebpf_config", "Hash of the configuration in force.", {"hash": status.config_hash})
+        text = "Changed settings that need a restart: /status has their names."
+        yield GaugeMetricFamily("rebpf_restart_needed", text, len(status.restart_needed))
         hooks = InfoMetricFamily("rebpf_hook", "The hook that captures the events of a topic.", labels=["topic"])
         lost = CounterMetricFamily("rebpf_events_lost", "Events lost.", labels=["topic", "stage", "reason"])
         for stream in status.streams:

@@ -41,7 +41,7 @@ class StreamPipeline:
         self._reader = RingReader(stream, ring, encoder)
         self._sender = SpoolSender(stream, stores.spool, self.account) if stores.spool else None
         self._waits = stores.waits
-        self._spill_after_s = stores.spill_after_s
+        self.spill_after_s = stores.spill_after_s
         self._window = Window()
         """The batches in flight that are in the ring."""
         self._spill_at_s = 0.0
@@ -135,7 +135,7 @@ class StreamPipeline:
     def _is_overdue(self, now_s: float) -> bool:
         """Whether the oldest batch has been in flight for too long."""
         sent_s = self.oldest_sent_s
-        return sent_s is not None and now_s - sent_s > self._spill_after_s
+        return sent_s is not None and now_s - sent_s > self.spill_after_s
 
     def _is_stuck(self, sink: Sink, now_s: float) -> bool:
         if now_s < self._spill_at_s:

@@ -18,7 +18,11 @@ from producer.encode.batch import BatchEncoder, Key
 from producer.events import FLOW, SEGMENT, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
 from producer.schemas import load_schema
 
-HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
+HOST = {
+    "host": "db-1.example",
+    "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11",
+    "labels": {"dc": "fra-1", "env": "prød"},
+}
 OFFSET_NS = 1_790_000_000_123_456_789
 NANOSECONDS = st.integers(0, 10**18)
 PADDING = {"_pad0", "_pad1", "_pad2", "_pad3"}
@@ -211,7 +215,7 @@ def parsed(schema: Mapping[str, Any]) -> Any:
     """Return the schema as fastavro wants it, and timestamps as the numbers that they are."""
     plain = copy.deepcopy(dict(schema))
     for field in plain["fields"]:
-        if isinstance(field["type"], dict):
+        if "logicalType" in field["type"]:
             field["type"] = field["type"]["type"]
     return fastavro.parse_schema(plain)
 

@@ -14,6 +14,11 @@ from producer.errors import ConfigError
 FULL = """
 host = "db-1"
 state_dir = "/run/rebpf"
+log_level = "debug"
+
+[labels]
+env = "prod"
+rack = 7
 
 [capture]
 hooks = ["kprobe", "cgroup_skb"]
@@ -136,6 +141,8 @@ def test_every_setting_can_be_read(read):
     assert read(FULL) == Config(
         host="db-1",
         state_dir=Path("/run/rebpf"),
+        log_level="debug",
+        labels={"env": "prod", "rack": "7"},
         capture=Capture(
             hooks=("kprobe", "cgroup_skb"),
             addresses=(ip_address("192.0.2.1"), ip_address("2001:db8::1")),
@@ -198,7 +205,7 @@ def test_the_file_above_names_every_setting():
             found |= {field} if inner is None else names(inner)
         return found
 
-    assert names(Config) - {"settings"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE))
+    assert names(Config) - {"settings", "labels"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE)) - {"env", "rack"}
 
 
 def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(read):
@@ -242,6 +249,11 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
         ("registry.timeout_s = inf", r"registry\.timeout_s: expected .* seconds, found inf"),
         ("registry.register = 1", r"registry\.register: expected true or false, found 1"),
         ('kafka.brokers = " "', r"kafka\.brokers: expected HOST:PORT"),
+        ('labels.Env = "prod"', r"labels: expected a name of at most 32 lower-case letters, .*, found 'Env'"),
+        ('labels.job = "a"', r"labels: expected another name than 'job', which Prometheus reserves"),
+        (f'labels.env = "{"é" * 65}"', r"labels\.env: expected at most 64 characters, found 65"),
+        ("labels.env = [1]", r"labels\.env: expected a string, a number or a boolean, found \[1\]"),
+        ("[labels]\n" + "".join(f"a{i} = 1\n" for i in range(17)), r"labels: expected at most 16 labels, found 17"),
         ('kafka.topic_prefix = "a b"', r"kafka\.topic_prefix: expected letters"),
         ("kafka.settings.x = [1]", r"kafka\.settings\.x: expected a string, a number or a boolean, found \[1\]"),
         ("kafka.settings = 1", r"kafka\.settings: expected a table, \[kafka\.settings\], found 1"),

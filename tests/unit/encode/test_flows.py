@@ -30,7 +30,7 @@ from producer.events import (
 from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
 
-HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
+HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11", "labels": {"env": "prod"}}
 OFFSET_NS = 1_790_000_000_123_456_789
 FRAME_BYTES = 5
 PLAIN = (string.ascii_letters + string.digits + string.punctuation + " ").replace("%", "")
@@ -73,7 +73,7 @@ def encoded(rows: Any) -> dict[str, Any]:
     assert message[:FRAME_BYTES] == b"\0\0\0\0\5"
     plain = copy.deepcopy(dict(schema))
     for field in plain["fields"]:
-        if isinstance(field["type"], dict):  # timestamps as the numbers that they are
+        if "logicalType" in field["type"]:  # timestamps as the numbers that they are
             field["type"] = field["type"]["type"]
     body = io.BytesIO(message[FRAME_BYTES:])
     record: Any = fastavro.schemaless_reader(body, fastavro.parse_schema(plain), None)
