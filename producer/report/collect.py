@@ -57,7 +57,10 @@ class Collected:
 
 
 def collect(source: Files | Topics, period: Period, choice: Choice | None = None) -> Collected:
-    """Read flows and retransmissions, and count transmits; `choice` does not apply to the quality."""
+    """Read flows and retransmissions, and count transmits; `choice` does not apply to the quality.
+
+    It does not apply to records of connections before the period either, from which their counters grow.
+    """
     batches: dict[Stream, list[object]] = {FLOWS: [], RETRANSMITS: []}
     schemas = {stream: schema_of(stream, NAMES[stream]) for stream in batches}
     audits = {stream: Audit() for stream in NAMES}
@@ -65,14 +68,14 @@ def collect(source: Files | Topics, period: Period, choice: Choice | None = None
     sampled = dict.fromkeys(NAMES, 0)
     kept = 0
     with Progress("reading events") as progress:
-        for part in source.parts(NAMES, progress):
+        for part in source.parts(NAMES if choice is None else {}, progress):
             chosen = within(part, _earlier(period) if part.stream == FLOWS else period)
             audited = within(part, period)
             counts[part.stream] += int(np.count_nonzero(audited))
             sampled[part.stream] += _sampled(part.table, audited)
             _audit(audits[part.stream], part, audited)
             if choice is not None:
-                chosen &= choice(part)
+                chosen &= choice(part) | ~audited
             if part.stream in batches and chosen.any():
                 batches[part.stream].append(batch_of(schemas[part.stream], part.table, chosen))
                 kept += int(np.count_nonzero(chosen))

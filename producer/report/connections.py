@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from producer.report.frame import Frame, Ints, Mask
+from producer.view.limits import Interval, limits
 
 CAUSES = ("rto", "fast", "slow_start", "tlp", "syn", "syn_ack", "other")
 COUNTERS = (
@@ -58,6 +59,11 @@ class Connections:
         """Return the chosen connections."""
         growth = {name: column[chosen] for name, column in self.growth.items()}
         return Connections(self.flows, self.last[chosen], growth, self.elapsed_us[chosen], self.partial[chosen])
+
+    def limits(self) -> Ints:
+        """Return what limited each connection, as an index of LIMITS."""
+        given = {name: self.growth[name] if name in COUNTERS else self.gauge(name) for name in Interval._fields[1:]}
+        return limits(Interval(self.elapsed_us, **given))
 
     def failed(self) -> Mask:
         """Return which connects failed: closed before they were established."""

@@ -64,7 +64,7 @@ _WIDTH = 8.5
 def page(summary: Summary, segments: Frame, commands: Sequence[str], filter_text: str = "") -> str:
     """Return the report; `segments` are those of the worst flows."""
     parts = [*_headline(summary), *_causes(summary), *_worst(summary)]
-    parts += [*_srtt(summary), *_failures(summary), *_flows(summary, segments)]
+    parts += [*_limited(summary), *_srtt(summary), *_failures(summary), *_flows(summary, segments)]
     parts += [*_quality(summary), *_commands(commands)]
     period = f"{_time(summary.first_ns)} to {_time(summary.last_ns)}"
     if filter_text:
@@ -135,6 +135,16 @@ def _cells(line: Line) -> list[str]:
     sent = "-" if line.sent is None else f"{line.sent:,}"
     ratio = "-" if line.ratio is None else f"{line.ratio:.2%}"
     return [line.name, f"{line.retransmitted:,}", sent, ratio, line.cause, f"{line.failed:,}"]
+
+
+def _limited(summary: Summary) -> Iterator[str]:
+    if summary.limited:
+        yield "<h2>What limits connections</h2>"
+        rows = [
+            [each.limit.replace("_", " "), f"{each.connections:,}", f"{each.sent:,}", f"{each.retransmitted:,}"]
+            for each in summary.limited
+        ]
+        yield _table(("limit", "connections", "sent", "retransmitted"), rows, numbers=(1, 2, 3))
 
 
 def _srtt(summary: Summary) -> Iterator[str]:

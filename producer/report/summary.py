@@ -12,6 +12,7 @@ from producer.export.sources import Period
 from producer.report.collect import Collected, FlowChoice, Quality
 from producer.report.connections import CAUSES, Connections, connections
 from producer.report.frame import Frame, Ints
+from producer.view.limits import LIMITS
 
 MOST_LINES = 10
 MOST_FLOWS = 3
@@ -54,6 +55,16 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Limited:
+    """Connections that something limited, and their segments."""
+
+    limit: str
+    connections: int
+    sent: int
+    retransmitted: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """Failed connects to a peer with an error."""
 
@@ -92,6 +103,7 @@ class Summary:
     totals: Totals | None
     """None if there are no connection records."""
     worst: Mapping[str, list[Line]]
+    limited: list[Limited]
     failures: list[Failure]
     srtt_us: Ints
     """Of each connection that has been measured."""
@@ -120,6 +132,7 @@ def summarize(collected: Collected, period: Period) -> Summary:
         last_ns,
         _totals(found) if found is not None else None,
         by,
+        _limited(found) if found is not None else [],
         _failures(found) if found is not None else [],
         srtt_us[srtt_us > 0],
         _timeline(retransmits, first_ns, last_ns) if len(retransmits) else None,
@@ -194,6 +207,20 @@ def _segments(retransmits: Frame) -> Ints:
     """Return the segments that each event stands for."""
     segments: Ints = retransmits.numbers("segs") * np.maximum(1, retransmits.numbers("sample_rate"))
     return segments
+
+
+def _limited(found: Connections) -> list[Limited]:
+    found = found.select(~found.failed())
+    by_limit = found.limits()
+    counts, sent, retransmitted = (
+        _summed(by_limit, values, len(LIMITS))
+        for values in (np.ones(len(found), np.int64), found.growth["segs_out"], found.growth["total_retrans"])
+    )
+    return [
+        Limited(limit, int(counts[at]), int(sent[at]), int(retransmitted[at]))
+        for at, limit in enumerate(LIMITS)
+        if counts[at]
+    ]
 
 
 def _failures(found: Connections) -> list[Failure]:

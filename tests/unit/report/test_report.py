@@ -13,6 +13,7 @@ from producer.commands.report import report
 from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS
 from producer.export.arrow import schema_of
+from producer.export.events import matching
 from producer.export.sources import Files, Period
 from producer.host.text import printable
 from producer.report.collect import collect
@@ -78,6 +79,23 @@ def test_the_figures_are_those_of_the_events(scene_folder: Path) -> None:
     assert all(quality.missing == 0 for quality in summary.quality.values())
 
 
+def test_a_filter_chooses_connections_and_events(scene_folder: Path) -> None:
+    choice = matching("peer 10.0.0.7 and not host web-2")
+    summary = summarize(collect(Files([scene_folder]), Period(), choice), Period())
+    assert summary.totals is not None
+    assert (summary.totals.sent, summary.totals.retransmitted) == (2000, 100)
+    assert [flow.retransmitted for flow in summary.flows] == [50, 50]
+
+
+def test_a_filter_does_not_apply_to_the_records_that_counters_grow_from(tmp_path: Path) -> None:
+    records = [connection(1, at, 0, count) for at, count in ((0, 1), (1, 4), (2, 9))]
+    path = write_container(tmp_path / "flows.avro", FLOWS, records)
+    period = Period(NOON_NS + 1)
+    summary = summarize(collect(Files([path]), period, matching("retrans > 3")), period)
+    assert summary.totals is not None
+    assert summary.totals.retransmitted == 8
+
+
 def test_names_stay_text_and_nothing_comes_from_the_network(page: str) -> None:
     found = Page(page)
     assert "script" not in found.tags
@@ -95,6 +113,7 @@ def test_the_page_says_who_where_and_why_and_how_good_the_data_are(page: str) ->
         "150 of 60,005 segments were retransmitted: 0.250%.",
         "Worst peer: 10.0.0.7, 150 segments (5.00%), most by fast.",
         "Causes over time",
+        "What limits connections",
         "ECONNREFUSED",
         "No event is missing between the first and the last one.",
         "ss -ti dst 10.0.0.7",
