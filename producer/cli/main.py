@@ -13,7 +13,7 @@ import click
 
 from producer import __version__
 from producer.cli.alert import alert
-from producer.cli.analysis import export
+from producer.cli.analysis import export, report
 from producer.cli.config import config as config_command
 from producer.cli.options import (
     Group,
@@ -32,7 +32,7 @@ from producer.cli.options import (
 from producer.cli.spool import spool
 from producer.cli.topics import init, tail, verify
 from producer.cli.view import trace
-from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
+from producer.errors import OutputError, ReaderGoneError, RebpfError, UsageError
 from producer.host import stdio
 from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
 from producer.host.signals import QUIT_NOW, set_on, stop_on_signals
@@ -48,7 +48,7 @@ _SECTIONS = {
     "Capture": ("run", "reload", "status", "spool"),
     "View": ("trace",),
     "Topics": ("init", "tail", "verify", "alert"),
-    "Analysis": ("export",),
+    "Analysis": ("report", "export"),
     "Host": ("check", "config", "demo", "version"),
 }
 
@@ -85,7 +85,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, export, init, tail, verify, trace, config_command):
+for each in (spool, alert, export, report, init, tail, verify, trace, config_command):
     rebpf.add_command(each)
 
 
