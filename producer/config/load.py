@@ -215,6 +215,8 @@ class Config:
     """Folder for the spool, quarantine, ledger, compiled programs, agent.json and the lock."""
     log_level: str = "info"
     """Lowest level that `rebpf run` logs: debug, info, warning or error. The option --log-level overrides it."""
+    reload_when_changed: bool = False
+    """Reload when a file of the configuration has changed; otherwise only at SIGHUP."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
     spool: Spool = Spool()

@@ -128,3 +128,27 @@ def test_a_refused_reload_changes_no_setting() -> None:
     assert "no such user" in in_force.refusal
     assert in_force.config == Config()
     assert logging.getLogger("producer").level == logging.INFO
+
+
+def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
+    states, reads, asked = [1], [], Asked()
+    hooks: Any = Hooks()
+    watching = Config().with_values(reload_when_changed=True)
+
+    def read() -> Config:
+        reads.append(states[0])
+        return watching
+
+    def reloads_after_a_change(config: Config) -> int:
+        reads.clear()
+        in_force = InForce(hooks, config, resolve(config, None), read, None, files=lambda: states[0])
+        in_force.follow(asked)
+        states[0] += 1
+        in_force._files_at = 0
+        in_force.follow(asked)
+        in_force._files_at = 0
+        in_force.follow(asked)
+        return len(reads)
+
+    assert reloads_after_a_change(Config()) == 0
+    assert reloads_after_a_change(watching) == 1
