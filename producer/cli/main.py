@@ -121,6 +121,7 @@ def run(
     prints the balance: how many events were captured, delivered, spooled and lost.
     """
     from producer.agent.agent import Agent
+    from producer.config import sources
 
     def read() -> Any:
         return load(config).with_values(
@@ -132,7 +133,7 @@ def run(
             state_dir=state_dir,
         )
 
-    agent = Agent(read(), read)
+    agent = Agent(read(), read, lambda: sources.state(config))
     stop = stop_on_signals()
     balances = agent.run(stop, set_on(signal.SIGHUP), duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader
