@@ -109,8 +109,7 @@ class Decoder:
             parts.append((rows, table))
             bad = np.flatnonzero(table.status)
             rejected += [Rejected(int(rows[at]), _reason(table.status[at], schema_id)) for at in bad.tolist()]
-        texts = {name for name, kind in fields if kind == "string"}
-        return joined([name for name, _ in fields], texts, parts), rejected
+        return joined(fields, parts), rejected
 
     def records(self, values: Values) -> list[dict[str, Any] | UndecodableError]:
         """Return each value's record, without lists and bytes, or why there is none; timestamps stay numbers."""
