@@ -349,7 +349,9 @@ int raw_tp_flow_retransmit_again(u64 *ctx)
 /* Arguments: metadata, the map, the socket, its state. */
 int iter_flow_states(u64 *ctx)
 {
-	return visit_flow((void *)ctx[2], (void *)ctx[3]);
+	visit_flow((void *)ctx[2], (void *)ctx[3]);
+	count_visit((void *)ctx[0]);
+	return 0;
 }
 
 /* Arguments: metadata, a task, a file descriptor, its file. */

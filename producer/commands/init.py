@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from producer.config.load import Config
-from producer.events import STREAMS
 from producer.kafka.admin import DAY_MS, Admin, in_partitions, topic_settings
 from producer.registry.published import published_schemas, schema_ids
 from producer.registry.schema_ids import COMPATIBILITY, SchemaIds
@@ -30,7 +29,7 @@ def create_topics(config: Config, partitions: int, replication: int, *, alerts: 
     admin.require_reachable()  # faster than the timeout of a request
     usual = topic_settings(replication)
     wanted: dict[str, tuple[int, Mapping[str, str]]] = {
-        topic(config, stream): (partitions, usual) for stream in STREAMS
+        topic(config, stream): (partitions, usual) for stream in config.capture.streams
     }
     wanted[heartbeat_topic(config)] = (_HEARTBEAT_PARTITIONS, usual)
     if alerts:

@@ -126,7 +126,8 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
         try:
             link = hooks.attach(probe, program, root, loaded.maps[MAPS.index("flow_states")])
             if probe.runs_once:
-                bpf_syscall.run_iterator(link)
+                for _ in bpf_syscall.run_iterator(link):
+                    pass
                 continue
         except (OSError, LookupError) as error:
             raise HookError(f"{probe.program} was loaded but cannot be attached: {error}") from error
@@ -167,8 +168,8 @@ class _Loaded:
     def _choose(self, allowed: Mapping[str, list[str]], btf: Btf, root: Path | None) -> None:
         known = {(refusal.stream, refusal.hook) for refusal in self.refusals}
         for stream in allowed:
-            transmit = self.chosen["transmit"].name if stream == "retransmit" else None
-            hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmit)
+            transmits = self.chosen.get("transmit")
+            hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmits and transmits.name)
             self.refusals += [refusal for refusal in refused if (stream, refusal.hook) not in known]
             if hook is None:
                 raise self._no_hook(stream)

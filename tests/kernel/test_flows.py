@@ -52,7 +52,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def flows() -> Iterator[Recording]:
-    with Recording(hook_settings(streams=(*STREAMS, FLOWS))) as recording:
+    with Recording(hook_settings(streams=STREAMS)) as recording:
         yield recording
 
 
@@ -268,7 +268,7 @@ def test_connections_older_than_the_programs_have_their_process(lab: Lab, port: 
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(end_of(lab.server, b"listener", address, port, "server"))
         old = stack.enter_context(end_of(lab.client, b"old", address, port, "client"))
-        recording = stack.enter_context(Recording(hook_settings(streams=(*STREAMS, FLOWS))))
+        recording = stack.enter_context(Recording(hook_settings(streams=STREAMS)))
         recording.kernel.report_flows()
         (row,) = of_port(recording, port, "interval")
         assert (row["pid"], comm(row)) == (old.pid, b"old")
@@ -344,7 +344,7 @@ def test_a_socket_that_connects_again_has_a_record_for_each_connection(flows: Re
 
 
 def test_what_the_rules_drop_and_the_producers_own_connections_have_no_record(lab: Lab, port: int) -> None:
-    settings = hook_settings(streams=(*STREAMS, FLOWS), rules=filtered(ports=[port]))
+    settings = hook_settings(streams=STREAMS, rules=filtered(ports=[port]))
     with Recording(settings) as recording:
         with inside(lab.client), socket.create_server((lab.client.ipv4, port)) as listener:
             with socket.socket() as own:
