@@ -173,6 +173,7 @@ static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 
 	struct sock *sk = (struct sock *)tp;
 	u64 cookie = READ_IF(sock, sk, skc_cookie);
 	bool accepted = old_state == TCP_SYN_RECV && state == TCP_ESTABLISHED;
+	bool connected = old_state == TCP_SYN_SENT && state == TCP_ESTABLISHED && whose(cookie) == OWN_OPENED;
 	bool closed = state == TCP_CLOSE && whose(cookie);
 	struct flow flow = {};
 
@@ -180,12 +181,14 @@ static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 
 		forget_verdict(tp, cookie);
 		forget_partner(cookie);
 	}
-	if (!accepted && !closed)
+	if (!accepted && !connected && !closed)
 		return 0;
 	fill_endpoints(&flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
 	flow.netns = netns_of(sk);
 	if (accepted)
 		note_accepted(&flow, sk);
+	else if (connected) /* without transmits no program has seen its SYN */
+		note_peer(&flow, state);
 	else
 		forget_closed(&flow, old_state);
 	return 0;

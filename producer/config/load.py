@@ -148,11 +148,13 @@ class RuleConfig:
     name: str = ""
     """Name in messages and in `rebpf check --explain`."""
     action: str = "keep"
-    """keep or drop, for both streams."""
+    """keep or drop, for all streams."""
     transmit: str | None = None
     """keep or drop, for transmits; none: as action."""
     retransmit: str | None = None
     """keep or drop, for retransmissions; none: as action."""
+    flow: str | None = None
+    """keep or drop, for records of connections; none: as action."""
     sample: int = 1
     """Capture one in N transmits; the field sample_rate of the events is N."""
     sample_by: str = "connection"

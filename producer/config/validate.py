@@ -255,7 +255,7 @@ def _check_alert_rule(where: str, rule: Any) -> None:
 def _check_rule(where: str, rule: Any) -> None:
     if rule.name:
         _check_text(f"{where}.name", rule.name, 255)
-    for key in ("action", "transmit", "retransmit"):
+    for key in ("action", "transmit", "retransmit", "flow"):
         value = getattr(rule, key)
         if value is not None:
             _check_choice(f"{where}.{key}", value, _ACTIONS)
