@@ -36,7 +36,7 @@ class Reporter:
             for each in self._parts
         }
 
-    def status(self, rules_version: int, more_reasons: Sequence[str] = ()) -> Status:
+    def status(self, rules_version: int, transmit_sample_rate: int, more_reasons: Sequence[str] = ()) -> Status:
         """Return the current status; `more_reasons` are added to the reasons for being degraded."""
         cpu_s, rss_bytes = usage()
         return Status(
@@ -50,6 +50,7 @@ class Reporter:
             (*self.reasons(), *more_reasons),
             cpu_s,
             rss_bytes,
+            transmit_sample_rate,
         )
 
     def balance(self, parts: StreamParts, kernel: KernelCounters) -> Balance:

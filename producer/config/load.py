@@ -49,13 +49,15 @@ class Capture:
     default: str = "keep"
     """Action for segments that no rule matches: keep or drop."""
     transmit_ring_bytes: int = 1 << 24
-    """Size of the ring for transmits in bytes, a power of two. An event takes 200 bytes."""
+    """Size of the ring for transmits in bytes, a power of two. An event takes 216 bytes."""
     retransmit_ring_bytes: int = 1 << 22
     """Size of the ring for retransmissions in bytes, a power of two."""
     pin: Path | None = None
     """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash; none: they are lost."""
     latency_s: float = 1.0
     """Most seconds between two reads of a ring. Busy rings are read more often, and retransmissions at once."""
+    transmit_events_per_s: int = 0
+    """Budget for transmits: above it, connections are sampled (sample_rate in the events); 0: no budget."""
     btf: Path | None = None
     """BTF file with the kernel's struct layouts; none: /sys/kernel/btf/vmlinux."""
 

@@ -159,6 +159,11 @@ class _StatusCollector(Collector):
         degraded = float(bool(status.reasons))
         yield GaugeMetricFamily("rebpf_degraded", "1 if degraded: /status has the reasons; otherwise 0.", degraded)
         yield GaugeMetricFamily("rebpf_rules_version", "Version of the rules in force.", status.rules_version)
+        yield GaugeMetricFamily(
+            "rebpf_transmit_sample_rate",
+            "One in this many connections has its transmits captured, by the budget; 1: all.",
+            status.transmit_sample_rate,
+        )
         hooks = InfoMetricFamily("rebpf_hook", "The hook that captures the events of a topic.", labels=["topic"])
         lost = CounterMetricFamily("rebpf_events_lost", "Events lost.", labels=["topic", "stage", "reason"])
         for stream in status.streams:

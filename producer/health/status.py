@@ -55,6 +55,8 @@ class Status:
     reasons: tuple[str, ...]
     cpu_s: float
     rss_bytes: int
+    transmit_sample_rate: int = 1
+    """The rate at which the budget for transmits samples connections."""
     stopped: bool = False
     """Whether this is the last status of a run that ended in order."""
 
@@ -76,6 +78,7 @@ class Status:
             "rules_version": self.rules_version,
             "cpu_s": self.cpu_s,
             "rss_bytes": self.rss_bytes,
+            "transmit_sample_rate": self.transmit_sample_rate,
             "streams": [stream.as_dict() for stream in self.streams],
         }
 

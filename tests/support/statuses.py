@@ -27,5 +27,6 @@ def status(**values: Any) -> Status:
         "reasons": ("kafka: _ALL_BROKERS_DOWN", "tcp_transmit: spooling"),
         "cpu_s": 1.5,
         "rss_bytes": 77 << 20,
+        "transmit_sample_rate": 64,
     }
     return Status(**{**facts, **values})

@@ -24,6 +24,7 @@ transmit_ring_bytes = 65536
 retransmit_ring_bytes = 8192
 pin = "/sys/fs/bpf/rebpf"
 latency_s = 1
+transmit_events_per_s = 1000
 btf = "/some/vmlinux"
 
 [kafka]
@@ -145,6 +146,7 @@ def test_every_setting_can_be_read(read):
             retransmit_ring_bytes=8192,
             pin=Path("/sys/fs/bpf/rebpf"),
             latency_s=1.0,
+            transmit_events_per_s=1000,
             btf=Path("/some/vmlinux"),
         ),
         kafka=Kafka(
@@ -236,6 +238,7 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
         ),
         ('capture.hooks = ["fentri"]', r"capture\.hooks: unknown hook fentri: did you mean fentry\?"),
         ('capture.latency_s = "1"', r"capture\.latency_s: expected a number, found '1'"),
+        ("capture.transmit_events_per_s = -1", r"transmit_events_per_s: expected 0 to 1000000000, found -1"),
         ("capture.latency_s = 0", r"capture\.latency_s: expected 0\.02 to 60 seconds, found 0\.0"),
         ("kafka.stop_timeout_s = -1", r"kafka\.stop_timeout_s: expected 0 to 86400 seconds, found -1\.0"),
         ("registry.timeout_s = nan", r"registry\.timeout_s: expected .* seconds, found nan"),
