@@ -87,6 +87,7 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
         capture,
         sink,
         streams,
+        builder.relabel,
         folder,
         in_force,
         web,
