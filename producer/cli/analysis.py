@@ -22,6 +22,9 @@ def _require(command: str, *packages: str) -> None:
 
 paths_argument = click.argument("paths", nargs=-1, metavar="[FILE...]", type=click.Path(path_type=Path))
 since_option = option("--since", metavar="TIME", help="Start of the period: 2026-11-29T15:00Z, or 1h for an hour ago.")
+filter_option = option(
+    "--filter", "filter_text", metavar="FILTER", help="Only matching events: 'host web-17 and cause rto'."
+)
 until_option = option("--until", metavar="TIME", help="End of the period, in the same form.")
 
 
@@ -54,6 +57,12 @@ def _source(
     )
 
 
+def _choice(filter_text: str | None) -> Any:
+    from producer.export.events import matching
+
+    return matching(filter_text) if filter_text else None
+
+
 def _period(since: str | None, until: str | None) -> Any:
     from producer.export.sources import Period
     from producer.export.when import parse_time
@@ -83,6 +92,7 @@ def _period(since: str | None, until: str | None) -> Any:
 @option("--format", "form", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True, help="Format.")
 @since_option
 @until_option
+@filter_option
 def export(
     paths: tuple[Path, ...],
     config: Path | None,
@@ -93,6 +103,7 @@ def export(
     form: str,
     since: str | None,
     until: str | None,
+    filter_text: str | None,
 ) -> None:
     """Write events to Parquet or CSV files, partitioned by day.
 
@@ -108,7 +119,53 @@ def export(
     period = _period(since, until)
     names = topic or tuple(STREAMS)
     source = _source(config, brokers, registry, paths, period, names)
-    written = write(source, output, form, period, frozenset(STREAMS[name] for name in names))
+    written = write(source, output, form, period, frozenset(STREAMS[name] for name in names), _choice(filter_text))
     echo(lines(f"{path} events={count}" for path, count in written.items()))
     if source.undecodable:
         echo(f"undecodable messages: {source.undecodable}", err=True)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf report --brokers kafka-1:9092 --since 1h -o report.html", "Show what a fleet retransmitted in an hour"),
+        ("rebpf report events.avro -o report.html --png report.png", "The same of a file, also as a picture"),
+    ),
+)
+@paths_argument
+@config_option
+@brokers_option
+@registry_option
+@option("--output", "-o", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@option("--png", type=click.Path(path_type=Path), help="Also write a picture to this file.")
+@since_option
+@until_option
+@filter_option
+def report(
+    paths: tuple[Path, ...],
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    output: Path,
+    png: Path | None,
+    since: str | None,
+    until: str | None,
+    filter_text: str | None,
+) -> None:
+    """Write a report with plots: what was retransmitted, where and why.
+
+    The HTML file needs no network. Reads the topics, or Avro files as `rebpf export` does. Needs `rebpf[report]`.
+    """
+    _require("report", "pyarrow", "matplotlib")
+    from producer.commands.report import report as write
+    from producer.consume.reader import collect_rarely
+    from producer.export.read import STREAMS
+    from producer.export.sources import Period
+    from producer.report.connections import MARGIN_NS
+
+    collect_rarely()
+    period = _period(since, until)
+    earlier = Period(period.since_ns and period.since_ns - MARGIN_NS, period.until_ns)
+    source = _source(config, brokers, registry, paths, earlier, tuple(STREAMS))
+    echo(lines(write(source, period, output, png, choice=_choice(filter_text), filter_text=filter_text or "")))
+    echo(lines(f"wrote {path}" for path in (output, png) if path is not None))

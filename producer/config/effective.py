@@ -17,6 +17,7 @@ AT_RELOAD = (
     "rules",
     "labels",
     "log_level",
+    "reload_when_changed",
     "capture.addresses",
     "capture.ports",
     "capture.default",

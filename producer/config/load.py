@@ -231,6 +231,8 @@ class Config:
     """Lowest level that `rebpf run` logs: debug, info, warning or error. The option --log-level overrides it."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """[labels]: at most 16 labels of the site, such as env or dc, in each event, heartbeat and status."""
+    reload_when_changed: bool = False
+    """Reload when a file of the configuration has changed; otherwise only at SIGHUP."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
     topics: Topics = Topics()

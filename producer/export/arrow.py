@@ -23,7 +23,7 @@ _TIME = pa.timestamp("ms", tz="UTC")
 
 
 def schema_of(stream: Stream, names: frozenset[str] | None = None) -> Any:
-    """Return the Arrow schema of a stream's events: all fields but lists, or those in `names`."""
+    """Return the Arrow schema of a stream's events: all fields but lists and maps, or those in `names`."""
     fields = []
     for field in load_schema(stream.schema_file)["fields"]:
         kind, nullable = field["type"], isinstance(field["type"], list)

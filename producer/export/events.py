@@ -3,13 +3,30 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from producer.events import Stream
 from producer.export.arrow import Mask, batch_of, schema_of
 from producer.export.part import Part
 from producer.export.sources import Files, Names, Period, Progress, Topics
+from producer.view.filter import parse
+from producer.view.records import of_table
 
 Choice = Callable[[Part], Mask]
 """Returns which events of a part are wanted."""
+
+
+def matching(text: str) -> Choice:
+    """Return the choice of the events that match a filter. Raises FilterError."""
+    matches = parse(text)
+
+    def choice(part: Part) -> Mask:
+        chosen: Mask = part.table.status == 0
+        chosen = chosen.copy()
+        chosen[np.flatnonzero(chosen)] = matches(of_table(part.stream, part.table))
+        return chosen
+
+    return choice
 
 
 def within(part: Part, period: Period) -> Mask:

@@ -27,6 +27,7 @@ FULL = """
 host = "db-1"
 state_dir = "/run/rebpf"
 log_level = "debug"
+reload_when_changed = true
 
 [labels]
 env = "prod"
@@ -161,6 +162,7 @@ def test_every_setting_can_be_read(read):
         state_dir=Path("/run/rebpf"),
         log_level="debug",
         labels={"env": "prod", "rack": "7"},
+        reload_when_changed=True,
         capture=Capture(
             hooks=("kprobe", "cgroup_skb"),
             addresses=(ip_address("192.0.2.1"), ip_address("2001:db8::1")),
