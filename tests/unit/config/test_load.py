@@ -86,7 +86,10 @@ key = "/etc/client.key"
 group = "on-call"
 lateness_s = 30
 missed_heartbeats = 5
-topic = false
+listen = ""
+wait_s = 90
+lookback_s = 40
+webhook = "http://hook:80/x"
 stdout = true
 alertmanager = "http://alertmanager:9093"
 repeat_s = 30
@@ -99,6 +102,17 @@ window_s = 10
 threshold = 500
 clear = 100
 minimum = 2
+prefix = 16
+prefix_v6 = 48
+quantile = 0.5
+for_s = 20
+host = ["web-*"]
+peer = ["10.0.0.0/8"]
+cause = ["rto"]
+only_labels = { env = "prod" }
+severity = "page"
+labels = { team = "net" }
+annotations = { runbook = "https://example.com/r" }
 
 [[rules]]
 name = "all of it"
@@ -208,11 +222,35 @@ def test_every_setting_can_be_read(read):
             group="on-call",
             lateness_s=30.0,
             missed_heartbeats=5.0,
-            topic=False,
+            listen="",
+            wait_s=90.0,
+            lookback_s=40.0,
+            webhook="http://hook:80/x",
             stdout=True,
             alertmanager="http://alertmanager:9093",
             repeat_s=30.0,
-            rules=(AlertRule("much-loss", "peer", "count", 10.0, 500.0, 100.0, 2),),
+            rules=(
+                AlertRule(
+                    name="much-loss",
+                    by="peer",
+                    measure="count",
+                    window_s=10.0,
+                    threshold=500.0,
+                    clear=100.0,
+                    minimum=2,
+                    prefix=16,
+                    prefix_v6=48,
+                    quantile=0.5,
+                    for_s=20.0,
+                    host=("web-*",),
+                    peer=("10.0.0.0/8",),
+                    cause=("rto",),
+                    only_labels={"env": "prod"},
+                    severity="page",
+                    labels={"team": "net"},
+                    annotations={"runbook": "https://example.com/r"},
+                ),
+            ),
         ),
         rules=(RULE, RuleConfig()),
     )
@@ -332,11 +370,18 @@ def test_no_password_in_a_url_on_the_command_line_either():
     [
         ('name = "loss/web"', r"name: expected letters, .* 'loss/web'"),
         ('name = "silent"', r"name: .* the built-in rule's name"),
-        ('by = "hots"', r"by: expected one of host, peer, flow, port, found 'hots'"),
-        ('measure = "mean"', r"measure: expected one of count, ratio, found 'mean'"),
+        ('by = "hots"', r"by: expected one of host, peer, subnet, .* found 'hots'"),
+        ('measure = "mean"', r"measure: expected one of ratio, .* found 'mean'"),
         ("window_s = 0.5", r"window_s: expected 1 to .* seconds, found 0\.5"),
         ("threshold = 1.5", r"threshold: expected above 0 and at most 1, found 1\.5"),
         ("clear = 0.1", r"clear: expected above 0 and at most the threshold, found 0\.1"),
+        ("for_s = -1", r"for_s: expected 0 to .* seconds, found -1"),
+        ("quantile = 1.0", r"quantile: expected above 0 and below 1, found 1\.0"),
+        ("prefix = 33", r"prefix: expected 0 to 32, found 33"),
+        ('peer = ["10.0.0.1/8"]', r"peer: .* has host bits set"),
+        ("port = [70000]", r"port: expected a port or a range of ports, found 70000"),
+        ('cause = ["retry"]', r"cause: expected other, rto, .* found 'retry'"),
+        ('labels = { "a-b" = "c" }', r"labels: expected letters, digits and underscores, found 'a-b'"),
         ("minimum = -1", r"minimum: expected at least 0, found -1"),
     ],
 )
