@@ -174,6 +174,7 @@ static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 
 	struct sock *sk = (struct sock *)tp;
 	u64 cookie = READ_IF(sock, sk, skc_cookie);
 	bool accepted = old_state == TCP_SYN_RECV && state == TCP_ESTABLISHED;
+	bool connected = old_state == TCP_SYN_SENT && state == TCP_ESTABLISHED && whose(cookie) == OWN_OPENED;
 	bool closed = state == TCP_CLOSE && whose(cookie);
 	struct flow flow = {};
 
@@ -182,12 +183,14 @@ static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 
 		forget_verdict(tp, cookie);
 		forget_partner(cookie);
 	}
-	if (!accepted && !closed)
+	if (!accepted && !connected && !closed)
 		return 0;
 	fill_endpoints(&flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
 	flow.netns = netns_of(sk);
 	if (accepted)
 		note_accepted(&flow, sk);
+	else if (connected) /* without transmits no program has seen its SYN */
+		note_peer(&flow, state);
 	else
 		forget_closed(&flow, old_state);
 	return 0;
@@ -355,7 +358,9 @@ int raw_tp_flow_retransmit_again(u64 *ctx)
 /* Arguments: metadata, the map, the socket, its state. */
 int iter_flow_states(u64 *ctx)
 {
-	return visit_flow((void *)ctx[2], (void *)ctx[3]);
+	visit_flow((void *)ctx[2], (void *)ctx[3]);
+	count_visit((void *)ctx[0]);
+	return 0;
 }
 
 #endif

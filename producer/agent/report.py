@@ -77,7 +77,7 @@ class Reporter:
     def _stream(self, parts: StreamParts) -> StreamStatus:
         return StreamStatus(
             self._topics[parts.stream.name],
-            self._hooks.hooks_in_use[parts.stream.name],
+            self._hooks.hooks_in_use.get(parts.stream.name, "off"),
             self.balance(parts, self._hooks.counters(parts.stream)),
             parts.ring.size_bytes,
             round(parts.ring.fill * parts.ring.size_bytes),

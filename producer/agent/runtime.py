@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from producer.agent.flow_timer import FlowTimer
 from producer.agent.liveness import Liveness, LossReporter
 from producer.agent.reload import InForce
 from producer.agent.report import Reporter
@@ -15,7 +16,7 @@ from producer.agent.streams import StreamParts
 from producer.agent.supervise import StuckError, Supervisor
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
-from producer.events import HEARTBEATS, Topic
+from producer.events import FLOWS, HEARTBEATS, Topic
 from producer.health import metrics
 from producer.health.balance import Balance
 from producer.health.endpoint import Endpoint, StatusBoard
@@ -87,11 +88,18 @@ class Runtime:
         )
         self.in_force.apply = partial(self._apply, pipeline)
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
+        flows = self._flow_timer()
         woken: set[str] = set()
         while not stop.wait(0) and time.monotonic() < end:
             self._do_chores(reload)
             due = min(time.monotonic() + self._move(pipeline, woken), self.chores_at_s, end)
+            if flows:
+                if (now_s := time.monotonic()) >= flows.due_s:
+                    self.supervisor.attempt("flows", partial(flows.step, now_s), None)
+                due = min(due, max(flows.due_s, now_s + LEAST_S))
             woken = self._wait(pipeline, due)
+        if flows:
+            flows.close()
         systemd.try_notify("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
         if not self.ring_stays:
@@ -107,6 +115,14 @@ class Runtime:
         if config.labels != self.reporter.labels:
             self.relabel(config.labels)
             self.reporter.labels = config.labels
+
+    def _flow_timer(self) -> FlowTimer | None:
+        parts = next((each for each in self.streams if each.stream == FLOWS), None)
+        if parts is None or FLOWS not in self.config.capture.streams:
+            return None
+        interval_s = self.config.capture.flow_interval_s
+        report, ring = self.capture.report_some_flows, parts.ring
+        return FlowTimer(report, lambda: ring.fill, interval_s, self.config.host, time.monotonic())
 
     def _do_chores(self, reload: Flag) -> None:
         """Do what is not about events, at its own times, however often the loop turns."""

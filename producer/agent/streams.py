@@ -26,6 +26,7 @@ from producer.pipeline.recovery import drain, resume
 from producer.pipeline.stream import Stores, StreamPipeline
 from producer.schemas import load_schema
 from producer.spool.disk import PASSING
+from producer.spool.files import SPOOL_SUFFIX, files
 from producer.spool.spool import Spool
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,12 @@ def ledger_path(config: Config, stream: Stream) -> Path:
 def spool_bytes(config: Config, stream: Stream) -> int:
     """Return the size limit of a stream's spool. With the embedded broker, which stores nothing, it is 0."""
     return int(getattr(config.spool, f"{stream.name}_bytes")) if config.kafka.brokers else 0
+
+
+def has_undelivered(config: Config, hooks: Capture, stream: Stream) -> bool:
+    """Whether an earlier run has left events of this stream, on disk or in a ring."""
+    on_disk = spool_bytes(config, stream) and files(spool_folder(config, stream), SPOOL_SUFFIX)
+    return bool(on_disk) or stream in hooks.old_streams
 
 
 def new_spool(config: Config, stream: Stream) -> Spool:
@@ -181,7 +188,7 @@ class StreamBuilder:
         ring = self._stack.enter_context(self._hooks.ring(stream))
         resumed = resume(account, self._hooks.ring_id, ring, spool)
         stores = Stores(spool, ledger.write, BackOff("spool", most_s=_SPOOL_WAIT_S), self._config.spool.spill_after_s)
-        count = metrics.TCP.counter(stream)
+        count = metrics.TCP.counter(stream) if stream in self._config.capture.streams else None
         encoder = self._isolator(stream)
         self._isolators.append((stream, encoder))
         pipeline = StreamPipeline(stream, ring, encoder, stores, resumed, count)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from producer.commands.tail import Event, batches
-from producer.consume.event_line import EventFormatter, is_retransmit_event
+from producer.consume.event_line import EventFormatter, is_flow_record, is_retransmit_event
 from producer.demo.lab import Lab, Sent
 from producer.demo.reconcile import Comparison, Row, Tally, compare, reasons
 from producer.errors import BusyError, ConfigError, PermissionDenied, UnavailableError
@@ -189,7 +189,10 @@ class _Screen:
         )
         self._say(f"  rebpf tail --brokers {brokers}")
         self._say(f"  kcat -b {brokers} -t {RETRANSMITS.topic} -C -f '%k\\n'")
-        self._say("Below are all retransmissions and a sample of the transmits, read back from Kafka. All are counted.")
+        self._say(
+            "Below are all retransmissions, all connections and a sample of the transmits, read back from Kafka."
+            " All are counted."
+        )
 
     def _say(self, text: str) -> None:
         self._print(printable(text), markup=False)
@@ -211,7 +214,7 @@ class _Screen:
             echo("\n".join(lines), color=True)
 
     def _is_shown(self, event: Event) -> bool:
-        if is_retransmit_event(event.record):
+        if is_retransmit_event(event.record) or is_flow_record(event.record):
             return True
         second = int(time.monotonic())
         if second != self._second:
@@ -241,7 +244,7 @@ class _Screen:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="Segments: the events of both topics, and the kernel's counters", title_justify="left")
+    table = Table(title="Segments: the events of the topics, and the kernel's counters", title_justify="left")
     table.add_column("segments")
     for heading in ("events", "kernel", "difference"):
         table.add_column(heading, justify="right")

@@ -128,7 +128,8 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
         try:
             link = hooks.attach(probe, program, root, loaded.maps[MAPS.index("flow_states")])
             if probe.runs_once:
-                bpf_syscall.run_iterator(link)
+                for _ in bpf_syscall.run_iterator(link):
+                    pass
                 continue
         except (OSError, LookupError) as error:
             raise HookError(f"{probe.program} was loaded but cannot be attached: {error}") from error
