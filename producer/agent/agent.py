@@ -98,6 +98,7 @@ def build(
         capture,
         sink,
         parts,
+        builder.relabel,
         folder,
         in_force,
         web,

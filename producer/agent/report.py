@@ -27,7 +27,7 @@ class Reporter:
         topics: Mapping[str, Topic],
     ) -> None:
         self._host = host
-        self._labels = labels
+        self.labels = labels
         self._hooks = hooks
         self._sink = sink
         self._parts = parts
@@ -57,7 +57,7 @@ class Reporter:
             (*self.reasons(), *more_reasons),
             cpu_s,
             rss_bytes,
-            self._labels,
+            self.labels,
             transmit_sample_rate,
         )
 

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -50,6 +50,8 @@ class Runtime:
     capture: Capture
     sink: KafkaSink
     streams: Sequence[StreamParts]
+    relabel: Callable[[Mapping[str, str]], None]
+    """Sets the labels of the events to come."""
     folder: StateFolder
     in_force: InForce
     web: WebSettings
@@ -113,6 +115,9 @@ class Runtime:
         pipeline.set_latency(config.capture.latency_s)
         for each in self.streams:
             each.pipeline.spill_after_s = config.spool.spill_after_s
+        if config.labels != self.reporter.labels:
+            self.relabel(config.labels)
+            self.reporter.labels = config.labels
 
     def _flow_timer(self) -> FlowTimer | None:
         parts = next((each for each in self.streams if each.stream == FLOWS), None)
