@@ -26,7 +26,7 @@ from producer.cli.options import (
 )
 from producer.cli.spool import spool
 from producer.cli.topics import init, tail, verify
-from producer.cli.view import trace
+from producer.cli.view import top, trace
 from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
 from producer.host import stdio
 from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _SECTIONS = {
     "Capture": ("run", "reload", "status", "spool"),
-    "View": ("trace",),
+    "View": ("top", "trace"),
     "Topics": ("init", "tail", "verify", "alert"),
     "Host": ("check", "demo", "version"),
 }
@@ -80,7 +80,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, init, tail, verify, trace):
+for each in (spool, alert, init, tail, verify, top, trace):
     rebpf.add_command(each)
 
 
