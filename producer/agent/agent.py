@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from ipaddress import ip_address
 
-from producer.agent.reload import RulesInForce
+from producer.agent.reload import InForce
 from producer.agent.runtime import Runtime
 from producer.agent.streams import Quarantine, StreamBuilder
 from producer.agent.wakeup import Wakeup
@@ -32,7 +32,7 @@ from producer.topics import heartbeat_topic, topic
 
 
 class Agent:
-    """One run of the producer. `read` reads the configuration again for a reload, which changes only the rules."""
+    """One run of the producer. `read` reads the configuration again for a reload."""
 
     def __init__(self, config: Config, read: Callable[[], Config]) -> None:
         self._config = config
@@ -41,8 +41,8 @@ class Agent:
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
         """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
 
-        Setting `reload` reloads the rules and clears the flag. Raises subclasses of RebpfError. After a return, hooks
-        stay attached only if systemd holds them; after an error, only if they are pinned or systemd holds them.
+        Setting `reload` reloads the configuration and clears the flag. Raises subclasses of RebpfError. After a return,
+        hooks stay attached only if systemd holds them; after an error, only if they are pinned or systemd holds them.
         """
         with ExitStack() as stack:
             return build(self._config, self._read, stop, stack).run(stop, reload, duration_s)
@@ -81,15 +81,14 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
-    rules = RulesInForce(capture, config, ruleset, read, root)
+    in_force = InForce(capture, config, ruleset, read, root)
     return Runtime(
-        config,
         topics,
         capture,
         sink,
         streams,
         folder,
-        rules,
+        in_force,
         web,
         board,
         wakeup,

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from producer.agent.liveness import Liveness, LossReporter
-from producer.agent.reload import RulesInForce
+from producer.agent.reload import InForce
 from producer.agent.report import Reporter
 from producer.agent.streams import StreamParts
 from producer.agent.supervise import StuckError, Supervisor
@@ -43,14 +43,13 @@ _SPILL_S = 5.0
 class Runtime:
     """The parts of a run, and its loop. Call `run` once."""
 
-    config: Config
     topics: dict[str, Topic]
     """By the stream's name."""
     capture: Capture
     sink: KafkaSink
     streams: Sequence[StreamParts]
     folder: StateFolder
-    rules: RulesInForce
+    in_force: InForce
     web: WebSettings
     board: StatusBoard
     wakeup: Wakeup
@@ -65,8 +64,14 @@ class Runtime:
     losses: LossReporter = field(default_factory=LossReporter)
     chores_at_s: float = 0.0
 
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.in_force.config
+
     def __post_init__(self) -> None:
-        self.reporter = Reporter(self.config.host, self.capture, self.sink, self.streams, self.topics)
+        config = self.config
+        self.reporter = Reporter(config.host, config.labels, self.capture, self.sink, self.streams, self.topics)
         self.liveness = Liveness(self.board, self.heartbeats, self.sink, self._status)
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
@@ -78,6 +83,7 @@ class Runtime:
         pipeline = Pipeline(
             streams, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery, self._guard, latency_s
         )
+        self.in_force.apply = partial(self._apply, pipeline)
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
         woken: set[str] = set()
         while not stop.wait(0) and time.monotonic() < end:
@@ -90,6 +96,12 @@ class Runtime:
             self.capture.detach()
         self._drain(pipeline, deadline)
         return self._end(pipeline, deadline)
+
+    def _apply(self, pipeline: Pipeline, config: Config) -> None:
+        """Apply what a reload has changed outside the rules (producer.config.effective.AT_RELOAD)."""
+        pipeline.set_latency(config.capture.latency_s)
+        for each in self.streams:
+            each.pipeline.spill_after_s = config.spool.spill_after_s
 
     def _do_chores(self, reload: Flag) -> None:
         """Do what is not about events, at its own times, however often the loop turns."""
@@ -110,8 +122,8 @@ class Runtime:
 
     def _housekeeping(self, reload: Flag) -> None:
         """Reload if asked to, follow cgroups that come and go, and publish what changed."""
-        self.supervisor.attempt("reload", lambda: self.rules.follow(reload), None)
-        self.supervisor.attempt("cgroups", self.rules.look, None)
+        self.supervisor.attempt("reload", lambda: self.in_force.follow(reload), None)
+        self.supervisor.attempt("cgroups", self.in_force.look, None)
         self.supervisor.attempt("publish", lambda: self.folder.publish_if_new(self._facts()), None)
 
     def _facts(self) -> dict[str, Any]:
@@ -121,15 +133,19 @@ class Runtime:
             "topics": self.topics,
             "status_url": self.endpoint and self.endpoint.url,
             "status_socket": self.config.metrics.web_config_file is not None,
-            "rules_version": self.rules.version,
-            "reloads": self.rules.reloads,
-            "reload_refused": self.rules.refusal,
+            "rules_version": self.in_force.version,
+            "reloads": self.in_force.reloads,
+            "reload_refused": self.in_force.refusal,
+            "restart_needed": list(self.in_force.restart_needed),
         }
 
     def _status(self) -> Status:
-        reasons = [f"reload refused: {self.rules.refusal}"] if self.rules.refusal else []
+        reasons = [f"reload refused: {self.in_force.refusal}"] if self.in_force.refusal else []
         reasons += [self.web.last_error] if self.web.last_error else []
-        return self.reporter.status(self.rules.version, [*self.supervisor.reasons, *reasons])
+        status = self.reporter.status(self.in_force.version, [*self.supervisor.reasons, *reasons])
+        return dataclasses.replace(
+            status, config_hash=self.in_force.digest, restart_needed=self.in_force.restart_needed
+        )
 
     def _log_ready(self) -> None:
         if self.capture.refusals:

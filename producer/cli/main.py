@@ -13,23 +13,28 @@ import click
 
 from producer import __version__
 from producer.cli.alert import alert
+from producer.cli.analysis import export, report
+from producer.cli.config import config as config_command
 from producer.cli.options import (
-    Address,
     Group,
+    address_option,
     brokers_option,
     config_option,
     json_option,
     load,
     option,
+    pin_option,
+    port_option,
     registry_option,
     state_dir_option,
+    usage,
 )
 from producer.cli.spool import spool
 from producer.cli.topics import init, tail, verify
 from producer.cli.view import top, trace
-from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
+from producer.errors import OutputError, ReaderGoneError, RebpfError, UsageError
 from producer.host import stdio
-from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors
+from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
 from producer.host.signals import QUIT_NOW, set_on, stop_on_signals
 from producer.host.text import lines, printable, to_json
 
@@ -43,7 +48,8 @@ _SECTIONS = {
     "Capture": ("run", "reload", "status", "spool"),
     "View": ("top", "trace"),
     "Topics": ("init", "tail", "verify", "alert"),
-    "Host": ("check", "demo", "version"),
+    "Analysis": ("report", "export"),
+    "Host": ("check", "config", "demo", "version"),
 }
 
 
@@ -55,10 +61,8 @@ _SECTIONS = {
 )
 @option(
     "--log-level",
-    default="info",
     type=click.Choice(["debug", "info", "warning", "error"]),
-    show_default=True,
-    help="Lowest level to log.",
+    help="Lowest level to log, instead of the configuration's log_level.  [default: info]",
 )
 @option(
     "--log-format",
@@ -67,11 +71,12 @@ _SECTIONS = {
     show_default=True,
     help="Format of log lines; auto is journald under systemd, otherwise text.",
 )
-def rebpf(log_level: str, log_format: str) -> None:
+def rebpf(log_level: str | None, log_format: str) -> None:
     """Stream TCP segments and retransmissions from the Linux kernel to Kafka."""
-    _log_from(max(logging.WARNING, logging.getLevelName(log_level.upper())), formatter(log_format))
-    # Not for libraries: the registry client logs each request.
-    logging.getLogger("producer").setLevel(log_level.upper())
+    level = log_level or "info"
+    # Libraries log warnings at least: the registry client logs each request as info.
+    _log_from(max(logging.WARNING, logging.getLevelName(level.upper())), formatter(log_format))
+    set_log_level(level)
 
 
 def _log_from(level: int, form: logging.Formatter) -> None:
@@ -80,7 +85,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, init, tail, verify, top, trace):
+for each in (spool, alert, export, report, init, tail, verify, top, trace, config_command):
     rebpf.add_command(each)
 
 
@@ -94,10 +99,10 @@ for each in (spool, alert, init, tail, verify, top, trace):
 @brokers_option
 @registry_option
 @option("--duration", type=click.FloatRange(min=0), help="Stop after this many seconds.")
-@option("--address", type=Address(), multiple=True, help="Capture this address only; repeatable.")
-@option("--port", type=click.IntRange(1, 65535), multiple=True, help="Capture this port only; repeatable.")
+@address_option
+@port_option
 @state_dir_option
-@option("--pin", type=click.Path(path_type=Path), help="Keep hooks and rings in this bpffs folder across a crash.")
+@pin_option
 @json_option
 def run(
     config: Path | None,
@@ -112,8 +117,8 @@ def run(
 ) -> None:
     """Capture events and publish them until SIGINT or SIGTERM.
 
-    Without --brokers, uses an in-process test broker that stores nothing. SIGHUP reloads the rules. At the end, prints
-    the balance: how many events were captured, delivered, spooled and lost.
+    Without --brokers, uses an in-process test broker that stores nothing. SIGHUP reloads the configuration. At the end,
+    prints the balance: how many events were captured, delivered, spooled and lost.
     """
     from producer.agent.agent import Agent
 
@@ -142,21 +147,24 @@ def run(
 @config_option
 @state_dir_option
 def reload(config: Path | None, state_dir: Path | None) -> None:
-    """Apply changed rules to the running producer.
+    """Apply a changed configuration to the running producer.
 
-    If the configuration is invalid, the rules in force stay, and the error is printed.
+    Prints the changed settings that need a restart. If the configuration is invalid, the one in force stays, and the
+    producer's reason is printed.
     """
     from producer.config.load import located
     from producer.host import state
     from producer.host.cgroups import cgroup2_root
     from producer.rules.resolve import resolve
 
-    settings = load(config).with_values(state_dir=state_dir)
+    settings = load(config, secrets=False).with_values(state_dir=state_dir)
     if config is not None:
         with located(config):
             resolve(settings, cgroup2_root()).tables()
-    version = state.reload(settings.state_dir)
-    echo(f"rules version {version} is in force")
+    done = state.reload(settings.state_dir)
+    echo(f"rules version {done.rules_version} is in force")
+    if done.restart_needed:
+        echo(f"these changed settings need a restart: {', '.join(done.restart_needed)}")
 
 
 @rebpf.command(examples=(("rebpf status --json | jq .reasons", "Print why the producer is degraded"),))
@@ -165,18 +173,11 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
 @json_option
 def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
     """Show the running producer's health and event counts."""
-    from producer.health.endpoint import ask
+    from producer.commands.status import report
     from producer.health.status import table
-    from producer.host import state
 
-    folder = load(config).with_values(state_dir=state_dir).state_dir
-    facts = state.running(folder)
-    if facts is None:
-        raise UnavailableError(f"no producer is running with state_dir {folder}, or it is not ready yet")
-    if not facts.get("status_url"):
-        raise UnavailableError(f"the producer with pid {facts['pid']} has no HTTP endpoint: set metrics.listen")
-    report = ask(facts["status_url"], folder / state.STATUS_SOCKET if facts.get("status_socket") else None)
-    echo(to_json(report) if as_json else table(report))
+    found = report(load(config, secrets=False).with_values(state_dir=state_dir))
+    echo(to_json(found) if as_json else table(found))
 
 
 @rebpf.command(examples=(("rebpf demo --loss 0.05", "Lose 5 % of the packets"),))
@@ -197,6 +198,7 @@ def demo(duration: float, loss: float, as_json: bool) -> None:
 @rebpf.command(
     examples=(
         ("rebpf check --config /etc/rebpf/rebpf.toml", "Check the host, the configuration and the servers"),
+        ("rebpf check --config rebpf.toml --offline", "Check a file on any machine, for CI and Ansible"),
         ("rebpf check --explain 10.0.0.7:443,10.2.0.9:51234", "Show which rule applies to a connection"),
     )
 )
@@ -206,6 +208,7 @@ def demo(duration: float, loss: float, as_json: bool) -> None:
 @state_dir_option
 @option("--explain", metavar="LOCAL,REMOTE", help="Show which rule applies to this connection, then exit.")
 @option("--local", is_flag=True, help="Check this host only; contact no server.")
+@option("--offline", is_flag=True, help="Check the configuration only, without this host; exits with 0 or 78.")
 @json_option
 def check(
     config: Path | None,
@@ -214,21 +217,26 @@ def check(
     state_dir: Path | None,
     explain: str | None,
     local: bool,
+    offline: bool,
     as_json: bool,
 ) -> None:
     """Check that this host can run the producer.
 
     Suggests a fix for each problem. Exits with 0 if the producer would start.
     """
-    from producer.commands.check import examine
+    from producer.commands.check import examine, settings_offline
     from producer.commands.finding import Finding
     from producer.errors import ConfigError
     from producer.host.cgroups import cgroup2_root
     from producer.rules.explain import explain as explain_rules
     from producer.rules.resolve import resolve
 
+    if offline and config is None:
+        usage("--offline needs --config")
     try:
-        settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+        settings = load(config, secrets=not offline).with_values(
+            kafka__brokers=brokers, registry__url=registry, state_dir=state_dir
+        )
     except ConfigError as error:
         if not as_json:
             raise
@@ -239,7 +247,7 @@ def check(
         explanation = explain_rules(ruleset.rules, ruleset.default, explain)
         echo(to_json(explanation) if as_json else lines(explanation))
         return
-    findings = examine(settings, path=config, servers=not local)
+    findings = settings_offline(settings, config) if offline else examine(settings, path=config, servers=not local)
     if as_json:
         echo(to_json([finding.as_dict() for finding in findings]))
     else:

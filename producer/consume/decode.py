@@ -131,7 +131,7 @@ class Decoder:
         return parts, rejected
 
     def records(self, values: Values) -> list[dict[str, Any] | UndecodableError]:
-        """Return each value's record, without lists and bytes, or why there is none; timestamps stay numbers."""
+        """Return each value's record, without lists, maps and bytes, or why there is none; timestamps stay numbers."""
         found: list[Any] = [None] * len(values)
         for schema_id, rows in _by_schema(values):
             try:
