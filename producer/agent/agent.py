@@ -32,11 +32,15 @@ from producer.topics import heartbeat_topic, topic
 
 
 class Agent:
-    """One run of the producer. `read` reads the configuration again for a reload."""
+    """One run of the producer.
 
-    def __init__(self, config: Config, read: Callable[[], Config]) -> None:
+    `read` reads the configuration again for a reload. The result of `files` differs once one of its files has changed.
+    """
+
+    def __init__(self, config: Config, read: Callable[[], Config], files: Callable[[], object] = lambda: None) -> None:
         self._config = config
         self._read = read
+        self._files = files
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
         """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
@@ -45,10 +49,12 @@ class Agent:
         hooks stay attached only if systemd holds them; after an error, only if they are pinned or systemd holds them.
         """
         with ExitStack() as stack:
-            return build(self._config, self._read, stop, stack).run(stop, reload, duration_s)
+            return build(self._config, self._read, self._files, stop, stack).run(stop, reload, duration_s)
 
 
-def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitStack) -> Runtime:
+def build(
+    config: Config, read: Callable[[], Config], files: Callable[[], object], stop: Flag, stack: ExitStack
+) -> Runtime:
     """Load and attach the hooks, connect to Kafka, recover each stream, and open the endpoint. `stack` closes it all.
 
     Setting `stop` ends the wait for the registry.
@@ -81,7 +87,7 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
-    in_force = InForce(capture, config, ruleset, read, root)
+    in_force = InForce(capture, config, ruleset, read, root, files=files)
     return Runtime(
         topics,
         capture,

@@ -1,6 +1,7 @@
 """The command `rebpf alert`."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -18,6 +19,9 @@ from producer.cli.options import (
 from producer.host.signals import stop_on_signals
 
 logger = logging.getLogger(__name__)
+
+_HANGS_AFTER_S = 60.0
+"""Kafka may take 10 s for each of a few answers."""
 
 
 @click.command(
@@ -42,11 +46,15 @@ def alert(
 ) -> None:
     """Send alerts when a rule's threshold is crossed.
 
-    Reads the topics as a member of a consumer group: start it more than once, and the members share the partitions.
+    Start it more than once with the same configuration: one member is active, the others are standbys.
     """
     from producer.alert.member import Member
     from producer.alert.sinks import open_sinks
+    from producer.alert.status import registry as metrics
     from producer.consume.reader import collect_rarely
+    from producer.health.endpoint import Endpoint, StatusBoard
+    from producer.health.web_config import WebSettings
+    from producer.host import endpoints
 
     collect_rarely()
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
@@ -54,12 +62,20 @@ def alert(
     if where is None:
         usage("alert needs --brokers")
     stop = stop_on_signals()
+    board = StatusBoard(hangs_after_s=_HANGS_AFTER_S)
     member = Member(
         settings,
         where,
         lambda wait: open_sinks(settings, where, wait, as_json=as_json, stop=stop),
         stop,
+        board,
         from_beginning=from_beginning,
     )
-    member.run(duration)
+    with ExitStack() as stack:
+        if settings.alert.listen:
+            host, port = endpoints.split(settings.alert.listen)
+            web = WebSettings(settings.metrics.web_config_file)
+            endpoint = stack.enter_context(Endpoint(host, port, board, web, registry=metrics(board.last)))
+            logger.info("endpoint url=%s", endpoint.url)
+        member.run(duration)
     logger.info("stopped %s", member.counts)

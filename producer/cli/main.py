@@ -31,6 +31,7 @@ from producer.cli.options import (
 )
 from producer.cli.spool import spool
 from producer.cli.topics import init, tail, verify
+from producer.cli.view import trace
 from producer.errors import OutputError, ReaderGoneError, RebpfError, UsageError
 from producer.host import stdio
 from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _SECTIONS = {
     "Capture": ("run", "reload", "status", "spool"),
+    "View": ("trace",),
     "Topics": ("init", "tail", "verify", "alert"),
     "Analysis": ("report", "export"),
     "Host": ("check", "config", "demo", "version"),
@@ -83,7 +85,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, export, report, init, tail, verify, config_command):
+for each in (spool, alert, export, report, init, tail, verify, trace, config_command):
     rebpf.add_command(each)
 
 
@@ -119,6 +121,7 @@ def run(
     prints the balance: how many events were captured, delivered, spooled and lost.
     """
     from producer.agent.agent import Agent
+    from producer.config import sources
 
     def read() -> Any:
         return load(config).with_values(
@@ -130,7 +133,7 @@ def run(
             state_dir=state_dir,
         )
 
-    agent = Agent(read(), read)
+    agent = Agent(read(), read, lambda: sources.state(config))
     stop = stop_on_signals()
     balances = agent.run(stop, set_on(signal.SIGHUP), duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader

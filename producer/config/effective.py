@@ -16,6 +16,7 @@ MASK = "***"
 AT_RELOAD = (
     "rules",
     "log_level",
+    "reload_when_changed",
     "capture.addresses",
     "capture.ports",
     "capture.default",

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from producer.config import sources, validate
+from producer.config.alerts import Alert as Alert
+from producer.config.alerts import AlertRule as AlertRule
 from producer.config.convert import Address, build
 from producer.config.sources import read_bytes, shown
-from producer.config.validate import GROUPS as GROUPS
-from producer.config.validate import MEASURES as MEASURES
-from producer.config.validate import SILENT as SILENT
 from producer.errors import ConfigError
 from producer.events import HOOKS
 
@@ -70,6 +69,20 @@ class Kafka:
     """Settings for librdkafka, by its names. Secrets can be "@FILE", or "@NAME" for a systemd credential."""
     stop_timeout_s: float = 10.0
     """Seconds to wait for messages in flight at a stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """[topics]: Kafka's settings of the topics that `rebpf init` creates, by their names, over its defaults."""
+
+    transmit: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_transmit. Default: kept for 1 day ("retention.ms"), compressed as the producers send."""
+    retransmit: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_retransmit. Default: kept for 30 days, "compression.type" zstd."""
+    flow: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_flow. Default: as tcp_retransmit."""
+    heartbeat: Mapping[str, str] = field(default_factory=dict)
+    """Of rebpf_agent. Default: kept for 7 days, compressed as the producers send."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,47 +178,6 @@ class RuleConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class AlertRule:
-    """[[alert.rules]]: thresholds for retransmissions per window of event time."""
-
-    name: str = ""
-    """Name of the rule in the alerts."""
-    by: str = "host"
-    """Group by host, peer (remote address), flow, or port (the lower of the two)."""
-    measure: str = "ratio"
-    """count: retransmitted segments; ratio: retransmitted segments divided by all segments sent."""
-    window_s: float = 60.0
-    """Length of a window in seconds."""
-    threshold: float = 0.05
-    """Fire at this value or above."""
-    clear: float = 0.02
-    """Resolve below this value; between the two, the state stays."""
-    minimum: int = 1
-    """Do not fire in windows with fewer segments (ratio: sent; count: retransmitted)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Alert:
-    """[alert]: the alerting consumer, `rebpf alert`."""
-
-    group: str = "rebpf-alert"
-    """Consumer group; its members share the partitions."""
-    lateness_s: float = 10.0
-    """Seconds to wait for late events after the end of a window."""
-    missed_heartbeats: float = 3.0
-    """Number of missed heartbeats after which a host is silent; 0: no alerts on silence."""
-    topic: bool = True
-    """Write alerts to the topic tcp_alerts; a new owner of a partition reads the firing alerts from it."""
-    stdout: bool = False
-    """Write alerts to standard output."""
-    alertmanager: str | None = None
-    """URL of an Alertmanager to send alerts to."""
-    repeat_s: float = 60.0
-    """Seconds between two notifications to Alertmanager of an alert that is still firing."""
-    rules: tuple[AlertRule, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Config:
     """All settings."""
 
@@ -217,12 +189,15 @@ class Config:
     """Lowest level that `rebpf run` logs: debug, info, warning or error. The option --log-level overrides it."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """[labels]: at most 16 labels of the site, such as env or dc, in each event, heartbeat and status."""
+    reload_when_changed: bool = False
+    """Reload when a file of the configuration has changed; otherwise only at SIGHUP."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
+    topics: Topics = Topics()
     spool: Spool = Spool()
     metrics: Metrics = Metrics()
     registry: Registry = Registry()
-    alert: Alert = Alert()
+    alert: Alert = field(default_factory=Alert)
     rules: tuple[RuleConfig, ...] = ()
 
     def with_values(self, **values: Any) -> "Config":

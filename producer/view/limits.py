@@ -58,7 +58,7 @@ def limits(interval: Interval) -> NDArray[np.int64]:
     in_flight = interval.bytes_sent / np.maximum(interval.elapsed_us, 1) * interval.srtt_us
     fills_window = in_flight >= _WINDOW_SHARE * interval.snd_cwnd * interval.mss
     choices = [
-        ((busy <= 0) & (lost <= 0), IDLE),
+        ((busy <= 0) & (interval.bytes_sent <= 0), IDLE),
         (busy < _BUSY_SHARE * interval.elapsed_us, APPLICATION),
         ((interval.rwnd_limited_us > network) & (interval.rwnd_limited_us >= interval.sndbuf_limited_us), RECEIVER),
         (interval.sndbuf_limited_us > network, SEND_BUFFER),

@@ -11,6 +11,7 @@ from producer.consume.columns import Ints, Table
 from producer.events import Stream
 
 Mask = NDArray[np.bool_]
+Cells = NDArray[Any]
 
 
 class Column(NamedTuple):
@@ -19,7 +20,7 @@ class Column(NamedTuple):
     Cells are numbers, or indexes in `texts` if there are any. Different indexes are different texts.
     """
 
-    cells: Ints
+    cells: Cells
     valid: Mask
     texts: list[str] | None = None
 
@@ -65,10 +66,14 @@ def of_table(stream: Stream, table: Table) -> Records:
     """Return the messages of a table that could be decoded."""
     decoded = table.status == 0
     columns = {
-        name: Column(cells[decoded], valid[decoded], table.texts if kind == "string" else None)
+        name: Column(_typed(kind, cells[decoded]), valid[decoded], table.texts if kind == "string" else None)
         for name, kind, cells, valid in zip(table.plan.names, table.plan.types, table.cells, table.valid, strict=True)
     }
     return Records(stream, int(decoded.sum()), columns)
+
+
+def _typed(kind: str, cells: Ints) -> Cells:
+    return cells.astype(np.bool_) if kind == "boolean" else cells
 
 
 def of_rows(stream: Stream, rows: Sequence[dict[str, Any]]) -> Records:
@@ -84,4 +89,5 @@ def _column(values: Iterable[Any]) -> Column:
         texts = list(dict.fromkeys(value for value in found if value is not None))
         index = {text: at for at, text in enumerate(texts)}
         return Column(np.array([index.get(value, 0) for value in found], np.int64), valid, texts)
-    return Column(np.array([value or 0 for value in found], np.int64), valid)
+    kind = np.bool_ if any(isinstance(value, bool) for value in found) else np.int64
+    return Column(np.array([value or 0 for value in found], kind), valid)

@@ -71,8 +71,9 @@ SECTIONS = {
     "spool": "transmit_bytes retransmit_bytes max_age_s quarantine_bytes when_full spill_after_s",
     "metrics": "listen",
     "registry": "url register timeout_s auth ca certificate key",
-    "alert": "group lateness_s missed_heartbeats topic stdout alertmanager repeat_s rules",
-    "[alert.rules]": "name by measure window_s threshold clear minimum",
+    "alert": "group lateness_s listen wait_s lookback_s missed_heartbeats stdout alertmanager webhook repeat_s rules",
+    "[alert.rules]": "name by prefix prefix_v6 measure quantile window_s for_s threshold clear minimum host peer port "
+    "unit cause only_labels severity labels annotations",
     "[rules]": "name action transmit retransmit sample sample_by sample_retransmits address local_address "
     "remote_address port local_port remote_port netns cgroup unit uid interface state",
 }

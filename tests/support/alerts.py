@@ -19,5 +19,15 @@ LOSS = Alert(
     retransmitted_segs=1_000,
     since_ns=1_790_000_000 * 10**9,
 )
-COUNT = replace(LOSS, rule="many", by="peer", group="192.0.2.1", measure="count", value=7.0, threshold=5.0, clear=2.0)
+COUNT = replace(
+    LOSS,
+    rule="many",
+    by="peer",
+    group="192.0.2.1",
+    measure="count",
+    value=7.0,
+    threshold=5.0,
+    clear=2.0,
+    labels='{"team": "net"}',
+)
 SILENT = replace(LOSS, rule="silent", measure="silence", value=31.4)

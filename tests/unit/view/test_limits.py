@@ -33,7 +33,8 @@ def interval(**changed: Any) -> Interval:
     ("changed", "expected"),
     [
         ({}, "congestion"),
-        ({"busy_time_us": 0}, "idle"),
+        ({"busy_time_us": 0, "bytes_sent": 0}, "idle"),
+        ({"busy_time_us": 0}, "application"),
         ({"busy_time_us": SECOND // 4}, "application"),
         ({"snd_cwnd": 100}, "application"),
         ({"rwnd_limited_us": 6 * SECOND // 10}, "receiver"),
@@ -60,5 +61,6 @@ def test_retransmissions_that_the_peer_had_are_spurious() -> None:
 
 
 def test_connections_are_judged_one_by_one() -> None:
-    both = Interval(*(np.concatenate(pair) for pair in zip(interval(), interval(busy_time_us=0), strict=True)))
+    idle = interval(busy_time_us=0, bytes_sent=0)
+    both = Interval(*(np.concatenate(pair) for pair in zip(interval(), idle, strict=True)))
     assert [LIMITS[each] for each in limits(both)] == ["congestion", "idle"]
