@@ -18,9 +18,16 @@ class Reporter:
     """Collects the status from the parts of a run. `topics` are by the stream's name."""
 
     def __init__(
-        self, host: str, hooks: Capture, sink: KafkaSink, parts: Sequence[StreamParts], topics: Mapping[str, Topic]
+        self,
+        host: str,
+        labels: Mapping[str, str],
+        hooks: Capture,
+        sink: KafkaSink,
+        parts: Sequence[StreamParts],
+        topics: Mapping[str, Topic],
     ) -> None:
         self._host = host
+        self._labels = labels
         self._hooks = hooks
         self._sink = sink
         self._parts = parts
@@ -50,6 +57,7 @@ class Reporter:
             (*self.reasons(), *more_reasons),
             cpu_s,
             rss_bytes,
+            self._labels,
         )
 
     def balance(self, parts: StreamParts, kernel: KernelCounters) -> Balance:

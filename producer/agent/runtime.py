@@ -70,7 +70,8 @@ class Runtime:
         return self.in_force.config
 
     def __post_init__(self) -> None:
-        self.reporter = Reporter(self.config.host, self.capture, self.sink, self.streams, self.topics)
+        config = self.config
+        self.reporter = Reporter(config.host, config.labels, self.capture, self.sink, self.streams, self.topics)
         self.liveness = Liveness(self.board, self.heartbeats, self.sink, self._status)
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:

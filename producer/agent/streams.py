@@ -16,6 +16,7 @@ from producer.encode.batch import BatchEncoder, Key
 from producer.encode.isolate import Isolator
 from producer.errors import UnavailableError
 from producer.events import STREAMS, EncodedBatch, Rows, SchemaId, Stream
+from producer.health import metrics
 from producer.host.cgroups import CgroupPaths, cgroup2_root
 from producer.host.clock import UtcOffset, boot_id, now
 from producer.kernel.capture import Capture
@@ -151,7 +152,7 @@ class StreamBuilder:
         self._hooks = hooks
         self._ids = ids
         self._stack = stack
-        self._fields = {"host": config.host, "boot_id": boot_id()}
+        self._fields = {"host": config.host, "boot_id": boot_id(), "labels": dict(config.labels)}
         self._cgroups = CgroupPaths(cgroup2_root())
         self._old_rings = hooks.old_rings()
 
@@ -179,7 +180,8 @@ class StreamBuilder:
         ring = self._stack.enter_context(self._hooks.ring(stream))
         resumed = resume(account, self._hooks.ring_id, ring, spool)
         stores = Stores(spool, ledger.write, BackOff("spool", most_s=_SPOOL_WAIT_S), self._config.spool.spill_after_s)
-        pipeline = StreamPipeline(stream, ring, self._encoder(stream), stores, resumed)
+        count = metrics.TCP.counter(stream)
+        pipeline = StreamPipeline(stream, ring, self._encoder(stream), stores, resumed, count)
         pipeline.account.open({"old_ring": old_lost} if old_lost else {})
         return StreamParts(stream, ring, spool, pipeline, open_error)
 

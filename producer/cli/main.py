@@ -13,6 +13,7 @@ import click
 
 from producer import __version__
 from producer.cli.alert import alert
+from producer.cli.analysis import export, report
 from producer.cli.config import config as config_command
 from producer.cli.options import (
     Group,
@@ -30,6 +31,7 @@ from producer.cli.options import (
 )
 from producer.cli.spool import spool
 from producer.cli.topics import init, tail, verify
+from producer.cli.view import trace
 from producer.errors import OutputError, ReaderGoneError, RebpfError, UsageError
 from producer.host import stdio
 from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
@@ -44,7 +46,9 @@ logger = logging.getLogger(__name__)
 
 _SECTIONS = {
     "Capture": ("run", "reload", "status", "spool"),
+    "View": ("trace",),
     "Topics": ("init", "tail", "verify", "alert"),
+    "Analysis": ("report", "export"),
     "Host": ("check", "config", "demo", "version"),
 }
 
@@ -81,7 +85,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, init, tail, verify, config_command):
+for each in (spool, alert, export, report, init, tail, verify, trace, config_command):
     rebpf.add_command(each)
 
 
@@ -279,7 +283,7 @@ def _main() -> int:
     except ReaderGoneError as error:
         return error.exit_code
     except RebpfError as error:
-        _complain(bounded(printable(f"rebpf: {error}")))
+        _complain("\n".join(bounded(printable(line)) for line in (f"rebpf: {error}", *error.details)))
         return error.exit_code
     except Exception:  # a bug
         logger.exception("rebpf: internal error")

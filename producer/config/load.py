@@ -73,6 +73,20 @@ class Kafka:
 
 
 @dataclass(frozen=True, slots=True)
+class Topics:
+    """[topics]: Kafka's settings of the topics that `rebpf init` creates, by their names, over its defaults."""
+
+    transmit: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_transmit. Default: kept for 1 day ("retention.ms"), compressed as the producers send."""
+    retransmit: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_retransmit. Default: kept for 30 days, "compression.type" zstd."""
+    flow: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_flow. Default: as tcp_retransmit."""
+    heartbeat: Mapping[str, str] = field(default_factory=dict)
+    """Of rebpf_agent. Default: kept for 7 days, compressed as the producers send."""
+
+
+@dataclass(frozen=True, slots=True)
 class Spool:
     """[spool]: disk space for events while Kafka is unavailable."""
 
@@ -215,10 +229,13 @@ class Config:
     """Folder for the spool, quarantine, ledger, compiled programs, agent.json and the lock."""
     log_level: str = "info"
     """Lowest level that `rebpf run` logs: debug, info, warning or error. The option --log-level overrides it."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """[labels]: at most 16 labels of the site, such as env or dc, in each event, heartbeat and status."""
     reload_when_changed: bool = False
     """Reload when a file of the configuration has changed; otherwise only at SIGHUP."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
+    topics: Topics = Topics()
     spool: Spool = Spool()
     metrics: Metrics = Metrics()
     registry: Registry = Registry()

@@ -34,6 +34,10 @@ _MAX_SPOOL_BYTES = 1 << 50
 _MAX_PREFIX = 200
 """Kafka limits topic names to 249 characters; this leaves enough for the longest of ours."""
 _MAX_TEXT = 4096
+_MAX_LABELS = 16
+_MAX_LABEL = 64
+_LABEL_NAME = re.compile(r"[a-z_][a-z0-9_]{0,31}")
+_RESERVED_LABELS = ("instance", "job")
 _DAY_S = 86400.0
 _SECONDS: Mapping[str, tuple[float, float]] = {
     "capture.latency_s": (0.02, 60),
@@ -63,8 +67,14 @@ def check(config: Any) -> None:
         _check_text("host", config.host, 255)
     _check_path("state_dir", config.state_dir, absolute=True)
     _check_choice("log_level", config.log_level, LOG_LEVELS)
+    _check_labels(config.labels)
     _check_capture(config.capture)
     _check_kafka(config.kafka)
+    for feed in ("transmit", "retransmit", "flow", "heartbeat"):
+        for name, value in getattr(config.topics, feed).items():
+            if not _NAME.fullmatch(name):
+                raise ConfigError(f"topics.{feed}: expected the name of a setting of Kafka's topics, found {name!r}")
+            _check_text(f"topics.{feed}.{name}", value)
     for name, (least, most) in _SECONDS.items():
         section, _, key = name.partition(".")
         check_seconds(name, getattr(getattr(config, section), key), least, most)
@@ -91,6 +101,21 @@ def _check_text(name: str, value: str, most: int = _MAX_TEXT) -> None:
         raise ConfigError(f"{name}: expected at most {most} bytes, found {len(value)} characters")
     if not value.isprintable():
         raise ConfigError(f"{name}: expected printable characters, found {value!r}")
+
+
+def _check_labels(labels: Mapping[str, str]) -> None:
+    if len(labels) > _MAX_LABELS:
+        raise ConfigError(f"labels: expected at most {_MAX_LABELS} labels, found {len(labels)}")
+    for name, value in labels.items():
+        if not _LABEL_NAME.fullmatch(name):
+            raise ConfigError(
+                f"labels: expected a name of at most 32 lower-case letters, digits and underscores, found {name!r}"
+            )
+        if name in _RESERVED_LABELS or name.startswith("__"):
+            raise ConfigError(f"labels: expected another name than {name!r}, which Prometheus reserves")
+        _check_text(f"labels.{name}", value)
+        if len(value) > _MAX_LABEL:
+            raise ConfigError(f"labels.{name}: expected at most {_MAX_LABEL} characters, found {len(value)}")
 
 
 def _check_path(name: str, path: Path | None, *, absolute: bool = False) -> None:

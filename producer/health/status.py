@@ -55,6 +55,8 @@ class Status:
     reasons: tuple[str, ...]
     cpu_s: float
     rss_bytes: int
+    labels: Mapping[str, str]
+    """Labels of the site."""
     stopped: bool = False
     """Whether this is the last status of a run that ended in order."""
     config_hash: str = ""
@@ -83,6 +85,7 @@ class Status:
             "cpu_s": self.cpu_s,
             "rss_bytes": self.rss_bytes,
             "streams": [stream.as_dict() for stream in self.streams],
+            "labels": dict(self.labels),
         }
 
 
@@ -116,6 +119,7 @@ def _table(report: Mapping[str, Any]) -> str:
     # Producers of earlier versions have no hash.
     facts = " ".join(f"{name}={report[name]}" for name in ("host", "version", "pid", "rules_version"))
     config = f" config={report['config_hash']}" if report.get("config_hash") else ""
+    labels = " ".join(f"{name}={value}" for name, value in report["labels"].items())
     rows = [("topic", "hook", *_COUNTS, "lost", "ring", "spool"), *map(_row, report["streams"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return lines(
@@ -124,6 +128,7 @@ def _table(report: Mapping[str, Any]) -> str:
             *(f"  {reason}" for reason in report["reasons"]),
             *(f"  needs a restart: {setting}" for setting in report.get("restart_needed", ())),
             f"{facts}{config} cpu={report['cpu_s']:.1f}s rss={_mebibytes(report['rss_bytes'])}",
+            *([f"labels {labels}"] if labels else []),
             *("  ".join(map(str.rjust, row, widths)) for row in rows),
             *(
                 f"lost topic={stream['topic']} stage={loss['stage']} reason={loss['reason']} count={loss['count']}"

@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from producer import errors
-from producer.events import HOOKS, STREAMS, Stream, layout_check
+from producer.events import FLOWS, HOOKS, STREAMS, Stream, layout_check
 from producer.host.sockets import Address, cookie, listener_at
 from producer.kernel import bpf_syscall
-from producer.kernel.hooks import Refusal
+from producer.kernel.hooks import CLOSING_PROGRAMS, Refusal
 from producer.kernel.loader import Loader
 from producer.kernel.loader_child import ATTACH
 from producer.kernel.manifest import COUNTERS, Manifest, StoredRing, with_readable_rings
@@ -69,7 +69,8 @@ class KernelCounters:
     """Events of one stream since the programs were loaded.
 
     `nested` counts runs that the kernel skipped because the program would have interrupted itself, and returns of calls
-    whose entry was skipped or evicted. It is counted before the filter.
+    whose entry was skipped or evicted. It is counted before the filter. Of the two programs
+    that take closing records, the smaller count.
     """
 
     passed: int
@@ -343,7 +344,8 @@ class Capture:
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
         begin, ring_full, seq, forgotten = (sum(column) for column in zip(*self._words(stream), strict=True))
-        nested = sum(bpf_syscall.program_info(program).recursion_misses for program in self._programs[stream.name])
+        misses = [bpf_syscall.program_info(program).recursion_misses for program in self._programs[stream.name]]
+        nested = min(misses[:CLOSING_PROGRAMS]) if stream == FLOWS else sum(misses)
         return KernelCounters(seq - begin, ring_full, nested + forgotten)
 
     def sequence(self, stream: Stream) -> list[int]:

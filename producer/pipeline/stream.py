@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from producer.events import Stream
+from producer.events import Rows, Stream
 from producer.pipeline.account import StreamAccount
 from producer.pipeline.interfaces import Encoder, Outcome, Ring, Sink, Spool, Waits
 from producer.pipeline.ledger import Account
@@ -32,13 +32,24 @@ class Stores:
 
 
 class StreamPipeline:
-    """Composes a stream's RingReader, its SpoolSender if there is a spool, and its StreamAccount, from `account` on."""
+    """Composes a stream's RingReader, its SpoolSender if there is a spool, and its StreamAccount, from `account` on.
 
-    def __init__(self, stream: Stream, ring: Ring, encoder: Encoder, stores: Stores, account: Account) -> None:
+    `count` gets the rows of each batch once, after it was sent or spilled.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        ring: Ring,
+        encoder: Encoder,
+        stores: Stores,
+        account: Account,
+        count: Callable[[Rows], None] | None = None,
+    ) -> None:
         self.stream = stream
         self.account = StreamAccount(ring, stores.spool, stores.write_account, account)
         self._ring = ring
-        self._reader = RingReader(stream, ring, encoder)
+        self._reader = RingReader(stream, ring, encoder, count)
         self._sender = SpoolSender(stream, stores.spool, self.account) if stores.spool else None
         self._waits = stores.waits
         self.spill_after_s = stores.spill_after_s

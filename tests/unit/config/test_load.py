@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from producer.config.load import Alert, AlertRule, Capture, Config, Kafka, Metrics, Registry, RuleConfig, Spool, load
+from producer.config.load import (
+    Alert,
+    AlertRule,
+    Capture,
+    Config,
+    Kafka,
+    Metrics,
+    Registry,
+    RuleConfig,
+    Spool,
+    Topics,
+    load,
+)
 from producer.errors import ConfigError
 
 FULL = """
@@ -16,6 +28,10 @@ host = "db-1"
 state_dir = "/run/rebpf"
 log_level = "debug"
 reload_when_changed = true
+
+[labels]
+env = "prod"
+rack = 7
 
 [capture]
 hooks = ["kprobe", "cgroup_skb"]
@@ -32,6 +48,12 @@ btf = "/some/vmlinux"
 brokers = "a:9092,b:9092"
 topic_prefix = "dev."
 stop_timeout_s = 2.5
+
+[topics]
+transmit = {"retention.ms" = 3600000}
+retransmit = {"compression.type" = "lz4"}
+flow = {}
+heartbeat = {}
 
 [kafka.settings]
 "linger.ms" = 5
@@ -139,6 +161,7 @@ def test_every_setting_can_be_read(read):
         host="db-1",
         state_dir=Path("/run/rebpf"),
         log_level="debug",
+        labels={"env": "prod", "rack": "7"},
         reload_when_changed=True,
         capture=Capture(
             hooks=("kprobe", "cgroup_skb"),
@@ -162,6 +185,7 @@ def test_every_setting_can_be_read(read):
             },
             stop_timeout_s=2.5,
         ),
+        topics=Topics(transmit={"retention.ms": "3600000"}, retransmit={"compression.type": "lz4"}),
         spool=Spool(
             transmit_bytes=1048576,
             retransmit_bytes=0,
@@ -202,7 +226,7 @@ def test_the_file_above_names_every_setting():
             found |= {field} if inner is None else names(inner)
         return found
 
-    assert names(Config) - {"settings"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE))
+    assert names(Config) - {"settings", "labels"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE)) - {"env", "rack"}
 
 
 def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(read):
@@ -246,6 +270,14 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
         ("registry.timeout_s = inf", r"registry\.timeout_s: expected .* seconds, found inf"),
         ("registry.register = 1", r"registry\.register: expected true or false, found 1"),
         ('kafka.brokers = " "', r"kafka\.brokers: expected HOST:PORT"),
+        ('labels.Env = "prod"', r"labels: expected a name of at most 32 lower-case letters, .*, found 'Env'"),
+        ('labels.job = "a"', r"labels: expected another name than 'job', which Prometheus reserves"),
+        (f'labels.env = "{"é" * 65}"', r"labels\.env: expected at most 64 characters, found 65"),
+        ("labels.env = [1]", r"labels\.env: expected a string, a number or a boolean, found \[1\]"),
+        ("[labels]\n" + "".join(f"a{i} = 1\n" for i in range(17)), r"labels: expected at most 16 labels, found 17"),
+        ("topics.flows = {}", r"unknown key topics\.flows: did you mean flow\?"),
+        ('topics.flow = {"retention ms" = 1}', r"topics\.flow: expected the name of a setting of Kafka's topics"),
+        ('topics.flow."retention.ms" = ""', r"topics\.flow\.retention\.ms: expected a name"),
         ('kafka.topic_prefix = "a b"', r"kafka\.topic_prefix: expected letters"),
         ("kafka.settings.x = [1]", r"kafka\.settings\.x: expected a string, a number or a boolean, found \[1\]"),
         ("kafka.settings = 1", r"kafka\.settings: expected a table, \[kafka\.settings\], found 1"),

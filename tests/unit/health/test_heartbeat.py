@@ -87,6 +87,8 @@ def kind_of(kind: Any) -> str:
         return str(kind)
     if kind["type"] == "array":
         return f"array of {kind_of(kind['items'])}"
+    if kind["type"] == "map":
+        return f"map of {kind['values']}"
     return f"{kind['type']} ({kind['logicalType']})" if "logicalType" in kind else str(kind["name"])
 
 
