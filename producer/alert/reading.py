@@ -54,7 +54,12 @@ class Topics:
     def partitions(self, consumer: Consumer) -> list[TopicPartition]:
         """Return all partitions of the topics that are read."""
         found = consumer.list_topics(timeout=_ANSWER_S).topics
-        return [TopicPartition(name, number) for name in self.read for number in sorted(found[name].partitions)]
+        return [
+            TopicPartition(name, number)
+            for name in self.read
+            if name in found
+            for number in sorted(found[name].partitions)
+        ]
 
     def require(self, consumer: Consumer) -> None:
         """Raise UnavailableError for a missing topic."""
@@ -226,15 +231,16 @@ class Reading:
             reason = self._engine.put_beats(values, [message.offset() or 0 for message in run], now_ns)
         else:
             reason = self._engine.put(self._topics.streams[name], values, now_ns)
-        if reason is not None:
-            self._warn(name, "skipping messages of topic=%s: %s", name, reason[:_SHOWN])
-        if self._counts.crowded > crowded:
-            self._warn(f"{name} crowded", "too many groups in topic=%s: not all are watched", name)
+        if reason is not None and self._is_first(name):
+            logger.warning("skipping messages of topic=%s: %s", name, reason[:_SHOWN])
+        if self._counts.crowded > crowded and self._is_first(f"{name} crowded"):
+            logger.warning("too many groups in topic=%s: not all are watched", name)
 
-    def _warn(self, key: str, text: str, *arguments: object) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            logger.warning(text, *arguments)
+    def _is_first(self, what: str) -> bool:
+        """Return whether this is to be logged: once."""
+        is_first = what not in self._warned
+        self._warned.add(what)
+        return is_first
 
     def decide(self) -> list[Alert]:
         """Return the changes that can be decided now."""
@@ -245,8 +251,9 @@ class Reading:
         reached = list(compress(self._positions.values(), is_decisive))
         latest = max((each.at_end for each in reached), default=0.0)
         keep_up = [each.reached_ns for each in reached if latest - each.at_end <= self._config.wait_s]
-        if len(keep_up) < len(reached):
-            self._warn("lag", "partitions lag by more than wait_s: alerts do not wait for them")
+        if len(keep_up) < len(reached) and self._is_first("lag"):
+            behind = len(reached) - len(keep_up)
+            logger.warning("alert: partitions=%d lag behind the others: alerts do not wait", behind)
         lateness_ns = round(self._config.lateness_s * _SECOND_NS)
         beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
         reached_ns = max(self.decided_ns, min(keep_up, default=0) - lateness_ns)
