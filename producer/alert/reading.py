@@ -165,14 +165,17 @@ class Reading:
             if each.topic == self._topics.heartbeats and each.offset >= 0:
                 yield each
                 continue
-            at_ms = 0 if is_early else since_ns // _MS_NS
-            (found,) = self._consumer.offsets_for_times(
-                [TopicPartition(each.topic, each.partition, at_ms)], timeout=_ANSWER_S
-            )
-            if found.error is not None:
-                raise KafkaException(found.error)
-            low, high = self._consumer.get_watermark_offsets(found, timeout=_ANSWER_S)
-            yield TopicPartition(each.topic, each.partition, max(low, found.offset if found.offset >= 0 else high))
+            low, high = self._consumer.get_watermark_offsets(each, timeout=_ANSWER_S)
+            first = low if is_early else self._offset_at(each, since_ns, high)
+            yield TopicPartition(each.topic, each.partition, max(low, first))
+
+    def _offset_at(self, partition: TopicPartition, at_ns: int, end: int) -> int:
+        """Return the offset of the first message of this time or later."""
+        asked = TopicPartition(partition.topic, partition.partition, at_ns // _MS_NS)
+        (found,) = self._consumer.offsets_for_times([asked], timeout=_ANSWER_S)
+        if found.error is not None:
+            raise KafkaException(found.error)
+        return int(found.offset) if found.offset >= 0 else end
 
     @property
     def firing(self) -> list[Alert]:
@@ -207,17 +210,17 @@ class Reading:
         """Read a batch."""
         now_ns = time.time_ns()
         for where, run in by_partition(self._consumer.consume(_BATCH, seconds)):
-            position = self._positions[where]
+            position = self._positions.get(where)
             error = run[-1].error()
             if error is not None:
                 self._check(error, run.pop(), position)
-            if run:
+            if run and position is not None:
                 position.next = (run[-1].offset() or 0) + 1
                 position.advance(run, now_ns)
                 self._take(where.topic, run, now_ns)
 
-    def _check(self, error: KafkaError, message: Message, position: Position) -> None:
-        if error.code() == KafkaError._PARTITION_EOF:
+    def _check(self, error: KafkaError, message: Message, position: Position | None) -> None:
+        if error.code() == KafkaError._PARTITION_EOF and position is not None:
             position.next = max(position.next, message.offset() or 0)
         elif error.fatal() or error.code() in _FINAL:
             raise UnavailableError(f"topic {message.topic()}: {error.str()}")
