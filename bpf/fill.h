@@ -192,7 +192,10 @@ static __always_inline void fill_owner(struct flow *flow, const struct sock *sk,
 	if (HAS_sock_sk_uid)
 		flow->flow_known |= KNOWN_UID;
 #if HAS_OWNER_CGROUP
-	flow->cgroup_id = PROBE(PROBE(cgroup_of(sk), kn), id);
+	const struct cgroup *cgroup = cgroup_of(sk);
+	const struct kernfs_node *node = PROBE(cgroup, kn);
+
+	flow->cgroup_id = PROBE(node, id);
 	if (flow->cgroup_id)
 		flow->flow_known |= KNOWN_CGROUP_ID;
 #endif

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from producer.demo.lab import Host, Lab, parse_counters
+from producer.demo.lab import Host, Lab
 from producer.errors import UnavailableError
+from producer.host.tcp_counters import parse_counters
 
 pytestmark = pytest.mark.root
 
