@@ -141,6 +141,9 @@ SEGMENT = np.dtype(
         ("_pad1", "u1"),
         *((name, "<u4") for name in TCP_FIELDS),
         ("rules_version", "<u4"),
+        ("pid", "<u4"),
+        ("comm", "u1", 16),
+        ("_pad2", "<u4"),
     ]
 )
 TRANSMIT = np.dtype([("s", SEGMENT), ("is_retransmit", "<u4"), ("_pad3", "<u4")])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "schemas"
-SOURCES = ("tcp_transmit", "tcp_retransmit")
+SOURCES = ("tcp_transmit", "tcp_retransmit", "tcp_flow")
 ID = ("boot_id", "cpu", "cpu_seq")
 TYPES = {"int": "INT", "long": "BIGINT", "double": "DOUBLE", "string": "STRING", "boolean": "BOOLEAN"}
 LOGICAL = {"timestamp-millis": "TIMESTAMP(3)"}
@@ -27,7 +27,7 @@ RETRANSMITS = {
     "segs": "BIGINT",
     "retransmitted_segs": "BIGINT",
     "ratio": "DOUBLE",
-    "causes": "MULTISET<STRING NOT NULL>",
+    "causes": "MAP<STRING, BIGINT>",
     "srtt_us_p50": "DOUBLE",
     "srtt_us_p95": "DOUBLE",
     "srtt_us_p99": "DOUBLE",
@@ -57,6 +57,8 @@ def sql_type(avro: Any) -> str:
     if isinstance(avro, list):
         (inner,) = (each for each in avro if each != "null")
         return sql_type(inner).removesuffix(" NOT NULL")
+    if isinstance(avro, dict) and avro["type"] == "map":
+        return f"MAP<{TYPES['string']} NOT NULL, {sql_type(avro['values'])}> NOT NULL"
     name = LOGICAL[avro["logicalType"]] if isinstance(avro, dict) else TYPES[avro]
     return f"{name} NOT NULL"
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from ipaddress import ip_address
 
-from producer.agent.reload import RulesInForce
+from producer.agent.reload import InForce
 from producer.agent.runtime import Runtime
 from producer.agent.streams import Quarantine, StreamBuilder, has_undelivered
 from producer.agent.wakeup import Wakeup
@@ -33,23 +33,29 @@ from producer.topics import heartbeat_topic, topic
 
 
 class Agent:
-    """One run of the producer. `read` reads the configuration again for a reload, which changes only the rules."""
+    """One run of the producer.
 
-    def __init__(self, config: Config, read: Callable[[], Config]) -> None:
+    `read` reads the configuration again for a reload. The result of `files` differs once one of its files has changed.
+    """
+
+    def __init__(self, config: Config, read: Callable[[], Config], files: Callable[[], object] = lambda: None) -> None:
         self._config = config
         self._read = read
+        self._files = files
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
         """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
 
-        Setting `reload` reloads the rules and clears the flag. Raises subclasses of RebpfError. After a return, hooks
-        stay attached only if systemd holds them; after an error, only if they are pinned or systemd holds them.
+        Setting `reload` reloads the configuration and clears the flag. Raises subclasses of RebpfError. After a return,
+        hooks stay attached only if systemd holds them; after an error, only if they are pinned or systemd holds them.
         """
         with ExitStack() as stack:
-            return build(self._config, self._read, stop, stack).run(stop, reload, duration_s)
+            return build(self._config, self._read, self._files, stop, stack).run(stop, reload, duration_s)
 
 
-def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitStack) -> Runtime:
+def build(
+    config: Config, read: Callable[[], Config], files: Callable[[], object], stop: Flag, stack: ExitStack
+) -> Runtime:
     """Load and attach the hooks, connect to Kafka, recover each stream, and open the endpoint. `stack` closes it all.
 
     Setting `stop` ends the wait for the registry.
@@ -86,15 +92,15 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
-    rules = RulesInForce(capture, config, ruleset, read, root)
+    in_force = InForce(capture, config, ruleset, read, root, files=files)
     return Runtime(
-        config,
         topics,
         capture,
         sink,
         parts,
+        builder.relabel,
         folder,
-        rules,
+        in_force,
         web,
         board,
         wakeup,

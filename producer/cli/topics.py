@@ -37,7 +37,7 @@ from producer.host.text import lines
 @registry_option
 @option("--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions per event topic.")
 @option("--replication", type=click.IntRange(min=1), default=1, show_default=True, help="Replicas per partition.")
-@option("--alerts", is_flag=True, help="Also create the topics and schemas of `rebpf alert`.")
+@option("--alerts", is_flag=True, help="Also create the topic and schema of `rebpf alert`.")
 def init(
     config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int, alerts: bool
 ) -> None:

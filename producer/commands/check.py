@@ -10,6 +10,7 @@ from pathlib import Path
 
 from producer.commands.check_servers import kafka, registry
 from producer.commands.finding import Finding
+from producer.config.effective import digest
 from producer.config.load import Config, located
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import FLOWS, HOOKS
@@ -25,7 +26,7 @@ from producer.kernel.hooks import HOOKS_BY_STREAM, refusal
 from producer.kernel.loader import python_with_bcc
 from producer.kernel.pinned import unusable
 from producer.registry.client import RegistryClient
-from producer.rules.resolve import resolve
+from producer.rules.resolve import resolve, resolve_offline
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
@@ -82,6 +83,20 @@ def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
         yield Finding("rules", str(error), error.exit_code)
     else:
         yield Finding("rules", f"{len(config.rules)}" if config.rules else "none: all segments are captured")
+
+
+def settings_offline(config: Config, path: Path | None) -> list[Finding]:
+    """Check all that does not depend on this host: neither files, users, interfaces nor servers that are named."""
+    try:
+        with located(path):
+            client = producer_settings("offline:9092", config.kafka.settings)
+            # Creating a client also finds values that contradict each other, but would open keys and fetch tokens.
+            named = ("bootstrap.", "ssl.", "sasl.", "https.", "security.", "enable.sasl", "enable.ssl")
+            Producer({name: value for name, value in client.items() if not name.startswith(named)}).close()
+            resolve_offline(config).tables()
+    except RebpfError as error:
+        return [Finding("configuration", str(error), ConfigError.exit_code)]
+    return [Finding("configuration", f"valid, hash {digest(config)}")]
 
 
 def _kernel(config: Config) -> Iterator[Finding]:
@@ -197,7 +212,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _endpoint(config: Config) -> Iterator[Finding]:
     """Check that the endpoint can listen; the producer also runs without it."""
-    if not config.metrics.listen or is_locked(config.state_dir):  # the running producer has the port
+    if not config.metrics.listen or _is_running(config):  # the running producer has the port
         return
     host, port = endpoints.split(config.metrics.listen)
     try:
@@ -287,6 +302,12 @@ def _pins(path: Path) -> Finding:
 
 
 def _others(config: Config) -> Iterator[Finding]:
-    if is_locked(config.state_dir):
+    if _is_running(config):
         text = f"another producer runs with state_dir {config.state_dir}: pid {pid(config.state_dir)}"
         yield Finding("producer", f"{text}; see `rebpf status`", BusyError.exit_code)
+
+
+def _is_running(config: Config) -> bool:
+    with contextlib.suppress(PermissionDenied):  # the finding on state_dir says so
+        return is_locked(config.state_dir)
+    return False

@@ -7,24 +7,19 @@ frozen dataclass. An unknown key is an error that suggests the nearest known one
 import contextlib
 import dataclasses
 import os
-import stat
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from producer.config import locate, validate
+from producer.config import sources, validate
+from producer.config.alerts import Alert as Alert
+from producer.config.alerts import AlertRule as AlertRule
 from producer.config.convert import Address, build
-from producer.config.validate import GROUPS as GROUPS
-from producer.config.validate import MEASURES as MEASURES
-from producer.config.validate import SILENT as SILENT
+from producer.config.sources import read_bytes, shown
 from producer.errors import ConfigError
 from producer.events import HOOKS, STREAMS, Stream
-from producer.host.text import printable
 
-_MAX_FILE_BYTES = 1 << 24
-_MAX_MESSAGE = 1000
 _SECRETS = frozenset({"sasl.password", "ssl.key.password", "ssl.keystore.password", "sasl.oauthbearer.client.secret"})
 _OPTIONS = {
     "kafka.brokers": "--brokers or REBPF_BROKERS",
@@ -57,7 +52,7 @@ class Capture:
     flow_interval_s: float = 10.0
     """Seconds between two records of an open connection. Each connection has another one when it closes."""
     transmit_ring_bytes: int = 1 << 24
-    """Size of the ring for transmits in bytes, a power of two. An event takes 200 bytes."""
+    """Size of the ring for transmits in bytes, a power of two. An event takes 216 bytes."""
     retransmit_ring_bytes: int = 1 << 22
     """Size of the ring for retransmissions in bytes, a power of two."""
     flow_ring_bytes: int = 1 << 22
@@ -66,6 +61,8 @@ class Capture:
     """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash; none: they are lost."""
     latency_s: float = 1.0
     """Most seconds between two reads of a ring. Busy rings are read more often, and retransmissions at once."""
+    transmit_events_per_s: int = 0
+    """Budget for transmits: above it, connections are sampled (sample_rate in the events); 0: no budget."""
     btf: Path | None = None
     """BTF file with the kernel's struct layouts; none: /sys/kernel/btf/vmlinux."""
 
@@ -89,6 +86,20 @@ class Kafka:
     """Settings for librdkafka, by its names. Secrets can be "@FILE", or "@NAME" for a systemd credential."""
     stop_timeout_s: float = 10.0
     """Seconds to wait for messages in flight at a stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """[topics]: Kafka's settings of the topics that `rebpf init` creates, by their names, over its defaults."""
+
+    transmit: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_transmit. Default: kept for 1 day ("retention.ms"), compressed as the producers send."""
+    retransmit: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_retransmit. Default: kept for 30 days, "compression.type" zstd."""
+    flow: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_flow. Default: as tcp_retransmit."""
+    heartbeat: Mapping[str, str] = field(default_factory=dict)
+    """Of rebpf_agent. Default: kept for 7 days, compressed as the producers send."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,47 +199,6 @@ class RuleConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class AlertRule:
-    """[[alert.rules]]: thresholds for retransmissions per window of event time."""
-
-    name: str = ""
-    """Name of the rule in the alerts."""
-    by: str = "host"
-    """Group by host, peer (remote address), flow, or port (the lower of the two)."""
-    measure: str = "ratio"
-    """count: retransmitted segments; ratio: retransmitted segments divided by all segments sent."""
-    window_s: float = 60.0
-    """Length of a window in seconds."""
-    threshold: float = 0.05
-    """Fire at this value or above."""
-    clear: float = 0.02
-    """Resolve below this value; between the two, the state stays."""
-    minimum: int = 1
-    """Do not fire in windows with fewer segments (ratio: sent; count: retransmitted)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Alert:
-    """[alert]: the alerting consumer, `rebpf alert`."""
-
-    group: str = "rebpf-alert"
-    """Consumer group; its members share the partitions."""
-    lateness_s: float = 10.0
-    """Seconds to wait for late events after the end of a window."""
-    missed_heartbeats: float = 3.0
-    """Number of missed heartbeats after which a host is silent; 0: no alerts on silence."""
-    topic: bool = True
-    """Write alerts to the topic tcp_alerts; a new owner of a partition reads the firing alerts from it."""
-    stdout: bool = False
-    """Write alerts to standard output."""
-    alertmanager: str | None = None
-    """URL of an Alertmanager to send alerts to."""
-    repeat_s: float = 60.0
-    """Seconds between two notifications to Alertmanager of an alert that is still firing."""
-    rules: tuple[AlertRule, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Config:
     """All settings."""
 
@@ -236,12 +206,19 @@ class Config:
     """Host name in the events."""
     state_dir: Path = Path("/var/lib/rebpf")
     """Folder for the spool, quarantine, ledger, compiled programs, agent.json and the lock."""
+    log_level: str = "info"
+    """Lowest level that `rebpf run` logs: debug, info, warning or error. The option --log-level overrides it."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """[labels]: at most 16 labels of the site, such as env or dc, in each event, heartbeat and status."""
+    reload_when_changed: bool = False
+    """Reload when a file of the configuration has changed; otherwise only at SIGHUP."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
+    topics: Topics = Topics()
     spool: Spool = Spool()
     metrics: Metrics = Metrics()
     registry: Registry = Registry()
-    alert: Alert = Alert()
+    alert: Alert = field(default_factory=Alert)
     rules: tuple[RuleConfig, ...] = ()
 
     def with_values(self, **values: Any) -> "Config":
@@ -258,7 +235,7 @@ class Config:
         except ConfigError as error:
             key = str(error).partition(":")[0]
             source = f"{_OPTIONS[key]}: " if key.replace(".", "__") in values and key in _OPTIONS else ""
-            raise ConfigError(source + _shown(str(error))) from error
+            raise ConfigError(source + shown(str(error))) from error
 
 
 def _replaced(config: Config, path: str, value: Any) -> Config:
@@ -279,20 +256,20 @@ def _absolute(key: str, path: Path) -> Path:
         raise ConfigError(f"{key}: {path}: the working directory no longer exists: {error.strerror}") from error
 
 
-def load(path: Path | None) -> Config:
-    """Read a TOML file, or return the defaults if `path` is None. ConfigError is one line with the location."""
+def load(path: Path | None, *, secrets: bool = True) -> Config:
+    """Read the file and conf.d beside it, or return the defaults if `path` is None. ConfigError has the location.
+
+    Without `secrets`, those that are in files stay "@FILE", for commands that do not connect.
+    """
     if path is None:
         return Config()
-    text = _read(path)
+    files = sources.read(path)
     try:
-        table = tomllib.loads(text)
-    except RecursionError:
-        raise ConfigError(f"{path}: tables or lists are nested too deeply") from None
-    except ValueError as error:  # TOMLDecodeError, or a number with too many digits
-        raise ConfigError(f"{path}: {_shown(str(error))}") from error
-    with located(path, text):
-        _check_numbers(table)
-        return _with_secrets(check(build(Config, table)))
+        _check_numbers(files.table)
+        config = check(build(Config, files.table))
+        return _with_secrets(config) if secrets else config
+    except ConfigError as error:
+        raise ConfigError(files.message(error)) from error
 
 
 def _check_numbers(table: Mapping[str, Any]) -> None:
@@ -308,49 +285,15 @@ def _check_numbers(table: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}: expected an integer of at most 64 bits")
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a regular file of bounded size. Raises OSError or ConfigError.
-
-    Reading a FIFO could block, and a device may have no end.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ConfigError(f"{path}: expected a regular file")
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
-    finally:
-        os.close(descriptor)
-    if len(content) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: expected at most {_MAX_FILE_BYTES} bytes; move long lists of addresses to an @FILE")
-    return content
-
-
-def _read(path: Path) -> str:
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # not UTF-8, or a path with NUL
-        raise ConfigError(f"{printable(str(path))}: {error}") from error
-
-
-def _shown(text: str) -> str:
-    """Return text from a user's file as one bounded, printable line."""
-    text = printable(text[: _MAX_MESSAGE + 1])
-    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "..."
-
-
 @contextlib.contextmanager
-def located(path: Path | None, text: str | None = None) -> Iterator[None]:
+def located(path: Path | None) -> Iterator[None]:
     """Add the file and the line to a ConfigError that begins with the path of a setting."""
     try:
         yield
     except ConfigError as error:
         if path is None:
             raise
-        at = locate.line(_read(path) if text is None else text, str(error))
-        raise ConfigError(f"{printable(str(path))}: {at}{_shown(str(error))}") from error
+        raise ConfigError(sources.read(path).message(error)) from error
 
 
 def check(config: Config) -> Config:

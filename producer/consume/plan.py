@@ -1,6 +1,6 @@
 """Makes plans for the native decoder (native/decode.h) from accepted schemas."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ _SKIP = -1
 _SCALARS = frozenset(_TYPES) - {"bytes"}
 
 Fields = tuple[tuple[str, str], ...]
-"""Names of fields that are not null, with their types: long (also for int), double (also for float) or string."""
+"""Names of fields with their types: long (also for int), double (also for float) or string.
+
+A type with ? is of a field that may be null, or that the writer's schema may lack.
+"""
 _ALSO = {"long": {"long", "int"}, "double": {"double", "float"}, "string": {"string"}}
 
 _Step = tuple[int, int, int, int, int]
@@ -38,15 +41,24 @@ def plan_for(schema: Mapping[str, Any], wanted: Fields) -> Plan:
     """Return the plan that decodes the wanted fields and skips all others; FieldError if one is missing."""
     types = {field["name"]: field["type"] for field in schema["fields"]}
     for name, kind in wanted:
-        if not isinstance(types.get(name), str) or types[name] not in _ALSO[kind]:
-            raise FieldError(f"no field {name} of type {kind}")
+        if kind.endswith("?"):
+            if name not in types or _nullable(types[name])[0] in _ALSO[kind[:-1]]:
+                continue
+        elif isinstance(types.get(name), str) and types[name] in _ALSO[kind]:
+            continue
+        raise FieldError(f"no field {name} of type {kind}")
     return _plan(schema["fields"], [name for name, _ in wanted])
 
 
 def plan_for_all(schema: Mapping[str, Any]) -> Plan:
-    """Return the plan that decodes all fields but lists and bytes."""
+    """Return the plan that decodes all fields but lists, maps and bytes."""
     names = [field["name"] for field in schema["fields"] if _scalar(field["type"]) is not None]
     return _plan(schema["fields"], names)
+
+
+def plan_for_names(schema: Mapping[str, Any], names: Collection[str]) -> Plan:
+    """Return the plan that decodes the fields of these names, as far as the schema has them and columns can."""
+    return _plan(schema["fields"], [name for name in plan_for_all(schema).names if name in names])
 
 
 def _plan(fields: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plan:
@@ -55,7 +67,7 @@ def _plan(fields: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plan:
     for field in fields:
         _append(steps, field["type"], columns.get(field["name"], _SKIP))
     types = {field["name"]: _scalar(field["type"]) or "" for field in fields}
-    return Plan(np.array(steps, _STEP).tobytes(), tuple(names), tuple(types[name] for name in names))
+    return Plan(np.array(steps, _STEP).tobytes(), tuple(names), tuple(types.get(name, "") for name in names))
 
 
 def _scalar(kind: Any) -> str | None:
@@ -71,13 +83,18 @@ def _append(steps: list[_Step], kind: Any, column: int) -> None:
         return
     start = len(steps)
     steps.append((_ARRAY, _NOT_NULL, 0, _SKIP, 0))
-    for item in _item_types(name["items"]):
+    for item in _item_types(name):
         _append(steps, item, _SKIP)
     steps[start] = (_ARRAY, _NOT_NULL, len(steps), _SKIP, 0)
     steps.append((_END, _NOT_NULL, start, _SKIP, 0))
 
 
-def _item_types(items: Any) -> Iterator[Any]:
+def _item_types(kind: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the types of which each item of an array or a map consists."""
+    if kind["type"] == "map":
+        yield from ("string", kind["values"])
+        return
+    items = kind["items"]
     if isinstance(items, dict) and items.get("type") == "record":
         yield from (field["type"] for field in items["fields"])
     else:

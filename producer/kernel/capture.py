@@ -19,10 +19,11 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from producer import errors
-from producer.events import HOOKS, STREAMS, Stream, layout_check
+from producer.events import FLOWS, HOOKS, STREAMS, Stream, layout_check
+from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
 from producer.kernel import bpf_syscall
-from producer.kernel.hooks import Refusal
+from producer.kernel.hooks import CLOSING_PROGRAMS, Refusal
 from producer.kernel.loader import Loader
 from producer.kernel.loader_child import ATTACH
 from producer.kernel.manifest import COUNTERS, Manifest, StoredRing, with_readable_rings
@@ -71,7 +72,8 @@ class KernelCounters:
     """Events of one stream since the programs were loaded.
 
     `nested` counts runs that the kernel skipped because the program would have interrupted itself, and returns of calls
-    whose entry was skipped or evicted. It is counted before the filter.
+    whose entry was skipped or evicted. It is counted before the filter. Of the two programs
+    that take closing records, the smaller count.
     """
 
     passed: int
@@ -155,7 +157,8 @@ class Capture:
         Raises HookError, PermissionDenied or UnavailableError with the reason in one line.
         """
         if not self._open_stored():
-            self._load()
+            with Progress("compiling and loading the BPF programs"):
+                self._load()
         self._own_sockets.append(self._maps["own_sockets"])
         self._rules = RuleMaps(self._maps)
         self._rules.put(self._settings.rules)
@@ -358,8 +361,8 @@ class Capture:
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
         begin, ring_full, seq, forgotten = (sum(column) for column in zip(*self._words(stream), strict=True))
-        programs = self._programs.get(stream.name, ())
-        nested = sum(bpf_syscall.program_info(program).recursion_misses for program in programs)
+        misses = [bpf_syscall.program_info(each).recursion_misses for each in self._programs.get(stream.name, ())]
+        nested = min(misses[:CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
         return KernelCounters(seq - begin, ring_full, nested + forgotten)
 
     def sequence(self, stream: Stream) -> list[int]:
@@ -383,6 +386,10 @@ class Capture:
     def put_rules(self, rules: Tables) -> int:
         """Activate other rules, atomically between two segments, and return their version. The initial ones are 1."""
         return self._rules.put(rules)
+
+    def limit_transmits(self, rate: int, turn: int) -> None:
+        """Capture the transmits of one in `rate` connections, a power of two; in each turn, of others."""
+        bpf_syscall.update(self._maps["transmit_budget"], struct.pack("<I", 0), struct.pack("<II", rate, turn))
 
     def exclude_socket(self, descriptor: int) -> None:
         """Exclude the traffic of this process's socket `descriptor`, and of its peer if in the same network namespace.

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import json
 import os
+import signal
 import socket
 import tempfile
 import traceback
@@ -45,6 +46,7 @@ MAPS = (
     "rule_ports",
     "rule_values",
     "rule_sets",
+    "transmit_budget",
 )
 ATTACH = {"do": "attach"}
 BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora, RHEL)"
@@ -71,6 +73,7 @@ class _HookFailed(Exception):
 
 def main(descriptor: int, parent: int) -> None:
     """Serve the agent, process `parent`, over the socket `descriptor`. Never outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C, which the agent gets, too
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     if os.getppid() != parent:
         return
@@ -205,10 +208,13 @@ class _Loaded:
         self.maps = maps[: len(MAPS)]
         attached = [(stream, probe) for stream, hook in self.chosen.items() for probe in hook.probes]
         self.programs: list[tuple[str | None, hooks.Probe, int]] = []
-        for stream, probe in [(None, hooks.OWN_SOCKETS), *attached]:
+        for stream, probe in [(None, hooks.OWN_SOCKETS), (None, hooks.OLD_SOCKETS), *attached]:
             try:
                 program = hooks.load(probe, code.instructions(probe.program, maps), btf)
             except bpf_syscall.VerifierError as error:
+                if probe == hooks.OLD_SOCKETS:
+                    self.log += f"{probe.program}:\n{error.log}\n"
+                    continue
                 bpf_syscall.close_all([*maps, *(loaded for *_, loaded in self.programs)])
                 raise _HookFailed(stream, error) from error
             self.programs.append((stream, probe, program))
@@ -227,9 +233,8 @@ class _Unit:
         flags = source.macros(btf, names, bpf_syscall.jiffies_per_second())
         self._text = source.program_text(folder, btf, request["layout_check"])
         self._flags = [*flags, "-Wno-unused-function"]
-        self._programs = [probe.program for hook in chosen.values() for probe in hook.probes] + [
-            hooks.OWN_SOCKETS.program
-        ]
+        probes = [*(probe for hook in chosen.values() for probe in hook.probes), hooks.OWN_SOCKETS, hooks.OLD_SOCKETS]
+        self._programs = [probe.program for probe in probes]
         self._shim = folder / "shim"
         self.key = program_cache.key(self._shim, self._text, self._flags, self._programs, MAPS)
 

@@ -8,6 +8,7 @@ import os
 import pwd
 import socket
 import stat
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,31 @@ def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
     cgroups = _Cgroups(cgroup_root)
     rules = tuple(_rule(number, rule, cgroups) for number, rule in enumerate(config.rules, 1))
     return Ruleset(rules, _action(capture.default, None, None, None), _above(rules, cgroups))
+
+
+def resolve_offline(config: Config) -> Ruleset:
+    """Resolve the rules without this host: each name gets an id of its own, and files of addresses are not read."""
+    ids: defaultdict[str, int] = defaultdict(itertools.count(1).__next__)
+    rules = tuple(_without_names(rule, ids) for rule in config.rules)
+    return resolve(dataclasses.replace(config, rules=rules), None)
+
+
+def _without_names(rule: RuleConfig, ids: Mapping[str, int]) -> RuleConfig:
+    def numbers(values: Iterable[int | str]) -> tuple[int | str, ...]:
+        return tuple(ids[value] if isinstance(value, str) else value for value in values)
+
+    def networks(values: Iterable[str]) -> tuple[str, ...]:
+        return tuple(str(_NOWHERE) if value.startswith("@") else value for value in values)
+
+    return dataclasses.replace(
+        rule,
+        address=networks(rule.address),
+        local_address=networks(rule.local_address),
+        remote_address=networks(rule.remote_address),
+        netns=numbers(rule.netns),
+        uid=numbers(rule.uid),
+        interface=numbers(rule.interface),
+    )
 
 
 def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None) -> Ruleset:

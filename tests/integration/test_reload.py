@@ -1,5 +1,6 @@
 """Rule changes while the producer runs: by `rebpf reload`, SIGHUP, a bad file, and a new cgroup."""
 
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +59,26 @@ def test_a_number_out_of_range_in_a_reload_changes_nothing(tmp_path: Path, wrong
         assert codes == [78, 78]
         run.send(signal.SIGHUP)
         run.wait_for(r"reload refused: .* line 3: rules\[1\]\..*version=1 stays in force")
+        run.finish()
+
+
+def test_a_changed_ring_size_needs_a_restart_and_other_settings_apply(tmp_path: Path) -> None:
+    config = only(443, '[metrics]\nlisten = "127.0.0.1:0"')
+    with Run(tmp_path, config=config) as run:
+        run.ready()
+        (run.config.parent / "conf.d").mkdir()
+        site = run.config.parent / "conf.d" / "site.toml"
+        site.write_text("[capture]\ntransmit_ring_bytes = 65536\nlatency_s = 0.5\n")
+        done = rebpf("reload", "--config", run.config, "--state-dir", run.state_dir)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == (
+            "rules version 2 is in force\nthese changed settings need a restart: capture.transmit_ring_bytes\n"
+        )
+        run.wait_for(r"changed settings need a restart: capture\.transmit_ring_bytes")
+        wanted = json.loads(rebpf("config", "--config", run.config, "--state-dir", run.state_dir, "--json").stdout)
+        report = json.loads(rebpf("status", "--state-dir", run.state_dir, "--json").stdout)
+        assert report["restart_needed"] == ["capture.transmit_ring_bytes"]
+        assert report["config_hash"] != wanted["hash"], "the files are ahead"
         run.finish()
 
 

@@ -159,9 +159,10 @@ def test_operations_md_has_a_paragraph_for_each_alert() -> None:
 
 
 def test_each_alerts_runbook_is_its_paragraph() -> None:
-    named = re.findall(r"- alert: (\w+)$.*?runbook: (\S+)$", RULES.read_text(), re.MULTILINE | re.DOTALL)
+    named = re.findall(r"- alert: (\w+)$.*?runbook_url: (\S+)$", RULES.read_text(), re.MULTILINE | re.DOTALL)
     assert named
-    assert [runbook for _, runbook in named] == [f"docs/operations.md#{alert.lower()}" for alert, _ in named]
+    page = "https://docs.rebpf.example/operations.md"
+    assert [runbook for _, runbook in named] == [f"{page}#{alert.lower()}" for alert, _ in named]
 
 
 def test_operations_md_grants_what_the_tests_producer_has() -> None:

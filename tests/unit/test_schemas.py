@@ -32,7 +32,7 @@ RELEASED = {
 }
 """SHA-256 of each schema that was released: a line is added with a release, and none ever changes."""
 
-HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
+HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11", "labels": {"env": "prod"}}
 FRAME_BYTES = 5
 ROWS = len(KNOWN) + 2
 NOW_S = 1_790_000_123.456

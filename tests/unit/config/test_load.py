@@ -8,12 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from producer.config.load import Alert, AlertRule, Capture, Config, Kafka, Metrics, Registry, RuleConfig, Spool, load
+from producer.config.load import (
+    Alert,
+    AlertRule,
+    Capture,
+    Config,
+    Kafka,
+    Metrics,
+    Registry,
+    RuleConfig,
+    Spool,
+    Topics,
+    load,
+)
 from producer.errors import ConfigError
 
 FULL = """
 host = "db-1"
 state_dir = "/run/rebpf"
+log_level = "debug"
+reload_when_changed = true
+
+[labels]
+env = "prod"
+rack = 7
 
 [capture]
 hooks = ["kprobe", "cgroup_skb"]
@@ -29,12 +47,19 @@ flow = true
 flow_interval_s = 30
 pin = "/sys/fs/bpf/rebpf"
 latency_s = 1
+transmit_events_per_s = 1000
 btf = "/some/vmlinux"
 
 [kafka]
 brokers = "a:9092,b:9092"
 topic_prefix = "dev."
 stop_timeout_s = 2.5
+
+[topics]
+transmit = {"retention.ms" = 3600000}
+retransmit = {"compression.type" = "lz4"}
+flow = {}
+heartbeat = {}
 
 [kafka.settings]
 "linger.ms" = 5
@@ -68,7 +93,10 @@ key = "/etc/client.key"
 group = "on-call"
 lateness_s = 30
 missed_heartbeats = 5
-topic = false
+listen = ""
+wait_s = 90
+lookback_s = 40
+webhook = "http://hook:80/x"
 stdout = true
 alertmanager = "http://alertmanager:9093"
 repeat_s = 30
@@ -81,6 +109,17 @@ window_s = 10
 threshold = 500
 clear = 100
 minimum = 2
+prefix = 16
+prefix_v6 = 48
+quantile = 0.5
+for_s = 20
+host = ["web-*"]
+peer = ["10.0.0.0/8"]
+cause = ["rto"]
+only_labels = { env = "prod" }
+severity = "page"
+labels = { team = "net" }
+annotations = { runbook = "https://example.com/r" }
 
 [[rules]]
 name = "all of it"
@@ -144,6 +183,9 @@ def test_every_setting_can_be_read(read):
     assert read(FULL) == Config(
         host="db-1",
         state_dir=Path("/run/rebpf"),
+        log_level="debug",
+        labels={"env": "prod", "rack": "7"},
+        reload_when_changed=True,
         capture=Capture(
             hooks=("kprobe", "cgroup_skb"),
             addresses=(ip_address("192.0.2.1"), ip_address("2001:db8::1")),
@@ -156,6 +198,7 @@ def test_every_setting_can_be_read(read):
             flow_interval_s=30.0,
             pin=Path("/sys/fs/bpf/rebpf"),
             latency_s=1.0,
+            transmit_events_per_s=1000,
             btf=Path("/some/vmlinux"),
         ),
         kafka=Kafka(
@@ -169,6 +212,7 @@ def test_every_setting_can_be_read(read):
             },
             stop_timeout_s=2.5,
         ),
+        topics=Topics(transmit={"retention.ms": "3600000"}, retransmit={"compression.type": "lz4"}),
         spool=Spool(
             transmit_bytes=1048576,
             retransmit_bytes=0,
@@ -192,11 +236,35 @@ def test_every_setting_can_be_read(read):
             group="on-call",
             lateness_s=30.0,
             missed_heartbeats=5.0,
-            topic=False,
+            listen="",
+            wait_s=90.0,
+            lookback_s=40.0,
+            webhook="http://hook:80/x",
             stdout=True,
             alertmanager="http://alertmanager:9093",
             repeat_s=30.0,
-            rules=(AlertRule("much-loss", "peer", "count", 10.0, 500.0, 100.0, 2),),
+            rules=(
+                AlertRule(
+                    name="much-loss",
+                    by="peer",
+                    measure="count",
+                    window_s=10.0,
+                    threshold=500.0,
+                    clear=100.0,
+                    minimum=2,
+                    prefix=16,
+                    prefix_v6=48,
+                    quantile=0.5,
+                    for_s=20.0,
+                    host=("web-*",),
+                    peer=("10.0.0.0/8",),
+                    cause=("rto",),
+                    only_labels={"env": "prod"},
+                    severity="page",
+                    labels={"team": "net"},
+                    annotations={"runbook": "https://example.com/r"},
+                ),
+            ),
         ),
         rules=(RULE, RuleConfig()),
     )
@@ -210,7 +278,7 @@ def test_the_file_above_names_every_setting():
             found |= {field} if inner is None else names(inner)
         return found
 
-    assert names(Config) - {"settings"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE))
+    assert names(Config) - {"settings", "labels"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE)) - {"env", "rack"}
 
 
 def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(read):
@@ -253,12 +321,21 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
         ),
         ("capture.flow_interval_s = 0.5", r"capture\.flow_interval_s: expected 1 to 3600 seconds, found 0\.5"),
         ('capture.latency_s = "1"', r"capture\.latency_s: expected a number, found '1'"),
+        ("capture.transmit_events_per_s = -1", r"transmit_events_per_s: expected 0 to 1000000000, found -1"),
         ("capture.latency_s = 0", r"capture\.latency_s: expected 0\.02 to 60 seconds, found 0\.0"),
         ("kafka.stop_timeout_s = -1", r"kafka\.stop_timeout_s: expected 0 to 86400 seconds, found -1\.0"),
         ("registry.timeout_s = nan", r"registry\.timeout_s: expected .* seconds, found nan"),
         ("registry.timeout_s = inf", r"registry\.timeout_s: expected .* seconds, found inf"),
         ("registry.register = 1", r"registry\.register: expected true or false, found 1"),
         ('kafka.brokers = " "', r"kafka\.brokers: expected HOST:PORT"),
+        ('labels.Env = "prod"', r"labels: expected a name of at most 32 lower-case letters, .*, found 'Env'"),
+        ('labels.job = "a"', r"labels: expected another name than 'job', which Prometheus reserves"),
+        (f'labels.env = "{"é" * 65}"', r"labels\.env: expected at most 64 characters, found 65"),
+        ("labels.env = [1]", r"labels\.env: expected a string, a number or a boolean, found \[1\]"),
+        ("[labels]\n" + "".join(f"a{i} = 1\n" for i in range(17)), r"labels: expected at most 16 labels, found 17"),
+        ("topics.flows = {}", r"unknown key topics\.flows: did you mean flow\?"),
+        ('topics.flow = {"retention ms" = 1}', r"topics\.flow: expected the name of a setting of Kafka's topics"),
+        ('topics.flow."retention.ms" = ""', r"topics\.flow\.retention\.ms: expected a name"),
         ('kafka.topic_prefix = "a b"', r"kafka\.topic_prefix: expected letters"),
         ("kafka.settings.x = [1]", r"kafka\.settings\.x: expected a string, a number or a boolean, found \[1\]"),
         ("kafka.settings = 1", r"kafka\.settings: expected a table, \[kafka\.settings\], found 1"),
@@ -313,11 +390,18 @@ def test_no_password_in_a_url_on_the_command_line_either():
     [
         ('name = "loss/web"', r"name: expected letters, .* 'loss/web'"),
         ('name = "silent"', r"name: .* the built-in rule's name"),
-        ('by = "hots"', r"by: expected one of host, peer, flow, port, found 'hots'"),
-        ('measure = "mean"', r"measure: expected one of count, ratio, found 'mean'"),
+        ('by = "hots"', r"by: expected one of host, peer, subnet, .* found 'hots'"),
+        ('measure = "mean"', r"measure: expected one of ratio, .* found 'mean'"),
         ("window_s = 0.5", r"window_s: expected 1 to .* seconds, found 0\.5"),
         ("threshold = 1.5", r"threshold: expected above 0 and at most 1, found 1\.5"),
         ("clear = 0.1", r"clear: expected above 0 and at most the threshold, found 0\.1"),
+        ("for_s = -1", r"for_s: expected 0 to .* seconds, found -1"),
+        ("quantile = 1.0", r"quantile: expected above 0 and below 1, found 1\.0"),
+        ("prefix = 33", r"prefix: expected 0 to 32, found 33"),
+        ('peer = ["10.0.0.1/8"]', r"peer: .* has host bits set"),
+        ("port = [70000]", r"port: expected a port or a range of ports, found 70000"),
+        ('cause = ["retry"]', r"cause: expected other, rto, .* found 'retry'"),
+        ('labels = { "a-b" = "c" }', r"labels: expected letters, digits and underscores, found 'a-b'"),
         ("minimum = -1", r"minimum: expected at least 0, found -1"),
     ],
 )

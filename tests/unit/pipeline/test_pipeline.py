@@ -192,6 +192,7 @@ def test_rows_that_the_disk_did_not_take_are_read_again(tmp_path: Folder) -> Non
     assert setup.ring.committed == 8 * STRIDE
     setup.pipeline.step()
     assert setup.sink.sent == list(range(8))
+    assert setup.counted == list(range(8)), "once"
 
 
 def test_with_a_full_disk_kafka_gets_what_it_takes_straight_from_the_ring(tmp_path: Folder) -> None:
