@@ -42,13 +42,36 @@ def test_a_failed_retransmit_says_the_error() -> None:
     assert plain({**RETRANSMIT, "err": -1}).endswith("err -1")
 
 
+FLOW: dict[str, Any] = {
+    **{name: TRANSMIT[name] for name in ("ts_ns", "saddr", "sport", "daddr", "dport")},
+    "reason": "close",
+    "state": "SYN_SENT",
+    "error": "ECONNREFUSED",
+    "bytes_sent": 0,
+    "bytes_received": 1,
+    "segs_out": 3,
+    "total_retrans": 2,
+    "srtt_us": 57,
+    "role": "client",
+    "comm": "curl",
+}
+
+
+def test_the_record_of_a_connection_says_how_it_ended_what_it_sent_and_whose_it_is() -> None:
+    assert plain(FLOW).endswith(
+        "10.0.0.1:40001 > [fd00::2]:443 close ECONNREFUSED out 0 in 1 segs 3 retransmitted 2 srtt 0.057ms client curl"
+    )
+    unknown = dict.fromkeys(("error", "bytes_sent", "bytes_received", "segs_out", "total_retrans", "srtt_us", "comm"))
+    assert plain({**FLOW, **unknown}).endswith("[fd00::2]:443 close SYN_SENT")
+
+
 def test_what_is_unknown_is_left_out() -> None:
     unknown = dict.fromkeys(("ack_seq", "retransmit_no", "rto_us", "srtt_us"))
     assert plain({**RETRANSMIT, **unknown}).endswith("seq 4294967290:1442 len 1448 segs 1 retransmit rto")
 
 
-@pytest.mark.parametrize(("record", "color"), [(TRANSMIT, "\x1b[32m"), (RETRANSMIT, "\x1b[33m")])
-def test_colours_tell_the_two_kinds_apart(record: dict[str, Any], color: str) -> None:
+@pytest.mark.parametrize(("record", "color"), [(TRANSMIT, "\x1b[32m"), (RETRANSMIT, "\x1b[33m"), (FLOW, "\x1b[36m")])
+def test_colours_tell_the_kinds_apart(record: dict[str, Any], color: str) -> None:
     line = EventFormatter(color=True).line(record)
     assert f"{color}10.0.0.1:40001" in line
     assert re.sub(r"\x1b\[[\d;]*m", "", line) == plain(record)
