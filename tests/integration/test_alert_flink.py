@@ -56,12 +56,7 @@ window_s = 20
 threshold = 0.09
 clear = 0.06
 cause = ["rto", "fast", "syn"]
-[[alert.rules]]
-name = "peers"
-by = "host+peer"
-window_s = 10
-threshold = 0.15
-peer = ["192.0.2.0/31", "198.51.100.0/24"]
+peer = ["192.0.2.0/31", "192.0.2.2/32"]
 [[alert.rules]]
 name = "flows"
 by = "flow"
@@ -77,13 +72,6 @@ window_s = 10
 threshold = 2
 clear = 1
 [[alert.rules]]
-name = "refused"
-measure = "failed_connects"
-window_s = 10
-threshold = 1
-clear = 1
-cause = ["ECONNREFUSED"]
-[[alert.rules]]
 name = "slow"
 measure = "srtt"
 quantile = 0.9
@@ -97,13 +85,6 @@ measure = "count"
 window_s = 10
 threshold = 12
 clear = 6
-[[alert.rules]]
-name = "timeouts"
-measure = "count"
-window_s = 10
-threshold = 5
-clear = 2
-cause = ["rto"]
 """
 
 
