@@ -109,6 +109,9 @@ struct segment {
 	u32 rcv_wnd;
 	u32 mss;
 	u32 rules_version;
+	u32 pid;
+	u8 comm[16]; /* padded with zeros */
+	u32 _pad2;
 };
 
 struct transmit_event {

@@ -2,8 +2,8 @@
 /*
  * The third stream: a record for each connection when it closes, and one at each run of the iterator.
  *
- * The kernel's counters of a socket need no program for each segment. Only what it does not store is kept with the socket:
- * who opened it, when, and its retransmissions by cause.
+ * The kernel's counters of a socket need no program for each segment. Only what it does not store is kept with the socket
+ * (process.h): whose it is, when it began, and its retransmissions by cause.
  *
  * The kernel skips a run of a tracepoint's program that would interrupt itself on its CPU: measured, 6 of 4,727. So
  * each program is attached twice, and what it does to a socket, it does once: the second run finds that the first one was
@@ -11,34 +11,6 @@
  */
 #ifndef REBPF_FLOW_H
 #define REBPF_FLOW_H
-
-struct flow_state {
-	u64 start_ns; /* 0: unknown, older than the programs */
-	u64 established_ns;
-	u32 pid; /* 0: unknown */
-	u32 role;
-	u32 retrans[8]; /* segments, by cause */
-	u32 seen_retrans; /* total_retrans when the last retransmission was counted */
-	u32 closed; /* the closing record was taken */
-	u8 comm[16];
-};
-
-/* As BPF_SK_STORAGE, but an accepted socket begins with a copy of the listener's value. */
-#define BPF_CLONED_SK_STORAGE(_name, _leaf_type)                                     \
-	struct _name##_table_t {                                                     \
-		int key;                                                             \
-		_leaf_type leaf;                                                     \
-		void *(*sk_storage_get)(void *, void *, int);                        \
-		int (*sk_storage_delete)(void *);                                    \
-		u32 flags;                                                           \
-	};                                                                           \
-	__attribute__((section("maps/sk_storage"))) struct _name##_table_t _name = { \
-		.flags = BPF_F_NO_PREALLOC | BPF_F_CLONE,                            \
-	};                                                                           \
-	BPF_ANNOTATE_KV_PAIR(_name, int, _leaf_type)
-
-/* The programs insert, when a socket connects, listens, first retransmits or closes; deleted with the socket. */
-BPF_CLONED_SK_STORAGE(flow_states, struct flow_state);
 
 /* All of the counters or none. */
 #define HAS_COUNTERS                                                                                                 \
@@ -49,22 +21,12 @@ BPF_CLONED_SK_STORAGE(flow_states, struct flow_state);
 	 HAS_tcp_sock_rcv_ooopack && HAS_tcp_sock_chrono_stat && HAS_tcp_sock_chrono_start &&                        \
 	 HAS_tcp_sock_chrono_type)
 
-/* The process of a task, not the thread. */
-static __always_inline void note_process(struct flow_state *state, const struct task_struct *task)
-{
-	const struct task_struct *leader = PROBE(task, group_leader);
-
-	state->pid = PROBE(task, tgid);
-	bpf_probe_read_kernel(state->comm, sizeof(state->comm), &leader->comm);
-}
-
 static __always_inline void forget_retransmissions(struct flow_state *state)
 {
 	__builtin_memset(state->retrans, 0, sizeof(state->retrans));
 	state->seen_retrans = 0;
 }
 
-/* connect() and listen() run in the process that calls them. */
 static __always_inline void begin_flow(struct tcp_sock *tp, u32 role)
 {
 	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
@@ -76,7 +38,6 @@ static __always_inline void begin_flow(struct tcp_sock *tp, u32 role)
 	state->closed = false;
 	state->role = role;
 	forget_retransmissions(state);
-	note_process(state, (const void *)bpf_get_current_task());
 }
 
 /* A new socket for an acknowledged SYN-ACK, or for a SYN with TCP Fast Open, begins with its listener's process. */
@@ -136,11 +97,11 @@ static __always_inline bool choose_flow(struct flow *flow, struct tcp_sock *tp, 
 	return keeps_flow(rules, flow, sk, tcp_state);
 }
 
-static __always_inline void fill_process(struct flow_event *e, const struct flow_state *state)
+static __always_inline void fill_state(struct flow_event *e, const struct flow_state *state)
 {
-	if (state->pid) {
-		e->pid = state->pid;
-		__builtin_memcpy(e->comm, state->comm, sizeof(e->comm));
+	if (state->process.pid) {
+		e->pid = state->process.pid;
+		__builtin_memcpy(e->comm, state->process.comm, sizeof(e->comm));
 		e->known |= KNOWN_PROCESS;
 	}
 	e->role = state->role;
@@ -318,7 +279,7 @@ static __always_inline int take_flow(struct tcp_sock *tp, const struct flow_stat
 	e->reason = reason;
 	e->state = tcp_state;
 	if (state)
-		fill_process(e, state);
+		fill_state(e, state);
 #if HAS_COUNTERS
 	fill_counters(e, tp);
 #endif
@@ -384,26 +345,12 @@ static __always_inline int visit_flow(struct sock *sk, const struct flow_state *
 	return is_connection(tp, state, tcp_state) ? take_flow(tp, state, tcp_state, REASON_INTERVAL) : 0;
 }
 
-/*
- * A socket that an open file of a task belongs to: its process, if nothing is known about it. Run once, for sockets that
- * are older than the programs. A listener's role passes to the sockets that it accepts from now on.
- */
-static __always_inline int adopt_socket(const struct task_struct *task, struct file *file)
+/* Writes a byte for each socket: a read of n bytes visits n sockets. */
+static __always_inline void count_visit(struct bpf_iter_meta *meta)
 {
-	struct socket *socket = task && file ? bpf_sock_from_file(file) : NULL;
-	struct sock *sk = socket ? socket->sk : NULL;
-	struct tcp_sock *tp = sk ? bpf_skc_to_tcp_sock(sk) : NULL;
-	struct flow_state *state;
+	u8 visit = 0;
 
-	if (!tp || READ((const struct sock *)tp, skc_state) == TCP_CLOSE)
-		return 0;
-	state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!state || state->pid)
-		return 0;
-	note_process(state, task);
-	if (READ((const struct sock *)tp, skc_state) == TCP_LISTEN)
-		state->role = ROLE_SERVER;
-	return 0;
+	bpf_seq_write(meta->seq, &visit, sizeof(visit));
 }
 
 #endif

@@ -12,6 +12,7 @@
 #include "fill.h"
 #include "filter.h"
 #include "rules.h"
+#include "process.h"
 
 /*
  * Whether a submit wakes the agent. An interrupt per event would cost the traced context more than the event itself, and
@@ -139,7 +140,7 @@ static __always_inline bool choose_socket(struct choice *choice, struct flow *fl
 	held = holds(stored, choice->active, 0, state);
 	if (held) {
 		*choice = stored->choice;
-		if (!choice->rates[stream])
+		if (!may_take(choice, stream))
 			return false;
 		set_owner(flow, &stored->owner);
 	}
@@ -151,7 +152,7 @@ static __always_inline bool choose_socket(struct choice *choice, struct flow *fl
 		if (decide_anew(choice, flow, sk, cookie, state, 0, state))
 			store_verdict(tp, cookie, choice, flow, 0, state);
 	}
-	return choice->rates[stream];
+	return may_take(choice, stream);
 }
 
 /* The flow of a SYN-ACK: the request's endpoints and the listener's owner. It has no full socket yet. */
@@ -165,7 +166,7 @@ static __always_inline bool choose_request(struct choice *choice, struct flow *f
 	fill_endpoints(flow, common, READ(common, skc_num));
 	fill_owner(flow, listener, 0);
 	decide_anew(choice, flow, listener, cookie_of(listener, hook), TCP_LISTEN, 0, TCP_SYN_RECV);
-	return choice->rates[stream];
+	return may_take(choice, stream);
 }
 
 static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 state)
@@ -173,19 +174,23 @@ static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 
 	struct sock *sk = (struct sock *)tp;
 	u64 cookie = READ_IF(sock, sk, skc_cookie);
 	bool accepted = old_state == TCP_SYN_RECV && state == TCP_ESTABLISHED;
+	bool connected = old_state == TCP_SYN_SENT && state == TCP_ESTABLISHED && whose(cookie) == OWN_OPENED;
 	bool closed = state == TCP_CLOSE && whose(cookie);
 	struct flow flow = {};
 
+	follow_process(tp, old_state, state);
 	if (state == TCP_SYN_SENT || state == TCP_LISTEN) {
 		forget_verdict(tp, cookie);
 		forget_partner(cookie);
 	}
-	if (!accepted && !closed)
+	if (!accepted && !connected && !closed)
 		return 0;
 	fill_endpoints(&flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
 	flow.netns = netns_of(sk);
 	if (accepted)
 		note_accepted(&flow, sk);
+	else if (connected) /* without transmits no program has seen its SYN */
+		note_peer(&flow, state);
 	else
 		forget_closed(&flow, old_state);
 	return 0;
@@ -204,6 +209,7 @@ static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *sk
 		return 0;
 	fill_from_cb(&e->s, skb, rcv_nxt);
 	fill_tcp(&e->s, tp);
+	fill_process(&e->s, tp, flow.sk_cookie);
 	fill_is_retransmit(e, tp);
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, RB_NO_WAKEUP));
 	return 0;
@@ -221,6 +227,7 @@ static __always_inline int take_synack(struct sock *listener, struct request_soc
 	if (!e)
 		return 0;
 	fill_from_request(&e->s, req);
+	fill_process(&e->s, listener, cookie_of(listener, hook));
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, RB_NO_WAKEUP));
 	return 0;
 }
@@ -239,6 +246,7 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 		return 0;
 	fill_from_cb(&e->s, skb, READ(tp, rcv_nxt));
 	fill_tcp(&e->s, tp);
+	fill_process(&e->s, tp, flow.sk_cookie);
 	fill_cause(e, tp, is_loss_probe);
 	e->err = errno_of(err);
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, 0));
@@ -257,6 +265,7 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 	if (!e)
 		return 0;
 	fill_from_request(&e->s, req);
+	fill_process(&e->s, listener, cookie_of(listener, hook));
 	fill_synack_cause(e, synack_number(req, behind));
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, 0));
 	return 0;
@@ -349,17 +358,20 @@ int raw_tp_flow_retransmit_again(u64 *ctx)
 /* Arguments: metadata, the map, the socket, its state. */
 int iter_flow_states(u64 *ctx)
 {
-	return visit_flow((void *)ctx[2], (void *)ctx[3]);
+	visit_flow((void *)ctx[2], (void *)ctx[3]);
+	count_visit((void *)ctx[0]);
+	return 0;
 }
 
-/* Arguments: metadata, a task, a file descriptor, its file. */
+#endif
+
+/* Run once with every hook. Arguments: metadata, a task, a file descriptor, its file. */
 int iter_task_files(u64 *ctx)
 {
 	return adopt_socket((void *)ctx[1], (void *)ctx[3]);
 }
-#endif
 
-/* Attached with every hook: tracks the agent's own sockets and their peers. */
+/* Attached with every hook: tracks the agent's own sockets and their peers, and the processes of all sockets. */
 int raw_tp_inet_sock_set_state(u64 *ctx)
 {
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
@@ -587,7 +599,8 @@ struct sender {
 /* This hook's program may take both streams. */
 static __always_inline bool is_wanted(const struct choice *choice)
 {
-	return choice->rates[STREAM_TRANSMIT] || (RETRANSMIT_CGROUP_SKB && choice->rates[STREAM_RETRANSMIT]);
+	return may_take(choice, STREAM_TRANSMIT) ||
+	       (RETRANSMIT_CGROUP_SKB && may_take(choice, STREAM_RETRANSMIT));
 }
 
 static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
@@ -598,6 +611,8 @@ static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb
 		s->state = TCP_SYN_RECV;
 	else if (sender->tp)
 		fill_tcp(s, sender->tp);
+	if (sender->tp)
+		fill_process(s, sender->tp, s->flow.sk_cookie);
 }
 
 static __always_inline void transmit_packet(struct __sk_buff *skb, const struct flow *flow, const struct wire *wire,

@@ -180,6 +180,39 @@ static PyObject *decode(PyObject *module, PyObject *const *args, Py_ssize_t coun
 	return result;
 }
 
+/* lengths(data, plan, records) */
+static PyObject *lengths(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+	Py_buffer views[2] = { 0 };
+	PyObject *found = NULL;
+
+	(void)module;
+	if (count != 3)
+		return PyErr_Format(PyExc_TypeError, "lengths() takes 3 arguments, not %zd", count);
+	size_t records = PyLong_AsSize_t(args[2]);
+	if (PyErr_Occurred() || !open_buffer(args[0], &views[0], PyBUF_SIMPLE, 1, "data") ||
+	    !open_buffer(args[1], &views[1], PyBUF_SIMPLE, sizeof(struct decode_step), "plan"))
+		goto done;
+	const struct decode_step *steps = views[1].buf;
+	size_t step_count = (size_t)views[1].len / sizeof(struct decode_step);
+	if (!step_count || !decode_plan_valid(steps, step_count, 0)) {
+		PyErr_SetString(PyExc_ValueError, "the plan is not well formed, or has columns");
+		goto done;
+	}
+	/* Each record has at least one byte. */
+	if (records <= (size_t)views[0].len)
+		found = zeros(records * sizeof(int64_t));
+	if (!PyErr_Occurred() && (!found || !decode_lengths(steps, step_count, views[0].buf, (size_t)views[0].len,
+							    (int64_t *)PyBytes_AsString(found), records))) {
+		Py_DecRef(found);
+		found = NULL;
+		PyErr_SetString(PyExc_ValueError, "the data are not records of the plan");
+	}
+done:
+	close_buffers(views, 2);
+	return found;
+}
+
 #define MOST_GROUP_COLUMNS 8
 
 static PyObject *find_groups(const int64_t *const *columns, size_t column_count, size_t rows, uint64_t seed)
@@ -260,6 +293,7 @@ done:
 static PyMethodDef functions[] = {
 	{ "schema_ids", schema_ids, METH_O, NULL },
 	{ "decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL, NULL },
+	{ "lengths", (PyCFunction)(void (*)(void))lengths, METH_FASTCALL, NULL },
 	{ "groups", (PyCFunction)(void (*)(void))groups, METH_FASTCALL, NULL },
 	{ "mark", (PyCFunction)(void (*)(void))mark, METH_FASTCALL, NULL },
 	{ NULL, NULL, 0, NULL },

@@ -347,15 +347,13 @@ bool decode_plan_valid(const struct decode_step *steps, size_t count, size_t col
 	return depth == 0;
 }
 
-enum decode_status decode_value(const struct decode_step *steps, size_t count, const uint8_t *value, size_t size,
-				size_t row, struct decode_columns *columns)
+/* Read a record, and leave the cursor behind it. */
+static inline enum decode_status read_record(const struct decode_step *steps, size_t count, struct cursor *in,
+					     size_t row, struct decode_columns *columns)
 {
-	struct cursor in = { value + DECODE_FRAME_BYTES, value + size };
 	int64_t items[DECODE_MOST_DEPTH]; /* left in the open lists' blocks */
 	size_t depth = 0, at = 0;
 
-	if (decode_schema_id(value, size) < 0)
-		return DECODE_INVALID;
 	while (at < count) {
 		const struct decode_step *step = &steps[at];
 		int64_t *cell = step->column < 0 ? NULL : &columns->cells[(size_t)step->column * columns->rows + row];
@@ -369,7 +367,7 @@ enum decode_status decode_value(const struct decode_step *steps, size_t count, c
 				items[depth++] = 0;
 			else
 				items[depth - 1]--;
-			if (items[depth - 1] == 0 && !read_block(&in, &items[depth - 1]))
+			if (items[depth - 1] == 0 && !read_block(in, &items[depth - 1]))
 				return DECODE_INVALID;
 			if (items[depth - 1] == 0) {
 				depth--;
@@ -379,7 +377,7 @@ enum decode_status decode_value(const struct decode_step *steps, size_t count, c
 			}
 			continue;
 		}
-		if (step->null && !read_branch(&in, step->null, &is_null))
+		if (step->null && !read_branch(in, step->null, &is_null))
 			return DECODE_INVALID;
 		if (cell)
 			columns->valid[(size_t)step->column * columns->rows + row] = !is_null;
@@ -387,11 +385,40 @@ enum decode_status decode_value(const struct decode_step *steps, size_t count, c
 			if (cell)
 				*cell = 0;
 		} else {
-			status = read_field(&in, step->type, cell, row, columns);
+			status = read_field(in, step->type, cell, row, columns);
 			if (status)
 				return status;
 		}
 		at++;
 	}
+	return DECODE_OK;
+}
+
+enum decode_status decode_value(const struct decode_step *steps, size_t count, const uint8_t *value, size_t size,
+				size_t row, struct decode_columns *columns)
+{
+	struct cursor in = { value + DECODE_FRAME_BYTES, value + size };
+	enum decode_status status;
+
+	if (decode_schema_id(value, size) < 0)
+		return DECODE_INVALID;
+	status = read_record(steps, count, &in, row, columns);
+	if (status)
+		return status;
 	return in.at == in.end ? DECODE_OK : DECODE_INVALID;
+}
+
+bool decode_lengths(const struct decode_step *steps, size_t count, const uint8_t *data, size_t size, int64_t *lengths,
+		    size_t records)
+{
+	struct cursor in = { data, data + size };
+
+	for (size_t record = 0; record < records; record++) {
+		const uint8_t *start = in.at;
+
+		if (read_record(steps, count, &in, record, NULL))
+			return false;
+		lengths[record] = in.at - start;
+	}
+	return in.at == in.end;
 }

@@ -95,4 +95,11 @@ bool decode_plan_valid(const struct decode_step *steps, size_t count, size_t col
 enum decode_status decode_value(const struct decode_step *steps, size_t count, const uint8_t *value, size_t size,
 				size_t row, struct decode_columns *columns);
 
+/*
+ * Set the lengths of records that follow each other without frames, as in an Avro file's block. The plan has no columns.
+ * Return false if the data are not that many records of the plan.
+ */
+bool decode_lengths(const struct decode_step *steps, size_t count, const uint8_t *data, size_t size, int64_t *lengths,
+		    size_t records);
+
 #endif

@@ -55,6 +55,12 @@ def decode(
     hashes (int64). A cell of a text is the index of the text, and of a double its bits. `seed` makes the hashes secret.
     """
 
+def lengths(data: _Array, plan: bytes, records: int, /) -> bytes:
+    """Return the lengths (int64) of records that follow each other, without frames, by a plan without columns.
+
+    Raises ValueError if the data (uint8) are not that many records.
+    """
+
 def groups(seed: int, /, *columns: _Array) -> tuple[bytes, bytes]:
     """Number the distinct rows of 1 to 8 columns (int64) from 0, in order of appearance.
 

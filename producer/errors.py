@@ -14,11 +14,14 @@ RebpfError            70 internal
     └── SchemaError      a schema is wrong, or the registry rejects it
 """
 
+from collections.abc import Sequence
+
 
 class RebpfError(Exception):
-    """An error that ends the command. Its text includes the fix."""
+    """An error that ends the command. Its text includes the fix; `details` are further lines."""
 
     exit_code = 70
+    details: Sequence[str] = ()
 
 
 class Stopped(RebpfError):

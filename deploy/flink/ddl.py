@@ -57,6 +57,8 @@ def sql_type(avro: Any) -> str:
     if isinstance(avro, list):
         (inner,) = (each for each in avro if each != "null")
         return sql_type(inner).removesuffix(" NOT NULL")
+    if isinstance(avro, dict) and avro["type"] == "map":
+        return f"MAP<{TYPES['string']} NOT NULL, {sql_type(avro['values'])}> NOT NULL"
     name = LOGICAL[avro["logicalType"]] if isinstance(avro, dict) else TYPES[avro]
     return f"{name} NOT NULL"
 

@@ -44,6 +44,7 @@ CREATE TABLE tcp_transmit (
   `sample_rate` BIGINT NOT NULL COMMENT 'Sampling rate: this event represents sample_rate events; 1 if none are dropped.',
   `rules_version` BIGINT NOT NULL COMMENT 'Version of the rules that selected the segment: 1 at the start of a run, and one more after each reload.',
   `is_retransmit` BOOLEAN COMMENT 'Whether this is a retransmission, which then also has an event in the retransmit topic; null if the hook cannot tell.',
+  `labels` MAP<STRING NOT NULL, STRING NOT NULL> NOT NULL COMMENT 'Labels of the host''s site, such as env and dc, from [labels] of its configuration.',
   `flow` AS IF(POSITION(':' IN `saddr`) > 0, '[' || `saddr` || ']', `saddr`) || ':' || CAST(`sport` AS STRING) || '>' || IF(POSITION(':' IN `daddr`) > 0, '[' || `daddr` || ']', `daddr`) || ':' || CAST(`dport` AS STRING),
   `arrived` AS PROCTIME(),
   WATERMARK FOR `ts` AS `ts` - INTERVAL '5' SECOND
@@ -102,6 +103,7 @@ CREATE TABLE tcp_retransmit (
   `cause` STRING NOT NULL COMMENT 'Why it was retransmitted: rto (timer), fast (recovery), slow_start (the rest after a timeout), tlp (tail loss probe), syn, syn_ack or other.',
   `err` INT NOT NULL COMMENT '0, or the negative errno of a retransmission that the kernel counted but could not send.',
   `retransmit_no` INT COMMENT '1-based retransmission number: of the handshake''s timeouts for syn and syn_ack, of the timer''s back-off otherwise; null if unknown.',
+  `labels` MAP<STRING NOT NULL, STRING NOT NULL> NOT NULL COMMENT 'Labels of the host''s site, such as env and dc, from [labels] of its configuration.',
   `flow` AS IF(POSITION(':' IN `saddr`) > 0, '[' || `saddr` || ']', `saddr`) || ':' || CAST(`sport` AS STRING) || '>' || IF(POSITION(':' IN `daddr`) > 0, '[' || `daddr` || ']', `daddr`) || ':' || CAST(`dport` AS STRING),
   `arrived` AS PROCTIME(),
   WATERMARK FOR `ts` AS `ts` - INTERVAL '5' SECOND

@@ -13,22 +13,28 @@ import click
 
 from producer import __version__
 from producer.cli.alert import alert
+from producer.cli.analysis import export, report
+from producer.cli.config import config as config_command
 from producer.cli.options import (
-    Address,
     Group,
+    address_option,
     brokers_option,
     config_option,
     json_option,
     load,
     option,
+    pin_option,
+    port_option,
     registry_option,
     state_dir_option,
+    usage,
 )
 from producer.cli.spool import spool
 from producer.cli.topics import init, tail, verify
-from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
+from producer.cli.view import top, trace
+from producer.errors import OutputError, ReaderGoneError, RebpfError, UsageError
 from producer.host import stdio
-from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors
+from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
 from producer.host.signals import QUIT_NOW, set_on, stop_on_signals
 from producer.host.text import lines, printable, to_json
 
@@ -40,8 +46,10 @@ logger = logging.getLogger(__name__)
 
 _SECTIONS = {
     "Capture": ("run", "reload", "status", "spool"),
+    "View": ("top", "trace"),
     "Topics": ("init", "tail", "verify", "alert"),
-    "Host": ("check", "demo", "version"),
+    "Analysis": ("report", "export"),
+    "Host": ("check", "config", "demo", "version"),
 }
 
 
@@ -53,10 +61,8 @@ _SECTIONS = {
 )
 @option(
     "--log-level",
-    default="info",
     type=click.Choice(["debug", "info", "warning", "error"]),
-    show_default=True,
-    help="Lowest level to log.",
+    help="Lowest level to log, instead of the configuration's log_level.  [default: info]",
 )
 @option(
     "--log-format",
@@ -65,11 +71,12 @@ _SECTIONS = {
     show_default=True,
     help="Format of log lines; auto is journald under systemd, otherwise text.",
 )
-def rebpf(log_level: str, log_format: str) -> None:
+def rebpf(log_level: str | None, log_format: str) -> None:
     """Stream TCP segments and retransmissions from the Linux kernel to Kafka."""
-    _log_from(max(logging.WARNING, logging.getLevelName(log_level.upper())), formatter(log_format))
-    # Not for libraries: the registry client logs each request.
-    logging.getLogger("producer").setLevel(log_level.upper())
+    level = log_level or "info"
+    # Libraries log warnings at least: the registry client logs each request as info.
+    _log_from(max(logging.WARNING, logging.getLevelName(level.upper())), formatter(log_format))
+    set_log_level(level)
 
 
 def _log_from(level: int, form: logging.Formatter) -> None:
@@ -78,7 +85,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, init, tail, verify):
+for each in (spool, alert, export, report, init, tail, verify, top, trace, config_command):
     rebpf.add_command(each)
 
 
@@ -92,10 +99,10 @@ for each in (spool, alert, init, tail, verify):
 @brokers_option
 @registry_option
 @option("--duration", type=click.FloatRange(min=0), help="Stop after this many seconds.")
-@option("--address", type=Address(), multiple=True, help="Capture this address only; repeatable.")
-@option("--port", type=click.IntRange(1, 65535), multiple=True, help="Capture this port only; repeatable.")
+@address_option
+@port_option
 @state_dir_option
-@option("--pin", type=click.Path(path_type=Path), help="Keep hooks and rings in this bpffs folder across a crash.")
+@pin_option
 @json_option
 def run(
     config: Path | None,
@@ -110,10 +117,11 @@ def run(
 ) -> None:
     """Capture events and publish them until SIGINT or SIGTERM.
 
-    Without --brokers, uses an in-process test broker that stores nothing. SIGHUP reloads the rules. At the end, prints
-    the balance: how many events were captured, delivered, spooled and lost.
+    Without --brokers, uses an in-process test broker that stores nothing. SIGHUP reloads the configuration. At the end,
+    prints the balance: how many events were captured, delivered, spooled and lost.
     """
     from producer.agent.agent import Agent
+    from producer.config import sources
 
     def read() -> Any:
         return load(config).with_values(
@@ -125,7 +133,7 @@ def run(
             state_dir=state_dir,
         )
 
-    agent = Agent(read(), read)
+    agent = Agent(read(), read, lambda: sources.state(config))
     stop = stop_on_signals()
     balances = agent.run(stop, set_on(signal.SIGHUP), duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader
@@ -140,21 +148,24 @@ def run(
 @config_option
 @state_dir_option
 def reload(config: Path | None, state_dir: Path | None) -> None:
-    """Apply changed rules to the running producer.
+    """Apply a changed configuration to the running producer.
 
-    If the configuration is invalid, the rules in force stay, and the error is printed.
+    Prints the changed settings that need a restart. If the configuration is invalid, the one in force stays, and the
+    producer's reason is printed.
     """
     from producer.config.load import located
     from producer.host import state
     from producer.host.cgroups import cgroup2_root
     from producer.rules.resolve import resolve
 
-    settings = load(config).with_values(state_dir=state_dir)
+    settings = load(config, secrets=False).with_values(state_dir=state_dir)
     if config is not None:
         with located(config):
             resolve(settings, cgroup2_root()).tables()
-    version = state.reload(settings.state_dir)
-    echo(f"rules version {version} is in force")
+    done = state.reload(settings.state_dir)
+    echo(f"rules version {done.rules_version} is in force")
+    if done.restart_needed:
+        echo(f"these changed settings need a restart: {', '.join(done.restart_needed)}")
 
 
 @rebpf.command(examples=(("rebpf status --json | jq .reasons", "Print why the producer is degraded"),))
@@ -163,38 +174,33 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
 @json_option
 def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
     """Show the running producer's health and event counts."""
-    from producer.health.endpoint import ask
+    from producer.commands.status import report
     from producer.health.status import table
-    from producer.host import state
 
-    folder = load(config).with_values(state_dir=state_dir).state_dir
-    facts = state.running(folder)
-    if facts is None:
-        raise UnavailableError(f"no producer is running with state_dir {folder}, or it is not ready yet")
-    if not facts.get("status_url"):
-        raise UnavailableError(f"the producer with pid {facts['pid']} has no HTTP endpoint: set metrics.listen")
-    report = ask(facts["status_url"], folder / state.STATUS_SOCKET if facts.get("status_socket") else None)
-    echo(to_json(report) if as_json else table(report))
+    found = report(load(config, secrets=False).with_values(state_dir=state_dir))
+    echo(to_json(found) if as_json else table(found))
 
 
 @rebpf.command(examples=(("rebpf demo --loss 0.05", "Lose 5 % of the packets"),))
 @option("--duration", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Seconds of traffic.")
 @option("--loss", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Fraction of packets to drop.")
+@option("--events", is_flag=True, help="Also print retransmissions and a sample of the transmits as they arrive.")
 @json_option
-def demo(duration: float, loss: float, as_json: bool) -> None:
+def demo(duration: float, loss: float, events: bool, as_json: bool) -> None:
     """Capture lossy test traffic and compare it with the kernel.
 
-    Starts a producer and sends traffic between two network namespaces over a link that drops packets. Prints the
-    events as they arrive, then compares their number with the kernel's counters.
+    Starts a producer and sends traffic between two network namespaces over a link that drops packets. Prints who lost
+    segments, where and why, and compares the number of events with the kernel's counters.
     """
     from producer.demo.demo import demo as run_demo
 
-    sys.exit(run_demo(duration_s=duration, loss=loss, as_json=as_json))
+    sys.exit(run_demo(duration_s=duration, loss=loss, as_json=as_json, show_events=events))
 
 
 @rebpf.command(
     examples=(
         ("rebpf check --config /etc/rebpf/rebpf.toml", "Check the host, the configuration and the servers"),
+        ("rebpf check --config rebpf.toml --offline", "Check a file on any machine, for CI and Ansible"),
         ("rebpf check --explain 10.0.0.7:443,10.2.0.9:51234", "Show which rule applies to a connection"),
     )
 )
@@ -204,6 +210,7 @@ def demo(duration: float, loss: float, as_json: bool) -> None:
 @state_dir_option
 @option("--explain", metavar="LOCAL,REMOTE", help="Show which rule applies to this connection, then exit.")
 @option("--local", is_flag=True, help="Check this host only; contact no server.")
+@option("--offline", is_flag=True, help="Check the configuration only, without this host; exits with 0 or 78.")
 @json_option
 def check(
     config: Path | None,
@@ -212,21 +219,26 @@ def check(
     state_dir: Path | None,
     explain: str | None,
     local: bool,
+    offline: bool,
     as_json: bool,
 ) -> None:
     """Check that this host can run the producer.
 
     Suggests a fix for each problem. Exits with 0 if the producer would start.
     """
-    from producer.commands.check import examine
+    from producer.commands.check import examine, settings_offline
     from producer.commands.finding import Finding
     from producer.errors import ConfigError
     from producer.host.cgroups import cgroup2_root
     from producer.rules.explain import explain as explain_rules
     from producer.rules.resolve import resolve
 
+    if offline and config is None:
+        usage("--offline needs --config")
     try:
-        settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+        settings = load(config, secrets=not offline).with_values(
+            kafka__brokers=brokers, registry__url=registry, state_dir=state_dir
+        )
     except ConfigError as error:
         if not as_json:
             raise
@@ -237,7 +249,7 @@ def check(
         explanation = explain_rules(ruleset.rules, ruleset.default, explain)
         echo(to_json(explanation) if as_json else lines(explanation))
         return
-    findings = examine(settings, path=config, servers=not local)
+    findings = settings_offline(settings, config) if offline else examine(settings, path=config, servers=not local)
     if as_json:
         echo(to_json([finding.as_dict() for finding in findings]))
     else:
@@ -272,7 +284,7 @@ def _main() -> int:
     except ReaderGoneError as error:
         return error.exit_code
     except RebpfError as error:
-        _complain(bounded(printable(f"rebpf: {error}")))
+        _complain("\n".join(bounded(printable(line)) for line in (f"rebpf: {error}", *error.details)))
         return error.exit_code
     except Exception:  # a bug
         logger.exception("rebpf: internal error")

@@ -130,13 +130,20 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     return click.option(*names, envvar=variable, cls=_Option, **settings)
 
 
-config_option = option("--config", type=click.Path(path_type=Path), help="Configuration file (TOML).")
+config_option = option(
+    "--config", type=click.Path(path_type=Path), help="Configuration file (TOML); conf.d/*.toml beside it are added."
+)
 brokers_option = option("--brokers", help="Kafka bootstrap servers, HOST:PORT[,...].")
 registry_option = option("--registry", help="URL of the schema registry (Confluent API).")
 state_dir_option = option(
     "--state-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),  # our own error says what to do
     help="Folder for the spool, the ledger and the lock.",
+)
+address_option = option("--address", type=Address(), multiple=True, help="Capture this address only; repeatable.")
+port_option = option("--port", type=click.IntRange(1, 65535), multiple=True, help="Capture this port only; repeatable.")
+pin_option = option(
+    "--pin", type=click.Path(path_type=Path), help="Keep hooks and rings in this bpffs folder across a crash."
 )
 quarantine_option = option(
     "--quarantine", is_flag=True, help="Act on the messages that Kafka rejected instead of the spool."
@@ -144,11 +151,12 @@ quarantine_option = option(
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def load(path: Path | None) -> Any:
-    """Read the configuration."""
+def load(path: Path | None, *, secrets: bool = True) -> Any:
+    """Read the configuration. The option --log-level overrides its log level."""
     from producer.config import load
 
-    return load.load(path)
+    config = load.load(path, secrets=secrets)
+    return config.with_values(log_level=click.get_current_context().find_root().params.get("log_level"))
 
 
 def usage(message: str) -> NoReturn:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from producer.commands.check_servers import kafka, registry
 from producer.commands.finding import Finding
+from producer.config.effective import digest
 from producer.config.load import Config, located
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
-from producer.events import STREAMS
+from producer.events import FLOWS, HOOKS
 from producer.health.web_config import WebSettings
 from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
@@ -25,7 +26,7 @@ from producer.kernel.hooks import HOOKS_BY_STREAM, refusal
 from producer.kernel.loader import python_with_bcc
 from producer.kernel.pinned import unusable
 from producer.registry.client import RegistryClient
-from producer.rules.resolve import resolve
+from producer.rules.resolve import resolve, resolve_offline
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
@@ -82,6 +83,20 @@ def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
         yield Finding("rules", str(error), error.exit_code)
     else:
         yield Finding("rules", f"{len(config.rules)}" if config.rules else "none: all segments are captured")
+
+
+def settings_offline(config: Config, path: Path | None) -> list[Finding]:
+    """Check all that does not depend on this host: neither files, users, interfaces nor servers that are named."""
+    try:
+        with located(path):
+            client = producer_settings("offline:9092", config.kafka.settings)
+            # Creating a client also finds values that contradict each other, but would open keys and fetch tokens.
+            named = ("bootstrap.", "ssl.", "sasl.", "https.", "security.", "enable.sasl", "enable.ssl")
+            Producer({name: value for name, value in client.items() if not name.startswith(named)}).close()
+            resolve_offline(config).tables()
+    except RebpfError as error:
+        return [Finding("configuration", str(error), ConfigError.exit_code)]
+    return [Finding("configuration", f"valid, hash {digest(config)}")]
 
 
 def _kernel(config: Config) -> Iterator[Finding]:
@@ -155,14 +170,16 @@ def _perf_events(path: Path, hooks: Sequence[str]) -> Iterator[Finding]:
 
 
 def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
-    for stream in (each.name for each in STREAMS):
-        available = [hook for hook in HOOKS_BY_STREAM[stream] if hook.name in config.capture.hooks]
+    for stream in (each.name for each in config.capture.streams):
+        allowed = HOOKS if stream == FLOWS.name else config.capture.hooks
+        available = [hook for hook in HOOKS_BY_STREAM[stream] if hook.name in allowed]
         reasons = {hook.name: refusal(hook, btf, root) for hook in available}
         for hook, reason in reasons.items():
             yield Finding(f"{stream} by {hook}", reason or "available", available=reason is None)
         if all(reasons.values()):
-            allowed = ", ".join(config.capture.hooks)
-            text = f"this host supports none of the hooks in capture.hooks: {allowed}"
+            text = f"this host supports none of the hooks in capture.hooks: {', '.join(config.capture.hooks)}"
+            if stream == FLOWS.name:
+                text = "this host cannot capture records of connections: set capture.flow = false"
             yield Finding(stream, text, HookError.exit_code)
 
 
@@ -195,7 +212,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _endpoint(config: Config) -> Iterator[Finding]:
     """Check that the endpoint can listen; the producer also runs without it."""
-    if not config.metrics.listen or is_locked(config.state_dir):  # the running producer has the port
+    if not config.metrics.listen or _is_running(config):  # the running producer has the port
         return
     host, port = endpoints.split(config.metrics.listen)
     try:
@@ -253,7 +270,7 @@ def _nearest(path: Path) -> Path:
 
 def _space(config: Config) -> Finding:
     spool = config.spool
-    needed = spool.transmit_bytes + spool.retransmit_bytes + 2 * spool.quarantine_bytes
+    needed = sum(getattr(spool, f"{stream.name}_bytes") + spool.quarantine_bytes for stream in config.capture.streams)
     disk = os.statvfs(_nearest(config.state_dir))
     used = sum(_size(config.state_dir / name) for name in ("spool", "quarantine"))
     free = disk.f_bavail * disk.f_frsize + used
@@ -285,6 +302,12 @@ def _pins(path: Path) -> Finding:
 
 
 def _others(config: Config) -> Iterator[Finding]:
-    if is_locked(config.state_dir):
+    if _is_running(config):
         text = f"another producer runs with state_dir {config.state_dir}: pid {pid(config.state_dir)}"
         yield Finding("producer", f"{text}; see `rebpf status`", BusyError.exit_code)
+
+
+def _is_running(config: Config) -> bool:
+    with contextlib.suppress(PermissionDenied):  # the finding on state_dir says so
+        return is_locked(config.state_dir)
+    return False

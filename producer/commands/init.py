@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from producer.config.load import Config
-from producer.events import STREAMS
+from producer.events import HEARTBEATS, Feed
 from producer.kafka.admin import DAY_MS, Admin, in_partitions, topic_settings
 from producer.registry.published import published_schemas, schema_ids
 from producer.registry.schema_ids import COMPATIBILITY, SchemaIds
@@ -26,12 +26,13 @@ def create_topics(config: Config, partitions: int, replication: int, *, alerts: 
     """
     admin = Admin(config)
     admin.require_reachable()  # faster than the timeout of a request
-    usual = topic_settings(replication)
     wanted: dict[str, tuple[int, Mapping[str, str]]] = {
-        topic(config, stream): (partitions, usual) for stream in STREAMS
+        topic(config, stream): (partitions, _settings(config, stream, replication))
+        for stream in config.capture.streams
     }
-    wanted[heartbeat_topic(config)] = (_HEARTBEAT_PARTITIONS, usual)
+    wanted[heartbeat_topic(config)] = (_HEARTBEAT_PARTITIONS, _settings(config, HEARTBEATS, replication))
     if alerts:
+        usual = topic_settings(replication)
         wanted[alert_topic(config)] = (_ALERT_PARTITIONS, {**usual, **_ALERT_SETTINGS})
     lines = []
     for name, (count, settings) in wanted.items():
@@ -41,6 +42,11 @@ def create_topics(config: Config, partitions: int, replication: int, *, alerts: 
         else:
             lines.append(f"topic {name}: exists, unchanged")
     return lines
+
+
+def _settings(config: Config, feed: Feed, replication: int) -> dict[str, str]:
+    """Return the settings of a feed's topic: the defaults, and over them those of the configuration."""
+    return {**topic_settings(replication, feed.name), **getattr(config.topics, feed.name)}
 
 
 def register_schemas(config: Config, *, alerts: bool = False) -> list[str]:

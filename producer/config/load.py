@@ -7,23 +7,19 @@ frozen dataclass. An unknown key is an error that suggests the nearest known one
 import contextlib
 import dataclasses
 import os
-import stat
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from producer.config import locate, validate
+from producer.config import sources, validate
 from producer.config.alerts import Alert as Alert
 from producer.config.alerts import AlertRule as AlertRule
 from producer.config.convert import Address, build
+from producer.config.sources import read_bytes, shown
 from producer.errors import ConfigError
-from producer.events import HOOKS
-from producer.host.text import printable
+from producer.events import HOOKS, STREAMS, Stream
 
-_MAX_FILE_BYTES = 1 << 24
-_MAX_MESSAGE = 1000
 _SECRETS = frozenset({"sasl.password", "ssl.key.password", "ssl.keystore.password", "sasl.oauthbearer.client.secret"})
 _OPTIONS = {
     "kafka.brokers": "--brokers or REBPF_BROKERS",
@@ -47,16 +43,33 @@ class Capture:
     """Capture only segments from or to one of these ports; empty: all."""
     default: str = "keep"
     """Action for segments that no rule matches: keep or drop."""
+    transmit: bool = True
+    """Capture and publish transmits."""
+    retransmit: bool = True
+    """Capture and publish retransmissions."""
+    flow: bool = True
+    """Capture and publish records of connections."""
+    flow_interval_s: float = 10.0
+    """Seconds between two records of an open connection. Each connection has another one when it closes."""
     transmit_ring_bytes: int = 1 << 24
-    """Size of the ring for transmits in bytes, a power of two. An event takes 200 bytes."""
+    """Size of the ring for transmits in bytes, a power of two. An event takes 216 bytes."""
     retransmit_ring_bytes: int = 1 << 22
     """Size of the ring for retransmissions in bytes, a power of two."""
+    flow_ring_bytes: int = 1 << 22
+    """Size of the ring for records of connections in bytes, a power of two. A record takes 344 bytes."""
     pin: Path | None = None
     """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash; none: they are lost."""
     latency_s: float = 1.0
     """Most seconds between two reads of a ring. Busy rings are read more often, and retransmissions at once."""
+    transmit_events_per_s: int = 0
+    """Budget for transmits: above it, connections are sampled (sample_rate in the events); 0: no budget."""
     btf: Path | None = None
     """BTF file with the kernel's struct layouts; none: /sys/kernel/btf/vmlinux."""
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Those to capture."""
+        return tuple(stream for stream in STREAMS if getattr(self, stream.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +89,20 @@ class Kafka:
 
 
 @dataclass(frozen=True, slots=True)
+class Topics:
+    """[topics]: Kafka's settings of the topics that `rebpf init` creates, by their names, over its defaults."""
+
+    transmit: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_transmit. Default: kept for 1 day ("retention.ms"), compressed as the producers send."""
+    retransmit: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_retransmit. Default: kept for 30 days, "compression.type" zstd."""
+    flow: Mapping[str, str] = field(default_factory=dict)
+    """Of tcp_flow. Default: as tcp_retransmit."""
+    heartbeat: Mapping[str, str] = field(default_factory=dict)
+    """Of rebpf_agent. Default: kept for 7 days, compressed as the producers send."""
+
+
+@dataclass(frozen=True, slots=True)
 class Spool:
     """[spool]: disk space for events while Kafka is unavailable."""
 
@@ -83,6 +110,8 @@ class Spool:
     """Maximum bytes on disk for transmits; 0: no spool. An event takes 17 to 86 bytes."""
     retransmit_bytes: int = 1 << 28
     """Maximum bytes on disk for retransmissions; 0: no spool."""
+    flow_bytes: int = 1 << 28
+    """Maximum bytes on disk for records of connections; 0: no spool."""
     max_age_s: float = 7 * 86400.0
     """Age in seconds at which spooled events are discarded."""
     quarantine_bytes: int = 1 << 26
@@ -108,7 +137,7 @@ class Registry:
     """[registry]: the schema registry."""
 
     url: str | None = None
-    """URL, Confluent-compatible; none: schema ids 1 (transmit), 2 (retransmit), 3 (heartbeat), 4 (alerts)."""
+    """URL, Confluent-compatible; none: schema ids 1 (transmit), 2 (retransmit), 3 (heartbeat), 4 (alerts), 5 (flow)."""
     register: bool = False
     """Register the schemas at start; otherwise `rebpf init` registers them, and a start looks them up."""
     timeout_s: float = 5.0
@@ -130,11 +159,13 @@ class RuleConfig:
     name: str = ""
     """Name in messages and in `rebpf check --explain`."""
     action: str = "keep"
-    """keep or drop, for both streams."""
+    """keep or drop, for all streams."""
     transmit: str | None = None
     """keep or drop, for transmits; none: as action."""
     retransmit: str | None = None
     """keep or drop, for retransmissions; none: as action."""
+    flow: str | None = None
+    """keep or drop, for records of connections; none: as action."""
     sample: int = 1
     """Capture one in N transmits; the field sample_rate of the events is N."""
     sample_by: str = "connection"
@@ -175,8 +206,15 @@ class Config:
     """Host name in the events."""
     state_dir: Path = Path("/var/lib/rebpf")
     """Folder for the spool, quarantine, ledger, compiled programs, agent.json and the lock."""
+    log_level: str = "info"
+    """Lowest level that `rebpf run` logs: debug, info, warning or error. The option --log-level overrides it."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """[labels]: at most 16 labels of the site, such as env or dc, in each event, heartbeat and status."""
+    reload_when_changed: bool = False
+    """Reload when a file of the configuration has changed; otherwise only at SIGHUP."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
+    topics: Topics = Topics()
     spool: Spool = Spool()
     metrics: Metrics = Metrics()
     registry: Registry = Registry()
@@ -197,7 +235,7 @@ class Config:
         except ConfigError as error:
             key = str(error).partition(":")[0]
             source = f"{_OPTIONS[key]}: " if key.replace(".", "__") in values and key in _OPTIONS else ""
-            raise ConfigError(source + _shown(str(error))) from error
+            raise ConfigError(source + shown(str(error))) from error
 
 
 def _replaced(config: Config, path: str, value: Any) -> Config:
@@ -218,20 +256,20 @@ def _absolute(key: str, path: Path) -> Path:
         raise ConfigError(f"{key}: {path}: the working directory no longer exists: {error.strerror}") from error
 
 
-def load(path: Path | None) -> Config:
-    """Read a TOML file, or return the defaults if `path` is None. ConfigError is one line with the location."""
+def load(path: Path | None, *, secrets: bool = True) -> Config:
+    """Read the file and conf.d beside it, or return the defaults if `path` is None. ConfigError has the location.
+
+    Without `secrets`, those that are in files stay "@FILE", for commands that do not connect.
+    """
     if path is None:
         return Config()
-    text = _read(path)
+    files = sources.read(path)
     try:
-        table = tomllib.loads(text)
-    except RecursionError:
-        raise ConfigError(f"{path}: tables or lists are nested too deeply") from None
-    except ValueError as error:  # TOMLDecodeError, or a number with too many digits
-        raise ConfigError(f"{path}: {_shown(str(error))}") from error
-    with located(path, text):
-        _check_numbers(table)
-        return _with_secrets(check(build(Config, table)))
+        _check_numbers(files.table)
+        config = check(build(Config, files.table))
+        return _with_secrets(config) if secrets else config
+    except ConfigError as error:
+        raise ConfigError(files.message(error)) from error
 
 
 def _check_numbers(table: Mapping[str, Any]) -> None:
@@ -247,49 +285,15 @@ def _check_numbers(table: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}: expected an integer of at most 64 bits")
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a regular file of bounded size. Raises OSError or ConfigError.
-
-    Reading a FIFO could block, and a device may have no end.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ConfigError(f"{path}: expected a regular file")
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
-    finally:
-        os.close(descriptor)
-    if len(content) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: expected at most {_MAX_FILE_BYTES} bytes; move long lists of addresses to an @FILE")
-    return content
-
-
-def _read(path: Path) -> str:
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # not UTF-8, or a path with NUL
-        raise ConfigError(f"{printable(str(path))}: {error}") from error
-
-
-def _shown(text: str) -> str:
-    """Return text from a user's file as one bounded, printable line."""
-    text = printable(text[: _MAX_MESSAGE + 1])
-    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "..."
-
-
 @contextlib.contextmanager
-def located(path: Path | None, text: str | None = None) -> Iterator[None]:
+def located(path: Path | None) -> Iterator[None]:
     """Add the file and the line to a ConfigError that begins with the path of a setting."""
     try:
         yield
     except ConfigError as error:
         if path is None:
             raise
-        at = locate.line(_read(path) if text is None else text, str(error))
-        raise ConfigError(f"{printable(str(path))}: {at}{_shown(str(error))}") from error
+        raise ConfigError(sources.read(path).message(error)) from error
 
 
 def check(config: Config) -> Config:

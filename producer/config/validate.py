@@ -21,18 +21,26 @@ from producer.errors import ConfigError
 from producer.events import CAUSES, HOOKS, STATES
 from producer.host.text import name as name_of
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
 _ACTIONS = ("keep", "drop")
 _MAX_RING_BYTES = 1 << 30
+_MAX_EVENTS_PER_S = 10**9
 _MIN_SPOOL_BYTES = 1 << 18
 _MAX_SPOOL_BYTES = 1 << 50
 _MAX_PREFIX = 200
 """Kafka limits topic names to 249 characters; this leaves enough for the longest of ours."""
 _MAX_TEXT = 4096
-_MAX_LABELS = 2000
+_MAX_LABELS = 16
+_MAX_LABEL = 64
+_LABEL_NAME = re.compile(r"[a-z_][a-z0-9_]{0,31}")
+_RESERVED_LABELS = ("instance", "job")
+_MAX_RULE_TEXTS = 2000
 """Of a rule's labels or annotations, in JSON: readers of alerts decode at most 4096 characters."""
 _DAY_S = 86400.0
 _SECONDS: Mapping[str, tuple[float, float]] = {
     "capture.latency_s": (0.02, 60),
+    "capture.flow_interval_s": (1, 3600),
     "kafka.stop_timeout_s": (0, _DAY_S),
     "registry.timeout_s": (0.001, 3600),
     "spool.spill_after_s": (0.1, 3600),
@@ -60,8 +68,15 @@ def check(config: Any) -> None:
     if config.host != host_name():  # the kernel's own name is always valid
         _check_text("host", config.host, 255)
     _check_path("state_dir", config.state_dir, absolute=True)
+    _check_choice("log_level", config.log_level, LOG_LEVELS)
+    _check_labels(config.labels)
     _check_capture(config.capture)
     _check_kafka(config.kafka)
+    for feed in ("transmit", "retransmit", "flow", "heartbeat"):
+        for name, value in getattr(config.topics, feed).items():
+            if not _NAME.fullmatch(name):
+                raise ConfigError(f"topics.{feed}: expected the name of a setting of Kafka's topics, found {name!r}")
+            _check_text(f"topics.{feed}.{name}", value)
     for name, (least, most) in _SECONDS.items():
         section, _, key = name.partition(".")
         check_seconds(name, getattr(getattr(config, section), key), least, most)
@@ -90,6 +105,21 @@ def _check_text(name: str, value: str, most: int = _MAX_TEXT) -> None:
         raise ConfigError(f"{name}: expected printable characters, found {value!r}")
 
 
+def _check_labels(labels: Mapping[str, str]) -> None:
+    if len(labels) > _MAX_LABELS:
+        raise ConfigError(f"labels: expected at most {_MAX_LABELS} labels, found {len(labels)}")
+    for name, value in labels.items():
+        if not _LABEL_NAME.fullmatch(name):
+            raise ConfigError(
+                f"labels: expected a name of at most 32 lower-case letters, digits and underscores, found {name!r}"
+            )
+        if name in _RESERVED_LABELS or name.startswith("__"):
+            raise ConfigError(f"labels: expected another name than {name!r}, which Prometheus reserves")
+        _check_text(f"labels.{name}", value)
+        if len(value) > _MAX_LABEL:
+            raise ConfigError(f"labels.{name}: expected at most {_MAX_LABEL} characters, found {len(value)}")
+
+
 def _check_path(name: str, path: Path | None, *, absolute: bool = False) -> None:
     if path is None:
         return
@@ -99,13 +129,18 @@ def _check_path(name: str, path: Path | None, *, absolute: bool = False) -> None
 
 
 def _check_capture(capture: Any) -> None:
-    for name in ("transmit_ring_bytes", "retransmit_ring_bytes"):
+    if not capture.streams:
+        raise ConfigError("capture: expected transmit, retransmit or flow to be true, found none of them")
+    for name in ("transmit_ring_bytes", "retransmit_ring_bytes", "flow_ring_bytes"):
         size = getattr(capture, name)
         page = os.sysconf("SC_PAGE_SIZE")
         if not page <= size <= _MAX_RING_BYTES or size & size - 1:
             raise ConfigError(
                 f"capture.{name}: expected a power of two from {page} to {_MAX_RING_BYTES} bytes, found {size}"
             )
+    if not 0 <= capture.transmit_events_per_s <= _MAX_EVENTS_PER_S:
+        found = capture.transmit_events_per_s
+        raise ConfigError(f"capture.transmit_events_per_s: expected 0 to {_MAX_EVENTS_PER_S}, found {found}")
     if not capture.hooks:
         raise ConfigError(f"capture.hooks: expected at least one of {', '.join(HOOKS)}")
     for hook in capture.hooks:
@@ -162,7 +197,7 @@ def _check_brokers(brokers: str) -> None:
 
 
 def _check_spool(spool: Any) -> None:
-    for name in ("transmit_bytes", "retransmit_bytes", "quarantine_bytes"):
+    for name in ("transmit_bytes", "retransmit_bytes", "flow_bytes", "quarantine_bytes"):
         size = getattr(spool, name)
         if size < 0 or 0 < size < _MIN_SPOOL_BYTES:
             raise ConfigError(f"spool.{name}: expected 0, or at least {_MIN_SPOOL_BYTES} bytes, found {size}")
@@ -280,14 +315,14 @@ def _check_alert_filters(where: str, rule: Any) -> None:
             if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", name):
                 raise ConfigError(f"{where}.{key}: expected letters, digits and underscores, found {name!r}")
             _check_text(f"{where}.{key}.{name}", value)
-        if len(json.dumps(dict(getattr(rule, key)))) > _MAX_LABELS:
-            raise ConfigError(f"{where}.{key}: expected at most {_MAX_LABELS} characters in all")
+        if len(json.dumps(dict(getattr(rule, key)))) > _MAX_RULE_TEXTS:
+            raise ConfigError(f"{where}.{key}: expected at most {_MAX_RULE_TEXTS} characters in all")
 
 
 def _check_rule(where: str, rule: Any) -> None:
     if rule.name:
         _check_text(f"{where}.name", rule.name, 255)
-    for key in ("action", "transmit", "retransmit"):
+    for key in ("action", "transmit", "retransmit", "flow"):
         value = getattr(rule, key)
         if value is not None:
             _check_choice(f"{where}.{key}", value, _ACTIONS)

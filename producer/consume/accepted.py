@@ -130,6 +130,8 @@ def _type(kind: Any, levels: int) -> Any:
         if isinstance(items, dict) and items.get("type") == "record":
             return {"type": "array", "items": _record(items, levels - 1)}
         return {"type": "array", "items": _primitive(items)}
+    if isinstance(kind, dict) and (kind.get("type"), kind.get("values")) == ("map", "string"):
+        return {"type": "map", "values": "string"}
     return _primitive(kind)
 
 

@@ -17,7 +17,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from producer.config.load import Registry
 from producer.consume.accepted import MOST_VALUE_BYTES, NotAccepted, accepted
 from producer.consume.columns import Columns, Ints, Table, Values, decode, groups, joined, records, schema_ids
-from producer.consume.plan import FieldError, Fields, Plan, plan_for, plan_for_all
+from producer.consume.plan import FieldError, Fields, Plan, plan_for, plan_for_all, plan_for_names
 from producer.errors import Stopped, UnavailableError
 from producer.events import STREAMS, SchemaId
 from producer.host.signals import Flag
@@ -76,7 +76,7 @@ class Decoder:
         stop: Flag | None = None,
     ) -> None:
         self._schemas: dict[int, Any] = {}
-        self._plans: dict[tuple[int, Fields | None], Plan] = {}
+        self._plans: dict[tuple[int, Fields | frozenset[str] | None], Plan] = {}
         self._rejected: dict[int, tuple[float, str]] = {}
         """Until when, and the reason, by id; oldest first."""
         self._clock = clock
@@ -111,8 +111,26 @@ class Decoder:
             rejected += [Rejected(int(rows[at]), _reason(table.status[at], schema_id)) for at in bad.tolist()]
         return joined(fields, parts), rejected
 
+    def tables(self, values: Values, names: frozenset[str] | None) -> tuple[list[tuple[Ints, Table]], list[Rejected]]:
+        """Return the fields of these names, or all, by schema, each table with its rows; and the rejected values.
+
+        Unlike `columns`, this takes fields that may be null, and a schema need not have them.
+        """
+        parts: list[tuple[Ints, Table]] = []
+        rejected: list[Rejected] = []
+        for schema_id, rows in _by_schema(values):
+            try:
+                table = decode(_chosen(values, rows), self._plan(schema_id, names))
+            except UndecodableError as exc:
+                rejected += [Rejected(row, str(exc)) for row in rows.tolist()]
+                continue
+            parts.append((rows, table))
+            bad = np.flatnonzero(table.status)
+            rejected += [Rejected(int(rows[at]), _reason(table.status[at], schema_id)) for at in bad.tolist()]
+        return parts, rejected
+
     def records(self, values: Values) -> list[dict[str, Any] | UndecodableError]:
-        """Return each value's record, without lists and bytes, or why there is none; timestamps stay numbers."""
+        """Return each value's record, without lists, maps and bytes, or why there is none; timestamps stay numbers."""
         found: list[Any] = [None] * len(values)
         for schema_id, rows in _by_schema(values):
             try:
@@ -125,15 +143,15 @@ class Decoder:
                 found[row] = UndecodableError(_reason(status, schema_id)) if status else record
         return found
 
-    def _plan(self, schema_id: int, fields: Fields | None) -> Plan:
-        """Return the plan for a schema's fields, or for all."""
+    def _plan(self, schema_id: int, fields: Fields | frozenset[str] | None) -> Plan:
+        """Return the plan for a schema's fields: with these types, by name, or all."""
         if schema_id in _NO_ID:
             raise UndecodableError(_NO_ID[schema_id])
         schema = self.schema(schema_id)
         plan = self._plans.get((schema_id, fields))
         if plan is None:
             try:
-                plan = plan_for_all(schema) if fields is None else plan_for(schema, fields)
+                plan = _new_plan(schema, fields)
             except FieldError as exc:
                 raise UndecodableError(f"schema {schema_id} has {exc}") from exc
             if len(self._plans) >= MOST_SCHEMAS:
@@ -215,6 +233,12 @@ class Decoder:
         """Block requests of an id for a while, and return the error."""
         _put_bounded(self._rejected, schema_id, (self._clock() + _REJECTED_S, reason))
         return UndecodableError(reason)
+
+
+def _new_plan(schema: Any, fields: Fields | frozenset[str] | None) -> Plan:
+    if fields is None:
+        return plan_for_all(schema)
+    return plan_for_names(schema, fields) if isinstance(fields, frozenset) else plan_for(schema, fields)
 
 
 def _put_bounded(cache: dict[int, Any], schema_id: int, value: Any) -> None:

@@ -1,6 +1,6 @@
 """Makes plans for the native decoder (native/decode.h) from accepted schemas."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +51,14 @@ def plan_for(schema: Mapping[str, Any], wanted: Fields) -> Plan:
 
 
 def plan_for_all(schema: Mapping[str, Any]) -> Plan:
-    """Return the plan that decodes all fields but lists and bytes."""
+    """Return the plan that decodes all fields but lists, maps and bytes."""
     names = [field["name"] for field in schema["fields"] if _scalar(field["type"]) is not None]
     return _plan(schema["fields"], names)
+
+
+def plan_for_names(schema: Mapping[str, Any], names: Collection[str]) -> Plan:
+    """Return the plan that decodes the fields of these names, as far as the schema has them and columns can."""
+    return _plan(schema["fields"], [name for name in plan_for_all(schema).names if name in names])
 
 
 def _plan(fields: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plan:
@@ -78,13 +83,18 @@ def _append(steps: list[_Step], kind: Any, column: int) -> None:
         return
     start = len(steps)
     steps.append((_ARRAY, _NOT_NULL, 0, _SKIP, 0))
-    for item in _item_types(name["items"]):
+    for item in _item_types(name):
         _append(steps, item, _SKIP)
     steps[start] = (_ARRAY, _NOT_NULL, len(steps), _SKIP, 0)
     steps.append((_END, _NOT_NULL, start, _SKIP, 0))
 
 
-def _item_types(items: Any) -> Iterator[Any]:
+def _item_types(kind: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the types of which each item of an array or a map consists."""
+    if kind["type"] == "map":
+        yield from ("string", kind["values"])
+        return
+    items = kind["items"]
     if isinstance(items, dict) and items.get("type") == "record":
         yield from (field["type"] for field in items["fields"])
     else:

@@ -55,17 +55,33 @@ def by_partition(messages: list[Message]) -> list[tuple[PartitionId, list[Messag
 
 
 class TopicReader:
-    """Reads all partitions of the topics up to the ends that they had at the start."""
+    """Reads all partitions of the topics up to the ends that they had at the start.
 
-    def __init__(self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], since: int | None) -> None:
+    `since` is the offset to start at, or, if negative, how many messages before the end; `since_ms` is the time of the
+    first message instead. With `skip_missing`, topics need not exist.
+    """
+
+    def __init__(
+        self,
+        brokers: str,
+        topics: Sequence[str],
+        settings: Mapping[str, str],
+        since: int | None,
+        *,
+        since_ms: int | None = None,
+        skip_missing: bool = False,
+    ) -> None:
         self._brokers = brokers
         overrides = {"auto.offset.reset": "error", "enable.partition.eof": "true"}
         self._connection = QuietConsumer(brokers, "verify", settings, overrides)
         self._consumer = self._connection.client
+        self._skip_missing = skip_missing
         with self._connection.translated_errors():
             self.spans = {
                 partition: self._span(partition, since) for topic in topics for partition in self._partitions(topic)
             }
+            if since_ms is not None:
+                self._start_at(since_ms)
 
     def complete_from_ms(self, topic: str) -> float:
         """Return the time from which the topic is complete: the latest beginning of its partitions.
@@ -104,6 +120,8 @@ class TopicReader:
     def _partitions(self, topic: str) -> list[PartitionId]:
         metadata = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic]
         if metadata.error is not None:
+            if self._skip_missing and metadata.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return []
             raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
         return [PartitionId(topic, number) for number in sorted(metadata.partitions)]
 
@@ -112,6 +130,15 @@ class TopicReader:
         if since is None:
             return low, high
         return max(low, min(high, since if since >= 0 else high + since)), high
+
+    def _start_at(self, since_ms: int) -> None:
+        """Start at the first message of this time or later, in each partition."""
+        asked = [TopicPartition(*partition, max(0, since_ms)) for partition in self.spans]
+        for found in self._consumer.offsets_for_times(asked, _METADATA_TIMEOUT_S) if asked else ():
+            partition = PartitionId(found.topic, found.partition)
+            low, high = self.spans[partition]
+            # A negative offset is the end: no message is as late.
+            self.spans[partition] = (max(low, min(high, found.offset)) if found.offset >= 0 else high, high)
 
     def _timestamp_ms(self, partition: PartitionId, offset: int) -> float:
         """Return the time of the first message from the offset on; infinity if there are only control records."""

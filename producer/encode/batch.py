@@ -49,13 +49,10 @@ _NAMES = {
 }
 _TEXTS = {"comm", "cc"}
 _TIMES = {"ts", "start_ns"}
-_SEGMENT_BITS = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"])}
-_FLOW_BITS = {
-    **_SEGMENT_BITS,
-    **dict.fromkeys(COUNTER_FIELDS, KNOWN["counters"]),
-    **dict.fromkeys(("pid", "comm"), KNOWN["process"]),
-}
-_OWNER = ("cgroup", "unit", "container")
+_PROCESS = ("pid", "comm")
+_SEGMENT_BITS = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"]), **dict.fromkeys(_PROCESS, KNOWN["process"])}
+_FLOW_BITS = {**_SEGMENT_BITS, **dict.fromkeys(COUNTER_FIELDS, KNOWN["counters"])}
+_OWNER = ("cgroup", "unit", "container", "pod_uid")
 _MILLISECOND_NS = 1_000_000
 _MAX_TIME_NS = 1 << 62
 """Leaves space for adding the offset to UTC."""
@@ -152,7 +149,12 @@ class BatchEncoder:
     def _owner(self, path: str | None) -> tuple[bytes, ...]:
         values: dict[str, Any] = dict.fromkeys(_OWNER)
         if path is not None:
-            values = {"cgroup": path, "unit": cgroups.unit(path), "container": cgroups.container(path)}
+            values = {
+                "cgroup": path,
+                "unit": cgroups.unit(path),
+                "container": cgroups.container(path),
+                "pod_uid": cgroups.pod_uid(path),
+            }
         return tuple(encoded(fields, values) for fields in self._parts)
 
     def _resolve_late(self) -> None:

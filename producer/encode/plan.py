@@ -125,11 +125,11 @@ def value_program(
     program.constant(header)
     for names in _runs(schema["fields"], cached):
         name = names[0]["name"]
-        kind, nullable = field_type(names[0])
         if name in cached:
             program.cached(cached[name], len(parts), encoded(names, {}), name)
             parts.append(tuple(each["name"] for each in names))
         elif name in columns:
+            kind, nullable = field_type(names[0])
             _add_column(program, names[0], columns[name], kind, nullable=nullable)
         elif name in constants or "default" in names[0]:
             program.constant(encoded(names, constants), name)

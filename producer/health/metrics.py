@@ -1,7 +1,7 @@
 """All metrics: counters of the running producer, and the values of its last status.
 
 Nothing here is called per event. Every label has a bounded set of values: topics, hooks, stages, reasons (including the
-names of librdkafka's errors) and kinds of retry.
+names of librdkafka's errors), kinds of retry, and the labels of the site.
 """
 
 import threading
@@ -22,6 +22,7 @@ from tenacity import RetryCallState
 
 from producer.health.balance import stage
 from producer.health.status import Status, StreamStatus
+from producer.health.tcp import TcpMetrics
 from producer.host import stdio
 
 _RETRIES = Counter("rebpf_retries", "Retries, by what was retried.", ["what"], registry=None)
@@ -137,6 +138,10 @@ def observe_step(seconds: float) -> None:
     _STEPS.observe(seconds, 1)
 
 
+TCP = TcpMetrics()
+"""Counts from the start of the process."""
+
+
 class _StatusCollector(Collector):
     """Metrics of the status, once there is one, and the seconds since the loop's last step."""
 
@@ -156,9 +161,18 @@ class _StatusCollector(Collector):
         if status is None:
             return
         yield InfoMetricFamily("rebpf_build", "The producer's version.", {"version": status.version})
+        yield InfoMetricFamily("rebpf_site", "The labels of the site.", dict(status.labels))
         degraded = float(bool(status.reasons))
         yield GaugeMetricFamily("rebpf_degraded", "1 if degraded: /status has the reasons; otherwise 0.", degraded)
         yield GaugeMetricFamily("rebpf_rules_version", "Version of the rules in force.", status.rules_version)
+        yield InfoMetricFamily("rebpf_config", "Hash of the configuration in force.", {"hash": status.config_hash})
+        text = "Changed settings that need a restart: /status has their names."
+        yield GaugeMetricFamily("rebpf_restart_needed", text, len(status.restart_needed))
+        yield GaugeMetricFamily(
+            "rebpf_transmit_sample_rate",
+            "One in this many connections has its transmits captured, by the budget; 1: all.",
+            status.transmit_sample_rate,
+        )
         hooks = InfoMetricFamily("rebpf_hook", "The hook that captures the events of a topic.", labels=["topic"])
         lost = CounterMetricFamily("rebpf_events_lost", "Events lost.", labels=["topic", "stage", "reason"])
         for stream in status.streams:
@@ -181,7 +195,7 @@ class _StatusCollector(Collector):
 def registry(status: Callable[[], Status | None], idle_s: Callable[[], float]) -> CollectorRegistry:
     """Return all metrics. Those of the status are read at each scrape."""
     metrics = CollectorRegistry()
-    for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _STEP_ERRORS, _DELIVERY, _STEPS):
+    for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _STEP_ERRORS, _DELIVERY, _STEPS, TCP):
         metrics.register(each)
     metrics.register(_StatusCollector(status, idle_s))
     ProcessCollector(registry=metrics)

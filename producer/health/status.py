@@ -55,8 +55,16 @@ class Status:
     reasons: tuple[str, ...]
     cpu_s: float
     rss_bytes: int
+    labels: Mapping[str, str]
+    """Labels of the site."""
+    transmit_sample_rate: int = 1
+    """The rate at which the budget for transmits samples connections."""
     stopped: bool = False
     """Whether this is the last status of a run that ended in order."""
+    config_hash: str = ""
+    """Hash of the configuration in force (producer.config.effective.digest)."""
+    restart_needed: tuple[str, ...] = ()
+    """Settings that have changed in the files and need a restart."""
 
     @property
     def state(self) -> str:
@@ -74,9 +82,13 @@ class Status:
             "pid": self.pid,
             "started_s": self.started_s,
             "rules_version": self.rules_version,
+            "config_hash": self.config_hash,
+            "restart_needed": list(self.restart_needed),
             "cpu_s": self.cpu_s,
             "rss_bytes": self.rss_bytes,
+            "transmit_sample_rate": self.transmit_sample_rate,
             "streams": [stream.as_dict() for stream in self.streams],
+            "labels": dict(self.labels),
         }
 
 
@@ -107,14 +119,19 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _table(report: Mapping[str, Any]) -> str:
+    # Producers of earlier versions have no hash.
     facts = " ".join(f"{name}={report[name]}" for name in ("host", "version", "pid", "rules_version"))
+    config = f" config={report['config_hash']}" if report.get("config_hash") else ""
+    labels = " ".join(f"{name}={value}" for name, value in report["labels"].items())
     rows = [("topic", "hook", *_COUNTS, "lost", "ring", "spool"), *map(_row, report["streams"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return lines(
         [
             report["state"],
             *(f"  {reason}" for reason in report["reasons"]),
-            f"{facts} cpu={report['cpu_s']:.1f}s rss={_mebibytes(report['rss_bytes'])}",
+            *(f"  needs a restart: {setting}" for setting in report.get("restart_needed", ())),
+            f"{facts}{config} cpu={report['cpu_s']:.1f}s rss={_mebibytes(report['rss_bytes'])}",
+            *([f"labels {labels}"] if labels else []),
             *("  ".join(map(str.rjust, row, widths)) for row in rows),
             *(
                 f"lost topic={stream['topic']} stage={loss['stage']} reason={loss['reason']} count={loss['count']}"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.config.convert import nearest
-from producer.config.load import read_bytes
+from producer.config.sources import read_bytes
 from producer.config.yaml_table import Table, mapping
 from producer.errors import ConfigError
 from producer.host.text import printable

@@ -14,7 +14,12 @@ from pathlib import Path
 from producer.host.text import name
 
 # Docker, containerd, CRI-O and Podman name the cgroup of a container ID or PREFIX-ID.scope.
-_CONTAINER = re.compile(r"(?:[\w.-]+-)?([0-9a-f]{64})(?:\.scope)?")
+# containerd names it SLICE:PREFIX:ID if it expects systemd's cgroups and the kubelet does not.
+_CONTAINER = re.compile(r"(?:[\w.-]+-|[\w.-]+:[\w.-]+:)?([0-9a-f]{64})(?:\.scope)?")
+# The kubelet names a pod's cgroup podUID; with systemd, a slice with "_" for "-". Static pods have a digest as UID.
+_POD = re.compile(
+    r"(?:[\w.-]*kubepods[\w.-]*-)?pod([0-9a-f]{8}(?:[_-][0-9a-f]{4}){3}[_-][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice(?::.*)?)?"
+)
 _UNIT = re.compile(r".+\.(?:service|scope|socket|mount|swap)")
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
@@ -51,6 +56,14 @@ def container(path: str) -> str | None:
     """Return the id of the container that a cgroup belongs to, 64 hexadecimal digits."""
     found = (_CONTAINER.fullmatch(folder) for folder in reversed(path.split("/")))
     return next((match[1] for match in found if match), None)
+
+
+def pod_uid(path: str) -> str | None:
+    """Return the UID of the Kubernetes pod that a cgroup belongs to."""
+    if "kubepods" not in path:
+        return None
+    found = (_POD.fullmatch(folder) for folder in reversed(path.split("/")))
+    return next((match[1].replace("_", "-") for match in found if match), None)
 
 
 class CgroupPaths:

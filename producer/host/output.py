@@ -25,6 +25,11 @@ _SEVERITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), 
 _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
+def set_log_level(level: str) -> None:
+    """Set the lowest level to log: debug, info, warning or error. Libraries keep theirs."""
+    logging.getLogger("producer").setLevel(level.upper())
+
+
 class LineFormatter(logging.Formatter):
     """Formats a record as one printable, bounded line; the lines of a traceback follow, indented."""
 

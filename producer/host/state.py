@@ -21,11 +21,11 @@ import stat
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
 
-from producer.errors import BusyError, ConfigError, UnavailableError
+from producer.errors import BusyError, ConfigError, PermissionDenied, UnavailableError
 from producer.host import state_file
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
     "rules_version": int,
     "reloads": int,
     "reload_refused": str,
+    "restart_needed": list,
 }
 
 
@@ -158,13 +159,16 @@ def _check_owner(path: Path, owner: int) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a producer is running with this state folder."""
+    """Return whether a producer is running with this state folder. Raises PermissionDenied if this user cannot tell."""
     try:
         with open(state_file.open_regular(path / "lock"), "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # missing, or not readable
+    except PermissionError as error:
+        why = f"state_dir {path} cannot be read by this user"
+        raise PermissionDenied(f"{why}: run this as root, or as the user of the producer") from error
+    except OSError:  # missing
         pass
     return False
 
@@ -175,7 +179,10 @@ def pid(path: Path) -> str:
 
 
 def running(path: Path) -> dict[str, Any] | None:
-    """Return the facts published by the producer that uses this state folder; None if none is ready."""
+    """Return the facts published by the producer that uses this state folder; None if none is ready.
+
+    Raises PermissionDenied if this user cannot tell.
+    """
     if not is_locked(path):
         return None
     try:
@@ -193,8 +200,16 @@ def _facts(value: Any) -> dict[str, Any]:
     return value
 
 
-def reload(path: Path) -> int:
-    """Let the producer that uses this state folder reload its rules; return their version.
+class Reloaded(NamedTuple):
+    """A producer's answer to a reload."""
+
+    rules_version: int
+    restart_needed: tuple[str, ...]
+    """Changed settings that are not in force yet."""
+
+
+def reload(path: Path) -> Reloaded:
+    """Let the producer that uses this state folder reload its configuration; return its answer.
 
     Raises ConfigError with the producer's reason if it rejects them, UnavailableError if none is running or answers.
     """
@@ -207,8 +222,8 @@ def reload(path: Path) -> int:
         now = running(path)
         if now is not None and now.get("reloads", 0) > before["reloads"]:
             if refused := now.get("reload_refused"):
-                raise ConfigError(f"the producer with pid {before['pid']} rejects the rules: {refused}")
-            return int(now["rules_version"])
+                raise ConfigError(f"the producer with pid {before['pid']} rejects the configuration: {refused}")
+            return Reloaded(int(now["rules_version"]), tuple(map(str, now.get("restart_needed", ()))))
         time.sleep(0.02)
     producer = f"the producer with pid {before['pid']}"
     raise UnavailableError(f"{producer} has not reloaded within {_RELOAD_TIMEOUT_S:.0f} s: see its log")

@@ -24,13 +24,19 @@ from producer.kafka.confluent import ClientErrors, open_client
 _ANSWER_TIMEOUT_S = 5.0
 _CREATE_TIMEOUT_S = 10.0
 DAY_MS = 86_400_000
-_RETENTION_DAYS = 7
 _TOPIC_SETTINGS = {
     "cleanup.policy": "delete",
-    "retention.ms": str(_RETENTION_DAYS * DAY_MS),
+    "retention.ms": str(7 * DAY_MS),
     # The broker stores batches as the producer compressed them.
     "compression.type": "producer",
     "message.timestamp.type": "CreateTime",
+}
+# Few and worth keeping: compressed well, whatever the producers' setting.
+_KEPT_LONG = {"retention.ms": str(30 * DAY_MS), "compression.type": "zstd"}
+_SETTINGS_OF: Mapping[str, Mapping[str, str]] = {
+    "transmit": {"retention.ms": str(DAY_MS)},
+    "retransmit": _KEPT_LONG,
+    "flow": _KEPT_LONG,
 }
 _REPLICAS_FOR_ONE_TO_SPARE = 3
 
@@ -40,11 +46,15 @@ def in_partitions(count: int) -> str:
     return f"{count} partition{'s' if count > 1 else ''}"
 
 
-def topic_settings(replication: int) -> dict[str, str]:
-    """Return the settings of a new topic. With three or more replicas, it accepts events while one is down."""
-    if replication < _REPLICAS_FOR_ONE_TO_SPARE:
-        return dict(_TOPIC_SETTINGS)
-    return {**_TOPIC_SETTINGS, "min.insync.replicas": str(replication - 1)}
+def topic_settings(replication: int, feed: str = "") -> dict[str, str]:
+    """Return the default settings of a new topic for a feed, by its name.
+
+    With three or more replicas, the topic accepts events while one is down.
+    """
+    settings = {**_TOPIC_SETTINGS, **_SETTINGS_OF.get(feed, {})}
+    if replication >= _REPLICAS_FOR_ONE_TO_SPARE:
+        settings["min.insync.replicas"] = str(replication - 1)
+    return settings
 
 
 @dataclass(frozen=True, slots=True)

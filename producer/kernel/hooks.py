@@ -123,14 +123,21 @@ HOOKS_BY_STREAM = {
                 Probe("raw_tp_flow_retransmit", "tcp_retransmit_skb", _RAW_TP),
                 Probe("raw_tp_flow_retransmit_again", "tcp_retransmit_skb", _RAW_TP),
                 Probe("iter_flow_states", _SOCKET_STORAGE, _ITER),
-                Probe("iter_task_files", _TASK_FILES, _ITER),
             ),
         ),
     ),
 }
 
+CLOSING_PROGRAMS = 2
+"""The first programs of flows, each of which is enough for a closing record."""
+
 OWN_SOCKETS = Probe("raw_tp_inet_sock_set_state", "inet_sock_set_state", _RAW_TP)
-"""Attached with every hook: tracks the agent's own sockets and their peers. Produces no events."""
+"""Attached with every hook: tracks the agent's own sockets and their peers, and the processes of all sockets. Produces
+no events."""
+
+OLD_SOCKETS = Probe("iter_task_files", _TASK_FILES, _ITER)
+"""Run with every hook: finds the processes of sockets that are older than the programs. Left out if the kernel rejects
+it, as before Linux 5.11."""
 
 
 @dataclass(frozen=True, slots=True)

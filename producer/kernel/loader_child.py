@@ -14,6 +14,7 @@ import ctypes
 import errno
 import json
 import os
+import signal
 import socket
 import tempfile
 import traceback
@@ -45,6 +46,7 @@ MAPS = (
     "rule_ports",
     "rule_values",
     "rule_sets",
+    "transmit_budget",
 )
 ATTACH = {"do": "attach"}
 BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora, RHEL)"
@@ -71,6 +73,7 @@ class _HookFailed(Exception):
 
 def main(descriptor: int, parent: int) -> None:
     """Serve the agent, process `parent`, over the socket `descriptor`. Never outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C, which the agent gets, too
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     if os.getppid() != parent:
         return
@@ -126,7 +129,8 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
         try:
             link = hooks.attach(probe, program, root, loaded.maps[MAPS.index("flow_states")])
             if probe.runs_once:
-                bpf_syscall.run_iterator(link)
+                for _ in bpf_syscall.run_iterator(link):
+                    pass
                 continue
         except (OSError, LookupError) as error:
             raise HookError(f"{probe.program} was loaded but cannot be attached: {error}") from error
@@ -167,8 +171,8 @@ class _Loaded:
     def _choose(self, allowed: Mapping[str, list[str]], btf: Btf, root: Path | None) -> None:
         known = {(refusal.stream, refusal.hook) for refusal in self.refusals}
         for stream in allowed:
-            transmit = self.chosen["transmit"].name if stream == "retransmit" else None
-            hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmit)
+            transmits = self.chosen.get("transmit")
+            hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmits and transmits.name)
             self.refusals += [refusal for refusal in refused if (stream, refusal.hook) not in known]
             if hook is None:
                 raise self._no_hook(stream)
@@ -204,10 +208,13 @@ class _Loaded:
         self.maps = maps[: len(MAPS)]
         attached = [(stream, probe) for stream, hook in self.chosen.items() for probe in hook.probes]
         self.programs: list[tuple[str | None, hooks.Probe, int]] = []
-        for stream, probe in [(None, hooks.OWN_SOCKETS), *attached]:
+        for stream, probe in [(None, hooks.OWN_SOCKETS), (None, hooks.OLD_SOCKETS), *attached]:
             try:
                 program = hooks.load(probe, code.instructions(probe.program, maps), btf)
             except bpf_syscall.VerifierError as error:
+                if probe == hooks.OLD_SOCKETS:
+                    self.log += f"{probe.program}:\n{error.log}\n"
+                    continue
                 bpf_syscall.close_all([*maps, *(loaded for *_, loaded in self.programs)])
                 raise _HookFailed(stream, error) from error
             self.programs.append((stream, probe, program))
@@ -226,9 +233,8 @@ class _Unit:
         flags = source.macros(btf, names, bpf_syscall.jiffies_per_second())
         self._text = source.program_text(folder, btf, request["layout_check"])
         self._flags = [*flags, "-Wno-unused-function"]
-        self._programs = [probe.program for hook in chosen.values() for probe in hook.probes] + [
-            hooks.OWN_SOCKETS.program
-        ]
+        probes = [*(probe for hook in chosen.values() for probe in hook.probes), hooks.OWN_SOCKETS, hooks.OLD_SOCKETS]
+        self._programs = [probe.program for probe in probes]
         self._shim = folder / "shim"
         self.key = program_cache.key(self._shim, self._text, self._flags, self._programs, MAPS)
 

@@ -56,7 +56,7 @@ class StreamPace:
 
     def __init__(self, stream: str, latency_s: float, budget: Budget, *, is_urgent: bool) -> None:
         self._stream = stream
-        self._latency_s = latency_s
+        self.latency_s = latency_s
         self._budget = budget
         self.is_urgent = is_urgent
         self.due_s = 0.0
@@ -73,13 +73,13 @@ class StreamPace:
             self.due_s = now_s
             return
         elapsed_s = now_s - self._read_s
-        wait_s = self._latency_s
+        wait_s = self.latency_s
         if self._rows and self.is_urgent:
             self._budget.spend(now_s)
             wait_s = max(LEAST_S, self._budget.wait_s(now_s))
         elif self._rows:
             wait_s = max(LEAST_S, BATCH_ROWS * elapsed_s / self._rows)
-        self.due_s = now_s + min(wait_s, self._latency_s)
+        self.due_s = now_s + min(wait_s, self.latency_s)
         self._rows, self._read_s = 0, now_s
 
     def after_failure(self, now_s: float) -> None:

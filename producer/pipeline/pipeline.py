@@ -53,6 +53,11 @@ class Pipeline:
             for each in streams
         }
 
+    def set_latency(self, latency_s: float) -> None:
+        """Read each ring within about `latency_s` from its next read on."""
+        for pace in self._paces.values():
+            pace.latency_s = latency_s
+
     def heeds(self, woken: Collection[str]) -> bool:
         """Whether the next turn should come early because the rings of these streams woke the process."""
         return any(self._paces[name].heeds(self._streams[name].unread_share) for name in woken)

@@ -1,11 +1,11 @@
 """Reads a ring in encoded batches."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from producer.events import Batch, EncodedBatch, Stream
+from producer.events import Batch, EncodedBatch, Rows, Stream, common
 from producer.pipeline.interfaces import Encoder, Ring
 
 BATCH_ROWS = 4096
@@ -20,6 +20,8 @@ _DAMAGED = "ring_damaged"
 class Read:
     """The result of a read: a batch, unless none of the records could be encoded."""
 
+    rows: Rows
+    """Valid until a position after them is committed."""
     batch: EncodedBatch | None
     oldest_ns: int
     """Kernel time of the first row."""
@@ -32,22 +34,28 @@ class Read:
 
 
 class RingReader:
-    """Reads and encodes the rows of `ring`, which has a stream's rows."""
+    """Reads and encodes the rows of `ring`, which has a stream's rows. `count` gets the rows of each complete read."""
 
-    def __init__(self, stream: Stream, ring: Ring, encoder: Encoder) -> None:
+    def __init__(
+        self, stream: Stream, ring: Ring, encoder: Encoder, count: Callable[[Rows], None] | None = None
+    ) -> None:
         self._stream = stream
         self._ring = ring
         self._encoder = encoder
+        self._count = count
 
     @contextmanager
     def read(self, limit: int, utc_offset_ns: int) -> Iterator[Read | None]:
         """Read and encode up to `limit` rows; None if there are none. If the block fails, they will be read again."""
         before = self._ring.position
         try:
-            yield self._next(before, min(limit, BATCH_ROWS), utc_offset_ns)
+            read = self._next(before, min(limit, BATCH_ROWS), utc_offset_ns)
+            yield read
         except Exception:
             self._ring.position = before
             raise
+        if self._count and read and len(read.rows):
+            self._count(read.rows)
 
     def _next(self, before: int, limit: int, utc_offset_ns: int) -> Read | None:
         rows = self._ring.read(limit)
@@ -59,8 +67,8 @@ class RingReader:
             return None
         batch, oldest_ns = None, 0
         if len(rows):
-            oldest_ns = int(rows["s"]["ts"][0])
+            oldest_ns = int(common(rows)["ts"][0])
             batch = self._encoder.encode(Batch(self._stream, rows), utc_offset_ns)
         refused = +Counter({_UNENCODABLE: len(rows) - len(batch or ()), _DAMAGED: damaged})
         more = is_cut or len(rows) + damaged == BATCH_ROWS
-        return Read(batch, oldest_ns, self._ring.position, refused, more)
+        return Read(rows, batch, oldest_ns, self._ring.position, refused, more)

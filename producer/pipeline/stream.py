@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from producer.events import Stream
+from producer.events import Rows, Stream
 from producer.pipeline.account import StreamAccount
 from producer.pipeline.interfaces import Encoder, Outcome, Ring, Sink, Spool, Waits
 from producer.pipeline.ledger import Account
@@ -32,16 +32,27 @@ class Stores:
 
 
 class StreamPipeline:
-    """Composes a stream's RingReader, its SpoolSender if there is a spool, and its StreamAccount, from `account` on."""
+    """Composes a stream's RingReader, its SpoolSender if there is a spool, and its StreamAccount, from `account` on.
 
-    def __init__(self, stream: Stream, ring: Ring, encoder: Encoder, stores: Stores, account: Account) -> None:
+    `count` gets the rows of each batch once, after it was sent or spilled.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        ring: Ring,
+        encoder: Encoder,
+        stores: Stores,
+        account: Account,
+        count: Callable[[Rows], None] | None = None,
+    ) -> None:
         self.stream = stream
         self.account = StreamAccount(ring, stores.spool, stores.write_account, account)
         self._ring = ring
-        self._reader = RingReader(stream, ring, encoder)
+        self._reader = RingReader(stream, ring, encoder, count)
         self._sender = SpoolSender(stream, stores.spool, self.account) if stores.spool else None
         self._waits = stores.waits
-        self._spill_after_s = stores.spill_after_s
+        self.spill_after_s = stores.spill_after_s
         self._window = Window()
         """The batches in flight that are in the ring."""
         self._spill_at_s = 0.0
@@ -135,7 +146,7 @@ class StreamPipeline:
     def _is_overdue(self, now_s: float) -> bool:
         """Whether the oldest batch has been in flight for too long."""
         sent_s = self.oldest_sent_s
-        return sent_s is not None and now_s - sent_s > self._spill_after_s
+        return sent_s is not None and now_s - sent_s > self.spill_after_s
 
     def _is_stuck(self, sink: Sink, now_s: float) -> bool:
         if now_s < self._spill_at_s:

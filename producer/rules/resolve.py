@@ -8,6 +8,7 @@ import os
 import pwd
 import socket
 import stat
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +62,37 @@ def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
     capture = config.capture
     if not config.rules:
         rules, default = only(capture.addresses, capture.ports)
-        return Ruleset(rules, default if rules else _action(capture.default, None, None), {})
+        return Ruleset(rules, default if rules else _action(capture.default, None, None, None), {})
     if capture.addresses or capture.ports:
         raise ConfigError("rules and a filter by addresses or ports cannot be combined: turn the filter into a rule")
     cgroups = _Cgroups(cgroup_root)
     rules = tuple(_rule(number, rule, cgroups) for number, rule in enumerate(config.rules, 1))
-    return Ruleset(rules, _action(capture.default, None, None), _above(rules, cgroups))
+    return Ruleset(rules, _action(capture.default, None, None, None), _above(rules, cgroups))
+
+
+def resolve_offline(config: Config) -> Ruleset:
+    """Resolve the rules without this host: each name gets an id of its own, and files of addresses are not read."""
+    ids: defaultdict[str, int] = defaultdict(itertools.count(1).__next__)
+    rules = tuple(_without_names(rule, ids) for rule in config.rules)
+    return resolve(dataclasses.replace(config, rules=rules), None)
+
+
+def _without_names(rule: RuleConfig, ids: Mapping[str, int]) -> RuleConfig:
+    def numbers(values: Iterable[int | str]) -> tuple[int | str, ...]:
+        return tuple(ids[value] if isinstance(value, str) else value for value in values)
+
+    def networks(values: Iterable[str]) -> tuple[str, ...]:
+        return tuple(str(_NOWHERE) if value.startswith("@") else value for value in values)
+
+    return dataclasses.replace(
+        rule,
+        address=networks(rule.address),
+        local_address=networks(rule.local_address),
+        remote_address=networks(rule.remote_address),
+        netns=numbers(rule.netns),
+        uid=numbers(rule.uid),
+        interface=numbers(rule.interface),
+    )
 
 
 def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None) -> Ruleset:
@@ -95,12 +121,12 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
     where = f"rule {number} {rule.name}".rstrip()
     if rule.sample < 1 or rule.sample_by not in ("connection", "event"):
         raise ConfigError(f"{where}: expected sample >= 1, and sample_by connection or event")
-    keep = _action(rule.action, rule.transmit, rule.retransmit)
+    keep = _action(rule.action, rule.transmit, rule.retransmit, rule.flow)
     by_event = rule.sample_by == "event"
     try:
         return Rule(
             name,
-            Action(keep.transmit, keep.retransmit, rule.sample, by_event, rule.sample_retransmits),
+            Action(keep.transmit, keep.retransmit, keep.flow, rule.sample, by_event, rule.sample_retransmits),
             address=_each(rule.address, _networks),
             local_address=_each(rule.local_address, _networks),
             remote_address=_each(rule.remote_address, _networks),
@@ -121,8 +147,9 @@ def _each(values: Iterable[V], parse: Callable[[V], Iterable[R]]) -> tuple[R, ..
     return tuple(found for value in values for found in parse(value))
 
 
-def _action(both: str, transmit: str | None, retransmit: str | None) -> Action:
-    words = (transmit or both, retransmit or both)
+def _action(every: str, *by_stream: str | None) -> Action:
+    """Return the action of a rule; `by_stream` has the words for transmits, retransmits and flows, in that order."""
+    words = [word or every for word in by_stream]
     for word in words:
         if word not in ("keep", "drop"):
             raise ConfigError(f"expected the action keep or drop, not {word!r}")

@@ -25,6 +25,13 @@ TOPIC_SETTINGS = {
     "compression.type": "producer",
     "message.timestamp.type": "CreateTime",
 }
+KEPT_LONG = {**TOPIC_SETTINGS, "retention.ms": "2592000000", "compression.type": "zstd"}
+SETTINGS_OF = {
+    "tcp_transmit": {**TOPIC_SETTINGS, "retention.ms": "86400000"},
+    "tcp_retransmit": KEPT_LONG,
+    "tcp_flow": KEPT_LONG,
+    "rebpf_agent": TOPIC_SETTINGS,
+}
 
 
 @pytest.fixture
@@ -45,16 +52,45 @@ def test_init_creates_the_topics_and_leaves_those_that_are_there(kafka, config):
     ids = "no registry: schema ids are init.tcp_transmit 1, init.tcp_retransmit 2, init.rebpf_agent 3"
     all_topics = [*TOPICS, "rebpf_agent"]
     assert (first.returncode, again.returncode) == (0, 0)
-    settings = "replication 1, " + " ".join(f"{name}={value}" for name, value in TOPIC_SETTINGS.items())
-    created = [f"topic init.{topic}: created, 5 partitions, {settings}" for topic in TOPICS]
-    assert first.stdout.splitlines() == [*created, f"topic init.rebpf_agent: created, 1 partition, {settings}", ids]
+    said = {
+        topic: "replication 1, " + " ".join(f"{name}={value}" for name, value in settings.items())
+        for topic, settings in SETTINGS_OF.items()
+    }
+    created = [f"topic init.{topic}: created, 5 partitions, {said[topic]}" for topic in TOPICS]
+    last = f"topic init.rebpf_agent: created, 1 partition, {said['rebpf_agent']}"
+    assert first.stdout.splitlines() == [*created, last, ids]
     there = [f"topic init.{topic}: exists, unchanged" for topic in all_topics]
     assert again.stdout.splitlines() == [*there, ids]
     present = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
     assert [len(present[f"init.{topic}"].partitions) for topic in all_topics] == [5, 5, 1]
     for topic in all_topics:
         has = settings_of(kafka.bootstrap, f"init.{topic}")
-        assert {name: has[name] for name in TOPIC_SETTINGS} == TOPIC_SETTINGS
+        assert {name: has[name] for name in TOPIC_SETTINGS} == SETTINGS_OF[topic]
+
+
+def test_init_takes_a_topics_settings_from_the_configuration(kafka, config):
+    more = (
+        '[topics]\ntransmit = {"retention.ms" = 3600000, "segment.ms" = 600000}\n'
+        'retransmit = {"compression.type" = "lz4"}\nheartbeat = {"retention.bytes" = 1048576}\n'
+    )
+    done = rebpf("init", "--config", config("own.", more), "--brokers", kafka.bootstrap)
+
+    assert done.returncode == 0, done.stderr
+    transmit, retransmit, heartbeat = (
+        settings_of(kafka.bootstrap, f"own.{topic}") for topic in (*TOPICS, "rebpf_agent")
+    )
+    assert (transmit["retention.ms"], transmit["segment.ms"]) == ("3600000", "600000")
+    assert (retransmit["retention.ms"], retransmit["compression.type"]) == ("2592000000", "lz4")
+    assert (heartbeat["retention.ms"], heartbeat["retention.bytes"]) == ("604800000", "1048576")
+
+
+def test_init_says_which_setting_of_a_topic_kafka_rejects(kafka, config):
+    more = '[topics]\ntransmit = {"retention.mss" = 1}\n'
+    done = rebpf("init", "--config", config("wrong.", more), "--brokers", kafka.bootstrap)
+
+    assert done.returncode == 69
+    assert done.stderr.startswith("rebpf: cannot create topic wrong.tcp_transmit: ")
+    assert "retention.mss" in done.stderr
 
 
 def test_init_creates_what_alerts_need_where_it_is_asked_to(kafka, config):

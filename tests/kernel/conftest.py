@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from producer.demo.lab import Lab
+from producer.events import STREAMS
 from producer.rules.tables import filtered
 from tests.support.capture import Recording, hook_settings
 from tests.support.rebpf import COMPILED
@@ -35,6 +36,13 @@ def capture(root: None) -> Iterator[Recording]:
     """Both streams, filtered in the kernel for the tests' ports."""
     with Recording(hook_settings(rules=filtered(ports=_PORTS))) as capture:
         yield capture
+
+
+@pytest.fixture(scope="module")
+def flows(root: None) -> Iterator[Recording]:
+    """All streams, filtered in the kernel for the tests' ports."""
+    with Recording(hook_settings(streams=STREAMS, rules=filtered(ports=_PORTS))) as recording:
+        yield recording
 
 
 @pytest.fixture(scope="session")

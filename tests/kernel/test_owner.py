@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from producer.demo.lab import Lab
-from producer.events import CAUSES, KNOWN
+from producer.events import CAUSES, KNOWN, TRANSMITS, Rows
 from producer.host.cgroups import cgroup2_root
-from tests.support.capture import DEADLINE_S, Recording, inside, receive, rules, wait_for
+from producer.rules.tables import filtered
+from tests.support.capture import DEADLINE_S, Recording, hook_settings, inside, receive, rules, wait_for
 from tests.support.comparison import Trial
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -75,6 +76,75 @@ def test_a_retransmit_has_the_owner_that_made_the_socket(capture: Recording, lab
         assert set(flow["sk_cookie"][known]) == {cookie}
         assert known.all() or trial.hook == "kprobe", "a kprobe cannot create the cookie"
         assert known[-1]
+
+
+_PROCESS = """\
+import socket, sys
+with open("/proc/self/comm", "wb") as file:
+    file.write(bytes.fromhex(sys.argv[1]))
+address, port = sys.argv[3], int(sys.argv[4])
+end = socket.create_connection((address, port)) if sys.argv[2] == "client" else socket.create_server((address, port))
+print("ready", flush=True)
+sys.stdin.readline()
+if sys.argv[2] == "server":
+    end, _ = end.accept()
+end.sendall(bytes(101))
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def process_of(lab: Lab, name: bytes, role: str, port: int) -> Iterator["subprocess.Popen[str]"]:
+    """Run a process with this name as one end of a connection; it sends when it gets a line."""
+    host = lab.client if role == "client" else lab.server
+    argv = host.command(sys.executable, "-c", _PROCESS, name.hex(), role, lab.server.ipv4, str(port))
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout.readline() == "ready\n"
+        yield child
+
+
+def processes(rows: Rows) -> set[tuple[int, bytes]]:
+    """Return the processes of the segments that have a socket; a reset after the end of its process may have none."""
+    of_sockets = rows["s"][rows["s"]["state"] != 0]
+    assert (of_sockets["known"] & KNOWN["process"]).all()
+    return {(int(row["pid"]), row["comm"].tobytes().rstrip(b"\0")) for row in of_sockets}
+
+
+def test_segments_have_the_process_that_connected_or_listened(capture: Recording, lab: Lab, port: int) -> None:
+    """In softirqs and timers too, and those of an accepted socket have the listener's."""
+    first = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 == 0 drop"
+    with Trial(capture, lab, port) as trial, contextlib.ExitStack() as stack:
+        server = stack.enter_context(process_of(lab, b"\xff\n%listener", "server", port))
+        with rules(lab.client, "prerouting", first):
+            client = stack.enter_context(process_of(lab, b"client", "client", port))
+        for host, child in ((lab.server, server), (lab.client, client)):
+            assert child.stdin is not None
+            with rules(lab.server if host is lab.client else lab.client, "prerouting", f"tcp dport {port} drop"):
+                child.stdin.write("\n")
+                child.stdin.flush()
+                if host is lab.client:
+                    wait_for(lambda: len(trial.again(lab.client, "rto")) > 0, "a timeout")
+    connected, accepted = (client.pid, b"client"), (server.pid, b"\xff\n%listener")
+    assert processes(trial.sent(lab.client)) == processes(trial.again(lab.client)) == {connected}
+    assert processes(trial.sent(lab.server)) == processes(trial.again(lab.server, "syn_ack")) == {accepted}
+
+
+def test_segments_of_sockets_older_than_the_programs_have_their_process(lab: Lab, port: int) -> None:
+    with process_of(lab, b"listener", "server", port) as server, process_of(lab, b"old", "client", port) as client:
+        with Recording(hook_settings(rules=filtered(ports=[port]))) as recording:
+            assert client.stdin is not None
+            client.stdin.write("\n")
+            client.stdin.flush()
+            rows = recording.wait_rows(TRANSMITS, port, 1)
+            assert processes(rows[rows["s"]["flow"]["dport"] == port]) == {(client.pid, b"old")}
+            with process_of(lab, b"new", "client", port) as new:
+                rows = recording.wait_rows(TRANSMITS, port, len(rows) + 3)
+        sent = rows[rows["s"]["flow"]["dport"] == port]
+        synacks = rows[rows["s"]["tcp_flags"] & 0x12 == 0x12]
+        assert processes(sent) == {(client.pid, b"old"), (new.pid, b"new")}
+        assert processes(synacks) == {(server.pid, b"listener")}
 
 
 def unacknowledged(end: socket.socket) -> int:

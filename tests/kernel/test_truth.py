@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from producer.demo.lab import Host, Lab
-from producer.events import Rows
+from producer.events import RETRANSMITS, TRANSMITS, Rows
 from tests.support.capture import Pair, Recording, inside, kernel_version, receive, rules, wait_for
 from tests.support.comparison import ACK, INTERFACE, RST, Trial, segs
 from tests.support.tcpinfo import TcpInfo, tcp_info
@@ -99,7 +99,8 @@ def test_a_lost_syn_and_a_lost_syn_ack(capture: Recording, lab: Lab, port: int) 
     with Trial(capture, lab, port) as trial:
         with rules(lab.server, "prerouting", syn), Pair(lab.client, lab.server, lab.server.ipv6, port) as pair:
             pair.end()
-        assert segs(trial.again(lab.client, "syn")) == trial.moved(lab.client, "TCPTimeouts") == 1
+        assert trial.moved(lab.client, "TCPTimeouts") == 1
+        assert 1 - segs(trial.again(lab.client, "syn")) in trial.may_miss(RETRANSMITS)
         with rules(lab.client, "prerouting", syn_ack), Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
             pair.end()
     assert len(trial.again(lab.server, "syn_ack")) > 0
@@ -116,7 +117,9 @@ def test_a_lost_tail_is_probed_for(capture: Recording, lab: Lab, port: int) -> N
                     break  # on a busy machine, a timeout may come first
             pair.end()
         # No data was waiting to be sent, so each probe was a retransmission.
-        assert segs(trial.again(lab.client, "tlp")) == trial.moved(lab.client, "TCPLossProbes") >= 5
+        probes = trial.moved(lab.client, "TCPLossProbes")
+        assert probes >= 5
+        assert probes - segs(trial.again(lab.client, "tlp")) in trial.may_miss(RETRANSMITS)
 
 
 def test_a_loss_probe_of_new_data_is_no_retransmit(capture: Recording, lab: Lab, port: int) -> None:
@@ -139,7 +142,7 @@ def test_a_loss_probe_of_new_data_is_no_retransmit(capture: Recording, lab: Lab,
                 break  # on a busy machine, a timeout may come first
         sent = trial.sent(lab.client)[first:]
         assert (sent["is_retransmit"][sent["s"]["payload_len"] == 73] == 0).any(), "the probe"
-        assert probes == segs(trial.again(lab.client, "tlp")) + 1
+        assert probes - segs(trial.again(lab.client, "tlp")) - 1 in trial.may_miss(RETRANSMITS)
 
 
 @contextlib.contextmanager
@@ -202,7 +205,7 @@ def test_a_closed_window_is_probed_and_no_probe_is_a_retransmit(capture: Recordi
         pair.client.setblocking(True)
         pair.end()
     probes = probes_of(trial.sent(lab.client))
-    assert len(probes) == trial.moved(lab.client, "TCPWinProbe")
+    assert trial.moved(lab.client, "TCPWinProbe") - len(probes) in trial.may_miss(TRANSMITS)
     assert not probes["is_retransmit"].any()
 
 
@@ -215,7 +218,7 @@ def test_a_keep_alive_is_seen_and_is_no_retransmit(capture: Recording, lab: Lab,
         wait_for(lambda: trial.moved(lab.client, "TCPKeepAlive") > 0, "a keep-alive")
         pair.end()
     probes = probes_of(trial.sent(lab.client))
-    assert len(probes) == trial.moved(lab.client, "TCPKeepAlive")
+    assert trial.moved(lab.client, "TCPKeepAlive") - len(probes) in trial.may_miss(TRANSMITS)
     assert not probes["is_retransmit"].any()
 
 
@@ -308,7 +311,8 @@ def test_a_blackhole_times_out_and_each_timeouts_state_is_that_of_tcp_info(
                 wait_for(three, "three timeouts")
             receive(pair.accepted, 3 * 997)
             pair.end()
-        assert segs(trial.again(lab.client, "rto")) == trial.moved(lab.client, "TCPTimeouts")
+        timed_out = trial.moved(lab.client, "TCPTimeouts")
+        assert timed_out - segs(trial.again(lab.client, "rto")) in trial.may_miss(RETRANSMITS)
     timeouts = trial.again(lab.client, "rto")
     # The cgroup hook sees the segment before it is counted in retrans_out, the others after.
     counted_later = trial.hook == "cgroup_skb"

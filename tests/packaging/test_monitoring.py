@@ -1,5 +1,6 @@
 """The rules and the dashboard with a real Prometheus that scrapes a real endpoint by the example configuration."""
 
+import errno
 import json
 import re
 import subprocess
@@ -13,8 +14,10 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import bcrypt
+import numpy as np
 import pytest
 
+from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES
 from producer.health import metrics
 from producer.health.balance import Balance
 from producer.health.endpoint import Endpoint, StatusBoard
@@ -33,11 +36,13 @@ pytestmark = pytest.mark.timeout(300)  # the package may have to be downloaded
 DEADLINE_S = 60.0
 
 # Values of Grafana's variables: no recorded rule has a window shorter than four scrapes.
-VARIABLES = {"$host": ".*", "$__rate_interval": "1m", "$__range": "1h"}
+VARIABLES = {"$host": ".*", "$label": "env", "$value": "prod|test", "$__rate_interval": "1m", "$__range": "1h"}
 SELECTOR = re.compile(r"\b(?:(?:rebpf|process|instance:rebpf)_[\w:]+|up\b(?!\())(?:\{[^}]*\})?")
+SITE = 'rebpf_site_info{job="rebpf", instance=~"$host", $label=~"$value"}'
 GROUPING = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
+MATCHING = re.compile(r"\bon\s*\(([^)]*)\)")
 WORDS = {"sum", "rate", "increase", "changes", "absent", "count", "topk", "vector", "histogram_quantile"}
-WORDS |= {"and", "or", "unless", "offset"}
+WORDS |= {"max", "quantile", "avg_over_time", "last_over_time", "and", "or", "unless", "offset"}
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +60,26 @@ def promtool() -> Callable[..., str]:
     return run
 
 
+def count_tcp() -> None:
+    """Count a connection that sent 1,000 segments, 10 of them retransmitted, and one that was refused."""
+    rows = np.zeros(2, FLOWS.dtype)
+    rows["flow"]["sk_cookie"] = time.monotonic_ns(), 1
+    rows["start_ns"] = rows["ts"] = time.monotonic_ns()
+    rows["reason"], rows["role"] = REASONS.index("close"), ROLES.index("client")
+    rows["state"] = STATES.index("ESTABLISHED"), STATES.index("SYN_SENT")
+    rows["known"], rows["error"] = (KNOWN["tcp"], KNOWN["error"]), (0, errno.ECONNREFUSED)
+    rows["segs_out"], rows["retrans_rto"], rows["srtt_us"] = (1000, 1), (10, 0), (700, 0)
+    count = metrics.TCP.counter(FLOWS)
+    assert count
+    count(rows)
+
+
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[tuple[StatusBoard, str]]:
     """An endpoint with all metrics, including those that appear with the first error."""
     metrics.kafka_error("_ALL_BROKERS_DOWN")
     metrics.observe_delivery(0.2, 100)
+    count_tcp()
     board = StatusBoard(answer_timeout_s=0.01)
     board.step(status)
     with Endpoint("127.0.0.1", 0, board) as served:
@@ -117,10 +137,11 @@ def prometheus(
     with Prometheus(folder, folder / "prometheus.yml") as server:
         wait_for(lambda: server.query("rebpf_events_passed_total"))
         metrics.observe_delivery(0.2, 100)
+        count_tcp()
         first = status()
         more = (replace(stream, balance=Balance(5000, 5000)) for stream in first.streams)
         board.publish(status(streams=tuple(more)))
-        wait_for(lambda: server.query("instance:rebpf_retransmits_per_transmit:ratio_rate5m"))
+        wait_for(lambda: server.query("instance:rebpf_tcp_retransmitted_segments:ratio_rate5m"))
         wait_for(lambda: server.query("increase(rebpf_delivery_seconds_count[1m]) > 0"))
         yield server
 
@@ -144,14 +165,14 @@ def rules(prometheus: Prometheus) -> list[dict[str, Any]]:
     return found
 
 
-def targets() -> Iterator[tuple[str, str, str]]:
+def targets() -> Iterator[tuple[dict[str, Any], str, str]]:
     """The dashboard's queries: panel, expression with Grafana's variables replaced, legend."""
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", ()):
             expression = target["expr"]
             for variable, value in VARIABLES.items():
                 expression = expression.replace(variable, value)
-            yield panel["title"], expression, target.get("legendFormat", "")
+            yield panel, expression, target.get("legendFormat", "")
 
 
 def unknown_words(expression: str) -> set[str]:
@@ -161,18 +182,25 @@ def unknown_words(expression: str) -> set[str]:
 
 
 def assert_exists(prometheus: Prometheus, expression: str) -> set[str]:
-    """Check that every selector has a series with the labels of the expression's grouping; return all labels."""
+    """Check that every selector has a series with the labels of the expression's grouping; return all labels.
+
+    The labels of the site only select: of these, series need those that are matched.
+    """
     assert not unknown_words(expression), expression
     selectors = SELECTOR.findall(expression)
     assert selectors, expression
-    grouped = {label.strip() for labels in GROUPING.findall(expression) for label in labels.split(",")}
+    grouped, matched = (
+        {label.strip() for labels in words.findall(expression) for label in labels.split(",")}
+        for words in (GROUPING, MATCHING)
+    )
     seen = set()
     for selector in selectors:
+        needed = matched if selector.startswith("rebpf_site_info") else grouped
         # Everything scraped, not only current series.
         series = prometheus.get("series", **{"match[]": selector})
         assert series, f"nothing is exposed for {selector}, in {expression}"
         for labels in series:
-            assert grouped <= labels.keys(), f"{selector} has no such label: {grouped - labels.keys()}"
+            assert needed <= labels.keys(), f"{selector} has no such label: {needed - labels.keys()}"
             seen |= labels.keys()
     return seen
 
@@ -208,7 +236,8 @@ def test_whatever_the_rules_name_is_exposed(prometheus, rules):
 
 
 def test_whatever_the_dashboard_names_is_exposed_and_every_query_has_an_answer(prometheus):
-    for title, expression, legend in targets():
+    for panel, expression, legend in targets():
+        title = panel["title"]
         assert_exists(prometheus, expression)
         try:
             # A late scrape can leave a short gap.
@@ -217,6 +246,15 @@ def test_whatever_the_dashboard_names_is_exposed_and_every_query_has_an_answer(p
             pytest.fail(f"{title}: {expression}: {error.read().decode()}")
         for labels in series:
             assert set(re.findall(r"{{(\w+)}}", legend)) <= labels.keys(), f"{title}: {legend}"
+            assert panel["type"] == "table" or "instance" not in labels, f"{title} draws a line for each host"
+        assert panel["type"] != "table" or expression.startswith("topk(20, "), f"{title} has a row for each host"
+
+
+def test_the_shares_on_the_dashboard_are_those_of_segments_and_of_connects(prometheus):
+    for title, expected in (("Retransmitted", 0.01), ("Failed connects", 0.5)):
+        (expression,) = (each for panel, each, _ in targets() if panel["title"] == title)
+        (result,) = wait_for(lambda: prometheus.get("query", query=expression)["result"])  # noqa: B023
+        assert float(result["value"][1]) == pytest.approx(expected, rel=0.01), title
 
 
 def test_a_name_that_is_not_exposed_is_found(prometheus):
@@ -228,15 +266,17 @@ def test_a_name_that_is_not_exposed_is_found(prometheus):
 
 def test_every_alert_says_what_it_is_and_names_a_section_that_there_is(rules):
     for alert in (rule for rule in rules if rule["type"] == "alerting"):
-        assert {"summary", "description", "runbook"} <= alert["annotations"].keys(), alert["name"]
-        page, _, section = alert["annotations"]["runbook"].partition("#")
-        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.M)
+        assert {"summary", "description", "runbook_url"} <= alert["annotations"].keys(), alert["name"]
+        page, _, section = (
+            alert["annotations"]["runbook_url"].removeprefix("https://docs.rebpf.example/").partition("#")
+        )
+        headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / page).read_text(), re.M)
         assert section in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}, alert["name"]
         assert alert["labels"]["severity"] in {"critical", "warning", "info"}
 
 
 def test_the_dashboard_is_for_any_data_source_and_host():
-    assert [each["name"] for each in DASHBOARD["templating"]["list"]] == ["datasource", "host"]
+    assert [each["name"] for each in DASHBOARD["templating"]["list"]] == ["datasource", "label", "value", "host"]
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     for panel in panels:
@@ -244,6 +284,7 @@ def test_the_dashboard_is_for_any_data_source_and_host():
             assert target["datasource"] == panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
             selectors = SELECTOR.findall(target["expr"])
             assert all('job="rebpf", instance=~"$host"' in each for each in selectors), target["expr"]
+            assert SITE in target["expr"]
 
 
 def test_no_panel_lies_over_another():

@@ -31,11 +31,13 @@ WANTED: Fields = (
 OURS = json.loads((SCHEMAS / "tcp_transmit.avsc").read_text())
 SCALARS = ("boolean", "int", "long", "float", "double", "string")
 LISTS = ("long", "string", "bytes")
+MAP = {"type": "map", "values": "string"}
 
 types: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from((*SCALARS, "bytes")),
     st.sampled_from(SCALARS).flatmap(lambda kind: st.sampled_from([["null", kind], [kind, "null"]])),
     st.sampled_from(LISTS).map(lambda items: {"type": "array", "items": items}),
+    st.just(MAP),
 )
 
 
@@ -44,11 +46,9 @@ def unlogical(kind: Any) -> Any:
 
 
 FIELDS = [{"name": field["name"], "type": unlogical(field["type"])} for field in OURS["fields"]]
-
-
+EXAMPLES: dict[str, Any] = {"string": "text", str(MAP): {"dc": "fra-1"}}
 BASE = {
-    field["name"]: None if isinstance(field["type"], list) else "text" if field["type"] == "string" else 7
-    for field in FIELDS
+    field["name"]: None if isinstance(field["type"], list) else EXAMPLES.get(str(field["type"]), 7) for field in FIELDS
 }
 
 
@@ -63,6 +63,8 @@ def schemas(draw: st.DrawFn) -> dict[str, Any]:
 def values(kind: Any) -> st.SearchStrategy[Any]:
     if isinstance(kind, list):
         return st.none() | values(next(each for each in kind if each != "null"))
+    if kind == MAP:
+        return st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3)
     if isinstance(kind, dict):
         return st.lists(values(kind["items"]), max_size=3)
     by_type: dict[str, st.SearchStrategy[Any]] = {
@@ -84,7 +86,7 @@ def framed(schema: Any, record: Mapping[str, Any]) -> bytes:
 
 
 def columns_in(schema: Any) -> list[str]:
-    """Return the names of the fields that are neither lists nor bytes."""
+    """Return the names of the fields that are neither lists nor maps nor bytes."""
     plain = [(field["name"], field["type"]) for field in schema["fields"]]
     return [
         name

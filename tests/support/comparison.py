@@ -98,6 +98,10 @@ class Trial:
         """Return the increase of a counter of the host since the trial began."""
         return host.counters()[name] - self._before[host.name][name]
 
+    def may_miss(self, stream: Stream) -> range:
+        """Return the numbers of the stream's events that may be missing, because the kernel skipped runs."""
+        return range(self._skips.of(stream) + 1)
+
     def sent(self, host: Host) -> Rows:
         """Return the transmit events of a host."""
         return self._rows(TRANSMITS, host)

@@ -14,6 +14,8 @@ def type_of(field: dict[str, Any]) -> str:
     optional = isinstance(kind, list)
     if optional:
         kind = kind[1]
+    if isinstance(kind, dict) and kind["type"] == "map":
+        return f"map of {kind['values']}"
     if isinstance(kind, dict):
         kind = f"{kind['type']} ({kind['logicalType']})"
     return f"{kind} or null" if optional else str(kind)

@@ -4,10 +4,12 @@ import copy
 import io
 import ipaddress
 import mmap
+import string
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_from_bytes
 
 import fastavro
 import numpy as np
@@ -18,9 +20,14 @@ from producer.encode.batch import BatchEncoder, Key
 from producer.events import FLOW, SEGMENT, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
 from producer.schemas import load_schema
 
-HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
+HOST = {
+    "host": "db-1.example",
+    "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11",
+    "labels": {"dc": "fra-1", "env": "prød"},
+}
 OFFSET_NS = 1_790_000_000_123_456_789
 NANOSECONDS = st.integers(0, 10**18)
+PLAIN = (string.ascii_letters + string.digits + string.punctuation + " ").replace("%", "")
 PADDING = {"_pad0", "_pad1", "_pad2", "_pad3"}
 
 
@@ -122,6 +129,8 @@ def row_values(stream: Stream) -> st.SearchStrategy[tuple[dict[str, Any], dict[s
         cpu=st.integers(0, 2**31 - 1),
         state=st.integers(0, 20),
         ca_state=st.integers(0, 8),
+        pid=st.integers(0, 2**31 - 1),
+        comm=st.binary(max_size=16),
     )
     extra = members(stream.dtype, cause=st.integers(0, 10), retransmit_no=st.integers(0, 2**31 - 1))
     return st.tuples(flow_values, segment, extra)
@@ -133,7 +142,7 @@ def build(stream: Stream, values: Sequence[tuple[dict[str, Any], dict[str, Any],
         for name, value in flow.items():
             row["s"]["flow"][name] = np.frombuffer(value.packed, np.uint8) if name in ("saddr", "daddr") else value
         for name, value in segment.items():
-            row["s"][name] = value
+            row["s"][name] = np.frombuffer(value.ljust(16, b"\0"), np.uint8) if name == "comm" else value
         for name, value in extra.items():
             row[name] = value
     return rows
@@ -169,6 +178,9 @@ def expected(stream: Stream, flow: dict[str, Any], segment: dict[str, Any], extr
         "cgroup": None if cgroup_id is None else cgroup_path(cgroup_id),
         "unit": None,
         "container": None,
+        "pod_uid": None,
+        "pid": if_known(known, "process", segment["pid"]),
+        "comm": if_known(known, "process", quote_from_bytes(segment["comm"].partition(b"\0")[0], safe=PLAIN)),
         "uid": if_known(flow_known, "uid", flow["uid"]),
         "ack_seq": if_known(known, "ack_seq", segment["ack_seq"]),
         "state": name_of(events.STATES, segment["state"]),
@@ -211,7 +223,7 @@ def parsed(schema: Mapping[str, Any]) -> Any:
     """Return the schema as fastavro wants it, and timestamps as the numbers that they are."""
     plain = copy.deepcopy(dict(schema))
     for field in plain["fields"]:
-        if isinstance(field["type"], dict):
+        if "logicalType" in field["type"]:
             field["type"] = field["type"]["type"]
     return fastavro.parse_schema(plain)
 

@@ -3,9 +3,13 @@
 Most time of the integration tests is waiting, so that others fit beside them. The kernel tests come last and alone: the
 hooks see the traffic of the whole host. Options are passed to each lane. With a path or a test's id there is one lane.
 A lane's output is printed in whole when it ends. Each lane has a time limit.
+
+At the end, the few tests that failed beside other lanes are run again, alone. Those that pass then are listed as
+FLAKY. What fails alone fails the run.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -18,9 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+_TESTS_FAILED = 1
+"""pytest's exit code if tests failed."""
 NO_TESTS = 5
 """pytest's exit code if it has selected no tests."""
 _CLEAN_UP_S = 60
+_FLAKY = 3
+"""If more tests fail, none is run again: the cause is not the load."""
 _POLL_S = 0.1
 
 
@@ -51,6 +59,15 @@ PLANS: Mapping[str, Sequence[Lane]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A lane that failed, why, and pytest's ids of the tests that failed, if it got to its end."""
+
+    lane: str
+    reason: str
+    tests: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class Running:
     """A started lane; its `end` is when it has to have ended."""
@@ -74,10 +91,17 @@ class Running:
         self.told = True
         self.end = time.monotonic() + _CLEAN_UP_S
 
+    def failure(self) -> Failure:
+        """Describe how it failed."""
+        reason = "timed out" if self.told else f"exit code {self.process.returncode}"
+        cache = self.output.parent / "cache/v/cache/lastfailed"
+        ran = not self.told and self.process.returncode == _TESTS_FAILED and cache.exists()
+        return Failure(self.lane.name, reason, tuple(json.loads(cache.read_text())) if ran else ())
 
-def run(lanes: Sequence[Lane], command: Sequence[str], options: Sequence[str], out: IO[str]) -> list[str]:
-    """Run `command`, a lane's arguments and `options` for each lane; return what failed, in words."""
-    failed: list[str] = []
+
+def run(lanes: Sequence[Lane], command: Sequence[str], options: Sequence[str], out: IO[str]) -> list[Failure]:
+    """Run `command`, a lane's arguments and `options` for each lane; return those that failed."""
+    failed: list[Failure] = []
     skipped: list[str] = []
     left = list(lanes)
     with tempfile.TemporaryDirectory(prefix="rebpf-", ignore_cleanup_errors=True) as name, _ended() as running:
@@ -96,8 +120,7 @@ def run(lanes: Sequence[Lane], command: Sequence[str], options: Sequence[str], o
                 print(f"==== {each.lane.name}\n{text}==== {each.lane.name}: {took}", file=out, flush=True)
                 skipped += last_summary(text)
                 if each.told or each.process.returncode not in ((0, NO_TESTS) if options else (0,)):
-                    end = "timed out" if each.told else f"exit code {each.process.returncode}"
-                    failed.append(f"{each.lane.name}: {end}")
+                    failed.append(each.failure())
             for each in running:
                 each.enforce()
             time.sleep(_POLL_S)
@@ -114,7 +137,11 @@ def _start(lane: Lane, command: Sequence[str], folder: Path) -> Running:
         # It ends with us, and has a session of its own, so that a terminal's interrupt reaches it once, by us.
         process = subprocess.Popen(
             ["nice", "-n", str(lane.nice), "setpriv", "--pdeathsig", "INT", *command],
-            env={**os.environ, "PYTEST_DEBUG_TEMPROOT": str(folder)},
+            env={
+                **os.environ,
+                "PYTEST_DEBUG_TEMPROOT": str(folder),
+                "PYTEST_ADDOPTS": f"{os.environ.get('PYTEST_ADDOPTS', '')} -o cache_dir={folder / 'cache'}",
+            },
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -147,7 +174,7 @@ def last_summary(text: str) -> list[str]:
     The last one, since the output of a failure may include that of a virtual machine.
     """
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    tiers = re.findall(r"^NOT RUN in this tier: .*$", plain, re.MULTILINE)
+    tiers = re.findall(r"^(?:NOT RUN in this tier|FLAKY): .*$", plain, re.MULTILINE)
     summary = plain.rpartition(" short test summary info ")[2]
     return tiers + [f"NOT RUN on this machine: {line}" for line in re.findall(r"^SKIPPED (.*)$", summary, re.MULTILINE)]
 
@@ -156,18 +183,23 @@ def is_path(argument: str) -> bool:
     return not argument.startswith("-") and Path(argument.partition("::")[0]).exists()
 
 
-def main(tier: str, options: Sequence[str]) -> int:
+def run_tier(tier: str, options: Sequence[str]) -> int:
     """Run the tier, or what the options select, and return the exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     color = "yes" if sys.stdout.isatty() else "no"
     command = [sys.executable, "-m", "pytest", "-ra", f"--tier={tier}", f"--color={color}"]
     lanes = [Lane("selected", (), 6 * 3600)] if any(map(is_path, options)) else PLANS[tier]
     failed = run(lanes, command, options, sys.stdout)
     for each in failed:
-        print(f"==== FAILED: {each}")
+        print(f"==== FAILED: {each.lane}: {each.reason}")
+    tests = [test for each in failed for test in each.tests]
+    if len(lanes) > 1 and all(each.tests for each in failed) and 0 < len(tests) <= _FLAKY:
+        failed = run([Lane("again, alone", tuple(tests), 3000)], command, options, sys.stdout)
+        for test in tests:
+            print(f"FLAKY: {test} failed beside other tests and {'failed' if failed else 'passed'} alone")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    sys.exit(run_tier(sys.argv[1], sys.argv[2:]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from producer.events import STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream
+from producer.events import STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream, common
 from producer.host.clock import Moment
 from producer.kafka.sink import Outcome
 from producer.pipeline.ledger import Account
@@ -37,7 +37,7 @@ class IdEncoder:
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         assert utc_offset_ns == UTC_OFFSET_NS
-        numbers = batch.rows["s"]["cpu_seq"].astype(">u8")
+        numbers = common(batch.rows)["cpu_seq"].astype(">u8")
         count = len(numbers)
         ones = np.ones(count, np.int64)
         payload = np.frombuffer(numbers.tobytes(), np.uint8)
@@ -130,6 +130,8 @@ class Setup:
     def __init__(self, folder: Folder | None = None, *, most: int = 1 << 20) -> None:
         self.log: list[tuple[str, Any]] = []
         """Accounts that were written, and positions that were committed, in order."""
+        self.counted: list[int] = []
+        """Events that metrics counted."""
         self.now_s = 100.0
         self.sink = MemorySink(most)
         self.disk = FullDisk()
@@ -157,7 +159,10 @@ class Setup:
 
     def path(self, stream: Stream) -> StreamPipeline:
         stores = Stores(self.spools.get(stream.name), self.write_account, self.waits, AFTER_S)
-        return StreamPipeline(stream, self.rings[stream.name], IdEncoder(), stores, Account("ring"))
+        return StreamPipeline(stream, self.rings[stream.name], IdEncoder(), stores, Account("ring"), self._count)
+
+    def _count(self, rows: Rows) -> None:
+        self.counted += rows["s"]["cpu_seq"].tolist()
 
     def _note_commit(self, position: int) -> None:
         self.log.append(("commit", position))

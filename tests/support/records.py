@@ -32,7 +32,7 @@ RETRANSMIT = {
     "srtt_us": 57,
     "err": 0,
 }
-VALUES = {"long": 1_790_000_000_123, "int": 7, "string": "text", "boolean": True}
+VALUES = {"long": 1_790_000_000_123, "int": 7, "string": "text", "boolean": True, "map": {"dc": "fra-1"}}
 
 
 def message(stream: Stream, **fields: Any) -> bytes:

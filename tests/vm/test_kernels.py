@@ -50,6 +50,8 @@ ESSENTIAL = (
 # The only valid reason to skip a test. It also proves that cgroup_skb did not replace the hook under test.
 SKIPPED = "only the cgroup_skb hook sees segments without a socket"
 DEADLINE_S = 1800
+AGAIN = "-again"
+"""The run of the tests that failed, again. A guest without KVM is slow, and stalls when the host is busy."""
 
 
 def command(results: Path, *, everything: bool) -> str:
@@ -71,8 +73,12 @@ def command(results: Path, *, everything: bool) -> str:
 def _pytest(results: Path, name: str, *files: str) -> str:
     hook, _, _ = name.partition("-")
     arguments = " ".join(f"tests/kernel/{file}" for file in files)
-    tests = f"{sys.executable} -m pytest {arguments} -p no:cacheprovider --timeout=600 --durations=5"
-    return f"REBPF_TEST_HOOKS={hook} {tests} --junitxml={results}/{name}.xml >{results}/{name}.log 2>&1"
+    tests = f"{sys.executable} -m pytest {arguments} -o cache_dir={results}/{name}.cache --timeout=600 --durations=5"
+    runs = [
+        f"{tests} {options} --junitxml={results}/{run}.xml >{results}/{run}.log 2>&1"
+        for run, options in ((name, ""), (f"{name}{AGAIN}", "--last-failed --maxfail=1"))
+    ]
+    return f"{{ export REBPF_TEST_HOOKS={hook}; {' || '.join(runs)}; }}"
 
 
 @pytest.fixture(scope="module", params=KERNELS)
@@ -103,5 +109,10 @@ def test_kernel_tests_pass(results: Path, hook: str, request: pytest.FixtureRequ
     names = (hook, "fentry-last") if last else (hook,)
     print(*((results / f"{name}.log").read_text() for name in names), sep="\n")
     found = outcomes([results / f"{name}.xml" for name in names])
+    again = outcomes([each for name in names if (each := results / f"{name}{AGAIN}.xml").exists()])
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    for test in (test for test, outcome in again.items() if outcome == "passed"):
+        reporter.write_line(f"FLAKY: {test} with {hook} failed and then passed")
+    found |= again
     assert {test: outcome for test, outcome in found.items() if outcome not in ("passed", SKIPPED)} == {}
     assert set(found.values()) == {"passed", SKIPPED}

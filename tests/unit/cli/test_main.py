@@ -37,9 +37,9 @@ def test_help_is_no_mistake(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_option_can_be_set_in_the_environment(command):
-    options = [each for each in group.commands[command].params if each.name not in ("help", "limit")]
+    given = [each for each in group.commands[command].params if each.name not in ("help", "limit")]
+    options = [each for each in given if not isinstance(each, click.Argument)]  # files to read, words of a filter
 
-    assert all(isinstance(each, click.Option) for each in options)
     assert {each.envvar for each in options} == {
         "REBPF_" + each.opts[0].removeprefix("--").upper().replace("-", "_") for each in options
     }

@@ -8,12 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from producer.config.load import Alert, AlertRule, Capture, Config, Kafka, Metrics, Registry, RuleConfig, Spool, load
+from producer.config.load import (
+    Alert,
+    AlertRule,
+    Capture,
+    Config,
+    Kafka,
+    Metrics,
+    Registry,
+    RuleConfig,
+    Spool,
+    Topics,
+    load,
+)
 from producer.errors import ConfigError
 
 FULL = """
 host = "db-1"
 state_dir = "/run/rebpf"
+log_level = "debug"
+reload_when_changed = true
+
+[labels]
+env = "prod"
+rack = 7
 
 [capture]
 hooks = ["kprobe", "cgroup_skb"]
@@ -22,14 +40,26 @@ ports = [443, 9092]
 default = "drop"
 transmit_ring_bytes = 65536
 retransmit_ring_bytes = 8192
+flow_ring_bytes = 16384
+transmit = false
+retransmit = true
+flow = true
+flow_interval_s = 30
 pin = "/sys/fs/bpf/rebpf"
 latency_s = 1
+transmit_events_per_s = 1000
 btf = "/some/vmlinux"
 
 [kafka]
 brokers = "a:9092,b:9092"
 topic_prefix = "dev."
 stop_timeout_s = 2.5
+
+[topics]
+transmit = {"retention.ms" = 3600000}
+retransmit = {"compression.type" = "lz4"}
+flow = {}
+heartbeat = {}
 
 [kafka.settings]
 "linger.ms" = 5
@@ -40,6 +70,7 @@ stop_timeout_s = 2.5
 [spool]
 transmit_bytes = 1048576
 retransmit_bytes = 0
+flow_bytes = 524288
 max_age_s = 3600
 quarantine_bytes = 262144
 when_full = "drop_oldest"
@@ -95,6 +126,7 @@ name = "all of it"
 action = "drop"
 transmit = "keep"
 retransmit = "drop"
+flow = "keep"
 sample = 10
 sample_by = "event"
 sample_retransmits = true
@@ -118,6 +150,7 @@ RULE = RuleConfig(
     action="drop",
     transmit="keep",
     retransmit="drop",
+    flow="keep",
     sample=10,
     sample_by="event",
     sample_retransmits=True,
@@ -150,6 +183,9 @@ def test_every_setting_can_be_read(read):
     assert read(FULL) == Config(
         host="db-1",
         state_dir=Path("/run/rebpf"),
+        log_level="debug",
+        labels={"env": "prod", "rack": "7"},
+        reload_when_changed=True,
         capture=Capture(
             hooks=("kprobe", "cgroup_skb"),
             addresses=(ip_address("192.0.2.1"), ip_address("2001:db8::1")),
@@ -157,8 +193,12 @@ def test_every_setting_can_be_read(read):
             default="drop",
             transmit_ring_bytes=65536,
             retransmit_ring_bytes=8192,
+            flow_ring_bytes=16384,
+            transmit=False,
+            flow_interval_s=30.0,
             pin=Path("/sys/fs/bpf/rebpf"),
             latency_s=1.0,
+            transmit_events_per_s=1000,
             btf=Path("/some/vmlinux"),
         ),
         kafka=Kafka(
@@ -172,9 +212,11 @@ def test_every_setting_can_be_read(read):
             },
             stop_timeout_s=2.5,
         ),
+        topics=Topics(transmit={"retention.ms": "3600000"}, retransmit={"compression.type": "lz4"}),
         spool=Spool(
             transmit_bytes=1048576,
             retransmit_bytes=0,
+            flow_bytes=524288,
             max_age_s=3600.0,
             quarantine_bytes=262144,
             when_full="drop_oldest",
@@ -236,7 +278,7 @@ def test_the_file_above_names_every_setting():
             found |= {field} if inner is None else names(inner)
         return found
 
-    assert names(Config) - {"settings"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE))
+    assert names(Config) - {"settings", "labels"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE)) - {"env", "rack"}
 
 
 def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(read):
@@ -273,13 +315,27 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
             r"capture\.retransmit_ring_bytes: expected a power of two .*, found -4096",
         ),
         ('capture.hooks = ["fentri"]', r"capture\.hooks: unknown hook fentri: did you mean fentry\?"),
+        (
+            "capture.transmit = false\ncapture.retransmit = false\ncapture.flow = false",
+            r"capture: expected transmit, retransmit or flow to be true, found none of them",
+        ),
+        ("capture.flow_interval_s = 0.5", r"capture\.flow_interval_s: expected 1 to 3600 seconds, found 0\.5"),
         ('capture.latency_s = "1"', r"capture\.latency_s: expected a number, found '1'"),
+        ("capture.transmit_events_per_s = -1", r"transmit_events_per_s: expected 0 to 1000000000, found -1"),
         ("capture.latency_s = 0", r"capture\.latency_s: expected 0\.02 to 60 seconds, found 0\.0"),
         ("kafka.stop_timeout_s = -1", r"kafka\.stop_timeout_s: expected 0 to 86400 seconds, found -1\.0"),
         ("registry.timeout_s = nan", r"registry\.timeout_s: expected .* seconds, found nan"),
         ("registry.timeout_s = inf", r"registry\.timeout_s: expected .* seconds, found inf"),
         ("registry.register = 1", r"registry\.register: expected true or false, found 1"),
         ('kafka.brokers = " "', r"kafka\.brokers: expected HOST:PORT"),
+        ('labels.Env = "prod"', r"labels: expected a name of at most 32 lower-case letters, .*, found 'Env'"),
+        ('labels.job = "a"', r"labels: expected another name than 'job', which Prometheus reserves"),
+        (f'labels.env = "{"é" * 65}"', r"labels\.env: expected at most 64 characters, found 65"),
+        ("labels.env = [1]", r"labels\.env: expected a string, a number or a boolean, found \[1\]"),
+        ("[labels]\n" + "".join(f"a{i} = 1\n" for i in range(17)), r"labels: expected at most 16 labels, found 17"),
+        ("topics.flows = {}", r"unknown key topics\.flows: did you mean flow\?"),
+        ('topics.flow = {"retention ms" = 1}', r"topics\.flow: expected the name of a setting of Kafka's topics"),
+        ('topics.flow."retention.ms" = ""', r"topics\.flow\.retention\.ms: expected a name"),
         ('kafka.topic_prefix = "a b"', r"kafka\.topic_prefix: expected letters"),
         ("kafka.settings.x = [1]", r"kafka\.settings\.x: expected a string, a number or a boolean, found \[1\]"),
         ("kafka.settings = 1", r"kafka\.settings: expected a table, \[kafka\.settings\], found 1"),

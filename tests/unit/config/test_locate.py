@@ -1,8 +1,10 @@
 """Where a setting stands: each way to write one in TOML is found, and what is nowhere has no line."""
 
+from pathlib import Path
+
 import pytest
 
-from producer.config.locate import line
+from producer.config.locate import Source, find
 
 TEXT = """\
 host = "a" # [kafka]
@@ -19,6 +21,7 @@ port = [1]
 [metrics]
 registry = { url = "x" }
 """
+SOURCE = Source(Path("rebpf.toml"), TEXT, {"rules": range(2)})
 
 
 @pytest.mark.parametrize(
@@ -38,9 +41,9 @@ registry = { url = "x" }
     ],
 )
 def test_the_line_of_a_message(message: str, number: int) -> None:
-    assert line(TEXT, message) == f"line {number}: "
+    assert find([SOURCE], message) == (SOURCE, number)
 
 
 @pytest.mark.parametrize("message", ["an action is keep or drop", "state_dir: expected a string", ""])
 def test_no_line_for_what_is_not_there(message: str) -> None:
-    assert line(TEXT, message) == ""
+    assert find([SOURCE], message) is None

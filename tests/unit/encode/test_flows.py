@@ -3,7 +3,6 @@
 import copy
 import errno
 import io
-import string
 from typing import Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -29,11 +28,11 @@ from producer.events import (
 )
 from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
+from tests.support.encoding import PLAIN
 
-HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11"}
+HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11", "labels": {"env": "prod"}}
 OFFSET_NS = 1_790_000_000_123_456_789
 FRAME_BYTES = 5
-PLAIN = (string.ascii_letters + string.digits + string.punctuation + " ").replace("%", "")
 GAUGES = [name for name in TCP_FIELDS if name in (FLOW_EVENT.names or ()) and name != "total_retrans"]
 BIT_OF = {
     **{name: name for name in KNOWN if name in (FLOW_EVENT.names or ())},
@@ -73,7 +72,7 @@ def encoded(rows: Any) -> dict[str, Any]:
     assert message[:FRAME_BYTES] == b"\0\0\0\0\5"
     plain = copy.deepcopy(dict(schema))
     for field in plain["fields"]:
-        if isinstance(field["type"], dict):  # timestamps as the numbers that they are
+        if "logicalType" in field["type"]:  # timestamps as the numbers that they are
             field["type"] = field["type"]["type"]
     body = io.BytesIO(message[FRAME_BYTES:])
     record: Any = fastavro.schemaless_reader(body, fastavro.parse_schema(plain), None)

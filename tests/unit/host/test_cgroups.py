@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.host.cgroups import CgroupPaths, cgroup2_root, container, unit
+from producer.host.cgroups import CgroupPaths, cgroup2_root, container, pod_uid, unit
 from producer.host.text import raw_name
 
 ID = "0123456789abcdef" * 4
@@ -31,6 +31,62 @@ ID = "0123456789abcdef" * 4
 )
 def test_a_path_names_a_unit_and_a_container(path: str, expected: tuple[str | None, str | None]) -> None:
     assert (unit(path), container(path)) == expected
+
+
+UID = "8f4e4a9c-6c6a-4c5c-9e57-0d7ad0d4f2aa"
+SLICE = UID.replace("-", "_")
+STATIC = "2d5cdc1fd6a49ed7ab7d0b2ba5bd1eb6"
+OTHER = "f" * 8 + UID[8:]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        # containerd, CRI-O, cri-dockerd, with the systemd driver
+        (f"/kubepods.slice/kubepods-pod{SLICE}.slice/cri-containerd-{ID}.scope", UID),
+        (f"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{SLICE}.slice/crio-{ID}.scope", UID),
+        (f"/kubepods.slice/kubepods-pod{SLICE}.slice/crio-{ID}.scope/container", UID),
+        (f"/kubepods.slice/kubepods-pod{SLICE}.slice/docker-{ID}.scope", UID),
+        (f"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{STATIC}.slice/crio-{ID}.scope", STATIC),
+        # the same, with the cgroupfs driver
+        (f"/kubepods/besteffort/pod{UID}/{ID}", UID),
+        (f"/kubepods/burstable/pod{UID}/crio-{ID}", UID),
+        (f"/kubepods/pod{UID}/{ID}/init.scope", UID),
+        (f"/kubepods/burstable/pod{STATIC}/{ID}", STATIC),
+        (f"/kubelet/kubepods/pod{UID}/{ID}", UID),
+        # the kubelet's driver is systemd, containerd's is cgroupfs
+        (f"/system.slice/containerd.service/kubepods-burstable-pod{SLICE}.slice:cri-containerd:{ID}", UID),
+        # kind: nodes are containers
+        (
+            f"/system.slice/docker-{'b' * 64}.scope/kubelet.slice/kubelet-kubepods.slice/"
+            f"kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{SLICE}.slice/cri-containerd-{ID}.scope",
+            UID,
+        ),
+        # the innermost of nested pods
+        (f"/kubepods/pod{OTHER}/{'b' * 64}/kubepods/pod{UID}/{ID}", UID),
+    ],
+)
+def test_a_pods_path_names_its_uid_and_container(path: str, expected: str) -> None:
+    assert (pod_uid(path), container(path)) == (expected, ID)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/system.slice/kubelet.service",
+        f"/system.slice/docker-{ID}.scope",
+        f"/machine.slice/machine-libpod_pod_{ID}.slice/libpod-{ID}.scope",
+        f"/user.slice/pod{UID}",
+        f"/kubepods/burstable/pod{UID}0",
+        f"/kubepods/burstable/xpod{UID}",
+        f"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{SLICE}.scope",
+        "/kubepods/burstable/pod1",
+        "/kubepods.slice",
+    ],
+)
+def test_other_paths_name_no_pod(path: str) -> None:
+    assert pod_uid(path) is None
 
 
 OURS = b"cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\n"

@@ -2,17 +2,19 @@
 
 import io
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from tests.support import lanes
 from tests.support.documents import ROOT
-from tests.support.lanes import NO_TESTS, PLANS, Lane, last_summary, run
+from tests.support.lanes import NO_TESTS, PLANS, Failure, Lane, last_summary, run
 
 PYTHON = (sys.executable, "-c")
 
@@ -30,7 +32,11 @@ def test_output_is_whole_and_each_failure_is_named() -> None:
         lane("none", f"raise SystemExit({NO_TESTS})"),
     ]
     failed = run(plan, PYTHON, [], out)
-    assert sorted(failed) == ["bad: exit code 1", "crash: exit code -9", f"none: exit code {NO_TESTS}"]
+    assert sorted(failed, key=attrgetter("lane")) == [
+        Failure("bad", "exit code 1", ()),
+        Failure("crash", "exit code -9", ()),
+        Failure("none", f"exit code {NO_TESTS}", ()),
+    ]
     assert "a" * 100_000 in out.getvalue()
     assert "b" * 100_000 in out.getvalue()
 
@@ -51,7 +57,7 @@ def test_a_lane_that_hangs_is_ended_with_its_children(
         f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\n"
         "time.sleep(600)\n"
     )
-    assert run([lane("hangs", code, 2)], PYTHON, [], io.StringIO()) == ["hangs: timed out"]
+    assert run([lane("hangs", code, 2)], PYTHON, [], io.StringIO()) == [Failure("hangs", "timed out", ())]
     state = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
@@ -90,6 +96,47 @@ def test_an_interrupt_reaches_the_lanes(tmp_path: Path) -> None:
             os.close(pidfd)
         output, _ = runner.communicate(timeout=30)
     assert "==== sleeps: interrupted" in output
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A plan of two lanes of pytest in a folder where the test adds tests."""
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--tier')\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"test_{name}.py").write_text("def test_good(): pass\n")
+    plan = [Lane(name, (str(tmp_path / f"test_{name}.py"),), 60) for name in ("one", "two")]
+    monkeypatch.setitem(lanes.PLANS, "default", plan)
+    return tmp_path
+
+
+def test_a_test_that_fails_beside_others_and_passes_alone_is_told(
+    plan: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (plan / "test_two.py").write_text(
+        "import pathlib\n"
+        "def test_flaky():\n"
+        "    file = pathlib.Path(__file__).with_name('ran')\n"
+        "    ran = file.exists()\n"
+        "    file.touch()\n"
+        "    assert ran\n"
+    )
+    assert lanes.run_tier("default", []) == 0
+    assert re.search(r"^FLAKY: .*test_flaky failed beside other tests and passed alone$", capsys.readouterr().out, re.M)
+
+
+def test_a_test_that_also_fails_alone_fails_the_run(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (plan / "test_two.py").write_text("def test_bad(): assert False\n")
+    assert lanes.run_tier("default", []) == 1
+    assert "test_bad failed beside other tests and failed alone" in capsys.readouterr().out
+
+
+def test_many_failures_are_not_run_again(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (plan / "test_two.py").write_text("".join(f"def test_{each}(): assert False\n" for each in range(4)))
+    assert lanes.run_tier("default", []) == 1
+    out = capsys.readouterr().out
+    assert "4 failed" in out
+    assert "again" not in out
 
 
 @pytest.mark.parametrize("tier", ["quick", "default"])

@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The process that a socket belongs to: the one that called connect() or listen(), which run in the process that calls
+ * them. An accepted socket has its listener's. Never the task that happens to run when a segment is sent.
+ */
+#ifndef REBPF_PROCESS_H
+#define REBPF_PROCESS_H
+
+struct process {
+	u32 pid; /* 0: unknown */
+	u8 comm[16];
+};
+
+struct flow_state {
+	u64 start_ns; /* 0: unknown, older than the programs */
+	u64 established_ns;
+	struct process process;
+	u32 role;
+	u32 retrans[8]; /* segments, by cause */
+	u32 seen_retrans; /* total_retrans when the last retransmission was counted */
+	u32 closed; /* the closing record was taken */
+};
+
+/* As BPF_SK_STORAGE, but an accepted socket begins with a copy of the listener's value. */
+#define BPF_CLONED_SK_STORAGE(_name, _leaf_type)                                     \
+	struct _name##_table_t {                                                     \
+		int key;                                                             \
+		_leaf_type leaf;                                                     \
+		void *(*sk_storage_get)(void *, void *, int);                        \
+		int (*sk_storage_delete)(void *);                                    \
+		u32 flags;                                                           \
+	};                                                                           \
+	__attribute__((section("maps/sk_storage"))) struct _name##_table_t _name = { \
+		.flags = BPF_F_NO_PREALLOC | BPF_F_CLONE,                            \
+	};                                                                           \
+	BPF_ANNOTATE_KV_PAIR(_name, int, _leaf_type)
+
+/* The programs insert, when a socket connects, listens, first retransmits or closes; deleted with the socket. */
+BPF_CLONED_SK_STORAGE(flow_states, struct flow_state);
+
+#if PROBE_READ
+/*
+ * By cookie, for kprobe programs, which cannot use socket storage. Connect, listen and accept insert, close deletes; the
+ * oldest are evicted.
+ */
+BPF_TABLE("lru_hash", u64, struct process, processes, 65536);
+#endif
+
+/* The process of a task, not the thread. */
+static __always_inline void note_process(struct process *process, const struct task_struct *task)
+{
+	const struct task_struct *leader = PROBE(task, group_leader);
+
+	process->pid = PROBE(task, tgid);
+	bpf_probe_read_kernel(process->comm, sizeof(process->comm), &leader->comm);
+}
+
+static __always_inline void publish_process(struct tcp_sock *tp, const struct flow_state *state)
+{
+#if PROBE_READ
+	u64 cookie = bpf_get_socket_cookie(tp);
+	struct process process = state->process;
+
+	if (process.pid)
+		processes.update(&cookie, &process);
+#endif
+}
+
+/* A socket changes its state: the process is known when it connects or listens, and passes to what it accepts. */
+static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u32 state)
+{
+	bool begins = state == TCP_SYN_SENT || state == TCP_LISTEN;
+	struct flow_state *found = NULL;
+
+	if (begins)
+		found = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	else if (PROBE_READ && old_state == TCP_LISTEN)
+		found = flow_states.sk_storage_get(tp, NULL, 0);
+	if (found && begins)
+		note_process(&found->process, (const void *)bpf_get_current_task());
+	if (found)
+		publish_process(tp, found);
+#if PROBE_READ
+	if (state == TCP_CLOSE) {
+		u64 cookie = READ_IF(sock, (const struct sock *)tp, skc_cookie);
+
+		processes.delete(&cookie);
+	}
+#endif
+}
+
+/* `sk` is the socket, or a SYN-ACK's listener; `cookie` is its cookie. */
+static __always_inline void fill_process(struct segment *s, void *sk, u64 cookie)
+{
+#if PROBE_READ
+	struct process *process = cookie ? processes.lookup(&cookie) : NULL;
+#else
+	struct flow_state *state = flow_states.sk_storage_get(sk, NULL, 0);
+	struct process *process = state && state->process.pid ? &state->process : NULL;
+#endif
+
+	if (!process)
+		return;
+	s->pid = process->pid;
+	__builtin_memcpy(s->comm, process->comm, sizeof(s->comm));
+	s->known |= KNOWN_PROCESS;
+}
+
+/*
+ * A socket that an open file of a task belongs to: its process, if nothing is known about it. Run once, for sockets that
+ * are older than the programs. A listener's role passes to the sockets that it accepts from now on.
+ */
+static __always_inline int adopt_socket(const struct task_struct *task, struct file *file)
+{
+	struct socket *socket = task && file ? bpf_sock_from_file(file) : NULL;
+	struct sock *sk = socket ? socket->sk : NULL;
+	struct tcp_sock *tp = sk ? bpf_skc_to_tcp_sock(sk) : NULL;
+	struct flow_state *state;
+
+	if (!tp || READ((const struct sock *)tp, skc_state) == TCP_CLOSE)
+		return 0;
+	state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!state || state->process.pid)
+		return 0;
+	note_process(&state->process, task);
+	publish_process(tp, state);
+	if (READ((const struct sock *)tp, skc_state) == TCP_LISTEN)
+		state->role = ROLE_SERVER;
+	return 0;
+}
+
+#endif

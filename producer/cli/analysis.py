@@ -1,0 +1,171 @@
+"""The commands `rebpf export` and `rebpf report`, which need the extra `rebpf[report]`."""
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from producer.cli.options import Command, brokers_option, config_option, load, option, registry_option, usage
+from producer.errors import UnavailableError
+from producer.host.output import echo
+from producer.host.text import lines
+
+
+def _require(command: str, *packages: str) -> None:
+    """Raise UnavailableError with the fix if a package is missing."""
+    if missing := [each for each in packages if importlib.util.find_spec(each) is None]:
+        raise UnavailableError(f"`rebpf {command}` needs {' and '.join(missing)}: pip install 'rebpf[report]'")
+
+
+paths_argument = click.argument("paths", nargs=-1, metavar="[FILE...]", type=click.Path(path_type=Path))
+since_option = option("--since", metavar="TIME", help="Start of the period: 2026-11-29T15:00Z, or 1h for an hour ago.")
+filter_option = option(
+    "--filter", "filter_text", metavar="FILTER", help="Only matching events: 'host web-17 and cause rto'."
+)
+until_option = option("--until", metavar="TIME", help="End of the period, in the same form.")
+
+
+def _source(
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    paths: Sequence[Path],
+    period: Any,
+    names: Sequence[str],
+) -> Any:
+    """Return the files, or else the topics of the given streams that exist."""
+    from producer.export.read import STREAMS
+    from producer.export.sources import Files, Topics
+    from producer.topics import topic as topic_of
+
+    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    if paths and brokers:
+        usage("give either files or --brokers")
+    if paths:
+        return Files(paths)
+    if settings.kafka.brokers is None:
+        usage("give files, or --brokers")
+    return Topics(
+        settings.kafka.brokers,
+        {STREAMS[name]: topic_of(settings, STREAMS[name]) for name in names},
+        settings.registry,
+        settings.kafka.settings,
+        period.since_ns,
+    )
+
+
+def _choice(filter_text: str | None) -> Any:
+    from producer.export.events import matching
+
+    return matching(filter_text) if filter_text else None
+
+
+def _period(since: str | None, until: str | None) -> Any:
+    from producer.export.sources import Period
+    from producer.export.when import parse_time
+
+    now_ns = time.time_ns()
+    return Period(parse_time(since, now_ns) if since else None, parse_time(until, now_ns) if until else None)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf export --brokers kafka-1:9092 --since 24h -o events", "Write a day of a fleet's events as Parquet"),
+        ("rebpf export /var/lib/rebpf/spool -o events --format csv", "Write what is spooled on a host as CSV"),
+    ),
+)
+@paths_argument
+@config_option
+@brokers_option
+@registry_option
+@option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@option(
+    "--topic",
+    type=click.Choice(["tcp_flow", "tcp_retransmit", "tcp_transmit"]),
+    multiple=True,
+    help="Export this topic only, named without prefix; repeatable.",
+)
+@option("--format", "form", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True, help="Format.")
+@since_option
+@until_option
+@filter_option
+def export(
+    paths: tuple[Path, ...],
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    output: Path,
+    topic: tuple[str, ...],
+    form: str,
+    since: str | None,
+    until: str | None,
+    filter_text: str | None,
+) -> None:
+    """Write events to Parquet or CSV files, partitioned by day.
+
+    Reads the topics, or Avro files: spool files, folders of them, or files of `rebpf trace -w`. The files are
+    OUTPUT/TOPIC/date=DAY/SINCE-UNTIL.parquet, so an export that is repeated replaces its files. Needs `rebpf[report]`.
+    """
+    _require("export", "pyarrow")
+    from producer.commands.export import export as write
+    from producer.consume.reader import collect_rarely
+    from producer.export.read import STREAMS
+
+    collect_rarely()
+    period = _period(since, until)
+    names = topic or tuple(STREAMS)
+    source = _source(config, brokers, registry, paths, period, names)
+    written = write(source, output, form, period, frozenset(STREAMS[name] for name in names), _choice(filter_text))
+    echo(lines(f"{path} events={count}" for path, count in written.items()))
+    if source.undecodable:
+        echo(f"undecodable messages: {source.undecodable}", err=True)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf report --brokers kafka-1:9092 --since 1h -o report.html", "Show what a fleet retransmitted in an hour"),
+        ("rebpf report events.avro -o report.html --png report.png", "The same of a file, also as a picture"),
+    ),
+)
+@paths_argument
+@config_option
+@brokers_option
+@registry_option
+@option("--output", "-o", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@option("--png", type=click.Path(path_type=Path), help="Also write a picture to this file.")
+@since_option
+@until_option
+@filter_option
+def report(
+    paths: tuple[Path, ...],
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    output: Path,
+    png: Path | None,
+    since: str | None,
+    until: str | None,
+    filter_text: str | None,
+) -> None:
+    """Write a report with plots: what was retransmitted, where and why.
+
+    The HTML file needs no network. Reads the topics, or Avro files as `rebpf export` does. Needs `rebpf[report]`.
+    """
+    _require("report", "pyarrow", "matplotlib")
+    from producer.commands.report import report as write
+    from producer.consume.reader import collect_rarely
+    from producer.export.read import STREAMS
+    from producer.export.sources import Period
+    from producer.report.connections import MARGIN_NS
+
+    collect_rarely()
+    period = _period(since, until)
+    earlier = Period(period.since_ns and period.since_ns - MARGIN_NS, period.until_ns)
+    source = _source(config, brokers, registry, paths, earlier, tuple(STREAMS))
+    echo(lines(write(source, period, output, png, choice=_choice(filter_text), filter_text=filter_text or "")))
+    echo(lines(f"wrote {path}" for path in (output, png) if path is not None))

@@ -1,0 +1,186 @@
+"""The commands `rebpf trace` and `rebpf top`."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from producer.cli.options import (
+    Command,
+    brokers_option,
+    config_option,
+    json_option,
+    load,
+    option,
+    registry_option,
+    usage,
+)
+from producer.host.output import echo
+from producer.host.signals import stop_on_signals
+from producer.host.text import printable
+
+_CACHE = Path("/var/cache/rebpf")
+"""Of compiled programs. Not the producer's, whose state folder may belong to its own user."""
+GROUPS = ("peer", "flow", "host", "unit", "container", "comm", "port", "subnet", "cause")
+SORTS = ("retransmitted", "ratio", "segments", "srtt", "failed", "flows", "name")
+"""Those of producer.view.table, which is not imported for every command."""
+_WIDE = 200
+"""The width of lines that do not go to a terminal."""
+
+
+def is_terminal() -> bool:
+    """Return whether standard output is a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def has_color() -> bool:
+    """Return whether standard output shows colors."""
+    return is_terminal() and "NO_COLOR" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
+
+
+filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf trace", "Show retransmissions and failed connections"),
+        ("rebpf trace 'peer 10.2.0.0/16 and cause rto'", "Only timeouts towards a network"),
+        ("rebpf trace -c -n 100", "Show 100 events, then counts by connection"),
+        ("rebpf trace -w night.avro", "Also write the records to a file"),
+        ("rebpf trace -r night.avro -c unit nginx.service", "Replay a file"),
+    ),
+)
+@filter_argument
+@config_option
+@option("--transmit", is_flag=True, help="Also show each segment sent.")
+@click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
+@option("--counts", "-c", is_flag=True, help="At the end, print counts by connection, and what limits each.")
+@option("--write", "-w", type=click.Path(path_type=Path, dir_okay=False), help="Write all records to this file.")
+@option("--read", "-r", "replay", type=click.Path(path_type=Path, dir_okay=False), help="Read this file instead.")
+@json_option
+def trace(
+    filter_words: tuple[str, ...],
+    config: Path | None,
+    transmit: bool,
+    limit: int | None,
+    counts: bool,
+    write: Path | None,
+    replay: Path | None,
+    as_json: bool,
+) -> None:
+    """Show retransmissions and failed connections of this host.
+
+    Needs root, but neither Kafka nor a running producer. Stop it with Ctrl-C. Filters read like tcpdump's.
+    """
+    from producer.commands import trace as tracing
+    from producer.events import FLOWS, RETRANSMITS, TRANSMITS
+    from producer.view.file import RecordFile
+    from producer.view.filter import parse
+    from producer.view.line import Lines
+    from producer.view.local import LocalSource
+
+    if replay is not None and (transmit or write is not None):
+        usage("-r shows what is in the file: leave out --transmit and -w")
+    chosen = parse(" ".join(filter_words))
+    width = shutil.get_terminal_size().columns if is_terminal() else _WIDE
+    lines = Lines(width, hosts=replay is not None and width > 100, color=has_color())
+    output = tracing.Output(lines, as_json, limit, counts, has_color())
+    stop = stop_on_signals()
+    file = RecordFile(write) if write is not None else None
+    if replay is not None:
+        source: Iterable[Any] = tracing.from_file(replay, stop)
+    else:
+        settings = load(config)
+        streams = (RETRANSMITS, FLOWS, *([TRANSMITS] if transmit else []))
+        local = LocalSource(streams, {"host": settings.host}, cache=_CACHE, btf=settings.capture.btf)
+        source = tracing.live(local, stop)
+    try:
+        tracing.trace(source, chosen, output, stop, file)
+    finally:
+        if file is not None:
+            file.close()
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf top", "Show which peers need retransmissions, of this host"),
+        ("rebpf top --by unit 'port 443'", "By systemd unit, of one port"),
+        ("rebpf top --brokers kafka-1:9092 --by host", "Show a fleet, from the topics"),
+        ("rebpf top --once --json --window 30", "Print one table for a script"),
+    ),
+)
+@filter_argument
+@config_option
+@brokers_option
+@registry_option
+@option("--by", type=click.Choice(GROUPS), default=GROUPS[0], show_default=True, help="What a line stands for.")
+@option("--sort", type=click.Choice(SORTS), default=SORTS[0], show_default=True, help="Sort by this column.")
+@option("--window", type=click.FloatRange(1, 60), default=10.0, show_default=True, help="Seconds that rates cover.")
+@option("--once", is_flag=True, help="Print the table of one window, then exit.")
+@json_option
+def top(
+    filter_words: tuple[str, ...],
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    by: str,
+    sort: str,
+    window: float,
+    once: bool,
+    as_json: bool,
+) -> None:
+    """Show a live table of connections and retransmissions.
+
+    Without --brokers, of this host: needs root, but neither Kafka nor a running producer. Without a terminal, prints
+    the table of one window.
+    """
+    from producer.commands import top as showing
+    from producer.view.filter import parse
+    from producer.view.keys import Choice
+    from producer.view.terminal import is_usable
+
+    text = " ".join(filter_words)
+    parse(text)
+    if as_json and not once:
+        usage("--json needs --once")
+    stop = stop_on_signals()
+    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    source: showing.Source = _fleet(settings, stop) if brokers else _local(settings)
+    name = printable(brokers or settings.host)
+    choice = Choice(by=by, sort=sort, filter_text=text)
+    if once or not is_usable():
+        width = shutil.get_terminal_size().columns if is_terminal() else _WIDE
+        showing.once(source, choice, window, name, stop, as_json=as_json, width=width)
+    else:
+        echo("Loading the programs ...", err=True)
+        showing.watch(source, choice, window, name, stop, color=has_color())
+
+
+def _local(settings: Any) -> Any:
+    from producer.events import FLOWS, RETRANSMITS
+    from producer.view.local import LocalSource
+
+    fields = {"host": settings.host}
+    return LocalSource((RETRANSMITS, FLOWS), fields, cache=_CACHE, btf=settings.capture.btf)
+
+
+def _fleet(settings: Any, stop: Any) -> Any:
+    from producer.consume.follow import Start
+    from producer.events import FLOWS, RETRANSMITS
+    from producer.topics import topic
+    from producer.view.topics import TopicSource
+
+    return TopicSource(
+        settings.kafka.brokers,
+        [topic(settings, stream) for stream in (RETRANSMITS, FLOWS)],
+        registry=settings.registry,
+        client_settings=settings.kafka.settings,
+        start=Start.END,
+        stop=stop,
+    )

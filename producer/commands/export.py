@@ -1,0 +1,32 @@
+"""`rebpf export`: write events to Parquet or CSV files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from producer.errors import UnavailableError
+from producer.events import Stream
+from producer.export.dataset import Dataset
+from producer.export.events import Choice, record_batches
+from producer.export.sources import Files, Period, Topics
+from producer.export.when import compact
+from producer.host.progress import Progress
+
+
+def export(
+    source: Files | Topics,
+    folder: Path,
+    form: str,
+    period: Period,
+    streams: frozenset[Stream],
+    choice: Choice | None = None,
+) -> Mapping[Path, int]:
+    """Write the streams' events; return the files' numbers of events. Raises UnavailableError if there are none."""
+    name = f"{compact(period.since_ns, 'begin')}-{compact(period.until_ns, 'end')}"
+    with Dataset(folder, name, form) as dataset, Progress("exporting") as progress:
+        for stream, batch in record_batches(source, period, {}, progress, choice):
+            if stream in streams:
+                dataset.add(stream, batch)
+        written = dataset.commit()
+    if not written:
+        raise UnavailableError("no events in this period")
+    return written

@@ -1,0 +1,60 @@
+"""`rebpf report`: what was retransmitted in a period, as an HTML file and a picture."""
+
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from producer.errors import UnavailableError
+from producer.events import TRANSMITS
+from producer.export.arrow import schema_of
+from producer.export.dataset import disk_errors
+from producer.export.events import Choice
+from producer.export.sources import Files, Period, Topics
+from producer.host.progress import Progress
+from producer.report.collect import NAMES, collect, collect_segments
+from producer.report.frame import Frame
+from producer.report.page import headline, page
+from producer.report.plots import draw_summary, png
+from producer.report.summary import Summary, flow_choice, summarize
+
+
+def report(
+    source: Files | Topics,
+    period: Period,
+    output: Path,
+    picture: Path | None,
+    *,
+    choice: Choice | None = None,
+    filter_text: str = "",
+) -> list[str]:
+    """Write the report; return the headline. Raises UnavailableError if there are no events."""
+    collected = collect(source, period, choice)
+    if not any(map(len, collected.frames.values())):
+        raise UnavailableError("no connection records and no retransmissions in this period")
+    summary = summarize(collected, period)
+    if summary.flows and TRANSMITS in collected.quality:
+        segments = collect_segments(source, period, flow_choice(summary))
+    else:
+        segments = Frame(pa.Table.from_batches([], schema_of(TRANSMITS, NAMES[TRANSMITS])))
+    with Progress("drawing"), disk_errors(output.parent):
+        if picture is not None:
+            png(picture, draw_summary(summary, headline(summary), segments), 12, 9)
+        text = page(summary, segments, list(_commands(summary, source)), filter_text)
+        partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(output)
+    return headline(summary)
+
+
+def _commands(summary: Summary, source: Files | Topics) -> Iterator[str]:
+    """Yield command lines that show more of the worst peer and host."""
+    peers, hosts = summary.worst["peer"], summary.worst["host"]
+    if peers:
+        yield f"ss -ti dst {shlex.quote(peers[0].name)}  # on the host: the open connections to the worst peer"
+    if hosts and isinstance(source, Topics):
+        brokers = shlex.quote(source.brokers)
+        yield f"rebpf verify --brokers {brokers} --host {shlex.quote(hosts[0].name)}  # whether events are missing"
+        yield f"rebpf export --brokers {brokers} --since 1h -o events  # the events, for notebooks"

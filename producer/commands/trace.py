@@ -1,0 +1,192 @@
+"""`rebpf trace`: print this host's retransmissions and failed connections as they happen, without Kafka."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from producer.errors import ReaderGoneError
+from producer.events import CAUSES, FLOWS, RETRANSMITS
+from producer.host.endpoints import endpoint
+from producer.host.output import echo
+from producer.host.signals import Flag
+from producer.host.text import printable, to_json
+from producer.view.file import RecordFile, read
+from producer.view.filter import Filter
+from producer.view.limits import LIMITS, Interval, limits, spurious
+from producer.view.line import Lines, flow_key, is_event, who
+from producer.view.local import LocalSource
+from producer.view.records import Records
+
+_POLL_S = 0.1
+_MAX_FLOWS = 16_384
+_COUNTERS, _GAUGES = Interval._fields[1:8], Interval._fields[8:]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What to print: at most `limit` events, as lines or JSON, and counts by flow at the end."""
+
+    lines: Lines
+    as_json: bool
+    limit: int | None
+    counts: bool
+    color: bool
+
+
+def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
+    """Yield this host's records as they arrive; at the end, a last record of each open connection."""
+    with source:
+        source.report()  # where the counters of open connections stand
+        while not stop.is_set():
+            yield source.read()
+            stop.wait(_POLL_S)
+        source.report()
+        yield source.read()
+
+
+def from_file(path: Path, stop: Flag) -> Iterator[list[Records]]:
+    """Yield the records of a file."""
+    for records in read(path):
+        if stop.is_set():
+            return
+        yield [records]
+
+
+def trace(source: Iterable[list[Records]], chosen: Filter, output: Output, stop: Flag, file: RecordFile | None) -> None:
+    """Print the chosen events until the source ends; also write all chosen records to a file."""
+    summary = Summary() if output.counts else None
+    printer = _Printer(output)
+    with contextlib.suppress(ReaderGoneError):
+        printer.start()
+        for batch in source:
+            for records in (each.select(chosen(each)) for each in batch):
+                if file is not None and len(records):
+                    file.write(records)
+                if summary is not None:
+                    summary.add(records)
+                if not printer.show(records):
+                    stop.set()
+        if summary is not None:
+            echo(summary.text(as_json=output.as_json), color=False)
+        return
+    stop.set()
+    for _ in source:  # the reader has gone: release the hooks in order
+        pass
+
+
+class _Printer:
+    """Prints events up to the limit."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._left = output.limit
+
+    def start(self) -> None:
+        if not self._output.as_json:
+            echo(self._output.lines.header())
+
+    def show(self, records: Records) -> bool:
+        """Print the events among records; return whether more may be printed."""
+        if self._left == 0:
+            return False
+        shown = [*(self._json(records) if self._output.as_json else self._output.lines.lines(records))][: self._left]
+        if shown:
+            echo("\n".join(shown), color=self._output.color and not self._output.as_json)
+        if self._left is not None:
+            self._left -= len(shown)
+        return self._left != 0
+
+    def _json(self, records: Records) -> Iterator[str]:
+        for record in records.rows():
+            if is_event(records.stream, record):
+                yield to_json({"topic": records.stream.topic, **record}, compact=True)
+
+
+@dataclass(slots=True)
+class _Flow:
+    """A connection in the summary."""
+
+    name: str
+    who: str
+    causes: Counter[str] = field(default_factory=Counter)
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    error: str | None = None
+
+
+class Summary:
+    """Counts by flow, and what limited each."""
+
+    def __init__(self) -> None:
+        self._flows: dict[Any, _Flow] = {}
+
+    def add(self, records: Records) -> None:
+        """Count records."""
+        for record in records.rows():
+            flow = self._flow(record)
+            if flow is None:
+                continue
+            if records.stream == RETRANSMITS:
+                flow.causes[record["cause"]] += record["segs"]
+            elif records.stream == FLOWS:
+                flow.first, flow.last = flow.first or record, record
+                flow.error = record["error"] or flow.error
+                flow.who = who(record)
+
+    def _flow(self, record: dict[str, Any]) -> _Flow | None:
+        key = flow_key(record)
+        if key not in self._flows and len(self._flows) < _MAX_FLOWS:
+            ends = (endpoint(record[f"{side}addr"], record[f"{side}port"]) for side in "sd")
+            self._flows[key] = _Flow(" > ".join(ends), who(record))
+        return self._flows.get(key)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the flows with retransmissions or an error, worst first."""
+        flows = [flow for flow in self._flows.values() if flow.causes or flow.error]
+        return [self._row(flow) for flow in sorted(flows, key=lambda flow: -flow.causes.total())]
+
+    @staticmethod
+    def _row(flow: _Flow) -> dict[str, Any]:
+        limit, unneeded = judged(flow.first, flow.last)
+        causes = {cause: flow.causes[cause] for cause in CAUSES if flow.causes[cause]}
+        return {
+            "retransmitted": flow.causes.total(), "causes": causes, "spurious": unneeded, "limit": limit,
+            "error": flow.error, "who": flow.who, "flow": flow.name,
+        }  # fmt: skip
+
+    def text(self, *, as_json: bool) -> str:
+        """Return the summary as text, or as one JSON object."""
+        rows = self.rows()
+        if as_json:
+            return to_json({"flows": rows}, compact=True)
+        head = f"{'RETRANS':>7} {'SPURIOUS':>8} {'LIMIT':<11} {'WHO':<15} {'CAUSES':<28} FLOW"
+        return "\n".join([f"{len(rows)} flows with retransmissions or errors", head, *map(_line, rows)])
+
+
+def _line(row: dict[str, Any]) -> str:
+    causes = " ".join(f"{cause}={count}" for cause, count in row["causes"].items()) or row["error"]
+    unneeded = "-" if row["spurious"] is None else row["spurious"]
+    text = f"{row['retransmitted']:>7} {unneeded:>8} {row['limit'] or '-':<11} {row['who'][:15]:<15} {causes:<28} "
+    return printable(text + row["flow"])
+
+
+def judged(first: dict[str, Any] | None, last: dict[str, Any] | None) -> tuple[str | None, int | None]:
+    """Return what limited a connection between two records, and its spurious retransmissions; None if unknown.
+
+    With a single record, this is since the connection began.
+    """
+    if last is None or last["busy_time_us"] is None or last["srtt_us"] is None:
+        return None, None
+    base = first if first is not last else None
+    start = base["ts_ns"] if base else last["start_ns"]
+    if start is None or last["ts_ns"] <= start:
+        return None, None
+    counters = {name: np.array([last[name] - ((base or {}).get(name) or 0)]) for name in _COUNTERS}
+    gauges = {name: np.array([last[name] or 0]) for name in _GAUGES}
+    interval = Interval(np.array([(last["ts_ns"] - start) // 1000]), **counters, **gauges)
+    return LIMITS[limits(interval)[0]], int(spurious(interval)[0])

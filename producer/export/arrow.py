@@ -1,0 +1,84 @@
+"""Decoded events as Arrow record batches. Texts are dictionaries, so no Python runs for each event."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from producer.consume.columns import Ints, Table
+from producer.events import Stream
+from producer.schemas import load_schema
+
+Mask = NDArray[np.bool_]
+_TYPES = {
+    "boolean": pa.bool_(),
+    "int": pa.int32(),
+    "long": pa.int64(),
+    "float": pa.float64(),
+    "double": pa.float64(),
+    "string": pa.dictionary(pa.int32(), pa.string()),
+}
+_TIME = pa.timestamp("ms", tz="UTC")
+
+
+def schema_of(stream: Stream, names: frozenset[str] | None = None) -> Any:
+    """Return the Arrow schema of a stream's events: all fields but lists and maps, or those in `names`."""
+    fields = []
+    for field in load_schema(stream.schema_file)["fields"]:
+        kind, nullable = field["type"], isinstance(field["type"], list)
+        if nullable:
+            kind = next(each for each in kind if each != "null")
+        if isinstance(kind, dict) and kind.get("logicalType") == "timestamp-millis":
+            arrow = _TIME
+        elif isinstance(kind, str):
+            arrow = _TYPES[kind]
+        else:
+            continue
+        if names is None or field["name"] in names:
+            metadata = {"doc": field["doc"]} if "doc" in field else None
+            fields.append(pa.field(field["name"], arrow, nullable=nullable or "default" in field, metadata=metadata))
+    return pa.schema(fields)
+
+
+def batch_of(schema: Any, table: Table, chosen: Mask) -> Any:
+    """Return the chosen rows as a record batch of `schema`; fields that the table lacks are null."""
+    columns = {name: column for column, name in enumerate(table.plan.names)}
+    size = int(np.count_nonzero(chosen))
+    everything = size == len(chosen)
+    arrays = []
+    for field in schema:
+        column = columns.get(field.name)
+        if column is None:
+            arrays.append(pa.nulls(size, field.type))
+            continue
+        cells, valid = table.cells[column], table.valid[column]
+        if not everything:
+            cells, valid = cells[chosen], valid[chosen]
+        arrays.append(_array(field.type, cells, valid, table.texts))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _array(kind: Any, cells: Ints, valid: Mask, texts: list[str]) -> Any:
+    mask = None if valid.all() else ~valid
+    if pa.types.is_dictionary(kind):
+        return _texts(cells, valid, mask, texts)
+    if pa.types.is_boolean(kind):
+        return pa.array(cells != 0, mask=mask)
+    if pa.types.is_floating(kind):
+        return pa.array(cells.view(np.float64), mask=mask)
+    numbers = pa.array(cells, mask=mask)
+    return numbers if kind == pa.int64() else numbers.cast(kind)
+
+
+def _texts(cells: Ints, valid: Mask, mask: Mask | None, texts: list[str]) -> Any:
+    """Return texts as a dictionary of those that the column has."""
+    used = np.zeros(len(texts) + 1, np.bool_)
+    used[np.where(valid, cells, len(texts)) if mask is not None else cells] = True
+    used = used[:-1]
+    numbers = np.cumsum(used, dtype=np.int32) - 1
+    if not len(numbers):
+        numbers = np.zeros(1, np.int32)
+    indexes = numbers[np.where(valid, cells, 0) if mask is not None else cells]
+    values = [texts[at] for at in np.flatnonzero(used).tolist()]
+    return pa.DictionaryArray.from_arrays(pa.array(indexes, pa.int32(), mask=mask), pa.array(values, pa.string()))

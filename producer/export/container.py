@@ -1,0 +1,119 @@
+"""Reads Avro object container files of events, by batch: spool files, and those of other tools.
+
+A spool file (spool/format.py) has batches of framed messages. Any other has a record for each event.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fastavro
+import numpy as np
+
+from producer import _native
+from producer.consume.accepted import NotAccepted, accepted
+from producer.consume.columns import Table, Values, decode
+from producer.consume.plan import plan_for_all, plan_for_names
+from producer.errors import IncompleteError, UnavailableError
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.export.part import Part
+from producer.spool.files import SPOOL_SUFFIX
+from producer.spool.format import Reader, Spooled, read_header
+
+STREAMS = {"TcpTransmit": TRANSMITS, "TcpRetransmit": RETRANSMITS, "TcpFlow": FLOWS}
+"""The streams, by the names of their records."""
+_FRAME = bytes(5)
+_ROWS = 10_000
+
+
+def container_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files, and those with the suffix .avro in folders; UnavailableError if there are none."""
+    found: list[Path] = []
+    for path in paths:
+        found += sorted(path.rglob(f"*{SPOOL_SUFFIX}")) if path.is_dir() else [path]
+    if not found:
+        raise UnavailableError(f"no {SPOOL_SUFFIX} files in {', '.join(map(str, paths))}")
+    return found
+
+
+def read_container(path: Path, names: Mapping[Stream, frozenset[str]]) -> Iterator[Part]:
+    """Yield the events of a file, with the fields `names` of its stream, or all.
+
+    Raises UnavailableError if it cannot be opened or has no events of ours, IncompleteError if it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            yield from _parts(path, file, names)
+    except OSError as error:
+        raise UnavailableError(f"{path}: {error.strerror or error}") from error
+
+
+def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -> Iterator[Part]:
+    try:
+        reader = fastavro.block_reader(file)
+        schema = json.loads(reader.metadata["avro.schema"])
+    except Exception as error:  # invalid data can raise anything in the parser
+        raise UnavailableError(f"{path}: not an Avro object container file") from error
+    is_spool = "rebpf.format" in reader.metadata
+    try:
+        event = accepted(json.dumps(_event_schema(schema) if is_spool else schema))
+        stream = STREAMS[event["name"].rpartition(".")[2]]
+    except (NotAccepted, LookupError, TypeError, StopIteration) as error:
+        raise UnavailableError(f"{path}: has no events of ReBPF") from error
+    plan = plan_for_names(event, names[stream]) if stream in names else plan_for_all(event)
+    batches = _spooled(path, file, stream) if is_spool else _records(path, reader, plan_for_names(event, ()).steps)
+    for values in batches:
+        yield Part(stream, _whole(path, decode(values, plan)))
+
+
+def _event_schema(schema: dict[str, Any]) -> Any:
+    """Return the event's schema of a spool file's."""
+    messages = next(field for field in schema["fields"] if field["name"] == "messages")
+    return next(field for field in messages["type"]["items"]["fields"] if field["name"] == "event")["type"]
+
+
+def _spooled(path: Path, file: BinaryIO, stream: Stream) -> Iterator[Values]:
+    size = os.fstat(file.fileno()).st_size
+
+    def read_at(offset: int, count: int) -> bytes:
+        return os.pread(file.fileno(), max(0, min(count, size - offset)), offset)
+
+    start, sync, _ = read_header(read_at(0, 1 << 16))
+    reader = Reader(stream, sync, start, read_at)
+    while spooled := reader.next():
+        yield _values(spooled)
+    if reader.damaged:
+        raise IncompleteError(f"{path}: damaged: `rebpf spool verify` has the details")
+
+
+def _values(spooled: Spooled) -> Values:
+    batch = spooled.batch
+    payload = batch.payload.tobytes()
+    ends = (batch.starts + batch.lengths).tolist()
+    return [payload[start:end] for start, end in zip(batch.starts.tolist(), ends, strict=True)]
+
+
+def _records(path: Path, reader: Any, steps: bytes) -> Iterator[Values]:
+    """Yield the blocks' records, each with an empty frame, which the decoder skips."""
+    values: Values = []
+    try:
+        for block in reader:
+            data = block.bytes_.getvalue()
+            lengths = np.frombuffer(_native.lengths(data, steps, block.num_records), np.int64).tolist()
+            values += [_FRAME + data[start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
+            if len(values) >= _ROWS:
+                yield values
+                values = []
+    except Exception as error:  # of fastavro, too, whose blocks may have any content
+        raise IncompleteError(f"{path}: damaged: {error}") from error
+    if values:
+        yield values
+
+
+def _whole(path: Path, table: Table) -> Table:
+    if table.status.any():
+        raise IncompleteError(f"{path}: {np.count_nonzero(table.status)} events cannot be decoded")
+    return table

@@ -1,0 +1,132 @@
+"""Writes events as Parquet or CSV files, partitioned by day: FOLDER/tcp_flow/date=2026-11-29/NAME.parquet.
+
+Files appear in whole, when everything has been written. A file of the same name is replaced, so the same export can be
+repeated, and one of each hour or day adds to the same folder.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from producer.errors import UnavailableError
+from producer.events import Stream
+
+FORMATS = ("parquet", "csv")
+_ROWS = 1 << 17
+"""Rows of a row group."""
+_DAY_NS = 86_400_000_000_000
+_MOST_FILES = 1000
+"""A topic has some days; one of foreign events with any time must not open a file for each."""
+
+
+@dataclass
+class _Part:
+    """A file that is being written, and the batches that are not in it yet."""
+
+    path: Path
+    writer: Any
+    batches: list[Any] = field(default_factory=list)
+    rows: int = 0
+    written: int = 0
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+
+
+class Dataset:
+    """The files of an export: one for each stream and day. Use it as a context; `commit` gives them their names."""
+
+    def __init__(self, folder: Path, name: str, form: str) -> None:
+        self._folder = folder
+        self._name = f"{name}.{form}"
+        self._is_csv = form == "csv"
+        self._parts: dict[tuple[Stream, int], _Part] = {}
+
+    def __enter__(self) -> "Dataset":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Delete what was not committed."""
+        for part in self._parts.values():
+            with suppress(OSError):
+                if part.writer is not None:
+                    part.writer.close()
+            with suppress(OSError):
+                part.partial.unlink(missing_ok=True)
+        self._parts.clear()
+
+    def add(self, stream: Stream, batch: Any) -> None:
+        """Write a record batch. Raises UnavailableError if the disk is full."""
+        days = batch.column("ts_ns").to_numpy() // _DAY_NS
+        for day in np.unique(days).tolist():
+            rows = batch if (days == day).all() else batch.filter(pa.array(days == day))
+            with disk_errors(self._folder):
+                part = self._parts.get((stream, day)) or self._open(stream, day, batch.schema)
+                part.batches.append(rows)
+                part.rows += rows.num_rows
+                if part.rows >= _ROWS:
+                    self._write(part)
+
+    def commit(self) -> Mapping[Path, int]:
+        """Finish all files; return their numbers of events."""
+        with disk_errors(self._folder):
+            for part in self._parts.values():
+                self._write(part)
+                part.writer.close()
+            for part in self._parts.values():
+                part.partial.replace(part.path)
+        done = {part.path: part.written for part in self._parts.values()}
+        self._parts.clear()
+        return done
+
+    def _open(self, stream: Stream, day: int, schema: Any) -> _Part:
+        if len(self._parts) >= _MOST_FILES:
+            raise UnavailableError(f"the events are of more than {_MOST_FILES} days: set --since and --until")
+        folder = self._folder / stream.topic / f"date={np.datetime64(day, 'D')}"
+        folder.mkdir(parents=True, exist_ok=True)
+        part = _Part(folder / self._name, None)
+        # Registered first, so that a file whose writer cannot be made is deleted.
+        self._parts[stream, day] = part
+        if self._is_csv:
+            part.writer = pyarrow.csv.CSVWriter(part.partial, _plain(schema))
+        else:
+            part.writer = pyarrow.parquet.ParquetWriter(part.partial, schema, compression="zstd")
+        return part
+
+    def _write(self, part: _Part) -> None:
+        if not part.rows:
+            return
+        table = pa.Table.from_batches(part.batches)
+        if self._is_csv:
+            part.writer.write_table(table.cast(_plain(table.schema)))
+        else:
+            part.writer.write_table(table.unify_dictionaries(), row_group_size=_ROWS)
+        part.written += part.rows
+        part.batches, part.rows = [], 0
+
+
+def _plain(schema: Any) -> Any:
+    """Return a schema without dictionaries, which CSV does not have."""
+    return pa.schema(
+        pa.field(each.name, pa.string() if pa.types.is_dictionary(each.type) else each.type, each.nullable)
+        for each in schema
+    )
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Raise UnavailableError instead of OSError."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise UnavailableError(f"cannot write to {folder}: {reason}") from error

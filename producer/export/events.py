@@ -1,0 +1,51 @@
+"""Events of a source within a period, as Arrow."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from producer.events import Stream
+from producer.export.arrow import Mask, batch_of, schema_of
+from producer.export.part import Part
+from producer.export.sources import Files, Names, Period, Progress, Topics
+from producer.view.filter import parse
+from producer.view.records import of_table
+
+Choice = Callable[[Part], Mask]
+"""Returns which events of a part to take."""
+
+
+def matching(text: str) -> Choice:
+    """Return the choice of the events that match a filter. Raises FilterError."""
+    matches = parse(text)
+
+    def choice(part: Part) -> Mask:
+        chosen: Mask = part.table.status == 0
+        chosen = chosen.copy()
+        chosen[np.flatnonzero(chosen)] = matches(of_table(part.stream, part.table))
+        return chosen
+
+    return choice
+
+
+def within(part: Part, period: Period) -> Mask:
+    """Return which events of a part were decoded and are in the period."""
+    table = part.table
+    decoded: Mask = table.status == 0
+    return decoded & period.mask(table.cells[table.plan.names.index("ts_ns")])
+
+
+def record_batches(
+    source: Files | Topics, period: Period, names: Names, progress: Progress, choice: Choice | None = None
+) -> Iterator[tuple[Stream, Any]]:
+    """Yield the events in the period, by batch, with the columns `names`; ts_ns must be among them."""
+    schemas: dict[Stream, Any] = {}
+    for part in source.parts(names, progress):
+        chosen = within(part, period)
+        if choice is not None:
+            chosen &= choice(part)
+        if part.stream not in schemas:
+            schemas[part.stream] = schema_of(part.stream, names.get(part.stream))
+        if chosen.any():
+            yield part.stream, batch_of(schemas[part.stream], part.table, chosen)

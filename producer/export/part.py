@@ -1,0 +1,16 @@
+"""A part of what is read: events of one stream and one version of its schema."""
+
+from dataclasses import dataclass
+
+from producer.consume.columns import Ints, Table
+from producer.events import Stream
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Events, and for those of a topic, the partition and the time in milliseconds of each message."""
+
+    stream: Stream
+    table: Table
+    partitions: Ints | None = None
+    timestamps_ms: Ints | None = None

@@ -1,0 +1,128 @@
+"""Where events are read from: files, or topics from one time to another."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from confluent_kafka import Message
+from numpy.typing import NDArray
+
+from producer.config.load import Registry
+from producer.consume.decode import Decoder
+from producer.consume.reader import TopicReader
+from producer.errors import UnavailableError
+from producer.events import Stream
+from producer.export.container import container_files, read_container
+from producer.export.part import Part
+
+Names = Mapping[Stream, frozenset[str]]
+"""The fields to read, by stream; all of the streams that are not in it."""
+Progress = Callable[[int, int], None]
+"""Called with what has been read, and with all."""
+_DELAY_MS = 60_000
+"""An event is sent after it happened; by this much less if the clock was set between."""
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """A time span in nanoseconds since 1970 UTC, without its end; None is unlimited."""
+
+    since_ns: int | None = None
+    until_ns: int | None = None
+
+    def mask(self, ts_ns: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which times are in it."""
+        chosen = np.ones(len(ts_ns), np.bool_)
+        if self.since_ns is not None:
+            chosen &= ts_ns >= self.since_ns
+        if self.until_ns is not None:
+            chosen &= ts_ns < self.until_ns
+        return chosen
+
+
+class Files:
+    """Avro files, or folders of such."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files = container_files(paths)
+        self.undecodable = 0
+
+    def parts(self, names: Names, progress: Progress = _silent) -> Iterator[Part]:
+        """Yield the events of all files."""
+        sizes = [_size(path) for path in self._files]
+        read = 0
+        for path, size in zip(self._files, sizes, strict=True):
+            progress(read, sum(sizes))
+            yield from read_container(path, names)
+            read += size
+
+    def complete_from_ms(self, stream: Stream) -> float:
+        """Return -infinity: nothing was deleted from a file."""
+        return -np.inf
+
+
+@dataclass
+class Topics:
+    """Topics by stream, as far as they exist. Messages sent before `since_ns` are not read."""
+
+    brokers: str
+    topics: Mapping[Stream, str]
+    registry: Registry | str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    since_ns: int | None = None
+
+    def __post_init__(self) -> None:
+        self.undecodable = 0
+        self._streams = {topic: stream for stream, topic in self.topics.items()}
+        self._complete: dict[Stream, float] = {}
+
+    def parts(self, names: Names, progress: Progress = _silent) -> Iterator[Part]:
+        """Yield the events up to the end that the topics have now."""
+        decoder = Decoder(self.registry)
+        since_ms = None if self.since_ns is None else self.since_ns // 1_000_000 - _DELAY_MS
+        reader = TopicReader(
+            self.brokers, list(self._streams), self.settings, None, since_ms=since_ms, skip_missing=True
+        )
+        if not reader.spans:
+            reader.close()
+            raise UnavailableError(f"no topic {', '.join(self._streams)} at {self.brokers}")
+        total = sum(end - start for start, end in reader.spans.values())
+        read = 0
+        try:
+            self._complete = {stream: reader.complete_from_ms(topic) for topic, stream in self._streams.items()}
+            for batch in reader.batches():
+                for topic, messages in batch.items():
+                    stream = self._streams[topic]
+                    yield from self._decoded(decoder, stream, messages, names.get(stream))
+                    read += len(messages)
+                progress(read, total)
+        finally:
+            reader.close()
+
+    def complete_from_ms(self, stream: Stream) -> float:
+        """Return the time from which a topic was complete, as of when reading began."""
+        return self._complete[stream]
+
+    def _decoded(
+        self, decoder: Decoder, stream: Stream, messages: Sequence[Message], names: frozenset[str] | None
+    ) -> Iterator[Part]:
+        tables, rejected = decoder.tables(list(map(Message.value, messages)), names)
+        self.undecodable += len(rejected)
+        partitions = np.array(list(map(Message.partition, messages)), np.int64)
+        sent_ms = np.array([at for _, at in map(Message.timestamp, messages)], np.int64)
+        for rows, table in tables:
+            decoded = table.status == 0
+            if decoded.any():
+                yield Part(stream, table, partitions[rows], sent_ms[rows])
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UnavailableError(f"{path}: {error.strerror}") from error

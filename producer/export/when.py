@@ -1,0 +1,30 @@
+"""Times on the command line: 2026-11-29T15:00Z, or 90m for 90 minutes ago."""
+
+import re
+from datetime import UTC, datetime
+
+from producer.errors import UsageError
+
+_AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def parse_time(text: str, now_ns: int) -> int:
+    """Return a time in nanoseconds since 1970 UTC; one without a zone is UTC. Raises UsageError."""
+    if ago := _AGO.fullmatch(text.strip()):
+        return now_ns - round(float(ago[1]) * _SECONDS[ago[2]] * 1e9)
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise UsageError(
+            f"expected a time such as 2026-11-29T15:00Z, or 30s, 10m, 1h or 7d ago, found {text!r}"
+        ) from None
+    moment = moment.replace(tzinfo=moment.tzinfo or UTC)
+    return int(moment.timestamp()) * 1_000_000_000 + moment.microsecond * 1000
+
+
+def compact(time_ns: int | None, unlimited: str) -> str:
+    """Return a time for a file name: 20261129T150000Z."""
+    if time_ns is None:
+        return unlimited
+    return datetime.fromtimestamp(time_ns // 1_000_000_000, UTC).strftime("%Y%m%dT%H%M%SZ")

@@ -1,0 +1,102 @@
+"""What happened on each connection in a period, from the cumulative counters of its records.
+
+A counter's growth is its last value in the period minus its last one before. A connection that began in the period
+began with 0. One without an earlier record is counted from its first record in the period, so what happened between the
+begin of the period and that record, at most an interval, is not in the figures.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from producer.report.frame import Frame, Ints, Mask
+from producer.view.limits import Interval, limits
+
+CAUSES = ("rto", "fast", "slow_start", "tlp", "syn", "syn_ack", "other")
+COUNTERS = (
+    "segs_out",
+    "data_segs_out",
+    "bytes_sent",
+    "total_retrans",
+    *(f"retrans_{cause}" for cause in CAUSES),
+    "dsack_dups",
+    "busy_time_us",
+    "rwnd_limited_us",
+    "sndbuf_limited_us",
+)
+GAUGES = ("srtt_us", "min_rtt_us", "snd_cwnd", "mss")
+TEXTS = ("host", "boot_id", "saddr", "daddr", "unit", "container", "comm", "reason", "state", "error")
+COLUMNS = frozenset(
+    {*COUNTERS, *GAUGES, *TEXTS, "ts_ns", "cpu", "cpu_seq", "netns", "sk_cookie", "sport", "dport", "start_ns"}
+)
+MARGIN_NS = 120_000_000_000
+"""How long before a period records are read; longer than the interval of records."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Connections:
+    """The connections with a record in the period: `last` is its row in `flows`, `growth` that of its counters."""
+
+    flows: Frame
+    last: Ints
+    growth: dict[str, Ints]
+    elapsed_us: Ints
+    partial: Mask
+    """Whether the begin of the connection, or of the period, is not covered."""
+
+    def __len__(self) -> int:
+        return len(self.last)
+
+    def gauge(self, name: str) -> Ints:
+        """Return the last value of a field; null as 0."""
+        return self.flows.numbers(name)[self.last]
+
+    def codes(self, name: str) -> Ints:
+        """Return a text's code in `flows`; null as -1."""
+        return self.flows.codes(name)[self.last]
+
+    def select(self, chosen: Mask) -> "Connections":
+        """Return the chosen connections."""
+        growth = {name: column[chosen] for name, column in self.growth.items()}
+        return Connections(self.flows, self.last[chosen], growth, self.elapsed_us[chosen], self.partial[chosen])
+
+    def limits(self) -> Ints:
+        """Return what limited each connection, as an index of LIMITS."""
+        given = {name: self.growth[name] if name in COUNTERS else self.gauge(name) for name in Interval._fields[1:]}
+        return limits(Interval(self.elapsed_us, **given))
+
+    def failed(self) -> Mask:
+        """Return which connects failed: closed before they were established."""
+        closed = self.codes("reason") == _code(self.flows, "reason", "close")
+        failed: Mask = closed & (self.codes("state") == _code(self.flows, "state", "SYN_SENT"))
+        return failed
+
+
+def connections(flows: Frame, since_ns: int | None) -> Connections:
+    """Return what happened from `since_ns` on, or since each connection began; `flows` may have earlier records."""
+    ids, firsts = flows.connections()
+    ts_ns = flows.numbers("ts_ns")
+    order = np.argsort(ts_ns, kind="stable")
+    inside = ts_ns[order] >= (since_ns if since_ns is not None else ts_ns.min(initial=0))
+    last, before, first = (np.full(len(firsts), -1, np.int64) for _ in range(3))
+    # Of equal indexes, the last assignment stays.
+    last[ids[order[inside]]] = order[inside]
+    before[ids[order[~inside]]] = order[~inside]
+    first[ids[order[inside][::-1]]] = order[inside][::-1]
+    seen = last >= 0
+    last, before, first = last[seen], before[seen], first[seen]
+    start_ns = flows.numbers("start_ns")[last]
+    began = flows.valid("start_ns")[last] & ((since_ns is None) | (start_ns >= (since_ns or 0)))
+    base = np.where(before >= 0, before, np.where(began, -1, first))
+    growth = {name: _growth(flows.numbers(name), last, base) for name in COUNTERS}
+    from_ns = np.where(base >= 0, ts_ns[base], start_ns)
+    return Connections(flows, last, growth, np.maximum(0, (ts_ns[last] - from_ns) // 1000), (before < 0) & ~began)
+
+
+def _growth(values: Ints, last: Ints, base: Ints) -> Ints:
+    grown: Ints = np.maximum(0, values[last] - np.where(base >= 0, values[base], 0))
+    return grown
+
+
+def _code(frame: Frame, name: str, text: str) -> int:
+    return frame.texts(name).index(text) if text in frame.texts(name) else -2

@@ -1,0 +1,80 @@
+"""Events as numpy columns: numbers with nulls as 0, and texts as codes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from producer.consume.columns import groups
+
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+class Frame:
+    """Events of one stream, from an Arrow table with a column ts_ns."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+        self._cache: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def numbers(self, name: str) -> Ints:
+        """Return a column of integers, null as 0."""
+        numbers: Ints = self._once(name, lambda: _numbers(self._table[name]))
+        return numbers
+
+    def valid(self, name: str) -> Mask:
+        """Return where a column is not null."""
+        valid: Mask = self._once(f"valid {name}", lambda: self._table[name].is_valid().to_numpy())
+        return valid
+
+    def codes(self, name: str) -> Ints:
+        """Return a column of texts as indexes in `texts(name)`, null as -1."""
+        codes: Ints = self._texts(name)[0]
+        return codes
+
+    def texts(self, name: str) -> list[str]:
+        """Return the distinct texts of a column."""
+        texts: list[str] = self._texts(name)[1]
+        return texts
+
+    def text(self, name: str, row: int) -> str | None:
+        """Return the text of an event; None if it is null."""
+        code = int(self.codes(name)[row])
+        return None if code < 0 else self.texts(name)[code]
+
+    def connections(self) -> tuple[Ints, Ints]:
+        """Number the connections; return each event's number, and each connection's first event."""
+        return groups(self.codes("host"), self.codes("boot_id"), self.numbers("sk_cookie"), self.numbers("netns"))
+
+    def select(self, chosen: Mask) -> "Frame":
+        """Return the chosen events."""
+        return Frame(self._table.filter(pa.array(chosen)))
+
+    def _texts(self, name: str) -> Any:
+        if name not in self._table.column_names:  # this version's schema lacks the field
+            return np.full(len(self), -1, np.int64), []
+        return self._once(f"texts {name}", lambda: _texts(self._table[name]))
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self._cache:
+            self._cache[name] = make()
+        return self._cache[name]
+
+
+def _numbers(column: Any) -> Ints:
+    filled = column.cast(pa.int64()).fill_null(0)
+    return np.asarray(filled.to_numpy(), np.int64)
+
+
+def _texts(column: Any) -> tuple[Ints, list[str]]:
+    whole = column.unify_dictionaries().combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):
+        whole = whole.chunk(0) if whole.num_chunks else pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), [])
+    codes = whole.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    return np.asarray(codes, np.int64), whole.dictionary.to_pylist()

@@ -1,0 +1,267 @@
+"""The plots of a report, by matplotlib. Each cause has a marker and a hatch, so that no plot depends on colors."""
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.dates import DateFormatter, date2num
+from matplotlib.figure import Figure
+
+from producer.host.text import printable
+from producer.report.frame import Frame, Ints
+from producer.report.summary import Line, Summary, Timeline, WorstFlow
+
+# The palette of Okabe and Ito, which people with any color vision can tell apart.
+_STYLES = {
+    "rto": ("#D55E00", "X", "///"),
+    "fast": ("#0072B2", "^", ""),
+    "slow_start": ("#E69F00", "s", "..."),
+    "tlp": ("#56B4E9", "v", "\\\\\\"),
+    "syn": ("#CC79A7", "D", "xxx"),
+    "syn_ack": ("#F0E442", "P", "+++"),
+    "other": ("#999999", "o", "ooo"),
+}
+_MOST_POINTS = 2000
+"""Segments in a plot; a larger file shows no more."""
+_SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 10,
+    "hatch.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+_SEQUENCE_SPACE = 1 << 32
+Draw = Callable[[Figure], None]
+
+
+def svg(draw: Draw, name: str, width: float, height: float) -> str:
+    """Return a plot as an SVG element; `name` makes its ids differ from those of others."""
+    with _settings(name):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        text = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+    whole = text.getvalue()
+    return whole[whole.index("<svg") :]
+
+
+def png(path: Path, draw: Draw, width: float, height: float) -> None:
+    """Write a plot as PNG. Raises OSError."""
+    with _settings("png"):
+        figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+        draw(figure)
+        content = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(content)
+    path.write_bytes(content.getvalue())
+
+
+@contextmanager
+def _settings(salt: str) -> Any:
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": salt}), warnings.catch_warnings():
+        # Names may have any character, and fonts do not.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
+
+
+def draw_summary(summary: Summary, headline: Sequence[str], segments: Frame) -> Draw:
+    """Return a drawing of the whole report on one page."""
+
+    def draw(figure: Figure) -> None:
+        figure.suptitle("\n".join(map(printable, headline)), x=0.02, ha="left")
+        top, bottom = _panels(figure, 2, 1, height_ratios=(3, 4))
+        left, right = _panels(top, 1, 2)
+        if summary.timeline is not None:
+            draw_timeline(summary.timeline)(left)
+        draw_worst(summary.worst["peer"], "peer")(right)
+        if summary.flows:
+            draw_flow(summary.flows[0], summary.retransmits, segments)(bottom)
+
+    return draw
+
+
+def _panels(figure: Any, rows: int, columns: int, **how: Any) -> Any:
+    return figure.subfigures(rows, columns, **how)
+
+
+def draw_timeline(timeline: Timeline) -> Draw:
+    """Return a drawing of the causes over time."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        moments = [datetime.fromtimestamp(each, UTC) for each in timeline.edges_s.tolist()]
+        times = date2num(moments)
+        below = np.zeros(len(times) - 1)
+        for cause, counts in timeline.causes.items():
+            color, _, hatch = _style(cause)
+            axes.stairs(
+                below + counts, times, baseline=below, fill=True, facecolor=color, hatch=hatch, edgecolor="#333333",
+                linewidth=0.3, label=f"{printable(cause)} ({int(counts.sum())})",
+            )  # fmt: skip
+            below = below + counts
+        axes.set_ylabel("retransmitted segments")
+        axes.set_ylim(0)
+        axes.xaxis.set_major_formatter(_clock(moments[0], moments[-1]))
+        axes.tick_params(axis="x", rotation=30)
+        axes.set_xlabel("UTC")
+        axes.legend(loc="upper left", fontsize=8, ncols=2)
+
+    return draw
+
+
+def draw_worst(lines: Sequence[Line], title: str) -> Draw:
+    """Return a drawing of bars with the figures beside them."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        shown = [line for line in lines if line.retransmitted]
+        names = [_short(line.name) for line in shown]
+        counts = [line.retransmitted for line in shown]
+        for at, line in enumerate(shown):
+            color, _, hatch = _style(line.cause)
+            axes.barh(at, line.retransmitted, color=color, hatch=hatch, edgecolor="#333333", linewidth=0.3)
+            ratio = "" if line.ratio is None else f"  {line.ratio:.2%}"
+            axes.annotate(
+                f" {line.retransmitted}{ratio} {printable(line.cause)}",
+                (line.retransmitted, at),
+                va="center",
+                fontsize=8,
+            )
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(counts, default=1) * 1.5 or 1)
+        axes.set_xlabel(f"retransmitted segments by {title}")
+        axes.grid(visible=False, axis="y")
+
+    return draw
+
+
+def draw_srtt(srtt_us: Ints) -> Draw:
+    """Return a drawing of the distribution of round-trip times."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        times_ms = srtt_us / 1000
+        low, high = times_ms.min(), max(times_ms.max(), times_ms.min() * 1.1)
+        axes.hist(
+            times_ms, bins=np.geomspace(low, high, 41).tolist(), color="#0072B2", edgecolor="white", linewidth=0.3
+        )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for share, style in ((50, "-"), (95, "--"), (99, ":")):
+            value = float(np.percentile(times_ms, share))
+            axes.axvline(value, color="black", linestyle=style, label=f"p{share} {value:.3g} ms")
+        axes.set_xlabel("smoothed round-trip time, ms")
+        axes.set_ylabel("connections")
+        axes.legend(fontsize=8)
+
+    return draw
+
+
+def draw_flow(flow: WorstFlow, retransmits: Frame, segments: Frame) -> Draw:
+    """Return a drawing of a connection: sequence numbers over time, and below congestion window, losses and RTO."""
+
+    def draw(figure: Figure) -> None:
+        upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(4, 2, 1.3))
+        sent = _rows_of(flow, segments)
+        start_ns = min(
+            frame.numbers("ts_ns")[rows].min()
+            for frame, rows in ((segments, sent), (retransmits, flow.rows))
+            if len(rows)
+        )
+        base = int(retransmits.numbers("seq")[flow.rows[0]])
+        if len(sent):
+            times, seq, end = _points(segments, sent, start_ns, base)
+            upper.vlines(times, seq / 1e6, end / 1e6, color="#777777", linewidth=1.2, label="sent")
+        _draw_retransmits(upper, flow, retransmits, start_ns, base)
+        upper.set_ylabel("sequence, MB")
+        where = " ".join(_short(each) for each in (flow.host, flow.owner) if each)
+        upper.set_title(f"{printable(flow.name)} on {where}", fontsize=9, loc="left")
+        upper.legend(fontsize=8, loc="upper left")
+        frame, rows = (segments, sent) if len(sent) else (retransmits, flow.rows)
+        rows = _thinned(rows)
+        times = _seconds(frame, rows, start_ns)
+        middle.step(times, frame.numbers("snd_cwnd")[rows], where="post", color="#0072B2", label="snd_cwnd")
+        lost = _thinned(flow.rows)
+        middle.plot(
+            _seconds(retransmits, lost, start_ns), retransmits.numbers("lost_out")[lost], "X", color="#D55E00",
+            markersize=4, label="lost_out",
+        )  # fmt: skip
+        middle.set_ylabel("segments")
+        middle.legend(fontsize=8, loc="upper left")
+        lower.step(times, frame.numbers("rto_us")[rows] / 1000, where="post", color="black")
+        lower.set_ylabel("RTO, ms")
+        lower.set_ylim(0)
+        lower.set_xlabel(f"seconds since {_time(int(start_ns))}")
+
+    return draw
+
+
+def _draw_retransmits(axes: Any, flow: WorstFlow, retransmits: Frame, start_ns: int, base: int) -> None:
+    causes = retransmits.codes("cause")[flow.rows]
+    for code in np.unique(causes).tolist():
+        cause = retransmits.texts("cause")[code] if code >= 0 else ""
+        color, marker, _ = _style(cause)
+        rows = flow.rows[causes == code]
+        times, seq, _ = _points(retransmits, rows, start_ns, base)
+        axes.plot(
+            times, seq / 1e6, marker, color=color, markeredgecolor="#333333", markeredgewidth=0.5, markersize=6,
+            label=f"retransmitted: {printable(cause)} ({len(rows)})",
+        )  # fmt: skip
+
+
+def _rows_of(flow: WorstFlow, segments: Frame) -> Ints:
+    """Return the rows of a connection's segments, in order."""
+    if flow.host not in segments.texts("host"):
+        return np.empty(0, np.int64)
+    own = (segments.codes("host") == segments.texts("host").index(flow.host)) & (
+        segments.numbers("sk_cookie") == flow.cookie
+    )
+    rows = np.flatnonzero(own)
+    return rows[np.argsort(segments.numbers("ts_ns")[rows], kind="stable")]
+
+
+def _points(frame: Frame, rows: Ints, start_ns: int, base: int) -> Any:
+    """Return times, and begins and ends of sequence numbers relative to `base`, without wraps."""
+    rows = _thinned(rows)
+    seq = np.unwrap((frame.numbers("seq")[rows] - base) % _SEQUENCE_SPACE, period=_SEQUENCE_SPACE)
+    if len(seq) and seq[0] > _SEQUENCE_SPACE / 2:
+        seq = seq - _SEQUENCE_SPACE
+    length = (frame.numbers("end_seq")[rows] - frame.numbers("seq")[rows]) % _SEQUENCE_SPACE
+    return _seconds(frame, rows, start_ns), seq, seq + length
+
+
+def _thinned(rows: Ints) -> Ints:
+    return rows[:: 1 + len(rows) // _MOST_POINTS]
+
+
+def _seconds(frame: Frame, rows: Ints, start_ns: int) -> Any:
+    return (frame.numbers("ts_ns")[rows] - start_ns) / 1e9
+
+
+def _style(cause: str) -> tuple[str, str, str]:
+    return _STYLES.get(cause, _STYLES["other"])
+
+
+def _short(name: str) -> str:
+    text = printable(name)
+    return text if len(text) <= 28 else text[:13] + "..." + text[-12:]
+
+
+def _clock(first: datetime, last: datetime) -> Any:
+    days = (last - first).total_seconds() / 86_400
+    return DateFormatter("%H:%M:%S" if days < 0.02 else "%H:%M" if days < 1.5 else "%m-%d %H:%M", tz=UTC)
+
+
+def _time(ns: int) -> str:
+    return f"{datetime.fromtimestamp(ns // 1_000_000_000, UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -1,0 +1,236 @@
+"""The conditions of filters: each makes a function from records to a mask of the rows that match."""
+
+import errno
+import fnmatch
+import functools
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from producer.events import CA_STATES, CAUSES, FLOWS, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS
+from producer.schemas import load_schema
+from producer.view.records import Column, Mask, Records
+
+Make = Callable[[str], Callable[[Records], Mask]]
+Compare = Callable[[Any, Any], Any]
+
+_NUMBER = re.compile(r"(-?\d+(?:\.\d+)?)(%|us|ms|s|k|M|G)?")
+_SCALES = {"": 1.0, "%": 0.01, "us": 1.0, "ms": 1e3, "s": 1e6, "k": 1e3, "M": 1e6, "G": 1e9}
+_TIMES = {"us", "ms", "s"}
+_MAX_PORT = 65535
+_ALIASES = {
+    "srtt": "srtt_us", "mdev": "mdev_us", "min_rtt": "min_rtt_us", "rto": "rto_us", "connect": "connect_us",
+    "cwnd": "snd_cwnd", "ssthresh": "snd_ssthresh", "lost": "lost_out", "retrans": "total_retrans",
+}  # fmt: skip
+_RATIO = "ratio"
+
+
+class Expected(ValueError):
+    """A value is wrong; the text says what was expected."""
+
+
+class Condition(NamedTuple):
+    """Makes a condition from its value; `expected` describes the value."""
+
+    make: Make
+    expected: str
+
+
+def _numeric_fields() -> dict[str, str]:
+    """Return the field of each name that can be compared with a number."""
+    fields = [field for each in (TRANSMITS, RETRANSMITS, FLOWS) for field in load_schema(each.schema_file)["fields"]]
+    kinds = {field["name"]: field["type"][1] if isinstance(field["type"], list) else field["type"] for field in fields}
+    return {name: name for name, kind in kinds.items() if kind in ("int", "long")} | _ALIASES
+
+
+_FIELDS = _numeric_fields()
+NUMBERS = {*_FIELDS, _RATIO}
+"""Names that can be compared with a number."""
+
+
+def any_of(masks: Iterable[Mask]) -> Mask:
+    """Return which rows are in one of the masks."""
+    return functools.reduce(np.logical_or, masks)
+
+
+def all_of(masks: Iterable[Mask]) -> Mask:
+    """Return which rows are in all masks."""
+    return functools.reduce(np.logical_and, masks)
+
+
+def compare(name: str, operator: Compare, text: str) -> Callable[[Records], Mask]:
+    """Return the condition that a number of a record compares so with the number in `text`."""
+    match = _NUMBER.fullmatch(text)
+    suffix = (match[2] or "") if match else ""
+    is_time = _FIELDS.get(name, "").endswith("_us")
+    if match is None or (suffix in _TIMES and not is_time) or (suffix == "%" and name != _RATIO):
+        hint = "a time such as 200ms" if is_time else "a ratio such as 1%" if name == _RATIO else "a number such as 10"
+        raise Expected(hint)
+    least = float(match[1]) * _SCALES[suffix]
+
+    def mask(records: Records) -> Mask:
+        numbers, valid = _ratio(records) if name == _RATIO else records[_FIELDS[name]][:2]
+        chosen: Mask = valid & operator(numbers, least)
+        return chosen
+
+    return mask
+
+
+def _ratio(records: Records) -> tuple[Any, Mask]:
+    """Return the retransmitted share of the segments that a connection has sent."""
+    retransmitted, sent = records["total_retrans"], records["segs_out"]
+    return retransmitted.cells / np.maximum(sent.cells, 1), retransmitted.valid & sent.valid & (sent.cells > 0)
+
+
+def _by_text(column: Column, matches: Callable[[str], bool]) -> Mask:
+    """Return which rows have a text that matches, looking at each distinct text once."""
+    if not column.texts:
+        return np.zeros(len(column.cells), np.bool_)
+    used = np.unique(column.cells[column.valid])
+    good = np.zeros(len(column.texts), np.bool_)
+    good[used] = [matches(column.texts[at]) for at in used.tolist()]
+    return column.valid & good[np.where(column.valid, column.cells, 0)]
+
+
+def _pattern(field: str) -> Condition:
+    def make(text: str) -> Callable[[Records], Mask]:
+        matches = [re.compile(fnmatch.translate(part)).match for part in _parts(text, f"a name ({field} web-1, web-*)")]
+        return lambda records: _by_text(records[field], lambda value: any(each(value) for each in matches))
+
+    return Condition(make, f"a name; * and ? are wildcards ({field} web-*)")
+
+
+def _container(text: str) -> Callable[[Records], Mask]:
+    starts = tuple(_parts(text.lower(), "the beginning of a container id"))
+    return lambda records: _by_text(records["container"], lambda value: value.startswith(starts))
+
+
+def _one_of(field: str, names: Sequence[str]) -> Condition:
+    expected = f"one of {', '.join(names)}" if len(names) < len(errno.errorcode) else "an errno (ETIMEDOUT, ...)"
+
+    def make(text: str) -> Callable[[Records], Mask]:
+        chosen = _chosen(text, names, expected)
+        return lambda records: _by_text(records[field], chosen.__contains__)
+
+    return Condition(make, expected)
+
+
+def _cause(text: str) -> Callable[[Records], Mask]:
+    """A connection matches if it has had such a retransmission."""
+    chosen = sorted(_chosen(text, CAUSES, f"one of {', '.join(CAUSES)}"))
+
+    def mask(records: Records) -> Mask:
+        if records.stream != FLOWS:
+            return _by_text(records["cause"], chosen.__contains__)
+        columns = [records[f"retrans_{cause}"] for cause in chosen]
+        return any_of(column.valid & (column.cells > 0) for column in columns)
+
+    return mask
+
+
+def _parts(text: str, expected: str) -> list[str]:
+    parts = text.split(",")
+    if not all(parts):
+        raise Expected(expected)
+    return parts
+
+
+def _chosen(text: str, names: Sequence[str], expected: str) -> set[str]:
+    known = {name.lower(): name for name in names}
+    parts = [part.lower() for part in _parts(text, expected)]
+    if not known.keys() >= set(parts):
+        raise Expected(expected)
+    return {known[part] for part in parts}
+
+
+_ADDRESS = "an address or a network (10.2.0.0/16, 2001:db8::/32)"
+
+
+def _address(*fields: str) -> Condition:
+    def make(text: str) -> Callable[[Records], Mask]:
+        try:
+            networks = [ipaddress.ip_network(part, strict=False) for part in text.split(",")]
+        except ValueError:
+            raise Expected(_ADDRESS) from None
+
+        def inside(value: str) -> bool:
+            address = _parsed(value)
+            return address is not None and any(address in network for network in networks)
+
+        return lambda records: any_of(_by_text(records[field], inside) for field in fields)
+
+    return Condition(make, _ADDRESS)
+
+
+@functools.lru_cache(1 << 16)
+def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
+_PORT = f"a port from 0 to {_MAX_PORT}, or a range (8000-8099)"
+
+
+def _port(*fields: str) -> Condition:
+    def make(text: str) -> Callable[[Records], Mask]:
+        spans = [_span(part) for part in text.split(",")]
+
+        def mask(records: Records) -> Mask:
+            columns = [records[field] for field in fields]
+            return any_of(
+                each.valid & (each.cells >= low) & (each.cells <= high) for each in columns for low, high in spans
+            )
+
+        return mask
+
+    return Condition(make, _PORT)
+
+
+def _span(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not 0 <= low <= high <= _MAX_PORT:
+        raise Expected(_PORT)
+    return low, high
+
+
+def _number(field: str) -> Condition:
+    expected = f"a number ({field} 1000)"
+
+    def make(text: str) -> Callable[[Records], Mask]:
+        if not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", text):
+            raise Expected(expected)
+        numbers = [int(part) for part in text.split(",")]
+        return lambda records: records[field].valid & np.isin(records[field].cells, numbers)
+
+    return Condition(make, expected)
+
+
+CONDITIONS = {
+    "host": _pattern("host"),
+    "peer": _address("daddr"),
+    "local": _address("saddr"),
+    "addr": _address("saddr", "daddr"),
+    "port": _port("sport", "dport"),
+    "sport": _port("sport"),
+    "dport": _port("dport"),
+    "cause": Condition(_cause, f"one of {', '.join(CAUSES)}"),
+    "unit": _pattern("unit"),
+    "container": Condition(_container, "the beginning of a container id"),
+    "comm": _pattern("comm"),
+    "cgroup": _pattern("cgroup"),
+    "state": _one_of("state", STATES),
+    "ca_state": _one_of("ca_state", CA_STATES),
+    "error": _one_of("error", [*errno.errorcode.values()]),
+    "role": _one_of("role", ROLES),
+    "reason": _one_of("reason", REASONS),
+    "netns": _number("netns"),
+    "pid": _number("pid"),
+    "uid": _number("uid"),
+}
+"""By name; values of all may be lists with commas."""

@@ -1,0 +1,102 @@
+"""Records of this host, straight from the kernel: an own set of hooks and rings, and no Kafka.
+
+A producer that runs beside it keeps its own hooks, rings and events. The hooks hang on descriptors of this process, so
+the kernel removes them however it ends. Records pass through the producer's encoder, so that they are the same as in
+the topics.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from producer.consume.decode import Decoder
+from producer.encode.batch import BatchEncoder
+from producer.errors import PermissionDenied
+from producer.events import FLOWS, Batch, EncodedBatch, Stream
+from producer.host.cgroups import CgroupPaths, cgroup2_root
+from producer.host.clock import UtcOffset, boot_id
+from producer.kernel.capture import Capture, CaptureSettings
+from producer.schemas import load_schema
+from producer.view.records import Records, of_table
+
+logger = logging.getLogger(__name__)
+
+_RING_BYTES = {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22, "flow_pipe": 1 << 25}
+"""The ring of flows holds a record of each of 70,000 connections."""
+_BATCH = 8192
+
+
+class LocalSource:
+    """The records of this host from `__enter__` on, with the fields `names`, or all."""
+
+    is_local = True
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        host_fields: Mapping[str, Any],
+        names: frozenset[str] | None = None,
+        *,
+        cache: Path | None = None,
+        btf: Path | None = None,
+    ) -> None:
+        self._streams = streams
+        self._names = names
+        self._capture = Capture(CaptureSettings(streams=(*streams,), ring_bytes=_RING_BYTES, cache=cache, btf=btf))
+        fields = {**host_fields, "boot_id": boot_id()}
+        cgroups = CgroupPaths(cgroup2_root())
+        schemas = {stream: load_schema(stream.schema_file) for stream in streams}
+        self._encoders = {
+            stream: BatchEncoder(stream, schema, stream.fixed_schema_id, fields, cgroups, "host")
+            for stream, schema in schemas.items()
+        }
+        self._decoder = Decoder(None, {stream.fixed_schema_id: schema for stream, schema in schemas.items()})
+        self._utc_offset = UtcOffset()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        if os.geteuid() != 0:
+            raise PermissionDenied("this host's events need root: use sudo, or give --brokers to read topics")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._capture)
+            self._capture.load()
+            self._rings = {stream: stack.enter_context(self._capture.ring(stream)) for stream in self._streams}
+            self._capture.attach()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def read(self) -> list[Records]:
+        """Return the new records."""
+        found = []
+        for stream, ring in self._rings.items():
+            while len(rows := ring.read(_BATCH)):
+                encoded = self._encoders[stream].encode(Batch(stream, rows), self._utc_offset())
+                ring.commit(ring.position)
+                parts, _ = self._decoder.tables(_values(encoded), self._names)
+                found += [of_table(stream, table) for _, table in parts]
+        return found
+
+    def report(self) -> None:
+        """Ask the kernel for a record of each open connection."""
+        if FLOWS in self._streams:
+            self._capture.report_flows()
+
+    def lost(self) -> int:
+        """Return the number of events that did not fit a ring, or that the kernel skipped."""
+        counters = [self._capture.counters(stream) for stream in self._streams]
+        return sum(each.ring_full + each.nested for each in counters)
+
+
+def _values(encoded: EncodedBatch) -> list[bytes | None]:
+    payload = encoded.payload.tobytes()
+    starts = encoded.starts.tolist()
+    return [payload[start : start + size] for start, size in zip(starts, encoded.lengths.tolist(), strict=True)]

@@ -1,0 +1,93 @@
+"""Records of one stream, by column."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from producer.consume.columns import Ints, Table
+from producer.events import Stream
+
+Mask = NDArray[np.bool_]
+Cells = NDArray[Any]
+
+
+class Column(NamedTuple):
+    """Values of a field. Where `valid` is false, the value is null.
+
+    Cells are numbers, or indexes in `texts` if there are any. Different indexes are different texts.
+    """
+
+    cells: Cells
+    valid: Mask
+    texts: list[str] | None = None
+
+    def values(self) -> list[Any]:
+        """Return the values as Python objects."""
+        cells = self.cells.tolist()
+        values = cells if self.texts is None else [self.texts[cell] if self.texts else None for cell in cells]
+        return [value if has else None for value, has in zip(values, self.valid.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Records:
+    """Records of a stream. A field that their schema does not have is null in all of them."""
+
+    stream: Stream
+    size: int
+    columns: dict[str, Column]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, name: str) -> Column:
+        return self.columns.get(name) or Column(np.zeros(self.size, np.int64), np.zeros(self.size, np.bool_))
+
+    def select(self, chosen: Mask) -> "Records":
+        """Return the chosen rows."""
+        if chosen.all():
+            return self
+        columns = {
+            name: Column(column.cells[chosen], column.valid[chosen], column.texts)
+            for name, column in self.columns.items()
+        }
+        return Records(self.stream, int(chosen.sum()), columns)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield each record."""
+        values = [column.values() for column in self.columns.values()]
+        for row in zip(*values, strict=True):
+            yield dict(zip(self.columns, row, strict=True))
+
+
+def of_table(stream: Stream, table: Table) -> Records:
+    """Return the messages of a table that could be decoded."""
+    decoded = table.status == 0
+    columns = {
+        name: Column(_typed(kind, cells[decoded]), valid[decoded], table.texts if kind == "string" else None)
+        for name, kind, cells, valid in zip(table.plan.names, table.plan.types, table.cells, table.valid, strict=True)
+    }
+    return Records(stream, int(decoded.sum()), columns)
+
+
+def _typed(kind: str, cells: Ints) -> Cells:
+    return cells.astype(np.bool_) if kind == "boolean" else cells
+
+
+def of_rows(stream: Stream, rows: Sequence[dict[str, Any]]) -> Records:
+    """Return records from Python objects that all have the same fields."""
+    names = rows[0] if rows else ()
+    return Records(stream, len(rows), {name: _column([row[name] for row in rows]) for name in names})
+
+
+def _column(values: Iterable[Any]) -> Column:
+    found = list(values)
+    valid = np.array([value is not None for value in found], np.bool_)
+    if any(isinstance(value, str) for value in found):
+        texts = list(dict.fromkeys(value for value in found if value is not None))
+        index = {text: at for at, text in enumerate(texts)}
+        return Column(np.array([index.get(value, 0) for value in found], np.int64), valid, texts)
+    kind = np.bool_ if any(isinstance(value, bool) for value in found) else np.int64
+    return Column(np.array([value or 0 for value in found], kind), valid)

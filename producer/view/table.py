@@ -1,0 +1,237 @@
+"""The table of `rebpf top`: connections grouped by peer, flow, host, unit, ... with rates over the last seconds."""
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from producer.events import CAUSES
+from producer.host.endpoints import endpoint
+from producer.view.flows import HISTORY_S, Flows, Happened, interval
+from producer.view.limits import IDLE, LIMITS, limits
+
+GROUPS = ("peer", "flow", "host", "unit", "container", "comm", "port", "subnet", "cause")
+SORTS = ("retransmitted", "ratio", "segments", "srtt", "failed", "flows", "name")
+_TEXT_FIELDS = {"peer": "daddr", "host": "host", "unit": "unit", "container": "container", "comm": "comm"}
+_NONE = "-"
+_OPEN_S = 35.0
+"""Connections without a record for longer than this are not counted as open."""
+_PREFIX = {4: 24, 6: 64}
+
+
+class Line(NamedTuple):
+    """A line of the table. Rates are per second; `ratio` is None if nothing was sent; times are in microseconds."""
+
+    name: str
+    segments: float
+    retransmitted: float
+    ratio: float | None
+    history: list[int]
+    """Retransmitted segments in each of the last 60 seconds, oldest first."""
+    causes: dict[str, int]
+    srtt_p50_us: int | None
+    srtt_p95_us: int | None
+    failed: int
+    flows: int
+    limit: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the line for JSON output."""
+        return {
+            **self._asdict(),
+            "segments": round(self.segments, 3),
+            "retransmitted": round(self.retransmitted, 3),
+            "ratio": None if self.ratio is None else round(self.ratio, 6),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The lines, and the number of groups, of which only the first have a line."""
+
+    total: Line
+    lines: list[Line]
+    groups: int
+
+
+class Detail(NamedTuple):
+    """A connection of a line."""
+
+    flow: str
+    who: str
+    retransmitted: int
+    ratio: float | None
+    snd_cwnd: int
+    lost_out: int
+    rto_us: int
+    srtt_us: int
+    limit: str
+
+
+def table(flows: Flows, by: str, sort: str, now_s: float, window_s: float, count: int) -> Table:
+    """Return the first `count` lines, grouped and sorted."""
+    names, group_of_slot = _groups(flows, by)
+    happened = flows.happened()
+    happened = happened.select(happened.at_s > now_s - HISTORY_S)
+    group = happened.cause if by == "cause" else group_of_slot[happened.slot]
+    view = _View(flows, happened, group, group_of_slot, len(names), now_s, window_s)
+    active = view.active()
+    order = active[np.lexsort((active, -view.sort_key(sort)[active]))]
+    if sort == "name":
+        order = np.array(sorted(active.tolist(), key=lambda each: names(each)), np.int64)
+    whole = _View(flows, happened, np.zeros_like(group), np.zeros_like(group_of_slot), 1, now_s, window_s)
+    lines = [view.line(each, names(each)) for each in order[:count].tolist()]
+    return Table(whole.line(0, "total"), lines, len(order))
+
+
+def details(flows: Flows, by: str, name: str, now_s: float, count: int) -> list[Detail]:
+    """Return the connections of a line with the most retransmissions in the last minute."""
+    names, group_of_slot = _groups(flows, by)
+    happened = flows.happened()
+    happened = happened.select(happened.at_s > now_s - HISTORY_S)
+    if by == "cause":
+        slots = np.unique(happened.slot[(happened.retransmitted > 0) & (happened.cause == CAUSES.index(name))])
+    else:
+        found = [each for each in range(len(names)) if names(each) == name]
+        slots = np.flatnonzero(np.isin(group_of_slot, found))
+    resent = np.bincount(happened.slot, happened.retransmitted, len(flows.rows)).astype(np.int64)
+    worst = slots[np.argsort(-resent[slots], kind="stable")][:count]
+    rows, flow_name = flows.rows[worst], _flow_names(flows)
+    judged = limits(interval(rows))
+    texts = flows.texts()
+    return [
+        Detail(
+            flow_name(slot), texts[row["comm"]] or texts[row["unit"]] or _NONE, int(resent[slot]),
+            row["total_retrans"] / row["segs_out"] if row["segs_out"] else None,
+            int(row["snd_cwnd"]),
+            int(row["lost_out"]),
+            int(row["rto_us"]),
+            int(row["srtt_us"]),
+            LIMITS[limit],
+        )
+        for slot, row, limit in zip(worst.tolist(), rows, judged.tolist(), strict=True)
+    ]  # fmt: skip
+
+
+class _Names:
+    """Names of groups, made when they are shown."""
+
+    def __init__(self, count: int, name: Callable[[int], str]) -> None:
+        self._count, self._name = count, name
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __call__(self, group: int) -> str:
+        return self._name(group) or _NONE
+
+
+def _groups(flows: Flows, by: str) -> tuple[_Names, NDArray[np.int64]]:
+    """Return the names of groups, and the group of each slot."""
+    rows, texts = flows.rows, flows.texts()
+    if by in _TEXT_FIELDS:
+        found, groups = np.unique(rows[_TEXT_FIELDS[by]], return_inverse=True)
+        cut = 12 if by == "container" else None
+        return _Names(len(found), lambda group: texts[found[group]][:cut]), groups
+    if by == "port":
+        found, groups = np.unique(np.minimum(rows["sport"], rows["dport"]), return_inverse=True)
+        return _Names(len(found), lambda group: str(found[group])), groups
+    if by == "subnet":
+        addresses, address_of_slot = np.unique(rows["daddr"], return_inverse=True)
+        subnets = [_subnet(texts[each]) for each in addresses.tolist()]
+        names = list(dict.fromkeys(subnets))
+        number = {name: index for index, name in enumerate(names)}
+        by_address = np.array([number[each] for each in subnets], np.int64)
+        return _Names(len(names), names.__getitem__), by_address[address_of_slot] if len(rows) else address_of_slot
+    if by == "cause":
+        return _Names(len(CAUSES), CAUSES.__getitem__), np.zeros(len(rows), np.int64)
+    return _Names(len(rows), _flow_names(flows)), np.arange(len(rows))
+
+
+def _flow_names(flows: Flows) -> Callable[[int], str]:
+    rows, texts = flows.rows, flows.texts()
+
+    def name(slot: int) -> str:
+        row = rows[slot]
+        return f"{endpoint(texts[row['saddr']], row['sport'])} > {endpoint(texts[row['daddr']], row['dport'])}"
+
+    return name
+
+
+def _subnet(address: str) -> str:
+    try:
+        version = ipaddress.ip_address(address).version
+        return str(ipaddress.ip_network(f"{address}/{_PREFIX[version]}", strict=False))
+    except ValueError:
+        return _NONE
+
+
+class _View:
+    """Sums by group."""
+
+    def __init__(
+        self,
+        flows: Flows,
+        happened: Happened,
+        group: NDArray[np.int64],
+        group_of_slot: NDArray[np.int64],
+        count: int,
+        now_s: float,
+        window_s: float,
+    ) -> None:
+        self._rows, self._group_of_slot = flows.rows, group_of_slot
+        self._happened, self._group, self._now_s, self._window_s = happened, group, now_s, window_s
+        recent = happened.at_s > now_s - window_s
+        sums = (happened.segs, happened.resent, happened.retransmitted, happened.failed)
+        self.segs, self.resent, self.retransmitted, self.failed = (
+            np.bincount(group[recent], column[recent], count) for column in sums
+        )
+        self._open = ~self._rows["closed"] & (self._rows["seen_s"] > now_s - _OPEN_S) & self._rows["counted"]
+        self.flows = np.bincount(group_of_slot[self._open], minlength=count)[:count]
+        self._minute = np.bincount(group, happened.retransmitted + happened.failed, count)
+
+    def active(self) -> NDArray[np.int64]:
+        """Return the groups with traffic in the window, or retransmissions in the last minute, or open connections."""
+        return np.flatnonzero((self.segs > 0) | (self._minute > 0) | (self.flows > 0))
+
+    def sort_key(self, sort: str) -> NDArray[np.float64]:
+        """Return the number by which groups are sorted, the highest first."""
+        ratio = self.resent / np.maximum(self.segs, 1)
+        if sort == "srtt":
+            worst = np.zeros(len(self.segs))
+            np.maximum.at(worst, self._group_of_slot[self._open], self._rows["srtt_us"][self._open])
+            return worst
+        by_name = {"segments": self.segs, "ratio": ratio, "failed": self.failed, "flows": self.flows}
+        # Those without retransmissions in the window follow by those in the minute.
+        return by_name.get(sort, self.retransmitted + self._minute / 1e9).astype(np.float64)
+
+    def line(self, group: int, name: str) -> Line:
+        """Return the line of a group."""
+        chosen = self._group == group
+        happened = self._happened.select(chosen & (self._happened.retransmitted > 0))
+        age = np.minimum((self._now_s - happened.at_s).astype(np.int64), HISTORY_S - 1)
+        history = np.bincount(HISTORY_S - 1 - age, happened.retransmitted, HISTORY_S).astype(np.int64)
+        causes = np.bincount(happened.cause, happened.retransmitted, len(CAUSES)).astype(np.int64).tolist()
+        rows = self._rows[(self._group_of_slot == group) & self._open]
+        srtt = rows["srtt_us"][rows["srtt_us"] > 0]
+        p50, p95 = np.percentile(srtt, [50, 95]).astype(np.int64).tolist() if len(srtt) else (None, None)
+        segs = float(self.segs[group])
+        return Line(
+            name, segs / self._window_s, float(self.retransmitted[group]) / self._window_s,
+            float(self.resent[group]) / segs if segs else None, history.tolist(),
+            {cause: number for cause, number in zip(CAUSES, causes, strict=True) if number},
+            p50, p95, int(self.failed[group]), int(self.flows[group]), _limit(rows),
+        )  # fmt: skip
+
+
+def _limit(rows: NDArray[np.void]) -> str | None:
+    """Return what limited these connections for most of their busy time."""
+    if not len(rows):
+        return None
+    found = interval(rows)
+    busy_by_limit = np.bincount(limits(found), np.maximum(found.busy_time_us, 1), len(LIMITS))
+    busy_by_limit[IDLE] = 0
+    return LIMITS[int(busy_by_limit.argmax())]

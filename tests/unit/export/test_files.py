@@ -1,0 +1,150 @@
+"""Export and `rebpf.read`: every source gives the same events, and files appear in whole or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+import rebpf
+from producer.commands.export import export
+from producer.errors import IncompleteError, UnavailableError, UsageError
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.export.sources import Files, Period
+from tests.support.analysis import DAY_NS, NOON_NS, record, write_container, write_spool
+from tests.support.disks import fill, small_disk
+
+ALL = frozenset({TRANSMITS, RETRANSMITS, FLOWS})
+STRANGE = 'a"b,\n\u202e\x7f=1+1 $\\x'
+
+
+def events(stream: Stream, count: int = 50) -> list[dict[str, Any]]:
+    """Return events with nulls, strange texts and any numbers; the last one is a day later."""
+    return [
+        record(
+            stream,
+            ts_ns=NOON_NS + at + DAY_NS * (at == count - 1),
+            cpu_seq=at + 1,
+            host=STRANGE if at % 3 else "web-1",
+            unit=None if at % 2 else f"unit-{at}.service",
+            sk_cookie=(1 << 63) - 1 if at % 2 else None,
+            srtt_us=at,
+        )
+        for at in range(count)
+    ]
+
+
+def rows(table: Any) -> list[dict[str, Any]]:
+    """Return a table's rows as records, ordered, with the time in milliseconds again."""
+    made = table.set_column(0, "ts", table["ts"].cast(pa.int64())).to_pylist()
+    return sorted(made, key=lambda each: each["cpu_seq"])
+
+
+def without_maps(each: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in each.items() if not isinstance(value, dict)}
+
+
+@pytest.mark.parametrize("stream", [TRANSMITS, RETRANSMITS, FLOWS], ids=lambda stream: stream.name)
+@pytest.mark.parametrize("codec", ["null", "deflate", "zstandard", "spool"])
+def test_files_give_every_field_of_every_event(tmp_path: Path, stream: Stream, codec: str) -> None:
+    given = events(stream)
+    if codec == "spool":
+        path = write_spool(tmp_path / "spool", stream, given)
+    else:
+        path = write_container(tmp_path / "events.avro", stream, given, codec)
+    assert rows(rebpf.read(path, topic=stream.topic)) == [without_maps(each) for each in given]
+
+
+def test_parquet_and_csv_are_partitioned_by_day_and_have_the_same_events(tmp_path: Path) -> None:
+    given = events(FLOWS)
+    source = Files([write_container(tmp_path / "in.avro", FLOWS, given)])
+    for form in ("parquet", "csv"):
+        written = export(source, tmp_path / form, form, Period(), ALL)
+        days = tmp_path / form / "tcp_flow"
+        assert dict(written) == {
+            days / "date=2026-09-21" / f"begin-end.{form}": 49,
+            days / "date=2026-09-22" / f"begin-end.{form}": 1,
+        }
+    assert rows(rebpf.read(tmp_path / "parquet", topic="tcp_flow")) == [without_maps(each) for each in given]
+    first = pyarrow.csv.read_csv(
+        tmp_path / "csv/tcp_flow/date=2026-09-21/begin-end.csv",
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+    )
+    assert first["host"].to_pylist() == [each["host"] for each in given[:-1]]
+    assert first["srtt_us"].to_pylist() == [each["srtt_us"] for each in given[:-1]]
+    files = str(tmp_path / "parquet/tcp_flow/**/*.parquet")
+    counted = duckdb.sql(f"select cast(date as varchar), count(*) from read_parquet('{files}') group by 1 order by 1")
+    assert counted.fetchall() == [("2026-09-21", 49), ("2026-09-22", 1)]
+
+
+def test_a_repeated_export_replaces_its_files_and_another_period_adds_some(tmp_path: Path) -> None:
+    source = Files([write_container(tmp_path / "in.avro", FLOWS, events(FLOWS))])
+    early, late = Period(None, NOON_NS + 10), Period(NOON_NS + 10, NOON_NS + DAY_NS)
+    for period in (early, early, late):
+        export(source, tmp_path / "out", "parquet", period, ALL)
+    read = rows(rebpf.read(tmp_path / "out", topic="tcp_flow"))
+    assert [each["cpu_seq"] for each in read] == list(range(1, 51))[:49]
+
+
+def test_a_period_and_columns_are_chosen(tmp_path: Path) -> None:
+    path = write_container(tmp_path / "in.avro", RETRANSMITS, events(RETRANSMITS))
+    table = rebpf.read(path, topic="tcp_retransmit", since="2026-09-22", columns=["cpu_seq", "host"])
+    assert table.to_pylist() == [{"cpu_seq": 50, "host": STRANGE}]
+    export(Files([path]), tmp_path / "out", "parquet", Period(), ALL)
+    again = rebpf.read(tmp_path / "out", topic="tcp_retransmit", since="2026-09-22", columns=["cpu_seq", "host"])
+    assert again.to_pylist() == table.to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"topic": "tcp_flows"}, "topic: expected one of tcp_transmit, tcp_retransmit, tcp_flow, found 'tcp_flows'"),
+        ({"topic": "tcp_flow", "columns": ["cause"]}, "tcp_flow has no column cause"),
+        ({"topic": "tcp_flow", "since": "yesterday"}, "expected a time such as .* found 'yesterday'"),
+        ({"topic": "tcp_flow", "brokers": "localhost:9092"}, "give either files or brokers"),
+    ],
+)
+def test_wrong_arguments_are_explained(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+    path = write_container(tmp_path / "in.avro", FLOWS, events(FLOWS))
+    with pytest.raises(UsageError, match=message):
+        rebpf.read(path, **wrong)
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.avro").write_text("no Avro")
+    with pytest.raises(UnavailableError, match=r"text.avro: not an Avro object container file"):
+        rebpf.read(tmp_path, topic="tcp_flow")
+    with pytest.raises(UnavailableError, match=r"missing.avro: No such file"):
+        rebpf.read(tmp_path / "missing.avro", topic="tcp_flow")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UnavailableError, match=r"no .avro files"):
+        rebpf.read(tmp_path / "empty", topic="tcp_flow")
+
+
+@pytest.mark.parametrize("codec", ["null", "spool"])
+def test_damage_is_an_error_and_leaves_no_file(tmp_path: Path, codec: str) -> None:
+    if codec == "spool":
+        (path,) = write_spool(tmp_path / "in", FLOWS, events(FLOWS)).iterdir()
+    else:
+        path = write_container(tmp_path / "in.avro", FLOWS, events(FLOWS), codec)
+    content = bytearray(path.read_bytes())
+    content[-40 if codec == "spool" else -1500] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(IncompleteError, match="damaged"):
+        export(Files([path]), tmp_path / "out", "parquet", Period(), ALL)
+    assert [each for each in tmp_path.rglob("*.partial") if each.is_file()] == []
+    assert list(tmp_path.rglob("*.parquet")) == []
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path: Path, form: str) -> None:
+    source = Files([write_container(tmp_path / "in.avro", FLOWS, events(FLOWS, 5000))])
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk)
+        with pytest.raises(UnavailableError, match=r"cannot write to .*disk: No space left on device"):
+            export(source, disk, form, Period(), ALL)
+        assert [each.name for each in disk.rglob("*") if each.is_file()] == ["filler"]

@@ -1,0 +1,197 @@
+"""The report: its figures are those of the events, and hostile names stay text."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import rebpf
+from producer.commands.report import report
+from producer.errors import UnavailableError
+from producer.events import FLOWS, RETRANSMITS
+from producer.export.arrow import schema_of
+from producer.export.events import matching
+from producer.export.sources import Files, Period
+from producer.host.text import printable
+from producer.report.collect import collect
+from producer.report.connections import COLUMNS, connections
+from producer.report.frame import Frame
+from producer.report.summary import summarize
+from tests.support.analysis import HOSTILE, NOON_NS, SECOND_NS, record, write_container, write_scene
+
+INTERVAL_NS = 10 * SECOND_NS
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, and the text outside of styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+@pytest.fixture(scope="module")
+def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scene(tmp_path_factory.mktemp("scene"))
+
+
+@pytest.fixture(scope="module")
+def page(scene_folder: Path) -> str:
+    report(Files([scene_folder]), Period(), scene_folder / "report.html", scene_folder / "report.png")
+    return (scene_folder / "report.html").read_text()
+
+
+def test_the_figures_are_those_of_the_events(scene_folder: Path) -> None:
+    summary = summarize(collect(Files([scene_folder]), Period()), Period())
+    flows = rebpf.read(scene_folder, topic="tcp_flow").to_pylist()
+    assert summary.totals is not None
+    assert summary.totals.sent == sum(each["segs_out"] for each in flows) == 60_005
+    assert summary.totals.retransmitted == sum(each["total_retrans"] for each in flows) == 150
+    assert {cause: count for cause, count in summary.totals.causes.items() if count} == {"fast": 120, "rto": 30}
+    assert (summary.totals.spurious, summary.totals.connections, summary.totals.partial) == (15, 65, 0)
+    worst = summary.worst["peer"][0]
+    assert (worst.name, worst.retransmitted, worst.sent, worst.cause) == ("10.0.0.7", 150, 3000, "fast")
+    assert {line.name: line.sent for line in summary.worst["host"]} == {
+        name: sum(each["segs_out"] for each in flows if each["host"] == name) for name in ("web-1", "web-2", HOSTILE)
+    }
+    assert [(each.error, each.peer, each.count) for each in summary.failures] == [("ECONNREFUSED", "10.9.9.9", 5)]
+    assert summary.timeline is not None
+    assert {cause: int(counts.sum()) for cause, counts in summary.timeline.causes.items()} == {"rto": 30, "fast": 120}
+    assert [flow.retransmitted for flow in summary.flows] == [50, 50, 50]
+    assert all(quality.missing == 0 for quality in summary.quality.values())
+
+
+def test_a_filter_chooses_connections_and_events(scene_folder: Path) -> None:
+    choice = matching("peer 10.0.0.7 and not host web-2")
+    summary = summarize(collect(Files([scene_folder]), Period(), choice), Period())
+    assert summary.totals is not None
+    assert (summary.totals.sent, summary.totals.retransmitted) == (2000, 100)
+    assert [flow.retransmitted for flow in summary.flows] == [50, 50]
+
+
+def test_a_filter_does_not_apply_to_the_records_that_counters_grow_from(tmp_path: Path) -> None:
+    records = [connection(1, at, 0, count) for at, count in ((0, 1), (1, 4), (2, 9))]
+    path = write_container(tmp_path / "flows.avro", FLOWS, records)
+    period = Period(NOON_NS + 1)
+    summary = summarize(collect(Files([path]), period, matching("retrans > 3")), period)
+    assert summary.totals is not None
+    assert summary.totals.retransmitted == 8
+
+
+def test_names_stay_text_and_nothing_comes_from_the_network(page: str) -> None:
+    found = Page(page)
+    assert "script" not in found.tags
+    assert not {name for name in found.attributes if name.startswith("on") or name == "src"}
+    assert not re.findall(r'(?:href|url)\s*[=(]\s*["\']?(?!#)\w+:', page)
+    shown = " ".join(found.text.split())
+    assert " ".join(printable(HOSTILE).split()) in shown
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+
+
+def test_the_page_says_who_where_and_why_and_how_good_the_data_are(page: str) -> None:
+    text = Page(page).text
+    for words in (
+        "150 of 60,005 segments were retransmitted: 0.250%.",
+        "Worst peer: 10.0.0.7, 150 segments (5.00%), most by fast.",
+        "Causes over time",
+        "What limits connections",
+        "ECONNREFUSED",
+        "No event is missing between the first and the last one.",
+        "ss -ti dst 10.0.0.7",
+        "retransmitted: rto",
+        "lost_out",
+        "RTO, ms",
+    ):
+        assert words in text
+
+
+def test_the_picture_is_a_png(page: str, scene_folder: Path) -> None:
+    assert (scene_folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def flows_of(*records: dict[str, Any]) -> Frame:
+    rows = [{name: value for name, value in each.items() if name in COLUMNS} for each in records]
+    return Frame(pa.Table.from_pylist(rows, schema_of(FLOWS, COLUMNS)))
+
+
+def connection(cookie: int, at: int, start: int | None, retransmitted: int, **fields: Any) -> dict[str, Any]:
+    """Return a record at a number of intervals since noon."""
+    start_ns = None if start is None else NOON_NS + start * INTERVAL_NS
+    counters = {"segs_out": 10 * retransmitted, "total_retrans": retransmitted}
+    return record(
+        FLOWS,
+        sk_cookie=cookie,
+        ts_ns=NOON_NS + at * INTERVAL_NS,
+        start_ns=start_ns,
+        reason="interval",
+        **counters,
+        **fields,
+    )
+
+
+@pytest.mark.parametrize(
+    ("records", "grown", "partial"),
+    [
+        pytest.param([(0, 0, 1), (1, 0, 4), (2, 0, 9)], 8, False, id="a record before the period"),
+        pytest.param([(1, 1, 4), (2, 1, 9)], 9, False, id="began in the period"),
+        pytest.param([(1, 0, 4), (2, 0, 9)], 5, True, id="began before, and no record before"),
+        pytest.param([(1, None, 4), (2, None, 9)], 5, True, id="began before the producer"),
+        pytest.param([(2, 0, 9), (0, 0, 1), (1, 0, 4)], 8, False, id="in another order"),
+        pytest.param([(0, 0, 1), (0, 0, 1), (2, 0, 9), (2, 0, 9)], 8, False, id="duplicates"),
+    ],
+)
+def test_a_counter_grows_from_the_last_record_before_the_period(
+    records: list[tuple[int, int | None, int]], grown: int, partial: bool
+) -> None:
+    frame = flows_of(*(connection(1, *each) for each in records), connection(2, 0, 0, 77))
+    found = connections(frame, NOON_NS + INTERVAL_NS // 2)
+    assert found.growth["total_retrans"].tolist() == [grown]
+    assert found.growth["segs_out"].tolist() == [10 * grown]
+    assert found.partial.tolist() == [partial]
+
+
+def test_a_kernel_that_cannot_tell_a_counter_costs_only_that_one() -> None:
+    found = connections(flows_of(connection(1, 1, 0, 5, dsack_dups=None, srtt_us=None)), None)
+    assert (found.growth["total_retrans"].tolist(), found.growth["dsack_dups"].tolist()) == ([5], [0])
+
+
+def test_without_connection_records_there_are_counts_but_no_ratios(scene_folder: Path, tmp_path: Path) -> None:
+    only = Files([scene_folder / "tcp_retransmit.avro"])
+    (first, second) = report(only, Period(), tmp_path / "report.html", None)
+    assert first == "150 segments were retransmitted."
+    assert second == "Worst peer: 10.0.0.7, 150 segments, most by fast."
+    assert "ratios are unknown" in (tmp_path / "report.html").read_text()
+
+
+def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:
+    events = [record(RETRANSMITS, cpu=0, cpu_seq=number, cause="rto", segs=1) for number in (1, 2, 5)]
+    path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
+    report(Files([path]), Period(), tmp_path / "report.html", None)
+    assert "2 events are missing." in (tmp_path / "report.html").read_text()
+
+
+def test_an_empty_period_and_an_unwritable_file_are_one_line(scene_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="no connection records and no retransmissions in this period"):
+        report(Files([scene_folder]), Period(until_ns=1), tmp_path / "report.html", None)
+    with pytest.raises(UnavailableError, match=r"cannot write to .*missing: No such file"):
+        report(Files([scene_folder]), Period(), tmp_path / "missing" / "report.html", None)
+    assert list(tmp_path.iterdir()) == []

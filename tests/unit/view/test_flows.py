@@ -1,0 +1,150 @@
+"""The table of `rebpf top`: growth from cumulative counters, groups, and what happened in the last seconds."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from producer.events import CAUSES, FLOWS, RETRANSMITS
+from producer.view.flows import HISTORY_S, Flows
+from producer.view.table import GROUPS, SORTS, Line, Table, details, table
+from tests.support.encoding import OFFSET_NS
+from tests.support.views import decoded, flows, retransmits
+
+ENDS = {"saddr": "10.0.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51234, "sk_cookie": 5}
+NOW = 1000.0
+
+
+def add_flows(to: Flows, now: float, *events: dict[str, Any]) -> None:
+    to.add(decoded(FLOWS, flows(*({**ENDS, "reason": "interval", **event} for event in events))), now)
+
+
+def add_retransmits(to: Flows, now: float, *events: dict[str, Any]) -> None:
+    to.add(decoded(RETRANSMITS, retransmits(*({**ENDS, "cause": "rto", **event} for event in events))), now)
+
+
+def shown(of: Flows, by: str = "peer", now: float = NOW, sort: str = "retransmitted") -> Table:
+    return table(of, by, sort, now, 10.0, 50)
+
+
+def started() -> Flows:
+    """Return flows of a view that began just after the clock's start."""
+    return Flows(OFFSET_NS + 1)
+
+
+def test_an_old_connection_counts_from_its_first_record() -> None:
+    found = started()
+    add_flows(found, NOW - 2, {"segs_out": 1000, "total_retrans": 100})
+    assert shown(found).lines[0].segments == 0
+    add_flows(found, NOW - 1, {"segs_out": 1040, "total_retrans": 110})
+    [line] = shown(found).lines
+    assert (line.name, line.segments, line.ratio, line.flows) == ("10.2.0.9", 4.0, 0.25, 1)
+
+
+def test_a_new_connection_counts_from_its_beginning() -> None:
+    found = started()
+    add_flows(found, NOW - 1, {"segs_out": 20, "total_retrans": 1, "start_ns": 500})
+    assert shown(found).lines[0].segments == 2.0
+
+
+def test_several_records_of_a_connection_in_a_batch_count_once() -> None:
+    found = started()
+    add_flows(found, NOW - 1, {"segs_out": 10, "start_ns": 5}, {"segs_out": 30, "start_ns": 5, "reason": "close"})
+    [line] = shown(found).lines
+    assert (line.segments, line.flows) == (3.0, 0)
+
+
+def test_retransmissions_are_counted_by_cause_and_second() -> None:
+    found = started()
+    add_retransmits(found, NOW - 30, {"segs": 7, "cause": "tlp"})
+    add_retransmits(found, NOW - 1, {"segs": 2}, {"segs": 3, "cause": "fast"})
+    [line] = shown(found).lines
+    assert line.retransmitted == 0.5
+    assert line.causes == {"rto": 2, "fast": 3, "tlp": 7}
+    assert (line.history[-2], line.history[-31], sum(line.history)) == (5, 7, 12)
+
+
+def test_a_failed_connect_is_counted() -> None:
+    found = started()
+    add_flows(found, NOW - 1, {"reason": "close", "state": "SYN_SENT", "error": 110, "start_ns": 5})
+    add_flows(found, NOW - 1, {"reason": "close", "state": "ESTABLISHED", "error": 104, "sk_cookie": 6})
+    assert shown(found).lines[0].failed == 1
+
+
+def test_lines_are_sorted() -> None:
+    found = started()
+    for number, count in enumerate((3, 9, 1)):
+        where = {"daddr": f"10.2.0.{number}", "sk_cookie": 10 + number, "start_ns": 9}
+        add_flows(found, NOW - 1, {**where, "segs_out": 100 - count, "total_retrans": count, "srtt_us": count * 1000})
+        add_retransmits(found, NOW - 1, {**where, "segs": count})
+    names = {sort: [line.name[-1] for line in shown(found, sort=sort).lines] for sort in SORTS}
+    assert names["retransmitted"] == names["ratio"] == ["1", "0", "2"]
+    assert names["segments"] == ["2", "0", "1"]
+    assert names["name"] == ["0", "1", "2"]
+    assert {len(each) for each in names.values()} == {3}
+    assert shown(found).total.retransmitted == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize("by", GROUPS)
+def test_every_grouping_has_the_same_retransmissions(by: str) -> None:
+    found = started()
+    for number in range(40):
+        where = {"daddr": f"10.{number % 3}.0.{number}", "dport": 80 + number % 2, "sk_cookie": 1 + number}
+        add_flows(found, NOW - 1, {**where, "comm": f"p{number % 5}", "segs_out": 10, "start_ns": 9})
+        add_retransmits(found, NOW - 1, {**where, "cause": CAUSES[number % 6]})
+    lines = shown(found, by).lines
+    assert sum(line.retransmitted for line in lines) == pytest.approx(4.0)
+    expected = {"peer": 40, "flow": 40, "host": 1, "port": 2, "subnet": 3, "comm": 5, "cause": 6}
+    assert len(lines) == expected.get(by, len(lines))
+    worst = details(found, by, lines[0].name, NOW, 5)
+    assert worst
+    assert all(each.retransmitted for each in worst)
+
+
+def test_details_show_the_worst_connections() -> None:
+    found = started()
+    add_flows(found, NOW - 1, {"segs_out": 50, "total_retrans": 5, "start_ns": 5, "comm": "curl"})
+    add_retransmits(found, NOW - 1, {"segs": 4, "lost_out": 3, "snd_cwnd": 7, "rto_us": 204_000})
+    [detail] = details(found, "peer", "10.2.0.9", NOW, 5)
+    assert detail.flow == "10.0.0.1:443 > 10.2.0.9:51234"
+    assert (detail.who, detail.retransmitted, detail.ratio) == ("curl", 4, 0.1)
+    assert (detail.lost_out, detail.snd_cwnd, detail.rto_us) == (3, 7, 204_000)
+
+
+def test_what_is_older_than_a_minute_is_forgotten() -> None:
+    found = started()
+    add_retransmits(found, NOW, {"daddr": "10.9.9.9", "sk_cookie": 8})
+    add_retransmits(found, NOW + HISTORY_S / 2, {"segs": 2})
+    before = shown(found, now=NOW + HISTORY_S / 2)
+    assert [line.name for line in before.lines] == ["10.2.0.9", "10.9.9.9"]
+    found.forget(NOW + HISTORY_S + 1)
+    [line] = shown(found, now=NOW + HISTORY_S + 1).lines
+    assert (line.name, line.causes) == ("10.2.0.9", {"rto": 2})
+    assert "10.9.9.9" not in found.texts()
+    add_flows(found, NOW + HISTORY_S + 1, {"segs_out": 10, "start_ns": 9})
+    assert shown(found, now=NOW + HISTORY_S + 1).lines[0].segments == 1.0
+
+
+def test_segments_without_a_socket_are_distinguished_by_their_addresses() -> None:
+    found = started()
+    add_retransmits(found, NOW, {"sk_cookie": 0, "cause": "syn_ack"}, {"sk_cookie": 0, "dport": 5, "cause": "syn_ack"})
+    assert len(shown(found, "flow").lines) == 2
+
+
+def test_an_empty_view_has_no_lines() -> None:
+    for by in GROUPS:
+        assert shown(started(), by).lines == []
+    assert shown(started()).total == Line("total", 0, 0, None, [0] * 60, {}, None, None, 0, 0, None)
+
+
+def test_own_namespace_is_counted_apart() -> None:
+    found = Flows(0, netns=7)
+    add_retransmits(found, NOW, {"netns": 7, "segs": 3}, {"netns": 8, "segs": 5})
+    assert found.in_netns == 3
+
+
+def test_round_trips_have_percentiles() -> None:
+    found = started()
+    add_flows(found, NOW, *({"sk_cookie": 1 + each, "srtt_us": 1000 * each} for each in range(101)))
+    [line] = shown(found).lines
+    assert (line.srtt_p50_us, line.srtt_p95_us) == tuple(np.percentile(range(1000, 101_000, 1000), [50, 95]))
