@@ -140,7 +140,7 @@ static __always_inline bool choose_socket(struct choice *choice, struct flow *fl
 	held = holds(stored, choice->active, 0, state);
 	if (held) {
 		*choice = stored->choice;
-		if (!choice->rates[stream])
+		if (!may_take(choice, stream))
 			return false;
 		set_owner(flow, &stored->owner);
 	}
@@ -152,7 +152,7 @@ static __always_inline bool choose_socket(struct choice *choice, struct flow *fl
 		if (decide_anew(choice, flow, sk, cookie, state, 0, state))
 			store_verdict(tp, cookie, choice, flow, 0, state);
 	}
-	return choice->rates[stream];
+	return may_take(choice, stream);
 }
 
 /* The flow of a SYN-ACK: the request's endpoints and the listener's owner. It has no full socket yet. */
@@ -166,7 +166,7 @@ static __always_inline bool choose_request(struct choice *choice, struct flow *f
 	fill_endpoints(flow, common, READ(common, skc_num));
 	fill_owner(flow, listener, 0);
 	decide_anew(choice, flow, listener, cookie_of(listener, hook), TCP_LISTEN, 0, TCP_SYN_RECV);
-	return choice->rates[stream];
+	return may_take(choice, stream);
 }
 
 static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 state)
@@ -599,7 +599,8 @@ struct sender {
 /* This hook's program may take both streams. */
 static __always_inline bool is_wanted(const struct choice *choice)
 {
-	return choice->rates[STREAM_TRANSMIT] || (RETRANSMIT_CGROUP_SKB && choice->rates[STREAM_RETRANSMIT]);
+	return may_take(choice, STREAM_TRANSMIT) ||
+	       (RETRANSMIT_CGROUP_SKB && may_take(choice, STREAM_RETRANSMIT));
 }
 
 static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,

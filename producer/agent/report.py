@@ -43,7 +43,7 @@ class Reporter:
             for each in self._parts
         }
 
-    def status(self, rules_version: int, more_reasons: Sequence[str] = ()) -> Status:
+    def status(self, rules_version: int, transmit_sample_rate: int, more_reasons: Sequence[str] = ()) -> Status:
         """Return the current status; `more_reasons` are added to the reasons for being degraded."""
         cpu_s, rss_bytes = usage()
         return Status(
@@ -58,6 +58,7 @@ class Reporter:
             cpu_s,
             rss_bytes,
             self.labels,
+            transmit_sample_rate,
         )
 
     def balance(self, parts: StreamParts, kernel: KernelCounters) -> Balance:

@@ -16,7 +16,7 @@ from producer.agent.streams import StreamParts
 from producer.agent.supervise import StuckError, Supervisor
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
-from producer.events import FLOWS, HEARTBEATS, Topic
+from producer.events import FLOWS, HEARTBEATS, TRANSMITS, Topic
 from producer.health import metrics
 from producer.health.balance import Balance
 from producer.health.endpoint import Endpoint, StatusBoard
@@ -29,6 +29,7 @@ from producer.host.signals import Flag
 from producer.host.state import StateFolder
 from producer.kafka.sink import KafkaSink
 from producer.kernel.capture import Capture
+from producer.pipeline.budget import TransmitBudget
 from producer.pipeline.pace import LEAST_S
 from producer.pipeline.pipeline import Pipeline
 
@@ -65,6 +66,7 @@ class Runtime:
     reporter: Reporter = field(init=False)
     liveness: Liveness = field(init=False)
     losses: LossReporter = field(default_factory=LossReporter)
+    budget: TransmitBudget = field(init=False)
     chores_at_s: float = 0.0
 
     @property
@@ -74,6 +76,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         config = self.config
+        self.budget = TransmitBudget(config.capture.transmit_events_per_s)
         self.reporter = Reporter(config.host, config.labels, self.capture, self.sink, self.streams, self.topics)
         self.liveness = Liveness(self.board, self.heartbeats, self.sink, self._status)
 
@@ -131,8 +134,14 @@ class Runtime:
         is_soon = reload.is_set() or self.supervisor.reasons  # for a reload's pace, and for retries
         self.chores_at_s = time.monotonic() + (_RETRY_S if is_soon else _CHORES_S)
         self._housekeeping(reload)
+        self.supervisor.attempt("budget", self._follow_budget, None)
         self.supervisor.attempt("status", self.liveness.step, None)
         self.supervisor.attempt("watch", self._watch, None)
+
+    def _follow_budget(self) -> None:
+        """Sample more or less of the transmits, as the budget requires."""
+        if self.budget.follow(time.monotonic(), self.capture.counters(TRANSMITS).passed):
+            self.capture.limit_transmits(self.budget.rate, self.budget.turn)
 
     def _wait(self, pipeline: Pipeline, due: float) -> set[str]:
         """Wait until `due`, or until something happens that matters; return the streams whose rings woke the loop."""
@@ -163,7 +172,8 @@ class Runtime:
     def _status(self) -> Status:
         reasons = [f"reload refused: {self.in_force.refusal}"] if self.in_force.refusal else []
         reasons += [self.web.last_error] if self.web.last_error else []
-        status = self.reporter.status(self.in_force.version, [*self.supervisor.reasons, *reasons])
+        reasons = [*self.supervisor.reasons, *reasons]
+        status = self.reporter.status(self.in_force.version, self.budget.rate, reasons)
         return dataclasses.replace(
             status, config_hash=self.in_force.digest, restart_needed=self.in_force.restart_needed
         )

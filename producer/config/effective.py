@@ -128,5 +128,9 @@ def _plain(value: Any) -> Any:
 
 def _line(name: str, value: Any) -> str:
     key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    if value is None:
+        return f"# {key} is not set"
+    if isinstance(value, dict):
+        return f"{key} = {{{', '.join(_line(each, item) for each, item in value.items())}}}"
     # Printable strings, numbers, booleans and lists are the same in JSON and TOML.
-    return f"# {key} is not set" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}"

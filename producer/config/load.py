@@ -52,7 +52,7 @@ class Capture:
     flow_interval_s: float = 10.0
     """Seconds between two records of an open connection. Each connection has another one when it closes."""
     transmit_ring_bytes: int = 1 << 24
-    """Size of the ring for transmits in bytes, a power of two. An event takes 200 bytes."""
+    """Size of the ring for transmits in bytes, a power of two. An event takes 216 bytes."""
     retransmit_ring_bytes: int = 1 << 22
     """Size of the ring for retransmissions in bytes, a power of two."""
     flow_ring_bytes: int = 1 << 22
@@ -61,6 +61,8 @@ class Capture:
     """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash; none: they are lost."""
     latency_s: float = 1.0
     """Most seconds between two reads of a ring. Busy rings are read more often, and retransmissions at once."""
+    transmit_events_per_s: int = 0
+    """Budget for transmits: above it, connections are sampled (sample_rate in the events); 0: no budget."""
     btf: Path | None = None
     """BTF file with the kernel's struct layouts; none: /sys/kernel/btf/vmlinux."""
 

@@ -25,6 +25,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _ACTIONS = ("keep", "drop")
 _MAX_RING_BYTES = 1 << 30
+_MAX_EVENTS_PER_S = 10**9
 _MIN_SPOOL_BYTES = 1 << 18
 _MAX_SPOOL_BYTES = 1 << 50
 _MAX_PREFIX = 200
@@ -137,6 +138,9 @@ def _check_capture(capture: Any) -> None:
             raise ConfigError(
                 f"capture.{name}: expected a power of two from {page} to {_MAX_RING_BYTES} bytes, found {size}"
             )
+    if not 0 <= capture.transmit_events_per_s <= _MAX_EVENTS_PER_S:
+        found = capture.transmit_events_per_s
+        raise ConfigError(f"capture.transmit_events_per_s: expected 0 to {_MAX_EVENTS_PER_S}, found {found}")
     if not capture.hooks:
         raise ConfigError(f"capture.hooks: expected at least one of {', '.join(HOOKS)}")
     for hook in capture.hooks:

@@ -385,6 +385,10 @@ class Capture:
         """Activate other rules, atomically between two segments, and return their version. The initial ones are 1."""
         return self._rules.put(rules)
 
+    def limit_transmits(self, rate: int, turn: int) -> None:
+        """Capture the transmits of one in `rate` connections, a power of two; in each turn, of others."""
+        bpf_syscall.update(self._maps["transmit_budget"], struct.pack("<I", 0), struct.pack("<II", rate, turn))
+
     def exclude_socket(self, descriptor: int) -> None:
         """Exclude the traffic of this process's socket `descriptor`, and of its peer if in the same network namespace.
 

@@ -46,6 +46,7 @@ MAPS = (
     "rule_ports",
     "rule_values",
     "rule_sets",
+    "transmit_budget",
 )
 ATTACH = {"do": "attach"}
 BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora, RHEL)"
