@@ -42,7 +42,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """Return 16 hexadecimal digits that are equal for hosts with the same settings, apart from names and secrets."""
+    """Return 16 hexadecimal digits, equal for hosts with the same settings, apart from names, labels and secrets."""
     same = {path: value for path, value in settings(config).items() if not path.startswith(_OF_THE_HOST)}
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
