@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from producer import errors
 from producer.events import FLOWS, HOOKS, STREAMS, Stream, layout_check
+from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
 from producer.kernel import bpf_syscall
 from producer.kernel.hooks import CLOSING_PROGRAMS, Refusal
@@ -156,7 +157,8 @@ class Capture:
         Raises HookError, PermissionDenied or UnavailableError with the reason in one line.
         """
         if not self._open_stored():
-            self._load()
+            with Progress("compiling and loading the BPF programs"):
+                self._load()
         self._own_sockets.append(self._maps["own_sockets"])
         self._rules = RuleMaps(self._maps)
         self._rules.put(self._settings.rules)
