@@ -43,7 +43,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """Return 16 hexadecimal digits that are equal for hosts with the same settings, apart from names and secrets."""
+    """Return 16 hexadecimal digits, equal for hosts with the same settings, apart from names, labels and secrets."""
     same = {path: value for path, value in settings(config).items() if not path.startswith(_OF_THE_HOST)}
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -129,5 +129,9 @@ def _plain(value: Any) -> Any:
 
 def _line(name: str, value: Any) -> str:
     key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    if value is None:
+        return f"# {key} is not set"
+    if isinstance(value, dict):
+        return f"{key} = {{{', '.join(_line(each, item) for each, item in value.items())}}}"
     # Printable strings, numbers, booleans and lists are the same in JSON and TOML.
-    return f"# {key} is not set" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}"

@@ -100,16 +100,12 @@ def test_init_creates_what_alerts_need_where_it_is_asked_to(kafka, config):
     done = rebpf("init", "--config", config("watch."), "--brokers", kafka.bootstrap, "--alerts", "--partitions", 3)
 
     assert done.returncode == 0, done.stderr
-    assert [line.split(",")[0] for line in done.stdout.splitlines()[4:6]] == [
-        "topic watch.tcp_alerts: created",
-        "topic watch.tcp_alert_sums: created",
-    ]
+    assert [line.split(",")[0] for line in done.stdout.splitlines()[4:5]] == ["topic watch.tcp_alerts: created"]
     assert done.stdout.endswith("watch.rebpf_agent 3, watch.tcp_alerts 4\n")
     present = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
-    assert [len(present[f"watch.{topic}"].partitions) for topic in ("tcp_alerts", "tcp_alert_sums")] == [1, 3]
-    alerts, sums = (settings_of(kafka.bootstrap, f"watch.{topic}") for topic in ("tcp_alerts", "tcp_alert_sums"))
-    assert (alerts["cleanup.policy"], sums["cleanup.policy"]) == ("compact,delete", "delete")
-    assert int(alerts["retention.ms"]) == 90 * int(sums["retention.ms"]) == 90 * 86_400_000
+    assert len(present["watch.tcp_alerts"].partitions) == 1
+    alerts = settings_of(kafka.bootstrap, "watch.tcp_alerts")
+    assert (alerts["cleanup.policy"], int(alerts["retention.ms"])) == ("compact,delete", 90 * 86_400_000)
 
 
 def settings_of(bootstrap: str, topic: str) -> dict[str, str]:

@@ -278,7 +278,7 @@ def test_the_file_above_names_every_setting():
             found |= {field} if inner is None else names(inner)
         return found
 
-    assert names(Config) - {"settings", "labels"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE)) - {"env", "rack"}
+    assert names(Config) - {"settings"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE)) - {"env", "rack"}
 
 
 def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(read):
