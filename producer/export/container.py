@@ -1,7 +1,7 @@
 """Reads Avro object container files of events, by batch: spool files, and those of other tools.
 
 A spool file (spool/format.py) has batches of framed messages. Any other has a record for each event. One of several
-streams, as `rebpf trace -w` writes, is read with Python for each event, at a tenth of the speed.
+streams, as `rebpf trace -w` writes, is read more slowly, with Python for each event.
 """
 
 import io
