@@ -36,7 +36,7 @@ class Evaluator:
         """Start of the first of the windows up to now that all reached the threshold, by group."""
         self._before_ns = windows_before(self._rule) * self._width_ns
         self._old_ns = decided_ns
-        self.decided_ns = max(0, decided_ns - self._before_ns)
+        self.decided_ns = max(0, decided_ns - decided_ns % self._width_ns - self._before_ns)
         """Windows that end at or before this are decided."""
         self.suppressed = 0
         """Alerts not sent because MOST_FIRING groups were firing."""

@@ -54,7 +54,12 @@ class Topics:
     def partitions(self, consumer: Consumer) -> list[TopicPartition]:
         """Return all partitions of the topics that are read."""
         found = consumer.list_topics(timeout=_ANSWER_S).topics
-        return [TopicPartition(name, number) for name in self.read for number in sorted(found[name].partitions)]
+        return [
+            TopicPartition(name, number)
+            for name in self.read
+            if name in found
+            for number in sorted(found[name].partitions)
+        ]
 
     def require(self, consumer: Consumer) -> None:
         """Raise UnavailableError for a missing topic."""
@@ -160,14 +165,17 @@ class Reading:
             if each.topic == self._topics.heartbeats and each.offset >= 0:
                 yield each
                 continue
-            at_ms = 0 if is_early else since_ns // _MS_NS
-            (found,) = self._consumer.offsets_for_times(
-                [TopicPartition(each.topic, each.partition, at_ms)], timeout=_ANSWER_S
-            )
-            if found.error is not None:
-                raise KafkaException(found.error)
-            low, high = self._consumer.get_watermark_offsets(found, timeout=_ANSWER_S)
-            yield TopicPartition(each.topic, each.partition, max(low, found.offset if found.offset >= 0 else high))
+            low, high = self._consumer.get_watermark_offsets(each, timeout=_ANSWER_S)
+            first = low if is_early else self._offset_at(each, since_ns, high)
+            yield TopicPartition(each.topic, each.partition, max(low, first))
+
+    def _offset_at(self, partition: TopicPartition, at_ns: int, end: int) -> int:
+        """Return the offset of the first message of this time or later."""
+        asked = TopicPartition(partition.topic, partition.partition, at_ns // _MS_NS)
+        (found,) = self._consumer.offsets_for_times([asked], timeout=_ANSWER_S)
+        if found.error is not None:
+            raise KafkaException(found.error)
+        return int(found.offset) if found.offset >= 0 else end
 
     @property
     def firing(self) -> list[Alert]:
@@ -202,17 +210,17 @@ class Reading:
         """Read a batch."""
         now_ns = time.time_ns()
         for where, run in by_partition(self._consumer.consume(_BATCH, seconds)):
-            position = self._positions[where]
+            position = self._positions.get(where)
             error = run[-1].error()
             if error is not None:
                 self._check(error, run.pop(), position)
-            if run:
+            if run and position is not None:
                 position.next = (run[-1].offset() or 0) + 1
                 position.advance(run, now_ns)
                 self._take(where.topic, run, now_ns)
 
-    def _check(self, error: KafkaError, message: Message, position: Position) -> None:
-        if error.code() == KafkaError._PARTITION_EOF:
+    def _check(self, error: KafkaError, message: Message, position: Position | None) -> None:
+        if error.code() == KafkaError._PARTITION_EOF and position is not None:
             position.next = max(position.next, message.offset() or 0)
         elif error.fatal() or error.code() in _FINAL:
             raise UnavailableError(f"topic {message.topic()}: {error.str()}")
@@ -226,15 +234,16 @@ class Reading:
             reason = self._engine.put_beats(values, [message.offset() or 0 for message in run], now_ns)
         else:
             reason = self._engine.put(self._topics.streams[name], values, now_ns)
-        if reason is not None:
-            self._warn(name, "skipping messages of topic=%s: %s", name, reason[:_SHOWN])
-        if self._counts.crowded > crowded:
-            self._warn(f"{name} crowded", "too many groups in topic=%s: not all are watched", name)
+        if reason is not None and self._is_first(name):
+            logger.warning("skipping messages of topic=%s: %s", name, reason[:_SHOWN])
+        if self._counts.crowded > crowded and self._is_first(f"{name} crowded"):
+            logger.warning("too many groups in topic=%s: not all are watched", name)
 
-    def _warn(self, key: str, text: str, *arguments: object) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            logger.warning(text, *arguments)
+    def _is_first(self, what: str) -> bool:
+        """Return whether this is to be logged: once."""
+        is_first = what not in self._warned
+        self._warned.add(what)
+        return is_first
 
     def decide(self) -> list[Alert]:
         """Return the changes that can be decided now."""
@@ -245,8 +254,9 @@ class Reading:
         reached = list(compress(self._positions.values(), is_decisive))
         latest = max((each.at_end for each in reached), default=0.0)
         keep_up = [each.reached_ns for each in reached if latest - each.at_end <= self._config.wait_s]
-        if len(keep_up) < len(reached):
-            self._warn("lag", "partitions lag by more than wait_s: alerts do not wait for them")
+        if len(keep_up) < len(reached) and self._is_first("lag"):
+            behind = len(reached) - len(keep_up)
+            logger.warning("alert: partitions=%d lag behind the others: alerts do not wait", behind)
         lateness_ns = round(self._config.lateness_s * _SECOND_NS)
         beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
         reached_ns = max(self.decided_ns, min(keep_up, default=0) - lateness_ns)

@@ -1,6 +1,7 @@
 """The command `rebpf alert`."""
 
 import logging
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from producer.cli.options import (
     registry_option,
     usage,
 )
+from producer.host.output import echo
 from producer.host.signals import stop_on_signals
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ _HANGS_AFTER_S = 60.0
 @registry_option
 @option("--duration", type=click.FloatRange(min=0), help="Stop after this many seconds.")
 @option("--from-beginning", is_flag=True, help="If the group has no committed offsets, start from the earliest event.")
+@option("--flink-sql", is_flag=True, help="Print the rules as a Flink SQL job, and exit.")
 @json_option
 def alert(
     config: Path | None,
@@ -42,12 +45,14 @@ def alert(
     registry: str | None,
     duration: float | None,
     from_beginning: bool,
+    flink_sql: bool,
     as_json: bool,
 ) -> None:
     """Send alerts when a rule's threshold is crossed.
 
     Start it more than once with the same configuration: one member is active, the others are standbys.
     """
+    from producer.alert.flink import job
     from producer.alert.member import Member
     from producer.alert.sinks import open_sinks
     from producer.alert.status import registry as metrics
@@ -61,6 +66,9 @@ def alert(
     where = settings.kafka.brokers
     if where is None:
         usage("alert needs --brokers")
+    if flink_sql:
+        echo(job(settings, 0 if from_beginning else time.time_ns()))
+        return
     stop = stop_on_signals()
     board = StatusBoard(hangs_after_s=_HANGS_AFTER_S)
     member = Member(

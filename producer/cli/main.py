@@ -31,7 +31,7 @@ from producer.cli.options import (
 )
 from producer.cli.spool import spool
 from producer.cli.topics import init, tail, verify
-from producer.cli.view import trace
+from producer.cli.view import top, trace
 from producer.errors import OutputError, ReaderGoneError, RebpfError, UsageError
 from producer.host import stdio
 from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 _SECTIONS = {
     "Capture": ("run", "reload", "status", "spool"),
-    "View": ("trace",),
+    "View": ("top", "trace"),
     "Topics": ("init", "tail", "verify", "alert"),
     "Analysis": ("report", "export"),
     "Host": ("check", "config", "demo", "version"),
@@ -85,7 +85,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, export, report, init, tail, verify, trace, config_command):
+for each in (spool, alert, export, report, init, tail, verify, top, trace, config_command):
     rebpf.add_command(each)
 
 

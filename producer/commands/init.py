@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from producer.config.load import Config
-from producer.events import HEARTBEATS, STREAMS, Feed
+from producer.events import HEARTBEATS, Feed
 from producer.kafka.admin import DAY_MS, Admin, in_partitions, topic_settings
 from producer.registry.published import published_schemas, schema_ids
 from producer.registry.schema_ids import COMPATIBILITY, SchemaIds
@@ -27,7 +27,8 @@ def create_topics(config: Config, partitions: int, replication: int, *, alerts: 
     admin = Admin(config)
     admin.require_reachable()  # faster than the timeout of a request
     wanted: dict[str, tuple[int, Mapping[str, str]]] = {
-        topic(config, stream): (partitions, _settings(config, stream, replication)) for stream in STREAMS
+        topic(config, stream): (partitions, _settings(config, stream, replication))
+        for stream in config.capture.streams
     }
     wanted[heartbeat_topic(config)] = (_HEARTBEAT_PARTITIONS, _settings(config, HEARTBEATS, replication))
     if alerts:

@@ -25,6 +25,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _ACTIONS = ("keep", "drop")
 _MAX_RING_BYTES = 1 << 30
+_MAX_EVENTS_PER_S = 10**9
 _MIN_SPOOL_BYTES = 1 << 18
 _MAX_SPOOL_BYTES = 1 << 50
 _MAX_PREFIX = 200
@@ -39,6 +40,7 @@ _MAX_RULE_TEXTS = 2000
 _DAY_S = 86400.0
 _SECONDS: Mapping[str, tuple[float, float]] = {
     "capture.latency_s": (0.02, 60),
+    "capture.flow_interval_s": (1, 3600),
     "kafka.stop_timeout_s": (0, _DAY_S),
     "registry.timeout_s": (0.001, 3600),
     "spool.spill_after_s": (0.1, 3600),
@@ -127,13 +129,18 @@ def _check_path(name: str, path: Path | None, *, absolute: bool = False) -> None
 
 
 def _check_capture(capture: Any) -> None:
-    for name in ("transmit_ring_bytes", "retransmit_ring_bytes"):
+    if not capture.streams:
+        raise ConfigError("capture: expected transmit, retransmit or flow to be true, found none of them")
+    for name in ("transmit_ring_bytes", "retransmit_ring_bytes", "flow_ring_bytes"):
         size = getattr(capture, name)
         page = os.sysconf("SC_PAGE_SIZE")
         if not page <= size <= _MAX_RING_BYTES or size & size - 1:
             raise ConfigError(
                 f"capture.{name}: expected a power of two from {page} to {_MAX_RING_BYTES} bytes, found {size}"
             )
+    if not 0 <= capture.transmit_events_per_s <= _MAX_EVENTS_PER_S:
+        found = capture.transmit_events_per_s
+        raise ConfigError(f"capture.transmit_events_per_s: expected 0 to {_MAX_EVENTS_PER_S}, found {found}")
     if not capture.hooks:
         raise ConfigError(f"capture.hooks: expected at least one of {', '.join(HOOKS)}")
     for hook in capture.hooks:
@@ -190,7 +197,7 @@ def _check_brokers(brokers: str) -> None:
 
 
 def _check_spool(spool: Any) -> None:
-    for name in ("transmit_bytes", "retransmit_bytes", "quarantine_bytes"):
+    for name in ("transmit_bytes", "retransmit_bytes", "flow_bytes", "quarantine_bytes"):
         size = getattr(spool, name)
         if size < 0 or 0 < size < _MIN_SPOOL_BYTES:
             raise ConfigError(f"spool.{name}: expected 0, or at least {_MIN_SPOOL_BYTES} bytes, found {size}")
@@ -315,7 +322,7 @@ def _check_alert_filters(where: str, rule: Any) -> None:
 def _check_rule(where: str, rule: Any) -> None:
     if rule.name:
         _check_text(f"{where}.name", rule.name, 255)
-    for key in ("action", "transmit", "retransmit"):
+    for key in ("action", "transmit", "retransmit", "flow"):
         value = getattr(rule, key)
         if value is not None:
             _check_choice(f"{where}.{key}", value, _ACTIONS)

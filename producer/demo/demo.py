@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from producer.commands.tail import Event, batches
-from producer.consume.event_line import EventFormatter, is_retransmit_event
+from producer.consume.event_line import EventFormatter, is_flow_record, is_retransmit_event
 from producer.demo.lab import Lab, Sent
 from producer.demo.reconcile import Comparison, Row, Tally, compare, reasons
 from producer.demo.summary import Path, Paths
@@ -222,7 +222,7 @@ class _Screen:
             echo("\n".join(lines), color=True)
 
     def _is_shown(self, event: Event) -> bool:
-        if is_retransmit_event(event.record):
+        if is_retransmit_event(event.record) or is_flow_record(event.record):
             return True
         second = int(time.monotonic())
         if second != self._second:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 from urllib.request import urlopen
 
 import pytest
@@ -28,10 +28,10 @@ from producer.consume.decode import Decoder
 from producer.events import RETRANSMITS
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_ID, load_schema
+from tests.support.alerts import alert_records
 from tests.support.events import Sent, messages
 from tests.support.flows import Flow, values
 from tests.support.rebpf import command, rebpf, repeating, wait_until
-from tests.support.servers.consume import decode, kcat_messages
 from tests.support.statuses import status
 from tests.support.topics import FIXED_IDS
 
@@ -200,17 +200,6 @@ class Feed:
 
     def _flush(self) -> None:
         assert self._client.flush(30) == 0
-
-
-def alert_records(bootstrap: str, prefix: str) -> list[dict[str, Any]]:
-    """Return the records of the alerts topic."""
-    found = []
-    for message in kcat_messages(bootstrap, f"{prefix}tcp_alerts"):
-        assert message.value is not None
-        record = decode(message.value, load_schema(ALERT_FILE))[1]
-        assert message.key == f"{record['rule']}/{record['group']}".encode()
-        found.append(record)
-    return found
 
 
 def configured(kafka, folder: Path, prefix: str) -> Path:

@@ -1,8 +1,11 @@
-"""Alerts of each measure."""
+"""Alerts of each measure, and those in a topic."""
 
 from dataclasses import replace
+from typing import Any
 
 from producer.alert.model import Alert
+from producer.schemas import ALERT_FILE, load_schema
+from tests.support.servers.consume import decode, kcat_messages
 
 LOSS = Alert(
     rule="loss",
@@ -31,3 +34,14 @@ COUNT = replace(
     labels='{"team": "net"}',
 )
 SILENT = replace(LOSS, rule="silent", measure="silence", value=31.4)
+
+
+def alert_records(bootstrap: str, prefix: str) -> list[dict[str, Any]]:
+    """Return the records of the alerts topic."""
+    found = []
+    for message in kcat_messages(bootstrap, f"{prefix}tcp_alerts"):
+        assert message.value is not None
+        record = decode(message.value, load_schema(ALERT_FILE))[1]
+        assert message.key == f"{record['rule']}/{record['group']}".encode()
+        found.append(record)
+    return found

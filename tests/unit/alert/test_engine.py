@@ -152,6 +152,15 @@ def test_a_new_owner_sends_what_its_predecessor_did_not_and_nothing_twice(decide
     assert sorted(found, key=key) == sorted(after[2:], key=key)
 
 
+@pytest.mark.parametrize("decided_s", [10, 15, 19.9])
+def test_a_new_owner_resolves_what_has_no_more_records(decided_s: float) -> None:
+    one = Evaluation(LOSS)
+    one.flows(flow(5, 100, 50))
+    two = Evaluation(LOSS, decided_s=decided_s, last_alerts=one.alerts(10))
+    (alert,) = two.alerts(50)
+    assert (alert.firing, alert.window_start_ns) == (False, (START_S + 10) * S)
+
+
 def test_an_alert_of_a_rule_that_is_gone_is_resolved() -> None:
     one = Evaluation(LOSS)
     one.flows(flow(5, 100, 50))

@@ -40,8 +40,14 @@ ports = [443, 9092]
 default = "drop"
 transmit_ring_bytes = 65536
 retransmit_ring_bytes = 8192
+flow_ring_bytes = 16384
+transmit = false
+retransmit = true
+flow = true
+flow_interval_s = 30
 pin = "/sys/fs/bpf/rebpf"
 latency_s = 1
+transmit_events_per_s = 1000
 btf = "/some/vmlinux"
 
 [kafka]
@@ -64,6 +70,7 @@ heartbeat = {}
 [spool]
 transmit_bytes = 1048576
 retransmit_bytes = 0
+flow_bytes = 524288
 max_age_s = 3600
 quarantine_bytes = 262144
 when_full = "drop_oldest"
@@ -119,6 +126,7 @@ name = "all of it"
 action = "drop"
 transmit = "keep"
 retransmit = "drop"
+flow = "keep"
 sample = 10
 sample_by = "event"
 sample_retransmits = true
@@ -142,6 +150,7 @@ RULE = RuleConfig(
     action="drop",
     transmit="keep",
     retransmit="drop",
+    flow="keep",
     sample=10,
     sample_by="event",
     sample_retransmits=True,
@@ -184,8 +193,12 @@ def test_every_setting_can_be_read(read):
             default="drop",
             transmit_ring_bytes=65536,
             retransmit_ring_bytes=8192,
+            flow_ring_bytes=16384,
+            transmit=False,
+            flow_interval_s=30.0,
             pin=Path("/sys/fs/bpf/rebpf"),
             latency_s=1.0,
+            transmit_events_per_s=1000,
             btf=Path("/some/vmlinux"),
         ),
         kafka=Kafka(
@@ -203,6 +216,7 @@ def test_every_setting_can_be_read(read):
         spool=Spool(
             transmit_bytes=1048576,
             retransmit_bytes=0,
+            flow_bytes=524288,
             max_age_s=3600.0,
             quarantine_bytes=262144,
             when_full="drop_oldest",
@@ -301,7 +315,13 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
             r"capture\.retransmit_ring_bytes: expected a power of two .*, found -4096",
         ),
         ('capture.hooks = ["fentri"]', r"capture\.hooks: unknown hook fentri: did you mean fentry\?"),
+        (
+            "capture.transmit = false\ncapture.retransmit = false\ncapture.flow = false",
+            r"capture: expected transmit, retransmit or flow to be true, found none of them",
+        ),
+        ("capture.flow_interval_s = 0.5", r"capture\.flow_interval_s: expected 1 to 3600 seconds, found 0\.5"),
         ('capture.latency_s = "1"', r"capture\.latency_s: expected a number, found '1'"),
+        ("capture.transmit_events_per_s = -1", r"transmit_events_per_s: expected 0 to 1000000000, found -1"),
         ("capture.latency_s = 0", r"capture\.latency_s: expected 0\.02 to 60 seconds, found 0\.0"),
         ("kafka.stop_timeout_s = -1", r"kafka\.stop_timeout_s: expected 0 to 86400 seconds, found -1\.0"),
         ("registry.timeout_s = nan", r"registry\.timeout_s: expected .* seconds, found nan"),
