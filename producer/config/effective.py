@@ -25,24 +25,23 @@ AT_RELOAD = (
     "spool.spill_after_s",
 )
 """Settings that a reload applies to the running producer. All others need a restart."""
-_NOT_OF_THE_PRODUCER = "alert."
-"""Settings that only `rebpf alert` reads, when it starts."""
-_OF_THE_HOST = frozenset({"host"})
+_NOT_OF_THE_PRODUCER = ("alert.", "topics.")
+"""Settings that only `rebpf alert` and `rebpf init` read, when they start."""
+_OF_THE_HOST = ("host", "labels.")
 """Settings that differ between hosts with the same configuration, so that the hash leaves them out."""
 
-_SETTINGS = "kafka.settings"
 _SECRET = re.compile(r"password|passphrase|secret|key\.pem|oauthbearer\.config")
 _USER_INFO = re.compile(r"//[^/@]*@")
 
 
 def settings(config: Config) -> dict[str, Any]:
     """Return each setting by its path, in the types of JSON. Secrets are masked; lists of tables are one value."""
-    return {path: _plain(_masked(path, value)) for path, value in _leaves(config)}
+    return {path: _plain(_masked(path, value)) for _, path, value in _leaves(config)}
 
 
 def digest(config: Config) -> str:
     """Return 16 hexadecimal digits that are equal for hosts with the same settings, apart from names and secrets."""
-    same = {path: value for path, value in settings(config).items() if path not in _OF_THE_HOST}
+    same = {path: value for path, value in settings(config).items() if not path.startswith(_OF_THE_HOST)}
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -62,7 +61,7 @@ def in_force(running: Config, read: Config) -> Config:
 
 def restart_needed(running: Config, read: Config) -> tuple[str, ...]:
     """Return the settings in which `read` differs from `running` and that a reload does not apply."""
-    now, then = dict(_leaves(read)), dict(_leaves(running))
+    now, then = ({path: value for _, path, value in _leaves(each)} for each in (read, running))
     changed = {path for path in now.keys() | then.keys() if now.get(path) != then.get(path)}
     return tuple(sorted(path for path in changed - {*AT_RELOAD} if not path.startswith(_NOT_OF_THE_PRODUCER)))
 
@@ -71,13 +70,14 @@ def as_toml(config: Config, origins: Mapping[str, str]) -> str:
     """Return the configuration as TOML without secrets. `origins` has where values come from, for comments."""
     sections: dict[str, list[str]] = {"": []}
     lists = []
-    for path, value in settings(config).items():
+    shown = settings(config)
+    for section, path, _ in _leaves(config):
+        value = shown[path]
         if isinstance(value, list) and value and isinstance(value[0], dict):
             for number, each in enumerate(value, 1):
                 head = f"[[{path}]]" + _comment(origins.get(f"{path}[{number}]"))
                 lists.append([head, *(_line(name, item) for name, item in each.items())])
         else:
-            section = _SETTINGS if path.startswith(f"{_SETTINGS}.") else path.rpartition(".")[0]
             line = _line(path.removeprefix(f"{section}."), value) + _comment(origins.get(path))
             sections.setdefault(section, [f"[{section}]"]).append(line)
     return "\n\n".join("\n".join(block) for block in [*sections.values(), *lists])
@@ -87,19 +87,20 @@ def _comment(origin: str | None) -> str:
     return f"  # {origin}" if origin else ""
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, section: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield the table, the path and the value of each setting."""
     for field in dataclasses.fields(value):
-        each, name = getattr(value, field.name), f"{path}{field.name}"
+        each, path = getattr(value, field.name), f"{section}.{field.name}".lstrip(".")
         if dataclasses.is_dataclass(each):
-            yield from _leaves(each, f"{name}.")
+            yield from _leaves(each, path)
         elif isinstance(each, Mapping):
-            yield from ((f"{name}.{key}", text) for key, text in sorted(each.items()))
+            yield from ((path, f"{path}.{key}", text) for key, text in sorted(each.items()))
         else:
-            yield name, each
+            yield section, path, each
 
 
 def _masked(path: str, value: Any) -> Any:
-    if path.startswith(f"{_SETTINGS}.") and _SECRET.search(path):
+    if path.startswith("kafka.settings.") and _SECRET.search(path):
         return MASK
     return _USER_INFO.sub(f"//{MASK}@", value) if path.endswith(("url", "alertmanager")) and value else value
 
