@@ -1,12 +1,13 @@
 """Builds a run of the producer from its configuration."""
 
+import mmap
 from collections.abc import Callable
 from contextlib import ExitStack
 from ipaddress import ip_address
 
 from producer.agent.reload import InForce
 from producer.agent.runtime import Runtime
-from producer.agent.streams import Quarantine, StreamBuilder
+from producer.agent.streams import Quarantine, StreamBuilder, has_undelivered
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
 from producer.errors import PermissionDenied
@@ -68,7 +69,11 @@ def build(
     root = cgroup2_root()
     ruleset = resolve(config, root)
     capture, ring_stays = _load(config, ruleset, stack)
-    topics = {stream.name: topic(config, stream) for stream in STREAMS}
+    captured = config.capture.streams
+    streams = [each for each in STREAMS if each in captured or has_undelivered(config, capture, each)]
+    if len(streams) > len(captured):
+        ids = schema_ids(config, stop, streams)
+    topics = {stream.name: topic(config, stream) for stream in streams}
     quarantine = Quarantine(config)
     stack.callback(quarantine.close)
     heartbeats = HeartbeatEncoder(ids[heartbeat_topic(config)]) if heartbeat_topic(config) in ids else None
@@ -81,9 +86,9 @@ def build(
     if config.kafka.brokers is None:
         _exclude_embedded(capture, brokers)
     builder = StreamBuilder(config, capture, {name: ids[each] for name, each in topics.items()}, stack, quarantine)
-    streams = [builder.build(stream) for stream in STREAMS]
+    parts = [builder.build(stream) for stream in streams]
     capture.drop_old_rings()
-    rings = {stream.name: capture.ring_descriptor(stream) for stream in STREAMS}
+    rings = {stream.name: capture.ring_descriptor(stream) for stream in streams}
     wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
@@ -92,7 +97,8 @@ def build(
         topics,
         capture,
         sink,
-        streams,
+        parts,
+        builder.relabel,
         folder,
         in_force,
         web,
@@ -137,9 +143,14 @@ def _endpoint(config: Config, board: StatusBoard, web: WebSettings) -> Endpoint:
 
 def _capture_settings(config: Config, ruleset: Ruleset) -> CaptureSettings:
     capture = config.capture
+    ring_bytes = {
+        stream.ring: getattr(capture, f"{stream.name}_ring_bytes") if stream in capture.streams else mmap.PAGESIZE
+        for stream in STREAMS
+    }
     return CaptureSettings(
         hooks=capture.hooks,
-        ring_bytes={"transmit_pipe": capture.transmit_ring_bytes, "retransmit_pipe": capture.retransmit_ring_bytes},
+        streams=capture.streams,
+        ring_bytes=ring_bytes,
         rules=ruleset.tables(),
         btf=capture.btf,
         cache=config.state_dir / "compiled",

@@ -32,7 +32,7 @@ from producer.cli.options import (
 )
 from producer.cli.spool import spool
 from producer.cli.topics import init, tail, verify
-from producer.cli.view import trace
+from producer.cli.view import top, trace
 from producer.errors import OutputError, ReaderGoneError, RebpfError, UsageError
 from producer.host import stdio
 from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 _SECTIONS = {
     "Capture": ("run", "reload", "status", "spool"),
-    "View": ("trace",),
+    "View": ("top", "trace"),
     "Topics": ("init", "tail", "verify", "alert"),
     "Analysis": ("report", "export"),
     "Host": ("check", "config", "demo", "version"),
@@ -86,7 +86,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, export, report, init, tail, verify, trace, config_command):
+for each in (spool, alert, export, report, init, tail, verify, top, trace, config_command):
     rebpf.add_command(each)
 
 
@@ -188,16 +188,17 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
 @rebpf.command(examples=(("rebpf demo --loss 0.05", "Lose 5 % of the packets"),))
 @option("--duration", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Seconds of traffic.")
 @option("--loss", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Fraction of packets to drop.")
+@option("--events", is_flag=True, help="Also print retransmissions and a sample of the transmits as they arrive.")
 @json_option
-def demo(duration: float, loss: float, as_json: bool) -> None:
+def demo(duration: float, loss: float, events: bool, as_json: bool) -> None:
     """Capture lossy test traffic and compare it with the kernel.
 
-    Starts a producer and sends traffic between two network namespaces over a link that drops packets. Prints the
-    events as they arrive, then compares their number with the kernel's counters.
+    Starts a producer and sends traffic between two network namespaces over a link that drops packets. Prints who lost
+    segments, where and why, and compares the number of events with the kernel's counters.
     """
     from producer.demo.demo import demo as run_demo
 
-    sys.exit(run_demo(duration_s=duration, loss=loss, as_json=as_json))
+    sys.exit(run_demo(duration_s=duration, loss=loss, as_json=as_json, show_events=events))
 
 
 @rebpf.command(

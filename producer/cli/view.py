@@ -9,11 +9,25 @@ from typing import Any
 
 import click
 
-from producer.cli.options import Command, config_option, json_option, load, option, usage
+from producer.cli.options import (
+    Command,
+    brokers_option,
+    config_option,
+    json_option,
+    load,
+    option,
+    registry_option,
+    usage,
+)
+from producer.host.output import echo
 from producer.host.signals import stop_on_signals
+from producer.host.text import printable
 
 _CACHE = Path("/var/cache/rebpf")
 """Of compiled programs. Not the producer's, whose state folder may belong to its own user."""
+GROUPS = ("peer", "flow", "host", "unit", "container", "comm", "port", "subnet", "cause")
+SORTS = ("retransmitted", "ratio", "segments", "srtt", "failed", "flows", "name")
+"""Those of producer.view.table, which is not imported for every command."""
 _WIDE = 200
 """The width of lines that do not go to a terminal."""
 
@@ -90,3 +104,83 @@ def trace(
     finally:
         if file is not None:
             file.close()
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf top", "Show which peers need retransmissions, of this host"),
+        ("rebpf top --by unit 'port 443'", "By systemd unit, of one port"),
+        ("rebpf top --brokers kafka-1:9092 --by host", "Show a fleet, from the topics"),
+        ("rebpf top --once --json --window 30", "Print one table for a script"),
+    ),
+)
+@filter_argument
+@config_option
+@brokers_option
+@registry_option
+@option("--by", type=click.Choice(GROUPS), default=GROUPS[0], show_default=True, help="What a line stands for.")
+@option("--sort", type=click.Choice(SORTS), default=SORTS[0], show_default=True, help="Sort by this column.")
+@option("--window", type=click.FloatRange(1, 60), default=10.0, show_default=True, help="Seconds that rates cover.")
+@option("--once", is_flag=True, help="Print the table of one window, then exit.")
+@json_option
+def top(
+    filter_words: tuple[str, ...],
+    config: Path | None,
+    brokers: str | None,
+    registry: str | None,
+    by: str,
+    sort: str,
+    window: float,
+    once: bool,
+    as_json: bool,
+) -> None:
+    """Show a live table of connections and retransmissions.
+
+    Without --brokers, of this host: needs root, but neither Kafka nor a running producer. Without a terminal, prints
+    the table of one window.
+    """
+    from producer.commands import top as showing
+    from producer.view.filter import parse
+    from producer.view.keys import Choice
+    from producer.view.terminal import is_usable
+
+    text = " ".join(filter_words)
+    parse(text)
+    if as_json and not once:
+        usage("--json needs --once")
+    stop = stop_on_signals()
+    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    source: showing.Source = _fleet(settings, stop) if brokers else _local(settings)
+    name = printable(brokers or settings.host)
+    choice = Choice(by=by, sort=sort, filter_text=text)
+    if once or not is_usable():
+        width = shutil.get_terminal_size().columns if is_terminal() else _WIDE
+        showing.once(source, choice, window, name, stop, as_json=as_json, width=width)
+    else:
+        echo("Loading the programs ...", err=True)
+        showing.watch(source, choice, window, name, stop, color=has_color())
+
+
+def _local(settings: Any) -> Any:
+    from producer.events import FLOWS, RETRANSMITS
+    from producer.view.local import LocalSource
+
+    fields = {"host": settings.host}
+    return LocalSource((RETRANSMITS, FLOWS), fields, cache=_CACHE, btf=settings.capture.btf)
+
+
+def _fleet(settings: Any, stop: Any) -> Any:
+    from producer.consume.follow import Start
+    from producer.events import FLOWS, RETRANSMITS
+    from producer.topics import topic
+    from producer.view.topics import TopicSource
+
+    return TopicSource(
+        settings.kafka.brokers,
+        [topic(settings, stream) for stream in (RETRANSMITS, FLOWS)],
+        registry=settings.registry,
+        client_settings=settings.kafka.settings,
+        start=Start.END,
+        stop=stop,
+    )

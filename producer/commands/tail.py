@@ -2,26 +2,22 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Message
 
 from producer.config.load import Registry
 from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.event_line import EventFormatter
-from producer.errors import ReaderGoneError, UnavailableError
+from producer.consume.follow import Follower, Start
+from producer.errors import ReaderGoneError
 from producer.host.output import echo
 from producer.host.signals import Flag
 from producer.host.text import to_json
-from producer.kafka.consumer import QuietConsumer
 
 _LOG = logging.getLogger(__name__)
-_METADATA_TIMEOUT_S = 5
-_POLL_S = 0.1
-_BATCH = 1000
 _MOST_REASONS = 100
 
 
@@ -31,61 +27,6 @@ class Event(NamedTuple):
     topic: str
     key: str
     record: dict[str, Any]
-
-
-class _Follower:
-    """A consumer of all partitions of the topics, including topics that do not exist yet."""
-
-    def __init__(
-        self, brokers: str, topics: Sequence[str], settings: Mapping[str, str], *, from_beginning: bool
-    ) -> None:
-        self._missing = list(topics)
-        self._from_beginning = from_beginning
-        self._next_check = 0.0
-        self._connection = QuietConsumer(brokers, "tail", settings, {})
-        self._consumer = self._connection.client
-
-    def start(self) -> None:
-        """Assign existing partitions, at their end or beginning."""
-        with self._connection.translated_errors():
-            self._assign_existing(from_beginning=self._from_beginning)
-        if self._missing:
-            _LOG.warning("waiting for topics=%s", ",".join(self._missing))
-
-    def poll(self) -> list[Message]:
-        """Wait briefly, and return the messages that arrived."""
-        if self._missing and time.monotonic() >= self._next_check:
-            self._next_check = time.monotonic() + 1
-            try:
-                self._assign_existing(from_beginning=True)
-            except KafkaException as exc:
-                _LOG.debug("no metadata: %s", exc)
-        return [message for message in self._consumer.consume(_BATCH, _POLL_S) if not self._failed(message)]
-
-    def close(self) -> None:
-        self._consumer.close()
-
-    def _assign_existing(self, *, from_beginning: bool) -> None:
-        for topic in list(self._missing):
-            metadata = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic]
-            if metadata.error is None:
-                partitions = [TopicPartition(topic, number, OFFSET_BEGINNING) for number in metadata.partitions]
-                if not from_beginning:
-                    # Not OFFSET_END, which is the end at the first fetch, some time later.
-                    for partition in partitions:
-                        partition.offset = self._consumer.get_watermark_offsets(partition, _METADATA_TIMEOUT_S)[1]
-                self._consumer.incremental_assign(partitions)
-                self._missing.remove(topic)
-            elif metadata.error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
-                raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
-
-    def _failed(self, message: Message) -> bool:
-        error = message.error()
-        if error is None:
-            return False
-        if error.retriable() or error.code() == KafkaError._PARTITION_EOF:
-            return True
-        raise UnavailableError(f"topic {message.topic()}: {error.str()}")
 
 
 def batches(
@@ -103,7 +44,9 @@ def batches(
     """
     decoder = Decoder(registry)
     skipped: dict[str, int] = {}
-    follower = _Follower(brokers, topics, client_settings, from_beginning=from_beginning)
+    follower = Follower(
+        brokers, "tail", topics, client_settings, start=Start.BEGINNING if from_beginning else Start.END
+    )
     try:
         follower.start()
         yield []

@@ -15,6 +15,7 @@ MASK = "***"
 
 AT_RELOAD = (
     "rules",
+    "labels",
     "log_level",
     "reload_when_changed",
     "capture.addresses",
@@ -63,7 +64,8 @@ def restart_needed(running: Config, read: Config) -> tuple[str, ...]:
     """Return the settings in which `read` differs from `running` and that a reload does not apply."""
     now, then = ({path: value for _, path, value in _leaves(each)} for each in (read, running))
     changed = {path for path in now.keys() | then.keys() if now.get(path) != then.get(path)}
-    return tuple(sorted(path for path in changed - {*AT_RELOAD} if not path.startswith(_NOT_OF_THE_PRODUCER)))
+    others = (path for path in changed if path not in AT_RELOAD and not path.startswith(_NOT_OF_THE_PRODUCER))
+    return tuple(sorted(path for path in others if path.partition(".")[0] not in AT_RELOAD))
 
 
 def as_toml(config: Config, origins: Mapping[str, str]) -> str:
@@ -110,10 +112,18 @@ def _plain(value: Any) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return dict(value)
     return str(value) if isinstance(value, Path | ipaddress.IPv4Address | ipaddress.IPv6Address) else value
 
 
 def _line(name: str, value: Any) -> str:
     key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
-    # Printable strings, numbers, booleans and lists are the same in JSON and TOML.
-    return f"# {key} is not set" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    return f"# {key} is not set" if value is None else f"{key} = {_inline(value)}"
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_inline(each)}" for key, each in value.items()) + "}"
+    # Printable strings, numbers, booleans and lists of these are the same in JSON and TOML.
+    return json.dumps(value, ensure_ascii=False)

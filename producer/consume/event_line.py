@@ -1,4 +1,7 @@
-"""Formats an event as one line, in tcpdump's notation: transmits in green, retransmits in yellow and red."""
+"""Formats an event as one line, in tcpdump's notation: transmits in green, retransmits in yellow and red.
+
+Records of connections are in cyan.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -30,6 +33,11 @@ def is_retransmit_event(record: Mapping[str, Any]) -> bool:
     return "cause" in record
 
 
+def is_flow_record(record: Mapping[str, Any]) -> bool:
+    """Return whether this is the record of a connection, by a field that only these have."""
+    return "reason" in record
+
+
 class EventFormatter:
     """Formats records as lines, without line ends. `rejected` counts records that cannot be formatted, by reason."""
 
@@ -57,12 +65,14 @@ class EventFormatter:
         self.rejected[cut if cut in self.rejected or len(self.rejected) < _MOST_REASONS else "other reasons"] += 1
 
     def line(self, record: Mapping[str, Any]) -> str:
-        """Format a record of either topic.
+        """Format a record of any topic of events.
 
         Raises LookupError for a missing field, and TypeError, ValueError, AttributeError, ArithmeticError or OSError
         for one of another type.
         """
         time = f"{datetime.fromtimestamp(record['ts_ns'] / 1e9):%H:%M:%S.%f}"
+        if is_flow_record(record):
+            return f"{self._paint(time, 'dim')} {self._paint(self._clean(_flow(record)), 'cyan')}"
         segment = self._clean(_segment(record))
         if not is_retransmit_event(record):
             return f"{self._paint(time, 'dim')} {self._paint(segment, 'green')}"
@@ -86,6 +96,21 @@ def _segment(record: Mapping[str, Any]) -> str:
         f"{source} > {destination} [{flag_letters(record['tcp_flags'])}] seq {record['seq']}:{record['end_seq']}{ack}"
         f" len {record['payload_len']} segs {record['segs']}"
     )
+
+
+def _flow(record: Mapping[str, Any]) -> str:
+    words = [endpoint(record["saddr"], record["sport"]), ">", endpoint(record["daddr"], record["dport"])]
+    words += [record["reason"], record["error"] or record["state"]]
+    for name, field in (("out", "bytes_sent"), ("in", "bytes_received"), ("segs", "segs_out")):
+        if record[field] is not None:
+            words.append(f"{name} {record[field]}")
+    if record["total_retrans"]:
+        words.append(f"retransmitted {record['total_retrans']}")
+    if record["srtt_us"] is not None:
+        words.append(f"srtt {_milliseconds(record['srtt_us'])}")
+    if record["comm"] is not None:
+        words.append(f"{record['role'] or 'process'} {record['comm']}")
+    return " ".join(words)
 
 
 def _retransmission(record: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from producer.errors import PermissionDenied, UnavailableError
 from producer.host.python_child import python
+from producer.host.tcp_counters import parse_counters
 
 _INTERFACE = "veth0"
 _CLOSE_TIMEOUT_S = 60
@@ -63,16 +64,6 @@ class Sent:
     connections: int
     failed: int
     payload_bytes: int
-
-
-def parse_counters(text: str) -> dict[str, int]:
-    """Parse the pairs of lines (names, values) of the protocols Tcp and TcpExt."""
-    lines = [line.split() for line in text.splitlines()]
-    counters: dict[str, int] = {}
-    for names, values in zip(lines[::2], lines[1::2], strict=True):
-        if names[0] in ("Tcp:", "TcpExt:"):
-            counters.update(zip(names[1:], map(int, values[1:]), strict=True))
-    return counters
 
 
 class Lab:

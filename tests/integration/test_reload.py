@@ -113,7 +113,7 @@ def test_explain_names_the_rule(tmp_path: Path) -> None:
     config = tmp_path / "rebpf.toml"
     config.write_text(only(443))
     done = rebpf("check", "--config", config, "--explain", "10.0.0.1:443,10.0.0.2:5000")
-    assert (done.returncode, done.stdout) == (0, "rule 1 decides: transmits kept, retransmits kept\n")
+    assert (done.returncode, done.stdout) == (0, "rule 1 decides: transmits kept, retransmits kept, flows kept\n")
 
 
 def test_50_reloads_under_traffic_leave_no_gap(tmp_path: Path) -> None:

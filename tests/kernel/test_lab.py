@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from producer.demo.lab import Host, Lab, parse_counters
+from producer.demo.lab import Host, Lab
+from producer.host.tcp_counters import parse_counters
 from producer.errors import UnavailableError
 
 pytestmark = pytest.mark.root

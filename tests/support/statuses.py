@@ -30,5 +30,6 @@ def status(**values: Any) -> Status:
         "labels": {"dc": "fra-1", "env": "prod"},
         "config_hash": "0123456789abcdef",
         "restart_needed": ("capture.transmit_ring_bytes",),
+        "transmit_sample_rate": 64,
     }
     return Status(**{**facts, **values})

@@ -1,0 +1,174 @@
+"""`rebpf top`: a live table of who retransmits, of this host or of a fleet."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from producer.host.output import echo
+from producer.host.signals import Flag
+from producer.host.tcp_counters import parse_counters
+from producer.host.text import lines as as_lines
+from producer.host.text import to_json
+from producer.view.filter import parse
+from producer.view.flows import Flows
+from producer.view.keys import Choice
+from producer.view.records import Records
+from producer.view.screen import Frame, Look, render
+from producer.view.table import Table, details, table
+from producer.view.terminal import Terminal
+
+_REFRESH_S = 1.0
+_KEYS_S = 0.1
+_FORGET_S = 10.0
+_MAX_LINES = 200
+
+
+class Source(Protocol):
+    """Where records come from."""
+
+    is_local: bool
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def read(self) -> Iterable[Records]:
+        """Return the new records."""
+
+    def report(self) -> None:
+        """Ask for a record of each open connection, if that is possible."""
+
+    def lost(self) -> int:
+        """Return the number of events that are missing."""
+
+
+class Top:
+    """The view: reads a source and makes frames. `netns` is this network namespace if the source is this host."""
+
+    def __init__(self, source: Source, choice: Choice, window_s: float, name: str) -> None:
+        self._source, self._window_s, self._name = source, window_s, name
+        self.choice = choice
+        self._filter = parse(choice.filter_text)
+        self._netns = Path("/proc/self/ns/net").stat().st_ino if source.is_local else 0
+        self._flows = Flows(time.time_ns(), self._netns)
+        self._kernel_start = self._retrans_segs()
+        self._started_s = self._forgot_s = time.monotonic()
+        self._frame: Frame | None = None
+
+    def read(self, *, report: bool) -> None:
+        """Take the new records in."""
+        if report:
+            self._source.report()
+        now = time.monotonic()
+        for records in self._source.read():
+            self._flows.add(records.select(self._filter(records)), now)
+        if now - self._forgot_s > _FORGET_S:
+            self._flows.forget(now)
+            self._forgot_s = now
+
+    def press(self, key: str) -> None:
+        """Apply a key."""
+        before, self.choice = self.choice, self.choice.after(key)
+        if self.choice.filter_text != before.filter_text:
+            self._filter = parse(self.choice.filter_text)
+            self._flows = Flows(time.time_ns(), self._netns)
+            self._kernel_start = self._retrans_segs()
+            self._started_s = time.monotonic()
+
+    def table(self, count: int) -> Table:
+        """Return the current table. Until the window has passed, rates are over the time since the start."""
+        now = time.monotonic()
+        window_s = max(_REFRESH_S, min(self._window_s, now - self._started_s))
+        return table(self._flows, self.choice.by, self.choice.sort, now, window_s, count)
+
+    def frame(self, count: int) -> Frame:
+        """Return what to show; while paused, what was shown."""
+        choice = self.choice
+        if choice.paused and self._frame is not None and self._frame.by == choice.by:
+            found = self._frame.table
+        else:
+            found = self.table(count)
+        selected = min(choice.selected, max(0, len(found.lines) - 1))
+        self.choice = choice = replace(choice, selected=selected)
+        rows = None
+        if choice.has_details and found.lines:
+            name = found.lines[selected].name
+            rows = details(self._flows, choice.by, name, time.monotonic(), count)
+        message = "" if choice.typed is None else f"/{choice.typed}_"
+        if choice.error:
+            message = f"/{choice.typed}\n {choice.error.split(chr(10))[1]}\n{choice.error.split(chr(10))[0]}"
+        self._frame = Frame(
+            found, choice.by, choice.sort, choice.filter_text, self._name, selected, choice.paused, message, rows,
+            self._kernel(), self._source.lost(),
+        )  # fmt: skip
+        return self._frame
+
+    def _kernel(self) -> tuple[int, int] | None:
+        """Return the kernel's count and ours; with a filter, they differ by design."""
+        if not self._source.is_local or self.choice.filter_text:
+            return None
+        return self._retrans_segs() - self._kernel_start, self._flows.in_netns
+
+    def _retrans_segs(self) -> int:
+        if not self._source.is_local:
+            return 0
+        return parse_counters(Path("/proc/self/net/snmp").read_text())["RetransSegs"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the table for JSON output."""
+        found, kernel = self.table(_MAX_LINES), self._kernel()
+        return {
+            "by": self.choice.by,
+            "window_s": self._window_s,
+            "filter": self.choice.filter_text,
+            "total": found.total.as_dict(),
+            "lines": [line.as_dict() for line in found.lines],
+            "groups": found.groups,
+            "kernel_retrans_segs": kernel and kernel[0],
+            "seen_retrans_segs": kernel and kernel[1],
+            "lost": self._source.lost(),
+        }
+
+
+def watch(source: Source, choice: Choice, window_s: float, name: str, stop: Flag, *, color: bool) -> None:
+    """Show the table on the terminal until q is pressed, or `stop` is set."""
+    with source:
+        top = Top(source, choice, window_s, name)
+        with Terminal(color=color) as terminal:
+            due = 0.0
+            while not stop.is_set() and not top.choice.quits:
+                now = time.monotonic()
+                is_due = now >= due
+                if is_due or not source.is_local:
+                    top.read(report=is_due)
+                look = terminal.look()
+                keys = terminal.keys(0 if is_due else _KEYS_S)
+                for key in keys:
+                    top.press(key)
+                if is_due or keys:
+                    terminal.draw(render(top.frame(look.height), look))
+                if is_due:
+                    due = now + _REFRESH_S
+
+
+def once(source: Source, choice: Choice, window_s: float, name: str, stop: Flag, *, as_json: bool, width: int) -> None:
+    """Print the table of one window."""
+    with source:
+        top = Top(source, choice, window_s, name)
+        end = time.monotonic() + window_s
+        while not stop.is_set() and time.monotonic() < end:
+            top.read(report=True)
+            stop.wait(min(_REFRESH_S, max(0.0, end - time.monotonic())))
+        top.read(report=True)
+        if as_json:
+            echo(to_json(top.as_dict()))
+            return
+        frame = top.frame(_MAX_LINES)
+        height = len(frame.table.lines) + 4
+        shown = render(frame, Look(width, height, color=False, unicode=True))
+        echo(as_lines(line.rstrip() for line in shown[:-1]))

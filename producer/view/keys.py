@@ -1,0 +1,65 @@
+"""What the keys of `rebpf top` do to what is shown."""
+
+from dataclasses import dataclass, replace
+
+from producer.view.filter import FilterError, parse
+from producer.view.screen import KEYS
+from producer.view.table import SORTS
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to show. `typed` is a filter that is being typed, and None otherwise."""
+
+    by: str = "peer"
+    sort: str = SORTS[0]
+    filter_text: str = ""
+    selected: int = 0
+    paused: bool = False
+    has_details: bool = False
+    typed: str | None = None
+    error: str = ""
+    quits: bool = False
+
+    def after(self, key: str) -> "Choice":
+        """Return the choice after a key."""
+        if key == "eof":
+            return replace(self, quits=True)
+        if self.typed is not None:
+            return self._typing(self.typed, key)
+        if key == "escape":
+            return replace(self, has_details=False, error="")
+        if key == "q":
+            return replace(self, quits=True)
+        if key == "enter":
+            return replace(self, has_details=not self.has_details)
+        if key in KEYS and not self.has_details:
+            return replace(self, by=KEYS[key], selected=0)
+        return self._moved(key)
+
+    def _moved(self, key: str) -> "Choice":
+        match key:
+            case "up" | "k":
+                return replace(self, selected=max(0, self.selected - 1))
+            case "down" | "j":
+                return replace(self, selected=self.selected + 1)
+            case "s":
+                return replace(self, sort=SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)])
+            case " ":
+                return replace(self, paused=not self.paused)
+            case "/":
+                return replace(self, typed=self.filter_text, error="", has_details=False)
+        return self
+
+    def _typing(self, typed: str, key: str) -> "Choice":
+        if key == "escape":
+            return replace(self, typed=None, error="")
+        if key == "backspace":
+            return replace(self, typed=typed[:-1])
+        if key == "enter":
+            try:
+                parse(typed)
+            except FilterError as error:
+                return replace(self, error=f"{error}\n{error.details[1][2:]}")
+            return replace(self, typed=None, filter_text=typed, error="")
+        return replace(self, typed=typed + key, error="") if len(key) == 1 and key.isprintable() else self

@@ -1,0 +1,212 @@
+"""The screen of `rebpf top` as lines of text: which columns fit, and how numbers look. Pure: no terminal, no clock."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rich.color import ColorSystem
+from rich.style import Style
+
+from producer.host.text import printable
+from producer.view.line import duration
+from producer.view.table import Detail, Line, Table
+
+KEYS = {
+    "p": "peer", "f": "flow", "h": "host", "u": "unit", "t": "container", "c": "comm", "o": "port", "n": "subnet",
+    "a": "cause",
+}  # fmt: skip
+"""The grouping of each key."""
+_BARS = " ▁▂▃▄▅▆▇█"
+_ASCII_BARS = " .:-=+*#@"
+_HELP = (
+    "p)eer f)low h)ost u)nit con(t)ainer c)omm p(o)rt sub(n)et c(a)use  s)ort /filter space=pause enter=details q)uit"
+)
+_SHORT_HELP = "pfhutcona=group s)ort /filter space=pause enter=details ?=help q)uit"
+_NAME_WIDTH = 21
+_MAX_NAME = 45
+_HIGH_RATIO = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a screen shows."""
+
+    table: Table
+    by: str
+    sort: str
+    filter_text: str
+    source: str
+    selected: int
+    paused: bool
+    message: str
+    """Of the last line: an error, with a caret in the line below it, or empty."""
+    details: Sequence[Detail] | None
+    kernel: tuple[int, int] | None
+    """RetransSegs of this network namespace, and retransmissions in ours, since the start."""
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the terminal can show."""
+
+    width: int
+    height: int
+    color: bool
+    unicode: bool
+
+
+class _Column(NamedTuple):
+    title: str
+    width: int
+    priority: int
+    """Columns with the highest numbers are dropped first."""
+    text: Callable[[Line], str]
+
+
+def rate(value: float) -> str:
+    """Return a number of at least 0 in at most five characters; whole ones without a point."""
+    if value < 10:
+        return f"{value:.1f}" if value % 1 else f"{value:.0f}"
+    for unit in ("", "k", "M", "G"):
+        if value < 999.5:
+            return f"{value:.0f}{unit}" if value >= 100 or not unit else f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.0f}T"
+
+
+def percent(ratio: float | None) -> str:
+    """Return a ratio in per cent, in at most five characters."""
+    if ratio is None:
+        return "-"
+    return "0%" if ratio == 0 else f"{ratio * 100:.2f}%" if ratio < 0.0995 else f"{ratio * 100:.0f}%"
+
+
+def sparkline(history: Sequence[int], width: int, *, unicode: bool = True) -> str:
+    """Return the history as bars; each stands for the sum of as many seconds as fit."""
+    bars = _BARS if unicode else _ASCII_BARS
+    step = -(-len(history) // width)
+    sums = [sum(history[at : at + step]) for at in range(0, len(history), step)]
+    most = max(sums, default=0)
+    steps = len(bars) - 1
+    return "".join(bars[-(-each * steps // most)] if most else bars[0] for each in sums)
+
+
+def causes(found: dict[str, int]) -> str:
+    """Return causes, the most frequent first."""
+    return " ".join(f"{name} {rate(count)}" for name, count in sorted(found.items(), key=lambda each: -each[1]))
+
+
+def _columns(unicode: bool) -> list[_Column]:
+    return [
+        _Column("RETR/S", 6, 0, lambda line: rate(line.retransmitted)),
+        _Column("RATIO", 6, 1, lambda line: percent(line.ratio)),
+        _Column("SEGS/S", 6, 2, lambda line: rate(line.segments)),
+        _Column("FAIL", 4, 3, lambda line: rate(line.failed)),
+        _Column("FLOWS", 5, 7, lambda line: rate(line.flows)),
+        _Column("SRTT", 6, 6, lambda line: duration(line.srtt_p50_us)),
+        _Column("P95", 6, 8, lambda line: duration(line.srtt_p95_us)),
+        _Column("LIMIT", -11, 4, lambda line: line.limit or "-"),
+        _Column("LAST MINUTE", -20, 9, lambda line: sparkline(line.history, 20, unicode=unicode)),
+        _Column("CAUSES", -34, 10, lambda line: causes(line.causes)),
+    ]
+
+
+def _fitting(width: int, unicode: bool) -> tuple[int, list[_Column]]:
+    """Return the width of names, and the columns that fit."""
+    columns = _columns(unicode)
+    needed = 1 + _NAME_WIDTH
+    shown = set()
+    for column in sorted(columns, key=lambda each: each.priority):
+        if needed + 1 + abs(column.width) <= width:
+            needed += 1 + abs(column.width)
+            shown.add(column.title)
+    return min(_MAX_NAME, _NAME_WIDTH + max(0, width - needed)), [each for each in columns if each.title in shown]
+
+
+def render(frame: Frame, look: Look) -> list[str]:
+    """Return the lines of the screen, as many as it has."""
+    lines = _head(frame, look)
+    foot = _foot(frame, look)
+    room = look.height - len(lines) - len(foot)
+    body = _details(frame, look) if frame.details is not None else _body(frame, look)
+    lines += body[:room] + [""] * max(0, room - len(body)) + foot
+    return lines[: look.height]
+
+
+def _head(frame: Frame, look: Look) -> list[str]:
+    total = frame.table.total
+    kernel = "" if frame.kernel is None else f"  kernel RetransSegs {frame.kernel[0]}, seen {frame.kernel[1]}"
+    first = (
+        f"rebpf top  {frame.source}  {rate(total.segments)} segments/s  {rate(total.retransmitted)} retransmitted/s"
+        f"  {percent(total.ratio)}"
+    )
+    second = f"{frame.table.groups} {_plural(frame.by)}, by {frame.sort}  lost events {frame.lost}{kernel}"
+    if frame.paused:
+        second = f"PAUSED  {second}"
+    if frame.filter_text:
+        second += f"  filter: {frame.filter_text}"
+    return [_paint(_cut(first, look.width), "bold", look), _cut(second, look.width)]
+
+
+def _plural(by: str) -> str:
+    return f"{by}s"
+
+
+def _body(frame: Frame, look: Look) -> list[str]:
+    name_width, columns = _fitting(look.width, look.unicode)
+    title = " " + " ".join(
+        [frame.by.upper().ljust(name_width), *(_aligned(each.title, each.width) for each in columns)]
+    )
+    lines = [_paint(_cut(title, look.width).ljust(look.width), "reverse", look)]
+    for number, line in enumerate(frame.table.lines):
+        cells = [_aligned(each.text(line), each.width) for each in columns]
+        mark = ">" if number == frame.selected else " "
+        text = mark + " ".join([_aligned(line.name, -name_width), *cells])
+        lines.append(_paint(_cut(text, look.width), _style(line), look))
+    if not frame.table.lines:
+        lines.append("No traffic yet.")
+    return lines
+
+
+def _details(frame: Frame, look: Look) -> list[str]:
+    head = f"{'RETR':>5} {'RATIO':>6} {'CWND':>5} {'LOST':>4} {'RTO':>6} {'SRTT':>6} {'LIMIT':<11} FLOW, WHO"
+    lines = [_paint(_cut(head, look.width).ljust(look.width), "reverse", look)]
+    for each in frame.details or ():
+        text = (
+            f"{each.retransmitted:>5} {percent(each.ratio):>6} {each.snd_cwnd:>5} {each.lost_out:>4}"
+            f" {duration(each.rto_us):>6} {duration(each.srtt_us):>6} {each.limit:<11} {each.flow} {each.who}"
+        )
+        lines.append(_cut(text, look.width))
+    return lines
+
+
+def _foot(frame: Frame, look: Look) -> list[str]:
+    if frame.message:
+        shown = [_cut(each, look.width) for each in frame.message.split("\n")]
+        return [shown[0], *(_paint(each, "bold red", look) for each in shown[1:])]
+    if frame.details is not None:
+        return [_cut("esc=back q)uit", look.width)]
+    return [_paint(_cut(_HELP if look.width >= len(_HELP) else _SHORT_HELP, look.width), "dim", look)]
+
+
+def _style(line: Line) -> str:
+    if not line.retransmitted:
+        return ""
+    return "bold red" if (line.ratio or 0) >= _HIGH_RATIO else "yellow"
+
+
+def _aligned(text: str, width: int) -> str:
+    text = _cut(text, abs(width))
+    return text.ljust(-width) if width < 0 else text.rjust(width)
+
+
+def _cut(text: str, width: int) -> str:
+    text = printable(text)
+    return text if len(text) <= width else f"{text[: width - 1]}~"
+
+
+def _paint(text: str, style: str, look: Look) -> str:
+    if not look.color or not style:
+        return text
+    return Style.parse(style).render(text, color_system=ColorSystem.STANDARD)

@@ -1,0 +1,97 @@
+"""The terminal of a full-screen view: the screen is drawn whole, and keys are read one by one."""
+
+import os
+import re
+import select
+import sys
+import termios
+import tty
+from types import TracebackType
+from typing import Self
+
+from producer.errors import OutputError
+from producer.host import signals
+from producer.view.screen import Look
+
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+_HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+_READ_BYTES = 1024
+_LEAST_WIDTH, _LEAST_HEIGHT = 20, 5
+_ESCAPES = {"\x1b[A": "up", "\x1b[B": "down", "\x1bOA": "up", "\x1bOB": "down"}
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]?")
+_NAMES = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace", "\x1b": "escape"}
+
+
+def is_usable() -> bool:
+    """Return whether standard input and output are a terminal that can place the cursor."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+class Terminal:
+    """Standard input and output as a screen, restored at exit. Raises OutputError when it has gone."""
+
+    def __init__(self, *, color: bool) -> None:
+        self._color = color
+        self._input, self._output = sys.stdin.fileno(), sys.stdout.fileno()
+
+    def __enter__(self) -> Self:
+        self._settings = termios.tcgetattr(self._input)
+        tty.setcbreak(self._input)
+        self._write(_ENTER)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._write(_LEAVE)
+            termios.tcsetattr(self._input, termios.TCSADRAIN, self._settings)
+        except (OutputError, termios.error):
+            pass  # it has gone
+
+    def look(self) -> Look:
+        """Return what the screen can show now."""
+        size = os.get_terminal_size(self._output)
+        unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        return Look(max(size.columns, _LEAST_WIDTH), max(size.lines, _LEAST_HEIGHT), self._color, unicode)
+
+    def draw(self, lines: list[str]) -> None:
+        """Show lines, as many as the screen has; foreign text in them must be printable."""
+        self._write(_HOME + f"{_REST_OF_LINE}\r\n".join(lines) + _REST_OF_LINE + _REST_OF_SCREEN)
+
+    def keys(self, timeout_s: float) -> list[str]:
+        """Wait for keys, a signal or the end of the time, and return the keys. `eof` is a closed input."""
+        ready, _, _ = select.select([self._input, signals.descriptor()], [], [], timeout_s)
+        if self._input not in ready:
+            return []
+        try:
+            text = os.read(self._input, _READ_BYTES).decode(errors="ignore")
+        except OSError:
+            return ["eof"]
+        return _parsed(text) if text else ["eof"]
+
+    def _write(self, text: str) -> None:
+        data = memoryview(text.encode(errors="replace"))
+        try:
+            while data:
+                data = data[os.write(self._output, data) :]
+        except BlockingIOError:
+            return  # drawn anew in a second
+        except OSError as error:
+            raise OutputError(f"the terminal: {error.strerror}") from error
+
+
+def _parsed(text: str) -> list[str]:
+    """Return the names of keys."""
+    found = []
+    while text:
+        sequence = next((each for each in _ESCAPES if text.startswith(each)), None)
+        if sequence:
+            found.append(_ESCAPES[sequence])
+        elif match := _CONTROL.match(text):  # of another key
+            sequence = match[0]
+        else:
+            sequence = text[0]
+            found.append(_NAMES.get(sequence, sequence))
+        text = text[len(sequence) :]
+    return found

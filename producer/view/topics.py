@@ -1,0 +1,90 @@
+"""Records of a fleet, from the topics."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from producer.config.load import Registry
+from producer.consume.columns import Table
+from producer.consume.decode import Decoder
+from producer.consume.follow import Follower
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.host.signals import Flag
+from producer.schemas import load_schema
+from producer.view.records import Records, of_table
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 10_000
+_READ_S = 0.5
+_MAX_REASONS = 100
+
+
+class TopicSource:
+    """The records of topics from `start` on (see Follower), with the fields `names`, or all."""
+
+    is_local = False
+
+    def __init__(
+        self,
+        brokers: str,
+        topics: Sequence[str],
+        *,
+        registry: Registry,
+        client_settings: Mapping[str, str],
+        start: int,
+        stop: Flag,
+        names: frozenset[str] | None = None,
+    ) -> None:
+        self._names = names
+        self._follower = Follower(brokers, "view", topics, client_settings, start=start, batch=_BATCH)
+        self._decoder = Decoder(registry, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)}, stop=stop)
+        self._skipped: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        try:
+            self._follower.start()
+        except BaseException:
+            self._follower.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._follower.close()
+        for reason, count in self._skipped.items():
+            logger.warning("skipped messages=%d reason=%r", count, reason)
+
+    def read(self) -> list[Records]:
+        """Return the records that have arrived, within a bounded time."""
+        found = []
+        deadline, wait_s = time.monotonic() + _READ_S, 0.1
+        while messages := self._follower.poll(wait_s):
+            parts, rejected = self._decoder.tables([message.value() for message in messages], self._names)
+            for each in rejected:
+                many = len(self._skipped) >= _MAX_REASONS and each.reason not in self._skipped
+                self._skipped["other reasons" if many else each.reason] += 1
+            found += [of_table(stream, table) for _, table in parts if (stream := _stream(table)) is not None]
+            wait_s = 0
+            if time.monotonic() > deadline:
+                break
+        return found
+
+    def report(self) -> None:
+        """Do nothing: the producers report at their interval."""
+
+    def lost(self) -> int:
+        """Return the number of messages that could not be decoded."""
+        return self._skipped.total()
+
+
+def _stream(table: Table) -> Stream | None:
+    """Return the stream whose records have these fields; None for other records of ours."""
+    names = table.plan.names
+    if "cause" in names:
+        return RETRANSMITS
+    return FLOWS if "reason" in names else TRANSMITS if "is_retransmit" in names else None

@@ -1,0 +1,130 @@
+"""The screen of `rebpf top`: it fits any size, shows numbers in few characters, and keys change what it shows."""
+
+from typing import Any
+
+import pytest
+
+from producer.cli import view as command
+from producer.view import table as tables
+from producer.view.keys import Choice
+from producer.view.screen import Frame, Look, percent, rate, render, sparkline
+from producer.view.table import GROUPS, SORTS, Detail, Line, Table
+from producer.view.terminal import _parsed
+
+BAD = Line("10.2.0.9", 12_345.0, 7.25, 0.031, [0] * 50 + [9] * 10, {"rto": 7, "fast": 80}, 1500, 250_000, 3, 12, "loss")
+GOOD = Line("2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff", 3.0, 0, 0.0, [0] * 60, {}, None, None, 0, 1, "application")
+EVIL = Line("\x1b[2Jweb", 0, 0, None, [0] * 60, {}, None, None, 0, 0, None)
+
+
+def frame(**changed: Any) -> Frame:
+    found = Table(BAD._replace(name="total"), [BAD, GOOD, EVIL], 3)
+    values = {"by": "peer", "sort": "retransmitted", "filter_text": "", "source": "web-1", "selected": 0,
+              "paused": False, "message": "", "details": None, "kernel": (7, 7), "lost": 0}  # fmt: skip
+    return Frame(found, **{**values, **changed})
+
+
+def look(width: int, height: int, *, color: bool = False) -> Look:
+    return Look(width, height, color, unicode=True)
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (20, 5), (43, 7), (300, 6)])
+def test_the_screen_has_its_size(width: int, height: int) -> None:
+    detail = Detail("10.0.0.1:443 > 10.2.0.9:51234", "nginx", 7, 0.03, 10, 3, 204_000, 1500, "loss")
+    wrong = "/port x\n      ^\nfilter: expected a port from 0 to 65535, or a range (8000-8099), found 'x'"
+    for shown in (frame(), frame(details=[detail]), frame(message=wrong), frame(paused=True, filter_text="port 1")):
+        lines = render(shown, look(width, height))
+        assert len(lines) == height
+        assert max(map(len, lines)) <= width
+
+
+def test_80_columns_show_the_peer_and_why() -> None:
+    lines = render(frame(), look(80, 24))
+    assert lines[2].split() == ["PEER", "RETR/S", "RATIO", "SEGS/S", "FAIL", "FLOWS", "SRTT", "P95", "LIMIT"]
+    assert lines[3].split() == [">10.2.0.9", "7.2", "3.10%", "12.3k", "3", "12", "1.5ms", "250ms", "loss"]
+
+
+def test_a_wide_screen_shows_everything() -> None:
+    lines = render(frame(), look(200, 50))
+    assert "LAST MINUTE" in lines[2]
+    assert "fast 80 rto 7" in lines[3]
+    assert "kernel RetransSegs 7, seen 7" in lines[1]
+    assert GOOD.name in lines[4]
+
+
+def test_foreign_names_cannot_move_the_cursor() -> None:
+    assert not [line for line in render(frame(), look(200, 50)) if "\x1b" in line]
+    colored = render(frame(), look(200, 50, color=True))
+    assert "\x1b[1;31m" in colored[3]
+    assert "\x1b[2J" not in "".join(colored)
+
+
+def test_an_empty_table_says_so() -> None:
+    nothing = Table(EVIL, [], 0)
+    assert "No traffic yet." in render(Frame(nothing, **_fields(frame())), look(80, 24))[3]
+
+
+def _fields(shown: Frame) -> dict[str, Any]:
+    return {name: getattr(shown, name) for name in Frame.__slots__ if name != "table"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.25, "0.2"), (7, "7"), (12.4, "12"), (999, "999"), (1000, "1.0k"), (123_456, "123k"), (2e7, "20.0M")],
+)
+def test_rates_are_short(value: float, text: str) -> None:
+    assert rate(value) == text
+    assert len(rate(value)) <= 5
+
+
+def test_ratios_are_short() -> None:
+    assert [percent(each) for each in (None, 0.0, 0.0123, 0.5, 1.0)] == ["-", "0%", "1.23%", "50%", "100%"]
+
+
+def test_sparklines_show_the_last_minute() -> None:
+    assert sparkline([0] * 59 + [8], 20) == " " * 19 + "█"
+    assert sparkline([0] * 59 + [8], 20, unicode=False) == " " * 19 + "@"
+    assert sparkline([1] * 60, 60) == "█" * 60
+    assert sparkline([0] * 60, 20) == " " * 20
+
+
+def press(*keys: str) -> Choice:
+    choice = Choice()
+    for key in keys:
+        choice = choice.after(key)
+    return choice
+
+
+def test_keys_change_grouping_and_sorting() -> None:
+    assert [press(key).by for key in "pfhutcona"] == list(GROUPS)
+    assert [press(*"s" * count).sort for count in range(len(SORTS) + 1)] == [*SORTS, SORTS[0]]
+    assert press("down", "j", "up").selected == 1
+    assert press("up").selected == 0
+    assert press(" ").paused
+    assert not press(" ", " ").paused
+    assert press("enter").has_details
+    assert not press("enter", "escape").has_details
+    assert press("q").quits
+    assert press("eof").quits
+
+
+def test_a_filter_is_typed_in_place() -> None:
+    assert press("/", *"port 22", "enter").filter_text == "port 22"
+    assert press("/", *"port 222", "backspace", "enter").filter_text == "port 22"
+    assert press("/", *"q").typed == "q"
+    assert press("/", *"port", "escape").filter_text == ""
+    wrong = press("/", *"port x", "enter")
+    assert wrong.typed == "port x"
+    message, caret = wrong.error.split("\n")
+    assert "expected a port" in message
+    assert caret == "     ^"
+    assert press("/", *"port x", "enter", "backspace", "1", "enter").filter_text == "port 1"
+
+
+def test_the_options_are_those_of_the_table() -> None:
+    assert command.GROUPS == tables.GROUPS
+    assert command.SORTS == tables.SORTS
+
+
+def test_bytes_of_the_terminal_are_keys() -> None:
+    assert _parsed("s\x1b[A\x1bOBq\r\x7f\x1b") == ["s", "up", "down", "q", "enter", "backspace", "escape"]
+    assert _parsed("\x1b[15~x\x1b[1;5Cy\x1b[") == ["x", "y"]
