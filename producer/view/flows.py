@@ -43,6 +43,7 @@ _DTYPE = np.dtype(
 )
 _MIX = [np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)]
 _NO_COOKIE = np.uint64(1) << np.uint64(63)
+_MAX_PORT, _MAX_TIME_NS, _MAX_NUMBER = 65_535, 1 << 62, 1 << 40
 _JUDGE_S = 5.0
 """What limits a connection is judged over one to two of these."""
 
@@ -146,7 +147,7 @@ class Flows:
                 known = followed & (ids > 0)
                 rows[name][slots[known]] = ids[known]
         for name in ("sport", "dport"):
-            rows[name][chosen] = records[name].cells[followed]
+            rows[name][chosen] = _bounded(records, name)[followed]
         return slots, followed
 
     def _interned(self, records: Records) -> dict[str, NDArray[np.int64]]:
@@ -168,21 +169,21 @@ class Flows:
     def _keys(records: Records, texts: dict[str, NDArray[np.int64]]) -> NDArray[np.uint64]:
         """Return a number for each connection: of the host's boot and the socket, or of the addresses and ports."""
         cookie = records["sk_cookie"]
-        ports = records["sport"].cells << 16 | records["dport"].cells
+        ports = _bounded(records, "sport") << 16 | _bounded(records, "dport")
         ends = _mixed(texts["saddr"], texts["daddr"], ports) ^ _NO_COOKIE
         socket = np.where(cookie.valid & (cookie.cells != 0), cookie.cells.astype(np.uint64), ends)
         return _mixed(texts["host"], texts["boot_id"], socket)
 
     def _add_retransmissions(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
-        segs = records["segs"].cells
+        segs = _bounded(records, "segs")
         zeros = np.zeros_like(segs)
         self._log.append(
             Happened(np.full(len(segs), now_s), slots, zeros, zeros, segs, _causes(records["cause"]), zeros)
         )
         self.in_netns += int(segs[records["netns"].cells == self._netns].sum())
         for name in ("lost_out", "srtt_us", "snd_cwnd", "mss", "rto_us"):
-            column = records[name]
-            self._rows[name][slots[column.valid]] = column.cells[column.valid]
+            valid = records[name].valid
+            self._rows[name][slots[valid]] = _bounded(records, name)[valid]
 
     def _add_flows(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
         """Only the last record of each connection counts, because counters are cumulative."""
@@ -192,9 +193,9 @@ class Flows:
         failed = _equals(records["state"], "SYN_SENT") & _equals(records["reason"], "close") & records["error"].valid
         records, slots, failed = records.select(last), slots[last], failed[last]
         known = records["segs_out"].valid
-        rows, now = self._rows, {name: np.where(known, records[name].cells, 0) for name in _GROWING}
+        rows, now = self._rows, {name: np.where(known, _bounded(records, name), 0) for name in _GROWING}
         is_new = ~rows["counted"][slots]
-        began_here = records["start_ns"].valid & (records["start_ns"].cells >= self._start_ns)
+        began_here = records["start_ns"].valid & (_bounded(records, "start_ns") >= self._start_ns)
         growth = {}
         for name in ("segs_out", "total_retrans"):
             before = np.where(is_new & ~began_here, now[name], np.where(is_new, 0, rows[name][slots]))
@@ -222,7 +223,7 @@ class Flows:
         rows = self._rows
         due = ~is_new & (now_s - rows["judged_s"][slots] >= _JUDGE_S)
         rows["judged_s"][slots[is_new | due]] = now_s
-        start = np.where(began_here, records["start_ns"].cells, now["ts_ns"])
+        start = np.where(began_here, _bounded(records, "start_ns"), now["ts_ns"])
         for name in _GROWING:
             first = np.where(began_here, start if name == "ts_ns" else 0, now[name])
             for prefix in ("base_", "middle_"):
@@ -231,8 +232,8 @@ class Flows:
             rows["middle_" + name][slots[due]] = now[name][due]
             rows[name][slots] = now[name]
         for name in GAUGES:
-            column = records[name]
-            rows[name][slots[column.valid]] = column.cells[column.valid]
+            valid = records[name].valid
+            rows[name][slots[valid]] = _bounded(records, name)[valid]
         rows["counted"][slots] = True
         rows["closed"][slots] = _equals(records["reason"], "close")
 
@@ -242,6 +243,12 @@ def interval(rows: NDArray[np.void]) -> Interval:
     grown = [np.maximum(rows[name] - rows["base_" + name], 0) for name in COUNTERS]
     elapsed_us = np.maximum(rows["ts_ns"] - rows["base_ts_ns"], 0) // 1000
     return Interval(elapsed_us, *grown, *(rows[name] for name in Interval._fields[8:]))
+
+
+def _bounded(records: Records, name: str) -> NDArray[np.int64]:
+    """Return numbers as far as a kernel could write them: whoever may write to a topic chooses them."""
+    most = _MAX_PORT if name in ("sport", "dport") else _MAX_TIME_NS if name.endswith("_ns") else _MAX_NUMBER
+    return np.clip(records[name].cells.astype(np.int64), 0, most)
 
 
 def _mixed(*columns: NDArray[np.int64] | NDArray[np.uint64]) -> NDArray[np.uint64]:
