@@ -15,8 +15,10 @@ import fastavro
 import pytest
 
 from producer.demo.lab import Lab
+from producer.events import RETRANSMITS, STREAMS
 from producer.kernel.bpf_syscall import program_ids
-from tests.support.capture import DEADLINE_S, inside, rules, wait_for
+from producer.rules.tables import filtered
+from tests.support.capture import DEADLINE_S, Recording, hook_settings, inside, rules, wait_for
 from tests.support.pty_command import PtyCommand
 from tests.support.rebpf import as_nobody, command
 
@@ -144,6 +146,18 @@ def test_one_table_for_scripts(netns: int) -> None:
     assert {line["name"] for line in found["lines"]} == set(_PEERS)
     assert found["lines"][0]["ratio"] > 0.02
     assert found["lost"] == 0
+
+
+def test_a_capture_beside_it_keeps_its_events(netns: int) -> None:
+    with Recording(hook_settings(streams=STREAMS, rules=filtered(ports=(_PORT,)))) as capture:
+        done = subprocess.run(command("top", "--once", "--window", 3), capture_output=True, timeout=DEADLINE_S)
+        assert (done.returncode, done.stderr) == (0, b"")
+        wait_for(lambda: len(capture.all(RETRANSMITS)) > 5, "retransmissions")
+        for stream in STREAMS:
+            wait_for(
+                lambda stream=stream: len(capture.all(stream)) == capture.kernel.counters(stream).passed, "all events"
+            )
+            assert capture.kernel.counters(stream).ring_full == 0
 
 
 def test_a_trace_ends_with_its_reader(netns: int) -> None:
