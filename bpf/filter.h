@@ -7,7 +7,7 @@
  * sockets that the agent's listeners accept.
  *
  * The other end has no socket yet when it answers a SYN, so until then it is recognized by its endpoints. Such an entry is
- * created when the agent's socket sends, and removed when that socket closes. No other socket can have these endpoints
+ * created when the agent's socket sends or is connected, and removed when that socket closes. No other socket can have these endpoints
  * meanwhile, and a later connection between them removes leftover entries. Any process can dissolve a connection and use its
  * socket, and so its cookie, for another one: this ends what was known about the socket.
  */

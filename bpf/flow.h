@@ -345,4 +345,12 @@ static __always_inline int visit_flow(struct sock *sk, const struct flow_state *
 	return is_connection(tp, state, tcp_state) ? take_flow(tp, state, tcp_state, REASON_INTERVAL) : 0;
 }
 
+/* Writes a byte for each socket: a read of n bytes visits n sockets. */
+static __always_inline void count_visit(struct bpf_iter_meta *meta)
+{
+	u8 visit = 0;
+
+	bpf_seq_write(meta->seq, &visit, sizeof(visit));
+}
+
 #endif

@@ -140,7 +140,7 @@ static __always_inline bool choose_socket(struct choice *choice, struct flow *fl
 	held = holds(stored, choice->active, 0, state);
 	if (held) {
 		*choice = stored->choice;
-		if (!choice->rates[stream])
+		if (!may_take(choice, stream))
 			return false;
 		set_owner(flow, &stored->owner);
 	}
@@ -152,7 +152,7 @@ static __always_inline bool choose_socket(struct choice *choice, struct flow *fl
 		if (decide_anew(choice, flow, sk, cookie, state, 0, state))
 			store_verdict(tp, cookie, choice, flow, 0, state);
 	}
-	return choice->rates[stream];
+	return may_take(choice, stream);
 }
 
 /* The flow of a SYN-ACK: the request's endpoints and the listener's owner. It has no full socket yet. */
@@ -166,7 +166,7 @@ static __always_inline bool choose_request(struct choice *choice, struct flow *f
 	fill_endpoints(flow, common, READ(common, skc_num));
 	fill_owner(flow, listener, 0);
 	decide_anew(choice, flow, listener, cookie_of(listener, hook), TCP_LISTEN, 0, TCP_SYN_RECV);
-	return choice->rates[stream];
+	return may_take(choice, stream);
 }
 
 static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 state)
@@ -174,6 +174,7 @@ static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 
 	struct sock *sk = (struct sock *)tp;
 	u64 cookie = READ_IF(sock, sk, skc_cookie);
 	bool accepted = old_state == TCP_SYN_RECV && state == TCP_ESTABLISHED;
+	bool connected = old_state == TCP_SYN_SENT && state == TCP_ESTABLISHED && whose(cookie) == OWN_OPENED;
 	bool closed = state == TCP_CLOSE && whose(cookie);
 	struct flow flow = {};
 
@@ -182,12 +183,14 @@ static __always_inline int follow_state(struct tcp_sock *tp, u32 old_state, u32 
 		forget_verdict(tp, cookie);
 		forget_partner(cookie);
 	}
-	if (!accepted && !closed)
+	if (!accepted && !connected && !closed)
 		return 0;
 	fill_endpoints(&flow, (const struct sock_common *)sk, from_be16(READ(tp, inet_sport)));
 	flow.netns = netns_of(sk);
 	if (accepted)
 		note_accepted(&flow, sk);
+	else if (connected) /* without transmits no program has seen its SYN */
+		note_peer(&flow, state);
 	else
 		forget_closed(&flow, old_state);
 	return 0;
@@ -355,7 +358,9 @@ int raw_tp_flow_retransmit_again(u64 *ctx)
 /* Arguments: metadata, the map, the socket, its state. */
 int iter_flow_states(u64 *ctx)
 {
-	return visit_flow((void *)ctx[2], (void *)ctx[3]);
+	visit_flow((void *)ctx[2], (void *)ctx[3]);
+	count_visit((void *)ctx[0]);
+	return 0;
 }
 
 #endif
@@ -594,7 +599,8 @@ struct sender {
 /* This hook's program may take both streams. */
 static __always_inline bool is_wanted(const struct choice *choice)
 {
-	return choice->rates[STREAM_TRANSMIT] || (RETRANSMIT_CGROUP_SKB && choice->rates[STREAM_RETRANSMIT]);
+	return may_take(choice, STREAM_TRANSMIT) ||
+	       (RETRANSMIT_CGROUP_SKB && may_take(choice, STREAM_RETRANSMIT));
 }
 
 static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,

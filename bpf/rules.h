@@ -72,9 +72,10 @@ struct rule_generation {
 struct choice {
 	u64 active; /* rules_active at the time */
 	u32 rates[STREAMS]; /* the number of events that one represents; 0: no event */
+	u32 lot; /* the connection's, for the budget */
 	u8 by_event[STREAMS]; /* draw for each event whether it is one of `rates` */
 	u8 by_segment; /* holds only for one interface and state */
-	u8 _pad[5];
+	u8 _pad;
 };
 
 /* The decision on a socket, and its owner. Not for listeners: they answer for connections that differ. */
@@ -95,6 +96,13 @@ BPF_ARRAY(rule_port_classes, struct port_group, GENERATIONS * 65536 / PORT_GROUP
 BPF_ARRAY(rule_ports, struct rule_sides, GENERATIONS *CLASSES);
 BPF_HASH(rule_values, struct value_key, u32, 16384);
 BPF_ARRAY(rule_sets, struct rule_set, GENERATIONS *CLASSES);
+
+/*
+ * The budget for transmits: turn << 32 | rate. In each turn another one in `rate` connections is captured. The agent writes
+ * it (producer/pipeline/budget.py). The rate is a power of two, so those captured at a rate are also captured at each lower
+ * one; 0: no budget.
+ */
+BPF_ARRAY(transmit_budget, u64, 1);
 #if PROBE_READ
 /* By cookie, because kprobe programs cannot use socket storage. The programs insert; the oldest are evicted. */
 BPF_TABLE("lru_hash", u64, struct verdict, verdicts, 32768);
@@ -253,8 +261,9 @@ static __always_inline u64 flow_hash(const struct flow *flow)
 
 static __always_inline void apply(struct choice *choice, const struct rule_action *action, const struct flow *flow)
 {
-	u64 draw = flow_hash(flow) >> 20;
+	u64 hash = flow_hash(flow), draw = hash >> 20;
 
+	choice->lot = hash;
 #pragma unroll
 	for (int stream = 0; stream < STREAMS; stream++) {
 		u32 rate = action->sampled[stream] ? action->sample_rate : 1;
@@ -358,6 +367,7 @@ static __always_inline void store_verdict(void *sk, u64 cookie, const struct cho
 	verdict->choice.by_event[0] = choice->by_event[0];
 	verdict->choice.by_event[1] = choice->by_event[1];
 	verdict->choice.by_segment = choice->by_segment;
+	verdict->choice.lot = choice->lot;
 	verdict->choice.rates[0] = choice->rates[0];
 	verdict->choice.rates[1] = choice->rates[1];
 	verdict->interface = interface;
@@ -382,12 +392,32 @@ static __always_inline bool holds(const struct verdict *verdict, u64 active, u32
 	       (!verdict->choice.by_segment || (verdict->interface == interface && verdict->state == state));
 }
 
+/* The rate of the budget; 0: this is not the connection's turn. */
+static __always_inline u32 budget_rate(const struct choice *choice)
+{
+	u32 zero = 0, rate;
+	u64 *word = transmit_budget.lookup(&zero), budget = word ? *(volatile u64 *)word : 0;
+
+	rate = budget ? budget : 1;
+	return (choice->lot + (u32)(budget >> 32)) & (rate - 1) ? 0 : rate;
+}
+
+/* Whether an event of the stream is possible. Not stored with the socket: the budget changes. */
+static __always_inline bool may_take(const struct choice *choice, u32 stream)
+{
+	return choice->rates[stream] && (stream != STREAM_TRANSMIT || budget_rate(choice));
+}
+
 /* The number of events that this one represents; 0: drop it. */
 static __always_inline u32 sample_rate(const struct choice *choice, u32 stream)
 {
-	u32 rate = choice->rates[stream];
+	u64 rate = choice->rates[stream];
 
-	return rate && choice->by_event[stream] && bpf_get_prandom_u32() % rate ? 0 : rate;
+	if (rate && choice->by_event[stream] && bpf_get_prandom_u32() % (u32)rate)
+		return 0;
+	if (stream == STREAM_TRANSMIT)
+		rate *= budget_rate(choice);
+	return rate < ~0U ? rate : ~0U;
 }
 
 #endif

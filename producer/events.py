@@ -231,8 +231,6 @@ RETRANSMITS = Stream(
     RETRANSMIT,
     "retransmit_event",
 )
-STREAMS = (TRANSMITS, RETRANSMITS)
-"""Those that the agent publishes."""
 FLOWS = Stream(
     "flow",
     Topic("tcp_flow"),
@@ -243,7 +241,13 @@ FLOWS = Stream(
     FLOW_EVENT,
     "flow_event",
 )
-"""A record for each connection, when it closes and on demand. Only captured, not published yet."""
+"""A record for each connection, when it closes and on demand."""
+STREAMS = (TRANSMITS, RETRANSMITS, FLOWS)
+
+
+def common(rows: Rows) -> Rows:
+    """Return a view of the rows with the members that all streams have, `flow`, `ts` and `cpu_seq` among them."""
+    return rows["s"] if "s" in (rows.dtype.names or ()) else rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -307,7 +311,7 @@ def _members(dtype: np.dtype[np.void], base: int = 0, prefix: str = "") -> Itera
 def layout_check() -> str:
     """Return C that fails to compile if bpf/events.h and this module differ."""
     lines = []
-    for stream in (*STREAMS, FLOWS):
+    for stream in STREAMS:
         struct, dtype = stream.struct, stream.dtype
         lines.append(f'_Static_assert(sizeof(struct {struct}) == {dtype.itemsize}, "{struct}: size");')
         for name, offset, size in _members(dtype):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "schemas"
-SOURCES = ("tcp_transmit", "tcp_retransmit")
+SOURCES = ("tcp_transmit", "tcp_retransmit", "tcp_flow")
 ID = ("boot_id", "cpu", "cpu_seq")
 TYPES = {"int": "INT", "long": "BIGINT", "double": "DOUBLE", "string": "STRING", "boolean": "BOOLEAN"}
 LOGICAL = {"timestamp-millis": "TIMESTAMP(3)"}
@@ -27,7 +27,7 @@ RETRANSMITS = {
     "segs": "BIGINT",
     "retransmitted_segs": "BIGINT",
     "ratio": "DOUBLE",
-    "causes": "MULTISET<STRING NOT NULL>",
+    "causes": "MAP<STRING, BIGINT>",
     "srtt_us_p50": "DOUBLE",
     "srtt_us_p95": "DOUBLE",
     "srtt_us_p99": "DOUBLE",

@@ -1,43 +1,46 @@
--- Retransmits per minute of event time, host and peer, to the topic tcp_retransmit_minute. Needs tables.sql.
+-- Retransmissions per minute of event time, host and peer, to the topic tcp_retransmit_minute. Needs tables.sql.
 --
--- No window: after an outage a producer delivers its spool, hours late, and a window would silently drop these events.
--- Here they correct the row of their minute. State expires after state.ttl without updates; later events would start
+-- From flow records: a minute has what connections did since their records before. A connection's first record counts in
+-- full if it began within the minute before; of an older one, only later records do. A producer delivers the records of a
+-- connection in order, after an outage too, so the order is that of arrival.
+--
+-- No window: after an outage a producer delivers its spool, hours late, and a window would silently drop these records.
+-- Here they correct the row of their minute. State expires after state.ttl without updates; later records would start
 -- their minute's row from zero. So state.ttl must be longer than outages; at most spool.max_age_s is needed.
 SET 'pipeline.name' = 'rebpf retransmits';
 SET 'table.exec.state.ttl' = '1 d';
--- At most one result row per key every 10 s, instead of one per event.
+-- At most one result row per key every 10 s, instead of one per record.
 SET 'table.exec.mini-batch.enabled' = 'true';
 SET 'table.exec.mini-batch.allow-latency' = '10 s';
 SET 'table.exec.mini-batch.size' = '50000';
 
 INSERT INTO tcp_retransmit_minute
-WITH transmits AS (
+WITH flows AS (
   SELECT * FROM (
     SELECT *, ROW_NUMBER() OVER (PARTITION BY boot_id, cpu, cpu_seq ORDER BY arrived ASC) AS copy_number
-    FROM tcp_transmit
+    FROM tcp_flow
   )
   WHERE copy_number = 1
 ),
-retransmits AS (
-  SELECT * FROM (
-    SELECT *, ROW_NUMBER() OVER (PARTITION BY boot_id, cpu, cpu_seq ORDER BY arrived ASC) AS copy_number
-    FROM tcp_retransmit
-  )
-  WHERE copy_number = 1
-),
--- Weighted with sample_rate. A retransmitted segment is in both topics, so segs includes it.
-events AS (
-  SELECT CAST(ts AS TIMESTAMP(3)) AS ts, host, daddr, segs * sample_rate AS segs, CAST(0 AS BIGINT) AS retransmitted_segs,
-    CAST(NULL AS STRING) AS cause, NULLIF(srtt_us, 0) AS srtt_us
-  FROM transmits
-  UNION ALL
-  SELECT CAST(ts AS TIMESTAMP(3)), host, daddr, CAST(0 AS BIGINT), segs * sample_rate, cause, CAST(NULL AS BIGINT)
-  FROM retransmits
+differences AS (
+  SELECT CAST(ts AS TIMESTAMP(3)) AS ts, host, daddr, NULLIF(srtt_us, 0) AS srtt_us,
+    segs_out - COALESCE(LAG(segs_out) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, segs_out)) AS segs_out,
+    total_retrans - COALESCE(LAG(total_retrans) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, total_retrans)) AS total_retrans,
+    retrans_other - COALESCE(LAG(retrans_other) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_other)) AS retrans_other,
+    retrans_rto - COALESCE(LAG(retrans_rto) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_rto)) AS retrans_rto,
+    retrans_fast - COALESCE(LAG(retrans_fast) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_fast)) AS retrans_fast,
+    retrans_slow_start - COALESCE(LAG(retrans_slow_start) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_slow_start)) AS retrans_slow_start,
+    retrans_tlp - COALESCE(LAG(retrans_tlp) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_tlp)) AS retrans_tlp,
+    retrans_syn - COALESCE(LAG(retrans_syn) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_syn)) AS retrans_syn,
+    retrans_syn_ack - COALESCE(LAG(retrans_syn_ack) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_syn_ack)) AS retrans_syn_ack
+  FROM flows
+  WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)
 ),
 minutes AS (
-  SELECT FLOOR(ts TO MINUTE) AS window_start, host, daddr, SUM(segs) AS segs, SUM(retransmitted_segs) AS retransmitted_segs,
-    COLLECT(cause) AS causes, PERCENTILE(srtt_us, ARRAY[0.5, 0.95, 0.99]) AS srtt_us
-  FROM events
+  SELECT FLOOR(ts TO MINUTE) AS window_start, host, daddr, SUM(segs_out) AS segs, SUM(total_retrans) AS retransmitted_segs,
+    MAP['other', SUM(retrans_other), 'rto', SUM(retrans_rto), 'fast', SUM(retrans_fast), 'slow_start', SUM(retrans_slow_start), 'tlp', SUM(retrans_tlp), 'syn', SUM(retrans_syn), 'syn_ack', SUM(retrans_syn_ack)] AS causes,
+    PERCENTILE(srtt_us, ARRAY[0.5, 0.95, 0.99]) AS srtt_us
+  FROM differences
   GROUP BY FLOOR(ts TO MINUTE), host, daddr
 )
 SELECT window_start, host, daddr, segs, retransmitted_segs,

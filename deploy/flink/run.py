@@ -13,15 +13,21 @@ from pathlib import Path
 
 from pyflink.table import EnvironmentSettings, TableEnvironment
 
+_SET_BEGINS = "EXECUTE STATEMENT SET BEGIN"
 _SETTING = re.compile(r"SET '([^']+)' = '([^']*)'")
 
 
 def statements(text: str) -> Iterator[str]:
-    """Split a file into statements, without comment lines."""
+    """Split a file into statements, without comment lines. A statement set is one, up to its END."""
     lines = (line for line in text.splitlines() if not line.lstrip().startswith("--"))
+    opened = ""
     for statement in re.split(r";[ \t]*$", "\n".join(lines), flags=re.MULTILINE):
-        if stripped := statement.strip():
-            yield stripped
+        opened += statement.strip()
+        if opened.startswith(_SET_BEGINS) and opened.rsplit(None, 1)[-1] != "END":
+            opened += ";\n"
+        elif opened:
+            yield opened + (";" if opened.startswith(_SET_BEGINS) else "")
+            opened = ""
 
 
 def run(session: TableEnvironment, statement: str) -> None:

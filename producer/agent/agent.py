@@ -1,12 +1,13 @@
 """Builds a run of the producer from its configuration."""
 
+import mmap
 from collections.abc import Callable
 from contextlib import ExitStack
 from ipaddress import ip_address
 
 from producer.agent.reload import InForce
 from producer.agent.runtime import Runtime
-from producer.agent.streams import Quarantine, StreamBuilder
+from producer.agent.streams import Quarantine, StreamBuilder, has_undelivered
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
 from producer.errors import PermissionDenied
@@ -32,11 +33,15 @@ from producer.topics import heartbeat_topic, topic
 
 
 class Agent:
-    """One run of the producer. `read` reads the configuration again for a reload."""
+    """One run of the producer.
 
-    def __init__(self, config: Config, read: Callable[[], Config]) -> None:
+    `read` reads the configuration again for a reload. The result of `files` differs once one of its files has changed.
+    """
+
+    def __init__(self, config: Config, read: Callable[[], Config], files: Callable[[], object] = lambda: None) -> None:
         self._config = config
         self._read = read
+        self._files = files
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
         """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
@@ -45,10 +50,12 @@ class Agent:
         hooks stay attached only if systemd holds them; after an error, only if they are pinned or systemd holds them.
         """
         with ExitStack() as stack:
-            return build(self._config, self._read, stop, stack).run(stop, reload, duration_s)
+            return build(self._config, self._read, self._files, stop, stack).run(stop, reload, duration_s)
 
 
-def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitStack) -> Runtime:
+def build(
+    config: Config, read: Callable[[], Config], files: Callable[[], object], stop: Flag, stack: ExitStack
+) -> Runtime:
     """Load and attach the hooks, connect to Kafka, recover each stream, and open the endpoint. `stack` closes it all.
 
     Setting `stop` ends the wait for the registry.
@@ -62,7 +69,11 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     root = cgroup2_root()
     ruleset = resolve(config, root)
     capture, ring_stays = _load(config, ruleset, stack)
-    topics = {stream.name: topic(config, stream) for stream in STREAMS}
+    captured = config.capture.streams
+    streams = [each for each in STREAMS if each in captured or has_undelivered(config, capture, each)]
+    if len(streams) > len(captured):
+        ids = schema_ids(config, stop, streams)
+    topics = {stream.name: topic(config, stream) for stream in streams}
     quarantine = Quarantine(config)
     stack.callback(quarantine.close)
     heartbeats = HeartbeatEncoder(ids[heartbeat_topic(config)]) if heartbeat_topic(config) in ids else None
@@ -75,18 +86,19 @@ def build(config: Config, read: Callable[[], Config], stop: Flag, stack: ExitSta
     if config.kafka.brokers is None:
         _exclude_embedded(capture, brokers)
     builder = StreamBuilder(config, capture, {name: ids[each] for name, each in topics.items()}, stack, quarantine)
-    streams = [builder.build(stream) for stream in STREAMS]
+    parts = [builder.build(stream) for stream in streams]
     capture.drop_old_rings()
-    rings = {stream.name: capture.ring_descriptor(stream) for stream in STREAMS}
+    rings = {stream.name: capture.ring_descriptor(stream) for stream in streams}
     wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
-    in_force = InForce(capture, config, ruleset, read, root)
+    in_force = InForce(capture, config, ruleset, read, root, files=files)
     return Runtime(
         topics,
         capture,
         sink,
-        streams,
+        parts,
+        builder.relabel,
         folder,
         in_force,
         web,
@@ -131,9 +143,14 @@ def _endpoint(config: Config, board: StatusBoard, web: WebSettings) -> Endpoint:
 
 def _capture_settings(config: Config, ruleset: Ruleset) -> CaptureSettings:
     capture = config.capture
+    ring_bytes = {
+        stream.ring: getattr(capture, f"{stream.name}_ring_bytes") if stream in capture.streams else mmap.PAGESIZE
+        for stream in STREAMS
+    }
     return CaptureSettings(
         hooks=capture.hooks,
-        ring_bytes={"transmit_pipe": capture.transmit_ring_bytes, "retransmit_pipe": capture.retransmit_ring_bytes},
+        streams=capture.streams,
+        ring_bytes=ring_bytes,
         rules=ruleset.tables(),
         btf=capture.btf,
         cache=config.state_dir / "compiled",

@@ -22,7 +22,8 @@ _LOOK_INTERVAL_S = 2.0
 class InForce:
     """Keeps the settings and the kernel's rules up to date. `read` reads the configuration.
 
-    `version` counts changes of the rules. `apply` is called with the new configuration after each reload.
+    `version` counts changes of the rules. `apply` is called with the new configuration after each reload. The result of
+    `files` differs once a file of the configuration has changed.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class InForce:
         read: Callable[[], Config],
         root: Path | None,
         pace: Pace | None = None,
+        files: Callable[[], object] = lambda: None,
     ) -> None:
         self._pace = pace or Pace()
         self._hooks = hooks
@@ -40,6 +42,7 @@ class InForce:
         self._read = read
         self._root = root
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
+        self._files, self._files_read, self._files_at = files, files(), 0.0
         self.apply: Callable[[Config], None] = lambda config: None
         self.version = 1
         self.restart_needed: tuple[str, ...] = ()
@@ -51,14 +54,24 @@ class InForce:
         self._set(config)
 
     def follow(self, asked: Flag) -> None:
-        """Reload if `asked` is set, and clear it. The pace limits how often, however often it is set."""
+        """Reload if `asked` is set, and clear it, or if files have changed. The pace limits how often."""
+        if self.config.reload_when_changed and self._have_files_changed():
+            asked.set()
         if asked.is_set() and self._pace.is_due():
             asked.clear()
             self._pace.run(self.reload)
 
+    def _have_files_changed(self) -> bool:
+        """Every 2 s, look whether a file has changed since the last reload."""
+        if time.monotonic() < self._files_at:
+            return False
+        self._files_at = time.monotonic() + _LOOK_INTERVAL_S
+        return self._files() != self._files_read
+
     def reload(self) -> None:
         """Apply what a reload can change. An invalid configuration is logged and changes nothing."""
         try:
+            self._files_read = self._files()
             read = self._read()
             config = effective.in_force(self.config, read)
             self._put(config, resolve(config, self._root))

@@ -27,7 +27,7 @@ class Reporter:
         topics: Mapping[str, Topic],
     ) -> None:
         self._host = host
-        self._labels = labels
+        self.labels = labels
         self._hooks = hooks
         self._sink = sink
         self._parts = parts
@@ -43,7 +43,7 @@ class Reporter:
             for each in self._parts
         }
 
-    def status(self, rules_version: int, more_reasons: Sequence[str] = ()) -> Status:
+    def status(self, rules_version: int, transmit_sample_rate: int, more_reasons: Sequence[str] = ()) -> Status:
         """Return the current status; `more_reasons` are added to the reasons for being degraded."""
         cpu_s, rss_bytes = usage()
         return Status(
@@ -57,7 +57,8 @@ class Reporter:
             (*self.reasons(), *more_reasons),
             cpu_s,
             rss_bytes,
-            self._labels,
+            self.labels,
+            transmit_sample_rate,
         )
 
     def balance(self, parts: StreamParts, kernel: KernelCounters) -> Balance:
@@ -77,7 +78,7 @@ class Reporter:
     def _stream(self, parts: StreamParts) -> StreamStatus:
         return StreamStatus(
             self._topics[parts.stream.name],
-            self._hooks.hooks_in_use[parts.stream.name],
+            self._hooks.hooks_in_use.get(parts.stream.name, "off"),
             self.balance(parts, self._hooks.counters(parts.stream)),
             parts.ring.size_bytes,
             round(parts.ring.fill * parts.ring.size_bytes),

@@ -3,11 +3,12 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from producer.agent.flow_timer import FlowTimer
 from producer.agent.liveness import Liveness, LossReporter
 from producer.agent.reload import InForce
 from producer.agent.report import Reporter
@@ -15,7 +16,7 @@ from producer.agent.streams import StreamParts
 from producer.agent.supervise import StuckError, Supervisor
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
-from producer.events import HEARTBEATS, Topic
+from producer.events import FLOWS, HEARTBEATS, TRANSMITS, Topic
 from producer.health import metrics
 from producer.health.balance import Balance
 from producer.health.endpoint import Endpoint, StatusBoard
@@ -28,6 +29,7 @@ from producer.host.signals import Flag
 from producer.host.state import StateFolder
 from producer.kafka.sink import KafkaSink
 from producer.kernel.capture import Capture
+from producer.pipeline.budget import TransmitBudget
 from producer.pipeline.pace import LEAST_S
 from producer.pipeline.pipeline import Pipeline
 
@@ -48,6 +50,8 @@ class Runtime:
     capture: Capture
     sink: KafkaSink
     streams: Sequence[StreamParts]
+    relabel: Callable[[Mapping[str, str]], None]
+    """Sets the labels of the events to come."""
     folder: StateFolder
     in_force: InForce
     web: WebSettings
@@ -62,6 +66,7 @@ class Runtime:
     reporter: Reporter = field(init=False)
     liveness: Liveness = field(init=False)
     losses: LossReporter = field(default_factory=LossReporter)
+    budget: TransmitBudget = field(init=False)
     chores_at_s: float = 0.0
 
     @property
@@ -71,6 +76,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         config = self.config
+        self.budget = TransmitBudget(config.capture.transmit_events_per_s)
         self.reporter = Reporter(config.host, config.labels, self.capture, self.sink, self.streams, self.topics)
         self.liveness = Liveness(self.board, self.heartbeats, self.sink, self._status)
 
@@ -85,11 +91,18 @@ class Runtime:
         )
         self.in_force.apply = partial(self._apply, pipeline)
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
+        flows = self._flow_timer()
         woken: set[str] = set()
         while not stop.wait(0) and time.monotonic() < end:
             self._do_chores(reload)
             due = min(time.monotonic() + self._move(pipeline, woken), self.chores_at_s, end)
+            if flows:
+                if (now_s := time.monotonic()) >= flows.due_s:
+                    self.supervisor.attempt("flows", partial(flows.step, now_s), None)
+                due = min(due, max(flows.due_s, now_s + LEAST_S))
             woken = self._wait(pipeline, due)
+        if flows:
+            flows.close()
         systemd.try_notify("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
         if not self.ring_stays:
@@ -102,6 +115,17 @@ class Runtime:
         pipeline.set_latency(config.capture.latency_s)
         for each in self.streams:
             each.pipeline.spill_after_s = config.spool.spill_after_s
+        if config.labels != self.reporter.labels:
+            self.relabel(config.labels)
+            self.reporter.labels = config.labels
+
+    def _flow_timer(self) -> FlowTimer | None:
+        parts = next((each for each in self.streams if each.stream == FLOWS), None)
+        if parts is None or FLOWS not in self.config.capture.streams:
+            return None
+        interval_s = self.config.capture.flow_interval_s
+        report, ring = self.capture.report_some_flows, parts.ring
+        return FlowTimer(report, lambda: ring.fill, interval_s, self.config.host, time.monotonic())
 
     def _do_chores(self, reload: Flag) -> None:
         """Do what is not about events, at its own times, however often the loop turns."""
@@ -110,8 +134,14 @@ class Runtime:
         is_soon = reload.is_set() or self.supervisor.reasons  # for a reload's pace, and for retries
         self.chores_at_s = time.monotonic() + (_RETRY_S if is_soon else _CHORES_S)
         self._housekeeping(reload)
+        self.supervisor.attempt("budget", self._follow_budget, None)
         self.supervisor.attempt("status", self.liveness.step, None)
         self.supervisor.attempt("watch", self._watch, None)
+
+    def _follow_budget(self) -> None:
+        """Sample more or less of the transmits, as the budget requires."""
+        if self.budget.follow(time.monotonic(), self.capture.counters(TRANSMITS).passed):
+            self.capture.limit_transmits(self.budget.rate, self.budget.turn)
 
     def _wait(self, pipeline: Pipeline, due: float) -> set[str]:
         """Wait until `due`, or until something happens that matters; return the streams whose rings woke the loop."""
@@ -142,7 +172,8 @@ class Runtime:
     def _status(self) -> Status:
         reasons = [f"reload refused: {self.in_force.refusal}"] if self.in_force.refusal else []
         reasons += [self.web.last_error] if self.web.last_error else []
-        status = self.reporter.status(self.in_force.version, [*self.supervisor.reasons, *reasons])
+        reasons = [*self.supervisor.reasons, *reasons]
+        status = self.reporter.status(self.in_force.version, self.budget.rate, reasons)
         return dataclasses.replace(
             status, config_hash=self.in_force.digest, restart_needed=self.in_force.restart_needed
         )

@@ -26,6 +26,7 @@ from producer.pipeline.recovery import drain, resume
 from producer.pipeline.stream import Stores, StreamPipeline
 from producer.schemas import load_schema
 from producer.spool.disk import PASSING
+from producer.spool.files import SPOOL_SUFFIX, files
 from producer.spool.spool import Spool
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,12 @@ def ledger_path(config: Config, stream: Stream) -> Path:
 def spool_bytes(config: Config, stream: Stream) -> int:
     """Return the size limit of a stream's spool. With the embedded broker, which stores nothing, it is 0."""
     return int(getattr(config.spool, f"{stream.name}_bytes")) if config.kafka.brokers else 0
+
+
+def has_undelivered(config: Config, hooks: Capture, stream: Stream) -> bool:
+    """Whether an earlier run has left events of this stream, on disk or in a ring."""
+    on_disk = spool_bytes(config, stream) and files(spool_folder(config, stream), SPOOL_SUFFIX)
+    return bool(on_disk) or stream in hooks.old_streams
 
 
 def new_spool(config: Config, stream: Stream) -> Spool:
@@ -154,6 +161,7 @@ class StreamBuilder:
         self._stack = stack
         self._fields = {"host": config.host, "boot_id": boot_id(), "labels": dict(config.labels)}
         self._cgroups = CgroupPaths(cgroup2_root())
+        self._isolators: list[tuple[Stream, Isolator]] = []
         self._old_rings = hooks.old_rings()
 
     def build(self, stream: Stream) -> StreamParts:
@@ -180,8 +188,10 @@ class StreamBuilder:
         ring = self._stack.enter_context(self._hooks.ring(stream))
         resumed = resume(account, self._hooks.ring_id, ring, spool)
         stores = Stores(spool, ledger.write, BackOff("spool", most_s=_SPOOL_WAIT_S), self._config.spool.spill_after_s)
-        count = metrics.TCP.counter(stream)
-        pipeline = StreamPipeline(stream, ring, self._encoder(stream), stores, resumed, count)
+        count = metrics.TCP.counter(stream) if stream in self._config.capture.streams else None
+        encoder = self._isolator(stream)
+        self._isolators.append((stream, encoder))
+        pipeline = StreamPipeline(stream, ring, encoder, stores, resumed, count)
         pipeline.account.open({"old_ring": old_lost} if old_lost else {})
         return StreamParts(stream, ring, spool, pipeline, open_error)
 
@@ -193,11 +203,19 @@ class StreamBuilder:
             logger.info("spool: %d events of %s from an earlier run", spool.pending, stream.name)
         return spool
 
-    def _encoder(self, stream: Stream) -> Isolator:
+    def relabel(self, labels: Mapping[str, str]) -> None:
+        """Encode with other labels of the site from now on."""
+        self._fields = {**self._fields, "labels": dict(labels)}
+        for stream, isolator in self._isolators:
+            isolator.encoder = self._encoder(stream)
+
+    def _isolator(self, stream: Stream) -> Isolator:
+        return Isolator(self._encoder(stream), functools.partial(self._quarantine.put_raw, stream))
+
+    def _encoder(self, stream: Stream) -> BatchEncoder:
         schema = load_schema(stream.schema_file)
         key = cast(Key, self._config.kafka.key)  # validated
-        encoder = BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups, key)
-        return Isolator(encoder, functools.partial(self._quarantine.put_raw, stream))
+        return BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups, key)
 
     def _drain_old(self, stream: Stream, spool: Spool | None, account: Account | None) -> int:
         """Move the events of replaced hooks' rings into the spool; return how many are lost."""
@@ -206,7 +224,7 @@ class StreamBuilder:
         for number, (old, ring) in enumerate(rings, 1):
             # The positions in ledger and spool belong to the last of these rings.
             ring_id = self._hooks.old_ring_id if number == len(rings) else None
-            encoder = functools.partial(self._encoder, old)
+            encoder = functools.partial(self._isolator, old)
             with ring:
                 lost += drain(old, ring, ring_id or "", encoder, spool, account, UtcOffset()())
         return lost

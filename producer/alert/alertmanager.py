@@ -1,4 +1,4 @@
-"""Sends alerts to Alertmanager, through its API v2.
+"""Sends alerts by HTTP: to Alertmanager, through its API v2, and to a webhook.
 
 Alertmanager resolves alerts that are not repeated: a firing alert's `endsAt` is three repetitions from now.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from urllib.request import Request
 
 from producer.alert.model import Alert
-from producer.alert.record import summary
+from producer.alert.record import as_json_object, summary
 from producer.alert.retry import Sleep, retry_until_available
 from producer.errors import UnavailableError
 from producer.host.http_exchange import Answer, ExchangeError, exchange
@@ -27,77 +27,112 @@ _REPETITIONS = 3
 _SHOWN = 200
 
 
-class Alertmanager:
-    """The Alertmanager at `url`. Firing alerts are repeated every `repeat_s`; `sleep` is called between retries.
+class _Receiver:
+    """A server that takes POST requests with JSON. `sleep` is called between retries, and `stop` ends a request."""
 
-    `stop` ends a request in flight, with Stopped. Redirects are not followed: they would lose the request body.
-    """
+    name = ""
 
-    def __init__(self, url: str, repeat_s: float, sleep: Sleep, stop: Flag | None = None) -> None:
-        self._url = f"{url.rstrip('/')}/api/v2/alerts"
-        self._lasts_s = _REPETITIONS * repeat_s
+    def __init__(self, url: str, sleep: Sleep, stop: Flag | None = None) -> None:
+        self._url = url
         self._sleep = sleep
         self._stop = stop
         self.rejected = 0
-        """Alerts that Alertmanager rejected."""
+        """Alerts that the server rejected."""
+
+    def _post_until_accepted(self, body: list[dict[str, Any]]) -> None:
+        retry_until_available(self.name.lower(), self._sleep)(self._post, body)
+
+    def _post(self, body: list[dict[str, Any]]) -> None:
+        """Send alerts. Redirects are not followed: they would lose the request body."""
+        if not body:
+            return
+        request = Request(self._url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            answer = exchange(request, _TIMEOUT_S, stop=self._stop)
+        except ExchangeError as error:
+            raise UnavailableError(f"{self.name} at {self._url}: {error}") from error
+        status, text = answer.status, printable(answer.body[:_SHOWN].decode(errors="replace").strip())
+        if status >= 500 or status == _TOO_MANY_REQUESTS:
+            raise UnavailableError(f"{self.name} at {self._url}: {status} {text}")
+        if status >= 300:
+            # A retry would be rejected too, and hold up all later alerts.
+            self.rejected += len(body)
+            logger.error("alert: %s rejected %d alerts: %d %s", self.name, len(body), status, text)
+        elif not self._is_own(answer):
+            raise UnavailableError(f"the answer from {self._url} is not {self.name}'s: {status} {text!r}")
+
+    def _is_own(self, answer: Answer) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Do nothing: no connection is kept open."""
+
+
+class Webhook(_Receiver):
+    """A server that takes each change once: POST with a JSON list of alerts, with the fields of tcp_alerts."""
+
+    name = "Webhook"
+
+    def send(self, alerts: Sequence[Alert]) -> None:
+        """Send changes, and retry until the server accepts them."""
+        self._post_until_accepted([as_json_object(alert) for alert in alerts])
+
+    def repeat(self, firing: Collection[Alert]) -> None:
+        """Do nothing."""
+
+
+class Alertmanager(_Receiver):
+    """The Alertmanager at `url`. Firing alerts are repeated every `repeat_s`."""
+
+    name = "Alertmanager"
+
+    def __init__(self, url: str, repeat_s: float, sleep: Sleep, stop: Flag | None = None) -> None:
+        super().__init__(f"{url.rstrip('/')}/api/v2/alerts", sleep, stop)
+        self._lasts_s = _REPETITIONS * repeat_s
 
     def send(self, alerts: Sequence[Alert]) -> None:
         """Send changes, and retry until Alertmanager accepts them."""
         # Only the last change of each group: all have the same labels.
         last = {alert.key: alert for alert in alerts}
-        retry_until_available("alertmanager", self._sleep)(self._post, list(last.values()))
+        self._post_until_accepted(list(map(self._payload, last.values())))
 
     def repeat(self, firing: Collection[Alert]) -> None:
         """Repeat what fires, without retries: the next repetition is one."""
         try:
-            if firing:
-                self._post(firing)
+            self._post(list(map(self._payload, firing)))
         except UnavailableError as error:
             logger.warning("alert: %s", error)
 
-    def close(self) -> None:
-        """Do nothing: no connection is kept open."""
-
-    def _post(self, alerts: Collection[Alert]) -> None:
-        body = json.dumps([self._payload(alert) for alert in alerts]).encode()
-        request = Request(self._url, body, {"Content-Type": "application/json"})
+    def _is_own(self, answer: Answer) -> bool:
+        """Return whether the answer is from Alertmanager (empty or JSON) and not, for example, a login page."""
+        if not answer.body.strip():
+            return True
         try:
-            answer = exchange(request, _TIMEOUT_S, stop=self._stop)
-        except ExchangeError as error:
-            raise UnavailableError(f"Alertmanager at {self._url}: {error}") from error
-        status, text = answer.status, printable(answer.body[:_SHOWN].decode(errors="replace").strip())
-        if status >= 500 or status == _TOO_MANY_REQUESTS:
-            raise UnavailableError(f"Alertmanager at {self._url}: {status} {text}")
-        if status >= 300:
-            # A retry would be rejected too, and hold up all later alerts.
-            self.rejected += len(alerts)
-            logger.error("alert: Alertmanager rejected %d alerts: %d %s", len(alerts), status, text)
-        elif not _is_own(answer):
-            raise UnavailableError(f"the answer from {self._url} is not Alertmanager's: {status} {text!r}")
+            json.loads(answer.body)
+        except (ValueError, RecursionError):
+            return False
+        return True
 
     def _payload(self, alert: Alert) -> dict[str, Any]:
         now_s = time.time()
         ends_s = now_s + self._lasts_s if alert.firing else now_s
         # A host's clock may be ahead, and Alertmanager rejects alerts that start after their end.
         starts_s = min(alert.since_ns / 1e9, now_s)
+        behind = {name: found for name in ("causes", "hosts", "flows") if (found := getattr(alert, name))}
+        # The group by its kind (host=...) is for inhibition with other alerts of that host.
+        own = {"alertname": alert.rule, "by": alert.by, "group": alert.group, _label(alert.by): alert.group}
+        severity = {"severity": alert.severity} if alert.severity else {}
+        values = {"summary": summary(alert), "value": f"{alert.value:g}"}
         return {
-            # The group by its kind (host=...) is for inhibition with other alerts of that host.
-            "labels": {"alertname": alert.rule, "by": alert.by, "group": alert.group, alert.by: alert.group},
-            "annotations": {"summary": summary(alert), "value": f"{alert.value:g}"},
+            "labels": {**json.loads(alert.labels), **severity, **own},
+            "annotations": {**json.loads(alert.annotations), **behind, **values},
             "startsAt": _rfc3339(starts_s),
             "endsAt": _rfc3339(ends_s),
         }
 
 
-def _is_own(answer: Answer) -> bool:
-    """Return whether the answer is from Alertmanager (empty or JSON) and not, for example, a login page."""
-    if not answer.body.strip():
-        return True
-    try:
-        json.loads(answer.body)
-    except (ValueError, RecursionError):
-        return False
-    return True
+def _label(by: str) -> str:
+    return by.replace("+", "_")
 
 
 def _rfc3339(seconds: float) -> str:

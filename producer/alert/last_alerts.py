@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from producer.alert.engine import AHEAD_NS
 from producer.alert.model import Alert
 from producer.alert.silence import MEASURE
-from producer.alert.windows import AHEAD_NS, GROUPS, MOST_GROUP, MOST_SEGS
+from producer.alert.windows import MOST_GROUP, MOST_SEGS
+from producer.config.alerts import GROUPS, MEASURES
 from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.reader import TopicReader
 from producer.errors import RebpfError
@@ -19,7 +21,6 @@ logger = logging.getLogger(__name__)
 MOST_ALERTS = 100_000
 """Groups whose last alert is kept. Beyond it the oldest are forgotten, and sent anew if they still fire."""
 MOST_MESSAGES = 1_000_000
-_MEASURES = ("count", "ratio", MEASURE)
 _SHOWN = 200
 
 
@@ -73,14 +74,15 @@ def _messages(reader: TopicReader) -> Iterator[list[tuple[bytes, bytes | None]]]
 def _alert(key: bytes, record: dict[str, Any] | UndecodableError, now_ns: int) -> Alert:
     if isinstance(record, UndecodableError):
         raise record
-    alert = Alert(**{field.name: record[field.name] for field in fields(Alert)})
+    # A version before may have written it, without the later fields.
+    alert = Alert(**{field.name: record[field.name] for field in fields(Alert) if field.name in record})
     if key != alert.key.encode():
         raise ValueError("the key does not match the alert")
     numbers = (alert.value, alert.threshold, alert.clear, alert.window_s)
     counts = (alert.window_start_ns, alert.since_ns, alert.segs, alert.retransmitted_segs)
     if not all(map(math.isfinite, numbers)) or not all(0 <= count <= MOST_SEGS for count in counts):
         raise ValueError("numbers out of range")
-    if alert.by not in GROUPS or alert.measure not in _MEASURES or len(alert.group) > MOST_GROUP:
+    if alert.by not in GROUPS or alert.measure not in (*MEASURES, MEASURE) or len(alert.group) > MOST_GROUP:
         raise ValueError("unknown group or measure")
     # It would keep earlier windows from being decided. The time of silence is of the host's own clock.
     if alert.measure != MEASURE and alert.window_start_ns > now_ns + AHEAD_NS:

@@ -11,22 +11,33 @@ class Alert:
 
     rule: str
     by: str
-    """Kind of group: host, peer, flow or port."""
+    """Kind of group: host, peer, ..."""
     group: str
     firing: bool
     """False: resolved."""
     measure: str
-    """count, ratio or silence."""
+    """A rule's measure, or silence."""
     value: float
-    """In the deciding window: retransmitted segments, their ratio to all segments, or seconds of silence."""
+    """Of the measure, in the deciding window."""
     threshold: float
     clear: float
     window_start_ns: int
     window_s: float
     segs: int
+    """Segments sent, connects that failed, or measured round-trip times."""
     retransmitted_segs: int
     since_ns: int
-    """Start of the first firing window."""
+    """Start of the first window in which the threshold was reached."""
+    severity: str = ""
+    labels: str = "{}"
+    """JSON, as the annotations."""
+    annotations: str = "{}"
+    causes: str = ""
+    """What the value consists of, the most first: fast=12 rto=3."""
+    hosts: str = ""
+    """The hosts with most of it, as far as known from the flows."""
+    flows: str = ""
+    """The worst flows, separated by commas."""
 
     @property
     def key(self) -> str:

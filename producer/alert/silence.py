@@ -5,12 +5,12 @@ timeout, and resumes from `position`, from which each live host has at least one
 be read, because Kafka was unavailable, does not count.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from producer.alert.model import Alert
-from producer.alert.windows import MOST_GROUP, MOST_SEGS, Record
+from producer.alert.windows import MOST_GROUP, MOST_SEGS
 
 RULE, MEASURE = "silent", "silence"
 MOST_HOSTS = 100_000
@@ -53,7 +53,7 @@ class Hosts:
         """The silent hosts."""
         return list(self._silent.values())
 
-    def heard(self, beat: Record, offset: int, sent_ns: int, now_ns: int) -> bool:
+    def heard(self, beat: Mapping[str, Any], offset: int, sent_ns: int, now_ns: int) -> bool:
         """Record a heartbeat sent at `sent_ns` and read now; return False if too many hosts are tracked.
 
         Raises ValueError for impossible numbers and names.

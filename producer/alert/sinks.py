@@ -1,24 +1,23 @@
-"""Where alerts go: standard output, Alertmanager, and the topic tcp_alerts."""
+"""Where alerts go: standard output, Alertmanager, a webhook, and the topic tcp_alerts."""
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
 
-from producer.alert.alertmanager import Alertmanager
+from producer.alert.alertmanager import Alertmanager, Webhook
 from producer.alert.model import Alert, Sink
-from producer.alert.record import AlertEncoder, summary
+from producer.alert.record import AlertEncoder, as_json_object, summary
 from producer.alert.retry import Sleep, retry_until_available
-from producer.alert.writer import ANY_PARTITION, TopicWriter
+from producer.alert.writer import TopicWriter
 from producer.config.librdkafka import client_settings
 from producer.config.load import Config
-from producer.errors import ConfigError, SchemaError
+from producer.errors import SchemaError
 from producer.events import SchemaId, Topic
 from producer.host.output import echo
 from producer.host.signals import Flag
 from producer.host.text import printable, to_json
 from producer.registry.schema_ids import SchemaIds
 from producer.schemas import ALERT_FILE, ALERT_ID, load_schema
-from producer.topics import alert_topics
+from producer.topics import alert_topic
 
 
 def open_sinks(
@@ -26,21 +25,19 @@ def open_sinks(
 ) -> list[Sink]:
     """Return the configured sinks; with `as_json` also standard output, in JSON lines. `stop` ends their waits.
 
-    The topic is last: the next owner of a partition resumes from it, so the others must have been written before.
-    Raises ConfigError if there is none.
+    The topic is last: the next active member resumes from it, so the others must have been written before.
     """
     sinks: list[Sink] = []
     if config.alert.stdout or as_json:
         sinks.append(StandardOutput(as_json=as_json))
     if config.alert.alertmanager is not None:
         sinks.append(Alertmanager(config.alert.alertmanager, config.alert.repeat_s, sleep, stop))
-    if config.alert.topic:
-        topic, _ = alert_topics(config)
-        settings = client_settings(brokers, config.kafka.settings)
-        encoder = AlertEncoder(_schema_id(config, topic, stop))
-        sinks.append(TopicSink(TopicWriter(settings, topic, sleep), encoder, sleep))
-    if not sinks:
-        raise ConfigError("alert: no destination for alerts: set topic, stdout or alertmanager in [alert]")
+    if config.alert.webhook is not None:
+        sinks.append(Webhook(config.alert.webhook, sleep, stop))
+    topic = alert_topic(config)
+    settings = client_settings(brokers, config.kafka.settings)
+    encoder = AlertEncoder(_schema_id(config, topic, stop))
+    sinks.append(TopicSink(TopicWriter(settings, topic, sleep), encoder, sleep))
     return sinks
 
 
@@ -64,7 +61,7 @@ class StandardOutput:
         """Write the alerts."""
         for alert in alerts:
             text = f"{'FIRING' if alert.firing else 'RESOLVED'} {summary(alert)}"
-            echo(to_json({**asdict(alert), "summary": summary(alert)}) if self._as_json else printable(text))
+            echo(to_json(as_json_object(alert)) if self._as_json else printable(text))
 
     def repeat(self, firing: Collection[Alert]) -> None:
         """Do nothing: written lines stay."""
@@ -97,9 +94,9 @@ class TopicSink:
     def _put(self, messages: Sequence[tuple[bytes, bytes]]) -> None:
         try:
             for key, value in messages:
-                self._writer.put(ANY_PARTITION, value, key)
+                self._writer.put(value, key)
             self._writer.flush()
         except BaseException:
-            # The new owner of the partitions or the next retry sends them; they must not arrive later from here.
+            # The next active member or the next retry sends them; they must not arrive later from here.
             self._writer.discard()
             raise

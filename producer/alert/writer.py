@@ -8,8 +8,6 @@ from producer.alert.retry import Sleep
 from producer.errors import UnavailableError
 from producer.kafka.confluent import open_client
 
-ANY_PARTITION = -1
-"""Choose the partition by the key."""
 _POLL_S = 0.1
 _AT_ONCE_S = 1.0
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
@@ -28,11 +26,11 @@ class TopicWriter:
         self._failure: KafkaError | None = None
         self._client = self._open()
 
-    def put(self, partition: int, value: bytes, key: bytes | None = None) -> None:
+    def put(self, value: bytes, key: bytes) -> None:
         """Queue a message. After a fatal error, replaces the client and raises UnavailableError."""
         while True:
             try:
-                self._client.produce(self._topic, value, key, partition, on_delivery=self._on_delivery)
+                self._client.produce(self._topic, value, key, on_delivery=self._on_delivery)
                 return
             except BufferError:
                 self._sleep(_POLL_S)

@@ -121,6 +121,7 @@ def run(
     prints the balance: how many events were captured, delivered, spooled and lost.
     """
     from producer.agent.agent import Agent
+    from producer.config import sources
 
     def read() -> Any:
         return load(config).with_values(
@@ -132,7 +133,7 @@ def run(
             state_dir=state_dir,
         )
 
-    agent = Agent(read(), read)
+    agent = Agent(read(), read, lambda: sources.state(config))
     stop = stop_on_signals()
     balances = agent.run(stop, set_on(signal.SIGHUP), duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader
@@ -183,16 +184,17 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
 @rebpf.command(examples=(("rebpf demo --loss 0.05", "Lose 5 % of the packets"),))
 @option("--duration", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Seconds of traffic.")
 @option("--loss", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Fraction of packets to drop.")
+@option("--events", is_flag=True, help="Also print retransmissions and a sample of the transmits as they arrive.")
 @json_option
-def demo(duration: float, loss: float, as_json: bool) -> None:
+def demo(duration: float, loss: float, events: bool, as_json: bool) -> None:
     """Capture lossy test traffic and compare it with the kernel.
 
-    Starts a producer and sends traffic between two network namespaces over a link that drops packets. Prints the
-    events as they arrive, then compares their number with the kernel's counters.
+    Starts a producer and sends traffic between two network namespaces over a link that drops packets. Prints who lost
+    segments, where and why, and compares the number of events with the kernel's counters.
     """
     from producer.demo.demo import demo as run_demo
 
-    sys.exit(run_demo(duration_s=duration, loss=loss, as_json=as_json))
+    sys.exit(run_demo(duration_s=duration, loss=loss, as_json=as_json, show_events=events))
 
 
 @rebpf.command(

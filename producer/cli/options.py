@@ -137,7 +137,7 @@ brokers_option = option("--brokers", help="Kafka bootstrap servers, HOST:PORT[,.
 registry_option = option("--registry", help="URL of the schema registry (Confluent API).")
 state_dir_option = option(
     "--state-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),  # our own error says what to do
     help="Folder for the spool, the ledger and the lock.",
 )
 address_option = option("--address", type=Address(), multiple=True, help="Capture this address only; repeatable.")

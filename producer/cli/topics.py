@@ -37,7 +37,7 @@ from producer.host.text import lines
 @registry_option
 @option("--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions per event topic.")
 @option("--replication", type=click.IntRange(min=1), default=1, show_default=True, help="Replicas per partition.")
-@option("--alerts", is_flag=True, help="Also create the topics and schemas of `rebpf alert`.")
+@option("--alerts", is_flag=True, help="Also create the topic and schema of `rebpf alert`.")
 def init(
     config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int, alerts: bool
 ) -> None:
@@ -90,7 +90,6 @@ def tail(
     """
     from producer.commands.tail import Chosen
     from producer.commands.tail import tail as tail_topics
-    from producer.events import STREAMS
     from producer.host import state
     from producer.host.when import parse_time
     from producer.topics import topic as topic_of
@@ -110,7 +109,7 @@ def tail(
         )
     tail_topics(
         facts["brokers"],
-        topic or tuple(topic_of(settings, stream) for stream in STREAMS),
+        topic or tuple(topic_of(settings, stream) for stream in settings.capture.streams),
         registry=replace(settings.registry, url=facts["registry"]),
         as_json=as_json,
         limit=limit,
@@ -159,7 +158,6 @@ def verify(
     from producer.commands import verify as verifying
     from producer.consume.reader import collect_rarely
     from producer.errors import IncompleteError
-    from producer.events import STREAMS
     from producer.topics import topic as topic_of
 
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
@@ -168,7 +166,7 @@ def verify(
     collect_rarely()
     reports = verifying.verify(
         settings.kafka.brokers,
-        tuple(dict.fromkeys(topic)) or tuple(topic_of(settings, stream) for stream in STREAMS),
+        tuple(dict.fromkeys(topic)) or tuple(topic_of(settings, stream) for stream in settings.capture.streams),
         registry=settings.registry,
         host=host,
         since=since_offset,

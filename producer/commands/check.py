@@ -13,7 +13,7 @@ from producer.commands.finding import Finding
 from producer.config.effective import digest
 from producer.config.load import Config, located
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
-from producer.events import STREAMS
+from producer.events import FLOWS, HOOKS
 from producer.health.web_config import WebSettings
 from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
@@ -170,14 +170,16 @@ def _perf_events(path: Path, hooks: Sequence[str]) -> Iterator[Finding]:
 
 
 def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
-    for stream in (each.name for each in STREAMS):
-        available = [hook for hook in HOOKS_BY_STREAM[stream] if hook.name in config.capture.hooks]
+    for stream in (each.name for each in config.capture.streams):
+        allowed = HOOKS if stream == FLOWS.name else config.capture.hooks
+        available = [hook for hook in HOOKS_BY_STREAM[stream] if hook.name in allowed]
         reasons = {hook.name: refusal(hook, btf, root) for hook in available}
         for hook, reason in reasons.items():
             yield Finding(f"{stream} by {hook}", reason or "available", available=reason is None)
         if all(reasons.values()):
-            allowed = ", ".join(config.capture.hooks)
-            text = f"this host supports none of the hooks in capture.hooks: {allowed}"
+            text = f"this host supports none of the hooks in capture.hooks: {', '.join(config.capture.hooks)}"
+            if stream == FLOWS.name:
+                text = "this host cannot capture records of connections: set capture.flow = false"
             yield Finding(stream, text, HookError.exit_code)
 
 
@@ -268,7 +270,7 @@ def _nearest(path: Path) -> Path:
 
 def _space(config: Config) -> Finding:
     spool = config.spool
-    needed = spool.transmit_bytes + spool.retransmit_bytes + 2 * spool.quarantine_bytes
+    needed = sum(getattr(spool, f"{stream.name}_bytes") + spool.quarantine_bytes for stream in config.capture.streams)
     disk = os.statvfs(_nearest(config.state_dir))
     used = sum(_size(config.state_dir / name) for name in ("spool", "quarantine"))
     free = disk.f_bavail * disk.f_frsize + used

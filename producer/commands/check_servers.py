@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from producer.commands.finding import Finding
 from producer.config.load import Config
 from producer.errors import PermissionDenied, RebpfError, SchemaError, UnavailableError
-from producer.events import STREAMS
 from producer.kafka.admin import Admin, TopicInfo, in_partitions
 from producer.registry.published import published_schemas
 from producer.registry.schema_ids import SchemaIds
@@ -20,7 +19,7 @@ def kafka(config: Config) -> Iterator[Finding]:
     if config.kafka.brokers is None:
         yield Finding("Kafka", "no brokers configured: the in-process test broker will be used")
         return
-    events = [topic(config, stream) for stream in STREAMS]
+    events = [topic(config, stream) for stream in config.capture.streams]
     heartbeats = heartbeat_topic(config)
     try:
         admin = Admin(config)
@@ -42,7 +41,7 @@ def kafka(config: Config) -> Iterator[Finding]:
     counts = {info.partitions for info in (topics[name] for name in events) if isinstance(info, TopicInfo)}
     if len(counts) > 1:
         some, many = min(counts), max(counts)
-        text = f"{some} and {many} partitions: a connection's transmits and retransmits are in different ones, which "
+        text = f"{some} and {many} partitions: a connection's events are in different ones, which "
         text += f"breaks joins: kafka-topics.sh --alter --partitions {many} --topic, for the topic that has {some}"
         yield Finding("topics", text, warns=True)
 

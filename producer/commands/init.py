@@ -3,22 +3,20 @@
 from collections.abc import Mapping
 
 from producer.config.load import Config
-from producer.events import HEARTBEATS, STREAMS, Feed
+from producer.events import HEARTBEATS, Feed
 from producer.kafka.admin import DAY_MS, Admin, in_partitions, topic_settings
 from producer.registry.published import published_schemas, schema_ids
 from producer.registry.schema_ids import COMPATIBILITY, SchemaIds
 from producer.schemas import ALERT_FILE, ALERT_ID, load_schema
-from producer.topics import alert_topics, heartbeat_topic, topic
+from producer.topics import alert_topic, heartbeat_topic, topic
 
 # One is enough: a thousand hosts send a hundred small records per second. And consumers that use event time, such as
 # Flink, wait for idle partitions.
 _HEARTBEAT_PARTITIONS = 1
 _ALERT_PARTITIONS = 1  # alerts are few, and one partition keeps them in order of time
-# How long the last alert of each group is kept, from which a new owner of a partition learns what fires. A group that
+# How long the last alert of each group is kept, from which the next active member learns what fires. A group that
 # fires for longer is forgotten at the next start, and alerted on again.
 _ALERT_SETTINGS = {"cleanup.policy": "compact,delete", "retention.ms": str(90 * DAY_MS)}
-# Sums are needed only until their window is decided.
-_SUMS_SETTINGS = {"retention.ms": str(DAY_MS)}
 
 
 def create_topics(config: Config, partitions: int, replication: int, *, alerts: bool = False) -> list[str]:
@@ -29,14 +27,12 @@ def create_topics(config: Config, partitions: int, replication: int, *, alerts: 
     admin = Admin(config)
     admin.require_reachable()  # faster than the timeout of a request
     wanted: dict[str, tuple[int, Mapping[str, str]]] = {
-        topic(config, stream): (partitions, _settings(config, stream, replication)) for stream in STREAMS
+        topic(config, stream): (partitions, _settings(config, stream, replication)) for stream in config.capture.streams
     }
     wanted[heartbeat_topic(config)] = (_HEARTBEAT_PARTITIONS, _settings(config, HEARTBEATS, replication))
     if alerts:
         usual = topic_settings(replication)
-        alert_topic, sums = alert_topics(config)
-        wanted[alert_topic] = (_ALERT_PARTITIONS, {**usual, **_ALERT_SETTINGS})
-        wanted[sums] = (partitions, {**usual, **_SUMS_SETTINGS})
+        wanted[alert_topic(config)] = (_ALERT_PARTITIONS, {**usual, **_ALERT_SETTINGS})
     lines = []
     for name, (count, settings) in wanted.items():
         if admin.create(name, count, replication, settings):
@@ -57,11 +53,11 @@ def register_schemas(config: Config, *, alerts: bool = False) -> list[str]:
 
     Return a line about each.
     """
-    alert_topic, _ = alert_topics(config)
+    alerts_name = alert_topic(config)
     if config.registry.url is None:
-        ids = {**schema_ids(config), **({alert_topic: ALERT_ID} if alerts else {})}
+        ids = {**schema_ids(config), **({alerts_name: ALERT_ID} if alerts else {})}
         return ["no registry: schema ids are " + ", ".join(f"{name} {number}" for name, number in ids.items())]
-    schemas = {**published_schemas(config), **({alert_topic: load_schema(ALERT_FILE)} if alerts else {})}
+    schemas = {**published_schemas(config), **({alerts_name: load_schema(ALERT_FILE)} if alerts else {})}
     with SchemaIds(config.registry, cache=None) as registry:
         lines = []
         for name, schema in schemas.items():

@@ -21,6 +21,7 @@ from producer.config.librdkafka import client_settings
 from producer.config.load import Config
 from producer.events import STREAMS, EncodedBatch, Stream, Topic
 from producer.host.clock import now
+from producer.host.progress import Progress
 from producer.host.signals import Flag
 from producer.host.state import StateFolder
 from producer.kafka.admin import Admin
@@ -128,7 +129,8 @@ def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) ->
         sink = KafkaSink(settings, topics, quarantine=put)
         sink.open()
         stack.callback(sink.close)
-        _send(sources, sink, stop, timeout_s)
+        with Progress("replaying events") as progress:
+            _send(sources, sink, stop, timeout_s, progress)
         return {topics[source.sender.stream.name]: source.result(sink) for source in sources}
 
 
@@ -199,8 +201,9 @@ def _appender(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str],
     return put
 
 
-def _send(sources: Sequence[_Source], sink: KafkaSink, stop: Flag, timeout_s: float) -> None:
+def _send(sources: Sequence[_Source], sink: KafkaSink, stop: Flag, timeout_s: float, progress: Progress) -> None:
     senders = {source.sender.stream.name: source.sender for source in sources}
+    total = sum(source.waiting for source in sources)
     done, deadline_s = 0, time.monotonic() + timeout_s
     while not all(source.is_done(sink) for source in sources) and time.monotonic() < deadline_s and not stop.is_set():
         more = [sender.send(sink, time.monotonic()) for sender in senders.values()]
@@ -210,3 +213,4 @@ def _send(sources: Sequence[_Source], sink: KafkaSink, stop: Flag, timeout_s: fl
             stop.wait(_PAUSE_S)
         if (now_done := sum(source.done for source in sources)) != done:
             done, deadline_s = now_done, time.monotonic() + timeout_s
+            progress(done, total)

@@ -17,6 +17,8 @@ def report(config: Config) -> dict[str, Any]:
     try:
         facts = state.running(folder)
     except PermissionDenied as error:
+        if not config.metrics.listen:
+            raise
         try:
             return ask(f"http://{config.metrics.listen}")
         except UnavailableError:  # another address, no endpoint, or one with a password

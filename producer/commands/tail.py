@@ -139,7 +139,7 @@ def tail(
     width: int = 200,
 ) -> None:
     """Print the events of the topics, one per line, until `stop` is set or `limit` are printed."""
-    view = Lines(width, hosts=True, color=color)
+    view = Lines(width, hosts=True, color=color, connections=True)
     if chosen.until_ns is None:
         source = batches(
             brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop,

@@ -14,6 +14,7 @@ from producer.consume.columns import Columns
 from producer.consume.decode import Decoder
 from producer.consume.event_id import read_events, rows_of
 from producer.consume.reader import TopicReader
+from producer.host.progress import Progress
 from producer.host.text import lines as as_lines
 from producer.host.text import to_json
 
@@ -133,9 +134,13 @@ def verify(
     reader = TopicReader(brokers, topics, client_settings, since)
     try:
         counts = {topic: _TopicCount(topic, reader.complete_from_ms(topic), decoder, host) for topic in topics}
-        for batch in reader.batches():
-            for topic, messages in batch.items():
-                counts[topic].add(messages)
+        total, read = sum(end - start for start, end in reader.spans.values()), 0
+        with Progress("verifying messages") as progress:
+            for batch in reader.batches():
+                for topic, messages in batch.items():
+                    counts[topic].add(messages)
+                    read += len(messages)
+                progress(read, total)
     finally:
         reader.close()
     return [

@@ -15,7 +15,9 @@ MASK = "***"
 
 AT_RELOAD = (
     "rules",
+    "labels",
     "log_level",
+    "reload_when_changed",
     "capture.addresses",
     "capture.ports",
     "capture.default",
@@ -24,9 +26,9 @@ AT_RELOAD = (
     "spool.spill_after_s",
 )
 """Settings that a reload applies to the running producer. All others need a restart."""
-_NOT_OF_THE_PRODUCER = "alert."
-"""Settings that only `rebpf alert` reads, when it starts."""
-_OF_THE_HOST = frozenset({"host"})
+_NOT_OF_THE_PRODUCER = ("alert.", "topics.")
+"""Settings that only `rebpf alert` and `rebpf init` read, when they start."""
+_OF_THE_HOST = ("host", "labels.")
 """Settings that differ between hosts with the same configuration, so that the hash leaves them out."""
 
 _SETTINGS = "kafka.settings"
@@ -41,7 +43,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 def digest(config: Config) -> str:
     """Return 16 hexadecimal digits that are equal for hosts with the same settings, apart from names and secrets."""
-    same = {path: value for path, value in settings(config).items() if path not in _OF_THE_HOST}
+    same = {path: value for path, value in settings(config).items() if not path.startswith(_OF_THE_HOST)}
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -63,11 +65,13 @@ def restart_needed(running: Config, read: Config) -> tuple[str, ...]:
     """Return the settings in which `read` differs from `running` and that a reload does not apply."""
     now, then = dict(_leaves(read)), dict(_leaves(running))
     changed = {path for path in now.keys() | then.keys() if now.get(path) != then.get(path)}
-    return tuple(sorted(path for path in changed - {*AT_RELOAD} if not path.startswith(_NOT_OF_THE_PRODUCER)))
+    others = (path for path in changed if path not in AT_RELOAD and not path.startswith(_NOT_OF_THE_PRODUCER))
+    return tuple(sorted(path for path in others if path.partition(".")[0] not in AT_RELOAD))
 
 
 def as_toml(config: Config, origins: Mapping[str, str]) -> str:
     """Return the configuration as TOML without secrets. `origins` has where values come from, for comments."""
+    tables = [f"{path}." for path in _tables(config)]
     sections: dict[str, list[str]] = {"": []}
     lists = []
     for path, value in settings(config).items():
@@ -76,7 +80,8 @@ def as_toml(config: Config, origins: Mapping[str, str]) -> str:
                 head = f"[[{path}]]" + _comment(origins.get(f"{path}[{number}]"))
                 lists.append([head, *(_line(name, item) for name, item in each.items())])
         else:
-            section = _SETTINGS if path.startswith(f"{_SETTINGS}.") else path.rpartition(".")[0]
+            table = next((each for each in tables if path.startswith(each)), "")
+            section = table.removesuffix(".") or path.rpartition(".")[0]
             line = _line(path.removeprefix(f"{section}."), value) + _comment(origins.get(path))
             sections.setdefault(section, [f"[{section}]"]).append(line)
     return "\n\n".join("\n".join(block) for block in [*sections.values(), *lists])
@@ -84,6 +89,16 @@ def as_toml(config: Config, origins: Mapping[str, str]) -> str:
 
 def _comment(origin: str | None) -> str:
     return f"  # {origin}" if origin else ""
+
+
+def _tables(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths of tables with any keys."""
+    for field in dataclasses.fields(value):
+        each, name = getattr(value, field.name), f"{path}{field.name}"
+        if dataclasses.is_dataclass(each):
+            yield from _tables(each, f"{name}.")
+        elif isinstance(each, Mapping):
+            yield name
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from producer.config import sources, validate
+from producer.config.alerts import Alert as Alert
+from producer.config.alerts import AlertRule as AlertRule
 from producer.config.convert import Address, build
 from producer.config.sources import read_bytes, shown
-from producer.config.validate import GROUPS as GROUPS
-from producer.config.validate import MEASURES as MEASURES
-from producer.config.validate import SILENT as SILENT
 from producer.errors import ConfigError
-from producer.events import HOOKS
+from producer.events import HOOKS, STREAMS, Stream
 
 _SECRETS = frozenset({"sasl.password", "ssl.key.password", "ssl.keystore.password", "sasl.oauthbearer.client.secret"})
 _OPTIONS = {
@@ -44,16 +43,33 @@ class Capture:
     """Capture only segments from or to one of these ports; empty: all."""
     default: str = "keep"
     """Action for segments that no rule matches: keep or drop."""
+    transmit: bool = True
+    """Capture and publish transmits."""
+    retransmit: bool = True
+    """Capture and publish retransmissions."""
+    flow: bool = True
+    """Capture and publish records of connections."""
+    flow_interval_s: float = 10.0
+    """Seconds between two records of an open connection. Each connection has another one when it closes."""
     transmit_ring_bytes: int = 1 << 24
-    """Size of the ring for transmits in bytes, a power of two. An event takes 200 bytes."""
+    """Size of the ring for transmits in bytes, a power of two. An event takes 216 bytes."""
     retransmit_ring_bytes: int = 1 << 22
     """Size of the ring for retransmissions in bytes, a power of two."""
+    flow_ring_bytes: int = 1 << 22
+    """Size of the ring for records of connections in bytes, a power of two. A record takes 344 bytes."""
     pin: Path | None = None
     """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash; none: they are lost."""
     latency_s: float = 1.0
     """Most seconds between two reads of a ring. Busy rings are read more often, and retransmissions at once."""
+    transmit_events_per_s: int = 0
+    """Budget for transmits: above it, connections are sampled (sample_rate in the events); 0: no budget."""
     btf: Path | None = None
     """BTF file with the kernel's struct layouts; none: /sys/kernel/btf/vmlinux."""
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Those to capture."""
+        return tuple(stream for stream in STREAMS if getattr(self, stream.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +110,8 @@ class Spool:
     """Maximum bytes on disk for transmits; 0: no spool. An event takes 17 to 86 bytes."""
     retransmit_bytes: int = 1 << 28
     """Maximum bytes on disk for retransmissions; 0: no spool."""
+    flow_bytes: int = 1 << 28
+    """Maximum bytes on disk for records of connections; 0: no spool."""
     max_age_s: float = 7 * 86400.0
     """Age in seconds at which spooled events are discarded."""
     quarantine_bytes: int = 1 << 26
@@ -119,7 +137,7 @@ class Registry:
     """[registry]: the schema registry."""
 
     url: str | None = None
-    """URL, Confluent-compatible; none: schema ids 1 (transmit), 2 (retransmit), 3 (heartbeat), 4 (alerts)."""
+    """URL, Confluent-compatible; none: schema ids 1 (transmit), 2 (retransmit), 3 (heartbeat), 4 (alerts), 5 (flow)."""
     register: bool = False
     """Register the schemas at start; otherwise `rebpf init` registers them, and a start looks them up."""
     timeout_s: float = 5.0
@@ -141,11 +159,13 @@ class RuleConfig:
     name: str = ""
     """Name in messages and in `rebpf check --explain`."""
     action: str = "keep"
-    """keep or drop, for both streams."""
+    """keep or drop, for all streams."""
     transmit: str | None = None
     """keep or drop, for transmits; none: as action."""
     retransmit: str | None = None
     """keep or drop, for retransmissions; none: as action."""
+    flow: str | None = None
+    """keep or drop, for records of connections; none: as action."""
     sample: int = 1
     """Capture one in N transmits; the field sample_rate of the events is N."""
     sample_by: str = "connection"
@@ -179,47 +199,6 @@ class RuleConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class AlertRule:
-    """[[alert.rules]]: thresholds for retransmissions per window of event time."""
-
-    name: str = ""
-    """Name of the rule in the alerts."""
-    by: str = "host"
-    """Group by host, peer (remote address), flow, or port (the lower of the two)."""
-    measure: str = "ratio"
-    """count: retransmitted segments; ratio: retransmitted segments divided by all segments sent."""
-    window_s: float = 60.0
-    """Length of a window in seconds."""
-    threshold: float = 0.05
-    """Fire at this value or above."""
-    clear: float = 0.02
-    """Resolve below this value; between the two, the state stays."""
-    minimum: int = 1
-    """Do not fire in windows with fewer segments (ratio: sent; count: retransmitted)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Alert:
-    """[alert]: the alerting consumer, `rebpf alert`."""
-
-    group: str = "rebpf-alert"
-    """Consumer group; its members share the partitions."""
-    lateness_s: float = 10.0
-    """Seconds to wait for late events after the end of a window."""
-    missed_heartbeats: float = 3.0
-    """Number of missed heartbeats after which a host is silent; 0: no alerts on silence."""
-    topic: bool = True
-    """Write alerts to the topic tcp_alerts; a new owner of a partition reads the firing alerts from it."""
-    stdout: bool = False
-    """Write alerts to standard output."""
-    alertmanager: str | None = None
-    """URL of an Alertmanager to send alerts to."""
-    repeat_s: float = 60.0
-    """Seconds between two notifications to Alertmanager of an alert that is still firing."""
-    rules: tuple[AlertRule, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Config:
     """All settings."""
 
@@ -231,13 +210,15 @@ class Config:
     """Lowest level that `rebpf run` logs: debug, info, warning or error. The option --log-level overrides it."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """[labels]: at most 16 labels of the site, such as env or dc, in each event, heartbeat and status."""
+    reload_when_changed: bool = False
+    """Reload when a file of the configuration has changed; otherwise only at SIGHUP."""
     capture: Capture = Capture()
     kafka: Kafka = Kafka()
     topics: Topics = Topics()
     spool: Spool = Spool()
     metrics: Metrics = Metrics()
     registry: Registry = Registry()
-    alert: Alert = Alert()
+    alert: Alert = field(default_factory=Alert)
     rules: tuple[RuleConfig, ...] = ()
 
     def with_values(self, **values: Any) -> "Config":

@@ -3,6 +3,7 @@
 Tables are merged. A value replaces that of an earlier file; lists of tables, such as [[rules]], are joined.
 """
 
+import contextlib
 import os
 import stat
 import tomllib
@@ -54,6 +55,22 @@ def read(path: Path) -> Sources:
         lists = {name: range(before.get(name, 0), count) for name, count in _lengths(table).items()}
         files.append(locate.Source(each, text, lists))
     return Sources(tuple(files), table)
+
+
+def state(path: Path | None) -> tuple[tuple[str, int, int, int], ...]:
+    """Return what differs once one of the files has changed. Files that cannot be read count as missing."""
+    if path is None:
+        return ()
+    found = []
+    try:
+        files = (path, *_fragments(path.parent / CONF_D))
+    except ConfigError:
+        files = (path,)
+    for each in files:
+        with contextlib.suppress(OSError, ValueError):
+            status = each.stat()
+            found.append((str(each), status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 def _fragments(folder: Path) -> Sequence[Path]:

@@ -4,6 +4,7 @@ Nothing here depends on the host: rules/resolve looks up the names of users, int
 """
 
 import ipaddress
+import json
 import math
 import os
 import re
@@ -13,22 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from producer.config.alerts import GROUPS, MEASURES, SILENT
 from producer.config.convert import nearest
 from producer.config.librdkafka import decide
 from producer.errors import ConfigError
-from producer.events import HOOKS, STATES
+from producer.events import CAUSES, HOOKS, STATES
 from producer.host.text import name as name_of
-
-GROUPS = ("host", "peer", "flow", "port")
-"""What an alert rule can group by."""
-MEASURES = ("count", "ratio")
-SILENT = "silent"
-"""Name of the built-in rule for hosts whose heartbeats have stopped."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _ACTIONS = ("keep", "drop")
 _MAX_RING_BYTES = 1 << 30
+_MAX_EVENTS_PER_S = 10**9
 _MIN_SPOOL_BYTES = 1 << 18
 _MAX_SPOOL_BYTES = 1 << 50
 _MAX_PREFIX = 200
@@ -38,14 +35,19 @@ _MAX_LABELS = 16
 _MAX_LABEL = 64
 _LABEL_NAME = re.compile(r"[a-z_][a-z0-9_]{0,31}")
 _RESERVED_LABELS = ("instance", "job")
+_MAX_RULE_TEXTS = 2000
+"""Of a rule's labels or annotations, in JSON: readers of alerts decode at most 4096 characters."""
 _DAY_S = 86400.0
 _SECONDS: Mapping[str, tuple[float, float]] = {
     "capture.latency_s": (0.02, 60),
+    "capture.flow_interval_s": (1, 3600),
     "kafka.stop_timeout_s": (0, _DAY_S),
     "registry.timeout_s": (0.001, 3600),
     "spool.spill_after_s": (0.1, 3600),
     "spool.max_age_s": (1, 3660 * _DAY_S),
     "alert.lateness_s": (0, _DAY_S),
+    "alert.wait_s": (1, _DAY_S),
+    "alert.lookback_s": (0, _DAY_S),
     "alert.repeat_s": (1, 30 * _DAY_S),
 }
 _NUMBERS = {"uid": (0, (1 << 32) - 2), "netns": (1, (1 << 32) - 1), "interface": (1, (1 << 31) - 1)}
@@ -80,7 +82,7 @@ def check(config: Any) -> None:
         check_seconds(name, getattr(getattr(config, section), key), least, most)
     _check_spool(config.spool)
     if config.metrics.listen:
-        _check_listen(config.metrics.listen)
+        _check_listen("metrics.listen", config.metrics.listen)
     _check_path("metrics.web_config_file", config.metrics.web_config_file)
     _check_registry(config.registry)
     _check_alert(config.alert)
@@ -127,13 +129,18 @@ def _check_path(name: str, path: Path | None, *, absolute: bool = False) -> None
 
 
 def _check_capture(capture: Any) -> None:
-    for name in ("transmit_ring_bytes", "retransmit_ring_bytes"):
+    if not capture.streams:
+        raise ConfigError("capture: expected transmit, retransmit or flow to be true, found none of them")
+    for name in ("transmit_ring_bytes", "retransmit_ring_bytes", "flow_ring_bytes"):
         size = getattr(capture, name)
         page = os.sysconf("SC_PAGE_SIZE")
         if not page <= size <= _MAX_RING_BYTES or size & size - 1:
             raise ConfigError(
                 f"capture.{name}: expected a power of two from {page} to {_MAX_RING_BYTES} bytes, found {size}"
             )
+    if not 0 <= capture.transmit_events_per_s <= _MAX_EVENTS_PER_S:
+        found = capture.transmit_events_per_s
+        raise ConfigError(f"capture.transmit_events_per_s: expected 0 to {_MAX_EVENTS_PER_S}, found {found}")
     if not capture.hooks:
         raise ConfigError(f"capture.hooks: expected at least one of {', '.join(HOOKS)}")
     for hook in capture.hooks:
@@ -190,7 +197,7 @@ def _check_brokers(brokers: str) -> None:
 
 
 def _check_spool(spool: Any) -> None:
-    for name in ("transmit_bytes", "retransmit_bytes", "quarantine_bytes"):
+    for name in ("transmit_bytes", "retransmit_bytes", "flow_bytes", "quarantine_bytes"):
         size = getattr(spool, name)
         if size < 0 or 0 < size < _MIN_SPOOL_BYTES:
             raise ConfigError(f"spool.{name}: expected 0, or at least {_MIN_SPOOL_BYTES} bytes, found {size}")
@@ -199,13 +206,13 @@ def _check_spool(spool: Any) -> None:
     _check_choice("spool.when_full", spool.when_full, ("reject", "drop_oldest"))
 
 
-def _check_listen(listen: str) -> None:
-    _check_text("metrics.listen", listen, 300)
+def _check_listen(name: str, listen: str) -> None:
+    _check_text(name, listen, 300)
     host, _, port = listen.rpartition(":")
     if not _is_host(host):
-        raise ConfigError(f"metrics.listen: expected HOST:PORT, found {listen!r}")
+        raise ConfigError(f"{name}: expected HOST:PORT, found {listen!r}")
     if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) >= 1 << 16:
-        raise ConfigError(f"metrics.listen: expected a port from 0 to 65535, found {listen!r}")
+        raise ConfigError(f"{name}: expected a port from 0 to 65535, found {listen!r}")
 
 
 def _is_host(text: str) -> bool:
@@ -244,11 +251,14 @@ def _check_alert(alert: Any) -> None:
     if not alert.group:
         raise ConfigError("alert.group: expected a name, found an empty string")
     _check_text("alert.group", alert.group, 249)
+    if alert.listen:
+        _check_listen("alert.listen", alert.listen)
     if not 0 <= alert.missed_heartbeats <= 1e6:
         found = alert.missed_heartbeats
         raise ConfigError(f"alert.missed_heartbeats: expected a number from 0 to 1000000, found {found}")
-    if alert.alertmanager is not None:
-        _check_url("alert.alertmanager", alert.alertmanager)
+    for name in ("alertmanager", "webhook"):
+        if getattr(alert, name) is not None:
+            _check_url(f"alert.{name}", getattr(alert, name))
     names: set[str] = set()
     for number, rule in enumerate(alert.rules, 1):
         where = f"alert.rules[{number}]"
@@ -261,6 +271,7 @@ def _check_alert(alert: Any) -> None:
             raise ConfigError(f"{where}.name: expected a unique name, found another rule {rule.name}")
         names.add(rule.name)
         _check_alert_rule(where, rule)
+        _check_alert_filters(where, rule)
 
 
 def _check_alert_rule(where: str, rule: Any) -> None:
@@ -268,19 +279,50 @@ def _check_alert_rule(where: str, rule: Any) -> None:
         if value not in known:
             raise ConfigError(f"{where}.{key}: expected one of {', '.join(known)}, found {value!r}")
     check_seconds(f"{where}.window_s", rule.window_s, 1, 30 * _DAY_S)
-    most = 1.0 if rule.measure == "ratio" else math.inf
+    check_seconds(f"{where}.for_s", rule.for_s, 0, 30 * _DAY_S)
+    most = 1.0 if rule.measure in ("ratio", "data_ratio") else math.inf
     if not 0 < rule.threshold <= most or math.isinf(rule.threshold):
         raise ConfigError(f"{where}.threshold: expected above 0 and at most {most:g}, found {rule.threshold}")
     if not 0 < rule.clear <= rule.threshold:
         raise ConfigError(f"{where}.clear: expected above 0 and at most the threshold, found {rule.clear}")
+    if not 0 < rule.quantile < 1:
+        raise ConfigError(f"{where}.quantile: expected above 0 and below 1, found {rule.quantile}")
     if rule.minimum < 0:
         raise ConfigError(f"{where}.minimum: expected at least 0, found {rule.minimum}")
+    for key, bits in (("prefix", 32), ("prefix_v6", 128)):
+        if not 0 <= getattr(rule, key) <= bits:
+            raise ConfigError(f"{where}.{key}: expected 0 to {bits}, found {getattr(rule, key)}")
+
+
+def _check_alert_filters(where: str, rule: Any) -> None:
+    for key in ("host", "unit"):
+        for pattern in getattr(rule, key):
+            _check_text(f"{where}.{key}", pattern, 255)
+    for network in rule.peer:
+        _check_network(f"{where}.peer", network.removeprefix("@"))
+    for port in rule.port:
+        _check_ports(f"{where}.port", port)
+    if rule.measure == "srtt" and rule.cause:
+        raise ConfigError(f"{where}.cause: expected no causes, since round-trip times have none")
+    for cause in rule.cause:
+        known = re.fullmatch("E[A-Z0-9]+|closed", cause) if rule.measure == "failed_connects" else cause in CAUSES
+        if not known:
+            expected = "names of errors, or closed" if rule.measure == "failed_connects" else ", ".join(CAUSES)
+            raise ConfigError(f"{where}.cause: expected {expected}, found {cause!r}")
+    _check_text(f"{where}.severity", rule.severity, 64)
+    for key in ("only_labels", "labels", "annotations"):
+        for name, value in getattr(rule, key).items():
+            if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", name):
+                raise ConfigError(f"{where}.{key}: expected letters, digits and underscores, found {name!r}")
+            _check_text(f"{where}.{key}.{name}", value)
+        if len(json.dumps(dict(getattr(rule, key)))) > _MAX_RULE_TEXTS:
+            raise ConfigError(f"{where}.{key}: expected at most {_MAX_RULE_TEXTS} characters in all")
 
 
 def _check_rule(where: str, rule: Any) -> None:
     if rule.name:
         _check_text(f"{where}.name", rule.name, 255)
-    for key in ("action", "transmit", "retransmit"):
+    for key in ("action", "transmit", "retransmit", "flow"):
         value = getattr(rule, key)
         if value is not None:
             _check_choice(f"{where}.{key}", value, _ACTIONS)

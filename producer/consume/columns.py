@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer import _native
-from producer.consume.plan import Plan
+from producer.consume.plan import Fields, Plan
 
 Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 Values = list[bytes | None]
 """The values of messages."""
 
@@ -24,11 +25,13 @@ class Columns:
     """Decoded messages, by column.
 
     `rows` has the index of each message in its batch, ascending. A column of texts has indexes in `texts`, which are
-    distinct; `hashes` are of the texts, the same for the same text while the process lives.
+    distinct; `hashes` are of the texts, the same for the same text while the process lives. `valid` is False where a
+    nullable field is null or the writer's schema lacks it: the cell is then 0.
     """
 
     rows: Ints
     cells: dict[str, Ints]
+    valid: dict[str, Mask]
     texts: list[str]
     hashes: Ints
 
@@ -43,7 +46,8 @@ class Columns:
         if bool(chosen.all()) if chosen.dtype == np.bool_ else len(chosen) == len(self):
             return self
         cells = {name: column[chosen] for name, column in self.cells.items()}
-        return Columns(self.rows[chosen], cells, self.texts, self.hashes)
+        valid = {name: column[chosen] for name, column in self.valid.items()}
+        return Columns(self.rows[chosen], cells, valid, self.texts, self.hashes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,29 +84,33 @@ def decode(values: Values, plan: Plan) -> Table:
     )
 
 
-def joined(names: Sequence[str], texts: set[str], parts: Sequence[tuple[Ints, Table]]) -> Columns:
-    """Return the decoded messages of tables with the same columns, given with their rows, in order of the rows."""
+def joined(fields: Fields, parts: Sequence[tuple[Ints, Table]]) -> Columns:
+    """Return the decoded messages of tables with the columns `fields`, given with their rows, in order of the rows."""
     tables = [table for _, table in parts]
     decoded = [table.status == 0 for table in tables]
     rows = _concatenated([rows[chosen] for (rows, _), chosen in zip(parts, decoded, strict=True)])
     order = np.argsort(rows, kind="stable") if len(parts) > 1 else slice(None)
-    bases = np.cumsum([0, *(len(table.texts) for table in tables)])
+    bases = np.cumsum([0, *(len(table.texts) for table in tables)]).tolist()
     all_decoded = all(bool(chosen.all()) for chosen in decoded)
-    cells = {}
-    for column, name in enumerate(names):
-        pieces = [
-            table.cells[column] + (base if name in texts and base else 0)
-            for table, base in zip(tables, bases.tolist(), strict=False)
-        ]
+
+    def gathered(pieces: list[Any]) -> Any:
         if not all_decoded:
             pieces = [piece[chosen] for piece, chosen in zip(pieces, decoded, strict=True)]
-        cells[name] = _concatenated(pieces)[order]
-    return Columns(
-        rows[order],
-        cells,
-        [text for table in tables for text in table.texts],
-        _concatenated([table.hashes for table in tables]),
-    )
+        return _concatenated(pieces)[order]
+
+    cells, valid = {}, {}
+    for column, (name, kind) in enumerate(fields):
+        is_text = kind in ("string", "string?")
+        pieces = [table.cells[column] for table in tables]
+        if is_text and len(tables) > 1:
+            pieces = [piece + base for piece, base in zip(pieces, bases, strict=False)]
+        cells[name] = gathered(pieces)
+        if kind.endswith("?"):
+            valid[name] = gathered([table.valid[column] for table in tables]).astype(np.bool_, copy=False)
+            if is_text and len(tables) > 1:
+                cells[name] *= valid[name]
+    texts = [text for table in tables for text in table.texts]
+    return Columns(rows[order], cells, valid, texts, _concatenated([table.hashes for table in tables]))
 
 
 def _concatenated(pieces: Sequence[Ints]) -> Ints:

@@ -109,8 +109,7 @@ class Decoder:
             parts.append((rows, table))
             bad = np.flatnonzero(table.status)
             rejected += [Rejected(int(rows[at]), _reason(table.status[at], schema_id)) for at in bad.tolist()]
-        texts = {name for name, kind in fields if kind == "string"}
-        return joined([name for name, _ in fields], texts, parts), rejected
+        return joined(fields, parts), rejected
 
     def tables(self, values: Values, names: frozenset[str] | None) -> tuple[list[tuple[Ints, Table]], list[Rejected]]:
         """Return the fields of these names, or all, by schema, each table with its rows; and the rejected values.

@@ -15,7 +15,10 @@ _SKIP = -1
 _SCALARS = frozenset(_TYPES) - {"bytes"}
 
 Fields = tuple[tuple[str, str], ...]
-"""Names of fields that are not null, with their types: long (also for int), double (also for float) or string."""
+"""Names of fields with their types: long (also for int), double (also for float) or string.
+
+A type with ? is of a field that may be null, or that the writer's schema may lack.
+"""
 _ALSO = {"long": {"long", "int"}, "double": {"double", "float"}, "string": {"string"}}
 
 _Step = tuple[int, int, int, int, int]
@@ -38,8 +41,12 @@ def plan_for(schema: Mapping[str, Any], wanted: Fields) -> Plan:
     """Return the plan that decodes the wanted fields and skips all others; FieldError if one is missing."""
     types = {field["name"]: field["type"] for field in schema["fields"]}
     for name, kind in wanted:
-        if not isinstance(types.get(name), str) or types[name] not in _ALSO[kind]:
-            raise FieldError(f"no field {name} of type {kind}")
+        if kind.endswith("?"):
+            if name not in types or _nullable(types[name])[0] in _ALSO[kind[:-1]]:
+                continue
+        elif isinstance(types.get(name), str) and types[name] in _ALSO[kind]:
+            continue
+        raise FieldError(f"no field {name} of type {kind}")
     return _plan(schema["fields"], [name for name, _ in wanted])
 
 
@@ -60,7 +67,7 @@ def _plan(fields: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plan:
     for field in fields:
         _append(steps, field["type"], columns.get(field["name"], _SKIP))
     types = {field["name"]: _scalar(field["type"]) or "" for field in fields}
-    return Plan(np.array(steps, _STEP).tobytes(), tuple(names), tuple(types[name] for name in names))
+    return Plan(np.array(steps, _STEP).tobytes(), tuple(names), tuple(types.get(name, "") for name in names))
 
 
 def _scalar(kind: Any) -> str | None:

@@ -1,6 +1,6 @@
-"""The demo: a producer with the in-process test broker, lossy traffic, a live view, and a comparison with the kernel.
+"""The demo: a producer with the in-process test broker, lossy traffic, and what it lost, compared with the kernel.
 
-The producer is the real command in a child process, and the events shown are read back from Kafka. Everything is in a
+The producer is the real command in a child process, and the events are read back from Kafka. Everything is in a
 temporary folder, unnamed namespaces and child processes, so nothing stays behind, however the demo ends.
 """
 
@@ -23,13 +23,15 @@ from rich.table import Table
 from producer.commands.tail import Event, batches
 from producer.demo.lab import Lab, Sent
 from producer.demo.reconcile import Comparison, Row, Tally, compare, reasons
+from producer.demo.summary import Path, Paths
 from producer.errors import BusyError, ConfigError, PermissionDenied, UnavailableError
-from producer.events import RETRANSMITS, STREAMS
+from producer.events import STREAMS
 from producer.host.output import echo
+from producer.host.progress import Progress
 from producer.host.python_child import python
 from producer.host.signals import Flag, SignalFlag
 from producer.host.text import printable, to_json
-from producer.view.line import Lines, is_retransmission
+from producer.view.line import Lines, is_connection, is_retransmission
 
 _READY_TIMEOUT_S = 180
 _STOP_TIMEOUT_S = 60
@@ -37,16 +39,21 @@ _STOP_TIMEOUT_S = 60
 _QUIET_S = 2.0
 _TRANSMIT_LINES_PER_S = 20
 _MOST_LINE = 1 << 16
+_MOST_PATHS = 4
+"""Lines of the summary: all fits one screen."""
 _ERRORS = {error.exit_code: error for error in (PermissionDenied, BusyError, ConfigError)}
 
 
-def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool) -> int:
-    """Run the demo and print the comparison; with `as_json`, only that, as one JSON object. Return the exit code."""
+def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool, show_events: bool = False) -> int:
+    """Run the demo and print what was lost and the comparison; with `as_json` as one JSON object. Return the exit code.
+
+    With `show_events`, also print retransmissions and a sample of the transmits.
+    """
     if os.geteuid() != 0:
         raise PermissionDenied(
             "the demo loads BPF programs and creates network namespaces: run it as root, or with sudo"
         )
-    screen = _Screen(quiet=as_json)
+    screen = _Screen(quiet=as_json, show_events=show_events)
     stop = SignalFlag()
     for number in (signal.SIGINT, signal.SIGTERM):
         stop.interrupt_on(number)  # the second one ends the demo at once, but cleans up
@@ -56,11 +63,12 @@ def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool) -> int:
         _Producer(folder, lab.addresses) as producer,
     ):
         screen.starting(lab, loss)
-        ready = producer.wait_ready(stop)
+        with Progress("compiling and loading the BPF programs"):
+            ready = producer.wait_ready(stop)
         if ready is None:
             return 0
         screen.ready(ready)
-        tally = Tally()
+        tally, paths = Tally(), Paths()
         with contextlib.closing(_follow(ready["brokers"])) as source, ThreadPoolExecutor(1) as pool:
             next(source)
             end = threading.Event()
@@ -71,13 +79,17 @@ def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool) -> int:
 
             sent = pool.submit(_traffic, lab, duration_s, end)
             try:
-                _watch(source, sent, producer, tally, screen, pass_on_stop)
+                with Progress("traffic: events read back") as progress:
+                    for events in _events(source, sent, producer, pass_on_stop):
+                        _count(tally, paths, events)
+                        progress(tally.events.total())
+                        screen.show(events)
             finally:
                 end.set()
             counters = lab.counters()
-            _read_rest(source, tally, counters)
+            _read_rest(source, tally, paths, counters)
         balance = producer.stop()
-    screen.report(compare(tally, counters), tally, balance, sent.result())
+    screen.report(compare(tally, counters), tally, paths, balance, sent.result())
     return 0
 
 
@@ -167,11 +179,12 @@ class _Producer:
 class _Screen:
     """Output for the user; in JSON mode, only the final object."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, show_events: bool) -> None:
         self._console = Console(highlight=False, quiet=quiet)
         self._quiet = quiet
+        self._show_events = show_events
         color = self._console.color_system is not None and not self._console.no_color
-        self._view = Lines(self._console.width, hosts=False, color=color)
+        self._view = Lines(self._console.width, hosts=False, color=color, connections=True)
         self._second = 0
         self._shown_this_second = 0
 
@@ -186,11 +199,9 @@ class _Screen:
         hooks = ", ".join(f"{stream.name}s by {ready.get(stream.name, '?')}" for stream in STREAMS)
         self._say(
             f"Capturing {hooks}. Kafka is an in-process test broker at {brokers}, not for production."
-            " Any Kafka client can read from it, in another terminal:"
+            " Any client can read from it, in another terminal:"
         )
         self._say(f"  rebpf tail --brokers {brokers}")
-        self._say(f"  kcat -b {brokers} -t {RETRANSMITS.topic} -C -f '%k\\n'")
-        self._say("Below are all retransmissions and a sample of the transmits, read back from Kafka. All are counted.")
 
     def _say(self, text: str) -> None:
         self._print(printable(text), markup=False)
@@ -203,7 +214,7 @@ class _Screen:
             echo(captured.get().removesuffix("\n"), color=True)
 
     def show(self, events: Sequence[Event]) -> None:
-        if self._quiet:
+        if self._quiet or not self._show_events:
             return
         shown = [event.record for event in events if self._is_shown(event)]
         lines = self._view.lines(shown)
@@ -212,7 +223,7 @@ class _Screen:
             echo("\n".join(lines), color=True)
 
     def _is_shown(self, event: Event) -> bool:
-        if is_retransmission(event.record):
+        if is_retransmission(event.record) or is_connection(event.record):
             return True
         second = int(time.monotonic())
         if second != self._second:
@@ -220,29 +231,49 @@ class _Screen:
         self._shown_this_second += 1
         return self._shown_this_second <= _TRANSMIT_LINES_PER_S
 
-    def report(self, comparison: Comparison, tally: Tally, balance: Mapping[str, Any], sent: Sent) -> None:
+    def report(
+        self, comparison: Comparison, tally: Tally, paths: Paths, balance: Mapping[str, Any], sent: Sent
+    ) -> None:
         why = reasons(tally, comparison, balance)
         if self._quiet:
             account = {"rows": [row.as_dict() for row in comparison.rows], "reasons": why, "balance": balance}
+            account["worst"] = [path.as_dict() for path in paths.worst(_MOST_PATHS)]
             echo(to_json({**account, "read": tally.events, "repeated": tally.repeated, "missing": tally.missing}))
             return
         self._print()
+        total = f"{paths.retransmitted.total()} segments were retransmitted, {sent.connections} connections"
+        self._say(f"{total}, {sent.payload_bytes / 1e6:.0f} MB. Who, where, why:")
+        self._print(_worst(paths.worst(_MOST_PATHS)))
+        self._print()
+        self._say("The same counted from the events, and by the kernel:")
         self._print(_table(comparison.rows))
         for topic, account in balance.items():
             lost = ", ".join(f"{reason} {count}" for reason, count in account["lost"].items()) or "0"
             self._say(
-                f"{topic}: captured {account['passed']}, delivered to Kafka {account['delivered']},"
+                f"{topic}: captured {account['passed']}, delivered {account['delivered']},"
                 f" read back {tally.events[topic]}, lost {lost}"
             )
-        self._say(f"Traffic: {sent.connections} connections with {sent.payload_bytes / 1e6:.0f} MB of payload.")
         for reason in why:
             self._print(printable(f"Difference: {reason}."), style="yellow", markup=False)
         if not why:
             self._print("The events and the kernel agree.", style="bold green")
 
 
+def _worst(paths: Sequence[Path]) -> Table:
+    table = Table(box=None, pad_edge=False, expand=True)
+    table.add_column("sender > receiver", no_wrap=True)
+    for heading in ("port", "segments", "ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("why", no_wrap=True, overflow="ellipsis", ratio=1)
+    for path in paths:
+        causes = ", ".join(f"{cause} {count}" for cause, count in path.causes.most_common())
+        where = printable(f"{path.sender} > {path.receiver}")
+        table.add_row(where, str(path.port), f"[red]{path.retransmitted}[/]", f"{path.ratio:.1%}", printable(causes))
+    return table
+
+
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="Segments: the events of both topics, and the kernel's counters", title_justify="left")
+    table = Table(box=None, pad_edge=False)
     table.add_column("segments")
     for heading in ("events", "kernel", "difference"):
         table.add_column(heading, justify="right")
@@ -265,33 +296,28 @@ def _follow(brokers: str) -> Generator[list[Event]]:
     return batches(brokers, topics, registry=None, from_beginning=True, stop=never, client_settings={})
 
 
-def _watch(
-    source: Iterator[list[Event]],
-    sent: "Future[Sent]",
-    producer: _Producer,
-    tally: Tally,
-    screen: _Screen,
-    each: Callable[[], None],
-) -> None:
+def _events(
+    source: Iterator[list[Event]], sent: "Future[Sent]", producer: _Producer, each: Callable[[], None]
+) -> Iterator[list[Event]]:
+    """Yield the events until the traffic has ended."""
     while not sent.done():
         each()
         producer.check()
-        events = next(source)
-        _count(tally, events)
-        screen.show(events)
+        yield next(source)
     sent.result()
 
 
-def _read_rest(source: Iterator[list[Event]], tally: Tally, counters: Mapping[str, int]) -> None:
+def _read_rest(source: Iterator[list[Event]], tally: Tally, paths: Paths, counters: Mapping[str, int]) -> None:
     """Read the remaining events, before the stop, since the test broker ends with the producer."""
     last = time.monotonic()
     while not compare(tally, counters).agrees and time.monotonic() - last < _QUIET_S:
         events = next(source)
         if events:
             last = time.monotonic()
-        _count(tally, events)
+        _count(tally, paths, events)
 
 
-def _count(tally: Tally, events: Sequence[Event]) -> None:
+def _count(tally: Tally, paths: Paths, events: Sequence[Event]) -> None:
     for event in events:
         tally.add(event.topic, event.record)
+        paths.add(event.record)

@@ -2,7 +2,8 @@
 
 The kernel counts first transmissions in OutSegs, along with every SYN-ACK, also retransmitted ones. It counts
 retransmissions in RetransSegs and, for some causes, in another counter; the other causes are the rest. The transmit
-topic marks retransmitted segments, too, so it is a second source for their number.
+topic marks retransmitted segments, too, and the records of connections count them, so there are three sources for their
+number.
 """
 
 from collections import Counter, defaultdict
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from producer.view.line import is_retransmission
+from producer.view.line import is_connection, is_retransmission
 
 _REST_CAUSES = ("rto", "tlp", "other")
 _SYN_ACK = 0x12
@@ -41,17 +42,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The rows of the table: all retransmissions, those by cause, and both kinds of transmits."""
+    """The rows of the table: all retransmissions, those by cause, marked ones, those of flows, and transmits."""
 
     retransmitted: Row
     causes: Sequence[Row]
     marked_retransmits: Row
+    of_flows: Row
     first_transmissions: Row
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """All rows in the order of the table."""
-        return self.retransmitted, *self.causes, self.marked_retransmits, self.first_transmissions
+        return self.retransmitted, *self.causes, self.marked_retransmits, self.of_flows, self.first_transmissions
 
     @property
     def agrees(self) -> bool:
@@ -84,6 +86,8 @@ class Tally:
         self.retransmitted: Counter[str] = Counter()
         self.first_transmissions = 0
         self.marked_retransmits = 0
+        self._flows: Counter[int] = Counter()
+        """Retransmitted segments by connection: the counters of a connection only increase."""
         self._syn_acks: set[tuple[Any, ...]] = set()
         self._numbers: dict[str, _Numbers] = defaultdict(_Numbers)
 
@@ -91,7 +95,9 @@ class Tally:
         """Count one event."""
         self.events[topic] += 1
         self._numbers[topic].add(record["cpu"], record["cpu_seq"])
-        if is_retransmission(record):
+        if is_connection(record):
+            self._flows[record["sk_cookie"]] = max(self._flows[record["sk_cookie"]], record["total_retrans"] or 0)
+        elif is_retransmission(record):
             self.retransmitted[record["cause"]] += record["segs"]
         elif record["tcp_flags"] == _SYN_ACK:
             self._add_syn_ack(record)
@@ -106,6 +112,11 @@ class Tally:
         key = tuple(record[name] for name in ("saddr", "sport", "daddr", "dport", "seq"))
         self.marked_retransmits += key in self._syn_acks
         self._syn_acks.add(key)
+
+    @property
+    def retransmitted_by_flows(self) -> int:
+        """Retransmitted segments by the last record of each connection."""
+        return self._flows.total()
 
     @property
     def repeated(self) -> int:
@@ -132,6 +143,7 @@ def compare(tally: Tally, counters: Mapping[str, int]) -> Comparison:
         Row("retransmitted", causes.total(), "RetransSegs", counters["RetransSegs"]),
         (*by_cause, Row(f"  {', '.join(_REST_CAUSES)}", rest, "RetransSegs minus those", counted_rest)),
         Row("marked as retransmitted", tally.marked_retransmits, "RetransSegs", counters["RetransSegs"]),
+        Row("of connections", tally.retransmitted_by_flows, "RetransSegs", counters["RetransSegs"]),
         Row("first transmissions", tally.first_transmissions, "OutSegs", counters["OutSegs"]),
     )
 

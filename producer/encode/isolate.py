@@ -42,7 +42,8 @@ class Isolator:
     """
 
     def __init__(self, encoder: Encoder, refuse: Callable[[Rows, str], None]) -> None:
-        self._encoder = encoder
+        self.encoder = encoder
+        """May be replaced between two batches."""
         self._refuse = refuse
         self._most = _MANY
 
@@ -56,7 +57,7 @@ class Isolator:
         Errors that no row causes, such as lack of memory, are raised: a retry may succeed.
         """
         try:
-            encoded = self._encoder.encode(batch, utc_offset_ns)
+            encoded = self.encoder.encode(batch, utc_offset_ns)
             self._most = min(2 * self._most, _MANY)
             return encoded
         except Unencodable as error:
@@ -85,7 +86,7 @@ class Isolator:
                 return {}
             first, end = ranges.pop()
             try:
-                self._encoder.encode(Batch(batch.stream, batch.rows[first:end]), utc_offset_ns)
+                self.encoder.encode(Batch(batch.stream, batch.rows[first:end]), utc_offset_ns)
             except (MemoryError, OSError):  # no row causes it: none may be dropped for it
                 raise
             except Exception as error:  # the same defect

@@ -13,7 +13,7 @@ from producer.view.filter import parse
 from producer.view.records import of_table
 
 Choice = Callable[[Part], Mask]
-"""Returns which events of a part are wanted."""
+"""Returns which events of a part to take."""
 
 
 def matching(text: str) -> Choice:

@@ -63,12 +63,20 @@ Answer = tuple[HTTPStatus, str, bytes]
 class Endpoint:
     """Serves while entered. If the port is not available, it logs a warning, and `url` is None.
 
-    `local` is the path of a socket that serves the same without TLS and passwords.
+    `local` is the path of a socket that serves the same without TLS and passwords. `registry` has the metrics;
+    by default those of the producer.
     """
 
     def __init__(
-        self, host: str, port: int, board: StatusBoard, web: WebSettings | None = None, local: Path | None = None
+        self,
+        host: str,
+        port: int,
+        board: StatusBoard,
+        web: WebSettings | None = None,
+        local: Path | None = None,
+        registry: CollectorRegistry | None = None,
     ) -> None:
+        self._registry = registry or metrics.registry(board.last, board.idle_s)
         self._host, self._port, self._board = host, port, board
         self._web = web or WebSettings(None)
         self._local = local
@@ -78,7 +86,7 @@ class Endpoint:
 
     def __enter__(self) -> "Endpoint":
         try:
-            server = _Server(self._host, self._port, self._board, self._web)
+            server = _Server(self._host, self._port, self._board, self._web, self._registry)
             self._stack.enter_context(_running(server, "endpoint"))
         except OSError as error:
             logger.warning("metrics: no endpoint at %s port %d: %s", self._host, self._port, error.strerror or error)
@@ -96,7 +104,7 @@ class Endpoint:
 
     def _serve_at(self, path: Path) -> None:
         try:
-            server = _LocalServer(path, self._board, self._web)
+            server = _LocalServer(path, self._board, self._web, self._registry)
             self._stack.callback(_unlink, path)
             self._stack.enter_context(_running(server, "endpoint-local"))
         except OSError as error:
@@ -135,13 +143,13 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_port = False
     request_queue_size = 64
 
-    def __init__(self, host: str, port: int, board: StatusBoard, web: WebSettings) -> None:
+    def __init__(self, host: str, port: int, board: StatusBoard, web: WebSettings, registry: CollectorRegistry) -> None:
         if ":" in host:
             self.address_family = AF_INET6
         self.board = board
         self.web = web
         self.passwords = Passwords()
-        self.metrics = metrics.registry(board.last, board.idle_s)
+        self.metrics = registry
         self._deadlines: dict[socket, float] = {}  # of all visitors, oldest first
         self._served: set[socket] = set()  # visitors that wait for us; we wait for the others
         self._lock = threading.Lock()  # held to close a socket, since its descriptor may be reused later
@@ -225,13 +233,13 @@ class _LocalServer(_Server):
 
     address_family = AF_UNIX
 
-    def __init__(self, path: Path, board: StatusBoard, web: WebSettings) -> None:
+    def __init__(self, path: Path, board: StatusBoard, web: WebSettings, registry: CollectorRegistry) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError:  # a folder, say
             state_file.set_aside(path)
         self._path = path
-        super().__init__("", 0, board, web)
+        super().__init__("", 0, board, web, registry)
 
     def settings(self) -> WebConfig:
         self.web.current()  # so that errors of the file are in the status

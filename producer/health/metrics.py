@@ -168,6 +168,11 @@ class _StatusCollector(Collector):
         yield InfoMetricFamily("rebpf_config", "Hash of the configuration in force.", {"hash": status.config_hash})
         text = "Changed settings that need a restart: /status has their names."
         yield GaugeMetricFamily("rebpf_restart_needed", text, len(status.restart_needed))
+        yield GaugeMetricFamily(
+            "rebpf_transmit_sample_rate",
+            "One in this many connections has its transmits captured, by the budget; 1: all.",
+            status.transmit_sample_rate,
+        )
         hooks = InfoMetricFamily("rebpf_hook", "The hook that captures the events of a topic.", labels=["topic"])
         lost = CounterMetricFamily("rebpf_events_lost", "Events lost.", labels=["topic", "stage", "reason"])
         for stream in status.streams:

@@ -57,6 +57,8 @@ class Status:
     rss_bytes: int
     labels: Mapping[str, str]
     """Labels of the site."""
+    transmit_sample_rate: int = 1
+    """The rate at which the budget for transmits samples connections."""
     stopped: bool = False
     """Whether this is the last status of a run that ended in order."""
     config_hash: str = ""
@@ -84,6 +86,7 @@ class Status:
             "restart_needed": list(self.restart_needed),
             "cpu_s": self.cpu_s,
             "rss_bytes": self.rss_bytes,
+            "transmit_sample_rate": self.transmit_sample_rate,
             "streams": [stream.as_dict() for stream in self.streams],
             "labels": dict(self.labels),
         }

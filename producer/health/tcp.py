@@ -136,7 +136,7 @@ class ConnectionTable:
         """Drop what has had no record for long. If it has one after all, it counts like an older connection."""
         stale = keep & (self._seen < max(0, now_ns - _FORGOTTEN_NS))
         if stale.any():
-            self._since_ns = max(self._since_ns, int(self._starts[stale].max()) + 1)
+            self._since_ns = max(self._since_ns, min(int(self._starts[stale].max()) + 1, now_ns))
             keep &= ~stale
 
 

@@ -10,6 +10,8 @@ from producer.host.text import printable
 
 _EVERY_S = 0.2
 _CLEAR = "\r\x1b[K"
+_shown: "Progress | None" = None
+"""The one whose line is on the terminal."""
 
 
 class Progress:
@@ -38,10 +40,18 @@ class Progress:
             self._write(f"{_CLEAR}{self._what}: {share}")
 
     def _write(self, text: str) -> None:
+        global _shown
         if not self._visible or self._stream is None:
             return
+        _shown = None if text == _CLEAR else self
         try:
             self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):  # the terminal has closed; ValueError: so was the stream
             self._visible = False
+
+
+def clear() -> None:
+    """Clear the line, before something else is written; the next call of the progress shows it again."""
+    if _shown is not None:
+        _shown._write(_CLEAR)

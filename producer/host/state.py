@@ -166,7 +166,8 @@ def is_locked(path: Path) -> bool:
     except BlockingIOError:
         return True
     except PermissionError as error:
-        raise PermissionDenied(f"state_dir {path} cannot be read by this user: run this as root") from error
+        why = f"state_dir {path} cannot be read by this user"
+        raise PermissionDenied(f"{why}: run this as root, or as the user of the producer") from error
     except OSError:  # missing
         pass
     return False

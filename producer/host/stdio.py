@@ -19,7 +19,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from producer.host import signals
+from producer.host import progress, signals
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, after a report of records dropped before it."""
+        progress.clear()
         if self._unreported and self._write(_dropped_record(self._unreported)):
             self._unreported = 0
         if self._unreported or not self._write(record):

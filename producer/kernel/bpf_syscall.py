@@ -15,7 +15,7 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,15 +140,16 @@ def attach_iterator(program: int, map_fd: int | None = None) -> int:
     return _call("bpf_link_create", program, 0, ATTACH_ITER, ctypes.byref(opts))
 
 
-def run_iterator(link: int) -> None:
-    """Run an iterator that prints nothing over all its objects."""
+def run_iterator(link: int, step_bytes: int = mmap.PAGESIZE) -> Iterator[None]:
+    """Run an iterator over all its objects, in steps that end when it has written `step_bytes`."""
     iterator = _call("bpf_iter_create", link)
     try:
         while True:
             # The kernel returns EAGAIN after a million objects without output.
             with contextlib.suppress(BlockingIOError):
-                if not os.read(iterator, mmap.PAGESIZE):
+                if not os.read(iterator, step_bytes):
                     return
+            yield
     finally:
         os.close(iterator)
 

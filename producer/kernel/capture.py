@@ -12,7 +12,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from producer import errors
 from producer.events import FLOWS, HOOKS, STREAMS, Stream, layout_check
+from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
 from producer.kernel import bpf_syscall
 from producer.kernel.hooks import CLOSING_PROGRAMS, Refusal
@@ -33,6 +34,7 @@ from producer.rules.tables import Action, Tables, tables
 
 logger = logging.getLogger(__name__)
 
+FLOWS_PER_STEP = 1024
 _OWN_OPENED = b"\1"
 """OWN_OPENED in bpf/maps.h."""
 
@@ -47,6 +49,7 @@ class CaptureSettings:
     hooks: tuple[str, ...] = HOOKS
     """Those allowed for transmits and retransmits."""
     streams: tuple[Stream, ...] = STREAMS
+    """Those to capture, at least one."""
     ring_bytes: Mapping[str, int] = field(
         default_factory=lambda: {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22, "flow_pipe": 1 << 22}
     )
@@ -154,7 +157,8 @@ class Capture:
         Raises HookError, PermissionDenied or UnavailableError with the reason in one line.
         """
         if not self._open_stored():
-            self._load()
+            with Progress("compiling and loading the BPF programs"):
+                self._load()
         self._own_sockets.append(self._maps["own_sockets"])
         self._rules = RuleMaps(self._maps)
         self._rules.put(self._settings.rules)
@@ -306,12 +310,20 @@ class Capture:
         self._links, self._iterators = [], []
         bpf_syscall.wait_for_programs()
         if self._numbers:
-            self._numbers.stop({stream.name: self.sequence(stream) for stream in self._settings.streams})
+            self._numbers.stop({stream.name: self.sequence(stream) for stream in STREAMS})
 
     def report_flows(self) -> None:
         """Write a record of each open connection to the ring of flows, from `attach` to `detach`."""
+        for _ in self.report_some_flows():
+            pass
+
+    def report_some_flows(self) -> Generator[None]:
+        """Write a record of each open connection to the ring of flows, in steps of up to 1,024 records.
+
+        Connections that open or close between two steps may shift the order, so that one is reported twice, or not.
+        """
         for index in self._iterators:
-            bpf_syscall.run_iterator(self._links[index])
+            yield from bpf_syscall.run_iterator(self._links[index], FLOWS_PER_STEP)
 
     def ring_descriptor(self, stream: Stream) -> int:
         """Return the descriptor of a stream's ring, for epoll; it stays open until `close`."""
@@ -331,6 +343,11 @@ class Capture:
             for ring, descriptor in self._old_rings.values()
         ]
 
+    @property
+    def old_streams(self) -> set[Stream]:
+        """Streams that have old rings."""
+        return {ring.stream for ring, _ in self._old_rings.values()}
+
     def drop_old_rings(self) -> None:
         """Release the old rings, after `attach`. Mapped ones stay readable."""
         if not self._old_rings:
@@ -344,8 +361,8 @@ class Capture:
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
         begin, ring_full, seq, forgotten = (sum(column) for column in zip(*self._words(stream), strict=True))
-        misses = [bpf_syscall.program_info(program).recursion_misses for program in self._programs[stream.name]]
-        nested = min(misses[:CLOSING_PROGRAMS]) if stream == FLOWS else sum(misses)
+        misses = [bpf_syscall.program_info(each).recursion_misses for each in self._programs.get(stream.name, ())]
+        nested = min(misses[:CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
         return KernelCounters(seq - begin, ring_full, nested + forgotten)
 
     def sequence(self, stream: Stream) -> list[int]:
@@ -358,7 +375,7 @@ class Capture:
         return COUNTERS.iter_unpack(value)
 
     def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
-        for stream in self._settings.streams:
+        for stream in STREAMS:  # also those that are not captured, so that their numbers go on when they are
             value = b"".join(COUNTERS.pack(number, 0, number, 0) for number in numbers[stream.name])
             bpf_syscall.update(self._maps["counters"], struct.pack("<I", stream.index), value)
 
@@ -369,6 +386,10 @@ class Capture:
     def put_rules(self, rules: Tables) -> int:
         """Activate other rules, atomically between two segments, and return their version. The initial ones are 1."""
         return self._rules.put(rules)
+
+    def limit_transmits(self, rate: int, turn: int) -> None:
+        """Capture the transmits of one in `rate` connections, a power of two; in each turn, of others."""
+        bpf_syscall.update(self._maps["transmit_budget"], struct.pack("<I", 0), struct.pack("<II", rate, turn))
 
     def exclude_socket(self, descriptor: int) -> None:
         """Exclude the traffic of this process's socket `descriptor`, and of its peer if in the same network namespace.

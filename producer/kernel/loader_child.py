@@ -46,6 +46,7 @@ MAPS = (
     "rule_ports",
     "rule_values",
     "rule_sets",
+    "transmit_budget",
 )
 ATTACH = {"do": "attach"}
 BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora, RHEL)"
@@ -128,7 +129,8 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
         try:
             link = hooks.attach(probe, program, root, loaded.maps[MAPS.index("flow_states")])
             if probe.runs_once:
-                bpf_syscall.run_iterator(link)
+                for _ in bpf_syscall.run_iterator(link):
+                    pass
                 continue
         except (OSError, LookupError) as error:
             raise HookError(f"{probe.program} was loaded but cannot be attached: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from producer.events import FLOWS, STREAMS, Stream
+from producer.events import STREAMS, Stream
 from producer.host import state_file
 from producer.kernel import bpf_syscall
 from producer.kernel.hooks import Refusal
@@ -139,7 +139,7 @@ def _checked(manifest: Manifest) -> Manifest:
     if not all(isinstance(name, str) for name in names) or not isinstance(manifest.old_ring_id, str | None):
         raise ValueError("a name is not text")
     streams = manifest.hooks.keys()
-    if not {stream.name for stream in STREAMS} <= streams or manifest.programs.keys() != streams:
+    if not streams or manifest.programs.keys() != streams:
         raise ValueError("a stream is missing")
     if "own_sockets" not in manifest.maps:
         raise ValueError("a map is missing")
@@ -158,7 +158,7 @@ def _ring_json(ring: StoredRing) -> dict[str, Any]:
 
 
 def _ring(ring: Mapping[str, Any]) -> StoredRing:
-    stream = {stream.name: stream for stream in (*STREAMS, FLOWS)}[ring["stream"]]
+    stream = {stream.name: stream for stream in STREAMS}[ring["stream"]]
     dtype = np.lib.format.descr_to_dtype(_descr(ring["layout"]))
     if dtype.hasobject or dtype.itemsize % 8 or not 0 < dtype.itemsize <= _MOST_RECORD_BYTES:
         raise ValueError(f"invalid record layout: {dtype}")

@@ -132,11 +132,11 @@ def _index(number: int) -> bytes:
 
 
 def _action(action: Action) -> bytes:
-    """Pack struct rule_action; its arrays are by stream. A connection has records if any of its segments may have."""
+    """Pack struct rule_action; its arrays are by stream."""
     keep, sampled = [0, 0], [0, 0]
     keep[TRANSMITS.index], keep[RETRANSMITS.index] = action.transmit, action.retransmit
     sampled[TRANSMITS.index], sampled[RETRANSMITS.index] = True, action.sample_retransmits
-    return struct.pack("<I6B2x", action.sample_rate, *keep, *sampled, action.sample_by_event, any(keep))
+    return struct.pack("<I6B2x", action.sample_rate, *keep, *sampled, action.sample_by_event, action.flow)
 
 
 def _bits(bits: RuleBits) -> bytes:

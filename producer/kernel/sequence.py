@@ -69,7 +69,7 @@ class EventNumbers:
             self._generation = self._next(note.generation | _UNWRITTEN)
             logger.warning("%s: %s: event numbers jump to %d * 2^32", self._path, error, self._generation)
         elif note.last is not None and go_on:
-            return note.last
+            return self._all(self._generation << _GENERATION_SHIFT) | note.last  # an older version had fewer streams
         return self._all(self._generation << _GENERATION_SHIFT)
 
     def resume(self) -> None:
@@ -90,7 +90,7 @@ class EventNumbers:
     def _next(self, generation: int) -> int:
         return max(generation + 1, generation & _UNWRITTEN | int(self._uptime_s()))
 
-    def _all(self, number: int) -> Numbers:
+    def _all(self, number: int) -> dict[str, Sequence[int]]:
         return {stream.name: [number] * self._cpus for stream in STREAMS}
 
     def _read(self) -> _Note:
@@ -119,7 +119,7 @@ class EventNumbers:
             raise ValueError(f"invalid generation: {note.generation}")
         if note.last is not None:
             fit = {name: [*map(state_file.is_count, numbers)] for name, numbers in note.last.items()}
-            if fit != {stream.name: [True] * self._cpus for stream in STREAMS}:
+            if not fit.items() <= {stream.name: [True] * self._cpus for stream in STREAMS}.items():
                 raise ValueError("the streams or CPUs do not match")
         return note
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from producer.events import Batch, EncodedBatch, Rows, Stream
+from producer.events import Batch, EncodedBatch, Rows, Stream, common
 from producer.pipeline.interfaces import Encoder, Ring
 
 BATCH_ROWS = 4096
@@ -67,7 +67,7 @@ class RingReader:
             return None
         batch, oldest_ns = None, 0
         if len(rows):
-            oldest_ns = int(rows["s"]["ts"][0])
+            oldest_ns = int(common(rows)["ts"][0])
             batch = self._encoder.encode(Batch(self._stream, rows), utc_offset_ns)
         refused = +Counter({_UNENCODABLE: len(rows) - len(batch or ()), _DAMAGED: damaged})
         more = is_cut or len(rows) + damaged == BATCH_ROWS

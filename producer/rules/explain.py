@@ -33,6 +33,7 @@ def explain(rules: Sequence[Rule], default: Action, endpoints: str) -> list[str]
 def _text(action: Action) -> str:
     words = ["transmits " + ("kept" if action.transmit else "dropped")]
     words.append("retransmits " + ("kept" if action.retransmit else "dropped"))
+    words.append("flows " + ("kept" if action.flow else "dropped"))
     if action.sample_rate > 1:
         what = "transmits and retransmits" if action.sample_retransmits else "transmits"
         by = "by event" if action.sample_by_event else "by connection"

@@ -62,12 +62,12 @@ def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
     capture = config.capture
     if not config.rules:
         rules, default = only(capture.addresses, capture.ports)
-        return Ruleset(rules, default if rules else _action(capture.default, None, None), {})
+        return Ruleset(rules, default if rules else _action(capture.default, None, None, None), {})
     if capture.addresses or capture.ports:
         raise ConfigError("rules and a filter by addresses or ports cannot be combined: turn the filter into a rule")
     cgroups = _Cgroups(cgroup_root)
     rules = tuple(_rule(number, rule, cgroups) for number, rule in enumerate(config.rules, 1))
-    return Ruleset(rules, _action(capture.default, None, None), _above(rules, cgroups))
+    return Ruleset(rules, _action(capture.default, None, None, None), _above(rules, cgroups))
 
 
 def resolve_offline(config: Config) -> Ruleset:
@@ -121,12 +121,12 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
     where = f"rule {number} {rule.name}".rstrip()
     if rule.sample < 1 or rule.sample_by not in ("connection", "event"):
         raise ConfigError(f"{where}: expected sample >= 1, and sample_by connection or event")
-    keep = _action(rule.action, rule.transmit, rule.retransmit)
+    keep = _action(rule.action, rule.transmit, rule.retransmit, rule.flow)
     by_event = rule.sample_by == "event"
     try:
         return Rule(
             name,
-            Action(keep.transmit, keep.retransmit, rule.sample, by_event, rule.sample_retransmits),
+            Action(keep.transmit, keep.retransmit, keep.flow, rule.sample, by_event, rule.sample_retransmits),
             address=_each(rule.address, _networks),
             local_address=_each(rule.local_address, _networks),
             remote_address=_each(rule.remote_address, _networks),
@@ -147,8 +147,9 @@ def _each(values: Iterable[V], parse: Callable[[V], Iterable[R]]) -> tuple[R, ..
     return tuple(found for value in values for found in parse(value))
 
 
-def _action(both: str, transmit: str | None, retransmit: str | None) -> Action:
-    words = (transmit or both, retransmit or both)
+def _action(every: str, *by_stream: str | None) -> Action:
+    """Return the action of a rule; `by_stream` has the words for transmits, retransmits and flows, in that order."""
+    words = [word or every for word in by_stream]
     for word in words:
         if word not in ("keep", "drop"):
             raise ConfigError(f"expected the action keep or drop, not {word!r}")

@@ -46,10 +46,12 @@ RuleBits = int
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """Whether a segment becomes an event of its stream, and the sampling rate."""
+    """Whether a segment becomes an event of its stream, or a connection has records, and the sampling rate."""
 
     transmit: bool = True
     retransmit: bool = True
+    flow: bool = True
+    """Records of connections are never sampled."""
     sample_rate: int = 1
     """Keep one in `sample_rate`. Retransmits are sampled only with `sample_retransmits`."""
     sample_by_event: bool = False
@@ -203,7 +205,7 @@ def only(addresses: Iterable[Address], ports: Iterable[int]) -> tuple[tuple[Rule
     ranges = tuple((port, port) for port in ports)
     if not networks and not ranges:
         return (), Action()
-    return (Rule("only", address=networks, port=ranges),), Action(transmit=False, retransmit=False)
+    return (Rule("only", address=networks, port=ranges),), Action(transmit=False, retransmit=False, flow=False)
 
 
 def filtered(addresses: Iterable[Address] = (), ports: Iterable[int] = ()) -> Tables:

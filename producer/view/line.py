@@ -54,12 +54,13 @@ def is_event(record: Record) -> bool:
 
 
 class Lines:
-    """Formats events as lines. `hosts` adds the host; without `color`, lines are plain.
+    """Formats events as lines. `hosts` adds the host, `connections` the records of connections that have not failed.
 
     `rejected` counts records that cannot be formatted, by reason: in topics, fields can be missing or of other types.
     """
 
-    def __init__(self, width: int, *, hosts: bool, color: bool) -> None:
+    def __init__(self, width: int, *, hosts: bool, color: bool, connections: bool = False) -> None:
+        self._connections = connections
         fitting = (each for each in _COLUMNS if each.least <= width <= each.most)
         self._columns = [each for each in fitting if hosts or each.title != "HOST"]
         self._color = color
@@ -75,7 +76,7 @@ class Lines:
         shown = []
         for record in records:
             try:
-                if is_event(record):
+                if is_event(record) or (self._connections and is_connection(record)):
                     shown.append((int(record["ts_ns"]), self.line(record)))
             except LookupError as error:
                 self._reject(f"no field {error}")
@@ -129,7 +130,7 @@ def duration(us: int | None) -> str:
 
 def _style(record: Record) -> str:
     if is_connection(record):
-        return FAULT
+        return ORDINARY if record["error"] is None else FAULT
     return _STYLES.get(record["cause"], WARNING) if is_retransmission(record) else ORDINARY
 
 
@@ -145,6 +146,8 @@ def _cause(_: Lines, record: Record) -> str:
         number = record["retransmit_no"]
         text = f"{record['cause']} #{number}" if number else str(record["cause"])
         return f"{text} err {record['err']}" if record["err"] else text
+    if is_connection(record) and record["error"] is None:
+        return "open" if record["reason"] == "interval" else "closed"
     if is_connection(record):
         return f"{'connect' if record['state'] == 'SYN_SENT' else 'close'} {record['error']}"
     return "sent"

@@ -1,11 +1,13 @@
-"""The cost of reading events: CPU per event of one member of `rebpf alert` that catches up, and of `rebpf verify`.
+"""The cost of reading: CPU per record of `rebpf alert` that catches up, and per event of `rebpf verify`.
 
 python -m tests.bench.alert [--rounds 45] [--repeat 5] [--mock] [--tree FOLDER]...
 
-Synthetic events of 20 hosts and 500 flows, in six partitions of each topic of a real Kafka, or, with --mock, in four of
-librdkafka's mock broker in this process, with a rule by host (ratio) and one by peer (count). Each reader is a separate
-process; CPU is its total, all threads, less that of a run that reads nothing. Other checkouts (--tree) read the same
-events in turn with this one; each needs its native module built.
+Synthetic events of 20 hosts and 500 flows, for `verify`, and for `alert` as many flow records of 20 hosts with 3,000
+open connections each, of which a tenth retransmits between two records: in six partitions of each topic of a real
+Kafka, or, with --mock, in four of librdkafka's mock broker in this process. The rules are by host (ratio) and by peer
+(data_ratio).
+Each reader is a separate process; CPU is its total, all threads, less that of a run that reads nothing. Other checkouts
+(--tree) read the same records in turn with this one; each needs its native module built.
 """
 
 import argparse
@@ -25,10 +27,11 @@ from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartiti
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from producer.encode.batch import BatchEncoder
-from producer.events import RETRANSMITS, TRANSMITS, Batch, SchemaId, Stream
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Batch, SchemaId, Stream
 from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
 from tests.bench.stages import ROWS, messages, rows
+from tests.support.flows import MS, Flow, row
 from tests.support.mock_topics import Cluster
 from tests.support.rebpf import command, wait_until
 from tests.support.servers.kafka import KafkaServer
@@ -38,13 +41,13 @@ HOSTS, PARTITIONS, PREFIX = 20, 6, "bench."
 ROUND = ROWS + ROWS // 10
 """Transmits of one host, and a tenth of them again as retransmits."""
 TOPICS = ("tcp_transmit", "tcp_retransmit")
+CONNECTIONS = 3000
 CONFIG = """
 kafka.brokers = "{brokers}"
 kafka.topic_prefix = "{prefix}"
 alert.group = "{group}"
 alert.missed_heartbeats = 0
-alert.topic = false
-alert.stdout = true
+alert.listen = ""
 [[alert.rules]]
 name = "loss"
 by = "host"
@@ -53,10 +56,9 @@ window_s = 10
 [[alert.rules]]
 name = "peer"
 by = "peer"
-measure = "count"
+measure = "data_ratio"
 window_s = 10
-threshold = 1000000
-clear = 1000
+threshold = 0.9
 """
 
 
@@ -79,6 +81,26 @@ def fill(bootstrap: str, prefix: str, rounds: int) -> None:
         at_ns += ROWS * step_ns
 
 
+def fill_flows(bootstrap: str, prefix: str, rounds: int) -> None:
+    """Produce `rounds` records of each of a host's connections, in turn."""
+    client = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random", "linger.ms": 50})
+    start_ns = time.time_ns() - (rounds + 20) * 10_000_000_000
+    one = Flow("", 1, start_ns // MS, start_ns // MS, 0, {"fast": 0}, srtt_us=20_000)
+    encoders = [encoder(FLOWS, host) for host in range(HOSTS)]
+    some = np.repeat(row(one, 1), CONNECTIONS)
+    numbers = np.arange(CONNECTIONS)
+    some["flow"]["sk_cookie"], some["flow"]["daddr"][:, 15] = numbers + 1, numbers % 200
+    for number in range(1, rounds + 1):
+        some["ts"] = start_ns + number * 10_000_000_000 + numbers * 1_000_000
+        some["segs_out"], some["data_segs_out"] = 100 * number, 50 * number
+        some["retrans_fast"] += (numbers + number) % 10 == 0
+        for host, each in enumerate(encoders):
+            some["cpu_seq"] = number * CONNECTIONS + 1 + numbers
+            for value in messages(each.encode(Batch(FLOWS, some), 0)):
+                client.produce(f"{prefix}tcp_flow", value, f"host-{host:04}.example")
+            assert client.flush(60) == 0
+
+
 def retransmits(transmits: np.ndarray) -> np.ndarray:
     made = np.zeros(len(transmits), RETRANSMITS.dtype)
     made["s"] = transmits["s"]
@@ -97,22 +119,25 @@ class Reading:
 
     def __init__(self, folder: Path, bootstrap: str, rounds: int) -> None:
         self.events = rounds * ROUND
+        flow_rounds = max(1, self.events // (HOSTS * CONNECTIONS))
+        self.flows = flow_rounds * HOSTS * CONNECTIONS
         self._folder, self._bootstrap, self._groups = folder, bootstrap, count()
         self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
         fill(bootstrap, PREFIX, rounds)
-        sums = Producer({"bootstrap.servers": bootstrap})
-        sums.produce(f"{PREFIX}tcp_alert_sums", b"{}")
-        assert sums.flush(10) == 0
+        fill_flows(bootstrap, PREFIX, flow_rounds)
+        alerts = Producer({"bootstrap.servers": bootstrap})
+        alerts.produce(f"{PREFIX}tcp_alerts", None, "none/none")
+        assert alerts.flush(10) == 0
 
     def alert_cpu_s(self, tree: Path, *, idle: bool) -> float:
-        """Run a member until it has processed all events, or from their end; return its CPU seconds."""
+        """Run a member until it has processed all flow records, or from their end; return its CPU seconds."""
         group = f"{PREFIX}{next(self._groups)}"
         log = self._folder / f"{group}.log"
         arguments = command("alert", "--config", self._config(group), *([] if idle else ["--from-beginning"]))
         with log.open("wb") as err:
             member = subprocess.Popen(arguments, stdout=err, stderr=err, cwd=tree)
-        wait_until("ready", lambda: " ready " in log.read_text())
-        while not idle and self._processed(group) < self.events:
+        wait_until("active", lambda: " active " in log.read_text())
+        while not idle and self._processed(group) < self.flows:
             time.sleep(0.2)
         member.terminate()
         return _cpu_s(member, log)
@@ -131,11 +156,9 @@ class Reading:
         return path
 
     def _processed(self, group: str) -> int:
-        """Return how many events the group has processed."""
+        """Return how many flow records the group has processed."""
         topics = self._admin.list_topics(timeout=10).topics
-        partitions = [
-            TopicPartition(PREFIX + topic, number) for topic in TOPICS for number in topics[PREFIX + topic].partitions
-        ]
+        partitions = [TopicPartition(f"{PREFIX}tcp_flow", number) for number in topics[f"{PREFIX}tcp_flow"].partitions]
         asked = [ConsumerGroupTopicPartitions(group, partitions)]
         found = self._admin.list_consumer_group_offsets(asked)[group].result().topic_partitions
         return sum(max(0, partition.offset) for partition in found)
@@ -151,7 +174,7 @@ def broker(folder: Path, *, mock: bool) -> Iterator[str]:
         return
     with KafkaServer(folder / "kafka") as kafka:
         admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-        names = [*TOPICS, "tcp_alert_sums"]
+        names = [*TOPICS, "tcp_flow"]
         for made in admin.create_topics([NewTopic(PREFIX + name, PARTITIONS, 1) for name in names]).values():
             made.result()
         yield kafka.bootstrap
@@ -177,10 +200,13 @@ def main() -> None:
         reading = Reading(Path(name), bootstrap, options.rounds)
         for _ in range(options.repeat):
             for tree in trees:
-                for reader, cpu_s in (("alert", reading.alert_cpu_s), ("verify", reading.verify_cpu_s)):
+                for reader, cpu_s, count in (
+                    ("alert", reading.alert_cpu_s, reading.flows),
+                    ("verify", reading.verify_cpu_s, reading.events),
+                ):
                     spent_s = cpu_s(tree, idle=False) - cpu_s(tree, idle=True)
-                    taken[reader, tree].append(spent_s / reading.events * 1e6)
-    print(f"{reading.events} events, us of CPU each:")
+                    taken[reader, tree].append(spent_s / count * 1e6)
+    print(f"{reading.flows} flow records, {reading.events} events, us of CPU each:")
     for (reader, tree), each_us in taken.items():
         rounds = " ".join(f"{us:.2f}" for us in each_us)
         print(f"{reader:<7} median={statistics.median(each_us):.2f} rounds={rounds} tree={tree.name}")

@@ -1,81 +1,86 @@
-"""`rebpf alert` on a real Kafka: two members share the partitions, one is killed, and each change is sent once.
+"""`rebpf alert` on a real Kafka: one member is active, it is killed, and each change is sent once.
 
-The events follow a plan, window by window, so the expected alerts are known.
+The records follow a plan, window by window, so the expected alerts are known.
 """
 
-import logging
+import json
+import re
 import signal
 import subprocess
-import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
+from urllib.request import urlopen
 
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
 
 from producer.alert.last_alerts import last_alerts
-from producer.alert.member import Member as AlertMember
-from producer.alert.model import Alert, Sink
+from producer.alert.model import Alert
 from producer.alert.record import AlertEncoder
-from producer.alert.retry import Sleep, retry_until_available
 from producer.commands.init import create_topics
-from producer.config.load import Alert as AlertConfig
-from producer.config.load import AlertRule, Config, Kafka, Registry
+from producer.config.load import Config, Kafka
 from producer.consume.decode import Decoder
-from producer.errors import UnavailableError
-from producer.events import RETRANSMITS, TRANSMITS, Stream
+from producer.events import RETRANSMITS
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_ID, load_schema
+from tests.support.alerts import alert_records
 from tests.support.events import Sent, messages
+from tests.support.flows import Flow, values
 from tests.support.rebpf import command, rebpf, repeating, wait_until
-from tests.support.servers.consume import decode, kcat_messages
-from tests.support.servers.kafka import KafkaServer
 from tests.support.statuses import status
 from tests.support.topics import FIXED_IDS
 
 pytestmark = pytest.mark.real_kafka
 
-PREFIX = "alert."
-WINDOW_S, LATENESS_S = 2, 10
-THRESHOLD, CLEAR, MINIMUM, MANY, FEW = 0.1, 0.03, 50, 30, 5
-CONFIG = f"""
-kafka.topic_prefix = "{PREFIX}"
+WINDOW_S, LATENESS_S = 2, 5
+CONFIG = """
+kafka.brokers = "{brokers}"
+kafka.topic_prefix = "{prefix}"
 kafka.settings = {{ "session.timeout.ms" = 6000 }}
 [alert]
-lateness_s = {LATENESS_S}
+listen = "127.0.0.1:0"
+lateness_s = {lateness}
+lookback_s = 10
 missed_heartbeats = 0.5  # of a heartbeat's 10 s
 [[alert.rules]]
 name = "loss"
-by = "host"
-measure = "ratio"
-window_s = {WINDOW_S}
-threshold = {THRESHOLD}
-clear = {CLEAR}
-minimum = {MINIMUM}
+window_s = 2
+threshold = 0.1
+clear = 0.03
+minimum = 50
+labels = {{ team = "net" }}
+[[alert.rules]]
+name = "long"
+window_s = 2
+for_s = 2
+threshold = 0.1
+clear = 0.03
 [[alert.rules]]
 name = "many"
 by = "peer"
 measure = "count"
-window_s = {WINDOW_S}
-threshold = {MANY}
-clear = {FEW}
+window_s = 2
+threshold = 30
+clear = 5
+[[alert.rules]]
+name = "fails"
+by = "subnet"
+measure = "failed_connects"
+window_s = 2
+threshold = 3
+clear = 1
 """
 STEADY = "steady"
-# Retransmitted segments, of 100 to each of three peers, window by window.
-PLAN = {
-    STEADY: (0, 15, 15, 6, 6, 4, 15, 15, 0),
-    "changing": (12, 0, 12, 0, 12, 0, 12, 0, 12),
-    "quiet": (1, 1, 2, 1, 2, 1, 1, 0, 1),
-}
-SMALL = "small"  # retransmits all of its few segments
-PEERS = ("192.0.2.1", "192.0.2.2", "2001:db8::3")
-FRAMED = b"\0\0\0\0\7..."  # of schema 7
-DYING, LIVING = "dying", "living"
+# Retransmitted segments, of 100, window by window.
+PLAN = {STEADY: (0, 15, 15, 6, 6, 2, 15, 15, 0), "changing": (12, 0, 12, 0, 12, 0, 12, 0, 12), "quiet": (1,) * 9}
 WINDOWS = len(PLAN[STEADY])
+FAILED = (0, 0, 4, 0, 0, 3, 3, 0, 0)
+DYING, LIVING = "dying", "living"
 
 
 class Change(NamedTuple):
@@ -85,49 +90,32 @@ class Change(NamedTuple):
     group: str
     firing: bool
     window: int
-    segs: int
-    retransmitted_segs: int
+    value: float
 
 
-def planned() -> list[list[tuple[Stream, str, str, int]]]:
-    """Return stream, host, peer and segments of the events of each window."""
-    windows = []
-    for window in range(WINDOWS):
-        events = []
-        for host, again in PLAN.items():
-            for peer in PEERS:
-                # Several events each, so that there is something to sum.
-                events += [(TRANSMITS, host, peer, 10)] * 10
-                events += [(RETRANSMITS, host, peer, 1)] * again[window]
-        events += [(TRANSMITS, SMALL, PEERS[0], 5), (RETRANSMITS, SMALL, PEERS[0], 5)]
-        windows.append(events)
-    return windows
+def changes(
+    rule: str, group: str, values: Sequence[float], begins: float, ends: float, before: int = 0
+) -> list[Change]:
+    """Return the expected alerts of a group, by the simplest computation."""
+    firing, found, run = False, [], 0
+    for window, value in enumerate([*values, 0.0]):
+        run = run + 1 if value >= begins else 0
+        if (value < ends) if firing else run > before:
+            firing = not firing
+            found.append(Change(rule, group, firing, window, value))
+    return found
 
 
 def reference() -> list[Change]:
-    """Return the expected alerts of the plan, by the simplest computation."""
-    changes = []
-    firing: set[tuple[str, str]] = set()
-    for window, events in enumerate([*planned(), []]):
-        sums: dict[tuple[str, str], Counter[Stream]] = defaultdict(Counter)
-        for stream, host, peer, segs in events:
-            sums["loss", host][stream] += segs
-            sums["many", peer][stream] += segs
-        for key in sorted({*sums, *firing}):
-            total, again = sums[key][TRANSMITS], sums[key][RETRANSMITS]
-            if key[0] == "loss":
-                value, begins, ends = again / max(total, 1), THRESHOLD, CLEAR
-                is_enough = total >= MINIMUM
-            else:
-                value, begins, ends, total = again, MANY, FEW, 0
-                is_enough = True
-            if key not in firing and is_enough and value >= begins:
-                firing.add(key)
-                changes.append(Change(*key, True, window, total, again))
-            elif key in firing and value < ends:
-                firing.remove(key)
-                changes.append(Change(*key, False, window, total, again))
-    return changes
+    """Return the expected alerts of the plan."""
+    found = []
+    for host, again in PLAN.items():
+        ratios = [each / 100 for each in again]
+        found += changes("loss", host, ratios, 0.1, 0.03) + changes("long", host, ratios, 0.1, 0.03, before=1)
+    total = [sum(each) for each in zip(*PLAN.values(), strict=True)]
+    found += changes("many", "192.0.2.1", total, 30, 5)
+    found += changes("fails", "192.0.2.0/24", FAILED, 3, 1)
+    return sorted(found)
 
 
 class Member:
@@ -144,13 +132,19 @@ class Member:
     def log(self) -> str:
         return self._err.read_text()
 
-    def wait_for(self, text: str, count: int = 1) -> None:
+    def wait_for(self, text: str) -> None:
         def look() -> bool:
             if self.process.poll() is not None:
                 raise RuntimeError(f"rebpf alert ended with {self.process.returncode}:\n{self.log}")
-            return self.log.count(text) >= count
+            return text in self.log
 
         wait_until(f"{text} in the log", look)
+
+    def get(self, page: str) -> str:
+        (url,) = re.findall(r"endpoint url=(\S+)", self.log)
+        with urlopen(f"{url}{page}", timeout=10) as answer:
+            text: str = answer.read().decode()
+            return text
 
     def kill(self) -> None:
         self.process.kill()
@@ -169,112 +163,74 @@ class Member:
 
 
 class Feed:
-    """Puts events and heartbeats into the topics."""
+    """Puts flow records, retransmissions and heartbeats into the topics."""
 
-    def __init__(self, bootstrap: str) -> None:
+    def __init__(self, bootstrap: str, prefix: str) -> None:
         self._client = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random"})
-        self._ids = {PREFIX + topic: number for topic, number in FIXED_IDS.items()}
-        self._numbers: Counter[tuple[Stream, str]] = Counter()
+        self._prefix = prefix
+        self._ids = {prefix + topic: number for topic, number in FIXED_IDS.items()}
         self._beats = HeartbeatEncoder(HEARTBEAT_ID)
+        self._sent = 0
 
-    def events(self, planned: Sequence[tuple[Stream, str, str, int]], start_s: int) -> None:
-        """Produce a window's events, some of them twice."""
-        sent = []
-        for i, (stream, host, peer, segs) in enumerate(planned):
-            self._numbers[stream, host] += 1
-            at_ms = start_s * 1000 + i * WINDOW_S * 1000 // len(planned)
-            cause = "fast" if stream is RETRANSMITS else ""
-            port = 50_000 + PEERS.index(peer)
-            sent.append(Sent(stream, host, self._numbers[stream, host], at_ms, peer, port, segs, cause=cause))
-        for topic, key, value in messages(sent + sent[::7], self._ids, PREFIX):
+    def window(self, number: int, start_s: int) -> None:
+        """Produce what happened in a window of the plan, some of it twice."""
+        flows, sent = [], []
+        for host, again in PLAN.items():
+            total = sum(again[: number + 1])
+            at_ms, start_ms = start_s * 1000 + 1500, (start_s - number * WINDOW_S) * 1000 + 1
+            flows.append(Flow(host, 1, at_ms, start_ms, 100 * (number + 1), {"fast": total}))
+            for _ in range(again[number]):
+                self._sent += 1
+                sent.append(Sent(RETRANSMITS, host, self._sent, at_ms, "192.0.2.1", 50_000, 1, cause="fast"))
+        flows += [
+            Flow(DYING, 100 * number + each, start_s * 1000 + 1500, start_s * 1000, 3, state="SYN_SENT", close=True,
+                 error="ECONNREFUSED", daddr=f"192.0.2.{each + 7}")
+            for each in range(FAILED[number])
+        ]  # fmt: skip
+        for flow in [*flows, *flows[::2]]:
+            self._client.produce(f"{self._prefix}tcp_flow", values([flow])[0], flow.host)
+        for topic, key, value in messages(sent + sent[::7], self._ids, self._prefix):
             self._client.produce(topic, value, key)
         self._flush()
 
     def beat(self, host: str) -> None:
         key, value = self._beats.encode(status(host=host), time.time())
-        self._client.produce(f"{PREFIX}rebpf_agent", value, key)
+        self._client.produce(f"{self._prefix}rebpf_agent", value, key)
         self._flush()
 
     def _flush(self) -> None:
         assert self._client.flush(30) == 0
 
 
-def alert_records(bootstrap: str, prefix: str = PREFIX) -> list[dict[str, Any]]:
-    """Return the records of the alerts topic."""
-    found = []
-    for message in kcat_messages(bootstrap, f"{prefix}tcp_alerts"):
-        assert message.value is not None
-        record = decode(message.value, load_schema(ALERT_FILE))[1]
-        assert message.key == f"{record['rule']}/{record['group']}".encode()
-        found.append(record)
-    return found
-
-
-@pytest.fixture
-def config(kafka, tmp_path: Path) -> Path:
-    path = tmp_path / "rebpf.toml"
-    path.write_text(f'kafka.brokers = "{kafka.bootstrap}"\n{CONFIG}')
+def configured(kafka, folder: Path, prefix: str) -> Path:
+    path = folder / "rebpf.toml"
+    path.write_text(CONFIG.format(brokers=kafka.bootstrap, prefix=prefix, lateness=LATENESS_S))
     return path
 
 
-def test_a_topic_that_is_missing_is_named_with_what_makes_it(config):
-    done = rebpf("alert", "--config", config)
+def prepared(kafka, folder: Path, prefix: str) -> Path:
+    """Create the topics, and return the configuration."""
+    path = configured(kafka, folder, prefix)
+    assert rebpf("init", "--alerts", "--partitions", 3, "--config", path).returncode == 0
+    topics = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
+    if f"{prefix}tcp_flow" not in topics:
+        kafka.create_topic(f"{prefix}tcp_flow", partitions=3)
+    return path
+
+
+def test_a_topic_that_is_missing_is_named_with_what_makes_it(kafka, tmp_path):
+    done = rebpf("alert", "--config", configured(kafka, tmp_path, "missing."))
     assert done.returncode == 69
-    assert f"topic {PREFIX}tcp_" in done.stderr
+    assert "topic missing.tcp_" in done.stderr
     assert "run `rebpf init" in done.stderr.splitlines()[-1]
-
-
-class WaitingSink:
-    """Starts another member on `repeat`, and waits; it must not be called again."""
-
-    def __init__(self, kafka: KafkaServer, is_ready: Callable[[], bool], wait: Sleep) -> None:
-        self._kafka = kafka
-        self._is_ready = is_ready
-        self._wait = wait
-        self.other: subprocess.Popen[bytes] | None = None
-
-    def send(self, alerts: Sequence[Alert]) -> None:
-        pass
-
-    def repeat(self, firing: Collection[Alert]) -> None:
-        if not self._is_ready():
-            return
-        client = Producer({"bootstrap.servers": self._kafka.bootstrap})
-        client.produce("waiting.tcp_alerts", FRAMED, "a/b")
-        assert client.flush(30) == 0
-        # In a process that can be killed: a client that is closed while joining may never return.
-        strategy = "partition.assignment.strategy=roundrobin"
-        join = ["kcat", "-q", "-b", self._kafka.bootstrap, "-X", strategy, "-G", "waiting", "waiting.tcp_retransmit"]
-        self.other = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *join], stdout=subprocess.DEVNULL)
-        retry_until_available("alerts", pytest.fail)(self._wait, 60)
-
-    def close(self) -> None:
-        if self.other is not None:
-            self.other.kill()
-            self.other.wait()
-
-
-def test_an_assignment_that_fails_while_a_sink_waits_ends_the_member_without_retries(kafka, caplog):
-    """An unavailable registry keeps the member from reading the last alerts, which it needs to start."""
-    caplog.set_level(logging.INFO, "producer.alert")
-    group = AlertConfig(group="waiting", repeat_s=1, rules=(AlertRule(name="loss"),))
-    often = Kafka(topic_prefix="waiting.", brokers=kafka.bootstrap, settings={"heartbeat.interval.ms": "200"})
-    config = Config(kafka=often, registry=Registry("http://127.0.0.1:1"), alert=group)
-    create_topics(config, 1, 1, alerts=True)
-
-    def open_sinks(wait: Sleep) -> list[Sink]:
-        return [WaitingSink(kafka, lambda: "ready brokers" in caplog.text, wait)]
-
-    member = AlertMember(config, kafka.bootstrap, open_sinks, threading.Event(), from_beginning=False)
-    with pytest.raises(UnavailableError, match="registry does not answer for schema id 7"):
-        member.run(60)
 
 
 def test_what_fires_is_read_back_without_what_is_forgotten_or_not_ours(kafka, caplog):
     config = Config(kafka=Kafka(topic_prefix="known.", brokers=kafka.bootstrap))
     create_topics(config, 1, 1, alerts=True)
     fires, over, forgotten = (
-        Alert("loss", "host", group, True, "ratio", 0.5, 0.1, 0.03, 0, 2, 10, 5, 0) for group in ("a", "b", "c")
+        Alert("loss", "host", group, True, "ratio", 0.5, 0.1, 0.03, 0, 2, 10, 5, 0, "page", causes="fast=5")
+        for group in ("a", "b", "c")
     )
     resolved = replace(over, firing=False, value=0.0)
     encoder = AlertEncoder(ALERT_ID)
@@ -291,91 +247,63 @@ def test_what_fires_is_read_back_without_what_is_forgotten_or_not_ours(kafka, ca
     assert "loss/d" in caplog.text
 
 
-def test_a_partition_that_is_added_is_read_as_soon_as_it_is_seen(kafka, tmp_path):
-    path = tmp_path / "rebpf.toml"
-    path.write_text(f"""
-        kafka.brokers = "{kafka.bootstrap}"
-        kafka.topic_prefix = "added."
-        kafka.settings = {{ "topic.metadata.refresh.interval.ms" = 500 }}
-        alert.lateness_s = 1
-        alert.rules = [{{ name = "many", measure = "count", window_s = 1, threshold = 3, clear = 1 }}]
-    """)
-    assert rebpf("init", "--alerts", "--partitions", 1, "--config", path).returncode == 0
-    client = Producer({"bootstrap.servers": kafka.bootstrap})
-    with Member(tmp_path / "member", path) as member:
-        member.wait_for(" ready ")
-        kafka.add_partitions("added.tcp_retransmit", 2)
-        member.wait_for("added.tcp_retransmit/1")
-        at_ms = (int(time.time()) + 5) * 1000  # the window ends after they arrive
-        sent = [Sent(RETRANSMITS, "busy", i, at_ms + i, PEERS[0], 50_000, 1, cause="fast") for i in range(3)]
-        for topic, key, value in messages(sent, {"added.tcp_retransmit": FIXED_IDS["tcp_retransmit"]}, "added."):
-            client.produce(topic, value, key, partition=1)
-        assert client.flush(30) == 0
-        wait_until("it fires and is resolved", lambda: len(alert_records(kafka.bootstrap, "added.")) == 2)
-        member.stop()
-    found = [
-        (record["group"], record["firing"], record["retransmitted_segs"])
-        for record in alert_records(kafka.bootstrap, "added.")
-    ]
-    assert found == [("busy", True, 3), ("busy", False, 0)]
-
-
-def test_two_members_of_which_one_is_killed_tell_each_change_once(kafka, config, tmp_path):
-    assert rebpf("init", "--alerts", "--partitions", 3, "--config", config).returncode == 0
-    feed, heart, expected = Feed(kafka.bootstrap), Feed(kafka.bootstrap), reference()
+def test_a_standby_continues_where_the_killed_active_member_was(kafka, tmp_path):
+    prefix = "alert."
+    config = prepared(kafka, tmp_path, prefix)
+    feed, heart, expected = Feed(kafka.bootstrap, prefix), Feed(kafka.bootstrap, prefix), reference()
     with (
         Member(tmp_path / "one", config) as one,
-        Member(tmp_path / "two", config) as two,
         repeating(lambda: heart.beat(LIVING), 0.5),
     ):
-        for member in (one, two):
-            member.wait_for(" ready ")
-        # Both are in the group, and the partitions are reassigned.
-        wait_until("both have partitions", lambda: shares(one) and shares(two))
+        one.wait_for(" active ")
+        with Member(tmp_path / "two", config) as two:
+            two.wait_for(" ready ")
 
-        def steady_has_fired() -> bool:
-            return any(each["group"] == STEADY for each in alert_records(kafka.bootstrap))
+            def steady_has_fired() -> bool:
+                return any(each["group"] == STEADY for each in alert_records(kafka.bootstrap, prefix))
 
-        first_s = (int(time.time()) // WINDOW_S + 1) * WINDOW_S
-        for window, events in enumerate(planned()):
-            time.sleep(max(0.0, first_s + window * WINDOW_S - time.time()))
-            feed.events(events, first_s + window * WINDOW_S)
-            if window < 2:
-                feed.beat(DYING)
-            # The next owner has to know what fires now.
-            if one.process.poll() is None and steady_has_fired():
+            first_s = (int(time.time()) // WINDOW_S + 1) * WINDOW_S
+            for window in range(WINDOWS):
+                time.sleep(max(0.0, first_s + window * WINDOW_S - time.time()))
+                feed.window(window, first_s + window * WINDOW_S)
+                if window < 2:
+                    feed.beat(DYING)
+                # The next active member has to know what fires now.
+                if one.process.poll() is None and steady_has_fired():
+                    assert '"state": "active"' in one.get("/status")
+                    assert '"state": "standby"' in two.get("/status")
+                    one.kill()
+            if one.process.poll() is None:
+                wait_until("it fires", steady_has_fired)
                 one.kill()
-        if one.process.poll() is None:
-            wait_until("it fires", steady_has_fired)
-            one.kill()
-        # And which hosts are silent.
-        wait_until("all changes are sent", lambda: len(alert_records(kafka.bootstrap)) > len(expected))
-        two.stop()
+            # And which hosts are silent.
+            wait_until(
+                "all are sent", lambda: len(alert_records(kafka.bootstrap, prefix)) > len(expected), deadline_s=90
+            )
+            metrics = two.get("/metrics")
+            assert "rebpf_alert_active 1.0" in metrics
+            assert float(re.findall(r"^rebpf_alert_lag_seconds (\S+)$", metrics, re.MULTILINE)[0]) < 120
+            assert two.get("/healthz") == "ok\n"
+            two.stop()
 
-    found = alert_records(kafka.bootstrap)
-    changes = [
+    found = alert_records(kafka.bootstrap, prefix)
+    sent = [
         Change(
             record["rule"],
             record["group"],
             record["firing"],
             (record["window_start_ns"] // 10**9 - first_s) // WINDOW_S,
-            record["segs"],
-            record["retransmitted_segs"],
+            record["value"],
         )
         for record in found
         if record["measure"] != "silence"
     ]
-    assert sorted(changes, key=lambda change: (change.window, change[:2])) == expected
+    assert sorted(sent) == expected
     of_key: dict[str, list[bool]] = defaultdict(list)
-    for change in changes:
-        of_key[change.rule + change.group].append(change.firing)
-    assert all(firing == [i % 2 == 0 for i in range(len(firing))] for firing in of_key.values()), "in order"
-    silent = [(record["group"], record["firing"]) for record in found if record["measure"] == "silence"]
-    assert silent == [(DYING, True)]
-    assert " late=0 " in two.log.splitlines()[-1]
-
-
-def shares(member: Member) -> bool:
-    """Whether the member's last assignment has partitions."""
-    lines = [line for line in member.log.splitlines() if " partitions=" in line]
-    return bool(lines) and not lines[-1].endswith("partitions=none")
+    for record in found:
+        of_key[f"{record['rule']}/{record['group']}"].append(record["firing"])
+    assert all(states == [not at % 2 for at in range(len(states))] for states in of_key.values())
+    assert [(each["group"], each["firing"]) for each in found if each["measure"] == "silence"] == [(DYING, True)]
+    (first, *_) = (each for each in found if each["rule"] == "loss" and each["group"] == STEADY)
+    assert (first["causes"], first["hosts"], json.loads(first["labels"])) == ("fast=15", "steady=15", {"team": "net"})
+    assert first["flows"] == "steady 10.0.0.1:40000>192.0.2.1:443=15"

@@ -40,8 +40,9 @@ def manager(tmp_path: Path) -> Iterator[AlertmanagerServer]:
 
 
 def alertmanager_sink(server: AlertmanagerServer, wait: Callable[[float], None]) -> Sink:
-    config = Config(alert=AlertConfig(topic=False, alertmanager=server.url))
-    (sink,) = open_sinks(config, "127.0.0.1:1", wait)
+    config = Config(alert=AlertConfig(alertmanager=server.url))
+    sink, topic = open_sinks(config, "127.0.0.1:1", wait)
+    topic.close()
     return sink
 
 

@@ -1,5 +1,6 @@
 """The commands and programs of docs/consumers.md read a real capture's events from a real Kafka."""
 
+import json
 import os
 import re
 import shutil
@@ -10,8 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
 
+from producer.events import FLOWS
 from tests.support import topics
+from tests.support.flows import Flow, values
 from tests.support.rebpf import Run, rebpf, wait_until
 from tests.support.servers import fetch
 from tests.support.topics import SCHEMAS, TRANSMIT, Event
@@ -94,6 +98,32 @@ def test_the_java_program_reads_each_key_and_schema_id(kafka, events, tmp_path):
     assert sorted(found) == sorted(
         [event.message.key.decode(), str(event.schema_id), str(len(event.message.value))] for event in events
     )
+
+
+def test_the_java_program_decodes_each_value_with_avro_alone(kafka, tmp_path):
+    if not shutil.which("javac"):
+        pytest.skip(
+            "NO JAVA COMPILER: a program of docs/consumers.md is not run (apt-get install default-jdk-headless)"
+        )
+    kafka.create_topic("doc.values")
+    sent = [Flow(f"host-{at}", at, 1_800_000_000_000, None, at, {"rto": at}, error="ETIMEDOUT") for at in range(1, 6)]
+    client = Producer({"bootstrap.servers": kafka.bootstrap})
+    for value in values(sent):
+        client.produce("doc.values", value)
+    assert client.flush(30) == 0
+    (tmp_path / "Values.java").write_text(program("Values.java"))
+    jars = f"{fetch.kafka()}/*:{fetch.avro()}/*"
+    schema = SCHEMAS / "tcp_flow.avsc"
+    command = ["java", "-cp", jars, tmp_path / "Values.java", kafka.bootstrap, schema, "doc.values", "doc-values"]
+    with running(command, tmp_path) as output:
+        wait_until("all lines", lambda: output.read_text().count("\n") >= len(sent))
+        found = output.read_text().splitlines()
+    assert {line.partition(" ")[0] for line in found} == {str(FLOWS.fixed_schema_id)}
+    records = [json.loads(line.partition(" ")[2]) for line in found]
+    names = ("host", "sk_cookie", "segs_out", "retrans_rto", "start_ns", "error")
+    assert sorted(tuple(record[name] for name in names) for record in records) == [
+        (flow.host, flow.cookie, flow.segs, flow.causes["rto"], None, "ETIMEDOUT") for flow in sent
+    ]
 
 
 def test_kcat_and_the_console_consumer_show_the_keys(kafka, events, tmp_path):

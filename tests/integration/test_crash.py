@@ -1,27 +1,35 @@
 """A producer with pinned hooks (--pin) is killed repeatedly under traffic, and so is the broker."""
 
+import contextlib
 import os
 import random
+import socket
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from producer.demo.lab import Lab
 from tests.support import topics
-from tests.support.load import SteadyScene
-from tests.support.rebpf import Run, rebpf
+from tests.support.capture import inside
+from tests.support.load import SteadyScene, outage
+from tests.support.rebpf import DEADLINE_S, Run, rebpf
 from tests.support.servers.kafka import KafkaServer
 from tests.support.tally import tally
-from tests.support.topics import RETRANSMIT, TRANSMIT
+from tests.support.topics import FLOW, RETRANSMIT, TRANSMIT
 from tests.support.traffic import Echo, Steady, exchange
 from tests.support.wire import captured
 
 pytestmark = [pytest.mark.root, pytest.mark.real_kafka, pytest.mark.timeout(600)]
 
 PARTITIONS = 5
+ECHO_PORT, CLOSED_PORT = 5002, 5003
+"""Of the lab's server; nobody listens on the second one."""
+THREADS = 16
 SENDS = 11_000  # a second; with the acknowledgements some 20,000 segments
 
 
@@ -58,7 +66,8 @@ def prepare(broker: KafkaServer, prefix: str, folder: Path) -> str:
 
 def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, bpffs, tmp_path):
     # Holds a minute or more without a producer, which may be killed before it does anything.
-    config = f"[capture]\ntransmit_ring_bytes = {1 << 28}\n[spool]\nspill_after_s = 0.2\n"
+    capture = f"[capture]\ntransmit_ring_bytes = {1 << 28}\nflow_interval_s = 1\n"
+    config = f"{capture}[spool]\nspill_after_s = 0.2\n"
     scene = SteadyScene(tmp_path, broker, config, pin=bpffs / "pins")
     chance = random.Random(7)
     with Steady(scene.port, SENDS) as traffic:
@@ -77,6 +86,7 @@ def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, b
     counted = tally(broker.bootstrap, scene.prefix)
     counted.assert_whole(sent)
     assert balance["passed"] == balance["delivered"] == counted.events
+    scene.assert_flows_whole()
 
 
 def test_what_happens_while_no_producer_runs_is_delivered_by_the_next(broker, bpffs, tmp_path):
@@ -130,3 +140,73 @@ def test_a_folder_that_is_in_no_bpffs_is_refused(tmp_path):
     done = rebpf("run", "--state-dir", tmp_path / "state", "--pin", tmp_path / "pins", "--duration", 1)
     assert done.returncode == 78
     assert "not in a bpffs" in done.stderr
+
+
+@pytest.fixture
+def lossy() -> Iterator[Lab]:
+    with Lab(loss=0.02) as lab:
+        yield lab
+
+
+def connect_and_close(lab: Lab, port: int) -> None:
+    """Exchange a few bytes with the server; a refused connect is none to this."""
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection((lab.server.ipv4, port)) as client:
+        client.sendall(bytes(211))
+        assert len(client.recv(211, socket.MSG_WAITALL)) == 211
+
+
+def short_and_failed_connections(lab: Lab) -> None:
+    """Make 1,009 short connections to the lab's echo server and 100 to a port where nobody listens."""
+    ports = [ECHO_PORT] * 1009 + [CLOSED_PORT] * 100
+    random.Random(11).shuffle(ports)
+
+    def some(number: int) -> None:
+        with inside(lab.client):
+            for port in ports[number::THREADS]:
+                connect_and_close(lab, port)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(some, range(THREADS)))
+
+
+def test_records_of_connections_equal_the_kernels_counters_after_kills_and_an_outage(broker, bpffs, tmp_path, lossy):
+    capture = "[capture]\ntransmit = false\nflow_interval_s = 1\n[spool]\nspill_after_s = 0.2\n"
+    config = prepare(broker, "flows.", tmp_path) + capture
+    filters = [word for address in lossy.addresses for word in ("--address", address)]
+
+    def start_again() -> Run:
+        run = Run(tmp_path, "--brokers", broker.bootstrap, *filters, "--pin", bpffs / "pins", config=config)
+        run.ready()
+        return run
+
+    run = start_again()
+    with ThreadPoolExecutor(2) as pool:
+        traffic = pool.submit(lossy.traffic, 6)
+        short = pool.submit(short_and_failed_connections, lossy)
+        run.kill()
+        with outage(broker):
+            run = start_again()
+            assert "taken_over=true" in run.log
+            run.kill()
+        run = start_again()
+        traffic.result()
+        short.result()
+    assert lossy.wait_idle(DEADLINE_S)
+    balance = run.finish()
+    assert {name: each["lost"] for name, each in balance.items()} == {"flows.tcp_retransmit": {}, "flows.tcp_flow": {}}
+
+    records = topics.distinct(topics.read(broker.bootstrap, FLOW, "flows."))
+    assert len(records) == balance["flows.tcp_flow"]["passed"]
+    for host in lossy.hosts:
+        of_host = [record for record in records if record["netns"] == host.netns]
+        last = {record["sk_cookie"]: record for record in sorted(of_host, key=lambda each: each["reason"] == "close")}
+        closing = [record["sk_cookie"] for record in of_host if record["reason"] == "close"]
+        assert sorted(closing) == sorted(last), "each connection has one closing record"
+        counters = host.counters()
+        opened = Counter(record["role"] for record in last.values())
+        assert opened == +Counter(client=counters["ActiveOpens"], server=counters["PassiveOpens"])
+        assert sum(record["total_retrans"] for record in last.values()) == counters["RetransSegs"] > 0
+        by_cause = [name for name in records[0] if name.startswith("retrans_")]
+        assert sum(record[name] for record in last.values() for name in by_cause) == counters["RetransSegs"]
+        refused = [record["dport"] for record in last.values() if record["error"] == "ECONNREFUSED"]
+        assert refused == [CLOSED_PORT] * (100 if host == lossy.client else 0)

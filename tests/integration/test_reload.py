@@ -1,5 +1,6 @@
 """Rule changes while the producer runs: by `rebpf reload`, SIGHUP, a bad file, and a new cgroup."""
 
+import json
 import os
 import signal
 import subprocess
@@ -61,6 +62,26 @@ def test_a_number_out_of_range_in_a_reload_changes_nothing(tmp_path: Path, wrong
         run.finish()
 
 
+def test_a_changed_ring_size_needs_a_restart_and_other_settings_apply(tmp_path: Path) -> None:
+    config = only(443, '[metrics]\nlisten = "127.0.0.1:0"')
+    with Run(tmp_path, config=config) as run:
+        run.ready()
+        (run.config.parent / "conf.d").mkdir()
+        site = run.config.parent / "conf.d" / "site.toml"
+        site.write_text("[capture]\ntransmit_ring_bytes = 65536\nlatency_s = 0.5\n")
+        done = rebpf("reload", "--config", run.config, "--state-dir", run.state_dir)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == (
+            "rules version 2 is in force\nthese changed settings need a restart: capture.transmit_ring_bytes\n"
+        )
+        run.wait_for(r"changed settings need a restart: capture\.transmit_ring_bytes")
+        wanted = json.loads(rebpf("config", "--config", run.config, "--state-dir", run.state_dir, "--json").stdout)
+        report = json.loads(rebpf("status", "--state-dir", run.state_dir, "--json").stdout)
+        assert report["restart_needed"] == ["capture.transmit_ring_bytes"]
+        assert report["config_hash"] != wanted["hash"], "the files are ahead"
+        run.finish()
+
+
 def test_without_a_producer_there_is_nothing_to_reload(tmp_path: Path) -> None:
     done = rebpf("reload", "--state-dir", tmp_path)
     assert done.returncode == 69
@@ -92,7 +113,7 @@ def test_explain_names_the_rule(tmp_path: Path) -> None:
     config = tmp_path / "rebpf.toml"
     config.write_text(only(443))
     done = rebpf("check", "--config", config, "--explain", "10.0.0.1:443,10.0.0.2:5000")
-    assert (done.returncode, done.stdout) == (0, "rule 1 decides: transmits kept, retransmits kept\n")
+    assert (done.returncode, done.stdout) == (0, "rule 1 decides: transmits kept, retransmits kept, flows kept\n")
 
 
 def test_50_reloads_under_traffic_leave_no_gap(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
@@ -11,7 +12,8 @@ import pytest
 from tests.support import procfs, topics
 from tests.support.rebpf import Run, rebpf, wait_until
 from tests.support.servers.kafka import KafkaServer
-from tests.support.topics import RETRANSMIT, TRANSMIT
+from tests.support.servers.process import free_port
+from tests.support.topics import FLOW, RETRANSMIT, TRANSMIT
 from tests.support.traffic import Echo, exchange
 from tests.support.wire import captured
 
@@ -198,3 +200,52 @@ def test_the_producers_connections_are_not_in_its_events_and_other_clients_of_th
     account = balance["own.tcp_transmit"]
     assert account["delivered"] == len(events)
     assert account["passed"] == account["delivered"] + sum(account["lost"].values())
+
+
+def test_without_transmits_no_topic_is_needed_for_them_and_own_connections_have_no_records(kafka, tmp_path, echo):
+    config = '[capture]\ntransmit = false\nflow_interval_s = 1\n[kafka]\ntopic_prefix = "fleet."\n'
+    init(config, tmp_path, kafka)
+    with Run(tmp_path, "--brokers", kafka.bootstrap, config=config) as run:
+        run.ready()
+        with socket.create_connection(("127.0.0.1", echo.port)) as client:
+            port = client.getsockname()[1]
+            wait_until(
+                "a record of an open connection",
+                lambda: any(event.record["sport"] == port for event in topics.read(kafka.bootstrap, FLOW, "fleet.")),
+            )
+        sent = exchange(echo.port, 53)
+        balance = run.finish()
+    assert balance.keys() == {"fleet.tcp_retransmit", "fleet.tcp_flow"}
+    admin = confluent_kafka.admin.AdminClient({"bootstrap.servers": kafka.bootstrap})
+    names = {name for name in admin.list_topics(timeout=10).topics if name.startswith("fleet.")}
+    assert names == {"fleet.tcp_retransmit", "fleet.tcp_flow", "fleet.rebpf_agent"}
+
+    records = topics.distinct(topics.read(kafka.bootstrap, FLOW, "fleet."))
+    closed = Counter(each["sport"] for each in records if each["reason"] == "close" and each["dport"] == echo.port)
+    assert Counter(each.sport for each in sent[::2]) <= closed
+    broker = int(kafka.bootstrap.rpartition(":")[2])
+    assert run.pid not in {each["pid"] for each in records}
+    clients = {each["sport"] for each in records if each["dport"] == broker}
+    assert {each["dport"] for each in records if each["sport"] == broker} <= clients, "the other end of an own one"
+
+
+def test_what_is_on_disk_of_a_stream_that_was_turned_off_is_delivered(kafka, tmp_path, echo):
+    config = '[kafka]\ntopic_prefix = "off."\n[spool]\nspill_after_s = 0.1\n'
+    init(config, tmp_path, kafka)
+    arguments = ["--port", echo.port]
+    with Run(tmp_path, "--brokers", f"127.0.0.1:{free_port()}", *arguments, config=config) as run:
+        run.ready()
+        exchange(echo.port, 53)
+        spooled = run.finish()["off.tcp_transmit"]["spooled"]
+    assert spooled > 16 * 53
+    config += "[capture]\ntransmit = false\n"
+    with Run(tmp_path, "--brokers", kafka.bootstrap, *arguments, config=config) as run:
+        run.ready()
+        exchange(echo.port, 3)
+        wait_until("all is delivered", lambda: len(topics.read(kafka.bootstrap, TRANSMIT, "off.")) >= spooled)
+        balance = run.finish()["off.tcp_transmit"]
+    assert balance["passed"] == balance["carried"] == balance["delivered"] == spooled
+    topics.assert_one_each(topics.read(kafka.bootstrap, TRANSMIT, "off."))
+    with Run(tmp_path, "--brokers", kafka.bootstrap, *arguments, config=config) as run:
+        run.ready()
+        assert "off.tcp_transmit" not in run.finish()

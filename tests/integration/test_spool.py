@@ -34,7 +34,7 @@ def mortal(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def test_an_outage_costs_nothing_keeps_the_order_and_takes_no_memory(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal)
+    scene = SteadyScene(tmp_path, mortal, "[capture]\nflow_interval_s = 1\n")
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 20_000)
         with outage(mortal):
@@ -53,6 +53,7 @@ def test_an_outage_costs_nothing_keeps_the_order_and_takes_no_memory(mortal, tmp
     assert balance["lost"] == {}
     assert balance["passed"] == balance["delivered"] == counted.events
     assert list((scene.state / "spool" / "transmit").iterdir()) == []
+    scene.assert_flows_whole()
 
 
 def test_the_balance_holds_at_every_sample_while_brokers_come_and_go(mortal, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from producer.demo.lab import Lab
-from producer.events import FLOWS, STREAMS
+from producer.events import STREAMS
 from producer.rules.tables import filtered
 from tests.support.capture import Recording, hook_settings
 from tests.support.rebpf import COMPILED
@@ -41,7 +41,7 @@ def capture(root: None) -> Iterator[Recording]:
 @pytest.fixture(scope="module")
 def flows(root: None) -> Iterator[Recording]:
     """All streams, filtered in the kernel for the tests' ports."""
-    with Recording(hook_settings(streams=(*STREAMS, FLOWS), rules=filtered(ports=_PORTS))) as recording:
+    with Recording(hook_settings(streams=STREAMS, rules=filtered(ports=_PORTS))) as recording:
         yield recording
 
 

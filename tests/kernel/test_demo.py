@@ -29,13 +29,13 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
+def start(folder: Path, *options: str, columns: int = 200) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "producer", "demo", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TMPDIR": str(folder), "COLUMNS": "200"},
+        env={**os.environ, "TMPDIR": str(folder), "COLUMNS": str(columns)},
     )
 
 
@@ -92,23 +92,36 @@ def test_the_events_hold_against_the_kernels_counters(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_the_screen_shows_both_kinds_the_table_and_that_the_broker_is_for_trying(folder: Path) -> None:
-    process = start(folder, "--duration", "3", "--loss", "0.05")
+def test_the_results_fit_one_screen_and_say_who_lost_where_and_why(folder: Path) -> None:
+    process = start(folder, "--duration", "5", "--loss", "0.05", columns=80)
+    out, err = process.communicate(timeout=START_TIMEOUT_S)
+    assert (process.returncode, err) == (0, "")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    results = lines[next(number for number, line in enumerate(lines) if "were retransmitted" in line) :]
+    assert len(results) <= 23  # and the prompt
+    (worst,) = [line for line in results if re.search(r"^\S+ > \S+ +5001 +\d+ +\d\.\d% +fast \d+", line)][:1]
+    assert re.search(r" > 10\.111\.\S+ | > fd6f:\S+ ", worst)
+    assert any("RetransSegs" in line for line in results)
+
+
+def test_the_events_are_shown_on_demand_and_the_broker_is_for_trying(folder: Path) -> None:
+    process = start(folder, "--duration", "3", "--loss", "0.05", "--events")
     out, err = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 0, err
     assert "not for production" in out
-    assert re.search(r"^\d\d:\d\d:\d\d\.\d{6} \S+ > \S+ \[S\] seq .* segs 1$", out, re.MULTILINE)
-    assert re.search(r" retransmit (fast|syn|rto|tlp)\b", out)
+    assert re.search(r"^\d\d:\d\d:\d\d\.\d{3} sent .* \S+ > \S+$", out, re.MULTILINE)
+    assert re.search(r"^\d\d:\d\d:\d\d\.\d{3} (fast|syn|rto|tlp)\b", out, re.MULTILINE)
     assert "RetransSegs" in out
     assert "\x1b" not in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_with_the_table_and_nothing_left(folder: Path, number: signal.Signals) -> None:
-    process = start(folder, "--duration", "3600")
+    process = start(folder, "--duration", "3600", "--events")
     assert process.stdout is not None
     lines = iter(process.stdout)
-    read_until(lines, " seq ")
+    read_until(lines, " sent ")
     below = descendants(process.pid)
     assert len(below) >= 5  # two namespaces, both ends of the traffic, the producer
     process.send_signal(number)
@@ -130,9 +143,9 @@ def test_a_signal_before_it_is_ready_ends_it(folder: Path) -> None:
 
 
 def test_a_kill_leaves_no_process(folder: Path) -> None:
-    process = start(folder, "--duration", "3600")
+    process = start(folder, "--duration", "3600", "--events")
     assert process.stdout is not None
-    read_until(iter(process.stdout), " seq ")
+    read_until(iter(process.stdout), " sent ")
     below = descendants(process.pid)
     process.kill()
     process.communicate(timeout=60)
@@ -140,9 +153,9 @@ def test_a_kill_leaves_no_process(folder: Path) -> None:
 
 
 def test_an_end_of_the_producer_is_an_error(folder: Path) -> None:
-    process = start(folder, "--duration", "3600")
+    process = start(folder, "--duration", "3600", "--events")
     assert process.stdout is not None
-    read_until(iter(process.stdout), " seq ")
+    read_until(iter(process.stdout), " sent ")
     (producer,) = [
         pid for pid in descendants(process.pid) if b"--state-dir" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]

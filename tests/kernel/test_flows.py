@@ -134,7 +134,7 @@ def assert_equal_to_counters(rows: Rows, host: Host) -> None:
 def lossy_round() -> bool:
     """Compare the records of a lossy link's traffic with its counters, unless a connection has none."""
     with Lab(loss=0.05) as lab:
-        settings = hook_settings(streams=(*STREAMS, FLOWS), rules=filtered(addresses=map(ip_address, lab.addresses)))
+        settings = hook_settings(streams=STREAMS, rules=filtered(addresses=map(ip_address, lab.addresses)))
         with Recording(settings) as recording:
             assert lab.traffic(6).connections > 100
             assert lab.wait_idle(DEADLINE_S)
@@ -218,11 +218,16 @@ def test_a_refused_connect_has_its_error(flows: Recording, lab: Lab, port: int) 
 
 
 def test_a_connect_that_times_out_has_its_error_and_its_syns(flows: Recording, lab: Lab, port: int) -> None:
-    with inside(lab.client), rules(lab.server, "prerouting", f"tcp dport {port} drop"), socket.socket() as client:
-        client.setsockopt(socket.IPPROTO_TCP, _TCP_SYNCNT, 1)
-        with pytest.raises(TimeoutError):
-            client.connect((lab.server.ipv4, port))
-    (row,) = closed(flows, port, 1)
+    """All of it happens in timers, which may interrupt process 1, so try again: see above."""
+    for _ in range(6):
+        with inside(lab.client), rules(lab.server, "prerouting", f"tcp dport {port} drop"), socket.socket() as client:
+            client.setsockopt(socket.IPPROTO_TCP, _TCP_SYNCNT, 1)
+            with pytest.raises(TimeoutError):
+                client.connect((lab.server.ipv4, port))
+        rows = of_port(flows, port)
+        if len(rows) and not rows[-1]["retrans_other"]:
+            break
+    row = rows[-1]
     assert (STATES[row["state"]], row["error"]) == ("SYN_SENT", errno.ETIMEDOUT)
     assert row["retrans_syn"] == row["total_retrans"] == row["segs_out"] - 1 > 0
 
@@ -285,7 +290,7 @@ def test_connections_older_than_the_programs_have_their_process(lab: Lab, port: 
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(end_of(lab.server, b"listener", address, port, "server"))
         old = stack.enter_context(end_of(lab.client, b"old", address, port, "client"))
-        recording = stack.enter_context(Recording(hook_settings(streams=(*STREAMS, FLOWS))))
+        recording = stack.enter_context(Recording(hook_settings(streams=STREAMS)))
         recording.kernel.report_flows()
         (row,) = of_port(recording, port, "interval")
         assert (row["pid"], comm(row)) == (old.pid, b"old")
@@ -361,7 +366,7 @@ def test_a_socket_that_connects_again_has_a_record_for_each_connection(flows: Re
 
 
 def test_what_the_rules_drop_and_the_producers_own_connections_have_no_record(lab: Lab, port: int) -> None:
-    settings = hook_settings(streams=(*STREAMS, FLOWS), rules=filtered(ports=[port]))
+    settings = hook_settings(streams=STREAMS, rules=filtered(ports=[port]))
     with Recording(settings) as recording:
         with inside(lab.client), socket.create_server((lab.client.ipv4, port)) as listener:
             with socket.socket() as own:

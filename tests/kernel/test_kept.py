@@ -397,7 +397,7 @@ def test_a_ring_of_garbage_is_taken_over_and_goes_on(pins: Path) -> None:
 
 
 def test_open_connections_are_reported_by_the_iterator_that_was_taken_over(pins: Path, lab: Lab, port: int) -> None:
-    settings = hook_settings(streams=(*STREAMS, FLOWS), rules=filtered(ports=[port]))
+    settings = hook_settings(streams=STREAMS, rules=filtered(ports=[port]))
     with PinFolder(pins) as folder, Capture(settings, folder) as first:
         first.load()
         first.attach()

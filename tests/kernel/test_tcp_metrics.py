@@ -14,14 +14,12 @@ from tests.support.capture import DEADLINE_S, Recording, hook_settings, wait_for
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 BATCH_ROWS = 97
-MOST_UNSEEN = 0.001
-"""Share of segments without a connection: acknowledgements in TIME_WAIT, and resets. docs/truth.md"""
 
 
 @pytest.fixture(scope="module")
 def recorded() -> Iterator[tuple[Lab, Recording]]:
     """Traffic over a lossy link, all of whose connections are closed, with a record of each open one on the way."""
-    with Recording(hook_settings(streams=(*STREAMS, FLOWS))) as recording, Lab(loss=0.05) as lab:
+    with Recording(hook_settings(streams=STREAMS)) as recording, Lab(loss=0.05) as lab:
         halfway = threading.Timer(2, recording.kernel.report_flows)
         halfway.start()
         lab.traffic(5)
@@ -47,8 +45,8 @@ def of_host(recording: Recording, stream: Stream, *hosts: Host) -> Rows:
 def values(recording: Recording, host: Host, *streams: Stream) -> dict[str, float]:
     """Count a host's events of these streams in batches; return each sample by its name and labels."""
     metrics = TcpMetrics(since_ns=1)
-    for stream in streams:
-        count = metrics.counter(stream)
+    counters = [metrics.counter(stream) for stream in streams]
+    for stream, count in zip(streams, counters, strict=True):
         assert count
         rows = of_host(recording, stream, host)
         for start in range(0, len(rows), BATCH_ROWS):
@@ -70,9 +68,12 @@ def test_the_metrics_equal_the_counters_that_nstat_shows(
         counters, found = host.counters(), values(recording, host, *streams)
         assert found["rebpf_tcp_connections_opened_total client"] == counters["ActiveOpens"]
         assert found["rebpf_tcp_connections_opened_total server"] == counters["PassiveOpens"]
-        assert found["rebpf_tcp_connections_closed_total"] == counters["ActiveOpens"] + counters["PassiveOpens"]
+        connections = counters["ActiveOpens"] + counters["PassiveOpens"]
+        assert found["rebpf_tcp_connections_closed_total"] == connections
         by_cause = {cause: found[f"rebpf_tcp_retransmitted_segments_total {cause}"] for cause in CAUSES}
         assert sum(by_cause.values()) == counters["RetransSegs"] > 0
-        unseen = counters["OutSegs"] - found["rebpf_tcp_segments_total"]
-        assert 0 <= unseen <= MOST_UNSEEN * counters["OutSegs"]
+        # OutSegs has first transmissions, and all SYN-ACKs.
+        sent = counters["OutSegs"] + counters["RetransSegs"] - by_cause["syn_ack"]
+        # No connection sent the acknowledgements in TIME_WAIT and some resets: fewer than one for each SYN-ACK.
+        assert 0 <= sent - found["rebpf_tcp_segments_total"] < connections
         assert found["rebpf_tcp_srtt_seconds_count"] > 0

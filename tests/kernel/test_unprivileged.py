@@ -19,7 +19,7 @@ from producer.events import FLOWS, STREAMS
 from producer.host import capabilities
 from producer.kernel.capture import Capture, CaptureSettings
 from producer.rules.tables import filtered
-settings = CaptureSettings(tuple(sys.argv[1].split(",")), (*STREAMS, FLOWS), rules=filtered(ports=(1,)))
+settings = CaptureSettings(tuple(sys.argv[1].split(",")), STREAMS, rules=filtered(ports=(1,)))
 with Capture(settings) as capture:
     capture.load()
     capture.attach()

@@ -11,7 +11,7 @@ from typing import Any
 
 import fastavro
 
-from producer.alert.windows import EVENT_FIELDS
+from producer.alert.engine import EVENT_FIELDS, FLOW_FIELDS
 from producer.consume.accepted import accepted
 from producer.consume.plan import Plan, plan_for, plan_for_all
 from producer.paths import SCHEMAS
@@ -62,8 +62,9 @@ def main(folder: Path) -> None:
         schema = accepted(path.read_text())
         messages = [framed(schema, number) for number in range(4)]
         (folder / f"all.{path.stem}").write_bytes(seed(plan_for_all(schema), messages))
-        if path.stem in ("tcp_transmit", "tcp_retransmit"):
-            (folder / f"alert.{path.stem}").write_bytes(seed(plan_for(schema, EVENT_FIELDS), messages))
+        fields = {"tcp_retransmit": EVENT_FIELDS, "tcp_flow": FLOW_FIELDS}.get(path.stem)
+        if fields is not None:
+            (folder / f"alert.{path.stem}").write_bytes(seed(plan_for(schema, fields), messages))
 
 
 if __name__ == "__main__":

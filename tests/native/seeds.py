@@ -11,7 +11,7 @@ import numpy as np
 
 from producer.encode.batch import Key, programs
 from producer.encode.plan import Column, Kind, Program
-from producer.events import FLOWS, STREAMS, Rows, Stream
+from producer.events import STREAMS, Rows, Stream
 from producer.schemas import load_schema
 from tests.bench.goagent.rows import HOST_FIELDS, UTC_OFFSET_NS, random_rows
 
@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
     for kind in Kind:
         (folder / f"longest.{kind.name.lower()}").write_bytes(longest(kind))
     random = np.random.default_rng(1)
-    for stream in (*STREAMS, FLOWS):
+    for stream in STREAMS:
         for key in ("flow", "host"):
             (folder / f"{stream.name}.{key}").write_bytes(seed(stream, key, random_rows(stream, _ROWS, random)))
 

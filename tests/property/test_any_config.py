@@ -64,15 +64,17 @@ TEXTS = (WORDS | st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
 VALUES = NUMBERS | OTHERS | TEXTS | st.lists(NUMBERS | TEXTS, max_size=3).map(lambda each: f"[{', '.join(each)}]")
 SECTIONS = {
     "": "host state_dir",
-    "capture": "hooks addresses ports default transmit_ring_bytes retransmit_ring_bytes pin latency_s btf",
+    "capture": "hooks addresses ports default transmit_ring_bytes retransmit_ring_bytes pin latency_s "
+    "transmit_events_per_s btf",
     "kafka": "brokers topic_prefix settings stop_timeout_s",
     "kafka.settings": "acks linger.ms max.in.flight delivery.report.only.error client.id enable.gapless.guarantee "
     "group.id security.protocol ssl.ca.location message.max.bytes batch.size retries debug lingr.ms fetch.max.bytes",
     "spool": "transmit_bytes retransmit_bytes max_age_s quarantine_bytes when_full spill_after_s",
     "metrics": "listen",
     "registry": "url register timeout_s auth ca certificate key",
-    "alert": "group lateness_s missed_heartbeats topic stdout alertmanager repeat_s rules",
-    "[alert.rules]": "name by measure window_s threshold clear minimum",
+    "alert": "group lateness_s listen wait_s lookback_s missed_heartbeats stdout alertmanager webhook repeat_s rules",
+    "[alert.rules]": "name by prefix prefix_v6 measure quantile window_s for_s threshold clear minimum host peer port "
+    "unit cause only_labels severity labels annotations",
     "[rules]": "name action transmit retransmit sample sample_by sample_retransmits address local_address "
     "remote_address port local_port remote_port netns cgroup unit uid interface state",
 }

@@ -12,13 +12,22 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.alert.windows import EVENT_FIELDS
 from producer.consume.columns import groups
 from producer.consume.decode import Decoder, UndecodableError
+from producer.consume.plan import Fields
 from producer.events import SchemaId
 from producer.paths import SCHEMAS
 
 ID = SchemaId(9)
+WANTED: Fields = (
+    ("ts_ns", "long"),
+    ("host", "string"),
+    ("unit", "string?"),
+    ("cpu", "long"),
+    ("srtt_us", "long?"),
+    ("saddr", "string"),
+    ("of a later version", "string?"),
+)
 OURS = json.loads((SCHEMAS / "tcp_transmit.avsc").read_text())
 SCALARS = ("boolean", "int", "long", "float", "double", "string")
 LISTS = ("long", "string", "bytes")
@@ -116,14 +125,34 @@ def test_records_are_those_that_fastavro_wrote(case: tuple[Any, list[dict[str, A
 def test_columns_are_those_of_the_records(case: tuple[Any, list[dict[str, Any]]]) -> None:
     schema, written = case
     batch: list[bytes | None] = [framed(schema, record) for record in written]
-    columns, rejected = Decoder(None, {ID: schema}).columns([None, *batch, b"x"], EVENT_FIELDS)
+    columns, rejected = Decoder(None, {ID: schema}).columns([None, *batch, b"x"], WANTED)
     assert [row for row, _ in rejected] == [0, len(batch) + 1]
     assert columns.rows.tolist() == list(range(1, len(batch) + 1))
-    for name, kind in EVENT_FIELDS:
-        cells = columns[name].tolist()
-        assert ([columns.texts[cell] for cell in cells] if kind == "string" else cells) == [
-            record[name] for record in written
+    for name, kind in WANTED:
+        valid = columns.valid.get(name, np.ones(len(columns), np.bool_)).tolist()
+        cells = [
+            (columns.texts[cell] if kind.startswith("string") else cell) if has else None
+            for cell, has in zip(columns[name].tolist(), valid, strict=True)
         ]
+        assert cells == [record.get(name) for record in written]
+
+
+def test_columns_of_two_versions_are_one_batch() -> None:
+    before = {**OURS, "fields": [field for field in FIELDS if field["name"] != "unit"]}
+    versions = {ID: {**OURS, "fields": FIELDS}, SchemaId(8): before}
+    batch: list[bytes | None] = []
+    for number, unit in ((ID, "a"), (SchemaId(8), None), (ID, None), (ID, "b")):
+        value = framed(versions[number], {**BASE, "unit": unit, "host": f"host of {unit}"})
+        batch.append(value[:1] + struct.pack(">I", number) + value[5:])
+    columns, rejected = Decoder(None, versions).columns(batch, WANTED)
+    assert rejected == []
+    found = zip(columns["host"].tolist(), columns["unit"].tolist(), columns.valid["unit"].tolist(), strict=True)
+    assert [(columns.texts[host], columns.texts[unit] if valid else None) for host, unit, valid in found] == [
+        ("host of a", "a"),
+        ("host of None", None),
+        ("host of None", None),
+        ("host of b", "b"),
+    ]
 
 
 changes = st.lists(

@@ -1,8 +1,11 @@
-"""Alerts of each measure."""
+"""Alerts of each measure, and those in a topic."""
 
 from dataclasses import replace
+from typing import Any
 
 from producer.alert.model import Alert
+from producer.schemas import ALERT_FILE, load_schema
+from tests.support.servers.consume import decode, kcat_messages
 
 LOSS = Alert(
     rule="loss",
@@ -19,5 +22,26 @@ LOSS = Alert(
     retransmitted_segs=1_000,
     since_ns=1_790_000_000 * 10**9,
 )
-COUNT = replace(LOSS, rule="many", by="peer", group="192.0.2.1", measure="count", value=7.0, threshold=5.0, clear=2.0)
+COUNT = replace(
+    LOSS,
+    rule="many",
+    by="peer",
+    group="192.0.2.1",
+    measure="count",
+    value=7.0,
+    threshold=5.0,
+    clear=2.0,
+    labels='{"team": "net"}',
+)
 SILENT = replace(LOSS, rule="silent", measure="silence", value=31.4)
+
+
+def alert_records(bootstrap: str, prefix: str) -> list[dict[str, Any]]:
+    """Return the records of the alerts topic."""
+    found = []
+    for message in kcat_messages(bootstrap, f"{prefix}tcp_alerts"):
+        assert message.value is not None
+        record = decode(message.value, load_schema(ALERT_FILE))[1]
+        assert message.key == f"{record['rule']}/{record['group']}".encode()
+        found.append(record)
+    return found

@@ -1,13 +1,11 @@
-"""Single messages and records, as the batches that the readers take."""
+"""Single messages and records, as the readers take them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from producer.alert.windows import EVENT_FIELDS, Outcome, SourceSums
 from producer.consume.audit import Rows
-from producer.consume.columns import Columns
 from producer.consume.decode import Decoder, UndecodableError
 
 
@@ -17,24 +15,6 @@ def decoded(decoder: Decoder, value: bytes | None) -> dict[str, Any]:
     if isinstance(record, UndecodableError):
         raise record
     return record
-
-
-def columns_of(records: Sequence[Mapping[str, Any]]) -> Columns:
-    """Return records as the columns that `rebpf alert` reads."""
-    texts: dict[str, int] = {}
-    cells = {
-        name: np.array(
-            [texts.setdefault(each[name], len(texts)) if kind == "string" else each[name] for each in records], np.int64
-        )
-        for name, kind in EVENT_FIELDS
-    }
-    return Columns(np.arange(len(records)), cells, list(texts), np.array(list(map(hash, texts)), np.int64))
-
-
-def add_events(sums: SourceSums, records: Sequence[Mapping[str, Any]], first: int, now_ns: int) -> list[Outcome]:
-    """Add records as one batch, with consecutive offsets; return their outcomes."""
-    offsets = np.arange(first, first + len(records))
-    return [Outcome(each) for each in sums.add(columns_of(records), offsets, now_ns).tolist()]
 
 
 class Row(NamedTuple):

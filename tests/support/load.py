@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support import topics
 from tests.support.faults import assert_accounted
 from tests.support.rebpf import DEADLINE_S, Run, rebpf, wait_until
 from tests.support.servers.kafka import KafkaServer
 from tests.support.servers.process import free_port
-from tests.support.topics import TRANSMIT
+from tests.support.topics import FLOW, TRANSMIT
 from tests.support.traffic import Steady
 
 PARTITIONS = 4
@@ -34,6 +35,8 @@ class SteadyScene:
         arguments = ["--brokers", kafka.bootstrap, "--partitions", PARTITIONS, "--config", folder / "init.toml"]
         done = rebpf("init", *arguments)
         assert done.returncode == 0, done.stderr
+        self.flows: dict[str, Any] = {}
+        """The balance of connections, after `finish`."""
         self.run = self.start()
 
     @property
@@ -73,8 +76,8 @@ class SteadyScene:
         """Wait until Kafka has everything. Call it after the traffic: a stop may leave events on disk."""
 
         def is_drained() -> bool:
-            account = self.account()
-            return not any(account[name] for name in ("in_ring", "in_flight", "spooled"))
+            accounts = self.status()["streams"]
+            return not any(each[name] for each in accounts for name in ("in_ring", "in_flight", "spooled"))
 
         wait_until("all is delivered", is_drained, deadline_s)
 
@@ -91,10 +94,19 @@ class SteadyScene:
         self.wait_until_drained()
 
     def finish(self) -> dict[str, Any]:
-        """Stop the producer, and return the balance of transmits."""
-        balance: dict[str, Any] = self.run.finish()[self.prefix + TRANSMIT]
+        """Stop the producer, and return the balance of transmits, after checking that of connections."""
+        balances = self.run.finish()
+        balance: dict[str, Any] = balances[self.prefix + TRANSMIT]
         assert_accounted(balance)
+        assert_accounted(balances[self.prefix + FLOW])
+        self.flows = balances[self.prefix + FLOW]
         return balance
+
+    def assert_flows_whole(self) -> None:
+        """Check after `finish` that each record of a connection is in the topic."""
+        records = topics.distinct(topics.read(self.kafka.bootstrap, FLOW, self.prefix))
+        assert self.flows["lost"] == {}
+        assert self.flows["passed"] == self.flows["delivered"] == len(records)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from producer.events import Rows, Stream
+from producer.events import Rows, Stream, common
 
 STRIDE = 8
 """Position units per row."""
@@ -50,8 +50,8 @@ class MemoryRing:
     def read(self, limit: int) -> Rows:
         first = self.position // STRIDE
         rows = np.zeros(min(limit, self.written - first), self._dtype)
-        rows["s"]["cpu_seq"] = np.arange(first, first + len(rows))
-        rows["s"]["ts"] = 10**9
+        common(rows)["cpu_seq"] = np.arange(first, first + len(rows))
+        common(rows)["ts"] = 10**9
         self.position += STRIDE * len(rows)
         good = [number not in self.bad for number in range(first, first + len(rows))]
         self.damaged = len(rows) - sum(good)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from producer.events import STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream
+from producer.events import STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream, common
 from producer.host.clock import Moment
 from producer.kafka.sink import Outcome
 from producer.pipeline.ledger import Account
@@ -37,7 +37,7 @@ class IdEncoder:
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         assert utc_offset_ns == UTC_OFFSET_NS
-        numbers = batch.rows["s"]["cpu_seq"].astype(">u8")
+        numbers = common(batch.rows)["cpu_seq"].astype(">u8")
         count = len(numbers)
         ones = np.ones(count, np.int64)
         payload = np.frombuffer(numbers.tobytes(), np.uint8)

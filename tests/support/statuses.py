@@ -28,5 +28,8 @@ def status(**values: Any) -> Status:
         "cpu_s": 1.5,
         "rss_bytes": 77 << 20,
         "labels": {"dc": "fra-1", "env": "prod"},
+        "config_hash": "0123456789abcdef",
+        "restart_needed": ("capture.transmit_ring_bytes",),
+        "transmit_sample_rate": 64,
     }
     return Status(**{**facts, **values})

@@ -13,8 +13,8 @@ from tests.support.servers.consume import Message, decode, kcat_messages
 from tests.support.wire import Segment
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "schemas"
-TRANSMIT, RETRANSMIT = "tcp_transmit", "tcp_retransmit"
-FIXED_IDS = {TRANSMIT: 1, RETRANSMIT: 2}
+TRANSMIT, RETRANSMIT, FLOW = "tcp_transmit", "tcp_retransmit", "tcp_flow"
+FIXED_IDS = {TRANSMIT: 1, RETRANSMIT: 2, FLOW: 5}
 
 
 class Event(NamedTuple):
@@ -61,6 +61,17 @@ def assert_none_twice(events: Sequence[Event]) -> None:
     ):
         last[boot_id, cpu] = max(cpu_seq, last.get((boot_id, cpu), 0))
     assert sum(last.values()) == len(events)
+
+
+def distinct(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Return the records without repeated ones, after checking that no event number of a CPU is missing."""
+    by_id = {(event.record["boot_id"], event.record["cpu"], event.record["cpu_seq"]): event.record for event in events}
+    numbers: dict[tuple[str, int], list[int]] = {}
+    for boot_id, cpu, cpu_seq in by_id:
+        numbers.setdefault((boot_id, cpu), []).append(cpu_seq)
+    missing = {cpu: max(seen) - len(seen) for cpu, seen in numbers.items() if max(seen) > len(seen)}
+    assert not missing
+    return list(by_id.values())
 
 
 def assert_complete(balance: dict[str, Any], events: Sequence[Event]) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from producer.events import STREAMS, TRANSMITS, Batch
+from producer.events import STREAMS, TRANSMITS, Batch, common
 from tests.bench import stages
 from tests.bench.baseline import flattened
 from tests.bench.goagent.rows import random_rows
@@ -24,5 +24,5 @@ def test_the_baseline_unpacks_rows_of_the_ring(stream):
     rows = random_rows(stream, 3, np.random.default_rng(1))
     unpacked = [dict(zip(names, layout.unpack(row.tobytes()), strict=True)) for row in rows]
 
-    assert [each["cpu_seq"] for each in unpacked] == rows["s"]["cpu_seq"].tolist()
-    assert [each["rules_version"] for each in unpacked] == rows["s"]["rules_version"].tolist()
+    assert [each["cpu_seq"] for each in unpacked] == common(rows)["cpu_seq"].tolist()
+    assert [each["rules_version"] for each in unpacked] == common(rows)["rules_version"].tolist()

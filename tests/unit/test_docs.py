@@ -13,7 +13,7 @@ import pytest
 from producer.cli.main import rebpf
 from producer.config.librdkafka import client_settings
 from producer.config.load import Config, load
-from producer.events import CAUSES, STREAMS
+from producer.events import CAUSES, FLOWS, STREAMS
 from producer.health.balance import stage
 from producer.paths import SCHEMAS
 from tests.support import configuration
@@ -33,14 +33,15 @@ WITHOUT_COMMANDS = {
 
 @pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
 def test_events_md_has_every_field_of_the_schemas_as_it_is(stream: Any) -> None:
-    rows = FIELD.findall((DOCS / "events.md").read_text().split("## Fields")[1].split("\n## ")[0])
+    section = "## Fields of connections" if stream == FLOWS else "## Fields of segments"
+    rows = FIELD.findall((DOCS / "events.md").read_text().split(section)[1].split("\n## ")[0])
     documented = {name: (kind, text) for name, kind, text, only in rows if only in ("", stream.topic)}
     fields = json.loads((SCHEMAS / stream.schema_file).read_text())["fields"]
     assert documented == {field["name"]: (type_of(field), field["doc"]) for field in fields}
 
 
 def test_events_md_explains_every_cause() -> None:
-    section = (DOCS / "events.md").read_text().split("## Causes")[1].split("## Fields")[0]
+    section = (DOCS / "events.md").read_text().split("## Causes")[1].split("## Fields of segments")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [*sorted(CAUSES, key=section.index)]
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(CAUSES)
 

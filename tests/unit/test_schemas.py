@@ -15,7 +15,7 @@ from fastavro.schema import SchemaParseException
 
 from producer.alert.record import AlertEncoder
 from producer.encode.batch import BatchEncoder
-from producer.events import FLOWS, KNOWN, STREAMS, Batch, SchemaId
+from producer.events import KNOWN, STREAMS, Batch, SchemaId
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.host.cgroups import CgroupPaths
 from producer.paths import SCHEMAS
@@ -36,7 +36,7 @@ HOST = {"host": "db-1.example", "boot_id": "5f0c0e2a-9e3e-4d0d-8f0e-5a2f0d1c7b11
 FRAME_BYTES = 5
 ROWS = len(KNOWN) + 2
 NOW_S = 1_790_000_123.456
-STREAM_OF = {stream.schema_file: stream for stream in (*STREAMS, FLOWS)}
+STREAM_OF = {stream.schema_file: stream for stream in STREAMS}
 
 
 def read(path: str | Path) -> Schema:

@@ -15,6 +15,7 @@ from producer.host.capabilities import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = ROOT / "deploy/systemd/rebpf.service"
+ALERT_UNIT = ROOT / "deploy/systemd/rebpf-alert.service"
 SECURITY = ROOT / "docs/security.md"
 
 
@@ -94,9 +95,27 @@ def unit(tmp_path):
     return copy
 
 
-def test_systemd_has_nothing_to_say_of_it(unit):
-    done = analyzed("verify", "--man=no", str(unit))
+@pytest.fixture
+def alert_unit(tmp_path):
+    copy = tmp_path / ALERT_UNIT.name
+    copy.write_text(ALERT_UNIT.read_text().replace("/usr/bin/rebpf", "/bin/true"))
+    return copy
+
+
+def test_systemd_has_nothing_to_say_of_them(unit, alert_unit):
+    done = analyzed("verify", "--man=no", str(unit), str(alert_unit))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_exposure_of_alert_is_low(alert_unit):
+    done = analyzed("security", "--offline=true", "--no-pager", str(alert_unit))
+    score = re.search(r"exposure level for rebpf-alert.service: (\d+\.\d+)", done.stdout)
+    assert score is not None
+    assert float(score[1]) <= 1.5
+
+
+def test_alert_is_not_restarted_after_what_would_only_repeat(service):
+    assert f"RestartPreventExitStatus={service['RestartPreventExitStatus']}" in ALERT_UNIT.read_text()
 
 
 def test_its_exposure_is_low_and_each_finding_has_its_reason(unit):

@@ -1,32 +1,30 @@
-"""Hostile messages for `rebpf alert` and `rebpf verify`: the real decoder, stages and reports."""
+"""Hostile messages for `rebpf alert` and `rebpf verify`: the real decoder, engine and reports."""
 
 import contextlib
 import json
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from hypothesis import strategies as st
 
-from producer.alert import sums_topic
-from producer.alert.commit import Assigned, CommitStep, PartitionId
-from producer.alert.evaluate import RETRANSMITS
+from producer.alert.engine import Counts, Engine
 from producer.alert.last_alerts import last_of
 from producer.alert.model import Alert
-from producer.alert.partitions import Committed, Counts, EventPartition, HeartbeatPartition, Partition, SumsPartition
 from producer.alert.record import AlertEncoder
-from producer.alert.windows import Grouping, Sums
+from producer.alert.silence import Hosts
+from producer.alert.windows import Room
 from producer.commands.verify import TopicReport, show
 from producer.config.load import AlertRule
 from producer.consume.audit import Audit
 from producer.consume.decode import Decoder
 from producer.consume.event_id import read_events, rows_of
-from producer.events import STREAMS
+from producer.events import FLOWS, RETRANSMITS, STREAMS
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
 from tests.fuzz.engine import Check, FindingError, Target
-from tests.fuzz.mutation import NUMBERS, mutated, mutated_json
+from tests.fuzz.mutation import mutated
 from tests.support import spool_folders
+from tests.support.flows import Flow, values
 from tests.support.statuses import status
 
 _SECOND_NS = 1_000_000_000
@@ -34,85 +32,40 @@ _NOW_NS = 1_790_000_000 * _SECOND_NS
 _RULES = (
     AlertRule(name="many", by="host", measure="count", window_s=10, threshold=1, clear=1),
     AlertRule(name="loss", by="flow", measure="ratio", window_s=5, threshold=0.5, clear=0.2),
-    AlertRule(name="port", by="port", measure="count", window_s=5, threshold=1, clear=1),
+    AlertRule(name="port", by="port", measure="failed_connects", window_s=5, threshold=1, clear=1),
+    AlertRule(name="slow", by="subnet", measure="srtt", window_s=5, threshold=0.1, clear=0.1, only_labels={"a": "b"}),
 )
 _ALERT = Alert("many", "host", "a", True, "count", 9.0, 1.0, 1.0, 10 * _SECOND_NS, 10.0, 0, 9, 10 * _SECOND_NS)
-_MEMORY_BYTES = 20_000
-
-
-class _Tellers:
-    """A writer and a sink that encode like the real ones."""
-
-    def __init__(self) -> None:
-        self.written: list[bytes] = []
-        self._encoder = AlertEncoder(ALERT_ID)
-
-    def put(self, partition: int, value: bytes) -> None:
-        sums_topic.read(value)
-        self.written.append(value)
-
-    def flush(self) -> None: ...
-
-    def send(self, alerts: Sequence[Alert]) -> None:
-        for alert in alerts:
-            key, value = self._encoder.encode(alert, 0.0)
-            if not last_of([[(key, value)]], "alerts", _decoder(), 1 << 62):
-                raise FindingError(f"an alert that a member does not believe: {alert}")
-
-    def repeat(self, firing: Collection[Alert]) -> None:
-        self.send(list(firing))
-
-    def close(self) -> None: ...
 
 
 def _decoder() -> Decoder:
-    return Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE), ALERT_ID: load_schema(ALERT_FILE)})
-
-
-def _parts(committed: Committed, known: Sequence[Alert], counts: Counts) -> dict[PartitionId, Partition]:
-    decoder = _decoder()
-    return {
-        PartitionId("events", 0): EventPartition(
-            "events", RETRANSMITS, "events/0", _RULES, 5, committed, decoder, counts, _MEMORY_BYTES
-        ),
-        PartitionId("sums", 0): SumsPartition("sums", _RULES, ["events/0"], known, committed, counts, _MEMORY_BYTES),
-        PartitionId("hosts", 0): HeartbeatPartition("hosts", 3, [], committed, decoder, counts),
-    }
+    others = {HEARTBEAT_ID: HEARTBEAT_FILE, ALERT_ID: ALERT_FILE, FLOWS.fixed_schema_id: FLOWS.schema_file}
+    return Decoder(None, {number: load_schema(file) for number, file in others.items()})
 
 
 @contextlib.contextmanager
 def _alert() -> Iterator[Check]:
-    """Each message is processed or counted, and the member continues. It can read what it writes and commits."""
+    """Each message is processed or counted, and the member continues. It can read the alerts that it writes."""
+    encoder = AlertEncoder(ALERT_ID)
 
-    def check(example: tuple[str, list[tuple[bytes, bytes | None]], list[tuple[int, bytes | None]]]) -> None:
-        metadata, alerts, messages = example
+    def check(example: tuple[list[tuple[bytes, bytes | None]], list[tuple[int, bytes | None]]]) -> None:
+        alerts, messages = example
         counts = Counts()
         known = last_of([alerts], "alerts", _decoder(), _NOW_NS)
-        parts = _parts(Committed(0, metadata, _NOW_NS), known, counts)
-        tellers = _Tellers()
-        committed: list[Committed] = []
-
-        def commit(done: Assigned) -> None:
-            committed.extend(part.committed() for part in done.values())
-
-        cycle = CommitStep(tellers, 1, [tellers], commit)
-        places = list(parts)
+        room = Room(group_count=20, flows=20, samples=20)
+        engine = Engine(_RULES, known, _NOW_NS - 100 * _SECOND_NS, 0, _decoder(), counts, Hosts(3, [], 0), room)
         for offset, (which, value) in enumerate(messages):
-            parts[places[which]].put([value], np.array([offset]), _NOW_NS + offset * _SECOND_NS)
+            if which == 2:
+                engine.put_beats([value], [offset], _NOW_NS)
+            else:
+                engine.put((FLOWS, RETRANSMITS)[which], [value], _NOW_NS)
         for at_s in (5, 20, 100):
-            for part in parts.values():
-                part.until = (part.next, _NOW_NS + at_s * _SECOND_NS)
-            cycle.run(parts)
-            cycle.repeat(parts)
-            offsets = [len(messages) + at_s] * len(tellers.written)
-            parts[PartitionId("sums", 0)].put(
-                list(tellers.written), np.array(offsets, np.int64), _NOW_NS + at_s * _SECOND_NS
-            )
-            tellers.written.clear()
-        for each in committed:
-            facts = each.facts()
-            if each.offset < 0 or facts != json.loads(each.metadata):
-                raise FindingError(f"committed {each}")
+            at_ns = _NOW_NS + at_s * _SECOND_NS
+            for alert in [*engine.decide(at_ns, at_ns), *engine.firing]:
+                if not last_of([[encoder.encode(alert, 0.0)]], "alerts", _decoder(), 1 << 62):
+                    raise FindingError(f"an alert that a member does not believe: {alert}")
+        if counts.read + counts.undecodable < sum(which != 2 for which, _ in messages):
+            raise FindingError(f"messages that are not counted: {counts}")
 
     yield check
 
@@ -142,42 +95,28 @@ def _events() -> tuple[bytes, ...]:
     return tuple(found)
 
 
-def _sums() -> tuple[bytes, ...]:
-    start_ns = _NOW_NS - _NOW_NS % (10 * _SECOND_NS)
-    sums = Sums(Grouping("host", 10 * _SECOND_NS), start_ns, {"a": 9, "b": 1})
-    ((_, value),) = sums_topic.sums_messages(RETRANSMITS, "events/0", sums, 1)
-    return value, sums_topic.watermark_message("events/0", _NOW_NS)
-
-
-_EVENTS, _SUMS = _events(), _sums()
+_EVENTS = _events()
+_FLOWS = tuple(
+    values(
+        [
+            Flow("a", 1, 1_790_000_000_000, 1_789_999_999_000, 100, {"rto": 60}, srtt_us=200_000),
+            Flow("a", 2, 1_790_000_000_000, None, 3, state="SYN_SENT", close=True, error="ETIMEDOUT"),
+        ]
+    )
+)
 _BEAT = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)[1]
 _TOLD = AlertEncoder(ALERT_ID).encode(_ALERT, 100)
-_DEEP = st.integers(1, 100_000).map(lambda depth: b"[" * depth)
-_sums_values = st.one_of(
-    mutated(_SUMS),
-    mutated_json([json.loads(value) for value in _SUMS]).map(lambda value: json.dumps(value).encode()),
-    _DEEP,
-)
 _message = st.one_of(
-    st.tuples(st.just(0), mutated(_EVENTS)),
-    st.tuples(st.just(1), _sums_values),
+    st.tuples(st.just(0), mutated(_FLOWS)),
+    st.tuples(st.just(1), mutated(_EVENTS)),
     st.tuples(st.just(2), mutated([_BEAT])),
-    st.tuples(st.integers(0, 2), st.one_of(st.none(), mutated([*_EVENTS, *_SUMS, _BEAT, _TOLD[1]]))),
-)
-_numbers = st.sampled_from((*NUMBERS, math.nan, _NOW_NS, None, "5"))
-_metadata = st.one_of(
-    st.just(""),
-    st.tuples(_numbers, _numbers, _numbers).map(
-        lambda facts: json.dumps(dict(zip(("watermark_ns", "decided_ns", "next"), facts, strict=True)))
-    ),
-    st.integers(1, 4096).map(lambda depth: "[" * depth),
-    st.text(max_size=20),
+    st.tuples(st.integers(0, 2), st.one_of(st.none(), mutated([*_EVENTS, *_FLOWS, _BEAT, _TOLD[1]]))),
 )
 _alerts = st.lists(
     st.tuples(st.sampled_from((_TOLD[0], b"", b"x" * 9)), st.one_of(st.none(), mutated([_TOLD[1], _BEAT]))), max_size=3
 )
 
 TARGETS = (
-    Target("alert", st.tuples(_metadata, _alerts, st.lists(_message, max_size=8)), _alert, 100),
+    Target("alert", st.tuples(_alerts, st.lists(_message, max_size=8)), _alert, 100),
     Target("verify", st.lists(st.one_of(mutated(_EVENTS), st.none()), max_size=8), _verify, 150),
 )

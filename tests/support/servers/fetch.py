@@ -28,6 +28,18 @@ FLINK_CONNECTORS = (
 )
 DEADLINE_S = 1200
 
+AVRO = "avro-1.12.0"
+AVRO_POM = """\
+<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>rebpf</groupId> <artifactId>avro</artifactId> <version>1</version>
+  <dependencies>
+    <dependency>
+      <groupId>org.apache.avro</groupId> <artifactId>avro</artifactId> <version>1.12.0</version>
+    </dependency>
+  </dependencies>
+</project>
+"""
 KAFKA_POM = """\
 <project xmlns="http://maven.apache.org/POM/4.0.0">
   <modelVersion>4.0.0</modelVersion>
@@ -57,6 +69,11 @@ def kafka() -> Path:
     return cached(KAFKA, _fill_kafka)
 
 
+def avro() -> Path:
+    """Folder with the jars of Apache Avro 1.12.0."""
+    return cached(AVRO, _fill_avro)
+
+
 def registry() -> Path:
     """Folder with Apicurio Registry 3.0.9, unpacked."""
     return cached(REGISTRY, _fill_registry)
@@ -69,7 +86,7 @@ def flink() -> Path:
 
 def missing() -> list[str]:
     """Programs for the servers and readers that this machine lacks."""
-    whole = all((cache() / name).is_dir() for name in (KAFKA, REGISTRY))
+    whole = all((cache() / name).is_dir() for name in (KAFKA, REGISTRY, AVRO))
     needed = ["java", "kcat", "openssl", "setpriv"] + ([] if whole else ["mvn"])
     return [program for program in needed if shutil.which(program) is None]
 
@@ -111,6 +128,10 @@ def _fill_kafka(part: Path) -> None:
     _maven(f"{PLUGIN}:copy-dependencies", "-DincludeScope=runtime", output=part, pom=KAFKA_POM)
 
 
+def _fill_avro(part: Path) -> None:
+    _maven(f"{PLUGIN}:copy-dependencies", "-DincludeScope=runtime", output=part, pom=AVRO_POM)
+
+
 def _fill_registry(part: Path) -> None:
     _maven(f"{PLUGIN}:unpack", f"-Dartifact={REGISTRY_ARTIFACT}", output=part)
 
@@ -147,7 +168,7 @@ def main() -> int:
     if absent := missing():
         print(f"not installed: {', '.join(absent)}", file=sys.stderr)
         return 69
-    fetches = [kafka, registry]
+    fetches = [kafka, registry, avro]
     if absent := flink_missing():
         print(f"left out: {FLINK}, which needs {', '.join(absent)}", file=sys.stderr)
     else:

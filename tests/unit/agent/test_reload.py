@@ -1,14 +1,15 @@
 """Reloads by signal: however many come, the rules are resolved at a bounded rate, and the last text wins."""
 
+import logging
 import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from producer.agent.reload import RulesInForce
+from producer.agent.reload import InForce
 from producer.agent.supervise import Pace
-from producer.config.load import Config
+from producer.config.load import Config, RuleConfig
 from producer.errors import ConfigError
 from producer.rules.resolve import resolve
 
@@ -44,9 +45,9 @@ class Hooks:
         return self.version
 
 
-def rules(clock: Clock, read: Callable[[], Config]) -> RulesInForce:
+def rules(clock: Clock, read: Callable[[], Config]) -> InForce:
     hooks: Any = Hooks()
-    return RulesInForce(hooks, Config(), resolve(Config(), None), read, None, Pace(clock))
+    return InForce(hooks, Config(), resolve(Config(), None), read, None, Pace(clock))
 
 
 def test_1500_signals_mean_a_few_reloads_and_the_last_text_is_in_force() -> None:
@@ -98,3 +99,56 @@ def test_a_reload_that_meets_a_defect_is_refused_and_answered(error: Exception) 
     in_force.follow(asked)
     assert (in_force.reloads, in_force.version) == (1, 1)
     assert in_force.refusal
+
+
+def test_a_reload_applies_what_it_can_and_names_what_needs_a_restart() -> None:
+    texts = iter(
+        [
+            Config().with_values(capture__latency_s=0.5, capture__transmit_ring_bytes=1 << 20, log_level="warning"),
+            Config().with_values(capture__latency_s=0.5),
+        ]
+    )
+    in_force, applied = rules(Clock(), lambda: next(texts)), []
+    in_force.apply = applied.append
+    first = in_force.digest
+    in_force.reload()
+    assert applied == [in_force.config] == [Config().with_values(capture__latency_s=0.5, log_level="warning")]
+    assert in_force.restart_needed == ("capture.transmit_ring_bytes",)
+    assert logging.getLogger("producer").level == logging.WARNING
+    assert in_force.digest != first
+    in_force.reload()
+    assert not in_force.restart_needed
+    assert logging.getLogger("producer").level == logging.INFO
+
+
+def test_a_refused_reload_changes_no_setting() -> None:
+    wrong = Config(rules=(RuleConfig(uid=("no such user",)),)).with_values(capture__latency_s=0.5, log_level="error")
+    in_force = rules(Clock(), lambda: wrong)
+    in_force.reload()
+    assert "no such user" in in_force.refusal
+    assert in_force.config == Config()
+    assert logging.getLogger("producer").level == logging.INFO
+
+
+def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
+    states, reads, asked = [1], [], Asked()
+    hooks: Any = Hooks()
+    watching = Config().with_values(reload_when_changed=True)
+
+    def read() -> Config:
+        reads.append(states[0])
+        return watching
+
+    def reloads_after_a_change(config: Config) -> int:
+        reads.clear()
+        in_force = InForce(hooks, config, resolve(config, None), read, None, files=lambda: states[0])
+        in_force.follow(asked)
+        states[0] += 1
+        in_force._files_at = 0
+        in_force.follow(asked)
+        in_force._files_at = 0
+        in_force.follow(asked)
+        return len(reads)
+
+    assert reloads_after_a_change(Config()) == 0
+    assert reloads_after_a_change(watching) == 1

@@ -1,5 +1,6 @@
 """Rings of replaced hooks: all of their events that are not yet safe go into the spool."""
 
+import io
 import os
 import resource
 from contextlib import ExitStack
@@ -7,15 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fastavro
 import numpy as np
 import pytest
 
 from producer.agent.streams import Quarantine, StreamBuilder, StreamParts, ledger_path, new_spool
 from producer.config.load import Config, Kafka
 from producer.errors import UnavailableError
-from producer.events import TRANSMITS, Rows, SchemaId, Stream
+from producer.events import TRANSMITS, EncodedBatch, Rows, SchemaId, Stream
 from producer.pipeline.ledger import Account, Ledger
+from producer.schemas import load_schema
 
+FRAME_BYTES = 5
 STRIDE = TRANSMITS.dtype.itemsize + 8
 
 
@@ -32,6 +36,8 @@ class Ring:
         self._rows["s"]["cpu_seq"] = np.arange(first, first + count)
         self._rows["s"]["flow"]["saddr"][:, 10:12] = self._rows["s"]["flow"]["daddr"][:, 10:12] = 255
         self.position = self.committed = 0
+        self.end = count
+        """Rows that can be read."""
 
     @property
     def records_before(self) -> int:
@@ -42,7 +48,7 @@ class Ring:
         return len(self._rows) - self.records_before
 
     def read(self, limit: int) -> Rows:
-        rows = self._rows[self.records_before :][:limit]
+        rows = self._rows[self.records_before : self.end][:limit]
         self.position += STRIDE * len(rows)
         return rows
 
@@ -181,3 +187,36 @@ def test_a_start_without_descriptors_for_the_spool_ends_and_costs_no_event(tmp_p
         resource.setrlimit(resource.RLIMIT_NOFILE, usual)
     assert spooled(config) == 30
     assert not build(config).pipeline.account.lost
+
+
+class TakesAll:
+    """A sink that keeps the messages."""
+
+    def __init__(self) -> None:
+        self.values: list[bytes] = []
+
+    def capacity(self, stream: Stream) -> int:
+        return 1000
+
+    def send(self, batch: EncodedBatch) -> None:
+        self.values.append(batch.packed())
+
+
+def labels_of(value: bytes) -> Any:
+    schema = fastavro.parse_schema(load_schema(TRANSMITS.schema_file))
+    record: Any = fastavro.schemaless_reader(io.BytesIO(value[FRAME_BYTES:]), schema, None)
+    return record["labels"]
+
+
+def test_events_have_the_labels_of_the_last_reload(tmp_path: Path) -> None:
+    config = replace(settings(tmp_path), labels={"env": "test"})
+    ring, sink, hooks = Ring(0, 2), TakesAll(), Hooks()
+    hooks.ring = lambda stream: ring  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        builder = StreamBuilder(config, hooks, {"transmit": SchemaId(1)}, stack, Quarantine(config))  # type: ignore[arg-type]
+        pipeline = builder.build(TRANSMITS).pipeline
+        for _ in range(2):
+            ring.end = ring.records_before + 1
+            pipeline.step(sink, 0.0, 10**18)  # type: ignore[arg-type]
+            builder.relabel({"env": "prod", "dc": "fra"})
+    assert [labels_of(value) for value in sink.values] == [{"env": "test"}, {"env": "prod", "dc": "fra"}]

@@ -2,11 +2,10 @@
 
 import math
 
-import numpy as np
 import pytest
 
+from producer.alert.engine import Counts, Engine
 from producer.alert.model import Alert
-from producer.alert.partitions import Committed, Counts, HeartbeatPartition
 from producer.alert.silence import Hosts
 from producer.consume.decode import Decoder
 from producer.health.heartbeat import HeartbeatEncoder
@@ -110,13 +109,7 @@ def test_a_heartbeat_that_makes_no_sense_is_passed_over(monkeypatch: pytest.Monk
     monkeypatch.setattr("producer.health.heartbeat.INTERVAL_S", interval_s)
     _, value = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)
     counts = Counts()
-    partition = HeartbeatPartition(
-        "hosts", 3, [], Committed(7), Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE)}), counts
-    )
-    partition.put([value], np.array([7]), 0)
-    assert (partition.next, counts.undecodable) == (8, 1)
-
-
-@pytest.mark.parametrize("metadata", ["5", "null", "[]", "not JSON"])
-def test_what_another_program_left_beside_an_offset_says_nothing(metadata: str) -> None:
-    assert Committed(7, metadata).facts() == {}
+    hosts = Hosts(3, [], 7)
+    engine = Engine([], [], 0, 0, Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE)}), counts, hosts)
+    assert engine.put_beats([value], [7], 0)
+    assert (hosts.next, counts.undecodable) == (8, 1)

@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 
-from producer.alert.alertmanager import Alertmanager
+from producer.alert.alertmanager import Alertmanager, Webhook
 from producer.alert.model import Alert
 from producer.alert.record import AlertEncoder, summary
-from producer.alert.sinks import StandardOutput, open_sinks
-from producer.config.load import Alert as AlertConfig
-from producer.config.load import Config
-from producer.errors import ConfigError, Stopped
+from producer.alert.sinks import StandardOutput
+from producer.errors import Stopped
 from producer.events import STREAMS
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_ID, load_schema
 from tests.support.alerts import COUNT, LOSS, SILENT
@@ -32,6 +30,11 @@ from tests.support.servers.consume import decode
         (LOSS, "host web-1: 6.25% of 16000 segments were retransmitted in 60 s (loss fires from 5.00%, "),
         (replace(LOSS, firing=False), "host web-1 is resolved: 6.25% of 16000 segments"),
         (COUNT, "peer 192.0.2.1: 1000 segments were retransmitted in 60 s (many fires from 5, resolves below 2)"),
+        (
+            replace(LOSS, measure="failed_connects", value=7.0, threshold=5.0, causes="ETIMEDOUT=7", hosts="a=7"),
+            "host web-1: 7 connects failed in 60 s (loss fires from 5, resolves below 0.02); causes ETIMEDOUT=7; hosts",
+        ),
+        (replace(LOSS, measure="srtt", value=0.25), "host web-1: the round-trip time was 0.25 s in 60 s, of 16000 "),
         (SILENT, "host web-1 is silent: no heartbeat for 31 s"),
         (replace(SILENT, firing=False), "host web-1 is heard again"),
     ],
@@ -69,12 +72,9 @@ def test_standard_output_has_a_line_for_each(capsys: pytest.CaptureFixture[str])
     StandardOutput(as_json=True).send([COUNT])
     record = json.loads(capsys.readouterr().out)
     assert record.pop("summary") == summary(COUNT)
-    assert Alert(**record) == COUNT
-
-
-def test_alerts_without_a_destination_are_rejected() -> None:
-    with pytest.raises(ConfigError, match="no destination for alerts"):
-        open_sinks(Config(alert=AlertConfig(topic=False)), "127.0.0.1:1", lambda seconds: None)
+    assert record.pop("labels") == {"team": "net"}
+    assert record.pop("annotations") == {}
+    assert record == {name: getattr(COUNT, name) for name in record}
 
 
 class Receiver:
@@ -121,7 +121,8 @@ def test_what_fires_ends_later_and_what_is_resolved_has_ended(receiver: Receiver
     after = datetime.now(UTC)
 
     assert firing["labels"] == {"alertname": "loss", "by": "host", "group": "web-1", "host": "web-1"}
-    assert resolved["labels"] == {"alertname": "many", "by": "peer", "group": "192.0.2.1", "peer": "192.0.2.1"}
+    own = {"alertname": "many", "by": "peer", "group": "192.0.2.1", "peer": "192.0.2.1"}
+    assert resolved["labels"] == {**own, "team": "net"}
     assert firing["annotations"] == {"summary": summary(LOSS), "value": "0.0625"}
     assert datetime.fromisoformat(firing["startsAt"]) == datetime.fromtimestamp(1_790_000_000, UTC)
     lasts = timedelta(seconds=180)
@@ -241,3 +242,17 @@ def test_a_reminder_is_tried_once(receiver: Receiver) -> None:
     sink.repeat([LOSS])
     sink.repeat([])
     assert len(receiver.posted) == 1
+
+
+def test_a_webhook_gets_each_change_once_with_all_that_the_topic_has(receiver: Receiver) -> None:
+    receiver.answers = [503]
+    waits: list[float] = []
+    sink = Webhook(receiver.url, waits.append)
+    sink.send([LOSS, COUNT])
+    sink.repeat([LOSS])
+    assert len(waits) == 1
+    assert receiver.posted[0] == receiver.posted[1]
+    assert len(receiver.posted) == 2
+    first, second = receiver.posted[1]
+    assert (first["rule"], first["firing"], first["summary"]) == ("loss", True, summary(LOSS))
+    assert second["labels"] == {"team": "net"}

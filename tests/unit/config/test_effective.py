@@ -67,7 +67,7 @@ def test_no_secret_is_shown_or_changes_the_hash(tmp_path: Path) -> None:
 
 
 def test_hosts_with_the_same_settings_have_the_same_hash() -> None:
-    digests = {effective.digest(dataclasses.replace(Config(), host=name)) for name in ("a", "b")}
+    digests = {effective.digest(Config(host=name, labels={"dc": name})) for name in ("a", "b")}
     assert digests == {effective.digest(Config())}
     assert effective.digest(Config().with_values(kafka__brokers="a:1")) not in digests
 
@@ -86,16 +86,17 @@ def _others(config: Any, path: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", _others(Config()))
 def test_each_setting_is_applied_or_needs_a_restart(path: str) -> None:
-    """A changed setting is in force after a reload, or named in the answer; those of `rebpf alert` are neither."""
+    """A changed setting is in force after a reload, or named in the answer; those of other commands are neither."""
     section, _, name = path.rpartition("__")
-    other: Any = {"x": "y"} if path == "kafka__settings" else ("other",) if path == "rules" else object()
+    is_table = path in ("kafka__settings", "labels") or section == "topics"
+    other: Any = {"x": "y"} if is_table else ("other",) if path == "rules" else object()
     changed = Config()
     inner = dataclasses.replace(getattr(changed, section) if section else changed, **{name: other})
     changed = dataclasses.replace(changed, **{section: inner}) if section else inner
     is_applied = effective.in_force(Config(), changed) == changed
     named = effective.restart_needed(Config(), changed)
     dotted = path.replace("__", ".")
-    if section == "alert":
+    if section in ("alert", "topics"):
         assert (is_applied, named) == (False, ())
     elif is_applied:
         assert named == ()

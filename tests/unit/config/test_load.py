@@ -27,6 +27,7 @@ FULL = """
 host = "db-1"
 state_dir = "/run/rebpf"
 log_level = "debug"
+reload_when_changed = true
 
 [labels]
 env = "prod"
@@ -39,8 +40,14 @@ ports = [443, 9092]
 default = "drop"
 transmit_ring_bytes = 65536
 retransmit_ring_bytes = 8192
+flow_ring_bytes = 16384
+transmit = false
+retransmit = true
+flow = true
+flow_interval_s = 30
 pin = "/sys/fs/bpf/rebpf"
 latency_s = 1
+transmit_events_per_s = 1000
 btf = "/some/vmlinux"
 
 [kafka]
@@ -63,6 +70,7 @@ heartbeat = {}
 [spool]
 transmit_bytes = 1048576
 retransmit_bytes = 0
+flow_bytes = 524288
 max_age_s = 3600
 quarantine_bytes = 262144
 when_full = "drop_oldest"
@@ -85,7 +93,10 @@ key = "/etc/client.key"
 group = "on-call"
 lateness_s = 30
 missed_heartbeats = 5
-topic = false
+listen = ""
+wait_s = 90
+lookback_s = 40
+webhook = "http://hook:80/x"
 stdout = true
 alertmanager = "http://alertmanager:9093"
 repeat_s = 30
@@ -98,12 +109,24 @@ window_s = 10
 threshold = 500
 clear = 100
 minimum = 2
+prefix = 16
+prefix_v6 = 48
+quantile = 0.5
+for_s = 20
+host = ["web-*"]
+peer = ["10.0.0.0/8"]
+cause = ["rto"]
+only_labels = { env = "prod" }
+severity = "page"
+labels = { team = "net" }
+annotations = { runbook = "https://example.com/r" }
 
 [[rules]]
 name = "all of it"
 action = "drop"
 transmit = "keep"
 retransmit = "drop"
+flow = "keep"
 sample = 10
 sample_by = "event"
 sample_retransmits = true
@@ -127,6 +150,7 @@ RULE = RuleConfig(
     action="drop",
     transmit="keep",
     retransmit="drop",
+    flow="keep",
     sample=10,
     sample_by="event",
     sample_retransmits=True,
@@ -161,6 +185,7 @@ def test_every_setting_can_be_read(read):
         state_dir=Path("/run/rebpf"),
         log_level="debug",
         labels={"env": "prod", "rack": "7"},
+        reload_when_changed=True,
         capture=Capture(
             hooks=("kprobe", "cgroup_skb"),
             addresses=(ip_address("192.0.2.1"), ip_address("2001:db8::1")),
@@ -168,8 +193,12 @@ def test_every_setting_can_be_read(read):
             default="drop",
             transmit_ring_bytes=65536,
             retransmit_ring_bytes=8192,
+            flow_ring_bytes=16384,
+            transmit=False,
+            flow_interval_s=30.0,
             pin=Path("/sys/fs/bpf/rebpf"),
             latency_s=1.0,
+            transmit_events_per_s=1000,
             btf=Path("/some/vmlinux"),
         ),
         kafka=Kafka(
@@ -187,6 +216,7 @@ def test_every_setting_can_be_read(read):
         spool=Spool(
             transmit_bytes=1048576,
             retransmit_bytes=0,
+            flow_bytes=524288,
             max_age_s=3600.0,
             quarantine_bytes=262144,
             when_full="drop_oldest",
@@ -206,11 +236,35 @@ def test_every_setting_can_be_read(read):
             group="on-call",
             lateness_s=30.0,
             missed_heartbeats=5.0,
-            topic=False,
+            listen="",
+            wait_s=90.0,
+            lookback_s=40.0,
+            webhook="http://hook:80/x",
             stdout=True,
             alertmanager="http://alertmanager:9093",
             repeat_s=30.0,
-            rules=(AlertRule("much-loss", "peer", "count", 10.0, 500.0, 100.0, 2),),
+            rules=(
+                AlertRule(
+                    name="much-loss",
+                    by="peer",
+                    measure="count",
+                    window_s=10.0,
+                    threshold=500.0,
+                    clear=100.0,
+                    minimum=2,
+                    prefix=16,
+                    prefix_v6=48,
+                    quantile=0.5,
+                    for_s=20.0,
+                    host=("web-*",),
+                    peer=("10.0.0.0/8",),
+                    cause=("rto",),
+                    only_labels={"env": "prod"},
+                    severity="page",
+                    labels={"team": "net"},
+                    annotations={"runbook": "https://example.com/r"},
+                ),
+            ),
         ),
         rules=(RULE, RuleConfig()),
     )
@@ -261,7 +315,13 @@ def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(rea
             r"capture\.retransmit_ring_bytes: expected a power of two .*, found -4096",
         ),
         ('capture.hooks = ["fentri"]', r"capture\.hooks: unknown hook fentri: did you mean fentry\?"),
+        (
+            "capture.transmit = false\ncapture.retransmit = false\ncapture.flow = false",
+            r"capture: expected transmit, retransmit or flow to be true, found none of them",
+        ),
+        ("capture.flow_interval_s = 0.5", r"capture\.flow_interval_s: expected 1 to 3600 seconds, found 0\.5"),
         ('capture.latency_s = "1"', r"capture\.latency_s: expected a number, found '1'"),
+        ("capture.transmit_events_per_s = -1", r"transmit_events_per_s: expected 0 to 1000000000, found -1"),
         ("capture.latency_s = 0", r"capture\.latency_s: expected 0\.02 to 60 seconds, found 0\.0"),
         ("kafka.stop_timeout_s = -1", r"kafka\.stop_timeout_s: expected 0 to 86400 seconds, found -1\.0"),
         ("registry.timeout_s = nan", r"registry\.timeout_s: expected .* seconds, found nan"),
@@ -330,11 +390,18 @@ def test_no_password_in_a_url_on_the_command_line_either():
     [
         ('name = "loss/web"', r"name: expected letters, .* 'loss/web'"),
         ('name = "silent"', r"name: .* the built-in rule's name"),
-        ('by = "hots"', r"by: expected one of host, peer, flow, port, found 'hots'"),
-        ('measure = "mean"', r"measure: expected one of count, ratio, found 'mean'"),
+        ('by = "hots"', r"by: expected one of host, peer, subnet, .* found 'hots'"),
+        ('measure = "mean"', r"measure: expected one of ratio, .* found 'mean'"),
         ("window_s = 0.5", r"window_s: expected 1 to .* seconds, found 0\.5"),
         ("threshold = 1.5", r"threshold: expected above 0 and at most 1, found 1\.5"),
         ("clear = 0.1", r"clear: expected above 0 and at most the threshold, found 0\.1"),
+        ("for_s = -1", r"for_s: expected 0 to .* seconds, found -1"),
+        ("quantile = 1.0", r"quantile: expected above 0 and below 1, found 1\.0"),
+        ("prefix = 33", r"prefix: expected 0 to 32, found 33"),
+        ('peer = ["10.0.0.1/8"]', r"peer: .* has host bits set"),
+        ("port = [70000]", r"port: expected a port or a range of ports, found 70000"),
+        ('cause = ["retry"]', r"cause: expected other, rto, .* found 'retry'"),
+        ('labels = { "a-b" = "c" }', r"labels: expected letters, digits and underscores, found 'a-b'"),
         ("minimum = -1", r"minimum: expected at least 0, found -1"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from producer.config import sources
 from producer.config.load import Config, load
 from producer.errors import ConfigError
 
@@ -97,3 +98,26 @@ def test_the_number_of_files_is_bounded(tmp_path: Path) -> None:
         (tmp_path / "conf.d" / f"{number}.toml").write_text("")
     with pytest.raises(ConfigError, match=r"conf\.d: expected at most 256 files, found 257"):
         load(tmp_path / "rebpf.toml")
+
+
+def test_a_changed_added_replaced_or_removed_file_is_seen(tmp_path: Path) -> None:
+    path, added = tmp_path / "rebpf.toml", tmp_path / "conf.d" / "a.toml"
+    states = [sources.state(path)]
+
+    def step() -> None:
+        states.append(sources.state(path))
+        assert states[-1] != states[-2]
+        assert sources.state(path) == states[-1]
+
+    path.write_text("")
+    step()
+    path.write_text("x")
+    step()
+    added.parent.mkdir()
+    added.write_text("y")
+    step()
+    (tmp_path / "new").write_text("z")
+    (tmp_path / "new").rename(added)
+    step()
+    added.unlink()
+    step()

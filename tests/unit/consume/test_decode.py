@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import fastavro
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.alert.partitions import Committed, Counts, HeartbeatPartition
+from producer.alert.engine import Counts, Engine
+from producer.alert.silence import Hosts
 from producer.consume import decode
 from producer.consume.accepted import NotAccepted, accepted
 from producer.consume.decode import Decoder, UndecodableError
@@ -220,10 +220,11 @@ def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPSe
 
 def test_alert_counts_a_message_whose_schema_the_registry_refuses(registry: ThreadingHTTPServer) -> None:
     counts = Counts()
-    partition = HeartbeatPartition("hosts", 3, [], Committed(7), Decoder(url(registry)), counts)
+    hosts = Hosts(3, [], 7)
+    engine = Engine([], [], 0, 0, Decoder(url(registry)), counts, hosts)
     for offset in (7, 8):
-        partition.put([frame(78, OTHER)], np.array([offset]), 0)
-    assert (counts.undecodable, partition.next, len(Registry.requests)) == (2, 9, 1)
+        engine.put_beats([frame(78, OTHER)], [offset], 0)
+    assert (counts.undecodable, hosts.next, len(Registry.requests)) == (2, 9, 1)
 
 
 def test_a_value_of_more_than_a_mebibyte_is_rejected() -> None:

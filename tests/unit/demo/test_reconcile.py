@@ -5,7 +5,7 @@ from itertools import count
 from typing import Any
 
 from producer.demo.reconcile import Tally, compare, reasons
-from producer.events import RETRANSMITS, TRANSMITS
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 
 NUMBERS = count(1)
 COUNTERS = {
@@ -30,6 +30,11 @@ def retransmit(cause: str, segs: int) -> dict[str, Any]:
     return {"cpu": 1, "cpu_seq": next(NUMBERS), "segs": segs, "cause": cause}
 
 
+def flow(cookie: int, total_retrans: int) -> dict[str, Any]:
+    number = {"cpu": 0, "cpu_seq": next(NUMBERS)}
+    return {**number, "reason": "interval", "sk_cookie": cookie, "total_retrans": total_retrans}
+
+
 def syn_ack(seq: int) -> dict[str, Any]:
     flow = {"saddr": "10.0.0.2", "sport": 80, "daddr": "10.0.0.1", "dport": 40000, "seq": seq}
     return transmit(1, tcp_flags=0x12, is_retransmit=None, **flow)
@@ -41,6 +46,8 @@ def tally_of(retransmits: Mapping[str, int], *, first: int, again: int) -> Tally
         tally.add(RETRANSMITS.topic, retransmit(cause, segs))
     tally.add(TRANSMITS.topic, transmit(first))
     tally.add(TRANSMITS.topic, transmit(again, again=True))
+    for cookie, total in ((7, 1), (7, again - 4), (8, 4), (7, 3)):
+        tally.add(FLOWS.topic, flow(cookie, total))
     return tally
 
 

@@ -83,6 +83,8 @@ def test_the_schema_can_grow_and_says_what_each_field_is():
 
 
 def kind_of(kind: Any) -> str:
+    if isinstance(kind, list):
+        return " or ".join(map(kind_of, reversed(kind)))
     if not isinstance(kind, dict):
         return str(kind)
     if kind["type"] == "array":

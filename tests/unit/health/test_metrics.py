@@ -96,6 +96,9 @@ def test_the_producer_itself(found):
     assert found["rebpf_site_info", (("dc", "fra-1"), ("env", "prod"))] == 1
     assert samples(scrape(status(labels={}))[1])["rebpf_site_info", ()] == 1
     assert found["rebpf_rules_version", ()] == 7
+    assert found["rebpf_config_info", (("hash", "0123456789abcdef"),)] == 1
+    assert found["rebpf_restart_needed", ()] == 1
+    assert found["rebpf_transmit_sample_rate", ()] == 64
     assert found["rebpf_degraded", ()] == 1
     assert samples(scrape(status(reasons=()))[1])["rebpf_degraded", ()] == 0
     assert found["process_cpu_seconds_total", ()] > 0

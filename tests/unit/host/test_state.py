@@ -286,10 +286,10 @@ def test_a_reload_of_a_process_that_is_no_more(path, bystander):
 def test_a_reload_signals_the_holder_of_the_lock(path):
     with StateFolder(path) as folder:
         folder.publish({"rules_version": 4, "reloads": 1})
-        answer = {"rules_version": 6, "reloads": 2, "reload_refused": ""}
+        answer = {"rules_version": 6, "reloads": 2, "reload_refused": "", "restart_needed": ["kafka.brokers"]}
         before = signal.signal(signal.SIGHUP, lambda *_: folder.publish(answer))
         try:
-            assert reload(path) == 6
+            assert reload(path) == (6, ("kafka.brokers",))
         finally:
             signal.signal(signal.SIGHUP, before)
 
@@ -301,7 +301,7 @@ def test_a_reload_that_is_refused_gives_the_producers_reason(path):
         answer = {"rules_version": 5, "reloads": 2, "reload_refused": "rule 1: no such user"}
         before = signal.signal(signal.SIGHUP, lambda *_: folder.publish(answer))
         try:
-            with pytest.raises(ConfigError, match="rejects the rules: rule 1: no such user"):
+            with pytest.raises(ConfigError, match="rejects the configuration: rule 1: no such user"):
                 reload(path)
         finally:
             signal.signal(signal.SIGHUP, before)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from producer.kernel.sequence import EventNumbers
 
 BOOT = "b5f8c1d2"
-ZEROS = {"transmit": [0, 0], "retransmit": [0, 0]}
-LAST = {"transmit": [1009, 7], "retransmit": [0, 13]}
+ZEROS = {"transmit": [0, 0], "retransmit": [0, 0], "flow": [0, 0]}
+LAST = {"transmit": [1009, 7], "retransmit": [0, 13], "flow": [3, 101]}
 
 
 def numbers(folder, uptime_s=0.0, boot=BOOT):
@@ -21,7 +21,7 @@ def numbers(folder, uptime_s=0.0, boot=BOOT):
 
 
 def all_at(generation):
-    return {"transmit": [generation << 32] * 2, "retransmit": [generation << 32] * 2}
+    return {stream: [generation << 32] * 2 for stream in ZEROS}
 
 
 @contextlib.contextmanager
@@ -46,6 +46,14 @@ def test_an_orderly_stop_is_continued(tmp_path):
     assert second.start() == LAST
     second.stop(LAST)
     assert numbers(tmp_path, 2000).start() == LAST
+
+
+def test_a_stream_that_an_older_version_did_not_have_begins_with_its_generation(tmp_path):
+    numbers(tmp_path, 50).start()
+    second = numbers(tmp_path, 100)
+    second.start()
+    second.stop({name: [100 << 32, 100 << 32 | 7] for name in ("transmit", "retransmit")})
+    assert numbers(tmp_path, 200).start()["flow"] == [100 << 32] * 2
 
 
 def test_another_boot_begins_at_zero(tmp_path):
@@ -86,7 +94,7 @@ def test_programs_that_were_taken_over_are_not_continued_from_an_older_stop(tmp_
 def test_numbers_of_a_generation_from_elsewhere_are_never_begun_again(tmp_path):
     taken_over = numbers(tmp_path)
     taken_over.resume()
-    last = {"transmit": [(77 << 32) + 1, 0], "retransmit": [0, 0]}
+    last = {**ZEROS, "transmit": [(77 << 32) + 1, 0]}
     taken_over.stop(last)
     second = numbers(tmp_path)
     assert second.start() == last

@@ -217,7 +217,7 @@ def test_one_stream_waits_on_disk_while_the_other_goes_to_kafka(tmp_path: Folder
             setup.sink.report(RETRANSMITS, 0, 3)
         setup.pass_time(AFTER_S * 0.9)
 
-    assert [path.spooling for path in setup.paths.values()] == [True, False]
+    assert [path.spooling for path in setup.paths.values()] == [True, False, False]
     assert {file.split("/")[0] for file in setup.files} == {"transmit"}
     assert (setup.paths["retransmit"].account.delivered, setup.transmits.account.delivered) == (12, 0)
     assert setup.ring.committed == 20 * STRIDE

@@ -9,7 +9,7 @@ from producer.rules.explain import explain
 from producer.rules.tables import Action, Rule
 
 NETWORK = (ipaddress.ip_network("10.0.0.0/8"),)
-DROP = Action(transmit=False, retransmit=False)
+DROP = Action(transmit=False, retransmit=False, flow=False)
 
 
 def test_the_first_rule_that_matches_decides() -> None:
@@ -19,21 +19,23 @@ def test_the_first_rule_that_matches_decides() -> None:
         Rule("rule 3"),
     ]
     lines = explain(rules, DROP, "10.0.0.1:443,10.0.0.2:5000")
-    assert lines == ["rule 2 (web) decides: transmits kept, retransmits kept, 1 in 10 transmits sampled by connection"]
+    assert lines == [
+        "rule 2 (web) decides: transmits kept, retransmits kept, flows kept, 1 in 10 transmits sampled by connection"
+    ]
 
 
 def test_a_rule_with_other_conditions_may_decide() -> None:
     rules = [Rule("mine", uid=(1000,), address=NETWORK), Rule("rule 2", DROP, address=NETWORK)]
     lines = explain(rules, Action(), "[2001:db8::1]:1,10.0.0.2:5000")
     assert lines == [
-        "rule 1 (mine) decides if uid match: transmits kept, retransmits kept",
-        "rule 2 decides: transmits dropped, retransmits dropped",
+        "rule 1 (mine) decides if uid match: transmits kept, retransmits kept, flows kept",
+        "rule 2 decides: transmits dropped, retransmits dropped, flows dropped",
     ]
 
 
 def test_the_default_decides_if_no_rule_does() -> None:
     assert explain([Rule("r", address=NETWORK)], DROP, "192.0.2.1:1,192.0.2.2:2") == [
-        "the default decides: transmits dropped, retransmits dropped"
+        "the default decides: transmits dropped, retransmits dropped, flows dropped"
     ]
 
 

@@ -68,10 +68,12 @@ def test_a_missing_cgroup_matches_nothing(root: Path) -> None:
 
 
 def test_actions_are_by_stream() -> None:
-    found = resolved(None, RuleConfig(action="drop", retransmit="keep"), RuleConfig(sample=5), default="drop")
-    assert found.rules[0].action == Action(transmit=False, retransmit=True)
-    assert found.rules[1].action == Action(sample_rate=5)
-    assert found.default == Action(transmit=False, retransmit=False)
+    found = resolved(
+        None, RuleConfig(action="drop", retransmit="keep"), RuleConfig(sample=5, flow="drop"), default="drop"
+    )
+    assert found.rules[0].action == Action(transmit=False, retransmit=True, flow=False)
+    assert found.rules[1].action == Action(flow=False, sample_rate=5)
+    assert found.default == Action(transmit=False, retransmit=False, flow=False)
 
 
 @pytest.mark.parametrize(

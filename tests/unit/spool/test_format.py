@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from producer.encode.batch import BatchEncoder, Key
-from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
+from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream, common
 from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
 from producer.spool.format import DamagedError, Reader, Spooled, block, container_schema, header, read_header
@@ -144,7 +144,7 @@ def encoder_of(stream: Stream, key: Key) -> BatchEncoder:
 @pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
 def test_fastavro_reads_a_file_whose_events_are_those_of_the_messages(stream: Stream, key: Key) -> None:
     rows = np.zeros(stages.ROWS, stream.dtype)
-    rows["s"] = stages.rows()["s"]
+    common(rows)["flow"], common(rows)["ts"] = stages.rows()["s"]["flow"], stages.rows()["s"]["ts"]
     schema = load_schema(stream.schema_file)
     encoder = encoder_of(stream, key)
     sizes = (1, 1000, stages.ROWS - 1001)

@@ -1,0 +1,295 @@
+"""The active member's reading of all topics, up to alerts.
+
+Each second the current ends of the partitions are requested. Once a partition has been read to its end of some time,
+everything that Kafka had at that time is counted. The least of these times, less the lateness, decides; a partition
+that lags behind the others for `wait_s` holds up nothing, and its records are late.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from producer.alert.engine import Counts, Engine, since, stream_of
+from producer.alert.model import Alert
+from producer.alert.silence import RULE, Hosts
+from producer.config.load import Config
+from producer.consume.columns import Values
+from producer.consume.decode import Decoder
+from producer.consume.reader import PartitionId, by_partition
+from producer.errors import ConfigError, UnavailableError
+from producer.events import Stream
+from producer.kafka.consumer import QuietConsumer
+from producer.topics import alert_topic, heartbeat_topic, topic
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 10_000
+_ANSWER_S = 10.0
+_LIST_S = 10.0
+_SECOND_NS, _MS_NS = 1_000_000_000, 1_000_000
+_BACKLOG_NS = 60 * _SECOND_NS
+_SHOWN = 200
+_FINAL = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED})
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """The topics that a configuration needs."""
+
+    streams: dict[str, Stream]
+    heartbeats: str | None
+    """None if silence detection is off."""
+    alerts: str
+
+    @property
+    def read(self) -> list[str]:
+        """The topics whose records are read."""
+        return [*self.streams, *([self.heartbeats] if self.heartbeats else [])]
+
+    def partitions(self, consumer: Consumer) -> list[TopicPartition]:
+        """Return all partitions of the topics that are read."""
+        found = consumer.list_topics(timeout=_ANSWER_S).topics
+        return [
+            TopicPartition(name, number)
+            for name in self.read
+            if name in found
+            for number in sorted(found[name].partitions)
+        ]
+
+    def require(self, consumer: Consumer) -> None:
+        """Raise UnavailableError for a missing topic."""
+        found = consumer.list_topics(timeout=_ANSWER_S).topics
+        for name in (*self.read, self.alerts):
+            if name not in found or found[name].error is not None:
+                fix = "run `rebpf init --alerts`" if name == self.alerts else "run `rebpf init`"
+                raise UnavailableError(f"topic {name} does not exist, or this user may not describe it: {fix}")
+        if self.heartbeats and len(found[self.heartbeats].partitions) != 1:
+            raise ConfigError(
+                f"topic {self.heartbeats} has {len(found[self.heartbeats].partitions)} partitions, but "
+                "silence detection needs exactly one: set alert.missed_heartbeats to 0"
+            )
+
+
+def topics_of(config: Config) -> Topics:
+    """Return the topics that a configuration needs; ConfigError if it has nothing to alert on."""
+    alert = config.alert
+    if not alert.rules and not alert.missed_heartbeats:
+        raise ConfigError("alert: nothing to alert on: add [[alert.rules]], or set missed_heartbeats above 0")
+    streams = {str(topic(config, stream_of(rule))): stream_of(rule) for rule in alert.rules}
+    return Topics(streams, heartbeat_topic(config) if alert.missed_heartbeats else None, alert_topic(config))
+
+
+class Position:
+    """How far a partition has been read."""
+
+    __slots__ = ("at_end", "next", "reached_ns", "until")
+
+    def __init__(self, first: int, reached_ns: int) -> None:
+        self.next = first
+        self.until: tuple[int, int] | None = None
+        """(end offset, time in ns at which it was the end); None once it has been read up to there."""
+        self.reached_ns = reached_ns
+        """Everything that Kafka had at this time has been read."""
+        self.at_end = time.monotonic()
+        """When it was last read to such an end."""
+
+    def reach(self) -> None:
+        """Note whether `until` has been reached."""
+        if self.until is not None and self.next >= self.until[0]:
+            self.reached_ns, self.until, self.at_end = self.until[1], None, time.monotonic()
+
+    def advance(self, run: list[Message], now_ns: int) -> None:
+        """In a backlog, take the time of Kafka's timestamps, so that windows need not all stay open to its end.
+
+        The least of a batch, since a host's clock may be ahead.
+        """
+        if self.reached_ns and run[-1].timestamp()[1] * _MS_NS < now_ns - _BACKLOG_NS:
+            least_ns = min(message.timestamp()[1] for message in run) * _MS_NS
+            self.reached_ns = max(self.reached_ns, min(least_ns, now_ns - _BACKLOG_NS))
+
+
+class Reading:
+    """Reads the topics from where the group had come, and decides."""
+
+    def __init__(
+        self,
+        config: Config,
+        brokers: str,
+        topics: Topics,
+        alerts: Sequence[Alert],
+        decoder: Decoder,
+        counts: Counts,
+    ) -> None:
+        self._config, self._topics, self._decoder, self._counts = config.alert, topics, decoder, counts
+        self._last_alerts = alerts
+        overrides = {"auto.offset.reset": "earliest", "enable.partition.eof": "true"}
+        self._connection = QuietConsumer(brokers, "alert", config.kafka.settings, overrides)
+        self._consumer = self._connection.client
+        self._positions: dict[PartitionId, Position] = {}
+        self._warned: set[str] = set()
+        self._next_list = 0.0
+        self._beats = 0
+
+    def start(self, committed: Iterable[TopicPartition], *, from_beginning: bool) -> None:
+        """Assign all partitions, from what the group has committed."""
+        found = list(committed)
+        for each in found:
+            if each.error is not None:  # unknown is not the same as none
+                raise KafkaException(each.error)
+        now_ns = time.time_ns()
+        decided = [_decided_ns(each.metadata, now_ns) for each in found if each.offset >= 0]
+        self._is_fresh = not any(decided)
+        decided_ns = max(decided, default=0) or (0 if from_beginning else now_ns)
+        since_ns = since(self._config.rules, decided_ns, self._config.lookback_s)
+        silent = [alert for alert in self._last_alerts if alert.rule == RULE and self._topics.heartbeats]
+        others = [alert for alert in self._last_alerts if alert not in silent]
+        for each in self._starts(found, since_ns, from_beginning=from_beginning):
+            reached_ns = 0 if each.topic == self._topics.heartbeats else decided_ns
+            self._positions[PartitionId(each.topic, each.partition)] = Position(each.offset, reached_ns)
+        beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
+        hosts = Hosts(self._config.missed_heartbeats, silent, beats.next if beats else 0)
+        self._engine = Engine(self._config.rules, others, decided_ns, since_ns, self._decoder, self._counts, hosts)
+        self._consumer.assign([TopicPartition(*where, each.next) for where, each in self._positions.items()])
+
+    def _starts(
+        self, committed: list[TopicPartition], since_ns: int, *, from_beginning: bool
+    ) -> Iterator[TopicPartition]:
+        """Yield each partition with the offset of its first message to read."""
+        is_early = from_beginning and self._is_fresh
+        for each in committed:
+            if each.topic == self._topics.heartbeats and each.offset >= 0:
+                yield each
+                continue
+            low, high = self._consumer.get_watermark_offsets(each, timeout=_ANSWER_S)
+            first = low if is_early else self._offset_at(each, since_ns, high)
+            yield TopicPartition(each.topic, each.partition, max(low, first))
+
+    def _offset_at(self, partition: TopicPartition, at_ns: int, end: int) -> int:
+        """Return the offset of the first message of this time or later."""
+        asked = TopicPartition(partition.topic, partition.partition, at_ns // _MS_NS)
+        (found,) = self._consumer.offsets_for_times([asked], timeout=_ANSWER_S)
+        if found.error is not None:
+            raise KafkaException(found.error)
+        return int(found.offset) if found.offset >= 0 else end
+
+    @property
+    def firing(self) -> list[Alert]:
+        """The firing alerts."""
+        return self._engine.firing
+
+    @property
+    def decided_ns(self) -> int:
+        """The time up to which windows are decided."""
+        return self._engine.decided_ns
+
+    @property
+    def lag_s(self) -> float:
+        """Age of `decided_ns`, less the lateness."""
+        return max(0.0, (time.time_ns() - self.decided_ns) / _SECOND_NS - self._config.lateness_s)
+
+    @property
+    def lag_messages(self) -> int:
+        """Messages that Kafka has and that have not been read."""
+        return sum(max(0, each.until[0] - each.next) for each in self._positions.values() if each.until)
+
+    def positions(self) -> Iterator[tuple[PartitionId, int]]:
+        """Yield what to commit: the next offset, or of the heartbeats the oldest of the live hosts' last ones."""
+        for where, each in self._positions.items():
+            yield where, self._engine.hosts.position if where.topic == self._topics.heartbeats else each.next
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._consumer.close()
+
+    def read(self, seconds: float) -> None:
+        """Read a batch."""
+        now_ns = time.time_ns()
+        for where, run in by_partition(self._consumer.consume(_BATCH, seconds)):
+            position = self._positions.get(where)
+            error = run[-1].error()
+            if error is not None:
+                self._check(error, run.pop(), position)
+            if run and position is not None:
+                position.next = (run[-1].offset() or 0) + 1
+                position.advance(run, now_ns)
+                self._take(where.topic, run, now_ns)
+
+    def _check(self, error: KafkaError, message: Message, position: Position | None) -> None:
+        if error.code() == KafkaError._PARTITION_EOF and position is not None:
+            position.next = max(position.next, message.offset() or 0)
+        elif error.fatal() or error.code() in _FINAL:
+            raise UnavailableError(f"topic {message.topic()}: {error.str()}")
+        else:
+            logger.debug("topic=%s: %s", message.topic(), error.str())
+
+    def _take(self, name: str, run: list[Message], now_ns: int) -> None:
+        values: Values = list(map(Message.value, run))
+        crowded = self._counts.crowded
+        if name == self._topics.heartbeats:
+            reason = self._engine.put_beats(values, [message.offset() or 0 for message in run], now_ns)
+        else:
+            reason = self._engine.put(self._topics.streams[name], values, now_ns)
+        if reason is not None and self._is_first(name):
+            logger.warning("skipping messages of topic=%s: %s", name, reason[:_SHOWN])
+        if self._counts.crowded > crowded and self._is_first(f"{name} crowded"):
+            logger.warning("too many groups in topic=%s: not all are watched", name)
+
+    def _is_first(self, what: str) -> bool:
+        """Return whether this is to be logged: once."""
+        is_first = what not in self._warned
+        self._warned.add(what)
+        return is_first
+
+    def decide(self) -> list[Alert]:
+        """Return the changes that can be decided now."""
+        for each in self._positions.values():
+            each.reach()
+        self._request_ends()
+        is_decisive = [where.topic != self._topics.heartbeats or not self._topics.streams for where in self._positions]
+        reached = list(compress(self._positions.values(), is_decisive))
+        latest = max((each.at_end for each in reached), default=0.0)
+        keep_up = [each.reached_ns for each in reached if latest - each.at_end <= self._config.wait_s]
+        if len(keep_up) < len(reached) and self._is_first("lag"):
+            behind = len(reached) - len(keep_up)
+            logger.warning("alert: partitions=%d lag behind the others: alerts do not wait", behind)
+        lateness_ns = round(self._config.lateness_s * _SECOND_NS)
+        beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
+        reached_ns = max(self.decided_ns, min(keep_up, default=0) - lateness_ns)
+        return self._engine.decide(reached_ns, beats.reached_ns if beats else 0)
+
+    def _request_ends(self) -> None:
+        """Request the current end of each partition that has been read to its last known end; add new partitions."""
+        at_ns = time.time_ns()
+        try:
+            if time.monotonic() >= self._next_list:
+                self._next_list = time.monotonic() + _LIST_S
+                self._add_partitions()
+            asked = [TopicPartition(*where, OFFSET_END) for where, each in self._positions.items() if not each.until]
+            for found in self._consumer.offsets_for_times(asked, timeout=_ANSWER_S) if asked else ():
+                if found.error is None:
+                    self._positions[PartitionId(found.topic, found.partition)].until = (found.offset, at_ns)
+        except KafkaException as exc:  # time stands still until Kafka answers
+            logger.debug("cannot get the ends of partitions: %s", exc)
+
+    def _add_partitions(self) -> None:
+        for each in self._topics.partitions(self._consumer):
+            where = PartitionId(each.topic, each.partition)
+            if where not in self._positions:
+                logger.info("reading new partition=%s/%d", *where)
+                self._positions[where] = Position(0, self._engine.decided_ns)
+                self._consumer.incremental_assign([TopicPartition(*where, OFFSET_BEGINNING)])
+
+
+def _decided_ns(metadata: str | None, now_ns: int) -> int:
+    """Return the time in committed metadata, which another program may have written; 0 if there is none."""
+    try:
+        found = json.loads(metadata or "{}")
+        at_ns = found.get("decided_ns", 0)
+        return min(now_ns, at_ns) if type(at_ns) is int and at_ns > 0 else 0
+    except (ValueError, RecursionError, AttributeError):
+        return 0

@@ -1,0 +1,78 @@
+"""The figures of export and report over a lossy link's traffic equal the kernel's counters."""
+
+from ipaddress import ip_address
+from pathlib import Path
+
+import pyarrow.compute
+import pytest
+
+import rebpf
+from producer.commands.export import export
+from producer.demo.lab import Lab
+from producer.encode.batch import BatchEncoder
+from producer.events import FLOWS, KNOWN, REASONS, RETRANSMITS, ROLES, Batch, Rows, Stream
+from producer.export.sources import Files, Period
+from producer.host.cgroups import CgroupPaths
+from producer.host.clock import now
+from producer.report.collect import collect
+from producer.report.summary import summarize
+from producer.rules.tables import filtered
+from producer.schemas import load_schema
+from producer.spool.spool import Spool
+from tests.support.capture import DEADLINE_S, Recording, hook_settings
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+
+def spooled(folder: Path, stream: Stream, rows: Rows) -> Path:
+    """Write rows of a ring as the producer spools them."""
+    schema = load_schema(stream.schema_file)
+    host = {"host": "web-1", "boot_id": "boot"}
+    encoder = BatchEncoder(stream, schema, stream.fixed_schema_id, host, CgroupPaths(None))
+    spool = Spool(folder, stream, schema, now, max_bytes=1 << 26)
+    spool.open()
+    spool.append(encoder.encode(Batch(stream, rows), 0), "ring", 1)
+    spool.close()
+    return folder
+
+
+def unrecorded(rows: Rows, lab: Lab) -> int:
+    """Return how many connections have no closing record: one for each connect, and one for each established one."""
+    clients = rows[rows["role"] == ROLES.index("client")]
+    established = int((clients["known"] & KNOWN["connect_us"] != 0).sum())
+    return lab.counters()["ActiveOpens"] + established - len(rows)
+
+
+def lossy_round(folder: Path) -> bool:
+    """Compare the figures with the counters, unless a connection has no record."""
+    with Lab(loss=0.03) as lab:
+        rules = filtered(addresses=map(ip_address, lab.addresses))
+        with Recording(hook_settings(streams=(RETRANSMITS, FLOWS), rules=rules)) as recording:
+            assert lab.traffic(4).connections > 50
+            assert lab.wait_idle(DEADLINE_S)
+            rows = recording.all(FLOWS)
+            rows = rows[rows["reason"] == REASONS.index("close")]
+            if unrecorded(rows, lab):
+                return False
+            retransmits = recording.all(RETRANSMITS)
+        counters = lab.counters()
+    source = Files([spooled(folder / "flow", FLOWS, rows), spooled(folder / "retransmit", RETRANSMITS, retransmits)])
+    export(source, folder / "events", "parquet", Period(), frozenset({FLOWS, RETRANSMITS}))
+    flows = rebpf.read(folder / "events", topic="tcp_flow", columns=["total_retrans", "segs_out"])
+    summary = summarize(collect(source, Period()), Period())
+    assert summary.totals is not None
+    assert summary.timeline is not None
+    assert summary.totals.retransmitted == counters["RetransSegs"] > 0
+    assert pyarrow.compute.sum(flows["total_retrans"]).as_py() == counters["RetransSegs"]
+    assert pyarrow.compute.sum(flows["segs_out"]).as_py() == summary.totals.sent
+    assert sum(summary.totals.causes.values()) == counters["RetransSegs"]
+    shown = sum(int(counts.sum()) for counts in summary.timeline.causes.values())
+    assert shown == int(retransmits["s"]["segs"].sum()) <= counters["RetransSegs"]
+    assert sum(line.retransmitted for line in summary.worst["peer"]) == counters["RetransSegs"]
+    assert summary.totals.failed == 0
+    return True
+
+
+def test_the_figures_equal_the_kernels_counters(tmp_path: Path) -> None:
+    """Some hosts run no tracepoint's program in softirqs that interrupt process 1: docs/truth.md. So try again."""
+    assert any(lossy_round(tmp_path / str(number)) for number in range(8))
