@@ -114,6 +114,7 @@ def trace(
         streams = (RETRANSMITS, FLOWS, *([TRANSMITS] if transmit else []))
         local = LocalSource(streams, {"host": settings.host}, cache=_CACHE, btf=settings.capture.btf)
         source = tracing.live(local, stop)
+        _say_loading()
     try:
         tracing.trace(source, chosen, output, stop, file)
     finally:
@@ -172,8 +173,14 @@ def top(
     if once or not is_usable():
         showing.once(source, choice, window, name, stop, as_json=as_json, width=line_width())
     else:
-        echo("Loading the programs ...", err=True)
+        _say_loading()
         showing.watch(source, choice, window, name, stop, color=has_color())
+
+
+def _say_loading() -> None:
+    """The first start compiles the programs, which takes seconds."""
+    if is_terminal():
+        echo("Loading the programs ...", err=True)
 
 
 def _local(settings: Any) -> Any:
