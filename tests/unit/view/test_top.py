@@ -100,5 +100,5 @@ def test_numbers_that_no_kernel_writes_are_shown_somehow(rows: list[dict[str, An
     for size in ((80, 24), (200, 50)):
         lines = render(frame, Look(*size, color=False, unicode=True))
         assert all(line.isprintable() for line in lines)
-    found.forget(100.0)
+    found.forget(1000.0)
     assert len(found.rows) == 0
