@@ -104,8 +104,8 @@ def test_the_guilty_peer_is_on_the_first_line(netns: int, columns: int, lines: i
         assert programs
         top.press("f")
         top.wait_for(lambda screen: f" > {_GUILTY}:{_PORT} " in screen[3], "flows")
-        top.press("p/peer 10.99.0.9\r")
-        top.wait_for(lambda screen: screen[3].startswith(">10.99.0.9 "), "filter")
+        top.press(f"p/ and peer {_PEERS[8]}\r")
+        top.wait_for(lambda screen: screen[3].startswith(f">{_PEERS[8]} "), "filter")
         top.press("\x03")
         assert top.wait() == 0
         assert "Traceback" not in top.output
@@ -116,7 +116,7 @@ def test_the_guilty_peer_is_on_the_first_line(netns: int, columns: int, lines: i
 def test_a_wrong_filter_is_shown_under_its_place(netns: int) -> None:
     with PtyCommand(command("top", "netns", netns), 80, 24, NO_COLOR="1") as top:
         top.wait_for(lambda screen: len(screen) > 3 and "10.99" in screen[3], "peers")
-        top.press("/port x\r")
+        top.press("/\x15port x\r")
         screen = top.wait_for(lambda screen: "expected a port" in screen[-1], "error")
         assert screen[-3:-1] == ["/port x", "      ^"]
         assert "\x1b[1;31m" not in top.output

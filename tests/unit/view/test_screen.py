@@ -118,6 +118,8 @@ def test_a_filter_is_typed_in_place() -> None:
     assert press("/", *"port 22", "enter").filter_text == "port 22"
     assert press("/", *"port 222", "backspace", "enter").filter_text == "port 22"
     assert press("/", *"q").typed == "q"
+    assert press("/", *"port 22", "enter", "/", *" or port 23").typed == "port 22 or port 23"
+    assert press("/", *"port 22", "enter", "/", "clear").typed == ""
     assert press("/", *"port", "escape").filter_text == ""
     wrong = press("/", *"port x", "enter")
     assert wrong.typed == "port x"
