@@ -85,11 +85,11 @@ static __always_inline void delete_state(void *sk)
 }
 #endif
 
-/* Where flow_states is socket storage, kprobe programs cannot use it. */
-#define PROCESSES_BY_COOKIE (PROBE_READ && HAS_TRACING_STORAGE)
-
-#if PROCESSES_BY_COOKIE
-/* By cookie. Connect, listen and accept insert, close deletes; the oldest are evicted. */
+#if PROBE_READ
+/*
+ * By cookie, for kprobe programs, which cannot use socket storage. Connect, listen and accept insert, close deletes; the
+ * oldest are evicted.
+ */
 BPF_TABLE("lru_hash", u64, struct process, processes, 65536);
 #endif
 
@@ -104,7 +104,7 @@ static __always_inline void note_process(struct process *process, const struct t
 
 static __always_inline void publish_process(struct tcp_sock *tp, const struct flow_state *state)
 {
-#if PROCESSES_BY_COOKIE
+#if PROBE_READ
 	u64 cookie = traced_cookie((struct sock *)tp);
 	struct process process = state->process;
 
@@ -121,13 +121,13 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 
 	if (begins)
 		found = create_state(tp);
-	else if (PROCESSES_BY_COOKIE && old_state == TCP_LISTEN)
+	else if (PROBE_READ && old_state == TCP_LISTEN)
 		found = find_state(tp);
 	if (found && begins)
 		note_process(&found->process, (const void *)bpf_get_current_task());
 	if (found)
 		publish_process(tp, found);
-#if PROCESSES_BY_COOKIE
+#if PROBE_READ
 	if (state == TCP_CLOSE) {
 		u64 cookie = READ_IF(sock, (const struct sock *)tp, skc_cookie);
 
@@ -140,11 +140,11 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 #endif
 }
 
-/* `sk` is the socket, or a SYN-ACK's listener; `cookie` is its cookie. */
-static __always_inline void fill_process(struct segment *s, void *sk, u64 cookie)
+/* `sk` is the socket, or a SYN-ACK's listener; `cookie` is its cookie, on the stack. */
+static __always_inline void fill_process(struct segment *s, void *sk, u64 *cookie)
 {
-#if PROCESSES_BY_COOKIE
-	struct process *process = cookie ? processes.lookup(&cookie) : NULL;
+#if PROBE_READ
+	struct process *process = processes.lookup(cookie);
 #else
 	struct flow_state *state = find_state(sk);
 	struct process *process = state && state->process.pid ? &state->process : NULL;
