@@ -152,7 +152,8 @@ def test_verify_of_what_is_whole(state):
     assert spool("verify", state) == {
         TRANSMIT: {"files": 2, "events": 4 * SIZE, "damage": [], "lost": 0},
         f"{TRANSMIT}/quarantine": {"files": 1, "events": 2, "damage": [], "lost": 0},
-        **dict.fromkeys((RETRANSMIT, FLOW), {"files": 0, "events": 0, "damage": [], "lost": 0}),
+        RETRANSMIT: {"files": 0, "events": 0, "damage": [], "lost": 0},
+        FLOW: {"files": 0, "events": 0, "damage": [], "lost": 0},
     }
 
 
