@@ -1,6 +1,7 @@
 """The commands `rebpf export` and `rebpf report`, which need the extra `rebpf[report]`."""
 
 import importlib.util
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,12 @@ def _source(
     )
 
 
+def _clean_up_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end the command as SIGINT does, so that no partial files stay."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+
+
 def _choice(filter_text: str | None) -> Any:
     from producer.export.events import matching
 
@@ -65,7 +72,7 @@ def _choice(filter_text: str | None) -> Any:
 
 def _period(since: str | None, until: str | None) -> Any:
     from producer.export.sources import Period
-    from producer.export.when import parse_time
+    from producer.host.when import parse_time
 
     now_ns = time.time_ns()
     return Period(parse_time(since, now_ns) if since else None, parse_time(until, now_ns) if until else None)
@@ -116,6 +123,7 @@ def export(
     from producer.export.read import STREAMS
 
     collect_rarely()
+    _clean_up_on_signals()
     period = _period(since, until)
     names = topic or tuple(STREAMS)
     source = _source(config, brokers, registry, paths, period, names)
@@ -164,6 +172,7 @@ def report(
     from producer.report.connections import MARGIN_NS
 
     collect_rarely()
+    _clean_up_on_signals()
     period = _period(since, until)
     earlier = Period(period.since_ns and period.since_ns - MARGIN_NS, period.until_ns)
     source = _source(config, brokers, registry, paths, earlier, tuple(STREAMS))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from producer.demo.lab import Host, Lab
-from producer.host.tcp_counters import parse_counters
 from producer.errors import UnavailableError
+from producer.host.tcp_counters import parse_counters
 
 pytestmark = pytest.mark.root
 

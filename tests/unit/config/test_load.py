@@ -14,6 +14,7 @@ from producer.config.load import (
     Capture,
     Config,
     Kafka,
+    Kubernetes,
     Metrics,
     Registry,
     RuleConfig,
@@ -79,6 +80,11 @@ spill_after_s = 0.5
 [metrics]
 listen = "[::1]:0"
 web_config_file = "/etc/rebpf/web.yml"
+
+[kubernetes]
+pods_url = "https://api/api/v1/pods"
+token = "/run/token"
+ca = "/run/ca.crt"
 
 [registry]
 url = "http://registry:8081"
@@ -223,6 +229,7 @@ def test_every_setting_can_be_read(read):
             spill_after_s=0.5,
         ),
         metrics=Metrics(listen="[::1]:0", web_config_file=Path("/etc/rebpf/web.yml")),
+        kubernetes=Kubernetes("https://api/api/v1/pods", Path("/run/token"), Path("/run/ca.crt")),
         registry=Registry(
             url="http://registry:8081",
             register=True,
