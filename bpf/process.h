@@ -89,11 +89,11 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 #endif
 }
 
-/* `sk` is the socket, or a SYN-ACK's listener; `cookie` is its cookie. */
-static __always_inline void fill_process(struct segment *s, void *sk, u64 cookie)
+/* `sk` is the socket, or a SYN-ACK's listener; `cookie` is its cookie, on the stack. */
+static __always_inline void fill_process(struct segment *s, void *sk, u64 *cookie)
 {
 #if PROBE_READ
-	struct process *process = cookie ? processes.lookup(&cookie) : NULL;
+	struct process *process = processes.lookup(cookie);
 #else
 	struct flow_state *state = flow_states.sk_storage_get(sk, NULL, 0);
 	struct process *process = state && state->process.pid ? &state->process : NULL;

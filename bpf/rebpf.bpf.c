@@ -209,7 +209,7 @@ static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *sk
 		return 0;
 	fill_from_cb(&e->s, skb, rcv_nxt);
 	fill_tcp(&e->s, tp);
-	fill_process(&e->s, tp, flow.sk_cookie);
+	fill_process(&e->s, tp, &flow.sk_cookie);
 	fill_is_retransmit(e, tp);
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, RB_NO_WAKEUP));
 	return 0;
@@ -220,6 +220,7 @@ static __always_inline int take_synack(struct sock *listener, struct request_soc
 	struct flow flow = {};
 	struct choice choice = {};
 	struct transmit_event *e;
+	u64 cookie = cookie_of(listener, hook);
 
 	if (!choose_request(&choice, &flow, listener, req, STREAM_TRANSMIT, hook))
 		return 0;
@@ -227,7 +228,7 @@ static __always_inline int take_synack(struct sock *listener, struct request_soc
 	if (!e)
 		return 0;
 	fill_from_request(&e->s, req);
-	fill_process(&e->s, listener, cookie_of(listener, hook));
+	fill_process(&e->s, listener, &cookie);
 	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, RB_NO_WAKEUP));
 	return 0;
 }
@@ -246,7 +247,7 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 		return 0;
 	fill_from_cb(&e->s, skb, READ(tp, rcv_nxt));
 	fill_tcp(&e->s, tp);
-	fill_process(&e->s, tp, flow.sk_cookie);
+	fill_process(&e->s, tp, &flow.sk_cookie);
 	fill_cause(e, tp, is_loss_probe);
 	e->err = errno_of(err);
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, 0));
@@ -258,6 +259,7 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 	struct flow flow = {};
 	struct choice choice = {};
 	struct retransmit_event *e;
+	u64 cookie = cookie_of(listener, hook);
 
 	if (!choose_request(&choice, &flow, listener, req, STREAM_RETRANSMIT, hook))
 		return 0;
@@ -265,7 +267,7 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 	if (!e)
 		return 0;
 	fill_from_request(&e->s, req);
-	fill_process(&e->s, listener, cookie_of(listener, hook));
+	fill_process(&e->s, listener, &cookie);
 	fill_synack_cause(e, synack_number(req, behind));
 	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, 0));
 	return 0;
@@ -606,13 +608,15 @@ static __always_inline bool is_wanted(const struct choice *choice)
 static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
 					const struct sender *sender)
 {
+	u64 cookie = s->flow.sk_cookie;
+
 	fill_from_wire(s, skb, wire);
 	if (sender->listener)
 		s->state = TCP_SYN_RECV;
 	else if (sender->tp)
 		fill_tcp(s, sender->tp);
 	if (sender->tp)
-		fill_process(s, sender->tp, s->flow.sk_cookie);
+		fill_process(s, sender->tp, &cookie);
 }
 
 static __always_inline void transmit_packet(struct __sk_buff *skb, const struct flow *flow, const struct wire *wire,

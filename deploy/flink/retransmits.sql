@@ -2,7 +2,8 @@
 --
 -- From flow records: a minute has what connections did since their records before. A connection's first record counts in
 -- full if it began within the minute before; of an older one, only later records do. A producer delivers the records of a
--- connection in order, after an outage too, so the order is that of arrival.
+-- connection in order, after an outage too, so the order is that of arrival, and one that is not later than one before is a
+-- copy.
 --
 -- No window: after an outage a producer delivers its spool, hours late, and a window would silently drop these records.
 -- Here they correct the row of their minute. State expires after state.ttl without updates; later records would start
@@ -17,10 +18,11 @@ SET 'table.exec.mini-batch.size' = '50000';
 INSERT INTO tcp_retransmit_minute
 WITH flows AS (
   SELECT * FROM (
-    SELECT *, ROW_NUMBER() OVER (PARTITION BY boot_id, cpu, cpu_seq ORDER BY arrived ASC) AS copy_number
-    FROM tcp_flow
+    SELECT *, LAG(last_ns) OVER w AS last_ns_before
+    FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM tcp_flow WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived))
+    WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)
   )
-  WHERE copy_number = 1
+  WHERE last_ns_before IS NULL OR ts_ns > last_ns_before
 ),
 differences AS (
   SELECT CAST(ts AS TIMESTAMP(3)) AS ts, host, daddr, NULLIF(srtt_us, 0) AS srtt_us,

@@ -25,6 +25,11 @@ def suites() -> dict[str, Any]:
     return tomllib.loads((HERE / "suites.toml").read_text())
 
 
+def releases() -> dict[str, Any]:
+    """Return releases.toml."""
+    return tomllib.loads((HERE / "releases.toml").read_text())
+
+
 def project() -> dict[str, Any]:
     """Return the project's table of pyproject.toml."""
     table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

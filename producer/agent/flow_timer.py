@@ -24,7 +24,7 @@ class FlowTimer:
     ) -> None:
         self._report = report
         self._fill = fill
-        self._interval_s = interval_s
+        self.interval_s = interval_s
         self._next_s = now_s + interval_s * zlib.crc32(host.encode()) / (1 << 32)
         self._steps: Generator[None] | None = None
 
@@ -37,11 +37,11 @@ class FlowTimer:
         """Take the next step. An error ends this interval's report."""
         if self._steps is None:
             self._steps = self._report()
-            self._next_s += self._interval_s * (1 + (now_s - self._next_s) // self._interval_s)
+            self._next_s += self.interval_s * (1 + (now_s - self._next_s) // self.interval_s)
         if self._fill() > _MOST_FILL:
             return
         steps, self._steps = self._steps, None
-        for _ in steps:
+        for _ in steps:  # ends without a turn once the report is complete
             self._steps = steps
             return
 

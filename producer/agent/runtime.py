@@ -67,6 +67,7 @@ class Runtime:
     liveness: Liveness = field(init=False)
     losses: LossReporter = field(default_factory=LossReporter)
     budget: TransmitBudget = field(init=False)
+    flows: FlowTimer | None = field(default=None, init=False)
     chores_at_s: float = 0.0
 
     @property
@@ -91,7 +92,7 @@ class Runtime:
         )
         self.in_force.apply = partial(self._apply, pipeline)
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
-        flows = self._flow_timer()
+        flows = self.flows = self._flow_timer()
         woken: set[str] = set()
         while not stop.wait(0) and time.monotonic() < end:
             self._do_chores(reload)
@@ -113,6 +114,8 @@ class Runtime:
     def _apply(self, pipeline: Pipeline, config: Config) -> None:
         """Apply what a reload has changed outside the rules (producer.config.effective.AT_RELOAD)."""
         pipeline.set_latency(config.capture.latency_s)
+        if self.flows:
+            self.flows.interval_s = config.capture.flow_interval_s
         for each in self.streams:
             each.pipeline.spill_after_s = config.spool.spill_after_s
         if config.labels != self.reporter.labels:

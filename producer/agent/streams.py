@@ -19,6 +19,7 @@ from producer.events import STREAMS, EncodedBatch, Rows, SchemaId, Stream
 from producer.health import metrics
 from producer.host.cgroups import CgroupPaths, cgroup2_root
 from producer.host.clock import UtcOffset, boot_id, now
+from producer.host.pods import Pods, PodSource
 from producer.kernel.capture import Capture
 from producer.kernel.ringbuf import Ring
 from producer.pipeline.ledger import Account, Ledger
@@ -148,6 +149,11 @@ class StreamParts:
     """Why the spool could not be opened; empty if it was, or if none is configured."""
 
 
+def _pods(config: Config) -> Pods:
+    kubernetes = config.kubernetes
+    return Pods(PodSource(str(kubernetes.pods_url), kubernetes.token, kubernetes.ca))
+
+
 class StreamBuilder:
     """Builds streams on hooks; `ids` are the schema ids by the stream's name. `stack` closes what is opened."""
 
@@ -161,6 +167,7 @@ class StreamBuilder:
         self._stack = stack
         self._fields = {"host": config.host, "boot_id": boot_id(), "labels": dict(config.labels)}
         self._cgroups = CgroupPaths(cgroup2_root())
+        self._pods = stack.enter_context(_pods(config)) if config.kubernetes.pods_url else None
         self._isolators: list[tuple[Stream, Isolator]] = []
         self._old_rings = hooks.old_rings()
 
@@ -215,7 +222,7 @@ class StreamBuilder:
     def _encoder(self, stream: Stream) -> BatchEncoder:
         schema = load_schema(stream.schema_file)
         key = cast(Key, self._config.kafka.key)  # validated
-        return BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups, key)
+        return BatchEncoder(stream, schema, self._ids[stream.name], self._fields, self._cgroups, key, self._pods)
 
     def _drain_old(self, stream: Stream, spool: Spool | None, account: Account | None) -> int:
         """Move the events of replaced hooks' rings into the spool; return how many are lost."""

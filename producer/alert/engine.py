@@ -112,6 +112,8 @@ class Engine:
             self._rules[stream_of(rule)].append((windows, Evaluator(windows, known, decided_ns)))
         self._ids = EventIds(max((round(rule.window_s * 1e9) for rule in rules), default=1), IDS_BYTES)
         self.decided_ns = decided_ns
+        self._open_ns = 0
+        """Windows before this are decided, of all rules."""
         self._lost = 0
 
     @property
@@ -183,8 +185,10 @@ class Engine:
             changes += evaluator.decide(reached_ns)
         self.decided_ns = max(self.decided_ns, reached_ns)
         open_ns = min((evaluator.decided_ns for _, evaluator in self._all()), default=reached_ns)
-        self._connections.forget(open_ns)
-        self._ids.forget(open_ns)
+        if open_ns > self._open_ns:  # it costs a pass over all connections
+            self._open_ns = open_ns
+            self._connections.forget(open_ns)
+            self._ids.forget(open_ns)
         self.counts.crowded += sum(evaluator.suppressed for _, evaluator in self._all()) - suppressed
         lost = self._ids.forgotten + self._connections.forgotten
         self.counts.forgotten, self._lost = self.counts.forgotten + lost - self._lost, lost

@@ -35,6 +35,7 @@ _COUNTERS = ("segs_out", "data_segs_out", *CAUSE_COUNTERS)
 _COLUMNS = {
     FLOWS: {
         **_COMMON,
+        "ts_ns": "BIGINT NOT NULL",
         "netns": "BIGINT NOT NULL",
         "sk_cookie": "BIGINT",
         "reason": "STRING NOT NULL",
@@ -115,17 +116,21 @@ def _view(stream: Stream, since_ns: int, *, labelled: bool) -> str:
             "  SELECT *, ROW_NUMBER() OVER (PARTITION BY boot_id, cpu, cpu_seq ORDER BY arrived ASC) AS copy_number\n"
             f"  FROM alert_{stream.topic}\n)\nWHERE copy_number = 1;"
         )
-    # A record repeated has the time of the first, and a difference of 0. Counters have 32 bits, and may wrap.
+    # In the order of arrival, which is that of each connection. A record that is not later than one before is a copy.
+    # Counters have 32 bits, and may wrap.
     counters = ",\n  ".join(
         f"MOD({name} - COALESCE(LAG({name}) OVER w, CASE WHEN start_ns > {since_ns} THEN 0 ELSE {name} END) "
         f"+ 4294967296, 4294967296) * sample_rate AS {name}"
         for name in _COUNTERS
     )
+    over = "WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)"
     return (
         f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\nSELECT {names}, srtt_us,\n"
         "  CASE WHEN reason = 'close' AND state = 'SYN_SENT' AND LAG(reason) OVER w IS DISTINCT FROM 'close'\n"
         f"    THEN COALESCE(error, '{CLOSED}') END AS failed,\n  {counters}\n"
-        f"FROM alert_{stream.topic}\nWINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY ts);"
+        f"FROM (\n  SELECT *, LAG(last_ns) OVER w AS last_ns_before\n"
+        f"  FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM alert_{stream.topic} {over})\n  {over}\n)\n"
+        f"WHERE last_ns_before IS NULL OR ts_ns > last_ns_before\n{over};"
     )
 
 

@@ -1,6 +1,7 @@
 """The commands `rebpf export` and `rebpf report`, which need the extra `rebpf[report]`."""
 
 import importlib.util
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,12 @@ def _source(
         settings.kafka.settings,
         period.since_ns,
     )
+
+
+def _clean_up_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end the command as SIGINT does, so that no partial files stay."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
 
 
 def _choice(filter_text: str | None) -> Any:
@@ -116,6 +123,7 @@ def export(
     from producer.export.read import STREAMS
 
     collect_rarely()
+    _clean_up_on_signals()
     period = _period(since, until)
     names = topic or tuple(STREAMS)
     source = _source(config, brokers, registry, paths, period, names)
@@ -164,6 +172,7 @@ def report(
     from producer.report.connections import MARGIN_NS
 
     collect_rarely()
+    _clean_up_on_signals()
     period = _period(since, until)
     earlier = Period(period.since_ns and period.since_ns - MARGIN_NS, period.until_ns)
     source = _source(config, brokers, registry, paths, earlier, tuple(STREAMS))

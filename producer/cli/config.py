@@ -13,6 +13,7 @@ from producer.cli.options import (
     json_option,
     load,
     pin_option,
+    pods_url_option,
     port_option,
     registry_option,
     state_dir_option,
@@ -35,6 +36,7 @@ from producer.host.text import lines, to_json
 @port_option
 @state_dir_option
 @pin_option
+@pods_url_option
 @json_option
 def config(
     config: Path | None,
@@ -44,6 +46,7 @@ def config(
     port: tuple[int, ...],
     state_dir: Path | None,
     pin: Path | None,
+    pods_url: str | None,
     as_json: bool,
 ) -> None:
     """Print the configuration that `rebpf run` would use with these options.
@@ -59,6 +62,7 @@ def config(
         capture__addresses=address,
         capture__ports=port,
         capture__pin=pin,
+        kubernetes__pods_url=pods_url,
         state_dir=state_dir,
     )
     digest = effective.digest(settings)

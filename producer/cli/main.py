@@ -24,6 +24,7 @@ from producer.cli.options import (
     load,
     option,
     pin_option,
+    pods_url_option,
     port_option,
     registry_option,
     state_dir_option,
@@ -103,6 +104,7 @@ for each in (spool, alert, export, report, init, tail, verify, top, trace, confi
 @port_option
 @state_dir_option
 @pin_option
+@pods_url_option
 @json_option
 def run(
     config: Path | None,
@@ -113,6 +115,7 @@ def run(
     port: tuple[int, ...],
     state_dir: Path | None,
     pin: Path | None,
+    pods_url: str | None,
     as_json: bool,
 ) -> None:
     """Capture events and publish them until SIGINT or SIGTERM.
@@ -130,6 +133,7 @@ def run(
             capture__addresses=address,
             capture__ports=port,
             capture__pin=pin,
+            kubernetes__pods_url=pods_url,
             state_dir=state_dir,
         )
 

@@ -135,6 +135,7 @@ config_option = option(
 )
 brokers_option = option("--brokers", help="Kafka bootstrap servers, HOST:PORT[,...].")
 registry_option = option("--registry", help="URL of the schema registry (Confluent API).")
+pods_url_option = option("--pods-url", help="URL of the list of this node's Kubernetes pods.")
 state_dir_option = option(
     "--state-dir",
     type=click.Path(path_type=Path, readable=False),  # our own error says what to do

@@ -1,6 +1,5 @@
 """`rebpf report`: what was retransmitted in a period, as an HTML file and a picture."""
 
-import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import pyarrow as pa
 from producer.errors import UnavailableError
 from producer.events import TRANSMITS
 from producer.export.arrow import schema_of
-from producer.export.dataset import disk_errors
+from producer.export.dataset import write_whole
 from producer.export.events import Choice
 from producer.export.sources import Files, Period, Topics
 from producer.host.progress import Progress
@@ -39,13 +38,11 @@ def report(
         segments = collect_segments(source, period, flow_choice(summary))
     else:
         segments = Frame(pa.Table.from_batches([], schema_of(TRANSMITS, NAMES[TRANSMITS])))
-    with Progress("drawing"), disk_errors(output.parent):
-        if picture is not None:
-            png(picture, draw_summary(summary, headline(summary), segments), 12, 9)
+    with Progress("drawing"):
         text = page(summary, segments, list(_commands(summary, source)), filter_text)
-        partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(output)
+        write_whole(output, text.encode(errors="backslashreplace"))
+        if picture is not None:
+            write_whole(picture, png(draw_summary(summary, headline(summary), segments), 12, 9))
     return headline(summary)
 
 
@@ -53,7 +50,9 @@ def _commands(summary: Summary, source: Files | Topics) -> Iterator[str]:
     """Yield command lines that show more of the worst peer and host."""
     peers, hosts = summary.worst["peer"], summary.worst["host"]
     if peers:
-        yield f"ss -ti dst {shlex.quote(peers[0].name)}  # on the host: the open connections to the worst peer"
+        match = shlex.quote(f"peer {peers[0].name}")
+        yield f"rebpf trace {match}  # on the host: what is retransmitted to the worst peer now"
+        yield f"ss -ti dst {shlex.quote(peers[0].name)}  # on the host: its open connections"
     if hosts and isinstance(source, Topics):
         brokers = shlex.quote(source.brokers)
         yield f"rebpf verify --brokers {brokers} --host {shlex.quote(hosts[0].name)}  # whether events are missing"

@@ -22,6 +22,7 @@ AT_RELOAD = (
     "capture.ports",
     "capture.default",
     "capture.latency_s",
+    "capture.flow_interval_s",
     "kafka.stop_timeout_s",
     "spool.spill_after_s",
 )
@@ -31,18 +32,17 @@ _NOT_OF_THE_PRODUCER = ("alert.", "topics.")
 _OF_THE_HOST = ("host", "labels.")
 """Settings that differ between hosts with the same configuration, so that the hash leaves them out."""
 
-_SETTINGS = "kafka.settings"
 _SECRET = re.compile(r"password|passphrase|secret|key\.pem|oauthbearer\.config")
 _USER_INFO = re.compile(r"//[^/@]*@")
 
 
 def settings(config: Config) -> dict[str, Any]:
     """Return each setting by its path, in the types of JSON. Secrets are masked; lists of tables are one value."""
-    return {path: _plain(_masked(path, value)) for path, value in _leaves(config)}
+    return {path: _plain(_masked(path, value)) for _, path, value in _leaves(config)}
 
 
 def digest(config: Config) -> str:
-    """Return 16 hexadecimal digits that are equal for hosts with the same settings, apart from names and secrets."""
+    """Return 16 hexadecimal digits, equal for hosts with the same settings, apart from names, labels and secrets."""
     same = {path: value for path, value in settings(config).items() if not path.startswith(_OF_THE_HOST)}
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -63,7 +63,7 @@ def in_force(running: Config, read: Config) -> Config:
 
 def restart_needed(running: Config, read: Config) -> tuple[str, ...]:
     """Return the settings in which `read` differs from `running` and that a reload does not apply."""
-    now, then = dict(_leaves(read)), dict(_leaves(running))
+    now, then = ({path: value for _, path, value in _leaves(each)} for each in (read, running))
     changed = {path for path in now.keys() | then.keys() if now.get(path) != then.get(path)}
     others = (path for path in changed if path not in AT_RELOAD and not path.startswith(_NOT_OF_THE_PRODUCER))
     return tuple(sorted(path for path in others if path.partition(".")[0] not in AT_RELOAD))
@@ -71,17 +71,16 @@ def restart_needed(running: Config, read: Config) -> tuple[str, ...]:
 
 def as_toml(config: Config, origins: Mapping[str, str]) -> str:
     """Return the configuration as TOML without secrets. `origins` has where values come from, for comments."""
-    tables = [f"{path}." for path in _tables(config)]
     sections: dict[str, list[str]] = {"": []}
     lists = []
-    for path, value in settings(config).items():
+    shown = settings(config)
+    for section, path, _ in _leaves(config):
+        value = shown[path]
         if isinstance(value, list) and value and isinstance(value[0], dict):
             for number, each in enumerate(value, 1):
                 head = f"[[{path}]]" + _comment(origins.get(f"{path}[{number}]"))
                 lists.append([head, *(_line(name, item) for name, item in each.items())])
         else:
-            table = next((each for each in tables if path.startswith(each)), "")
-            section = table.removesuffix(".") or path.rpartition(".")[0]
             line = _line(path.removeprefix(f"{section}."), value) + _comment(origins.get(path))
             sections.setdefault(section, [f"[{section}]"]).append(line)
     return "\n\n".join("\n".join(block) for block in [*sections.values(), *lists])
@@ -91,29 +90,20 @@ def _comment(origin: str | None) -> str:
     return f"  # {origin}" if origin else ""
 
 
-def _tables(value: Any, path: str = "") -> Iterator[str]:
-    """Yield the paths of tables with any keys."""
+def _leaves(value: Any, section: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield the table, the path and the value of each setting."""
     for field in dataclasses.fields(value):
-        each, name = getattr(value, field.name), f"{path}{field.name}"
+        each, path = getattr(value, field.name), f"{section}.{field.name}".lstrip(".")
         if dataclasses.is_dataclass(each):
-            yield from _tables(each, f"{name}.")
+            yield from _leaves(each, path)
         elif isinstance(each, Mapping):
-            yield name
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(value):
-        each, name = getattr(value, field.name), f"{path}{field.name}"
-        if dataclasses.is_dataclass(each):
-            yield from _leaves(each, f"{name}.")
-        elif isinstance(each, Mapping):
-            yield from ((f"{name}.{key}", text) for key, text in sorted(each.items()))
+            yield from ((path, f"{path}.{key}", text) for key, text in sorted(each.items()))
         else:
-            yield name, each
+            yield section, path, each
 
 
 def _masked(path: str, value: Any) -> Any:
-    if path.startswith(f"{_SETTINGS}.") and _SECRET.search(path):
+    if path.startswith("kafka.settings.") and _SECRET.search(path):
         return MASK
     return _USER_INFO.sub(f"//{MASK}@", value) if path.endswith(("url", "alertmanager")) and value else value
 
@@ -123,10 +113,18 @@ def _plain(value: Any) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return dict(value)
     return str(value) if isinstance(value, Path | ipaddress.IPv4Address | ipaddress.IPv6Address) else value
 
 
 def _line(name: str, value: Any) -> str:
     key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
-    # Printable strings, numbers, booleans and lists are the same in JSON and TOML.
-    return f"# {key} is not set" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    return f"# {key} is not set" if value is None else f"{key} = {_inline(value)}"
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_inline(each)}" for key, each in value.items()) + "}"
+    # Printable strings, numbers, booleans and lists of these are the same in JSON and TOML.
+    return json.dumps(value, ensure_ascii=False)

@@ -24,6 +24,7 @@ _SECRETS = frozenset({"sasl.password", "ssl.key.password", "ssl.keystore.passwor
 _OPTIONS = {
     "kafka.brokers": "--brokers or REBPF_BROKERS",
     "registry.url": "--registry or REBPF_REGISTRY",
+    "kubernetes.pods_url": "--pods-url or REBPF_PODS_URL",
     "capture.addresses": "--address or REBPF_ADDRESS",
     "capture.ports": "--port or REBPF_PORT",
     "capture.pin": "--pin or REBPF_PIN",
@@ -133,6 +134,18 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Kubernetes:
+    """[kubernetes]: names of pods in the events."""
+
+    pods_url: str | None = None
+    """URL of the list of this node's pods, from the API server or the kubelet; none: events have only pod_uid."""
+    token: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+    """File with the bearer token."""
+    ca: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount/ca.crt")
+    """File with the CA certificate."""
+
+
+@dataclass(frozen=True, slots=True)
 class Registry:
     """[registry]: the schema registry."""
 
@@ -217,6 +230,7 @@ class Config:
     topics: Topics = Topics()
     spool: Spool = Spool()
     metrics: Metrics = Metrics()
+    kubernetes: Kubernetes = Kubernetes()
     registry: Registry = Registry()
     alert: Alert = field(default_factory=Alert)
     rules: tuple[RuleConfig, ...] = ()

@@ -85,6 +85,10 @@ def check(config: Any) -> None:
         _check_listen("metrics.listen", config.metrics.listen)
     _check_path("metrics.web_config_file", config.metrics.web_config_file)
     _check_registry(config.registry)
+    if config.kubernetes.pods_url is not None:
+        _check_url("kubernetes.pods_url", config.kubernetes.pods_url)
+    for name in ("token", "ca"):
+        _check_path(f"kubernetes.{name}", getattr(config.kubernetes, name), absolute=True)
     _check_alert(config.alert)
     for number, rule in enumerate(config.rules, 1):
         _check_rule(f"rules[{number}]", rule)

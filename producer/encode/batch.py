@@ -32,6 +32,7 @@ from producer.events import (
     Stream,
 )
 from producer.host import cgroups
+from producer.host.pods import Pod
 from producer.schemas import frame
 
 Key = Literal["flow", "host"]
@@ -52,7 +53,7 @@ _TIMES = {"ts", "start_ns"}
 _PROCESS = ("pid", "comm")
 _SEGMENT_BITS = {**KNOWN, **dict.fromkeys(TCP_FIELDS, KNOWN["tcp"]), **dict.fromkeys(_PROCESS, KNOWN["process"])}
 _FLOW_BITS = {**_SEGMENT_BITS, **dict.fromkeys(COUNTER_FIELDS, KNOWN["counters"])}
-_OWNER = ("cgroup", "unit", "container", "pod_uid")
+_OWNER = ("cgroup", "unit", "container", "pod_uid", "pod", "namespace", "workload")
 _MILLISECOND_NS = 1_000_000
 _MAX_TIME_NS = 1 << 62
 """Leaves space for adding the offset to UTC."""
@@ -73,6 +74,16 @@ class Cgroups(Protocol):
         """Search for these ids and other unknown ones for a short time."""
 
 
+class PodNames(Protocol):
+    """Looks up pods by UID."""
+
+    version: int
+    """Increases when pods may have become known."""
+
+    def find(self, uid: str) -> Pod | None:
+        """Return a pod; None if it is unknown, or not yet known."""
+
+
 class BatchEncoder:
     """Encodes batches of one stream with a record schema.
 
@@ -88,6 +99,7 @@ class BatchEncoder:
         host_fields: Mapping[str, Any],
         cgroup_paths: Cgroups,
         key: Key = "flow",
+        pods: PodNames | None = None,
     ) -> None:
         value, keys, parts = programs(stream, schema, frame(schema_id), host_fields, key)
         fields = {each["name"]: each for each in schema["fields"]}
@@ -98,10 +110,11 @@ class BatchEncoder:
             b"".join(value.steps), b"".join(keys.steps), tuple(value.strings), stream.dtype.itemsize
         )
         self._cgroups = cgroup_paths
-        self._found = cgroup_paths.found
+        self._pods = pods
+        self._seen = self._changes()
         self._scratch = np.empty(0, np.uint8)
         self._unresolved: set[int] = set()
-        """Remembered cgroups whose path was unknown."""
+        """Remembered cgroups whose path or pod was unknown."""
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
         """Encode a batch; `utc_offset_ns` plus the monotonic clock is nanoseconds since 1970.
@@ -139,30 +152,32 @@ class BatchEncoder:
         self._cgroups.look(ids)
         for cgroup_id in ids:
             path = self._cgroups.path(cgroup_id)
-            if path is None:
+            uid = cgroups.pod_uid(path) if path is not None else None
+            pod = self._pods.find(uid) if self._pods and uid else None
+            if path is None or (self._pods and uid and not pod):
                 if len(self._unresolved) == _native.MAX_IDS:
                     self._unresolved.clear()
                     self._native.forget()
                 self._unresolved.add(cgroup_id)
-            self._native.remember(cgroup_id, self._owner(path))
+            self._native.remember(cgroup_id, self._owner(path, uid, pod))
 
-    def _owner(self, path: str | None) -> tuple[bytes, ...]:
+    def _owner(self, path: str | None, uid: str | None, pod: Pod | None) -> tuple[bytes, ...]:
         values: dict[str, Any] = dict.fromkeys(_OWNER)
         if path is not None:
-            values = {
-                "cgroup": path,
-                "unit": cgroups.unit(path),
-                "container": cgroups.container(path),
-                "pod_uid": cgroups.pod_uid(path),
-            }
+            values |= {"cgroup": path, "unit": cgroups.unit(path), "container": cgroups.container(path), "pod_uid": uid}
+        if pod is not None:
+            values |= {"pod": pod.name, "namespace": pod.namespace, "workload": pod.workload}
         return tuple(encoded(fields, values) for fields in self._parts)
 
+    def _changes(self) -> tuple[int, int]:
+        return self._cgroups.found, self._pods.version if self._pods else 0
+
     def _resolve_late(self) -> None:
-        """Cache the owner of cgroups whose path has been found meanwhile."""
+        """Cache the owner of cgroups whose path or pod has been found meanwhile."""
         self._cgroups.look()
-        if self._found == self._cgroups.found:
+        if self._seen == self._changes():
             return
-        self._found = self._cgroups.found
+        self._seen = self._changes()
         for cgroup_id in [each for each in self._unresolved if self._cgroups.path(each) is not None]:
             self._unresolved.discard(cgroup_id)
             self._remember([cgroup_id])

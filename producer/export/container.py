@@ -1,14 +1,16 @@
 """Reads Avro object container files of events, by batch: spool files, and those of other tools.
 
-A spool file (spool/format.py) has batches of framed messages. Any other has a record for each event.
+A spool file (spool/format.py) has batches of framed messages. Any other has a record for each event. One of several
+streams, as `rebpf trace -w` writes, is read more slowly, with Python for each event.
 """
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import fastavro
 import numpy as np
@@ -16,10 +18,12 @@ import numpy as np
 from producer import _native
 from producer.consume.accepted import NotAccepted, accepted
 from producer.consume.columns import Table, Values, decode
-from producer.consume.plan import plan_for_all, plan_for_names
+from producer.consume.plan import Plan, plan_for_all, plan_for_names
 from producer.errors import IncompleteError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export.part import Part
+from producer.paths import SCHEMAS
+from producer.schemas import load_schema
 from producer.spool.files import SPOOL_SUFFIX
 from producer.spool.format import Reader, Spooled, read_header
 
@@ -57,16 +61,49 @@ def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -
         schema = json.loads(reader.metadata["avro.schema"])
     except Exception as error:  # invalid data can raise anything in the parser
         raise UnavailableError(f"{path}: not an Avro object container file") from error
+    if isinstance(schema, list):
+        file.seek(0)
+        yield from _of_union(path, file, names)
+        return
     is_spool = "rebpf.format" in reader.metadata
     try:
         event = accepted(json.dumps(_event_schema(schema) if is_spool else schema))
         stream = STREAMS[event["name"].rpartition(".")[2]]
     except (NotAccepted, LookupError, TypeError, StopIteration) as error:
         raise UnavailableError(f"{path}: has no events of ReBPF") from error
-    plan = plan_for_names(event, names[stream]) if stream in names else plan_for_all(event)
+    plan = _plan(event, stream, names)
     batches = _spooled(path, file, stream) if is_spool else _records(path, reader, plan_for_names(event, ()).steps)
     for values in batches:
         yield Part(stream, _whole(path, decode(values, plan)))
+
+
+def _of_union(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -> Iterator[Part]:
+    schemas = {stream: fastavro.parse_schema(load_schema(stream.schema_file)) for stream in STREAMS.values()}
+    waiting: dict[Stream, Values] = {stream: [] for stream in schemas}
+    try:
+        for name, event in cast(Iterator[Any], fastavro.reader(file, return_record_name=True)):
+            stream = STREAMS[name.rpartition(".")[2]]
+            value = io.BytesIO(_FRAME)
+            value.seek(len(_FRAME))
+            fastavro.schemaless_writer(value, schemas[stream], event)
+            waiting[stream].append(value.getvalue())
+            if len(waiting[stream]) == _ROWS:
+                yield _part(path, stream, waiting[stream], names)
+                waiting[stream] = []
+    except Exception as error:  # of fastavro, too, since blocks may have any content
+        raise IncompleteError(f"{path}: damaged: {error}") from error
+    for stream, values in waiting.items():
+        if values:
+            yield _part(path, stream, values, names)
+
+
+def _part(path: Path, stream: Stream, values: Values, names: Mapping[Stream, frozenset[str]]) -> Part:
+    event = accepted((SCHEMAS / stream.schema_file).read_text())
+    return Part(stream, _whole(path, decode(values, _plan(event, stream, names))))
+
+
+def _plan(event: Any, stream: Stream, names: Mapping[Stream, frozenset[str]]) -> Plan:
+    return plan_for_names(event, names[stream]) if stream in names else plan_for_all(event)
 
 
 def _event_schema(schema: dict[str, Any]) -> Any:

@@ -39,7 +39,7 @@ class _Part:
 
     @property
     def partial(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        return _partial(self.path)
 
 
 class Dataset:
@@ -120,6 +120,21 @@ def _plain(schema: Any) -> Any:
         pa.field(each.name, pa.string() if pa.types.is_dictionary(each.type) else each.type, each.nullable)
         for each in schema
     )
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, which appears in whole or not at all. Raises UnavailableError."""
+    partial = _partial(path)
+    with disk_errors(path.parent):
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager

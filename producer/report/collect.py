@@ -138,7 +138,9 @@ def _audit(audit: Audit, part: Part, chosen: Mask) -> None:
     if not chosen.any():
         return
     cells = dict(zip(table.plan.names, table.cells, strict=True))
-    every = Columns(np.arange(len(chosen)), cells, table.texts, table.hashes)
+    every = Columns(
+        np.arange(len(chosen)), cells, dict(zip(table.plan.names, table.valid, strict=True)), table.texts, table.hashes
+    )
     zeros = np.zeros(len(chosen), np.int64)
     partitions = part.partitions if part.partitions is not None else zeros
     events = every.select(chosen)

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -56,14 +55,14 @@ def svg(draw: Draw, name: str, width: float, height: float) -> str:
     return whole[whole.index("<svg") :]
 
 
-def png(path: Path, draw: Draw, width: float, height: float) -> None:
-    """Write a plot as PNG. Raises OSError."""
+def png(draw: Draw, width: float, height: float) -> bytes:
+    """Return a plot as PNG."""
     with _settings("png"):
         figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
         draw(figure)
         content = io.BytesIO()
         FigureCanvasAgg(figure).print_png(content)
-    path.write_bytes(content.getvalue())
+    return content.getvalue()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The cost of reading: CPU per record of `rebpf alert` that catches up, and per event of `rebpf verify`.
 
-python -m tests.bench.alert [--rounds 45] [--repeat 5] [--mock] [--tree FOLDER]...
+python -m tests.bench.alert [--rounds 45] [--repeat 5] [--engine] [--mock] [--tree FOLDER]...
 
 Synthetic events of 20 hosts and 500 flows, for `verify`, and for `alert` as many flow records of 20 hosts with 3,000
 open connections each, of which a tenth retransmits between two records: in six partitions of each topic of a real
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ import numpy as np
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from producer.alert.engine import Counts, Engine
+from producer.config.load import AlertRule
+from producer.consume.decode import Decoder
 from producer.encode.batch import BatchEncoder
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Batch, SchemaId, Stream
 from producer.host.cgroups import CgroupPaths
@@ -53,6 +57,8 @@ name = "loss"
 by = "host"
 measure = "ratio"
 window_s = 10
+threshold = 0.0005
+clear = 0.0001
 [[alert.rules]]
 name = "peer"
 by = "peer"
@@ -81,10 +87,8 @@ def fill(bootstrap: str, prefix: str, rounds: int) -> None:
         at_ns += ROWS * step_ns
 
 
-def fill_flows(bootstrap: str, prefix: str, rounds: int) -> None:
-    """Produce `rounds` records of each of a host's connections, in turn."""
-    client = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random", "linger.ms": 50})
-    start_ns = time.time_ns() - (rounds + 20) * 10_000_000_000
+def flow_rounds(rounds: int, start_ns: int) -> Iterator[tuple[int, list[bytes]]]:
+    """Yield each host's number, and a record of each of its connections: `rounds` times, in turn."""
     one = Flow("", 1, start_ns // MS, start_ns // MS, 0, {"fast": 0}, srtt_us=20_000)
     encoders = [encoder(FLOWS, host) for host in range(HOSTS)]
     some = np.repeat(row(one, 1), CONNECTIONS)
@@ -94,11 +98,35 @@ def fill_flows(bootstrap: str, prefix: str, rounds: int) -> None:
         some["ts"] = start_ns + number * 10_000_000_000 + numbers * 1_000_000
         some["segs_out"], some["data_segs_out"] = 100 * number, 50 * number
         some["retrans_fast"] += (numbers + number) % 10 == 0
+        some["cpu_seq"] = number * CONNECTIONS + 1 + numbers
         for host, each in enumerate(encoders):
-            some["cpu_seq"] = number * CONNECTIONS + 1 + numbers
-            for value in messages(each.encode(Batch(FLOWS, some), 0)):
-                client.produce(f"{prefix}tcp_flow", value, f"host-{host:04}.example")
-            assert client.flush(60) == 0
+            yield host, list(messages(each.encode(Batch(FLOWS, some), 0)))
+
+
+def fill_flows(bootstrap: str, prefix: str, rounds: int) -> None:
+    """Produce flow records."""
+    client = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random", "linger.ms": 50})
+    for host, values in flow_rounds(rounds, time.time_ns() - (rounds + 20) * 10_000_000_000):
+        for value in values:
+            client.produce(f"{prefix}tcp_flow", value, f"host-{host:04}.example")
+        assert client.flush(60) == 0
+
+
+def engine_us(rounds: int) -> float:
+    """Return the CPU of decoding and evaluating a flow record, without Kafka, in microseconds."""
+    start_ns = 1_800_000_000 * 10**9
+    rules = tomllib.loads(CONFIG)["alert"]["rules"]
+    decoder = Decoder(None, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)})
+    engine = Engine([AlertRule(**rule) for rule in rules], [], start_ns, start_ns, decoder, Counts())
+    batches = [values for _, values in flow_rounds(rounds, start_ns)]
+    now_ns = start_ns + (rounds + 10) * 10_000_000_000
+    spent_s = -time.process_time()
+    for values in batches:
+        engine.put(FLOWS, values, now_ns)
+    assert engine.decide(now_ns)
+    spent_s += time.process_time()
+    assert engine.counts.read == sum(map(len, batches))
+    return spent_s / engine.counts.read * 1e6
 
 
 def retransmits(transmits: np.ndarray) -> np.ndarray:
@@ -119,12 +147,12 @@ class Reading:
 
     def __init__(self, folder: Path, bootstrap: str, rounds: int) -> None:
         self.events = rounds * ROUND
-        flow_rounds = max(1, self.events // (HOSTS * CONNECTIONS))
-        self.flows = flow_rounds * HOSTS * CONNECTIONS
+        rounds_of_flows = max(1, self.events // (HOSTS * CONNECTIONS))
+        self.flows = rounds_of_flows * HOSTS * CONNECTIONS
         self._folder, self._bootstrap, self._groups = folder, bootstrap, count()
         self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
         fill(bootstrap, PREFIX, rounds)
-        fill_flows(bootstrap, PREFIX, flow_rounds)
+        fill_flows(bootstrap, PREFIX, rounds_of_flows)
         alerts = Producer({"bootstrap.servers": bootstrap})
         alerts.produce(f"{PREFIX}tcp_alerts", None, "none/none")
         assert alerts.flush(10) == 0
@@ -191,9 +219,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=45)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--engine", action="store_true", help="only decode and evaluate, in this process")
     parser.add_argument("--mock", action="store_true")
     parser.add_argument("--tree", type=Path, action="append", default=[])
     options = parser.parse_args()
+    if options.engine:
+        taken_us = sorted(engine_us(10) for _ in range(options.repeat))
+        rate = 1e6 / statistics.median(taken_us)
+        print(f"us of CPU per flow record: {' '.join(f'{us:.2f}' for us in taken_us)}, {rate:,.0f} records/s")
+        return
     trees = [ROOT, *(tree.resolve() for tree in options.tree)]
     taken: dict[tuple[str, Path], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name, broker(Path(name), mock=options.mock) as bootstrap:

@@ -29,7 +29,7 @@ from tests.support.servers.kafka import KafkaServer
 from tests.support.servers.process import free_port
 from tests.support.servers.registry import SchemaRegistry
 
-TOPICS = ("tcp_transmit", "tcp_retransmit")
+TOPICS = ("tcp_transmit", "tcp_retransmit", "tcp_flow")
 HOST = "chaos"
 LOSS_PERCENT = 2
 DISK_BYTES = 96 << 20

@@ -16,7 +16,7 @@ import pytest
 from producer.demo.lab import Lab
 from tests.support import topics
 from tests.support.capture import inside
-from tests.support.load import SteadyScene, outage
+from tests.support.load import SteadyScene, outage, wait_until_drained
 from tests.support.rebpf import DEADLINE_S, Run, rebpf
 from tests.support.servers.kafka import KafkaServer
 from tests.support.tally import tally
@@ -170,7 +170,7 @@ def short_and_failed_connections(lab: Lab) -> None:
 
 
 def test_records_of_connections_equal_the_kernels_counters_after_kills_and_an_outage(broker, bpffs, tmp_path, lossy):
-    capture = "[capture]\ntransmit = false\nflow_interval_s = 1\n[spool]\nspill_after_s = 0.2\n"
+    capture = "[capture]\ntransmit = false\nflow_interval_s = 1\n[metrics]\nlisten = '127.0.0.1:0'\n"
     config = prepare(broker, "flows.", tmp_path) + capture
     filters = [word for address in lossy.addresses for word in ("--address", address)]
 
@@ -192,6 +192,7 @@ def test_records_of_connections_equal_the_kernels_counters_after_kills_and_an_ou
         traffic.result()
         short.result()
     assert lossy.wait_idle(DEADLINE_S)
+    wait_until_drained(run)
     balance = run.finish()
     assert {name: each["lost"] for name, each in balance.items()} == {"flows.tcp_retransmit": {}, "flows.tcp_flow": {}}
 

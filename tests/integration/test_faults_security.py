@@ -22,7 +22,7 @@ from tests.support.rebpf import wait_until
 from tests.support.servers.certificates import Authority
 from tests.support.servers.process import free_port
 from tests.support.servers.secure import PASSWORD, PLAIN, SCRAM, USERS, SecureKafka
-from tests.support.topics import RETRANSMIT, TRANSMIT
+from tests.support.topics import FLOW, RETRANSMIT, TRANSMIT
 
 pytestmark = [pytest.mark.root, pytest.mark.real_kafka]
 
@@ -53,7 +53,7 @@ def test_a_user_who_is_granted_it_delivers(secure, tmp_path, by):
 
 
 def grant(secure: SecureKafka, user: str, prefix: str) -> None:
-    for topic in (TRANSMIT, RETRANSMIT, AGENT):
+    for topic in (TRANSMIT, RETRANSMIT, FLOW, AGENT):
         secure.grant(user, prefix + topic)
 
 

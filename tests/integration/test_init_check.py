@@ -18,7 +18,7 @@ from tests.support.servers.tls_proxy import Guarded
 
 pytestmark = pytest.mark.real_kafka
 
-TOPICS = ("tcp_transmit", "tcp_retransmit")
+TOPICS = ("tcp_transmit", "tcp_retransmit", "tcp_flow")
 TOPIC_SETTINGS = {
     "cleanup.policy": "delete",
     "retention.ms": "604800000",
@@ -49,7 +49,8 @@ def test_init_creates_the_topics_and_leaves_those_that_are_there(kafka, config):
     first = rebpf(*arguments, "--partitions", 5)
     again = rebpf(*arguments, "--partitions", 7)
 
-    ids = "no registry: schema ids are init.tcp_transmit 1, init.tcp_retransmit 2, init.rebpf_agent 3"
+    numbers = "init.tcp_transmit 1, init.tcp_retransmit 2, init.tcp_flow 5, init.rebpf_agent 3"
+    ids = f"no registry: schema ids are {numbers}"
     all_topics = [*TOPICS, "rebpf_agent"]
     assert (first.returncode, again.returncode) == (0, 0)
     said = {
@@ -62,7 +63,7 @@ def test_init_creates_the_topics_and_leaves_those_that_are_there(kafka, config):
     there = [f"topic init.{topic}: exists, unchanged" for topic in all_topics]
     assert again.stdout.splitlines() == [*there, ids]
     present = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
-    assert [len(present[f"init.{topic}"].partitions) for topic in all_topics] == [5, 5, 1]
+    assert [len(present[f"init.{topic}"].partitions) for topic in all_topics] == [5, 5, 5, 1]
     for topic in all_topics:
         has = settings_of(kafka.bootstrap, f"init.{topic}")
         assert {name: has[name] for name in TOPIC_SETTINGS} == SETTINGS_OF[topic]
@@ -76,7 +77,7 @@ def test_init_takes_a_topics_settings_from_the_configuration(kafka, config):
     done = rebpf("init", "--config", config("own.", more), "--brokers", kafka.bootstrap)
 
     assert done.returncode == 0, done.stderr
-    transmit, retransmit, heartbeat = (
+    transmit, retransmit, _, heartbeat = (
         settings_of(kafka.bootstrap, f"own.{topic}") for topic in (*TOPICS, "rebpf_agent")
     )
     assert (transmit["retention.ms"], transmit["segment.ms"]) == ("3600000", "600000")
@@ -99,16 +100,12 @@ def test_init_creates_what_alerts_need_where_it_is_asked_to(kafka, config):
     done = rebpf("init", "--config", config("watch."), "--brokers", kafka.bootstrap, "--alerts", "--partitions", 3)
 
     assert done.returncode == 0, done.stderr
-    assert [line.split(",")[0] for line in done.stdout.splitlines()[3:5]] == [
-        "topic watch.tcp_alerts: created",
-        "topic watch.tcp_alert_sums: created",
-    ]
+    assert [line.split(",")[0] for line in done.stdout.splitlines()[4:5]] == ["topic watch.tcp_alerts: created"]
     assert done.stdout.endswith("watch.rebpf_agent 3, watch.tcp_alerts 4\n")
     present = AdminClient({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
-    assert [len(present[f"watch.{topic}"].partitions) for topic in ("tcp_alerts", "tcp_alert_sums")] == [1, 3]
-    alerts, sums = (settings_of(kafka.bootstrap, f"watch.{topic}") for topic in ("tcp_alerts", "tcp_alert_sums"))
-    assert (alerts["cleanup.policy"], sums["cleanup.policy"]) == ("compact,delete", "delete")
-    assert int(alerts["retention.ms"]) == 90 * int(sums["retention.ms"]) == 90 * 86_400_000
+    assert len(present["watch.tcp_alerts"].partitions) == 1
+    alerts = settings_of(kafka.bootstrap, "watch.tcp_alerts")
+    assert (alerts["cleanup.policy"], int(alerts["retention.ms"])) == ("compact,delete", 90 * 86_400_000)
 
 
 def settings_of(bootstrap: str, topic: str) -> dict[str, str]:
@@ -262,7 +259,7 @@ def test_a_topic_that_compacts(kafka, config):
 @pytest.mark.root
 def test_a_topic_on_one_of_two_brokers(tmp_path, servers_present, config):
     with KafkaServer(tmp_path / "1") as first, Broker(tmp_path / "2", 2, first, 1):
-        for topic, replication in zip((*TOPICS, "rebpf_agent"), (1, 2, 2), strict=True):
+        for topic, replication in zip((*TOPICS, "rebpf_agent"), (1, 2, 2, 2), strict=True):
             first.create_topic(topic, 1, replication=replication)
         code, found = findings("--config", config(""), "--brokers", first.bootstrap)
         done = rebpf("check", "--config", config(""), "--brokers", first.bootstrap)

@@ -45,7 +45,7 @@ def test_a_signal_ends_it_in_good_order_and_the_last_line_is_the_balance(tmp_pat
         balance = run.finish(number)
 
     assert [json.loads(line) for line in run.output.splitlines()] == [balance]
-    assert balance.keys() == {"tcp_transmit", "tcp_retransmit"}
+    assert balance.keys() == {"tcp_transmit", "tcp_retransmit", "tcp_flow"}
     passed = balance["tcp_transmit"]["passed"]
     assert passed > 53 * 16
     assert balance["tcp_transmit"] == {
@@ -58,7 +58,7 @@ def test_without_json_the_last_line_is_the_balance_as_text(tmp_path):
 
     assert done.returncode == 0
     zero = "passed=0 delivered=0 spooled=0 in_flight=0 lost=0"
-    assert done.stdout == f"balance tcp_transmit {zero} | tcp_retransmit {zero}\n"
+    assert done.stdout == f"balance tcp_transmit {zero} | tcp_retransmit {zero} | tcp_flow {zero}\n"
 
 
 def test_it_ends_by_itself_after_its_duration(tmp_path):

@@ -38,9 +38,7 @@ PLACES = (
     UNIT,
     "usr/lib/sysusers.d/rebpf.conf",
     "usr/share/bash-completion/completions/rebpf",
-    "usr/share/doc/rebpf/changelog.Debian.gz",
-    "usr/share/doc/rebpf/changelog.gz",
-    "usr/share/doc/rebpf/copyright",
+    "usr/share/doc/rebpf/",
     "usr/share/fish/vendor_completions.d/rebpf.fish",
     "usr/share/lintian/overrides/rebpf",
     "usr/share/man/man1/rebpf.1.gz",
@@ -118,6 +116,21 @@ def test_nothing_tells_where_it_was_built(package: Package) -> None:
     traces += [sys.executable.encode(), b"rebpf-deb-", b"rebpf-wheel-"]
     files = _files(package.root)
     assert [(name, trace) for name, data in files.items() for trace in traces if trace in data] == []
+
+
+def test_documents_and_examples_come_with_it(package: Package) -> None:
+    documents = _files(package.root / "usr/share/doc/rebpf")
+    for name in ("changelog.Debian.gz", "changelog.gz", "copyright"):
+        del documents[name]
+    examples = [ROOT / "deploy" / name for name in ("flink", "grafana", "kubernetes", "prometheus")]
+    expected = {
+        f"examples/{path.relative_to(ROOT / 'deploy')}": path.read_bytes()
+        for folder in examples
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    expected |= {path.name: path.read_bytes() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+    assert documents == expected
 
 
 def test_what_is_in_it_is_what_is_in_the_tree(package: Package) -> None:

@@ -174,3 +174,10 @@ def test_probes_and_prometheus_reach_the_endpoint() -> None:
 
 def test_a_stop_has_time_to_deliver() -> None:
     assert pod()["terminationGracePeriodSeconds"] > load(BASE / "rebpf.toml").kafka.stop_timeout_s + 5
+
+
+def test_each_variable_is_an_option_of_run() -> None:
+    names = {each["name"] for each in container(POD_NAMES)["env"]}
+    assert names - {"NODE_NAME"} <= {each.envvar for each in run.params}
+    assert "env" not in container()
+    assert (pod()["automountServiceAccountToken"], pod(POD_NAMES)["automountServiceAccountToken"]) == (False, True)

@@ -17,6 +17,9 @@ import bcrypt
 import numpy as np
 import pytest
 
+from producer.alert.engine import Counts
+from producer.alert.status import AlertStatus
+from producer.alert.status import registry as alert_registry
 from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES
 from producer.health import metrics
 from producer.health.balance import Balance
@@ -122,14 +125,28 @@ def test_prometheus_scrapes_an_endpoint_with_tls_a_client_certificate_and_a_pass
 
 
 @pytest.fixture(scope="module")
+def alert_url() -> Iterator[str]:
+    """URL of the endpoint of an active member of `rebpf alert`."""
+    member = AlertStatus(is_active=True, lag_s=1.5, lag_messages=3, firing=1, counts=Counts())
+    board = StatusBoard(answer_timeout_s=0.01)
+    with Endpoint("127.0.0.1", 0, board, registry=alert_registry(lambda: member)) as served:
+        assert served.url
+        yield served.url
+
+
+@pytest.fixture(scope="module")
 def prometheus(
-    promtool: Callable[..., str], endpoint: tuple[StatusBoard, str], tmp_path_factory: pytest.TempPathFactory
+    promtool: Callable[..., str],
+    endpoint: tuple[StatusBoard, str],
+    alert_url: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Prometheus]:
-    """A Prometheus that has scraped the endpoint twice, with events in between, and evaluated the rules."""
+    """A Prometheus that has scraped the endpoints twice, with events in between, and evaluated the rules."""
     board, url = endpoint
     folder = tmp_path_factory.mktemp("prometheus")
     config = (RULES / "prometheus.yml").read_text()
-    for said, here in (("localhost:9465", url.removeprefix("http://")), ("15s", "1s")):
+    targets = {"localhost:9465": url, "localhost:9466": alert_url}
+    for said, here in ({said: here.removeprefix("http://") for said, here in targets.items()} | {"15s": "1s"}).items():
         assert said in config
         config = config.replace(said, here)
     (folder / "prometheus.yml").write_text(config)

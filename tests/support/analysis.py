@@ -32,11 +32,13 @@ def record(stream: Stream, **fields: Any) -> dict[str, Any]:
     return {**made, "ts": made["ts_ns"] // 1_000_000}
 
 
-def write_container(path: Path, stream: Stream, records: Sequence[dict[str, Any]], codec: str = "null") -> Path:
+def write_container(
+    path: Path, stream: Stream, records: Sequence[dict[str, Any]], codec: str = "null", block_bytes: int = 4000
+) -> Path:
     """Write an Avro object container file, as any tool does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        fastavro.writer(file, _parsed(stream.schema_file), records, codec=codec, sync_interval=4000)
+        fastavro.writer(file, _parsed(stream.schema_file), records, codec=codec, sync_interval=block_bytes)
     return path
 
 

@@ -17,7 +17,7 @@ from tests.support import topics
 from tests.support.rebpf import Run, repeating, wait_until
 from tests.support.servers.cluster import KafkaCluster
 from tests.support.servers.kafka import KafkaServer
-from tests.support.topics import RETRANSMIT, TRANSMIT
+from tests.support.topics import FLOW, RETRANSMIT, TRANSMIT
 from tests.support.traffic import Echo, exchange
 from tests.support.wire import Segment, sniffed
 
@@ -100,6 +100,7 @@ class Scene:
         assert_same(self.segments, list(events.values()))
         self.assert_balance(delivered=len(events))
         assert_accounted(self.balance[self.prefix + RETRANSMIT])
+        assert_accounted(self.balance[self.prefix + FLOW])
 
     def assert_balance(self, *, delivered: int, lost: Mapping[str, int] | None = None) -> None:
         """Check the transmit stream's balance at the end of a run with nothing pending."""
@@ -166,7 +167,7 @@ def rss_anon_kb(pid: int) -> int:
 
 
 def create_topics(kafka: KafkaServer | KafkaCluster, prefix: str, *but: str) -> None:
-    for topic in (TRANSMIT, RETRANSMIT, AGENT):
+    for topic in (TRANSMIT, RETRANSMIT, FLOW, AGENT):
         if topic not in but:
             kafka.create_topic(prefix + topic)
 

@@ -62,12 +62,18 @@ def row(flow: Flow, number: int) -> Any:
     return made
 
 
-def values(flows: Sequence[Flow], schema_id: int = FLOWS.fixed_schema_id) -> list[bytes]:
-    """Return the records as values of messages."""
+def values(
+    flows: Sequence[Flow], schema_id: int = FLOWS.fixed_schema_id, labels: Mapping[str, Mapping[str, str]] | None = None
+) -> list[bytes]:
+    """Return the records as values of messages; `labels` are the hosts' site labels."""
     schema = load_schema(FLOWS.schema_file)
     encoders = {
         host: BatchEncoder(
-            FLOWS, schema, SchemaId(schema_id), {"host": host, "boot_id": f"boot of {host}"}, CgroupPaths(None)
+            FLOWS,
+            schema,
+            SchemaId(schema_id),
+            {"host": host, "boot_id": f"boot of {host}", "labels": (labels or {}).get(host, {})},
+            CgroupPaths(None),
         )
         for host in {flow.host for flow in flows}
     }

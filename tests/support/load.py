@@ -54,10 +54,7 @@ class SteadyScene:
 
     def status(self) -> dict[str, Any]:
         """Return the producer's status."""
-        facts = json.loads((self.state / "agent.json").read_text())
-        with urllib.request.urlopen(f"{facts['status_url']}/status", timeout=10) as answer:
-            status: dict[str, Any] = json.load(answer)
-        return status
+        return status_of(self.run)
 
     def account(self) -> dict[str, Any]:
         """Return the balance of transmits."""
@@ -74,12 +71,7 @@ class SteadyScene:
 
     def wait_until_drained(self, deadline_s: float = DEADLINE_S) -> None:
         """Wait until Kafka has everything. Call it after the traffic: a stop may leave events on disk."""
-
-        def is_drained() -> bool:
-            accounts = self.status()["streams"]
-            return not any(each[name] for each in accounts for name in ("in_ring", "in_flight", "spooled"))
-
-        wait_until("all is delivered", is_drained, deadline_s)
+        wait_until_drained(self.run, deadline_s)
 
     def end_on_each_cpu(self) -> None:
         """Send a few segments on each CPU after all that may be lost, since a loss at the end leaves no gap.
@@ -107,6 +99,24 @@ class SteadyScene:
         records = topics.distinct(topics.read(self.kafka.bootstrap, FLOW, self.prefix))
         assert self.flows["lost"] == {}
         assert self.flows["passed"] == self.flows["delivered"] == len(records)
+
+
+def status_of(run: Run) -> dict[str, Any]:
+    """Return a producer's status."""
+    facts = json.loads((run.state_dir / "agent.json").read_text())
+    with urllib.request.urlopen(f"{facts['status_url']}/status", timeout=10) as answer:
+        status: dict[str, Any] = json.load(answer)
+    return status
+
+
+def wait_until_drained(run: Run, deadline_s: float = DEADLINE_S) -> None:
+    """Wait until Kafka has all events of a producer."""
+
+    def is_drained() -> bool:
+        accounts = status_of(run)["streams"]
+        return not any(each[name] for each in accounts for name in ("in_ring", "in_flight", "spooled"))
+
+    wait_until("all is delivered", is_drained, deadline_s)
 
 
 @contextmanager

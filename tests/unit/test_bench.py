@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from producer.events import STREAMS, TRANSMITS, Batch, common
-from tests.bench import stages
+from producer.events import FLOWS, STREAMS, TRANSMITS, Batch, common
+from tests.bench import fleet, stages
 from tests.bench.baseline import flattened
 from tests.bench.goagent.rows import random_rows
 from tests.bench.reader import ts_ns
@@ -26,3 +26,12 @@ def test_the_baseline_unpacks_rows_of_the_ring(stream):
 
     assert [each["cpu_seq"] for each in unpacked] == common(rows)["cpu_seq"].tolist()
     assert [each["rules_version"] for each in unpacked] == common(rows)["rules_version"].tolist()
+
+
+def test_a_fleets_figures_are_those_of_a_host_times_its_hosts_replicas_and_retention():
+    rates = {TRANSMITS.topic: 3e6, FLOWS.topic: 1e6}
+    cost = fleet.Cost(cpu=0.125, records={TRANSMITS.topic: 20_000.4}, stored_bytes=rates)
+    kept = 3 * 1000 * (3e6 * 86_400 + 1e6 * 30 * 86_400)
+
+    cells = "quiet", "full", "12.5%", "tcp_transmit 20,000", "4,000.0", "4,000.0", f"{kept / 1e12:,.1f}"
+    assert fleet.row("quiet", "full", cost, hosts=1000) == f"| {' | '.join(cells)} |"

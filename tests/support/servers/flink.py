@@ -10,7 +10,7 @@ from . import fetch
 FLINK = Path(__file__).resolve().parents[3] / "deploy" / "flink"
 RUN = FLINK / "run.py"
 SOURCES = ("tcp_transmit", "tcp_retransmit", "tcp_flow")
-DEADLINE_S = 150.0
+DEADLINE_S = 600.0
 TAIL_LINES = 60
 JVM = "-Xmx768m -XX:+UseSerialGC"
 

@@ -6,16 +6,16 @@ import resource
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fastavro
 import numpy as np
 import pytest
 
-from producer.agent.streams import Quarantine, StreamBuilder, StreamParts, ledger_path, new_spool
+from producer.agent.streams import Quarantine, StreamBuilder, StreamParts, has_undelivered, ledger_path, new_spool
 from producer.config.load import Config, Kafka
 from producer.errors import UnavailableError
-from producer.events import TRANSMITS, EncodedBatch, Rows, SchemaId, Stream
+from producer.events import FLOWS, TRANSMITS, EncodedBatch, Rows, SchemaId, Stream
 from producer.pipeline.ledger import Account, Ledger
 from producer.schemas import load_schema
 
@@ -73,6 +73,10 @@ class Hooks:
     def __init__(self, *old: Ring) -> None:
         self._old = old
 
+    @property
+    def old_streams(self) -> set[Stream]:
+        return {stream for stream, _ in self.old_rings()}
+
     def old_rings(self) -> list[tuple[Stream, Any]]:
         return [(TRANSMITS, ring) for ring in self._old]
 
@@ -98,6 +102,16 @@ def spooled(config: Config) -> int:
     count = sum(len(each.batch) for each in iter(spool.read, None))
     spool.close()
     return count
+
+
+def test_a_stream_that_is_off_is_needed_while_an_earlier_runs_events_are_on_disk_or_in_a_ring(tmp_path: Path) -> None:
+    config, empty, old = settings(tmp_path), Hooks(), Hooks(Ring(0, 7))
+    assert not has_undelivered(config, cast(Any, empty), TRANSMITS)
+    assert has_undelivered(config, cast(Any, old), TRANSMITS)
+    assert not has_undelivered(config, cast(Any, old), FLOWS)
+    build(config, Ring(0, 7))
+    assert has_undelivered(config, cast(Any, empty), TRANSMITS)
+    assert not has_undelivered(settings(tmp_path, transmit_bytes=0), cast(Any, empty), TRANSMITS)
 
 
 def note(config: Config, account: Account) -> None:

@@ -242,6 +242,14 @@ def test_filters(filters: Any, expected: float | None) -> None:
     assert run.decide(10) == ([] if expected is None else [("web-1", True, expected)])
 
 
+def test_a_rule_may_be_for_the_hosts_with_some_labels() -> None:
+    run = Evaluation(AlertRule(name="loss", window_s=10, only_labels={"env": "prod", "dc": "a"}))
+    labels = {"web-1": {"env": "prod", "dc": "a", "role": "web"}, "web-2": {"env": "prod", "dc": "b"}, "web-3": {}}
+    made = values([flow(5, 100, 50, host=host) for host in labels], labels=labels)
+    assert run.engine.put(FLOWS, made, (START_S + 1000) * S) is None
+    assert run.decide(10) == [("web-1", True, 0.5)]
+
+
 def test_a_ratio_of_data_leaves_out_acknowledgements_and_syns() -> None:
     run = Evaluation(AlertRule(name="loss", measure="data_ratio", window_s=10))
     run.flows(flow(5, 1000, data_segs=100, causes={"fast": 10, "syn": 90}))

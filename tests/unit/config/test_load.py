@@ -14,6 +14,7 @@ from producer.config.load import (
     Capture,
     Config,
     Kafka,
+    Kubernetes,
     Metrics,
     Registry,
     RuleConfig,
@@ -79,6 +80,11 @@ spill_after_s = 0.5
 [metrics]
 listen = "[::1]:0"
 web_config_file = "/etc/rebpf/web.yml"
+
+[kubernetes]
+pods_url = "https://api/api/v1/pods"
+token = "/run/token"
+ca = "/run/ca.crt"
 
 [registry]
 url = "http://registry:8081"
@@ -223,6 +229,7 @@ def test_every_setting_can_be_read(read):
             spill_after_s=0.5,
         ),
         metrics=Metrics(listen="[::1]:0", web_config_file=Path("/etc/rebpf/web.yml")),
+        kubernetes=Kubernetes("https://api/api/v1/pods", Path("/run/token"), Path("/run/ca.crt")),
         registry=Registry(
             url="http://registry:8081",
             register=True,
@@ -278,7 +285,7 @@ def test_the_file_above_names_every_setting():
             found |= {field} if inner is None else names(inner)
         return found
 
-    assert names(Config) - {"settings", "labels"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE)) - {"env", "rack"}
+    assert names(Config) - {"settings"} == set(re.findall(r"^(\w+) = ", FULL, re.MULTILINE)) - {"env", "rack"}
 
 
 def test_without_a_file_and_in_an_empty_one_all_settings_have_their_defaults(read):

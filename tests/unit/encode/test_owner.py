@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from producer import events
 from producer.encode.batch import BatchEncoder
 from producer.events import TRANSMITS, SchemaId
+from producer.host.pods import Pod
 from producer.host.text import name as shown_name
 from producer.schemas import load_schema
 from tests.support.encoding import HOST, PARSED, decode, encode, resident_bytes
@@ -104,3 +105,52 @@ def test_a_flow_gets_the_path_of_its_cgroup_when_that_is_known():
     paths.names[7], paths.found = "/system.slice/a.service", 1
     assert read() == [("/system.slice/a.service", "a.service"), (None, None), ("/system.slice/a.service", "a.service")]
     assert read() == [("/system.slice/a.service", "a.service"), (None, None), ("/system.slice/a.service", "a.service")]
+
+
+class Pods:
+    """Pods that become known."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.known: dict[str, Pod] = {}
+
+    def find(self, uid: str) -> Pod | None:
+        return self.known.get(uid)
+
+    def list(self, **pods: Pod) -> None:
+        self.known = {uid.replace("_", "-"): pod for uid, pod in pods.items()}
+        self.version += 1
+
+
+UID = "5a1ff1fd-3c1b-4a5c-9f0e-0a3e1a7c9d01"
+POD_PATH = f"/kubepods.slice/kubepods-pod{UID.replace('-', '_')}.slice/cri-containerd-{'ab' * 32}.scope"
+
+
+def pods_of(encoder: BatchEncoder, ids: Sequence[int]) -> list[tuple[Any, ...]]:
+    events = [decode(value, PARSED["transmit"])[1] for _, value in encode(encoder, TRANSMITS, cgroup_rows(ids))]
+    return [tuple(each[name] for name in ("pod_uid", "pod", "namespace", "workload")) for each in events]
+
+
+def test_events_have_the_names_of_a_pod_once_they_are_known() -> None:
+    pods = Pods()
+    paths = NamedPaths({1: POD_PATH, 2: "/system.slice/sshd.service"})
+    schema = load_schema(TRANSMITS.schema_file)
+    encoder = BatchEncoder(TRANSMITS, schema, SchemaId(1), HOST, paths, pods=pods)
+    no_pod = (None, None, None, None)
+    assert pods_of(encoder, [1, 2, 3]) == [(UID, None, None, None), no_pod, no_pod]
+    pods.list(other=Pod("x", "y", None))
+    assert pods_of(encoder, [1, 2]) == [(UID, None, None, None), no_pod]
+    pods.list(**{UID.replace("-", "_"): Pod("web-1", "shop", "Deployment/web")})
+    assert pods_of(encoder, [1, 2]) == [(UID, "web-1", "shop", "Deployment/web"), no_pod]
+    asked = paths.asked
+    # A deleted pod keeps its name.
+    pods.list()
+    assert pods_of(encoder, [1, 2]) == [(UID, "web-1", "shop", "Deployment/web"), no_pod], (
+        "a deleted pod keeps its name"
+    )
+    assert paths.asked == asked + 1, "only that of cgroup 3, which is not known"
+
+
+def test_without_a_list_of_pods_there_is_only_the_uid() -> None:
+    encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS.schema_file), SchemaId(1), HOST, NamedPaths({1: POD_PATH}))
+    assert pods_of(encoder, [1]) == [(UID, None, None, None)]

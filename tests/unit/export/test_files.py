@@ -14,6 +14,8 @@ from producer.commands.export import export
 from producer.errors import IncompleteError, UnavailableError, UsageError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export.sources import Files, Period
+from producer.view.file import RecordFile
+from producer.view.records import of_rows
 from tests.support.analysis import DAY_NS, NOON_NS, record, write_container, write_spool
 from tests.support.disks import fill, small_disk
 
@@ -56,6 +58,16 @@ def test_files_give_every_field_of_every_event(tmp_path: Path, stream: Stream, c
     else:
         path = write_container(tmp_path / "events.avro", stream, given, codec)
     assert rows(rebpf.read(path, topic=stream.topic)) == [without_maps(each) for each in given]
+
+
+def test_a_trace_of_several_streams_gives_the_events_of_each(tmp_path: Path) -> None:
+    path, given = tmp_path / "trace.avro", {stream: events(stream) for stream in (RETRANSMITS, FLOWS, TRANSMITS)}
+    file = RecordFile(path)
+    for stream, records in given.items():
+        file.write(of_rows(stream, [without_maps(each) for each in records]))
+    file.close()
+    for stream, records in given.items():
+        assert rows(rebpf.read(path, topic=stream.topic)) == [without_maps(each) for each in records]
 
 
 def test_parquet_and_csv_are_partitioned_by_day_and_have_the_same_events(tmp_path: Path) -> None:

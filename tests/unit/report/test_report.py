@@ -117,6 +117,7 @@ def test_the_page_says_who_where_and_why_and_how_good_the_data_are(page: str) ->
         "ECONNREFUSED",
         "No event is missing between the first and the last one.",
         "ss -ti dst 10.0.0.7",
+        "rebpf trace 'peer 10.0.0.7'",
         "retransmitted: rto",
         "lost_out",
         "RTO, ms",

@@ -1,0 +1,59 @@
+"""The commands as they are run: without the extra, into a full disk's file, and ended by a signal."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.analysis import write_scene
+from tests.support.rebpf import rebpf
+
+WITHOUT = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ("pyarrow", "matplotlib") else find(name, *rest)
+sys.argv = ["rebpf", *sys.argv[1:]]
+from producer.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("command", "missing"), [("export", "pyarrow"), ("report", "pyarrow and matplotlib")])
+def test_without_the_extra_it_says_what_to_install(tmp_path: Path, command: str, missing: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, command, tmp_path, "-o", tmp_path / "out"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr == f"rebpf: `rebpf {command}` needs {missing}: pip install 'rebpf[report]'\n"
+
+
+def test_files_are_exported_and_reported(tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "in")
+    done = rebpf("export", scene, "-o", tmp_path / "out", "--topic", "tcp_flow", "--format", "csv")
+    path = tmp_path / "out/tcp_flow/date=2026-09-21/begin-end.csv"
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{path} events=65\n", "")
+    done = rebpf("report", scene, "-o", "/dev/full/report.html")
+    assert (done.returncode, done.stderr) == (69, "rebpf: cannot write to /dev/full: Not a directory\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_without_a_traceback_or_partial_files(tmp_path: Path, number: signal.Signals) -> None:
+    scene = write_scene(tmp_path / "in")
+    os.mkfifo(scene / "z.avro")  # so that it waits while it has files open
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "producer", "export", scene, "-o", out], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.rglob("*.partial")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in err) == (130, False)
+    assert [path for path in out.rglob("*") if path.is_file()] == []

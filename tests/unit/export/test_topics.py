@@ -1,0 +1,52 @@
+"""Topics as a source: every event once, counted rejects, and only topics that exist. test_export.py has periods."""
+
+from collections.abc import Iterator
+
+import pytest
+
+import rebpf
+from producer.errors import UnavailableError
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS
+from producer.export.sources import Period, Topics
+from producer.report.collect import collect
+from producer.report.summary import summarize
+from tests.support.analysis import message, scene
+from tests.support.mock_topics import Cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Has the scene's connections and retransmissions, no transmits, and a foreign message."""
+    cluster = Cluster()
+    given = scene()
+    for stream in (FLOWS, RETRANSMITS):
+        for each in given[stream]:
+            cluster.put(stream.topic, message(stream, each), each["host"])
+    cluster.put(FLOWS.topic, b"foreign")
+    yield cluster
+    cluster.close()
+
+
+def test_the_figures_of_topics_are_those_of_their_events(cluster: Cluster) -> None:
+    source = Topics(cluster.brokers, {stream: stream.topic for stream in (FLOWS, RETRANSMITS)})
+    summary = summarize(collect(source, Period()), Period())
+    assert summary.totals is not None
+    assert (summary.totals.sent, summary.totals.retransmitted) == (60_005, 150)
+    assert {name: quality.events for name, quality in summary.quality.items()} == {
+        "tcp_flow": 65,
+        "tcp_retransmit": 150,
+    }
+    assert all(quality.missing == 0 for quality in summary.quality.values())
+    assert summary.undecodable == 1
+
+
+def test_a_topic_is_read_in_python(cluster: Cluster) -> None:
+    table = rebpf.read(brokers=cluster.brokers, topic="tcp_retransmit", columns=["cause"])
+    assert sorted(set(table["cause"].to_pylist())) == ["fast", "rto"]
+    assert len(table) == 150
+
+
+def test_no_topic_is_an_error(cluster: Cluster) -> None:
+    source = Topics(cluster.brokers, {TRANSMITS: "absent.tcp_transmit"})
+    with pytest.raises(UnavailableError, match=r"no topic absent.tcp_transmit at"):
+        list(source.parts({}))
