@@ -27,8 +27,7 @@ def create_topics(config: Config, partitions: int, replication: int, *, alerts: 
     admin = Admin(config)
     admin.require_reachable()  # faster than the timeout of a request
     wanted: dict[str, tuple[int, Mapping[str, str]]] = {
-        topic(config, stream): (partitions, _settings(config, stream, replication))
-        for stream in config.capture.streams
+        topic(config, stream): (partitions, _settings(config, stream, replication)) for stream in config.capture.streams
     }
     wanted[heartbeat_topic(config)] = (_HEARTBEAT_PARTITIONS, _settings(config, HEARTBEATS, replication))
     if alerts:
