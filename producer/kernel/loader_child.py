@@ -172,7 +172,7 @@ class _Loaded:
         known = {(refusal.stream, refusal.hook) for refusal in self.refusals}
         for stream in allowed:
             transmits = self.chosen.get("transmit")
-            hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmits and transmits.name)
+            hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmits.name if transmits else None)
             self.refusals += [refusal for refusal in refused if (stream, refusal.hook) not in known]
             if hook is None:
                 raise self._no_hook(stream)
