@@ -70,6 +70,7 @@ def build(
     ruleset = resolve(config, root)
     capture, ring_stays = _load(config, ruleset, stack)
     captured = config.capture.streams
+    # A stream that is off is needed until what an earlier run has left of it is delivered.
     streams = [each for each in STREAMS if each in captured or has_undelivered(config, capture, each)]
     if len(streams) > len(captured):
         ids = schema_ids(config, stop, streams)
@@ -93,22 +94,8 @@ def build(
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
     in_force = InForce(capture, config, ruleset, read, root, files=files)
-    return Runtime(
-        topics,
-        capture,
-        sink,
-        parts,
-        builder.relabel,
-        folder,
-        in_force,
-        web,
-        board,
-        wakeup,
-        heartbeats,
-        brokers,
-        endpoint,
-        ring_stays,
-    )
+    outside = folder, in_force, web, board, wakeup, heartbeats, brokers, endpoint
+    return Runtime(topics, capture, sink, parts, builder.relabel, *outside, ring_stays)
 
 
 def _load(config: Config, ruleset: Ruleset, stack: ExitStack) -> tuple[Capture, bool]:

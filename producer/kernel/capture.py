@@ -16,7 +16,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
 
 from producer import errors
 from producer.events import FLOWS, HOOKS, STREAMS, Stream, layout_check
@@ -24,6 +23,7 @@ from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
 from producer.kernel import bpf_syscall
 from producer.kernel.hooks import CLOSING_PROGRAMS, Refusal
+from producer.kernel.interfaces import HandoverStore, Numbers
 from producer.kernel.loader import Loader
 from producer.kernel.loader_child import ATTACH
 from producer.kernel.manifest import COUNTERS, Manifest, StoredRing, with_readable_rings
@@ -79,39 +79,6 @@ class KernelCounters:
     passed: int
     ring_full: int
     nested: int
-
-
-class Numbers(Protocol):
-    """Decides where event numbers (cpu_seq) begin, by stream and possible CPU."""
-
-    def start(self, *, overlap: bool) -> Mapping[str, Sequence[int]]:
-        """Return the number before the first. With `overlap`, other programs are still assigning numbers."""
-
-    def resume(self) -> None:
-        """Record that programs which were taken over are assigning numbers."""
-
-    def stop(self, last: Mapping[str, Sequence[int]]) -> None:
-        """Record the last numbers."""
-
-
-class HandoverStore(Protocol):
-    """Holds maps, programs and links by name for the next process. A name always refers to the same object."""
-
-    @property
-    def outlives_stop(self) -> bool:
-        """Whether the probes stay attached at a stop, because the store itself releases them when that is final."""
-
-    def manifest(self) -> Mapping[str, Any] | None:
-        """Return the manifest given to `save`: None if nothing is stored, empty if it cannot be read."""
-
-    def open(self, names: Sequence[str]) -> list[int]:
-        """Return new descriptors of stored objects. OSError or LookupError if one is missing."""
-
-    def save(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
-        """Store the objects of these descriptors by name, and release all others."""
-
-    def clear(self) -> None:
-        """Release everything."""
 
 
 class Capture:

@@ -69,7 +69,8 @@ class EventNumbers:
             self._generation = self._next(note.generation | _UNWRITTEN)
             logger.warning("%s: %s: event numbers jump to %d * 2^32", self._path, error, self._generation)
         elif note.last is not None and go_on:
-            return {**self._all(self._generation << _GENERATION_SHIFT), **note.last}  # an older version had fewer streams
+            # An older version had fewer streams.
+            return {**self._all(self._generation << _GENERATION_SHIFT), **note.last}
         return self._all(self._generation << _GENERATION_SHIFT)
 
     def resume(self) -> None:
@@ -90,7 +91,7 @@ class EventNumbers:
     def _next(self, generation: int) -> int:
         return max(generation + 1, generation & _UNWRITTEN | int(self._uptime_s()))
 
-    def _all(self, number: int) -> dict[str, Sequence[int]]:
+    def _all(self, number: int) -> Numbers:
         return {stream.name: [number] * self._cpus for stream in STREAMS}
 
     def _read(self) -> _Note:
