@@ -12,6 +12,7 @@
 #include "fill.h"
 #include "filter.h"
 #include "rules.h"
+#include "sample.h"
 #include "process.h"
 
 /*
