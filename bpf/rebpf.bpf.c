@@ -13,6 +13,7 @@
 #include "fill.h"
 #include "filter.h"
 #include "rules.h"
+#include "sample.h"
 #include "process.h"
 
 /*

@@ -96,13 +96,6 @@ BPF_ARRAY(rule_port_classes, struct port_group, GENERATIONS * 65536 / PORT_GROUP
 BPF_ARRAY(rule_ports, struct rule_sides, GENERATIONS *CLASSES);
 BPF_HASH(rule_values, struct value_key, u32, 16384);
 BPF_ARRAY(rule_sets, struct rule_set, GENERATIONS *CLASSES);
-
-/*
- * The budget for transmits: turn << 32 | rate. In each turn another one in `rate` connections is captured. The agent writes
- * it (producer/pipeline/budget.py). The rate is a power of two, so those captured at a rate are also captured at each lower
- * one; 0: no budget.
- */
-BPF_ARRAY(transmit_budget, u64, 1);
 /* kprobe programs cannot use socket storage, and on Linux before 5.11 no tracing program can. */
 #define VERDICTS_BY_COOKIE (PROBE_READ || !HAS_TRACING_STORAGE)
 #if VERDICTS_BY_COOKIE
@@ -392,34 +385,6 @@ static __always_inline bool holds(const struct verdict *verdict, u64 active, u32
 {
 	return verdict && active && verdict->choice.active == active &&
 	       (!verdict->choice.by_segment || (verdict->interface == interface && verdict->state == state));
-}
-
-/* The rate of the budget; 0: this is not the connection's turn. */
-static __always_inline u32 budget_rate(const struct choice *choice)
-{
-	u32 zero = 0, rate;
-	u64 *word = transmit_budget.lookup(&zero), budget = word ? *(volatile u64 *)word : 0;
-
-	rate = budget ? budget : 1;
-	return (choice->lot + (u32)(budget >> 32)) & (rate - 1) ? 0 : rate;
-}
-
-/* Whether an event of the stream is possible. Not stored with the socket: the budget changes. */
-static __always_inline bool may_take(const struct choice *choice, u32 stream)
-{
-	return choice->rates[stream] && (stream != STREAM_TRANSMIT || budget_rate(choice));
-}
-
-/* The number of events that this one represents; 0: drop it. */
-static __always_inline u32 sample_rate(const struct choice *choice, u32 stream)
-{
-	u64 rate = choice->rates[stream];
-
-	if (rate && choice->by_event[stream] && bpf_get_prandom_u32() % (u32)rate)
-		return 0;
-	if (stream == STREAM_TRANSMIT)
-		rate *= budget_rate(choice);
-	return rate < ~0U ? rate : ~0U;
 }
 
 #endif
