@@ -56,8 +56,8 @@ name = "data"
 by = "port"
 measure = "data_ratio"
 window_s = 20
-threshold = 0.09
-clear = 0.06
+threshold = 0.04
+clear = 0.02
 cause = ["rto", "fast", "syn"]
 peer = ["192.0.2.0/31", "192.0.2.2/32"]
 [[alert.rules]]
