@@ -46,10 +46,14 @@ def mixed(columns: Sequence[Ints]) -> Ints:
 
 
 class Differences(NamedTuple):
-    """By record, in their order: what it counts of each of COUNTERS, and whether it is its connection's first close."""
+    """By record, in their order: what it counts of each of COUNTERS, and whether it is its connection's first close.
+
+    `fresh`: it is later than the connection's records before, and no copy.
+    """
 
     counts: Ints
     closes: Mask
+    fresh: Mask
 
 
 class Connections:
@@ -84,13 +88,16 @@ class Connections:
         """Take records with possible numbers."""
         counts = np.zeros((len(flows), len(COUNTERS)), np.int64)
         if not len(flows):
-            return Differences(counts, np.zeros(0, np.bool_))
+            return Differences(counts, np.zeros(0, np.bool_), np.zeros(0, np.bool_))
         identities = self._identities(flows)
         ids, firsts = groups(identities)
         slots, is_new = self._slots_of(identities[firsts].tolist())
         closes = self._first_closes(flows, ids, slots)
         order = np.lexsort((flows["ts_ns"], ids))
-        order = order[flows.valid["segs_out"][order] & (flows["ts_ns"] > self._last_ns[slots][ids])[order]]
+        order = order[(flows["ts_ns"] > self._last_ns[slots][ids])[order]]
+        fresh = np.zeros(len(flows), np.bool_)
+        fresh[order[(np.diff(ids[order], prepend=-1) != 0) | (np.diff(flows["ts_ns"][order], prepend=-1) != 0)]] = True
+        order = order[flows.valid["segs_out"][order]]
         if len(order):
             ids = ids[order]
             heads = np.flatnonzero(np.diff(ids, prepend=-1))
@@ -104,7 +111,7 @@ class Connections:
             tails = np.append(heads[1:], len(order)) - 1
             self._counters[found] = counters[tails]
             self._last_ns[found] = flows["ts_ns"][order][tails]
-        return Differences(counts, closes)
+        return Differences(counts, closes, fresh)
 
     @staticmethod
     def _identities(flows: Columns) -> Ints:

@@ -57,7 +57,7 @@ def measured(rule: AlertRule, records: Columns, differences: Differences | None)
     if rule.measure == "failed_connects":
         return _failed_connects(rule, records, differences)
     if rule.measure == "srtt":
-        srtt_us = np.where(records.valid["srtt_us"], records["srtt_us"], 0)
+        srtt_us = np.where(records.valid["srtt_us"] & differences.fresh, records["srtt_us"], 0)
         rows = np.flatnonzero(srtt_us)
         return Measured((srtt_us > 0).astype(np.int64), rows, np.zeros(len(rows), np.int64), [""], srtt_us[rows])
     is_data = rule.measure == "data_ratio"

@@ -5,15 +5,12 @@ The records follow a plan, window by window, so the expected alerts are known.
 
 import json
 import re
-import signal
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Self
-from urllib.request import urlopen
+from typing import NamedTuple
 
 import pytest
 from confluent_kafka import Producer
@@ -28,10 +25,11 @@ from producer.consume.decode import Decoder
 from producer.events import RETRANSMITS
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_ID, load_schema
+from tests.support.alert_member import Member
 from tests.support.alerts import alert_records
 from tests.support.events import Sent, messages
 from tests.support.flows import Flow, values
-from tests.support.rebpf import command, rebpf, repeating, wait_until
+from tests.support.rebpf import rebpf, repeating, wait_until
 from tests.support.statuses import status
 from tests.support.topics import FIXED_IDS
 
@@ -116,50 +114,6 @@ def reference() -> list[Change]:
     found += changes("many", "192.0.2.1", total, 30, 5)
     found += changes("fails", "192.0.2.0/24", FAILED, 3, 1)
     return sorted(found)
-
-
-class Member:
-    """`rebpf alert` as a child process."""
-
-    def __init__(self, folder: Path, config: Path, *arguments: object) -> None:
-        folder.mkdir()
-        self._err = folder / "err"
-        run = ["setpriv", "--pdeathsig", "KILL", *command("alert", "--config", config, *arguments)]
-        with self._err.open("wb") as err, (folder / "out").open("wb") as out:
-            self.process = subprocess.Popen(run, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-
-    @property
-    def log(self) -> str:
-        return self._err.read_text()
-
-    def wait_for(self, text: str) -> None:
-        def look() -> bool:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"rebpf alert ended with {self.process.returncode}:\n{self.log}")
-            return text in self.log
-
-        wait_until(f"{text} in the log", look)
-
-    def get(self, page: str) -> str:
-        (url,) = re.findall(r"endpoint url=(\S+)", self.log)
-        with urlopen(f"{url}{page}", timeout=10) as answer:
-            text: str = answer.read().decode()
-            return text
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(30) == 0, self.log
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.kill()
 
 
 class Feed:
