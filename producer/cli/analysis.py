@@ -72,7 +72,7 @@ def _choice(filter_text: str | None) -> Any:
 
 def _period(since: str | None, until: str | None) -> Any:
     from producer.export.sources import Period
-    from producer.export.when import parse_time
+    from producer.host.when import parse_time
 
     now_ns = time.time_ns()
     return Period(parse_time(since, now_ns) if since else None, parse_time(until, now_ns) if until else None)

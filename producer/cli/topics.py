@@ -1,7 +1,6 @@
 """The commands `rebpf init`, `rebpf tail` and `rebpf verify`."""
 
-import os
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from producer.cli.options import (
     state_dir_option,
     usage,
 )
+from producer.cli.view import has_color, line_width
 from producer.host.output import echo
 from producer.host.signals import stop_on_signals
 from producer.host.text import lines
@@ -57,13 +57,17 @@ def init(
     examples=(
         ("rebpf tail", "Show the events of the producer on this host"),
         ("rebpf tail --brokers kafka-1:9092 --topic tcp_retransmit -n 100", "Show the next 100 retransmissions"),
+        ("rebpf tail --brokers kafka-1:9092 --since 1h --until 30m 'host web-17 and cause rto'", "Show past timeouts"),
     ),
 )
 @config_option
 @brokers_option
 @registry_option
 @option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
+@click.argument("filter_words", metavar="[FILTER]...", nargs=-1)
 @click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
+@option("--since", metavar="TIME", help="Start at this time: 2026-11-29T15:00Z, or 1h for an hour ago.")
+@option("--until", metavar="TIME", help="Show the events before this time, then exit.")
 @option("--from-beginning", is_flag=True, help="Start with the earliest event.")
 @state_dir_option
 @json_option
@@ -72,7 +76,10 @@ def tail(
     brokers: str | None,
     registry: str | None,
     topic: tuple[str, ...],
+    filter_words: tuple[str, ...],
     limit: int | None,
+    since: str | None,
+    until: str | None,
     from_beginning: bool,
     state_dir: Path | None,
     as_json: bool,
@@ -81,10 +88,19 @@ def tail(
 
     Without --brokers, reads from the brokers of the producer that runs on this host.
     """
+    from producer.commands.tail import Chosen
     from producer.commands.tail import tail as tail_topics
     from producer.host import state
+    from producer.host.when import parse_time
     from producer.topics import topic as topic_of
+    from producer.view.filter import parse
 
+    now_ns = time.time_ns()
+    chosen = Chosen(
+        parse(" ".join(filter_words)) if filter_words else None,
+        parse_time(since, now_ns) // 1_000_000 if since else None,
+        parse_time(until, now_ns) if until else None,
+    )
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
     facts: dict[str, Any] = {"brokers": settings.kafka.brokers, "registry": settings.registry.url}
     if settings.kafka.brokers is None:
@@ -97,10 +113,12 @@ def tail(
         registry=replace(settings.registry, url=facts["registry"]),
         as_json=as_json,
         limit=limit,
-        color=sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+        color=has_color(),
         from_beginning=from_beginning,
         stop=stop_on_signals(),
         client_settings=settings.kafka.settings,
+        chosen=chosen,
+        width=line_width(),
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
+def line_width() -> int:
+    """Return how wide lines may be."""
+    return shutil.get_terminal_size().columns if is_terminal() else _WIDE
+
+
 def has_color() -> bool:
     """Return whether standard output shows colors."""
     return is_terminal() and "NO_COLOR" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
@@ -61,6 +67,8 @@ filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1
 @click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
 @option("--counts", "-c", is_flag=True, help="At the end, print counts by connection, and what limits each.")
 @option("--write", "-w", type=click.Path(path_type=Path, dir_okay=False), help="Write all records to this file.")
+@option("--since", metavar="TIME", help="With -r: from this time on: 2026-11-29T15:00Z, or 1h for an hour ago.")
+@option("--until", metavar="TIME", help="With -r: before this time.")
 @option("--read", "-r", "replay", type=click.Path(path_type=Path, dir_okay=False), help="Read this file instead.")
 @json_option
 def trace(
@@ -70,6 +78,8 @@ def trace(
     limit: int | None,
     counts: bool,
     write: Path | None,
+    since: str | None,
+    until: str | None,
     replay: Path | None,
     as_json: bool,
 ) -> None:
@@ -79,6 +89,7 @@ def trace(
     """
     from producer.commands import trace as tracing
     from producer.events import FLOWS, RETRANSMITS, TRANSMITS
+    from producer.host.when import parse_time
     from producer.view.file import RecordFile
     from producer.view.filter import parse
     from producer.view.line import Lines
@@ -86,19 +97,24 @@ def trace(
 
     if replay is not None and (transmit or write is not None):
         usage("-r shows what is in the file: leave out --transmit and -w")
+    if replay is None and (since or until):
+        usage("--since and --until need -r: this host is shown as it is now")
+    now_ns = time.time_ns()
+    span = tracing.Span(*(parse_time(each, now_ns) if each else None for each in (since, until)))
     chosen = parse(" ".join(filter_words))
-    width = shutil.get_terminal_size().columns if is_terminal() else _WIDE
+    width = line_width()
     lines = Lines(width, hosts=replay is not None and width > 100, color=has_color())
     output = tracing.Output(lines, as_json, limit, counts, has_color())
     stop = stop_on_signals()
     file = RecordFile(write) if write is not None else None
     if replay is not None:
-        source: Iterable[Any] = tracing.from_file(replay, stop)
+        source: Iterable[Any] = tracing.from_file(replay, span, stop)
     else:
         settings = load(config)
         streams = (RETRANSMITS, FLOWS, *([TRANSMITS] if transmit else []))
         local = LocalSource(streams, {"host": settings.host}, cache=_CACHE, btf=settings.capture.btf)
         source = tracing.live(local, stop)
+        _say_loading()
     try:
         tracing.trace(source, chosen, output, stop, file)
     finally:
@@ -155,11 +171,16 @@ def top(
     name = printable(brokers or settings.host)
     choice = Choice(by=by, sort=sort, filter_text=text)
     if once or not is_usable():
-        width = shutil.get_terminal_size().columns if is_terminal() else _WIDE
-        showing.once(source, choice, window, name, stop, as_json=as_json, width=width)
+        showing.once(source, choice, window, name, stop, as_json=as_json, width=line_width())
     else:
-        echo("Loading the programs ...", err=True)
+        _say_loading()
         showing.watch(source, choice, window, name, stop, color=has_color())
+
+
+def _say_loading() -> None:
+    """The first start compiles the programs, which takes seconds."""
+    if is_terminal():
+        echo("Loading the programs ...", err=True)
 
 
 def _local(settings: Any) -> Any:

@@ -8,8 +8,8 @@ from producer.events import Stream
 from producer.export.dataset import Dataset
 from producer.export.events import Choice, record_batches
 from producer.export.sources import Files, Period, Topics
-from producer.export.when import compact
 from producer.host.progress import Progress
+from producer.host.when import compact
 
 
 def export(

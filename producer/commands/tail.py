@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,12 +11,16 @@ from confluent_kafka import Message
 
 from producer.config.load import Registry
 from producer.consume.decode import Decoder, UndecodableError
-from producer.consume.event_line import EventFormatter
 from producer.consume.follow import Follower, Start
+from producer.consume.reader import TopicReader
 from producer.errors import ReaderGoneError
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.host.output import echo
 from producer.host.signals import Flag
 from producer.host.text import to_json
+from producer.view.filter import Filter
+from producer.view.line import Lines, is_connection, is_retransmission
+from producer.view.records import of_rows
 
 _LOG = logging.getLogger(__name__)
 _MOST_REASONS = 100
@@ -37,6 +42,7 @@ def batches(
     from_beginning: bool,
     stop: Flag,
     client_settings: Mapping[str, str],
+    since_ms: int | None = None,
 ) -> Generator[list[Event]]:
     """Yield events as they arrive, and an empty list when there are none for a moment, until `stop` is set.
 
@@ -93,6 +99,31 @@ def events(
         yield from batch
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Which events to print: those that match, from `since_ms`, and with `until_ns` those before it that exist."""
+
+    matches: Filter | None = None
+    since_ms: int | None = None
+    until_ns: int | None = None
+
+    def events(self, batch: list[Event]) -> list[Event]:
+        """Return the chosen events of a batch."""
+        if self.until_ns is not None:
+            batch = [event for event in batch if _before(event.record.get("ts_ns"), self.until_ns)]
+        if self.matches is None:
+            return batch
+        return [event for event in batch if self.matches(of_rows(_stream(event.record), [event.record]))[0]]
+
+
+def _before(ts_ns: object, until_ns: int) -> bool:
+    return isinstance(ts_ns, int) and ts_ns < until_ns
+
+
+def _stream(record: Mapping[str, Any]) -> Stream:
+    return RETRANSMITS if is_retransmission(record) else FLOWS if is_connection(record) else TRANSMITS
+
+
 def tail(
     brokers: str,
     topics: Sequence[str],
@@ -104,18 +135,48 @@ def tail(
     from_beginning: bool,
     stop: Flag,
     client_settings: Mapping[str, str],
+    chosen: Chosen = Chosen(),  # frozen
+    width: int = 200,
 ) -> None:
     """Print the events of the topics, one per line, until `stop` is set or `limit` are printed."""
-    formatter = EventFormatter(color=color)
-    source = batches(
-        brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
-    )
+    view = Lines(width, hosts=True, color=color, connections=True)
+    if chosen.until_ns is None:
+        source = batches(
+            brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop,
+            client_settings=client_settings, since_ms=chosen.since_ms,
+        )  # fmt: skip
+    else:
+        source = _until_end(brokers, topics, registry, chosen.since_ms, stop, client_settings)
     try:
         with contextlib.closing(source):
-            _print_all(source, limit, color=color, lines=_json_lines if as_json else partial(_text_lines, formatter))
+            matching = map(chosen.events, source)
+            _print_all(matching, limit, color=color, lines=_json_lines if as_json else partial(_text_lines, view))
     finally:
-        for reason, count in formatter.rejected.items():
+        for reason, count in view.rejected.items():
             _LOG.warning("skipped records=%d reason=%r", count, reason)
+
+
+def _until_end(
+    brokers: str,
+    topics: Sequence[str],
+    registry: Registry | str | None,
+    since_ms: int | None,
+    stop: Flag,
+    client_settings: Mapping[str, str],
+) -> Generator[list[Event]]:
+    """Yield the events that exist now."""
+    decoder = Decoder(registry)
+    skipped: dict[str, int] = {}
+    reader = TopicReader(brokers, topics, client_settings, None, since_ms=since_ms, skip_missing=True)
+    try:
+        for batch in reader.batches():
+            if stop.is_set():
+                return
+            yield list(_decoded([message for messages in batch.values() for message in messages], decoder, skipped))
+    finally:
+        reader.close()
+        for reason, count in skipped.items():
+            _LOG.warning("skipped messages=%d reason=%r", count, reason)
 
 
 def _print_all(
@@ -141,8 +202,8 @@ def _json_lines(shown: Sequence[Event]) -> list[str]:
     return [json_line(event) for event in shown]
 
 
-def _text_lines(formatter: EventFormatter, shown: Sequence[Event]) -> list[str]:
-    return formatter.lines(event.record for event in shown)
+def _text_lines(view: Lines, shown: Sequence[Event]) -> list[str]:
+    return view.lines(event.record for event in shown)
 
 
 def _print(lines: Sequence[str], *, color: bool) -> bool:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,12 +49,29 @@ def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
         yield source.read()
 
 
-def from_file(path: Path, stop: Flag) -> Iterator[list[Records]]:
-    """Yield the records of a file."""
+class Span(NamedTuple):
+    """A period in nanoseconds since 1970; None is unlimited."""
+
+    since_ns: int | None
+    until_ns: int | None
+
+    def of(self, records: Records) -> Records:
+        """Return the records in the period, without its end."""
+        ts_ns = records["ts_ns"].cells
+        chosen = np.ones(len(records), np.bool_)
+        if self.since_ns is not None:
+            chosen &= ts_ns >= self.since_ns
+        if self.until_ns is not None:
+            chosen &= ts_ns < self.until_ns
+        return records.select(chosen)
+
+
+def from_file(path: Path, span: Span, stop: Flag) -> Iterator[list[Records]]:
+    """Yield the records of a file in a period."""
     for records in read(path):
         if stop.is_set():
             return
-        yield [records]
+        yield [span.of(records)]
 
 
 def trace(source: Iterable[list[Records]], chosen: Filter, output: Output, stop: Flag, file: RecordFile | None) -> None:
@@ -94,7 +111,9 @@ class _Printer:
         """Print the events among records; return whether more may be printed."""
         if self._left == 0:
             return False
-        shown = [*(self._json(records) if self._output.as_json else self._output.lines.lines(records))][: self._left]
+        shown = [*(self._json(records) if self._output.as_json else self._output.lines.lines(records.rows()))][
+            : self._left
+        ]
         if shown:
             echo("\n".join(shown), color=self._output.color and not self._output.as_json)
         if self._left is not None:
@@ -103,7 +122,7 @@ class _Printer:
 
     def _json(self, records: Records) -> Iterator[str]:
         for record in records.rows():
-            if is_event(records.stream, record):
+            if is_event(record):
                 yield to_json({"topic": records.stream.topic, **record}, compact=True)
 
 

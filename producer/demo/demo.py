@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 from producer.commands.tail import Event, batches
-from producer.consume.event_line import EventFormatter, is_flow_record, is_retransmit_event
 from producer.demo.lab import Lab, Sent
 from producer.demo.reconcile import Comparison, Row, Tally, compare, reasons
 from producer.demo.summary import Path, Paths
@@ -32,6 +31,7 @@ from producer.host.progress import Progress
 from producer.host.python_child import python
 from producer.host.signals import Flag, SignalFlag
 from producer.host.text import printable, to_json
+from producer.view.line import Lines, is_connection, is_retransmission
 
 _READY_TIMEOUT_S = 180
 _STOP_TIMEOUT_S = 60
@@ -183,7 +183,8 @@ class _Screen:
         self._console = Console(highlight=False, quiet=quiet)
         self._quiet = quiet
         self._show_events = show_events
-        self._formatter = EventFormatter(color=self._console.color_system is not None and not self._console.no_color)
+        color = self._console.color_system is not None and not self._console.no_color
+        self._view = Lines(self._console.width, hosts=False, color=color, connections=True)
         self._second = 0
         self._shown_this_second = 0
 
@@ -216,13 +217,13 @@ class _Screen:
         if self._quiet or not self._show_events:
             return
         shown = [event.record for event in events if self._is_shown(event)]
-        lines = self._formatter.lines(shown)
+        lines = self._view.lines(shown)
         if lines:
             # Without the console, whose formatting costs more than the line.
             echo("\n".join(lines), color=True)
 
     def _is_shown(self, event: Event) -> bool:
-        if is_retransmit_event(event.record) or is_flow_record(event.record):
+        if is_retransmission(event.record) or is_connection(event.record):
             return True
         second = int(time.monotonic())
         if second != self._second:

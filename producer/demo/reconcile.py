@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from producer.consume.event_line import is_flow_record, is_retransmit_event
+from producer.view.line import is_connection, is_retransmission
 
 _REST_CAUSES = ("rto", "tlp", "other")
 _SYN_ACK = 0x12
@@ -95,9 +95,9 @@ class Tally:
         """Count one event."""
         self.events[topic] += 1
         self._numbers[topic].add(record["cpu"], record["cpu_seq"])
-        if is_flow_record(record):
+        if is_connection(record):
             self._flows[record["sk_cookie"]] = max(self._flows[record["sk_cookie"]], record["total_retrans"] or 0)
-        elif is_retransmit_event(record):
+        elif is_retransmission(record):
             self.retransmitted[record["cause"]] += record["segs"]
         elif record["tcp_flags"] == _SYN_ACK:
             self._add_syn_ack(record)

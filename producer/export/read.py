@@ -15,7 +15,7 @@ from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export.arrow import schema_of
 from producer.export.events import record_batches
 from producer.export.sources import Files, Period, Topics
-from producer.export.when import parse_time
+from producer.host.when import parse_time
 
 STREAMS: Mapping[str, Stream] = {stream.topic: stream for stream in (TRANSMITS, RETRANSMITS, FLOWS)}
 

@@ -5,6 +5,7 @@ record, and a lost record loses nothing but its moment. A connection that began 
 record on. Retransmissions are counted by their events.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,9 @@ from producer.view.records import Column, Mask, Records
 Numbers = NDArray[Any]
 
 HISTORY_S = 60
-"""For how long retransmissions are remembered, and connections after their last record."""
+"""For how long retransmissions are remembered, and closed connections."""
+_UNSEEN_S = 600
+"""For how long an open connection is remembered without a record; producers report it every 10 seconds or so."""
 MAX_FLOWS = 2_000_000
 """Connections beyond this are not followed until others have been forgotten."""
 
@@ -43,6 +46,7 @@ _DTYPE = np.dtype(
 )
 _MIX = [np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)]
 _NO_COOKIE = np.uint64(1) << np.uint64(63)
+_MAX_PORT, _MAX_TIME_NS, _MAX_NUMBER = 65_535, 1 << 62, 1 << 40
 _JUDGE_S = 5.0
 """What limits a connection is judged over one to two of these."""
 
@@ -109,10 +113,11 @@ class Flows:
             self._add_flows(records, slots, now_s)
 
     def forget(self, now_s: float) -> None:
-        """Drop what is older than a minute."""
+        """Drop what is too old."""
         happened = self.happened()
         happened = happened.select(happened.at_s > now_s - HISTORY_S)
-        kept = self.rows["seen_s"] > now_s - HISTORY_S
+        is_open = self.rows["counted"] & ~self.rows["closed"]
+        kept = self.rows["seen_s"] > now_s - np.where(is_open, _UNSEEN_S, HISTORY_S)
         places = np.cumsum(kept) - 1
         rows = self.rows[kept]
         used, places_of_texts = np.unique(np.concatenate([[0], *(rows[name] for name in NAMES)]), return_inverse=True)
@@ -127,7 +132,7 @@ class Flows:
     def _find(self, records: Records) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return the slot of each record, new ones included, and whether it has one."""
         texts = self._interned(records)
-        keys = self._keys(records, texts)
+        keys = _keys(records)
         found = np.array(list(map(self._slots.get, keys.tolist())), np.float64)  # None becomes not a number
         missing = np.isnan(found)
         if missing.any():
@@ -142,47 +147,27 @@ class Flows:
         chosen, rows = slots[followed], self._rows
         rows["key"][chosen] = keys[followed]
         for name, ids in texts.items():
-            if name in NAMES:
-                known = followed & (ids > 0)
-                rows[name][slots[known]] = ids[known]
+            known = followed & (ids > 0)
+            rows[name][slots[known]] = ids[known]
         for name in ("sport", "dport"):
-            rows[name][chosen] = records[name].cells[followed]
+            rows[name][chosen] = _bounded(records, name)[followed]
         return slots, followed
 
     def _interned(self, records: Records) -> dict[str, NDArray[np.int64]]:
-        """Return the numbers of the texts of each field; 0 is null."""
-        numbers: dict[int, NDArray[np.int64]] = {}
-        found = {}
-        for name in (*NAMES, "boot_id"):
-            column = records[name]
-            if not column.texts:
-                found[name] = np.zeros(len(records), np.int64)
-                continue
-            if id(column.texts) not in numbers:
-                table = self._texts
-                numbers[id(column.texts)] = np.array([table.setdefault(each, len(table)) for each in column.texts])
-            found[name] = np.where(column.valid, numbers[id(column.texts)][np.where(column.valid, column.cells, 0)], 0)
-        return found
-
-    @staticmethod
-    def _keys(records: Records, texts: dict[str, NDArray[np.int64]]) -> NDArray[np.uint64]:
-        """Return a number for each connection: of the host's boot and the socket, or of the addresses and ports."""
-        cookie = records["sk_cookie"]
-        ports = records["sport"].cells << 16 | records["dport"].cells
-        ends = _mixed(texts["saddr"], texts["daddr"], ports) ^ _NO_COOKIE
-        socket = np.where(cookie.valid & (cookie.cells != 0), cookie.cells.astype(np.uint64), ends)
-        return _mixed(texts["host"], texts["boot_id"], socket)
+        """Return the numbers of the texts of each field of a slot; 0 is null."""
+        table = self._texts
+        return _by_text(records, NAMES, lambda text: table.setdefault(text, len(table)))
 
     def _add_retransmissions(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
-        segs = records["segs"].cells
+        segs = _bounded(records, "segs")
         zeros = np.zeros_like(segs)
         self._log.append(
             Happened(np.full(len(segs), now_s), slots, zeros, zeros, segs, _causes(records["cause"]), zeros)
         )
         self.in_netns += int(segs[records["netns"].cells == self._netns].sum())
         for name in ("lost_out", "srtt_us", "snd_cwnd", "mss", "rto_us"):
-            column = records[name]
-            self._rows[name][slots[column.valid]] = column.cells[column.valid]
+            valid = records[name].valid
+            self._rows[name][slots[valid]] = _bounded(records, name)[valid]
 
     def _add_flows(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
         """Only the last record of each connection counts, because counters are cumulative."""
@@ -192,9 +177,9 @@ class Flows:
         failed = _equals(records["state"], "SYN_SENT") & _equals(records["reason"], "close") & records["error"].valid
         records, slots, failed = records.select(last), slots[last], failed[last]
         known = records["segs_out"].valid
-        rows, now = self._rows, {name: np.where(known, records[name].cells, 0) for name in _GROWING}
+        rows, now = self._rows, {name: np.where(known, _bounded(records, name), 0) for name in _GROWING}
         is_new = ~rows["counted"][slots]
-        began_here = records["start_ns"].valid & (records["start_ns"].cells >= self._start_ns)
+        began_here = records["start_ns"].valid & (_bounded(records, "start_ns") >= self._start_ns)
         growth = {}
         for name in ("segs_out", "total_retrans"):
             before = np.where(is_new & ~began_here, now[name], np.where(is_new, 0, rows[name][slots]))
@@ -222,7 +207,7 @@ class Flows:
         rows = self._rows
         due = ~is_new & (now_s - rows["judged_s"][slots] >= _JUDGE_S)
         rows["judged_s"][slots[is_new | due]] = now_s
-        start = np.where(began_here, records["start_ns"].cells, now["ts_ns"])
+        start = np.where(began_here, _bounded(records, "start_ns"), now["ts_ns"])
         for name in _GROWING:
             first = np.where(began_here, start if name == "ts_ns" else 0, now[name])
             for prefix in ("base_", "middle_"):
@@ -231,8 +216,8 @@ class Flows:
             rows["middle_" + name][slots[due]] = now[name][due]
             rows[name][slots] = now[name]
         for name in GAUGES:
-            column = records[name]
-            rows[name][slots[column.valid]] = column.cells[column.valid]
+            valid = records[name].valid
+            rows[name][slots[valid]] = _bounded(records, name)[valid]
         rows["counted"][slots] = True
         rows["closed"][slots] = _equals(records["reason"], "close")
 
@@ -242,6 +227,40 @@ def interval(rows: NDArray[np.void]) -> Interval:
     grown = [np.maximum(rows[name] - rows["base_" + name], 0) for name in COUNTERS]
     elapsed_us = np.maximum(rows["ts_ns"] - rows["base_ts_ns"], 0) // 1000
     return Interval(elapsed_us, *grown, *(rows[name] for name in Interval._fields[8:]))
+
+
+def _by_text(records: Records, names: Sequence[str], number: Callable[[str], int]) -> dict[str, NDArray[np.int64]]:
+    """Return a number for each text of these fields, and 0 for null; the columns of a batch often share their texts."""
+    numbers: dict[int, NDArray[np.int64]] = {}
+    found = {}
+    for name in names:
+        column = records[name]
+        if not column.texts:
+            found[name] = np.zeros(len(records), np.int64)
+            continue
+        if id(column.texts) not in numbers:
+            numbers[id(column.texts)] = np.array(list(map(number, column.texts)), np.int64)
+        found[name] = np.where(column.valid, numbers[id(column.texts)][np.where(column.valid, column.cells, 0)], 0)
+    return found
+
+
+def _keys(records: Records) -> NDArray[np.uint64]:
+    """Return a number for each connection: of the host's boot and the socket, or of the addresses and ports.
+
+    It is made of hashes, which stay the same when texts are forgotten.
+    """
+    texts = _by_text(records, ("host", "boot_id", "saddr", "daddr"), hash)
+    cookie = records["sk_cookie"]
+    ports = _bounded(records, "sport") << 16 | _bounded(records, "dport")
+    ends = _mixed(texts["saddr"], texts["daddr"], ports) ^ _NO_COOKIE
+    socket = np.where(cookie.valid & (cookie.cells != 0), cookie.cells.astype(np.uint64), ends)
+    return _mixed(texts["host"], texts["boot_id"], socket)
+
+
+def _bounded(records: Records, name: str) -> NDArray[np.int64]:
+    """Return numbers as far as a kernel could write them: whoever may write to a topic chooses them."""
+    most = _MAX_PORT if name in ("sport", "dport") else _MAX_TIME_NS if name.endswith("_ns") else _MAX_NUMBER
+    return np.clip(records[name].cells.astype(np.int64), 0, most)
 
 
 def _mixed(*columns: NDArray[np.int64] | NDArray[np.uint64]) -> NDArray[np.uint64]:

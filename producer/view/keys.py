@@ -54,6 +54,8 @@ class Choice:
     def _typing(self, typed: str, key: str) -> "Choice":
         if key == "escape":
             return replace(self, typed=None, error="")
+        if key == "clear":
+            return replace(self, typed="", error="")
         if key == "backspace":
             return replace(self, typed=typed[:-1])
         if key == "enter":

@@ -1,23 +1,23 @@
 """Records as lines in fixed columns: what happened, the segment, who. The flow is last, because it may be long."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from rich.color import ColorSystem
 from rich.style import Style
 
-from producer.events import FLOWS, RETRANSMITS, Stream
 from producer.host.endpoints import endpoint
 from producer.host.text import printable
-from producer.view.records import Records
 
 Record = Mapping[str, Any]
 
 _MAX_FLOWS = 16_384
 """Flows whose first sequence number is remembered."""
 _MAX_TEXT = 256
+_MAX_REASON = 100
+_MAX_REASONS = 100
 _WITH_FLOW = 100
 """Narrower screens show the peer alone."""
 _HALF, _WHOLE = 1 << 31, 1 << 32
@@ -32,46 +32,73 @@ class _Column(NamedTuple):
     """Of the text; negative aligns to the left, and 0 is the last column, of any width."""
     least: int
     """Shown on screens of at least this width."""
-    text: Callable[["Lines", Stream, Record], str]
+    text: Callable[["Lines", Record], str]
     most: int = 1 << 16
 
 
-def is_event(stream: Stream, record: Record) -> bool:
+def is_retransmission(record: Record) -> bool:
+    """Return whether this is a retransmit event, by a field that only these have."""
+    return "cause" in record
+
+
+def is_connection(record: Record) -> bool:
+    """Return whether this is a record of a connection."""
+    return "reason" in record
+
+
+def is_event(record: Record) -> bool:
     """Return whether a trace shows a record: no retransmission twice, and of connections only those that failed."""
-    if stream == FLOWS:
+    if is_connection(record):
         return record["reason"] == "close" and record["error"] is not None
-    return stream == RETRANSMITS or not record["is_retransmit"]
+    return is_retransmission(record) or not record["is_retransmit"]
 
 
 class Lines:
-    """Formats events as lines. `hosts` adds the host; without `color`, lines are plain."""
+    """Formats events as lines. `hosts` adds the host, `connections` the records of connections that have not failed.
 
-    def __init__(self, width: int, *, hosts: bool, color: bool) -> None:
+    `rejected` counts records that cannot be formatted, by reason: in topics, fields can be missing or of other types.
+    """
+
+    def __init__(self, width: int, *, hosts: bool, color: bool, connections: bool = False) -> None:
+        self._connections = connections
         fitting = (each for each in _COLUMNS if each.least <= width <= each.most)
         self._columns = [each for each in fitting if hosts or each.title != "HOST"]
         self._color = color
         self._first: OrderedDict[Any, int] = OrderedDict()
+        self.rejected: Counter[str] = Counter()
 
     def header(self) -> str:
         """Return the titles."""
         return " ".join(_fit(each.title, each.width) for each in self._columns).rstrip()
 
-    def lines(self, records: Records) -> Iterator[str]:
-        """Yield a line for each event."""
-        for record in records.rows():
-            if is_event(records.stream, record):
-                yield self._line(records.stream, record)
+    def lines(self, records: Iterable[Record]) -> list[str]:
+        """Return a line for each event, in order of time: Kafka keeps the order only within a partition."""
+        shown = []
+        for record in records:
+            try:
+                if is_event(record) or (self._connections and is_connection(record)):
+                    shown.append((int(record["ts_ns"]), self.line(record)))
+            except LookupError as error:
+                self._reject(f"no field {error}")
+            except (TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+                self._reject(f"{type(error).__name__}: {error}")
+        return [line for _, line in sorted(shown, key=lambda each: each[0])]
 
-    def _line(self, stream: Stream, record: Record) -> str:
-        cells = [_fit(printable(each.text(self, stream, record)[:_MAX_TEXT]), each.width) for each in self._columns]
+    def _reject(self, reason: str) -> None:
+        cut = printable(reason[:_MAX_REASON])
+        self.rejected[cut if cut in self.rejected or len(self.rejected) < _MAX_REASONS else "other reasons"] += 1
+
+    def line(self, record: Record) -> str:
+        """Format a record. Raises LookupError, TypeError or another error if fields are missing or of other types."""
+        cells = [_fit(printable(str(each.text(self, record))[:_MAX_TEXT]), each.width) for each in self._columns]
         line = " ".join(cells).rstrip()
         if not self._color:
             return line
-        return Style.parse(_style(stream, record)).render(line, color_system=ColorSystem.STANDARD)
+        return Style.parse(_style(record)).render(line, color_system=ColorSystem.STANDARD)
 
-    def _sequence(self, stream: Stream, record: Record) -> str:
+    def _sequence(self, record: Record) -> str:
         """Return the first byte's number, counted from the first segment of the flow that was seen."""
-        if stream == FLOWS:
+        if is_connection(record):
             return ""
         key = flow_key(record)
         first = self._first.setdefault(key, record["seq"])
@@ -101,10 +128,10 @@ def duration(us: int | None) -> str:
     return f"{us}us" if us < _MS else f"{us / _MS:.3g}ms" if us < _S - _MS / 2 else f"{us / _S:.3g}s"
 
 
-def _style(stream: Stream, record: Record) -> str:
-    if stream == FLOWS:
-        return FAULT
-    return _STYLES.get(record["cause"], WARNING) if stream == RETRANSMITS else ORDINARY
+def _style(record: Record) -> str:
+    if is_connection(record):
+        return ORDINARY if record["error"] is None else FAULT
+    return _STYLES.get(record["cause"], WARNING) if is_retransmission(record) else ORDINARY
 
 
 def _fit(text: str, width: int) -> str:
@@ -114,43 +141,46 @@ def _fit(text: str, width: int) -> str:
     return text.ljust(size) if width <= 0 else text.rjust(size)
 
 
-def _cause(_: Lines, stream: Stream, record: Record) -> str:
-    if stream == RETRANSMITS:
+def _cause(_: Lines, record: Record) -> str:
+    if is_retransmission(record):
         number = record["retransmit_no"]
-        return f"{record['cause']} #{number}" if number else str(record["cause"])
-    if stream == FLOWS:
+        text = f"{record['cause']} #{number}" if number else str(record["cause"])
+        return f"{text} err {record['err']}" if record["err"] else text
+    if is_connection(record) and record["error"] is None:
+        return "open" if record["reason"] == "interval" else "closed"
+    if is_connection(record):
         return f"{'connect' if record['state'] == 'SYN_SENT' else 'close'} {record['error']}"
     return "sent"
 
 
-def _flow(_: Lines, stream: Stream, record: Record) -> str:
+def _flow(_: Lines, record: Record) -> str:
     return f"{endpoint(record['saddr'], record['sport'])} > {endpoint(record['daddr'], record['dport'])}"
 
 
-def _count(name: str) -> Callable[[Lines, Stream, Record], str]:
-    def text(_: Lines, stream: Stream, record: Record) -> str:
+def _count(name: str) -> Callable[[Lines, Record], str]:
+    def text(_: Lines, record: Record) -> str:
         value = record.get(name)
         return "-" if value is None else str(value)
 
     return text
 
 
-def _time_of(name: str) -> Callable[[Lines, Stream, Record], str]:
-    return lambda _, stream, record: duration(record.get(name))
+def _time_of(name: str) -> Callable[[Lines, Record], str]:
+    return lambda _, record: duration(record.get(name))
 
 
-def _time(_: Lines, stream: Stream, record: Record) -> str:
+def _time(_: Lines, record: Record) -> str:
     return f"{datetime.fromtimestamp(record['ts_ns'] / 1e9):%H:%M:%S.%f}"[:-3]
 
 
-def _peer(_: Lines, stream: Stream, record: Record) -> str:
+def _peer(_: Lines, record: Record) -> str:
     return endpoint(record["daddr"], record["dport"])
 
 
 _COLUMNS = (
     _Column("TIME", -12, 0, _time),
     _Column("CAUSE", -20, 0, _cause),
-    _Column("HOST", -16, 0, lambda _, stream, record: str(record["host"])),
+    _Column("HOST", -16, 0, lambda _, record: str(record["host"])),
     _Column("SEQ", 10, _WITH_FLOW, Lines._sequence),
     _Column("LEN", 6, 120, _count("payload_len")),
     _Column("SEGS", 4, 150, _count("segs")),
@@ -158,7 +188,7 @@ _COLUMNS = (
     _Column("SRTT", 6, 120, _time_of("srtt_us")),
     _Column("CWND", 5, 150, _count("snd_cwnd")),
     _Column("LOST", 4, 150, _count("lost_out")),
-    _Column("WHO", -15, 0, lambda _, stream, record: who(record)),
+    _Column("WHO", -15, 0, lambda _, record: who(record)),
     _Column("PEER", 0, 0, _peer, most=_WITH_FLOW - 1),
     _Column("FLOW", 0, _WITH_FLOW, _flow),
 )

@@ -21,7 +21,7 @@ _ASCII_BARS = " .:-=+*#@"
 _HELP = (
     "p)eer f)low h)ost u)nit con(t)ainer c)omm p(o)rt sub(n)et c(a)use  s)ort /filter space=pause enter=details q)uit"
 )
-_SHORT_HELP = "pfhutcona=group s)ort /filter space=pause enter=details ?=help q)uit"
+_SHORT_HELP = "pfhutcona=group s)ort /filter space=pause enter=details q)uit"
 _NAME_WIDTH = 21
 _MAX_NAME = 45
 _HIGH_RATIO = 0.01
@@ -112,16 +112,17 @@ def _columns(unicode: bool) -> list[_Column]:
     ]
 
 
-def _fitting(width: int, unicode: bool) -> tuple[int, list[_Column]]:
-    """Return the width of names, and the columns that fit."""
+def _fitting(width: int, longest: int, unicode: bool) -> tuple[int, list[_Column]]:
+    """Return the width of names, and the columns that fit beside the longest name."""
     columns = _columns(unicode)
-    needed = 1 + _NAME_WIDTH
+    name_width = max(_NAME_WIDTH, min(longest, _MAX_NAME, width - 1))
+    needed = 1 + name_width
     shown = set()
     for column in sorted(columns, key=lambda each: each.priority):
         if needed + 1 + abs(column.width) <= width:
             needed += 1 + abs(column.width)
             shown.add(column.title)
-    return min(_MAX_NAME, _NAME_WIDTH + max(0, width - needed)), [each for each in columns if each.title in shown]
+    return min(_MAX_NAME, name_width + max(0, width - needed)), [each for each in columns if each.title in shown]
 
 
 def render(frame: Frame, look: Look) -> list[str]:
@@ -154,7 +155,8 @@ def _plural(by: str) -> str:
 
 
 def _body(frame: Frame, look: Look) -> list[str]:
-    name_width, columns = _fitting(look.width, look.unicode)
+    longest = max((len(line.name) for line in frame.table.lines), default=0)
+    name_width, columns = _fitting(look.width, longest, look.unicode)
     title = " " + " ".join(
         [frame.by.upper().ljust(name_width), *(_aligned(each.title, each.width) for each in columns)]
     )

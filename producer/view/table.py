@@ -17,7 +17,7 @@ GROUPS = ("peer", "flow", "host", "unit", "container", "comm", "port", "subnet",
 SORTS = ("retransmitted", "ratio", "segments", "srtt", "failed", "flows", "name")
 _TEXT_FIELDS = {"peer": "daddr", "host": "host", "unit": "unit", "container": "container", "comm": "comm"}
 _NONE = "-"
-_OPEN_S = 35.0
+_OPEN_S = 130.0
 """Connections without a record for longer than this are not counted as open."""
 _PREFIX = {4: 24, 6: 64}
 

@@ -19,7 +19,7 @@ _READ_BYTES = 1024
 _LEAST_WIDTH, _LEAST_HEIGHT = 20, 5
 _ESCAPES = {"\x1b[A": "up", "\x1b[B": "down", "\x1bOA": "up", "\x1bOB": "down"}
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]?")
-_NAMES = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace", "\x1b": "escape"}
+_NAMES = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace", "\x1b": "escape", "\x15": "clear"}
 
 
 def is_usable() -> bool:

@@ -13,6 +13,10 @@ from producer.paths import SCHEMAS
 SECOND_NS = 1_000_000_000
 TRANSMIT: dict[str, Any] = {
     "ts_ns": 1_790_000_000_123_456_000,
+    "host": "web-1",
+    "boot_id": "boot",
+    "netns": 1,
+    "sk_cookie": 5,
     "saddr": "10.0.0.1",
     "sport": 40001,
     "daddr": "fd00::2",
@@ -23,16 +27,17 @@ TRANSMIT: dict[str, Any] = {
     "ack_seq": 77,
     "payload_len": 1448,
     "segs": 1,
+    "is_retransmit": False,
 }
 RETRANSMIT = {
-    **TRANSMIT,
+    **{name: value for name, value in TRANSMIT.items() if name != "is_retransmit"},
     "cause": "rto",
     "retransmit_no": 3,
     "rto_us": 204_000,
     "srtt_us": 57,
     "err": 0,
 }
-VALUES = {"long": 1_790_000_000_123, "int": 7, "string": "text", "boolean": True, "map": {"dc": "fra-1"}}
+VALUES = {"long": 1_790_000_000_123, "int": 7, "string": "text", "boolean": False, "map": {"dc": "fra-1"}}
 
 
 def message(stream: Stream, **fields: Any) -> bytes:

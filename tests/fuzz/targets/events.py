@@ -20,7 +20,6 @@ from producer.backoff import BackOff
 from producer.commands.tail import Event, json_line
 from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.event_id import read_events
-from producer.consume.event_line import EventFormatter
 from producer.encode.batch import BatchEncoder
 from producer.encode.isolate import Isolator
 from producer.events import STREAMS, Batch, EncodedBatch, Stream
@@ -33,6 +32,7 @@ from producer.pipeline.pipeline import Pipeline
 from producer.pipeline.recovery import resume
 from producer.pipeline.stream import Stores, StreamPipeline
 from producer.schemas import HEARTBEAT_FILE, load_schema
+from producer.view.line import Lines
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, mutated, texts
 from tests.support import spool_folders
@@ -128,7 +128,7 @@ def _rings() -> Iterator[Check]:
 @contextlib.contextmanager
 def _names() -> Iterator[Check]:
     """Any bytes make a printable, bounded name, reversible unless truncated; events and heartbeats carry it."""
-    (stream, _) = STREAMS
+    stream = STREAMS[0]
     schema = fastavro.parse_schema(load_schema(stream.schema_file))
     beat = fastavro.parse_schema(load_schema(HEARTBEAT_FILE))
 
@@ -152,7 +152,7 @@ def _names() -> Iterator[Check]:
 @contextlib.contextmanager
 def _raw_names() -> Iterator[Check]:
     """A cgroup's path from the operating system, with surrogates, reaches an event."""
-    (stream, _) = STREAMS
+    stream = STREAMS[0]
 
     def check(path: str) -> None:
         name = text.name(path.encode(errors="surrogatepass"))
@@ -165,7 +165,7 @@ def _raw_names() -> Iterator[Check]:
 def _messages() -> Iterator[Check]:
     """A message is an event that fastavro reads too and that can be printed, or it is undecodable."""
     decoder = Decoder(None)
-    views = [EventFormatter(color=False), EventFormatter(color=True)]
+    views = [Lines(200, hosts=True, color=False), Lines(80, hosts=False, color=True)]
 
     def check(value: bytes | None) -> None:
         events, rejected = read_events(decoder, [value, value])

@@ -12,10 +12,11 @@ from typing import Any
 import fastavro
 import pytest
 
-from producer.commands.tail import Event, batches, events, tail
+from producer.commands.tail import Chosen, Event, batches, events, tail
 from producer.errors import ConfigError, UnavailableError
-from producer.events import STREAMS, TRANSMITS
+from producer.events import RETRANSMITS, TRANSMITS
 from producer.paths import SCHEMAS
+from producer.view.filter import parse
 from tests.support.mock_topics import TOPICS, Cluster
 from tests.support.records import TRANSMIT, VALUES, message
 
@@ -61,11 +62,11 @@ def print_events(cluster: Cluster, *, as_json: bool, limit: int | None) -> None:
 
 
 def test_json_lines_have_topic_key_and_raw_numbers(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    for stream in STREAMS:
+    for stream in (TRANSMITS, RETRANSMITS):
         cluster.put_events(stream, [11])
     print_events(cluster, as_json=True, limit=2)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {line["topic"] for line in lines} == set(TOPICS)
+    assert {line["topic"] for line in lines} == {TRANSMITS.topic, RETRANSMITS.topic}
     assert [(line["key"], line["seq"], line["ts"]) for line in lines] == [("a:1>b:2", 11, VALUES["long"])] * 2
 
 
@@ -73,6 +74,38 @@ def test_a_limit_is_the_number_of_lines(cluster: Cluster, capsys: pytest.Capture
     cluster.put_events(TRANSMITS, range(13))
     print_events(cluster, as_json=False, limit=7)
     assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+def print_chosen(cluster: Cluster, chosen: Chosen) -> None:
+    tail(
+        cluster.brokers,
+        TOPICS,
+        registry=None,
+        as_json=True,
+        limit=None,
+        color=False,
+        from_beginning=True,
+        stop=threading.Event(),
+        client_settings={},
+        chosen=chosen,
+    )
+
+
+def test_with_until_what_exists_is_shown_and_nothing_later(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(5):
+        cluster.put(TRANSMITS.topic, message(TRANSMITS, seq=number, ts_ns=1000 + number))
+    print_chosen(cluster, Chosen(until_ns=1003))
+    assert [json.loads(line)["seq"] for line in capsys.readouterr().out.splitlines()] == [0, 1, 2]
+
+
+def test_a_filter_chooses_events(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(4):
+        cluster.put(TRANSMITS.topic, message(TRANSMITS, seq=number, sport=number % 2, dport=9))
+    cluster.put(RETRANSMITS.topic, message(RETRANSMITS, seq=9, sport=1, dport=9, cause="tlp"))
+    print_chosen(cluster, Chosen(matches=parse("port 1 and not cause tlp"), until_ns=1 << 62))
+    assert [json.loads(line)["seq"] for line in capsys.readouterr().out.splitlines()] == [1, 3]
 
 
 def test_each_event_is_read_once_and_in_order(cluster: Cluster) -> None:

@@ -22,12 +22,12 @@ from producer.commands.tail import Event, json_line
 from producer.commands.verify import TopicReport, show
 from producer.config import load
 from producer.consume.audit import BootReport
-from producer.consume.event_line import EventFormatter
 from producer.errors import OutputError, UnavailableError
 from producer.health.status import table
 from producer.host import systemd
 from producer.host.output import MAX_RECORD_BYTES, JournalFormatter, JsonFormatter, LineFormatter, echo
 from producer.host.text import to_json
+from producer.view.line import Lines
 from tests.support.rebpf import command, rebpf
 from tests.support.records import RETRANSMIT
 
@@ -253,7 +253,7 @@ def test_the_command_line_is_quoted_safely(arguments: list[str]) -> None:
 @hostile
 def test_a_line_of_the_view_is_printable(text: str) -> None:
     record = {**RETRANSMIT, "cause": text, "saddr": text}
-    assert EventFormatter(color=False).line(record).isprintable()
+    assert Lines(200, hosts=True, color=False).line(record).isprintable()
 
 
 @hostile

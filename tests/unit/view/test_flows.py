@@ -125,6 +125,15 @@ def test_what_is_older_than_a_minute_is_forgotten() -> None:
     assert shown(found, now=NOW + HISTORY_S + 1).lines[0].segments == 1.0
 
 
+def test_an_open_connection_is_remembered_between_rare_records() -> None:
+    found = started()
+    add_flows(found, NOW, {"segs_out": 100}, {"segs_out": 5, "sk_cookie": 6, "reason": "close"})
+    found.forget(NOW + 2 * HISTORY_S)
+    assert len(found.rows) == 1
+    add_flows(found, NOW + 2 * HISTORY_S, {"segs_out": 120})
+    assert shown(found, now=NOW + 2 * HISTORY_S).lines[0].segments == 2.0
+
+
 def test_segments_without_a_socket_are_distinguished_by_their_addresses() -> None:
     found = started()
     add_retransmits(found, NOW, {"sk_cookie": 0, "cause": "syn_ack"}, {"sk_cookie": 0, "dport": 5, "cause": "syn_ack"})

@@ -1,11 +1,16 @@
 """Lines of a trace: fixed columns, the cause first, relative sequence numbers, and nothing that a terminal obeys."""
 
 import re
+from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
+from producer.host.endpoints import endpoint
 from producer.view.line import Lines, duration
+from tests.support.records import RETRANSMIT, TRANSMIT
 from tests.support.views import decoded, flows, retransmits, transmits
 
 ENDS = {"saddr": "10.0.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51234, "sk_cookie": 5}
@@ -18,7 +23,8 @@ def lines(width: int, *, color: bool = False) -> list[str]:
         {**ENDS, "cause": "slow_start", "seq": 1447, "payload_len": 1448, "rto_us": 204_000, "segs": 3},
     )
     failed = flows({**ENDS, "reason": "close", "error": 111, "state": "SYN_SENT", "comm": "curl"})
-    return [shown.header(), *shown.lines(decoded(RETRANSMITS, events)), *shown.lines(decoded(FLOWS, failed))]
+    records = [*decoded(RETRANSMITS, events).rows(), *decoded(FLOWS, failed).rows()]
+    return [shown.header(), *shown.lines(records)]
 
 
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
@@ -48,9 +54,9 @@ def test_a_narrow_screen_shows_the_peer() -> None:
 def test_only_new_segments_and_failed_connections_are_events() -> None:
     shown = Lines(200, hosts=False, color=False)
     sent = decoded(TRANSMITS, transmits({**ENDS, "is_retransmit": 1}, {**ENDS, "is_retransmit": 0}))
-    assert [line.split()[1] for line in shown.lines(sent)] == ["sent"]
+    assert [line.split()[1] for line in shown.lines(sent.rows())] == ["sent"]
     closed = decoded(FLOWS, flows({"reason": "close", "unknown": 1 << 12}, {"reason": "interval", "error": 111}))
-    assert [*shown.lines(closed)] == []
+    assert [*shown.lines(closed.rows())] == []
 
 
 def test_faults_have_colors() -> None:
@@ -64,3 +70,70 @@ def test_faults_have_colors() -> None:
 )
 def test_durations_have_three_digits_and_a_unit(us: int | None, text: str) -> None:
     assert duration(us) == text
+
+
+def plain(record: dict[str, Any]) -> str:
+    return Lines(200, hosts=True, color=False).line(record)
+
+
+def test_an_ipv6_endpoint_is_in_brackets() -> None:
+    assert endpoint("fd00::2", 443) == "[fd00::2]:443"
+
+
+def test_a_failed_retransmit_says_the_error() -> None:
+    assert " rto #3 err -1 " in plain({**RETRANSMIT, "err": -1})
+
+
+def test_what_is_unknown_is_left_out() -> None:
+    unknown = dict.fromkeys(("retransmit_no", "rto_us", "srtt_us"))
+    assert plain({**RETRANSMIT, **unknown}).split()[1:3] == ["rto", "web-1"]
+
+
+def test_escape_sequences_of_a_stranger_do_not_reach_the_terminal() -> None:
+    assert "\x1b" not in plain({**RETRANSMIT, "cause": "\x1b]0;gone\x07", "saddr": "\x1b[2J", "host": "\x1b[2J"})
+
+
+values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=2000) | st.binary(max_size=20)
+
+
+@given(
+    changes=st.dictionaries(st.sampled_from(sorted(RETRANSMIT)), values | st.lists(values, max_size=3), max_size=5),
+    missing=st.sets(st.sampled_from(sorted(RETRANSMIT)), max_size=2),
+)
+@example(changes={"ts_ns": 1 << 62}, missing=set())
+@example(changes={"ts_ns": 1 << 80}, missing=set())
+@example(changes={"ts_ns": 1 << 5000}, missing=set())
+@example(changes={"ts_ns": float("nan")}, missing=set())
+@example(changes={"ts_ns": "x"}, missing=set())
+@example(changes={"sk_cookie": []}, missing=set())
+@example(changes={"saddr": 5}, missing=set())
+@example(changes={"srtt_us": "57"}, missing=set())
+@example(changes={"seq": "x" * (1 << 20), "cause": "y" * (1 << 20), "saddr": "\x1b" * (1 << 20)}, missing=set())
+def test_a_record_of_any_types_is_a_bounded_line_or_counted_and_costs_no_other(
+    changes: dict[str, Any], missing: set[str]
+) -> None:
+    view = Lines(200, hosts=True, color=False)
+    odd = {name: value for name, value in {**RETRANSMIT, **changes}.items() if name not in missing}
+    shown = view.lines([RETRANSMIT, odd, TRANSMIT])
+    assert len(shown) + view.rejected.total() + (not is_shown(odd)) == 3
+    assert {plain(RETRANSMIT).split()[0], plain(TRANSMIT).split()[0]} <= {line.split()[0] for line in shown}
+    assert all(line.isprintable() and len(line) < 8192 for line in [*shown, *view.rejected])
+
+
+def is_shown(odd: dict[str, Any]) -> bool:
+    """Without a cause, it is not known whether this segment was sent before."""
+    return "cause" in odd or not odd.get("is_retransmit", False)
+
+
+def test_lines_come_in_the_order_of_time() -> None:
+    records = [{**TRANSMIT, "ts_ns": TRANSMIT["ts_ns"] + late, "payload_len": late} for late in (3, 1, 2)]
+    shown = Lines(200, hosts=False, color=False).lines(records)
+    assert [line.split()[3] for line in shown] == ["1", "2", "3"]
+
+
+def test_reasons_are_bounded() -> None:
+    view = Lines(200, hosts=True, color=False)
+    assert view.lines({**TRANSMIT, "ts_ns": "x", str(number): 0} for number in range(3)) == []
+    assert view.lines({**TRANSMIT, "ts_ns": 10**30 + 10**20 * number} for number in range(1000)) == []
+    assert view.rejected.total() == 1003
+    assert len(view.rejected) <= 101

@@ -37,6 +37,8 @@ def test_records_are_those_that_fastavro_reads(stream: Stream) -> None:
     [(_, table)] = parts
     records = of_table(stream, table)
     expected = [decode(value, parsed(schema))[1] for value in values]
+    for record in expected:
+        del record["labels"]  # maps are not decoded
     assert [*records.rows()] == expected
     chosen = np.arange(50) % 2 == 0
     assert [*records.select(chosen).rows()][1]["cpu_seq"] == expected[2]["cpu_seq"]

@@ -38,9 +38,16 @@ def test_the_screen_has_its_size(width: int, height: int) -> None:
 
 
 def test_80_columns_show_the_peer_and_why() -> None:
-    lines = render(frame(), look(80, 24))
+    shown = frame()
+    lines = render(Frame(Table(BAD, [BAD], 1), **_fields(shown)), look(80, 24))
     assert lines[2].split() == ["PEER", "RETR/S", "RATIO", "SEGS/S", "FAIL", "FLOWS", "SRTT", "P95", "LIMIT"]
     assert lines[3].split() == [">10.2.0.9", "7.2", "3.10%", "12.3k", "3", "12", "1.5ms", "250ms", "loss"]
+
+
+def test_a_long_name_takes_the_place_of_columns() -> None:
+    name = "10.111.139.57:53990 > 10.99.0.7:7411"
+    lines = render(Frame(Table(BAD, [BAD._replace(name=name)], 1), **_fields(frame())), look(80, 24))
+    assert lines[3].split()[:4] == [*f">{name}".split(), "7.2"]
 
 
 def test_a_wide_screen_shows_everything() -> None:
@@ -111,6 +118,8 @@ def test_a_filter_is_typed_in_place() -> None:
     assert press("/", *"port 22", "enter").filter_text == "port 22"
     assert press("/", *"port 222", "backspace", "enter").filter_text == "port 22"
     assert press("/", *"q").typed == "q"
+    assert press("/", *"port 22", "enter", "/", *" or port 23").typed == "port 22 or port 23"
+    assert press("/", *"port 22", "enter", "/", "clear").typed == ""
     assert press("/", *"port", "escape").filter_text == ""
     wrong = press("/", *"port x", "enter")
     assert wrong.typed == "port x"

@@ -1,0 +1,124 @@
+"""`rebpf trace -r` and the options of both views, as a user runs them."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from producer.commands.trace import Span, Summary, judged
+from producer.events import FLOWS, RETRANSMITS
+from producer.view.file import RecordFile
+from tests.support.rebpf import DEADLINE_S, command, rebpf
+from tests.support.views import decoded, flows, retransmits
+
+ENDS = {"saddr": "10.0.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51234, "sk_cookie": 5}
+SECOND_NS = 1_000_000_000
+SEGMENTS = decoded(
+    RETRANSMITS,
+    retransmits(
+        *({**ENDS, "cause": "rto", "ts": number * SECOND_NS, "retransmit_no": 1} for number in range(3)),
+        {**ENDS, "cause": "tlp", "daddr": "10.2.0.8", "sk_cookie": 6, "ts": 3 * SECOND_NS, "segs": 9},
+    ),
+)
+CONNECTIONS = decoded(
+    FLOWS,
+    flows(
+        {
+            **ENDS, "reason": "interval", "ts": SECOND_NS, "start_ns": SECOND_NS, "unknown": 1 << 12,
+            "min_rtt_us": 100, "srtt_us": 110,
+        },
+        {
+            **ENDS, "reason": "close", "ts": 2 * SECOND_NS, "start_ns": SECOND_NS, "unknown": 1 << 12,
+            "busy_time_us": 1_000_000, "data_segs_out": 100, "total_retrans": 9, "dsack_dups": 2, "bytes_sent": 9,
+            "min_rtt_us": 100, "srtt_us": 110, "comm": "nginx",
+        },
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    file = RecordFile(tmp_path / "file")
+    file.write(SEGMENTS)
+    file.write(CONNECTIONS)
+    file.close()
+    return tmp_path / "file"
+
+
+def test_a_file_is_shown_filtered_and_counted(file: Path) -> None:
+    done = rebpf("trace", "-r", file, "-c", "cause", "rto", "or", "comm", "nginx")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines[:4]] == ["CAUSE", "rto", "rto", "rto"]
+    assert lines[4] == "1 flows with retransmissions or errors"
+    assert lines[6].split() == ["3", "2", "loss", "nginx", "rto=3", "10.0.0.1:443", ">", "10.2.0.9:51234"]
+
+
+def test_json_lines_end_with_the_counts(file: Path) -> None:
+    done = rebpf("trace", "-r", file, "-c", "-n", 2, "--json")
+    *events, counts = map(json.loads, done.stdout.splitlines())
+    assert [event["cause"] for event in events] == ["rto", "rto"]
+    assert all(event["topic"] == "tcp_retransmit" for event in events)
+    assert counts["flows"]
+
+
+def test_a_period_of_a_file_is_shown(file: Path) -> None:
+    assert len(rebpf("trace", "-r", file, "--until", "1971-01-01").stdout.splitlines()) == 1
+    assert len(rebpf("trace", "-r", file, "--since", "1971-01-01").stdout.splitlines()) == 5
+    first = SEGMENTS["ts_ns"].cells[0]
+    assert len(Span(first + 1, first + 2 * SECOND_NS).of(SEGMENTS)) == 1
+
+
+def test_a_full_disk_is_one_line(file: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("trace", "-r", file), stdout=full, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S
+        )
+    assert done.returncode == 74
+    assert done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr
+
+
+@pytest.mark.parametrize("view", ["trace", "top", "tail"])
+def test_a_wrong_filter_is_answered_with_a_caret(view: str) -> None:
+    done = rebpf(view, "host web-1 and cause rot")
+    assert (done.returncode, done.stdout) == (64, "")
+    first, text, caret = done.stderr.splitlines()
+    assert first.startswith("rebpf: filter: expected one of other, rto")
+    assert text[caret.index("^") :] == "rot"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trace", "-r", "x", "--transmit"], "leave out --transmit"),
+        (["trace", "--since", "1h"], "need -r"),
+        (["top", "--json"], "needs --once"),
+        (["trace", "-r", "/no/such/file"], "No such file"),
+        (["trace", "-r", "x", "--since", "noon"], "expected a time such as"),
+    ],
+)
+def test_wrong_options_have_one_line(arguments: list[str], expected: str) -> None:
+    done = rebpf(*arguments)
+    assert done.returncode in (64, 69)
+    assert expected in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) <= 3
+
+
+def test_what_limits_a_connection_is_judged_between_two_records_or_since_its_start() -> None:
+    first, last = CONNECTIONS.rows()
+    assert judged(first, last) == ("loss", 2)
+    assert judged(last, last) == ("loss", 2)
+    assert judged(None, {**last, "start_ns": None}) == (None, None)
+    assert judged(None, None) == (None, None)
+    assert judged(first, {**last, "busy_time_us": None}) == (None, None)
+
+
+def test_the_summary_shows_the_worst_flow_first() -> None:
+    summary = Summary()
+    summary.add(SEGMENTS)
+    rows = summary.rows()
+    assert [row["retransmitted"] for row in rows] == [9, 3]
+    assert rows[1]["causes"] == {"rto": 3}
+    assert rows[0]["limit"] is None

@@ -1,0 +1,104 @@
+"""`rebpf top` on topics: a fleet's table for scripts, and records of any types."""
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from producer.commands.top import once
+from producer.config.load import Registry
+from producer.consume.follow import Start
+from producer.encode.batch import BatchEncoder
+from producer.events import CAUSES, FLOWS, RETRANSMITS, Batch, Stream
+from producer.host.cgroups import CgroupPaths
+from producer.schemas import load_schema
+from producer.view.flows import Flows
+from producer.view.keys import Choice
+from producer.view.records import of_rows
+from producer.view.screen import Frame, Look, render
+from producer.view.table import GROUPS, SORTS, details, table
+from producer.view.topics import TopicSource
+from tests.support.encoding import OFFSET_NS, messages
+from tests.support.mock_topics import Cluster
+from tests.support.views import flows, retransmits
+
+TOPICS = (FLOWS.topic, RETRANSMITS.topic)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+def put(cluster: Cluster, stream: Stream, host: str, rows: Any) -> None:
+    schema, fields = load_schema(stream.schema_file), {"host": host, "boot_id": f"boot of {host}"}
+    encoder = BatchEncoder(stream, schema, stream.fixed_schema_id, fields, CgroupPaths(None), "host")
+    for _, value in messages(encoder.encode(Batch(stream, rows), OFFSET_NS)):
+        cluster.put(stream.topic, value)
+
+
+def source(cluster: Cluster, stop: threading.Event) -> TopicSource:
+    return TopicSource(
+        cluster.brokers, TOPICS, registry=Registry(None), client_settings={}, start=Start.BEGINNING, stop=stop
+    )
+
+
+def shown(cluster: Cluster, capsys: pytest.CaptureFixture[str], choice: Choice) -> Any:
+    """Return the table for scripts."""
+    stop = threading.Event()
+    once(source(cluster, stop), choice, 5.0, "fleet", stop, as_json=True, width=80)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_fleet_is_read_from_the_topics(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, host in enumerate(("web-1", "web-2", "db-1")):
+        sent = [{"reason": "interval", "sk_cookie": 1, "daddr": "10.2.0.9", "segs_out": segs} for segs in (10, 110)]
+        for row in sent:
+            put(cluster, FLOWS, host, flows(row))
+        put(cluster, RETRANSMITS, host, retransmits({"cause": "rto", "sk_cookie": 1, "segs": 1 + number}))
+    cluster.put(FLOWS.topic, b"foreign")
+    found = shown(cluster, capsys, Choice(by="host"))
+    assert {line["name"]: line["causes"] for line in found["lines"]} == {
+        "db-1": {"rto": 3}, "web-2": {"rto": 2}, "web-1": {"rto": 1},
+    }  # fmt: skip
+    assert (found["lost"], found["kernel_retrans_segs"]) == (1, None)
+    chosen = shown(cluster, capsys, Choice(by="host", filter_text="host web-*"))
+    assert {line["name"] for line in chosen["lines"]} == {"web-1", "web-2"}
+
+
+odd = st.one_of(st.none(), st.integers(-(1 << 63), (1 << 63) - 1))
+NUMBERS = ("sk_cookie", "sport", "dport", "segs", "segs_out", "total_retrans", "ts_ns", "start_ns", "srtt_us",
+           "min_rtt_us", "snd_cwnd", "mss", "rto_us", "lost_out", "busy_time_us", "rwnd_limited_us", "bytes_sent",
+           "sndbuf_limited_us", "data_segs_out", "dsack_dups", "netns")  # fmt: skip
+TEXTS = ("host", "boot_id", "saddr", "daddr", "unit", "container", "comm", "cause", "reason", "state", "error")
+texts = st.none() | st.sampled_from(["interval", "close", "SYN_SENT", *CAUSES]) | st.text(max_size=9)
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(
+        st.fixed_dictionaries({**dict.fromkeys(NUMBERS, odd), **dict.fromkeys(TEXTS, texts)}), min_size=1, max_size=5
+    ),
+    st.sampled_from(GROUPS),
+    st.sampled_from(SORTS),
+)
+def test_numbers_that_no_kernel_writes_are_shown_somehow(rows: list[dict[str, Any]], by: str, sort: str) -> None:
+    """Whoever may write to a topic chooses them."""
+    found = Flows(0)
+    for now in (1.0, 2.0, 9.0):
+        found.add(of_rows(FLOWS, rows), now)
+        found.add(of_rows(RETRANSMITS, rows), now)
+    made = table(found, by, sort, 9.0, 10.0, 50)
+    rest = details(found, by, made.lines[0].name, 9.0, 5) if made.lines else None
+    frame = Frame(made, by, sort, "", "fleet", 0, False, "", rest, None, 0)
+    for size in ((80, 24), (200, 50)):
+        lines = render(frame, Look(*size, color=False, unicode=True))
+        assert all(line.isprintable() for line in lines)
+    found.forget(1000.0)
+    assert len(found.rows) == 0
