@@ -99,7 +99,10 @@ class Dataset:
         if self._is_csv:
             part.writer = pyarrow.csv.CSVWriter(part.partial, _plain(schema))
         else:
-            part.writer = pyarrow.parquet.ParquetWriter(part.partial, schema, compression="zstd")
+            texts = [each.name for each in schema if pa.types.is_dictionary(each.type)]
+            part.writer = pyarrow.parquet.ParquetWriter(
+                part.partial, schema, compression="zstd", use_dictionary=texts, write_statistics=["ts_ns"]
+            )
         return part
 
     def _write(self, part: _Part) -> None:

@@ -106,18 +106,20 @@ def collect_segments(source: Files | Topics, period: Period, chosen_flows: "Flow
 
 @dataclass(frozen=True, slots=True)
 class FlowChoice:
-    """Chooses connections by host and socket cookie."""
+    """Chooses connections by host, socket cookie and both ports."""
 
-    wanted: frozenset[tuple[str, int]]
+    wanted: frozenset[tuple[str, int, int, int]]
 
     def mask(self, table: Table) -> Mask:
         """Return which rows are of these connections."""
-        names = table.plan.names
-        hosts, cookies = table.cells[names.index("host")], table.cells[names.index("sk_cookie")]
-        chosen = np.zeros(len(hosts), np.bool_)
-        for host, cookie in self.wanted:
+        cells = dict(zip(table.plan.names, table.cells, strict=True))
+        nothing = np.zeros(table.cells.shape[1], np.int64)
+        columns = [cells.get(name, nothing) for name in ("host", "sk_cookie", "sport", "dport")]
+        chosen = nothing.astype(np.bool_)
+        for host, *numbers in self.wanted:
             if host in table.texts:
-                chosen |= (hosts == table.texts.index(host)) & (cookies == cookie)
+                given = (table.texts.index(host), *numbers)
+                chosen |= np.logical_and.reduce([column == each for column, each in zip(columns, given, strict=True)])
         return chosen
 
 

@@ -49,8 +49,12 @@ class Frame:
         return None if code < 0 else self.texts(name)[code]
 
     def connections(self) -> tuple[Ints, Ints]:
-        """Number the connections; return each event's number, and each connection's first event."""
-        return groups(self.codes("host"), self.codes("boot_id"), self.numbers("sk_cookie"), self.numbers("netns"))
+        """Number the connections; return each event's number, and each connection's first event.
+
+        The cookie alone would do, but is null where a kernel cannot tell it.
+        """
+        names = [self.codes(name) for name in ("host", "boot_id", "saddr", "daddr")]
+        return groups(*names, *(self.numbers(name) for name in ("sk_cookie", "netns", "sport", "dport")))
 
     def select(self, chosen: Mask) -> "Frame":
         """Return the chosen events."""

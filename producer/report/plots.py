@@ -223,9 +223,9 @@ def _rows_of(flow: WorstFlow, segments: Frame) -> Ints:
     """Return the rows of a connection's segments, in order."""
     if flow.host not in segments.texts("host"):
         return np.empty(0, np.int64)
-    own = (segments.codes("host") == segments.texts("host").index(flow.host)) & (
-        segments.numbers("sk_cookie") == flow.cookie
-    )
+    own = segments.codes("host") == segments.texts("host").index(flow.host)
+    for name, number in zip(("sk_cookie", "sport", "dport"), flow.numbers, strict=True):
+        own &= segments.numbers(name) == number
     rows = np.flatnonzero(own)
     return rows[np.argsort(segments.numbers("ts_ns")[rows], kind="stable")]
 

@@ -86,7 +86,8 @@ class WorstFlow:
     """A connection with many retransmissions: its rows in the retransmits."""
 
     host: str
-    cookie: int
+    numbers: tuple[int, int, int]
+    """Its cookie, or 0, and both ports."""
     name: str
     owner: str
     rows: Ints
@@ -145,7 +146,7 @@ def summarize(collected: Collected, period: Period) -> Summary:
 
 def flow_choice(summary: Summary) -> FlowChoice:
     """Return the choice of the worst flows' segments."""
-    return FlowChoice(frozenset((flow.host, flow.cookie) for flow in summary.flows))
+    return FlowChoice(frozenset((flow.host, *flow.numbers) for flow in summary.flows))
 
 
 def _totals(found: Connections) -> Totals:
@@ -259,6 +260,7 @@ def _worst_flows(retransmits: Frame) -> list[WorstFlow]:
             for address, port in (("saddr", "sport"), ("daddr", "dport"))
         ]
         owner = retransmits.text("unit", row) or retransmits.text("comm", row) or ""
-        host, cookie = retransmits.text("host", row) or "", int(retransmits.numbers("sk_cookie")[row])
-        found.append(WorstFlow(host, cookie, " > ".join(ends), owner, rows, int(sums[number])))
+        cookie, sport, dport = (int(retransmits.numbers(name)[row]) for name in ("sk_cookie", "sport", "dport"))
+        host = retransmits.text("host", row) or ""
+        found.append(WorstFlow(host, (cookie, sport, dport), " > ".join(ends), owner, rows, int(sums[number])))
     return found

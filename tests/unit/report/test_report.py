@@ -170,6 +170,12 @@ def test_a_counter_grows_from_the_last_record_before_the_period(
     assert found.partial.tolist() == [partial]
 
 
+def test_connections_without_a_cookie_are_told_apart_by_their_ports() -> None:
+    records = [{**connection(1, 1, 0, count), "sk_cookie": None, "sport": count} for count in (3, 5)]
+    found = connections(flows_of(*records), None)
+    assert sorted(found.growth["total_retrans"].tolist()) == [3, 5]
+
+
 def test_a_kernel_that_cannot_tell_a_counter_costs_only_that_one() -> None:
     found = connections(flows_of(connection(1, 1, 0, 5, dsack_dups=None, srtt_us=None)), None)
     assert (found.growth["total_retrans"].tolist(), found.growth["dsack_dups"].tolist()) == ([5], [0])
