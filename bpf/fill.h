@@ -127,7 +127,31 @@ static __always_inline bool is_of_process(const struct sock *raw)
 #endif
 }
 
-#define HAS_OWNER_CGROUP (HAS_sock_sk_cgroup && HAS_cgroup_kn && HAS_kernfs_node_id)
+#define HAS_OWNER_CGROUP ((HAS_sock_sk_cgroup || HAS_sock_sk_cgroup_val) && HAS_cgroup_kn && HAS_kernfs_node_id)
+
+#if HAS_OWNER_CGROUP
+/* NULL if unknown. Before Linux 5.15 the two lowest bits say that net_cls or net_prio use the field otherwise. */
+static __always_inline const struct cgroup *cgroup_of(const struct sock *sk)
+{
+#if HAS_sock_sk_cgroup
+	return PROBE(sk, sk_cgroup);
+#else
+	u64 value = PROBE(sk, sk_cgroup_val);
+
+	return value & 3 ? NULL : (const struct cgroup *)value;
+#endif
+}
+#endif
+
+/* Creates the cookie if there is none yet. Before Linux 5.12 a tracing program can only read it: 0 if there is none. */
+static __always_inline u64 traced_cookie(struct sock *sk)
+{
+#if HAS_TRACING_COOKIE
+	return bpf_get_socket_cookie(sk);
+#else
+	return READ_IF(sock, sk, skc_cookie);
+#endif
+}
 
 /* The members of a flow that are constant for a socket. */
 struct owner {
@@ -168,10 +192,10 @@ static __always_inline void fill_owner(struct flow *flow, const struct sock *sk,
 	if (HAS_sock_sk_uid)
 		flow->flow_known |= KNOWN_UID;
 #if HAS_OWNER_CGROUP
-	const struct cgroup *cgroup = READ(sk, sk_cgroup);
-	const struct kernfs_node *node = READ(cgroup, kn);
+	const struct cgroup *cgroup = cgroup_of(sk);
+	const struct kernfs_node *node = PROBE(cgroup, kn);
 
-	flow->cgroup_id = READ(node, id);
+	flow->cgroup_id = PROBE(node, id);
 	if (flow->cgroup_id)
 		flow->flow_known |= KNOWN_CGROUP_ID;
 #endif

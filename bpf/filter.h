@@ -118,7 +118,7 @@ static __always_inline void note_accepted(const struct flow *flow, struct sock *
 	struct endpoint local = local_end(flow);
 
 	if (own_peers.lookup(&sender) || own_listeners.lookup(&local))
-		add_partner(bpf_get_socket_cookie(sk));
+		add_partner(traced_cookie(sk));
 }
 
 /* After an own socket closes, others can use its endpoints. Its cookie stays, because it may still send a reset. */

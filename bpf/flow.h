@@ -29,7 +29,7 @@ static __always_inline void forget_retransmissions(struct flow_state *state)
 
 static __always_inline void begin_flow(struct tcp_sock *tp, u32 role)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct flow_state *state = create_state(tp);
 
 	if (!state)
 		return;
@@ -43,8 +43,10 @@ static __always_inline void begin_flow(struct tcp_sock *tp, u32 role)
 /* A new socket for an acknowledged SYN-ACK, or for a SYN with TCP Fast Open, begins with its listener's process. */
 static __always_inline void accept_flow(struct tcp_sock *tp)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct flow_state *state;
 
+	delete_state(tp);
+	state = create_state(tp);
 	if (!state)
 		return;
 	state->start_ns = bpf_ktime_get_ns();
@@ -55,7 +57,7 @@ static __always_inline void accept_flow(struct tcp_sock *tp)
 /* Until an accepted socket is established, only SYN-ACKs are retransmitted, which the kernel counts for its request. */
 static __always_inline void count_synacks(struct tcp_sock *tp)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, 0);
+	struct flow_state *state = find_state(tp);
 
 	if (!state || state->role != ROLE_SERVER)
 		return;
@@ -64,7 +66,7 @@ static __always_inline void count_synacks(struct tcp_sock *tp)
 
 static __always_inline void establish_flow(struct tcp_sock *tp)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, 0);
+	struct flow_state *state = find_state(tp);
 
 	if (state && !state->established_ns)
 		state->established_ns = bpf_ktime_get_ns();
@@ -72,7 +74,7 @@ static __always_inline void establish_flow(struct tcp_sock *tp)
 
 static __always_inline int count_retransmission(struct tcp_sock *tp, const struct sk_buff *skb)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct flow_state *state = create_state(tp);
 	const struct tcp_skb_cb *cb = (const void *)skb->cb;
 	u32 segs = READ(cb, tcp_gso_segs), total = READ_IF(tcp_sock, tp, total_retrans);
 
@@ -87,7 +89,7 @@ static __always_inline int count_retransmission(struct tcp_sock *tp, const struc
 static __always_inline bool choose_flow(struct flow *flow, struct tcp_sock *tp, u64 rules, u32 tcp_state)
 {
 	struct sock *sk = (struct sock *)tp;
-	u64 cookie = bpf_get_socket_cookie(sk);
+	u64 cookie = traced_cookie(sk);
 
 	if (whose(cookie))
 		return false;
@@ -248,7 +250,7 @@ static __always_inline struct flow_event *reserve_flow(const struct flow *flow, 
 
 	if (!counter)
 		return NULL;
-	seq = next_seq(counter);
+	seq = next_seq(counter, stream);
 	e = flow_pipe.ringbuf_reserve(sizeof(*e));
 	if (!e) {
 		count_ring_full(counter);
@@ -306,10 +308,12 @@ static __always_inline bool is_connection(const struct tcp_sock *tp, const struc
 /* Without memory for a state, only the first of both programs takes the record. */
 static __always_inline void close_flow(struct tcp_sock *tp, u32 old_state, bool first)
 {
-	struct flow_state *state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	struct flow_state *state = create_state(tp);
 
-	if (state ? state->closed : !first)
+	if (state ? state->closed : !first) {
+		delete_state(tp);
 		return;
+	}
 	if (state)
 		state->closed = true;
 	if (is_connection(tp, state, old_state))

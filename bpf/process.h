@@ -21,6 +21,7 @@ struct flow_state {
 	u32 closed; /* the closing record was taken */
 };
 
+#if HAS_TRACING_STORAGE
 /* As BPF_SK_STORAGE, but an accepted socket begins with a copy of the listener's value. */
 #define BPF_CLONED_SK_STORAGE(_name, _leaf_type)                                     \
 	struct _name##_table_t {                                                     \
@@ -37,6 +38,52 @@ struct flow_state {
 
 /* The programs insert, when a socket connects, listens, first retransmits or closes; deleted with the socket. */
 BPF_CLONED_SK_STORAGE(flow_states, struct flow_state);
+
+static __always_inline struct flow_state *find_state(void *sk)
+{
+	return flow_states.sk_storage_get(sk, NULL, 0);
+}
+
+static __always_inline struct flow_state *create_state(void *sk)
+{
+	return flow_states.sk_storage_get(sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+}
+
+/* Nothing to do: the kernel deletes it with the socket, and an accepted socket's is the listener's copy. */
+static __always_inline void delete_state(void *sk)
+{
+}
+#else
+/*
+ * By the address of the socket. The programs insert, as above, and delete when it is closed; the oldest are evicted. A
+ * socket at the same address begins anew. An accepted socket has nothing of its listener's.
+ */
+BPF_TABLE("lru_hash", u64, struct flow_state, flow_states, 65536);
+BPF_ARRAY(empty_state, struct flow_state, 1);
+
+static __always_inline struct flow_state *find_state(void *sk)
+{
+	u64 key = (u64)sk;
+
+	return flow_states.lookup(&key);
+}
+
+static __always_inline struct flow_state *create_state(void *sk)
+{
+	u64 key = (u64)sk;
+	u32 zero = 0;
+	struct flow_state *empty = empty_state.lookup(&zero);
+
+	return empty ? flow_states.lookup_or_try_init(&key, empty) : NULL;
+}
+
+static __always_inline void delete_state(void *sk)
+{
+	u64 key = (u64)sk;
+
+	flow_states.delete(&key);
+}
+#endif
 
 #if PROBE_READ
 /*
@@ -58,10 +105,10 @@ static __always_inline void note_process(struct process *process, const struct t
 static __always_inline void publish_process(struct tcp_sock *tp, const struct flow_state *state)
 {
 #if PROBE_READ
-	u64 cookie = bpf_get_socket_cookie(tp);
+	u64 cookie = traced_cookie((struct sock *)tp);
 	struct process process = state->process;
 
-	if (process.pid)
+	if (process.pid && cookie)
 		processes.update(&cookie, &process);
 #endif
 }
@@ -73,9 +120,9 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 	struct flow_state *found = NULL;
 
 	if (begins)
-		found = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+		found = create_state(tp);
 	else if (PROBE_READ && old_state == TCP_LISTEN)
-		found = flow_states.sk_storage_get(tp, NULL, 0);
+		found = find_state(tp);
 	if (found && begins)
 		note_process(&found->process, (const void *)bpf_get_current_task());
 	if (found)
@@ -87,6 +134,10 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 		processes.delete(&cookie);
 	}
 #endif
+#if !FLOW_RAW_TP /* whose last program deletes */
+	if (state == TCP_CLOSE)
+		delete_state(tp);
+#endif
 }
 
 /* `sk` is the socket, or a SYN-ACK's listener; `cookie` is its cookie, on the stack. */
@@ -95,7 +146,7 @@ static __always_inline void fill_process(struct segment *s, void *sk, u64 *cooki
 #if PROBE_READ
 	struct process *process = processes.lookup(cookie);
 #else
-	struct flow_state *state = flow_states.sk_storage_get(sk, NULL, 0);
+	struct flow_state *state = find_state(sk);
 	struct process *process = state && state->process.pid ? &state->process : NULL;
 #endif
 
@@ -119,7 +170,7 @@ static __always_inline int adopt_socket(const struct task_struct *task, struct f
 
 	if (!tp || READ((const struct sock *)tp, skc_state) == TCP_CLOSE)
 		return 0;
-	state = flow_states.sk_storage_get(tp, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	state = create_state(tp);
 	if (!state || state->process.pid)
 		return 0;
 	note_process(&state->process, task);

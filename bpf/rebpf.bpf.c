@@ -9,6 +9,7 @@
 #include "events.h"
 #include "layout_check.h"
 #include "maps.h"
+#include "number.h"
 #include "fill.h"
 #include "filter.h"
 #include "rules.h"
@@ -23,15 +24,6 @@
 #define RB_NO_WAKEUP 1
 #define RB_FORCE_WAKEUP 2
 #define SUBMIT_FLAGS(e, otherwise) ((e)->s.cpu_seq % 256 ? (otherwise) : RB_FORCE_WAKEUP)
-
-/*
- * The event's number. Used even if the ring is full, so that a reader of the topic sees the gap. Atomic, because with the
- * cgroup hook a softirq may interrupt a run on the same CPU and run the program again.
- */
-static __always_inline u64 next_seq(struct counters *counter)
-{
-	return __sync_fetch_and_add(&counter->seq, 1) + 1;
-}
 
 static __always_inline void count_ring_full(struct counters *counter)
 {
@@ -63,7 +55,7 @@ static __always_inline struct transmit_event *reserve_transmit(const struct flow
 	counter = counters.lookup(&stream);
 	if (!counter)
 		return NULL;
-	seq = next_seq(counter);
+	seq = next_seq(counter, stream);
 	e = transmit_pipe.ringbuf_reserve(sizeof(*e));
 	if (!e) {
 		count_ring_full(counter);
@@ -88,7 +80,7 @@ static __always_inline struct retransmit_event *reserve_retransmit(const struct 
 	counter = counters.lookup(&stream);
 	if (!counter)
 		return NULL;
-	seq = next_seq(counter);
+	seq = next_seq(counter, stream);
 	e = retransmit_pipe.ringbuf_reserve(sizeof(*e));
 	if (!e) {
 		count_ring_full(counter);
@@ -99,10 +91,10 @@ static __always_inline struct retransmit_event *reserve_retransmit(const struct 
 	return e;
 }
 
-/* Creates the cookie if there is none yet, except in a kprobe, which can only read it. */
+/* Creates the cookie if there is none yet, where the kernel lets the hook's programs do that. */
 static __always_inline u64 cookie_of(struct sock *sk, u8 hook)
 {
-	return hook == HOOK_KPROBE ? READ_IF(sock, sk, skc_cookie) : bpf_get_socket_cookie(sk);
+	return hook == HOOK_KPROBE ? READ_IF(sock, sk, skc_cookie) : traced_cookie(sk);
 }
 
 /*
@@ -131,7 +123,7 @@ static __always_inline bool choose_socket(struct choice *choice, struct flow *fl
 					  u8 hook)
 {
 	struct sock *sk = (struct sock *)tp;
-	u64 cookie = PROBE_READ ? cookie_of(sk, hook) : 0;
+	u64 cookie = VERDICTS_BY_COOKIE ? cookie_of(sk, hook) : 0;
 	struct verdict *stored = find_verdict(tp, cookie);
 	u32 state = READ(sk, skc_state);
 	bool held;
@@ -276,8 +268,9 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 /*
  * A tail loss probe calls __tcp_retransmit_skb directly. All other retransmissions go through tcp_retransmit_skb, which
  * calls __tcp_retransmit_skb or has it inlined (as in Debian's 6.1). So the inner function is only used for loss probes,
- * on sockets that are in tcp_send_loss_probe now. The key is the socket, which is locked meanwhile. Entry inserts, return
- * deletes.
+ * on sockets that are in tcp_send_loss_probe now. If the compiler has split it (as in Debian's 6.12 for arm64, where loss
+ * probes call a part of it), the next function inside is used, __tcp_transmit_skb. The key is the socket, which is locked
+ * meanwhile. Entry inserts, return deletes.
  */
 #if RETRANSMIT_FENTRY || RETRANSMIT_KPROBE
 BPF_TABLE("lru_hash", u64, u8, loss_probes, 1024);
@@ -309,6 +302,32 @@ static __always_inline int end_loss_probe(u64 sk)
 static __always_inline bool is_loss_probe(u64 sk)
 {
 	return loss_probes.lookup(&sk) != NULL;
+}
+
+/*
+ * Proves that the probes see every retransmission, however the kernel was compiled: the tracepoint inside the innermost
+ * function cannot be passed by. It inserts the socket, and the probe of the return deletes it. If it is still there at
+ * the socket's next retransmission, the last one was not seen.
+ */
+BPF_TABLE("lru_hash", u64, u8, retransmitting, 1024);
+
+static __always_inline void begin_retransmission(u64 sk)
+{
+	u8 yes = 1;
+
+	if (retransmitting.lookup(&sk))
+		count_forgotten();
+	else
+		retransmitting.update(&sk, &yes);
+}
+
+static __always_inline int end_retransmission(struct tcp_sock *tp, struct sk_buff *skb, s32 err, bool is_loss_probe,
+					      u8 hook)
+{
+	u64 sk = (u64)tp;
+
+	retransmitting.delete(&sk);
+	return take_retransmit(tp, skb, err, is_loss_probe, hook);
 }
 #endif
 
@@ -395,12 +414,21 @@ int fentry_tcp_make_synack(u64 *ctx)
 }
 #endif
 
+#if RETRANSMIT_FENTRY || RETRANSMIT_KPROBE
+int raw_tp_begin_retransmit(u64 *ctx)
+{
+	if (!TRACEPOINT_ERR(ctx))
+		begin_retransmission(ctx[0]);
+	return 0;
+}
+#endif
+
 #if RETRANSMIT_FENTRY
 int fexit_tcp_retransmit_skb(u64 *ctx)
 {
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
 
-	return tp ? take_retransmit(tp, (void *)ctx[1], ctx[3], false, HOOK_FENTRY) : 0;
+	return tp ? end_retransmission(tp, (void *)ctx[1], ctx[3], false, HOOK_FENTRY) : 0;
 }
 
 int fentry_tcp_send_loss_probe(u64 *ctx)
@@ -420,7 +448,22 @@ int fexit_inner_retransmit_skb(u64 *ctx)
 	if (!is_loss_probe(ctx[0]))
 		return 0;
 	tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
-	return tp ? take_retransmit(tp, (void *)ctx[1], ctx[3], true, HOOK_FENTRY) : 0;
+	return tp ? end_retransmission(tp, (void *)ctx[1], ctx[3], true, HOOK_FENTRY) : 0;
+}
+
+/* Without a clone (the third argument) the packet may be freed by now; loss probes send clones. */
+int fexit_inner_transmit_skb(u64 *ctx)
+{
+	const struct sk_buff *skb = (void *)ctx[1];
+	const struct tcp_skb_cb *cb = (const void *)skb->cb;
+	struct tcp_sock *tp;
+
+	if (!(u32)ctx[2] || !is_loss_probe(ctx[0]))
+		return 0;
+	tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
+	if (!tp || !is_sent_before(tp, READ(cb, seq), READ(cb, end_seq)))
+		return 0;
+	return end_retransmission(tp, (void *)ctx[1], ctx[5], true, HOOK_FENTRY);
 }
 
 int fexit_tcp_rtx_synack(u64 *ctx)
@@ -534,7 +577,7 @@ int kretprobe_tcp_retransmit_skb(void *ctx)
 
 	if (!recall_or_count(regs, &call))
 		return 0;
-	return take_retransmit(call.sk, call.subject, PT_REGS_RC(regs), false, HOOK_KPROBE);
+	return end_retransmission(call.sk, call.subject, PT_REGS_RC(regs), false, HOOK_KPROBE);
 }
 
 int kprobe_tcp_send_loss_probe(void *ctx)
@@ -566,7 +609,7 @@ int kretprobe_inner_retransmit_skb(void *ctx)
 
 	if (!recall(regs, &call))
 		return 0;
-	return take_retransmit(call.sk, call.subject, PT_REGS_RC(regs), true, HOOK_KPROBE);
+	return end_retransmission(call.sk, call.subject, PT_REGS_RC(regs), true, HOOK_KPROBE);
 }
 
 int kprobe_tcp_rtx_synack(void *ctx)
@@ -751,7 +794,7 @@ static __always_inline bool choose_packet(struct sender *sender, struct __sk_buf
 
 	sender->choice.active = active_rules();
 	if (!raw && !listener)
-		stored = find_verdict(full, PROBE_READ ? bpf_get_socket_cookie(skb) : 0);
+		stored = find_verdict(full, VERDICTS_BY_COOKIE ? bpf_get_socket_cookie(skb) : 0);
 	held = holds(stored, sender->choice.active, interface, state);
 	if (held && !is_wanted(&stored->choice))
 		return false;

@@ -103,8 +103,10 @@ BPF_ARRAY(rule_sets, struct rule_set, GENERATIONS *CLASSES);
  * one; 0: no budget.
  */
 BPF_ARRAY(transmit_budget, u64, 1);
-#if PROBE_READ
-/* By cookie, because kprobe programs cannot use socket storage. The programs insert; the oldest are evicted. */
+/* kprobe programs cannot use socket storage, and on Linux before 5.11 no tracing program can. */
+#define VERDICTS_BY_COOKIE (PROBE_READ || !HAS_TRACING_STORAGE)
+#if VERDICTS_BY_COOKIE
+/* The programs insert; the oldest are evicted. */
 BPF_TABLE("lru_hash", u64, struct verdict, verdicts, 32768);
 /* Zero: the value of a new entry, for which the stack has no room. */
 BPF_ARRAY(empty_verdict, struct verdict, 1);
@@ -198,7 +200,7 @@ static __always_inline struct rule_set *set_of_cgroup(const struct rule_generati
 	u32 index = generation * CLASSES, unnamed = tables->unnamed[PROPERTY_CGROUP], number = unnamed;
 
 #if HAS_CGROUP_LEVELS
-	const struct cgroup *cgroup = sk ? PROBE(sk, sk_cgroup) : NULL;
+	const struct cgroup *cgroup = sk ? cgroup_of(sk) : NULL;
 	s32 own = cgroup ? PROBE(cgroup, level) : -1;
 
 	for (s32 level = CGROUP_LEVELS - 1; level >= 0 && number == unnamed; level--) {
@@ -332,7 +334,7 @@ static __always_inline bool keeps_flow(u64 active, const struct flow *flow, cons
 
 static __always_inline struct verdict *find_verdict(void *sk, u64 cookie)
 {
-#if PROBE_READ
+#if VERDICTS_BY_COOKIE
 	return cookie ? verdicts.lookup(&cookie) : NULL;
 #else
 	return socket_verdicts.sk_storage_get(sk, NULL, 0);
@@ -342,7 +344,7 @@ static __always_inline struct verdict *find_verdict(void *sk, u64 cookie)
 /* NULL if there is no memory, or no cookie for the key. */
 static __always_inline struct verdict *create_verdict(void *sk, u64 cookie)
 {
-#if PROBE_READ
+#if VERDICTS_BY_COOKIE
 	u32 zero = 0;
 	struct verdict *empty = cookie ? empty_verdict.lookup(&zero) : NULL;
 
@@ -379,7 +381,7 @@ static __always_inline void store_verdict(void *sk, u64 cookie, const struct cho
 /* A socket that connects again has other endpoints. */
 static __always_inline void forget_verdict(void *sk, u64 cookie)
 {
-#if PROBE_READ
+#if VERDICTS_BY_COOKIE
 	verdicts.delete(&cookie);
 #else
 	socket_verdicts.sk_storage_delete(sk);

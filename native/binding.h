@@ -20,5 +20,6 @@ void close_buffers(Py_buffer *views, size_t count);
 int add_decode(PyObject *module);
 int add_kafka(PyObject *module);
 int add_encode(PyObject *module);
+int add_ring(PyObject *module);
 
 #endif

@@ -22,7 +22,9 @@ void close_buffers(Py_buffer *views, size_t count)
 
 static int add_all(PyObject *module)
 {
-	return add_kafka(module) < 0 || add_encode(module) < 0 || add_decode(module) < 0 ? -1 : 0;
+	bool failed = add_kafka(module) < 0 || add_encode(module) < 0 || add_decode(module) < 0 || add_ring(module) < 0;
+
+	return failed ? -1 : 0;
 }
 
 static PyModuleDef_Slot slots[] = {

@@ -73,6 +73,9 @@ def mark(bits: _Array, positions: _Array, /) -> bytes:
 MAX_IDS: int
 """How many ids an Encoder remembers."""
 
+def barrier() -> None:
+    """Order the accesses to shared memory before this call and after it, as acquire and release do."""
+
 class Encoder:
     """Runs a program of steps (native/encode.h) over rows: one for the messages' bytes, one for their keys."""
 

@@ -6,6 +6,11 @@ flows = rebpf.read("export/", topic="tcp_flow")
 events = rebpf.read(brokers="kafka-1:9092", topic="tcp_retransmit", since="1h")
 """
 
-from producer.export.read import read
+try:
+    from producer.export.read import read
+except ModuleNotFoundError as error:
+    if error.name != "pyarrow":
+        raise
+    raise ModuleNotFoundError("rebpf.read needs pyarrow: pip install 'rebpf[report]'", name="pyarrow") from error
 
 __all__ = ["read"]

@@ -112,7 +112,7 @@ def build(
 
 
 def _load(config: Config, ruleset: Ruleset, stack: ExitStack) -> tuple[Capture, bool]:
-    """Load the hooks or take them over, and drop all capabilities; return them, and whether they outlive a stop."""
+    """Load the hooks or take them over, and drop capabilities; return them, and whether they outlive a stop."""
     handover = _handover_store(config)
     if handover:
         stack.enter_context(handover)
@@ -121,7 +121,7 @@ def _load(config: Config, ruleset: Ruleset, stack: ExitStack) -> tuple[Capture, 
     capture.load()
     # The loader's child keeps what attaching needs. Drop before the client and the endpoint start threads: each thread
     # has capabilities of its own, which it would keep.
-    capabilities.drop_all()
+    capabilities.drop_unneeded(lambda: capture.sequence(STREAMS[0]))
     return capture, handover is not None and handover.outlives_stop
 
 

@@ -22,8 +22,10 @@ from producer.kafka.librdkafka import Producer
 from producer.kafka.sink import producer_settings
 from producer.kernel import bpf_syscall
 from producer.kernel.btf import VMLINUX, Btf
-from producer.kernel.hooks import HOOKS_BY_STREAM, refusal
+from producer.kernel.features import Features
+from producer.kernel.hooks import HOOKS_BY_STREAM, Kernel, fitted, refusal
 from producer.kernel.loader import python_with_bcc
+from producer.kernel.loader_child import NO_RING_BUFFER
 from producer.kernel.pinned import unusable
 from producer.registry.client import RegistryClient
 from producer.rules.resolve import resolve, resolve_offline
@@ -118,6 +120,11 @@ def _kernel(config: Config) -> Iterator[Finding]:
         yield Finding("BTF", text, UnavailableError.exit_code)
         return
     yield Finding("BTF", str(path))
+    try:
+        bpf_syscall.check_machine()
+    except UnavailableError as error:
+        yield Finding("processor", str(error), error.exit_code)
+        return
     if not capabilities.missing(capabilities.LOADING):
         yield from _hooks(config, btf, root)
 
@@ -170,10 +177,13 @@ def _perf_events(path: Path, hooks: Sequence[str]) -> Iterator[Finding]:
 
 
 def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
+    kernel = Kernel(btf, Features.find(btf), root, keeps=config.capture.pin is not None)
+    if not kernel.features.ring_buffer:
+        yield Finding("ring buffer", NO_RING_BUFFER, UnavailableError.exit_code)
     for stream in (each.name for each in config.capture.streams):
         allowed = HOOKS if stream == FLOWS.name else config.capture.hooks
         available = [hook for hook in HOOKS_BY_STREAM[stream] if hook.name in allowed]
-        reasons = {hook.name: refusal(hook, btf, root) for hook in available}
+        reasons = {hook.name: refusal(fitted(hook, kernel.features), kernel) for hook in available}
         for hook, reason in reasons.items():
             yield Finding(f"{stream} by {hook}", reason or "available", available=reason is None)
         if all(reasons.values()):

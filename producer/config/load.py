@@ -140,7 +140,7 @@ class Kubernetes:
     pods_url: str | None = None
     """URL of the list of this node's pods, from the API server or the kubelet; none: events have only pod_uid."""
     token: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
-    """File with the bearer token."""
+    """File with the bearer token, which is sent over https only."""
     ca: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount/ca.crt")
     """File with the CA certificate."""
 

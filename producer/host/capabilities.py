@@ -4,9 +4,13 @@ Standard library only. Layouts: include/uapi/linux/capability.h.
 """
 
 import ctypes
+import logging
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _VERSION_3 = 0x20080522
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
@@ -19,9 +23,7 @@ NAMES = {CAP_NET_ADMIN: "CAP_NET_ADMIN", CAP_PERFMON: "CAP_PERFMON", CAP_BPF: "C
 
 def effective() -> int:
     """Return the effective capabilities of the calling thread as a bit mask."""
-    # Bytes, because the file begins with the program's name, which may be any.
-    lines = Path("/proc/thread-self/status").read_bytes().split(b"\n")
-    return int(next(line for line in lines if line.startswith(b"CapEff:")).split()[1], 16)
+    return _mask("CapEff")
 
 
 def missing(needed: frozenset[int] = frozenset(NAMES)) -> list[str]:
@@ -37,11 +39,32 @@ def is_admin() -> bool:
     return bool(effective() >> CAP_SYS_ADMIN & 1)
 
 
-def drop_all() -> None:
-    """Drop all capabilities of the calling thread, and so of threads that it starts later."""
+def drop_unneeded(access_map: Callable[[], object]) -> None:
+    """Drop the capabilities of the calling thread, and so of threads that it starts later.
+
+    Keeps CAP_BPF if `access_map`, a call on an open map, needs it: before Linux 5.19, unless
+    kernel.unprivileged_bpf_disabled is 0.
+    """
+    _set(0, _mask("CapPrm"))
+    kept = 0
+    try:
+        access_map()
+    except PermissionError:
+        logger.info("this kernel requires CAP_BPF for access to open maps: it stays")
+        kept = 1 << CAP_BPF
+    _set(kept, kept)
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+
+
+def _set(effective: int, permitted: int) -> None:
     header = ctypes.create_string_buffer(struct.pack("<Ii", _VERSION_3, 0))
-    nothing = ctypes.create_string_buffer(24)
-    if _libc.capset(header, nothing) != 0:
+    words = [word >> shift & 0xFFFFFFFF for shift in (0, 32) for word in (effective, permitted, 0)]
+    if _libc.capset(header, struct.pack("<6I", *words)) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"capset: {os.strerror(number)}")
-    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+
+
+def _mask(name: str) -> int:
+    # Bytes, because the file begins with the program's name, which may be any.
+    lines = Path("/proc/thread-self/status").read_bytes().split(b"\n")
+    return int(next(line for line in lines if line.startswith(f"{name}:".encode())).split()[1], 16)

@@ -125,14 +125,15 @@ class Pods:
 
 def _fetch(source: PodSource, stop: threading.Event) -> Iterator[tuple[str, Pod]]:
     """Yield the pods of all pages, by UID. Raises ExchangeError, OSError or ValueError."""
-    token = source.token.read_text().strip()
-    if not token.isascii() or not token.isprintable():
-        raise ValueError(f"{source.token}: expected a token")
-    tls = ssl.create_default_context(cafile=str(source.ca)) if source.url.startswith("https:") else None
+    headers = {"Accept": _ACCEPT}
+    tls = None
+    if source.url.startswith("https:"):  # otherwise, anyone on the way could read the token
+        headers["Authorization"] = f"Bearer {_token(source.token)}"
+        tls = ssl.create_default_context(cafile=str(source.ca))
     position: Any = ""
     count = 0
     for _ in range(_MOST_PAGES):
-        request = Request(_page(source.url, position), headers={"Accept": _ACCEPT, "Authorization": f"Bearer {token}"})
+        request = Request(_page(source.url, position), headers=headers)
         answer = exchange(request, source.timeout_s, tls=tls, most_bytes=_MOST_BYTES, stop=stop)
         if answer.status != 200:
             raise ExchangeError(f"HTTP status {answer.status}")
@@ -149,6 +150,13 @@ def _fetch(source: PodSource, stop: threading.Event) -> Iterator[tuple[str, Pod]
         if not isinstance(position, str) or not position:
             return
     raise ValueError(f"expected at most {_MOST_PAGES} pages of pods")
+
+
+def _token(path: Path) -> str:
+    token = path.read_text().strip()
+    if not token.isascii() or not token.isprintable():
+        raise ValueError(f"{path}: expected a token")
+    return token
 
 
 def _page(url: str, position: str) -> str:

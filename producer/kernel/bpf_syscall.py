@@ -9,6 +9,7 @@ libbpf is missing.
 
 import contextlib
 import ctypes
+import errno
 import functools
 import mmap
 import os
@@ -27,8 +28,11 @@ _NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1))
 _MEMBARRIER_CMD_GLOBAL = 1
 _ANY = 0  # BPF_ANY: insert or replace
 _CLOCK_MONOTONIC_COARSE = 6
+_PERF_EVENT_IOC_SET_BPF = 0x40042408
+_ENOTSUPP = 524  # of the kernel alone: strerror does not know it
+_NOT_SUPPORTED = "not supported by this kernel on this processor (errno 524; fentry on arm64 needs Linux 6.4)"
 
-MAP_SK_STORAGE = 24
+MAP_SK_STORAGE, MAP_RINGBUF = 24, 27
 NO_PREALLOC, CLONE = 1 << 0, 1 << 9
 PROG_KPROBE, PROG_CGROUP_SKB, PROG_TRACING = 2, 8, 26
 ATTACH_NONE, ATTACH_CGROUP_EGRESS, ATTACH_RAW_TP, ATTACH_FENTRY, ATTACH_FEXIT = 0, 1, 23, 24, 25
@@ -104,6 +108,12 @@ class ProgramInfo:
     recursion_misses: int
 
 
+def check_machine(machine: str = platform.machine()) -> None:
+    """Raise UnavailableError on a processor that the programs do not support."""
+    if machine not in _NUMBERS:
+        raise UnavailableError(f"{machine} is not supported: ReBPF runs on {' and '.join(_NUMBERS)}")
+
+
 def load_program(
     name: str, instructions: bytes, prog_type: int, *, attach_type: int = ATTACH_NONE, attach_btf_id: int = 0
 ) -> int:
@@ -159,8 +169,11 @@ def attach_cgroup(program: int, cgroup: int, attach_type: int) -> int:
     return _call("bpf_link_create", program, cgroup, attach_type, None)
 
 
-def attach_kprobe(program: int, function: str, *, on_return: bool) -> int:
-    """Attach to a kernel function by a perf event; return the link, which holds the event."""
+def attach_kprobe(program: int, function: str, *, on_return: bool, by_link: bool) -> int:
+    """Attach to a kernel function by a perf event; return the link, which holds the event.
+
+    Linux before 5.15 has no such links. Without `by_link`, the event itself is returned there, which cannot be pinned.
+    """
     pmu = Path("/sys/bus/event_source/devices/kprobe")
     name = ctypes.create_string_buffer(function.encode())
     bit = int((pmu / "format/retprobe").read_text().split(":")[1]) if on_return else 0
@@ -172,6 +185,14 @@ def attach_kprobe(program: int, function: str, *, on_return: bool) -> int:
         raise _last_error()
     try:
         return _call("bpf_link_create", program, event, ATTACH_PERF_EVENT, None)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        if by_link:
+            raise LookupError("this kernel cannot keep kprobes attached for the next start") from error
+        if _libc.ioctl(event, _PERF_EVENT_IOC_SET_BPF, program):
+            raise _last_error() from error
+        return os.dup(event)
     finally:
         os.close(event)
 
@@ -334,4 +355,4 @@ def _call(function: str, *arguments: object) -> int:
 
 def _last_error() -> OSError:
     number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
+    return OSError(number, _NOT_SUPPORTED if number == _ENOTSUPP else os.strerror(number))

@@ -69,7 +69,7 @@ class Btf:
             return cls(path.read_bytes())
         except FileNotFoundError as error:
             raise UnavailableError(
-                f"{path} is missing: ReBPF needs a kernel built with CONFIG_DEBUG_INFO_BTF=y (Linux 6.1 or later)"
+                f"{path} is missing: ReBPF needs a kernel built with CONFIG_DEBUG_INFO_BTF=y (Linux 5.10 or later)"
             ) from error
 
     def find(self, kind: int, name: str) -> int | None:

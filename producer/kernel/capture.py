@@ -219,6 +219,7 @@ class Capture:
                 "streams": [stream.name for stream in settings.streams],
                 "ring_bytes": dict(settings.ring_bytes),
                 "layout_check": layout_check(),
+                "keeps": self._store is not None,
                 "cache": settings.cache and str(settings.cache),
             }
         )

@@ -3,7 +3,7 @@
 Before anything is compiled, each hook is tried with a program of two instructions. A rejected try costs a millisecond,
 and the kernel's error becomes the reason in the log. Standard library only.
 
-fentry      Uses BTF types. x86-64 from Linux 5.5, arm64 from 6.0. Sees TCP's own calls, so it misses segments without
+fentry      Uses BTF types. x86-64 from Linux 5.5, arm64 from 6.4. Sees TCP's own calls, so it misses segments without
             a full socket (the reset of a closed port, the acknowledgement in time wait) and the flags ECE and CWR.
 kprobe      As fentry, but sk_cookie is null until something else creates it, and each probe costs an extra trap. The
             kernel skips a run while another kprobe program runs on the same CPU; Linux before 6.7 does not count these.
@@ -20,11 +20,12 @@ cgroup_skb  Sees segments as they leave IP, for sockets below the cgroup v2 root
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from producer.kernel import bpf_syscall
 from producer.kernel.btf import FUNC, TYPEDEF, Btf
+from producer.kernel.features import TRIAL_STORAGE, Features
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class Probe:
     program: str
     target: str
     attach_type: int
+    if_split: "Probe | None" = None
+    """The probe to attach instead if the compiler has split the target."""
+    captures: bool = True
+    """Whether a run that the kernel skips may be a lost event."""
 
     @property
     def runs_once(self) -> bool:
@@ -59,9 +64,10 @@ class Hook:
 _FENTRY, _FEXIT, _RAW_TP = bpf_syscall.ATTACH_FENTRY, bpf_syscall.ATTACH_FEXIT, bpf_syscall.ATTACH_RAW_TP
 _KPROBE, _EGRESS, _ITER = bpf_syscall.ATTACH_PERF_EVENT, bpf_syscall.ATTACH_CGROUP_EGRESS, bpf_syscall.ATTACH_ITER
 _SOCKET_STORAGE, _TASK_FILES = "bpf_sk_storage_map", "task_file"
-_TRIAL_STORAGE = bpf_syscall.MapInfo(
-    bpf_syscall.MAP_SK_STORAGE, 4, 8, 0, bpf_syscall.NO_PREALLOC | bpf_syscall.CLONE, "trial"
-)
+_BEGIN_RETRANSMIT = Probe("raw_tp_begin_retransmit", "tcp_retransmit_skb", _RAW_TP, captures=False)
+"""The last one of its hook: it must not see a retransmission whose end the others do not."""
+_LOCAL_CALLS = {"__tcp_transmit_skb", "__tcp_retransmit_skb", "tcp_retransmit_skb"}
+"""Targets with callers in their own source file. All calls of the other functions come from other files."""
 
 HOOKS_BY_STREAM = {
     "transmit": (
@@ -88,8 +94,14 @@ HOOKS_BY_STREAM = {
                 Probe("fexit_tcp_retransmit_skb", "tcp_retransmit_skb", _FEXIT),
                 Probe("fentry_tcp_send_loss_probe", "tcp_send_loss_probe", _FENTRY),
                 Probe("fexit_tcp_send_loss_probe", "tcp_send_loss_probe", _FEXIT),
-                Probe("fexit_inner_retransmit_skb", "__tcp_retransmit_skb", _FEXIT),
+                Probe(
+                    "fexit_inner_retransmit_skb",
+                    "__tcp_retransmit_skb",
+                    _FEXIT,
+                    if_split=Probe("fexit_inner_transmit_skb", "__tcp_transmit_skb", _FEXIT),
+                ),
                 Probe("fexit_tcp_rtx_synack", "tcp_rtx_synack", _FEXIT),
+                _BEGIN_RETRANSMIT,
             ),
         ),
         Hook(
@@ -103,6 +115,7 @@ HOOKS_BY_STREAM = {
                 Probe("kretprobe_inner_retransmit_skb", "__tcp_retransmit_skb", _KPROBE),
                 Probe("kprobe_tcp_rtx_synack", "tcp_rtx_synack", _KPROBE),
                 Probe("kretprobe_tcp_rtx_synack", "tcp_rtx_synack", _KPROBE),
+                _BEGIN_RETRANSMIT,
             ),
         ),
         Hook("cgroup_skb", (Probe("raw_tp_failed_retransmit", "tcp_retransmit_skb", _RAW_TP),), requires="cgroup_skb"),
@@ -131,13 +144,24 @@ HOOKS_BY_STREAM = {
 CLOSING_PROGRAMS = 2
 """The first programs of flows, each of which is enough for a closing record."""
 
-OWN_SOCKETS = Probe("raw_tp_inet_sock_set_state", "inet_sock_set_state", _RAW_TP)
+OWN_SOCKETS = Probe("raw_tp_inet_sock_set_state", "inet_sock_set_state", _RAW_TP, captures=False)
 """Attached with every hook: tracks the agent's own sockets and their peers, and the processes of all sockets. Produces
 no events."""
 
 OLD_SOCKETS = Probe("iter_task_files", _TASK_FILES, _ITER)
 """Run with every hook: finds the processes of sockets that are older than the programs. Left out if the kernel rejects
 it, as before Linux 5.11."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What the choice of hooks depends on."""
+
+    btf: Btf
+    features: Features
+    cgroup_root: Path | None
+    keeps: bool
+    """Whether the hooks are stored for the next start, for which each needs a link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,47 +192,74 @@ def load(probe: Probe, instructions: bytes, btf: Btf) -> int:
     )
 
 
-def attach(probe: Probe, program: int, cgroup_root: Path | None, flow_states: int) -> int:
-    """Attach a loaded program through a link and return the link's descriptor.
+def attach(probe: Probe, program: int, kernel: Kernel, flow_states: int) -> int:
+    """Attach a loaded program and return the descriptor that holds it attached: a link, or a perf event.
 
     `flow_states` is the map of that name, over which an iterator runs.
     """
     if probe.attach_type == _ITER:
         return bpf_syscall.attach_iterator(program, flow_states if probe.target == _SOCKET_STORAGE else None)
     if probe.attach_type == _KPROBE:
-        return bpf_syscall.attach_kprobe(program, probe.target, on_return=probe.program.startswith("kretprobe_"))
+        on_return = probe.program.startswith("kretprobe_")
+        return bpf_syscall.attach_kprobe(program, probe.target, on_return=on_return, by_link=kernel.keeps)
     if probe.attach_type != _EGRESS:
         return bpf_syscall.attach_tracing(program)
-    if cgroup_root is None:
+    if kernel.cgroup_root is None:
         raise LookupError("no cgroup v2 file system is mounted")
-    folder = os.open(cgroup_root, os.O_RDONLY | os.O_DIRECTORY)
+    folder = os.open(kernel.cgroup_root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         return bpf_syscall.attach_cgroup(program, folder, _EGRESS)
     finally:
         os.close(folder)
 
 
-def refusal(hook: Hook, btf: Btf, cgroup_root: Path | None) -> str | None:
-    """Return why the host does not allow `hook`, or None if it does. Leaves nothing attached."""
-    for probe in hook.probes:
-        # A cgroup program returns a verdict on each packet; 1 lets it pass.
-        instructions = bpf_syscall.RETURN_1 if probe.attach_type == _EGRESS else bpf_syscall.RETURN_0
-        descriptors: list[int] = []
-        try:
-            descriptors.append(load(probe, instructions, btf))
-            if probe.attach_type == _ITER:
-                descriptors.append(bpf_syscall.create_map(_TRIAL_STORAGE))
-            descriptors.append(attach(probe, descriptors[0], cgroup_root, descriptors[-1]))
-        except (OSError, LookupError, bpf_syscall.VerifierError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            return f"{probe.target}: {reason}"
-        finally:
-            bpf_syscall.close_all(descriptors)
+def fitted(hook: Hook, features: Features) -> Hook:
+    """Return the hook with the probes that this kernel needs and can have."""
+    # An iterator's programs use socket storage.
+    probes = [probe for probe in hook.probes if features.tracing_storage or probe.attach_type != _ITER]
+    split = features.split or frozenset()
+    return replace(hook, probes=tuple((probe.target in split and probe.if_split) or probe for probe in probes))
+
+
+def refusal(hook: Hook, kernel: Kernel) -> str | None:
+    """Return why the host does not allow `hook`, fitted to it, or None if it does. Leaves nothing attached."""
+    for refuses in (_missed_calls, _rejection):
+        for probe in hook.probes:
+            if reason := refuses(probe, kernel):
+                return f"{probe.target}: {reason}"
+    return None
+
+
+def _missed_calls(probe: Probe, kernel: Kernel) -> str | None:
+    """Return why the probe may not see all calls of its target, or None if it does."""
+    if probe.attach_type not in (_FENTRY, _FEXIT, _KPROBE) or probe.target not in _LOCAL_CALLS:
+        return None
+    if kernel.features.split is None:
+        return "/proc/kallsyms cannot be read, so it is unknown whether the compiler has split the function"
+    if probe.target in kernel.features.split:
+        return "the compiler has split the function, so some calls would be missed"
+    return None
+
+
+def _rejection(probe: Probe, kernel: Kernel) -> str | None:
+    """Return why the kernel rejects a program of two instructions at the probe, or None if it does not."""
+    # A cgroup program returns a verdict on each packet; 1 lets it pass.
+    instructions = bpf_syscall.RETURN_1 if probe.attach_type == _EGRESS else bpf_syscall.RETURN_0
+    descriptors: list[int] = []
+    try:
+        descriptors.append(load(probe, instructions, kernel.btf))
+        if probe.attach_type == _ITER:
+            descriptors.append(bpf_syscall.create_map(TRIAL_STORAGE))
+        descriptors.append(attach(probe, descriptors[0], kernel, descriptors[-1]))
+    except (OSError, LookupError, bpf_syscall.VerifierError) as error:
+        return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    finally:
+        bpf_syscall.close_all(descriptors)
     return None
 
 
 def choose(
-    stream: str, allowed: Iterable[str], btf: Btf, cgroup_root: Path | None, transmit: str | None = None
+    stream: str, allowed: Iterable[str], kernel: Kernel, transmit: str | None = None
 ) -> tuple[Hook | None, list[Refusal]]:
     """Return the best of the `allowed` hooks of `stream` that works on this host, and why the better ones do not.
 
@@ -223,8 +274,9 @@ def choose(
         if hook.requires != transmit and hook.requires is not None:
             refusals.append(Refusal(stream, hook.name, f"transmits are not taken by {hook.requires}"))
             continue
-        reason = refusal(hook, btf, cgroup_root)
+        fitting = fitted(hook, kernel.features)
+        reason = refusal(fitting, kernel)
         if reason is None:
-            return hook, refusals
+            return fitting, refusals
         refusals.append(Refusal(stream, hook.name, reason))
     return None, refusals

@@ -27,6 +27,7 @@ from producer.host import capabilities
 from producer.host.cgroups import cgroup2_root
 from producer.kernel import bpf_syscall, hooks, program_cache, source
 from producer.kernel.btf import VMLINUX, Btf
+from producer.kernel.features import Features
 from producer.kernel.program_cache import Compiled, ProgramCache
 
 MAPS = (
@@ -50,6 +51,7 @@ MAPS = (
 )
 ATTACH = {"do": "attach"}
 BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora, RHEL)"
+NO_RING_BUFFER = "this kernel cannot create a BPF ring buffer: ReBPF needs Linux 5.10 or later"
 FEW_DESCRIPTORS = "too few file descriptors: raise LimitNOFILE= of the unit, or ulimit -n"
 PACKET_BYTES = 1 << 16
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
@@ -109,25 +111,29 @@ def _is_short_of_descriptors(error: BaseException | None) -> bool:
 def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
     if capabilities.missing(capabilities.LOADING):
         raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+    bpf_syscall.check_machine()
     btf = Btf.load(Path(request["btf"] or VMLINUX))
-    root = cgroup2_root()
-    loaded = _Loaded(request, btf, root)
+    kernel = hooks.Kernel(btf, Features.find(btf), cgroup2_root(), keeps=request["keeps"])
+    if not kernel.features.ring_buffer:
+        raise UnavailableError(NO_RING_BUFFER)
+    loaded = _Loaded(request, kernel)
+    counted = [(stream, program) for stream, probe, program in loaded.programs if stream and probe.captures]
     answer = {
         "hooks": {stream: hook.name for stream, hook in loaded.chosen.items()},
         "refusals": [[r.stream, r.hook, r.reason] for r in loaded.refusals],
         "maps": list(MAPS),
-        "programs": [stream for stream, _, _ in loaded.programs if stream],
+        "programs": [stream for stream, _ in counted],
         "cached": loaded.cached,
         "warnings": loaded.warnings,
     }
-    _answer(channel, answer, loaded.log, [*loaded.maps, *(program for stream, _, program in loaded.programs if stream)])
+    _answer(channel, answer, loaded.log, [*loaded.maps, *(program for _, program in counted)])
     if not channel.recv(PACKET_BYTES):  # closed by the agent; otherwise ATTACH
         return
     links: list[int] = []
     iterators: list[int] = []
     for _, probe, program in loaded.programs:
         try:
-            link = hooks.attach(probe, program, root, loaded.maps[MAPS.index("flow_states")])
+            link = hooks.attach(probe, program, kernel, loaded.maps[MAPS.index("flow_states")])
             if probe.runs_once:
                 for _ in bpf_syscall.run_iterator(link):
                     pass
@@ -143,7 +149,8 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
 class _Loaded:
     """The loaded programs of the streams, with the best hooks whose programs load."""
 
-    def __init__(self, request: Mapping[str, Any], btf: Btf, root: Path | None) -> None:
+    def __init__(self, request: Mapping[str, Any], kernel: hooks.Kernel) -> None:
+        self._kernel = kernel
         self.chosen: dict[str, hooks.Hook] = {}
         self.refusals: list[hooks.Refusal] = []
         self.log = ""
@@ -153,9 +160,9 @@ class _Loaded:
         if "flow" in allowed:
             allowed["flow"] = [hook.name for hook in hooks.HOOKS_BY_STREAM["flow"]]
         while True:
-            self._choose(allowed, btf, root)
+            self._choose(allowed)
             try:
-                self._load(request, btf, cache)
+                self._load(request, cache)
                 break
             except _HookFailed as failed:
                 if failed.stream is None:
@@ -168,25 +175,25 @@ class _Loaded:
                 allowed[failed.stream].remove(hook)
         self.warnings = cache.warnings
 
-    def _choose(self, allowed: Mapping[str, list[str]], btf: Btf, root: Path | None) -> None:
+    def _choose(self, allowed: Mapping[str, list[str]]) -> None:
         known = {(refusal.stream, refusal.hook) for refusal in self.refusals}
         for stream in allowed:
             transmits = self.chosen.get("transmit")
-            hook, refused = hooks.choose(stream, allowed[stream], btf, root, transmits.name if transmits else None)
+            hook, refused = hooks.choose(stream, allowed[stream], self._kernel, transmits.name if transmits else None)
             self.refusals += [refusal for refusal in refused if (stream, refusal.hook) not in known]
             if hook is None:
                 raise self._no_hook(stream)
             self.chosen[stream] = hook
 
-    def _load(self, request: Mapping[str, Any], btf: Btf, cache: ProgramCache) -> None:
-        unit = _Unit(request, btf, self.chosen)
-        self.cached = self._load_cached(unit, btf, cache)
+    def _load(self, request: Mapping[str, Any], cache: ProgramCache) -> None:
+        unit = _Unit(request, self._kernel, self.chosen)
+        self.cached = self._load_cached(unit, cache)
         if not self.cached:
             fresh = unit.compile()
-            self._load_programs(fresh, btf)
+            self._load_programs(fresh)
             cache.put(unit.key, fresh, program_cache.compiler())
 
-    def _load_cached(self, unit: "_Unit", btf: Btf, cache: ProgramCache) -> bool:
+    def _load_cached(self, unit: "_Unit", cache: ProgramCache) -> bool:
         cached = cache.find(unit.key)
         if cached is None:
             return False
@@ -194,13 +201,13 @@ class _Loaded:
             cache.drop(unit.key, "maps or programs are missing")
             return False
         try:
-            self._load_programs(cached, btf)
+            self._load_programs(cached)
         except _HookFailed as refused:
             cache.drop(unit.key, f"rejected by the kernel: {refused}")
             return False
         return True
 
-    def _load_programs(self, code: Compiled, btf: Btf) -> None:
+    def _load_programs(self, code: Compiled) -> None:
         try:
             maps = code.create_maps(self._ring_bytes)
         except OSError as error:
@@ -210,7 +217,7 @@ class _Loaded:
         self.programs: list[tuple[str | None, hooks.Probe, int]] = []
         for stream, probe in [(None, hooks.OWN_SOCKETS), (None, hooks.OLD_SOCKETS), *attached]:
             try:
-                program = hooks.load(probe, code.instructions(probe.program, maps), btf)
+                program = hooks.load(probe, code.instructions(probe.program, maps), self._kernel.btf)
             except bpf_syscall.VerifierError as error:
                 if probe == hooks.OLD_SOCKETS:
                     self.log += f"{probe.program}:\n{error.log}\n"
@@ -227,11 +234,11 @@ class _Loaded:
 class _Unit:
     """The input of one compilation, and the compilation itself."""
 
-    def __init__(self, request: Mapping[str, Any], btf: Btf, chosen: Mapping[str, hooks.Hook]) -> None:
+    def __init__(self, request: Mapping[str, Any], kernel: hooks.Kernel, chosen: Mapping[str, hooks.Hook]) -> None:
         folder = Path(request["bpf"])
         names = {stream: hook.name for stream, hook in chosen.items()}
-        flags = source.macros(btf, names, bpf_syscall.jiffies_per_second())
-        self._text = source.program_text(folder, btf, request["layout_check"])
+        flags = source.macros(kernel.btf, kernel.features, names, bpf_syscall.jiffies_per_second())
+        self._text = source.program_text(folder, kernel.btf, request["layout_check"])
         self._flags = [*flags, "-Wno-unused-function"]
         probes = [*(probe for hook in chosen.values() for probe in hook.probes), hooks.OWN_SOCKETS, hooks.OLD_SOCKETS]
         self._programs = [probe.program for probe in probes]

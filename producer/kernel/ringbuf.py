@@ -7,7 +7,7 @@ created and never wrap.
 
 A program reserves a record by writing its length with the busy bit and then advancing the producer position. It submits
 by clearing the bit. So the reader loads the position first, then the lengths, then the payloads, and stops at the first
-busy record. Between these steps is a barrier on machines that reorder loads.
+busy record. Between these steps is a barrier (native/bind_ring.c), for machines that reorder loads.
 
 A ring outlives its process, so the next process may find damage. A record whose header the kernel cannot have written
 is skipped and counted in `damaged`. So is one that stays busy for a minute. An invalid consumer position would prevent
@@ -16,10 +16,8 @@ the kernel from writing: `Ring` then starts at the oldest record in memory, so e
 `read` runs ahead of `commit`: the kernel does not overwrite records that were read but not committed.
 """
 
-import ctypes
 import logging
 import mmap
-import platform
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -27,6 +25,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from producer._native import barrier
 from producer.events import Rows
 
 logger = logging.getLogger(__name__)
@@ -100,11 +99,11 @@ class Ring:
         if records between them were discarded or are damaged.
         """
         count = min(self.unread, limit)
-        _barrier()
+        barrier()
         start = mmap.PAGESIZE + self.position % self.size_bytes
         records = np.ndarray(count, self._record, buffer=self._data, offset=start)
         lengths = records["length"].copy()
-        _barrier()
+        barrier()
         self.damaged = 0
         size = records.dtype["row"].itemsize
         count = self._finished(lengths, size)
@@ -147,7 +146,7 @@ class Ring:
 
     def commit(self, position: int) -> None:
         """Release the space before `position` to the kernel. Rows before it become invalid."""
-        _barrier()
+        barrier()
         self._consumer[0] = position
 
     def close(self) -> None:
@@ -161,18 +160,3 @@ class Ring:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-if platform.machine() == "x86_64":
-
-    def _barrier() -> None:
-        """x86 reorders neither loads nor stores among themselves."""
-
-else:
-    _libc = ctypes.CDLL(None)
-    _NR_MEMBARRIER, _PRIVATE_EXPEDITED, _REGISTER = 283, 1 << 3, 1 << 4
-    _libc.syscall(_NR_MEMBARRIER, _REGISTER, 0, 0)
-
-    def _barrier() -> None:
-        """Python has no barrier instruction, so this is membarrier(2), at most twice per batch."""
-        _libc.syscall(_NR_MEMBARRIER, _PRIVATE_EXPEDITED, 0, 0)

@@ -69,7 +69,7 @@ class EventNumbers:
             self._generation = self._next(note.generation | _UNWRITTEN)
             logger.warning("%s: %s: event numbers jump to %d * 2^32", self._path, error, self._generation)
         elif note.last is not None and go_on:
-            return self._all(self._generation << _GENERATION_SHIFT) | note.last  # an older version had fewer streams
+            return {**self._all(self._generation << _GENERATION_SHIFT), **note.last}  # an older version had fewer streams
         return self._all(self._generation << _GENERATION_SHIFT)
 
     def resume(self) -> None:

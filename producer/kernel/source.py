@@ -10,6 +10,7 @@ from pathlib import Path
 
 from producer.errors import UnavailableError
 from producer.kernel.btf import FUNC, TYPEDEF, Btf, kernel_header, missing
+from producer.kernel.features import Features
 
 # The members that the programs read, by the struct that the verifier sees. A path may lead into nested structs.
 REQUIRED: Mapping[str, tuple[str, ...]] = {
@@ -35,7 +36,8 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "__sk_common.skc_cookie.counter as skc_cookie",
         "sk_uid.val as sk_uid",
         "__sk_common.skc_node.pprev as skc_node_pprev",
-        "sk_cgrp_data.cgroup as sk_cgroup",  # Linux 5.15
+        "sk_cgrp_data.cgroup as sk_cgroup",  # since Linux 5.15
+        "sk_cgrp_data.val as sk_cgroup_val",  # before
         "sk_err",
         "sk_pacing_rate",
     ),
@@ -110,8 +112,8 @@ def program_text(folder: Path, btf: Btf, layout_check: str) -> str:
     return _inline(folder, "rebpf.bpf.c", generated)
 
 
-def macros(btf: Btf, hooks: Mapping[str, str], hz: int) -> list[str]:
-    """Return the compiler flags for the chosen hooks, by stream, and the kernel's HZ."""
+def macros(btf: Btf, features: Features, hooks: Mapping[str, str], hz: int) -> list[str]:
+    """Return the compiler flags for the kernel's features and HZ, and the chosen hooks, by stream."""
     chosen = {f"{stream}_{hook}".upper() for stream, hook in hooks.items()}
     tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
     numbers = {
@@ -122,6 +124,9 @@ def macros(btf: Btf, hooks: Mapping[str, str], hz: int) -> list[str]:
         "RETRANSMIT_TRACEPOINT_HAS_ERR": int(tracepoint is not None and btf.params(tracepoint) > 3),
         # Whether a SYN-ACK's retransmission is counted by the caller of tcp_rtx_synack; since Linux 6.17 by itself.
         "SYNACK_COUNTED_BY_CALLER": int(btf.find(FUNC, "inet_rtx_syn_ack") is not None),
+        "HAS_ATOMIC_FETCH": int(features.atomic_fetch),
+        "HAS_TRACING_COOKIE": int(features.tracing_cookie),
+        "HAS_TRACING_STORAGE": int(features.tracing_storage),
         "HZ": hz,
     }
     return [f"-D{name}={value}" for name, value in numbers.items()]

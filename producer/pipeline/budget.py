@@ -15,7 +15,10 @@ _CALM_S = 30.0
 """The rate falls by half only after it would have been enough for this long."""
 _CALM_SHARE = 0.8
 """Of the budget: what half the rate may use at most."""
-_WINDOW_S = 8.0
+_WINDOW_S = 16.0
+_TOLERANCE = 1.1
+"""The mean may be this much above the budget: which connections have their turn is chance, and half as many events are
+worth less than a tenth too many."""
 _BURST = 2.0
 """More than this times the budget in one turn raises the rate at once."""
 
@@ -49,7 +52,7 @@ class TransmitBudget:
         self._mean += (passed_per_s - self._mean) * min(elapsed_s / _WINDOW_S, 1)
         if passed_per_s > _BURST * self.events_per_s:
             self._mean = max(self._mean, passed_per_s)
-        while self._mean > self.events_per_s and self.rate < MOST_RATE:
+        while self._mean > _TOLERANCE * self.events_per_s and self.rate < MOST_RATE:
             self._change(now_s, 2)
         if self.rate == 1 or 2 * self._mean > _CALM_SHARE * self.events_per_s:
             self._calm_since_s = now_s

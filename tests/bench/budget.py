@@ -44,8 +44,8 @@ class Sums:
         self._thread.start()
 
     def _follow(self) -> None:
-        while not self._ended.is_set():
-            values = [each.value() for each in self._consumer.consume(10_000, timeout=0.2) if not each.error()]
+        while (messages := self._consumer.consume(10_000, timeout=1)) or not self._ended.is_set():
+            values = [each.value() for each in messages if not each.error()]
             for record in self._decoder.records(values):
                 if not isinstance(record, dict):
                     raise record
@@ -55,7 +55,7 @@ class Sums:
                     self.segments += record["segs"] * record["sample_rate"]
 
     def end(self) -> None:
-        """Stop following."""
+        """Stop following after a second without messages."""
         self._ended.set()
         self._thread.join()
         self._consumer.close()

@@ -23,14 +23,12 @@ from producer.kafka.admin import topic_settings
 from producer.paths import IMPORTED_FROM
 from tests.bench.contender import SETTLE_S, cpu_s, start
 from tests.bench.workloads import WORKLOADS, Traffic, Workload
+from tests.support.documents import ROOT
 from tests.support.servers.kafka import KafkaServer
 
-PROFILES: Mapping[str, str] = {
-    "full": "",
-    "fleet": "capture.transmit_events_per_s = 1000",
-    "flows": "capture.transmit = false",
-}
-"""Settings by profile. `flows` has no transmits at all."""
+PROFILES: dict[str, str] = {path.stem: path.read_text() for path in sorted(ROOT.glob("deploy/profiles/*.toml"))}
+PROFILES["flows"] = PROFILES["fleet"].replace("transmit = true", "transmit = false", 1)
+"""Settings by profile. `flows` is `fleet` without transmits."""
 REPLICAS = 3
 PARTITIONS = 6
 TITLES = ("workload", "profile", "CPU of a core", "records/s by topic", "kB/s of a host", "fleet MB/s", "fleet TB")
@@ -97,7 +95,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["long-3000", "short-500", "quiet"])
-    parser.add_argument("--profile", nargs="+", choices=PROFILES, default=list(PROFILES))
+    parser.add_argument("--profile", nargs="+", choices=PROFILES, default=["full", "fleet", "flows"])
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--hosts", type=int, default=5000)
     arguments = parser.parse_args()

@@ -18,7 +18,7 @@ from tests.support.faults import assert_accounted
 from tests.support.rebpf import Run, command, rebpf, wait_until
 from tests.support.servers.kafka import KafkaServer
 from tests.support.servers.process import free_port
-from tests.support.topics import RETRANSMIT, TRANSMIT
+from tests.support.topics import FLOW, RETRANSMIT, TRANSMIT
 from tests.support.traffic import Echo, exchange
 from tests.support.wire import captured
 
@@ -118,6 +118,7 @@ def test_replay_sends_each_event_once_and_in_order(place):
     assert sent == {
         TRANSMIT: {"delivered": 17 * SIZE, "waiting": 0, "lost": {}, "last_error": ""},
         RETRANSMIT: {"delivered": 2 * SIZE, "waiting": 0, "lost": {}, "last_error": ""},
+        FLOW: {"delivered": 0, "waiting": 0, "lost": {}, "last_error": ""},
     }
     assert numbers(place.events()) == list(range(6 * SIZE + 1, 23 * SIZE + 1))
     assert_in_order(place.events())

@@ -17,7 +17,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 
 from producer.encode.batch import BatchEncoder
-from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream
+from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, SchemaId, Stream, common
 from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
 from tests.support.rebpf import Run, rebpf
@@ -55,11 +55,10 @@ def encoded(stream: Stream, events: Sequence[Given], schema_id: int) -> Iterator
     for (host, boot_id), places in by_boot.items():
         rows = np.zeros(len(places), stream.dtype)
         local = np.frombuffer(ipaddress.IPv6Address("::ffff:10.0.0.1").packed, np.uint8)
-        for row, at in zip(rows, places, strict=True):
-            segment = row["s"]
-            segment["flow"]["saddr"] = segment["flow"]["daddr"] = local
-            segment["flow"]["sport"], segment["flow"]["dport"] = 40_000 + events[at].flow, 443
-            segment["cpu"], segment["cpu_seq"], segment["ts"] = (
+        for row, at in zip(common(rows), places, strict=True):
+            row["flow"]["saddr"] = row["flow"]["daddr"] = local
+            row["flow"]["sport"], row["flow"]["dport"] = 40_000 + events[at].flow, 443
+            row["cpu"], row["cpu_seq"], row["ts"] = (
                 events[at].cpu,
                 events[at].cpu_seq,
                 events[at].tick * 1000,
@@ -80,7 +79,7 @@ def messages(batch: EncodedBatch) -> Iterator[tuple[bytes, bytes]]:
 
 
 class Topics:
-    """Both topics below a prefix, of PARTITIONS partitions each."""
+    """The topics of events below a prefix, of PARTITIONS partitions each."""
 
     def __init__(self, kafka: KafkaServer, prefix: str) -> None:
         self.bootstrap = kafka.bootstrap
@@ -139,8 +138,8 @@ def test_whole_topics_are_complete_and_nothing_is_left_behind(topics: Topics, tm
     done = topics.verify("--config", config, by_topics=False)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert len(lines) == 6
-    for line, stream in zip((lines[2], lines[5]), STREAMS, strict=True):
+    assert len(lines) == 9
+    for line, stream in zip(lines[2::3], STREAMS, strict=True):
         assert line == f"{topics.name(stream)} partitions=3 messages=20022 undecodable=0 complete"
     assert (
         " host=web-1 boot=boot-a first=2026-09-21T14:13:20.000004000Z last=2026-09-21T14:13:20.020003000Z " in lines[0]
@@ -274,10 +273,10 @@ def test_the_schemas_ids_are_the_registry_s(topics: Topics, registry) -> None:
             topics.put(stream, run_of("web-1", "boot-a", 2, range(1, 102)), schema_id)
     reports, code = topics.reports("--registry", registry.url)
     assert code == 0
-    assert [(report["undecodable"], report["boots"][0]["events"]) for report in reports.values()] == [(0, 202)] * 2
+    assert [(report["undecodable"], report["boots"][0]["events"]) for report in reports.values()] == [(0, 202)] * 3
     reports, code = topics.reports()
     assert code == 65
-    assert [(report["undecodable"], report["boots"]) for report in reports.values()] == [(202, [])] * 2
+    assert [(report["undecodable"], report["boots"]) for report in reports.values()] == [(202, [])] * 3
 
 
 def test_it_ends_where_the_topic_ended_while_others_go_on_writing(topics: Topics) -> None:

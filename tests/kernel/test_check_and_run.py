@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from producer.events import HOOKS
 from tests.support.rebpf import rebpf
 
 pytestmark = pytest.mark.root
@@ -42,3 +43,16 @@ def test_check_says_0_if_and_only_if_run_starts(tmp_path, number):
     if text in RIGHT or brokers:  # the embedded broker always uses plain text
         assert (ran.returncode == 0) == (text in RIGHT), (text, ran.stderr)
     assert "Traceback" not in checked.stderr + ran.stderr
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_check_says_of_each_hook_what_run_finds(tmp_path, hook):
+    path = tmp_path / "rebpf.toml"
+    settings = ['metrics.listen = "127.0.0.1:0"', f'capture.hooks = ["{hook}"]']
+    path.write_text("\n".join([f'state_dir = "{tmp_path}/state"', *settings, ""]))
+    checked = rebpf("check", "--local", "--config", path)
+    ran = rebpf("run", "--config", path, "--duration", "0")
+
+    assert (checked.returncode == 0) == (ran.returncode == 0), (checked.stdout, ran.stderr)
+    available = all(f" {stream} by {hook}: available" in checked.stdout for stream in ("transmit", "retransmit"))
+    assert available == (ran.returncode == 0), (checked.stdout, ran.stderr)

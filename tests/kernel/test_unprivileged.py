@@ -23,7 +23,7 @@ settings = CaptureSettings(tuple(sys.argv[1].split(",")), STREAMS, rules=filtere
 with Capture(settings) as capture:
     capture.load()
     capture.attach()
-    capabilities.drop_all()
+    capabilities.drop_unneeded(lambda: capture.sequence(STREAMS[0]))
     capture.report_flows()
     print(capture.hooks_in_use["transmit"], capture.hooks_in_use["retransmit"])
 """

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from producer import __version__
+from producer.cli.main import run
 from producer.commands.check import settings_offline
 from producer.config.effective import AT_RELOAD
 from producer.config.load import load

@@ -50,11 +50,11 @@ def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_it_needs_the_releases_python_and_bcc_and_little_else(package: Package) -> None:
     python = RELEASES[package.release]["python"]
-    required = [each for each in package.query("--requires") if not each.startswith(("rpmlib(", "config("))]
+    required = [each for each in package.query("--requires") if not each.startswith("rpmlib(")]
     assert set(required) == {
         "/bin/sh", "/usr/bin/python3", "glibc >= 2.28", f"python(abi) = {python}", "python3-bcc >= 0.26", "systemd",
     }  # fmt: skip
-    assert [each.split(" ")[0] for each in package.query("--provides")] == ["config(rebpf)", "rebpf", "rebpf(x86-64)"]
+    assert [each.split(" ")[0] for each in package.query("--provides")] == ["rebpf", "rebpf(x86-64)"]
 
 
 def test_its_files_belong_to_root_and_the_settings_stay(package: Package) -> None:

@@ -72,7 +72,7 @@ def main(file: str, port: str, *hold: str) -> None:
     settings = hook_settings(rules=filtered(ports=(int(port),)))
     with FdStore() as store, Capture(settings, store) as capture, open(file, "w") as out:
         capture.load()
-        capabilities.drop_all()
+        capabilities.drop_unneeded(lambda: capture.sequence(TRANSMITS))
         with capture.ring(TRANSMITS) as ring:
             capture.attach()
             print("ready", "taken_over=true" if capture.taken_over else "", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import numpy as np
 from producer.agent.streams import ledger_path, quarantine_folder, spool_folder
 from producer.config.load import Config
 from producer.encode.batch import BatchEncoder
-from producer.events import TRANSMITS, Batch, EncodedBatch, Stream
+from producer.events import TRANSMITS, Batch, EncodedBatch, Stream, common
 from producer.host.cgroups import CgroupPaths
 from producer.host.clock import now
 from producer.pipeline.ledger import Account, Ledger
@@ -27,7 +27,7 @@ def encoded(stream: Stream, first: int, count: int) -> EncodedBatch:
     """Return the events `first` to `first` + `count` - 1, spread over FLOWS flows, in the order of time."""
     numbers = np.arange(first, first + count)
     rows = np.zeros(count, stream.dtype)
-    segment = rows["s"]
+    segment = common(rows)
     segment["flow"]["saddr"] = segment["flow"]["daddr"] = np.frombuffer(
         ipaddress.IPv6Address("::ffff:10.0.0.1").packed, np.uint8
     )

@@ -128,7 +128,7 @@ def _rings() -> Iterator[Check]:
 @contextlib.contextmanager
 def _names() -> Iterator[Check]:
     """Any bytes make a printable, bounded name, reversible unless truncated; events and heartbeats carry it."""
-    (stream, _) = STREAMS
+    stream = STREAMS[0]
     schema = fastavro.parse_schema(load_schema(stream.schema_file))
     beat = fastavro.parse_schema(load_schema(HEARTBEAT_FILE))
 
@@ -152,7 +152,7 @@ def _names() -> Iterator[Check]:
 @contextlib.contextmanager
 def _raw_names() -> Iterator[Check]:
     """A cgroup's path from the operating system, with surrogates, reaches an event."""
-    (stream, _) = STREAMS
+    stream = STREAMS[0]
 
     def check(path: str) -> None:
         name = text.name(path.encode(errors="surrogatepass"))

@@ -5,6 +5,7 @@ the one in the machine's apt configuration.
 """
 
 import fcntl
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -33,22 +34,38 @@ def _fetch(suite: str, folder: Path) -> None:
         work = Path(name)
         options = apt_options(suite, work)
         _run(["apt-get", "-qq", *options, "update"], work)
-        meta = _run(["apt-cache", *options, "depends", "linux-image-amd64"], work)
-        package = next(line.split()[1] for line in meta.splitlines() if "Depends: linux-image-" in line)
-        _run(["apt-get", "-qq", *options, "download", package], work)
-        _run(["dpkg", "-x", str(next(work.glob("*.deb"))), "unpacked"], work)
-        _index_modules(work / "unpacked")
+        (image,) = _dependencies("linux-image-amd64", "linux-image-", options, work)
+        version = image.removeprefix("linux-image-")
+        # Since Linux 6.19 the image's package is empty, and these others have its content.
+        parts = [part for part in _dependencies(image, "linux-", options, work) if part.endswith(f"-{version}")]
+        _run(["apt-get", "-qq", *options, "download", image, *parts], work)
+        for package in work.glob("*.deb"):
+            _run(["dpkg", "-x", str(package), "unpacked"], work)
+        _place_image(work / "unpacked", version)
+        _index_modules(work / "unpacked", version)
         (work / "unpacked").rename(folder)
 
 
-def _index_modules(root: Path) -> None:
+def _dependencies(package: str, prefix: str, options: list[str], work: Path) -> list[str]:
+    lines = _run(["apt-cache", *options, "depends", package], work).splitlines()
+    return [line.split()[1] for line in lines if line.strip().startswith(f"Depends: {prefix}")]
+
+
+def _place_image(root: Path, version: str) -> None:
+    """Put the image into /boot, where the split packages' scripts copy it at an installation."""
+    image = root / f"boot/vmlinuz-{version}"
+    if not image.exists():
+        image.parent.mkdir(exist_ok=True)
+        shutil.copy(root / f"usr/lib/modules/{version}/vmlinuz", image)
+
+
+def _index_modules(root: Path, version: str) -> None:
     """Build the modules' index, which installing a package would do."""
     # Old packages have /lib, new ones /usr/lib; so have the kmods that look for the modules there.
     (root / "usr").mkdir(exist_ok=True)
     for place, target in ((root / "lib", "usr/lib"), (root / "usr/lib", "../lib")):
         if not place.exists():
             place.symlink_to(target)
-    version = next(root.glob("boot/vmlinuz-*")).name.removeprefix("vmlinuz-")
     _run(["depmod", "-b", str(root), version])
 
 

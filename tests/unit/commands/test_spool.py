@@ -22,7 +22,7 @@ from producer.spool.spool import Spool
 from tests.support import spool_folders
 from tests.support.rebpf import as_nobody, let_others_in, rebpf
 
-TRANSMIT, RETRANSMIT = "tcp_transmit", "tcp_retransmit"
+TRANSMIT, RETRANSMIT, FLOW = "tcp_transmit", "tcp_retransmit", "tcp_flow"
 SIZE = 97
 NOTHING = {
     "events": 0,
@@ -73,8 +73,9 @@ def test_show_prints_lines(state):
     done = rebpf("spool", "show", "--state-dir", state)
 
     assert done.returncode == 0, done.stderr
-    transmit, retransmit = done.stdout.splitlines()
+    transmit, retransmit, flow = done.stdout.splitlines()
     assert transmit == f"{TRANSMIT} events=0 files=0 size_bytes=0 damaged_files=0 quarantine=0"
+    assert flow == f"{FLOW} events=0 files=0 size_bytes=0 damaged_files=0 quarantine=0"
     assert retransmit.startswith(f"{RETRANSMIT} events={2 * SIZE} files=1 size_bytes=")
     assert retransmit.endswith(" damaged_files=0 quarantine=INVALID_RECORD:2")
 
@@ -152,6 +153,7 @@ def test_verify_of_what_is_whole(state):
         TRANSMIT: {"files": 2, "events": 4 * SIZE, "damage": [], "lost": 0},
         f"{TRANSMIT}/quarantine": {"files": 1, "events": 2, "damage": [], "lost": 0},
         RETRANSMIT: {"files": 0, "events": 0, "damage": [], "lost": 0},
+        FLOW: {"files": 0, "events": 0, "damage": [], "lost": 0},
     }
 
 
@@ -323,7 +325,11 @@ def test_drop_discards_the_spool_and_the_ledger_has_it_as_lost(state):
 
     waiting = 4 * SIZE - 5
     assert spool("show", state)[TRANSMIT]["events"] == waiting
-    assert spool("drop", state, "--yes") == {TRANSMIT: {"dropped": waiting}, RETRANSMIT: {"dropped": 0}}
+    assert spool("drop", state, "--yes") == {
+        TRANSMIT: {"dropped": waiting},
+        RETRANSMIT: {"dropped": 0},
+        FLOW: {"dropped": 0},
+    }
 
     lost = {"stopped": 3, "spool_dropped": 2 * SIZE + waiting}
     assert spool_folders.read_ledger(state) == Account("ring-1", 77, 11, lost, 6 * SIZE, 6 * SIZE, 0)

@@ -13,7 +13,7 @@ from producer import events
 from producer.encode.batch import BatchEncoder
 from producer.encode.isolate import Unencodable
 from producer.errors import SchemaError
-from producer.events import RETRANSMITS, STREAMS, TRANSMITS, Batch, SchemaId, Stream
+from producer.events import RETRANSMITS, TRANSMITS, Batch, SchemaId, Stream
 from producer.schemas import load_schema
 from tests.support.encoding import (
     HOST,
@@ -34,8 +34,11 @@ from tests.support.encoding import (
     text,
 )
 
+SEGMENTS = pytest.mark.parametrize("stream", [TRANSMITS, RETRANSMITS], ids=lambda stream: stream.name)
+"""Streams of segments; those of connections are in test_flows."""
 
-@pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
+
+@SEGMENTS
 @given(data=st.data())
 def test_fastavro_reads_every_field_as_the_row_has_it(stream: Stream, data: st.DataObject) -> None:
     values = data.draw(st.lists(row_values(stream), min_size=1, max_size=8))
@@ -55,7 +58,7 @@ def test_each_frame_begins_with_the_schemas_id(schema_id: int) -> None:
     assert decode(value, PARSED["transmit"])[0] == schema_id
 
 
-@pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
+@SEGMENTS
 @given(data=st.data())
 def test_a_schema_with_fewer_fields_gives_those_that_it_has(stream: Stream, data: st.DataObject) -> None:
     schema = load_schema(stream.schema_file)

@@ -57,3 +57,9 @@ def test_a_signal_ends_it_without_a_traceback_or_partial_files(tmp_path: Path, n
     _, err = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in err) == (130, False)
     assert [path for path in out.rglob("*") if path.is_file()] == []
+
+
+def test_the_import_without_the_extra_says_what_to_install() -> None:
+    code = "import sys; sys.modules['pyarrow'] = None; import rebpf"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.endswith("ModuleNotFoundError: rebpf.read needs pyarrow: pip install 'rebpf[report]'\n")

@@ -162,7 +162,7 @@ def test_the_running_kernel_has_all_required_members() -> None:
     btf = Btf.load()
     assert missing(btf, REQUIRED) == []
     registers = {f"pt_regs.{name}" for name in ("di", "si", "dx", "cx", "r8", "ax", "sp", "regs")}
-    other_versions = {"cgroup.ancestors", "cgroup.ancestor_ids"}
+    other_versions = {"cgroup.ancestors", "cgroup.ancestor_ids", "sock.sk_cgroup", "sock.sk_cgroup_val"}
     assert set(missing(btf, OPTIONAL)) <= registers | other_versions, "those of another processor"
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from producer.events import layout_check
 from producer.kernel.btf import VMLINUX, Btf
+from producer.kernel.features import Features
 from producer.kernel.source import macros, program_text
 from producer.paths import BPF
 
@@ -46,10 +47,11 @@ def test_no_local_include_is_left_for_the_compiler(btf: Btf) -> None:
 
 
 def test_macros_name_only_the_chosen_hooks(btf: Btf) -> None:
-    flags = macros(btf, {"transmit": "cgroup_skb", "retransmit": "kprobe"}, 250)
+    features = Features(True, True, False, True, frozenset())
+    flags = macros(btf, features, {"transmit": "cgroup_skb", "retransmit": "kprobe"}, 250)
     hooks = {flag for flag in flags if flag.startswith(("-DTRANSMIT_", "-DRETRANSMIT_")) and flag.endswith("=1")}
     assert hooks - {"-DRETRANSMIT_TRACEPOINT_HAS_ERR=1"} == {"-DTRANSMIT_CGROUP_SKB=1", "-DRETRANSMIT_KPROBE=1"}
-    assert {"-DPROBE_READ=1", "-DHZ=250"} <= set(flags)
+    assert {"-DPROBE_READ=1", "-DHZ=250", "-DHAS_ATOMIC_FETCH=1", "-DHAS_TRACING_COOKIE=0"} <= set(flags)
 
 
 def test_the_license_of_the_programs_is_one_that_the_helpers_accept() -> None:

@@ -52,7 +52,7 @@ def test_a_steady_load_gets_a_rate_that_fits_and_keeps_it(events_per_s: int, loa
     host.seconds(earlier, 30)
     settled = host.seconds(load, 800)[-1]
     assert set(host.seconds(load, 100)) == {settled}
-    assert load / settled <= events_per_s + 1 or settled == MOST_RATE
+    assert load / settled <= 1.1 * events_per_s + 1 or settled == MOST_RATE
     assert settled == 1 or 2 * load / settled > 0.8 * events_per_s - 2, "half the rate would do"
 
 
@@ -62,7 +62,7 @@ def test_a_flood_is_within_the_budget_after_a_second(events_per_s: int, times: f
     host.seconds(earlier, 40)
     flood = (times * events_per_s + 2) * host.budget.rate
     host.second(flood)
-    assert flood / host.budget.rate <= events_per_s + 1 or host.budget.rate == MOST_RATE
+    assert flood / host.budget.rate <= 1.1 * events_per_s + 1 or host.budget.rate == MOST_RATE
 
 
 def test_the_rate_falls_after_half_a_minute_and_not_before() -> None:

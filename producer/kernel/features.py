@@ -1,0 +1,110 @@
+"""What the running kernel offers to BPF programs, found by small trials. `check` and `run` make the same ones.
+
+Versions tell little, because distributions backport. A trial is a program of a few instructions that the verifier
+accepts or rejects, which takes a millisecond. Standard library only.
+"""
+
+from dataclasses import dataclass
+
+from producer.kernel import bpf_syscall
+from producer.kernel.bpf_syscall import instruction
+from producer.kernel.btf import TYPEDEF, Btf
+from producer.kernel.symbols import split_functions
+
+TRIAL_STORAGE = bpf_syscall.MapInfo(
+    bpf_syscall.MAP_SK_STORAGE, 4, 8, 0, bpf_syscall.NO_PREALLOC | bpf_syscall.CLONE, "trial"
+)
+_TRIAL_RING = bpf_syscall.MapInfo(bpf_syscall.MAP_RINGBUF, 0, 0, 1 << 16, 0, "trial")
+
+# Opcodes and helpers: include/uapi/linux/bpf.h.
+_LOAD, _STORE, _ATOMIC, _LD_IMM64, _MOV, _CALL = 0x79, 0x7A, 0xDB, 0x18, 0xB7, 0x85
+_FETCH_ADD, _MAP_FD = 0x01, 1
+_GET_SOCKET_COOKIE, _SK_STORAGE_GET = 46, 107
+_FIRST_ARGUMENT = instruction(_LOAD, 1, 1, 0, 0)  # the tracepoint's: a socket
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Whether this kernel has each feature, with the first version that does."""
+
+    ring_buffer: bool
+    """5.8. Nothing works without it."""
+    atomic_fetch: bool
+    """5.12 on x86-64, 5.18 on arm64. Without it, event numbers are assigned by level (bpf/number.h)."""
+    tracing_cookie: bool
+    """5.12: tracing programs can create a socket's cookie. Without it, they only read it."""
+    tracing_storage: bool
+    """5.11: tracing programs can use socket storage. Without it, the programs use LRU hashes."""
+    split: frozenset[str] | None
+    """Functions that the kernel's compiler has split, or None if that is unknown."""
+
+    @classmethod
+    def find(cls, btf: Btf) -> "Features":
+        """Try each feature. Needs the capabilities for loading."""
+        return cls(
+            _has_ring_buffer(),
+            _has_atomic_fetch(),
+            _has_tracing_cookie(btf),
+            _has_tracing_storage(btf),
+            split_functions(),
+        )
+
+
+def _has_ring_buffer() -> bool:
+    try:
+        bpf_syscall.close_all([bpf_syscall.create_map(_TRIAL_RING)])
+    except OSError:
+        return False
+    return True
+
+
+def _has_atomic_fetch() -> bool:
+    on_stack = instruction(_STORE, 10, 0, -8, 0) + instruction(_MOV, 1, 0, 0, 1)
+    try:
+        program = bpf_syscall.load_program(
+            "trial",
+            on_stack + instruction(_ATOMIC, 10, 1, -8, _FETCH_ADD) + bpf_syscall.RETURN_1,
+            bpf_syscall.PROG_CGROUP_SKB,
+            attach_type=bpf_syscall.ATTACH_CGROUP_EGRESS,
+        )
+    except bpf_syscall.VerifierError:
+        return False
+    bpf_syscall.close_all([program])
+    return True
+
+
+def _has_tracing_cookie(btf: Btf) -> bool:
+    return _traces(_FIRST_ARGUMENT + instruction(_CALL, 0, 0, 0, _GET_SOCKET_COOKIE), btf)
+
+
+def _has_tracing_storage(btf: Btf) -> bool:
+    try:
+        storage = bpf_syscall.create_map(TRIAL_STORAGE)
+    except OSError:
+        return False
+    arguments = _FIRST_ARGUMENT + instruction(0xBF, 2, 1, 0, 0)
+    arguments += instruction(_LD_IMM64, 1, _MAP_FD, 0, storage) + instruction(0, 0, 0, 0, 0)
+    arguments += instruction(_MOV, 3, 0, 0, 0) + instruction(_MOV, 4, 0, 0, 0)
+    try:
+        return _traces(arguments + instruction(_CALL, 0, 0, 0, _SK_STORAGE_GET), btf)
+    finally:
+        bpf_syscall.close_all([storage])
+
+
+def _traces(instructions: bytes, btf: Btf) -> bool:
+    """Whether a program of a socket's tracepoint can have these instructions."""
+    target = btf.find(TYPEDEF, "btf_trace_inet_sock_set_state")
+    if target is None:
+        return False
+    try:
+        program = bpf_syscall.load_program(
+            "trial",
+            instructions + bpf_syscall.RETURN_0,
+            bpf_syscall.PROG_TRACING,
+            attach_type=bpf_syscall.ATTACH_RAW_TP,
+            attach_btf_id=target,
+        )
+    except bpf_syscall.VerifierError:
+        return False
+    bpf_syscall.close_all([program])
+    return True
