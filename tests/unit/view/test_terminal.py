@@ -1,0 +1,70 @@
+"""`rebpf top` of a fleet in a terminal: keys, filters and the end, without root."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from producer.encode.batch import BatchEncoder
+from producer.events import RETRANSMITS, Batch
+from producer.host.cgroups import CgroupPaths
+from producer.schemas import load_schema
+from tests.support.encoding import OFFSET_NS, messages
+from tests.support.mock_topics import Cluster
+from tests.support.pty_command import PtyCommand
+from tests.support.rebpf import command, repeating
+from tests.support.views import retransmits
+
+PEERS = ("10.2.0.7", "10.2.0.8")
+
+
+@contextmanager
+def fleet(columns: int, lines: int, **env: str) -> Iterator[PtyCommand]:
+    """Run the view on the topics of a host that retransmits to two peers, more to the first."""
+    schema = load_schema(RETRANSMITS.schema_file)
+    fields = {"host": "web-1", "boot_id": "boot"}
+    encoder = BatchEncoder(RETRANSMITS, schema, RETRANSMITS.fixed_schema_id, fields, CgroupPaths(None), "host")
+    rows = retransmits(
+        *({"cause": "rto", "daddr": peer, "sk_cookie": 1 + at, "segs": 9 - at} for at, peer in enumerate(PEERS))
+    )
+    values = [value for _, value in messages(encoder.encode(Batch(RETRANSMITS, rows), OFFSET_NS))]
+    cluster = Cluster()
+    try:
+        for value in values:
+            cluster.put(RETRANSMITS.topic, value)
+        with (
+            repeating(lambda: [cluster.put(RETRANSMITS.topic, value) for value in values], 0.3),
+            PtyCommand(command("top", "--brokers", cluster.brokers, "host web-*"), columns, lines, **env) as top,
+        ):
+            top.wait_for(lambda screen: len(screen) > 4 and screen[3].startswith(f">{PEERS[0]} "), "peers")
+            yield top
+    finally:
+        cluster.close()
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (200, 50)])
+def test_keys_change_the_screen_and_ctrl_c_restores_it(columns: int, lines: int) -> None:
+    with fleet(columns, lines) as top:
+        screen = top.wait_for(lambda screen: PEERS[1] in screen[4], "the second peer")
+        assert len(screen) == lines
+        assert max(map(len, screen)) <= columns
+        top.press("h")
+        top.wait_for(lambda screen: screen[3].startswith(">web-1 "), "hosts")
+        top.press(f"p/ and peer {PEERS[1]}\r")
+        top.wait_for(lambda screen: screen[3].startswith(f">{PEERS[1]} ") and not screen[4], "the filter")
+        top.press("\r")
+        top.wait_for(lambda screen: screen[2].startswith(" RETR") and PEERS[1] in screen[3], "details")
+        top.press("\x03")
+        assert top.wait() == 0
+        assert "Traceback" not in top.output
+        assert "\x1b[?1049l" in top.output
+
+
+def test_a_wrong_filter_is_shown_under_its_place_and_without_colors() -> None:
+    with fleet(80, 24, NO_COLOR="1") as top:
+        top.press("/\x15port x\r")
+        screen = top.wait_for(lambda screen: "expected a port" in screen[-1], "the error")
+        assert screen[-3:-1] == ["/port x", "      ^"]
+        assert "\x1b[1;31m" not in top.output
+        top.press("\x03")
+        assert top.wait() == 0
