@@ -1,10 +1,8 @@
 """The budget for transmits: at which rate the kernel samples connections, so that not too many transmits pass.
 
-The kernel captures one in `rate` connections, a power of two (bpf/sample.h), and others in each turn. So each is captured
-for one turn in `rate` of them, and sums over as many turns lack no connection. Retransmissions and records of connections
-are never sampled by it.
-
-Pure: counts and times are passed in.
+The kernel captures one in `rate` connections, a power of two (bpf/sample.h), and others in each turn. So each one is
+captured for one turn in `rate` of them, and sums over as many turns lack no connection. Retransmissions and records of
+connections are never sampled by it.
 """
 
 from dataclasses import dataclass
