@@ -645,8 +645,7 @@ struct sender {
 /* This hook's program may take both streams. */
 static __always_inline bool is_wanted(const struct choice *choice)
 {
-	return may_take(choice, STREAM_TRANSMIT) ||
-	       (RETRANSMIT_CGROUP_SKB && may_take(choice, STREAM_RETRANSMIT));
+	return may_take(choice, STREAM_TRANSMIT) || (RETRANSMIT_CGROUP_SKB && may_take(choice, STREAM_RETRANSMIT));
 }
 
 static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
