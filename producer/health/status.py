@@ -119,10 +119,10 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _table(report: Mapping[str, Any]) -> str:
-    # Producers of earlier versions have no hash.
+    # Producers of earlier versions have neither a hash nor labels.
     facts = " ".join(f"{name}={report[name]}" for name in ("host", "version", "pid", "rules_version"))
     config = f" config={report['config_hash']}" if report.get("config_hash") else ""
-    labels = " ".join(f"{name}={value}" for name, value in report["labels"].items())
+    labels = " ".join(f"{name}={value}" for name, value in report.get("labels", {}).items())
     rows = [("topic", "hook", *_COUNTS, "lost", "ring", "spool"), *map(_row, report["streams"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return lines(

@@ -286,7 +286,7 @@ def test_a_disk_too_small_for_the_spool(mounts, tmp_path):
     code, found = check(tmp_path, before=inside(f"mount -t tmpfs -o size=64m,mode=0700 none {tmp_path}/state"))
 
     assert code == 0
-    assert found["spool"].startswith(f"WARNING spool: {tmp_path}/state has space for 64 MiB, but [spool] allows 1408")
+    assert found["spool"].startswith(f"WARNING spool: {tmp_path}/state has space for 64 MiB, but [spool] allows 1728")
     assert "lower spool.transmit_bytes" in found["spool"]
 
 

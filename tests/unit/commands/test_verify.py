@@ -22,7 +22,7 @@ from producer.consume.event_id import read_events
 from producer.consume.gaps import Gaps, Numbers, find_gaps, page_of
 from producer.consume.reader import TopicReader
 from producer.errors import ConfigError, UnavailableError
-from producer.events import RETRANSMITS, STREAMS, TRANSMITS
+from producer.events import FLOWS, RETRANSMITS, STREAMS, TRANSMITS
 from tests.support.batches import Row, decoded, rows_of
 from tests.support.mock_topics import TOPICS, Cluster
 from tests.support.rebpf import rebpf
@@ -217,7 +217,7 @@ def test_the_columns_of_events_are_what_their_records_say() -> None:
     ]
     decoder = Decoder(None)
     events, rejected = read_events(decoder, values)
-    assert (events.rows.tolist(), rejected) == (list(range(6)), [])
+    assert (events.rows.tolist(), rejected) == (list(range(len(values))), [])
     for row, value in enumerate(values):
         record = decoded(decoder, value)
         for name, cells in events.cells.items():
@@ -275,6 +275,7 @@ def test_topics_are_read_to_their_end_and_reported(cluster: Cluster) -> None:
         put(cluster, TRANSMITS.topic, cpu_seq=number, ts_ns=number)
     cluster.put(TRANSMITS.topic, b"not avro")
     put(cluster, RETRANSMITS.topic, cpu_seq=1, ts_ns=1)
+    put(cluster, FLOWS.topic, cpu_seq=1, ts_ns=1)
     reports = read(cluster)
     assert fault_summary(reports) == "tcp_transmit: missing 2, undecodable 1"
     told = json.loads(show(reports, as_json=True))
@@ -313,6 +314,7 @@ def test_one_host_alone_can_be_asked_for(cluster: Cluster) -> None:
         for number in numbers:
             put(cluster, TRANSMITS.topic, cpu_seq=number, host=host)
     put(cluster, RETRANSMITS.topic, cpu_seq=1)
+    put(cluster, FLOWS.topic, cpu_seq=1)
     assert fault_summary(read(cluster, host="h")) is None
     assert read(cluster, host="h")[0].other_hosts == 2
     assert fault_summary(read(cluster, host="g")) == "tcp_transmit: missing 1"

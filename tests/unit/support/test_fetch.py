@@ -55,7 +55,7 @@ def test_a_program_that_is_not_installed_is_named(monkeypatch, tmp_path):
 
 
 def test_maven_is_not_needed_once_everything_is_there(monkeypatch, tmp_path):
-    for name in (fetch.KAFKA, fetch.REGISTRY):
+    for name in (fetch.KAFKA, fetch.REGISTRY, fetch.AVRO):
         fetch.cached(name, lambda part: None)
     monkeypatch.setenv("PATH", str(tmp_path))
 
