@@ -613,6 +613,29 @@ int kretprobe_inner_retransmit_skb(void *ctx)
 	return end_retransmission(call.sk, call.subject, PT_REGS_RC(regs), true, HOOK_KPROBE);
 }
 
+/* As fexit_inner_transmit_skb. */
+int kprobe_inner_transmit_skb(void *ctx)
+{
+	struct pt_regs *regs = ctx;
+	struct tcp_sock *tp = (void *)PT_REGS_PARM1(regs);
+	const struct sk_buff *skb = (void *)PT_REGS_PARM2(regs);
+	const struct tcp_skb_cb *cb = (const void *)skb->cb;
+
+	if (!(u32)PT_REGS_PARM3(regs) || !is_loss_probe((u64)tp))
+		return 0;
+	return is_sent_before(tp, READ(cb, seq), READ(cb, end_seq)) ? remember(regs) : 0;
+}
+
+int kretprobe_inner_transmit_skb(void *ctx)
+{
+	struct pt_regs *regs = ctx;
+	struct call call;
+
+	if (!recall(regs, &call))
+		return 0;
+	return end_retransmission(call.sk, call.subject, PT_REGS_RC(regs), true, HOOK_KPROBE);
+}
+
 int kprobe_tcp_rtx_synack(void *ctx)
 {
 	return remember(ctx);

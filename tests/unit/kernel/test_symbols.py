@@ -73,12 +73,13 @@ def test_the_second_path_is_read_if_the_first_is_hidden(tmp_path: Path) -> None:
     assert split_functions([tmp_path / "empty", tmp_path / "mount"]) == frozenset({"__tcp_retransmit_skb"})
 
 
-def test_a_split_inner_function_moves_the_fentry_probe_to_the_next_one() -> None:
-    programs = {
-        probe.program: probe.target for probe in fitted(FENTRY, features(frozenset({"__tcp_retransmit_skb"}))).probes
-    }
-    assert programs["fexit_inner_transmit_skb"] == "__tcp_transmit_skb"
-    assert "fexit_inner_retransmit_skb" not in programs
+@pytest.mark.parametrize(("hook", "kinds"), [(FENTRY, ["fexit"]), (KPROBE, ["kprobe", "kretprobe"])])
+def test_a_split_inner_function_moves_the_probes_to_the_next_one(hook: Hook, kinds: list[str]) -> None:
+    probes = fitted(hook, features(frozenset({"__tcp_retransmit_skb"}))).probes
+    programs = {probe.program: probe.target for probe in probes}
+    for kind in kinds:
+        assert programs[f"{kind}_inner_transmit_skb"] == "__tcp_transmit_skb"
+        assert f"{kind}_inner_retransmit_skb" not in programs
 
 
 def test_a_whole_kernel_changes_nothing() -> None:
@@ -98,7 +99,7 @@ def test_a_whole_kernel_changes_nothing() -> None:
             "__tcp_transmit_skb: the compiler has split the function",
         ),
         (FENTRY, None, "/proc/kallsyms cannot be read"),
-        (KPROBE, {"__tcp_retransmit_skb"}, "__tcp_retransmit_skb: the compiler has split the function"),
+        (KPROBE, {"tcp_retransmit_skb"}, "tcp_retransmit_skb: the compiler has split the function"),
     ],
 )
 def test_a_hook_that_may_miss_calls_is_refused_with_the_reason(hook: Hook, split: set[str] | None, reason: str) -> None:
