@@ -3,8 +3,10 @@
 import re
 import signal
 import subprocess
+from http import HTTPStatus
 from pathlib import Path
 from typing import Self
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from tests.support.rebpf import command, wait_until
@@ -33,10 +35,21 @@ class Member:
         wait_until(f"{text} in the log", look)
 
     def get(self, page: str) -> str:
+        """Return a page, once the member has answers."""
         (url,) = re.findall(r"endpoint url=(\S+)", self.log)
-        with urlopen(f"{url}{page}", timeout=10) as answer:
-            text: str = answer.read().decode()
-            return text
+
+        def look() -> str | None:
+            try:
+                with urlopen(f"{url}{page}", timeout=10) as answer:
+                    text: str = answer.read().decode()
+                    return text
+            except HTTPError as error:
+                if error.code == HTTPStatus.SERVICE_UNAVAILABLE:
+                    return None
+                raise
+
+        text: str = wait_until(f"{page} is available", look)
+        return text
 
     def kill(self) -> None:
         self.process.kill()
