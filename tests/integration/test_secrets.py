@@ -126,7 +126,7 @@ def test_a_registry_with_tls_and_a_password(kafka, registry, authority, tmp_path
         arguments = ["--config", config, "--brokers", kafka.bootstrap]
         done = rebpf("init", *arguments)
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.count("FULL_TRANSITIVE") == 3
+        assert done.stdout.count("FULL_TRANSITIVE") == len(topics.FIXED_IDS) + 1, "the events and the heartbeats"
         assert guarded.refused == 0
 
         config_of(guarded.url, authority, tmp_path, "agent:wr0ng-s3cret")
