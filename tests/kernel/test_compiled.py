@@ -10,6 +10,7 @@ import pytest
 from producer.demo.lab import Lab
 from producer.kernel.bpf_syscall import RETURN_0
 from producer.kernel.capture import Capture
+from producer.kernel.hooks import OWN_SOCKETS
 from producer.kernel.program_cache import ProgramCache
 from producer.rules.tables import filtered
 from tests.support.capture import Pair, Recording, hook_settings, kernel_btf_with, rules
@@ -115,7 +116,7 @@ def test_a_cached_program_that_the_kernel_rejects_is_compiled_again_and_costs_no
     kept = ProgramCache(folder)
     found = kept.find(file.stem)
     assert found is not None
-    refused = dict.fromkeys(found.programs, RETURN_0) | {list(found.programs)[-1]: NO_VALUE}
+    refused = dict.fromkeys(found.programs, RETURN_0) | {OWN_SOCKETS.program: NO_VALUE}
     kept.put(file.stem, replace(found, programs=refused), [])
     assert load(folder) == (False, True, first)
     assert "compiled programs: compiled again: rejected by the kernel" in caplog.text

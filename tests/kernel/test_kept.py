@@ -1,6 +1,7 @@
 """Hooks that outlive the process are taken over, or replaced without a moment in which none is attached."""
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import pytest
 
 from producer import paths
 from producer.demo.lab import Lab
-from producer.events import FLOWS, REASONS, RETRANSMIT, STREAMS, TRANSMIT, TRANSMITS, Rows
+from producer.events import FLOW_EVENT, FLOWS, REASONS, RETRANSMIT, RETRANSMITS, STREAMS, TRANSMIT, TRANSMITS, Rows
 from producer.kernel.bpf_syscall import possible_cpus, program_ids
 from producer.kernel.capture import Capture
 from producer.kernel.pinned import PinFolder
@@ -222,16 +223,18 @@ def test_hooks_of_another_version_stay_until_the_new_ones_are_attached_and_their
             assert capture.taken_over, "after a crash before the old rings were drained"
             assert capture.old_ring_id == old_ring_id
             traffic.wait_more(101)
-            (stream, ring), (other_stream, other_ring) = capture.old_rings()
+            (stream, ring), *others = capture.old_rings()
             assert stream == TRANSMITS
             assert stream.dtype == np.dtype([*TRANSMIT.descr, ("note", "<u8")])
-            assert other_stream.dtype == RETRANSMIT
-            with ring, other_ring:
+            assert [each.dtype for each, _ in others] == [RETRANSMIT, FLOW_EVENT]
+            with contextlib.ExitStack() as stack:
+                rings = [stack.enter_context(each) for each in (ring, *(other for _, other in others))]
                 old = ring.read(1 << 16).copy()
                 ring.commit(ring.position)
-                other_ring.read(1 << 16)  # a slow machine retransmits some segments
+                for other in rings[1:]:
+                    other.read(1 << 16)  # a slow machine retransmits some segments
                 traffic.wait_more(11)
-                assert ring.unread == other_ring.unread == 0, "the old programs have ended"
+                assert [each.unread for each in rings] == [0, 0, 0], "the old programs have ended"
             capture.drop_old_rings()
             assert capture.old_rings() == []
             assert all(path.name == "manifest" or path.name.endswith(capture.ring_id) for path in pins.iterdir())
@@ -265,7 +268,7 @@ def test_hooks_that_are_replaced_twice_leave_all_undrained_rings(pins: Path) -> 
         for size in (1 << 24, 1 << 25, 1 << 26):
             settings = hook_settings(
                 rules=filtered(ports=(traffic.port,)),
-                ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 16},
+                ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 16, "flow_pipe": 1 << 16},
             )
             with PinFolder(pins) as folder, Capture(settings, folder) as capture:
                 capture.load()
@@ -286,6 +289,35 @@ def test_hooks_that_are_replaced_twice_leave_all_undrained_rings(pins: Path) -> 
                     assert found_once == traffic.sent
 
 
+def test_hooks_without_the_stream_of_flows_are_replaced_and_their_rings_can_be_drained(pins: Path) -> None:
+    """As older versions leave them: their manifest names no iterators."""
+    with Traffic() as traffic:
+        rules = filtered(ports=(traffic.port,))
+        without = hook_settings(rules=rules, streams=(TRANSMITS, RETRANSMITS))
+        with PinFolder(pins) as folder, Capture(without, folder) as capture:
+            capture.load()
+            capture.attach()
+            traffic.start()
+            traffic.wait_more(53)
+        text = json.loads(zlib.decompress(base64.urlsafe_b64decode(os.readlink(pins / "manifest"))))
+        assert text["manifest"].pop("iterators") == []
+        (pins / "manifest").unlink()
+        (pins / "manifest").symlink_to(base64.urlsafe_b64encode(zlib.compress(json.dumps(text).encode())).decode())
+        with PinFolder(pins) as folder, Capture(hook_settings(rules=rules), folder) as capture:
+            capture.load()
+            capture.attach()
+            assert not capture.taken_over
+            traffic.wait_more(53)
+            traffic.stop()
+            (stream, ring), (other, _) = capture.old_rings()
+            assert (stream.name, other.name) == ("transmit", "retransmit")
+            assert len(probes(ring.read(1 << 20), traffic.port)) >= 53
+            capture.report_flows()
+            with capture.ring(FLOWS) as flows:
+                assert len(flows.read(1 << 10)) > 0
+            capture.detach()
+
+
 def test_the_agents_own_traffic_is_no_event_of_the_hooks_that_are_about_to_end(pins: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
@@ -294,7 +326,7 @@ def test_the_agents_own_traffic_is_no_event_of_the_hooks_that_are_about_to_end(p
             capture.load()
             capture.attach()
             socket.create_connection(address).close()
-        smaller = hook_settings(rules=rules, ring_bytes={"transmit_pipe": 1 << 16, "retransmit_pipe": 1 << 16})
+        smaller = hook_settings(rules=rules, ring_bytes=dict.fromkeys((stream.ring for stream in STREAMS), 1 << 16))
         with PinFolder(pins) as folder, Capture(smaller, folder) as capture:
             capture.load()
             with socket.socket() as own:
@@ -305,7 +337,7 @@ def test_the_agents_own_traffic_is_no_event_of_the_hooks_that_are_about_to_end(p
                 capture.attach()
                 own.sendall(b"!")
             capture.detach()
-            (_, ring), _ = capture.old_rings()
+            (_, ring), *_ = capture.old_rings()
             for flow in (rows["s"]["flow"] for rows in (ring.read(1 << 16), all_rows(capture))):
                 assert port not in {*flow["sport"], *flow["dport"]}
             assert ring.position > 0

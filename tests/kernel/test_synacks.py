@@ -50,7 +50,7 @@ def port() -> int:
 @pytest.fixture
 def roomy(port: int) -> Iterator[Recording]:
     """A separate recording whose rings hold all events of the largest test, even unread."""
-    rings = {"transmit_pipe": 1 << 26, "retransmit_pipe": 1 << 26}
+    rings = {"transmit_pipe": 1 << 26, "retransmit_pipe": 1 << 26, "flow_pipe": 1 << 22}
     with Recording(hook_settings(rules=filtered(ports=(port,)), ring_bytes=rings)) as capture:
         yield capture
 
