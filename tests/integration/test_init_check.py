@@ -147,7 +147,10 @@ def test_init_with_no_broker_there_says_so(config):
 
 def findings(*arguments: object) -> tuple[int, dict[str, dict[str, object]]]:
     done = rebpf("check", "--json", *arguments)
-    return done.returncode, {each["subject"]: each for each in json.loads(done.stdout)}
+    listed = json.loads(done.stdout)
+    found = {each["subject"]: each for each in listed}
+    assert len(found) == len(listed), "no subject twice"
+    return done.returncode, found
 
 
 def test_check_names_missing_topics_and_finds_them_after_init(kafka, config):
@@ -163,7 +166,7 @@ def test_check_names_missing_topics_and_finds_them_after_init(kafka, config):
 
     assert rebpf("init", *arguments).returncode == 0
     _, after = findings(*arguments)
-    assert [after[f"topic check.{topic}"]["text"] for topic in TOPICS] == ["6 partitions"] * 2
+    assert [after[f"topic check.{topic}"]["text"] for topic in TOPICS] == ["6 partitions"] * 3
     assert after["topic check.rebpf_agent"]["text"] == "1 partition"
 
 
@@ -189,17 +192,21 @@ def test_check_says_that_no_broker_answers():
 
 
 @pytest.mark.root
-def test_check_of_a_host_that_has_everything_is_good():
-    code, found = findings()
+def test_check_of_a_host_that_has_everything_is_good(config, tmp_path):
+    """With a folder and a port of its own: another producer on this host would add findings."""
+    own = f'state_dir = "{tmp_path}"\nmetrics.listen = "127.0.0.1:0"\n'
+    arguments = ["--config", config("", own)]
+    code, found = findings(*arguments)
     assert code == 0
     assert {"capabilities", "cgroup v2", "BTF", "Python", "bcc", "Kafka"} <= found.keys()
     assert found["Kafka"]["text"] == "no brokers configured: the in-process test broker will be used"
-    for stream in ("transmit", "retransmit"):
+    for stream in ("transmit", "retransmit", "flow"):
         assert "available" in {found[name]["text"] for name in found if name.startswith(f"{stream} by ")}
 
-    text = rebpf("check")
+    text = rebpf("check", *arguments)
     assert text.returncode == 0
-    assert len(text.stdout.splitlines()) == len(found)
+    told = [f"{subject}: {each['text']}" for subject, each in found.items()]
+    assert [line.partition(" ")[2].lstrip() for line in text.stdout.splitlines()] == told
     assert {line.split()[0] for line in text.stdout.splitlines()} <= {"ok", "no", "WARNING"}
     for line in text.stdout.splitlines():
         assert "transmit by " not in line or line.startswith("ok ") == line.endswith(": available")

@@ -33,7 +33,7 @@ def ends(pidfd: int, deadline_s: float = 30.0) -> bool:
     return bool(select.select([pidfd], [], [], deadline_s)[0])
 
 
-LEFT_BY_A_STOP = {"lock", "ledger.transmit", "ledger.retransmit", "sequence.json"}
+LEFT_BY_A_STOP = {"lock", "ledger.transmit", "ledger.retransmit", "ledger.flow", "sequence.json"}
 LEFT_BY_A_KILL = {*LEFT_BY_A_STOP, "agent.json"}
 
 

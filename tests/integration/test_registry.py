@@ -34,9 +34,7 @@ def config(prefix: str, registry: str, more: str = "") -> str:
 
 
 def ids(client: SchemaRegistryClient, prefix: str) -> dict[str, int]:
-    return {
-        topic: client.get_latest_version(f"{prefix}{topic}-value").schema_id for topic in (TRANSMIT, topics.RETRANSMIT)
-    }
+    return {topic: client.get_latest_version(f"{prefix}{topic}-value").schema_id for topic in topics.FIXED_IDS}
 
 
 def test_schemas_are_looked_up_and_init_registers_them(kafka, client, registry, tmp_path):
@@ -53,7 +51,7 @@ def test_schemas_are_looked_up_and_init_registers_them(kafka, client, registry, 
     assert done.returncode == 0, done.stderr
     numbers = ids(client, "looked.")
     assert [f"schema looked.{topic}-value: id {number}, FULL_TRANSITIVE" for topic, number in numbers.items()] == (
-        done.stdout.splitlines()[3:5]
+        done.stdout.splitlines()[4:7]
     )
     for topic, number in numbers.items():
         assert json.loads(client.get_schema(number).schema_str) == json.loads((SCHEMAS / f"{topic}.avsc").read_text())
@@ -92,7 +90,7 @@ def test_a_registry_without_the_heartbeats_schema_costs_the_heartbeats_alone(cli
 def test_the_heartbeats_schema_is_registered_and_cached_as_the_others_are(client, registry, tmp_path):
     lines = register_schemas(own_config("heard.", registry.url, tmp_path))
     number = client.get_latest_version("heard.rebpf_agent-value").schema_id
-    assert lines[2] == f"schema heard.rebpf_agent-value: id {number}, FULL_TRANSITIVE"
+    assert lines[3] == f"schema heard.rebpf_agent-value: id {number}, FULL_TRANSITIVE"
     assert schema_ids(own_config("heard.", registry.url, tmp_path))["heard.rebpf_agent"] == number
 
     cache = tmp_path / "schema_ids.json"
@@ -151,7 +149,7 @@ def test_each_schema_is_compatible_both_ways_with_every_released_one(client, reg
     assert prefixes
     for prefix in prefixes:
         lines = register_schemas(own_config(prefix, registry.url, tmp_path), alerts=True)
-        assert len(lines) == 4
+        assert len(lines) == 5
         for topic in (*topics.FIXED_IDS, "rebpf_agent", "tcp_alerts"):
             subject = f"{prefix}{topic}-value"
             assert client.get_compatibility(subject) == "FULL_TRANSITIVE"
