@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from producer.events import RETRANSMITS, STREAMS, TRANSMITS
+from producer.events import FLOWS, RETRANSMITS, STREAMS, TRANSMITS
 from producer.kernel.bpf_syscall import possible_cpus
 from producer.kernel.capture import Capture
 from producer.kernel.sequence import EventNumbers
@@ -55,11 +55,11 @@ def test_numbers_begin_after_the_given_ones_and_counters_at_zero() -> None:
             capture.detach()
             connect(address, 1)
             passed = capture.counters(TRANSMITS).passed
-            last = capture.sequence(TRANSMITS)
+            last, last_flow = capture.sequence(TRANSMITS), capture.sequence(FLOWS)
             with capture.ring(TRANSMITS) as ring:
                 rows = ring.read(passed + 1)
     assert 53 * 3 <= passed == len(rows)
-    assert fixed.last == {"transmit": last, "retransmit": first["retransmit"]}
+    assert fixed.last == {"transmit": last, "retransmit": first["retransmit"], "flow": last_flow}
     for cpu, (before, behind) in enumerate(zip(first["transmit"], last, strict=True)):
         numbers = np.sort(rows["s"]["cpu_seq"][rows["s"]["cpu"] == cpu])
         assert (numbers == np.arange(before + 1, behind + 1, dtype=np.uint64)).all()
