@@ -17,7 +17,7 @@ from producer.events import CAUSES, KNOWN, TRANSMITS, Rows
 from producer.host.cgroups import cgroup2_root
 from producer.rules.tables import filtered
 from tests.support.capture import DEADLINE_S, Recording, hook_settings, inside, receive, rules, wait_for
-from tests.support.comparison import Trial
+from tests.support.comparison import RST, Trial
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -106,8 +106,12 @@ def process_of(lab: Lab, name: bytes, role: str, port: int) -> Iterator["subproc
 
 
 def processes(rows: Rows) -> set[tuple[int, bytes]]:
-    """Return the processes of the segments that have a socket; a reset after the end of its process may have none."""
-    of_sockets = rows["s"][rows["s"]["state"] != 0]
+    """Return the processes of the segments that have a socket; a reset after the end of its process may have none.
+
+    kprobe forgets the process when the socket closes, and the kernel sends the reset after that.
+    """
+    s = rows["s"]
+    of_sockets = s[(s["state"] != 0) & (s["tcp_flags"] & RST == 0)]
     assert (of_sockets["known"] & KNOWN["process"]).all()
     return {(int(row["pid"]), row["comm"].tobytes().rstrip(b"\0")) for row in of_sockets}
 
