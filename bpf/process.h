@@ -113,7 +113,10 @@ static __always_inline void publish_process(struct tcp_sock *tp, const struct fl
 #endif
 }
 
-/* A socket changes its state: the process is known when it connects or listens, and passes to what it accepts. */
+/*
+ * A socket changes its state: the process is known when it connects or listens, and passes to what it accepts. An
+ * accepted socket gets its cookie after its first change, to TCP_SYN_RECV.
+ */
 static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u32 state)
 {
 	bool begins = state == TCP_SYN_SENT || state == TCP_LISTEN;
@@ -121,7 +124,7 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 
 	if (begins)
 		found = create_state(tp);
-	else if (PROBE_READ && old_state == TCP_LISTEN)
+	else if (PROBE_READ && old_state == TCP_SYN_RECV && state != TCP_CLOSE)
 		found = find_state(tp);
 	if (found && begins)
 		note_process(&found->process, (const void *)bpf_get_current_task());

@@ -119,7 +119,7 @@ def processes(rows: Rows) -> set[tuple[int, bytes]]:
 def test_segments_have_the_process_that_connected_or_listened(capture: Recording, lab: Lab, port: int) -> None:
     """In softirqs and timers too, and those of an accepted socket have the listener's."""
     first = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 == 0 drop"
-    with Trial(capture, lab, port) as trial, contextlib.ExitStack() as stack:
+    with Trial(capture, lab, port, resets=True) as trial, contextlib.ExitStack() as stack:
         server = stack.enter_context(process_of(lab, b"\xff\n%listener", "server", port))
         with rules(lab.client, "prerouting", first):
             client = stack.enter_context(process_of(lab, b"client", "client", port))
