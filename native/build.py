@@ -34,6 +34,7 @@ def build(*flags: str) -> Path:
         subprocess.run(
             [*compiler, *chosen, f"-I{include}", *sorted(map(str, HERE.glob("*.c"))), "-o", str(unfinished)], check=True
         )
+        unfinished.chmod(0o755)  # whatever the umask: other users load it too
         unfinished.replace(MODULE)
     except FileNotFoundError:
         sys.exit(f"native: no C compiler {compiler[0]}: apt-get install gcc libc6-dev, or set CC")

@@ -78,7 +78,8 @@ def as_nobody() -> list[str]:
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         pytest.skip("giving up privileges needs root and setpriv")
     # Twice: the first setpriv may start a program that the user cannot.
-    probe = "import producer.cli.main, subprocess, sys; subprocess.run([sys.executable, '-V'], check=True)"
+    imports = "import producer.cli.main, producer._native, subprocess, sys"
+    probe = f"{imports}; subprocess.run([sys.executable, '-V'], check=True)"
     if subprocess.run([*nobody, sys.executable, "-c", probe], capture_output=True).returncode:
         pytest.skip(f"{sys.executable} and the package are not readable for other users")
     return nobody

@@ -184,9 +184,11 @@ def _messages() -> Iterator[Check]:
     yield check
 
 
-def _by_fastavro(decoder: Decoder, value: bytes) -> Any:
+def _by_fastavro(decoder: Decoder, value: bytes) -> dict[str, Any]:
+    """Return a message's record without its map, which the decoder leaves out."""
     schema = decoder.schema(int.from_bytes(value[1:5]))
-    return fastavro.schemaless_reader(io.BytesIO(value[5:]), schema, None)
+    record: Any = fastavro.schemaless_reader(io.BytesIO(value[5:]), schema, None)
+    return {name: field for name, field in record.items() if name != "labels"}
 
 
 class _OneCgroup:
