@@ -49,11 +49,11 @@ PLANS: Mapping[str, Sequence[Lane]] = {
         Lane(f"part {part}", ("tests/unit", "tests/property", f"--part={part}"), 600) for part in ("1/3", "2/3", "3/3")
     ],
     "default": [
-        # Two at a time, since the virtual machine keeps a CPU busy and the integration tests depend on time most.
-        Lane("integration", ("tests/integration",), 3000),
+        # The virtual machine keeps a CPU busy, and the integration tests depend on time most.
+        *(Lane(f"integration {part}", ("tests/integration", f"--part={part}"), 3000) for part in ("1/2", "2/2")),
         Lane("vm", ("tests/vm",), 3000, nice=5),
         Lane("unit", ("tests/unit", "tests/property", "tests/fuzz", "tests/packaging"), 3000, after=("vm",), nice=5),
-        Lane("kernel", ("tests/kernel", "tests/chaos"), 1800, after=("integration", "unit")),
+        Lane("kernel", ("tests/kernel", "tests/chaos"), 1800, after=("integration 1/2", "integration 2/2", "unit")),
     ],
     "all": [Lane("all", (), 6 * 3600)],
 }
