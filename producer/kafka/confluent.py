@@ -8,7 +8,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
 from producer.host.log_limit import LogLimit
-from producer.kafka.wording import REPEAT_LOG_S, fix, in_brackets
+from producer.kafka.wording import REPEAT_LOG_S, fix, in_brackets, is_tls
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class ClientErrors:
         if self._last is None or error.code() != KafkaError._ALL_BROKERS_DOWN:
             self._last = error
         if self._log_limit and self._log_limit.allows(error.name()):
-            logger.warning("kafka: %s error=%s%s", error.str(), error.name(), in_brackets(error.name()))
+            logger.warning("kafka: %s error=%s%s", error.str(), error.name(), in_brackets(error.name(), error.str()))
 
     @property
     def reason(self) -> str:
@@ -53,12 +53,9 @@ class ClientErrors:
         """Return the error to raise for an exception of the client, with the fix."""
         error = self._last or exception.args[0]
         name, where, reason = error.name(), f"Kafka at {self._brokers}", error.str()
-        # A peer that closes the connection in the handshake has no error code of TLS.
-        if "SSL handshake failed" in reason or "in state SSL_HANDSHAKE" in reason:
-            name = "_SSL"
-        advice = fix(name) and f"; {fix(name)}"
+        advice = fix(name, reason) and f"; {fix(name, reason)}"
         if name == "_AUTHENTICATION":
             return PermissionDenied(f"{where} rejects the authentication: {reason}{advice}")
-        if name == "_SSL":
+        if is_tls(name, reason):
             return UnavailableError(f"TLS with {where} failed: {reason}{advice}")
         return UnavailableError(f"{'no answer from ' if name in _NO_ANSWER else ''}{where}: {reason}{advice}")

@@ -138,7 +138,7 @@ class Connection:
             self._fatal = f"fatal error {error.name}"
             self._replace_at = time.monotonic() + self._backoff.next()
         if self._log_limit.allows(error.name):
-            logger.warning("kafka: %s error=%s%s", error.text, error.name, in_brackets(error.name))
+            logger.warning("kafka: %s error=%s%s", error.text, error.name, in_brackets(error.name, error.text))
         # _ALL_BROKERS_DOWN comes last and is the least specific.
         if not self.last_error or error.name != "_ALL_BROKERS_DOWN":
             self.last_error = error

@@ -15,11 +15,16 @@ _FIXES = {
 }
 
 
-def fix(name: str) -> str:
-    """Return the fix for an error; empty if there is none to suggest."""
-    return _FIXES.get(name, "")
+def is_tls(name: str, text: str) -> bool:
+    """Return whether TLS failed; a peer that closes the connection in the handshake has another error code."""
+    return name == "_SSL" or "SSL handshake failed" in text or "in state SSL_HANDSHAKE" in text
 
 
-def in_brackets(name: str) -> str:
+def fix(name: str, text: str) -> str:
+    """Return the fix for an error by its name and text; empty if there is none to suggest."""
+    return _FIXES.get("_SSL" if is_tls(name, text) else name, "")
+
+
+def in_brackets(name: str, text: str) -> str:
     """Return the fix for an error as the end of a log line; empty if there is none to suggest."""
-    return f" ({fix(name)})" if fix(name) else ""
+    return f" ({fix(name, text)})" if fix(name, text) else ""

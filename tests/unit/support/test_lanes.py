@@ -147,6 +147,9 @@ def test_the_lanes_have_all_folders_of_their_tier(tier: str) -> None:
         assert sorted(parts) == sorted(
             ["tests/unit", "tests/property"] * 3 + ["--part=1/3", "--part=2/3", "--part=3/3"]
         )
+    elif tier == "default":
+        integration = ["tests/integration"]  # in two parts
+        assert sorted(parts) == sorted([*folders, *integration, "--part=1/2", "--part=2/2"])
     else:
         assert sorted(parts) == sorted(folders)
 
