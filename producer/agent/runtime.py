@@ -114,6 +114,7 @@ class Runtime:
     def _apply(self, pipeline: Pipeline, config: Config) -> None:
         """Apply what a reload has changed outside the rules (producer.config.effective.AT_RELOAD)."""
         pipeline.set_latency(config.capture.latency_s)
+        self.budget.set(config.capture.transmit_events_per_s)
         if self.flows:
             self.flows.interval_s = config.capture.flow_interval_s
         for each in self.streams:

@@ -33,9 +33,17 @@ class TransmitBudget:
     _last: tuple[float, int] | None = None
     _calm_since_s: float = 0.0
 
+    def set(self, events_per_s: int) -> None:
+        """Follow another budget from now on; the rate starts where it is, or at 1 without a budget."""
+        if events_per_s == self.events_per_s:
+            return
+        self.events_per_s, self._last = events_per_s, None
+        if not events_per_s:
+            self.rate = 1
+
     def follow(self, now_s: float, passed: int) -> bool:
         """Take the count of transmits that have passed so far; return whether `rate` and `turn` are new."""
-        if self._last is None:  # the kernel may have the rate of an earlier process
+        if self._last is None:  # the kernel may have the rate of an earlier process or budget
             self._last, self._calm_since_s = (now_s, passed), now_s
             return True
         elapsed_s = now_s - self._last[0]

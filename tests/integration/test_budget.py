@@ -1,7 +1,9 @@
 """`capture.transmit_events_per_s`: above it, connections are sampled, and events and status have the rate."""
 
 import json
+import os
 import shutil
+import signal
 from typing import Any
 
 import pytest
@@ -41,4 +43,8 @@ def test_transmits_above_the_budget_are_sampled(tmp_path):
         with repeating(lambda: exchange(echo.port, 40), 0.01):
             wait_until("the rate is above 1", lambda: rate() > 1)
             wait_until("events of sampled connections", lambda: max(rates(), default=1) > 1)
+            run.config.write_text(CONFIG.replace("= 100", "= 0"))
+            os.kill(run.pid, signal.SIGHUP)
+            wait_until("without a budget nothing is sampled", lambda: rate() == 1)
+            assert "need a restart" not in run.log
         run.finish()

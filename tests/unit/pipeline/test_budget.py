@@ -87,3 +87,15 @@ def test_each_second_is_another_turn() -> None:
 def test_without_a_budget_only_the_rate_of_an_earlier_process_is_replaced() -> None:
     host = Host(0)
     assert set(host.seconds(1e6, 20)) == {1}
+
+
+def test_a_budget_that_is_lifted_takes_back_the_rate_and_another_one_starts_from_it() -> None:
+    host = Host(1000)
+    assert host.seconds(60_000, 5)[-1] == 64
+    host.budget.set(500)
+    host.second(60_000)
+    assert host.budget.rate == 64
+    assert host.seconds(60_000, 60)[-1] == 128
+    host.budget.set(0)
+    assert host.budget.follow(host.now_s + 1, round(host.passed)), "the kernel is told"
+    assert host.budget.rate == 1
