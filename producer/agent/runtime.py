@@ -23,7 +23,7 @@ from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.health.status import Status
 from producer.health.web_config import WebSettings
-from producer.host import systemd
+from producer.host import memory, systemd
 from producer.host.clock import UtcOffset
 from producer.host.signals import Flag
 from producer.host.state import StateFolder
@@ -197,6 +197,7 @@ class Runtime:
         if self.losses.due():
             self.losses.log_losses(self.reporter.balances())
             self._expire()
+            memory.release()
 
     def _guard(self, stream: str, work: Callable[[], bool]) -> bool | None:
         return self.supervisor.attempt(f"pipeline {stream}", work, None, vital=True)
