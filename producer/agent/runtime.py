@@ -134,7 +134,8 @@ class Runtime:
         """Do what is not about events, at its own times, however often the loop turns."""
         if time.monotonic() < self.chores_at_s and not (reload.is_set() or self.wakeup.called):
             return
-        is_soon = reload.is_set() or self.supervisor.reasons  # for a reload's pace, and for retries
+        # For a reload's pace and its steps, and for retries.
+        is_soon = reload.is_set() or self.in_force.busy or self.supervisor.reasons
         self.chores_at_s = time.monotonic() + (_RETRY_S if is_soon else _CHORES_S)
         self._housekeeping(reload)
         self.supervisor.attempt("budget", self._follow_budget, None)
