@@ -1,8 +1,10 @@
 """The settings in force. A reload changes some of them, and cgroups that come and go change the rules."""
 
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from producer.agent.supervise import Pace
@@ -13,14 +15,27 @@ from producer.host.output import set_log_level
 from producer.host.signals import Flag
 from producer.kernel.capture import Capture
 from producer.rules.resolve import Ruleset, follow, resolve
+from producer.rules.tables import Tables
+from producer.spool.disk import PASSING
 
 logger = logging.getLogger(__name__)
 
 _LOOK_INTERVAL_S = 2.0
+_STEP_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A configuration that was read, and what a reload puts in force of it."""
+
+    read: Config
+    config: Config
+    ruleset: Ruleset
+    tables: Tables
 
 
 class InForce:
-    """Keeps the settings and the kernel's rules up to date. `read` reads the configuration.
+    """Keeps the settings and the kernel's rules up to date. `read` reads the configuration, in a thread.
 
     `version` counts changes of the rules. `apply` is called with the new configuration after each reload. The result of
     `files` differs once a file of the configuration has changed.
@@ -51,15 +66,40 @@ class InForce:
         """Why the last reload was refused; empty if it succeeded."""
         self.reloads = 0
         """Reloads so far, including refused ones."""
+        self._thread: threading.Thread | None = None
+        """Prepares a reload."""
+        self._prepared: _Prepared | Exception | None = None
+        """Its result, until it is in force."""
+        self._filling: Iterator[None] | None = None
+        """The rest of the writes into the kernel's tables."""
         self._set(config)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a reload has begun and its settings are not in force yet."""
+        return self._thread is not None or self._prepared is not None
+
     def follow(self, asked: Flag) -> None:
-        """Reload if `asked` is set, and clear it, or if files have changed. The pace limits how often."""
+        """Reload if `asked` is set, and clear it, or if files have changed. The pace limits how often.
+
+        Files and rules may be large, so a thread reads and compiles them, and later calls put them in force, each for a
+        short time.
+        """
+        if self._thread and not self._thread.is_alive():
+            self._thread = None
+        if self._thread:
+            return
+        if self._prepared and self._proceed(self._prepared):
+            asked.set()
+        if self._prepared:
+            return
         if self.config.reload_when_changed and self._have_files_changed():
             asked.set()
         if asked.is_set() and self._pace.is_due():
+            thread = threading.Thread(target=self._pace.run, args=(self._prepare,), name="reload", daemon=True)
+            thread.start()  # if that fails, `asked` stays set
+            self._thread = thread
             asked.clear()
-            self._pace.run(self.reload)
 
     def _have_files_changed(self) -> bool:
         """Every 2 s, look whether a file has changed since the last reload."""
@@ -68,39 +108,67 @@ class InForce:
         self._files_at = time.monotonic() + _LOOK_INTERVAL_S
         return self._files() != self._files_read
 
-    def reload(self) -> None:
-        """Apply what a reload can change. An invalid configuration is logged and changes nothing."""
+    def _prepare(self) -> None:
+        """Read, resolve and compile the configuration."""
         try:
             self._files_read = self._files()
             read = self._read()
             config = effective.in_force(self.config, read)
-            self._put(config, resolve(config, self._root))
-            self.restart_needed = effective.restart_needed(config, read)
-            self.apply(config)
+            ruleset = resolve(config, self._root)
+            self._prepared = _Prepared(read, config, ruleset, ruleset.tables())
         except Exception as error:
-            is_defect = not isinstance(error, RebpfError | OSError | ValueError | LookupError)
-            self.reloads, self.refusal = self.reloads + 1, str(error) or type(error).__name__
-            logger.error("reload refused: %s; version=%d stays in force", error, self.version, exc_info=is_defect)
-            return
+            self._prepared = error
+
+    def _proceed(self, prepared: _Prepared | Exception) -> bool:
+        """Put a step of it in force; return whether to reload again. An invalid configuration changes nothing."""
+        try:
+            if isinstance(prepared, Exception):
+                raise prepared
+            self._filling = self._filling or self._hooks.put_rules_in_steps(prepared.tables)
+            end_s = time.monotonic() + _STEP_S
+            for _ in self._filling:
+                if time.monotonic() >= end_s:
+                    return False
+            self._put_in_force(prepared)
+        except Exception as error:
+            self._prepared = self._filling = None
+            return self._refuse(error)
+        self._prepared = self._filling = None
+        return False
+
+    def _put_in_force(self, prepared: _Prepared) -> None:
+        """Apply what is not in the kernel's tables, which are filled."""
+        self.version = self._hooks.rules_version
+        self._ruleset = prepared.ruleset
+        self._set(prepared.config)
+        self.restart_needed = effective.restart_needed(prepared.config, prepared.read)
+        self.apply(prepared.config)
         self.reloads, self.refusal = self.reloads + 1, ""
-        logger.info("reloaded rules=%d version=%d", len(config.rules), self.version)
+        logger.info("reloaded rules=%d version=%d", len(self.config.rules), self.version)
         if self.restart_needed:
             logger.warning("changed settings need a restart: %s", ", ".join(self.restart_needed))
 
+    def _refuse(self, error: Exception) -> bool:
+        """Log and count why nothing changes; return whether that may pass by itself."""
+        is_passing = any(isinstance(each, OSError) and each.errno in PASSING for each in (error, error.__cause__))
+        reason = str(error) or type(error).__name__
+        if not is_passing or reason != self.refusal:
+            is_defect = not isinstance(error, RebpfError | OSError | ValueError | LookupError)
+            self.reloads, self.refusal = self.reloads + 1, reason
+            trace = error if is_defect else None
+            logger.error("reload refused: %s; version=%d stays in force", error, self.version, exc_info=trace)
+        return is_passing
+
     def look(self) -> None:
         """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced."""
-        if not self._by_cgroup or time.monotonic() < self._look_at:
+        if self.busy or not self._by_cgroup or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
         ruleset = follow(self._ruleset, self.config, self._root)
         if ruleset != self._ruleset:
-            self._put(self.config, ruleset)
+            self.version = self._hooks.put_rules(ruleset.tables())
+            self._ruleset = ruleset
             logger.info("rules updated: cgroups changed version=%d", self.version)
-
-    def _put(self, config: Config, ruleset: Ruleset) -> None:
-        self.version = self._hooks.put_rules(ruleset.tables())
-        self._ruleset = ruleset
-        self._set(config)
 
     def _set(self, config: Config) -> None:
         self.config = config

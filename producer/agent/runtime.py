@@ -23,7 +23,7 @@ from producer.health.endpoint import Endpoint, StatusBoard
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.health.status import Status
 from producer.health.web_config import WebSettings
-from producer.host import systemd
+from producer.host import memory, systemd
 from producer.host.clock import UtcOffset
 from producer.host.signals import Flag
 from producer.host.state import StateFolder
@@ -135,7 +135,8 @@ class Runtime:
         """Do what is not about events, at its own times, however often the loop turns."""
         if time.monotonic() < self.chores_at_s and not (reload.is_set() or self.wakeup.called):
             return
-        is_soon = reload.is_set() or self.supervisor.reasons  # for a reload's pace, and for retries
+        # For a reload's pace and its steps, and for retries.
+        is_soon = reload.is_set() or self.in_force.busy or self.supervisor.reasons
         self.chores_at_s = time.monotonic() + (_RETRY_S if is_soon else _CHORES_S)
         self._housekeeping(reload)
         self.supervisor.attempt("budget", self._follow_budget, None)
@@ -198,6 +199,7 @@ class Runtime:
         if self.losses.due():
             self.losses.log_losses(self.reporter.balances())
             self._expire()
+            memory.release()
 
     def _guard(self, stream: str, work: Callable[[], bool]) -> bool | None:
         return self.supervisor.attempt(f"pipeline {stream}", work, None, vital=True)

@@ -125,17 +125,22 @@ def run(
     """
     from producer.agent.agent import Agent
     from producer.config import sources
+    from producer.host import memory
+
+    memory.limit_arenas()
+    context = click.get_current_context()
 
     def read() -> Any:
-        return load(config).with_values(
-            kafka__brokers=brokers,
-            registry__url=registry,
-            capture__addresses=address,
-            capture__ports=port,
-            capture__pin=pin,
-            kubernetes__pods_url=pods_url,
-            state_dir=state_dir,
-        )
+        with context.scope(cleanup=False):  # for a thread that reads the configuration again
+            return load(config).with_values(
+                kafka__brokers=brokers,
+                registry__url=registry,
+                capture__addresses=address,
+                capture__ports=port,
+                capture__pin=pin,
+                kubernetes__pods_url=pods_url,
+                state_dir=state_dir,
+            )
 
     agent = Agent(read(), read, lambda: sources.state(config))
     stop = stop_on_signals()

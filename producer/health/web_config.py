@@ -293,8 +293,9 @@ class _Source:
     def _users(self, users: Table) -> dict[str, str]:
         for number, (name, hashed) in enumerate(users.values.items(), 1):
             found = _HASH.fullmatch(hashed) if isinstance(hashed, str) else None
-            # Without the colon, the password would be part of the name.
-            where = users.path(name) if name and not re.search(r"\s", name) else f"basic_auth_users: entry {number}"
+            # Without the colon, or the space after it, the password would be part of the name.
+            is_name = name and hashed and not re.search(r"\s", name)
+            where = users.path(name) if is_name else f"basic_auth_users: entry {number}"
             if not name or ":" in name or not name.isprintable():
                 raise self._error(where, "expected a user name: printable, not empty, without a colon")
             if not found:  # the value may be the plain password, so it is not shown

@@ -355,6 +355,15 @@ class Capture:
         """Activate other rules, atomically between two segments, and return their version. The initial ones are 1."""
         return self._rules.put(rules)
 
+    def put_rules_in_steps(self, rules: Tables) -> Generator[None]:
+        """Do the same in steps of a bounded number of writes; then `rules_version` is theirs."""
+        return self._rules.put_in_steps(rules)
+
+    @property
+    def rules_version(self) -> int:
+        """The version of the active rules."""
+        return self._rules.version
+
     def limit_transmits(self, rate: int, turn: int) -> None:
         """Capture the transmits of one in `rate` connections, a power of two; in each turn, of others."""
         bpf_syscall.update(self._maps["transmit_budget"], struct.pack("<I", 0), struct.pack("<II", rate, turn))

@@ -5,7 +5,7 @@ generation is refilled only when no program can still be reading it.
 """
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ _GENERATION = struct.Struct("<8I")
 _PREFIX_KEY_BYTES, _VALUE_KEY_BYTES = 24, 16
 _UNKNOWN = b""
 """Stands for the value of an element that another process wrote."""
+_WRITES_PER_STEP = 1024
 _NO_CLASS = 0xFFFF
 """Not the number of any class, so that each port is written."""
 
@@ -53,16 +54,21 @@ class RuleMaps:
 
     def put(self, tables: Tables) -> int:
         """Activate tables atomically, and return their version. After an OSError the old ones stay active."""
+        for _ in self.put_in_steps(tables):
+            pass
+        return self.version
+
+    def put_in_steps(self, tables: Tables) -> Generator[None]:
+        """Do the same in steps of some 1,024 writes: 130,000 networks take seconds. The last step activates."""
         version = self.version + 1
         generation = version & 1
         bpf_syscall.wait_for_programs()
-        prefix_generation = self._fill(generation, tables)
+        prefix_generation = yield from self._fill(generation, tables)
         bpf_syscall.update(self._maps["rules_active"], _index(0), struct.pack("<Q", version << 1 | generation))
         self.version, self._prefix_generation = version, prefix_generation
         self._prefixes_in_use = tables.prefixes
-        return version
 
-    def _fill(self, generation: int, tables: Tables) -> int:
+    def _fill(self, generation: int, tables: Tables) -> Generator[None, None, int]:
         """Fill a generation of the tables, and return the generation of prefixes that belongs to it."""
         first_action, first_class = generation * (MOST_RULES + 1), generation * MOST_CLASSES
         *actions, default = tables.actions
@@ -72,20 +78,20 @@ class RuleMaps:
         self._array("rule_ports", first_class, map(_sides, tables.port_classes))
         self._array("rule_sets", first_class, map(_bits, tables.sets))
         self._fill_ports(generation, tables.ports)
-        prefix_generation = self._fill_prefixes(tables)
+        prefix_generation = yield from self._fill_prefixes(tables)
         values = {
             struct.pack("<IIQ", generation, PROPERTIES.index(name), value): _index(number)
             for name, numbers in tables.values.items()
             for value, number in numbers.items()
         }
-        self._replace("rule_values", self._values[generation], values)
+        yield from self._replace("rule_values", self._values[generation], values)
         by_segment = any(tables.values[name] for name in ("interface", "state"))
         unnamed = (tables.unnamed[name] for name in PROPERTIES)
         packed = _GENERATION.pack(len(actions), by_segment, *unnamed, prefix_generation)
         self._array("rule_generations", generation, [packed])
         return prefix_generation
 
-    def _fill_prefixes(self, tables: Tables) -> int:
+    def _fill_prefixes(self, tables: Tables) -> Generator[None, None, int]:
         """Reuse the active prefixes if they are unchanged; otherwise fill the other generation."""
         if tables.prefixes == self._prefixes_in_use:
             return self._prefix_generation
@@ -95,7 +101,7 @@ class RuleMaps:
             struct.pack("<II", _GENERATION_BITS + length, other) + prefix: numbers[number]
             for prefix, length, number in tables.prefixes
         }
-        self._replace("rule_prefixes", self._prefixes[other], target)
+        yield from self._replace("rule_prefixes", self._prefixes[other], target)
         return other
 
     def _fill_ports(self, generation: int, ports: NDArray[np.uint16]) -> None:
@@ -111,14 +117,18 @@ class RuleMaps:
         for index, value in enumerate(values, first):
             self._write(name, written, _index(index), value)
 
-    def _replace(self, name: str, current: dict[bytes, bytes], target: Mapping[bytes, bytes]) -> None:
+    def _replace(self, name: str, current: dict[bytes, bytes], target: Mapping[bytes, bytes]) -> Generator[None]:
         """Change a map from `current` to `target`. `current` is updated step by step, so it is right after an error."""
-        for key in current.keys() - target.keys():
+        for number, key in enumerate(current.keys() - target.keys(), 1):
             bpf_syscall.delete(self._maps[name], key)
             del current[key]
             self.writes += 1
-        for key, value in target.items():
+            if number % _WRITES_PER_STEP == 0:
+                yield
+        for number, (key, value) in enumerate(target.items(), 1):
             self._write(name, current, key, value)
+            if number % _WRITES_PER_STEP == 0:
+                yield
 
     def _write(self, name: str, current: dict[bytes, bytes], key: bytes, value: bytes) -> None:
         if current.get(key) != value:

@@ -32,6 +32,7 @@ _GENERATION_SHIFT = 32
 _MOST_BYTES = 1 << 20  # 4,096 CPUs need a quarter of it
 _UNWRITTEN = 1 << 30
 """Set in generations that are not in the file. Above any uptime; numbers with it still fit a signed long."""
+_MOST_GENERATIONS = 2 * _UNWRITTEN - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +117,11 @@ class EventNumbers:
 
     def _checked(self, note: _Note) -> _Note:
         """Return the note. Raises ValueError, TypeError or AttributeError if it is invalid."""
-        if not state_file.is_count(note.generation, 2 * _UNWRITTEN - 1):
+        if not state_file.is_count(note.generation, _MOST_GENERATIONS):
             raise ValueError(f"invalid generation: {note.generation}")
         if note.last is not None:
-            fit = {name: [*map(state_file.is_count, numbers)] for name, numbers in note.last.items()}
+            most = _MOST_GENERATIONS << _GENERATION_SHIFT
+            fit = {name: [state_file.is_count(each, most) for each in last] for name, last in note.last.items()}
             if not fit.items() <= {stream.name: [True] * self._cpus for stream in STREAMS}.items():
                 raise ValueError("the streams or CPUs do not match")
         return note

@@ -273,9 +273,9 @@ def disk_full(scene: Scene, chance: random.Random) -> Waits:
 def clock(scene: Scene, chance: random.Random) -> Waits:
     """Step the clock that the producer sees, not the machine's."""
     step_s = chance.choice([-86400, -3600, -5, -0.5, 0.5, 5, 3000])
-    scene.clock.write_text(f"{step_s:+}\n")
+    scene.step_clock(step_s)
     yield chance.uniform(2, 30)
-    scene.clock.write_text("+0\n")
+    scene.step_clock(0)
 
 
 ACTIONS = {

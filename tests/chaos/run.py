@@ -1,5 +1,6 @@
 """One chaos run: starts actions at random, waits for them to end, and compares what arrived with the balances."""
 
+import itertools
 import json
 import random
 import signal
@@ -205,7 +206,9 @@ def report(scene: Scene, arrived: dict[str, Any], seconds: float, seed: int) -> 
 
 
 def summary(life: Life) -> dict[str, Any]:
-    """Return a start's memory: first, at ten minutes, the maximum after that, and last."""
+    """Return a start's memory: first, at ten minutes, the maximum after that, last, and the maximum of each minute."""
     after = [mb for age_s, mb in life.memory if age_s >= FLAT_AFTER_S]
     flat = {"at_10_min": after[0], "most_after": max(after)} if after else {}
-    return {"seconds": life.memory[-1][0], "first": life.memory[0][1], **flat, "last": life.memory[-1][1]}
+    minutes = [max(mb for _, mb in each) for _, each in itertools.groupby(life.memory, lambda seen: seen[0] // 60)]
+    ends = {"first": life.memory[0][1], **flat, "last": life.memory[-1][1]}
+    return {"seconds": life.memory[-1][0], **ends, "each_minute": minutes}

@@ -1,4 +1,4 @@
-"""Reads a process's sockets, BPF objects, children and capabilities from /proc."""
+"""Reads a process's sockets, BPF objects, children, capabilities and memory from /proc."""
 
 import ipaddress
 import os
@@ -6,6 +6,8 @@ import re
 import struct
 from pathlib import Path
 from typing import NamedTuple
+
+_ARENA_BYTES = 1 << 26
 
 
 class Connection(NamedTuple):
@@ -79,3 +81,17 @@ def _endpoint(text: str) -> tuple[str, int]:
     address = ipaddress.ip_address(packed)
     mapped = getattr(address, "ipv4_mapped", None)
     return str(mapped or address), int(port, 16)
+
+
+def anonymous_bytes(pid: int | str) -> int:
+    """Return the anonymous memory of a process: its own, without pages of files and rings."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return 1024 * int(re.findall(r"^Anonymous: +(\d+) kB$", text, re.MULTILINE)[0])
+
+
+def arenas(pid: int | str) -> int:
+    """Return how many arenas glibc's malloc uses. Each but the first reserves 64 MiB, of which a part is in use."""
+    text = Path(f"/proc/{pid}/maps").read_text()
+    pattern = r"^(\w+)-\w+ rw-p 0+ 00:00 0 *\n\w+-(\w+) ---p 0+ 00:00 0 *$"
+    ranges = [(int(begin, 16), int(end, 16)) for begin, end in re.findall(pattern, text, re.MULTILINE)]
+    return 1 + sum(end - begin == _ARENA_BYTES and begin % _ARENA_BYTES == 0 for begin, end in ranges)

@@ -1,8 +1,11 @@
 """Reloads by signal: however many come, the rules are resolved at a bounded rate, and the last text wins."""
 
+import errno
+import itertools
 import logging
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from producer.agent.supervise import Pace
 from producer.config.load import Config, RuleConfig
 from producer.errors import ConfigError
 from producer.rules.resolve import resolve
+from tests.support.rebpf import wait_until
 
 
 class Clock:
@@ -38,16 +42,29 @@ class Asked:
 
 
 class Hooks:
-    version = 1
+    rules_version = 1
+    steps: Iterator[None] = iter(())
 
-    def put_rules(self, _: object) -> int:
-        self.version += 1
-        return self.version
+    def put_rules_in_steps(self, _: object) -> Iterator[None]:
+        yield from self.steps
+        self.rules_version += 1
 
 
-def rules(clock: Clock, read: Callable[[], Config]) -> InForce:
-    hooks: Any = Hooks()
+def rules(clock: Clock, read: Callable[[], Config], hooks: Any = None) -> InForce:
+    hooks = hooks or Hooks()
     return InForce(hooks, Config(), resolve(Config(), None), read, None, Pace(clock))
+
+
+def follow(in_force: InForce, asked: Asked) -> None:
+    """Follow a signal until no reload is under way."""
+    in_force.follow(asked)
+    wait_until("the reload is done", lambda: in_force.follow(Asked()) or not in_force.busy)
+
+
+def reload(in_force: InForce) -> None:
+    asked = Asked()
+    asked.set()
+    follow(in_force, asked)
 
 
 def test_1500_signals_mean_a_few_reloads_and_the_last_text_is_in_force() -> None:
@@ -60,11 +77,11 @@ def test_1500_signals_mean_a_few_reloads_and_the_last_text_is_in_force() -> None
     in_force = rules(clock, read)
     for _ in range(1500):
         asked.set()
-        in_force.follow(asked)
+        follow(in_force, asked)
         clock.now_s += 0.001
     last_signal = clock.now_s
     for _ in range(1000):
-        in_force.follow(asked)
+        follow(in_force, asked)
         clock.now_s += 0.01
     assert len(reads) <= 5
     assert last_signal - 0.001 <= reads[-1] <= last_signal + 1
@@ -82,7 +99,7 @@ def test_the_first_reload_is_at_once_and_a_slow_one_takes_a_share_of_the_time() 
     in_force = rules(clock, slow)
     for _ in range(1000):
         asked.set()
-        in_force.follow(asked)
+        follow(in_force, asked)
         clock.now_s += 0.01
     assert reads[0] == 100
     assert len(reads) <= 4
@@ -96,7 +113,7 @@ def test_a_reload_that_meets_a_defect_is_refused_and_answered(error: Exception) 
 
     in_force, asked = rules(Clock(), read), Asked()
     asked.set()
-    in_force.follow(asked)
+    follow(in_force, asked)
     assert (in_force.reloads, in_force.version) == (1, 1)
     assert in_force.refusal
 
@@ -108,15 +125,17 @@ def test_a_reload_applies_what_it_can_and_names_what_needs_a_restart() -> None:
             Config().with_values(capture__latency_s=0.5),
         ]
     )
-    in_force, applied = rules(Clock(), lambda: next(texts)), []
+    clock, applied = Clock(), []
+    in_force = rules(clock, lambda: next(texts))
     in_force.apply = applied.append
     first = in_force.digest
-    in_force.reload()
+    reload(in_force)
     assert applied == [in_force.config] == [Config().with_values(capture__latency_s=0.5, log_level="warning")]
     assert in_force.restart_needed == ("capture.transmit_ring_bytes",)
     assert logging.getLogger("producer").level == logging.WARNING
     assert in_force.digest != first
-    in_force.reload()
+    clock.now_s += 10
+    reload(in_force)
     assert not in_force.restart_needed
     assert logging.getLogger("producer").level == logging.INFO
 
@@ -124,7 +143,7 @@ def test_a_reload_applies_what_it_can_and_names_what_needs_a_restart() -> None:
 def test_a_refused_reload_changes_no_setting() -> None:
     wrong = Config(rules=(RuleConfig(uid=("no such user",)),)).with_values(capture__latency_s=0.5, log_level="error")
     in_force = rules(Clock(), lambda: wrong)
-    in_force.reload()
+    reload(in_force)
     assert "no such user" in in_force.refusal
     assert in_force.config == Config()
     assert logging.getLogger("producer").level == logging.INFO
@@ -142,13 +161,65 @@ def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
     def reloads_after_a_change(config: Config) -> int:
         reads.clear()
         in_force = InForce(hooks, config, resolve(config, None), read, None, files=lambda: states[0])
-        in_force.follow(asked)
+        follow(in_force, asked)
         states[0] += 1
         in_force._files_at = 0
-        in_force.follow(asked)
+        follow(in_force, asked)
         in_force._files_at = 0
-        in_force.follow(asked)
+        follow(in_force, asked)
         return len(reads)
 
     assert reloads_after_a_change(Config()) == 0
     assert reloads_after_a_change(watching) == 1
+
+
+def test_a_file_that_takes_long_does_not_hold_the_loop() -> None:
+    may_end = threading.Event()
+
+    def read() -> Config:
+        assert may_end.wait(60)
+        return Config().with_values(capture__latency_s=0.5)
+
+    in_force, asked = rules(Clock(), read), Asked()
+    asked.set()
+    in_force.follow(asked)
+    in_force.follow(asked)
+    assert in_force.busy
+    assert in_force.config == Config()
+    may_end.set()
+    follow(in_force, asked)
+    assert in_force.config.capture.latency_s == 0.5
+
+
+def test_many_writes_into_the_kernel_do_not_hold_the_loop() -> None:
+    hooks, asked = Hooks(), Asked()
+    are_over = False
+    hooks.steps = itertools.takewhile(lambda _: not are_over, itertools.repeat(None))
+    in_force = rules(Clock(), lambda: Config().with_values(capture__latency_s=0.5), hooks)
+    asked.set()
+    in_force.follow(asked)
+    wait_until("the writes have begun", lambda: in_force.follow(asked) or in_force._filling)
+    in_force.follow(asked)
+    assert (in_force.config, in_force.version) == (Config(), 1)
+    are_over = True
+    follow(in_force, asked)
+    assert (in_force.config.capture.latency_s, in_force.version) == (0.5, 2)
+
+
+def test_a_reload_without_free_descriptors_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    clock, asked, tries = Clock(), Asked(), itertools.count(1)
+
+    def read() -> Config:
+        if next(tries) < 4:
+            raise ConfigError("rebpf.toml: Too many open files") from OSError(errno.EMFILE, "Too many open files")
+        return Config().with_values(capture__latency_s=0.5)
+
+    in_force = rules(clock, read)
+    asked.set()
+    for _ in range(4):
+        in_force.follow(asked)
+        wait_until("a try is done", lambda: in_force.follow(asked) or not in_force.busy)
+        clock.now_s += 10
+    assert in_force.config.capture.latency_s == 0.5
+    assert (in_force.reloads, in_force.refusal, asked.value) == (2, "", False)
+    assert [record.levelname for record in caplog.records if "refused" in record.message] == ["ERROR"]

@@ -94,3 +94,13 @@ def test_where_no_thread_can_be_started_there_is_no_answer() -> None:
             exchange(Request("http://127.0.0.1:9/"), LONG_S)
     finally:
         threading.stack_size(usual)
+
+
+def test_a_content_type_with_control_characters_is_escaped() -> None:
+    def reply(visitor: socket.socket) -> None:
+        visitor.recv(1 << 16)
+        visitor.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: a\x0bpplication/\x1b[31mjson\r\nContent-Length: 0\r\n\r\n")
+
+    with serving(reply) as port:
+        answer = exchange(Request(f"http://127.0.0.1:{port}/"), LONG_S)
+    assert answer.content_type == "a\\x0bpplication/\\x1b[31mjson"

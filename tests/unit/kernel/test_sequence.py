@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.kernel.sequence import EventNumbers
+from producer.kernel.sequence import EventNumbers, _crc32
 
 BOOT = "b5f8c1d2"
 ZEROS = {"transmit": [0, 0], "retransmit": [0, 0], "flow": [0, 0]}
@@ -181,3 +181,13 @@ def test_no_number_is_given_twice(tmp_path_factory, runs):
                 run.stop({"transmit": [last, 0], "retransmit": [0, 0]})
     given_out.sort()
     assert all(last <= first for (_, last), (first, _) in itertools.pairwise(given_out))
+
+
+def test_numbers_beyond_the_last_generation_are_not_continued(tmp_path):
+    numbers(tmp_path).start()
+    content = {"boot_id": BOOT, "generation": 3, "last": {**LAST, "flow": [(1 << 63) - 1, 0]}}
+    (tmp_path / "sequence.json").write_text(json.dumps({**content, "crc32": _crc32(content)}))
+    second = numbers(tmp_path, 100)
+    starts = second.start()
+    second.stop(starts)
+    assert numbers(tmp_path, 200).start() == starts
