@@ -324,16 +324,18 @@ def read_secret(path: Path, where: str) -> str:
             raise ConfigError(f"{where}: no systemd credential {path}: set LoadCredential={path}:FILE in the unit")
         path = Path(folder) / path
     try:
-        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+        secret = read_bytes(path).decode("utf-8-sig").partition("\n")[0].removesuffix("\r")
     except OSError as error:
         raise ConfigError(f"{where}: {path}: {error.strerror}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{where}: {path}: not UTF-8") from error  # without the bytes of the secret
-    if not lines or not lines[0]:
+    if not secret:
         raise ConfigError(f"{where}: {path}: expected a secret in the first line, found none")
-    return lines[0]
+    if "\0" in secret:  # libraries would cut it there
+        raise ConfigError(f"{where}: {path}: expected a secret without NUL")
+    return secret
 
 
 def _with_secrets(config: Config) -> Config:

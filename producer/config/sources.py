@@ -21,6 +21,7 @@ CONF_D = "conf.d"
 _MAX_FILE_BYTES = 1 << 24
 _MAX_FILES = 256
 _MAX_MESSAGE = 1000
+_MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +117,23 @@ def _lengths(table: Mapping[str, Any], path: str = "") -> dict[str, int]:
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        table = tomllib.loads(text)
+        if _is_deep(table):
+            raise RecursionError
     except RecursionError:
         raise ConfigError(f"{path}: tables or lists are nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, or a number with too many digits
         raise ConfigError(f"{path}: {shown(str(error))}") from error
+    return table
+
+
+def _is_deep(table: Mapping[str, Any]) -> bool:
+    """Whether tables or lists are nested deeper than any setting: a dotted key nests without recursion."""
+    level: list[Any] = [table]
+    for _ in range(_MAX_DEPTH):
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        level = [item for item in level if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def read_bytes(path: Path) -> bytes:
