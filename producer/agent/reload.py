@@ -51,6 +51,8 @@ class InForce:
         """Why the last reload was refused; empty if it succeeded."""
         self.reloads = 0
         """Reloads so far, including refused ones."""
+        self.began_ns = 0
+        """When the last one began, by the monotonic clock: it has seen all files that were written before."""
         self._set(config)
 
     def follow(self, asked: Flag) -> None:
@@ -70,6 +72,7 @@ class InForce:
 
     def reload(self) -> None:
         """Apply what a reload can change. An invalid configuration is logged and changes nothing."""
+        began_ns = time.monotonic_ns()
         try:
             self._files_read = self._files()
             read = self._read()
@@ -79,13 +82,16 @@ class InForce:
             self.apply(config)
         except Exception as error:
             is_defect = not isinstance(error, RebpfError | OSError | ValueError | LookupError)
-            self.reloads, self.refusal = self.reloads + 1, str(error) or type(error).__name__
+            self._done(began_ns, str(error) or type(error).__name__)
             logger.error("reload refused: %s; version=%d stays in force", error, self.version, exc_info=is_defect)
             return
-        self.reloads, self.refusal = self.reloads + 1, ""
+        self._done(began_ns, "")
         logger.info("reloaded rules=%d version=%d", len(config.rules), self.version)
         if self.restart_needed:
             logger.warning("changed settings need a restart: %s", ", ".join(self.restart_needed))
+
+    def _done(self, began_ns: int, refusal: str) -> None:
+        self.reloads, self.began_ns, self.refusal = self.reloads + 1, began_ns, refusal
 
     def look(self) -> None:
         """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced."""

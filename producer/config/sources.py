@@ -20,6 +20,8 @@ CONF_D = "conf.d"
 
 _MAX_FILE_BYTES = 1 << 24
 _MAX_FILES = 256
+_MAX_BYTES = 1 << 22
+"""Of all files together: a reload takes some seconds to read as much."""
 _MAX_MESSAGE = 1000
 _MAX_DEPTH = 32
 
@@ -48,8 +50,13 @@ def read(path: Path) -> Sources:
     """Read and merge the files. Raises ConfigError."""
     table: dict[str, Any] = {}
     files: list[locate.Source] = []
+    size = 0
     for each in (path, *_fragments(path.parent / CONF_D)):
         text = _text(each)
+        size += len(text.encode())
+        if size > _MAX_BYTES:
+            what = "at most" if each == path else "the files up to this one to have at most"
+            raise ConfigError(f"{each}: expected {what} {_MAX_BYTES} bytes; move lists of addresses to an @FILE")
         own = _parse(each, text)
         before = _lengths(table)
         table = _merged(table, own)

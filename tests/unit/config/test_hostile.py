@@ -135,3 +135,20 @@ def test_an_error_of_the_library_may_be_cut_inside_a_character(shift: int) -> No
 def test_an_error_of_the_library_has_no_line_break() -> None:
     with pytest.raises(ConfigError, match=r"outside allowed range 1\.\.2147483647$"):
         librdkafka.check_settings({"batch.size": "0"}, ())
+
+
+def test_too_many_rules_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "rebpf.toml").write_text("[[rules]]\nunknown = 1\n" * 1025)
+    with pytest.raises(ConfigError, match=r"line 1: rules: too many rules: 1025, at most 1024"):
+        load(tmp_path / "rebpf.toml")
+
+
+@pytest.mark.parametrize("fragments", [0, 200])
+def test_the_files_together_are_bounded(tmp_path: Path, fragments: int) -> None:
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "rebpf.toml").write_text("# " + "\u00e9" * ((1 << 21) - 1) + "a" * (fragments == 0))
+    for number in range(fragments):
+        (tmp_path / f"conf.d/{number:03}.toml").write_text("#" if number == fragments - 1 else "")
+    last = "conf.d/199.toml: expected the files up to this one to have" if fragments else "rebpf.toml: expected"
+    with pytest.raises(ConfigError, match=rf"{last} at most 4194304 bytes"):
+        load(tmp_path / "rebpf.toml")
