@@ -72,6 +72,9 @@ class InForce:
         """Its result, until it is in force."""
         self._filling: Iterator[None] | None = None
         """The rest of the writes into the kernel's tables."""
+        self._started_ns = 0
+        self.began_ns = 0
+        """When the last one began, by the monotonic clock: it has seen all files that were written before."""
         self._set(config)
 
     @property
@@ -96,10 +99,18 @@ class InForce:
         if self.config.reload_when_changed and self._have_files_changed():
             asked.set()
         if asked.is_set() and self._pace.is_due():
-            thread = threading.Thread(target=self._pace.run, args=(self._prepare,), name="reload", daemon=True)
-            thread.start()  # if that fails, `asked` stays set
-            self._thread = thread
-            asked.clear()
+            self._start(asked)
+
+    def _start(self, asked: Flag) -> None:
+        thread = threading.Thread(target=self._pace.run, args=(self._prepare,), name="reload", daemon=True)
+        asked.clear()  # before the files are read: a signal meanwhile asks for another reload
+        self._started_ns = time.monotonic_ns()
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads for now
+            asked.set()
+            raise
+        self._thread = thread
 
     def _have_files_changed(self) -> bool:
         """Every 2 s, look whether a file has changed since the last reload."""
@@ -143,7 +154,7 @@ class InForce:
         self._set(prepared.config)
         self.restart_needed = effective.restart_needed(prepared.config, prepared.read)
         self.apply(prepared.config)
-        self.reloads, self.refusal = self.reloads + 1, ""
+        self._done("")
         logger.info("reloaded rules=%d version=%d", len(self.config.rules), self.version)
         if self.restart_needed:
             logger.warning("changed settings need a restart: %s", ", ".join(self.restart_needed))
@@ -152,12 +163,17 @@ class InForce:
         """Log and count why nothing changes; return whether that may pass by itself."""
         is_passing = any(isinstance(each, OSError) and each.errno in PASSING for each in (error, error.__cause__))
         reason = str(error) or type(error).__name__
-        if not is_passing or reason != self.refusal:
+        if is_passing and reason == self.refusal:
+            self.began_ns = self._started_ns
+        else:
             is_defect = not isinstance(error, RebpfError | OSError | ValueError | LookupError)
-            self.reloads, self.refusal = self.reloads + 1, reason
+            self._done(reason)
             trace = error if is_defect else None
             logger.error("reload refused: %s; version=%d stays in force", error, self.version, exc_info=trace)
         return is_passing
+
+    def _done(self, refusal: str) -> None:
+        self.reloads, self.began_ns, self.refusal = self.reloads + 1, self._started_ns, refusal
 
     def look(self) -> None:
         """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced."""

@@ -170,6 +170,7 @@ class Runtime:
             "status_socket": self.config.metrics.web_config_file is not None,
             "rules_version": self.in_force.version,
             "reloads": self.in_force.reloads,
+            "reload_began_ns": self.in_force.began_ns,
             "reload_refused": self.in_force.refusal,
             "restart_needed": list(self.in_force.restart_needed),
         }

@@ -9,6 +9,7 @@ import click
 
 from producer.cli.options import (
     Command,
+    Number,
     brokers_option,
     config_option,
     json_option,
@@ -35,7 +36,7 @@ _HANGS_AFTER_S = 60.0
 @config_option
 @brokers_option
 @registry_option
-@option("--duration", type=click.FloatRange(min=0), help="Stop after this many seconds.")
+@option("--duration", type=Number(min=0), help="Stop after this many seconds.")
 @option("--from-beginning", is_flag=True, help="If the group has no committed offsets, start from the earliest event.")
 @option("--flink-sql", is_flag=True, help="Print the rules as a Flink SQL job, and exit.")
 @json_option

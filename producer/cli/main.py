@@ -17,6 +17,7 @@ from producer.cli.analysis import export, report
 from producer.cli.config import config as config_command
 from producer.cli.options import (
     Group,
+    Number,
     address_option,
     brokers_option,
     config_option,
@@ -99,7 +100,7 @@ for each in (spool, alert, export, report, init, tail, verify, top, trace, confi
 @config_option
 @brokers_option
 @registry_option
-@option("--duration", type=click.FloatRange(min=0), help="Stop after this many seconds.")
+@option("--duration", type=Number(min=0), help="Stop after this many seconds.")
 @address_option
 @port_option
 @state_dir_option
@@ -191,8 +192,8 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
 
 
 @rebpf.command(examples=(("rebpf demo --loss 0.05", "Lose 5 % of the packets"),))
-@option("--duration", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Seconds of traffic.")
-@option("--loss", type=click.FloatRange(0, 0.5), default=0.01, show_default=True, help="Fraction of packets to drop.")
+@option("--duration", type=Number(min=1), default=20.0, show_default=True, help="Seconds of traffic.")
+@option("--loss", type=Number(0, 0.5), default=0.01, show_default=True, help="Fraction of packets to drop.")
 @option("--events", is_flag=True, help="Also print retransmissions and a sample of the transmits as they arrive.")
 @json_option
 def demo(duration: float, loss: float, events: bool, as_json: bool) -> None:

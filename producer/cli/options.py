@@ -1,6 +1,7 @@
 """Shared by the commands: help, options, environment variables, and loading the configuration."""
 
 import ipaddress
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,17 @@ class Address(click.ParamType):  # type: ignore[type-arg] # not generic in click
             return ipaddress.ip_address(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number in a range; click takes nan for one in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a number, found {value!r}", param, ctx)
+        return number
 
 
 class Offset(click.ParamType):  # type: ignore[type-arg] # not generic in click 8.1

@@ -7,6 +7,7 @@ import click
 
 from producer.cli.options import (
     Group,
+    Number,
     brokers_option,
     config_option,
     json_option,
@@ -76,7 +77,7 @@ def spool_verify(config: Path | None, state_dir: Path | None, as_json: bool) -> 
 @quarantine_option
 @option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=30.0,
     show_default=True,
     help="Stop when Kafka has acknowledged nothing for this many seconds.",

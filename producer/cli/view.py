@@ -12,6 +12,7 @@ import click
 
 from producer.cli.options import (
     Command,
+    Number,
     brokers_option,
     config_option,
     json_option,
@@ -137,7 +138,7 @@ def trace(
 @registry_option
 @option("--by", type=click.Choice(GROUPS), default=GROUPS[0], show_default=True, help="What a line stands for.")
 @option("--sort", type=click.Choice(SORTS), default=SORTS[0], show_default=True, help="Sort by this column.")
-@option("--window", type=click.FloatRange(1, 60), default=10.0, show_default=True, help="Seconds that rates cover.")
+@option("--window", type=Number(1, 60), default=10.0, show_default=True, help="Seconds that rates cover.")
 @option("--once", is_flag=True, help="Print the table of one window, then exit.")
 @json_option
 def top(

@@ -5,6 +5,7 @@ An unknown key is an error that suggests the nearest known one.
 
 import dataclasses
 import difflib
+import functools
 import ipaddress
 import types
 import typing
@@ -25,16 +26,19 @@ _KINDS: Mapping[Any, str] = {
 }
 
 
+_hints = functools.cache(typing.get_type_hints)  # slow, and a file can have a thousand rules
+
+
 def build(kind: Any, table: Mapping[str, Any], where: str = "") -> Any:
     """Convert a table to the dataclass `kind`. A ConfigError begins with the path of the wrong setting.
 
     `where` is the path of the table, ending in a dot.
     """
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     values = {}
     for key, value in table.items():
         if key not in hints:
-            raise ConfigError(f"unknown key {where}{key}{nearest(key, hints)}")
+            raise ConfigError(f"unknown key {where}{key or repr(key)}{nearest(key, hints)}")
         values[key] = _value(hints[key], value, where + key)
     return kind(**values)
 

@@ -5,8 +5,10 @@ the classes with the list of the installed library.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from producer.errors import ConfigError
+from producer.host import state_file
 
 REQUIRED: Mapping[str, str] = {
     "enable.idempotence": "true",
@@ -142,6 +144,15 @@ _CONSUMER_REQUIRED = {
     "auto.offset.reset": "earliest",
     "enable.auto.commit": "false",
 }
+_FILES = _names(
+    """
+    ssl.key.location ssl.certificate.location ssl.ca.location https.ca.location ssl.crl.location ssl.keystore.location
+    sasl.kerberos.keytab sasl.oauthbearer.assertion.private.key.file sasl.oauthbearer.assertion.file
+    sasl.oauthbearer.assertion.jwt.template.file
+    """
+)
+"""Files that the library opens, and that a pipe or a device must not stand for."""
+
 EMBEDDED: Mapping[str, str] = {"test.mock.num.brokers": "1"}
 EMBEDDED_PARTITIONS = 4
 
@@ -156,12 +167,22 @@ def decide(settings: Mapping[str, str]) -> None:
             raise ConfigError(f"kafka.settings.{name}: must not be set, {REFUSED[name]}: remove it")
 
 
+def _check_files(settings: Mapping[str, str]) -> None:
+    """Raise ConfigError if the library would block on a file, or read it for ever."""
+    for name in settings.keys() & _FILES:
+        try:
+            state_file.check_ordinary(Path(settings[name]))
+        except state_file.NotAFileError as error:
+            raise ConfigError(f"kafka.settings.{name}: {settings[name]}: {error.strerror}") from error
+
+
 def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
     """Return all librdkafka settings of a producer; without brokers, those of the in-process test broker.
 
-    Raises ConfigError for settings that `decide` rejects.
+    Raises ConfigError for settings that `decide` rejects, and for files that are none.
     """
     decide(settings)
+    _check_files(settings)
     where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
     return {**DEFAULTS, **_without(settings, FREE_OF_CONSUMERS), **REQUIRED, **where}
 
@@ -169,6 +190,7 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
 def consumer_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:
     """Return all librdkafka settings of a consumer, but its group. Raises ConfigError for what `decide` rejects."""
     decide(settings)
+    _check_files(settings)
     users = _without(settings, FREE_OF_PRODUCERS | REQUIRED.keys())
     return {**_CONSUMER_DEFAULTS, **users, **_CONSUMER_REQUIRED, "bootstrap.servers": brokers}
 
@@ -176,6 +198,7 @@ def consumer_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, st
 def admin_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:
     """Return all librdkafka settings of an admin client. Raises ConfigError for what `decide` rejects."""
     decide(settings)
+    _check_files(settings)
     users = _without(settings, FREE_OF_PRODUCERS | FREE_OF_CONSUMERS | REQUIRED.keys())
     return {**users, "allow.auto.create.topics": "false", "bootstrap.servers": brokers}
 

@@ -21,6 +21,7 @@ from producer.errors import ConfigError
 from producer.events import HOOKS, STREAMS, Stream
 
 _SECRETS = frozenset({"sasl.password", "ssl.key.password", "ssl.keystore.password", "sasl.oauthbearer.client.secret"})
+MOST_RULES = 1024
 _OPTIONS = {
     "kafka.brokers": "--brokers or REBPF_BROKERS",
     "registry.url": "--registry or REBPF_REGISTRY",
@@ -280,6 +281,7 @@ def load(path: Path | None, *, secrets: bool = True) -> Config:
     files = sources.read(path)
     try:
         _check_numbers(files.table)
+        _check_rules(files.table.get("rules"))
         config = check(build(Config, files.table))
         return _with_secrets(config) if secrets else config
     except ConfigError as error:
@@ -297,6 +299,12 @@ def _check_numbers(table: Mapping[str, Any]) -> None:
             pending += [(key, each) for each in value]
         elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
             raise ConfigError(f"{key}: expected an integer of at most 64 bits")
+
+
+def _check_rules(rules: Any) -> None:
+    """Reject too many rules before work is done for each: a reload must not keep the producer from its events."""
+    if isinstance(rules, list) and len(rules) > MOST_RULES:
+        raise ConfigError(f"rules: too many rules: {len(rules)}, at most {MOST_RULES}")
 
 
 @contextlib.contextmanager
@@ -324,16 +332,18 @@ def read_secret(path: Path, where: str) -> str:
             raise ConfigError(f"{where}: no systemd credential {path}: set LoadCredential={path}:FILE in the unit")
         path = Path(folder) / path
     try:
-        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+        secret = read_bytes(path).decode("utf-8-sig").partition("\n")[0].removesuffix("\r")
     except OSError as error:
         raise ConfigError(f"{where}: {path}: {error.strerror}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{where}: {path}: not UTF-8") from error  # without the bytes of the secret
-    if not lines or not lines[0]:
+    if not secret:
         raise ConfigError(f"{where}: {path}: expected a secret in the first line, found none")
-    return lines[0]
+    if "\0" in secret:  # libraries would cut it there
+        raise ConfigError(f"{where}: {path}: expected a secret without NUL")
+    return secret
 
 
 def _with_secrets(config: Config) -> Config:

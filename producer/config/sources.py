@@ -20,7 +20,10 @@ CONF_D = "conf.d"
 
 _MAX_FILE_BYTES = 1 << 24
 _MAX_FILES = 256
+_MAX_BYTES = 1 << 22
+"""Of all files together: a reload takes some seconds to read as much."""
 _MAX_MESSAGE = 1000
+_MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,13 @@ def read(path: Path) -> Sources:
     """Read and merge the files. Raises ConfigError."""
     table: dict[str, Any] = {}
     files: list[locate.Source] = []
+    size = 0
     for each in (path, *_fragments(path.parent / CONF_D)):
         text = _text(each)
+        size += len(text.encode())
+        if size > _MAX_BYTES:
+            what = "at most" if each == path else "the files up to this one to have at most"
+            raise ConfigError(f"{each}: expected {what} {_MAX_BYTES} bytes; move lists of addresses to an @FILE")
         own = _parse(each, text)
         before = _lengths(table)
         table = _merged(table, own)
@@ -116,11 +124,23 @@ def _lengths(table: Mapping[str, Any], path: str = "") -> dict[str, int]:
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        table = tomllib.loads(text)
+        if _is_deep(table):
+            raise RecursionError
     except RecursionError:
         raise ConfigError(f"{path}: tables or lists are nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, or a number with too many digits
         raise ConfigError(f"{path}: {shown(str(error))}") from error
+    return table
+
+
+def _is_deep(table: Mapping[str, Any]) -> bool:
+    """Whether tables or lists are nested deeper than any setting: a dotted key nests without recursion."""
+    level: list[Any] = [table]
+    for _ in range(_MAX_DEPTH):
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        level = [item for item in level if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def read_bytes(path: Path) -> bytes:

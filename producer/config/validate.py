@@ -55,7 +55,7 @@ _NUMBERS = {"uid": (0, (1 << 32) - 2), "netns": (1, (1 << 32) - 1), "interface":
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _LABEL = r"[A-Za-z0-9_-]{1,63}"
 _HOST = re.compile(rf"\[[0-9A-Fa-f:.]+\]|(?=.{{1,253}}(?::|$)){_LABEL}(?:\.{_LABEL})*\.?")
-_BROKER = re.compile(rf"(?:[A-Za-z0-9_]+://)?(?:{_HOST.pattern})(?::(\d{{1,5}}))?")
+_BROKER = re.compile(rf"(?:([A-Za-z0-9_]+)://)?(?:{_HOST.pattern})(?::([0-9]{{1,5}}))?")
 
 
 def host_name() -> str:
@@ -168,7 +168,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _check_kafka(kafka: Any) -> None:
     if kafka.brokers is not None:
-        _check_brokers(kafka.brokers)
+        _check_brokers(kafka.brokers, kafka.settings.get("security.protocol", "plaintext").lower())
     if not re.fullmatch(r"[A-Za-z0-9._-]*", kafka.topic_prefix):
         raise ConfigError(
             f"kafka.topic_prefix: expected letters, digits, dots, underscores and hyphens, found {kafka.topic_prefix!r}"
@@ -186,7 +186,7 @@ def _check_kafka(kafka: Any) -> None:
     decide(kafka.settings)
 
 
-def _check_brokers(brokers: str) -> None:
+def _check_brokers(brokers: str, protocol: str) -> None:
     if not brokers.strip():
         raise ConfigError(
             "kafka.brokers: expected HOST:PORT[,HOST:PORT...], found an empty string; "
@@ -196,8 +196,10 @@ def _check_brokers(brokers: str) -> None:
         raise ConfigError(f"kafka.brokers: expected at most {1 << 14} characters, found {len(brokers)}")
     for broker in brokers.split(","):
         found = _BROKER.fullmatch(broker.strip())
-        if not found or (found[1] and not 0 < int(found[1]) < 1 << 16):
+        if not found or (found[2] and not 0 < int(found[2]) < 1 << 16):
             raise ConfigError(f"kafka.brokers: expected HOST:PORT[,HOST:PORT...], found {broker!r}")
+        if found[1] and found[1].lower() != protocol:  # librdkafka would leave out this broker and all after it
+            raise ConfigError(f"kafka.brokers: expected {protocol}, as security.protocol says, found {broker!r}")
 
 
 def _check_spool(spool: Any) -> None:

@@ -129,6 +129,7 @@ def _fetch(source: PodSource, stop: threading.Event) -> Iterator[tuple[str, Pod]
     tls = None
     if source.url.startswith("https:"):  # otherwise, anyone on the way could read the token
         headers["Authorization"] = f"Bearer {_token(source.token)}"
+        state_file.check_ordinary(source.ca)
         tls = ssl.create_default_context(cafile=str(source.ca))
     position: Any = ""
     count = 0
@@ -153,6 +154,7 @@ def _fetch(source: PodSource, stop: threading.Event) -> Iterator[tuple[str, Pod]
 
 
 def _token(path: Path) -> str:
+    state_file.check_ordinary(path)
     token = path.read_text().strip()
     if not token.isascii() or not token.isprintable():
         raise ValueError(f"{path}: expected a token")

@@ -49,6 +49,7 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
     "status_socket": bool,
     "rules_version": int,
     "reloads": int,
+    "reload_began_ns": int,
     "reload_refused": str,
     "restart_needed": list,
 }
@@ -216,11 +217,13 @@ def reload(path: Path) -> Reloaded:
     before = running(path)
     if before is None or "reloads" not in before:
         raise UnavailableError(f"no producer is running with state_dir {path}")
+    asked_ns = time.monotonic_ns()
     _signal_holder(path, before["pid"], signal.SIGHUP)
     deadline = time.monotonic() + _RELOAD_TIMEOUT_S
     while time.monotonic() < deadline:
         now = running(path)
-        if now is not None and now.get("reloads", 0) > before["reloads"]:
+        # A reload that had begun before may not have seen the files as they are now.
+        if now is not None and now.get("reload_began_ns", 0) >= asked_ns:
             if refused := now.get("reload_refused"):
                 raise ConfigError(f"the producer with pid {before['pid']} rejects the configuration: {refused}")
             return Reloaded(int(now["rules_version"]), tuple(map(str, now.get("restart_needed", ()))))

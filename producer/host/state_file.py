@@ -19,6 +19,19 @@ class NotAFileError(OSError):
     """The path is not a regular file, or the file is too large."""
 
 
+def check_ordinary(path: Path) -> None:
+    """Raise NotAFileError for a path that a library must not open: a pipe could block it, and a device has no end.
+
+    Files, folders and links to them pass, and so do missing ones, which the library reports.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise NotAFileError(errno.EINVAL, "expected a regular file", str(path))
+
+
 def open_regular(path: Path) -> int:
     """Open a regular file for reading, but no link, and no pipe, which would block. Raises OSError."""
     try:

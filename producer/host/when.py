@@ -6,13 +6,21 @@ from datetime import UTC, datetime
 from producer.errors import UsageError
 
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_LATEST_NS = (1 << 63) - 1
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def parse_time(text: str, now_ns: int) -> int:
-    """Return a time in nanoseconds since 1970 UTC; one without a zone is UTC. Raises UsageError."""
+    """Return a time in nanoseconds since 1970 UTC; one without a zone is UTC. Raises UsageError.
+
+    Times that do not fit in 63 bits are the earliest or the latest one.
+    """
+    return max(0, min(_parsed(text, now_ns), _LATEST_NS))
+
+
+def _parsed(text: str, now_ns: int) -> int:
     if ago := _AGO.fullmatch(text.strip()):
-        return now_ns - round(float(ago[1]) * _SECONDS[ago[2]] * 1e9)
+        return now_ns - round(min(float(ago[1]), _LATEST_NS) * _SECONDS[ago[2]] * 1e9)
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:

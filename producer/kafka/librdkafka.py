@@ -98,6 +98,11 @@ def error_name(code: int) -> str:
     return "UNKNOWN" if name.endswith("?") else name
 
 
+def _reason(text: "ctypes.Array[ctypes.c_char]") -> str:
+    """Return the library's error, which quotes the user's value, cut off anywhere."""
+    return text.value.decode(errors="replace").strip()
+
+
 def check_settings(settings: Mapping[str, str], aliases: Iterable[str]) -> None:
     """Raise ConfigError for the first setting that librdkafka rejects; for an unknown one, with the nearest name.
 
@@ -110,7 +115,7 @@ def check_settings(settings: Mapping[str, str], aliases: Iterable[str]) -> None:
             result = _lib.rd_kafka_conf_set(conf, name.encode(), value.encode(), text, len(text))
             if result != _CONF_OK:
                 hint = nearest(name, [*aliases, *_names(conf)]) if result == _CONF_UNKNOWN else ""
-                raise ConfigError(f"kafka.settings.{name}: {text.value.decode()}{hint}")
+                raise ConfigError(f"kafka.settings.{name}: {_reason(text)}{hint}")
     finally:
         _lib.rd_kafka_conf_destroy(conf)
 
@@ -172,7 +177,7 @@ class Producer:
         for name, value in {**settings, "log.queue": "true"}.items():
             if _lib.rd_kafka_conf_set(conf, name.encode(), value.encode(), text, len(text)) != _CONF_OK:
                 _lib.rd_kafka_conf_destroy(conf)
-                raise ConfigError(f"kafka setting {name}: {text.value.decode()}")
+                raise ConfigError(f"kafka setting {name}: {_reason(text)}")
         _lib.rd_kafka_conf_set_events(conf, EVENT_DR | EVENT_LOG | EVENT_ERROR)
         if open_socket is not None:
             _lib.rd_kafka_conf_set_socket_cb(conf, open_socket)
@@ -180,7 +185,7 @@ class Producer:
         self._handle = _lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
         if not self._handle:
             _lib.rd_kafka_conf_destroy(conf)
-            raise ConfigError(f"kafka settings: {text.value.decode()}")
+            raise ConfigError(f"kafka settings: {_reason(text)}")
         _lib.rd_kafka_set_log_queue(self._handle, None)
         self._queue = _lib.rd_kafka_queue_get_main(self._handle)
         self._topics: dict[str, int] = {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from producer.errors import UnavailableError
+from producer.host import state_file
 
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 
@@ -66,11 +67,16 @@ class Btf:
     def load(cls, path: Path = VMLINUX) -> "Btf":
         """Read the BTF at `path`. UnavailableError with the fix if there is none."""
         try:
+            state_file.check_ordinary(path)
             return cls(path.read_bytes())
         except FileNotFoundError as error:
             raise UnavailableError(
                 f"{path} is missing: ReBPF needs a kernel built with CONFIG_DEBUG_INFO_BTF=y (Linux 5.10 or later)"
             ) from error
+        except OSError as error:
+            raise UnavailableError(f"{path}: {error.strerror}") from error
+        except (struct.error, ValueError) as error:
+            raise UnavailableError(f"{path}: damaged BTF: {error}") from error
 
     def find(self, kind: int, name: str) -> int | None:
         """Return the type id of the first type of that kind and name."""

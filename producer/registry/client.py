@@ -17,6 +17,7 @@ import certifi
 from producer.config.load import Registry, read_secret
 from producer.errors import ConfigError
 from producer.events import SchemaId
+from producer.host import state_file
 from producer.host.http_exchange import Answer, ExchangeError, exchange
 from producer.host.signals import Flag
 
@@ -187,6 +188,8 @@ def _request_body(schema: AvroSchema) -> dict[str, str]:
 
 
 def _tls(settings: Registry) -> ssl.SSLContext:
+    for path in filter(None, (settings.ca, settings.certificate, settings.key)):
+        state_file.check_ordinary(path)
     ca = settings.ca
     if ca is not None and ca.is_dir():
         context = ssl.create_default_context(capath=str(ca))

@@ -22,11 +22,11 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from producer.config.load import MOST_RULES as MOST_RULES
 from producer.errors import ConfigError
 from producer.events import STATES
 
-# bpf/rules.h has these too, as RULES, CLASSES and CGROUP_LEVELS.
-MOST_RULES = 1024
+# bpf/rules.h has these too, with MOST_RULES, as RULES, CLASSES and CGROUP_LEVELS.
 MOST_CLASSES = 2048
 MOST_CGROUP_LEVELS = 32
 """Rules can only name cgroups at these levels, counted from the root, 0. Sockets may be in deeper ones."""

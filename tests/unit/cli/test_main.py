@@ -197,3 +197,20 @@ def test_the_programs_name_can_be_any_bytes():
     finally:
         comm.write_bytes(before)
     assert effective == capabilities.effective()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "--duration"),
+        ("alert", "--duration"),
+        ("demo", "--duration"),
+        ("demo", "--loss"),
+        ("top", "--window"),
+        ("spool", "replay", "--timeout"),
+    ],
+)
+@pytest.mark.parametrize("number", ["nan", "-nan", "inf", "1e999"])
+def test_a_number_is_finite(command: tuple[str, ...], number: str) -> None:
+    with pytest.raises(click.UsageError, match=r"expected a number|not in the range"):
+        group.main([*command, number], standalone_mode=False)

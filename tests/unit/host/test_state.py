@@ -7,6 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -287,11 +291,8 @@ def test_a_reload_signals_the_holder_of_the_lock(path):
     with StateFolder(path) as folder:
         folder.publish({"rules_version": 4, "reloads": 1})
         answer = {"rules_version": 6, "reloads": 2, "reload_refused": "", "restart_needed": ["kafka.brokers"]}
-        before = signal.signal(signal.SIGHUP, lambda *_: folder.publish(answer))
-        try:
+        with answering(folder, answer):
             assert reload(path) == (6, ("kafka.brokers",))
-        finally:
-            signal.signal(signal.SIGHUP, before)
 
 
 def test_a_reload_that_is_refused_gives_the_producers_reason(path):
@@ -299,12 +300,37 @@ def test_a_reload_that_is_refused_gives_the_producers_reason(path):
         folder.publish({"rules_version": 4, "reloads": 1})
         # The version rises too, as when cgroups come and go.
         answer = {"rules_version": 5, "reloads": 2, "reload_refused": "rule 1: no such user"}
-        before = signal.signal(signal.SIGHUP, lambda *_: folder.publish(answer))
-        try:
-            with pytest.raises(ConfigError, match="rejects the configuration: rule 1: no such user"):
-                reload(path)
-        finally:
-            signal.signal(signal.SIGHUP, before)
+        with answering(folder, answer), pytest.raises(ConfigError, match="the configuration: rule 1: no such user"):
+            reload(path)
+
+
+def test_the_answer_is_not_that_of_a_reload_that_had_begun_before(path):
+    with StateFolder(path) as folder:
+        earlier = {"rules_version": 4, "reloads": 2, "reload_refused": "an old file", "reload_began_ns": 1}
+        folder.publish({**earlier, "reloads": 1})
+        later = threading.Timer(0.2, lambda: folder.publish({"rules_version": 5, "reloads": 3, **began()}))
+        with answering(folder, earlier, later.start):
+            assert reload(path) == (5, ())
+        later.join()
+
+
+def began() -> dict[str, int]:
+    return {"reload_began_ns": time.monotonic_ns()}
+
+
+@contextmanager
+def answering(folder: StateFolder, answer: dict[str, Any], then: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Publish an answer when SIGHUP arrives; it is that of a reload that begins then, unless it says when."""
+
+    def answered(*_: object) -> None:
+        folder.publish({**began(), **answer})
+        then()
+
+    before = signal.signal(signal.SIGHUP, answered)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
