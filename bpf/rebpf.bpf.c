@@ -19,12 +19,13 @@
 /*
  * Whether a submit wakes the agent. An interrupt per event would cost the traced context more than the event itself, and
  * would cause more of the runs that the kernel skips because a program would interrupt itself. So the agent reads on a
- * timer, and each CPU wakes it every 256 events, to look how full the ring is. A retransmit also wakes it when all before
+ * timer, and each CPU wakes it every 512 events, to look how full the ring is. A retransmit also wakes it when all before
  * it was committed: that is what 0 means.
  */
 #define RB_NO_WAKEUP 1
 #define RB_FORCE_WAKEUP 2
-#define SUBMIT_FLAGS(e, otherwise) ((e)->s.cpu_seq % 256 ? (otherwise) : RB_FORCE_WAKEUP)
+#define WAKEUP_EVENTS 512
+#define SUBMIT_FLAGS(e, otherwise) ((e)->s.cpu_seq % WAKEUP_EVENTS ? (otherwise) : RB_FORCE_WAKEUP)
 
 static __always_inline void count_ring_full(struct counters *counter)
 {

@@ -5,18 +5,21 @@
 
 #include "address.h"
 #include "cache.h"
+#include "memo.h"
 
 #define MAX_VARINT 10
 #define MAX_DECIMAL 20
 #define MAX_TEXT 16 /* so that the length of its encoding takes one byte */
 #define NULL_BRANCH 0
 #define VALUE_BRANCH 2 /* zig-zag 1 */
+#define STEP_NUMBERS STEP_KINDS /* this step and the next `count` ones are of the same kind: see joins() */
 
 struct program {
 	struct step *steps;
 	size_t count;
 	size_t fixed_bytes; /* at most, without cached parts */
 	size_t cached; /* number of STEP_CACHED */
+	size_t head_first, head_end; /* the steps that read only a row's first MEMO_HEAD bytes */
 	bool constant;
 };
 
@@ -28,6 +31,7 @@ struct encoder {
 	size_t row_size;
 	const struct step *id; /* the first STEP_CACHED, which says where the id is; or NULL */
 	struct cache cache;
+	struct memo memo; /* of the value's head */
 };
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -123,6 +127,31 @@ static inline uint8_t *put_integer(uint8_t *out, const struct step *step, uint64
 	return put_varint(out, zigzag(step->divisor == 1 ? number : floor_divided(number, step->divisor)));
 }
 
+/*
+ * Writes a step of STEP_NUMBERS and those that it joins. Most of these numbers are below 64: one byte, which a branch
+ * predicts.
+ */
+static inline uint8_t *put_numbers(uint8_t *out, const struct step *step, const uint8_t *row)
+{
+	size_t count = (size_t)step->count + 1;
+
+	if (is_null(step, row)) {
+		memset(out, NULL_BRANCH, count);
+		return out + count;
+	}
+	for (size_t i = 0; i < count; i++) {
+		uint32_t number;
+
+		memcpy(&number, row + step[i].offset, sizeof(number));
+		*out++ = VALUE_BRANCH;
+		if (number < 0x40)
+			*out++ = (uint8_t)(number << 1);
+		else
+			out = put_varint(out, (uint64_t)number << 1);
+	}
+	return out;
+}
+
 static uint8_t *put_key_address(uint8_t *out, const uint8_t *address)
 {
 	if (is_mapped(address))
@@ -168,14 +197,22 @@ static inline struct bytes remembered(const struct encoder *encoder, const struc
 	return entry ? cache_part(entry, step->first) : encoder->strings[step->count];
 }
 
-/* Returns the end of what was written, or NULL for a number that does not fit, with the step in `*failed`. */
-static inline uint8_t *run(const struct encoder *encoder, const struct program *program, const uint8_t *row,
-			   int64_t utc_offset, uint8_t *out, size_t *failed)
+/*
+ * Runs the steps from `first` to before `end`. Returns the end of what was written, or NULL for a number that does not
+ * fit, with the step in `*failed`.
+ */
+static uint8_t *run(const struct encoder *encoder, const struct program *program, size_t first, size_t end,
+		    const uint8_t *row, int64_t utc_offset, uint8_t *out, size_t *failed)
 {
-	for (size_t i = 0; i < program->count; i++) {
+	for (size_t i = first; i < end; i++) {
 		const struct step *step = &program->steps[i];
 		uint64_t number;
 
+		if (step->kind == STEP_NUMBERS) {
+			out = put_numbers(out, step, row);
+			i += step->count;
+			continue;
+		}
 		if (step->nullable) {
 			if (is_null(step, row)) {
 				*out++ = NULL_BRANCH;
@@ -204,15 +241,15 @@ static inline uint8_t *run(const struct encoder *encoder, const struct program *
 			out = put_bytes(out, encoder->strings[step->first + number]);
 			break;
 		case STEP_ADDRESS: {
-			uint8_t *end = put_address(out + 1, row + step->offset);
-			*out = (uint8_t)((end - out - 1) << 1); /* its length in one byte, since it is below 64 */
-			out = end;
+			uint8_t *last = put_address(out + 1, row + step->offset);
+			*out = (uint8_t)((last - out - 1) << 1); /* its length in one byte, since it is below 64 */
+			out = last;
 			break;
 		}
 		case STEP_TEXT: {
-			uint8_t *end = put_text(out + 1, row + step->offset, step->width);
-			*out = (uint8_t)((end - out - 1) << 1);
-			out = end;
+			uint8_t *last = put_text(out + 1, row + step->offset, step->width);
+			*out = (uint8_t)((last - out - 1) << 1);
+			out = last;
 			break;
 		}
 		case STEP_CACHED:
@@ -229,6 +266,28 @@ static inline uint8_t *run(const struct encoder *encoder, const struct program *
 	return out;
 }
 
+/* As run(), for all steps of the value. */
+static uint8_t *run_value(const struct encoder *encoder, const uint8_t *row, int64_t utc_offset, uint8_t *out,
+			  size_t *failed)
+{
+	const struct program *value = &encoder->value;
+	uint8_t *head = run(encoder, value, 0, value->head_first, row, utc_offset, out, failed);
+
+	if (head && value->head_first < value->head_end) {
+		struct memo_entry *entry = memo_entry(&encoder->memo, row);
+
+		if (memo_has(entry, row)) {
+			head = put_bytes(head, (struct bytes){ entry->data, entry->length });
+		} else {
+			out = head;
+			head = run(encoder, value, value->head_first, value->head_end, row, utc_offset, out, failed);
+			if (head)
+				memo_put(entry, row, out, (size_t)(head - out));
+		}
+	}
+	return head ? run(encoder, value, value->head_end, value->count, row, utc_offset, head, failed) : NULL;
+}
+
 bool encoder_encode(const struct encoder *encoder, struct rows rows, int64_t utc_offset, uint8_t *out,
 		    struct spans spans, size_t *written)
 {
@@ -238,19 +297,19 @@ bool encoder_encode(const struct encoder *encoder, struct rows rows, int64_t utc
 	size_t failed;
 
 	if (encoder->key.constant) {
-		at = run(encoder, &encoder->key, NULL, 0, at, &failed);
+		at = run(encoder, &encoder->key, 0, encoder->key.count, NULL, 0, at, &failed);
 		key_length = at - out;
 	}
 	for (size_t i = 0; i < rows.count; i++) {
 		const uint8_t *row = rows.data + (ptrdiff_t)i * rows.stride;
-		uint8_t *end = run(encoder, &encoder->value, row, utc_offset, at, &failed);
+		uint8_t *end = run_value(encoder, row, utc_offset, at, &failed);
 
 		spans.starts[i] = at - out;
 		spans.lengths[i] = end ? end - at : -1 - (int64_t)failed;
 		all &= end != NULL;
 		at = end ? end : at;
 		if (!encoder->key.constant) {
-			end = run(encoder, &encoder->key, row, utc_offset, at, &failed);
+			end = run(encoder, &encoder->key, 0, encoder->key.count, row, utc_offset, at, &failed);
 			key_start = at - out;
 			key_length = end - at;
 			at = end;
@@ -302,11 +361,13 @@ size_t encoder_row_size(const struct encoder *encoder)
 
 bool encoder_remember(struct encoder *encoder, uint64_t id, const struct bytes *parts, size_t count)
 {
+	memo_clear(&encoder->memo);
 	return cache_put(&encoder->cache, id, parts, count);
 }
 
 void encoder_forget(struct encoder *encoder)
 {
+	memo_clear(&encoder->memo);
 	cache_clear(&encoder->cache);
 }
 
@@ -384,6 +445,57 @@ static void prepare_step(struct step *step, size_t row_size)
 	}
 }
 
+/* Whether all that the step writes comes from the head of a row, constants and the cache. */
+static bool reads_head(const struct step *step)
+{
+	size_t width = step->kind == STEP_ADDRESS ? 16 : step->kind == STEP_CONSTANT ? 0 : step->width;
+
+	return !step->utc && (!width || step->offset + width <= MEMO_HEAD) &&
+	       (!step->known_mask || step->known_offset < MEMO_HEAD);
+}
+
+/* Finds the longest run of steps that read the head. */
+static void find_head(struct program *program)
+{
+	for (size_t first = 0, end; first < program->count; first = end + 1) {
+		end = first;
+		while (end < program->count && reads_head(&program->steps[end]))
+			end++;
+		if (end - first > program->head_end - program->head_first) {
+			program->head_first = first;
+			program->head_end = end;
+		}
+	}
+}
+
+/* Whether the step is a number of 32 bits that may be null and always fits. */
+static bool is_plain(const struct step *step)
+{
+	return step->kind == STEP_INTEGER && step->nullable && step->width == sizeof(uint32_t) && !step->is_signed &&
+	       !step->utc && step->divisor == 1 && step->most >= UINT32_MAX;
+}
+
+static bool joins(const struct step *step, const struct step *next)
+{
+	return is_plain(next) && next->known_mask == step->known_mask && next->known_offset == step->known_offset;
+}
+
+/* Joins numbers that are null together. */
+static void join_numbers(struct program *program)
+{
+	for (size_t i = 0, end; i < program->count; i = end) {
+		struct step *step = &program->steps[i];
+
+		end = i + 1;
+		if (!is_plain(step) || (i >= program->head_first && i < program->head_end))
+			continue;
+		while (end < program->count && end != program->head_first && joins(step, &program->steps[end]))
+			end++;
+		step->kind = STEP_NUMBERS;
+		step->count = (uint32_t)(end - i - 1);
+	}
+}
+
 static const char *check_program(struct encoder *encoder, struct program *program, size_t string_count)
 {
 	program->constant = true;
@@ -414,7 +526,12 @@ static const char *check(struct encoder *encoder, size_t string_count)
 	for (size_t i = 0; !reason && i < encoder->key.count; i++)
 		if (encoder->key.steps[i].kind == STEP_INTEGER)
 			reason = "an Avro integer in a key";
-	return reason;
+	if (reason)
+		return reason;
+	if (encoder->row_size >= MEMO_HEAD)
+		find_head(&encoder->value);
+	join_numbers(&encoder->value);
+	return NULL;
 }
 
 static bool copy_steps(struct program *program, const struct step *steps, size_t count)
@@ -460,7 +577,7 @@ struct encoder *encoder_new(const struct step *value, size_t value_steps, const 
 	encoder->row_size = row_size;
 	prepare_addresses();
 	if (copy_steps(&encoder->value, value, value_steps) && copy_steps(&encoder->key, key, key_steps) &&
-	    copy_strings(encoder, strings, string_count)) {
+	    copy_strings(encoder, strings, string_count) && memo_open(&encoder->memo)) {
 		*reason = check(encoder, string_count);
 		if (!*reason)
 			return encoder;
@@ -474,6 +591,7 @@ void encoder_free(struct encoder *encoder)
 	if (!encoder)
 		return;
 	cache_clear(&encoder->cache);
+	free(encoder->memo.entries);
 	free(encoder->value.steps);
 	free(encoder->key.steps);
 	free(encoder->strings);

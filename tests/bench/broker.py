@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from tests.bench.reader import TOPICS
+from producer.events import HEARTBEATS, STREAMS
 from tests.support.servers import fetch
 from tests.support.servers.kafka import KafkaServer
 from tests.support.servers.process import free_port
@@ -23,8 +23,8 @@ class Broker:
         self._kafka = kafka
         self._jmx_port = free_port()
         self._requests = self._stored_bytes = 0
-        for topic in (*TOPICS, "rebpf_agent"):
-            kafka.create_topic(topic, partitions)
+        for stream in (*STREAMS, HEARTBEATS):
+            kafka.create_topic(stream.topic, partitions)
         jmx = ["jcmd", str(kafka.pid), "ManagementAgent.start", f"jmxremote.port={self._jmx_port}"]
         subprocess.run([*jmx, *(f"jmxremote.{each}" for each in _LOCAL)], check=True, capture_output=True)
 
@@ -72,5 +72,6 @@ class Broker:
         return sum(map(int, counts))
 
     def _count_bytes(self) -> int:
-        logs = (log for topic in TOPICS for log in (self._kafka.folder / "data").glob(f"{topic}-*/*.log"))
+        data = self._kafka.folder / "data"
+        logs = (log for stream in STREAMS for log in data.glob(f"{stream.topic}-*/*.log"))
         return sum(log.stat().st_size for log in logs)

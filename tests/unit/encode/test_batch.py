@@ -213,3 +213,16 @@ def test_a_number_that_no_field_can_hold_is_refused(member):
     ) as error:
         encode(encoder_of(TRANSMITS), TRANSMITS, rows)
     assert error.value.rows.tolist() == [False, True, False, True, False]
+
+
+@SEGMENTS
+@given(data=st.data())
+def test_a_flow_seen_before_is_encoded_as_by_a_new_encoder(stream: Stream, data: st.DataObject) -> None:
+    rows = build(stream, data.draw(st.lists(row_values(stream), min_size=1, max_size=3)))
+    rows = np.tile(rows, 3)
+    head = rows.view("u1").reshape(len(rows), -1)[:, :64]
+    changed = data.draw(st.lists(st.tuples(st.integers(0, len(rows) - 1), st.integers(0, 63)), max_size=4))
+    for row, byte in changed:
+        head[row, byte] ^= 1
+    alone = [encode(encoder_of(stream), stream, rows[i : i + 1])[0] for i in range(len(rows))]
+    assert encode(encoder_of(stream), stream, rows) == alone
