@@ -50,9 +50,8 @@ def batches(
     """
     decoder = Decoder(registry)
     skipped: dict[str, int] = {}
-    follower = Follower(
-        brokers, "tail", topics, client_settings, start=Start.BEGINNING if from_beginning else Start.END
-    )
+    start = since_ms or (Start.BEGINNING if from_beginning else Start.END)
+    follower = Follower(brokers, "tail", topics, client_settings, start=start)
     try:
         follower.start()
         yield []
