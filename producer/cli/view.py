@@ -160,11 +160,14 @@ def top(
     from producer.view.filter import parse
     from producer.view.keys import Choice
     from producer.view.terminal import is_usable
+    from producer.view.topics import INTERVAL_S
 
     text = " ".join(filter_words)
     parse(text)
     if as_json and not once:
         usage("--json needs --once")
+    if brokers and window < INTERVAL_S:
+        usage(f"--window: with --brokers at least {INTERVAL_S}, as producers report open connections so often")
     stop = stop_on_signals()
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
     source: showing.Source = _fleet(settings, stop) if brokers else _local(settings)
@@ -192,7 +195,6 @@ def _local(settings: Any) -> Any:
 
 
 def _fleet(settings: Any, stop: Any) -> Any:
-    from producer.consume.follow import Start
     from producer.events import FLOWS, RETRANSMITS
     from producer.topics import topic
     from producer.view.topics import TopicSource
@@ -202,6 +204,5 @@ def _fleet(settings: Any, stop: Any) -> Any:
         [topic(settings, stream) for stream in (RETRANSMITS, FLOWS)],
         registry=settings.registry,
         client_settings=settings.kafka.settings,
-        start=Start.END,
         stop=stop,
     )

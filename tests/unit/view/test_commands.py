@@ -95,6 +95,7 @@ def test_a_wrong_filter_is_answered_with_a_caret(view: str) -> None:
         (["trace", "-r", "x", "--transmit"], "leave out --transmit"),
         (["trace", "--since", "1h"], "need -r"),
         (["top", "--json"], "needs --once"),
+        (["top", "--brokers", "k:1", "--window", "1"], "at least 10"),
         (["trace", "-r", "/no/such/file"], "No such file"),
         (["trace", "-r", "x", "--since", "noon"], "expected a time such as"),
     ],
