@@ -77,8 +77,8 @@ def _typed(kind: str, cells: Ints) -> Cells:
 
 
 def of_rows(stream: Stream, rows: Sequence[dict[str, Any]]) -> Records:
-    """Return records from Python objects that all have the same fields."""
-    names = rows[0] if rows else ()
+    """Return records from Python objects that all have the same fields; lists and maps, such as labels, are left out."""
+    names = [name for name in (rows[0] if rows else ()) if not isinstance(rows[0][name], dict | list)]
     return Records(stream, len(rows), {name: _column([row[name] for row in rows]) for name in names})
 
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 from producer.demo.lab import Host, Lab
 from tests.support.capture import DEADLINE_S, inside, rules
@@ -36,7 +35,6 @@ def _echo(end: socket.socket) -> None:
 
 
 def _send(client: Host, peer: str, stop: threading.Event) -> None:
-    Path("/proc/thread-self/comm").write_text("shipper")  # the process of the events
     with inside(client):
         end = socket.create_connection((peer, PORT), timeout=DEADLINE_S)
     with end, contextlib.suppress(OSError):
