@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.support.capture import wait_for
+from producer.host import state
 from tests.support.pty_command import PtyCommand
 from tests.support.rebpf import Run, command
 from tests.support.terminal_picture import svg
@@ -22,7 +21,7 @@ BROWSER = shutil.which("chromium-headless-shell")
 _HOST = "web-17"
 _FILTER = f"peer {NETWORK}"
 _MINUTE_S = 65
-_REPORT_S = 10.0
+_PAGE = "1000,2850"
 
 
 class Studio:
@@ -30,6 +29,7 @@ class Studio:
 
     def __init__(self, folder: Path, state_dir: Path, wait_s: float) -> None:
         self._folder, self._wait_s = folder, wait_s
+        self._state_dir = state_dir
         self._env = {"REBPF_STATE_DIR": str(state_dir)}
 
     def top(self) -> None:
@@ -49,7 +49,9 @@ class Studio:
         run = ["unshare", "--uts", "--", "sh", "-c", f'hostname {_HOST}; exec "$@"', "-", *command(*arguments)]
         with PtyCommand(run, columns, lines, **self._env) as shown:
             shown.wait_for(lambda screen: len(screen) > 3 and screen[3].startswith(f">{GUILTY} "), "guilty peer")
-            time.sleep(self._wait_s)
+            end = time.monotonic() + self._wait_s
+            while time.monotonic() < end:
+                shown.read(0.5)
             if keys:
                 shown.press(keys)
                 shown.wait_for(lambda screen: screen[2].startswith(GUILTY), "details")
@@ -75,17 +77,15 @@ class Studio:
         """The report, in a browser."""
         if BROWSER is None:
             raise FileNotFoundError("chromium-headless-shell: scripts/setup --all installs it")
+        time.sleep(self._wait_s)
         with tempfile.TemporaryDirectory() as folder:
-            events, page = Path(folder, "events.avro"), Path(folder, "report.html")
-            trace = command("trace", "--transmit", "-w", events, _FILTER)
-            with subprocess.Popen(trace, stdout=subprocess.DEVNULL, env={**os.environ, **self._env}) as running:
-                wait_for(lambda: events.exists() or None, "events")
-                time.sleep(max(self._wait_s, _REPORT_S))
-                running.terminate()
-            subprocess.run(command("report", events, "-o", page), check=True, stdout=subprocess.DEVNULL)
+            page = Path(folder, "report.html")
+            brokers = state.running(self._state_dir)["brokers"]
+            run = command("report", "--brokers", brokers, "--filter", _FILTER, "-o", page)
+            subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
             options = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/profile"]
             picture = f"--screenshot={self._folder / 'report.png'}"
-            argv = [BROWSER, *options, "--window-size=1000,2600", picture, page.as_uri()]
+            argv = [BROWSER, *options, f"--window-size={_PAGE}", picture, page.as_uri()]
             subprocess.run(argv, check=True, stderr=subprocess.DEVNULL, timeout=120)
 
     def demo(self) -> None:
