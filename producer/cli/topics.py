@@ -20,7 +20,7 @@ from producer.cli.options import (
     state_dir_option,
     usage,
 )
-from producer.cli.view import has_color, line_width
+from producer.cli.view import has_color, is_terminal, line_width
 from producer.host.output import echo
 from producer.host.signals import stop_on_signals
 from producer.host.text import lines
@@ -119,6 +119,7 @@ def tail(
         client_settings=settings.kafka.settings,
         chosen=chosen,
         width=line_width(),
+        header=is_terminal(),
     )
 
 

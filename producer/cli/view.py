@@ -105,7 +105,7 @@ def trace(
     chosen = parse(" ".join(filter_words))
     width = line_width()
     lines = Lines(width, hosts=replay is not None and width > 100, color=has_color())
-    output = tracing.Output(lines, as_json, limit, counts, has_color())
+    output = tracing.Output(lines, as_json, limit, counts, has_color(), width)
     stop = stop_on_signals()
     file = RecordFile(write) if write is not None else None
     if replay is not None:
@@ -161,11 +161,14 @@ def top(
     from producer.view.filter import parse
     from producer.view.keys import Choice
     from producer.view.terminal import is_usable
+    from producer.view.topics import INTERVAL_S
 
     text = " ".join(filter_words)
     parse(text)
     if as_json and not once:
         usage("--json needs --once")
+    if brokers and window < INTERVAL_S:
+        usage(f"--window: with --brokers at least {INTERVAL_S}, as producers report open connections so often")
     stop = stop_on_signals()
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
     source: showing.Source = _fleet(settings, stop) if brokers else _local(settings)
@@ -193,7 +196,6 @@ def _local(settings: Any) -> Any:
 
 
 def _fleet(settings: Any, stop: Any) -> Any:
-    from producer.consume.follow import Start
     from producer.events import FLOWS, RETRANSMITS
     from producer.topics import topic
     from producer.view.topics import TopicSource
@@ -203,6 +205,5 @@ def _fleet(settings: Any, stop: Any) -> Any:
         [topic(settings, stream) for stream in (RETRANSMITS, FLOWS)],
         registry=settings.registry,
         client_settings=settings.kafka.settings,
-        start=Start.END,
         stop=stop,
     )

@@ -50,9 +50,8 @@ def batches(
     """
     decoder = Decoder(registry)
     skipped: dict[str, int] = {}
-    follower = Follower(
-        brokers, "tail", topics, client_settings, start=Start.BEGINNING if from_beginning else Start.END
-    )
+    start = since_ms or (Start.BEGINNING if from_beginning else Start.END)
+    follower = Follower(brokers, "tail", topics, client_settings, start=start)
     try:
         follower.start()
         yield []
@@ -137,9 +136,12 @@ def tail(
     client_settings: Mapping[str, str],
     chosen: Chosen = Chosen(),  # frozen
     width: int = 200,
+    header: bool = False,
 ) -> None:
     """Print the events of the topics, one per line, until `stop` is set or `limit` are printed."""
     view = Lines(width, hosts=True, color=color, connections=True)
+    if header and not as_json and not _print([view.header()], color=False):
+        return
     if chosen.until_ns is None:
         source = batches(
             brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop,

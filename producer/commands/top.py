@@ -1,6 +1,7 @@
 """`rebpf top`: a live table of who retransmits, of this host or of a fleet."""
 
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from producer.host.tcp_counters import parse_counters
 from producer.host.text import lines as as_lines
 from producer.host.text import to_json
 from producer.view.filter import parse
-from producer.view.flows import Flows
+from producer.view.flows import HISTORY_S, Flows
 from producer.view.keys import Choice
 from producer.view.records import Records
 from producer.view.screen import Frame, Look, render
@@ -37,6 +38,9 @@ class Source(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    def earlier(self) -> Iterable[Records]:
+        """Return records of connections from before the view, to which later ones are compared."""
+
     def read(self) -> Iterable[Records]:
         """Return the new records."""
 
@@ -57,8 +61,13 @@ class Top:
         self._netns = Path("/proc/self/ns/net").stat().st_ino if source.is_local else 0
         self._flows = Flows(time.time_ns(), self._netns)
         self._kernel_start = self._retrans_segs()
-        self._started_s = self._forgot_s = time.monotonic()
+        self._forgot_s = time.monotonic()
+        self._reads_s = deque([self._forgot_s])
+        """When records were read: the start of the current window, and later."""
         self._frame: Frame | None = None
+        for records in source.earlier():
+            # As old as what rates no longer cover.
+            self._flows.add(records.select(self._filter(records)), self._forgot_s - HISTORY_S)
 
     def read(self, *, report: bool) -> None:
         """Take the new records in."""
@@ -67,6 +76,9 @@ class Top:
         now = time.monotonic()
         for records in self._source.read():
             self._flows.add(records.select(self._filter(records)), now)
+        self._reads_s.append(now)
+        while len(self._reads_s) > 1 and self._reads_s[1] <= now - self._window_s:
+            self._reads_s.popleft()
         if now - self._forgot_s > _FORGET_S:
             self._flows.forget(now)
             self._forgot_s = now
@@ -78,13 +90,16 @@ class Top:
             self._filter = parse(self.choice.filter_text)
             self._flows = Flows(time.time_ns(), self._netns)
             self._kernel_start = self._retrans_segs()
-            self._started_s = time.monotonic()
+            self._reads_s = deque([time.monotonic()])
+
+    def _covered_s(self) -> float:
+        """Return the time that rates cover: from one read to another, at least the window once that has passed."""
+        return max(_REFRESH_S, self._reads_s[-1] - self._reads_s[0])
 
     def table(self, count: int) -> Table:
-        """Return the current table. Until the window has passed, rates are over the time since the start."""
-        now = time.monotonic()
-        window_s = max(_REFRESH_S, min(self._window_s, now - self._started_s))
-        return table(self._flows, self.choice.by, self.choice.sort, now, window_s, count)
+        """Return the table as of the last read."""
+        now = self._reads_s[-1]
+        return table(self._flows, self.choice.by, self.choice.sort, now, self._covered_s(), count)
 
     def frame(self, count: int) -> Frame:
         """Return what to show; while paused, what was shown."""
@@ -124,7 +139,7 @@ class Top:
         found, kernel = self.table(_MAX_LINES), self._kernel()
         return {
             "by": self.choice.by,
-            "window_s": self._window_s,
+            "window_s": round(self._covered_s(), 3),
             "filter": self.choice.filter_text,
             "total": found.total.as_dict(),
             "lines": [line.as_dict() for line in found.lines],
@@ -160,11 +175,12 @@ def once(source: Source, choice: Choice, window_s: float, name: str, stop: Flag,
     """Print the table of one window."""
     with source:
         top = Top(source, choice, window_s, name)
+        top.read(report=True)  # to which the later ones are compared
         end = time.monotonic() + window_s
-        while not stop.is_set() and time.monotonic() < end:
+        while not stop.is_set() and (rest := end - time.monotonic()) > 0:
+            if source.is_local:
+                stop.wait(min(_REFRESH_S, rest))
             top.read(report=True)
-            stop.wait(min(_REFRESH_S, max(0.0, end - time.monotonic())))
-        top.read(report=True)
         if as_json:
             echo(to_json(top.as_dict()))
             return

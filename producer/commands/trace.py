@@ -36,6 +36,7 @@ class Output:
     limit: int | None
     counts: bool
     color: bool
+    width: int = 200
 
 
 def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
@@ -89,7 +90,7 @@ def trace(source: Iterable[list[Records]], chosen: Filter, output: Output, stop:
                 if not printer.show(records):
                     stop.set()
         if summary is not None:
-            echo(summary.text(as_json=output.as_json), color=False)
+            echo(summary.text(output.width, as_json=output.as_json), color=False)
         return
     stop.set()
     for _ in source:  # the reader has gone: release the hooks in order
@@ -178,20 +179,31 @@ class Summary:
             "error": flow.error, "who": flow.who, "flow": flow.name,
         }  # fmt: skip
 
-    def text(self, *, as_json: bool) -> str:
-        """Return the summary as text, or as one JSON object."""
+    def text(self, width: int, *, as_json: bool) -> str:
+        """Return the summary as lines for a screen of this width, or as one JSON object."""
         rows = self.rows()
         if as_json:
             return to_json({"flows": rows}, compact=True)
-        head = f"{'RETRANS':>7} {'SPURIOUS':>8} {'LIMIT':<11} {'WHO':<15} {'CAUSES':<28} FLOW"
-        return "\n".join([f"{len(rows)} flows with retransmissions or errors", head, *map(_line, rows)])
+        what = "retransmissions or an error" if len(rows) == 1 else "retransmissions or errors"
+        title = f"{len(rows)} {'flow' if len(rows) == 1 else 'flows'} with {what}"
+        if not rows:
+            return title
+        why = max(len(_why(row)) for row in rows)
+        head = f"{'RETRANS':>7} {'SPURIOUS':>8} {'LIMIT':<11} {'WHO':<10} {'CAUSES':<{why}} FLOW"
+        return "\n".join([title, head, *(_line(row, why, width) for row in rows)])
 
 
-def _line(row: dict[str, Any]) -> str:
-    causes = " ".join(f"{cause}={count}" for cause, count in row["causes"].items()) or row["error"]
+def _why(row: dict[str, Any]) -> str:
+    return " ".join(f"{cause}={count}" for cause, count in row["causes"].items()) or str(row["error"])
+
+
+def _line(row: dict[str, Any], why: int, width: int) -> str:
     unneeded = "-" if row["spurious"] is None else row["spurious"]
-    text = f"{row['retransmitted']:>7} {unneeded:>8} {row['limit'] or '-':<11} {row['who'][:15]:<15} {causes:<28} "
-    return printable(text + row["flow"])
+    who = row["who"] if len(row["who"]) <= 10 else f"{row['who'][:9]}~"
+    text = f"{row['retransmitted']:>7} {unneeded:>8} {row['limit'] or '-':<11} {who:<10} {_why(row):<{why}} "
+    # Narrow screens show the peer alone.
+    whole = len(text) + len(row["flow"]) <= width
+    return printable(text + (row["flow"] if whole else row["flow"].partition(" > ")[2]))
 
 
 def judged(first: dict[str, Any] | None, last: dict[str, Any] | None) -> tuple[str | None, int | None]:

@@ -15,15 +15,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
 from producer.commands.tail import Event, batches
+from producer.demo import summary
 from producer.demo.lab import Lab, Sent
+from producer.demo.live import Live
 from producer.demo.reconcile import Comparison, Row, Tally, compare, reasons
-from producer.demo.summary import Path, Paths
+from producer.demo.summary import Paths
 from producer.errors import BusyError, ConfigError, PermissionDenied, UnavailableError
 from producer.events import STREAMS
 from producer.host.output import echo
@@ -32,6 +35,7 @@ from producer.host.python_child import python
 from producer.host.signals import Flag, SignalFlag
 from producer.host.text import printable, to_json
 from producer.view.line import Lines, is_connection, is_retransmission
+from producer.view.terminal import is_usable
 
 _READY_TIMEOUT_S = 180
 _STOP_TIMEOUT_S = 60
@@ -41,6 +45,8 @@ _TRANSMIT_LINES_PER_S = 20
 _MOST_LINE = 1 << 16
 _MOST_PATHS = 4
 """Lines of the summary: all fits one screen."""
+_CONFIG = "capture.flow_interval_s = 1\n"
+"""The live table shows what long connections send."""
 _ERRORS = {error.exit_code: error for error in (PermissionDenied, BusyError, ConfigError)}
 
 
@@ -79,11 +85,10 @@ def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool, show_ev
 
             sent = pool.submit(_traffic, lab, duration_s, end)
             try:
-                with Progress("traffic: events read back") as progress:
+                with screen.traffic(duration_s, lab) as show:
                     for events in _events(source, sent, producer, pass_on_stop):
                         _count(tally, paths, events)
-                        progress(tally.events.total())
-                        screen.show(events)
+                        show(events)
             finally:
                 end.set()
             counters = lab.counters()
@@ -105,7 +110,9 @@ class _Producer:
 
     def __enter__(self) -> "_Producer":
         addresses = [word for address in self._addresses for word in ("--address", address)]
-        run = python("producer", "run", "--json", "--state-dir", self._state_dir, *addresses)
+        config = Path(self._state_dir, "rebpf.toml")
+        config.write_text(_CONFIG)
+        run = python("producer", "run", "--json", "--config", str(config), "--state-dir", self._state_dir, *addresses)
         # In a new session: Ctrl-C signals only this process, which stops the child after reading all events.
         self._child = subprocess.Popen(
             ["setpriv", "--pdeathsig", "TERM", "--", *run],
@@ -183,8 +190,8 @@ class _Screen:
         self._console = Console(highlight=False, quiet=quiet)
         self._quiet = quiet
         self._show_events = show_events
-        color = self._console.color_system is not None and not self._console.no_color
-        self._view = Lines(self._console.width, hosts=False, color=color, connections=True)
+        self._color = self._console.color_system is not None and not self._console.no_color
+        self._view = Lines(self._console.width, hosts=False, color=self._color, connections=True)
         self._second = 0
         self._shown_this_second = 0
 
@@ -213,8 +220,20 @@ class _Screen:
                 self._console.print(*what, **how)
             echo(captured.get().removesuffix("\n"), color=True)
 
-    def show(self, events: Sequence[Event]) -> None:
-        if self._quiet or not self._show_events:
+    @contextlib.contextmanager
+    def traffic(self, duration_s: float, lab: Lab) -> Iterator[Callable[[Sequence[Event]], None]]:
+        """Yield what shows the events of the traffic: lines, a live table on a terminal, or else how many there are."""
+        if self._show_events:
+            yield self._lines
+        elif not self._quiet and is_usable():
+            with Live(duration_s, lambda: lab.counters()["RetransSegs"], color=self._color) as live:
+                yield live.show
+        else:
+            with Progress("sending traffic, and reading its events"):
+                yield lambda _: None
+
+    def _lines(self, events: Sequence[Event]) -> None:
+        if self._quiet:
             return
         shown = [event.record for event in events if self._is_shown(event)]
         lines = self._view.lines(shown)
@@ -259,7 +278,7 @@ class _Screen:
             self._print("The events and the kernel agree.", style="bold green")
 
 
-def _worst(paths: Sequence[Path]) -> Table:
+def _worst(paths: Sequence[summary.Path]) -> Table:
     table = Table(box=None, pad_edge=False, expand=True)
     table.add_column("sender > receiver", no_wrap=True)
     for heading in ("port", "segments", "ratio"):

@@ -61,6 +61,7 @@ class Lines:
 
     def __init__(self, width: int, *, hosts: bool, color: bool, connections: bool = False) -> None:
         self._connections = connections
+        self._width = width
         fitting = (each for each in _COLUMNS if each.least <= width <= each.most)
         self._columns = [each for each in fitting if hosts or each.title != "HOST"]
         self._color = color
@@ -92,6 +93,8 @@ class Lines:
         """Format a record. Raises LookupError, TypeError or another error if fields are missing or of other types."""
         cells = [_fit(printable(str(each.text(self, record))[:_MAX_TEXT]), each.width) for each in self._columns]
         line = " ".join(cells).rstrip()
+        if len(line) > self._width:
+            line = " ".join([*cells[:-1], printable(_peer(self, record)[:_MAX_TEXT])])
         if not self._color:
             return line
         return Style.parse(_style(record)).render(line, color_system=ColorSystem.STANDARD)

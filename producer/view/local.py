@@ -74,6 +74,10 @@ class LocalSource:
     ) -> None:
         self._stack.close()
 
+    def earlier(self) -> list[Records]:
+        """Return nothing: the first report has what is needed."""
+        return []
+
     def read(self) -> list[Records]:
         """Return the new records."""
         found = []

@@ -106,9 +106,10 @@ def _columns(unicode: bool) -> list[_Column]:
         _Column("FLOWS", 5, 7, lambda line: rate(line.flows)),
         _Column("SRTT", 6, 6, lambda line: duration(line.srtt_p50_us)),
         _Column("P95", 6, 8, lambda line: duration(line.srtt_p95_us)),
-        _Column("LIMIT", -11, 4, lambda line: line.limit or "-"),
+        _Column("CAUSE", -10, 4, lambda line: causes(line.causes).partition(" ")[0]),
+        _Column("LIMIT", -11, 5, lambda line: line.limit or "-"),
         _Column("LAST MINUTE", -20, 9, lambda line: sparkline(line.history, 20, unicode=unicode)),
-        _Column("CAUSES", -34, 10, lambda line: causes(line.causes)),
+        _Column("CAUSES", -45, 10, lambda line: causes(line.causes)),
     ]
 
 
@@ -122,6 +123,8 @@ def _fitting(width: int, longest: int, unicode: bool) -> tuple[int, list[_Column
         if needed + 1 + abs(column.width) <= width:
             needed += 1 + abs(column.width)
             shown.add(column.title)
+    if "CAUSES" in shown:
+        shown.remove("CAUSE")
     return min(_MAX_NAME, name_width + max(0, width - needed)), [each for each in columns if each.title in shown]
 
 
@@ -172,14 +175,21 @@ def _body(frame: Frame, look: Look) -> list[str]:
 
 
 def _details(frame: Frame, look: Look) -> list[str]:
-    head = f"{'RETR':>5} {'RATIO':>6} {'CWND':>5} {'LOST':>4} {'RTO':>6} {'SRTT':>6} {'LIMIT':<11} FLOW, WHO"
-    lines = [_paint(_cut(head, look.width).ljust(look.width), "reverse", look)]
+    line = frame.table.lines[frame.selected] if frame.table.lines else None
+    lines = [f"{line.name}  last minute: {causes(line.causes) or 'no retransmissions'}", ""] if line else []
+    head = f"{'RETR':>5} {'RATIO':>6} {'CWND':>5} {'LOST':>4} {'RTO':>6} {'SRTT':>6} {'LIMIT':<11} {'WHO':<10} FLOW"
+    lines = [
+        *(_cut(each, look.width) for each in lines),
+        _paint(_cut(head, look.width).ljust(look.width), "reverse", look),
+    ]
     for each in frame.details or ():
         text = (
             f"{each.retransmitted:>5} {percent(each.ratio):>6} {each.snd_cwnd:>5} {each.lost_out:>4}"
-            f" {duration(each.rto_us):>6} {duration(each.srtt_us):>6} {each.limit:<11} {each.flow} {each.who}"
+            f" {duration(each.rto_us):>6} {duration(each.srtt_us):>6} {each.limit:<11} {_aligned(each.who, -10)} "
         )
-        lines.append(_cut(text, look.width))
+        # Narrow screens show the peer alone.
+        whole = len(text) + len(each.flow) <= look.width
+        lines.append(_cut(text + (each.flow if whole else each.flow.partition(" > ")[2]), look.width))
     return lines
 
 

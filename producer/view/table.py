@@ -1,6 +1,7 @@
 """The table of `rebpf top`: connections grouped by peer, flow, host, unit, ... with rates over the last seconds."""
 
 import ipaddress
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -79,11 +80,13 @@ def table(flows: Flows, by: str, sort: str, now_s: float, window_s: float, count
     group = happened.cause if by == "cause" else group_of_slot[happened.slot]
     view = _View(flows, happened, group, group_of_slot, len(names), now_s, window_s)
     active = view.active()
-    order = active[np.lexsort((active, -view.sort_key(sort)[active]))]
-    if sort == "name":
-        order = np.array(sorted(active.tolist(), key=lambda each: names(each)), np.int64)
+    keys = view.sort_key(sort)
+    order = active[np.argsort(-keys[active], kind="stable")]
+    shown = sorted(order.tolist(), key=lambda each: _natural(names(each))) if sort == "name" else order[:count].tolist()
+    if sort != "name":
+        shown.sort(key=lambda each: (-keys[each], _natural(names(each))))
     whole = _View(flows, happened, np.zeros_like(group), np.zeros_like(group_of_slot), 1, now_s, window_s)
-    lines = [view.line(each, names(each)) for each in order[:count].tolist()]
+    lines = [view.line(each, names(each)) for each in shown[:count]]
     return Table(whole.line(0, "total"), lines, len(order))
 
 
@@ -127,6 +130,11 @@ class _Names:
 
     def __call__(self, group: int) -> str:
         return self._name(group) or _NONE
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key by which 10.0.0.9 comes before 10.0.0.10."""
+    return [(len(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _groups(flows: Flows, by: str) -> tuple[_Names, NDArray[np.int64]]:

@@ -1,17 +1,20 @@
 """Records of a fleet, from the topics."""
 
+import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from producer.config.load import Registry
 from producer.consume.columns import Table
 from producer.consume.decode import Decoder
-from producer.consume.follow import Follower
+from producer.consume.follow import Follower, Start
+from producer.consume.reader import TopicReader
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.host.progress import Progress
 from producer.host.signals import Flag
 from producer.schemas import load_schema
 from producer.view.records import Records, of_table
@@ -21,6 +24,8 @@ logger = logging.getLogger(__name__)
 _BATCH = 10_000
 _READ_S = 0.5
 _MAX_REASONS = 100
+INTERVAL_S = 10
+"""Seconds between two records of an open connection, unless producers set another `capture.flow_interval_s`."""
 
 
 class TopicSource:
@@ -35,10 +40,12 @@ class TopicSource:
         *,
         registry: Registry,
         client_settings: Mapping[str, str],
-        start: int,
+        start: int = Start.END,
         stop: Flag,
         names: frozenset[str] | None = None,
     ) -> None:
+        self._brokers, self._client_settings, self._stop = brokers, client_settings, stop
+        self._topics = topics
         self._names = names
         self._follower = Follower(brokers, "view", topics, client_settings, start=start, batch=_BATCH)
         self._decoder = Decoder(registry, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)}, stop=stop)
@@ -58,6 +65,24 @@ class TopicSource:
         self._follower.close()
         for reason, count in self._skipped.items():
             logger.warning("skipped messages=%d reason=%r", count, reason)
+
+    def earlier(self) -> Iterator[Records]:
+        """Yield the records of connections of the last two intervals, up to the end of the topics."""
+        since_ms = int((time.time() - 2 * INTERVAL_S) * 1000)
+        reader = TopicReader(
+            self._brokers, self._topics, self._client_settings, None, since_ms=since_ms, skip_missing=True
+        )
+        total = sum(end - start for start, end in reader.spans.values())
+        done = 0
+        with contextlib.closing(reader), Progress("reading the last records") as progress:
+            for batch in reader.batches():
+                if self._stop.is_set():
+                    return
+                for messages in batch.values():
+                    parts, _ = self._decoder.tables([message.value() for message in messages], self._names)
+                    yield from (of_table(FLOWS, table) for _, table in parts if _stream(table) == FLOWS)
+                    done += len(messages)
+                progress(done, total)
 
     def read(self) -> list[Records]:
         """Return the records that have arrived, within a bounded time."""

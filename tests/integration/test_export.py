@@ -86,6 +86,15 @@ def test_the_report_of_a_period_has_its_figures(config: Path, tmp_path: Path) ->
     assert len(commands) == 2
 
 
+def test_tail_begins_at_the_given_time(config: Path) -> None:
+    """All events are of the past: at the topics' end there is nothing to show."""
+    topic = ("--topic", PREFIX + FLOWS.topic, "--config", config, "--json", "-n", 67)
+    done = command("tail", *topic, "--from-beginning")
+    assert min(json.loads(line)["ts_ns"] for line in done.stdout.splitlines()) == NOON_NS - HOUR_NS
+    done = command("tail", *topic[:-1], 66, "--since", "2026-09-21T11:30Z")
+    assert min(json.loads(line)["ts_ns"] for line in done.stdout.splitlines()) >= NOON_NS
+
+
 def test_topics_that_are_not_there_and_wrong_filters_are_one_line(config: Path, tmp_path: Path) -> None:
     done = command("export", "--config", config, "--topic", "tcp_transmit", "-o", tmp_path / "events")
     assert (done.returncode, done.stdout) == (69, "")

@@ -1,27 +1,41 @@
-"""The counts of a real capture with real loss agree: in the kernel, a plain consumer, the Flink job and the alerting
-consumer.
+"""The counts of a real capture with real loss agree: in the kernel, a plain consumer, the views, the Flink job and the
+alerting consumer.
 
 The demo's traffic between two namespaces, a producer as a user runs it, and the topics' readers as users run them.
 """
 
 import json
+import os
 import subprocess
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastavro
+import pyarrow.compute as pc
+import pyarrow.csv
 import pytest
 
+from producer.commands.top import Top
+from producer.config.load import Registry
 from producer.demo.lab import Lab
 from producer.demo.reconcile import Tally, compare
-from producer.events import CAUSES
+from producer.events import CAUSES, FLOWS, RETRANSMITS
+from producer.export.read import read as read_events
+from producer.view.keys import Choice
+from producer.view.local import LocalSource
+from producer.view.topics import TopicSource
 from tests.support import topics
-from tests.support.rebpf import Run, command, rebpf, wait_until
+from tests.support.rebpf import COMPILED, Run, command, rebpf, wait_until
 from tests.support.servers import fetch, flink
 from tests.support.servers.consume import decode, kcat_messages
+from tests.support.servers.kafka import KafkaServer
+from tests.support.servers.registry import SchemaRegistry
 from tests.support.topics import FLOW, RETRANSMIT, TRANSMIT
 
 # The first time Flink is downloaded.
@@ -38,6 +52,8 @@ class Captured(NamedTuple):
 
     counters: dict[str, int]
     events: dict[str, list[dict[str, Any]]]
+    tops: dict[str, dict[str, Any]]
+    """What `rebpf top` showed over the whole time, of this host and of the topics."""
 
     def segs(self, topic: str) -> int:
         """Return the number of segments of the topic's events."""
@@ -67,11 +83,20 @@ def captured(kafka, registry, tmp_path_factory) -> Captured:
     assert done.returncode == 0, done.stderr
     with Lab(LOSS) as lab:
         addresses = [word for address in lab.addresses for word in ("--address", address)]
-        with Run(folder / "run", "--brokers", kafka.bootstrap, *addresses, config=text) as run:
+        with Run(folder / "run", "--brokers", kafka.bootstrap, *addresses, config=text) as run, ExitStack() as stack:
             run.ready()
-            lab.traffic(TRAFFIC_S)
+            tops = {name: stack.enter_context(view) for name, view in views(lab, kafka, registry).items()}
+            refresh(tops)
+            with ThreadPoolExecutor(1) as pool:
+                sent = pool.submit(lab.traffic, TRAFFIC_S)
+                while not sent.done():
+                    refresh(tops)
+                    time.sleep(0.2)
+            sent.result()
             assert lab.wait_idle()
             balance = run.finish()
+            refresh(tops)
+            shown = {name: top.as_dict() for name, top in tops.items()}
         counters = lab.counters()
     events = {
         topic: [e.record for e in topics.read(kafka.bootstrap, topic, PREFIX)] for topic in (TRANSMIT, RETRANSMIT, FLOW)
@@ -79,7 +104,31 @@ def captured(kafka, registry, tmp_path_factory) -> Captured:
     for topic, records in events.items():
         account = balance[PREFIX + topic]
         assert (account["lost"], account["delivered"]) == ({}, len(records))
-    return Captured(counters, events)
+    return Captured(counters, events, shown)
+
+
+def views(lab: Lab, kafka: KafkaServer, registry: SchemaRegistry) -> dict[str, AbstractContextManager[Top]]:
+    """Return views of this host, straight from the kernel, and of the topics."""
+    streams = (RETRANSMITS, FLOWS)
+    topic_names = [PREFIX + stream.topic for stream in streams]
+    fleet = TopicSource(
+        kafka.bootstrap, topic_names, registry=Registry(registry.url), client_settings={}, stop=threading.Event()
+    )
+    cache = os.environ.get(COMPILED)
+    local = LocalSource(streams, {"host": HOST}, cache=Path(cache) if cache else None)
+    chosen = " or ".join(f"addr {address}" for address in lab.addresses)
+    return {"local": view(local, chosen), "fleet": view(fleet, chosen)}
+
+
+@contextmanager
+def view(source: LocalSource | TopicSource, filter_text: str) -> Iterator[Top]:
+    with source:
+        yield Top(source, Choice(filter_text=filter_text), 60.0, "view")
+
+
+def refresh(tops: dict[str, Top]) -> None:
+    for top in tops.values():
+        top.read(report=True)
 
 
 def test_a_plain_consumer_counts_what_the_kernel_counted(captured):
@@ -109,6 +158,35 @@ def test_a_plain_consumer_counts_what_the_kernel_counted(captured):
     assert recorded == {key: sent[key] for key in recorded}
     assert recorded_again == {key: sent_again[key] for key in recorded}
     assert -comparison.of_flows.difference == sum(sent_again[key] for key in unrecorded)
+
+
+@pytest.mark.parametrize("name", ["local", "fleet"])
+def test_top_has_the_same(captured, name):
+    shown = captured.tops[name]
+    assert shown["lost"] == 0
+    total = {counter: round(shown["total"][counter] * shown["window_s"]) for counter in ("segments", "retransmitted")}
+    assert total["retransmitted"] == pytest.approx(captured.counters["RetransSegs"], abs=1)  # rates are rounded
+    assert sum(shown["total"]["causes"].values()) == captured.counters["RetransSegs"]
+    assert total["segments"] == pytest.approx(captured.of_connections("segs_out"), abs=30)
+
+
+def test_the_report_and_the_export_have_the_same(captured, kafka, registry, tmp_path):
+    (tmp_path / "rebpf.toml").write_text(f'kafka.topic_prefix = "{PREFIX}"\nregistry.url = "{registry.url}"\n')
+    source = ("--config", tmp_path / "rebpf.toml", "--brokers", kafka.bootstrap)
+    done = rebpf("report", *source, "-o", tmp_path / "report.html")
+    assert done.returncode == 0, done.stderr
+    sent, sent_again = captured.of_connections("segs_out"), captured.of_connections("total_retrans")
+    assert done.stdout.startswith(f"{sent_again:,} of {sent:,} segments were retransmitted: {sent_again / sent:.3%}.")
+    assert "No event is missing" in (tmp_path / "report.html").read_text()
+
+    for form in ("parquet", "csv"):
+        done = rebpf("export", *source, "-o", tmp_path / form, "--format", form)
+        assert done.returncode == 0, done.stderr
+    events = read_events(tmp_path / "parquet", topic=RETRANSMIT)
+    assert pc.sum(pc.multiply(events["segs"], events["sample_rate"])).as_py() == captured.counters["RetransSegs"]
+    for topic, records in captured.events.items():
+        (path,) = (tmp_path / "csv" / topic).glob("*/*.csv")
+        assert len(pyarrow.csv.read_csv(path)) == len(records)
 
 
 def test_the_flink_jobs_sums_over_all_minutes_are_the_same(captured, kafka, registry, tmp_path):

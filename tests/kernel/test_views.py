@@ -4,9 +4,7 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,65 +12,22 @@ from pathlib import Path
 import fastavro
 import pytest
 
-from producer.demo.lab import Lab
 from producer.events import RETRANSMITS, STREAMS
 from producer.kernel.bpf_syscall import program_ids
 from producer.rules.tables import filtered
-from tests.support.capture import DEADLINE_S, Recording, hook_settings, inside, rules, wait_for
+from tests.support.capture import DEADLINE_S, Recording, hook_settings, wait_for
 from tests.support.pty_command import PtyCommand
 from tests.support.rebpf import as_nobody, command
+from tests.support.twenty_peers import GUILTY, PEERS, PORT, twenty_peers
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
-
-_PORT = 7411
-_PEERS = [f"10.99.0.{number}" for number in range(1, 21)]
-_GUILTY = _PEERS[6]
-_DROP = f"ip daddr {_GUILTY} tcp dport {_PORT} numgen random mod 100 < 20 drop"
-
-
-def _serve(listener: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while True:
-            end, _ = listener.accept()
-            threading.Thread(target=_echo, args=(end,), daemon=True).start()
-
-
-def _echo(end: socket.socket) -> None:
-    with end, contextlib.suppress(OSError):
-        while end.recv(1 << 16):
-            end.sendall(b"!")
-
-
-def _send(lab: Lab, peer: str, stop: threading.Event) -> None:
-    with inside(lab.client):
-        end = socket.create_connection((peer, _PORT), timeout=DEADLINE_S)
-    with end, contextlib.suppress(OSError):
-        while not stop.wait(0.05):
-            end.sendall(bytes(5000))
-            end.recv(1)
 
 
 @pytest.fixture(scope="module")
 def netns() -> Iterator[int]:
     """The namespace of a client that sends to twenty peers, of which one is behind a lossy path."""
-    with Lab(loss=0) as lab, contextlib.ExitStack() as stack:
-        for peer in _PEERS:
-            subprocess.run(lab.server.command("ip", "address", "add", f"{peer}/32", "dev", "lo"), check=True)
-        subprocess.run(lab.client.command("ip", "route", "add", "10.99.0.0/24", "via", lab.server.ipv4), check=True)
-        with inside(lab.server):
-            listener = stack.enter_context(socket.create_server(("0.0.0.0", _PORT), backlog=64))
-        stop = threading.Event()
-        threads = [threading.Thread(target=_send, args=(lab, peer, stop)) for peer in _PEERS]
-        threading.Thread(target=_serve, args=(listener,), daemon=True).start()
-        stack.enter_context(rules(lab.server, "prerouting", _DROP))
-        for thread in threads:
-            thread.start()
-        yield lab.client.netns
-        stop.set()
-        for thread in threads:
-            thread.join()
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
+    with twenty_peers() as client:
+        yield client.netns
 
 
 def attached(pid: int) -> set[int]:
@@ -97,15 +52,15 @@ def wait_detached(programs: set[int]) -> None:
 @pytest.mark.parametrize(("columns", "lines"), [(80, 24), (200, 50)])
 def test_the_guilty_peer_is_on_the_first_line(netns: int, columns: int, lines: int) -> None:
     with PtyCommand(command("top", "netns", netns), columns, lines) as top:
-        screen = top.wait_for(lambda screen: len(screen) > 3 and screen[3].startswith(f">{_GUILTY}"), "guilty peer")
+        screen = top.wait_for(lambda screen: len(screen) > 3 and screen[3].startswith(f">{GUILTY}"), "guilty peer")
         assert len(screen) == lines
         assert max(map(len, screen)) <= columns
         programs = attached(top.process.pid)
         assert programs
         top.press("f")
-        top.wait_for(lambda screen: f" > {_GUILTY}:{_PORT} " in screen[3], "flows")
-        top.press(f"p/ and peer {_PEERS[8]}\r")
-        top.wait_for(lambda screen: screen[3].startswith(f">{_PEERS[8]} "), "filter")
+        top.wait_for(lambda screen: f" > {GUILTY}:{PORT} " in screen[3], "flows")
+        top.press(f"p/ and peer {PEERS[8]}\r")
+        top.wait_for(lambda screen: screen[3].startswith(f">{PEERS[8]} "), "filter")
         top.press("\x03")
         assert top.wait() == 0
         assert "Traceback" not in top.output
@@ -142,13 +97,13 @@ def test_one_table_for_scripts(netns: int) -> None:
     )
     assert (done.returncode, done.stderr) == (0, b"")
     found = json.loads(done.stdout)
-    assert found["lines"][0]["name"] == _GUILTY
-    assert {line["name"] for line in found["lines"]} == set(_PEERS)
+    assert found["lines"][0]["name"] == GUILTY
+    assert {line["name"] for line in found["lines"]} == set(PEERS)
     assert found["lines"][0]["ratio"] > 0.02
 
 
 def test_a_capture_beside_it_keeps_its_events(netns: int) -> None:
-    with Recording(hook_settings(streams=STREAMS, rules=filtered(ports=(_PORT,)))) as capture:
+    with Recording(hook_settings(streams=STREAMS, rules=filtered(ports=(PORT,)))) as capture:
         done = subprocess.run(command("top", "--once", "--window", 3), capture_output=True, timeout=DEADLINE_S)
         assert (done.returncode, done.stderr) == (0, b"")
         wait_for(lambda: len(capture.all(RETRANSMITS)) > 5, "retransmissions")
@@ -161,7 +116,7 @@ def test_a_capture_beside_it_keeps_its_events(netns: int) -> None:
 
 def test_a_trace_ends_with_its_reader(netns: int) -> None:
     with subprocess.Popen(
-        command("trace", "netns", netns, "and", "peer", _GUILTY),
+        command("trace", "netns", netns, "and", "peer", GUILTY),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -169,7 +124,7 @@ def test_a_trace_ends_with_its_reader(netns: int) -> None:
         assert trace.stdout is not None
         assert trace.stdout.readline().startswith("TIME")
         programs = wait_attached(trace.pid)
-        assert f"> {_GUILTY}:{_PORT}" in trace.stdout.readline()
+        assert f"> {GUILTY}:{PORT}" in trace.stdout.readline()
         trace.stdout.close()
         assert trace.stderr is not None
         assert trace.stderr.read() == ""
@@ -179,12 +134,12 @@ def test_a_trace_ends_with_its_reader(netns: int) -> None:
 
 def test_a_trace_is_written_counted_and_replayed(netns: int, tmp_path: Path) -> None:
     file = tmp_path / "file"
-    run = command("trace", "-c", "-n", 5, "-w", file, "netns", netns, "and", "peer", _GUILTY)
+    run = command("trace", "-c", "-n", 5, "-w", file, "netns", netns, "and", "peer", GUILTY)
     live = subprocess.run(run, capture_output=True, text=True, timeout=DEADLINE_S)
     assert (live.returncode, live.stderr) == (0, "")
     lines = live.stdout.splitlines()
-    assert lines[6] == "1 flows with retransmissions or errors"
-    assert lines[8].endswith(f"> {_GUILTY}:{_PORT}")
+    assert lines[6] == "1 flow with retransmissions or an error"
+    assert lines[8].endswith(f"> {GUILTY}:{PORT}")
     with file.open("rb") as opened:
         records = [*fastavro.reader(opened)]
     assert len([record for record in records if "cause" in record]) >= 5

@@ -32,9 +32,13 @@ class PtyCommand:
 
     def screen(self) -> list[str]:
         """Return the last whole screen, without colors; empty if there is none yet."""
+        return [_CONTROL.sub("", line).rstrip() for line in self.colored()]
+
+    def colored(self) -> list[str]:
+        """Return the last whole screen."""
         self.read(0.1)
-        frames = [frame for frame in self.output.split("\x1b[H") if frame.endswith("\x1b[J") or "\x1b[J" in frame]
-        return [_CONTROL.sub("", line).rstrip() for line in frames[-1].split("\r\n")] if frames else []
+        frames = [frame for frame in self.output.split("\x1b[H") if "\x1b[J" in frame]
+        return [line.partition("\x1b[J")[0].rstrip("\r") for line in frames[-1].split("\r\n")] if frames else []
 
     def wait_for(self, condition: Callable[[list[str]], object], what: str) -> list[str]:
         """Return the first screen that fulfils the condition."""

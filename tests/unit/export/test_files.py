@@ -87,6 +87,9 @@ def test_parquet_and_csv_are_partitioned_by_day_and_have_the_same_events(tmp_pat
     )
     assert first["host"].to_pylist() == [each["host"] for each in given[:-1]]
     assert first["srtt_us"].to_pylist() == [each["srtt_us"] for each in given[:-1]]
+    assert first["ts"].cast(pa.timestamp("ms", "UTC")).cast(pa.int64()).to_pylist() == [
+        each["ts"] for each in given[:-1]
+    ]
     files = str(tmp_path / "parquet/tcp_flow/**/*.parquet")
     counted = duckdb.sql(f"select cast(date as varchar), count(*) from read_parquet('{files}') group by 1 order by 1")
     assert counted.fetchall() == [("2026-09-21", 49), ("2026-09-22", 1)]

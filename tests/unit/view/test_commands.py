@@ -51,7 +51,7 @@ def test_a_file_is_shown_filtered_and_counted(file: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line.split()[1] for line in lines[:4]] == ["CAUSE", "rto", "rto", "rto"]
-    assert lines[4] == "1 flows with retransmissions or errors"
+    assert lines[4] == "1 flow with retransmissions or an error"
     assert lines[6].split() == ["3", "2", "loss", "nginx", "rto=3", "10.0.0.1:443", ">", "10.2.0.9:51234"]
 
 
@@ -95,6 +95,7 @@ def test_a_wrong_filter_is_answered_with_a_caret(view: str) -> None:
         (["trace", "-r", "x", "--transmit"], "leave out --transmit"),
         (["trace", "--since", "1h"], "need -r"),
         (["top", "--json"], "needs --once"),
+        (["top", "--brokers", "k:1", "--window", "1"], "at least 10"),
         (["trace", "-r", "/no/such/file"], "No such file"),
         (["trace", "-r", "x", "--since", "noon"], "expected a time such as"),
     ],
@@ -122,3 +123,8 @@ def test_the_summary_shows_the_worst_flow_first() -> None:
     assert [row["retransmitted"] for row in rows] == [9, 3]
     assert rows[1]["causes"] == {"rto": 3}
     assert rows[0]["limit"] is None
+    wide, narrow = (summary.text(width, as_json=False).splitlines() for width in (120, 80))
+    assert wide[2].endswith(" tlp=9 10.0.0.1:443 > 10.2.0.8:51234")
+    assert max(map(len, narrow)) <= 80
+    narrowest = summary.text(64, as_json=False).splitlines()
+    assert narrowest[2].endswith(" tlp=9 10.2.0.8:51234")

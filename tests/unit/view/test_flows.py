@@ -85,6 +85,13 @@ def test_lines_are_sorted() -> None:
     assert shown(found).total.retransmitted == pytest.approx(1.3)
 
 
+def test_equal_lines_are_in_the_order_of_their_names() -> None:
+    found = started()
+    for number in (20, 3, 10):
+        add_flows(found, NOW - 1, {"daddr": f"10.2.0.{number}", "sk_cookie": number, "start_ns": 9, "segs_out": number})
+    assert [line.name for line in shown(found).lines] == ["10.2.0.3", "10.2.0.10", "10.2.0.20"]
+
+
 @pytest.mark.parametrize("by", GROUPS)
 def test_every_grouping_has_the_same_retransmissions(by: str) -> None:
     found = started()

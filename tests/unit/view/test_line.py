@@ -51,6 +51,14 @@ def test_a_narrow_screen_shows_the_peer() -> None:
     assert "10.0.0.1" not in lines(80)[1]
 
 
+def test_a_long_flow_does_not_wrap() -> None:
+    shown = Lines(100, hosts=True, color=False)
+    ends = {**ENDS, "saddr": "10.111.202.25", "sport": 46246, "cause": "rto", "comm": "a-long-name-too"}
+    (line,) = shown.lines(decoded(RETRANSMITS, retransmits(ends)).rows())
+    assert line.endswith(" 10.2.0.9:51234")
+    assert len(line) <= 100
+
+
 def test_only_new_segments_and_failed_connections_are_events() -> None:
     shown = Lines(200, hosts=False, color=False)
     sent = decoded(TRANSMITS, transmits({**ENDS, "is_retransmit": 1}, {**ENDS, "is_retransmit": 0}))

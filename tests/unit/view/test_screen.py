@@ -40,8 +40,8 @@ def test_the_screen_has_its_size(width: int, height: int) -> None:
 def test_80_columns_show_the_peer_and_why() -> None:
     shown = frame()
     lines = render(Frame(Table(BAD, [BAD], 1), **_fields(shown)), look(80, 24))
-    assert lines[2].split() == ["PEER", "RETR/S", "RATIO", "SEGS/S", "FAIL", "FLOWS", "SRTT", "P95", "LIMIT"]
-    assert lines[3].split() == [">10.2.0.9", "7.2", "3.10%", "12.3k", "3", "12", "1.5ms", "250ms", "loss"]
+    assert lines[2].split() == ["PEER", "RETR/S", "RATIO", "SEGS/S", "FAIL", "SRTT", "CAUSE", "LIMIT"]
+    assert lines[3].split() == [">10.2.0.9", "7.2", "3.10%", "12.3k", "3", "1.5ms", "fast", "loss"]
 
 
 def test_a_long_name_takes_the_place_of_columns() -> None:
@@ -56,6 +56,14 @@ def test_a_wide_screen_shows_everything() -> None:
     assert "fast 80 rto 7" in lines[3]
     assert "kernel RetransSegs 7, seen 7" in lines[1]
     assert GOOD.name in lines[4]
+
+
+def test_details_name_the_connection_on_any_screen() -> None:
+    detail = Detail("10.0.0.1:39212 > 10.2.0.9:51234", "nginx", 7, 0.03, 10, 3, 204_000, 1500, "loss")
+    narrow, wide = (render(frame(details=[detail]), look(width, 24)) for width in (80, 120))
+    assert narrow[2] == "10.2.0.9  last minute: fast 80 rto 7"
+    assert narrow[5].endswith(" loss        nginx      10.2.0.9:51234")
+    assert wide[5].endswith(" nginx      10.0.0.1:39212 > 10.2.0.9:51234")
 
 
 def test_foreign_names_cannot_move_the_cursor() -> None:

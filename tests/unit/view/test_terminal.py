@@ -53,7 +53,7 @@ def test_keys_change_the_screen_and_ctrl_c_restores_it(columns: int, lines: int)
         top.press(f"p/ and peer {PEERS[1]}\r")
         top.wait_for(lambda screen: screen[3].startswith(f">{PEERS[1]} ") and not screen[4], "the filter")
         top.press("\r")
-        top.wait_for(lambda screen: screen[2].startswith(" RETR") and PEERS[1] in screen[3], "details")
+        top.wait_for(lambda screen: screen[4].startswith(" RETR") and PEERS[1] in screen[5], "details")
         top.press("\x03")
         assert top.wait() == 0
         assert "Traceback" not in top.output
