@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from producer.alert.connections import CAUSE_COUNTERS, COUNTERS, Differences
+from producer.alert.connections import CAUSE_COUNTERS, COUNTERS
 from producer.config.alerts import GROUPS, AlertRule
+from producer.connections import Growth
 from producer.consume.columns import Columns, Ints, Mask
 from producer.consume.plan import Fields
 from producer.events import CAUSES
@@ -50,19 +51,19 @@ class Measured(NamedTuple):
     weights: Ints
 
 
-def measured(rule: AlertRule, records: Columns, differences: Differences | None) -> Measured:
-    """Return what a rule counts; `differences` are those of flow records."""
-    if differences is None:
+def measured(rule: AlertRule, records: Columns, growth: Growth | None) -> Measured:
+    """Return what a rule counts; `growth` is that of flow records."""
+    if growth is None:
         return _events(rule, records)
     if rule.measure == "failed_connects":
-        return _failed_connects(rule, records, differences)
+        return _failed_connects(rule, records, growth)
     if rule.measure == "srtt":
-        srtt_us = np.where(records.valid["srtt_us"] & differences.fresh, records["srtt_us"], 0)
+        srtt_us = np.where(records.valid["srtt_us"] & growth.fresh, records["srtt_us"], 0)
         rows = np.flatnonzero(srtt_us)
         return Measured((srtt_us > 0).astype(np.int64), rows, np.zeros(len(rows), np.int64), [""], srtt_us[rows])
     is_data = rule.measure == "data_ratio"
     allowed = [cause for cause in rule.cause or CAUSES if not (is_data and cause in SYNS)]
-    counts = differences.counts * records["sample_rate"][:, None]
+    counts = growth.counts * records["sample_rate"][:, None]
     columns = [COUNTERS.index(CAUSE_COUNTERS[CAUSES.index(cause)]) for cause in allowed]
     rows, parts = np.nonzero(counts[:, columns])
     totals = counts[:, COUNTERS.index("data_segs_out" if is_data else "segs_out")]
@@ -76,8 +77,8 @@ def _events(rule: AlertRule, events: Columns) -> Measured:
     return Measured(np.zeros(len(events), np.int64), rows, events["cause"][rows], events.texts, weights)
 
 
-def _failed_connects(rule: AlertRule, flows: Columns, differences: Differences) -> Measured:
-    failed = differences.closes & _matching(flows, "state", lambda state: state == "SYN_SENT")
+def _failed_connects(rule: AlertRule, flows: Columns, growth: Growth) -> Measured:
+    failed = growth.closed & _matching(flows, "state", lambda state: state == "SYN_SENT")
     causes = [*flows.texts, CLOSED]
     error = np.where(flows.valid["error"], flows["error"], len(flows.texts))
     if rule.cause:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from producer.alert.connections import Differences, mixed
 from producer.alert.measure import FLOW, Measured, Selection, flow_names, measured
 from producer.config.alerts import AlertRule
+from producer.connections import Growth, mixed
 from producer.consume.columns import Columns, Ints, Mask, groups
 
 MOST_SEGS = 1 << 62
@@ -87,9 +87,9 @@ class Windows:
         self._room.samples += sum(len(part) for group in window.values() for part in group.samples)
         return {group.name: group for group in window.values()}
 
-    def add(self, records: Columns, differences: Differences | None, decided_ns: int, labels: Labels) -> Added:
+    def add(self, records: Columns, growth: Growth | None, decided_ns: int, labels: Labels) -> Added:
         """Count records; those of windows that end at or before `decided_ns` are late."""
-        found = measured(self.rule, records, differences)
+        found = measured(self.rule, records, growth)
         starts = records["ts_ns"] // self.width_ns * self.width_ns
         chosen = self._selection.chosen(records, labels)
         late = chosen & (starts + self.width_ns <= decided_ns)

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "connections.h"
 #include "decode.h"
 #include "groups.h"
 #include "input.h"
@@ -85,6 +86,44 @@ static void group(const struct decode_columns *columns, size_t column_count, uin
 		groups_mark(bits, sizeof(bits), ids, columns->rows, is_new);
 }
 
+#define COUNTERS 3
+#define MOST_CONNECTIONS 8
+
+/* Take the columns' cells as records of connections, twice. */
+static void connect(const struct decode_columns *columns, size_t column_count, uint64_t seed)
+{
+	static const uint8_t is_wide[COUNTERS] = { 0, 1, 1 };
+	const size_t words = RESULT_WORDS + COUNTERS;
+	uint32_t slots[2 * MOST_CONNECTIONS] = { 0 };
+	int64_t *entries = malloc(MOST_CONNECTIONS * (ENTRY_WORDS + COUNTERS) * sizeof(int64_t));
+	size_t count = columns->rows * column_count / (RECORD_WORDS + COUNTERS);
+	int64_t *results = malloc((count * words + 1) * sizeof(int64_t));
+	struct connections table = {
+		.slots = slots,
+		.mask = 2 * MOST_CONNECTIONS - 1,
+		.entries = entries,
+		.most = MOST_CONNECTIONS,
+		.is_wide = is_wide,
+		.counters = COUNTERS,
+		.floor_ns = (int64_t)(seed >> 32),
+		.seed = seed,
+	};
+
+	for (size_t round = 0; round < 2; round++) {
+		connections_add(&table, columns->cells, count, results);
+		for (size_t i = 0; i < count; i++) {
+			check(results[i * words] >= -1 && results[i * words] < (int64_t)table.count);
+			for (size_t j = RESULT_ELAPSED_NS; j < words; j++)
+				check(results[i * words + j] >= 0);
+		}
+	}
+	check(table.count <= MOST_CONNECTIONS);
+	memset(slots, 0, sizeof(slots));
+	connections_index(&table);
+	free(entries);
+	free(results);
+}
+
 static void decode(const struct decode_step *steps, size_t count, size_t column_count, const struct message *messages,
 		   size_t rows, uint64_t seed)
 {
@@ -110,8 +149,10 @@ static void decode(const struct decode_step *steps, size_t count, size_t column_
 				check_cells(&columns, &steps[at], row);
 	}
 	check_texts(&columns.strings, messages, rows);
-	if (rows && column_count)
+	if (rows && column_count) {
 		group(&columns, column_count, seed);
+		connect(&columns, column_count, seed);
+	}
 	free(columns.cells);
 	free(columns.valid);
 	free(columns.strings.texts);
