@@ -3,6 +3,7 @@
 Raises ValueError for a buffer of another size, and BufferError or TypeError for an object that has none.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
@@ -46,13 +47,14 @@ def schema_ids(values: list[bytes | None], /) -> bytes:
     """
 
 def decode(
-    values: list[bytes | None], plan: bytes, columns: int, seed: int, /
+    values: list[bytes | None], plan: bytes, columns: int, seed: int, canonical: Callable[[dict[str, str]], str], /
 ) -> tuple[bytes, bytes, bytes, tuple[list[str], bytes]]:
     """Decode values of one schema by a plan (struct decode_step in native/decode.h, made in producer.consume.plan).
 
     Returns the cells (int64) and whether they are not null (uint8), column by column; each value's status (uint8,
-    0 is decoded, 1 invalid, 2 a text too long; the cells of others are undefined); and the distinct texts with their
-    hashes (int64). A cell of a text is the index of the text, and of a double its bits. `seed` makes the hashes secret.
+    0 is decoded, 1 invalid, 2 a text too long, 3 a map too large; the cells of others are undefined); and the distinct
+    texts with their hashes (int64). A cell of a text is the index of the text, of a map that of its `canonical`
+    text, and of a double its bits. `seed` makes the hashes secret.
     """
 
 def lengths(data: _Array, plan: bytes, records: int, /) -> bytes:

@@ -6,7 +6,6 @@ at their end, plus the lateness, has been read.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from producer.alert import connections, measure
 from producer.alert.connections import COUNTERS, Fleet
 from producer.alert.evaluate import Evaluator, resolved, windows_before
 from producer.alert.event_ids import EventIds
-from producer.alert.labels import HostLabels
 from producer.alert.model import Alert
 from producer.alert.silence import Hosts
 from producer.alert.windows import MOST_GROUP, Room, Windows
@@ -100,7 +98,6 @@ class Engine:
         self.hosts = hosts or Hosts(0, [], 0)
         self.counts = counts
         self._decoder = decoder
-        self._labels = HostLabels(decoder)
         self._fleet = Fleet(since_ns)
         last = list(last_alerts)
         kinds = {(rule.name, rule.by, rule.measure) for rule in rules}
@@ -136,7 +133,7 @@ class Engine:
         is_ahead = records["ts_ns"] > now_ns + AHEAD_NS
         self.counts.read += int(np.count_nonzero(possible))
         self.counts.ahead += int(np.count_nonzero(possible & is_ahead))
-        self._count(stream, records.select(possible & ~is_ahead), values)
+        self._count(stream, records.select(possible & ~is_ahead))
         return reason
 
     def put_beats(self, values: Values, offsets: Sequence[int], now_ns: int) -> str | None:
@@ -155,7 +152,7 @@ class Engine:
                 reason = repr(exc)
         return reason
 
-    def _count(self, stream: Stream, records: Columns, values: Values) -> None:
+    def _count(self, stream: Stream, records: Columns) -> None:
         if not len(records):
             return
         growth = None
@@ -168,7 +165,7 @@ class Engine:
             records = records.select(is_new)
         late, crowded = np.zeros((2, len(records)), np.bool_)
         for windows, evaluator in self._rules[stream]:
-            added = windows.add(records, growth, evaluator.decided_ns, partial(self._labels.of, values=values))
+            added = windows.add(records, growth, evaluator.decided_ns)
             late |= added.late
             crowded |= added.crowded
         self.counts.late += int(np.count_nonzero(late))

@@ -5,7 +5,7 @@ Names are compared once per distinct text of a batch, and then by column.
 
 import fnmatch
 import ipaddress
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from producer.alert.connections import CAUSE_COUNTERS, COUNTERS
 from producer.config.alerts import GROUPS, AlertRule
 from producer.connections import Growth
-from producer.consume.columns import Columns, Ints, Mask
+from producer.consume.columns import Columns, Ints, Mask, text_to_map
 from producer.consume.plan import Fields
 from producer.events import CAUSES
 
@@ -31,6 +31,7 @@ FIELDS: Fields = (
     ("unit", "string?"),
     ("container", "string?"),
     ("sample_rate", "long"),
+    ("labels", "map?"),
 )
 """The fields of all records that rules group and select by."""
 FLOW = ("host", "saddr", "sport", "daddr", "dport")
@@ -89,10 +90,11 @@ def _failed_connects(rule: AlertRule, flows: Columns, growth: Growth) -> Measure
 
 def _matching(records: Columns, name: str, test: Callable[[str], bool]) -> Mask:
     """Return which records' text passes a test; null does not."""
-    if not records.texts:
-        return np.zeros(len(records), np.bool_)
-    found = np.array([test(text) for text in records.texts], np.bool_)[records[name]]
-    return found & records.valid[name] if name in records.valid else found
+    cells, valid = records[name], records.valid.get(name, np.ones(len(records), np.bool_))
+    used, passes = np.zeros((2, len(records.texts) + 1), np.bool_)
+    used[cells[valid]] = True
+    passes[used] = [test(records.texts[at]) for at in np.flatnonzero(used).tolist()]
+    return passes[cells] & valid
 
 
 class Selection:
@@ -106,25 +108,23 @@ class Selection:
         self._is_peer = lru_cache(_REMEMBERED)(lambda text: _is_within(text, networks))
         self._is_host = lru_cache(_REMEMBERED)(lambda text: _is_like(text, rule.host))
         self._is_unit = lru_cache(_REMEMBERED)(lambda text: _is_like(text, rule.unit))
+        self._has_labels = lambda text: rule.only_labels.items() <= text_to_map(text).items()
         self._subnet = lru_cache(_REMEMBERED)(lambda text: _subnet(text, rule.prefix, rule.prefix_v6))
 
-    def chosen(self, records: Columns, labels: Callable[[Columns], Sequence[Mapping[str, str]]]) -> Mask:
-        """Return which records pass the filters and have a group; `labels` returns those of each text as a host."""
+    def chosen(self, records: Columns) -> Mask:
+        """Return which records pass the filters and have a group."""
         rule, chosen = self._rule, np.ones(len(records), np.bool_)
         for name, wanted, test in (
             ("host", rule.host, self._is_host),
             ("daddr", rule.peer, self._is_peer),
             ("unit", rule.unit, self._is_unit),
+            ("labels", rule.only_labels, self._has_labels),
         ):
             if wanted:
                 chosen &= _matching(records, name, test)
         if self._ports:
             near = [(low <= records[side]) & (records[side] <= high) for low, high in self._ports for side in _SIDES]
             chosen &= np.logical_or.reduce(near)
-        if rule.only_labels:
-            wanted_labels = rule.only_labels.items()
-            found = [wanted_labels <= each.items() for each in labels(records)]
-            chosen &= np.array(found, np.bool_)[records["host"]]
         for name in self._columns:
             if name in records.valid:
                 chosen &= records.valid[name]
