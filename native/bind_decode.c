@@ -102,12 +102,12 @@ struct plan {
 	size_t columns;
 };
 
-static size_t string_columns(const struct plan *plan)
+static size_t columns_of(const struct plan *plan, enum decode_type type)
 {
 	size_t count = 0;
 
 	for (size_t i = 0; i < plan->count; i++)
-		count += plan->steps[i].type == DECODE_STRING && plan->steps[i].column >= 0;
+		count += plan->steps[i].type == type && plan->steps[i].column >= 0;
 	return count;
 }
 
@@ -124,31 +124,124 @@ static bool decode_all(PyObject *values, const struct plan *plan, struct decode_
 	return true;
 }
 
-static PyObject *decode_columns(PyObject *values, size_t rows, const struct plan *plan, uint64_t seed)
+/* A map as a dict; NULL with an exception set on failure. Of equal keys the last one counts. */
+static PyObject *dict_of(const struct decode_text *map)
 {
-	size_t cells = rows * plan->columns, texts = rows * string_columns(plan);
-	uint32_t slots = table_size(texts);
+	struct decode_pairs pairs = { map->data, map->data + map->size, 0 };
+	struct decode_text key, value;
+	PyObject *dict = PyDict_New();
+
+	while (dict && decode_next_pair(&pairs, &key, &value)) {
+		PyObject *name = PyUnicode_DecodeUTF8((const char *)key.data, key.size, NULL);
+		PyObject *text = PyUnicode_DecodeUTF8((const char *)value.data, value.size, NULL);
+		if (!name || !text || PyDict_SetItem(dict, name, text) < 0) {
+			Py_DecRef(dict);
+			dict = NULL;
+		}
+		Py_DecRef(name);
+		Py_DecRef(text);
+	}
+	return dict;
+}
+
+/*
+ * Intern the text of each map, which `canonical` makes of a dict, and set texts[i] to its index. `kept` is a list of the
+ * texts, which must outlive the strings. False with an exception set on failure.
+ */
+static bool intern_maps(struct decode_columns *columns, PyObject *canonical, PyObject *kept, int64_t *texts)
+{
+	for (uint32_t i = 0; i < columns->maps.count; i++) {
+		PyObject *dict = dict_of(&columns->maps.texts[i]);
+		PyObject *text = dict ? PyObject_CallFunctionObjArgs(canonical, dict, NULL) : NULL;
+		Py_ssize_t size = 0;
+		const char *data = text ? PyUnicode_AsUTF8AndSize(text, &size) : NULL;
+		bool ok = data && PyList_Append(kept, text) == 0;
+
+		Py_DecRef(dict);
+		Py_DecRef(text);
+		if (!ok)
+			return false;
+		if (decode_intern(&columns->strings, (const uint8_t *)data, (size_t)size, &texts[i])) {
+			PyErr_SetString(PyExc_RuntimeError, "no room for a map");
+			return false;
+		}
+	}
+	return true;
+}
+
+/* Set the cells of maps to the indexes of their texts. */
+static void replace_maps(struct decode_columns *columns, const struct plan *plan, const uint8_t *status,
+			 const int64_t *texts)
+{
+	for (size_t i = 0; i < plan->count; i++) {
+		if (plan->steps[i].type != DECODE_MAP || plan->steps[i].column < 0)
+			continue;
+		size_t start = (size_t)plan->steps[i].column * columns->rows;
+		for (size_t row = 0; row < columns->rows; row++) {
+			bool has = status[row] == DECODE_OK && columns->valid[start + row];
+			columns->cells[start + row] = has ? texts[columns->cells[start + row]] : 0;
+		}
+	}
+}
+
+static bool allocate_strings(struct decode_strings *strings, size_t capacity, uint64_t seed)
+{
+	uint32_t slots = table_size(capacity);
+
+	*strings = (struct decode_strings){ .texts = PyMem_Malloc((capacity + 1) * sizeof(struct decode_text)),
+					    .slots = PyMem_Calloc(slots, sizeof(uint32_t)),
+					    .mask = slots - 1,
+					    .capacity = (uint32_t)capacity,
+					    .seed = seed };
+	return strings->texts && strings->slots;
+}
+
+static void free_strings(struct decode_strings *strings)
+{
+	PyMem_Free(strings->texts);
+	PyMem_Free(strings->slots);
+}
+
+/* Decode all values, and return the texts and their hashes; NULL with an exception set on failure. */
+static PyObject *fill(PyObject *values, const struct plan *plan, struct decode_columns *columns, uint8_t *status,
+		      PyObject *canonical)
+{
+	PyObject *kept = PyList_New(0), *lists = NULL;
+	int64_t *texts = NULL;
+
+	if (!kept || !decode_all(values, plan, columns, status))
+		goto done;
+	texts = PyMem_Malloc((columns->maps.count + 1) * sizeof(*texts));
+	if (!texts) {
+		PyErr_NoMemory();
+	} else if (intern_maps(columns, canonical, kept, texts)) {
+		replace_maps(columns, plan, status, texts);
+		lists = text_lists(&columns->strings);
+	}
+done:
+	PyMem_Free(texts);
+	Py_DecRef(kept);
+	return lists;
+}
+
+static PyObject *decode_columns(PyObject *values, size_t rows, const struct plan *plan, uint64_t seed,
+				PyObject *canonical)
+{
+	size_t cells = rows * plan->columns, maps = rows * columns_of(plan, DECODE_MAP);
 	PyObject *cell_bytes = zeros(cells * sizeof(int64_t)), *valid = zeros(cells), *status = zeros(rows);
 	PyObject *strings = NULL;
-	struct decode_columns columns = {
-		.rows = rows,
-		.strings = { .texts = PyMem_Malloc((texts + 1) * sizeof(struct decode_text)),
-			     .slots = PyMem_Calloc(slots, sizeof(uint32_t)),
-			     .mask = slots - 1,
-			     .capacity = (uint32_t)texts,
-			     .seed = seed },
-	};
+	struct decode_columns columns = { .rows = rows };
+	bool has_strings = allocate_strings(&columns.strings, rows * columns_of(plan, DECODE_STRING) + maps, seed);
 
-	if (!columns.strings.texts || !columns.strings.slots) {
+	if (!allocate_strings(&columns.maps, maps, seed) || !has_strings) {
 		PyErr_NoMemory();
 	} else if (cell_bytes && valid && status) {
 		columns.cells = (int64_t *)PyBytes_AsString(cell_bytes);
 		columns.valid = (uint8_t *)PyBytes_AsString(valid);
-		if (decode_all(values, plan, &columns, (uint8_t *)PyBytes_AsString(status)))
-			strings = text_lists(&columns.strings);
+		strings = fill(values, plan, &columns, (uint8_t *)PyBytes_AsString(status), canonical);
 	}
-	PyMem_Free(columns.strings.texts);
-	PyMem_Free(columns.strings.slots);
+	free_strings(&columns.strings);
+	free_strings(&columns.maps);
 	if (strings)
 		return Py_BuildValue("(NNNN)", cell_bytes, valid, status, strings);
 	Py_DecRef(cell_bytes);
@@ -157,15 +250,15 @@ static PyObject *decode_columns(PyObject *values, size_t rows, const struct plan
 	return NULL;
 }
 
-/* decode(values, plan, columns, seed) */
+/* decode(values, plan, columns, seed, canonical) */
 static PyObject *decode(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer view = { 0 };
 	PyObject *result = NULL;
 
 	(void)module;
-	if (count != 4)
-		return PyErr_Format(PyExc_TypeError, "decode() takes 4 arguments, not %zd", count);
+	if (count != 5)
+		return PyErr_Format(PyExc_TypeError, "decode() takes 5 arguments, not %zd", count);
 	size_t columns = PyLong_AsSize_t(args[2]);
 	uint64_t seed = PyLong_AsUnsignedLongLongMask(args[3]);
 	Py_ssize_t rows = PyErr_Occurred() ? -1 : row_count(args[0]);
@@ -173,7 +266,7 @@ static PyObject *decode(PyObject *module, PyObject *const *args, Py_ssize_t coun
 		return NULL;
 	struct plan plan = { view.buf, (size_t)view.len / sizeof(struct decode_step), columns };
 	if (decode_plan_valid(plan.steps, plan.count, columns))
-		result = decode_columns(args[0], (size_t)rows, &plan, seed);
+		result = decode_columns(args[0], (size_t)rows, &plan, seed, args[4]);
 	else
 		PyErr_SetString(PyExc_ValueError, "the plan is not well formed");
 	close_buffers(&view, 1);

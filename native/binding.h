@@ -17,6 +17,7 @@ bool open_buffer(PyObject *object, Py_buffer *view, int flags, size_t item_size,
 void close_buffers(Py_buffer *views, size_t count);
 
 /* Each adds functions and types to the module; -1 with an exception set on failure. */
+int add_connection_table(PyObject *module);
 int add_decode(PyObject *module);
 int add_kafka(PyObject *module);
 int add_encode(PyObject *module);

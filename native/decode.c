@@ -184,18 +184,14 @@ static bool is_text(const struct decode_text *text, const uint8_t *data, size_t 
 	return text->size == size && memcmp(text->data, data, size) == 0;
 }
 
-/* Set `cell` to the string's index. `before` is the column's previous one, most often the same string. */
-static enum decode_status intern(struct decode_strings *strings, const uint8_t *data, size_t size, int64_t before,
+/* Set `cell` to the index of a string, which must be checked if it is new. */
+static enum decode_status intern(struct decode_strings *strings, const uint8_t *data, size_t size, bool is_checked,
 				 int64_t *cell)
 {
 	enum decode_status status;
 	uint64_t hash;
 	uint32_t slot;
 
-	if (before >= 0 && is_text(&strings->texts[before], data, size)) {
-		*cell = before;
-		return DECODE_OK;
-	}
 	hash = hash_text(data, size, strings->seed);
 	for (slot = (uint32_t)hash & strings->mask; strings->slots[slot]; slot = (slot + 1) & strings->mask) {
 		uint32_t index = strings->slots[slot] - 1;
@@ -205,7 +201,7 @@ static enum decode_status intern(struct decode_strings *strings, const uint8_t *
 			return DECODE_OK;
 		}
 	}
-	status = check_text(data, size);
+	status = is_checked ? DECODE_OK : check_text(data, size);
 	if (status)
 		return status;
 	if (strings->count == strings->capacity)
@@ -216,21 +212,90 @@ static enum decode_status intern(struct decode_strings *strings, const uint8_t *
 	return DECODE_OK;
 }
 
+/* Return the string of the row before, most often the same; NULL if there is none. */
+static inline const struct decode_text *text_before(const struct decode_strings *strings, const int64_t *cell,
+						    size_t row)
+{
+	/* The row before may have been refused, or be null: any index of a string will do. */
+	return row > 0 && cell[-1] >= 0 && cell[-1] < strings->count ? &strings->texts[cell[-1]] : NULL;
+}
+
 static inline enum decode_status read_string(struct cursor *in, int64_t *cell, size_t row,
 					     struct decode_columns *columns)
 {
+	const struct decode_text *before;
 	const uint8_t *data;
 	size_t size;
-	int64_t before = -1;
 
 	if (!read_bytes(in, &data, &size))
 		return DECODE_INVALID;
 	if (!cell)
 		return check_text(data, size);
-	/* The row before may have been refused, or be null: any index of a string will do. */
-	if (row > 0 && cell[-1] >= 0 && cell[-1] < columns->strings.count)
-		before = cell[-1];
-	return intern(&columns->strings, data, size, before, cell);
+	before = text_before(&columns->strings, cell, row);
+	if (before && is_text(before, data, size)) {
+		*cell = cell[-1];
+		return DECODE_OK;
+	}
+	return intern(&columns->strings, data, size, false, cell);
+}
+
+/* Read the number of items of a list's next block, 0 at its end. Each item has at least one byte. */
+static bool read_block(struct cursor *in, int64_t *items)
+{
+	int64_t size;
+
+	if (!read_long(in, items))
+		return false;
+	if (*items < 0) {
+		if (*items == INT64_MIN || !read_long(in, &size))
+			return false;
+		*items = -*items;
+	}
+	return *items <= in->end - in->at;
+}
+
+/* Check a map of strings, and leave the cursor behind it. */
+static enum decode_status skip_map(struct cursor *in)
+{
+	size_t pairs = 0;
+	int64_t items;
+
+	while (read_block(in, &items)) {
+		if (!items)
+			return DECODE_OK;
+		if (items > DECODE_MOST_PAIRS || (pairs += (size_t)items) > DECODE_MOST_PAIRS)
+			return DECODE_MAP_TOO_LARGE;
+		for (int64_t i = 0; i < 2 * items; i++) {
+			const uint8_t *data;
+			size_t size;
+			enum decode_status status;
+
+			if (!read_bytes(in, &data, &size))
+				return DECODE_INVALID;
+			status = check_text(data, size);
+			if (status)
+				return status;
+		}
+	}
+	return DECODE_INVALID;
+}
+
+static enum decode_status read_map(struct cursor *in, int64_t *cell, size_t row, struct decode_columns *columns)
+{
+	const struct decode_text *before = cell ? text_before(&columns->maps, cell, row) : NULL;
+	const uint8_t *start = in->at;
+	enum decode_status status;
+
+	/* No map is the beginning of another one. */
+	if (before && before->size <= (size_t)(in->end - in->at) && memcmp(before->data, in->at, before->size) == 0) {
+		in->at += before->size;
+		*cell = cell[-1];
+		return DECODE_OK;
+	}
+	status = skip_map(in);
+	if (status || !cell)
+		return status;
+	return intern(&columns->maps, start, (size_t)(in->at - start), true, cell);
 }
 
 static inline bool read_number(struct cursor *in, enum decode_type type, int64_t *cell)
@@ -265,6 +330,8 @@ static inline enum decode_status read_field(struct cursor *in, enum decode_type 
 
 	if (type == DECODE_STRING)
 		return read_string(in, cell, row, columns);
+	if (type == DECODE_MAP)
+		return read_map(in, cell, row, columns);
 	if (type == DECODE_BYTES)
 		ok = read_bytes(in, &data, &size);
 	else if (!cell && (type == DECODE_LONG || type == DECODE_INT))
@@ -272,21 +339,6 @@ static inline enum decode_status read_field(struct cursor *in, enum decode_type 
 	else
 		ok = read_number(in, type, cell ? cell : &skipped);
 	return ok ? DECODE_OK : DECODE_INVALID;
-}
-
-/* Read the number of items of a list's next block, 0 at its end. Each item has at least one byte. */
-static bool read_block(struct cursor *in, int64_t *items)
-{
-	int64_t size;
-
-	if (!read_long(in, items))
-		return false;
-	if (*items < 0) {
-		if (*items == INT64_MIN || !read_long(in, &size))
-			return false;
-		*items = -*items;
-	}
-	return *items <= in->end - in->at;
 }
 
 /* Read the branch of a union, which has two; set `is_null`. */
@@ -327,8 +379,8 @@ bool decode_plan_valid(const struct decode_step *steps, size_t count, size_t col
 		if (step->column >= 0) {
 			uint8_t bit = (uint8_t)(1u << (step->column % 8));
 
-			if (depth || (size_t)step->column >= columns || step->type >= DECODE_ARRAY ||
-			    step->type == DECODE_BYTES || (used[step->column / 8] & bit))
+			if (depth || (size_t)step->column >= columns || step->type == DECODE_ARRAY ||
+			    step->type == DECODE_END || step->type == DECODE_BYTES || (used[step->column / 8] & bit))
 				return false;
 			used[step->column / 8] |= bit;
 		}
@@ -392,6 +444,27 @@ static inline enum decode_status read_record(const struct decode_step *steps, si
 		at++;
 	}
 	return DECODE_OK;
+}
+
+enum decode_status decode_intern(struct decode_strings *strings, const uint8_t *data, size_t size, int64_t *index)
+{
+	return intern(strings, data, size, true, index);
+}
+
+bool decode_next_pair(struct decode_pairs *pairs, struct decode_text *key, struct decode_text *value)
+{
+	struct cursor in = { pairs->at, pairs->end };
+	size_t sizes[2];
+
+	if (!pairs->items && !(read_block(&in, &pairs->items) && pairs->items))
+		return false;
+	if (!read_bytes(&in, &key->data, &sizes[0]) || !read_bytes(&in, &value->data, &sizes[1]))
+		return false;
+	key->size = (uint32_t)sizes[0];
+	value->size = (uint32_t)sizes[1];
+	pairs->at = in.at;
+	pairs->items--;
+	return true;
 }
 
 enum decode_status decode_value(const struct decode_step *steps, size_t count, const uint8_t *value, size_t size,

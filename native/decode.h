@@ -14,6 +14,7 @@
 
 #define DECODE_MOST_VALUE_BYTES (1u << 20)
 #define DECODE_MOST_CHARACTERS 4096u /* of a string; our names have up to 1024 */
+#define DECODE_MOST_PAIRS 64u /* of a map; ours have up to 16 */
 #define DECODE_MOST_STEPS 4096
 #define DECODE_MOST_DEPTH 4
 #define DECODE_FRAME_BYTES 5
@@ -28,6 +29,7 @@ enum decode_type {
 	DECODE_STRING,
 	DECODE_ARRAY, /* its items' steps follow, up to its DECODE_END */
 	DECODE_END,
+	DECODE_MAP, /* of strings; without a column it may also be a DECODE_ARRAY of two strings */
 	DECODE_TYPES,
 };
 
@@ -42,6 +44,7 @@ enum decode_status {
 	DECODE_OK,
 	DECODE_INVALID, /* not a value of the schema */
 	DECODE_TEXT_TOO_LONG,
+	DECODE_MAP_TOO_LARGE,
 };
 
 #define DECODE_NOT_FRAMED (-1)
@@ -58,7 +61,7 @@ struct decode_step {
 
 /*
  * The distinct strings of a batch, found by an open-addressing table. The caller allocates room for one string per
- * message and string column, and at least twice as many slots (a power of two, all zero). `seed` is secret, so that no
+ * message and column of strings, and at least twice as many slots (a power of two, all zero). `seed` is secret, so that no
  * writer can make strings collide.
  */
 struct decode_strings {
@@ -76,13 +79,14 @@ struct decode_strings {
 
 /*
  * Columns of `rows` cells each, column by column: integers and booleans as int64, float and double as the bits of a
- * double, strings as the index in `strings`. A cell that is null has `valid` 0.
+ * double, strings as the index in `strings`, maps as the index in `maps`. A cell that is null has `valid` 0.
  */
 struct decode_columns {
 	int64_t *cells;
 	uint8_t *valid;
 	size_t rows;
 	struct decode_strings strings;
+	struct decode_strings maps; /* as they were written: equal maps may differ in order and blocks */
 };
 
 /* Return a value's schema id, DECODE_NOT_FRAMED or DECODE_VALUE_TOO_LONG. `value` may be NULL. */
@@ -90,6 +94,19 @@ int64_t decode_schema_id(const uint8_t *value, size_t size);
 
 /* Return whether a plan is well formed, with its columns in 0 to `columns` - 1, each of one step at most. */
 bool decode_plan_valid(const struct decode_step *steps, size_t count, size_t columns);
+
+/* Set `index` to that of a string, which is not checked. The data must outlive the table, which must have room. */
+enum decode_status decode_intern(struct decode_strings *strings, const uint8_t *data, size_t size, int64_t *index);
+
+/* Strings of a map in `maps`, in order: each key is followed by its value. */
+struct decode_pairs {
+	const uint8_t *at;
+	const uint8_t *end;
+	int64_t items; /* left in the block */
+};
+
+/* Read the next pair; return false at the end. */
+bool decode_next_pair(struct decode_pairs *pairs, struct decode_text *key, struct decode_text *value);
 
 /* Decode a framed value to row `row`. Of a message that is refused, the row's cells are undefined. */
 enum decode_status decode_value(const struct decode_step *steps, size_t count, const uint8_t *value, size_t size,

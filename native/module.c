@@ -22,7 +22,8 @@ void close_buffers(Py_buffer *views, size_t count)
 
 static int add_all(PyObject *module)
 {
-	bool failed = add_kafka(module) < 0 || add_encode(module) < 0 || add_decode(module) < 0 || add_ring(module) < 0;
+	bool failed = add_kafka(module) < 0 || add_encode(module) < 0 || add_decode(module) < 0 ||
+		      add_connection_table(module) < 0 || add_ring(module) < 0;
 
 	return failed ? -1 : 0;
 }

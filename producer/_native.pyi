@@ -3,6 +3,7 @@
 Raises ValueError for a buffer of another size, and BufferError or TypeError for an object that has none.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
@@ -46,13 +47,14 @@ def schema_ids(values: list[bytes | None], /) -> bytes:
     """
 
 def decode(
-    values: list[bytes | None], plan: bytes, columns: int, seed: int, /
+    values: list[bytes | None], plan: bytes, columns: int, seed: int, canonical: Callable[[dict[str, str]], str], /
 ) -> tuple[bytes, bytes, bytes, tuple[list[str], bytes]]:
     """Decode values of one schema by a plan (struct decode_step in native/decode.h, made in producer.consume.plan).
 
     Returns the cells (int64) and whether they are not null (uint8), column by column; each value's status (uint8,
-    0 is decoded, 1 invalid, 2 a text too long; the cells of others are undefined); and the distinct texts with their
-    hashes (int64). A cell of a text is the index of the text, and of a double its bits. `seed` makes the hashes secret.
+    0 is decoded, 1 invalid, 2 a text too long, 3 a map too large; the cells of others are undefined); and the distinct
+    texts with their hashes (int64). A cell of a text is the index of the text, of a map that of its `canonical`
+    text, and of a double its bits. `seed` makes the hashes secret.
     """
 
 def lengths(data: _Array, plan: bytes, records: int, /) -> bytes:
@@ -69,6 +71,22 @@ def groups(seed: int, /, *columns: _Array) -> tuple[bytes, bytes]:
 
 def mark(bits: _Array, positions: _Array, /) -> bytes:
     """Set the bits at the positions (int64) in `bits` (uint8); return which were not set before (uint8)."""
+
+def index_connections(slots: _Array, entries: _Array, is_wide: bytes, count: int, floor_ns: int, seed: int, /) -> bool:
+    """Fill the slots (uint32) of a table of `count` connections: see native/connections.h and producer.connections."""
+
+def add_connections(
+    slots: _Array,
+    entries: _Array,
+    is_wide: bytes,
+    count: int,
+    floor_ns: int,
+    seed: int,
+    records: _Array,
+    results: _Array,
+    /,
+) -> int:
+    """Take records (int64), set their results, and return how many connections the table then has."""
 
 MAX_IDS: int
 """How many ids an Encoder remembers."""

@@ -6,15 +6,13 @@ at their end, plus the lateness, has been read.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 
 from producer.alert import connections, measure
-from producer.alert.connections import COUNTERS, Connections
+from producer.alert.connections import COUNTERS, Fleet
 from producer.alert.evaluate import Evaluator, resolved, windows_before
 from producer.alert.event_ids import EventIds
-from producer.alert.labels import HostLabels
 from producer.alert.model import Alert
 from producer.alert.silence import Hosts
 from producer.alert.windows import MOST_GROUP, Room, Windows
@@ -100,8 +98,7 @@ class Engine:
         self.hosts = hosts or Hosts(0, [], 0)
         self.counts = counts
         self._decoder = decoder
-        self._labels = HostLabels(decoder)
-        self._connections = Connections(since_ns)
+        self._fleet = Fleet(since_ns)
         last = list(last_alerts)
         kinds = {(rule.name, rule.by, rule.measure) for rule in rules}
         self._orphaned = resolved(alert for alert in last if (alert.rule, alert.by, alert.measure) not in kinds)
@@ -136,7 +133,7 @@ class Engine:
         is_ahead = records["ts_ns"] > now_ns + AHEAD_NS
         self.counts.read += int(np.count_nonzero(possible))
         self.counts.ahead += int(np.count_nonzero(possible & is_ahead))
-        self._count(stream, records.select(possible & ~is_ahead), values)
+        self._count(stream, records.select(possible & ~is_ahead))
         return reason
 
     def put_beats(self, values: Values, offsets: Sequence[int], now_ns: int) -> str | None:
@@ -155,12 +152,12 @@ class Engine:
                 reason = repr(exc)
         return reason
 
-    def _count(self, stream: Stream, records: Columns, values: Values) -> None:
+    def _count(self, stream: Stream, records: Columns) -> None:
         if not len(records):
             return
-        differences = None
+        growth = None
         if stream is FLOWS:
-            differences = self._connections.add(records)
+            growth = self._fleet.add(records)
         else:
             boots = records.hashes[records["boot_id"]]
             is_new = self._ids.add(boots, records["cpu"], records["cpu_seq"], records["ts_ns"])
@@ -168,7 +165,7 @@ class Engine:
             records = records.select(is_new)
         late, crowded = np.zeros((2, len(records)), np.bool_)
         for windows, evaluator in self._rules[stream]:
-            added = windows.add(records, differences, evaluator.decided_ns, partial(self._labels.of, values=values))
+            added = windows.add(records, growth, evaluator.decided_ns)
             late |= added.late
             crowded |= added.crowded
         self.counts.late += int(np.count_nonzero(late))
@@ -187,10 +184,10 @@ class Engine:
         open_ns = min((evaluator.decided_ns for _, evaluator in self._all()), default=reached_ns)
         if open_ns > self._open_ns:  # it costs a pass over all connections
             self._open_ns = open_ns
-            self._connections.forget(open_ns)
+            self._fleet.forget(open_ns)
             self._ids.forget(open_ns)
         self.counts.crowded += sum(evaluator.suppressed for _, evaluator in self._all()) - suppressed
-        lost = self._ids.forgotten + self._connections.forgotten
+        lost = self._ids.forgotten + self._fleet.forgotten
         self.counts.forgotten, self._lost = self.counts.forgotten + lost - self._lost, lost
         changes = sorted(changes, key=lambda alert: alert.window_start_ns) + self.hosts.look(beats_read_ns)
         self.counts.alerts += len(changes)

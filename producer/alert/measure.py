@@ -5,15 +5,16 @@ Names are compared once per distinct text of a batch, and then by column.
 
 import fnmatch
 import ipaddress
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from producer.alert.connections import CAUSE_COUNTERS, COUNTERS, Differences
+from producer.alert.connections import CAUSE_COUNTERS, COUNTERS
 from producer.config.alerts import GROUPS, AlertRule
-from producer.consume.columns import Columns, Ints, Mask
+from producer.connections import Growth
+from producer.consume.columns import Columns, Ints, Mask, text_to_map
 from producer.consume.plan import Fields
 from producer.events import CAUSES
 
@@ -30,6 +31,7 @@ FIELDS: Fields = (
     ("unit", "string?"),
     ("container", "string?"),
     ("sample_rate", "long"),
+    ("labels", "map?"),
 )
 """The fields of all records that rules group and select by."""
 FLOW = ("host", "saddr", "sport", "daddr", "dport")
@@ -50,19 +52,19 @@ class Measured(NamedTuple):
     weights: Ints
 
 
-def measured(rule: AlertRule, records: Columns, differences: Differences | None) -> Measured:
-    """Return what a rule counts; `differences` are those of flow records."""
-    if differences is None:
+def measured(rule: AlertRule, records: Columns, growth: Growth | None) -> Measured:
+    """Return what a rule counts; `growth` is that of flow records."""
+    if growth is None:
         return _events(rule, records)
     if rule.measure == "failed_connects":
-        return _failed_connects(rule, records, differences)
+        return _failed_connects(rule, records, growth)
     if rule.measure == "srtt":
-        srtt_us = np.where(records.valid["srtt_us"] & differences.fresh, records["srtt_us"], 0)
+        srtt_us = np.where(records.valid["srtt_us"] & growth.fresh, records["srtt_us"], 0)
         rows = np.flatnonzero(srtt_us)
         return Measured((srtt_us > 0).astype(np.int64), rows, np.zeros(len(rows), np.int64), [""], srtt_us[rows])
     is_data = rule.measure == "data_ratio"
     allowed = [cause for cause in rule.cause or CAUSES if not (is_data and cause in SYNS)]
-    counts = differences.counts * records["sample_rate"][:, None]
+    counts = growth.counts * records["sample_rate"][:, None]
     columns = [COUNTERS.index(CAUSE_COUNTERS[CAUSES.index(cause)]) for cause in allowed]
     rows, parts = np.nonzero(counts[:, columns])
     totals = counts[:, COUNTERS.index("data_segs_out" if is_data else "segs_out")]
@@ -76,8 +78,8 @@ def _events(rule: AlertRule, events: Columns) -> Measured:
     return Measured(np.zeros(len(events), np.int64), rows, events["cause"][rows], events.texts, weights)
 
 
-def _failed_connects(rule: AlertRule, flows: Columns, differences: Differences) -> Measured:
-    failed = differences.closes & _matching(flows, "state", lambda state: state == "SYN_SENT")
+def _failed_connects(rule: AlertRule, flows: Columns, growth: Growth) -> Measured:
+    failed = growth.closed & _matching(flows, "state", lambda state: state == "SYN_SENT")
     causes = [*flows.texts, CLOSED]
     error = np.where(flows.valid["error"], flows["error"], len(flows.texts))
     if rule.cause:
@@ -88,10 +90,11 @@ def _failed_connects(rule: AlertRule, flows: Columns, differences: Differences) 
 
 def _matching(records: Columns, name: str, test: Callable[[str], bool]) -> Mask:
     """Return which records' text passes a test; null does not."""
-    if not records.texts:
-        return np.zeros(len(records), np.bool_)
-    found = np.array([test(text) for text in records.texts], np.bool_)[records[name]]
-    return found & records.valid[name] if name in records.valid else found
+    cells, valid = records[name], records.valid.get(name, np.ones(len(records), np.bool_))
+    used, passes = np.zeros((2, len(records.texts) + 1), np.bool_)
+    used[cells[valid]] = True
+    passes[used] = [test(records.texts[at]) for at in np.flatnonzero(used).tolist()]
+    return passes[cells] & valid
 
 
 class Selection:
@@ -105,25 +108,23 @@ class Selection:
         self._is_peer = lru_cache(_REMEMBERED)(lambda text: _is_within(text, networks))
         self._is_host = lru_cache(_REMEMBERED)(lambda text: _is_like(text, rule.host))
         self._is_unit = lru_cache(_REMEMBERED)(lambda text: _is_like(text, rule.unit))
+        self._has_labels = lambda text: rule.only_labels.items() <= text_to_map(text).items()
         self._subnet = lru_cache(_REMEMBERED)(lambda text: _subnet(text, rule.prefix, rule.prefix_v6))
 
-    def chosen(self, records: Columns, labels: Callable[[Columns], Sequence[Mapping[str, str]]]) -> Mask:
-        """Return which records pass the filters and have a group; `labels` returns those of each text as a host."""
+    def chosen(self, records: Columns) -> Mask:
+        """Return which records pass the filters and have a group."""
         rule, chosen = self._rule, np.ones(len(records), np.bool_)
         for name, wanted, test in (
             ("host", rule.host, self._is_host),
             ("daddr", rule.peer, self._is_peer),
             ("unit", rule.unit, self._is_unit),
+            ("labels", rule.only_labels, self._has_labels),
         ):
             if wanted:
                 chosen &= _matching(records, name, test)
         if self._ports:
             near = [(low <= records[side]) & (records[side] <= high) for low, high in self._ports for side in _SIDES]
             chosen &= np.logical_or.reduce(near)
-        if rule.only_labels:
-            wanted_labels = rule.only_labels.items()
-            found = [wanted_labels <= each.items() for each in labels(records)]
-            chosen &= np.array(found, np.bool_)[records["host"]]
         for name in self._columns:
             if name in records.valid:
                 chosen &= records.valid[name]

@@ -5,14 +5,14 @@ groups: when it is full, records of new groups are not counted, and new flows no
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from producer.alert.connections import Differences, mixed
 from producer.alert.measure import FLOW, Measured, Selection, flow_names, measured
 from producer.config.alerts import AlertRule
+from producer.connections import Growth, mixed
 from producer.consume.columns import Columns, Ints, Mask, groups
 
 MOST_SEGS = 1 << 62
@@ -23,8 +23,6 @@ MOST_GROUPS, MOST_FLOWS, MOST_SAMPLES = 500_000, 1_000_000, 1 << 25
 """In open windows, of all rules: about 1 GiB in all. Samples are round-trip times."""
 _FLOWS_KEPT, _FLOWS_MOST = 64, 128
 """Flows of a group: at the second number, all but the first are dropped."""
-
-Labels = Callable[[Columns], Sequence[Mapping[str, str]]]
 
 
 class Room:
@@ -87,11 +85,11 @@ class Windows:
         self._room.samples += sum(len(part) for group in window.values() for part in group.samples)
         return {group.name: group for group in window.values()}
 
-    def add(self, records: Columns, differences: Differences | None, decided_ns: int, labels: Labels) -> Added:
+    def add(self, records: Columns, growth: Growth | None, decided_ns: int) -> Added:
         """Count records; those of windows that end at or before `decided_ns` are late."""
-        found = measured(self.rule, records, differences)
+        found = measured(self.rule, records, growth)
         starts = records["ts_ns"] // self.width_ns * self.width_ns
-        chosen = self._selection.chosen(records, labels)
+        chosen = self._selection.chosen(records)
         late = chosen & (starts + self.width_ns <= decided_ns)
         crowded = np.zeros(len(records), np.bool_)
         counts = found.totals > 0

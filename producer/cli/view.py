@@ -113,7 +113,8 @@ def trace(
     else:
         settings = load(config)
         streams = (RETRANSMITS, FLOWS, *([TRANSMITS] if transmit else []))
-        local = LocalSource(streams, {"host": settings.host}, cache=_CACHE, btf=settings.capture.btf)
+        fields = {"host": settings.host, "labels": dict(settings.labels)}
+        local = LocalSource(streams, fields, cache=_CACHE, btf=settings.capture.btf)
         source = tracing.live(local, stop)
         _say_loading()
     try:
@@ -191,7 +192,7 @@ def _local(settings: Any) -> Any:
     from producer.events import FLOWS, RETRANSMITS
     from producer.view.local import LocalSource
 
-    fields = {"host": settings.host}
+    fields = {"host": settings.host, "labels": dict(settings.labels)}
     return LocalSource((RETRANSMITS, FLOWS), fields, cache=_CACHE, btf=settings.capture.btf)
 
 

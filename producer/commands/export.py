@@ -23,7 +23,7 @@ def export(
     """Write the streams' events; return the files' numbers of events. Raises UnavailableError if there are none."""
     name = f"{compact(period.since_ns, 'begin')}-{compact(period.until_ns, 'end')}"
     with Dataset(folder, name, form) as dataset, Progress("exporting") as progress:
-        for stream, batch in record_batches(source, period, {}, progress, choice):
+        for stream, batch in record_batches(source, period, {}, progress, choice, maps_as_text=form == "csv"):
             if stream in streams:
                 dataset.add(stream, batch)
         written = dataset.commit()

@@ -1,7 +1,8 @@
 """Batches of messages as columns, decoded by the native module."""
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer import _native
-from producer.consume.plan import Fields, Plan
+from producer.consume.plan import TEXTS, Fields, Plan
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -24,9 +25,9 @@ _SEED = int.from_bytes(os.urandom(8))
 class Columns:
     """Decoded messages, by column.
 
-    `rows` has the index of each message in its batch, ascending. A column of texts has indexes in `texts`, which are
-    distinct; `hashes` are of the texts, the same for the same text while the process lives. `valid` is False where a
-    nullable field is null or the writer's schema lacks it: the cell is then 0.
+    `rows` has the index of each message in its batch, ascending. A column of texts or maps has indexes in `texts`,
+    which are distinct; `hashes` are of the texts, the same for the same text while the process lives. `valid` is False
+    where a nullable field is null or the writer's schema lacks it: the cell is then 0.
     """
 
     rows: Ints
@@ -54,7 +55,7 @@ class Columns:
 class Table:
     """Messages of one schema: `cells` and `valid` by column and message, and the native decoder's `status`.
 
-    Cells are integers, the bits of doubles, or indexes in `texts`.
+    Cells are integers, the bits of doubles, or indexes in `texts`, which also has the texts of maps.
     """
 
     plan: Plan
@@ -65,6 +66,17 @@ class Table:
     hashes: Ints
 
 
+def map_to_text(found: Mapping[str, str]) -> str:
+    """Return the text of a map in a column, the same for equal maps: a JSON object with its keys in order."""
+    return json.dumps(found, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def text_to_map(text: str) -> dict[str, str]:
+    """Return the map of a text in a column of maps."""
+    found: dict[str, str] = json.loads(text)
+    return found
+
+
 def schema_ids(values: Values) -> Ints:
     """Return each value's schema id: -1 if it is not in Confluent's wire format, -2 if it is too long."""
     return np.frombuffer(_native.schema_ids(values), np.int64)
@@ -73,7 +85,7 @@ def schema_ids(values: Values) -> Ints:
 def decode(values: Values, plan: Plan) -> Table:
     """Decode values of one schema."""
     shape = len(plan.names), len(values)
-    cells, valid, status, (texts, hashes) = _native.decode(values, plan.steps, len(plan.names), _SEED)
+    cells, valid, status, (texts, hashes) = _native.decode(values, plan.steps, len(plan.names), _SEED, map_to_text)
     return Table(
         plan,
         np.frombuffer(cells, np.int64).reshape(shape),
@@ -100,7 +112,7 @@ def joined(fields: Fields, parts: Sequence[tuple[Ints, Table]]) -> Columns:
 
     cells, valid = {}, {}
     for column, (name, kind) in enumerate(fields):
-        is_text = kind in ("string", "string?")
+        is_text = kind.removesuffix("?") in TEXTS
         pieces = [table.cells[column] for table in tables]
         if is_text and len(tables) > 1:
             pieces = [piece + base for piece, base in zip(pieces, bases, strict=False)]
@@ -127,8 +139,13 @@ def records(table: Table) -> Iterator[dict[str, Any]]:
 def _listed(table: Table, column: int) -> list[Any]:
     kind, cells, valid = table.plan.types[column], table.cells[column], table.valid[column]
     values: list[Any]
-    if kind == "string":
-        values = np.array([*table.texts, None], object)[np.where(valid, cells, len(table.texts))].tolist()
+    if kind in TEXTS:
+        found: list[Any] = [*table.texts, None]
+        used = np.where(valid & (table.status == 0), cells, len(table.texts))
+        if kind == "map":
+            for at in np.unique(used[used < len(table.texts)]).tolist():
+                found[at] = text_to_map(table.texts[at])
+        values = np.array(found, object)[used].tolist()
         return values
     if kind in ("float", "double"):
         values = cells.view(np.float64).tolist()

@@ -40,11 +40,13 @@ _MOST_REQUESTS = 100.0
 MOST_SCHEMAS = 1000
 MOST_TEXT = 4096
 """Longest string in a record, in characters; our names have up to 1024."""
+MOST_PAIRS = 64
+"""Entries of a map in a record; our hosts have up to 16 labels."""
 
 
 _NO_ID = {-1: "not in Confluent's wire format", -2: f"longer than {MOST_VALUE_BYTES} bytes"}
 """Why a value has no schema id, by the native decoder's code."""
-_TEXT_TOO_LONG = 2
+_TEXT_TOO_LONG, _MAP_TOO_LARGE = 2, 3
 
 
 class Rejected(NamedTuple):
@@ -130,7 +132,7 @@ class Decoder:
         return parts, rejected
 
     def records(self, values: Values) -> list[dict[str, Any] | UndecodableError]:
-        """Return each value's record, without lists, maps and bytes, or why there is none; timestamps stay numbers."""
+        """Return each value's record, without lists and bytes, or why there is none; timestamps stay numbers."""
         found: list[Any] = [None] * len(values)
         for schema_id, rows in _by_schema(values):
             try:
@@ -270,4 +272,6 @@ def _chosen(values: Values, rows: Ints) -> Values:
 def _reason(status: int, schema_id: int) -> str:
     if status == _TEXT_TOO_LONG:
         return f"a string is longer than {MOST_TEXT} characters"
+    if status == _MAP_TOO_LARGE:
+        return f"a map has more than {MOST_PAIRS} entries"
     return f"not a value of schema {schema_id}"

@@ -9,17 +9,19 @@ import numpy as np
 _STEP = np.dtype([("type", "u1"), ("null", "u1"), ("other", "<u2"), ("column", "<i2"), ("_pad", "<u2")])
 """struct decode_step"""
 _TYPES = {"boolean": 0, "int": 1, "long": 2, "float": 3, "double": 4, "bytes": 5, "string": 6}
-_ARRAY, _END = 7, 8
+_ARRAY, _END, _MAP = 7, 8, 9
 _NOT_NULL, _NULL_FIRST, _NULL_LAST = 0, 1, 2
 _SKIP = -1
 _SCALARS = frozenset(_TYPES) - {"bytes"}
 
 Fields = tuple[tuple[str, str], ...]
-"""Names of fields with their types: long (also for int), double (also for float) or string.
+"""Names of fields with their types: long (also for int), double (also for float), string, or map (of strings).
 
 A type with ? is of a field that may be null, or that the writer's schema may lack.
 """
-_ALSO = {"long": {"long", "int"}, "double": {"double", "float"}, "string": {"string"}}
+TEXTS = frozenset({"string", "map"})
+"""Types whose cells are texts: that of a map is a JSON object with its keys in order."""
+_ALSO = {"long": {"long", "int"}, "double": {"double", "float"}, "string": {"string"}, "map": {"map"}}
 
 _Step = tuple[int, int, int, int, int]
 
@@ -42,7 +44,7 @@ def plan_for(schema: Mapping[str, Any], wanted: Fields) -> Plan:
     types = {field["name"]: field["type"] for field in schema["fields"]}
     for name, kind in wanted:
         if kind.endswith("?"):
-            if name not in types or _nullable(types[name])[0] in _ALSO[kind[:-1]]:
+            if name not in types or _scalar(types[name]) in _ALSO[kind[:-1]]:
                 continue
         elif isinstance(types.get(name), str) and types[name] in _ALSO[kind]:
             continue
@@ -51,7 +53,7 @@ def plan_for(schema: Mapping[str, Any], wanted: Fields) -> Plan:
 
 
 def plan_for_all(schema: Mapping[str, Any]) -> Plan:
-    """Return the plan that decodes all fields but lists, maps and bytes."""
+    """Return the plan that decodes all fields but lists and bytes."""
     names = [field["name"] for field in schema["fields"] if _scalar(field["type"]) is not None]
     return _plan(schema["fields"], names)
 
@@ -73,6 +75,8 @@ def _plan(fields: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plan:
 def _scalar(kind: Any) -> str | None:
     """Return a type without null if a column can have it, otherwise None."""
     name, _ = _nullable(kind)
+    if isinstance(name, dict) and name["type"] == "map":
+        return "map"
     return name if isinstance(name, str) and name in _SCALARS else None
 
 
@@ -80,6 +84,9 @@ def _append(steps: list[_Step], kind: Any, column: int) -> None:
     name, null = _nullable(kind)
     if isinstance(name, str):
         steps.append((_TYPES[name], null, 0, column, 0))
+        return
+    if column != _SKIP:
+        steps.append((_MAP, _NOT_NULL, 0, column, 0))
         return
     start = len(steps)
     steps.append((_ARRAY, _NOT_NULL, 0, _SKIP, 0))

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from producer.consume.columns import Ints, Table
+from producer.consume.columns import Ints, Table, text_to_map
 from producer.events import Stream
 from producer.schemas import load_schema
 
@@ -19,11 +19,15 @@ _TYPES = {
     "double": pa.float64(),
     "string": pa.dictionary(pa.int32(), pa.string()),
 }
+_MAP = pa.map_(pa.string(), pa.string())
 _TIME = pa.timestamp("ms", tz="UTC")
 
 
-def schema_of(stream: Stream, names: frozenset[str] | None = None) -> Any:
-    """Return the Arrow schema of a stream's events: all fields but lists and maps, or those in `names`."""
+def schema_of(stream: Stream, names: frozenset[str] | None = None, *, maps_as_text: bool = False) -> Any:
+    """Return the Arrow schema of a stream's events: all fields but lists, or those in `names`.
+
+    With `maps_as_text`, maps are JSON objects.
+    """
     fields = []
     for field in load_schema(stream.schema_file)["fields"]:
         kind, nullable = field["type"], isinstance(field["type"], list)
@@ -31,6 +35,8 @@ def schema_of(stream: Stream, names: frozenset[str] | None = None) -> Any:
             kind = next(each for each in kind if each != "null")
         if isinstance(kind, dict) and kind.get("logicalType") == "timestamp-millis":
             arrow = _TIME
+        elif isinstance(kind, dict) and kind["type"] == "map":
+            arrow = _TYPES["string"] if maps_as_text else _MAP
         elif isinstance(kind, str):
             arrow = _TYPES[kind]
         else:
@@ -63,12 +69,21 @@ def _array(kind: Any, cells: Ints, valid: Mask, texts: list[str]) -> Any:
     mask = None if valid.all() else ~valid
     if pa.types.is_dictionary(kind):
         return _texts(cells, valid, mask, texts)
+    if kind == _MAP:
+        return _maps(cells, mask, texts)
     if pa.types.is_boolean(kind):
         return pa.array(cells != 0, mask=mask)
     if pa.types.is_floating(kind):
         return pa.array(cells.view(np.float64), mask=mask)
     numbers = pa.array(cells, mask=mask)
     return numbers if kind == pa.int64() else numbers.cast(kind)
+
+
+def _maps(cells: Ints, mask: Mask | None, texts: list[str]) -> Any:
+    """Return maps; a batch has few different ones."""
+    used, indexes = np.unique(cells if mask is None else np.where(mask, -1, cells), return_inverse=True)
+    distinct = [None if at < 0 else list(text_to_map(texts[at]).items()) for at in used.tolist()]
+    return pa.array(distinct, _MAP).take(pa.array(indexes))
 
 
 def _texts(cells: Ints, valid: Mask, mask: Mask | None, texts: list[str]) -> Any:

@@ -101,6 +101,8 @@ class Dataset:
             part.writer = pyarrow.csv.CSVWriter(part.partial, _plain(schema))
         else:
             texts = [each.name for each in schema if pa.types.is_dictionary(each.type)]
+            maps = [each.name for each in schema if pa.types.is_map(each.type)]
+            texts += [f"{name}.key_value.{half}" for name in maps for half in ("key", "value")]
             part.writer = pyarrow.parquet.ParquetWriter(
                 part.partial, schema, compression="zstd", use_dictionary=texts, write_statistics=["ts_ns"]
             )

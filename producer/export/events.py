@@ -37,7 +37,13 @@ def within(part: Part, period: Period) -> Mask:
 
 
 def record_batches(
-    source: Files | Topics, period: Period, names: Names, progress: Progress, choice: Choice | None = None
+    source: Files | Topics,
+    period: Period,
+    names: Names,
+    progress: Progress,
+    choice: Choice | None = None,
+    *,
+    maps_as_text: bool = False,
 ) -> Iterator[tuple[Stream, Any]]:
     """Yield the events in the period, by batch, with the columns `names`; ts_ns must be among them."""
     schemas: dict[Stream, Any] = {}
@@ -46,6 +52,6 @@ def record_batches(
         if choice is not None:
             chosen &= choice(part)
         if part.stream not in schemas:
-            schemas[part.stream] = schema_of(part.stream, names.get(part.stream))
+            schemas[part.stream] = schema_of(part.stream, names.get(part.stream), maps_as_text=maps_as_text)
         if chosen.any():
             yield part.stream, batch_of(schemas[part.stream], part.table, chosen)

@@ -1,34 +1,27 @@
 """Metrics of TCP on this host, counted from batches of events: segments, retransmissions, connections, round trips.
 
-A record of a connection has counters since the connection began, so it adds the difference to the connection's last
-record, which a table remembers. A connection that began in this run counts from its beginning; an older one from its
-first record in this run. So after a restart nothing is counted twice or all at once, and what older connections sent
-between the last record of one run and the first of the next is not counted.
+A connection that began in this run counts from its beginning; an older one from its first record in this run. So after
+a restart nothing is counted twice or all at once, and what older connections sent between the last record of one run
+and the first of the next is not counted.
 """
 
 import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from producer.connections import Connections, Growth, Ints, mixed
 from producer.events import CAUSES, FLOWS, KNOWN, REASONS, RETRANSMITS, ROLES, STATES, Rows, Stream
 
-Counts = NDArray[np.uint32]
-Ints = NDArray[np.int64]
-Mask = NDArray[np.bool_]
-
 MOST_CONNECTIONS = 1 << 16
-"""Connections in the table. Those beyond it are counted when they close."""
+"""Connections that are remembered. Those beyond it are counted when they close."""
 _FORGOTTEN_NS = 600 * 10**9
-"""A full table drops connections without a record for this long: their closing record was lost."""
+"""Without room, connections without a record for this long are forgotten: their closing record was lost."""
 
 _CONNECT, _ESTABLISHED = "connect", "established"
 _NO_ERROR, _OTHER = "none", "other"
@@ -51,130 +44,20 @@ _SRTT_BOUNDS_S = (
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01),
     *(0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
 )
-_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
-"""Odd numbers: their multiples are far apart."""
 _CLOSE = REASONS.index("close")
 _SYN_SENT = STATES.index("SYN_SENT")
 _SERVER = ROLES.index("server")
 
 
-@dataclass(frozen=True, slots=True)
-class Connections:
-    """The last record of each connection in a batch, and its new segments: those sent, and retransmitted by cause."""
-
-    at: Ints
-    """Indexes of the records in the batch."""
-    opened: Mask
-    """Connections that began in this run and had no record yet."""
-    segments: Ints
-    retransmitted: Ints
-
-
-class ConnectionTable:
-    """The counters of open connections at their last record. `since_ns` is the run's start on the monotonic clock."""
-
-    def __init__(self, since_ns: int, most: int = MOST_CONNECTIONS) -> None:
-        self._since_ns = since_ns
-        self._most = most
-        self._keys = np.empty(0, np.uint64)
-        """Ascending; the other columns have the same order."""
-        self._last = np.empty((0, 1 + len(CAUSES)), np.uint32)
-        self._starts = np.empty(0, np.uint64)
-        self._seen = np.empty(0, np.uint64)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def add(self, rows: Rows) -> Connections:
-        """Take a batch of records, and return what they add to the records before them."""
-        keys, first, last = _by_connection(rows)
-        counters, starts, ts = _counters(rows), rows["start_ns"][last], rows["ts"][last]
-        closed = rows["reason"][last] == _CLOSE
-        began = starts >= max(self._since_ns, 1)
-        at = np.searchsorted(self._keys, keys)
-        known = np.zeros(len(keys), np.bool_)
-        inside = at < len(self._keys)
-        known[inside] = self._keys[at[inside]] == keys[inside]
-        before = np.where(began[:, None], np.uint32(0), counters[first])
-        before[known] = self._last[at[known]]
-        counters = counters[last]
-        # Counters of 32 bits may wrap, and records of one connection may be a little out of order.
-        more = np.maximum((counters - before).view(np.int32), 0).astype(np.int64)
-        is_open = known & ~closed
-        self._last[at[is_open]] = (before + more.astype(np.uint32))[is_open]
-        self._seen[at[is_open]] = ts[is_open]
-        inserted = self._change(at[known & closed], ~known & ~closed, keys, counters, starts, ts)
-        opened = began & ~known & (closed | inserted)
-        more[began & ~known & ~opened] = 0
-        return Connections(last, opened, more[:, 0], more[:, 1:])
-
-    def _change(
-        self,
-        closed: NDArray[Any],
-        new: Mask,
-        keys: NDArray[np.uint64],
-        counters: Counts,
-        starts: NDArray[np.uint64],
-        ts: NDArray[np.uint64],
-    ) -> Mask:
-        """Remove entries and insert new connections, as many as fit; return which were inserted."""
-        keep = np.ones(len(self._keys), np.bool_)
-        keep[closed] = False
-        if int(keep.sum()) + int(new.sum()) > self._most:
-            self._forget(keep, int(ts.max()))
-        new = new & (np.cumsum(new) <= self._most - int(keep.sum()))
-        if new.any() or not keep.all():
-            merged = np.concatenate([self._keys[keep], keys[new]])
-            order = np.argsort(merged, kind="stable")
-            self._keys = merged[order]
-            self._last = np.concatenate([self._last[keep], counters[new]])[order]
-            self._starts = np.concatenate([self._starts[keep], starts[new]])[order]
-            self._seen = np.concatenate([self._seen[keep], ts[new]])[order]
-        return new
-
-    def _forget(self, keep: Mask, now_ns: int) -> None:
-        """Drop what has had no record for long. If it has one after all, it counts like an older connection."""
-        stale = keep & (self._seen < max(0, now_ns - _FORGOTTEN_NS))
-        if stale.any():
-            self._since_ns = max(self._since_ns, min(int(self._starts[stale].max()) + 1, now_ns))
-            keep &= ~stale
-
-
-def _by_connection(rows: Rows) -> tuple[NDArray[np.uint64], Ints, Ints]:
-    """Return each connection's key, ascending, and the indexes of its first and last record; a closing one is last.
-
-    A socket can connect again, so the time of the start is part of the key.
-    """
-    flow = rows["flow"]
-    keys: NDArray[np.uint64] = (
-        flow["sk_cookie"] + rows["start_ns"] * _MIX[0] + flow["netns"].astype(np.uint64) * _MIX[1]
-    )
-    order = np.lexsort((rows["reason"], keys))
-    keys = keys[order]
-    differ = keys[1:] != keys[:-1]
-    first, last = np.append(True, differ), np.append(differ, True)
-    return keys[last], order[first], order[last]
-
-
-def _counters(rows: Rows) -> Counts:
-    """Return the segments sent and those retransmitted by cause.
-
-    The kernel counts an accepted connection's SYN-ACK before the connection has a socket: it is added here.
-    """
-    counters = np.empty((len(rows), 1 + len(CAUSES)), np.uint32)
-    counters[:, 0] = rows["segs_out"] + rows["retrans_syn_ack"] + (rows["role"] == _SERVER).astype(np.uint32)
-    for column, cause in enumerate(CAUSES, 1):
-        counters[:, column] = rows[f"retrans_{cause}"]
-    return counters
-
-
 class TcpMetrics(Collector):
     """Counts rows of the flow and retransmit streams. The metrics of a stream appear once it is captured."""
 
-    def __init__(self, since_ns: int | None = None) -> None:
+    def __init__(self, since_ns: int | None = None, most: int = MOST_CONNECTIONS) -> None:
         self._lock = threading.Lock()
         self._captured: set[str] = set()
-        self._table = ConnectionTable(time.monotonic_ns() if since_ns is None else since_ns)
+        since_ns = time.monotonic_ns() if since_ns is None else since_ns
+        names = ("segs_out", *(f"retrans_{cause}" for cause in CAUSES))
+        self._table = Connections(names, since_ns - 1, most)
         self._segments = 0
         self._retransmitted = np.zeros(len(CAUSES))
         self._opened = np.zeros(len(ROLES), np.int64)
@@ -198,14 +81,27 @@ class TcpMetrics(Collector):
 
     def _count_connections(self, rows: Rows) -> None:
         with self._lock:
-            found = self._table.add(rows)
-            self._segments += int(found.segments.sum())
+            found = self._growth(rows)
+            totals = found.counts.sum(axis=0)
+            self._segments += int(totals[0])
             if RETRANSMITS.name not in self._captured:
-                self._retransmitted += found.retransmitted.sum(axis=0)
-            roles = rows["role"][found.at[found.opened]]
+                self._retransmitted += totals[1:]
+            roles = rows["role"][found.opened]
             self._opened += np.bincount(np.where(roles < len(ROLES), roles, 0), minlength=len(ROLES))
-            self._count_closed(rows, found.at[rows["reason"][found.at] == _CLOSE])
-            self._observe_srtt(rows, found.at[found.segments > 0])
+            self._count_closed(rows, np.flatnonzero(found.closed))
+            self._observe_srtt(rows, np.flatnonzero(found.counts[:, 0]))
+
+    def _growth(self, rows: Rows) -> Growth:
+        flow, ts_ns, start_ns = rows["flow"], rows["ts"].astype(np.int64), rows["start_ns"].astype(np.int64)
+        if len(self._table) + len(rows) > self._table.most:
+            self._table.forget(open_ns=int(ts_ns.max()) - _FORGOTTEN_NS)
+        # A socket can connect again, so the time of the start is part of the key.
+        keys = mixed([flow["sk_cookie"].astype(np.int64), start_ns, flow["netns"].astype(np.int64)])
+        # The kernel counts an accepted connection's SYN-ACK before the connection has a socket: it is added here.
+        segs_out = rows["segs_out"].astype(np.int64) + rows["retrans_syn_ack"] + (rows["role"] == _SERVER)
+        retransmitted = (rows[f"retrans_{cause}"] for cause in CAUSES)
+        closes = rows["reason"] == _CLOSE
+        return self._table.add(keys, ts_ns, start_ns, closes, [segs_out, *retransmitted])
 
     def _count_closed(self, rows: Rows, at: Ints) -> None:
         self._closed += len(at)

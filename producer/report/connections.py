@@ -1,14 +1,14 @@
-"""What happened on each connection in a period, from the cumulative counters of its records.
+"""What happened on each connection in a period.
 
-A counter's growth is its last value in the period minus its last one before. A connection that began in the period
-began with 0. One without an earlier record is counted from its first record in the period, so what happened between the
-begin of the period and that record, at most an interval, is not in the figures.
+A connection that began before the period and has no earlier record is counted from its first record in the period, so
+what happened between the begin of the period and that record, at most an interval, is not in the figures.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from producer.connections import Connections as Table
 from producer.report.frame import Frame, Ints, Mask
 from producer.view.limits import Interval, limits
 
@@ -31,6 +31,9 @@ COLUMNS = frozenset(
 )
 MARGIN_NS = 120_000_000_000
 """How long before a period records are read; longer than the interval of records."""
+
+
+_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,27 +78,25 @@ class Connections:
 def connections(flows: Frame, since_ns: int | None) -> Connections:
     """Return what happened from `since_ns` on, or since each connection began; `flows` may have earlier records."""
     ids, firsts = flows.connections()
-    ts_ns = flows.numbers("ts_ns")
+    ts_ns, start_ns, codes = flows.numbers("ts_ns"), flows.numbers("start_ns"), flows.codes("reason")
+    close = _code(flows, "reason", "close")
+    since_ns = since_ns if since_ns is not None else 0
+    table = Table(COUNTERS, since_ns - 1, max(1, len(firsts)))
+    last = np.full(len(firsts), -1, np.int64)
+    sums = np.zeros((len(firsts), 1 + len(COUNTERS)), np.int64)
+    covered = np.zeros(len(firsts), np.bool_)
     order = np.argsort(ts_ns, kind="stable")
-    inside = ts_ns[order] >= (since_ns if since_ns is not None else ts_ns.min(initial=0))
-    last, before, first = (np.full(len(firsts), -1, np.int64) for _ in range(3))
-    # Of equal indexes, the last assignment stays.
-    last[ids[order[inside]]] = order[inside]
-    before[ids[order[~inside]]] = order[~inside]
-    first[ids[order[inside][::-1]]] = order[inside][::-1]
+    for rows in np.split(order, range(_ROWS, len(order), _ROWS)):
+        counters = [flows.numbers(name)[rows] for name in COUNTERS]
+        found = table.add(ids[rows], ts_ns[rows], start_ns[rows], codes[rows] == close, counters)
+        inside = ts_ns[rows] >= since_ns
+        covered[ids[rows[~inside | found.opened]]] = True
+        chosen = rows[inside]
+        last[ids[chosen]] = chosen  # of equal indexes, the last assignment stays
+        np.add.at(sums, ids[chosen], np.column_stack([found.elapsed_ns, found.counts])[inside])
     seen = last >= 0
-    last, before, first = last[seen], before[seen], first[seen]
-    start_ns = flows.numbers("start_ns")[last]
-    began = flows.valid("start_ns")[last] & ((since_ns is None) | (start_ns >= (since_ns or 0)))
-    base = np.where(before >= 0, before, np.where(began, -1, first))
-    growth = {name: _growth(flows.numbers(name), last, base) for name in COUNTERS}
-    from_ns = np.where(base >= 0, ts_ns[base], start_ns)
-    return Connections(flows, last, growth, np.maximum(0, (ts_ns[last] - from_ns) // 1000), (before < 0) & ~began)
-
-
-def _growth(values: Ints, last: Ints, base: Ints) -> Ints:
-    grown: Ints = np.maximum(0, values[last] - np.where(base >= 0, values[base], 0))
-    return grown
+    growth = {name: sums[seen, 1 + column] for column, name in enumerate(COUNTERS)}
+    return Connections(flows, last[seen], growth, sums[seen, 0] // 1000, ~covered[seen])
 
 
 def _code(frame: Frame, name: str, text: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from producer.consume.columns import text_to_map
 from producer.events import CA_STATES, CAUSES, FLOWS, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS
 from producer.schemas import load_schema
 from producer.view.records import Column, Mask, Records
@@ -129,6 +130,25 @@ def _cause(text: str) -> Callable[[Records], Mask]:
         return any_of(column.valid & (column.cells > 0) for column in columns)
 
     return mask
+
+
+LABEL = "label"
+"""The condition with the name of a label, and = or != and its values."""
+OF_LABEL = "the name of a label (label env=prod)"
+VALUE_OF_LABEL = "the value of a label; * and ? are wildcards (label env=prod,test-*)"
+
+
+def label(name: str, text: str | None, *, is_not: bool = False) -> Callable[[Records], Mask]:
+    """Return the condition that a host has a label, with a value like one of those in `text`, or like none of them."""
+    patterns = None if text is None else [re.compile(fnmatch.translate(each)) for each in _parts(text, VALUE_OF_LABEL)]
+
+    def matches(labels: str) -> bool:
+        value = text_to_map(labels).get(name)
+        if value is None or patterns is None:
+            return value is not None
+        return is_not != any(each.match(value) for each in patterns)
+
+    return lambda records: _by_text(records["labels"], matches)
 
 
 def _parts(text: str, expected: str) -> list[str]:

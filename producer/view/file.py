@@ -79,7 +79,6 @@ def _batches(reader: Any) -> Iterator[Records]:
     rows: list[dict[str, Any]] = []
     for record in reader:
         name, row = record if isinstance(record, tuple) else (_name(reader), record)
-        row = {name: value for name, value in row.items() if not isinstance(value, dict)}  # as decoded from topics
         row["ts"] = row["ts_ns"] // _MILLISECOND_NS  # fastavro makes it a datetime
         if _STREAMS[name] != stream or len(rows) == _BATCH:
             yield from [of_rows(stream, rows)] if rows else []

@@ -10,7 +10,19 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from producer.errors import UsageError
-from producer.view.conditions import CONDITIONS, NUMBERS, Compare, Expected, all_of, any_of, compare
+from producer.view.conditions import (
+    CONDITIONS,
+    LABEL,
+    NUMBERS,
+    OF_LABEL,
+    VALUE_OF_LABEL,
+    Compare,
+    Expected,
+    all_of,
+    any_of,
+    compare,
+    label,
+)
 from producer.view.records import Mask, Records
 
 Filter = Callable[[Records], Mask]
@@ -105,10 +117,12 @@ class _Parser:
 
     def _condition(self) -> Filter:
         token = self._peek()
-        if token is None or token.kind != "word" or token.text not in {*CONDITIONS, *NUMBERS}:
-            self._fail(f"a condition ({', '.join(CONDITIONS)}, ratio, srtt, ...)")
+        if token is None or token.kind != "word" or token.text not in {*CONDITIONS, *NUMBERS, LABEL}:
+            self._fail(f"a condition ({', '.join(CONDITIONS)}, {LABEL}, ratio, srtt, ...)")
         name = token.text
         self._next += 1
+        if name == LABEL:
+            return self._label()
         operator = self._peek()
         if name in NUMBERS and operator is not None and operator.text in _COMPARISONS:
             self._next += 1
@@ -116,6 +130,18 @@ class _Parser:
         if name not in CONDITIONS:
             self._fail("a comparison (<, <=, >, >=, =, !=)")
         return self._value(CONDITIONS[name].make, CONDITIONS[name].expected)
+
+    def _label(self) -> Filter:
+        """Return the condition of a label: `label env`, `label env=prod` or `label env!=prod`."""
+        token = self._peek()
+        if token is None or token.kind not in ("word", "quoted"):
+            self._fail(OF_LABEL)
+        name = token.text
+        self._next += 1
+        is_not = self._take({"!="})
+        if not is_not and not self._take({"=", "=="}):
+            return label(name, None)
+        return self._value(lambda value: label(name, value, is_not=is_not), VALUE_OF_LABEL)
 
     def _value(self, make: Callable[[str], Filter], expected: str) -> Filter:
         token = self._peek()

@@ -1,8 +1,6 @@
 """Connections by slot: their latest figures, and what has recently happened to them.
 
-Records of connections carry the kernel's cumulative counters, so growth is the difference to a connection's previous
-record, and a lost record loses nothing but its moment. A connection that began before this view counts from its first
-record on. Retransmissions are counted by their events.
+A connection that began before this view counts from its first record on. Retransmissions are counted by their events.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from producer.connections import Connections, Growth, connection_keys
 from producer.events import CAUSES, FLOWS, RETRANSMITS
 from producer.view.limits import Interval
 from producer.view.records import Column, Mask, Records
@@ -28,10 +27,9 @@ NAMES = ("host", "saddr", "daddr", "unit", "container", "comm")
 """Text fields of a slot."""
 COUNTERS = Interval._fields[1:8]
 GAUGES = ("srtt_us", "min_rtt_us", "snd_cwnd", "mss", "rto_us")
-_GROWING = ("ts_ns", "segs_out", *COUNTERS)
+_GROWING = ("segs_out", *COUNTERS)
 _DTYPE = np.dtype(
     [
-        ("key", "<u8"),
         *((name, "<i4") for name in NAMES),
         ("sport", "<i4"),
         ("dport", "<i4"),
@@ -41,11 +39,11 @@ _DTYPE = np.dtype(
         ("judged_s", "<f8"),
         ("lost_out", "<i8"),
         *((name, "<i8") for name in GAUGES),
-        *((prefix + name, "<i8") for prefix in ("", "middle_", "base_") for name in _GROWING),
+        *((name, "<i8") for name in ("segs_out", "total_retrans")),
+        # What limits a connection is judged by the growth of elapsed nanoseconds and of COUNTERS.
+        *((part, "<i8", 1 + len(COUNTERS)) for part in ("recent", "before")),
     ]
 )
-_MIX = [np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)]
-_NO_COOKIE = np.uint64(1) << np.uint64(63)
 _MAX_PORT, _MAX_TIME_NS, _MAX_NUMBER = 65_535, 1 << 62, 1 << 40
 _JUDGE_S = 5.0
 """What limits a connection is judged over one to two of these."""
@@ -74,9 +72,8 @@ class Flows:
     """The connections of all records since `start_ns`, in nanoseconds since 1970."""
 
     def __init__(self, start_ns: int, netns: int = 0) -> None:
-        self._start_ns = start_ns
         self._netns = netns
-        self._slots: dict[int, int] = {}
+        self._table = Connections(_GROWING, start_ns - 1, MAX_FLOWS)
         self._texts: dict[str, int] = {"": 0}
         self._rows = np.zeros(1024, _DTYPE)
         self._log: list[Happened] = []
@@ -86,7 +83,7 @@ class Flows:
     @property
     def rows(self) -> NDArray[np.void]:
         """The connections, by slot."""
-        return self._rows[: len(self._slots)]
+        return self._rows[: len(self._table)]
 
     def texts(self) -> list[str]:
         """Return the texts to which the text fields refer; the first is null."""
@@ -102,15 +99,15 @@ class Flows:
         """Add records that arrived now."""
         if not len(records) or records.stream not in (FLOWS, RETRANSMITS):
             return
-        slots, followed = self._find(records)
+        growth = self._growth(records)
+        followed = growth.slots >= 0
         if not followed.all():
-            records, slots = records.select(followed), slots[followed]
-        rows = self._rows
-        rows["seen_s"][slots] = now_s
+            records, growth = records.select(followed), growth.select(followed)
+        self._describe(records, growth.slots, now_s)
         if records.stream == RETRANSMITS:
-            self._add_retransmissions(records, slots, now_s)
+            self._add_retransmissions(records, growth.slots, now_s)
         else:
-            self._add_flows(records, slots, now_s)
+            self._add_flows(records, growth, now_s)
 
     def forget(self, now_s: float) -> None:
         """Drop what is too old."""
@@ -126,32 +123,38 @@ class Flows:
         for number, name in enumerate(NAMES):
             rows[name] = places_of_texts[1 + number * len(rows) : 1 + (number + 1) * len(rows)]
         self._rows = np.concatenate([rows, np.zeros(max(1024, len(rows) // 2), _DTYPE)])
-        self._slots = dict(zip(rows["key"].tolist(), range(len(rows)), strict=True))
+        self._table.keep(kept)
         self._log = [happened._replace(slot=places[happened.slot])] if len(happened.slot) else []
 
-    def _find(self, records: Records) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return the slot of each record, new ones included, and whether it has one."""
-        texts = self._interned(records)
-        keys = _keys(records)
-        found = np.array(list(map(self._slots.get, keys.tolist())), np.float64)  # None becomes not a number
-        missing = np.isnan(found)
-        if missing.any():
-            fresh = np.unique(keys[missing])[: MAX_FLOWS - len(self._slots)].tolist()
-            self._slots.update(zip(fresh, range(len(self._slots), len(self._slots) + len(fresh)), strict=True))
-            if len(self._slots) > len(self._rows):
-                more = np.zeros(max(len(self._rows), len(self._slots) - len(self._rows)), _DTYPE)
-                self._rows = np.concatenate([self._rows, more])
-            found = np.array(list(map(self._slots.get, keys.tolist())), np.float64)
-        followed = ~np.isnan(found)
-        slots = np.where(followed, found, 0).astype(np.int64)
-        chosen, rows = slots[followed], self._rows
-        rows["key"][chosen] = keys[followed]
-        for name, ids in texts.items():
-            known = followed & (ids > 0)
+    def _growth(self, records: Records) -> Growth:
+        """Find the connections, and what they did; retransmissions have no counters of their connection."""
+        texts = _by_text(records, ("host", "boot_id", "saddr", "daddr"), hash)  # the same when texts are forgotten
+        ends = [texts["saddr"], texts["daddr"], _bounded(records, "sport"), _bounded(records, "dport")]
+        cookie = records["sk_cookie"]
+        has_cookie = cookie.valid & (cookie.cells != 0)
+        netns = np.zeros(len(records), np.int64)
+        keys = connection_keys(texts["host"], texts["boot_id"], netns, cookie.cells, has_cookie, ends)
+        return self._table.add(
+            keys,
+            _bounded(records, "ts_ns"),
+            _bounded(records, "start_ns"),
+            _equals(records["reason"], "close"),
+            [_bounded(records, name) for name in _GROWING],
+            records["segs_out"].valid,
+        )
+
+    def _describe(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
+        """Store whose the connections are, new ones included."""
+        if len(self._table) > len(self._rows):
+            more = np.zeros(max(len(self._rows), len(self._table) - len(self._rows)), _DTYPE)
+            self._rows = np.concatenate([self._rows, more])
+        rows = self._rows
+        for name, ids in self._interned(records).items():
+            known = ids > 0
             rows[name][slots[known]] = ids[known]
         for name in ("sport", "dport"):
-            rows[name][chosen] = _bounded(records, name)[followed]
-        return slots, followed
+            rows[name][slots] = _bounded(records, name)
+        rows["seen_s"][slots] = now_s
 
     def _interned(self, records: Records) -> dict[str, NDArray[np.int64]]:
         """Return the numbers of the texts of each field of a slot; 0 is null."""
@@ -169,53 +172,24 @@ class Flows:
             valid = records[name].valid
             self._rows[name][slots[valid]] = _bounded(records, name)[valid]
 
-    def _add_flows(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
-        """Only the last record of each connection counts, because counters are cumulative."""
-        _, from_end = np.unique(slots[::-1], return_index=True)
-        last = np.zeros(len(slots), np.bool_)
-        last[len(slots) - 1 - from_end] = True
-        failed = _equals(records["state"], "SYN_SENT") & _equals(records["reason"], "close") & records["error"].valid
-        records, slots, failed = records.select(last), slots[last], failed[last]
-        known = records["segs_out"].valid
-        rows, now = self._rows, {name: np.where(known, _bounded(records, name), 0) for name in _GROWING}
-        is_new = ~rows["counted"][slots]
-        began_here = records["start_ns"].valid & (_bounded(records, "start_ns") >= self._start_ns)
-        growth = {}
-        for name in ("segs_out", "total_retrans"):
-            before = np.where(is_new & ~began_here, now[name], np.where(is_new, 0, rows[name][slots]))
-            growth[name] = np.where(now[name] >= before, now[name] - before, now[name])
-        changed = (growth["segs_out"] > 0) | failed
+    def _add_flows(self, records: Records, growth: Growth, now_s: float) -> None:
+        failed = growth.closed & _equals(records["state"], "SYN_SENT") & records["error"].valid
+        segs, resent = growth.counts[:, 0], growth.counts[:, _GROWING.index("total_retrans")]
+        changed = (segs > 0) | failed
         zeros = np.zeros(int(changed.sum()), np.int64)
         self._log.append(
             Happened(
-                np.full(len(zeros), now_s), slots[changed], growth["segs_out"][changed],
-                growth["total_retrans"][changed], zeros, zeros, failed[changed].astype(np.int64),
+                np.full(len(zeros), now_s), growth.slots[changed], segs[changed], resent[changed],
+                zeros, zeros, failed[changed].astype(np.int64),
             )
         )  # fmt: skip
-        self._remember(records, slots, now, is_new, began_here, now_s)
-
-    def _remember(
-        self,
-        records: Records,
-        slots: NDArray[np.int64],
-        now: dict[str, NDArray[np.int64]],
-        is_new: NDArray[np.bool_],
-        began_here: NDArray[np.bool_],
-        now_s: float,
-    ) -> None:
-        """Store the latest figures, and from time to time those from which limits are judged."""
-        rows = self._rows
-        due = ~is_new & (now_s - rows["judged_s"][slots] >= _JUDGE_S)
-        rows["judged_s"][slots[is_new | due]] = now_s
-        start = np.where(began_here, _bounded(records, "start_ns"), now["ts_ns"])
-        for name in _GROWING:
-            first = np.where(began_here, start if name == "ts_ns" else 0, now[name])
-            for prefix in ("base_", "middle_"):
-                rows[prefix + name][slots[is_new]] = first[is_new]
-            rows["base_" + name][slots[due]] = rows["middle_" + name][slots[due]]
-            rows["middle_" + name][slots[due]] = now[name][due]
-            rows[name][slots] = now[name]
-        for name in GAUGES:
+        rows, slots = self._rows, growth.slots
+        np.add.at(rows["recent"], slots, np.column_stack([growth.elapsed_ns, growth.counts[:, 1:]]))
+        is_new = ~rows["counted"][slots]
+        due = slots[~is_new & (now_s - rows["judged_s"][slots] >= _JUDGE_S)]
+        rows["before"][due], rows["recent"][due] = rows["recent"][due], 0
+        rows["judged_s"][due] = rows["judged_s"][slots[is_new]] = now_s
+        for name in ("segs_out", "total_retrans", *GAUGES):
             valid = records[name].valid
             rows[name][slots[valid]] = _bounded(records, name)[valid]
         rows["counted"][slots] = True
@@ -224,9 +198,8 @@ class Flows:
 
 def interval(rows: NDArray[np.void]) -> Interval:
     """Return the growth from which limits of connections are judged."""
-    grown = [np.maximum(rows[name] - rows["base_" + name], 0) for name in COUNTERS]
-    elapsed_us = np.maximum(rows["ts_ns"] - rows["base_ts_ns"], 0) // 1000
-    return Interval(elapsed_us, *grown, *(rows[name] for name in Interval._fields[8:]))
+    elapsed_ns, *grown = (rows["before"] + rows["recent"]).T
+    return Interval(elapsed_ns // 1000, *grown, *(rows[name] for name in Interval._fields[8:]))
 
 
 def _by_text(records: Records, names: Sequence[str], number: Callable[[str], int]) -> dict[str, NDArray[np.int64]]:
@@ -244,32 +217,10 @@ def _by_text(records: Records, names: Sequence[str], number: Callable[[str], int
     return found
 
 
-def _keys(records: Records) -> NDArray[np.uint64]:
-    """Return a number for each connection: of the host's boot and the socket, or of the addresses and ports.
-
-    It is made of hashes, which stay the same when texts are forgotten.
-    """
-    texts = _by_text(records, ("host", "boot_id", "saddr", "daddr"), hash)
-    cookie = records["sk_cookie"]
-    ports = _bounded(records, "sport") << 16 | _bounded(records, "dport")
-    ends = _mixed(texts["saddr"], texts["daddr"], ports) ^ _NO_COOKIE
-    socket = np.where(cookie.valid & (cookie.cells != 0), cookie.cells.astype(np.uint64), ends)
-    return _mixed(texts["host"], texts["boot_id"], socket)
-
-
 def _bounded(records: Records, name: str) -> NDArray[np.int64]:
     """Return numbers as far as a kernel could write them: whoever may write to a topic chooses them."""
     most = _MAX_PORT if name in ("sport", "dport") else _MAX_TIME_NS if name.endswith("_ns") else _MAX_NUMBER
     return np.clip(records[name].cells.astype(np.int64), 0, most)
-
-
-def _mixed(*columns: NDArray[np.int64] | NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return a hash of numbers. Collisions only mix up two lines on a screen."""
-    mixed = np.zeros(len(columns[0]), np.uint64)
-    for column, factor in zip(columns, _MIX, strict=True):
-        mixed = (mixed ^ column.astype(np.uint64)) * factor
-        mixed ^= mixed >> np.uint64(29)
-    return mixed
 
 
 def _equals(column: Column, text: str) -> NDArray[np.bool_]:

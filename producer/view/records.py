@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from producer.consume.columns import Ints, Table
+from producer.consume.columns import Ints, Table, map_to_text, text_to_map
+from producer.consume.plan import TEXTS
 from producer.events import Stream
 
 Mask = NDArray[np.bool_]
@@ -23,12 +24,22 @@ class Column(NamedTuple):
     cells: Cells
     valid: Mask
     texts: list[str] | None = None
+    is_map: bool = False
+    """The texts are those of maps."""
 
     def values(self) -> list[Any]:
         """Return the values as Python objects."""
         cells = self.cells.tolist()
-        values = cells if self.texts is None else [self.texts[cell] if self.texts else None for cell in cells]
-        return [value if has else None for value, has in zip(values, self.valid.tolist(), strict=True)]
+        if self.texts is not None:
+            found: dict[int, Any] = dict.fromkeys(self.cells[self.valid].tolist())
+            for cell in found:
+                found[cell] = text_to_map(self.texts[cell]) if self.is_map else self.texts[cell]
+            return [found[cell] if has else None for cell, has in zip(cells, self.valid.tolist(), strict=True)]
+        return [value if has else None for value, has in zip(cells, self.valid.tolist(), strict=True)]
+
+    def select(self, chosen: Mask) -> "Column":
+        """Return the chosen rows."""
+        return self._replace(cells=self.cells[chosen], valid=self.valid[chosen])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,10 +60,7 @@ class Records:
         """Return the chosen rows."""
         if chosen.all():
             return self
-        columns = {
-            name: Column(column.cells[chosen], column.valid[chosen], column.texts)
-            for name, column in self.columns.items()
-        }
+        columns = {name: column.select(chosen) for name, column in self.columns.items()}
         return Records(self.stream, int(chosen.sum()), columns)
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -66,7 +74,9 @@ def of_table(stream: Stream, table: Table) -> Records:
     """Return the messages of a table that could be decoded."""
     decoded = table.status == 0
     columns = {
-        name: Column(_typed(kind, cells[decoded]), valid[decoded], table.texts if kind == "string" else None)
+        name: Column(
+            _typed(kind, cells[decoded]), valid[decoded], table.texts if kind in TEXTS else None, kind == "map"
+        )
         for name, kind, cells, valid in zip(table.plan.names, table.plan.types, table.cells, table.valid, strict=True)
     }
     return Records(stream, int(decoded.sum()), columns)
@@ -85,9 +95,11 @@ def of_rows(stream: Stream, rows: Sequence[dict[str, Any]]) -> Records:
 def _column(values: Iterable[Any]) -> Column:
     found = list(values)
     valid = np.array([value is not None for value in found], np.bool_)
+    if is_map := any(isinstance(value, dict) for value in found):
+        found = [None if value is None else map_to_text(value) for value in found]
     if any(isinstance(value, str) for value in found):
         texts = list(dict.fromkeys(value for value in found if value is not None))
         index = {text: at for at, text in enumerate(texts)}
-        return Column(np.array([index.get(value, 0) for value in found], np.int64), valid, texts)
+        return Column(np.array([index.get(value, 0) for value in found], np.int64), valid, texts, is_map)
     kind = np.bool_ if any(isinstance(value, bool) for value in found) else np.int64
     return Column(np.array([value or 0 for value in found], kind), valid)

@@ -28,6 +28,8 @@ def value_of(kind: Any, number: int) -> Any:
         return None if number % 3 == 2 else value_of(other, number)
     if isinstance(kind, dict) and kind["type"] == "array":
         return [value_of(kind["items"], number + at) for at in range(number % 3)]
+    if isinstance(kind, dict) and kind["type"] == "map":
+        return {_TEXTS[at]: _TEXTS[at + 1] for at in range(number % len(_TEXTS))}
     if isinstance(kind, dict):
         return {field["name"]: value_of(field["type"], number + at) for at, field in enumerate(kind["fields"])}
     long = _NUMBERS[number % len(_NUMBERS)]

@@ -2,12 +2,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "connections.h"
 #include "decode.h"
 #include "groups.h"
 #include "input.h"
 
 #define MAX_STEPS 128
-#define MAX_COLUMNS 64
+#define MAX_COLUMNS 128
 #define MAX_ROWS 32
 #define MAX_MESSAGE 8192
 
@@ -35,6 +36,21 @@ struct message {
 	size_t size;
 };
 
+/* The pairs of a map take all of its bytes but the last, which ends it. */
+static void check_map(const struct decode_text *map)
+{
+	struct decode_pairs pairs = { map->data, map->data + map->size, 0 };
+	struct decode_text key, value;
+	size_t count = 0;
+
+	while (decode_next_pair(&pairs, &key, &value)) {
+		check(key.data >= map->data && key.data + key.size <= value.data);
+		check(value.data + value.size < map->data + map->size);
+		count++;
+	}
+	check(count <= DECODE_MOST_PAIRS);
+}
+
 static void check_cells(const struct decode_columns *columns, const struct decode_step *step, size_t row)
 {
 	size_t at = (size_t)step->column * columns->rows + row;
@@ -44,13 +60,17 @@ static void check_cells(const struct decode_columns *columns, const struct decod
 		return;
 	if (step->type == DECODE_STRING)
 		check(columns->cells[at] >= 0 && columns->cells[at] < columns->strings.count);
+	if (step->type == DECODE_MAP) {
+		check(columns->cells[at] >= 0 && columns->cells[at] < columns->maps.count);
+		check_map(&columns->maps.texts[columns->cells[at]]);
+	}
 	if (step->type == DECODE_INT)
 		check(columns->cells[at] >= INT32_MIN && columns->cells[at] <= INT32_MAX);
 	if (step->type == DECODE_BOOLEAN)
 		check(columns->cells[at] == 0 || columns->cells[at] == 1);
 }
 
-static void check_texts(const struct decode_strings *strings, const struct message *messages, size_t rows)
+static void check_texts(const struct decode_strings *strings, const struct message *messages, size_t rows, size_t most)
 {
 	for (uint32_t i = 0; i < strings->count; i++) {
 		const struct decode_text *text = &strings->texts[i];
@@ -59,7 +79,7 @@ static void check_texts(const struct decode_strings *strings, const struct messa
 		for (size_t row = 0; row < rows; row++)
 			inside |= messages[row].data && text->data >= messages[row].data &&
 				  text->data + text->size <= messages[row].data + messages[row].size;
-		check(inside && text->size <= 4 * DECODE_MOST_CHARACTERS);
+		check(inside && text->size <= most);
 		for (uint32_t j = 0; j < i; j++)
 			check(strings->texts[j].size != text->size ||
 			      memcmp(strings->texts[j].data, text->data, text->size) != 0);
@@ -85,20 +105,64 @@ static void group(const struct decode_columns *columns, size_t column_count, uin
 		groups_mark(bits, sizeof(bits), ids, columns->rows, is_new);
 }
 
+#define COUNTERS 3
+#define MOST_CONNECTIONS 8
+
+/* Take the columns' cells as records of connections, twice. */
+static void connect(const struct decode_columns *columns, size_t column_count, uint64_t seed)
+{
+	static const uint8_t is_wide[COUNTERS] = { 0, 1, 1 };
+	const size_t words = RESULT_WORDS + COUNTERS;
+	uint32_t slots[2 * MOST_CONNECTIONS] = { 0 };
+	int64_t *entries = malloc(MOST_CONNECTIONS * (ENTRY_WORDS + COUNTERS) * sizeof(int64_t));
+	size_t count = columns->rows * column_count / (RECORD_WORDS + COUNTERS);
+	int64_t *results = malloc((count * words + 1) * sizeof(int64_t));
+	struct connections table = {
+		.slots = slots,
+		.mask = 2 * MOST_CONNECTIONS - 1,
+		.entries = entries,
+		.most = MOST_CONNECTIONS,
+		.is_wide = is_wide,
+		.counters = COUNTERS,
+		.floor_ns = (int64_t)(seed >> 32),
+		.seed = seed,
+	};
+
+	for (size_t round = 0; round < 2; round++) {
+		connections_add(&table, columns->cells, count, results);
+		for (size_t i = 0; i < count; i++) {
+			check(results[i * words] >= -1 && results[i * words] < (int64_t)table.count);
+			for (size_t j = RESULT_ELAPSED_NS; j < words; j++)
+				check(results[i * words + j] >= 0);
+		}
+	}
+	check(table.count <= MOST_CONNECTIONS);
+	memset(slots, 0, sizeof(slots));
+	connections_index(&table);
+	free(entries);
+	free(results);
+}
+
+static struct decode_strings strings_for(size_t capacity, uint64_t seed)
+{
+	uint32_t slots = table_size(capacity);
+
+	return (struct decode_strings){ .texts = malloc((capacity + 1) * sizeof(struct decode_text)),
+					.slots = calloc(slots, sizeof(uint32_t)),
+					.mask = slots - 1,
+					.capacity = (uint32_t)capacity,
+					.seed = seed };
+}
+
 static void decode(const struct decode_step *steps, size_t count, size_t column_count, const struct message *messages,
 		   size_t rows, uint64_t seed)
 {
-	size_t texts = rows * count;
-	uint32_t slots = table_size(texts);
 	struct decode_columns columns = {
 		.cells = calloc(rows * column_count + 1, sizeof(int64_t)),
 		.valid = calloc(rows * column_count + 1, 1),
 		.rows = rows,
-		.strings = { .texts = malloc((texts + 1) * sizeof(struct decode_text)),
-			     .slots = calloc(slots, sizeof(uint32_t)),
-			     .mask = slots - 1,
-			     .capacity = (uint32_t)texts,
-			     .seed = seed },
+		.strings = strings_for(rows * count, seed),
+		.maps = strings_for(rows * count, seed),
 	};
 
 	for (size_t row = 0; row < rows; row++) {
@@ -109,13 +173,18 @@ static void decode(const struct decode_step *steps, size_t count, size_t column_
 			if (steps[at].column >= 0)
 				check_cells(&columns, &steps[at], row);
 	}
-	check_texts(&columns.strings, messages, rows);
-	if (rows && column_count)
+	check_texts(&columns.strings, messages, rows, 4 * DECODE_MOST_CHARACTERS);
+	check_texts(&columns.maps, messages, rows, MAX_MESSAGE);
+	if (rows && column_count) {
 		group(&columns, column_count, seed);
+		connect(&columns, column_count, seed);
+	}
 	free(columns.cells);
 	free(columns.valid);
 	free(columns.strings.texts);
 	free(columns.strings.slots);
+	free(columns.maps.texts);
+	free(columns.maps.slots);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

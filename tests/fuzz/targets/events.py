@@ -184,11 +184,9 @@ def _messages() -> Iterator[Check]:
     yield check
 
 
-def _by_fastavro(decoder: Decoder, value: bytes) -> dict[str, Any]:
-    """Return a message's record without its map, which the decoder leaves out."""
+def _by_fastavro(decoder: Decoder, value: bytes) -> Any:
     schema = decoder.schema(int.from_bytes(value[1:5]))
-    record: Any = fastavro.schemaless_reader(io.BytesIO(value[5:]), schema, None)
-    return {name: field for name, field in record.items() if name != "labels"}
+    return fastavro.schemaless_reader(io.BytesIO(value[5:]), schema, None)
 
 
 class _OneCgroup:

@@ -103,6 +103,13 @@ def test_counters_of_32_bits_wrap() -> None:
     assert (alert.segs, alert.retransmitted_segs) == (100, 20)
 
 
+def test_a_socket_that_connects_again_counts_from_its_beginning() -> None:
+    run = Evaluation(LOSS)
+    run.flows(flow(2, 1000, 10, close=True), flow(5, 100, 100, start=4))
+    (alert,) = run.alerts(10)
+    assert (alert.segs, alert.retransmitted_segs) == (1100, 110)
+
+
 def test_equal_cookies_of_two_hosts_are_two_connections() -> None:
     run = Evaluation(LOSS)
     run.flows(flow(2, 100), flow(2, 1000, 500, host="web-2"), flow(4, 200))

@@ -11,7 +11,7 @@ import fastavro
 import pytest
 
 from producer.alert import evaluate, last_alerts, silence
-from producer.alert.connections import Connections
+from producer.alert.connections import Fleet
 from producer.alert.engine import FLOW_FIELDS, Counts, Engine
 from producer.alert.last_alerts import last_of
 from producer.alert.model import Alert
@@ -127,7 +127,7 @@ def test_a_flood_of_groups_is_bounded_and_known_groups_are_still_counted() -> No
 
 
 def test_a_flood_of_connections_is_bounded_and_none_counts_from_its_beginning_again() -> None:
-    connections = Connections(0, most=64)
+    connections = Fleet(0, most=64)
     for number in range(0, 400, 4):
         at_ms = NOW_NS // 1_000_000 + number
         batch = [replace(flow(each), at_ms=at_ms, start_ms=at_ms - 1) for each in range(number, number + 4)]

@@ -1,5 +1,6 @@
 """Export and `rebpf.read`: every source gives the same events, and files appear in whole or not at all."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def events(stream: Stream, count: int = 50) -> list[dict[str, Any]]:
             unit=None if at % 2 else f"unit-{at}.service",
             sk_cookie=(1 << 63) - 1 if at % 2 else None,
             srtt_us=at,
+            labels={"env": STRANGE, "dc": "a"} if at % 4 else {},
         )
         for at in range(count)
     ]
@@ -41,12 +43,8 @@ def events(stream: Stream, count: int = 50) -> list[dict[str, Any]]:
 
 def rows(table: Any) -> list[dict[str, Any]]:
     """Return a table's rows as records, ordered, with the time in milliseconds again."""
-    made = table.set_column(0, "ts", table["ts"].cast(pa.int64())).to_pylist()
+    made = table.set_column(0, "ts", table["ts"].cast(pa.int64())).to_pylist(maps_as_pydicts="strict")
     return sorted(made, key=lambda each: each["cpu_seq"])
-
-
-def without_maps(each: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in each.items() if not isinstance(value, dict)}
 
 
 @pytest.mark.parametrize("stream", [TRANSMITS, RETRANSMITS, FLOWS], ids=lambda stream: stream.name)
@@ -57,17 +55,17 @@ def test_files_give_every_field_of_every_event(tmp_path: Path, stream: Stream, c
         path = write_spool(tmp_path / "spool", stream, given)
     else:
         path = write_container(tmp_path / "events.avro", stream, given, codec)
-    assert rows(rebpf.read(path, topic=stream.topic)) == [without_maps(each) for each in given]
+    assert rows(rebpf.read(path, topic=stream.topic)) == given
 
 
 def test_a_trace_of_several_streams_gives_the_events_of_each(tmp_path: Path) -> None:
     path, given = tmp_path / "trace.avro", {stream: events(stream) for stream in (RETRANSMITS, FLOWS, TRANSMITS)}
     file = RecordFile(path)
     for stream, records in given.items():
-        file.write(of_rows(stream, [without_maps(each) for each in records]))
+        file.write(of_rows(stream, records))
     file.close()
     for stream, records in given.items():
-        assert rows(rebpf.read(path, topic=stream.topic)) == [without_maps(each) for each in records]
+        assert rows(rebpf.read(path, topic=stream.topic)) == records
 
 
 def test_parquet_and_csv_are_partitioned_by_day_and_have_the_same_events(tmp_path: Path) -> None:
@@ -80,7 +78,7 @@ def test_parquet_and_csv_are_partitioned_by_day_and_have_the_same_events(tmp_pat
             days / "date=2026-09-21" / f"begin-end.{form}": 49,
             days / "date=2026-09-22" / f"begin-end.{form}": 1,
         }
-    assert rows(rebpf.read(tmp_path / "parquet", topic="tcp_flow")) == [without_maps(each) for each in given]
+    assert rows(rebpf.read(tmp_path / "parquet", topic="tcp_flow")) == given
     first = pyarrow.csv.read_csv(
         tmp_path / "csv/tcp_flow/date=2026-09-21/begin-end.csv",
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
@@ -90,8 +88,11 @@ def test_parquet_and_csv_are_partitioned_by_day_and_have_the_same_events(tmp_pat
     assert first["ts"].cast(pa.timestamp("ms", "UTC")).cast(pa.int64()).to_pylist() == [
         each["ts"] for each in given[:-1]
     ]
+    assert [json.loads(each) for each in first["labels"].to_pylist()] == [each["labels"] for each in given[:-1]]
     files = str(tmp_path / "parquet/tcp_flow/**/*.parquet")
     counted = duckdb.sql(f"select cast(date as varchar), count(*) from read_parquet('{files}') group by 1 order by 1")
+    by_label = duckdb.sql(f"select labels['dc'], count(*) from read_parquet('{files}') group by 1 order by 2")
+    assert by_label.fetchall() == [(None, 13), ("a", 37)]
     assert counted.fetchall() == [("2026-09-21", 49), ("2026-09-22", 1)]
 
 

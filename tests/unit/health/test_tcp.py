@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from producer.events import CAUSES, FLOWS, KNOWN, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS, Rows
-from producer.health.tcp import ERRORS, ConnectionTable, TcpMetrics
+from producer.health.tcp import ERRORS, TcpMetrics
 
 SECOND_NS = 10**9
 SINCE_NS = 1000 * SECOND_NS
@@ -182,31 +182,32 @@ def test_however_records_are_mixed_and_cut_into_batches_their_sums_are_the_conne
     assert value(found, "connections_closed_total") == sum(life.closes for life in connections)
 
 
-def added(table: ConnectionTable, *rows: Rows) -> tuple[int, int]:
+def added(metrics: TcpMetrics, *rows: Rows) -> tuple[float, float]:
     """Return the segments and the opened connections that a batch adds."""
-    found = table.add(np.concatenate(rows))
-    return int(found.segments.sum()), int(found.opened.sum())
+    count = metrics.counter(FLOWS)
+    assert count
+    before, _, after = samples(metrics), count(np.concatenate(rows)), samples(metrics)
+    opened = [value(found, "connections_opened_total", role="client") for found in (before, after)]
+    return value(after, "segments_total") - value(before, "segments_total"), opened[1] - opened[0]
 
 
 def test_connections_that_the_table_has_no_space_for_count_once_when_they_close() -> None:
-    table = ConnectionTable(SINCE_NS, most=3)
+    metrics = TcpMetrics(SINCE_NS, most=3)
     cookies = range(1, 8)
     for total in (10, 20):
-        segs, opened = added(table, *(record(cookie, total) for cookie in cookies))
-        assert (segs, len(table)) == (30, 3)
-        assert opened == (3 if total == 10 else 0)
-    assert added(table, *(closing(cookie, 21) for cookie in cookies)) == (3 * 1 + 4 * 21, 4)
-    assert len(table) == 0
+        assert added(metrics, *(record(cookie, total) for cookie in cookies)) == (30, 3 if total == 10 else 0)
+    assert added(metrics, *(closing(cookie, 21) for cookie in cookies)) == (3 * 1 + 4 * 21, 4)
+    assert value(samples(metrics), "connections_closed_total") == 7
+    assert added(metrics, record(8, 10)) == (10, 1), "there is room again"
 
 
 def test_a_full_table_forgets_connections_whose_end_was_lost_and_counts_none_of_them_twice() -> None:
-    table = ConnectionTable(SINCE_NS, most=2)
-    added(table, record(1, 10), record(2, 10))
+    metrics = TcpMetrics(SINCE_NS, most=2)
+    added(metrics, record(1, 10), record(2, 10))
     late = {"at_s": 1700.0, "start_s": 1699.0}
-    assert added(table, record(3, 5, **late)) == (5, 1)
-    assert len(table) == 1
-    assert added(table, closing(1, 15, at_s=1701.0)) == (0, 0), "it counts like an older one"
-    assert added(table, closing(3, 6, **late)) == (1, 0)
+    assert added(metrics, record(3, 5, **late)) == (5, 1)
+    assert added(metrics, closing(1, 15, at_s=1701.0)) == (0, 0), "it counts like an older one"
+    assert added(metrics, closing(3, 6, **late)) == (1, 0)
 
 
 def test_retransmissions_are_segments_by_cause_weighted_by_the_sample_rate() -> None:

@@ -79,7 +79,7 @@ def test_a_foreign_container_is_incomplete(tmp_path: Path) -> None:
         [*read(tmp_path / "file")]
 
 
-@pytest.mark.parametrize("left", range(1, 200, 7))
+@pytest.mark.parametrize("left", range(1, 170, 7))  # within the last block
 def test_a_cut_file_is_incomplete(tmp_path: Path, left: int) -> None:
     write(tmp_path / "file")
     content = (tmp_path / "file").read_bytes()

@@ -30,6 +30,7 @@ FLOW = st.fixed_dictionaries(
         "sport": st.sampled_from(PORTS),
         "dport": st.sampled_from(PORTS),
         "unit": st.none() | st.sampled_from(("nginx.service", "ssh.service")),
+        "labels": st.dictionaries(st.sampled_from(("env", "dc")), st.sampled_from(("prod", "test-1", "a b"))),
         "srtt_us": st.none() | st.integers(0, 5000),
         "segs_out": maybe,
         "total_retrans": maybe,
@@ -43,6 +44,7 @@ RETRANSMIT = st.fixed_dictionaries(
         "sport": st.sampled_from(PORTS),
         "dport": st.sampled_from(PORTS),
         "unit": st.none() | st.sampled_from(("nginx.service", "ssh.service")),
+        "labels": st.dictionaries(st.sampled_from(("env", "dc")), st.sampled_from(("prod", "test-1", "a b"))),
         "srtt_us": st.none() | st.integers(0, 5000),
         "total_retrans": maybe,
         "cause": st.sampled_from(CAUSES),
@@ -54,6 +56,13 @@ LEAF = st.one_of(
     st.tuples(st.just("port"), st.sampled_from(("22", "400-500", "22,8080"))),
     st.tuples(st.just("unit"), st.sampled_from(("nginx.service", "*"))),
     st.tuples(st.just("cause"), st.sampled_from((*CAUSES, "rto,tlp"))),
+    st.tuples(st.just("label"), st.sampled_from(("env", "dc", "rack"))),
+    st.tuples(
+        st.just("label"),
+        st.sampled_from(("env", "dc")),
+        st.sampled_from(("=", "!=")),
+        st.sampled_from(("prod", "prod,test-*", '"a b"', "*")),
+    ),
     st.tuples(st.just("srtt"), st.sampled_from(tuple(OPERATORS)), st.sampled_from(("0", "2ms", "1500us", "0.001s"))),
     st.tuples(st.just("ratio"), st.sampled_from(tuple(OPERATORS)), st.sampled_from(("1%", "0.5", "100%"))),
 )
@@ -97,6 +106,12 @@ def matches(tree: Any, row: Mapping[str, Any]) -> bool:
             return bool(sent) and again is not None and OPERATORS[sign](again / sent, number(text))
         case ("host" | "unit" as name, text):
             return row[name] is not None and any(fnmatch.fnmatchcase(row[name], each) for each in text.split(","))
+        case ("label", name):
+            return name in row["labels"]
+        case ("label", name, sign, text):
+            value = row["labels"].get(name)
+            found = any(fnmatch.fnmatchcase(value or "", each) for each in text.strip('"').split(","))
+            return value is not None and found == (sign == "=")
         case ("peer", text):
             return ipaddress.ip_address(row["daddr"]) in ipaddress.ip_network(text)
         case ("port", text):
@@ -154,6 +169,11 @@ def test_a_field_that_records_do_not_have_matches_nothing() -> None:
         ("host a,,b", "a,,b", "a name", "'a,,b'"),
         ('comm "half', '"', "a name", "'\"'"),
         ("pid x", "x", "a number", "'x'"),
+        ("label", "", "the name of a label", "the end"),
+        ("label =prod", "=", "the name of a label", "'='"),
+        ("label env=", "", "the value of a label", "the end"),
+        ("label env=prod,", "prod", "the value of a label", "'prod,'"),
+        ("label env>prod", ">", "'and', 'or' or the end", "'>'"),
         ("=", "=", "a condition", "'='"),
         ("not " * 60 + "port 1", None, "at most 50 levels", ""),
         ("(" * 5000, None, "at most 50 levels", ""),
@@ -171,11 +191,30 @@ def test_a_wrong_filter_is_shown_with_a_caret(text: str, at: str | None, expecte
     assert caught.value.exit_code == UsageError.exit_code
 
 
-WORDS = ["host", "port", "(", ")", "and", "or", "not", ">", "1%", ",", "web", "10.0.0.0/8", '"', "ratio"]
+WORDS = [
+    "label",
+    "=",
+    "!=",
+    "host",
+    "port",
+    "(",
+    ")",
+    "and",
+    "or",
+    "not",
+    ">",
+    "1%",
+    ",",
+    "web",
+    "10.0.0.0/8",
+    '"',
+    "ratio",
+]
 
 
 @given(st.text(max_size=60) | st.lists(st.sampled_from(WORDS)).map(" ".join))
 def test_any_text_is_a_filter_or_one_kind_of_error(text: str) -> None:
-    rows = of_rows(RETRANSMITS, [{"host": "web", "sport": 1, "dport": 2, "daddr": "10.0.0.1"}])
+    fields = {"host": "web", "sport": 1, "dport": 2, "daddr": "10.0.0.1", "labels": {"web": "web"}}
+    rows = of_rows(RETRANSMITS, [fields])
     with contextlib.suppress(FilterError):
         assert len(parse(text)(rows)) == 1
