@@ -49,6 +49,15 @@
 #define READ_IF_0(pointer, member) 0
 #define READ_IF_1(pointer, member) READ(pointer, member)
 
+/* The loader puts the kernel's HZ in place of the mark, so that programs can be compiled on another machine. */
+static __always_inline u64 jiffies_to_us(u32 jiffies)
+{
+	u64 hz;
+
+	asm("%0 = %1 ll" : "=r"(hz) : "i"(HZ_MARK));
+	return (u64)jiffies * 1000000 / hz;
+}
+
 /* All of TCP_FIELDS or none: a field that this kernel cannot provide must not look like a 0. */
 #define HAS_TCP                                                                                                       \
 	(HAS_tcp_sock_srtt_us && HAS_tcp_sock_mdev_us && HAS_tcp_sock_icsk_rto && HAS_tcp_sock_snd_cwnd &&            \
@@ -220,7 +229,7 @@ static __always_inline void fill_tcp(struct segment *s, const struct tcp_sock *t
 		return;
 	s->srtt_us = READ_IF(tcp_sock, tp, srtt_us) >> 3;
 	s->mdev_us = READ_IF(tcp_sock, tp, mdev_us) >> 2;
-	s->rto_us = (u64)READ_IF(tcp_sock, tp, icsk_rto) * 1000000 / HZ;
+	s->rto_us = jiffies_to_us(READ_IF(tcp_sock, tp, icsk_rto));
 	s->snd_cwnd = READ_IF(tcp_sock, tp, snd_cwnd);
 	s->snd_ssthresh = READ_IF(tcp_sock, tp, snd_ssthresh);
 	s->packets_out = READ_IF(tcp_sock, tp, packets_out);

@@ -125,11 +125,6 @@ static __always_inline void fill_state(struct flow_event *e, const struct flow_s
 }
 
 #if HAS_COUNTERS
-static __always_inline u64 jiffies_to_us(u32 jiffies)
-{
-	return (u64)jiffies * 1000000 / HZ;
-}
-
 #ifdef chrono_type_bits /* a bit field on some kernels */
 #define CHRONO_TYPE(tp) chrono_type_bits(READ(tp, chrono_type_byte))
 #else
@@ -221,7 +216,7 @@ static __always_inline void fill_gauges(struct flow_event *e, const struct tcp_s
 	if (HAS_TCP) {
 		e->srtt_us = READ_IF(tcp_sock, tp, srtt_us) >> 3;
 		e->mdev_us = READ_IF(tcp_sock, tp, mdev_us) >> 2;
-		e->rto_us = (u64)READ_IF(tcp_sock, tp, icsk_rto) * 1000000 / HZ;
+		e->rto_us = jiffies_to_us(READ_IF(tcp_sock, tp, icsk_rto));
 		e->snd_cwnd = READ_IF(tcp_sock, tp, snd_cwnd);
 		e->snd_ssthresh = READ_IF(tcp_sock, tp, snd_ssthresh);
 		e->snd_wnd = READ_IF(tcp_sock, tp, snd_wnd);

@@ -140,6 +140,7 @@ def _capture_settings(config: Config, ruleset: Ruleset) -> CaptureSettings:
         ring_bytes=ring_bytes,
         rules=ruleset.tables(),
         btf=capture.btf,
+        programs=capture.programs,
         cache=config.state_dir / "compiled",
     )
 

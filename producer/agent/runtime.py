@@ -192,7 +192,8 @@ class Runtime:
         embedded = " embedded=true" if self.config.kafka.brokers is None else ""
         taken_over = " taken_over=true" if self.capture.taken_over else ""
         cached = " cached=true" if self.capture.cached else ""
-        logger.info("ready brokers=%s%s%s%s %s", self.brokers, embedded, taken_over, cached, hooks)
+        programs = f" programs={self.capture.programs_from}" if self.capture.programs_from else ""
+        logger.info("ready brokers=%s%s%s%s%s %s", self.brokers, embedded, taken_over, cached, programs, hooks)
         systemd.notify("READY=1", status=f"capturing: {hooks}")
 
     def _watch(self) -> None:

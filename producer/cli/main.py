@@ -14,6 +14,7 @@ import click
 from producer import __version__
 from producer.cli.alert import alert
 from producer.cli.analysis import export, report
+from producer.cli.compile import compile as compile_command
 from producer.cli.config import config as config_command
 from producer.cli.options import (
     Group,
@@ -51,7 +52,7 @@ _SECTIONS = {
     "View": ("top", "trace"),
     "Topics": ("init", "tail", "verify", "alert"),
     "Analysis": ("report", "export"),
-    "Host": ("check", "config", "demo", "version"),
+    "Host": ("check", "config", "compile", "demo", "version"),
 }
 
 
@@ -87,7 +88,7 @@ def _log_from(level: int, form: logging.Formatter) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-for each in (spool, alert, export, report, init, tail, verify, top, trace, config_command):
+for each in (spool, alert, export, report, init, tail, verify, top, trace, config_command, compile_command):
     rebpf.add_command(each)
 
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,6 @@ def trace(
     from producer.view.file import RecordFile
     from producer.view.filter import parse
     from producer.view.line import Lines
-    from producer.view.local import LocalSource
 
     if replay is not None and (transmit or write is not None):
         usage("-r shows what is in the file: leave out --transmit and -w")
@@ -113,8 +112,7 @@ def trace(
     else:
         settings = load(config)
         streams = (RETRANSMITS, FLOWS, *([TRANSMITS] if transmit else []))
-        fields = {"host": settings.host, "labels": dict(settings.labels)}
-        local = LocalSource(streams, fields, cache=_CACHE, btf=settings.capture.btf)
+        local = _of_this_host(streams, settings)
         source = tracing.live(local, stop)
         _say_loading()
     try:
@@ -190,10 +188,15 @@ def _say_loading() -> None:
 
 def _local(settings: Any) -> Any:
     from producer.events import FLOWS, RETRANSMITS
+
+    return _of_this_host((RETRANSMITS, FLOWS), settings)
+
+
+def _of_this_host(streams: Sequence[Any], settings: Any) -> Any:
     from producer.view.local import LocalSource
 
-    fields = {"host": settings.host, "labels": dict(settings.labels)}
-    return LocalSource((RETRANSMITS, FLOWS), fields, cache=_CACHE, btf=settings.capture.btf)
+    capture, fields = settings.capture, {"host": settings.host, "labels": dict(settings.labels)}
+    return LocalSource(streams, fields, cache=_CACHE, btf=capture.btf, programs=capture.programs)
 
 
 def _fleet(settings: Any, stop: Any) -> Any:

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from producer import __version__
 from producer.commands.check_servers import kafka, registry
 from producer.commands.finding import Finding
 from producer.config.effective import digest
 from producer.config.load import Config, located
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
-from producer.events import FLOWS, HOOKS
+from producer.events import FLOWS, HOOKS, layout_check
 from producer.health.web_config import WebSettings
 from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
@@ -23,10 +24,12 @@ from producer.kafka.sink import producer_settings
 from producer.kernel import bpf_syscall
 from producer.kernel.btf import VMLINUX, Btf
 from producer.kernel.features import Features
-from producer.kernel.hooks import HOOKS_BY_STREAM, Kernel, fitted, refusal
+from producer.kernel.hooks import HOOKS_BY_STREAM, Kernel, choose, fitted, refusal
 from producer.kernel.loader import python_with_bcc
 from producer.kernel.loader_child import NO_RING_BUFFER
 from producer.kernel.pinned import unusable
+from producer.kernel.program_files import Identity, ProgramFiles, combination
+from producer.paths import BPF
 from producer.registry.client import RegistryClient
 from producer.rules.resolve import resolve, resolve_offline
 
@@ -42,10 +45,11 @@ def examine(config: Config, *, path: Path | None = None, servers: bool = True) -
 
     `path` is the file of `config`, for the line numbers of problems.
     """
+    kernel = list(_kernel(config))
     findings = [
         *settings(config, path),
-        *_kernel(config),
-        *_python(),
+        *kernel,
+        *_python(needs_bcc=not any(finding.subject == "programs" and finding.available for finding in kernel)),
         *_folders(config),
         *_endpoint(config),
         *_others(config),
@@ -191,10 +195,35 @@ def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
             if stream == FLOWS.name:
                 text = "this host cannot capture records of connections: set capture.flow = false"
             yield Finding(stream, text, HookError.exit_code)
+    yield from _programs(config, kernel)
 
 
-def _python() -> Iterator[Finding]:
+def _programs(config: Config, kernel: Kernel) -> Iterator[Finding]:
+    """Find the programs that a start would load instead of compiling."""
+    if config.capture.programs is None:
+        return
+    chosen: dict[str, str] = {}
+    for stream in (each.name for each in config.capture.streams):
+        hook, _ = choose(
+            stream, HOOKS if stream == FLOWS.name else config.capture.hooks, kernel, chosen.get("transmit")
+        )
+        if hook is None:  # reported above
+            return
+        chosen[stream] = hook.name
+    files = ProgramFiles(
+        config.capture.programs, Identity.of(__version__, BPF, layout_check(), kernel.btf, kernel.features)
+    )
+    if files.find(combination(chosen)):
+        yield Finding("programs", f"{files.fitting} fits: {combination(chosen)}")
+    else:
+        text = f"{files.none_fits()}, or install bcc: then each start compiles"
+        yield Finding("programs", text, available=False)
+
+
+def _python(*, needs_bcc: bool) -> Iterator[Finding]:
     yield Finding("Python", sys.version.split()[0])
+    if not needs_bcc:
+        return
     try:
         python = python_with_bcc()
     except UnavailableError as error:

@@ -67,6 +67,8 @@ class Capture:
     """Budget for transmits: above it, connections are sampled (sample_rate in the events); 0: no budget."""
     btf: Path | None = None
     """BTF file with the kernel's struct layouts; none: /sys/kernel/btf/vmlinux."""
+    programs: Path | None = None
+    """File of `rebpf compile`, or folder with such files; one that fits the kernel is used instead of the compiler."""
 
     @property
     def streams(self) -> tuple[Stream, ...]:

@@ -159,6 +159,7 @@ def _check_capture(capture: Any) -> None:
     _check_choice("capture.default", capture.default, _ACTIONS)
     _check_path("capture.pin", capture.pin, absolute=True)
     _check_path("capture.btf", capture.btf, absolute=True)
+    _check_path("capture.programs", capture.programs, absolute=True)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -43,9 +43,13 @@ class Btf:
     """The types of one BTF blob. `find` and `member` return None if the kernel lacks the type or member."""
 
     def __init__(self, blob: bytes) -> None:
-        magic, _, _, header, type_off, type_len, str_off, _ = struct.unpack_from("<HBBIIIII", blob.ljust(24, b"\0"))
+        magic, _, _, header, type_off, type_len, str_off, str_len = struct.unpack_from(
+            "<HBBIIIII", blob.ljust(24, b"\0")
+        )
         if magic != 0xEB9F:
             raise UnavailableError("not BTF: wrong magic number (big-endian kernels are not supported)")
+        if len(blob) < header + max(type_off + type_len, str_off + str_len):
+            raise UnavailableError("truncated BTF: copy the file again")
         self._blob = blob
         self._strings = header + str_off
         self._at = [0]
@@ -65,10 +69,11 @@ class Btf:
 
     @classmethod
     def load(cls, path: Path = VMLINUX) -> "Btf":
-        """Read the BTF at `path`. UnavailableError with the fix if there is none."""
+        """Read BTF, also from an uncompressed vmlinux. UnavailableError with the fix if there is none."""
         try:
             state_file.check_ordinary(path)
-            return cls(path.read_bytes())
+            blob = path.read_bytes()
+            return cls(_section(blob, b".BTF") if blob.startswith(b"\x7fELF") else blob)
         except FileNotFoundError as error:
             raise UnavailableError(
                 f"{path} is missing: ReBPF needs a kernel built with CONFIG_DEBUG_INFO_BTF=y (Linux 5.10 or later)"
@@ -156,6 +161,21 @@ class Btf:
     def _string(self, offset: int) -> str:
         start = self._strings + offset
         return self._blob[start : self._blob.index(b"\0", start)].decode()
+
+
+def _section(elf: bytes, name: bytes) -> bytes:
+    """Return a section of a 64-bit ELF file; empty if there is none."""
+    try:
+        (table,) = struct.unpack_from("<Q", elf, 0x28)
+        size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+        sections = [struct.unpack_from("<II8x8xQQ", elf, table + size * i) for i in range(count)]
+        for name_at, _, offset, length in sections:
+            at = sections[names][2] + name_at
+            if elf[at : at + len(name) + 1] == name + b"\0":
+                return elf[offset : offset + length]
+    except (struct.error, IndexError):  # truncated
+        pass
+    return b""
 
 
 def kernel_header(btf: Btf, wanted: Mapping[str, Iterable[str]]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from producer import errors
+from producer import __version__, errors
 from producer.events import FLOWS, HOOKS, STREAMS, Stream, layout_check
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
@@ -56,6 +56,8 @@ class CaptureSettings:
     rules: Tables = field(default_factory=lambda: tables((), Action()))
     """Which segments become events; by default all."""
     btf: Path | None = None
+    programs: Path | None = None
+    """A file of `rebpf compile`, or a folder with such files."""
     cache: Path | None = None
     """The folder of the program cache. None: compile at each start."""
 
@@ -98,6 +100,8 @@ class Capture:
         """Whether an earlier process attached the programs, and they have been attached since."""
         self.cached = False
         """Whether the programs came from the program cache."""
+        self.programs_from = ""
+        """The file that the programs came from, made by `rebpf compile`."""
         self.ring_id = ""
         """Identifies the rings: new at each load, unchanged when they are taken over."""
         self.old_ring_id: str | None = None
@@ -180,6 +184,9 @@ class Capture:
         self._loader = Loader()
         answer, descriptors = self._loader.ask(
             {
+                "do": "load",
+                "version": __version__,
+                "programs": str(settings.programs or ""),
                 "btf": str(settings.btf or ""),
                 "bpf": str(BPF),
                 "hooks": settings.hooks,
@@ -191,7 +198,7 @@ class Capture:
             }
         )
         self._descriptors += descriptors
-        self.cached = answer["cached"]
+        self.cached, self.programs_from = answer["cached"], answer["programs_from"]
         for warning in answer["warnings"]:
             logger.warning("%s", warning)
         self.ring_id = secrets.token_hex(8)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from producer.kernel import bpf_syscall
 from producer.kernel.bpf_syscall import instruction
-from producer.kernel.btf import TYPEDEF, Btf
+from producer.kernel.btf import FUNC, TYPEDEF, Btf
 from producer.kernel.symbols import split_functions
 
 TRIAL_STORAGE = bpf_syscall.MapInfo(
@@ -20,6 +20,7 @@ _TRIAL_RING = bpf_syscall.MapInfo(bpf_syscall.MAP_RINGBUF, 0, 0, 1 << 16, 0, "tr
 _LOAD, _STORE, _ATOMIC, _LD_IMM64, _MOV, _CALL = 0x79, 0x7A, 0xDB, 0x18, 0xB7, 0x85
 _FETCH_ADD, _MAP_FD = 0x01, 1
 _GET_SOCKET_COOKIE, _SK_STORAGE_GET = 46, 107
+_ARM64_FETCH = "aarch64_insn_gen_atomic_ld_op"
 _FIRST_ARGUMENT = instruction(_LOAD, 1, 1, 0, 0)  # the tracepoint's: a socket
 
 
@@ -48,6 +49,26 @@ class Features:
             _has_tracing_storage(btf),
             split_functions(),
         )
+
+    @classmethod
+    def expected(cls, btf: Btf) -> "Features":
+        """Return the features of another kernel by its functions, for a compilation; `split` is unknown."""
+        tracing_cookie = btf.find(FUNC, "bpf_get_socket_ptr_cookie") is not None
+        return cls(
+            ring_buffer=btf.find(FUNC, "bpf_ringbuf_reserve") is not None,
+            # On x86-64, no function is new with it, but it came with the version that brought the cookie.
+            atomic_fetch=tracing_cookie if machine(btf) == "x86_64" else btf.find(FUNC, _ARM64_FETCH) is not None,
+            tracing_cookie=tracing_cookie,
+            tracing_storage=btf.find(FUNC, "bpf_sk_storage_get_tracing") is not None,
+            split=None,
+        )
+
+
+def machine(btf: Btf) -> str:
+    """Return the processor of a BTF's kernel as uname(2) names it, by its registers."""
+    if btf.member("pt_regs", "di"):
+        return "x86_64"
+    return "aarch64" if btf.member("pt_regs", "pstate") else "another processor"
 
 
 def _has_ring_buffer() -> bool:

@@ -18,8 +18,9 @@ cgroup_skb  Sees segments as they leave IP, for sockets below the cgroup v2 root
             where that reports it; one dropped by the queue after the hook has err 0.
 """
 
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -229,6 +230,19 @@ def fitted(hook: Hook, features: Features) -> Hook:
     probes = [probe for probe in hook.probes if features.tracing_storage or probe.attach_type != _ITER]
     split = features.split or frozenset()
     return replace(hook, probes=tuple((probe.target in split and probe.if_split) or probe for probe in probes))
+
+
+def combinations(features: Features) -> Iterator[dict[str, Hook]]:
+    """Yield all that hosts with these features may choose, by stream, with the probes of split functions, too."""
+    for hooks in itertools.product(*((None, *of_stream) for of_stream in HOOKS_BY_STREAM.values())):
+        chosen = {stream: hook for stream, hook in zip(HOOKS_BY_STREAM, hooks, strict=True) if hook}
+        transmits = chosen["transmit"].name if "transmit" in chosen else None
+        if chosen and all(hook.requires in (None, transmits) for hook in chosen.values()):
+            yield {stream: _with_all_probes(fitted(hook, features)) for stream, hook in chosen.items()}
+
+
+def _with_all_probes(hook: Hook) -> Hook:
+    return replace(hook, probes=(*hook.probes, *(probe.if_split for probe in hook.probes if probe.if_split)))
 
 
 def refusal(hook: Hook, kernel: Kernel) -> str | None:

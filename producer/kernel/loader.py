@@ -40,7 +40,6 @@ class Loader:
             self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
             raise _start_error(error) from error
-        self._channel.settimeout(_ANSWER_TIMEOUT_S)
         # Import this package, not another installed copy, and nothing else from its folder: the site-packages of a venv
         # must not shadow those of the system's Python.
         code = f"import sys; sys.path.insert(0, {str(IMPORTED_FROM)!r}); import producer; del sys.path[0]"
@@ -48,7 +47,7 @@ class Loader:
         # Isolated (-I): a program that runs as root must not import from the working directory or PYTHONPATH.
         try:
             with theirs:
-                command = [python_with_bcc(), "-I", "-c", code]
+                command = [_python(), "-I", "-c", code]
                 # Python, bcc and LLVM write here; `end` turns it into log lines.
                 self._stderr = os.memfd_create("stderr")
                 self._child = subprocess.Popen(
@@ -63,13 +62,14 @@ class Loader:
             self._channel.close()
             raise _start_error(error) from error
 
-    def ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    def ask(self, request: Mapping[str, Any], timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[dict[str, Any], list[int]]:
         """Send a request; return the answer and the descriptors that come with it."""
         try:
+            self._channel.settimeout(timeout_s)
             self._channel.send(json.dumps(request).encode())
             packet, descriptors, flags, _ = socket.recv_fds(self._channel, PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError as error:
-            raise errors.HookError(f"the loader did not answer within {_ANSWER_TIMEOUT_S:.0f} s") from error
+            raise errors.HookError(f"the loader did not answer within {timeout_s:.0f} s") from error
         except ConnectionError:
             packet, descriptors, flags = b"", [], 0
         if flags & socket.MSG_CTRUNC:  # RLIMIT_NOFILE: the kernel has dropped some
@@ -101,6 +101,13 @@ class Loader:
 def _start_error(error: OSError) -> errors.UnavailableError:
     few = error.errno in (errno.EMFILE, errno.ENFILE)
     return errors.UnavailableError(FEW_DESCRIPTORS if few else f"cannot start the loader: {error}")
+
+
+def _python() -> str:
+    try:
+        return python_with_bcc()
+    except errors.UnavailableError:  # enough for programs that are compiled already; otherwise the child says so
+        return sys.executable
 
 
 @functools.cache

@@ -25,10 +25,11 @@ from typing import Any
 from producer.errors import HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.host import capabilities
 from producer.host.cgroups import cgroup2_root
-from producer.kernel import bpf_syscall, hooks, program_cache, source
+from producer.kernel import bpf_syscall, hooks, program_cache, program_files, source
 from producer.kernel.btf import VMLINUX, Btf
-from producer.kernel.features import Features
+from producer.kernel.features import Features, machine
 from producer.kernel.program_cache import Compiled, ProgramCache
+from producer.kernel.program_files import ProgramFiles
 
 MAPS = (
     "transmit_pipe",
@@ -63,6 +64,10 @@ class _LoggedError(HookError):
     def __init__(self, message: str, log: str) -> None:
         super().__init__(message)
         self.log = log
+
+
+class _NoCompiler(UnavailableError):
+    """bcc is missing."""
 
 
 class _HookFailed(Exception):
@@ -113,6 +118,9 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
         raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
     bpf_syscall.check_machine()
     btf = Btf.load(Path(request["btf"] or VMLINUX))
+    if request["do"] == "compile":
+        _compile_all(channel, request, btf)
+        return
     kernel = hooks.Kernel(btf, Features.find(btf), cgroup2_root(), keeps=request["keeps"])
     if not kernel.features.ring_buffer:
         raise UnavailableError(NO_RING_BUFFER)
@@ -124,6 +132,7 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
         "maps": list(MAPS),
         "programs": [stream for stream, _ in counted],
         "cached": loaded.cached,
+        "programs_from": str(loaded.programs_from or ""),
         "warnings": loaded.warnings,
     }
     _answer(channel, answer, loaded.log, [*loaded.maps, *(program for _, program in counted)])
@@ -146,23 +155,51 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
     _answer(channel, {"iterators": iterators}, "", links)
 
 
+def _compile_all(channel: socket.socket, request: Mapping[str, Any], btf: Btf) -> None:
+    """Compile for the kernel of a BTF, and answer with a descriptor of the file's content."""
+    features = Features.expected(btf)
+    if machine(btf) != os.uname().machine:
+        raise UnavailableError(f"the BTF is of a kernel for {machine(btf)}: compile on a host with that processor")
+    if not features.ring_buffer:
+        raise UnavailableError("the BTF is of a kernel without BPF ring buffers: ReBPF needs Linux 5.10 or later")
+    identity = _identity(request, btf, features)
+    kernel = hooks.Kernel(btf, features, None, keeps=False)
+    programs = {}
+    for chosen in hooks.combinations(features):
+        unit = _Unit(request, kernel, chosen)
+        programs[unit.combination] = unit.compile()
+    file = os.memfd_create("programs")
+    with open(file, "wb", closefd=False) as writer:
+        writer.write(program_files.packed(identity, programs))
+    _answer(channel, {"combinations": len(programs)}, "", [file])
+
+
+def _identity(request: Mapping[str, Any], btf: Btf, features: Features) -> program_files.Identity:
+    return program_files.Identity.of(request["version"], Path(request["bpf"]), request["layout_check"], btf, features)
+
+
 class _Loaded:
     """The loaded programs of the streams, with the best hooks whose programs load."""
 
     def __init__(self, request: Mapping[str, Any], kernel: hooks.Kernel) -> None:
         self._kernel = kernel
+        self._hz = bpf_syscall.jiffies_per_second()
         self.chosen: dict[str, hooks.Hook] = {}
         self.refusals: list[hooks.Refusal] = []
         self.log = ""
         self._ring_bytes: Mapping[str, int] = request["ring_bytes"]
+        self.programs_from: Path | None = None
+        self.warnings: list[str] = []
         cache = ProgramCache(Path(request["cache"]) if request["cache"] else None)
+        path = Path(request["programs"]) if request["programs"] else None
+        files = ProgramFiles(path, _identity(request, kernel.btf, kernel.features))
         allowed = {stream: list(request["hooks"]) for stream in request["streams"]}
         if "flow" in allowed:
             allowed["flow"] = [hook.name for hook in hooks.HOOKS_BY_STREAM["flow"]]
         while True:
             self._choose(allowed)
             try:
-                self._load(request, cache)
+                self._load(request, files, cache)
                 break
             except _HookFailed as failed:
                 if failed.stream is None:
@@ -173,7 +210,9 @@ class _Loaded:
                 self.log += f"{failed.stream} {hook}:\n{failed.log}\n"
                 self.refusals.append(hooks.Refusal(failed.stream, hook, str(failed)))
                 allowed[failed.stream].remove(hook)
-        self.warnings = cache.warnings
+        if path and not self.programs_from:
+            self.warnings.append(f"compiled programs: {files.none_fits()}")
+        self.warnings += cache.warnings
 
     def _choose(self, allowed: Mapping[str, list[str]]) -> None:
         known = {(refusal.stream, refusal.hook) for refusal in self.refusals}
@@ -185,13 +224,34 @@ class _Loaded:
                 raise self._no_hook(stream)
             self.chosen[stream] = hook
 
-    def _load(self, request: Mapping[str, Any], cache: ProgramCache) -> None:
+    def _load(self, request: Mapping[str, Any], files: ProgramFiles, cache: ProgramCache) -> None:
         unit = _Unit(request, self._kernel, self.chosen)
+        self.cached, rejected = False, self._load_file(unit, files)
+        if self.programs_from:
+            return
         self.cached = self._load_cached(unit, cache)
         if not self.cached:
-            fresh = unit.compile()
+            try:
+                fresh = unit.compile()
+            except _NoCompiler as missing:
+                if rejected:  # another hook may work
+                    raise rejected from missing
+                raise UnavailableError("; ".join(filter(None, [BCC_MISSING, files.none_fits()]))) from missing
             self._load_programs(fresh)
             cache.put(unit.key, fresh, program_cache.compiler())
+
+    def _load_file(self, unit: "_Unit", files: ProgramFiles) -> _HookFailed | None:
+        """Load the programs of a file that fits; return why the kernel rejects them, if it does."""
+        found = files.find(unit.combination)
+        if found is None or not unit.is_whole_in(found):
+            return None
+        try:
+            self._load_programs(found)
+        except _HookFailed as rejected:
+            files.refusals.append(f"{files.fitting}: rejected by the kernel: {rejected}")
+            return rejected
+        self.programs_from = files.fitting
+        return None
 
     def _load_cached(self, unit: "_Unit", cache: ProgramCache) -> bool:
         cached = cache.find(unit.key)
@@ -217,7 +277,8 @@ class _Loaded:
         self.programs: list[tuple[str | None, hooks.Probe, int]] = []
         for stream, probe in [(None, hooks.OWN_SOCKETS), (None, hooks.OLD_SOCKETS), *attached]:
             try:
-                program = hooks.load(probe, code.instructions(probe.program, maps), self._kernel.btf)
+                instructions = code.instructions(probe.program, maps, self._hz)
+                program = hooks.load(probe, instructions, self._kernel.btf)
             except bpf_syscall.VerifierError as error:
                 if probe == hooks.OLD_SOCKETS:
                     self.log += f"{probe.program}:\n{error.log}\n"
@@ -237,12 +298,13 @@ class _Unit:
     def __init__(self, request: Mapping[str, Any], kernel: hooks.Kernel, chosen: Mapping[str, hooks.Hook]) -> None:
         folder = Path(request["bpf"])
         names = {stream: hook.name for stream, hook in chosen.items()}
-        flags = source.macros(kernel.btf, kernel.features, names, bpf_syscall.jiffies_per_second())
+        flags = [*source.hook_macros(names), *source.kernel_macros(kernel.btf, kernel.features)]
         self._text = source.program_text(folder, kernel.btf, request["layout_check"])
         self._flags = [*flags, "-Wno-unused-function"]
         probes = [*(probe for hook in chosen.values() for probe in hook.probes), hooks.OWN_SOCKETS, hooks.OLD_SOCKETS]
         self._programs = [probe.program for probe in probes]
         self._shim = folder / "shim"
+        self.combination = program_files.combination(names)
         self.key = program_cache.key(self._shim, self._text, self._flags, self._programs, MAPS)
 
     def is_whole_in(self, code: Compiled) -> bool:
@@ -255,7 +317,7 @@ class _Unit:
         try:
             import bcc
         except ImportError as error:
-            raise UnavailableError(BCC_MISSING) from error
+            raise _NoCompiler(BCC_MISSING) from error
         # LLVM writes its messages only to file descriptor 2.
         with tempfile.TemporaryFile() as messages:
             saved = os.dup(2)
@@ -269,8 +331,12 @@ class _Unit:
                 os.dup2(saved, 2)
                 os.close(saved)
         # bcc's maps only serve as a description: the real ones are created the same way with and without the cache.
-        programs = {name: module.dump_func(name.encode()) for name in self._programs}
-        return Compiled.from_loaded(programs, [bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS])
+        try:
+            programs = {name: module.dump_func(name.encode()) for name in self._programs}
+            maps = [bcc.lib.bpf_table_fd(module.module, name.encode()) for name in MAPS]
+            return Compiled.from_loaded(programs, maps)
+        finally:
+            module.cleanup()
 
 
 def _compile_error(log: str) -> _LoggedError:

@@ -22,6 +22,7 @@ from typing import Any
 
 from producer.host import state_file
 from producer.kernel import bpf_syscall
+from producer.kernel.source import HZ_MARK
 
 MAX_FILES = 8
 """Files in the folder; the least recently used beyond these are deleted."""
@@ -52,7 +53,7 @@ class Compiled:
                 descriptors.append(descriptor)
             return descriptors.index(descriptor)
 
-        taken = {name: _with_maps(instructions, index) for name, instructions in programs.items()}
+        taken = {name: _with_numbers(instructions, index) for name, instructions in programs.items()}
         return cls([bpf_syscall.map_info(descriptor) for descriptor in descriptors], taken)
 
     def create_maps(self, sizes: Mapping[str, int]) -> list[int]:
@@ -67,13 +68,13 @@ class Compiled:
             raise
         return descriptors
 
-    def instructions(self, program: str, maps: Sequence[int]) -> bytes:
-        """Return a program for loading, with the descriptors of the maps."""
-        return _with_maps(self.programs[program], maps.__getitem__)
+    def instructions(self, program: str, maps: Sequence[int], hz: int) -> bytes:
+        """Return a program for loading, with the descriptors of the maps and the kernel's HZ."""
+        return _with_numbers(self.programs[program], maps.__getitem__, hz)
 
 
-def _with_maps(instructions: bytes, number: Callable[[int], int]) -> bytes:
-    """Replace the number of each map reference."""
+def _with_numbers(instructions: bytes, number: Callable[[int], int], hz: int | None = None) -> bytes:
+    """Replace the number of each map reference, and the mark of HZ if `hz` is given."""
     changed = bytearray(instructions)
     at = 0
     while at < len(instructions):
@@ -82,8 +83,15 @@ def _with_maps(instructions: bytes, number: Callable[[int], int]) -> bytes:
             _INSTRUCTION.pack_into(changed, at, opcode, registers, offset, number(immediate))
         elif opcode == _LD_IMM64 and registers >> 4:
             raise ValueError(f"instruction {at // 8} refers to something other than a map")
+        elif hz and opcode == _LD_IMM64 and _number(instructions, at) == HZ_MARK:
+            _INSTRUCTION.pack_into(changed, at, opcode, registers, offset, hz)
+            _INSTRUCTION.pack_into(changed, at + 8, 0, 0, 0, 0)
         at += 16 if opcode == _LD_IMM64 else 8
     return bytes(changed)
+
+
+def _number(instructions: bytes, at: int) -> int:
+    return int.from_bytes(instructions[at + 4 : at + 8] + instructions[at + 12 : at + 16], "little")
 
 
 def key(headers: Path, *made_of: Any) -> str:
@@ -116,8 +124,8 @@ class ProgramCache:
         if self._path is None:
             return None
         try:
-            _check_folders(self._path)
-            with _own(self._path / f"{key}.json") as descriptor:
+            check_folders(self._path)
+            with own(self._path / f"{key}.json") as descriptor:
                 with open(descriptor, "rb", closefd=False) as file:
                     compiler, compiled = _unpacked(key, file.read(_MOST_FILE_BYTES))
                 with contextlib.suppress(OSError):
@@ -134,9 +142,9 @@ class ProgramCache:
         if self._path is None:
             return
         try:
-            _check_folders(self._path.parent)
+            check_folders(self._path.parent)
             self._path.mkdir(mode=0o700, exist_ok=True)
-            _check_folders(self._path)
+            check_folders(self._path)
             state_file.write(self._path / f"{key}.json", _packed(key, compiled, compiler))
             _prune(self._path)
         except (OSError, ValueError) as error:
@@ -155,7 +163,7 @@ class ProgramCache:
             self.warnings.append(warning)
 
 
-def _check_folders(path: Path) -> None:
+def check_folders(path: Path) -> None:
     """Raise ValueError if anyone but root could change or replace a folder."""
     for folder in (*reversed(path.parents), path):
         status = folder.lstat()
@@ -173,7 +181,7 @@ def _check_roots(path: Path, status: os.stat_result) -> None:
 
 
 @contextlib.contextmanager
-def _own(path: Path) -> Iterator[int]:
+def own(path: Path) -> Iterator[int]:
     """Open a file that belongs to root and is writable only by root. Raises ValueError if it is not, or OSError."""
     descriptor = state_file.open_regular(path)
     try:
@@ -184,9 +192,7 @@ def _own(path: Path) -> Iterator[int]:
 
 
 def _packed(key: str, compiled: Compiled, compiler: Iterable[str]) -> bytes:
-    programs = {name: base64.b64encode(code).decode() for name, code in compiled.programs.items()}
-    maps = [astuple(each) for each in compiled.maps]
-    body = json.dumps({"compiler": [*map(_identity, compiler)], "maps": maps, "programs": programs}).encode()
+    body = json.dumps({"compiler": [*map(_identity, compiler)], **as_json(compiled)}).encode()
     return _checksum(key, body) + b"\n" + body
 
 
@@ -196,14 +202,28 @@ def _unpacked(key: str, data: bytes) -> tuple[list[list[Any]], Compiled]:
         raise ValueError(f"{key}.json is damaged")
     try:
         known = state_file.parse(body)
+        compiler = [[str(path), *known] for path, *known in known["compiler"]]
+        return compiler, from_json(known)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key}.json is another version's") from error
+
+
+def as_json(compiled: Compiled) -> dict[str, Any]:
+    """Return programs as JSON can hold them."""
+    programs = {name: base64.b64encode(code).decode() for name, code in compiled.programs.items()}
+    return {"maps": [astuple(each) for each in compiled.maps], "programs": programs}
+
+
+def from_json(known: Any) -> Compiled:
+    """Return the programs of `as_json`. ValueError if `known` is something else."""
+    try:
         maps = [_map(each) for each in known["maps"]]
         programs = {name: base64.b64decode(code, validate=True) for name, code in known["programs"].items()}
         for code in programs.values():
-            _with_maps(code, range(len(maps)).__getitem__)
-        compiler = [[str(path), *known] for path, *known in known["compiler"]]
-        return compiler, Compiled(maps, programs)
-    except (LookupError, TypeError, AttributeError, ValueError, struct.error) as error:
-        raise ValueError(f"{key}.json is another version's") from error
+            _with_numbers(code, range(len(maps)).__getitem__)
+        return Compiled(maps, programs)
+    except (LookupError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError("no compiled programs") from error
 
 
 def _map(fields: Sequence[Any]) -> bpf_syscall.MapInfo:

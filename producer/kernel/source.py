@@ -4,6 +4,9 @@ bcc rewrites map accesses only in its main file, so the local headers are inline
 messages name the original files. Standard library only.
 """
 
+import hashlib
+import json
+import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,6 +95,9 @@ WANTED = {
     struct: REQUIRED.get(struct, ()) + OPTIONAL.get(struct, ()) for struct in dict.fromkeys([*REQUIRED, *OPTIONAL])
 }
 
+HZ_MARK = 0x7A68_5F72_6562_7066
+"""Stands for the kernel's HZ in compiled programs, because neither BTF nor a feature tells it."""
+
 _HOOKS = (
     "TRANSMIT_FENTRY",
     "TRANSMIT_KPROBE",
@@ -108,18 +114,34 @@ def program_text(folder: Path, btf: Btf, layout_check: str) -> str:
     """Return the whole C source. `layout_check` is C that compares events.h with the agent's dtypes."""
     if lacking := missing(btf, REQUIRED):
         raise UnavailableError(f"this kernel's structs lack members that ReBPF needs: {', '.join(lacking)}")
-    generated = {"kernel.h": kernel_header(btf, WANTED), "layout_check.h": layout_check}
-    return _inline(folder, "rebpf.bpf.c", generated)
+    return _joined(folder, kernel_header(btf, WANTED), layout_check)
 
 
-def macros(btf: Btf, features: Features, hooks: Mapping[str, str], hz: int) -> list[str]:
-    """Return the compiler flags for the kernel's features and HZ, and the chosen hooks, by stream."""
+def made_of(folder: Path, layout_check: str) -> str:
+    """Return a digest of all that is compiled for any kernel: the C source and its headers without the layouts."""
+    shim = [[str(path.relative_to(folder)), path.read_text()] for path in sorted(folder.glob("shim/**/*.h"))]
+    made_of = [_joined(folder, "", layout_check), WANTED, shim, hook_macros({})]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+
+def made_for(btf: Btf, features: Features) -> str:
+    """Return a digest of all that a compilation takes from the kernel."""
+    made_for = [platform.machine(), kernel_header(btf, WANTED), kernel_macros(btf, features)]
+    return hashlib.sha256(json.dumps(made_for).encode()).hexdigest()
+
+
+def hook_macros(hooks: Mapping[str, str]) -> list[str]:
+    """Return the compiler flags for the chosen hooks, by stream."""
     chosen = {f"{stream}_{hook}".upper() for stream, hook in hooks.items()}
+    numbers = {name: int(name in chosen) for name in _HOOKS}
+    # All streams are in one compilation: pointers have BTF types unless one stream uses kprobes.
+    return _defined({**numbers, "PROBE_READ": int("kprobe" in hooks.values()), "HZ_MARK": HZ_MARK})
+
+
+def kernel_macros(btf: Btf, features: Features) -> list[str]:
+    """Return the compiler flags for what the kernel has."""
     tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
     numbers = {
-        **{name: int(name in chosen) for name in _HOOKS},
-        # All streams are in one compilation: pointers have BTF types unless one stream uses kprobes.
-        "PROBE_READ": int("kprobe" in hooks.values()),
         # The first parameter of a tracepoint's typedef is the data pointer.
         "RETRANSMIT_TRACEPOINT_HAS_ERR": int(tracepoint is not None and btf.params(tracepoint) > 3),
         # Whether a SYN-ACK's retransmission is counted by the caller of tcp_rtx_synack; since Linux 6.17 by itself.
@@ -127,9 +149,16 @@ def macros(btf: Btf, features: Features, hooks: Mapping[str, str], hz: int) -> l
         "HAS_ATOMIC_FETCH": int(features.atomic_fetch),
         "HAS_TRACING_COOKIE": int(features.tracing_cookie),
         "HAS_TRACING_STORAGE": int(features.tracing_storage),
-        "HZ": hz,
     }
+    return _defined(numbers)
+
+
+def _defined(numbers: Mapping[str, int]) -> list[str]:
     return [f"-D{name}={value}" for name, value in numbers.items()]
+
+
+def _joined(folder: Path, kernel: str, layout_check: str) -> str:
+    return _inline(folder, "rebpf.bpf.c", {"kernel.h": kernel, "layout_check.h": layout_check})
 
 
 def _inline(folder: Path, name: str, generated: Mapping[str, str]) -> str:

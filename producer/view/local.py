@@ -43,10 +43,12 @@ class LocalSource:
         *,
         cache: Path | None = None,
         btf: Path | None = None,
+        programs: Path | None = None,
     ) -> None:
         self._streams = streams
         self._names = names
-        self._capture = Capture(CaptureSettings(streams=(*streams,), ring_bytes=_RING_BYTES, cache=cache, btf=btf))
+        settings = CaptureSettings(streams=(*streams,), ring_bytes=_RING_BYTES, cache=cache, btf=btf, programs=programs)
+        self._capture = Capture(settings)
         fields = {**host_fields, "boot_id": boot_id()}
         cgroups = CgroupPaths(cgroup2_root())
         schemas = {stream: load_schema(stream.schema_file) for stream in streams}

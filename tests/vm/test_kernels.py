@@ -22,7 +22,7 @@ KERNELS = os.environ.get("REBPF_TEST_KERNELS", "bookworm").split(",")
 # and compiling twenty.
 # On Debian's kernels (perf_event_paranoid 3) only root can open a kprobe's perf event, even with CAP_PERFMON.
 LEFT_OUT = {
-    "fentry": ("test_lab.py", "test_demo.py", "test_compiled.py", "test_check_and_run.py"),
+    "fentry": ("test_lab.py", "test_demo.py", "test_compiled.py", "test_check_and_run.py", "test_without_compiler.py"),
     "kprobe": (
         "test_check_and_run.py",
         "test_lab.py",
@@ -34,6 +34,7 @@ LEFT_OUT = {
         "test_kept.py",
         "test_numbers.py",
         "test_unprivileged.py",
+        "test_without_compiler.py",
     ),
 }
 LAST = ("test_lifecycle.py", "test_unprivileged.py")

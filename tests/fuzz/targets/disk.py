@@ -166,7 +166,7 @@ def _compiled() -> Iterator[Check]:
             kept = ProgramCache(folder)
             if (found := kept.find("key")) is not None:
                 for program in found.programs:
-                    found.instructions(program, range(100, 100 + len(found.maps)))
+                    found.instructions(program, range(100, 100 + len(found.maps)), 250)
             elif any(len(warning.splitlines()) != 1 for warning in kept.warnings):
                 raise FindingError(f"not one line: {kept.warnings}")
 

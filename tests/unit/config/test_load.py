@@ -50,6 +50,7 @@ pin = "/sys/fs/bpf/rebpf"
 latency_s = 1
 transmit_events_per_s = 1000
 btf = "/some/vmlinux"
+programs = "/some/programs"
 
 [kafka]
 brokers = "a:9092,b:9092"
@@ -206,6 +207,7 @@ def test_every_setting_can_be_read(read):
             latency_s=1.0,
             transmit_events_per_s=1000,
             btf=Path("/some/vmlinux"),
+            programs=Path("/some/programs"),
         ),
         kafka=Kafka(
             brokers="a:9092,b:9092",

@@ -142,6 +142,42 @@ def test_something_other_than_btf_is_rejected() -> None:
         Btf(bytes(64))
 
 
+def test_truncated_btf_is_rejected(made: Btf) -> None:
+    blob = Blob()
+    blob.add(INT, "u8", 1, [8])
+    Btf(blob.bytes())
+    with pytest.raises(UnavailableError, match="truncated BTF"):
+        Btf(blob.bytes()[:-1])
+
+
+def elf(**sections: bytes) -> bytes:
+    """Return a 64-bit ELF file with these sections, the table at its end, and the names in the last one."""
+    content = bytearray(64)
+    names = bytearray(b"\0")
+    table = [bytes(64)]
+    for name, data in {**sections, "shstrtab": b""}.items():
+        at = len(names)
+        names += f".{name}".encode() + b"\0"
+        if name == "shstrtab":
+            data = bytes(names)
+        table.append(struct.pack("<IIQQQQ24x", at, 1, 0, 0, len(content), len(data)))
+        content += data
+    struct.pack_into("<4s36xQ10xHHH", content, 0, b"\x7fELF", len(content), 64, len(table), len(table) - 1)
+    return bytes(content) + b"".join(table)
+
+
+def test_the_btf_of_a_kernel_image_is_found(tmp_path: Path) -> None:
+    blob = Blob()
+    blob.add(FUNC, "tcp_sendmsg", 0)
+    image = tmp_path / "vmlinux"
+    image.write_bytes(elf(text=b"code", BTF=blob.bytes(), BTF_ids=b"more"))
+    assert Btf.load(image).find(FUNC, "tcp_sendmsg") == 1
+    for other in (elf(text=b"code"), image.read_bytes()[:-100], b"\x7fELF"):
+        image.write_bytes(other)
+        with pytest.raises(UnavailableError, match="not BTF"):
+            Btf.load(image)
+
+
 def test_an_unknown_kind_is_rejected() -> None:
     blob = Blob()
     blob.add(29, "future", 0)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from producer.kernel.bpf_syscall import RETURN_0, MapInfo, instruction
 from producer.kernel.program_cache import MAX_FILES, Compiled, ProgramCache, key
+from producer.kernel.source import HZ_MARK
 from tests.support.disks import remount, small_disk
 
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -49,10 +51,20 @@ def file(path: Path, compiler: Path) -> Path:
 
 def test_instructions_have_the_descriptors_of_their_maps_and_nothing_else_has_changed() -> None:
     patched = load_64(MAP_FD, 63) + load_64(0, 1) + load_64(MAP_FD, 41) + RETURN_0
-    assert COMPILED.instructions("one", [41, 63]) == patched
+    assert COMPILED.instructions("one", [41, 63], 250) == patched
     # The second half of a 64-bit load is a number, even if it looks like an instruction.
     number = instruction(LD_IMM64, 1, 0, 0, 7) + instruction(LD_IMM64, 0, MAP_FD, 0, 1)
-    assert Compiled(MAPS, {"p": number + RETURN_0}).instructions("p", [41, 63]) == number + RETURN_0
+    assert Compiled(MAPS, {"p": number + RETURN_0}).instructions("p", [41, 63], 250) == number + RETURN_0
+
+
+def test_the_mark_of_hz_becomes_the_kernels_and_no_other_number_changes() -> None:
+    def number(value: int) -> bytes:
+        low, high = struct.unpack("<ii", struct.pack("<Q", value))
+        return instruction(LD_IMM64, 1, 0, 0, low) + instruction(0, 0, 0, 0, high)
+
+    others = number(HZ_MARK + 1) + number(HZ_MARK & 0xFFFFFFFF)
+    made = Compiled([], {"p": number(HZ_MARK) + others + RETURN_0})
+    assert made.instructions("p", [], 250) == number(250) + others + RETURN_0
 
 
 def test_a_reference_to_something_other_than_a_map_is_an_error() -> None:
@@ -231,11 +243,11 @@ def test_the_key_depends_on_all_inputs(tmp_path: Path) -> None:
     header = tmp_path / "include" / "linux" / "types.h"
     header.parent.mkdir(parents=True)
     header.write_text("typedef unsigned int u32;")
-    flags, programs = ["-DHZ=250"], ["fentry_a"]
+    flags, programs = ["-DA=1"], ["fentry_a"]
     keys = [
         key(tmp_path, "int a;", flags, programs),
         key(tmp_path, "int b;", flags, programs),
-        key(tmp_path, "int a;", ["-DHZ=1000"], programs),
+        key(tmp_path, "int a;", ["-DA=2"], programs),
         key(tmp_path, "int a;", flags, ["fentry_b"]),
     ]
     header.write_text("typedef unsigned long u32;")

@@ -1,6 +1,8 @@
 """The C source for bcc: one file, whose messages name the original files."""
 
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from producer.events import layout_check
 from producer.kernel.btf import VMLINUX, Btf
 from producer.kernel.features import Features
-from producer.kernel.source import macros, program_text
+from producer.kernel.source import hook_macros, kernel_macros, made_for, made_of, program_text
 from producer.paths import BPF
 
 pytestmark = pytest.mark.skipif(not VMLINUX.exists(), reason=f"{VMLINUX} is missing: this kernel has no BTF")
@@ -48,10 +50,29 @@ def test_no_local_include_is_left_for_the_compiler(btf: Btf) -> None:
 
 def test_macros_name_only_the_chosen_hooks(btf: Btf) -> None:
     features = Features(True, True, False, True, frozenset())
-    flags = macros(btf, features, {"transmit": "cgroup_skb", "retransmit": "kprobe"}, 250)
+    flags = hook_macros({"transmit": "cgroup_skb", "retransmit": "kprobe"}) + kernel_macros(btf, features)
     hooks = {flag for flag in flags if flag.startswith(("-DTRANSMIT_", "-DRETRANSMIT_")) and flag.endswith("=1")}
     assert hooks - {"-DRETRANSMIT_TRACEPOINT_HAS_ERR=1"} == {"-DTRANSMIT_CGROUP_SKB=1", "-DRETRANSMIT_KPROBE=1"}
-    assert {"-DPROBE_READ=1", "-DHZ=250", "-DHAS_ATOMIC_FETCH=1", "-DHAS_TRACING_COOKIE=0"} <= set(flags)
+    assert {"-DPROBE_READ=1", "-DHAS_ATOMIC_FETCH=1", "-DHAS_TRACING_COOKIE=0"} <= set(flags)
+
+
+def test_layouts_and_features_make_programs_of_another_kernel_and_sources_those_of_another_version(
+    btf: Btf, tmp_path: Path
+) -> None:
+    features = Features(True, True, True, True, frozenset())
+    blob = VMLINUX.read_bytes()
+    other = Btf(blob.replace(b"\0snd_cwnd\0", b"\0snd_cwmd\0"))
+    assert made_for(btf, features) == made_for(Btf(blob), replace(features, split=None))
+    assert made_for(btf, features) != made_for(other, features)
+    assert made_for(btf, features) != made_for(btf, replace(features, tracing_cookie=False))
+
+    folder = shutil.copytree(BPF, tmp_path / "bpf")
+    assert made_of(folder, layout_check()) == made_of(BPF, layout_check())
+    for path in (folder / "rules.h", folder / "shim/include/linux/types.h"):
+        path.write_text(path.read_text() + "/* changed */\n")
+        assert made_of(folder, layout_check()) != made_of(BPF, layout_check())
+        shutil.copytree(BPF, folder, dirs_exist_ok=True)
+    assert made_of(folder, "") != made_of(folder, layout_check())
 
 
 def test_the_license_of_the_programs_is_one_that_the_helpers_accept() -> None:

@@ -1,0 +1,39 @@
+"""`rebpf compile`: programs for hosts without a compiler."""
+
+from pathlib import Path
+
+import click
+
+from producer.cli.options import Command, option
+from producer.host.output import echo
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("rebpf compile -o 6.1.0-50-amd64", "Compile for hosts with this host's kernel"),
+        ("rebpf compile --btf vmlinux-6.1.0-50 -o 6.1.0-50-amd64", "Compile for another kernel"),
+    ),
+)
+@option(
+    "--btf",
+    type=click.Path(path_type=Path),
+    help="The kernel's types: its /sys/kernel/btf/vmlinux, or an uncompressed vmlinux.  [default: of this kernel]",
+)
+@option(
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File to write, for capture.programs of the hosts.",
+)
+def compile(btf: Path | None, output: Path) -> None:
+    """Compile the BPF programs for hosts without bcc.
+
+    Needs bcc and root, on a host with the processor of the others. The file has the programs of all streams and hooks.
+    A host uses it if its kernel has the same structs and features, and its ReBPF the same programs: see `rebpf check`.
+    """
+    from producer.commands.compile import compile_programs
+
+    made = compile_programs(btf, output)
+    echo(f"{made.path}: {made.combinations} combinations of hooks, {made.size_bytes >> 10} KiB")

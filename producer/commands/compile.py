@@ -1,0 +1,58 @@
+"""`rebpf compile`: makes a file with the programs for a kernel, for hosts without a compiler."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from producer import __version__
+from producer.errors import OutputError, UsageError
+from producer.events import layout_check
+from producer.host import state_file
+from producer.host.progress import Progress
+from producer.kernel.loader import Loader
+from producer.paths import BPF
+
+_TIMEOUT_S = 1800.0  # for 33 compilations, each of which takes half a minute in a virtual machine without KVM
+_MODE = 0o644
+"""Readable for the service's user. The file holds nothing secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A file that was written."""
+
+    path: Path
+    combinations: int
+    size_bytes: int
+
+
+def compile_programs(btf: Path | None, output: Path) -> Made:
+    """Compile for the kernel of a BTF file, by default this host's, and write the file `output`."""
+    if btf is not None:
+        try:
+            btf.open("rb").close()
+        except OSError as error:
+            raise UsageError(f"--btf: {btf}: {error.strerror}") from error
+    loader = Loader()
+    try:
+        with Progress("compiling the BPF programs"):
+            answer, descriptors = loader.ask(
+                {
+                    "do": "compile",
+                    "version": __version__,
+                    "btf": str(btf.absolute()) if btf else "",
+                    "bpf": str(BPF),
+                    "layout_check": layout_check(),
+                },
+                _TIMEOUT_S,
+            )
+    finally:
+        loader.end()
+    with open(descriptors[0], "rb") as file:
+        file.seek(0)
+        content = file.read()
+    try:
+        state_file.write(output, content, mode=_MODE)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror}") from error
+    return Made(output, answer["combinations"], os.stat(output).st_size)
