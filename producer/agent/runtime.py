@@ -36,6 +36,7 @@ from producer.pipeline.pipeline import Pipeline
 logger = logging.getLogger(__name__)
 
 _CHORES_S = 1.0
+_CHORES_EARLY_S = 0.25
 _RETRY_S = 0.1
 _LAST_HEARTBEAT_S = 1.0
 _SPILL_S = 5.0
@@ -132,8 +133,12 @@ class Runtime:
         return FlowTimer(report, lambda: ring.fill, interval_s, self.config.host, time.monotonic())
 
     def _do_chores(self, reload: Flag) -> None:
-        """Do what is not about events, at its own times, however often the loop turns."""
-        if time.monotonic() < self.chores_at_s and not (reload.is_set() or self.wakeup.called):
+        """Do what is not about events, about once a second, however often the loop turns.
+
+        A turn shortly before the time does it too: an idle host then wakes once for both.
+        """
+        early_s = self.chores_at_s - time.monotonic()
+        if early_s > _CHORES_EARLY_S and not (reload.is_set() or self.wakeup.called):
             return
         # For a reload's pace and its steps, and for retries.
         is_soon = reload.is_set() or self.in_force.busy or self.supervisor.reasons

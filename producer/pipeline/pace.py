@@ -63,7 +63,15 @@ class StreamPace:
         self._rows = 0
         """Rows since `_read_s`, when the ring was last read to its end."""
         self._read_s = 0.0
+        self._was_empty = False
         self._counted, self._counted_s = 0, 0.0
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether to read the ring in a turn at this time.
+
+        One that was empty is read up to half of its wait early, so that idle rings share their turns.
+        """
+        return now_s >= (0.5 * (self._read_s + self.due_s) if self._was_empty else self.due_s)
 
     def after_read(self, now_s: float, rows: int, *, more: bool) -> None:
         """Note a read of `rows`; `more`: the ring likely has more."""
@@ -80,11 +88,13 @@ class StreamPace:
         elif self._rows:
             wait_s = max(LEAST_S, BATCH_ROWS * elapsed_s / self._rows)
         self.due_s = now_s + min(wait_s, self.latency_s)
+        self._was_empty = not self._rows
         self._rows, self._read_s = 0, now_s
 
     def after_failure(self, now_s: float) -> None:
         """Note a read that failed."""
         self.due_s = now_s + _RETRY_S
+        self._was_empty = False
 
     def heeds(self, unread_share: float) -> bool:
         """Whether a wake-up changes when the ring is read, if unread events use this share of it."""

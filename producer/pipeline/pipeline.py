@@ -73,7 +73,7 @@ class Pipeline:
             # The kernel wakes nobody for an event that arrives before all older ones were committed.
             if name in woken or (pace.is_urgent and name in finished):
                 pace.wake(now_s, stream.unread_share)
-            if pace.due_s <= now_s or stream.is_stalled(self._sink, now_s):
+            if pace.is_due(now_s) or stream.is_stalled(self._sink, now_s):
                 taken = stream.taken
                 more = self._step(name, stream)
                 if more is None:

@@ -18,10 +18,24 @@ def test_a_turn_reads_only_rings_that_are_due_and_returns_when_the_next_is() -> 
     setup = Setup()
     assert setup.pipeline.turn() == pytest.approx(1.0)
     setup.ring.written = 5
-    setup.now_s += 0.5
-    assert setup.pipeline.turn() == pytest.approx(0.5)
+    setup.now_s += 0.4
+    assert setup.pipeline.turn() == pytest.approx(0.6)
     assert not setup.sink.sent
-    setup.now_s += 0.5
+    setup.now_s += 0.6
+    setup.pipeline.turn()
+    assert setup.sink.sent == list(range(5))
+
+
+def test_a_turn_also_reads_rings_that_were_empty_and_are_due_soon_but_no_others() -> None:
+    setup = Setup()
+    setup.pipeline.turn()
+    setup.ring.written = 5
+    setup.now_s += 0.6
+    setup.pipeline.turn()
+    assert setup.sink.sent == list(range(5))
+    setup.sink.take_all()
+    setup.ring.written = 10
+    setup.now_s += 0.6
     setup.pipeline.turn()
     assert setup.sink.sent == list(range(5))
 
