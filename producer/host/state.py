@@ -40,7 +40,7 @@ _LOCKING = Retrying(
 
 STATUS_SOCKET = "status.sock"
 
-_RELOAD_TIMEOUT_S = 10.0
+_RELOAD_TIMEOUT_S = 30.0
 _MOST_FACTS_BYTES = 1 << 16
 _FACTS: dict[str, type | tuple[type, ...]] = {
     "brokers": str,

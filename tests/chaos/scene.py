@@ -180,9 +180,7 @@ class Scene:
     def _env(self) -> dict[str, str]:
         if not self.has_clock:
             return {}
-        library, source = self.folder / "clock.so", Path(__file__).with_name("clock.c")
-        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
-        return {"LD_PRELOAD": str(library), "CHAOS_CLOCK": str(self.clock)}
+        return {"LD_PRELOAD": str(clock_library(self.folder)), "CHAOS_CLOCK": str(self.clock)}
 
     def watch(self) -> None:
         """Check the child processes, and what the poller saw."""
@@ -270,6 +268,13 @@ class Scene:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.listen}/{page}", timeout=10) as answer:
             content: bytes = answer.read()
         return content
+
+
+def clock_library(folder: Path) -> Path:
+    """Compile the library that steps a process's clock."""
+    library, source = folder / "clock.so", Path(__file__).with_name("clock.c")
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
 
 
 @contextlib.contextmanager

@@ -223,3 +223,18 @@ def test_a_reload_without_free_descriptors_is_tried_again(caplog: pytest.LogCapt
     assert in_force.config.capture.latency_s == 0.5
     assert (in_force.reloads, in_force.refusal, asked.value) == (2, "", False)
     assert [record.levelname for record in caplog.records if "refused" in record.message] == ["ERROR"]
+
+
+def test_a_reload_waits_until_a_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    in_force, asked = rules(Clock(), Config), Asked()
+    asked.set()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError):
+            in_force.follow(asked)
+    assert (asked.value, in_force.busy, in_force.reloads) == (True, False, 0)
+    follow(in_force, asked)
+    assert (asked.value, in_force.reloads) == (False, 1)
