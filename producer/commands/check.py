@@ -12,6 +12,7 @@ from producer import __version__
 from producer.commands.check_servers import kafka, registry
 from producer.commands.finding import Finding
 from producer.config.effective import digest
+from producer.config.librdkafka import EMBEDDED
 from producer.config.load import Config, located
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import FLOWS, HOOKS, layout_check
@@ -68,7 +69,8 @@ def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
         with located(path):
             client = producer_settings(config.kafka.brokers, config.kafka.settings)
             # As in `run`, but without the brokers, so it does not connect.
-            Producer({name: value for name, value in client.items() if name != "bootstrap.servers"}).close()
+            brokers = {"bootstrap.servers", *EMBEDDED}
+            Producer({name: value for name, value in client.items() if name not in brokers}).close()
     except ConfigError as error:
         yield Finding("kafka.settings", str(error), error.exit_code)
     try:

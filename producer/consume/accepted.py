@@ -65,6 +65,16 @@ def accepted(text: str) -> Any:
         raise NotAccepted(str(error)[:_SHOWN]) from error
 
 
+def check_container(text: str) -> None:
+    """Raise NotAccepted unless all records of a file with this schema, which may be a union, are ours."""
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NotAccepted("its schema is not JSON") from error
+    for each in schema if isinstance(schema, list) else [schema]:
+        accepted(json.dumps(each))
+
+
 def _full_name(schema: dict[str, Any]) -> str:
     name, namespace = schema.get("name"), schema.get("namespace", "")
     if not isinstance(name, str) or not isinstance(namespace, str):

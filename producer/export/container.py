@@ -16,7 +16,7 @@ import fastavro
 import numpy as np
 
 from producer import _native
-from producer.consume.accepted import NotAccepted, accepted
+from producer.consume.accepted import NotAccepted, accepted, check_container
 from producer.consume.columns import Table, Values, decode
 from producer.consume.plan import Plan, plan_for_all, plan_for_names
 from producer.errors import IncompleteError, UnavailableError
@@ -62,6 +62,10 @@ def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -
     except Exception as error:  # invalid data can raise anything in the parser
         raise UnavailableError(f"{path}: not an Avro object container file") from error
     if isinstance(schema, list):
+        try:
+            check_container(json.dumps(schema))
+        except NotAccepted as error:
+            raise UnavailableError(f"{path}: has no events of ReBPF") from error
         file.seek(0)
         yield from _of_union(path, file, names)
         return

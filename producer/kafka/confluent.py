@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from confluent_kafka import KafkaError, KafkaException
 
 from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
+from producer.host.exhausted import check_threads
 from producer.host.log_limit import LogLimit
 from producer.kafka.wording import REPEAT_LOG_S, fix, in_brackets, is_tls
 
@@ -23,6 +24,7 @@ def open_client(kind: Callable[..., Client], settings: Mapping[str, Any]) -> Cli
     """
     client_logger = logger.getChild("librdkafka")
     client_logger.setLevel(logging.DEBUG if logger.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
+    check_threads()
     try:
         return kind(dict(settings), logger=client_logger)
     except KafkaException as error:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from producer import _native
 from producer.config.convert import nearest
 from producer.errors import ConfigError, UnavailableError
+from producer.host.exhausted import check_threads
 
 # struct rd_kafka_message_s
 MESSAGE = np.dtype(
@@ -172,6 +173,7 @@ class Producer:
     """
 
     def __init__(self, settings: Mapping[str, str], open_socket: "ctypes._FuncPointer | None" = None) -> None:
+        check_threads()
         text = ctypes.create_string_buffer(_ERROR_BYTES)
         conf = _lib.rd_kafka_conf_new()
         for name, value in {**settings, "log.queue": "true"}.items():

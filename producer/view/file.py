@@ -8,6 +8,7 @@ from typing import Any, cast
 import fastavro
 from fastavro.write import Writer
 
+from producer.consume.accepted import check_container
 from producer.errors import IncompleteError, OutputError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.schemas import load_schema
@@ -67,10 +68,12 @@ def read(path: Path) -> Iterator[Records]:
     """
     try:
         with path.open("rb") as file:
-            yield from _batches(fastavro.reader(file, return_record_name=True))
+            reader = fastavro.reader(file, return_record_name=True)
+            check_container(reader.metadata["avro.schema"])
+            yield from _batches(reader)
     except OSError as error:
         raise UnavailableError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError, LookupError, EOFError, AttributeError, ArithmeticError, StopIteration) as error:
+    except Exception as error:  # invalid data can raise anything in the parser and in decompression
         raise IncompleteError(f"{path}: expected an Avro file of `rebpf trace -w`: {error}") from error
 
 

@@ -19,6 +19,7 @@ from producer.view.file import RecordFile
 from producer.view.records import of_rows
 from tests.support.analysis import DAY_NS, NOON_NS, record, write_container, write_spool
 from tests.support.disks import fill, small_disk
+from tests.support.hostile_files import HOSTILE
 
 ALL = frozenset({TRANSMITS, RETRANSMITS, FLOWS})
 STRANGE = 'a"b,\n\u202e\x7f=1+1 $\\x'
@@ -164,3 +165,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path: Path, form: str) -
         with pytest.raises(UnavailableError, match=r"cannot write to .*disk: No space left on device"):
             export(source, disk, form, Period(), ALL)
         assert [each.name for each in disk.rglob("*") if each.is_file()] == ["filler"]
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_schema_of_others_is_refused_before_it_unfolds(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file.avro").write_bytes(content)
+    with pytest.raises(UnavailableError, match=r"file\.avro: has no events of ReBPF"):
+        rebpf.read(tmp_path, topic="tcp_flow")

@@ -9,6 +9,7 @@ import pytest
 from producer.errors import IncompleteError, OutputError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.view.file import RecordFile, read
+from tests.support.hostile_files import HOSTILE
 from tests.support.views import decoded, flows, retransmits, transmits
 
 BATCHES = [
@@ -85,4 +86,18 @@ def test_a_cut_file_is_incomplete(tmp_path: Path, left: int) -> None:
     content = (tmp_path / "file").read_bytes()
     (tmp_path / "file").write_bytes(content[:-left])
     with pytest.raises(IncompleteError):
+        [*read(tmp_path / "file")]
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_schema_of_others_is_refused_before_it_unfolds(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(IncompleteError, match=r"expected an Avro file of `rebpf trace -w`: it (is not|has)"):
+        [*read(tmp_path / "file")]
+
+
+def test_two_files_in_one_are_incomplete(tmp_path: Path) -> None:
+    write(tmp_path / "file")
+    (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes() * 2)
+    with pytest.raises(IncompleteError, match="expected an Avro file"):
         [*read(tmp_path / "file")]

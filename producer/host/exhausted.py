@@ -1,0 +1,40 @@
+"""Limits on memory, processes and file descriptors, which any call can reach: they are no defects of the program."""
+
+import errno
+import threading
+
+from producer.errors import UnavailableError
+
+_THREADS = 8
+_LIMITS = {
+    errno.ENOMEM: "memory: raise MemoryMax= of the unit, or ulimit -v",
+    errno.EAGAIN: "processes and threads: raise TasksMax= of the unit, or ulimit -u",
+    errno.EMFILE: "file descriptors: raise LimitNOFILE= of the unit, or ulimit -n",
+    errno.ENFILE: "file descriptors of the host: raise fs.file-max by sysctl",
+}
+
+
+def exhausted(error: BaseException) -> str:
+    """Return which limit an exception means, with the fix; empty for others."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    elif isinstance(error, RuntimeError) and str(error).startswith("can't start new thread"):
+        number = errno.EAGAIN
+    limit = _LIMITS.get(number) if isinstance(number, int) else None
+    return f"the limit on {limit}" if limit else ""
+
+
+def check_threads() -> None:
+    """Raise UnavailableError if some threads cannot be started now: librdkafka aborts the process for lack of one."""
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(_THREADS)]
+    try:
+        for thread in threads:
+            thread.start()
+    except RuntimeError as error:
+        raise UnavailableError(exhausted(error)) from error
+    finally:
+        done.set()
+    for thread in threads:
+        thread.join()

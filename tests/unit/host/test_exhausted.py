@@ -1,0 +1,49 @@
+"""Limits on processes, memory and descriptors: one line that names the limit, and no abort of a library."""
+
+import errno
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from producer.host.exhausted import exhausted
+from tests.support.rebpf import as_nobody, command, let_others_in
+
+COMMANDS = (
+    "check --local",
+    "tail --brokers b:1",
+    "init --brokers b:1",
+    "alert --brokers b:1",
+    "top --once --brokers b:1",
+)
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_host_without_threads_is_named(tmp_path: Path, words: str) -> None:
+    (tmp_path / "rebpf.toml").write_text('[alert]\nlisten = ""\nstdout = true\n[[alert.rules]]\nname = "x"\n')
+    let_others_in(tmp_path)
+    line = shlex.join([*as_nobody(), *command(*words.split(), "--config", tmp_path / "rebpf.toml")])
+    limited = ["bash", "-c", f"ulimit -u 1; exec {line}"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr == "rebpf: the limit on processes and threads: raise TasksMax= of the unit, or ulimit -u\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (MemoryError(), "the limit on memory"),
+        (OSError(errno.ENOMEM, "x"), "the limit on memory"),
+        (BlockingIOError(errno.EAGAIN, "x"), "the limit on processes"),
+        (OSError(errno.EMFILE, "x"), "the limit on file descriptors"),
+        (OSError(errno.ENFILE, "x"), "the limit on file descriptors of the host"),
+    ],
+)
+def test_each_limit_is_named(error: Exception, found: str) -> None:
+    assert exhausted(error).startswith(found)
+
+
+@pytest.mark.parametrize("error", [OSError(), OSError("x"), OSError(errno.EIO, "x"), RuntimeError("x"), ValueError()])
+def test_other_errors_are_no_limits(error: Exception) -> None:
+    assert exhausted(error) == ""
