@@ -161,7 +161,7 @@ static bool intern_maps(struct decode_columns *columns, PyObject *canonical, PyO
 		Py_DecRef(text);
 		if (!ok)
 			return false;
-		if (decode_intern(&columns->strings, (const uint8_t *)data, (size_t)size, &texts[i])) {
+		if (texts_intern(&columns->strings, (const uint8_t *)data, (size_t)size, true, &texts[i])) {
 			PyErr_SetString(PyExc_RuntimeError, "no room for a map");
 			return false;
 		}

@@ -1,5 +1,4 @@
 #include "decode.h"
-#include "hash.h"
 
 #include <string.h>
 
@@ -104,114 +103,6 @@ static inline bool read_bytes(struct cursor *in, const uint8_t **data, size_t *s
 	return true;
 }
 
-static bool is_continuation(uint8_t byte)
-{
-	return (byte & 0xc0) == 0x80;
-}
-
-/* Return the length of the UTF-8 sequence at `at`, of more than one byte; 0 if it is not valid, as Python judges. */
-static size_t sequence_length(const uint8_t *at, size_t room)
-{
-	if (room < 2 || !is_continuation(at[1]))
-		return 0;
-	if (at[0] >= 0xc2 && at[0] < 0xe0)
-		return 2;
-	if (room < 3 || !is_continuation(at[2]))
-		return 0;
-	if (at[0] >= 0xe0 && at[0] < 0xf0) {
-		bool overlong = at[0] == 0xe0 && at[1] < 0xa0;
-		bool surrogate = at[0] == 0xed && at[1] >= 0xa0;
-
-		return overlong || surrogate ? 0 : 3;
-	}
-	if (room < 4 || !is_continuation(at[3]) || at[0] < 0xf0 || at[0] > 0xf4)
-		return 0;
-	return (at[0] == 0xf0 && at[1] < 0x90) || (at[0] == 0xf4 && at[1] >= 0x90) ? 0 : 4;
-}
-
-static inline bool is_ascii(const uint8_t *data, size_t size)
-{
-	uint64_t word, all = 0;
-	size_t at = 0;
-
-	if (size < sizeof(word)) {
-		while (at < size)
-			all |= data[at++];
-		return !(all & 0x80);
-	}
-	for (; at + sizeof(word) <= size; at += sizeof(word)) {
-		memcpy(&word, data + at, sizeof(word));
-		all |= word;
-	}
-	memcpy(&word, data + size - sizeof(word), sizeof(word));
-	return !((all | word) & HIGH_BITS);
-}
-
-static enum decode_status check_characters(const uint8_t *data, size_t size)
-{
-	size_t characters = 0;
-
-	for (size_t at = 0; at < size; characters++) {
-		size_t length = data[at] < 0x80 ? 1 : sequence_length(data + at, size - at);
-
-		if (!length)
-			return DECODE_INVALID;
-		at += length;
-	}
-	return characters > DECODE_MOST_CHARACTERS ? DECODE_TEXT_TOO_LONG : DECODE_OK;
-}
-
-static inline enum decode_status check_text(const uint8_t *data, size_t size)
-{
-	return size <= DECODE_MOST_CHARACTERS && is_ascii(data, size) ? DECODE_OK : check_characters(data, size);
-}
-
-static uint64_t hash_text(const uint8_t *data, size_t size, uint64_t seed)
-{
-	uint64_t hash = hash_word(~seed, size, seed), word;
-
-	for (; size >= sizeof(word); data += sizeof(word), size -= sizeof(word)) {
-		memcpy(&word, data, sizeof(word));
-		hash = hash_word(hash, word, seed);
-	}
-	word = 0;
-	memcpy(&word, data, size);
-	return hash_word(hash_word(hash, word, seed), ~seed, seed);
-}
-
-static bool is_text(const struct decode_text *text, const uint8_t *data, size_t size)
-{
-	return text->size == size && memcmp(text->data, data, size) == 0;
-}
-
-/* Set `cell` to the index of a string, which must be checked if it is new. */
-static enum decode_status intern(struct decode_strings *strings, const uint8_t *data, size_t size, bool is_checked,
-				 int64_t *cell)
-{
-	enum decode_status status;
-	uint64_t hash;
-	uint32_t slot;
-
-	hash = hash_text(data, size, strings->seed);
-	for (slot = (uint32_t)hash & strings->mask; strings->slots[slot]; slot = (slot + 1) & strings->mask) {
-		uint32_t index = strings->slots[slot] - 1;
-
-		if (strings->texts[index].hash == hash && is_text(&strings->texts[index], data, size)) {
-			*cell = index;
-			return DECODE_OK;
-		}
-	}
-	status = is_checked ? DECODE_OK : check_text(data, size);
-	if (status)
-		return status;
-	if (strings->count == strings->capacity)
-		return DECODE_INVALID; /* the caller gave less room than promised */
-	strings->texts[strings->count] = (struct decode_text){ data, (uint32_t)size, hash };
-	*cell = strings->count++;
-	strings->slots[slot] = (uint32_t)*cell + 1;
-	return DECODE_OK;
-}
-
 /* Return the string of the row before, most often the same; NULL if there is none. */
 static inline const struct decode_text *text_before(const struct decode_strings *strings, const int64_t *cell,
 						    size_t row)
@@ -230,13 +121,13 @@ static inline enum decode_status read_string(struct cursor *in, int64_t *cell, s
 	if (!read_bytes(in, &data, &size))
 		return DECODE_INVALID;
 	if (!cell)
-		return check_text(data, size);
+		return texts_check(data, size);
 	before = text_before(&columns->strings, cell, row);
-	if (before && is_text(before, data, size)) {
+	if (before && texts_equal(before, data, size)) {
 		*cell = cell[-1];
 		return DECODE_OK;
 	}
-	return intern(&columns->strings, data, size, false, cell);
+	return texts_intern(&columns->strings, data, size, false, cell);
 }
 
 /* Read the number of items of a list's next block, 0 at its end. Each item has at least one byte. */
@@ -272,7 +163,7 @@ static enum decode_status skip_map(struct cursor *in)
 
 			if (!read_bytes(in, &data, &size))
 				return DECODE_INVALID;
-			status = check_text(data, size);
+			status = texts_check(data, size);
 			if (status)
 				return status;
 		}
@@ -295,7 +186,7 @@ static enum decode_status read_map(struct cursor *in, int64_t *cell, size_t row,
 	status = skip_map(in);
 	if (status || !cell)
 		return status;
-	return intern(&columns->maps, start, (size_t)(in->at - start), true, cell);
+	return texts_intern(&columns->maps, start, (size_t)(in->at - start), true, cell);
 }
 
 static inline bool read_number(struct cursor *in, enum decode_type type, int64_t *cell)
@@ -444,11 +335,6 @@ static inline enum decode_status read_record(const struct decode_step *steps, si
 		at++;
 	}
 	return DECODE_OK;
-}
-
-enum decode_status decode_intern(struct decode_strings *strings, const uint8_t *data, size_t size, int64_t *index)
-{
-	return intern(strings, data, size, true, index);
 }
 
 bool decode_next_pair(struct decode_pairs *pairs, struct decode_text *key, struct decode_text *value)

@@ -8,12 +8,9 @@
 #ifndef REBPF_DECODE_H
 #define REBPF_DECODE_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "texts.h"
 
 #define DECODE_MOST_VALUE_BYTES (1u << 20)
-#define DECODE_MOST_CHARACTERS 4096u /* of a string; our names have up to 1024 */
 #define DECODE_MOST_PAIRS 64u /* of a map; ours have up to 16 */
 #define DECODE_MOST_STEPS 4096
 #define DECODE_MOST_DEPTH 4
@@ -40,13 +37,6 @@ enum decode_null {
 	DECODE_NULLS,
 };
 
-enum decode_status {
-	DECODE_OK,
-	DECODE_INVALID, /* not a value of the schema */
-	DECODE_TEXT_TOO_LONG,
-	DECODE_MAP_TOO_LARGE,
-};
-
 #define DECODE_NOT_FRAMED (-1)
 #define DECODE_VALUE_TOO_LONG (-2)
 
@@ -57,24 +47,6 @@ struct decode_step {
 	uint16_t other;
 	int16_t column; /* -1: skip the field */
 	uint16_t _pad;
-};
-
-/*
- * The distinct strings of a batch, found by an open-addressing table. The caller allocates room for one string per
- * message and column of strings, and at least twice as many slots (a power of two, all zero). `seed` is secret, so that no
- * writer can make strings collide.
- */
-struct decode_strings {
-	struct decode_text {
-		const uint8_t *data;
-		uint32_t size;
-		uint64_t hash;
-	} *texts;
-	uint32_t *slots; /* index in texts, plus 1 */
-	uint32_t mask;
-	uint32_t count;
-	uint32_t capacity;
-	uint64_t seed;
 };
 
 /*
@@ -94,9 +66,6 @@ int64_t decode_schema_id(const uint8_t *value, size_t size);
 
 /* Return whether a plan is well formed, with its columns in 0 to `columns` - 1, each of one step at most. */
 bool decode_plan_valid(const struct decode_step *steps, size_t count, size_t columns);
-
-/* Set `index` to that of a string, which is not checked. The data must outlive the table, which must have room. */
-enum decode_status decode_intern(struct decode_strings *strings, const uint8_t *data, size_t size, int64_t *index);
 
 /* Strings of a map in `maps`, in order: each key is followed by its value. */
 struct decode_pairs {
