@@ -109,7 +109,7 @@ class Studio:
 def _printed(output: str) -> list[str]:
     """Return what stays on the terminal: no progress."""
     lines = output.replace("\r\n", "\n").strip().split("\n")
-    return [line.rpartition("\r\x1b[K")[2] for line in lines if not line.startswith("Loading")]
+    return [line.rpartition("\r\x1b[K")[2] for line in lines]
 
 
 PICTURES: dict[str, Callable[[Studio], None]] = {
