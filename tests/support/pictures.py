@@ -21,7 +21,7 @@ BROWSER = shutil.which("chromium-headless-shell")
 _HOST = "web-17"
 _FILTER = f"peer {NETWORK}"
 _MINUTE_S = 65
-_PAGE = "1000,2850"
+_PAGE = "1000,2960"
 
 
 class Studio:
