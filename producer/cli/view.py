@@ -21,7 +21,6 @@ from producer.cli.options import (
     registry_option,
     usage,
 )
-from producer.host.output import echo
 from producer.host.signals import stop_on_signals
 from producer.host.text import printable
 
@@ -114,7 +113,6 @@ def trace(
         streams = (RETRANSMITS, FLOWS, *([TRANSMITS] if transmit else []))
         local = _of_this_host(streams, settings)
         source = tracing.live(local, stop)
-        _say_loading()
     try:
         tracing.trace(source, chosen, output, stop, file)
     finally:
@@ -176,14 +174,7 @@ def top(
     if once or not is_usable():
         showing.once(source, choice, window, name, stop, as_json=as_json, width=line_width())
     else:
-        _say_loading()
         showing.watch(source, choice, window, name, stop, color=has_color())
-
-
-def _say_loading() -> None:
-    """The first start compiles the programs, which takes seconds."""
-    if is_terminal():
-        echo("Loading the programs ...", err=True)
 
 
 def _local(settings: Any) -> Any:

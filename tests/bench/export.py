@@ -1,7 +1,7 @@
 """How many events a second `rebpf export` writes.
 
 python -m tests.bench.export [EVENTS]. Writes connection records of 50 hosts to a spool and to an Avro file in memory
-(/dev/shm), exports each as Parquet and CSV, and prints events per second of CPU.
+(/dev/shm), exports each as Parquet and CSV, and prints events per second of CPU, of the fastest of three rounds.
 """
 
 import shutil
@@ -41,10 +41,12 @@ def main(count: int) -> None:
             write_container(folder / "avro" / f"{first}.avro", FLOWS, given, "deflate", block_bytes=1 << 18)
         for source in ("spool", "avro"):
             for form in ("parquet", "csv"):
-                start_s = time.process_time()
-                written = export(Files([folder / source]), folder / "out", form, Period(), frozenset({FLOWS}))
-                cpu_s = time.process_time() - start_s
-                print(f"{source} to {form}: {sum(written.values()) / cpu_s:,.0f} events/s")
+                cpu_s = []
+                for _ in range(3):
+                    start_s = time.process_time()
+                    written = export(Files([folder / source]), folder / "out", form, Period(), frozenset({FLOWS}))
+                    cpu_s.append(time.process_time() - start_s)
+                print(f"{source} to {form}: {sum(written.values()) / min(cpu_s):,.0f} events/s")
     finally:
         shutil.rmtree(folder)
 

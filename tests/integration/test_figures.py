@@ -165,9 +165,10 @@ def test_top_has_the_same(captured, name):
     shown = captured.tops[name]
     assert shown["lost"] == 0
     total = {counter: round(shown["total"][counter] * shown["window_s"]) for counter in ("segments", "retransmitted")}
-    assert total["retransmitted"] == pytest.approx(captured.counters["RetransSegs"], abs=1)  # rates are rounded
+    assert total["retransmitted"] == captured.counters["RetransSegs"]
     assert sum(shown["total"]["causes"].values()) == captured.counters["RetransSegs"]
-    assert total["segments"] == pytest.approx(captured.of_connections("segs_out"), abs=30)
+    # Few connections have no record, and not the same in both captures: docs/truth.md.
+    assert total["segments"] == pytest.approx(captured.of_connections("segs_out"), abs=15 * MOST_UNRECORDED)
 
 
 def test_the_report_and_the_export_have_the_same(captured, kafka, registry, tmp_path):

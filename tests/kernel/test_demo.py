@@ -15,6 +15,7 @@ import pytest
 
 from producer.demo.demo import demo
 from producer.errors import PermissionDenied
+from tests.support.pty_command import PtyCommand
 
 pytestmark = pytest.mark.root
 
@@ -103,6 +104,21 @@ def test_the_results_fit_one_screen_and_say_who_lost_where_and_why(folder: Path)
     (worst,) = [line for line in results if re.search(r"^\S+ > \S+ +5001 +\d+ +\d\.\d% +fast \d+", line)][:1]
     assert re.search(r" > 10\.111\.\S+ | > fd6f:\S+ ", worst)
     assert any("RetransSegs" in line for line in results)
+
+
+def test_a_terminal_shows_the_live_table_and_then_the_results(folder: Path) -> None:
+    run = [sys.executable, "-m", "producer", "demo", "--duration", "6", "--loss", "0.05"]
+    with PtyCommand(run, 80, 24, TMPDIR=str(folder)) as demo_:
+        screen = demo_.wait_for(lambda screen: any(" fast " in line for line in screen[3:]), "retransmissions")
+        assert (len(screen), screen[2].split()[:2]) == (24, ["PEER", "RETR/S"])
+        assert max(map(len, screen)) <= 80
+        assert "kernel RetransSegs" in screen[1]
+        assert screen[-1].endswith("then the summary beside the kernel's counters")
+        assert demo_.wait() == 0
+        results = demo_.output.rpartition("\x1b[?1049l")[2]
+        assert "were retransmitted" in results
+        assert "RetransSegs" in results
+    assert list(folder.iterdir()) == []
 
 
 def test_the_events_are_shown_on_demand_and_the_broker_is_for_trying(folder: Path) -> None:

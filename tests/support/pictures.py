@@ -21,7 +21,7 @@ BROWSER = shutil.which("chromium-headless-shell")
 _HOST = "web-17"
 _FILTER = f"peer {NETWORK}"
 _MINUTE_S = 65
-_PAGE = "1000,2850"
+_PAGE = "1000,2960"
 
 
 class Studio:
@@ -109,7 +109,7 @@ class Studio:
 def _printed(output: str) -> list[str]:
     """Return what stays on the terminal: no progress."""
     lines = output.replace("\r\n", "\n").strip().split("\n")
-    return [line.rpartition("\r\x1b[K")[2] for line in lines if not line.startswith("Loading")]
+    return [line.rpartition("\r\x1b[K")[2] for line in lines]
 
 
 PICTURES: dict[str, Callable[[Studio], None]] = {
