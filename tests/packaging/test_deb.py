@@ -30,12 +30,14 @@ PACKAGING = ROOT / "deploy" / "packaging"
 SUITES = tomllib.loads((PACKAGING / "suites.toml").read_text())
 
 UNIT = "usr/lib/systemd/system/rebpf.service"
+ALERT_UNIT = "usr/lib/systemd/system/rebpf-alert.service"
 DROP_IN = f"{UNIT}.d/restart.conf"
 PLACES = (
     "etc/rebpf/rebpf.toml",
     "usr/bin/rebpf",
     "usr/lib/rebpf/",
     UNIT,
+    ALERT_UNIT,
     "usr/lib/sysusers.d/rebpf.conf",
     "usr/share/bash-completion/completions/rebpf",
     "usr/share/doc/rebpf/",
@@ -135,6 +137,7 @@ def test_documents_and_examples_come_with_it(package: Package) -> None:
 
 def test_what_is_in_it_is_what_is_in_the_tree(package: Package) -> None:
     assert (package.root / UNIT).read_bytes() == (ROOT / "deploy/systemd/rebpf.service").read_bytes()
+    assert (package.root / ALERT_UNIT).read_bytes() == (ROOT / "deploy/systemd/rebpf-alert.service").read_bytes()
     assert (package.root / DROP_IN).exists() == (SUITES[package.suite]["systemd"] >= 254)
     ours = _files(package.private / "producer")
     assert ours.pop("_native.abi3.so").startswith(b"\x7fELF")
@@ -171,10 +174,14 @@ def _meets(version: str | None, requirement: Requirement) -> bool:
     return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
-def test_the_packages_of_the_release_are_depended_on(package: Package) -> None:
-    command = ["dpkg-deb", "--field", str(package.path), "Depends"]
-    depends = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    assert set(depends) >= {"python3-bpfcc", *SUITES[package.suite]["debian"]}
+def test_the_packages_of_the_release_are_depended_on_and_the_compiler_is_recommended(package: Package) -> None:
+    def field(name: str) -> list[str]:
+        command = ["dpkg-deb", "--field", str(package.path), name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+
+    assert set(field("Depends")) >= {"libbpf1 (>= 1:1.0)", *SUITES[package.suite]["debian"]}
+    assert "python3-bpfcc" not in field("Depends")
+    assert "python3-bpfcc" in field("Recommends")
 
 
 def test_the_manual_pages_are_set_without_a_warning(package: Package) -> None:

@@ -48,12 +48,13 @@ def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Package(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_it_needs_the_releases_python_and_bcc_and_little_else(package: Package) -> None:
+def test_it_needs_the_releases_python_and_libbpf_and_little_else(package: Package) -> None:
     python = RELEASES[package.release]["python"]
     required = [each for each in package.query("--requires") if not each.startswith("rpmlib(")]
     assert set(required) == {
-        "/bin/sh", "/usr/bin/python3", "glibc >= 2.28", f"python(abi) = {python}", "python3-bcc >= 0.26", "systemd",
+        "/bin/sh", "/usr/bin/python3", "glibc >= 2.28", "libbpf.so.1()(64bit)", f"python(abi) = {python}", "systemd",
     }  # fmt: skip
+    assert "python3-bcc >= 0.26" in package.query("--recommends")
     assert [each.split(" ")[0] for each in package.query("--provides")] == ["rebpf", "rebpf(x86-64)"]
 
 
@@ -76,8 +77,9 @@ def test_its_program_is_complete(package: Package) -> None:
     assert [name for name in natives if tag not in name] == [], "for the release's Python"
     ours = {path.relative_to(ROOT) for path in ROOT.glob("producer/**/*.py")}
     assert {path.relative_to(private) for path in private.glob("producer/**/*.py")} == ours
-    unit = package.root / "usr/lib/systemd/system/rebpf.service"
-    assert unit.read_bytes() == (ROOT / "deploy/systemd/rebpf.service").read_bytes()
+    for name in ("rebpf.service", "rebpf-alert.service", "rebpf.service.d/restart.conf"):
+        unit = package.root / "usr/lib/systemd/system" / name
+        assert unit.read_bytes() == (ROOT / "deploy/systemd" / name).read_bytes()
     program = (package.root / "usr/bin/rebpf").read_text()
     assert 'sys.path += ["/usr/lib/rebpf"]' in program
     assert (package.root / "usr/share/doc/rebpf/examples/prometheus/rebpf.rules.yml").is_file()
@@ -102,12 +104,12 @@ def test_a_new_installation_starts_nothing_and_an_upgrade_restarts(tmp_path: Pat
 
     compiled = "python3 /usr/lib/rebpf"
     reloaded = "systemctl daemon-reload"
-    preset = "systemctl rebpf.service"
+    preset = "systemctl rebpf-alert.service"
     users = "systemd-sysusers rebpf.conf"
     assert called("post", 1) == [users, "chgrp /etc/rebpf/rebpf.toml", preset, compiled, reloaded]
     assert called("post", 2) == [users, compiled, reloaded]
     assert called("preun", 1) == []
-    assert called("preun", 0) == ["systemctl rebpf.service", "find +"]
+    assert called("preun", 0) == ["systemctl rebpf-alert.service", "find +"]
     assert called("postun", 0) == [reloaded]
-    assert called("postun", 1) == [reloaded, "systemctl rebpf.service"]
+    assert called("postun", 1) == [reloaded, "systemctl rebpf-alert.service"]
     assert "try-restart" in calls.read_text()

@@ -42,8 +42,12 @@ WantedBy=graphical.target
 
 
 def dependencies(package: Path) -> list[str]:
-    """Return the names of the Debian packages that a package depends on; of alternatives, the first."""
-    depends = _run("dpkg-deb", "--field", str(package), "Depends").split(",")
+    """Return the names of the Debian packages that a package depends on or recommends; of alternatives, the first."""
+    depends = [
+        entry
+        for field in ("Depends", "Recommends")
+        for entry in _run("dpkg-deb", "--field", str(package), field).split(",")
+    ]
     return sorted({re.split(r"[ (|:]", entry.strip(), maxsplit=1)[0] for entry in depends})
 
 

@@ -8,19 +8,16 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from producer.errors import ConfigError, PermissionDenied
+from tests.support.packages import build_deb
 from tests.support.servers import fetch
-from tests.support.vm.guest import ROOT
 from tests.vm import systemd_guest
 from tests.vm.systemd_image import dependencies
 from tests.vm.systemd_kafka import GuestKafka
@@ -61,9 +58,9 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if absent := fetch.missing():
         pytest.skip(f"NO REAL KAFKA: {', '.join(absent)} not installed (scripts/setup --tests installs them)")
     folder = tmp_path_factory.mktemp(request.param)
-    package = build(request.param, tmp_path_factory.mktemp("package"), "1")
+    package = build_deb(request.param, tmp_path_factory.mktemp("package"), "1")
     shutil.copy(package, folder / "rebpf.deb")
-    shutil.copy(build(request.param, tmp_path_factory.mktemp("package"), "2"), folder / "upgrade.deb")
+    shutil.copy(build_deb(request.param, tmp_path_factory.mktemp("package"), "2"), folder / "upgrade.deb")
     with GuestKafka(tmp_path_factory.mktemp("kafka")) as kafka:
         kafka.make_topics()
         (folder / "brokers").write_text(kafka.guest_bootstrap)
@@ -73,13 +70,6 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         seen = json.loads((folder / "seen.json").read_text())
         journal = (folder / "journal").read_text()
         yield Outcome(seen, journal, kafka.events("tcp_transmit"), kafka.events("tcp_retransmit"))
-
-
-def build(suite: str, folder: Path, revision: str) -> Path:
-    command = [sys.executable, ROOT / "deploy/packaging/build-deb", suite, folder, revision]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(params=LIVES)
