@@ -80,6 +80,8 @@ class Btf:
             ) from error
         except OSError as error:
             raise UnavailableError(f"{path}: {error.strerror}") from error
+        except UnavailableError as error:
+            raise UnavailableError(f"{path}: {error}") from error
         except (struct.error, ValueError) as error:
             raise UnavailableError(f"{path}: damaged BTF: {error}") from error
 

@@ -87,8 +87,8 @@ def _typed(kind: str, cells: Ints) -> Cells:
 
 
 def of_rows(stream: Stream, rows: Sequence[dict[str, Any]]) -> Records:
-    """Return records from Python objects with the same fields, without lists and maps, such as labels."""
-    names = [name for name in (rows[0] if rows else ()) if not isinstance(rows[0][name], dict | list)]
+    """Return records from Python objects that all have the same fields."""
+    names = rows[0] if rows else ()
     return Records(stream, len(rows), {name: _column([row[name] for row in rows]) for name in names})
 
 

@@ -97,5 +97,5 @@ def test_a_budget_that_is_lifted_takes_back_the_rate_and_another_one_starts_from
     assert host.budget.rate == 64
     assert host.seconds(60_000, 60)[-1] == 128
     host.budget.set(0)
-    assert host.budget.follow(host.now_s + 1, round(host.passed)), "the kernel is told"
+    assert host.budget.follow(host.now_s + 1, round(host.passed)), "the kernel gets it"
     assert host.budget.rate == 1

@@ -57,9 +57,3 @@ def test_rows_become_columns_and_rows() -> None:
     ]
     assert [*of_rows(RETRANSMITS, rows).rows()] == rows
     assert of_rows(RETRANSMITS, rows)["comm"].values() == [None, None]
-
-
-def test_labels_of_a_topic_are_left_out() -> None:
-    """Filters of `rebpf tail` choose among records as they were decoded."""
-    records = of_rows(FLOWS, [{"host": "web-1", "labels": {"env": "prod"}, "segs_out": 3}])
-    assert [*records.rows()] == [{"host": "web-1", "segs_out": 3}]
