@@ -63,7 +63,7 @@ def create(path: Path) -> int:
 
 
 def write(path: Path, content: bytes, *, sync: bool = False) -> None:
-    """Replace a file atomically, mode 0600; with `sync`, also on disk. Raises OSError.
+    """Replace a file atomically, mode 0600; with `sync`, also on disk. Raises OSError. A folder is set aside.
 
     Only one process may do so at a time: `path` with the suffix .new is written first.
     """
@@ -73,7 +73,12 @@ def write(path: Path, content: bytes, *, sync: bool = False) -> None:
         file.flush()
         if sync:
             os.fsync(file.fileno())
-    fresh.replace(path)
+    try:
+        fresh.replace(path)
+    except IsADirectoryError:
+        if set_aside(path) is None:
+            raise
+        fresh.replace(path)
     if sync:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
