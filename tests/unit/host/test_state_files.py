@@ -278,6 +278,7 @@ def test_a_time_that_is_none_does_not_tell_a_files_age(made: str) -> None:
     assert made_at({"rebpf.made": made}) is None
 
 
+@pytest.mark.root  # only root keeps compiled programs
 @anything
 def test_an_unusable_program_cache_is_a_warning(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "key.json")
@@ -286,6 +287,7 @@ def test_an_unusable_program_cache_is_a_warning(tmp_path: Path, make: Callable[[
     assert len(folder.warnings) == 1
 
 
+@pytest.mark.root  # only root keeps compiled programs
 @pytest.mark.parametrize(
     "body",
     [
