@@ -298,10 +298,19 @@ def _unusable(path: Path) -> str:
     if not existing.is_dir():
         return f"{existing} is not a folder: remove it, or set state_dir to another path"
     if os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
-        return ""
+        return "" if _takes_files(existing) else f"{existing} holds no files: set state_dir to another folder"
     if os.statvfs(existing).f_flag & os.ST_RDONLY:
         return f"{existing} is read-only: mount -o remount,rw, or set state_dir to another folder"
     return f"{path} is not writable for user {user}: install -d -m 0700 -o {user} {path}"
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether files can be created in a folder that is writable. The kernel's own file systems have no blocks."""
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))  # has no name and leaves no trace
+    except OSError:  # not all file systems can
+        return os.statvfs(folder).f_blocks > 0
+    return True
 
 
 def _nearest(path: Path) -> Path:

@@ -63,7 +63,7 @@ def create(path: Path, mode: int = 0o600) -> int:
 
 
 def write(path: Path, content: bytes, *, sync: bool = False, mode: int = 0o600) -> None:
-    """Replace a file atomically; with `sync`, also on disk. Raises OSError.
+    """Replace a file atomically; with `sync`, also on disk. Raises OSError. A folder is set aside.
 
     Only one process may do so at a time: `path` with the suffix .new is written first.
     """
@@ -73,7 +73,12 @@ def write(path: Path, content: bytes, *, sync: bool = False, mode: int = 0o600) 
         file.flush()
         if sync:
             os.fsync(file.fileno())
-    fresh.replace(path)
+    try:
+        fresh.replace(path)
+    except IsADirectoryError:
+        if set_aside(path) is None:
+            raise
+        fresh.replace(path)
     if sync:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

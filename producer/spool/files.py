@@ -34,13 +34,15 @@ class SpoolFile:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a spool's folder (mode 0700); rename a file or dangling link in its place."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except FileExistsError:
-        aside = state_file.set_aside(folder)
-        logger.error("spool: %s is not a folder, renamed to %s", folder, aside and aside.name)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Create a spool's folder and the one that it is in (mode 0700); rename a file or dangling link in their place."""
+    for each in (folder.parent, folder):
+        try:
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError:
+            if (aside := state_file.set_aside(each)) is None:
+                raise
+            logger.error("spool: %s is not a folder, renamed to %s", each, aside.name)
+            each.mkdir(mode=0o700)
 
 
 def files(folder: Path, ending: str) -> list[Path]:

@@ -14,14 +14,19 @@ _EXTENDED_S = 60
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
 
-@pytest.mark.parametrize("name", [name for name in TARGETS if name != "reload"])
+_OF_ROOT = ("compiled", "reload")
+"""Compiled programs, which only root keeps, and a running producer."""
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if name not in _OF_ROOT])
 def test_fixed_examples_break_nothing(name: str) -> None:
     run_fixed(TARGETS[name])
 
 
 @pytest.mark.root
-def test_reloads_break_no_running_producer() -> None:
-    run_fixed(TARGETS["reload"])
+@pytest.mark.parametrize("name", _OF_ROOT)
+def test_fixed_examples_break_nothing_of_roots(name: str) -> None:
+    run_fixed(TARGETS[name])
 
 
 @pytest.mark.extended

@@ -174,6 +174,8 @@ def _compiled() -> Iterator[Check]:
 
 
 def _compiled_seed() -> bytes:
+    if os.geteuid() != 0:  # only root uses the cache
+        return _signed({})
     with _folder() as folder:
         code = bytes.fromhex("1811000000000000" + "0" * 16 + "b700000000000000" + "9500000000000000")
         maps = [MapInfo(27, 0, 0, 4096, 0, "pipe")]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from producer.commands.check import _unusable
 from producer.host.state import StateFolder
 from tests.support.rebpf import as_nobody, let_others_in, rebpf
 
@@ -337,3 +338,9 @@ def test_no_server_is_asked_where_that_is_wanted(tmp_path):
     _, found = check(tmp_path, "--local", "--brokers", "127.0.0.1:1", "--registry", "http://127.0.0.1:1")
 
     assert not {"Kafka", "registry"} & found.keys()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("path", ["/proc/rebpf", "/sys/rebpf/state", "/sys/fs/bpf/rebpf"])
+def test_a_folder_of_the_kernel_is_no_state_folder(path: str) -> None:
+    assert "holds no files" in _unusable(Path(path))

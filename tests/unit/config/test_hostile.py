@@ -2,6 +2,7 @@
 
 import os
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_the_list_of_pods_opens_no_pipe_and_no_device(tmp_path: Path, name: str,
     (tmp_path / "token").write_text("t")
     files = {"token": tmp_path / "token", "ca": tmp_path / "ca", name: not_a_file}
     with pytest.raises(state_file.NotAFileError, match="expected a regular file"):
-        list(pods._fetch(pods.PodSource("https://127.0.0.1:1/pods", **files), pods.threading.Event()))
+        list(pods._fetch(pods.PodSource("https://127.0.0.1:1/pods", **files), threading.Event()))
 
 
 def test_btf_is_read_from_no_pipe_and_no_device(not_a_file: Path) -> None:

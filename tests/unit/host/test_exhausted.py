@@ -22,6 +22,7 @@ COMMANDS = (
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_host_without_threads_is_named(tmp_path: Path, words: str) -> None:
     (tmp_path / "rebpf.toml").write_text('[alert]\nlisten = ""\nstdout = true\n[[alert.rules]]\nname = "x"\n')
+    (tmp_path / "rebpf.toml").chmod(0o644)
     let_others_in(tmp_path)
     line = shlex.join([*as_nobody(), *command(*words.split(), "--config", tmp_path / "rebpf.toml")])
     limited = ["bash", "-c", f"ulimit -u 1; exec {line}"]

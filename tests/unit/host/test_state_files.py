@@ -229,6 +229,23 @@ def test_what_stands_in_the_place_of_a_spools_folder_is_set_aside(tmp_path: Path
     assert os.path.lexists(tmp_path / "spool.damaged")
 
 
+@pytest.mark.parametrize("kind", [kind for kind in IN_THE_PLACE_OF_A_FILE if kind != "a folder"])
+def test_what_stands_in_the_place_of_the_folder_of_spools_is_set_aside(tmp_path: Path, kind: str) -> None:
+    setup = Setup(tmp_path / "spools" / "transmit")
+    IN_THE_PLACE_OF_A_FILE[kind](setup.folder.parent)
+    spool = setup.open()
+    fill(spool, 1)
+    assert finish(spool) == list(range(10))
+    assert os.path.lexists(tmp_path / "spools.damaged")
+
+
+def test_a_folder_in_the_place_of_a_file_that_is_written_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "agent.json" / "folder").mkdir(parents=True)
+    state_file.write(tmp_path / "agent.json", b"{}")
+    assert state_file.read(tmp_path / "agent.json", 10) == b"{}"
+    assert (tmp_path / "agent.json.damaged" / "folder").is_dir()
+
+
 def test_a_stray_file_far_ahead_is_no_loss(tmp_path: Path) -> None:
     setup = Setup(tmp_path / "spool")
     spool = setup.filled(2)
@@ -261,6 +278,7 @@ def test_a_time_that_is_none_does_not_tell_a_files_age(made: str) -> None:
     assert made_at({"rebpf.made": made}) is None
 
 
+@pytest.mark.root  # only root keeps compiled programs
 @anything
 def test_an_unusable_program_cache_is_a_warning(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "key.json")
@@ -269,6 +287,7 @@ def test_an_unusable_program_cache_is_a_warning(tmp_path: Path, make: Callable[[
     assert len(folder.warnings) == 1
 
 
+@pytest.mark.root  # only root keeps compiled programs
 @pytest.mark.parametrize(
     "body",
     [
