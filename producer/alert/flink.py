@@ -117,16 +117,18 @@ def _view(stream: Stream, since_ns: int, *, labelled: bool) -> str:
             f"  FROM alert_{stream.topic}\n)\nWHERE copy_number = 1;"
         )
     # In the order of arrival, which is that of each connection. A record that is not later than one before is a copy.
-    # Counters have 32 bits, and may wrap.
+    # Counters have 32 bits, and may wrap. A socket that connects again starts at 0.
+    again = "LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w"
     counters = ",\n  ".join(
-        f"MOD({name} - COALESCE(LAG({name}) OVER w, CASE WHEN start_ns > {since_ns} THEN 0 ELSE {name} END) "
-        f"+ 4294967296, 4294967296) * sample_rate AS {name}"
+        f"MOD({name} - COALESCE(CASE WHEN {again} THEN 0 ELSE LAG({name}) OVER w END, "
+        f"CASE WHEN start_ns > {since_ns} THEN 0 ELSE {name} END) + 4294967296, 4294967296) * sample_rate AS {name}"
         for name in _COUNTERS
     )
     over = "WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)"
     return (
         f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\nSELECT {names}, srtt_us,\n"
-        "  CASE WHEN reason = 'close' AND state = 'SYN_SENT' AND LAG(reason) OVER w IS DISTINCT FROM 'close'\n"
+        "  CASE WHEN reason = 'close' AND state = 'SYN_SENT'\n"
+        f"    AND (LAG(reason) OVER w IS DISTINCT FROM 'close' OR {again})\n"
         f"    THEN COALESCE(error, '{CLOSED}') END AS failed,\n  {counters}\n"
         f"FROM (\n  SELECT *, LAG(last_ns) OVER w AS last_ns_before\n"
         f"  FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM alert_{stream.topic} {over})\n  {over}\n)\n"

@@ -118,6 +118,11 @@ def traffic() -> tuple[list[Flow], list[Sent]]:
         error = chance.choice(["ECONNREFUSED", "ETIMEDOUT", ""])
         failed = {"daddr": f"192.0.2.{cookie % 2 + 1}", "state": "SYN_SENT", "close": True, "error": error}
         flows.append(Flow("host-a", cookie, at_ms, at_ms - 1000, 3, {"syn": 2}, **failed))
+    for cookie in range(200, 212):  # sockets that connect twice
+        at_ms, host = (START_S + chance.randrange(SECONDS - 20)) * 1000 + cookie, f"host-{'abc'[cookie % 3]}"
+        ends = {"close": True, **({"state": "SYN_SENT", "error": "ETIMEDOUT"} if cookie % 2 else {})}
+        for start_ms, segs in ((at_ms, 50), (at_ms + 6000, 20 + 4 * (cookie - 200))):
+            flows.append(Flow(host, cookie, start_ms + 5000, start_ms, segs, {"rto": segs // 3}, **ends))
     return sorted(flows, key=lambda flow: flow.at_ms), sorted(events, key=lambda event: event.at_ms)
 
 

@@ -108,6 +108,14 @@ def test_a_filter_chooses_events(cluster: Cluster, capsys: pytest.CaptureFixture
     assert [json.loads(line)["seq"] for line in capsys.readouterr().out.splitlines()] == [1, 3]
 
 
+def test_a_filter_chooses_by_labels_and_json_has_them(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    for labels in ({"env": "prod", "dc": "a"}, {"env": "test"}, {}):
+        cluster.put(TRANSMITS.topic, message(TRANSMITS, labels=labels))
+    print_chosen(cluster, Chosen(matches=parse("label env=prod or not label env"), until_ns=1 << 62))
+    shown = [json.loads(line)["labels"] for line in capsys.readouterr().out.splitlines()]
+    assert shown == [{"dc": "a", "env": "prod"}, {}]
+
+
 def test_each_event_is_read_once_and_in_order(cluster: Cluster) -> None:
     cluster.put_events(TRANSMITS, range(101))
     source = follow(cluster)
