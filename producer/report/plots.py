@@ -157,6 +157,8 @@ def draw_srtt(srtt_us: Ints) -> Draw:
         )
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        # Where the times are within a decade, these are the only numbers.
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         for share, style in ((50, "-"), (95, "--"), (99, ":")):
             value = float(np.percentile(times_ms, share))
             axes.axvline(value, color="black", linestyle=style, label=f"p{share} {value:.3g} ms")

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from PIL import Image
+
 from producer.host import state
 from tests.support.pty_command import PtyCommand
 from tests.support.rebpf import Run, command
@@ -87,6 +89,8 @@ class Studio:
             picture = f"--screenshot={self._folder / 'report.png'}"
             argv = [BROWSER, *options, f"--window-size={_PAGE}", picture, page.as_uri()]
             subprocess.run(argv, check=True, stderr=subprocess.DEVNULL, timeout=120)
+        with Image.open(self._folder / "report.png") as drawn:
+            drawn.quantize(64).save(self._folder / "report.png", optimize=True)
 
     def demo(self) -> None:
         """The results of the demo."""

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -19,6 +20,7 @@ from producer.host.text import printable
 from producer.report.collect import collect
 from producer.report.connections import COLUMNS, connections
 from producer.report.frame import Frame
+from producer.report.plots import draw_srtt, svg
 from producer.report.summary import summarize
 from tests.support.analysis import HOSTILE, NOON_NS, SECOND_NS, record, write_container, write_scene
 
@@ -187,6 +189,15 @@ def test_without_connection_records_there_are_counts_but_no_ratios(scene_folder:
     assert first == "150 segments were retransmitted."
     assert second == "Worst peer: 10.0.0.7, 150 segments, most by fast."
     assert "ratios are unknown" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("longest_us", [60, 900, 900_000])
+def test_the_axis_of_round_trip_times_has_numbers(longest_us: int) -> None:
+    """Within a decade, matplotlib labels the axis with formulas."""
+    drawn = svg(draw_srtt(np.array([22, 31, 40, longest_us])), "srtt", 8.5, 2.8)
+    labels = re.findall(r"<text [^>]*>([^<]*)</text>", drawn)
+    assert not [label for label in labels if "$" in label or "mathdefault" in label]
+    assert {"0.05", "0.1"} & set(labels)
 
 
 def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:
