@@ -106,7 +106,7 @@ def captured(kafka, registry, tmp_path_factory) -> Captured:
 
 
 def views(lab: Lab, kafka: KafkaServer, registry: SchemaRegistry) -> dict[str, AbstractContextManager[Top]]:
-    """Return views. One of this host would be a second capture, beside which the kernel skips more runs."""
+    """Return views. One of this host would be a second capture, beside which the kernel may skip more runs."""
     streams = (RETRANSMITS, FLOWS)
     topic_names = [PREFIX + stream.topic for stream in streams]
     fleet = TopicSource(
