@@ -23,10 +23,11 @@ from producer.host.signals import Flag
 from producer.host.state import STATUS_SOCKET, StateFolder
 from producer.kafka.sink import KafkaSink, producer_settings
 from producer.kernel import bpf_syscall, fdstore
-from producer.kernel.capture import Capture, CaptureSettings
+from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
 from producer.kernel.pinned import PinFolder
 from producer.kernel.sequence import EventNumbers
+from producer.kernel.settings import CaptureSettings
 from producer.registry.published import schema_ids
 from producer.rules.resolve import Ruleset, resolve
 from producer.topics import heartbeat_topic, topic

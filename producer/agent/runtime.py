@@ -199,7 +199,8 @@ class Runtime:
         cached = " cached=true" if self.capture.cached else ""
         programs = f" programs={self.capture.programs_from}" if self.capture.programs_from else ""
         logger.info("ready brokers=%s%s%s%s%s %s", self.brokers, embedded, taken_over, cached, programs, hooks)
-        systemd.notify("READY=1", status=f"capturing: {hooks}")
+        # A shell that a service started may still have the name of its socket.
+        systemd.try_notify("READY=1", f"capturing: {hooks}", systemd.TIMEOUT_S)
 
     def _watch(self) -> None:
         self.losses.log_reasons(self.reporter.reasons())

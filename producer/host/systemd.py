@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _MOST_USEC = (1 << 63) - 1
 _MOST_SHOWN = 40
 _MOST_STATUS = 1024
-_TIMEOUT_S = 30.0  # for a full queue, while systemd itself hangs
+TIMEOUT_S = 30.0  # for a full queue, while systemd itself hangs
 
 _NOTIFY_TIMEOUT_S = 0.1
 
@@ -36,7 +36,7 @@ def notify(
     if not address:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        channel.settimeout(_TIMEOUT_S if timeout_s is None else timeout_s)
+        channel.settimeout(TIMEOUT_S if timeout_s is None else timeout_s)
         try:
             channel.connect("\0" + address[1:] if address.startswith("@") else address)
             socket.send_fds(channel, [text.encode()], descriptors)
@@ -45,10 +45,10 @@ def notify(
     return True
 
 
-def try_notify(text: str, status: str | None = None) -> None:
-    """Send a message, or log a warning: a service manager that hangs must not block or end the caller."""
+def try_notify(text: str, status: str | None = None, timeout_s: float = _NOTIFY_TIMEOUT_S) -> None:
+    """Send a message, or log a warning: a service manager that hangs, or is gone, must not block or end the caller."""
     try:
-        notify(text, status=status, timeout_s=_NOTIFY_TIMEOUT_S)
+        notify(text, status=status, timeout_s=timeout_s)
     except UnavailableError as error:
         logger.warning("systemd: cannot send %s: %s", text, error)
 
@@ -67,8 +67,8 @@ def barrier() -> None:
             os.close(theirs)
         hangup = select.poll()
         hangup.register(ours, 0)  # POLLHUP is always reported
-        if sent and not hangup.poll(_TIMEOUT_S * 1000):
-            raise UnavailableError(f"the service manager has not answered within {_TIMEOUT_S:.0f} s")
+        if sent and not hangup.poll(TIMEOUT_S * 1000):
+            raise UnavailableError(f"the service manager has not answered within {TIMEOUT_S:.0f} s")
     finally:
         os.close(ours)
 

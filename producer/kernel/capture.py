@@ -8,17 +8,15 @@ kill -9.
 import hashlib
 import json
 import logging
-import mmap
 import os
 import secrets
 import struct
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 
-from producer import __version__, errors
-from producer.events import FLOWS, HOOKS, STREAMS, Stream, layout_check
+from producer import __version__
+from producer.events import FLOWS, STREAMS, Stream, layout_check
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
 from producer.kernel import bpf_syscall
@@ -29,44 +27,15 @@ from producer.kernel.loader_child import ATTACH
 from producer.kernel.manifest import COUNTERS, Manifest, StoredRing, with_readable_rings
 from producer.kernel.ringbuf import Ring
 from producer.kernel.rule_maps import RuleMaps
+from producer.kernel.settings import CaptureSettings
 from producer.paths import BPF
-from producer.rules.tables import Action, Tables, tables
+from producer.rules.tables import Tables
 
 logger = logging.getLogger(__name__)
 
 FLOWS_PER_STEP = 1024
 _OWN_OPENED = b"\1"
 """OWN_OPENED in bpf/maps.h."""
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureSettings:
-    """How to capture. Ring sizes are in bytes, by ring name: powers of two, at least a page.
-
-    Raises ConfigError for an invalid value.
-    """
-
-    hooks: tuple[str, ...] = HOOKS
-    """Those allowed for transmits and retransmits."""
-    streams: tuple[Stream, ...] = STREAMS
-    """Those to capture, at least one."""
-    ring_bytes: Mapping[str, int] = field(
-        default_factory=lambda: {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22, "flow_pipe": 1 << 22}
-    )
-    rules: Tables = field(default_factory=lambda: tables((), Action()))
-    """Which segments become events; by default all."""
-    btf: Path | None = None
-    programs: Path | None = None
-    """A file of `rebpf compile`, or a folder with such files."""
-    cache: Path | None = None
-    """The folder of the program cache. None: compile at each start."""
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.hooks) - set(HOOKS):
-            raise errors.ConfigError(f"unknown hook {min(unknown)!r}: expected one of {', '.join(HOOKS)}")
-        for ring, size in self.ring_bytes.items():
-            if size & (size - 1) or not mmap.PAGESIZE <= size <= 1 << 30:
-                raise errors.ConfigError(f"{ring}: expected a power of two from a page to 1 GiB, not {size} bytes")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from producer.errors import PermissionDenied
 from producer.events import FLOWS, Batch, EncodedBatch, Stream
 from producer.host.cgroups import CgroupPaths, cgroup2_root
 from producer.host.clock import UtcOffset, boot_id
-from producer.kernel.capture import Capture, CaptureSettings
+from producer.kernel.capture import Capture
+from producer.kernel.settings import CaptureSettings
 from producer.schemas import load_schema
 from producer.view.records import Records, of_table
 

@@ -23,7 +23,8 @@ from confluent_kafka import Producer
 
 from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TCP_FIELDS, Stream, Topic
 from producer.host.clock import UtcOffset
-from producer.kernel.capture import Capture, CaptureSettings
+from producer.kernel.capture import Capture
+from producer.kernel.settings import CaptureSettings
 from producer.rules.tables import filtered
 from producer.schemas import frame, load_schema
 from tests.support.servers.fetch import cache

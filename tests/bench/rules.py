@@ -21,7 +21,8 @@ from pathlib import Path
 from producer.events import STREAMS
 from producer.host.cgroups import cgroup2_root
 from producer.kernel import bpf_syscall, capture
-from producer.kernel.capture import Capture, CaptureSettings
+from producer.kernel.capture import Capture
+from producer.kernel.settings import CaptureSettings
 from producer.paths import BPF
 from producer.rules.tables import Action, Rule, Tables, tables
 

@@ -249,3 +249,11 @@ def test_what_is_on_disk_of_a_stream_that_was_turned_off_is_delivered(kafka, tmp
     with Run(tmp_path, "--brokers", kafka.bootstrap, *arguments, config=config) as run:
         run.ready()
         assert "off.tcp_transmit" not in run.finish()
+
+
+def test_a_service_managers_socket_that_is_gone_ends_nothing(tmp_path):
+    # A shell that a service started passes NOTIFY_SOCKET on, also after the service has ended.
+    with Run(tmp_path, env={"NOTIFY_SOCKET": str(tmp_path / "gone")}) as run:
+        run.ready()
+        run.wait_for("systemd: cannot send READY=1: .*No such file")
+        run.finish()

@@ -35,7 +35,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from producer.events import TRANSMITS
-from producer.kernel.capture import Capture, CaptureSettings
+from producer.kernel.capture import Capture
+from producer.kernel.settings import CaptureSettings
 from producer.kernel.pinned import PinFolder
 from producer.rules.tables import filtered
 from producer.kernel.sequence import EventNumbers

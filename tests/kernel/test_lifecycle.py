@@ -17,8 +17,9 @@ from producer.demo.lab import Lab
 from producer.errors import ConfigError, HookError, UnavailableError
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS
 from producer.kernel.bpf_syscall import program_ids
-from producer.kernel.capture import Capture, CaptureSettings
+from producer.kernel.capture import Capture
 from producer.kernel.hooks import HOOKS_BY_STREAM
+from producer.kernel.settings import CaptureSettings
 from producer.rules.tables import filtered
 from tests.support.capture import ALLOWED, Pair, Recording, hook_settings, kernel_btf_with, rules, wait_for
 
@@ -48,7 +49,8 @@ def agent(settings: CaptureSettings) -> Iterator["subprocess.Popen[str]"]:
         "import sys\n"
         "from pathlib import PosixPath\n"
         "from producer.events import STREAMS\n"
-        "from producer.kernel.capture import Capture, CaptureSettings\n"
+        "from producer.kernel.capture import Capture\n"
+        "from producer.kernel.settings import CaptureSettings\n"
         "from producer.rules.tables import filtered\n"
         f"allowed, compiled = {settings.hooks!r}, {settings.cache!r}\n"
         "hooks = Capture(CaptureSettings(hooks=allowed, rules=filtered(ports=(1,)), cache=compiled))\n"

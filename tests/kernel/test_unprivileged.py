@@ -17,7 +17,8 @@ ATTACH = """
 import sys
 from producer.events import FLOWS, STREAMS
 from producer.host import capabilities
-from producer.kernel.capture import Capture, CaptureSettings
+from producer.kernel.capture import Capture
+from producer.kernel.settings import CaptureSettings
 from producer.rules.tables import filtered
 settings = CaptureSettings(tuple(sys.argv[1].split(",")), STREAMS, rules=filtered(ports=(1,)))
 with Capture(settings) as capture:

@@ -14,7 +14,8 @@ import numpy as np
 
 from producer.demo.lab import Host
 from producer.events import FLOWS, HOOKS, STREAMS, Rows, Stream
-from producer.kernel.capture import Capture, CaptureSettings
+from producer.kernel.capture import Capture
+from producer.kernel.settings import CaptureSettings
 from tests.support.rebpf import COMPILED
 
 T = TypeVar("T")

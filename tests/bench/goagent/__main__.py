@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from producer.host.cgroups import cgroup2_root
-from producer.kernel.capture import Capture, CaptureSettings
+from producer.kernel.capture import Capture
+from producer.kernel.settings import CaptureSettings
 from producer.rules.tables import filtered
 from tests.support.servers.fetch import cache
 

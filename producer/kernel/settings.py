@@ -1,0 +1,40 @@
+"""How to capture: hooks, streams, rings and programs."""
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from producer.errors import ConfigError
+from producer.events import HOOKS, STREAMS, Stream
+from producer.rules.tables import Action, Tables, tables
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureSettings:
+    """How to capture. Ring sizes are in bytes, by ring name: powers of two, at least a page.
+
+    Raises ConfigError for an invalid value.
+    """
+
+    hooks: tuple[str, ...] = HOOKS
+    """Those allowed for transmits and retransmits."""
+    streams: tuple[Stream, ...] = STREAMS
+    """Those to capture, at least one."""
+    ring_bytes: Mapping[str, int] = field(
+        default_factory=lambda: {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22, "flow_pipe": 1 << 22}
+    )
+    rules: Tables = field(default_factory=lambda: tables((), Action()))
+    """Which segments become events; by default all."""
+    btf: Path | None = None
+    programs: Path | None = None
+    """A file of `rebpf compile`, or a folder with such files."""
+    cache: Path | None = None
+    """The folder of the program cache. None: compile at each start."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.hooks) - set(HOOKS):
+            raise ConfigError(f"unknown hook {min(unknown)!r}: expected one of {', '.join(HOOKS)}")
+        for ring, size in self.ring_bytes.items():
+            if size & (size - 1) or not mmap.PAGESIZE <= size <= 1 << 30:
+                raise ConfigError(f"{ring}: expected a power of two from a page to 1 GiB, not {size} bytes")
