@@ -49,10 +49,10 @@ def config(
     pods_url: str | None,
     as_json: bool,
 ) -> None:
-    """Print the configuration that `rebpf run` would use with these options.
+    """Print the configuration that `rebpf run` would use.
 
-    Includes conf.d, the environment and defaults; each value that a file sets has the file and line beside it. Secrets
-    are masked, and files with secrets are not read. The hash is that of heartbeats and metrics.
+    Takes the same options. Includes conf.d, the environment and defaults; each value that a file sets has the file and
+    line beside it. Secrets are masked, and files with secrets are not read. The hash is that of heartbeats and metrics.
     """
     from producer.config import effective, sources
 

@@ -57,6 +57,12 @@ def test_no_summary_is_cut_in_80_columns():
             assert line.startswith("Usage:") or not line.endswith("...")
 
 
+def test_each_summary_has_one_line_in_80_columns():
+    sections = rebpf("--help", env={"COLUMNS": "80"}).stdout.partition("Capture:\n")[2]
+    lines = [line for line in sections.splitlines() if line.startswith("  ")]
+    assert not [line for line in lines if line.startswith("    ")], "the rest of a summary"
+
+
 def test_each_command_stands_in_one_section():
     assert sorted(name for names in group.sections.values() for name in names) == COMMANDS
 
