@@ -132,10 +132,10 @@ def test_a_test_that_also_fails_alone_fails_the_run(plan: Path, capsys: pytest.C
 
 
 def test_many_failures_are_not_run_again(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (plan / "test_two.py").write_text("".join(f"def test_{each}(): assert False\n" for each in range(4)))
+    (plan / "test_two.py").write_text("".join(f"def test_{each}(): assert False\n" for each in range(6)))
     assert lanes.run_tier("default", []) == 1
     out = capsys.readouterr().out
-    assert "4 failed" in out
+    assert "6 failed" in out
     assert "again" not in out
 
 
@@ -147,9 +147,6 @@ def test_the_lanes_have_all_folders_of_their_tier(tier: str) -> None:
         assert sorted(parts) == sorted(
             ["tests/unit", "tests/property"] * 3 + ["--part=1/3", "--part=2/3", "--part=3/3"]
         )
-    elif tier == "default":
-        integration = ["tests/integration"]  # in two parts
-        assert sorted(parts) == sorted([*folders, *integration, "--part=1/2", "--part=2/2"])
     else:
         assert sorted(parts) == sorted(folders)
 
