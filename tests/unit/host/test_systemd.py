@@ -48,7 +48,7 @@ def test_behind_the_barrier_all_has_been_taken_account_of(tmp_path, monkeypatch)
 
 
 def test_a_manager_that_is_stuck_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(systemd, "_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(systemd, "TIMEOUT_S", 0.1)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
