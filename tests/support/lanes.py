@@ -1,8 +1,8 @@
 """Runs a tier's tests in lanes, pytest processes side by side: `python -m tests.support.lanes TIER [OPTION...]`.
 
-Most time of the integration tests is waiting, so that others fit beside them. The kernel tests come last and alone: the
-hooks see the traffic of the whole host. Options are passed to each lane. With a path or a test's id there is one lane.
-A lane's output is printed in whole when it ends. Each lane has a time limit.
+Most time of the integration tests is waiting, so that others fit beside them. The kernel tests come last and alone,
+except those of whole commands: the hooks see the traffic of the whole host. Options are passed to each lane. With a
+path or a test's id there is one lane. A lane's output is printed in whole when it ends. Each lane has a time limit.
 
 At the end, the few tests that failed beside other lanes are run again, alone. Those that pass then are listed as
 FLAKY. What fails alone fails the run.
@@ -43,6 +43,12 @@ class Lane:
     nice: int = 0
 
 
+_COMMANDS = tuple(
+    f"tests/kernel/test_{name}.py"
+    for name in ("check_and_run", "demo", "pictures", "report", "views", "without_compiler")
+)
+"""Tests of whole commands, which look at namespaces of their own only."""
+
 PLANS: Mapping[str, Sequence[Lane]] = {
     # More than there are CPUs: some tests wait for a deadline.
     "quick": [
@@ -53,7 +59,13 @@ PLANS: Mapping[str, Sequence[Lane]] = {
         Lane("integration", ("tests/integration",), 3000),
         Lane("vm", ("tests/vm",), 3000, nice=5),
         Lane("unit", ("tests/unit", "tests/property", "tests/fuzz", "tests/packaging"), 3000, after=("vm",), nice=5),
-        Lane("kernel", ("tests/kernel", "tests/chaos"), 1800, after=("integration", "unit")),
+        Lane("commands", _COMMANDS, 3000, after=("unit",), nice=5),
+        Lane(
+            "kernel",
+            ("tests/kernel", "tests/chaos", *(f"--ignore={path}" for path in _COMMANDS)),
+            1800,
+            after=("integration", "commands"),
+        ),
     ],
     "all": [Lane("all", (), 6 * 3600)],
 }
