@@ -1,6 +1,5 @@
 """`rebpf compile`: makes a file with the programs for a kernel, for hosts without a compiler."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from producer import __version__
 from producer.errors import OutputError, UsageError
 from producer.events import layout_check
 from producer.host import state_file
+from producer.host.output_file import write_whole
 from producer.host.progress import Progress
 from producer.kernel.loader import Loader
 from producer.paths import BPF
@@ -30,6 +30,7 @@ def compile_programs(btf: Path | None, output: Path) -> Made:
     """Compile for the kernel of a BTF file, by default this host's, and write the file `output`."""
     if btf is not None:
         try:
+            state_file.check_ordinary(btf)
             btf.open("rb").close()
         except OSError as error:
             raise UsageError(f"--btf: {btf}: {error.strerror}") from error
@@ -52,7 +53,7 @@ def compile_programs(btf: Path | None, output: Path) -> Made:
         file.seek(0)
         content = file.read()
     try:
-        state_file.write(output, content, mode=_MODE)
+        write_whole(output, content, _MODE)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror}") from error
-    return Made(output, answer["combinations"], os.stat(output).st_size)
+    return Made(output, answer["combinations"], len(content))

@@ -9,9 +9,10 @@ import pyarrow as pa
 from producer.errors import UnavailableError
 from producer.events import TRANSMITS
 from producer.export.arrow import schema_of
-from producer.export.dataset import write_whole
+from producer.export.dataset import disk_errors
 from producer.export.events import Choice
 from producer.export.sources import Files, Period, Topics
+from producer.host.output_file import write_whole
 from producer.host.progress import Progress
 from producer.report.collect import NAMES, collect, collect_segments
 from producer.report.frame import Frame
@@ -40,9 +41,12 @@ def report(
         segments = Frame(pa.Table.from_batches([], schema_of(TRANSMITS, NAMES[TRANSMITS])))
     with Progress("drawing"):
         text = page(summary, segments, list(_commands(summary, source)), filter_text)
-        write_whole(output, text.encode(errors="backslashreplace"))
+        with disk_errors(output.parent):
+            write_whole(output, text.encode(errors="backslashreplace"))
         if picture is not None:
-            write_whole(picture, png(draw_summary(summary, headline(summary), segments), 12, 9))
+            drawn = png(draw_summary(summary, headline(summary), segments), 12, 9)
+            with disk_errors(picture.parent):
+                write_whole(picture, drawn)
     return headline(summary)
 
 

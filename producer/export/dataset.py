@@ -144,17 +144,6 @@ def _plain_table(table: Any) -> Any:
     return pa.Table.from_arrays(columns, names=table.column_names).cast(_plain(table.schema))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, which appears in whole or not at all. Raises UnavailableError."""
-    partial = _partial(path)
-    with disk_errors(path.parent):
-        try:
-            partial.write_bytes(content)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 

@@ -55,20 +55,20 @@ def read(path: Path, most_bytes: int) -> bytes:
     return content
 
 
-def create(path: Path, mode: int = 0o600) -> int:
-    """Create a file for appending, and replace an older file, pipe or link. Raises OSError."""
+def create(path: Path) -> int:
+    """Create a file for appending, mode 0600, and replace an older file, pipe or link. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def write(path: Path, content: bytes, *, sync: bool = False, mode: int = 0o600) -> None:
-    """Replace a file atomically; with `sync`, also on disk. Raises OSError. A folder is set aside.
+def write(path: Path, content: bytes, *, sync: bool = False) -> None:
+    """Replace a file atomically, mode 0600; with `sync`, also on disk. Raises OSError. A folder is set aside.
 
     Only one process may do so at a time: `path` with the suffix .new is written first.
     """
     fresh = path.with_suffix(".new")
-    with open(create(fresh, mode), "wb") as file:
+    with open(create(fresh), "wb") as file:
         file.write(content)
         file.flush()
         if sync:

@@ -1,0 +1,31 @@
+"""A command writes its file in whole, and replaces neither a folder nor a device."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from producer.host.output_file import write_whole
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("before")
+    write_whole(path, b"now", 0o644)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"now", 0o644)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_device_is_written_to_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "null"
+    path.symlink_to(os.devnull)
+    write_whole(path, b"now")
+    assert path.is_char_device()
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "out", b"now")
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
