@@ -43,9 +43,13 @@ class Lane:
     nice: int = 0
 
 
-_COMMANDS = tuple(
-    f"tests/kernel/test_{name}.py"
-    for name in ("check_and_run", "demo", "pictures", "report", "views", "without_compiler")
+_COMMANDS = (
+    "tests/kernel/test_check_and_run.py",
+    "tests/kernel/test_demo.py",
+    "tests/kernel/test_pictures.py",
+    "tests/kernel/test_report.py",
+    "tests/kernel/test_views.py",
+    "tests/kernel/test_without_compiler.py",
 )
 """Tests of whole commands, which look at namespaces of their own only."""
 
