@@ -139,7 +139,7 @@ class Top:
         found, kernel = self.table(_MAX_LINES), self._kernel()
         return {
             "by": self.choice.by,
-            "window_s": round(self._covered_s(), 3),
+            "window_s": round(self._covered_s(), 6),
             "filter": self.choice.filter_text,
             "total": found.total.as_dict(),
             "lines": [line.as_dict() for line in found.lines],
