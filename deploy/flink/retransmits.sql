@@ -1,9 +1,9 @@
 -- Retransmissions per minute of event time, host and peer, to the topic tcp_retransmit_minute. Needs tables.sql.
 --
 -- From flow records: a minute has what connections did since their records before. A connection's first record counts in
--- full if it began within the minute before; of an older one, only later records do. A producer delivers the records of a
--- connection in order, after an outage too, so the order is that of arrival, and one that is not later than one before is a
--- copy.
+-- full if it began within the minute before; of an older one, only later records do. A socket that connects again starts
+-- at 0. A producer delivers the records of a connection in order, after an outage too, so the order is that of arrival,
+-- and one that is not later than one before is a copy.
 --
 -- No window: after an outage a producer delivers its spool, hours late, and a window would silently drop these records.
 -- Here they correct the row of their minute. State expires after state.ttl without updates; later records would start
@@ -26,15 +26,15 @@ WITH flows AS (
 ),
 differences AS (
   SELECT CAST(ts AS TIMESTAMP(3)) AS ts, host, daddr, NULLIF(srtt_us, 0) AS srtt_us,
-    segs_out - COALESCE(LAG(segs_out) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, segs_out)) AS segs_out,
-    total_retrans - COALESCE(LAG(total_retrans) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, total_retrans)) AS total_retrans,
-    retrans_other - COALESCE(LAG(retrans_other) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_other)) AS retrans_other,
-    retrans_rto - COALESCE(LAG(retrans_rto) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_rto)) AS retrans_rto,
-    retrans_fast - COALESCE(LAG(retrans_fast) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_fast)) AS retrans_fast,
-    retrans_slow_start - COALESCE(LAG(retrans_slow_start) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_slow_start)) AS retrans_slow_start,
-    retrans_tlp - COALESCE(LAG(retrans_tlp) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_tlp)) AS retrans_tlp,
-    retrans_syn - COALESCE(LAG(retrans_syn) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_syn)) AS retrans_syn,
-    retrans_syn_ack - COALESCE(LAG(retrans_syn_ack) OVER w, IF(start_ns >= ts_ns - 60000000000, 0, retrans_syn_ack)) AS retrans_syn_ack
+    segs_out - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(segs_out) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, segs_out)) AS segs_out,
+    total_retrans - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(total_retrans) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, total_retrans)) AS total_retrans,
+    retrans_other - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(retrans_other) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_other)) AS retrans_other,
+    retrans_rto - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(retrans_rto) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_rto)) AS retrans_rto,
+    retrans_fast - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(retrans_fast) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_fast)) AS retrans_fast,
+    retrans_slow_start - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(retrans_slow_start) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_slow_start)) AS retrans_slow_start,
+    retrans_tlp - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(retrans_tlp) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_tlp)) AS retrans_tlp,
+    retrans_syn - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(retrans_syn) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_syn)) AS retrans_syn,
+    retrans_syn_ack - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(retrans_syn_ack) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_syn_ack)) AS retrans_syn_ack
   FROM flows
   WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)
 ),
