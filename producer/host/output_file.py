@@ -5,8 +5,11 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
-    """Write a file, which appears in whole or not at all. A device or pipe is written to. Raises OSError."""
-    if path.exists() and not path.is_file():
+    """Write a file, which appears in whole or not at all. Raises OSError.
+
+    What a device, a pipe or a link such as /dev/stdout leads to is written to, since it must not be replaced.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_bytes(content)
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

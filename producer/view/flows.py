@@ -132,7 +132,7 @@ class Flows:
         ends = [texts["saddr"], texts["daddr"], _bounded(records, "sport"), _bounded(records, "dport")]
         cookie = records["sk_cookie"]
         has_cookie = cookie.valid & (cookie.cells != 0)
-        netns = np.zeros(len(records), np.int64)
+        netns = np.zeros(len(records), np.int64)  # from Linux 5.10 on, a cookie is unique on its host
         keys = connection_keys(texts["host"], texts["boot_id"], netns, cookie.cells, has_cookie, ends)
         return self._table.add(
             keys,

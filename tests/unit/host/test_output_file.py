@@ -24,6 +24,14 @@ def test_a_device_is_written_to_and_stays(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_a_link_stays_as_dev_stdout_is_one_to_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"longer before")
+    (tmp_path / "stdout").symlink_to("file")
+    write_whole(tmp_path / "stdout", b"now")
+    assert (tmp_path / "stdout").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"now"
+
+
 def test_a_folder_stays(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(IsADirectoryError):
