@@ -1,7 +1,8 @@
-"""One real Kafka and one real registry for the whole session."""
+"""One real Kafka and one real registry for the whole session, and configurations for them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
@@ -47,3 +48,15 @@ def registry(servers_present: None, tmp_path_factory: pytest.TempPathFactory) ->
                 text = json.dumps({"type": "record", "name": name, "fields": []})
                 client.register_schema("other-value", Schema(text))
         yield server
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., str]:
+    """Write a configuration with a prefix of topics, and return its path."""
+
+    def write(prefix: str, more: str = "") -> str:
+        path = tmp_path / "rebpf.toml"
+        path.write_text(f'kafka.topic_prefix = "{prefix}"\n{more}')
+        return str(path)
+
+    return write

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from producer import paths
 from producer.demo.lab import Lab
 from producer.events import FLOW_EVENT, FLOWS, REASONS, RETRANSMIT, RETRANSMITS, STREAMS, TRANSMIT, TRANSMITS, Rows
 from producer.kernel.bpf_syscall import possible_cpus, program_ids
@@ -25,37 +23,12 @@ from producer.kernel.pinned import PinFolder
 from producer.kernel.sequence import EventNumbers
 from producer.rules.tables import filtered
 from tests.support.capture import ALLOWED, Pair, hook_settings, wait_for
+from tests.support.kept import OTHER_VERSION, Traffic, other_version
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 SYN = 2
 CPUS = possible_cpus()
-OTHER_VERSION = """
-import json, sys
-from pathlib import Path
-import numpy as np
-from producer.events import TRANSMITS
-from producer.kernel.capture import Capture
-from producer.kernel.settings import CaptureSettings
-from producer.kernel.pinned import PinFolder
-from producer.rules.tables import filtered
-from producer.kernel.sequence import EventNumbers
-
-pins, state, port, cpus, allowed = json.loads(sys.argv[1])
-settings = CaptureSettings(hooks=tuple(allowed), rules=filtered(ports=(port,)))
-with PinFolder(Path(pins)) as folder, Capture(settings, folder, EventNumbers(Path(state), "a boot", cpus)) as capture:
-    capture.load()
-    capture.attach()
-    with capture.ring(TRANSMITS) as ring:
-        print(capture.ring_id, flush=True)
-        sys.stdin.readline()
-        rows = ring.read(1 << 16)
-        assert rows.dtype["note"] == "<u8"
-        np.save(Path(state) / "committed.npy", rows)
-        ring.commit(ring.position)
-        print("committed", flush=True)
-        sys.stdin.readline()
-"""
 
 
 @pytest.fixture
@@ -67,67 +40,6 @@ def pins(tmp_path: Path) -> Iterator[Path]:
         yield folder / "pins"
     finally:
         subprocess.run(["umount", folder], check=True)
-
-
-class Traffic:
-    """A loopback connection on which a thread sends single bytes, each after an answer."""
-
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets = [self._listener]
-        self.port: int = self._listener.getsockname()[1]
-        self.sent = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._send)
-
-    def start(self) -> None:
-        self._client = socket.create_connection(("127.0.0.1", self.port))
-        self._sockets.append(self._client)
-        self._client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._accepted, _ = self._listener.accept()
-        self._sockets.append(self._accepted)
-        self._thread.start()
-
-    def _send(self) -> None:
-        while not self._done.wait(0.0001):
-            self._client.sendall(b"?")
-            self.sent += 1
-            self._accepted.sendall(self._accepted.recv(1))
-            self._client.recv(1)
-
-    def wait_more(self, count: int) -> None:
-        aim = self.sent + count
-        wait_for(lambda: self.sent >= aim, "traffic")
-
-    def stop(self) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def __enter__(self) -> "Traffic":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._done.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-        for each in self._sockets:
-            each.close()
-
-
-def other_version(folder: Path) -> Path:
-    """Copy the package with another layout of the transmit events, as if it were another version."""
-    package = paths.BPF.parent
-    for name in ("producer", "bpf", "schemas"):
-        subprocess.run(["cp", "-r", str(package / name), str(folder)], check=True)
-    header = folder / "bpf" / "events.h"
-    before = "\tu32 is_retransmit;\n\tu32 _pad3;\n"
-    assert header.read_text().count(before) == 1
-    header.write_text(header.read_text().replace(before, f"{before}\tu64 note;\n"))
-    events = folder / "producer" / "events.py"
-    before = '("is_retransmit", "<u4"), ("_pad3", "<u4")'
-    assert events.read_text().count(before) == 1
-    events.write_text(events.read_text().replace(before, f'{before}, ("note", "<u8")'))
-    return folder
 
 
 def all_rows(capture: Capture) -> Rows:

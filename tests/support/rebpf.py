@@ -64,6 +64,13 @@ def rebpf(
     return subprocess.run(run, capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ, **(env or {})})
 
 
+def findings(*arguments: object) -> tuple[int, dict[str, dict[str, object]]]:
+    """Run `rebpf check`; return its exit code, and the findings by subject."""
+    done = rebpf("check", "--json", *arguments)
+    found = {each["subject"]: each for each in json.loads(done.stdout)}
+    return done.returncode, found
+
+
 def let_others_in(folder: Path) -> None:
     """Let other users look into a folder and those above it."""
     for each in (folder, *folder.parents):

@@ -11,7 +11,7 @@ import pytest
 from producer.config import effective, sources
 from producer.config.load import Config, load
 
-from .test_load import FULL
+from .test_every_setting import FULL
 
 SECRETS = """
 [kafka.settings]
