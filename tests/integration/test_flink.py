@@ -37,6 +37,8 @@ CLOCK_STEP_MS = -2
 HOSTS = ("host-a", "host-b")
 PEERS = ("192.0.2.1", "192.0.2.2", "2001:db8::3")
 MINUTES = 3
+CLOSES = 8
+"""The number of the record after which some sockets connect again."""
 
 
 def traffic() -> list[Sent]:
@@ -74,16 +76,20 @@ def sent() -> list[Sent]:
 
 
 def flows() -> list[Flow]:
-    """Return records of connections in order of time: each is open for all minutes, and some are older."""
+    """Return records of connections in order of time: open for all minutes, some older, and some that connect again."""
     made = []
     for cookie, (host, daddr) in enumerate([(host, daddr) for host in HOSTS for daddr in PEERS] * 2, 1):
         causes: Counter[str] = Counter({"rto": 70})
         for i in range(MINUTES * 6):
-            causes[CAUSES[(i + cookie) % len(CAUSES)]] += 1 + i % 3
             at_ms = START_MS + i * 10_000 + cookie
-            start_ms = None if cookie % 4 == 0 else START_MS - 5_000
+            start_ms, segs = None if cookie % 4 == 0 else START_MS - 5_000, 1000 + 100 * i * cookie
+            if cookie % 3 == 0 and i > CLOSES:
+                start_ms, segs = START_MS + CLOSES * 10_000 + cookie + 1, 10 * i
+                causes = causes if i > CLOSES + 1 else Counter()
+            causes[CAUSES[(i + cookie) % len(CAUSES)]] += 1 + i % 3
             more = {"daddr": daddr, "srtt_us": 1 + (i * 37 + cookie * 11) % 100 * 100}
-            made.append(Flow(host, cookie, at_ms, start_ms, 1000 + 100 * i * cookie, dict(causes), **more))
+            more["close"] = cookie % 3 == 0 and i == CLOSES
+            made.append(Flow(host, cookie, at_ms, start_ms, segs, dict(causes), **more))
     return sorted(made, key=lambda flow: flow.at_ms)
 
 
@@ -159,7 +165,11 @@ def test_minutes_have_what_connections_did_in_them(kafka, tables, connections, t
         minute = (flow.at_ms - START_MS) // MINUTE_MS
         key = (f"2027-01-15 08:{minute:02}:00", flow.host, flow.daddr)
         last = before.get((flow.host, flow.cookie))
-        last = last or (flow if flow.start_ms is None else replace(flow, segs=0, causes={}))
+        nothing = replace(flow, segs=0, causes={})
+        if last is None:
+            last = flow if flow.start_ms is None else nothing
+        elif last.close and flow.start_ms is not None and flow.start_ms > last.at_ms:
+            last = nothing
         expected[key] += Counter({"segs": flow.segs - last.segs})
         expected[key] += Counter({cause: flow.causes[cause] - last.causes.get(cause, 0) for cause in flow.causes})
         srtt_us[key].append(flow.srtt_us)
