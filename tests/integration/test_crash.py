@@ -64,14 +64,15 @@ def prepare(broker: KafkaServer, prefix: str, folder: Path) -> str:
     return config
 
 
-def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, bpffs, tmp_path):
+@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.extended)])
+def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, bpffs, tmp_path, kills):
     # Holds a minute or more without a producer, which may be killed before it does anything.
     capture = f"[capture]\ntransmit_ring_bytes = {1 << 28}\nflow_interval_s = 1\n"
     config = f"{capture}[spool]\nspill_after_s = 0.2\n"
     scene = SteadyScene(tmp_path, broker, config, pin=bpffs / "pins")
     chance = random.Random(7)
     with Steady(scene.port, SENDS) as traffic:
-        for number in range(20):
+        for number in range(kills):
             time.sleep(chance.uniform(0.05, 1.5))
             if number % 4 == 1:
                 broker.kill()
