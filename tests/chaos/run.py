@@ -171,9 +171,8 @@ def judge(scene: Scene, arrived: dict[str, Any]) -> None:
         if not seen["distinct"]:
             findings.add(f"{topic}: nothing arrived")
     for number, life in enumerate(scene.producer.lives):
-        after = [mb for age_s, mb in life.memory if age_s >= FLAT_AFTER_S]
-        if after and max(after) > after[0] + FLAT_MB:
-            findings.add(f"start {number}: memory grew from {after[0]} to {max(after)} MB")
+        if (most := peaks(life)) and most[1] > most[0] + FLAT_MB:
+            findings.add(f"start {number}: memory grew from {most[0]} to {most[1]} MB")
 
 
 def report(scene: Scene, arrived: dict[str, Any], seconds: float, seed: int) -> dict[str, Any]:
@@ -205,10 +204,20 @@ def report(scene: Scene, arrived: dict[str, Any], seconds: float, seed: int) -> 
     }
 
 
-def summary(life: Life) -> dict[str, Any]:
-    """Return a start's memory: first, at ten minutes, the maximum after that, last, and the maximum of each minute."""
+def peaks(life: Life) -> tuple[float, float] | None:
+    """Return a start's peaks of memory in the first ten minutes and after them, in MB; None if it was shorter.
+
+    Peaks, since each outage takes up to 20 MB while it lasts.
+    """
+    before = [mb for age_s, mb in life.memory if age_s < FLAT_AFTER_S]
     after = [mb for age_s, mb in life.memory if age_s >= FLAT_AFTER_S]
-    flat = {"at_10_min": after[0], "most_after": max(after)} if after else {}
+    return (max(before), max(after)) if after else None
+
+
+def summary(life: Life) -> dict[str, Any]:
+    """Return a start's memory: first, the peaks of the first ten minutes and after, last, and the peak of each minute."""
+    most = peaks(life)
+    flat = {"most_before_10_min": most[0], "most_after": most[1]} if most else {}
     minutes = [max(mb for _, mb in each) for _, each in itertools.groupby(life.memory, lambda seen: seen[0] // 60)]
     ends = {"first": life.memory[0][1], **flat, "last": life.memory[-1][1]}
     return {"seconds": life.memory[-1][0], **ends, "each_minute": minutes}
