@@ -215,7 +215,7 @@ def peaks(life: Life) -> tuple[float, float] | None:
 
 
 def summary(life: Life) -> dict[str, Any]:
-    """Return a start's memory: first, the peaks of the first ten minutes and after, last, and the peak of each minute."""
+    """Return a start's memory: first, the peaks before and after ten minutes, last, and the peak of each minute."""
     most = peaks(life)
     flat = {"most_before_10_min": most[0], "most_after": most[1]} if most else {}
     minutes = [max(mb for _, mb in each) for _, each in itertools.groupby(life.memory, lambda seen: seen[0] // 60)]
