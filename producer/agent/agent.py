@@ -81,7 +81,7 @@ def build(
     heartbeats = HeartbeatEncoder(ids[heartbeat_topic(config)]) if heartbeat_topic(config) in ids else None
     beats = {HEARTBEATS.name: heartbeat_topic(config)} if heartbeats else {}
     sink = KafkaSink(settings, topics | beats, on_socket=capture.exclude_socket, quarantine=quarantine.put)
-    # Attach before the client connects: the programs recognise a local broker by the SYN that they see.
+    # Attach before the client connects: the programs recognize a local broker by the SYN that they see.
     capture.attach()
     brokers = sink.open()
     stack.callback(sink.close)

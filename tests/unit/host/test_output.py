@@ -169,7 +169,7 @@ def test_echo_cleans_each_line(text: str, capsys: pytest.CaptureFixture[str]) ->
     assert all(line.isprintable() for line in out.split("\n"))
 
 
-def test_colours_pass_where_they_are_asked_for_and_nothing_else_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_colors_pass_where_they_are_asked_for_and_nothing_else_does(capsys: pytest.CaptureFixture[str]) -> None:
     echo("\x1b[1;31mred\x1b[0m\x1b[2J", color=True)
     echo("\x1b[31mred")
     assert capsys.readouterr().out == "\x1b[1;31mred\x1b[0m\\x1b[2J\n\\x1b[31mred\n"
