@@ -168,7 +168,7 @@ def decide(settings: Mapping[str, str]) -> None:
 
 
 def _check_files(settings: Mapping[str, str]) -> None:
-    """Raise ConfigError if the library would block on a file, or read it for ever."""
+    """Raise ConfigError if the library would block on a file, or read it forever."""
     for name in settings.keys() & _FILES:
         try:
             state_file.check_ordinary(Path(settings[name]))

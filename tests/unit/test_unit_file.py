@@ -43,7 +43,7 @@ def test_the_capabilities_are_those_that_are_asked_for(service):
 
 
 def test_the_check_before_it_decides_nothing(service):
-    # systemd does not look at RestartPreventExitStatus= for it: a status would be tried again for ever.
+    # systemd does not look at RestartPreventExitStatus= for it: a status would be tried again forever.
     assert service["ExecStartPre"].startswith("-/usr/bin/rebpf check --local ")
 
 
