@@ -255,7 +255,7 @@ def _endpoint(address: str, port: str) -> str:
 
 
 def _interval(seconds: float) -> str:
-    """Return the literal of an interval, after the word."""
+    """Return an interval literal, without the word INTERVAL."""
     days, rest = divmod(round(seconds * 1000), 86_400_000)
     hours, rest = divmod(rest, 3_600_000)
     minutes, rest = divmod(rest, 60_000)

@@ -179,7 +179,7 @@ def _check_files(settings: Mapping[str, str]) -> None:
 def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
     """Return all librdkafka settings of a producer; without brokers, those of the in-process test broker.
 
-    Raises ConfigError for settings that `decide` rejects, and for files that are none.
+    Raises ConfigError for settings that `decide` rejects, and for paths that are not regular files.
     """
     decide(settings)
     _check_files(settings)
@@ -188,7 +188,7 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
 
 
 def consumer_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return all librdkafka settings of a consumer, but its group. Raises ConfigError for what `decide` rejects."""
+    """Return all librdkafka settings of a consumer except its group. Raises ConfigError for what `decide` rejects."""
     decide(settings)
     _check_files(settings)
     users = _without(settings, FREE_OF_PRODUCERS | REQUIRED.keys())

@@ -235,7 +235,7 @@ def test_a_topic_that_compacts(kafka, config):
     alter = "kafka-configs.sh --alter --entity-type topics --entity-name compact.tcp_transmit --add-config"
     warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING topic")]
     assert warnings == [
-        "WARNING topic compact.tcp_transmit: cleanup.policy is compact, which keeps only the last event of each flow: "
+        "WARNING topic compact.tcp_transmit: cleanup.policy is compact, which keeps only the last event of each key: "
         f"{alter} cleanup.policy=delete"
     ]
 
