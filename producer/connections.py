@@ -139,7 +139,7 @@ class Connections:
         return int(np.count_nonzero(forgotten))
 
     def keep(self, kept: Mask) -> None:
-        """Drop all other connections; slots are numbered anew, in the same order."""
+        """Drop all other connections; slots are renumbered, in the same order."""
         if kept.all():
             return
         used = self._entries[: self._count]

@@ -13,7 +13,8 @@ from producer.config.load import Config
 from producer.errors import PermissionDenied
 from producer.events import HEARTBEATS, STREAMS, Topic
 from producer.health.balance import Balance
-from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.health.web_config import WebSettings
 from producer.host import capabilities, endpoints, signals

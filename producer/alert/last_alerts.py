@@ -19,7 +19,7 @@ from producer.errors import RebpfError
 logger = logging.getLogger(__name__)
 
 MOST_ALERTS = 100_000
-"""Groups whose last alert is kept. Beyond it the oldest are forgotten, and sent anew if they still fire."""
+"""Groups whose last alert is kept. Beyond it the oldest are forgotten, and resent if they still fire."""
 MOST_MESSAGES = 1_000_000
 _SHOWN = 200
 

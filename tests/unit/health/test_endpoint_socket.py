@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from producer.errors import UnavailableError
-from producer.health.endpoint import ask
+from producer.health.endpoint_client import ask
 from tests.support.endpoint import CLIENTS, PASSWORDS, TLS, Place
 from tests.support.rebpf import wait_until
 from tests.support.servers.certificates import Authority, Certificate

@@ -12,7 +12,8 @@ from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from producer.health import metrics
 from producer.health.balance import stage
-from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
 from producer.health.status import Status
 from tests.support.statuses import status
 
