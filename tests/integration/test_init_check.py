@@ -114,7 +114,7 @@ def test_init_says_why_a_topic_cannot_be_created(kafka, config):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_init_without_brokers_is_a_mistake_of_the_command_line():
+def test_init_without_brokers_is_a_usage_error():
     done = rebpf("init")
 
     assert (done.returncode, done.stderr) == (64, "rebpf: init needs --brokers\n")

@@ -138,7 +138,7 @@ def test_a_topic_that_appears_later_is_read_from_its_beginning(cluster: Cluster)
     assert [(event.topic, event.record["seq"]) for event in take(source, 1)] == [("late", 3)]
 
 
-def test_strangers_messages_are_skipped_and_counted(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+def test_foreign_messages_are_skipped_and_counted(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     cluster.put(TRANSMITS.topic, b"not avro")
     cluster.put(TRANSMITS.topic, b"not avro either")
     cluster.put_events(TRANSMITS, [17])

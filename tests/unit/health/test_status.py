@@ -180,7 +180,7 @@ def test_it_listens_on_ipv6_too():
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no such host"])
-def test_a_port_that_cannot_be_had_is_one_warning(caplog, host):
+def test_a_port_that_cannot_be_bound_is_one_warning(caplog, host):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with Endpoint(host, port, StatusBoard()) as server:
@@ -214,7 +214,7 @@ def test_two_producers_do_not_share_a_port():
             assert second.url is None
 
 
-def test_it_is_gone_after_the_end():
+def test_the_endpoint_is_closed_at_the_end():
     with serving() as (_, server):
         pass
     assert server.url
@@ -337,7 +337,7 @@ def test_a_step_costs_next_to_nothing_while_nobody_asks():
 
 
 @pytest.mark.parametrize("url", ["http://a:b", "http://[", "x", "http://", "http://\x1b[2J:1", "http://a\nb:1"])
-def test_an_address_that_is_none_is_an_error_of_one_line(tmp_path, url):
+def test_an_invalid_address_is_an_error_of_one_line(tmp_path, url):
     with pytest.raises(UnavailableError, match="the producer does not answer at") as caught:
         endpoint_client.ask(url)
     assert str(caught.value).isprintable()

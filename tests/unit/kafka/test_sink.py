@@ -46,7 +46,7 @@ def test_a_message_that_is_too_large_for_the_client_is_lost_by_name_and_its_neig
 
 
 @pytest.mark.parametrize("code", [7, 19, 29, 3, 6], ids=librdkafka.error_name)
-def test_a_failure_that_passes_costs_no_message(cluster, open_sink, code):
+def test_a_temporary_failure_costs_no_message(cluster, open_sink, code):
     cluster.create("t")
     sink = open_sink()
     cluster.answer_produce_with(code, code, code)
