@@ -1,4 +1,4 @@
-"""The Debian packages: built for both releases, whole, and the same whenever they are built.
+"""The Debian packages: built for both releases, complete, and the same whenever they are built.
 
 That they install, run and leave nothing behind is shown on hosts of those releases: tests/vm.
 """

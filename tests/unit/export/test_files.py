@@ -1,4 +1,4 @@
-"""Export and `rebpf.read`: every source gives the same events, and files appear in whole or not at all."""
+"""Export and `rebpf.read`: every source gives the same events, and files appear complete or not at all."""
 
 import json
 from pathlib import Path

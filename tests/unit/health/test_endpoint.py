@@ -144,7 +144,7 @@ def test_visitors_take_a_bounded_number_of_threads_and_leave_none() -> None:
 
 
 def test_visitors_that_wait_for_the_loop_are_bounded() -> None:
-    """With a loop that stands, /status and /metrics in numbers leave room for /healthz."""
+    """With a loop that hangs, many requests for /status and /metrics leave room for /healthz."""
     board = StatusBoard(answer_timeout_s=30)
     board.publish(status())
     with Endpoint("127.0.0.1", 0, board) as server, ExitStack() as stack:
