@@ -7,9 +7,9 @@
  * sockets that the agent's listeners accept.
  *
  * The other end has no socket yet when it answers a SYN, so until then it is recognized by its endpoints. Such an entry is
- * created when the agent's socket sends or is connected, and removed when that socket closes. No other socket can have these endpoints
- * meanwhile, and a later connection between them removes leftover entries. Any process can dissolve a connection and use its
- * socket, and so its cookie, for another one: this ends what was known about the socket.
+ * created when the agent's socket sends or is connected, and removed when that socket closes. No other socket can have
+ * these endpoints meanwhile, and a later connection between them removes leftover entries. Any process can dissolve a
+ * connection and use its socket, and so its cookie, for another one: this ends what was known about the socket.
  */
 #ifndef REBPF_FILTER_H
 #define REBPF_FILTER_H
@@ -111,7 +111,7 @@ static __always_inline struct endpoint local_end(const struct flow *flow)
 	return local;
 }
 
-/* An accepted socket: adds it if it is the other end of an own connection, or accepted by an own listener. */
+/* An accepted socket: adds it if it is the other end of the agent's connection, or accepted by the agent's listener. */
 static __always_inline void note_accepted(const struct flow *flow, struct sock *sk)
 {
 	struct connection sender = sent_by(flow);
@@ -121,7 +121,7 @@ static __always_inline void note_accepted(const struct flow *flow, struct sock *
 		add_partner(traced_cookie(sk));
 }
 
-/* After an own socket closes, others can use its endpoints. Its cookie stays, because it may still send a reset. */
+/* After a socket of the agent closes, others can use its endpoints. Its cookie stays, because it may still send a reset. */
 static __always_inline void forget_closed(const struct flow *flow, u32 old_state)
 {
 	struct connection peer = peer_of(flow);

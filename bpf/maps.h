@@ -39,8 +39,8 @@ struct endpoint {
 BPF_HASH(own_listeners, struct endpoint, u8, 64);
 
 /*
- * The other end of an own connection, its side first. The SYN of the agent's socket inserts, the socket's close deletes;
- * the oldest are evicted.
+ * The other end of the agent's connection, its side first. The SYN of the agent's socket inserts, the socket's close
+ * deletes; the oldest are evicted.
  */
 struct connection {
 	u8 saddr[16];

@@ -56,7 +56,7 @@ static __always_inline void delete_state(void *sk)
 #else
 /*
  * By the address of the socket. The programs insert, as above, and delete when it is closed; the oldest are evicted. A
- * socket at the same address begins anew. An accepted socket has nothing of its listener's.
+ * new socket at the same address starts empty. An accepted socket inherits nothing from its listener.
  */
 BPF_TABLE("lru_hash", u64, struct flow_state, flow_states, 65536);
 BPF_ARRAY(empty_state, struct flow_state, 1);

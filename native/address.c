@@ -30,7 +30,7 @@ void prepare_addresses(void)
 	}
 }
 
-/* Copies 4 characters each time: how many digits follow is hard to predict. */
+/* Copy 4 characters each time: how many digits follow is hard to predict. */
 static uint8_t *put_ipv4(uint8_t *out, const uint8_t *address)
 {
 	for (int i = 0; i < 4; i++) {

@@ -14,7 +14,7 @@ void prepare_addresses(void);
 bool is_mapped(const uint8_t *address);
 
 /*
- * Writes an address in the form of RFC 5952, an IPv4-mapped one as IPv4, and returns its end: MAX_ADDRESS bytes at most,
+ * Write an address in the form of RFC 5952, an IPv4-mapped one as IPv4, and return its end: MAX_ADDRESS bytes at most,
  * without a zero at the end.
  */
 uint8_t *put_address(uint8_t *out, const uint8_t *address);

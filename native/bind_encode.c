@@ -20,7 +20,7 @@ static bool check_count(const char *name, Py_ssize_t count, Py_ssize_t expected)
 	return false;
 }
 
-/* Returns the bytes of a tuple's items, which stay the tuple's; NULL with an exception set. */
+/* Return the bytes of a tuple's items, which stay the tuple's; NULL with an exception set. */
 static struct bytes *bytes_of(PyObject *tuple, size_t *count)
 {
 	Py_ssize_t size = PyTuple_Size(tuple);
@@ -90,7 +90,7 @@ static void free_encoder(PyObject *self)
 	Py_DECREF(type);
 }
 
-/* Opens an array of rows, which may lie apart, as those of a ring do. */
+/* Open an array of rows, which may lie apart, as those of a ring do. */
 static bool open_rows(PyObject *self, PyObject *object, Py_buffer *view, struct rows *rows)
 {
 	size_t row_size = encoder_row_size(encoder_of(self));

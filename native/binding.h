@@ -8,12 +8,12 @@
 #include <stdbool.h>
 
 /*
- * Opens the contiguous memory of `object`, which must hold whole items of `item_size` bytes: PyBUF_SIMPLE or
- * PyBUF_WRITABLE. False with an exception set if it has none; `name` is the argument's, for the message.
+ * Open the contiguous memory of `object`, which must hold whole items of `item_size` bytes: PyBUF_SIMPLE or
+ * PyBUF_WRITABLE. False with an exception set if it has none; `name` is the argument's name, for the message.
  */
 bool open_buffer(PyObject *object, Py_buffer *view, int flags, size_t item_size, const char *name);
 
-/* Closes those of `count` buffers that are open. */
+/* Close those of `count` buffers that are open. */
 void close_buffers(Py_buffer *views, size_t count);
 
 /* Each adds functions and types to the module; -1 with an exception set on failure. */

@@ -1,6 +1,6 @@
 """Builds producer/_native.abi3.so from the C sources here: `python native/build.py`, and as hatchling's build hook.
 
-The module uses Python's stable ABI, so one file serves every Python from 3.11. CC and CFLAGS are honoured.
+The module uses Python's stable ABI, so one file serves every Python from 3.11. CC and CFLAGS are honored.
 """
 
 import os

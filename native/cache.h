@@ -24,7 +24,7 @@ static inline size_t cache_slot(const struct cache *cache, uint64_t id)
 	return (size_t)(id * 0x9E3779B97F4A7C15ULL >> (64 - cache->bits));
 }
 
-/* Returns the id's slot, or the free one that it would take; the cache must have slots. */
+/* Return the id's slot, or the free one that it would take; the cache must have slots. */
 static inline struct cache_entry *cache_probe(const struct cache *cache, uint64_t id)
 {
 	size_t mask = ((size_t)1 << cache->bits) - 1, i = cache_slot(cache, id);

@@ -46,7 +46,7 @@ static uint64_t load_at_end(const uint8_t *row, const struct step *step)
 	return number;
 }
 
-/* Reads 8 bytes and drops those that are not the number's: cheaper than a branch by its width. */
+/* Read 8 bytes and drop those that are not the number's: cheaper than a branch by its width. */
 static inline uint64_t load(const uint8_t *row, const struct step *step)
 {
 	uint64_t number;
@@ -128,7 +128,7 @@ static inline uint8_t *put_integer(uint8_t *out, const struct step *step, uint64
 }
 
 /*
- * Writes a step of STEP_NUMBERS and those that it joins. Most of these numbers are below 64: one byte, which a branch
+ * Write a step of STEP_NUMBERS and those that it joins. Most of these numbers are below 64: one byte, which a branch
  * predicts.
  */
 static inline uint8_t *put_numbers(uint8_t *out, const struct step *step, const uint8_t *row)
@@ -198,7 +198,7 @@ static inline struct bytes remembered(const struct encoder *encoder, const struc
 }
 
 /*
- * Runs the steps from `first` to before `end`. Returns the end of what was written, or NULL for a number that does not
+ * Run the steps from `first` to before `end`. Return the end of what was written, or NULL for a number that does not
  * fit, with the step in `*failed`.
  */
 static uint8_t *run(const struct encoder *encoder, const struct program *program, size_t first, size_t end,
@@ -454,7 +454,7 @@ static bool reads_head(const struct step *step)
 	       (!step->known_mask || step->known_offset < MEMO_HEAD);
 }
 
-/* Finds the longest run of steps that read the head. */
+/* Find the longest run of steps that read the head. */
 static void find_head(struct program *program)
 {
 	for (size_t first = 0, end; first < program->count; first = end + 1) {

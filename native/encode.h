@@ -67,7 +67,7 @@ struct encoder;
 #define ENCODER_MAX_CACHE_BYTES ((size_t)8 << 20)
 
 /*
- * Returns an encoder of rows of `row_size` bytes; strings are copied. NULL with a reason for a program that reads
+ * Return an encoder of rows of `row_size` bytes; strings are copied. NULL with a reason for a program that reads
  * outside the row or the strings, and NULL without one when memory runs out.
  */
 struct encoder *encoder_new(const struct step *value, size_t value_steps, const struct step *key, size_t key_steps,
@@ -76,14 +76,14 @@ void encoder_free(struct encoder *encoder);
 
 size_t encoder_row_size(const struct encoder *encoder);
 
-/* Returns how many bytes `rows` messages and their keys have at most, with what is remembered now. */
+/* Return how many bytes `rows` messages and their keys have at most, with what is remembered now. */
 size_t encoder_bound(const struct encoder *encoder, size_t rows);
 
 /* Collects up to `limit` distinct ids of rows of which nothing is remembered; returns how many. */
 size_t encoder_missing(const struct encoder *encoder, struct rows rows, uint64_t *ids, size_t limit);
 
 /*
- * Remembers the parts of an id, in place of earlier ones; the others are empty. Forgets all ids first if there would be
+ * Remember the parts of an id, in place of earlier ones; the others are empty. Forget all ids first if there would be
  * more than ENCODER_MAX_ENTRIES, or more than ENCODER_MAX_CACHE_BYTES. False when memory runs out.
  */
 bool encoder_remember(struct encoder *encoder, uint64_t id, const struct bytes *parts, size_t count);
@@ -98,7 +98,7 @@ struct spans {
 };
 
 /*
- * Encodes rows into `out`, which has encoder_bound() bytes, and says in `*written` how many it took. A key that is the
+ * Encode rows into `out`, which has encoder_bound() bytes, and set `*written` to the number of bytes. A key that is the
  * same for all rows is written once. False if some row cannot be encoded.
  */
 bool encoder_encode(const struct encoder *encoder, struct rows rows, int64_t utc_offset, uint8_t *out,

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 /*
- * Adds a word to a hash. The secret multiplier and the upper half of the product are what keeps a writer from choosing
+ * Add a word to a hash. The secret multiplier and the upper half of the product are what keeps a writer from choosing
  * keys that collide: with a known multiplier, flipping the highest bit changes the hash in a known way.
  */
 static inline uint64_t hash_word(uint64_t hash, uint64_t word, uint64_t secret)

@@ -35,8 +35,8 @@ struct byte_strings {
 #define KAFKA_MAX_BATCH (((uint64_t)1 << (64 - KAFKA_ROW_BITS)) - 1)
 
 /*
- * Fills `count` messages with the rows of a batch that `rows` names, or with its first `count` rows if `rows` is NULL.
- * Returns `count`, or the index of the first row that is outside the batch or whose bytes are outside their buffer.
+ * Fill `count` messages with the rows of a batch at the indexes `rows`, or with its first `count` rows if `rows` is NULL.
+ * Return `count`, or the index of the first row that is outside the batch or whose bytes are outside their buffer.
  */
 size_t kafka_messages(struct kafka_message *out, size_t count, const int64_t *rows, uint64_t batch,
 		      const struct byte_strings *payloads, const struct byte_strings *keys);
@@ -50,7 +50,7 @@ struct kafka_run {
 };
 
 /*
- * Copies the rows of the messages from `run->end` on, as long as batch and result stay the same, and describes them in
+ * Copy the rows of the messages from `run->end` on, as long as batch and result stay the same, and describe them in
  * `run`. False if there are no more of the `count` messages.
  */
 bool kafka_next_run(const struct kafka_message *const *messages, size_t count, int64_t *rows, struct kafka_run *run);

@@ -35,7 +35,7 @@ static inline void memo_clear(struct memo *memo)
 		memo->entries[i].length = 0;
 }
 
-/* Returns the entry of a head, which may hold another one. */
+/* Return the entry of a head, which may hold another one. */
 static inline struct memo_entry *memo_entry(const struct memo *memo, const uint8_t *head)
 {
 	const uint64_t multiplier = 0x9E3779B97F4A7C15ULL;

@@ -42,7 +42,7 @@ static inline bool texts_equal(const struct decode_text *text, const uint8_t *da
 /* Return whether a string is valid UTF-8, as Python judges, and of bounded length. */
 enum decode_status texts_check(const uint8_t *data, size_t size);
 
-/* Set `index` to that of a string, which is checked if it is new, unless it is already. The data must outlive the table. */
+/* Set `index` to that of a string, checked if it is new and not `is_checked`. The data must outlive the table. */
 enum decode_status texts_intern(struct decode_strings *strings, const uint8_t *data, size_t size, bool is_checked,
 				int64_t *index);
 

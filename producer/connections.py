@@ -107,12 +107,12 @@ class Connections:
             chunk = records[start : start + _CHUNK]
             self._reserve(len(chunk))
             self._count = _native.add_connections(*self._table(), chunk, results[start : start + _CHUNK])
-        told = results[:, 1]
+        outcomes = results[:, 1]
         return Growth(
             results[:, 0],
             results[:, _RESULT_WORDS:],
             results[:, 2],
-            *(told & each != 0 for each in (_FRESH, _OPENED, _CLOSED)),
+            *(outcomes & each != 0 for each in (_FRESH, _OPENED, _CLOSED)),
         )
 
     def forget(self, closed_ns: int = _MOST_NS, open_ns: int = 0) -> int:
@@ -139,7 +139,7 @@ class Connections:
         return int(np.count_nonzero(forgotten))
 
     def keep(self, kept: Mask) -> None:
-        """Drop all other connections; slots are numbered anew, in the same order."""
+        """Drop all other connections; slots are renumbered, in the same order."""
         if kept.all():
             return
         used = self._entries[: self._count]

@@ -15,7 +15,7 @@ HEARTBEAT_FILE = HEARTBEATS.schema_file
 HEARTBEAT_ID = HEARTBEATS.fixed_schema_id
 ALERT_FILE = "tcp_alerts.avsc"
 ALERT_ID = SchemaId(4)
-"""The ids of the streams' schemas are 1 and 2 (producer.events)."""
+"""The other ids are in producer.events."""
 
 
 def load_schema(file: str) -> dict[str, Any]:

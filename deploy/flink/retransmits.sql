@@ -1,6 +1,6 @@
 -- Retransmissions per minute of event time, host and peer, to the topic tcp_retransmit_minute. Needs tables.sql.
 --
--- From flow records: a minute has what connections did since their records before. A connection's first record counts in
+-- From flow records: a minute has what connections did since their previous records. A connection's first record counts in
 -- full if it began within the minute before; of an older one, only later records do. A socket that connects again starts
 -- at 0. A producer delivers the records of a connection in order, after an outage too, so the order is that of arrival,
 -- and one that is not later than one before is a copy.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import licences
+import licenses
 import wheels
 from wheels import HERE, ROOT
 
@@ -29,7 +29,7 @@ def install_programs(root: Path, release: str, python: str, tools: Path) -> None
     """Install the program, and the wheels of a release's lock file for its version of Python."""
     private = root / PRIVATE
     wheels.install(private, release, *wheels.target(python))
-    write(root / DOCUMENT / "copyright", licences.copyright_file((ROOT / "LICENSE").read_text(), private))
+    write(root / DOCUMENT / "copyright", licenses.copyright_file((ROOT / "LICENSE").read_text(), private))
     _leave_out(private, _NOT_RUN)
     with tempfile.TemporaryDirectory(prefix="rebpf-wheel-") as name:
         run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", name, cwd=ROOT, PYTHONPATH=str(tools))

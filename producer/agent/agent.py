@@ -13,7 +13,8 @@ from producer.config.load import Config
 from producer.errors import PermissionDenied
 from producer.events import HEARTBEATS, STREAMS, Topic
 from producer.health.balance import Balance
-from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.health.web_config import WebSettings
 from producer.host import capabilities, endpoints, signals
@@ -81,7 +82,7 @@ def build(
     heartbeats = HeartbeatEncoder(ids[heartbeat_topic(config)]) if heartbeat_topic(config) in ids else None
     beats = {HEARTBEATS.name: heartbeat_topic(config)} if heartbeats else {}
     sink = KafkaSink(settings, topics | beats, on_socket=capture.exclude_socket, quarantine=quarantine.put)
-    # Attach before the client connects: the programs recognise a local broker by the SYN that they see.
+    # Attach before the client connects: the programs recognize a local broker by the SYN that they see.
     capture.attach()
     brokers = sink.open()
     stack.callback(sink.close)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from producer.events import HEARTBEATS, EncodedBatch, Topic
 from producer.health.balance import Balance
-from producer.health.endpoint import StatusBoard
+from producer.health.board import StatusBoard
 from producer.health.heartbeat import INTERVAL_S, HeartbeatEncoder
 from producer.health.status import Status, summary
 from producer.host import systemd

@@ -19,7 +19,8 @@ from producer.config.load import Config
 from producer.events import FLOWS, HEARTBEATS, TRANSMITS, Topic
 from producer.health import metrics
 from producer.health.balance import Balance
-from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.health.status import Status
 from producer.health.web_config import WebSettings

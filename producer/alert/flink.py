@@ -67,7 +67,7 @@ def job(config: Config, since_ns: int) -> str:
     if not rules or config.kafka.brokers is None or config.registry.url is None:
         raise ConfigError("alert: the Flink job needs rules, brokers and a registry")
     streams = [stream for stream in (FLOWS, RETRANSMITS) if any(stream_of(rule) is stream for rule in rules)]
-    labelled = any(rule.only_labels for rule in rules)
+    labeled = any(rule.only_labels for rule in rules)
     return "\n\n".join(
         [
             "-- Made by `rebpf alert --flink-sql`. For TLS and SASL, add the Java client's settings: properties.*.",
@@ -75,9 +75,9 @@ def job(config: Config, since_ns: int) -> str:
             # An idle partition would hold back the others' windows.
             f"SET 'table.exec.source.idle-timeout' = '{round(config.alert.wait_s * 1000)} ms';",
             "SET 'table.exec.state.ttl' = '1 d';",
-            *(_source(config, stream, since_ns, labelled=labelled) for stream in streams),
+            *(_source(config, stream, since_ns, labeled=labeled) for stream in streams),
             _table(SINK, _RESULT, {**_kafka(config, config.kafka.topic_prefix + SINK), "format": "json"}),
-            *(_view(stream, since_ns, labelled=labelled) for stream in streams),
+            *(_view(stream, since_ns, labeled=labeled) for stream in streams),
             f"EXECUTE STATEMENT SET BEGIN\n{''.join(map(_insert, rules))}END;\n",
         ]
     )
@@ -92,8 +92,8 @@ def _table(name: str, columns: str, options: dict[str, str]) -> str:
     return f"CREATE TEMPORARY TABLE {name} (\n  {columns}\n) WITH (\n{settings}\n);"
 
 
-def _source(config: Config, stream: Stream, since_ns: int, *, labelled: bool) -> str:
-    columns = _COLUMNS[stream] | ({"labels": "MAP<STRING NOT NULL, STRING NOT NULL> NOT NULL"} if labelled else {})
+def _source(config: Config, stream: Stream, since_ns: int, *, labeled: bool) -> str:
+    columns = _COLUMNS[stream] | ({"labels": "MAP<STRING NOT NULL, STRING NOT NULL> NOT NULL"} if labeled else {})
     lines = [f"`{name}` {kind}" for name, kind in columns.items()]
     lines += ["`arrived` AS PROCTIME()"]
     lines += [f"WATERMARK FOR `ts` AS `ts` - INTERVAL {_interval(config.alert.lateness_s)}"]
@@ -107,8 +107,8 @@ def _source(config: Config, stream: Stream, since_ns: int, *, labelled: bool) ->
     return _table(f"alert_{stream.topic}", ",\n  ".join(lines), options)
 
 
-def _view(stream: Stream, since_ns: int, *, labelled: bool) -> str:
-    labels = ", labels" if labelled else ""
+def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
+    labels = ", labels" if labeled else ""
     names = ", ".join([*(f"`{name}`" for name in _COMMON)]) + labels
     if stream is RETRANSMITS:
         return (
@@ -255,7 +255,7 @@ def _endpoint(address: str, port: str) -> str:
 
 
 def _interval(seconds: float) -> str:
-    """Return the literal of an interval, after the word."""
+    """Return an interval literal, without the word INTERVAL."""
     days, rest = divmod(round(seconds * 1000), 86_400_000)
     hours, rest = divmod(rest, 3_600_000)
     minutes, rest = divmod(rest, 60_000)

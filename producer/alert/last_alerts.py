@@ -19,7 +19,7 @@ from producer.errors import RebpfError
 logger = logging.getLogger(__name__)
 
 MOST_ALERTS = 100_000
-"""Groups whose last alert is kept. Beyond it the oldest are forgotten, and sent anew if they still fire."""
+"""Groups whose last alert is kept. Beyond it the oldest are forgotten, and resent if they still fire."""
 MOST_MESSAGES = 1_000_000
 _SHOWN = 200
 
@@ -74,7 +74,7 @@ def _messages(reader: TopicReader) -> Iterator[list[tuple[bytes, bytes | None]]]
 def _alert(key: bytes, record: dict[str, Any] | UndecodableError, now_ns: int) -> Alert:
     if isinstance(record, UndecodableError):
         raise record
-    # A version before may have written it, without the later fields.
+    # An earlier version may have written it, without the fields added since.
     alert = Alert(**{field.name: record[field.name] for field in fields(Alert) if field.name in record})
     if key != alert.key.encode():
         raise ValueError("the key does not match the alert")
@@ -84,7 +84,7 @@ def _alert(key: bytes, record: dict[str, Any] | UndecodableError, now_ns: int) -
         raise ValueError("numbers out of range")
     if alert.by not in GROUPS or alert.measure not in (*MEASURES, MEASURE) or len(alert.group) > MOST_GROUP:
         raise ValueError("unknown group or measure")
-    # It would keep earlier windows from being decided. The time of silence is of the host's own clock.
+    # It would keep earlier windows from being decided. An alert on silence has the time of the host's clock instead.
     if alert.measure != MEASURE and alert.window_start_ns > now_ns + AHEAD_NS:
         raise ValueError("the window is far in the future")
     return alert

@@ -33,7 +33,7 @@ class Alert:
     """JSON, as the annotations."""
     annotations: str = "{}"
     causes: str = ""
-    """What the value consists of, the most first: fast=12 rto=3."""
+    """What makes up the value, largest first: fast=12 rto=3."""
     hosts: str = ""
     """The hosts with most of it, as far as known from the flows."""
     flows: str = ""

@@ -114,7 +114,7 @@ class Position:
 
 
 class Reading:
-    """Reads the topics from where the group had come, and decides."""
+    """Reads the topics from where the group left off, and decides."""
 
     def __init__(
         self,

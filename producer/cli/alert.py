@@ -58,7 +58,8 @@ def alert(
     from producer.alert.sinks import open_sinks
     from producer.alert.status import registry as metrics
     from producer.consume.reader import collect_rarely
-    from producer.health.endpoint import Endpoint, StatusBoard
+    from producer.health.board import StatusBoard
+    from producer.health.endpoint import Endpoint
     from producer.health.web_config import WebSettings
     from producer.host import endpoints
 

@@ -76,7 +76,7 @@ _SECTIONS = {
     help="Format of log lines; auto is journald under systemd, otherwise text.",
 )
 def rebpf(log_level: str | None, log_format: str) -> None:
-    """Stream TCP segments and retransmissions from the Linux kernel to Kafka."""
+    """Stream TCP connections, retransmissions and segments from the Linux kernel to Kafka."""
     level = log_level or "info"
     # Libraries log warnings at least: the registry client logs each request as info.
     _log_from(max(logging.WARNING, logging.getLevelName(level.upper())), formatter(log_format))

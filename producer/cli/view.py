@@ -25,7 +25,7 @@ from producer.host.signals import stop_on_signals
 from producer.host.text import printable
 
 _CACHE = Path("/var/cache/rebpf")
-"""Of compiled programs. Not the producer's, whose state folder may belong to its own user."""
+"""Compiled programs. The producer's state folder is not used, because it may belong to another user."""
 GROUPS = ("peer", "flow", "host", "unit", "container", "comm", "port", "subnet", "cause")
 SORTS = ("retransmitted", "ratio", "segments", "srtt", "failed", "flows", "name")
 """Those of producer.view.table, which is not imported for every command."""

@@ -75,10 +75,10 @@ def _topic(name: str, info: TopicInfo | RebpfError, brokers: int) -> Iterator[Fi
 
 
 def _compaction(name: str, info: TopicInfo | RebpfError) -> Iterator[Finding]:
-    """The key is the flow, so compaction keeps only the last event of each flow."""
+    """Events of a host, or of a flow, share a key, of which compaction keeps only the last event."""
     policy = "" if isinstance(info, RebpfError) else info.settings.get("cleanup.policy", "")
     if "compact" in policy:
-        text = f"cleanup.policy is {policy}, which keeps only the last event of each flow: kafka-configs.sh --alter "
+        text = f"cleanup.policy is {policy}, which keeps only the last event of each key: kafka-configs.sh --alter "
         text += f"--entity-type topics --entity-name {name} --add-config cleanup.policy=delete"
         yield Finding(f"topic {name}", text, warns=True)
 

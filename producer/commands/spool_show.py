@@ -175,7 +175,7 @@ def quarantined(config: Config, stream: Stream) -> Counter[str]:
 def _look(config: Config, stream: Stream) -> Waiting:
     folder = spool_folder(config, stream)
     paths, aside = files(folder, SPOOL_SUFFIX), files(folder, ASIDE_SUFFIX)
-    # Names tell how much is in all but the last, which may be longer than the ledger of a producer that crashed says.
+    # The names say how many events each file holds, except the last: a producer that crashed may have written more.
     spool_files = [*_read_files(paths[:-1], stream, whole=False), *_read_files(paths[-1:], stream)]
     account = _account(ledger_path(config, stream))
     end = max(account.end if account else 0, spool_files[-1].end if spool_files else 0)

@@ -73,29 +73,13 @@ def _decoded(messages: Sequence[Message], decoder: Decoder, skipped: dict[str, i
 
 
 def _skip(topic: str, why: str, skipped: dict[str, int]) -> None:
-    """Count a skipped message by its reason, of which there are unlimited many: reasons contain schema ids."""
+    """Count a skipped message by its reason. Reasons contain schema ids, so their number has to be limited."""
     reason = f"{topic}: {why}"
     if reason not in skipped and len(skipped) >= _MOST_REASONS:
         reason = f"{topic}: other reasons"
     if reason not in skipped:
         _LOG.warning("skipping messages of topic=%s: %s", topic, why)
     skipped[reason] = skipped.get(reason, 0) + 1
-
-
-def events(
-    brokers: str,
-    topics: Sequence[str],
-    *,
-    registry: Registry | str | None,
-    from_beginning: bool,
-    stop: Flag,
-    client_settings: Mapping[str, str],
-) -> Iterator[Event]:
-    """Yield (topic, key, record) for each event until `stop` is set."""
-    for batch in batches(
-        brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop, client_settings=client_settings
-    ):
-        yield from batch
 
 
 @dataclass(frozen=True, slots=True)

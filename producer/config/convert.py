@@ -45,8 +45,6 @@ def build(kind: Any, table: Mapping[str, Any], where: str = "") -> Any:
 
 def _value(kind: Any, value: Any, where: str) -> Any:
     """Convert a TOML value to the type of its field."""
-    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise ConfigError(f"{where}: expected a number of at most 64 bits")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     is_mapping = origin is not None and issubclass(origin, Mapping)
     if (dataclasses.is_dataclass(kind) or is_mapping) and not isinstance(value, dict):
@@ -88,8 +86,6 @@ def _text(value: Any, where: str) -> str:
     """Return a librdkafka setting as text: TOML numbers and booleans are accepted."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise ConfigError(f"{where}: expected a number of at most 64 bits")
     if isinstance(value, str | int | float):
         return str(value)
     raise ConfigError(f"{where}: expected a string, a number or a boolean, found {value!r}")

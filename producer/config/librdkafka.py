@@ -168,7 +168,7 @@ def decide(settings: Mapping[str, str]) -> None:
 
 
 def _check_files(settings: Mapping[str, str]) -> None:
-    """Raise ConfigError if the library would block on a file, or read it for ever."""
+    """Raise ConfigError if the library would block on a file, or read it forever."""
     for name in settings.keys() & _FILES:
         try:
             state_file.check_ordinary(Path(settings[name]))
@@ -179,7 +179,7 @@ def _check_files(settings: Mapping[str, str]) -> None:
 def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
     """Return all librdkafka settings of a producer; without brokers, those of the in-process test broker.
 
-    Raises ConfigError for settings that `decide` rejects, and for files that are none.
+    Raises ConfigError for settings that `decide` rejects, and for paths that are not regular files.
     """
     decide(settings)
     _check_files(settings)
@@ -188,7 +188,7 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
 
 
 def consumer_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return all librdkafka settings of a consumer, but its group. Raises ConfigError for what `decide` rejects."""
+    """Return all librdkafka settings of a consumer except its group. Raises ConfigError for what `decide` rejects."""
     decide(settings)
     _check_files(settings)
     users = _without(settings, FREE_OF_PRODUCERS | REQUIRED.keys())

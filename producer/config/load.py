@@ -62,7 +62,7 @@ class Capture:
     pin: Path | None = None
     """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash; none: they are lost."""
     latency_s: float = 1.0
-    """Most seconds between two reads of a ring. Busy rings are read more often, and retransmissions at once."""
+    """Maximum seconds between two reads of a ring. Busy rings are read more often, and retransmissions at once."""
     transmit_events_per_s: int = 0
     """Budget for transmits: above it, connections are sampled (sample_rate in the events); 0: no budget."""
     btf: Path | None = None
@@ -72,7 +72,7 @@ class Capture:
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        """Those to capture."""
+        """The streams to capture."""
         return tuple(stream for stream in STREAMS if getattr(self, stream.name))
 
 
@@ -94,16 +94,16 @@ class Kafka:
 
 @dataclass(frozen=True, slots=True)
 class Topics:
-    """[topics]: Kafka's settings of the topics that `rebpf init` creates, by their names, over its defaults."""
+    """[topics]: Kafka's own settings for the topics that `rebpf init` creates. They override its defaults."""
 
     transmit: Mapping[str, str] = field(default_factory=dict)
-    """Of tcp_transmit. Default: kept for 1 day ("retention.ms"), compressed as the producers send."""
+    """Settings of tcp_transmit. Default: kept for 1 day ("retention.ms"), compressed as the producers send."""
     retransmit: Mapping[str, str] = field(default_factory=dict)
-    """Of tcp_retransmit. Default: kept for 30 days, "compression.type" zstd."""
+    """Settings of tcp_retransmit. Default: kept for 30 days, "compression.type" zstd."""
     flow: Mapping[str, str] = field(default_factory=dict)
-    """Of tcp_flow. Default: as tcp_retransmit."""
+    """Settings of tcp_flow. Default: as tcp_retransmit."""
     heartbeat: Mapping[str, str] = field(default_factory=dict)
-    """Of rebpf_agent. Default: kept for 7 days, compressed as the producers send."""
+    """Settings of rebpf_agent. Default: kept for 7 days, compressed as the producers send."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ _MAX_LINES = 20
 
 
 class Live:
-    """The table. `retrans_segs` returns the kernel's count, which is shown beside that of the events."""
+    """The live table. `retrans_segs` returns the kernel's count, which is shown beside that of the events."""
 
     def __init__(self, duration_s: float, retrans_segs: Callable[[], int], *, color: bool) -> None:
         self._terminal = Terminal(color=color)

@@ -114,7 +114,7 @@ def value_program(
     constants: Mapping[str, Any],
     cached: Mapping[str, Column],
 ) -> tuple[Program, list[tuple[str, ...]]]:
-    """Return the program for a record behind `header`, and the runs of neighbouring cached fields: the cache's parts.
+    """Return the program for a record behind `header`, and the runs of neighboring cached fields: the cache's parts.
 
     `cached` names the id of each cached field, and is null or its default for an unknown one. A field with no source
     gets its default. Raises SchemaError for a field that has none, or whose type does not fit its source.
@@ -139,7 +139,7 @@ def value_program(
 
 
 def encoded(fields: Sequence[Schema], values: Mapping[str, Any]) -> bytes:
-    """Return neighbouring fields in Avro; those not in `values` get their defaults."""
+    """Return neighboring fields in Avro; those not in `values` get their defaults."""
     schema = {"type": "record", "name": "fields", "fields": list(fields)}
     names = [each["name"] for each in fields]
     out = io.BytesIO()
@@ -162,7 +162,7 @@ def field_type(each: Schema) -> tuple[str, bool]:
 
 
 def _runs(fields: Iterable[Schema], cached: Mapping[str, Column]) -> list[list[Schema]]:
-    """Group neighbouring cached fields; all others stay alone."""
+    """Group neighboring cached fields; all others stay alone."""
     runs: list[list[Schema]] = []
     for each in fields:
         if runs and each["name"] in cached and runs[-1][-1]["name"] in cached:

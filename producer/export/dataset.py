@@ -1,6 +1,6 @@
 """Writes events as Parquet or CSV files, partitioned by day: FOLDER/tcp_flow/date=2026-11-29/NAME.parquet.
 
-Files appear in whole, when everything has been written. A file of the same name is replaced, so the same export can be
+Files appear when they are complete. A file of the same name is replaced, so the same export can be
 repeated, and one of each hour or day adds to the same folder.
 """
 

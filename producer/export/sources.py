@@ -19,9 +19,9 @@ from producer.export.part import Part
 Names = Mapping[Stream, frozenset[str]]
 """The fields to read, by stream; all of the streams that are not in it."""
 Progress = Callable[[int, int], None]
-"""Called with what has been read, and with all."""
+"""Called with how much has been read, and the total."""
 _DELAY_MS = 60_000
-"""An event is sent after it happened; by this much less if the clock was set between."""
+"""Messages are read from this long before the period, in case the clock was set back before an event was sent."""
 
 
 def _silent(done: int, total: int) -> None:
@@ -30,13 +30,13 @@ def _silent(done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """A time span in nanoseconds since 1970 UTC, without its end; None is unlimited."""
+    """A time span in nanoseconds since 1970 UTC, end excluded; None is unlimited."""
 
     since_ns: int | None = None
     until_ns: int | None = None
 
     def mask(self, ts_ns: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which times are in it."""
+        """Return a mask of the times that are in it."""
         chosen = np.ones(len(ts_ns), np.bool_)
         if self.since_ns is not None:
             chosen &= ts_ns >= self.since_ns
@@ -46,7 +46,7 @@ class Period:
 
 
 class Files:
-    """Avro files, or folders of such."""
+    """Avro files, or folders of them."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._files = container_files(paths)

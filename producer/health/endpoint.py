@@ -39,8 +39,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from producer.health import metrics
-from producer.health.board import StatusBoard as StatusBoard
-from producer.health.endpoint_client import ask as ask
+from producer.health.board import StatusBoard
 from producer.health.passwords import Passwords
 from producer.health.web_config import WebConfig, WebSettings
 from producer.host import state_file

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
-    """Write a file, which appears in whole or not at all. Raises OSError.
+    """Write a file, which appears complete or not at all. Raises OSError.
 
     What a device, a pipe or a link such as /dev/stdout leads to is written to, since it must not be replaced.
     """

@@ -23,7 +23,7 @@ _CLOCK_STEP_NS = 5_000_000_000
 
 
 def rough_utc_offset_ns() -> int:
-    """Return UTC minus the monotonic clock, as of two readings that may be apart."""
+    """Return UTC minus the monotonic clock, from two readings that may be some time apart."""
     return time.time_ns() - time.monotonic_ns()
 
 

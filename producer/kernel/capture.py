@@ -43,8 +43,8 @@ class KernelCounters:
     """Events of one stream since the programs were loaded.
 
     `nested` counts runs that the kernel skipped because the program would have interrupted itself, and returns of calls
-    whose entry was skipped or evicted. It is counted before the filter. Of the two programs
-    that take closing records, the smaller count.
+    whose entry was skipped or evicted. It is counted before the filter. Closing records are taken by two programs: the
+    smaller of their counts is included.
     """
 
     passed: int

@@ -62,7 +62,7 @@ class Manifest:
         return [*self.maps.values(), *programs, *self.links, *(ring.name for ring in self.old_rings)]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `read` reads."""
+        """Return what `from_json` reads."""
         return {
             "fingerprint": self.fingerprint,
             "ring_id": self.ring_id,

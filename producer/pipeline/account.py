@@ -59,7 +59,7 @@ class StreamAccount:
         self.finalize_lost(lost)
 
     def count_lost_in_flight(self, lost: Mapping[str, int]) -> None:
-        """Count events as lost that a crash would bring back, as they stand beside a batch in flight."""
+        """Count losses that are not final: of events beside a batch in flight, which a crash would bring back."""
         self._lost.update(lost)
 
     def finalize_lost(self, lost: Mapping[str, int]) -> None:

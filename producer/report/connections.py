@@ -1,7 +1,7 @@
 """What happened on each connection in a period.
 
 A connection that began before the period and has no earlier record is counted from its first record in the period, so
-what happened between the begin of the period and that record, at most an interval, is not in the figures.
+what happened between the beginning of the period and that record, at most an interval, is not in the figures.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Connections:
     growth: dict[str, Ints]
     elapsed_us: Ints
     partial: Mask
-    """Whether the begin of the connection, or of the period, is not covered."""
+    """Whether the beginning of the connection, or of the period, is not covered."""
 
     def __len__(self) -> int:
         return len(self.last)

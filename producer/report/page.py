@@ -196,7 +196,7 @@ def _sentences(summary: Summary) -> Iterator[str]:
     if summary.totals is not None and summary.totals.partial:
         yield (
             f"{summary.totals.partial:,} connections are counted from their first record in the period, not from its"
-            " begin: they have no earlier record."
+            " beginning: they have no earlier record."
         )
 
 

@@ -1,6 +1,6 @@
 """Filters: `host web-17 and peer 10.2.0.0/16 and not (cause tlp or port 22)`, compiled to masks of rows.
 
-A condition never matches a null. Names are in docs/view.md.
+A condition never matches a null. Names are in docs/views.md.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""Records of this host, straight from the kernel: an own set of hooks and rings, and no Kafka.
+"""Records of this host, straight from the kernel: a separate set of hooks and rings, and no Kafka.
 
-A producer that runs beside it keeps its own hooks, rings and events. The hooks hang on descriptors of this process, so
-the kernel removes them however it ends. Records pass through the producer's encoder, so that they are the same as in
-the topics.
+A producer that runs beside it keeps its own hooks, rings and events. The hooks live as long as descriptors of this
+process, so the kernel removes them however it ends. Records pass through the producer's encoder, so that they are the
+same as in the topics.
 """
 
 import contextlib

@@ -76,7 +76,7 @@ class Terminal:
             while data:
                 data = data[os.write(self._output, data) :]
         except BlockingIOError:
-            return  # drawn anew in a second
+            return  # the next second draws it again
         except OSError as error:
             raise OutputError(f"the terminal: {error.strerror}") from error
 

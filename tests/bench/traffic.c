@@ -125,7 +125,7 @@ static bool answer(int fd)
 	return size > 0 || (size < 0 && errno == EAGAIN);
 }
 
-/* Serve all connections for ever. */
+/* Serve all connections forever. */
 static void serve(int listener)
 {
 	struct epoll_event ready[256];

@@ -25,7 +25,7 @@ def test_fixed_examples_break_nothing(name: str) -> None:
 
 @pytest.mark.root
 @pytest.mark.parametrize("name", _OF_ROOT)
-def test_fixed_examples_break_nothing_of_roots(name: str) -> None:
+def test_fixed_examples_break_nothing_that_needs_root(name: str) -> None:
     run_fixed(TARGETS[name])
 
 

@@ -44,7 +44,7 @@ def test_authentication_refused(secure, config):
     assert "wrong-secret" not in json.dumps(found)
 
 
-def test_tls_that_does_not_come_about(secure, config, tmp_path):
+def test_tls_that_fails(secure, config, tmp_path):
     other = Authority(tmp_path / "other")
     settings = {**secure.tls(), "ssl.ca.location": str(other.certificate)}
     code, found = check_secure(secure, config, "", settings, "TLS")

@@ -289,7 +289,7 @@ def test_too_large_for_the_client_among_good_ones(kafka, long_cgroup, tmp_path):
     assert_these_alone_are_lost(at, large)
 
 
-def test_refused_for_a_reason_that_does_not_pass(kafka, tmp_path):
+def test_refused_until_a_setting_is_changed(kafka, tmp_path):
     """The topic rejects messages older than a millisecond until its setting is changed."""
     create_topics(kafka, "refused.")
     limit = "message.timestamp.before.max.ms"

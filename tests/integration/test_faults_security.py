@@ -57,7 +57,7 @@ def grant(secure: SecureKafka, user: str, prefix: str) -> None:
         secure.grant(user, prefix + topic)
 
 
-def test_topic_not_authorised_any_more_hurts_no_other(secure, tmp_path):
+def test_topic_not_authorized_any_more_hurts_no_other(secure, tmp_path):
     create_topics(secure, "revoked.")
     user, port = USERS[PLAIN], free_port()
     grant(secure, user, "revoked.")

@@ -114,7 +114,7 @@ def test_init_says_why_a_topic_cannot_be_created(kafka, config):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_init_without_brokers_is_a_mistake_of_the_command_line():
+def test_init_without_brokers_is_a_usage_error():
     done = rebpf("init")
 
     assert (done.returncode, done.stderr) == (64, "rebpf: init needs --brokers\n")
@@ -235,7 +235,7 @@ def test_a_topic_that_compacts(kafka, config):
     alter = "kafka-configs.sh --alter --entity-type topics --entity-name compact.tcp_transmit --add-config"
     warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING topic")]
     assert warnings == [
-        "WARNING topic compact.tcp_transmit: cleanup.policy is compact, which keeps only the last event of each flow: "
+        "WARNING topic compact.tcp_transmit: cleanup.policy is compact, which keeps only the last event of each key: "
         f"{alter} cleanup.policy=delete"
     ]
 

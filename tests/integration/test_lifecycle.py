@@ -139,7 +139,7 @@ def test_kill_while_it_loads_takes_the_loader_with_it(tmp_path):
             os.close(end)
 
 
-def test_a_second_producer_with_the_state_folder_is_sent_away_by_the_firsts_pid(tmp_path):
+def test_a_second_producer_with_the_state_folder_exits_with_the_pid_of_the_first(tmp_path):
     with Run(tmp_path, "--port", 1) as run:
         run.ready()
         second = rebpf("run", "--state-dir", run.state_dir)

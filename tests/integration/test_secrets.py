@@ -79,7 +79,7 @@ def test_the_key_of_a_clients_certificate_is_opened_by_a_password_from_a_file(se
 
 
 @pytest.mark.parametrize("mistake", ["password", "certificate"])
-def test_a_mistake_is_in_the_health_and_its_mending_delivers_all(secure, tmp_path, mistake):
+def test_a_mistake_is_in_the_health_and_its_fix_delivers_all(secure, tmp_path, mistake):
     """A restart fixes it, since secrets and certificates are read at the start."""
     prefix = f"repaired-{mistake}."
     ours = secure.authority.issue("client")

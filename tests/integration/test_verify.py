@@ -307,7 +307,7 @@ def test_a_topic_that_does_not_exist_is_69(topics: Topics) -> None:
 
 
 @pytest.mark.root
-def test_runs_that_stop_and_go_on_are_complete_and_a_crash_without_rings_is_told(topics: Topics, tmp_path) -> None:
+def test_runs_that_stop_and_go_on_are_complete_and_a_crash_without_rings_is_reported(topics: Topics, tmp_path) -> None:
     arguments = ["--brokers", topics.bootstrap]
     config = f'kafka.topic_prefix = "{topics.prefix}"\n'
     passed = 0

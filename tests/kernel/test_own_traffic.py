@@ -87,7 +87,7 @@ def captured(run: Run) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_of_a_broker_on_this_host_nothing_is_seen(lab: Lab, tmp_path: Path, address: str) -> None:
+def test_no_traffic_with_a_broker_on_this_host_is_seen(lab: Lab, tmp_path: Path, address: str) -> None:
     """Not even the answer to the client's first request."""
     with inside(lab.client), Broker(address) as broker, run_alone(lab, tmp_path, "--brokers", broker.address) as run:
         run.ready()
@@ -96,7 +96,7 @@ def test_of_a_broker_on_this_host_nothing_is_seen(lab: Lab, tmp_path: Path, addr
         assert captured(run) == {"tcp_transmit": 0, "tcp_retransmit": 0, "tcp_flow": 0}
 
 
-def test_of_the_embedded_broker_nothing_is_seen(lab: Lab, tmp_path: Path) -> None:
+def test_no_traffic_with_the_embedded_broker_is_seen(lab: Lab, tmp_path: Path) -> None:
     with run_alone(lab, tmp_path) as run:
         run.ready()
         wait_for(lambda: established(run) >= 2, "a connection's two ends")

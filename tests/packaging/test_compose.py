@@ -35,13 +35,13 @@ def test_compose_finds_what_it_mounts_and_builds(composed: dict[str, Any]) -> No
             assert Path(build["context"], build["dockerfile"]).is_file()
 
 
-def test_images_of_others_have_their_version(composed: dict[str, Any]) -> None:
+def test_third_party_images_have_a_version(composed: dict[str, Any]) -> None:
     others = [service["image"] for service in composed["services"].values() if "build" not in service]
     assert len(others) == 5
     assert [image for image in others if not re.fullmatch(r"[\w./-]+:v?\d+(\.\d+){2}", image)] == []
 
 
-def test_images_of_others_are_there_to_be_pulled(composed: dict[str, Any]) -> None:
+def test_third_party_images_can_be_pulled(composed: dict[str, Any]) -> None:
     images = [service["image"] for service in composed["services"].values() if "build" not in service]
     buildx = docker.programs() / docker.PLUGINS / "docker-buildx"
     for image in images:

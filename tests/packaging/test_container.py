@@ -214,7 +214,7 @@ def test_retransmits_of_the_traffic_arrive(live: Live) -> None:
 
 
 @pytest.mark.extended
-def test_alertmanager_is_told_of_the_traffic(live: Live) -> None:
+def test_alertmanager_gets_an_alert_about_the_traffic(live: Live) -> None:
     def told() -> list[dict[str, str]]:
         labels = [alert["labels"] for alert in live.alertmanager.alerts()]
         return [each for each in labels if each["peer"].startswith(TRAFFIC)]

@@ -1,4 +1,4 @@
-"""The Debian packages: built for both releases, whole, and the same whenever they are built.
+"""The Debian packages: built for both releases, complete, and the same whenever they are built.
 
 That they install, run and leave nothing behind is shown on hosts of those releases: tests/vm.
 """
@@ -113,7 +113,7 @@ def test_nothing_is_installed_elsewhere_or_with_other_rights_than_meant(package:
     assert {name: files[name].mode for name in files if name not in folders and files[name].mode != 0o644} == MODES
 
 
-def test_nothing_tells_where_it_was_built(package: Package) -> None:
+def test_nothing_shows_where_it_was_built(package: Package) -> None:
     traces = [f"{ROOT}/{name}".encode() for name in ("deploy", "producer")]
     traces += [sys.executable.encode(), b"rebpf-deb-", b"rebpf-wheel-"]
     files = _files(package.root)
@@ -135,7 +135,7 @@ def test_documents_and_examples_come_with_it(package: Package) -> None:
     assert documents == expected
 
 
-def test_what_is_in_it_is_what_is_in_the_tree(package: Package) -> None:
+def test_its_files_are_those_of_the_tree(package: Package) -> None:
     assert (package.root / UNIT).read_bytes() == (ROOT / "deploy/systemd/rebpf.service").read_bytes()
     assert (package.root / ALERT_UNIT).read_bytes() == (ROOT / "deploy/systemd/rebpf-alert.service").read_bytes()
     assert (package.root / DROP_IN).exists() == (SUITES[package.suite]["systemd"] >= 254)

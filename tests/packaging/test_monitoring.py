@@ -23,7 +23,8 @@ from producer.alert.status import registry as alert_registry
 from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES
 from producer.health import metrics
 from producer.health.balance import Balance
-from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
 from producer.health.web_config import WebSettings
 from tests.support.servers.certificates import Authority
 from tests.support.servers.prometheus import Prometheus, programs

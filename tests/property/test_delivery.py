@@ -42,7 +42,7 @@ SCHEMA: dict[str, Any] = {"type": "record", "name": "Event", "fields": [{"name":
 
 
 def flow_of(number: Any) -> Any:
-    """Neighbours share a flow, so that a batch may be done before an older one."""
+    """Neighbors share a flow, so that a batch may be done before an older one."""
     return number // 100 % FLOWS
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import bcrypt
 
-from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
 from producer.health.web_config import WebSettings
 from tests.support.servers.certificates import Authority, Certificate
 from tests.support.statuses import status

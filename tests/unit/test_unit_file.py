@@ -28,7 +28,7 @@ def service():
     return parser["Service"]
 
 
-def test_the_service_is_told_the_size_of_its_store(service):
+def test_the_service_gets_the_size_of_its_store(service):
     assert service["Environment"] == f"FDSTORE={service['FileDescriptorStoreMax']}"
 
 
@@ -43,7 +43,7 @@ def test_the_capabilities_are_those_that_are_asked_for(service):
 
 
 def test_the_check_before_it_decides_nothing(service):
-    # systemd does not look at RestartPreventExitStatus= for it: a status would be tried again for ever.
+    # systemd does not look at RestartPreventExitStatus= for it: a status would be tried again forever.
     assert service["ExecStartPre"].startswith("-/usr/bin/rebpf check --local ")
 
 
@@ -61,7 +61,7 @@ def test_it_may_speak_with_any_unicast_address(address):
 
 
 @pytest.mark.parametrize("address", ["224.0.0.251", "255.255.255.255", "ff02::fb"])
-def test_it_may_not_speak_with_many_at_a_time(address):
+def test_it_may_speak_with_neither_multicast_nor_broadcast(address):
     assert not any(ip_address(address) in network for network in allowed_networks())
 
 
@@ -102,7 +102,7 @@ def alert_unit(tmp_path):
     return copy
 
 
-def test_systemd_has_nothing_to_say_of_them(unit, alert_unit):
+def test_systemd_analyze_has_no_complaint_about_them(unit, alert_unit):
     done = analyzed("verify", "--man=no", str(unit), str(alert_unit))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -12,7 +12,7 @@ import (
 	"syscall"
 )
 
-// What stays the same for a connection is encoded once: the run of neighbouring fields from host to uid, and the key.
+// What stays the same for a connection is encoded once: the run of neighboring fields from host to uid, and the key.
 
 const (
 	mostFlows = 1 << 15

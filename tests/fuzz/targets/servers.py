@@ -18,7 +18,9 @@ from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.event_id import read_events
 from producer.errors import RebpfError
 from producer.events import STREAMS, Topic
-from producer.health.endpoint import Endpoint, StatusBoard, ask
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
+from producer.health.endpoint_client import ask
 from producer.health.status import table
 from producer.registry.schema_ids import SchemaIds
 from producer.schemas import load_schema

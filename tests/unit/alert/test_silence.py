@@ -72,7 +72,7 @@ def test_a_host_that_stopped_as_it_should_is_not_silent_and_ends_its_alert() -> 
     assert look(hosts, 2000) == []
 
 
-def test_who_takes_over_hears_each_living_host_and_gives_it_a_respite() -> None:
+def test_a_takeover_hears_each_living_host_and_gives_it_time() -> None:
     hosts = Hosts(3, [], 7)
     for second, host in ((100, "web-1"), (101, "web-2"), (110, "web-1")):
         hear(hosts, second, beat(host))
@@ -105,7 +105,7 @@ def test_hosts_that_could_not_be_heard_while_kafka_was_away_are_not_silent() -> 
 
 
 @pytest.mark.parametrize("interval_s", [math.inf, math.nan])
-def test_a_heartbeat_that_makes_no_sense_is_passed_over(monkeypatch: pytest.MonkeyPatch, interval_s: float) -> None:
+def test_an_invalid_heartbeat_is_ignored(monkeypatch: pytest.MonkeyPatch, interval_s: float) -> None:
     monkeypatch.setattr("producer.health.heartbeat.INTERVAL_S", interval_s)
     _, value = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)
     counts = Counts()

@@ -114,7 +114,7 @@ def receiver() -> Iterator[Receiver]:
     receiver.server.server_close()
 
 
-def test_what_fires_ends_later_and_what_is_resolved_has_ended(receiver: Receiver) -> None:
+def test_firing_alerts_end_later_and_resolved_ones_have_ended(receiver: Receiver) -> None:
     before = datetime.now(UTC)
     Alertmanager(receiver.url + "/", 60, pytest.fail).send([LOSS, replace(COUNT, firing=False)])
     firing, resolved = receiver.posted[0]
@@ -146,7 +146,7 @@ def test_of_one_alert_that_changed_twice_the_last_is_sent(receiver: Receiver) ->
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
-def test_what_may_pass_is_tried_again(receiver: Receiver, status: int) -> None:
+def test_temporary_failures_are_retried(receiver: Receiver, status: int) -> None:
     receiver.answers = [status, status]
     waits: list[float] = []
     Alertmanager(receiver.url, 60, waits.append).send([LOSS])
@@ -224,7 +224,7 @@ def test_a_stop_ends_a_request_that_is_not_answered() -> None:
         thread.join()
 
 
-def test_a_way_to_wait_may_end_the_tries(receiver: Receiver) -> None:
+def test_the_wait_function_may_end_the_retries(receiver: Receiver) -> None:
     class Stop(Exception):
         pass
 

@@ -28,7 +28,7 @@ def test_the_script_and_the_module_are_the_same_command():
 
 
 @pytest.mark.parametrize("command", [[], *([each] for each in COMMANDS)])
-def test_help_is_no_mistake(command):
+def test_help_exits_with_0(command):
     done = rebpf(*command, "--help")
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -50,7 +50,7 @@ def commands(group: click.Group) -> Iterator[Any]:
         yield from commands(command) if isinstance(command, click.Group) else [command]
 
 
-def test_no_summary_is_cut_in_80_columns():
+def test_no_summary_is_truncated_at_80_columns():
     for arguments in ([], ["spool"]):
         for line in rebpf(*arguments, "--help", env={"COLUMNS": "80"}).stdout.splitlines():
             assert len(line) <= 80
@@ -106,7 +106,7 @@ def test_each_command_has_an_example_that_parses():
         (["--log-level", "loud", "version"], "'loud' is not one of"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_64(arguments, message):
+def test_a_usage_error_is_64(arguments, message):
     done = rebpf(*arguments)
 
     assert (done.returncode, done.stdout) == (64, "")
@@ -118,7 +118,7 @@ def test_a_mistake_on_the_command_line_is_64(arguments, message):
     ("env", "message"),
     [({"REBPF_PORT": "443 99999"}, "99999 is not in the range"), ({"REBPF_ADDRESS": "here"}, "'here' does not appear")],
 )
-def test_a_mistake_in_the_environment_is_one_on_the_command_line(env, message):
+def test_a_mistake_in_the_environment_is_a_usage_error(env, message):
     done = rebpf("run", env=env)
 
     assert done.returncode == 64
@@ -158,14 +158,14 @@ def test_a_setting_that_delivery_or_librdkafka_refuses_is_78(tmp_path, settings,
 
 
 @pytest.mark.root
-def test_a_state_folder_that_cannot_be_is_78(tmp_path):
+def test_an_impossible_state_folder_is_78(tmp_path):
     (tmp_path / "file").write_text("")
     done = rebpf("run", "--state-dir", tmp_path / "file")
 
     assert (done.returncode, done.stderr) == (78, f"rebpf: state_dir {tmp_path}/file: File exists\n")
 
 
-def test_a_user_without_capabilities_is_told_in_one_line_and_77():
+def test_a_user_without_capabilities_gets_one_line_and_77():
     done = rebpf("run", before=as_nobody())
 
     assert done.returncode == 77

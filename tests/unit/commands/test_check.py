@@ -230,14 +230,14 @@ def test_a_mistake_in_the_file_is_named_with_its_line_and_the_nearest_key(tmp_pa
         ),
     ],
 )
-def test_settings_that_cannot_be(tmp_path, config, subject, says):
+def test_invalid_settings(tmp_path, config, subject, says):
     code, found = check(tmp_path, config=config)
 
     assert code == 78
     assert found[subject] == f"MISSING {subject}: {tmp_path}/rebpf.toml: {says}"
 
 
-def test_a_state_folder_that_is_none(tmp_path):
+def test_a_state_folder_that_is_not_a_folder(tmp_path):
     (tmp_path / "state").touch()
     code, found = check(tmp_path)
 
@@ -334,7 +334,7 @@ def test_another_producer(tmp_path):
     assert "producer" not in check(tmp_path)[1]
 
 
-def test_no_server_is_asked_where_that_is_wanted(tmp_path):
+def test_check_local_asks_no_server(tmp_path):
     _, found = check(tmp_path, "--local", "--brokers", "127.0.0.1:1", "--registry", "http://127.0.0.1:1")
 
     assert not {"Kafka", "registry"} & found.keys()

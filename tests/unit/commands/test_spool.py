@@ -145,7 +145,7 @@ def test_a_look_changes_nothing_and_needs_no_lock(state, command):
     assert spool_folders.tree(state) == before
 
 
-def test_verify_of_what_is_whole(state):
+def test_verify_of_an_undamaged_spool(state):
     spool_folders.fill(state, batches=4, size=SIZE, per_file=3, acked=SIZE)
     spool_folders.quarantine(state, {"INVALID_RECORD": 2})
 

@@ -12,7 +12,7 @@ from typing import Any
 import fastavro
 import pytest
 
-from producer.commands.tail import Chosen, Event, batches, events, tail
+from producer.commands.tail import Chosen, Event, batches, tail
 from producer.errors import ConfigError, UnavailableError
 from producer.events import RETRANSMITS, TRANSMITS
 from producer.paths import SCHEMAS
@@ -138,7 +138,7 @@ def test_a_topic_that_appears_later_is_read_from_its_beginning(cluster: Cluster)
     assert [(event.topic, event.record["seq"]) for event in take(source, 1)] == [("late", 3)]
 
 
-def test_strangers_messages_are_skipped_and_counted(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+def test_foreign_messages_are_skipped_and_counted(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     cluster.put(TRANSMITS.topic, b"not avro")
     cluster.put(TRANSMITS.topic, b"not avro either")
     cluster.put_events(TRANSMITS, [17])
@@ -231,8 +231,8 @@ def test_stop_ends_the_events(cluster: Cluster) -> None:
     cluster.put_events(TRANSMITS, range(3))
     stop = threading.Event()
     seen = []
-    for event in events(cluster.brokers, TOPICS, registry=None, from_beginning=True, stop=stop, client_settings={}):
-        seen.append(event.record["seq"])
+    for batch in batches(cluster.brokers, TOPICS, registry=None, from_beginning=True, stop=stop, client_settings={}):
+        seen += [event.record["seq"] for event in batch]
         if len(seen) == 3:  # a batch may end before
             stop.set()
     assert seen == [0, 1, 2]
@@ -256,6 +256,7 @@ def test_a_broker_that_is_down_is_unavailable() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # A port on which nobody listens.
         brokers = f"127.0.0.1:{taken.getsockname()[1]}"
-        source = events(brokers, TOPICS, registry=None, from_beginning=True, stop=threading.Event(), client_settings={})
+        stop = threading.Event()
+        source = batches(brokers, TOPICS, registry=None, from_beginning=True, stop=stop, client_settings={})
         with pytest.raises(UnavailableError, match=brokers):
             next(source)

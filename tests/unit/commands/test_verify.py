@@ -345,7 +345,7 @@ def test_a_broker_that_is_down_is_unavailable() -> None:
         (["--brokers", "127.0.0.1:1", "--since-offset", "end"], "expected a number or 'beginning', found 'end'"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_64(arguments: list[str], text: str) -> None:
+def test_a_usage_error_is_64(arguments: list[str], text: str) -> None:
     done = rebpf("verify", *arguments)
     assert (done.returncode, done.stdout) == (64, "")
     assert text in done.stderr

@@ -25,7 +25,7 @@ from producer.errors import ConfigError
         ("minimum = -1", r"minimum: expected at least 0, found -1"),
     ],
 )
-def test_an_alert_rule_that_makes_no_sense_is_named_with_its_line(read, text, message):
+def test_an_invalid_alert_rule_is_named_with_its_line(read, text, message):
     key = text.partition(" ")[0]
     own = "" if key == "name" else 'name = "own"\n'
     line = 5 if key == "name" else 6
@@ -44,6 +44,6 @@ def test_an_alert_rule_that_makes_no_sense_is_named_with_its_line(read, text, me
         ('rules = [{name = "a"}, {name = "a"}]', "another rule a$"),
     ],
 )
-def test_an_alert_section_that_makes_no_sense_is_refused(read, text, message):
+def test_an_invalid_alert_section_is_refused(read, text, message):
     with pytest.raises(ConfigError, match=rf"line [12]: alert\.{text.partition(' ')[0]}.*: .*{message}"):
         read(f"[alert]\n{text}\n")

@@ -105,7 +105,7 @@ def test_a_secret_is_read_from_a_file_or_from_systemd(read, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"s3cr\xff\n"])
-def test_a_secret_that_cannot_be_is_not_shown(read, tmp_path, content):
+def test_an_invalid_secret_is_not_shown(read, tmp_path, content):
     (tmp_path / "pass").write_bytes(content)
     with pytest.raises(ConfigError, match=r"line 2: kafka\.settings\.sasl\.password: .*/pass: ") as refusal:
         read(f'[kafka.settings]\n"sasl.password" = "@{tmp_path}/pass"')

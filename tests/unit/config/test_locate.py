@@ -1,4 +1,4 @@
-"""Where a setting stands: each way to write one in TOML is found, and what is nowhere has no line."""
+"""Where a setting is: each way to write one in TOML is found, and what is nowhere has no line."""
 
 from pathlib import Path
 

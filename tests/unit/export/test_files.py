@@ -1,4 +1,4 @@
-"""Export and `rebpf.read`: every source gives the same events, and files appear in whole or not at all."""
+"""Export and `rebpf.read`: every source gives the same events, and files appear complete or not at all."""
 
 import json
 from pathlib import Path
@@ -130,7 +130,7 @@ def test_wrong_arguments_are_explained(tmp_path: Path, wrong: dict[str, Any], me
         rebpf.read(path, **wrong)
 
 
-def test_files_of_others_are_refused(tmp_path: Path) -> None:
+def test_files_of_other_formats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.avro").write_text("no Avro")
     with pytest.raises(UnavailableError, match=r"text.avro: not an Avro object container file"):
         rebpf.read(tmp_path, topic="tcp_flow")

@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
 from tests.support.endpoint import visits
 from tests.support.rebpf import wait_until
 from tests.support.statuses import status
@@ -143,7 +144,7 @@ def test_visitors_take_a_bounded_number_of_threads_and_leave_none() -> None:
 
 
 def test_visitors_that_wait_for_the_loop_are_bounded() -> None:
-    """With a loop that stands, /status and /metrics in numbers leave room for /healthz."""
+    """With a loop that hangs, many requests for /status and /metrics leave room for /healthz."""
     board = StatusBoard(answer_timeout_s=30)
     board.publish(status())
     with Endpoint("127.0.0.1", 0, board) as server, ExitStack() as stack:

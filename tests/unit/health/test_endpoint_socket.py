@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from producer.errors import UnavailableError
-from producer.health.endpoint import ask
+from producer.health.endpoint_client import ask
 from tests.support.endpoint import CLIENTS, PASSWORDS, TLS, Place
 from tests.support.rebpf import wait_until
 from tests.support.servers.certificates import Authority, Certificate
@@ -19,7 +19,7 @@ def test_status_comes_by_the_socket_where_the_endpoint_asks_for_more(place: Plac
     assert not place.socket.exists()
 
 
-def test_who_asks_by_the_socket_learns_what_is_wrong_with_the_file(place: Place) -> None:
+def test_a_request_by_the_socket_gets_what_is_wrong_with_the_file(place: Place) -> None:
     with place.serving(TLS + PASSWORDS):
         (place.folder / "web.yml").write_text("colour: red")
         wait_until("seen", lambda: ask(place.url, place.socket) and place.web.last_error, 30)
@@ -40,7 +40,7 @@ def test_a_socket_that_cannot_be_found_or_is_something_else_is_not_asked(place: 
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "socket"])
-def test_what_stands_in_the_place_of_the_socket_goes(place: Place, kind: str) -> None:
+def test_whatever_is_in_the_place_of_the_socket_is_removed(place: Place, kind: str) -> None:
     if kind == "folder":
         place.socket.mkdir()
         (place.socket / "mine").touch()

@@ -49,7 +49,7 @@ def test_curl_is_answered(place: Place) -> None:
         assert subprocess.run(command, capture_output=True).returncode == 60, "an unknown authority"
 
 
-def test_plain_http_at_a_tls_port_and_tls_at_a_plain_one_are_told_so(place: Place) -> None:
+def test_plain_http_at_a_tls_port_and_tls_at_a_plain_one_get_a_reason(place: Place) -> None:
     with place.serving(TLS), socket.create_connection(place.address, timeout=30) as visitor:
         visitor.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
         got = b"".join(iter(lambda: visitor.recv(1 << 16), b""))
@@ -136,7 +136,7 @@ def test_headers_are_bounded_with_tls_too(place: Place) -> None:
         assert place.get("/healthz")[0] == 200
 
 
-def test_rubbish_in_a_handshake_is_nothing_for_the_operator(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_garbage_in_a_handshake_logs_nothing_for_the_operator(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with place.serving(TLS), ExitStack() as stack:
         for sent in (b"\x16\x03\x01\xff\xff" + bytes(999), b"\x16" * 70000, client_hello() + b"\xff" * 99):

@@ -12,7 +12,8 @@ from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from producer.health import metrics
 from producer.health.balance import stage
-from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
 from producer.health.status import Status
 from tests.support.statuses import status
 
@@ -113,7 +114,7 @@ def test_before_the_first_status_there_are_the_metrics_that_need_none():
     assert not [name for name, _ in found if name.startswith("rebpf_events_")]
 
 
-def test_openmetrics_is_spoken_to_who_asks_for_it():
+def test_openmetrics_is_sent_if_asked_for():
     kind, text = scrape(status(), "application/openmetrics-text; version=1.0.0")
 
     assert kind.startswith("application/openmetrics-text; version=1.0.0")

@@ -54,7 +54,7 @@ def test_a_password_of_more_than_72_bytes_is_cut_as_bcrypt_does() -> None:
     assert Passwords().check(users, basic("alice", "x" * 71)["Authorization"], "a") == HTTPStatus.UNAUTHORIZED
 
 
-def test_wrong_passwords_in_numbers_keep_no_right_one_out_and_take_no_core() -> None:
+def test_many_wrong_passwords_neither_block_the_right_one_nor_occupy_a_core() -> None:
     users = {"alice": bcrypt.hashpw(b"right", bcrypt.gensalt(10)).decode()}
     passwords, stop, codes = Passwords(), threading.Event(), []
     right = basic("alice", "right")["Authorization"]
@@ -82,7 +82,7 @@ def test_wrong_passwords_in_numbers_keep_no_right_one_out_and_take_no_core() -> 
     assert HTTPStatus.OK not in codes
 
 
-def test_guesses_from_one_ipv6_network_are_one_visitors() -> None:
+def test_guesses_from_one_ipv6_network_count_as_one_visitors() -> None:
     users = {"alice": bcrypt.hashpw(b"right", bcrypt.gensalt(12)).decode()}
     passwords, codes = Passwords(), []
     ready = threading.Barrier(12)

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from producer.errors import UnavailableError
-from producer.health import endpoint, endpoint_client
-from producer.health.endpoint import Endpoint, StatusBoard
+from producer.health import endpoint_client
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
 from producer.health.status import Status, table, usage
 from producer.host.state import StateFolder
 from tests.support.rebpf import as_nobody, let_others_in, rebpf, wait_until
@@ -166,7 +167,7 @@ def test_a_loop_that_hangs_is_seen():
         assert "rebpf_events_passed_total" in get(server.url, "/metrics")[1]
         assert server.url
         with pytest.raises(UnavailableError, match=r"the producer has made no step for \d+\.\d s"):
-            endpoint.ask(server.url)
+            endpoint_client.ask(server.url)
         with loop(board):
             wait_until("well again", lambda: get(server.url, "/healthz")[0] == 200)
 
@@ -179,7 +180,7 @@ def test_it_listens_on_ipv6_too():
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no such host"])
-def test_a_port_that_cannot_be_had_is_one_warning(caplog, host):
+def test_a_port_that_cannot_be_bound_is_one_warning(caplog, host):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with Endpoint(host, port, StatusBoard()) as server:
@@ -213,7 +214,7 @@ def test_two_producers_do_not_share_a_port():
             assert second.url is None
 
 
-def test_it_is_gone_after_the_end():
+def test_the_endpoint_is_closed_at_the_end():
     with serving() as (_, server):
         pass
     assert server.url
@@ -227,7 +228,8 @@ def test_nobody_asking_costs_no_wakeups():
     code = (
         "import threading, time\n"
         "from pathlib import Path\n"
-        "from producer.health.endpoint import StatusBoard, Endpoint\n"
+        "from producer.health.board import StatusBoard\n"
+        "from producer.health.endpoint import Endpoint\n"
         "def switches():\n"
         "    (thread,) = [each for each in threading.enumerate() if each.name == 'endpoint']\n"
         "    lines = Path(f'/proc/self/task/{thread.native_id}/status').read_text().splitlines()\n"
@@ -318,7 +320,7 @@ def test_an_answer_that_drips_ends_at_the_deadline(tmp_path, monkeypatch, begin,
         end = threading.Timer(10, gone.set)  # of a drip that nothing ends
         end.start()
         with pytest.raises(UnavailableError, match=r"no complete response within 0\.3 s"):
-            endpoint.ask(url, tmp_path / "s" if is_local else None)
+            endpoint_client.ask(url, tmp_path / "s" if is_local else None)
         end.cancel()
 
 
@@ -335,7 +337,7 @@ def test_a_step_costs_next_to_nothing_while_nobody_asks():
 
 
 @pytest.mark.parametrize("url", ["http://a:b", "http://[", "x", "http://", "http://\x1b[2J:1", "http://a\nb:1"])
-def test_an_address_that_is_none_is_an_error_of_one_line(tmp_path, url):
+def test_an_invalid_address_is_an_error_of_one_line(tmp_path, url):
     with pytest.raises(UnavailableError, match="the producer does not answer at") as caught:
-        endpoint.ask(url)
+        endpoint_client.ask(url)
     assert str(caught.value).isprintable()

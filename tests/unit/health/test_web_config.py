@@ -196,7 +196,7 @@ def be_latin(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["web.yml", "server.pem", "server.key", "authority.pem"])
 @pytest.mark.parametrize("make", [be_missing, be_a_pipe, be_a_device, be_latin])
-def test_files_that_are_none_are_refused_and_hold_nobody_up(
+def test_files_that_are_not_regular_are_refused_without_blocking(
     folder: Path, name: str, make: Callable[[Path], None]
 ) -> None:
     path = write(folder, TLS % ", client_auth_type: VerifyClientCertIfGiven, client_ca_file: authority.pem")

@@ -159,7 +159,7 @@ def test_a_name_may_have_any_bytes(tmp_path: Path) -> None:
     assert raw_name(path) == b"/caf\xe9\n%\x1b[2J.service"
 
 
-def test_a_look_at_many_cgroups_is_short_and_seldom_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_looks_at_many_cgroups_are_short_and_rare_and_go_on_where_they_were(tmp_path: Path) -> None:
     for number in range(300):
         (tmp_path / f"run{number}" / "a").mkdir(parents=True)
     wanted = (tmp_path / "run137" / "a").stat().st_ino

@@ -153,7 +153,7 @@ def test_without_the_journal_at_the_other_end_the_log_is_text(tmp_path: Path) ->
     assert ended.stderr.startswith(b"rebpf: ")
 
 
-def test_each_line_of_a_mistake_in_usage_has_its_priority(tmp_path: Path) -> None:
+def test_each_line_of_a_usage_error_has_its_priority(tmp_path: Path) -> None:
     with open(tmp_path / "stderr", "w+b") as stderr:
         environment = os.environ | journal(stderr)
         assert subprocess.run(command("run", "--unknown"), stderr=stderr, env=environment, check=False).returncode == 64
@@ -169,7 +169,7 @@ def test_echo_cleans_each_line(text: str, capsys: pytest.CaptureFixture[str]) ->
     assert all(line.isprintable() for line in out.split("\n"))
 
 
-def test_colours_pass_where_they_are_asked_for_and_nothing_else_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_colors_pass_where_they_are_asked_for_and_nothing_else_does(capsys: pytest.CaptureFixture[str]) -> None:
     echo("\x1b[1;31mred\x1b[0m\x1b[2J", color=True)
     echo("\x1b[31mred")
     assert capsys.readouterr().out == "\x1b[1;31mred\x1b[0m\\x1b[2J\n\\x1b[31mred\n"
@@ -229,7 +229,7 @@ def test_an_error_is_one_printable_line(
 
 
 @hostile
-def test_a_mistake_in_the_usage_is_printable(
+def test_a_usage_error_is_printable(
     text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for error in (click.UsageError(text), click.BadParameter(text), click.NoSuchOption(text)):
@@ -319,7 +319,7 @@ def test_output_that_cannot_be_written_has_its_exit_code(line: str, code: int, s
 
 
 @pytest.mark.parametrize("arguments", [["version"], ["--help"], ["run", "--help"]])
-def test_a_reader_that_has_gone_is_no_error_to_tell(arguments: list[str]) -> None:
+def test_a_reader_that_has_gone_causes_no_message(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:

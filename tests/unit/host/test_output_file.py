@@ -1,4 +1,4 @@
-"""A command writes its file in whole, and replaces neither a folder nor a device."""
+"""A command writes its file completely, and replaces neither a folder nor a device."""
 
 import os
 from pathlib import Path

@@ -63,7 +63,7 @@ def test_the_folder_is_its_owners_alone(path):
         assert (path / "lock").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_second_producer_is_refused_and_told_the_pid_of_the_first(path):
+def test_a_second_producer_is_refused_with_the_pid_of_the_first(path):
     with StateFolder(path) as folder:
         with pytest.raises(BusyError, match=f"state_dir {path}: pid not ready yet"), StateFolder(path):
             pass
@@ -90,7 +90,7 @@ def test_a_producer_that_was_killed_is_not_believed_and_does_not_keep_others_out
         assert running(path) is None
 
 
-def test_one_who_looks_does_not_keep_a_producer_out(path):
+def test_a_look_at_the_lock_does_not_keep_a_producer_out(path):
     """Whoever asks whether a producer runs holds the lock for a moment."""
     with StateFolder(path):
         pass
@@ -103,7 +103,7 @@ def test_one_who_looks_does_not_keep_a_producer_out(path):
         letting_go.join()
 
 
-def test_a_folder_that_cannot_be_is_a_configuration_error(tmp_path):
+def test_an_impossible_folder_is_a_configuration_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=f"state_dir {tmp_path}/file: File exists"), StateFolder(tmp_path / "file"):
         pass
@@ -243,7 +243,7 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path, what):
 
 
 @pytest.mark.parametrize("what", [be_folder, be_pipe, be_link])
-def test_what_stands_in_the_place_of_the_facts_is_not_read_and_does_not_stop_the_next(path, what):
+def test_whatever_is_in_the_place_of_agent_json_is_not_read_and_stops_no_producer(path, what):
     with StateFolder(path):
         what(path / "agent.json")
         assert running(path) is None

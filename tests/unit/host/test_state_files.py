@@ -121,7 +121,7 @@ def test_numbers_jump_where_their_file_is_no_file_and_then_go_on(tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", [kind for kind in IN_THE_PLACE_OF_A_FILE if kind != "a folder"])
-def test_what_stands_where_numbers_are_written_first_goes(tmp_path: Path, kind: str) -> None:
+def test_whatever_is_in_the_place_of_the_temporary_file_is_removed(tmp_path: Path, kind: str) -> None:
     IN_THE_PLACE_OF_A_FILE[kind](tmp_path / "sequence.new")
     numbers(tmp_path, 55).start()
     assert (tmp_path / "sequence.json").is_file()
@@ -180,7 +180,7 @@ def test_numbers_jump_if_their_file_was_deleted(tmp_path: Path) -> None:
 
 
 @anything
-def test_what_stands_in_the_place_of_a_spools_file_costs_its_events_alone(
+def test_whatever_is_in_the_place_of_a_spool_file_costs_only_its_events(
     tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
     setup = Setup(tmp_path / "spool")
@@ -196,7 +196,7 @@ def test_what_stands_in_the_place_of_a_spools_file_costs_its_events_alone(
 
 
 @anything
-def test_what_stands_in_the_place_of_the_last_file_is_set_aside(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_whatever_is_in_the_place_of_the_last_file_is_set_aside(tmp_path: Path, make: Callable[[Path], None]) -> None:
     setup = Setup(tmp_path / "spool")
     spool = setup.filled(3)
     spool.close()
@@ -218,7 +218,7 @@ def test_what_was_set_aside_may_be_anything(tmp_path: Path, make: Callable[[Path
 
 
 @pytest.mark.parametrize("kind", [kind for kind in IN_THE_PLACE_OF_A_FILE if kind != "a folder"])
-def test_what_stands_in_the_place_of_a_spools_folder_is_set_aside(tmp_path: Path, kind: str) -> None:
+def test_whatever_is_in_the_place_of_a_spool_folder_is_set_aside(tmp_path: Path, kind: str) -> None:
     setup = Setup(tmp_path / "spool")
     IN_THE_PLACE_OF_A_FILE[kind](setup.folder)
     spool = setup.open()
@@ -228,7 +228,7 @@ def test_what_stands_in_the_place_of_a_spools_folder_is_set_aside(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", [kind for kind in IN_THE_PLACE_OF_A_FILE if kind != "a folder"])
-def test_what_stands_in_the_place_of_the_folder_of_spools_is_set_aside(tmp_path: Path, kind: str) -> None:
+def test_whatever_is_in_the_place_of_the_folder_of_spools_is_set_aside(tmp_path: Path, kind: str) -> None:
     setup = Setup(tmp_path / "spools" / "transmit")
     IN_THE_PLACE_OF_A_FILE[kind](setup.folder.parent)
     spool = setup.open()
@@ -272,7 +272,7 @@ def test_a_stray_file_far_ahead_is_no_loss(tmp_path: Path) -> None:
         DEEP.decode(),
     ],
 )
-def test_a_time_that_is_none_does_not_tell_a_files_age(made: str) -> None:
+def test_an_invalid_time_does_not_set_a_files_age(made: str) -> None:
     assert made_at({"rebpf.made": made}) is None
 
 

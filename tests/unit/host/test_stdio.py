@@ -154,7 +154,7 @@ def test_output_that_fails_raises_once_and_leaves_the_exit_status_alone() -> Non
         "fail()",
     ],
 )
-def test_what_nobody_caught_goes_through_the_logs_formatter(raising: str) -> None:
+def test_uncaught_exceptions_go_through_the_logs_formatter(raising: str) -> None:
     code = f"{LOG}\ndef fail(*_): raise ValueError('x\\n12:00 INFO ready\\x1b[2J')\n{raising}"
     child = python(code, stderr=subprocess.PIPE)
     first, *others = child.communicate(timeout=TIMEOUT_S)[1].decode().removesuffix("\n").split("\n")
@@ -168,7 +168,7 @@ def test_text_that_the_encoding_lacks_is_shown() -> None:
     assert child.communicate(timeout=TIMEOUT_S)[0] == b"\\u20ac \\udce9\n"
 
 
-def test_a_mistake_is_64_also_where_nobody_reads_what_it_was() -> None:
+def test_a_usage_error_is_64_even_if_standard_error_is_full() -> None:
     with full_pipe() as (_, writer):
         os.set_blocking(writer, True)
         assert subprocess.run(command("nonsense"), stderr=writer, timeout=TIMEOUT_S).returncode == 64

@@ -12,7 +12,7 @@ def test_a_name_of_any_bytes_is_printable_and_can_be_turned_back(raw: bytes) -> 
 
 
 @given(st.binary(min_size=MAX_NAME + 1, max_size=3000))
-def test_a_long_name_is_bounded_and_differs_from_its_neighbours(raw: bytes) -> None:
+def test_a_long_name_is_bounded_and_differs_from_its_neighbors(raw: bytes) -> None:
     text = name(raw)
     assert len(text) <= MAX_NAME
     assert raw_name(text) is None

@@ -30,7 +30,7 @@ def test_keys_and_values_arrive_as_they_lie_in_the_batch_and_each_key_in_order(c
         assert [value for k, value in read if k == key] == [value for k, value in first + second if k == key]
 
 
-def test_a_message_that_is_too_large_for_the_client_is_lost_by_name_and_its_neighbours_arrive(cluster, open_sink):
+def test_a_message_that_is_too_large_for_the_client_is_lost_by_name_and_its_neighbors_arrive(cluster, open_sink):
     cluster.create("t")
     sink = open_sink({"message.max.bytes": "1000"})
     messages = numbered(11)
@@ -46,7 +46,7 @@ def test_a_message_that_is_too_large_for_the_client_is_lost_by_name_and_its_neig
 
 
 @pytest.mark.parametrize("code", [7, 19, 29, 3, 6], ids=librdkafka.error_name)
-def test_a_failure_that_passes_costs_no_message(cluster, open_sink, code):
+def test_a_temporary_failure_costs_no_message(cluster, open_sink, code):
     cluster.create("t")
     sink = open_sink()
     cluster.answer_produce_with(code, code, code)

@@ -106,7 +106,7 @@ def test_saving_again_replaces_the_old_objects(manager, objects):
         assert store.manifest() == {"maps": ["ring"]}
         assert removed(manager) == ["manifest_1", "link_0"]
         stored = [text for text in manager.messages if text.startswith("FDSTORE=1\n")]
-        assert sum("FDNAME=ring" in text for text in stored) == 1, "a name stands for one object for ever"
+        assert sum("FDNAME=ring" in text for text in stored) == 1, "a name stands for one object forever"
 
 
 @pytest.mark.parametrize("killed_before", ["FDSTORE=1\nFDNAME=manifest_2", "FDSTOREREMOVE=1\nFDNAME=manifest_1"])

@@ -59,7 +59,7 @@ def test_a_version_with_the_same_programs_uses_them(tmp_path: Path) -> None:
     assert ProgramFiles(write(tmp_path / "a", replace(HOST, version="1.1.0")), HOST).find("transmit=fentry") == ONE
 
 
-def test_in_a_folder_the_one_that_fits_is_used_and_the_first_reasons_are_told(tmp_path: Path) -> None:
+def test_in_a_folder_the_one_that_fits_is_used_and_the_first_reasons_are_shown(tmp_path: Path) -> None:
     folder = tmp_path / "programs"
     for name in "abcde":
         write(folder / name, replace(HOST, made_for=name))

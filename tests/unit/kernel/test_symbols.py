@@ -82,7 +82,7 @@ def test_a_split_inner_function_moves_the_probes_to_the_next_one(hook: Hook, kin
         assert f"{kind}_inner_retransmit_skb" not in programs
 
 
-def test_a_whole_kernel_changes_nothing() -> None:
+def test_a_kernel_without_split_functions_changes_nothing() -> None:
     for hooks in HOOKS_BY_STREAM.values():
         for hook in hooks:
             assert fitted(hook, features(frozenset({"tcp_rtx_synack"}))) == hook

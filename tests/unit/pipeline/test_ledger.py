@@ -82,7 +82,7 @@ def test_opening_keeps_what_is_there(path: Path) -> None:
     ledger.close()
 
 
-def test_for_want_of_descriptors_an_account_is_neither_none_nor_damaged(path: Path) -> None:
+def test_an_account_is_neither_missing_nor_damaged_if_descriptors_run_out(path: Path) -> None:
     write(path, ACCOUNT)
     ledger = Ledger(path)
     usual = resource.getrlimit(resource.RLIMIT_NOFILE)

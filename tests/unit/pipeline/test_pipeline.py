@@ -160,7 +160,7 @@ def test_on_a_full_disk_events_stay_in_the_ring_until_there_is_room(tmp_path: Fo
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_a_spool_that_cannot_be_read_for_want_of_descriptors_or_memory_waits(tmp_path: Folder, number: int) -> None:
+def test_a_spool_that_cannot_be_read_because_descriptors_or_memory_run_out_waits(tmp_path: Folder, number: int) -> None:
     setup = Setup(tmp_path, most=5)
     setup.arrive(5)
     setup.pass_time(2 * AFTER_S)

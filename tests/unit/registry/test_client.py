@@ -105,7 +105,7 @@ NO_ANSWERS = {
 
 
 @pytest.mark.parametrize("name", NO_ANSWERS)
-def test_what_no_registry_answers_is_no_answer_and_earlier_ids_are_used(name: str, tmp_path: Path) -> None:
+def test_an_answer_that_no_registry_gives_is_ignored_and_earlier_ids_are_used(name: str, tmp_path: Path) -> None:
     with serving(NO_ANSWERS[name]) as (url, _):
         fresh = tmp_path / "fresh.json"
         with pytest.raises(UnavailableError):

@@ -178,7 +178,7 @@ def test_connections_without_a_cookie_are_told_apart_by_their_ports() -> None:
     assert sorted(found.growth["total_retrans"].tolist()) == [3, 5]
 
 
-def test_a_kernel_that_cannot_tell_a_counter_costs_only_that_one() -> None:
+def test_a_counter_that_the_kernel_lacks_costs_only_that_one() -> None:
     found = connections(flows_of(connection(1, 1, 0, 5, dsack_dups=None, srtt_us=None)), None)
     assert (found.growth["total_retrans"].tolist(), found.growth["dsack_dups"].tolist()) == ([5], [0])
 

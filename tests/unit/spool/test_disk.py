@@ -121,7 +121,7 @@ def test_a_file_is_synced_when_it_is_full_and_at_a_stop(setup: Setup) -> None:
     assert setup.disk.calls.count("sync") == 2
 
 
-def test_a_disk_that_cannot_sync_is_logged_and_costs_nothing(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_sync_is_logged_and_costs_nothing(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
     spool = setup.filled(3)
     setup.disk.fails = {"sync": errno.EIO}
     fill(spool, 1)
@@ -159,7 +159,7 @@ def test_a_file_that_cannot_be_read_at_a_start_stays(setup: Setup) -> None:
 @pytest.mark.parametrize("call", ["open", "read"])
 @pytest.mark.parametrize("ledger", [None, (0, 30, 0), (0, 10, 0)])
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_for_want_of_descriptors_or_memory_at_a_start_nothing_is_set_aside(
+def test_nothing_is_set_aside_if_descriptors_or_memory_run_out_at_a_start(
     setup: Setup, call: str, ledger: tuple[int, int, int] | None, number: int
 ) -> None:
     setup.filled(6).close()

@@ -183,7 +183,7 @@ def test_old_files_are_discarded_a_few_per_call(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "expires"), [(90, False), (-1e9, False), (110, True)])
-def test_over_a_boot_the_clock_that_can_be_set_is_all_there_is(setup: Setup, seconds: float, expires: bool) -> None:
+def test_across_a_boot_the_age_is_by_the_clock_that_can_be_set(setup: Setup, seconds: float, expires: bool) -> None:
     spool = setup.open(max_age_s=100)
     fill(spool, 3)
     spool.close()

@@ -13,7 +13,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("REBPF_CACHE", str(tmp_path / "cache"))
 
 
-def test_what_a_failed_download_left_is_not_taken_for_a_whole_one():
+def test_the_remains_of_a_failed_download_are_not_used():
     def fail(part):
         (part / "half.jar").touch()
         raise OSError("connection lost")
@@ -25,7 +25,7 @@ def test_what_a_failed_download_left_is_not_taken_for_a_whole_one():
     assert [path.name for path in folder.iterdir()] == ["whole.jar"]
 
 
-def test_many_at_once_download_once(tmp_path):
+def test_parallel_calls_download_once(tmp_path):
     fills = []
     together, second = Barrier(8), Event()
 

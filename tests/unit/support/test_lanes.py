@@ -110,7 +110,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_test_that_fails_beside_others_and_passes_alone_is_told(
+def test_a_test_that_fails_beside_others_and_passes_alone_is_reported(
     plan: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (plan / "test_two.py").write_text(

@@ -97,7 +97,7 @@ def test_what_is_unknown_is_left_out() -> None:
     assert plain({**RETRANSMIT, **unknown}).split()[1:3] == ["rto", "web-1"]
 
 
-def test_escape_sequences_of_a_stranger_do_not_reach_the_terminal() -> None:
+def test_foreign_escape_sequences_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in plain({**RETRANSMIT, "cause": "\x1b]0;gone\x07", "saddr": "\x1b[2J", "host": "\x1b[2J"})
 
 

@@ -88,7 +88,7 @@ texts = st.none() | st.sampled_from(["interval", "close", "SYN_SENT", *CAUSES]) 
     st.sampled_from(GROUPS),
     st.sampled_from(SORTS),
 )
-def test_numbers_that_no_kernel_writes_are_shown_somehow(rows: list[dict[str, Any]], by: str, sort: str) -> None:
+def test_numbers_that_no_kernel_writes_can_be_shown(rows: list[dict[str, Any]], by: str, sort: str) -> None:
     """Whoever may write to a topic chooses them."""
     found = Flows(0)
     for now in (1.0, 2.0, 9.0):
