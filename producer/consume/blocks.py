@@ -23,7 +23,7 @@ _CODECS: Mapping[str, Callable[[bytes, int], bytes]] = {
     "null": lambda data, limit: data,
     "deflate": lambda data, limit: zlib.decompressobj(-15).decompress(data, limit),
     "bzip2": lambda data, limit: bz2.BZ2Decompressor().decompress(data, limit),
-    "xz": lambda data, limit: lzma.LZMADecompressor(memlimit=MOST_BYTES).decompress(data, limit),
+    "xz": lambda data, limit: lzma.LZMADecompressor(memlimit=8 * MOST_BYTES).decompress(data, limit),
     "zstandard": lambda data, limit: zstandard.ZstdDecompressor().stream_reader(data).read(limit),
 }
 """By codec, a function that returns at most `limit` bytes."""
