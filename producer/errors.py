@@ -1,7 +1,7 @@
 """All errors that users see, each with its exit code, from sysexits.h where possible.
 
 RebpfError            70 internal
-├── Stopped            0 a signal arrived while waiting for a server
+├── Stopped            0 a signal arrived while waiting for a server or the compiler
 ├── UsageError        64 the command line is wrong
 ├── IncompleteError   65 data in the topics or on disk is incomplete or out of order
 ├── UnavailableError  69 this host or a server cannot do what is needed
@@ -25,7 +25,7 @@ class RebpfError(Exception):
 
 
 class Stopped(RebpfError):
-    """A signal arrived while waiting for a server, so the command ends as requested."""
+    """A signal arrived while waiting for a server or the compiler, so the command ends as requested."""
 
     exit_code = 0
 

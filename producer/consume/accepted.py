@@ -65,14 +65,16 @@ def accepted(text: str) -> Any:
         raise NotAccepted(str(error)[:_SHOWN]) from error
 
 
-def check_container(text: str) -> None:
-    """Raise NotAccepted unless all records of a file with this schema, which may be a union, are ours."""
+def accepted_container(text: str) -> list[Any]:
+    """Parse a file's schema, which may be a union; NotAccepted unless all its records are ours and different."""
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise NotAccepted("its schema is not JSON") from error
-    for each in schema if isinstance(schema, list) else [schema]:
-        accepted(json.dumps(each))
+    union = [accepted(json.dumps(each)) for each in (schema if isinstance(schema, list) else [schema])]
+    if len({each["name"] for each in union}) < len(union):
+        raise NotAccepted("it is a union with two records of one name")
+    return union
 
 
 def _full_name(schema: dict[str, Any]) -> str:

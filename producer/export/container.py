@@ -16,20 +16,21 @@ import fastavro
 import numpy as np
 
 from producer import _native
-from producer.consume.accepted import NotAccepted, accepted, check_container
+from producer.consume.accepted import NotAccepted, accepted, accepted_container
+from producer.consume.blocks import Blocks
 from producer.consume.columns import Table, Values, decode
 from producer.consume.plan import Plan, plan_for_all, plan_for_names
 from producer.errors import IncompleteError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export.part import Part
-from producer.paths import SCHEMAS
-from producer.schemas import load_schema
 from producer.spool.files import SPOOL_SUFFIX
 from producer.spool.format import Reader, Spooled, read_header
 
 STREAMS = {"TcpTransmit": TRANSMITS, "TcpRetransmit": RETRANSMITS, "TcpFlow": FLOWS}
 """The streams, by the names of their records."""
 _FRAME = bytes(5)
+_BRANCH_BYTES = 1
+"""Of a union's branch: its number as an Avro long."""
 _ROWS = 10_000
 
 
@@ -57,53 +58,50 @@ def read_container(path: Path, names: Mapping[Stream, frozenset[str]]) -> Iterat
 
 def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -> Iterator[Part]:
     try:
-        reader = fastavro.block_reader(file)
-        schema = json.loads(reader.metadata["avro.schema"])
+        blocks = Blocks(file)
+        text = blocks.metadata["avro.schema"]
+        schema = json.loads(text)
     except Exception as error:  # invalid data can raise anything in the parser
         raise UnavailableError(f"{path}: not an Avro object container file") from error
     if isinstance(schema, list):
         try:
-            check_container(json.dumps(schema))
-        except NotAccepted as error:
+            union = accepted_container(text)
+            streams = {each["name"]: STREAMS[each["name"].rpartition(".")[2]] for each in union}
+        except (NotAccepted, LookupError) as error:
             raise UnavailableError(f"{path}: has no events of ReBPF") from error
-        file.seek(0)
-        yield from _of_union(path, file, names)
+        plans = {each["name"]: _plan(each, streams[each["name"]], names) for each in union}
+        for name, values in _of_union(path, blocks, union):
+            yield Part(streams[name], _whole(path, decode(values, plans[name])))
         return
-    is_spool = "rebpf.format" in reader.metadata
+    is_spool = "rebpf.format" in blocks.metadata
     try:
         event = accepted(json.dumps(_event_schema(schema) if is_spool else schema))
         stream = STREAMS[event["name"].rpartition(".")[2]]
     except (NotAccepted, LookupError, TypeError, StopIteration) as error:
         raise UnavailableError(f"{path}: has no events of ReBPF") from error
     plan = _plan(event, stream, names)
-    batches = _spooled(path, file, stream) if is_spool else _records(path, reader, plan_for_names(event, ()).steps)
+    batches = _spooled(path, file, stream) if is_spool else _records(path, blocks, plan_for_names(event, ()).steps)
     for values in batches:
         yield Part(stream, _whole(path, decode(values, plan)))
 
 
-def _of_union(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -> Iterator[Part]:
-    schemas = {stream: fastavro.parse_schema(load_schema(stream.schema_file)) for stream in STREAMS.values()}
-    waiting: dict[Stream, Values] = {stream: [] for stream in schemas}
+def _of_union(path: Path, blocks: Blocks, union: list[Any]) -> Iterator[tuple[str, Values]]:
+    """Yield the names of the records' schemas, and records of each, with an empty frame."""
+    schema: Any = union
+    waiting: dict[str, Values] = {each["name"]: [] for each in union}
     try:
-        for name, event in cast(Iterator[Any], fastavro.reader(file, return_record_name=True)):
-            stream = STREAMS[name.rpartition(".")[2]]
-            value = io.BytesIO(_FRAME)
-            value.seek(len(_FRAME))
-            fastavro.schemaless_writer(value, schemas[stream], event)
-            waiting[stream].append(value.getvalue())
-            if len(waiting[stream]) == _ROWS:
-                yield _part(path, stream, waiting[stream], names)
-                waiting[stream] = []
+        for count, data in blocks:
+            block = io.BytesIO(data)
+            for _ in range(count):
+                start = block.tell() + _BRANCH_BYTES
+                name, _ = cast(Any, fastavro.schemaless_reader(block, schema, None, return_record_name=True))
+                waiting[name].append(_FRAME + data[start : block.tell()])
+                if len(waiting[name]) == _ROWS:
+                    yield name, waiting[name]
+                    waiting[name] = []
     except Exception as error:  # of fastavro, too, since blocks may have any content
         raise IncompleteError(f"{path}: damaged: {error}") from error
-    for stream, values in waiting.items():
-        if values:
-            yield _part(path, stream, values, names)
-
-
-def _part(path: Path, stream: Stream, values: Values, names: Mapping[Stream, frozenset[str]]) -> Part:
-    event = accepted((SCHEMAS / stream.schema_file).read_text())
-    return Part(stream, _whole(path, decode(values, _plan(event, stream, names))))
+    yield from ((name, values) for name, values in waiting.items() if values)
 
 
 def _plan(event: Any, stream: Stream, names: Mapping[Stream, frozenset[str]]) -> Plan:
@@ -137,18 +135,17 @@ def _values(spooled: Spooled) -> Values:
     return [payload[start:end] for start, end in zip(batch.starts.tolist(), ends, strict=True)]
 
 
-def _records(path: Path, reader: Any, steps: bytes) -> Iterator[Values]:
+def _records(path: Path, blocks: Blocks, steps: bytes) -> Iterator[Values]:
     """Yield the blocks' records, each with an empty frame, which the decoder skips."""
     values: Values = []
     try:
-        for block in reader:
-            data = block.bytes_.getvalue()
-            lengths = np.frombuffer(_native.lengths(data, steps, block.num_records), np.int64).tolist()
+        for count, data in blocks:
+            lengths = np.frombuffer(_native.lengths(data, steps, count), np.int64).tolist()
             values += [_FRAME + data[start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
             if len(values) >= _ROWS:
                 yield values
                 values = []
-    except Exception as error:  # of fastavro, too, whose blocks may have any content
+    except Exception as error:  # of decompression, too, since blocks may have any content
         raise IncompleteError(f"{path}: damaged: {error}") from error
     if values:
         yield values

@@ -6,21 +6,25 @@ import json
 import logging
 import os
 import resource
+import select
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from producer import errors
-from producer.kernel.loader_child import BCC_MISSING, FEW_DESCRIPTORS, PACKET_BYTES
+from producer.host import signals
+from producer.kernel.loader_child import ATTACH, BCC_MISSING, FEW_DESCRIPTORS, PACKET_BYTES
 from producer.paths import IMPORTED_FROM
 
 logger = logging.getLogger(__name__)
 
 _FDS = 64
 _FIND_TIMEOUT_S = 60.0
+_LOOK_S = 0.1
 _MOST_LOG_BYTES = 1 << 16
 _MOST_LINES = 20
 """Lines logged of the child's standard output and error; the last ones."""
@@ -57,19 +61,22 @@ class Loader:
                     stderr=self._stderr,
                     pass_fds=[theirs.fileno()],
                     env=_ENVIRONMENT,
+                    process_group=0,  # a terminal's Ctrl-C is for us
                 )
         except OSError as error:
             self._channel.close()
             raise _start_error(error) from error
 
     def ask(self, request: Mapping[str, Any], timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[dict[str, Any], list[int]]:
-        """Send a request; return the answer and the descriptors that come with it."""
+        """Send a request; return the answer and the descriptors that come with it.
+
+        Raises Stopped if a signal stops this process meanwhile, except while hooks are attached, which is short.
+        """
         try:
             self._channel.settimeout(timeout_s)
             self._channel.send(json.dumps(request).encode())
+            self._wait(timeout_s, stoppable=request != ATTACH)
             packet, descriptors, flags, _ = socket.recv_fds(self._channel, PACKET_BYTES, _FDS, socket.MSG_CMSG_CLOEXEC)
-        except TimeoutError as error:
-            raise errors.HookError(f"the loader did not answer within {timeout_s:.0f} s") from error
         except ConnectionError:
             packet, descriptors, flags = b"", [], 0
         if flags & socket.MSG_CTRUNC:  # RLIMIT_NOFILE: the kernel has dropped some
@@ -86,6 +93,17 @@ class Loader:
         if "error" in answer:
             raise getattr(errors, answer["kind"])(answer["error"])
         return answer, descriptors[1:]
+
+    def _wait(self, timeout_s: float, *, stoppable: bool) -> None:
+        """Wait until the child has answered or exited."""
+        deadline_s = time.monotonic() + timeout_s
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        while not poll.poll(_LOOK_S * 1000):
+            if stoppable and signals.is_stopping():
+                raise errors.Stopped("stopped while the BPF programs were compiled and loaded")
+            if time.monotonic() >= deadline_s:
+                raise errors.HookError(f"the loader did not answer within {timeout_s:.0f} s")
 
     def end(self) -> None:
         """Kill the process, even while it works, which also closes its copies of the descriptors."""
@@ -133,7 +151,9 @@ sys.exit(not (found and os.path.exists(os.path.join(os.path.dirname(found.origin
 def _has_bcc(python: str) -> bool:
     command = [python, "-I", "-c", _FIND_BCC]
     try:
-        found = subprocess.run(command, stderr=subprocess.DEVNULL, env=_ENVIRONMENT, timeout=_FIND_TIMEOUT_S)
+        found = subprocess.run(
+            command, stderr=subprocess.DEVNULL, env=_ENVIRONMENT, timeout=_FIND_TIMEOUT_S, process_group=0
+        )
     except subprocess.TimeoutExpired:
         return False
     return found.returncode == 0

@@ -14,7 +14,6 @@ import ctypes
 import errno
 import json
 import os
-import signal
 import socket
 import tempfile
 import traceback
@@ -80,7 +79,6 @@ class _HookFailed(Exception):
 
 def main(descriptor: int, parent: int) -> None:
     """Serve the agent, process `parent`, over the socket `descriptor`. Never outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C, which the agent gets, too
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     if os.getppid() != parent:
         return

@@ -8,7 +8,8 @@ from typing import Any, cast
 import fastavro
 from fastavro.write import Writer
 
-from producer.consume.accepted import check_container
+from producer.consume.accepted import accepted_container
+from producer.consume.blocks import Blocks
 from producer.errors import IncompleteError, OutputError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.schemas import load_schema
@@ -17,7 +18,6 @@ from producer.view.records import Records, of_rows
 _STREAMS = {f"rebpf.v1.{name}": stream for name, stream in
             (("TcpTransmit", TRANSMITS), ("TcpRetransmit", RETRANSMITS), ("TcpFlow", FLOWS))}  # fmt: skip
 _BATCH = 4096
-_MILLISECOND_NS = 1_000_000
 
 
 class RecordFile:
@@ -68,21 +68,17 @@ def read(path: Path) -> Iterator[Records]:
     """
     try:
         with path.open("rb") as file:
-            reader = fastavro.reader(file, return_record_name=True)
-            check_container(reader.metadata["avro.schema"])
-            yield from _batches(reader)
+            yield from _batches(Blocks(file))
     except OSError as error:
         raise UnavailableError(f"{path}: {error.strerror}") from error
     except Exception as error:  # invalid data can raise anything in the parser and in decompression
         raise IncompleteError(f"{path}: expected an Avro file of `rebpf trace -w`: {error}") from error
 
 
-def _batches(reader: Any) -> Iterator[Records]:
+def _batches(blocks: Blocks) -> Iterator[Records]:
     stream = FLOWS
     rows: list[dict[str, Any]] = []
-    for record in reader:
-        name, row = record if isinstance(record, tuple) else (_name(reader), record)
-        row["ts"] = row["ts_ns"] // _MILLISECOND_NS  # fastavro makes it a datetime
+    for name, row in _named(blocks):
         if _STREAMS[name] != stream or len(rows) == _BATCH:
             yield from [of_rows(stream, rows)] if rows else []
             stream, rows = _STREAMS[name], []
@@ -91,6 +87,14 @@ def _batches(reader: Any) -> Iterator[Records]:
         yield of_rows(stream, rows)
 
 
-def _name(reader: Any) -> str:
-    schema = reader.writer_schema
-    return f"{schema['namespace']}.{schema['name']}" if "namespace" in schema else str(schema["name"])
+def _named(blocks: Blocks) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of each record's schema, and the record."""
+    union = accepted_container(blocks.metadata["avro.schema"])
+    schema: Any = union if blocks.metadata["avro.schema"].lstrip().startswith("[") else union[0]
+    for count, data in blocks:
+        block = io.BytesIO(data)
+        for _ in range(count):
+            record: Any = fastavro.schemaless_reader(block, schema, None, return_record_name=True)
+            yield record if isinstance(record, tuple) else (union[0]["name"], record)
+        if block.tell() != len(data):
+            raise ValueError("a block has more than its records")

@@ -22,6 +22,7 @@ from producer.kernel.hooks import HOOKS_BY_STREAM
 from producer.kernel.settings import CaptureSettings
 from producer.rules.tables import filtered
 from tests.support.capture import ALLOWED, Pair, Recording, hook_settings, kernel_btf_with, rules, wait_for
+from tests.support.rebpf import command
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -118,6 +119,28 @@ def test_kill_while_the_loader_compiles_leaves_no_orphan() -> None:
         wait_for(lambda: not is_running(loader), "the loader's end")
         assert process.stdout is not None
         assert process.stdout.readline() == "", "it had not attached yet"
+
+
+def compiling(pid: int) -> int | None:
+    """Return the process's loader."""
+    for child in children(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if b"loader_child" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+    return None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_the_loader_compiles_is_honoured_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    run = command("run", "--state-dir", tmp_path / "state")
+    with subprocess.Popen(run, stderr=subprocess.PIPE, start_new_session=True, text=True) as process:
+        loader = wait_for(lambda: compiling(process.pid), "loader")
+        os.kill(loader, signal.SIGSTOP)
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert errors == "rebpf: stopped while the BPF programs were compiled and loaded\n"
+    assert not is_running(loader)
 
 
 def test_the_hook_is_reported_with_the_reasons_against_better_ones(capture: Recording) -> None:

@@ -62,6 +62,15 @@ def test_the_loader_does_not_inherit_our_environment(monkeypatch: pytest.MonkeyP
     assert not [name for name in names if name.encode() in environment]
 
 
+def test_a_signal_to_our_process_group_does_not_reach_the_loader() -> None:
+    loader = Loader()
+    try:
+        (child,) = map(int, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()[-1:])
+        assert os.getpgid(child) == child != os.getpgrp()
+    finally:
+        loader.end()
+
+
 def test_the_childs_output_is_logged_and_bounded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
