@@ -12,6 +12,7 @@
 #define TCPHDR_SYN 0x02
 #define TCPHDR_PSH 0x08
 #define TCPHDR_ACK 0x10
+#define TCPHDR_URG 0x20
 #define TCP_SYN_RECV 3
 #define TCP_LISTEN 10
 #define TCP_CA_RECOVERY 3
@@ -248,11 +249,22 @@ static __always_inline u32 control_length(u8 tcp_flags)
 	return !!(tcp_flags & TCPHDR_SYN) + !!(tcp_flags & TCPHDR_FIN);
 }
 
+/* Whether the urgent pointer is in reach of a segment. __tcp_transmit_skb sets the flag in the header only. */
+static __always_inline bool is_urgent(const struct tcp_sock *tp, u32 seq)
+{
+	u32 up = READ(tp, snd_up);
+
+	if (READ(tp, snd_una) == up || (s32)(seq - up) >= 0)
+		return false;
+	return up - seq < 0x10000 || (s32)(seq + 0xffff - READ(tp, snd_nxt)) > 0;
+}
+
 /*
  * Fills from TCP's control block of an skb that is about to be sent, or was. The block has the flags that TCP chose when
  * it queued the data: ECE and CWR are set later, in the header only. The caller provides the acknowledgement number.
  */
-static __always_inline void fill_from_cb(struct segment *s, const struct sk_buff *skb, u32 ack_seq)
+static __always_inline void fill_from_cb(struct segment *s, const struct tcp_sock *tp, const struct sk_buff *skb,
+					 u32 ack_seq)
 {
 	const struct tcp_skb_cb *cb = (const void *)skb->cb;
 	u32 segs = READ(cb, tcp_gso_segs);
@@ -260,6 +272,8 @@ static __always_inline void fill_from_cb(struct segment *s, const struct sk_buff
 	s->tcp_flags = READ(cb, tcp_flags);
 	if (segs > 1) /* since Linux 5.4, TCP sets it in the header of every super-segment */
 		s->tcp_flags |= TCPHDR_PSH;
+	if (is_urgent(tp, READ(cb, seq)))
+		s->tcp_flags |= TCPHDR_URG;
 	s->seq = READ(cb, seq);
 	s->end_seq = READ(cb, end_seq);
 	s->ack_seq = ack_seq;
@@ -288,9 +302,25 @@ static __always_inline bool is_sent_before(const struct tcp_sock *tp, u32 seq, u
 	return end_seq != seq && (s32)(seq - READ(tp, snd_nxt)) < 0;
 }
 
+/*
+ * Whether it is the first SYN-ACK of a connection that both sides open at once: the SYN, with ACK set. The kernel does not
+ * count it as a retransmission. It counts those by the timer, which clears icsk_pending before.
+ */
+static __always_inline bool is_answer_to_syn(const struct tcp_sock *tp, u8 tcp_flags)
+{
+	u8 pending = READ_IF(tcp_sock, tp, icsk_pending);
+
+	return tcp_flags & TCPHDR_SYN && tcp_flags & TCPHDR_ACK && pending;
+}
+
+static __always_inline bool is_retransmission(const struct tcp_sock *tp, u32 seq, u32 end_seq, u8 tcp_flags)
+{
+	return is_sent_before(tp, seq, end_seq) && !is_answer_to_syn(tp, tcp_flags);
+}
+
 static __always_inline void fill_is_retransmit(struct transmit_event *e, const struct tcp_sock *tp)
 {
-	e->is_retransmit = is_sent_before(tp, e->s.seq, e->s.end_seq);
+	e->is_retransmit = is_retransmission(tp, e->s.seq, e->s.end_seq, e->s.tcp_flags);
 	e->s.known |= KNOWN_IS_RETRANSMIT;
 }
 

@@ -201,7 +201,7 @@ static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *sk
 	e = reserve_transmit(&flow, &choice);
 	if (!e)
 		return 0;
-	fill_from_cb(&e->s, skb, rcv_nxt);
+	fill_from_cb(&e->s, tp, skb, rcv_nxt);
 	fill_tcp(&e->s, tp);
 	fill_process(&e->s, tp, &flow.sk_cookie);
 	fill_is_retransmit(e, tp);
@@ -239,7 +239,7 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 	e = reserve_retransmit(&flow, &choice);
 	if (!e)
 		return 0;
-	fill_from_cb(&e->s, skb, READ(tp, rcv_nxt));
+	fill_from_cb(&e->s, tp, skb, READ(tp, rcv_nxt));
 	fill_tcp(&e->s, tp);
 	fill_process(&e->s, tp, &flow.sk_cookie);
 	fill_cause(e, tp, is_loss_probe);
@@ -798,7 +798,7 @@ static __always_inline void recognize_segment(struct sender *sender, struct __sk
 		return;
 	}
 	sender->knows_again = true;
-	sender->again = is_sent_before(sender->tp, wire->seq, wire->end_seq);
+	sender->again = is_retransmission(sender->tp, wire->seq, wire->end_seq, wire->tcp_flags);
 }
 
 /*

@@ -20,7 +20,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "net": ("ns.inum as ns_inum",),
     "sock_common": ("skc_family", "skc_num", "skc_dport", "skc_daddr", "skc_rcv_saddr"),
     "sock": ("__sk_common.skc_net.net as skc_net", "__sk_common.skc_state", "sk_socket"),
-    "tcp_sock": ("rcv_nxt", "snd_nxt", "inet_conn.icsk_inet.inet_sport"),
+    "tcp_sock": ("rcv_nxt", "snd_nxt", "snd_una", "snd_up", "inet_conn.icsk_inet.inet_sport"),
     "tcp_request_sock": ("snt_isn", "rcv_nxt"),
     "sk_buff": ("cb",),
     "tcp_skb_cb": ("seq", "end_seq", "tcp_gso_segs", "tcp_flags"),

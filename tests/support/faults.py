@@ -19,7 +19,7 @@ from tests.support.servers.cluster import KafkaCluster
 from tests.support.servers.kafka import KafkaServer
 from tests.support.topics import FLOW, RETRANSMIT, TRANSMIT
 from tests.support.traffic import Echo, exchange
-from tests.support.wire import Segment, sniffed
+from tests.support.wire import Packet, Segment, sniffed
 
 AGENT = "rebpf_agent"
 PARTITIONS = 5
@@ -36,12 +36,17 @@ class Scene:
 
     run: Run
     port: int
-    segments: list[Segment]
+    packets: list[Packet]
     """What was captured so far; all of it when the scene is over."""
     bootstrap: str
     """Where the administrator reads the topics."""
     prefix: str
     balance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The captured packets without what only the capture knows."""
+        return [packet.segment for packet in self.packets]
 
     def events(self, topic: str = TRANSMIT) -> list[topics.Event]:
         return topics.read(self.bootstrap, topic, self.prefix)
@@ -57,12 +62,12 @@ class Scene:
 
     def wait_for_more(self, segments: int = 503) -> None:
         """Wait until this many more segments were on the wire."""
-        target = len(self.segments) + segments
-        wait_until("more traffic", lambda: len(self.segments) >= target)
+        target = len(self.packets) + segments
+        wait_until("more traffic", lambda: len(self.packets) >= target)
 
     def wait_for_delivery(self) -> None:
         """Wait until the topic has as many events as there were segments so far."""
-        target = len(self.segments)
+        target = len(self.packets)
         wait_until("the topic has all", lambda: len(once(self.events())) >= target)
 
     def wait_for_rest(self) -> None:
@@ -130,13 +135,13 @@ def scene(
     # By flow, so that each fault meets events of all partitions.
     config = f'kafka.key = "flow"\nkafka.topic_prefix = "{prefix}"\nkafka.stop_timeout_s = {stop_timeout_s}\n'
     config += f"kafka.settings = {{ {wanted} }}\n"
-    with Echo() as echo, sniffed(echo.port) as segments:
+    with Echo() as echo, sniffed(echo.port) as packets:
         arguments: list[object] = ["--brokers", brokers or bootstrap]
         for port in (echo.port, *ports):
             arguments += ["--port", port]
         with Run(folder, *arguments, config=config + CAPTURE) as run:
             run.ready()
-            yield Scene(run, echo.port, segments, bootstrap, prefix)
+            yield Scene(run, echo.port, packets, bootstrap, prefix)
 
 
 def once(events: list[topics.Event]) -> dict[EventId, topics.Event]:

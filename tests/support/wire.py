@@ -12,8 +12,11 @@ from typing import NamedTuple
 
 _ETH_P_ALL = 3
 _OUTGOING = 4
-_SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
-_SOL_PACKET, _PACKET_STATISTICS = 263, 6
+_SO_ATTACH_FILTER, _SO_RCVBUFFORCE, _SO_TIMESTAMPNS = 26, 33, 35
+_SOL_PACKET, _PACKET_STATISTICS, _PACKET_VNET_HDR = 263, 6, 15
+_VNET_HEADER = struct.Struct("=xBxxH4x")
+"""struct virtio_net_hdr: the type and size of the pieces into which a super-segment will be cut."""
+_ETHERNET_BYTES = 14
 _BUFFER_BYTES = 1 << 26
 _FIN, _ACK = 0x01, 0x10
 
@@ -31,38 +34,50 @@ class Segment(NamedTuple):
     payload_len: int
 
 
+class Packet(NamedTuple):
+    """A packet at an interface. `segs`: how many segments it is cut into, which is 1 unless it is a super-segment."""
+
+    segment: Segment
+    segs: int
+    ts_ns: int
+    """CLOCK_REALTIME."""
+    outgoing: bool
+
+
 @contextmanager
-def sniffed(port: int, interface: str = "lo") -> Iterator[list[Segment]]:
+def sniffed(port: int, interface: str = "lo", *, incoming: bool = False) -> Iterator[list[Packet]]:
     """Capture what goes out on an interface from or to a port, in order; complete when the context is left.
 
     The interface is one of the network namespace that this thread is in when the context begins. A super-segment is one
-    packet, unless the stack has to cut it for the interface.
+    packet, unless the stack has to cut it for the interface. `incoming`: capture what comes in, too.
     """
-    segments: list[Segment] = []
+    packets: list[Packet] = []
     stop = threading.Event()
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as tap:
-        _attach_filter(tap, port)
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as tap:
+        _attach_filter(tap, port, incoming=incoming)
+        tap.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+        tap.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
         tap.bind((interface, _ETH_P_ALL))
         tap.settimeout(0.05)
-        reader = threading.Thread(target=_read, args=(tap, port, segments, stop))
+        reader = threading.Thread(target=_read, args=(tap, port, packets, stop))
         reader.start()
         try:
-            yield segments
+            yield packets
         finally:
             stop.set()
             reader.join()
         _, dropped = struct.unpack("II", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
-        assert dropped == 0, "the capture itself lost segments"
+        assert dropped == 0, "the capture itself lost packets"
 
 
 @contextmanager
 def captured(port: int) -> Iterator["Counter[Segment]"]:
     """Count what goes out on the loopback interface from or to a port; complete when the context is left."""
     counted: Counter[Segment] = Counter()
-    with sniffed(port) as segments:
+    with sniffed(port) as packets:
         yield counted
-    counted.update(segments)
+    counted.update(packet.segment for packet in packets)
 
 
 def late_acks(segments: "Counter[Segment]") -> "Counter[Segment]":
@@ -85,22 +100,22 @@ def late_acks(segments: "Counter[Segment]") -> "Counter[Segment]":
     )
 
 
-def _attach_filter(tap: socket.socket, port: int) -> None:
-    """Let outgoing packets with the port on either side pass: instructions of classic BPF, struct sock_filter."""
+def _attach_filter(tap: socket.socket, port: int, *, incoming: bool) -> None:
+    """Let packets with the port on either side pass: instructions of classic BPF, struct sock_filter."""
     program = [
         (0x20, 0, 0, 0xFFFFF004),  # the packet's type, SKF_AD_PKTTYPE
-        (0x15, 0, 13, _OUTGOING),
-        (0x30, 0, 0, 0),  # the version of IP
+        (0x15, 0, 0 if incoming else 13, _OUTGOING),
+        (0x30, 0, 0, _ETHERNET_BYTES),  # the version of IP
         (0x74, 0, 0, 4),
         (0x15, 0, 5, 4),
-        (0xB1, 0, 0, 0),  # IPv4: the header's length is in the packet
-        (0x48, 0, 0, 0),
+        (0xB1, 0, 0, _ETHERNET_BYTES),  # IPv4: the header's length is in the packet
+        (0x48, 0, 0, _ETHERNET_BYTES),
         (0x15, 6, 0, port),
-        (0x48, 0, 0, 2),
+        (0x48, 0, 0, _ETHERNET_BYTES + 2),
         (0x15, 4, 5, port),
-        (0x28, 0, 0, 40),  # IPv6
+        (0x28, 0, 0, _ETHERNET_BYTES + 40),  # IPv6
         (0x15, 2, 0, port),
-        (0x28, 0, 0, 42),
+        (0x28, 0, 0, _ETHERNET_BYTES + 42),
         (0x15, 0, 1, port),
         (0x06, 0, 0, 256),
         (0x06, 0, 0, 0),
@@ -109,17 +124,20 @@ def _attach_filter(tap: socket.socket, port: int) -> None:
     tap.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
 
 
-def _read(tap: socket.socket, port: int, segments: list[Segment], stop: threading.Event) -> None:
+def _read(tap: socket.socket, port: int, packets: list[Packet], stop: threading.Event) -> None:
     while True:
         try:
-            packet = tap.recv(256)
+            packet, ((_, _, stamp),), _, address = tap.recvmsg(256, 64)
         except TimeoutError:
             if stop.is_set():
                 return
             continue
-        segment = _parse(packet)
+        segment = _parse(packet[_VNET_HEADER.size + _ETHERNET_BYTES :])
         if segment and port in (segment.sport, segment.dport):
-            segments.append(segment)
+            seconds, nanoseconds = struct.unpack("=qq", stamp)
+            cut, size = _VNET_HEADER.unpack_from(packet)
+            segs = -(-segment.payload_len // size) if cut else 1
+            packets.append(Packet(segment, segs, seconds * 10**9 + nanoseconds, address[2] == _OUTGOING))
 
 
 def _parse(packet: bytes) -> Segment | None:

@@ -1,0 +1,211 @@
+"""What hosts send only now and then, compared with the counters and the capture as in the truth suite."""
+
+import contextlib
+import errno
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from producer.demo.lab import Host, Lab
+from producer.events import RETRANSMITS
+from tests.support.capture import DEADLINE_S, Pair, Recording, inside, receive, rules, wait_for
+from tests.support.comparison import ACK, FIN, SYN, Trial, segs
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+
+URG = 32
+_TCP_SYNCNT = 7
+_ONCE = "numgen inc mod 997 == 0 drop"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_urgent_data_is_marked(capture: Recording, lab: Lab, port: int, version: int) -> None:
+    address = lab.server.ipv4 if version == 4 else lab.server.ipv6
+    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, address, port) as pair:
+        pair.exchange(1, 7)
+        for _ in range(5):
+            pair.client.send(b"ahead of the others!", socket.MSG_OOB)
+            pair.client.sendall(bytes(11))
+            receive(pair.accepted, 19 + 11)
+        pair.end()
+    flags = trial.sent(lab.client)["s"]["tcp_flags"]
+    assert 1 <= (flags & URG).astype(bool).sum() < len(flags)
+
+
+def test_urgent_data_is_marked_when_retransmitted(capture: Recording, lab: Lab, port: int) -> None:
+    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        with rules(lab.server, "prerouting", f"tcp dport {port} tcp flags & urg == urg {_ONCE}"):
+            pair.client.send(b"ahead of the others!", socket.MSG_OOB)
+            receive(pair.accepted, 19)
+        pair.end()
+    assert (trial.again(lab.client)["s"]["tcp_flags"] & URG).any()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_connect_that_nobody_answers(capture: Recording, lab: Lab, port: int, version: int) -> None:
+    address = lab.server.ipv4 if version == 4 else lab.server.ipv6
+    with (
+        Trial(capture, lab, port, given_up=1) as trial,
+        rules(lab.server, "prerouting", f"tcp dport {port} drop"),
+        inside(lab.client),
+        socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6) as client,
+    ):
+        client.setsockopt(socket.IPPROTO_TCP, _TCP_SYNCNT, 1)
+        with pytest.raises(TimeoutError):
+            client.connect((address, port))
+    assert trial.moved(lab.client, "TCPSynRetrans") - segs(trial.again(lab.client, "syn")) in trial.may_miss(
+        RETRANSMITS
+    )
+    assert trial.moved(lab.client, "TCPSynRetrans") >= 1
+    assert trial.moved(lab.client, "OutSegs") == 1
+
+
+def test_a_lost_fin(capture: Recording, lab: Lab, port: int) -> None:
+    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, lab.server.ipv6, port) as pair:
+        pair.exchange(1, 7)
+        with rules(lab.server, "prerouting", f"tcp dport {port} tcp flags & fin == fin {_ONCE}"):
+            pair.end()
+    again = trial.again(lab.client)["s"]
+    assert (again["tcp_flags"] & FIN).any()
+    assert (again["end_seq"] == again["seq"] + again["payload_len"] + 1).all()
+
+
+def test_data_for_a_closed_socket_is_answered_by_resets(capture: Recording, lab: Lab, port: int) -> None:
+    with (
+        Trial(capture, lab, port, resets=True) as trial,
+        Pair(lab.client, lab.server, lab.server.ipv4, port) as pair,
+    ):
+        pair.client.sendall(bytes(7))
+        wait_for(lambda: pair.accepted.recv(1, socket.MSG_PEEK), "data that nobody reads")
+        pair.accepted.close()
+        wait_for(lambda: is_refused(pair.client), "a reset")
+    assert trial.moved(lab.server, "OutRsts") >= 1
+
+
+def is_refused(end: socket.socket) -> bool:
+    """Send some data; return whether the connection is gone."""
+    try:
+        end.sendall(bytes(997))
+    except (ConnectionResetError, BrokenPipeError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("lost", ["syn", "syn|ack"])
+def test_fast_open(capture: Recording, lab: Lab, port: int, lost: str) -> None:
+    with contextlib.ExitStack() as stack:
+        for host, without_cookie in ((lab.client, 0x5), (lab.server, 0x202)):
+            stack.enter_context(setting(host, "net.ipv4.tcp_fastopen", without_cookie))
+        with inside(lab.server):
+            listener = stack.enter_context(socket.create_server((lab.server.ipv4, port)))
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 100)
+        with inside(lab.client):
+            client = stack.enter_context(socket.socket())
+        client.settimeout(DEADLINE_S)
+        listener.settimeout(DEADLINE_S)
+        receiver = lab.server if lost == "syn" else lab.client
+        rule = f"tcp flags & (syn|ack) == {lost} {_ONCE}"
+        trial = stack.enter_context(Trial(capture, lab, port))
+        with rules(receiver, "prerouting", f"meta l4proto tcp {rule}"):
+            client.sendto(b"hello", socket.MSG_FASTOPEN, (lab.server.ipv4, port))
+            accepted = stack.enter_context(listener.accept()[0])
+            accepted.settimeout(DEADLINE_S)
+            receive(accepted, 5)
+            accepted.sendall(b"!")
+            receive(client, 1)
+        client.shutdown(socket.SHUT_WR)
+        assert accepted.recv(1) == b""
+        accepted.close()
+        assert client.recv(1) == b""
+    syn = trial.sent(lab.client)["s"][0]
+    assert (syn["tcp_flags"], syn["payload_len"], syn["end_seq"] - syn["seq"]) == (SYN, 5, 6)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_two_hosts_that_connect_to_each_other_at_once(capture: Recording, lab: Lab, port: int, version: int) -> None:
+    """Both SYNs are lost, so that each host waits when the other's second SYN arrives, and answers with a SYN-ACK."""
+    first = f"tcp sport {port} tcp dport {port} tcp flags & (syn|ack) == syn {_ONCE}"
+    addresses = [host.ipv4 if version == 4 else host.ipv6 for host in lab.hosts]
+    with contextlib.ExitStack() as stack:
+        trial = stack.enter_context(Trial(capture, lab, port))
+        ends = []
+        with rules(lab.server, "prerouting", first), rules(lab.client, "prerouting", first):
+            for host, own, peer in zip(lab.hosts, addresses, reversed(addresses), strict=True):
+                with inside(host):
+                    family = socket.AF_INET if version == 4 else socket.AF_INET6
+                    end = stack.enter_context(socket.socket(family))
+                end.bind((own, port))
+                end.setblocking(False)
+                assert end.connect_ex((peer, port)) == errno.EINPROGRESS
+                ends.append(end)
+            for end in ends:
+                wait_for(lambda end=end: is_connected(end), "the connection")
+        one, other = ends
+        for end in ends:
+            end.settimeout(DEADLINE_S)
+        one.sendall(b"hello")
+        receive(other, 5)
+        one.shutdown(socket.SHUT_WR)
+        assert other.recv(1) == b""
+        other.close()
+        assert one.recv(1) == b""
+    assert any((trial.sent(host)["s"]["tcp_flags"] == SYN | ACK).any() for host in lab.hosts)
+
+
+def is_connected(end: socket.socket) -> bool:
+    try:
+        end.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def setting(host: Host, name: str, value: int) -> Iterator[None]:
+    """Set a sysctl of a host while the context lasts."""
+    before = subprocess.check_output(host.command("sysctl", "-n", name), text=True).strip()
+    subprocess.run(host.command("sysctl", "-qw", f"{name}={value}"), check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(host.command("sysctl", "-qw", f"{name}={before}"), check=True)
+
+
+def test_a_path_that_turns_narrow_makes_smaller_retransmits(capture: Recording, lab: Lab, port: int) -> None:
+    """As by a router: what is too large is dropped, and the sender is told."""
+    wide = f"tcp dport {port} meta length > 600 drop"
+    with (
+        Trial(capture, lab, port) as trial,
+        Pair(lab.client, lab.server, lab.server.ipv4, port) as pair,
+    ):
+        pair.exchange(3, 7)
+        with rules(lab.server, "prerouting", wide):
+            pair.client.sendall(bytes(5003))
+            sent = wait_for(lambda: trial.sent(lab.client)[-1:] if trial_has_data(trial, lab) else None, "the data")
+            tell_mtu(lab, pair.client, int(sent["s"]["seq"][0]), 600)
+            receive(pair.accepted, 5003)
+        pair.end()
+    again = trial.again(lab.client)["s"]
+    assert len(again)
+    subprocess.run(lab.client.command("ip", "route", "flush", "cache"), check=True)
+
+
+def trial_has_data(trial: Trial, lab: Lab) -> bool:
+    return bool((trial.sent(lab.client)["s"]["payload_len"] > 600).any())
+
+
+def tell_mtu(lab: Lab, end: socket.socket, seq: int, mtu: int) -> None:
+    """Send ICMP `fragmentation needed` for a segment, from the server."""
+    (saddr, sport), (daddr, dport) = end.getsockname(), end.getpeername()
+    segment = struct.pack("!HHI", sport, dport, seq)
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 1500, 0, 0x4000, 64, socket.IPPROTO_TCP, 0)
+    header += socket.inet_aton(saddr) + socket.inet_aton(daddr)
+    body = struct.pack("!HH", 0, mtu) + header + segment
+    total = sum(struct.unpack(f"!{(4 + len(body)) // 2}H", struct.pack("!BBH", 3, 4, 0) + body))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    with inside(lab.server), socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as icmp:
+        icmp.sendto(struct.pack("!BBH", 3, 4, ~total & 0xFFFF) + body, (saddr, 0))
