@@ -151,11 +151,11 @@ def verify(
 ) -> None:
     """Check the topics for missing, duplicate and reordered events.
 
-    Reads each topic to its end. Exits with 65 if anything is wrong.
+    Reads each topic to its end. Exits with 65 if anything is wrong, and with 69 if there are no events of the --host.
     """
     from producer.commands import verify as verifying
     from producer.consume.reader import collect_rarely
-    from producer.errors import IncompleteError
+    from producer.errors import IncompleteError, UnavailableError
     from producer.topics import topic as topic_of
 
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
@@ -173,3 +173,5 @@ def verify(
     echo(verifying.show(reports, as_json=as_json))
     if complaint := verifying.fault_summary(reports):
         raise IncompleteError(complaint)
+    if host is not None and not any(report.boots for report in reports):
+        raise UnavailableError(f"no events of host {host}: see the hosts without --host")
