@@ -1,4 +1,5 @@
-"""The manual pages: rebpf(1) from the command line's own help, rebpf.toml(5) from docs/configuration.md.
+"""The manual pages: rebpf(1) from the command line's own help and docs/views.md, rebpf.toml(5) from
+docs/configuration.md.
 
 Run with click and the checkout on Python's path: `manpages.py VERSION DATE FOLDER` writes both into FOLDER, and the
 completions of the shells too.
@@ -17,7 +18,7 @@ from producer import errors
 from producer.cli.main import rebpf
 from producer.host.signals import QUIT_NOW
 
-_CONFIGURATION = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+_DOCS = Path(__file__).resolve().parents[2] / "docs"
 _SHELLS = ("bash", "zsh", "fish")
 _SETTINGS = ["key", "type", "default", "what it does", "option, environment"]
 
@@ -41,7 +42,7 @@ def command_page(version: str, date: str) -> str:
     for context in _commands(click.Context(rebpf, info_name="rebpf")):
         path = context.command_path.removeprefix("rebpf ")
         lines += [f".SS {_text(path)}", *_synopsis(context), ".PP", _text(_help(context.command)), *_options(context)]
-    lines += [".SH EXAMPLES", *_examples(), ".SH ENVIRONMENT", _text(_ENVIRONMENT)]
+    lines += [*_filters(), ".SH EXAMPLES", *_examples(), ".SH ENVIRONMENT", _text(_ENVIRONMENT)]
     lines += [".SH FILES", *(_entry(*line.split("|")) for line in _FILES.splitlines())]
     lines += [".SH EXIT STATUS", _entry("0", "Success."), *(_entry(*pair) for pair in _exit_codes())]
     lines += [".PP", _text(_CHECK), ".SH SEE ALSO", ".BR rebpf.toml (5)"]
@@ -50,7 +51,7 @@ def command_page(version: str, date: str) -> str:
 
 def configuration_page(version: str, date: str) -> str:
     """Return rebpf.toml(5)."""
-    text = re.sub(r"<!--.*?-->\n", "", _CONFIGURATION.read_text(), flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\n", "", (_DOCS / "configuration.md").read_text(), flags=re.DOTALL)
     _, _, body = text.partition("\n")  # less its title
     lines = [_title("rebpf.toml", 5, version, date), ".SH NAME", _text("rebpf.toml - configuration of rebpf")]
     lines += [".SH DESCRIPTION", *_markdown(body), ".SH SEE ALSO", ".BR rebpf (1)"]
@@ -96,6 +97,12 @@ def _examples() -> Iterator[str]:
             yield _entry(line, f"{meaning}.")
 
 
+def _filters() -> Iterator[str]:
+    """Yield the section on filters of docs/views.md."""
+    text = (_DOCS / "views.md").read_text().partition("\n## Filters\n")[2].partition("\n## ")[0]
+    yield from (".SH FILTERS", *_markdown(text))
+
+
 def _help(command: click.Command) -> str:
     return " ".join((command.help or "").split())
 
@@ -117,14 +124,19 @@ def _markdown(text: str) -> Iterator[str]:
     """Yield the lines of a page for a Markdown text of headings, tables, blocks of code and paragraphs."""
     for block in re.findall(r"```.*?```|[^\n](?:.(?!\n\n))*.?", text, flags=re.DOTALL):
         if block.startswith("```"):
-            _, *code, _ = block.split("\n")
-            yield from (".PP", ".RS 4", ".nf", ".ft CR", *(_escape(line) for line in code), ".ft R", ".fi", ".RE")
+            yield from _code(block.split("\n")[1:-1])
+        elif block.startswith("    "):
+            yield from _code(line.removeprefix("    ") for line in block.split("\n"))
         elif block.startswith("#"):
             yield f".SH {_text(block.lstrip('# '))}"
         elif block.startswith("|"):
             yield from _table(block.splitlines())
         else:
             yield from (".PP", _text(" ".join(block.split())))
+
+
+def _code(lines: Iterable[str]) -> Iterator[str]:
+    yield from (".PP", ".RS 4", ".nf", ".ft CR", *map(_escape, lines), ".ft R", ".fi", ".RE")
 
 
 def _table(rows: list[str]) -> Iterator[str]:

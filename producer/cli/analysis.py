@@ -2,14 +2,13 @@
 
 import importlib.util
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from producer.cli.options import Command, brokers_option, config_option, load, option, registry_option, usage
+from producer.cli.options import Command, Time, brokers_option, config_option, load, option, registry_option, usage
 from producer.errors import UnavailableError
 from producer.host.output import echo
 from producer.host.text import lines
@@ -22,11 +21,11 @@ def _require(command: str, *packages: str) -> None:
 
 
 paths_argument = click.argument("paths", nargs=-1, metavar="[FILE...]", type=click.Path(path_type=Path))
-since_option = option("--since", metavar="TIME", help="Start of the period: 2026-11-29T15:00Z, or 1h for an hour ago.")
+since_option = option("--since", type=Time(), help="Start of the period: 2026-11-29T15:00Z, or 1h for an hour ago.")
 filter_option = option(
     "--filter", "filter_text", metavar="FILTER", help="Only matching events: 'host web-17 and cause rto'."
 )
-until_option = option("--until", metavar="TIME", help="End of the period, in the same form.")
+until_option = option("--until", type=Time(), help="End of the period, in the same form.")
 
 
 def _source(
@@ -70,14 +69,6 @@ def _choice(filter_text: str | None) -> Any:
     return matching(filter_text) if filter_text else None
 
 
-def _period(since: str | None, until: str | None) -> Any:
-    from producer.export.sources import Period
-    from producer.host.when import parse_time
-
-    now_ns = time.time_ns()
-    return Period(parse_time(since, now_ns) if since else None, parse_time(until, now_ns) if until else None)
-
-
 @click.command(
     cls=Command,
     examples=(
@@ -108,8 +99,8 @@ def export(
     output: Path,
     topic: tuple[str, ...],
     form: str,
-    since: str | None,
-    until: str | None,
+    since: int | None,
+    until: int | None,
     filter_text: str | None,
 ) -> None:
     """Write events to Parquet or CSV files, partitioned by day.
@@ -121,10 +112,11 @@ def export(
     from producer.commands.export import export as write
     from producer.consume.reader import collect_rarely
     from producer.export.read import STREAMS
+    from producer.export.sources import Period
 
     collect_rarely()
     _clean_up_on_signals()
-    period = _period(since, until)
+    period = Period(since, until)
     names = topic or tuple(STREAMS)
     source = _source(config, brokers, registry, paths, period, names)
     written = write(source, output, form, period, frozenset(STREAMS[name] for name in names), _choice(filter_text))
@@ -156,8 +148,8 @@ def report(
     registry: str | None,
     output: Path,
     png: Path | None,
-    since: str | None,
-    until: str | None,
+    since: int | None,
+    until: int | None,
     filter_text: str | None,
 ) -> None:
     """Write a report with plots: what was retransmitted, where and why.
@@ -173,7 +165,7 @@ def report(
 
     collect_rarely()
     _clean_up_on_signals()
-    period = _period(since, until)
+    period = Period(since, until)
     earlier = Period(period.since_ns and period.since_ns - MARGIN_NS, period.until_ns)
     source = _source(config, brokers, registry, paths, earlier, tuple(STREAMS))
     echo(lines(write(source, period, output, png, choice=_choice(filter_text), filter_text=filter_text or "")))

@@ -4,6 +4,7 @@ import ipaddress
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,6 +56,21 @@ class Offset(click.ParamType):  # type: ignore[type-arg] # not generic in click 
             self.fail(f"expected a number or 'beginning', found {value!r}", param, ctx)
 
 
+class Time(click.ParamType):  # type: ignore[type-arg] # not generic in click 8.1
+    """A time, or how long ago it was; in nanoseconds since 1970."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the time."""
+        from producer.host.when import parse_time
+
+        try:
+            return parse_time(value, time.time_ns())
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
 class TopicName(click.ParamType):  # type: ignore[type-arg] # not generic in click 8.1
     """A valid topic name, checked here because librdkafka's error is less clear."""
 
@@ -77,6 +93,17 @@ class _Option(click.Option):
         return super().resolve_envvar_value(ctx)
 
 
+_FILTERS = (
+    ("host, unit, comm", "name; * and ? are wildcards"),
+    ("peer, local, addr", "address or network of the peer, of this side, of either"),
+    ("port, sport, dport", "port or range of either side, of this side, of the peer"),
+    ("cause", "rto, fast, slow_start, tlp, syn, syn_ack or other"),
+    ("srtt, rto, ratio, ...", "number, compared: srtt > 200ms, ratio > 1%"),
+)
+_JOINED = """Joined with and, or, not and parentheses; values can be lists: port 80,443. More are in rebpf(1) and
+docs/views.md."""
+
+
 class Command(click.Command):
     """A command whose help is written by `echo` and ends with examples: (command line, description)."""
 
@@ -85,7 +112,11 @@ class Command(click.Command):
         self.examples = examples
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples."""
+        """Write what a filter can be, and the examples."""
+        if {each.name for each in self.params} & {"filter_words", "filter_text"}:
+            with formatter.section("Filters"):
+                formatter.write_dl(_FILTERS)
+                formatter.write_text(_JOINED)
         if self.examples:
             with formatter.section("Examples"):
                 for line, meaning in self.examples:

@@ -1,6 +1,5 @@
 """The commands `rebpf init`, `rebpf tail` and `rebpf verify`."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import click
 from producer.cli.options import (
     Command,
     Offset,
+    Time,
     TopicName,
     brokers_option,
     config_option,
@@ -20,7 +20,7 @@ from producer.cli.options import (
     state_dir_option,
     usage,
 )
-from producer.cli.view import has_color, is_terminal, line_width
+from producer.cli.view import has_color, line_width
 from producer.host.output import echo
 from producer.host.signals import stop_on_signals
 from producer.host.text import lines
@@ -66,8 +66,8 @@ def init(
 @option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
 @click.argument("filter_words", metavar="[FILTER]...", nargs=-1)
 @click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
-@option("--since", metavar="TIME", help="Start at this time: 2026-11-29T15:00Z, or 1h for an hour ago.")
-@option("--until", metavar="TIME", help="Show the events before this time, then exit.")
+@option("--since", type=Time(), help="Start at this time: 2026-11-29T15:00Z, or 1h for an hour ago.")
+@option("--until", type=Time(), help="Show the events before this time, then exit.")
 @option("--from-beginning", is_flag=True, help="Start with the earliest event.")
 @state_dir_option
 @json_option
@@ -78,8 +78,8 @@ def tail(
     topic: tuple[str, ...],
     filter_words: tuple[str, ...],
     limit: int | None,
-    since: str | None,
-    until: str | None,
+    since: int | None,
+    until: int | None,
     from_beginning: bool,
     state_dir: Path | None,
     as_json: bool,
@@ -91,15 +91,13 @@ def tail(
     from producer.commands.tail import Chosen
     from producer.commands.tail import tail as tail_topics
     from producer.host import state
-    from producer.host.when import parse_time
     from producer.topics import topic as topic_of
     from producer.view.filter import parse
 
-    now_ns = time.time_ns()
     chosen = Chosen(
         parse(" ".join(filter_words)) if filter_words else None,
-        parse_time(since, now_ns) // 1_000_000 if since else None,
-        parse_time(until, now_ns) if until else None,
+        None if since is None else since // 1_000_000,
+        until,
     )
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
     facts: dict[str, Any] = {"brokers": settings.kafka.brokers, "registry": settings.registry.url}
@@ -119,7 +117,6 @@ def tail(
         client_settings=settings.kafka.settings,
         chosen=chosen,
         width=line_width(),
-        header=is_terminal(),
     )
 
 
@@ -154,11 +151,11 @@ def verify(
 ) -> None:
     """Check the topics for missing, duplicate and reordered events.
 
-    Reads each topic to its end. Exits with 65 if anything is wrong.
+    Reads each topic to its end. Exits with 65 if anything is wrong, and with 69 if there are no events of the --host.
     """
     from producer.commands import verify as verifying
     from producer.consume.reader import collect_rarely
-    from producer.errors import IncompleteError
+    from producer.errors import IncompleteError, UnavailableError
     from producer.topics import topic as topic_of
 
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
@@ -176,3 +173,5 @@ def verify(
     echo(verifying.show(reports, as_json=as_json))
     if complaint := verifying.fault_summary(reports):
         raise IncompleteError(complaint)
+    if host is not None and not any(report.boots for report in reports):
+        raise UnavailableError(f"no events of host {host}: see the hosts without --host")

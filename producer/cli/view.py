@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import click
 from producer.cli.options import (
     Command,
     Number,
+    Time,
     brokers_option,
     config_option,
     json_option,
@@ -67,8 +67,8 @@ filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1
 @click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
 @option("--counts", "-c", is_flag=True, help="At the end, print counts by connection, and what limits each.")
 @option("--write", "-w", type=click.Path(path_type=Path, dir_okay=False), help="Write all records to this file.")
-@option("--since", metavar="TIME", help="With -r: from this time on: 2026-11-29T15:00Z, or 1h for an hour ago.")
-@option("--until", metavar="TIME", help="With -r: before this time.")
+@option("--since", type=Time(), help="With -r: from this time on: 2026-11-29T15:00Z, or 1h for an hour ago.")
+@option("--until", type=Time(), help="With -r: before this time.")
 @option("--read", "-r", "replay", type=click.Path(path_type=Path, dir_okay=False), help="Read this file instead.")
 @json_option
 def trace(
@@ -78,8 +78,8 @@ def trace(
     limit: int | None,
     counts: bool,
     write: Path | None,
-    since: str | None,
-    until: str | None,
+    since: int | None,
+    until: int | None,
     replay: Path | None,
     as_json: bool,
 ) -> None:
@@ -89,17 +89,15 @@ def trace(
     """
     from producer.commands import trace as tracing
     from producer.events import FLOWS, RETRANSMITS, TRANSMITS
-    from producer.host.when import parse_time
     from producer.view.file import RecordFile
     from producer.view.filter import parse
     from producer.view.line import Lines
 
     if replay is not None and (transmit or write is not None):
         usage("-r shows what is in the file: leave out --transmit and -w")
-    if replay is None and (since or until):
+    if replay is None and (since, until) != (None, None):
         usage("--since and --until need -r: this host is shown as it is now")
-    now_ns = time.time_ns()
-    span = tracing.Span(*(parse_time(each, now_ns) if each else None for each in (since, until)))
+    span = tracing.Span(since, until)
     chosen = parse(" ".join(filter_words))
     width = line_width()
     lines = Lines(width, hosts=replay is not None and width > 100, color=has_color())

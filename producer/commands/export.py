@@ -28,5 +28,5 @@ def export(
                 dataset.add(stream, batch)
         written = dataset.commit()
     if not written:
-        raise UnavailableError("no events in this period")
+        raise UnavailableError("no events in this period" + (" match the filter" if choice else ""))
     return written

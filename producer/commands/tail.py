@@ -13,7 +13,7 @@ from producer.config.load import Registry
 from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.follow import Follower, Start
 from producer.consume.reader import TopicReader
-from producer.errors import ReaderGoneError
+from producer.errors import ReaderGoneError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.host.output import echo
 from producer.host.signals import Flag
@@ -120,11 +120,10 @@ def tail(
     client_settings: Mapping[str, str],
     chosen: Chosen = Chosen(),  # frozen
     width: int = 200,
-    header: bool = False,
 ) -> None:
     """Print the events of the topics, one per line, until `stop` is set or `limit` are printed."""
     view = Lines(width, hosts=True, color=color, connections=True)
-    if header and not as_json and not _print([view.header()], color=False):
+    if not as_json and not _print([view.header()], color=False):
         return
     if chosen.until_ns is None:
         source = batches(
@@ -155,6 +154,8 @@ def _until_end(
     skipped: dict[str, int] = {}
     reader = TopicReader(brokers, topics, client_settings, None, since_ms=since_ms, skip_missing=True)
     try:
+        if not reader.spans:
+            raise UnavailableError(f"no topic {', '.join(topics)} at {brokers}")
         for batch in reader.batches():
             if stop.is_set():
                 return

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from producer.host.output import echo
+from producer.host.progress import Progress
 from producer.host.signals import Flag
 from producer.host.tcp_counters import parse_counters
 from producer.host.text import lines as as_lines
@@ -65,6 +66,8 @@ class Top:
         self._reads_s = deque([self._forgot_s])
         """When records were read: the start of the current window, and later."""
         self._frame: Frame | None = None
+        self._followed: str | None = None
+        """The name of the selected line, while the selection follows it."""
         for records in source.earlier():
             # As old as what rates no longer cover.
             self._flows.add(records.select(self._filter(records)), self._forgot_s - HISTORY_S)
@@ -86,6 +89,10 @@ class Top:
     def press(self, key: str) -> None:
         """Apply a key."""
         before, self.choice = self.choice, self.choice.after(key)
+        if (self.choice.selected, self.choice.follows) != (before.selected, before.follows):
+            self._followed = self._shown_name(self.choice.selected) if self.choice.follows else None
+        if self.choice.paused and not before.paused:
+            self._frame = None  # for a frame with more lines than the screen
         if self.choice.filter_text != before.filter_text:
             self._filter = parse(self.choice.filter_text)
             self._flows = Flows(time.time_ns(), self._netns)
@@ -98,30 +105,47 @@ class Top:
 
     def table(self, count: int) -> Table:
         """Return the table as of the last read."""
-        now = self._reads_s[-1]
-        return table(self._flows, self.choice.by, self.choice.sort, now, self._covered_s(), count)
+        return table(self._flows, self.choice.by, self.choice.sort, self._reads_s[-1], self._covered_s(), count)
 
-    def frame(self, count: int) -> Frame:
-        """Return what to show; while paused, what was shown."""
-        choice = self.choice
-        if choice.paused and self._frame is not None and self._frame.by == choice.by:
-            found = self._frame.table
+    def frame(self, height: int) -> Frame:
+        """Return what to show on a screen of this height; while paused, what was shown."""
+        before = self._frame if self.choice.paused else None
+        if before is not None and (before.by, before.sort) == (self.choice.by, self.choice.sort):
+            found, kernel, lost, covered_s = before.table, before.kernel, before.lost, before.window_s
         else:
-            found = self.table(count)
-        selected = min(choice.selected, max(0, len(found.lines) - 1))
-        self.choice = choice = replace(choice, selected=selected)
-        rows = None
-        if choice.has_details and found.lines:
-            name = found.lines[selected].name
-            rows = details(self._flows, choice.by, name, time.monotonic(), count)
+            found = self.table(_MAX_LINES if self.choice.paused else height + self.choice.selected)
+            before, kernel, lost, covered_s = None, self._kernel(), self._source.lost(), self._covered_s()
+        name = self._select(found)
+        choice, rows = self.choice, None
+        if choice.has_details and name:
+            rows = before.details if before is not None and before.name == name else None
+            rows = rows or details(self._flows, choice.by, name, self._reads_s[-1], height)
         message = "" if choice.typed is None else f"/{choice.typed}_"
         if choice.error:
             message = f"/{choice.typed}\n {choice.error.split(chr(10))[1]}\n{choice.error.split(chr(10))[0]}"
         self._frame = Frame(
-            found, choice.by, choice.sort, choice.filter_text, self._name, selected, choice.paused, message, rows,
-            self._kernel(), self._source.lost(),
+            found, choice.by, choice.sort, choice.filter_text, self._name, choice.selected, choice.paused, message,
+            rows, kernel, lost, name, choice.has_help, covered_s,
         )  # fmt: skip
         return self._frame
+
+    def _shown_name(self, selected: int) -> str | None:
+        lines = self._frame.table.lines if self._frame is not None else []
+        return lines[min(selected, len(lines) - 1)].name if lines else None
+
+    def _select(self, found: Table) -> str:
+        """Return the name of the selected line. A line that is followed may have moved, or left the table."""
+        names = [line.name for line in found.lines]
+        selected = min(self.choice.selected, max(0, len(names) - 1))
+        if self._followed in names:
+            selected = names.index(self._followed)
+        self.choice = replace(self.choice, selected=selected)
+        if self._followed is not None and (self._followed in names or self.choice.has_details):
+            return self._followed
+        name = names[selected] if names else ""
+        if self.choice.follows:
+            self._followed = name
+        return name
 
     def _kernel(self) -> tuple[int, int] | None:
         """Return the kernel's count and ours; with a filter, they differ by design."""
@@ -155,18 +179,21 @@ def watch(source: Source, choice: Choice, window_s: float, name: str, stop: Flag
     with source:
         top = Top(source, choice, window_s, name)
         with Terminal(color=color) as terminal:
-            due = 0.0
+            due, shown = 0.0, None
             while not stop.is_set() and not top.choice.quits:
                 now = time.monotonic()
                 is_due = now >= due
                 if is_due or not source.is_local:
                     top.read(report=is_due)
-                look = terminal.look()
                 keys = terminal.keys(0 if is_due else _KEYS_S)
                 for key in keys:
+                    if key == "suspend":
+                        terminal.suspend()
                     top.press(key)
-                if is_due or keys:
+                look = terminal.look()
+                if is_due or keys or look != shown:
                     terminal.draw(render(top.frame(look.height), look))
+                    shown = look
                 if is_due:
                     due = now + _REFRESH_S
 
@@ -177,10 +204,11 @@ def once(source: Source, choice: Choice, window_s: float, name: str, stop: Flag,
         top = Top(source, choice, window_s, name)
         top.read(report=True)  # to which the later ones are compared
         end = time.monotonic() + window_s
-        while not stop.is_set() and (rest := end - time.monotonic()) > 0:
-            if source.is_local:
-                stop.wait(min(_REFRESH_S, rest))
-            top.read(report=True)
+        with Progress(f"watching for {window_s:g} s"):
+            while not stop.is_set() and (rest := end - time.monotonic()) > 0:
+                if source.is_local:
+                    stop.wait(min(_REFRESH_S, rest))
+                top.read(report=True)
         if as_json:
             echo(to_json(top.as_dict()))
             return

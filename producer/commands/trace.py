@@ -4,13 +4,14 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from producer.errors import ReaderGoneError
-from producer.events import CAUSES, FLOWS, RETRANSMITS
+from producer.events import CAUSES, FLOWS, RETRANSMITS, Stream
 from producer.host.endpoints import endpoint
 from producer.host.output import echo
 from producer.host.signals import Flag
@@ -18,7 +19,7 @@ from producer.host.text import printable, to_json
 from producer.view.file import RecordFile, read
 from producer.view.filter import Filter
 from producer.view.limits import LIMITS, Interval, limits, spurious
-from producer.view.line import Lines, flow_key, is_event, who
+from producer.view.line import Lines, Record, flow_key, is_event, who
 from producer.view.local import LocalSource
 from producer.view.records import Records
 
@@ -85,9 +86,11 @@ def trace(source: Iterable[list[Records]], chosen: Filter, output: Output, stop:
             for records in (each.select(chosen(each)) for each in batch):
                 if file is not None and len(records):
                     file.write(records)
+                rows = list(records.rows())
+                shown = printer.show(records.stream, rows)
                 if summary is not None:
-                    summary.add(records)
-                if not printer.show(records):
+                    summary.add(records.stream, rows if records.stream == FLOWS else shown)
+                if printer.is_done():
                     stop.set()
         if summary is not None:
             echo(summary.text(output.width, as_json=output.as_json), color=False)
@@ -108,23 +111,22 @@ class _Printer:
         if not self._output.as_json:
             echo(self._output.lines.header())
 
-    def show(self, records: Records) -> bool:
-        """Print the events among records; return whether more may be printed."""
-        if self._left == 0:
-            return False
-        shown = [*(self._json(records) if self._output.as_json else self._output.lines.lines(records.rows()))][
-            : self._left
-        ]
-        if shown:
-            echo("\n".join(shown), color=self._output.color and not self._output.as_json)
+    def show(self, stream: Stream, rows: Iterable[Record]) -> list[Record]:
+        """Print the events among records, in order of time, up to the limit; return them."""
+        events = sorted(filter(is_event, rows), key=itemgetter("ts_ns"))[: self._left]
+        if events:
+            lines = self._json(stream, events) if self._output.as_json else self._output.lines.lines(events)
+            echo("\n".join(lines), color=self._output.color and not self._output.as_json)
         if self._left is not None:
-            self._left -= len(shown)
-        return self._left != 0
+            self._left -= len(events)
+        return events
 
-    def _json(self, records: Records) -> Iterator[str]:
-        for record in records.rows():
-            if is_event(record):
-                yield to_json({"topic": records.stream.topic, **record}, compact=True)
+    def is_done(self) -> bool:
+        """Return whether the limit is reached."""
+        return self._left == 0
+
+    def _json(self, stream: Stream, events: Iterable[Record]) -> Iterator[str]:
+        return (to_json({"topic": stream.topic, **event}, compact=True) for event in events)
 
 
 @dataclass(slots=True)
@@ -134,8 +136,8 @@ class _Flow:
     name: str
     who: str
     causes: Counter[str] = field(default_factory=Counter)
-    first: dict[str, Any] | None = None
-    last: dict[str, Any] | None = None
+    first: Record | None = None
+    last: Record | None = None
     error: str | None = None
 
 
@@ -145,20 +147,20 @@ class Summary:
     def __init__(self) -> None:
         self._flows: dict[Any, _Flow] = {}
 
-    def add(self, records: Records) -> None:
+    def add(self, stream: Stream, rows: Iterable[Record]) -> None:
         """Count records."""
-        for record in records.rows():
+        for record in rows:
             flow = self._flow(record)
             if flow is None:
                 continue
-            if records.stream == RETRANSMITS:
+            if stream == RETRANSMITS:
                 flow.causes[record["cause"]] += record["segs"]
-            elif records.stream == FLOWS:
+            elif stream == FLOWS:
                 flow.first, flow.last = flow.first or record, record
                 flow.error = record["error"] or flow.error
                 flow.who = who(record)
 
-    def _flow(self, record: dict[str, Any]) -> _Flow | None:
+    def _flow(self, record: Record) -> _Flow | None:
         key = flow_key(record)
         if key not in self._flows and len(self._flows) < _MAX_FLOWS:
             ends = (endpoint(record[f"{side}addr"], record[f"{side}port"]) for side in "sd")
@@ -206,7 +208,7 @@ def _line(row: dict[str, Any], why: int, width: int) -> str:
     return printable(text + (row["flow"] if whole else row["flow"].partition(" > ")[2]))
 
 
-def judged(first: dict[str, Any] | None, last: dict[str, Any] | None) -> tuple[str | None, int | None]:
+def judged(first: Record | None, last: Record | None) -> tuple[str | None, int | None]:
     """Return what limited a connection between two records, and its spurious retransmissions; None if unknown.
 
     With a single record, this is since the connection began.

@@ -1,4 +1,7 @@
-"""One line of progress on standard error, for people: nothing is written if that is no terminal."""
+"""One line of progress on standard error, for people: nothing is written if that is no terminal.
+
+A terminal without control sequences gets one line at the beginning, which stays.
+"""
 
 import os
 import sys
@@ -20,11 +23,13 @@ class Progress:
     def __init__(self, what: str) -> None:
         self._what = printable(what)
         self._stream = sys.stderr
-        self._visible = self._stream is not None and self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._visible = self._stream is not None and self._stream.isatty()
+        self._is_dumb = os.environ.get("TERM") == "dumb"
         self._next_s = 0.0
 
     def __enter__(self) -> Self:
-        self._write(f"{_CLEAR}{self._what} ...")
+        self._write(f"{self._what} ...\n" if self._is_dumb else f"{_CLEAR}{self._what} ...")
+        self._visible = self._visible and not self._is_dumb
         return self
 
     def __exit__(

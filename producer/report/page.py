@@ -36,18 +36,19 @@ h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #bbb; }
 .wide svg { display: block; width: 100%; min-width: 34rem; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #ddd; }
-td { overflow-wrap: normal; max-width: 22rem; }
+th, td { overflow-wrap: normal; max-width: 22rem; }
 td:first-child { overflow-wrap: anywhere; min-width: 8rem; }
 .n { text-align: right; font-variant-numeric: tabular-nums; }
 td.n { white-space: nowrap; }
+.box { border: 2px solid #555; border-radius: .4rem; padding: 0 1rem 1rem; margin-top: 2rem; }
+.bad { font-weight: 700; }
+pre { background: #f2f2f2; padding: .6rem; overflow-x: auto; font-size: .9rem; }
 @media (max-width: 40rem) {
   table { font-size: .78rem; }
   th, td { padding-right: .4rem; }
   td:first-child { min-width: 5rem; }
+  pre { white-space: pre-wrap; }
 }
-.box { border: 2px solid #555; border-radius: .4rem; padding: 0 1rem 1rem; margin-top: 2rem; }
-.bad { font-weight: 700; }
-pre { background: #f2f2f2; padding: .6rem; overflow-x: auto; font-size: .9rem; }
 </style>
 </head>
 <body>

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from producer.events import CAUSES as EVENT_CAUSES
 from producer.events import FLOWS, RETRANSMITS
 from producer.export.sources import Period
+from producer.host.endpoints import endpoint
 from producer.report.collect import Collected, FlowChoice, Quality
 from producer.report.connections import CAUSES, Connections, connections
 from producer.report.frame import Frame, Ints
@@ -256,7 +257,7 @@ def _worst_flows(retransmits: Frame) -> list[WorstFlow]:
         rows = np.flatnonzero(ids == number)
         rows = rows[np.argsort(retransmits.numbers("ts_ns")[rows], kind="stable")]
         ends = [
-            f"{retransmits.text(address, row)} {retransmits.numbers(port)[row]}"
+            endpoint(retransmits.text(address, row) or "", int(retransmits.numbers(port)[row]))
             for address, port in (("saddr", "sport"), ("daddr", "dport"))
         ]
         owner = retransmits.text("unit", row) or retransmits.text("comm", row) or ""

@@ -46,7 +46,7 @@ def _segment(text: str) -> Segment:
         local, remote = map(_endpoint, text.split(","))
     except ValueError as error:
         example = "10.0.0.1:443,[2001:db8::1]:5000"
-        raise UsageError(f"--explain: expected LOCAL,REMOTE, for example {example}: {error}") from error
+        raise UsageError(f"--explain: expected LOCAL,REMOTE such as {example}, found {text!r}") from error
     return Segment(local[0], remote[0], local[1], remote[1])
 
 

@@ -1,5 +1,6 @@
 """The conditions of filters: each makes a function from records to a mask of the rows that match."""
 
+import difflib
 import errno
 import fnmatch
 import functools
@@ -219,6 +220,16 @@ def _span(text: str) -> tuple[int, int]:
     return low, high
 
 
+def _host(text: str) -> Callable[[Records], Mask]:
+    """An address also matches at either end of a connection, as in tcpdump: host names say nothing about addresses."""
+    by_name = _pattern("host").make(text)
+    addresses = ",".join(part for part in text.split(",") if _parsed(part))
+    if not addresses:
+        return by_name
+    by_address = CONDITIONS["addr"].make(addresses)
+    return lambda records: by_name(records) | by_address(records)
+
+
 def _number(field: str) -> Condition:
     expected = f"a number ({field} 1000)"
 
@@ -232,7 +243,7 @@ def _number(field: str) -> Condition:
 
 
 CONDITIONS = {
-    "host": _pattern("host"),
+    "host": Condition(_host, _pattern("host").expected),
     "peer": _address("daddr"),
     "local": _address("saddr"),
     "addr": _address("saddr", "daddr"),
@@ -254,3 +265,16 @@ CONDITIONS = {
     "uid": _number("uid"),
 }
 """By name; values of all may be lists with commas."""
+
+_ELSEWHERE = {"src": "local", "dst": "peer", "net": "addr", "ip": "addr", "proc": "comm", "process": "comm"}
+"""What other tools call conditions."""
+
+
+def meant(word: str) -> str | None:
+    """Return what may have been meant by a word that is no condition."""
+    if _parsed(word.partition("/")[0]):
+        return f"'addr {word}'"
+    if word in _ELSEWHERE:
+        return repr(_ELSEWHERE[word])
+    near = difflib.get_close_matches(word.lower(), [*CONDITIONS, LABEL, *NUMBERS], 1)
+    return repr(near[0]) if near else None

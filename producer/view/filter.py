@@ -22,6 +22,7 @@ from producer.view.conditions import (
     any_of,
     compare,
     label,
+    meant,
 )
 from producer.view.records import Mask, Records
 
@@ -118,7 +119,10 @@ class _Parser:
     def _condition(self) -> Filter:
         token = self._peek()
         if token is None or token.kind != "word" or token.text not in {*CONDITIONS, *NUMBERS, LABEL}:
-            self._fail(f"a condition ({', '.join(CONDITIONS)}, {LABEL}, ratio, srtt, ...)")
+            near = meant(token.text) if token is not None else None
+            self._fail(
+                "a condition" if near else f"a condition ({', '.join(CONDITIONS)}, {LABEL}, ratio, srtt, ...)", near
+            )
         name = token.text
         self._next += 1
         if name == LABEL:
@@ -164,7 +168,7 @@ class _Parser:
         self._next += 1
         return True
 
-    def _fail(self, expected: str) -> NoReturn:
+    def _fail(self, expected: str, near: str | None = None) -> NoReturn:
         token = self._peek()
         at, found = (len(self._text), "the end") if token is None else (token.at, repr(token.text))
-        raise FilterError(self._text, at, expected, found)
+        raise FilterError(self._text, at, expected, f"{found}: did you mean {near}?" if near else found)

@@ -15,8 +15,11 @@ class Choice:
     sort: str = SORTS[0]
     filter_text: str = ""
     selected: int = 0
+    follows: bool = False
+    """Whether the selection stays on its line wherever that moves, instead of on its place."""
     paused: bool = False
     has_details: bool = False
+    has_help: bool = False
     typed: str | None = None
     error: str = ""
     quits: bool = False
@@ -27,24 +30,28 @@ class Choice:
             return replace(self, quits=True)
         if self.typed is not None:
             return self._typing(self.typed, key)
-        if key == "escape":
-            return replace(self, has_details=False, error="")
         if key == "q":
             return replace(self, quits=True)
+        if self.has_help:
+            return replace(self, has_help=False)
+        if key == "escape":
+            return replace(self, has_details=False, error="")
         if key == "enter":
-            return replace(self, has_details=not self.has_details)
-        if key in KEYS and not self.has_details:
-            return replace(self, by=KEYS[key], selected=0)
-        return self._moved(key)
+            return replace(self, has_details=not self.has_details, follows=True)
+        if key == "?":
+            return replace(self, has_help=True)
+        if self.has_details or key not in ("s", *KEYS):
+            return self._moved(key)
+        sort = SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)] if key == "s" else self.sort
+        return replace(self, by=KEYS.get(key, self.by), sort=sort, selected=0, follows=False)
 
     def _moved(self, key: str) -> "Choice":
         match key:
             case "up" | "k":
-                return replace(self, selected=max(0, self.selected - 1))
+                selected = max(0, self.selected - 1)
+                return replace(self, selected=selected, follows=selected > 0 or self.has_details)
             case "down" | "j":
-                return replace(self, selected=self.selected + 1)
-            case "s":
-                return replace(self, sort=SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)])
+                return replace(self, selected=self.selected + 1, follows=True)
             case " ":
                 return replace(self, paused=not self.paused)
             case "/":
@@ -63,5 +70,5 @@ class Choice:
                 parse(typed)
             except FilterError as error:
                 return replace(self, error=f"{error}\n{error.details[1][2:]}")
-            return replace(self, typed=None, filter_text=typed, error="")
+            return replace(self, typed=None, filter_text=typed, error="", selected=0, follows=False, paused=False)
         return replace(self, typed=typed + key, error="") if len(key) == 1 and key.isprintable() else self

@@ -49,8 +49,8 @@ def is_connection(record: Record) -> bool:
 def is_event(record: Record) -> bool:
     """Return whether a trace shows a record: no retransmission twice, and of connections only those that failed."""
     if is_connection(record):
-        return record["reason"] == "close" and record["error"] is not None
-    return is_retransmission(record) or not record["is_retransmit"]
+        return record["reason"] == "close" and record.get("error") is not None
+    return is_retransmission(record) or not record.get("is_retransmit")
 
 
 class Lines:

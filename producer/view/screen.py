@@ -19,9 +19,31 @@ KEYS = {
 _BARS = " ▁▂▃▄▅▆▇█"
 _ASCII_BARS = " .:-=+*#@"
 _HELP = (
-    "p)eer f)low h)ost u)nit con(t)ainer c)omm p(o)rt sub(n)et c(a)use  s)ort /filter space=pause enter=details q)uit"
+    "q)uit ?=help  p)eer f)low h)ost u)nit con(t)ainer c)omm p(o)rt sub(n)et c(a)use"
+    "  s)ort /filter space=pause enter=details"
 )
-_SHORT_HELP = "pfhutcona=group s)ort /filter space=pause enter=details q)uit"
+_SHORT_HELP = "q)uit ?=help pfhutcona=group s)ort /filter enter=details space=pause"
+_MANUAL = (
+    "RETR/S, SEGS/S  retransmitted segments and all segments per second",
+    "RATIO           retransmitted share of the segments; red from 1 %",
+    "FAIL            connects that failed, within the window of the rates",
+    "FLOWS           open connections",
+    "SRTT, P95       their smoothed round-trip times: median, 95th percentile",
+    "CAUSE, CAUSES   of retransmissions in the last minute, most frequent first:",
+    "  rto timeout, and slow_start the rest after it; fast by the peer's ACKs;",
+    "  tlp tail loss probe; syn, syn_ack handshake",
+    "LIMIT           what holds the connections back:",
+    "  application   the sender has nothing to send",
+    "  receiver      the peer reads too slowly",
+    "  send_buffer   the sender's buffer is full",
+    "  congestion    the path is full, and packets wait in a queue",
+    "  loss          segments are lost without a queue: a bad link or a policer",
+    "",
+    "p f h u t c o n a  a line for each peer, flow, host, unit, container, comm,",
+    "                   port, subnet or cause;  s sorts by the next column",
+    "up down Enter      select a line; its worst connections",
+    "space /            pause; change the filter (Ctrl-U clears it)",
+)
 _NAME_WIDTH = 21
 _MAX_NAME = 45
 _HIGH_RATIO = 0.01
@@ -44,6 +66,11 @@ class Frame:
     kernel: tuple[int, int] | None
     """RetransSegs of this network namespace, and retransmissions in ours, since the start."""
     lost: int
+    name: str = ""
+    """Of the selected line, which may have left the table while its details are shown."""
+    has_help: bool = False
+    window_s: float = 0.0
+    """The time that the rates cover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +160,10 @@ def render(frame: Frame, look: Look) -> list[str]:
     lines = _head(frame, look)
     foot = _foot(frame, look)
     room = look.height - len(lines) - len(foot)
-    body = _details(frame, look) if frame.details is not None else _body(frame, look)
+    if frame.has_help:
+        body = [_cut(each, look.width) for each in _MANUAL]
+    else:
+        body = _details(frame, look) if frame.details is not None else _body(frame, look, room - 1)
     lines += body[:room] + [""] * max(0, room - len(body)) + foot
     return lines[: look.height]
 
@@ -142,10 +172,11 @@ def _head(frame: Frame, look: Look) -> list[str]:
     total = frame.table.total
     kernel = "" if frame.kernel is None else f"  kernel RetransSegs {frame.kernel[0]}, seen {frame.kernel[1]}"
     first = (
-        f"rebpf top  {frame.source}  {rate(total.segments)} segments/s  {rate(total.retransmitted)} retransmitted/s"
-        f"  {percent(total.ratio)}"
+        f"rebpf top  {frame.source}  last {frame.window_s:.0f} s: {rate(total.segments)} segments/s"
+        f"  {rate(total.retransmitted)} retransmitted/s  {percent(total.ratio)}"
     )
-    second = f"{frame.table.groups} {_plural(frame.by)}, by {frame.sort}  lost events {frame.lost}{kernel}"
+    groups = f"{frame.table.groups} {frame.by}{'s' * (frame.table.groups != 1)}"
+    second = f"{groups}, by {frame.sort}  lost events {frame.lost}{kernel}"
     if frame.paused:
         second = f"PAUSED  {second}"
     if frame.filter_text:
@@ -153,30 +184,29 @@ def _head(frame: Frame, look: Look) -> list[str]:
     return [_paint(_cut(first, look.width), "bold", look), _cut(second, look.width)]
 
 
-def _plural(by: str) -> str:
-    return f"{by}s"
-
-
-def _body(frame: Frame, look: Look) -> list[str]:
+def _body(frame: Frame, look: Look, room: int) -> list[str]:
+    """Return the titles and as many lines as there is room for, the selected one among them."""
     longest = max((len(line.name) for line in frame.table.lines), default=0)
     name_width, columns = _fitting(look.width, longest, look.unicode)
     title = " " + " ".join(
         [frame.by.upper().ljust(name_width), *(_aligned(each.title, each.width) for each in columns)]
     )
     lines = [_paint(_cut(title, look.width).ljust(look.width), "reverse", look)]
-    for number, line in enumerate(frame.table.lines):
+    first = max(0, frame.selected - room + 1)
+    for number, line in enumerate(frame.table.lines[first : first + room], first):
         cells = [_aligned(each.text(line), each.width) for each in columns]
         mark = ">" if number == frame.selected else " "
         text = mark + " ".join([_aligned(line.name, -name_width), *cells])
         lines.append(_paint(_cut(text, look.width), _style(line), look))
     if not frame.table.lines:
-        lines.append("No traffic yet.")
+        lines.append(_cut("Nothing matches the filter yet." if frame.filter_text else "No traffic yet.", look.width))
     return lines
 
 
 def _details(frame: Frame, look: Look) -> list[str]:
-    line = frame.table.lines[frame.selected] if frame.table.lines else None
-    lines = [f"{line.name}  last minute: {causes(line.causes) or 'no retransmissions'}", ""] if line else []
+    line = next((each for each in frame.table.lines if each.name == frame.name), None)
+    minute = f"  last minute: {causes(line.causes) or 'no retransmissions'}" if line else ""
+    lines = [frame.name + minute, ""]
     head = f"{'RETR':>5} {'RATIO':>6} {'CWND':>5} {'LOST':>4} {'RTO':>6} {'SRTT':>6} {'LIMIT':<11} {'WHO':<10} FLOW"
     lines = [
         *(_cut(each, look.width) for each in lines),
@@ -197,8 +227,8 @@ def _foot(frame: Frame, look: Look) -> list[str]:
     if frame.message:
         shown = [_cut(each, look.width) for each in frame.message.split("\n")]
         return [shown[0], *(_paint(each, "bold red", look) for each in shown[1:])]
-    if frame.details is not None:
-        return [_cut("esc=back q)uit", look.width)]
+    if frame.has_help or frame.details is not None:
+        return [_cut("esc=back q)uit" if frame.has_help else "esc=back q)uit  up, down=other lines", look.width)]
     return [_paint(_cut(_HELP if look.width >= len(_HELP) else _SHORT_HELP, look.width), "dim", look)]
 
 

@@ -1,8 +1,10 @@
 """The terminal of a full-screen view: the screen is drawn whole, and keys are read one by one."""
 
+import contextlib
 import os
 import re
 import select
+import signal
 import sys
 import termios
 import tty
@@ -19,7 +21,13 @@ _READ_BYTES = 1024
 _LEAST_WIDTH, _LEAST_HEIGHT = 20, 5
 _ESCAPES = {"\x1b[A": "up", "\x1b[B": "down", "\x1bOA": "up", "\x1bOB": "down"}
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]?")
-_NAMES = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace", "\x1b": "escape", "\x15": "clear"}
+_NAMES = {
+    "\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace", "\x1b": "escape", "\x15": "clear",
+    "\x1a": "suspend",
+}  # fmt: skip
+_CC = 6
+"""The place of the special characters in termios settings."""
+_DISABLED = b"\0"
 
 
 def is_usable() -> bool:
@@ -36,18 +44,31 @@ class Terminal:
 
     def __enter__(self) -> Self:
         self._settings = termios.tcgetattr(self._input)
-        tty.setcbreak(self._input)
-        self._write(_ENTER)
+        self._take()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._write(_LEAVE)
-            termios.tcsetattr(self._input, termios.TCSADRAIN, self._settings)
-        except (OutputError, termios.error):
-            pass  # it has gone
+        with contextlib.suppress(OutputError, termios.error):  # it has gone
+            self._give_back()
+
+    def suspend(self) -> None:
+        """Stop this job, as Ctrl-Z does, and go on when the shell continues it."""
+        self._give_back()
+        os.kill(0, signal.SIGTSTP)
+        self._take()
+
+    def _take(self) -> None:
+        tty.setcbreak(self._input)
+        settings = termios.tcgetattr(self._input)
+        settings[_CC][termios.VSUSP] = _DISABLED  # Ctrl-Z is a key, since the screen must be left before
+        termios.tcsetattr(self._input, termios.TCSADRAIN, settings)
+        self._write(_ENTER)
+
+    def _give_back(self) -> None:
+        termios.tcsetattr(self._input, termios.TCSANOW, self._settings)
+        self._write(_LEAVE)
 
     def look(self) -> Look:
         """Return what the screen can show now."""
@@ -71,14 +92,11 @@ class Terminal:
         return _parsed(text) if text else ["eof"]
 
     def _write(self, text: str) -> None:
-        data = memoryview(text.encode(errors="replace"))
         try:
-            while data:
-                data = data[os.write(self._output, data) :]
-        except BlockingIOError:
-            return  # the next second draws it again
-        except OSError as error:
-            raise OutputError(f"the terminal: {error.strerror}") from error
+            sys.stdout.write(text)  # which waits for a slow terminal, but not after a stop signal
+            sys.stdout.flush()
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            raise OutputError(f"the terminal: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _parsed(text: str) -> list[str]:

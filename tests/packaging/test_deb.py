@@ -201,6 +201,8 @@ def test_the_manual_page_has_each_command_and_option(package: Package) -> None:
         assert section, path
         for option in (each for each in command.params if isinstance(each, click.Option)):
             assert all(name in section for name in option.opts), (path, option.opts)
+    filters = page.partition(".SH FILTERS\n")[2].partition("\n.SH ")[0]
+    assert "cwnd" in filters
 
 
 def _commands(group: click.Group, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:

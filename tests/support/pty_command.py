@@ -22,7 +22,7 @@ class PtyCommand:
 
     def __init__(self, command: list[str], columns: int, lines: int, **env: str) -> None:
         self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self.resize(columns, lines)
         self.output = ""
         terminal = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **env}
         self.process = subprocess.Popen(
@@ -47,6 +47,13 @@ class PtyCommand:
             assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.output[-2000:]}"
             assert time.monotonic() < deadline, f"no {what}:\n" + "\n".join(screen)
         return screen
+
+    def resize(self, columns: int, lines: int) -> None:
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def echoes(self) -> bool:
+        """Return whether the terminal is in the state in which shells use it: it shows what is typed."""
+        return bool(termios.tcgetattr(self._master)[3] & termios.ECHO)
 
     def press(self, keys: str) -> None:
         os.write(self._master, keys.encode())

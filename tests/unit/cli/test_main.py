@@ -87,9 +87,22 @@ def test_each_command_has_an_example_that_parses():
             assert parse(arguments) is command
 
 
+def test_commands_with_a_filter_say_what_it_can_be():
+    shown = {name: rebpf(name, "--help").stdout for name in ("top", "trace", "tail", "report", "export", "status")}
+    assert [name for name, text in shown.items() if "\nFilters:\n" in text] == [
+        "top",
+        "trace",
+        "tail",
+        "report",
+        "export",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["trace", "-r", "x", "--since", "noon"], "'--since': expected a time such as"),
+        (["export", "-o", "x", "--until", "1"], "'--until': expected a time such as"),
         (["rn"], "No such command 'rn'"),
         (["run", "--brokrs", "a:1"], "No such option"),
         (["run", "more"], "unexpected extra argument"),

@@ -387,3 +387,11 @@ identities = st.tuples(st.sampled_from("gh"), st.sampled_from("bc"), st.integers
 def test_the_documented_sql_and_verify_agree(events: list[tuple[str, str, int, int]]) -> None:
     rows = [row(number, host=host, boot_id=boot_id, cpu=cpu) for host, boot_id, cpu, number in events]
     assert by_sql(rows) == by_audit(rows)
+
+
+def test_a_host_without_events_is_not_complete(cluster: Cluster) -> None:
+    for number, stream in enumerate(STREAMS, 1):
+        cluster.put_events(stream, [number])
+    done = rebpf("verify", "--brokers", cluster.brokers, "--host", "web-71")
+    assert done.returncode == UnavailableError.exit_code
+    assert done.stderr == "rebpf: no events of host web-71: see the hosts without --host\n"

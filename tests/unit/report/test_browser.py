@@ -23,7 +23,16 @@ PLOTS = 6
 MEASURE = """<script>
 const plots = [...document.querySelectorAll("svg")].map(each => Math.round(each.getBoundingClientRect().width));
 const [page, shown] = [document.documentElement.scrollWidth, document.documentElement.clientWidth];
-document.title = JSON.stringify({page, shown, plots, text: document.body.innerText});
+const lines = (node, at, word) => {
+  const range = document.createRange();
+  range.setStart(node, at);
+  range.setEnd(node, at + word.length);
+  return new Set([...range.getClientRects()].map(each => each.top)).size;
+};
+const broken = [...document.querySelectorAll("th")].flatMap(each => [...each.innerText.matchAll(/\\S+/g)]
+  .filter(word => lines(each.firstChild, word.index, word[0]) > 1).map(word => word[0]));
+const cut = [...document.querySelectorAll("pre")].filter(each => each.scrollWidth > each.clientWidth).length;
+document.title = JSON.stringify({page, shown, plots, broken, cut, text: document.body.innerText});
 </script></body>"""
 
 
@@ -53,6 +62,7 @@ def test_the_page_fits_and_shows_all_plots(page: Path, width: int) -> None:
     assert found["page"] <= found["shown"] == width
     assert len(found["plots"]) == PLOTS
     assert min(found["plots"]) >= 300
+    assert (found["broken"], found["cut"]) == ([], 0), "words of titles are whole, and commands can be read"
     assert "Worst peer: 10.0.0.7, 150 segments (5.00%)" in found["text"]
     assert "<script>alert(1)</script>" in found["text"]
 

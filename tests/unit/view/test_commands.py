@@ -60,7 +60,7 @@ def test_json_lines_end_with_the_counts(file: Path) -> None:
     *events, counts = map(json.loads, done.stdout.splitlines())
     assert [event["cause"] for event in events] == ["rto", "rto"]
     assert all(event["topic"] == "tcp_retransmit" for event in events)
-    assert counts["flows"]
+    assert [flow["retransmitted"] for flow in counts["flows"]] == [2], "not more than what is shown"
 
 
 def test_a_period_of_a_file_is_shown(file: Path) -> None:
@@ -97,7 +97,6 @@ def test_a_wrong_filter_is_answered_with_a_caret(view: str) -> None:
         (["top", "--json"], "needs --once"),
         (["top", "--brokers", "k:1", "--window", "1"], "at least 10"),
         (["trace", "-r", "/no/such/file"], "No such file"),
-        (["trace", "-r", "x", "--since", "noon"], "expected a time such as"),
     ],
 )
 def test_wrong_options_have_one_line(arguments: list[str], expected: str) -> None:
@@ -118,7 +117,7 @@ def test_what_limits_a_connection_is_judged_between_two_records_or_since_its_sta
 
 def test_the_summary_shows_the_worst_flow_first() -> None:
     summary = Summary()
-    summary.add(SEGMENTS)
+    summary.add(RETRANSMITS, SEGMENTS.rows())
     rows = summary.rows()
     assert [row["retransmitted"] for row in rows] == [9, 3]
     assert rows[1]["causes"] == {"rto": 3}

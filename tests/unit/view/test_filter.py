@@ -191,6 +191,30 @@ def test_a_wrong_filter_is_shown_with_a_caret(text: str, at: str | None, expecte
     assert caught.value.exit_code == UsageError.exit_code
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("prot 22", "port"),
+        ("hots web", "host"),
+        ("rtt > 3ms", "srtt"),
+        ("dst 10.2.0.9", "peer"),
+        ("10.2.0.9", "addr 10.2.0.9"),
+        ("port 1 and 10.2.0.0/16", "addr 10.2.0.0/16"),
+    ],
+)
+def test_a_wrong_condition_is_answered_with_the_nearest(text: str, meant: str) -> None:
+    with pytest.raises(FilterError, match=f": did you mean '{meant}'\\?$"):
+        parse(text)
+
+
+def test_the_address_of_a_host_matches_either_end_as_in_tcpdump() -> None:
+    ends = [("web-1", "10.2.0.9", "10.3.0.1"), ("web-1", "10.3.0.1", "10.2.0.9"), ("10.2.0.9", "10.3.0.1", "10.3.0.2")]
+    rows = of_rows(FLOWS, [dict(zip(("host", "saddr", "daddr"), each, strict=True)) for each in ends])
+    assert parse("host 10.2.0.9")(rows).tolist() == [True, True, True]
+    assert parse("host 10.2.0.8,web-1")(rows).tolist() == [True, True, False]
+    assert parse("host 10.2.0.8")(rows).tolist() == [False, False, False]
+
+
 WORDS = [
     "label",
     "=",

@@ -19,7 +19,8 @@ EVIL = Line("\x1b[2Jweb", 0, 0, None, [0] * 60, {}, None, None, 0, 0, None)
 def frame(**changed: Any) -> Frame:
     found = Table(BAD._replace(name="total"), [BAD, GOOD, EVIL], 3)
     values = {"by": "peer", "sort": "retransmitted", "filter_text": "", "source": "web-1", "selected": 0,
-              "paused": False, "message": "", "details": None, "kernel": (7, 7), "lost": 0}  # fmt: skip
+              "paused": False, "message": "", "details": None, "kernel": (7, 7), "lost": 0, "name": BAD.name,
+              "has_help": False, "window_s": 9.6}  # fmt: skip
     return Frame(found, **{**values, **changed})
 
 
@@ -31,7 +32,11 @@ def look(width: int, height: int, *, color: bool = False) -> Look:
 def test_the_screen_has_its_size(width: int, height: int) -> None:
     detail = Detail("10.0.0.1:443 > 10.2.0.9:51234", "nginx", 7, 0.03, 10, 3, 204_000, 1500, "loss")
     wrong = "/port x\n      ^\nfilter: expected a port from 0 to 65535, or a range (8000-8099), found 'x'"
-    for shown in (frame(), frame(details=[detail]), frame(message=wrong), frame(paused=True, filter_text="port 1")):
+    shown_frames = (
+        frame(), frame(details=[detail]), frame(message=wrong), frame(paused=True, filter_text="port 1"),
+        frame(has_help=True),
+    )  # fmt: skip
+    for shown in shown_frames:
         lines = render(shown, look(width, height))
         assert len(lines) == height
         assert max(map(len, lines)) <= width
@@ -66,6 +71,42 @@ def test_details_name_the_connection_on_any_screen() -> None:
     assert wide[5].endswith(" nginx      10.0.0.1:39212 > 10.2.0.9:51234")
 
 
+def test_details_stay_those_of_their_line_when_it_has_left_the_table() -> None:
+    lines = render(frame(details=[], name="10.2.0.77"), look(80, 24))
+    assert lines[2] == "10.2.0.77"
+
+
+def test_the_selected_line_is_on_the_screen() -> None:
+    peers = [BAD._replace(name=f"10.2.0.{number}") for number in range(40)]
+    shown = Frame(Table(BAD, peers, 40), **{**_fields(frame()), "selected": 30})
+    lines = render(shown, look(80, 24))
+    assert [line.split()[0] for line in lines[3:-1]] == [
+        *(f"10.2.0.{number}" for number in range(11, 30)),
+        ">10.2.0.30",
+    ]
+
+
+def test_the_head_says_what_the_rates_cover() -> None:
+    first, second = render(frame(), look(80, 24))[:2]
+    assert first == "rebpf top  web-1  last 10 s: 12.3k segments/s  7.2 retransmitted/s  3.10%"
+    assert second == "3 peers, by retransmitted  lost events 0  kernel RetransSegs 7, seen 7"
+    one = Frame(Table(BAD, [BAD], 1), **_fields(frame()))
+    assert render(one, look(80, 24))[1].startswith("1 peer, ")
+
+
+def test_help_explains_all_columns_and_fits_a_small_screen() -> None:
+    titles = render(frame(), look(200, 50))[2].split()
+    shown = render(frame(has_help=True), look(80, 24))
+    assert all(title in " ".join(shown[2:-2]) for title in titles[1:] if title not in ("LAST", "MINUTE"))
+    assert shown[-2] == ""
+    assert not [line for line in shown if line.endswith("~")]
+
+
+def test_the_way_out_is_shown_on_the_narrowest_screen() -> None:
+    for shown in (frame(), frame(details=[]), frame(has_help=True)):
+        assert "q)uit" in render(shown, look(20, 5))[-1]
+
+
 def test_foreign_names_cannot_move_the_cursor() -> None:
     assert not [line for line in render(frame(), look(200, 50)) if "\x1b" in line]
     colored = render(frame(), look(200, 50, color=True))
@@ -76,6 +117,8 @@ def test_foreign_names_cannot_move_the_cursor() -> None:
 def test_an_empty_table_says_so() -> None:
     nothing = Table(EVIL, [], 0)
     assert "No traffic yet." in render(Frame(nothing, **_fields(frame())), look(80, 24))[3]
+    chosen = Frame(nothing, **{**_fields(frame()), "filter_text": "host web-*"})
+    assert "Nothing matches the filter yet." in render(chosen, look(80, 24))[3]
 
 
 def _fields(shown: Frame) -> dict[str, Any]:
@@ -118,8 +161,26 @@ def test_keys_change_grouping_and_sorting() -> None:
     assert not press(" ", " ").paused
     assert press("enter").has_details
     assert not press("enter", "escape").has_details
+    assert press("?").has_help
+    assert press("?", "p", "h").by == "host"
+    assert press("enter", "s", "h") == press("enter")
     assert press("q").quits
     assert press("eof").quits
+
+
+def test_a_selection_follows_its_line_until_the_order_is_changed() -> None:
+    assert not press().follows
+    assert press("down").follows
+    assert press("enter", "escape").follows
+    assert not press("down", "up").follows
+    for keys in ("s", "h", ("/", "enter")):
+        moved = press("down", "down", *keys)
+        assert (moved.selected, moved.follows) == (0, False)
+
+
+def test_a_new_filter_ends_a_pause() -> None:
+    assert not press(" ", "/", *"port 22", "enter").paused
+    assert press(" ", "/", *"port 22", "escape").paused
 
 
 def test_a_filter_is_typed_in_place() -> None:
@@ -144,4 +205,5 @@ def test_the_options_are_those_of_the_table() -> None:
 
 def test_bytes_of_the_terminal_are_keys() -> None:
     assert _parsed("s\x1b[A\x1bOBq\r\x7f\x1b") == ["s", "up", "down", "q", "enter", "backspace", "escape"]
+    assert _parsed("\x1a") == ["suspend"]
     assert _parsed("\x1b[15~x\x1b[1;5Cy\x1b[") == ["x", "y"]

@@ -9,10 +9,11 @@ from producer.encode.batch import BatchEncoder
 from producer.events import RETRANSMITS, Batch
 from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
+from producer.view.terminal import _ENTER, _LEAVE
 from tests.support.encoding import OFFSET_NS, messages
 from tests.support.mock_topics import Cluster
 from tests.support.pty_command import PtyCommand
-from tests.support.rebpf import command, repeating
+from tests.support.rebpf import command, repeating, wait_until
 from tests.support.views import retransmits
 
 PEERS = ("10.2.0.7", "10.2.0.8")
@@ -68,3 +69,24 @@ def test_a_wrong_filter_is_shown_under_its_place_and_without_colors() -> None:
         assert "\x1b[1;31m" not in top.output
         top.press("\x03")
         assert top.wait() == 0
+
+
+def test_the_screen_follows_the_size_of_the_terminal_and_the_shell() -> None:
+    with fleet(80, 24) as top:
+        top.resize(120, 30)
+        top.wait_for(lambda screen: len(screen) == 30 and "FLOWS" in screen[2], "the new size")
+        top.press("q")
+        assert top.wait() == 0
+
+
+def test_ctrl_z_gives_the_terminal_back_to_the_shell() -> None:
+    """Nothing stops here, since the terminal has no shell to continue it: the screen is left, and taken again."""
+    with fleet(80, 24) as top:
+        assert not top.echoes()
+        top.press("\x1a")
+        wait_until("the screen again", lambda: top.screen() and top.output.count(_ENTER) == 2)
+        assert top.output.index(_LEAVE) < top.output.rindex(_ENTER)
+        top.wait_for(lambda screen: screen[3].startswith(f">{PEERS[0]} "), "peers")
+        top.press("q")
+        assert top.wait() == 0
+        assert top.echoes()

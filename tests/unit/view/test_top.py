@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.commands.top import once
+from producer.commands.top import Top, once
 from producer.config.load import Registry
 from producer.consume.follow import Start
 from producer.encode.batch import BatchEncoder
@@ -70,6 +70,84 @@ def test_a_fleet_is_read_from_the_topics(cluster: Cluster, capsys: pytest.Captur
     assert (found["lost"], found["kernel_retrans_segs"]) == (1, None)
     chosen = shown(cluster, capsys, Choice(by="host", filter_text="host web-*"))
     assert {line["name"] for line in chosen["lines"]} == {"web-1", "web-2"}
+
+
+def several(cluster: Cluster, segs: dict[str, int]) -> None:
+    """Add retransmissions towards peers."""
+    rows = [{"cause": "rto", "daddr": peer, "sk_cookie": int(peer[-1]), "segs": n} for peer, n in segs.items()]
+    put(cluster, RETRANSMITS, "web-1", retransmits(*rows))
+
+
+def after(top: Top, *keys: str, height: int = 24) -> Frame:
+    """Return what is shown after keys."""
+    for key in keys:
+        top.press(key)
+    return top.frame(height)
+
+
+def read_all(top: Top, retransmitted: int) -> None:
+    """Read until so many segments have been seen."""
+    while sum(sum(line.causes.values()) for line in top.table(50).lines) < retransmitted:
+        top.read(report=True)
+
+
+@pytest.fixture
+def view(cluster: Cluster) -> Iterator[Top]:
+    """A view of three peers, the first of them the worst."""
+    several(cluster, {"10.2.0.1": 9, "10.2.0.2": 8, "10.2.0.3": 1})
+    stop = threading.Event()
+    with source(cluster, stop) as opened:
+        top = Top(opened, Choice(), 60.0, "fleet")
+        read_all(top, 18)
+        yield top
+
+
+def names(shown: Frame) -> list[str]:
+    return [line.name[-1] for line in shown.table.lines]
+
+
+def test_the_selection_and_its_details_stay_with_their_peer(cluster: Cluster, view: Top) -> None:
+    shown = after(view, "down", "enter")
+    assert (names(shown), shown.name) == (["1", "2", "3"], "10.2.0.2")
+    several(cluster, {"10.2.0.3": 50})
+    read_all(view, 68)
+    shown = after(view)
+    assert (names(shown), shown.name, shown.selected) == (["3", "1", "2"], "10.2.0.2", 2)
+    assert shown.details is not None
+    assert [detail.retransmitted for detail in shown.details] == [8]
+    assert after(view, "escape", "up").name == "10.2.0.1"
+    assert after(view, "s").selected == 0, "a new order begins with its first line"
+
+
+def test_keys_act_on_what_was_shown_and_not_on_what_has_arrived_since(cluster: Cluster, view: Top) -> None:
+    assert after(view).name == "10.2.0.1"
+    several(cluster, {"10.2.0.3": 50})
+    read_all(view, 68)
+    assert after(view, "enter").name == "10.2.0.1"
+
+
+def test_without_a_selection_the_first_line_is_the_worst_peer(cluster: Cluster, view: Top) -> None:
+    assert after(view).name == "10.2.0.1"
+    several(cluster, {"10.2.0.3": 50})
+    read_all(view, 68)
+    assert after(view).name == "10.2.0.3"
+
+
+def test_a_paused_table_stands_still_and_can_be_sorted(cluster: Cluster, view: Top) -> None:
+    after(view)
+    before = after(view, " ", "down")
+    several(cluster, {"10.2.0.3": 50})
+    read_all(view, 68)
+    shown = after(view)
+    assert (shown.table, shown.paused) == (before.table, True)
+    resorted = after(view, *"ssssss")
+    assert (resorted.sort, names(resorted)) == ("name", ["1", "2", "3"])
+    assert names(after(view, "s", " ")) == ["3", "1", "2"]
+
+
+def test_there_are_lines_beyond_the_screen(cluster: Cluster, view: Top) -> None:
+    shown = after(view, "down", "down", height=1)
+    assert (shown.name, names(shown)) == ("10.2.0.3", ["1", "2", "3"])
 
 
 odd = st.one_of(st.none(), st.integers(-(1 << 63), (1 << 63) - 1))
