@@ -8,12 +8,8 @@ from types import TracebackType
 from typing import Self
 
 from producer.events import HEARTBEATS, STREAMS
-from tests.support.servers import fetch
+from tests.bench.jmx import Jmx
 from tests.support.servers.kafka import KafkaServer
-from tests.support.servers.process import free_port
-
-_REQUESTS = "kafka.network:type=RequestMetrics,name=RequestsPerSec,request=Produce,*"
-_LOCAL = ("authenticate=false", "ssl=false", "host=127.0.0.1")
 
 
 class Broker:
@@ -21,12 +17,10 @@ class Broker:
 
     def __init__(self, kafka: KafkaServer, partitions: int) -> None:
         self._kafka = kafka
-        self._jmx_port = free_port()
         self._requests = self._stored_bytes = 0
         for stream in (*STREAMS, HEARTBEATS):
             kafka.create_topic(stream.topic, partitions)
-        jmx = ["jcmd", str(kafka.pid), "ManagementAgent.start", f"jmxremote.port={self._jmx_port}"]
-        subprocess.run([*jmx, *(f"jmxremote.{each}" for each in _LOCAL)], check=True, capture_output=True)
+        self._jmx = Jmx(kafka.pid)
 
     def __enter__(self) -> Self:
         reader = [sys.executable, "-m", "tests.bench.reader", self._kafka.bootstrap]
@@ -47,7 +41,7 @@ class Broker:
 
     def work(self) -> tuple[int, int]:
         """Return the produce requests served and the bytes of events stored since the last call."""
-        requests, stored_bytes = self._count_requests(), self._count_bytes()
+        requests, stored_bytes = self._jmx.requests("Produce")["Produce"], self._count_bytes()
         done = requests - self._requests, stored_bytes - self._stored_bytes
         self._requests, self._stored_bytes = requests, stored_bytes
         return done
@@ -60,16 +54,6 @@ class Broker:
         self._reader.stdin.flush()
         ages: dict[str, Sequence[float]] = json.loads(self._reader.stdout.readline())
         return ages
-
-    def _count_requests(self) -> int:
-        url = f"service:jmx:rmi:///jndi/rmi://127.0.0.1:{self._jmx_port}/jmxrmi"
-        tool = ["java", "-XX:TieredStopAtLevel=1", "-cp", f"{fetch.kafka()}/*", "org.apache.kafka.tools.JmxTool"]
-        options = ["--jmx-url", url, "--one-time", "--report-format", "properties", "--attributes", "Count"]
-        done = subprocess.run([*tool, *options, "--object-name", _REQUESTS], capture_output=True, text=True)
-        if done.returncode and "No matched attributes" not in done.stderr:  # none yet
-            raise RuntimeError(f"JmxTool: {done.stderr}")
-        counts = (line.rpartition("=")[2] for line in done.stdout.splitlines() if ":Count=" in line)
-        return sum(map(int, counts))
 
     def _count_bytes(self) -> int:
         data = self._kafka.folder / "data"

@@ -1,5 +1,6 @@
 """A real Kafka cluster of three brokers on 127.0.0.1. Two can fail; the third is also the controller."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -35,10 +36,10 @@ class Broker(KafkaServer):
 
 
 class KafkaCluster:
-    """Three nodes; the first is the only controller and must stay up."""
+    """Three nodes; the first is the only controller, with `settings` of its own, and must stay up."""
 
-    def __init__(self, folder: Path, *, num_partitions: int = 6) -> None:
-        self.controller = KafkaServer(folder / "1", num_partitions=num_partitions, heap_mb=HEAP_MB)
+    def __init__(self, folder: Path, *, num_partitions: int = 6, settings: Mapping[str, str] | None = None) -> None:
+        self.controller = KafkaServer(folder / "1", num_partitions=num_partitions, settings=settings, heap_mb=HEAP_MB)
         self.brokers = [Broker(folder / str(each), each, self.controller, num_partitions) for each in (2, 3)]
         self.nodes = {node.node_id: node for node in (self.controller, *self.brokers)}
 
