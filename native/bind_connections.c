@@ -1,5 +1,6 @@
 #include "binding.h"
 #include "connections.h"
+#include "tcp_counts.h"
 
 #include <string.h>
 
@@ -7,7 +8,12 @@ enum {
 	SLOTS,
 	ENTRIES,
 	IS_WIDE,
-	BUFFERS
+	BUFFERS,
+	FLOW_ROWS = BUFFERS,
+	ERRORS,
+	SRTT_BOUNDS,
+	COUNTS,
+	FLOW_BUFFERS
 };
 
 /* Open a table's buffers, and check that they fit; false with an exception set if not. */
@@ -87,9 +93,54 @@ done:
 	return result;
 }
 
+static bool check_flow_buffers(const struct connections *table, const Py_buffer *views)
+{
+	const uint8_t *errors = views[ERRORS].buf;
+
+	if (table->counters != TCP_COUNTERS || views[ERRORS].len != TCP_ERROR_NUMBERS ||
+	    views[SRTT_BOUNDS].len != TCP_SRTT_BOUNDS * sizeof(int64_t) ||
+	    views[COUNTS].len != sizeof(struct tcp_counts)) {
+		PyErr_SetString(PyExc_ValueError, "counters, errors, bounds or counts of another size");
+		return false;
+	}
+	for (size_t i = 0; i < TCP_ERROR_NUMBERS; i++)
+		if (errors[i] >= TCP_ERRORS) {
+			PyErr_Format(PyExc_ValueError, "error %zu has no place among %d", i, TCP_ERRORS);
+			return false;
+		}
+	return true;
+}
+
+/* count_flows(slots, entries, is_wide, count, floor_ns, seed, rows, errors, srtt_bounds_us, counts) */
+static PyObject *count_flows(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+	Py_buffer views[FLOW_BUFFERS] = { 0 };
+	struct connections table;
+	PyObject *result = NULL;
+	struct rows rows;
+
+	(void)module;
+	if (count != 10)
+		return PyErr_Format(PyExc_TypeError, "count_flows() takes 10 arguments, not %zd", count);
+	if (open_table(args, views, &table) &&
+	    open_rows(args[6], sizeof(struct flow_event), &views[FLOW_ROWS], &rows) &&
+	    open_buffer(args[7], &views[ERRORS], PyBUF_SIMPLE, 1, "errors") &&
+	    open_buffer(args[8], &views[SRTT_BOUNDS], PyBUF_SIMPLE, sizeof(int64_t), "srtt_bounds_us") &&
+	    open_buffer(args[9], &views[COUNTS], PyBUF_WRITABLE, sizeof(int64_t), "counts") &&
+	    check_flow_buffers(&table, views)) {
+		struct tcp_groups groups = { views[ERRORS].buf, views[SRTT_BOUNDS].buf };
+
+		tcp_count_flows(&table, rows, &groups, views[COUNTS].buf);
+		result = PyLong_FromSize_t(table.count);
+	}
+	close_buffers(views, FLOW_BUFFERS);
+	return result;
+}
+
 static PyMethodDef functions[] = {
 	{ "index_connections", (PyCFunction)(void (*)(void))index_connections, METH_FASTCALL, NULL },
 	{ "add_connections", (PyCFunction)(void (*)(void))add_connections, METH_FASTCALL, NULL },
+	{ "count_flows", (PyCFunction)(void (*)(void))count_flows, METH_FASTCALL, NULL },
 	{ NULL, NULL, 0, NULL },
 };
 

@@ -90,24 +90,6 @@ static void free_encoder(PyObject *self)
 	Py_DECREF(type);
 }
 
-/* Open an array of rows, which may lie apart, as those of a ring do. */
-static bool open_rows(PyObject *self, PyObject *object, Py_buffer *view, struct rows *rows)
-{
-	size_t row_size = encoder_row_size(encoder_of(self));
-
-	if (PyObject_GetBuffer(object, view, PyBUF_STRIDED_RO) < 0)
-		return false;
-	if (view->ndim != 1 || !view->shape || (size_t)view->itemsize != row_size) {
-		PyErr_Format(PyExc_ValueError, "rows: one dimension of %zu bytes expected, not %d of %zd", row_size,
-			     view->ndim, view->itemsize);
-		PyBuffer_Release(view);
-		return false;
-	}
-	/* ctypes leaves out the strides of a contiguous array. */
-	*rows = (struct rows){ view->buf, (size_t)view->shape[0], view->strides ? view->strides[0] : view->itemsize };
-	return true;
-}
-
 /* bound(rows) */
 static PyObject *bound(PyObject *self, PyObject *argument)
 {
@@ -125,7 +107,7 @@ static PyObject *missing(PyObject *self, PyObject *argument)
 	struct rows rows;
 	Py_buffer view;
 
-	if (!open_rows(self, argument, &view, &rows))
+	if (!open_rows(argument, encoder_row_size(encoder_of(self)), &view, &rows))
 		return NULL;
 	size_t count = encoder_missing(encoder_of(self), rows, ids, MAX_MISSING);
 	PyBuffer_Release(&view);
@@ -201,7 +183,7 @@ static PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t count)
 	int64_t utc_offset = PyLong_AsLongLong(args[1]);
 	if (utc_offset == -1 && PyErr_Occurred())
 		return NULL;
-	if (!open_rows(self, args[0], &view, &rows))
+	if (!open_rows(args[0], encoder_row_size(encoder_of(self)), &view, &rows))
 		return NULL;
 	if (open_buffer(args[2], &views[0], PyBUF_WRITABLE, 1, "out") &&
 	    open_buffer(args[3], &views[1], PyBUF_WRITABLE, sizeof(int64_t), "spans"))

@@ -30,10 +30,10 @@ def build(*flags: str) -> Path:
     compiler = shlex.split(os.environ.get("CC", "gcc"))
     chosen = [*_FLAGS, *flags, *shlex.split(os.environ.get("CFLAGS", ""))]
     chosen += [] if "-g" in chosen else ["-s"]
+    includes = [f"-I{include}", f"-I{HERE.parent / 'bpf'}"]  # for events.h
     try:
-        subprocess.run(
-            [*compiler, *chosen, f"-I{include}", *sorted(map(str, HERE.glob("*.c"))), "-o", str(unfinished)], check=True
-        )
+        sources = sorted(map(str, HERE.glob("*.c")))
+        subprocess.run([*compiler, *chosen, *includes, *sources, "-o", str(unfinished)], check=True)
         unfinished.chmod(0o755)  # whatever the umask: other users load it too
         unfinished.replace(MODULE)
     except FileNotFoundError:

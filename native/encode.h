@@ -14,6 +14,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "rows.h"
+
 enum step_kind {
 	STEP_CONSTANT, /* the string `first`, as it is */
 	STEP_INTEGER, /* int or long: (row[offset] + offset to UTC if `utc`) / divisor */
@@ -50,12 +52,6 @@ _Static_assert(sizeof(struct step) == 48, "producer/encode/plan.py packs another
 struct bytes {
 	const uint8_t *data;
 	size_t length;
-};
-
-struct rows {
-	const uint8_t *data;
-	size_t count;
-	ptrdiff_t stride;
 };
 
 struct encoder;

@@ -13,6 +13,21 @@ bool open_buffer(PyObject *object, Py_buffer *view, int flags, size_t item_size,
 	return false;
 }
 
+bool open_rows(PyObject *object, size_t row_size, Py_buffer *view, struct rows *rows)
+{
+	if (PyObject_GetBuffer(object, view, PyBUF_STRIDED_RO) < 0)
+		return false;
+	if (view->ndim != 1 || !view->shape || (size_t)view->itemsize != row_size) {
+		PyErr_Format(PyExc_ValueError, "rows: one dimension of %zu bytes expected, not %d of %zd", row_size,
+			     view->ndim, view->itemsize);
+		PyBuffer_Release(view);
+		return false;
+	}
+	/* ctypes leaves out the strides of a contiguous array. */
+	*rows = (struct rows){ view->buf, (size_t)view->shape[0], view->strides ? view->strides[0] : view->itemsize };
+	return true;
+}
+
 void close_buffers(Py_buffer *views, size_t count)
 {
 	for (size_t i = 0; i < count; i++)

@@ -88,6 +88,25 @@ def add_connections(
 ) -> int:
     """Take records (int64), set their results, and return how many connections the table then has."""
 
+def count_flows(
+    slots: _Array,
+    entries: _Array,
+    is_wide: bytes,
+    count: int,
+    floor_ns: int,
+    seed: int,
+    rows: _Array,
+    errors: _Array,
+    srtt_bounds_us: _Array,
+    counts: _Array,
+    /,
+) -> int:
+    """Take rows of the flow stream, add what they count to `counts`, and return how many connections the table has.
+
+    `errors` (uint8) and `srtt_bounds_us` (int64) are struct tcp_groups, and `counts` struct tcp_counts, of
+    native/tcp_counts.h. Raises ValueError for sizes other than there.
+    """
+
 MAX_IDS: int
 """How many ids an Encoder remembers."""
 

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer import _native
-from producer.events import FLOWS
+from producer.events import FLOWS, Rows
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+Bytes = NDArray[np.uint8]
 
 _SEED = int.from_bytes(os.urandom(8))
 """Makes hashes unpredictable: a writer must not be able to make keys collide."""
@@ -114,6 +115,14 @@ class Connections:
             results[:, 2],
             *(outcomes & each != 0 for each in (_FRESH, _OPENED, _CLOSED)),
         )
+
+    def count_flows(self, rows: Rows, errors: Bytes, srtt_bounds_us: Ints, counts: NDArray[np.void]) -> None:
+        """Take rows of the flow stream, and add to `counts` what they count: see native/tcp_counts.h.
+
+        The counters are segments sent and retransmissions by cause.
+        """
+        self._reserve(len(rows))
+        self._count = _native.count_flows(*self._table(), rows, errors, srtt_bounds_us, counts)
 
     def forget(self, closed_ns: int = _MOST_NS, open_ns: int = 0) -> int:
         """Drop connections that closed before `closed_ns`, and others without a record since `open_ns`.

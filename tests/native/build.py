@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests/native"
 PURE = [path for path in (ROOT / "native").glob("*.c") if path.name != "module.c" and not path.name.startswith("bind_")]
-SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{ROOT / 'native'}")
+INCLUDE = (f"-I{ROOT / 'native'}", f"-I{ROOT / 'bpf'}")
+SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *INCLUDE)
 
 
 def run(*command: str | Path) -> str:

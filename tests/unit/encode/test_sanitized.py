@@ -13,7 +13,7 @@ RUNS = 10_000
 """Some seconds."""
 
 
-@pytest.mark.parametrize("target", ["decode", "encode"])
+@pytest.mark.parametrize("target", ["decode", "encode", "tcp"])
 def test_no_input_breaks_it(target: str, tmp_path: Path) -> None:
     corpus = TESTS / "corpus" / target
     assert shutil.which("gcc"), "no gcc: scripts/setup --tests installs it"

@@ -10,17 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from producer.events import CAUSES, FLOWS, KNOWN, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS, Rows
 from producer.health.tcp import ERRORS, TcpMetrics
+from tests.support.samples import Samples, samples
 
 SECOND_NS = 10**9
 SINCE_NS = 1000 * SECOND_NS
 """The start of the run."""
-Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def record(cookie: int, segs_out: int = 0, *, at_s: float = 1001.0, start_s: float = 1000.5, **fields: Any) -> Rows:
@@ -42,15 +39,6 @@ def closing(cookie: int, segs_out: int = 0, **fields: Any) -> Rows:
 def failing(cookie: int, error: int, state: str = "SYN_SENT") -> Rows:
     known = KNOWN["tcp"] | (KNOWN["error"] if error else 0)
     return closing(cookie, 1, error=error, known=known, state=STATES.index(state))
-
-
-def samples(metrics: TcpMetrics) -> Samples:
-    """Return what Prometheus reads, by its strict parser."""
-    registry = CollectorRegistry()
-    registry.register(metrics)
-    generate_latest(registry)
-    families = text_string_to_metric_families(generate_openmetrics(registry).decode())
-    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
 
 
 def value(found: Samples, name: str, **labels: str) -> float:
