@@ -216,10 +216,17 @@ def judged(first: Record | None, last: Record | None) -> tuple[str | None, int |
     if last is None or last["busy_time_us"] is None or last["srtt_us"] is None:
         return None, None
     base = first if first is not last else None
+    if base and last["start_ns"] is not None and last["start_ns"] > base["ts_ns"]:
+        base = None  # the socket connected again
     start = base["ts_ns"] if base else last["start_ns"]
     if start is None or last["ts_ns"] <= start:
         return None, None
-    counters = {name: np.array([last[name] - ((base or {}).get(name) or 0)]) for name in _COUNTERS}
+    counters = {name: np.array([_growth(name, last[name], (base or {}).get(name) or 0)]) for name in _COUNTERS}
     gauges = {name: np.array([last[name] or 0]) for name in _GAUGES}
     interval = Interval(np.array([(last["ts_ns"] - start) // 1000]), **counters, **gauges)
     return LIMITS[limits(interval)[0]], int(spurious(interval)[0])
+
+
+def _growth(name: str, now: int, before: int) -> int:
+    """Return by how much a counter of the kernel has grown: one of 32 bits may have wrapped."""
+    return (now - before) % (1 << 32) if FLOWS.dtype[name].itemsize == 4 else max(0, now - before)

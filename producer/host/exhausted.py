@@ -1,6 +1,8 @@
 """Limits on memory, processes and file descriptors, which any call can reach: they are no defects of the program."""
 
+import contextlib
 import errno
+import os
 import threading
 
 from producer.errors import UnavailableError
@@ -38,3 +40,13 @@ def check_threads() -> None:
         done.set()
     for thread in threads:
         thread.join()
+
+
+def check_descriptors(count: int) -> None:
+    """Raise UnavailableError if there are not this many free descriptors."""
+    with contextlib.ExitStack() as stack:
+        try:
+            for _ in range(count):
+                stack.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise UnavailableError(exhausted(error) or str(error)) from error

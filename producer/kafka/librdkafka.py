@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from producer import _native
 from producer.config.convert import nearest
+from producer.config.librdkafka import EMBEDDED
 from producer.errors import ConfigError, UnavailableError
-from producer.host.exhausted import check_threads
+from producer.host.exhausted import check_descriptors, check_threads
 
 # struct rd_kafka_message_s
 MESSAGE = np.dtype(
@@ -35,6 +36,8 @@ _PRODUCER = 0
 _CONF_OK, _CONF_UNKNOWN = 0, -2
 _PURGE_QUEUE, _PURGE_INFLIGHT = 1, 2
 _ERROR_BYTES = 512
+_MOCK_DESCRIPTORS = 16
+"""Enough for the client and its mock cluster; with two, librdkafka aborts the process, and up to ten do not connect."""
 
 SocketCallback = CFUNCTYPE(c_int, c_int, c_int, c_int, c_void_p)
 """int (domain, type, protocol, opaque): opens a socket and returns its descriptor. Called from librdkafka's threads."""
@@ -174,6 +177,8 @@ class Producer:
 
     def __init__(self, settings: Mapping[str, str], open_socket: "ctypes._FuncPointer | None" = None) -> None:
         check_threads()
+        if EMBEDDED.keys() <= settings.keys():
+            check_descriptors(_MOCK_DESCRIPTORS)
         text = ctypes.create_string_buffer(_ERROR_BYTES)
         conf = _lib.rd_kafka_conf_new()
         for name, value in {**settings, "log.queue": "true"}.items():

@@ -3,6 +3,7 @@
 import errno
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,36 @@ def test_a_host_without_threads_is_named(tmp_path: Path, words: str) -> None:
     done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (69, "")
     assert done.stderr == "rebpf: the limit on processes and threads: raise TasksMax= of the unit, or ulimit -u\n"
+
+
+EMBEDDED = """
+import os, resource, sys
+from producer.config.librdkafka import client_settings
+from producer.errors import UnavailableError
+from producer.kafka.librdkafka import Producer
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+taken = []
+try:
+    while True:
+        taken.append(os.dup(0))
+except OSError:
+    pass
+for _ in range(int(sys.argv[1])):
+    os.close(taken.pop())
+try:
+    Producer(client_settings(None, {})).close()
+    print("started")
+except UnavailableError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("free", [0, 1, 2, 3, 10, 15, 16, 20])
+def test_the_embedded_broker_names_a_lack_of_descriptors_and_aborts_nothing(free: int) -> None:
+    done = subprocess.run([sys.executable, "-c", EMBEDDED, str(free)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    few = "the limit on file descriptors: raise LimitNOFILE= of the unit, or ulimit -n"
+    assert done.stdout == f"{few if free < 16 else 'started'}\n"
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,20 @@ def test_what_limits_a_connection_is_judged_between_two_records_or_since_its_sta
     assert judged(first, {**last, "busy_time_us": None}) == (None, None)
 
 
+@pytest.mark.parametrize("name", ["data_segs_out", "total_retrans", "dsack_dups"])
+def test_counters_of_32_bits_may_wrap_between_two_records(name: str) -> None:
+    first, last = CONNECTIONS.rows()
+    most = (1 << 32) - 1
+    wrapped = {**last, name: (last[name] + most) % (1 << 32)}
+    assert judged({**first, name: (first[name] + most) % (1 << 32)}, wrapped) == judged(first, last)
+
+
+def test_a_socket_that_connects_again_is_judged_since_then() -> None:
+    first, last = CONNECTIONS.rows()
+    again = {**last, "start_ns": first["ts_ns"] + 1}
+    assert judged({**first, "total_retrans": 1 << 20, "dsack_dups": 1 << 20}, again) == judged(None, again)
+
+
 def test_the_summary_shows_the_worst_flow_first() -> None:
     summary = Summary()
     summary.add(RETRANSMITS, SEGMENTS.rows())
