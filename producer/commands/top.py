@@ -10,11 +10,11 @@ from typing import Any, Protocol, Self
 
 from producer.host.output import echo
 from producer.host.signals import Flag
-from producer.host.tcp_counters import parse_counters
 from producer.host.text import lines as as_lines
 from producer.host.text import to_json
 from producer.view.filter import parse
 from producer.view.flows import HISTORY_S, Flows
+from producer.view.kernel_count import KernelCount
 from producer.view.keys import Choice
 from producer.view.records import Records
 from producer.view.screen import Frame, Look, render
@@ -59,23 +59,36 @@ class Top:
         self.choice = choice
         self._filter = parse(choice.filter_text)
         self._netns = Path("/proc/self/ns/net").stat().st_ino if source.is_local else 0
-        self._flows = Flows(time.time_ns(), self._netns)
-        self._kernel_start = self._retrans_segs()
         self._forgot_s = time.monotonic()
-        self._reads_s = deque([self._forgot_s])
-        """When records were read: the start of the current window, and later."""
         self._frame: Frame | None = None
+        self._begin()
         for records in source.earlier():
             # As old as what rates no longer cover.
             self._flows.add(records.select(self._filter(records)), self._forgot_s - HISTORY_S)
 
+    def _begin(self) -> None:
+        """Start to count."""
+        self._flows = Flows(time.time_ns(), self._netns)
+        self._now_s = time.monotonic()
+        self._reads_s = deque([self._now_s])  # the start of the current window, and later reads
+        self._kernel = KernelCount()
+        if self._source.is_local:
+            self._kernel.begin(self._take_in)
+
+    def _take_in(self) -> int:
+        """Take the new records in; return the segments seen so far in this network namespace."""
+        for records in self._source.read():
+            self._flows.add(records.select(self._filter(records)), self._now_s)
+        return self._flows.in_netns
+
     def read(self, *, report: bool) -> None:
         """Take the new records in."""
+        now = self._now_s = time.monotonic()
+        if self._source.is_local:
+            self._kernel.update(self._take_in)
         if report:
             self._source.report()
-        now = time.monotonic()
-        for records in self._source.read():
-            self._flows.add(records.select(self._filter(records)), now)
+        self._take_in()
         self._reads_s.append(now)
         while len(self._reads_s) > 1 and self._reads_s[1] <= now - self._window_s:
             self._reads_s.popleft()
@@ -88,9 +101,7 @@ class Top:
         before, self.choice = self.choice, self.choice.after(key)
         if self.choice.filter_text != before.filter_text:
             self._filter = parse(self.choice.filter_text)
-            self._flows = Flows(time.time_ns(), self._netns)
-            self._kernel_start = self._retrans_segs()
-            self._reads_s = deque([time.monotonic()])
+            self._begin()
 
     def _covered_s(self) -> float:
         """Return the time that rates cover: from one read to another, at least the window once that has passed."""
@@ -119,24 +130,19 @@ class Top:
             message = f"/{choice.typed}\n {choice.error.split(chr(10))[1]}\n{choice.error.split(chr(10))[0]}"
         self._frame = Frame(
             found, choice.by, choice.sort, choice.filter_text, self._name, selected, choice.paused, message, rows,
-            self._kernel(), self._source.lost(),
+            self._counts(), self._source.lost(),
         )  # fmt: skip
         return self._frame
 
-    def _kernel(self) -> tuple[int, int] | None:
+    def _counts(self) -> tuple[int, int] | None:
         """Return the kernel's count and ours; with a filter, they differ by design."""
         if not self._source.is_local or self.choice.filter_text:
             return None
-        return self._retrans_segs() - self._kernel_start, self._flows.in_netns
-
-    def _retrans_segs(self) -> int:
-        if not self._source.is_local:
-            return 0
-        return parse_counters(Path("/proc/self/net/snmp").read_text())["RetransSegs"]
+        return self._kernel.counted, self._kernel.seen
 
     def as_dict(self) -> dict[str, Any]:
         """Return the table for JSON output."""
-        found, kernel = self.table(_MAX_LINES), self._kernel()
+        found, kernel = self.table(_MAX_LINES), self._counts()
         return {
             "by": self.choice.by,
             "window_s": round(self._covered_s(), 6),
