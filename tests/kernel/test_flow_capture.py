@@ -32,7 +32,7 @@ class Side:
 
     @property
     def repeats(self) -> bool:
-        """Whether something was sent again: without loss, the machine stood still."""
+        """Whether something was retransmitted: without loss, the machine stood still."""
         return any(again for _, again in self.sent)
 
     def time_sent(self, tcp_flags: int) -> int:
