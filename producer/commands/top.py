@@ -11,11 +11,11 @@ from typing import Any, Protocol, Self
 from producer.host.output import echo
 from producer.host.progress import Progress
 from producer.host.signals import Flag
-from producer.host.tcp_counters import parse_counters
 from producer.host.text import lines as as_lines
 from producer.host.text import to_json
 from producer.view.filter import parse
 from producer.view.flows import HISTORY_S, Flows
+from producer.view.kernel_count import KernelCount
 from producer.view.keys import Choice
 from producer.view.records import Records
 from producer.view.screen import Frame, Look, render
@@ -60,25 +60,38 @@ class Top:
         self.choice = choice
         self._filter = parse(choice.filter_text)
         self._netns = Path("/proc/self/ns/net").stat().st_ino if source.is_local else 0
-        self._flows = Flows(time.time_ns(), self._netns)
-        self._kernel_start = self._retrans_segs()
         self._forgot_s = time.monotonic()
-        self._reads_s = deque([self._forgot_s])
-        """When records were read: the start of the current window, and later."""
         self._frame: Frame | None = None
         self._followed: str | None = None
         """The name of the selected line, while the selection follows it."""
+        self._begin()
         for records in source.earlier():
             # As old as what rates no longer cover.
             self._flows.add(records.select(self._filter(records)), self._forgot_s - HISTORY_S)
 
+    def _begin(self) -> None:
+        """Start to count."""
+        self._flows = Flows(time.time_ns(), self._netns)
+        self._now_s = time.monotonic()
+        self._reads_s = deque([self._now_s])  # the start of the current window, and later reads
+        self._kernel = KernelCount()
+        if self._source.is_local:
+            self._kernel.begin(self._take_in)
+
+    def _take_in(self) -> int:
+        """Take the new records in; return the segments seen so far in this network namespace."""
+        for records in self._source.read():
+            self._flows.add(records.select(self._filter(records)), self._now_s)
+        return self._flows.in_netns
+
     def read(self, *, report: bool) -> None:
         """Take the new records in."""
+        now = self._now_s = time.monotonic()
+        if self._source.is_local:
+            self._kernel.update(self._take_in)
         if report:
             self._source.report()
-        now = time.monotonic()
-        for records in self._source.read():
-            self._flows.add(records.select(self._filter(records)), now)
+        self._take_in()
         self._reads_s.append(now)
         while len(self._reads_s) > 1 and self._reads_s[1] <= now - self._window_s:
             self._reads_s.popleft()
@@ -95,9 +108,7 @@ class Top:
             self._frame = None  # for a frame with more lines than the screen
         if self.choice.filter_text != before.filter_text:
             self._filter = parse(self.choice.filter_text)
-            self._flows = Flows(time.time_ns(), self._netns)
-            self._kernel_start = self._retrans_segs()
-            self._reads_s = deque([time.monotonic()])
+            self._begin()
 
     def _covered_s(self) -> float:
         """Return the time that rates cover: from one read to another, at least the window once that has passed."""
@@ -114,7 +125,7 @@ class Top:
             found, kernel, lost, covered_s = before.table, before.kernel, before.lost, before.window_s
         else:
             found = self.table(_MAX_LINES if self.choice.paused else height + self.choice.selected)
-            before, kernel, lost, covered_s = None, self._kernel(), self._source.lost(), self._covered_s()
+            before, kernel, lost, covered_s = None, self._counts(), self._source.lost(), self._covered_s()
         name = self._select(found)
         choice, rows = self.choice, None
         if choice.has_details and name:
@@ -147,20 +158,15 @@ class Top:
             self._followed = name
         return name
 
-    def _kernel(self) -> tuple[int, int] | None:
+    def _counts(self) -> tuple[int, int] | None:
         """Return the kernel's count and ours; with a filter, they differ by design."""
         if not self._source.is_local or self.choice.filter_text:
             return None
-        return self._retrans_segs() - self._kernel_start, self._flows.in_netns
-
-    def _retrans_segs(self) -> int:
-        if not self._source.is_local:
-            return 0
-        return parse_counters(Path("/proc/self/net/snmp").read_text())["RetransSegs"]
+        return self._kernel.counted, self._kernel.seen
 
     def as_dict(self) -> dict[str, Any]:
         """Return the table for JSON output."""
-        found, kernel = self.table(_MAX_LINES), self._kernel()
+        found, kernel = self.table(_MAX_LINES), self._counts()
         return {
             "by": self.choice.by,
             "window_s": round(self._covered_s(), 6),

@@ -1,6 +1,7 @@
 """`rebpf trace`: print this host's retransmissions and failed connections as they happen, without Kafka."""
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from producer.view.limits import LIMITS, Interval, limits, spurious
 from producer.view.line import Lines, Record, flow_key, is_event, who
 from producer.view.local import LocalSource
 from producer.view.records import Records
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _MAX_FLOWS = 16_384
@@ -49,6 +52,8 @@ def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
             stop.wait(_POLL_S)
         source.report()
         yield source.read()
+        if lost := source.lost():
+            logger.warning("trace: events are missing lost=%d", lost)
 
 
 class Span(NamedTuple):

@@ -23,6 +23,7 @@ from producer.kernel.capture import Capture
 from producer.kernel.settings import CaptureSettings
 from producer.schemas import load_schema
 from producer.view.records import Records, of_table
+from producer.view.unseen import Unseen
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class LocalSource:
         }
         self._decoder = Decoder(None, {stream.fixed_schema_id: schema for stream, schema in schemas.items()})
         self._utc_offset = UtcOffset()
+        self._unseen = Unseen()
+        self._reports = 0
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -86,6 +89,8 @@ class LocalSource:
         found = []
         for stream, ring in self._rings.items():
             while len(rows := ring.read(_BATCH)):
+                if stream == FLOWS:
+                    self._unseen.add(rows, beginning=self._reports <= 1)
                 encoded = self._encoders[stream].encode(Batch(stream, rows), self._utc_offset())
                 ring.commit(ring.position)
                 parts, _ = self._decoder.tables(_values(encoded), self._names)
@@ -95,15 +100,18 @@ class LocalSource:
     def report(self) -> None:
         """Ask the kernel for a record of each open connection."""
         if FLOWS in self._streams:
+            self._reports += 1
             self._capture.report_flows()
 
     def lost(self) -> int:
-        """Return the number of events that did not fit a ring, or that the kernel skipped.
+        """Return the number of events that did not fit a ring, or that the kernel skipped, by the last report.
 
-        Programs of connections are attached twice, so a skipped run of one is no loss.
+        Programs of connections are attached twice, so a skipped run of one is no loss. What they miss, the tracepoint's
+        program for retransmissions misses, too, and the kernel may not count it.
         """
         counters = {stream: self._capture.counters(stream) for stream in self._streams}
-        return sum(each.ring_full + (each.nested if stream != FLOWS else 0) for stream, each in counters.items())
+        lost = sum(each.ring_full + (each.nested if stream != FLOWS else 0) for stream, each in counters.items())
+        return lost + (self._unseen.segs if self._capture.hooks_in_use.get("retransmit") == "raw_tp" else 0)
 
 
 def _values(encoded: EncodedBatch) -> list[bytes | None]:

@@ -175,7 +175,7 @@ def setting(host: Host, name: str, value: int) -> Iterator[None]:
 
 
 def test_a_path_that_turns_narrow_makes_smaller_retransmits(capture: Recording, lab: Lab, port: int) -> None:
-    """As by a router: what is too large is dropped, and the sender is told."""
+    """As by a router: what is too large is dropped, with an ICMP message to the sender."""
     wide = f"tcp dport {port} meta length > 600 drop"
     with (
         Trial(capture, lab, port) as trial,

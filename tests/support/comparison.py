@@ -127,7 +127,7 @@ class Trial:
         wire = [self._as_told(packet) for packet in self._wire[host.name]]
         if not self._whole:
             wire = list(_joined(wire, recorded))
-        seen = list(_marked(wire))
+        seen = list(marked(wire))
         invented = _difference(recorded, seen)
         assert not invented, f"events without a packet: {invented[:3]}; packets: {_difference(seen, recorded)[:3]}"
         lacking = _difference(seen, recorded)
@@ -202,7 +202,7 @@ def _sent(rows: Rows, again: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> li
     s = rows["s"]
     columns = (s[name].tolist() for name in ("seq", "ack_seq", "tcp_flags", "payload_len", "segs", "end_seq"))
     flows = (
-        (_text(bytes(flow["saddr"])), int(flow["sport"]), _text(bytes(flow["daddr"])), int(flow["dport"]))
+        (text_of(bytes(flow["saddr"])), int(flow["sport"]), text_of(bytes(flow["daddr"])), int(flow["dport"]))
         for flow in s["flow"]
     )
     return [
@@ -211,7 +211,8 @@ def _sent(rows: Rows, again: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> li
     ]
 
 
-def _text(address: bytes) -> str:
+def text_of(address: bytes) -> str:
+    """Return an address of an event as the capture writes it."""
     parsed = ipaddress.IPv6Address(address)
     return str(parsed.ipv4_mapped or parsed)
 
@@ -229,7 +230,7 @@ def _mark_syn_acks(recorded: Iterable[Sent]) -> list[Sent]:
     return marked
 
 
-def _marked(wire: Iterable[Packet]) -> Iterator[Sent]:
+def marked(wire: Iterable[Packet]) -> Iterator[Sent]:
     """Mark what was sent before, from the capture alone: segments that begin below the end of their flow.
 
     A SYN-ACK after a SYN, when both sides open the connection, is the first one.
