@@ -1,6 +1,6 @@
 """From a rule's sums to alerts, without I/O.
 
-Windows are decided in order. After a fail-over, the windows of `for_s` before the undecided ones are read again, to
+Windows are decided in order. After a failover, the windows of `for_s` before the undecided ones are read again, to
 learn which groups have reached the threshold, but change nothing. Neither do windows up to a group's last alert: what
 was decided but not committed is decided again, and no alert is sent twice.
 """

@@ -149,7 +149,7 @@ def top(
 ) -> None:
     """Show a live table of connections and retransmissions.
 
-    Without --brokers, of this host: needs root, but neither Kafka nor a running producer. Without a terminal, prints
+    Without --brokers, shows this host: needs root, but neither Kafka nor a running producer. Without a terminal, prints
     the table of one window.
     """
     from producer.commands import top as showing

@@ -1,6 +1,6 @@
 """Cgroups: the root of their hierarchy, their paths by id (the inode number of their folder), and their owners by path.
 
-Folders can have any name, so paths are escaped (producer.host.text). A look-up is bounded in time for any number of
+Folders can have any name, so paths are escaped (producer.host.text). A lookup is bounded in time for any number of
 cgroups: a path that is not found in time is unknown for now, and found later.
 """
 
@@ -27,7 +27,7 @@ _MAX_CACHED = 16_384
 _LOOK_S = 0.005
 _ENTRIES_AT_ONCE = 256
 _SHARE = 0.05
-"""Maximum share of the time spent on look-ups."""
+"""Maximum share of the time spent on lookups."""
 
 
 def cgroup2_root(mounts: Path = Path("/proc/self/mounts")) -> Path | None:

@@ -25,7 +25,7 @@ def cgroup_rows(ids: Sequence[int]) -> Any:
 
 
 class NamedPaths:
-    """Cgroups with chosen paths; counts the look-ups."""
+    """Cgroups with chosen paths; counts the lookups."""
 
     def __init__(self, paths: Mapping[int, str]) -> None:
         self.found = 0
