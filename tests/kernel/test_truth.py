@@ -99,8 +99,9 @@ def test_a_lost_syn_and_a_lost_syn_ack(capture: Recording, lab: Lab, port: int) 
     with Trial(capture, lab, port) as trial:
         with rules(lab.server, "prerouting", syn), Pair(lab.client, lab.server, lab.server.ipv6, port) as pair:
             pair.end()
-        assert trial.moved(lab.client, "TCPTimeouts") == 1
-        assert 1 - segs(trial.again(lab.client, "syn")) in trial.may_miss(RETRANSMITS)
+        again = trial.moved(lab.client, "TCPSynRetrans")
+        assert again >= 1  # on a busy machine, the answer may come late, too
+        assert again - segs(trial.again(lab.client, "syn")) in trial.may_miss(RETRANSMITS)
         with rules(lab.client, "prerouting", syn_ack), Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
             pair.end()
     assert len(trial.again(lab.server, "syn_ack")) > 0

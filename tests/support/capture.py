@@ -16,7 +16,7 @@ from producer.demo.lab import Host
 from producer.events import FLOWS, HOOKS, STREAMS, Rows, Stream
 from producer.kernel.capture import Capture
 from producer.kernel.settings import CaptureSettings
-from tests.support.rebpf import COMPILED
+from tests.support.rebpf import COMPILED, PROGRAMS
 
 T = TypeVar("T")
 
@@ -28,9 +28,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def hook_settings(**others: Any) -> CaptureSettings:
-    """Return settings with the hooks under test and the session's program cache."""
-    folder = os.environ.get(COMPILED)
-    return CaptureSettings(**{"hooks": ALLOWED, "cache": Path(folder) if folder else None, **others})
+    """Return settings with the hooks under test, and with compiled programs if there are some."""
+    places = {"cache": os.environ.get(COMPILED), "programs": os.environ.get(PROGRAMS)}
+    found = {name: Path(place) for name, place in places.items() if place}
+    return CaptureSettings(**{"hooks": ALLOWED, **found, **others})
 
 
 def wait_for(condition: Callable[[], T | None], what: str) -> T:

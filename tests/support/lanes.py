@@ -43,7 +43,7 @@ class Lane:
     nice: int = 0
 
 
-_COMMANDS = (
+COMMANDS = (
     "tests/kernel/test_check_and_run.py",
     "tests/kernel/test_demo.py",
     "tests/kernel/test_pictures.py",
@@ -63,10 +63,10 @@ PLANS: Mapping[str, Sequence[Lane]] = {
         Lane("integration", ("tests/integration",), 3000),
         Lane("vm", ("tests/vm",), 3000, nice=5),
         Lane("unit", ("tests/unit", "tests/property", "tests/fuzz", "tests/packaging"), 3000, after=("vm",), nice=5),
-        Lane("commands", _COMMANDS, 3000, after=("unit",), nice=5),
+        Lane("commands", COMMANDS, 3000, after=("unit",), nice=5),
         Lane(
             "kernel",
-            ("tests/kernel", "tests/chaos", *(f"--ignore={path}" for path in _COMMANDS)),
+            ("tests/kernel", "tests/chaos", *(f"--ignore={path}" for path in COMMANDS)),
             1800,
             after=("integration", "commands"),
         ),

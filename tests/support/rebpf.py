@@ -20,6 +20,8 @@ import pytest
 DEADLINE_S = 60.0
 COMPILED = "REBPF_TEST_COMPILED"
 """The variable with the folder of compiled programs that tests of a session share. Compiling takes seconds."""
+PROGRAMS = "REBPF_TEST_PROGRAMS"
+"""The variable with a file of `rebpf compile` for the kernel under test: a machine without KVM compiles for minutes."""
 _READY = re.compile(r" ready brokers=(\S+)")
 
 
