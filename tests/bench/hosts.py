@@ -1,8 +1,8 @@
 """Simulated hosts in one process. Each has the producer's own sink, and sends what a quiet host sends.
 
-python -m tests.bench.hosts BROKERS PREFIX FIRST COUNT SPREAD_S. Prints "ready", starts the hosts at the first line on
-standard input, each at a random time within SPREAD_S, and answers each further line with a Report in JSON. At the end
-of its input it ends like a process that is killed: its sockets close, and no client says goodbye.
+python -m tests.bench.hosts BROKERS PREFIX FIRST COUNT SPREAD_S LATENCY_S. Prints "ready", starts the hosts at the first
+line on standard input, each at a random time within SPREAD_S, and answers each further line with a Report in JSON. At
+the end of its input it ends like a process that is killed: its sockets close, and no client says goodbye.
 
 Not simulated: the spool. While messages of a stream are in flight, the host sends no others of it.
 """
@@ -47,8 +47,16 @@ class Send:
     """Seconds from the host's start to the first one."""
 
 
-QUIET = (Send(TRANSMITS, 1, 200, 0), Send(RETRANSMITS, 1, 1, 0.5), Send(FLOWS, 30, 9, 3), Send(HEARTBEATS, 10, 1, 0))
-"""What `python -m tests.bench.one_host --workload quiet` counts."""
+def quiet(latency_s: float) -> list[Send]:
+    """Return what `python -m tests.bench.one_host --workload quiet` counts, with this `capture.latency_s`."""
+    return [
+        Send(TRANSMITS, latency_s, int(200 * latency_s), 0),
+        Send(RETRANSMITS, 1.3, 1, 0.5),
+        Send(FLOWS, 30, 20, 3),
+        Send(HEARTBEATS, 10, 1, 0),
+    ]
+
+
 _CRITERION = TRANSMITS.name
 """The stream whose deliveries show that a host delivers: it has the most."""
 
@@ -78,15 +86,20 @@ class Host:
     """One simulated host. `on_socket` is called when it opens a socket."""
 
     def __init__(
-        self, config: Config, batches: list[EncodedBatch], now_s: float, on_socket: Callable[[int], None]
+        self,
+        config: Config,
+        sends: list[Send],
+        batches: list[EncodedBatch],
+        now_s: float,
+        on_socket: Callable[[int], None],
     ) -> None:
         topics = {stream.name: topic(config, stream) for stream in STREAMS}
         topics[HEARTBEATS.name] = heartbeat_topic(config)
         settings = producer_settings(config.kafka.brokers, config.kafka.settings)
         self._sink = KafkaSink(settings, topics, on_socket=on_socket)
         self._sink.open()
-        self._batches = batches
-        self._due_s = [now_s + send.first_s for send in QUIET]
+        self._sends, self._batches = sends, batches
+        self._due_s = [now_s + send.first_s for send in sends]
         self._last_s = now_s
         self.first_s: float | None = None
         self.gap_s = 0.0
@@ -100,7 +113,7 @@ class Host:
                 self.gap_s = max(self.gap_s, now_s - self._last_s)
                 self._last_s = now_s
                 self.first_s = self.first_s or now_s
-        for index, send in enumerate(QUIET):
+        for index, send in enumerate(self._sends):
             if now_s >= self._due_s[index]:
                 self._due_s[index] += send.every_s
                 if self._sink.in_flight[send.feed.name]:
@@ -119,7 +132,8 @@ class Hosts:
 
     def __init__(self, config: Config, names: list[str], spread_s: float) -> None:
         self._config = config
-        self._payload = _payload()
+        self._sends = quiet(config.capture.latency_s)
+        self._payload = _payload(max(send.records for send in self._sends))
         self._opened_s: list[float] = []
         starts_s = sorted(random.uniform(0, spread_s) for _ in names)
         self._waiting = deque(zip(starts_s, names, strict=True))
@@ -130,6 +144,9 @@ class Hosts:
         """Let the time run."""
         self._began_s = time.monotonic()
 
+    def _on_socket(self, _: int) -> None:
+        self._opened_s.append(time.monotonic())
+
     def turn(self) -> None:
         """Start some of the hosts that are due, and let all others take a step."""
         for _ in range(_STARTED_AT_ONCE):
@@ -137,8 +154,8 @@ class Hosts:
             if not self._waiting or self._waiting[0][0] > now_s - self._began_s:
                 break
             _, name = self._waiting.popleft()
-            batches = [_keyed(self._payload, send, name.encode()) for send in QUIET]
-            self._hosts.append(Host(self._config, batches, now_s, lambda _: self._opened_s.append(time.monotonic())))
+            batches = [_keyed(self._payload, send, name.encode()) for send in self._sends]
+            self._hosts.append(Host(self._config, self._sends, batches, now_s, self._on_socket))
         for host in self._hosts:
             host.step(time.monotonic())
 
@@ -174,10 +191,10 @@ def _errors() -> list:
     return [sample for metric in metrics._KAFKA_ERRORS.collect() for sample in metric.samples]
 
 
-def _payload() -> EncodedBatch:
-    """Return some hundred encoded transmits, which stand for the messages of all topics."""
+def _payload(count: int) -> EncodedBatch:
+    """Return encoded transmits, which stand for the messages of all topics."""
     encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS.schema_file), SchemaId(1), HOST, CgroupPaths(None), "host")
-    return encoder.encode(Batch(TRANSMITS, rows()[: max(send.records for send in QUIET)]), UTC_OFFSET_NS)
+    return encoder.encode(Batch(TRANSMITS, rows()[:count]), UTC_OFFSET_NS)
 
 
 def _keyed(payload: EncodedBatch, send: Send, key: bytes) -> EncodedBatch:
@@ -197,10 +214,10 @@ def await_line() -> None:
             os._exit(0)
 
 
-def main(brokers: str, prefix: str, first: int, count: int, spread_s: float) -> None:
+def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, latency_s: float) -> None:
     """Serve until standard input ends."""
     logging.disable(logging.CRITICAL)
-    config = Config().with_values(kafka__brokers=brokers, kafka__topic_prefix=prefix)
+    config = Config().with_values(kafka__brokers=brokers, kafka__topic_prefix=prefix, capture__latency_s=latency_s)
     hosts = Hosts(config, [host_name(number) for number in range(first, first + count)], spread_s)
     print("ready", flush=True)
     await_line()
@@ -215,4 +232,4 @@ def main(brokers: str, prefix: str, first: int, count: int, spread_s: float) -> 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *map(float, sys.argv[5:]))

@@ -21,7 +21,7 @@ DEADLINE_S = 120.0
 class Fleet:
     """`count` hosts that start at `go`, each at a random time within `spread_s`. `prefix` is that of their topics."""
 
-    def __init__(self, brokers: str, count: int, spread_s: float = 0, prefix: str = "") -> None:
+    def __init__(self, brokers: str, count: int, spread_s: float = 0, latency_s: float = 1, prefix: str = "") -> None:
         self.count = count
         self.opened_s: list[float] = []
         """When each socket was opened since `mark`, until the last report."""
@@ -34,7 +34,8 @@ class Fleet:
         self._ready = 0
         share = max(1, min(HOSTS_IN_PROCESS, -(-count // 2)))
         self._processes = [
-            _process(brokers, prefix, first, min(share, count - first), spread_s) for first in range(0, count, share)
+            _process(brokers, prefix, first, min(share, count - first), spread_s, latency_s)
+            for first in range(0, count, share)
         ]
 
     def wait_until_ready(self) -> None:
@@ -108,7 +109,7 @@ class Fleet:
         self.kill()
 
 
-def _process(brokers: str, prefix: str, first: int, count: int, spread_s: float) -> "subprocess.Popen[str]":
-    run = [sys.executable, "-m", "tests.bench.hosts", brokers, prefix, str(first), str(count), str(spread_s)]
+def _process(*arguments: str | float) -> "subprocess.Popen[str]":
+    run = [sys.executable, "-m", "tests.bench.hosts", *map(str, arguments)]
     command = ["setpriv", "--pdeathsig", "KILL", "env", f"--chdir={IMPORTED_FROM}", *run]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

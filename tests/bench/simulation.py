@@ -1,6 +1,6 @@
 """What a fleet does to its brokers: a real cluster of three, and simulated hosts with the producer's own client.
 
-python -m tests.bench.simulation [--hosts 500 1000 2000] [--seconds 30] [--spread 30] [--only steady restart ...]
+python -m tests.bench.simulation [--hosts 500 1000 2000] [--seconds 30] [--spread 30] [--latency 1] [--only STEP ...]
 
 For each number of hosts, prints what they cost the brokers while nothing happens, and then what follows from events:
 all hosts restart at once, or spread over some seconds; a broker is restarted in order; a broker is killed and returns.
@@ -27,12 +27,13 @@ from tests.support.servers.cluster import REPLICATION, KafkaCluster
 PARTITIONS = 60
 DOWN_S = 10.0
 """How long a killed broker stays away."""
-LONG_S = 3.0
-"""A host that delivers nothing for longer was interrupted."""
+LONG_S = 2.0
+"""A host whose deliveries are this late was interrupted."""
 SETTINGS = {
     # After a broker's return, its partitions return to it soon, and not after five minutes.
     "leader.imbalance.check.interval.seconds": "5",
     "leader.imbalance.per.broker.percentage": "0",
+    "broker.session.timeout.ms": "9000",  # Kafka's default
 }
 STEADY = (
     *("hosts", "connections of each broker", "requests/s: produce", "metadata", "cores of each broker"),
@@ -48,16 +49,26 @@ STEPS = ("steady", "restart", "spread", "broker-restart", "broker-kill")
 class Simulation:
     """A cluster, a fleet that sends to it, and the tables' rows."""
 
-    def __init__(self, cluster: KafkaCluster, seconds: float, spread_s: float) -> None:
+    def __init__(self, cluster: KafkaCluster, seconds: float, spread_s: float, latency_s: float) -> None:
         self._cluster = cluster
+        self._latency_s = latency_s
+        self._long_s = latency_s + LONG_S
         self._seen = Observed(list(cluster.nodes.values()))
         self._seconds = seconds
         self._spread_s = spread_s
+        self._idle_cores = 0.0
         self.rows: dict[Sequence[str], list[str]] = {STEADY: [], EVENTS: []}
+
+    def idle(self) -> None:
+        """Measure what the brokers use without hosts."""
+        self._seen.begin()
+        time.sleep(self._seconds / 2)
+        self._idle_cores = sum(each.cores for each in self._seen.work())
+        print(f"without hosts, the brokers use {self._idle_cores:.2f} cores", flush=True)
 
     def run(self, count: int, steps: Sequence[str]) -> None:
         """Simulate `count` hosts."""
-        fleet = Fleet(self._cluster.bootstrap, count)
+        fleet = Fleet(self._cluster.bootstrap, count, 0, self._latency_s)
         try:
             self._start(fleet, "first start, all at once")
             time.sleep(self._seconds / 3)
@@ -76,13 +87,11 @@ class Simulation:
 
     def steady(self, fleet: Fleet) -> None:
         """Measure while nothing happens."""
-        fleet.mark()
-        before = fleet.report()
         self._seen.begin()
-        began_s = time.monotonic()
+        before, began_s = fleet.report(), time.monotonic()
         time.sleep(self._seconds)
-        seconds = time.monotonic() - began_s
-        work, after = self._seen.work(), fleet.report()
+        after, seconds = fleet.report(), time.monotonic() - began_s
+        work = self._seen.work()
         rates = sum((Counter(each.requests_per_s) for each in work), Counter())
         cores = sum(each.cores for each in work)
         used = (after.cpu_s - before.cpu_s) / seconds
@@ -92,7 +101,7 @@ class Simulation:
             f"{rates['Produce']:,.0f}",
             f"{rates['Metadata']:.1f}",
             " / ".join(f"{each.cores:.2f}" for each in work),
-            f"{cores / rates['Produce'] * 1e6:.0f}",
+            f"{(cores - self._idle_cores) / rates['Produce'] * 1e6:.0f}",
             " / ".join(f"{each:.0f}" for each in self._seen.memory_mb()),
             f"{used:.2f}, {after.resident_mb:.0f} MB, {after.threads} threads",
             f"{after.held - before.held}",
@@ -104,7 +113,7 @@ class Simulation:
     def restart(self, old: Fleet, spread_s: float) -> Fleet:
         """Kill all hosts, start them again within `spread_s`, and return them."""
         with old:
-            fleet = Fleet(self._cluster.bootstrap, old.count, spread_s)
+            fleet = Fleet(self._cluster.bootstrap, old.count, spread_s, self._latency_s)
             fleet.wait_until_ready()
         self._start(fleet, f"all restart within {spread_s:.0f} s" if spread_s else "all restart at once")
         return fleet
@@ -125,7 +134,7 @@ class Simulation:
         else:
             broker.stop()
         broker.start()
-        fleet.wait_until(lambda report: max(report.gaps_s) < LONG_S)
+        fleet.wait_until(lambda report: max(report.gaps_s) < self._long_s)
         time.sleep(self._seconds / 3)  # its partitions have returned to it
         fleet.report()
         self._finish(fleet, "a broker is killed, and returns" if killed else "a broker is restarted in order", [])
@@ -135,7 +144,7 @@ class Simulation:
         fleet.report()
         work = self._seen.work()
         requests = sum((each.requests for each in work), Counter())
-        long_s = [each for each in fleet.gaps_s if each > LONG_S] if not first_s else []
+        long_s = [each for each in fleet.gaps_s if each > self._long_s] if not first_s else []
         cells = (
             str(fleet.count),
             event,
@@ -159,12 +168,14 @@ def main() -> None:
     parser.add_argument("--hosts", nargs="+", type=int, default=[500, 1000, 2000])
     parser.add_argument("--seconds", type=float, default=30, help="time that is measured while nothing happens")
     parser.add_argument("--spread", type=float, default=30, help="seconds over which hosts restart in one of the steps")
+    parser.add_argument("--latency", type=float, default=1, help="the hosts' capture.latency_s")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, KafkaCluster(Path(name), settings=SETTINGS) as cluster:
         config = Config().with_values(kafka__brokers=cluster.bootstrap)
         print("\n".join(create_topics(config, PARTITIONS, REPLICATION)), flush=True)
-        simulation = Simulation(cluster, arguments.seconds, arguments.spread)
+        simulation = Simulation(cluster, arguments.seconds, arguments.spread, arguments.latency)
+        simulation.idle()
         for count in arguments.hosts:
             simulation.run(count, arguments.only)
         for titles, rows in simulation.rows.items():
