@@ -19,11 +19,11 @@ enum {
 /* Open a table's buffers, and check that they fit; false with an exception set if not. */
 static bool open_table(PyObject *const *args, Py_buffer *views, struct connections *table)
 {
-	if (!open_buffer(args[0], &views[SLOTS], PyBUF_WRITABLE, sizeof(uint32_t), "slots") ||
+	if (!open_buffer(args[0], &views[SLOTS], PyBUF_WRITABLE, sizeof(uint64_t), "slots") ||
 	    !open_buffer(args[1], &views[ENTRIES], PyBUF_WRITABLE, sizeof(int64_t), "entries") ||
 	    !open_buffer(args[2], &views[IS_WIDE], PyBUF_SIMPLE, 1, "is_wide"))
 		return false;
-	size_t slots = (size_t)views[SLOTS].len / sizeof(uint32_t), counters = (size_t)views[IS_WIDE].len;
+	size_t slots = (size_t)views[SLOTS].len / sizeof(uint64_t), counters = (size_t)views[IS_WIDE].len;
 	size_t words = ENTRY_WORDS + counters;
 	*table = (struct connections){
 		.slots = views[SLOTS].buf,

@@ -8,36 +8,57 @@ static size_t entry_words(const struct connections *table)
 	return ENTRY_WORDS + table->counters;
 }
 
-/* Return the slot of a key: that of its entry, or the free one that it would take. */
-static uint32_t *probe(const struct connections *table, int64_t key)
+static uint64_t hash(const struct connections *table, int64_t key)
 {
-	uint32_t at = (uint32_t)hash_word(~table->seed, (uint64_t)key, table->seed) & table->mask;
+	return hash_word(~table->seed, (uint64_t)key, table->seed);
+}
 
-	while (table->slots[at] && table->entries[(table->slots[at] - 1) * entry_words(table) + ENTRY_KEY] != key)
+/* What the slot of an entry holds: the upper half of its hash, so that few other entries are looked at; and its number. */
+static uint64_t slot_of(uint64_t hash, size_t number)
+{
+	return (hash & ~(uint64_t)UINT32_MAX) | (number + 1);
+}
+
+static int64_t *entry_at(const struct connections *table, uint64_t slot)
+{
+	return table->entries + ((uint32_t)slot - 1) * entry_words(table);
+}
+
+/* Return the slot of a key: that of its entry, or the free one that it would take. */
+static uint64_t *probe(const struct connections *table, int64_t key, uint64_t hash)
+{
+	uint32_t at = (uint32_t)hash & table->mask;
+
+	while (table->slots[at] &&
+	       (table->slots[at] >> 32 != hash >> 32 || entry_at(table, table->slots[at])[ENTRY_KEY] != key))
 		at = (at + 1) & table->mask;
 	return &table->slots[at];
 }
 
 void connections_index(struct connections *table)
 {
-	for (size_t i = 0; i < table->count; i++)
-		*probe(table, table->entries[i * entry_words(table) + ENTRY_KEY]) = (uint32_t)i + 1;
+	for (size_t i = 0; i < table->count; i++) {
+		int64_t key = table->entries[i * entry_words(table) + ENTRY_KEY];
+		uint64_t hashed = hash(table, key);
+
+		*probe(table, key, hashed) = slot_of(hashed, i);
+	}
 }
 
 /* Return a key's entry, a new one if there is room, otherwise NULL. */
 static int64_t *find(struct connections *table, int64_t key)
 {
-	uint32_t *slot = probe(table, key);
+	uint64_t hashed = hash(table, key), *slot = probe(table, key, hashed);
 	int64_t *entry;
 
-	if (!*slot && table->count == table->most)
+	if (*slot)
+		return entry_at(table, *slot);
+	if (table->count == table->most)
 		return NULL;
-	entry = table->entries + (*slot ? *slot - 1 : table->count) * entry_words(table);
-	if (!*slot) {
-		memset(entry, 0, entry_words(table) * sizeof(*entry));
-		entry[ENTRY_KEY] = key;
-		*slot = (uint32_t)++table->count;
-	}
+	*slot = slot_of(hashed, table->count++);
+	entry = entry_at(table, *slot);
+	memset(entry, 0, entry_words(table) * sizeof(*entry));
+	entry[ENTRY_KEY] = key;
 	return entry;
 }
 

@@ -43,7 +43,7 @@ enum {
  * both may move between calls. `seed` is secret, so that no writer can make keys collide.
  */
 struct connections {
-	uint32_t *slots; /* number of an entry, plus 1 */
+	uint64_t *slots; /* the upper half of an entry's hash, and its number plus 1 */
 	uint32_t mask;
 	int64_t *entries; /* ENTRY_WORDS and the counters of each */
 	size_t count;

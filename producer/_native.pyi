@@ -73,7 +73,7 @@ def mark(bits: _Array, positions: _Array, /) -> bytes:
     """Set the bits at the positions (int64) in `bits` (uint8); return which were not set before (uint8)."""
 
 def index_connections(slots: _Array, entries: _Array, is_wide: bytes, count: int, floor_ns: int, seed: int, /) -> bool:
-    """Fill the slots (uint32) of a table of `count` connections: see native/connections.h and producer.connections."""
+    """Fill the slots (uint64) of a table of `count` connections: see native/connections.h and producer.connections."""
 
 def add_connections(
     slots: _Array,

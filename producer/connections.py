@@ -162,7 +162,7 @@ class Connections:
     def _allocate(self, size: int) -> None:
         before = self._entries[: self._count] if self._count else None
         self._entries: NDArray[Any] = np.empty((size, _ENTRY_WORDS + len(self._is_wide)), np.int64)
-        self._slots = np.zeros(1 << (2 * size - 1).bit_length(), np.uint32)
+        self._slots = np.zeros(1 << (2 * size - 1).bit_length(), np.uint64)
         if before is not None:
             self._entries[: self._count] = before
             _native.index_connections(*self._table())

@@ -113,7 +113,7 @@ static void connect(const struct decode_columns *columns, size_t column_count, u
 {
 	static const uint8_t is_wide[COUNTERS] = { 0, 1, 1 };
 	const size_t words = RESULT_WORDS + COUNTERS;
-	uint32_t slots[2 * MOST_CONNECTIONS] = { 0 };
+	uint64_t slots[2 * MOST_CONNECTIONS] = { 0 };
 	int64_t *entries = malloc(MOST_CONNECTIONS * (ENTRY_WORDS + COUNTERS) * sizeof(int64_t));
 	size_t count = columns->rows * column_count / (RECORD_WORDS + COUNTERS);
 	int64_t *results = malloc((count * words + 1) * sizeof(int64_t));

@@ -38,7 +38,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	static const uint8_t is_wide[TCP_COUNTERS] = { 0 };
 	int64_t entries[MOST_CONNECTIONS * (ENTRY_WORDS + TCP_COUNTERS)];
 	const struct tcp_groups groups = { errors, srtt_bounds_us };
-	uint32_t slots[SLOTS] = { 0 };
+	uint64_t slots[SLOTS] = { 0 };
 	struct tcp_counts counts = { 0 };
 	struct { /* before the rows */
 		uint64_t seed;

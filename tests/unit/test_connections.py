@@ -132,8 +132,8 @@ def test_slots_stay_in_order_and_the_table_grows() -> None:
 
 def test_a_table_whose_sizes_do_not_fit_is_refused() -> None:
     entries, records = np.zeros((4, 4), np.int64), np.zeros((2, 5), np.int64)
-    for slots, count in ((np.zeros(4, np.uint32), 0), (np.zeros(9, np.uint32), 0), (np.zeros(8, np.uint32), 5)):
+    for slots, count in ((np.zeros(4, np.uint64), 0), (np.zeros(9, np.uint64), 0), (np.zeros(8, np.uint64), 5)):
         with pytest.raises(ValueError, match="do not fit"):
             _native.index_connections(slots, entries, b"\0", count, 0, 1)
     with pytest.raises(ValueError, match="not as many"):
-        _native.add_connections(np.zeros(8, np.uint32), entries, b"\0", 0, 0, 1, records, entries[:1])
+        _native.add_connections(np.zeros(8, np.uint64), entries, b"\0", 0, 0, 1, records, entries[:1])
