@@ -248,13 +248,21 @@ class Capture:
             return
         # The kernel may release a link a moment after its last descriptor; without rules, a late run captures nothing.
         bpf_syscall.update(self._maps["rules_active"], struct.pack("<I", 0), struct.pack("<Q", 0))
-        if self._store:
-            self._store.clear()
+        try:
+            if self._store:
+                self._store.clear()
+        except OSError as error:
+            logger.warning("hooks stay pinned, without rules: %s", error)
         bpf_syscall.close_all(self._links)
         self._links, self._iterators = [], []
         bpf_syscall.wait_for_programs()
         if self._numbers:
             self._numbers.stop({stream.name: self.sequence(stream) for stream in STREAMS})
+
+    def check_stored(self) -> None:
+        """Raise UnavailableError if the store has lost the probes, from `attach` to `detach`."""
+        if self._store and self._links:
+            self._store.check()
 
     def report_flows(self) -> None:
         """Write a record of each open connection to the ring of flows, from `attach` to `detach`."""
