@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from producer import __version__
+from producer.errors import UnavailableError
 from producer.events import FLOWS, STREAMS, Stream, layout_check
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
@@ -248,19 +249,18 @@ class Capture:
             return
         # The kernel may release a link a moment after its last descriptor; without rules, a late run captures nothing.
         bpf_syscall.update(self._maps["rules_active"], struct.pack("<I", 0), struct.pack("<Q", 0))
-        try:
-            if self._store:
-                self._store.clear()
-        except OSError as error:
-            logger.warning("hooks stay pinned, without rules: %s", error)
+        if self._store:
+            self._store.clear()
         bpf_syscall.close_all(self._links)
         self._links, self._iterators = [], []
         bpf_syscall.wait_for_programs()
         if self._numbers:
             self._numbers.stop({stream.name: self.sequence(stream) for stream in STREAMS})
 
-    def check_stored(self) -> None:
-        """Raise UnavailableError if the store has lost the probes, from `attach` to `detach`."""
+    def check(self) -> None:
+        """Raise UnavailableError if a probe was detached or unpinned."""
+        if any(map(bpf_syscall.is_detached, self._links)):
+            raise UnavailableError("another process has detached a program, so events are missing: restart")
         if self._store and self._links:
             self._store.check()
 

@@ -37,4 +37,4 @@ class HandoverStore(Protocol):
         """Raise UnavailableError if something that was stored is gone."""
 
     def clear(self) -> None:
-        """Release everything. Raises OSError."""
+        """Release everything."""

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import zlib
@@ -24,6 +25,8 @@ from typing import Any
 from producer.errors import BusyError, ConfigError, UnavailableError
 from producer.kernel import bpf_syscall
 from producer.kernel.manifest import parse_stored
+
+logger = logging.getLogger(__name__)
 
 _OURS = re.compile(r"manifest(_new)?|[a-z_]+(_\d+)?_[0-9a-f]{16}")
 """Names of the manifest and of objects, which end with the ring's id."""
@@ -106,11 +109,14 @@ class PinFolder:
             raise UnavailableError(text)
 
     def clear(self) -> None:
-        """Unpin everything, links first. The kernel releases what no one else holds. Raises OSError."""
+        """Unpin everything, links first. The kernel releases what no one else holds."""
         self._names = set()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._manifest.name, dir_fd=self._lock)
-        self._remove_all_but(())
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._manifest.name, dir_fd=self._lock)
+            self._remove_all_but(())
+        except OSError as error:  # a stop must go on
+            logger.warning("hooks stay pinned, without rules: %s", error)
 
     def _read(self) -> dict[str, Any]:
         """Raises FileNotFoundError if there is no manifest, ValueError if it is another version's."""

@@ -108,6 +108,19 @@ def test_a_folder_that_someone_replaces_is_noticed_and_left_alone(pins: Path, fi
     assert os.listdir(pins.with_name("moved")) == []
 
 
+def test_a_folder_that_became_read_only_ends_no_stop(
+    pins: Path, filled: PinFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", pins.parent], check=True)
+    try:
+        filled.clear()
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", pins.parent], check=True)
+    assert [each.getMessage() for each in caplog.records] == [
+        "hooks stay pinned, without rules: [Errno 30] Read-only file system: 'manifest'"
+    ]
+
+
 def test_without_a_bpffs_the_error_says_how_to_mount_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not in a bpffs\. Mount one"), PinFolder(tmp_path / "a" / "pins"):
         pass
