@@ -165,6 +165,7 @@ class Runtime:
         """Reload if asked to, follow cgroups that come and go, and publish what changed."""
         self.supervisor.attempt("reload", lambda: self.in_force.follow(reload), None)
         self.supervisor.attempt("cgroups", self.in_force.look, None)
+        self.supervisor.attempt("hooks", self.capture.check, None)
         self.supervisor.attempt("publish", lambda: self.folder.publish_if_new(self._facts()), None)
 
     def _facts(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The commands `rebpf export` and `rebpf report`, which need the extra `rebpf[report]`."""
 
 import importlib.util
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,6 +158,7 @@ def report(
     The HTML file needs no network. Reads the topics, or Avro files as `rebpf export` does. Needs `rebpf[report]`.
     """
     _require("report", "pyarrow", "matplotlib")
+    os.environ["MPLBACKEND"] = "agg"  # of a user's notebooks; matplotlib does not start with an unknown one
     from producer.commands.report import report as write
     from producer.consume.reader import collect_rarely
     from producer.export.read import STREAMS

@@ -67,7 +67,12 @@ class StateFolder:
         self._published: dict[str, Any] = {}
 
     def publish_if_new(self, facts: dict[str, Any]) -> None:
-        """Write agent.json if the facts have changed. Raises OSError; the next call retries."""
+        """Write agent.json if the facts have changed. Raises OSError; the next call retries.
+
+        Raises UnavailableError if someone has removed or replaced the folder.
+        """
+        if not self._is_in_place():
+            raise UnavailableError(f"state_dir {self.path} was removed or replaced: restart this producer")
         if facts != self._published:
             self.publish(facts)
 
@@ -75,6 +80,13 @@ class StateFolder:
         """Write agent.json atomically. Raises OSError."""
         state_file.write(self._agent, json.dumps({"pid": os.getpid(), **facts}).encode())
         self._published = facts
+
+    def _is_in_place(self) -> bool:
+        """Whether the folder at `path` is still the one that was entered. Raises OSError."""
+        try:
+            return os.path.samestat(os.lstat(self.path / "lock"), os.fstat(self._lock))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def __enter__(self) -> "StateFolder":
         self._lock = _open_lock(self.path)
@@ -93,7 +105,8 @@ class StateFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._agent.unlink(missing_ok=True)
+            if self._is_in_place():  # otherwise it is another producer's
+                self._agent.unlink(missing_ok=True)
         except OSError as error:  # harmless: it is valid only while the lock is held
             logger.warning("state: %s", error)
         os.close(self._lock)

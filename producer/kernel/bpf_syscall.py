@@ -26,6 +26,7 @@ from producer.errors import UnavailableError
 _NUMBERS = {"x86_64": (298, 324), "aarch64": (241, 283)}
 _NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1))
 _MEMBARRIER_CMD_GLOBAL = 1
+_LINK_TYPE_CGROUP = 3
 _ANY = 0  # BPF_ANY: insert or replace
 _CLOCK_MONOTONIC_COARSE = 6
 _PERF_EVENT_IOC_SET_BPF = 0x40042408
@@ -273,6 +274,15 @@ def is_bpffs(path: Path) -> bool:
     if _libc.statfs(os.fsencode(path), result) != 0:
         raise _last_error()
     return int(struct.unpack_from("<q", result)[0]) == _BPF_FS_MAGIC
+
+
+def is_detached(link: int) -> bool:
+    """Whether a link to a cgroup was detached (bpftool link detach). Others cannot be."""
+    try:
+        kind, cgroup = struct.unpack_from("<I12xQ", _info(link, 32))
+    except OSError:  # a perf event
+        return False
+    return bool(kind == _LINK_TYPE_CGROUP and cgroup == 0)
 
 
 def program_info(program: int) -> ProgramInfo:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from producer import __version__
+from producer.errors import UnavailableError
 from producer.events import FLOWS, STREAMS, Stream, layout_check
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
@@ -255,6 +256,13 @@ class Capture:
         bpf_syscall.wait_for_programs()
         if self._numbers:
             self._numbers.stop({stream.name: self.sequence(stream) for stream in STREAMS})
+
+    def check(self) -> None:
+        """Raise UnavailableError if a probe was detached or unpinned."""
+        if any(map(bpf_syscall.is_detached, self._links)):
+            raise UnavailableError("another process has detached a program, so events are missing: restart")
+        if self._store and self._links:
+            self._store.check()
 
     def report_flows(self) -> None:
         """Write a record of each open connection to the ring of flows, from `attach` to `detach`."""

@@ -33,5 +33,8 @@ class HandoverStore(Protocol):
     def save(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
         """Store the objects of these descriptors by name, and release all others."""
 
+    def check(self) -> None:
+        """Raise UnavailableError if something that was stored is gone."""
+
     def clear(self) -> None:
         """Release everything."""

@@ -10,8 +10,10 @@ this user and be writable only by it, or others could pin objects for us to take
 """
 
 import base64
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import zlib
@@ -20,9 +22,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from producer.errors import BusyError, ConfigError
+from producer.errors import BusyError, ConfigError, UnavailableError
 from producer.kernel import bpf_syscall
 from producer.kernel.manifest import parse_stored
+
+logger = logging.getLogger(__name__)
 
 _OURS = re.compile(r"manifest(_new)?|[a-z_]+(_\d+)?_[0-9a-f]{16}")
 """Names of the manifest and of objects, which end with the ring's id."""
@@ -49,11 +53,15 @@ class PinFolder:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._manifest = path / "manifest"
+        self._names: set[str] = set()
+        """What is pinned."""
 
     def manifest(self) -> dict[str, Any] | None:
         """Return the manifest given to `save`: None if nothing is pinned, empty if it cannot be read."""
         try:
-            manifest: dict[str, Any] = self._read()["manifest"]
+            stored = self._read()
+            manifest: dict[str, Any] = stored["manifest"]
+            self._names = set(stored["objects"])
         except FileNotFoundError:
             return None
         except ValueError:
@@ -85,12 +93,30 @@ class PinFolder:
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(base64.urlsafe_b64encode(zlib.compress(text)).decode())
         fresh.replace(self._manifest)
+        self._names = set(objects)
         self._remove_all_but(objects)
+
+    def check(self) -> None:
+        """Raise UnavailableError if the folder or something in it is gone: someone removed or unmounted it."""
+        try:
+            is_same = os.path.samestat(os.stat(self._path), os.fstat(self._lock))
+            missing = self._names - set(os.listdir(self._lock))
+        except FileNotFoundError:
+            is_same, missing = False, set()
+        if not is_same or missing:
+            what = min(missing, default="the folder")
+            text = f"capture.pin {self._path}: {what} is gone, so a crash would lose the events in the rings: restart"
+            raise UnavailableError(text)
 
     def clear(self) -> None:
         """Unpin everything, links first. The kernel releases what no one else holds."""
-        self._manifest.unlink(missing_ok=True)
-        self._remove_all_but(())
+        self._names = set()
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._manifest.name, dir_fd=self._lock)
+            self._remove_all_but(())
+        except OSError as error:  # a stop must go on
+            logger.warning("hooks stay pinned, without rules: %s", error)
 
     def _read(self) -> dict[str, Any]:
         """Raises FileNotFoundError if there is no manifest, ValueError if it is another version's."""
@@ -103,9 +129,11 @@ class PinFolder:
             raise ValueError(str(error)) from error
 
     def _remove_all_but(self, names: Collection[str]) -> None:
-        for path in sorted(self._path.iterdir(), key=lambda path: not path.name.startswith("link")):
-            if path != self._manifest and path.name not in names:
-                path.unlink()
+        """Remove our other files from the folder that was opened: at its path there may be another one by now."""
+        with contextlib.suppress(FileNotFoundError):  # the folder, or a file, was removed by someone else
+            for name in sorted(os.listdir(self._lock), key=lambda name: not name.startswith("link")):
+                if _OURS.fullmatch(name) and name != self._manifest.name and name not in names:
+                    os.unlink(name, dir_fd=self._lock)
 
     def _remove_remains(self) -> None:
         try:
@@ -116,14 +144,14 @@ class PinFolder:
             return  # the next `save` removes them
 
     def __enter__(self) -> "PinFolder":
+        path = self._path.absolute()
         try:
+            if not bpf_syscall.is_bpffs(next(each for each in (path, *path.parents) if each.exists())):
+                raise ConfigError(f"capture.pin {self._path}: not in a bpffs. Mount one: mount -t bpf bpf /sys/fs/bpf")
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise ConfigError(f"capture.pin {self._path}: {error.strerror}") from error
-        if not bpf_syscall.is_bpffs(self._path):
-            os.close(self._lock)
-            raise ConfigError(f"capture.pin {self._path}: not in a bpffs. Mount one: mount -t bpf bpf /sys/fs/bpf")
         if why := unusable(self._path):
             os.close(self._lock)
             raise ConfigError(f"capture.pin {self._path}: {why}")

@@ -1,6 +1,7 @@
 """Loading, attaching and the end: nothing is left behind, and errors have a reason."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -119,6 +120,20 @@ def test_kill_while_the_loader_compiles_leaves_no_orphan() -> None:
         wait_for(lambda: not is_running(loader), "the loader's end")
         assert process.stdout is not None
         assert process.stdout.readline() == "", "it had not attached yet"
+
+
+def test_a_program_that_another_process_detaches_is_noticed() -> None:
+    with Capture(hook_settings(hooks=("cgroup_skb",), rules=filtered(ports=(1,)))) as hooks:
+        hooks.load()
+        hooks.check()
+        before = set(os.listdir("/proc/self/fd"))
+        hooks.attach()
+        hooks.check()
+        links = set(os.listdir("/proc/self/fd")) - before
+        cgroup = next(link for link in links if "cgroup_id" in Path(f"/proc/self/fdinfo/{link}").read_text())
+        assert ctypes.CDLL("libbpf.so.1").bpf_link_detach(int(cgroup)) == 0
+        with pytest.raises(UnavailableError, match="another process has detached a program"):
+            hooks.check()
 
 
 def compiling(pid: int) -> int | None:

@@ -1,6 +1,7 @@
 """The folder for pins: only ours, and nothing of others in it is removed."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from producer.commands.check import examine
 from producer.config.load import Config
-from producer.errors import ConfigError
+from producer.errors import ConfigError, UnavailableError
 from producer.kernel.pinned import PinFolder
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="mounting a bpffs needs root")]
@@ -65,3 +66,62 @@ def test_what_an_interrupted_start_left_is_removed(pins: Path) -> None:
     (pins / "manifest_new").symlink_to("ours")
     with PinFolder(pins):
         assert os.listdir(pins) == []
+
+
+@pytest.fixture
+def filled(pins: Path) -> Iterator[PinFolder]:
+    """A folder with a pin, in use. A link stands for a BPF object."""
+    with PinFolder(pins) as folder:
+        (pins / NAME).symlink_to("/")
+        folder.save({NAME: 0}, {})
+        folder.check()
+        yield folder
+
+
+NAME = f"link_0_{7:016x}"
+OTHER = f"link_1_{7:016x}"
+
+
+def test_a_pin_that_someone_removes_is_noticed_and_clearing_goes_on(pins: Path, filled: PinFolder) -> None:
+    (pins / NAME).unlink()
+    with pytest.raises(UnavailableError, match=f"capture.pin {pins}: {NAME} is gone, so a crash would lose"):
+        filled.check()
+    filled.clear()
+    assert os.listdir(pins) == []
+
+
+def test_a_folder_that_someone_removes_is_noticed_and_clearing_goes_on(pins: Path, filled: PinFolder) -> None:
+    shutil.rmtree(pins)
+    with pytest.raises(UnavailableError, match="the folder is gone"):
+        filled.check()
+    filled.clear()
+
+
+def test_a_folder_that_someone_replaces_is_noticed_and_left_alone(pins: Path, filled: PinFolder) -> None:
+    pins.rename(pins.with_name("moved"))
+    pins.mkdir(mode=0o700)
+    (pins / OTHER).symlink_to("theirs")
+    with pytest.raises(UnavailableError, match="the folder is gone"):
+        filled.check()
+    filled.clear()
+    assert os.listdir(pins) == [OTHER]
+    assert os.listdir(pins.with_name("moved")) == []
+
+
+def test_a_folder_that_became_read_only_ends_no_stop(
+    pins: Path, filled: PinFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", pins.parent], check=True)
+    try:
+        filled.clear()
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", pins.parent], check=True)
+    assert [each.getMessage() for each in caplog.records] == [
+        "hooks stay pinned, without rules: [Errno 30] Read-only file system: 'manifest'"
+    ]
+
+
+def test_without_a_bpffs_the_error_says_how_to_mount_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not in a bpffs\. Mount one"), PinFolder(tmp_path / "a" / "pins"):
+        pass
+    assert os.listdir(tmp_path) == []

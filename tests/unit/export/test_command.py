@@ -40,6 +40,13 @@ def test_files_are_exported_and_reported(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (69, "rebpf: cannot write to /dev/full: Not a directory\n")
 
 
+@pytest.mark.parametrize("backend", ["odd", "module://odd", "tkagg"])
+def test_a_report_needs_no_backend_of_matplotlib(tmp_path: Path, backend: str) -> None:
+    scene = write_scene(tmp_path / "in")
+    done = rebpf("report", scene, "-o", tmp_path / "report.html", env={**os.environ, "MPLBACKEND": backend})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_without_a_traceback_or_partial_files(tmp_path: Path, number: signal.Signals) -> None:
     scene = write_scene(tmp_path / "in")

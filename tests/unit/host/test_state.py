@@ -3,13 +3,14 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -55,6 +56,22 @@ def test_what_could_not_be_published_is_published_when_it_can_be(path):
         (path / "agent.new").rmdir()
         folder.publish_if_new(FACTS)
         assert running(path) == {"pid": os.getpid(), **FACTS}
+
+
+def test_a_folder_that_was_removed_or_replaced_is_an_error_and_another_producers_is_left_alone(path):
+    with ExitStack() as ours:
+        folder = ours.enter_context(StateFolder(path))
+        folder.publish_if_new(FACTS)
+        shutil.rmtree(path)
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match=f"state_dir {path} was removed or replaced: restart"):
+                folder.publish_if_new(FACTS)
+        with StateFolder(path) as theirs:
+            theirs.publish_if_new({**FACTS, "registry": "theirs"})
+            with pytest.raises(UnavailableError, match="was removed or replaced"):
+                folder.publish_if_new({**FACTS, "registry": "ours"})
+            ours.close()
+            assert running(path) == {"pid": os.getpid(), **FACTS, "registry": "theirs"}
 
 
 def test_the_folder_is_its_owners_alone(path):
