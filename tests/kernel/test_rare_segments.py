@@ -12,7 +12,7 @@ import pytest
 from producer.demo.lab import Host, Lab
 from producer.events import RETRANSMITS
 from tests.support.capture import DEADLINE_S, Pair, Recording, inside, receive, rules, wait_for
-from tests.support.comparison import ACK, FIN, SYN, Trial, segs
+from tests.support.comparison import ACK, FIN, INTERFACE, MAX_SEGS, SYN, Trial, segs
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
@@ -209,3 +209,47 @@ def tell_mtu(lab: Lab, end: socket.socket, seq: int, mtu: int) -> None:
         total = (total & 0xFFFF) + (total >> 16)
     with inside(lab.server), socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as icmp:
         icmp.sendto(struct.pack("!BBH", 3, 4, ~total & 0xFFFF) + body, (saddr, 0))
+
+
+def with_options(pair: Pair, version: int) -> None:
+    """Let both ends send headers between those of IP and TCP."""
+    for end in (pair.client, pair.accepted):
+        if version == 4:
+            end.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, bytes([1] * 8))
+        else:
+            end.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DSTOPTS, bytes([0, 0, 1, 4, 0, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_headers_between_those_of_ip_and_tcp(capture: Recording, lab: Lab, port: int, version: int) -> None:
+    address = lab.server.ipv4 if version == 4 else lab.server.ipv6
+    with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, address, port) as pair:
+        with_options(pair, version)
+        pair.exchange(3, 997)
+        pair.transfer(300_007)
+        pair.end()
+    assert trial.sent(lab.client)["s"]["payload_len"].sum() >= 300_007 + 3 * 997
+
+
+def test_super_segments_larger_than_64_kilobytes(capture: Recording, lab: Lab, port: int) -> None:
+    lost = f"tcp dport {port} numgen inc mod 19 == 11 drop"
+    with contextlib.ExitStack() as stack:
+        for host in lab.hosts:
+            set_gso(host, 150_000)
+            stack.callback(set_gso, host, 65_536)
+        trial = stack.enter_context(Trial(capture, lab, port))
+        pair = stack.enter_context(Pair(lab.client, lab.server, lab.server.ipv6, port))
+        for _ in range(50):
+            pair.transfer(10_000_019)
+            if trial.sent(lab.client)["s"]["segs"].max() > MAX_SEGS:
+                break
+        else:
+            pytest.fail("the connection never was so fast")
+        with rules(lab.server, "prerouting", lost):
+            pair.transfer(3_000_017)
+        pair.end()
+    assert segs(trial.again(lab.client)) > 0
+
+
+def set_gso(host: Host, size: int) -> None:
+    subprocess.run(host.command("ip", "link", "set", INTERFACE, "gso_max_size", str(size)), check=True)

@@ -104,16 +104,18 @@ def _attach_filter(tap: socket.socket, port: int, *, incoming: bool) -> None:
     """Let packets with the port on either side pass: instructions of classic BPF, struct sock_filter."""
     program = [
         (0x20, 0, 0, 0xFFFFF004),  # the packet's type, SKF_AD_PKTTYPE
-        (0x15, 0, 0 if incoming else 13, _OUTGOING),
+        (0x15, 0, 0 if incoming else 15, _OUTGOING),
         (0x30, 0, 0, _ETHERNET_BYTES),  # the version of IP
         (0x74, 0, 0, 4),
         (0x15, 0, 5, 4),
         (0xB1, 0, 0, _ETHERNET_BYTES),  # IPv4: the header's length is in the packet
         (0x48, 0, 0, _ETHERNET_BYTES),
-        (0x15, 6, 0, port),
+        (0x15, 8, 0, port),
         (0x48, 0, 0, _ETHERNET_BYTES + 2),
-        (0x15, 4, 5, port),
-        (0x28, 0, 0, _ETHERNET_BYTES + 40),  # IPv6
+        (0x15, 6, 7, port),
+        (0x30, 0, 0, _ETHERNET_BYTES + 6),  # IPv6: other headers may be in between, and _read looks at the ports
+        (0x15, 0, 4, socket.IPPROTO_TCP),
+        (0x28, 0, 0, _ETHERNET_BYTES + 40),
         (0x15, 2, 0, port),
         (0x28, 0, 0, _ETHERNET_BYTES + 42),
         (0x15, 0, 1, port),
@@ -142,13 +144,19 @@ def _read(tap: socket.socket, port: int, packets: list[Packet], stop: threading.
 
 def _parse(packet: bytes) -> Segment | None:
     version = packet[0] >> 4
-    if version == 4 and packet[9] == socket.IPPROTO_TCP:
-        start, size = (packet[0] & 15) * 4, struct.unpack_from(">H", packet, 2)[0]
+    if version == 4:
+        protocol, start, size = packet[9], (packet[0] & 15) * 4, struct.unpack_from(">H", packet, 2)[0]
         addresses = packet[12:16], packet[16:20]
-    elif version == 6 and packet[6] == socket.IPPROTO_TCP:
-        start, size = 40, 40 + struct.unpack_from(">H", packet, 4)[0]
+    elif version == 6:
+        protocol, start, size = packet[6], 40, 40 + struct.unpack_from(">H", packet, 4)[0]
         addresses = packet[8:24], packet[24:40]
+        while protocol in (socket.IPPROTO_HOPOPTS, socket.IPPROTO_DSTOPTS):
+            if size == 40:  # a jumbogram
+                size += struct.unpack_from(">I", packet, start + 4)[0]
+            protocol, start = packet[start], start + 8 * (packet[start + 1] + 1)
     else:
+        return None
+    if protocol != socket.IPPROTO_TCP:
         return None
     sport, dport, seq, ack_seq, offset, flags = struct.unpack_from(">HHIIBB", packet, start)
     saddr, daddr = (str(ip_address(each)) for each in addresses)
