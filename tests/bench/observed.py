@@ -25,8 +25,9 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a broker has done between two looks. Of one that was started in between, since its start."""
+    """What a broker has done between two looks. Of one that was restarted in between, since then, but no CPU time."""
 
+    seconds: float
     cpu_s: float
     cores: float
     requests: Counter[str]
@@ -81,10 +82,10 @@ class Observed:
 
 
 def _work(before: Look, now: Look) -> Work:
-    same = before.pid == now.pid
-    used_s = now.cpu_s - before.cpu_s if same else now.cpu_s
-    counts = now.requests - before.requests if same else now.requests
+    is_same = before.pid == now.pid
+    used_s = now.cpu_s - before.cpu_s if is_same else 0.0  # otherwise mostly the start of its JVM
+    counts = now.requests - before.requests if is_same else now.requests
     requests = Counter({kind: count for kind, count in counts.items() if kind not in OF_BROKERS})
     seconds = now.requests_at_s - before.requests_at_s
     rates = {kind: count / seconds for kind, count in requests.items()}
-    return Work(used_s, used_s / (now.cpu_at_s - before.cpu_at_s), requests, rates)
+    return Work(seconds, used_s, used_s / (now.cpu_at_s - before.cpu_at_s), requests, rates)

@@ -41,7 +41,7 @@ STEADY = (
 )
 EVENTS = (
     *("hosts", "event", "s until half / all deliver", "hosts interrupted; longest, s", "most sockets opened in 1 s"),
-    *("requests: ApiVersions", "Metadata", "InitProducerId", "Produce", "CPU s of brokers", "errors"),
+    *("requests: ApiVersions", "Metadata", "InitProducerId", "Produce", "in s", "CPU s of brokers", "errors"),
 )
 STEPS = ("steady", "restart", "spread", "broker-restart", "broker-kill")
 
@@ -152,6 +152,7 @@ class Simulation:
             f"{len(long_s)}; {max(fleet.gaps_s):.1f}" if not first_s else "",
             f"{fleet.most_opened_per_s()}",
             *(f"{requests[kind]:,}" for kind in ("ApiVersions", "Metadata", "InitProducerId", "Produce")),
+            f"{work[0].seconds:.0f}",
             f"{sum(each.cpu_s for each in work):.1f}",
             ", ".join(f"{name} {count:.0f}" for name, count in sorted(fleet.errors.items())) or "none",
         )
