@@ -4,6 +4,7 @@ A spool file (spool/format.py) has batches of framed messages. Any other has a r
 streams, as `rebpf trace -w` writes, is read more slowly, with Python for each event.
 """
 
+import functools
 import io
 import json
 import os
@@ -71,12 +72,12 @@ def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -
         return
     is_spool = "rebpf.format" in reader.metadata
     try:
-        event = accepted(json.dumps(_event_schema(schema) if is_spool else schema))
-        stream = STREAMS[event["name"].rpartition(".")[2]]
+        text = json.dumps(_event_schema(schema) if is_spool else schema)
+        stream = STREAMS[_event(text)["name"].rpartition(".")[2]]
     except (NotAccepted, LookupError, TypeError, StopIteration) as error:
         raise UnavailableError(f"{path}: has no events of ReBPF") from error
-    plan = _plan(event, stream, names)
-    batches = _spooled(path, file, stream) if is_spool else _records(path, reader, plan_for_names(event, ()).steps)
+    plan = _plan(text, names.get(stream))
+    batches = _spooled(path, file, stream) if is_spool else _records(path, reader, _plan(text, frozenset()).steps)
     for values in batches:
         yield Part(stream, _whole(path, decode(values, plan)))
 
@@ -102,12 +103,20 @@ def _of_union(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]
 
 
 def _part(path: Path, stream: Stream, values: Values, names: Mapping[Stream, frozenset[str]]) -> Part:
-    event = accepted((SCHEMAS / stream.schema_file).read_text())
-    return Part(stream, _whole(path, decode(values, _plan(event, stream, names))))
+    plan = _plan((SCHEMAS / stream.schema_file).read_text(), names.get(stream))
+    return Part(stream, _whole(path, decode(values, plan)))
 
 
-def _plan(event: Any, stream: Stream, names: Mapping[Stream, frozenset[str]]) -> Plan:
-    return plan_for_names(event, names[stream]) if stream in names else plan_for_all(event)
+# Files have few different schemas, and a plan costs as much as hundreds of events.
+@functools.lru_cache(16)
+def _event(schema: str) -> Any:
+    return accepted(schema)
+
+
+@functools.lru_cache(16)
+def _plan(schema: str, names: frozenset[str] | None) -> Plan:
+    """Return the plan for events of a schema, with the fields `names`, or all."""
+    return plan_for_all(_event(schema)) if names is None else plan_for_names(_event(schema), names)
 
 
 def _event_schema(schema: dict[str, Any]) -> Any:
