@@ -66,6 +66,8 @@ def batch_of(schema: Any, table: Table, chosen: Mask) -> Any:
 
 
 def _array(kind: Any, cells: Ints, valid: Mask, texts: list[str]) -> Any:
+    if not valid.any():  # of most hosts, some fields are always null: no container, no pod
+        return pa.nulls(len(cells), kind)
     mask = None if valid.all() else ~valid
     if pa.types.is_dictionary(kind):
         return _texts(cells, valid, mask, texts)

@@ -4,6 +4,7 @@ A spool file (spool/format.py) has batches of framed messages. Any other has a r
 streams, as `rebpf trace -w` writes, is read more slowly, with Python for each event.
 """
 
+import functools
 import io
 import json
 import os
@@ -69,18 +70,18 @@ def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -
             streams = {each["name"]: STREAMS[each["name"].rpartition(".")[2]] for each in union}
         except (NotAccepted, LookupError) as error:
             raise UnavailableError(f"{path}: has no events of ReBPF") from error
-        plans = {each["name"]: _plan(each, streams[each["name"]], names) for each in union}
+        plans = {each["name"]: _plan(json.dumps(each), names.get(streams[each["name"]])) for each in union}
         for name, values in _of_union(path, blocks, union):
             yield Part(streams[name], _whole(path, decode(values, plans[name])))
         return
     is_spool = "rebpf.format" in blocks.metadata
     try:
-        event = accepted(json.dumps(_event_schema(schema) if is_spool else schema))
-        stream = STREAMS[event["name"].rpartition(".")[2]]
+        text = json.dumps(_event_schema(schema) if is_spool else schema)
+        stream = STREAMS[_event(text)["name"].rpartition(".")[2]]
     except (NotAccepted, LookupError, TypeError, StopIteration) as error:
         raise UnavailableError(f"{path}: has no events of ReBPF") from error
-    plan = _plan(event, stream, names)
-    batches = _spooled(path, file, stream) if is_spool else _records(path, blocks, plan_for_names(event, ()).steps)
+    plan = _plan(text, names.get(stream))
+    batches = _spooled(path, file, stream) if is_spool else _records(path, blocks, _plan(text, frozenset()).steps)
     for values in batches:
         yield Part(stream, _whole(path, decode(values, plan)))
 
@@ -104,8 +105,16 @@ def _of_union(path: Path, blocks: Blocks, union: list[Any]) -> Iterator[tuple[st
     yield from ((name, values) for name, values in waiting.items() if values)
 
 
-def _plan(event: Any, stream: Stream, names: Mapping[Stream, frozenset[str]]) -> Plan:
-    return plan_for_names(event, names[stream]) if stream in names else plan_for_all(event)
+# Files have few different schemas, and a plan costs as much as hundreds of events.
+@functools.lru_cache(16)
+def _event(schema: str) -> Any:
+    return accepted(schema)
+
+
+@functools.lru_cache(16)
+def _plan(schema: str, names: frozenset[str] | None) -> Plan:
+    """Return the plan for events of a schema, with the fields `names`, or all."""
+    return plan_for_all(_event(schema)) if names is None else plan_for_names(_event(schema), names)
 
 
 def _event_schema(schema: dict[str, Any]) -> Any:

@@ -47,6 +47,8 @@ _MANUAL = (
 _NAME_WIDTH = 21
 _MAX_NAME = 45
 _HIGH_RATIO = 0.01
+_OF_CAUSES = ("RETR/S", "LAST MINUTE")
+"""The columns of a line that stands for a cause: only retransmissions have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def _columns(unicode: bool) -> list[_Column]:
         _Column("RETR/S", 6, 0, lambda line: rate(line.retransmitted)),
         _Column("RATIO", 6, 1, lambda line: percent(line.ratio)),
         _Column("SEGS/S", 6, 2, lambda line: rate(line.segments)),
-        _Column("FAIL", 4, 3, lambda line: rate(line.failed)),
+        _Column("FAIL", 5, 3, lambda line: rate(line.failed)),
         _Column("FLOWS", 5, 7, lambda line: rate(line.flows)),
         _Column("SRTT", 6, 6, lambda line: duration(line.srtt_p50_us)),
         _Column("P95", 6, 8, lambda line: duration(line.srtt_p95_us)),
@@ -140,9 +142,9 @@ def _columns(unicode: bool) -> list[_Column]:
     ]
 
 
-def _fitting(width: int, longest: int, unicode: bool) -> tuple[int, list[_Column]]:
+def _fitting(width: int, longest: int, by: str, unicode: bool) -> tuple[int, list[_Column]]:
     """Return the width of names, and the columns that fit beside the longest name."""
-    columns = _columns(unicode)
+    columns = [each for each in _columns(unicode) if by != "cause" or each.title in _OF_CAUSES]
     name_width = max(_NAME_WIDTH, min(longest, _MAX_NAME, width - 1))
     needed = 1 + name_width
     shown = set()
@@ -187,7 +189,7 @@ def _head(frame: Frame, look: Look) -> list[str]:
 def _body(frame: Frame, look: Look, room: int) -> list[str]:
     """Return the titles and as many lines as there is room for, the selected one among them."""
     longest = max((len(line.name) for line in frame.table.lines), default=0)
-    name_width, columns = _fitting(look.width, longest, look.unicode)
+    name_width, columns = _fitting(look.width, longest, frame.by, look.unicode)
     title = " " + " ".join(
         [frame.by.upper().ljust(name_width), *(_aligned(each.title, each.width) for each in columns)]
     )

@@ -77,15 +77,17 @@ def table(flows: Flows, by: str, sort: str, now_s: float, window_s: float, count
     names, group_of_slot = _groups(flows, by)
     happened = flows.happened()
     happened = happened.select(happened.at_s > now_s - HISTORY_S)
-    group = happened.cause if by == "cause" else group_of_slot[happened.slot]
-    view = _View(flows, happened, group, group_of_slot, len(names), now_s, window_s)
+    grouped = happened.select(happened.retransmitted > 0) if by == "cause" else happened
+    group = grouped.cause if by == "cause" else group_of_slot[grouped.slot]
+    view = _View(flows, grouped, group, group_of_slot, len(names), now_s, window_s)
     active = view.active()
     keys = view.sort_key(sort)
     order = active[np.argsort(-keys[active], kind="stable")]
     shown = sorted(order.tolist(), key=lambda each: _natural(names(each))) if sort == "name" else order[:count].tolist()
     if sort != "name":
         shown.sort(key=lambda each: (-keys[each], _natural(names(each))))
-    whole = _View(flows, happened, np.zeros_like(group), np.zeros_like(group_of_slot), 1, now_s, window_s)
+    all_of_it = (np.zeros_like(happened.slot), np.zeros(len(flows.rows), np.int64))
+    whole = _View(flows, happened, *all_of_it, 1, now_s, window_s)
     lines = [view.line(each, names(each)) for each in shown[:count]]
     return Table(whole.line(0, "total"), lines, len(order))
 
@@ -138,7 +140,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _groups(flows: Flows, by: str) -> tuple[_Names, NDArray[np.int64]]:
-    """Return the names of groups, and the group of each slot."""
+    """Return the names of groups, and the group of each slot; -1 if it is in none."""
     rows, texts = flows.rows, flows.texts()
     if by in _TEXT_FIELDS:
         found, groups = np.unique(rows[_TEXT_FIELDS[by]], return_inverse=True)
@@ -155,7 +157,7 @@ def _groups(flows: Flows, by: str) -> tuple[_Names, NDArray[np.int64]]:
         by_address = np.array([number[each] for each in subnets], np.int64)
         return _Names(len(names), names.__getitem__), by_address[address_of_slot] if len(rows) else address_of_slot
     if by == "cause":
-        return _Names(len(CAUSES), CAUSES.__getitem__), np.zeros(len(rows), np.int64)
+        return _Names(len(CAUSES), CAUSES.__getitem__), np.full(len(rows), -1)
     return _Names(len(rows), _flow_names(flows)), np.arange(len(rows))
 
 
@@ -197,8 +199,9 @@ class _View:
         self.segs, self.resent, self.retransmitted, self.failed = (
             np.bincount(group[recent], column[recent], count) for column in sums
         )
-        self._open = ~self._rows["closed"] & (self._rows["seen_s"] > now_s - _OPEN_S) & self._rows["counted"]
-        self.flows = np.bincount(group_of_slot[self._open], minlength=count)[:count]
+        is_open = ~self._rows["closed"] & (self._rows["seen_s"] > now_s - _OPEN_S) & self._rows["counted"]
+        self._open = is_open & (group_of_slot >= 0)
+        self.flows = np.bincount(group_of_slot[self._open], minlength=count)
         self._minute = np.bincount(group, happened.retransmitted + happened.failed, count)
 
     def active(self) -> NDArray[np.int64]:

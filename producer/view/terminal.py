@@ -1,6 +1,7 @@
 """The terminal of a full-screen view: the screen is drawn whole, and keys are read one by one."""
 
 import contextlib
+import locale
 import os
 import re
 import select
@@ -73,7 +74,8 @@ class Terminal:
     def look(self) -> Look:
         """Return what the screen can show now."""
         size = os.get_terminal_size(self._output)
-        unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        # Not the stream's encoding, which Python takes to be UTF-8 with LC_ALL=C, too.
+        unicode = locale.nl_langinfo(locale.CODESET).upper() == "UTF-8"
         return Look(max(size.columns, _LEAST_WIDTH), max(size.lines, _LEAST_HEIGHT), self._color, unicode)
 
     def draw(self, lines: list[str]) -> None:

@@ -64,6 +64,17 @@ def test_retransmissions_are_counted_by_cause_and_second() -> None:
     assert (line.history[-2], line.history[-31], sum(line.history)) == (5, 7, 12)
 
 
+def test_a_line_of_a_cause_has_its_retransmissions_alone() -> None:
+    found = started()
+    add_flows(found, NOW - 1, {"segs_out": 20, "total_retrans": 5, "start_ns": 500, "srtt_us": 100})
+    add_retransmits(found, NOW - 1, {"segs": 2, "cause": "other"}, {"segs": 3, "cause": "fast"})
+    shown_by_cause = shown(found, "cause", sort="srtt")
+    assert {line.name: line.retransmitted for line in shown_by_cause.lines} == {"fast": 0.3, "other": 0.2}
+    for line in shown_by_cause.lines:
+        assert (line.segments, line.ratio, line.flows, line.srtt_p50_us, line.limit) == (0, None, 0, None, None)
+    assert (shown_by_cause.total.segments, shown_by_cause.total.flows) == (2.0, 1)
+
+
 def test_a_failed_connect_is_counted() -> None:
     found = started()
     add_flows(found, NOW - 1, {"reason": "close", "state": "SYN_SENT", "error": 110, "start_ns": 5})

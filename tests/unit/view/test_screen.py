@@ -49,6 +49,18 @@ def test_80_columns_show_the_peer_and_why() -> None:
     assert lines[3].split() == [">10.2.0.9", "7.2", "3.10%", "12.3k", "3", "1.5ms", "fast", "loss"]
 
 
+def test_a_line_of_a_cause_has_no_columns_of_connections() -> None:
+    lines = render(
+        Frame(Table(BAD, [BAD._replace(name="rto")], 1), **{**_fields(frame()), "by": "cause"}), look(80, 24)
+    )
+    assert lines[2].split() == ["CAUSE", "RETR/S", "LAST", "MINUTE"]
+
+
+def test_thousands_of_failed_connects_fit_their_column() -> None:
+    lines = render(Frame(Table(BAD, [BAD._replace(failed=12_345)], 1), **_fields(frame())), look(80, 24))
+    assert lines[3].split()[4] == "12.3k"
+
+
 def test_a_long_name_takes_the_place_of_columns() -> None:
     name = "10.111.139.57:53990 > 10.99.0.7:7411"
     lines = render(Frame(Table(BAD, [BAD._replace(name=name)], 1), **_fields(frame())), look(80, 24))

@@ -90,3 +90,11 @@ def test_ctrl_z_gives_the_terminal_back_to_the_shell() -> None:
         top.press("q")
         assert top.wait() == 0
         assert top.echoes()
+
+
+def test_a_locale_without_unicode_gets_none() -> None:
+    with fleet(200, 50, LC_ALL="C") as top:
+        top.wait_for(lambda screen: "LAST MINUTE" in screen[2], "the history")
+        top.press("q")
+        assert top.wait() == 0
+        assert top.output.isascii()
