@@ -1,5 +1,6 @@
 """CPU per event of the producer's stages, compared with the obvious way: encode (in C, or fastavro per record) and
-produce (librdkafka's batch call, or confluent-kafka's produce()). Without the kernel: the rows are synthetic.
+produce (librdkafka's batch call, or confluent-kafka's produce()); and that of the metrics of TCP. Without the kernel:
+the rows are synthetic.
 
 python -m tests.bench.stages
 """
@@ -13,12 +14,15 @@ import fastavro
 import numpy as np
 from confluent_kafka import Producer
 
+from producer import events
 from producer.config.librdkafka import DEFAULTS, EMBEDDED, client_settings
 from producer.encode.batch import BatchEncoder
 from producer.events import FLOW, TCP_FIELDS, TRANSMITS, Batch, EncodedBatch, Rows, SchemaId, Topic
+from producer.health.tcp import TcpMetrics
 from producer.host.cgroups import CgroupPaths
 from producer.kafka.sink import KafkaSink
 from producer.schemas import load_schema
+from tests.bench import replay
 
 ROWS, FLOWS = 4096, 500
 SIZES = (10, 100, ROWS)
@@ -87,6 +91,20 @@ def encode_batches(size: int, *, new_flows: bool) -> float:
             ours.encode(batch, UTC_OFFSET_NS)
 
     return min(us_per_event(encode, 2, len(batches) * size) for _ in range(ROUNDS))
+
+
+def count_batches(size: int) -> float:
+    """Return the cost of counting the metrics from batches of `size` records, each of another connection."""
+    made = replay.rows(events.FLOWS, 0, ROWS, np.random.default_rng(1))
+    batches = [made[first : first + size] for first in range(0, ROWS - size + 1, size)]
+
+    def count() -> None:
+        take = TcpMetrics(since_ns=1).counter(events.FLOWS)
+        assert take
+        for batch in batches:
+            take(batch)
+
+    return min(us_per_event(count, 2, len(batches) * size) for _ in range(ROUNDS))
 
 
 def produce_with(batch: EncodedBatch) -> tuple[float, float]:
@@ -159,6 +177,8 @@ def main() -> None:
         ("produce", *produce_with(encoded)),
     ):
         print(f"{name}: {ours:.2f} us an event; baseline {obvious:.2f}, {obvious / ours:.1f} times as much")
+    costs = (f"{count_batches(size):.2f} ({size})" for size in SIZES)
+    print(f"count: us a record of a connection (records in a batch): {', '.join(costs)}")
     for count in (10, 100, ROWS):
         print(f"sink, a batch of {count}: {us_per_batch(encoded.take(np.arange(count))):.0f} us in the calling thread")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from producer.events import CAUSES, FLOW, HOOKS, KNOWN, RETRANSMIT, SEGMENT, TRANSMIT, layout_check
+from producer.events import CAUSES, FLOW, FLOW_EVENT, HOOKS, KNOWN, RETRANSMIT, SEGMENT, TRANSMIT, layout_check
 from producer.paths import BPF
 
 HEADER = re.sub(r"/\*.*?\*/", "", (BPF / "events.h").read_text(), flags=re.DOTALL)
@@ -33,7 +33,13 @@ def structs() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("flow", FLOW), ("segment", SEGMENT), ("transmit_event", TRANSMIT), ("retransmit_event", RETRANSMIT)],
+    [
+        ("flow", FLOW),
+        ("segment", SEGMENT),
+        ("transmit_event", TRANSMIT),
+        ("retransmit_event", RETRANSMIT),
+        ("flow_event", FLOW_EVENT),
+    ],
 )
 def test_the_dtype_has_the_headers_members_offsets_and_sizes(name: str, dtype: np.dtype[np.void]) -> None:
     c_struct = structs()[name]
@@ -45,7 +51,7 @@ def test_the_dtype_has_the_headers_members_offsets_and_sizes(name: str, dtype: n
     assert ctypes.sizeof(c_struct) == dtype.itemsize
 
 
-@pytest.mark.parametrize("dtype", [FLOW, SEGMENT, TRANSMIT, RETRANSMIT])
+@pytest.mark.parametrize("dtype", [FLOW, SEGMENT, TRANSMIT, RETRANSMIT, FLOW_EVENT])
 def test_there_are_no_holes_so_every_byte_is_written(dtype: np.dtype[np.void]) -> None:
     assert dtype.fields is not None
     assert sum(kind.itemsize for kind, *_ in dtype.fields.values()) == dtype.itemsize
