@@ -14,7 +14,7 @@ from producer.events import RETRANSMITS
 from tests.support.capture import DEADLINE_S, Pair, Recording, inside, receive, rules, wait_for
 from tests.support.comparison import ACK, FIN, INTERFACE, MAX_SEGS, SYN, Trial, segs
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 URG = 32
 _TCP_SYNCNT = 7
