@@ -86,7 +86,7 @@ def after(top: Top, *keys: str, height: int = 24) -> Frame:
 
 
 def read_all(top: Top, retransmitted: int) -> None:
-    """Read until so many segments have been seen."""
+    """Read until this number of segments has been seen."""
     while sum(sum(line.causes.values()) for line in top.table(50).lines) < retransmitted:
         top.read(report=True)
 
