@@ -8,6 +8,7 @@ from enum import IntEnum
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, Message, TopicPartition
 
 from producer.errors import UnavailableError
+from producer.host.progress import Progress
 from producer.kafka.consumer import QuietConsumer
 
 _LOG = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Follower:
         start: int,
         batch: int = _BATCH,
     ) -> None:
+        self._brokers = brokers
         self._missing = list(topics)
         self._start = start
         self._batch = batch
@@ -48,7 +50,7 @@ class Follower:
 
     def start(self) -> None:
         """Assign existing partitions."""
-        with self._connection.translated_errors():
+        with self._connection.translated_errors(), Progress(f"connecting to Kafka at {self._brokers}"):
             self._assign_existing(self._start)
         if self._missing:
             _LOG.warning("waiting for topics=%s", ",".join(self._missing))

@@ -12,6 +12,7 @@ from confluent_kafka import KafkaError, Message, TopicPartition
 
 from producer.consume.audit import ALL
 from producer.errors import UnavailableError
+from producer.host.progress import Progress
 from producer.kafka.consumer import QuietConsumer
 
 _METADATA_TIMEOUT_S = 5
@@ -76,7 +77,7 @@ class TopicReader:
         self._connection = QuietConsumer(brokers, "verify", settings, overrides)
         self._consumer = self._connection.client
         self._skip_missing = skip_missing
-        with self._connection.translated_errors():
+        with self._connection.translated_errors(), Progress(f"connecting to Kafka at {brokers}"):
             self.spans = {
                 partition: self._span(partition, since) for topic in topics for partition in self._partitions(topic)
             }

@@ -15,6 +15,10 @@ _FIXES = {
 }
 
 
+_HTTP = f"Invalid response size {int.from_bytes(b'HTTP')} "
+"""What librdkafka says about the first bytes of a web server's answer."""
+
+
 def is_tls(name: str, text: str) -> bool:
     """Return whether TLS failed; a peer that closes the connection in the handshake has another error code."""
     return name == "_SSL" or "SSL handshake failed" in text or "in state SSL_HANDSHAKE" in text
@@ -22,6 +26,8 @@ def is_tls(name: str, text: str) -> bool:
 
 def fix(name: str, text: str) -> str:
     """Return the fix for an error by its name and text; empty if there is none to suggest."""
+    if _HTTP in text:
+        return "this port speaks HTTP, not Kafka: check kafka.brokers"
     return _FIXES.get("_SSL" if is_tls(name, text) else name, "")
 
 

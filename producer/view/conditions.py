@@ -194,6 +194,11 @@ def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
+def _is_address(text: str) -> bool:
+    """Return whether a text is an address or a network, of whatever prefix."""
+    return _parsed(text.partition("/")[0]) is not None
+
+
 _PORT = f"a port from 0 to {_MAX_PORT}, or a range (8000-8099)"
 
 
@@ -221,9 +226,9 @@ def _span(text: str) -> tuple[int, int]:
 
 
 def _host(text: str) -> Callable[[Records], Mask]:
-    """An address also matches at either end of a connection, as in tcpdump: host names say nothing about addresses."""
+    """Addresses and networks also match at either end of a connection, as in tcpdump, where a host is an address."""
     by_name = _pattern("host").make(text)
-    addresses = ",".join(part for part in text.split(",") if _parsed(part))
+    addresses = ",".join(part for part in text.split(",") if _is_address(part))
     if not addresses:
         return by_name
     by_address = CONDITIONS["addr"].make(addresses)
@@ -272,7 +277,7 @@ _ELSEWHERE = {"src": "local", "dst": "peer", "net": "addr", "ip": "addr", "proc"
 
 def meant(word: str) -> str | None:
     """Return what may have been meant by a word that is no condition."""
-    if _parsed(word.partition("/")[0]):
+    if _is_address(word):
         return f"'addr {word}'"
     if word in _ELSEWHERE:
         return repr(_ELSEWHERE[word])

@@ -6,8 +6,9 @@ import re
 import socket
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -395,3 +396,20 @@ def test_a_host_without_events_is_not_complete(cluster: Cluster) -> None:
     done = rebpf("verify", "--brokers", cluster.brokers, "--host", "web-71")
     assert done.returncode == UnavailableError.exit_code
     assert done.stderr == "rebpf: no events of host web-71: see the hosts without --host\n"
+
+
+def test_a_port_of_http_is_named_as_such() -> None:
+    def answer() -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = server.accept()
+                with client:
+                    client.recv(1)
+                    client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Thread(target=answer, daemon=True).start()
+        done = rebpf("verify", "--brokers", f"127.0.0.1:{server.getsockname()[1]}")
+        server.shutdown(socket.SHUT_RDWR)
+    assert done.returncode == UnavailableError.exit_code
+    assert done.stderr.splitlines()[-1].endswith("; this port speaks HTTP, not Kafka: check kafka.brokers")

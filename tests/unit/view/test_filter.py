@@ -213,6 +213,9 @@ def test_the_address_of_a_host_matches_either_end_as_in_tcpdump() -> None:
     assert parse("host 10.2.0.9")(rows).tolist() == [True, True, True]
     assert parse("host 10.2.0.8,web-1")(rows).tolist() == [True, True, False]
     assert parse("host 10.2.0.8")(rows).tolist() == [False, False, False]
+    assert parse("host 10.2.0.0/16 and not host web-*")(rows).tolist() == [False, False, False]
+    with pytest.raises(FilterError, match="expected an address or a network"):
+        parse("host 10.2.0.0/33")
 
 
 WORDS = [

@@ -86,7 +86,7 @@ def after(top: Top, *keys: str, height: int = 24) -> Frame:
 
 
 def read_all(top: Top, retransmitted: int) -> None:
-    """Read until that number of segments has been seen."""
+    """Read until this number of segments has been seen."""
     while sum(sum(line.causes.values()) for line in top.table(50).lines) < retransmitted:
         top.read(report=True)
 
@@ -166,7 +166,7 @@ texts = st.none() | st.sampled_from(["interval", "close", "SYN_SENT", *CAUSES]) 
     st.sampled_from(GROUPS),
     st.sampled_from(SORTS),
 )
-def test_numbers_that_no_kernel_writes_can_be_shown(rows: list[dict[str, Any]], by: str, sort: str) -> None:
+def test_numbers_that_no_kernel_writes_are_shown_somehow(rows: list[dict[str, Any]], by: str, sort: str) -> None:
     """Whoever may write to a topic chooses them."""
     found = Flows(0)
     for now in (1.0, 2.0, 9.0):
