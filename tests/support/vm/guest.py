@@ -130,8 +130,8 @@ def _boot(kernel: Path, command: str, results: Path) -> "subprocess.Popen[str]":
     )
 
 
-if __name__ == "__main__":  # python -m tests.support.vm.guest SUITE COMMAND
+if __name__ == "__main__":  # python -m tests.support.vm.guest SUITE COMMAND [SECONDS]
     with tempfile.TemporaryDirectory(prefix="rebpf-guest-") as folder:
-        outcome = run(sys.argv[1], sys.argv[2], 600, Path(folder))
+        outcome = run(sys.argv[1], sys.argv[2], int((*sys.argv, 600)[3]), Path(folder))
     print(outcome.output, end="")
     sys.exit(outcome.status)
