@@ -1,8 +1,8 @@
 """Simulated hosts in one process. Each has the producer's own sink, and sends what a quiet host sends.
 
-python -m tests.bench.hosts BROKERS PREFIX FIRST COUNT SPREAD_S LATENCY_S. Prints "ready", starts the hosts at the first
-line on standard input, each at a random time within SPREAD_S, and answers each further line with a Report in JSON. At
-the end of its input it ends like a process that is killed: its sockets close, and no client says goodbye.
+python -m tests.bench.hosts BROKERS PREFIX FIRST COUNT SPREAD_S LATENCY_S SETTINGS. Prints "ready", starts the hosts at
+the first line on standard input, each at a random time within SPREAD_S, and answers each further line with a Report in
+JSON. At the end of its input it ends like a process that is killed: its sockets close, and no client says goodbye.
 
 Not simulated: the spool. While messages of a stream are in flight, the host sends no others of it.
 """
@@ -214,10 +214,15 @@ def await_line() -> None:
             os._exit(0)
 
 
-def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, latency_s: float) -> None:
+def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, latency_s: float, settings: str) -> None:
     """Serve until standard input ends."""
     logging.disable(logging.CRITICAL)
-    config = Config().with_values(kafka__brokers=brokers, kafka__topic_prefix=prefix, capture__latency_s=latency_s)
+    config = Config().with_values(
+        kafka__brokers=brokers,
+        kafka__topic_prefix=prefix,
+        kafka__settings=json.loads(settings),
+        capture__latency_s=latency_s,
+    )
     hosts = Hosts(config, [host_name(number) for number in range(first, first + count)], spread_s)
     print("ready", flush=True)
     await_line()
@@ -232,4 +237,4 @@ def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, lat
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *map(float, sys.argv[5:]))
+    main(*sys.argv[1:3], *map(int, sys.argv[3:5]), *map(float, sys.argv[5:7]), sys.argv[7])
