@@ -14,7 +14,7 @@ from producer.paths import IMPORTED_FROM
 from tests.bench.hosts import Report
 
 HOSTS_IN_PROCESS = 500
-"""librdkafka needs about 25 file descriptors and five threads for each."""
+"""librdkafka needs some ten file descriptors and five threads for each."""
 DEADLINE_S = 120.0
 
 

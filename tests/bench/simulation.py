@@ -4,9 +4,9 @@ python -m tests.bench.simulation [--hosts 500 1000 2000] [--seconds 30] [--sprea
     [--setting reconnect.backoff.ms=100] [--only STEP ...]
 
 For each number of hosts, prints what they cost the brokers while nothing happens, and then what follows from events:
-all hosts restart at once, or spread over some seconds; a broker is restarted in order; a broker is killed and returns.
-The topics are those of `rebpf init`, with three replicas, of which two must be in sync. Needs five threads and 8 MB for
-each host (tests/bench/hosts.py), and tells where hosts and brokers have used the whole machine.
+all hosts restart at once, or spread over some seconds; a broker is restarted in order; a broker is killed and returns;
+all brokers are away for a while. The topics are those of `rebpf init`, with three replicas, of which two must be in
+sync. Each host (tests/bench/hosts.py) needs five threads and some 2 MB. Says if hosts and brokers used the whole machine.
 """
 
 import argparse
@@ -130,7 +130,9 @@ class Simulation:
     def _start(self, fleet: Fleet, event: str) -> None:
         self._seen.begin()
         fleet.go()
-        self._finish(fleet, event, fleet.deliver_first().first_s)
+        first_s = fleet.deliver_first().first_s
+        missing = f"; {fleet.count - len(first_s)} did not deliver" if len(first_s) < fleet.count else ""
+        self._finish(fleet, event + missing, first_s)
 
     def broker(self, fleet: Fleet, *, killed: bool) -> None:
         """Restart a broker in order, or kill it and start it again."""
