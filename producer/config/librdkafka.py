@@ -127,12 +127,15 @@ FREE_OF_ALL = _names(
 )
 """Passed to all clients. librdkafka itself rejects max.in.flight above 5, which would break the order."""
 
+_BACKOFF, _MOST_BACKOFF = "reconnect.backoff.ms", "reconnect.backoff.max.ms"
 DEFAULTS: Mapping[str, str] = {
     "client.id": "rebpf",
     "compression.codec": "zstd",
     "linger.ms": "5",  # librdkafka's default too: a read of a ring is a batch already
     "batch.num.messages": "10000",
     "socket.keepalive.enable": "true",
+    # While no broker is reachable, the library tries every half of this, at most every second, and does not back off.
+    _BACKOFF: "2000",
 }
 _CONSUMER_DEFAULTS = {
     "socket.keepalive.enable": "true",
@@ -184,7 +187,9 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
     decide(settings)
     _check_files(settings)
     where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
-    return {**DEFAULTS, **_without(settings, FREE_OF_CONSUMERS), **REQUIRED, **where}
+    # The library rejects a backoff above the most, which the user has set.
+    defaults = _without(DEFAULTS, frozenset({_BACKOFF})) if _MOST_BACKOFF in settings else DEFAULTS
+    return {**defaults, **_without(settings, FREE_OF_CONSUMERS), **REQUIRED, **where}
 
 
 def consumer_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:

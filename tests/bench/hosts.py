@@ -1,8 +1,8 @@
 """Simulated hosts in one process. Each has the producer's own sink, and sends what a quiet host sends.
 
-python -m tests.bench.hosts BROKERS PREFIX FIRST COUNT SPREAD_S LATENCY_S. Prints "ready", starts the hosts at the first
-line on standard input, each at a random time within SPREAD_S, and answers each further line with a Report in JSON. At
-the end of its input it ends like a process that is killed: its sockets close, and no client says goodbye.
+python -m tests.bench.hosts BROKERS PREFIX FIRST COUNT SPREAD_S LATENCY_S SETTINGS. Prints "ready", starts the hosts at
+the first line on standard input, each at a random time within SPREAD_S, and answers each further line with a Report in
+JSON. At the end of its input it ends like a process that is killed: its sockets close, and no client says goodbye.
 
 Not simulated: the spool. While messages of a stream are in flight, the host sends no others of it.
 """
@@ -23,7 +23,18 @@ import numpy as np
 
 from producer.config.load import Config
 from producer.encode.batch import BatchEncoder
-from producer.events import FLOWS, HEARTBEATS, RETRANSMITS, STREAMS, TRANSMITS, Batch, EncodedBatch, Feed, SchemaId
+from producer.events import (
+    FLOWS,
+    HEARTBEATS,
+    RETRANSMITS,
+    STREAMS,
+    TCP_FIELDS,
+    TRANSMITS,
+    Batch,
+    EncodedBatch,
+    Feed,
+    SchemaId,
+)
 from producer.health import metrics
 from producer.host.cgroups import CgroupPaths
 from producer.kafka.sink import KafkaSink, producer_settings
@@ -57,6 +68,8 @@ def quiet(latency_s: float) -> list[Send]:
     ]
 
 
+_CONNECTIONS, _VARYING = 8, 1
+"""Connections, and how many of TCP_FIELDS vary by event: compressed, an event takes 23 bytes, as of a quiet host."""
 _CRITERION = TRANSMITS.name
 """The stream whose deliveries show that a host delivers: it has the most."""
 
@@ -192,9 +205,15 @@ def _errors() -> list:
 
 
 def _payload(count: int) -> EncodedBatch:
-    """Return encoded transmits, which stand for the messages of all topics."""
+    """Return encoded transmits, which stand for the messages of all topics and compress like those of a real host."""
+    made = rows()[:count]
+    segment = made["s"]
+    segment["flow"] = segment["flow"][np.arange(count) % _CONNECTIONS]
+    segment["ack_seq"], segment["end_seq"] = segment["ack_seq"][0], segment["seq"]
+    for name in TCP_FIELDS[_VARYING:]:
+        segment[name] = segment[name][0]
     encoder = BatchEncoder(TRANSMITS, load_schema(TRANSMITS.schema_file), SchemaId(1), HOST, CgroupPaths(None), "host")
-    return encoder.encode(Batch(TRANSMITS, rows()[:count]), UTC_OFFSET_NS)
+    return encoder.encode(Batch(TRANSMITS, made), UTC_OFFSET_NS)
 
 
 def _keyed(payload: EncodedBatch, send: Send, key: bytes) -> EncodedBatch:
@@ -214,10 +233,15 @@ def await_line() -> None:
             os._exit(0)
 
 
-def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, latency_s: float) -> None:
+def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, latency_s: float, settings: str) -> None:
     """Serve until standard input ends."""
     logging.disable(logging.CRITICAL)
-    config = Config().with_values(kafka__brokers=brokers, kafka__topic_prefix=prefix, capture__latency_s=latency_s)
+    config = Config().with_values(
+        kafka__brokers=brokers,
+        kafka__topic_prefix=prefix,
+        kafka__settings=json.loads(settings),
+        capture__latency_s=latency_s,
+    )
     hosts = Hosts(config, [host_name(number) for number in range(first, first + count)], spread_s)
     print("ready", flush=True)
     await_line()
@@ -232,4 +256,4 @@ def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, lat
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *map(float, sys.argv[5:]))
+    main(*sys.argv[1:3], *map(int, sys.argv[3:5]), *map(float, sys.argv[5:7]), sys.argv[7])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -14,14 +14,25 @@ from producer.paths import IMPORTED_FROM
 from tests.bench.hosts import Report
 
 HOSTS_IN_PROCESS = 500
-"""librdkafka needs about 25 file descriptors and five threads for each."""
+"""librdkafka needs some ten file descriptors and five threads for each."""
 DEADLINE_S = 120.0
 
 
 class Fleet:
-    """`count` hosts that start at `go`, each at a random time within `spread_s`. `prefix` is that of their topics."""
+    """`count` hosts that start at `go`, each at a random time within `spread_s`.
 
-    def __init__(self, brokers: str, count: int, spread_s: float = 0, latency_s: float = 1, prefix: str = "") -> None:
+    `prefix` is that of their topics, and `settings` are librdkafka's.
+    """
+
+    def __init__(
+        self,
+        brokers: str,
+        count: int,
+        spread_s: float = 0,
+        latency_s: float = 1,
+        prefix: str = "",
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         self.count = count
         self.opened_s: list[float] = []
         """When each socket was opened since `mark`, until the last report."""
@@ -34,7 +45,7 @@ class Fleet:
         self._ready = 0
         share = max(1, min(HOSTS_IN_PROCESS, -(-count // 2)))
         self._processes = [
-            _process(brokers, prefix, first, min(share, count - first), spread_s, latency_s)
+            _process(brokers, prefix, first, min(share, count - first), spread_s, latency_s, json.dumps(settings or {}))
             for first in range(0, count, share)
         ]
 

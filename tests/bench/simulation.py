@@ -1,11 +1,12 @@
 """What a fleet does to its brokers: a real cluster of three, and simulated hosts with the producer's own client.
 
-python -m tests.bench.simulation [--hosts 500 1000 2000] [--seconds 30] [--spread 30] [--latency 1] [--only STEP ...]
+python -m tests.bench.simulation [--hosts 500 1000 2000] [--seconds 30] [--spread 30] [--latency 1]
+    [--setting reconnect.backoff.ms=100] [--only STEP ...]
 
 For each number of hosts, prints what they cost the brokers while nothing happens, and then what follows from events:
-all hosts restart at once, or spread over some seconds; a broker is restarted in order; a broker is killed and returns.
-The topics are those of `rebpf init`, with three replicas, of which two must be in sync. Needs five threads and 8 MB for
-each host (tests/bench/hosts.py), and tells where hosts and brokers have used the whole machine.
+all hosts restart at once, or spread over some seconds; a broker is restarted in order; a broker is killed and returns;
+all brokers are away for a while. The topics are those of `rebpf init`, with three replicas, of which two must be in
+sync. Each host (tests/bench/hosts.py) needs five threads and some 2 MB. Says if hosts and brokers used the whole machine.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from producer.commands.init import create_topics
@@ -43,15 +44,18 @@ EVENTS = (
     *("hosts", "event", "s until half / all deliver", "hosts interrupted; longest, s", "most sockets opened in 1 s"),
     *("requests: ApiVersions", "Metadata", "InitProducerId", "Produce", "in s", "CPU s of brokers", "errors"),
 )
-STEPS = ("steady", "restart", "spread", "broker-restart", "broker-kill")
+STEPS = ("steady", "restart", "spread", "broker-restart", "broker-kill", "outage")
 
 
 class Simulation:
     """A cluster, a fleet that sends to it, and the tables' rows."""
 
-    def __init__(self, cluster: KafkaCluster, seconds: float, spread_s: float, latency_s: float) -> None:
+    def __init__(
+        self, cluster: KafkaCluster, seconds: float, spread_s: float, latency_s: float, settings: Mapping[str, str]
+    ) -> None:
         self._cluster = cluster
         self._latency_s = latency_s
+        self._settings = settings
         self._long_s = latency_s + LONG_S
         self._seen = Observed(list(cluster.nodes.values()))
         self._seconds = seconds
@@ -68,7 +72,7 @@ class Simulation:
 
     def run(self, count: int, steps: Sequence[str]) -> None:
         """Simulate `count` hosts."""
-        fleet = Fleet(self._cluster.bootstrap, count, 0, self._latency_s)
+        fleet = self._fleet(count)
         try:
             self._start(fleet, "first start, all at once")
             time.sleep(self._seconds / 3)
@@ -82,6 +86,8 @@ class Simulation:
                 self.broker(fleet, killed=False)
             if "broker-kill" in steps:
                 self.broker(fleet, killed=True)
+            if "outage" in steps:
+                self.outage(fleet)
         finally:
             fleet.kill()
 
@@ -113,15 +119,20 @@ class Simulation:
     def restart(self, old: Fleet, spread_s: float) -> Fleet:
         """Kill all hosts, start them again within `spread_s`, and return them."""
         with old:
-            fleet = Fleet(self._cluster.bootstrap, old.count, spread_s, self._latency_s)
+            fleet = self._fleet(old.count, spread_s)
             fleet.wait_until_ready()
         self._start(fleet, f"all restart within {spread_s:.0f} s" if spread_s else "all restart at once")
         return fleet
 
+    def _fleet(self, count: int, spread_s: float = 0) -> Fleet:
+        return Fleet(self._cluster.bootstrap, count, spread_s, self._latency_s, settings=self._settings)
+
     def _start(self, fleet: Fleet, event: str) -> None:
         self._seen.begin()
         fleet.go()
-        self._finish(fleet, event, fleet.deliver_first().first_s)
+        first_s = fleet.deliver_first().first_s
+        missing = f"; {fleet.count - len(first_s)} did not deliver" if len(first_s) < fleet.count else ""
+        self._finish(fleet, event + missing, first_s)
 
     def broker(self, fleet: Fleet, *, killed: bool) -> None:
         """Restart a broker in order, or kill it and start it again."""
@@ -134,10 +145,27 @@ class Simulation:
         else:
             broker.stop()
         broker.start()
-        fleet.wait_until(lambda report: max(report.gaps_s) < self._long_s)
-        time.sleep(self._seconds / 3)  # its partitions have returned to it
-        fleet.report()
+        self._recover(fleet)
         self._finish(fleet, "a broker is killed, and returns" if killed else "a broker is restarted in order", [])
+
+    def outage(self, fleet: Fleet) -> None:
+        """Stop all brokers, and start them again."""
+        self._seen.begin()
+        fleet.mark()
+        self._cluster.stop()
+        fleet.report()
+        before, began_s = len(fleet.opened_s), time.monotonic()
+        time.sleep(DOWN_S)
+        fleet.report()
+        tries = (len(fleet.opened_s) - before) / fleet.count / (time.monotonic() - began_s)
+        self._cluster.start()
+        self._recover(fleet)
+        self._finish(fleet, f"all brokers are away: a host tries {tries:.1f} times a second; they return", [])
+
+    def _recover(self, fleet: Fleet) -> None:
+        """Wait until all hosts deliver, and partitions have returned to their brokers."""
+        fleet.wait_until(lambda report: max(report.gaps_s) < self._long_s)
+        time.sleep(self._seconds / 3)
 
     def _finish(self, fleet: Fleet, event: str, first_s: Sequence[float]) -> None:
         """Print what an event did."""
@@ -170,12 +198,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="time that is measured while nothing happens")
     parser.add_argument("--spread", type=float, default=30, help="seconds over which hosts restart in one of the steps")
     parser.add_argument("--latency", type=float, default=1, help="the hosts' capture.latency_s")
+    parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of librdkafka")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
     arguments = parser.parse_args()
+    settings = dict(each.split("=", 1) for each in arguments.setting)
     with tempfile.TemporaryDirectory() as name, KafkaCluster(Path(name), settings=SETTINGS) as cluster:
         config = Config().with_values(kafka__brokers=cluster.bootstrap)
         print("\n".join(create_topics(config, PARTITIONS, REPLICATION)), flush=True)
-        simulation = Simulation(cluster, arguments.seconds, arguments.spread, arguments.latency)
+        simulation = Simulation(cluster, arguments.seconds, arguments.spread, arguments.latency, settings)
         simulation.idle()
         for count in arguments.hosts:
             simulation.run(count, arguments.only)

@@ -54,6 +54,18 @@ def test_a_setting_that_librdkafka_rejects_is_a_configuration_error(name, value)
         sink.open()
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "2000"), ({"reconnect.backoff.ms": "50"}, "50"), ({"reconnect.backoff.max.ms": "500"}, None)],
+)
+def test_the_client_waits_before_it_reconnects_unless_the_user_says_otherwise(given, expected):
+    settings = client_settings("127.0.0.1:1", given)
+    assert settings.get("reconnect.backoff.ms") == expected
+    sink = KafkaSink(settings, {})
+    sink.open()  # the library accepts them together
+    sink.close()
+
+
 def listed(path: Path) -> dict[str, str]:
     """Return all settings of the installed librdkafka with their scope: C, P or *."""
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
