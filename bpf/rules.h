@@ -184,8 +184,9 @@ static __always_inline u64 ancestor_at(const struct cgroup *cgroup, u32 level)
 #endif
 
 /*
- * The set of the nearest named cgroup, from the socket's own up; it includes the sets of named ancestors. Rules can only
- * name cgroups in the first CGROUP_LEVELS levels, so only these are searched, however deep the socket's own is.
+ * The set of the nearest named cgroup, from the root down to the socket's own; it includes the sets of named ancestors.
+ * Rules can only name cgroups in the first CGROUP_LEVELS levels, so only these are searched, however deep the socket's own
+ * is. The search does not end early: each end would be a path on which the verifier follows the rest of the program.
  */
 static __always_inline struct rule_set *set_of_cgroup(const struct rule_generation *tables, u32 generation,
 						      const struct sock *sk)
@@ -196,9 +197,9 @@ static __always_inline struct rule_set *set_of_cgroup(const struct rule_generati
 	const struct cgroup *cgroup = sk ? cgroup_of(sk) : NULL;
 	s32 own = cgroup ? PROBE(cgroup, level) : -1;
 
-	for (s32 level = CGROUP_LEVELS - 1; level >= 0 && number == unnamed; level--) {
+	for (s32 level = 0; level < CGROUP_LEVELS; level++) {
 		if (level <= own)
-			number = set_number(generation, PROPERTY_CGROUP, ancestor_at(cgroup, level), unnamed);
+			number = set_number(generation, PROPERTY_CGROUP, ancestor_at(cgroup, level), number);
 	}
 #endif
 	index += number;
