@@ -29,8 +29,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def hook_settings(**others: Any) -> CaptureSettings:
     """Return settings with the hooks under test, and with compiled programs if there are some."""
-    places = {"cache": os.environ.get(COMPILED), "programs": os.environ.get(PROGRAMS)}
-    found = {name: Path(place) for name, place in places.items() if place}
+    paths = {"cache": os.environ.get(COMPILED), "programs": os.environ.get(PROGRAMS)}
+    found = {name: Path(path) for name, path in paths.items() if path}
     return CaptureSettings(**{"hooks": ALLOWED, **found, **others})
 
 
