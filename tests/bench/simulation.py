@@ -6,7 +6,7 @@ python -m tests.bench.simulation [--hosts 500 1000 2000] [--seconds 30] [--sprea
 For each number of hosts, prints what they cost the brokers while nothing happens, and then what follows from events:
 all hosts restart at once, or spread over some seconds; a broker is restarted in order; a broker is killed and returns;
 all brokers are away for a while. The topics are those of `rebpf init`, with three replicas, of which two must be in
-sync. Each host (tests/bench/hosts.py) needs five threads and some 2 MB. Says if hosts and brokers used the whole machine.
+sync. Each host (tests/bench/hosts.py) needs five threads and some 2 MB. Says if the machine was too small.
 """
 
 import argparse
