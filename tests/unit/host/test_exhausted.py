@@ -13,7 +13,7 @@ from tests.support.rebpf import as_nobody, command, let_others_in
 
 COMMANDS = (
     "check --local",
-    "tail --brokers b:1",
+    "tail --json --brokers b:1",
     "init --brokers b:1",
     "alert --brokers b:1",
     "top --once --brokers b:1",
