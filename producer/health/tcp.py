@@ -23,7 +23,8 @@ MOST_CONNECTIONS = 1 << 16
 _FORGOTTEN_NS = 600 * 10**9
 """Without room, connections without a record for this long are forgotten: their closing record was lost."""
 
-_PHASES = _CONNECT, _ = "connect", "established"
+_CONNECT = "connect"
+_PHASES = (_CONNECT, "established")
 _NO_ERROR, _OTHER = "none", "other"
 ERRORS = (
     "ECONNREFUSED",

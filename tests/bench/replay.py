@@ -90,7 +90,7 @@ class WritableRing:
         self._records = np.frombuffer(memory, record, RING_BYTES // record.itemsize, 2 * mmap.PAGESIZE)
 
     def write_until(self, written: int, random: np.random.Generator) -> None:
-        """Write rows until `written` of them were written."""
+        """Write rows until this many are written."""
         records = self._records[self._written : written]
         records["row"] = rows(self._stream, self._written, len(records), random)
         records["length"] = self._stream.dtype.itemsize
