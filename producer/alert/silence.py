@@ -91,6 +91,10 @@ class Hosts:
         if self._read_to_ns and unread_ns > 0:
             for host, heard in self._live.items():
                 self._live[host] = heard._replace(due_ns=heard.due_ns + unread_ns)
+        elif 0 < read_to_ns < self._read_to_ns:  # the clock was set back
+            for host, heard in self._live.items():
+                latest_ns = read_to_ns + round(heard.timeout_s * _SECOND_NS)
+                self._live[host] = heard._replace(due_ns=min(heard.due_ns, latest_ns))
         self._read_to_ns = read_to_ns
         for host in sorted(host for host, heard in self._live.items() if heard.due_ns <= read_to_ns):
             heard = self._live.pop(host)

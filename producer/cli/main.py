@@ -37,7 +37,7 @@ from producer.cli.topics import init, tail, verify
 from producer.cli.view import top, trace
 from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
 from producer.host import stdio
-from producer.host.exhausted import exhausted
+from producer.host.exhausted import exhausted, hidden
 from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
 from producer.host.signals import QUIT_NOW, set_on, stop_on_signals
 from producer.host.text import lines, printable, to_json
@@ -299,7 +299,7 @@ def _main() -> int:
         _complain("\n".join(bounded(printable(line)) for line in (f"rebpf: {error}", *error.details)))
         return error.exit_code
     except Exception as error:
-        if reason := exhausted(error):
+        if reason := exhausted(error) or hidden(error):
             logger.debug("%s", reason, exc_info=True)
             _complain(f"rebpf: {printable(reason)}")
             return UnavailableError.exit_code

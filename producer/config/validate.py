@@ -245,6 +245,8 @@ def _check_registry(registry: Any) -> None:
 
 def _check_url(name: str, url: str) -> None:
     _check_text(name, url)
+    if "@" in url.partition("//")[2].partition("/")[0]:  # they would not be sent, but logged
+        raise ConfigError(f"{name}: expected no user or password in the URL")
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port

@@ -29,6 +29,10 @@ _CODECS: Mapping[str, Callable[[bytes, int], bytes]] = {
 """By codec, a function that returns at most `limit` bytes."""
 
 
+class CodecError(ValueError):
+    """The file is compressed by a codec that we do not know."""
+
+
 class _Header:
     """Passes on what is read of a file, up to a limit; the file may be a pipe."""
 
@@ -51,7 +55,7 @@ class Blocks:
         self.metadata: Mapping[str, str] = dict(fastavro.block_reader(cast(Any, header)).metadata)
         codec = self.metadata.get("avro.codec", "null")
         if codec not in _CODECS:
-            raise ValueError(f"expected one of the codecs {', '.join(_CODECS)}, found {codec!r:.40}")
+            raise CodecError(f"expected one of the codecs {', '.join(_CODECS)}, found {codec!r:.40}")
         self._decompress = _CODECS[codec]
         self._sync = header.content[-_SYNC_BYTES:]
         self._file = file

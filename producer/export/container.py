@@ -18,7 +18,7 @@ import numpy as np
 
 from producer import _native
 from producer.consume.accepted import NotAccepted, accepted, accepted_container
-from producer.consume.blocks import Blocks
+from producer.consume.blocks import Blocks, CodecError
 from producer.consume.columns import Table, Values, decode
 from producer.consume.plan import Plan, plan_for_all, plan_for_names
 from producer.errors import IncompleteError, UnavailableError
@@ -62,6 +62,8 @@ def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -
         blocks = Blocks(file)
         text = blocks.metadata["avro.schema"]
         schema = json.loads(text)
+    except CodecError as error:
+        raise UnavailableError(f"{path}: {error}") from error
     except Exception as error:  # invalid data can raise anything in the parser
         raise UnavailableError(f"{path}: not an Avro object container file") from error
     if isinstance(schema, list):

@@ -7,7 +7,6 @@ and the first of the next is not counted.
 
 import errno
 import threading
-import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
@@ -17,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from producer.connections import Connections
 from producer.events import CAUSES, FLOWS, RETRANSMITS, ROLES, Rows, Stream
+from producer.host.clock import kernel_ns
 
 MOST_CONNECTIONS = 1 << 16
 """Connections that are remembered. Those beyond it are counted when they close."""
@@ -67,7 +67,7 @@ class TcpMetrics(Collector):
     def __init__(self, since_ns: int | None = None, most: int = MOST_CONNECTIONS) -> None:
         self._lock = threading.Lock()
         self._captured: set[str] = set()
-        since_ns = time.monotonic_ns() if since_ns is None else since_ns
+        since_ns = kernel_ns() if since_ns is None else since_ns
         names = ("segs_out", *(f"retrans_{cause}" for cause in CAUSES))
         self._table = Connections(names, since_ns - 1, most)
         self._counts = np.zeros(1, _COUNTS)

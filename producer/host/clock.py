@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _TRIES = 5
@@ -25,16 +27,30 @@ class Moment:
         return self.time_s - other.time_s
 
 
+@cache
+def _namespace_offset_ns() -> int:
+    """Return by how much this process's CLOCK_MONOTONIC is ahead of the kernel's: time_namespaces(7)."""
+    with suppress(OSError, ValueError):  # a kernel without time namespaces
+        for line in Path("/proc/self/timens_offsets").read_text().splitlines():
+            match line.split():
+                case ["monotonic", seconds, nanoseconds]:
+                    return int(seconds) * 1_000_000_000 + int(nanoseconds)
+    return 0
+
+
+def kernel_ns() -> int:
+    """Return the kernel's CLOCK_MONOTONIC, which events have, in nanoseconds."""
+    return time.monotonic_ns() - _namespace_offset_ns()
+
+
 class UtcOffset:
-    """The difference between CLOCK_MONOTONIC and nanoseconds since 1970 UTC.
+    """The difference between the kernel's CLOCK_MONOTONIC and nanoseconds since 1970 UTC.
 
     It only changes when the clock is set, since both clocks are disciplined in the same way. Apparent changes of less
     than a millisecond are delays between the two reads; following them would put events of a flow out of order.
     """
 
-    def __init__(
-        self, monotonic_ns: Callable[[], int] = time.monotonic_ns, time_ns: Callable[[], int] = time.time_ns
-    ) -> None:
+    def __init__(self, monotonic_ns: Callable[[], int] = kernel_ns, time_ns: Callable[[], int] = time.time_ns) -> None:
         self._monotonic_ns = monotonic_ns
         self._time_ns = time_ns
         self._offset_ns: int | None = None

@@ -1,4 +1,4 @@
-"""Limits on memory, processes and file descriptors, which any call can reach: they are no defects of the program."""
+"""What any call can meet and is no defect of the program: limits on memory, processes and files, and hidden files."""
 
 import contextlib
 import errno
@@ -25,6 +25,14 @@ def exhausted(error: BaseException) -> str:
         number = errno.EAGAIN
     limit = _LIMITS.get(number) if isinstance(number, int) else None
     return f"the limit on {limit}" if limit else ""
+
+
+def hidden(error: BaseException) -> str:
+    """Return which file of the kernel an exception misses, as in a container; empty for others."""
+    path = getattr(error, "filename", None)
+    if not isinstance(error, FileNotFoundError | PermissionError) or not str(path).startswith(("/proc/", "/sys/")):
+        return ""
+    return f"{path}: {error.strerror}: mount /proc and /sys, with all of their files (ProcSubset=all)"
 
 
 def check_threads() -> None:

@@ -125,7 +125,7 @@ def _answer(
     except HTTPError as error:
         response = error
     with response:
-        body = b""
+        body = bytearray()
         while piece := response.read1(_PIECE_BYTES):
             body += piece
             if len(body) > most_bytes:
@@ -135,7 +135,7 @@ def _answer(
         expected = response.headers.get("Content-Length")
         if expected is not None and expected != str(len(body)) and response.headers.get("Transfer-Encoding") is None:
             raise ExchangeError(f"the answer ends after {len(body)} of {expected[:20]} bytes")
-        return Answer(response.status, printable(response.headers.get_content_type()), body)
+        return Answer(response.status, printable(response.headers.get_content_type()), bytes(body))
 
 
 class _Stay(HTTPRedirectHandler):

@@ -29,6 +29,8 @@ _STATIC = ("kubernetes.io/config.mirror", "kubernetes.io/config.hash")
 _PAGE = 250
 _MOST_PAGES = 20
 _MOST_BYTES = 1 << 24
+_MOST_VALUES = 600_000
+"""Values in a page, at most: each can take 200 bytes of memory. Pods have hundreds."""
 _MOST_PODS = 4096
 _MOST_WANTED = 4096
 _TRIES = 3
@@ -131,26 +133,32 @@ def _fetch(source: PodSource, stop: threading.Event) -> Iterator[tuple[str, Pod]
         headers["Authorization"] = f"Bearer {_token(source.token)}"
         state_file.check_ordinary(source.ca)
         tls = ssl.create_default_context(cafile=str(source.ca))
-    position: Any = ""
+    position = ""
     count = 0
     for _ in range(_MOST_PAGES):
         request = Request(_page(source.url, position), headers=headers)
         answer = exchange(request, source.timeout_s, tls=tls, most_bytes=_MOST_BYTES, stop=stop)
         if answer.status != 200:
             raise ExchangeError(f"HTTP status {answer.status}")
-        listed = state_file.parse(answer.body)
-        if not isinstance(listed, dict) or not isinstance(items := listed.get("items"), list):
-            raise ValueError("expected a list of pods")
-        for item in items:
-            for found in _pods(item):
-                yield found
-                count += 1
-            if count >= _MOST_PODS:
-                return
-        position = _table(listed.get("metadata")).get("continue")
-        if not isinstance(position, str) or not position:
+        listed, position = _listed(answer.body)
+        del answer
+        yield from listed[: _MOST_PODS - count]
+        count += len(listed)
+        if count >= _MOST_PODS or not position:
             return
     raise ValueError(f"expected at most {_MOST_PAGES} pages of pods")
+
+
+def _listed(body: bytes) -> tuple[list[tuple[str, Pod]], str]:
+    """Return a page's pods, by UID, and the position of the next page; empty if there is none. Raises ValueError."""
+    values = sum(map(body.count, (b",", b"[", b"{")))
+    if values > _MOST_VALUES:
+        raise ValueError(f"expected at most {_MOST_VALUES} values in a list, found {values}")
+    listed = state_file.parse(body)
+    if not isinstance(listed, dict) or not isinstance(items := listed.get("items"), list):
+        raise ValueError("expected a list of pods")
+    position = _table(listed.get("metadata")).get("continue")
+    return [found for item in items for found in _pods(item)], position if isinstance(position, str) else ""
 
 
 def _token(path: Path) -> str:

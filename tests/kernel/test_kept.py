@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from producer.demo.lab import Lab
+from producer.errors import UnavailableError
 from producer.events import FLOW_EVENT, FLOWS, REASONS, RETRANSMIT, RETRANSMITS, STREAMS, TRANSMIT, TRANSMITS, Rows
 from producer.kernel.bpf_syscall import possible_cpus, program_ids
 from producer.kernel.capture import Capture
@@ -81,6 +83,7 @@ def test_hooks_that_are_the_same_are_taken_over_with_rings_and_numbers(pins: Pat
             capture.load()
             capture.attach()
             assert capture.taken_over
+            capture.check()
             assert (capture.ring_id, capture.old_ring_id, capture.old_rings()) == (ring_id, None, [])
             traffic.wait_more(101)
             capture.detach()
@@ -89,6 +92,27 @@ def test_hooks_that_are_the_same_are_taken_over_with_rings_and_numbers(pins: Pat
             last = capture.sequence(TRANSMITS)
             assert len(all_rows(capture)) == capture.counters(TRANSMITS).passed == sum(last)
         assert numbers().start()["transmit"] == last
+
+
+def test_pins_that_someone_removes_cost_no_event_and_leave_nothing_attached(pins: Path) -> None:
+    with Traffic() as traffic:
+        settings = hook_settings(rules=filtered(ports=(traffic.port,)))
+        with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+            capture.load()
+            capture.attach()
+            capture.check()
+            loaded = programs(capture)
+            traffic.start()
+            traffic.wait_more(101)
+            shutil.rmtree(pins)
+            with pytest.raises(UnavailableError, match="the folder is gone"):
+                capture.check()
+            traffic.wait_more(101)
+            capture.detach()
+            capture.check()
+            traffic.stop()
+            assert len(all_rows(capture)) == capture.counters(TRANSMITS).passed >= 202
+    wait_for(lambda: not loaded & program_ids(), "the programs' end")
 
 
 def test_hooks_of_another_version_stay_until_the_new_ones_are_attached_and_their_rings_can_be_drained(

@@ -50,6 +50,17 @@ def test_time_is_up_to_when_heartbeats_were_read() -> None:
     assert look(hosts, 0) == []
 
 
+def test_a_clock_that_is_set_back_delays_no_silence() -> None:
+    hosts = Hosts(3, [], 0)
+    hear(hosts, 10_000)
+    assert look(hosts, 10_001) == []
+    assert look(hosts, 2_802) == []
+    hear(hosts, 2_803, beat("web-2"))
+    assert [look(hosts, second) for second in range(2_803, 2_832)] == [[]] * 29
+    assert look(hosts, 2_832) == [("web-1", True, 0)]
+    assert look(hosts, 2_833) == [("web-2", True, 30)]
+
+
 def test_a_host_that_is_heard_again_resolves_once_and_can_go_silent_again() -> None:
     hosts = Hosts(3, [], 0)
     hear(hosts, 100)

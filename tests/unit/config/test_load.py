@@ -104,6 +104,19 @@ def test_a_secret_is_read_from_a_file_or_from_systemd(read, tmp_path, monkeypatc
         assert "s3cret" not in repr(config)
 
 
+@pytest.mark.parametrize("name", ["alert.webhook", "alert.alertmanager", "kubernetes.pods_url", "registry.url"])
+@pytest.mark.parametrize("port", ["", ":1", ":x", ":1/a@b"])
+def test_a_password_in_a_url_is_refused_and_not_shown(read, name, port):
+    with pytest.raises(ConfigError, match=rf"{name}: expected no user or password in the URL") as refusal:
+        read(f'{name} = "http://me:s3cret@a{port}"')
+    assert "s3cret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["alert.webhook", "kubernetes.pods_url"])
+def test_an_at_sign_in_the_path_of_a_url_is_no_password(read, name):
+    read(f'{name} = "http://a:1/b@c"')
+
+
 @pytest.mark.parametrize("content", [b"", b"\n", b"s3cr\xff\n"])
 def test_an_invalid_secret_is_not_shown(read, tmp_path, content):
     (tmp_path / "pass").write_bytes(content)

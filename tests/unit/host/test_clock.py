@@ -1,6 +1,12 @@
 """The offset from the monotonic clock to UTC: steady while the process waits between two readings, moved by a step."""
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 from producer.host.clock import UtcOffset
 
@@ -46,3 +52,15 @@ def test_the_first_reading_is_the_tightest_of_several() -> None:
     clocks = Clocks()
     clocks.delays_ns = iter([50, 8_000_000, 50, 50, 8_000_000, 50])
     assert abs(UtcOffset(clocks.monotonic_ns, clocks.time_ns)() - OFFSET_NS) < 1000
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not Path("/proc/self/timens_offsets").exists(), reason="the kernel has no time namespaces")
+def test_a_time_namespace_does_not_move_the_offset() -> None:
+    ahead_s = 1_000_000
+    program = "from producer.host.clock import UtcOffset, kernel_ns; print(UtcOffset()(), kernel_ns())"
+    inside = ["unshare", "--fork", "--time", "--monotonic", str(ahead_s), "--", sys.executable, "-c", program]
+    done = subprocess.run(inside, capture_output=True, text=True, check=True)
+    offset_ns, kernel_ns = map(int, done.stdout.split())
+    assert abs(offset_ns - UtcOffset()()) < ahead_s * 1_000_000_000 / 2
+    assert 0 <= time.monotonic_ns() - kernel_ns < ahead_s * 1_000_000_000 / 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.host.exhausted import exhausted
+from producer.host.exhausted import exhausted, hidden
 from tests.support.rebpf import as_nobody, command, let_others_in
 
 COMMANDS = (
@@ -79,3 +79,26 @@ def test_each_limit_is_named(error: Exception, found: str) -> None:
 @pytest.mark.parametrize("error", [OSError(), OSError("x"), OSError(errno.EIO, "x"), RuntimeError("x"), ValueError()])
 def test_other_errors_are_no_limits(error: Exception) -> None:
     assert exhausted(error) == ""
+
+
+@pytest.mark.parametrize("words", ["run", "check --local", "trace", "tail --brokers b:1"])
+@pytest.mark.parametrize("folder", ["/proc", "/sys"])
+@pytest.mark.root
+def test_a_host_without_proc_or_sys_is_named(tmp_path: Path, words: str, folder: str) -> None:
+    (tmp_path / "rebpf.toml").write_text(f'state_dir = "{tmp_path}/state"\n')
+    line = shlex.join(command(*words.split(), "--config", tmp_path / "rebpf.toml"))
+    script = f"mount -t tmpfs none {folder} && exec {line}"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode in (69, 77, 78), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "internal error" not in done.stderr
+
+
+def test_a_file_of_the_kernel_that_is_missing_is_named() -> None:
+    path = "/proc/sys/kernel/random/boot_id"
+    assert hidden(FileNotFoundError(errno.ENOENT, "No such file", path)).startswith(
+        f"{path}: No such file: mount /proc"
+    )
+    assert hidden(PermissionError(errno.EACCES, "Permission denied", "/sys/x")).startswith("/sys/x: Permission denied")
+    assert hidden(FileNotFoundError(errno.ENOENT, "No such file", "/home/x")) == ""
+    assert hidden(OSError(errno.EIO, "x", "/proc/x")) == ""

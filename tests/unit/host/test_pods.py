@@ -171,6 +171,15 @@ def test_pages_without_end_are_an_error(tmp_path: Path, caplog: pytest.LogCaptur
         assert found.version == 0
 
 
+@pytest.mark.parametrize("item", [[], {"a": []}, {"metadata": {}}, 0], ids=str)
+def test_a_list_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, item: Any
+) -> None:
+    with listing(tmp_path, answer({"items": [item] * 700_000})) as (found, _):
+        found.find(WEB)
+        wait_until("refused", lambda: "expected at most 600000 values in a list, found" in caplog.text)
+
+
 def test_the_number_of_pods_is_bounded(tmp_path: Path) -> None:
     items = [{"metadata": {"name": f"p{n}", "namespace": "n", "uid": f"u{n}"}} for n in range(pods._MOST_PODS + 100)]
     with listing(tmp_path, answer({"items": items})) as (found, _):
