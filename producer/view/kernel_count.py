@@ -17,7 +17,8 @@ class KernelCount:
     """Compares the growth of a counter with that of the events, from `begin` on.
 
     Counter and ring cannot be read at once. So the counter is read before and after the ring, again if it has grown in
-    between; what it has grown by then is as good as seen. An event follows its segment's count, never the reverse.
+    between; what it has grown by then is as good as seen. Again also if they differ, because a segment is counted a
+    moment before or after its event.
     """
 
     def __init__(self, count: Callable[[], int] = retrans_segs) -> None:
@@ -26,19 +27,20 @@ class KernelCount:
 
     def begin(self, read: Callable[[], int]) -> None:
         """Start at 0, after `read` has taken in earlier events; it returns how many segments were seen so far."""
-        self._first = self._last = self._sample(read, 0)
+        for _ in range(_TRIES):
+            before, _, after = self._first = self._last = self._sample(read)
+            if before == after:
+                break
 
     def update(self, read: Callable[[], int]) -> None:
         """Take in the events until now."""
-        before, seen, _ = self._first
-        self._last = self._sample(read, before - seen)
-
-    def _sample(self, read: Callable[[], int], unseen: int) -> tuple[int, int, int]:
         for _ in range(_TRIES):
-            before, seen, after = self._count(), read(), self._count()
-            if before == after and before - unseen <= seen:
+            before, _, after = self._last = self._sample(read)
+            if before == after and self.counted == self.seen:
                 break
-        return before, seen, after
+
+    def _sample(self, read: Callable[[], int]) -> tuple[int, int, int]:
+        return self._count(), read(), self._count()
 
     @property
     def counted(self) -> int:
