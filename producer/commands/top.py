@@ -124,7 +124,8 @@ class Top:
         if before is not None and (before.by, before.sort) == (self.choice.by, self.choice.sort):
             found, kernel, lost, covered_s = before.table, before.kernel, before.lost, before.window_s
         else:
-            found = self.table(_MAX_LINES if self.choice.paused else height + self.choice.selected)
+            reached = _MAX_LINES if self.choice.paused else min(height + self.choice.selected, _MAX_LINES)
+            found = self.table(max(height, reached))
             before, kernel, lost, covered_s = None, self._counts(), self._source.lost(), self._covered_s()
         name = self._select(found)
         choice, rows = self.choice, None
@@ -193,8 +194,6 @@ def watch(source: Source, choice: Choice, window_s: float, name: str, stop: Flag
                     top.read(report=is_due)
                 keys = terminal.keys(0 if is_due else _KEYS_S)
                 for key in keys:
-                    if key == "suspend":
-                        terminal.suspend()
                     top.press(key)
                 look = terminal.look()
                 if is_due or keys or look != shown:

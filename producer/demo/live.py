@@ -48,6 +48,7 @@ class Live:
             if rows:
                 self._flows.add(of_rows(stream, rows), now_s)
         self._seen += sum(event.record["segs"] for event in events if is_retransmission(event.record))
+        self._terminal.keys(0)  # Ctrl-Z; others have no effect
         if now_s >= self._due_s:
             self._due_s = now_s + _REFRESH_S
             look = self._terminal.look()
@@ -59,4 +60,4 @@ class Live:
         left_s = max(0.0, self._end_s - now_s)
         message = f"{left_s:.0f} s more (or Ctrl-C), then the summary beside the kernel's counters"
         kernel = (self._retrans_segs(), self._seen)
-        return Frame(found, "peer", SORTS[0], "", "demo", -1, False, message, None, kernel, 0)
+        return Frame(found, "peer", SORTS[0], "", "demo", -1, False, message, None, kernel, 0, window_s=window_s)

@@ -6,6 +6,9 @@ from producer.view.filter import FilterError, parse
 from producer.view.screen import KEYS
 from producer.view.table import SORTS
 
+_STEPS = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -10, "page down": 10, "home": -(1 << 30)}
+"""By how many lines a key moves the selection."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -46,12 +49,10 @@ class Choice:
         return replace(self, by=KEYS.get(key, self.by), sort=sort, selected=0, follows=False)
 
     def _moved(self, key: str) -> "Choice":
+        if key in _STEPS:
+            selected = max(0, self.selected + _STEPS[key])
+            return replace(self, selected=selected, follows=selected > 0 or self.has_details)
         match key:
-            case "up" | "k":
-                selected = max(0, self.selected - 1)
-                return replace(self, selected=selected, follows=selected > 0 or self.has_details)
-            case "down" | "j":
-                return replace(self, selected=self.selected + 1, follows=True)
             case " ":
                 return replace(self, paused=not self.paused)
             case "/":

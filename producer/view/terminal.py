@@ -20,7 +20,10 @@ _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 _READ_BYTES = 1024
 _LEAST_WIDTH, _LEAST_HEIGHT = 20, 5
-_ESCAPES = {"\x1b[A": "up", "\x1b[B": "down", "\x1bOA": "up", "\x1bOB": "down"}
+_ESCAPES = {
+    "\x1b[A": "up", "\x1bOA": "up", "\x1b[B": "down", "\x1bOB": "down", "\x1b[5~": "page up", "\x1b[6~": "page down",
+    "\x1b[H": "home", "\x1bOH": "home", "\x1b[1~": "home",
+}  # fmt: skip
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]?")
 _NAMES = {
     "\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace", "\x1b": "escape", "\x15": "clear",
@@ -54,7 +57,7 @@ class Terminal:
         with contextlib.suppress(OutputError, termios.error):  # it has gone
             self._give_back()
 
-    def suspend(self) -> None:
+    def _suspend(self) -> None:
         """Stop this job, as Ctrl-Z does, and go on when the shell continues it."""
         self._give_back()
         os.kill(0, signal.SIGTSTP)
@@ -83,7 +86,10 @@ class Terminal:
         self._write(_HOME + f"{_REST_OF_LINE}\r\n".join(lines) + _REST_OF_LINE + _REST_OF_SCREEN)
 
     def keys(self, timeout_s: float) -> list[str]:
-        """Wait for keys, a signal or the end of the time, and return the keys. `eof` is a closed input."""
+        """Wait for keys, a signal or the end of the time, and return the keys. `eof` is a closed input.
+
+        Ctrl-Z stops the process here, and is returned when it continues.
+        """
         ready, _, _ = select.select([self._input, signals.descriptor()], [], [], timeout_s)
         if self._input not in ready:
             return []
@@ -91,7 +97,10 @@ class Terminal:
             text = os.read(self._input, _READ_BYTES).decode(errors="ignore")
         except OSError:
             return ["eof"]
-        return _parsed(text) if text else ["eof"]
+        found = _parsed(text) if text else ["eof"]
+        if "suspend" in found:
+            self._suspend()
+        return found
 
     def _write(self, text: str) -> None:
         try:

@@ -169,6 +169,8 @@ def test_keys_change_grouping_and_sorting() -> None:
     assert [press(*"s" * count).sort for count in range(len(SORTS) + 1)] == [*SORTS, SORTS[0]]
     assert press("down", "j", "up").selected == 1
     assert press("up").selected == 0
+    assert press("page down", "down", "page up").selected == 1
+    assert press("page down", "home") == press("home") == press()
     assert press(" ").paused
     assert not press(" ", " ").paused
     assert press("enter").has_details
@@ -218,4 +220,5 @@ def test_the_options_are_those_of_the_table() -> None:
 def test_bytes_of_the_terminal_are_keys() -> None:
     assert _parsed("s\x1b[A\x1bOBq\r\x7f\x1b") == ["s", "up", "down", "q", "enter", "backspace", "escape"]
     assert _parsed("\x1a") == ["suspend"]
+    assert _parsed("\x1b[5~\x1b[6~\x1b[H") == ["page up", "page down", "home"]
     assert _parsed("\x1b[15~x\x1b[1;5Cy\x1b[") == ["x", "y"]
