@@ -256,4 +256,5 @@ def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, lat
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:5]), *map(float, sys.argv[5:7]), sys.argv[7])
+    _, brokers, prefix, first, count, spread_s, latency_s, settings = sys.argv
+    main(brokers, prefix, int(first), int(count), float(spread_s), float(latency_s), settings)
