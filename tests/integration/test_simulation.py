@@ -9,7 +9,7 @@ from tests.bench.observed import Observed
 from tests.bench.simulated_fleet import Fleet
 from tests.support.servers.consume import kcat_messages
 
-pytestmark = pytest.mark.real_kafka
+pytestmark = [pytest.mark.real_kafka, pytest.mark.extended]
 
 HOSTS = 5
 PREFIX = "simulation."
