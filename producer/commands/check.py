@@ -19,6 +19,8 @@ from producer.events import FLOWS, HOOKS, layout_check
 from producer.health.web_config import WebSettings
 from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
+from producer.host.clock import boot_id
+from producer.host.exhausted import hidden
 from producer.host.state import check_owners, is_locked, pid
 from producer.kafka.librdkafka import Producer
 from producer.kafka.sink import producer_settings
@@ -53,6 +55,7 @@ def examine(config: Config, *, path: Path | None = None, servers: bool = True) -
         *_python(needs_bcc=not any(finding.subject == "programs" and finding.available for finding in kernel)),
         *_folders(config),
         *_endpoint(config),
+        *_boot_id(),
         *_others(config),
     ]
     found = {finding.subject for finding in findings}  # invalid settings are reported above
@@ -349,6 +352,13 @@ def _pins(path: Path) -> Finding:
     if existing == path and (why := unusable(path)):
         return Finding("capture.pin", f"{path}: {why}", ConfigError.exit_code)
     return Finding("capture.pin", f"{path} is writable")
+
+
+def _boot_id() -> Iterator[Finding]:
+    try:
+        boot_id()
+    except OSError as error:
+        yield Finding("boot id", hidden(error) or str(error), UnavailableError.exit_code)
 
 
 def _others(config: Config) -> Iterator[Finding]:

@@ -94,6 +94,16 @@ def test_a_host_without_proc_or_sys_is_named(tmp_path: Path, words: str, folder:
     assert "internal error" not in done.stderr
 
 
+@pytest.mark.parametrize("words", ["run", "check --local"])
+@pytest.mark.root
+def test_a_host_without_its_boot_id_is_named_by_check_and_run(tmp_path: Path, words: str) -> None:
+    line = shlex.join(command(*words.split(), "--state-dir", tmp_path / "state"))
+    script = f"mount -t proc -o subset=pid none /proc && exec {line}"
+    done = subprocess.run(["unshare", "-mpf", "sh", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 69
+    assert "/proc/sys/kernel/random/boot_id: No such file or directory: mount /proc" in done.stdout + done.stderr
+
+
 def test_a_file_of_the_kernel_that_is_missing_is_named() -> None:
     path = "/proc/sys/kernel/random/boot_id"
     assert hidden(FileNotFoundError(errno.ENOENT, "No such file", path)).startswith(
