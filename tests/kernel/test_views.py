@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -21,6 +22,9 @@ from tests.support.rebpf import as_nobody, command
 from tests.support.twenty_peers import GUILTY, PEERS, PORT, twenty_peers
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+NO_ERROR = re.compile(r"(.* WARNING trace: events are missing lost=\d+\n)?")
+"""The kernel skips raw_tp's program in an interrupt of another one (docs/truth.md), which a busy machine shows."""
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +131,7 @@ def test_a_trace_ends_with_its_reader(netns: int) -> None:
         assert f"> {GUILTY}:{PORT}" in trace.stdout.readline()
         trace.stdout.close()
         assert trace.stderr is not None
-        assert trace.stderr.read() == ""
+        assert NO_ERROR.fullmatch(trace.stderr.read())
         assert trace.wait(DEADLINE_S) in (0, 141)
     wait_detached(programs)
 
@@ -136,7 +140,8 @@ def test_a_trace_is_written_counted_and_replayed(netns: int, tmp_path: Path) -> 
     file = tmp_path / "file"
     run = command("trace", "-c", "-n", 5, "-w", file, "netns", netns, "and", "peer", GUILTY)
     live = subprocess.run(run, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert (live.returncode, live.stderr) == (0, "")
+    assert live.returncode == 0
+    assert NO_ERROR.fullmatch(live.stderr)
     lines = live.stdout.splitlines()
     assert lines[6] == "1 flow with retransmissions or an error"
     assert lines[8].endswith(f"> {GUILTY}:{PORT}")
