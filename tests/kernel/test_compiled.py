@@ -1,6 +1,7 @@
 """The program cache: cached programs are loaded without the compiler; untrusted ones are compiled again."""
 
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,15 @@ def test_a_second_start_loads_the_same_without_the_compiler(folder: Path) -> Non
     assert second == first
     assert sum(first.values()) > 14, "maps and programs"
     assert "libbcc" in next(folder.iterdir()).read_text(), "so that an upgrade is detected"
+
+
+def test_the_verifier_has_little_to_do(folder: Path) -> None:
+    """It follows some 500,000 instructions a second, at each start; it rejects programs above a million."""
+    with Capture(hook_settings(rules=filtered(ports=(1,)), cache=folder)) as hooks:
+        hooks.load()
+        infos = [each.read_text() for each in Path("/proc/self/fdinfo").iterdir() if each.exists()]
+    followed = [int(count) for info in infos for count in re.findall(r"^verified_insns:\s+(\d+)$", info, re.MULTILINE)]
+    assert 0 < max(followed) < 150_000
 
 
 def test_events_of_cached_programs_match_the_wire(lab: Lab, port: int) -> None:
