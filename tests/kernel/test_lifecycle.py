@@ -146,7 +146,7 @@ def compiling(pid: int) -> int | None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_while_the_loader_compiles_is_honoured_at_once(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stop_while_the_loader_compiles_is_honored_at_once(tmp_path: Path, number: signal.Signals) -> None:
     run = command("run", "--state-dir", tmp_path / "state")
     with subprocess.Popen(run, stderr=subprocess.PIPE, start_new_session=True, text=True) as process:
         loader = wait_for(lambda: compiling(process.pid), "loader")
