@@ -34,7 +34,6 @@ _OF_THE_HOST = ("host", "labels.")
 """Settings that differ between hosts with the same configuration, so that the hash leaves them out."""
 
 _SECRET = re.compile(r"password|passphrase|secret|key\.pem|oauthbearer\.config")
-_USER_INFO = re.compile(r"//[^/@]*@")
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -104,9 +103,8 @@ def _leaves(value: Any, section: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def _masked(path: str, value: Any) -> Any:
-    if path.startswith("kafka.settings.") and _SECRET.search(path):
-        return MASK
-    return _USER_INFO.sub(f"//{MASK}@", value) if path.endswith(("url", "alertmanager")) and value else value
+    """URLs have no secrets: those with a user or password are rejected."""
+    return MASK if path.startswith("kafka.settings.") and _SECRET.search(path) else value
 
 
 def _plain(value: Any) -> Any:
