@@ -1,6 +1,7 @@
 """The metrics of TCP, counted from real events in batches, against the kernel's counters of a lossy link."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,30 +10,42 @@ import pytest
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, FLOWS, REASONS, RETRANSMITS, STREAMS, Rows, Stream
 from producer.health.tcp import TcpMetrics
-from tests.support.capture import DEADLINE_S, Recording, hook_settings, wait_for
+from tests.support.capture import DEADLINE_S, Recording, hook_settings
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 BATCH_ROWS = 97
+ROUNDS = 3
 
 
 @pytest.fixture(scope="module")
 def recorded() -> Iterator[tuple[Lab, Recording]]:
-    """Traffic over a lossy link, all of whose connections are closed, with a record of each open one on the way."""
-    with Recording(hook_settings(streams=STREAMS)) as recording, Lab(loss=0.05) as lab:
-        halfway = threading.Timer(2, recording.kernel.report_flows)
-        halfway.start()
-        lab.traffic(5)
-        halfway.join()
-        assert lab.wait_idle(DEADLINE_S)
+    """Traffic over a lossy link, all of whose connections are closed, with a record of each open one on the way.
 
-        def all_closed() -> bool:
-            rows = of_host(recording, FLOWS, lab.client, lab.server)
-            opened = sum(lab.counters()[name] for name in ("ActiveOpens", "PassiveOpens"))
-            return int((rows["reason"] == REASONS.index("close")).sum()) >= opened
+    Repeated if the kernel skipped a program's run at a close, which it does now and then (docs/truth.md).
+    """
+    for _ in range(ROUNDS):
+        with Recording(hook_settings(streams=STREAMS)) as recording, Lab(loss=0.05) as lab:
+            halfway = threading.Timer(2, recording.kernel.report_flows)
+            halfway.start()
+            lab.traffic(5)
+            halfway.join()
+            assert lab.wait_idle(DEADLINE_S)
+            if are_all_closed(lab, recording):
+                yield lab, recording
+                return
+    pytest.fail("closing records are missing in each round")
 
-        wait_for(all_closed, "all closing records")
-        yield lab, recording
+
+def are_all_closed(lab: Lab, recording: Recording) -> bool:
+    """Whether all connections have closing records; False if some still lack one after a while."""
+    for _ in range(200):
+        rows = of_host(recording, FLOWS, *lab.hosts)
+        opened = sum(lab.counters()[name] for name in ("ActiveOpens", "PassiveOpens"))
+        if int((rows["reason"] == REASONS.index("close")).sum()) >= opened:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def of_host(recording: Recording, stream: Stream, *hosts: Host) -> Rows:
