@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from producer.connections import Connections
 from producer.errors import ReaderGoneError
 from producer.events import CAUSES, FLOWS, RETRANSMITS, Stream
 from producer.host.endpoints import endpoint
@@ -220,18 +222,16 @@ def judged(first: Record | None, last: Record | None) -> tuple[str | None, int |
     """
     if last is None or last["busy_time_us"] is None or last["srtt_us"] is None:
         return None, None
-    base = first if first is not last else None
-    if base and last["start_ns"] is not None and last["start_ns"] > base["ts_ns"]:
-        base = None  # the socket connected again
-    start = base["ts_ns"] if base else last["start_ns"]
-    if start is None or last["ts_ns"] <= start:
+    records = [last] if first is None or first is last else [first, last]
+
+    def column(name: str) -> NDArray[np.int64]:
+        return np.array([record[name] or 0 for record in records], np.int64)
+
+    table = Connections(_COUNTERS, floor_ns=0, most=1)
+    key, is_open = np.zeros(len(records), np.int64), np.zeros(len(records), np.bool_)
+    growth = table.add(key, column("ts_ns"), column("start_ns"), is_open, [column(name) for name in _COUNTERS])
+    if growth.elapsed_ns[-1] <= 0:
         return None, None
-    counters = {name: np.array([_growth(name, last[name], (base or {}).get(name) or 0)]) for name in _COUNTERS}
-    gauges = {name: np.array([last[name] or 0]) for name in _GAUGES}
-    interval = Interval(np.array([(last["ts_ns"] - start) // 1000]), **counters, **gauges)
+    gauges = (column(name)[-1:] for name in _GAUGES)
+    interval = Interval(growth.elapsed_ns[-1:] // 1000, *growth.counts[-1:].T, *gauges)
     return LIMITS[limits(interval)[0]], int(spurious(interval)[0])
-
-
-def _growth(name: str, now: int, before: int) -> int:
-    """Return by how much a counter of the kernel has grown: one of 32 bits may have wrapped."""
-    return (now - before) % (1 << 32) if FLOWS.dtype[name].itemsize == 4 else max(0, now - before)
