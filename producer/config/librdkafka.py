@@ -138,7 +138,7 @@ DEFAULTS: Mapping[str, str] = {
     _BACKOFF: "2000",
 }
 _ZSTD_LEVEL = {"compression.level": "1"}
-"""A fifth less CPU of the host than librdkafka's default of 3, for a twentieth more bytes (docs/performance.md)."""
+"""A sixth less CPU of the host than with librdkafka's default, 3, for up to a twentieth more bytes."""
 _CONSUMER_DEFAULTS = {
     "socket.keepalive.enable": "true",
     # We use no transactions, and one that somebody leaves open would hide our messages.

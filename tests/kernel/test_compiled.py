@@ -66,7 +66,7 @@ def test_a_second_start_loads_the_same_without_the_compiler(folder: Path) -> Non
 
 
 def test_the_verifier_has_little_to_do(folder: Path) -> None:
-    """It follows some 500,000 instructions a second, at each start; it rejects programs above a million."""
+    """It works at each start, for a second or so per million instructions; above a million, it rejects a program."""
     with Capture(hook_settings(rules=filtered(ports=(1,)), cache=folder)) as hooks:
         hooks.load()
         infos = [each.read_text() for each in Path("/proc/self/fdinfo").iterdir() if each.exists()]

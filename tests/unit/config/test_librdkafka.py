@@ -66,6 +66,20 @@ def test_the_client_waits_before_it_reconnects_unless_the_user_says_otherwise(gi
     sink.close()
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "1"),
+        ({"compression.type": "zstd"}, "1"),
+        ({"compression.level": "6"}, "6"),
+        ({"compression.codec": "lz4"}, None),
+        ({"compression.type": "gzip"}, None),
+    ],
+)
+def test_the_level_of_zstd_is_1_and_other_codecs_have_theirs(given, expected):
+    assert client_settings("127.0.0.1:1", given).get("compression.level") == expected
+
+
 def listed(path: Path) -> dict[str, str]:
     """Return all settings of the installed librdkafka with their scope: C, P or *."""
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
