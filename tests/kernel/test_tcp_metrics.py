@@ -22,7 +22,8 @@ ROUNDS = 3
 def recorded() -> Iterator[tuple[Lab, Recording]]:
     """Traffic over a lossy link, all of whose connections are closed, with a record of each open one on the way.
 
-    Repeated if the kernel skipped a program's run at a close, which it does now and then (docs/truth.md).
+    Repeated if fewer connections closed than the kernel counts as opened: now and then, it runs no program at a close,
+    or drops the second of two sockets for a handshake (docs/truth.md).
     """
     for _ in range(ROUNDS):
         with Recording(hook_settings(streams=STREAMS)) as recording, Lab(loss=0.05) as lab:
