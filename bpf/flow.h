@@ -283,7 +283,7 @@ static __always_inline int take_flow(struct tcp_sock *tp, const struct flow_stat
 	fill_gauges(e, tp);
 	if (reason == REASON_CLOSE)
 		fill_error(e, tp);
-	flow_pipe.ringbuf_submit(e, e->cpu_seq % WAKEUP_EVENTS ? RB_NO_WAKEUP : RB_FORCE_WAKEUP);
+	flow_pipe.ringbuf_submit(e, wakeup(STREAM_FLOW, e->cpu_seq, NO_WAKEUP));
 	return 0;
 }
 

@@ -19,13 +19,19 @@
 /*
  * Whether a submit wakes the agent. An interrupt per event would cost the traced context more than the event itself, and
  * would cause more of the runs that the kernel skips because a program would interrupt itself. So the agent reads on a
- * timer, and each CPU wakes it every 512 events, to look how full the ring is. A retransmit also wakes it when all before
- * it was committed: that is what 0 means.
+ * timer, and each CPU wakes it now and then, by the number of the event, to look how full the ring is. A retransmit also
+ * wakes it when all before it was committed: that is what WAKEUP_IF_EMPTY means.
  */
-#define RB_NO_WAKEUP 1
-#define RB_FORCE_WAKEUP 2
-#define WAKEUP_EVENTS 512
-#define SUBMIT_FLAGS(e, otherwise) ((e)->s.cpu_seq % WAKEUP_EVENTS ? (otherwise) : RB_FORCE_WAKEUP)
+#define WAKEUP_IF_EMPTY 0
+#define NO_WAKEUP 1
+#define FORCE_WAKEUP 2
+
+static __always_inline u64 wakeup(u32 stream, u64 cpu_seq, u64 otherwise)
+{
+	struct counters *counter = counters.lookup(&stream);
+
+	return counter && cpu_seq & counter->wakeup_mask ? otherwise : FORCE_WAKEUP;
+}
 
 static __always_inline void count_ring_full(struct counters *counter)
 {
@@ -205,7 +211,7 @@ static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *sk
 	fill_tcp(&e->s, tp);
 	fill_process(&e->s, tp, &flow.sk_cookie);
 	fill_is_retransmit(e, tp);
-	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, RB_NO_WAKEUP));
+	transmit_pipe.ringbuf_submit(e, wakeup(STREAM_TRANSMIT, e->s.cpu_seq, NO_WAKEUP));
 	return 0;
 }
 
@@ -223,7 +229,7 @@ static __always_inline int take_synack(struct sock *listener, struct request_soc
 		return 0;
 	fill_from_request(&e->s, req);
 	fill_process(&e->s, listener, &cookie);
-	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, RB_NO_WAKEUP));
+	transmit_pipe.ringbuf_submit(e, wakeup(STREAM_TRANSMIT, e->s.cpu_seq, NO_WAKEUP));
 	return 0;
 }
 
@@ -244,7 +250,7 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 	fill_process(&e->s, tp, &flow.sk_cookie);
 	fill_cause(e, tp, is_loss_probe);
 	e->err = errno_of(err);
-	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, 0));
+	retransmit_pipe.ringbuf_submit(e, wakeup(STREAM_RETRANSMIT, e->s.cpu_seq, WAKEUP_IF_EMPTY));
 	return 0;
 }
 
@@ -263,7 +269,7 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 	fill_from_request(&e->s, req);
 	fill_process(&e->s, listener, &cookie);
 	fill_synack_cause(e, synack_number(req, behind));
-	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, 0));
+	retransmit_pipe.ringbuf_submit(e, wakeup(STREAM_RETRANSMIT, e->s.cpu_seq, WAKEUP_IF_EMPTY));
 	return 0;
 }
 
@@ -698,7 +704,7 @@ static __always_inline void transmit_packet(struct __sk_buff *skb, const struct 
 		e->is_retransmit = sender->again;
 		e->s.known |= KNOWN_IS_RETRANSMIT;
 	}
-	transmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, RB_NO_WAKEUP));
+	transmit_pipe.ringbuf_submit(e, wakeup(STREAM_TRANSMIT, e->s.cpu_seq, NO_WAKEUP));
 }
 
 #if RETRANSMIT_CGROUP_SKB
@@ -714,7 +720,7 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
 		fill_cause(e, sender->tp, false);
 	else
 		fill_synack_cause(e, sender->synack_number);
-	retransmit_pipe.ringbuf_submit(e, SUBMIT_FLAGS(e, 0));
+	retransmit_pipe.ringbuf_submit(e, wakeup(STREAM_RETRANSMIT, e->s.cpu_seq, WAKEUP_IF_EMPTY));
 }
 #endif
 

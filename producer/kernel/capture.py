@@ -232,8 +232,8 @@ class Capture:
             return
         if self._loader is None:
             raise ValueError("attach must be called once, after load")
-        if self._numbers:
-            self._seed(self._numbers.start(overlap=self._replacing))
+        zeros = dict.fromkeys((stream.name for stream in STREAMS), [0] * self._cpus)
+        self._seed(self._numbers.start(overlap=self._replacing) if self._numbers else zeros)
         answer, self._links = self._loader.ask(ATTACH)
         self._iterators = answer["iterators"]
         self._end_loader()
@@ -312,23 +312,24 @@ class Capture:
 
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
-        begin, ring_full, seq, forgotten = (sum(column) for column in zip(*self._words(stream), strict=True))
+        begin, ring_full, seq, forgotten, _ = (sum(column) for column in zip(*self._words(stream), strict=True))
         misses = [bpf_syscall.program_info(each).recursion_misses for each in self._programs.get(stream.name, ())]
         nested = min(misses[:CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
         return KernelCounters(seq - begin, ring_full, nested + forgotten)
 
     def sequence(self, stream: Stream) -> list[int]:
         """Read the last number (cpu_seq) of each possible CPU."""
-        return [seq for _, _, seq, _ in self._words(stream)]
+        return [seq for _, _, seq, _, _ in self._words(stream)]
 
-    def _words(self, stream: Stream) -> Iterator[tuple[int, int, int, int]]:
+    def _words(self, stream: Stream) -> Iterator[tuple[int, int, int, int, int]]:
         size = self._cpus * COUNTERS.size
         value = bpf_syscall.lookup(self._maps["counters"], struct.pack("<I", stream.index), size)
         return COUNTERS.iter_unpack(value)
 
     def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
         for stream in STREAMS:  # also those that are not captured, so that their numbers go on when they are
-            value = b"".join(COUNTERS.pack(number, 0, number, 0) for number in numbers[stream.name])
+            mask = self._settings.wakeup_mask(stream)
+            value = b"".join(COUNTERS.pack(number, 0, number, 0, mask) for number in numbers[stream.name])
             bpf_syscall.update(self._maps["counters"], struct.pack("<I", stream.index), value)
 
     def program_infos(self, stream: Stream) -> list[bpf_syscall.ProgramInfo]:

@@ -1,6 +1,7 @@
 """How to capture: hooks, streams, rings and programs."""
 
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 from producer.errors import ConfigError
 from producer.events import HOOKS, STREAMS, Stream
 from producer.rules.tables import Action, Tables, tables
+
+_WAKEUP_SHARE = 8
+_LEAST_WAKEUP_EVENTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +42,13 @@ class CaptureSettings:
         for ring, size in self.ring_bytes.items():
             if size & (size - 1) or not mmap.PAGESIZE <= size <= 1 << 30:
                 raise ConfigError(f"{ring}: expected a power of two from a page to 1 GiB, not {size} bytes")
+
+    def wakeup_mask(self, stream: Stream) -> int:
+        """Return how often each CPU wakes the process: at every event whose number has none of these bits.
+
+        That is before all CPUs together have filled an eighth of the stream's ring. On a host with many CPUs each waits
+        for 256 events nevertheless, as their wake-ups add up.
+        """
+        records = self.ring_bytes[stream.ring] // stream.dtype.itemsize
+        events = max(_LEAST_WAKEUP_EVENTS, records // _WAKEUP_SHARE // (os.cpu_count() or 1))
+        return (1 << events.bit_length() - 1) - 1

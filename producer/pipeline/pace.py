@@ -8,11 +8,11 @@ Retransmissions are urgent. Their ring also wakes the process when it was empty,
 20 ms and within a budget of reads that grows with the host's events, so that they cost a quiet host few requests.
 """
 
-from producer.pipeline.ring_reader import BATCH_ROWS
-
 LEAST_S = 0.02
 """Seconds between two reads of a ring, unless it fills."""
 _RETRY_S = 0.1
+_WORTHWHILE_ROWS = 4096
+"""Half of the most that one batch takes, and a produce request of about 1 MB."""
 _FILLING = 0.125
 _BURST = 10.0
 _LEAST_READS_PER_S = 2.5
@@ -86,7 +86,7 @@ class StreamPace:
             self._budget.spend(now_s)
             wait_s = max(LEAST_S, self._budget.wait_s(now_s))
         elif self._rows:
-            wait_s = max(LEAST_S, BATCH_ROWS * elapsed_s / self._rows)
+            wait_s = max(LEAST_S, _WORTHWHILE_ROWS * elapsed_s / self._rows)
         self.due_s = now_s + min(wait_s, self.latency_s)
         self._was_empty = not self._rows
         self._rows, self._read_s = 0, now_s

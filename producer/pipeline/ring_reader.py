@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from producer.events import Batch, EncodedBatch, Rows, Stream, common
 from producer.pipeline.interfaces import Encoder, Ring
 
-BATCH_ROWS = 4096
+BATCH_ROWS = 8192
 """Most rows of a batch."""
 _UNENCODABLE = "encode"
 """Reason of a loss: the event cannot be encoded."""

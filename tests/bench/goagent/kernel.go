@@ -21,6 +21,7 @@ type counters struct {
 	LostRingFull uint64
 	Seq          uint64
 	Forgotten    uint64
+	WakeupMask   uint64
 }
 
 func inheritedMap(descriptor int) (*ebpf.Map, error) {

@@ -11,6 +11,7 @@ import pytest
 
 from producer.events import RETRANSMITS, TRANSMITS, Rows
 from producer.pipeline.ledger import Account
+from producer.pipeline.ring_reader import BATCH_ROWS
 from tests.support.memory_ring import STRIDE
 from tests.support.pipeline import (
     AFTER_S,
@@ -73,10 +74,10 @@ def test_a_batch_behind_one_that_is_not_done_gives_no_room_back() -> None:
 def test_step_says_whether_more_is_likely_to_wait() -> None:
     setup = Setup()
     assert not setup.pipeline.step()
-    setup.ring.written = 4096 + 5
+    setup.ring.written = BATCH_ROWS + 5
     assert setup.pipeline.step()
     assert not setup.pipeline.step()
-    assert setup.ring.position == (4096 + 5) * STRIDE
+    assert setup.ring.position == (BATCH_ROWS + 5) * STRIDE
 
 
 def test_what_kafka_does_not_take_goes_to_disk_and_when_that_is_empty_events_go_to_kafka_again(
