@@ -73,7 +73,7 @@ class Pipeline:
             # The kernel wakes nobody for an event that arrives before all older ones were committed.
             if name in woken or (pace.is_urgent and name in finished):
                 pace.wake(now_s, stream.unread_share)
-            if pace.is_due(now_s) or stream.is_stalled(self._sink, now_s):
+            if (pace.is_due(now_s) and not self._waits(name)) or stream.is_stalled(self._sink, now_s):
                 taken = stream.taken
                 more = self._step(name, stream)
                 if more is None:
@@ -81,7 +81,16 @@ class Pipeline:
                 else:
                     pace.after_read(now_s, stream.taken - taken, more=more)
         now_s = self._now_s()
-        return min([pace.due_s - now_s for pace in self._paces.values()] + self._report_waits(now_s))
+        dues = [pace.due_s - now_s for name, pace in self._paces.items() if not self._waits(name)]
+        return min(dues + self._report_waits(now_s))
+
+    def _waits(self, name: str) -> bool:
+        """Whether a stream's events stay in its ring until those in flight are acknowledged.
+
+        librdkafka has one request in flight per partition anyway, and polls without a pause while more messages wait.
+        """
+        stream, pace = self._streams[name], self._paces[name]
+        return not pace.is_urgent and stream.oldest_sent_s is not None and not pace.heeds(stream.unread_share)
 
     def _report_waits(self, now_s: float) -> list[float]:
         """Return when to look for each stream's next delivery reports: the longer they take, the later."""

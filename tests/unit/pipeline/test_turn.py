@@ -80,6 +80,42 @@ def test_a_ring_that_fills_is_read_before_it_is_due() -> None:
     assert len(setup.sink.sent) == RING_ROWS // 5
 
 
+def test_events_wait_in_the_ring_for_those_in_flight_unless_they_fill_it() -> None:
+    setup = Setup()
+    setup.ring.written = 5
+    setup.pipeline.turn()
+    setup.now_s += 1.5
+    setup.ring.written = RING_ROWS // 10
+    assert setup.pipeline.turn() == pytest.approx(0.1)  # the next look for reports
+    assert len(setup.sink.sent) == 5
+    setup.ring.written = RING_ROWS // 5
+    setup.pipeline.turn()
+    assert len(setup.sink.sent) == RING_ROWS // 5
+
+
+def test_events_that_waited_for_those_in_flight_are_sent_in_the_turn_of_the_reports() -> None:
+    setup = Setup()
+    setup.ring.written = 5
+    setup.pipeline.turn()
+    setup.now_s += 1.5
+    setup.ring.written = 7
+    setup.pipeline.turn()
+    setup.sink.take_all()
+    setup.pipeline.turn()
+    assert setup.sink.sent == list(range(7))
+
+
+def test_retransmissions_do_not_wait_for_those_in_flight() -> None:
+    setup = Setup()
+    ring = setup.rings["retransmit"]
+    ring.written = 1
+    setup.pipeline.turn()
+    setup.now_s += 0.1
+    ring.written = 2
+    setup.pipeline.turn({"retransmit"})
+    assert ring.position == 2 * STRIDE
+
+
 def test_a_turn_spills_what_is_overdue_whatever_is_due(tmp_path: Folder) -> None:
     setup = Setup(tmp_path)
     setup.ring.written = 5
