@@ -10,6 +10,10 @@ from producer.pipeline.interfaces import Encoder, Ring
 
 BATCH_ROWS = 8192
 """Most rows of a batch."""
+_REQUEST_BYTES = 980_000
+"""A little less than a produce request of librdkafka may have: 1,000,000, by batch.size and message.max.bytes."""
+_MESSAGE_BYTES = 36
+"""What it adds to the length of each key and value when it measures that."""
 _UNENCODABLE = "encode"
 """Reason of a loss: the event cannot be encoded."""
 _DAMAGED = "ring_damaged"
@@ -43,6 +47,8 @@ class RingReader:
         self._ring = ring
         self._encoder = encoder
         self._count = count
+        self.request_rows = BATCH_ROWS
+        """Rows that fit into one produce request, by the last batch, but at most BATCH_ROWS."""
 
     @contextmanager
     def read(self, limit: int, utc_offset_ns: int) -> Iterator[Read | None]:
@@ -69,6 +75,14 @@ class RingReader:
         if len(rows):
             oldest_ns = int(common(rows)["ts"][0])
             batch = self._encoder.encode(Batch(self._stream, rows), utc_offset_ns)
+            if batch:
+                self.request_rows = _request_rows(batch)
         refused = +Counter({_UNENCODABLE: len(rows) - len(batch or ()), _DAMAGED: damaged})
-        more = is_cut or len(rows) + damaged == BATCH_ROWS
+        more = is_cut or len(rows) + damaged == limit
         return Read(rows, batch, oldest_ns, self._ring.position, refused, more)
+
+
+def _request_rows(batch: EncodedBatch) -> int:
+    """Return how many messages like those of a batch fit into one produce request."""
+    message_bytes = batch.lengths.mean() + batch.key_lengths.mean() + _MESSAGE_BYTES
+    return min(BATCH_ROWS, max(1, int(_REQUEST_BYTES / message_bytes)))

@@ -31,6 +31,7 @@ class IdEncoder:
 
     most = 1 << 20
     """Most rows that `fit` accepts."""
+    key = b"k"
 
     def fit(self, rows: Rows) -> int:
         return min(len(rows), self.most)
@@ -41,9 +42,8 @@ class IdEncoder:
         count = len(numbers)
         ones = np.ones(count, np.int64)
         payload = np.frombuffer(numbers.tobytes(), np.uint8)
-        return EncodedBatch(
-            batch.stream, payload, np.arange(count) * 8, ones * 8, np.frombuffer(b"k", np.uint8), ones * 0, ones
-        )
+        keys = np.frombuffer(self.key, np.uint8), ones * 0, ones * len(self.key)
+        return EncodedBatch(batch.stream, payload, np.arange(count) * 8, ones * 8, *keys)
 
 
 def ids(batch: EncodedBatch) -> list[int]:

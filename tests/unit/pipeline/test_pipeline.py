@@ -71,6 +71,16 @@ def test_a_batch_behind_one_that_is_not_done_gives_no_room_back() -> None:
     assert setup.ring.committed == 6 * STRIDE
 
 
+def test_a_batch_is_at_most_one_produce_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(IdEncoder, "key", b"k" * 10_000)
+    setup = Setup()
+    setup.arrive(1)
+    setup.arrive(500)
+    first, second = (len(batch) for batch, _, _ in setup.sink.open["transmit"][:2])
+    assert first == 1
+    assert 90 < second < 100  # of 1 MB
+
+
 def test_step_says_whether_more_is_likely_to_wait() -> None:
     setup = Setup()
     assert not setup.pipeline.step()
