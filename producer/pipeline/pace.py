@@ -1,9 +1,9 @@
 """When to read each ring, so that cost follows load. The time is passed in.
 
-A read that finds events costs a batch and a produce request. So a ring is read once its events nearly fill a request, by
-the rate at the last read, and `latency_s` after the last read at the latest. If events come faster than expected, it is
-read when unread events fill an eighth of it: the kernel wakes the process often enough to see that (bpf/rebpf.bpf.c).
-Otherwise a ring is not read while events from it are in flight (producer/pipeline/pipeline.py).
+A read that finds events costs a batch and a produce request. So a ring is read once its events nearly fill a request,
+by the rate at the last read, and `latency_s` after the last read at the latest. If events come faster than expected, it
+is read when unread events fill an eighth of it: the kernel wakes the process often enough to see that
+(bpf/rebpf.bpf.c). Otherwise a ring is not read while events from it are in flight (producer/pipeline/pipeline.py).
 
 Retransmissions are urgent. Their ring also wakes the process when it was empty, and is read at once, but at most every
 20 ms and within a budget of reads that grows with the host's events, so that they cost a quiet host few requests.
