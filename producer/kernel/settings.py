@@ -49,6 +49,6 @@ class CaptureSettings:
         That is before all CPUs together have filled an eighth of the stream's ring. On a host with many CPUs each waits
         for 256 events nevertheless, as their wake-ups add up.
         """
-        records = self.ring_bytes[stream.ring] // stream.dtype.itemsize
+        records = self.ring_bytes.get(stream.ring, 0) // stream.dtype.itemsize
         events = max(_LEAST_WAKEUP_EVENTS, records // _WAKEUP_SHARE // (os.cpu_count() or 1))
         return (1 << events.bit_length() - 1) - 1
