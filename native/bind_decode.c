@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define MOST_ROWS (1u << 24)
+#define MOST_TEXTS ((size_t)1 << 30) /* twice as many slots still have a number of 32 bits */
 
 /* A bytes object of `size` zeros. */
 static PyObject *zeros(size_t size)
@@ -228,10 +229,14 @@ static PyObject *decode_columns(PyObject *values, size_t rows, const struct plan
 				PyObject *canonical)
 {
 	size_t cells = rows * plan->columns, maps = rows * columns_of(plan, DECODE_MAP);
+	size_t texts = rows * columns_of(plan, DECODE_STRING) + maps;
+
+	if (texts > MOST_TEXTS)
+		return PyErr_Format(PyExc_ValueError, "%zu texts are more than %zu", texts, MOST_TEXTS);
 	PyObject *cell_bytes = zeros(cells * sizeof(int64_t)), *valid = zeros(cells), *status = zeros(rows);
 	PyObject *strings = NULL;
 	struct decode_columns columns = { .rows = rows };
-	bool has_strings = allocate_strings(&columns.strings, rows * columns_of(plan, DECODE_STRING) + maps, seed);
+	bool has_strings = allocate_strings(&columns.strings, texts, seed);
 
 	if (!allocate_strings(&columns.maps, maps, seed) || !has_strings) {
 		PyErr_NoMemory();

@@ -356,11 +356,12 @@ bool decode_next_pair(struct decode_pairs *pairs, struct decode_text *key, struc
 enum decode_status decode_value(const struct decode_step *steps, size_t count, const uint8_t *value, size_t size,
 				size_t row, struct decode_columns *columns)
 {
-	struct cursor in = { value + DECODE_FRAME_BYTES, value + size };
 	enum decode_status status;
+	struct cursor in;
 
 	if (decode_schema_id(value, size) < 0)
 		return DECODE_INVALID;
+	in = (struct cursor){ value + DECODE_FRAME_BYTES, value + size };
 	status = read_record(steps, count, &in, row, columns);
 	if (status)
 		return status;

@@ -50,7 +50,10 @@ def batches(
     """
     decoder = Decoder(registry)
     skipped: dict[str, int] = {}
-    start = since_ms or (Start.BEGINNING if from_beginning else Start.END)
+    if since_ms is None:
+        start: int = Start.BEGINNING if from_beginning else Start.END
+    else:
+        start = since_ms or Start.BEGINNING
     follower = Follower(brokers, "tail", topics, client_settings, start=start)
     try:
         follower.start()

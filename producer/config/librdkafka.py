@@ -172,8 +172,9 @@ def decide(settings: Mapping[str, str]) -> None:
             raise ConfigError(f"kafka.settings.{name}: must not be set, {REFUSED[name]}: remove it")
 
 
-def _check_files(settings: Mapping[str, str]) -> None:
-    """Raise ConfigError if the library would block on a file, or read it forever."""
+def _check(settings: Mapping[str, str]) -> None:
+    """Raise ConfigError for what `decide` rejects, and if the library would block on a file, or read it forever."""
+    decide(settings)
     for name in settings.keys() & _FILES:
         try:
             state_file.check_ordinary(Path(settings[name]))
@@ -186,8 +187,7 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
 
     Raises ConfigError for settings that `decide` rejects, and for paths that are not regular files.
     """
-    decide(settings)
-    _check_files(settings)
+    _check(settings)
     where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
     codec = settings.get("compression.codec") or settings.get("compression.type", DEFAULTS["compression.codec"])
     defaults = {**DEFAULTS, **(_ZSTD_LEVEL if codec == "zstd" else {})}
@@ -198,16 +198,14 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
 
 def consumer_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:
     """Return all librdkafka settings of a consumer except its group. Raises ConfigError for what `decide` rejects."""
-    decide(settings)
-    _check_files(settings)
+    _check(settings)
     users = _without(settings, FREE_OF_PRODUCERS | REQUIRED.keys())
     return {**_CONSUMER_DEFAULTS, **users, **_CONSUMER_REQUIRED, "bootstrap.servers": brokers}
 
 
 def admin_settings(brokers: str, settings: Mapping[str, str]) -> dict[str, str]:
     """Return all librdkafka settings of an admin client. Raises ConfigError for what `decide` rejects."""
-    decide(settings)
-    _check_files(settings)
+    _check(settings)
     users = _without(settings, FREE_OF_PRODUCERS | FREE_OF_CONSUMERS | REQUIRED.keys())
     return {**users, "allow.auto.create.topics": "false", "bootstrap.servers": brokers}
 

@@ -248,7 +248,8 @@ class Config:
             for path, value in values.items():
                 if value is not None and value != ():
                     changed = _replaced(changed, path, value)
-            return check(changed)
+            validate.check(changed)
+            return changed
         except ConfigError as error:
             key = str(error).partition(":")[0]
             source = f"{_OPTIONS[key]}: " if key.replace(".", "__") in values and key in _OPTIONS else ""
@@ -284,7 +285,8 @@ def load(path: Path | None, *, secrets: bool = True) -> Config:
     try:
         _check_numbers(files.table)
         _check_rules(files.table.get("rules"))
-        config = check(build(Config, files.table))
+        config: Config = build(Config, files.table)
+        validate.check(config)
         return _with_secrets(config) if secrets else config
     except ConfigError as error:
         raise ConfigError(files.message(error)) from error
@@ -318,12 +320,6 @@ def located(path: Path | None) -> Iterator[None]:
         if path is None:
             raise
         raise ConfigError(sources.read(path).message(error)) from error
-
-
-def check(config: Config) -> Config:
-    """Return `config`. Raises ConfigError if a value is out of range."""
-    validate.check(config)
-    return config
 
 
 def read_secret(path: Path, where: str) -> str:

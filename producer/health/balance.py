@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_STAGES: Mapping[str, str] = {
+STAGES: Mapping[str, str] = {
     "ring_full": "kernel",
     "nested": "kernel",
     "old_ring": "hooks",
@@ -15,11 +15,12 @@ _STAGES: Mapping[str, str] = {
     "spool_damaged": "spool",
     "stopped": "stop",
 }
+"""The stage of each reason for a loss, except errors of Kafka."""
 
 
 def stage(reason: str) -> str:
     """Return the stage of a reason. Reasons that are not listed are Kafka errors, of the stage kafka."""
-    return _STAGES.get(reason, "kafka")
+    return STAGES.get(reason, "kafka")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,5 @@ class Balance:
     def __str__(self) -> str:
         losses = ",".join(f"{reason}:{count}" for reason, count in self.lost.items()) or "0"
         counts = f"passed={self.passed} delivered={self.delivered} spooled={self.spooled} in_flight={self.in_flight}"
-        others = "".join(f" {name}={count}" for name, count in self._rare().items() if count)
-        return f"{counts}{others} lost={losses}"
-
-    def _rare(self) -> dict[str, int]:
-        return {"in_ring": self.in_ring, "carried": self.carried}
+        rare = {"in_ring": self.in_ring, "carried": self.carried}
+        return counts + "".join(f" {name}={count}" for name, count in rare.items() if count) + f" lost={losses}"

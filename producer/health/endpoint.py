@@ -27,12 +27,12 @@ import socketserver
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socket import AF_INET6, AF_UNIX, MSG_PEEK, SHUT_RDWR, SHUT_WR, socket
-from types import TracebackType
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -96,9 +96,7 @@ class Endpoint:
             self._serve_at(self._local)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def _serve_at(self, path: Path) -> None:
@@ -373,15 +371,7 @@ def _healthz(visit: _Visit) -> Answer:
     return HTTPStatus.OK, _TEXT, b"ok\n"
 
 
-def _readyz(visit: _Visit) -> Answer:
-    return _of_status(visit, ("state", "reasons"))
-
-
-def _status(visit: _Visit) -> Answer:
-    return _of_status(visit, None)
-
-
-def _of_status(visit: _Visit, keys: tuple[str, ...] | None) -> Answer:
+def _status(visit: _Visit, keys: Iterable[str] = ()) -> Answer:
     """Answer with the status or parts of it, but not with an outdated one if the loop hangs."""
     status, hang = visit.server.board.last(), visit.server.board.hang()
     if status is None or hang:
@@ -391,4 +381,9 @@ def _of_status(visit: _Visit, keys: tuple[str, ...] | None) -> Answer:
     return HTTPStatus.OK, _JSON, json.dumps({key: facts[key] for key in keys or facts}).encode()
 
 
-_PAGES = {"/metrics": _metrics, "/healthz": _healthz, "/readyz": _readyz, "/status": _status}
+_PAGES: Mapping[str, Callable[[_Visit], Answer]] = {
+    "/metrics": _metrics,
+    "/healthz": _healthz,
+    "/readyz": partial(_status, keys=("state", "reasons")),
+    "/status": _status,
+}

@@ -4,13 +4,13 @@ Something else may answer there: the whole visit has a deadline and a size limit
 """
 
 import contextlib
-import http.client
 import os
 import stat
 import threading
 import time
 from collections.abc import Iterator
 from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from socket import AF_UNIX, SHUT_RDWR, socket
 from typing import Any
@@ -24,7 +24,7 @@ _TIMEOUT_S = 5.0
 _MOST_STATUS_BYTES = 1 << 20
 
 
-class _LocalConnection(http.client.HTTPConnection):
+class _LocalConnection(HTTPConnection):
     """A connection to a Unix socket. Others may have replaced it, so links are not followed."""
 
     def __init__(self, path: Path) -> None:
@@ -48,13 +48,14 @@ def ask(url: str, local: Path | None = None) -> dict[str, Any]:
 
     If `local` is set, ask through that socket instead.
     """
+    # The URL is from agent.json, so it is as trustworthy as whoever can write that file.
     try:
-        # The URL is from agent.json, so it is as trustworthy as whoever can write that file.
-        with contextlib.closing(_connection(url, local)) as connection, _deadline(connection):
+        own = _LocalConnection(local) if local else HTTPConnection(urlsplit(url).netloc, timeout=_TIMEOUT_S)
+        with contextlib.closing(own) as connection, _deadline(connection):
             connection.request("GET", "/status")
             response = connection.getresponse()
             status = state_file.parse(response.read(_MOST_STATUS_BYTES))
-    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: no thread
+    except (OSError, ValueError, RuntimeError, HTTPException) as error:  # RuntimeError: no thread
         why = f"the producer does not answer at {url}/status: {error or 'no response'}"
         raise UnavailableError(printable(why)) from error
     if not isinstance(status, dict):
@@ -66,14 +67,8 @@ def ask(url: str, local: Path | None = None) -> dict[str, Any]:
     return status
 
 
-def _connection(url: str, local: Path | None) -> http.client.HTTPConnection:
-    if local:
-        return _LocalConnection(local)
-    return http.client.HTTPConnection(urlsplit(url).netloc, timeout=_TIMEOUT_S)
-
-
 @contextlib.contextmanager
-def _deadline(connection: http.client.HTTPConnection) -> Iterator[None]:
+def _deadline(connection: HTTPConnection) -> Iterator[None]:
     """Connect, and disconnect when the time is over: the timeout of a socket bounds each read."""
     end_s = time.monotonic() + _TIMEOUT_S
     connection.connect()
@@ -83,7 +78,7 @@ def _deadline(connection: http.client.HTTPConnection) -> Iterator[None]:
         timer.start()
         try:
             yield
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, HTTPException) as error:
             if time.monotonic() >= end_s:
                 raise TimeoutError(f"no complete response within {_TIMEOUT_S:g} s") from error
             raise

@@ -20,7 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from tenacity import RetryCallState
 
-from producer.health.balance import stage
+from producer.health.balance import STAGES, stage
 from producer.health.status import Status, StreamStatus
 from producer.health.tcp import TcpMetrics
 from producer.host import stdio
@@ -32,19 +32,6 @@ _STEP_ERRORS = Counter("rebpf_step_errors", "Failed steps of the loop, by step."
 for _what in ("kafka_send", "kafka_client", "spool", "registry", "heartbeat"):  # exported before the first retry
     _RETRIES.labels(_what)
     _RETRY_WAIT.labels(_what)
-
-_SHOWN_AT_ZERO = (
-    "ring_full",
-    "nested",
-    "old_ring",
-    "ring_damaged",
-    "encode",
-    "spool_dropped",
-    "spool_expired",
-    "spool_damaged",
-    "stopped",
-)
-"""Reasons exported before the first loss: the rate of a counter that appears with its first loss misses it."""
 
 _STREAM_COUNTERS: tuple[tuple[str, str, Callable[[StreamStatus], int]], ...] = (
     (
@@ -177,7 +164,8 @@ class _StatusCollector(Collector):
         lost = CounterMetricFamily("rebpf_events_lost", "Events lost.", labels=["topic", "stage", "reason"])
         for stream in status.streams:
             hooks.add_metric([stream.topic], {"hook": stream.hook})
-            for reason, count in {**dict.fromkeys(_SHOWN_AT_ZERO, 0), **stream.balance.lost}.items():
+            # The rate of a counter that appears with its first loss would miss it.
+            for reason, count in {**dict.fromkeys(STAGES, 0), **stream.balance.lost}.items():
                 lost.add_metric([stream.topic, stage(reason), reason], count)
         yield from (hooks, lost)
         for name, text, value in _STREAM_COUNTERS:

@@ -7,6 +7,7 @@ Unknown keys and unsupported features are errors: a start that fails is better t
 ignored.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -14,7 +15,7 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -255,16 +256,12 @@ class _Source:
             encrypted = True
             return b""
 
-        files = [_memory_file(certificate), _memory_file(key)]
-        paths = [f"/proc/self/fd/{each}" for each in files]
         try:
-            context.load_cert_chain(paths[0], paths[1], password)
+            with _memory_file(certificate) as certificate_path, _memory_file(key) as key_path:
+                context.load_cert_chain(certificate_path, key_path, password)
         except (OSError, ValueError) as error:
             why = _NOT_ENCRYPTED if encrypted else _reason(error)
             raise self._error(key_key if encrypted else f"{certificate_key} and {key_key}", why) from error
-        finally:
-            for each in files:
-                os.close(each)
 
     def _set_client_auth(self, context: ssl.SSLContext, tls: Table) -> None:
         kind, where = tls.text("client_auth_type") or "NoClientCert", tls.path("client_auth_type")
@@ -320,15 +317,18 @@ class _Source:
         return {name: headers.text(name) for name in headers.values if headers.text(name)}
 
 
-def _memory_file(text: bytes) -> int:
-    descriptor = os.memfd_create("web.config", os.MFD_CLOEXEC)
-    with open(descriptor, "wb", closefd=False) as file:
+@contextlib.contextmanager
+def _memory_file(text: bytes) -> Iterator[str]:
+    """Yield the path of a file in memory with this text."""
+    with open(os.memfd_create("web.config", os.MFD_CLOEXEC), "wb", buffering=0) as file:
         file.write(text)
-    return descriptor
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 def _reason(error: Exception) -> str:
-    """Return OpenSSL's reason, without the line of its source code."""
+    """Return OpenSSL's reason, without the line of its source code, or that of a system call."""
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
+        return str(error.strerror)
     reason = getattr(error, "reason", None)
     return str(reason).replace("_", " ").lower() if reason else "not in PEM format"
 

@@ -8,7 +8,7 @@ import base64
 import json
 import ssl
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote, urlsplit
 from urllib.request import Request
 
@@ -173,12 +173,12 @@ def _json(text: Any) -> Any:
 
 def _schema_id(answer: Mapping[str, Any]) -> SchemaId:
     number = answer.get("id")
-    if not isinstance(number, int) or not is_schema_id(number):
+    if not is_schema_id(number):
         raise NoAnswer(f"not a schema id: {str(number)[:_SHOWN]!r}")
     return SchemaId(number)
 
 
-def is_schema_id(number: Any) -> bool:
+def is_schema_id(number: Any) -> TypeGuard[int]:
     """Return whether this is a valid schema id."""
     return type(number) is int and 0 < number <= MOST_ID
 

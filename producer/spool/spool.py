@@ -225,14 +225,14 @@ class Spool:
         last = None
         file.damaged = file.size > 0 or not file.path.is_file()
         try:
-            descriptor, reader = self._open(file)
-            try:
-                while reader and (spooled := reader.next()):
-                    last = spooled
-                if reader:
+            if opened := self._open(file):
+                descriptor, reader = opened
+                try:
+                    while spooled := reader.next():
+                        last = spooled
                     file.damaged = reader.damaged or file.size > _MOST_FILE_BYTES
-            finally:
-                os.close(descriptor)
+                finally:
+                    os.close(descriptor)
         except OSError as error:
             self._mark_unreadable(file, error)
         return last
@@ -294,18 +294,15 @@ class Spool:
 
     def _begin_reading(self) -> bool:
         """Open the first file with events after `sent`."""
-        for file in self._unsent():
+        for file in [each for each in self._files if each.end > self.sent]:
             try:
-                descriptor, reader = self._open(file)
+                if opened := self._open(file):
+                    self._reading = (file, *opened)
+                    return True
             except OSError as error:
                 self._mark_unreadable(file, error)
-                reader = None
-            if reader is None:
-                file.damaged = True
-                self.sent = max(self.sent, file.end)
-                continue
-            self._reading = (file, descriptor, reader)
-            return True
+            file.damaged = True
+            self.sent = max(self.sent, file.end)
         return False
 
     @staticmethod
@@ -316,8 +313,8 @@ class Spool:
         logger.error("spool: cannot read %s: %s", file.path, error.strerror)
         file.damaged = True
 
-    def _open(self, file: SpoolFile) -> tuple[int, Reader | None]:
-        """Open a file for reading; without a Reader if its header is damaged."""
+    def _open(self, file: SpoolFile) -> tuple[int, Reader] | None:
+        """Open a file for reading, and return its descriptor and reader; None if its header is damaged."""
         descriptor = self._disk.open(file.path)
 
         def read_at(offset: int, size: int) -> bytes:
@@ -326,7 +323,8 @@ class Spool:
         try:
             start, sync, _ = read_header(read_at(0, HEADER_BYTES))
         except DamagedError:
-            return descriptor, None
+            os.close(descriptor)
+            return None
         except OSError:
             os.close(descriptor)
             raise
@@ -339,9 +337,6 @@ class Spool:
 
     def _is_written(self, file: SpoolFile) -> bool:
         return self._writer is not None and self._writer[0] is file
-
-    def _unsent(self) -> list[SpoolFile]:
-        return [file for file in self._files if file.end > self.sent]
 
     def _untouched(self) -> list[SpoolFile]:
         """Return the files of which nothing was sent: others stay until it is acknowledged."""

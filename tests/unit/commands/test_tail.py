@@ -269,3 +269,12 @@ def test_a_broker_that_is_down_is_unavailable() -> None:
         source = batches(brokers, TOPICS, registry=None, from_beginning=True, stop=stop, client_settings={})
         with pytest.raises(UnavailableError, match=brokers):
             next(source)
+
+
+def test_the_earliest_time_is_the_beginning(cluster: Cluster) -> None:
+    cluster.put_events(TRANSMITS, range(3))
+    stop = threading.Event()
+    source = batches(
+        cluster.brokers, TOPICS, registry=None, from_beginning=False, stop=stop, client_settings={}, since_ms=0
+    )
+    assert len(take(source, 3)) == 3

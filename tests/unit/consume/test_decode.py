@@ -4,6 +4,8 @@ import io
 import json
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -363,3 +365,22 @@ def test_an_arrays_count_takes_no_more_than_the_bytes_that_are_there() -> None:
         assert tracemalloc.get_traced_memory()[1] < 10 << 20
     finally:
         tracemalloc.stop()
+
+
+MANY_TEXTS = """
+import resource
+from producer import _native
+from producer.consume.plan import plan_for_all
+resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
+fields = [{"name": f"field{i}", "type": "string"} for i in range(65)]
+try:
+    _native.decode([None] * (1 << 24), plan_for_all({"fields": fields}).steps, 65, 0, str)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_more_texts_than_a_table_can_number_are_refused() -> None:
+    """The number of slots, a power of two with 32 bits, would become 0."""
+    done = subprocess.run([sys.executable, "-c", MANY_TEXTS], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("1090519040 texts are more than 1073741824\n", "")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import ssl
 import subprocess
 import textwrap
@@ -253,6 +254,25 @@ def test_a_wrong_change_leaves_what_is_in_force_and_is_one_warning(
     assert [(record.levelno, why in record.getMessage()) for record in caplog.records] == [(logging.WARNING, True)]
     write(folder, TLS % "" + f"basic_auth_users: {{bob: {HASH}}}")
     assert settings.current().users == {"bob": HASH}
+    assert settings.last_error is None
+
+
+def test_without_descriptors_the_previous_settings_stay_and_none_stays_open(folder: Path) -> None:
+    settings = Settings(write(folder, TLS % ""))
+    lowest = os.dup(0)
+    os.close(lowest)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, before[1]))
+    try:
+        assert settings.current().tls
+        now_lowest = os.dup(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    os.close(now_lowest)
+    assert now_lowest == lowest
+    assert settings.last_error
+    assert settings.last_error.endswith("cert_file and tls_server_config.key_file: Too many open files")
+    assert settings.current().tls
     assert settings.last_error is None
 
 

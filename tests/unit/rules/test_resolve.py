@@ -80,15 +80,9 @@ def test_actions_are_by_stream() -> None:
     ("rule", "message"),
     [
         (RuleConfig(address=("10.0.0.1/8",)), "rule 1: 10.0.0.1/8 has host bits set"),
-        (RuleConfig(name="web", port=("90-80",)), "web: '90-80' is not a port"),
-        (RuleConfig(port=("http",)), "rule 1: invalid literal"),
         (RuleConfig(uid=("nobody-of-this-name",)), "rule 1: .*nobody-of-this-name"),
         (RuleConfig(interface=("nodev0",)), "rule 1: "),
         (RuleConfig(netns=("nons",)), "rule 1: .*nons"),
-        (RuleConfig(state=("OPEN",)), "rule 1: unknown TCP state 'OPEN'"),
-        (RuleConfig(action="reject"), "expected the action keep or drop, not 'reject'"),
-        (RuleConfig(sample=0), "rule 1: expected sample"),
-        (RuleConfig(sample_by="host"), "rule 1: expected sample"),
         (RuleConfig(address=("@/no/such/file",)), "rule 1: .*/no/such/file"),
     ],
 )
@@ -143,9 +137,8 @@ def test_a_slice_of_a_users_own_below_his_units_names_no_units(root: Path) -> No
 
 def test_a_cgroup_is_named_by_a_path_that_the_kernel_can_be_asked_for(root: Path) -> None:
     assert resolved(root, RuleConfig(cgroup=("/a" * 31,))).rules[0].cgroup == (0,)
-    for path, message in (("/a" * 32, "32 levels below the root: at most 31"), ("/other/../..", "must not contain")):
-        with pytest.raises(ConfigError, match=f"rule 1: .*{message}"):
-            resolved(root, RuleConfig(cgroup=(path,)))
+    with pytest.raises(ConfigError, match=r"rule 1: .*32 levels below the root: at most 31"):
+        resolved(root, RuleConfig(cgroup=("/a" * 32,)))
 
 
 def test_thousands_of_units_are_resolved_at_once(root: Path) -> None:

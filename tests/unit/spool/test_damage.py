@@ -70,6 +70,18 @@ def test_a_file_whose_header_is_damaged_is_lost_as_a_whole(setup: Setup) -> None
     assert setup.names == ["00000000000000000000.damaged"]
 
 
+def test_a_file_whose_header_is_damaged_is_closed(setup: Setup) -> None:
+    """A descriptor that stayed open would also keep the disk space of the file once it is deleted."""
+    spool = setup.filled(6)
+    spool.close()
+    damage_header(setup.files[0])
+    spool = setup.open(ledger_of(spool))
+    finish(spool)
+    spool.close()
+    links = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    assert [link for link in links if link.startswith(str(setup.folder))] == []
+
+
 @pytest.mark.parametrize("ledger", [None, (0, 0, 0)])
 def test_the_last_file_is_not_deleted_for_being_unreadable(setup: Setup, ledger: Any) -> None:
     """Of another version, for example: its number of events is unknown."""
