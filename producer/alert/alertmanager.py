@@ -105,10 +105,8 @@ class Alertmanager(_Receiver):
 
     def _is_own(self, answer: Answer) -> bool:
         """Return whether the answer is from Alertmanager (empty or JSON) and not, for example, a login page."""
-        if not answer.body.strip():
-            return True
         try:
-            json.loads(answer.body)
+            json.loads(answer.body.strip() or "{}")
         except (ValueError, RecursionError):
             return False
         return True
@@ -120,7 +118,7 @@ class Alertmanager(_Receiver):
         starts_s = min(alert.since_ns / 1e9, now_s)
         behind = {name: found for name in ("causes", "hosts", "flows") if (found := getattr(alert, name))}
         # The group by its kind (host=...) is for inhibition with other alerts of that host.
-        own = {"alertname": alert.rule, "by": alert.by, "group": alert.group, _label(alert.by): alert.group}
+        own = {"alertname": alert.rule, "by": alert.by, "group": alert.group, alert.by.replace("+", "_"): alert.group}
         severity = {"severity": alert.severity} if alert.severity else {}
         values = {"summary": summary(alert), "value": f"{alert.value:g}"}
         return {
@@ -129,10 +127,6 @@ class Alertmanager(_Receiver):
             "startsAt": _rfc3339(starts_s),
             "endsAt": _rfc3339(ends_s),
         }
-
-
-def _label(by: str) -> str:
-    return by.replace("+", "_")
 
 
 def _rfc3339(seconds: float) -> str:
