@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from producer.consume.period import Period
 from producer.events import CAUSES as EVENT_CAUSES
 from producer.events import FLOWS, RETRANSMITS
-from producer.export.sources import Period
 from producer.host.endpoints import endpoint
 from producer.report.collect import Collected, FlowChoice, Quality
 from producer.report.connections import CAUSES, Connections, connections

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from rich.color import ColorSystem
 from rich.style import Style
 
+from producer.connections import GIVEN_UP
 from producer.host.endpoints import endpoint
 from producer.host.text import printable
 
@@ -49,8 +50,15 @@ def is_connection(record: Record) -> bool:
 def is_event(record: Record) -> bool:
     """Return whether a trace shows a record: no retransmission twice, and of connections only those that failed."""
     if is_connection(record):
-        return record["reason"] == "close" and record.get("error") is not None
+        return failure(record) is not None
     return is_retransmission(record) or not record.get("is_retransmit")
+
+
+def failure(record: Record) -> str | None:
+    """Return the error by which a connection ended, or GIVEN_UP; None if it did not fail."""
+    if record["reason"] != "close":
+        return None
+    return record.get("error") or (GIVEN_UP if record["state"] == "SYN_SENT" else None)
 
 
 class Lines:
@@ -133,7 +141,7 @@ def duration(us: int | None) -> str:
 
 def _style(record: Record) -> str:
     if is_connection(record):
-        return ORDINARY if record["error"] is None else FAULT
+        return ORDINARY if failure(record) is None else FAULT
     return _STYLES.get(record["cause"], WARNING) if is_retransmission(record) else ORDINARY
 
 
@@ -149,11 +157,11 @@ def _cause(_: Lines, record: Record) -> str:
         number = record["retransmit_no"]
         text = f"{record['cause']} #{number}" if number else str(record["cause"])
         return f"{text} err {record['err']}" if record["err"] else text
-    if is_connection(record) and record["error"] is None:
-        return "open" if record["reason"] == "interval" else "closed"
-    if is_connection(record):
-        return f"{'connect' if record['state'] == 'SYN_SENT' else 'close'} {record['error']}"
-    return "sent"
+    if not is_connection(record):
+        return "sent"
+    if error := failure(record):
+        return f"{'connect' if record['state'] == 'SYN_SENT' else 'close'} {error}"
+    return "open" if record["reason"] == "interval" else "closed"
 
 
 def _flow(_: Lines, record: Record) -> str:

@@ -11,11 +11,12 @@ import pytest
 
 import rebpf
 from producer.commands.report import report
+from producer.consume.period import Period
 from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS
 from producer.export.arrow import schema_of
 from producer.export.events import matching
-from producer.export.sources import Files, Period
+from producer.export.sources import Files
 from producer.host.text import printable
 from producer.report.collect import collect
 from producer.report.connections import COLUMNS, connections

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS
+from producer.events import FLOWS, KNOWN, RETRANSMITS, TRANSMITS
 from producer.host.endpoints import endpoint
 from producer.view.line import Lines, duration
 from tests.support.records import RETRANSMIT, TRANSMIT
@@ -65,6 +65,12 @@ def test_only_new_segments_and_failed_connections_are_events() -> None:
     assert [line.split()[1] for line in shown.lines(sent.rows())] == ["sent"]
     closed = decoded(FLOWS, flows({"reason": "close", "unknown": 1 << 12}, {"reason": "interval", "error": 111}))
     assert [*shown.lines(closed.rows())] == []
+
+
+def test_a_connect_that_its_process_gave_up_is_a_failed_one() -> None:
+    given_up = {**ENDS, "reason": "close", "state": "SYN_SENT", "unknown": KNOWN["error"]}
+    (line,) = Lines(200, hosts=False, color=False).lines(decoded(FLOWS, flows(given_up)).rows())
+    assert line.split()[1:3] == ["connect", "closed"]
 
 
 def test_faults_have_colors() -> None:
