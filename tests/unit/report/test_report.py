@@ -201,6 +201,30 @@ def test_the_axis_of_round_trip_times_has_numbers(longest_us: int) -> None:
     assert {"0.05", "0.1"} & set(labels)
 
 
+def test_a_connection_is_drawn_in_its_worst_seconds_with_its_segments_by_cause(tmp_path: Path) -> None:
+    times = ((0, 1), (100, 9), (119, 3), (120, 2))
+    events = [
+        record(RETRANSMITS, cpu=0, cpu_seq=number, cause="rto", ts_ns=NOON_NS + at * SECOND_NS, segs=segs)
+        for number, (at, segs) in enumerate(times, 1)
+    ]
+    path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
+    report(Files([path]), Period(), tmp_path / "report.html", None)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "15 segments retransmitted" in text
+    assert "the worst 20 s" in text
+    assert "retransmitted: rto (12)" in text
+
+
+def test_beside_the_worst_connection_those_with_few_retransmissions_are_not_drawn(tmp_path: Path) -> None:
+    events = [
+        record(RETRANSMITS, cpu=0, cpu_seq=number, cause="rto", segs=segs, sk_cookie=number, sport=number)
+        for number, segs in enumerate((3, 2), 1)
+    ]
+    path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
+    summary = summarize(collect(Files([path]), Period()), Period())
+    assert [flow.retransmitted for flow in summary.flows] == [3]
+
+
 def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:
     events = [record(RETRANSMITS, cpu=0, cpu_seq=number, cause="rto", segs=1) for number in (1, 2, 5)]
     path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
