@@ -23,7 +23,7 @@ from producer.host.text import printable, to_json
 from producer.view.file import RecordFile, read
 from producer.view.filter import Filter
 from producer.view.limits import LIMITS, Interval, limits, spurious
-from producer.view.line import Lines, Record, failure, flow_key, is_event, who
+from producer.view.line import Lines, Record, failure_text, flow_key, is_event, who
 from producer.view.local import LocalSource
 from producer.view.records import Records
 
@@ -148,7 +148,7 @@ class Summary:
                 flow.causes[record["cause"]] += record["segs"]
             elif stream == FLOWS:
                 flow.first, flow.last = flow.first or record, record
-                flow.error = failure(record) or flow.error
+                flow.error = failure_text(record) or flow.error
                 flow.who = who(record)
 
     def _flow(self, record: Record) -> _Flow | None:
@@ -204,7 +204,7 @@ def judged(first: Record | None, last: Record | None) -> tuple[str | None, int |
 
     With a single record, this is since the connection began.
     """
-    if last is None or last["busy_time_us"] is None or last["srtt_us"] is None:
+    if last is None or last["busy_time_us"] is None or last["srtt_us"] is None or last["state"] == "SYN_SENT":
         return None, None
     records = [last] if first is None or first is last else [first, last]
 

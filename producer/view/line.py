@@ -54,6 +54,12 @@ def is_event(record: Record) -> bool:
     return is_retransmission(record) or not record.get("is_retransmit")
 
 
+def failure_text(record: Record) -> str | None:
+    """Return how a connection failed: `connect ECONNREFUSED`, or `close ECONNRESET` of an established one."""
+    error = failure(record)
+    return error and f"{'connect' if record['state'] == 'SYN_SENT' else 'close'} {error}"
+
+
 def failure(record: Record) -> str | None:
     """Return the error by which a connection ended, or GIVEN_UP; None if it did not fail."""
     if record["reason"] != "close":
@@ -159,9 +165,7 @@ def _cause(_: Lines, record: Record) -> str:
         return f"{text} err {record['err']}" if record["err"] else text
     if not is_connection(record):
         return "sent"
-    if error := failure(record):
-        return f"{'connect' if record['state'] == 'SYN_SENT' else 'close'} {error}"
-    return "open" if record["reason"] == "interval" else "closed"
+    return failure_text(record) or ("open" if record["reason"] == "interval" else "closed")
 
 
 def _flow(_: Lines, record: Record) -> str:
@@ -177,7 +181,7 @@ def _count(name: str) -> Callable[[Lines, Record], str]:
 
 
 def _time_of(name: str) -> Callable[[Lines, Record], str]:
-    return lambda _, record: duration(record.get(name))
+    return lambda _, record: duration(record.get(name) or None)  # 0: not measured yet
 
 
 def _time(_: Lines, record: Record) -> str:
@@ -195,11 +199,11 @@ _COLUMNS = (
     _Column("SEQ", 10, _WITH_FLOW, Lines._sequence),
     _Column("LEN", 6, 120, _count("payload_len")),
     _Column("SEGS", 4, 150, _count("segs")),
-    _Column("RTO", 6, 0, _time_of("rto_us")),
+    _Column("RTO", 6, 60, _time_of("rto_us")),
     _Column("SRTT", 6, 120, _time_of("srtt_us")),
     _Column("CWND", 5, 150, _count("snd_cwnd")),
     _Column("LOST", 4, 150, _count("lost_out")),
-    _Column("WHO", -15, 0, lambda _, record: who(record)),
+    _Column("WHO", -15, 60, lambda _, record: who(record)),
     _Column("PEER", 0, 0, _peer, most=_WITH_FLOW - 1),
     _Column("FLOW", 0, _WITH_FLOW, _flow),
 )

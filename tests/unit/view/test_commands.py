@@ -9,7 +9,7 @@ import pytest
 
 from producer.commands.trace import Summary, from_file, judged
 from producer.consume.period import Period
-from producer.events import FLOWS, RETRANSMITS
+from producer.events import FLOWS, KNOWN, RETRANSMITS
 from producer.view.file import RecordFile
 from tests.support.rebpf import DEADLINE_S, command, rebpf
 from tests.support.views import decoded, flows, retransmits
@@ -55,6 +55,26 @@ def test_a_file_is_shown_filtered_and_counted(file: Path) -> None:
     assert [line.split()[1] for line in lines[:4]] == ["CAUSE", "rto", "rto", "rto"]
     assert lines[4] == "1 flow with retransmissions or an error"
     assert lines[6].split() == ["3", "2", "loss", "nginx", "rto=3", "10.0.0.1:443", ">", "10.2.0.9:51234"]
+
+
+def test_how_a_connection_failed_is_in_the_counts(tmp_path: Path) -> None:
+    failed = {**ENDS, "reason": "close", "ts": SECOND_NS, "start_ns": SECOND_NS}
+    file = RecordFile(tmp_path / "file")
+    refused = {"state": "SYN_SENT", "error": 111, "sk_cookie": 7}
+    given_up = {"state": "SYN_SENT", "unknown": KNOWN["error"], "sk_cookie": 8}
+    for each in (refused, given_up, {"state": "ESTABLISHED", "error": 104, "sk_cookie": 9}):
+        file.write(decoded(FLOWS, flows({**failed, **each})))
+    file.close()
+    done = rebpf("trace", "-r", tmp_path / "file", "-c")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[4] == "3 flows with retransmissions or errors"
+    assert [" ".join(line.split()[4:6]) for line in lines[6:]] == [
+        "connect ECONNREFUSED",
+        "connect closed",
+        "close ECONNRESET",
+    ]
+    assert lines[6].split()[:3] == ["0", "-", "-"], "nothing limits what was never established"
 
 
 def test_json_lines_end_with_the_counts(file: Path) -> None:
@@ -114,7 +134,7 @@ def test_what_limits_a_connection_is_judged_between_two_records_or_since_its_sta
     assert judged(first, last) == ("loss", 2)
     assert judged(last, last) == ("loss", 2)
     assert judged(None, {**last, "start_ns": None}) == (None, None)
-    assert judged(None, None) == (None, None)
+    assert judged(None, None) == judged(first, {**last, "state": "SYN_SENT"}) == (None, None)
     assert judged(first, {**last, "busy_time_us": None}) == (None, None)
 
 

@@ -47,8 +47,14 @@ def test_the_cause_comes_first_and_sequence_numbers_are_relative() -> None:
 
 
 def test_a_narrow_screen_shows_the_peer() -> None:
-    assert lines(80)[1].endswith(" 10.2.0.9:51234")
-    assert "10.0.0.1" not in lines(80)[1]
+    for width in (60, 80):
+        assert lines(width)[1].endswith(" 10.2.0.9:51234")
+        assert "10.0.0.1" not in lines(width)[1]
+    assert lines(40)[1].split()[1:] == ["rto", "#2", "10.2.0.9:51234"]
+
+
+def test_a_round_trip_time_that_is_not_measured_is_no_time() -> None:
+    assert " 0us " not in plain({**RETRANSMIT, "srtt_us": 0})
 
 
 def test_a_long_flow_does_not_wrap() -> None:
