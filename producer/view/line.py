@@ -19,6 +19,8 @@ _MAX_FLOWS = 16_384
 _MAX_TEXT = 256
 _MAX_REASON = 100
 _MAX_REASONS = 100
+_SHORT = 6
+"""The length of what a connection did that leaves room for its retransmissions: open or closed."""
 _WITH_FLOW = 100
 """Narrower screens show the peer alone."""
 _HALF, _WHOLE = 1 << 31, 1 << 32
@@ -165,7 +167,8 @@ def _cause(_: Lines, record: Record) -> str:
         return f"{text} err {record['err']}" if record["err"] else text
     if not is_connection(record):
         return "sent"
-    return failure_text(record) or ("open" if record["reason"] == "interval" else "closed")
+    text = failure_text(record) or ("open" if record["reason"] == "interval" else "closed")
+    return f"{text}, {record['total_retrans']} retr" if record["total_retrans"] and len(text) <= _SHORT else text
 
 
 def _flow(_: Lines, record: Record) -> str:

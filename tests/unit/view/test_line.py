@@ -73,6 +73,17 @@ def test_only_new_segments_and_failed_connections_are_events() -> None:
     assert [*shown.lines(closed.rows())] == []
 
 
+def test_the_record_of_a_connection_has_its_retransmissions_so_far() -> None:
+    shown = Lines(80, hosts=False, color=False, connections=True)
+    records = flows(
+        {**ENDS, "reason": "interval", "unknown": KNOWN["error"], "ts": 1},
+        {**ENDS, "reason": "interval", "unknown": KNOWN["error"], "total_retrans": 7, "ts": 2},
+        {**ENDS, "reason": "close", "unknown": KNOWN["error"], "total_retrans": 123_456, "ts": 3},
+    )
+    lines = shown.lines(decoded(FLOWS, records).rows())
+    assert [line[13:34].rstrip() for line in lines] == ["open", "open, 7 retr", "closed, 123456 retr"]
+
+
 def test_a_connect_that_its_process_gave_up_is_a_failed_one() -> None:
     given_up = {**ENDS, "reason": "close", "state": "SYN_SENT", "unknown": KNOWN["error"]}
     (line,) = Lines(200, hosts=False, color=False).lines(decoded(FLOWS, flows(given_up)).rows())
