@@ -39,9 +39,6 @@ class _Receiver:
         self.rejected = 0
         """Alerts that the server rejected."""
 
-    def _post_until_accepted(self, body: list[dict[str, Any]]) -> None:
-        retry_until_available(self.name.lower(), self._sleep)(self._post, body)
-
     def _post(self, body: list[dict[str, Any]]) -> None:
         """Send alerts. Redirects are not followed: they would lose the request body."""
         if not body:
@@ -75,7 +72,7 @@ class Webhook(_Receiver):
 
     def send(self, alerts: Sequence[Alert]) -> None:
         """Send changes, and retry until the server accepts them."""
-        self._post_until_accepted([as_json_object(alert) for alert in alerts])
+        retry_until_available("webhook", self._sleep)(self._post, [as_json_object(alert) for alert in alerts])
 
     def repeat(self, firing: Collection[Alert]) -> None:
         """Do nothing."""
@@ -94,7 +91,7 @@ class Alertmanager(_Receiver):
         """Send changes, and retry until Alertmanager accepts them."""
         # Only the last change of each group: all have the same labels.
         last = {alert.key: alert for alert in alerts}
-        self._post_until_accepted(list(map(self._payload, last.values())))
+        retry_until_available("alertmanager", self._sleep)(self._post, list(map(self._payload, last.values())))
 
     def repeat(self, firing: Collection[Alert]) -> None:
         """Repeat what fires, without retries: the next repetition is one."""

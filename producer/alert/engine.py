@@ -5,6 +5,7 @@ at their end, plus the lateness, has been read.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -74,14 +75,14 @@ class Engine:
         self.counts = counts
         self._decoder = decoder
         self._fleet = Fleet(since_ns, counts)
-        last = list(last_alerts)
-        kinds = {(rule.name, rule.by, rule.measure) for rule in rules}
-        self._orphaned = resolved(alert for alert in last if (alert.rule, alert.by, alert.measure) not in kinds)
+        last: dict[tuple[str, str, str], list[Alert]] = {}
+        for alert in last_alerts:
+            last.setdefault((alert.rule, alert.by, alert.measure), []).append(alert)
         self._rules: dict[Stream, list[tuple[Windows, Evaluator]]] = {FLOWS: [], RETRANSMITS: []}
         for rule in rules:
-            known = [each for each in last if (each.rule, each.by, each.measure) == (rule.name, rule.by, rule.measure)]
-            windows = Windows(rule, room)
+            windows, known = Windows(rule, room), last.pop((rule.name, rule.by, rule.measure), [])
             self._rules[stream_of(rule)].append((windows, Evaluator(windows, known, decided_ns, counts)))
+        self._orphaned = resolved(chain.from_iterable(last.values()))
         self._ids = EventIds(max((round(rule.window_s * 1e9) for rule in rules), default=1), IDS_BYTES, counts)
         self.decided_ns = decided_ns
         self._open_ns = 0

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
@@ -147,8 +146,8 @@ class Reading:
             reached_ns = 0 if each.topic == self._topics.heartbeats else decided_ns
             first = self._first(each, since_ns)
             self._positions[PartitionId(each.topic, each.partition)] = Position(first, reached_ns)
-        beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
-        hosts = Hosts(self._config.missed_heartbeats, silent, beats.next if beats else 0)
+        self._beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
+        hosts = Hosts(self._config.missed_heartbeats, silent, self._beats.next if self._beats else 0)
         self._engine = Engine(self._config.rules, others, decided_ns, since_ns, self._decoder, self._counts, hosts)
         self._consumer.assign([TopicPartition(*where, each.next) for where, each in self._positions.items()])
 
@@ -236,17 +235,16 @@ class Reading:
         for each in self._positions.values():
             each.reach()
         self._request_ends()
-        is_decisive = [where.topic != self._topics.heartbeats or not self._topics.streams for where in self._positions]
-        reached = list(compress(self._positions.values(), is_decisive))
+        streams = self._topics.streams
+        reached = [each for where, each in self._positions.items() if where.topic in streams or not streams]
         latest = max((each.at_end for each in reached), default=0.0)
         keep_up = [each.reached_ns for each in reached if latest - each.at_end <= self._config.wait_s]
         if len(keep_up) < len(reached) and self._is_first("lag"):
             behind = len(reached) - len(keep_up)
             logger.warning("alert: partitions=%d lag behind the others: alerts do not wait", behind)
         lateness_ns = round(self._config.lateness_s * _SECOND_NS)
-        beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
         reached_ns = max(self.decided_ns, min(keep_up, default=0) - lateness_ns)
-        return self._engine.decide(reached_ns, beats.reached_ns if beats else 0)
+        return self._engine.decide(reached_ns, self._beats.reached_ns if self._beats else 0)
 
     def _request_ends(self) -> None:
         """Request the current end of each partition that has been read to its last known end; add new partitions."""
