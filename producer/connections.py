@@ -33,6 +33,8 @@ _FIRST_ENTRIES = 1 << 10
 _CHUNK = 1 << 16
 _MOST_NS = (1 << 63) - 1
 _FACTOR = np.int64(0x1E3779B97F4A7C15)
+GIVEN_UP = "closed"
+"""What stands for the error of a failed connect without one: its process closed the socket."""
 
 
 def mixed(columns: Sequence[Ints]) -> Ints:
@@ -46,6 +48,11 @@ def mixed(columns: Sequence[Ints]) -> Ints:
 def connection_keys(host: Ints, boot: Ints, netns: Ints, cookie: Ints, has_cookie: Mask, ends: Sequence[Ints]) -> Ints:
     """Return a key for each record, from hashes of texts; `ends`, addresses and ports, for those without a cookie."""
     return mixed([host, boot, netns, np.where(has_cookie, cookie, mixed(ends))])
+
+
+def service_port(sport: Ints, dport: Ints) -> Ints:
+    """Return the lower port of each connection, nearly always the service's; a sport of 0 is none."""
+    return np.where(sport > 0, np.minimum(sport, dport), dport)
 
 
 class Growth(NamedTuple):

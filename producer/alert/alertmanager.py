@@ -39,9 +39,6 @@ class _Receiver:
         self.rejected = 0
         """Alerts that the server rejected."""
 
-    def _post_until_accepted(self, body: list[dict[str, Any]]) -> None:
-        retry_until_available(self.name.lower(), self._sleep)(self._post, body)
-
     def _post(self, body: list[dict[str, Any]]) -> None:
         """Send alerts. Redirects are not followed: they would lose the request body."""
         if not body:
@@ -75,7 +72,7 @@ class Webhook(_Receiver):
 
     def send(self, alerts: Sequence[Alert]) -> None:
         """Send changes, and retry until the server accepts them."""
-        self._post_until_accepted([as_json_object(alert) for alert in alerts])
+        retry_until_available("webhook", self._sleep)(self._post, [as_json_object(alert) for alert in alerts])
 
     def repeat(self, firing: Collection[Alert]) -> None:
         """Do nothing."""
@@ -94,7 +91,7 @@ class Alertmanager(_Receiver):
         """Send changes, and retry until Alertmanager accepts them."""
         # Only the last change of each group: all have the same labels.
         last = {alert.key: alert for alert in alerts}
-        self._post_until_accepted(list(map(self._payload, last.values())))
+        retry_until_available("alertmanager", self._sleep)(self._post, list(map(self._payload, last.values())))
 
     def repeat(self, firing: Collection[Alert]) -> None:
         """Repeat what fires, without retries: the next repetition is one."""
@@ -105,10 +102,8 @@ class Alertmanager(_Receiver):
 
     def _is_own(self, answer: Answer) -> bool:
         """Return whether the answer is from Alertmanager (empty or JSON) and not, for example, a login page."""
-        if not answer.body.strip():
-            return True
         try:
-            json.loads(answer.body)
+            json.loads(answer.body.strip() or "{}")
         except (ValueError, RecursionError):
             return False
         return True
@@ -120,7 +115,7 @@ class Alertmanager(_Receiver):
         starts_s = min(alert.since_ns / 1e9, now_s)
         behind = {name: found for name in ("causes", "hosts", "flows") if (found := getattr(alert, name))}
         # The group by its kind (host=...) is for inhibition with other alerts of that host.
-        own = {"alertname": alert.rule, "by": alert.by, "group": alert.group, _label(alert.by): alert.group}
+        own = {"alertname": alert.rule, "by": alert.by, "group": alert.group, alert.by.replace("+", "_"): alert.group}
         severity = {"severity": alert.severity} if alert.severity else {}
         values = {"summary": summary(alert), "value": f"{alert.value:g}"}
         return {
@@ -129,10 +124,6 @@ class Alertmanager(_Receiver):
             "startsAt": _rfc3339(starts_s),
             "endsAt": _rfc3339(ends_s),
         }
-
-
-def _label(by: str) -> str:
-    return by.replace("+", "_")
 
 
 def _rfc3339(seconds: float) -> str:

@@ -6,6 +6,7 @@ others, until they have had no record for an hour. If there are too many, the ol
 
 import numpy as np
 
+from producer.alert.model import Counts
 from producer.connections import Connections, Growth, connection_keys
 from producer.consume.columns import Columns
 from producer.consume.plan import Fields
@@ -29,17 +30,16 @@ _EXPIRES_NS = 3_600_000_000_000
 class Fleet:
     """The connections of all hosts; all records since `since_ns` are known."""
 
-    def __init__(self, since_ns: int, most: int = MOST_CONNECTIONS) -> None:
+    def __init__(self, since_ns: int, counts: Counts, most: int = MOST_CONNECTIONS) -> None:
         self._table = Connections(COUNTERS, since_ns, most)
-        self.forgotten = 0
-        """Open connections forgotten for lack of memory."""
+        self._counts = counts
 
     def __len__(self) -> int:
         return len(self._table)
 
     def add(self, flows: Columns) -> Growth:
         """Take records with possible numbers."""
-        self.forgotten += self._table.make_room(len(flows))
+        self._counts.forgotten += self._table.make_room(len(flows))
         host, boot = flows.hashes[flows["host"]], flows.hashes[flows["boot_id"]]
         ends = [flows.hashes[flows["saddr"]], flows.hashes[flows["daddr"]], flows["sport"], flows["dport"]]
         keys = connection_keys(host, boot, flows["netns"], flows["sk_cookie"], flows.valid["sk_cookie"], ends)

@@ -5,7 +5,7 @@ at their end, plus the lateness, has been read.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from producer.alert import connections, measure
 from producer.alert.connections import COUNTERS, Fleet
 from producer.alert.evaluate import Evaluator, resolved, windows_before
 from producer.alert.event_ids import EventIds
-from producer.alert.model import Alert
+from producer.alert.model import Alert, Counts
 from producer.alert.silence import Hosts
 from producer.alert.windows import MOST_GROUP, Room, Windows
 from producer.config.alerts import AlertRule
@@ -53,30 +53,6 @@ def stream_of(rule: AlertRule) -> Stream:
     return RETRANSMITS if rule.measure == "count" else FLOWS
 
 
-@dataclass(slots=True)
-class Counts:
-    """What became of the records."""
-
-    read: int = 0
-    late: int = 0
-    """Records that arrived after a window of theirs was decided."""
-    duplicate: int = 0
-    """Events with an id that was counted before."""
-    ahead: int = 0
-    """Records from far in the future, not counted."""
-    crowded: int = 0
-    """Records, hosts and alerts dropped because a limit was reached."""
-    forgotten: int = 0
-    """Ids and open connections forgotten for lack of memory."""
-    undecodable: int = 0
-    """Messages that are not ours, or have impossible numbers."""
-    alerts: int = 0
-    """Changes of a group to firing or resolved."""
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={count}" for name, count in asdict(self).items())
-
-
 class Engine:
     """Evaluates the rules from `decided_ns` on; all records since `since_ns` will be read.
 
@@ -98,20 +74,19 @@ class Engine:
         self.hosts = hosts or Hosts(0, [], 0)
         self.counts = counts
         self._decoder = decoder
-        self._fleet = Fleet(since_ns)
-        last = list(last_alerts)
-        kinds = {(rule.name, rule.by, rule.measure) for rule in rules}
-        self._orphaned = resolved(alert for alert in last if (alert.rule, alert.by, alert.measure) not in kinds)
+        self._fleet = Fleet(since_ns, counts)
+        last: dict[tuple[str, str, str], list[Alert]] = {}
+        for alert in last_alerts:
+            last.setdefault((alert.rule, alert.by, alert.measure), []).append(alert)
         self._rules: dict[Stream, list[tuple[Windows, Evaluator]]] = {FLOWS: [], RETRANSMITS: []}
         for rule in rules:
-            known = [each for each in last if (each.rule, each.by, each.measure) == (rule.name, rule.by, rule.measure)]
-            windows = Windows(rule, room)
-            self._rules[stream_of(rule)].append((windows, Evaluator(windows, known, decided_ns)))
-        self._ids = EventIds(max((round(rule.window_s * 1e9) for rule in rules), default=1), IDS_BYTES)
+            windows, known = Windows(rule, room), last.pop((rule.name, rule.by, rule.measure), [])
+            self._rules[stream_of(rule)].append((windows, Evaluator(windows, known, decided_ns, counts)))
+        self._orphaned = resolved(chain.from_iterable(last.values()))
+        self._ids = EventIds(max((round(rule.window_s * 1e9) for rule in rules), default=1), IDS_BYTES, counts)
         self.decided_ns = decided_ns
         self._open_ns = 0
         """Windows before this are decided, of all rules."""
-        self._lost = 0
 
     @property
     def firing(self) -> list[Alert]:
@@ -177,7 +152,6 @@ class Engine:
         All heartbeats up to `beats_read_ns` have been read; 0: unknown.
         """
         changes, self._orphaned = self._orphaned, []
-        suppressed = sum(evaluator.suppressed for _, evaluator in self._all())
         for _, evaluator in self._all():
             changes += evaluator.decide(reached_ns)
         self.decided_ns = max(self.decided_ns, reached_ns)
@@ -186,9 +160,6 @@ class Engine:
             self._open_ns = open_ns
             self._fleet.forget(open_ns)
             self._ids.forget(open_ns)
-        self.counts.crowded += sum(evaluator.suppressed for _, evaluator in self._all()) - suppressed
-        lost = self._ids.forgotten + self._fleet.forgotten
-        self.counts.forgotten, self._lost = self.counts.forgotten + lost - self._lost, lost
         changes = sorted(changes, key=lambda alert: alert.window_start_ns) + self.hosts.look(beats_read_ns)
         self.counts.alerts += len(changes)
         return changes

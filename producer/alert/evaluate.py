@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from producer.alert.model import Alert
+from producer.alert.model import Alert, Counts
 from producer.alert.windows import MOST_SEGS, Group, Windows
 from producer.config.alerts import AlertRule
 
@@ -28,7 +28,7 @@ def windows_before(rule: AlertRule) -> int:
 class Evaluator:
     """Decides the windows of a rule after `decided_ns`. `last_alerts` has the last alert of each group."""
 
-    def __init__(self, windows: Windows, last_alerts: Iterable[Alert], decided_ns: int) -> None:
+    def __init__(self, windows: Windows, last_alerts: Iterable[Alert], decided_ns: int, counts: Counts) -> None:
         self._windows, self._rule, self._width_ns = windows, windows.rule, windows.width_ns
         self._last = {alert.group: alert for alert in last_alerts}
         self._firing = {group for group, alert in self._last.items() if alert.firing}
@@ -38,8 +38,7 @@ class Evaluator:
         self._old_ns = decided_ns
         self.decided_ns = max(0, decided_ns - decided_ns % self._width_ns - self._before_ns)
         """Windows that end at or before this are decided."""
-        self.suppressed = 0
-        """Alerts not sent because MOST_FIRING groups were firing."""
+        self._counts = counts
 
     @property
     def firing(self) -> list[Alert]:
@@ -90,7 +89,7 @@ class Evaluator:
                 yield self._alert(group, value, start_ns, last.since_ns if last else start_ns, firing=False)
             elif not is_firing and name in holding and start_ns - holding[name] >= self._before_ns:
                 if len(self._firing) >= MOST_FIRING:
-                    self.suppressed += 1
+                    self._counts.crowded += 1
                 else:
                     yield self._alert(group, value, start_ns, holding[name], firing=True)
         self._holding = holding

@@ -9,50 +9,23 @@ import fnmatch
 import ipaddress
 from collections.abc import Iterator
 
-from producer.alert.connections import CAUSE_COUNTERS
-from producer.alert.engine import stream_of
+from producer.alert.connections import COUNTERS
+from producer.alert.engine import EVENT_FIELDS, FLOW_FIELDS, stream_of
 from producer.alert.evaluate import RATIOS, windows_before
-from producer.alert.measure import CLOSED, SYNS
+from producer.alert.measure import FIELDS, causes_of
 from producer.config.load import AlertRule, Config
+from producer.connections import GIVEN_UP
+from producer.consume.plan import Fields
 from producer.errors import ConfigError
-from producer.events import CAUSES, FLOWS, RETRANSMITS, Stream
+from producer.events import FLOWS, RETRANSMITS, Stream
 from producer.topics import topic
 
 SINK = "tcp_alerts_flink"
-_COMMON = {
-    "ts": "TIMESTAMP(3) NOT NULL",
-    "host": "STRING NOT NULL",
-    "boot_id": "STRING NOT NULL",
-    "saddr": "STRING NOT NULL",
-    "daddr": "STRING NOT NULL",
-    "sport": "INT NOT NULL",
-    "dport": "INT NOT NULL",
-    "unit": "STRING",
-    "container": "STRING",
-    "sample_rate": "BIGINT NOT NULL",
-}
-_COUNTERS = ("segs_out", "data_segs_out", *CAUSE_COUNTERS)
-_COLUMNS = {
-    FLOWS: {
-        **_COMMON,
-        "ts_ns": "BIGINT NOT NULL",
-        "netns": "BIGINT NOT NULL",
-        "sk_cookie": "BIGINT",
-        "reason": "STRING NOT NULL",
-        "start_ns": "BIGINT",
-        "state": "STRING NOT NULL",
-        "error": "STRING",
-        "srtt_us": "BIGINT",
-        **dict.fromkeys(_COUNTERS, "BIGINT"),
-    },
-    RETRANSMITS: {
-        **_COMMON,
-        "cpu": "INT NOT NULL",
-        "cpu_seq": "BIGINT NOT NULL",
-        "segs": "INT NOT NULL",
-        "cause": "STRING NOT NULL",
-    },
-}
+_FIELDS = {FLOWS: FLOW_FIELDS, RETRANSMITS: EVENT_FIELDS}
+_TYPES = {
+    "long": "BIGINT NOT NULL", "long?": "BIGINT", "string": "STRING NOT NULL", "string?": "STRING",
+    "map?": "MAP<STRING NOT NULL, STRING NOT NULL> NOT NULL",
+}  # fmt: skip
 _VIEWS = {FLOWS: "flow_counts", RETRANSMITS: "retransmit_events"}
 _RESULT = (
     "`rule` STRING, `by` STRING, `group` STRING, `firing` BOOLEAN, `measure` STRING, `value` DOUBLE, "
@@ -93,7 +66,7 @@ def _table(name: str, columns: str, options: dict[str, str]) -> str:
 
 
 def _source(config: Config, stream: Stream, since_ns: int, *, labeled: bool) -> str:
-    columns = _COLUMNS[stream] | ({"labels": "MAP<STRING NOT NULL, STRING NOT NULL> NOT NULL"} if labeled else {})
+    columns = {"ts": "TIMESTAMP(3) NOT NULL", **_types(_FIELDS[stream], labeled=labeled)}
     lines = [f"`{name}` {kind}" for name, kind in columns.items()]
     lines += ["`arrived` AS PROCTIME()"]
     lines += [f"WATERMARK FOR `ts` AS `ts` - INTERVAL {_interval(config.alert.lateness_s)}"]
@@ -107,9 +80,13 @@ def _source(config: Config, stream: Stream, since_ns: int, *, labeled: bool) -> 
     return _table(f"alert_{stream.topic}", ",\n  ".join(lines), options)
 
 
+def _types(fields: Fields, *, labeled: bool) -> dict[str, str]:
+    """Return the SQL types of fields, without the labels if no rule needs them: older records have none."""
+    return {name: _TYPES[kind] for name, kind in fields if labeled or name != "labels"}
+
+
 def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
-    labels = ", labels" if labeled else ""
-    names = ", ".join([*(f"`{name}`" for name in _COMMON)]) + labels
+    names = ", ".join(f"`{name}`" for name in ("ts", *_types(FIELDS, labeled=labeled)))
     if stream is RETRANSMITS:
         return (
             f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\nSELECT {names}, segs, cause FROM (\n"
@@ -122,14 +99,14 @@ def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
     counters = ",\n  ".join(
         f"MOD({name} - COALESCE(CASE WHEN {again} THEN 0 ELSE LAG({name}) OVER w END, "
         f"CASE WHEN start_ns > {since_ns} THEN 0 ELSE {name} END) + 4294967296, 4294967296) * sample_rate AS {name}"
-        for name in _COUNTERS
+        for name in COUNTERS
     )
     over = "WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)"
     return (
         f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\nSELECT {names}, srtt_us,\n"
         "  CASE WHEN reason = 'close' AND state = 'SYN_SENT'\n"
         f"    AND (LAG(reason) OVER w IS DISTINCT FROM 'close' OR {again})\n"
-        f"    THEN COALESCE(error, '{CLOSED}') END AS failed,\n  {counters}\n"
+        f"    THEN COALESCE(error, '{GIVEN_UP}') END AS failed,\n  {counters}\n"
         f"FROM (\n  SELECT *, LAG(last_ns) OVER w AS last_ns_before\n"
         f"  FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM alert_{stream.topic} {over})\n  {over}\n)\n"
         f"WHERE last_ns_before IS NULL OR ts_ns > last_ns_before\n{over};"
@@ -191,8 +168,7 @@ def _measure(rule: AlertRule) -> tuple[str, str, str, str]:
         return f"COUNT({chosen})", f"PERCENTILE({chosen}, {rule.quantile!r})", "COALESCE(part, 0) / 1e6", "total"
     if rule.measure in RATIOS:
         is_data = rule.measure == "data_ratio"
-        causes = [cause for cause in rule.cause or CAUSES if not (is_data and cause in SYNS)]
-        part = current(" + ".join(f"COALESCE(retrans_{cause}, 0)" for cause in causes) or "0")
+        part = current(" + ".join(f"COALESCE(retrans_{cause}, 0)" for cause in causes_of(rule)) or "0")
         value = "LEAST(1.0, CAST(part AS DOUBLE) / GREATEST(total, 1))"
         return current("data_segs_out" if is_data else "segs_out"), part, value, "total"
     what = "failed" if rule.measure == "failed_connects" else "cause"

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields
 from typing import Any
 
@@ -29,11 +30,10 @@ def last_alerts(brokers: str, topic: str, settings: Mapping[str, str], decoder: 
 
     Reads at most the last MOST_MESSAGES of each partition, since the member does nothing else meanwhile.
     """
-    reader = TopicReader(brokers, [topic], settings, -MOST_MESSAGES)
-    try:
-        return last_of(_messages(reader), topic, decoder, time.time_ns())
-    finally:
-        reader.close()
+    with closing(TopicReader(brokers, [topic], settings, -MOST_MESSAGES)) as reader:
+        runs = (messages for batch in reader.batches() for messages in batch.values())
+        batches = ([(message.key() or b"", message.value()) for message in messages] for messages in runs)
+        return last_of(batches, topic, decoder, time.time_ns())
 
 
 def last_of(
@@ -63,12 +63,6 @@ def last_of(
     if forgotten:
         logger.warning("topic=%s has more than %d alerts: forgot the oldest %d", topic, MOST_ALERTS, forgotten)
     return list(last.values())
-
-
-def _messages(reader: TopicReader) -> Iterator[list[tuple[bytes, bytes | None]]]:
-    for batch in reader.batches():
-        for messages in batch.values():
-            yield [(message.key() or b"", message.value()) for message in messages]
 
 
 def _alert(key: bytes, record: dict[str, Any] | UndecodableError, now_ns: int) -> Alert:

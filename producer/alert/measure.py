@@ -4,23 +4,23 @@ Names are compared once per distinct text of a batch, and then by column.
 """
 
 import fnmatch
-import ipaddress
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from ipaddress import ip_network
 from typing import NamedTuple
 
 import numpy as np
 
 from producer.alert.connections import CAUSE_COUNTERS, COUNTERS
 from producer.config.alerts import GROUPS, AlertRule
-from producer.connections import Growth
-from producer.consume.columns import Columns, Ints, Mask, text_to_map
+from producer.connections import GIVEN_UP, Growth, service_port
+from producer.consume.addresses import is_within, subnet
+from producer.consume.columns import Columns, Ints, Mask, passing, text_to_map
 from producer.consume.plan import Fields
 from producer.events import CAUSES
+from producer.host.endpoints import endpoint
 
-SYNS = ("syn", "syn_ack")
-CLOSED = "closed"
-"""The cause of a failed connect without an error: its process gave up."""
+_SYNS = ("syn", "syn_ack")
 FIELDS: Fields = (
     ("ts_ns", "long"),
     ("host", "string"),
@@ -62,13 +62,17 @@ def measured(rule: AlertRule, records: Columns, growth: Growth | None) -> Measur
         srtt_us = np.where(records.valid["srtt_us"] & growth.fresh, records["srtt_us"], 0)
         rows = np.flatnonzero(srtt_us)
         return Measured((srtt_us > 0).astype(np.int64), rows, np.zeros(len(rows), np.int64), [""], srtt_us[rows])
-    is_data = rule.measure == "data_ratio"
-    allowed = [cause for cause in rule.cause or CAUSES if not (is_data and cause in SYNS)]
+    allowed = causes_of(rule)
     counts = growth.counts * records["sample_rate"][:, None]
     columns = [COUNTERS.index(CAUSE_COUNTERS[CAUSES.index(cause)]) for cause in allowed]
     rows, parts = np.nonzero(counts[:, columns])
-    totals = counts[:, COUNTERS.index("data_segs_out" if is_data else "segs_out")]
+    totals = counts[:, COUNTERS.index("data_segs_out" if rule.measure == "data_ratio" else "segs_out")]
     return Measured(totals, rows, parts, allowed, counts[:, columns][rows, parts])
+
+
+def causes_of(rule: AlertRule) -> list[str]:
+    """Return the causes of the retransmissions that a ratio counts."""
+    return [cause for cause in rule.cause or CAUSES if not (rule.measure == "data_ratio" and cause in _SYNS)]
 
 
 def _events(rule: AlertRule, events: Columns) -> Measured:
@@ -80,7 +84,7 @@ def _events(rule: AlertRule, events: Columns) -> Measured:
 
 def _failed_connects(rule: AlertRule, flows: Columns, growth: Growth) -> Measured:
     failed = growth.closed & _matching(flows, "state", lambda state: state == "SYN_SENT")
-    causes = [*flows.texts, CLOSED]
+    causes = [*flows.texts, GIVEN_UP]
     error = np.where(flows.valid["error"], flows["error"], len(flows.texts))
     if rule.cause:
         failed &= np.array([cause in rule.cause for cause in causes])[error]
@@ -89,39 +93,32 @@ def _failed_connects(rule: AlertRule, flows: Columns, growth: Growth) -> Measure
 
 
 def _matching(records: Columns, name: str, test: Callable[[str], bool]) -> Mask:
-    """Return which records' text passes a test; null does not."""
-    cells, valid = records[name], records.valid.get(name, np.ones(len(records), np.bool_))
-    used, passes = np.zeros((2, len(records.texts) + 1), np.bool_)
-    used[cells[valid]] = True
-    passes[used] = [test(records.texts[at]) for at in np.flatnonzero(used).tolist()]
-    return passes[cells] & valid
+    return passing(records[name], records.valid.get(name, np.ones(len(records), np.bool_)), records.texts, test)
 
 
 class Selection:
     """A rule's filters and groups."""
 
     def __init__(self, rule: AlertRule) -> None:
-        self._rule = rule
         self._columns = GROUPS[rule.by]
-        networks = [ipaddress.ip_network(text) for text in rule.peer]
-        self._ports = [_range(value) for value in rule.port]
-        self._is_peer = lru_cache(_REMEMBERED)(lambda text: _is_within(text, networks))
-        self._is_host = lru_cache(_REMEMBERED)(lambda text: _is_like(text, rule.host))
-        self._is_unit = lru_cache(_REMEMBERED)(lambda text: _is_like(text, rule.unit))
-        self._has_labels = lambda text: rule.only_labels.items() <= text_to_map(text).items()
-        self._subnet = lru_cache(_REMEMBERED)(lambda text: _subnet(text, rule.prefix, rule.prefix_v6))
+        networks = [ip_network(text) for text in rule.peer]
+        self._ports = [
+            (int(low), int(high or low)) for low, _, high in (str(each).partition("-") for each in rule.port)
+        ]
+        tests: tuple[tuple[str, object, Callable[[str], bool]], ...] = (
+            ("host", rule.host, lru_cache(_REMEMBERED)(lambda text: _is_like(text, rule.host))),
+            ("daddr", rule.peer, lambda text: is_within(text, networks)),
+            ("unit", rule.unit, lru_cache(_REMEMBERED)(lambda text: _is_like(text, rule.unit))),
+            ("labels", rule.only_labels, lambda text: rule.only_labels.items() <= text_to_map(text).items()),
+        )
+        self._tests = [(name, test) for name, wanted, test in tests if wanted]
+        self._subnet = lru_cache(_REMEMBERED)(lambda text: subnet(text, rule.prefix, rule.prefix_v6))
 
     def chosen(self, records: Columns) -> Mask:
         """Return which records pass the filters and have a group."""
-        rule, chosen = self._rule, np.ones(len(records), np.bool_)
-        for name, wanted, test in (
-            ("host", rule.host, self._is_host),
-            ("daddr", rule.peer, self._is_peer),
-            ("unit", rule.unit, self._is_unit),
-            ("labels", rule.only_labels, self._has_labels),
-        ):
-            if wanted:
-                chosen &= _matching(records, name, test)
+        chosen = np.ones(len(records), np.bool_)
+        for name, test in self._tests:
+            chosen &= _matching(records, name, test)
         if self._ports:
             near = [(low <= records[side]) & (records[side] <= high) for low, high in self._ports for side in _SIDES]
             chosen &= np.logical_or.reduce(near)
@@ -136,12 +133,13 @@ class Selection:
 
     def _column(self, records: Columns, name: str) -> Ints:
         if name == "port":
-            return port(records)
+            return service_port(records["sport"], records["dport"])
         if name in _SIDES:
             return records[name]
         if name == "subnet":
-            hashes = np.array([hash(self._subnet(text)) for text in records.texts], np.int64)
-            return hashes[records["daddr"]]
+            peers, peer_of_row = np.unique(records["daddr"], return_inverse=True)
+            hashes = [hash(self._subnet(records.texts[peer])) for peer in peers.tolist()]
+            return np.array(hashes, np.int64)[peer_of_row]
         return records.hashes[records[name]]
 
     def names(self, records: Columns, rows: Ints) -> list[str]:
@@ -153,7 +151,7 @@ class Selection:
 
     def _texts(self, records: Columns, name: str, rows: Ints) -> list[str]:
         if name == "port":
-            return [str(number) for number in port(records)[rows].tolist()]
+            return [str(number) for number in self._column(records, name)[rows].tolist()]
         column = records["daddr" if name == "subnet" else name][rows].tolist()
         texts = [records.texts[index] for index in column]
         return [self._subnet(text) for text in texts] if name == "subnet" else texts
@@ -162,47 +160,15 @@ class Selection:
 _SIDES = ("sport", "dport")
 
 
-def port(records: Columns) -> Ints:
-    """Return each record's service port: nearly always the lower one; 0 is none."""
-    sport, dport = records["sport"], records["dport"]
-    return np.where(sport > 0, np.minimum(sport, dport), dport)
-
-
 def flow_names(records: Columns, rows: Ints) -> list[str]:
     """Return the names of records' flows: the host, the addresses and the ports."""
     columns = [records[name][rows].tolist() for name in FLOW]
     texts = records.texts
     return [
-        f"{texts[host]} {_endpoint(texts[saddr], sport)}>{_endpoint(texts[daddr], dport)}"
+        f"{texts[host]} {endpoint(texts[saddr], sport)}>{endpoint(texts[daddr], dport)}"
         for host, saddr, sport, daddr, dport in zip(*columns, strict=True)
     ]
 
 
-def _endpoint(address: str, number: int) -> str:
-    return f"[{address}]:{number}" if ":" in address else f"{address}:{number}"
-
-
-def _range(value: int | str) -> tuple[int, int]:
-    low, _, high = str(value).partition("-")
-    return int(low), int(high or low)
-
-
 def _is_like(text: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(text, pattern) for pattern in patterns)
-
-
-def _is_within(text: str, networks: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> bool:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return any(address in network for network in networks)
-
-
-def _subnet(text: str, prefix: int, prefix_v6: int) -> str:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return text
-    length = prefix if address.version == 4 else prefix_v6
-    return str(ipaddress.ip_network((address.packed, length), strict=False))

@@ -16,9 +16,8 @@ from typing import Any, cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from producer.alert.engine import Counts
 from producer.alert.last_alerts import last_alerts
-from producer.alert.model import Alert, Sink
+from producer.alert.model import Alert, Counts, Sink
 from producer.alert.reading import Reading, topics_of
 from producer.alert.retry import Sleep
 from producer.alert.status import AlertStatus
@@ -136,13 +135,14 @@ class Member:
             self._board.step(cast("Callable[[], Any]", self._status))  # the endpoint needs as_dict() alone
 
     def _status(self) -> AlertStatus:
-        reading = self._reading
+        if (reading := self._reading) is None:
+            return AlertStatus(self.counts)
         return AlertStatus(
-            is_active=reading is not None,
-            lag_s=reading.lag_s if reading else 0.0,
-            lag_messages=reading.lag_messages if reading else 0,
-            firing=len(reading.firing) if reading else 0,
-            counts=self.counts,
+            self.counts,
+            is_active=True,
+            lag_s=reading.lag_s,
+            lag_messages=reading.lag_messages,
+            firing=len(reading.firing),
         )
 
     def _send(self, changes: list[Alert]) -> None:

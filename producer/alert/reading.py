@@ -8,14 +8,13 @@ that lags behind the others for `wait_s` holds up nothing, and its records are l
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import compress
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from producer.alert.engine import Counts, Engine, since, stream_of
-from producer.alert.model import Alert
+from producer.alert.engine import Engine, since, stream_of
+from producer.alert.model import Alert, Counts
 from producer.alert.silence import RULE, Hosts
 from producer.config.load import Config
 from producer.consume.columns import Values
@@ -84,19 +83,17 @@ def topics_of(config: Config) -> Topics:
     return Topics(streams, heartbeat_topic(config) if alert.missed_heartbeats else None, alert_topic(config))
 
 
+@dataclass(slots=True)
 class Position:
     """How far a partition has been read."""
 
-    __slots__ = ("at_end", "next", "reached_ns", "until")
-
-    def __init__(self, first: int, reached_ns: int) -> None:
-        self.next = first
-        self.until: tuple[int, int] | None = None
-        """(end offset, time in ns at which it was the end); None once it has been read up to there."""
-        self.reached_ns = reached_ns
-        """Everything that Kafka had at this time has been read."""
-        self.at_end = time.monotonic()
-        """When it was last read to such an end."""
+    next: int
+    reached_ns: int
+    """Everything that Kafka had at this time has been read."""
+    until: tuple[int, int] | None = None
+    """(end offset, time in ns at which it was the end); None once it has been read up to there."""
+    at_end: float = field(default_factory=time.monotonic)
+    """When it was last read to such an end."""
 
     def reach(self) -> None:
         """Note whether `until` has been reached."""
@@ -133,49 +130,37 @@ class Reading:
         self._positions: dict[PartitionId, Position] = {}
         self._warned: set[str] = set()
         self._next_list = 0.0
-        self._beats = 0
 
-    def start(self, committed: Iterable[TopicPartition], *, from_beginning: bool) -> None:
+    def start(self, committed: Sequence[TopicPartition], *, from_beginning: bool) -> None:
         """Assign all partitions, from what the group has committed."""
-        found = list(committed)
-        for each in found:
+        for each in committed:
             if each.error is not None:  # unknown is not the same as none
                 raise KafkaException(each.error)
         now_ns = time.time_ns()
-        decided = [_decided_ns(each.metadata, now_ns) for each in found if each.offset >= 0]
-        self._is_fresh = not any(decided)
+        decided = [_decided_ns(each.metadata, now_ns) for each in committed if each.offset >= 0]
         decided_ns = max(decided, default=0) or (0 if from_beginning else now_ns)
         since_ns = since(self._config.rules, decided_ns, self._config.lookback_s)
         silent = [alert for alert in self._last_alerts if alert.rule == RULE and self._topics.heartbeats]
         others = [alert for alert in self._last_alerts if alert not in silent]
-        for each in self._starts(found, since_ns, from_beginning=from_beginning):
+        for each in committed:
             reached_ns = 0 if each.topic == self._topics.heartbeats else decided_ns
-            self._positions[PartitionId(each.topic, each.partition)] = Position(each.offset, reached_ns)
-        beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
-        hosts = Hosts(self._config.missed_heartbeats, silent, beats.next if beats else 0)
+            first = self._first(each, since_ns)
+            self._positions[PartitionId(each.topic, each.partition)] = Position(first, reached_ns)
+        self._beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
+        hosts = Hosts(self._config.missed_heartbeats, silent, self._beats.next if self._beats else 0)
         self._engine = Engine(self._config.rules, others, decided_ns, since_ns, self._decoder, self._counts, hosts)
         self._consumer.assign([TopicPartition(*where, each.next) for where, each in self._positions.items()])
 
-    def _starts(
-        self, committed: list[TopicPartition], since_ns: int, *, from_beginning: bool
-    ) -> Iterator[TopicPartition]:
-        """Yield each partition with the offset of its first message to read."""
-        is_early = from_beginning and self._is_fresh
-        for each in committed:
-            if each.topic == self._topics.heartbeats and each.offset >= 0:
-                yield each
-                continue
-            low, high = self._consumer.get_watermark_offsets(each, timeout=_ANSWER_S)
-            first = low if is_early else self._offset_at(each, since_ns, high)
-            yield TopicPartition(each.topic, each.partition, max(low, first))
-
-    def _offset_at(self, partition: TopicPartition, at_ns: int, end: int) -> int:
-        """Return the offset of the first message of this time or later."""
-        asked = TopicPartition(partition.topic, partition.partition, at_ns // _MS_NS)
+    def _first(self, committed: TopicPartition, since_ns: int) -> int:
+        """Return the offset of the first message to read: of this time or later; of heartbeats, what is committed."""
+        if committed.topic == self._topics.heartbeats and committed.offset >= 0:
+            return int(committed.offset)
+        asked = TopicPartition(committed.topic, committed.partition, since_ns // _MS_NS)
+        _, end = self._consumer.get_watermark_offsets(asked, timeout=_ANSWER_S)  # first: messages may arrive
         (found,) = self._consumer.offsets_for_times([asked], timeout=_ANSWER_S)
         if found.error is not None:
             raise KafkaException(found.error)
-        return int(found.offset) if found.offset >= 0 else end
+        return int(found.offset if found.offset >= 0 else end)
 
     @property
     def firing(self) -> list[Alert]:
@@ -250,17 +235,16 @@ class Reading:
         for each in self._positions.values():
             each.reach()
         self._request_ends()
-        is_decisive = [where.topic != self._topics.heartbeats or not self._topics.streams for where in self._positions]
-        reached = list(compress(self._positions.values(), is_decisive))
+        streams = self._topics.streams
+        reached = [each for where, each in self._positions.items() if where.topic in streams or not streams]
         latest = max((each.at_end for each in reached), default=0.0)
         keep_up = [each.reached_ns for each in reached if latest - each.at_end <= self._config.wait_s]
         if len(keep_up) < len(reached) and self._is_first("lag"):
             behind = len(reached) - len(keep_up)
             logger.warning("alert: partitions=%d lag behind the others: alerts do not wait", behind)
         lateness_ns = round(self._config.lateness_s * _SECOND_NS)
-        beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
         reached_ns = max(self.decided_ns, min(keep_up, default=0) - lateness_ns)
-        return self._engine.decide(reached_ns, beats.reached_ns if beats else 0)
+        return self._engine.decide(reached_ns, self._beats.reached_ns if self._beats else 0)
 
     def _request_ends(self) -> None:
         """Request the current end of each partition that has been read to its last known end; add new partitions."""

@@ -1,13 +1,12 @@
 """Where alerts go: standard output, Alertmanager, a webhook, and the topic tcp_alerts."""
 
-import time
 from collections.abc import Collection, Sequence
 
 from producer.alert.alertmanager import Alertmanager, Webhook
 from producer.alert.model import Alert, Sink
 from producer.alert.record import AlertEncoder, as_json_object, summary
-from producer.alert.retry import Sleep, retry_until_available
-from producer.alert.writer import TopicWriter
+from producer.alert.retry import Sleep
+from producer.alert.topic_sink import TopicSink
 from producer.config.librdkafka import client_settings
 from producer.config.load import Config
 from producer.errors import SchemaError
@@ -35,9 +34,8 @@ def open_sinks(
     if config.alert.webhook is not None:
         sinks.append(Webhook(config.alert.webhook, sleep, stop))
     topic = alert_topic(config)
-    settings = client_settings(brokers, config.kafka.settings)
     encoder = AlertEncoder(_schema_id(config, topic, stop))
-    sinks.append(TopicSink(TopicWriter(settings, topic, sleep), encoder, sleep))
+    sinks.append(TopicSink(client_settings(brokers, config.kafka.settings), topic, encoder, sleep))
     return sinks
 
 
@@ -68,35 +66,3 @@ class StandardOutput:
 
     def close(self) -> None:
         """Do nothing."""
-
-
-class TopicSink:
-    """Writes to a topic with `writer`; `sleep` is called between retries."""
-
-    def __init__(self, writer: TopicWriter, encoder: AlertEncoder, sleep: Sleep) -> None:
-        self._writer = writer
-        self._encoder = encoder
-        self._sleep = sleep
-
-    def send(self, alerts: Sequence[Alert]) -> None:
-        """Return when Kafka has acknowledged all. If it rejects one, all are resent, to keep their order."""
-        retry_until_available("alerts", self._sleep)(
-            self._put, [self._encoder.encode(alert, time.time()) for alert in alerts]
-        )
-
-    def repeat(self, firing: Collection[Alert]) -> None:
-        """Do nothing: the topic is compacted and keeps the last alert of each group."""
-
-    def close(self) -> None:
-        """Drop what is in flight."""
-        self._writer.discard()
-
-    def _put(self, messages: Sequence[tuple[bytes, bytes]]) -> None:
-        try:
-            for key, value in messages:
-                self._writer.put(value, key)
-            self._writer.flush()
-        except BaseException:
-            # The next active member or the next retry sends them; they must not arrive later from here.
-            self._writer.discard()
-            raise

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from producer.alert.engine import Counts
+from producer.alert.model import Counts
 
 _GAUGES = {
     "active": "1 on the active member, 0 on a standby.",
@@ -32,11 +32,11 @@ _COUNTERS = {
 class AlertStatus:
     """What a member does, since it started."""
 
-    is_active: bool
-    lag_s: float
-    lag_messages: int
-    firing: int
     counts: Counts
+    is_active: bool = False
+    lag_s: float = 0.0
+    lag_messages: int = 0
+    firing: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for /status."""

@@ -4,8 +4,9 @@ Each group has the causes and the worst flows of its sum. Memory is bounded, sin
 groups: when it is full, records of new groups are not counted, and new flows not listed.
 """
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -32,23 +33,21 @@ class Room:
         self.groups, self.flows, self.samples = group_count, flows, samples
 
 
+@dataclass(slots=True)
 class Group:
     """The sums of a group in a window."""
 
-    __slots__ = ("causes", "flows", "name", "samples", "total")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.total = 0
-        """Segments sent, connects that failed, or measured round-trip times."""
-        self.causes: dict[str, int] = defaultdict(int)
-        self.flows: dict[str, int] = {}
-        self.samples: list[Ints] = []
+    name: str
+    total: int = 0
+    """Segments sent, connects that failed, or measured round-trip times."""
+    causes: Counter[str] = field(default_factory=Counter)
+    flows: dict[str, int] = field(default_factory=dict)
+    samples: list[Ints] = field(default_factory=list)
 
     @property
     def part(self) -> int:
         """Retransmitted segments, or connects that failed."""
-        return min(MOST_SEGS, sum(self.causes.values()))
+        return min(MOST_SEGS, self.causes.total())
 
     def quantile_s(self, quantile: float) -> float:
         """Return the quantile of the round-trip times in seconds, interpolated."""

@@ -111,9 +111,9 @@ def export(
     """
     _require("export", "pyarrow")
     from producer.commands.export import export as write
+    from producer.consume.period import Period
     from producer.consume.reader import collect_rarely
     from producer.export.read import STREAMS
-    from producer.export.sources import Period
 
     collect_rarely()
     _clean_up_on_signals()
@@ -160,9 +160,9 @@ def report(
     _require("report", "pyarrow", "matplotlib")
     os.environ["MPLBACKEND"] = "agg"  # of a user's notebooks; matplotlib does not start with an unknown one
     from producer.commands.report import report as write
+    from producer.consume.period import Period
     from producer.consume.reader import collect_rarely
     from producer.export.read import STREAMS
-    from producer.export.sources import Period
     from producer.report.connections import MARGIN_NS
 
     collect_rarely()

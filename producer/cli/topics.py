@@ -66,7 +66,7 @@ def init(
 @option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
 @click.argument("filter_words", metavar="[FILTER]...", nargs=-1)
 @click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
-@option("--since", type=Time(), help="Start at this time: 2026-11-29T15:00Z, or 1h for an hour ago.")
+@option("--since", type=Time(), help="Show events from this time on: 2026-11-29T15:00Z, or 1h for an hour ago.")
 @option("--until", type=Time(), help="Show the events before this time, then exit.")
 @option("--from-beginning", is_flag=True, help="Start with the earliest event.")
 @state_dir_option
@@ -90,15 +90,12 @@ def tail(
     """
     from producer.commands.tail import Chosen
     from producer.commands.tail import tail as tail_topics
+    from producer.consume.period import Period
     from producer.host import state
     from producer.topics import topic as topic_of
     from producer.view.filter import parse
 
-    chosen = Chosen(
-        parse(" ".join(filter_words)) if filter_words else None,
-        None if since is None else since // 1_000_000,
-        until,
-    )
+    chosen = Chosen(parse(" ".join(filter_words)) if filter_words else None, Period(since, until))
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
     facts: dict[str, Any] = {"brokers": settings.kafka.brokers, "registry": settings.registry.url}
     if settings.kafka.brokers is None:

@@ -88,6 +88,7 @@ def trace(
     Needs root, but neither Kafka nor a running producer. Stop it with Ctrl-C. Filters read like tcpdump's.
     """
     from producer.commands import trace as tracing
+    from producer.consume.period import Period
     from producer.events import FLOWS, RETRANSMITS, TRANSMITS
     from producer.view.file import RecordFile
     from producer.view.filter import parse
@@ -97,7 +98,6 @@ def trace(
         usage("-r shows what is in the file: leave out --transmit and -w")
     if replay is None and (since, until) != (None, None):
         usage("--since and --until need -r: this host is shown as it is now")
-    span = tracing.Span(since, until)
     chosen = parse(" ".join(filter_words))
     width = line_width()
     lines = Lines(width, hosts=replay is not None and width > 100, color=has_color())
@@ -105,7 +105,7 @@ def trace(
     stop = stop_on_signals()
     file = RecordFile(write) if write is not None else None
     if replay is not None:
-        source: Iterable[Any] = tracing.from_file(replay, span, stop)
+        source: Iterable[Any] = tracing.from_file(replay, Period(since, until), stop)
     else:
         settings = load(config)
         streams = (RETRANSMITS, FLOWS, *([TRANSMITS] if transmit else []))

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from producer.consume.period import Period
 from producer.errors import UnavailableError
 from producer.events import Stream
 from producer.export.dataset import Dataset
 from producer.export.events import Choice, record_batches
-from producer.export.sources import Files, Period, Topics
+from producer.export.sources import Files, Topics
 from producer.host.progress import Progress
 from producer.host.when import compact
 

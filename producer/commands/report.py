@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from producer.consume.period import Period
 from producer.errors import UnavailableError
 from producer.events import TRANSMITS
 from producer.export.arrow import schema_of
 from producer.export.dataset import disk_errors
 from producer.export.events import Choice
-from producer.export.sources import Files, Period, Topics
+from producer.export.sources import Files, Topics
 from producer.host.output_file import write_whole
 from producer.host.progress import Progress
 from producer.report.collect import NAMES, collect, collect_segments

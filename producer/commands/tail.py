@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 from confluent_kafka import Message
 
 from producer.config.load import Registry
 from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.follow import Follower, Start
+from producer.consume.period import ALWAYS, Period
 from producer.consume.reader import TopicReader
 from producer.errors import ReaderGoneError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
@@ -87,23 +89,31 @@ def _skip(topic: str, why: str, skipped: dict[str, int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Which events to print: those that match, from `since_ms`, and with `until_ns` those before it that exist."""
+    """Which events to print: those that match, in a period; with an end, those of it that exist."""
 
     matches: Filter | None = None
-    since_ms: int | None = None
-    until_ns: int | None = None
+    period: Period = ALWAYS
+
+    @property
+    def since_ms(self) -> int | None:
+        """Kafka's time of the first message to read: an event is sent after its time."""
+        return None if self.period.since_ns is None else self.period.since_ns // 1_000_000
 
     def events(self, batch: list[Event]) -> list[Event]:
         """Return the chosen events of a batch."""
-        if self.until_ns is not None:
-            batch = [event for event in batch if _before(event.record.get("ts_ns"), self.until_ns)]
-        if self.matches is None:
+        if self.matches is None and self.period == ALWAYS:
             return batch
-        return [event for event in batch if self.matches(of_rows(_stream(event.record), [event.record]))[0]]
-
-
-def _before(ts_ns: object, until_ns: int) -> bool:
-    return isinstance(ts_ns, int) and ts_ns < until_ns
+        # Those with the same fields are looked at together.
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for at, event in enumerate(batch):
+            alike.setdefault((_stream(event.record), *event.record), []).append(at)
+        chosen = np.zeros(len(batch), np.bool_)
+        for (stream, *_), places in alike.items():
+            records = of_rows(stream, [batch[at].record for at in places])
+            ts_ns = records["ts_ns"]
+            mask = self.period.mask(ts_ns.cells) | ~ts_ns.valid  # alerts and heartbeats do not have it
+            chosen[places] = mask if self.matches is None else mask & self.matches(records)
+        return [batch[at] for at in np.flatnonzero(chosen).tolist()]
 
 
 def _stream(record: Mapping[str, Any]) -> Stream:
@@ -128,7 +138,7 @@ def tail(
     view = Lines(width, hosts=True, color=color, connections=True)
     if not as_json and not _print([view.header()], color=False):
         return
-    if chosen.until_ns is None:
+    if chosen.period.until_ns is None:
         source = batches(
             brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop,
             client_settings=client_settings, since_ms=chosen.since_ms,

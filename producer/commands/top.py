@@ -217,7 +217,7 @@ def once(source: Source, choice: Choice, window_s: float, name: str, stop: Flag,
         if as_json:
             echo(to_json(top.as_dict()))
             return
-        frame = top.frame(_MAX_LINES)
+        frame = replace(top.frame(_MAX_LINES), selected=-1)  # there is nothing to select
         height = len(frame.table.lines) + 4
         shown = render(frame, Look(width, height, color=False, unicode=True))
         echo(as_lines(line.rstrip() for line in shown[:-1]))

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from producer.connections import Connections
+from producer.consume.period import Period
 from producer.errors import ReaderGoneError
 from producer.events import CAUSES, FLOWS, RETRANSMITS, Stream
 from producer.host.endpoints import endpoint
@@ -22,7 +23,7 @@ from producer.host.text import printable, to_json
 from producer.view.file import RecordFile, read
 from producer.view.filter import Filter
 from producer.view.limits import LIMITS, Interval, limits, spurious
-from producer.view.line import Lines, Record, flow_key, is_event, who
+from producer.view.line import Lines, Record, failure_text, flow_key, is_event, who
 from producer.view.local import LocalSource
 from producer.view.records import Records
 
@@ -58,29 +59,12 @@ def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
             logger.warning("trace: events are missing lost=%d", lost)
 
 
-class Span(NamedTuple):
-    """A period in nanoseconds since 1970; None is unlimited."""
-
-    since_ns: int | None
-    until_ns: int | None
-
-    def of(self, records: Records) -> Records:
-        """Return the records in the period, without its end."""
-        ts_ns = records["ts_ns"].cells
-        chosen = np.ones(len(records), np.bool_)
-        if self.since_ns is not None:
-            chosen &= ts_ns >= self.since_ns
-        if self.until_ns is not None:
-            chosen &= ts_ns < self.until_ns
-        return records.select(chosen)
-
-
-def from_file(path: Path, span: Span, stop: Flag) -> Iterator[list[Records]]:
+def from_file(path: Path, period: Period, stop: Flag) -> Iterator[list[Records]]:
     """Yield the records of a file in a period."""
     for records in read(path):
         if stop.is_set():
             return
-        yield [span.of(records)]
+        yield [records.select(period.mask(records["ts_ns"].cells))]
 
 
 def trace(source: Iterable[list[Records]], chosen: Filter, output: Output, stop: Flag, file: RecordFile | None) -> None:
@@ -164,7 +148,7 @@ class Summary:
                 flow.causes[record["cause"]] += record["segs"]
             elif stream == FLOWS:
                 flow.first, flow.last = flow.first or record, record
-                flow.error = record["error"] or flow.error
+                flow.error = failure_text(record) or flow.error
                 flow.who = who(record)
 
     def _flow(self, record: Record) -> _Flow | None:
@@ -220,7 +204,7 @@ def judged(first: Record | None, last: Record | None) -> tuple[str | None, int |
 
     With a single record, this is since the connection began.
     """
-    if last is None or last["busy_time_us"] is None or last["srtt_us"] is None:
+    if last is None or last["busy_time_us"] is None or last["srtt_us"] is None or last["state"] == "SYN_SENT":
         return None, None
     records = [last] if first is None or first is last else [first, last]
 

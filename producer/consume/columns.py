@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,15 @@ def _listed(table: Table, column: int) -> list[Any]:
     if not valid.all():
         values = [value if has else None for value, has in zip(values, valid.tolist(), strict=True)]
     return values
+
+
+def passing(cells: Ints, valid: Mask, texts: Sequence[str], test: Callable[[str], bool]) -> Mask:
+    """Return which cells of a column have a text that passes a test, which sees each text once; null does not."""
+    used, passes = np.zeros((2, len(texts) + 1), np.bool_)
+    used[cells[valid]] = True
+    passes[used] = [test(texts[at]) for at in np.flatnonzero(used).tolist()]
+    passed: Mask = passes[np.where(valid, cells, len(texts))]
+    return passed
 
 
 def groups(*columns: Ints) -> tuple[Ints, Ints]:

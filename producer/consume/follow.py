@@ -7,6 +7,7 @@ from enum import IntEnum
 
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, Message, TopicPartition
 
+from producer.consume.reader import finds_times
 from producer.errors import UnavailableError
 from producer.host.progress import Progress
 from producer.kafka.consumer import QuietConsumer
@@ -18,7 +19,7 @@ _BATCH = 1000
 
 
 class Start(IntEnum):
-    """Where to start; any larger number is a time in milliseconds since 1970."""
+    """Where to start; any larger number is a time in milliseconds since 1970, if the brokers find messages by time."""
 
     BEGINNING = OFFSET_BEGINNING
     END = OFFSET_END
@@ -71,8 +72,11 @@ class Follower:
 
     def _assign_existing(self, start: int) -> None:
         for topic in list(self._missing):
-            metadata = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S).topics[topic]
+            found = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S)
+            metadata = found.topics[topic]
             if metadata.error is None:
+                if start > 0 and not finds_times(found):
+                    start = Start.BEGINNING
                 partitions = [TopicPartition(topic, number, start) for number in metadata.partitions]
                 if start > 0:
                     partitions = self._consumer.offsets_for_times(partitions, _METADATA_TIMEOUT_S)

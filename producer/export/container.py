@@ -41,7 +41,8 @@ def container_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         found += sorted(path.rglob(f"*{SPOOL_SUFFIX}")) if path.is_dir() else [path]
     if not found:
-        raise UnavailableError(f"no {SPOOL_SUFFIX} files in {', '.join(map(str, paths))}")
+        where = ", ".join(map(str, paths))
+        raise UnavailableError(f"no {SPOOL_SUFFIX} files in {where}: expected a spool, or files of `rebpf trace -w`")
     return found
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from producer.consume.period import Period
 from producer.events import Stream
 from producer.export.arrow import Mask, batch_of, schema_of
 from producer.export.part import Part
-from producer.export.sources import Files, Names, Period, Progress, Topics
+from producer.export.sources import Files, Names, Progress, Topics
 from producer.view.filter import parse
 from producer.view.records import of_table
 

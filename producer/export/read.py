@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.dataset
 
 from producer.config.load import Registry
+from producer.consume.period import Period
 from producer.errors import UsageError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export.arrow import schema_of
 from producer.export.events import record_batches
-from producer.export.sources import Files, Period, Topics
+from producer.export.sources import Files, Topics
 from producer.host.when import parse_time
 
 STREAMS: Mapping[str, Stream] = {stream.topic: stream for stream in (TRANSMITS, RETRANSMITS, FLOWS)}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from confluent_kafka import Message
-from numpy.typing import NDArray
 
 from producer.config.load import Registry
 from producer.consume.decode import Decoder
@@ -26,23 +25,6 @@ _DELAY_MS = 60_000
 
 def _silent(done: int, total: int) -> None:
     pass
-
-
-@dataclass(frozen=True, slots=True)
-class Period:
-    """A time span in nanoseconds since 1970 UTC, end excluded; None is unlimited."""
-
-    since_ns: int | None = None
-    until_ns: int | None = None
-
-    def mask(self, ts_ns: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return a mask of the times that are in it."""
-        chosen = np.ones(len(ts_ns), np.bool_)
-        if self.since_ns is not None:
-            chosen &= ts_ns >= self.since_ns
-        if self.until_ns is not None:
-            chosen &= ts_ns < self.until_ns
-        return chosen
 
 
 class Files:

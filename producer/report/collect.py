@@ -9,12 +9,13 @@ import pyarrow as pa
 from producer.consume.audit import Audit, BootReport
 from producer.consume.columns import Columns, Table
 from producer.consume.event_id import rows_of
+from producer.consume.period import Period
 from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export.arrow import Mask, batch_of, schema_of
 from producer.export.events import Choice, within
 from producer.export.part import Part
-from producer.export.sources import Files, Period, Topics
+from producer.export.sources import Files, Topics
 from producer.host.progress import Progress
 from producer.report.connections import COLUMNS, MARGIN_NS
 from producer.report.frame import Frame

@@ -46,7 +46,7 @@ pre { background: #f2f2f2; padding: .6rem; overflow-x: auto; font-size: .9rem; }
 @media (max-width: 40rem) {
   table { font-size: .78rem; }
   th, td { padding-right: .4rem; }
-  td:first-child { min-width: 5rem; }
+  td:first-child { min-width: 6.8rem; }
   pre { white-space: pre-wrap; }
 }
 </style>
@@ -77,8 +77,7 @@ def headline(summary: Summary) -> list[str]:
     """Return the most important figures in words."""
     totals = summary.totals
     if totals is None:
-        count = sum(int(each.sum()) for each in summary.timeline.causes.values()) if summary.timeline else 0
-        found = [f"{count:,} segments were retransmitted."]
+        found = [f"{summary.timeline.total if summary.timeline else 0:,} segments were retransmitted."]
     else:
         share = f"{totals.retransmitted / totals.sent:.3%}" if totals.sent else "none"
         found = [f"{totals.retransmitted:,} of {totals.sent:,} segments were retransmitted: {share}."]
@@ -120,6 +119,12 @@ def _causes(summary: Summary) -> Iterator[str]:
     if summary.timeline is not None:
         yield "<h2>Causes over time</h2>"
         yield _plot(plots.draw_timeline(summary.timeline), "causes", 3.2)
+        events = summary.timeline.total
+        if summary.totals is not None and events != summary.totals.retransmitted:
+            yield (
+                f'<p class="note">The events of {events:,} retransmitted segments. All sums on this page are from the'
+                " records of connections, which open ones write at intervals.</p>"
+            )
 
 
 def _worst(summary: Summary) -> Iterator[str]:

@@ -11,12 +11,13 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.dates import DateFormatter, date2num
+from matplotlib.dates import AutoDateLocator, DateFormatter, date2num
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from producer.host.text import printable
 from producer.report.frame import Frame, Ints
-from producer.report.summary import Line, Summary, Timeline, WorstFlow
+from producer.report.summary import Line, Summary, Timeline, WorstFlow, segments_of
 
 # The palette of Okabe and Ito, which people with any color vision can tell apart.
 _STYLES = {
@@ -41,6 +42,10 @@ _SETTINGS: dict[str, Any] = {
     "grid.alpha": 0.3,
 }
 _SEQUENCE_SPACE = 1 << 32
+SPAN_S = 20
+"""Seconds of a connection that are drawn: in more, the segments cannot be told apart."""
+_BEFORE_NS = 500_000_000
+"""Shown before the first retransmission: what was lost has been sent before."""
 Draw = Callable[[Figure], None]
 
 
@@ -77,7 +82,8 @@ def draw_summary(summary: Summary, headline: Sequence[str], segments: Frame) -> 
     """Return a drawing of the whole report on one page."""
 
     def draw(figure: Figure) -> None:
-        figure.suptitle("\n".join(map(printable, headline)), x=0.02, ha="left")
+        lines = [*headline, f"{_time(summary.first_ns)} to {_time(summary.last_ns)}"]
+        figure.suptitle("\n".join(map(printable, lines)), x=0.02, ha="left")
         top, bottom = _panels(figure, 2, 1, height_ratios=(3, 4))
         left, right = _panels(top, 1, 2)
         if summary.timeline is not None:
@@ -105,15 +111,17 @@ def draw_timeline(timeline: Timeline) -> Draw:
             color, _, hatch = _style(cause)
             axes.stairs(
                 below + counts, times, baseline=below, fill=True, facecolor=color, hatch=hatch, edgecolor="#333333",
-                linewidth=0.3, label=f"{printable(cause)} ({int(counts.sum())})",
+                linewidth=0.3, label=f"{printable(cause)} ({int(counts.sum()):,})",
             )  # fmt: skip
             below = below + counts
         axes.set_ylabel("retransmitted segments")
         axes.set_ylim(0)
+        axes.margins(x=0)
+        axes.xaxis.set_major_locator(AutoDateLocator(tz=UTC))
         axes.xaxis.set_major_formatter(_clock(moments[0], moments[-1]))
         axes.tick_params(axis="x", rotation=30)
-        axes.set_xlabel("UTC")
-        axes.legend(loc="upper left", fontsize=8, ncols=2)
+        axes.set_xlabel(f"{moments[0]:%Y-%m-%d}, UTC")
+        _legend_above(axes)
 
     return draw
 
@@ -131,11 +139,9 @@ def draw_worst(lines: Sequence[Line], title: str) -> Draw:
             axes.barh(at, line.retransmitted, color=color, hatch=hatch, edgecolor="#333333", linewidth=0.3)
             ratio = "" if line.ratio is None else f"  {line.ratio:.2%}"
             axes.annotate(
-                f" {line.retransmitted}{ratio} {printable(line.cause)}",
-                (line.retransmitted, at),
-                va="center",
-                fontsize=8,
-            )
+                f"{line.retransmitted:,}{ratio}  {printable(line.cause)}", (line.retransmitted, at),
+                (4, 0), textcoords="offset points", va="center", fontsize=8,
+            )  # fmt: skip
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.invert_yaxis()
         axes.set_xlim(0, max(counts, default=1) * 1.5 or 1)
@@ -174,32 +180,30 @@ def draw_flow(flow: WorstFlow, retransmits: Frame, segments: Frame) -> Draw:
 
     def draw(figure: Figure) -> None:
         upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(4, 2, 1.3))
-        sent = _rows_of(flow, segments)
-        start_ns = min(
-            frame.numbers("ts_ns")[rows].min()
-            for frame, rows in ((segments, sent), (retransmits, flow.rows))
-            if len(rows)
-        )
-        base = int(retransmits.numbers("seq")[flow.rows[0]])
+        start_ns, lossy = worst_span(flow, retransmits)
+        sent = _rows_of(flow, segments, start_ns)
+        base = int(retransmits.numbers("seq")[lossy[0]])
         if len(sent):
             times, seq, end = _points(segments, sent, start_ns, base)
-            upper.vlines(times, seq / 1e6, end / 1e6, color="#777777", linewidth=1.2, label="sent")
-        _draw_retransmits(upper, flow, retransmits, start_ns, base)
-        upper.set_ylabel("sequence, MB")
+            upper.vlines(times, seq, end, color="#777777", linewidth=1.2, label="sent")
+        _draw_retransmits(upper, lossy, retransmits, start_ns, base)
+        upper.yaxis.set_major_formatter(EngFormatter("B"))
+        upper.set_ylabel("sequence number")
         where = " ".join(_short(each) for each in (flow.host, flow.owner) if each)
-        upper.set_title(f"{printable(flow.name)} on {where}", fontsize=9, loc="left")
+        shown = "" if len(lossy) == len(flow.rows) else f", the worst {SPAN_S} s"
+        upper.set_title(f"{printable(flow.name)} on {where}{shown}", fontsize=9, loc="left")
         upper.legend(fontsize=8, loc="upper left")
-        frame, rows = (segments, sent) if len(sent) else (retransmits, flow.rows)
+        frame, rows = (segments, sent) if len(sent) else (retransmits, lossy)
         rows = _thinned(rows)
         times = _seconds(frame, rows, start_ns)
         middle.step(times, frame.numbers("snd_cwnd")[rows], where="post", color="#0072B2", label="snd_cwnd")
-        lost = _thinned(flow.rows)
+        lost = _thinned(lossy)
         middle.plot(
             _seconds(retransmits, lost, start_ns), retransmits.numbers("lost_out")[lost], "X", color="#D55E00",
             markersize=4, label="lost_out",
         )  # fmt: skip
         middle.set_ylabel("segments")
-        middle.legend(fontsize=8, loc="upper left")
+        _legend_above(middle)
         lower.step(times, frame.numbers("rto_us")[rows] / 1000, where="post", color="black")
         lower.set_ylabel("RTO, ms")
         lower.set_ylim(0)
@@ -208,26 +212,41 @@ def draw_flow(flow: WorstFlow, retransmits: Frame, segments: Frame) -> Draw:
     return draw
 
 
-def _draw_retransmits(axes: Any, flow: WorstFlow, retransmits: Frame, start_ns: int, base: int) -> None:
-    causes = retransmits.codes("cause")[flow.rows]
-    for code in np.unique(causes).tolist():
+def worst_span(flow: WorstFlow, retransmits: Frame) -> tuple[int, Ints]:
+    """Return the begin of the SPAN_S with the most retransmitted segments, and the rows of these."""
+    times, segments = retransmits.numbers("ts_ns")[flow.rows], np.cumsum(segments_of(retransmits)[flow.rows])
+    ends = np.searchsorted(times, times + SPAN_S * 1_000_000_000)
+    worst = int(np.argmax(segments[ends - 1] - np.concatenate([[0], segments[:-1]])))
+    return int(times[worst]), flow.rows[worst : ends[worst]]
+
+
+def _draw_retransmits(axes: Any, lossy: Ints, retransmits: Frame, start_ns: int, base: int) -> None:
+    causes, segments = retransmits.codes("cause")[lossy], segments_of(retransmits)
+    # The rarest is drawn last, so that none hides it.
+    for code in sorted(np.unique(causes).tolist(), key=lambda code: -np.count_nonzero(causes == code)):
         cause = retransmits.texts("cause")[code] if code >= 0 else ""
         color, marker, _ = _style(cause)
-        rows = flow.rows[causes == code]
+        rows = lossy[causes == code]
         times, seq, _ = _points(retransmits, rows, start_ns, base)
         axes.plot(
-            times, seq / 1e6, marker, color=color, markeredgecolor="#333333", markeredgewidth=0.5, markersize=6,
-            label=f"retransmitted: {printable(cause)} ({len(rows)})",
+            times, seq, marker, color=color, markeredgecolor="#333333", markeredgewidth=0.5, markersize=5,
+            label=f"retransmitted: {printable(cause)} ({int(segments[rows].sum()):,})",
         )  # fmt: skip
 
 
-def _rows_of(flow: WorstFlow, segments: Frame) -> Ints:
-    """Return the rows of a connection's segments, in order."""
+def _legend_above(axes: Any) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, fontsize=8, frameon=False)
+
+
+def _rows_of(flow: WorstFlow, segments: Frame, start_ns: int) -> Ints:
+    """Return the rows of a connection's segments in the worst span, in order."""
     if flow.host not in segments.texts("host"):
         return np.empty(0, np.int64)
     own = segments.codes("host") == segments.texts("host").index(flow.host)
     for name, number in zip(("sk_cookie", "sport", "dport"), flow.numbers, strict=True):
         own &= segments.numbers(name) == number
+    since_ns = segments.numbers("ts_ns") - start_ns
+    own &= (since_ns >= -_BEFORE_NS) & (since_ns < SPAN_S * 1_000_000_000)
     rows = np.flatnonzero(own)
     return rows[np.argsort(segments.numbers("ts_ns")[rows], kind="stable")]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from producer.consume.period import Period
 from producer.events import CAUSES as EVENT_CAUSES
 from producer.events import FLOWS, RETRANSMITS
-from producer.export.sources import Period
 from producer.host.endpoints import endpoint
 from producer.report.collect import Collected, FlowChoice, Quality
 from producer.report.connections import CAUSES, Connections, connections
@@ -16,7 +16,8 @@ from producer.report.frame import Frame, Ints
 from producer.view.limits import LIMITS
 
 MOST_LINES = 10
-MOST_FLOWS = 3
+MOST_FLOWS, LEAST_SEGMENTS = 3, 5
+"""Connections that are drawn, and the retransmissions of those beside the worst one: fewer make no picture."""
 _BINS = 60
 _GROUPS = {"peer": "daddr", "host": "host", "unit": "unit"}
 
@@ -80,6 +81,11 @@ class Timeline:
 
     edges_s: NDArray[np.float64]
     causes: Mapping[str, Ints]
+
+    @property
+    def total(self) -> int:
+        """All segments."""
+        return sum(int(each.sum()) for each in self.causes.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,7 +192,7 @@ def _of_events(retransmits: Frame, name: str) -> list[Line]:
     if not len(retransmits):
         return []
     codes, texts = retransmits.codes(name) + 1, retransmits.texts(name)
-    segments, causes = _segments(retransmits), retransmits.codes("cause")
+    segments, causes = segments_of(retransmits), retransmits.codes("cause")
     by_cause = np.stack(
         [_summed(codes[causes == each], segments[causes == each], len(texts)) for each in range(causes.max() + 1)]
     )
@@ -205,7 +211,7 @@ def _summed(codes: Ints, values: Ints, count: int) -> Ints:
     return sums
 
 
-def _segments(retransmits: Frame) -> Ints:
+def segments_of(retransmits: Frame) -> Ints:
     """Return the segments that each event stands for."""
     segments: Ints = retransmits.numbers("segs") * np.maximum(1, retransmits.numbers("sample_rate"))
     return segments
@@ -236,7 +242,7 @@ def _failures(found: Connections) -> list[Failure]:
 
 
 def _timeline(retransmits: Frame, first_ns: int, last_ns: int) -> Timeline:
-    times, segments, causes = retransmits.numbers("ts_ns"), _segments(retransmits), retransmits.codes("cause")
+    times, segments, causes = retransmits.numbers("ts_ns"), segments_of(retransmits), retransmits.codes("cause")
     edges = np.linspace(first_ns, max(last_ns, first_ns + 1_000_000_000), _BINS + 1)
     bins = np.clip(np.searchsorted(edges, times, "right") - 1, 0, _BINS - 1)
     texts = retransmits.texts("cause")
@@ -250,9 +256,10 @@ def _timeline(retransmits: Frame, first_ns: int, last_ns: int) -> Timeline:
 
 def _worst_flows(retransmits: Frame) -> list[WorstFlow]:
     ids, firsts = retransmits.connections()
-    sums = np.bincount(ids, weights=_segments(retransmits))
+    sums = np.bincount(ids, weights=segments_of(retransmits))
     found = []
-    for number in np.argsort(-sums, kind="stable")[:MOST_FLOWS].tolist():
+    worst = np.argsort(-sums, kind="stable")[:MOST_FLOWS].tolist()
+    for number in [number for number in worst if number == worst[0] or sums[number] >= LEAST_SEGMENTS]:
         row = int(firsts[number])
         rows = np.flatnonzero(ids == number)
         rows = rows[np.argsort(retransmits.numbers("ts_ns")[rows], kind="stable")]

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from producer.consume.columns import text_to_map
+from producer.consume.addresses import is_within, parsed
+from producer.consume.columns import passing, text_to_map
 from producer.events import CA_STATES, CAUSES, FLOWS, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS
 from producer.schemas import load_schema
 from producer.view.records import Column, Mask, Records
@@ -88,13 +89,7 @@ def _ratio(records: Records) -> tuple[Any, Mask]:
 
 
 def _by_text(column: Column, matches: Callable[[str], bool]) -> Mask:
-    """Return which rows have a text that matches, looking at each distinct text once."""
-    if not column.texts:
-        return np.zeros(len(column.cells), np.bool_)
-    used = np.unique(column.cells[column.valid])
-    good = np.zeros(len(column.texts), np.bool_)
-    good[used] = [matches(column.texts[at]) for at in used.tolist()]
-    return column.valid & good[np.where(column.valid, column.cells, 0)]
+    return passing(column.cells, column.valid, column.texts or (), matches)
 
 
 def _pattern(field: str) -> Condition:
@@ -176,27 +171,16 @@ def _address(*fields: str) -> Condition:
             networks = [ipaddress.ip_network(part, strict=False) for part in text.split(",")]
         except ValueError:
             raise Expected(_ADDRESS) from None
-
-        def inside(value: str) -> bool:
-            address = _parsed(value)
-            return address is not None and any(address in network for network in networks)
-
-        return lambda records: any_of(_by_text(records[field], inside) for field in fields)
+        return lambda records: any_of(
+            _by_text(records[field], lambda value: is_within(value, networks)) for field in fields
+        )
 
     return Condition(make, _ADDRESS)
 
 
-@functools.lru_cache(1 << 16)
-def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(text)
-    except ValueError:
-        return None
-
-
 def _is_address(text: str) -> bool:
     """Return whether a text is an address or a network, of whatever prefix."""
-    return _parsed(text.partition("/")[0]) is not None
+    return parsed(text.partition("/")[0]) is not None
 
 
 _PORT = f"a port from 0 to {_MAX_PORT}, or a range (8000-8099)"

@@ -173,7 +173,7 @@ class Flows:
             self._rows[name][slots[valid]] = _bounded(records, name)[valid]
 
     def _add_flows(self, records: Records, growth: Growth, now_s: float) -> None:
-        failed = growth.closed & _equals(records["state"], "SYN_SENT") & records["error"].valid
+        failed = growth.closed & _equals(records["state"], "SYN_SENT")
         segs, resent = growth.counts[:, 0], growth.counts[:, _GROWING.index("total_retrans")]
         changed = (segs > 0) | failed
         zeros = np.zeros(int(changed.sum()), np.int64)

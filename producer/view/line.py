@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from rich.color import ColorSystem
 from rich.style import Style
 
+from producer.connections import GIVEN_UP
 from producer.host.endpoints import endpoint
 from producer.host.text import printable
 
@@ -18,6 +19,8 @@ _MAX_FLOWS = 16_384
 _MAX_TEXT = 256
 _MAX_REASON = 100
 _MAX_REASONS = 100
+_SHORT = 6
+"""The length of what a connection did that leaves room for its retransmissions: open or closed."""
 _WITH_FLOW = 100
 """Narrower screens show the peer alone."""
 _HALF, _WHOLE = 1 << 31, 1 << 32
@@ -49,8 +52,21 @@ def is_connection(record: Record) -> bool:
 def is_event(record: Record) -> bool:
     """Return whether a trace shows a record: no retransmission twice, and of connections only those that failed."""
     if is_connection(record):
-        return record["reason"] == "close" and record.get("error") is not None
+        return failure(record) is not None
     return is_retransmission(record) or not record.get("is_retransmit")
+
+
+def failure_text(record: Record) -> str | None:
+    """Return how a connection failed: `connect ECONNREFUSED`, or `close ECONNRESET` of an established one."""
+    error = failure(record)
+    return error and f"{'connect' if record['state'] == 'SYN_SENT' else 'close'} {error}"
+
+
+def failure(record: Record) -> str | None:
+    """Return the error by which a connection ended, or GIVEN_UP; None if it did not fail."""
+    if record["reason"] != "close":
+        return None
+    return record.get("error") or (GIVEN_UP if record["state"] == "SYN_SENT" else None)
 
 
 class Lines:
@@ -133,7 +149,7 @@ def duration(us: int | None) -> str:
 
 def _style(record: Record) -> str:
     if is_connection(record):
-        return ORDINARY if record["error"] is None else FAULT
+        return ORDINARY if failure(record) is None else FAULT
     return _STYLES.get(record["cause"], WARNING) if is_retransmission(record) else ORDINARY
 
 
@@ -149,11 +165,10 @@ def _cause(_: Lines, record: Record) -> str:
         number = record["retransmit_no"]
         text = f"{record['cause']} #{number}" if number else str(record["cause"])
         return f"{text} err {record['err']}" if record["err"] else text
-    if is_connection(record) and record["error"] is None:
-        return "open" if record["reason"] == "interval" else "closed"
-    if is_connection(record):
-        return f"{'connect' if record['state'] == 'SYN_SENT' else 'close'} {record['error']}"
-    return "sent"
+    if not is_connection(record):
+        return "sent"
+    text = failure_text(record) or ("open" if record["reason"] == "interval" else "closed")
+    return f"{text}, {record['total_retrans']} retr" if record["total_retrans"] and len(text) <= _SHORT else text
 
 
 def _flow(_: Lines, record: Record) -> str:
@@ -169,7 +184,7 @@ def _count(name: str) -> Callable[[Lines, Record], str]:
 
 
 def _time_of(name: str) -> Callable[[Lines, Record], str]:
-    return lambda _, record: duration(record.get(name))
+    return lambda _, record: duration(record.get(name) or None)  # 0: not measured yet
 
 
 def _time(_: Lines, record: Record) -> str:
@@ -187,11 +202,11 @@ _COLUMNS = (
     _Column("SEQ", 10, _WITH_FLOW, Lines._sequence),
     _Column("LEN", 6, 120, _count("payload_len")),
     _Column("SEGS", 4, 150, _count("segs")),
-    _Column("RTO", 6, 0, _time_of("rto_us")),
+    _Column("RTO", 6, 60, _time_of("rto_us")),
     _Column("SRTT", 6, 120, _time_of("srtt_us")),
     _Column("CWND", 5, 150, _count("snd_cwnd")),
     _Column("LOST", 4, 150, _count("lost_out")),
-    _Column("WHO", -15, 0, lambda _, record: who(record)),
+    _Column("WHO", -15, 60, lambda _, record: who(record)),
     _Column("PEER", 0, 0, _peer, most=_WITH_FLOW - 1),
     _Column("FLOW", 0, _WITH_FLOW, _flow),
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.color import ColorSystem
 from rich.style import Style
@@ -47,6 +47,8 @@ _MANUAL = (
 _NAME_WIDTH = 21
 _MAX_NAME = 45
 _HIGH_RATIO = 0.01
+_WITH_TITLE = 60
+"""Narrower screens leave out the title, and what the rates cover."""
 _OF_CAUSES = ("RETR/S", "LAST MINUTE")
 """The columns of a line that stands for a cause: only retransmissions have one."""
 
@@ -90,7 +92,7 @@ class _Column(NamedTuple):
     width: int
     priority: int
     """Columns with the highest numbers are dropped first."""
-    text: Callable[[Line], str]
+    text: Callable[[Any], str]
 
 
 def rate(value: float) -> str:
@@ -126,6 +128,19 @@ def causes(found: dict[str, int]) -> str:
     return " ".join(f"{name} {rate(count)}" for name, count in sorted(found.items(), key=lambda each: -each[1]))
 
 
+_DETAILS = (
+    _Column("RETR", 5, 0, lambda detail: rate(detail.retransmitted)),
+    _Column("RATIO", 6, 1, lambda detail: percent(detail.ratio)),
+    _Column("CWND", 5, 5, lambda detail: str(detail.snd_cwnd)),
+    _Column("LOST", 4, 4, lambda detail: str(detail.lost_out)),
+    _Column("RTO", 6, 3, lambda detail: duration(detail.rto_us or None)),
+    _Column("SRTT", 6, 6, lambda detail: duration(detail.srtt_us or None)),
+    _Column("LIMIT", -11, 2, lambda detail: detail.limit),
+    _Column("WHO", -10, 7, lambda detail: detail.who),
+)
+"""Those of a connection; 0 is a time that is not known yet."""
+
+
 def _columns(unicode: bool) -> list[_Column]:
     return [
         _Column("RETR/S", 6, 0, lambda line: rate(line.retransmitted)),
@@ -146,15 +161,19 @@ def _fitting(width: int, longest: int, by: str, unicode: bool) -> tuple[int, lis
     """Return the width of names, and the columns that fit beside the longest name."""
     columns = [each for each in _columns(unicode) if by != "cause" or each.title in _OF_CAUSES]
     name_width = max(_NAME_WIDTH, min(longest, _MAX_NAME, width - 1))
-    needed = 1 + name_width
-    shown = set()
+    shown, rest = _without_the_last(columns, width - 1 - name_width)
+    has_all = any(each.title == "CAUSES" for each in shown)
+    return min(_MAX_NAME, name_width + rest), [each for each in shown if each.title != "CAUSE" or not has_all]
+
+
+def _without_the_last(columns: Sequence[_Column], room: int) -> tuple[list[_Column], int]:
+    """Return the columns that fit, each with a space, and the rest of the room."""
+    kept = set()
     for column in sorted(columns, key=lambda each: each.priority):
-        if needed + 1 + abs(column.width) <= width:
-            needed += 1 + abs(column.width)
-            shown.add(column.title)
-    if "CAUSES" in shown:
-        shown.remove("CAUSE")
-    return min(_MAX_NAME, name_width + max(0, width - needed)), [each for each in columns if each.title in shown]
+        if 1 + abs(column.width) <= room:
+            room -= 1 + abs(column.width)
+            kept.add(column.title)
+    return [each for each in columns if each.title in kept], max(0, room)
 
 
 def render(frame: Frame, look: Look) -> list[str]:
@@ -173,10 +192,9 @@ def render(frame: Frame, look: Look) -> list[str]:
 def _head(frame: Frame, look: Look) -> list[str]:
     total = frame.table.total
     kernel = "" if frame.kernel is None else f"  kernel RetransSegs {frame.kernel[0]}, seen {frame.kernel[1]}"
-    first = (
-        f"rebpf top  {frame.source}  last {frame.window_s:.0f} s: {rate(total.segments)} segments/s"
-        f"  {rate(total.retransmitted)} retransmitted/s  {percent(total.ratio)}"
-    )
+    title = f"rebpf top  {frame.source}  last {frame.window_s:.0f} s: "
+    first = f"{rate(total.retransmitted)} retransmitted/s  {percent(total.ratio)}  {rate(total.segments)} segments/s"
+    first = (title if look.width >= _WITH_TITLE else f"{frame.source}  ") + first
     groups = f"{frame.table.groups} {frame.by}{'s' * (frame.table.groups != 1)}"
     second = f"{groups}, by {frame.sort}  lost events {frame.lost}{kernel}"
     if frame.paused:
@@ -208,20 +226,18 @@ def _body(frame: Frame, look: Look, room: int) -> list[str]:
 def _details(frame: Frame, look: Look) -> list[str]:
     line = next((each for each in frame.table.lines if each.name == frame.name), None)
     minute = f"  last minute: {causes(line.causes) or 'no retransmissions'}" if line else ""
-    lines = [frame.name + minute, ""]
-    head = f"{'RETR':>5} {'RATIO':>6} {'CWND':>5} {'LOST':>4} {'RTO':>6} {'SRTT':>6} {'LIMIT':<11} {'WHO':<10} FLOW"
+    peers = [each.flow.partition(" > ")[2] for each in frame.details or ()]
+    columns, _ = _without_the_last(_DETAILS, look.width - max(map(len, peers), default=0))
+    head = " ".join([*(_aligned(each.title, each.width) for each in columns), "FLOW"])
     lines = [
-        *(_cut(each, look.width) for each in lines),
+        _cut(frame.name + minute, look.width),
+        "",
         _paint(_cut(head, look.width).ljust(look.width), "reverse", look),
     ]
-    for each in frame.details or ():
-        text = (
-            f"{each.retransmitted:>5} {percent(each.ratio):>6} {each.snd_cwnd:>5} {each.lost_out:>4}"
-            f" {duration(each.rto_us):>6} {duration(each.srtt_us):>6} {each.limit:<11} {_aligned(each.who, -10)} "
-        )
+    for each, peer in zip(frame.details or (), peers, strict=True):
+        text = " ".join([*(_aligned(column.text(each), column.width) for column in columns), ""])
         # Narrow screens show the peer alone.
-        whole = len(text) + len(each.flow) <= look.width
-        lines.append(_cut(text + (each.flow if whole else each.flow.partition(" > ")[2]), look.width))
+        lines.append(_cut(text + (each.flow if len(text) + len(each.flow) <= look.width else peer), look.width))
     return lines
 
 

@@ -1,6 +1,5 @@
 """The table of `rebpf top`: connections grouped by peer, flow, host, unit, ... with rates over the last seconds."""
 
-import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from producer.connections import service_port
+from producer.consume.addresses import subnet
 from producer.events import CAUSES
 from producer.host.endpoints import endpoint
 from producer.view.flows import HISTORY_S, Flows, Happened, interval
@@ -20,7 +21,6 @@ _TEXT_FIELDS = {"peer": "daddr", "host": "host", "unit": "unit", "container": "c
 _NONE = "-"
 _OPEN_S = 130.0
 """Connections without a record for longer than this are not counted as open."""
-_PREFIX = {4: 24, 6: 64}
 
 
 class Line(NamedTuple):
@@ -147,11 +147,11 @@ def _groups(flows: Flows, by: str) -> tuple[_Names, NDArray[np.int64]]:
         cut = 12 if by == "container" else None
         return _Names(len(found), lambda group: texts[found[group]][:cut]), groups
     if by == "port":
-        found, groups = np.unique(np.minimum(rows["sport"], rows["dport"]), return_inverse=True)
+        found, groups = np.unique(service_port(rows["sport"], rows["dport"]), return_inverse=True)
         return _Names(len(found), lambda group: str(found[group])), groups
     if by == "subnet":
         addresses, address_of_slot = np.unique(rows["daddr"], return_inverse=True)
-        subnets = [_subnet(texts[each]) for each in addresses.tolist()]
+        subnets = [subnet(texts[each]) for each in addresses.tolist()]
         names = list(dict.fromkeys(subnets))
         number = {name: index for index, name in enumerate(names)}
         by_address = np.array([number[each] for each in subnets], np.int64)
@@ -169,14 +169,6 @@ def _flow_names(flows: Flows) -> Callable[[int], str]:
         return f"{endpoint(texts[row['saddr']], row['sport'])} > {endpoint(texts[row['daddr']], row['dport'])}"
 
     return name
-
-
-def _subnet(address: str) -> str:
-    try:
-        version = ipaddress.ip_address(address).version
-        return str(ipaddress.ip_network(f"{address}/{_PREFIX[version]}", strict=False))
-    except ValueError:
-        return _NONE
 
 
 class _View:

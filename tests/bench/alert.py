@@ -27,7 +27,8 @@ import numpy as np
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from producer.alert.engine import Counts, Engine
+from producer.alert.engine import Engine
+from producer.alert.model import Counts
 from producer.config.load import AlertRule
 from producer.consume.decode import Decoder
 from producer.encode.batch import BatchEncoder

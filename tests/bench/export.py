@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from producer.commands.export import export
+from producer.consume.period import Period
 from producer.events import FLOWS
-from producer.export.sources import Files, Period
+from producer.export.sources import Files
 from tests.support.analysis import NOON_NS, record, write_container, write_spool
 
 _BATCH = 4000

@@ -8,10 +8,11 @@ import pytest
 
 import rebpf
 from producer.commands.export import export
+from producer.consume.period import Period
 from producer.demo.lab import Lab
 from producer.encode.batch import BatchEncoder
 from producer.events import FLOWS, KNOWN, REASONS, RETRANSMITS, ROLES, Batch, Rows, Stream
-from producer.export.sources import Files, Period
+from producer.export.sources import Files
 from producer.host.cgroups import CgroupPaths
 from producer.host.clock import now
 from producer.report.collect import collect

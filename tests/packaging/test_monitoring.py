@@ -17,7 +17,7 @@ import bcrypt
 import numpy as np
 import pytest
 
-from producer.alert.engine import Counts
+from producer.alert.model import Counts
 from producer.alert.status import AlertStatus
 from producer.alert.status import registry as alert_registry
 from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES

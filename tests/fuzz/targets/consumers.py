@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 from hypothesis import strategies as st
 
-from producer.alert.engine import Counts, Engine
+from producer.alert.engine import Engine
 from producer.alert.last_alerts import last_of
-from producer.alert.model import Alert
+from producer.alert.model import Alert, Counts
 from producer.alert.record import AlertEncoder
 from producer.alert.silence import Hosts
 from producer.alert.windows import Room

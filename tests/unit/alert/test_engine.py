@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from producer.alert.engine import Counts, Engine, since
-from producer.alert.model import Alert
+from producer.alert.engine import Engine, since
+from producer.alert.model import Alert, Counts
 from producer.config.alerts import AlertRule
 from producer.consume.decode import Decoder
 from producer.events import FLOWS, RETRANSMITS

@@ -12,9 +12,9 @@ import pytest
 
 from producer.alert import evaluate, last_alerts, silence
 from producer.alert.connections import Fleet
-from producer.alert.engine import FLOW_FIELDS, Counts, Engine
+from producer.alert.engine import FLOW_FIELDS, Engine
 from producer.alert.last_alerts import last_of
-from producer.alert.model import Alert
+from producer.alert.model import Alert, Counts
 from producer.alert.reading import _decided_ns as decided_ns
 from producer.alert.record import AlertEncoder
 from producer.alert.silence import Hosts
@@ -127,14 +127,15 @@ def test_a_flood_of_groups_is_bounded_and_known_groups_are_still_counted() -> No
 
 
 def test_a_flood_of_connections_is_bounded_and_none_counts_from_its_beginning_again() -> None:
-    connections = Fleet(0, most=64)
+    counts = Counts()
+    connections = Fleet(0, counts, most=64)
     for number in range(0, 400, 4):
         at_ms = NOW_NS // 1_000_000 + number
         batch = [replace(flow(each), at_ms=at_ms, start_ms=at_ms - 1) for each in range(number, number + 4)]
         records, _ = decoder().columns(list(values(batch)), FLOW_FIELDS)
         assert connections.add(records).counts[:, 0].tolist() == [10] * 4
         assert len(connections) <= 64
-    assert connections.forgotten >= 300
+    assert counts.forgotten >= 300
     records, _ = decoder().columns(list(values([replace(flow(0), at_ms=NOW_NS // 1_000_000 + 900)])), FLOW_FIELDS)
     assert connections.add(records).counts[:, 0].tolist() == [0]
 

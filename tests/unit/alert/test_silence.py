@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from producer.alert.engine import Counts, Engine
-from producer.alert.model import Alert
+from producer.alert.engine import Engine
+from producer.alert.model import Alert, Counts
 from producer.alert.silence import Hosts
 from producer.consume.decode import Decoder
 from producer.health.heartbeat import HeartbeatEncoder

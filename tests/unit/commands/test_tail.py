@@ -13,6 +13,7 @@ import fastavro
 import pytest
 
 from producer.commands.tail import Chosen, Event, batches, tail
+from producer.consume.period import Period
 from producer.errors import ConfigError, UnavailableError
 from producer.events import RETRANSMITS, TRANSMITS
 from producer.paths import SCHEMAS
@@ -81,7 +82,7 @@ def test_past_events_of_topics_that_do_not_exist_are_an_error(cluster: Cluster) 
     with pytest.raises(UnavailableError, match=f"^no topic tcp_flow at {cluster.brokers}$"):
         tail(
             cluster.brokers, ["tcp_flow"], registry=None, as_json=False, limit=None, color=False,
-            from_beginning=True, stop=threading.Event(), client_settings={}, chosen=Chosen(until_ns=1),
+            from_beginning=True, stop=threading.Event(), client_settings={}, chosen=Chosen(period=Period(until_ns=1)),
         )  # fmt: skip
 
 
@@ -105,22 +106,41 @@ def test_with_until_what_exists_is_shown_and_nothing_later(
 ) -> None:
     for number in range(5):
         cluster.put(TRANSMITS.topic, message(TRANSMITS, seq=number, ts_ns=1000 + number))
-    print_chosen(cluster, Chosen(until_ns=1003))
+    print_chosen(cluster, Chosen(period=Period(until_ns=1003)))
     assert [json.loads(line)["seq"] for line in capsys.readouterr().out.splitlines()] == [0, 1, 2]
+
+
+def test_a_period_is_of_the_events_time_and_not_of_when_they_were_sent(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The in-process test broker does not find messages by their time, so all are read."""
+    for number in range(5):
+        cluster.put(TRANSMITS.topic, message(TRANSMITS, seq=number, ts_ns=1000 + number))
+    print_chosen(cluster, Chosen(period=Period(1001, 1003)))
+    assert [json.loads(line)["seq"] for line in capsys.readouterr().out.splitlines()] == [1, 2]
+
+
+def test_from_a_time_on_what_exists_is_shown_and_what_arrives(cluster: Cluster) -> None:
+    cluster.put_events(TRANSMITS, range(3))
+    source = batches(
+        cluster.brokers, TOPICS, registry=None, from_beginning=False, stop=threading.Event(), client_settings={},
+        since_ms=1000,
+    )  # fmt: skip
+    assert [event.record["seq"] for event in take(source, 3)] == [0, 1, 2]
 
 
 def test_a_filter_chooses_events(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(4):
         cluster.put(TRANSMITS.topic, message(TRANSMITS, seq=number, sport=number % 2, dport=9))
     cluster.put(RETRANSMITS.topic, message(RETRANSMITS, seq=9, sport=1, dport=9, cause="tlp"))
-    print_chosen(cluster, Chosen(matches=parse("port 1 and not cause tlp"), until_ns=1 << 62))
+    print_chosen(cluster, Chosen(matches=parse("port 1 and not cause tlp"), period=Period(until_ns=1 << 62)))
     assert [json.loads(line)["seq"] for line in capsys.readouterr().out.splitlines()] == [1, 3]
 
 
 def test_a_filter_chooses_by_labels_and_json_has_them(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     for labels in ({"env": "prod", "dc": "a"}, {"env": "test"}, {}):
         cluster.put(TRANSMITS.topic, message(TRANSMITS, labels=labels))
-    print_chosen(cluster, Chosen(matches=parse("label env=prod or not label env"), until_ns=1 << 62))
+    print_chosen(cluster, Chosen(matches=parse("label env=prod or not label env"), period=Period(until_ns=1 << 62)))
     shown = [json.loads(line)["labels"] for line in capsys.readouterr().out.splitlines()]
     assert shown == [{"dc": "a", "env": "prod"}, {}]
 

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.alert.engine import Counts, Engine
+from producer.alert.engine import Engine
+from producer.alert.model import Counts
 from producer.alert.silence import Hosts
 from producer.consume import decode
 from producer.consume.accepted import NotAccepted, accepted

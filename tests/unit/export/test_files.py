@@ -12,9 +12,10 @@ import pytest
 
 import rebpf
 from producer.commands.export import export
+from producer.consume.period import Period
 from producer.errors import IncompleteError, UnavailableError, UsageError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
-from producer.export.sources import Files, Period
+from producer.export.sources import Files
 from producer.view.file import RecordFile
 from producer.view.records import of_rows
 from tests.support.analysis import DAY_NS, NOON_NS, record, write_container, write_spool

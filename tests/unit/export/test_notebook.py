@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from producer.commands.export import export
+from producer.consume.period import Period
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
-from producer.export.sources import Files, Period
+from producer.export.sources import Files
 from tests.support.analysis import write_scene
 
 NOTEBOOK = Path(__file__).resolve().parents[3] / "docs" / "worst_peers.ipynb"

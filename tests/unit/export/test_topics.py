@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import pytest
 
 import rebpf
+from producer.consume.period import Period
 from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
-from producer.export.sources import Period, Topics
+from producer.export.sources import Topics
 from producer.report.collect import collect
 from producer.report.summary import summarize
 from tests.support.analysis import message, scene

@@ -12,7 +12,8 @@ import pytest
 from matplotlib import image
 
 from producer.commands.report import report
-from producer.export.sources import Files, Period
+from producer.consume.period import Period
+from producer.export.sources import Files
 from tests.support.analysis import write_scene
 
 pytestmark = pytest.mark.extended

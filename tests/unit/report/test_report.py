@@ -11,11 +11,12 @@ import pytest
 
 import rebpf
 from producer.commands.report import report
+from producer.consume.period import Period
 from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS
 from producer.export.arrow import schema_of
 from producer.export.events import matching
-from producer.export.sources import Files, Period
+from producer.export.sources import Files
 from producer.host.text import printable
 from producer.report.collect import collect
 from producer.report.connections import COLUMNS, connections
@@ -198,6 +199,30 @@ def test_the_axis_of_round_trip_times_has_numbers(longest_us: int) -> None:
     labels = re.findall(r"<text [^>]*>([^<]*)</text>", drawn)
     assert not [label for label in labels if "$" in label or "mathdefault" in label]
     assert {"0.05", "0.1"} & set(labels)
+
+
+def test_a_connection_is_drawn_in_its_worst_seconds_with_its_segments_by_cause(tmp_path: Path) -> None:
+    times = ((0, 1), (100, 9), (119, 3), (120, 2))
+    events = [
+        record(RETRANSMITS, cpu=0, cpu_seq=number, cause="rto", ts_ns=NOON_NS + at * SECOND_NS, segs=segs)
+        for number, (at, segs) in enumerate(times, 1)
+    ]
+    path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
+    report(Files([path]), Period(), tmp_path / "report.html", None)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "15 segments retransmitted" in text
+    assert "the worst 20 s" in text
+    assert "retransmitted: rto (12)" in text
+
+
+def test_beside_the_worst_connection_those_with_few_retransmissions_are_not_drawn(tmp_path: Path) -> None:
+    events = [
+        record(RETRANSMITS, cpu=0, cpu_seq=number, cause="rto", segs=segs, sk_cookie=number, sport=number)
+        for number, segs in enumerate((3, 2), 1)
+    ]
+    path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
+    summary = summarize(collect(Files([path]), Period()), Period())
+    assert [flow.retransmitted for flow in summary.flows] == [3]
 
 
 def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
-from producer.commands.trace import Span, Summary, judged
-from producer.events import FLOWS, RETRANSMITS
+from producer.commands.trace import Summary, from_file, judged
+from producer.consume.period import Period
+from producer.events import FLOWS, KNOWN, RETRANSMITS
 from producer.view.file import RecordFile
 from tests.support.rebpf import DEADLINE_S, command, rebpf
 from tests.support.views import decoded, flows, retransmits
@@ -55,6 +57,26 @@ def test_a_file_is_shown_filtered_and_counted(file: Path) -> None:
     assert lines[6].split() == ["3", "2", "loss", "nginx", "rto=3", "10.0.0.1:443", ">", "10.2.0.9:51234"]
 
 
+def test_how_a_connection_failed_is_in_the_counts(tmp_path: Path) -> None:
+    failed = {**ENDS, "reason": "close", "ts": SECOND_NS, "start_ns": SECOND_NS}
+    file = RecordFile(tmp_path / "file")
+    refused = {"state": "SYN_SENT", "error": 111, "sk_cookie": 7}
+    given_up = {"state": "SYN_SENT", "unknown": KNOWN["error"], "sk_cookie": 8}
+    for each in (refused, given_up, {"state": "ESTABLISHED", "error": 104, "sk_cookie": 9}):
+        file.write(decoded(FLOWS, flows({**failed, **each})))
+    file.close()
+    done = rebpf("trace", "-r", tmp_path / "file", "-c")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[4] == "3 flows with retransmissions or errors"
+    assert [" ".join(line.split()[4:6]) for line in lines[6:]] == [
+        "connect ECONNREFUSED",
+        "connect closed",
+        "close ECONNRESET",
+    ]
+    assert lines[6].split()[:3] == ["0", "-", "-"], "nothing limits what was never established"
+
+
 def test_json_lines_end_with_the_counts(file: Path) -> None:
     done = rebpf("trace", "-r", file, "-c", "-n", 2, "--json")
     *events, counts = map(json.loads, done.stdout.splitlines())
@@ -67,7 +89,8 @@ def test_a_period_of_a_file_is_shown(file: Path) -> None:
     assert len(rebpf("trace", "-r", file, "--until", "1971-01-01").stdout.splitlines()) == 1
     assert len(rebpf("trace", "-r", file, "--since", "1971-01-01").stdout.splitlines()) == 5
     first = SEGMENTS["ts_ns"].cells[0]
-    assert len(Span(first + 1, first + 2 * SECOND_NS).of(SEGMENTS)) == 1
+    found = from_file(file, Period(first + 1, first + 2 * SECOND_NS), threading.Event())
+    assert [len(records) for batch in found for records in batch if records.stream == RETRANSMITS] == [1]
 
 
 def test_a_full_disk_is_one_line(file: Path) -> None:
@@ -111,7 +134,7 @@ def test_what_limits_a_connection_is_judged_between_two_records_or_since_its_sta
     assert judged(first, last) == ("loss", 2)
     assert judged(last, last) == ("loss", 2)
     assert judged(None, {**last, "start_ns": None}) == (None, None)
-    assert judged(None, None) == (None, None)
+    assert judged(None, None) == judged(first, {**last, "state": "SYN_SENT"}) == (None, None)
     assert judged(first, {**last, "busy_time_us": None}) == (None, None)
 
 

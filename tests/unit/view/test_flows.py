@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from producer.events import CAUSES, FLOWS, RETRANSMITS
+from producer.events import CAUSES, FLOWS, KNOWN, RETRANSMITS
 from producer.view.flows import HISTORY_S, Flows
 from producer.view.table import GROUPS, SORTS, Line, Table, details, table
 from tests.support.encoding import OFFSET_NS
@@ -80,6 +80,19 @@ def test_a_failed_connect_is_counted() -> None:
     add_flows(found, NOW - 1, {"reason": "close", "state": "SYN_SENT", "error": 110, "start_ns": 5})
     add_flows(found, NOW - 1, {"reason": "close", "state": "ESTABLISHED", "error": 104, "sk_cookie": 6})
     assert shown(found).lines[0].failed == 1
+
+
+def test_a_connect_that_its_process_gave_up_is_counted_as_alerts_and_reports_do() -> None:
+    found = started()
+    given_up = {"reason": "close", "state": "SYN_SENT", "unknown": KNOWN["error"], "start_ns": 5}
+    add_flows(found, NOW - 1, given_up, given_up)
+    assert shown(found).lines[0].failed == 1
+
+
+def test_a_connect_without_a_port_of_its_own_belongs_to_the_peers_port() -> None:
+    found = started()
+    add_flows(found, NOW - 1, {"reason": "close", "state": "SYN_SENT", "error": 99, "sport": 0, "dport": 8080})
+    assert [line.name for line in shown(found, "port").lines] == ["8080"]
 
 
 def test_lines_are_sorted() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS
+from producer.events import FLOWS, KNOWN, RETRANSMITS, TRANSMITS
 from producer.host.endpoints import endpoint
 from producer.view.line import Lines, duration
 from tests.support.records import RETRANSMIT, TRANSMIT
@@ -47,8 +47,14 @@ def test_the_cause_comes_first_and_sequence_numbers_are_relative() -> None:
 
 
 def test_a_narrow_screen_shows_the_peer() -> None:
-    assert lines(80)[1].endswith(" 10.2.0.9:51234")
-    assert "10.0.0.1" not in lines(80)[1]
+    for width in (60, 80):
+        assert lines(width)[1].endswith(" 10.2.0.9:51234")
+        assert "10.0.0.1" not in lines(width)[1]
+    assert lines(40)[1].split()[1:] == ["rto", "#2", "10.2.0.9:51234"]
+
+
+def test_a_round_trip_time_that_is_not_measured_is_no_time() -> None:
+    assert " 0us " not in plain({**RETRANSMIT, "srtt_us": 0})
 
 
 def test_a_long_flow_does_not_wrap() -> None:
@@ -65,6 +71,23 @@ def test_only_new_segments_and_failed_connections_are_events() -> None:
     assert [line.split()[1] for line in shown.lines(sent.rows())] == ["sent"]
     closed = decoded(FLOWS, flows({"reason": "close", "unknown": 1 << 12}, {"reason": "interval", "error": 111}))
     assert [*shown.lines(closed.rows())] == []
+
+
+def test_the_record_of_a_connection_has_its_retransmissions_so_far() -> None:
+    shown = Lines(80, hosts=False, color=False, connections=True)
+    records = flows(
+        {**ENDS, "reason": "interval", "unknown": KNOWN["error"], "ts": 1},
+        {**ENDS, "reason": "interval", "unknown": KNOWN["error"], "total_retrans": 7, "ts": 2},
+        {**ENDS, "reason": "close", "unknown": KNOWN["error"], "total_retrans": 123_456, "ts": 3},
+    )
+    lines = shown.lines(decoded(FLOWS, records).rows())
+    assert [line[13:34].rstrip() for line in lines] == ["open", "open, 7 retr", "closed, 123456 retr"]
+
+
+def test_a_connect_that_its_process_gave_up_is_a_failed_one() -> None:
+    given_up = {**ENDS, "reason": "close", "state": "SYN_SENT", "unknown": KNOWN["error"]}
+    (line,) = Lines(200, hosts=False, color=False).lines(decoded(FLOWS, flows(given_up)).rows())
+    assert line.split()[1:3] == ["connect", "closed"]
 
 
 def test_faults_have_colors() -> None:

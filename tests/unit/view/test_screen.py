@@ -83,6 +83,17 @@ def test_details_name_the_connection_on_any_screen() -> None:
     assert wide[5].endswith(" nginx      10.0.0.1:39212 > 10.2.0.9:51234")
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_narrow_screens_drop_what_is_less_important_than_who_loses_how_much(width: int) -> None:
+    first = render(frame(), look(width, 10))[0]
+    assert "7.2 retransmitted/s  3.10%" in first
+    detail = Detail("10.0.0.1:39212 > 10.2.0.9:51234", "nginx", 7, 0.03, 10, 3, 0, 0, "loss")
+    line = render(frame(details=[detail]), look(width, 10))[5]
+    assert line.split()[:2] == ["7", "3.00%"]
+    assert line.endswith("10.2.0.9:51234")
+    assert "0us" not in line, "no time is measured yet"
+
+
 def test_details_stay_those_of_their_line_when_it_has_left_the_table() -> None:
     lines = render(frame(details=[], name="10.2.0.77"), look(80, 24))
     assert lines[2] == "10.2.0.77"
@@ -100,7 +111,7 @@ def test_the_selected_line_is_on_the_screen() -> None:
 
 def test_the_head_says_what_the_rates_cover() -> None:
     first, second = render(frame(), look(80, 24))[:2]
-    assert first == "rebpf top  web-1  last 10 s: 12.3k segments/s  7.2 retransmitted/s  3.10%"
+    assert first == "rebpf top  web-1  last 10 s: 7.2 retransmitted/s  3.10%  12.3k segments/s"
     assert second == "3 peers, by retransmitted  lost events 0  kernel RetransSegs 7, seen 7"
     one = Frame(Table(BAD, [BAD], 1), **_fields(frame()))
     assert render(one, look(80, 24))[1].startswith("1 peer, ")

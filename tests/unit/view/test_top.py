@@ -72,6 +72,13 @@ def test_a_fleet_is_read_from_the_topics(cluster: Cluster, capsys: pytest.Captur
     assert {line["name"] for line in chosen["lines"]} == {"web-1", "web-2"}
 
 
+def test_a_printed_table_selects_nothing(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    put(cluster, RETRANSMITS, "web-1", retransmits({"cause": "rto", "sk_cookie": 1, "daddr": "10.2.0.9"}))
+    stop = threading.Event()
+    once(source(cluster, stop), Choice(), 5.0, "fleet", stop, as_json=False, width=80)
+    assert capsys.readouterr().out.splitlines()[3].startswith(" 10.2.0.9 ")
+
+
 def several(cluster: Cluster, segs: dict[str, int]) -> None:
     """Add retransmissions towards peers."""
     rows = [{"cause": "rto", "daddr": peer, "sk_cookie": int(peer[-1]), "segs": n} for peer, n in segs.items()]

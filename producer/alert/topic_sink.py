@@ -1,0 +1,72 @@
+"""Writes alerts to the topic tcp_alerts, and waits for the acknowledgements."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from producer.alert.model import Alert
+from producer.alert.record import AlertEncoder
+from producer.alert.retry import Sleep, retry_until_available
+from producer.errors import UnavailableError
+from producer.kafka.confluent import open_client
+
+_POLL_S = 0.1
+_AT_ONCE_S = 1.0
+_PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
+
+
+class TopicSink:
+    """Writes to `topic`; `settings` are librdkafka's.
+
+    `sleep` is called while waiting for Kafka and between retries; what it raises ends them.
+    """
+
+    def __init__(self, settings: Mapping[str, str], topic: str, encoder: AlertEncoder, sleep: Sleep) -> None:
+        self._settings, self._topic, self._encoder, self._sleep = settings, topic, encoder, sleep
+        self._failure: KafkaError | None = None
+        self._client = open_client(Producer, settings)
+
+    def send(self, alerts: Sequence[Alert]) -> None:
+        """Return when Kafka has acknowledged all. If it rejects one, all are resent, to keep their order."""
+        messages = [self._encoder.encode(alert, time.time()) for alert in alerts]
+        retry_until_available("alerts", self._sleep)(self._write, messages)
+
+    def repeat(self, firing: Collection[Alert]) -> None:
+        """Do nothing: the topic is compacted and keeps the last alert of each group."""
+
+    def close(self) -> None:
+        """Drop what is in flight."""
+        self._client.purge()
+        self._client.flush(1)
+
+    def _write(self, messages: Sequence[tuple[bytes, bytes]]) -> None:
+        """Write messages. Raises UnavailableError if Kafka rejects one, or the client must be replaced."""
+        self._failure = None
+        try:
+            for key, value in messages:
+                self._put(key, value)
+            while self._client.flush(_AT_ONCE_S):
+                self._sleep(_POLL_S)
+        except BaseException as error:
+            # The next active member or the next retry sends them; they must not arrive later from here.
+            self.close()
+            if not isinstance(error, KafkaException):
+                raise
+            self._client = open_client(Producer, self._settings)
+            raise UnavailableError(f"topic {self._topic}: {error.args[0].str()}") from error
+        if self._failure is not None:
+            raise UnavailableError(f"topic {self._topic}: {self._failure.str()}")
+
+    def _put(self, key: bytes, value: bytes) -> None:
+        while True:
+            try:
+                self._client.produce(self._topic, value, key, on_delivery=self._on_delivery)
+                return
+            except BufferError:
+                self._sleep(_POLL_S)
+                self._client.poll(_POLL_S)
+
+    def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None and error.code() not in _PURGED:
+            self._failure = error

@@ -1,0 +1,28 @@
+"""Addresses in records: whoever may write to a topic chooses their text, so it may be none."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+
+@lru_cache(1 << 16)
+def parsed(text: str) -> IPv4Address | IPv6Address | None:
+    """Return an address; None if the text is none."""
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
+
+
+def is_within(text: str, networks: Iterable[IPv4Network | IPv6Network]) -> bool:
+    """Return whether an address is in one of the networks."""
+    address = parsed(text)
+    return address is not None and any(address in network for network in networks)
+
+
+def subnet(text: str, prefix: int = 24, prefix_v6: int = 64) -> str:
+    """Return the network of an address, by the number of its bits; a text that is no address stays as it is."""
+    address = parsed(text)
+    if address is None:
+        return text
+    return str(ip_network((address.packed, prefix if address.version == 4 else prefix_v6), strict=False))
