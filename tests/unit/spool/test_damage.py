@@ -70,6 +70,17 @@ def test_a_file_whose_header_is_damaged_is_lost_as_a_whole(setup: Setup) -> None
     assert setup.names == ["00000000000000000000.damaged"]
 
 
+def test_files_whose_headers_are_damaged_leave_no_descriptor_open(setup: Setup) -> None:
+    spool = setup.filled(15)
+    spool.close()
+    for path in setup.files[:-1]:
+        damage_header(path)
+    spool = setup.open(ledger_of(spool))
+    before = os.listdir("/proc/self/fd")
+    finish(spool)
+    assert os.listdir("/proc/self/fd") == before
+
+
 @pytest.mark.parametrize("ledger", [None, (0, 0, 0)])
 def test_the_last_file_is_not_deleted_for_being_unreadable(setup: Setup, ledger: Any) -> None:
     """Of another version, for example: its number of events is unknown."""
