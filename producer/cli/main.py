@@ -277,6 +277,8 @@ def version() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    if sys.getfilesystemencoding() != "utf-8":  # the locale is not UTF-8, but paths in the configuration are
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     signals.reset()
     os.umask(os.umask(0) & 0o077)  # an inherited one may deny us our own files
     hold_descriptors()

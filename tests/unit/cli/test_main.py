@@ -250,3 +250,12 @@ def test_a_start_whose_files_are_cut_off_leaves_nothing_that_a_later_start_fails
     for before in (["prlimit", "--fsize=4096:"], []):
         done = subprocess.run([*before, *version], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_locale_without_utf_8_means_the_same_paths(tmp_path: Path) -> None:
+    path, state_dir = tmp_path / "größer.toml", tmp_path / "größer"
+    path.write_text(f'state_dir = "{state_dir}"')
+    state_dir.mkdir()
+    done = rebpf("status", "--config", path, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 69
+    assert done.stderr == f"rebpf: no producer is running with state_dir {state_dir}, or it is not ready yet\n"
