@@ -208,6 +208,8 @@ class Runtime:
         if self.losses.due():
             self.losses.log_losses(self.reporter.balances())
             self._expire()
+            if self.endpoint:
+                self.endpoint.open()
             memory.release()
 
     def _guard(self, stream: str, work: Callable[[], bool]) -> bool | None:
