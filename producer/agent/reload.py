@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _LOOK_INTERVAL_S = 2.0
 _STEP_S = 0.05
+_LONG_S = 30.0
+LONG = "reload: the files of the configuration have been read for long: does the disk of one of them hang?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +84,17 @@ class InForce:
         """Whether a reload has begun and its settings are not in force yet."""
         return self._thread is not None or self._prepared is not None
 
+    @property
+    def reasons(self) -> list[str]:
+        """What is wrong with the last reload, or with the one that a thread prepares."""
+        hangs = self._thread is not None and time.monotonic_ns() - self._started_ns > _LONG_S * 1e9
+        return [*([f"reload refused: {self.refusal}"] if self.refusal else []), *([LONG] if hangs else [])]
+
     def follow(self, asked: Flag) -> None:
         """Reload if `asked` is set, and clear it, or if files have changed. The pace limits how often.
 
-        Files and rules may be large, so a thread reads and compiles them, and later calls put them in force, each for a
-        short time.
+        Files and rules may be large, and their disk may hang, so a thread looks at them, reads and compiles them. Later
+        calls put them in force, each for a short time.
         """
         if self._thread and not self._thread.is_alive():
             self._thread = None
@@ -96,31 +104,35 @@ class InForce:
             asked.set()
         if self._prepared:
             return
-        if self.config.reload_when_changed and self._have_files_changed():
-            asked.set()
-        if asked.is_set() and self._pace.is_due():
-            self._start(asked)
+        if not self._pace.is_due():
+            return
+        if asked.is_set():
+            asked.clear()  # before the files are read: a signal meanwhile asks for another reload
+            try:
+                self._start(self._prepare)
+            except RuntimeError:  # no more threads for now
+                asked.set()
+                raise
+        elif self.config.reload_when_changed and time.monotonic() >= self._files_at:
+            self._files_at = time.monotonic() + _LOOK_INTERVAL_S
+            self._start(self._prepare_if_changed)
 
-    def _start(self, asked: Flag) -> None:
-        thread = threading.Thread(target=self._pace.run, args=(self._prepare,), name="reload", daemon=True)
-        asked.clear()  # before the files are read: a signal meanwhile asks for another reload
+    def _start(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name="reload", daemon=True)
         self._started_ns = time.monotonic_ns()
-        try:
-            thread.start()
-        except RuntimeError:  # no more threads for now
-            asked.set()
-            raise
+        thread.start()
         self._thread = thread
 
-    def _have_files_changed(self) -> bool:
-        """Every 2 s, look whether a file has changed since the last reload."""
-        if time.monotonic() < self._files_at:
-            return False
-        self._files_at = time.monotonic() + _LOOK_INTERVAL_S
-        return self._files() != self._files_read
+    def _prepare_if_changed(self) -> None:
+        """Prepare a reload if a file has changed since the last one."""
+        if self._files() != self._files_read:
+            self._prepare()
 
     def _prepare(self) -> None:
         """Read, resolve and compile the configuration."""
+        self._pace.run(self._read_and_compile)
+
+    def _read_and_compile(self) -> None:
         try:
             self._files_read = self._files()
             read = self._read()
@@ -177,7 +189,7 @@ class InForce:
 
     def look(self) -> None:
         """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced."""
-        if self.busy or not self._by_cgroup or time.monotonic() < self._look_at:
+        if self._prepared or not self._by_cgroup or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
         ruleset = follow(self._ruleset, self.config, self._root)

@@ -183,9 +183,8 @@ class Runtime:
         }
 
     def _status(self) -> Status:
-        reasons = [f"reload refused: {self.in_force.refusal}"] if self.in_force.refusal else []
+        reasons = [*self.supervisor.reasons, *self.in_force.reasons]
         reasons += [self.web.last_error] if self.web.last_error else []
-        reasons = [*self.supervisor.reasons, *reasons]
         status = self.reporter.status(self.in_force.version, self.budget.rate, reasons)
         return dataclasses.replace(
             status, config_hash=self.in_force.digest, restart_needed=self.in_force.restart_needed
@@ -209,6 +208,8 @@ class Runtime:
         if self.losses.due():
             self.losses.log_losses(self.reporter.balances())
             self._expire()
+            if self.endpoint:
+                self.endpoint.open()
             memory.release()
 
     def _guard(self, stream: str, work: Callable[[], bool]) -> bool | None:

@@ -26,7 +26,7 @@ from producer.pipeline.ledger import Account, Ledger
 from producer.pipeline.recovery import drain, resume
 from producer.pipeline.stream import Stores, StreamPipeline
 from producer.schemas import load_schema
-from producer.spool.disk import PASSING
+from producer.spool.disk import PASSING, UNRELATED
 from producer.spool.files import SPOOL_SUFFIX, files
 from producer.spool.spool import Spool
 
@@ -174,11 +174,11 @@ class StreamBuilder:
     def build(self, stream: Stream) -> StreamParts:
         """Open a stream's spool and ledger, drain the rings of replaced hooks, and recover the account."""
         ledger = Ledger(ledger_path(self._config, stream))
-        with _passing_errors("ledger"):
+        with _unavailable("ledger", UNRELATED):
             account = ledger.read()
         open_error = ""
         try:
-            with _passing_errors("ledger"):
+            with _unavailable("ledger", PASSING):
                 ledger.open()
         except OSError as error:
             logger.warning("ledger: %s: this run's loss counts will not survive a restart", error)
@@ -186,7 +186,7 @@ class StreamBuilder:
         spool = None
         if spool_bytes(self._config, stream):
             try:
-                with _passing_errors("spool"):
+                with _unavailable("spool", UNRELATED):
                     spool = self._open_spool(stream, account)
             except OSError as error:
                 open_error = str(error)
@@ -238,11 +238,11 @@ class StreamBuilder:
 
 
 @contextmanager
-def _passing_errors(what: str) -> Iterator[None]:
-    """Raise UnavailableError for want of descriptors or memory: without ledger or spool, their events count as lost."""
+def _unavailable(what: str, numbers: frozenset[int]) -> Iterator[None]:
+    """Raise UnavailableError for these error numbers: without ledger or spool, their events count as lost."""
     try:
         yield
     except OSError as error:
-        if error.errno in PASSING:
+        if error.errno in numbers:
             raise UnavailableError(f"{what}: {error}") from error
         raise

@@ -15,6 +15,7 @@ from producer.alert.model import Alert
 from producer.alert.record import as_json_object, summary
 from producer.alert.retry import Sleep, retry_until_available
 from producer.errors import UnavailableError
+from producer.host.endpoints import without_path
 from producer.host.http_exchange import Answer, ExchangeError, exchange
 from producer.host.signals import Flag
 from producer.host.text import printable
@@ -34,6 +35,7 @@ class _Receiver:
 
     def __init__(self, url: str, sleep: Sleep, stop: Flag | None = None) -> None:
         self._url = url
+        self._shown = url
         self._sleep = sleep
         self._stop = stop
         self.rejected = 0
@@ -47,16 +49,16 @@ class _Receiver:
         try:
             answer = exchange(request, _TIMEOUT_S, stop=self._stop)
         except ExchangeError as error:
-            raise UnavailableError(f"{self.name} at {self._url}: {error}") from error
+            raise UnavailableError(f"{self.name} at {self._shown}: {error}") from error
         status, text = answer.status, printable(answer.body[:_SHOWN].decode(errors="replace").strip())
         if status >= 500 or status == _TOO_MANY_REQUESTS:
-            raise UnavailableError(f"{self.name} at {self._url}: {status} {text}")
+            raise UnavailableError(f"{self.name} at {self._shown}: {status} {text}")
         if status >= 300:
             # A retry would be rejected too, and hold up all later alerts.
             self.rejected += len(body)
             logger.error("alert: %s rejected %d alerts: %d %s", self.name, len(body), status, text)
         elif not self._is_own(answer):
-            raise UnavailableError(f"the answer from {self._url} is not {self.name}'s: {status} {text!r}")
+            raise UnavailableError(f"the answer from {self._shown} is not {self.name}'s: {status} {text!r}")
 
     def _is_own(self, answer: Answer) -> bool:
         return True
@@ -69,6 +71,10 @@ class Webhook(_Receiver):
     """A server that takes each change once: POST with a JSON list of alerts, with the fields of tcp_alerts."""
 
     name = "Webhook"
+
+    def __init__(self, url: str, sleep: Sleep, stop: Flag | None = None) -> None:
+        super().__init__(url, sleep, stop)
+        self._shown = without_path(url)
 
     def send(self, alerts: Sequence[Alert]) -> None:
         """Send changes, and retry until the server accepts them."""

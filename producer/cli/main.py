@@ -36,7 +36,7 @@ from producer.cli.spool import spool
 from producer.cli.topics import init, tail, verify
 from producer.cli.view import top, trace
 from producer.errors import OutputError, ReaderGoneError, RebpfError, UnavailableError, UsageError
-from producer.host import stdio
+from producer.host import signals, stdio
 from producer.host.exhausted import exhausted, hidden
 from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
 from producer.host.signals import QUIT_NOW, set_on, stop_on_signals
@@ -277,6 +277,10 @@ def version() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    if sys.getfilesystemencoding() != "utf-8":  # the locale is not UTF-8, but paths in the configuration are
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    signals.reset()
+    os.umask(os.umask(0) & 0o077)  # an inherited one may deny us our own files
     hold_descriptors()
     stdio.take_over()
     _log_from(logging.WARNING, formatter("auto"))

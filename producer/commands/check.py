@@ -3,19 +3,21 @@
 import contextlib
 import os
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from producer import __version__
+from producer.agent.streams import ledger_path, spool_bytes, spool_folder
 from producer.commands.check_servers import kafka, registry
 from producer.commands.finding import Finding
 from producer.config.effective import digest
 from producer.config.librdkafka import EMBEDDED
 from producer.config.load import Config, located
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
-from producer.events import FLOWS, HOOKS, layout_check
+from producer.events import FLOWS, HOOKS, STREAMS, layout_check
 from producer.health.web_config import WebSettings
 from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
@@ -35,6 +37,7 @@ from producer.kernel.program_files import Identity, ProgramFiles, combination
 from producer.paths import BPF
 from producer.registry.client import RegistryClient
 from producer.rules.resolve import resolve, resolve_offline
+from producer.spool.files import SPOOL_SUFFIX, files
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
 PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
@@ -186,7 +189,12 @@ def _perf_events(path: Path, hooks: Sequence[str]) -> Iterator[Finding]:
 
 
 def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
-    kernel = Kernel(btf, Features.find(btf), root, keeps=config.capture.pin is not None)
+    try:
+        features = Features.find(btf)
+    except PermissionDenied as error:
+        yield Finding("BPF", str(error), error.exit_code)
+        return
+    kernel = Kernel(btf, features, root, keeps=config.capture.pin is not None)
     if not kernel.features.ring_buffer:
         yield Finding("ring buffer", NO_RING_BUFFER, UnavailableError.exit_code)
     for stream in (each.name for each in config.capture.streams):
@@ -278,6 +286,7 @@ def _folders(config: Config) -> Iterator[Finding]:
             problem = _unusable(config.state_dir / name)
             if problem:
                 yield Finding(f"state_dir/{name}", problem, ConfigError.exit_code)
+        yield from _unreadable(config)
         yield _space(config)
     if config.capture.pin is not None:
         yield _pins(config.capture.pin)
@@ -305,6 +314,21 @@ def _unusable(path: Path) -> str:
     if os.statvfs(existing).f_flag & os.ST_RDONLY:
         return f"{existing} is read-only: mount -o remount,rw, or set state_dir to another folder"
     return f"{path} is not writable for user {user}: install -d -m 0700 -o {user} {path}"
+
+
+def _unreadable(config: Config) -> Iterator[Finding]:
+    """Find files of an earlier run that the producer could not read, for example of another user."""
+    user = os.geteuid()
+    for stream in STREAMS:
+        spooled = files(spool_folder(config, stream), SPOOL_SUFFIX) if spool_bytes(config, stream) else []
+        for path in (ledger_path(config, stream), *spooled):
+            with contextlib.suppress(FileNotFoundError):  # sent and deleted by a running producer
+                status = path.lstat()
+                # Not access(2): root gives up the right to read all files.
+                if not status.st_mode & (stat.S_IRUSR if status.st_uid == user else stat.S_IRGRP | stat.S_IROTH):
+                    text = f"{path} is not readable for user {user}: chown {user} {path} and chmod 600 {path}"
+                    yield Finding("state_dir", text, UnavailableError.exit_code)
+                    return
 
 
 def _takes_files(folder: Path) -> bool:

@@ -26,5 +26,7 @@ def report(config: Config) -> dict[str, Any]:
     if facts is None:
         raise UnavailableError(f"no producer is running with state_dir {folder}, or it is not ready yet")
     if not facts.get("status_url"):
-        raise UnavailableError(f"the producer with pid {facts['pid']} has no HTTP endpoint: set metrics.listen")
+        raise UnavailableError(
+            f"the producer with pid {facts['pid']} has no HTTP endpoint: set metrics.listen to a free address"
+        )
     return ask(facts["status_url"], folder / state.STATUS_SOCKET if facts.get("status_socket") else None)

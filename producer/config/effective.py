@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.config.load import Config
-
-MASK = "***"
+from producer.host.endpoints import MASK, without_path
 
 AT_RELOAD = (
     "rules",
@@ -103,7 +102,9 @@ def _leaves(value: Any, section: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def _masked(path: str, value: Any) -> Any:
-    """URLs have no secrets: those with a user or password are rejected."""
+    """URLs with a user or password are rejected; a webhook's often has a token in its path or query."""
+    if path == "alert.webhook" and value is not None:
+        return without_path(value)
     return MASK if path.startswith("kafka.settings.") and _SECRET.search(path) else value
 
 

@@ -19,6 +19,7 @@ from producer.config.convert import nearest
 from producer.config.librdkafka import decide
 from producer.errors import ConfigError
 from producer.events import CAUSES, HOOKS, STATES
+from producer.host.endpoints import without_path
 from producer.host.text import name as name_of
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -251,9 +252,13 @@ def _check_url(name: str, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise ConfigError(f"{name}: expected a URL, found {url!r}: {error}") from error
+        raise ConfigError(f"{name}: expected a URL, found {_shown(name, url)!r}: {error}") from error
     if parts.scheme not in ("http", "https") or not _is_host(parts.hostname or "") or port == 0 or " " in url:
-        raise ConfigError(f"{name}: expected a URL, http://HOST:PORT, found {url!r}")
+        raise ConfigError(f"{name}: expected a URL, http://HOST:PORT, found {_shown(name, url)!r}")
+
+
+def _shown(name: str, url: str) -> str:
+    return without_path(url) if name == "alert.webhook" else url
 
 
 def _check_alert(alert: Any) -> None:

@@ -60,7 +60,7 @@ Answer = tuple[HTTPStatus, str, bytes]
 
 
 class Endpoint:
-    """Serves while entered. If the port is not available, it logs a warning, and `url` is None.
+    """Serves while entered. If the port is not available, it logs a warning, and `url` is None until `open` succeeds.
 
     `local` is the path of a socket that serves the same without TLS and passwords. `registry` has the metrics;
     by default those of the producer.
@@ -80,21 +80,30 @@ class Endpoint:
         self._web = web or WebSettings(None)
         self._local = local
         self._stack = contextlib.ExitStack()
+        self._last_error = ""
         self.url: str | None = None
         """URL of the endpoint."""
 
     def __enter__(self) -> "Endpoint":
+        self.open()
+        return self
+
+    def open(self) -> None:
+        """Serve, unless it does already or the port is not available."""
+        if self.url:
+            return
         try:
             server = _Server(self._host, self._port, self._board, self._web, self._registry)
             self._stack.enter_context(_running(server, "endpoint"))
         except OSError as error:
-            logger.warning("metrics: no endpoint at %s port %d: %s", self._host, self._port, error.strerror or error)
-            return self
+            if (reason := error.strerror or str(error)) != self._last_error:
+                logger.warning("metrics: no endpoint at %s port %d: %s", self._host, self._port, reason)
+            self._last_error = reason
+            return
         scheme = "https" if self._web.current().tls else "http"
         self.url = f"{scheme}://{endpoint(self._host, server.server_address[1])}"
         if self._local:
             self._serve_at(self._local)
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -102,7 +111,8 @@ class Endpoint:
     def _serve_at(self, path: Path) -> None:
         try:
             server = _LocalServer(path, self._board, self._web, self._registry)
-            self._stack.callback(_unlink, path)
+            self._stack.enter_context(contextlib.suppress(OSError))
+            self._stack.callback(path.unlink)
             self._stack.enter_context(_running(server, "endpoint-local"))
         except OSError as error:
             logger.warning("metrics: no socket at %s, `rebpf status` will not work: %s", path, error.strerror or error)
@@ -123,11 +133,6 @@ def _running(server: "_Server", name: str) -> Iterator[None]:
         server.stop()
         thread.join()
         server.server_close()
-
-
-def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 class _Server(ThreadingHTTPServer):

@@ -39,6 +39,14 @@ def is_admin() -> bool:
     return bool(effective() >> CAP_SYS_ADMIN & 1)
 
 
+def in_user_namespace() -> bool:
+    """Whether this process is in another user namespace than the host's: user_namespaces(7)."""
+    try:
+        return Path("/proc/self/uid_map").read_bytes().split() != [b"0", b"0", b"4294967295"]
+    except OSError:  # a kernel without user namespaces
+        return False
+
+
 def drop_unneeded(access_map: Callable[[], object]) -> None:
     """Drop the capabilities of the calling thread, and so of threads that it starts later.
 

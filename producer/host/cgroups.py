@@ -9,6 +9,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 from producer.host.text import name
@@ -30,17 +31,28 @@ _SHARE = 0.05
 """Maximum share of the time spent on lookups."""
 
 
-def cgroup2_root(mounts: Path = Path("/proc/self/mounts")) -> Path | None:
-    """Return where the cgroup v2 hierarchy is mounted, or None.
+def cgroup2_root(mounts: Path = Path("/proc/self/mountinfo")) -> Path | None:
+    """Return where the cgroup v2 hierarchy is mounted, or None. Other mounts may have only a part of it.
 
     The paths of other mounts can be any bytes, since users can mount (FUSE). The kernel escapes only space, tab, line
     feed, backslash and #, so other characters that Python takes for white space do not separate.
     """
+    found = []
     for line in mounts.read_bytes().split(b"\n"):
-        match line.split(b" "):
-            case [_, path, b"cgroup2", *_]:
-                return Path(os.fsdecode(_ESCAPE.sub(lambda octal: bytes([int(octal[1], 8)]), path)))
-    return None
+        mount, _, kind = line.partition(b" - ")
+        match mount.split(b" "):
+            case [_, _, _, part, path, *_] if kind.startswith(b"cgroup2 "):
+                found.append((_level(part), path))
+    if not found:
+        return None
+    _, path = min(found, key=itemgetter(0))
+    return Path(os.fsdecode(_ESCAPE.sub(lambda octal: bytes([int(octal[1], 8)]), path)))
+
+
+def _level(part: bytes) -> int:
+    """Return how far the cgroup that a mount shows is below the root of our cgroup namespace; negative: above it."""
+    folders = [each for each in part.split(b"/") if each]
+    return len(folders) - 2 * folders.count(b"..")
 
 
 def unit(path: str) -> str | None:

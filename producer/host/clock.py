@@ -10,6 +10,7 @@ from pathlib import Path
 _TRIES = 5
 _TIGHT_NS = 20_000
 _STEP_NS = 1_000_000
+_EARLIEST_S = 1.5e9  # in 2017: no clock that is set shows an earlier time
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +22,13 @@ class Moment:
     time_s: float
 
     def since(self, other: "Moment") -> float:
-        """Return the seconds since another moment; across boots, this depends on the clock that can be set."""
+        """Return the seconds since another moment; across boots, this depends on the clock that can be set.
+
+        0 if that clock was not set yet: without one of its own, a host begins each boot in 1970.
+        """
         if self.boot_id == other.boot_id:
             return self.boottime_s - other.boottime_s
-        return self.time_s - other.time_s
+        return self.time_s - other.time_s if other.time_s >= _EARLIEST_S else 0.0
 
 
 @cache

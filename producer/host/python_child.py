@@ -10,4 +10,4 @@ _RUN = "import runpy, sys; sys.path[:] = {path!r}; runpy.run_module({module!r}, 
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:
     """Return the command that runs a module with this process's Python and exactly its path."""
-    return sys.executable, "-I", "-c", _RUN.format(path=sys.path, module=module), *arguments
+    return sys.executable, "-B", "-I", "-c", _RUN.format(path=sys.path, module=module), *arguments

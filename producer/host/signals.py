@@ -6,6 +6,7 @@ SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO   ignored: by default, a st
 SIGPIPE           ignored by Python: a write raises BrokenPipeError
 SIGQUIT           the kernel's default: terminates the process with a core dump
 SIGWINCH, SIGCONT no effect; after SIGSTOP and SIGCONT, a command continues
+SIGCHLD           the kernel's default, and no signal is blocked, whatever the parent process has left
 
 A handler runs between any two instructions of the main thread, even inside another handler or while a lock is held. So
 handlers here take no lock: threading.Event.set could deadlock on a lock that the interrupted code holds. The handler of
@@ -123,6 +124,12 @@ class SignalFlag:
 
 
 _stops: list[SignalFlag] = []
+
+
+def reset() -> None:
+    """Undo what the parent may have left to us: blocked signals, and an ignored SIGCHLD, which hides exit codes."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def descriptor() -> int:

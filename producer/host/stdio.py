@@ -1,17 +1,22 @@
 """Standard output and standard error, whatever they are connected to, and the log handler.
 
 Standard output may be a non-blocking pipe, as some programs pass to their children: Python's own writer drops what such
-a pipe does not take at once. Here a write waits, but not after a stop signal. Standard error may be a pipe without a
-reader, a full disk, or closed. The log must never stop the capture: a write to it never fails and hardly waits. Lines
-that cannot be written are dropped, counted and reported.
+a pipe does not take at once. Here a write waits, but not after a stop signal. Standard error may be a pipe or terminal
+that nobody reads, a full disk, or closed. The log must never stop the capture: a write to it never fails and hardly
+waits. Lines that cannot be written are dropped, counted and reported.
+
+poll(2) reports a terminal as writable as soon as it takes a single byte, and a longer write would block there. So a
+terminal is opened a second time, not to block; the first description belongs to the shell, too.
 
 Uncaught exceptions are logged. Python itself would write the traceback with all escape sequences and line breaks of its
 message.
 """
 
+import contextlib
 import errno
 import io
 import logging
+import os
 import select
 import sys
 import threading
@@ -24,6 +29,8 @@ from producer.host import progress, signals
 logger = logging.getLogger(__name__)
 
 _SLICE_S = 0.1
+_PAUSE_S = 0.01
+"""Between two tries: a terminal that is writable may not take a character that becomes two."""
 _STOP_WAIT_S = 1.0
 """Maximum wait of output after a stop signal."""
 _ERRORS_WAIT_S = 1.0
@@ -98,25 +105,21 @@ class _Output(io.FileIO):
 
     def write(self, data: Any) -> int:
         """Write some of the data. Raises OSError once."""
+        deadline_s = None
         while not self._failed:
             try:
-                self._wait()
                 # A writable pipe takes this much without blocking; see pipe(7).
-                written: int | None = super().write(data[: select.PIPE_BUF])
+                if _is_ready(self.fileno(), _SLICE_S) and (written := super().write(data[: select.PIPE_BUF])):
+                    return written
+                if signals.is_stopping():
+                    deadline_s = deadline_s or time.monotonic() + _STOP_WAIT_S
+                    if time.monotonic() >= deadline_s:
+                        raise OSError(errno.EAGAIN, "the reader does not read")
             except OSError:
                 self._failed = True
                 raise
-            if written is not None:
-                return written
+            time.sleep(_PAUSE_S)
         return len(data)
-
-    def _wait(self) -> None:
-        deadline_s = None
-        while not _is_ready(self.fileno(), _SLICE_S):
-            if signals.is_stopping():
-                deadline_s = deadline_s or time.monotonic() + _STOP_WAIT_S
-                if time.monotonic() >= deadline_s:
-                    raise OSError(errno.EAGAIN, "the reader does not read")
 
 
 class _Errors(io.FileIO):
@@ -167,12 +170,21 @@ class _Errors(io.FileIO):
 def _over(kind: type[io.FileIO], old: Any) -> Any:
     """Return a stream on the descriptor of `old`, with its encoding, that escapes what it cannot encode."""
     try:
-        raw = kind(old.fileno(), "w", closefd=False)
+        raw = kind(_own(old.fileno()), "w", closefd=False)
     except (AttributeError, OSError, ValueError):  # closed, or replaced by a test
         return old
     return io.TextIOWrapper(
         io.BufferedWriter(raw), old.encoding, errors="backslashreplace", newline="\n", line_buffering=True
     )
+
+
+def _own(descriptor: int) -> int:
+    """Return another descriptor of a terminal, on which writes do not block; the same one if there is none."""
+    if os.isatty(descriptor):
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        with contextlib.suppress(OSError):  # another user's terminal, as after su
+            return os.open(f"/proc/self/fd/{descriptor}", flags)
+    return descriptor
 
 
 def _is_ready(descriptor: int, timeout_s: float) -> bool:

@@ -13,13 +13,15 @@ from producer.events import Topic
 
 logger = logging.getLogger(__name__)
 
-TRANSIENT = frozenset({
-    "_MSG_TIMED_OUT", "_TRANSPORT", "_TIMED_OUT", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "_QUEUE_FULL", "_PURGE_QUEUE",
-    "_PURGE_INFLIGHT", "_FATAL", "UNKNOWN_TOPIC_OR_PART", "LEADER_NOT_AVAILABLE", "NOT_LEADER_FOR_PARTITION",
-    "REQUEST_TIMED_OUT", "BROKER_NOT_AVAILABLE", "NOT_ENOUGH_REPLICAS", "NOT_ENOUGH_REPLICAS_AFTER_APPEND",
-    "TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED", "KAFKA_STORAGE_ERROR",
+ABOUT_THE_MESSAGE = frozenset({
+    "INVALID_MSG", "INVALID_MSG_SIZE", "INVALID_RECORD", "INVALID_TIMESTAMP", "MSG_SIZE_TOO_LARGE", "POLICY_VIOLATION",
+    "RECORD_LIST_TOO_LARGE",
 })  # fmt: skip
-"""Errors after which a message is retried."""
+"""Errors by which a broker, or the client, rejects a message for good.
+
+After all others it is retried: they are about the broker, the topic's or the client's settings, or the network, or come
+from an answer that cannot be understood.
+"""
 
 Send = Callable[[int, NDArray[np.int64], bool], None]
 """Sends rows of a batch, by its number; the last argument says whether each goes in its own request."""

@@ -1,10 +1,10 @@
 """The sink: sends encoded batches to Kafka topics, and reports the outcome of each message.
 
 A batch is passed to librdkafka as one array that points into the batch, which is kept until its last delivery report.
-A message that fails with a transient error is retried. A broker that rejects a message rejects the whole request; so
-after any other error each message is retried in a request by itself. If it is rejected again it is lost, and counted by
-the name of the error. What librdkafka retries internally (unavailable brokers, moving leaders) does not show here:
-message.timeout.ms is 0, unlimited, because the ring's size is the limit.
+A message is retried after each error that is not about the message itself. A broker that rejects a message rejects the
+whole request; so each of its messages is retried in a request by itself. If it is rejected again it is lost, and
+counted by the name of the error. What librdkafka retries internally (unavailable brokers, moving leaders) does not show
+here: message.timeout.ms is 0, unlimited, because the ring's size is the limit.
 
 Each report that was taken from librdkafka is processed, whatever fails meanwhile: reports are queued first, an error
 ends `poll` after the counts of the report at hand have changed, and the next `poll` continues with the next report.
@@ -27,7 +27,7 @@ from producer.host.log_limit import LogLimit
 from producer.kafka.connection import Connection, rough_utc_offset_ns
 from producer.kafka.flights import Flight, Run, runs
 from producer.kafka.librdkafka import MESSAGE, Error, Reports, check_settings, error_name, rejected
-from producer.kafka.retry import TRANSIENT, Retry
+from producer.kafka.retry import ABOUT_THE_MESSAGE, Retry
 from producer.kafka.wording import REPEAT_LOG_S
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class KafkaSink:
             return ""
         error = error_name(run.code)
         metrics.kafka_error(error, len(run))
-        if error in TRANSIENT:
+        if error not in ABOUT_THE_MESSAGE:
             retry.later(run.number, run.rows, error)
         elif not run.alone:
             retry.one_by_one(run.number, run.rows, error)

@@ -4,8 +4,11 @@ Versions tell little, because distributions backport. A trial is a program of a 
 accepts or rejects, which takes a millisecond. Standard library only.
 """
 
+import errno
 from dataclasses import dataclass
 
+from producer.errors import PermissionDenied
+from producer.host import capabilities
 from producer.kernel import bpf_syscall
 from producer.kernel.bpf_syscall import instruction
 from producer.kernel.btf import FUNC, TYPEDEF, Btf
@@ -41,7 +44,7 @@ class Features:
 
     @classmethod
     def find(cls, btf: Btf) -> "Features":
-        """Try each feature. Needs the capabilities for loading."""
+        """Try each feature. Needs the capabilities for loading; PermissionDenied if they do not suffice."""
         return cls(
             _has_ring_buffer(),
             _has_atomic_fetch(),
@@ -74,9 +77,19 @@ def machine(btf: Btf) -> str:
 def _has_ring_buffer() -> bool:
     try:
         bpf_syscall.close_all([bpf_syscall.create_map(_TRIAL_RING)])
-    except OSError:
-        return False
+    except PermissionError as error:
+        raise PermissionDenied(f"the kernel denies BPF maps to this process: {_why_denied()}") from error
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOSYS):
+            return False
+        raise
     return True
+
+
+def _why_denied() -> str:
+    if capabilities.in_user_namespace():
+        return "its capabilities count only in its user namespace: run it outside, as the host's root"
+    return "allow bpf(2) in its seccomp profile and LSM; before Linux 5.11, set LimitMEMLOCK=infinity, too"
 
 
 def _has_atomic_fetch() -> bool:

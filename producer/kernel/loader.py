@@ -51,7 +51,7 @@ class Loader:
         # Isolated (-I): a program that runs as root must not import from the working directory or PYTHONPATH.
         try:
             with theirs:
-                command = [_python(), "-I", "-c", code]
+                command = [_python(), "-B", "-I", "-c", code]
                 # Python, bcc and LLVM write here; `end` turns it into log lines.
                 self._stderr = os.memfd_create("stderr")
                 self._child = subprocess.Popen(

@@ -15,7 +15,6 @@ import errno
 import json
 import os
 import socket
-import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -317,7 +316,7 @@ class _Unit:
         except ImportError as error:
             raise _NoCompiler(BCC_MISSING) from error
         # LLVM writes its messages only to file descriptor 2.
-        with tempfile.TemporaryFile() as messages:
+        with open(os.memfd_create("messages"), "rb") as messages:  # no disk is needed
             saved = os.dup(2)
             os.dup2(messages.fileno(), 2)
             try:

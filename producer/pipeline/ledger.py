@@ -20,7 +20,7 @@ from typing import Any
 
 from producer.host import state_file
 from producer.pipeline.interfaces import Spool
-from producer.spool.disk import PASSING
+from producer.spool.disk import UNRELATED
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ class Ledger:
     def read(self) -> Account | None:
         """Return the last account written; None if there is none that can be read.
 
-        OSError: for want of descriptors or memory; the account is as it was.
+        OSError: for want of descriptors, memory or permission; the account is as it was.
         """
         try:
             return _account(state_file.read(self._path, _PAGE_BYTES))
         except OSError as error:
-            if error.errno in PASSING:
+            if error.errno in UNRELATED:
                 raise
         except (ValueError, TypeError):
             pass
@@ -91,7 +91,7 @@ class Ledger:
         except FileNotFoundError:
             return False
         except OSError as error:
-            if error.errno in PASSING:
+            if error.errno in UNRELATED:
                 raise
             return True
         return bool(page.strip(b" \0")) and self.read() is None

@@ -28,7 +28,7 @@ from typing import Any
 from producer.events import EncodedBatch, Stream
 from producer.host import state_file
 from producer.host.clock import Moment
-from producer.spool.disk import PASSING, Disk
+from producer.spool.disk import UNRELATED, Disk, Patience
 from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, SpoolFile, files, made_at, make_folder, size_bytes
 from producer.spool.format import DamagedError, Reader, Spooled, block, container_schema, header, read_header
 
@@ -82,6 +82,7 @@ class Spool:
         self._writer: tuple[SpoolFile, int, bytes] | None = None
         """The file being written, its descriptor and its sync marker."""
         self._reading: tuple[SpoolFile, int, Reader] | None = None
+        self._patience = Patience(now)
         self.acked = self.sent = self.end = 0
         self.discarded = 0
         """Events from `acked` on that are already counted as lost."""
@@ -150,8 +151,10 @@ class Spool:
             try:
                 spooled = reader.next()
             except OSError as error:
-                self._mark_unreadable(file, error)
-                spooled = None
+                self._end_reading()  # a descriptor may stay broken when its disk comes back
+                self._skip(file, error)
+                continue
+            self._patience.reset()
             file.damaged |= reader.damaged or file.size > _MOST_FILE_BYTES
             if spooled is None:
                 if self._is_written(file) and self.sent == self.end:
@@ -206,10 +209,9 @@ class Spool:
         except DamagedError:
             pass
         except OSError as error:
-            if error.errno in PASSING:
+            if error.errno in UNRELATED:
                 raise
-        made = made or self._now()
-        return SpoolFile(int(path.stem), int(path.stem), path, size_bytes(path), made)
+        return SpoolFile(int(path.stem), int(path.stem), path, size_bytes(path), made or self._now())
 
     def _set_strays_aside(self, end: int) -> None:
         """Set files aside that hold nothing and whose names are beyond the ledger's `end`.
@@ -234,7 +236,9 @@ class Spool:
                 finally:
                     os.close(descriptor)
         except OSError as error:
-            self._mark_unreadable(file, error)
+            if error.errno in UNRELATED:
+                raise
+            logger.error("spool: cannot read %s: %s", file.path, error.strerror)
         return last
 
     def _find_end(self, file: SpoolFile) -> None:
@@ -296,22 +300,24 @@ class Spool:
         """Open the first file with events after `sent`."""
         for file in [each for each in self._files if each.end > self.sent]:
             try:
-                if opened := self._open(file):
-                    self._reading = (file, *opened)
-                    return True
+                opened = self._open(file)
             except OSError as error:
-                self._mark_unreadable(file, error)
-            file.damaged = True
-            self.sent = max(self.sent, file.end)
+                self._skip(file, error)
+                continue
+            if opened:
+                self._reading = (file, *opened)
+                return True
+            self._skip(file)
         return False
 
-    @staticmethod
-    def _mark_unreadable(file: SpoolFile, error: OSError) -> None:
-        """Mark an unreadable file as damaged; raise the error if it is not about the file."""
-        if error.errno in PASSING:
-            raise error
-        logger.error("spool: cannot read %s: %s", file.path, error.strerror)
+    def _skip(self, file: SpoolFile, error: OSError | None = None) -> None:
+        """Skip a damaged file, or one that cannot be read; raise the error as long as a retry may succeed."""
+        if error is not None:
+            if self._patience.lasts(file.path, error):
+                raise error
+            logger.error("spool: cannot read %s: %s", file.path, error.strerror)
         file.damaged = True
+        self.sent = max(self.sent, file.end)
 
     def _open(self, file: SpoolFile) -> tuple[int, Reader] | None:
         """Open a file for reading, and return its descriptor and reader; None if its header is damaged."""

@@ -85,10 +85,11 @@ class LocalSource:
         return []
 
     def read(self) -> list[Records]:
-        """Return the new records."""
+        """Return the new records: of each ring at most as many as it holds, since it may fill as fast as it is read."""
         found = []
         for stream, ring in self._rings.items():
-            while len(rows := ring.read(_BATCH)):
+            end = ring.position + _RING_BYTES[stream.ring]
+            while ring.position < end and len(rows := ring.read(_BATCH)):
                 if stream == FLOWS:
                     self._unseen.add(rows, beginning=self._reports <= 1)
                 encoded = self._encoders[stream].encode(Batch(stream, rows), self._utc_offset())

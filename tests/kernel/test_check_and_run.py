@@ -1,6 +1,8 @@
 """`check` exits with 0 if and only if `run` starts: real starts, with hooks, of valid and invalid configurations."""
 
+import os
 import random
+import subprocess
 
 import pytest
 
@@ -43,6 +45,37 @@ def test_check_says_0_if_and_only_if_run_starts(tmp_path, number):
     if text in RIGHT or brokers:  # the embedded broker always uses plain text
         assert (ran.returncode == 0) == (text in RIGHT), (text, ran.stderr)
     assert "Traceback" not in checked.stderr + ran.stderr
+
+
+def test_files_of_another_user_stop_a_start_and_stay_as_they_are(tmp_path):
+    path, ledger = tmp_path / "rebpf.toml", tmp_path / "state" / "ledger.transmit"
+    path.write_text(f'state_dir = "{tmp_path}/state"\nmetrics.listen = "127.0.0.1:0"\n')
+    assert rebpf("run", "--config", path, "--duration", "0").returncode == 0
+    os.chown(ledger, 65534, 65534)
+    before = ledger.read_bytes()
+    checked = rebpf("check", "--local", "--config", path)
+    ran = rebpf("run", "--config", path, "--duration", "0")
+
+    assert checked.returncode == ran.returncode == 69
+    assert f"MISSING state_dir: {ledger} is not readable for user 0: chown 0 {ledger} and " in checked.stdout
+    assert f"ledger: [Errno 13] Permission denied: '{ledger}'" in ran.stderr
+    assert ledger.read_bytes() == before
+    os.chown(ledger, 0, 0)
+    assert rebpf("check", "--local", "--config", path).returncode == 0
+
+
+def test_a_user_namespace_is_the_reason_that_is_named(tmp_path):
+    inside = ["unshare", "--user", "--map-root-user"]
+    if subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("NO USER NAMESPACE: the kernel creates none")
+    options = ("--state-dir", tmp_path / "state")
+    checked = rebpf("check", "--local", *options, before=inside)
+    ran = rebpf("run", *options, before=inside)
+
+    assert checked.returncode == ran.returncode == 77, (checked.stdout, ran.stderr)
+    for text in (checked.stdout, ran.stderr):
+        assert "its capabilities count only in its user namespace" in text
+        assert "5.10" not in text
 
 
 @pytest.mark.parametrize("hook", HOOKS)

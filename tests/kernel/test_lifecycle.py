@@ -23,7 +23,8 @@ from producer.kernel.hooks import HOOKS_BY_STREAM
 from producer.kernel.settings import CaptureSettings
 from producer.rules.tables import filtered
 from tests.support.capture import ALLOWED, Pair, Recording, hook_settings, kernel_btf_with, rules, wait_for
-from tests.support.rebpf import command
+from tests.support.rebpf import Run, command, wait_until
+from tests.support.traffic import Echo, exchange
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -275,3 +276,19 @@ def test_an_invalid_ring_size_is_a_configuration_error(size: int) -> None:
 def test_an_unknown_hook_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=f"expected one of {', '.join(HOOKS)}"):
         CaptureSettings(hooks=("fentri",))
+
+
+def test_what_an_odd_parent_leaves_to_the_producer_keeps_it_neither_from_its_files_nor_from_its_stop(
+    tmp_path: Path,
+) -> None:
+    parent = [sys.executable, "-c", "import os, signal, sys; os.umask(0o777); "
+              "signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+              "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()); "
+              "os.execvp(sys.argv[1], sys.argv[1:])"]  # fmt: skip
+    with Echo() as echo, Run(tmp_path, "--brokers", "127.0.0.1:1", "--port", echo.port, before=parent) as run:
+        run.ready()
+        exchange(echo.port, 5)
+        wait_until("events are on disk", lambda: list(run.state_dir.glob("spool/transmit/*.avro")))
+        balance = run.finish()["tcp_transmit"]
+    assert balance["spooled"] == balance["passed"] > 0
+    assert not balance["lost"]

@@ -95,7 +95,10 @@ def as_nobody() -> list[str]:
 
 
 class Run:
-    """`rebpf run --json` with its state in `folder`/state; `config` is the content of its configuration file."""
+    """`rebpf run --json` with its state in `folder`/state; `config` is the content of its configuration file.
+
+    `before` is a prefix of its command line.
+    """
 
     def __init__(
         self,
@@ -103,6 +106,7 @@ class Run:
         *arguments: object,
         config: str = "",
         env: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -113,7 +117,7 @@ class Run:
             _copy_compiled(Path(os.environ[COMPILED]), self.state_dir / "compiled")
         self._out, self._err = folder / "out", folder / "err"
         # Dies with the tests, however they end.
-        run = ["setpriv", "--pdeathsig", "KILL"]
+        run = ["setpriv", "--pdeathsig", "KILL", *before]
         run += command("run", "--json", "--config", self.config, "--state-dir", self.state_dir, *arguments)
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(

@@ -5,12 +5,14 @@ import itertools
 import logging
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from producer.agent.reload import InForce
+from producer.agent.reload import LONG, InForce
 from producer.agent.supervise import Pace
 from producer.config.load import Config, RuleConfig
 from producer.errors import ConfigError
@@ -189,6 +191,49 @@ def test_a_file_that_takes_long_does_not_hold_the_loop() -> None:
     may_end.set()
     follow(in_force, asked)
     assert in_force.config.capture.latency_s == 0.5
+
+
+def test_a_file_whose_disk_hangs_does_not_hold_the_loop_and_health_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at a file of NFS or FUSE may hang for ever; here, after the start."""
+    may_end, threads = threading.Event(), [threading.get_ident()]
+    watching = Config().with_values(reload_when_changed=True)
+
+    def look() -> int:
+        if len(threads) > 1:
+            assert threading.get_ident() != threads[0]
+            assert may_end.wait(60)
+        threads.append(threading.get_ident())
+        return len(threads)
+
+    hooks: Any = Hooks()
+    in_force, asked = InForce(hooks, watching, resolve(watching, None), lambda: watching, None, files=look), Asked()
+    in_force.follow(asked)
+    in_force.follow(asked)
+    assert not in_force.reasons
+    later_ns = time.monotonic_ns() + 31_000_000_000
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "monotonic_ns", lambda: later_ns)
+        assert in_force.reasons == [LONG]
+    may_end.set()
+    follow(in_force, asked)
+    assert (in_force.reasons, in_force.reloads) == ([], 1)
+
+
+def test_cgroups_are_followed_while_the_disk_of_a_file_hangs(tmp_path: Path) -> None:
+    may_end, asked, put = threading.Event(), Asked(), []
+    config = Config(rules=(RuleConfig(cgroup=("new",)),))
+    hooks: Any = Hooks()
+    hooks.put_rules = lambda tables: put.append(tables) or 2
+    read = lambda: may_end.wait(60) and config  # noqa: E731
+    in_force = InForce(hooks, config, resolve(config, tmp_path), read, tmp_path)
+    asked.set()
+    in_force.follow(asked)
+    (tmp_path / "new").mkdir()
+    in_force._look_at = 0
+    in_force.look()
+    assert (in_force.busy, in_force.version, len(put)) == (True, 2, 1)
+    may_end.set()
+    follow(in_force, asked)
 
 
 def test_many_writes_into_the_kernel_do_not_hold_the_loop() -> None:

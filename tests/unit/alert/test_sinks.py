@@ -256,3 +256,10 @@ def test_a_webhook_gets_each_change_once_with_all_that_the_topic_has(receiver: R
     first, second = receiver.posted[1]
     assert (first["rule"], first["firing"], first["summary"]) == ("loss", True, summary(LOSS))
     assert second["labels"] == {"team": "net"}
+
+
+def test_what_is_logged_of_a_webhook_has_no_path(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+    receiver.answers = [503]
+    Webhook(f"{receiver.url}/hunter2?token=hunter2", lambda seconds: None).send([LOSS])
+    assert f"Webhook at {receiver.url}/***: 503" in caplog.text
+    assert "hunter2" not in caplog.text

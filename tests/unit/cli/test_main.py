@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import click
 import pytest
 
+from producer.cli import main
 from producer.cli.main import rebpf as group
 from producer.host import capabilities
 from tests.support.rebpf import as_nobody, rebpf
@@ -238,3 +240,22 @@ def test_the_programs_name_can_be_any_bytes():
 def test_a_number_is_finite(command: tuple[str, ...], number: str) -> None:
     with pytest.raises(click.UsageError, match=r"expected a number|not in the range"):
         parse([*command, number])
+
+
+def test_a_start_whose_files_are_cut_off_leaves_nothing_that_a_later_start_fails_on(tmp_path: Path) -> None:
+    """Python caches byte code even if a limit or a full disk cuts it off."""
+    shutil.copytree(Path(main.__file__).parents[1], tmp_path / "producer", ignore=shutil.ignore_patterns("__pycache__"))
+    version = [sys.executable, "-m", "producer", "version"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    for before in (["prlimit", "--fsize=4096:"], []):
+        done = subprocess.run([*before, *version], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_locale_without_utf_8_means_the_same_paths(tmp_path: Path) -> None:
+    path, state_dir = tmp_path / "größer.toml", tmp_path / "größer"
+    path.write_text(f'state_dir = "{state_dir}"')
+    state_dir.mkdir()
+    done = rebpf("status", "--config", path, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 69
+    assert done.stderr == f"rebpf: no producer is running with state_dir {state_dir}, or it is not ready yet\n"

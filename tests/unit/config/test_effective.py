@@ -36,7 +36,10 @@ def loaded(path: Path, text: str) -> Config:
     return load(write(path, text))
 
 
-@pytest.mark.parametrize("text", [FULL, "", 'host = "größer \U0001f600"\n[[rules]]\nunit = [\'a"b.service\']'])
+@pytest.mark.parametrize(
+    "text",
+    [FULL.replace("hook:80/x", "hook:80"), "", 'host = "größer \U0001f600"\n[[rules]]\nunit = [\'a"b.service\']'],
+)
 def test_what_is_printed_is_a_file_with_the_same_settings(tmp_path: Path, text: str) -> None:
     config = loaded(tmp_path / "rebpf.toml", text)
     assert loaded(tmp_path / "again.toml", effective.as_toml(config, {})) == config
@@ -52,6 +55,22 @@ def test_each_value_has_its_file_and_line(tmp_path: Path) -> None:
         f"[[rules]]  # {path}:4",
         f"[[rules]]  # {second}:3",
     ]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://hooks.example/services/T0/hunter2", "https://hooks.example/***"),
+        ("http://hook:80?token=hunter2", "http://hook:80/***"),
+        ("http://[::1]:80/#hunter2", "http://[::1]:80/***"),
+        ("http://hook:80/", "http://hook:80/"),
+        ("http://hook:80", "http://hook:80"),
+    ],
+)
+def test_the_path_of_a_webhook_is_not_shown(tmp_path: Path, url: str, shown: str) -> None:
+    config = loaded(tmp_path / "rebpf.toml", f'[alert]\nwebhook = "{url}"')
+    assert effective.settings(config)["alert.webhook"] == shown
+    assert f'webhook = "{shown}"' in effective.as_toml(config, {})
 
 
 def test_no_secret_is_shown_or_changes_the_hash(tmp_path: Path) -> None:

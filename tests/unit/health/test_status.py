@@ -190,6 +190,25 @@ def test_a_port_that_cannot_be_bound_is_one_warning(caplog, host):
     assert record.getMessage().startswith(f"metrics: no endpoint at {host} port {port}: ")
 
 
+def test_a_port_that_somebody_took_is_served_once_it_is_free(caplog):
+    """Any user can take it before a start."""
+    board = StatusBoard()
+    board.step(status)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        endpoint = Endpoint("127.0.0.1", taken.getsockname()[1], board)
+        endpoint.__enter__()
+        endpoint.open()
+    try:
+        assert endpoint.url is None
+        endpoint.open()
+        assert endpoint.url
+        assert get(endpoint.url, "/healthz") == (200, "ok\n")
+        endpoint.open()
+    finally:
+        endpoint.__exit__(None, None, None)
+    assert len(caplog.records) == 1
+
+
 @pytest.fixture
 def no_threads():
     usual = threading.stack_size(1 << 46)  # more than the address space
@@ -280,7 +299,10 @@ def test_status_of_a_producer_without_an_endpoint_is_69(tmp_path):
         done = rebpf("status", "--state-dir", tmp_path)
 
     assert (done.returncode, done.stdout) == (69, "")
-    assert done.stderr == f"rebpf: the producer with pid {os.getpid()} has no HTTP endpoint: set metrics.listen\n"
+    assert (
+        done.stderr
+        == f"rebpf: the producer with pid {os.getpid()} has no HTTP endpoint: set metrics.listen to a free address\n"
+    )
 
 
 def test_status_of_a_producer_that_does_not_answer_is_69(tmp_path):

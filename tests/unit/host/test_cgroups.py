@@ -89,18 +89,23 @@ def test_other_paths_name_no_pod(path: str) -> None:
     assert pod_uid(path) is None
 
 
-OURS = b"cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\n"
+def mount(path: bytes, kind: bytes, source: bytes = b"s", part: bytes = b"/") -> bytes:
+    """Return a line of /proc/self/mountinfo."""
+    return b"40 25 0:26 %s %s rw,nosuid shared:9 - %s %s rw\n" % (part, path, kind, source)
+
+
+OURS = mount(b"/sys/fs/cgroup", b"cgroup2")
 
 
 @pytest.mark.parametrize(
     "mounted_by_a_user",
     [
-        b"s /home/u/caf\xe9 fuse.sshfs rw 0 0\n",
-        "s /home/u/\u2028 fuse.sshfs rw 0 0\n".encode(),
-        "s /home/u/\x85none\xa0/home/u/fake\xa0cgroup2\xa0rw fuse.sshfs rw 0 0\n".encode(),
-        b"cgroup2 /home/u/fake fuse.cgroup2 rw 0 0\n",
-        b"s /home/u/\\012cgroup2\\040/home/u/fake\\040cgroup2\\040rw fuse.sshfs rw 0 0\n",
-        b"s /\x0b\x0c\x1c\x00\r fuse.sshfs rw 0 0\n",
+        mount(b"/home/u/caf\xe9", b"fuse.sshfs"),
+        mount("/home/u/\u2028".encode(), b"fuse.sshfs"),
+        mount("/home/u/\x85none\xa0/home/u/fake\xa0-\xa0cgroup2\xa0rw".encode(), b"fuse.sshfs"),
+        mount(b"/home/u/fake", b"fuse.cgroup2", b"cgroup2"),
+        mount(b"/home/u/\\012/\\040/home/u/fake\\040-\\040cgroup2\\040rw", b"fuse.sshfs", b"\\040-\\040cgroup2\\040"),
+        mount(b"/\x0b\x0c\x1c\x00\r", b"fuse.sshfs"),
     ],
 )
 def test_no_mount_by_a_user_hides_or_replaces_the_cgroup_root(mounted_by_a_user: bytes, tmp_path: Path) -> None:
@@ -113,10 +118,21 @@ def test_no_mount_by_a_user_hides_or_replaces_the_cgroup_root(mounted_by_a_user:
 
 def test_the_cgroup_root_can_have_any_name(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
-    mounts.write_bytes(b"proc /proc proc rw 0 0\nnone /mnt/caf\xc3\xa9\xe9\\040\\134x cgroup2 rw 0 0\n")
+    mounts.write_bytes(mount(b"/proc", b"proc") + mount(b"/mnt/caf\xc3\xa9\xe9\\040\\134x", b"cgroup2"))
     root = cgroup2_root(mounts)
     assert root is not None
     assert os.fsencode(root) == b"/mnt/caf\xc3\xa9\xe9 \\x"
+
+
+@pytest.mark.parametrize("part", [b"/system.slice", b"/a/b", b"/.."])
+def test_the_mount_with_the_most_of_the_hierarchy_is_the_cgroup_root(tmp_path: Path, part: bytes) -> None:
+    """Others are bind mounts; in a cgroup namespace, those of the host have "..", and more."""
+    mounts = tmp_path / "mounts"
+    another = mount(b"/mnt/part", b"cgroup2", part=part)
+    expected = Path("/mnt/part" if b".." in part else "/sys/fs/cgroup")
+    for text in (another + OURS, OURS + another):
+        mounts.write_bytes(text)
+        assert cgroup2_root(mounts) == expected
 
 
 class Clock:

@@ -99,6 +99,30 @@ def test_a_stray_signal_changes_nothing(name: str) -> None:
         assert ended(child) == (0, [b"stopped"], b"")
 
 
+def test_what_the_parent_has_blocked_or_ignored_changes_nothing() -> None:
+    inherit = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()); "
+    inherit += (
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    code = """
+import subprocess
+from producer.host import signals
+signals.reset()
+stop = signals.stop_on_signals()
+print(subprocess.run(["false"]).returncode, flush=True)
+stop.wait(600)
+"""
+    run = [sys.executable, "-c", inherit, "-c", code]
+    with subprocess.Popen(run, stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        assert child.stdout.readline() == b"1\n"
+        child.terminate()
+        try:
+            assert child.wait(DEADLINE_S) == 0
+        finally:
+            child.kill()
+
+
 def test_a_second_signal_may_raise_once_and_clean_up_and_a_third_ends_the_process() -> None:
     code = """
 import signal

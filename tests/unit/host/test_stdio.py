@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -38,6 +39,17 @@ def full_pipe() -> Iterator[tuple[int, int]]:
         os.close(writer)
 
 
+@contextmanager
+def unread_terminal() -> Iterator[int]:
+    """A terminal that nobody reads, as of a frozen connection or window."""
+    main, terminal = pty.openpty()
+    try:
+        yield terminal
+    finally:
+        os.close(main)
+        os.close(terminal)
+
+
 def python(code: str, **streams: object) -> "subprocess.Popen[bytes]":
     text = f"import sys\nfrom producer.host import stdio\nstdio.take_over()\n{code}"
     return subprocess.Popen([sys.executable, "-c", text], **streams)  # type: ignore[call-overload, no-any-return]
@@ -65,6 +77,14 @@ def test_a_reader_that_hangs_behind_standard_error_stops_nothing(blocking: bool)
         os.set_blocking(writer, blocking)
         code = "import logging\nfor _ in range(300): logging.error('x' * 10_000)\nprint('went on')"
         child = python(code, stdout=subprocess.PIPE, stderr=writer)
+        assert child.communicate(timeout=TIMEOUT_S)[0] == b"went on\n"
+        assert child.returncode == 0
+
+
+def test_a_terminal_that_nobody_reads_stops_no_log() -> None:
+    with unread_terminal() as terminal:
+        code = "import logging\nfor _ in range(3000): logging.error('x' * 100)\nprint('went on')"
+        child = python(code, stdout=subprocess.PIPE, stderr=terminal)
         assert child.communicate(timeout=TIMEOUT_S)[0] == b"went on\n"
         assert child.returncode == 0
 
@@ -103,21 +123,32 @@ def test_a_line_that_was_cut_does_not_join_the_next() -> None:
         assert seen.endswith("ERROR seen")
 
 
-@pytest.mark.parametrize("blocking", [True, False])
-def test_a_stop_ends_output_that_nobody_reads(blocking: bool) -> None:
-    with full_pipe() as (_, writer):
-        os.set_blocking(writer, blocking)
-        code = """
+STOPPED = """
 from producer.host import signals
 from producer.errors import OutputError
 from producer.host.output import echo
 stop = signals.stop_on_signals()
 sys.stderr.write("ready\\n")
 try:
-    echo("x" * 100_000)
+    echo("x\\n" * 1_000_000)
 except OutputError as error:
     sys.exit(f"{stop.is_set()} {error}")
 """
+
+
+def test_a_stop_that_arrives_just_before_a_write_ends_output_to_a_terminal() -> None:
+    """The signal is noted, but interrupts no call that begins afterwards."""
+    with unread_terminal() as terminal:
+        code = STOPPED.replace("try:", "signal.raise_signal(signal.SIGTERM)\ntry:", 1)
+        child = python(f"import signal\n{code}", stdout=terminal, stderr=subprocess.PIPE)
+        assert child.communicate(timeout=TIMEOUT_S)[1] == b"ready\nTrue standard output: the reader does not read\n"
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_stop_ends_output_that_nobody_reads(blocking: bool) -> None:
+    with full_pipe() as (_, writer):
+        os.set_blocking(writer, blocking)
+        code = STOPPED
         child = python(code, stdout=writer, stderr=subprocess.PIPE)
         assert child.stderr is not None
         assert child.stderr.readline() == b"ready\n"

@@ -8,10 +8,13 @@ from collections import Counter
 
 import pytest
 
+from producer.config.librdkafka import client_settings
 from producer.events import HEARTBEATS, RETRANSMITS, TRANSMITS, EncodedBatch
 from producer.kafka import librdkafka
+from producer.kafka.sink import KafkaSink
+from tests.support.garbling_proxy import GarblingProxy
 from tests.support.mock_cluster import DEADLINE_S
-from tests.support.sink import BEATS, Ledger, batch, messages_of, numbered
+from tests.support.sink import BEATS, SETTINGS, TOPICS, Ledger, batch, messages_of, numbered
 
 
 def test_keys_and_values_arrive_as_they_lie_in_the_batch_and_each_key_in_order(cluster, open_sink):
@@ -45,7 +48,7 @@ def test_a_message_that_is_too_large_for_the_client_is_lost_by_name_and_its_neig
     assert cluster.read("t", 10) == messages[:5] + messages[6:]
 
 
-@pytest.mark.parametrize("code", [7, 19, 29, 3, 6], ids=librdkafka.error_name)
+@pytest.mark.parametrize("code", [7, 19, 29, 3, 6, 17, 35, 74, 76, 9999], ids=librdkafka.error_name)
 def test_a_temporary_failure_costs_no_message(cluster, open_sink, code):
     cluster.create("t")
     sink = open_sink()
@@ -55,6 +58,27 @@ def test_a_temporary_failure_costs_no_message(cluster, open_sink, code):
     sink.send(sent)
     ledger = Ledger(sink)
     ledger.wait_for(sent)
+
+    assert ledger.delivered == {"transmit": 101}
+    assert not ledger.lost["transmit"]
+    assert set(cluster.read("t", 101)) == set(messages)
+
+
+def test_garbled_answers_of_a_broker_cost_no_message(cluster):
+    """The broker has taken the messages of such an answer, so there are duplicates."""
+    cluster.create("t")
+    messages = numbered(101)
+    sent = batch(TRANSMITS, messages)
+    with GarblingProxy(cluster.brokers, 5) as proxy:
+        sink = KafkaSink(client_settings(proxy.address, SETTINGS), TOPICS)
+        sink.open()
+        try:
+            sink.send(sent)
+            ledger = Ledger(sink)
+            ledger.wait_for(sent)
+        finally:
+            sink.close()
+        assert proxy.left == 0
 
     assert ledger.delivered == {"transmit": 101}
     assert not ledger.lost["transmit"]

@@ -3,12 +3,13 @@
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from producer.spool.disk import Disk
-from producer.spool.spool import FullError
+from producer.spool.spool import FullError, Spool
 from tests.support.disks import remount, small_disk
 from tests.support.spool import (
     BLOCK_BYTES,
@@ -17,6 +18,7 @@ from tests.support.spool import (
     fill,
     finish,
     ledger_of,
+    numbers,
     read_all,
     size_on_disk,
 )
@@ -130,20 +132,57 @@ def test_a_failed_sync_is_logged_and_costs_nothing(setup: Setup, caplog: pytest.
     assert finish(setup.open((0, 40, 0))) == list(range(40))
 
 
+def finish_with_patience(setup: Setup, spool: Spool) -> list[int]:
+    """Read and acknowledge all batches; after an error, let some minutes pass."""
+    found = []
+    while True:
+        try:
+            if not (spooled := spool.read()):
+                break
+        except OSError:
+            setup.clock.pass_time(301)
+            continue
+        found += numbers(spooled.batch)
+        spool.ack(spooled.first, spooled.end)
+    spool.ack(spool.end, spool.end)
+    spool.sweep()
+    return found
+
+
 @pytest.mark.parametrize("call", ["open", "read"])
-def test_what_cannot_be_read_is_lost_and_counted_and_the_file_set_aside(setup: Setup, call: str) -> None:
+def test_what_cannot_be_read_for_minutes_is_lost_and_counted_and_the_file_set_aside(setup: Setup, call: str) -> None:
     spool = setup.filled(6)
     first = spool.read()
     assert first
     spool.ack(0, first.end)
     setup.disk.fails = {call: errno.EIO}
-    found = finish(spool)
+    found = finish_with_patience(setup, spool)
     setup.disk.fails = {}
     assert found == ([] if call == "read" else list(range(10, 30))), "of the first, which is open already"
     assert spool.lost == {"spool_damaged": 50 if call == "read" else 30}
     assert "00000000000000000030.damaged" in setup.names
     fill(spool, 1)
     assert finish(spool) == list(range(60, 70))
+
+
+@pytest.mark.parametrize("call", ["open", "read"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT])
+def test_a_disk_that_cannot_be_read_for_a_while_costs_nothing(setup: Setup, call: str, number: int) -> None:
+    spool = setup.filled(21)
+    first = spool.read()
+    assert first
+    for _ in range(20):
+        setup.disk.fails = {call: number}
+        with suppress(OSError):  # the first file is open already
+            while spool.read():
+                pass
+        setup.clock.pass_time(14)
+    setup.disk.fails = {}
+    read_all(spool)
+    assert spool.sent == spool.end
+    spool.ack(0, spool.end)
+    spool.sweep()
+    assert (setup.names, spool.lost) == ([], {})
 
 
 def test_a_file_that_cannot_be_read_at_a_start_stays(setup: Setup) -> None:
@@ -158,8 +197,8 @@ def test_a_file_that_cannot_be_read_at_a_start_stays(setup: Setup) -> None:
 
 @pytest.mark.parametrize("call", ["open", "read"])
 @pytest.mark.parametrize("ledger", [None, (0, 30, 0), (0, 10, 0)])
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_nothing_is_set_aside_if_descriptors_or_memory_run_out_at_a_start(
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
+def test_nothing_is_set_aside_for_want_of_descriptors_memory_or_permission_at_a_start(
     setup: Setup, call: str, ledger: tuple[int, int, int] | None, number: int
 ) -> None:
     setup.filled(6).close()

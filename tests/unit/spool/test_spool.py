@@ -194,6 +194,16 @@ def test_across_a_boot_the_age_is_by_the_clock_that_can_be_set(setup: Setup, sec
     assert finish(spool) == ([] if expires else list(range(30)))
 
 
+def test_events_of_a_boot_whose_clock_was_never_set_do_not_expire_at_the_next(setup: Setup) -> None:
+    """A host without a clock of its own begins each boot in 1970."""
+    setup.clock.set(100 - setup.clock.now.time_s)
+    setup.filled(6).close()
+    setup.clock.boot("boot-2", 1.7e9)
+    spool = setup.open((0, 60, 0), max_age_s=7 * 86400.0)
+    spool.expire()
+    assert (finish(spool), spool.lost) == (list(range(60)), {})
+
+
 def test_events_in_flight_do_not_expire(setup: Setup) -> None:
     spool = setup.open(max_age_s=100)
     fill(spool, 6)
