@@ -163,7 +163,8 @@ def top(
     if as_json and not once:
         usage("--json needs --once")
     if brokers and window < INTERVAL_S:
-        usage(f"--window: with --brokers at least {INTERVAL_S}, as producers report open connections so often")
+        least = f"expected at least {INTERVAL_S} with --brokers"
+        usage(f"--window: {least}, since producers report open connections every {INTERVAL_S} s")
     stop = stop_on_signals()
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
     source: showing.Source = _fleet(settings, stop) if brokers else _local(settings)

@@ -1,9 +1,9 @@
 """The sink: sends encoded batches to Kafka topics, and reports the outcome of each message.
 
 A batch is passed to librdkafka as one array that points into the batch, which is kept until its last delivery report.
-A message that fails with a transient error is retried. A broker that rejects a message rejects the whole request; so
-after any other error each message is retried in a request by itself. If it is rejected again it is lost, and counted by
-the name of the error. What librdkafka retries internally (unavailable brokers, moving leaders) does not show here:
+A message that fails with a transient error is retried. A broker that rejects a message rejects the whole request, so
+after any other error each message is retried in a request of its own. If it is rejected again, it is lost and counted
+by the name of the error. What librdkafka retries internally (unavailable brokers, moving leaders) does not show here:
 message.timeout.ms is 0, unlimited, because the ring's size is the limit.
 
 Each report that was taken from librdkafka is processed, whatever fails meanwhile: reports are queued first, an error
