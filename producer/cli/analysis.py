@@ -131,7 +131,7 @@ def export(
     cls=Command,
     examples=(
         ("rebpf report --brokers kafka-1:9092 --since 1h -o report.html", "Show what a fleet retransmitted in an hour"),
-        ("rebpf report events.avro -o report.html --png report.png", "The same of a file, also as a picture"),
+        ("rebpf report events.avro -o report.html --png report.png", "The same from a file, also as a picture"),
     ),
 )
 @paths_argument
