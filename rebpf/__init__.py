@@ -11,6 +11,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "pyarrow":
         raise
-    raise ModuleNotFoundError("rebpf.read needs pyarrow: pip install 'rebpf[report]'", name="pyarrow") from error
+    fix = "pip install '.[report]' in a checkout of ReBPF"
+    raise ModuleNotFoundError(f"rebpf.read needs pyarrow: {fix}", name="pyarrow") from error
 
 __all__ = ["read"]

@@ -16,7 +16,7 @@ from wheels import HERE, ROOT
 
 PRIVATE = "usr/lib/rebpf"
 DOCUMENT = "usr/share/doc/rebpf"
-_EXAMPLES = ("flink", "grafana", "kubernetes", "prometheus")
+_EXAMPLES = ("flink", "grafana", "kubernetes", "profiles", "prometheus")
 # Files of other wheels that are not used at run time; and files of pip with paths of this machine.
 _NOT_RUN = (
     *("bin", "**/tests", "**/include", "**/*.pyi", "**/*.pyx", "**/*.pxd", "**/*.[acho]"),
@@ -56,10 +56,12 @@ def install_pages(root: Path, tools: Path, completions: Mapping[str, str]) -> No
 
 
 def install_documents(root: Path) -> None:
-    """Install the changelog, the documents and the examples."""
+    """Install the changelog, the documents, the schemas and the examples, of which flink/ddl.py reads the schemas."""
     write_gz(root / DOCUMENT / "changelog.gz", (ROOT / "CHANGELOG.md").read_bytes())
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         write(root / DOCUMENT / path.name, path.read_text())
+    for path in sorted((ROOT / "schemas").glob("*.avsc")):
+        write(root / DOCUMENT / "schemas" / path.name, path.read_text())
     for path in sorted(path for name in _EXAMPLES for path in (ROOT / "deploy" / name).rglob("*")):
         if path.is_file() and path.suffix != ".pyc":
             write(root / DOCUMENT / "examples" / path.relative_to(ROOT / "deploy"), path.read_text())

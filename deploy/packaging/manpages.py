@@ -121,7 +121,7 @@ def _exit_codes() -> Iterator[tuple[str, str]]:
 
 
 def _markdown(text: str) -> Iterator[str]:
-    """Yield the lines of a page for a Markdown text of headings, tables, blocks of code and paragraphs."""
+    """Yield the lines of a page for a Markdown text of headings, tables, lists, blocks of code and paragraphs."""
     for block in re.findall(r"```.*?```|[^\n](?:.(?!\n\n))*.?", text, flags=re.DOTALL):
         if block.startswith("```"):
             yield from _code(block.split("\n")[1:-1])
@@ -131,12 +131,19 @@ def _markdown(text: str) -> Iterator[str]:
             yield f".SH {_text(block.lstrip('# '))}"
         elif block.startswith("|"):
             yield from _table(block.splitlines())
+        elif block.startswith("- "):
+            yield from _list(block)
         else:
             yield from (".PP", _text(" ".join(block.split())))
 
 
 def _code(lines: Iterable[str]) -> Iterator[str]:
     yield from (".PP", ".RS 4", ".nf", ".ft CR", *map(_escape, lines), ".ft R", ".fi", ".RE")
+
+
+def _list(block: str) -> Iterator[str]:
+    for item in re.split(r"^- ", block, flags=re.MULTILINE)[1:]:
+        yield f".IP \\(bu 2\n{_text(' '.join(item.split()))}"
 
 
 def _table(rows: list[str]) -> Iterator[str]:

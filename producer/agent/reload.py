@@ -172,7 +172,7 @@ class InForce:
             logger.warning("changed settings need a restart: %s", ", ".join(self.restart_needed))
 
     def _refuse(self, error: Exception) -> bool:
-        """Log and count why nothing changes; return whether that may pass by itself."""
+        """Log and count why nothing changes; return whether a retry may succeed."""
         is_passing = any(isinstance(each, OSError) and each.errno in PASSING for each in (error, error.__cause__))
         reason = str(error) or type(error).__name__
         if is_passing and reason == self.refusal:

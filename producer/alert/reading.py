@@ -225,7 +225,7 @@ class Reading:
             logger.warning("too many groups in topic=%s: not all are watched", name)
 
     def _is_first(self, what: str) -> bool:
-        """Return whether this is to be logged: once."""
+        """Return True the first time only, so that each kind is logged once."""
         is_first = what not in self._warned
         self._warned.add(what)
         return is_first

@@ -18,7 +18,8 @@ from producer.host.text import lines
 def _require(command: str, *packages: str) -> None:
     """Raise UnavailableError with the fix if a package is missing."""
     if missing := [each for each in packages if importlib.util.find_spec(each) is None]:
-        raise UnavailableError(f"`rebpf {command}` needs {' and '.join(missing)}: pip install 'rebpf[report]'")
+        names = " and ".join(missing)
+        raise UnavailableError(f"`rebpf {command}` needs {names}: pip install '.[report]' in a checkout of ReBPF")
 
 
 paths_argument = click.argument("paths", nargs=-1, metavar="[FILE...]", type=click.Path(path_type=Path))
@@ -107,7 +108,7 @@ def export(
     """Write events to Parquet or CSV files, partitioned by day.
 
     Reads the topics, or Avro files: spool files, folders of them, or files of `rebpf trace -w`. The files are
-    OUTPUT/TOPIC/date=DAY/SINCE-UNTIL.parquet, so an export that is repeated replaces its files. Needs `rebpf[report]`.
+    OUTPUT/TOPIC/date=DAY/SINCE-UNTIL.parquet, so repeating an export replaces its files. Needs `rebpf[report]`.
     """
     _require("export", "pyarrow")
     from producer.commands.export import export as write
@@ -130,7 +131,7 @@ def export(
     cls=Command,
     examples=(
         ("rebpf report --brokers kafka-1:9092 --since 1h -o report.html", "Show what a fleet retransmitted in an hour"),
-        ("rebpf report events.avro -o report.html --png report.png", "The same of a file, also as a picture"),
+        ("rebpf report events.avro -o report.html --png report.png", "The same from a file, also as a picture"),
     ),
 )
 @paths_argument

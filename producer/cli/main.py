@@ -156,7 +156,7 @@ def run(
         logger.warning("the balance cannot be printed: %s; %s", error, text)
 
 
-@rebpf.command(examples=(("rebpf reload --config /etc/rebpf/rebpf.toml", "Check the file, then apply its rules"),))
+@rebpf.command(examples=(("rebpf reload --config /etc/rebpf/rebpf.toml", "Check the file, then apply it"),))
 @config_option
 @state_dir_option
 def reload(config: Path | None, state_dir: Path | None) -> None:

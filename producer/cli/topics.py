@@ -41,7 +41,10 @@ from producer.host.text import lines
 def init(
     config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int, alerts: bool
 ) -> None:
-    """Create the topics and register the schemas."""
+    """Create the topics and register the schemas.
+
+    Leaves existing topics as they are.
+    """
     from producer.commands.init import create_topics, register_schemas
 
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
@@ -148,7 +151,7 @@ def verify(
 ) -> None:
     """Check the topics for missing, duplicate and reordered events.
 
-    Reads each topic to its end. Exits with 65 if anything is wrong, and with 69 if there are no events of the --host.
+    Reads each topic to its end. Exits with 65 if anything is wrong, and with 69 if there are no events of --host.
     """
     from producer.commands import verify as verifying
     from producer.consume.reader import collect_rarely

@@ -58,7 +58,7 @@ filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1
         ("rebpf trace 'peer 10.2.0.0/16 and cause rto'", "Only timeouts towards a network"),
         ("rebpf trace -c -n 100", "Show 100 events, then counts by connection"),
         ("rebpf trace -w night.avro", "Also write the records to a file"),
-        ("rebpf trace -r night.avro -c unit nginx.service", "Replay a file"),
+        ("rebpf trace -r night.avro -c unit nginx.service", "Replay a file, one unit only"),
     ),
 )
 @filter_argument
@@ -66,7 +66,7 @@ filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1
 @option("--transmit", is_flag=True, help="Also show each segment sent.")
 @click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
 @option("--counts", "-c", is_flag=True, help="At the end, print counts by connection, and what limits each.")
-@option("--write", "-w", type=click.Path(path_type=Path, dir_okay=False), help="Write all records to this file.")
+@option("--write", "-w", type=click.Path(path_type=Path, dir_okay=False), help="Also write the matching records here.")
 @option("--since", type=Time(), help="With -r: from this time on: 2026-11-29T15:00Z, or 1h for an hour ago.")
 @option("--until", type=Time(), help="With -r: before this time.")
 @option("--read", "-r", "replay", type=click.Path(path_type=Path, dir_okay=False), help="Read this file instead.")
@@ -121,8 +121,8 @@ def trace(
 @click.command(
     cls=Command,
     examples=(
-        ("rebpf top", "Show which peers need retransmissions, of this host"),
-        ("rebpf top --by unit 'port 443'", "By systemd unit, of one port"),
+        ("rebpf top", "Show which peers of this host need retransmissions"),
+        ("rebpf top --by unit 'port 443'", "Group by systemd unit, on one port only"),
         ("rebpf top --brokers kafka-1:9092 --by host", "Show a fleet, from the topics"),
         ("rebpf top --once --json --window 30", "Print one table for a script"),
     ),
@@ -163,7 +163,8 @@ def top(
     if as_json and not once:
         usage("--json needs --once")
     if brokers and window < INTERVAL_S:
-        usage(f"--window: with --brokers at least {INTERVAL_S}, as producers report open connections so often")
+        least = f"expected at least {INTERVAL_S} with --brokers"
+        usage(f"--window: {least}, since producers report open connections every {INTERVAL_S} s")
     stop = stop_on_signals()
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
     source: showing.Source = _fleet(settings, stop) if brokers else _local(settings)

@@ -87,7 +87,7 @@ def trace(source: Iterable[list[Records]], chosen: Filter, output: Output, stop:
             echo(summary.text(output.width, as_json=output.as_json), color=False)
         return
     stop.set()
-    for _ in source:  # the reader has gone: release the hooks in order
+    for _ in source:  # the reader has gone: release the hooks
         pass
 
 

@@ -50,7 +50,7 @@ class Table:
         """Return a list of non-empty texts."""
         values: list[Any] = self._of_kind(key, list, "a list")
         if not all(isinstance(each, str) and each for each in values):
-            raise self.error(self.path(key), "expected a list of texts")
+            raise self.error(self.path(key), "expected a list of strings")
         return values
 
     def boolean(self, key: str, *, default: bool) -> bool:

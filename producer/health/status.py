@@ -60,7 +60,7 @@ class Status:
     transmit_sample_rate: int = 1
     """The rate at which the budget for transmits samples connections."""
     stopped: bool = False
-    """Whether this is the last status of a run that ended in order."""
+    """Whether this is the last status of a run that stopped cleanly."""
     config_hash: str = ""
     """Hash of the configuration in force (producer.config.effective.digest)."""
     restart_needed: tuple[str, ...] = ()

@@ -58,7 +58,7 @@ def drop_unneeded(access_map: Callable[[], object]) -> None:
     try:
         access_map()
     except PermissionError:
-        logger.info("this kernel requires CAP_BPF for access to open maps: it stays")
+        logger.info("this kernel requires CAP_BPF to use open maps: keeping it")
         kept = 1 << CAP_BPF
     _set(kept, kept)
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)

@@ -1,7 +1,7 @@
 """Signal handlers of the commands, without locks, and a wait that signals interrupt.
 
-SIGINT, SIGTERM   stop in order; the second one terminates the process at once with 130
-SIGHUP            `rebpf run` reloads its rules; other commands end, as when their terminal closes
+SIGINT, SIGTERM   an orderly stop; the second one terminates the process at once with 130
+SIGHUP            `rebpf run` reloads its configuration; other commands end, as when their terminal closes
 SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO   ignored: by default, a stray one would terminate the process
 SIGPIPE           ignored by Python: a write raises BrokenPipeError
 SIGQUIT           the kernel's default: terminates the process with a core dump

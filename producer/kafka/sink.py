@@ -2,7 +2,7 @@
 
 A batch is passed to librdkafka as one array that points into the batch, which is kept until its last delivery report.
 A message is retried after each error that is not about the message itself. A broker that rejects a message rejects the
-whole request; so each of its messages is retried in a request by itself. If it is rejected again it is lost, and
+whole request, so each of its messages is retried in a request of its own. If it is rejected again, it is lost and
 counted by the name of the error. What librdkafka retries internally (unavailable brokers, moving leaders) does not show
 here: message.timeout.ms is 0, unlimited, because the ring's size is the limit.
 

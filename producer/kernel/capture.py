@@ -327,7 +327,7 @@ class Capture:
         return COUNTERS.iter_unpack(value)
 
     def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
-        for stream in STREAMS:  # also those that are not captured, so that their numbers go on when they are
+        for stream in STREAMS:  # also those not captured, whose numbers continue when they are
             mask = self._settings.wakeup_mask(stream)
             value = b"".join(COUNTERS.pack(number, 0, number, 0, mask) for number in numbers[stream.name])
             bpf_syscall.update(self._maps["counters"], struct.pack("<I", stream.index), value)

@@ -115,7 +115,7 @@ class PinFolder:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._manifest.name, dir_fd=self._lock)
             self._remove_all_but(())
-        except OSError as error:  # a stop must go on
+        except OSError as error:  # must not end the stop
             logger.warning("hooks stay pinned, without rules: %s", error)
 
     def _read(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Terminal:
             self._give_back()
 
     def _suspend(self) -> None:
-        """Stop this job, as Ctrl-Z does, and go on when the shell continues it."""
+        """Stop this job, as Ctrl-Z does, and redraw when the shell continues it."""
         self._give_back()
         os.kill(0, signal.SIGTSTP)
         self._take()

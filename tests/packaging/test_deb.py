@@ -124,7 +124,7 @@ def test_documents_and_examples_come_with_it(package: Package) -> None:
     documents = _files(package.root / "usr/share/doc/rebpf")
     for name in ("changelog.Debian.gz", "changelog.gz", "copyright"):
         del documents[name]
-    examples = [ROOT / "deploy" / name for name in ("flink", "grafana", "kubernetes", "prometheus")]
+    examples = [ROOT / "deploy" / name for name in ("flink", "grafana", "kubernetes", "profiles", "prometheus")]
     expected = {
         f"examples/{path.relative_to(ROOT / 'deploy')}": path.read_bytes()
         for folder in examples
@@ -132,7 +132,15 @@ def test_documents_and_examples_come_with_it(package: Package) -> None:
         if path.is_file() and path.suffix != ".pyc"
     }
     expected |= {path.name: path.read_bytes() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+    expected |= {f"schemas/{path.name}": path.read_bytes() for path in ROOT.glob("schemas/*.avsc")}
     assert documents == expected
+
+
+def test_the_flink_example_prints_its_tables_from_the_schemas_of_the_package(package: Package) -> None:
+    examples = package.root / "usr/share/doc/rebpf/examples/flink"
+    done = subprocess.run([sys.executable, "-B", examples / "ddl.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (examples / "tables.sql").read_text()
 
 
 def test_its_files_are_those_of_the_tree(package: Package) -> None:

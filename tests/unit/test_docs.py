@@ -146,6 +146,21 @@ def test_prose_ends_at_100_columns(path: Path) -> None:
     assert [line for line in prose if len(line) > 100 and " " in line.strip()] == []
 
 
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", [*map(ROOT.joinpath, DOCUMENTS), ROOT / "deploy/flink/README.md"], ids=str)
+def test_links_lead_to_files_and_headings_that_exist(path: Path) -> None:
+    links = re.findall(r"\]\((?!\w+://)([^)#\s]*)(?:#([^)\s]*))?\)", path.read_text())
+    broken = [name for name, _ in links if not (path.parent / name).exists()]
+    targets = [(path.parent / name if name else path, anchor) for name, anchor in links if anchor]
+    unknown = [(target.name, anchor) for target, anchor in targets if anchor not in anchors(target)]
+    assert (broken, unknown) == ([], [])
+
+
 def test_operations_md_has_a_paragraph_for_each_alert() -> None:
     alerts = re.findall(r"^ *- alert: (\w+)$", RULES.read_text(), re.MULTILINE)
     section = (DOCS / "operations.md").read_text().split("## Alerts\n")[1].split("\n## ")[0]
@@ -155,7 +170,7 @@ def test_operations_md_has_a_paragraph_for_each_alert() -> None:
     )
     assert titles == alerts
     for title, text in zip(titles, texts[1:], strict=True):
-        assert re.search(r"\bCheck: \S.*\bFix(, by stage)?:\s\S", text, re.DOTALL), title
+        assert re.search(r"\bCheck:\s\S.*\bFix(, by stage)?:\s+\S", text, re.DOTALL), title
 
 
 def test_each_alerts_runbook_is_its_paragraph() -> None:

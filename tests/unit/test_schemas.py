@@ -122,6 +122,15 @@ def test_a_consumer_with_the_new_schema_reads_events_of_a_release(released: str)
     assert_read(name, read(f"released/{released}"), read(name))
 
 
+@pytest.mark.parametrize("released", RELEASED)
+def test_new_fields_follow_those_of_a_release_so_its_file_reads_new_events_without_a_registry(released: str) -> None:
+    old, now = read(f"released/{released}"), read(Path(released).name)
+    for body in bodies(Path(released).name, now):
+        whole = decoded(body, now, now)
+        seen = fastavro.schemaless_reader(io.BytesIO(body), fastavro.parse_schema(copy.deepcopy(old)), None)
+        assert seen == {field["name"]: whole[field["name"]] for field in old["fields"]}
+
+
 def grown(schema: Schema) -> Schema:
     """Return a compatible later version: with one more field, with a default."""
     return {**schema, "fields": [*schema["fields"], {"name": "new", "type": ["null", "long"], "default": None}]}

@@ -88,6 +88,14 @@ def test_config_shows_the_options_and_the_environment_and_no_secret(tmp_path: Pa
     assert (shown["kafka.settings.sasl.password"], shown["kafka.brokers"]) == ("***", "a:1")
 
 
+@pytest.mark.parametrize("words", [["show"], ["verify"], ["drop", "--yes"]])
+def test_the_spool_is_seen_in_a_shell_which_has_no_credentials_of_the_service(file: Path, words: list[str]) -> None:
+    state = file.parent / "state"
+    state.mkdir(mode=0o700)
+    done = rebpf("spool", *words, "--config", file, "--state-dir", state)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("words", [["status"], ["reload"], ["tail"]])
 def test_a_user_who_cannot_see_the_producer_is_asked_to_be_root(tmp_path: Path, words: list[str]) -> None:
     nobody = as_nobody()

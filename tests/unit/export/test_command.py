@@ -28,7 +28,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path, command: str,
         [sys.executable, "-c", WITHOUT, command, tmp_path, "-o", tmp_path / "out"], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (69, "")
-    assert done.stderr == f"rebpf: `rebpf {command}` needs {missing}: pip install 'rebpf[report]'\n"
+    assert done.stderr == f"rebpf: `rebpf {command}` needs {missing}: pip install '.[report]' in a checkout of ReBPF\n"
 
 
 def test_files_are_exported_and_reported(tmp_path: Path) -> None:
@@ -69,4 +69,5 @@ def test_a_signal_ends_it_without_a_traceback_or_partial_files(tmp_path: Path, n
 def test_the_import_without_the_extra_says_what_to_install() -> None:
     code = "import sys; sys.modules['pyarrow'] = None; import rebpf"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stderr.endswith("ModuleNotFoundError: rebpf.read needs pyarrow: pip install 'rebpf[report]'\n")
+    fix = "pip install '.[report]' in a checkout of ReBPF"
+    assert done.stderr.endswith(f"ModuleNotFoundError: rebpf.read needs pyarrow: {fix}\n")

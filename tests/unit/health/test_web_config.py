@@ -121,7 +121,7 @@ REFUSED = {
     TLS % ", cipher_suites: [TLS_RSA_WITH_RC4_128_SHA]": "cipher_suites: unknown suite 'TLS_RSA_WITH_RC4_128_SHA'",
     TLS % ", cipher_suites: [TLS_AES_128_GCM_SHA256]": "cipher_suites: expected at least one suite of TLS 1.2",
     TLS % ", cipher_suites: all": "cipher_suites: expected a list",
-    TLS % ", cipher_suites: [[a]]": "cipher_suites: expected a list of texts",
+    TLS % ", cipher_suites: [[a]]": "cipher_suites: expected a list of strings",
     TLS % ", cert: a": "tls_server_config.cert: expected cert or cert_file, not both",
     TLS % ", client_auth_type: RequireAnyClientCert": "RequireAnyClientCert does not verify certificates",
     TLS % ", client_auth_type: Maybe": "client_auth_type: expected one of NoClientCert,",
