@@ -1,9 +1,10 @@
 """Runs a tier's tests in lanes, pytest processes side by side: `python -m tests.support.lanes TIER [OPTION...]`.
 
-Most time of the integration tests is waiting, so that others fit beside them. The kernel tests come last and alone,
-except those of whole commands: the hooks see the traffic of the whole host. Options are passed to each lane. With a
-path or a test's id there is one lane. A lane's output is printed in whole when it ends. Each lane has a time limit.
-`nice` says who waits if all want a CPU: those whose deadlines are a kernel's or a broker's come first.
+Most time of the integration tests is waiting, so that others fit beside them. The kernel tests come last, except those
+of whole commands: the hooks see the traffic of the whole host. Beside them run only tests without sockets. Options are
+passed to each lane. With a path or a test's id there is one lane. A lane's output is printed in whole when it ends.
+Each lane has a time limit. `nice` says who waits if all want a CPU: those whose deadlines are a kernel's or a broker's
+come first.
 
 At the end, the few tests that failed beside other lanes are run again, alone. Those that pass then are listed as
 FLAKY. What fails alone fails the run.
@@ -77,6 +78,8 @@ def _without(files: Sequence[str]) -> list[str]:
     return [f"--ignore={file}" for file in files]
 
 
+_FIRST = ("busy", "packaging", "commands")
+"""The last lanes that make traffic, except that of the kernel tests."""
 PLANS: Mapping[str, Sequence[Lane]] = {
     # More than there are CPUs: some tests wait for a deadline.
     "quick": [
@@ -87,15 +90,11 @@ PLANS: Mapping[str, Sequence[Lane]] = {
         Lane("busy", BUSY, 3000),
         Lane("integration", ("tests/integration", *_without(BUSY)), 3000, nice=5),
         Lane("vm", ("tests/vm",), 3000, nice=5),
-        Lane("unit", ("tests/unit", "tests/property", "tests/fuzz"), 3000, after=("vm",), nice=5),
+        Lane("unit", ("tests/unit", "tests/fuzz"), 3000, after=("vm",), nice=5),
         Lane("packaging", ("tests/packaging",), 3000, after=("unit",), nice=5),
         Lane("commands", COMMANDS, 3000, after=("integration",), nice=5),
-        Lane(
-            "kernel",
-            ("tests/kernel", "tests/chaos", *_without(COMMANDS)),
-            1800,
-            after=("busy", "packaging", "commands"),
-        ),
+        Lane("kernel", ("tests/kernel", "tests/chaos", *_without(COMMANDS)), 1800, after=_FIRST),
+        Lane("property", ("tests/property",), 1800, after=_FIRST, nice=10),
     ],
     "all": [Lane("all", (), 6 * 3600)],
 }
