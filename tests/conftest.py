@@ -7,8 +7,9 @@ import pytest
 from hypothesis import settings
 
 # Slow machines must not fail tests. In CI, the examples are always the same; tests.fuzz searches for new ones.
-settings.register_profile("rebpf", deadline=None, derandomize="CI" in os.environ)
-settings.register_profile("quick", settings.get_profile("rebpf"), max_examples=10)
+settings.register_profile("all", deadline=None, derandomize="CI" in os.environ)
+for tier, examples in (("quick", 10), ("default", 50)):
+    settings.register_profile(tier, settings.get_profile("all"), max_examples=examples)
 
 TIERS = ("quick", "default", "all")
 QUICK = ("tests/unit/", "tests/property/")
@@ -24,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    settings.load_profile("quick" if config.getoption("tier") == "quick" else "rebpf")
+    settings.load_profile(config.getoption("tier"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,15 +1,13 @@
 """`capture.transmit_events_per_s`: above it, connections are sampled, and events and status have the rate."""
 
-import json
 import os
 import shutil
 import signal
-from typing import Any
 
 import pytest
 
 from tests.support import topics
-from tests.support.rebpf import Run, rebpf, repeating, wait_until
+from tests.support.rebpf import Run, repeating, wait_until
 from tests.support.topics import TRANSMIT
 from tests.support.traffic import Echo, exchange
 
@@ -32,8 +30,7 @@ def test_transmits_above_the_budget_are_sampled(tmp_path):
         brokers = run.ready()
 
         def rate() -> int:
-            status: dict[str, Any] = json.loads(rebpf("status", "--state-dir", run.state_dir, "--json").stdout)
-            found: int = status["transmit_sample_rate"]
+            found: int = run.get("status")["transmit_sample_rate"]
             return found
 
         def rates() -> list[int]:

@@ -34,9 +34,17 @@ SENDS = 11_000  # a second; with the acknowledgements some 20,000 segments
 
 
 @pytest.fixture(scope="module")
-def broker(servers_present, tmp_path_factory) -> Iterator[KafkaServer]:
+def server(servers_present, tmp_path_factory) -> Iterator[KafkaServer]:
     with KafkaServer(tmp_path_factory.mktemp("crash"), num_partitions=PARTITIONS) as server:
         yield server
+
+
+@pytest.fixture
+def broker(server: KafkaServer) -> Iterator[KafkaServer]:
+    """A broker that a test may kill; it runs again for the next one, even if the test fails."""
+    yield server
+    if not server.is_running:
+        server.start()
 
 
 @pytest.fixture
@@ -69,25 +77,25 @@ def test_kill_9_at_random_moments_with_a_dying_broker_costs_no_segment(broker, b
     # Holds a minute or more without a producer, which may be killed before it does anything.
     capture = f"[capture]\ntransmit_ring_bytes = {1 << 28}\nflow_interval_s = 1\n"
     config = f"{capture}[spool]\nspill_after_s = 0.2\n"
-    scene = SteadyScene(tmp_path, broker, config, pin=bpffs / "pins")
     chance = random.Random(7)
-    with Steady(scene.port, SENDS) as traffic:
-        for number in range(kills):
-            time.sleep(chance.uniform(0.05, 1.5))
-            if number % 4 == 1:
-                broker.kill()
-            scene.run.kill()
-            if number % 4 == 3:
-                broker.start()
-            assert "taken_over=true" in scene.start().log
-        sent = traffic.stop()
-    scene.wait_until_drained(120)
-    balance = scene.finish()
-    assert balance["lost"] == {}
-    counted = tally(broker.bootstrap, scene.prefix)
-    counted.assert_whole(sent)
-    assert balance["passed"] == balance["delivered"] == counted.events
-    scene.assert_flows_whole()
+    with SteadyScene(tmp_path, broker, config, pin=bpffs / "pins") as scene:
+        with Steady(scene.port, SENDS) as traffic:
+            for number in range(kills):
+                time.sleep(chance.uniform(0.05, 1.5))
+                if number % 4 == 1:
+                    broker.kill()
+                scene.run.kill()
+                if number % 4 == 3:
+                    broker.start()
+                assert "taken_over=true" in scene.start().log
+            sent = traffic.stop()
+        scene.wait_until_drained(120)
+        balance = scene.finish()
+        assert balance["lost"] == {}
+        counted = tally(broker.bootstrap, scene.prefix)
+        counted.assert_whole(sent)
+        assert balance["passed"] == balance["delivered"] == counted.events
+        scene.assert_flows_whole()
 
 
 def test_what_happens_while_no_producer_runs_is_delivered_by_the_next(broker, bpffs, tmp_path):

@@ -203,6 +203,7 @@ def test_the_report_and_the_export_have_the_same(captured, kafka, registry, tmp_
         assert len(pyarrow.csv.read_csv(path)) == len(records)
 
 
+@pytest.mark.extended
 def test_the_flink_jobs_sums_over_all_minutes_are_the_same(captured, kafka, registry, tmp_path):
     if absent := fetch.flink_missing():
         pytest.skip(f"NO REAL FLINK: it is not in the cache, and this machine lacks {', '.join(absent)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.load import status_of, wait_until_drained
+from tests.support.load import wait_until_drained
 from tests.support.mock_cluster import Cluster
 from tests.support.procfs import anonymous_bytes, arenas
 from tests.support.rebpf import Run, wait_until
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def waiting(run: Run) -> int:
-    return sum(stream["in_flight"] + stream["spooled"] for stream in status_of(run)["streams"])
+    return sum(stream["in_flight"] + stream["spooled"] for stream in run.get("status")["streams"])
 
 
 def test_memory_of_an_outage_is_returned(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_reading_a_topic_that_is_not_there_fails(kafka):
         kcat_messages(kafka.bootstrap, "never-created")
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("servers_present")
 def test_a_killed_broker_comes_back_on_its_port_with_its_messages(tmp_path):
     pairs = [(str(i).encode(), os.urandom(101)) for i in range(503)]
@@ -161,6 +162,7 @@ def test_an_unknown_subject_is_404(client):
     assert (refusal.value.http_status_code, refusal.value.error_code) == (404, 40401)
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("servers_present")
 def test_a_killed_registry_comes_back_at_its_url_with_its_ids(tmp_path):
     with SchemaRegistry(tmp_path) as registry:
@@ -246,6 +248,7 @@ def test_a_password_can_be_changed_while_the_broker_runs(secure):
         secure.set_password(USERS[SCRAM], PASSWORD)
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("servers_present")
 def test_a_cluster_bears_the_loss_of_one_node_and_refuses_with_one_left(tmp_path):
     with KafkaCluster(tmp_path) as cluster:

@@ -7,8 +7,9 @@ and the kernel's numbers in the topic, read by kcat.
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,15 @@ def mortal(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> I
         yield server
 
 
-def test_an_outage_costs_nothing_keeps_the_order_and_takes_no_memory(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal, "[capture]\nflow_interval_s = 1\n")
+@pytest.fixture
+def start(mortal: KafkaServer, tmp_path: Path) -> Iterator[Callable[[str], SteadyScene]]:
+    """Starts a producer with additional configuration."""
+    with ExitStack() as stack:
+        yield lambda config: stack.enter_context(SteadyScene(tmp_path, mortal, config))
+
+
+def test_an_outage_costs_nothing_keeps_the_order_and_takes_no_memory(mortal, start):
+    scene = start("[capture]\nflow_interval_s = 1\n")
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 20_000)
         with outage(mortal):
@@ -56,8 +64,8 @@ def test_an_outage_costs_nothing_keeps_the_order_and_takes_no_memory(mortal, tmp
     scene.assert_flows_whole()
 
 
-def test_the_balance_holds_at_every_sample_while_brokers_come_and_go(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.2\n")
+def test_the_balance_holds_at_every_sample_while_brokers_come_and_go(mortal, start):
+    scene = start("[spool]\nspill_after_s = 0.2\n")
     samples: list[dict[str, Any]] = []
     done = threading.Event()
 
@@ -87,8 +95,8 @@ def test_the_balance_holds_at_every_sample_while_brokers_come_and_go(mortal, tmp
     assert max(each["spooled"] for each in samples) >= 10_000
 
 
-def test_a_stop_during_an_outage_leaves_what_waits_to_the_next_start(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.5\n")
+def test_a_stop_during_an_outage_leaves_what_waits_to_the_next_start(mortal, start):
+    scene = start("[spool]\nspill_after_s = 0.5\n")
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -111,8 +119,8 @@ def test_a_stop_during_an_outage_leaves_what_waits_to_the_next_start(mortal, tmp
     assert second["delivered"] == second["passed"]
 
 
-def test_kill_9_during_an_outage_leaves_what_waits_on_disk_to_the_next_start(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.5\n")
+def test_kill_9_during_an_outage_leaves_what_waits_on_disk_to_the_next_start(mortal, start):
+    scene = start("[spool]\nspill_after_s = 0.5\n")
     with outage(mortal), Steady(scene.port, SENDS) as traffic:
         scene.wait_for("spooled", 20_000)
         traffic.stop()
@@ -138,9 +146,9 @@ def gaps_are_what_is_lost(scene: SteadyScene, mortal: KafkaServer, reason: str) 
     assert counted.inversions == 0
 
 
-def test_with_a_ring_too_small_what_is_lost_is_what_consumers_see_as_gaps(mortal, tmp_path):
+def test_with_a_ring_too_small_what_is_lost_is_what_consumers_see_as_gaps(mortal, start):
     none = "[spool]\ntransmit_bytes = 0\n[capture]\ntransmit_ring_bytes = 65536\n"
-    scene = SteadyScene(tmp_path, mortal, none)
+    scene = start(none)
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -150,10 +158,8 @@ def test_with_a_ring_too_small_what_is_lost_is_what_consumers_see_as_gaps(mortal
     gaps_are_what_is_lost(scene, mortal, "ring_full")
 
 
-def test_a_spool_that_keeps_the_new_gives_up_the_oldest_and_says_how_many(mortal, tmp_path):
-    scene = SteadyScene(
-        tmp_path, mortal, '[spool]\nwhen_full = "drop_oldest"\ntransmit_bytes = 2097152\nspill_after_s = 0.5\n'
-    )
+def test_a_spool_that_keeps_the_new_gives_up_the_oldest_and_says_how_many(mortal, start):
+    scene = start('[spool]\nwhen_full = "drop_oldest"\ntransmit_bytes = 2097152\nspill_after_s = 0.5\n')
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -164,9 +170,9 @@ def test_a_spool_that_keeps_the_new_gives_up_the_oldest_and_says_how_many(mortal
     gaps_are_what_is_lost(scene, mortal, "spool_dropped")
 
 
-def test_a_spool_that_keeps_the_old_leaves_the_new_to_the_ring(mortal, tmp_path):
+def test_a_spool_that_keeps_the_old_leaves_the_new_to_the_ring(mortal, start):
     small = "[spool]\ntransmit_bytes = 1048576\nspill_after_s = 0.5\n[capture]\ntransmit_ring_bytes = 524288\n"
-    scene = SteadyScene(tmp_path, mortal, small)
+    scene = start(small)
     with Steady(scene.port, SENDS) as traffic:
         with outage(mortal):
             wait_until("the ring is full", lambda: scene.account()["lost"].get("ring_full", 0) > 5000)
@@ -199,10 +205,10 @@ def on(disk: Path, folder: Path) -> None:
     (folder / "state").symlink_to(disk / "state")
 
 
-def test_disk_full_during_an_outage_is_counted_and_recovers_by_itself(mortal, small_disk, tmp_path):
+def test_disk_full_during_an_outage_is_counted_and_recovers_by_itself(mortal, small_disk, start, tmp_path):
     on(small_disk, tmp_path)
     # Overflows after some seconds of an outage, but not when the producer briefly gets no CPU.
-    scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.5\n[capture]\ntransmit_ring_bytes = 8388608\n")
+    scene = start("[spool]\nspill_after_s = 0.5\n[capture]\ntransmit_ring_bytes = 8388608\n")
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -215,9 +221,13 @@ def test_disk_full_during_an_outage_is_counted_and_recovers_by_itself(mortal, sm
             scene.wait_for("spooled", spooled + 5000)  # by itself, while Kafka is still down
         scene.wait_for_delivery()
         wait_until("the ring has room", lambda: scene.account()["in_ring"] < 10_000)
-        lost = scene.account()["lost"]
-        scene.wait_for("delivered", scene.account()["delivered"] + 5000)
-        assert scene.account()["lost"] == lost, "nothing is lost any more"
+
+        def loses_nothing() -> bool:
+            before = scene.account()
+            scene.wait_for("delivered", before["delivered"] + 5000)
+            return scene.account()["lost"] == before["lost"]
+
+        wait_until("nothing is lost any more", loses_nothing)
         traffic.stop()
     gaps_are_what_is_lost(scene, mortal, "ring_full")
 
@@ -245,9 +255,9 @@ def break_disk(folder: Path) -> None:
     Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("a test")
 
 
-def test_disk_read_only_during_an_outage_is_counted_and_kafka_gets_the_rest(mortal, breakable_disk, tmp_path):
+def test_disk_read_only_during_an_outage_is_counted_and_kafka_gets_the_rest(mortal, breakable_disk, start, tmp_path):
     on(breakable_disk, tmp_path)
-    scene = SteadyScene(tmp_path, mortal, SMALL_RING)
+    scene = start(SMALL_RING)
     with Steady(scene.port, SENDS) as traffic:
         scene.wait_for("delivered", 5000)
         with outage(mortal):
@@ -261,8 +271,8 @@ def test_disk_read_only_during_an_outage_is_counted_and_kafka_gets_the_rest(mort
     gaps_are_what_is_lost(scene, mortal, "ring_full")
 
 
-def test_spool_damaged_is_passed_over_counted_and_set_aside(mortal, tmp_path):
-    scene = SteadyScene(tmp_path, mortal, "[spool]\nspill_after_s = 0.5\n")
+def test_spool_damaged_is_passed_over_counted_and_set_aside(mortal, start):
+    scene = start("[spool]\nspill_after_s = 0.5\n")
     with outage(mortal), Steady(scene.port, SENDS) as traffic:
         scene.wait_for("spooled", 60_000)
         traffic.stop()

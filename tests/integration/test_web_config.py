@@ -24,7 +24,8 @@ def test_a_producer_serves_by_tls_and_its_status_is_known_to_root_alone(tmp_path
     with Run(tmp_path, config=CONFIG.format(file)) as run:
         run.ready()
         status = ["status", "--state-dir", run.state_dir, "--json"]
-        first = json.loads(rebpf(*status).stdout)
+        # There is none before the loop's first step.
+        first = wait_until("a status", lambda: json.loads(rebpf(*status).stdout or "null"))
         assert first["pid"] == run.pid
         assert first["reasons"] == []
 

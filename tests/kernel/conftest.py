@@ -12,7 +12,7 @@ from tests.support.capture import Recording, hook_settings
 from tests.support.rebpf import COMPILED
 
 # Below the ephemeral ports, and not used by tests that run in parallel. Each test takes its own.
-_PORTS = tuple(10_000 + os.getpid() % 100 * 200 + i for i in range(200))
+_PORTS = tuple(10_000 + os.getpid() % 50 * 400 + i for i in range(400))
 _unused = iter(_PORTS)
 
 

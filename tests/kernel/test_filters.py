@@ -14,7 +14,7 @@ import pytest
 from producer.demo.lab import Lab
 from producer.events import RETRANSMITS, TRANSMITS, Rows
 from producer.rules.tables import filtered
-from tests.support.capture import Pair, Recording, hook_settings, inside, wait_for
+from tests.support.capture import DEADLINE_S, Pair, Recording, hook_settings, inside, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -223,7 +223,7 @@ def connect_from(local: tuple[str, int], client: socket.socket, listener: socket
 
 def end_by(how: str, client: socket.socket, accepted: socket.socket) -> None:
     """End a connection from either side, or by a reset."""
-    client.settimeout(10)
+    client.settimeout(DEADLINE_S)
     client.sendall(b"question")
     assert accepted.recv(8)
     first, second = (accepted, client) if how == "broker" else (client, accepted)

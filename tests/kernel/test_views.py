@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,7 +79,8 @@ def test_a_wrong_filter_is_shown_under_its_place(netns: int) -> None:
         assert screen[-3:-1] == ["/port x", "      ^"]
         assert "\x1b[1;31m" not in top.output
         top.press("\x1b")
-        time.sleep(0.3)
+        # Escape and q in one read would be another key.
+        top.wait_for(lambda screen: "/port x" not in screen, "the end of the input")
         top.press("q")
         assert top.wait() == 0
 

@@ -24,7 +24,8 @@ def _run(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    _run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder)
+    # Without isolation, which would download the build system twice.
+    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
     (wheel,) = folder.glob("rebpf-*.whl")
     _run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     _run(folder / "venv/bin/python", "-m", "pip", "install", "--quiet", wheel, cwd=folder)

@@ -317,5 +317,5 @@ class Delivery(RuleBasedStateMachine):
             assert first_seen == sorted(first_seen)
 
 
-Delivery.TestCase.settings = settings(max_examples=4 * settings.default.max_examples, stateful_step_count=40)
+Delivery.TestCase.settings = settings(max_examples=8 * settings.default.max_examples, stateful_step_count=40)
 TestDelivery = Delivery.TestCase

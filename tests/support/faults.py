@@ -1,11 +1,9 @@
 """A producer whose Kafka fails under known traffic, and the checks of what arrived."""
 
 import contextlib
-import json
 import re
 import socket
 import struct
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,17 +73,13 @@ class Scene:
         waits = ("in_ring", "in_flight", "spooled")
 
         def is_at_rest() -> bool:
-            url = json.loads((self.run.state_dir / "agent.json").read_text())["status_url"]
-            with urllib.request.urlopen(f"{url}/status", timeout=10) as response:
-                return not any(stream[name] for stream in json.load(response)["streams"] for name in waits)
+            return not any(stream[name] for stream in self.run.get("status")["streams"] for name in waits)
 
         wait_until("nothing is on its way", is_at_rest)
 
     def reasons(self) -> list[str]:
         """Return the producer's reasons for being degraded."""
-        url = json.loads((self.run.state_dir / "agent.json").read_text())["status_url"]
-        with urllib.request.urlopen(f"{url}/readyz", timeout=10) as response:
-            answer: dict[str, Any] = json.load(response)
+        answer = self.run.get("readyz")
         assert (answer["state"] == "degraded") == bool(answer["reasons"]), answer
         return list(answer["reasons"])
 

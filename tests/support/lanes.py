@@ -1,8 +1,10 @@
 """Runs a tier's tests in lanes, pytest processes side by side: `python -m tests.support.lanes TIER [OPTION...]`.
 
-Most time of the integration tests is waiting, so that others fit beside them. The kernel tests come last and alone,
-except those of whole commands: the hooks see the traffic of the whole host. Options are passed to each lane. With a
-path or a test's id there is one lane. A lane's output is printed in whole when it ends. Each lane has a time limit.
+Most time of the integration tests is waiting, so that others fit beside them. The kernel tests come last, except those
+of whole commands: the hooks see the traffic of the whole host. Beside them run only tests without sockets. Options are
+passed to each lane. With a path or a test's id there is one lane. A lane's output is printed in whole when it ends.
+Each lane has a time limit. `nice` says who waits if all want a CPU: those whose deadlines are a kernel's or a broker's
+come first.
 
 At the end, the few tests that failed beside other lanes are run again, alone. Those that pass then are listed as
 FLAKY. What fails alone fails the run.
@@ -52,24 +54,47 @@ COMMANDS = (
     "tests/kernel/test_without_compiler.py",
 )
 """Tests of whole commands, which look at namespaces of their own only."""
+BUSY = (
+    "tests/integration/test_budget.py",
+    "tests/integration/test_crash.py",
+    "tests/integration/test_embedded.py",
+    "tests/integration/test_faults.py",
+    "tests/integration/test_figures.py",
+    "tests/integration/test_latency.py",
+    "tests/integration/test_lifecycle.py",
+    "tests/integration/test_memory.py",
+    "tests/integration/test_run.py",
+    "tests/integration/test_spool.py",
+    "tests/integration/test_web_config.py",
+)
+"""Integration tests that make much traffic, capture that of the whole host, or compare with the kernel's counters.
 
+None of them runs beside another one.
+"""
+
+
+def _without(files: Sequence[str]) -> list[str]:
+    """Return pytest's options that leave files out."""
+    return [f"--ignore={file}" for file in files]
+
+
+_FIRST = ("busy", "packaging", "commands")
+"""The last lanes that make traffic, except that of the kernel tests."""
 PLANS: Mapping[str, Sequence[Lane]] = {
     # More than there are CPUs: some tests wait for a deadline.
     "quick": [
         Lane(f"part {part}", ("tests/unit", "tests/property", f"--part={part}"), 600) for part in ("1/3", "2/3", "3/3")
     ],
     "default": [
-        # Two at a time, since the virtual machine keeps a CPU busy and the integration tests depend on time most.
-        Lane("integration", ("tests/integration",), 3000),
+        # Three at a time: two with Kafka, which mostly wait, and one that needs a CPU.
+        Lane("busy", BUSY, 3000),
+        Lane("integration", ("tests/integration", *_without(BUSY)), 3000, nice=5),
         Lane("vm", ("tests/vm",), 3000, nice=5),
-        Lane("unit", ("tests/unit", "tests/property", "tests/fuzz", "tests/packaging"), 3000, after=("vm",), nice=5),
-        Lane("commands", COMMANDS, 3000, after=("unit",), nice=5),
-        Lane(
-            "kernel",
-            ("tests/kernel", "tests/chaos", *(f"--ignore={path}" for path in COMMANDS)),
-            1800,
-            after=("integration", "commands"),
-        ),
+        Lane("unit", ("tests/unit", "tests/fuzz"), 3000, after=("vm",), nice=5),
+        Lane("packaging", ("tests/packaging",), 3000, after=("unit",), nice=5),
+        Lane("commands", COMMANDS, 3000, after=("integration",), nice=5),
+        Lane("kernel", ("tests/kernel", "tests/chaos", *_without(COMMANDS)), 1800, after=_FIRST),
+        Lane("property", ("tests/property",), 1800, after=_FIRST, nice=10),
     ],
     "all": [Lane("all", (), 6 * 3600)],
 }

@@ -1,12 +1,10 @@
 """A producer under steady traffic, and its status while Kafka fails and recovers."""
 
-import json
 import os
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tests.support import topics
 from tests.support.faults import assert_accounted
@@ -20,7 +18,7 @@ PARTITIONS = 4
 
 
 class SteadyScene:
-    """A producer under steady traffic, with additional `config`; `pin` pins its hooks."""
+    """A producer under steady traffic, with additional `config`; `pin` pins its hooks. It ends with the context."""
 
     def __init__(self, folder: Path, kafka: KafkaServer, config: str = "", *, pin: Path | None = None) -> None:
         self.prefix = f"{folder.name[-40:]}."
@@ -39,6 +37,12 @@ class SteadyScene:
         """The balance of connections, after `finish`."""
         self.run = self.start()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.run.__exit__(*exception)
+
     @property
     def state(self) -> Path:
         return self.run.state_dir
@@ -54,7 +58,7 @@ class SteadyScene:
 
     def status(self) -> dict[str, Any]:
         """Return the producer's status."""
-        return status_of(self.run)
+        return self.run.get("status")
 
     def account(self) -> dict[str, Any]:
         """Return the balance of transmits."""
@@ -101,19 +105,11 @@ class SteadyScene:
         assert self.flows["passed"] == self.flows["delivered"] == len(records)
 
 
-def status_of(run: Run) -> dict[str, Any]:
-    """Return a producer's status."""
-    facts = json.loads((run.state_dir / "agent.json").read_text())
-    with urllib.request.urlopen(f"{facts['status_url']}/status", timeout=10) as answer:
-        status: dict[str, Any] = json.load(answer)
-    return status
-
-
 def wait_until_drained(run: Run, deadline_s: float = DEADLINE_S) -> None:
     """Wait until Kafka has all events of a producer."""
 
     def is_drained() -> bool:
-        accounts = status_of(run)["streams"]
+        accounts = run.get("status")["streams"]
         return not any(each[name] for each in accounts for name in ("in_ring", "in_flight", "spooled"))
 
     wait_until("all is delivered", is_drained, deadline_s)

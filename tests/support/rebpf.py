@@ -9,9 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
 
@@ -161,6 +164,24 @@ class Run:
         if COMPILED in os.environ:
             _copy_compiled(self.state_dir / "compiled", Path(os.environ[COMPILED]))
         return brokers
+
+    def get(self, page: str) -> dict[str, Any]:
+        """Return a page of its endpoint, which has none before the loop's first step."""
+        url = json.loads((self.state_dir / "agent.json").read_text())["status_url"]
+
+        def answer() -> dict[str, Any] | None:
+            try:
+                with urllib.request.urlopen(f"{url}/{page}", timeout=DEADLINE_S) as response:
+                    found: dict[str, Any] = json.load(response)
+                    return found
+            except urllib.error.HTTPError as error:
+                error.close()
+                if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
+                    raise
+                return None
+
+        found: dict[str, Any] = wait_until(f"an answer to /{page}", answer)
+        return found
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

@@ -136,9 +136,10 @@ def wait_until_shown(what: str, is_shown: Callable[[], bool]) -> None:
 
 
 def free_port() -> int:
-    """Return a free TCP port of 127.0.0.1 that no client gets while its server is down.
+    """Return a free TCP port of 127.0.0.1 that no client gets while its server is down, and no other caller.
 
-    From below the range of ephemeral ports: a server that restarts must find its port again.
+    From below the range of ephemeral ports: a server that restarts must find its port again. It stays this process's
+    until that ends, so that tests in another one do not get it while the server is down.
     """
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for port in random.sample(range(min(20_000, first_ephemeral // 2), first_ephemeral), 100):
@@ -148,5 +149,18 @@ def free_port() -> int:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+        if claim(port):
             return port
     raise RuntimeError("no free port among 100 tried")
+
+
+def claim(port: int) -> bool:
+    """Make a port this process's until it ends, by a name that only one socket can have; False if it is taken."""
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(f"\0rebpf-test-port-{port}")
+    except OSError:
+        name.close()
+        return False
+    name.detach()
+    return True

@@ -103,6 +103,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plan of two lanes of pytest in a folder where the test adds tests."""
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--tier')\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # most of their start
     for name in ("one", "two"):
         (tmp_path / f"test_{name}.py").write_text("def test_good(): pass\n")
     plan = [Lane(name, (str(tmp_path / f"test_{name}.py"),), 60) for name in ("one", "two")]

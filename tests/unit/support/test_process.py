@@ -100,3 +100,16 @@ def test_a_free_port_is_bindable_and_no_ephemeral_one():
     assert port < first_ephemeral
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+def test_a_free_port_is_given_to_one_process_until_that_ends():
+    code = "from tests.support.servers.process import free_port; print(free_port(), flush=True); input()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        port = int(other.stdout.readline())
+        assert not process.claim(port)
+        other.stdin.write("\n")
+    assert process.claim(port)
+    assert not process.claim(port)
