@@ -21,12 +21,12 @@ _FLAGS = (
 )
 
 
-def build(*flags: str) -> Path:
-    """Compile the module in place, with additional flags for the compiler, and return its path. Exits on failure."""
+def build(*flags: str, module: Path = MODULE) -> Path:
+    """Compile the module, with additional flags for the compiler, and return its path. Exits on failure."""
     include = sysconfig.get_path("include")
     if not Path(include, "Python.h").exists():
         sys.exit(f"native: {include}/Python.h is missing: apt-get install python3-dev")
-    unfinished = MODULE.with_suffix(f".{os.getpid()}")
+    unfinished = module.with_suffix(f".{os.getpid()}")
     compiler = shlex.split(os.environ.get("CC", "gcc"))
     chosen = [*_FLAGS, *flags, *shlex.split(os.environ.get("CFLAGS", ""))]
     chosen += [] if "-g" in chosen else ["-s"]
@@ -35,14 +35,14 @@ def build(*flags: str) -> Path:
         sources = sorted(map(str, HERE.glob("*.c")))
         subprocess.run([*compiler, *chosen, *includes, *sources, "-o", str(unfinished)], check=True)
         unfinished.chmod(0o755)  # whatever the umask: other users load it too
-        unfinished.replace(MODULE)
+        unfinished.replace(module)
     except FileNotFoundError:
         sys.exit(f"native: no C compiler {compiler[0]}: apt-get install gcc libc6-dev, or set CC")
     except subprocess.CalledProcessError:
         sys.exit("native: the C compiler failed, see above")
     finally:
         unfinished.unlink(missing_ok=True)
-    return MODULE
+    return module
 
 
 class BuildHook(BuildHookInterface[Any]):
@@ -52,11 +52,15 @@ class BuildHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the wheel is packed."""
-        build()
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"cp311-abi3-{platform}"
         build_data["pure_python"] = False
-        build_data["artifacts"].append(str(MODULE.relative_to(HERE.parent)))
+        name = str(MODULE.relative_to(HERE.parent))
+        if platform.endswith(f"_{os.uname().machine}"):
+            build()
+            build_data["artifacts"].append(name)
+        else:  # the checkout keeps its own
+            build_data["force_include"][str(build(module=Path(self.directory, MODULE.name)))] = name
 
 
 def get_build_hook() -> type[BuildHookInterface[Any]]:

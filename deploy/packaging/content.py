@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -25,16 +26,27 @@ _NOT_RUN = (
 _NOT_INSTALLED = ("bin", *(f"*.dist-info/{name}" for name in ("INSTALLER", "RECORD", "REQUESTED", "direct_url.json")))
 
 
-def install_programs(root: Path, release: str, python: str, tools: Path) -> None:
-    """Install the program, and the wheels of a release's lock file for its version of Python."""
+def install_programs(root: Path, release: str, python: str, machine: str, tools: Path) -> None:
+    """Install the program, and the wheels of a release's lock file for its version of Python and a machine."""
     private = root / PRIVATE
-    wheels.install(private, release, *wheels.target(python))
+    target = wheels.target(python, machine)
+    wheels.install(private, release, *target)
     write(root / DOCUMENT / "copyright", licenses.copyright_file((ROOT / "LICENSE").read_text(), private))
     _leave_out(private, _NOT_RUN)
     with tempfile.TemporaryDirectory(prefix="rebpf-wheel-") as name:
-        run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", name, cwd=ROOT, PYTHONPATH=str(tools))
-        wheels.pip("install", "--target", str(private), "--no-compile", "--no-deps", *map(str, Path(name).iterdir()))
+        build = (sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", name)
+        run(*build, cwd=ROOT, PYTHONPATH=str(tools), **_compiler(machine))
+        wheel = next(Path(name).glob("*.whl"))
+        wheels.pip("install", "--target", str(private), "--no-compile", "--no-deps", *target, str(wheel))
     _leave_out(private, _NOT_INSTALLED)
+
+
+def _compiler(machine: str) -> dict[str, str]:
+    """Return the environment that compiles for another machine; empty for this one."""
+    if machine == platform.machine():
+        return {}
+    # The second variable is Python's own, for compilations for another machine.
+    return {"CC": os.environ.get("CC", f"{machine}-linux-gnu-gcc"), "_PYTHON_HOST_PLATFORM": f"linux-{machine}"}
 
 
 def _leave_out(private: Path, patterns: tuple[str, ...]) -> None:

@@ -17,7 +17,10 @@ ROOT = HERE.parents[1]
 TOOLS = "tools"
 """Name of the lock file of what a build runs, on the Python of the machine that it runs on."""
 
-_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+"""The machines that the Debian packages are built for, by Debian's names."""
+
+_PLATFORMS = ("manylinux_2_28_{}", "manylinux_2_27_{}", "manylinux_2_17_{}", "manylinux2014_{}", "linux_{}", "any")
 
 
 def suites() -> dict[str, Any]:
@@ -41,9 +44,9 @@ def lock_file(name: str) -> Path:
     return HERE / f"{name}.lock"
 
 
-def target(python: str) -> list[str]:
-    """Return pip's options to choose wheels for another version of Python."""
-    platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
+def target(python: str, machine: str) -> list[str]:
+    """Return pip's options to choose wheels for another machine and version of Python."""
+    platforms = [word for platform in _PLATFORMS for word in ("--platform", platform.format(machine))]
     return ["--python-version", python, "--implementation", "cp", *platforms]
 
 

@@ -53,6 +53,8 @@ BCC_MISSING = "bcc is missing: install the package python3-bpfcc (Debian, Ubuntu
 NO_RING_BUFFER = "this kernel cannot create a BPF ring buffer: ReBPF needs Linux 5.10 or later"
 FEW_DESCRIPTORS = "too few file descriptors: raise LimitNOFILE= of the unit, or ulimit -n"
 PACKET_BYTES = 1 << 16
+_ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
+"""bcc's names for the processors that it may compile for, on any of them."""
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
 
 
@@ -155,8 +157,10 @@ def _serve(channel: socket.socket, request: Mapping[str, Any]) -> None:
 def _compile_all(channel: socket.socket, request: Mapping[str, Any], btf: Btf) -> None:
     """Compile for the kernel of a BTF, and answer with a descriptor of the file's content."""
     features = Features.expected(btf)
-    if machine(btf) != os.uname().machine:
-        raise UnavailableError(f"the BTF is of a kernel for {machine(btf)}: compile on a host with that processor")
+    if machine(btf) not in _ARCHITECTURES:
+        raise UnavailableError(
+            f"the BTF is of a kernel for {machine(btf)}: ReBPF runs on {' and '.join(_ARCHITECTURES)}"
+        )
     if not features.ring_buffer:
         raise UnavailableError("the BTF is of a kernel without BPF ring buffers: ReBPF needs Linux 5.10 or later")
     identity = _identity(request, btf, features)
@@ -301,6 +305,7 @@ class _Unit:
         probes = [*(probe for hook in chosen.values() for probe in hook.probes), hooks.OWN_SOCKETS, hooks.OLD_SOCKETS]
         self._programs = [probe.program for probe in probes]
         self._shim = folder / "shim"
+        self._architecture = _ARCHITECTURES.get(machine(kernel.btf))
         self.combination = program_files.combination(names)
         self.key = program_cache.key(self._shim, self._text, self._flags, self._programs, MAPS)
 
@@ -311,6 +316,8 @@ class _Unit:
     def compile(self) -> Compiled:
         """Compile. The maps in MAPS come first."""
         os.environ["BCC_KERNEL_SOURCE"] = str(self._shim)
+        if self._architecture:
+            os.environ["ARCH"] = self._architecture
         try:
             import bcc
         except ImportError as error:

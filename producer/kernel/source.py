@@ -6,14 +6,13 @@ messages name the original files. Standard library only.
 
 import hashlib
 import json
-import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from producer.errors import UnavailableError
 from producer.kernel.btf import FUNC, TYPEDEF, Btf, kernel_header, missing
-from producer.kernel.features import Features
+from producer.kernel.features import Features, machine
 
 # The members that the programs read, by the struct that the verifier sees. A path may lead into nested structs.
 REQUIRED: Mapping[str, tuple[str, ...]] = {
@@ -126,7 +125,7 @@ def made_of(folder: Path, layout_check: str) -> str:
 
 def made_for(btf: Btf, features: Features) -> str:
     """Return a digest of all that a compilation takes from the kernel."""
-    made_for = [platform.machine(), kernel_header(btf, WANTED), kernel_macros(btf, features)]
+    made_for = [machine(btf), kernel_header(btf, WANTED), kernel_macros(btf, features)]
     return hashlib.sha256(json.dumps(made_for).encode()).hexdigest()
 
 

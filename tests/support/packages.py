@@ -1,15 +1,55 @@
-"""The Debian package, built from the checkout."""
+"""The Debian package, built from the checkout, also for arm64."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import tomllib
 from pathlib import Path
 
+from tests.support.servers.fetch import cache, cached
+from tests.support.vm.kernels import apt_options
+
 ROOT = Path(__file__).resolve().parents[2]
+SUITES = tomllib.loads((ROOT / "deploy/packaging/suites.toml").read_text())
+COMPILER = "aarch64-linux-gnu-gcc"
 
 
 def build_deb(suite: str, folder: Path, revision: str) -> Path:
     """Build the package of a suite into a folder, and return its path."""
-    command = [sys.executable, ROOT / "deploy/packaging/build-deb", suite, folder, revision]
-    done = subprocess.run(command, capture_output=True, text=True)
+    return _build([suite, folder, revision], {})
+
+
+def build_arm64_deb(suite: str, folder: Path) -> Path:
+    """Build the package of a suite for arm64 into a folder, and return its path."""
+    include = _arm64_headers(suite) / "usr/include"
+    flags = f"-I{include}/python{SUITES[suite]['python']} -I{include}"
+    return _build([suite, folder, "--arch", "arm64"], {"CFLAGS": flags})
+
+
+def arm64_refusal() -> str | None:
+    """Return why this machine cannot build for arm64, or None if it can."""
+    return None if shutil.which(COMPILER) else f"no {COMPILER} (scripts/setup --all installs it)"
+
+
+def _build(arguments: list[str | Path], environment: dict[str, str]) -> Path:
+    command = [sys.executable, ROOT / "deploy/packaging/build-deb", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.splitlines()[-1])
+
+
+def _arm64_headers(suite: str) -> Path:
+    """Return a root with Python's headers for arm64, which this machine could only install as a foreign package."""
+
+    def fill(part: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix=".headers-", dir=cache()) as name:
+            work = Path(name)
+            apt = ["apt-get", "-qq", *apt_options(suite, work, "arm64")]
+            subprocess.run([*apt, "update"], check=True, capture_output=True)
+            package = f"libpython{SUITES[suite]['python']}-dev"
+            subprocess.run([*apt, "download", package], check=True, capture_output=True, cwd=work)
+            subprocess.run(["dpkg", "-x", *work.glob("*.deb"), part], check=True)
+
+    return cached(f"python-headers-{suite}-arm64", fill)

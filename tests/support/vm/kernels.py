@@ -15,26 +15,28 @@ from tests.support.servers.fetch import cache
 KEYRINGS = Path("/usr/share/keyrings")
 
 
-def kernel_image(suite: str) -> Path:
+def kernel_image(suite: str, flavor: str = "amd64") -> Path:
     """Return the kernel image of `suite`, with its modules under ../lib/modules; fetched at the first call.
 
-    Raises LookupError if apt has no Debian mirror.
+    `flavor` is the end of its package's name, and begins with the architecture. Raises LookupError if apt has no Debian
+    mirror.
     """
-    folder = cache() / "kernels" / suite
+    name = suite if flavor == "amd64" else f"{suite}-{flavor}"
+    folder = cache() / "kernels" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f"{suite}.lock", "w") as lock:
+    with open(folder.parent / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            _fetch(suite, folder)
+            _fetch(suite, flavor, folder)
     return next(folder.glob("boot/vmlinuz-*"))
 
 
-def _fetch(suite: str, folder: Path) -> None:
+def _fetch(suite: str, flavor: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{suite}-", dir=folder.parent) as name:
         work = Path(name)
-        options = apt_options(suite, work)
+        options = apt_options(suite, work, flavor.partition("-")[0])
         _run(["apt-get", "-qq", *options, "update"], work)
-        (image,) = _dependencies("linux-image-amd64", "linux-image-", options, work)
+        (image,) = _dependencies(f"linux-image-{flavor}", "linux-image-", options, work)
         version = image.removeprefix("linux-image-")
         # Since Linux 6.19 the image's package is empty, and these others have its content.
         parts = [part for part in _dependencies(image, "linux-", options, work) if part.endswith(f"-{version}")]
@@ -69,20 +71,27 @@ def _index_modules(root: Path, version: str) -> None:
     _run(["depmod", "-b", str(root), version])
 
 
-def apt_options(suite: str, work: Path) -> list[str]:
-    """Return apt options for the packages of `suite`, with all of apt's state in a folder."""
+def apt_options(suite: str, work: Path, architecture: str | None = None) -> list[str]:
+    """Return apt options for the packages of `suite`, with all of apt's state in a folder.
+
+    With an architecture, they are for a machine of that architecture on which nothing is installed.
+    """
     (work / "lists/partial").mkdir(parents=True)
     (work / "cache/archives/partial").mkdir(parents=True)
     keyring = next(iter(sorted(KEYRINGS.glob("debian-archive-keyring.*"))), None)
     signed_by = f"[signed-by={keyring}] " if keyring else ""
     (work / "sources.list").write_text(f"deb {signed_by}{debian_mirror()} {suite} main\n")
-    settings = {
+    settings: dict[str, str | Path] = {
         "Dir::Etc::sourcelist": work / "sources.list",
         "Dir::Etc::sourceparts": "-",
         "Dir::State::lists": work / "lists",
         "Dir::Cache": work / "cache",
         "APT::Sandbox::User": "root",  # apt's own user cannot write into the folder
     }
+    if architecture:
+        (work / "status").touch()
+        settings["Dir::State::status"] = work / "status"
+        settings |= {"APT::Architecture": architecture, "APT::Architectures::": architecture}
     return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
 
 

@@ -1,0 +1,47 @@
+"""The Debian package for arm64, built on another machine. That its programs run is shown in tests/vm/test_arm64.py."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.packages import ROOT, arm64_refusal, build_arm64_deb
+
+pytestmark = [pytest.mark.extended, pytest.mark.timeout(600)]
+
+CORE = "producer/_native.abi3.so"
+X86_64, AARCH64 = 62, 183  # e_machine
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if reason := arm64_refusal():
+        pytest.skip(f"NO PACKAGE FOR ARM64: {reason}")
+    return build_arm64_deb("trixie", tmp_path_factory.mktemp("arm64"))
+
+
+def machines(folder: Path) -> dict[str, int]:
+    """Return the processor of each ELF file, by its path."""
+    data = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: int.from_bytes(text[18:20], "little") for name, text in data.items() if text.startswith(b"\x7fELF")}
+
+
+def test_each_binary_of_it_is_for_arm64(package: Path, tmp_path: Path) -> None:
+    subprocess.run(["dpkg-deb", "-x", package, tmp_path], check=True)
+    field = subprocess.run(["dpkg-deb", "--field", package, "Architecture"], capture_output=True, text=True, check=True)
+    assert (field.stdout.strip(), package.name.rpartition("_")[2]) == ("arm64", "arm64.deb")
+    found = machines(tmp_path)
+    assert f"usr/lib/rebpf/{CORE}" in found
+    assert {name: machine for name, machine in found.items() if machine != AARCH64} == {}
+
+
+def test_the_checkout_keeps_its_own_core(package: Path) -> None:
+    assert machines((ROOT / CORE).parent)[Path(CORE).name] == X86_64
+
+
+def test_lintian_finds_no_error(package: Path) -> None:
+    if not shutil.which("lintian"):
+        pytest.skip("NO LINTIAN (scripts/setup --tests installs it)")
+    done = subprocess.run(["lintian", "--allow-root", "--fail-on", "error", package], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
