@@ -5,14 +5,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from producer.consume.columns import Ints, Mask
+from producer.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """A time span in nanoseconds since 1970 UTC, end excluded; None is unlimited."""
+    """A time span in nanoseconds since 1970 UTC, end excluded; None is unlimited. Raises UsageError if it is empty."""
 
     since_ns: int | None = None
     until_ns: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.since_ns is not None and self.until_ns is not None and self.since_ns >= self.until_ns:
+            raise UsageError("the period is empty: --since must be before --until")
 
     def mask(self, ts_ns: Ints) -> Mask:
         """Return a mask of the times that are in it."""
