@@ -21,7 +21,7 @@ from producer.kernel.ringbuf import Ring
 logger = logging.getLogger(__name__)
 
 COUNTERS = struct.Struct("<4Q")
-"""struct counters in bpf/maps.h: begin, lost_ring_full, seq, forgotten."""
+"""struct counters in bpf/events.h: begin, lost_ring_full, seq, forgotten."""
 _MOST_RECORD_BYTES = 1 << 12
 
 
