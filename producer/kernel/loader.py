@@ -32,6 +32,7 @@ _MOST_LINES = 20
 """Lines logged of the child's standard output and error; the last ones."""
 # The child does not inherit our environment: CPATH, LD_*, PYTHON* and BCC_* would change what is compiled and loaded.
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+_EXIT_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
 
 
@@ -87,7 +88,11 @@ class Loader:
                 os.close(descriptor)
             raise errors.UnavailableError(FEW_DESCRIPTORS)
         if not packet:
-            raise errors.HookError(f"the loader exited with status {self._child.wait()} without an answer")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(_EXIT_TIMEOUT_S)
+            status = self._child.poll()
+            how = "closed its socket" if status is None else f"exited with status {status}"
+            raise errors.HookError(f"the loader {how} without an answer")
         with open(descriptors[0], "rb") as file:
             if log := _end_of(file):
                 logger.debug("loader log:\n%s", log)

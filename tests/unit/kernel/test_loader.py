@@ -112,3 +112,18 @@ def test_the_childs_output_is_logged_and_bounded(
     assert len(told) == 20
     assert told[-2:] == ["loader: \x1b[2J", "loader: \ufffd last"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_child_that_hangs_without_its_socket_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As LLVM might at the exit."""
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable} -I\nimport os, signal\nos.closerange(3, 100)\nsignal.pause()\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(loader_module, "python_with_bcc", lambda: str(python))
+    monkeypatch.setattr(loader_module, "_EXIT_TIMEOUT_S", 0.1)
+    loader = Loader()
+    with pytest.raises(errors.HookError, match="the loader closed its socket without an answer"):
+        loader.ask({})
+    loader.end()
