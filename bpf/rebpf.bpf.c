@@ -367,21 +367,11 @@ int raw_tp_flow_state_again(u64 *ctx)
 }
 
 /* All kernels run this after the segment was counted. */
-static __always_inline int flow_retransmits(u64 *ctx)
+int raw_tp_flow_retransmit(u64 *ctx)
 {
 	struct tcp_sock *tp = gave_up(TRACEPOINT_ERR(ctx)) ? NULL : bpf_skc_to_tcp_sock((void *)ctx[0]);
 
 	return tp ? count_retransmission(tp, (void *)ctx[1]) : 0;
-}
-
-int raw_tp_flow_retransmit(u64 *ctx)
-{
-	return flow_retransmits(ctx);
-}
-
-int raw_tp_flow_retransmit_again(u64 *ctx)
-{
-	return flow_retransmits(ctx);
 }
 
 /* Arguments: metadata, the map, the socket, its state. */
@@ -667,8 +657,8 @@ struct sender {
 	struct choice choice;
 	struct tcp_sock *tp; /* the socket, or the listener of a SYN-ACK; NULL: none */
 	bool listener;
-	bool knows_again;
-	bool again; /* sent before */
+	bool is_retransmit; /* sent before, if known */
+	bool is_retransmit_known;
 	u32 synack_number; /* 1-based retransmission number of a SYN-ACK; 0 if unknown */
 };
 
@@ -700,8 +690,8 @@ static __always_inline void transmit_packet(struct __sk_buff *skb, const struct 
 	if (!e)
 		return;
 	fill_packet(&e->s, skb, wire, sender);
-	if (sender->knows_again) {
-		e->is_retransmit = sender->again;
+	if (sender->is_retransmit_known) {
+		e->is_retransmit = sender->is_retransmit;
 		e->s.known |= KNOWN_IS_RETRANSMIT;
 	}
 	transmit_pipe.ringbuf_submit(e, wakeup(STREAM_TRANSMIT, e->s.cpu_seq, NO_WAKEUP));
@@ -761,9 +751,9 @@ static __always_inline void compare_with_request(struct sender *sender, struct _
 		delay = READ_IF(tcp_sock, listener, tcp_tx_delay);
 	if (PROBE(request, snt_isn) != wire->seq || !skb->tstamp)
 		return;
-	sender->knows_again = true;
-	sender->again = PROBE(request, snt_synack) != skb->tstamp / 1000 - delay;
-	if (sender->again)
+	sender->is_retransmit_known = true;
+	sender->is_retransmit = PROBE(request, snt_synack) != skb->tstamp / 1000 - delay;
+	if (sender->is_retransmit)
 		sender->synack_number = synack_number((const struct request_sock *)request, 1);
 #endif
 }
@@ -785,7 +775,7 @@ static __always_inline void recognize_synack(struct sender *sender, struct __sk_
 			request = fast_open_request(tp);
 		/* The peer has answered an earlier SYN-ACK. */
 		if (tp && !request && READ((const struct sock *)tp, skc_state) != TCP_LISTEN)
-			sender->knows_again = sender->again = true;
+			sender->is_retransmit_known = sender->is_retransmit = true;
 	}
 	if (request)
 		compare_with_request(sender, skb, wire, sender->tp, request);
@@ -803,8 +793,8 @@ static __always_inline void recognize_segment(struct sender *sender, struct __sk
 		compare_with_request(sender, skb, wire, sender->tp, request);
 		return;
 	}
-	sender->knows_again = true;
-	sender->again = is_retransmission(sender->tp, wire->seq, wire->end_seq, wire->tcp_flags);
+	sender->is_retransmit_known = true;
+	sender->is_retransmit = is_retransmission(sender->tp, wire->seq, wire->end_seq, wire->tcp_flags);
 }
 
 /*
@@ -872,7 +862,7 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct bpf_sock *f
 		recognize_segment(&sender, skb, &wire);
 	transmit_packet(skb, &flow, &wire, &sender);
 #if RETRANSMIT_CGROUP_SKB
-	if (sender.again)
+	if (sender.is_retransmit)
 		retransmit_packet(skb, &flow, &wire, &sender);
 #endif
 	return 1;

@@ -72,7 +72,7 @@ struct rule_generation {
 struct choice {
 	u64 active; /* rules_active at the time */
 	u32 rates[STREAMS]; /* the number of events that one represents; 0: no event */
-	u32 lot; /* the connection's, for the budget */
+	u32 flow_hash; /* for the budget */
 	u8 by_event[STREAMS]; /* draw for each event whether it is one of `rates` */
 	u8 by_segment; /* holds only for one interface and state */
 	u8 _pad;
@@ -247,7 +247,7 @@ static __always_inline u64 mixed(u64 hash, u64 word)
 }
 
 /* The same for all segments of a connection, in both streams. */
-static __always_inline u64 flow_hash(const struct flow *flow)
+static __always_inline u64 hash_of(const struct flow *flow)
 {
 	const u64 *addresses = (const u64 *)flow->saddr; /* saddr, daddr */
 	u64 hash = mixed((u64)flow->sport << 16 | flow->dport, addresses[0]);
@@ -257,9 +257,9 @@ static __always_inline u64 flow_hash(const struct flow *flow)
 
 static __always_inline void apply(struct choice *choice, const struct rule_action *action, const struct flow *flow)
 {
-	u64 hash = flow_hash(flow), draw = hash >> 20;
+	u64 hash = hash_of(flow), draw = hash >> 20;
 
-	choice->lot = hash;
+	choice->flow_hash = hash;
 #pragma unroll
 	for (int stream = 0; stream < STREAMS; stream++) {
 		u32 rate = action->sampled[stream] ? action->sample_rate : 1;
@@ -363,7 +363,7 @@ static __always_inline void store_verdict(void *sk, u64 cookie, const struct cho
 	verdict->choice.by_event[0] = choice->by_event[0];
 	verdict->choice.by_event[1] = choice->by_event[1];
 	verdict->choice.by_segment = choice->by_segment;
-	verdict->choice.lot = choice->lot;
+	verdict->choice.flow_hash = choice->flow_hash;
 	verdict->choice.rates[0] = choice->rates[0];
 	verdict->choice.rates[1] = choice->rates[1];
 	verdict->interface = interface;

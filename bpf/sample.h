@@ -19,7 +19,7 @@ static __always_inline u32 budget_rate(const struct choice *choice)
 	u64 *word = transmit_budget.lookup(&zero), budget = word ? *(volatile u64 *)word : 0;
 
 	rate = budget ? budget : 1;
-	return (choice->lot + (u32)(budget >> 32)) & (rate - 1) ? 0 : rate;
+	return (choice->flow_hash + (u32)(budget >> 32)) & (rate - 1) ? 0 : rate;
 }
 
 /* Whether an event of the stream is possible. Not stored with the socket: the budget changes. */

@@ -105,7 +105,7 @@ static bool check_flow_buffers(const struct connections *table, const Py_buffer 
 	}
 	for (size_t i = 0; i < TCP_ERROR_NUMBERS; i++)
 		if (errors[i] >= TCP_ERRORS) {
-			PyErr_Format(PyExc_ValueError, "error %zu has no place among %d", i, TCP_ERRORS);
+			PyErr_Format(PyExc_ValueError, "error %zu has an index above %d", i, TCP_ERRORS - 1);
 			return false;
 		}
 	return true;

@@ -39,8 +39,7 @@ struct tcp_counts {
 };
 
 struct tcp_groups {
-	const uint8_t
-		*errors; /* the error's place by its number, TCP_ERROR_NUMBERS of them; the last is of all others */
+	const uint8_t *errors; /* index in `failed` by errno, TCP_ERROR_NUMBERS of them; the last is of all others */
 	const int64_t *srtt_bounds_us; /* TCP_SRTT_BOUNDS of them, rising; a bound belongs to what is below it */
 };
 

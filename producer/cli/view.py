@@ -153,6 +153,7 @@ def top(
     the table of one window.
     """
     from producer.commands import top as showing
+    from producer.events import FLOWS, RETRANSMITS
     from producer.view.filter import parse
     from producer.view.keys import Choice
     from producer.view.terminal import is_usable
@@ -167,19 +168,13 @@ def top(
         usage(f"--window: {least}, since producers report open connections every {INTERVAL_S} s")
     stop = stop_on_signals()
     settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
-    source: showing.Source = _fleet(settings, stop) if brokers else _local(settings)
+    source: showing.Source = _fleet(settings, stop) if brokers else _of_this_host((RETRANSMITS, FLOWS), settings)
     name = printable(brokers or settings.host)
     choice = Choice(by=by, sort=sort, filter_text=text)
     if once or not is_usable():
         showing.once(source, choice, window, name, stop, as_json=as_json, width=line_width())
     else:
         showing.watch(source, choice, window, name, stop, color=has_color())
-
-
-def _local(settings: Any) -> Any:
-    from producer.events import FLOWS, RETRANSMITS
-
-    return _of_this_host((RETRANSMITS, FLOWS), settings)
 
 
 def _of_this_host(streams: Sequence[Any], settings: Any) -> Any:

@@ -71,32 +71,27 @@ def examine(config: Config, *, path: Path | None = None, servers: bool = True) -
 
 def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
     """Check the settings as `rebpf run` does before it uses the kernel or a server."""
-    try:
-        with located(path):
-            client = producer_settings(config.kafka.brokers, config.kafka.settings)
-            # As in `run`, but without the brokers, so it does not connect.
-            brokers = {"bootstrap.servers", *EMBEDDED}
-            Producer({name: value for name, value in client.items() if name not in brokers}).close()
-    except ConfigError as error:
-        yield Finding("kafka.settings", str(error), error.exit_code)
-    try:
-        with located(path):
-            if config.registry.url is not None:
-                RegistryClient(config.registry)
-    except ConfigError as error:
-        yield Finding("registry", str(error), error.exit_code)
-    try:
-        with located(path):
-            WebSettings(config.metrics.web_config_file)
-    except ConfigError as error:
-        yield Finding("metrics.web_config_file", str(error), error.exit_code)
-    try:
-        with located(path):
-            resolve(config, cgroup2_root()).tables()
-    except RebpfError as error:
-        yield Finding("rules", str(error), error.exit_code)
-    else:
-        yield Finding("rules", f"{len(config.rules)}" if config.rules else "none: all segments are captured")
+    for subject, use in (
+        ("kafka.settings", _create_client),
+        ("registry", lambda config: config.registry.url and RegistryClient(config.registry)),
+        ("metrics.web_config_file", lambda config: WebSettings(config.metrics.web_config_file)),
+        ("rules", lambda config: resolve(config, cgroup2_root()).tables()),
+    ):
+        try:
+            with located(path):
+                use(config)
+        except RebpfError as error:
+            yield Finding(subject, str(error), error.exit_code)
+        else:
+            if subject == "rules":
+                yield Finding(subject, f"{len(config.rules)}" if config.rules else "none: all segments are captured")
+
+
+def _create_client(config: Config) -> None:
+    """Create Kafka's client as in `run`, but without the brokers, so that it does not connect."""
+    client = producer_settings(config.kafka.brokers, config.kafka.settings)
+    brokers = {"bootstrap.servers", *EMBEDDED}
+    Producer({name: value for name, value in client.items() if name not in brokers}).close()
 
 
 def settings_offline(config: Config, path: Path | None) -> list[Finding]:
@@ -197,8 +192,7 @@ def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
     kernel = Kernel(btf, features, root, keeps=config.capture.pin is not None)
     if not kernel.features.ring_buffer:
         yield Finding("ring buffer", NO_RING_BUFFER, UnavailableError.exit_code)
-    for stream in (each.name for each in config.capture.streams):
-        allowed = HOOKS if stream == FLOWS.name else config.capture.hooks
+    for stream, allowed in _allowed(config).items():
         available = [hook for hook in HOOKS_BY_STREAM[stream] if hook.name in allowed]
         reasons = {hook.name: refusal(fitted(hook, kernel.features), kernel) for hook in available}
         for hook, reason in reasons.items():
@@ -211,15 +205,18 @@ def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
     yield from _programs(config, kernel)
 
 
+def _allowed(config: Config) -> dict[str, Sequence[str]]:
+    """Return the allowed hooks of each captured stream."""
+    return {each.name: HOOKS if each == FLOWS else config.capture.hooks for each in config.capture.streams}
+
+
 def _programs(config: Config, kernel: Kernel) -> Iterator[Finding]:
     """Find the programs that a start would load instead of compiling."""
     if config.capture.programs is None:
         return
     chosen: dict[str, str] = {}
-    for stream in (each.name for each in config.capture.streams):
-        hook, _ = choose(
-            stream, HOOKS if stream == FLOWS.name else config.capture.hooks, kernel, chosen.get("transmit")
-        )
+    for stream, allowed in _allowed(config).items():
+        hook, _ = choose(stream, allowed, kernel, chosen.get("transmit"))
         if hook is None:  # reported above
             return
         chosen[stream] = hook.name

@@ -72,11 +72,6 @@ class _Source:
         self.sender = SpoolSender(stream, spool, self._counts)
 
     @property
-    def waiting(self) -> int:
-        """Events that are not done."""
-        return self.spool.pending
-
-    @property
     def done(self) -> int:
         """Number of messages delivered or lost so far."""
         return self._counts.delivered + self._counts.lost.total()
@@ -92,11 +87,12 @@ class _Source:
         if self._counts.ledger_error:
             last_error = f"ledger: {self._counts.ledger_error}"
         delivered, lost = self._counts.delivered - self._delivered, self._counts.lost - self._lost
-        return Sent(delivered, self.waiting, dict(lost), last_error if self.waiting else "")
+        waiting = self.spool.pending
+        return Sent(delivered, waiting, dict(lost), last_error if waiting else "")
 
     def discard(self) -> int:
         """Count all spooled events as lost and delete them; return how many there were."""
-        spool, count = self.spool, self.waiting
+        spool, count = self.spool, self.spool.pending
         lost = Counter(self.account.lost) + Counter(spool_dropped=count)
         self._write_account(dataclasses.replace(self.account, lost=dict(lost), acked=spool.end, discarded=0))
         spool.acked = spool.sent = spool.end
@@ -203,7 +199,7 @@ def _appender(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str],
 
 def _send(sources: Sequence[_Source], sink: KafkaSink, stop: Flag, timeout_s: float, progress: Progress) -> None:
     senders = {source.sender.stream.name: source.sender for source in sources}
-    total = sum(source.waiting for source in sources)
+    total = sum(source.spool.pending for source in sources)
     done, deadline_s = 0, time.monotonic() + timeout_s
     while not all(source.is_done(sink) for source in sources) and time.monotonic() < deadline_s and not stop.is_set():
         more = [sender.send(sink, time.monotonic()) for sender in senders.values()]

@@ -21,7 +21,7 @@ from producer.host.clock import Moment, now
 from producer.host.state_file import NotAFileError, open_regular
 from producer.host.text import lines
 from producer.pipeline.ledger import Account, Ledger
-from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files, made_at
+from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files, made_at, size_bytes
 from producer.spool.format import DamagedError, Reader, read_header
 from producer.spool.spool import HEADER_BYTES
 from producer.topics import topic
@@ -187,7 +187,7 @@ def _look(config: Config, stream: Stream) -> Waiting:
     return Waiting(
         events,
         len(spool_files),
-        sum(file.size_bytes for file in spool_files) + sum(map(_size_bytes, aside)),
+        sum(file.size_bytes for file in spool_files) + sum(map(size_bytes, aside)),
         max(0.0, now().since(made)) if events and made else None,
         len(aside),
         dict(quarantined(config, stream)),
@@ -280,9 +280,3 @@ def _account(ledger: Path | None) -> Account | None:
         return None
     # A read during a write may return a mix of old and new.
     return Ledger(ledger).read() or Ledger(ledger).read()
-
-
-def _size_bytes(path: Path) -> int:
-    with suppress(FileNotFoundError):
-        return path.stat().st_size
-    return 0

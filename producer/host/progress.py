@@ -6,7 +6,6 @@ A terminal without control sequences gets one line at the beginning, which stays
 import os
 import sys
 import time
-from types import TracebackType
 from typing import Self
 
 from producer.host.text import printable
@@ -32,9 +31,7 @@ class Progress:
         self._visible = self._visible and not self._is_dumb
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._write(_CLEAR)
 
     def __call__(self, done: int, total: int = 0) -> None:

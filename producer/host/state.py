@@ -20,7 +20,6 @@ import signal
 import stat
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
@@ -101,9 +100,7 @@ class StateFolder:
             state_file.set_aside(self._agent)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             if self._is_in_place():  # otherwise it is another producer's
                 self._agent.unlink(missing_ok=True)

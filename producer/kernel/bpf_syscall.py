@@ -16,7 +16,7 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,6 +307,18 @@ def close_all(descriptors: Sequence[int]) -> None:
     """Close descriptors."""
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+def open_all(opened: Iterable[int]) -> list[int]:
+    """Return the descriptors that an iterator opens one by one. If that raises OSError, none stays open."""
+    descriptors: list[int] = []
+    try:
+        for descriptor in opened:
+            descriptors.append(descriptor)
+    except OSError:
+        close_all(descriptors)
+        raise
+    return descriptors
 
 
 def possible_cpus() -> int:

@@ -13,7 +13,6 @@ import secrets
 import struct
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from producer import __version__
 from producer.errors import UnavailableError
@@ -384,9 +383,7 @@ class Capture:
     def __enter__(self) -> "Capture":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _end_loader(self) -> None:

@@ -16,11 +16,11 @@ import json
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from producer.errors import ConfigError
 from producer.host.systemd import barrier, notify, number
+from producer.kernel.bpf_syscall import open_all
 from producer.kernel.manifest import parse_stored
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class FdStore:
 
     def open(self, names: Sequence[str]) -> list[int]:
         """Return new descriptors of stored objects. LookupError if one is missing."""
-        return [os.dup(descriptor) for descriptor in [self._held[name] for name in names]]
+        return open_all(map(os.dup, [self._held[name] for name in names]))
 
     def save(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
         """Store the objects of these descriptors by name, and remove all others.
@@ -122,9 +122,7 @@ class FdStore:
         self._remove_remains()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for descriptor in self._held.values():
             os.close(descriptor)
         self._held = {}

@@ -144,8 +144,7 @@ HOOKS_BY_STREAM = {
             (
                 Probe("raw_tp_flow_state", "inet_sock_set_state", _RAW_TP),
                 Probe("raw_tp_flow_state_again", "inet_sock_set_state", _RAW_TP),
-                Probe("raw_tp_flow_retransmit", "tcp_retransmit_skb", _RAW_TP),
-                Probe("raw_tp_flow_retransmit_again", "tcp_retransmit_skb", _RAW_TP),
+                *(2 * (Probe("raw_tp_flow_retransmit", "tcp_retransmit_skb", _RAW_TP),)),
                 Probe("iter_flow_states", _SOCKET_STORAGE, _ITER),
             ),
         ),

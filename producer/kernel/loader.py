@@ -1,5 +1,6 @@
 """The agent's side of the loader process (producer.kernel.loader_child): start it, ask it, end it."""
 
+import contextlib
 import errno
 import functools
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from producer import errors
 from producer.host import signals
@@ -22,6 +23,7 @@ from producer.paths import IMPORTED_FROM
 
 logger = logging.getLogger(__name__)
 
+_SYSTEM_PYTHON = "/usr/bin/python3"
 _FDS = 64
 _FIND_TIMEOUT_S = 60.0
 _LOOK_S = 0.1
@@ -30,6 +32,7 @@ _MOST_LINES = 20
 """Lines logged of the child's standard output and error; the last ones."""
 # The child does not inherit our environment: CPATH, LD_*, PYTHON* and BCC_* would change what is compiled and loaded.
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+_EXIT_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
 
 
@@ -41,31 +44,32 @@ class Loader:
         if limit != resource.RLIM_INFINITY and limit < _FDS:  # bcc would only report a compile error
             raise errors.UnavailableError(f"{FEW_DESCRIPTORS} (now {limit}, at least {_FDS})")
         try:
-            self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with contextlib.ExitStack() as undo:
+                self._start(undo)
+                undo.pop_all()
         except OSError as error:
-            raise _start_error(error) from error
+            few = error.errno in (errno.EMFILE, errno.ENFILE)
+            raise errors.UnavailableError(FEW_DESCRIPTORS if few else f"cannot start the loader: {error}") from error
+
+    def _start(self, undo: contextlib.ExitStack) -> None:
+        self._channel, theirs = map(undo.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        # Python, bcc and LLVM write here; `end` turns it into log lines.
+        self._output = undo.enter_context(os.fdopen(os.memfd_create("output"), "rb"))
         # Import this package, not another installed copy, and nothing else from its folder: the site-packages of a venv
         # must not shadow those of the system's Python.
         code = f"import sys; sys.path.insert(0, {str(IMPORTED_FROM)!r}); import producer; del sys.path[0]"
         code += f"; from producer.kernel.loader_child import main; main({theirs.fileno()}, {os.getpid()})"
         # Isolated (-I): a program that runs as root must not import from the working directory or PYTHONPATH.
-        try:
-            with theirs:
-                command = [_python(), "-B", "-I", "-c", code]
-                # Python, bcc and LLVM write here; `end` turns it into log lines.
-                self._stderr = os.memfd_create("stderr")
-                self._child = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=self._stderr,
-                    stderr=self._stderr,
-                    pass_fds=[theirs.fileno()],
-                    env=_ENVIRONMENT,
-                    process_group=0,  # a terminal's Ctrl-C is for us
-                )
-        except OSError as error:
-            self._channel.close()
-            raise _start_error(error) from error
+        self._child = subprocess.Popen(
+            [_python(), "-B", "-I", "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=self._output,
+            pass_fds=[theirs.fileno()],
+            env=_ENVIRONMENT,
+            process_group=0,  # a terminal's Ctrl-C is for us
+        )
+        theirs.close()
 
     def ask(self, request: Mapping[str, Any], timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[dict[str, Any], list[int]]:
         """Send a request; return the answer and the descriptors that come with it.
@@ -84,10 +88,13 @@ class Loader:
                 os.close(descriptor)
             raise errors.UnavailableError(FEW_DESCRIPTORS)
         if not packet:
-            raise errors.HookError(f"the loader exited with status {self._child.wait()} without an answer")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(_EXIT_TIMEOUT_S)
+            status = self._child.poll()
+            how = "closed its socket" if status is None else f"exited with status {status}"
+            raise errors.HookError(f"the loader {how} without an answer")
         with open(descriptors[0], "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _MOST_LOG_BYTES))
-            if log := file.read().decode(errors="replace"):
+            if log := _end_of(file):
                 logger.debug("loader log:\n%s", log)
         answer = json.loads(packet)
         if "error" in answer:
@@ -110,15 +117,15 @@ class Loader:
         self._channel.close()
         self._child.kill()
         self._child.wait()
-        with open(self._stderr, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _MOST_LOG_BYTES))
-            for line in file.read().decode(errors="replace").splitlines()[-_MOST_LINES:]:
+        with self._output:
+            for line in _end_of(self._output).splitlines()[-_MOST_LINES:]:
                 logger.warning("loader: %s", line)
 
 
-def _start_error(error: OSError) -> errors.UnavailableError:
-    few = error.errno in (errno.EMFILE, errno.ENFILE)
-    return errors.UnavailableError(FEW_DESCRIPTORS if few else f"cannot start the loader: {error}")
+def _end_of(log: BinaryIO) -> str:
+    """Return the last part of a log."""
+    log.seek(max(0, os.fstat(log.fileno()).st_size - _MOST_LOG_BYTES))
+    return log.read().decode(errors="replace")
 
 
 def _python() -> str:
@@ -134,7 +141,7 @@ def python_with_bcc() -> str:
 
     The system's is tried first because it starts faster than a venv's.
     """
-    for python in ("/usr/bin/python3", sys.executable, shutil.which("python3")):
+    for python in (_SYSTEM_PYTHON, sys.executable, shutil.which("python3")):
         if python and _has_bcc(python):
             return python
     raise errors.UnavailableError(BCC_MISSING)
@@ -154,6 +161,6 @@ def _has_bcc(python: str) -> bool:
         found = subprocess.run(
             command, stderr=subprocess.DEVNULL, env=_ENVIRONMENT, timeout=_FIND_TIMEOUT_S, process_group=0
         )
-    except subprocess.TimeoutExpired:
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
         return False
     return found.returncode == 0

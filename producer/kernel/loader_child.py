@@ -91,13 +91,13 @@ def main(descriptor: int, parent: int) -> None:
 
 
 def _answer_error(channel: socket.socket, error: Exception) -> None:
-    kind, message, log = type(error).__name__, str(error), ""
+    # The agent knows the classes in producer.errors, but not the subclasses here.
+    kind = next((each.__name__ for each in type(error).__mro__ if each.__module__ == RebpfError.__module__), "")
+    message, log = str(error), error.log if isinstance(error, _LoggedError) else ""
     if _is_short_of_descriptors(error):
         kind, message = "UnavailableError", FEW_DESCRIPTORS
-    elif isinstance(error, _LoggedError):
-        kind, log = "HookError", error.log
-    elif not isinstance(error, RebpfError):  # a defect
-        kind, message = "HookError", f"the loader failed: {kind}: {error}"
+    elif not kind:  # a defect
+        kind, message = "HookError", f"the loader failed: {type(error).__name__}: {error}"
         log = "".join(traceback.format_exception(error))
     _answer(channel, {"error": message, "kind": kind}, log)
 

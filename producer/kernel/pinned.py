@@ -19,7 +19,6 @@ import re
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from producer.errors import BusyError, ConfigError, UnavailableError
@@ -70,14 +69,7 @@ class PinFolder:
 
     def open(self, names: Sequence[str]) -> list[int]:
         """Return new descriptors of pinned objects. OSError if one is missing."""
-        opened: list[int] = []
-        try:
-            for name in names:
-                opened.append(bpf_syscall.get(self._path / name))
-        except OSError:
-            bpf_syscall.close_all(opened)
-            raise
-        return opened
+        return bpf_syscall.open_all(bpf_syscall.get(self._path / name) for name in names)
 
     def save(self, objects: Mapping[str, int], manifest: Mapping[str, Any]) -> None:
         """Pin the objects of these descriptors by name, and unpin all others.
@@ -163,7 +155,5 @@ class PinFolder:
         self._remove_remains()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._lock)

@@ -58,15 +58,8 @@ class Compiled:
 
     def create_maps(self, sizes: Mapping[str, int]) -> list[int]:
         """Create the maps and return their descriptors. `sizes` overrides max_entries by name."""
-        descriptors: list[int] = []
-        try:
-            for each in self.maps:
-                sized = replace(each, max_entries=sizes.get(each.name, each.max_entries))
-                descriptors.append(bpf_syscall.create_map(sized))
-        except OSError:
-            bpf_syscall.close_all(descriptors)
-            raise
-        return descriptors
+        sized = (replace(each, max_entries=sizes.get(each.name, each.max_entries)) for each in self.maps)
+        return bpf_syscall.open_all(map(bpf_syscall.create_map, sized))
 
     def instructions(self, program: str, maps: Sequence[int], hz: int) -> bytes:
         """Return a program for loading, with the descriptors of the maps and the kernel's HZ."""

@@ -20,7 +20,6 @@ import logging
 import mmap
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,7 +155,5 @@ class Ring:
     def __enter__(self) -> "Ring":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -5,7 +5,7 @@ generation is refilled only when no program can still be reading it.
 """
 
 import struct
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ _GENERATION = struct.Struct("<8I")
 _PREFIX_KEY_BYTES, _VALUE_KEY_BYTES = 24, 16
 _UNKNOWN = b""
 """Stands for the value of an element that another process wrote."""
-_WRITES_PER_STEP = 1024
+_ELEMENTS_PER_STEP = 1024
 _NO_CLASS = 0xFFFF
 """Not the number of any class, so that each port is written."""
 
@@ -59,26 +59,31 @@ class RuleMaps:
         return self.version
 
     def put_in_steps(self, tables: Tables) -> Generator[None]:
-        """Do the same in steps of some 1,024 writes: 130,000 networks take seconds. The last step activates."""
+        """Do the same in steps of 1,024 elements: 130,000 networks take seconds. The last step activates."""
         version = self.version + 1
         generation = version & 1
+        # The active prefixes are reused if they are unchanged.
+        prefixes = self._prefix_generation if tables.prefixes == self._prefixes_in_use else 1 - self._prefix_generation
         bpf_syscall.wait_for_programs()
-        prefix_generation = yield from self._fill(generation, tables)
+        for number, _ in enumerate(self._fill(generation, prefixes, tables), 1):
+            if number % _ELEMENTS_PER_STEP == 0:
+                yield
         bpf_syscall.update(self._maps["rules_active"], _index(0), struct.pack("<Q", version << 1 | generation))
-        self.version, self._prefix_generation = version, prefix_generation
+        self.version, self._prefix_generation = version, prefixes
         self._prefixes_in_use = tables.prefixes
 
-    def _fill(self, generation: int, tables: Tables) -> Generator[None, None, int]:
-        """Fill a generation of the tables, and return the generation of prefixes that belongs to it."""
+    def _fill(self, generation: int, prefixes: int, tables: Tables) -> Iterator[None]:
+        """Fill a generation of the tables, which belongs to a generation of the prefixes. Yields after each element."""
         first_action, first_class = generation * (MOST_RULES + 1), generation * MOST_CLASSES
         *actions, default = tables.actions
-        self._array("rule_actions", first_action, map(_action, actions))
-        self._array("rule_actions", first_action + MOST_RULES, [_action(default)])
-        self._array("rule_addresses", first_class, map(_sides, tables.address_classes))
-        self._array("rule_ports", first_class, map(_sides, tables.port_classes))
-        self._array("rule_sets", first_class, map(_bits, tables.sets))
-        self._fill_ports(generation, tables.ports)
-        prefix_generation = yield from self._fill_prefixes(tables)
+        yield from self._array("rule_actions", first_action, map(_action, actions))
+        yield from self._array("rule_actions", first_action + MOST_RULES, [_action(default)])
+        yield from self._array("rule_addresses", first_class, map(_sides, tables.address_classes))
+        yield from self._array("rule_ports", first_class, map(_sides, tables.port_classes))
+        yield from self._array("rule_sets", first_class, map(_bits, tables.sets))
+        yield from self._fill_ports(generation, tables.ports)
+        if prefixes != self._prefix_generation:
+            yield from self._replace("rule_prefixes", self._prefixes[prefixes], _prefixes(prefixes, tables))
         values = {
             struct.pack("<IIQ", generation, PROPERTIES.index(name), value): _index(number)
             for name, numbers in tables.values.items()
@@ -87,54 +92,46 @@ class RuleMaps:
         yield from self._replace("rule_values", self._values[generation], values)
         by_segment = any(tables.values[name] for name in ("interface", "state"))
         unnamed = (tables.unnamed[name] for name in PROPERTIES)
-        packed = _GENERATION.pack(len(actions), by_segment, *unnamed, prefix_generation)
-        self._array("rule_generations", generation, [packed])
-        return prefix_generation
+        packed = _GENERATION.pack(len(actions), by_segment, *unnamed, prefixes)
+        yield from self._array("rule_generations", generation, [packed])
 
-    def _fill_prefixes(self, tables: Tables) -> Generator[None, None, int]:
-        """Reuse the active prefixes if they are unchanged; otherwise fill the other generation."""
-        if tables.prefixes == self._prefixes_in_use:
-            return self._prefix_generation
-        other = 1 - self._prefix_generation
-        numbers = [_index(number) for number in range(len(tables.address_classes))]
-        target = {
-            struct.pack("<II", _GENERATION_BITS + length, other) + prefix: numbers[number]
-            for prefix, length, number in tables.prefixes
-        }
-        yield from self._replace("rule_prefixes", self._prefixes[other], target)
-        return other
-
-    def _fill_ports(self, generation: int, ports: NDArray[np.uint16]) -> None:
+    def _fill_ports(self, generation: int, ports: NDArray[np.uint16]) -> Iterator[None]:
         current, target = self._ports[generation], ports.reshape(-1, _PORT_GROUP)
         for group in np.flatnonzero((current != target).any(axis=1)).tolist():
             index = _index(generation * len(target) + group)
             bpf_syscall.update(self._maps["rule_port_classes"], index, target[group].tobytes())
             current[group] = target[group]
             self.writes += 1
+            yield
 
-    def _array(self, name: str, first: int, values: Iterable[bytes]) -> None:
-        written = self._arrays.setdefault(name, {})
-        for index, value in enumerate(values, first):
-            self._write(name, written, _index(index), value)
+    def _array(self, name: str, first: int, values: Iterable[bytes]) -> Iterator[None]:
+        items = ((_index(index), value) for index, value in enumerate(values, first))
+        return self._write(name, self._arrays.setdefault(name, {}), items)
 
-    def _replace(self, name: str, current: dict[bytes, bytes], target: Mapping[bytes, bytes]) -> Generator[None]:
+    def _replace(self, name: str, current: dict[bytes, bytes], target: Mapping[bytes, bytes]) -> Iterator[None]:
         """Change a map from `current` to `target`. `current` is updated step by step, so it is right after an error."""
-        for number, key in enumerate(current.keys() - target.keys(), 1):
+        for key in current.keys() - target.keys():
             bpf_syscall.delete(self._maps[name], key)
             del current[key]
             self.writes += 1
-            if number % _WRITES_PER_STEP == 0:
-                yield
-        for number, (key, value) in enumerate(target.items(), 1):
-            self._write(name, current, key, value)
-            if number % _WRITES_PER_STEP == 0:
-                yield
+            yield
+        yield from self._write(name, current, target.items())
 
-    def _write(self, name: str, current: dict[bytes, bytes], key: bytes, value: bytes) -> None:
-        if current.get(key) != value:
-            bpf_syscall.update(self._maps[name], key, value)
-            current[key] = value
-            self.writes += 1
+    def _write(self, name: str, current: dict[bytes, bytes], items: Iterable[tuple[bytes, bytes]]) -> Iterator[None]:
+        for key, value in items:
+            if current.get(key) != value:
+                bpf_syscall.update(self._maps[name], key, value)
+                current[key] = value
+                self.writes += 1
+            yield
+
+
+def _prefixes(generation: int, tables: Tables) -> dict[bytes, bytes]:
+    numbers = [_index(number) for number in range(len(tables.address_classes))]
+    return {
+        struct.pack("<II", _GENERATION_BITS + length, generation) + prefix: numbers[number]
+        for prefix, length, number in tables.prefixes
+    }
 
 
 def _index(number: int) -> bytes:

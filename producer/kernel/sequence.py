@@ -50,11 +50,17 @@ class EventNumbers:
     No method raises OSError: a full or broken disk causes a jump in the numbers, and a warning.
     """
 
-    def __init__(self, folder: Path, boot_id: str, cpus: int, uptime_s: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        boot_id: str,
+        cpus: int,
+        uptime_s: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
+    ) -> None:
         self._path = folder / "sequence.json"
         self._boot_id = boot_id
         self._cpus = cpus
-        self._uptime_s = uptime_s or _uptime_s
+        self._uptime_s = uptime_s
         self._generation = 0
 
     def start(self, *, overlap: bool = False) -> Numbers:
@@ -151,7 +157,3 @@ def _parsed(text: bytes) -> _Note:
 
 def _crc32(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _uptime_s() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -328,6 +328,24 @@ def test_a_reload_writes_what_differs_and_nothing_else(ruled: Recording, lab: La
     assert len(sent_by(ruled, port)) == EXCHANGES
 
 
+def test_a_step_of_a_reload_writes_a_bounded_number_of_elements(ruled: Recording, lab: Lab, port: int) -> None:
+    """A thousand rules, each with ports, an address and a user of its own."""
+    maps = RuleMaps(ruled.kernel._maps)
+    networks = [(ipaddress.ip_network(0x0B000000 + i),) for i in range(1_000)]
+    rules = [
+        Rule(str(i), DROP, address=network, port=((8 * i, 8 * i),), uid=(1 << 20 | i,))
+        for i, network in enumerate(networks, 1)
+    ]
+    before, steps = maps.writes, []
+    for _ in maps.put_in_steps(tables([on_port(port), *rules[:-1]], DROP)):
+        steps.append(maps.writes - before)
+        before = maps.writes
+    assert max(steps) <= 1024, steps
+    assert len(steps) >= 4
+    exchange(lab, port)
+    assert len(sent_by(ruled, port)) == EXCHANGES
+
+
 def test_a_reload_that_fails_changes_nothing_and_the_next_is_complete(ruled: Recording, lab: Lab, port: int) -> None:
     """The kernel's table is too small for the addresses."""
     maps = RuleMaps(ruled.kernel._maps)

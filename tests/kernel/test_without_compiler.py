@@ -16,6 +16,7 @@ from producer.kernel.bpf_syscall import RETURN_0
 from producer.kernel.btf import VMLINUX, Btf
 from producer.kernel.features import Features
 from producer.kernel.hooks import OWN_SOCKETS
+from producer.kernel.loader_child import BCC_MISSING
 from producer.kernel.program_cache import from_json
 from producer.kernel.program_files import Identity, packed
 from producer.paths import BPF
@@ -116,6 +117,12 @@ def test_without_programs_that_fit_it_says_what_to_do(
     assert checked.returncode == 69
     assert f"no      programs: no programs in capture.programs fit: {reason}" in checked.stdout
     assert "MISSING bcc: bcc is missing" in checked.stdout
+
+
+def test_it_compiles_nothing_and_says_why(without_compiler: Sequence[str], tmp_path: Path) -> None:
+    done = rebpf("compile", "-o", tmp_path / "out", before=without_compiler)
+    assert (done.returncode, done.stderr) == (69, f"rebpf: {BCC_MISSING}\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_with_the_compiler_programs_that_do_not_fit_are_compiled(programs: Path, tmp_path: Path) -> None:

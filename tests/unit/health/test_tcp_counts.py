@@ -160,6 +160,6 @@ def test_arrays_of_other_sizes_are_refused() -> None:
     refuses("one dimension of 336 bytes", 0, np.zeros(2, "V335"))
     refuses("of another size", 0, right[0], names[1:])
     refuses("of another size", 1, np.zeros(255, np.uint8))
-    refuses("error 7 has no place", 1, np.where(np.arange(256) == 7, 10, 0).astype("u1"))
+    refuses("error 7 has an index above", 1, np.where(np.arange(256) == 7, 10, 0).astype("u1"))
     refuses("of another size", 2, np.zeros(15, np.int64))
     refuses("of another size", 3, np.zeros(50, np.int64))

@@ -1,6 +1,7 @@
 """The descriptor store, as systemd and the service's next process see it."""
 
 import os
+import resource
 import sys
 
 import pytest
@@ -174,3 +175,20 @@ def test_there_is_a_store_where_the_unit_has_one(environment, expected, monkeypa
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert available() is expected
+
+
+def test_if_descriptors_run_out_none_stays_open(manager, objects):
+    with FdStore() as store:
+        store.save(objects, MANIFEST)
+        lowest = os.dup(0)
+        os.close(lowest)
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, before[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                store.open(["ring", "link_0"])
+            now_lowest = os.dup(0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        os.close(now_lowest)
+        assert now_lowest == lowest

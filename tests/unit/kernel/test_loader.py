@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from producer import errors
-from producer.kernel.loader import Loader
+from producer.kernel import loader as loader_module
+from producer.kernel.loader import Loader, python_with_bcc
 
 START = """
 import resource, sys
@@ -47,6 +48,31 @@ def test_exhausted_descriptors_are_reported() -> None:
         for descriptor in taken:
             os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_loader_that_cannot_be_started_leaves_no_descriptors_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "python_with_bcc", lambda: "/nowhere/python3")
+    before = open_descriptors()
+    with pytest.raises(errors.UnavailableError, match=r"cannot start the loader: .*/nowhere/python3"):
+        Loader()
+    assert open_descriptors() == before
+
+
+def open_descriptors() -> dict[int, str]:
+    """Return what this process has open, without the folder that is read for it."""
+    links = ((int(each.name), os.readlink(each)) for each in Path("/proc/self/fd").iterdir() if each.is_symlink())
+    return {number: link for number, link in links if not link.startswith("/proc/")}
+
+
+def test_a_host_need_not_have_a_python_in_usr_bin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in the container images of Python."""
+    monkeypatch.setattr(loader_module, "_SYSTEM_PYTHON", str(tmp_path / "python3"))
+    python_with_bcc.cache_clear()
+    try:
+        with contextlib.suppress(errors.UnavailableError):  # if no other one has bcc
+            assert Path(python_with_bcc()).exists()
+    finally:
+        python_with_bcc.cache_clear()
 
 
 def test_the_loader_does_not_inherit_our_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,3 +112,18 @@ def test_the_childs_output_is_logged_and_bounded(
     assert len(told) == 20
     assert told[-2:] == ["loader: \x1b[2J", "loader: \ufffd last"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_child_that_hangs_without_its_socket_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As LLVM might at the exit."""
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable} -I\nimport os, signal\nos.closerange(3, 100)\nsignal.pause()\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(loader_module, "python_with_bcc", lambda: str(python))
+    monkeypatch.setattr(loader_module, "_EXIT_TIMEOUT_S", 0.1)
+    loader = Loader()
+    with pytest.raises(errors.HookError, match="the loader closed its socket without an answer"):
+        loader.ask({})
+    loader.end()
