@@ -139,7 +139,10 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
             interface=_each(rule.interface, _interface),
             state=rule.state,
         )
-    except (ValueError, LookupError, OSError, ConfigError) as error:
+    except OSError as error:
+        subject = f"{error.filename}: " if error.filename else ""
+        raise ConfigError(f"{where}: {subject}{error.strerror or error}") from error
+    except (ValueError, LookupError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
