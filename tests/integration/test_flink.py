@@ -188,6 +188,7 @@ def test_minutes_have_what_connections_did_in_them(kafka, tables, connections, t
             assert one[name] == pytest.approx(percentile(srtt_us[key], part)), (key, name)
 
 
+@pytest.mark.extended
 @pytest.mark.real_kafka
 def test_a_retransmit_has_its_flows_last_transmit(kafka, sent, tables, tmp_path):
     flink.run_sql(tmp_path, tables, FLINK / "last_transmit.sql")

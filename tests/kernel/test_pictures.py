@@ -22,7 +22,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Studio, Pat
         yield studio_, folder
 
 
-@pytest.mark.parametrize("name", PICTURES)
+# test_demo.py runs the demo, whose picture takes longest.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.extended) if name == "demo" else name for name in PICTURES]
+)
 def test_a_picture_is_drawn_by_the_command_in_it(made: tuple[Studio, Path], name: str) -> None:
     if name == "report" and BROWSER is None:
         pytest.skip("no chromium-headless-shell: scripts/setup --all installs it")
