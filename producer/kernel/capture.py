@@ -19,7 +19,7 @@ from producer.errors import UnavailableError
 from producer.events import FLOWS, STREAMS, Stream, layout_check
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
-from producer.kernel import bpf_syscall
+from producer.kernel import bpf_syscall, kprobes
 from producer.kernel.hooks import CLOSING_PROGRAMS, Refusal
 from producer.kernel.interfaces import HandoverStore, Numbers
 from producer.kernel.loader import Loader
@@ -257,9 +257,10 @@ class Capture:
             self._numbers.stop({stream.name: self.sequence(stream) for stream in STREAMS})
 
     def check(self) -> None:
-        """Raise UnavailableError if a probe was detached or unpinned."""
+        """Raise UnavailableError if a probe was detached, unpinned or turned off."""
         if any(map(bpf_syscall.is_detached, self._links)):
             raise UnavailableError("another process has detached a program, so events are missing: restart")
+        kprobes.check(self.hooks_in_use.values() if self._links else ())
         if self._store and self._links:
             self._store.check()
 

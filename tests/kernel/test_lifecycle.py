@@ -17,6 +17,7 @@ from producer import paths
 from producer.demo.lab import Lab
 from producer.errors import ConfigError, HookError, UnavailableError
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS
+from producer.kernel import kprobes
 from producer.kernel.bpf_syscall import program_ids
 from producer.kernel.capture import Capture
 from producer.kernel.hooks import HOOKS_BY_STREAM
@@ -135,6 +136,34 @@ def test_a_program_that_another_process_detaches_is_noticed() -> None:
         assert ctypes.CDLL("libbpf.so.1").bpf_link_detach(int(cgroup)) == 0
         with pytest.raises(UnavailableError, match="another process has detached a program"):
             hooks.check()
+
+
+@pytest.mark.skipif("kprobe" not in ALLOWED, reason="kprobe is not among the hooks under test")
+@pytest.mark.parametrize("switch", kprobes.SWITCHES, ids=str)
+def test_a_switch_that_turns_off_all_kprobes_is_noticed(switch: Path) -> None:
+    if not switch.exists():
+        pytest.skip(f"{switch} does not exist")
+    settings = hook_settings(hooks=("kprobe",), rules=filtered(ports=(1,)))
+    with Capture(settings) as hooks, socket.create_server(("127.0.0.1", 0)) as listener:
+        try:
+            hooks.load()
+        except HookError as error:
+            pytest.skip(f"NO KPROBES: {error}")
+        hooks.put_rules(filtered(ports=(listener.getsockname()[1],)))
+        hooks.attach()
+        hooks.check()
+        socket.create_connection(listener.getsockname()).close()
+        wait_for(lambda: hooks.counters(TRANSMITS).passed, "events")
+        try:
+            switch.write_text("0")
+            passed = hooks.counters(TRANSMITS).passed
+            socket.create_connection(listener.getsockname()).close()
+            assert hooks.counters(TRANSMITS).passed == passed, "the switch has an effect"
+            with pytest.raises(UnavailableError, match=f"{switch} is 0"):
+                hooks.check()
+        finally:
+            switch.write_text("1")
+        hooks.check()
 
 
 def compiling(pid: int) -> int | None:
