@@ -27,13 +27,26 @@ def machines(folder: Path) -> dict[str, int]:
     return {name: int.from_bytes(text[18:20], "little") for name, text in data.items() if text.startswith(b"\x7fELF")}
 
 
-def test_each_binary_of_it_is_for_arm64(package: Path, tmp_path: Path) -> None:
-    subprocess.run(["dpkg-deb", "-x", package, tmp_path], check=True)
+@pytest.fixture(scope="module")
+def root(package: Path) -> Path:
+    """The package's files."""
+    root = package.with_name("root")
+    subprocess.run(["dpkg-deb", "-x", package, root], check=True)
+    return root
+
+
+def test_each_binary_of_it_is_for_arm64(package: Path, root: Path) -> None:
     field = subprocess.run(["dpkg-deb", "--field", package, "Architecture"], capture_output=True, text=True, check=True)
     assert (field.stdout.strip(), package.name.rpartition("_")[2]) == ("arm64", "arm64.deb")
-    found = machines(tmp_path)
+    found = machines(root)
     assert f"usr/lib/rebpf/{CORE}" in found
     assert {name: machine for name, machine in found.items() if machine != AARCH64} == {}
+
+
+def test_the_steps_of_reading_a_ring_are_ordered_by_an_instruction(root: Path) -> None:
+    # An emulated processor may not reorder them, so no test that runs there shows it.
+    command = ["aarch64-linux-gnu-objdump", "--disassemble", root / "usr/lib/rebpf" / CORE]
+    assert "dmb\tish" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_the_checkout_keeps_its_own_core(package: Path) -> None:
