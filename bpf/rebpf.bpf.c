@@ -600,16 +600,6 @@ int kprobe_inner_retransmit_skb(void *ctx)
 	return is_loss_probe(PT_REGS_PARM1(regs)) ? remember(regs) : 0;
 }
 
-int kretprobe_inner_retransmit_skb(void *ctx)
-{
-	struct pt_regs *regs = ctx;
-	struct call call;
-
-	if (!recall(regs, &call))
-		return 0;
-	return end_retransmission(call.sk, call.subject, PT_REGS_RC(regs), true, HOOK_KPROBE);
-}
-
 /* As fexit_inner_transmit_skb. */
 int kprobe_inner_transmit_skb(void *ctx)
 {
@@ -623,7 +613,8 @@ int kprobe_inner_transmit_skb(void *ctx)
 	return is_sent_before(tp, READ(cb, seq), READ(cb, end_seq)) ? remember(regs) : 0;
 }
 
-int kretprobe_inner_transmit_skb(void *ctx)
+/* Of either inner function. */
+int kretprobe_inner(void *ctx)
 {
 	struct pt_regs *regs = ctx;
 	struct call call;

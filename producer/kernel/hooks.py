@@ -119,10 +119,10 @@ HOOKS_BY_STREAM = {
                     if_split=Probe("kprobe_inner_transmit_skb", "__tcp_transmit_skb", _KPROBE),
                 ),
                 Probe(
-                    "kretprobe_inner_retransmit_skb",
+                    "kretprobe_inner",
                     "__tcp_retransmit_skb",
                     _KPROBE,
-                    if_split=Probe("kretprobe_inner_transmit_skb", "__tcp_transmit_skb", _KPROBE),
+                    if_split=Probe("kretprobe_inner", "__tcp_transmit_skb", _KPROBE),
                 ),
                 Probe("kprobe_tcp_rtx_synack", "tcp_rtx_synack", _KPROBE),
                 Probe("kretprobe_tcp_rtx_synack", "tcp_rtx_synack", _KPROBE),
