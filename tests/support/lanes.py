@@ -235,8 +235,12 @@ def run_tier(tier: str, options: Sequence[str]) -> int:
     tests = [test for each in failed for test in each.tests]
     if len(lanes) > 1 and all(each.tests for each in failed) and 0 < len(tests) <= _FLAKY:
         failed = run([Lane("again, alone", tuple(tests), 3000)], command, options, sys.stdout)
+        still = {test for each in failed for test in each.tests or tests}
         for test in tests:
-            print(f"FLAKY: {test} failed beside other tests and {'failed' if failed else 'passed'} alone")
+            if test in still:
+                print(f"==== FAILED: {test}: also alone")
+            else:
+                print(f"FLAKY: {test} failed beside other tests and passed alone")
     return 1 if failed else 0
 
 
