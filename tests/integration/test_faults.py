@@ -268,10 +268,16 @@ def make_some_too_large(at: Scene, cgroup: Path) -> set[tuple[str, int]]:
 
 
 def assert_these_alone_are_lost(at: Scene, large: set[tuple[str, int]]) -> None:
-    """Check that all events are in the topic except those from the addresses, which are counted as lost."""
+    """Check that all events are in the topic except those from the addresses, which are counted as lost.
+
+    On a busy machine, the first events of a cgroup may come before its path is known: then they are small.
+    """
+    events = list(once(at.events()).values())
+    unnamed = [each for each in events if each.record["cgroup"] is None]
     small = [each for each in at.segments if (each.saddr, each.sport) not in large]
+    small += [each for each in map(topics.segment, unnamed) if (each.saddr, each.sport) in large]
     assert len(small) < len(at.segments)
-    assert_same(small, list(once(at.events()).values()))
+    assert_same(small, events)
     at.assert_balance(delivered=len(small), lost={"MSG_SIZE_TOO_LARGE": len(at.segments) - len(small)})
 
 
