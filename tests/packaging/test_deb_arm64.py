@@ -1,4 +1,4 @@
-"""The Debian package for arm64, built on another machine."""
+"""The Debian package for arm64, built on another machine. That its programs run is shown in tests/vm/test_arm64.py."""
 
 import shutil
 import subprocess
