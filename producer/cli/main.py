@@ -238,7 +238,8 @@ def check(
 
     Suggests a fix for each problem. Exits with 0 if the producer would start.
     """
-    from producer.commands.check import examine, settings_offline
+    from producer.commands.check import examine
+    from producer.commands.check_settings import settings_offline
     from producer.commands.finding import Finding
     from producer.errors import ConfigError
     from producer.host.cgroups import cgroup2_root

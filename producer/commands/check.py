@@ -12,20 +12,16 @@ from pathlib import Path
 from producer import __version__
 from producer.agent.streams import ledger_path, spool_bytes, spool_folder
 from producer.commands.check_servers import kafka, registry
+from producer.commands.check_settings import settings
 from producer.commands.finding import Finding
-from producer.config.effective import digest
-from producer.config.librdkafka import EMBEDDED
-from producer.config.load import Config, located
+from producer.config.load import Config
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import FLOWS, HOOKS, STREAMS, layout_check
-from producer.health.web_config import WebSettings
 from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
 from producer.host.clock import boot_id
 from producer.host.exhausted import hidden
 from producer.host.state import check_owners, is_locked, pid
-from producer.kafka.librdkafka import Producer
-from producer.kafka.sink import producer_settings
 from producer.kernel import bpf_syscall
 from producer.kernel.btf import VMLINUX, Btf
 from producer.kernel.features import Features
@@ -35,8 +31,6 @@ from producer.kernel.loader_child import NO_RING_BUFFER
 from producer.kernel.pinned import unusable
 from producer.kernel.program_files import Identity, ProgramFiles, combination
 from producer.paths import BPF
-from producer.registry.client import RegistryClient
-from producer.rules.resolve import resolve, resolve_offline
 from producer.spool.files import SPOOL_SUFFIX, files
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
@@ -67,45 +61,6 @@ def examine(config: Config, *, path: Path | None = None, servers: bool = True) -
     if servers and not found & {"kafka.settings", "registry"}:
         findings += registry(config)
     return findings
-
-
-def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
-    """Check the settings as `rebpf run` does before it uses the kernel or a server."""
-    for subject, use in (
-        ("kafka.settings", _create_client),
-        ("registry", lambda config: config.registry.url and RegistryClient(config.registry)),
-        ("metrics.web_config_file", lambda config: WebSettings(config.metrics.web_config_file)),
-        ("rules", lambda config: resolve(config, cgroup2_root()).tables()),
-    ):
-        try:
-            with located(path):
-                use(config)
-        except RebpfError as error:
-            yield Finding(subject, str(error), error.exit_code)
-        else:
-            if subject == "rules":
-                yield Finding(subject, f"{len(config.rules)}" if config.rules else "none: all segments are captured")
-
-
-def _create_client(config: Config) -> None:
-    """Create Kafka's client as in `run`, but without the brokers, so that it does not connect."""
-    client = producer_settings(config.kafka.brokers, config.kafka.settings)
-    brokers = {"bootstrap.servers", *EMBEDDED}
-    Producer({name: value for name, value in client.items() if name not in brokers}).close()
-
-
-def settings_offline(config: Config, path: Path | None) -> list[Finding]:
-    """Check all that does not depend on this host: neither files, users, interfaces nor servers that are named."""
-    try:
-        with located(path):
-            client = producer_settings("offline:9092", config.kafka.settings)
-            # Creating a client also finds values that contradict each other, but would open keys and fetch tokens.
-            named = ("bootstrap.", "ssl.", "sasl.", "https.", "security.", "enable.sasl", "enable.ssl")
-            Producer({name: value for name, value in client.items() if not name.startswith(named)}).close()
-            resolve_offline(config).tables()
-    except RebpfError as error:
-        return [Finding("configuration", str(error), ConfigError.exit_code)]
-    return [Finding("configuration", f"valid, hash {digest(config)}")]
 
 
 def _kernel(config: Config) -> Iterator[Finding]:

@@ -62,7 +62,8 @@ class Capture:
     pin: Path | None = None
     """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash; none: they are lost."""
     latency_s: float = 1.0
-    """Maximum seconds between two reads of a ring. Busy rings are read more often, and retransmissions at once."""
+    """Maximum seconds between two reads of a ring, unless Kafka takes longer to acknowledge events from it. Busy rings
+    are read more often, and retransmissions at once."""
     transmit_events_per_s: int = 0
     """Budget for transmits: above it, connections are sampled (sample_rate in the events); 0: no budget."""
     btf: Path | None = None

@@ -1,7 +1,8 @@
-"""A full ring: losses are counted exactly, and a reader of the events sees the gap."""
+"""A ring that fills wakes its reader, and a full one counts exactly what it loses, which readers see as a gap."""
 
 import mmap
 import os
+import select
 import socket
 from collections.abc import Iterator
 
@@ -80,3 +81,22 @@ def test_a_full_ring_loses_what_it_counts(one_cpu: int, connection: tuple[socket
             assert row["s"]["cpu_seq"] == second.passed + 1
             assert row["s"]["cpu_seq"] - CAPACITY - 1 == second.ring_full, "the gap is what was lost"
         assert capture.counters(RETRANSMITS).passed == 0
+
+
+def test_a_cpu_wakes_the_reader_before_the_ring_is_full_and_not_before(
+    one_cpu: int, connection: tuple[socket.socket, socket.socket]
+) -> None:
+    settings = hook_settings(rules=filtered(ports=(connection[1].getsockname()[1],)))
+    events = settings.wakeup_mask(TRANSMITS) + 1
+    with Capture(settings) as capture, select.epoll() as epoll:
+        capture.load()
+        capture.attach()
+        epoll.register(capture.ring_descriptor(TRANSMITS), select.EPOLLIN | select.EPOLLET)
+        with capture.ring(TRANSMITS) as ring:
+            # An acknowledgement of its own may follow each of the two segments.
+            exchange(connection, events // 4 - 8)
+            assert 0 < ring.unread < events
+            assert not epoll.poll(0)
+            exchange(connection, events // 2)
+            assert events < ring.unread < settings.ring_bytes[TRANSMITS.ring] // RECORD_BYTES
+            assert epoll.poll(0)

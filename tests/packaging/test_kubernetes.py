@@ -15,7 +15,7 @@ import yaml
 
 from producer import __version__
 from producer.cli.main import run
-from producer.commands.check import settings_offline
+from producer.commands.check_settings import settings_offline
 from producer.config.effective import AT_RELOAD
 from producer.config.load import load
 from producer.health import endpoint

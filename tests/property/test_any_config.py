@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.commands import check
+from producer.commands import check_settings
 from producer.config.load import Config, load
 from producer.errors import ConfigError, RebpfError
 from producer.kafka.sink import KafkaSink, producer_settings
@@ -136,5 +136,5 @@ def test_any_configuration_is_taken_or_refused_in_one_line_and_check_agrees_with
     config = read(text, over)
     if config is None:
         return
-    found = {finding.subject: finding.exit_code for finding in check.settings(config)}
+    found = {finding.subject: finding.exit_code for finding in check_settings.settings(config)}
     assert starts(config) == (not found.get("kafka.settings") and not found["rules"])

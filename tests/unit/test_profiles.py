@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.commands.check import settings_offline
+from producer.commands.check_settings import settings_offline
 from producer.config.load import load
 from producer.events import STREAMS
 

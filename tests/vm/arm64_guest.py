@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.support.vm import kernels
 from tests.support.vm.guest import ROOT, GuestError, Result
-from tests.support.vm.kernels import KEYRINGS, debian_mirror, kernel_image
 from tests.vm.arm64_image import BUSYBOX, DISK, SUITE, image
 
 HOST = "10.0.2.2"
@@ -75,15 +75,7 @@ def refusal() -> str | None:
     """Return why this machine cannot run the guest, or None if it can."""
     if os.geteuid() != 0:
         return "not root: the disk's files are root's"
-    if absent := [program for program in _PROGRAMS if not shutil.which(program, path=_PATH)]:
-        return f"no {', '.join(absent)} (scripts/setup --all installs them)"
-    if not (KEYRINGS / "debian-archive-keyring.gpg").exists():
-        return "no debian-archive-keyring (scripts/setup --tests installs it)"
-    try:
-        debian_mirror()
-    except LookupError as error:
-        return str(error)
-    return None
+    return kernels.refusal(_PROGRAMS, "--all")
 
 
 def run(command: str, timeout_s: int, results: Path) -> Result:
@@ -92,7 +84,7 @@ def run(command: str, timeout_s: int, results: Path) -> Result:
     Raises:
         GuestError: The guest ended before the command did.
     """
-    folder, kernel = image(), kernel_image(SUITE, FLAVOR)
+    folder, kernel = image(), kernels.kernel_image(SUITE, FLAVOR)
     (results / "command").write_text(command + "\n")
     (results / "script").write_text(_SCRIPT.format(timeout_s=timeout_s, options=_9P))
     initrd = _initrd(kernel, folder / BUSYBOX, results)
@@ -150,7 +142,7 @@ def _modules(kernel: Path) -> list[Path]:
 
 def kernel_btf() -> bytes:
     """Return the BTF of the kernel, the longest in its image: /sys/kernel/btf/vmlinux on its host."""
-    image_file = kernel_image(SUITE, FLAVOR).read_bytes()
+    image_file = kernels.kernel_image(SUITE, FLAVOR).read_bytes()
     found = []
     for match in re.finditer(b"\x9f\xeb\x01\x00\x18\x00\x00\x00", image_file):
         *_, strings_at, strings_bytes = struct.unpack_from("<5I", image_file, match.start() + 4)

@@ -7,13 +7,12 @@ HOST, which is this machine's loopback.
 
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.support.vm import kernels
 from tests.support.vm.guest import ROOT, GuestError, Result
-from tests.support.vm.kernels import KEYRINGS, debian_mirror
 from tests.vm.systemd_image import DISK, INITRD, KERNEL, image
 
 _BOOT_S = 240
@@ -33,16 +32,7 @@ def refusal() -> str | None:
         return "the image is of x86-64"
     if os.geteuid() != 0:
         return "not root: debootstrap needs it"
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    if absent := [program for program in _PROGRAMS if not shutil.which(program, path=path)]:
-        return f"no {', '.join(absent)} (scripts/setup --tests installs them)"
-    if not (KEYRINGS / "debian-archive-keyring.gpg").exists():
-        return "no debian-archive-keyring (scripts/setup --tests installs it)"
-    try:
-        debian_mirror()
-    except LookupError as error:
-        return str(error)
-    return None
+    return kernels.refusal(_PROGRAMS, "--tests")
 
 
 def run(suite: str, packages: Sequence[str], command: str, timeout_s: int, results: Path) -> Result:

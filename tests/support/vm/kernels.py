@@ -5,14 +5,30 @@ the one in the machine's apt configuration.
 """
 
 import fcntl
+import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.servers.fetch import cache
 
 KEYRINGS = Path("/usr/share/keyrings")
+_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+
+def refusal(programs: Sequence[str], option: str) -> str | None:
+    """Return what a guest of Debian's packages lacks here, or None; scripts/setup with `option` installs programs."""
+    if absent := [program for program in programs if not shutil.which(program, path=_PATH)]:
+        return f"no {', '.join(absent)} (scripts/setup {option} installs them)"
+    if not (KEYRINGS / "debian-archive-keyring.gpg").exists():
+        return "no debian-archive-keyring (scripts/setup --tests installs it)"
+    try:
+        debian_mirror()
+    except LookupError as error:
+        return str(error)
+    return None
 
 
 def kernel_image(suite: str, flavor: str = "amd64") -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import bcrypt
 import pytest
 
-from producer.commands.check import settings
+from producer.commands.check_settings import settings
 from producer.config.load import Config, load
 from producer.errors import ConfigError
 from producer.health.web_config import WebConfig, WebSettings

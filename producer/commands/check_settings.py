@@ -1,0 +1,72 @@
+"""`rebpf check`: the settings."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from producer.commands.finding import Finding
+from producer.config.effective import digest
+from producer.config.librdkafka import EMBEDDED
+from producer.config.load import Config, located
+from producer.errors import ConfigError, RebpfError
+from producer.health.web_config import WebSettings
+from producer.host.cgroups import cgroup2_root
+from producer.kafka.librdkafka import Producer
+from producer.kafka.sink import producer_settings
+from producer.registry.client import RegistryClient
+from producer.rules.resolve import resolve, resolve_offline
+
+
+def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
+    """Check the settings as `rebpf run` does before it uses the kernel or a server."""
+    for subject, use in (
+        ("kafka.settings", _create_client),
+        ("registry", _create_registry_client),
+        ("metrics.web_config_file", _read_web_config),
+        ("rules", _compile_rules),
+    ):
+        try:
+            with located(path):
+                found = use(config)
+        except RebpfError as error:
+            yield Finding(subject, str(error), error.exit_code)
+        else:
+            if found:
+                yield Finding(subject, found)
+
+
+def _create_client(config: Config) -> str:
+    """Create Kafka's client as in `run`, but without the brokers, so that it does not connect."""
+    client = producer_settings(config.kafka.brokers, config.kafka.settings)
+    brokers = {"bootstrap.servers", *EMBEDDED}
+    Producer({name: value for name, value in client.items() if name not in brokers}).close()
+    return ""
+
+
+def _create_registry_client(config: Config) -> str:
+    if config.registry.url is not None:
+        RegistryClient(config.registry)
+    return ""
+
+
+def _read_web_config(config: Config) -> str:
+    WebSettings(config.metrics.web_config_file)
+    return ""
+
+
+def _compile_rules(config: Config) -> str:
+    resolve(config, cgroup2_root()).tables()
+    return f"{len(config.rules)}" if config.rules else "none: all segments are captured"
+
+
+def settings_offline(config: Config, path: Path | None) -> list[Finding]:
+    """Check all that does not depend on this host: neither files, users, interfaces nor servers that are named."""
+    try:
+        with located(path):
+            client = producer_settings("offline:9092", config.kafka.settings)
+            # Creating a client also finds values that contradict each other, but would open keys and fetch tokens.
+            named = ("bootstrap.", "ssl.", "sasl.", "https.", "security.", "enable.sasl", "enable.ssl")
+            Producer({name: value for name, value in client.items() if not name.startswith(named)}).close()
+            resolve_offline(config).tables()
+    except RebpfError as error:
+        return [Finding("configuration", str(error), ConfigError.exit_code)]
+    return [Finding("configuration", f"valid, hash {digest(config)}")]
