@@ -14,13 +14,13 @@ from producer.events import Topic
 logger = logging.getLogger(__name__)
 
 ABOUT_THE_MESSAGE = frozenset({
-    "INVALID_MSG", "INVALID_MSG_SIZE", "INVALID_RECORD", "INVALID_TIMESTAMP", "MSG_SIZE_TOO_LARGE", "POLICY_VIOLATION",
-    "RECORD_LIST_TOO_LARGE",
+    "INVALID_MSG", "INVALID_MSG_SIZE", "INVALID_RECORD", "MSG_SIZE_TOO_LARGE", "POLICY_VIOLATION", "RECORD_LIST_TOO_LARGE",
 })  # fmt: skip
 """Errors by which a broker, or the client, rejects a message for good.
 
 After all others it is retried: they are about the broker, the topic's or the client's settings, or the network, or come
-from an answer that cannot be understood.
+from an answer that cannot be understood. INVALID_TIMESTAMP is about this host's clock, since a message gets its time
+when it is sent.
 """
 
 Send = Callable[[int, NDArray[np.int64], bool], None]
