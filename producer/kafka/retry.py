@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from producer.backoff import BackOff
 from producer.events import Topic
+from producer.host.log_limit import LogLimit
+from producer.kafka.wording import REPEAT_LOG_S
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class Retry:
         self._singles: deque[tuple[int, NDArray[np.int64]]] = deque()
         self._alone = 0
         """Messages in requests by themselves, sent or about to be."""
+        self._log_limit = LogLimit(REPEAT_LOG_S)
         self.error = ""
         """The name of the last transient error, until a message is delivered."""
 
@@ -69,7 +72,8 @@ class Retry:
         """Retry each message in its own request: another message of the request may have caused the error."""
         self._singles.append((number, rows))
         self._alone += len(rows)
-        logger.warning("kafka: retrying %d messages one by one topic=%s error=%s", len(rows), self._topic, error)
+        if self._log_limit.allows(error):
+            logger.warning("kafka: retrying %d messages one by one topic=%s error=%s", len(rows), self._topic, error)
 
     def returned(self, count: int) -> None:
         """Note the results of messages that were sent one by one."""
