@@ -118,7 +118,8 @@ class Spool:
         if self._files:
             self._find_end(self._files[-1])
         first = self._files[0].base if self._files else self.end
-        self.acked = self.sent = first if acked is None else min(acked, self.end)
+        # A ledger without an end knows of no spool: it is of a run without one.
+        self.acked = self.sent = min(acked, self.end) if acked is not None and end else first
         self.discarded = min(discarded, self.end - self.acked)
         self.sweep()
 
