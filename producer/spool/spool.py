@@ -129,7 +129,9 @@ class Spool:
         Raises OSError if it cannot be written, and then nothing has changed.
         """
         if self._writer and (
-            self._writer[0].size >= self._file_bytes or self._now().since(self._writer[0].made) > _FILE_AGE_S
+            self._writer[0].size >= self._file_bytes
+            or self._now().since(self._writer[0].made) > _FILE_AGE_S
+            or not self._disk.is_there(self._writer[1])
         ):
             self._end_writer()
         file, descriptor, sync = self._writer or self._begin_writer()
