@@ -108,7 +108,8 @@ def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
     over = "WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)"
     return (
         f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\n"
-        f"SELECT *, GREATEST(0, total_retrans - {' - '.join(causes)}) AS retrans_other FROM (\nSELECT {names}, srtt_us,\n"
+        f"SELECT *, GREATEST(0, total_retrans - {' - '.join(causes)}) AS retrans_other FROM (\n"
+        f"SELECT {names}, srtt_us,\n"
         "  CASE WHEN reason = 'close' AND state = 'SYN_SENT'\n"
         f"    AND (LAG(reason) OVER w IS DISTINCT FROM 'close' OR {again})\n"
         f"    THEN COALESCE(error, '{GIVEN_UP}') END AS failed,\n  {counters}\n"

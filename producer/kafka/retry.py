@@ -16,7 +16,8 @@ from producer.kafka.wording import REPEAT_LOG_S
 logger = logging.getLogger(__name__)
 
 ABOUT_THE_MESSAGE = frozenset({
-    "INVALID_MSG", "INVALID_MSG_SIZE", "INVALID_RECORD", "MSG_SIZE_TOO_LARGE", "POLICY_VIOLATION", "RECORD_LIST_TOO_LARGE",
+    "INVALID_MSG", "INVALID_MSG_SIZE", "INVALID_RECORD", "MSG_SIZE_TOO_LARGE", "POLICY_VIOLATION",
+    "RECORD_LIST_TOO_LARGE",
 })  # fmt: skip
 """Errors by which a broker, or the client, rejects a message for good.
 

@@ -12,7 +12,6 @@ import re
 import secrets
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 

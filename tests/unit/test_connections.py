@@ -99,7 +99,7 @@ def test_a_counter_that_falls_a_little_adds_nothing_until_it_is_above_its_highes
 
 
 def causes(*records: tuple[int, int, int, int, int]) -> list[list[int]]:
-    """Return what records of one connection add: time, all retransmissions, and those by rto, fast, and other causes."""
+    """Return what records of one connection add: time, all retransmissions, by rto, by fast, and others."""
     made = Connections(("total_retrans", "retrans_rto", "retrans_fast", "retrans_other"), 100, 16)
     ts, *counters = (np.array(each) for each in zip(*records, strict=True))
     nothing = np.zeros_like(ts)
