@@ -14,6 +14,8 @@ from producer.kafka.consumer import QuietConsumer
 
 _LOG = logging.getLogger(__name__)
 _METADATA_TIMEOUT_S = 5
+_LOOK_S, _LOOK_TIMEOUT_S = 10.0, 1
+"""How often to look for new partitions, and how long that may hold up the reading."""
 _POLL_S = 0.1
 _BATCH = 1000
 
@@ -26,7 +28,7 @@ class Start(IntEnum):
 
 
 class Follower:
-    """A consumer of all partitions of the topics, including topics that do not exist yet.
+    """A consumer of all partitions of the topics; those that do not exist yet will be read from their beginning.
 
     `purpose` is part of the group id. `poll` returns up to `batch` messages.
     """
@@ -42,26 +44,25 @@ class Follower:
         batch: int = _BATCH,
     ) -> None:
         self._brokers = brokers
-        self._missing = list(topics)
+        self._assigned: dict[str, set[int]] = {topic: set() for topic in topics}
         self._start = start
         self._batch = batch
-        self._next_check = 0.0
+        self._next_look = 0.0
         self._connection = QuietConsumer(brokers, purpose, settings, {})
         self._consumer = self._connection.client
 
     def start(self) -> None:
         """Assign existing partitions."""
         with self._connection.translated_errors(), Progress(f"connecting to Kafka at {self._brokers}"):
-            self._assign_existing(self._start)
-        if self._missing:
-            _LOG.warning("waiting for topics=%s", ",".join(self._missing))
+            self._assign_new(self._start, _METADATA_TIMEOUT_S)
+        if missing := self._missing():
+            _LOG.warning("waiting for topics=%s", ",".join(missing))
 
     def poll(self, timeout_s: float = _POLL_S) -> list[Message]:
         """Wait briefly, and return the messages that arrived."""
-        if self._missing and time.monotonic() >= self._next_check:
-            self._next_check = time.monotonic() + 1
+        if time.monotonic() >= self._next_look:
             try:
-                self._assign_existing(Start.BEGINNING)
+                self._assign_new(Start.BEGINNING, _LOOK_TIMEOUT_S)
             except KafkaException as exc:
                 _LOG.debug("no metadata: %s", exc)
         return [message for message in self._consumer.consume(self._batch, timeout_s) if not self._failed(message)]
@@ -70,24 +71,31 @@ class Follower:
         """Close the connection."""
         self._consumer.close()
 
-    def _assign_existing(self, start: int) -> None:
-        for topic in list(self._missing):
-            found = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S)
+    def _missing(self) -> list[str]:
+        return [topic for topic, numbers in self._assigned.items() if not numbers]
+
+    def _assign_new(self, start: int, timeout_s: float) -> None:
+        """Assign the partitions that are not assigned yet."""
+        self._next_look = time.monotonic() + (1 if self._missing() else _LOOK_S)
+        for topic, assigned in self._assigned.items():
+            found = self._consumer.list_topics(topic, timeout=timeout_s)
             metadata = found.topics[topic]
             if metadata.error is None:
-                if start > 0 and not finds_times(found):
-                    start = Start.BEGINNING
-                partitions = [TopicPartition(topic, number, start) for number in metadata.partitions]
-                if start > 0:
-                    partitions = self._consumer.offsets_for_times(partitions, _METADATA_TIMEOUT_S)
-                for partition in partitions:
-                    if partition.offset == Start.END:
-                        # Not OFFSET_END, which is the end at the first fetch, some time later.
-                        partition.offset = self._consumer.get_watermark_offsets(partition, _METADATA_TIMEOUT_S)[1]
-                self._consumer.incremental_assign(partitions)
-                self._missing.remove(topic)
-            elif metadata.error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                first = Start.BEGINNING if start > 0 and not finds_times(found) else start
+                if new := metadata.partitions.keys() - assigned:
+                    self._assign([TopicPartition(topic, number, first) for number in sorted(new)])
+                    assigned |= new
+            elif metadata.error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART and not assigned:
                 raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
+
+    def _assign(self, partitions: list[TopicPartition]) -> None:
+        if partitions[0].offset > 0:
+            partitions = self._consumer.offsets_for_times(partitions, _METADATA_TIMEOUT_S)
+        for partition in partitions:
+            if partition.offset == Start.END:
+                # Not OFFSET_END, which is the end at the first fetch, some time later.
+                partition.offset = self._consumer.get_watermark_offsets(partition, _METADATA_TIMEOUT_S)[1]
+        self._consumer.incremental_assign(partitions)
 
     def _failed(self, message: Message) -> bool:
         error = message.error()
