@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import ClusterMetadata
 
 from producer.consume.reader import finds_times
 from producer.errors import UnavailableError
@@ -45,6 +46,8 @@ class Follower:
     ) -> None:
         self._brokers = brokers
         self._assigned: dict[str, set[int]] = {topic: set() for topic in topics}
+        self._existing: set[tuple[str, int]] = set()
+        """The partitions that existed at the start; others are read from their beginning."""
         self._start = start
         self._batch = batch
         self._next_look = 0.0
@@ -52,17 +55,23 @@ class Follower:
         self._consumer = self._connection.client
 
     def start(self) -> None:
-        """Assign existing partitions."""
+        """Assign existing partitions; those without a leader once they have one."""
+        began_ms = time.time_ns() // 1_000_000
         with self._connection.translated_errors(), Progress(f"connecting to Kafka at {self._brokers}"):
-            self._assign_new(self._start, _METADATA_TIMEOUT_S)
+            self._assign_new(_METADATA_TIMEOUT_S, is_start=True)
+        if self._start == Start.END:  # of now, for those that are assigned later
+            self._start = began_ms
         if missing := self._missing():
             _LOG.warning("waiting for topics=%s", ",".join(missing))
+        leaderless = [f"{topic}/{number}" for topic, number in self._existing if number not in self._assigned[topic]]
+        if leaderless:
+            _LOG.warning("waiting for leaders of partitions=%s", ",".join(sorted(leaderless)))
 
     def poll(self, timeout_s: float = _POLL_S) -> list[Message]:
         """Wait briefly, and return the messages that arrived."""
         if time.monotonic() >= self._next_look:
             try:
-                self._assign_new(Start.BEGINNING, _LOOK_TIMEOUT_S)
+                self._assign_new(_LOOK_TIMEOUT_S)
             except KafkaException as exc:
                 _LOG.debug("no metadata: %s", exc)
         return [message for message in self._consumer.consume(self._batch, timeout_s) if not self._failed(message)]
@@ -74,23 +83,34 @@ class Follower:
     def _missing(self) -> list[str]:
         return [topic for topic, numbers in self._assigned.items() if not numbers]
 
-    def _assign_new(self, start: int, timeout_s: float) -> None:
-        """Assign the partitions that are not assigned yet."""
+    def _assign_new(self, timeout_s: float, *, is_start: bool = False) -> None:
+        """Assign the partitions that are not assigned yet and have a leader."""
         self._next_look = time.monotonic() + (1 if self._missing() else _LOOK_S)
         for topic, assigned in self._assigned.items():
             found = self._consumer.list_topics(topic, timeout=timeout_s)
             metadata = found.topics[topic]
             if metadata.error is None:
-                first = Start.BEGINNING if start > 0 and not finds_times(found) else start
-                if new := metadata.partitions.keys() - assigned:
-                    self._assign([TopicPartition(topic, number, first) for number in sorted(new)])
-                    assigned |= new
+                if is_start:
+                    self._existing.update((topic, number) for number in metadata.partitions)
+                partitions = [
+                    TopicPartition(topic, number, self._first(topic, number, found))
+                    for number, each in sorted(metadata.partitions.items())
+                    if number not in assigned and each.leader >= 0
+                ]
+                if partitions:
+                    self._assign(partitions)
+                    assigned.update(each.partition for each in partitions)
             elif metadata.error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART and not assigned:
                 raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
 
+    def _first(self, topic: str, number: int, found: ClusterMetadata) -> int:
+        is_new = (topic, number) not in self._existing
+        return Start.BEGINNING if is_new or (self._start > 0 and not finds_times(found)) else self._start
+
     def _assign(self, partitions: list[TopicPartition]) -> None:
-        if partitions[0].offset > 0:
-            partitions = self._consumer.offsets_for_times(partitions, _METADATA_TIMEOUT_S)
+        if timed := [each for each in partitions if each.offset > 0]:
+            found = self._consumer.offsets_for_times(timed, _METADATA_TIMEOUT_S)
+            partitions = [*found, *(each for each in partitions if each.offset <= 0)]
         for partition in partitions:
             if partition.offset == Start.END:
                 # Not OFFSET_END, which is the end at the first fetch, some time later.

@@ -13,6 +13,7 @@ from producer.consume.columns import Table
 from producer.consume.decode import Decoder
 from producer.consume.follow import Follower, Start
 from producer.consume.reader import TopicReader
+from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.host.progress import Progress
 from producer.host.signals import Flag
@@ -69,9 +70,13 @@ class TopicSource:
     def earlier(self) -> Iterator[Records]:
         """Yield the records of connections of the last two intervals, up to the end of the topics."""
         since_ms = int((time.time() - 2 * INTERVAL_S) * 1000)
-        reader = TopicReader(
-            self._brokers, self._topics, self._client_settings, None, since_ms=since_ms, skip_missing=True
-        )
+        try:
+            reader = TopicReader(
+                self._brokers, self._topics, self._client_settings, None, since_ms=since_ms, skip_missing=True
+            )
+        except UnavailableError as error:  # of a part of the topics, which is enough to go on
+            logger.warning("the first rates are incomplete: %s", error)
+            return
         total = sum(end - start for start, end in reader.spans.values())
         done = 0
         with contextlib.closing(reader), Progress("reading the last records") as progress:
