@@ -51,5 +51,5 @@ def test_others_are_followed_meanwhile_and_it_is_once_it_has_a_leader(
 
 
 def test_a_reader_that_must_have_all_names_what_is_missing(cluster: Cluster) -> None:
-    with pytest.raises(UnavailableError, match="^topic t: no leader of partitions 1: start their brokers$"):
+    with pytest.raises(UnavailableError, match=r"^topic t: no leader of partitions 1: start their brokers$"):
         TopicReader(cluster.brokers, ["t"], {}, None)
