@@ -344,7 +344,23 @@ static __always_inline int visit_flow(struct sock *sk, const struct flow_state *
 	return is_connection(tp, state, tcp_state) ? take_flow(tp, state, tcp_state, REASON_INTERVAL) : 0;
 }
 
-/* Writes a byte for each socket: a read of n bytes visits n sockets. */
+#if HAS_TRACING_STORAGE
+/* The socket of a task's open file. Several tasks may have it open: the first one counts. */
+static __always_inline void visit_file(struct bpf_iter_meta *meta, struct file *file)
+{
+	struct socket *socket = file ? bpf_sock_from_file(file) : NULL;
+	struct sock *sk = socket ? socket->sk : NULL;
+	struct tcp_sock *tp = sk ? bpf_skc_to_tcp_sock(sk) : NULL;
+	struct flow_state *state = tp ? find_state(tp) : NULL;
+
+	if (!state || state->visit == meta->session_id)
+		return;
+	state->visit = meta->session_id;
+	visit_flow(sk, state);
+}
+#endif
+
+/* Writes a byte for each object: a read of n bytes visits n objects. */
 static __always_inline void count_visit(struct bpf_iter_meta *meta)
 {
 	u8 visit = 0;

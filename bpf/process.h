@@ -19,6 +19,7 @@ struct flow_state {
 	u32 retrans[8]; /* segments, by cause */
 	u32 seen_retrans; /* total_retrans when the last retransmission was counted */
 	u32 closed; /* the closing record was taken */
+	u64 visit; /* the last visit of open files that came by */
 };
 
 #if HAS_TRACING_STORAGE

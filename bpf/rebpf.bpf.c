@@ -382,6 +382,16 @@ int iter_flow_states(u64 *ctx)
 	return 0;
 }
 
+#if HAS_TRACING_STORAGE
+/* Arguments: metadata, a task, a file descriptor, its file. */
+int iter_flow_files(u64 *ctx)
+{
+	visit_file((void *)ctx[0], (void *)ctx[3]);
+	count_visit((void *)ctx[0]);
+	return 0;
+}
+#endif
+
 #endif
 
 /* Run once with every hook. Arguments: metadata, a task, a file descriptor, its file. */

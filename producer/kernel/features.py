@@ -17,6 +17,8 @@ from producer.kernel.symbols import split_functions
 TRIAL_STORAGE = bpf_syscall.MapInfo(
     bpf_syscall.MAP_SK_STORAGE, 4, 8, 0, bpf_syscall.NO_PREALLOC | bpf_syscall.CLONE, "trial"
 )
+SOCKET_STORAGE, TASK_FILES = ITERATORS = ("bpf_sk_storage_map", "task_file")
+"""What the programs iterate over, by the kernel's names."""
 _TRIAL_RING = bpf_syscall.MapInfo(bpf_syscall.MAP_RINGBUF, 0, 0, 1 << 16, 0, "trial")
 
 # Opcodes and helpers: include/uapi/linux/bpf.h.
@@ -39,17 +41,21 @@ class Features:
     """5.12: tracing programs can create a socket's cookie. Without it, they only read it."""
     tracing_storage: bool
     """5.11: tracing programs can use socket storage. Without it, the programs use LRU hashes."""
+    iterators: frozenset[str]
+    """The ITERATORS whose programs load. Some kernels refuse those over maps. All use socket storage."""
     split: frozenset[str] | None
     """Functions that the kernel's compiler has split, or None if that is unknown."""
 
     @classmethod
     def find(cls, btf: Btf) -> "Features":
         """Try each feature. Needs the capabilities for loading; PermissionDenied if they do not suffice."""
+        tracing_storage = _has_tracing_storage(btf)
         return cls(
             _has_ring_buffer(),
             _has_atomic_fetch(),
             _has_tracing_cookie(btf),
-            _has_tracing_storage(btf),
+            tracing_storage,
+            frozenset(each for each in ITERATORS if tracing_storage and _iterates(each, btf)),
             split_functions(),
         )
 
@@ -57,12 +63,14 @@ class Features:
     def expected(cls, btf: Btf) -> "Features":
         """Return the features of another kernel by its functions, for a compilation; `split` is unknown."""
         tracing_cookie = btf.find(FUNC, "bpf_get_socket_ptr_cookie") is not None
+        tracing_storage = btf.find(FUNC, "bpf_sk_storage_get_tracing") is not None
         return cls(
             ring_buffer=btf.find(FUNC, "bpf_ringbuf_reserve") is not None,
             # On x86-64, no function is new with it, but it came with the version that brought the cookie.
             atomic_fetch=tracing_cookie if machine(btf) == "x86_64" else btf.find(FUNC, _ARM64_FETCH) is not None,
             tracing_cookie=tracing_cookie,
-            tracing_storage=btf.find(FUNC, "bpf_sk_storage_get_tracing") is not None,
+            tracing_storage=tracing_storage,
+            iterators=frozenset(ITERATORS if tracing_storage else ()),
             split=None,
         )
 
@@ -128,6 +136,14 @@ def _has_tracing_storage(btf: Btf) -> bool:
 def _traces(instructions: bytes, btf: Btf) -> bool:
     """Whether a program of a socket's tracepoint can have these instructions."""
     target = btf.find(TYPEDEF, "btf_trace_inet_sock_set_state")
+    return _loads(instructions, bpf_syscall.ATTACH_RAW_TP, target)
+
+
+def _iterates(objects: str, btf: Btf) -> bool:
+    return _loads(b"", bpf_syscall.ATTACH_ITER, btf.find(FUNC, f"bpf_iter_{objects}"))
+
+
+def _loads(instructions: bytes, attach_type: int, target: int | None) -> bool:
     if target is None:
         return False
     try:
@@ -135,7 +151,7 @@ def _traces(instructions: bytes, btf: Btf) -> bool:
             "trial",
             instructions + bpf_syscall.RETURN_0,
             bpf_syscall.PROG_TRACING,
-            attach_type=bpf_syscall.ATTACH_RAW_TP,
+            attach_type=attach_type,
             attach_btf_id=target,
         )
     except bpf_syscall.VerifierError:

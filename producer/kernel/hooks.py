@@ -26,7 +26,7 @@ from pathlib import Path
 
 from producer.kernel import bpf_syscall
 from producer.kernel.btf import FUNC, TYPEDEF, Btf
-from producer.kernel.features import TRIAL_STORAGE, Features
+from producer.kernel.features import ITERATORS, SOCKET_STORAGE, TASK_FILES, TRIAL_STORAGE, Features
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,12 @@ class Probe:
     program: str
     target: str
     attach_type: int
-    if_split: "Probe | None" = None
-    """The probe to attach instead if the compiler has split the target."""
+    substitute: "Probe | None" = None
+    """The probe to attach instead if the compiler has split the target, or the kernel refuses to iterate over it."""
     captures: bool = True
     """Whether a run that the kernel skips may be a lost event."""
-
-    @property
-    def runs_once(self) -> bool:
-        """Whether the program runs once, after all are attached, and is then released."""
-        return self.target == _TASK_FILES
+    runs_once: bool = False
+    """Whether the program runs once, after all are attached, and is then released."""
 
     @property
     def runs_on_demand(self) -> bool:
@@ -64,7 +61,6 @@ class Hook:
 
 _FENTRY, _FEXIT, _RAW_TP = bpf_syscall.ATTACH_FENTRY, bpf_syscall.ATTACH_FEXIT, bpf_syscall.ATTACH_RAW_TP
 _KPROBE, _EGRESS, _ITER = bpf_syscall.ATTACH_PERF_EVENT, bpf_syscall.ATTACH_CGROUP_EGRESS, bpf_syscall.ATTACH_ITER
-_SOCKET_STORAGE, _TASK_FILES = "bpf_sk_storage_map", "task_file"
 _BEGIN_RETRANSMIT = Probe("raw_tp_begin_retransmit", "tcp_retransmit_skb", _RAW_TP, captures=False)
 """The last one of its hook: it must not see a retransmission whose end the others do not."""
 _LOCAL_CALLS = {"__tcp_transmit_skb", "__tcp_retransmit_skb", "tcp_retransmit_skb"}
@@ -99,7 +95,7 @@ HOOKS_BY_STREAM = {
                     "fexit_inner_retransmit_skb",
                     "__tcp_retransmit_skb",
                     _FEXIT,
-                    if_split=Probe("fexit_inner_transmit_skb", "__tcp_transmit_skb", _FEXIT),
+                    substitute=Probe("fexit_inner_transmit_skb", "__tcp_transmit_skb", _FEXIT),
                 ),
                 Probe("fexit_tcp_rtx_synack", "tcp_rtx_synack", _FEXIT),
                 _BEGIN_RETRANSMIT,
@@ -116,13 +112,13 @@ HOOKS_BY_STREAM = {
                     "kprobe_inner_retransmit_skb",
                     "__tcp_retransmit_skb",
                     _KPROBE,
-                    if_split=Probe("kprobe_inner_transmit_skb", "__tcp_transmit_skb", _KPROBE),
+                    substitute=Probe("kprobe_inner_transmit_skb", "__tcp_transmit_skb", _KPROBE),
                 ),
                 Probe(
                     "kretprobe_inner",
                     "__tcp_retransmit_skb",
                     _KPROBE,
-                    if_split=Probe("kretprobe_inner", "__tcp_transmit_skb", _KPROBE),
+                    substitute=Probe("kretprobe_inner", "__tcp_transmit_skb", _KPROBE),
                 ),
                 Probe("kprobe_tcp_rtx_synack", "tcp_rtx_synack", _KPROBE),
                 Probe("kretprobe_tcp_rtx_synack", "tcp_rtx_synack", _KPROBE),
@@ -145,7 +141,12 @@ HOOKS_BY_STREAM = {
                 Probe("raw_tp_flow_state", "inet_sock_set_state", _RAW_TP),
                 Probe("raw_tp_flow_state_again", "inet_sock_set_state", _RAW_TP),
                 *(2 * (Probe("raw_tp_flow_retransmit", "tcp_retransmit_skb", _RAW_TP),)),
-                Probe("iter_flow_states", _SOCKET_STORAGE, _ITER),
+                Probe(
+                    "iter_flow_states",
+                    SOCKET_STORAGE,
+                    _ITER,
+                    substitute=Probe("iter_flow_files", TASK_FILES, _ITER),
+                ),
             ),
         ),
     ),
@@ -158,7 +159,7 @@ OWN_SOCKETS = Probe("raw_tp_inet_sock_set_state", "inet_sock_set_state", _RAW_TP
 """Attached with every hook: tracks the agent's own sockets and their peers, and the processes of all sockets. Produces
 no events."""
 
-OLD_SOCKETS = Probe("iter_task_files", _TASK_FILES, _ITER)
+OLD_SOCKETS = Probe("iter_task_files", TASK_FILES, _ITER, runs_once=True)
 """Run with every hook: finds the processes of sockets that are older than the programs. Left out if the kernel rejects
 it, as before Linux 5.11."""
 
@@ -208,7 +209,7 @@ def attach(probe: Probe, program: int, kernel: Kernel, flow_states: int) -> int:
     `flow_states` is the map of that name, over which an iterator runs.
     """
     if probe.attach_type == _ITER:
-        return bpf_syscall.attach_iterator(program, flow_states if probe.target == _SOCKET_STORAGE else None)
+        return bpf_syscall.attach_iterator(program, flow_states if probe.target == SOCKET_STORAGE else None)
     if probe.attach_type == _KPROBE:
         on_return = probe.program.startswith("kretprobe_")
         return bpf_syscall.attach_kprobe(program, probe.target, on_return=on_return, by_link=kernel.keeps)
@@ -225,14 +226,14 @@ def attach(probe: Probe, program: int, kernel: Kernel, flow_states: int) -> int:
 
 def fitted(hook: Hook, features: Features) -> Hook:
     """Return the hook with the probes that this kernel needs and can have."""
-    # An iterator's programs use socket storage.
-    probes = [probe for probe in hook.probes if features.tracing_storage or probe.attach_type != _ITER]
-    split = features.split or frozenset()
-    return replace(hook, probes=tuple((probe.target in split and probe.if_split) or probe for probe in probes))
+    refused = {*ITERATORS} - features.iterators
+    unusable = refused | (features.split or set())
+    probes = ((probe.target in unusable and probe.substitute) or probe for probe in hook.probes)
+    return replace(hook, probes=tuple(probe for probe in probes if probe.target not in refused))
 
 
 def combinations(features: Features) -> Iterator[dict[str, Hook]]:
-    """Yield all that hosts with these features may choose, by stream, with the probes of split functions, too."""
+    """Yield all that hosts with these features may choose, by stream, with the substitutes of probes, too."""
     for hooks in itertools.product(*((None, *of_stream) for of_stream in HOOKS_BY_STREAM.values())):
         chosen = {stream: hook for stream, hook in zip(HOOKS_BY_STREAM, hooks, strict=True) if hook}
         transmits = chosen["transmit"].name if "transmit" in chosen else None
@@ -241,7 +242,7 @@ def combinations(features: Features) -> Iterator[dict[str, Hook]]:
 
 
 def _with_all_probes(hook: Hook) -> Hook:
-    return replace(hook, probes=(*hook.probes, *(probe.if_split for probe in hook.probes if probe.if_split)))
+    return replace(hook, probes=(*hook.probes, *(probe.substitute for probe in hook.probes if probe.substitute)))
 
 
 def refusal(hook: Hook, kernel: Kernel) -> str | None:

@@ -84,7 +84,7 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "inet_conn.icsk_ca_ops",
     ),
     "tcp_congestion_ops": ("name",),
-    "bpf_iter_meta": ("seq",),
+    "bpf_iter_meta": ("seq", "session_id"),
     "request_sock": ("num_retrans",),
     "tcp_request_sock": ("snt_synack",),
     # x86-64 and arm64; kprobes only.

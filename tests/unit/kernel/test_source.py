@@ -9,7 +9,7 @@ import pytest
 
 from producer.events import layout_check
 from producer.kernel.btf import VMLINUX, Btf
-from producer.kernel.features import Features
+from producer.kernel.features import ITERATORS, Features
 from producer.kernel.source import hook_macros, kernel_macros, made_for, made_of, program_text
 from producer.paths import BPF
 
@@ -49,7 +49,7 @@ def test_no_local_include_is_left_for_the_compiler(btf: Btf) -> None:
 
 
 def test_macros_name_only_the_chosen_hooks(btf: Btf) -> None:
-    features = Features(True, True, False, True, frozenset())
+    features = Features(True, True, False, True, frozenset(ITERATORS), frozenset())
     flags = hook_macros({"transmit": "cgroup_skb", "retransmit": "kprobe"}) + kernel_macros(btf, features)
     hooks = {flag for flag in flags if flag.startswith(("-DTRANSMIT_", "-DRETRANSMIT_")) and flag.endswith("=1")}
     assert hooks - {"-DRETRANSMIT_TRACEPOINT_HAS_ERR=1"} == {"-DTRANSMIT_CGROUP_SKB=1", "-DRETRANSMIT_KPROBE=1"}
@@ -59,7 +59,7 @@ def test_macros_name_only_the_chosen_hooks(btf: Btf) -> None:
 def test_layouts_and_features_make_programs_of_another_kernel_and_sources_those_of_another_version(
     btf: Btf, tmp_path: Path
 ) -> None:
-    features = Features(True, True, True, True, frozenset())
+    features = Features(True, True, True, True, frozenset(ITERATORS), frozenset())
     blob = VMLINUX.read_bytes()
     other = Btf(blob.replace(b"\0snd_cwnd\0", b"\0snd_cwmd\0"))
     assert made_for(btf, features) == made_for(Btf(blob), replace(features, split=None))

@@ -1,11 +1,12 @@
 """Functions that the compiler has split, by recorded kallsyms; and what the choice of hooks makes of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from producer.kernel.btf import VMLINUX, Btf
-from producer.kernel.features import Features
+from producer.kernel.features import ITERATORS, SOCKET_STORAGE, TASK_FILES, Features
 from producer.kernel.hooks import HOOKS_BY_STREAM, Hook, Kernel, fitted, refusal
 from producer.kernel.symbols import split_functions
 
@@ -38,7 +39,7 @@ FENTRY, KPROBE = HOOKS_BY_STREAM["retransmit"][:2]
 
 
 def features(split: frozenset[str] | None) -> Features:
-    return Features(True, True, True, True, split)
+    return Features(True, True, True, True, frozenset(ITERATORS), split)
 
 
 def read(tmp_path: Path, text: str) -> frozenset[str] | None:
@@ -88,6 +89,23 @@ def test_a_kernel_without_split_functions_changes_nothing() -> None:
     for hooks in HOOKS_BY_STREAM.values():
         for hook in hooks:
             assert fitted(hook, features(frozenset({"tcp_rtx_synack"}))) == hook
+
+
+@pytest.mark.parametrize(
+    ("iterators", "programs"),
+    [
+        ([SOCKET_STORAGE, TASK_FILES], {"iter_flow_states"}),
+        ([TASK_FILES], {"iter_flow_files"}),
+        ([SOCKET_STORAGE], {"iter_flow_states"}),
+        ([], set()),
+    ],
+)
+def test_connections_are_found_by_an_iterator_that_the_kernel_allows(iterators: list[str], programs: set[str]) -> None:
+    (hook,) = HOOKS_BY_STREAM["flow"]
+    allowed = replace(features(frozenset()), iterators=frozenset(iterators))
+    found = {probe.program for probe in fitted(hook, allowed).probes}
+    assert {program for program in found if program.startswith("iter_")} == programs
+    assert "raw_tp_flow_state" in found
 
 
 @pytest.mark.skipif(not VMLINUX.exists(), reason=f"{VMLINUX} is missing: this kernel has no BTF")
