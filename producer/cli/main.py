@@ -199,10 +199,10 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
 @option("--events", is_flag=True, help="Also print retransmissions and a sample of the transmits as they arrive.")
 @json_option
 def demo(duration: float, loss: float, events: bool, as_json: bool) -> None:
-    """Capture lossy test traffic and compare it with the kernel.
+    """Capture test traffic over a lossy link, and check the counts.
 
     Starts a producer and sends traffic between two network namespaces over a link that drops packets. Prints who lost
-    segments, where and why, and compares the number of events with the kernel's counters.
+    segments, where and why, and compares the events with the kernel's counters.
     """
     from producer.demo.demo import demo as run_demo
 

@@ -174,7 +174,7 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 
 
 config_option = option(
-    "--config", type=click.Path(path_type=Path), help="Configuration file (TOML); conf.d/*.toml beside it are added."
+    "--config", type=click.Path(path_type=Path), help="Configuration file (TOML), with conf.d/*.toml beside it."
 )
 brokers_option = option("--brokers", help="Kafka bootstrap servers, HOST:PORT[,...].")
 registry_option = option("--registry", help="URL of the schema registry (Confluent API).")
@@ -189,9 +189,7 @@ port_option = option("--port", type=click.IntRange(1, 65535), multiple=True, hel
 pin_option = option(
     "--pin", type=click.Path(path_type=Path), help="Keep hooks and rings in this bpffs folder across a crash."
 )
-quarantine_option = option(
-    "--quarantine", is_flag=True, help="Act on the messages that Kafka rejected instead of the spool."
-)
+quarantine_option = option("--quarantine", is_flag=True, help="Take the messages that Kafka rejected, not the spool.")
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -174,4 +174,4 @@ def verify(
     if complaint := verifying.fault_summary(reports):
         raise IncompleteError(complaint)
     if host is not None and not any(report.boots for report in reports):
-        raise UnavailableError(f"no events of host {host}: see the hosts without --host")
+        raise UnavailableError(f"no events of host {host}: run it without --host to see the hosts")

@@ -66,7 +66,7 @@ class LocalSource:
 
     def __enter__(self) -> Self:
         if os.geteuid() != 0:
-            raise PermissionDenied("this host's events need root: use sudo, or give --brokers to read topics")
+            raise PermissionDenied("capturing needs root: use sudo, or read topics with `rebpf top --brokers`")
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._capture)
             self._capture.load()
