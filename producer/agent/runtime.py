@@ -134,9 +134,9 @@ class Runtime:
         return FlowTimer(report, lambda: ring.fill, interval_s, self.config.host, time.monotonic())
 
     def _do_chores(self, reload: Flag) -> None:
-        """Do what is not about events, about once a second, however often the loop turns.
+        """Do the chores about once a second, however often the loop turns.
 
-        A turn shortly before the time does it too: an idle host then wakes once for both.
+        A turn that comes shortly before does them, too, so that an idle host wakes once for both.
         """
         early_s = self.chores_at_s - time.monotonic()
         if early_s > _CHORES_EARLY_S and not (reload.is_set() or self.wakeup.called):

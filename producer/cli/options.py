@@ -112,7 +112,7 @@ class Command(click.Command):
         self.examples = examples
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write what a filter can be, and the examples."""
+        """Write the kinds of filters, and the examples."""
         if {each.name for each in self.params} & {"filter_words", "filter_text"}:
             with formatter.section("Filters"):
                 formatter.write_dl(_FILTERS)

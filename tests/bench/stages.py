@@ -1,4 +1,4 @@
-"""CPU per event of the producer's stages, compared with the obvious way: encode (in C, or fastavro per record) and
+"""CPU per event of the producer's stages, compared with the baseline: encode (in C, or fastavro per record) and
 produce (librdkafka's batch call, or confluent-kafka's produce()); and that of the metrics of TCP. Without the kernel:
 the rows are synthetic.
 
