@@ -20,7 +20,6 @@ import pyarrow.parquet
 from producer.errors import UnavailableError
 from producer.events import Stream
 
-FORMATS = ("parquet", "csv")
 _ROWS = 1 << 17
 """Rows of a row group."""
 _CSV = pyarrow.csv.WriteOptions(batch_size=1 << 14)

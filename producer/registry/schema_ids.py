@@ -63,12 +63,6 @@ class SchemaIds:
         self._cache = cache
         self._attempts = attempts
 
-    def __enter__(self) -> "SchemaIds":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing: no connection is kept open."""
-
     def find(
         self, schemas: Mapping[Topic, AvroSchema], optional: Mapping[Topic, AvroSchema] = MappingProxyType({})
     ) -> dict[Topic, SchemaId]:
