@@ -169,7 +169,7 @@ def top(
         least = f"expected at least {INTERVAL_S} with --brokers"
         usage(f"--window: {least}, since producers report open connections every {INTERVAL_S} s")
     stop = stop_on_signals()
-    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    settings = load(config, brokers=brokers, registry=registry)
     source: showing.Source = _fleet(settings, stop) if brokers else _of_this_host((RETRANSMITS, FLOWS), settings)
     name = printable(brokers or settings.host)
     choice = Choice(by=by, sort=sort, filter_text=text)
