@@ -87,7 +87,7 @@ def build(
     brokers = sink.open()
     stack.callback(sink.close)
     if config.kafka.brokers is None:
-        _exclude_embedded(capture, brokers)
+        _exclude_test_broker(capture, brokers)
     builder = StreamBuilder(config, capture, {name: ids[each] for name, each in topics.items()}, stack, quarantine)
     parts = [builder.build(stream) for stream in streams]
     capture.drop_old_rings()
@@ -147,7 +147,7 @@ def _capture_settings(config: Config, ruleset: Ruleset) -> CaptureSettings:
     )
 
 
-def _exclude_embedded(capture: Capture, brokers: str) -> None:
+def _exclude_test_broker(capture: Capture, brokers: str) -> None:
     """Exclude the traffic of the test broker's listeners."""
     for broker in brokers.split(","):
         host, port = endpoints.split(broker)

@@ -15,7 +15,7 @@ import numpy as np
 from confluent_kafka import Producer
 
 from producer import events
-from producer.config.librdkafka import DEFAULTS, EMBEDDED, client_settings
+from producer.config.librdkafka import DEFAULTS, TEST_BROKER, client_settings
 from producer.encode.batch import BatchEncoder
 from producer.events import FLOW, TCP_FIELDS, TRANSMITS, Batch, EncodedBatch, Rows, SchemaId, Topic
 from producer.health.tcp import TcpMetrics
@@ -120,7 +120,7 @@ def produce_with(batch: EncodedBatch) -> tuple[float, float]:
 
     ours = us_per_event(send)
     sink.close()
-    producer = Producer({**DEFAULTS, **EMBEDDED, "enable.idempotence": True, "acks": "all"})
+    producer = Producer({**DEFAULTS, **TEST_BROKER, "enable.idempotence": True, "acks": "all"})
     values = messages(batch)
 
     def produce() -> None:
