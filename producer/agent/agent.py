@@ -62,7 +62,7 @@ def build(
 
     Setting `stop` ends the wait for the registry.
     """
-    if capabilities.missing(capabilities.LOADING):  # first: an unprivileged user would fail on something less clear
+    if capabilities.missing(capabilities.LOADING):  # first: without them, later steps fail less clearly
         raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
     settings = producer_settings(config.kafka.brokers, config.kafka.settings)
     web = WebSettings(config.metrics.web_config_file)
@@ -72,7 +72,7 @@ def build(
     ruleset = resolve(config, root)
     capture, ring_stays = _load(config, ruleset, stack)
     captured = config.capture.streams
-    # A stream that is off is needed until what an earlier run has left of it is delivered.
+    # A stream that is off is needed until the events that an earlier run left are delivered.
     streams = [each for each in STREAMS if each in captured or has_undelivered(config, capture, each)]
     if len(streams) > len(captured):
         ids = schema_ids(config, stop, streams)
@@ -87,7 +87,7 @@ def build(
     brokers = sink.open()
     stack.callback(sink.close)
     if config.kafka.brokers is None:
-        _exclude_embedded(capture, brokers)
+        _exclude_test_broker(capture, brokers)
     builder = StreamBuilder(config, capture, {name: ids[each] for name, each in topics.items()}, stack, quarantine)
     parts = [builder.build(stream) for stream in streams]
     capture.drop_old_rings()
@@ -147,8 +147,8 @@ def _capture_settings(config: Config, ruleset: Ruleset) -> CaptureSettings:
     )
 
 
-def _exclude_embedded(capture: Capture, brokers: str) -> None:
-    """Exclude what the embedded cluster's listeners send."""
+def _exclude_test_broker(capture: Capture, brokers: str) -> None:
+    """Exclude the traffic of the test broker's listeners."""
     for broker in brokers.split(","):
         host, port = endpoints.split(broker)
         capture.exclude_listener(ip_address(host), port)

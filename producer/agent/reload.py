@@ -28,7 +28,7 @@ LONG = "reload: the files of the configuration have been read for long: does the
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A configuration that was read, and what a reload puts in force of it."""
+    """A configuration that was read, and what a reload applies of it."""
 
     read: Config
     config: Config
@@ -160,7 +160,7 @@ class InForce:
         return False
 
     def _put_in_force(self, prepared: _Prepared) -> None:
-        """Apply what is not in the kernel's tables, which are filled."""
+        """Apply the other settings: the kernel's tables are filled."""
         self.version = self._hooks.rules_version
         self._ruleset = prepared.ruleset
         self._set(prepared.config)

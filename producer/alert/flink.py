@@ -2,7 +2,7 @@
 
 The job computes what `windows` and `evaluate` do, on the same input: differences of counters by LAG, windows by HOP of
 two widths, so that a window without records still has a row after one with records, and hysteresis by the last decisive
-window. Silent hosts are left to `rebpf alert`, and so is what is behind an alert.
+window. Silent hosts, and the causes, hosts and flows of an alert, are left to `rebpf alert`.
 """
 
 import fnmatch

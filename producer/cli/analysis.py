@@ -43,7 +43,7 @@ def _source(
     from producer.export.sources import Files, Topics
     from producer.topics import topic as topic_of
 
-    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    settings = load(config, brokers=brokers, registry=registry)
     if paths and brokers:
         usage("give either files or --brokers")
     if paths:

@@ -49,7 +49,7 @@ class Output:
 def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
     """Yield this host's records as they arrive; at the end, a last record of each open connection."""
     with source:
-        source.report()  # where the counters of open connections stand
+        source.report()  # the counters of open connections
         while not stop.is_set():
             yield source.read()
             stop.wait(_POLL_S)

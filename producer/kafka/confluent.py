@@ -60,4 +60,4 @@ class ClientErrors:
             return PermissionDenied(f"{where} rejects the authentication: {reason}{advice}")
         if is_tls(name, reason):
             return UnavailableError(f"TLS with {where} failed: {reason}{advice}")
-        return UnavailableError(f"{'no answer from ' if name in _NO_ANSWER else ''}{where}: {reason}{advice}")
+        return UnavailableError(f"{'no response from ' if name in _NO_ANSWER else ''}{where}: {reason}{advice}")

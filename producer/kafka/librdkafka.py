@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from producer import _native
 from producer.config.convert import nearest
-from producer.config.librdkafka import EMBEDDED
+from producer.config.librdkafka import TEST_BROKER
 from producer.errors import ConfigError, UnavailableError
 from producer.host.exhausted import check_descriptors, check_threads
 
@@ -177,7 +177,7 @@ class Producer:
 
     def __init__(self, settings: Mapping[str, str], open_socket: "ctypes._FuncPointer | None" = None) -> None:
         check_threads()
-        if EMBEDDED.keys() <= settings.keys():
+        if TEST_BROKER.keys() <= settings.keys():
             check_descriptors(_MOCK_DESCRIPTORS)
         text = ctypes.create_string_buffer(_ERROR_BYTES)
         conf = _lib.rd_kafka_conf_new()

@@ -29,7 +29,7 @@ INTERVAL_S = 10
 
 
 class TopicSource:
-    """The records of topics from `start` on (see Follower), with the fields `names`, or all."""
+    """The records of topics from `start` on (see Follower)."""
 
     is_local = False
 
@@ -42,11 +42,9 @@ class TopicSource:
         client_settings: Mapping[str, str],
         start: int = Start.END,
         stop: Flag,
-        names: frozenset[str] | None = None,
     ) -> None:
         self._brokers, self._client_settings, self._stop = brokers, client_settings, stop
         self._topics = topics
-        self._names = names
         self._follower = Follower(brokers, "view", topics, client_settings, start=start, batch=_BATCH)
         self._decoder = Decoder(registry, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)}, stop=stop)
         self._skipped: Counter[str] = Counter()
@@ -79,7 +77,7 @@ class TopicSource:
                 if self._stop.is_set():
                     return
                 for messages in batch.values():
-                    parts, _ = self._decoder.tables([message.value() for message in messages], self._names)
+                    parts, _ = self._decoder.tables([message.value() for message in messages])
                     yield from (of_table(FLOWS, table) for _, table in parts if _stream(table) == FLOWS)
                     done += len(messages)
                 progress(done, total)
@@ -89,7 +87,7 @@ class TopicSource:
         found = []
         deadline, wait_s = time.monotonic() + _READ_S, 0.1
         while messages := self._follower.poll(wait_s):
-            parts, rejected = self._decoder.tables([message.value() for message in messages], self._names)
+            parts, rejected = self._decoder.tables([message.value() for message in messages])
             for each in rejected:
                 many = len(self._skipped) >= _MAX_REASONS and each.reason not in self._skipped
                 self._skipped["other reasons" if many else each.reason] += 1

@@ -106,9 +106,9 @@ def tables(kafka, registry, sent, connections, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("state")
     config = Config(state_dir=folder, kafka=Kafka(topic_prefix=PREFIX), registry=Registry(registry.url))
     register_schemas(config)
-    with SchemaIds(config.registry, cache=None) as schemas:
-        schemas.register(Topic(f"{PREFIX}tcp_flow"), load_schema("tcp_flow.avsc"))
-        ids = schemas.find({Topic(PREFIX + topic): load_schema(f"{topic}.avsc") for topic in flink.SOURCES})
+    schemas = SchemaIds(config.registry, cache=None)
+    schemas.register(Topic(f"{PREFIX}tcp_flow"), load_schema("tcp_flow.avsc"))
+    ids = schemas.find({Topic(PREFIX + topic): load_schema(f"{topic}.avsc") for topic in flink.SOURCES})
     for topic in flink.SOURCES:
         kafka.create_topic(PREFIX + topic)
     for topic in ("tcp_retransmit_minute", "tcp_retransmit_last"):

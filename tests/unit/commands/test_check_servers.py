@@ -123,5 +123,5 @@ def test_a_broker_that_advertises_thousands_of_others_costs_a_bounded_number_of_
         done.set()
         watcher.join()
     assert set(found) == set(names)
-    assert "no answer within 1 s" in found[names[0]] or "timed out" in found[names[0]]
+    assert "no response within 1 s" in found[names[0]] or "timed out" in found[names[0]]
     assert 0 < most <= 70

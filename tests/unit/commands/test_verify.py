@@ -185,7 +185,7 @@ def test_a_host_without_events_is_not_complete(cluster: Cluster) -> None:
         cluster.put_events(stream, [number])
     done = rebpf("verify", "--brokers", cluster.brokers, "--host", "web-71")
     assert done.returncode == UnavailableError.exit_code
-    assert done.stderr == "rebpf: no events of host web-71: see the hosts without --host\n"
+    assert done.stderr == "rebpf: no events of host web-71: run it without --host to see the hosts\n"
 
 
 def test_a_port_of_http_is_named_as_such() -> None:
