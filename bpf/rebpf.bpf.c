@@ -498,13 +498,33 @@ int raw_tp_tcp_retransmit_synack(u64 *ctx)
 #endif
 
 #if RETRANSMIT_CGROUP_SKB
-/* Retransmissions that the host's own firewall or routing stopped before the cgroup hook. */
+/*
+ * A retransmission may fail before the cgroup hook, in the host's own firewall, or behind it: another program of a cgroup
+ * may drop the packet, but the kernel runs all. The hook notes what it saw; the tracepoint follows in the same call.
+ */
+static __always_inline void note_hook(struct tcp_sock *tp)
+{
+#if RETRANSMIT_TRACEPOINT_HAS_ERR
+	struct flow_state *state = create_state(tp);
+
+	if (state)
+		state->hook_retrans = READ_IF(tcp_sock, tp, total_retrans);
+#endif
+}
+
+static __always_inline bool reached_hook(struct tcp_sock *tp)
+{
+	struct flow_state *state = find_state(tp);
+
+	return state && state->hook_retrans == READ_IF(tcp_sock, tp, total_retrans);
+}
+
 int raw_tp_failed_retransmit(u64 *ctx)
 {
 	s32 err = TRACEPOINT_ERR(ctx);
 	struct tcp_sock *tp = err < 0 ? bpf_skc_to_tcp_sock((void *)ctx[0]) : NULL;
 
-	return tp ? take_retransmit(tp, (void *)ctx[1], err, false, HOOK_RAW_TP) : 0;
+	return tp && !reached_hook(tp) ? take_retransmit(tp, (void *)ctx[1], err, false, HOOK_RAW_TP) : 0;
 }
 #endif
 
@@ -863,8 +883,11 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct bpf_sock *f
 		recognize_segment(&sender, skb, &wire);
 	transmit_packet(skb, &flow, &wire, &sender);
 #if RETRANSMIT_CGROUP_SKB
-	if (sender.is_retransmit)
+	if (sender.is_retransmit) {
+		if (sender.tp && !sender.listener)
+			note_hook(sender.tp);
 		retransmit_packet(skb, &flow, &wire, &sender);
+	}
 #endif
 	return 1;
 }
