@@ -57,6 +57,12 @@ def test_each_value_has_its_file_and_line(tmp_path: Path) -> None:
     ]
 
 
+def test_a_value_in_an_inline_table_has_the_line_of_the_table(tmp_path: Path) -> None:
+    path = write(tmp_path / "rebpf.toml", '[topics]\nflow = {"retention.ms" = 1}\n')
+    lines = effective.as_toml(load(path), sources.read(path).origins()).splitlines()
+    assert f'"retention.ms" = "1"  # {path}:2' in lines
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
