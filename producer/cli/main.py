@@ -128,6 +128,7 @@ def run(
     """
     from producer.agent.agent import Agent
     from producer.config import sources
+    from producer.config.load import located
     from producer.host import memory
 
     memory.limit_arenas()
@@ -145,7 +146,7 @@ def run(
                 state_dir=state_dir,
             )
 
-    agent = Agent(read(), read, lambda: sources.state(config))
+    agent = Agent(read(), read, lambda: sources.state(config), lambda: located(config))
     stop = stop_on_signals()
     balances = agent.run(stop, set_on(signal.SIGHUP), duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader
