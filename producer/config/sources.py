@@ -95,9 +95,9 @@ def _fragments(folder: Path) -> Sequence[Path]:
     """Return the files of conf.d; editors' hidden files are left out."""
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".toml") and not name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
     except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and not folder.is_symlink():
+            return ()
         raise ConfigError(f"{printable(str(folder))}: {getattr(error, 'strerror', error)}") from error
     if len(names) > _MAX_FILES:
         raise ConfigError(f"{printable(str(folder))}: expected at most {_MAX_FILES} files, found {len(names)}")
