@@ -61,9 +61,7 @@ class Agent:
         hooks stay attached only if systemd holds them; after an error, only if they are pinned or systemd holds them.
         """
         with ExitStack() as stack:
-            with self._located():
-                runtime = build(self._config, self._in_force, stop, stack)
-            return runtime.run(stop, reload, duration_s)
+            return build(self._config, self._in_force, stop, stack).run(stop, reload, duration_s)
 
     def _in_force(self, capture: Capture, ruleset: Ruleset, root: Path | None) -> InForce:
         return InForce(capture, self._config, ruleset, self._read, root, files=self._files, located=self._located)

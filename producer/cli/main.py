@@ -166,15 +166,13 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
     Prints the changed settings that need a restart. If the configuration is invalid, the one in force stays, and the
     producer's reason is printed.
     """
-    from producer.config.load import located
     from producer.host import state
     from producer.host.cgroups import cgroup2_root
     from producer.rules.resolve import resolve
 
     settings = load(config, secrets=False).with_values(state_dir=state_dir)
     if config is not None:
-        with located(config):
-            resolve(settings, cgroup2_root()).tables()
+        resolve(settings, cgroup2_root()).tables()
     done = state.reload(settings.state_dir)
     echo(f"rules version {done.rules_version} is in force")
     if done.restart_needed:

@@ -34,8 +34,9 @@ class Sources:
     table: Mapping[str, Any]
 
     def has(self, error: ConfigError) -> bool:
-        """Return whether a file has the setting that the error's text begins with."""
-        return locate.find(self.files, str(error)) is not None
+        """Return whether a file has the setting that the error's text begins with, and the text does not say so yet."""
+        is_located = any(str(error).startswith(f"{printable(str(each.path))}: ") for each in self.files)
+        return not is_located and locate.find(self.files, str(error)) is not None
 
     def message(self, error: ConfigError) -> str:
         """Return the error's text with the file and the line of the setting that it begins with."""
