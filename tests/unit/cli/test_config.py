@@ -58,7 +58,7 @@ def test_offline_works_beside_a_running_producer(file: Path) -> None:
     [
         ("[kafka]\nbrokerz = 1", "line 2: unknown key kafka.brokerz: did you mean brokers?"),
         ('[kafka.settings]\n"linger.ms" = "soon"', "line 2: kafka.settings.linger.ms: "),
-        ('[kafka.settings]\n"max.in.flight" = 6', "max.in.flight"),
+        ('[kafka]\n\n[kafka.settings]\n"max.in.flight" = 6', "line 3: kafka.settings: `max.in.flight` must be"),
         ('[[rules]]\ncgroup = ["/' + "a/" * 40 + '"]', "line 1: rule 1: cgroup"),
         ("[[rules]]\n" * 1025, "rules: too many rules: 1025, at most 1024"),
         ("[capture]\nports = [1]\n[[rules]]", "line 3: rules and a filter"),
