@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 
 import click
 
-from producer.errors import UsageError
+from producer.errors import ConfigError, UsageError
 from producer.host.output import echo
 
+_FILE = "producer.config"
+"""Where the context has the path of the configuration that was read."""
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
@@ -148,11 +150,16 @@ class Group(click.Group):
         return _help_by_echo(super().get_help_option(ctx))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. click would hide these two errors, which are bugs here."""
+        """Run the command, and add file and line to errors in settings."""
         try:
             return super().invoke(ctx)
-        except (BrokenPipeError, EOFError) as error:
+        except (BrokenPipeError, EOFError) as error:  # click would hide these bugs
             raise RuntimeError(f"unexpected {error!r}") from error
+        except ConfigError:
+            from producer.config.load import located
+
+            with located(ctx.meta.get(_FILE)):
+                raise
 
 
 def _help_by_echo(help_option: click.Option | None) -> click.Option | None:
@@ -217,7 +224,9 @@ def load(path: Path | None, *, secrets: bool = True, **options: Any) -> Any:
 
     level = click.get_current_context().find_root().params.get("log_level")
     values = {SETTINGS[name]: value for name, value in options.items()}
-    return load.load(path, secrets=secrets).with_values(log_level=level, **values)
+    config = load.load(path, secrets=secrets)
+    click.get_current_context().meta[_FILE] = path
+    return config.with_values(log_level=level, **values)
 
 
 def usage(message: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """confluent-kafka's clients: one way to open them, and one to word their errors."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -28,7 +29,10 @@ def open_client(kind: Callable[..., Client], settings: Mapping[str, Any]) -> Cli
     try:
         return kind(dict(settings), logger=client_logger)
     except KafkaException as error:
-        raise ConfigError(f"kafka.settings: {error.args[0].str()}") from error
+        reason = error.args[0].str().strip()
+        named = re.search(r'property:? "([\w.]+)"', reason)
+        name = f".{named[1]}" if named and named[1] in settings else ""  # librdkafka replaces aliases
+        raise ConfigError(f"kafka.settings{name}: {reason}") from error
 
 
 class ClientErrors:
