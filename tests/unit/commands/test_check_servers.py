@@ -92,7 +92,7 @@ def test_check_and_init_need_more_than_the_test_broker() -> None:
     (finding,) = kafka(config)
     assert finding.exit_code == UnavailableError.exit_code
     assert "in-process test broker" in finding.text
-    with pytest.raises(UnavailableError, match="in-process test broker .* use a real Kafka"):
+    with pytest.raises(UnavailableError, match=r"in-process test broker .* use a real Kafka"):
         create_topics(config, 1, 1)
     cluster.close()
 

@@ -111,8 +111,8 @@ def test_topics_are_read_to_their_end_and_reported(cluster: Cluster) -> None:
     assert list(told) == TOPICS
     assert (told["tcp_transmit"]["messages"], told["tcp_transmit"]["undecodable"]) == (5, 1)
     assert told["tcp_transmit"]["boots"] == [
-        {"host": "h", "boot_id": "b", "first_ns": 1_000_000, "last_ns": 5_000_000, "events": 3, "duplicates": 1, "gaps": 1,
-         "missing": 2, "perhaps_deleted": 0, "restarts": 0, "out_of_order": 0, "first_numbers": {}}
+        {"host": "h", "boot_id": "b", "first_ns": 1_000_000, "last_ns": 5_000_000, "events": 3, "duplicates": 1,
+         "gaps": 1, "missing": 2, "perhaps_deleted": 0, "restarts": 0, "out_of_order": 0, "first_numbers": {}}
     ]  # fmt: skip
     lines = show(reports, as_json=False).splitlines()
     assert lines[0] == (
