@@ -1,5 +1,6 @@
 """Shared by the commands: help, options, environment variables, and loading the configuration."""
 
+import importlib.util
 import ipaddress
 import math
 import os
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from producer.errors import ConfigError, UsageError
+from producer.errors import ConfigError, UnavailableError, UsageError
 from producer.host.output import echo
 
 _FILE = "producer.config"
@@ -227,6 +228,13 @@ def load(path: Path | None, *, secrets: bool = True, **options: Any) -> Any:
     config = load.load(path, secrets=secrets)
     click.get_current_context().meta[_FILE] = path
     return config.with_values(log_level=level, **values)
+
+
+def require_packages(command: str, *packages: str) -> None:
+    """Raise UnavailableError with the fix if a package is missing."""
+    if missing := [each for each in packages if importlib.util.find_spec(each) is None]:
+        names = " and ".join(missing)
+        raise UnavailableError(f"`rebpf {command}` needs {names}: pip install '.[report]' in a checkout of ReBPF")
 
 
 def usage(message: str) -> NoReturn:

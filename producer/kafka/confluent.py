@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import ClusterMetadata
 
 from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
 from producer.host.exhausted import check_threads
@@ -16,6 +17,14 @@ logger = logging.getLogger(__name__)
 
 Client = TypeVar("Client")
 _NO_ANSWER = frozenset({"_ALL_BROKERS_DOWN", "_TRANSPORT", "_TIMED_OUT", "_RESOLVE"})
+_TEST_CLUSTER = "mockCluster"
+"""How the id of the in-process test broker begins."""
+NEEDS_KAFKA = "this is the in-process test broker of `rebpf run`, which creates no topics: use a real Kafka"
+
+
+def is_test_broker(found: ClusterMetadata) -> bool:
+    """Return whether this cluster is the in-process test broker."""
+    return (found.cluster_id or "").startswith(_TEST_CLUSTER)
 
 
 def open_client(kind: Callable[..., Client], settings: Mapping[str, Any]) -> Client:
