@@ -38,6 +38,8 @@ PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _LEAST_BCC = (0, 26)  # the oldest version that is tested
 _MIB = 1 << 20
 _PARANOID_FOR_ROOT = 3
+_SERVICE_USER = "rebpf"
+"""Of deploy/systemd/rebpf.service."""
 
 
 def examine(config: Config, *, path: Path | None = None, servers: bool = True) -> list[Finding]:
@@ -230,8 +232,8 @@ def _endpoint(config: Config) -> Iterator[Finding]:
 
 def _folders(config: Config) -> Iterator[Finding]:
     problem = _unusable(config.state_dir) or _unsafe(config.state_dir)
-    if os.geteuid() == 0 and (owner := _owner(config.state_dir)):
-        text = f"{config.state_dir} belongs to uid {owner}: a service of that user can use it, but not root"
+    if os.geteuid() == 0 and _is_of_service(config.state_dir):
+        text = f"{config.state_dir} belongs to the service's user {_SERVICE_USER}: the service can use it, but not root"
         yield Finding("state_dir", text, warns=True)
         yield _space(config)
     elif problem:
@@ -248,9 +250,11 @@ def _folders(config: Config) -> Iterator[Finding]:
         yield _pins(config.capture.pin)
 
 
-def _owner(path: Path) -> int:
-    """Return the user of a folder; 0 if there is none."""
-    return path.stat().st_uid if path.is_dir() else 0
+def _is_of_service(path: Path) -> bool:
+    try:
+        return path.owner() == _SERVICE_USER
+    except (OSError, KeyError):  # no such folder or user
+        return False
 
 
 def _unsafe(path: Path) -> str:
