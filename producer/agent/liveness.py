@@ -33,10 +33,14 @@ class Liveness:
         self._heartbeat_at = 0.0
         self._watchdog = systemd.Watchdog()
 
+    def note(self) -> None:
+        """Note a step of the loop. This cannot fail, so that no defect of the status looks like a loop that hangs."""
+        self._board.note()
+        self._watchdog.step(time.monotonic())
+
     def step(self) -> None:
-        """Note a step of the loop, and send a heartbeat if one is due."""
+        """Publish the status if someone waits for it, and send a heartbeat if one is due."""
         self._board.step(self._status)
-        self._watchdog.step(time.monotonic(), lambda: summary(self._status()))
         if time.monotonic() >= self._heartbeat_at:
             self._heartbeat_at = time.monotonic() + INTERVAL_S
             self._publish(self._status())
@@ -47,6 +51,7 @@ class Liveness:
 
     def _publish(self, status: Status) -> None:
         self._board.publish(status)
+        systemd.try_notify("", summary(status))
         # One at a time: what was true some time ago is of no use when Kafka is back.
         if self._heartbeats and not self._sink.in_flight[HEARTBEATS.name]:
             self._sink.send(EncodedBatch.of(HEARTBEATS, *self._heartbeats.encode(status, time.time())))

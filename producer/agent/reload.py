@@ -10,6 +10,7 @@ from pathlib import Path
 from producer.agent.supervise import Pace
 from producer.config import effective
 from producer.config.load import Config
+from producer.config.sources import shown
 from producer.errors import RebpfError
 from producer.host.output import set_log_level
 from producer.host.signals import Flag
@@ -174,14 +175,14 @@ class InForce:
     def _refuse(self, error: Exception) -> bool:
         """Log and count why nothing changes; return whether a retry may succeed."""
         is_passing = any(isinstance(each, OSError) and each.errno in PASSING for each in (error, error.__cause__))
-        reason = str(error) or type(error).__name__
+        reason = shown(str(error)) or type(error).__name__
         if is_passing and reason == self.refusal:
             self.began_ns = self._started_ns
         else:
             is_defect = not isinstance(error, RebpfError | OSError | ValueError | LookupError)
             self._done(reason)
             trace = error if is_defect else None
-            logger.error("reload refused: %s; version=%d stays in force", error, self.version, exc_info=trace)
+            logger.error("reload refused: %s; version=%d stays in force", reason, self.version, exc_info=trace)
         return is_passing
 
     def _done(self, refusal: str) -> None:

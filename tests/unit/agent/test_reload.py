@@ -151,6 +151,18 @@ def test_a_refused_reload_changes_no_setting() -> None:
     assert logging.getLogger("producer").level == logging.INFO
 
 
+def test_the_reason_of_a_refusal_is_a_bounded_printable_line() -> None:
+    """It goes to agent.json and heartbeats; an address list may quote a line of megabytes."""
+
+    def read() -> Config:
+        raise ConfigError("conf.d/\udcff.toml\n" + "x" * (1 << 20))
+
+    in_force = rules(Clock(), read)
+    reload(in_force)
+    assert in_force.refusal.startswith("conf.d/\\udcff.toml\\x0axxx")
+    assert len(in_force.refusal.encode()) < 2000
+
+
 def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
     states, reads, asked = [1], [], Asked()
     hooks: Any = Hooks()
