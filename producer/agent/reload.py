@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from producer.agent.supervise import Pace
 from producer.config import effective
 from producer.config.load import Config
+from producer.config.sources import shown
 from producer.errors import RebpfError
 from producer.host.output import set_log_level
 from producer.host.signals import Flag
@@ -33,6 +35,15 @@ class _Prepared:
 
     read: Config
     config: Config
+    ruleset: Ruleset
+    tables: Tables
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The rules with the cgroups that exist now, and those from which they were made."""
+
+    before: Ruleset
     ruleset: Ruleset
     tables: Tables
 
@@ -62,6 +73,11 @@ class InForce:
         self._located = located
         self._root = root
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
+        self._look_pace = Pace()
+        self._looking: threading.Thread | None = None
+        """Looks for cgroups."""
+        self._found: _Found | Exception | None = None
+        """Its result, if anything has changed."""
         self._files, self._files_read, self._files_at = files, files(), 0.0
         self.apply: Callable[[Config], None] = lambda config: None
         self.version = 1
@@ -84,8 +100,8 @@ class InForce:
 
     @property
     def busy(self) -> bool:
-        """Whether a reload has begun and its settings are not in force yet."""
-        return self._thread is not None or self._prepared is not None
+        """Whether a thread prepares a reload or looks for cgroups, or its result is not in force yet."""
+        return self._thread is not None or self._prepared is not None or self._looking is not None
 
     @property
     def reasons(self) -> list[str]:
@@ -179,29 +195,47 @@ class InForce:
     def _refuse(self, error: Exception) -> bool:
         """Log and count why nothing changes; return whether a retry may succeed."""
         is_passing = any(isinstance(each, OSError) and each.errno in PASSING for each in (error, error.__cause__))
-        reason = str(error) or type(error).__name__
+        reason = shown(str(error)) or type(error).__name__
         if is_passing and reason == self.refusal:
             self.began_ns = self._started_ns
         else:
             is_defect = not isinstance(error, RebpfError | OSError | ValueError | LookupError)
             self._done(reason)
             trace = error if is_defect else None
-            logger.error("reload refused: %s; version=%d stays in force", error, self.version, exc_info=trace)
+            logger.error("reload refused: %s; version=%d stays in force", reason, self.version, exc_info=trace)
         return is_passing
 
     def _done(self, refusal: str) -> None:
         self.reloads, self.began_ns, self.refusal = self.reloads + 1, self._started_ns, refusal
 
     def look(self) -> None:
-        """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced."""
-        if self._prepared or not self._by_cgroup or time.monotonic() < self._look_at:
+        """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced.
+
+        There may be many rules and cgroups, so a thread looks, and compiles the rules. A later call puts them in force.
+        """
+        if self._prepared or (self._looking and self._looking.is_alive()):
             return
-        self._look_at = time.monotonic() + _LOOK_INTERVAL_S
-        ruleset = follow(self._ruleset, self.config, self._root)
-        if ruleset != self._ruleset:
-            self.version = self._hooks.put_rules(ruleset.tables())
-            self._ruleset = ruleset
+        found, self._looking, self._found = self._found, None, None
+        if isinstance(found, Exception):
+            raise found
+        if found and found.before is self._ruleset:  # otherwise, a reload came between
+            self.version = self._hooks.put_rules(found.tables)
+            self._ruleset = found.ruleset
             logger.info("rules updated: cgroups changed version=%d", self.version)
+        if self._by_cgroup and time.monotonic() >= self._look_at and self._look_pace.is_due():
+            self._look_at = time.monotonic() + _LOOK_INTERVAL_S
+            look = partial(self._look_pace.run, partial(self._find, self._ruleset, self.config))
+            thread = threading.Thread(target=look, name="cgroups", daemon=True)
+            thread.start()
+            self._looking = thread
+
+    def _find(self, before: Ruleset, config: Config) -> None:
+        try:
+            ruleset = follow(before, config, self._root)
+            if ruleset != before:
+                self._found = _Found(before, ruleset, ruleset.tables())
+        except Exception as error:
+            self._found = error
 
     def _set(self, config: Config) -> None:
         self.config = config

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from producer import __version__
 from producer.agent.streams import StreamParts
+from producer.config.sources import shown
 from producer.events import Topic
 from producer.health.balance import Balance
 from producer.health.status import Status, StreamStatus, usage
@@ -54,7 +55,7 @@ class Reporter:
             self._started_s,
             rules_version,
             tuple(self._stream(each) for each in self._parts),
-            (*self.reasons(), *more_reasons),
+            tuple(map(shown, (*self.reasons(), *more_reasons))),  # they quote names, which may not be UTF-8
             cpu_s,
             rss_bytes,
             self.labels,

@@ -146,8 +146,12 @@ class Runtime:
         self.chores_at_s = time.monotonic() + (_RETRY_S if is_soon else _CHORES_S)
         self._housekeeping(reload)
         self.supervisor.attempt("budget", self._follow_budget, None)
-        self.supervisor.attempt("status", self.liveness.step, None)
+        self._show_life()
         self.supervisor.attempt("watch", self._watch, None)
+
+    def _show_life(self) -> None:
+        self.liveness.note()
+        self.supervisor.attempt("status", self.liveness.step, None)
 
     def _follow_budget(self) -> None:
         """Sample more or less of the transmits, as the budget requires."""
@@ -248,7 +252,7 @@ class Runtime:
                 return
             if any(each.pipeline.spooling for each in self.streams):
                 return  # Kafka is not taking them
-            self.supervisor.attempt("status", self.liveness.step, None)
+            self._show_life()
             time.sleep(LEAST_S)
             if self.ring_stays:
                 pipeline.poll_reports()
@@ -261,7 +265,7 @@ class Runtime:
         if any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances.values()):
             pipeline.spill_all(time.monotonic() + _SPILL_S if self.ring_stays else float("inf"))
         else:
-            self.liveness.last()
+            self.supervisor.attempt("status", self.liveness.last, None)
             until = min(deadline, time.monotonic() + _LAST_HEARTBEAT_S)
             while self.sink.in_flight[HEARTBEATS.name] and time.monotonic() < until:
                 pipeline.poll_reports()

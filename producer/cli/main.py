@@ -106,6 +106,7 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
     Without --brokers, uses an in-process test broker that stores nothing. SIGHUP reloads the configuration. At the end,
     prints the balance: how many events were captured, delivered, spooled and lost.
     """
+    hangup = set_on(signal.SIGHUP)  # first: it would end the process while this imports and reads
     from producer.agent.agent import Agent
     from producer.config import sources
     from producer.config.load import located
@@ -120,7 +121,7 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
 
     agent = Agent(read(), read, lambda: sources.state(config), lambda: located(config))
     stop = stop_on_signals()
-    balances = agent.run(stop, set_on(signal.SIGHUP), duration)
+    balances = agent.run(stop, hangup, duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader
     text = printable("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))
     try:

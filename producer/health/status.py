@@ -1,16 +1,18 @@
 """The producer's status: the same for heartbeats, metrics and `rebpf status`."""
 
+import functools
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from producer.errors import UnavailableError
 from producer.events import Topic
 from producer.health.balance import Balance, stage
 from producer.host.text import lines
+
+_STATM_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,14 @@ class Status:
 
 def usage() -> tuple[float, int]:
     """Return this process's CPU seconds so far, of all threads, and its resident bytes."""
-    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    resident_pages = int(os.pread(_statm(), _STATM_BYTES, 0).split()[1])
     return time.process_time(), resident_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@functools.cache
+def _statm() -> int:
+    """Return a descriptor of the file with this process's memory: later there may be none free to open it."""
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def summary(status: Status) -> str:

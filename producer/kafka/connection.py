@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from producer.backoff import BackOff
 from producer.config.librdkafka import TEST_BROKER
+from producer.errors import RebpfError
 from producer.events import Topic
 from producer.health import metrics
 from producer.host.log_limit import LogLimit
@@ -20,6 +21,7 @@ from producer.kafka.wording import REPEAT_LOG_S, in_brackets
 logger = logging.getLogger(__name__)
 
 _CLOCK_STEP_NS = 5_000_000_000
+_CLOSE_S = 2.0
 
 
 def rough_utc_offset_ns() -> int:
@@ -105,20 +107,37 @@ class Connection:
         if not self._fatal or time.monotonic() < self._replace_at:
             return False
         logger.error("kafka: replacing the client: %s", self._fatal)
-        old, self._clients = self._clients, [self._new()]
-        self.last_error, self._fatal = None, ""
-        # In the background: threads that sleep would block it.
-        pointed_to = list(memory)
         try:
-            threading.Thread(target=_close_all, args=(old, pointed_to), name="kafka-close", daemon=True).start()
-        except RuntimeError as error:
-            logger.warning("kafka: the replaced client stays open: %s", error)
-            self._abandoned += [old, pointed_to]
+            fresh = self._new()
+        except RebpfError as error:
+            self._replace_at = time.monotonic() + self._backoff.next()
+            logger.error("kafka: cannot replace the client: %s", error)
+            return False
+        old, self._clients = self._clients, [fresh]
+        self.last_error, self._fatal = None, ""
+        self._close(old, memory)
         return True
 
-    def close(self) -> None:
-        """Close the clients; messages in flight are dropped."""
-        _close_all(self._clients, [])
+    def close(self, memory: Iterable[object] = ()) -> None:
+        """Close the clients; messages in flight, which point to `memory`, are dropped.
+
+        A client that waits for a name server, which may take a minute, is left to the end of the process.
+        """
+        clients, self._clients = self._clients, []
+        if closing := self._close(clients, memory):
+            closing.join(_CLOSE_S)
+
+    def _close(self, clients: list[Producer], memory: Iterable[object]) -> threading.Thread | None:
+        """Close clients in a thread, since theirs may sleep, which would block it; None if it cannot be started."""
+        pointed_to = list(memory)
+        thread = threading.Thread(target=_close_all, args=(clients, pointed_to), name="kafka-close", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            logger.warning("kafka: a client stays open: %s", error)
+            self._abandoned += [clients, pointed_to]
+            return None
+        return thread
 
     def _new(self) -> Producer:
         return Producer(self._settings, self._open_socket)

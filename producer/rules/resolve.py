@@ -5,6 +5,7 @@ The form of the rules was checked before (producer.config.validate).
 
 import dataclasses
 import fnmatch
+import functools
 import ipaddress
 import itertools
 import os
@@ -233,14 +234,21 @@ class _Cgroups:
         Units are in the root or in slices. Folders in a unit, or in a slice delegated to a user, are not searched:
         unprivileged users may have created them under any name.
         """
-        found, to_search = [], [self._root] if self._root else []
+        is_pattern = any(character in unit for character in "*?[")
+        names = fnmatch.filter(self._units, unit) if is_pattern else [unit]
+        return sorted({self._id(folder) for name in names for folder in self._units.get(name, ())}) or [_ABSENT]
+
+    @functools.cached_property
+    def _units(self) -> Mapping[str, Sequence[Path]]:
+        """The folders that may be units, by name. One walk finds them for all rules."""
+        found: defaultdict[str, list[Path]] = defaultdict(list)
+        to_search = [self._root] if self._root else []
         while to_search:
             for folder in _folders(to_search.pop()):
-                if fnmatch.fnmatchcase(folder.name, unit):
-                    found.append(self._id(folder))
+                found[folder.name].append(folder)
                 if folder.name.endswith(".slice") and self._is_systems(folder):
                     to_search.append(folder)
-        return sorted(set(found)) or [_ABSENT]
+        return found
 
     def above(self, cgroup: int) -> Sequence[int]:
         """Return the ids of the ancestors of a cgroup that was found."""

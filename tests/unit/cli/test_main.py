@@ -268,3 +268,20 @@ def test_a_locale_without_utf_8_means_the_same_paths(tmp_path: Path) -> None:
     done = rebpf("status", "--config", path, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
     assert done.returncode == 69
     assert done.stderr == f"rebpf: no producer is running with state_dir {state_dir}, or it is not ready yet\n"
+
+
+def test_a_reload_that_is_asked_for_during_a_start_does_not_end_it():
+    code = """
+import os, signal, sys
+from producer.cli import main
+from producer.config import load
+def slow(*_, **__):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGHUP)
+    raise load.ConfigError("the file was read")
+load.load = slow
+sys.argv = ["rebpf", "run"]
+main.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (78, "rebpf: the file was read\n")

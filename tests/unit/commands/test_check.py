@@ -282,6 +282,27 @@ def test_the_folder_of_the_service_is_no_problem_for_the_root_who_checks_it(tmp_
 
 
 @root
+def test_a_spools_folder_of_another_user(tmp_path):
+    let_others_in(tmp_path)
+    own, others = tmp_path / "state" / "spool", tmp_path / "state" / "spool" / "transmit"
+    others.mkdir(parents=True)
+    others.chmod(0o700)
+    for each in (own.parent, own):
+        os.chown(each, 65534, 65534)
+    code, found = check(tmp_path, config='kafka.brokers = "127.0.0.1:1"', before=as_nobody())
+    assert code == 78
+    assert found["state_dir/spool/transmit"].startswith(
+        f"MISSING state_dir/spool/transmit: {others} is not writable for user 65534"
+    )
+
+
+def test_a_file_in_place_of_the_spool_which_a_start_renames(tmp_path):
+    (tmp_path / "state").mkdir(mode=0o700)
+    (tmp_path / "state" / "spool").touch()
+    assert not [each for each in check(tmp_path)[1] if each.startswith("state_dir/")]
+
+
+@root
 def test_a_read_only_disk(mounts, tmp_path):
     (tmp_path / "state").mkdir()
     code, found = check(tmp_path, before=inside(f"mount -t tmpfs -o ro none {tmp_path}/state"))

@@ -117,6 +117,8 @@ def test_each_setting_of_the_installed_library_is_decided(tmp_path):
         ("enable.gapless.guarantee", "true"),
         ("retries", "0"),
         ("queuing.strategy", "lifo"),
+        ("api.version.request", "false"),
+        ("api.version.fallback.ms", "60000"),
         ("transactional.id", "x"),
         ("plugin.library.paths", "x.so"),
         ("ssl.engine.location", "x.so"),

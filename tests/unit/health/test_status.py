@@ -209,6 +209,23 @@ def test_a_port_that_somebody_took_is_served_once_it_is_free(caplog):
     assert len(caplog.records) == 1
 
 
+def test_a_name_server_that_hangs_holds_no_step_and_the_endpoint_opens_once_it_answers(monkeypatch, caplog):
+    may_answer, board = threading.Event(), StatusBoard()
+    board.step(status)
+
+    def slow(*_):
+        assert may_answer.wait(60)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with Endpoint("node-1.example", 0, board) as endpoint:
+        endpoint.open()
+        assert endpoint.url is None
+        may_answer.set()
+        wait_until("the endpoint is open", lambda: endpoint.open() or endpoint.url)
+    assert [record.args[-1] for record in caplog.records] == ["the name is not resolved yet"]
+
+
 @pytest.fixture
 def no_threads():
     usual = threading.stack_size(1 << 46)  # more than the address space

@@ -159,6 +159,14 @@ def test_thousands_of_units_are_resolved_at_once(root: Path) -> None:
     assert all(above == [inode(root / "system.slice"), inode(root)] for above in found.cgroups_above.values())
 
 
+def test_each_folder_is_read_once_for_all_rules(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, scandir = [], os.scandir
+    monkeypatch.setattr("os.scandir", lambda path: read.append(path) or scandir(path))
+    units = ("cron.service", "no such.service", "*.service", "?.scope")
+    resolve(Config(rules=tuple(RuleConfig(unit=(unit,)) for unit in units)), root)
+    assert len(read) == len(set(read)) > 1
+
+
 def test_a_list_of_addresses_is_a_file_of_bounded_length(tmp_path: Path) -> None:
     long, pipe = tmp_path / "long", tmp_path / "pipe"
     with long.open("wb") as file:
