@@ -20,6 +20,9 @@ struct flow_state {
 	u32 seen_retrans; /* total_retrans when the last retransmission was counted */
 	u32 hook_retrans; /* total_retrans when the cgroup hook saw the last retransmission */
 	u32 closed; /* the closing record was taken */
+	u32 unseen; /* retransmissions that no program has seen, by the last record, plus 1; 0: no record */
+	u32 counted_unseen; /* those that were counted as lost */
+	u32 _pad;
 	u64 visit; /* the last visit of open files that came by */
 };
 
