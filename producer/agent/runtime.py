@@ -134,9 +134,9 @@ class Runtime:
         return FlowTimer(report, lambda: ring.fill, interval_s, self.config.host, time.monotonic())
 
     def _do_chores(self, reload: Flag) -> None:
-        """Do what is not about events, about once a second, however often the loop turns.
+        """Do the chores about once a second, however often the loop turns.
 
-        A turn shortly before the time does it too: an idle host then wakes once for both.
+        A turn that comes shortly before does them, too, so that an idle host wakes once for both.
         """
         early_s = self.chores_at_s - time.monotonic()
         if early_s > _CHORES_EARLY_S and not (reload.is_set() or self.wakeup.called):
@@ -195,11 +195,11 @@ class Runtime:
             reasons = (f"{refusal.stream} by {refusal.hook}: {refusal.reason}" for refusal in self.capture.refusals)
             logger.info("better hooks are not available: %s", "; ".join(reasons))
         hooks = " ".join(f"{name}={hook}" for name, hook in self.capture.hooks_in_use.items())
-        embedded = " embedded=true" if self.config.kafka.brokers is None else ""
+        test_broker = " test_broker=true" if self.config.kafka.brokers is None else ""
         taken_over = " taken_over=true" if self.capture.taken_over else ""
         cached = " cached=true" if self.capture.cached else ""
         programs = f" programs={self.capture.programs_from}" if self.capture.programs_from else ""
-        logger.info("ready brokers=%s%s%s%s%s %s", self.brokers, embedded, taken_over, cached, programs, hooks)
+        logger.info("ready brokers=%s%s%s%s%s %s", self.brokers, test_broker, taken_over, cached, programs, hooks)
         # A shell that a service started may still have the name of its socket.
         systemd.try_notify("READY=1", f"capturing: {hooks}", systemd.TIMEOUT_S)
 

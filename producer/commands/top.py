@@ -66,7 +66,7 @@ class Top:
         """The name of the selected line, while the selection follows it."""
         self._begin()
         for records in source.earlier():
-            # As old as what rates no longer cover.
+            # They arrived before the time that rates cover.
             self._flows.add(records.select(self._filter(records)), self._forgot_s - HISTORY_S)
 
     def _begin(self) -> None:

@@ -158,8 +158,8 @@ _FILES = _names(
 )
 """Files that the library opens, and that a pipe or a device must not stand for."""
 
-EMBEDDED: Mapping[str, str] = {"test.mock.num.brokers": "1"}
-EMBEDDED_PARTITIONS = 4
+TEST_BROKER: Mapping[str, str] = {"test.mock.num.brokers": "1"}
+TEST_BROKER_PARTITIONS = 4
 
 
 def decide(settings: Mapping[str, str]) -> None:
@@ -188,7 +188,7 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
     Raises ConfigError for settings that `decide` rejects, and for paths that are not regular files.
     """
     _check(settings)
-    where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
+    where = {"bootstrap.servers": brokers} if brokers else TEST_BROKER
     codec = settings.get("compression.codec") or settings.get("compression.type", DEFAULTS["compression.codec"])
     defaults = {**DEFAULTS, **(_ZSTD_LEVEL if codec == "zstd" else {})}
     if _MOST_BACKOFF in settings:  # the library rejects a backoff above it

@@ -364,7 +364,7 @@ def _metrics(visit: _Visit) -> Answer:
     encode: Callable[[CollectorRegistry], bytes]
     try:
         encode, kind = choose_encoder(visit.headers.get("Accept", ""))
-    except (TypeError, ValueError):  # a version that is no number
+    except (TypeError, ValueError):  # a version that is not a number
         encode, kind = choose_encoder("")
     return HTTPStatus.OK, kind, encode(visit.server.metrics)
 

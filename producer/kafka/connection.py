@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer.backoff import BackOff
-from producer.config.librdkafka import EMBEDDED
+from producer.config.librdkafka import TEST_BROKER
 from producer.events import Topic
 from producer.health import metrics
 from producer.host.log_limit import LogLimit
@@ -61,7 +61,7 @@ class Connection:
     def open(self, topics: Mapping[Topic, int]) -> str:
         """Start the client and return the brokers' address. It connects in the background, with unlimited retries.
 
-        `topics`, with their numbers of partitions, are created if the broker is the embedded one.
+        `topics`, with their numbers of partitions, are created if this is the test broker.
         """
         self._clients = [self._new()]
         self._brokers = self._settings.get("bootstrap.servers") or self._clients[0].mock_bootstraps()
@@ -73,7 +73,7 @@ class Connection:
     def produce(self, topic: Topic, messages: NDArray[np.void], *, alone: bool) -> int:
         """Queue messages, `alone` each in its own request; return how many were accepted. The others have `err` set."""
         if alone and len(self._clients) == 1:
-            settings = {name: value for name, value in self._settings.items() if name not in EMBEDDED}
+            settings = {name: value for name, value in self._settings.items() if name not in TEST_BROKER}
             one_by_one = {"bootstrap.servers": self._brokers, "batch.num.messages": "1", "linger.ms": "0"}
             self._clients.append(Producer({**settings, **one_by_one}, self._open_socket))
         return self._clients[alone].produce(topic, messages)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from producer import _native
 from producer.backoff import BackOff
-from producer.config.librdkafka import DEFAULTS, EMBEDDED_PARTITIONS, client_settings
+from producer.config.librdkafka import DEFAULTS, TEST_BROKER_PARTITIONS, client_settings
 from producer.events import HEARTBEATS, EncodedBatch, Feed, Topic
 from producer.health import metrics
 from producer.host.log_limit import LogLimit
@@ -106,7 +106,7 @@ class KafkaSink:
     def open(self) -> str:
         """Start the client and return the brokers' address. It connects in the background, with unlimited retries."""
         return self._connection.open(
-            {topic: 1 if name == HEARTBEATS.name else EMBEDDED_PARTITIONS for name, topic in self._topics.items()}
+            {topic: 1 if name == HEARTBEATS.name else TEST_BROKER_PARTITIONS for name, topic in self._topics.items()}
         )
 
     def capacity(self, stream: Feed) -> int:

@@ -1,6 +1,6 @@
 """The report as one HTML file without scripts and without anything from the network.
 
-Every name comes from outside and is escaped; the content security policy forbids scripts besides.
+Every name comes from outside and is escaped; the content security policy also forbids scripts.
 """
 
 from collections.abc import Iterator, Sequence

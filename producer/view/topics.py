@@ -9,15 +9,14 @@ from types import TracebackType
 from typing import Self
 
 from producer.config.load import Registry
-from producer.consume.columns import Table
 from producer.consume.decode import Decoder
 from producer.consume.follow import Follower, Start
 from producer.consume.reader import TopicReader
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.events import FLOWS
 from producer.host.progress import Progress
 from producer.host.signals import Flag
 from producer.schemas import load_schema
-from producer.view.records import Records, of_table
+from producer.view.records import Records, of_table, stream_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ INTERVAL_S = 10
 
 
 class TopicSource:
-    """The records of topics from `start` on (see Follower), with the fields `names`, or all."""
+    """The records of topics from `start` on (see Follower)."""
 
     is_local = False
 
@@ -42,11 +41,9 @@ class TopicSource:
         client_settings: Mapping[str, str],
         start: int = Start.END,
         stop: Flag,
-        names: frozenset[str] | None = None,
     ) -> None:
         self._brokers, self._client_settings, self._stop = brokers, client_settings, stop
         self._topics = topics
-        self._names = names
         self._follower = Follower(brokers, "view", topics, client_settings, start=start, batch=_BATCH)
         self._decoder = Decoder(registry, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)}, stop=stop)
         self._skipped: Counter[str] = Counter()
@@ -79,8 +76,8 @@ class TopicSource:
                 if self._stop.is_set():
                     return
                 for messages in batch.values():
-                    parts, _ = self._decoder.tables([message.value() for message in messages], self._names)
-                    yield from (of_table(FLOWS, table) for _, table in parts if _stream(table) == FLOWS)
+                    parts, _ = self._decoder.tables([message.value() for message in messages])
+                    yield from (of_table(FLOWS, table) for _, table in parts if stream_of(table.plan.names) == FLOWS)
                     done += len(messages)
                 progress(done, total)
 
@@ -89,11 +86,12 @@ class TopicSource:
         found = []
         deadline, wait_s = time.monotonic() + _READ_S, 0.1
         while messages := self._follower.poll(wait_s):
-            parts, rejected = self._decoder.tables([message.value() for message in messages], self._names)
+            parts, rejected = self._decoder.tables([message.value() for message in messages])
             for each in rejected:
                 many = len(self._skipped) >= _MAX_REASONS and each.reason not in self._skipped
                 self._skipped["other reasons" if many else each.reason] += 1
-            found += [of_table(stream, table) for _, table in parts if (stream := _stream(table)) is not None]
+            tables = [(stream_of(table.plan.names), table) for _, table in parts]
+            found += [of_table(stream, table) for stream, table in tables if stream is not None]
             wait_s = 0
             if time.monotonic() > deadline:
                 break
@@ -105,11 +103,3 @@ class TopicSource:
     def lost(self) -> int:
         """Return the number of messages that could not be decoded."""
         return self._skipped.total()
-
-
-def _stream(table: Table) -> Stream | None:
-    """Return the stream whose records have these fields; None for other records of ours."""
-    names = table.plan.names
-    if "cause" in names:
-        return RETRANSMITS
-    return FLOWS if "reason" in names else TRANSMITS if "is_retransmit" in names else None

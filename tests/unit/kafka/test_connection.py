@@ -113,7 +113,7 @@ def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
     assert not ledger.delivered
 
 
-def test_an_embedded_cluster_has_the_topics():
+def test_a_test_broker_has_the_topics():
     sink = KafkaSink(client_settings(None, {}), BEATS)
     brokers = sink.open()
     try:
