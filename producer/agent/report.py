@@ -65,9 +65,9 @@ class Reporter:
     def balance(self, parts: StreamParts, kernel: KernelCounters) -> Balance:
         """Return a stream's balance. Read the counters after the ring."""
         account = parts.pipeline.account
-        losses = {"ring_full": kernel.ring_full, "nested": kernel.nested, **account.lost}
+        losses = {"ring_full": kernel.ring_full, "nested": kernel.nested, "unseen": kernel.unseen, **account.lost}
         return Balance(
-            passed=kernel.passed + kernel.nested + account.carried,
+            passed=kernel.passed + kernel.nested + kernel.unseen + account.carried,
             delivered=account.delivered,
             in_flight=self._sink.in_flight[parts.stream.name],
             in_ring=kernel.passed - kernel.ring_full - parts.pipeline.taken,
