@@ -152,6 +152,20 @@ def test_a_paused_table_stands_still_and_can_be_sorted(cluster: Cluster, view: T
     assert names(after(view, "s", " ")) == ["3", "1", "2"]
 
 
+def test_a_new_filter_compares_with_the_records_from_before(cluster: Cluster, view: Top) -> None:
+    """The next record of an open connection would otherwise be the first one, from which nothing has grown."""
+    connection = {"reason": "interval", "sk_cookie": 1, "daddr": "10.2.0.1", "start_ns": 0, "dport": 443}
+    put(cluster, FLOWS, "web-1", flows({**connection, "segs_out": 100}))
+    view.read(report=True)
+    after(view, "/", *"port 443", "enter")
+    put(cluster, FLOWS, "web-1", flows({**connection, "segs_out": 400}))
+    seen = 0
+    while not seen:
+        view.read(report=True)
+        seen = round(view.as_dict()["total"]["segments"] * view.as_dict()["window_s"])
+    assert seen == 300
+
+
 def test_there_are_lines_beyond_the_screen(cluster: Cluster, view: Top) -> None:
     shown = after(view, "down", "down", height=1)
     assert (shown.name, names(shown)) == ("10.2.0.3", ["1", "2", "3"])
