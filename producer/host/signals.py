@@ -127,7 +127,12 @@ _stops: list[SignalFlag] = []
 
 
 def reset() -> None:
-    """Undo what the parent may have left to us: blocked signals, and an ignored SIGCHLD, which hides exit codes."""
+    """Undo what the parent may have left to us: blocked signals, and an ignored SIGCHLD, which hides exit codes.
+
+    Also what SIGINT did until now, unless the parent ignores it (see producer.cli).
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
