@@ -116,7 +116,7 @@ _COUNTS = ("passed", "delivered", "in_flight", "spooled", "in_ring")
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Format the result of `Status.as_dict`: the state and its reasons, one row per topic, and losses.
+    """Format the result of `Status.as_dict`: the state and its reasons, one column per topic, and losses.
 
     Raises UnavailableError if `report` is not a status, because something else answers at the address.
     """
@@ -131,8 +131,8 @@ def _table(report: Mapping[str, Any]) -> str:
     facts = " ".join(f"{name}={report[name]}" for name in ("host", "version", "pid", "rules_version"))
     config = f" config={report['config_hash']}" if report.get("config_hash") else ""
     labels = " ".join(f"{name}={value}" for name, value in report.get("labels", {}).items())
-    rows = [("topic", "hook", *_COUNTS, "lost", "ring", "spool"), *map(_row, report["streams"])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = [("topic", "hook", *_COUNTS, "lost", "ring", "spool"), *map(_column, report["streams"])]
+    widths = [max(map(len, column)) for column in columns]
     return lines(
         [
             report["state"],
@@ -140,7 +140,7 @@ def _table(report: Mapping[str, Any]) -> str:
             *(f"  needs a restart: {setting}" for setting in report.get("restart_needed", ())),
             f"{facts}{config} cpu={report['cpu_s']:.1f}s rss={_mebibytes(report['rss_bytes'])}",
             *([f"labels {labels}"] if labels else []),
-            *("  ".join(map(str.rjust, row, widths)) for row in rows),
+            *("  ".join(map(str.rjust, row, widths)) for row in zip(*columns, strict=True)),
             *(
                 f"lost topic={stream['topic']} stage={loss['stage']} reason={loss['reason']} count={loss['count']}"
                 for stream in report["streams"]
@@ -150,7 +150,7 @@ def _table(report: Mapping[str, Any]) -> str:
     )
 
 
-def _row(stream: Mapping[str, Any]) -> tuple[str, ...]:
+def _column(stream: Mapping[str, Any]) -> tuple[str, ...]:
     lost = sum(loss["count"] for loss in stream["lost"])
     return (
         stream["topic"],

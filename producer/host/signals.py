@@ -131,8 +131,11 @@ _stops: list[SignalFlag] = []
 def reset() -> None:
     """Ignore stray signals, and undo what the parent may have left: blocked ones, and an ignored SIGCHLD.
 
-    Without SIGCHLD, exit codes of children are lost.
+    Without SIGCHLD, exit codes of children are lost. SIGINT raises KeyboardInterrupt again, unless the parent ignores
+    it (see producer.cli).
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -12,6 +12,7 @@ from producer.config.load import Registry
 from producer.consume.decode import Decoder
 from producer.consume.follow import Follower, Start
 from producer.consume.reader import TopicReader
+from producer.errors import UnavailableError
 from producer.events import FLOWS
 from producer.host.progress import Progress
 from producer.host.signals import Flag
@@ -64,7 +65,14 @@ class TopicSource:
             logger.warning("skipped messages=%d reason=%r", count, reason)
 
     def earlier(self) -> Iterator[Records]:
-        """Yield the records of connections of the last two intervals, up to the end of the topics."""
+        """Yield the records of connections of the last two intervals, up to the end of the topics.
+
+        They only make the first rates come sooner, so it is no error if Kafka does not have them any more.
+        """
+        with contextlib.suppress(UnavailableError):
+            yield from self._earlier()
+
+    def _earlier(self) -> Iterator[Records]:
         since_ms = int((time.time() - 2 * INTERVAL_S) * 1000)
         reader = TopicReader(
             self._brokers, self._topics, self._client_settings, None, since_ms=since_ms, skip_missing=True

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,14 @@ def test_the_script_and_the_module_are_the_same_command():
     assert by_script.returncode == 0
     assert by_script.stdout.startswith("rebpf ")
     assert rebpf("version").stdout == by_script.stdout
+
+
+@pytest.mark.parametrize("started_as", ["/usr/bin/rebpf", "-m"])
+def test_ctrl_c_during_the_imports_leaves_no_traceback(started_as):
+    code = "import sys; sys.argv[0] = {!r}; import producer.cli, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code.format(started_as)], capture_output=True)
+
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 @pytest.mark.parametrize("command", [[], *([each] for each in COMMANDS)])
