@@ -101,14 +101,15 @@ def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
         f"CASE WHEN start_ns > {since_ns} THEN 0 ELSE {name} END) + 4294967296, 4294967296) * sample_rate AS {name}"
         for name in COUNTERS
     )
-    over = "WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)"
+    over = "WINDOW w AS (PARTITION BY host, boot_id, netns, socket ORDER BY arrived)"
+    source = f"(SELECT *, COALESCE(CAST(sk_cookie AS STRING), {_FLOW}) AS socket FROM alert_{stream.topic})"
     return (
         f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\nSELECT {names}, srtt_us,\n"
         "  CASE WHEN reason = 'close' AND state = 'SYN_SENT'\n"
         f"    AND (LAG(reason) OVER w IS DISTINCT FROM 'close' OR {again})\n"
         f"    THEN COALESCE(error, '{GIVEN_UP}') END AS failed,\n  {counters}\n"
         f"FROM (\n  SELECT *, LAG(last_ns) OVER w AS last_ns_before\n"
-        f"  FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM alert_{stream.topic} {over})\n  {over}\n)\n"
+        f"  FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM {source} {over})\n  {over}\n)\n"
         f"WHERE last_ns_before IS NULL OR ts_ns > last_ns_before\n{over};"
     )
 
@@ -180,7 +181,6 @@ def _measure(rule: AlertRule) -> tuple[str, str, str, str]:
 def _group(rule: AlertRule) -> str:
     if rule.by == "subnet":
         raise ConfigError(f"alert.rules: {rule.name}: Flink SQL has no subnets: group by peer, or use `rebpf alert`")
-    flow = f"host || ' ' || {_endpoint('saddr', 'sport')} || '>' || {_endpoint('daddr', 'dport')}"
     return {
         "host": "host",
         "peer": "daddr",
@@ -188,7 +188,7 @@ def _group(rule: AlertRule) -> str:
         "unit": "unit",
         "container": "container",
         "host+peer": "host || ' ' || daddr",
-        "flow": flow,
+        "flow": f"host || ' ' || {_FLOW}",
     }[rule.by]
 
 
@@ -228,6 +228,9 @@ def _within(rule: AlertRule, text: str) -> str:
 def _endpoint(address: str, port: str) -> str:
     bracketed = f"IF(POSITION(':' IN {address}) > 0, '[' || {address} || ']', {address})"
     return f"{bracketed} || ':' || CAST({port} AS STRING)"
+
+
+_FLOW = f"{_endpoint('saddr', 'sport')} || '>' || {_endpoint('daddr', 'dport')}"
 
 
 def _interval(seconds: float) -> str:
