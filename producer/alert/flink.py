@@ -7,6 +7,7 @@ window. Silent hosts are left to `rebpf alert`, and so is what is behind an aler
 
 import fnmatch
 import ipaddress
+import math
 from collections.abc import Iterator
 
 from producer.alert.connections import COUNTERS
@@ -47,13 +48,18 @@ def job(config: Config, since_ns: int) -> str:
             "SET 'pipeline.name' = 'rebpf alerts';\nSET 'table.local-time-zone' = 'UTC';",
             # An idle partition would hold back the others' windows.
             f"SET 'table.exec.source.idle-timeout' = '{round(config.alert.wait_s * 1000)} ms';",
-            "SET 'table.exec.state.ttl' = '1 d';",
+            f"SET 'table.exec.state.ttl' = '{max(1, *(_days(rule) for rule in rules))} d';",
             *(_source(config, stream, since_ns, labeled=labeled) for stream in streams),
             _table(SINK, _RESULT, {**_kafka(config, config.kafka.topic_prefix + SINK), "format": "json"}),
             *(_view(stream, since_ns, labeled=labeled) for stream in streams),
             f"EXECUTE STATEMENT SET BEGIN\n{''.join(map(_insert, rules))}END;\n",
         ]
     )
+
+
+def _days(rule: AlertRule) -> int:
+    """Return how long a group's state is needed: it changes once in a window."""
+    return math.ceil(2 * (windows_before(rule) + 1) * rule.window_s / 86400)
 
 
 def _kafka(config: Config, name: str) -> dict[str, str]:
