@@ -5,6 +5,7 @@ Tables are merged. A value replaces that of an earlier file; lists of tables, su
 
 import contextlib
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,8 @@ class Sources:
     def has(self, error: ConfigError) -> bool:
         """Return whether a file has the setting that the error's text begins with, and the text does not say so yet."""
         is_located = any(str(error).startswith(f"{printable(str(each.path))}: ") for each in self.files)
-        return not is_located and locate.find(self.files, str(error)) is not None
+        is_setting = re.match(r"[\w.\[\]-]+:|rules? ", str(error)) is not None
+        return is_setting and not is_located and locate.find(self.files, str(error)) is not None
 
     def message(self, error: ConfigError) -> str:
         """Return the error's text with the file and the line of the setting that it begins with."""
