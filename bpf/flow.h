@@ -43,15 +43,8 @@ static __always_inline void begin_flow(struct tcp_sock *tp, u32 role)
 /* A new socket for an acknowledged SYN-ACK, or for a SYN with TCP Fast Open, begins with its listener's process. */
 static __always_inline void accept_flow(struct tcp_sock *tp)
 {
-	struct flow_state *state;
-
 	delete_state(tp);
-	state = create_state(tp);
-	if (!state)
-		return;
-	state->start_ns = bpf_ktime_get_ns();
-	state->role = ROLE_SERVER;
-	forget_retransmissions(state);
+	begin_flow(tp, ROLE_SERVER);
 }
 
 /* Until an accepted socket is established, only SYN-ACKs are retransmitted, which the kernel counts for its request. */
@@ -227,10 +220,15 @@ static __always_inline void fill_gauges(struct flow_event *e, const struct tcp_s
 	fill_rates(e, tp);
 }
 
-/* Only at a close: a live connection's is a report that the process has not read yet. */
+/*
+ * Only at a close: a live connection's is a report that the process has not read yet. A connect that found no free port is
+ * over before it has one, and its error is only returned to the process.
+ */
 static __always_inline void fill_error(struct flow_event *e, const struct tcp_sock *tp)
 {
 	e->error = READ_IF(sock, (const struct sock *)tp, sk_err);
+	if (!e->error && e->state == TCP_SYN_SENT && !e->flow.sport)
+		e->error = EADDRNOTAVAIL;
 	if (e->error)
 		e->known |= KNOWN_ERROR;
 }

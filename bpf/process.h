@@ -18,6 +18,7 @@ struct flow_state {
 	u32 role;
 	u32 retrans[8]; /* segments, by cause */
 	u32 seen_retrans; /* total_retrans when the last retransmission was counted */
+	u32 hook_retrans; /* total_retrans when the cgroup hook saw the last retransmission */
 	u32 closed; /* the closing record was taken */
 	u64 visit; /* the last visit of open files that came by */
 };
@@ -127,8 +128,10 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 		found = create_state(tp);
 	else if (PROBE_READ && old_state == TCP_SYN_RECV && state != TCP_CLOSE)
 		found = find_state(tp);
-	if (found && begins)
+	if (found && begins) {
 		note_process(&found->process, (const void *)bpf_get_current_task());
+		found->hook_retrans = 0;
+	}
 	if (found)
 		publish_process(tp, found);
 #if PROBE_READ

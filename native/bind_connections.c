@@ -7,7 +7,7 @@
 enum {
 	SLOTS,
 	ENTRIES,
-	IS_WIDE,
+	KINDS,
 	BUFFERS,
 	FLOW_ROWS = BUFFERS,
 	ERRORS,
@@ -21,9 +21,9 @@ static bool open_table(PyObject *const *args, Py_buffer *views, struct connectio
 {
 	if (!open_buffer(args[0], &views[SLOTS], PyBUF_WRITABLE, sizeof(uint64_t), "slots") ||
 	    !open_buffer(args[1], &views[ENTRIES], PyBUF_WRITABLE, sizeof(int64_t), "entries") ||
-	    !open_buffer(args[2], &views[IS_WIDE], PyBUF_SIMPLE, 1, "is_wide"))
+	    !open_buffer(args[2], &views[KINDS], PyBUF_SIMPLE, 1, "kinds"))
 		return false;
-	size_t slots = (size_t)views[SLOTS].len / sizeof(uint64_t), counters = (size_t)views[IS_WIDE].len;
+	size_t slots = (size_t)views[SLOTS].len / sizeof(uint64_t), counters = (size_t)views[KINDS].len;
 	size_t words = ENTRY_WORDS + counters;
 	*table = (struct connections){
 		.slots = views[SLOTS].buf,
@@ -31,7 +31,7 @@ static bool open_table(PyObject *const *args, Py_buffer *views, struct connectio
 		.entries = views[ENTRIES].buf,
 		.count = PyLong_AsSize_t(args[3]),
 		.most = (size_t)views[ENTRIES].len / sizeof(int64_t) / words,
-		.is_wide = views[IS_WIDE].buf,
+		.kinds = views[KINDS].buf,
 		.counters = counters,
 		.floor_ns = PyLong_AsLongLong(args[4]),
 		.seed = PyLong_AsUnsignedLongLongMask(args[5]),
@@ -45,7 +45,7 @@ static bool open_table(PyObject *const *args, Py_buffer *views, struct connectio
 	return false;
 }
 
-/* index_connections(slots, entries, is_wide, count, floor_ns, seed) */
+/* index_connections(slots, entries, kinds, count, floor_ns, seed) */
 static PyObject *index_connections(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer views[BUFFERS] = { 0 };
@@ -64,7 +64,7 @@ static PyObject *index_connections(PyObject *module, PyObject *const *args, Py_s
 	return result;
 }
 
-/* add_connections(slots, entries, is_wide, count, floor_ns, seed, records, results) */
+/* add_connections(slots, entries, kinds, count, floor_ns, seed, records, results) */
 static PyObject *add_connections(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer views[BUFFERS + 2] = { 0 };
@@ -111,7 +111,7 @@ static bool check_flow_buffers(const struct connections *table, const Py_buffer 
 	return true;
 }
 
-/* count_flows(slots, entries, is_wide, count, floor_ns, seed, rows, errors, srtt_bounds_us, counts) */
+/* count_flows(slots, entries, kinds, count, floor_ns, seed, rows, errors, srtt_bounds_us, counts) */
 static PyObject *count_flows(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer views[FLOW_BUFFERS] = { 0 };

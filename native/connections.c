@@ -70,7 +70,9 @@ static int64_t difference(int64_t left, int64_t right)
 
 static int64_t growth(const struct connections *table, size_t i, int64_t now, int64_t before)
 {
-	return table->is_wide[i] ? difference(now, before) : (int32_t)(uint32_t)difference(now, before);
+	int64_t more = difference(now, before);
+
+	return table->kinds[i] == COUNTER_WIDE ? more : (int32_t)(uint32_t)more;
 }
 
 static bool decreased(const struct connections *table, const int64_t *now, const int64_t *before)
@@ -105,7 +107,7 @@ static void count_from_beginning(const struct connections *table, const int64_t 
 	for (size_t i = 0; i < table->counters; i++) {
 		int64_t all = record[RECORD_WORDS + i];
 
-		result[RESULT_WORDS + i] = table->is_wide[i] ? all : (uint32_t)all;
+		result[RESULT_WORDS + i] = table->kinds[i] == COUNTER_WIDE ? all : (uint32_t)all;
 	}
 }
 
@@ -113,6 +115,7 @@ static void count(const struct connections *table, int64_t *entry, const int64_t
 {
 	const int64_t *now = record + RECORD_WORDS;
 	int64_t *before = entry + ENTRY_WORDS;
+	bool fresh = record[RECORD_TS_NS] > entry[ENTRY_LAST_NS];
 
 	if (!(entry[ENTRY_STATE] & CONNECTION_COUNTS)) {
 		if (began)
@@ -122,14 +125,17 @@ static void count(const struct connections *table, int64_t *entry, const int64_t
 		result[RESULT_ELAPSED_NS] = difference(record[RECORD_TS_NS], entry[ENTRY_LAST_NS]);
 		for (size_t i = 0; i < table->counters; i++) {
 			int64_t more = growth(table, i, now[i], before[i]);
+			bool restarted = more < 0 && fresh && table->kinds[i] == COUNTER_RESTARTS;
 
-			if (more > 0) {
+			if (restarted)
+				more = (uint32_t)now[i];
+			if (more > 0 || restarted) {
 				result[RESULT_WORDS + i] = more;
 				before[i] = now[i];
 			}
 		}
 	}
-	if (record[RECORD_TS_NS] > entry[ENTRY_LAST_NS])
+	if (fresh)
 		entry[ENTRY_LAST_NS] = record[RECORD_TS_NS];
 	entry[ENTRY_STATE] |= CONNECTION_COUNTS;
 }

@@ -38,6 +38,13 @@ enum {
 
 #define CONNECTION_MOST_COUNTERS 32
 
+/* Kinds of counters. */
+enum {
+	COUNTER_NARROW, /* has 32 bits, and wraps */
+	COUNTER_WIDE, /* has 64 bits */
+	COUNTER_RESTARTS, /* has 32 bits, and begins again at 0 when other programs count it */
+};
+
 /*
  * Connections by key. The caller allocates `slots`, a power of two of them and at least twice `most`, and `entries`;
  * both may move between calls. `seed` is secret, so that no writer can make keys collide.
@@ -48,7 +55,7 @@ struct connections {
 	int64_t *entries; /* ENTRY_WORDS and the counters of each */
 	size_t count;
 	size_t most;
-	const uint8_t *is_wide; /* of each counter: it has 64 bits; others have 32, and wrap */
+	const uint8_t *kinds; /* of each counter */
 	size_t counters;
 	int64_t floor_ns; /* all records of connections that began later are known */
 	uint64_t seed;

@@ -72,13 +72,13 @@ def groups(seed: int, /, *columns: _Array) -> tuple[bytes, bytes]:
 def mark(bits: _Array, positions: _Array, /) -> bytes:
     """Set the bits at the positions (int64) in `bits` (uint8); return which were not set before (uint8)."""
 
-def index_connections(slots: _Array, entries: _Array, is_wide: bytes, count: int, floor_ns: int, seed: int, /) -> bool:
+def index_connections(slots: _Array, entries: _Array, kinds: bytes, count: int, floor_ns: int, seed: int, /) -> bool:
     """Fill the slots (uint64) of a table of `count` connections: see native/connections.h and producer.connections."""
 
 def add_connections(
     slots: _Array,
     entries: _Array,
-    is_wide: bytes,
+    kinds: bytes,
     count: int,
     floor_ns: int,
     seed: int,
@@ -91,7 +91,7 @@ def add_connections(
 def count_flows(
     slots: _Array,
     entries: _Array,
-    is_wide: bytes,
+    kinds: bytes,
     count: int,
     floor_ns: int,
     seed: int,

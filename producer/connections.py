@@ -5,6 +5,10 @@ lost record loses nothing but its moment. A connection that began after `floor_n
 known, counts from its beginning, and an older one from its first record. Records may repeat or be out of order: what is
 not above the highest counters so far counts nothing. Counters of 32 bits wrap.
 
+The kernel counts retransmissions, and the producer's programs their causes: after a restart, other programs begin again
+at 0, and have an open connection's earlier retransmissions in `retrans_other`. So a cause that has fallen counts in
+full, and what is left of the growth of `total_retrans`, if it is among the counters, is that of `retrans_other`.
+
 Memory is bounded: `floor_ns` rises to the last record of an open connection that is dropped, so that none counts twice.
 Without room for it, a connection counts when it closes. The loop over records is in native/connections.c.
 """
@@ -17,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer import _native
-from producer.events import FLOWS, Rows
+from producer.events import CAUSES, FLOWS, Rows
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -29,12 +33,20 @@ _KEY, _LAST_NS, _STATE, _ENTRY_WORDS = range(4)
 _CLOSES, _COUNTS = 1, 2
 _FRESH, _OPENED, _CLOSED = 1, 2, 4
 _RECORD_WORDS, _RESULT_WORDS = 4, 3
+_NARROW, _WIDE, _RESTARTS = range(3)
+_TOTAL, _OTHER = "total_retrans", "retrans_other"
+_PARTS = frozenset(f"retrans_{cause}" for cause in CAUSES) - {_OTHER}
 _FIRST_ENTRIES = 1 << 10
 _CHUNK = 1 << 16
 _MOST_NS = (1 << 63) - 1
 _FACTOR = np.int64(0x1E3779B97F4A7C15)
 GIVEN_UP = "closed"
 """What stands for the error of a failed connect without one: its process closed the socket."""
+
+
+def _kind(name: str) -> int:
+    """Return the kind of a counter: see native/connections.h."""
+    return _RESTARTS if name in _PARTS else _WIDE if FLOWS.dtype[name].itemsize > 4 else _NARROW
 
 
 def mixed(columns: Sequence[Ints]) -> Ints:
@@ -84,7 +96,9 @@ class Connections:
     def __init__(self, names: Sequence[str], floor_ns: int, most: int) -> None:
         self.floor_ns = max(0, floor_ns)
         self.most = most
-        self._is_wide = bytes(FLOWS.dtype[name].itemsize > 4 for name in names)
+        self._kinds = bytes(map(_kind, names))
+        self._columns = {name: column for column, name in enumerate(names)}
+        self._parts = [column for name, column in self._columns.items() if name in _PARTS]
         self._count = 0
         self._allocate(min(_FIRST_ENTRIES, most))
 
@@ -105,20 +119,23 @@ class Connections:
         A connection's key must be the same in all its records, and differ from others'; a `start_ns` of 0 is unknown.
         `counts` is whether a record has counters: others only get a slot.
         """
-        records = np.empty((len(keys), _RECORD_WORDS + len(self._is_wide)), np.int64)
+        records = np.empty((len(keys), _RECORD_WORDS + len(self._kinds)), np.int64)
         flags = np.where(closes, _CLOSES, 0)
         flags |= _COUNTS if counts is None else np.where(counts, _COUNTS, 0)
         for number, column in enumerate((keys, ts_ns, start_ns, flags, *counters)):
             records[:, number] = column
-        results = np.empty((len(keys), _RESULT_WORDS + len(self._is_wide)), np.int64)
+        results = np.empty((len(keys), _RESULT_WORDS + len(self._kinds)), np.int64)
         for start in range(0, len(keys), _CHUNK):
             chunk = records[start : start + _CHUNK]
             self._reserve(len(chunk))
             self._count = _native.add_connections(*self._table(), chunk, results[start : start + _CHUNK])
-        outcomes = results[:, 1]
+        outcomes, growth = results[:, 1], results[:, _RESULT_WORDS:]
+        if _TOTAL in self._columns and _OTHER in self._columns:
+            rest = growth[:, self._columns[_TOTAL]] - growth[:, self._parts].sum(axis=1)
+            growth[:, self._columns[_OTHER]] = np.maximum(0, rest)
         return Growth(
             results[:, 0],
-            results[:, _RESULT_WORDS:],
+            growth,
             results[:, 2],
             *(outcomes & each != 0 for each in (_FRESH, _OPENED, _CLOSED)),
         )
@@ -168,7 +185,7 @@ class Connections:
 
     def _allocate(self, size: int) -> None:
         before = self._entries[: self._count] if self._count else None
-        self._entries: NDArray[Any] = np.empty((size, _ENTRY_WORDS + len(self._is_wide)), np.int64)
+        self._entries: NDArray[Any] = np.empty((size, _ENTRY_WORDS + len(self._kinds)), np.int64)
         self._slots = np.zeros(1 << (2 * size - 1).bit_length(), np.uint64)
         if before is not None:
             self._entries[: self._count] = before
@@ -180,4 +197,4 @@ class Connections:
             self._allocate(min(self.most, max(2 * len(self._entries), needed)))
 
     def _table(self) -> tuple[Any, Any, bytes, int, int, int]:
-        return self._slots, self._entries, self._is_wide, self._count, self.floor_ns, _SEED
+        return self._slots, self._entries, self._kinds, self._count, self.floor_ns, _SEED

@@ -2,8 +2,9 @@
 
 import mmap
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from ipaddress import ip_address
+from pathlib import Path
 
 from producer.agent.reload import InForce
 from producer.agent.runtime import Runtime
@@ -38,12 +39,20 @@ class Agent:
     """One run of the producer.
 
     `read` reads the configuration again for a reload. The result of `files` differs once one of its files has changed.
+    `located` adds the file and line to a ConfigError.
     """
 
-    def __init__(self, config: Config, read: Callable[[], Config], files: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        read: Callable[[], Config],
+        files: Callable[[], object] = lambda: None,
+        located: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._config = config
         self._read = read
         self._files = files
+        self._located = located
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
         """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
@@ -52,11 +61,14 @@ class Agent:
         hooks stay attached only if systemd holds them; after an error, only if they are pinned or systemd holds them.
         """
         with ExitStack() as stack:
-            return build(self._config, self._read, self._files, stop, stack).run(stop, reload, duration_s)
+            return build(self._config, self._in_force, stop, stack).run(stop, reload, duration_s)
+
+    def _in_force(self, capture: Capture, ruleset: Ruleset, root: Path | None) -> InForce:
+        return InForce(capture, self._config, ruleset, self._read, root, files=self._files, located=self._located)
 
 
 def build(
-    config: Config, read: Callable[[], Config], files: Callable[[], object], stop: Flag, stack: ExitStack
+    config: Config, in_force: Callable[[Capture, Ruleset, Path | None], InForce], stop: Flag, stack: ExitStack
 ) -> Runtime:
     """Load and attach the hooks, connect to Kafka, recover each stream, and open the endpoint. `stack` closes it all.
 
@@ -95,8 +107,7 @@ def build(
     wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
-    in_force = InForce(capture, config, ruleset, read, root, files=files)
-    outside = folder, in_force, web, board, wakeup, heartbeats, brokers, endpoint
+    outside = folder, in_force(capture, ruleset, root), web, board, wakeup, heartbeats, brokers, endpoint
     return Runtime(topics, capture, sink, parts, builder.relabel, *outside, ring_stays)
 
 

@@ -39,16 +39,20 @@ class Liveness:
         self._watchdog.step(time.monotonic(), lambda: summary(self._status()))
         if time.monotonic() >= self._heartbeat_at:
             self._heartbeat_at = time.monotonic() + INTERVAL_S
-            self._publish(self._status())
+            status = self._status()
+            self._board.publish(status)
+            # One at a time: older heartbeats are of no use when Kafka is back.
+            if not self._sink.in_flight[HEARTBEATS.name]:
+                self._send(status)
 
     def last(self) -> None:
         """Send the heartbeat that reports the stop."""
-        self._publish(dataclasses.replace(self._status(), stopped=True))
-
-    def _publish(self, status: Status) -> None:
+        status = dataclasses.replace(self._status(), stopped=True)
         self._board.publish(status)
-        # One at a time: older heartbeats are of no use when Kafka is back.
-        if self._heartbeats and not self._sink.in_flight[HEARTBEATS.name]:
+        self._send(status)
+
+    def _send(self, status: Status) -> None:
+        if self._heartbeats:
             self._sink.send(EncodedBatch.of(HEARTBEATS, *self._heartbeats.encode(status, time.time())))
 
 

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class InForce:
     """Keeps the settings and the kernel's rules up to date. `read` reads the configuration, in a thread.
 
     `version` counts changes of the rules. `apply` is called with the new configuration after each reload. The result of
-    `files` differs once a file of the configuration has changed.
+    `files` differs once a file of the configuration has changed. `located` adds the file and line to a ConfigError.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class InForce:
         root: Path | None,
         pace: Pace | None = None,
         files: Callable[[], object] = lambda: None,
+        located: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._pace = pace or Pace()
         self._hooks = hooks
         self._ruleset = ruleset
         self._read = read
+        self._located = located
         self._root = root
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
         self._files, self._files_read, self._files_at = files, files(), 0.0
@@ -137,8 +140,10 @@ class InForce:
             self._files_read = self._files()
             read = self._read()
             config = effective.in_force(self.config, read)
-            ruleset = resolve(config, self._root)
-            self._prepared = _Prepared(read, config, ruleset, ruleset.tables())
+            with self._located():
+                ruleset = resolve(config, self._root)
+                tables = ruleset.tables()
+            self._prepared = _Prepared(read, config, ruleset, tables)
         except Exception as error:
             self._prepared = error
 

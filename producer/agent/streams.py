@@ -19,7 +19,9 @@ from producer.events import STREAMS, EncodedBatch, Rows, SchemaId, Stream
 from producer.health import metrics
 from producer.host.cgroups import CgroupPaths, cgroup2_root
 from producer.host.clock import UtcOffset, boot_id, now
+from producer.host.log_limit import LogLimit
 from producer.host.pods import Pods, PodSource
+from producer.kafka.wording import REPEAT_LOG_S
 from producer.kernel.capture import Capture
 from producer.kernel.ringbuf import Ring
 from producer.pipeline.ledger import Account, Ledger
@@ -101,6 +103,9 @@ class Quarantine:
             if config.kafka.brokers and config.spool.quarantine_bytes
         }
         self._open: set[str] = set()
+        self._log_limit = LogLimit(REPEAT_LOG_S)
+        self._not_stored = 0
+        """Messages that were not stored since the last log line."""
 
     def put(self, batch: EncodedBatch, error: str) -> None:
         """Store messages, up to the size limit."""
@@ -113,7 +118,10 @@ class Quarantine:
                 self._open.add(batch.stream.name)
             spool.append(batch, "", 0, error)
         except OSError as failure:
-            logger.warning("quarantine: cannot store %d messages: %s", len(batch), failure.strerror)
+            self._not_stored += len(batch)
+            if self._log_limit.allows("messages"):
+                logger.warning("quarantine: cannot store %d messages: %s", self._not_stored, failure.strerror)
+                self._not_stored = 0
 
     def put_raw(self, stream: Stream, rows: Rows, error: str) -> None:
         """Store records that cannot be encoded, up to the size limit."""

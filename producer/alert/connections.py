@@ -13,7 +13,7 @@ from producer.consume.plan import Fields
 from producer.events import CAUSES
 
 CAUSE_COUNTERS = tuple(f"retrans_{cause}" for cause in CAUSES)
-COUNTERS = ("segs_out", "data_segs_out", *CAUSE_COUNTERS)
+COUNTERS = ("segs_out", "data_segs_out", "total_retrans", *CAUSE_COUNTERS)
 FIELDS: Fields = (
     ("boot_id", "string"),
     ("netns", "long"),

@@ -9,7 +9,7 @@ import fnmatch
 import ipaddress
 from collections.abc import Iterator
 
-from producer.alert.connections import COUNTERS
+from producer.alert.connections import CAUSE_COUNTERS, COUNTERS
 from producer.alert.engine import EVENT_FIELDS, FLOW_FIELDS, stream_of
 from producer.alert.evaluate import RATIOS, windows_before
 from producer.alert.measure import FIELDS, causes_of
@@ -94,22 +94,28 @@ def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
             f"  FROM alert_{stream.topic}\n)\nWHERE copy_number = 1;"
         )
     # In the order of arrival, which is that of each connection. A record that is not later than one before is a copy.
-    # Counters have 32 bits, and may wrap. A socket that connects again starts at 0.
+    # Counters have 32 bits, and may wrap. A socket that connects again starts at 0, and so do the causes of its
+    # retransmissions when the producer restarts: what no cause has of their growth is of the cause `other`.
     again = "LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w"
+    counted = [name for name in COUNTERS if name != "retrans_other"]
+    causes = [name for name in CAUSE_COUNTERS if name in counted]
+    began = {name: f"{again} OR {name} < LAG({name}) OVER w" if name in causes else again for name in counted}
     counters = ",\n  ".join(
-        f"MOD({name} - COALESCE(CASE WHEN {again} THEN 0 ELSE LAG({name}) OVER w END, "
+        f"MOD({name} - COALESCE(CASE WHEN {began[name]} THEN 0 ELSE LAG({name}) OVER w END, "
         f"CASE WHEN start_ns > {since_ns} THEN 0 ELSE {name} END) + 4294967296, 4294967296) * sample_rate AS {name}"
-        for name in COUNTERS
+        for name in counted
     )
     over = "WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)"
     return (
-        f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\nSELECT {names}, srtt_us,\n"
+        f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\n"
+        f"SELECT *, GREATEST(0, total_retrans - {' - '.join(causes)}) AS retrans_other FROM (\n"
+        f"SELECT {names}, srtt_us,\n"
         "  CASE WHEN reason = 'close' AND state = 'SYN_SENT'\n"
         f"    AND (LAG(reason) OVER w IS DISTINCT FROM 'close' OR {again})\n"
         f"    THEN COALESCE(error, '{GIVEN_UP}') END AS failed,\n  {counters}\n"
         f"FROM (\n  SELECT *, LAG(last_ns) OVER w AS last_ns_before\n"
         f"  FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM alert_{stream.topic} {over})\n  {over}\n)\n"
-        f"WHERE last_ns_before IS NULL OR ts_ns > last_ns_before\n{over};"
+        f"WHERE last_ns_before IS NULL OR ts_ns > last_ns_before\n{over}\n);"
     )
 
 

@@ -33,11 +33,15 @@ def config(config: Path | None, as_json: bool, **options: Any) -> None:
     line beside it. Secrets are masked, and files with secrets are not read. The hash is that of heartbeats and metrics.
     """
     from producer.config import effective, sources
+    from producer.config.load import load as load_files
 
     settings = load(config, secrets=False, **options)
     digest = effective.digest(settings)
+    shown = effective.settings(settings)
     if as_json:
-        echo(to_json({"hash": digest, "settings": effective.settings(settings)}))
+        echo(to_json({"hash": digest, "settings": shown}))
         return
     origins = sources.read(config).origins() if config else {}
+    in_files = effective.settings(load_files(config, secrets=False))
+    origins |= {path: "option or environment" for path, value in shown.items() if value != in_files.get(path)}
     echo(lines([f"# hash: {digest}", *effective.as_toml(settings, origins).splitlines()]))

@@ -108,6 +108,7 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
     """
     from producer.agent.agent import Agent
     from producer.config import sources
+    from producer.config.load import located
     from producer.host import memory
 
     memory.limit_arenas()
@@ -117,7 +118,7 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
         with context.scope(cleanup=False):  # for a thread that reads the configuration again
             return load(config, **options)
 
-    agent = Agent(read(), read, lambda: sources.state(config))
+    agent = Agent(read(), read, lambda: sources.state(config), lambda: located(config))
     stop = stop_on_signals()
     balances = agent.run(stop, set_on(signal.SIGHUP), duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader
@@ -137,15 +138,13 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
     Prints the changed settings that need a restart. If the configuration is invalid, the one in force stays, and the
     producer's reason is printed.
     """
-    from producer.config.load import located
     from producer.host import state
     from producer.host.cgroups import cgroup2_root
     from producer.rules.resolve import resolve
 
     settings = load(config, secrets=False, state_dir=state_dir)
     if config is not None:
-        with located(config):
-            resolve(settings, cgroup2_root()).tables()
+        resolve(settings, cgroup2_root()).tables()
     done = state.reload(settings.state_dir)
     echo(f"rules version {done.rules_version} is in force")
     if done.restart_needed:

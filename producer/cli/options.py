@@ -1,5 +1,6 @@
 """Shared by the commands: help, options, environment variables, and loading the configuration."""
 
+import importlib.util
 import ipaddress
 import math
 import os
@@ -11,9 +12,11 @@ from typing import Any, NoReturn
 
 import click
 
-from producer.errors import UsageError
+from producer.errors import ConfigError, UnavailableError, UsageError
 from producer.host.output import echo
 
+_FILE = "producer.config"
+"""Where the context has the path of the configuration that was read."""
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
@@ -148,11 +151,16 @@ class Group(click.Group):
         return _help_by_echo(super().get_help_option(ctx))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. click would hide these two errors, which are bugs here."""
+        """Run the command, and add file and line to errors in settings."""
         try:
             return super().invoke(ctx)
-        except (BrokenPipeError, EOFError) as error:
+        except (BrokenPipeError, EOFError) as error:  # click would hide these bugs
             raise RuntimeError(f"unexpected {error!r}") from error
+        except ConfigError:
+            from producer.config.load import located
+
+            with located(ctx.meta.get(_FILE)):
+                raise
 
 
 def _help_by_echo(help_option: click.Option | None) -> click.Option | None:
@@ -217,7 +225,16 @@ def load(path: Path | None, *, secrets: bool = True, **options: Any) -> Any:
 
     level = click.get_current_context().find_root().params.get("log_level")
     values = {SETTINGS[name]: value for name, value in options.items()}
-    return load.load(path, secrets=secrets).with_values(log_level=level, **values)
+    config = load.load(path, secrets=secrets)
+    click.get_current_context().meta[_FILE] = path
+    return config.with_values(log_level=level, **values)
+
+
+def require_packages(command: str, *packages: str) -> None:
+    """Raise UnavailableError with the fix if a package is missing."""
+    if missing := [each for each in packages if importlib.util.find_spec(each) is None]:
+        names = " and ".join(missing)
+        raise UnavailableError(f"`rebpf {command}` needs {names}: pip install '.[report]' in a checkout of ReBPF")
 
 
 def usage(message: str) -> NoReturn:

@@ -20,7 +20,7 @@ from producer.cli.options import (
     state_dir_option,
     usage,
 )
-from producer.cli.view import has_color, line_width
+from producer.cli.view import has_color, is_terminal, line_width
 from producer.host.output import echo
 from producer.host.signals import stop_on_signals
 from producer.host.text import lines
@@ -170,7 +170,7 @@ def verify(
         since=since_offset,
         client_settings=settings.kafka.settings,
     )
-    echo(verifying.show(reports, as_json=as_json))
+    echo(verifying.show(reports, as_json=as_json, width=line_width() if is_terminal() else None))
     if complaint := verifying.fault_summary(reports):
         raise IncompleteError(complaint)
     if host is not None and not any(report.boots for report in reports):

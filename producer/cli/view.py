@@ -19,6 +19,7 @@ from producer.cli.options import (
     load,
     option,
     registry_option,
+    require_packages,
     usage,
 )
 from producer.host.signals import stop_on_signals
@@ -71,7 +72,13 @@ filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1
 )
 @option("--since", type=Time(), help="With -r: start at this time: 2026-11-29T15:00Z, or 1h for an hour ago.")
 @option("--until", type=Time(), help="With -r: end before this time.")
-@option("--read", "-r", "replay", type=click.Path(path_type=Path, dir_okay=False), help="Read this file instead.")
+@option(
+    "--read",
+    "-r",
+    "replay",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Read this file instead: Avro or Parquet.",
+)
 @json_option
 def trace(
     filter_words: tuple[str, ...],
@@ -100,6 +107,8 @@ def trace(
         usage("-r shows what is in the file: leave out --transmit and -w")
     if replay is None and (since, until) != (None, None):
         usage("--since and --until need -r FILE: without it, events are shown as they happen")
+    if replay is not None and replay.suffix == ".parquet":
+        require_packages("trace -r", "pyarrow")
     chosen = parse(" ".join(filter_words))
     width = line_width()
     lines = Lines(width, hosts=replay is not None and width > 100, color=has_color())

@@ -230,7 +230,11 @@ def _endpoint(config: Config) -> Iterator[Finding]:
 
 def _folders(config: Config) -> Iterator[Finding]:
     problem = _unusable(config.state_dir) or _unsafe(config.state_dir)
-    if problem:
+    if os.geteuid() == 0 and (owner := _owner(config.state_dir)):
+        text = f"{config.state_dir} belongs to uid {owner}: a service of that user can use it, but not root"
+        yield Finding("state_dir", text, warns=True)
+        yield _space(config)
+    elif problem:
         yield Finding("state_dir", problem, ConfigError.exit_code)
     else:
         yield Finding("state_dir", f"{config.state_dir} is writable")
@@ -242,6 +246,11 @@ def _folders(config: Config) -> Iterator[Finding]:
         yield _space(config)
     if config.capture.pin is not None:
         yield _pins(config.capture.pin)
+
+
+def _owner(path: Path) -> int:
+    """Return the user of a folder; 0 if there is none."""
+    return path.stat().st_uid if path.is_dir() else 0
 
 
 def _unsafe(path: Path) -> str:

@@ -7,9 +7,9 @@ from enum import IntEnum
 
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, Message, TopicPartition
 
-from producer.consume.reader import finds_times
 from producer.errors import UnavailableError
 from producer.host.progress import Progress
+from producer.kafka.confluent import is_test_broker
 from producer.kafka.consumer import QuietConsumer
 
 _LOG = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Follower:
             found = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S)
             metadata = found.topics[topic]
             if metadata.error is None:
-                if start > 0 and not finds_times(found):
+                if start > 0 and is_test_broker(found):
                     start = Start.BEGINNING
                 partitions = [TopicPartition(topic, number, start) for number in metadata.partitions]
                 if start > 0:

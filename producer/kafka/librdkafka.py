@@ -184,7 +184,7 @@ class Producer:
         for name, value in {**settings, "log.queue": "true"}.items():
             if _lib.rd_kafka_conf_set(conf, name.encode(), value.encode(), text, len(text)) != _CONF_OK:
                 _lib.rd_kafka_conf_destroy(conf)
-                raise ConfigError(f"kafka setting {name}: {_reason(text)}")
+                raise ConfigError(f"kafka.settings.{name}: {_reason(text)}")
         _lib.rd_kafka_conf_set_events(conf, EVENT_DR | EVENT_LOG | EVENT_ERROR)
         if open_socket is not None:
             _lib.rd_kafka_conf_set_socket_cb(conf, open_socket)
@@ -192,7 +192,7 @@ class Producer:
         self._handle = _lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
         if not self._handle:
             _lib.rd_kafka_conf_destroy(conf)
-            raise ConfigError(f"kafka settings: {_reason(text)}")
+            raise ConfigError(f"kafka.settings: {_reason(text)}")
         _lib.rd_kafka_set_log_queue(self._handle, None)
         self._queue = _lib.rd_kafka_queue_get_main(self._handle)
         self._topics: dict[str, int] = {}

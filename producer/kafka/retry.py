@@ -10,17 +10,20 @@ from numpy.typing import NDArray
 
 from producer.backoff import BackOff
 from producer.events import Topic
+from producer.host.log_limit import LogLimit
+from producer.kafka.wording import REPEAT_LOG_S
 
 logger = logging.getLogger(__name__)
 
 ABOUT_THE_MESSAGE = frozenset({
-    "INVALID_MSG", "INVALID_MSG_SIZE", "INVALID_RECORD", "INVALID_TIMESTAMP", "MSG_SIZE_TOO_LARGE", "POLICY_VIOLATION",
+    "INVALID_MSG", "INVALID_MSG_SIZE", "INVALID_RECORD", "MSG_SIZE_TOO_LARGE", "POLICY_VIOLATION",
     "RECORD_LIST_TOO_LARGE",
 })  # fmt: skip
 """Errors by which a broker, or the client, rejects a message for good.
 
 After all others it is retried: they are about the broker, the topic's or the client's settings, or the network, or come
-from an answer that cannot be understood.
+from an answer that cannot be understood. INVALID_TIMESTAMP is about this host's clock, since a message gets its time
+when it is sent.
 """
 
 Send = Callable[[int, NDArray[np.int64], bool], None]
@@ -42,6 +45,7 @@ class Retry:
         self._singles: deque[tuple[int, NDArray[np.int64]]] = deque()
         self._alone = 0
         """Messages in requests by themselves, sent or about to be."""
+        self._log_limit = LogLimit(REPEAT_LOG_S)
         self.error = ""
         """The name of the last transient error, until a message is delivered."""
 
@@ -69,7 +73,8 @@ class Retry:
         """Retry each message in its own request: another message of the request may have caused the error."""
         self._singles.append((number, rows))
         self._alone += len(rows)
-        logger.warning("kafka: retrying %d messages one by one topic=%s error=%s", len(rows), self._topic, error)
+        if self._log_limit.allows(error):
+            logger.warning("kafka: retrying %d messages one by one topic=%s error=%s", len(rows), self._topic, error)
 
     def returned(self, count: int) -> None:
         """Note the results of messages that were sent one by one."""

@@ -56,6 +56,7 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "sacked_out",
         "lost_out",
         "retrans_out",
+        "retransmit_skb_hint",
         "total_retrans",
         "snd_wnd",
         "rcv_wnd",

@@ -142,7 +142,7 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
     except OSError as error:
         subject = f"{error.filename}: " if error.filename else ""
         raise ConfigError(f"{where}: {subject}{error.strerror or error}") from error
-    except (ValueError, LookupError, ConfigError) as error:
+    except (ValueError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
@@ -159,8 +159,14 @@ def _networks(text: str) -> Iterable[Network]:
     """Parse an address, a network, or `@FILE` with one of these per line."""
     if not text.startswith("@"):
         return [ipaddress.ip_network(text)]
-    lines = (line.partition("#")[0].strip() for line in _read(Path(text[1:])).splitlines())
-    return [ipaddress.ip_network(line) for line in lines if line] or [_NOWHERE]
+    path, networks = Path(text[1:]), []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if network := line.partition("#")[0].strip():
+            try:
+                networks.append(ipaddress.ip_network(network))
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number}: {error}") from error
+    return networks or [_NOWHERE]
 
 
 def _read(path: Path) -> str:
@@ -174,7 +180,10 @@ def _read(path: Path) -> str:
         raise ValueError(
             f"{path} is longer than {_MOST_LIST_BYTES >> 20} MiB: at most {MOST_PREFIXES:,} networks in all rules"
         )
-    return content.decode()
+    try:
+        return content.decode("utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _ports(value: int | str) -> Iterable[PortRange]:
@@ -189,12 +198,18 @@ def _netns(value: int | str) -> Iterable[int]:
 
 
 def _uid(value: int | str) -> Iterable[int]:
-    return [value if isinstance(value, int) else pwd.getpwnam(value).pw_uid]
+    try:
+        return [value if isinstance(value, int) else pwd.getpwnam(value).pw_uid]
+    except KeyError as error:
+        raise ValueError(f"no user has the name {value!r}") from error
 
 
 def _interface(value: int | str) -> Iterable[int]:
     """Return an index, or that of a named interface in this process's network namespace."""
-    return [value if isinstance(value, int) else socket.if_nametoindex(value)]
+    try:
+        return [value if isinstance(value, int) else socket.if_nametoindex(value)]
+    except OSError as error:
+        raise ValueError(f"{error.strerror or error}: {value}") from error
 
 
 class _Cgroups:

@@ -24,8 +24,14 @@ class Disk:
     """The system calls that a spool needs. All may raise OSError."""
 
     def create(self, path: Path) -> int:
-        """Create a file for appending, replacing the remains of a failed attempt."""
+        """Create a file for appending, replacing the remains of a failed attempt, and a spool's folder that is gone."""
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
         return state_file.create(path)
+
+    def is_there(self, descriptor: int) -> bool:
+        """Whether nobody has deleted the file."""
+        return os.fstat(descriptor).st_nlink > 0
 
     def open(self, path: Path) -> int:
         """Open a regular file for reading."""

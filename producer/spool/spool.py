@@ -118,7 +118,8 @@ class Spool:
         if self._files:
             self._find_end(self._files[-1])
         first = self._files[0].base if self._files else self.end
-        self.acked = self.sent = first if acked is None else min(acked, self.end)
+        # A ledger without an end knows of no spool: it is of a run without one.
+        self.acked = self.sent = min(acked, self.end) if acked is not None and end else first
         self.discarded = min(discarded, self.end - self.acked)
         self.sweep()
 
@@ -128,7 +129,9 @@ class Spool:
         Raises OSError if it cannot be written, and then nothing has changed.
         """
         if self._writer and (
-            self._writer[0].size >= self._file_bytes or self._now().since(self._writer[0].made) > _FILE_AGE_S
+            self._writer[0].size >= self._file_bytes
+            or self._now().since(self._writer[0].made) > _FILE_AGE_S
+            or not self._disk.is_there(self._writer[1])
         ):
             self._end_writer()
         file, descriptor, sync = self._writer or self._begin_writer()

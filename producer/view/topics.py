@@ -9,15 +9,14 @@ from types import TracebackType
 from typing import Self
 
 from producer.config.load import Registry
-from producer.consume.columns import Table
 from producer.consume.decode import Decoder
 from producer.consume.follow import Follower, Start
 from producer.consume.reader import TopicReader
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.events import FLOWS
 from producer.host.progress import Progress
 from producer.host.signals import Flag
 from producer.schemas import load_schema
-from producer.view.records import Records, of_table
+from producer.view.records import Records, of_table, stream_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class TopicSource:
                     return
                 for messages in batch.values():
                     parts, _ = self._decoder.tables([message.value() for message in messages])
-                    yield from (of_table(FLOWS, table) for _, table in parts if _stream(table) == FLOWS)
+                    yield from (of_table(FLOWS, table) for _, table in parts if stream_of(table.plan.names) == FLOWS)
                     done += len(messages)
                 progress(done, total)
 
@@ -91,7 +90,8 @@ class TopicSource:
             for each in rejected:
                 many = len(self._skipped) >= _MAX_REASONS and each.reason not in self._skipped
                 self._skipped["other reasons" if many else each.reason] += 1
-            found += [of_table(stream, table) for _, table in parts if (stream := _stream(table)) is not None]
+            tables = [(stream_of(table.plan.names), table) for _, table in parts]
+            found += [of_table(stream, table) for stream, table in tables if stream is not None]
             wait_s = 0
             if time.monotonic() > deadline:
                 break
@@ -103,11 +103,3 @@ class TopicSource:
     def lost(self) -> int:
         """Return the number of messages that could not be decoded."""
         return self._skipped.total()
-
-
-def _stream(table: Table) -> Stream | None:
-    """Return the stream whose records have these fields; None for other records of ours."""
-    names = table.plan.names
-    if "cause" in names:
-        return RETRANSMITS
-    return FLOWS if "reason" in names else TRANSMITS if "is_retransmit" in names else None

@@ -8,11 +8,9 @@ test_crash.py.
 import ast
 import contextlib
 import os
-import re
 import secrets
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,7 +165,6 @@ def test_leader_change_and_loss_of_one_of_three_brokers(cluster, tmp_path):
         at.finish()
 
     at.assert_nothing_is_missing()
-    assert re.search("WARNING kafka: .*Connection refused", at.run.log)
 
 
 def test_loss_of_two_of_three_brokers_where_each_event_has_to_be_on_two(cluster, tmp_path):
@@ -180,8 +177,6 @@ def test_loss_of_two_of_three_brokers_where_each_event_has_to_be_on_two(cluster,
             node.kill()
         wait_until("one is left", lambda: set(map(len, cluster.in_sync("alone.tcp_transmit").values())) == {1})
         at.exchange()
-        # An error is logged once in 30 s, whichever broker it is of.
-        at.run.wait_for(f"({'|'.join(node.bootstrap for node in cluster.brokers)}).*Connection refused")
         at.wait_for_reason("alone.tcp_transmit: events wait on disk")  # the client does not report the reason
         during = at.events()
         for node in cluster.brokers:
@@ -300,27 +295,18 @@ def test_too_large_for_the_client_among_good_ones(kafka, long_cgroup, tmp_path):
     assert_these_alone_are_lost(at, large)
 
 
-def test_refused_until_a_setting_is_changed(kafka, tmp_path):
-    """The topic rejects messages older than a millisecond until its setting is changed."""
+def test_a_clock_that_the_broker_rejects_costs_no_event(kafka, tmp_path):
+    """The topic rejects messages older than a millisecond until its setting is changed, as if the clock were behind."""
     create_topics(kafka, "refused.")
     limit = "message.timestamp.before.max.ms"
     kafka.set_topic("refused.tcp_transmit", {limit: "1"})
     with scene(tmp_path, kafka.bootstrap, "refused.") as at:
         at.exchange()
-        at.run.wait_for("ERROR kafka: .* lost topic=refused.tcp_transmit error=INVALID_TIMESTAMP")
+        at.wait_for_reason("refused.tcp_transmit: kafka: INVALID_TIMESTAMP")
         kafka.set_topic("refused.tcp_transmit", {limit: "3600000"})
+        at.finish()
 
-        def is_taken() -> bool:
-            at.exchange()
-            return bool(topics.read(kafka.bootstrap, TRANSMIT, at.prefix))
-
-        wait_until("messages are taken", is_taken)
-        at.wait_for_rest()
-        at.balance = at.run.finish()
-
-    events = list(once(at.events()).values())
-    assert not Counter(map(topics.segment, events)) - Counter(at.segments)
-    at.assert_balance(delivered=len(events), lost={"INVALID_TIMESTAMP": len(at.segments) - len(events)})
+    at.assert_nothing_is_missing()
 
 
 def test_slow_broker(kafka, tmp_path):

@@ -24,6 +24,7 @@ from tests.support.capture import (
     hook_settings,
     inside,
     rules,
+    setting,
     wait_for,
 )
 
@@ -234,6 +235,19 @@ def test_an_unreachable_peer_has_its_error(flows: Recording, lab: Lab, port: int
         socket.create_connection((lab.server.ipv4, port))
     (row,) = closed(flows, port, 1)
     assert (STATES[row["state"]], row["error"]) == ("SYN_SENT", errno.EHOSTUNREACH)
+
+
+def test_a_connect_without_a_free_port_has_its_error(flows: Recording, lab: Lab, port: int) -> None:
+    with (
+        setting(lab.client, "net.ipv4.ip_local_port_range", "40000 40000"),
+        inside(lab.client),
+        socket.create_server(("", 40000)),
+        pytest.raises(OSError, match="Cannot assign requested address"),
+    ):
+        socket.create_connection((lab.server.ipv4, port))
+    (row,) = closed(flows, port, 1)
+    assert (ROLES[row["role"]], STATES[row["state"]], row["flow"]["sport"]) == ("client", "SYN_SENT", 0)
+    assert (known(row, "error"), row["error"]) == (True, errno.EADDRNOTAVAIL)
 
 
 def test_a_connect_that_the_process_gives_up_has_no_error(flows: Recording, lab: Lab, port: int) -> None:

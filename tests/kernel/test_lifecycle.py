@@ -263,7 +263,13 @@ def test_a_program_that_the_verifier_rejects_costs_its_hook(
 def test_members_that_the_kernel_lacks_are_null_fields(tmp_path: Path, lab: Lab, port: int) -> None:
     btf = kernel_btf_with(
         tmp_path,
-        {"snd_cwnd": "snd_cwmd", "sk_uid": "sk_uxd", "icsk_pending": "icsk_pemding", "sk_cgrp_data": "sk_cgrp_dada"},
+        {
+            "snd_cwnd": "snd_cwmd",
+            "sk_uid": "sk_uxd",
+            "icsk_pending": "icsk_pemding",
+            "retransmit_skb_hint": "retransmit_skb_himt",
+            "sk_cgrp_data": "sk_cgrp_dada",
+        },
     )
     with Recording(hook_settings(rules=filtered(ports=(port,)), btf=btf)) as capture:
         with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:

@@ -111,7 +111,7 @@ static void group(const struct decode_columns *columns, size_t column_count, uin
 /* Take the columns' cells as records of connections, twice. */
 static void connect(const struct decode_columns *columns, size_t column_count, uint64_t seed)
 {
-	static const uint8_t is_wide[COUNTERS] = { 0, 1, 1 };
+	static const uint8_t kinds[COUNTERS] = { COUNTER_NARROW, COUNTER_WIDE, COUNTER_RESTARTS };
 	const size_t words = RESULT_WORDS + COUNTERS;
 	uint64_t slots[2 * MOST_CONNECTIONS] = { 0 };
 	int64_t *entries = malloc(MOST_CONNECTIONS * (ENTRY_WORDS + COUNTERS) * sizeof(int64_t));
@@ -122,7 +122,7 @@ static void connect(const struct decode_columns *columns, size_t column_count, u
 		.mask = 2 * MOST_CONNECTIONS - 1,
 		.entries = entries,
 		.most = MOST_CONNECTIONS,
-		.is_wide = is_wide,
+		.kinds = kinds,
 		.counters = COUNTERS,
 		.floor_ns = (int64_t)(seed >> 32),
 		.seed = seed,

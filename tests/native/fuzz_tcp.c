@@ -35,7 +35,7 @@ static void check_counts(const struct tcp_counts *counts, size_t rows)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	static const uint8_t is_wide[TCP_COUNTERS] = { 0 };
+	static const uint8_t kinds[TCP_COUNTERS] = { 0 };
 	int64_t entries[MOST_CONNECTIONS * (ENTRY_WORDS + TCP_COUNTERS)];
 	const struct tcp_groups groups = { errors, srtt_bounds_us };
 	uint64_t slots[SLOTS] = { 0 };
@@ -59,7 +59,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		.mask = SLOTS - 1,
 		.entries = entries,
 		.most = MOST_CONNECTIONS,
-		.is_wide = is_wide,
+		.kinds = kinds,
 		.counters = TCP_COUNTERS,
 		.floor_ns = head.floor_ns,
 		.seed = head.seed,

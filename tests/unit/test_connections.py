@@ -98,6 +98,26 @@ def test_a_counter_that_falls_a_little_adds_nothing_until_it_is_above_its_highes
     assert segments(table(), Record(1, 200, 10, 150), Record(1, 210, 8, 150), Record(1, 220, 12, 150)) == [10, 0, 2]
 
 
+def causes(*records: tuple[int, int, int, int, int]) -> list[list[int]]:
+    """Return what records of one connection add: time, all retransmissions, by rto, by fast, and others."""
+    made = Connections(("total_retrans", "retrans_rto", "retrans_fast", "retrans_other"), 100, 16)
+    ts, *counters = (np.array(each) for each in zip(*records, strict=True))
+    nothing = np.zeros_like(ts)
+    return made.add(nothing, ts, nothing, nothing > 0, counters).counts.tolist()
+
+
+def test_causes_begin_again_when_other_programs_count_them_and_the_total_goes_on() -> None:
+    before, restarted, later, last = (200, 50, 40, 10, 0), (210, 53, 1, 0, 52), (220, 60, 8, 0, 52), (230, 62, 8, 2, 52)
+    assert causes(before, restarted, later, last)[1:] == [[3, 1, 0, 2], [7, 7, 0, 0], [2, 0, 2, 0]]
+    assert causes(before, last)[1:] == [[12, 8, 2, 2]]
+
+
+def test_an_older_record_begins_no_cause_again() -> None:
+    assert causes((200, 9, 2, 7, 0), (300, 12, 5, 7, 0), (250, 10, 3, 7, 0), (310, 13, 6, 7, 0))[1:] == [
+        [3, 3, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0],
+    ]  # fmt: skip
+
+
 def test_a_record_without_counters_only_gets_a_slot() -> None:
     found = added(table(), Record(1, 300, 0, counts=False), Record(1, 200, 7, 150), Record(2, 200, 7, 150))
     assert found.slots.tolist() == [0, 0, 1]

@@ -14,7 +14,7 @@ import pytest
 
 from producer.agent.reload import LONG, InForce
 from producer.agent.supervise import Pace
-from producer.config.load import Config, RuleConfig
+from producer.config.load import Config, RuleConfig, load, located
 from producer.errors import ConfigError
 from producer.rules.resolve import resolve
 from tests.support.rebpf import wait_until
@@ -149,6 +149,17 @@ def test_a_refused_reload_changes_no_setting() -> None:
     assert "no such user" in in_force.refusal
     assert in_force.config == Config()
     assert logging.getLogger("producer").level == logging.INFO
+
+
+def test_a_rule_that_does_not_fit_the_host_is_refused_with_its_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "rebpf.toml"
+    path.write_text('\n[[rules]]\nuid = ["no such user"]\n')
+    hooks: Any = Hooks()
+    in_force = InForce(
+        hooks, Config(), resolve(Config(), None), lambda: load(path), None, located=lambda: located(path)
+    )
+    reload(in_force)
+    assert in_force.refusal.startswith(f"{path}: line 2: rule 1: no user has the name 'no such user'")
 
 
 def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:

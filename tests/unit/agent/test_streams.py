@@ -203,6 +203,16 @@ def test_a_start_without_descriptors_for_the_spool_ends_and_costs_no_event(tmp_p
     assert not build(config).pipeline.account.lost
 
 
+def test_a_full_quarantine_is_logged_once_in_a_while(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quarantine = Quarantine(settings(tmp_path, quarantine_bytes=1))
+    for _ in range(100):
+        quarantine.put(EncodedBatch.of(TRANSMITS, b"key", b"value"), "MSG_SIZE_TOO_LARGE")
+    quarantine.close()
+    assert [record.message for record in caplog.records] == [
+        "quarantine: cannot store 1 messages: the spool is full: 1 bytes"
+    ]
+
+
 class TakesAll:
     """A sink that keeps the messages."""
 

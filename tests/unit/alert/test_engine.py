@@ -96,6 +96,14 @@ def test_a_connection_that_began_before_everything_read_counts_from_its_second_r
     assert (alert.segs, alert.retransmitted_segs) == (100, 20)
 
 
+def test_a_restart_of_the_producer_counts_no_retransmission_twice() -> None:
+    """It did not see the causes of earlier ones."""
+    run = Evaluation(LOSS)
+    run.flows(flow(5, 1000, causes={"fast": 500}, start=None), flow(15, 1100, causes={"other": 500}, start=None))
+    run.flows(flow(25, 1200, causes={"other": 500, "fast": 20}, start=None))
+    assert run.decide(30) == [("web-1", True, 0.2)]
+
+
 def test_counters_of_32_bits_wrap() -> None:
     run = Evaluation(LOSS)
     run.flows(flow(2, (1 << 32) - 50, start=None), flow(4, 50, 20, start=None))

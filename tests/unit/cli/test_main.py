@@ -150,6 +150,16 @@ def test_a_mistake_in_the_file_is_78(tmp_path):
     assert done.stderr.endswith("unknown key capture.prots: did you mean ports?\n")
 
 
+@pytest.mark.parametrize("command", ["alert", "init", "tail", "verify"])
+def test_every_command_names_the_file_and_line_of_a_wrong_setting(tmp_path, command):
+    path = tmp_path / "rebpf.toml"
+    path.write_text('[kafka]\nbrokers = "127.0.0.1:1"\n[kafka.settings]\n"sasl.pasword" = "x"\n')
+    done = rebpf(command, "--config", path)
+
+    wrong = 'kafka.settings.sasl.pasword: No such configuration property: "sasl.pasword"'
+    assert (done.returncode, done.stderr) == (78, f"rebpf: {path}: line 4: {wrong}\n")
+
+
 @pytest.mark.root
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -167,8 +177,7 @@ def test_a_setting_that_delivery_or_librdkafka_refuses_is_78(tmp_path, settings,
     done = rebpf("run", "--config", path, "--state-dir", tmp_path / "state")
 
     assert done.returncode == 78
-    assert done.stderr.startswith("rebpf: ")
-    assert message in done.stderr
+    assert done.stderr.startswith(f"rebpf: {path}: line 2: {message}")
     assert len(done.stderr.splitlines()) == 1
 
 

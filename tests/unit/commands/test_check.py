@@ -271,6 +271,17 @@ def test_folders_of_another_user(tmp_path):
 
 
 @root
+def test_the_folder_of_a_service_is_no_problem_for_the_root_who_checks_it(tmp_path):
+    (tmp_path / "state").mkdir()
+    os.chown(tmp_path / "state", 65534, 65534)
+    code, found = check(tmp_path)
+    assert code == 0
+    assert found["state_dir"] == (
+        f"WARNING state_dir: {tmp_path}/state belongs to uid 65534: a service of that user can use it, but not root"
+    )
+
+
+@root
 def test_a_read_only_disk(mounts, tmp_path):
     (tmp_path / "state").mkdir()
     code, found = check(tmp_path, before=inside(f"mount -t tmpfs -o ro none {tmp_path}/state"))

@@ -85,6 +85,16 @@ def test_messages_that_are_sent_alone_keep_others_back_until_their_results(retry
     assert not retry.busy
 
 
+def test_messages_that_are_sent_alone_are_logged_once_in_a_while(
+    retry: Retry, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(100):
+        retry.one_by_one(number, rows(0, 1), "MSG_SIZE_TOO_LARGE")
+    assert [record.message for record in caplog.records] == [
+        "kafka: retrying 2 messages one by one topic=t error=MSG_SIZE_TOO_LARGE"
+    ]
+
+
 def test_after_a_restart_nothing_of_before_is_sent(retry: Retry) -> None:
     sent = Sent()
     retry.one_by_one(1, rows(0), "INVALID_RECORD")

@@ -48,7 +48,7 @@ def test_a_message_that_is_too_large_for_the_client_is_lost_by_name_and_its_neig
     assert cluster.read("t", 10) == messages[:5] + messages[6:]
 
 
-@pytest.mark.parametrize("code", [7, 19, 29, 3, 6, 17, 35, 74, 76, 9999], ids=librdkafka.error_name)
+@pytest.mark.parametrize("code", [7, 19, 29, 3, 6, 17, 32, 35, 74, 76, 9999], ids=librdkafka.error_name)
 def test_a_temporary_failure_costs_no_message(cluster, open_sink, code):
     cluster.create("t")
     sink = open_sink()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,18 @@ def test_a_file_that_somebody_deletes_meanwhile_is_counted(setup: Setup) -> None
     setup.files[1].unlink()
     assert finish(spool) == [*range(30), *range(60, 70)]
     assert spool.lost == {"spool_damaged": 30}
+
+
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_nothing_is_written_to_a_file_that_somebody_has_deleted(setup: Setup, with_folder: bool) -> None:
+    spool = setup.filled(1)
+    if with_folder:
+        shutil.rmtree(setup.folder.parent)
+    else:
+        setup.files[0].unlink()
+    fill(spool, 2)
+    assert finish(spool) == list(range(10, 30))
+    assert spool.lost == {"spool_damaged": 10}
 
 
 def test_all_files_deleted_are_counted(setup: Setup) -> None:

@@ -77,6 +77,19 @@ def test_a_ledger_that_is_behind_or_gone_costs_nothing(setup: Setup) -> None:
         spool.close()
 
 
+def test_after_a_run_without_a_spool_what_was_done_before_is_not_lost(setup: Setup) -> None:
+    """Such a run writes a ledger without numbers of a spool."""
+    spool = setup.filled(6)
+    spool.read()
+    spool.ack(0, 40)
+    spool.sweep()
+    spool.close()
+    spool = setup.open((0, 0, 0))
+    assert (spool.acked, spool.pending) == (30, 30)
+    assert finish(spool) == list(range(30, 60))
+    assert not spool.lost
+
+
 def test_what_is_read_while_more_is_written_is_whole(setup: Setup) -> None:
     spool = setup.open()
     found = []

@@ -1,0 +1,39 @@
+"""Heartbeats: one at a time, but the last one in any case."""
+
+import io
+from collections import Counter
+from typing import Any
+
+import fastavro
+
+from producer.agent.liveness import Liveness
+from producer.events import EncodedBatch
+from producer.health.board import StatusBoard
+from producer.health.heartbeat import HeartbeatEncoder
+from producer.schemas import HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
+from tests.support.statuses import status
+
+FRAME_BYTES = 5
+
+
+class Sink:
+    """Holds all messages in flight."""
+
+    def __init__(self) -> None:
+        self.in_flight: Counter[str] = Counter()
+        self.states: list[str] = []
+
+    def send(self, batch: EncodedBatch) -> None:
+        record: Any = fastavro.schemaless_reader(
+            io.BytesIO(batch.packed()[FRAME_BYTES:]), fastavro.parse_schema(load_schema(HEARTBEAT_FILE)), None
+        )
+        self.states.append(record["state"])
+        self.in_flight[batch.stream.name] += len(batch)
+
+
+def test_a_stop_is_reported_although_a_heartbeat_is_in_flight() -> None:
+    sink: Any = Sink()
+    liveness = Liveness(StatusBoard(), HeartbeatEncoder(HEARTBEAT_ID), sink, lambda: status(reasons=()))
+    liveness.step()
+    liveness.last()
+    assert sink.states == ["ok", "stopped"]
