@@ -156,7 +156,7 @@ class Connection:
         if error.fatal and not self._fatal:
             self._fatal = f"fatal error {error.name}"
             self._replace_at = time.monotonic() + self._backoff.next()
-        if self._log_limit.allows(error.name):
+        if self._log_limit.allows(f"{error.name} {error.text.partition(': ')[0]}"):  # which names the broker
             logger.warning("kafka: %s error=%s%s", error.text, error.name, in_brackets(error.name, error.text))
         # _ALL_BROKERS_DOWN comes last and is the least specific.
         if not self.last_error or error.name != "_ALL_BROKERS_DOWN":
@@ -194,5 +194,7 @@ def _kind(line: Log) -> str:
 
 
 def _level(line: Log) -> int:
-    """Translate syslog's level to Python's."""
+    """Translate syslog's level to Python's. A failed connection is also an error of the client, which is logged."""
+    if line.text.startswith("FAIL: "):
+        return logging.DEBUG
     return logging.ERROR if line.level <= 3 else logging.WARNING if line.level == 4 else logging.DEBUG

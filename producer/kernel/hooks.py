@@ -304,7 +304,7 @@ def choose(
             refusals.append(Refusal(stream, hook.name, "not among the hooks that the configuration allows"))
             continue
         if hook.requires != transmit and hook.requires is not None:
-            refusals.append(Refusal(stream, hook.name, f"transmits are not taken by {hook.requires}"))
+            refusals.append(Refusal(stream, hook.name, f"transmits are not captured by {hook.requires}"))
             continue
         fitting = fitted(hook, kernel.features)
         reason = refusal(fitting, kernel)

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from contextlib import closing
 
 import confluent_kafka.admin
 
@@ -115,6 +116,16 @@ def test_the_last_error_is_kept_until_a_message_is_delivered(cluster, open_sink,
     cluster.up()
     ledger.wait_for(sent)
     assert sink.last_error is None
+
+
+def test_a_broker_that_is_down_is_logged_once(caplog):
+    sink = KafkaSink(client_settings("127.0.0.1:1", {}), {})
+    sink.open()
+    with closing(sink):
+        Ledger(sink).wait(lambda: "error=_ALL_BROKERS_DOWN" in caplog.text)
+    named = [message for message in caplog.messages if "Connection refused" in message]
+    assert len(named) == 1
+    assert "error=_TRANSPORT" in named[0]
 
 
 def test_each_socket_is_shown_before_it_connects(cluster, open_sink):
