@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from producer.alert.engine import Engine, since, stream_of
 from producer.alert.model import Alert, Counts
@@ -51,15 +51,15 @@ class Topics:
         """The topics whose records are read."""
         return [*self.streams, *([self.heartbeats] if self.heartbeats else [])]
 
-    def partitions(self, consumer: Consumer) -> list[TopicPartition]:
-        """Return all partitions of the topics that are read."""
-        metadata = consumer.list_topics(timeout=_ANSWER_S)
-        found = metadata.topics
+    def partitions(self, consumer: Consumer, *, with_leader: bool = False) -> list[TopicPartition]:
+        """Return all partitions of the topics that are read, or those that have a leader."""
+        found = consumer.list_topics(timeout=_ANSWER_S).topics
         return [
             TopicPartition(name, number)
             for name in self.read
             if name in found
-            for number in sorted(found[name].partitions)
+            for number, each in sorted(found[name].partitions.items())
+            if each.leader >= 0 or not with_leader
         ]
 
     def require(self, consumer: Consumer) -> None:
@@ -132,11 +132,12 @@ class Reading:
         self._connection = QuietConsumer(brokers, "alert", config.kafka.settings, overrides)
         self._consumer = self._connection.client
         self._positions: dict[PartitionId, Position] = {}
+        self._committed: dict[PartitionId, TopicPartition] = {}
         self._warned: set[str] = set()
         self._next_list = 0.0
 
     def start(self, committed: Sequence[TopicPartition], *, from_beginning: bool) -> None:
-        """Assign all partitions, from what the group has committed."""
+        """Assign all partitions, from what the group has committed; those without a leader once they have one."""
         for each in committed:
             if each.error is not None:  # unknown is not the same as none
                 raise KafkaException(each.error)
@@ -146,19 +147,19 @@ class Reading:
         since_ns = since(self._config.rules, decided_ns, self._config.lookback_s)
         silent = [alert for alert in self._last_alerts if alert.rule == RULE and self._topics.heartbeats]
         others = [alert for alert in self._last_alerts if alert not in silent]
-        for each in committed:
-            reached_ns = 0 if each.topic == self._topics.heartbeats else decided_ns
-            first = self._first(each, since_ns)
-            self._positions[PartitionId(each.topic, each.partition)] = Position(first, reached_ns)
-        self._beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
-        hosts = Hosts(self._config.missed_heartbeats, silent, self._beats.next if self._beats else 0)
+        hosts = Hosts(self._config.missed_heartbeats, silent, 0)
         self._engine = Engine(self._config.rules, others, decided_ns, since_ns, self._decoder, self._counts, hosts)
-        self._consumer.assign([TopicPartition(*where, each.next) for where, each in self._positions.items()])
+        self._committed = {PartitionId(each.topic, each.partition): each for each in committed}
+        self._add_partitions()
+        if leaderless := sorted(self._committed.keys() - self._positions.keys()):
+            names = ",".join(f"{topic}/{number}" for topic, number in leaderless)
+            logger.warning("waiting for leaders of partitions=%s", names)
 
-    def _first(self, committed: TopicPartition, since_ns: int) -> int:
-        """Return the offset of the first message to read: of this time or later; of heartbeats, what is committed."""
+    def _first(self, committed: TopicPartition) -> int:
+        """Return the offset of the first message that is needed to decide; of heartbeats, what is committed."""
         if committed.topic == self._topics.heartbeats and committed.offset >= 0:
             return int(committed.offset)
+        since_ns = since(self._config.rules, self.decided_ns, self._config.lookback_s)
         asked = TopicPartition(committed.topic, committed.partition, since_ns // _MS_NS)
         _, end = self._consumer.get_watermark_offsets(asked, timeout=_ANSWER_S)  # first: messages may arrive
         (found,) = self._consumer.offsets_for_times([asked], timeout=_ANSWER_S)
@@ -248,7 +249,8 @@ class Reading:
             logger.warning("alert: partitions=%d lag behind the others: alerts do not wait", behind)
         lateness_ns = round(self._config.lateness_s * _SECOND_NS)
         reached_ns = max(self.decided_ns, min(keep_up, default=0) - lateness_ns)
-        return self._engine.decide(reached_ns, self._beats.reached_ns if self._beats else 0)
+        beats = self._positions.get(PartitionId(self._topics.heartbeats or "", 0))
+        return self._engine.decide(reached_ns, beats.reached_ns if beats else 0)
 
     def _request_ends(self) -> None:
         """Request the current end of each partition that has been read to its last known end; add new partitions."""
@@ -265,12 +267,19 @@ class Reading:
             logger.debug("cannot get the ends of partitions: %s", exc)
 
     def _add_partitions(self) -> None:
-        for each in self._topics.partitions(self._consumer):
+        for each in self._topics.partitions(self._consumer, with_leader=True):
             where = PartitionId(each.topic, each.partition)
-            if where not in self._positions:
+            if where in self._positions:
+                continue
+            first, reached_ns = 0, self.decided_ns
+            if where in self._committed:
+                first = self._first(self._committed[where])
+            else:
                 logger.info("reading new partition=%s/%d", *where)
-                self._positions[where] = Position(0, self._engine.decided_ns)
-                self._consumer.incremental_assign([TopicPartition(*where, OFFSET_BEGINNING)])
+            if where.topic == self._topics.heartbeats:
+                self._engine.hosts.next, reached_ns = first, 0
+            self._positions[where] = Position(first, reached_ns)
+            self._consumer.incremental_assign([TopicPartition(*where, first)])
 
 
 def _decided_ns(metadata: str | None, now_ns: int) -> int:

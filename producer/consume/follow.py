@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import ClusterMetadata
 
 from producer.errors import UnavailableError
 from producer.host.progress import Progress
@@ -14,6 +15,8 @@ from producer.kafka.consumer import QuietConsumer
 
 _LOG = logging.getLogger(__name__)
 _METADATA_TIMEOUT_S = 5
+_LOOK_S, _LOOK_TIMEOUT_S = 10.0, 1
+"""How often to look for new partitions, and how long that may hold up the reading."""
 _POLL_S = 0.1
 _BATCH = 1000
 
@@ -26,7 +29,7 @@ class Start(IntEnum):
 
 
 class Follower:
-    """A consumer of all partitions of the topics, including topics that do not exist yet.
+    """A consumer of all partitions of the topics; those that do not exist yet will be read from their beginning.
 
     `purpose` is part of the group id. `poll` returns up to `batch` messages.
     """
@@ -42,26 +45,33 @@ class Follower:
         batch: int = _BATCH,
     ) -> None:
         self._brokers = brokers
-        self._missing = list(topics)
+        self._assigned: dict[str, set[int]] = {topic: set() for topic in topics}
+        self._existing: set[tuple[str, int]] = set()
+        """The partitions that existed at the start; others are read from their beginning."""
         self._start = start
         self._batch = batch
-        self._next_check = 0.0
+        self._next_look = 0.0
         self._connection = QuietConsumer(brokers, purpose, settings, {})
         self._consumer = self._connection.client
 
     def start(self) -> None:
-        """Assign existing partitions."""
+        """Assign existing partitions; those without a leader once they have one."""
+        began_ms = time.time_ns() // 1_000_000
         with self._connection.translated_errors(), Progress(f"connecting to Kafka at {self._brokers}"):
-            self._assign_existing(self._start)
-        if self._missing:
-            _LOG.warning("waiting for topics=%s", ",".join(self._missing))
+            self._assign_new(_METADATA_TIMEOUT_S, is_start=True)
+        if self._start == Start.END:  # of now, for those that are assigned later
+            self._start = began_ms
+        if missing := self._missing():
+            _LOG.warning("waiting for topics=%s", ",".join(missing))
+        leaderless = [f"{topic}/{number}" for topic, number in self._existing if number not in self._assigned[topic]]
+        if leaderless:
+            _LOG.warning("waiting for leaders of partitions=%s", ",".join(sorted(leaderless)))
 
     def poll(self, timeout_s: float = _POLL_S) -> list[Message]:
         """Wait briefly, and return the messages that arrived."""
-        if self._missing and time.monotonic() >= self._next_check:
-            self._next_check = time.monotonic() + 1
+        if time.monotonic() >= self._next_look:
             try:
-                self._assign_existing(Start.BEGINNING)
+                self._assign_new(_LOOK_TIMEOUT_S)
             except KafkaException as exc:
                 _LOG.debug("no metadata: %s", exc)
         return [message for message in self._consumer.consume(self._batch, timeout_s) if not self._failed(message)]
@@ -70,24 +80,42 @@ class Follower:
         """Close the connection."""
         self._consumer.close()
 
-    def _assign_existing(self, start: int) -> None:
-        for topic in list(self._missing):
-            found = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S)
+    def _missing(self) -> list[str]:
+        return [topic for topic, numbers in self._assigned.items() if not numbers]
+
+    def _assign_new(self, timeout_s: float, *, is_start: bool = False) -> None:
+        """Assign the partitions that are not assigned yet and have a leader."""
+        self._next_look = time.monotonic() + (1 if self._missing() else _LOOK_S)
+        for topic, assigned in self._assigned.items():
+            found = self._consumer.list_topics(topic, timeout=timeout_s)
             metadata = found.topics[topic]
             if metadata.error is None:
-                if start > 0 and is_test_broker(found):
-                    start = Start.BEGINNING
-                partitions = [TopicPartition(topic, number, start) for number in metadata.partitions]
-                if start > 0:
-                    partitions = self._consumer.offsets_for_times(partitions, _METADATA_TIMEOUT_S)
-                for partition in partitions:
-                    if partition.offset == Start.END:
-                        # Not OFFSET_END, which is the end at the first fetch, some time later.
-                        partition.offset = self._consumer.get_watermark_offsets(partition, _METADATA_TIMEOUT_S)[1]
-                self._consumer.incremental_assign(partitions)
-                self._missing.remove(topic)
-            elif metadata.error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                if is_start:
+                    self._existing.update((topic, number) for number in metadata.partitions)
+                partitions = [
+                    TopicPartition(topic, number, self._first(topic, number, found))
+                    for number, each in sorted(metadata.partitions.items())
+                    if number not in assigned and each.leader >= 0
+                ]
+                if partitions:
+                    self._assign(partitions)
+                    assigned.update(each.partition for each in partitions)
+            elif metadata.error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART and not assigned:
                 raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
+
+    def _first(self, topic: str, number: int, found: ClusterMetadata) -> int:
+        is_new = (topic, number) not in self._existing
+        return Start.BEGINNING if is_new or (self._start > 0 and is_test_broker(found)) else self._start
+
+    def _assign(self, partitions: list[TopicPartition]) -> None:
+        if timed := [each for each in partitions if each.offset > 0]:
+            found = self._consumer.offsets_for_times(timed, _METADATA_TIMEOUT_S)
+            partitions = [*found, *(each for each in partitions if each.offset <= 0)]
+        for partition in partitions:
+            if partition.offset == Start.END:
+                # Not OFFSET_END, which is the end at the first fetch, some time later.
+                partition.offset = self._consumer.get_watermark_offsets(partition, _METADATA_TIMEOUT_S)[1]
+        self._consumer.incremental_assign(partitions)
 
     def _failed(self, message: Message) -> bool:
         error = message.error()

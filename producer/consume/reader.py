@@ -128,6 +128,9 @@ class TopicReader:
             if self._skip_missing and metadata.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return []
             raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
+        if leaderless := [number for number, each in metadata.partitions.items() if each.leader < 0]:
+            which = ", ".join(map(str, sorted(leaderless)))
+            raise UnavailableError(f"topic {topic}: no leader of partitions {which}: start their brokers")
         return [PartitionId(topic, number) for number in sorted(metadata.partitions)]
 
     def _span(self, partition: PartitionId, since: int | None) -> tuple[int, int]:

@@ -69,8 +69,10 @@ class TopicSource:
 
         They only make the first rates come sooner, so it is no error if Kafka does not have them any more.
         """
-        with contextlib.suppress(UnavailableError):
+        try:
             yield from self._earlier()
+        except UnavailableError as error:
+            logger.warning("the first rates are incomplete: %s", error)
 
     def _earlier(self) -> Iterator[Records]:
         since_ms = int((time.time() - 2 * INTERVAL_S) * 1000)

@@ -9,14 +9,15 @@ from confluent_kafka import Producer
 from producer.commands.top import once
 from producer.config.load import Registry
 from producer.encode.batch import BatchEncoder
-from producer.events import FLOWS, RETRANSMITS, Batch, Rows, Stream
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Batch, Rows, Stream
 from producer.host.cgroups import CgroupPaths
 from producer.schemas import load_schema
 from producer.view.keys import Choice
 from producer.view.topics import TopicSource
 from tests.support.encoding import OFFSET_NS, messages
+from tests.support.rebpf import wait_until
 from tests.support.servers.kafka import KafkaServer
-from tests.support.views import flows, retransmits
+from tests.support.views import flows, retransmits, transmits
 
 pytestmark = pytest.mark.real_kafka
 
@@ -25,11 +26,11 @@ HOSTS, PEERS = ("web-1", "web-2", "db-1"), [f"10.2.0.{number}" for number in ran
 GUILTY = PEERS[6]
 
 
-def put(client: Producer, stream: Stream, host: str, rows: Rows) -> None:
+def put(client: Producer, stream: Stream, host: str, rows: Rows, **where: int) -> None:
     schema, fields = load_schema(stream.schema_file), {"host": host, "boot_id": f"boot of {host}"}
     encoder = BatchEncoder(stream, schema, stream.fixed_schema_id, fields, CgroupPaths(None), "host")
     for _, value in messages(encoder.encode(Batch(stream, rows), OFFSET_NS)):
-        client.produce(PREFIX + stream.topic, value, host)
+        client.produce(PREFIX + stream.topic, value, host, **where)
     assert client.flush(30) == 0
 
 
@@ -73,3 +74,14 @@ def test_the_first_table_of_a_fleet_has_rates(kafka: KafkaServer, capsys: pytest
     assert worst["retransmitted"] * covered_s == pytest.approx(15, rel=0.001)
     assert found["total"]["segments"] * covered_s == pytest.approx(300 * len(PEERS), rel=0.001)
     assert found["groups"] == len(PEERS)
+
+
+def test_partitions_that_are_added_are_read(kafka: KafkaServer) -> None:
+    topic, stop = PREFIX + TRANSMITS.topic, threading.Event()
+    kafka.create_topic(topic, 1)
+    with TopicSource(kafka.bootstrap, [topic], registry=Registry(None), client_settings={}, stop=stop) as view:
+        kafka.add_partitions(topic, 3)
+        client = Producer({"bootstrap.servers": kafka.bootstrap})
+        client.list_topics(topic, timeout=30)
+        put(client, TRANSMITS, "web-1", transmits({}), partition=2)
+        wait_until("the event is read", view.read)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -39,6 +40,14 @@ def segs(rows: Rows) -> int:
 def knows(rows: Rows, name: str) -> bool:
     """Whether the hook filled the field in all rows."""
     return bool((rows["s"]["known"] & KNOWN[name]).all())
+
+
+def pair_ids(rows: Rows) -> Counter[tuple[int, ...]]:
+    """Return what a retransmission has in both streams, and no other of the connection; not of SYN-ACKs."""
+    rows = rows[rows["s"]["known"] & KNOWN["tcp"] != 0]
+    flow, segment = rows["s"]["flow"], rows["s"]
+    columns = flow["netns"], flow["sk_cookie"], flow["sport"], flow["dport"], segment["seq"], segment["total_retrans"]
+    return Counter(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def of_host(rows: Rows, host: Host) -> Rows:
@@ -100,6 +109,10 @@ def test_segments_add_up_to_the_kernels_counters(capture: Recording, lab: Lab, p
         if not knows(mine[mine["s"]["tcp_flags"] == SYN | ACK], "is_retransmit"):
             marked += segs(cause_is(of_host(rows, host), "syn_ack"))
         assert 0 <= moved(host, "RetransSegs") - marked <= may_miss[TRANSMITS]
+    # Both events of a retransmission have the same id, and no others have it.
+    pairs = pair_ids(rows)
+    assert max(pairs.values()) == 1
+    assert (pairs - pair_ids(sent[sent["is_retransmit"] == 1])).total() <= may_miss[TRANSMITS]
 
 
 def test_a_lost_syn_is_a_syn(capture: Recording, lab: Lab, port: int) -> None:

@@ -29,6 +29,11 @@ lib.rd_kafka_mock_broker_set_up.argtypes = (ctypes.c_void_p, ctypes.c_int32)
 lib.rd_kafka_mock_broker_set_rtt.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int)
 
 
+lib.rd_kafka_mock_partition_set_leader.argtypes = (
+    ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32
+)  # fmt: skip
+
+
 lib.rd_kafka_queue_length.argtypes = (ctypes.c_void_p,)
 
 
@@ -57,6 +62,10 @@ class Cluster:
     def slow_down(self, milliseconds: int) -> None:
         """Delay each answer."""
         lib.rd_kafka_mock_broker_set_rtt(self._handle, 1, milliseconds)
+
+    def lead(self, topic: str, partition: int, broker: int) -> None:
+        """Make a broker the leader of a partition; -1: none."""
+        lib.rd_kafka_mock_partition_set_leader(self._handle, topic.encode(), partition, broker)
 
     def up(self) -> None:
         lib.rd_kafka_mock_broker_set_up(self._handle, 1)

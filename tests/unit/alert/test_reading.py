@@ -1,21 +1,79 @@
-"""What `rebpf alert` needs of its brokers."""
+"""What `rebpf alert` needs of its brokers: topics, and leaders, for which it waits."""
 
 import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-from confluent_kafka import Consumer
+from confluent_kafka import Consumer, Producer, TopicPartition
 
-from producer.alert.reading import topics_of
+from producer.alert import reading
+from producer.alert.model import Counts
+from producer.alert.reading import Reading, topics_of
+from producer.config.alerts import AlertRule
 from producer.config.load import Config
+from producer.consume.decode import Decoder
 from producer.errors import UnavailableError
-from tests.support.mock_topics import Cluster
+from producer.events import FLOWS
+from producer.schemas import load_schema
+from tests.support.flows import Flow, values
+from tests.support.mock_cluster import Cluster
+from tests.support.rebpf import wait_until
 
 
-def test_the_test_broker_is_no_place_for_alerts() -> None:
-    """Its topics cannot be created, so an advice to run `rebpf init` would lead nowhere."""
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A cluster with a topic, of whose two partitions the second has no leader."""
     cluster = Cluster()
+    cluster.create("tcp_flow", 2)
+    cluster.lead("tcp_flow", 1, -1)
+    yield cluster
+    cluster.close()
+
+
+def put(cluster: Cluster, partition: int) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    client = Producer({"bootstrap.servers": cluster.brokers}, logger=logging.getLogger("put"))
+    client.list_topics("tcp_flow", timeout=10)
+    client.produce("tcp_flow", values([Flow("web-1", 7, now_ms, now_ms - 1000, 10)])[0], partition=partition)
+    assert client.flush(10) == 0
+    client.close()
+
+
+def test_a_member_starts_without_it_and_reads_it_once_it_has_one(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reading, "_LIST_S", 0.0)
+    config = Config()
+    config = replace(config, alert=replace(config.alert, rules=(AlertRule(name="loss"),), missed_heartbeats=0))
+    counts, decoder = Counts(), Decoder(None, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)})
+    active = Reading(config, cluster.brokers, topics_of(config), [], decoder, counts)
+
+    def has_read(count: int) -> bool:
+        active.read(0.1)
+        return counts.read == count
+
+    def has_added() -> bool:
+        active.decide()
+        return len(list(active.positions())) == 2
+
+    try:
+        active.start([TopicPartition("tcp_flow", number) for number in range(2)], from_beginning=False)
+        assert "waiting for leaders of partitions=tcp_flow/1" in caplog.text
+        put(cluster, 0)
+        wait_until("the record is read", lambda: has_read(1))
+        cluster.lead("tcp_flow", 1, 1)
+        wait_until("the partition is read", has_added)
+        put(cluster, 1)
+        wait_until("its record is read", lambda: has_read(2))
+    finally:
+        active.close()
+
+
+def test_the_test_broker_is_no_place_for_alerts(cluster: Cluster) -> None:
+    """Its topics cannot be created, so an advice to run `rebpf init` would lead nowhere."""
     client = Consumer({"bootstrap.servers": cluster.brokers, "group.id": "alert"}, logger=logging.getLogger("alert"))
     with pytest.raises(UnavailableError, match=r"topic rebpf_agent does not exist.*in-process test broker"):
         topics_of(Config()).require(client)
     client.close()
-    cluster.close()
