@@ -191,6 +191,7 @@ struct counters {
 	u64 lost_ring_full;
 	u64 seq; /* the last cpu_seq; the agent sets it to `begin`. The difference is the events that passed the filter */
 	u64 forgotten; /* returns of calls whose entry is missing from its map: each may be a lost event */
+	u64 unseen; /* retransmissions that only their connections' counters show */
 	u64 wakeup_mask; /* a number with none of these bits wakes the agent, which sets the mask */
 };
 

@@ -18,6 +18,7 @@
 #define TCP_CA_RECOVERY 3
 #define TCP_CA_LOSS 4
 #define ICSK_TIME_LOSS_PROBE 5
+#define EADDRNOTAVAIL 99
 #define ENOBUFS 105
 
 /*
@@ -324,22 +325,23 @@ static __always_inline void fill_is_retransmit(struct transmit_event *e, const s
 	e->s.known |= KNOWN_IS_RETRANSMIT;
 }
 
-/* The timer clears icsk_pending before it retransmits; an acknowledgement that allows more to be sent leaves it set. */
+/*
+ * In the state Loss, a timeout has just cleared the hint of what to retransmit, and an acknowledgement that allows more to
+ * be sent has set it. icsk_pending does not tell them apart: an ICMP error may bring the timeout forward.
+ */
 static __always_inline u8 cause_of(u8 tcp_flags, u8 ca_state, const struct tcp_sock *tp)
 {
-	u8 pending = READ_IF(tcp_sock, tp, icsk_pending);
-
 	if (tcp_flags & TCPHDR_SYN)
 		return CAUSE_SYN;
 	if (!HAS_tcp_sock_icsk_ca_state)
 		return CAUSE_OTHER;
 	if (ca_state == TCP_CA_RECOVERY)
 		return CAUSE_FAST;
-	if (!HAS_tcp_sock_icsk_pending)
+	if (ca_state != TCP_CA_LOSS)
+		return READ_IF(tcp_sock, tp, icsk_pending) == ICSK_TIME_LOSS_PROBE ? CAUSE_TLP : CAUSE_OTHER;
+	if (!HAS_tcp_sock_retransmit_skb_hint)
 		return CAUSE_OTHER;
-	if (ca_state == TCP_CA_LOSS)
-		return pending ? CAUSE_SLOW_START : CAUSE_RTO;
-	return pending == ICSK_TIME_LOSS_PROBE ? CAUSE_TLP : CAUSE_OTHER;
+	return READ_IF(tcp_sock, tp, retransmit_skb_hint) ? CAUSE_SLOW_START : CAUSE_RTO;
 }
 
 static __always_inline void fill_cause(struct retransmit_event *e, const struct tcp_sock *tp, bool is_loss_probe)

@@ -25,6 +25,8 @@ static __always_inline void forget_retransmissions(struct flow_state *state)
 {
 	__builtin_memset(state->retrans, 0, sizeof(state->retrans));
 	state->seen_retrans = 0;
+	state->unseen = 0;
+	state->counted_unseen = 0;
 }
 
 static __always_inline void begin_flow(struct tcp_sock *tp, u32 role)
@@ -43,15 +45,8 @@ static __always_inline void begin_flow(struct tcp_sock *tp, u32 role)
 /* A new socket for an acknowledged SYN-ACK, or for a SYN with TCP Fast Open, begins with its listener's process. */
 static __always_inline void accept_flow(struct tcp_sock *tp)
 {
-	struct flow_state *state;
-
 	delete_state(tp);
-	state = create_state(tp);
-	if (!state)
-		return;
-	state->start_ns = bpf_ktime_get_ns();
-	state->role = ROLE_SERVER;
-	forget_retransmissions(state);
+	begin_flow(tp, ROLE_SERVER);
 }
 
 /* Until an accepted socket is established, only SYN-ACKs are retransmitted, which the kernel counts for its request. */
@@ -227,10 +222,15 @@ static __always_inline void fill_gauges(struct flow_event *e, const struct tcp_s
 	fill_rates(e, tp);
 }
 
-/* Only at a close: a live connection's is a report that the process has not read yet. */
+/*
+ * Only at a close: a live connection's is a report that the process has not read yet. A connect that found no free port is
+ * over before it has one, and its error is only returned to the process.
+ */
 static __always_inline void fill_error(struct flow_event *e, const struct tcp_sock *tp)
 {
 	e->error = READ_IF(sock, (const struct sock *)tp, sk_err);
+	if (!e->error && e->state == TCP_SYN_SENT && !e->flow.sport)
+		e->error = EADDRNOTAVAIL;
 	if (e->error)
 		e->known |= KNOWN_ERROR;
 }
@@ -261,8 +261,32 @@ static __always_inline struct flow_event *reserve_flow(const struct flow *flow, 
 	return e;
 }
 
+#if RETRANSMIT_RAW_TP && HAS_COUNTERS
+/*
+ * Counts as lost what no program has seen (docs/truth.md), if the record before had it, too: the kernel counts a
+ * retransmission shortly before its tracepoint. What an older connection has had at first is not lost.
+ */
+static __always_inline void count_unseen(struct flow_state *state, const struct flow_event *e)
+{
+	u32 other = state->retrans[CAUSE_OTHER], unseen = e->retrans_other > other ? e->retrans_other - other : 0;
+	u32 before = state->unseen ? state->unseen - 1 : 0, sure = unseen;
+	int stream = STREAM_RETRANSMIT;
+	struct counters *counter = counters.lookup(&stream);
+
+	if (!state->unseen && !state->start_ns)
+		state->counted_unseen = unseen;
+	state->unseen = unseen + 1;
+	if (e->reason != REASON_CLOSE && before < sure)
+		sure = before;
+	if (!counter || sure <= state->counted_unseen)
+		return;
+	__sync_fetch_and_add(&counter->unseen, sure - state->counted_unseen);
+	state->counted_unseen = sure;
+}
+#endif
+
 /* `tcp_state` is the one before a close. `state` may be NULL: nothing is known about the beginning. */
-static __always_inline int take_flow(struct tcp_sock *tp, const struct flow_state *state, u32 tcp_state, u8 reason)
+static __always_inline int take_flow(struct tcp_sock *tp, struct flow_state *state, u32 tcp_state, u8 reason)
 {
 	struct flow flow = {};
 	u64 rules = active_rules();
@@ -279,6 +303,10 @@ static __always_inline int take_flow(struct tcp_sock *tp, const struct flow_stat
 		fill_state(e, state);
 #if HAS_COUNTERS
 	fill_counters(e, tp);
+#endif
+#if RETRANSMIT_RAW_TP && HAS_COUNTERS
+	if (state)
+		count_unseen(state, e);
 #endif
 	fill_gauges(e, tp);
 	if (reason == REASON_CLOSE)
@@ -333,7 +361,7 @@ static __always_inline int follow_flow(struct tcp_sock *tp, u32 old_state, u32 n
 }
 
 /* One of the sockets with a state: an interval record, if it is a connection. */
-static __always_inline int visit_flow(struct sock *sk, const struct flow_state *state)
+static __always_inline int visit_flow(struct sock *sk, struct flow_state *state)
 {
 	struct tcp_sock *tp = sk && state ? bpf_skc_to_tcp_sock(sk) : NULL;
 	u32 tcp_state;

@@ -6,6 +6,8 @@
 #ifndef REBPF_PROCESS_H
 #define REBPF_PROCESS_H
 
+#define PF_KTHREAD 0x00200000
+
 struct process {
 	u32 pid; /* 0: unknown */
 	u8 comm[16];
@@ -18,7 +20,11 @@ struct flow_state {
 	u32 role;
 	u32 retrans[8]; /* segments, by cause */
 	u32 seen_retrans; /* total_retrans when the last retransmission was counted */
+	u32 hook_retrans; /* total_retrans when the cgroup hook saw the last retransmission */
 	u32 closed; /* the closing record was taken */
+	u32 unseen; /* retransmissions that no program has seen, by the last record, plus 1; 0: no record */
+	u32 counted_unseen; /* those that were counted as lost */
+	u32 _pad;
 	u64 visit; /* the last visit of open files that came by */
 };
 
@@ -94,6 +100,12 @@ static __always_inline void delete_state(void *sk)
 BPF_TABLE("lru_hash", u64, struct process, processes, 65536);
 #endif
 
+/* Whether a worker of the kernel connects another subflow of a process' Multipath TCP. */
+static __always_inline bool is_subflow_of_kernel(const struct tcp_sock *tp, const struct task_struct *task)
+{
+	return READ_IF(tcp_sock, tp, is_mptcp) && PROBE(task, flags) & PF_KTHREAD;
+}
+
 /* The process of a task, not the thread. */
 static __always_inline void note_process(struct process *process, const struct task_struct *task)
 {
@@ -120,6 +132,7 @@ static __always_inline void publish_process(struct tcp_sock *tp, const struct fl
  */
 static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u32 state)
 {
+	const struct task_struct *task = (const void *)bpf_get_current_task();
 	bool begins = state == TCP_SYN_SENT || state == TCP_LISTEN;
 	struct flow_state *found = NULL;
 
@@ -127,8 +140,11 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 		found = create_state(tp);
 	else if (PROBE_READ && old_state == TCP_SYN_RECV && state != TCP_CLOSE)
 		found = find_state(tp);
-	if (found && begins)
-		note_process(&found->process, (const void *)bpf_get_current_task());
+	if (found && begins) {
+		found->hook_retrans = 0;
+		if (!is_subflow_of_kernel(tp, task))
+			note_process(&found->process, task);
+	}
 	if (found)
 		publish_process(tp, found);
 #if PROBE_READ

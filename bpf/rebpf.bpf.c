@@ -498,13 +498,68 @@ int raw_tp_tcp_retransmit_synack(u64 *ctx)
 #endif
 
 #if RETRANSMIT_CGROUP_SKB
-/* Retransmissions that the host's own firewall or routing stopped before the cgroup hook. */
+/*
+ * A retransmission may fail before the cgroup hook, in the host's own firewall, or behind it: another program of a cgroup
+ * may drop the packet, but the kernel runs all. The hook notes what it saw; the tracepoint follows in the same call.
+ */
+static __always_inline void note_hook(struct tcp_sock *tp)
+{
+#if RETRANSMIT_TRACEPOINT_HAS_ERR
+	struct flow_state *state = create_state(tp);
+
+	if (state)
+		state->hook_retrans = READ_IF(tcp_sock, tp, total_retrans);
+#endif
+}
+
+/*
+ * The sequence number of the last SYN-ACK of which the hook could not tell whether it was sent before, and 1 << 32. The hook
+ * sets it; the tracepoint, which follows in the same call if it was, clears it. No other SYN-ACK comes in between.
+ */
+BPF_PERCPU_ARRAY(unknown_synack, u64, 1);
+
+static __always_inline void note_unknown_synack(u32 seq)
+{
+	u32 zero = 0;
+	u64 *unknown = unknown_synack.lookup(&zero);
+
+	if (unknown)
+		*unknown = 1ULL << 32 | seq;
+}
+
+static __always_inline bool was_unknown_synack(u32 seq)
+{
+	u32 zero = 0;
+	u64 *unknown = unknown_synack.lookup(&zero);
+
+	if (!unknown || *unknown != (1ULL << 32 | seq))
+		return false;
+	*unknown = 0;
+	return true;
+}
+
+static __always_inline bool reached_hook(struct tcp_sock *tp)
+{
+	struct flow_state *state = find_state(tp);
+
+	return state && state->hook_retrans == READ_IF(tcp_sock, tp, total_retrans);
+}
+
 int raw_tp_failed_retransmit(u64 *ctx)
 {
 	s32 err = TRACEPOINT_ERR(ctx);
 	struct tcp_sock *tp = err < 0 ? bpf_skc_to_tcp_sock((void *)ctx[0]) : NULL;
 
-	return tp ? take_retransmit(tp, (void *)ctx[1], err, false, HOOK_RAW_TP) : 0;
+	return tp && !reached_hook(tp) ? take_retransmit(tp, (void *)ctx[1], err, false, HOOK_RAW_TP) : 0;
+}
+
+int raw_tp_unknown_synack(u64 *ctx)
+{
+	const struct tcp_request_sock *request = (void *)ctx[1];
+
+	if (!was_unknown_synack(PROBE(request, snt_isn)))
+		return 0;
+	return take_synack_retransmit((void *)ctx[0], (void *)ctx[1], 1, HOOK_RAW_TP);
 }
 #endif
 
@@ -863,8 +918,13 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct bpf_sock *f
 		recognize_segment(&sender, skb, &wire);
 	transmit_packet(skb, &flow, &wire, &sender);
 #if RETRANSMIT_CGROUP_SKB
-	if (sender.is_retransmit)
+	if (sender.is_retransmit) {
+		if (sender.tp && !sender.listener)
+			note_hook(sender.tp);
 		retransmit_packet(skb, &flow, &wire, &sender);
+	} else if (sender.listener && !sender.is_retransmit_known) {
+		note_unknown_synack(wire.seq);
+	}
 #endif
 	return 1;
 }

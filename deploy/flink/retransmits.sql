@@ -20,8 +20,12 @@ INSERT INTO tcp_retransmit_minute
 WITH flows AS (
   SELECT * FROM (
     SELECT *, LAG(last_ns) OVER w AS last_ns_before
-    FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM tcp_flow WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived))
-    WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)
+    FROM (
+      SELECT *, MAX(ts_ns) OVER w AS last_ns
+      FROM (SELECT *, COALESCE(CAST(sk_cookie AS STRING), flow) AS socket FROM tcp_flow)
+      WINDOW w AS (PARTITION BY host, boot_id, netns, socket ORDER BY arrived)
+    )
+    WINDOW w AS (PARTITION BY host, boot_id, netns, socket ORDER BY arrived)
   )
   WHERE last_ns_before IS NULL OR ts_ns > last_ns_before
 ),
@@ -36,7 +40,7 @@ differences AS (
     retrans_syn - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w OR retrans_syn < LAG(retrans_syn) OVER w THEN 0 ELSE LAG(retrans_syn) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_syn)) AS retrans_syn,
     retrans_syn_ack - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w OR retrans_syn_ack < LAG(retrans_syn_ack) OVER w THEN 0 ELSE LAG(retrans_syn_ack) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_syn_ack)) AS retrans_syn_ack
   FROM flows
-  WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)
+  WINDOW w AS (PARTITION BY host, boot_id, netns, socket ORDER BY arrived)
 ),
 minutes AS (
   SELECT FLOOR(ts TO MINUTE) AS window_start, host, daddr, SUM(segs_out) AS segs, SUM(total_retrans) AS retransmitted_segs,

@@ -114,7 +114,7 @@ def _summary(command: click.Command) -> str:
 
 def _exit_codes() -> Iterator[tuple[str, str]]:
     tree: list[Any] = [errors.RebpfError, *errors.RebpfError.__subclasses__()]
-    meanings = {errors.RebpfError: "Internal error: a defect."}
+    meanings = {errors.RebpfError: "Internal error: a bug."}
     for kind in sorted(tree, key=lambda kind: kind.exit_code):
         yield str(kind.exit_code), meanings.get(kind, kind.__doc__)
     yield str(QUIT_NOW), _AT_ONCE

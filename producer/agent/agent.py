@@ -2,8 +2,9 @@
 
 import mmap
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from ipaddress import ip_address
+from pathlib import Path
 
 from producer.agent.reload import InForce
 from producer.agent.runtime import Runtime
@@ -38,12 +39,20 @@ class Agent:
     """One run of the producer.
 
     `read` reads the configuration again for a reload. The result of `files` differs once one of its files has changed.
+    `located` adds the file and line to a ConfigError.
     """
 
-    def __init__(self, config: Config, read: Callable[[], Config], files: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        read: Callable[[], Config],
+        files: Callable[[], object] = lambda: None,
+        located: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._config = config
         self._read = read
         self._files = files
+        self._located = located
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
         """Capture until `stop` is set or `duration_s` has passed; return the balance of each topic.
@@ -52,17 +61,20 @@ class Agent:
         hooks stay attached only if systemd holds them; after an error, only if they are pinned or systemd holds them.
         """
         with ExitStack() as stack:
-            return build(self._config, self._read, self._files, stop, stack).run(stop, reload, duration_s)
+            return build(self._config, self._in_force, stop, stack).run(stop, reload, duration_s)
+
+    def _in_force(self, capture: Capture, ruleset: Ruleset, root: Path | None) -> InForce:
+        return InForce(capture, self._config, ruleset, self._read, root, files=self._files, located=self._located)
 
 
 def build(
-    config: Config, read: Callable[[], Config], files: Callable[[], object], stop: Flag, stack: ExitStack
+    config: Config, in_force: Callable[[Capture, Ruleset, Path | None], InForce], stop: Flag, stack: ExitStack
 ) -> Runtime:
     """Load and attach the hooks, connect to Kafka, recover each stream, and open the endpoint. `stack` closes it all.
 
     Setting `stop` ends the wait for the registry.
     """
-    if capabilities.missing(capabilities.LOADING):  # first: an unprivileged user would fail on something less clear
+    if capabilities.missing(capabilities.LOADING):  # first: without them, later steps fail less clearly
         raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
     settings = producer_settings(config.kafka.brokers, config.kafka.settings)
     web = WebSettings(config.metrics.web_config_file)
@@ -72,7 +84,7 @@ def build(
     ruleset = resolve(config, root)
     capture, ring_stays = _load(config, ruleset, stack)
     captured = config.capture.streams
-    # A stream that is off is needed until what an earlier run has left of it is delivered.
+    # A stream that is off is needed until the events that an earlier run left are delivered.
     streams = [each for each in STREAMS if each in captured or has_undelivered(config, capture, each)]
     if len(streams) > len(captured):
         ids = schema_ids(config, stop, streams)
@@ -87,7 +99,7 @@ def build(
     brokers = sink.open()
     stack.callback(sink.close)
     if config.kafka.brokers is None:
-        _exclude_embedded(capture, brokers)
+        _exclude_test_broker(capture, brokers)
     builder = StreamBuilder(config, capture, {name: ids[each] for name, each in topics.items()}, stack, quarantine)
     parts = [builder.build(stream) for stream in streams]
     capture.drop_old_rings()
@@ -95,8 +107,7 @@ def build(
     wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
-    in_force = InForce(capture, config, ruleset, read, root, files=files)
-    outside = folder, in_force, web, board, wakeup, heartbeats, brokers, endpoint
+    outside = folder, in_force(capture, ruleset, root), web, board, wakeup, heartbeats, brokers, endpoint
     return Runtime(topics, capture, sink, parts, builder.relabel, *outside, ring_stays)
 
 
@@ -147,8 +158,8 @@ def _capture_settings(config: Config, ruleset: Ruleset) -> CaptureSettings:
     )
 
 
-def _exclude_embedded(capture: Capture, brokers: str) -> None:
-    """Exclude what the embedded cluster's listeners send."""
+def _exclude_test_broker(capture: Capture, brokers: str) -> None:
+    """Exclude the traffic of the test broker's listeners."""
     for broker in brokers.split(","):
         host, port = endpoints.split(broker)
         capture.exclude_listener(ip_address(host), port)

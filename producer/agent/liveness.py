@@ -33,15 +33,19 @@ class Liveness:
         self._heartbeat_at = 0.0
         self._watchdog = systemd.Watchdog()
 
+    def note(self) -> None:
+        """Note a step of the loop. This cannot fail, so that no defect of the status looks like a loop that hangs."""
+        self._board.note()
+        self._watchdog.step(time.monotonic())
+
     def step(self) -> None:
-        """Note a step of the loop, and send a heartbeat if one is due."""
+        """Publish the status if someone waits for it, and send a heartbeat if one is due."""
         self._board.step(self._status)
-        self._watchdog.step(time.monotonic(), lambda: summary(self._status()))
         if time.monotonic() >= self._heartbeat_at:
             self._heartbeat_at = time.monotonic() + INTERVAL_S
             status = self._status()
             self._board.publish(status)
-            # One at a time: what was true some time ago is of no use when Kafka is back.
+            # One at a time: older heartbeats are of no use when Kafka is back.
             if not self._sink.in_flight[HEARTBEATS.name]:
                 self._send(status)
 
@@ -49,6 +53,7 @@ class Liveness:
         """Send the heartbeat that reports the stop."""
         status = dataclasses.replace(self._status(), stopped=True)
         self._board.publish(status)
+        systemd.try_notify("", summary(status))
         self._send(status)
 
     def _send(self, status: Status) -> None:
@@ -85,7 +90,7 @@ class LossReporter:
         """Log each balance whose losses have changed, or that does not add up."""
         self._next = time.monotonic() + _INTERVAL_S
         for name, balance in balances.items():
-            if balance.unaccounted:  # a defect
+            if balance.unaccounted:  # a bug
                 logger.error("%d events are unaccounted for topic=%s %s", balance.unaccounted, name, balance)
             if balance.lost != self._reported.get(name, {}):
                 logger.warning("events lost so far topic=%s %s", name, balance)

@@ -4,12 +4,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from producer.agent.supervise import Pace
 from producer.config import effective
 from producer.config.load import Config
+from producer.config.sources import shown
 from producer.errors import RebpfError
 from producer.host.output import set_log_level
 from producer.host.signals import Flag
@@ -28,10 +31,19 @@ LONG = "reload: the files of the configuration have been read for long: does the
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A configuration that was read, and what a reload puts in force of it."""
+    """A configuration that was read, and what a reload applies of it."""
 
     read: Config
     config: Config
+    ruleset: Ruleset
+    tables: Tables
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The rules with the cgroups that exist now, and those from which they were made."""
+
+    before: Ruleset
     ruleset: Ruleset
     tables: Tables
 
@@ -40,7 +52,7 @@ class InForce:
     """Keeps the settings and the kernel's rules up to date. `read` reads the configuration, in a thread.
 
     `version` counts changes of the rules. `apply` is called with the new configuration after each reload. The result of
-    `files` differs once a file of the configuration has changed.
+    `files` differs once a file of the configuration has changed. `located` adds the file and line to a ConfigError.
     """
 
     def __init__(
@@ -52,13 +64,20 @@ class InForce:
         root: Path | None,
         pace: Pace | None = None,
         files: Callable[[], object] = lambda: None,
+        located: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._pace = pace or Pace()
         self._hooks = hooks
         self._ruleset = ruleset
         self._read = read
+        self._located = located
         self._root = root
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
+        self._look_pace = Pace()
+        self._looking: threading.Thread | None = None
+        """Looks for cgroups."""
+        self._found: _Found | Exception | None = None
+        """Its result, if anything has changed."""
         self._files, self._files_read, self._files_at = files, files(), 0.0
         self.apply: Callable[[Config], None] = lambda config: None
         self.version = 1
@@ -81,8 +100,8 @@ class InForce:
 
     @property
     def busy(self) -> bool:
-        """Whether a reload has begun and its settings are not in force yet."""
-        return self._thread is not None or self._prepared is not None
+        """Whether a thread prepares a reload or looks for cgroups, or its result is not in force yet."""
+        return self._thread is not None or self._prepared is not None or self._looking is not None
 
     @property
     def reasons(self) -> list[str]:
@@ -137,8 +156,10 @@ class InForce:
             self._files_read = self._files()
             read = self._read()
             config = effective.in_force(self.config, read)
-            ruleset = resolve(config, self._root)
-            self._prepared = _Prepared(read, config, ruleset, ruleset.tables())
+            with self._located():
+                ruleset = resolve(config, self._root)
+                tables = ruleset.tables()
+            self._prepared = _Prepared(read, config, ruleset, tables)
         except Exception as error:
             self._prepared = error
 
@@ -160,7 +181,7 @@ class InForce:
         return False
 
     def _put_in_force(self, prepared: _Prepared) -> None:
-        """Apply what is not in the kernel's tables, which are filled."""
+        """Apply the other settings: the kernel's tables are filled."""
         self.version = self._hooks.rules_version
         self._ruleset = prepared.ruleset
         self._set(prepared.config)
@@ -174,29 +195,47 @@ class InForce:
     def _refuse(self, error: Exception) -> bool:
         """Log and count why nothing changes; return whether a retry may succeed."""
         is_passing = any(isinstance(each, OSError) and each.errno in PASSING for each in (error, error.__cause__))
-        reason = str(error) or type(error).__name__
+        reason = shown(str(error)) or type(error).__name__
         if is_passing and reason == self.refusal:
             self.began_ns = self._started_ns
         else:
             is_defect = not isinstance(error, RebpfError | OSError | ValueError | LookupError)
             self._done(reason)
             trace = error if is_defect else None
-            logger.error("reload refused: %s; version=%d stays in force", error, self.version, exc_info=trace)
+            logger.error("reload refused: %s; version=%d stays in force", reason, self.version, exc_info=trace)
         return is_passing
 
     def _done(self, refusal: str) -> None:
         self.reloads, self.began_ns, self.refusal = self.reloads + 1, self._started_ns, refusal
 
     def look(self) -> None:
-        """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced."""
-        if self._prepared or not self._by_cgroup or time.monotonic() < self._look_at:
+        """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced.
+
+        There may be many rules and cgroups, so a thread looks, and compiles the rules. A later call puts them in force.
+        """
+        if self._prepared or (self._looking and self._looking.is_alive()):
             return
-        self._look_at = time.monotonic() + _LOOK_INTERVAL_S
-        ruleset = follow(self._ruleset, self.config, self._root)
-        if ruleset != self._ruleset:
-            self.version = self._hooks.put_rules(ruleset.tables())
-            self._ruleset = ruleset
+        found, self._looking, self._found = self._found, None, None
+        if isinstance(found, Exception):
+            raise found
+        if found and found.before is self._ruleset:  # otherwise, a reload came between
+            self.version = self._hooks.put_rules(found.tables)
+            self._ruleset = found.ruleset
             logger.info("rules updated: cgroups changed version=%d", self.version)
+        if self._by_cgroup and time.monotonic() >= self._look_at and self._look_pace.is_due():
+            self._look_at = time.monotonic() + _LOOK_INTERVAL_S
+            look = partial(self._look_pace.run, partial(self._find, self._ruleset, self.config))
+            thread = threading.Thread(target=look, name="cgroups", daemon=True)
+            thread.start()
+            self._looking = thread
+
+    def _find(self, before: Ruleset, config: Config) -> None:
+        try:
+            ruleset = follow(before, config, self._root)
+            if ruleset != before:
+                self._found = _Found(before, ruleset, ruleset.tables())
+        except Exception as error:
+            self._found = error
 
     def _set(self, config: Config) -> None:
         self.config = config

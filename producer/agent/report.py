@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from producer import __version__
 from producer.agent.streams import StreamParts
+from producer.config.sources import shown
 from producer.events import Topic
 from producer.health.balance import Balance
 from producer.health.status import Status, StreamStatus, usage
@@ -54,7 +55,7 @@ class Reporter:
             self._started_s,
             rules_version,
             tuple(self._stream(each) for each in self._parts),
-            (*self.reasons(), *more_reasons),
+            tuple(map(shown, (*self.reasons(), *more_reasons))),  # they quote names, which may not be UTF-8
             cpu_s,
             rss_bytes,
             self.labels,
@@ -64,9 +65,9 @@ class Reporter:
     def balance(self, parts: StreamParts, kernel: KernelCounters) -> Balance:
         """Return a stream's balance. Read the counters after the ring."""
         account = parts.pipeline.account
-        losses = {"ring_full": kernel.ring_full, "nested": kernel.nested, **account.lost}
+        losses = {"ring_full": kernel.ring_full, "nested": kernel.nested, "unseen": kernel.unseen, **account.lost}
         return Balance(
-            passed=kernel.passed + kernel.nested + account.carried,
+            passed=kernel.passed + kernel.nested + kernel.unseen + account.carried,
             delivered=account.delivered,
             in_flight=self._sink.in_flight[parts.stream.name],
             in_ring=kernel.passed - kernel.ring_full - parts.pipeline.taken,

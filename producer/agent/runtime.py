@@ -134,9 +134,9 @@ class Runtime:
         return FlowTimer(report, lambda: ring.fill, interval_s, self.config.host, time.monotonic())
 
     def _do_chores(self, reload: Flag) -> None:
-        """Do what is not about events, about once a second, however often the loop turns.
+        """Do the chores about once a second, however often the loop turns.
 
-        A turn shortly before the time does it too: an idle host then wakes once for both.
+        A turn that comes shortly before does them, too, so that an idle host wakes once for both.
         """
         early_s = self.chores_at_s - time.monotonic()
         if early_s > _CHORES_EARLY_S and not (reload.is_set() or self.wakeup.called):
@@ -146,8 +146,12 @@ class Runtime:
         self.chores_at_s = time.monotonic() + (_RETRY_S if is_soon else _CHORES_S)
         self._housekeeping(reload)
         self.supervisor.attempt("budget", self._follow_budget, None)
-        self.supervisor.attempt("status", self.liveness.step, None)
+        self._show_life()
         self.supervisor.attempt("watch", self._watch, None)
+
+    def _show_life(self) -> None:
+        self.liveness.note()
+        self.supervisor.attempt("status", self.liveness.step, None)
 
     def _follow_budget(self) -> None:
         """Sample more or less of the transmits, as the budget requires."""
@@ -195,11 +199,11 @@ class Runtime:
             reasons = (f"{refusal.stream} by {refusal.hook}: {refusal.reason}" for refusal in self.capture.refusals)
             logger.info("better hooks are not available: %s", "; ".join(reasons))
         hooks = " ".join(f"{name}={hook}" for name, hook in self.capture.hooks_in_use.items())
-        embedded = " embedded=true" if self.config.kafka.brokers is None else ""
+        test_broker = " test_broker=true" if self.config.kafka.brokers is None else ""
         taken_over = " taken_over=true" if self.capture.taken_over else ""
         cached = " cached=true" if self.capture.cached else ""
         programs = f" programs={self.capture.programs_from}" if self.capture.programs_from else ""
-        logger.info("ready brokers=%s%s%s%s%s %s", self.brokers, embedded, taken_over, cached, programs, hooks)
+        logger.info("ready brokers=%s%s%s%s%s %s", self.brokers, test_broker, taken_over, cached, programs, hooks)
         # A shell that a service started may still have the name of its socket.
         systemd.try_notify("READY=1", f"capturing: {hooks}", systemd.TIMEOUT_S)
 
@@ -248,7 +252,7 @@ class Runtime:
                 return
             if any(each.pipeline.spooling for each in self.streams):
                 return  # Kafka is not taking them
-            self.supervisor.attempt("status", self.liveness.step, None)
+            self._show_life()
             time.sleep(LEAST_S)
             if self.ring_stays:
                 pipeline.poll_reports()
@@ -261,7 +265,7 @@ class Runtime:
         if any(each.in_flight or (each.in_ring and not self.ring_stays) for each in balances.values()):
             pipeline.spill_all(time.monotonic() + _SPILL_S if self.ring_stays else float("inf"))
         else:
-            self.liveness.last()
+            self.supervisor.attempt("status", self.liveness.last, None)
             until = min(deadline, time.monotonic() + _LAST_HEARTBEAT_S)
             while self.sink.in_flight[HEARTBEATS.name] and time.monotonic() < until:
                 pipeline.poll_reports()

@@ -59,7 +59,7 @@ def ledger_path(config: Config, stream: Stream) -> Path:
 
 
 def spool_bytes(config: Config, stream: Stream) -> int:
-    """Return the size limit of a stream's spool. With the embedded broker, which stores nothing, it is 0."""
+    """Return the size limit of a stream's spool. With the test broker, which stores nothing, it is 0."""
     return int(getattr(config.spool, f"{stream.name}_bytes")) if config.kafka.brokers else 0
 
 

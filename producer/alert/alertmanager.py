@@ -58,7 +58,7 @@ class _Receiver:
             self.rejected += len(body)
             logger.error("alert: %s rejected %d alerts: %d %s", self.name, len(body), status, text)
         elif not self._is_own(answer):
-            raise UnavailableError(f"the answer from {self._shown} is not {self.name}'s: {status} {text!r}")
+            raise UnavailableError(f"the response from {self._shown} is not {self.name}'s: {status} {text!r}")
 
     def _is_own(self, answer: Answer) -> bool:
         return True
@@ -107,7 +107,7 @@ class Alertmanager(_Receiver):
             logger.warning("alert: %s", error)
 
     def _is_own(self, answer: Answer) -> bool:
-        """Return whether the answer is from Alertmanager (empty or JSON) and not, for example, a login page."""
+        """Return whether the response is from Alertmanager (empty or JSON) and not, for example, a login page."""
         try:
             json.loads(answer.body.strip() or "{}")
         except (ValueError, RecursionError):

@@ -2,11 +2,12 @@
 
 The job computes what `windows` and `evaluate` do, on the same input: differences of counters by LAG, windows by HOP of
 two widths, so that a window without records still has a row after one with records, and hysteresis by the last decisive
-window. Silent hosts are left to `rebpf alert`, and so is what is behind an alert.
+window. Silent hosts, and the causes, hosts and flows of an alert, are left to `rebpf alert`.
 """
 
 import fnmatch
 import ipaddress
+import math
 from collections.abc import Iterator
 
 from producer.alert.connections import CAUSE_COUNTERS, COUNTERS
@@ -47,13 +48,18 @@ def job(config: Config, since_ns: int) -> str:
             "SET 'pipeline.name' = 'rebpf alerts';\nSET 'table.local-time-zone' = 'UTC';",
             # An idle partition would hold back the others' windows.
             f"SET 'table.exec.source.idle-timeout' = '{round(config.alert.wait_s * 1000)} ms';",
-            "SET 'table.exec.state.ttl' = '1 d';",
+            f"SET 'table.exec.state.ttl' = '{max(1, *(_days(rule) for rule in rules))} d';",
             *(_source(config, stream, since_ns, labeled=labeled) for stream in streams),
             _table(SINK, _RESULT, {**_kafka(config, config.kafka.topic_prefix + SINK), "format": "json"}),
             *(_view(stream, since_ns, labeled=labeled) for stream in streams),
             f"EXECUTE STATEMENT SET BEGIN\n{''.join(map(_insert, rules))}END;\n",
         ]
     )
+
+
+def _days(rule: AlertRule) -> int:
+    """Return how long a group's state is needed: it changes once in a window."""
+    return math.ceil(2 * (windows_before(rule) + 1) * rule.window_s / 86400)
 
 
 def _kafka(config: Config, name: str) -> dict[str, str]:
@@ -105,7 +111,8 @@ def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
         f"CASE WHEN start_ns > {since_ns} THEN 0 ELSE {name} END) + 4294967296, 4294967296) * sample_rate AS {name}"
         for name in counted
     )
-    over = "WINDOW w AS (PARTITION BY host, boot_id, netns, sk_cookie ORDER BY arrived)"
+    over = "WINDOW w AS (PARTITION BY host, boot_id, netns, socket ORDER BY arrived)"
+    source = f"(SELECT *, COALESCE(CAST(sk_cookie AS STRING), {_FLOW}) AS socket FROM alert_{stream.topic})"
     return (
         f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\n"
         f"SELECT *, GREATEST(0, total_retrans - {' - '.join(causes)}) AS retrans_other FROM (\n"
@@ -114,7 +121,7 @@ def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
         f"    AND (LAG(reason) OVER w IS DISTINCT FROM 'close' OR {again})\n"
         f"    THEN COALESCE(error, '{GIVEN_UP}') END AS failed,\n  {counters}\n"
         f"FROM (\n  SELECT *, LAG(last_ns) OVER w AS last_ns_before\n"
-        f"  FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM alert_{stream.topic} {over})\n  {over}\n)\n"
+        f"  FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM {source} {over})\n  {over}\n)\n"
         f"WHERE last_ns_before IS NULL OR ts_ns > last_ns_before\n{over}\n);"
     )
 
@@ -186,7 +193,6 @@ def _measure(rule: AlertRule) -> tuple[str, str, str, str]:
 def _group(rule: AlertRule) -> str:
     if rule.by == "subnet":
         raise ConfigError(f"alert.rules: {rule.name}: Flink SQL has no subnets: group by peer, or use `rebpf alert`")
-    flow = f"host || ' ' || {_endpoint('saddr', 'sport')} || '>' || {_endpoint('daddr', 'dport')}"
     return {
         "host": "host",
         "peer": "daddr",
@@ -194,7 +200,7 @@ def _group(rule: AlertRule) -> str:
         "unit": "unit",
         "container": "container",
         "host+peer": "host || ' ' || daddr",
-        "flow": flow,
+        "flow": f"host || ' ' || {_FLOW}",
     }[rule.by]
 
 
@@ -234,6 +240,9 @@ def _within(rule: AlertRule, text: str) -> str:
 def _endpoint(address: str, port: str) -> str:
     bracketed = f"IF(POSITION(':' IN {address}) > 0, '[' || {address} || ']', {address})"
     return f"{bracketed} || ':' || CAST({port} AS STRING)"
+
+
+_FLOW = f"{_endpoint('saddr', 'sport')} || '>' || {_endpoint('daddr', 'dport')}"
 
 
 def _interval(seconds: float) -> str:

@@ -51,10 +51,6 @@ _FIXED_SCHEMAS = {
 }
 
 
-class _Stopped(Exception):
-    """The member must stop while waiting for a sink."""
-
-
 class _Revoked(Exception):
     """Another member became active while this one waited for a sink."""
 
@@ -92,7 +88,7 @@ class Member:
         """Alert until `stop` is set or `duration_s` has passed."""
         end = None if duration_s is None else time.monotonic() + duration_s
         try:
-            with suppress(_Stopped, Stopped):
+            with suppress(Stopped):
                 self._topics.require(self._group)
                 self._group.subscribe(
                     [self._topics.alerts], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
@@ -183,7 +179,7 @@ class Member:
         while True:
             self._publish()
             if self._stop.is_set():
-                raise _Stopped
+                raise Stopped
             self._serve_group(max(0.0, min(_POLL_S, end - time.monotonic())))
             if self._reading is None:
                 raise _Revoked

@@ -1,4 +1,4 @@
-"""Alerts, the protocol of their sinks, and what became of the records."""
+"""Alerts, the interface of their sinks, and the counts of records."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass

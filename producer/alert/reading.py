@@ -22,6 +22,7 @@ from producer.consume.decode import Decoder
 from producer.consume.reader import PartitionId, by_partition
 from producer.errors import ConfigError, UnavailableError
 from producer.events import Stream
+from producer.kafka.confluent import NEEDS_KAFKA, is_test_broker
 from producer.kafka.consumer import QuietConsumer
 from producer.topics import alert_topic, heartbeat_topic, topic
 
@@ -63,10 +64,12 @@ class Topics:
 
     def require(self, consumer: Consumer) -> None:
         """Raise UnavailableError for a missing topic."""
-        found = consumer.list_topics(timeout=_ANSWER_S).topics
+        metadata = consumer.list_topics(timeout=_ANSWER_S)
+        found = metadata.topics
         for name in (*self.read, self.alerts):
             if name not in found or found[name].error is not None:
                 fix = "run `rebpf init --alerts`" if name == self.alerts else "run `rebpf init`"
+                fix = NEEDS_KAFKA if is_test_broker(metadata) else fix
                 raise UnavailableError(f"topic {name} does not exist, or this user may not describe it: {fix}")
         if self.heartbeats and len(found[self.heartbeats].partitions) != 1:
             raise ConfigError(

@@ -42,11 +42,11 @@ def open_sinks(
 def _schema_id(config: Config, topic: Topic, stop: Flag | None) -> SchemaId:
     if config.registry.url is None:
         return ALERT_ID
-    with SchemaIds(config.registry, cache=None, stop=stop) as registry:
-        try:
-            return registry.find({topic: load_schema(ALERT_FILE)})[topic]
-        except SchemaError as error:
-            raise SchemaError(f"{error} with --alerts") from error
+    registry = SchemaIds(config.registry, cache=None, stop=stop)
+    try:
+        return registry.find({topic: load_schema(ALERT_FILE)})[topic]
+    except SchemaError as error:
+        raise SchemaError(f"{error} with --alerts") from error
 
 
 class StandardOutput:

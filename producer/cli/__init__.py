@@ -6,9 +6,16 @@ Nothing imports this package.
 
 import os
 import resource
+import signal
 import sys
 
 _LEAST_FREE_BYTES = 1 << 26
+_STARTED_AS = ("rebpf", "-m")
+"""What the process's first argument is, or ends with, if it is the command, and not a test that imports it."""
+
+# Ctrl-C during the imports ends the process without a traceback of them. `signals.reset` undoes this.
+if os.path.basename(sys.argv[0]) in _STARTED_AS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _may_cut_files() -> bool:

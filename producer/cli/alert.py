@@ -64,7 +64,7 @@ def alert(
     from producer.host import endpoints
 
     collect_rarely()
-    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    settings = load(config, brokers=brokers, registry=registry)
     where = settings.kafka.brokers
     if where is None:
         usage("alert needs --brokers")

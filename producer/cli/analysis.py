@@ -1,6 +1,5 @@
 """The commands `rebpf export` and `rebpf report`, which need the extra `rebpf[report]`."""
 
-import importlib.util
 import os
 import signal
 from collections.abc import Sequence
@@ -9,18 +8,19 @@ from typing import Any
 
 import click
 
-from producer.cli.options import Command, Time, brokers_option, config_option, load, option, registry_option, usage
-from producer.errors import UnavailableError
+from producer.cli.options import (
+    Command,
+    Time,
+    brokers_option,
+    config_option,
+    load,
+    option,
+    registry_option,
+    require_packages,
+    usage,
+)
 from producer.host.output import echo
 from producer.host.text import lines
-
-
-def _require(command: str, *packages: str) -> None:
-    """Raise UnavailableError with the fix if a package is missing."""
-    if missing := [each for each in packages if importlib.util.find_spec(each) is None]:
-        names = " and ".join(missing)
-        raise UnavailableError(f"`rebpf {command}` needs {names}: pip install '.[report]' in a checkout of ReBPF")
-
 
 paths_argument = click.argument("paths", nargs=-1, metavar="[FILE...]", type=click.Path(path_type=Path))
 since_option = option("--since", type=Time(), help="Start of the period: 2026-11-29T15:00Z, or 1h for an hour ago.")
@@ -43,7 +43,7 @@ def _source(
     from producer.export.sources import Files, Topics
     from producer.topics import topic as topic_of
 
-    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    settings = load(config, brokers=brokers, registry=registry)
     if paths and brokers:
         usage("give either files or --brokers")
     if paths:
@@ -107,10 +107,10 @@ def export(
 ) -> None:
     """Write events to Parquet or CSV files, partitioned by day.
 
-    Reads the topics, or Avro files: spool files, folders of them, or files of `rebpf trace -w`. The files are
+    Reads the topics, or files: of the spool, of `rebpf trace -w`, of another export, or folders of them. Writes
     OUTPUT/TOPIC/date=DAY/SINCE-UNTIL.parquet, so repeating an export replaces its files. Needs `rebpf[report]`.
     """
-    _require("export", "pyarrow")
+    require_packages("export", "pyarrow")
     from producer.commands.export import export as write
     from producer.consume.period import Period
     from producer.consume.reader import collect_rarely
@@ -156,9 +156,9 @@ def report(
 ) -> None:
     """Write a report with plots: what was retransmitted, where and why.
 
-    The HTML file needs no network. Reads the topics, or Avro files as `rebpf export` does. Needs `rebpf[report]`.
+    The HTML file needs no network. Reads the topics, or files as `rebpf export` does. Needs `rebpf[report]`.
     """
-    _require("report", "pyarrow", "matplotlib")
+    require_packages("report", "pyarrow", "matplotlib")
     os.environ["MPLBACKEND"] = "agg"  # of a user's notebooks; matplotlib does not start with an unknown one
     from producer.commands.report import report as write
     from producer.consume.period import Period

@@ -30,8 +30,8 @@ from producer.host.output import echo
 def compile(btf: Path | None, output: Path) -> None:
     """Compile the BPF programs for hosts without bcc.
 
-    Needs bcc and root, on a host with the same kind of processor. The file has the programs of all streams and hooks. A
-    host uses it if its kernel has the same structs and features, and its ReBPF the same BPF source: see `rebpf check`.
+    Needs bcc and root, on a host with any kind of processor. The file has the programs of all streams and hooks. A host
+    uses it if its kernel has the same structs and features, and its ReBPF the same BPF source: see `rebpf check`.
     """
     from producer.commands.compile import compile_programs
 

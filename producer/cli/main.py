@@ -19,16 +19,13 @@ from producer.cli.config import config as config_command
 from producer.cli.options import (
     Group,
     Number,
-    address_option,
     brokers_option,
     config_option,
     json_option,
     load,
     option,
-    pin_option,
-    pods_url_option,
-    port_option,
     registry_option,
+    settings_options,
     state_dir_option,
     usage,
 )
@@ -100,34 +97,19 @@ for each in (spool, alert, export, report, init, tail, verify, top, trace, confi
     )
 )
 @config_option
-@brokers_option
-@registry_option
+@settings_options
 @option("--duration", type=Number(min=0), help="Stop after this many seconds.")
-@address_option
-@port_option
-@state_dir_option
-@pin_option
-@pods_url_option
 @json_option
-def run(
-    config: Path | None,
-    brokers: str | None,
-    registry: str | None,
-    duration: float | None,
-    address: tuple[Any, ...],
-    port: tuple[int, ...],
-    state_dir: Path | None,
-    pin: Path | None,
-    pods_url: str | None,
-    as_json: bool,
-) -> None:
+def run(config: Path | None, duration: float | None, as_json: bool, **options: Any) -> None:
     """Capture events and publish them until SIGINT or SIGTERM.
 
     Without --brokers, uses an in-process test broker that stores nothing. SIGHUP reloads the configuration. At the end,
     prints the balance: how many events were captured, delivered, spooled and lost.
     """
+    hangup = set_on(signal.SIGHUP)  # first: it would end the process while this imports and reads
     from producer.agent.agent import Agent
     from producer.config import sources
+    from producer.config.load import located
     from producer.host import memory
 
     memory.limit_arenas()
@@ -135,19 +117,11 @@ def run(
 
     def read() -> Any:
         with context.scope(cleanup=False):  # for a thread that reads the configuration again
-            return load(config).with_values(
-                kafka__brokers=brokers,
-                registry__url=registry,
-                capture__addresses=address,
-                capture__ports=port,
-                capture__pin=pin,
-                kubernetes__pods_url=pods_url,
-                state_dir=state_dir,
-            )
+            return load(config, **options)
 
-    agent = Agent(read(), read, lambda: sources.state(config))
+    agent = Agent(read(), read, lambda: sources.state(config), lambda: located(config))
     stop = stop_on_signals()
-    balances = agent.run(stop, set_on(signal.SIGHUP), duration)
+    balances = agent.run(stop, hangup, duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader
     text = printable("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))
     try:
@@ -165,15 +139,13 @@ def reload(config: Path | None, state_dir: Path | None) -> None:
     Prints the changed settings that need a restart. If the configuration is invalid, the one in force stays, and the
     producer's reason is printed.
     """
-    from producer.config.load import located
     from producer.host import state
     from producer.host.cgroups import cgroup2_root
     from producer.rules.resolve import resolve
 
-    settings = load(config, secrets=False).with_values(state_dir=state_dir)
+    settings = load(config, secrets=False, state_dir=state_dir)
     if config is not None:
-        with located(config):
-            resolve(settings, cgroup2_root()).tables()
+        resolve(settings, cgroup2_root()).tables()
     done = state.reload(settings.state_dir)
     echo(f"rules version {done.rules_version} is in force")
     if done.restart_needed:
@@ -189,7 +161,7 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
     from producer.commands.status import report
     from producer.health.status import table
 
-    found = report(load(config, secrets=False).with_values(state_dir=state_dir))
+    found = report(load(config, secrets=False, state_dir=state_dir))
     echo(to_json(found) if as_json else table(found))
 
 
@@ -199,10 +171,10 @@ def status(config: Path | None, state_dir: Path | None, as_json: bool) -> None:
 @option("--events", is_flag=True, help="Also print retransmissions and a sample of the transmits as they arrive.")
 @json_option
 def demo(duration: float, loss: float, events: bool, as_json: bool) -> None:
-    """Capture lossy test traffic and compare it with the kernel.
+    """Capture test traffic over a lossy link, and check the counts.
 
     Starts a producer and sends traffic between two network namespaces over a link that drops packets. Prints who lost
-    segments, where and why, and compares the number of events with the kernel's counters.
+    segments, where and why, and compares the events with the kernel's counters.
     """
     from producer.demo.demo import demo as run_demo
 
@@ -249,9 +221,7 @@ def check(
     if offline and config is None:
         usage("--offline needs --config")
     try:
-        settings = load(config, secrets=not offline).with_values(
-            kafka__brokers=brokers, registry__url=registry, state_dir=state_dir
-        )
+        settings = load(config, secrets=not offline, brokers=brokers, registry=registry, state_dir=state_dir)
     except ConfigError as error:
         if not as_json:
             raise

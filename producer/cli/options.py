@@ -1,5 +1,6 @@
 """Shared by the commands: help, options, environment variables, and loading the configuration."""
 
+import importlib.util
 import ipaddress
 import math
 import os
@@ -11,9 +12,11 @@ from typing import Any, NoReturn
 
 import click
 
-from producer.errors import UsageError
+from producer.errors import ConfigError, UnavailableError, UsageError
 from producer.host.output import echo
 
+_FILE = "producer.config"
+"""Where the context has the path of the configuration that was read."""
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
@@ -112,7 +115,7 @@ class Command(click.Command):
         self.examples = examples
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write what a filter can be, and the examples."""
+        """Write the kinds of filters, and the examples."""
         if {each.name for each in self.params} & {"filter_words", "filter_text"}:
             with formatter.section("Filters"):
                 formatter.write_dl(_FILTERS)
@@ -148,11 +151,16 @@ class Group(click.Group):
         return _help_by_echo(super().get_help_option(ctx))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. click would hide these two errors, which are bugs here."""
+        """Run the command, and add file and line to errors in settings."""
         try:
             return super().invoke(ctx)
-        except (BrokenPipeError, EOFError) as error:
+        except (BrokenPipeError, EOFError) as error:  # click would hide these bugs
             raise RuntimeError(f"unexpected {error!r}") from error
+        except ConfigError:
+            from producer.config.load import located
+
+            with located(ctx.meta.get(_FILE)):
+                raise
 
 
 def _help_by_echo(help_option: click.Option | None) -> click.Option | None:
@@ -174,7 +182,7 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 
 
 config_option = option(
-    "--config", type=click.Path(path_type=Path), help="Configuration file (TOML); conf.d/*.toml beside it are added."
+    "--config", type=click.Path(path_type=Path), help="Configuration (TOML), with conf.d/*.toml beside it."
 )
 brokers_option = option("--brokers", help="Kafka bootstrap servers, HOST:PORT[,...].")
 registry_option = option("--registry", help="URL of the schema registry (Confluent API).")
@@ -189,18 +197,44 @@ port_option = option("--port", type=click.IntRange(1, 65535), multiple=True, hel
 pin_option = option(
     "--pin", type=click.Path(path_type=Path), help="Keep hooks and rings in this bpffs folder across a crash."
 )
-quarantine_option = option(
-    "--quarantine", is_flag=True, help="Act on the messages that Kafka rejected instead of the spool."
-)
+quarantine_option = option("--quarantine", is_flag=True, help="Take the messages that Kafka rejected, not the spool.")
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def load(path: Path | None, *, secrets: bool = True) -> Any:
-    """Read the configuration. The option --log-level overrides its log level."""
+SETTINGS = {
+    "brokers": "kafka__brokers",
+    "registry": "registry__url",
+    "address": "capture__addresses",
+    "port": "capture__ports",
+    "state_dir": "state_dir",
+    "pin": "capture__pin",
+    "pods_url": "kubernetes__pods_url",
+}
+"""The setting that each of the options above overrides."""
+
+
+def settings_options(command: Any) -> Any:
+    """Add all of SETTINGS to a command."""
+    capture = pin_option(address_option(port_option(command)))
+    return brokers_option(registry_option(state_dir_option(pods_url_option(capture))))
+
+
+def load(path: Path | None, *, secrets: bool = True, **options: Any) -> Any:
+    """Read the configuration. These options, of SETTINGS, override it, and so does --log-level."""
     from producer.config import load
 
+    level = click.get_current_context().find_root().params.get("log_level")
+    values = {SETTINGS[name]: value for name, value in options.items()}
     config = load.load(path, secrets=secrets)
-    return config.with_values(log_level=click.get_current_context().find_root().params.get("log_level"))
+    click.get_current_context().meta[_FILE] = path
+    return config.with_values(log_level=level, **values)
+
+
+def require_packages(command: str, *packages: str) -> None:
+    """Raise UnavailableError with the fix if a package is missing."""
+    if missing := [each for each in packages if importlib.util.find_spec(each) is None]:
+        names = " and ".join(missing)
+        raise UnavailableError(f"`rebpf {command}` needs {names}: pip install '.[report]' in a checkout of ReBPF")
 
 
 def usage(message: str) -> NoReturn:

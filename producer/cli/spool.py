@@ -39,7 +39,7 @@ def spool_show(config: Path | None, state_dir: Path | None, as_json: bool) -> No
     """
     from producer.commands import spool_show
 
-    settings = load(config, secrets=False).with_values(state_dir=state_dir)
+    settings = load(config, secrets=False, state_dir=state_dir)
     found = spool_show.look(settings)
     if as_json:
         echo(to_json({topic: asdict(each) for topic, each in (found or {}).items()}))
@@ -58,7 +58,7 @@ def spool_verify(config: Path | None, state_dir: Path | None, as_json: bool) -> 
     from producer.commands import spool_show
     from producer.errors import IncompleteError
 
-    found = spool_show.verify(load(config, secrets=False).with_values(state_dir=state_dir))
+    found = spool_show.verify(load(config, secrets=False, state_dir=state_dir))
     if as_json:
         echo(to_json({name: each.as_dict() for name, each in found.items()}))
     else:
@@ -98,7 +98,7 @@ def spool_replay(
     from producer.commands import spool_replay
     from producer.errors import IncompleteError
 
-    settings = load(config).with_values(kafka__brokers=brokers, state_dir=state_dir)
+    settings = load(config, brokers=brokers, state_dir=state_dir)
     if settings.kafka.brokers is None:
         usage("spool replay needs --brokers")
     sent = spool_replay.replay(settings, stop_on_signals(), timeout_s=timeout, quarantine=quarantine)
@@ -128,7 +128,7 @@ def spool_drop(config: Path | None, state_dir: Path | None, quarantine: bool, ye
 
     if not yes:
         usage("spool drop deletes events, which cannot be recovered: confirm with --yes")
-    settings = load(config, secrets=False).with_values(state_dir=state_dir)
+    settings = load(config, secrets=False, state_dir=state_dir)
     dropped = spool_replay.drop_quarantine(settings) if quarantine else spool_replay.drop(settings)
     if as_json:
         echo(to_json({topic: {"dropped": count} for topic, count in dropped.items()}))

@@ -20,7 +20,7 @@ from producer.cli.options import (
     state_dir_option,
     usage,
 )
-from producer.cli.view import has_color, line_width
+from producer.cli.view import has_color, is_terminal, line_width
 from producer.host.output import echo
 from producer.host.signals import stop_on_signals
 from producer.host.text import lines
@@ -47,7 +47,7 @@ def init(
     """
     from producer.commands.init import create_topics, register_schemas
 
-    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    settings = load(config, brokers=brokers, registry=registry)
     if settings.kafka.brokers is None:
         usage("init needs --brokers")
     done = create_topics(settings, partitions, replication, alerts=alerts)
@@ -99,7 +99,7 @@ def tail(
     from producer.view.filter import parse
 
     chosen = Chosen(parse(" ".join(filter_words)) if filter_words else None, Period(since, until))
-    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry, state_dir=state_dir)
+    settings = load(config, brokers=brokers, registry=registry, state_dir=state_dir)
     facts: dict[str, Any] = {"brokers": settings.kafka.brokers, "registry": settings.registry.url}
     if settings.kafka.brokers is None:
         facts = state.running(settings.state_dir) or usage(
@@ -158,7 +158,7 @@ def verify(
     from producer.errors import IncompleteError, UnavailableError
     from producer.topics import topic as topic_of
 
-    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    settings = load(config, brokers=brokers, registry=registry)
     if settings.kafka.brokers is None:
         usage("verify needs --brokers")
     collect_rarely()
@@ -170,8 +170,8 @@ def verify(
         since=since_offset,
         client_settings=settings.kafka.settings,
     )
-    echo(verifying.show(reports, as_json=as_json))
+    echo(verifying.show(reports, as_json=as_json, width=line_width() if is_terminal() else None))
     if complaint := verifying.fault_summary(reports):
         raise IncompleteError(complaint)
     if host is not None and not any(report.boots for report in reports):
-        raise UnavailableError(f"no events of host {host}: see the hosts without --host")
+        raise UnavailableError(f"no events of host {host}: run it without --host to see the hosts")

@@ -19,6 +19,7 @@ from producer.cli.options import (
     load,
     option,
     registry_option,
+    require_packages,
     usage,
 )
 from producer.host.signals import stop_on_signals
@@ -66,10 +67,18 @@ filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1
 @option("--transmit", is_flag=True, help="Also show each segment sent.")
 @click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
 @option("--counts", "-c", is_flag=True, help="At the end, print counts by connection, and what limits each.")
-@option("--write", "-w", type=click.Path(path_type=Path, dir_okay=False), help="Also write the matching records here.")
-@option("--since", type=Time(), help="With -r: from this time on: 2026-11-29T15:00Z, or 1h for an hour ago.")
-@option("--until", type=Time(), help="With -r: before this time.")
-@option("--read", "-r", "replay", type=click.Path(path_type=Path, dir_okay=False), help="Read this file instead.")
+@option(
+    "--write", "-w", type=click.Path(path_type=Path, dir_okay=False), help="Also write matching records to this file."
+)
+@option("--since", type=Time(), help="With -r: start at this time: 2026-11-29T15:00Z, or 1h for an hour ago.")
+@option("--until", type=Time(), help="With -r: end before this time.")
+@option(
+    "--read",
+    "-r",
+    "replay",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Read this file instead: Avro or Parquet.",
+)
 @json_option
 def trace(
     filter_words: tuple[str, ...],
@@ -97,7 +106,9 @@ def trace(
     if replay is not None and (transmit or write is not None):
         usage("-r shows what is in the file: leave out --transmit and -w")
     if replay is None and (since, until) != (None, None):
-        usage("--since and --until need -r: this host is shown as it is now")
+        usage("--since and --until need -r FILE: without it, events are shown as they happen")
+    if replay is not None and replay.suffix == ".parquet":
+        require_packages("trace -r", "pyarrow")
     chosen = parse(" ".join(filter_words))
     width = line_width()
     lines = Lines(width, hosts=replay is not None and width > 100, color=has_color())
@@ -167,7 +178,7 @@ def top(
         least = f"expected at least {INTERVAL_S} with --brokers"
         usage(f"--window: {least}, since producers report open connections every {INTERVAL_S} s")
     stop = stop_on_signals()
-    settings = load(config).with_values(kafka__brokers=brokers, registry__url=registry)
+    settings = load(config, brokers=brokers, registry=registry)
     source: showing.Source = _fleet(settings, stop) if brokers else _of_this_host((RETRANSMITS, FLOWS), settings)
     name = printable(brokers or settings.host)
     choice = Choice(by=by, sort=sort, filter_text=text)

@@ -21,7 +21,7 @@ from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
 from producer.host.clock import boot_id
 from producer.host.exhausted import hidden
-from producer.host.state import check_owners, is_locked, pid
+from producer.host.state import check_lock, check_owners, is_locked, pid
 from producer.kernel import bpf_syscall
 from producer.kernel.btf import VMLINUX, Btf
 from producer.kernel.features import Features
@@ -38,6 +38,8 @@ PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _LEAST_BCC = (0, 26)  # the oldest version that is tested
 _MIB = 1 << 20
 _PARANOID_FOR_ROOT = 3
+_SERVICE_USER = "rebpf"
+"""Of deploy/systemd/rebpf.service."""
 
 
 def examine(config: Config, *, path: Path | None = None, servers: bool = True) -> list[Finding]:
@@ -230,24 +232,41 @@ def _endpoint(config: Config) -> Iterator[Finding]:
 
 def _folders(config: Config) -> Iterator[Finding]:
     problem = _unusable(config.state_dir) or _unsafe(config.state_dir)
-    if problem:
+    if os.geteuid() == 0 and _is_of_service(config.state_dir):
+        text = f"{config.state_dir} belongs to the service's user {_SERVICE_USER}: the service can use it, but not root"
+        yield Finding("state_dir", text, warns=True)
+        yield _space(config)
+    elif problem:
         yield Finding("state_dir", problem, ConfigError.exit_code)
     else:
         yield Finding("state_dir", f"{config.state_dir} is writable")
-        for name in ("spool", "quarantine"):
-            problem = _unusable(config.state_dir / name)
-            if problem:
-                yield Finding(f"state_dir/{name}", problem, ConfigError.exit_code)
-        yield from _unreadable(config)
+        unusable_folders = list(_unusable_folders(config))
+        yield from unusable_folders or _unreadable(config)
         yield _space(config)
     if config.capture.pin is not None:
         yield _pins(config.capture.pin)
 
 
+def _is_of_service(path: Path) -> bool:
+    try:
+        return path.owner() == _SERVICE_USER
+    except (OSError, KeyError):  # no such folder or user
+        return False
+
+
+def _unusable_folders(config: Config) -> Iterator[Finding]:
+    spooled = (f"spool/{stream.name}" for stream in STREAMS if spool_bytes(config, stream))
+    for name in ("spool", "quarantine", *spooled):
+        path = config.state_dir / name
+        if os.path.isdir(path) and (problem := _unusable(path)):  # anything else is renamed at a start
+            yield Finding(f"state_dir/{name}", problem, ConfigError.exit_code)
+
+
 def _unsafe(path: Path) -> str:
-    """Return why root must not write to the folder; empty if it may."""
+    """Return why root must not write to the folder, or why its lock cannot be opened; empty if neither is so."""
     try:
         check_owners(path)
+        check_lock(path)
     except ConfigError as error:
         return str(error)
     except OSError as error:
@@ -261,7 +280,7 @@ def _unusable(path: Path) -> str:
     user = os.geteuid()
     if not existing.is_dir():
         return f"{existing} is not a folder: remove it, or set state_dir to another path"
-    if os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
+    if os.access(existing, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
         return "" if _takes_files(existing) else f"{existing} holds no files: set state_dir to another folder"
     if os.statvfs(existing).f_flag & os.ST_RDONLY:
         return f"{existing} is read-only: mount -o remount,rw, or set state_dir to another folder"

@@ -89,23 +89,21 @@ def registry(config: Config) -> Iterator[Finding]:
         return
     heartbeats = heartbeat_topic(config)
     try:
-        with SchemaIds(config.registry, cache=None, attempts=1) as schemas:
-            for name, schema in published_schemas(config).items():
-                subject = f"schema {name}-value"
-                try:
-                    if not schemas.compatible(name, schema):
-                        text = f"registry {config.registry.url} has schemas that are incompatible with this version's: "
-                        text += "use another kafka.topic_prefix, or delete the subject and run `rebpf init`"
-                        yield Finding(
-                            subject, text, 0 if name == heartbeats else SchemaError.exit_code, available=False
-                        )
-                        continue
-                    number = schemas.look_up(name, schema)
-                except SchemaError as error:
-                    needed = name != heartbeats and not config.registry.register
-                    yield Finding(subject, str(error), error.exit_code if needed else 0, available=False)
-                else:
-                    yield Finding(subject, f"id {number}")
+        schemas = SchemaIds(config.registry, cache=None, attempts=1)
+        for name, schema in published_schemas(config).items():
+            subject = f"schema {name}-value"
+            try:
+                if not schemas.compatible(name, schema):
+                    text = f"registry {config.registry.url} has schemas that are incompatible with this version's: "
+                    text += "use another kafka.topic_prefix, or delete the subject and run `rebpf init`"
+                    yield Finding(subject, text, 0 if name == heartbeats else SchemaError.exit_code, available=False)
+                    continue
+                number = schemas.look_up(name, schema)
+            except SchemaError as error:
+                needed = name != heartbeats and not config.registry.register
+                yield Finding(subject, str(error), error.exit_code if needed else 0, available=False)
+            else:
+                yield Finding(subject, f"id {number}")
     except PermissionDenied as error:
         fix = "put USER:PASSWORD into the file named by registry.auth, or check registry.certificate"
         yield Finding("registry", f"{error}; {fix}", error.exit_code)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from producer.commands.finding import Finding
 from producer.config.effective import digest
-from producer.config.librdkafka import EMBEDDED
+from producer.config.librdkafka import TEST_BROKER
 from producer.config.load import Config, located
 from producer.errors import ConfigError, RebpfError
 from producer.health.web_config import WebSettings
@@ -37,7 +37,7 @@ def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
 def _create_client(config: Config) -> str:
     """Create Kafka's client as in `run`, but without the brokers, so that it does not connect."""
     client = producer_settings(config.kafka.brokers, config.kafka.settings)
-    brokers = {"bootstrap.servers", *EMBEDDED}
+    brokers = {"bootstrap.servers", *TEST_BROKER}
     Producer({name: value for name, value in client.items() if name not in brokers}).close()
     return ""
 

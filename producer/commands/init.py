@@ -58,9 +58,9 @@ def register_schemas(config: Config, *, alerts: bool = False) -> list[str]:
         ids = {**schema_ids(config), **({alerts_name: ALERT_ID} if alerts else {})}
         return ["no registry: schema ids are " + ", ".join(f"{name} {number}" for name, number in ids.items())]
     schemas = {**published_schemas(config), **({alerts_name: load_schema(ALERT_FILE)} if alerts else {})}
-    with SchemaIds(config.registry, cache=None) as registry:
-        lines = []
-        for name, schema in schemas.items():
-            registry.set_compatibility(name)
-            lines.append(f"schema {name}-value: id {registry.register(name, schema)}, {COMPATIBILITY}")
-        return lines
+    registry = SchemaIds(config.registry, cache=None)
+    lines = []
+    for name, schema in schemas.items():
+        registry.set_compatibility(name)
+        lines.append(f"schema {name}-value: id {registry.register(name, schema)}, {COMPATIBILITY}")
+    return lines

@@ -65,9 +65,6 @@ class Top:
         self._followed: str | None = None
         """The name of the selected line, while the selection follows it."""
         self._begin()
-        for records in source.earlier():
-            # As old as what rates no longer cover.
-            self._flows.add(records.select(self._filter(records)), self._forgot_s - HISTORY_S)
 
     def _begin(self) -> None:
         """Start to count."""
@@ -75,6 +72,9 @@ class Top:
         self._now_s = time.monotonic()
         self._reads_s = deque([self._now_s])  # the start of the current window, and later reads
         self._kernel = KernelCount()
+        for records in self._source.earlier():
+            # They arrived before the time that rates cover.
+            self._flows.add(records.select(self._filter(records)), self._now_s - HISTORY_S)
         if self._source.is_local:
             self._kernel.begin(self._take_in)
 

@@ -16,16 +16,17 @@ from producer.connections import Connections
 from producer.consume.period import Period
 from producer.errors import ReaderGoneError
 from producer.events import CAUSES, FLOWS, RETRANSMITS, Stream
+from producer.export.sources import read_file
 from producer.host.endpoints import endpoint
 from producer.host.output import echo
 from producer.host.signals import Flag
 from producer.host.text import printable, to_json
-from producer.view.file import RecordFile, read
+from producer.view.file import RecordFile
 from producer.view.filter import Filter
 from producer.view.limits import LIMITS, Interval, limits, spurious
 from producer.view.line import Lines, Record, failure_text, flow_key, is_event, who
 from producer.view.local import LocalSource
-from producer.view.records import Records
+from producer.view.records import Records, of_table
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Output:
 def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
     """Yield this host's records as they arrive; at the end, a last record of each open connection."""
     with source:
-        source.report()  # where the counters of open connections stand
+        source.report()  # the counters of open connections
         while not stop.is_set():
             yield source.read()
             stop.wait(_POLL_S)
@@ -61,9 +62,10 @@ def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
 
 def from_file(path: Path, period: Period, stop: Flag) -> Iterator[list[Records]]:
     """Yield the records of a file in a period."""
-    for records in read(path):
+    for part in read_file(path, {}, in_order=True):
         if stop.is_set():
             return
+        records = of_table(part.stream, part.table)
         yield [records.select(period.mask(records["ts_ns"].cells))]
 
 

@@ -1,6 +1,7 @@
 """`rebpf verify`: check topics for missing, duplicate and reordered events."""
 
 import logging
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -148,11 +149,15 @@ def verify(
     ]
 
 
-def show(reports: Sequence[TopicReport], *, as_json: bool) -> str:
-    """Return the reports as text, or as one JSON object."""
+def show(reports: Sequence[TopicReport], *, as_json: bool, width: int | None = None) -> str:
+    """Return the reports as text, whose lines are wrapped between fields if there is a width, or as one JSON object."""
     if as_json:
         return to_json({report.topic: report.as_dict() for report in reports}, compact=True)
-    return "\n".join(map(str, reports))
+    text = "\n".join(map(str, reports))
+    if width is None:
+        return text
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(wrapper.fill, text.splitlines()))
 
 
 def fault_summary(reports: Sequence[TopicReport]) -> str | None:
@@ -179,4 +184,4 @@ def _line(topic: str, boot: BootReport) -> str:
 
 
 def _time(ns: int) -> str:
-    return f"{np.datetime64(ns, 'ns')}Z"
+    return f"{np.datetime64(ns // 1_000_000, 'ms')}Z"

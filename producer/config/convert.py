@@ -83,12 +83,13 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
 
 
 def _text(value: Any, where: str) -> str:
-    """Return a librdkafka setting as text: TOML numbers and booleans are accepted."""
+    """Return a librdkafka setting as text: TOML numbers and booleans are accepted. Errors do not show secrets."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | int | float):
         return str(value)
-    raise ConfigError(f"{where}: expected a string, a number or a boolean, found {value!r}")
+    found = "a table: put a name with dots in quotes" if isinstance(value, dict) else "a list or a time"
+    raise ConfigError(f"{where}: expected a string, a number or a boolean, found {found}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

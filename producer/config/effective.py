@@ -29,7 +29,7 @@ AT_RELOAD = (
 """Settings that a reload applies to the running producer. All others need a restart."""
 _NOT_OF_THE_PRODUCER = ("alert.", "topics.")
 """Settings that only `rebpf alert` and `rebpf init` read, when they start."""
-_OF_THE_HOST = ("host", "labels.")
+_OF_THE_HOST = ("host", "labels.", "kubernetes.pods_url")
 """Settings that differ between hosts with the same configuration, so that the hash leaves them out."""
 
 _SECRET = re.compile(r"password|passphrase|secret|key\.pem|oauthbearer\.config")

@@ -26,6 +26,9 @@ AT_DEFAULT: Mapping[str, str] = {
     "delivery.report.only.error": "false",
     "enable.gapless.guarantee": "false",
     "message.send.max.retries": "2147483647",
+    # Otherwise the library takes brokers for old ones without idempotence, and delivers nothing.
+    "api.version.request": "true",
+    "api.version.fallback.ms": "0",
     "queuing.strategy": "fifo",
 }
 """The same, but at the library's default, so they are not passed on."""
@@ -105,8 +108,8 @@ FREE_OF_ALL = _names(
     socket.timeout.ms socket.blocking.max.ms socket.send.buffer.bytes socket.receive.buffer.bytes
     socket.keepalive.enable socket.nagle.disable socket.max.fails socket.connection.setup.timeout.ms
     broker.address.ttl broker.address.family connections.max.idle.ms reconnect.backoff.jitter.ms reconnect.backoff.ms
-    reconnect.backoff.max.ms retry.backoff.ms retry.backoff.max.ms api.version.request api.version.request.timeout.ms
-    api.version.fallback.ms broker.version.fallback security.protocol
+    reconnect.backoff.max.ms retry.backoff.ms retry.backoff.max.ms api.version.request.timeout.ms
+    broker.version.fallback security.protocol
     ssl.cipher.suites ssl.curves.list ssl.sigalgs.list ssl.key.location ssl.key.password ssl.key.pem
     ssl.certificate.location ssl.certificate.pem ssl.ca.location ssl.ca.pem https.ca.location https.ca.pem
     ssl.ca.certificate.stores ssl.crl.location ssl.keystore.location ssl.keystore.password
@@ -158,8 +161,8 @@ _FILES = _names(
 )
 """Files that the library opens, and that a pipe or a device must not stand for."""
 
-EMBEDDED: Mapping[str, str] = {"test.mock.num.brokers": "1"}
-EMBEDDED_PARTITIONS = 4
+TEST_BROKER: Mapping[str, str] = {"test.mock.num.brokers": "1"}
+TEST_BROKER_PARTITIONS = 4
 
 
 def decide(settings: Mapping[str, str]) -> None:
@@ -188,7 +191,7 @@ def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[st
     Raises ConfigError for settings that `decide` rejects, and for paths that are not regular files.
     """
     _check(settings)
-    where = {"bootstrap.servers": brokers} if brokers else EMBEDDED
+    where = {"bootstrap.servers": brokers} if brokers else TEST_BROKER
     codec = settings.get("compression.codec") or settings.get("compression.type", DEFAULTS["compression.codec"])
     defaults = {**DEFAULTS, **(_ZSTD_LEVEL if codec == "zstd" else {})}
     if _MOST_BACKOFF in settings:  # the library rejects a backoff above it

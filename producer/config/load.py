@@ -314,13 +314,13 @@ def _check_rules(rules: Any) -> None:
 
 @contextlib.contextmanager
 def located(path: Path | None) -> Iterator[None]:
-    """Add the file and the line to a ConfigError that begins with the path of a setting."""
+    """Add the file and the line to a ConfigError that begins with the path of a setting that a file has."""
     try:
         yield
     except ConfigError as error:
-        if path is None:
+        if path is None or not (files := sources.read(path)).has(error):
             raise
-        raise ConfigError(sources.read(path).message(error)) from error
+        raise ConfigError(files.message(error)) from error
 
 
 def read_secret(path: Path, where: str) -> str:

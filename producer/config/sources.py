@@ -5,6 +5,7 @@ Tables are merged. A value replaces that of an earlier file; lists of tables, su
 
 import contextlib
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,12 @@ class Sources:
     files: tuple[locate.Source, ...]
     table: Mapping[str, Any]
 
+    def has(self, error: ConfigError) -> bool:
+        """Return whether a file has the setting that the error's text begins with, and the text does not say so yet."""
+        is_located = any(str(error).startswith(f"{printable(str(each.path))}: ") for each in self.files)
+        is_setting = re.match(r"[\w.\[\]-]+:|rules? ", str(error)) is not None
+        return is_setting and not is_located and locate.find(self.files, str(error)) is not None
+
     def message(self, error: ConfigError) -> str:
         """Return the error's text with the file and the line of the setting that it begins with."""
         found = locate.find(self.files, str(error))
@@ -41,9 +48,15 @@ class Sources:
 
     def origins(self) -> dict[str, str]:
         """Return FILE:LINE of the line that sets each value, by the setting's path: `rules[2].port`."""
-        return {
+        found = {
             key: f"{printable(str(each.path))}:{line}" for each in self.files for key, line in locate.locations(each)
         }
+        for path in _paths(self.table):  # what is in an inline table has the table's line
+            above = path
+            while above and above not in found:
+                above = above.rpartition(".")[0]
+            found[path] = found.get(above, "")
+        return found
 
 
 def read(path: Path) -> Sources:
@@ -85,9 +98,9 @@ def _fragments(folder: Path) -> Sequence[Path]:
     """Return the files of conf.d; editors' hidden files are left out."""
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".toml") and not name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
     except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and not folder.is_symlink():
+            return ()
         raise ConfigError(f"{printable(str(folder))}: {getattr(error, 'strerror', error)}") from error
     if len(names) > _MAX_FILES:
         raise ConfigError(f"{printable(str(folder))}: expected at most {_MAX_FILES} files, found {len(names)}")
@@ -120,6 +133,15 @@ def _lengths(table: Mapping[str, Any], path: str = "") -> dict[str, int]:
         elif isinstance(value, dict):
             found |= _lengths(value, f"{path}{key}.")
     return found
+
+
+def _paths(table: Mapping[str, Any], path: str = "") -> list[str]:
+    """Return the paths of all values that are not tables."""
+    return [
+        found
+        for key, value in table.items()
+        for found in (_paths(value, f"{path}{key}.") if isinstance(value, dict) else [path + key])
+    ]
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Addresses in records: whoever may write to a topic chooses their text, so it may be none."""
+"""Addresses in records: whoever may write to a topic chooses their text, so it may not be an address."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 @lru_cache(1 << 16)
 def parsed(text: str) -> IPv4Address | IPv6Address | None:
-    """Return an address; None if the text is none."""
+    """Return an address; None if the text is not one."""
     try:
         return ip_address(text)
     except ValueError:
@@ -21,7 +21,7 @@ def is_within(text: str, networks: Iterable[IPv4Network | IPv6Network]) -> bool:
 
 
 def subnet(text: str, prefix: int = 24, prefix_v6: int = 64) -> str:
-    """Return the network of an address, by the number of its bits; a text that is no address stays as it is."""
+    """Return an address's network, with these prefix lengths; other text is returned as it is."""
     address = parsed(text)
     if address is None:
         return text

@@ -113,7 +113,9 @@ class Decoder:
             rejected += [Rejected(int(rows[at]), _reason(table.status[at], schema_id)) for at in bad.tolist()]
         return joined(fields, parts), rejected
 
-    def tables(self, values: Values, names: frozenset[str] | None) -> tuple[list[tuple[Ints, Table]], list[Rejected]]:
+    def tables(
+        self, values: Values, names: frozenset[str] | None = None
+    ) -> tuple[list[tuple[Ints, Table]], list[Rejected]]:
         """Return the fields of these names, or all, by schema, each table with its rows; and the rejected values.
 
         Unlike `columns`, this takes fields that may be null, and a schema need not have them.

@@ -8,9 +8,9 @@ from enum import IntEnum
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import ClusterMetadata
 
-from producer.consume.reader import finds_times
 from producer.errors import UnavailableError
 from producer.host.progress import Progress
+from producer.kafka.confluent import is_test_broker
 from producer.kafka.consumer import QuietConsumer
 
 _LOG = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Follower:
 
     def _first(self, topic: str, number: int, found: ClusterMetadata) -> int:
         is_new = (topic, number) not in self._existing
-        return Start.BEGINNING if is_new or (self._start > 0 and not finds_times(found)) else self._start
+        return Start.BEGINNING if is_new or (self._start > 0 and is_test_broker(found)) else self._start
 
     def _assign(self, partitions: list[TopicPartition]) -> None:
         if timed := [each for each in partitions if each.offset > 0]:

@@ -9,11 +9,11 @@ from operator import ne
 from typing import NamedTuple
 
 from confluent_kafka import KafkaError, Message, TopicPartition
-from confluent_kafka.admin import ClusterMetadata
 
 from producer.consume.audit import ALL
 from producer.errors import UnavailableError
 from producer.host.progress import Progress
+from producer.kafka.confluent import is_test_broker
 from producer.kafka.consumer import QuietConsumer
 
 _METADATA_TIMEOUT_S = 5
@@ -22,10 +22,6 @@ _POLL_S = 0.1
 _BATCH = 10_000
 _SKEW_MS = 60_000
 """Allowance for clock differences between hosts and for delivery time."""
-
-
-_TEST_CLUSTER = "mockCluster"
-"""How the id of the in-process test broker begins."""
 
 
 class PartitionId(NamedTuple):
@@ -41,11 +37,6 @@ def collect_rarely() -> None:
     Messages come in batches of thousands and are freed together: collections in between are a tenth of a reader's cost.
     """
     gc.set_threshold(100_000)
-
-
-def finds_times(found: ClusterMetadata) -> bool:
-    """Return whether brokers find messages by time: the in-process test broker says that none is as late."""
-    return not (found.cluster_id or "").startswith(_TEST_CLUSTER)
 
 
 def by_partition(messages: list[Message]) -> list[tuple[PartitionId, list[Message]]]:
@@ -131,7 +122,8 @@ class TopicReader:
 
     def _partitions(self, topic: str) -> list[PartitionId]:
         found = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S)
-        self._finds_times, metadata = finds_times(found), found.topics[topic]
+        # The test broker says of any time that no message is as late.
+        self._finds_times, metadata = not is_test_broker(found), found.topics[topic]
         if metadata.error is not None:
             if self._skip_missing and metadata.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return []

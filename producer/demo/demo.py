@@ -50,7 +50,7 @@ _CONFIG = "capture.flow_interval_s = 1\n"
 _ERRORS = {error.exit_code: error for error in (PermissionDenied, BusyError, ConfigError)}
 
 
-def demo(*, duration_s: float = 20.0, loss: float = 0.01, as_json: bool, show_events: bool = False) -> int:
+def demo(*, duration_s: float, loss: float, as_json: bool, show_events: bool) -> int:
     """Run the demo and print what was lost and the comparison; with `as_json` as one JSON object. Return the exit code.
 
     With `show_events`, also print retransmissions and a sample of the transmits.

@@ -17,6 +17,7 @@ _REST_CAUSES = ("rto", "tlp", "other")
 _SYN_ACK = 0x12
 _LOSSES = {
     "nested": "the kernel skipped runs in which a program would have interrupted itself",
+    "unseen": "the kernel ran no program for them",
     "ring_full": "the agent was too slow, and the ring was full",
 }
 
@@ -152,8 +153,8 @@ def reasons(tally: Tally, comparison: Comparison, balance: Mapping[str, Any]) ->
     """Explain differences by the producer's balance and the events; empty if there are none."""
     found = _losses(tally, balance)
     skipped = tally.marked_retransmits - tally.retransmitted.total()
-    nested = any("nested" in account["lost"] for account in balance.values())
-    if skipped > 0 and not nested and not comparison.marked_retransmits.difference:
+    is_told = any({"nested", "unseen"} & account["lost"].keys() for account in balance.values())
+    if skipped > 0 and not is_told and not comparison.marked_retransmits.difference:
         found.append(
             f"{skipped} segments are marked as retransmitted in the transmit topic, but not in the retransmit topic:"
             " this kernel did not run the retransmit hook for them"

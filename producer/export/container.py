@@ -8,7 +8,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,7 +24,6 @@ from producer.consume.plan import Plan, plan_for_all, plan_for_names
 from producer.errors import IncompleteError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export.part import Part
-from producer.spool.files import SPOOL_SUFFIX
 from producer.spool.format import Reader, Spooled, read_header
 
 STREAMS = {"TcpTransmit": TRANSMITS, "TcpRetransmit": RETRANSMITS, "TcpFlow": FLOWS}
@@ -35,30 +34,20 @@ _BRANCH_BYTES = 1
 _ROWS = 10_000
 
 
-def container_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, and those with the suffix .avro in folders; UnavailableError if there are none."""
-    found: list[Path] = []
-    for path in paths:
-        found += sorted(path.rglob(f"*{SPOOL_SUFFIX}")) if path.is_dir() else [path]
-    if not found:
-        where = ", ".join(map(str, paths))
-        raise UnavailableError(f"no {SPOOL_SUFFIX} files in {where}: expected a spool, or files of `rebpf trace -w`")
-    return found
-
-
-def read_container(path: Path, names: Mapping[Stream, frozenset[str]]) -> Iterator[Part]:
+def read_container(path: Path, names: Mapping[Stream, frozenset[str]], *, in_order: bool = False) -> Iterator[Part]:
     """Yield the events of a file, with the fields `names` of its stream, or all.
 
-    Raises UnavailableError if it cannot be opened or has no events of ours, IncompleteError if it is damaged.
+    A file of several streams takes longer if `in_order`. Raises UnavailableError if it cannot be opened or has no
+    events of ours, IncompleteError if it is damaged.
     """
     try:
         with path.open("rb") as file:
-            yield from _parts(path, file, names)
+            yield from _parts(path, file, names, in_order=in_order)
     except OSError as error:
         raise UnavailableError(f"{path}: {error.strerror or error}") from error
 
 
-def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -> Iterator[Part]:
+def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]], *, in_order: bool) -> Iterator[Part]:
     try:
         blocks = Blocks(file)
         text = blocks.metadata["avro.schema"]
@@ -73,8 +62,9 @@ def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -
             streams = {each["name"]: STREAMS[each["name"].rpartition(".")[2]] for each in union}
         except (NotAccepted, LookupError) as error:
             raise UnavailableError(f"{path}: has no events of ReBPF") from error
-        plans = {each["name"]: _plan(json.dumps(each), names.get(streams[each["name"]])) for each in union}
-        for name, values in _of_union(path, blocks, union):
+        plans = {each["name"]: plan_of(json.dumps(each), names.get(streams[each["name"]])) for each in union}
+        runs = _of_union(path, blocks, union)
+        for name, values in runs if in_order else _joined(runs):
             yield Part(streams[name], _whole(path, decode(values, plans[name])))
         return
     is_spool = "rebpf.format" in blocks.metadata
@@ -83,29 +73,43 @@ def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]]) -
         stream = STREAMS[_event(text)["name"].rpartition(".")[2]]
     except (NotAccepted, LookupError, TypeError, StopIteration) as error:
         raise UnavailableError(f"{path}: has no events of ReBPF") from error
-    plan = _plan(text, names.get(stream))
-    batches = _spooled(path, file, stream) if is_spool else _records(path, blocks, _plan(text, frozenset()).steps)
+    plan = plan_of(text, names.get(stream))
+    batches = _spooled(path, file, stream) if is_spool else _records(path, blocks, plan_of(text, frozenset()).steps)
     for values in batches:
         yield Part(stream, _whole(path, decode(values, plan)))
 
 
 def _of_union(path: Path, blocks: Blocks, union: list[Any]) -> Iterator[tuple[str, Values]]:
-    """Yield the names of the records' schemas, and records of each, with an empty frame."""
+    """Yield runs of records of one schema, with its name; each record has an empty frame."""
     schema: Any = union
-    waiting: dict[str, Values] = {each["name"]: [] for each in union}
+    last, values = "", Values()
     try:
         for count, data in blocks:
             block = io.BytesIO(data)
             for _ in range(count):
                 start = block.tell() + _BRANCH_BYTES
                 name, _ = cast(Any, fastavro.schemaless_reader(block, schema, None, return_record_name=True))
-                waiting[name].append(_FRAME + data[start : block.tell()])
-                if len(waiting[name]) == _ROWS:
-                    yield name, waiting[name]
-                    waiting[name] = []
+                if values and (name != last or len(values) == _ROWS):
+                    yield last, values
+                    values = []
+                last = name
+                values.append(_FRAME + data[start : block.tell()])
+            if block.tell() != len(data):
+                raise ValueError("a block has more than its records")
     except Exception as error:  # of fastavro, too, since blocks may have any content
         raise IncompleteError(f"{path}: damaged: {error}") from error
-    yield from ((name, values) for name, values in waiting.items() if values)
+    if values:
+        yield last, values
+
+
+def _joined(runs: Iterator[tuple[str, Values]]) -> Iterator[tuple[str, Values]]:
+    """Join the runs of each schema, which may be of a record each."""
+    waiting: dict[str, Values] = {}
+    for name, values in runs:
+        waiting.setdefault(name, []).extend(values)
+        if len(waiting[name]) >= _ROWS:
+            yield name, waiting.pop(name)
+    yield from waiting.items()
 
 
 # Files have few different schemas, and a plan costs as much as hundreds of events.
@@ -115,7 +119,7 @@ def _event(schema: str) -> Any:
 
 
 @functools.lru_cache(16)
-def _plan(schema: str, names: frozenset[str] | None) -> Plan:
+def plan_of(schema: str, names: frozenset[str] | None) -> Plan:
     """Return the plan for events of a schema, with the fields `names`, or all."""
     return plan_for_all(_event(schema)) if names is None else plan_for_names(_event(schema), names)
 

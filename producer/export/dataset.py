@@ -20,7 +20,6 @@ import pyarrow.parquet
 from producer.errors import UnavailableError
 from producer.events import Stream
 
-FORMATS = ("parquet", "csv")
 _ROWS = 1 << 17
 """Rows of a row group."""
 _CSV = pyarrow.csv.WriteOptions(batch_size=1 << 14)
@@ -93,7 +92,7 @@ class Dataset:
 
     def _open(self, stream: Stream, day: int, schema: Any) -> _Part:
         if len(self._parts) >= _MOST_FILES:
-            raise UnavailableError(f"the events are of more than {_MOST_FILES} days: set --since and --until")
+            raise UnavailableError(f"the events cover more than {_MOST_FILES} days: set --since and --until")
         folder = self._folder / stream.topic / f"date={np.datetime64(day, 'D')}"
         folder.mkdir(parents=True, exist_ok=True)
         part = _Part(folder / self._name, None)

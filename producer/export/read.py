@@ -15,7 +15,8 @@ from producer.errors import UsageError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export.arrow import schema_of
 from producer.export.events import record_batches
-from producer.export.sources import Files, Topics
+from producer.export.parquet import open_parquet
+from producer.export.sources import PARQUET, Files, Topics
 from producer.host.when import parse_time
 
 STREAMS: Mapping[str, Stream] = {stream.topic: stream for stream in (TRANSMITS, RETRANSMITS, FLOWS)}
@@ -44,12 +45,13 @@ def read(
         raise UsageError("give either files or brokers")
     stream, now_ns = STREAMS[topic], time.time_ns()
     period = Period(parse_time(since, now_ns) if since else None, parse_time(until, now_ns) if until else None)
-    schema = schema_of(stream, frozenset(columns) if columns is not None else None)
+    schema = schema_of(stream, frozenset((*columns, "ts_ns")) if columns is not None else None)
     if columns is not None and (missing := set(columns) - set(schema.names)):
         raise UsageError(f"{topic} has no column {', '.join(sorted(missing))}")
     folders = list(map(Path, paths))
-    if parquet := [each for path in folders for each in _parquet_files(path, topic)]:
-        table = _of_parquet(parquet, schema, period)
+    parquet = [_parquet_files(path, topic) for path in folders]
+    if paths and all(parquet):
+        table = _of_parquet([file for files in parquet for file in files], schema, period)
     elif paths:
         table = _of_source(Files(folders), stream, schema, period)
     else:
@@ -61,34 +63,22 @@ def read(
 
 def _parquet_files(path: Path, topic: str) -> list[Path]:
     """Return the files of a topic, if this is a folder of an export, or a topic's folder in one."""
-    if path.suffix == ".parquet":
-        return [path]
     folder = path if path.name == topic or path.name.startswith("date=") else path / topic
-    return sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
+    return sorted(folder.rglob(f"*{PARQUET}")) if folder.is_dir() else []
 
 
 def _of_parquet(files: Sequence[Path], schema: Any, period: Period) -> Any:
-    # Texts as dictionaries, as from the other sources.
-    texts = [field.name for field in schema if pa.types.is_dictionary(field.type)]
-    options = pa.dataset.ParquetReadOptions(dictionary_columns=texts)
-    dataset = pa.dataset.dataset(list(map(str, files)), format=pa.dataset.ParquetFileFormat(read_options=options))
-    present = [name for name in schema.names if name in dataset.schema.names]
-    time_ns, wanted = pa.dataset.field("ts_ns"), None
+    time_ns, wanted = pyarrow.dataset.field("ts_ns"), None
     if period.since_ns is not None:
         wanted = time_ns >= period.since_ns
     if period.until_ns is not None:
         wanted = time_ns < period.until_ns if wanted is None else wanted & (time_ns < period.until_ns)
-    table = dataset.to_table(columns=present, filter=wanted)
-    for name in schema.names:
-        if name not in present:  # a field of a newer version
-            table = table.append_column(schema.field(name), pa.nulls(len(table), schema.field(name).type))
-    return table.select(schema.names)
+    return open_parquet(files, schema).to_table(filter=wanted)
 
 
 def _of_source(source: Files | Topics, stream: Stream, schema: Any, period: Period) -> Any:
-    names = frozenset(schema.names) | {"ts_ns"}
-    found = record_batches(source, period, {stream: names}, lambda done, total: None)
+    found = record_batches(source, period, {stream: frozenset(schema.names)}, lambda done, total: None)
     batches = [batch for each, batch in found if each == stream]
     if not batches:
         return schema.empty_table()
-    return pa.Table.from_batches(batches).unify_dictionaries().select(schema.names)
+    return pa.Table.from_batches(batches).unify_dictionaries()

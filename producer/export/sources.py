@@ -12,8 +12,9 @@ from producer.consume.decode import Decoder
 from producer.consume.reader import TopicReader
 from producer.errors import UnavailableError
 from producer.events import Stream
-from producer.export.container import container_files, read_container
+from producer.export.container import read_container
 from producer.export.part import Part
+from producer.spool.files import SPOOL_SUFFIX
 
 Names = Mapping[Stream, frozenset[str]]
 """The fields to read, by stream; all of the streams that are not in it."""
@@ -23,15 +24,31 @@ _DELAY_MS = 60_000
 """Messages are read from this long before the period, in case the clock was set back before an event was sent."""
 
 
+PARQUET = ".parquet"
+
+
+def read_file(path: Path, names: Names, *, in_order: bool = False) -> Iterator[Part]:
+    """Yield the events of a Parquet or Avro file (see read_container); the former needs pyarrow."""
+    if path.suffix == PARQUET:
+        from producer.export.parquet import read_parquet
+
+        return read_parquet(path, names)
+    return read_container(path, names, in_order=in_order)
+
+
 def _silent(done: int, total: int) -> None:
     pass
 
 
 class Files:
-    """Avro files, or folders of them."""
+    """Avro and Parquet files, or folders of them. Raises UnavailableError if there are none."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._files = container_files(paths)
+        self._files = [file for path in paths for file in _files(path)]
+        if not self._files:
+            where = ", ".join(map(str, paths))
+            kinds = "an export to Parquet, a spool, or files of `rebpf trace -w`"
+            raise UnavailableError(f"no {SPOOL_SUFFIX} or {PARQUET} files in {where}: expected {kinds}")
         self.undecodable = 0
 
     def parts(self, names: Names, progress: Progress = _silent) -> Iterator[Part]:
@@ -40,7 +57,7 @@ class Files:
         read = 0
         for path, size in zip(self._files, sizes, strict=True):
             progress(read, sum(sizes))
-            yield from read_container(path, names)
+            yield from read_file(path, names)
             read += size
 
     def complete_from_ms(self, stream: Stream) -> float:
@@ -101,6 +118,13 @@ class Topics:
             decoded = table.status == 0
             if decoded.any():
                 yield Part(stream, table, partitions[rows], sent_ms[rows])
+
+
+def _files(path: Path) -> list[Path]:
+    """Return a file, or those of a folder."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for suffix in (SPOOL_SUFFIX, PARQUET) for file in path.rglob(f"*{suffix}"))
 
 
 def _size(path: Path) -> int:

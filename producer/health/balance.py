@@ -7,6 +7,7 @@ from typing import Any
 STAGES: Mapping[str, str] = {
     "ring_full": "kernel",
     "nested": "kernel",
+    "unseen": "kernel",
     "old_ring": "hooks",
     "ring_damaged": "ring",
     "encode": "encode",
@@ -29,9 +30,10 @@ class Balance:
 
         passed = delivered + in_flight + spooled + in_ring + the sum of lost
 
-    `passed` includes runs that the kernel skipped because the program would have interrupted itself, lost as `nested`:
-    the filter might have dropped them. Each event counts once: `in_ring` is not read yet, `spooled` is on disk,
-    `in_flight` is sent but not acknowledged (and may be on disk, too).
+    `passed` includes runs that the kernel skipped because the program would have interrupted itself, lost as `nested`,
+    and retransmissions for which it ran none, lost as `unseen`: the filter might have dropped them. Each event counts
+    once: `in_ring` is not read yet, `spooled` is on disk, `in_flight` is sent but not acknowledged (and may be on disk,
+    too).
     """
 
     passed: int

@@ -32,9 +32,13 @@ class StatusBoard:
 
     def step(self, status: Callable[[], Status]) -> None:
         """Record a step of the loop; publish a status if a thread waits for one."""
-        self._stepped_at = time.monotonic()
+        self.note()
         if self._requested or self._status is None:
             self.publish(status())
+
+    def note(self) -> None:
+        """Record a step of the loop."""
+        self._stepped_at = time.monotonic()
 
     def publish(self, status: Status) -> None:
         """Publish a status."""

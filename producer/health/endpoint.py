@@ -44,9 +44,13 @@ from producer.health.passwords import Passwords
 from producer.health.web_config import WebConfig, WebSettings
 from producer.host import state_file
 from producer.host.endpoints import endpoint
+from producer.host.log_limit import LogLimit
+from producer.host.lookup import Lookup
 
 logger = logging.getLogger(__name__)
 
+_LOOKUP_S = 1.0
+_REPEAT_LOG_S = 3600.0
 _VISIT_TIMEOUT_S = 5.0
 _MAX_VISITORS = 32
 _MAX_WAITING_PER_PAGE = 8
@@ -77,28 +81,28 @@ class Endpoint:
     ) -> None:
         self._registry = registry or metrics.registry(board.last, board.idle_s)
         self._host, self._port, self._board = host, port, board
+        self._lookup = Lookup(host)
         self._web = web or WebSettings(None)
         self._local = local
         self._stack = contextlib.ExitStack()
-        self._last_error = ""
+        self._log_limit = LogLimit(_REPEAT_LOG_S)
         self.url: str | None = None
         """URL of the endpoint."""
 
     def __enter__(self) -> "Endpoint":
-        self.open()
+        self.open(_LOOKUP_S)
         return self
 
-    def open(self) -> None:
-        """Serve, unless it does already or the port is not available."""
+    def open(self, wait_s: float = 0.0) -> None:
+        """Serve, unless it does already, the port is not available, or the name is not resolved within `wait_s`."""
         if self.url:
             return
         try:
-            server = _Server(self._host, self._port, self._board, self._web, self._registry)
+            server = _Server(self._lookup.address(wait_s), self._port, self._board, self._web, self._registry)
             self._stack.enter_context(_running(server, "endpoint"))
         except OSError as error:
-            if (reason := error.strerror or str(error)) != self._last_error:
+            if self._log_limit.allows(reason := error.strerror or str(error)):
                 logger.warning("metrics: no endpoint at %s port %d: %s", self._host, self._port, reason)
-            self._last_error = reason
             return
         scheme = "https" if self._web.current().tls else "http"
         self.url = f"{scheme}://{endpoint(self._host, server.server_address[1])}"
@@ -364,7 +368,7 @@ def _metrics(visit: _Visit) -> Answer:
     encode: Callable[[CollectorRegistry], bytes]
     try:
         encode, kind = choose_encoder(visit.headers.get("Accept", ""))
-    except (TypeError, ValueError):  # a version that is no number
+    except (TypeError, ValueError):  # a version that is not a number
         encode, kind = choose_encoder("")
     return HTTPStatus.OK, kind, encode(visit.server.metrics)
 

@@ -1,16 +1,18 @@
 """The producer's status: the same for heartbeats, metrics and `rebpf status`."""
 
+import functools
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from producer.errors import UnavailableError
 from producer.events import Topic
 from producer.health.balance import Balance, stage
 from producer.host.text import lines
+
+_STATM_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,14 @@ class Status:
 
 def usage() -> tuple[float, int]:
     """Return this process's CPU seconds so far, of all threads, and its resident bytes."""
-    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    resident_pages = int(os.pread(_statm(), _STATM_BYTES, 0).split()[1])
     return time.process_time(), resident_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@functools.cache
+def _statm() -> int:
+    """Return a descriptor of the file with this process's memory: later there may be none free to open it."""
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def summary(status: Status) -> str:
@@ -108,7 +116,7 @@ _COUNTS = ("passed", "delivered", "in_flight", "spooled", "in_ring")
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Format the result of `Status.as_dict`: the state and its reasons, one row per topic, and losses.
+    """Format the result of `Status.as_dict`: the state and its reasons, one column per topic, and losses.
 
     Raises UnavailableError if `report` is not a status, because something else answers at the address.
     """
@@ -123,8 +131,8 @@ def _table(report: Mapping[str, Any]) -> str:
     facts = " ".join(f"{name}={report[name]}" for name in ("host", "version", "pid", "rules_version"))
     config = f" config={report['config_hash']}" if report.get("config_hash") else ""
     labels = " ".join(f"{name}={value}" for name, value in report.get("labels", {}).items())
-    rows = [("topic", "hook", *_COUNTS, "lost", "ring", "spool"), *map(_row, report["streams"])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = [("topic", "hook", *_COUNTS, "lost", "ring", "spool"), *map(_column, report["streams"])]
+    widths = [max(map(len, column)) for column in columns]
     return lines(
         [
             report["state"],
@@ -132,7 +140,7 @@ def _table(report: Mapping[str, Any]) -> str:
             *(f"  needs a restart: {setting}" for setting in report.get("restart_needed", ())),
             f"{facts}{config} cpu={report['cpu_s']:.1f}s rss={_mebibytes(report['rss_bytes'])}",
             *([f"labels {labels}"] if labels else []),
-            *("  ".join(map(str.rjust, row, widths)) for row in rows),
+            *("  ".join(map(str.rjust, row, widths)) for row in zip(*columns, strict=True)),
             *(
                 f"lost topic={stream['topic']} stage={loss['stage']} reason={loss['reason']} count={loss['count']}"
                 for stream in report["streams"]
@@ -142,7 +150,7 @@ def _table(report: Mapping[str, Any]) -> str:
     )
 
 
-def _row(stream: Mapping[str, Any]) -> tuple[str, ...]:
+def _column(stream: Mapping[str, Any]) -> tuple[str, ...]:
     lost = sum(loss["count"] for loss in stream["lost"])
     return (
         stream["topic"],

@@ -75,6 +75,7 @@ class UtcOffset:
         return after - before, utc - (before + after) // 2
 
 
+@cache
 def boot_id() -> str:
     """Return this boot's id."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

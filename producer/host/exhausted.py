@@ -1,4 +1,4 @@
-"""What any call can meet and is no defect of the program: limits on memory, processes and files, and hidden files."""
+"""Failures that any call can meet and that are no bugs: limits on memory, processes and files, and hidden files."""
 
 import contextlib
 import errno

@@ -98,7 +98,7 @@ def exchange(
             if stop is not None and stop.is_set():
                 raise Stopped(f"stopped while waiting for {request.host}")
             if time.monotonic() >= attempt.deadline:
-                raise ExchangeError(f"no complete answer within {timeout_s:g} s")
+                raise ExchangeError(f"no complete response within {timeout_s:g} s")
     finally:
         attempt.abandon()
     if attempt.answer is None:
@@ -129,12 +129,12 @@ def _answer(
         while piece := response.read1(_PIECE_BYTES):
             body += piece
             if len(body) > most_bytes:
-                raise ExchangeError(f"the answer is longer than {most_bytes} bytes")
+                raise ExchangeError(f"the response is longer than {most_bytes} bytes")
             if time.monotonic() >= attempt.deadline:
-                raise ExchangeError("the answer takes too long")
+                raise ExchangeError("the response takes too long")
         expected = response.headers.get("Content-Length")
         if expected is not None and expected != str(len(body)) and response.headers.get("Transfer-Encoding") is None:
-            raise ExchangeError(f"the answer ends after {len(body)} of {expected[:20]} bytes")
+            raise ExchangeError(f"the response ends after {len(body)} of {expected[:20]} bytes")
         return Answer(response.status, printable(response.headers.get_content_type()), bytes(body))
 
 
@@ -173,6 +173,6 @@ class _Tls(HTTPSHandler):
 
 
 def _with(attempt: _Attempt, connection: HTTPConnection) -> HTTPConnection:
-    """Let a connection connect through the attempt: http.client has no public way before a proxy's answer."""
+    """Let a connection connect through the attempt: http.client has no public way before a proxy's response."""
     connection._create_connection = attempt.connect  # type: ignore[attr-defined]
     return connection

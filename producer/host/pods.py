@@ -52,7 +52,7 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class PodSource:
-    """Where the list is, and how to be let in. The files are read for each list, since tokens expire."""
+    """Where the list is, and the credentials for it. The files are read for each list, since tokens expire."""
 
     url: str
     token: Path

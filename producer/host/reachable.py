@@ -23,7 +23,7 @@ def unreachable(brokers: Sequence[Broker], timeout_s: float = _TIMEOUT_S) -> dic
 
     def look() -> None:
         for broker in pending:
-            found[broker] = f"no answer within {timeout_s:g} s"
+            found[broker] = f"no response within {timeout_s:g} s"
             found[broker] = _reason(broker, timeout_s)
 
     # Name resolution has no configurable timeout, hence the threads.

@@ -2,7 +2,8 @@
 
 SIGINT, SIGTERM   an orderly stop; the second one terminates the process at once with 130
 SIGHUP            `rebpf run` reloads its configuration; other commands end, as when their terminal closes
-SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO   ignored: by default, a stray one would terminate the process
+SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, real-time signals
+                  ignored: by default, a stray one would terminate the process
 SIGPIPE           ignored by Python: a write raises BrokenPipeError
 SIGQUIT           the kernel's default: terminates the process with a core dump
 SIGWINCH, SIGCONT no effect; after SIGSTOP and SIGCONT, a command continues
@@ -21,7 +22,10 @@ from typing import Any, Protocol
 
 QUIT_NOW = 130
 
-_IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO)
+_IGNORED = (
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR),
+    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+)
 _READ_BYTES = 4096
 _INTERRUPTED = "interrupted"
 
@@ -65,8 +69,6 @@ def _listen() -> _Wakeup:
     global _wakeup
     if _wakeup is None:
         _wakeup = _Wakeup()
-        for number in _IGNORED:
-            signal.signal(number, signal.SIG_IGN)
     return _wakeup
 
 
@@ -127,7 +129,15 @@ _stops: list[SignalFlag] = []
 
 
 def reset() -> None:
-    """Undo what the parent may have left to us: blocked signals, and an ignored SIGCHLD, which hides exit codes."""
+    """Ignore stray signals, and undo what the parent may have left: blocked ones, and an ignored SIGCHLD.
+
+    Without SIGCHLD, exit codes of children are lost. SIGINT raises KeyboardInterrupt again, unless the parent ignores
+    it (see producer.cli).
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 

@@ -122,17 +122,29 @@ def _open_lock(path: Path) -> int:
     try:
         if os.geteuid() == 0:  # the folder that was opened, not the path
             _check_owner(path, os.fstat(folder).st_uid)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        lock = os.open("lock", flags, 0o600, dir_fd=folder)
+        return _open_file(path, os.O_CREAT, folder)
+    finally:
+        os.close(folder)
+
+
+def _open_file(path: Path, flags: int = 0, folder: int | None = None) -> int:
+    """Open the file of a lock, in the state folder `path` or in `folder`. Raises ConfigError."""
+    name = path / "lock" if folder is None else "lock"
+    try:
+        lock = os.open(name, flags | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=folder)
     except OSError as error:
         why = "a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise ConfigError(f"state_dir {path}: cannot open the file `lock`: {why}") from error
-    finally:
-        os.close(folder)
     if not stat.S_ISREG(os.fstat(lock).st_mode):
         os.close(lock)
         raise ConfigError(f"state_dir {path}: `lock` is not a regular file: remove it")
     return lock
+
+
+def check_lock(path: Path) -> None:
+    """Raise ConfigError if the file of the lock exists and cannot be opened."""
+    if os.path.lexists(path / "lock"):
+        os.close(_open_file(path))
 
 
 def check_owners(path: Path) -> None:

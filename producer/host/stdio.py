@@ -94,7 +94,7 @@ def _count_dropped() -> None:
 
 
 def _dropped_record(count: int) -> logging.LogRecord:
-    text = "log: %d lines were dropped because standard error did not take them"
+    text = "log: %d lines dropped: standard error was full or closed"
     return logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (count,), None)
 
 

@@ -4,11 +4,13 @@ A message is a datagram of lines KEY=VALUE to the Unix socket in NOTIFY_SOCKET, 
 processes the messages of a service in order, even after the sender was killed. Standard library only.
 """
 
+import functools
 import logging
 import os
 import select
 import socket
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 
 from producer.errors import UnavailableError
 from producer.host.text import printable
@@ -31,18 +33,25 @@ def notify(
     `status` is the line for systemctl status. Line breaks in it are escaped, so they cannot add assignments.
     """
     if status is not None:
-        text += f"\nSTATUS={printable(status)[:_MOST_STATUS]}"
+        text = "\n".join(filter(None, (text, f"STATUS={printable(status)[:_MOST_STATUS]}")))
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+    try:
+        channel = _channel()
         channel.settimeout(TIMEOUT_S if timeout_s is None else timeout_s)
-        try:
-            channel.connect("\0" + address[1:] if address.startswith("@") else address)
-            socket.send_fds(channel, [text.encode()], descriptors)
-        except OSError as error:
-            raise UnavailableError(f"the service manager at NOTIFY_SOCKET {address}: {error}") from error
+        channel.connect("\0" + address[1:] if address.startswith("@") else address)
+        channel.sendmsg([text.encode()], rights)
+    except OSError as error:
+        raise UnavailableError(f"the service manager at NOTIFY_SOCKET {address}: {error}") from error
     return True
+
+
+@functools.cache
+def _channel() -> socket.socket:
+    """Return the socket of all messages: later there may be no free descriptor for another one."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
 
 
 def try_notify(text: str, status: str | None = None, timeout_s: float = _NOTIFY_TIMEOUT_S) -> None:
@@ -50,7 +59,7 @@ def try_notify(text: str, status: str | None = None, timeout_s: float = _NOTIFY_
     try:
         notify(text, status=status, timeout_s=timeout_s)
     except UnavailableError as error:
-        logger.warning("systemd: cannot send %s: %s", text, error)
+        logger.warning("systemd: cannot send %s: %s", text or "the status", error)
 
 
 def barrier() -> None:
@@ -95,8 +104,8 @@ class Watchdog:
         self._interval_s = number("WATCHDOG_USEC", _MOST_USEC) / 2e6 if mine else 0.0
         self._next = 0.0
 
-    def step(self, now_s: float, status: Callable[[], str]) -> None:
-        """Report progress at `now_s` of the monotonic clock; `status` returns the line for systemctl status."""
+    def step(self, now_s: float) -> None:
+        """Report progress at `now_s` of the monotonic clock. Nothing that the host lacks can make this fail."""
         if self._interval_s and now_s >= self._next:
             self._next = now_s + self._interval_s
-            try_notify("WATCHDOG=1", status())
+            try_notify("WATCHDOG=1")

@@ -36,3 +36,8 @@ def compact(time_ns: int | None, unlimited: str) -> str:
     if time_ns is None:
         return unlimited
     return datetime.fromtimestamp(time_ns // 1_000_000_000, UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+def readable(time_ns: int) -> str:
+    """Return a time for people: 2026-11-29 15:00:00 UTC."""
+    return f"{datetime.fromtimestamp(time_ns // 1_000_000_000, UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -19,7 +19,7 @@ from producer.config.librdkafka import admin_settings
 from producer.config.load import Config
 from producer.errors import PermissionDenied, RebpfError, UnavailableError
 from producer.host.reachable import unreachable
-from producer.kafka.confluent import ClientErrors, open_client
+from producer.kafka.confluent import NEEDS_KAFKA, ClientErrors, is_test_broker, open_client
 
 _ANSWER_TIMEOUT_S = 5.0
 _CREATE_TIMEOUT_S = 10.0
@@ -92,8 +92,12 @@ class Admin:
         return len(self._metadata().brokers)
 
     def require_reachable(self) -> None:
-        """Raise UnavailableError if this host cannot reach all brokers that the cluster advertises."""
-        brokers = [(str(broker.host), broker.port) for broker in self._metadata().brokers.values()]
+        """Raise UnavailableError if this host cannot reach all brokers that the cluster advertises.
+
+        Also if they are the test broker, which does not answer what follows.
+        """
+        found = self._metadata()
+        brokers = [(str(broker.host), broker.port) for broker in found.brokers.values()]
         failed = unreachable(brokers)
         if failed:
             reasons = ", ".join(f"{host}:{port} ({reason})" for (host, port), reason in failed.items())
@@ -101,6 +105,8 @@ class Admin:
                 f"Kafka at {self._brokers} answers, but advertises brokers that this host cannot reach: {reasons}; "
                 "set advertised.listeners to names that resolve here, or add these names to DNS or /etc/hosts"
             )
+        if is_test_broker(found):
+            raise UnavailableError(f"Kafka at {self._brokers}: {NEEDS_KAFKA}")
 
     def describe(self, names: Sequence[str]) -> dict[str, TopicInfo | RebpfError]:
         """Return each topic's description, or an error with its fix."""

@@ -1,10 +1,12 @@
 """confluent-kafka's clients: one way to open them, and one to word their errors."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import ClusterMetadata
 
 from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
 from producer.host.exhausted import check_threads
@@ -15,6 +17,14 @@ logger = logging.getLogger(__name__)
 
 Client = TypeVar("Client")
 _NO_ANSWER = frozenset({"_ALL_BROKERS_DOWN", "_TRANSPORT", "_TIMED_OUT", "_RESOLVE"})
+_TEST_CLUSTER = "mockCluster"
+"""How the id of the in-process test broker begins."""
+NEEDS_KAFKA = "this is the in-process test broker of `rebpf run`, which creates no topics: use a real Kafka"
+
+
+def is_test_broker(found: ClusterMetadata) -> bool:
+    """Return whether this cluster is the in-process test broker."""
+    return (found.cluster_id or "").startswith(_TEST_CLUSTER)
 
 
 def open_client(kind: Callable[..., Client], settings: Mapping[str, Any]) -> Client:
@@ -28,7 +38,10 @@ def open_client(kind: Callable[..., Client], settings: Mapping[str, Any]) -> Cli
     try:
         return kind(dict(settings), logger=client_logger)
     except KafkaException as error:
-        raise ConfigError(f"kafka.settings: {error.args[0].str()}") from error
+        reason = error.args[0].str().strip()
+        named = re.search(r'property:? "([\w.]+)"', reason)
+        name = f".{named[1]}" if named and named[1] in settings else ""  # librdkafka replaces aliases
+        raise ConfigError(f"kafka.settings{name}: {reason}") from error
 
 
 class ClientErrors:
@@ -60,4 +73,4 @@ class ClientErrors:
             return PermissionDenied(f"{where} rejects the authentication: {reason}{advice}")
         if is_tls(name, reason):
             return UnavailableError(f"TLS with {where} failed: {reason}{advice}")
-        return UnavailableError(f"{'no answer from ' if name in _NO_ANSWER else ''}{where}: {reason}{advice}")
+        return UnavailableError(f"{'no response from ' if name in _NO_ANSWER else ''}{where}: {reason}{advice}")

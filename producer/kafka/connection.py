@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer.backoff import BackOff
-from producer.config.librdkafka import EMBEDDED
+from producer.config.librdkafka import TEST_BROKER
+from producer.errors import RebpfError
 from producer.events import Topic
 from producer.health import metrics
 from producer.host.log_limit import LogLimit
@@ -20,6 +21,7 @@ from producer.kafka.wording import REPEAT_LOG_S, in_brackets
 logger = logging.getLogger(__name__)
 
 _CLOCK_STEP_NS = 5_000_000_000
+_CLOSE_S = 2.0
 
 
 def rough_utc_offset_ns() -> int:
@@ -61,7 +63,7 @@ class Connection:
     def open(self, topics: Mapping[Topic, int]) -> str:
         """Start the client and return the brokers' address. It connects in the background, with unlimited retries.
 
-        `topics`, with their numbers of partitions, are created if the broker is the embedded one.
+        `topics`, with their numbers of partitions, are created if this is the test broker.
         """
         self._clients = [self._new()]
         self._brokers = self._settings.get("bootstrap.servers") or self._clients[0].mock_bootstraps()
@@ -73,7 +75,7 @@ class Connection:
     def produce(self, topic: Topic, messages: NDArray[np.void], *, alone: bool) -> int:
         """Queue messages, `alone` each in its own request; return how many were accepted. The others have `err` set."""
         if alone and len(self._clients) == 1:
-            settings = {name: value for name, value in self._settings.items() if name not in EMBEDDED}
+            settings = {name: value for name, value in self._settings.items() if name not in TEST_BROKER}
             one_by_one = {"bootstrap.servers": self._brokers, "batch.num.messages": "1", "linger.ms": "0"}
             self._clients.append(Producer({**settings, **one_by_one}, self._open_socket))
         return self._clients[alone].produce(topic, messages)
@@ -105,20 +107,37 @@ class Connection:
         if not self._fatal or time.monotonic() < self._replace_at:
             return False
         logger.error("kafka: replacing the client: %s", self._fatal)
-        old, self._clients = self._clients, [self._new()]
-        self.last_error, self._fatal = None, ""
-        # In the background: threads that sleep would block it.
-        pointed_to = list(memory)
         try:
-            threading.Thread(target=_close_all, args=(old, pointed_to), name="kafka-close", daemon=True).start()
-        except RuntimeError as error:
-            logger.warning("kafka: the replaced client stays open: %s", error)
-            self._abandoned += [old, pointed_to]
+            fresh = self._new()
+        except RebpfError as error:
+            self._replace_at = time.monotonic() + self._backoff.next()
+            logger.error("kafka: cannot replace the client: %s", error)
+            return False
+        old, self._clients = self._clients, [fresh]
+        self.last_error, self._fatal = None, ""
+        self._close(old, memory)
         return True
 
-    def close(self) -> None:
-        """Close the clients; messages in flight are dropped."""
-        _close_all(self._clients, [])
+    def close(self, memory: Iterable[object] = ()) -> None:
+        """Close the clients; messages in flight, which point to `memory`, are dropped.
+
+        A client that waits for a name server, which may take a minute, is left to the end of the process.
+        """
+        clients, self._clients = self._clients, []
+        if closing := self._close(clients, memory):
+            closing.join(_CLOSE_S)
+
+    def _close(self, clients: list[Producer], memory: Iterable[object]) -> threading.Thread | None:
+        """Close clients in a thread, since theirs may sleep, which would block it; None if it cannot be started."""
+        pointed_to = list(memory)
+        thread = threading.Thread(target=_close_all, args=(clients, pointed_to), name="kafka-close", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            logger.warning("kafka: a client stays open: %s", error)
+            self._abandoned += [clients, pointed_to]
+            return None
+        return thread
 
     def _new(self) -> Producer:
         return Producer(self._settings, self._open_socket)
@@ -137,7 +156,7 @@ class Connection:
         if error.fatal and not self._fatal:
             self._fatal = f"fatal error {error.name}"
             self._replace_at = time.monotonic() + self._backoff.next()
-        if self._log_limit.allows(error.name):
+        if self._log_limit.allows(f"{error.name} {error.text.partition(': ')[0]}"):  # which names the broker
             logger.warning("kafka: %s error=%s%s", error.text, error.name, in_brackets(error.name, error.text))
         # _ALL_BROKERS_DOWN comes last and is the least specific.
         if not self.last_error or error.name != "_ALL_BROKERS_DOWN":
@@ -175,5 +194,7 @@ def _kind(line: Log) -> str:
 
 
 def _level(line: Log) -> int:
-    """Translate syslog's level to Python's."""
+    """Translate syslog's level to Python's. A failed connection is also an error of the client, which is logged."""
+    if line.text.startswith("FAIL: "):
+        return logging.DEBUG
     return logging.ERROR if line.level <= 3 else logging.WARNING if line.level == 4 else logging.DEBUG

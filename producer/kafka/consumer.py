@@ -31,5 +31,5 @@ class QuietConsumer:
         try:
             yield
         except KafkaException as exc:
-            self.client.poll(0)  # takes the errors that say more than that there was no answer in time
+            self.client.poll(0)  # takes the errors that say more than that there was no response in time
             raise self.errors.worded(exc) from exc

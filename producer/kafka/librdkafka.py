@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from producer import _native
 from producer.config.convert import nearest
-from producer.config.librdkafka import EMBEDDED
+from producer.config.librdkafka import TEST_BROKER
 from producer.errors import ConfigError, UnavailableError
 from producer.host.exhausted import check_descriptors, check_threads
 
@@ -177,14 +177,14 @@ class Producer:
 
     def __init__(self, settings: Mapping[str, str], open_socket: "ctypes._FuncPointer | None" = None) -> None:
         check_threads()
-        if EMBEDDED.keys() <= settings.keys():
+        if TEST_BROKER.keys() <= settings.keys():
             check_descriptors(_MOCK_DESCRIPTORS)
         text = ctypes.create_string_buffer(_ERROR_BYTES)
         conf = _lib.rd_kafka_conf_new()
         for name, value in {**settings, "log.queue": "true"}.items():
             if _lib.rd_kafka_conf_set(conf, name.encode(), value.encode(), text, len(text)) != _CONF_OK:
                 _lib.rd_kafka_conf_destroy(conf)
-                raise ConfigError(f"kafka setting {name}: {_reason(text)}")
+                raise ConfigError(f"kafka.settings.{name}: {_reason(text)}")
         _lib.rd_kafka_conf_set_events(conf, EVENT_DR | EVENT_LOG | EVENT_ERROR)
         if open_socket is not None:
             _lib.rd_kafka_conf_set_socket_cb(conf, open_socket)
@@ -192,7 +192,7 @@ class Producer:
         self._handle = _lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
         if not self._handle:
             _lib.rd_kafka_conf_destroy(conf)
-            raise ConfigError(f"kafka settings: {_reason(text)}")
+            raise ConfigError(f"kafka.settings: {_reason(text)}")
         _lib.rd_kafka_set_log_queue(self._handle, None)
         self._queue = _lib.rd_kafka_queue_get_main(self._handle)
         self._topics: dict[str, int] = {}

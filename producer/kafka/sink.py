@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from producer import _native
 from producer.backoff import BackOff
-from producer.config.librdkafka import DEFAULTS, EMBEDDED_PARTITIONS, client_settings
+from producer.config.librdkafka import DEFAULTS, TEST_BROKER_PARTITIONS, client_settings
+from producer.errors import RebpfError
 from producer.events import HEARTBEATS, EncodedBatch, Feed, Topic
 from producer.health import metrics
 from producer.host.log_limit import LogLimit
@@ -106,7 +107,7 @@ class KafkaSink:
     def open(self) -> str:
         """Start the client and return the brokers' address. It connects in the background, with unlimited retries."""
         return self._connection.open(
-            {topic: 1 if name == HEARTBEATS.name else EMBEDDED_PARTITIONS for name, topic in self._topics.items()}
+            {topic: 1 if name == HEARTBEATS.name else TEST_BROKER_PARTITIONS for name, topic in self._topics.items()}
         )
 
     def capacity(self, stream: Feed) -> int:
@@ -135,7 +136,11 @@ class KafkaSink:
     def poll(self) -> dict[str, Outcome]:
         """Process the delivery reports that have arrived, and return the outcomes by stream."""
         for stream, retry in self._retries.items():
-            retry.resend(self.in_flight[stream], self._resend)
+            try:
+                retry.resend(self.in_flight[stream], self._resend)
+            except RebpfError as failure:  # no second client for now: no threads, for example
+                if self._log_limit.allows("resend"):
+                    logger.warning("kafka: cannot retry messages topic=%s: %s", self._topics[stream], failure)
         for each in self._connection.reports():
             self._reports.append(each)
         while self._reports:
@@ -160,7 +165,7 @@ class KafkaSink:
 
     def close(self) -> None:
         """Close the client; messages in flight are dropped."""
-        self._connection.close()
+        self._connection.close(self._flights.values())
 
     def _produce(self, flight: Flight, rows: NDArray[np.int64] | None, *, alone: bool) -> None:
         """Pass rows of a batch to librdkafka; None: all."""

@@ -16,7 +16,7 @@ _FIXES = {
 
 
 _HTTP = f"Invalid response size {int.from_bytes(b'HTTP')} "
-"""What librdkafka says about the first bytes of a web server's answer."""
+"""What librdkafka says about the first bytes of a web server's response."""
 
 
 def is_tls(name: str, text: str) -> bool:

@@ -30,6 +30,7 @@ _LINK_TYPE_CGROUP = 3
 _ANY = 0  # BPF_ANY: insert or replace
 _CLOCK_MONOTONIC_COARSE = 6
 _PERF_EVENT_IOC_SET_BPF = 0x40042408
+_KPROBES = Path("/sys/bus/event_source/devices/kprobe")
 _ENOTSUPP = 524  # of the kernel alone: strerror does not know it
 _NOT_SUPPORTED = "not supported by this kernel on this processor (errno 524; fentry on arm64 needs Linux 6.4)"
 
@@ -175,12 +176,13 @@ def attach_kprobe(program: int, function: str, *, on_return: bool, by_link: bool
 
     Linux before 5.15 has no such links. Without `by_link`, the event itself is returned there, which cannot be pinned.
     """
-    pmu = Path("/sys/bus/event_source/devices/kprobe")
+    if not _KPROBES.exists():
+        raise LookupError("this kernel has no kprobes, or /sys is hidden")
     name = ctypes.create_string_buffer(function.encode())
-    bit = int((pmu / "format/retprobe").read_text().split(":")[1]) if on_return else 0
+    bit = int((_KPROBES / "format/retprobe").read_text().split(":")[1]) if on_return else 0
     config = (1 << bit) if on_return else 0
     # struct perf_event_attr: type, size, config, ..., config1 at 56, config2 at 64.
-    attr = struct.pack("<IIQ40xQQ56x", int((pmu / "type").read_text()), 128, config, ctypes.addressof(name), 0)
+    attr = struct.pack("<IIQ40xQQ56x", int((_KPROBES / "type").read_text()), 128, config, ctypes.addressof(name), 0)
     event = _libc.syscall(_NR_PERF_EVENT_OPEN, attr, -1, 0, -1, ctypes.c_ulong(8))  # 8: PERF_FLAG_FD_CLOEXEC
     if event < 0:
         raise _last_error()

@@ -44,12 +44,14 @@ class KernelCounters:
 
     `nested` counts runs that the kernel skipped because the program would have interrupted itself, and returns of calls
     whose entry was skipped or evicted. It is counted before the filter. Closing records are taken by two programs: the
-    smaller of their counts is included.
+    smaller of their counts is included. `unseen` counts retransmissions that the hook raw_tp has missed, by the records
+    of their connections.
     """
 
     passed: int
     ring_full: int
     nested: int
+    unseen: int
 
 
 class Capture:
@@ -312,16 +314,16 @@ class Capture:
 
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
-        begin, ring_full, seq, forgotten, _ = (sum(column) for column in zip(*self._words(stream), strict=True))
+        begin, ring_full, seq, forgotten, unseen, _ = (sum(column) for column in zip(*self._words(stream), strict=True))
         misses = [bpf_syscall.program_info(each).recursion_misses for each in self._programs.get(stream.name, ())]
         nested = min(misses[:CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
-        return KernelCounters(seq - begin, ring_full, nested + forgotten)
+        return KernelCounters(seq - begin, ring_full, nested + forgotten, unseen)
 
     def sequence(self, stream: Stream) -> list[int]:
         """Read the last number (cpu_seq) of each possible CPU."""
-        return [seq for _, _, seq, _, _ in self._words(stream)]
+        return [seq for _, _, seq, *_ in self._words(stream)]
 
-    def _words(self, stream: Stream) -> Iterator[tuple[int, int, int, int, int]]:
+    def _words(self, stream: Stream) -> Iterator[tuple[int, ...]]:
         size = self._cpus * COUNTERS.size
         value = bpf_syscall.lookup(self._maps["counters"], struct.pack("<I", stream.index), size)
         return COUNTERS.iter_unpack(value)
@@ -329,7 +331,7 @@ class Capture:
     def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
         for stream in STREAMS:  # also those not captured, whose numbers continue when they are
             mask = self._settings.wakeup_mask(stream)
-            value = b"".join(COUNTERS.pack(number, 0, number, 0, mask) for number in numbers[stream.name])
+            value = b"".join(COUNTERS.pack(number, 0, number, 0, 0, mask) for number in numbers[stream.name])
             bpf_syscall.update(self._maps["counters"], struct.pack("<I", stream.index), value)
 
     def program_infos(self, stream: Stream) -> list[bpf_syscall.ProgramInfo]:

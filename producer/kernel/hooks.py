@@ -14,8 +14,9 @@ cgroup_skb  Sees segments as they leave IP, for sockets below the cgroup v2 root
             the SYN-ACKs of SYN cookies and acknowledgements in time wait (neither has a socket there), anything that
             IPsec encrypted, and on Linux 6.1 SYN-ACKs over IPv6 (on 6.12 it sees them). A retransmit is a segment below
             the socket's snd_nxt, or a SYN-ACK later than its request's first. These programs may interrupt themselves,
-            so the kernel skips no run. A retransmission that failed earlier comes from the raw tracepoint, on kernels
-            where that reports it; one dropped by the queue after the hook has err 0.
+            so the kernel skips no run. Two kinds come from the raw tracepoints: a retransmission that failed before the
+            hook, on kernels that report it (one dropped behind it has err 0), and one of a SYN-ACK without a known
+            request, as behind NAT, where the hook sees the translated addresses.
 """
 
 import itertools
@@ -125,7 +126,14 @@ HOOKS_BY_STREAM = {
                 _BEGIN_RETRANSMIT,
             ),
         ),
-        Hook("cgroup_skb", (Probe("raw_tp_failed_retransmit", "tcp_retransmit_skb", _RAW_TP),), requires="cgroup_skb"),
+        Hook(
+            "cgroup_skb",
+            (
+                Probe("raw_tp_failed_retransmit", "tcp_retransmit_skb", _RAW_TP),
+                Probe("raw_tp_unknown_synack", "tcp_retransmit_synack", _RAW_TP),
+            ),
+            requires="cgroup_skb",
+        ),
         Hook(
             "raw_tp",
             (
@@ -296,7 +304,7 @@ def choose(
             refusals.append(Refusal(stream, hook.name, "not among the hooks that the configuration allows"))
             continue
         if hook.requires != transmit and hook.requires is not None:
-            refusals.append(Refusal(stream, hook.name, f"transmits are not taken by {hook.requires}"))
+            refusals.append(Refusal(stream, hook.name, f"transmits are not captured by {hook.requires}"))
             continue
         fitting = fitted(hook, kernel.features)
         reason = refusal(fitting, kernel)

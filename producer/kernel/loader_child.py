@@ -54,7 +54,7 @@ NO_RING_BUFFER = "this kernel cannot create a BPF ring buffer: ReBPF needs Linux
 FEW_DESCRIPTORS = "too few file descriptors: raise LimitNOFILE= of the unit, or ulimit -n"
 PACKET_BYTES = 1 << 16
 _ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
-"""bcc's names for the processors that it may compile for, on any of them."""
+"""bcc's names for the processors that it can compile for, whichever it runs on."""
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
 
 

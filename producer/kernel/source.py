@@ -24,7 +24,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "sk_buff": ("cb",),
     "tcp_skb_cb": ("seq", "end_seq", "tcp_gso_segs", "tcp_flags"),
     "socket": ("sk",),
-    "task_struct": ("tgid", "comm", "group_leader"),
+    "task_struct": ("tgid", "comm", "flags", "group_leader"),
 }
 # If the kernel lacks one of these members, the fields that depend on it are null.
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
@@ -56,12 +56,14 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "sacked_out",
         "lost_out",
         "retrans_out",
+        "retransmit_skb_hint",
         "total_retrans",
         "snd_wnd",
         "rcv_wnd",
         "mss_cache",
         "tcp_tx_delay",
         "fastopen_rsk",
+        "is_mptcp",
         "segs_out",
         "data_segs_out",
         "segs_in",

@@ -1,7 +1,7 @@
 """The budget for transmits: at which rate the kernel samples connections, so that not too many transmits pass.
 
-The kernel captures one in `rate` connections, a power of two (bpf/sample.h), and others in each turn. So each one is
-captured for one turn in `rate` of them, and sums over as many turns lack no connection. Retransmissions and records of
+The kernel captures one in `rate` connections, a power of two (bpf/sample.h), different ones in each turn. So each is
+captured for one turn in `rate`, and sums over that many turns lack no connection. Retransmissions and records of
 connections are never sampled by it.
 """
 
@@ -15,8 +15,8 @@ _CALM_SHARE = 0.8
 """Of the budget: what half the rate may use at most."""
 _WINDOW_S = 16.0
 _TOLERANCE = 1.1
-"""The mean may be this much above the budget: which connections have their turn is chance, and half as many events are
-worth less than a tenth too many."""
+"""The mean may be this much above the budget: it varies with the connections that have their turn, and a tenth too many
+events is better than half of them."""
 _BURST = 2.0
 """More than this times the budget in one turn raises the rate at once."""
 

@@ -1,4 +1,4 @@
-"""One stream's way from its ring to Kafka or the spool, and the acknowledgements back.
+"""One stream's path from its ring to Kafka or the spool, and the acknowledgements back.
 
 Events keep the ring's order: the spool's come before the ring's, and the first part of each may be in flight. A batch
 that is spilled while in flight stays in flight and is not sent a second time.

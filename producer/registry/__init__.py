@@ -1,1 +1,1 @@
-"""Schema ids, from a Confluent-compatible registry or from the cache of its earlier answers."""
+"""Schema ids, from a Confluent-compatible registry or from the cache of its earlier responses."""

@@ -1,7 +1,7 @@
-"""A client of the schema registry. Each request has one deadline, and every answer is checked.
+"""A client of the schema registry. Each request has one deadline, and every response is checked.
 
 An error counts as the registry's only if it is JSON with an error code that matches the status. Answers from a proxy, a
-login page or another service are treated as no answer.
+login page or another service are treated as no response.
 """
 
 import base64
@@ -53,7 +53,7 @@ class NotAuthorized(Exception):
 
 
 class NoAnswer(Exception):
-    """No answer, or (`answered`) one that is not from a registry."""
+    """No response, or (`answered`) one that is not from a registry."""
 
     answered = True
 
@@ -83,18 +83,18 @@ class RegistryClient:
         return _schema_id(answer)
 
     def look_up(self, subject: str, schema: AvroSchema) -> SchemaId:
-        """Return the id of a subject's schema. Raises NoAnswer if the answer contains another schema."""
+        """Return the id of a subject's schema. Raises NoAnswer if the response contains another schema."""
         answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}", _request_body(schema))
         text = answer.get("schema")
         if text is not None and _differs(text, schema):
-            raise NoAnswer(f"the answer has another schema than {subject}")
+            raise NoAnswer(f"the response has another schema than {subject}")
         return _schema_id(answer)
 
     def schema(self, schema_id: int) -> str:
         """Return the text of the schema with this id."""
         text = self._ask("GET", f"/schemas/ids/{schema_id}").get("schema")
         if not isinstance(text, str):
-            raise NoAnswer(f"no schema in the answer for schema id {schema_id}")
+            raise NoAnswer(f"no schema in the response for schema id {schema_id}")
         return text
 
     def compatible(self, subject: str, schema: AvroSchema) -> bool:
@@ -102,7 +102,7 @@ class RegistryClient:
         path = f"/compatibility/subjects/{quote(subject, safe='')}/versions/latest"
         verdict = self._ask("POST", path, _request_body(schema)).get("is_compatible")
         if not isinstance(verdict, bool):
-            raise NoAnswer("no is_compatible in the answer")
+            raise NoAnswer("no is_compatible in the response")
         return verdict
 
     def set_compatibility(self, subject: str, level: str) -> None:
@@ -150,7 +150,7 @@ def _differs(text: Any, schema: AvroSchema) -> bool:
 
 
 def _parsed(answer: Answer) -> dict[str, Any]:
-    """Return the content of a registry's answer; raise NoAnswer for any other."""
+    """Return the content of a registry's response; raise NoAnswer for any other."""
     content = _json(answer.body) if answer.content_type in _TYPES else None
     if isinstance(content, dict):
         if answer.status == 200 and "error_code" not in content:
@@ -161,7 +161,7 @@ def _parsed(answer: Answer) -> dict[str, Any]:
     if answer.status in _UNAUTHORIZED:
         raise NotAuthorized(answer.status)
     beginning = answer.body[:_SHOWN].decode(errors="replace")
-    raise NoAnswer(f"not a registry's answer: status {answer.status}, {answer.content_type}, {beginning!r}")
+    raise NoAnswer(f"not a registry's response: status {answer.status}, {answer.content_type}, {beginning!r}")
 
 
 def _json(text: Any) -> Any:

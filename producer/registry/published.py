@@ -21,8 +21,8 @@ def schema_ids(config: Config, stop: Flag | None = None, streams: Sequence[Strea
     if config.registry.url is None:
         fixed = {topic(config, stream): stream.fixed_schema_id for stream in streams}
         return {**fixed, heartbeat_topic(config): HEARTBEAT_ID}
-    with SchemaIds(config.registry, config.state_dir / "schema_ids.json", stop=stop) as registry:
-        return registry.find(_event_schemas(config, streams), optional=_heartbeat_schemas(config))
+    registry = SchemaIds(config.registry, config.state_dir / "schema_ids.json", stop=stop)
+    return registry.find(_event_schemas(config, streams), optional=_heartbeat_schemas(config))
 
 
 def published_schemas(config: Config) -> dict[Topic, AvroSchema]:

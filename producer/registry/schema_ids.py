@@ -1,4 +1,4 @@
-"""Schema ids from a Confluent-compatible registry, or from a cache of its answers while it is unavailable.
+"""Schema ids from a Confluent-compatible registry, or from a cache of its responses while it is unavailable.
 
 The subject of a topic's value schema is `<topic>-value`. The cache (`schema_ids.json` in the state folder) is keyed by
 registry, subject and the schema's text, so that an id is never used for another schema.
@@ -62,12 +62,6 @@ class SchemaIds:
         self._settings = settings
         self._cache = cache
         self._attempts = attempts
-
-    def __enter__(self) -> "SchemaIds":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing: no connection is kept open."""
 
     def find(
         self, schemas: Mapping[Topic, AvroSchema], optional: Mapping[Topic, AvroSchema] = MappingProxyType({})

@@ -1,16 +1,16 @@
 """The report as one HTML file without scripts and without anything from the network.
 
-Every name comes from outside and is escaped; the content security policy forbids scripts besides.
+Every name comes from outside and is escaped; the content security policy also forbids scripts.
 """
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from html import escape
 from string import Template
 
 import numpy as np
 
 from producer.host.text import printable
+from producer.host.when import readable
 from producer.report import plots
 from producer.report.frame import Frame
 from producer.report.summary import Line, Summary
@@ -67,7 +67,7 @@ def page(summary: Summary, segments: Frame, commands: Sequence[str], filter_text
     parts = [*_headline(summary), *_causes(summary), *_worst(summary)]
     parts += [*_limited(summary), *_srtt(summary), *_failures(summary), *_flows(summary, segments)]
     parts += [*_quality(summary), *_commands(commands)]
-    period = f"{_time(summary.first_ns)} to {_time(summary.last_ns)}"
+    period = f"{readable(summary.first_ns)} to {readable(summary.last_ns)}"
     if filter_text:
         period += f", only {_text(filter_text)}"
     return _PAGE.substitute(period=period, content="\n".join(parts))
@@ -228,7 +228,3 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequenc
 
 def _text(text: str) -> str:
     return escape(printable(text))
-
-
-def _time(ns: int) -> str:
-    return f"{datetime.fromtimestamp(ns // 1_000_000_000, UTC):%Y-%m-%d %H:%M:%S} UTC"

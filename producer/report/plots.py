@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from producer.host.text import printable
+from producer.host.when import readable
 from producer.report.frame import Frame, Ints
 from producer.report.summary import Line, Summary, Timeline, WorstFlow, segments_of
 
@@ -82,7 +83,7 @@ def draw_summary(summary: Summary, headline: Sequence[str], segments: Frame) -> 
     """Return a drawing of the whole report on one page."""
 
     def draw(figure: Figure) -> None:
-        lines = [*headline, f"{_time(summary.first_ns)} to {_time(summary.last_ns)}"]
+        lines = [*headline, f"{readable(summary.first_ns)} to {readable(summary.last_ns)}"]
         figure.suptitle("\n".join(map(printable, lines)), x=0.02, ha="left")
         top, bottom = _panels(figure, 2, 1, height_ratios=(3, 4))
         left, right = _panels(top, 1, 2)
@@ -207,7 +208,7 @@ def draw_flow(flow: WorstFlow, retransmits: Frame, segments: Frame) -> Draw:
         lower.step(times, frame.numbers("rto_us")[rows] / 1000, where="post", color="black")
         lower.set_ylabel("RTO, ms")
         lower.set_ylim(0)
-        lower.set_xlabel(f"seconds since {_time(int(start_ns))}")
+        lower.set_xlabel(f"seconds since {readable(int(start_ns))}")
 
     return draw
 
@@ -281,7 +282,3 @@ def _short(name: str) -> str:
 def _clock(first: datetime, last: datetime) -> Any:
     days = (last - first).total_seconds() / 86_400
     return DateFormatter("%H:%M:%S" if days < 0.02 else "%H:%M" if days < 1.5 else "%m-%d %H:%M", tz=UTC)
-
-
-def _time(ns: int) -> str:
-    return f"{datetime.fromtimestamp(ns // 1_000_000_000, UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -5,6 +5,7 @@ The form of the rules was checked before (producer.config.validate).
 
 import dataclasses
 import fnmatch
+import functools
 import ipaddress
 import itertools
 import os
@@ -142,7 +143,7 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
     except OSError as error:
         subject = f"{error.filename}: " if error.filename else ""
         raise ConfigError(f"{where}: {subject}{error.strerror or error}") from error
-    except (ValueError, LookupError, ConfigError) as error:
+    except (ValueError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
@@ -159,8 +160,14 @@ def _networks(text: str) -> Iterable[Network]:
     """Parse an address, a network, or `@FILE` with one of these per line."""
     if not text.startswith("@"):
         return [ipaddress.ip_network(text)]
-    lines = (line.partition("#")[0].strip() for line in _read(Path(text[1:])).splitlines())
-    return [ipaddress.ip_network(line) for line in lines if line] or [_NOWHERE]
+    path, networks = Path(text[1:]), []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if network := line.partition("#")[0].strip():
+            try:
+                networks.append(ipaddress.ip_network(network))
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number}: {error}") from error
+    return networks or [_NOWHERE]
 
 
 def _read(path: Path) -> str:
@@ -174,7 +181,10 @@ def _read(path: Path) -> str:
         raise ValueError(
             f"{path} is longer than {_MOST_LIST_BYTES >> 20} MiB: at most {MOST_PREFIXES:,} networks in all rules"
         )
-    return content.decode()
+    try:
+        return content.decode("utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _ports(value: int | str) -> Iterable[PortRange]:
@@ -189,12 +199,18 @@ def _netns(value: int | str) -> Iterable[int]:
 
 
 def _uid(value: int | str) -> Iterable[int]:
-    return [value if isinstance(value, int) else pwd.getpwnam(value).pw_uid]
+    try:
+        return [value if isinstance(value, int) else pwd.getpwnam(value).pw_uid]
+    except KeyError as error:
+        raise ValueError(f"no user has the name {value!r}") from error
 
 
 def _interface(value: int | str) -> Iterable[int]:
     """Return an index, or that of a named interface in this process's network namespace."""
-    return [value if isinstance(value, int) else socket.if_nametoindex(value)]
+    try:
+        return [value if isinstance(value, int) else socket.if_nametoindex(value)]
+    except OSError as error:
+        raise ValueError(f"{error.strerror or error}: {value}") from error
 
 
 class _Cgroups:
@@ -218,14 +234,21 @@ class _Cgroups:
         Units are in the root or in slices. Folders in a unit, or in a slice delegated to a user, are not searched:
         unprivileged users may have created them under any name.
         """
-        found, to_search = [], [self._root] if self._root else []
+        is_pattern = any(character in unit for character in "*?[")
+        names = fnmatch.filter(self._units, unit) if is_pattern else [unit]
+        return sorted({self._id(folder) for name in names for folder in self._units.get(name, ())}) or [_ABSENT]
+
+    @functools.cached_property
+    def _units(self) -> Mapping[str, Sequence[Path]]:
+        """The folders that may be units, by name. One walk finds them for all rules."""
+        found: defaultdict[str, list[Path]] = defaultdict(list)
+        to_search = [self._root] if self._root else []
         while to_search:
             for folder in _folders(to_search.pop()):
-                if fnmatch.fnmatchcase(folder.name, unit):
-                    found.append(self._id(folder))
+                found[folder.name].append(folder)
                 if folder.name.endswith(".slice") and self._is_systems(folder):
                     to_search.append(folder)
-        return sorted(set(found)) or [_ABSENT]
+        return found
 
     def above(self, cgroup: int) -> Sequence[int]:
         """Return the ids of the ancestors of a cgroup that was found."""

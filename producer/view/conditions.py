@@ -179,7 +179,7 @@ def _address(*fields: str) -> Condition:
 
 
 def _is_address(text: str) -> bool:
-    """Return whether a text is an address or a network, of whatever prefix."""
+    """Return whether a text is an address or a network, with any prefix."""
     return parsed(text.partition("/")[0]) is not None
 
 
@@ -260,7 +260,7 @@ _ELSEWHERE = {"src": "local", "dst": "peer", "net": "addr", "ip": "addr", "proc"
 
 
 def meant(word: str) -> str | None:
-    """Return what may have been meant by a word that is no condition."""
+    """Return what a word that is not a condition may have meant."""
     if _is_address(word):
         return f"'addr {word}'"
     if word in _ELSEWHERE:

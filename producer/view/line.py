@@ -21,6 +21,9 @@ _MAX_REASON = 100
 _MAX_REASONS = 100
 _SHORT = 6
 """The length of what a connection did that leaves room for its retransmissions: open or closed."""
+_HOST_WIDTH = 16
+_WITH_WHO = 71
+"""Narrower screens cut the process, so that a peer has room."""
 _WITH_FLOW = 100
 """Narrower screens show the peer alone."""
 _HALF, _WHOLE = 1 << 31, 1 << 32
@@ -34,7 +37,7 @@ class _Column(NamedTuple):
     width: int
     """Of the text; negative aligns to the left, and 0 is the last column, of any width."""
     least: int
-    """Shown on screens of at least this width."""
+    """Shown on screens of at least this width, to which that of the host is added if it is shown."""
     text: Callable[["Lines", Record], str]
     most: int = 1 << 16
 
@@ -78,7 +81,8 @@ class Lines:
     def __init__(self, width: int, *, hosts: bool, color: bool, connections: bool = False) -> None:
         self._connections = connections
         self._width = width
-        fitting = (each for each in _COLUMNS if each.least <= width <= each.most)
+        room = width - (1 + _HOST_WIDTH) * hosts
+        fitting = (each for each in _COLUMNS if each.least <= room <= each.most)
         self._columns = [each for each in fitting if hosts or each.title != "HOST"]
         self._color = color
         self._first: OrderedDict[Any, int] = OrderedDict()
@@ -198,15 +202,16 @@ def _peer(_: Lines, record: Record) -> str:
 _COLUMNS = (
     _Column("TIME", -12, 0, _time),
     _Column("CAUSE", -20, 0, _cause),
-    _Column("HOST", -16, 0, lambda _, record: str(record["host"])),
+    _Column("HOST", -_HOST_WIDTH, 0, lambda _, record: str(record["host"])),
     _Column("SEQ", 10, _WITH_FLOW, Lines._sequence),
     _Column("LEN", 6, 120, _count("payload_len")),
     _Column("SEGS", 4, 150, _count("segs")),
-    _Column("RTO", 6, 60, _time_of("rto_us")),
+    _Column("RTO", 6, 78, _time_of("rto_us")),
     _Column("SRTT", 6, 120, _time_of("srtt_us")),
     _Column("CWND", 5, 150, _count("snd_cwnd")),
     _Column("LOST", 4, 150, _count("lost_out")),
-    _Column("WHO", -15, 60, lambda _, record: who(record)),
+    _Column("WHO", -8, 60, lambda _, record: who(record), most=_WITH_WHO - 1),
+    _Column("WHO", -15, _WITH_WHO, lambda _, record: who(record)),
     _Column("PEER", 0, 0, _peer, most=_WITH_FLOW - 1),
     _Column("FLOW", 0, _WITH_FLOW, _flow),
 )

@@ -33,7 +33,7 @@ _BATCH = 8192
 
 
 class LocalSource:
-    """The records of this host from `__enter__` on, with the fields `names`, or all."""
+    """The records of this host from `__enter__` on."""
 
     is_local = True
 
@@ -41,14 +41,12 @@ class LocalSource:
         self,
         streams: Sequence[Stream],
         host_fields: Mapping[str, Any],
-        names: frozenset[str] | None = None,
         *,
         cache: Path | None = None,
         btf: Path | None = None,
         programs: Path | None = None,
     ) -> None:
         self._streams = streams
-        self._names = names
         settings = CaptureSettings(streams=(*streams,), ring_bytes=_RING_BYTES, cache=cache, btf=btf, programs=programs)
         self._capture = Capture(settings)
         fields = {**host_fields, "boot_id": boot_id()}
@@ -66,7 +64,7 @@ class LocalSource:
 
     def __enter__(self) -> Self:
         if os.geteuid() != 0:
-            raise PermissionDenied("this host's events need root: use sudo, or give --brokers to read topics")
+            raise PermissionDenied("capturing needs root: use sudo, or read topics with `rebpf top --brokers`")
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._capture)
             self._capture.load()
@@ -94,7 +92,7 @@ class LocalSource:
                     self._unseen.add(rows, beginning=self._reports <= 1)
                 encoded = self._encoders[stream].encode(Batch(stream, rows), self._utc_offset())
                 ring.commit(ring.position)
-                parts, _ = self._decoder.tables(_values(encoded), self._names)
+                parts, _ = self._decoder.tables(_values(encoded))
                 found += [of_table(stream, table) for _, table in parts]
         return found
 

@@ -1,6 +1,6 @@
 """Records of one stream, by column."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from producer.consume.columns import Ints, Table, map_to_text, text_to_map
 from producer.consume.plan import TEXTS
-from producer.events import Stream
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 
 Mask = NDArray[np.bool_]
 Cells = NDArray[Any]
@@ -68,6 +68,13 @@ class Records:
         values = [column.values() for column in self.columns.values()]
         for row in zip(*values, strict=True):
             yield dict(zip(self.columns, row, strict=True))
+
+
+def stream_of(names: Collection[str]) -> Stream | None:
+    """Return the stream whose records have these fields; None for other records of ours."""
+    if "cause" in names:
+        return RETRANSMITS
+    return FLOWS if "reason" in names else TRANSMITS if "is_retransmit" in names else None
 
 
 def of_table(stream: Stream, table: Table) -> Records:

@@ -49,6 +49,8 @@ _MAX_NAME = 45
 _HIGH_RATIO = 0.01
 _WITH_TITLE = 60
 """Narrower screens leave out the title, and what the rates cover."""
+_LEAST_SOURCE = 8
+"""To which the name of the source is cut before the rates are."""
 _OF_CAUSES = ("RETR/S", "LAST MINUTE")
 """The columns of a line that stands for a cause: only retransmissions have one."""
 
@@ -136,6 +138,7 @@ _DETAILS = (
     _Column("RTO", 6, 3, lambda detail: duration(detail.rto_us or None)),
     _Column("SRTT", 6, 6, lambda detail: duration(detail.srtt_us or None)),
     _Column("LIMIT", -11, 2, lambda detail: detail.limit),
+    _Column("HOST", -16, 1, lambda detail: detail.host),
     _Column("WHO", -10, 7, lambda detail: detail.who),
 )
 """Those of a connection; 0 is a time that is not known yet."""
@@ -180,21 +183,22 @@ def render(frame: Frame, look: Look) -> list[str]:
     """Return the lines of the screen, as many as it has."""
     lines = _head(frame, look)
     foot = _foot(frame, look)
-    room = look.height - len(lines) - len(foot)
+    room = max(0, look.height - len(lines) - len(foot))
     if frame.has_help:
         body = [_cut(each, look.width) for each in _MANUAL]
     else:
         body = _details(frame, look) if frame.details is not None else _body(frame, look, room - 1)
-    lines += body[:room] + [""] * max(0, room - len(body)) + foot
+    lines += body[:room] + [""] * (room - len(body)) + foot
     return lines[: look.height]
 
 
 def _head(frame: Frame, look: Look) -> list[str]:
     total = frame.table.total
     kernel = "" if frame.kernel is None else f"  kernel RetransSegs {frame.kernel[0]}, seen {frame.kernel[1]}"
-    title = f"rebpf top  {frame.source}  last {frame.window_s:.0f} s: "
-    first = f"{rate(total.retransmitted)} retransmitted/s  {percent(total.ratio)}  {rate(total.segments)} segments/s"
-    first = (title if look.width >= _WITH_TITLE else f"{frame.source}  ") + first
+    rates = f"{rate(total.retransmitted)} retransmitted/s  {percent(total.ratio)}  {rate(total.segments)} segments/s"
+    title, covered = ("rebpf top  ", f"last {frame.window_s:.0f} s: ") if look.width >= _WITH_TITLE else ("", "")
+    source = _cut(frame.source, max(_LEAST_SOURCE, look.width - len(f"{title}  {covered}{rates}")))
+    first = f"{title}{source}  {covered}{rates}"
     groups = f"{frame.table.groups} {frame.by}{'s' * (frame.table.groups != 1)}"
     second = f"{groups}, by {frame.sort}  lost events {frame.lost}{kernel}"
     if frame.paused:
@@ -216,18 +220,25 @@ def _body(frame: Frame, look: Look, room: int) -> list[str]:
     for number, line in enumerate(frame.table.lines[first : first + room], first):
         cells = [_aligned(each.text(line), each.width) for each in columns]
         mark = ">" if number == frame.selected else " "
-        text = mark + " ".join([_aligned(line.name, -name_width), *cells])
+        name = _peer_of(line.name) if frame.by == "flow" and len(line.name) > name_width else line.name
+        text = mark + " ".join([_aligned(name, -name_width), *cells])
         lines.append(_paint(_cut(text, look.width), _style(line), look))
     if not frame.table.lines:
         lines.append(_cut("Nothing matches the filter yet." if frame.filter_text else "No traffic yet.", look.width))
     return lines
 
 
+def _peer_of(flow: str) -> str:
+    return flow[flow.index("> ") :]
+
+
 def _details(frame: Frame, look: Look) -> list[str]:
     line = next((each for each in frame.table.lines if each.name == frame.name), None)
     minute = f"  last minute: {causes(line.causes) or 'no retransmissions'}" if line else ""
     peers = [each.flow.partition(" > ")[2] for each in frame.details or ()]
-    columns, _ = _without_the_last(_DETAILS, look.width - max(map(len, peers), default=0))
+    has_hosts = len({each.host for each in frame.details or ()}) > 1
+    possible = [each for each in _DETAILS if has_hosts or each.title != "HOST"]
+    columns, _ = _without_the_last(possible, look.width - max(map(len, peers), default=0))
     head = " ".join([*(_aligned(each.title, each.width) for each in columns), "FLOW"])
     lines = [
         _cut(frame.name + minute, look.width),

@@ -62,6 +62,7 @@ class Detail(NamedTuple):
     """A connection of a line."""
 
     flow: str
+    host: str
     who: str
     retransmitted: int
     ratio: float | None
@@ -109,7 +110,7 @@ def details(flows: Flows, by: str, name: str, now_s: float, count: int) -> list[
     texts = flows.texts()
     return [
         Detail(
-            flow_name(slot), texts[row["comm"]] or texts[row["unit"]] or _NONE, int(resent[slot]),
+            flow_name(slot), texts[row["host"]], texts[row["comm"]] or texts[row["unit"]] or _NONE, int(resent[slot]),
             row["total_retrans"] / row["segs_out"] if row["segs_out"] else None,
             int(row["snd_cwnd"]),
             int(row["lost_out"]),

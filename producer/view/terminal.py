@@ -19,7 +19,8 @@ from producer.view.screen import Look
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 _READ_BYTES = 1024
-_LEAST_WIDTH, _LEAST_HEIGHT = 20, 5
+_USUAL = 80, 24
+"""Columns and lines of a terminal that does not say, such as a serial console."""
 _ESCAPES = {
     "\x1b[A": "up", "\x1bOA": "up", "\x1b[B": "down", "\x1bOB": "down", "\x1b[5~": "page up", "\x1b[6~": "page down",
     "\x1b[H": "home", "\x1bOH": "home", "\x1b[1~": "home",
@@ -79,7 +80,7 @@ class Terminal:
         size = os.get_terminal_size(self._output)
         # Not the stream's encoding, which Python takes to be UTF-8 with LC_ALL=C, too.
         unicode = locale.nl_langinfo(locale.CODESET).upper() == "UTF-8"
-        return Look(max(size.columns, _LEAST_WIDTH), max(size.lines, _LEAST_HEIGHT), self._color, unicode)
+        return Look(size.columns or _USUAL[0], size.lines or _USUAL[1], self._color, unicode)
 
     def draw(self, lines: list[str]) -> None:
         """Show lines, as many as the screen has; foreign text in them must be printable."""

@@ -9,16 +9,15 @@ from types import TracebackType
 from typing import Self
 
 from producer.config.load import Registry
-from producer.consume.columns import Table
 from producer.consume.decode import Decoder
 from producer.consume.follow import Follower, Start
 from producer.consume.reader import TopicReader
 from producer.errors import UnavailableError
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.events import FLOWS
 from producer.host.progress import Progress
 from producer.host.signals import Flag
 from producer.schemas import load_schema
-from producer.view.records import Records, of_table
+from producer.view.records import Records, of_table, stream_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ INTERVAL_S = 10
 
 
 class TopicSource:
-    """The records of topics from `start` on (see Follower), with the fields `names`, or all."""
+    """The records of topics from `start` on (see Follower)."""
 
     is_local = False
 
@@ -43,11 +42,9 @@ class TopicSource:
         client_settings: Mapping[str, str],
         start: int = Start.END,
         stop: Flag,
-        names: frozenset[str] | None = None,
     ) -> None:
         self._brokers, self._client_settings, self._stop = brokers, client_settings, stop
         self._topics = topics
-        self._names = names
         self._follower = Follower(brokers, "view", topics, client_settings, start=start, batch=_BATCH)
         self._decoder = Decoder(registry, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)}, stop=stop)
         self._skipped: Counter[str] = Counter()
@@ -68,15 +65,20 @@ class TopicSource:
             logger.warning("skipped messages=%d reason=%r", count, reason)
 
     def earlier(self) -> Iterator[Records]:
-        """Yield the records of connections of the last two intervals, up to the end of the topics."""
-        since_ms = int((time.time() - 2 * INTERVAL_S) * 1000)
+        """Yield the records of connections of the last two intervals, up to the end of the topics.
+
+        They only make the first rates come sooner, so it is no error if Kafka does not have them any more.
+        """
         try:
-            reader = TopicReader(
-                self._brokers, self._topics, self._client_settings, None, since_ms=since_ms, skip_missing=True
-            )
-        except UnavailableError as error:  # of a part of the topics, which is enough to go on
+            yield from self._earlier()
+        except UnavailableError as error:
             logger.warning("the first rates are incomplete: %s", error)
-            return
+
+    def _earlier(self) -> Iterator[Records]:
+        since_ms = int((time.time() - 2 * INTERVAL_S) * 1000)
+        reader = TopicReader(
+            self._brokers, self._topics, self._client_settings, None, since_ms=since_ms, skip_missing=True
+        )
         total = sum(end - start for start, end in reader.spans.values())
         done = 0
         with contextlib.closing(reader), Progress("reading the last records") as progress:
@@ -84,8 +86,8 @@ class TopicSource:
                 if self._stop.is_set():
                     return
                 for messages in batch.values():
-                    parts, _ = self._decoder.tables([message.value() for message in messages], self._names)
-                    yield from (of_table(FLOWS, table) for _, table in parts if _stream(table) == FLOWS)
+                    parts, _ = self._decoder.tables([message.value() for message in messages])
+                    yield from (of_table(FLOWS, table) for _, table in parts if stream_of(table.plan.names) == FLOWS)
                     done += len(messages)
                 progress(done, total)
 
@@ -94,11 +96,12 @@ class TopicSource:
         found = []
         deadline, wait_s = time.monotonic() + _READ_S, 0.1
         while messages := self._follower.poll(wait_s):
-            parts, rejected = self._decoder.tables([message.value() for message in messages], self._names)
+            parts, rejected = self._decoder.tables([message.value() for message in messages])
             for each in rejected:
                 many = len(self._skipped) >= _MAX_REASONS and each.reason not in self._skipped
                 self._skipped["other reasons" if many else each.reason] += 1
-            found += [of_table(stream, table) for _, table in parts if (stream := _stream(table)) is not None]
+            tables = [(stream_of(table.plan.names), table) for _, table in parts]
+            found += [of_table(stream, table) for stream, table in tables if stream is not None]
             wait_s = 0
             if time.monotonic() > deadline:
                 break
@@ -110,11 +113,3 @@ class TopicSource:
     def lost(self) -> int:
         """Return the number of messages that could not be decoded."""
         return self._skipped.total()
-
-
-def _stream(table: Table) -> Stream | None:
-    """Return the stream whose records have these fields; None for other records of ours."""
-    names = table.plan.names
-    if "cause" in names:
-        return RETRANSMITS
-    return FLOWS if "reason" in names else TRANSMITS if "is_retransmit" in names else None

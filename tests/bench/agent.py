@@ -4,7 +4,7 @@ python -m tests.bench.agent [--quick] [--workload NAME ...] [--partitions 6|60] 
 
 All capture the same traffic for the same real Kafka, in turn, in rounds. Prints for each workload a table of medians:
 CPU per event and its ratio to the Go agent's, round by round; produce requests a second; memory; the ages of events
-at a consumer; bytes an event on the broker, at the agent's default compression and with lz4 and zstd; events lost.
+at a consumer; bytes per event on the broker, at the agent's default compression and with lz4 and zstd; events lost.
 
 --tree adds the producer of another checkout, such as the one before a change, in which its native module is built.
 --other adds an agent: a command that gets brokers, port and codec as arguments ("" is its default), prints "ready" to

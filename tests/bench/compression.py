@@ -1,4 +1,4 @@
-"""Bytes an event on the broker, and CPU per event, by codec, level and size of batches: for `kafka.settings`.
+"""Bytes per event on the broker, and CPU per event, by codec, level and size of batches: for `kafka.settings`.
 
 python -m tests.bench.compression [--events 60000] [--rounds 3] [--codec lz4 --codec zstd:1 ...]
 
@@ -119,7 +119,7 @@ def main() -> None:
                     costs.append(send(kafka, topic, settings_of(codec), made))
                     stored = sum(file.stat().st_size for file in (kafka.folder / "data").glob(f"{topic}-*/*.log"))
                 print(
-                    f"{traffic} {codec} batches of {size}: {stored / sum(map(len, made)):.1f} bytes an event, "
+                    f"{traffic} {codec} batches of {size}: {stored / sum(map(len, made)):.1f} bytes per event, "
                     f"{min(costs):.2f} us of CPU an event",
                     flush=True,
                 )

@@ -1,4 +1,4 @@
-"""How many events a second `rebpf export` writes.
+"""How many events per second `rebpf export` writes.
 
 python -m tests.bench.export [EVENTS]. Writes connection records of 50 hosts to a spool and to an Avro file in memory
 (/dev/shm), exports each as Parquet and CSV, and prints events per second of CPU, of the fastest of six rounds.

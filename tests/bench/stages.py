@@ -1,4 +1,4 @@
-"""CPU per event of the producer's stages, compared with the obvious way: encode (in C, or fastavro per record) and
+"""CPU per event of the producer's stages, compared with the baseline: encode (in C, or fastavro per record) and
 produce (librdkafka's batch call, or confluent-kafka's produce()); and that of the metrics of TCP. Without the kernel:
 the rows are synthetic.
 
@@ -15,7 +15,7 @@ import numpy as np
 from confluent_kafka import Producer
 
 from producer import events
-from producer.config.librdkafka import DEFAULTS, EMBEDDED, client_settings
+from producer.config.librdkafka import DEFAULTS, TEST_BROKER, client_settings
 from producer.encode.batch import BatchEncoder
 from producer.events import FLOW, TCP_FIELDS, TRANSMITS, Batch, EncodedBatch, Rows, SchemaId, Topic
 from producer.health.tcp import TcpMetrics
@@ -120,7 +120,7 @@ def produce_with(batch: EncodedBatch) -> tuple[float, float]:
 
     ours = us_per_event(send)
     sink.close()
-    producer = Producer({**DEFAULTS, **EMBEDDED, "enable.idempotence": True, "acks": "all"})
+    producer = Producer({**DEFAULTS, **TEST_BROKER, "enable.idempotence": True, "acks": "all"})
     values = messages(batch)
 
     def produce() -> None:

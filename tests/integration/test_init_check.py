@@ -125,7 +125,7 @@ def test_init_with_no_broker_there_says_so(config):
     done = rebpf("init", "--config", config(""), "--brokers", brokers)
 
     assert done.returncode == 69
-    assert done.stderr.startswith(f"rebpf: no answer from Kafka at {brokers}: ")
+    assert done.stderr.startswith(f"rebpf: no response from Kafka at {brokers}: ")
     assert "Connection refused" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -163,7 +163,7 @@ def test_check_says_that_no_broker_answers():
     assert code == 69
     assert found["Kafka"]["exit_code"] == 69
     text = str(found["Kafka"]["text"])
-    assert text.startswith("no answer from Kafka at 127.0.0.1:")
+    assert text.startswith("no response from Kafka at 127.0.0.1:")
     assert "Connection refused" in text
     assert text.endswith("; check kafka.brokers, and the network: nc -vz HOST PORT")
 

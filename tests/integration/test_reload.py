@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +61,23 @@ def test_a_number_out_of_range_in_a_reload_changes_nothing(tmp_path: Path, wrong
         run.send(signal.SIGHUP)
         run.wait_for(r"reload refused: .* line 3: rules\[1\]\..*version=1 stays in force")
         run.finish()
+
+
+def test_what_does_not_fit_this_host_is_refused_with_file_and_line(tmp_path: Path) -> None:
+    expected = r"rebpf\.toml: line 4: rule 2: no user has the name 'no-such-user'"
+    with Run(tmp_path, config=only(443)) as run:
+        run.ready()
+        run.config.write_text('[[rules]]\nname = "all"\n\n[[rules]]\nuid = ["no-such-user"]\n')
+        run.send(signal.SIGHUP)
+        run.wait_for(f"reload refused: .*{expected}")
+        run.finish()
+    done = rebpf("run", "--config", run.config, "--state-dir", run.state_dir)
+    assert done.returncode == 78
+    assert re.search(expected, done.stderr)
+    run.config.write_text('\n[kafka.settings]\n"sasl.pasword" = "x"\n')
+    done = rebpf("run", "--config", run.config, "--state-dir", run.state_dir)
+    assert done.returncode == 78
+    assert "rebpf.toml: line 3: kafka.settings.sasl.pasword: No such configuration property" in done.stderr
 
 
 def test_a_changed_ring_size_needs_a_restart_and_other_settings_apply(tmp_path: Path) -> None:

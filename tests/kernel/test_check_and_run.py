@@ -42,7 +42,7 @@ def test_check_says_0_if_and_only_if_run_starts(tmp_path, number):
     ran = rebpf("run", "--config", path, "--duration", "0")
 
     assert (checked.returncode == 0) == (ran.returncode == 0), (text, checked.stdout, ran.stderr)
-    if text in RIGHT or brokers:  # the embedded broker always uses plain text
+    if text in RIGHT or brokers:  # the test broker always uses plain text
         assert (ran.returncode == 0) == (text in RIGHT), (text, ran.stderr)
     assert "Traceback" not in checked.stderr + ran.stderr
 
@@ -89,3 +89,15 @@ def test_check_says_of_each_hook_what_run_finds(tmp_path, hook):
     assert (checked.returncode == 0) == (ran.returncode == 0), (checked.stdout, ran.stderr)
     available = all(f" {stream} by {hook}: available" in checked.stdout for stream in ("transmit", "retransmit"))
     assert available == (ran.returncode == 0), (checked.stdout, ran.stderr)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_a_lock_that_is_no_file_stops_check_and_run(tmp_path, kind):
+    lock = tmp_path / "state" / "lock"
+    lock.parent.mkdir(mode=0o700)
+    {"link": lambda: lock.symlink_to("nowhere"), "folder": lock.mkdir, "pipe": lambda: os.mkfifo(lock)}[kind]()
+    checked = rebpf("check", "--local", "--state-dir", lock.parent)
+    ran = rebpf("run", "--state-dir", lock.parent, "--duration", "0")
+
+    assert checked.returncode == ran.returncode == 78
+    assert ran.stderr.strip().removeprefix("rebpf: ") in checked.stdout

@@ -184,4 +184,4 @@ def test_an_end_of_the_producer_is_an_error(folder: Path) -> None:
 def test_without_root_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(PermissionDenied, match="root"):
-        demo(as_json=True)
+        demo(duration_s=1.0, loss=0.0, as_json=True, show_events=False)

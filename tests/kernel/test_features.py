@@ -17,7 +17,9 @@ def test_features_by_btf_are_those_of_the_trials() -> None:
     btf = Btf.load()
     found = Features.find(btf)
     assert found.ring_buffer
-    assert Features.expected(btf) == replace(found, split=None)
+    expected = Features.expected(btf)
+    assert expected == replace(found, split=None, iterators=expected.iterators)
+    assert expected.iterators >= found.iterators, "the kernel may refuse some"
     assert machine(btf) == os.uname().machine
 
 

@@ -58,7 +58,7 @@ def test_a_flow_passes_with_a_listed_address_and_a_listed_port_on_either_side(la
 
 @pytest.fixture
 def broker() -> Iterator[socket.socket]:
-    """A listener in this process's namespace, like the embedded broker."""
+    """A listener in this process's namespace, like the test broker."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener
 

@@ -326,9 +326,7 @@ def test_an_open_connection_is_reported_on_demand_and_no_longer_once_it_is_close
     assert {STATES[state] for state in first["state"]} == {"ESTABLISHED"}
 
 
-def test_a_connection_that_several_processes_have_open_is_reported_once(
-    flows: Recording, lab: Lab, port: int
-) -> None:
+def test_a_connection_that_several_processes_have_open_is_reported_once(flows: Recording, lab: Lab, port: int) -> None:
     with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
         ends = [pair.client.fileno(), pair.accepted.fileno()]
         with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=ends) as other:

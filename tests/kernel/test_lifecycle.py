@@ -16,7 +16,7 @@ import pytest
 from producer import paths
 from producer.demo.lab import Lab
 from producer.errors import ConfigError, HookError, UnavailableError
-from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS
+from producer.events import CAUSES, FLOWS, HOOKS, KNOWN, REASONS, RETRANSMITS, STREAMS, TRANSMITS
 from producer.kernel import kprobes
 from producer.kernel.bpf_syscall import program_ids
 from producer.kernel.capture import Capture
@@ -260,10 +260,53 @@ def test_a_program_that_the_verifier_rejects_costs_its_hook(
     assert "processed" in caplog.text, "the verifier's log"
 
 
+def lose(pair: Pair, lab: Lab, port: int) -> None:
+    """Let the client retransmit some data twice."""
+    before = lab.client.counters()["RetransSegs"]
+    with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+        pair.client.sendall(b"lost")
+        wait_for(lambda: lab.client.counters()["RetransSegs"] >= before + 2, "retransmissions")
+    assert len(pair.accepted.recv(4, socket.MSG_WAITALL)) == 4
+
+
+def test_retransmissions_that_no_program_sees_are_counted(sources: Path, lab: Lab, port: int) -> None:
+    """As where the kernel runs no tracepoint's program in an interrupt of process 1: docs/truth.md."""
+    program = sources / "rebpf.bpf.c"
+    edit(program, "return tp ? count_retransmission(tp, (void *)ctx[1]) : 0;", "return 0;")
+    taken = "take_retransmit(tp, (void *)ctx[1], TRACEPOINT_ERR(ctx), false, HOOK_RAW_TP)"
+    edit(program, f"return tp ? {taken} : 0;", "return 0;")
+    settings = CaptureSettings(hooks=("raw_tp",), streams=(RETRANSMITS, FLOWS), rules=filtered(ports=(port,)))
+    with contextlib.ExitStack() as stack:
+        old = stack.enter_context(Pair(lab.client, lab.server, lab.server.ipv4, port))
+        lose(old, lab, port)
+        recording = stack.enter_context(Recording(settings))
+        recording.kernel.report_flows()
+        before = lab.counters()["RetransSegs"]
+        new = stack.enter_context(Pair(lab.client, lab.server, lab.server.ipv6, port))
+        for pair in (old, new):
+            lose(pair, lab, port)
+        assert recording.kernel.counters(RETRANSMITS).unseen == 0
+        for _ in range(2):
+            recording.kernel.report_flows()
+        assert recording.kernel.counters(RETRANSMITS).unseen == lab.counters()["RetransSegs"] - before >= 4
+        lose(new, lab, port)
+        new.end()
+        closes = REASONS.index("close")
+        wait_for(lambda: (recording.all(FLOWS)["reason"] == closes).sum() == 2, "the closing records")
+        assert recording.kernel.counters(RETRANSMITS).unseen == lab.counters()["RetransSegs"] - before >= 6
+        assert not len(recording.all(RETRANSMITS))
+
+
 def test_members_that_the_kernel_lacks_are_null_fields(tmp_path: Path, lab: Lab, port: int) -> None:
     btf = kernel_btf_with(
         tmp_path,
-        {"snd_cwnd": "snd_cwmd", "sk_uid": "sk_uxd", "icsk_pending": "icsk_pemding", "sk_cgrp_data": "sk_cgrp_dada"},
+        {
+            "snd_cwnd": "snd_cwmd",
+            "sk_uid": "sk_uxd",
+            "icsk_pending": "icsk_pemding",
+            "retransmit_skb_hint": "retransmit_skb_himt",
+            "sk_cgrp_data": "sk_cgrp_dada",
+        },
     )
     with Recording(hook_settings(rules=filtered(ports=(port,)), btf=btf)) as capture:
         with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:

@@ -96,7 +96,7 @@ def test_no_traffic_with_a_broker_on_this_host_is_seen(lab: Lab, tmp_path: Path,
         assert captured(run) == {"tcp_transmit": 0, "tcp_retransmit": 0, "tcp_flow": 0}
 
 
-def test_no_traffic_with_the_embedded_broker_is_seen(lab: Lab, tmp_path: Path) -> None:
+def test_no_traffic_with_the_test_broker_is_seen(lab: Lab, tmp_path: Path) -> None:
     with run_alone(lab, tmp_path) as run:
         run.ready()
         wait_for(lambda: established(run) >= 2, "a connection's two ends")

@@ -5,19 +5,20 @@ import errno
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
+import time
 
 import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import RETRANSMITS
-from tests.support.capture import DEADLINE_S, Pair, Recording, inside, receive, rules, wait_for
+from tests.support.capture import DEADLINE_S, Pair, Recording, inside, receive, rules, setting, wait_for
 from tests.support.comparison import ACK, FIN, INTERFACE, MAX_SEGS, SYN, Trial, segs
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 URG = 32
 _TCP_SYNCNT = 7
+_HOST_UNREACHABLE, _FRAGMENTATION_NEEDED = 1, 4  # codes of ICMP
 _ONCE = "numgen inc mod 997 == 0 drop"
 
 
@@ -163,17 +164,6 @@ def is_connected(end: socket.socket) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def setting(host: Host, name: str, value: int) -> Iterator[None]:
-    """Set a sysctl of a host while the context lasts."""
-    before = subprocess.check_output(host.command("sysctl", "-n", name), text=True).strip()
-    subprocess.run(host.command("sysctl", "-qw", f"{name}={value}"), check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(host.command("sysctl", "-qw", f"{name}={before}"), check=True)
-
-
 def test_a_path_that_turns_narrow_makes_smaller_retransmits(capture: Recording, lab: Lab, port: int) -> None:
     """As by a router: what is too large is dropped, with an ICMP message to the sender."""
     wide = f"tcp dport {port} meta length > 600 drop"
@@ -185,7 +175,7 @@ def test_a_path_that_turns_narrow_makes_smaller_retransmits(capture: Recording, 
         with rules(lab.server, "prerouting", wide):
             pair.client.sendall(bytes(5003))
             sent = wait_for(lambda: trial.sent(lab.client)[-1:] if trial_has_data(trial, lab) else None, "the data")
-            tell_mtu(lab, pair.client, int(sent["s"]["seq"][0]), 600)
+            send_icmp(lab, pair.client, int(sent["s"]["seq"][0]), _FRAGMENTATION_NEEDED, 600)
             receive(pair.accepted, 5003)
         pair.end()
     again = trial.again(lab.client)["s"]
@@ -197,18 +187,38 @@ def trial_has_data(trial: Trial, lab: Lab) -> bool:
     return bool((trial.sent(lab.client)["s"]["payload_len"] > 600).any())
 
 
-def tell_mtu(lab: Lab, end: socket.socket, seq: int, mtu: int) -> None:
-    """Send ICMP `fragmentation needed` for a segment, from the server."""
+def send_icmp(lab: Lab, end: socket.socket, seq: int, code: int, mtu: int = 0) -> None:
+    """Send ICMP `destination unreachable` for a segment, from the server."""
     (saddr, sport), (daddr, dport) = end.getsockname(), end.getpeername()
     segment = struct.pack("!HHI", sport, dport, seq)
     header = struct.pack("!BBHHHBBH", 0x45, 0, 1500, 0, 0x4000, 64, socket.IPPROTO_TCP, 0)
     header += socket.inet_aton(saddr) + socket.inet_aton(daddr)
     body = struct.pack("!HH", 0, mtu) + header + segment
-    total = sum(struct.unpack(f"!{(4 + len(body)) // 2}H", struct.pack("!BBH", 3, 4, 0) + body))
+    total = sum(struct.unpack(f"!{(4 + len(body)) // 2}H", struct.pack("!BBH", 3, code, 0) + body))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     with inside(lab.server), socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as icmp:
-        icmp.sendto(struct.pack("!BBH", 3, 4, ~total & 0xFFFF) + body, (saddr, 0))
+        icmp.sendto(struct.pack("!BBH", 3, code, ~total & 0xFFFF) + body, (saddr, 0))
+
+
+def test_a_timeout_that_an_icmp_error_brings_forward(capture: Recording, lab: Lab, port: int) -> None:
+    """As by a router that no longer reaches the peer: RFC 6069."""
+    with (
+        Trial(capture, lab, port) as trial,
+        Pair(lab.client, lab.server, lab.server.ipv4, port) as pair,
+    ):
+        pair.exchange(3, 7)
+        with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+            pair.client.sendall(bytes(7))
+            timeouts = wait_for(lambda: rows if len(rows := trial.again(lab.client, "rto")) >= 3 else None, "timeouts")
+            last = timeouts["s"][-1]
+            # Each error halves the timeout, by now 1.6 s.
+            wait_for(lambda: time.monotonic_ns() - int(last["ts"]) > 500_000_000, "half a second")
+            for _ in range(2):
+                send_icmp(lab, pair.client, int(last["seq"]), _HOST_UNREACHABLE)
+            wait_for(lambda: len(trial.again(lab.client)) > len(timeouts) + 1, "another retransmission")
+        receive(pair.accepted, 7)
+        pair.end()
 
 
 def with_options(pair: Pair, version: int) -> None:

@@ -1,15 +1,25 @@
 """The retransmit stream: real loss between two namespaces, against the kernel's own counters, and each cause."""
 
+import contextlib
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, HOOKS, KNOWN, RETRANSMITS, STREAMS, TRANSMITS, Rows
+from producer.host.cgroups import cgroup2_root
+from producer.kernel.bpf_syscall import (
+    ATTACH_CGROUP_EGRESS,
+    PROG_CGROUP_SKB,
+    attach_cgroup,
+    close_all,
+    instruction,
+    load_program,
+)
 from producer.kernel.btf import TYPEDEF, Btf
 from tests.support.capture import DEADLINE_S, Pair, Recording, Skips, cookie_of, rules, sees_ipv6_synacks, wait_for
 
@@ -175,3 +185,37 @@ def test_a_retransmission_that_the_host_drops_has_its_error(capture: Recording, 
         assert len(pair.accepted.recv(101, socket.MSG_WAITALL)) == 101
     assert set(rows["err"][rows["err"] != 0]) == {-1}, f"EPERM: {os.strerror(1)}"
     assert segs(capture.of_port(RETRANSMITS, port)) == lab.client.counters()["RetransSegs"] - before
+
+
+@contextlib.contextmanager
+def marked_packets_dropped(mark: int) -> Iterator[None]:
+    """Attach a program to the root cgroup that drops what sockets with this mark send."""
+    mark_of_packet = 8  # in struct __sk_buff
+    steps = [(0x61, 2, 1, mark_of_packet, 0), (0xB7, 0, 0, 0, 1), (0x55, 2, 0, 1, mark), (0xB7, 0, 0, 0, 0)]
+    code = b"".join(instruction(*step) for step in [*steps, (0x95, 0, 0, 0, 0)])
+    root = cgroup2_root()
+    assert root is not None
+    folder = os.open(root, os.O_RDONLY)
+    program = load_program("drops", code, PROG_CGROUP_SKB, attach_type=ATTACH_CGROUP_EGRESS)
+    link = attach_cgroup(program, folder, ATTACH_CGROUP_EGRESS)
+    try:
+        yield
+    finally:
+        close_all([link, program, folder])
+
+
+def test_a_retransmission_that_another_program_drops_is_one_event(capture: Recording, lab: Lab, port: int) -> None:
+    """As by systemd's IPAddressDeny=: the kernel runs the program of the cgroup hook nevertheless."""
+    assert lab.wait_idle(DEADLINE_S)
+    before = lab.client.counters()["RetransSegs"]
+    skips = Skips(capture)
+    with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair, marked_packets_dropped(port):
+        with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+            pair.client.sendall(bytes(101))
+            pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, port)
+            wait_for(lambda: lab.client.counters()["RetransSegs"] - before >= 3, "three retransmissions")
+            pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0)
+        assert len(pair.accepted.recv(101, socket.MSG_WAITALL)) == 101
+    again = of_host(capture.of_port(RETRANSMITS, port), lab.client)
+    missing = lab.client.counters()["RetransSegs"] - before - segs(again)
+    assert missing in range(skips.of(RETRANSMITS) + 1), again[["cause", "err"]]

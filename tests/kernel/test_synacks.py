@@ -118,6 +118,26 @@ def test_each_retransmitted_syn_ack_is_an_event(
         assert set(np.flatnonzero(sent["is_retransmit"] == 0)) == set(first)
 
 
+def test_retransmitted_syn_acks_are_events_although_their_addresses_are_translated(
+    host: Host, far: Tun, port: int
+) -> None:
+    """The hook sees the packet behind the translation, and finds no request that belongs to it."""
+    chain = f"type nat hook prerouting priority dstnat; tcp dport {port + 1} redirect to :{port};"
+    subprocess.run(
+        host.command("nft", "-f", "-"), input=f"table ip test {{ chain c {{ {chain} }}; }}", text=True, check=True
+    )
+    with Recording(hook_settings(rules=filtered(ports=(port, port + 1)))) as capture, listening(host, far, 4, port):
+        skips = Skips(capture)
+        for sport in range(_FIRST_PORT, _FIRST_PORT + 97):
+            far.send(4, sport, port + 1, SYN)
+        wait_for(lambda: len(far.read()) >= 2 * 97, "each SYN-ACK twice")
+        again = events(capture, RETRANSMITS, host, port)
+        assert host.counters()["RetransSegs"] == 97
+        assert 0 <= 97 - len(again) <= skips.of(RETRANSMITS)
+    assert set(syn_acks(again)) <= {(each.dport, each.seq) for each in far.sent}
+    assert set(again["retransmit_no"]) == {1}
+
+
 def test_the_syn_acks_of_syn_cookies_are_counted_by_the_kernel(
     roomy: Recording, host: Host, far: Tun, port: int
 ) -> None:

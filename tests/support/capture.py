@@ -205,6 +205,17 @@ def _nft(host: Host, text: str) -> None:
     subprocess.run(host.command("nft", "-f", "-"), input=text, text=True, check=True)
 
 
+@contextlib.contextmanager
+def setting(host: Host, name: str, value: object) -> Iterator[None]:
+    """Set a sysctl of a host while the context lasts."""
+    before = subprocess.check_output(host.command("sysctl", "-n", name), text=True).strip()
+    subprocess.run(host.command("sysctl", "-qw", f"{name}={value}"), check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(host.command("sysctl", "-qw", f"{name}={before}"), check=True)
+
+
 def kernel_btf_with(folder: Path, renamed: dict[str, str]) -> Path:
     """Write the running kernel's BTF with renamed members (same length), as if they did not exist."""
     blob = Path("/sys/kernel/btf/vmlinux").read_bytes()

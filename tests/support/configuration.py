@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.cli.main import run
+from producer.cli.options import SETTINGS
 from producer.config.load import Config
 from producer.config.validate import host_name
 
@@ -91,17 +92,8 @@ def _docstrings(kind: Any) -> dict[str, str]:
 def _options() -> dict[str, str]:
     """Return the options of `rebpf run` by the setting that they override."""
     params = {param.name: param for param in run.params}
-    source = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(run.callback))))
-    (overrides,) = (
-        call
-        for call in ast.walk(source)
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "with_values"
-    )
-    found = {}
-    for keyword in overrides.keywords:
-        param = params[ast.unparse(keyword.value)]
-        found[str(keyword.arg).replace("__", ".")] = f"`{param.opts[0]}`, `{param.envvar}`"
-    return found
+    found = ((path.replace("__", "."), params[name]) for name, path in SETTINGS.items())
+    return {path: f"`{param.opts[0]}`, `{param.envvar}`" for path, param in found}
 
 
 def _type(hint: Any) -> str:

@@ -19,7 +19,10 @@ _ALL = sum(KNOWN.values())
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """A record of a connection. Counters are since its beginning at `start_ms`; None: it is older than the producer."""
+    """A record of a connection. Counters are since its beginning at `start_ms`; None: it is older than the producer.
+
+    A cookie of 0 is unknown.
+    """
 
     host: str
     cookie: int
@@ -45,7 +48,8 @@ def row(flow: Flow, number: int) -> Any:
         mapped = whole.packed if whole.version == 6 else b"\0" * 10 + b"\xff\xff" + whole.packed
         made["flow"][side] = np.frombuffer(mapped, np.uint8)
     made["flow"]["sport"], made["flow"]["dport"] = flow.sport, flow.dport
-    made["flow"]["sk_cookie"], made["flow"]["netns"], made["flow"]["flow_known"] = flow.cookie, 4026531840, 1
+    made["flow"]["sk_cookie"], made["flow"]["flow_known"] = flow.cookie, flow.cookie > 0
+    made["flow"]["netns"] = 4026531840
     unknown = 0 if flow.start_ms is not None else KNOWN["start_ns"]
     unknown |= 0 if flow.error else KNOWN["error"]
     made["known"] = _ALL & ~unknown

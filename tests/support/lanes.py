@@ -57,7 +57,7 @@ COMMANDS = (
 BUSY = (
     "tests/integration/test_budget.py",
     "tests/integration/test_crash.py",
-    "tests/integration/test_embedded.py",
+    "tests/integration/test_without_brokers.py",
     "tests/integration/test_faults.py",
     "tests/integration/test_figures.py",
     "tests/integration/test_latency.py",

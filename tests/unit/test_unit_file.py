@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from configparser import RawConfigParser
 from ipaddress import ip_address, ip_network
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from producer.config.load import Capture, Metrics
 from producer.errors import ConfigError, PermissionDenied, UsageError
 from producer.host.capabilities import NAMES
+from producer.kernel.hooks import HOOKS_BY_STREAM
+from producer.kernel.loader_child import MAPS
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = ROOT / "deploy/systemd/rebpf.service"
@@ -30,6 +33,14 @@ def service():
 
 def test_the_service_gets_the_size_of_its_store(service):
     assert service["Environment"] == f"FDSTORE={service['FileDescriptorStoreMax']}"
+
+
+def test_two_sets_of_maps_programs_and_links_fit_into_the_store(service):
+    sets = [[probe for hook in hooks for probe in hook.probes] for hooks in product(*HOOKS_BY_STREAM.values())]
+    maps, programs = len(MAPS), max(sum(probe.captures for probe in probes) for probes in sets)
+    links = max(map(len, sets)) + 1  # that of own sockets
+    assert f"up to {maps} maps, {programs} programs, {links} links and a\n# manifest, twice" in UNIT.read_text()
+    assert int(service["FileDescriptorStoreMax"]) >= 2 * (maps + programs + links + 1)
 
 
 def test_no_restart_after_what_the_next_start_would_only_repeat(service):

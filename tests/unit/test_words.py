@@ -29,6 +29,7 @@ RETIRED = (
     "put by",
     "how-manieth",
     "once more",
+    "embedded broker",
 )
 PATTERN = re.compile(rf"\b({'|'.join(RETIRED)})\b", re.IGNORECASE)
 SUFFIXES = {"", ".py", ".c", ".h", ".md", ".yml", ".toml", ".sql", ".service", ".conf", ".avsc", ".json"}

@@ -230,13 +230,13 @@ def _schema_ids() -> Iterator[Check]:
 
         def check(content: bytes | str) -> None:
             _put(cache, content)
-            with SchemaIds(Registry("http://127.0.0.1:1", timeout_s=1), cache, attempts=1) as ids:
-                try:
-                    (found,) = ids.find({Topic("topic"): schema}).values()
-                except RebpfError as error:
-                    if error.exit_code not in (69, 77, 78):
-                        raise
-                    return
+            ids = SchemaIds(Registry("http://127.0.0.1:1", timeout_s=1), cache, attempts=1)
+            try:
+                (found,) = ids.find({Topic("topic"): schema}).values()
+            except RebpfError as error:
+                if error.exit_code not in (69, 77, 78):
+                    raise
+                return
             if type(found) is not int or not 0 < found < 1 << 31:
                 raise FindingError(f"schema id {found!r}")
 

@@ -32,7 +32,7 @@ from producer.config.load import read_secret
 from producer.errors import RebpfError
 from pathlib import Path
 try:
-    systemd.Watchdog().step(time.monotonic(), lambda: "capturing")
+    systemd.Watchdog().step(time.monotonic())
     if fdstore.available():
         with fdstore.FdStore() as store:
             store.manifest()

@@ -98,14 +98,14 @@ def _registry() -> Iterator[Check]:
             server.answer = answer
             for register in (True, False):
                 settings = Registry(server.url, timeout_s=1, register=register)
-                with SchemaIds(settings, Path(folder) / "cache", attempts=1) as ids:
-                    try:
-                        (found,) = ids.find({Topic("topic"): _SCHEMA}).values()
-                    except RebpfError as error:
-                        _one_line(error)
-                    else:
-                        if type(found) is not int or not 0 < found < 1 << 31:
-                            raise FindingError(f"schema id {found!r}")
+                ids = SchemaIds(settings, Path(folder) / "cache", attempts=1)
+                try:
+                    (found,) = ids.find({Topic("topic"): _SCHEMA}).values()
+                except RebpfError as error:
+                    _one_line(error)
+                else:
+                    if type(found) is not int or not 0 < found < 1 << 31:
+                        raise FindingError(f"schema id {found!r}")
 
         yield check
 

@@ -14,7 +14,7 @@ import pytest
 
 from producer.agent.reload import LONG, InForce
 from producer.agent.supervise import Pace
-from producer.config.load import Config, RuleConfig
+from producer.config.load import Config, RuleConfig, load, located
 from producer.errors import ConfigError
 from producer.rules.resolve import resolve
 from tests.support.rebpf import wait_until
@@ -151,6 +151,29 @@ def test_a_refused_reload_changes_no_setting() -> None:
     assert logging.getLogger("producer").level == logging.INFO
 
 
+def test_a_rule_that_does_not_fit_the_host_is_refused_with_its_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "rebpf.toml"
+    path.write_text('\n[[rules]]\nuid = ["no such user"]\n')
+    hooks: Any = Hooks()
+    in_force = InForce(
+        hooks, Config(), resolve(Config(), None), lambda: load(path), None, located=lambda: located(path)
+    )
+    reload(in_force)
+    assert in_force.refusal.startswith(f"{path}: line 2: rule 1: no user has the name 'no such user'")
+
+
+def test_the_reason_of_a_refusal_is_a_bounded_printable_line() -> None:
+    """It goes to agent.json and heartbeats; an address list may quote a line of megabytes."""
+
+    def read() -> Config:
+        raise ConfigError("conf.d/\udcff.toml\n" + "x" * (1 << 20))
+
+    in_force = rules(Clock(), read)
+    reload(in_force)
+    assert in_force.refusal.startswith("conf.d/\\udcff.toml\\x0axxx")
+    assert len(in_force.refusal.encode()) < 2000
+
+
 def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
     states, reads, asked = [1], [], Asked()
     hooks: Any = Hooks()
@@ -230,10 +253,49 @@ def test_cgroups_are_followed_while_the_disk_of_a_file_hangs(tmp_path: Path) -> 
     in_force.follow(asked)
     (tmp_path / "new").mkdir()
     in_force._look_at = 0
-    in_force.look()
+    wait_until("the rules follow", lambda: in_force.look() or put)
     assert (in_force.busy, in_force.version, len(put)) == (True, 2, 1)
     may_end.set()
     follow(in_force, asked)
+
+
+def test_a_look_for_many_cgroups_does_not_hold_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end, put = threading.Event(), []
+    config = Config(rules=(RuleConfig(unit=("new.service",)),))
+    hooks: Any = Hooks()
+    hooks.put_rules = lambda tables: put.append(tables) or 2
+
+    def slow(*rules: Any) -> Any:
+        assert may_end.wait(60)
+        return resolve(config, tmp_path)
+
+    monkeypatch.setattr("producer.agent.reload.follow", slow)
+    in_force = InForce(hooks, config, resolve(config, tmp_path), lambda: config, tmp_path)
+    (tmp_path / "new.service").mkdir()
+    in_force._look_at = 0
+    in_force.look()
+    in_force.look()
+    assert not put
+    may_end.set()
+    wait_until("the rules follow", lambda: in_force.look() or put)
+    assert in_force.version == 2
+
+
+def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(rules=(RuleConfig(unit=("new.service",)),))
+    hooks: Any = Hooks()
+    in_force = InForce(hooks, config, resolve(config, tmp_path), lambda: config, tmp_path)
+    in_force._look_at = 0
+    with monkeypatch.context() as patched:
+        patched.setattr("producer.agent.reload.follow", lambda *rules: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            wait_until("the failure", in_force.look)
+    hooks.put_rules = lambda tables: 2
+    (tmp_path / "new.service").mkdir()
+    in_force._look_at, in_force._look_pace = 0, Pace()
+    wait_until("the rules follow", lambda: in_force.look() or in_force.version == 2)
 
 
 def test_many_writes_into_the_kernel_do_not_hold_the_loop() -> None:

@@ -27,6 +27,11 @@ def test_rules_brokers_and_a_registry_are_needed(missing: dict[str, Any]) -> Non
         job(Config(**{"alert": config().alert, **parts}), 0)
 
 
+@pytest.mark.parametrize(("window_s", "for_s", "days"), [(60.0, 0.0, 1), (43_200.0, 43_201.0, 3), (86_400.0, 0.0, 2)])
+def test_state_outlives_the_longest_windows(window_s: float, for_s: float, days: int) -> None:
+    assert f"'table.exec.state.ttl' = '{days} d'" in job(config(window_s=window_s, for_s=for_s), 0)
+
+
 def test_only_the_topics_of_the_rules_are_read_from_a_time_and_quotes_are_doubled() -> None:
     text = job(config(measure="count", unit=("a'b*",), only_labels={"env": "it's"}), 1_800_000_000_123_000_000)
     assert "'topic' = 'tcp_retransmit'" in text

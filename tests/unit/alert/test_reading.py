@@ -1,4 +1,4 @@
-"""Reading from where the group left off, while a partition has no leader."""
+"""What `rebpf alert` needs of its brokers: topics, and leaders, for which it waits."""
 
 import logging
 import time
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 
 from producer.alert import reading
 from producer.alert.model import Counts
@@ -14,6 +14,7 @@ from producer.alert.reading import Reading, topics_of
 from producer.config.alerts import AlertRule
 from producer.config.load import Config
 from producer.consume.decode import Decoder
+from producer.errors import UnavailableError
 from producer.events import FLOWS
 from producer.schemas import load_schema
 from tests.support.flows import Flow, values
@@ -68,3 +69,11 @@ def test_a_member_starts_without_it_and_reads_it_once_it_has_one(
         wait_until("its record is read", lambda: has_read(2))
     finally:
         active.close()
+
+
+def test_the_test_broker_is_no_place_for_alerts(cluster: Cluster) -> None:
+    """Its topics cannot be created, so an advice to run `rebpf init` would lead nowhere."""
+    client = Consumer({"bootstrap.servers": cluster.brokers, "group.id": "alert"}, logger=logging.getLogger("alert"))
+    with pytest.raises(UnavailableError, match=r"topic rebpf_agent does not exist.*in-process test broker"):
+        topics_of(Config()).require(client)
+    client.close()

@@ -58,7 +58,7 @@ def test_offline_works_beside_a_running_producer(file: Path) -> None:
     [
         ("[kafka]\nbrokerz = 1", "line 2: unknown key kafka.brokerz: did you mean brokers?"),
         ('[kafka.settings]\n"linger.ms" = "soon"', "line 2: kafka.settings.linger.ms: "),
-        ('[kafka.settings]\n"max.in.flight" = 6', "max.in.flight"),
+        ('[kafka]\n\n[kafka.settings]\n"max.in.flight" = 6', "line 3: kafka.settings: `max.in.flight` must be"),
         ('[[rules]]\ncgroup = ["/' + "a/" * 40 + '"]', "line 1: rule 1: cgroup"),
         ("[[rules]]\n" * 1025, "rules: too many rules: 1025, at most 1024"),
         ("[capture]\nports = [1]\n[[rules]]", "line 3: rules and a filter"),
@@ -81,11 +81,20 @@ def test_config_shows_the_options_and_the_environment_and_no_secret(tmp_path: Pa
     file.write_text('[kafka]\nbrokers = "a:1"\n[kafka.settings]\n"sasl.password" = "hunter2"\n')
     done = rebpf("config", "--config", file, "--port", 443, env={"REBPF_STATE_DIR": "/run/x"})
     assert done.returncode == 0
-    lines = done.stdout.splitlines()
-    assert {'state_dir = "/run/x"', "ports = [443]", f'brokers = "a:1"  # {file}:2'} <= {*lines}
+    lines = {*done.stdout.splitlines()}
+    assert {f"{line}  # option or environment" for line in ('state_dir = "/run/x"', "ports = [443]")} <= lines
+    assert f'brokers = "a:1"  # {file}:2' in lines
     assert "hunter2" not in done.stdout
     shown = json.loads(rebpf("config", "--config", file, "--json").stdout)["settings"]
     assert (shown["kafka.settings.sasl.password"], shown["kafka.brokers"]) == ("***", "a:1")
+
+
+def test_a_value_that_an_option_replaces_is_not_said_to_be_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "rebpf.toml"
+    file.write_text('log_level = "warning"\n[kafka]\nbrokers = "a:1"\n')
+    done = rebpf("--log-level", "debug", "config", "--config", file, env={"REBPF_BROKERS": "b:1"})
+    lines = {*done.stdout.splitlines()}
+    assert {f"{line}  # option or environment" for line in ('log_level = "debug"', 'brokers = "b:1"')} <= lines
 
 
 @pytest.mark.parametrize("words", [["show"], ["verify"], ["drop", "--yes"]])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from producer.commands.check import _unusable
+from producer.commands.check import _unusable, examine
+from producer.config.load import Config
 from producer.host.state import StateFolder
 from tests.support.rebpf import as_nobody, let_others_in, rebpf
 
@@ -226,7 +227,7 @@ def test_a_mistake_in_the_file_is_named_with_its_line_and_the_nearest_key(tmp_pa
         (
             '[[rules]]\nport = [1]\n[[rules]]\nname = "web"\nuid = ["nobody-of-this-name"]',
             "rules",
-            "line 4: rule 2 web: \"getpwnam(): name not found: 'nobody-of-this-name'\"",
+            "line 4: rule 2 web: no user has the name 'nobody-of-this-name'",
         ),
     ],
 )
@@ -268,6 +269,37 @@ def test_folders_of_another_user(tmp_path):
             f"MISSING state_dir/{name}: {tmp_path}/state/{name} is not writable for user 65534: "
             f"install -d -m 0700 -o 65534 {tmp_path}/state/{name}"
         )
+
+
+@root
+def test_the_folder_of_the_service_is_no_problem_for_the_root_who_checks_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("producer.commands.check._SERVICE_USER", "nobody")
+    os.chown(tmp_path, 65534, 65534)
+    config = Config().with_values(state_dir=tmp_path)
+    (finding,) = (each for each in examine(config, servers=False) if each.subject == "state_dir")
+    assert (finding.exit_code, finding.warns) == (0, True)
+    assert finding.text == f"{tmp_path} belongs to the service's user nobody: the service can use it, but not root"
+
+
+@root
+def test_a_spools_folder_of_another_user(tmp_path):
+    let_others_in(tmp_path)
+    own, others = tmp_path / "state" / "spool", tmp_path / "state" / "spool" / "transmit"
+    others.mkdir(parents=True)
+    others.chmod(0o700)
+    for each in (own.parent, own):
+        os.chown(each, 65534, 65534)
+    code, found = check(tmp_path, config='kafka.brokers = "127.0.0.1:1"', before=as_nobody())
+    assert code == 78
+    assert found["state_dir/spool/transmit"].startswith(
+        f"MISSING state_dir/spool/transmit: {others} is not writable for user 65534"
+    )
+
+
+def test_a_file_in_place_of_the_spool_which_a_start_renames(tmp_path):
+    (tmp_path / "state").mkdir(mode=0o700)
+    (tmp_path / "state" / "spool").touch()
+    assert not [each for each in check(tmp_path)[1] if each.startswith("state_dir/")]
 
 
 @root

@@ -1,4 +1,7 @@
-"""Brokers under names that this host cannot reach, behind an address that answers: `check` and `init` name them."""
+"""Brokers that answer and yet are of no use: `check` and `init` say why.
+
+They advertise names that this host cannot reach, or are the in-process test broker.
+"""
 
 import socket
 import threading
@@ -83,6 +86,17 @@ def test_init_names_an_advertised_broker_that_does_not_resolve(brokers: str) -> 
         create_topics(Config(kafka=Kafka(brokers=brokers)), 1, 1)
 
 
+def test_check_and_init_need_more_than_the_test_broker() -> None:
+    cluster = Cluster()
+    config = Config(kafka=Kafka(brokers=cluster.brokers))
+    (finding,) = kafka(config)
+    assert finding.exit_code == UnavailableError.exit_code
+    assert "in-process test broker" in finding.text
+    with pytest.raises(UnavailableError, match=r"in-process test broker .* use a real Kafka"):
+        create_topics(config, 1, 1)
+    cluster.close()
+
+
 def test_brokers_that_take_a_connection_are_reachable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # nobody listens
@@ -123,5 +137,5 @@ def test_a_broker_that_advertises_thousands_of_others_costs_a_bounded_number_of_
         done.set()
         watcher.join()
     assert set(found) == set(names)
-    assert "no answer within 1 s" in found[names[0]] or "timed out" in found[names[0]]
+    assert "no response within 1 s" in found[names[0]] or "timed out" in found[names[0]]
     assert 0 < most <= 70

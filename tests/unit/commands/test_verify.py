@@ -101,7 +101,7 @@ def put(cluster: Cluster, topic: str, **fields: Any) -> None:
 
 def test_topics_are_read_to_their_end_and_reported(cluster: Cluster) -> None:
     for number in (1, 2, 2, 5):
-        put(cluster, TRANSMITS.topic, cpu_seq=number, ts_ns=number)
+        put(cluster, TRANSMITS.topic, cpu_seq=number, ts_ns=number * 1_000_000)
     cluster.put(TRANSMITS.topic, b"not avro")
     put(cluster, RETRANSMITS.topic, cpu_seq=1, ts_ns=1)
     put(cluster, FLOWS.topic, cpu_seq=1, ts_ns=1)
@@ -111,15 +111,24 @@ def test_topics_are_read_to_their_end_and_reported(cluster: Cluster) -> None:
     assert list(told) == TOPICS
     assert (told["tcp_transmit"]["messages"], told["tcp_transmit"]["undecodable"]) == (5, 1)
     assert told["tcp_transmit"]["boots"] == [
-        {"host": "h", "boot_id": "b", "first_ns": 1, "last_ns": 5, "events": 3, "duplicates": 1, "gaps": 1,
-         "missing": 2, "perhaps_deleted": 0, "restarts": 0, "out_of_order": 0, "first_numbers": {}}
+        {"host": "h", "boot_id": "b", "first_ns": 1_000_000, "last_ns": 5_000_000, "events": 3, "duplicates": 1,
+         "gaps": 1, "missing": 2, "perhaps_deleted": 0, "restarts": 0, "out_of_order": 0, "first_numbers": {}}
     ]  # fmt: skip
     lines = show(reports, as_json=False).splitlines()
     assert lines[0] == (
-        "tcp_transmit host=h boot=b first=1970-01-01T00:00:00.000000001Z last=1970-01-01T00:00:00.000000005Z "
+        "tcp_transmit host=h boot=b first=1970-01-01T00:00:00.001Z last=1970-01-01T00:00:00.005Z "
         "events=3 duplicates=1 gaps=1 missing=2 restarts=0 out_of_order=0"
     )
     assert lines[-1].endswith(" messages=1 undecodable=0 complete")
+
+
+def test_on_a_terminal_lines_are_wrapped_between_fields(cluster: Cluster) -> None:
+    put(cluster, TRANSMITS.topic, cpu_seq=1, ts_ns=1, host="web-" + "x" * 100)
+    reports = read(cluster, topics=[TRANSMITS.topic])
+    shown = show(reports, as_json=False, width=80).splitlines()
+    assert [len(line) for line in shown if len(line) > 80] == [len("  host=web-") + 100]
+    assert " ".join(map(str.strip, shown)) == " ".join(show(reports, as_json=False).splitlines())
+    assert [line.startswith("  ") for line in shown].count(False) == 2, "a boot and the topic"
 
 
 def test_order_is_of_the_events_own_flow_whatever_their_key(cluster: Cluster) -> None:
@@ -185,7 +194,7 @@ def test_a_host_without_events_is_not_complete(cluster: Cluster) -> None:
         cluster.put_events(stream, [number])
     done = rebpf("verify", "--brokers", cluster.brokers, "--host", "web-71")
     assert done.returncode == UnavailableError.exit_code
-    assert done.stderr == "rebpf: no events of host web-71: see the hosts without --host\n"
+    assert done.stderr == "rebpf: no events of host web-71: run it without --host to see the hosts\n"
 
 
 def test_a_port_of_http_is_named_as_such() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from producer.config import effective, sources
-from producer.config.load import Config, load
+from producer.config.load import Config, Kubernetes, load
 
 from .test_every_setting import FULL
 
@@ -57,6 +57,12 @@ def test_each_value_has_its_file_and_line(tmp_path: Path) -> None:
     ]
 
 
+def test_a_value_in_an_inline_table_has_the_line_of_the_table(tmp_path: Path) -> None:
+    path = write(tmp_path / "rebpf.toml", '[topics]\nflow = {"retention.ms" = 1}\n')
+    lines = effective.as_toml(load(path), sources.read(path).origins()).splitlines()
+    assert f'"retention.ms" = "1"  # {path}:2' in lines
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
@@ -85,7 +91,8 @@ def test_no_secret_is_shown_or_changes_the_hash(tmp_path: Path) -> None:
 
 
 def test_hosts_with_the_same_settings_have_the_same_hash() -> None:
-    digests = {effective.digest(Config(host=name, labels={"dc": name})) for name in ("a", "b")}
+    pods = {name: Kubernetes(f"https://api/pods?fieldSelector=spec.nodeName%3D{name}") for name in ("a", "b")}
+    digests = {effective.digest(Config(host=name, labels={"dc": name}, kubernetes=pods[name])) for name in pods}
     assert digests == {effective.digest(Config())}
     assert effective.digest(Config().with_values(kafka__brokers="a:1")) not in digests
 

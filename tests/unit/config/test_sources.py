@@ -91,6 +91,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load(tmp_path / "rebpf.toml")
 
 
+def test_a_conf_d_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rebpf.toml").write_text("")
+    (tmp_path / "conf.d").symlink_to("missing")
+    with pytest.raises(ConfigError, match=r"conf\.d: No such file"):
+        load(tmp_path / "rebpf.toml")
+    (tmp_path / "conf.d").unlink()
+    (tmp_path / "conf.d").write_text("")
+    with pytest.raises(ConfigError, match=r"conf\.d: Not a directory"):
+        load(tmp_path / "rebpf.toml")
+
+
 def test_the_number_of_files_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "rebpf.toml").write_text("")
     (tmp_path / "conf.d").mkdir()

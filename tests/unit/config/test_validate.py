@@ -157,7 +157,7 @@ def test_an_option_is_checked_as_the_file_is_and_named(setting, value, source):
 
 
 @pytest.mark.parametrize("command", [("run",), ("check", "--local"), ("init",)])
-def test_empty_brokers_never_mean_the_embedded_broker(tmp_path, command):
+def test_empty_brokers_never_mean_the_test_broker(tmp_path, command):
     path = tmp_path / "rebpf.toml"
     path.write_text(f'state_dir = "{tmp_path}/state"\nkafka.brokers = "a:1"\n')
     by_option = rebpf(*command, "--config", path, "--brokers", "")

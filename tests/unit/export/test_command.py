@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,17 @@ main()
 """
 
 
-@pytest.mark.parametrize(("command", "missing"), [("export", "pyarrow"), ("report", "pyarrow and matplotlib")])
-def test_without_the_extra_it_says_what_to_install(tmp_path: Path, command: str, missing: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, command, tmp_path, "-o", tmp_path / "out"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    ("command", "arguments", "missing"),
+    [
+        ("export", ("x.avro", "-o", "x"), "pyarrow"),
+        ("report", ("x.avro", "-o", "x"), "pyarrow and matplotlib"),
+        ("trace -r", ("x.parquet",), "pyarrow"),
+    ],
+)
+def test_without_the_extra_it_says_what_to_install(command: str, arguments: Sequence[str], missing: str) -> None:
+    run = [sys.executable, "-c", WITHOUT, *command.split(), *arguments]
+    done = subprocess.run(run, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (69, "")
     assert done.stderr == f"rebpf: `rebpf {command}` needs {missing}: pip install '.[report]' in a checkout of ReBPF\n"
 

@@ -17,7 +17,7 @@ from producer.errors import IncompleteError, UnavailableError, UsageError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export.sources import Files
 from producer.view.file import RecordFile
-from producer.view.records import of_rows
+from producer.view.records import of_rows, of_table
 from tests.support.analysis import DAY_NS, NOON_NS, record, write_container, write_spool
 from tests.support.disks import fill, small_disk
 from tests.support.hostile_files import HOSTILE
@@ -68,6 +68,50 @@ def test_a_trace_of_several_streams_gives_the_events_of_each(tmp_path: Path) -> 
     file.close()
     for stream, records in given.items():
         assert rows(rebpf.read(path, topic=stream.topic)) == records
+
+
+@pytest.mark.parametrize("stream", [TRANSMITS, RETRANSMITS, FLOWS], ids=lambda stream: stream.name)
+def test_an_export_is_read_as_the_file_that_it_was_made_of(tmp_path: Path, stream: Stream) -> None:
+    given = events(stream)
+    original = Files([write_container(tmp_path / "in.avro", stream, given)])
+    export(original, tmp_path / "out", "parquet", Period(), ALL)
+    parts = [*Files([tmp_path / "out"]).parts({})]
+    assert {part.stream for part in parts} == {stream}
+    found = [row for part in parts for row in of_table(stream, part.table).rows()]
+    assert found == given
+    export(Files([tmp_path / "out"]), tmp_path / "again", "parquet", Period(), ALL)
+    assert rows(rebpf.read(tmp_path / "again", topic=stream.topic)) == given
+
+
+def test_parquet_of_another_version_or_tool_is_read(tmp_path: Path) -> None:
+    """Without a field that is newer, and with the types that the tool likes."""
+    path = write_container(tmp_path / "in.avro", FLOWS, events(FLOWS))
+    (written,) = export(Files([path]), tmp_path / "out", "parquet", Period(NOON_NS, NOON_NS + 9), ALL)
+    other = tmp_path / "other.parquet"
+    plain = "select * exclude (labels, pid) replace (sport::bigint as sport)"
+    duckdb.sql(f"copy ({plain} from '{written}' order by cpu_seq) to '{other}' (format parquet)")
+    table = rebpf.read(other, topic="tcp_flow")
+    assert rows(table) == [{**each, "labels": None, "pid": None} for each in events(FLOWS)[:9]]
+
+
+def test_all_sources_that_are_given_are_read(tmp_path: Path) -> None:
+    path = write_container(tmp_path / "in.avro", FLOWS, events(FLOWS))
+    export(Files([path]), tmp_path / "out", "parquet", Period(), ALL)
+    assert len(rebpf.read(tmp_path / "out", path, topic="tcp_flow")) == 2 * len(events(FLOWS))
+
+
+def test_parquet_of_other_events_and_damaged_parquet_are_refused(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
+    pyarrow.parquet.write_table(pa.table({"cause": [1.5], "ts_ns": ["now"]}), tmp_path / "types.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 damaged PAR1")
+    for name, kind, message in (
+        ("other", UnavailableError, "has no events of ReBPF"),
+        ("types", IncompleteError, "damaged, or not Parquet with the types of our events"),
+        ("damaged", IncompleteError, "damaged"),
+        ("missing", UnavailableError, "No such file"),
+    ):
+        with pytest.raises(kind, match=rf"{name}\.parquet: {message}"):
+            rebpf.read(tmp_path / f"{name}.parquet", topic="tcp_retransmit")
 
 
 def test_parquet_and_csv_are_partitioned_by_day_and_have_the_same_events(tmp_path: Path) -> None:
@@ -138,7 +182,7 @@ def test_files_of_other_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match=r"missing.avro: No such file"):
         rebpf.read(tmp_path / "missing.avro", topic="tcp_flow")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UnavailableError, match=r"no .avro files"):
+    with pytest.raises(UnavailableError, match=r"no .avro or .parquet files"):
         rebpf.read(tmp_path / "empty", topic="tcp_flow")
 
 

@@ -95,13 +95,23 @@ def test_the_table_begins_with_the_state_and_why():
     assert lines.pop(3) == "  needs a restart: capture.transmit_ring_bytes"
     assert lines[3] == "host=höst-1 version=1.2.3 pid=4711 rules_version=7 config=0123456789abcdef cpu=1.5s rss=77.0MiB"
     assert lines[4] == "labels dc=fra-1 env=prod"
-    assert lines[5].split() == (
-        ["topic", "hook", "passed", "delivered", "in_flight", "spooled", "in_ring", "lost", "ring", "spool"]
-    )
-    assert lines[6].split() == ["tcp_transmit", "fentry", "1000", "700", "200", "50", "45", "5", "25%", "3.0MiB"]
-    assert lines[7].split() == ["tcp_retransmit", "raw_tp", "13", "13", "0", "0", "0", "0", "0%", "0.0MiB"]
-    assert len({len(line) for line in lines[5:8]}) == 1
-    assert lines[8:] == [
+    names, transmits, retransmits = zip(*(line.split() for line in lines[5:15]), strict=True)
+    assert [*names] == [
+        "topic",
+        "hook",
+        "passed",
+        "delivered",
+        "in_flight",
+        "spooled",
+        "in_ring",
+        "lost",
+        "ring",
+        "spool",
+    ]
+    assert [*transmits] == ["tcp_transmit", "fentry", "1000", "700", "200", "50", "45", "5", "25%", "3.0MiB"]
+    assert [*retransmits] == ["tcp_retransmit", "raw_tp", "13", "13", "0", "0", "0", "0", "0%", "0.0MiB"]
+    assert len({len(line) for line in lines[5:15]}) == 1
+    assert lines[15:] == [
         "lost topic=tcp_transmit stage=kernel reason=ring_full count=3",
         "lost topic=tcp_transmit stage=kafka reason=MSG_SIZE_TOO_LARGE count=2",
     ]
@@ -207,6 +217,23 @@ def test_a_port_that_somebody_took_is_served_once_it_is_free(caplog):
     finally:
         endpoint.__exit__(None, None, None)
     assert len(caplog.records) == 1
+
+
+def test_a_name_server_that_hangs_holds_no_step_and_the_endpoint_opens_once_it_answers(monkeypatch, caplog):
+    may_answer, board = threading.Event(), StatusBoard()
+    board.step(status)
+
+    def slow(*_):
+        assert may_answer.wait(60)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with Endpoint("node-1.example", 0, board) as endpoint:
+        endpoint.open()
+        assert endpoint.url is None
+        may_answer.set()
+        wait_until("the endpoint is open", lambda: endpoint.open() or endpoint.url)
+    assert [record.args[-1] for record in caplog.records] == ["the name is not resolved yet"]
 
 
 @pytest.fixture

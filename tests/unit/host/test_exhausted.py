@@ -32,7 +32,7 @@ def test_a_host_without_threads_is_named(tmp_path: Path, words: str) -> None:
     assert done.stderr == "rebpf: the limit on processes and threads: raise TasksMax= of the unit, or ulimit -u\n"
 
 
-EMBEDDED = """
+TEST_BROKER = """
 import os, resource, sys
 from producer.config.librdkafka import client_settings
 from producer.errors import UnavailableError
@@ -55,8 +55,8 @@ except UnavailableError as error:
 
 
 @pytest.mark.parametrize("free", [0, 1, 2, 3, 10, 15, 16, 20])
-def test_the_embedded_broker_names_a_lack_of_descriptors_and_aborts_nothing(free: int) -> None:
-    done = subprocess.run([sys.executable, "-c", EMBEDDED, str(free)], capture_output=True, text=True, timeout=60)
+def test_the_test_broker_names_a_lack_of_descriptors_and_aborts_nothing(free: int) -> None:
+    done = subprocess.run([sys.executable, "-c", TEST_BROKER, str(free)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     few = "the limit on file descriptors: raise LimitNOFILE= of the unit, or ulimit -n"
     assert done.stdout == f"{few if free < 16 else 'started'}\n"

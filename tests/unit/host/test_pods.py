@@ -225,7 +225,7 @@ def test_a_server_that_hangs_delays_nobody(tmp_path: Path, caplog: pytest.LogCap
     released = threading.Event()
     with listing(tmp_path, lambda handler: bool(released.wait(60)) and None, timeout_s=0.2) as (found, _):
         assert found.find(WEB) is None  # returns, though no answer ever comes
-        wait_until("the deadline", lambda: "no complete answer within 0.2 s" in caplog.text)
+        wait_until("the deadline", lambda: "no complete response within 0.2 s" in caplog.text)
         assert found.find(WEB) is None
         released.set()
 

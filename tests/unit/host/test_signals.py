@@ -19,6 +19,7 @@ LOOP = """
 import sys
 from producer.host.signals import *
 import signal
+reset()
 stop, reload = stop_on_signals(), set_on(signal.SIGHUP)
 reloads = 0
 print("ready", flush=True)
@@ -88,11 +89,15 @@ def test_a_second_stop_signal_ends_the_process_at_once(number: signal.Signals) -
 
 
 @pytest.mark.parametrize(
-    "name", ["SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPIPE", "SIGWINCH"]
+    "number",
+    [
+        *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO),
+        *(signal.SIGPIPE, signal.SIGWINCH, signal.SIGPWR, signal.SIGRTMIN, signal.SIGRTMIN + 5, signal.SIGRTMAX),
+    ],
 )
-def test_a_stray_signal_changes_nothing(name: str) -> None:
+def test_a_stray_signal_changes_nothing(number: int) -> None:
     with loop(WAITS) as child:
-        child.send_signal(getattr(signal, name))
+        child.send_signal(number)
         child.send_signal(signal.SIGSTOP)
         child.send_signal(signal.SIGCONT)
         child.send_signal(signal.SIGTERM)

@@ -104,7 +104,7 @@ logging.error('seen')
         os.read(reader, 1 << 20)
         child.communicate(b"\n", timeout=TIMEOUT_S)
         told, seen = os.read(reader, 1 << 20).decode().splitlines()
-        assert told.endswith("WARNING log: 7 lines were dropped because standard error did not take them")
+        assert told.endswith("WARNING log: 7 lines dropped: standard error was full or closed")
         assert seen.endswith("ERROR seen")
 
 
@@ -119,7 +119,7 @@ def test_a_line_that_was_cut_does_not_join_the_next() -> None:
         child.communicate(b"\n", timeout=TIMEOUT_S)
         end_of_line, told, seen = os.read(reader, 1 << 20).decode().splitlines()
         assert end_of_line == ""
-        assert told.endswith("WARNING log: 1 lines were dropped because standard error did not take them")
+        assert told.endswith("WARNING log: 1 lines dropped: standard error was full or closed")
         assert seen.endswith("ERROR seen")
 
 

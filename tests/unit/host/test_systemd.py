@@ -60,15 +60,15 @@ def test_the_watchdog_is_fed_twice_in_its_time_and_only_where_there_is_one(tmp_p
     with Manager(tmp_path) as manager:
         monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
         monkeypatch.delenv("WATCHDOG_USEC", raising=False)
-        systemd.Watchdog().step(0.0, lambda: "no watchdog")
+        systemd.Watchdog().step(0.0)
         monkeypatch.setenv("WATCHDOG_USEC", "2000000")
         watchdog = systemd.Watchdog()
         for now_s in (10.0, 10.5, 11.0, 11.9, 12.1):
-            watchdog.step(now_s, lambda at=now_s: f"at {at}")
+            watchdog.step(now_s)
         monkeypatch.setenv("WATCHDOG_PID", "1")
-        systemd.Watchdog().step(20.0, lambda: "another's")
+        systemd.Watchdog().step(20.0)
         barrier()
-        assert manager.messages == [*(f"WATCHDOG=1\nSTATUS=at {at}" for at in (10.0, 11.0, 12.1)), "BARRIER=1"]
+        assert manager.messages == ["WATCHDOG=1"] * 3 + ["BARRIER=1"]
 
 
 @pytest.mark.parametrize("stuck", [True, False])
@@ -81,6 +81,6 @@ def test_a_manager_that_is_stuck_or_gone_delays_and_ends_no_step(stuck, tmp_path
             with contextlib.suppress(UnavailableError):
                 while True:
                     notify("STATUS=full", timeout_s=0.01)
-        systemd.Watchdog().step(10.0, lambda: "at 10")
+        systemd.Watchdog().step(10.0)
         systemd.try_notify("STOPPING=1")
     assert [record.args[0] for record in caplog.records] == ["WATCHDOG=1", "STOPPING=1"]

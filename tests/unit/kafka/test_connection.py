@@ -1,12 +1,17 @@
 """The sink's connection: replaced clients, its errors, and its sockets."""
 
 import socket
+import threading
 import time
+from contextlib import closing
 
 import confluent_kafka.admin
 
 from producer.config.librdkafka import client_settings
+from producer.errors import UnavailableError
 from producer.events import TRANSMITS
+from producer.kafka import connection
+from producer.kafka.librdkafka import Producer
 from producer.kafka.sink import KafkaSink
 from tests.support.mock_cluster import lib
 from tests.support.rebpf import wait_until
@@ -65,6 +70,39 @@ def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts
     assert cluster.read("t", 24) == numbered(24)
 
 
+def test_without_threads_for_a_new_client_the_old_one_stays_until_there_are_some(
+    cluster, open_sink, monkeypatch, caplog
+):
+    cluster.create("t")
+    offset_ns = [1_700_000_000_000_000_000]
+    sink = open_sink(utc_offset_ns=lambda: offset_ns[0])
+
+    def no_threads(*_: object) -> None:
+        raise UnavailableError("the limit on processes and threads")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(connection, "Producer", no_threads)
+        offset_ns[0] -= 3_000_000_000_000
+        sink.poll()
+    old = sink._connection._clients[0]
+    assert "cannot replace the client: the limit on processes and threads" in caplog.text
+    wait_until("the client is replaced", lambda: sink.poll() or sink._connection._clients[0] is not old)
+    first, ledger = batch(TRANSMITS, numbered(11)), Ledger(sink)
+    sink.send(first)
+    ledger.wait_for(first)
+
+
+def test_a_client_that_waits_for_a_name_server_does_not_hold_a_stop(cluster, open_sink, monkeypatch):
+    sink = open_sink()
+    answers, close = threading.Event(), Producer.close
+    monkeypatch.setattr(Producer, "close", lambda client: answers.wait(60) and close(client))
+    monkeypatch.setattr(connection, "_CLOSE_S", 0.1)
+    sink.close()
+    assert not answers.is_set()
+    answers.set()
+    wait_until("it is closed", lambda: "kafka-close" not in [thread.name for thread in threading.enumerate()])
+
+
 def test_the_last_error_is_kept_until_a_message_is_delivered(cluster, open_sink, caplog):
     cluster.create("t")
     cluster.down()
@@ -78,6 +116,16 @@ def test_the_last_error_is_kept_until_a_message_is_delivered(cluster, open_sink,
     cluster.up()
     ledger.wait_for(sent)
     assert sink.last_error is None
+
+
+def test_a_broker_that_is_down_is_logged_once(caplog):
+    sink = KafkaSink(client_settings("127.0.0.1:1", {}), {})
+    sink.open()
+    with closing(sink):
+        Ledger(sink).wait(lambda: "error=_ALL_BROKERS_DOWN" in caplog.text)
+    named = [message for message in caplog.messages if "Connection refused" in message]
+    assert len(named) == 1
+    assert "error=_TRANSPORT" in named[0]
 
 
 def test_each_socket_is_shown_before_it_connects(cluster, open_sink):
@@ -113,7 +161,7 @@ def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
     assert not ledger.delivered
 
 
-def test_an_embedded_cluster_has_the_topics():
+def test_a_test_broker_has_the_topics():
     sink = KafkaSink(client_settings(None, {}), BEATS)
     brokers = sink.open()
     try:

@@ -116,11 +116,11 @@ def worded(*codes: int, text: str = "the reason") -> RebpfError:
 @pytest.mark.parametrize(
     ("codes", "kind", "begin", "end"),
     [
-        ((), UnavailableError, "no answer from Kafka at b:1: ", "nc -vz HOST PORT"),
+        ((), UnavailableError, "no response from Kafka at b:1: ", "nc -vz HOST PORT"),
         ((KafkaError._AUTHENTICATION,), PermissionDenied, "Kafka at b:1 rejects the authentication: ", "settings]"),
         # The last one says least.
         ((KafkaError._SSL, KafkaError._ALL_BROKERS_DOWN), UnavailableError, "TLS with Kafka at b:1 failed", "cate"),
-        ((KafkaError._ALL_BROKERS_DOWN,), UnavailableError, "no answer from Kafka at b:1: ", "in [kafka.settings]"),
+        ((KafkaError._ALL_BROKERS_DOWN,), UnavailableError, "no response from Kafka at b:1: ", "in [kafka.settings]"),
         ((KafkaError.GROUP_AUTHORIZATION_FAILED,), UnavailableError, "Kafka at b:1: ", "the reason"),
     ],
 )

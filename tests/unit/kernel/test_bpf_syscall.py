@@ -1,6 +1,7 @@
 """The library behind the bpf(2) commands."""
 
 import ctypes
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,12 @@ def test_a_missing_library_is_named_with_the_package_that_has_it() -> None:
 def test_other_processors_are_refused_by_name(machine: str) -> None:
     with pytest.raises(UnavailableError, match=f"{machine} is not supported: ReBPF runs on x86_64 and aarch64"):
         bpf_syscall.check_machine(machine)
+
+
+def test_a_kernel_without_kprobes_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bpf_syscall, "_KPROBES", tmp_path / "missing")
+    with pytest.raises(LookupError, match="this kernel has no kprobes"):
+        bpf_syscall.attach_kprobe(-1, "tcp_retransmit_skb", on_return=True, by_link=True)
 
 
 def test_the_kernels_own_error_number_has_a_text() -> None:

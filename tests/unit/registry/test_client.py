@@ -68,8 +68,8 @@ def serving(answer: Reply) -> Iterator[tuple[str, list[str]]]:
 
 
 def find(url: str, cache: Path | None, *, timeout_s: float = LONG_S) -> dict[Any, Any]:
-    with SchemaIds(Registry(url, timeout_s=timeout_s), cache, attempts=1) as ids:
-        return dict(ids.find({"events": SCHEMA}))
+    ids = SchemaIds(Registry(url, timeout_s=timeout_s), cache, attempts=1)
+    return dict(ids.find({"events": SCHEMA}))
 
 
 def cache_of(url: str, tmp_path: Path, number: int = 7) -> Path:
@@ -223,7 +223,8 @@ def test_a_stop_ends_the_wait() -> None:
 
     with serving(send) as (url, _):
         begin = time.monotonic()
-        with SchemaIds(Registry(url, timeout_s=10 * LONG_S), None, stop=stop) as ids, pytest.raises(Stopped):
+        ids = SchemaIds(Registry(url, timeout_s=10 * LONG_S), None, stop=stop)
+        with pytest.raises(Stopped):
             ids.find({"events": SCHEMA})
         over.set()
     assert time.monotonic() - begin < LONG_S

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 
 import rebpf
+from producer.commands.export import export
 from producer.commands.report import report
 from producer.consume.period import Period
 from producer.errors import UnavailableError
-from producer.events import FLOWS, RETRANSMITS
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.export.arrow import schema_of
 from producer.export.events import matching
 from producer.export.sources import Files
@@ -80,6 +81,12 @@ def test_the_figures_are_those_of_the_events(scene_folder: Path) -> None:
     assert {cause: int(counts.sum()) for cause, counts in summary.timeline.causes.items()} == {"rto": 30, "fast": 120}
     assert [flow.retransmitted for flow in summary.flows] == [50, 50, 50]
     assert all(quality.missing == 0 for quality in summary.quality.values())
+
+
+def test_an_export_makes_the_same_report(scene_folder: Path, page: str, tmp_path: Path) -> None:
+    export(Files([scene_folder]), tmp_path / "export", "parquet", Period(), frozenset({FLOWS, RETRANSMITS, TRANSMITS}))
+    report(Files([tmp_path / "export"]), Period(), tmp_path / "report.html", None)
+    assert (tmp_path / "report.html").read_text() == page
 
 
 def test_a_filter_chooses_connections_and_events(scene_folder: Path) -> None:

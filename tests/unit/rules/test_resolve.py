@@ -81,7 +81,7 @@ def test_actions_are_by_stream() -> None:
     [
         (RuleConfig(address=("10.0.0.1/8",)), "rule 1: 10.0.0.1/8 has host bits set"),
         (RuleConfig(uid=("nobody-of-this-name",)), "rule 1: .*nobody-of-this-name"),
-        (RuleConfig(interface=("nodev0",)), "rule 1: (?i:no interface|no such device)"),
+        (RuleConfig(interface=("nodev0",)), "rule 1: (?i:no interface|no such device).*: nodev0"),
         (RuleConfig(netns=("nons",)), "rule 1: .*nons"),
         (RuleConfig(address=("@/no/such/file",)), "rule 1: /no/such/file: No such file or directory"),
     ],
@@ -113,6 +113,16 @@ def test_cgroups_are_followed_and_files_are_not_read_again(root: Path) -> None:
 def test_a_folder_below_a_unit_cannot_take_the_name_of_another(root: Path) -> None:
     (root / "user.slice/user@1000.service/app.slice/sshd.service").mkdir(parents=True)
     assert resolved(root, RuleConfig(unit=("sshd.service",))).rules[0].cgroup == (0,)
+
+
+def test_a_wrong_line_of_a_list_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "peers"
+    path.write_bytes(b"\xef\xbb\xbf10.1.0.0/16\r\n# partners\r\n10.2.0.300\r\n")
+    with pytest.raises(ConfigError, match=rf"rule 1: {path}: line 3: '10\.2\.0\.300' does not appear"):
+        resolved(None, RuleConfig(address=(f"@{path}",)))
+    path.write_bytes(b"10.1.0.0/16\n\xff")
+    with pytest.raises(ConfigError, match=f"rule 1: {path}: 'utf-8' codec"):
+        resolved(None, RuleConfig(address=(f"@{path}",)))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")
@@ -147,6 +157,14 @@ def test_thousands_of_units_are_resolved_at_once(root: Path) -> None:
     found = resolved(root, RuleConfig(unit=("job*.service",)))
     assert len(found.cgroups_above) == 3000
     assert all(above == [inode(root / "system.slice"), inode(root)] for above in found.cgroups_above.values())
+
+
+def test_each_folder_is_read_once_for_all_rules(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, scandir = [], os.scandir
+    monkeypatch.setattr("os.scandir", lambda path: read.append(path) or scandir(path))
+    units = ("cron.service", "no such.service", "*.service", "?.scope")
+    resolve(Config(rules=tuple(RuleConfig(unit=(unit,)) for unit in units)), root)
+    assert len(read) == len(set(read)) > 1
 
 
 def test_a_list_of_addresses_is_a_file_of_bounded_length(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from producer.commands.export import export
 from producer.commands.trace import Summary, from_file, judged
 from producer.consume.period import Period
 from producer.events import FLOWS, KNOWN, RETRANSMITS
+from producer.export.sources import Files
 from producer.view.file import RecordFile
+from tests.support.analysis import record, write_container, write_spool
 from tests.support.rebpf import DEADLINE_S, command, rebpf
 from tests.support.views import decoded, flows, retransmits
 
@@ -83,6 +86,16 @@ def test_json_lines_end_with_the_counts(file: Path) -> None:
     assert [event["cause"] for event in events] == ["rto", "rto"]
     assert all(event["topic"] == "tcp_retransmit" for event in events)
     assert [flow["retransmitted"] for flow in counts["flows"]] == [2], "not more than what is shown"
+
+
+def test_parquet_and_spool_files_are_shown_like_avro(tmp_path: Path) -> None:
+    records = [record(RETRANSMITS, cause="rto", daddr="10.2.0.9", cpu_seq=number) for number in (1, 2)]
+    avro = write_container(tmp_path / "events.avro", RETRANSMITS, records)
+    (spooled,) = write_spool(tmp_path / "spool", RETRANSMITS, records).iterdir()
+    (parquet,) = export(Files([avro]), tmp_path / "export", "parquet", Period(), frozenset({RETRANSMITS}))
+    shown = [rebpf("trace", "-r", path, "-c", "peer", "10.2.0.0/16").stdout for path in (avro, spooled, parquet)]
+    assert shown[0].count(" rto ") == 2
+    assert shown[0] == shown[1] == shown[2]
 
 
 def test_a_period_of_a_file_is_shown(file: Path) -> None:

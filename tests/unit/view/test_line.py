@@ -16,8 +16,8 @@ from tests.support.views import decoded, flows, retransmits, transmits
 ENDS = {"saddr": "10.0.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51234, "sk_cookie": 5}
 
 
-def lines(width: int, *, color: bool = False) -> list[str]:
-    shown = Lines(width, hosts=False, color=color)
+def lines(width: int, *, color: bool = False, hosts: bool = False) -> list[str]:
+    shown = Lines(width, hosts=hosts, color=color)
     events = retransmits(
         {**ENDS, "cause": "rto", "retransmit_no": 2, "seq": (1 << 32) - 1, "payload_len": 1448, "rto_us": 204_000},
         {**ENDS, "cause": "slow_start", "seq": 1447, "payload_len": 1448, "rto_us": 204_000, "segs": 3},
@@ -27,11 +27,13 @@ def lines(width: int, *, color: bool = False) -> list[str]:
     return [shown.header(), *shown.lines(records)]
 
 
+@pytest.mark.parametrize("hosts", [False, True])
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
-def test_lines_fit_the_screen_and_columns_stay_in_place(width: int) -> None:
-    shown = lines(width)
+def test_lines_fit_the_screen_and_columns_stay_in_place(width: int, *, hosts: bool) -> None:
+    shown = lines(width, hosts=hosts)
     assert all(len(line) <= width for line in shown)
-    for title in ("CAUSE", "WHO", "PEER" if width == 80 else "FLOW"):
+    assert ("HOST" in shown[0]) == hosts
+    for title in ("CAUSE", "WHO", "FLOW" if width >= (120 if hosts else 100) else "PEER"):
         start = shown[0].index(title)
         assert all(line[start - 1] == " " and line[start] != " " for line in shown[1:]), title
 

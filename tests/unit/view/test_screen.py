@@ -28,9 +28,9 @@ def look(width: int, height: int, *, color: bool = False) -> Look:
     return Look(width, height, color, unicode=True)
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (20, 5), (43, 7), (300, 6)])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (20, 5), (43, 7), (300, 6), (15, 4), (1, 1)])
 def test_the_screen_has_its_size(width: int, height: int) -> None:
-    detail = Detail("10.0.0.1:443 > 10.2.0.9:51234", "nginx", 7, 0.03, 10, 3, 204_000, 1500, "loss")
+    detail = Detail("10.0.0.1:443 > 10.2.0.9:51234", "web-1", "nginx", 7, 0.03, 10, 3, 204_000, 1500, "loss")
     wrong = "/port x\n      ^\nfilter: expected a port from 0 to 65535, or a range (8000-8099), found 'x'"
     shown_frames = (
         frame(), frame(details=[detail]), frame(message=wrong), frame(paused=True, filter_text="port 1"),
@@ -76,18 +76,41 @@ def test_a_wide_screen_shows_everything() -> None:
 
 
 def test_details_name_the_connection_on_any_screen() -> None:
-    detail = Detail("10.0.0.1:39212 > 10.2.0.9:51234", "nginx", 7, 0.03, 10, 3, 204_000, 1500, "loss")
+    detail = Detail("10.0.0.1:39212 > 10.2.0.9:51234", "web-1", "nginx", 7, 0.03, 10, 3, 204_000, 1500, "loss")
     narrow, wide = (render(frame(details=[detail]), look(width, 24)) for width in (80, 120))
     assert narrow[2] == "10.2.0.9  last minute: fast 80 rto 7"
     assert narrow[5].endswith(" loss        nginx      10.2.0.9:51234")
     assert wide[5].endswith(" nginx      10.0.0.1:39212 > 10.2.0.9:51234")
 
 
+def test_details_name_the_hosts_if_there_are_several() -> None:
+    of_host = [
+        Detail("10.0.0.1:39212 > 10.2.0.9:51234", host, "nginx", 7, 0.03, 10, 3, 0, 0, "loss")
+        for host in ("web-1", "web-2")
+    ]
+    lines = render(frame(details=of_host), look(80, 24))
+    assert [line.split()[-2:] for line in lines[5:7]] == [["web-1", "10.2.0.9:51234"], ["web-2", "10.2.0.9:51234"]]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_long_names_of_brokers_leave_the_rates_on_the_screen(width: int) -> None:
+    brokers = ",".join(f"kafka-{number}.prod.example.com:9092" for number in range(9))
+    assert "7.2 retransmitted/s  3.10%" in render(frame(source=brokers), look(width, 10))[0]
+
+
+def test_a_flow_that_is_too_long_shows_its_peer() -> None:
+    ends = "[2001:db8:ffff:1111:2222:3333:4444:5555]:40006", "[2001:db8:aaaa:1111:2222:3333:4444:5555]:443"
+    lines = render(
+        Frame(Table(BAD, [BAD._replace(name=" > ".join(ends))], 1), **{**_fields(frame()), "by": "flow"}), look(80, 24)
+    )
+    assert lines[3].startswith(">> [2001:db8:aaaa:1111:")
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_narrow_screens_drop_what_is_less_important_than_who_loses_how_much(width: int) -> None:
     first = render(frame(), look(width, 10))[0]
     assert "7.2 retransmitted/s  3.10%" in first
-    detail = Detail("10.0.0.1:39212 > 10.2.0.9:51234", "nginx", 7, 0.03, 10, 3, 0, 0, "loss")
+    detail = Detail("10.0.0.1:39212 > 10.2.0.9:51234", "web-1", "nginx", 7, 0.03, 10, 3, 0, 0, "loss")
     line = render(frame(details=[detail]), look(width, 10))[5]
     assert line.split()[:2] == ["7", "3.00%"]
     assert line.endswith("10.2.0.9:51234")

@@ -22,6 +22,7 @@ from producer.view.records import of_rows
 from producer.view.screen import Frame, Look, render
 from producer.view.table import GROUPS, SORTS, details, table
 from producer.view.topics import TopicSource
+from tests.support import mock_cluster
 from tests.support.encoding import OFFSET_NS, messages
 from tests.support.mock_topics import Cluster
 from tests.support.views import flows, retransmits
@@ -150,6 +151,35 @@ def test_a_paused_table_stands_still_and_can_be_sorted(cluster: Cluster, view: T
     resorted = after(view, *"ssssss")
     assert (resorted.sort, names(resorted)) == ("name", ["1", "2", "3"])
     assert names(after(view, "s", " ")) == ["3", "1", "2"]
+
+
+def test_a_new_filter_compares_with_the_records_from_before(cluster: Cluster, view: Top) -> None:
+    """The next record of an open connection would otherwise be the first one, from which nothing has grown."""
+    connection = {"reason": "interval", "sk_cookie": 1, "daddr": "10.2.0.1", "start_ns": 0, "dport": 443}
+    put(cluster, FLOWS, "web-1", flows({**connection, "segs_out": 100}))
+    while not view.table(1).total.flows:
+        view.read(report=True)
+    after(view, "/", *"port 443", "enter")
+    put(cluster, FLOWS, "web-1", flows({**connection, "segs_out": 400}))
+    seen = 0
+    while not seen:
+        view.read(report=True)
+        seen = round(view.as_dict()["total"]["segments"] * view.as_dict()["window_s"])
+    assert seen == 300
+
+
+def test_a_new_filter_does_not_end_the_view_while_kafka_is_down() -> None:
+    cluster = mock_cluster.Cluster()
+    for topic in TOPICS:
+        cluster.create(topic)
+    stop = threading.Event()
+    try:
+        with TopicSource(cluster.brokers, TOPICS, registry=Registry(None), client_settings={}, stop=stop) as opened:
+            top = Top(opened, Choice(), 60.0, "fleet")
+            cluster.down()
+            assert after(top, "/", *"port 443", "enter").filter_text == "port 443"
+    finally:
+        cluster.close()
 
 
 def test_there_are_lines_beyond_the_screen(cluster: Cluster, view: Top) -> None:
