@@ -240,7 +240,7 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 	struct choice choice = {};
 	struct retransmit_event *e;
 
-	if (gave_up(err) || !choose_socket(&choice, &flow, tp, STREAM_RETRANSMIT, hook))
+	if (gave_up(err, tp, skb) || !choose_socket(&choice, &flow, tp, STREAM_RETRANSMIT, hook))
 		return 0;
 	e = reserve_retransmit(&flow, &choice);
 	if (!e)
@@ -369,9 +369,9 @@ int raw_tp_flow_state_again(u64 *ctx)
 /* All kernels run this after the segment was counted. */
 int raw_tp_flow_retransmit(u64 *ctx)
 {
-	struct tcp_sock *tp = gave_up(TRACEPOINT_ERR(ctx)) ? NULL : bpf_skc_to_tcp_sock((void *)ctx[0]);
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
 
-	return tp ? count_retransmission(tp, (void *)ctx[1]) : 0;
+	return tp && !gave_up(TRACEPOINT_ERR(ctx), tp, (void *)ctx[1]) ? count_retransmission(tp, (void *)ctx[1]) : 0;
 }
 
 /* Arguments: metadata, the map, the socket, its state. */
