@@ -23,6 +23,7 @@ from producer.kernel.bpf_syscall import (
 )
 from producer.kernel.btf import TYPEDEF, Btf
 from tests.support.capture import DEADLINE_S, Pair, Recording, Skips, cookie_of, rules, sees_ipv6_synacks, wait_for
+from tests.support.netfilter_queue import queued
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -267,3 +268,23 @@ def test_a_retransmission_that_another_program_drops_is_one_event(capture: Recor
     again = of_host(capture.of_port(RETRANSMITS, port), lab.client)
     missing = lab.client.counters()["RetransSegs"] - before - segs(again)
     assert missing in range(skips.of(RETRANSMITS) + 1), again[["cause", "err"]]
+
+
+def test_what_a_netfilter_queue_delays_is_a_retransmit_only_if_it_is_one(capture: Recording, port: int) -> None:
+    """When the hook sees a packet again, TCP has already counted it as sent."""
+    with Lab(loss=0) as lab, contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(queued(lab.client))
+        except OSError as error:
+            pytest.skip(f"this kernel has no netfilter queue: {error}")
+        skips = Skips(capture)
+        with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+            pair.exchange(31, 7)
+            with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+                pair.client.sendall(bytes(7))
+                events(capture, port, lambda rows: len(cause_is(of_host(rows, lab.client), "rto")) >= 2, "timeouts")
+            assert len(pair.accepted.recv(7, socket.MSG_WAITALL)) == 7
+        assert lab.wait_idle(DEADLINE_S)
+        again = of_host(capture.of_port(RETRANSMITS, port), lab.client)
+        missing = lab.client.counters()["RetransSegs"] - segs(again)
+    assert missing in range(skips.of(RETRANSMITS) + 1)
