@@ -96,6 +96,7 @@ class Member:
                 logger.info("ready brokers=%s group=%s", self._brokers, self._config.alert.group)
                 self._loop(end)
         except KafkaException as exc:
+            self._group.poll(0)  # takes the errors that say more than that there was no response
             raise self._errors.worded(exc) from exc
         finally:
             self._stand_by()

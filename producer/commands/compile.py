@@ -34,6 +34,8 @@ def compile_programs(btf: Path | None, output: Path) -> Made:
             btf.open("rb").close()
         except OSError as error:
             raise UsageError(f"--btf: {btf}: {error.strerror}") from error
+    if output.is_dir() or not output.parent.is_dir():  # now, not minutes later
+        raise OutputError(f"cannot write {output}: expected a file in a folder that exists")
     loader = Loader()
     try:
         with Progress("compiling the BPF programs"):

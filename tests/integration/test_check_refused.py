@@ -44,6 +44,16 @@ def test_authentication_refused(secure, config):
     assert "wrong-secret" not in json.dumps(found)
 
 
+@pytest.mark.parametrize("command", ["alert", "tail", "verify"])
+def test_a_reader_whose_authentication_is_refused_says_so(secure, config, command):
+    path = config("", as_toml(secure.sasl(SCRAM, "wrong-secret")))
+    done = rebpf(command, "--config", path, "--brokers", secure.address("SASL_SSL"))
+
+    assert done.returncode == 77
+    assert f"rebpf: Kafka at {secure.address('SASL_SSL')} rejects the authentication: " in done.stderr
+    assert "wrong-secret" not in done.stderr
+
+
 def test_tls_that_fails(secure, config, tmp_path):
     other = Authority(tmp_path / "other")
     settings = {**secure.tls(), "ssl.ca.location": str(other.certificate)}

@@ -68,7 +68,9 @@ def test_what_does_not_fit_this_host_is_refused_with_file_and_line(tmp_path: Pat
     with Run(tmp_path, config=only(443)) as run:
         run.ready()
         run.config.write_text('[[rules]]\nname = "all"\n\n[[rules]]\nuid = ["no-such-user"]\n')
-        run.send(signal.SIGHUP)
+        done = rebpf("reload", "--state-dir", run.state_dir)  # as in the unit
+        assert done.returncode == 78
+        assert re.search(f"rejects the configuration: .*{expected}", done.stderr)
         run.wait_for(f"reload refused: .*{expected}")
         run.finish()
     done = rebpf("run", "--config", run.config, "--state-dir", run.state_dir)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.config.load import Capture, Metrics
+from producer.config.load import Capture, Config, Metrics
 from producer.errors import ConfigError, PermissionDenied, UsageError
 from producer.host.capabilities import NAMES
 from producer.kernel.hooks import HOOKS_BY_STREAM
@@ -51,6 +51,12 @@ def test_no_restart_after_what_the_next_start_would_only_repeat(service):
 def test_the_capabilities_are_those_that_are_asked_for(service):
     assert set(service["AmbientCapabilities"].split()) == set(NAMES.values())
     assert service["CapabilityBoundingSet"] == service["AmbientCapabilities"]
+
+
+def test_a_reload_has_the_producers_answer(service):
+    folder = service["StateDirectory"]
+    assert service["ExecReload"] == f"/usr/bin/rebpf reload --state-dir %S/{folder}"
+    assert str(Config().state_dir) == f"/var/lib/{folder}"
 
 
 def test_the_check_before_it_decides_nothing(service):
