@@ -98,7 +98,7 @@ def test_a_namespace_by_name_is_a_mounted_one(root: Path, monkeypatch: pytest.Mo
     (root / "left").touch()
     (rule,) = resolved(root, RuleConfig(netns=("own",))).rules
     assert rule.netns == (inode(Path("/proc/self/ns/net")),)
-    with pytest.raises(ConfigError, match="rule 1: .*/left: no network namespace is mounted here"):
+    with pytest.raises(ConfigError, match=r"rule 1: .*/left: no network namespace is mounted here"):
         resolved(root, RuleConfig(netns=("left",)))
 
 
