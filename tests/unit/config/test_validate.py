@@ -30,6 +30,8 @@ def read(folder: Path, text: str | bytes) -> Config:
         'state_dir = ""',
         'state_dir = "state"',
         'state_dir = "/a\\u0000b"',
+        f'state_dir = "/{"a" * 256}"',
+        f'capture.pin = "/sys/fs/bpf/{"ä" * 128}"',
         'labels.env = ""',
         'labels.env = "a\\u0000b"',
         'labels.__name__ = "a"',
