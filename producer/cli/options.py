@@ -95,11 +95,11 @@ class TopicName(click.ParamType):  # type: ignore[type-arg] # not generic in cli
 
 
 class _Option(click.Option):
-    """Rejects an environment variable that is set but empty, which click treats as unset."""
+    """Rejects an environment variable that is set but empty or blank, which click treats as unset."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Return the value of the variable. Raises UsageError if it is empty."""
-        if isinstance(self.envvar, str) and os.environ.get(self.envvar) == "":
+        if isinstance(self.envvar, str) and not os.environ.get(self.envvar, "set").strip():
             raise UsageError(f"{self.envvar} is set but empty: give it a value, or unset it")
         return super().resolve_envvar_value(ctx)
 
