@@ -281,6 +281,24 @@ def test_a_look_for_many_cgroups_does_not_hold_the_loop(tmp_path: Path, monkeypa
     assert in_force.version == 2
 
 
+def test_an_interface_that_does_not_exist_is_a_reason_until_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config(rules=(RuleConfig(interface=("tun77",)),))
+    put: list[Any] = []
+    hooks: Any = Hooks()
+    hooks.put_rules = lambda tables: put.append(tables) or 2
+    in_force = InForce(hooks, config, resolve(config, tmp_path), lambda: config, tmp_path)
+    (reason,) = in_force.reasons
+    assert reason.startswith("rule 1: interface tun77: ")
+    assert reason.endswith(": it matches nothing until it exists")
+    assert f"rules: {reason}" in caplog.text
+    monkeypatch.setattr("socket.if_nametoindex", lambda name: 12)
+    in_force._look_at = 0
+    wait_until("the rules follow", lambda: in_force.look() or put)
+    assert (in_force.reasons, put[0].values["interface"]) == ([], {12: 1})
+
+
 def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
