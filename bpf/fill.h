@@ -378,11 +378,17 @@ static __always_inline const struct tcp_request_sock *fast_open_request(const st
 	return (const void *)READ_IF(tcp_sock, tp, fastopen_rsk);
 }
 
-/* Whether the kernel stopped before it counted a retransmission. All other errors are failed retransmissions. */
-static __always_inline bool gave_up(s32 err)
+/*
+ * Whether the kernel stopped before it counted a retransmission: all other errors are failed retransmissions. The host's
+ * firewall and routing may answer with the last three, too; then the segment has the time of this attempt.
+ */
+static __always_inline bool gave_up(s32 err, const struct tcp_sock *tp, const struct sk_buff *skb)
 {
-	return err == -16 /* EBUSY: still in the host's queue */ || err == -11 /* EAGAIN: window closed */ ||
-	       err == -22 /* EINVAL */ || err == -12 /* ENOMEM */ || err == -113 /* EHOSTUNREACH: no route */;
+	if (err == -16 /* EBUSY: still in the host's queue */ || err == -11 /* EAGAIN: window closed */)
+		return true;
+	if (err != -22 /* EINVAL */ && err != -12 /* ENOMEM */ && err != -113 /* EHOSTUNREACH: no route */)
+		return false;
+	return (u64)READ(skb, tstamp) < READ(tp, tcp_clock_cache);
 }
 
 /* A queue that drops the packet returns a positive code (NET_XMIT_DROP). */

@@ -20,7 +20,7 @@ struct flow_state {
 	u32 role;
 	u32 retrans[8]; /* segments, by cause */
 	u32 seen_retrans; /* total_retrans when the last retransmission was counted */
-	u32 hook_retrans; /* total_retrans when the cgroup hook saw the last retransmission */
+	u32 reported_retrans; /* total_retrans when the cgroup hook's programs reported the last retransmission */
 	u32 closed; /* the closing record was taken */
 	u32 unseen; /* retransmissions that no program has seen, by the last record, plus 1; 0: no record */
 	u32 counted_unseen; /* those that were counted as lost */
@@ -141,7 +141,7 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 	else if (PROBE_READ && old_state == TCP_SYN_RECV && state != TCP_CLOSE)
 		found = find_state(tp);
 	if (found && begins) {
-		found->hook_retrans = 0;
+		found->reported_retrans = 0;
 		if (!is_subflow_of_kernel(tp, task))
 			note_process(&found->process, task);
 	}

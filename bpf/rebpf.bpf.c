@@ -240,7 +240,7 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 	struct choice choice = {};
 	struct retransmit_event *e;
 
-	if (gave_up(err) || !choose_socket(&choice, &flow, tp, STREAM_RETRANSMIT, hook))
+	if (gave_up(err, tp, skb) || !choose_socket(&choice, &flow, tp, STREAM_RETRANSMIT, hook))
 		return 0;
 	e = reserve_retransmit(&flow, &choice);
 	if (!e)
@@ -369,9 +369,9 @@ int raw_tp_flow_state_again(u64 *ctx)
 /* All kernels run this after the segment was counted. */
 int raw_tp_flow_retransmit(u64 *ctx)
 {
-	struct tcp_sock *tp = gave_up(TRACEPOINT_ERR(ctx)) ? NULL : bpf_skc_to_tcp_sock((void *)ctx[0]);
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
 
-	return tp ? count_retransmission(tp, (void *)ctx[1]) : 0;
+	return tp && !gave_up(TRACEPOINT_ERR(ctx), tp, (void *)ctx[1]) ? count_retransmission(tp, (void *)ctx[1]) : 0;
 }
 
 /* Arguments: metadata, the map, the socket, its state. */
@@ -497,21 +497,27 @@ int raw_tp_tcp_retransmit_synack(u64 *ctx)
 }
 #endif
 
-#if RETRANSMIT_CGROUP_SKB
+#if TRANSMIT_CGROUP_SKB
 /*
- * A retransmission may fail before the cgroup hook, in the host's own firewall, or behind it: another program of a cgroup
- * may drop the packet, but the kernel runs all. The hook notes what it saw; the tracepoint follows in the same call.
+ * Whether a segment that was sent before is a retransmission which no program has reported yet. The kernel raises
+ * total_retrans, calls the hook and then the tracepoint, unless a netfilter queue returns the packet later, and it may be
+ * a first transmission.
  */
-static __always_inline void note_hook(struct tcp_sock *tp)
+static __always_inline bool is_new_retransmission(struct tcp_sock *tp, bool without_state)
 {
-#if RETRANSMIT_TRACEPOINT_HAS_ERR
-	struct flow_state *state = create_state(tp);
+	struct flow_state *state = HAS_tcp_sock_total_retrans ? create_state(tp) : NULL;
+	u32 total = READ_IF(tcp_sock, tp, total_retrans);
 
-	if (state)
-		state->hook_retrans = READ_IF(tcp_sock, tp, total_retrans);
-#endif
+	if (!state)
+		return without_state;
+	if (state->reported_retrans == total)
+		return false;
+	state->reported_retrans = total;
+	return true;
 }
+#endif
 
+#if RETRANSMIT_CGROUP_SKB
 /*
  * The sequence number of the last SYN-ACK of which the hook could not tell whether it was sent before, and 1 << 32. The hook
  * sets it; the tracepoint, which follows in the same call if it was, clears it. No other SYN-ACK comes in between.
@@ -538,19 +544,18 @@ static __always_inline bool was_unknown_synack(u32 seq)
 	return true;
 }
 
-static __always_inline bool reached_hook(struct tcp_sock *tp)
-{
-	struct flow_state *state = find_state(tp);
-
-	return state && state->hook_retrans == READ_IF(tcp_sock, tp, total_retrans);
-}
-
-int raw_tp_failed_retransmit(u64 *ctx)
+/*
+ * Retransmissions that did not come to the hook: they failed before it, in the host's firewall or routing, a netfilter queue
+ * holds them, or IPsec has encrypted them. A rule for an interface cannot be asked about one that may have come.
+ */
+int raw_tp_other_retransmit(u64 *ctx)
 {
 	s32 err = TRACEPOINT_ERR(ctx);
-	struct tcp_sock *tp = err < 0 ? bpf_skc_to_tcp_sock((void *)ctx[0]) : NULL;
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
 
-	return tp && !reached_hook(tp) ? take_retransmit(tp, (void *)ctx[1], err, false, HOOK_RAW_TP) : 0;
+	if (!tp || gave_up(err, tp, (void *)ctx[1]) || (!err && decides_by_segment()))
+		return 0;
+	return is_new_retransmission(tp, err < 0) ? take_retransmit(tp, (void *)ctx[1], err, false, HOOK_RAW_TP) : 0;
 }
 
 int raw_tp_unknown_synack(u64 *ctx)
@@ -849,8 +854,9 @@ static __always_inline void recognize_segment(struct sender *sender, struct __sk
 		compare_with_request(sender, skb, wire, sender->tp, request);
 		return;
 	}
-	sender->is_retransmit_known = true;
 	sender->is_retransmit = is_retransmission(sender->tp, wire->seq, wire->end_seq, wire->tcp_flags);
+	sender->is_retransmit_known = !sender->is_retransmit || is_new_retransmission(sender->tp, true);
+	sender->is_retransmit &= sender->is_retransmit_known;
 }
 
 /*
@@ -918,13 +924,10 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct bpf_sock *f
 		recognize_segment(&sender, skb, &wire);
 	transmit_packet(skb, &flow, &wire, &sender);
 #if RETRANSMIT_CGROUP_SKB
-	if (sender.is_retransmit) {
-		if (sender.tp && !sender.listener)
-			note_hook(sender.tp);
+	if (sender.is_retransmit)
 		retransmit_packet(skb, &flow, &wire, &sender);
-	} else if (sender.listener && !sender.is_retransmit_known) {
+	else if (sender.listener && !sender.is_retransmit_known)
 		note_unknown_synack(wire.seq);
-	}
 #endif
 	return 1;
 }

@@ -284,6 +284,15 @@ static __always_inline u64 active_rules(void)
 	return active ? *(volatile u64 *)active : 0;
 }
 
+/* Whether a rule uses what may differ between the segments of a connection. */
+static __always_inline bool decides_by_segment(void)
+{
+	u32 generation = active_rules() & 1;
+	struct rule_generation *tables = rule_generations.lookup(&generation);
+
+	return tables && tables->rules && tables->by_segment;
+}
+
 /*
  * Decides by the rules of `active`. `interface` is 0 if the hook does not know it. The flow has endpoints and netns. Without
  * a socket, `sk` is NULL.

@@ -71,6 +71,8 @@ class Runtime:
     budget: TransmitBudget = field(init=False)
     flows: FlowTimer | None = field(default=None, init=False)
     chores_at_s: float = 0.0
+    stopping: bool = False
+    """Whether a step that keeps failing may no longer end the run, since the rest of the shutdown follows."""
 
     @property
     def config(self) -> Config:
@@ -106,6 +108,7 @@ class Runtime:
             woken = self._wait(pipeline, due)
         if flows:
             flows.close()
+        self.stopping = True
         systemd.try_notify("STOPPING=1")
         deadline = time.monotonic() + self.config.kafka.stop_timeout_s
         if not self.ring_stays:
@@ -217,7 +220,7 @@ class Runtime:
             memory.release()
 
     def _guard(self, stream: str, work: Callable[[], bool]) -> bool | None:
-        return self.supervisor.attempt(f"pipeline {stream}", work, None, vital=True)
+        return self.supervisor.attempt(f"pipeline {stream}", work, None, vital=not self.stopping)
 
     def _move(self, pipeline: Pipeline, woken: set[str]) -> float:
         """Run a turn of the pipeline, and return the seconds until the next one.
@@ -230,6 +233,10 @@ class Runtime:
             for name, balance in self.reporter.balances().items():
                 logger.error("balance topic=%s %s", name, balance)
             raise
+
+    def _try(self, work: Callable[[], object]) -> object:
+        """Run a part of the shutdown, which goes on if it fails; return its result."""
+        return self.supervisor.attempt("stop", work, None)
 
     def _expire(self) -> None:
         for each in self.streams:
@@ -244,7 +251,7 @@ class Runtime:
 
         A ring that stays may never be empty, so only what it holds now is drained.
         """
-        while pipeline.step() and time.monotonic() < deadline:
+        while self._try(pipeline.step) and time.monotonic() < deadline:
             pass
         while time.monotonic() < deadline:
             balances = self.reporter.balances().values()
@@ -254,10 +261,7 @@ class Runtime:
                 return  # Kafka is not taking them
             self._show_life()
             time.sleep(LEAST_S)
-            if self.ring_stays:
-                pipeline.poll_reports()
-            else:
-                pipeline.step()
+            self._try(pipeline.poll_reports if self.ring_stays else pipeline.step)
 
     def _end(self, pipeline: Pipeline, deadline: float) -> dict[Topic, Balance]:
         """Spill what is left. What the spool cannot take is lost, unless its ring stays."""
@@ -268,7 +272,7 @@ class Runtime:
             self.supervisor.attempt("status", self.liveness.last, None)
             until = min(deadline, time.monotonic() + _LAST_HEARTBEAT_S)
             while self.sink.in_flight[HEARTBEATS.name] and time.monotonic() < until:
-                pipeline.poll_reports()
+                self._try(pipeline.poll_reports)
                 time.sleep(0.01)
         final = {}
         for each, name in zip(self.streams, balances, strict=True):

@@ -132,7 +132,8 @@ class Quarantine:
         lines = "".join(json.dumps({"error": error, "record": row.tobytes().hex()}) + "\n" for row in rows)
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(path, flags | os.O_NONBLOCK, 0o600)  # a pipe without a reader would block
             with open(file, "a") as opened:
                 if opened.tell() + len(lines) <= _RAW_QUARANTINE_BYTES:
                     opened.write(lines)

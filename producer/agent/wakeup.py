@@ -44,5 +44,5 @@ class Wakeup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # The eventfd stays open: another thread may still call, and must not write to what has its number by then.
         self._epoll.close()
-        os.close(self._event)

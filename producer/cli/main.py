@@ -119,7 +119,7 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
         with context.scope(cleanup=False):  # for a thread that reads the configuration again
             return load(config, **options)
 
-    agent = Agent(read(), read, lambda: sources.state(config), lambda: located(config))
+    agent = Agent(read, lambda: sources.state(config), lambda: located(config))
     stop = stop_on_signals()
     balances = agent.run(stop, hangup, duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader

@@ -36,12 +36,20 @@ class Address(click.ParamType):  # type: ignore[type-arg] # not generic in click
 class Number(click.FloatRange):
     """A number in a range; click takes nan for one in every range."""
 
+    name = "number"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"expected a number, found {value!r}", param, ctx)
         return number
+
+
+class Whole(click.IntRange):
+    """An integer in a range."""
+
+    name = "number"
 
 
 class Offset(click.ParamType):  # type: ignore[type-arg] # not generic in click 8.1
@@ -87,11 +95,11 @@ class TopicName(click.ParamType):  # type: ignore[type-arg] # not generic in cli
 
 
 class _Option(click.Option):
-    """Rejects an environment variable that is set but empty, which click treats as unset."""
+    """Rejects an environment variable that is set but empty or blank, which click treats as unset."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Return the value of the variable. Raises UsageError if it is empty."""
-        if isinstance(self.envvar, str) and os.environ.get(self.envvar) == "":
+        if isinstance(self.envvar, str) and not os.environ.get(self.envvar, "set").strip():
             raise UsageError(f"{self.envvar} is set but empty: give it a value, or unset it")
         return super().resolve_envvar_value(ctx)
 
@@ -193,7 +201,7 @@ state_dir_option = option(
     help="Folder for the spool, the ledger and the lock.",
 )
 address_option = option("--address", type=Address(), multiple=True, help="Capture this address only; repeatable.")
-port_option = option("--port", type=click.IntRange(1, 65535), multiple=True, help="Capture this port only; repeatable.")
+port_option = option("--port", type=Whole(1, 65535), multiple=True, help="Capture this port only; repeatable.")
 pin_option = option(
     "--pin", type=click.Path(path_type=Path), help="Keep hooks and rings in this bpffs folder across a crash."
 )

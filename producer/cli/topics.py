@@ -11,6 +11,7 @@ from producer.cli.options import (
     Offset,
     Time,
     TopicName,
+    Whole,
     brokers_option,
     config_option,
     json_option,
@@ -35,8 +36,8 @@ from producer.host.text import lines
 @config_option
 @brokers_option
 @registry_option
-@option("--partitions", type=click.IntRange(min=1), default=6, show_default=True, help="Partitions per event topic.")
-@option("--replication", type=click.IntRange(min=1), default=1, show_default=True, help="Replicas per partition.")
+@option("--partitions", type=Whole(min=1), default=6, show_default=True, help="Partitions per event topic.")
+@option("--replication", type=Whole(min=1), default=1, show_default=True, help="Replicas per partition.")
 @option("--alerts", is_flag=True, help="Also create the topic and schema of `rebpf alert`.")
 def init(
     config: Path | None, brokers: str | None, registry: str | None, partitions: int, replication: int, alerts: bool
@@ -68,7 +69,7 @@ def init(
 @registry_option
 @option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
 @click.argument("filter_words", metavar="[FILTER]...", nargs=-1)
-@click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
+@click.option("-n", "limit", type=Whole(min=1), help="Stop after this many events.")
 @option("--since", type=Time(), help="Show events from this time on: 2026-11-29T15:00Z, or 1h for an hour ago.")
 @option("--until", type=Time(), help="Show the events before this time, then exit.")
 @option("--from-beginning", is_flag=True, help="Start with the earliest event.")

@@ -13,6 +13,7 @@ from producer.cli.options import (
     Command,
     Number,
     Time,
+    Whole,
     brokers_option,
     config_option,
     json_option,
@@ -65,7 +66,7 @@ filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1
 @filter_argument
 @config_option
 @option("--transmit", is_flag=True, help="Also show each segment sent.")
-@click.option("-n", "limit", type=click.IntRange(min=1), help="Stop after this many events.")
+@click.option("-n", "limit", type=Whole(min=1), help="Stop after this many events.")
 @option("--counts", "-c", is_flag=True, help="At the end, print counts by connection, and what limits each.")
 @option(
     "--write", "-w", type=click.Path(path_type=Path, dir_okay=False), help="Also write matching records to this file."

@@ -344,7 +344,7 @@ def _pins(path: Path) -> Finding:
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
         text = f"{path} is not writable for user {os.geteuid()}: install -d -m 0700 -o {os.geteuid()} {path}"
         return Finding("capture.pin", text, ConfigError.exit_code)
-    if existing == path and (why := unusable(path)):
+    if why := unusable(path):
         return Finding("capture.pin", f"{path}: {why}", ConfigError.exit_code)
     return Finding("capture.pin", f"{path} is writable")
 

@@ -42,11 +42,11 @@ def report(
         segments = Frame(pa.Table.from_batches([], schema_of(TRANSMITS, NAMES[TRANSMITS])))
     with Progress("drawing"):
         text = page(summary, segments, list(_commands(summary, source)), filter_text)
-        with disk_errors(output.parent):
+        with disk_errors(output):
             write_whole(output, text.encode(errors="backslashreplace"))
         if picture is not None:
             drawn = png(draw_summary(summary, headline(summary), segments), 12, 9)
-            with disk_errors(picture.parent):
+            with disk_errors(picture):
                 write_whole(picture, drawn)
     return headline(summary)
 

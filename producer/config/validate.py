@@ -32,6 +32,8 @@ _MAX_SPOOL_BYTES = 1 << 50
 _MAX_PREFIX = 200
 """Kafka limits topic names to 249 characters; this leaves enough for the longest of ours."""
 _MAX_TEXT = 4096
+_MAX_NAME = 255
+"""Of files and folders, in bytes."""
 _MAX_LABELS = 16
 _MAX_LABEL = 64
 _LABEL_NAME = re.compile(r"[a-z_][a-z0-9_]{0,31}")
@@ -129,6 +131,8 @@ def _check_path(name: str, path: Path | None, *, absolute: bool = False) -> None
     if path is None:
         return
     _check_text(name, str(path))
+    if any(len(os.fsencode(part)) > _MAX_NAME for part in path.parts):
+        raise ConfigError(f"{name}: expected names of at most {_MAX_NAME} bytes in the path")
     if absolute and not path.is_absolute():
         raise ConfigError(f"{name}: expected an absolute path, found {str(path)!r}")
 

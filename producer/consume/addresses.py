@@ -14,6 +14,13 @@ def parsed(text: str) -> IPv4Address | IPv6Address | None:
         return None
 
 
+def network(text: str) -> IPv4Network | IPv6Network:
+    """Return an address or a network, IPv4-mapped ones as IPv4, as they are in records; ValueError for other text."""
+    found = ip_network(text, strict=False)
+    mapped = None if isinstance(found, IPv4Network) else found.network_address.ipv4_mapped
+    return found if mapped is None else IPv4Network((mapped, found.prefixlen - 96))
+
+
 def is_within(text: str, networks: Iterable[IPv4Network | IPv6Network]) -> bool:
     """Return whether an address is in one of the networks."""
     address = parsed(text)

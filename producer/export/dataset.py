@@ -148,10 +148,10 @@ def _partial(path: Path) -> Path:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Raise UnavailableError instead of OSError."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
-        raise UnavailableError(f"cannot write to {folder}: {reason}") from error
+        raise UnavailableError(f"cannot write to {path}: {reason}") from error

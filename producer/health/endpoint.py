@@ -83,7 +83,7 @@ class Endpoint:
         self._host, self._port, self._board = host, port, board
         self._lookup = Lookup(host)
         self._web = web or WebSettings(None)
-        self._local = local
+        self._local = local  # until it is served
         self._stack = contextlib.ExitStack()
         self._log_limit = LogLimit(_REPEAT_LOG_S)
         self.url: str | None = None
@@ -95,8 +95,12 @@ class Endpoint:
 
     def open(self, wait_s: float = 0.0) -> None:
         """Serve, unless it does already, the port is not available, or the name is not resolved within `wait_s`."""
-        if self.url:
-            return
+        if not self.url:
+            self._serve(wait_s)
+        if self.url and self._local:
+            self._serve_at(self._local)
+
+    def _serve(self, wait_s: float) -> None:
         try:
             server = _Server(self._lookup.address(wait_s), self._port, self._board, self._web, self._registry)
             self._stack.enter_context(_running(server, "endpoint"))
@@ -106,8 +110,6 @@ class Endpoint:
             return
         scheme = "https" if self._web.current().tls else "http"
         self.url = f"{scheme}://{endpoint(self._host, server.server_address[1])}"
-        if self._local:
-            self._serve_at(self._local)
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -118,8 +120,10 @@ class Endpoint:
             self._stack.enter_context(contextlib.suppress(OSError))
             self._stack.callback(path.unlink)
             self._stack.enter_context(_running(server, "endpoint-local"))
+            self._local = None
         except OSError as error:
-            logger.warning("metrics: no socket at %s, `rebpf status` will not work: %s", path, error.strerror or error)
+            if self._log_limit.allows(f"socket: {error}"):
+                logger.warning("metrics: no socket at %s, `rebpf status` does not work yet: %s", path, error.strerror)
 
 
 @contextlib.contextmanager
@@ -153,9 +157,7 @@ class _Server(ThreadingHTTPServer):
         if ":" in host:
             self.address_family = AF_INET6
         self.board = board
-        self.web = web
-        self.passwords = Passwords()
-        self.metrics = registry
+        self.web, self.passwords, self.metrics = web, Passwords(), registry
         self._deadlines: dict[socket, float] = {}  # of all visitors, oldest first
         self._served: set[socket] = set()  # visitors that wait for us; we wait for the others
         self._lock = threading.Lock()  # held to close a socket, since its descriptor may be reused later

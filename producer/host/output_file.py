@@ -14,9 +14,12 @@ def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content)
-        if mode is not None:
-            partial.chmod(mode)
+        partial.unlink(missing_ok=True)
+        # In a folder such as /tmp, another user may have put a link there.
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+            file.write(content)
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -14,9 +14,9 @@ cgroup_skb  Sees segments as they leave IP, for sockets below the cgroup v2 root
             the SYN-ACKs of SYN cookies and acknowledgements in time wait (neither has a socket there), anything that
             IPsec encrypted, and on Linux 6.1 SYN-ACKs over IPv6 (on 6.12 it sees them). A retransmit is a segment below
             the socket's snd_nxt, or a SYN-ACK later than its request's first. These programs may interrupt themselves,
-            so the kernel skips no run. Two kinds come from the raw tracepoints: a retransmission that failed before the
-            hook, on kernels that report it (one dropped behind it has err 0), and one of a SYN-ACK without a known
-            request, as behind NAT, where the hook sees the translated addresses.
+            so the kernel skips no run. Two kinds come from the raw tracepoints: a retransmission that did not come to the
+            hook, a failed one on kernels that report it (one dropped behind the hook has err 0), and one of a SYN-ACK
+            without a known request, as behind NAT, where the hook sees the translated addresses.
 """
 
 import itertools
@@ -129,7 +129,7 @@ HOOKS_BY_STREAM = {
         Hook(
             "cgroup_skb",
             (
-                Probe("raw_tp_failed_retransmit", "tcp_retransmit_skb", _RAW_TP),
+                Probe("raw_tp_other_retransmit", "tcp_retransmit_skb", _RAW_TP),
                 Probe("raw_tp_unknown_synack", "tcp_retransmit_synack", _RAW_TP),
             ),
             requires="cgroup_skb",

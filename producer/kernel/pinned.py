@@ -32,7 +32,11 @@ _OURS = re.compile(r"manifest(_new)?|[a-z_]+(_\d+)?_[0-9a-f]{16}")
 
 
 def unusable(path: Path) -> str | None:
-    """Return why an existing folder in a bpffs cannot be used; None if it can."""
+    """Return why a folder in a bpffs cannot be used, or created if it does not exist; None if it can."""
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    if existing != path:
+        dotted = next((part for part in path.relative_to(existing).parts if "." in part), None)
+        return f"a bpffs has no names with dots: choose another one than {dotted}" if dotted else None
     status, user = path.stat(), os.geteuid()
     if status.st_uid != user or status.st_mode & 0o022:
         return f"expected a folder that belongs to uid {user} and that nobody else can write to: create another one"
@@ -140,6 +144,8 @@ class PinFolder:
         try:
             if not bpf_syscall.is_bpffs(next(each for each in (path, *path.parents) if each.exists())):
                 raise ConfigError(f"capture.pin {self._path}: not in a bpffs. Mount one: mount -t bpf bpf /sys/fs/bpf")
+            if why := unusable(path):
+                raise ConfigError(f"capture.pin {self._path}: {why}")
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:

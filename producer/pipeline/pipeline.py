@@ -12,6 +12,7 @@ One thread calls `turn` in a loop, and `pace` decides what is due. Files and clo
 passed in.
 """
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
@@ -19,6 +20,8 @@ from producer.events import RETRANSMITS
 from producer.pipeline.interfaces import Sink
 from producer.pipeline.pace import LEAST_S, Budget, StreamPace
 from producer.pipeline.stream import StreamPipeline
+
+logger = logging.getLogger(__name__)
 
 _MOST_REPORT_WAIT_S = 0.1
 
@@ -120,5 +123,8 @@ class Pipeline:
 
         A ring that is still being filled may never be empty, so this ends when the clock reaches `until_s`.
         """
-        for stream in self._streams.values():
-            stream.spill_all(self._now_s(), self._utc_offset_ns(), lambda: self._now_s() >= until_s)
+        for name, stream in self._streams.items():
+            try:
+                stream.spill_all(self._now_s(), self._utc_offset_ns(), lambda: self._now_s() >= until_s)
+            except Exception:  # what is left counts as lost, and the others go on
+                logger.exception("stop: cannot move events to disk stream=%s", name)

@@ -125,8 +125,14 @@ class StreamPipeline:
             return
         self.spooling = True
         self._spill_at_s = 0.0
-        while self._spill(self._sender, now_s, utc_offset_ns) and not is_over():
-            pass
+        more, failed_at = True, -1
+        while more and not is_over():
+            try:
+                more = self._spill(self._sender, now_s, utc_offset_ns)
+            except Exception:
+                if self._ring.position == failed_at:
+                    raise
+                failed_at = self._ring.position  # the encoder may take fewer rows now
 
     def end(self, sink: Sink, unread: int, *, ring_stays: bool) -> tuple[int, int]:
         """Account for what is still in flight. Call this once, before the sink is closed.

@@ -83,11 +83,10 @@ class RegistryClient:
         return _schema_id(answer)
 
     def look_up(self, subject: str, schema: AvroSchema) -> SchemaId:
-        """Return the id of a subject's schema. Raises NoAnswer if the response contains another schema."""
+        """Return the id of a subject's schema. Raises NoAnswer if the response does not contain this schema."""
         answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}", _request_body(schema))
-        text = answer.get("schema")
-        if text is not None and _differs(text, schema):
-            raise NoAnswer(f"the response has another schema than {subject}")
+        if _differs(answer.get("schema", ""), schema):
+            raise NoAnswer(f"the response does not have the schema of {subject}")
         return _schema_id(answer)
 
     def schema(self, schema_id: int) -> str:

@@ -195,7 +195,13 @@ def _ports(value: int | str) -> Iterable[PortRange]:
 
 def _netns(value: int | str) -> Iterable[int]:
     """Return an inode number, or that of a named namespace (`ip netns`)."""
-    return [value if isinstance(value, int) else (NETNS / value).stat().st_ino]
+    if isinstance(value, int):
+        return [value]
+    path = NETNS / value
+    status = path.stat()
+    if status.st_dev != os.stat("/proc/self/ns/net").st_dev:  # left over, or mounted where this process does not see it
+        raise ValueError(f"{path}: no network namespace is mounted here: ip netns delete {value}, and add it again")
+    return [status.st_ino]
 
 
 def _uid(value: int | str) -> Iterable[int]:

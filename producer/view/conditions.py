@@ -4,14 +4,13 @@ import difflib
 import errno
 import fnmatch
 import functools
-import ipaddress
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from producer.consume.addresses import is_within, parsed
+from producer.consume.addresses import is_within, network, parsed
 from producer.consume.columns import passing, text_to_map
 from producer.events import CA_STATES, CAUSES, FLOWS, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS
 from producer.schemas import load_schema
@@ -168,7 +167,7 @@ _ADDRESS = "an address or a network (10.2.0.0/16, 2001:db8::/32)"
 def _address(*fields: str) -> Condition:
     def make(text: str) -> Callable[[Records], Mask]:
         try:
-            networks = [ipaddress.ip_network(part, strict=False) for part in text.split(",")]
+            networks = [network(part) for part in text.split(",")]
         except ValueError:
             raise Expected(_ADDRESS) from None
         return lambda records: any_of(

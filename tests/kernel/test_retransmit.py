@@ -1,8 +1,10 @@
 """The retransmit stream: real loss between two namespaces, against the kernel's own counters, and each cause."""
 
 import contextlib
+import errno
 import os
 import socket
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -22,6 +24,7 @@ from producer.kernel.bpf_syscall import (
 )
 from producer.kernel.btf import TYPEDEF, Btf
 from tests.support.capture import DEADLINE_S, Pair, Recording, Skips, cookie_of, rules, sees_ipv6_synacks, wait_for
+from tests.support.netfilter_queue import queued
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -168,13 +171,18 @@ def test_silence_is_probed_for_and_then_times_out(capture: Recording, lab: Lab, 
     assert {CAUSES[cause] for cause in rows["cause"]} <= {"tlp", "rto"}
 
 
-def test_a_retransmission_that_the_host_drops_has_its_error(capture: Recording, lab: Lab, port: int) -> None:
+def needs_failures(capture: Recording) -> None:
+    """Skip the test if the hook does not see failed retransmissions."""
     if capture.kernel.hooks_in_use["retransmit"] in ("raw_tp", "cgroup_skb"):
         btf = Btf.load()
         tracepoint = btf.find(TYPEDEF, "btf_trace_tcp_retransmit_skb")
         assert tracepoint is not None
         if btf.params(tracepoint) < 4:
             pytest.skip("this kernel's tracepoint does not fire for failures (before Linux 6.17)")
+
+
+def test_a_retransmission_that_the_host_drops_has_its_error(capture: Recording, lab: Lab, port: int) -> None:
+    needs_failures(capture)
     assert lab.wait_idle(DEADLINE_S)
     before = lab.client.counters()["RetransSegs"]
     with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
@@ -185,6 +193,60 @@ def test_a_retransmission_that_the_host_drops_has_its_error(capture: Recording, 
         assert len(pair.accepted.recv(101, socket.MSG_WAITALL)) == 101
     assert set(rows["err"][rows["err"] != 0]) == {-1}, f"EPERM: {os.strerror(1)}"
     assert segs(capture.of_port(RETRANSMITS, port)) == lab.client.counters()["RetransSegs"] - before
+
+
+@contextlib.contextmanager
+def rerouted(host: Host, port: int, kind: str) -> Iterator[None]:
+    """Let the firewall mark what goes to a port, so that routing drops it, by a route of this kind."""
+    chain = f"chain c {{ type route hook output priority mangle; tcp dport {port} meta mark set 7; }};"
+    run(host, "ip", "rule", "add", "fwmark", "7", "lookup", "77")
+    run(host, "ip", "route", "add", kind, "default", "table", "77")
+    run(host, "nft", f"table ip reroute {{ {chain} }}")
+    try:
+        yield
+    finally:
+        run(host, "nft", "delete table ip reroute")
+        run(host, "ip", "route", "flush", "table", "77")
+        run(host, "ip", "rule", "delete", "fwmark", "7")
+
+
+def run(host: Host, *argv: str) -> None:
+    subprocess.run(host.command(*argv), check=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("blackhole", errno.EINVAL), ("unreachable", errno.EHOSTUNREACH), ("prohibit", errno.EACCES)],
+)
+def test_a_retransmission_that_the_hosts_routing_drops_has_its_error(
+    capture: Recording, lab: Lab, port: int, kind: str, error: int
+) -> None:
+    """Some of these are also the errors of a retransmission that was not tried."""
+    needs_failures(capture)
+    assert lab.wait_idle(DEADLINE_S)
+    before = lab.client.counters()["RetransSegs"]
+    with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+            pair.client.sendall(bytes(101))
+            with rerouted(lab.client, port, kind):
+                rows = events(capture, port, lambda rows: (rows["err"] != 0).any(), "a failed retransmission")
+        assert len(pair.accepted.recv(101, socket.MSG_WAITALL)) == 101
+    assert set(rows["err"][rows["err"] != 0]) == {-error}
+    again = of_host(capture.of_port(RETRANSMITS, port), lab.client)
+    assert segs(again) == lab.client.counters()["RetransSegs"] - before
+
+
+def test_a_retransmission_without_a_route_is_no_event(capture: Recording, port: int) -> None:
+    with Lab(loss=0) as lab, Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        skips = Skips(capture)
+        with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+            pair.client.sendall(bytes(101))
+            run(lab.client, "ip", "route", "flush", "dev", "veth0")
+            before = lab.client.counters()
+            wait_for(lambda: lab.client.counters()["TCPTimeouts"] >= before["TCPTimeouts"] + 2, "timeouts")
+        again = segs(of_host(capture.of_port(RETRANSMITS, port), lab.client))
+        assert lab.client.counters()["RetransSegs"] == before["RetransSegs"]
+        assert before["RetransSegs"] - again in range(skips.of(RETRANSMITS) + 1)
 
 
 @contextlib.contextmanager
@@ -219,3 +281,23 @@ def test_a_retransmission_that_another_program_drops_is_one_event(capture: Recor
     again = of_host(capture.of_port(RETRANSMITS, port), lab.client)
     missing = lab.client.counters()["RetransSegs"] - before - segs(again)
     assert missing in range(skips.of(RETRANSMITS) + 1), again[["cause", "err"]]
+
+
+def test_what_a_netfilter_queue_delays_is_a_retransmit_only_if_it_is_one(capture: Recording, port: int) -> None:
+    """When the hook sees a packet again, TCP has already counted it as sent."""
+    with Lab(loss=0) as lab, contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(queued(lab.client))
+        except OSError as error:
+            pytest.skip(f"this kernel has no netfilter queue: {error}")
+        skips = Skips(capture)
+        with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+            pair.exchange(31, 7)
+            with rules(lab.server, "prerouting", f"tcp dport {port} drop"):
+                pair.client.sendall(bytes(7))
+                events(capture, port, lambda rows: len(cause_is(of_host(rows, lab.client), "rto")) >= 2, "timeouts")
+            assert len(pair.accepted.recv(7, socket.MSG_WAITALL)) == 7
+        assert lab.wait_idle(DEADLINE_S)
+        again = of_host(capture.of_port(RETRANSMITS, port), lab.client)
+        missing = lab.client.counters()["RetransSegs"] - segs(again)
+    assert missing in range(skips.of(RETRANSMITS) + 1)

@@ -53,6 +53,14 @@ def test_a_subfolder_is_not_ours(pins: Path) -> None:
     assert_refused(pins, "contains objects of other programs")
 
 
+def test_a_name_that_a_bpffs_refuses_is_named(pins: Path) -> None:
+    path = pins.parent / "new" / "rebpf.pins"
+    with pytest.raises(ConfigError, match=r"a bpffs has no names with dots: .* rebpf\.pins"):
+        PinFolder(path).__enter__()
+    findings = examine(Config().with_values(capture__pin=path, state_dir=pins.parents[1] / "state"), servers=False)
+    assert [each.exit_code for each in findings if each.subject == "capture.pin"] == [78]
+
+
 @pytest.mark.parametrize(("mode", "owner"), [(0o700, 65534), (0o1777, 0), (0o770, 0)])
 def test_a_folder_in_which_others_could_pin_is_refused(pins: Path, mode: int, owner: int) -> None:
     pins.chmod(mode)

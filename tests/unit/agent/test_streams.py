@@ -244,3 +244,11 @@ def test_events_have_the_labels_of_the_last_reload(tmp_path: Path) -> None:
             pipeline.step(sink, 0.0, 10**18)  # type: ignore[arg-type]
             builder.relabel({"env": "prod", "dc": "fra"})
     assert [labels_of(value) for value in sink.values] == [{"env": "test"}, {"env": "prod", "dc": "fra"}]
+
+
+def test_a_pipe_in_place_of_the_raw_quarantine_holds_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "quarantine" / "transmit.raw.jsonl"
+    path.parent.mkdir()
+    os.mkfifo(path)
+    Quarantine(settings(tmp_path)).put_raw(TRANSMITS, np.zeros(1, TRANSMITS.dtype), "a defect")
+    assert "quarantine: cannot store 1 records: No such device or address" in caplog.text

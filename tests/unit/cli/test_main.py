@@ -118,7 +118,7 @@ def test_commands_with_a_filter_say_what_it_can_be():
         (["run", "--brokrs", "a:1"], "No such option"),
         (["run", "more"], "unexpected extra argument"),
         (["run", "--port", "0"], "0 is not in the range"),
-        (["run", "--port", "http"], "'http' is not a valid integer"),
+        (["run", "--port", "http"], "'http' is not a valid number"),
         (["run", "--address", "1.2.3"], "'1.2.3' does not appear to be an IPv4 or IPv6 address"),
         (["run", "--duration", "-1"], "-1.0 is not in the range"),
         (["tail", "-n", "0"], "0 is not in the range"),

@@ -30,6 +30,8 @@ def read(folder: Path, text: str | bytes) -> Config:
         'state_dir = ""',
         'state_dir = "state"',
         'state_dir = "/a\\u0000b"',
+        f'state_dir = "/{"a" * 256}"',
+        f'capture.pin = "/sys/fs/bpf/{"ä" * 128}"',
         'labels.env = ""',
         'labels.env = "a\\u0000b"',
         'labels.__name__ = "a"',
@@ -166,3 +168,9 @@ def test_empty_brokers_never_mean_the_test_broker(tmp_path, command):
     assert (by_option.returncode, by_variable.returncode) == (78, 64)
     assert by_option.stderr.startswith("rebpf: --brokers or REBPF_BROKERS: kafka.brokers: ")
     assert by_variable.stderr == "rebpf: REBPF_BROKERS is set but empty: give it a value, or unset it\n"
+
+
+def test_a_blank_variable_is_not_taken_for_none():
+    """All connections would be captured instead of those of a port."""
+    done = rebpf("config", env={"REBPF_PORT": " "})
+    assert (done.returncode, done.stderr) == (64, "rebpf: REBPF_PORT is set but empty: give it a value, or unset it\n")

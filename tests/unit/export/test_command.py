@@ -44,7 +44,7 @@ def test_files_are_exported_and_reported(tmp_path: Path) -> None:
     path = tmp_path / "out/tcp_flow/date=2026-09-21/begin-end.csv"
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{path} events=65\n", "")
     done = rebpf("report", scene, "-o", "/dev/full/report.html")
-    assert (done.returncode, done.stderr) == (69, "rebpf: cannot write to /dev/full: Not a directory\n")
+    assert (done.returncode, done.stderr) == (69, "rebpf: cannot write to /dev/full/report.html: Not a directory\n")
 
 
 @pytest.mark.parametrize("backend", ["odd", "module://odd", "tkagg"])

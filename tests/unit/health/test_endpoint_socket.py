@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from producer.errors import UnavailableError
+from producer.health.board import StatusBoard
+from producer.health.endpoint import Endpoint
 from producer.health.endpoint_client import ask
 from tests.support.endpoint import CLIENTS, PASSWORDS, TLS, Place
 from tests.support.rebpf import wait_until
@@ -55,6 +57,18 @@ def test_whatever_is_in_the_place_of_the_socket_is_removed(place: Place, kind: s
     with place.serving(PASSWORDS):
         assert ask(place.url, place.socket)["pid"] == status().pid
     assert kind != "link" or (place.folder / "victim").read_text() == "as it was"
+
+
+def test_a_socket_that_cannot_be_made_at_first_is_made_later(place: Place) -> None:
+    folder = place.folder / "state"
+    board = StatusBoard()
+    board.step(status)
+    with Endpoint("127.0.0.1", 0, board, local=folder / "status.sock") as endpoint:
+        assert endpoint.url
+        folder.mkdir()
+        endpoint.open()
+        assert ask(endpoint.url, folder / "status.sock")["pid"] == status().pid
+    assert not (folder / "status.sock").exists()
 
 
 def test_a_state_folder_with_a_long_path_has_its_socket(

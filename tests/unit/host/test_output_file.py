@@ -37,3 +37,12 @@ def test_a_folder_stays(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         write_whole(tmp_path / "out", b"now")
     assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+def test_a_link_that_another_user_has_put_in_place_of_the_partial_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_bytes(b"as it was")
+    (tmp_path / f".out.{os.getpid()}.partial").symlink_to("theirs")
+    write_whole(tmp_path / "out", b"now")
+    assert (tmp_path / "theirs").read_bytes() == b"as it was"
+    assert (tmp_path / "out").read_bytes() == b"now"
+    assert not (tmp_path / "out").is_symlink()

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,12 @@ def test_another_thread_ends_one_wait(wakeup: Wakeup) -> None:
     assert wakeup.called
     wakeup.wait(0)
     assert not wakeup.called
+
+
+def test_a_call_after_the_end_writes_to_no_other_file(pipes: dict[str, tuple[int, int]], tmp_path: Path) -> None:
+    """A visitor of the endpoint may still call; the next file gets the lowest descriptor that is free."""
+    with Wakeup({}, pipes["signals"][0]) as wakeup:
+        pass
+    with open(tmp_path / "file", "wb", buffering=0):
+        wakeup.call()
+    assert (tmp_path / "file").read_bytes() == b""

@@ -9,7 +9,7 @@ from pathlib import Path as Folder
 
 import pytest
 
-from producer.events import RETRANSMITS, TRANSMITS, Rows
+from producer.events import RETRANSMITS, TRANSMITS, Batch, EncodedBatch, Rows
 from producer.pipeline.ledger import Account
 from producer.pipeline.ring_reader import BATCH_ROWS
 from tests.support.memory_ring import STRIDE
@@ -333,6 +333,34 @@ def test_rows_that_take_long_are_encoded_in_several_steps(monkeypatch: pytest.Mo
     setup.pipeline.spill_all()
     assert setup.spools["transmit"].end == 7 + 7
     setup.assert_balanced()
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_defect_at_a_stop_costs_no_other_events(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Folder, fixed: bool
+) -> None:
+    """After a failure, the encoder takes fewer rows; if it fails for good, the other streams are spilled."""
+    setup, encode = Setup(tmp_path), IdEncoder.encode
+    for ring in setup.rings.values():
+        ring.written = 5
+    failures = []
+
+    def failing(self: IdEncoder, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
+        if batch.stream == TRANSMITS and not (fixed and failures):
+            failures.append(len(batch.rows))
+            raise TypeError("a defect")
+        return encode(self, batch, utc_offset_ns)
+
+    monkeypatch.setattr(IdEncoder, "encode", failing)
+    setup.pipeline.spill_all()
+    assert {name: spool.end for name, spool in setup.spools.items()} == {
+        "transmit": 5 * fixed,
+        "retransmit": 5,
+        "flow": 5,
+    }
+    if not fixed:
+        assert setup.transmits.end(setup.sink, 5, ring_stays=False) == (0, 0)
+        assert setup.transmits.account.lost == {"stopped": 5}
 
 
 def test_a_stop_does_not_wait_for_a_ring_that_is_filled_faster_than_it_is_emptied(

@@ -17,6 +17,7 @@ from producer.registry.client import NoAnswer, RegistryClient
 from producer.registry.schema_ids import SchemaIds
 
 SCHEMA = {"type": "record", "name": "TcpTransmit", "namespace": "rebpf.v1", "fields": [{"name": "ts", "type": "long"}]}
+TEXT = json.dumps(SCHEMA)
 JSON = "application/vnd.schemaregistry.v1+json"
 LONG_S = 30
 
@@ -75,7 +76,7 @@ def find(url: str, cache: Path | None, *, timeout_s: float = LONG_S) -> dict[Any
 def cache_of(url: str, tmp_path: Path, number: int = 7) -> Path:
     """Return a cache file as an earlier start wrote it."""
     cache = tmp_path / "ids.json"
-    with serving(reply(200, {"id": number})) as (earlier, _):
+    with serving(reply(200, {"id": number, "schema": TEXT})) as (earlier, _):
         assert find(earlier, cache) == {"events": number}
     cache.write_text(cache.read_text().replace(earlier, url))
     return cache
@@ -88,18 +89,19 @@ NO_ANSWERS = {
     "an error code of another status": reply(404, {"error_code": 50001, "message": "no"}),
     "a login": reply(200, {"login": "https://login"}),
     "a login page": reply(200, b"<html>login</html>", "text/html"),
-    "an error with status 200": reply(200, {"id": 3, "error_code": 50001}),
+    "an error with status 200": reply(200, {"id": 3, "schema": TEXT, "error_code": 50001}),
     "no object": reply(200, [3]),
-    "id 0": reply(200, {"id": 0}),
-    "a negative id": reply(200, {"id": -3}),
-    "an id as text": reply(200, {"id": "3"}),
-    "an id that is a boolean": reply(200, {"id": True}),
-    "an id with a fraction": reply(200, {"id": 3.0}),
-    "an id of 32 bits": reply(200, {"id": 1 << 31}),
+    "id 0": reply(200, {"id": 0, "schema": TEXT}),
+    "a negative id": reply(200, {"id": -3, "schema": TEXT}),
+    "an id as text": reply(200, {"id": "3", "schema": TEXT}),
+    "an id that is a boolean": reply(200, {"id": True, "schema": TEXT}),
+    "an id with a fraction": reply(200, {"id": 3.0, "schema": TEXT}),
+    "an id of 32 bits": reply(200, {"id": 1 << 31, "schema": TEXT}),
+    "no schema, as of another service": reply(200, {"id": 3, "name": "a user"}),
     "another schema": reply(200, {"id": 3, "schema": json.dumps({**SCHEMA, "fields": []})}),
     "a schema that is nested deep": reply(200, {"id": 3, "schema": "[" * 900 + "]" * 900}),
     "a server error": reply(500, {"error_code": 50001, "message": "no"}),
-    "2 MiB": reply(200, {"id": 3, "more": "x" * (2 << 20)}),
+    "2 MiB": reply(200, {"id": 3, "schema": TEXT, "more": "x" * (2 << 20)}),
     "less than it says": reply(200, b'{"id": 3}', **{"Content-Length": "100", "Connection": "close"}),
 }
 
@@ -254,7 +256,7 @@ def test_a_cache_file_of_anything_else_is_none(content: bytes, tmp_path: Path) -
     cache.write_bytes(content)
     with serving(reply(500, {})) as (url, _), pytest.raises(UnavailableError):
         find(url, cache)
-    with serving(reply(200, {"id": 3})) as (url, _):
+    with serving(reply(200, {"id": 3, "schema": TEXT})) as (url, _):
         assert find(url, cache) == {"events": 3}
 
 

@@ -91,6 +91,17 @@ def test_invalid_conditions_are_rejected(rule: RuleConfig, message: str) -> None
         resolved(None, rule)
 
 
+def test_a_namespace_by_name_is_a_mounted_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that a namespace was mounted on has a number too, which no connection has."""
+    monkeypatch.setattr("producer.rules.resolve.NETNS", root)
+    (root / "own").symlink_to("/proc/self/ns/net")
+    (root / "left").touch()
+    (rule,) = resolved(root, RuleConfig(netns=("own",))).rules
+    assert rule.netns == (inode(Path("/proc/self/ns/net")),)
+    with pytest.raises(ConfigError, match=r"rule 1: .*/left: no network namespace is mounted here"):
+        resolved(root, RuleConfig(netns=("left",)))
+
+
 def test_a_filter_and_rules_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="cannot be combined"):
         resolve(Config(capture=Capture(ports=(1,)), rules=(RuleConfig(),)), None)

@@ -124,6 +124,16 @@ def matches(tree: Any, row: Mapping[str, Any]) -> bool:
     raise AssertionError(tree)
 
 
+def test_ipv4_mapped_addresses_are_ipv4_as_in_records() -> None:
+    rows = [{"daddr": address} for address in ("10.2.0.7", "10.2.1.7", "2001:db8::7")]
+    for text, expected in (
+        ("::ffff:10.2.0.7", [True, False, False]),
+        ("::FFFF:10.2.0.0/112", [True, True, False]),
+        ("::/0", [False, False, True]),
+    ):
+        assert parse(f"peer {text}")(of_rows(FLOWS, rows)).tolist() == expected
+
+
 @given(TREE, st.lists(FLOW, min_size=1, max_size=8))
 def test_masks_of_connections_equal_a_plain_evaluation(tree: Any, rows: list[dict[str, Any]]) -> None:
     assert parse(words(tree))(of_rows(FLOWS, rows)).tolist() == [matches(tree, row) for row in rows]
