@@ -38,8 +38,8 @@ from producer.topics import heartbeat_topic, topic
 class Agent:
     """One run of the producer.
 
-    `read` reads the configuration, now and for a reload. The result of `files` differs once one of its files has changed.
-    `located` adds the file and line to a ConfigError.
+    `read` reads the configuration, now and for a reload. The result of `files` differs once one of its files has
+    changed. `located` adds the file and line to a ConfigError.
     """
 
     def __init__(
@@ -63,8 +63,16 @@ class Agent:
             return build(self._config, self._in_force, stop, stack).run(stop, reload, duration_s)
 
     def _in_force(self, capture: Capture, ruleset: Ruleset, root: Path | None) -> InForce:
-        files = {"files": self._files, "files_read": self._files_read}
-        return InForce(capture, self._config, ruleset, self._read, root, located=self._located, **files)
+        return InForce(
+            capture,
+            self._config,
+            ruleset,
+            self._read,
+            root,
+            files=self._files,
+            files_read=self._files_read,
+            located=self._located,
+        )
 
 
 def build(

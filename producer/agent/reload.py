@@ -52,8 +52,8 @@ class InForce:
     """Keeps the settings and the kernel's rules up to date. `read` reads the configuration, in a thread.
 
     `version` counts changes of the rules. `apply` is called with the new configuration after each reload. The result of
-    `files` differs once a file of the configuration has changed since `files_read`. `located` adds the file and line to a
-    ConfigError.
+    `files` differs from `files_read` once a file of the configuration has changed. `located` adds the file and line to
+    a ConfigError.
     """
 
     def __init__(

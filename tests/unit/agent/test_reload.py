@@ -186,8 +186,9 @@ def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
 
     def reloads_after_a_change(config: Config) -> int:
         reads.clear()
-        files: Any = {"files": lambda: states[0], "files_read": states[0]}
-        in_force = InForce(hooks, config, resolve(config, None), read, None, **files)
+        in_force = InForce(
+            hooks, config, resolve(config, None), read, None, files=lambda: states[0], files_read=states[0]
+        )
         follow(in_force, asked)
         states[0] += 1
         in_force._files_at = 0
@@ -247,7 +248,8 @@ def test_a_file_whose_disk_hangs_does_not_hold_the_loop_and_health_says_so(monke
         return len(threads)
 
     hooks: Any = Hooks()
-    in_force, asked = InForce(hooks, watching, resolve(watching, None), lambda: watching, None, files=look), Asked()
+    files: Any = {"files": look, "files_read": look()}
+    in_force, asked = InForce(hooks, watching, resolve(watching, None), lambda: watching, None, **files), Asked()
     in_force.follow(asked)
     in_force.follow(asked)
     assert not in_force.reasons
