@@ -221,7 +221,8 @@ def check(
     if offline and config is None:
         usage("--offline needs --config")
     try:
-        settings = load(config, secrets=not offline, brokers=brokers, registry=registry, state_dir=state_dir)
+        connects = not offline and explain is None
+        settings = load(config, secrets=connects, brokers=brokers, registry=registry, state_dir=state_dir)
     except ConfigError as error:
         if not as_json:
             raise
