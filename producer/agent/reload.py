@@ -54,7 +54,8 @@ class InForce:
     """Keeps the settings and the kernel's rules up to date. `read` reads the configuration, in a thread.
 
     `version` counts changes of the rules. `apply` is called with the new configuration after each reload. The result of
-    `files` differs once a file of the configuration has changed. `located` adds the file and line to a ConfigError.
+    `files` differs from `files_read` once a file of the configuration has changed. `located` adds the file and line to
+    a ConfigError.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class InForce:
         root: Path | None,
         pace: Pace | None = None,
         files: Callable[[], object] = lambda: None,
+        files_read: object = None,
         located: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._pace = pace or Pace()
@@ -80,7 +82,7 @@ class InForce:
         """Looks for cgroups."""
         self._found: _Found | Exception | None = None
         """Its result, if anything has changed."""
-        self._files, self._files_read, self._files_at = files, files(), 0.0
+        self._files, self._files_read, self._files_at = files, files_read, 0.0
         self.apply: Callable[[Config], None] = lambda config: None
         self.version = 1
         self.restart_needed: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from producer.agent.agent import Agent
 from producer.agent.reload import LONG, InForce
 from producer.agent.supervise import Pace
 from producer.config.load import Config, RuleConfig, load, located
@@ -185,7 +186,9 @@ def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
 
     def reloads_after_a_change(config: Config) -> int:
         reads.clear()
-        in_force = InForce(hooks, config, resolve(config, None), read, None, files=lambda: states[0])
+        in_force = InForce(
+            hooks, config, resolve(config, None), read, None, files=lambda: states[0], files_read=states[0]
+        )
         follow(in_force, asked)
         states[0] += 1
         in_force._files_at = 0
@@ -196,6 +199,22 @@ def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
 
     assert reloads_after_a_change(Config()) == 0
     assert reloads_after_a_change(watching) == 1
+
+
+def test_a_file_that_changes_during_the_start_is_reloaded() -> None:
+    """The start may compile for a minute, or wait for the registry."""
+    states, reads = [1], []
+    watching = Config().with_values(reload_when_changed=True)
+
+    def read() -> Config:
+        reads.append(states[0])
+        return watching
+
+    agent = Agent(read, lambda: states[0])
+    states[0] = 2
+    hooks: Any = Hooks()
+    follow(agent._in_force(hooks, resolve(watching, None), None), Asked())
+    assert reads == [1, 2]
 
 
 def test_a_file_that_takes_long_does_not_hold_the_loop() -> None:
@@ -229,7 +248,8 @@ def test_a_file_whose_disk_hangs_does_not_hold_the_loop_and_health_says_so(monke
         return len(threads)
 
     hooks: Any = Hooks()
-    in_force, asked = InForce(hooks, watching, resolve(watching, None), lambda: watching, None, files=look), Asked()
+    files: Any = {"files": look, "files_read": look()}
+    in_force, asked = InForce(hooks, watching, resolve(watching, None), lambda: watching, None, **files), Asked()
     in_force.follow(asked)
     in_force.follow(asked)
     assert not in_force.reasons
