@@ -14,9 +14,9 @@ cgroup_skb  Sees segments as they leave IP, for sockets below the cgroup v2 root
             the SYN-ACKs of SYN cookies and acknowledgements in time wait (neither has a socket there), anything that
             IPsec encrypted, and on Linux 6.1 SYN-ACKs over IPv6 (on 6.12 it sees them). A retransmit is a segment below
             the socket's snd_nxt, or a SYN-ACK later than its request's first. These programs may interrupt themselves,
-            so the kernel skips no run. Two kinds come from the raw tracepoints: retransmissions that did not come to the
-            hook, failed ones on kernels that report them (one dropped behind the hook has err 0), and SYN-ACKs without
-            a known request, as behind NAT, where the hook sees the translated addresses.
+            so the kernel skips no run. Two kinds come from the raw tracepoints: retransmissions that did not come to
+            the hook, also failed ones on newer kernels (one dropped behind the hook has err 0), and SYN-ACKs without a
+            known request, as behind NAT, where the hook sees the translated addresses.
 """
 
 import itertools
