@@ -38,20 +38,19 @@ from producer.topics import heartbeat_topic, topic
 class Agent:
     """One run of the producer.
 
-    `read` reads the configuration again for a reload. The result of `files` differs once one of its files has changed.
-    `located` adds the file and line to a ConfigError.
+    `read` reads the configuration, now and for a reload. The result of `files` differs once one of its files has
+    changed. `located` adds the file and line to a ConfigError.
     """
 
     def __init__(
         self,
-        config: Config,
         read: Callable[[], Config],
         files: Callable[[], object] = lambda: None,
         located: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._config = config
+        self._files, self._files_read = files, files()  # before they are read: a later change means a reload
+        self._config = read()
         self._read = read
-        self._files = files
         self._located = located
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
@@ -64,7 +63,16 @@ class Agent:
             return build(self._config, self._in_force, stop, stack).run(stop, reload, duration_s)
 
     def _in_force(self, capture: Capture, ruleset: Ruleset, root: Path | None) -> InForce:
-        return InForce(capture, self._config, ruleset, self._read, root, files=self._files, located=self._located)
+        return InForce(
+            capture,
+            self._config,
+            ruleset,
+            self._read,
+            root,
+            files=self._files,
+            files_read=self._files_read,
+            located=self._located,
+        )
 
 
 def build(

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _LOOK_INTERVAL_S = 2.0
 _STEP_S = 0.05
 _LONG_S = 30.0
+_MOST_ABSENT = 8
+"""Names in the reasons."""
 LONG = "reload: the files of the configuration have been read for long: does the disk of one of them hang?"
 
 
@@ -52,7 +54,8 @@ class InForce:
     """Keeps the settings and the kernel's rules up to date. `read` reads the configuration, in a thread.
 
     `version` counts changes of the rules. `apply` is called with the new configuration after each reload. The result of
-    `files` differs once a file of the configuration has changed. `located` adds the file and line to a ConfigError.
+    `files` differs from `files_read` once a file of the configuration has changed. `located` adds the file and line to
+    a ConfigError.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class InForce:
         root: Path | None,
         pace: Pace | None = None,
         files: Callable[[], object] = lambda: None,
+        files_read: object = None,
         located: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._pace = pace or Pace()
@@ -78,7 +82,7 @@ class InForce:
         """Looks for cgroups."""
         self._found: _Found | Exception | None = None
         """Its result, if anything has changed."""
-        self._files, self._files_read, self._files_at = files, files(), 0.0
+        self._files, self._files_read, self._files_at = files, files_read, 0.0
         self.apply: Callable[[Config], None] = lambda config: None
         self.version = 1
         self.restart_needed: tuple[str, ...] = ()
@@ -105,9 +109,10 @@ class InForce:
 
     @property
     def reasons(self) -> list[str]:
-        """What is wrong with the last reload, or with the one that a thread prepares."""
+        """What is wrong with the last reload, with the one that a thread prepares, and with the rules in force."""
         hangs = self._thread is not None and time.monotonic_ns() - self._started_ns > _LONG_S * 1e9
-        return [*([f"reload refused: {self.refusal}"] if self.refusal else []), *([LONG] if hangs else [])]
+        refused = [f"reload refused: {self.refusal}"] if self.refusal else []
+        return [*refused, *([LONG] if hangs else []), *self._ruleset.absent[:_MOST_ABSENT]]
 
     def follow(self, asked: Flag) -> None:
         """Reload if `asked` is set, and clear it, or if files have changed. The pace limits how often.
@@ -221,8 +226,9 @@ class InForce:
         if found and found.before is self._ruleset:  # otherwise, a reload came between
             self.version = self._hooks.put_rules(found.tables)
             self._ruleset = found.ruleset
-            logger.info("rules updated: cgroups changed version=%d", self.version)
-        if self._by_cgroup and time.monotonic() >= self._look_at and self._look_pace.is_due():
+            what = "names" if found.before.absent else "cgroups"
+            logger.info("rules updated: %s changed version=%d", what, self.version)
+        if (self._by_cgroup or self._ruleset.absent) and time.monotonic() >= self._look_at and self._look_pace.is_due():
             self._look_at = time.monotonic() + _LOOK_INTERVAL_S
             look = partial(self._look_pace.run, partial(self._find, self._ruleset, self.config))
             thread = threading.Thread(target=look, name="cgroups", daemon=True)
@@ -239,6 +245,8 @@ class InForce:
 
     def _set(self, config: Config) -> None:
         self.config = config
+        for text in self._ruleset.absent[:_MOST_ABSENT]:
+            logger.warning("rules: %s", text)
         self.digest = effective.digest(config)
         self._by_cgroup = any(rule.cgroup or rule.unit for rule in config.rules)
         set_log_level(config.log_level)

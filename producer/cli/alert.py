@@ -64,7 +64,7 @@ def alert(
     from producer.host import endpoints
 
     collect_rarely()
-    settings = load(config, brokers=brokers, registry=registry)
+    settings = load(config, secrets=not flink_sql, brokers=brokers, registry=registry)
     where = settings.kafka.brokers
     if where is None:
         usage("alert needs --brokers")

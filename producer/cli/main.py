@@ -119,7 +119,7 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
         with context.scope(cleanup=False):  # for a thread that reads the configuration again
             return load(config, **options)
 
-    agent = Agent(read(), read, lambda: sources.state(config), lambda: located(config))
+    agent = Agent(read, lambda: sources.state(config), lambda: located(config))
     stop = stop_on_signals()
     balances = agent.run(stop, hangup, duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader
@@ -221,7 +221,8 @@ def check(
     if offline and config is None:
         usage("--offline needs --config")
     try:
-        settings = load(config, secrets=not offline, brokers=brokers, registry=registry, state_dir=state_dir)
+        connects = not offline and explain is None
+        settings = load(config, secrets=connects, brokers=brokers, registry=registry, state_dir=state_dir)
     except ConfigError as error:
         if not as_json:
             raise

@@ -57,7 +57,7 @@ filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1
     cls=Command,
     examples=(
         ("rebpf trace", "Show retransmissions and failed connections"),
-        ("rebpf trace 'peer 10.2.0.0/16 and cause rto'", "Only timeouts towards a network"),
+        ("rebpf trace 'peer 10.2.0.0/16 and cause rto'", "Only timeouts to one network"),
         ("rebpf trace -c -n 100", "Show 100 events, then counts by connection"),
         ("rebpf trace -w night.avro", "Also write the records to a file"),
         ("rebpf trace -r night.avro -c unit nginx.service", "Replay a file, one unit only"),

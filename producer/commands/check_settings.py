@@ -1,5 +1,6 @@
 """`rebpf check`: the settings."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
         else:
             if found:
                 yield Finding(subject, found)
+    yield from _absent_names(config)
 
 
 def _create_client(config: Config) -> str:
@@ -56,6 +58,12 @@ def _read_web_config(config: Config) -> str:
 def _compile_rules(config: Config) -> str:
     resolve(config, cgroup2_root()).tables()
     return f"{len(config.rules)}" if config.rules else "none: all segments are captured"
+
+
+def _absent_names(config: Config) -> Iterator[Finding]:
+    with contextlib.suppress(RebpfError):  # reported above
+        for text in resolve(config, cgroup2_root()).absent:
+            yield Finding("rules", text, warns=True)
 
 
 def settings_offline(config: Config, path: Path | None) -> list[Finding]:

@@ -8,10 +8,9 @@ from enum import IntEnum
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import ClusterMetadata
 
-from producer.errors import UnavailableError
 from producer.host.progress import Progress
 from producer.kafka.confluent import is_test_broker
-from producer.kafka.consumer import QuietConsumer
+from producer.kafka.consumer import QuietConsumer, is_passing, topic_error
 
 _LOG = logging.getLogger(__name__)
 _METADATA_TIMEOUT_S = 5
@@ -101,7 +100,7 @@ class Follower:
                     self._assign(partitions)
                     assigned.update(each.partition for each in partitions)
             elif metadata.error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART and not assigned:
-                raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
+                raise topic_error(topic, metadata.error)
 
     def _first(self, topic: str, number: int, found: ClusterMetadata) -> int:
         is_new = (topic, number) not in self._existing
@@ -121,6 +120,6 @@ class Follower:
         error = message.error()
         if error is None:
             return False
-        if error.retriable() or error.code() == KafkaError._PARTITION_EOF:
+        if is_passing(error) or error.code() == KafkaError._PARTITION_EOF:
             return True
-        raise UnavailableError(f"topic {message.topic()}: {error.str()}")
+        raise topic_error(message.topic(), error)

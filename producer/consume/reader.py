@@ -14,7 +14,7 @@ from producer.consume.audit import ALL
 from producer.errors import UnavailableError
 from producer.host.progress import Progress
 from producer.kafka.confluent import is_test_broker
-from producer.kafka.consumer import QuietConsumer
+from producer.kafka.consumer import QuietConsumer, is_passing, topic_error
 
 _METADATA_TIMEOUT_S = 5
 _SILENCE_S = 30
@@ -127,7 +127,7 @@ class TopicReader:
         if metadata.error is not None:
             if self._skip_missing and metadata.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return []
-            raise UnavailableError(f"topic {topic}: {metadata.error.str()}")
+            raise topic_error(topic, metadata.error)
         if leaderless := [number for number, each in metadata.partitions.items() if each.leader < 0]:
             which = ", ".join(map(str, sorted(leaderless)))
             raise UnavailableError(f"topic {topic}: no leader of partitions {which}: start their brokers")
@@ -173,8 +173,8 @@ class TopicReader:
         error = message.error()
         if error is None or error.code() == KafkaError._PARTITION_EOF:
             return False
-        if error.retriable():
+        if is_passing(error):
             return True
         if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
             raise UnavailableError(f"topic {message.topic()}: messages were deleted while being read: try again")
-        raise UnavailableError(f"topic {message.topic()}: {error.str()}")
+        raise topic_error(message.topic(), error)

@@ -7,10 +7,24 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from confluent_kafka import Consumer, KafkaException
+from confluent_kafka import Consumer, KafkaError, KafkaException
 
 from producer.config.librdkafka import consumer_settings
+from producer.errors import PermissionDenied, RebpfError, UnavailableError
 from producer.kafka.confluent import ClientErrors, open_client
+
+
+def is_passing(error: KafkaError) -> bool:
+    """Return whether reading goes on after an error: it is temporary, or about the group, which is not used."""
+    return bool(error.retriable()) or error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED
+
+
+def topic_error(topic: str | None, error: KafkaError) -> RebpfError:
+    """Return the error to raise for one of a topic, with the fix."""
+    if error.code() != KafkaError.TOPIC_AUTHORIZATION_FAILED:
+        return UnavailableError(f"topic {topic}: {error.str()}")
+    grant = f"kafka-acls.sh --add --operation READ --operation DESCRIBE --topic {topic} --allow-principal User:NAME"
+    return PermissionDenied(f"topic {topic}: this user may not read it: {grant}")
 
 
 class QuietConsumer:

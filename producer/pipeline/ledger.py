@@ -73,7 +73,7 @@ class Ledger:
     def read(self) -> Account | None:
         """Return the last account written; None if there is none that can be read.
 
-        OSError: for want of descriptors, memory or permission; the account is as it was.
+        OSError: descriptors, memory or permission are lacking; the account is as it was.
         """
         try:
             return _account(state_file.read(self._path, _PAGE_BYTES))

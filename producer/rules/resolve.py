@@ -4,6 +4,7 @@ The form of the rules was checked before (producer.config.validate).
 """
 
 import dataclasses
+import errno
 import fnmatch
 import functools
 import ipaddress
@@ -38,6 +39,8 @@ R = TypeVar("R")
 NETNS = Path("/run/netns")
 _ABSENT = 0
 """The id of a cgroup that does not exist. No cgroup has id 0, so the condition matches nothing."""
+_NEVER = 1 << 32
+"""In place of the number of a namespace or interface that does not exist. No such number has more than 32 bits."""
 _NOWHERE = ipaddress.IPv6Network("::/128")
 """The network of an empty list. No segment has this address, so the condition matches nothing."""
 _MOST_LIST_BYTES = 16 << 20
@@ -46,11 +49,15 @@ _MOST_LIST_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Ruleset:
-    """Resolved rules. `cgroups_above` has the ancestors of each named cgroup."""
+    """Resolved rules. `cgroups_above` has the ancestors of each named cgroup.
+
+    `absent` says which namespaces and interfaces do not exist. `follow` looks for them again.
+    """
 
     rules: Sequence[Rule]
     default: Action
     cgroups_above: Mapping[int, Sequence[int]]
+    absent: tuple[str, ...] = ()
 
     def tables(self) -> Tables:
         """Compile the rules. ConfigError if the kernel's tables cannot hold them."""
@@ -60,7 +67,8 @@ class Ruleset:
 def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
     """Resolve the rules of a configuration on this host.
 
-    A cgroup or unit that does not exist now matches nothing. ConfigError names the rule with an invalid condition.
+    A cgroup, unit, namespace or interface that does not exist now matches nothing: at a boot, it may come later.
+    ConfigError names the rule with an invalid condition.
     """
     capture = config.capture
     if not config.rules:
@@ -69,8 +77,9 @@ def resolve(config: Config, cgroup_root: Path | None) -> Ruleset:
     if capture.addresses or capture.ports:
         raise ConfigError("rules and a filter by addresses or ports cannot be combined: turn the filter into a rule")
     cgroups = _Cgroups(cgroup_root)
-    rules = tuple(_rule(number, rule, cgroups) for number, rule in enumerate(config.rules, 1))
-    return Ruleset(rules, _action(capture.default, None, None, None), _above(rules, cgroups))
+    absent: list[str] = []
+    rules = tuple(_rule(number, rule, cgroups, absent) for number, rule in enumerate(config.rules, 1))
+    return Ruleset(rules, _action(capture.default, None, None, None), _above(rules, cgroups), tuple(absent))
 
 
 def resolve_offline(config: Config) -> Ruleset:
@@ -101,14 +110,19 @@ def _without_names(rule: RuleConfig, ids: Mapping[str, int]) -> RuleConfig:
 def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None) -> Ruleset:
     """Return `ruleset`, which was resolved from `config`, with the cgroups that exist now.
 
-    Files, users, namespaces and interfaces are only read at a reload.
+    Files and users are only read at a reload; namespaces and interfaces too, unless some do not exist yet.
     """
     cgroups = _Cgroups(cgroup_root)
-    rules = tuple(
-        dataclasses.replace(rule, cgroup=_cgroups(source, cgroups))
-        for rule, source in zip(ruleset.rules, config.rules, strict=True)
-    )
-    return dataclasses.replace(ruleset, rules=rules, cgroups_above=_above(rules, cgroups))
+    absent: list[str] = []
+    rules = []
+    for number, (rule, source) in enumerate(zip(ruleset.rules, config.rules, strict=True), 1):
+        rule = dataclasses.replace(rule, cgroup=_cgroups(source, cgroups))
+        if ruleset.absent:
+            where = _where(number, source)
+            netns, interface = _netns(where, source.netns, absent), _interfaces(where, source.interface, absent)
+            rule = dataclasses.replace(rule, netns=netns, interface=interface)
+        rules.append(rule)
+    return Ruleset(tuple(rules), ruleset.default, _above(rules, cgroups), tuple(absent))
 
 
 def _cgroups(rule: RuleConfig, cgroups: "_Cgroups") -> tuple[int, ...]:
@@ -119,9 +133,13 @@ def _above(rules: Iterable[Rule], cgroups: "_Cgroups") -> dict[int, Sequence[int
     return {cgroup: cgroups.above(cgroup) for rule in rules for cgroup in rule.cgroup}
 
 
-def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
+def _where(number: int, rule: RuleConfig) -> str:
+    return f"rule {number} {rule.name}".rstrip()
+
+
+def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups", absent: list[str]) -> Rule:
     name = rule.name or f"rule {number}"
-    where = f"rule {number} {rule.name}".rstrip()
+    where = _where(number, rule)
     keep = _action(rule.action, rule.transmit, rule.retransmit, rule.flow)
     by_event = rule.sample_by == "event"
     try:
@@ -134,10 +152,10 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups") -> Rule:
             port=_each(rule.port, _ports),
             local_port=_each(rule.local_port, _ports),
             remote_port=_each(rule.remote_port, _ports),
-            netns=_each(rule.netns, _netns),
+            netns=_netns(where, rule.netns, absent),
             cgroup=_cgroups(rule, cgroups),
             uid=_each(rule.uid, _uid),
-            interface=_each(rule.interface, _interface),
+            interface=_interfaces(where, rule.interface, absent),
             state=rule.state,
         )
     except OSError as error:
@@ -193,15 +211,35 @@ def _ports(value: int | str) -> Iterable[PortRange]:
     return [(int(low), int(high or low))]
 
 
-def _netns(value: int | str) -> Iterable[int]:
-    """Return an inode number, or that of a named namespace (`ip netns`)."""
-    if isinstance(value, int):
-        return [value]
-    path = NETNS / value
-    status = path.stat()
+def _netns(where: str, values: Iterable[int | str], absent: list[str]) -> tuple[int, ...]:
+    """Return inode numbers, also of named namespaces (`ip netns`)."""
+    return _numbers(f"{where}: netns", values, _netns_number, absent)
+
+
+def _interfaces(where: str, values: Iterable[int | str], absent: list[str]) -> tuple[int, ...]:
+    """Return indexes, also of named interfaces in this process's network namespace."""
+    return _numbers(f"{where}: interface", values, socket.if_nametoindex, absent)
+
+
+def _numbers(
+    where: str, values: Iterable[int | str], number: Callable[[str], int], absent: list[str]
+) -> tuple[int, ...]:
+    """Return the numbers of names, and add those that do not exist to `absent`."""
+    found = []
+    for value in values:
+        try:
+            found.append(value if isinstance(value, int) else number(value))
+        except OSError as error:
+            absent.append(f"{where} {value}: {error.strerror or error}: it matches nothing until it exists")
+            found.append(_NEVER)
+    return tuple(found)
+
+
+def _netns_number(name: str) -> int:
+    status = (NETNS / name).stat()
     if status.st_dev != os.stat("/proc/self/ns/net").st_dev:  # left over, or mounted where this process does not see it
-        raise ValueError(f"{path}: no network namespace is mounted here: ip netns delete {value}, and add it again")
-    return [status.st_ino]
+        raise FileNotFoundError(errno.ENOENT, "no network namespace is mounted there")
+    return status.st_ino
 
 
 def _uid(value: int | str) -> Iterable[int]:
@@ -209,14 +247,6 @@ def _uid(value: int | str) -> Iterable[int]:
         return [value if isinstance(value, int) else pwd.getpwnam(value).pw_uid]
     except KeyError as error:
         raise ValueError(f"no user has the name {value!r}") from error
-
-
-def _interface(value: int | str) -> Iterable[int]:
-    """Return an index, or that of a named interface in this process's network namespace."""
-    try:
-        return [value if isinstance(value, int) else socket.if_nametoindex(value)]
-    except OSError as error:
-        raise ValueError(f"{error.strerror or error}: {value}") from error
 
 
 class _Cgroups:

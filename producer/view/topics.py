@@ -67,7 +67,7 @@ class TopicSource:
     def earlier(self) -> Iterator[Records]:
         """Yield the records of connections of the last two intervals, up to the end of the topics.
 
-        They only make the first rates come sooner, so it is no error if Kafka does not have them any more.
+        They only make the first rates come sooner, so it is no error if Kafka no longer has them.
         """
         try:
             yield from self._earlier()

@@ -203,7 +203,8 @@ def test_records_of_connections_equal_the_kernels_counters_after_kills_and_an_ou
     assert lossy.wait_idle(DEADLINE_S)
     wait_until_drained(run)
     balance = run.finish()
-    assert {name: each["lost"] for name, each in balance.items()} == {"flows.tcp_retransmit": {}, "flows.tcp_flow": {}}
+    # Some hosts run no tracepoint's program in softirqs that interrupt process 1: docs/truth.md.
+    assert {reason for each in balance.values() for reason in each["lost"]} <= {"unseen"}
 
     records = topics.distinct(topics.read(broker.bootstrap, FLOW, "flows."))
     assert len(records) == balance["flows.tcp_flow"]["passed"]
@@ -213,8 +214,7 @@ def test_records_of_connections_equal_the_kernels_counters_after_kills_and_an_ou
         closing = [record["sk_cookie"] for record in of_host if record["reason"] == "close"]
         assert len(set(closing)) == len(closing), "no connection has two closing records"
         counters = host.counters()
-        # Some hosts run no tracepoint's program in softirqs that interrupt process 1: docs/truth.md. Such a close lacks
-        # its record.
+        # A close for which no program ran lacks its record.
         missed = counters["ActiveOpens"] + counters["PassiveOpens"] - len(closing)
         assert missed in range(6)
         opened = Counter(record["role"] for record in last.values())

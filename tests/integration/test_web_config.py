@@ -39,13 +39,13 @@ def test_a_producer_serves_by_tls_and_its_status_is_known_to_root_alone(tmp_path
         assert b"rebpf_events_passed_total" in connection.getresponse().read()
         connection.close()
 
-        file.write_text("colour: red")
+        file.write_text("color: red")
 
         def reasons() -> list[str]:
             return list(json.loads(rebpf(*status).stdout)["reasons"])
 
         (reason,) = wait_until("the reason is shown", reasons)
-        assert reason == f"metrics.web_config_file: {file}: colour: unknown key"
+        assert reason == f"metrics.web_config_file: {file}: color: unknown key"
         file.write_text(TLS + CLIENTS)
         wait_until("well again", lambda: not reasons())
         run.finish()

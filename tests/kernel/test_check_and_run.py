@@ -15,6 +15,7 @@ RIGHT = [
     'metrics.listen = "127.0.0.1:0"',
     'capture.default = "drop"',
     "[[rules]]\nuid = [0]",
+    '[[rules]]\ninterface = ["no-such0"]\nnetns = ["no-such"]',
     'kafka.settings."max.in.flight" = 5',
 ]
 WRONG = [

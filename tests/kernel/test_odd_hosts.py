@@ -30,7 +30,7 @@ def test_without_free_descriptors_the_watchdog_is_notified_and_a_stop_delivers(t
 def test_a_refused_reload_with_a_name_that_is_not_utf_8_ends_neither_heartbeats_nor_the_stop(tmp_path: Path) -> None:
     fragments = tmp_path / "run" / "conf.d"
     fragments.mkdir(parents=True)
-    with Run(tmp_path / "run", "--port", 1) as run:
+    with Run(tmp_path / "run", "--port", 1, config='metrics.listen = "127.0.0.1:0"') as run:
         run.ready()
         os.symlink("nowhere", os.fsencode(fragments) + b"/\xff.toml")
         run.send(signal.SIGHUP)

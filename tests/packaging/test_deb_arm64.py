@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.packages import ROOT, arm64_refusal, build_arm64_deb
+from tests.support.packages import AARCH64, ROOT, X86_64, arm64_refusal, build_arm64_deb, machines
 
 pytestmark = [pytest.mark.extended, pytest.mark.timeout(600)]
 
 CORE = "producer/_native.abi3.so"
-X86_64, AARCH64 = 62, 183  # e_machine
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +18,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if reason := arm64_refusal():
         pytest.skip(f"NO PACKAGE FOR ARM64: {reason}")
     return build_arm64_deb("trixie", tmp_path_factory.mktemp("arm64"))
-
-
-def machines(folder: Path) -> dict[str, int]:
-    """Return the processor of each ELF file, by its path."""
-    data = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: int.from_bytes(text[18:20], "little") for name, text in data.items() if text.startswith(b"\x7fELF")}
 
 
 @pytest.fixture(scope="module")

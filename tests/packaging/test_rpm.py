@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.packages import AARCH64, arm64_refusal, build_arm64_rpm, machines, unpack_rpm
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "deploy/packaging"
 RELEASES = tomllib.loads((PACKAGING / "releases.toml").read_text())
@@ -29,10 +31,7 @@ class Package:
         self.release = release
         self.path = Path(done.stdout.splitlines()[-1])
         self.root = folder / "root"
-        self.root.mkdir()
-        content = subprocess.run(["rpm2cpio", self.path], capture_output=True, check=True).stdout
-        unpack = ["cpio", "--extract", "--make-directories", "--quiet", "--no-absolute-filenames"]
-        subprocess.run(unpack, input=content, cwd=self.root, check=True)
+        unpack_rpm(self.path, self.root)
 
     def query(self, *words: str) -> list[str]:
         """Return the lines of rpm's answer about the file."""
@@ -40,11 +39,15 @@ class Package:
         return done.stdout.splitlines()
 
 
-@pytest.fixture(scope="module", params=PARAMS)
-def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Package:
+@pytest.fixture(scope="module")
+def programs() -> None:
     for program in ("rpmbuild", "rpm2cpio", "cpio"):
         if not shutil.which(program):
             pytest.skip(f"NO RPM: {program} is missing (scripts/setup --tests installs it)")
+
+
+@pytest.fixture(scope="module", params=PARAMS)
+def package(request: pytest.FixtureRequest, programs: None, tmp_path_factory: pytest.TempPathFactory) -> Package:
     return Package(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -83,6 +86,21 @@ def test_its_program_is_complete(package: Package) -> None:
     program = (package.root / "usr/bin/rebpf").read_text()
     assert 'sys.path += ["/usr/lib/rebpf"]' in program
     assert (package.root / "usr/share/doc/rebpf/examples/prometheus/rebpf.rules.yml").is_file()
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("release", RELEASES)
+def test_each_binary_of_the_package_for_arm64_is_for_it(release: str, programs: None, tmp_path: Path) -> None:
+    if reason := arm64_refusal():
+        pytest.skip(f"NO PACKAGE FOR ARM64: {reason}")
+    path = build_arm64_rpm(release, tmp_path)
+    architecture = ["rpm", "-qp", "--queryformat", "%{ARCH}", path]
+    assert subprocess.run(architecture, capture_output=True, text=True, check=True).stdout == "aarch64"
+    unpack_rpm(path, tmp_path / "root")
+    found = machines(tmp_path / "root")
+    assert "usr/lib/rebpf/producer/_native.abi3.so" in found
+    assert {name: machine for name, machine in found.items() if machine != AARCH64} == {}
 
 
 def test_a_new_installation_starts_nothing_and_an_upgrade_restarts(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import confluent_kafka
 
 from producer.kafka import librdkafka
 
-PRODUCE = 0
+PRODUCE, FETCH, FIND_COORDINATOR = 0, 1, 10
 DEADLINE_S = 40.0
 
 
@@ -53,8 +53,12 @@ class Cluster:
 
     def answer_produce_with(self, *codes: int) -> None:
         """Make the next requests fail with these codes."""
+        self.answer_with(PRODUCE, *codes)
+
+    def answer_with(self, request: int, *codes: int) -> None:
+        """Make the next requests of a kind fail with these codes."""
         errors = (ctypes.c_int * len(codes))(*codes)
-        lib.rd_kafka_mock_push_request_errors_array(self._handle, PRODUCE, len(codes), errors)
+        lib.rd_kafka_mock_push_request_errors_array(self._handle, request, len(codes), errors)
 
     def down(self) -> None:
         lib.rd_kafka_mock_broker_set_down(self._handle, 1)

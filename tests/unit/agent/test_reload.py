@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from producer.agent.agent import Agent
 from producer.agent.reload import LONG, InForce
 from producer.agent.supervise import Pace
 from producer.config.load import Config, RuleConfig, load, located
@@ -185,7 +186,9 @@ def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
 
     def reloads_after_a_change(config: Config) -> int:
         reads.clear()
-        in_force = InForce(hooks, config, resolve(config, None), read, None, files=lambda: states[0])
+        in_force = InForce(
+            hooks, config, resolve(config, None), read, None, files=lambda: states[0], files_read=states[0]
+        )
         follow(in_force, asked)
         states[0] += 1
         in_force._files_at = 0
@@ -196,6 +199,22 @@ def test_changed_files_are_reloaded_if_the_setting_says_so() -> None:
 
     assert reloads_after_a_change(Config()) == 0
     assert reloads_after_a_change(watching) == 1
+
+
+def test_a_file_that_changes_during_the_start_is_reloaded() -> None:
+    """The start may compile for a minute, or wait for the registry."""
+    states, reads = [1], []
+    watching = Config().with_values(reload_when_changed=True)
+
+    def read() -> Config:
+        reads.append(states[0])
+        return watching
+
+    agent = Agent(read, lambda: states[0])
+    states[0] = 2
+    hooks: Any = Hooks()
+    follow(agent._in_force(hooks, resolve(watching, None), None), Asked())
+    assert reads == [1, 2]
 
 
 def test_a_file_that_takes_long_does_not_hold_the_loop() -> None:
@@ -229,7 +248,8 @@ def test_a_file_whose_disk_hangs_does_not_hold_the_loop_and_health_says_so(monke
         return len(threads)
 
     hooks: Any = Hooks()
-    in_force, asked = InForce(hooks, watching, resolve(watching, None), lambda: watching, None, files=look), Asked()
+    files: Any = {"files": look, "files_read": look()}
+    in_force, asked = InForce(hooks, watching, resolve(watching, None), lambda: watching, None, **files), Asked()
     in_force.follow(asked)
     in_force.follow(asked)
     assert not in_force.reasons
@@ -279,6 +299,24 @@ def test_a_look_for_many_cgroups_does_not_hold_the_loop(tmp_path: Path, monkeypa
     may_end.set()
     wait_until("the rules follow", lambda: in_force.look() or put)
     assert in_force.version == 2
+
+
+def test_an_interface_that_does_not_exist_is_a_reason_until_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config(rules=(RuleConfig(interface=("tun77",)),))
+    put: list[Any] = []
+    hooks: Any = Hooks()
+    hooks.put_rules = lambda tables: put.append(tables) or 2
+    in_force = InForce(hooks, config, resolve(config, tmp_path), lambda: config, tmp_path)
+    (reason,) = in_force.reasons
+    assert reason.startswith("rule 1: interface tun77: ")
+    assert reason.endswith(": it matches nothing until it exists")
+    assert f"rules: {reason}" in caplog.text
+    monkeypatch.setattr("socket.if_nametoindex", lambda name: 12)
+    in_force._look_at = 0
+    wait_until("the rules follow", lambda: in_force.look() or put)
+    assert (in_force.reasons, put[0].values["interface"]) == ([], {12: 1})
 
 
 def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(

@@ -47,6 +47,20 @@ def test_a_file_for_another_host_is_valid_offline(file: Path) -> None:
     assert f"valid, hash {hash_}" in done.stdout
 
 
+def test_an_explanation_needs_no_secret(file: Path) -> None:
+    file.write_text(ELSEWHERE.partition("[[rules]]")[0])
+    done = rebpf("check", "--config", file, "--explain", "10.0.0.1:443,10.0.0.2:5000")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "transmits kept" in done.stdout
+
+
+def test_the_flink_job_needs_no_secret(file: Path) -> None:
+    file.write_text(f'{ELSEWHERE}[[alert.rules]]\nname = "loss"\n')
+    done = rebpf("alert", "--flink-sql", "--config", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "INSERT INTO tcp_alerts_flink" in done.stdout
+
+
 def test_offline_works_beside_a_running_producer(file: Path) -> None:
     with StateFolder(file.parent / "state") as folder:
         folder.publish({"brokers": "b:1"})

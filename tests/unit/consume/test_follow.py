@@ -1,17 +1,21 @@
 """Following topics of which a partition has no leader for a while."""
 
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import KafkaError, Producer
 
 from producer.consume import follow
 from producer.consume.follow import Follower, Start
 from producer.consume.reader import TopicReader
-from producer.errors import UnavailableError
-from tests.support.mock_cluster import Cluster
+from producer.errors import PermissionDenied, UnavailableError
+from tests.support.mock_cluster import FETCH, FIND_COORDINATOR, Cluster
 from tests.support.rebpf import wait_until
+
+ASKS_S = 2.0
+"""Within this time a client looks for its group's coordinator."""
 
 
 @pytest.fixture
@@ -46,6 +50,48 @@ def test_others_are_followed_meanwhile_and_it_is_once_it_has_a_leader(
         cluster.lead("t", 1, 1)
         put(cluster, b"second", 1)
         assert [each.value() for each in wait_until("the second message", follower.poll)] == [b"second"]
+    finally:
+        follower.close()
+
+
+@pytest.fixture
+def without_groups(cluster: Cluster) -> Cluster:
+    """A cluster whose users have no rights for groups, and a message."""
+    cluster.lead("t", 1, 1)
+    cluster.answer_with(FIND_COORDINATOR, *[KafkaError.GROUP_AUTHORIZATION_FAILED] * 1000)
+    put(cluster, b"value", 0)
+    return cluster
+
+
+def test_no_rights_for_groups_are_needed_to_follow(without_groups: Cluster) -> None:
+    follower = Follower(without_groups.brokers, "test", ["t"], {}, start=Start.BEGINNING)
+    try:
+        follower.start()
+        end = time.monotonic() + ASKS_S
+        found = []
+        while time.monotonic() < end:
+            found += follower.poll()
+        assert [each.value() for each in found] == [b"value"]
+    finally:
+        follower.close()
+
+
+def test_no_rights_for_groups_are_needed_to_read(without_groups: Cluster) -> None:
+    reader = TopicReader(without_groups.brokers, ["t"], {}, None)
+    read = [each for batch in reader.batches() for messages in batch.values() for each in messages]
+    reader.close()
+    assert [each.value() for each in read] == [b"value"]
+
+
+def test_a_topic_that_this_user_may_not_read_is_named_with_the_fix(cluster: Cluster) -> None:
+    cluster.lead("t", 1, 1)
+    put(cluster, b"value", 0)
+    follower = Follower(cluster.brokers, "test", ["t"], {}, start=Start.BEGINNING)
+    try:
+        follower.start()
+        cluster.answer_with(FETCH, *[KafkaError.TOPIC_AUTHORIZATION_FAILED] * 1000)
+        with pytest.raises(PermissionDenied, match=r"^topic t: this user may not read it: kafka-acls.sh --add "):
+            wait_until("the error", follower.poll)
     finally:
         follower.close()
 

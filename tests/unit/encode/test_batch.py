@@ -82,18 +82,18 @@ def test_a_schema_with_fewer_fields_gives_those_that_it_has(stream: Stream, data
 def test_a_field_that_no_row_carries_has_its_default(kind: Any, default: Any, data: st.DataObject) -> None:
     schema = load_schema(RETRANSMITS.schema_file)
     at = data.draw(st.integers(0, len(schema["fields"])))
-    schema["fields"].insert(at, {"name": "colour", "type": kind, "default": default})
+    schema["fields"].insert(at, {"name": "color", "type": kind, "default": default})
     values = data.draw(st.lists(row_values(RETRANSMITS), min_size=1, max_size=3))
     told = encode(encoder_of(RETRANSMITS, schema), RETRANSMITS, build(RETRANSMITS, values))
 
     for (_, value), row in zip(told, values, strict=True):
-        assert decode(value, parsed(schema))[1] == {**expected(RETRANSMITS, *row), "colour": default}
+        assert decode(value, parsed(schema))[1] == {**expected(RETRANSMITS, *row), "color": default}
 
 
 def test_a_field_that_no_row_carries_and_that_has_no_default_is_refused() -> None:
     schema = load_schema(TRANSMITS.schema_file)
-    schema["fields"].append({"name": "colour", "type": ["null", "long"]})
-    with pytest.raises(SchemaError, match=r"tcp_transmit\.avsc: no event carries the field colour"):
+    schema["fields"].append({"name": "color", "type": ["null", "long"]})
+    with pytest.raises(SchemaError, match=r"tcp_transmit\.avsc: no event carries the field color"):
         encoder_of(TRANSMITS, schema)
 
 

@@ -23,7 +23,7 @@ def test_status_comes_by_the_socket_where_the_endpoint_asks_for_more(place: Plac
 
 def test_a_request_by_the_socket_gets_what_is_wrong_with_the_file(place: Place) -> None:
     with place.serving(TLS + PASSWORDS):
-        (place.folder / "web.yml").write_text("colour: red")
+        (place.folder / "web.yml").write_text("color: red")
         wait_until("seen", lambda: ask(place.url, place.socket) and place.web.last_error, 30)
 
 

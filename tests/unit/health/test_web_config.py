@@ -103,7 +103,7 @@ def test_an_empty_file_sets_nothing(folder: Path, text: str) -> None:
 
 
 REFUSED = {
-    "colour: red": "colour: unknown key",
+    "color: red": "color: unknown key",
     "tls_server_confg: {}": "tls_server_confg: unknown key: did you mean tls_server_config?",
     "TLS_server_config: {}": "TLS_server_config: unknown key",
     TLS % ", cert_fil: a": "tls_server_config.cert_fil: unknown key: did you mean cert_file?",
@@ -238,7 +238,7 @@ def test_a_renewed_certificate_is_taken(folder: Path, authority: Authority) -> N
     [
         ("", "TLS cannot be turned off without a restart"),
         (TLS % "", "passwords cannot be turned off without a restart"),
-        ("colour: red", "colour: unknown key"),
+        ("color: red", "color: unknown key"),
     ],
 )
 def test_a_wrong_change_leaves_what_is_in_force_and_is_one_warning(
@@ -289,7 +289,7 @@ def test_client_certificates_cannot_be_turned_off_by_a_change(folder: Path) -> N
 def test_files_are_looked_at_once_a_second(folder: Path) -> None:
     times = iter([0.0, 0.5, 0.9, 1.1, 1.1, 1.1])
     settings = WebSettings(write(folder, ""), lambda: next(times))
-    write(folder, "colour: red")
+    write(folder, "color: red")
     settings.current()
     settings.current()
     assert settings.last_error is None, "not looked at yet"
@@ -298,13 +298,13 @@ def test_files_are_looked_at_once_a_second(folder: Path) -> None:
 
 
 def test_check_refuses_what_a_start_refuses(folder: Path) -> None:
-    path = write(folder, "colour: red")
+    path = write(folder, "color: red")
     (folder / "rebpf.toml").write_text(f'[metrics]\nlisten = ""\nweb_config_file = "{path}"\n')
     config = load(folder / "rebpf.toml")
     (finding,) = [each for each in settings(config, folder / "rebpf.toml") if each.exit_code]
     assert finding.subject == "metrics.web_config_file"
     assert "line 3: metrics.web_config_file" in finding.text
-    assert "colour: unknown key" in finding.text
+    assert "color: unknown key" in finding.text
     path.write_text("")
     assert not [each for each in settings(config) if each.exit_code]
     assert Config().metrics.web_config_file is None

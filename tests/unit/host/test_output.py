@@ -263,7 +263,7 @@ def test_a_status_has_a_line_for_each_thing(text: str) -> None:
     stream = {"topic": text, "hook": text, **counts, "ring_bytes": 1, "spool_bytes": 0, "lost": [loss]}
     facts = {"host": text, "version": text, "pid": 1, "rules_version": 1, "cpu_s": 1.0, "rss_bytes": 1}
     shown = table({"state": text, "reasons": [text], **facts, "streams": [stream]})
-    assert len(shown.split("\n")) == 6
+    assert len(shown.split("\n")) == 14
     assert all(line.isprintable() for line in shown.split("\n"))
 
 

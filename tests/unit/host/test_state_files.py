@@ -141,7 +141,7 @@ def test_whatever_is_in_the_place_of_the_temporary_file_is_removed(tmp_path: Pat
         {"last": {"transmit": None, "retransmit": [1, 2]}},
         {"last": "transmit"},
         {"last": []},
-        {"colour": 1},
+        {"color": 1},
     ],
 )
 def test_numbers_of_other_types_cost_a_jump(tmp_path: Path, change: dict[str, object]) -> None:

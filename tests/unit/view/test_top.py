@@ -81,7 +81,7 @@ def test_a_printed_table_selects_nothing(cluster: Cluster, capsys: pytest.Captur
 
 
 def several(cluster: Cluster, segs: dict[str, int]) -> None:
-    """Add retransmissions towards peers."""
+    """Add retransmissions to peers."""
     rows = [{"cause": "rto", "daddr": peer, "sk_cookie": int(peer[-1]), "segs": n} for peer, n in segs.items()]
     put(cluster, RETRANSMITS, "web-1", retransmits(*rows))
 
