@@ -43,18 +43,19 @@ class Liveness:
         self._board.step(self._status)
         if time.monotonic() >= self._heartbeat_at:
             self._heartbeat_at = time.monotonic() + INTERVAL_S
-            status = self._status()
-            self._board.publish(status)
+            status = self._publish(self._status())
             # One at a time: older heartbeats are of no use when Kafka is back.
             if not self._sink.in_flight[HEARTBEATS.name]:
                 self._send(status)
 
     def last(self) -> None:
         """Send the heartbeat that reports the stop."""
-        status = dataclasses.replace(self._status(), stopped=True)
+        self._send(self._publish(dataclasses.replace(self._status(), stopped=True)))
+
+    def _publish(self, status: Status) -> Status:
         self._board.publish(status)
         systemd.try_notify("", summary(status))
-        self._send(status)
+        return status
 
     def _send(self, status: Status) -> None:
         if self._heartbeats:

@@ -182,4 +182,4 @@ def test_views_need_root(netns: int) -> None:
         [*as_nobody(), *command("trace")], capture_output=True, text=True, timeout=DEADLINE_S, env={**os.environ}
     )
     assert done.returncode == 77
-    assert "need root" in done.stderr
+    assert "needs root" in done.stderr
