@@ -24,7 +24,7 @@ from producer.host.text import printable, to_json
 from producer.view.file import RecordFile
 from producer.view.filter import Filter
 from producer.view.limits import LIMITS, Interval, limits, spurious
-from producer.view.line import Lines, Record, failure_text, flow_key, is_event, who
+from producer.view.line import Lines, Record, failure_text, fit, flow_key, is_event, who
 from producer.view.local import LocalSource
 from producer.view.records import Records, of_table
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _MAX_FLOWS = 16_384
+_BEFORE_CAUSES, _LEAST_CAUSES = 40, 17
+"""Columns of the counts before the causes, and those that are left to the causes: room for `connect ETIMEDOUT`."""
 _COUNTERS, _GAUGES = Interval._fields[1:8], Interval._fields[8:]
 
 
@@ -183,22 +185,27 @@ class Summary:
         title = f"{len(rows)} {'flow' if len(rows) == 1 else 'flows'} with {what}"
         if not rows:
             return title
-        why = max(len(_why(row)) for row in rows)
+        # Narrow screens show the peer alone, and cut the causes.
+        room = width - _BEFORE_CAUSES - max(len(_peer(row)) for row in rows) - 1
+        why = min(max(len(_why(row)) for row in rows), max(room, _LEAST_CAUSES))
         head = f"{'RETRANS':>7} {'SPURIOUS':>8} {'LIMIT':<11} {'WHO':<10} {'CAUSES':<{why}} FLOW"
         return "\n".join([title, head, *(_line(row, why, width) for row in rows)])
 
 
 def _why(row: dict[str, Any]) -> str:
-    return " ".join(f"{cause}={count}" for cause, count in row["causes"].items()) or str(row["error"])
+    worst = sorted(row["causes"].items(), key=lambda each: -each[1])
+    return " ".join(f"{cause}={count}" for cause, count in worst) or str(row["error"])
+
+
+def _peer(row: dict[str, Any]) -> str:
+    return str(row["flow"].partition(" > ")[2])
 
 
 def _line(row: dict[str, Any], why: int, width: int) -> str:
     unneeded = "-" if row["spurious"] is None else row["spurious"]
-    who = row["who"] if len(row["who"]) <= 10 else f"{row['who'][:9]}~"
-    text = f"{row['retransmitted']:>7} {unneeded:>8} {row['limit'] or '-':<11} {who:<10} {_why(row):<{why}} "
-    # Narrow screens show the peer alone.
-    whole = len(text) + len(row["flow"]) <= width
-    return printable(text + (row["flow"] if whole else row["flow"].partition(" > ")[2]))
+    text = f"{row['retransmitted']:>7} {unneeded:>8} {row['limit'] or '-':<11} {fit(row['who'], -10)} "
+    text += f"{fit(_why(row), -why)} "
+    return printable(text + (row["flow"] if len(text) + len(row["flow"]) <= width else _peer(row)))
 
 
 def judged(first: Record | None, last: Record | None) -> tuple[str | None, int | None]:

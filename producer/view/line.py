@@ -90,7 +90,7 @@ class Lines:
 
     def header(self) -> str:
         """Return the titles."""
-        return " ".join(_fit(each.title, each.width) for each in self._columns).rstrip()
+        return " ".join(fit(each.title, each.width) for each in self._columns).rstrip()
 
     def lines(self, records: Iterable[Record]) -> list[str]:
         """Return a line for each event, in order of time: Kafka keeps the order only within a partition."""
@@ -111,7 +111,7 @@ class Lines:
 
     def line(self, record: Record) -> str:
         """Format a record. Raises LookupError, TypeError or another error if fields are missing or of other types."""
-        cells = [_fit(printable(str(each.text(self, record))[:_MAX_TEXT]), each.width) for each in self._columns]
+        cells = [fit(printable(str(each.text(self, record))[:_MAX_TEXT]), each.width) for each in self._columns]
         line = " ".join(cells).rstrip()
         if len(line) > self._width:
             line = " ".join([*cells[:-1], printable(_peer(self, record)[:_MAX_TEXT])])
@@ -157,7 +157,8 @@ def _style(record: Record) -> str:
     return _STYLES.get(record["cause"], WARNING) if is_retransmission(record) else ORDINARY
 
 
-def _fit(text: str, width: int) -> str:
+def fit(text: str, width: int) -> str:
+    """Return a text of this width, aligned to the left if it is negative or 0; 0 is any width."""
     size = abs(width)
     if len(text) > size > 0:
         text = text[: size - 1] + "~"
