@@ -86,10 +86,10 @@ def test_no_rights_for_groups_are_needed_to_read(without_groups: Cluster) -> Non
 def test_a_topic_that_this_user_may_not_read_is_named_with_the_fix(cluster: Cluster) -> None:
     cluster.lead("t", 1, 1)
     put(cluster, b"value", 0)
+    cluster.answer_with(FETCH, *[KafkaError.TOPIC_AUTHORIZATION_FAILED] * 1000)
     follower = Follower(cluster.brokers, "test", ["t"], {}, start=Start.BEGINNING)
     try:
         follower.start()
-        cluster.answer_with(FETCH, *[KafkaError.TOPIC_AUTHORIZATION_FAILED] * 1000)
         with pytest.raises(PermissionDenied, match=r"^topic t: this user may not read it: kafka-acls.sh --add "):
             wait_until("the error", follower.poll)
     finally:
