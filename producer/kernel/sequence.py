@@ -76,8 +76,7 @@ class EventNumbers:
             self._generation = self._next(note.generation | _UNWRITTEN)
             logger.warning("%s: %s: event numbers jump to %d * 2^32", self._path, error, self._generation)
         elif note.last is not None and go_on:
-            # An older version had fewer streams.
-            return {**self._all(self._generation << _GENERATION_SHIFT), **note.last}
+            return note.last
         return self._all(self._generation << _GENERATION_SHIFT)
 
     def resume(self) -> None:
@@ -128,7 +127,7 @@ class EventNumbers:
         if note.last is not None:
             most = _MOST_GENERATIONS << _GENERATION_SHIFT
             fit = {name: [state_file.is_count(each, most) for each in last] for name, last in note.last.items()}
-            if not fit.items() <= {stream.name: [True] * self._cpus for stream in STREAMS}.items():
+            if fit != {stream.name: [True] * self._cpus for stream in STREAMS}:
                 raise ValueError("the streams or CPUs do not match")
         return note
 

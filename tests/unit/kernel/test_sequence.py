@@ -48,12 +48,10 @@ def test_an_orderly_stop_is_continued(tmp_path):
     assert numbers(tmp_path, 2000).start() == LAST
 
 
-def test_a_stream_that_an_older_version_did_not_have_begins_with_its_generation(tmp_path):
-    numbers(tmp_path, 50).start()
-    second = numbers(tmp_path, 100)
-    second.start()
-    second.stop({name: [100 << 32, 100 << 32 | 7] for name in ("transmit", "retransmit")})
-    assert numbers(tmp_path, 200).start()["flow"] == [100 << 32] * 2
+def test_a_file_without_all_streams_lets_all_numbers_jump(tmp_path):
+    content = {"boot_id": BOOT, "generation": 0, "last": {name: LAST[name] for name in ("transmit", "retransmit")}}
+    (tmp_path / "sequence.json").write_text(json.dumps({**content, "crc32": _crc32(content)}))
+    assert numbers(tmp_path, 100).start() == all_at(100)
 
 
 def test_another_boot_begins_at_zero(tmp_path):
@@ -70,7 +68,7 @@ def test_after_a_crash_an_unused_generation_begins(tmp_path):
     assert numbers(tmp_path, 100.9).start() == all_at(102)
     third = numbers(tmp_path, 300)
     assert third.start() == all_at(300)
-    third.stop({"transmit": [(300 << 32) + 5, 300 << 32], "retransmit": [300 << 32] * 2})
+    third.stop({**all_at(300), "transmit": [(300 << 32) + 5, 300 << 32]})
     fourth = numbers(tmp_path, 400)
     assert fourth.start()["transmit"] == [(300 << 32) + 5, 300 << 32]
 
@@ -178,7 +176,7 @@ def test_no_number_is_given_twice(tmp_path_factory, runs):
         uptime_s += length_s + 1
         if end == "stop":
             with contextlib.nullcontext() if can_write_at_end else unwritable(folder):
-                run.stop({"transmit": [last, 0], "retransmit": [0, 0]})
+                run.stop({**ZEROS, "transmit": [last, 0]})
     given_out.sort()
     assert all(last <= first for (_, last), (first, _) in itertools.pairwise(given_out))
 
