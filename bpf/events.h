@@ -190,8 +190,11 @@ struct counters {
 	u64 begin; /* the number before the first event's, which the agent sets, so that no number is used twice */
 	u64 lost_ring_full;
 	u64 seq; /* the last cpu_seq; the agent sets it to `begin`. The difference is the events that passed the filter */
-	u64 forgotten; /* returns of calls whose entry is missing from its map: each may be a lost event */
-	u64 unseen; /* retransmissions that only their connections' counters show */
+	/*
+	 * Returns of calls whose entry is missing from its map: each may be a lost event. With the hook raw_tp:
+	 * retransmissions that only their connections' counters show.
+	 */
+	u64 forgotten;
 	u64 wakeup_mask; /* a number with none of these bits wakes the agent, which sets the mask */
 };
 

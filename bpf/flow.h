@@ -280,7 +280,7 @@ static __always_inline void count_unseen(struct flow_state *state, const struct 
 		sure = before;
 	if (!counter || sure <= state->counted_unseen)
 		return;
-	__sync_fetch_and_add(&counter->unseen, sure - state->counted_unseen);
+	__sync_fetch_and_add(&counter->forgotten, sure - state->counted_unseen);
 	state->counted_unseen = sure;
 }
 #endif

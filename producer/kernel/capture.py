@@ -314,10 +314,11 @@ class Capture:
 
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
-        begin, ring_full, seq, forgotten, unseen, _ = (sum(column) for column in zip(*self._words(stream), strict=True))
+        begin, ring_full, seq, forgotten, _ = (sum(column) for column in zip(*self._words(stream), strict=True))
         misses = [bpf_syscall.program_info(each).recursion_misses for each in self._programs.get(stream.name, ())]
         nested = min(misses[:CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
-        return KernelCounters(seq - begin, ring_full, nested + forgotten, unseen)
+        unseen = forgotten if self.hooks_in_use.get(stream.name) == "raw_tp" else 0
+        return KernelCounters(seq - begin, ring_full, nested + forgotten - unseen, unseen)
 
     def sequence(self, stream: Stream) -> list[int]:
         """Read the last number (cpu_seq) of each possible CPU."""
@@ -331,7 +332,7 @@ class Capture:
     def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
         for stream in STREAMS:  # also those not captured, whose numbers continue when they are
             mask = self._settings.wakeup_mask(stream)
-            value = b"".join(COUNTERS.pack(number, 0, number, 0, 0, mask) for number in numbers[stream.name])
+            value = b"".join(COUNTERS.pack(number, 0, number, 0, mask) for number in numbers[stream.name])
             bpf_syscall.update(self._maps["counters"], struct.pack("<I", stream.index), value)
 
     def program_infos(self, stream: Stream) -> list[bpf_syscall.ProgramInfo]:

@@ -20,8 +20,8 @@ from producer.kernel.ringbuf import Ring
 
 logger = logging.getLogger(__name__)
 
-COUNTERS = struct.Struct("<6Q")
-"""struct counters in bpf/events.h: begin, lost_ring_full, seq, forgotten, unseen, wakeup_mask."""
+COUNTERS = struct.Struct("<5Q")
+"""struct counters in bpf/events.h: begin, lost_ring_full, seq, forgotten, wakeup_mask."""
 _MOST_RECORD_BYTES = 1 << 12
 
 
