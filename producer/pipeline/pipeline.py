@@ -113,9 +113,15 @@ class Pipeline:
         """Process delivery reports; return the streams that have any."""
         outcomes = self._sink.poll()
         finished = self._streams.keys() & outcomes.keys()  # the sink may carry more than these streams
+        failures = []
         for name in finished:
-            for oldest_ns, count in self._streams[name].on_reports(outcomes[name]):
-                self._delivered(self._now_s() - oldest_ns / 1e9, count)
+            try:
+                for oldest_ns, count in self._streams[name].on_reports(outcomes[name]):
+                    self._delivered(self._now_s() - oldest_ns / 1e9, count)
+            except Exception as failure:  # the sink has forgotten the outcomes of the other streams, too
+                failures.append(failure)
+        if failures:
+            raise failures[0]
         return finished
 
     def spill_all(self, until_s: float = float("inf")) -> None:

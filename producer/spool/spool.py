@@ -290,12 +290,13 @@ class Spool:
         file, descriptor, _ = self._writer
         self._writer = None
         try:
-            if sync:
-                self._disk.sync(descriptor)
+            try:
+                if sync:
+                    self._disk.sync(descriptor)
+            finally:
+                os.close(descriptor)  # which reports failed writes, too, on NFS
         except OSError as error:
             logger.warning("spool: cannot sync %s: %s", file.path, error.strerror)
-        finally:
-            os.close(descriptor)
         if file.end == file.base:
             self._remove(file)
 

@@ -335,14 +335,31 @@ def test_rows_that_take_long_are_encoded_in_several_steps(monkeypatch: pytest.Mo
     setup.assert_balanced()
 
 
+def test_what_fails_after_the_reports_of_one_stream_costs_no_report_of_another(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path)
+    for name in ("transmit", "retransmit"):
+        setup.rings[name].written = 5
+    setup.pipeline.step()
+
+    def failing() -> None:
+        raise OSError(errno.EIO, "of a disk")
+
+    for spool in setup.spools.values():
+        spool.sweep = failing  # type: ignore[method-assign]
+    setup.sink.take_all()
+    with pytest.raises(OSError, match="of a disk"):
+        setup.pipeline.poll_reports()
+    assert [setup.paths[name].account.delivered for name in ("transmit", "retransmit")] == [5, 5]
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 def test_a_defect_at_a_stop_costs_no_other_events(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Folder, fixed: bool
 ) -> None:
     """After a failure, the encoder takes fewer rows; if it fails for good, the other streams are spilled."""
     setup, encode = Setup(tmp_path), IdEncoder.encode
-    for ring in setup.rings.values():
-        ring.written = 5
+    for name in ("transmit", "retransmit"):
+        setup.rings[name].written = 5
     failures = []
 
     def failing(self: IdEncoder, batch: Batch, utc_offset_ns: int) -> EncodedBatch:
@@ -356,7 +373,7 @@ def test_a_defect_at_a_stop_costs_no_other_events(
     assert {name: spool.end for name, spool in setup.spools.items()} == {
         "transmit": 5 * fixed,
         "retransmit": 5,
-        "flow": 5,
+        "flow": 0,
     }
     if not fixed:
         assert setup.transmits.end(setup.sink, 5, ring_stays=False) == (0, 0)
