@@ -7,6 +7,7 @@ from pathlib import Path
 
 from producer import paths
 from tests.support.capture import wait_for
+from tests.support.servers.process import free_port
 
 OTHER_VERSION = """
 import json, sys
@@ -41,7 +42,7 @@ class Traffic:
     """A loopback connection on which a thread sends single bytes, each after an answer."""
 
     def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", free_port()))
         self._sockets = [self._listener]
         self.port: int = self._listener.getsockname()[1]
         self.sent = 0

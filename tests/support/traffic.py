@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from tests.support.servers.process import free_port
+
 LOOPBACK = ("127.0.0.1", "::1")
 
 
@@ -22,9 +24,12 @@ class Sent(NamedTuple):
 
 
 def _listeners() -> list[socket.socket]:
-    """Return listeners on one port of both addresses. Somebody may have the port that is free on one on the other."""
+    """Return listeners on one port of both addresses. Somebody may have the port that is free on one on the other.
+
+    No client of another test, which may run in parallel, gets it: producers capture it in all network namespaces.
+    """
     for _ in range(100):
-        first = socket.create_server((LOOPBACK[0], 0), backlog=1024)
+        first = socket.create_server((LOOPBACK[0], free_port()), backlog=1024)
         try:
             return [
                 first,
