@@ -74,6 +74,14 @@ class Cluster:
     def up(self) -> None:
         lib.rd_kafka_mock_broker_set_up(self._handle, 1)
 
+    def put(self, topic: str, value: bytes, partition: int) -> None:
+        """Write a message, from another client."""
+        client = confluent_kafka.Producer({"bootstrap.servers": self.brokers}, logger=logging.getLogger("put"))
+        client.list_topics(topic, timeout=10)
+        client.produce(topic, value, partition=partition)
+        assert client.flush(10) == 0
+        client.close()
+
     def read(self, topic: str, count: int) -> list[tuple[bytes, bytes]]:
         """Return key and value of a topic's first messages."""
         consumer = confluent_kafka.Consumer(

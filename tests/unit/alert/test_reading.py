@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 
 from producer.alert import reading
 from producer.alert.model import Counts
@@ -34,11 +34,7 @@ def cluster() -> Iterator[Cluster]:
 
 def put(cluster: Cluster, partition: int) -> None:
     now_ms = time.time_ns() // 1_000_000
-    client = Producer({"bootstrap.servers": cluster.brokers}, logger=logging.getLogger("put"))
-    client.list_topics("tcp_flow", timeout=10)
-    client.produce("tcp_flow", values([Flow("web-1", 7, now_ms, now_ms - 1000, 10)])[0], partition=partition)
-    assert client.flush(10) == 0
-    client.close()
+    cluster.put("tcp_flow", values([Flow("web-1", 7, now_ms, now_ms - 1000, 10)])[0], partition)
 
 
 def test_a_member_starts_without_it_and_reads_it_once_it_has_one(

@@ -1,11 +1,10 @@
 """Following topics of which a partition has no leader for a while."""
 
-import logging
 import time
 from collections.abc import Iterator
 
 import pytest
-from confluent_kafka import KafkaError, Producer
+from confluent_kafka import KafkaError
 
 from producer.consume import follow
 from producer.consume.follow import Follower, Start
@@ -28,27 +27,19 @@ def cluster() -> Iterator[Cluster]:
     cluster.close()
 
 
-def put(cluster: Cluster, value: bytes, partition: int) -> None:
-    client = Producer({"bootstrap.servers": cluster.brokers}, logger=logging.getLogger("put"))
-    client.list_topics("t", timeout=10)
-    client.produce("t", value, partition=partition)
-    assert client.flush(10) == 0
-    client.close()
-
-
 def test_others_are_followed_meanwhile_and_it_is_once_it_has_a_leader(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(follow, "_LOOK_S", 0.0)
-    put(cluster, b"before", 0)
+    cluster.put("t", b"before", 0)
     follower = Follower(cluster.brokers, "test", ["t"], {}, start=Start.END)
     try:
         follower.start()
         assert "waiting for leaders of partitions=t/1" in caplog.text
-        put(cluster, b"first", 0)
+        cluster.put("t", b"first", 0)
         assert [each.value() for each in wait_until("the first message", follower.poll)] == [b"first"]
         cluster.lead("t", 1, 1)
-        put(cluster, b"second", 1)
+        cluster.put("t", b"second", 1)
         assert [each.value() for each in wait_until("the second message", follower.poll)] == [b"second"]
     finally:
         follower.close()
@@ -59,7 +50,7 @@ def without_groups(cluster: Cluster) -> Cluster:
     """A cluster whose users have no rights for groups, and a message."""
     cluster.lead("t", 1, 1)
     cluster.answer_with(FIND_COORDINATOR, *[KafkaError.GROUP_AUTHORIZATION_FAILED] * 1000)
-    put(cluster, b"value", 0)
+    cluster.put("t", b"value", 0)
     return cluster
 
 
@@ -85,7 +76,7 @@ def test_no_rights_for_groups_are_needed_to_read(without_groups: Cluster) -> Non
 
 def test_a_topic_that_this_user_may_not_read_is_named_with_the_fix(cluster: Cluster) -> None:
     cluster.lead("t", 1, 1)
-    put(cluster, b"value", 0)
+    cluster.put("t", b"value", 0)
     cluster.answer_with(FETCH, *[KafkaError.TOPIC_AUTHORIZATION_FAILED] * 1000)
     follower = Follower(cluster.brokers, "test", ["t"], {}, start=Start.BEGINNING)
     try:
