@@ -20,8 +20,8 @@ from tests.support.wire import Segment
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 1, 0x1000
 _INTERFACE = "far0"
-_QUEUE = 500_000
-"""Length of the queue of unread packets."""
+_QUEUE = 32_767
+"""Length of the queue of unread packets: the most that some kernels allow."""
 
 
 class Tun:
