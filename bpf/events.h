@@ -110,7 +110,7 @@ struct segment {
 	u32 mss;
 	u32 rules_version;
 	u32 pid;
-	u8 comm[16]; /* padded with zeros */
+	u8 comm[16]; /* ends at the first zero */
 	u32 _pad2;
 };
 
@@ -141,7 +141,7 @@ struct flow_event {
 	u64 connect_us;
 	u32 pid;
 	u32 error; /* positive errno */
-	u8 comm[16]; /* padded with zeros, as cc */
+	u8 comm[16]; /* ends at the first zero, as cc */
 	u8 cc[16];
 	u8 role;
 	u8 reason;

@@ -40,7 +40,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A member of the rows: an integer, an address of 16 bytes, or a text padded with zeros, at `offset`.
+    """A member of the rows: an integer, an address of 16 bytes, or a text up to its first zero, at `offset`.
 
     `known` is a byte's offset and a mask: the field is null, if it can be, unless a bit of the mask is set there.
     A number with `names` becomes the name with this index; the last one stands for all higher numbers. Other numbers

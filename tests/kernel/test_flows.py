@@ -91,7 +91,7 @@ def total(rows: Rows, *names: str) -> int:
 
 
 def comm(row: np.void) -> bytes:
-    return row["comm"].tobytes().rstrip(b"\0")
+    return row["comm"].tobytes().partition(b"\0")[0]
 
 
 def unrecorded(rows: Rows, hosts: Sequence[Host]) -> int:

@@ -118,7 +118,7 @@ def processes(rows: Rows) -> set[tuple[int, bytes]]:
     s = rows["s"]
     of_sockets = s[(s["state"] != 0) & (s["tcp_flags"] & RST == 0)]
     assert (of_sockets["known"] & KNOWN["process"]).all()
-    return {(int(row["pid"]), row["comm"].tobytes().rstrip(b"\0")) for row in of_sockets}
+    return {(int(row["pid"]), row["comm"].tobytes().partition(b"\0")[0]) for row in of_sockets}
 
 
 def test_segments_have_the_process_that_connected_or_listened(capture: Recording, lab: Lab, port: int) -> None:

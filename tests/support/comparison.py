@@ -177,7 +177,7 @@ class Trial:
         queued = self.moved(host, "TCPSpuriousRtxHostQueues")
         syn_acks = segs(cause_is(again, "syn_ack"))
         silent = syn_acks + unseen_again + queued + self._given_up
-        assert 0 <= timeouts <= silent + missing["retransmit"].stop - 1
+        assert 0 <= timeouts <= silent + missing["retransmit"].stop - 1, f"TCPTimeouts: {timeouts} without an event"
 
         marked = segs(sent[sent["is_retransmit"] == 1])
         if not (sent["s"]["known"][sent["s"]["tcp_flags"] == SYN | ACK] & KNOWN["is_retransmit"]).all():
