@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 MAX_NAME = 1024
 """Maximum length of an escaped name."""
@@ -31,11 +30,6 @@ def name(raw: bytes, limit: int = MAX_NAME) -> str:
     else:
         pieces = [_escaped(character) for character in text]
     return _bounded(pieces, raw, limit)
-
-
-def raw_name(text: str) -> bytes | None:
-    """Reverse `name`; return None if the name was cut."""
-    return None if _CUT in text else unquote_to_bytes(text)
 
 
 def printable(text: str) -> str:

@@ -16,22 +16,18 @@ import pytest
 from producer import paths
 from producer.demo.lab import Lab
 from producer.errors import ConfigError, HookError, UnavailableError
-from producer.events import CAUSES, FLOWS, HOOKS, KNOWN, REASONS, RETRANSMITS, STREAMS, TRANSMITS
+from producer.events import CAUSES, FLOWS, HOOKS, KNOWN, REASONS, RETRANSMITS, TRANSMITS
 from producer.kernel import kprobes
-from producer.kernel.bpf_syscall import program_ids
 from producer.kernel.capture import Capture
 from producer.kernel.hooks import HOOKS_BY_STREAM
 from producer.kernel.settings import CaptureSettings
-from producer.rules.tables import filtered
 from tests.support.capture import ALLOWED, Pair, Recording, hook_settings, kernel_btf_with, rules, wait_for
+from tests.support.programs import ids_of, program_ids
 from tests.support.rebpf import Run, command, wait_until
+from tests.support.rules import filtered
 from tests.support.traffic import Echo, exchange
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
-
-
-def ids(hooks: Capture) -> set[int]:
-    return {info.program_id for stream in STREAMS for info in hooks.program_infos(stream)}
 
 
 def children(pid: int) -> list[int]:
@@ -52,15 +48,15 @@ def agent(settings: CaptureSettings) -> Iterator["subprocess.Popen[str]"]:
     program = (
         "import sys\n"
         "from pathlib import PosixPath\n"
-        "from producer.events import STREAMS\n"
         "from producer.kernel.capture import Capture\n"
         "from producer.kernel.settings import CaptureSettings\n"
-        "from producer.rules.tables import filtered\n"
+        "from producer.rules.tables import only, tables\n"
+        "from tests.support.programs import ids_of\n"
         f"allowed, compiled = {settings.hooks!r}, {settings.cache!r}\n"
-        "hooks = Capture(CaptureSettings(hooks=allowed, rules=filtered(ports=(1,)), cache=compiled))\n"
+        "hooks = Capture(CaptureSettings(hooks=allowed, rules=tables(*only((), (1,))), cache=compiled))\n"
         "hooks.load()\n"
         "hooks.attach()\n"
-        "print(*(info.program_id for stream in STREAMS for info in hooks.program_infos(stream)), flush=True)\n"
+        "print(*ids_of(hooks), flush=True)\n"
         "sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", program]
@@ -78,7 +74,7 @@ def test_detach_ends_the_events_and_close_unloads_the_programs() -> None:
             socket.create_connection(address).close()
             assert hooks.counters(TRANSMITS).passed == 0, "loaded programs are not attached"
             hooks.attach()
-            loaded = ids(hooks)
+            loaded = ids_of(hooks)
             assert loaded <= program_ids()
             assert len(loaded) == sum(
                 len(hook.probes)
