@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from producer.errors import PermissionDenied, UnavailableError
@@ -73,8 +72,6 @@ class Lab:
     server: Host
 
     def __init__(self, loss: float = 0.01) -> None:
-        if not 0 <= loss < 1:
-            raise ValueError("expected a loss from 0 to below 1")
         self._loss = loss
         self._stack = contextlib.ExitStack()
 
@@ -91,9 +88,7 @@ class Lab:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     @property

@@ -335,17 +335,6 @@ def test_without_btf_the_error_says_what_to_do(tmp_path: Path) -> None:
     assert "CONFIG_DEBUG_INFO_BTF" in str(caught.value)
 
 
-@pytest.mark.parametrize("size", [0, 1, 1000, os.sysconf("SC_PAGE_SIZE") // 2, 3 * os.sysconf("SC_PAGE_SIZE")])
-def test_an_invalid_ring_size_is_a_configuration_error(size: int) -> None:
-    with pytest.raises(ConfigError, match="power of two"):
-        CaptureSettings(ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 22})
-
-
-def test_an_unknown_hook_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match=f"expected one of {', '.join(HOOKS)}"):
-        CaptureSettings(hooks=("fentri",))
-
-
 def test_what_an_odd_parent_leaves_to_the_producer_keeps_it_neither_from_its_files_nor_from_its_stop(
     tmp_path: Path,
 ) -> None:
