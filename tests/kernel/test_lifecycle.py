@@ -15,8 +15,8 @@ import pytest
 
 from producer import paths
 from producer.demo.lab import Lab
-from producer.errors import ConfigError, HookError, UnavailableError
-from producer.events import CAUSES, FLOWS, HOOKS, KNOWN, REASONS, RETRANSMITS, TRANSMITS
+from producer.errors import HookError, UnavailableError
+from producer.events import CAUSES, FLOWS, KNOWN, REASONS, RETRANSMITS, TRANSMITS
 from producer.kernel import kprobes
 from producer.kernel.capture import Capture
 from producer.kernel.hooks import HOOKS_BY_STREAM
