@@ -28,6 +28,7 @@ from producer.kernel import bpf_syscall, fdstore
 from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
 from producer.kernel.pinned import PinFolder
+from producer.kernel.rule_maps import RuleMaps
 from producer.kernel.sequence import EventNumbers
 from producer.kernel.settings import CaptureSettings
 from producer.registry.published import schema_ids
@@ -62,9 +63,9 @@ class Agent:
         with ExitStack() as stack:
             return build(self._config, self._in_force, stop, stack).run(stop, reload, duration_s)
 
-    def _in_force(self, capture: Capture, ruleset: Ruleset, root: Path | None) -> InForce:
+    def _in_force(self, rules: RuleMaps, ruleset: Ruleset, root: Path | None) -> InForce:
         return InForce(
-            capture,
+            rules,
             self._config,
             ruleset,
             self._read,
@@ -76,7 +77,7 @@ class Agent:
 
 
 def build(
-    config: Config, in_force: Callable[[Capture, Ruleset, Path | None], InForce], stop: Flag, stack: ExitStack
+    config: Config, in_force: Callable[[RuleMaps, Ruleset, Path | None], InForce], stop: Flag, stack: ExitStack
 ) -> Runtime:
     """Load and attach the hooks, connect to Kafka, recover each stream, and open the endpoint. `stack` closes it all.
 
@@ -115,7 +116,7 @@ def build(
     wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
-    outside = folder, in_force(capture, ruleset, root), web, board, wakeup, heartbeats, brokers, endpoint
+    outside = folder, in_force(capture.rules, ruleset, root), web, board, wakeup, heartbeats, brokers, endpoint
     return Runtime(topics, capture, sink, parts, builder.relabel, *outside, ring_stays)
 
 

@@ -29,7 +29,7 @@ from producer.kernel.ringbuf import Ring
 from producer.kernel.rule_maps import RuleMaps
 from producer.kernel.settings import CaptureSettings
 from producer.paths import BPF
-from producer.rules.tables import Tables, mapped
+from producer.rules.tables import mapped
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ class Capture:
             with Progress("compiling and loading the BPF programs"):
                 self._load()
         self._own_sockets.append(self._maps["own_sockets"])
-        self._rules = RuleMaps(self._maps)
-        self._rules.put(self._settings.rules)
+        self.rules = RuleMaps(self._maps)
+        self.rules.put(self._settings.rules)
 
     def _open_stored(self) -> bool:
         """Take over the stored probes, or at least their rings to drain them; return whether nothing must be loaded."""
@@ -334,19 +334,6 @@ class Capture:
             mask = self._settings.wakeup_mask(stream)
             value = b"".join(COUNTERS.pack(number, 0, number, 0, mask) for number in numbers[stream.name])
             bpf_syscall.update(self._maps["counters"], struct.pack("<I", stream.index), value)
-
-    def put_rules(self, rules: Tables) -> int:
-        """Activate other rules, atomically between two segments, and return their version. The initial ones are 1."""
-        return self._rules.put(rules)
-
-    def put_rules_in_steps(self, rules: Tables) -> Generator[None]:
-        """Do the same in steps of a bounded number of writes; then `rules_version` is theirs."""
-        return self._rules.put_in_steps(rules)
-
-    @property
-    def rules_version(self) -> int:
-        """The version of the active rules."""
-        return self._rules.version
 
     def limit_transmits(self, rate: int, turn: int) -> None:
         """Capture the transmits of one in `rate` connections, a power of two; in each turn, of others."""

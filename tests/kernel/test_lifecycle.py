@@ -145,7 +145,7 @@ def test_a_switch_that_turns_off_all_kprobes_is_noticed(switch: Path) -> None:
             hooks.load()
         except HookError as error:
             pytest.skip(f"NO KPROBES: {error}")
-        hooks.put_rules(filtered(ports=(listener.getsockname()[1],)))
+        hooks.rules.put(filtered(ports=(listener.getsockname()[1],)))
         hooks.attach()
         hooks.check()
         socket.create_connection(listener.getsockname()).close()

@@ -48,7 +48,7 @@ def ruled(root: None) -> Iterator[Recording]:
 
 
 def put(capture: Recording, *rules: Rule) -> int:
-    return capture.kernel.put_rules(tables(rules, DROP))
+    return capture.kernel.rules.put(tables(rules, DROP))
 
 
 def sent_by(capture: Recording, port: int) -> Rows:
@@ -162,7 +162,7 @@ def test_a_namespace_and_a_cgroup_above_the_sockets_are_conditions(ruled: Record
         (on_port(port, cgroup=(2,)), False),
     ):
         before = len(sent_by(ruled, port))
-        ruled.kernel.put_rules(tables([rule], DROP, {own: (1,)}))
+        ruled.kernel.rules.put(tables([rule], DROP, {own: (1,)}))
         exchange(lab, port)
         assert len(sent_by(ruled, port)) - before == (EXCHANGES if expected else 0), rule
 
@@ -210,7 +210,7 @@ def test_a_cgroup_is_a_condition_however_deep_the_socket_is(
     for place in (1, 14, 15, 16, 17, 30, 31, len(cgroups) - 1):
         for named in (0, 15, MOST_CGROUP_LEVELS - 2):
             before = len(sent_by(ruled, port))
-            ruled.kernel.put_rules(tables([on_port(port, cgroup=(ids[named],))], DROP, above))
+            ruled.kernel.rules.put(tables([on_port(port, cgroup=(ids[named],))], DROP, above))
             send_from(lab, cgroups[place], port)
             assert len(sent_by(ruled, port)) - before == (1 if named <= place else 0), (place, named)
 
@@ -223,7 +223,7 @@ def test_the_nearest_of_the_named_cgroups_decides_with_those_above_it(
     inner, outer = on_port(port, DROP, cgroup=(ids[20],)), on_port(port, cgroup=(ids[0],))
     for rules, kept in (([inner, outer], False), ([outer, inner], True)):
         before = len(sent_by(ruled, port))
-        ruled.kernel.put_rules(tables(rules, DROP, above))
+        ruled.kernel.rules.put(tables(rules, DROP, above))
         send_from(lab, cgroups[-1], port)
         assert len(sent_by(ruled, port)) - before == kept
 
