@@ -41,7 +41,7 @@ _CHUNK = 1 << 16
 _MOST_NS = (1 << 63) - 1
 _FACTOR = np.int64(0x1E3779B97F4A7C15)
 GIVEN_UP = "closed"
-"""What stands for the error of a failed connect without one: its process closed the socket."""
+"""The error of a failed connect that has none: its process closed the socket."""
 
 
 def _kind(name: str) -> int:

@@ -209,7 +209,7 @@ class _View:
             np.maximum.at(worst, self._group_of_slot[self._open], self._rows["srtt_us"][self._open])
             return worst
         by_name = {"segments": self.segs, "ratio": ratio, "failed": self.failed, "flows": self.flows}
-        # Those without retransmissions in the window follow by those in the minute.
+        # Of groups with as many in the window, the one with more in the last minute comes first.
         return by_name.get(sort, self.retransmitted + self._minute / 1e9).astype(np.float64)
 
     def line(self, group: int, name: str) -> Line:
