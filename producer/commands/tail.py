@@ -39,7 +39,7 @@ def batches(
     brokers: str,
     topics: Sequence[str],
     *,
-    registry: Registry | str | None,
+    registry: Registry | None,
     from_beginning: bool,
     stop: Flag,
     client_settings: Mapping[str, str],
@@ -78,7 +78,7 @@ def _existing(
             yield [message for messages in batch.values() for message in messages]
 
 
-def _events(source: Generator[list[Message]], registry: Registry | str | None) -> Generator[list[Event]]:
+def _events(source: Generator[list[Message]], registry: Registry | None) -> Generator[list[Event]]:
     """Yield the events among messages; at the end, log how many others were skipped."""
     decoder = Decoder(registry)
     skipped: dict[str, int] = {}
@@ -147,7 +147,7 @@ def tail(
     brokers: str,
     topics: Sequence[str],
     *,
-    registry: Registry | str | None,
+    registry: Registry | None,
     as_json: bool,
     limit: int | None,
     color: bool,

@@ -31,7 +31,6 @@ from producer.registry.client import (
     RegistryRejected,
 )
 
-_REGISTRY_TIMEOUT_S = 10
 _ATTEMPTS = 3
 _REJECTED_S = 60
 _REQUESTS_PER_S = 10.0
@@ -72,7 +71,7 @@ class Decoder:
 
     def __init__(
         self,
-        registry: Registry | str | None,
+        registry: Registry | None,
         others: Mapping[SchemaId, Mapping[str, Any]] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
         stop: Flag | None = None,
@@ -87,15 +86,14 @@ class Decoder:
         """Remaining requests, and when they were counted."""
         self._silent_until = 0.0
         self._client = None
-        settings = registry if isinstance(registry, Registry) else Registry(registry, timeout_s=_REGISTRY_TIMEOUT_S)
-        if settings.url is None:
+        if registry is None or registry.url is None:
             for stream in STREAMS:
                 text = (SCHEMAS / stream.schema_file).read_text()
                 self._schemas[stream.fixed_schema_id] = accepted(text)
             for number, schema in others.items():
                 self._schemas[number] = accepted(json.dumps(schema))
         else:
-            self._client = RegistryClient(settings, stop)
+            self._client = RegistryClient(registry, stop)
 
     def columns(self, values: Values, fields: Fields) -> tuple[Columns, list[Rejected]]:
         """Return the fields of a batch of values, and the rejected ones."""

@@ -71,7 +71,7 @@ class Topics:
 
     brokers: str
     topics: Mapping[Stream, str]
-    registry: Registry | str | None = None
+    registry: Registry | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     since_ns: int | None = None
 

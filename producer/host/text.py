@@ -48,18 +48,9 @@ def lines(texts: Iterable[str]) -> str:
 
 
 def to_json(value: Any, *, compact: bool = False) -> str:
-    """Return a value as JSON in printable ASCII; json.dumps does not escape DEL.
-
-    Bytes become strings with one character per byte, as in Avro's JSON encoding.
-    """
-    text = json.dumps(value, separators=(",", ":") if compact else None, default=_bytes_text)
+    """Return a value as JSON in printable ASCII; json.dumps does not escape DEL."""
+    text = json.dumps(value, separators=(",", ":") if compact else None)
     return text.replace("\x7f", "\\u007f")
-
-
-def _bytes_text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode("latin-1")
-    raise TypeError(f"{type(value).__name__} cannot be converted to JSON")
 
 
 def _escaped(character: str) -> str:
