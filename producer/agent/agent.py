@@ -8,7 +8,7 @@ from pathlib import Path
 
 from producer.agent.reload import InForce
 from producer.agent.runtime import Runtime
-from producer.agent.streams import Quarantine, StreamBuilder, has_undelivered
+from producer.agent.streams import StreamBuilder, has_undelivered
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
 from producer.errors import PermissionDenied
@@ -33,6 +33,7 @@ from producer.kernel.sequence import EventNumbers
 from producer.kernel.settings import CaptureSettings
 from producer.registry.published import schema_ids
 from producer.rules.resolve import Ruleset, resolve
+from producer.spool.quarantine import Quarantine
 from producer.topics import heartbeat_topic, topic
 
 

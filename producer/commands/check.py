@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from producer import __version__
-from producer.agent.streams import ledger_path, spool_bytes, spool_folder
 from producer.commands.check_servers import kafka, registry
 from producer.commands.check_settings import settings
 from producer.commands.finding import Finding
@@ -31,6 +30,7 @@ from producer.kernel.loader_child import NO_RING_BUFFER
 from producer.kernel.pinned import unusable
 from producer.kernel.program_files import Identity, ProgramFiles, combination
 from producer.paths import BPF
+from producer.spool.configured import ledger_path, spool_bytes, spool_folder
 from producer.spool.files import SPOOL_SUFFIX, files
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
