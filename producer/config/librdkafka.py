@@ -1,7 +1,8 @@
 """librdkafka's settings: which are fixed, which are rejected, and which the user may set.
 
 Each setting of the library is fixed (REQUIRED, AT_DEFAULT), rejected with a reason (REFUSED), or free: passed on to
-producers, to consumers, or to all clients. A test compares these classes with the list of the installed library.
+producers, to consumers, or to all clients. A test lists the free ones, too, and fails if the installed
+library has a setting in none of the lists.
 """
 
 from collections.abc import Mapping
