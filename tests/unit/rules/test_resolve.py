@@ -219,6 +219,14 @@ def test_a_list_of_addresses_is_a_file_of_bounded_length(tmp_path: Path) -> None
             resolved(None, RuleConfig(address=(f"@{path}",)))
 
 
+def test_a_folder_instead_of_a_list_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """A reload every few seconds would use them up."""
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ConfigError, match="directory"):
+        resolved(None, RuleConfig(address=(f"@{tmp_path}",)))
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_list_that_is_not_text_is_rejected_with_the_rules_name(tmp_path: Path) -> None:
     path = tmp_path / "list"
     path.write_bytes(b"10.0.0.1\n\xff\n")
