@@ -106,10 +106,6 @@ class Lab:
         client, server = (host.counters() for host in self.hosts)
         return {name: client[name] + server[name] for name in client}
 
-    def retrans_segs(self, host: Host) -> int:
-        """Return how many segments the host's kernel has counted as retransmitted."""
-        return host.counters()["RetransSegs"]
-
     def traffic(self, duration_s: float, stop: threading.Event | None = None) -> Sent:
         """Send bulk transfers, short connections and small messages from client to server until the time is over.
 
