@@ -6,7 +6,6 @@ same as in the topics.
 """
 
 import contextlib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +22,6 @@ from producer.kernel.settings import CaptureSettings
 from producer.schemas import load_schema
 from producer.view.records import Records, of_table
 from producer.view.unseen import Unseen
-
-logger = logging.getLogger(__name__)
 
 _RING_BYTES = {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22, "flow_pipe": 1 << 25}
 """The ring of flows holds a record of each of 70,000 connections."""

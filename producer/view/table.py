@@ -15,7 +15,6 @@ from producer.host.endpoints import endpoint
 from producer.view.flows import HISTORY_S, Flows, Happened, interval
 from producer.view.limits import IDLE, LIMITS, limits
 
-GROUPS = ("peer", "flow", "host", "unit", "container", "comm", "port", "subnet", "cause")
 SORTS = ("retransmitted", "ratio", "segments", "srtt", "failed", "flows", "name")
 _TEXT_FIELDS = {"peer": "daddr", "host": "host", "unit": "unit", "container": "container", "comm": "comm"}
 _NONE = "-"
