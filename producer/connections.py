@@ -114,7 +114,7 @@ class Connections:
         counters: Sequence[Ints],
         counts: Mask | None = None,
     ) -> Growth:
-        """Take records in order of time, as far as known.
+        """Take records in order of time, as far as known: columns with an item for each, `counters` one for each name.
 
         A connection's key must be the same in all its records, and differ from others'; a `start_ns` of 0 is unknown.
         `counts` is whether a record has counters: others only get a slot.

@@ -192,7 +192,7 @@ def draw_flow(flow: WorstFlow, retransmits: Frame, segments: Frame, figure: Figu
 
 
 def worst_span(flow: WorstFlow, retransmits: Frame) -> tuple[int, Ints]:
-    """Return the begin of the SPAN_S with the most retransmitted segments, and the rows of these."""
+    """Return when the SPAN_S seconds with the most retransmitted segments begin (ns since 1970), and their rows."""
     times, segments = retransmits.numbers("ts_ns")[flow.rows], np.cumsum(segments_of(retransmits)[flow.rows])
     ends = np.searchsorted(times, times + SPAN_S * 1_000_000_000)
     worst = int(np.argmax(segments[ends - 1] - np.concatenate([[0], segments[:-1]])))
