@@ -27,6 +27,7 @@ from producer.kafka.sink import KafkaSink, producer_settings
 from producer.kernel import bpf_syscall, fdstore
 from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
+from producer.kernel.loader import check_descriptor_limit
 from producer.kernel.pinned import PinFolder
 from producer.kernel.sequence import EventNumbers
 from producer.kernel.settings import CaptureSettings
@@ -84,6 +85,7 @@ def build(
     """
     if capabilities.missing(capabilities.LOADING):  # first: without them, later steps fail less clearly
         raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+    check_descriptor_limit()
     settings = producer_settings(config.kafka.brokers, config.kafka.settings)
     web = WebSettings(config.metrics.web_config_file)
     folder = stack.enter_context(StateFolder(config.state_dir))

@@ -65,7 +65,8 @@ def spool_bytes(config: Config, stream: Stream) -> int:
 
 def has_undelivered(config: Config, hooks: Capture, stream: Stream) -> bool:
     """Whether an earlier run has left events of this stream, on disk or in a ring."""
-    on_disk = spool_bytes(config, stream) and files(spool_folder(config, stream), SPOOL_SUFFIX)
+    with _unavailable("spool", UNRELATED):
+        on_disk = spool_bytes(config, stream) and files(spool_folder(config, stream), SPOOL_SUFFIX)
     return bool(on_disk) or stream in hooks.old_streams
 
 

@@ -4,6 +4,8 @@ Each setting of the library is fixed (REQUIRED, AT_DEFAULT), rejected with a rea
 the classes with the list of the installed library.
 """
 
+import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -175,6 +177,15 @@ def decide(settings: Mapping[str, str]) -> None:
             raise ConfigError(f"kafka.settings.{name}: must not be set, {REFUSED[name]}: remove it")
 
 
+def check_linger(settings: Mapping[str, str], spill_after_s: float) -> None:
+    """Raise ConfigError if the client would hold messages back for so long that all go to disk first."""
+    most_ms = 1000 * spill_after_s
+    for name in ("linger.ms", "queue.buffering.max.ms"):
+        with contextlib.suppress(ValueError):  # the library rejects it
+            if float(settings.get(name, "0")) >= most_ms:
+                raise ConfigError(f"kafka.settings.{name}: expected less than spool.spill_after_s, {most_ms:g} ms")
+
+
 def _check(settings: Mapping[str, str]) -> None:
     """Raise ConfigError for what `decide` rejects, and if the library would block on a file, or read it forever."""
     decide(settings)
@@ -183,6 +194,17 @@ def _check(settings: Mapping[str, str]) -> None:
             state_file.check_ordinary(Path(settings[name]))
         except state_file.NotAFileError as error:
             raise ConfigError(f"kafka.settings.{name}: {settings[name]}: {error.strerror}") from error
+
+
+def unreadable(settings: Mapping[str, str]) -> str:
+    """Return which file of a client cannot be read, and why; empty if all can."""
+    for name in sorted(settings.keys() & _FILES):
+        try:
+            os.close(os.open(settings[name], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        except OSError as error:
+            fix = f": chown {os.geteuid()} {settings[name]}" if isinstance(error, PermissionError) else ""
+            return f"kafka.settings.{name}: {settings[name]}: {error.strerror}{fix}"
+    return ""
 
 
 def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:

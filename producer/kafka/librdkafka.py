@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from producer import _native
 from producer.config.convert import nearest
-from producer.config.librdkafka import TEST_BROKER
+from producer.config.librdkafka import TEST_BROKER, unreadable
 from producer.errors import ConfigError, UnavailableError
 from producer.host.exhausted import check_descriptors, check_threads
 
@@ -192,7 +192,7 @@ class Producer:
         self._handle = _lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
         if not self._handle:
             _lib.rd_kafka_conf_destroy(conf)
-            raise ConfigError(f"kafka.settings: {_reason(text)}")
+            raise ConfigError(unreadable(settings) or f"kafka.settings: {_reason(text)}")
         _lib.rd_kafka_set_log_queue(self._handle, None)
         self._queue = _lib.rd_kafka_queue_get_main(self._handle)
         self._topics: dict[str, int] = {}
