@@ -244,7 +244,10 @@ def main() -> NoReturn:
     stdio.take_over()
     _log_from(logging.WARNING, formatter("auto"))
     with flushed():
-        sys.exit(_main())
+        try:
+            sys.exit(_main())
+        finally:  # the interpreter restores the default when it exits, and a late reload would end it by this signal
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _main() -> int:
