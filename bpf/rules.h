@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Finds the rule that decides a segment. producer/rules/tables.py builds the tables and documents them; this code is its
- * `Tables.decide`.
+ * Finds the rule that decides a segment. producer/rules/tables.py builds the tables and documents them.
  *
  * There are two generations of the tables. The agent fills the inactive one and then writes rules_active, one 64-bit word.
  * A program reads it once, so that a segment is decided entirely by the old rules or entirely by the new ones.

@@ -12,14 +12,6 @@ static struct encoder *encoder_of(PyObject *self)
 	return ((struct encoder_object *)self)->encoder;
 }
 
-static bool check_count(const char *name, Py_ssize_t count, Py_ssize_t expected)
-{
-	if (count == expected)
-		return true;
-	PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments, not %zd", name, expected, count);
-	return false;
-}
-
 /* Return the bytes of a tuple's items, which stay the tuple's; NULL with an exception set. */
 static struct bytes *bytes_of(PyObject *tuple, size_t *count)
 {
@@ -128,8 +120,8 @@ static PyObject *remember(PyObject *self, PyObject *const *args, Py_ssize_t coun
 {
 	size_t parts_count;
 
-	if (!check_count("remember", count, 2))
-		return NULL;
+	if (count != 2)
+		return PyErr_Format(PyExc_TypeError, "remember() takes 2 arguments, not %zd", count);
 	uint64_t id = PyLong_AsUnsignedLongLong(args[0]);
 	if (id == (uint64_t)-1 && PyErr_Occurred())
 		return NULL;
@@ -178,8 +170,8 @@ static PyObject *encode(PyObject *self, PyObject *const *args, Py_ssize_t count)
 	PyObject *result = NULL;
 	struct rows rows;
 
-	if (!check_count("encode", count, 4))
-		return NULL;
+	if (count != 4)
+		return PyErr_Format(PyExc_TypeError, "encode() takes 4 arguments, not %zd", count);
 	int64_t utc_offset = PyLong_AsLongLong(args[1]);
 	if (utc_offset == -1 && PyErr_Occurred())
 		return NULL;

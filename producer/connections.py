@@ -41,7 +41,7 @@ _CHUNK = 1 << 16
 _MOST_NS = (1 << 63) - 1
 _FACTOR = np.int64(0x1E3779B97F4A7C15)
 GIVEN_UP = "closed"
-"""What stands for the error of a failed connect without one: its process closed the socket."""
+"""The error of a failed connect that has none: its process closed the socket."""
 
 
 def _kind(name: str) -> int:
@@ -114,7 +114,7 @@ class Connections:
         counters: Sequence[Ints],
         counts: Mask | None = None,
     ) -> Growth:
-        """Take records in order of time, as far as known.
+        """Take records in order of time, as far as known: columns with an item for each, `counters` one for each name.
 
         A connection's key must be the same in all its records, and differ from others'; a `start_ns` of 0 is unknown.
         `counts` is whether a record has counters: others only get a slot.

@@ -289,6 +289,11 @@ class EncodedBatch:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def values(self) -> list[bytes]:
+        """Return the messages' values."""
+        payload, ends = self.payload.data, (self.starts + self.lengths).tolist()
+        return [payload[start:end].tobytes() for start, end in zip(self.starts.tolist(), ends, strict=True)]
+
     def packed(self) -> bytes:
         """Return the messages concatenated."""
         ends = self.starts + self.lengths

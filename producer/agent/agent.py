@@ -8,7 +8,7 @@ from pathlib import Path
 
 from producer.agent.reload import InForce
 from producer.agent.runtime import Runtime
-from producer.agent.streams import Quarantine, StreamBuilder, has_undelivered
+from producer.agent.streams import StreamBuilder, has_undelivered
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
 from producer.errors import PermissionDenied
@@ -27,11 +27,14 @@ from producer.kafka.sink import KafkaSink, producer_settings
 from producer.kernel import bpf_syscall, fdstore
 from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
+from producer.kernel.loader import check_descriptor_limit
 from producer.kernel.pinned import PinFolder
+from producer.kernel.rule_maps import RuleMaps
 from producer.kernel.sequence import EventNumbers
 from producer.kernel.settings import CaptureSettings
 from producer.registry.published import schema_ids
 from producer.rules.resolve import Ruleset, resolve
+from producer.spool.quarantine import Quarantine
 from producer.topics import heartbeat_topic, topic
 
 
@@ -62,9 +65,9 @@ class Agent:
         with ExitStack() as stack:
             return build(self._config, self._in_force, stop, stack).run(stop, reload, duration_s)
 
-    def _in_force(self, capture: Capture, ruleset: Ruleset, root: Path | None) -> InForce:
+    def _in_force(self, rules: RuleMaps, ruleset: Ruleset, root: Path | None) -> InForce:
         return InForce(
-            capture,
+            rules,
             self._config,
             ruleset,
             self._read,
@@ -76,7 +79,7 @@ class Agent:
 
 
 def build(
-    config: Config, in_force: Callable[[Capture, Ruleset, Path | None], InForce], stop: Flag, stack: ExitStack
+    config: Config, in_force: Callable[[RuleMaps, Ruleset, Path | None], InForce], stop: Flag, stack: ExitStack
 ) -> Runtime:
     """Load and attach the hooks, connect to Kafka, recover each stream, and open the endpoint. `stack` closes it all.
 
@@ -84,6 +87,7 @@ def build(
     """
     if capabilities.missing(capabilities.LOADING):  # first: without them, later steps fail less clearly
         raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+    check_descriptor_limit()
     settings = producer_settings(config.kafka.brokers, config.kafka.settings)
     web = WebSettings(config.metrics.web_config_file)
     folder = stack.enter_context(StateFolder(config.state_dir))
@@ -115,7 +119,7 @@ def build(
     wakeup = stack.enter_context(Wakeup(rings, signals.descriptor()))
     board = StatusBoard(wake=wakeup.call)
     endpoint = stack.enter_context(_endpoint(config, board, web)) if config.metrics.listen else None
-    outside = folder, in_force(capture, ruleset, root), web, board, wakeup, heartbeats, brokers, endpoint
+    outside = folder, in_force(capture.rules, ruleset, root), web, board, wakeup, heartbeats, brokers, endpoint
     return Runtime(topics, capture, sink, parts, builder.relabel, *outside, ring_stays)
 
 

@@ -16,7 +16,7 @@ from producer.config.sources import shown
 from producer.errors import RebpfError
 from producer.host.output import set_log_level
 from producer.host.signals import Flag
-from producer.kernel.capture import Capture
+from producer.kernel.rule_maps import RuleMaps
 from producer.rules.resolve import Ruleset, follow, resolve
 from producer.rules.tables import Tables
 from producer.spool.disk import PASSING
@@ -60,7 +60,7 @@ class InForce:
 
     def __init__(
         self,
-        hooks: Capture,
+        rules: RuleMaps,
         config: Config,
         ruleset: Ruleset,
         read: Callable[[], Config],
@@ -71,7 +71,7 @@ class InForce:
         located: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._pace = pace or Pace()
-        self._hooks = hooks
+        self._rules = rules
         self._ruleset = ruleset
         self._read = read
         self._located = located
@@ -173,7 +173,7 @@ class InForce:
         try:
             if isinstance(prepared, Exception):
                 raise prepared
-            self._filling = self._filling or self._hooks.put_rules_in_steps(prepared.tables)
+            self._filling = self._filling or self._rules.put_in_steps(prepared.tables)
             end_s = time.monotonic() + _STEP_S
             for _ in self._filling:
                 if time.monotonic() >= end_s:
@@ -187,7 +187,7 @@ class InForce:
 
     def _put_in_force(self, prepared: _Prepared) -> None:
         """Apply the other settings: the kernel's tables are filled."""
-        self.version = self._hooks.rules_version
+        self.version = self._rules.version
         self._ruleset = prepared.ruleset
         self._set(prepared.config)
         self.restart_needed = effective.restart_needed(prepared.config, prepared.read)
@@ -224,7 +224,7 @@ class InForce:
         if isinstance(found, Exception):
             raise found
         if found and found.before is self._ruleset:  # otherwise, a reload came between
-            self.version = self._hooks.put_rules(found.tables)
+            self.version = self._rules.put(found.tables)
             self._ruleset = found.ruleset
             what = "names" if found.before.absent else "cgroups"
             logger.info("rules updated: %s changed version=%d", what, self.version)

@@ -41,6 +41,8 @@ _CHORES_EARLY_S = 0.25
 _RETRY_S = 0.1
 _LAST_HEARTBEAT_S = 1.0
 _SPILL_S = 5.0
+_STORED_NOWHERE = "kafka.brokers is not set: events go to the in-process test broker, which stores nothing"
+"""A reason for a service only, whose file has lost its content; others try things out."""
 
 
 @dataclass(slots=True)
@@ -192,6 +194,8 @@ class Runtime:
     def _status(self) -> Status:
         reasons = [*self.supervisor.reasons, *self.in_force.reasons]
         reasons += [self.web.last_error] if self.web.last_error else []
+        if self.config.kafka.brokers is None and systemd.is_service():
+            reasons.append(_STORED_NOWHERE)
         status = self.reporter.status(self.in_force.version, self.budget.rate, reasons)
         return dataclasses.replace(
             status, config_hash=self.in_force.digest, restart_needed=self.in_force.restart_needed

@@ -3,7 +3,6 @@
 import os
 import select
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Self
 
 
@@ -41,8 +40,6 @@ class Wakeup:
             self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLET)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # The eventfd stays open: another thread may still call, and must not write to what has its number by then.
         self._epoll.close()

@@ -60,23 +60,16 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class Counts:
-    """What became of the records."""
+    """What became of the records. `producer.alert.status` describes each count."""
 
     read: int = 0
     late: int = 0
-    """Records that arrived after a window of theirs was decided."""
     duplicate: int = 0
-    """Events with an id that was counted before."""
     ahead: int = 0
-    """Records from far in the future, not counted."""
     crowded: int = 0
-    """Records, hosts and alerts dropped because a limit was reached."""
     forgotten: int = 0
-    """Ids and open connections forgotten for lack of memory."""
     undecodable: int = 0
-    """Messages that are not ours, or have impossible numbers."""
     alerts: int = 0
-    """Changes of a group to firing or resolved."""
 
     def __str__(self) -> str:
         return " ".join(f"{name}={count}" for name, count in asdict(self).items())

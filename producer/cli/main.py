@@ -19,12 +19,10 @@ from producer.cli.config import config as config_command
 from producer.cli.options import (
     Group,
     Number,
-    brokers_option,
     config_option,
     json_option,
     load,
     option,
-    registry_option,
     settings_options,
     state_dir_option,
     usage,
@@ -189,26 +187,15 @@ def demo(duration: float, loss: float, events: bool, as_json: bool) -> None:
     )
 )
 @config_option
-@brokers_option
-@registry_option
-@state_dir_option
+@settings_options
 @option("--explain", metavar="LOCAL,REMOTE", help="Show which rule applies to this connection, then exit.")
 @option("--local", is_flag=True, help="Check this host only; contact no server.")
 @option("--offline", is_flag=True, help="Check the configuration only, without this host; exits with 0 or 78.")
 @json_option
-def check(
-    config: Path | None,
-    brokers: str | None,
-    registry: str | None,
-    state_dir: Path | None,
-    explain: str | None,
-    local: bool,
-    offline: bool,
-    as_json: bool,
-) -> None:
+def check(config: Path | None, explain: str | None, local: bool, offline: bool, as_json: bool, **options: Any) -> None:
     """Check that this host can run the producer.
 
-    Suggests a fix for each problem. Exits with 0 if the producer would start.
+    Takes the same options. Suggests a fix for each problem. Exits with 0 if the producer would start.
     """
     from producer.commands.check import examine
     from producer.commands.check_settings import settings_offline
@@ -222,7 +209,7 @@ def check(
         usage("--offline needs --config")
     try:
         connects = not offline and explain is None
-        settings = load(config, secrets=connects, brokers=brokers, registry=registry, state_dir=state_dir)
+        settings = load(config, secrets=connects, **options)
     except ConfigError as error:
         if not as_json:
             raise
@@ -257,7 +244,10 @@ def main() -> NoReturn:
     stdio.take_over()
     _log_from(logging.WARNING, formatter("auto"))
     with flushed():
-        sys.exit(_main())
+        try:
+            sys.exit(_main())
+        finally:  # the interpreter restores the default when it exits, and a late reload would end it by this signal
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _main() -> int:

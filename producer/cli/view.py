@@ -30,7 +30,7 @@ _CACHE = Path("/var/cache/rebpf")
 """Compiled programs. The producer's state folder is not used, because it may belong to another user."""
 GROUPS = ("peer", "flow", "host", "unit", "container", "comm", "port", "subnet", "cause")
 SORTS = ("retransmitted", "ratio", "segments", "srtt", "failed", "flows", "name")
-"""Those of producer.view.table, which is not imported for every command."""
+"""That of producer.view.table, which is not imported for every command."""
 _WIDE = 200
 """The width of lines that do not go to a terminal."""
 

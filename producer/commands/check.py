@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from producer import __version__
-from producer.agent.streams import ledger_path, spool_bytes, spool_folder
 from producer.commands.check_servers import kafka, registry
-from producer.commands.check_settings import settings
+from producer.commands.check_settings import SERVICE_USER, is_of_service, settings
 from producer.commands.finding import Finding
 from producer.config.load import Config
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
@@ -26,11 +25,12 @@ from producer.kernel import bpf_syscall
 from producer.kernel.btf import VMLINUX, Btf
 from producer.kernel.features import Features
 from producer.kernel.hooks import HOOKS_BY_STREAM, Kernel, choose, fitted, refusal
-from producer.kernel.loader import python_with_bcc
+from producer.kernel.loader import check_descriptor_limit, python_with_bcc
 from producer.kernel.loader_child import NO_RING_BUFFER
 from producer.kernel.pinned import unusable
 from producer.kernel.program_files import Identity, ProgramFiles, combination
 from producer.paths import BPF
+from producer.spool.configured import ledger_path, spool_bytes, spool_folder
 from producer.spool.files import SPOOL_SUFFIX, files
 
 LOCKDOWN = Path("/sys/kernel/security/lockdown")
@@ -38,8 +38,6 @@ PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _LEAST_BCC = (0, 26)  # the oldest version that is tested
 _MIB = 1 << 20
 _PARANOID_FOR_ROOT = 3
-_SERVICE_USER = "rebpf"
-"""Of deploy/systemd/rebpf.service."""
 
 
 def examine(config: Config, *, path: Path | None = None, servers: bool = True) -> list[Finding]:
@@ -52,6 +50,7 @@ def examine(config: Config, *, path: Path | None = None, servers: bool = True) -
         *settings(config, path),
         *kernel,
         *_python(needs_bcc=not any(finding.subject == "programs" and finding.available for finding in kernel)),
+        *_descriptors(),
         *_folders(config),
         *_endpoint(config),
         *_boot_id(),
@@ -216,6 +215,13 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
 
 
+def _descriptors() -> Iterator[Finding]:
+    try:
+        check_descriptor_limit()
+    except UnavailableError as error:
+        yield Finding("descriptors", str(error), error.exit_code)
+
+
 def _endpoint(config: Config) -> Iterator[Finding]:
     """Check that the endpoint can listen; the producer also runs without it."""
     if not config.metrics.listen or _is_running(config):  # the running producer has the port
@@ -232,8 +238,8 @@ def _endpoint(config: Config) -> Iterator[Finding]:
 
 def _folders(config: Config) -> Iterator[Finding]:
     problem = _unusable(config.state_dir) or _unsafe(config.state_dir)
-    if os.geteuid() == 0 and _is_of_service(config.state_dir):
-        text = f"{config.state_dir} belongs to the service's user {_SERVICE_USER}: the service can use it, but not root"
+    if os.geteuid() == 0 and is_of_service(config.state_dir):
+        text = f"{config.state_dir} belongs to the service's user {SERVICE_USER}: the service can use it, but not root"
         yield Finding("state_dir", text, warns=True)
         yield _space(config)
     elif problem:
@@ -247,19 +253,13 @@ def _folders(config: Config) -> Iterator[Finding]:
         yield _pins(config.capture.pin)
 
 
-def _is_of_service(path: Path) -> bool:
-    try:
-        return path.owner() == _SERVICE_USER
-    except (OSError, KeyError):  # no such folder or user
-        return False
-
-
 def _unusable_folders(config: Config) -> Iterator[Finding]:
     spooled = (f"spool/{stream.name}" for stream in STREAMS if spool_bytes(config, stream))
     for name in ("spool", "quarantine", *spooled):
         path = config.state_dir / name
         if os.path.isdir(path) and (problem := _unusable(path)):  # anything else is renamed at a start
-            yield Finding(f"state_dir/{name}", problem, ConfigError.exit_code)
+            starts = name == "quarantine" or _is_read_only(path)  # degraded, and stores nothing there
+            yield Finding(f"state_dir/{name}", problem, 0 if starts else ConfigError.exit_code, warns=starts)
 
 
 def _unsafe(path: Path) -> str:
@@ -280,11 +280,18 @@ def _unusable(path: Path) -> str:
     user = os.geteuid()
     if not existing.is_dir():
         return f"{existing} is not a folder: remove it, or set state_dir to another path"
-    if os.access(existing, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+    # The producer creates the folder with all its capabilities, and uses it with none.
+    with capabilities.set_aside() if existing == path else contextlib.nullcontext():
+        is_usable = os.access(existing, os.R_OK | os.W_OK | os.X_OK, effective_ids=True)
+    if is_usable:
         return "" if _takes_files(existing) else f"{existing} holds no files: set state_dir to another folder"
-    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+    if _is_read_only(existing):
         return f"{existing} is read-only: mount -o remount,rw, or set state_dir to another folder"
     return f"{path} is not writable for user {user}: install -d -m 0700 -o {user} {path}"
+
+
+def _is_read_only(path: Path) -> bool:
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
 def _unreadable(config: Config) -> Iterator[Finding]:

@@ -13,6 +13,9 @@ from producer.topics import heartbeat_topic, topic
 _LEAST_MESSAGE_BYTES = 1000
 """An event takes about 400 bytes with header and key; long names of host and cgroup add to it."""
 
+_BATCH_BYTES = 1_000_000
+"""librdkafka's default of batch.size."""
+
 
 def kafka(config: Config) -> Iterator[Finding]:
     """Check the brokers and the topics."""
@@ -33,6 +36,8 @@ def kafka(config: Config) -> Iterator[Finding]:
     for name in events:
         yield from _topic(name, topics[name], brokers)
         yield from _compaction(name, topics[name])
+        if "batch.size" not in config.kafka.settings:
+            yield from batches(name, topics[name])
     for finding in _topic(heartbeats, topics[heartbeats], brokers):
         if finding.exit_code:
             yield Finding(finding.subject, f"{finding.text}; no heartbeats are sent until then", available=False)
@@ -80,6 +85,15 @@ def _compaction(name: str, info: TopicInfo | RebpfError) -> Iterator[Finding]:
     if "compact" in policy:
         text = f"cleanup.policy is {policy}, which keeps only the last event of each key: kafka-configs.sh --alter "
         text += f"--entity-type topics --entity-name {name} --add-config cleanup.policy=delete"
+        yield Finding(f"topic {name}", text, warns=True)
+
+
+def batches(name: str, info: TopicInfo | RebpfError) -> Iterator[Finding]:
+    """Check that the topic takes whole batches: of one that it rejects, each message is sent alone, which is slow."""
+    most = None if isinstance(info, RebpfError) else info.number("max.message.bytes")
+    if most is not None and _LEAST_MESSAGE_BYTES <= most < _BATCH_BYTES:
+        text = f"max.message.bytes is {most}, so a batch of up to {_BATCH_BYTES} bytes can be rejected, and each of "
+        text += f'its messages sent alone: set "batch.size" = {most} in [kafka.settings]'
         yield Finding(f"topic {name}", text, warns=True)
 
 

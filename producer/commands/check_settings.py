@@ -10,11 +10,15 @@ from producer.config.librdkafka import TEST_BROKER
 from producer.config.load import Config, located
 from producer.errors import ConfigError, RebpfError
 from producer.health.web_config import WebSettings
+from producer.host import capabilities
 from producer.host.cgroups import cgroup2_root
 from producer.kafka.librdkafka import Producer
 from producer.kafka.sink import producer_settings
 from producer.registry.client import RegistryClient
 from producer.rules.resolve import resolve, resolve_offline
+
+SERVICE_USER = "rebpf"
+"""Of deploy/systemd/rebpf.service."""
 
 
 def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
@@ -40,8 +44,18 @@ def _create_client(config: Config) -> str:
     """Create Kafka's client as in `run`, but without the brokers, so that it does not connect."""
     client = producer_settings(config.kafka.brokers, config.kafka.settings)
     brokers = {"bootstrap.servers", *TEST_BROKER}
-    Producer({name: value for name, value in client.items() if name not in brokers}).close()
+    # Root's producer has dropped its capabilities by then, and so reads only files that root may read without them.
+    with contextlib.nullcontext() if is_of_service(config.state_dir) else capabilities.set_aside():
+        Producer({name: value for name, value in client.items() if name not in brokers}).close()
     return ""
+
+
+def is_of_service(state_dir: Path) -> bool:
+    """Whether the folder belongs to the service's user, for whom root checks the host."""
+    try:
+        return state_dir.owner() == SERVICE_USER
+    except (OSError, KeyError):  # no such folder or user
+        return False
 
 
 def _create_registry_client(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,7 +46,7 @@ def report(
         with disk_errors(output):
             write_whole(output, text.encode(errors="backslashreplace"))
         if picture is not None:
-            drawn = png(draw_summary(summary, headline(summary), segments), 12, 9)
+            drawn = png(partial(draw_summary, summary, headline(summary), segments), 12, 9)
             with disk_errors(picture):
                 write_whole(picture, drawn)
     return headline(summary)

@@ -15,12 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from producer.agent.streams import Quarantine, ledger_path, new_spool, quarantine_folder
 from producer.commands.spool_show import disk_errors, quarantined, require_state_folder
 from producer.config.librdkafka import client_settings
 from producer.config.load import Config
 from producer.events import STREAMS, EncodedBatch, Stream, Topic
-from producer.host.clock import now
 from producer.host.progress import Progress
 from producer.host.signals import Flag
 from producer.host.state import StateFolder
@@ -30,13 +28,15 @@ from producer.pipeline.account import StreamAccount
 from producer.pipeline.ledger import Account, Ledger
 from producer.pipeline.recovery import resume_spool
 from producer.pipeline.spool_sender import SpoolSender
-from producer.schemas import load_schema
+from producer.spool.configured import ledger_path, new_quarantine, new_spool, quarantine_folder
 from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files
+from producer.spool.quarantine import Quarantine
 from producer.spool.spool import Spool
 from producer.topics import topic
 
 _PAUSE_S = 0.01
 _NO_LIMIT_BYTES = 1 << 62
+"""Of the quarantine: any of its messages may be rejected again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,11 @@ class _Source:
     """A stream's open spool or quarantine, and its sender; `write_account` stores the account."""
 
     def __init__(
-        self, stream: Stream, spool: Spool, account: Account | None, write_account: Callable[[Account], None]
+        self,
+        stream: Stream,
+        spool: Spool,
+        account: Account | None = None,
+        write_account: Callable[[Account], None] = lambda account: None,
     ) -> None:
         spool.open(*((account.acked, account.end, account.discarded) if account else ()))
         self.account = resume_spool(account, spool)
@@ -113,7 +117,7 @@ def replay(config: Config, stop: Flag, *, timeout_s: float, quarantine: bool) ->
         _take_over(config, stack)
         Admin(config).partitions()
         if quarantine:
-            sources = [_Source(stream, _quarantine(config, stream), None, lambda account: None) for stream in STREAMS]
+            sources = [_Source(stream, new_quarantine(config, stream, _NO_LIMIT_BYTES)) for stream in STREAMS]
             put = _appender(config, stack)
         else:
             sources = [_spool(config, stream, stack) for stream in STREAMS]
@@ -174,19 +178,12 @@ def _spool(config: Config, stream: Stream, stack: ExitStack) -> _Source:
     return _Source(stream, new_spool(config, stream), account, ledger.write)
 
 
-def _quarantine(config: Config, stream: Stream) -> Spool:
-    """Return a stream's quarantine, not yet opened, without a size limit: any of its messages may come back."""
-    return Spool(
-        quarantine_folder(config, stream), stream, load_schema(stream.schema_file), now, max_bytes=_NO_LIMIT_BYTES
-    )
-
-
 def _appender(config: Config, stack: ExitStack) -> Callable[[EncodedBatch, str], None]:
     """Return a function that appends messages to the quarantine, in new files that this replay does not read.
 
     It raises OSError if that fails, so that the messages do not count as done.
     """
-    spools = {stream.name: _quarantine(config, stream) for stream in STREAMS}
+    spools = {stream.name: new_quarantine(config, stream, _NO_LIMIT_BYTES) for stream in STREAMS}
     for spool in spools.values():
         spool.open()
         stack.callback(spool.close)

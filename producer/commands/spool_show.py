@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-from producer.agent.streams import ledger_path, quarantine_folder, spool_folder
 from producer.config.load import Config
 from producer.errors import PermissionDenied, UnavailableError
 from producer.events import STREAMS, Stream, Topic
@@ -21,6 +20,7 @@ from producer.host.clock import Moment, now
 from producer.host.state_file import NotAFileError, open_regular
 from producer.host.text import lines
 from producer.pipeline.ledger import Account, Ledger
+from producer.spool.configured import ledger_path, quarantine_folder, spool_folder
 from producer.spool.files import ASIDE_SUFFIX, SPOOL_SUFFIX, files, made_at, size_bytes
 from producer.spool.format import DamagedError, Reader, read_header
 from producer.spool.spool import HEADER_BYTES

@@ -2,9 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +39,7 @@ def batches(
     brokers: str,
     topics: Sequence[str],
     *,
-    registry: Registry | str | None,
+    registry: Registry | None,
     from_beginning: bool,
     stop: Flag,
     client_settings: Mapping[str, str],
@@ -50,20 +49,44 @@ def batches(
 
     The first list is empty: every message produced after it will be read.
     """
-    decoder = Decoder(registry)
-    skipped: dict[str, int] = {}
-    if since_ms is None:
-        start: int = Start.BEGINNING if from_beginning else Start.END
-    else:
+    start: int = Start.BEGINNING if from_beginning else Start.END
+    if since_ms is not None:
         start = since_ms or Start.BEGINNING
-    follower = Follower(brokers, "tail", topics, client_settings, start=start)
-    try:
+    return _events(_arriving(brokers, topics, client_settings, start, stop), registry)
+
+
+def _arriving(
+    brokers: str, topics: Sequence[str], settings: Mapping[str, str], start: int, stop: Flag
+) -> Generator[list[Message]]:
+    with contextlib.closing(Follower(brokers, "tail", topics, settings, start=start)) as follower:
         follower.start()
         yield []
         while not stop.is_set():
-            yield list(_decoded(follower.poll(), decoder, skipped))
+            yield follower.poll()
+
+
+def _existing(
+    brokers: str, topics: Sequence[str], settings: Mapping[str, str], since_ms: int | None, stop: Flag
+) -> Generator[list[Message]]:
+    reader = TopicReader(brokers, topics, settings, None, since_ms=since_ms, skip_missing=True)
+    with contextlib.closing(reader):
+        if not reader.spans:
+            raise UnavailableError(f"no topic {', '.join(topics)} at {brokers}")
+        for batch in reader.batches():
+            if stop.is_set():
+                return
+            yield [message for messages in batch.values() for message in messages]
+
+
+def _events(source: Generator[list[Message]], registry: Registry | None) -> Generator[list[Event]]:
+    """Yield the events among messages; at the end, log how many others were skipped."""
+    decoder = Decoder(registry)
+    skipped: dict[str, int] = {}
+    try:
+        with contextlib.closing(source):
+            for messages in source:
+                yield list(_decoded(messages, decoder, skipped))
     finally:
-        follower.close()
         for reason, count in skipped.items():
             _LOG.warning("skipped messages=%d reason=%r", count, reason)
 
@@ -124,7 +147,7 @@ def tail(
     brokers: str,
     topics: Sequence[str],
     *,
-    registry: Registry | str | None,
+    registry: Registry | None,
     as_json: bool,
     limit: int | None,
     color: bool,
@@ -136,57 +159,34 @@ def tail(
 ) -> None:
     """Print the events of the topics, one per line, until `stop` is set or `limit` are printed."""
     view = Lines(width, hosts=True, color=color, connections=True)
-    if not as_json and not _print([view.header()], color=False):
-        return
     if chosen.period.until_ns is None:
         source = batches(
             brokers, topics, registry=registry, from_beginning=from_beginning, stop=stop,
             client_settings=client_settings, since_ms=chosen.since_ms,
         )  # fmt: skip
     else:
-        source = _until_end(brokers, topics, registry, chosen.since_ms, stop, client_settings)
+        source = _events(_existing(brokers, topics, client_settings, chosen.since_ms, stop), registry)
+
+    def lines(shown: list[Event]) -> list[str]:
+        return list(map(json_line, shown)) if as_json else view.lines(event.record for event in shown)
+
     try:
-        with contextlib.closing(source):
-            matching = map(chosen.events, source)
-            _print_all(matching, limit, color=color, lines=_json_lines if as_json else partial(_text_lines, view))
+        with contextlib.suppress(ReaderGoneError), contextlib.closing(source):
+            if not as_json:
+                echo(view.header())
+            _print(map(lines, map(chosen.events, source)), limit, color=color)
     finally:
         for reason, count in view.rejected.items():
             _LOG.warning("skipped records=%d reason=%r", count, reason)
 
 
-def _until_end(
-    brokers: str,
-    topics: Sequence[str],
-    registry: Registry | str | None,
-    since_ms: int | None,
-    stop: Flag,
-    client_settings: Mapping[str, str],
-) -> Generator[list[Event]]:
-    """Yield the events that exist now."""
-    decoder = Decoder(registry)
-    skipped: dict[str, int] = {}
-    reader = TopicReader(brokers, topics, client_settings, None, since_ms=since_ms, skip_missing=True)
-    try:
-        if not reader.spans:
-            raise UnavailableError(f"no topic {', '.join(topics)} at {brokers}")
-        for batch in reader.batches():
-            if stop.is_set():
-                return
-            yield list(_decoded([message for messages in batch.values() for message in messages], decoder, skipped))
-    finally:
-        reader.close()
-        for reason, count in skipped.items():
-            _LOG.warning("skipped messages=%d reason=%r", count, reason)
-
-
-def _print_all(
-    source: Iterable[list[Event]], limit: int | None, *, color: bool, lines: Callable[[Sequence[Event]], list[str]]
-) -> None:
+def _print(batches: Iterable[list[str]], limit: int | None, *, color: bool) -> None:
+    """Print the lines of each batch, until `limit` are printed."""
     remaining = limit
-    for batch in source:
-        shown = lines(batch)[:remaining]
-        if not _print(shown, color=color):
-            return
+    for lines in batches:
+        shown = lines[:remaining]
+        if shown:
+            echo("\n".join(shown), color=color)
         if remaining is not None:
             remaining -= len(shown)
             if remaining == 0:
@@ -196,21 +196,3 @@ def _print_all(
 def json_line(event: Event) -> str:
     """Return the event as a JSON object with topic, key and the record's fields."""
     return to_json({"topic": event.topic, "key": event.key, **event.record}, compact=True)
-
-
-def _json_lines(shown: Sequence[Event]) -> list[str]:
-    return [json_line(event) for event in shown]
-
-
-def _text_lines(view: Lines, shown: Sequence[Event]) -> list[str]:
-    return view.lines(event.record for event in shown)
-
-
-def _print(lines: Sequence[str], *, color: bool) -> bool:
-    """Print and flush; return False if the reader of the output has gone."""
-    if lines:
-        try:
-            echo("\n".join(lines), color=color)
-        except ReaderGoneError:
-            return False
-    return True

@@ -122,7 +122,7 @@ def verify(
     brokers: str,
     topics: Sequence[str],
     *,
-    registry: Registry | str | None,
+    registry: Registry | None,
     host: str | None,
     since: int | None,
     client_settings: Mapping[str, str],

@@ -6,10 +6,11 @@ import ipaddress
 import json
 import re
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from producer.config.load import Config
+from producer.config.load import Config, replaced
 from producer.host.endpoints import MASK, without_path
 
 AT_RELOAD = (
@@ -49,14 +50,7 @@ def digest(config: Config) -> str:
 def in_force(running: Config, read: Config) -> Config:
     """Return `running` with the settings of `read` that a reload applies."""
     for path in AT_RELOAD:
-        section, _, name = path.rpartition(".")
-        if not section:
-            running = dataclasses.replace(running, **{name: getattr(read, name)})
-        else:
-            value = getattr(getattr(read, section), name)
-            running = dataclasses.replace(
-                running, **{section: dataclasses.replace(getattr(running, section), **{name: value})}
-            )
+        running = replaced(running, path, attrgetter(path)(read))
     return running
 
 

@@ -1,9 +1,12 @@
 """librdkafka's settings: which are fixed, which are rejected, and which the user may set.
 
-Each setting of the library is fixed (REQUIRED, AT_DEFAULT), rejected with a reason (REFUSED) or free. A test compares
-the classes with the list of the installed library.
+Each setting of the library is fixed (REQUIRED, AT_DEFAULT), rejected with a reason (REFUSED), or free: passed on to
+producers, to consumers, or to all clients. A test lists the free ones, too, and fails if the installed
+library has a setting in none of the lists.
 """
 
+import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -97,39 +100,6 @@ FREE_OF_CONSUMERS = _names(
 )
 """Passed to consumers only."""
 
-FREE_OF_ALL = _names(
-    """
-    max.in.flight max.in.flight.requests.per.connection message.copy.max.bytes
-    client.id client.rack client.dns.lookup message.max.bytes receive.message.max.bytes metadata.recovery.strategy
-    metadata.recovery.rebootstrap.trigger.ms metadata.request.timeout.ms metadata.max.age.ms
-    topic.metadata.refresh.interval.ms topic.metadata.refresh.fast.interval.ms topic.metadata.refresh.fast.cnt
-    topic.metadata.refresh.sparse topic.metadata.propagation.max.ms debug statistics.interval.ms log_level
-    log.thread.name log.connection.close enable.random.seed enable.metrics.push enable.sparse.connections
-    socket.timeout.ms socket.blocking.max.ms socket.send.buffer.bytes socket.receive.buffer.bytes
-    socket.keepalive.enable socket.nagle.disable socket.max.fails socket.connection.setup.timeout.ms
-    broker.address.ttl broker.address.family connections.max.idle.ms reconnect.backoff.jitter.ms reconnect.backoff.ms
-    reconnect.backoff.max.ms retry.backoff.ms retry.backoff.max.ms api.version.request.timeout.ms
-    broker.version.fallback security.protocol
-    ssl.cipher.suites ssl.curves.list ssl.sigalgs.list ssl.key.location ssl.key.password ssl.key.pem
-    ssl.certificate.location ssl.certificate.pem ssl.ca.location ssl.ca.pem https.ca.location https.ca.pem
-    ssl.ca.certificate.stores ssl.crl.location ssl.keystore.location ssl.keystore.password
-    enable.ssl.certificate.verification ssl.endpoint.identification.algorithm
-    sasl.mechanism sasl.mechanisms sasl.username sasl.password sasl.kerberos.service.name sasl.kerberos.principal
-    sasl.kerberos.keytab sasl.kerberos.min.time.before.relogin
-    sasl.oauthbearer.config enable.sasl.oauthbearer.unsecure.jwt sasl.oauthbearer.method sasl.oauthbearer.client.id
-    sasl.oauthbearer.client.secret sasl.oauthbearer.client.credentials.client.id
-    sasl.oauthbearer.client.credentials.client.secret sasl.oauthbearer.scope sasl.oauthbearer.extensions
-    sasl.oauthbearer.token.endpoint.url sasl.oauthbearer.sub.claim.name sasl.oauthbearer.grant.type
-    sasl.oauthbearer.assertion.algorithm sasl.oauthbearer.assertion.private.key.file
-    sasl.oauthbearer.assertion.private.key.passphrase sasl.oauthbearer.assertion.private.key.pem
-    sasl.oauthbearer.assertion.file sasl.oauthbearer.assertion.claim.aud sasl.oauthbearer.assertion.claim.exp.seconds
-    sasl.oauthbearer.assertion.claim.iss sasl.oauthbearer.assertion.claim.jti.include
-    sasl.oauthbearer.assertion.claim.nbf.seconds sasl.oauthbearer.assertion.claim.sub
-    sasl.oauthbearer.assertion.jwt.template.file sasl.oauthbearer.metadata.authentication.type
-    """
-)
-"""Passed to all clients. librdkafka itself rejects max.in.flight above 5, which would break the order."""
-
 _BACKOFF, _MOST_BACKOFF = "reconnect.backoff.ms", "reconnect.backoff.max.ms"
 DEFAULTS: Mapping[str, str] = {
     "client.id": "rebpf",
@@ -175,6 +145,15 @@ def decide(settings: Mapping[str, str]) -> None:
             raise ConfigError(f"kafka.settings.{name}: must not be set, {REFUSED[name]}: remove it")
 
 
+def check_linger(settings: Mapping[str, str], spill_after_s: float) -> None:
+    """Raise ConfigError if the client would hold messages back for so long that all go to disk first."""
+    most_ms = 1000 * spill_after_s
+    for name in ("linger.ms", "queue.buffering.max.ms"):
+        with contextlib.suppress(ValueError):  # the library rejects it
+            if float(settings.get(name, "0")) >= most_ms:
+                raise ConfigError(f"kafka.settings.{name}: expected less than spool.spill_after_s, {most_ms:g} ms")
+
+
 def _check(settings: Mapping[str, str]) -> None:
     """Raise ConfigError for what `decide` rejects, and if the library would block on a file, or read it forever."""
     decide(settings)
@@ -183,6 +162,17 @@ def _check(settings: Mapping[str, str]) -> None:
             state_file.check_ordinary(Path(settings[name]))
         except state_file.NotAFileError as error:
             raise ConfigError(f"kafka.settings.{name}: {settings[name]}: {error.strerror}") from error
+
+
+def unreadable(settings: Mapping[str, str]) -> str:
+    """Return which file of a client cannot be read, and why; empty if all can."""
+    for name in sorted(settings.keys() & _FILES):
+        try:
+            os.close(os.open(settings[name], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        except OSError as error:
+            fix = f": chown {os.geteuid()} {settings[name]}" if isinstance(error, PermissionError) else ""
+            return f"kafka.settings.{name}: {settings[name]}: {error.strerror}{fix}"
+    return ""
 
 
 def client_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:

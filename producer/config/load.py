@@ -248,7 +248,8 @@ class Config:
         try:
             for path, value in values.items():
                 if value is not None and value != ():
-                    changed = _replaced(changed, path, value)
+                    path = path.replace("__", ".")
+                    changed = replaced(changed, path, _absolute(path, value) if isinstance(value, Path) else value)
             validate.check(changed)
             return changed
         except ConfigError as error:
@@ -257,10 +258,9 @@ class Config:
             raise ConfigError(source + shown(str(error))) from error
 
 
-def _replaced(config: Config, path: str, value: Any) -> Config:
-    section, _, name = path.rpartition("__")
-    if isinstance(value, Path):
-        value = _absolute(path.replace("__", "."), value)
+def replaced(config: Config, path: str, value: Any) -> Config:
+    """Return a copy with another value of the setting at a path: `kafka.brokers`."""
+    section, _, name = path.rpartition(".")
     if not section:
         return dataclasses.replace(config, **{name: value})
     inner = dataclasses.replace(getattr(config, section), **{name: value})

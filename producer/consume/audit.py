@@ -6,7 +6,7 @@ since writers of the topic choose hosts and numbers: events beyond the bounds ar
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,7 @@ _SPREAD = 0x1E3779B97F4A7C15
 """Odd, to spread partition numbers over the hashes of flows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """The audited fields of a batch of messages, by column."""
 
     partition: Ints
@@ -43,17 +42,8 @@ class Rows:
 
     def select(self, chosen: NDArray[Any]) -> "Rows":
         """Return the chosen rows."""
-        return Rows(
-            self.partition[chosen],
-            self.timestamp_ms[chosen],
-            self.flow[chosen],
-            self.ts_ns[chosen],
-            self.host[chosen],
-            self.boot_id[chosen],
-            self.cpu[chosen],
-            self.cpu_seq[chosen],
-            self.texts,
-        )
+        *columns, texts = self
+        return Rows._make([*(column[chosen] for column in columns), texts])
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,38 @@ class Columns:
         return Columns(self.rows[chosen], cells, valid, self.texts, self.hashes)
 
 
+class Column(NamedTuple):
+    """Values of a field. Where `valid` is false, the value is null.
+
+    Cells are numbers, or indexes in `texts` if there are any. Different indexes are different texts.
+    """
+
+    cells: NDArray[Any]
+    valid: Mask
+    texts: list[str] | None = None
+    is_map: bool = False
+    """The texts are those of maps."""
+
+    def values(self) -> list[Any]:
+        """Return the values as Python objects."""
+        values: list[Any]
+        if self.texts is not None:
+            found: list[Any] = [*self.texts, None]
+            used = np.where(self.valid, self.cells, len(self.texts))
+            for at in np.unique(used[self.valid]).tolist() if self.is_map else ():
+                found[at] = text_to_map(self.texts[at])
+            values = np.array(found, object)[used].tolist()
+            return values
+        values = self.cells.tolist()
+        if self.valid.all():
+            return values
+        return [value if has else None for value, has in zip(values, self.valid.tolist(), strict=True)]
+
+    def select(self, chosen: Mask) -> "Column":
+        """Return the chosen rows."""
+        return self._replace(cells=self.cells[chosen], valid=self.valid[chosen])
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """Messages of one schema: `cells` and `valid` by column and message, and the native decoder's `status`.
@@ -64,6 +96,20 @@ class Table:
     status: NDArray[np.uint8]
     texts: list[str]
     hashes: Ints
+
+    def columns(self) -> dict[str, Column]:
+        """Return the columns of the messages that could be decoded."""
+        decoded, found = self.status == 0, {}
+        for name, kind, cells, valid in zip(self.plan.names, self.plan.types, self.cells, self.valid, strict=True):
+            texts = self.texts if kind in TEXTS else None
+            found[name] = Column(_typed(kind, cells[decoded]), valid[decoded], texts, kind == "map")
+        return found
+
+
+def _typed(kind: str, cells: Ints) -> NDArray[Any]:
+    if kind in ("float", "double"):
+        return cells.view(np.float64)
+    return cells.astype(np.bool_) if kind == "boolean" else cells
 
 
 def map_to_text(found: Mapping[str, str]) -> str:
@@ -129,33 +175,10 @@ def _concatenated(pieces: Sequence[Ints]) -> Ints:
     return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int64), *pieces])
 
 
-def records(table: Table) -> Iterator[dict[str, Any]]:
-    """Yield the messages as records, also those that could not be decoded, with any content."""
-    columns = [_listed(table, column) for column in range(len(table.plan.names))]
-    for row in zip(*columns, strict=True):
-        yield dict(zip(table.plan.names, row, strict=True))
-
-
-def _listed(table: Table, column: int) -> list[Any]:
-    kind, cells, valid = table.plan.types[column], table.cells[column], table.valid[column]
-    values: list[Any]
-    if kind in TEXTS:
-        found: list[Any] = [*table.texts, None]
-        used = np.where(valid & (table.status == 0), cells, len(table.texts))
-        if kind == "map":
-            for at in np.unique(used[used < len(table.texts)]).tolist():
-                found[at] = text_to_map(table.texts[at])
-        values = np.array(found, object)[used].tolist()
-        return values
-    if kind in ("float", "double"):
-        values = cells.view(np.float64).tolist()
-    elif kind == "boolean":
-        values = (cells != 0).tolist()
-    else:
-        values = cells.tolist()
-    if not valid.all():
-        values = [value if has else None for value, has in zip(values, valid.tolist(), strict=True)]
-    return values
+def rows_of(columns: Mapping[str, Column]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of columns as Python objects, by name."""
+    for row in zip(*(column.values() for column in columns.values()), strict=True):
+        yield dict(zip(columns, row, strict=True))
 
 
 def passing(cells: Ints, valid: Mask, texts: Sequence[str], test: Callable[[str], bool]) -> Mask:

@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from producer.config.load import Registry
 from producer.consume.accepted import MOST_VALUE_BYTES, NotAccepted, accepted
-from producer.consume.columns import Columns, Ints, Table, Values, decode, groups, joined, records, schema_ids
+from producer.consume.columns import Columns, Ints, Table, Values, decode, groups, joined, rows_of, schema_ids
 from producer.consume.plan import FieldError, Fields, Plan, plan_for, plan_for_all, plan_for_names
 from producer.errors import Stopped, UnavailableError
 from producer.events import STREAMS, SchemaId
@@ -31,7 +31,6 @@ from producer.registry.client import (
     RegistryRejected,
 )
 
-_REGISTRY_TIMEOUT_S = 10
 _ATTEMPTS = 3
 _REJECTED_S = 60
 _REQUESTS_PER_S = 10.0
@@ -72,7 +71,7 @@ class Decoder:
 
     def __init__(
         self,
-        registry: Registry | str | None,
+        registry: Registry | None,
         others: Mapping[SchemaId, Mapping[str, Any]] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
         stop: Flag | None = None,
@@ -87,44 +86,32 @@ class Decoder:
         """Remaining requests, and when they were counted."""
         self._silent_until = 0.0
         self._client = None
-        settings = registry if isinstance(registry, Registry) else Registry(registry, timeout_s=_REGISTRY_TIMEOUT_S)
-        if settings.url is None:
+        if registry is None or registry.url is None:
             for stream in STREAMS:
                 text = (SCHEMAS / stream.schema_file).read_text()
                 self._schemas[stream.fixed_schema_id] = accepted(text)
             for number, schema in others.items():
                 self._schemas[number] = accepted(json.dumps(schema))
         else:
-            self._client = RegistryClient(settings, stop)
+            self._client = RegistryClient(registry, stop)
 
     def columns(self, values: Values, fields: Fields) -> tuple[Columns, list[Rejected]]:
         """Return the fields of a batch of values, and the rejected ones."""
-        parts: list[tuple[Ints, Table]] = []
-        rejected: list[Rejected] = []
-        for schema_id, rows in _by_schema(values):
-            try:
-                plan = self._plan(schema_id, fields)
-            except UndecodableError as exc:
-                rejected += [Rejected(row, str(exc)) for row in rows.tolist()]
-                continue
-            table = decode(_chosen(values, rows), plan)
-            parts.append((rows, table))
-            bad = np.flatnonzero(table.status)
-            rejected += [Rejected(int(rows[at]), _reason(table.status[at], schema_id)) for at in bad.tolist()]
+        parts, rejected = self.tables(values, fields)
         return joined(fields, parts), rejected
 
     def tables(
-        self, values: Values, names: frozenset[str] | None = None
+        self, values: Values, fields: Fields | frozenset[str] | None = None
     ) -> tuple[list[tuple[Ints, Table]], list[Rejected]]:
-        """Return the fields of these names, or all, by schema, each table with its rows; and the rejected values.
+        """Return the fields by schema, each table with its rows; and the rejected values.
 
-        Unlike `columns`, this takes fields that may be null, and a schema need not have them.
+        `fields` are names with types, which each schema must have; names, of which each schema has some; or all.
         """
         parts: list[tuple[Ints, Table]] = []
         rejected: list[Rejected] = []
         for schema_id, rows in _by_schema(values):
             try:
-                table = decode(_chosen(values, rows), self._plan(schema_id, names))
+                table = decode(_chosen(values, rows), self._plan(schema_id, fields))
             except UndecodableError as exc:
                 rejected += [Rejected(row, str(exc)) for row in rows.tolist()]
                 continue
@@ -143,8 +130,9 @@ class Decoder:
                 for row in rows.tolist():
                     found[row] = exc
                 continue
-            for row, status, record in zip(rows.tolist(), table.status.tolist(), records(table), strict=True):
-                found[row] = UndecodableError(_reason(status, schema_id)) if status else record
+            records = rows_of(table.columns())
+            for row, status in zip(rows.tolist(), table.status.tolist(), strict=True):
+                found[row] = UndecodableError(_reason(status, schema_id)) if status else next(records)
         return found
 
     def _plan(self, schema_id: int, fields: Fields | frozenset[str] | None) -> Plan:

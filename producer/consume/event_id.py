@@ -1,7 +1,6 @@
 """Reads what `verify` audits from events: their ids, times and flows."""
 
-import numpy as np
-
+from producer.connections import mixed
 from producer.consume.audit import Rows
 from producer.consume.columns import Columns, Ints, Values
 from producer.consume.decode import Decoder, Rejected
@@ -18,8 +17,6 @@ _FIELDS: Fields = (
     ("sport", "long"),
     ("dport", "long"),
 )
-_FLOW = ("host", "boot_id", "saddr", "daddr")
-_FACTOR = np.int64(0x1E3779B97F4A7C15)
 
 
 def read_events(decoder: Decoder, values: Values) -> tuple[Columns, list[Rejected]]:
@@ -49,9 +46,5 @@ def rows_of(events: Columns, partitions: Ints, timestamps_ms: Ints) -> Rows:
 
 def _flows(events: Columns) -> Ints:
     """Return a hash of each event's host, boot, addresses and ports. Hosts may have the same private addresses."""
-    flow = events["sport"] << 32 | events["dport"]
-    for name in _FLOW:
-        flow = (flow ^ flow >> 29) * _FACTOR
-        if events.texts:
-            flow ^= events.hashes[events[name]]
-    return flow
+    texts = [events.hashes[events[name]] for name in ("host", "boot_id", "saddr", "daddr")]
+    return mixed([*texts, events["sport"], events["dport"]])

@@ -222,7 +222,7 @@ class _Screen:
 
     @contextlib.contextmanager
     def traffic(self, duration_s: float, lab: Lab) -> Iterator[Callable[[Sequence[Event]], None]]:
-        """Yield what shows the events of the traffic: lines, a live table on a terminal, or else how many there are."""
+        """Yield the function that shows events: as lines, in a live table on a terminal, or not at all."""
         if self._show_events:
             yield self._lines
         elif not self._quiet and is_usable():

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from producer.errors import PermissionDenied, UnavailableError
@@ -73,8 +72,6 @@ class Lab:
     server: Host
 
     def __init__(self, loss: float = 0.01) -> None:
-        if not 0 <= loss < 1:
-            raise ValueError("expected a loss from 0 to below 1")
         self._loss = loss
         self._stack = contextlib.ExitStack()
 
@@ -91,9 +88,7 @@ class Lab:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     @property
@@ -110,10 +105,6 @@ class Lab:
         """Return the TCP counters of both hosts together; they started at 0 with the lab."""
         client, server = (host.counters() for host in self.hosts)
         return {name: client[name] + server[name] for name in client}
-
-    def retrans_segs(self, host: Host) -> int:
-        """Return how many segments the host's kernel has counted as retransmitted."""
-        return host.counters()["RetransSegs"]
 
     def traffic(self, duration_s: float, stop: threading.Event | None = None) -> Sent:
         """Send bulk transfers, short connections and small messages from client to server until the time is over.

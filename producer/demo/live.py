@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Self
 
 from producer.commands.tail import Event
@@ -35,10 +34,8 @@ class Live:
         self._terminal.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._terminal.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._terminal.__exit__()
 
     def show(self, events: Sequence[Event]) -> None:
         """Take events in, and draw the table once a second."""

@@ -21,7 +21,6 @@ Schema = Mapping[str, Any]
 _STEP = struct.Struct("<6B2x4IqQq")
 _LIMITS = {"int": (-(1 << 31), (1 << 31) - 1), "long": (-(1 << 63), (1 << 63) - 1)}
 _PRIMITIVES = {*_LIMITS, "boolean", "string", "bytes", "float", "double", "null"}
-_ADDRESS = np.dtype(("u1", 16))
 
 
 class Kind(IntEnum):

@@ -24,7 +24,7 @@ from producer.consume.plan import Plan, plan_for_all, plan_for_names
 from producer.errors import IncompleteError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export.part import Part
-from producer.spool.format import Reader, Spooled, read_header
+from producer.spool.format import Reader, read_header
 
 STREAMS = {"TcpTransmit": TRANSMITS, "TcpRetransmit": RETRANSMITS, "TcpFlow": FLOWS}
 """The streams, by the names of their records."""
@@ -139,16 +139,9 @@ def _spooled(path: Path, file: BinaryIO, stream: Stream) -> Iterator[Values]:
     start, sync, _ = read_header(read_at(0, 1 << 16))
     reader = Reader(stream, sync, start, read_at)
     while spooled := reader.next():
-        yield _values(spooled)
+        yield [*spooled.batch.values()]
     if reader.damaged:
         raise IncompleteError(f"{path}: damaged: `rebpf spool verify` has the details")
-
-
-def _values(spooled: Spooled) -> Values:
-    batch = spooled.batch
-    payload = batch.payload.tobytes()
-    ends = (batch.starts + batch.lengths).tolist()
-    return [payload[start:end] for start, end in zip(batch.starts.tolist(), ends, strict=True)]
 
 
 def _records(path: Path, blocks: Blocks, steps: bytes) -> Iterator[Values]:

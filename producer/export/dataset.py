@@ -41,7 +41,7 @@ class _Part:
 
     @property
     def partial(self) -> Path:
-        return _partial(self.path)
+        return self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
 
 
 class Dataset:
@@ -141,10 +141,6 @@ def _plain_table(table: Any) -> Any:
         for column in table.columns
     ]
     return pa.Table.from_arrays(columns, names=table.column_names).cast(_plain(table.schema))
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager

@@ -23,7 +23,6 @@ def matching(text: str) -> Choice:
 
     def choice(part: Part) -> Mask:
         chosen: Mask = part.table.status == 0
-        chosen = chosen.copy()
         chosen[np.flatnonzero(chosen)] = matches(of_table(part.stream, part.table))
         return chosen
 

@@ -8,9 +8,8 @@ from producer.events import Stream
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Events, and for those of a topic, the partition and the time in milliseconds of each message."""
+    """Events, and for those of a topic, the partition of each message."""
 
     stream: Stream
     table: Table
     partitions: Ints | None = None
-    timestamps_ms: Ints | None = None

@@ -36,8 +36,12 @@ def read(
     """Return the events of a topic as a pyarrow.Table, in no particular order.
 
     `paths` are folders that `rebpf export` wrote as Parquet, spool folders, or Avro files; without any, the topic is
-    read from `brokers`. `since` and `until` limit the events' time: 2026-11-29T15:00Z, or 1h for an hour ago. `columns`
-    are all by default. `settings` are librdkafka's.
+    read from `brokers`, HOST:PORT[,...], with the schemas of the `registry` at a URL, or without it those of this
+    version. `since` and `until` limit the events' time: 2026-11-29T15:00Z, or 1h for an hour ago. `columns` are all by
+    default. `settings` are librdkafka's. docs/events.md has the columns and their units.
+
+    Raises subclasses of producer.errors.RebpfError: UsageError for wrong arguments, UnavailableError or
+    PermissionDenied if files, topic, brokers or registry cannot be read.
     """
     if topic not in STREAMS:
         raise UsageError(f"topic: expected one of {', '.join(STREAMS)}, found {topic!r}")

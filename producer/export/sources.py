@@ -60,10 +60,6 @@ class Files:
             yield from read_file(path, names)
             read += size
 
-    def complete_from_ms(self, stream: Stream) -> float:
-        """Return -infinity: nothing was deleted from a file."""
-        return -np.inf
-
 
 @dataclass
 class Topics:
@@ -71,14 +67,13 @@ class Topics:
 
     brokers: str
     topics: Mapping[Stream, str]
-    registry: Registry | str | None = None
+    registry: Registry | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     since_ns: int | None = None
 
     def __post_init__(self) -> None:
         self.undecodable = 0
         self._streams = {topic: stream for stream, topic in self.topics.items()}
-        self._complete: dict[Stream, float] = {}
 
     def parts(self, names: Names, progress: Progress = _silent) -> Iterator[Part]:
         """Yield the events up to the end that the topics have now."""
@@ -93,7 +88,6 @@ class Topics:
         total = sum(end - start for start, end in reader.spans.values())
         read = 0
         try:
-            self._complete = {stream: reader.complete_from_ms(topic) for topic, stream in self._streams.items()}
             for batch in reader.batches():
                 for topic, messages in batch.items():
                     stream = self._streams[topic]
@@ -103,21 +97,16 @@ class Topics:
         finally:
             reader.close()
 
-    def complete_from_ms(self, stream: Stream) -> float:
-        """Return the time from which a topic was complete, as of when reading began."""
-        return self._complete[stream]
-
     def _decoded(
         self, decoder: Decoder, stream: Stream, messages: Sequence[Message], names: frozenset[str] | None
     ) -> Iterator[Part]:
         tables, rejected = decoder.tables(list(map(Message.value, messages)), names)
         self.undecodable += len(rejected)
         partitions = np.array(list(map(Message.partition, messages)), np.int64)
-        sent_ms = np.array([at for _, at in map(Message.timestamp, messages)], np.int64)
         for rows, table in tables:
             decoded = table.status == 0
             if decoded.any():
-                yield Part(stream, table, partitions[rows], sent_ms[rows])
+                yield Part(stream, table, partitions[rows])
 
 
 def _files(path: Path) -> list[Path]:

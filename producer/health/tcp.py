@@ -74,7 +74,7 @@ class TcpMetrics(Collector):
         self._retransmitted = np.zeros(len(CAUSES))
 
     def counter(self, stream: Stream) -> Callable[[Rows], None] | None:
-        """Return what counts a stream's rows, each batch once; None if nothing does."""
+        """Return the function to call with each batch of a stream's rows; None if no metric counts them."""
         self._captured.add(stream.name)
         return {RETRANSMITS.name: self._count_retransmissions, FLOWS.name: self._count_connections}.get(stream.name)
 

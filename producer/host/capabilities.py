@@ -3,11 +3,12 @@
 Standard library only. Layouts: include/uapi/linux/capability.h.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,17 @@ def drop_unneeded(access_map: Callable[[], object]) -> None:
         kept = 1 << CAP_BPF
     _set(kept, kept)
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def set_aside() -> Iterator[None]:
+    """Set all capabilities of the calling thread aside, and take them up again at the end."""
+    effective, permitted = _mask("CapEff"), _mask("CapPrm")
+    _set(0, permitted)
+    try:
+        yield
+    finally:
+        _set(effective, permitted)
 
 
 def _set(effective: int, permitted: int) -> None:

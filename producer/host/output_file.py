@@ -7,7 +7,7 @@ from pathlib import Path
 def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
     """Write a file, which appears complete or not at all. Raises OSError.
 
-    What a device, a pipe or a link such as /dev/stdout leads to is written to, since it must not be replaced.
+    A device, a pipe or a link, such as /dev/stdout, is not replaced: the content is written to it.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_bytes(content)

@@ -54,6 +54,11 @@ def _channel() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
 
 
+def is_service() -> bool:
+    """Whether a service manager has started this process."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
 def try_notify(text: str, status: str | None = None, timeout_s: float = _NOTIFY_TIMEOUT_S) -> None:
     """Send a message, or log a warning: a service manager that hangs, or is gone, must not block or end the caller."""
     try:

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 MAX_NAME = 1024
 """Maximum length of an escaped name."""
@@ -33,11 +32,6 @@ def name(raw: bytes, limit: int = MAX_NAME) -> str:
     return _bounded(pieces, raw, limit)
 
 
-def raw_name(text: str) -> bytes | None:
-    """Reverse `name`; return None if the name was cut."""
-    return None if _CUT in text else unquote_to_bytes(text)
-
-
 def printable(text: str) -> str:
     """Escape characters that could move the cursor, change colors or start a new line.
 
@@ -54,18 +48,9 @@ def lines(texts: Iterable[str]) -> str:
 
 
 def to_json(value: Any, *, compact: bool = False) -> str:
-    """Return a value as JSON in printable ASCII; json.dumps does not escape DEL.
-
-    Bytes become strings with one character per byte, as in Avro's JSON encoding.
-    """
-    text = json.dumps(value, separators=(",", ":") if compact else None, default=_bytes_text)
+    """Return a value as JSON in printable ASCII; json.dumps does not escape DEL."""
+    text = json.dumps(value, separators=(",", ":") if compact else None)
     return text.replace("\x7f", "\\u007f")
-
-
-def _bytes_text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode("latin-1")
-    raise TypeError(f"{type(value).__name__} cannot be converted to JSON")
 
 
 def _escaped(character: str) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from producer import _native
 from producer.config.convert import nearest
-from producer.config.librdkafka import TEST_BROKER
+from producer.config.librdkafka import TEST_BROKER, unreadable
 from producer.errors import ConfigError, UnavailableError
 from producer.host.exhausted import check_descriptors, check_threads
 
@@ -112,16 +112,19 @@ def check_settings(settings: Mapping[str, str], aliases: Iterable[str]) -> None:
 
     `aliases` are valid names that the library does not list.
     """
+    _lib.rd_kafka_conf_destroy(_new_conf(settings, aliases))
+
+
+def _new_conf(settings: Mapping[str, str], aliases: Iterable[str] = ()) -> int:
     text = ctypes.create_string_buffer(_ERROR_BYTES)
-    conf = _lib.rd_kafka_conf_new()
-    try:
-        for name, value in settings.items():
-            result = _lib.rd_kafka_conf_set(conf, name.encode(), value.encode(), text, len(text))
-            if result != _CONF_OK:
-                hint = nearest(name, [*aliases, *_names(conf)]) if result == _CONF_UNKNOWN else ""
-                raise ConfigError(f"kafka.settings.{name}: {_reason(text)}{hint}")
-    finally:
-        _lib.rd_kafka_conf_destroy(conf)
+    conf: int = _lib.rd_kafka_conf_new()
+    for name, value in settings.items():
+        result = _lib.rd_kafka_conf_set(conf, name.encode(), value.encode(), text, len(text))
+        if result != _CONF_OK:
+            hint = nearest(name, [*aliases, *_names(conf)]) if result == _CONF_UNKNOWN else ""
+            _lib.rd_kafka_conf_destroy(conf)
+            raise ConfigError(f"kafka.settings.{name}: {_reason(text)}{hint}")
+    return conf
 
 
 def _names(conf: int) -> list[str]:
@@ -180,11 +183,7 @@ class Producer:
         if TEST_BROKER.keys() <= settings.keys():
             check_descriptors(_MOCK_DESCRIPTORS)
         text = ctypes.create_string_buffer(_ERROR_BYTES)
-        conf = _lib.rd_kafka_conf_new()
-        for name, value in {**settings, "log.queue": "true"}.items():
-            if _lib.rd_kafka_conf_set(conf, name.encode(), value.encode(), text, len(text)) != _CONF_OK:
-                _lib.rd_kafka_conf_destroy(conf)
-                raise ConfigError(f"kafka.settings.{name}: {_reason(text)}")
+        conf = _new_conf({**settings, "log.queue": "true"})
         _lib.rd_kafka_conf_set_events(conf, EVENT_DR | EVENT_LOG | EVENT_ERROR)
         if open_socket is not None:
             _lib.rd_kafka_conf_set_socket_cb(conf, open_socket)
@@ -192,7 +191,7 @@ class Producer:
         self._handle = _lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
         if not self._handle:
             _lib.rd_kafka_conf_destroy(conf)
-            raise ConfigError(f"kafka.settings: {_reason(text)}")
+            raise ConfigError(unreadable(settings) or f"kafka.settings: {_reason(text)}")
         _lib.rd_kafka_set_log_queue(self._handle, None)
         self._queue = _lib.rd_kafka_queue_get_main(self._handle)
         self._topics: dict[str, int] = {}

@@ -100,16 +100,6 @@ class MapInfo:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class ProgramInfo:
-    """The kernel's counts for a program. run_time_ns and run_cnt are 0 unless kernel.bpf_stats_enabled is 1."""
-
-    program_id: int
-    run_time_ns: int
-    run_cnt: int
-    recursion_misses: int
-
-
 def check_machine(machine: str = platform.machine()) -> None:
     """Raise UnavailableError on a processor that the programs do not support."""
     if machine not in _NUMBERS:
@@ -120,7 +110,6 @@ def load_program(
     name: str, instructions: bytes, prog_type: int, *, attach_type: int = ATTACH_NONE, attach_btf_id: int = 0
 ) -> int:
     """Load a program under the GPL and return its descriptor. VerifierError has the log."""
-
     # libbpf repeats the load with a log if the kernel rejects the program.
     log = ctypes.create_string_buffer(1 << 20)
     opts = _ProgLoadOpts(
@@ -287,22 +276,9 @@ def is_detached(link: int) -> bool:
     return bool(kind == _LINK_TYPE_CGROUP and cgroup == 0)
 
 
-def program_info(program: int) -> ProgramInfo:
-    """Return the kernel's counts for a program."""
-    info = _info(program, 232)
-    return ProgramInfo(*struct.unpack_from("<I", info, 4), *struct.unpack_from("<QQQ", info, 192))
-
-
-def program_ids() -> set[int]:
-    """Return the ids of all programs that are loaded in the kernel; needs CAP_SYS_ADMIN."""
-    ids: set[int] = set()
-    last = c_uint32(0)
-    while True:
-        try:
-            _call("bpf_prog_get_next_id", last, ctypes.byref(last))
-        except FileNotFoundError:
-            return ids
-        ids.add(last.value)
+def recursion_misses(program: int) -> int:
+    """Return how many runs of a program the kernel has skipped because it would have interrupted itself."""
+    return int(struct.unpack_from("<Q", _info(program, 216), 208)[0])
 
 
 def close_all(descriptors: Sequence[int]) -> None:

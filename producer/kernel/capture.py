@@ -29,7 +29,7 @@ from producer.kernel.ringbuf import Ring
 from producer.kernel.rule_maps import RuleMaps
 from producer.kernel.settings import CaptureSettings
 from producer.paths import BPF
-from producer.rules.tables import Tables
+from producer.rules.tables import mapped
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ class Capture:
             with Progress("compiling and loading the BPF programs"):
                 self._load()
         self._own_sockets.append(self._maps["own_sockets"])
-        self._rules = RuleMaps(self._maps)
-        self._rules.put(self._settings.rules)
+        self.rules = RuleMaps(self._maps)
+        self.rules.put(self._settings.rules)
 
     def _open_stored(self) -> bool:
         """Take over the stored probes, or at least their rings to drain them; return whether nothing must be loaded."""
@@ -315,7 +315,7 @@ class Capture:
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
         begin, ring_full, seq, forgotten, _ = (sum(column) for column in zip(*self._words(stream), strict=True))
-        misses = [bpf_syscall.program_info(each).recursion_misses for each in self._programs.get(stream.name, ())]
+        misses = [bpf_syscall.recursion_misses(each) for each in self._programs.get(stream.name, ())]
         nested = min(misses[:CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
         unseen = forgotten if self.hooks_in_use.get(stream.name) == "raw_tp" else 0
         return KernelCounters(seq - begin, ring_full, nested + forgotten - unseen, unseen)
@@ -334,23 +334,6 @@ class Capture:
             mask = self._settings.wakeup_mask(stream)
             value = b"".join(COUNTERS.pack(number, 0, number, 0, mask) for number in numbers[stream.name])
             bpf_syscall.update(self._maps["counters"], struct.pack("<I", stream.index), value)
-
-    def program_infos(self, stream: Stream) -> list[bpf_syscall.ProgramInfo]:
-        """Return the kernel's run statistics of the stream's programs."""
-        return [bpf_syscall.program_info(program) for program in self._programs[stream.name]]
-
-    def put_rules(self, rules: Tables) -> int:
-        """Activate other rules, atomically between two segments, and return their version. The initial ones are 1."""
-        return self._rules.put(rules)
-
-    def put_rules_in_steps(self, rules: Tables) -> Generator[None]:
-        """Do the same in steps of a bounded number of writes; then `rules_version` is theirs."""
-        return self._rules.put_in_steps(rules)
-
-    @property
-    def rules_version(self) -> int:
-        """The version of the active rules."""
-        return self._rules.version
 
     def limit_transmits(self, rate: int, turn: int) -> None:
         """Capture the transmits of one in `rate` connections, a power of two; in each turn, of others."""
@@ -375,7 +358,7 @@ class Capture:
         listener = cookie(listener_at(address, port))
         namespace = os.stat("/proc/self/ns/net").st_ino
         bpf_syscall.update(self._maps["own_sockets"], listener, _OWN_OPENED)
-        bpf_syscall.update(self._maps["own_listeners"], _in6(address) + struct.pack("<II", namespace, port), b"\1")
+        bpf_syscall.update(self._maps["own_listeners"], mapped(address) + struct.pack("<II", namespace, port), b"\1")
 
     def close(self) -> None:
         """Release everything. The kernel removes the programs, unless they are stored."""
@@ -394,7 +377,3 @@ class Capture:
         if self._loader is not None:
             self._loader.end()
             self._loader = None
-
-
-def _in6(address: Address) -> bytes:
-    return address.packed if address.version == 6 else bytes(10) + b"\xff\xff" + address.packed

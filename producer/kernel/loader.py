@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _SYSTEM_PYTHON = "/usr/bin/python3"
 _FDS = 64
+_LEAST_DESCRIPTORS = 128
+"""Programs, maps and links are up to 49, and Kafka, the spool and the endpoint need some."""
 _FIND_TIMEOUT_S = 60.0
 _LOOK_S = 0.1
 _MOST_LOG_BYTES = 1 << 16
@@ -36,13 +38,18 @@ _EXIT_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 300.0  # a virtual machine without KVM compiles for half a minute
 
 
+def check_descriptor_limit() -> None:
+    """Raise UnavailableError if the limit is too low for the hooks and the rest of a producer."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < _LEAST_DESCRIPTORS:  # bcc would only report a compile error
+        raise errors.UnavailableError(f"{FEW_DESCRIPTORS} (now {limit}, at least {_LEAST_DESCRIPTORS})")
+
+
 class Loader:
     """The loader process, and the socket to it."""
 
     def __init__(self) -> None:
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if limit != resource.RLIM_INFINITY and limit < _FDS:  # bcc would only report a compile error
-            raise errors.UnavailableError(f"{FEW_DESCRIPTORS} (now {limit}, at least {_FDS})")
+        check_descriptor_limit()
         try:
             with contextlib.ExitStack() as undo:
                 self._start(undo)

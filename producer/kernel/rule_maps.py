@@ -37,8 +37,6 @@ class RuleMaps:
         self._maps = maps
         (active,) = struct.unpack("<Q", bpf_syscall.lookup(maps["rules_active"], _index(0), 8))
         self.version: int = active >> 1
-        self.writes = 0
-        """Number of elements written or deleted so far."""
         self._arrays: dict[str, dict[bytes, bytes]] = {}
         """The values written by this process, by map and key."""
         # Maps that were taken over contain elements of another process.
@@ -101,7 +99,6 @@ class RuleMaps:
             index = _index(generation * len(target) + group)
             bpf_syscall.update(self._maps["rule_port_classes"], index, target[group].tobytes())
             current[group] = target[group]
-            self.writes += 1
             yield
 
     def _array(self, name: str, first: int, values: Iterable[bytes]) -> Iterator[None]:
@@ -113,7 +110,6 @@ class RuleMaps:
         for key in current.keys() - target.keys():
             bpf_syscall.delete(self._maps[name], key)
             del current[key]
-            self.writes += 1
             yield
         yield from self._write(name, current, target.items())
 
@@ -122,8 +118,7 @@ class RuleMaps:
             if current.get(key) != value:
                 bpf_syscall.update(self._maps[name], key, value)
                 current[key] = value
-                self.writes += 1
-            yield
+                yield
 
 
 def _prefixes(generation: int, tables: Tables) -> dict[bytes, bytes]:

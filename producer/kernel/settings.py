@@ -1,12 +1,10 @@
 """How to capture: hooks, streams, rings and programs."""
 
-import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from producer.errors import ConfigError
 from producer.events import HOOKS, STREAMS, Stream
 from producer.rules.tables import Action, Tables, tables
 
@@ -16,10 +14,7 @@ _LEAST_WAKEUP_EVENTS = 256
 
 @dataclass(frozen=True, slots=True)
 class CaptureSettings:
-    """How to capture. Ring sizes are in bytes, by ring name: powers of two, at least a page.
-
-    Raises ConfigError for an invalid value.
-    """
+    """How to capture. Ring sizes are in bytes, by ring name: powers of two, at least a page."""
 
     hooks: tuple[str, ...] = HOOKS
     """Those allowed for transmits and retransmits."""
@@ -35,13 +30,6 @@ class CaptureSettings:
     """A file of `rebpf compile`, or a folder with such files."""
     cache: Path | None = None
     """The folder of the program cache. None: compile at each start."""
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.hooks) - set(HOOKS):
-            raise ConfigError(f"unknown hook {min(unknown)!r}: expected one of {', '.join(HOOKS)}")
-        for ring, size in self.ring_bytes.items():
-            if size & (size - 1) or not mmap.PAGESIZE <= size <= 1 << 30:
-                raise ConfigError(f"{ring}: expected a power of two from a page to 1 GiB, not {size} bytes")
 
     def wakeup_mask(self, stream: Stream) -> int:
         """Return how often each CPU wakes the process: at every event whose number has none of these bits.

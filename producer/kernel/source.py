@@ -97,7 +97,7 @@ WANTED = {
 }
 
 HZ_MARK = 0x7A68_5F72_6562_7066
-"""Stands for the kernel's HZ in compiled programs, because neither BTF nor a feature tells it."""
+"""Stands for the kernel's HZ in compiled programs: neither BTF nor a trial program shows it."""
 
 _HOOKS = (
     "TRANSMIT_FENTRY",

@@ -35,7 +35,7 @@ _MOST_EVENTS = 20_000_000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quality:
-    """Whether the events of a topic are complete, as `rebpf verify` judges."""
+    """Whether the events of a topic are complete. What the topic's retention deleted may count as missing."""
 
     events: int
     boots: tuple[BootReport, ...]

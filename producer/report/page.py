@@ -4,6 +4,7 @@ Every name comes from outside and is escaped; the content security policy also f
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from string import Template
 
@@ -118,7 +119,7 @@ def _headline(summary: Summary) -> Iterator[str]:
 def _causes(summary: Summary) -> Iterator[str]:
     if summary.timeline is not None:
         yield "<h2>Causes over time</h2>"
-        yield _plot(plots.draw_timeline(summary.timeline), "causes", 3.2)
+        yield _plot(partial(plots.draw_timeline, summary.timeline), "causes", 3.2)
         events = summary.timeline.total
         if summary.totals is not None and events != summary.totals.retransmitted:
             yield (
@@ -132,7 +133,7 @@ def _worst(summary: Summary) -> Iterator[str]:
         if lines:
             yield f"<h2>Worst {title}s</h2>"
             if title == "peer" and lines[0].retransmitted:
-                yield _plot(plots.draw_worst(lines, title), "peers", 0.9 + 0.28 * len(lines))
+                yield _plot(partial(plots.draw_worst, lines, title), "peers", 0.9 + 0.28 * len(lines))
             heads = (title, "retransmitted", "sent", "ratio", "most by", "failed connects")
             yield _table(heads, [_cells(line) for line in lines], numbers=(1, 2, 3, 5))
 
@@ -158,7 +159,7 @@ def _srtt(summary: Summary) -> Iterator[str]:
         yield "<h2>Round-trip times</h2>"
         shares = ", ".join(f"p{share} {np.percentile(summary.srtt_us, share) / 1000:.3g} ms" for share in (50, 95, 99))
         yield f"<p>The last smoothed round-trip time of {len(summary.srtt_us):,} connections: {shares}.</p>"
-        yield _plot(plots.draw_srtt(summary.srtt_us), "srtt", 2.8)
+        yield _plot(partial(plots.draw_srtt, summary.srtt_us), "srtt", 2.8)
 
 
 def _failures(summary: Summary) -> Iterator[str]:
@@ -175,7 +176,7 @@ def _flows(summary: Summary, segments: Frame) -> Iterator[str]:
             yield '<p class="note">No transmits were read, so only retransmitted segments are shown.</p>'
     for number, flow in enumerate(summary.flows):
         yield f"<h3>{_text(flow.name)}: {flow.retransmitted:,} segments retransmitted</h3>"
-        yield _plot(plots.draw_flow(flow, summary.retransmits, segments), f"flow{number}", 5.2)
+        yield _plot(partial(plots.draw_flow, flow, summary.retransmits, segments), f"flow{number}", 5.2)
 
 
 def _quality(summary: Summary) -> Iterator[str]:

@@ -79,142 +79,120 @@ def _settings(salt: str) -> Any:
         yield
 
 
-def draw_summary(summary: Summary, headline: Sequence[str], segments: Frame) -> Draw:
-    """Return a drawing of the whole report on one page."""
-
-    def draw(figure: Figure) -> None:
-        lines = [*headline, f"{readable(summary.first_ns)} to {readable(summary.last_ns)}"]
-        figure.suptitle("\n".join(map(printable, lines)), x=0.02, ha="left")
-        top, bottom = _panels(figure, 2, 1, height_ratios=(3, 4))
-        left, right = _panels(top, 1, 2)
-        if summary.timeline is not None:
-            draw_timeline(summary.timeline)(left)
-        draw_worst(summary.worst["peer"], "peer")(right)
-        if summary.flows:
-            draw_flow(summary.flows[0], summary.retransmits, segments)(bottom)
-
-    return draw
+def draw_summary(summary: Summary, headline: Sequence[str], segments: Frame, figure: Figure) -> None:
+    """Draw the whole report on one page."""
+    lines = [*headline, f"{readable(summary.first_ns)} to {readable(summary.last_ns)}"]
+    figure.suptitle("\n".join(map(printable, lines)), x=0.02, ha="left")
+    top, bottom = _panels(figure, 2, 1, height_ratios=(3, 4))
+    left, right = _panels(top, 1, 2)
+    if summary.timeline is not None:
+        draw_timeline(summary.timeline, left)
+    draw_worst(summary.worst["peer"], "peer", right)
+    if summary.flows:
+        draw_flow(summary.flows[0], summary.retransmits, segments, bottom)
 
 
 def _panels(figure: Any, rows: int, columns: int, **how: Any) -> Any:
     return figure.subfigures(rows, columns, **how)
 
 
-def draw_timeline(timeline: Timeline) -> Draw:
-    """Return a drawing of the causes over time."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        moments = [datetime.fromtimestamp(each, UTC) for each in timeline.edges_s.tolist()]
-        times = date2num(moments)
-        below = np.zeros(len(times) - 1)
-        for cause, counts in timeline.causes.items():
-            color, _, hatch = _style(cause)
-            axes.stairs(
-                below + counts, times, baseline=below, fill=True, facecolor=color, hatch=hatch, edgecolor="#333333",
-                linewidth=0.3, label=f"{printable(cause)} ({int(counts.sum()):,})",
-            )  # fmt: skip
-            below = below + counts
-        axes.set_ylabel("retransmitted segments")
-        axes.set_ylim(0)
-        axes.margins(x=0)
-        axes.xaxis.set_major_locator(AutoDateLocator(tz=UTC))
-        axes.xaxis.set_major_formatter(_clock(moments[0], moments[-1]))
-        axes.tick_params(axis="x", rotation=30)
-        axes.set_xlabel(f"{moments[0]:%Y-%m-%d}, UTC")
-        _legend_above(axes)
-
-    return draw
-
-
-def draw_worst(lines: Sequence[Line], title: str) -> Draw:
-    """Return a drawing of bars with the figures beside them."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        shown = [line for line in lines if line.retransmitted]
-        names = [_short(line.name) for line in shown]
-        counts = [line.retransmitted for line in shown]
-        for at, line in enumerate(shown):
-            color, _, hatch = _style(line.cause)
-            axes.barh(at, line.retransmitted, color=color, hatch=hatch, edgecolor="#333333", linewidth=0.3)
-            ratio = "" if line.ratio is None else f"  {line.ratio:.2%}"
-            axes.annotate(
-                f"{line.retransmitted:,}{ratio}  {printable(line.cause)}", (line.retransmitted, at),
-                (4, 0), textcoords="offset points", va="center", fontsize=8,
-            )  # fmt: skip
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlim(0, max(counts, default=1) * 1.5 or 1)
-        axes.set_xlabel(f"retransmitted segments by {title}")
-        axes.grid(visible=False, axis="y")
-
-    return draw
-
-
-def draw_srtt(srtt_us: Ints) -> Draw:
-    """Return a drawing of the distribution of round-trip times."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        times_ms = srtt_us / 1000
-        low, high = times_ms.min(), max(times_ms.max(), times_ms.min() * 1.1)
-        axes.hist(
-            times_ms, bins=np.geomspace(low, high, 41).tolist(), color="#0072B2", edgecolor="white", linewidth=0.3
-        )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        # Where the times are within a decade, these are the only numbers.
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        for share, style in ((50, "-"), (95, "--"), (99, ":")):
-            value = float(np.percentile(times_ms, share))
-            axes.axvline(value, color="black", linestyle=style, label=f"p{share} {value:.3g} ms")
-        axes.set_xlabel("smoothed round-trip time, ms")
-        axes.set_ylabel("connections")
-        axes.legend(fontsize=8)
-
-    return draw
-
-
-def draw_flow(flow: WorstFlow, retransmits: Frame, segments: Frame) -> Draw:
-    """Return a drawing of a connection: sequence numbers over time, and below congestion window, losses and RTO."""
-
-    def draw(figure: Figure) -> None:
-        upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(4, 2, 1.3))
-        start_ns, lossy = worst_span(flow, retransmits)
-        sent = _rows_of(flow, segments, start_ns)
-        base = int(retransmits.numbers("seq")[lossy[0]])
-        if len(sent):
-            times, seq, end = _points(segments, sent, start_ns, base)
-            upper.vlines(times, seq, end, color="#777777", linewidth=1.2, label="sent")
-        _draw_retransmits(upper, lossy, retransmits, start_ns, base)
-        upper.yaxis.set_major_formatter(EngFormatter("B"))
-        upper.set_ylabel("sequence number")
-        where = " ".join(_short(each) for each in (flow.host, flow.owner) if each)
-        shown = "" if len(lossy) == len(flow.rows) else f", the worst {SPAN_S} s"
-        upper.set_title(f"{printable(flow.name)} on {where}{shown}", fontsize=9, loc="left")
-        upper.legend(fontsize=8, loc="upper left")
-        frame, rows = (segments, sent) if len(sent) else (retransmits, lossy)
-        rows = _thinned(rows)
-        times = _seconds(frame, rows, start_ns)
-        middle.step(times, frame.numbers("snd_cwnd")[rows], where="post", color="#0072B2", label="snd_cwnd")
-        lost = _thinned(lossy)
-        middle.plot(
-            _seconds(retransmits, lost, start_ns), retransmits.numbers("lost_out")[lost], "X", color="#D55E00",
-            markersize=4, label="lost_out",
+def draw_timeline(timeline: Timeline, figure: Figure) -> None:
+    """Draw the causes over time."""
+    axes = figure.subplots()
+    moments = [datetime.fromtimestamp(each, UTC) for each in timeline.edges_s.tolist()]
+    times = date2num(moments)
+    below = np.zeros(len(times) - 1)
+    for cause, counts in timeline.causes.items():
+        color, _, hatch = _style(cause)
+        axes.stairs(
+            below + counts, times, baseline=below, fill=True, facecolor=color, hatch=hatch, edgecolor="#333333",
+            linewidth=0.3, label=f"{printable(cause)} ({int(counts.sum()):,})",
         )  # fmt: skip
-        middle.set_ylabel("segments")
-        _legend_above(middle)
-        lower.step(times, frame.numbers("rto_us")[rows] / 1000, where="post", color="black")
-        lower.set_ylabel("RTO, ms")
-        lower.set_ylim(0)
-        lower.set_xlabel(f"seconds since {readable(int(start_ns))}")
+        below = below + counts
+    axes.set_ylabel("retransmitted segments")
+    axes.set_ylim(0)
+    axes.margins(x=0)
+    axes.xaxis.set_major_locator(AutoDateLocator(tz=UTC))
+    axes.xaxis.set_major_formatter(_clock(moments[0], moments[-1]))
+    axes.tick_params(axis="x", rotation=30)
+    axes.set_xlabel(f"{moments[0]:%Y-%m-%d}, UTC")
+    _legend_above(axes)
 
-    return draw
+
+def draw_worst(lines: Sequence[Line], title: str, figure: Figure) -> None:
+    """Draw bars with the figures beside them."""
+    axes = figure.subplots()
+    shown = [line for line in lines if line.retransmitted]
+    names = [_short(line.name) for line in shown]
+    counts = [line.retransmitted for line in shown]
+    for at, line in enumerate(shown):
+        color, _, hatch = _style(line.cause)
+        axes.barh(at, line.retransmitted, color=color, hatch=hatch, edgecolor="#333333", linewidth=0.3)
+        ratio = "" if line.ratio is None else f"  {line.ratio:.2%}"
+        axes.annotate(
+            f"{line.retransmitted:,}{ratio}  {printable(line.cause)}", (line.retransmitted, at),
+            (4, 0), textcoords="offset points", va="center", fontsize=8,
+        )  # fmt: skip
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(counts, default=1) * 1.5 or 1)
+    axes.set_xlabel(f"retransmitted segments by {title}")
+    axes.grid(visible=False, axis="y")
+
+
+def draw_srtt(srtt_us: Ints, figure: Figure) -> None:
+    """Draw the distribution of round-trip times."""
+    axes = figure.subplots()
+    times_ms = srtt_us / 1000
+    low, high = times_ms.min(), max(times_ms.max(), times_ms.min() * 1.1)
+    axes.hist(times_ms, bins=np.geomspace(low, high, 41).tolist(), color="#0072B2", edgecolor="white", linewidth=0.3)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    # Where the times are within a decade, these are the only numbers.
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    for share, style in ((50, "-"), (95, "--"), (99, ":")):
+        value = float(np.percentile(times_ms, share))
+        axes.axvline(value, color="black", linestyle=style, label=f"p{share} {value:.3g} ms")
+    axes.set_xlabel("smoothed round-trip time, ms")
+    axes.set_ylabel("connections")
+    axes.legend(fontsize=8)
+
+
+def draw_flow(flow: WorstFlow, retransmits: Frame, segments: Frame, figure: Figure) -> None:
+    """Draw a connection: sequence numbers over time, and below congestion window, losses and RTO."""
+    upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(4, 2, 1.3))
+    start_ns, lossy = worst_span(flow, retransmits)
+    sent = _rows_of(flow, segments, start_ns)
+    base = int(retransmits.numbers("seq")[lossy[0]])
+    if len(sent):
+        times, seq, end = _points(segments, sent, start_ns, base)
+        upper.vlines(times, seq, end, color="#777777", linewidth=1.2, label="sent")
+    _draw_retransmits(upper, lossy, retransmits, start_ns, base)
+    upper.yaxis.set_major_formatter(EngFormatter("B"))
+    upper.set_ylabel("sequence number")
+    where = " ".join(_short(each) for each in (flow.host, flow.owner) if each)
+    shown = "" if len(lossy) == len(flow.rows) else f", the worst {SPAN_S} s"
+    upper.set_title(f"{printable(flow.name)} on {where}{shown}", fontsize=9, loc="left")
+    upper.legend(fontsize=8, loc="upper left")
+    frame, rows = (segments, sent) if len(sent) else (retransmits, lossy)
+    rows = _thinned(rows)
+    times = _seconds(frame, rows, start_ns)
+    middle.step(times, frame.numbers("snd_cwnd")[rows], where="post", color="#0072B2", label="snd_cwnd")
+    lost = _thinned(lossy)
+    middle.plot(
+        _seconds(retransmits, lost, start_ns), retransmits.numbers("lost_out")[lost], "X", color="#D55E00",
+        markersize=4, label="lost_out",
+    )  # fmt: skip
+    middle.set_ylabel("segments")
+    _legend_above(middle)
+    lower.step(times, frame.numbers("rto_us")[rows] / 1000, where="post", color="black")
+    lower.set_ylabel("RTO, ms")
+    lower.set_ylim(0)
+    lower.set_xlabel(f"seconds since {readable(int(start_ns))}")
 
 
 def worst_span(flow: WorstFlow, retransmits: Frame) -> tuple[int, Ints]:
-    """Return the begin of the SPAN_S with the most retransmitted segments, and the rows of these."""
+    """Return when the SPAN_S seconds with the most retransmitted segments begin (ns since 1970), and their rows."""
     times, segments = retransmits.numbers("ts_ns")[flow.rows], np.cumsum(segments_of(retransmits)[flow.rows])
     ends = np.searchsorted(times, times + SPAN_S * 1_000_000_000)
     worst = int(np.argmax(segments[ends - 1] - np.concatenate([[0], segments[:-1]])))

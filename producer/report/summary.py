@@ -1,5 +1,6 @@
 """The figures of a report. Pure: from events to numbers and names."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -233,12 +234,11 @@ def _limited(found: Connections) -> list[Limited]:
 
 def _failures(found: Connections) -> list[Failure]:
     failed = found.select(found.failed())
-    counts: dict[tuple[str, str], int] = {}
-    for row in failed.last.tolist():
-        key = failed.flows.text("error", row) or "closed by its process", failed.flows.text("daddr", row) or ""
-        counts[key] = counts.get(key, 0) + 1
-    worst = sorted(counts.items(), key=lambda each: -each[1])[:MOST_LINES]
-    return [Failure(error, peer, count) for (error, peer), count in worst]
+    counts = Counter(
+        (failed.flows.text("error", row) or "closed by its process", failed.flows.text("daddr", row) or "")
+        for row in failed.last.tolist()
+    )
+    return [Failure(error, peer, count) for (error, peer), count in counts.most_common(MOST_LINES)]
 
 
 def _timeline(retransmits: Frame, first_ns: int, last_ns: int) -> Timeline:

@@ -191,7 +191,7 @@ def _networks(text: str) -> Iterable[Network]:
 def _read(path: Path) -> str:
     """Return the text of a list. ValueError if it is not a regular file, or too long."""
     # Without O_NONBLOCK, opening a pipe blocks until it has a writer.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path} is not a regular file: expected a list with one address or network per line")
         content = file.read(_MOST_LIST_BYTES + 1)

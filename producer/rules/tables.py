@@ -97,14 +97,9 @@ class Segment:
     state: str | None = None
 
 
-def first_match(rules: Sequence[Rule], segment: Segment) -> int | None:
-    """Return the index of the rule that decides, by walking the rules. None: the default decides."""
-    return next((i for i, rule in enumerate(rules) if all(met(rule, segment).values())), None)
-
-
 def met(rule: Rule, segment: Segment) -> dict[str, bool]:
     """Return whether the segment meets each condition that the rule has."""
-    local, remote = _mapped(segment.local), _mapped(segment.remote)
+    local, remote = mapped(segment.local), mapped(segment.remote)
     results = {
         "address": any(_in(local, net) or _in(remote, net) for net in rule.address),
         "local_address": any(_in(local, net) for net in rule.local_address),
@@ -149,28 +144,6 @@ class Tables:
     values: Mapping[str, Mapping[int, int]]
     """By property, the class of each named value. A cgroup's class includes the rules of its ancestors."""
 
-    def decide(self, segment: Segment) -> int:
-        """Return the index of the action for a segment, by the algorithm of bpf/rules.h."""
-        local, remote = (self._address(address) for address in (segment.local, segment.remote))
-        local_port, remote_port = (self.port_classes[self.ports[p]] for p in (segment.local_port, segment.remote_port))
-        matching = local.local & remote.remote & (local.either | remote.either)
-        matching &= local_port.local & remote_port.remote & (local_port.either | remote_port.either)
-        state = None if segment.state is None else STATES.index(segment.state)
-        named = (cgroup for cgroup in segment.cgroups if cgroup in self.values["cgroup"])
-        numbers = (segment.netns, next(named, None), segment.uid, segment.interface, state)
-        for name, value in zip(PROPERTIES, numbers, strict=True):
-            number = self.unnamed[name] if value is None else self.values[name].get(value, self.unnamed[name])
-            matching &= self.sets[number]
-        return (matching & -matching).bit_length() - 1 if matching else len(self.actions) - 1
-
-    def _address(self, address: Address) -> Sides:
-        packed = int.from_bytes(_mapped(address), "big")
-        best, found = -1, 0
-        for prefix, length, number in self.prefixes:
-            if length > best and packed >> 128 - length == int.from_bytes(prefix, "big") >> 128 - length:
-                best, found = length, number
-        return self.address_classes[found]
-
 
 def tables(
     rules: Sequence[Rule], default: Action, cgroups_above: Mapping[int, Sequence[int]] = MappingProxyType({})
@@ -206,11 +179,6 @@ def only(addresses: Iterable[Address], ports: Iterable[int]) -> tuple[tuple[Rule
     if not networks and not ranges:
         return (), Action()
     return (Rule("only", address=networks, port=ranges),), Action(transmit=False, retransmit=False, flow=False)
-
-
-def filtered(addresses: Iterable[Address] = (), ports: Iterable[int] = ()) -> Tables:
-    """Return the tables of `only`."""
-    return tables(*only(addresses, ports))
 
 
 class _Classes(Generic[K]):
@@ -318,14 +286,14 @@ def _merged(ranges: Iterable[PortRange]) -> list[PortRange]:
     return merged
 
 
-def _mapped(address: Address) -> bytes:
+def mapped(address: Address) -> bytes:
     """Return an address as 16 bytes, IPv4 as v4-mapped."""
     return address.packed if address.version == 6 else bytes(10) + b"\xff\xff" + address.packed
 
 
 def _prefix(network: Network) -> tuple[int, int]:
     length = network.prefixlen if network.version == 6 else 96 + network.prefixlen
-    return int.from_bytes(_mapped(network.network_address), "big"), length
+    return int.from_bytes(mapped(network.network_address), "big"), length
 
 
 _MAPPED = _prefix(ipaddress.IPv4Network("0.0.0.0/0"))

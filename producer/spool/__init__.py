@@ -1,1 +1,1 @@
-"""The spool: events on disk while Kafka is unavailable, in order, as Avro container files."""
+"""Events on disk, as Avro container files: the spool while Kafka is unavailable, and the quarantine."""

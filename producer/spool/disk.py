@@ -29,8 +29,8 @@ class Disk:
             folder.mkdir(mode=0o700, exist_ok=True)
         return state_file.create(path)
 
-    def is_there(self, descriptor: int) -> bool:
-        """Whether nobody has deleted the file."""
+    def is_linked(self, descriptor: int) -> bool:
+        """Whether the file still has a name: nobody has deleted it."""
         return os.fstat(descriptor).st_nlink > 0
 
     def open(self, path: Path) -> int:

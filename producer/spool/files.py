@@ -10,6 +10,7 @@ from pathlib import Path
 
 from producer.host import state_file
 from producer.host.clock import Moment
+from producer.spool.disk import ABOUT_THE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +47,15 @@ def make_folder(folder: Path) -> None:
 
 
 def files(folder: Path, ending: str) -> list[Path]:
-    """Return a spool's files with this suffix, in the order of their events; none if there is no folder.
+    """Return a spool's files with this suffix, in the order of their events; none if the path is not a folder.
 
     Files whose names are not event numbers are not ours and are left out.
     """
     try:
         return sorted(path for path in folder.iterdir() if path.suffix == ending and _is_ours(path.stem))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in ABOUT_THE_FILE:
+            raise
         return []
 
 

@@ -131,7 +131,7 @@ class Spool:
         if self._writer and (
             self._writer[0].size >= self._file_bytes
             or self._now().since(self._writer[0].made) > _FILE_AGE_S
-            or not self._disk.is_there(self._writer[1])
+            or not self._disk.is_linked(self._writer[1])
         ):
             self._end_writer()
         file, descriptor, sync = self._writer or self._begin_writer()

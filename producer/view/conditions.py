@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from producer.consume.addresses import is_within, network, parsed
-from producer.consume.columns import passing, text_to_map
+from producer.consume.columns import Column, Mask, passing, text_to_map
 from producer.events import CA_STATES, CAUSES, FLOWS, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS
 from producer.schemas import load_schema
-from producer.view.records import Column, Mask, Records
+from producer.view.records import Records
 
 Make = Callable[[str], Callable[[Records], Mask]]
 Compare = Callable[[Any, Any], Any]

@@ -9,6 +9,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from producer.consume.columns import Mask
 from producer.errors import UsageError
 from producer.view.conditions import (
     CONDITIONS,
@@ -24,7 +25,7 @@ from producer.view.conditions import (
     label,
     meant,
 )
-from producer.view.records import Mask, Records
+from producer.view.records import Records
 
 Filter = Callable[[Records], Mask]
 

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer.connections import Connections, Growth, connection_keys
+from producer.consume.columns import Column, Mask
 from producer.events import CAUSES, FLOWS, RETRANSMITS
 from producer.view.limits import Interval
-from producer.view.records import Column, Mask, Records
+from producer.view.records import Records
 
 Numbers = NDArray[Any]
 

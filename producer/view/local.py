@@ -6,17 +6,15 @@ same as in the topics.
 """
 
 import contextlib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from producer.consume.decode import Decoder
 from producer.encode.batch import BatchEncoder
 from producer.errors import PermissionDenied
-from producer.events import FLOWS, Batch, EncodedBatch, Stream
+from producer.events import FLOWS, Batch, Stream
 from producer.host.cgroups import CgroupPaths, cgroup2_root
 from producer.host.clock import UtcOffset, boot_id
 from producer.kernel.capture import Capture
@@ -24,8 +22,6 @@ from producer.kernel.settings import CaptureSettings
 from producer.schemas import load_schema
 from producer.view.records import Records, of_table
 from producer.view.unseen import Unseen
-
-logger = logging.getLogger(__name__)
 
 _RING_BYTES = {"transmit_pipe": 1 << 24, "retransmit_pipe": 1 << 22, "flow_pipe": 1 << 25}
 """The ring of flows holds a record of each of 70,000 connections."""
@@ -73,9 +69,7 @@ class LocalSource:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def earlier(self) -> list[Records]:
@@ -92,7 +86,7 @@ class LocalSource:
                     self._unseen.add(rows, beginning=self._reports <= 1)
                 encoded = self._encoders[stream].encode(Batch(stream, rows), self._utc_offset())
                 ring.commit(ring.position)
-                parts, _ = self._decoder.tables(_values(encoded))
+                parts, _ = self._decoder.tables([*encoded.values()])
                 found += [of_table(stream, table) for _, table in parts]
         return found
 
@@ -111,9 +105,3 @@ class LocalSource:
         counters = {stream: self._capture.counters(stream) for stream in self._streams}
         lost = sum(each.ring_full + (each.nested if stream != FLOWS else 0) for stream, each in counters.items())
         return lost + (self._unseen.segs if self._capture.hooks_in_use.get("retransmit") == "raw_tp" else 0)
-
-
-def _values(encoded: EncodedBatch) -> list[bytes | None]:
-    payload = encoded.payload.tobytes()
-    starts = encoded.starts.tolist()
-    return [payload[start : start + size] for start, size in zip(starts, encoded.lengths.tolist(), strict=True)]

@@ -2,44 +2,12 @@
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from producer.consume.columns import Ints, Table, map_to_text, text_to_map
-from producer.consume.plan import TEXTS
+from producer.consume.columns import Column, Mask, Table, map_to_text, rows_of
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
-
-Mask = NDArray[np.bool_]
-Cells = NDArray[Any]
-
-
-class Column(NamedTuple):
-    """Values of a field. Where `valid` is false, the value is null.
-
-    Cells are numbers, or indexes in `texts` if there are any. Different indexes are different texts.
-    """
-
-    cells: Cells
-    valid: Mask
-    texts: list[str] | None = None
-    is_map: bool = False
-    """The texts are those of maps."""
-
-    def values(self) -> list[Any]:
-        """Return the values as Python objects."""
-        cells = self.cells.tolist()
-        if self.texts is not None:
-            found: dict[int, Any] = dict.fromkeys(self.cells[self.valid].tolist())
-            for cell in found:
-                found[cell] = text_to_map(self.texts[cell]) if self.is_map else self.texts[cell]
-            return [found[cell] if has else None for cell, has in zip(cells, self.valid.tolist(), strict=True)]
-        return [value if has else None for value, has in zip(cells, self.valid.tolist(), strict=True)]
-
-    def select(self, chosen: Mask) -> "Column":
-        """Return the chosen rows."""
-        return self._replace(cells=self.cells[chosen], valid=self.valid[chosen])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,10 +32,8 @@ class Records:
         return Records(self.stream, int(chosen.sum()), columns)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield each record."""
-        values = [column.values() for column in self.columns.values()]
-        for row in zip(*values, strict=True):
-            yield dict(zip(self.columns, row, strict=True))
+        """Return each record."""
+        return rows_of(self.columns)
 
 
 def stream_of(names: Collection[str]) -> Stream | None:
@@ -79,18 +45,7 @@ def stream_of(names: Collection[str]) -> Stream | None:
 
 def of_table(stream: Stream, table: Table) -> Records:
     """Return the messages of a table that could be decoded."""
-    decoded = table.status == 0
-    columns = {
-        name: Column(
-            _typed(kind, cells[decoded]), valid[decoded], table.texts if kind in TEXTS else None, kind == "map"
-        )
-        for name, kind, cells, valid in zip(table.plan.names, table.plan.types, table.cells, table.valid, strict=True)
-    }
-    return Records(stream, int(decoded.sum()), columns)
-
-
-def _typed(kind: str, cells: Ints) -> Cells:
-    return cells.astype(np.bool_) if kind == "boolean" else cells
+    return Records(stream, int(np.count_nonzero(table.status == 0)), table.columns())
 
 
 def of_rows(stream: Stream, rows: Sequence[dict[str, Any]]) -> Records:

@@ -15,7 +15,6 @@ from producer.host.endpoints import endpoint
 from producer.view.flows import HISTORY_S, Flows, Happened, interval
 from producer.view.limits import IDLE, LIMITS, limits
 
-GROUPS = ("peer", "flow", "host", "unit", "container", "comm", "port", "subnet", "cause")
 SORTS = ("retransmitted", "ratio", "segments", "srtt", "failed", "flows", "name")
 _TEXT_FIELDS = {"peer": "daddr", "host": "host", "unit": "unit", "container": "container", "comm": "comm"}
 _NONE = "-"
@@ -209,7 +208,7 @@ class _View:
             np.maximum.at(worst, self._group_of_slot[self._open], self._rows["srtt_us"][self._open])
             return worst
         by_name = {"segments": self.segs, "ratio": ratio, "failed": self.failed, "flows": self.flows}
-        # Those without retransmissions in the window follow by those in the minute.
+        # Of groups with as many in the window, the one with more in the last minute comes first.
         return by_name.get(sort, self.retransmitted + self._minute / 1e9).astype(np.float64)
 
     def line(self, group: int, name: str) -> Line:

@@ -9,7 +9,6 @@ import signal
 import sys
 import termios
 import tty
-from types import TracebackType
 from typing import Self
 
 from producer.errors import OutputError
@@ -52,9 +51,7 @@ class Terminal:
         self._take()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OutputError, termios.error):  # it has gone
             self._give_back()
 

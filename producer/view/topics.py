@@ -5,7 +5,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Self
 
 from producer.config.load import Registry
@@ -57,9 +56,7 @@ class TopicSource:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._follower.close()
         for reason, count in self._skipped.items():
             logger.warning("skipped messages=%d reason=%r", count, reason)

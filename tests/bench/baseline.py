@@ -25,8 +25,8 @@ from producer.events import CA_STATES, CAUSES, HOOKS, KNOWN, STATES, STREAMS, TC
 from producer.host.clock import UtcOffset
 from producer.kernel.capture import Capture
 from producer.kernel.settings import CaptureSettings
-from producer.rules.tables import filtered
 from producer.schemas import frame, load_schema
+from tests.support.rules import filtered
 from tests.support.servers.fetch import cache
 
 sys.path.append("/usr/lib/python3/dist-packages")

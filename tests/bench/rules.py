@@ -25,6 +25,7 @@ from producer.kernel.capture import Capture
 from producer.kernel.settings import CaptureSettings
 from producer.paths import BPF
 from producer.rules.tables import Action, Rule, Tables, tables
+from tests.support.programs import program_info
 
 PORT = 9011
 STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
@@ -78,7 +79,7 @@ def empty(seconds: float) -> float:
     link = bpf_syscall.attach_cgroup(program, folder, bpf_syscall.ATTACH_CGROUP_EGRESS)
 
     def counts() -> tuple[int, int]:
-        info = bpf_syscall.program_info(program)
+        info = program_info(program)
         return info.run_time_ns, info.run_cnt
 
     try:
@@ -102,7 +103,7 @@ def of_programs(bpf: Path, rules: Tables, cache: Path, seconds: float) -> float:
                 ring.commit(ring.position)
 
         def counts() -> tuple[int, int]:
-            infos = hooks.program_infos(STREAMS[0])
+            infos = list(map(program_info, hooks._programs[STREAMS[0].name]))
             return sum(info.run_time_ns for info in infos), sum(info.run_cnt for info in infos)
 
         cost = measure(counts, seconds, drain)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from producer.kernel import bpf_syscall
 from tests.support import procfs
+from tests.support.programs import program_ids
 from tests.support.rebpf import COMPILED, Run, rebpf, wait_until
 from tests.support.traffic import Echo, exchange
 
@@ -108,12 +108,12 @@ def test_kill_leaves_no_program_no_process_and_no_file_and_the_next_start_works(
             run.ready()
             exchange(echo.port, 3)
             programs = procfs.bpf_ids(run.pid, "prog")
-            assert programs <= bpf_syscall.program_ids()
+            assert programs <= program_ids()
             assert procfs.bpf_ids(run.pid, "link")
             assert not procfs.children(run.pid)
             run.kill()
 
-        wait_until("the programs are gone", lambda: not programs & bpf_syscall.program_ids())
+        wait_until("the programs are gone", lambda: not programs & program_ids())
         (compiled,) = (folder / "state" / "compiled").iterdir()
         assert files(folder / "state") == {str(compiled), *(str(folder / "state" / name) for name in LEFT_BY_A_KILL)}
         assert files(home, temporary) == set()

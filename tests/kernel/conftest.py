@@ -7,9 +7,9 @@ import pytest
 
 from producer.demo.lab import Lab
 from producer.events import STREAMS
-from producer.rules.tables import filtered
 from tests.support.capture import Recording, hook_settings
 from tests.support.rebpf import COMPILED
+from tests.support.rules import filtered
 
 # Below the ephemeral ports, and not used by tests that run in parallel. Each test takes its own.
 _PORTS = tuple(10_000 + os.getpid() % 50 * 400 + i for i in range(400))

@@ -102,3 +102,55 @@ def test_a_lock_that_is_no_file_stops_check_and_run(tmp_path, kind):
 
     assert checked.returncode == ran.returncode == 78
     assert ran.stderr.strip().removeprefix("rebpf: ") in checked.stdout
+
+
+def both(folder, text="", **how):
+    """Return what `check` and `run` say, which must agree on whether a start succeeds."""
+    path = folder / "rebpf.toml"
+    path.write_text(f'state_dir = "{folder}/state"\nkafka.brokers = "127.0.0.1:1"\nkafka.stop_timeout_s = 0\n{text}')
+    checked = rebpf("check", "--local", "--config", path, **how)
+    ran = rebpf("run", "--config", path, "--duration", "0", **how)
+    assert (checked.returncode == 0) == (ran.returncode == 0), (checked.stdout, ran.stderr)
+    assert "Traceback" not in checked.stderr + ran.stderr
+    return checked, ran
+
+
+@pytest.mark.parametrize("limit", [32, 64, 127, 128])
+def test_a_limit_on_descriptors_is_enough_for_both_or_for_none(tmp_path, limit):
+    checked, _ = both(tmp_path, before=["prlimit", f"--nofile={limit}:{limit}"])
+    assert checked.returncode == (0 if limit >= 128 else 69)
+
+
+@pytest.mark.parametrize("name", ["ssl.key.location", "ssl.certificate.location", "ssl.ca.location"])
+def test_a_file_that_only_another_user_may_read_stops_both(tmp_path, name):
+    """Root's producer has dropped the capability to read all files when its client starts."""
+    path = tmp_path / "file.pem"
+    path.touch(mode=0o600)
+    os.chown(path, 65534, 65534)
+    checked, ran = both(tmp_path, f'kafka.settings."security.protocol" = "ssl"\nkafka.settings."{name}" = "{path}"')
+    assert checked.returncode == ran.returncode == 78
+    for said in (checked.stdout, ran.stderr):
+        assert f"kafka.settings.{name}: {path}: Permission denied: chown 0 {path}" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PORT", "443"), ("ADDRESS", "10.0.0.1"), ("PIN", "/nowhere"), ("PODS_URL", "x"), ("PORT", "443 5432")],
+)
+def test_the_environment_counts_for_both(tmp_path, name, value):
+    checked, ran = both(tmp_path, "[[rules]]\nport = [80]\n", env={f"REBPF_{name}": value})
+    assert checked.returncode == ran.returncode == 78
+
+
+@pytest.mark.parametrize("mode", [0, 0o700])
+@pytest.mark.parametrize("name", ["", "spool", "spool/transmit", "quarantine", "compiled"])
+@pytest.mark.parametrize("transmit", ["true", "false"])
+def test_folders_that_their_owner_may_not_use_stop_both_or_none(tmp_path, name, mode, transmit):
+    folder = tmp_path / "state" / name
+    for each in reversed([folder, *(above for above in folder.parents if tmp_path in above.parents)]):
+        each.mkdir(mode=0o700)
+    folder.chmod(mode)
+    try:
+        both(tmp_path, f"capture.transmit = {transmit}")
+    finally:
+        folder.chmod(0o700)

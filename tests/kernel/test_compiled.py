@@ -13,9 +13,9 @@ from producer.kernel.bpf_syscall import RETURN_0
 from producer.kernel.capture import Capture
 from producer.kernel.hooks import OWN_SOCKETS
 from producer.kernel.program_cache import ProgramCache
-from producer.rules.tables import filtered
 from tests.support.capture import Pair, Recording, hook_settings, kernel_btf_with, rules
 from tests.support.comparison import Trial, segs
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from producer.events import TRANSMITS
-from producer.kernel.bpf_syscall import program_ids
 from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
-from producer.rules.tables import filtered
 from tests.support import fdstore_service
 from tests.support.capture import hook_settings, wait_for
 from tests.support.fake_systemd import Manager
 from tests.support.procfs import bpf_ids
+from tests.support.programs import program_ids
+from tests.support.rules import filtered
 from tests.support.traffic import Echo, exchange
 from tests.support.wire import Segment, captured, late_acks
 

@@ -13,8 +13,8 @@ import pytest
 
 from producer.demo.lab import Lab
 from producer.events import RETRANSMITS, TRANSMITS, Rows
-from producer.rules.tables import filtered
 from tests.support.capture import DEADLINE_S, Pair, Recording, hook_settings, inside, wait_for
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

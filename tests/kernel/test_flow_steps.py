@@ -9,8 +9,8 @@ import pytest
 from producer.demo.lab import Lab
 from producer.events import FLOWS, REASONS
 from producer.kernel import capture
-from producer.rules.tables import filtered
 from tests.support.capture import Recording, cookie_of, hook_settings, inside
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 

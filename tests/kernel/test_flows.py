@@ -15,7 +15,6 @@ import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES, STREAMS, Rows
-from producer.rules.tables import filtered
 from tests.support.capture import (
     DEADLINE_S,
     Pair,
@@ -26,6 +25,7 @@ from tests.support.capture import (
     rules,
     wait_for,
 )
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

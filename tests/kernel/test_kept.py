@@ -19,13 +19,14 @@ import pytest
 from producer.demo.lab import Lab
 from producer.errors import UnavailableError
 from producer.events import FLOW_EVENT, FLOWS, REASONS, RETRANSMIT, RETRANSMITS, STREAMS, TRANSMIT, TRANSMITS, Rows
-from producer.kernel.bpf_syscall import possible_cpus, program_ids
+from producer.kernel.bpf_syscall import possible_cpus
 from producer.kernel.capture import Capture
 from producer.kernel.pinned import PinFolder
 from producer.kernel.sequence import EventNumbers
-from producer.rules.tables import filtered
 from tests.support.capture import ALLOWED, Pair, hook_settings, wait_for
 from tests.support.kept import OTHER_VERSION, Traffic, other_version
+from tests.support.programs import ids_of, program_ids
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -58,10 +59,6 @@ def probes(rows: Rows, port: int) -> set[int]:
     """Return the sequence numbers of the bytes that the traffic's client sent."""
     segments = rows["s"]
     return set(segments["seq"][(segments["flow"]["dport"] == port) & (segments["payload_len"] == 1)].tolist())
-
-
-def programs(capture: Capture) -> set[int]:
-    return {info.program_id for stream in STREAMS for info in capture.program_infos(stream)}
 
 
 def test_hooks_that_are_the_same_are_taken_over_with_rings_and_numbers(pins: Path, tmp_path: Path) -> None:
@@ -101,7 +98,7 @@ def test_pins_that_someone_removes_cost_no_event_and_leave_nothing_attached(pins
             capture.load()
             capture.attach()
             capture.check()
-            loaded = programs(capture)
+            loaded = ids_of(capture)
             traffic.start()
             traffic.wait_more(101)
             shutil.rmtree(pins)
@@ -288,7 +285,7 @@ def test_hooks_with_an_unreadable_manifest_are_discarded_with_a_warning(
     with PinFolder(pins) as folder, Capture(settings, folder) as capture:
         capture.load()
         capture.attach()
-        old = programs(capture)
+        old = ids_of(capture)
     (pins / "manifest").unlink()
     (pins / "manifest").symlink_to(target)
     assert old <= program_ids()

@@ -15,23 +15,19 @@ import pytest
 
 from producer import paths
 from producer.demo.lab import Lab
-from producer.errors import ConfigError, HookError, UnavailableError
-from producer.events import CAUSES, FLOWS, HOOKS, KNOWN, REASONS, RETRANSMITS, STREAMS, TRANSMITS
+from producer.errors import HookError, UnavailableError
+from producer.events import CAUSES, FLOWS, KNOWN, REASONS, RETRANSMITS, TRANSMITS
 from producer.kernel import kprobes
-from producer.kernel.bpf_syscall import program_ids
 from producer.kernel.capture import Capture
 from producer.kernel.hooks import HOOKS_BY_STREAM
 from producer.kernel.settings import CaptureSettings
-from producer.rules.tables import filtered
 from tests.support.capture import ALLOWED, Pair, Recording, hook_settings, kernel_btf_with, rules, wait_for
+from tests.support.programs import ids_of, program_ids
 from tests.support.rebpf import Run, command, wait_until
+from tests.support.rules import filtered
 from tests.support.traffic import Echo, exchange
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
-
-
-def ids(hooks: Capture) -> set[int]:
-    return {info.program_id for stream in STREAMS for info in hooks.program_infos(stream)}
 
 
 def children(pid: int) -> list[int]:
@@ -52,15 +48,15 @@ def agent(settings: CaptureSettings) -> Iterator["subprocess.Popen[str]"]:
     program = (
         "import sys\n"
         "from pathlib import PosixPath\n"
-        "from producer.events import STREAMS\n"
         "from producer.kernel.capture import Capture\n"
         "from producer.kernel.settings import CaptureSettings\n"
-        "from producer.rules.tables import filtered\n"
+        "from producer.rules.tables import only, tables\n"
+        "from tests.support.programs import ids_of\n"
         f"allowed, compiled = {settings.hooks!r}, {settings.cache!r}\n"
-        "hooks = Capture(CaptureSettings(hooks=allowed, rules=filtered(ports=(1,)), cache=compiled))\n"
+        "hooks = Capture(CaptureSettings(hooks=allowed, rules=tables(*only((), (1,))), cache=compiled))\n"
         "hooks.load()\n"
         "hooks.attach()\n"
-        "print(*(info.program_id for stream in STREAMS for info in hooks.program_infos(stream)), flush=True)\n"
+        "print(*ids_of(hooks), flush=True)\n"
         "sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", program]
@@ -78,7 +74,7 @@ def test_detach_ends_the_events_and_close_unloads_the_programs() -> None:
             socket.create_connection(address).close()
             assert hooks.counters(TRANSMITS).passed == 0, "loaded programs are not attached"
             hooks.attach()
-            loaded = ids(hooks)
+            loaded = ids_of(hooks)
             assert loaded <= program_ids()
             assert len(loaded) == sum(
                 len(hook.probes)
@@ -149,7 +145,7 @@ def test_a_switch_that_turns_off_all_kprobes_is_noticed(switch: Path) -> None:
             hooks.load()
         except HookError as error:
             pytest.skip(f"NO KPROBES: {error}")
-        hooks.put_rules(filtered(ports=(listener.getsockname()[1],)))
+        hooks.rules.put(filtered(ports=(listener.getsockname()[1],)))
         hooks.attach()
         hooks.check()
         socket.create_connection(listener.getsockname()).close()
@@ -337,17 +333,6 @@ def test_without_btf_the_error_says_what_to_do(tmp_path: Path) -> None:
     ):
         hooks.load()
     assert "CONFIG_DEBUG_INFO_BTF" in str(caught.value)
-
-
-@pytest.mark.parametrize("size", [0, 1, 1000, os.sysconf("SC_PAGE_SIZE") // 2, 3 * os.sysconf("SC_PAGE_SIZE")])
-def test_an_invalid_ring_size_is_a_configuration_error(size: int) -> None:
-    with pytest.raises(ConfigError, match="power of two"):
-        CaptureSettings(ring_bytes={"transmit_pipe": size, "retransmit_pipe": 1 << 22})
-
-
-def test_an_unknown_hook_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match=f"expected one of {', '.join(HOOKS)}"):
-        CaptureSettings(hooks=("fentri",))
 
 
 def test_what_an_odd_parent_leaves_to_the_producer_keeps_it_neither_from_its_files_nor_from_its_stop(

@@ -13,9 +13,9 @@ import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import FLOWS, Rows
-from producer.rules.tables import filtered
 from producer.view.limits import LIMITS, Interval, limits
 from tests.support.capture import Pair, Recording, cookie_of, hook_settings, rules, wait_for
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

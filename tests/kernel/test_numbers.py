@@ -11,8 +11,8 @@ from producer.events import FLOWS, RETRANSMITS, STREAMS, TRANSMITS
 from producer.kernel.bpf_syscall import possible_cpus
 from producer.kernel.capture import Capture
 from producer.kernel.sequence import EventNumbers
-from producer.rules.tables import filtered
 from tests.support.capture import hook_settings
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

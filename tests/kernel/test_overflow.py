@@ -11,8 +11,8 @@ import pytest
 
 from producer.events import RETRANSMITS, TRANSMITS
 from producer.kernel.capture import Capture
-from producer.rules.tables import filtered
 from tests.support.capture import hook_settings
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

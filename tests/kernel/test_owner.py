@@ -15,9 +15,9 @@ import pytest
 from producer.demo.lab import Lab
 from producer.events import CAUSES, KNOWN, TRANSMITS, Rows
 from producer.host.cgroups import cgroup2_root
-from producer.rules.tables import filtered
 from tests.support.capture import DEADLINE_S, Recording, hook_settings, inside, kernel_version, receive, rules, wait_for
 from tests.support.comparison import RST, Trial
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

@@ -17,10 +17,10 @@ from producer.host.cgroups import CgroupPaths
 from producer.host.clock import now
 from producer.report.collect import collect
 from producer.report.summary import summarize
-from producer.rules.tables import filtered
 from producer.schemas import load_schema
 from producer.spool.spool import Spool
 from tests.support.capture import DEADLINE_S, Recording, hook_settings
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 

@@ -11,8 +11,8 @@ import pytest
 
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, KNOWN, RETRANSMITS, TRANSMITS, Rows, Stream
-from producer.rules.tables import filtered
 from tests.support.capture import Recording, Skips, hook_settings, inside, sees_ipv6_synacks, wait_for
+from tests.support.rules import filtered
 from tests.support.tun import Tun
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]

@@ -19,8 +19,8 @@ from producer.events import FLOWS, STREAMS
 from producer.host import capabilities
 from producer.kernel.capture import Capture
 from producer.kernel.settings import CaptureSettings
-from producer.rules.tables import filtered
-settings = CaptureSettings(tuple(sys.argv[1].split(",")), STREAMS, rules=filtered(ports=(1,)))
+from producer.rules.tables import only, tables
+settings = CaptureSettings(tuple(sys.argv[1].split(",")), STREAMS, rules=tables(*only((), (1,))))
 with Capture(settings) as capture:
     capture.load()
     capture.attach()

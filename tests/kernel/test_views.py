@@ -13,11 +13,11 @@ import fastavro
 import pytest
 
 from producer.events import RETRANSMITS, STREAMS
-from producer.kernel.bpf_syscall import program_ids
-from producer.rules.tables import filtered
 from tests.support.capture import DEADLINE_S, Recording, hook_settings, wait_for
+from tests.support.programs import program_ids
 from tests.support.pty_command import PtyCommand
 from tests.support.rebpf import as_nobody, command
+from tests.support.rules import filtered
 from tests.support.twenty_peers import GUILTY, PEERS, PORT, twenty_peers
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]

@@ -171,11 +171,8 @@ def test_each_requirement_of_its_python_packages_is_met(package: Package) -> Non
 
 
 def _requirements(dist: Distribution, environment: dict[str, str]) -> Iterator[Requirement]:
-    """Yield the requirements of a distribution; the registry client is an extra of confluent-kafka."""
-    extras = ("", "schemaregistry") if dist.name == "confluent-kafka" else ("",)
     for requirement in map(Requirement, dist.requires or []):
-        marker = requirement.marker
-        if marker is None or any(marker.evaluate({**environment, "extra": extra}) for extra in extras):
+        if requirement.marker is None or requirement.marker.evaluate(environment):
             yield requirement
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.rules.tables import Action, PortRange, Rule, Segment, first_match, tables
+from producer.rules.tables import Action, PortRange, Rule, Segment, tables
+from tests.support.rules import decide, first_match
 
 # Few addresses, ports and numbers, so that rules and segments meet.
 ADDRESSES = [
@@ -73,7 +74,7 @@ def test_tables_decide_as_the_rules_do(rules: list[Rule], segments: list[Segment
     compiled = tables(rules, Action(), ABOVE)
     for segment in segments:
         expected = first_match(rules, segment)
-        assert compiled.decide(segment) == (len(rules) if expected is None else expected)
+        assert decide(compiled, segment) == (len(rules) if expected is None else expected)
 
 
 MAPPED_NETWORK = ipaddress.ip_network("::ffff:0:0/96")
@@ -116,7 +117,7 @@ def test_the_first_rule_that_an_independent_matcher_finds_decides(rules: list[Ru
     compiled = tables(rules, Action(), ABOVE)
     for segment in segments:
         expected = next((i for i, rule in enumerate(rules) if matches(rule, segment)), len(rules))
-        assert compiled.decide(segment) == expected
+        assert decide(compiled, segment) == expected
         first = first_match(rules, segment)
         assert (len(rules) if first is None else first) == expected
 
@@ -138,7 +139,7 @@ def test_a_network_of_one_family_takes_none_of_the_other(network: str, taken: se
     rules = [Rule("r", remote_address=(ipaddress.ip_network(network, strict=False),))]
     for text in ("10.0.0.1", "::ffff:10.0.0.1", "::1", "2001:db8::1"):
         segment = Segment(ipaddress.ip_address("10.9.9.9"), ipaddress.ip_address(text), 1, 2)
-        assert (tables(rules, Action()).decide(segment) == 0) == (text in taken)
+        assert (decide(tables(rules, Action()), segment) == 0) == (text in taken)
         assert (first_match(rules, segment) == 0) == (text in taken)
 
 
@@ -150,10 +151,10 @@ def test_ipv4_within_a_network_of_ipv6_has_its_own_rules() -> None:
     ]
     compiled = tables(rules, Action())
     four, six = ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("2001:db8::1")
-    assert compiled.decide(Segment(four, four, 1, 2)) == 1
-    assert compiled.decide(Segment(six, six, 1, 2)) == 0
+    assert decide(compiled, Segment(four, four, 1, 2)) == 1
+    assert decide(compiled, Segment(six, six, 1, 2)) == 0
     other = ipaddress.ip_address("11.0.0.1")
-    assert compiled.decide(Segment(other, other, 1, 2)) == 3
+    assert decide(compiled, Segment(other, other, 1, 2)) == 3
 
 
 @given(RULES)
@@ -172,6 +173,6 @@ def test_a_thousand_rules_and_a_hundred_thousand_addresses_compile() -> None:
     few = Rule("few", address=(ipaddress.ip_network("10.0.0.0/8"),))
     other = tables([few, *rules[1:], Rule("p", address=peers)], Action())
     assert {number for *_, number in other.prefixes[1:]} == {number for *_, number in compiled.prefixes}
-    assert compiled.decide(Segment(ADDRESSES[0], peers[77_777].network_address, 1, 1)) == 0
-    assert compiled.decide(Segment(ADDRESSES[0], ADDRESSES[1], 700, 1, uid=699)) == 700
-    assert compiled.decide(Segment(ADDRESSES[0], ADDRESSES[1], 700, 1, uid=698)) == 1024
+    assert decide(compiled, Segment(ADDRESSES[0], peers[77_777].network_address, 1, 1)) == 0
+    assert decide(compiled, Segment(ADDRESSES[0], ADDRESSES[1], 700, 1, uid=699)) == 700
+    assert decide(compiled, Segment(ADDRESSES[0], ADDRESSES[1], 700, 1, uid=698)) == 1024

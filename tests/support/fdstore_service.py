@@ -21,8 +21,8 @@ from producer.host.systemd import notify
 from producer.kernel.capture import Capture
 from producer.kernel.fdstore import FdStore
 from producer.kernel.ringbuf import Ring
-from producer.rules.tables import filtered
 from tests.support.capture import hook_settings
+from tests.support.rules import filtered
 from tests.support.wire import Segment
 
 

@@ -17,11 +17,11 @@ from producer.events import TRANSMITS
 from producer.kernel.capture import Capture
 from producer.kernel.settings import CaptureSettings
 from producer.kernel.pinned import PinFolder
-from producer.rules.tables import filtered
+from producer.rules.tables import only, tables
 from producer.kernel.sequence import EventNumbers
 
 pins, state, port, cpus, allowed = json.loads(sys.argv[1])
-settings = CaptureSettings(hooks=tuple(allowed), rules=filtered(ports=(port,)))
+settings = CaptureSettings(hooks=tuple(allowed), rules=tables(*only((), (port,))))
 with PinFolder(Path(pins)) as folder, Capture(settings, folder, EventNumbers(Path(state), "a boot", cpus)) as capture:
     capture.load()
     capture.attach()

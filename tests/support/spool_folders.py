@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from producer.agent.streams import ledger_path, quarantine_folder, spool_folder
 from producer.config.load import Config
 from producer.encode.batch import BatchEncoder
 from producer.events import TRANSMITS, Batch, EncodedBatch, Stream, common
@@ -15,6 +14,7 @@ from producer.host.cgroups import CgroupPaths
 from producer.host.clock import now
 from producer.pipeline.ledger import Account, Ledger
 from producer.schemas import load_schema
+from producer.spool.configured import ledger_path, quarantine_folder, spool_folder
 from producer.spool.spool import Spool
 
 FLOWS = 31

@@ -1,6 +1,9 @@
 """The lock files that scripts/setup installs from: they fit pyproject.toml, and each package has its hashes."""
 
+import ast
+import platform
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -78,18 +81,40 @@ def fits(requirement: Requirement, versions: dict[str, str]) -> bool:
 @targets
 def test_a_lock_has_what_its_packages_need(name: str, target: tuple[str, str]) -> None:
     versions = pinned(name, target)
-    needed = [each for package, version in versions.items() for each in requirements(package, version, target)]
+    needed = [
+        each for package, version in versions.items() for each in requirements(package, version, target, LOCKS[name])
+    ]
     assert [str(each) for each in needed if not fits(each, versions)] == [], "run scripts/lock"
 
 
-def requirements(package: str, version: str, target: tuple[str, str]) -> Iterator[Requirement]:
-    """Yield what a package requires; of those alone that are installed here in the version of the lock."""
+def test_hosts_get_nothing_that_no_package_needs() -> None:
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine()
+    versions = pinned("run.lock", here)
+    needed = [each for package, version in versions.items() for each in requirements(package, version, here, RUN)]
+    names = {canonicalize_name(each.name) for each in [*map(Requirement, RUN), *needed]}
+    assert versions.keys() - names == set(), "run scripts/lock"
+
+
+def test_hosts_get_what_the_producer_imports_and_nothing_else() -> None:
+    trees = [ast.parse(path.read_text()) for path in ROOT.glob("producer/**/*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = [each.name for node in nodes if isinstance(node, ast.Import) for each in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules = {name.partition(".")[0] for name in names}
+    requirements = [Requirement(each) for each in PROJECT["project"]["dependencies"]]
+    assert {each.name for each in requirements if each.name.replace("-", "_") not in modules} == {"pyyaml"}
+    assert "yaml" in modules
+    assert [each.name for each in requirements if each.extras] == [], "an extra's packages are imported by no module"
+
+
+def requirements(package: str, version: str, target: tuple[str, str], wanted: list[str]) -> Iterator[Requirement]:
+    """Yield what a package requires, with the wanted extras; of those alone that are installed here in this version."""
     try:
         found = distribution(package)
     except PackageNotFoundError:
         return
     if found.version == version:
-        extras = ("", "schemaregistry") if package == "confluent-kafka" else ("",)
+        extras = ("", *(extra for each in map(Requirement, wanted) if each.name == package for extra in each.extras))
         for requirement in map(Requirement, found.requires or []):
             marker = requirement.marker
             if marker is None or any(marker.evaluate(environment(target, extra)) for extra in extras):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from producer.kernel.bpf_syscall import program_ids
 from tests.support.procfs import bpf_ids, capabilities
+from tests.support.programs import program_ids
 
 T = TypeVar("T")
 

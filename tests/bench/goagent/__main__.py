@@ -14,7 +14,7 @@ from pathlib import Path
 from producer.host.cgroups import cgroup2_root
 from producer.kernel.capture import Capture
 from producer.kernel.settings import CaptureSettings
-from producer.rules.tables import filtered
+from tests.support.rules import filtered
 from tests.support.servers.fetch import cache
 
 HERE = Path(__file__).parent

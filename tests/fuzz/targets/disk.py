@@ -12,7 +12,6 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from producer.agent.streams import new_spool
 from producer.commands import spool_show
 from producer.config.load import Config, Registry
 from producer.errors import RebpfError
@@ -25,6 +24,7 @@ from producer.kernel.program_cache import Compiled, ProgramCache
 from producer.kernel.sequence import EventNumbers
 from producer.pipeline.ledger import Account, Ledger
 from producer.registry.schema_ids import SchemaIds
+from producer.spool.configured import new_spool
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.known import KNOWN
 from tests.fuzz.mutation import mutated, mutated_json

@@ -37,6 +37,7 @@ from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import HOSTILE, mutated, texts
 from tests.support import spool_folders
 from tests.support.batches import decoded
+from tests.support.names import raw_name
 from tests.support.statuses import status
 
 _RING_BYTES = 1 << 14
@@ -134,7 +135,7 @@ def _names() -> Iterator[Check]:
 
     def check(raw: bytes) -> None:
         name = text.name(raw)
-        if not name.isprintable() or len(name) > text.MAX_NAME or text.raw_name(name) not in (None, raw):
+        if not name.isprintable() or len(name) > text.MAX_NAME or raw_name(name) not in (None, raw):
             raise FindingError(f"name {name!r}")
         if len(text.printable(name + "\n").splitlines()) != 1:
             raise FindingError("more than a line")

@@ -45,12 +45,12 @@ class Asked:
 
 
 class Hooks:
-    rules_version = 1
+    version = 1
     steps: Iterator[None] = iter(())
 
-    def put_rules_in_steps(self, _: object) -> Iterator[None]:
+    def put_in_steps(self, _: object) -> Iterator[None]:
         yield from self.steps
-        self.rules_version += 1
+        self.version += 1
 
 
 def rules(clock: Clock, read: Callable[[], Config], hooks: Any = None) -> InForce:
@@ -266,7 +266,7 @@ def test_cgroups_are_followed_while_the_disk_of_a_file_hangs(tmp_path: Path) -> 
     may_end, asked, put = threading.Event(), Asked(), []
     config = Config(rules=(RuleConfig(cgroup=("new",)),))
     hooks: Any = Hooks()
-    hooks.put_rules = lambda tables: put.append(tables) or 2
+    hooks.put = lambda tables: put.append(tables) or 2
     read = lambda: may_end.wait(60) and config  # noqa: E731
     in_force = InForce(hooks, config, resolve(config, tmp_path), read, tmp_path)
     asked.set()
@@ -283,7 +283,7 @@ def test_a_look_for_many_cgroups_does_not_hold_the_loop(tmp_path: Path, monkeypa
     may_end, put = threading.Event(), []
     config = Config(rules=(RuleConfig(unit=("new.service",)),))
     hooks: Any = Hooks()
-    hooks.put_rules = lambda tables: put.append(tables) or 2
+    hooks.put = lambda tables: put.append(tables) or 2
 
     def slow(*rules: Any) -> Any:
         assert may_end.wait(60)
@@ -307,7 +307,7 @@ def test_an_interface_that_does_not_exist_is_a_reason_until_it_does(
     config = Config(rules=(RuleConfig(interface=("tun77",)),))
     put: list[Any] = []
     hooks: Any = Hooks()
-    hooks.put_rules = lambda tables: put.append(tables) or 2
+    hooks.put = lambda tables: put.append(tables) or 2
     in_force = InForce(hooks, config, resolve(config, tmp_path), lambda: config, tmp_path)
     (reason,) = in_force.reasons
     assert reason.startswith("rule 1: interface tun77: ")
@@ -330,7 +330,7 @@ def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
         patched.setattr("producer.agent.reload.follow", lambda *rules: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             wait_until("the failure", in_force.look)
-    hooks.put_rules = lambda tables: 2
+    hooks.put = lambda tables: 2
     (tmp_path / "new.service").mkdir()
     in_force._look_at, in_force._look_pace = 0, Pace()
     wait_until("the rules follow", lambda: in_force.look() or in_force.version == 2)

@@ -12,12 +12,14 @@ import fastavro
 import numpy as np
 import pytest
 
-from producer.agent.streams import Quarantine, StreamBuilder, StreamParts, has_undelivered, ledger_path, new_spool
+from producer.agent.streams import StreamBuilder, StreamParts, has_undelivered
 from producer.config.load import Config, Kafka
 from producer.errors import UnavailableError
 from producer.events import FLOWS, TRANSMITS, EncodedBatch, Rows, SchemaId, Stream
 from producer.pipeline.ledger import Account, Ledger
 from producer.schemas import load_schema
+from producer.spool.configured import ledger_path, new_spool
+from producer.spool.quarantine import Quarantine
 
 FRAME_BYTES = 5
 STRIDE = TRANSMITS.dtype.itemsize + 8

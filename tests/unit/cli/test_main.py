@@ -294,3 +294,23 @@ main.main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (78, "rebpf: the file was read\n")
+
+
+LATE = """
+import os, signal, sys
+from producer.cli.main import main
+
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, signal.SIGHUP)
+
+late = Late()  # the interpreter's last act deletes it
+sys.argv = ["rebpf", "run", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(("option", "code"), [("--config=/nowhere", 78), ("--port=x", 64), ("--help", 0)])
+def test_a_reload_that_arrives_at_the_very_end_does_not_change_the_exit_code(option: str, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", LATE, option], capture_output=True, timeout=60)
+    assert done.returncode == code

@@ -264,21 +264,21 @@ def test_folders_of_another_user(tmp_path):
     code, found = check(tmp_path, before=as_nobody())
     assert code == 78
     assert found["state_dir"] == f"ok      state_dir: {tmp_path}/state is writable"
-    for name in ("spool", "quarantine"):
+    for name, label in (("spool", "MISSING"), ("quarantine", "WARNING")):
         assert found[f"state_dir/{name}"] == (
-            f"MISSING state_dir/{name}: {tmp_path}/state/{name} is not writable for user 65534: "
+            f"{label} state_dir/{name}: {tmp_path}/state/{name} is not writable for user 65534: "
             f"install -d -m 0700 -o 65534 {tmp_path}/state/{name}"
         )
 
 
 @root
 def test_the_folder_of_the_service_is_no_problem_for_the_root_who_checks_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("producer.commands.check._SERVICE_USER", "nobody")
+    monkeypatch.setattr("producer.commands.check_settings.SERVICE_USER", "nobody")
     os.chown(tmp_path, 65534, 65534)
     config = Config().with_values(state_dir=tmp_path)
     (finding,) = (each for each in examine(config, servers=False) if each.subject == "state_dir")
     assert (finding.exit_code, finding.warns) == (0, True)
-    assert finding.text == f"{tmp_path} belongs to the service's user nobody: the service can use it, but not root"
+    assert finding.text == f"{tmp_path} belongs to the service's user rebpf: the service can use it, but not root"
 
 
 @root
@@ -296,10 +296,12 @@ def test_a_spools_folder_of_another_user(tmp_path):
     )
 
 
-def test_a_file_in_place_of_the_spool_which_a_start_renames(tmp_path):
+@pytest.mark.parametrize("kind", [Path.touch, os.mkfifo, lambda path: path.symlink_to(path)])
+@pytest.mark.parametrize("config", ["", 'kafka.brokers = "127.0.0.1:1"\ncapture.transmit = false'])
+def test_something_else_in_place_of_the_spool_which_a_start_renames(tmp_path, kind, config):
     (tmp_path / "state").mkdir(mode=0o700)
-    (tmp_path / "state" / "spool").touch()
-    assert not [each for each in check(tmp_path)[1] if each.startswith("state_dir/")]
+    kind(tmp_path / "state" / "spool")
+    assert not [each for each in check(tmp_path, "--local", config=config)[1] if each.startswith("state_dir/")]
 
 
 @root

@@ -10,11 +10,12 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from producer.commands.check_servers import kafka
+from producer.commands.check_servers import batches, kafka
 from producer.commands.init import create_topics
 from producer.config.load import Config, Kafka
 from producer.errors import UnavailableError
 from producer.host.reachable import unreachable
+from producer.kafka.admin import TopicInfo
 from tests.support.mock_topics import Cluster
 
 REAL, ADVERTISED = b"127.0.0.1", b"x.invalid"
@@ -139,3 +140,14 @@ def test_a_broker_that_advertises_thousands_of_others_costs_a_bounded_number_of_
     assert set(found) == set(names)
     assert "no response within 1 s" in found[names[0]] or "timed out" in found[names[0]]
     assert 0 < most <= 70
+
+
+@pytest.mark.parametrize(
+    ("most", "warns"), [("999999", True), ("65536", True), ("1000000", False), ("1048588", False), ("999", False)]
+)
+def test_a_topic_that_rejects_whole_batches_is_named(most: str, warns: bool) -> None:
+    found = list(batches("t", TopicInfo(1, 1, may_write=True, settings={"max.message.bytes": most})))
+    assert [each.warns for each in found] == [True] * warns
+    assert all(f'set "batch.size" = {most} in [kafka.settings]' in each.text for each in found)
+    assert not list(batches("t", TopicInfo(1, 1, may_write=True, settings={})))
+    assert not list(batches("t", UnavailableError("no such topic")))

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producer.agent.streams import ledger_path, spool_folder
 from producer.commands import spool_show
 from producer.config.load import Config
 from producer.events import RETRANSMITS, TRANSMITS
 from producer.host.clock import now
 from producer.pipeline.ledger import Account, Ledger
 from producer.schemas import load_schema
+from producer.spool.configured import ledger_path, spool_folder
 from producer.spool.spool import Spool
 from tests.support import spool_folders
 from tests.support.rebpf import as_nobody, let_others_in, rebpf

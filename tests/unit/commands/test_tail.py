@@ -13,6 +13,7 @@ import fastavro
 import pytest
 
 from producer.commands.tail import Chosen, Event, batches, tail
+from producer.config.load import Registry
 from producer.consume.period import Period
 from producer.errors import ConfigError, UnavailableError
 from producer.events import RETRANSMITS, TRANSMITS
@@ -232,7 +233,7 @@ def test_records_of_other_types_are_skipped_and_counted_and_cost_no_other(
     tail(
         cluster.brokers,
         [TRANSMITS.topic],
-        registry=odd_registry,
+        registry=Registry(odd_registry),
         as_json=as_json,
         limit=2,
         color=False,

@@ -10,13 +10,14 @@ import pytest
 
 from producer.config import validate
 from producer.config.convert import build
-from producer.config.librdkafka import _FILES, FREE_OF_ALL, admin_settings, client_settings, consumer_settings
+from producer.config.librdkafka import _FILES, admin_settings, client_settings, consumer_settings
 from producer.config.load import Config, Registry, load, read_secret
 from producer.errors import ConfigError, UnavailableError
 from producer.host import pods, state_file
 from producer.kafka import librdkafka
 from producer.kernel.btf import Btf
 from producer.registry.client import RegistryClient
+from tests.support.client_settings import FREE_OF_ALL
 
 DEPTHS = {
     "dotted": ".".join("a" * 5000) + " = 1",

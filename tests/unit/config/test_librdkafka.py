@@ -9,7 +9,6 @@ import pytest
 
 from producer.config.librdkafka import (
     AT_DEFAULT,
-    FREE_OF_ALL,
     FREE_OF_CONSUMERS,
     FREE_OF_PRODUCERS,
     REFUSED,
@@ -21,6 +20,7 @@ from producer.config.librdkafka import (
 from producer.config.load import load
 from producer.errors import ConfigError
 from producer.kafka.sink import KafkaSink
+from tests.support.client_settings import FREE_OF_ALL
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_each_setting_of_the_installed_library_is_decided(tmp_path):
 
     assert len(settings) > 150
     assert not undecided, (
-        f"librdkafka {confluent_kafka.libversion()[0]} has settings that kafka_settings.py does not know: "
+        f"librdkafka {confluent_kafka.libversion()[0]} has settings that config/librdkafka.py does not know: "
         f"decide whether each is required, refused or free: {sorted(undecided)}"
     )
     assert sum(map(len, classes)) == len(set().union(*classes)), "each is in one class"

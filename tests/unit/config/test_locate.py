@@ -47,3 +47,11 @@ def test_the_line_of_a_message(message: str, number: int) -> None:
 @pytest.mark.parametrize("message", ["an action is keep or drop", "state_dir: expected a string", ""])
 def test_no_line_for_what_is_not_there(message: str) -> None:
     assert find([SOURCE], message) is None
+
+
+@pytest.mark.parametrize("line", ["#", "[", "a", '"', "a.", ""])
+def test_a_line_of_any_length_is_read_in_linear_time(line: str) -> None:
+    text = f"{line}{' ' * 1_000_000}\nhost = 1\n"
+    source = Source(Path("rebpf.toml"), text, {})
+    assert find([source], "host: expected a string") == (source, 2)
+    assert find([source], f"unknown key {'a.' * 500_000}") is None

@@ -158,6 +158,20 @@ def test_an_option_is_checked_as_the_file_is_and_named(setting, value, source):
     assert str(refusal.value).isprintable()
 
 
+@pytest.mark.parametrize("name", ["linger.ms", "queue.buffering.max.ms"])
+@pytest.mark.parametrize(
+    ("linger", "spill", "refused"),
+    [("2000", 2, True), ("900000", 60, True), ("1999.5", 2, False), ("2000", 2.5, False), ("100", 0.1, True)],
+)
+def test_a_client_that_waits_until_events_go_to_disk_is_refused(tmp_path, name, linger, spill, refused):
+    text = f'spool.spill_after_s = {spill}\n[kafka.settings]\n"{name}" = {linger}\n'
+    if not refused:
+        assert read(tmp_path, text)
+        return
+    with pytest.raises(ConfigError, match=rf"line 3: kafka.settings.{name}: expected less than spool.spill_after_s, "):
+        read(tmp_path, text)
+
+
 @pytest.mark.parametrize("command", [("run",), ("check", "--local"), ("init",)])
 def test_empty_brokers_never_mean_the_test_broker(tmp_path, command):
     path = tmp_path / "rebpf.toml"

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from producer.alert.engine import Engine
 from producer.alert.model import Counts
 from producer.alert.silence import Hosts
+from producer.config import load
 from producer.consume import decode
 from producer.consume.accepted import NotAccepted, accepted
 from producer.consume.decode import Decoder, UndecodableError
@@ -82,8 +83,8 @@ def registry() -> Iterator[ThreadingHTTPServer]:
         thread.join()
 
 
-def url(server: ThreadingHTTPServer) -> str:
-    return f"http://127.0.0.1:{server.server_port}"
+def at(port: int) -> load.Registry:
+    return load.Registry(f"http://127.0.0.1:{port}")
 
 
 @given(st.binary(max_size=300) | st.binary(max_size=300).map(lambda rest: b"\0\0\0\0\2" + rest))
@@ -107,11 +108,11 @@ def test_an_id_that_is_not_fixed_asks_for_the_registry() -> None:
 
 def test_a_value_with_trailing_bytes_is_rejected(registry: ThreadingHTTPServer) -> None:
     with pytest.raises(UndecodableError, match="not a value"):
-        decoded(Decoder(url(registry)), frame(77, OTHER) + b"\0")
+        decoded(Decoder(at(registry.server_port)), frame(77, OTHER) + b"\0")
 
 
 def test_a_registrys_schema_is_fetched_once(registry: ThreadingHTTPServer) -> None:
-    decoder = Decoder(url(registry))
+    decoder = Decoder(at(registry.server_port))
     assert [decoded(decoder, frame(77, OTHER, a=n))["a"] for n in (1, 2, 3)] == [1, 2, 3]
     assert len(Registry.requests) == 1
 
@@ -120,7 +121,7 @@ def test_a_schema_in_use_is_kept_however_many_others_come(
     registry: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "MOST_SCHEMAS", 3)
-    decoder = Decoder(url(registry))
+    decoder = Decoder(at(registry.server_port))
     for schema_id in range(100, 110):
         for each in (77, schema_id):
             assert decoded(decoder, frame(each, OTHER, a=1))["a"] == 1
@@ -129,20 +130,20 @@ def test_a_schema_in_use_is_kept_however_many_others_come(
 
 def test_an_id_that_the_registry_does_not_know_is_rejected(registry: ThreadingHTTPServer) -> None:
     with pytest.raises(UndecodableError, match="does not know schema id 78"):
-        decoded(Decoder(url(registry)), frame(78, OTHER))
+        decoded(Decoder(at(registry.server_port)), frame(78, OTHER))
 
 
 def test_a_registry_that_is_down_is_unavailable() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # A port on which nobody listens.
-        decoder = Decoder(f"http://127.0.0.1:{taken.getsockname()[1]}")
+        decoder = Decoder(at(taken.getsockname()[1]))
         with pytest.raises(UnavailableError, match="registry"):
             decoded(decoder, frame(77, OTHER))
 
 
 def test_a_refused_id_is_asked_for_once_a_minute(registry: ThreadingHTTPServer) -> None:
     now = 1000.0
-    decoder = Decoder(url(registry), clock=lambda: now)
+    decoder = Decoder(at(registry.server_port), clock=lambda: now)
     for time_s, requests in ((1000.0, 1), (1059.0, 1), (1061.0, 2)):
         now = time_s
         for _ in range(5):
@@ -153,7 +154,7 @@ def test_a_refused_id_is_asked_for_once_a_minute(registry: ThreadingHTTPServer) 
 
 def test_new_ids_are_asked_for_at_a_rate_however_many_a_topic_has(registry: ThreadingHTTPServer) -> None:
     now = 1000.0
-    decoder = Decoder(url(registry), clock=lambda: now)
+    decoder = Decoder(at(registry.server_port), clock=lambda: now)
     for time_s, requests in ((1000.0, 100), (1001.0, 110)):
         now = time_s
         for schema_id in range(1000, 1300):
@@ -167,7 +168,7 @@ def test_an_id_for_which_the_registry_fails_ends_no_consumer(
     registry: ThreadingHTTPServer, status: int, code: int
 ) -> None:
     Registry.failure = status, code
-    decoder = Decoder(url(registry))
+    decoder = Decoder(at(registry.server_port))
     for _ in range(2):
         with pytest.raises(UndecodableError, match="does not answer for schema id 79"):
             decoded(decoder, frame(79, OTHER))
@@ -182,7 +183,7 @@ def test_a_registry_that_went_away_ends_no_consumer_and_is_not_waited_for_at_eac
     with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        decoder = Decoder(url(server), clock=lambda: now)
+        decoder = Decoder(at(server.server_port), clock=lambda: now)
         decoded(decoder, frame(77, OTHER))
         server.shutdown()
         thread.join()
@@ -209,12 +210,12 @@ def test_a_stop_ends_the_wait_for_a_schema() -> None:
         thread = threading.Thread(target=take)
         thread.start()
         with pytest.raises(Stopped):
-            decoded(Decoder(f"http://127.0.0.1:{silent.getsockname()[1]}", stop=stop), frame(77, OTHER))
+            decoded(Decoder(at(silent.getsockname()[1]), stop=stop), frame(77, OTHER))
         thread.join()
 
 
 def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPServer) -> None:
-    decoder = Decoder(url(registry))
+    decoder = Decoder(at(registry.server_port))
     for schema_id in (0, 1 << 31, (1 << 32) - 1):
         with pytest.raises(UndecodableError, match="is out of range"):
             decoded(decoder, frame(schema_id, OTHER))
@@ -224,7 +225,7 @@ def test_an_id_that_no_registry_gives_is_not_asked_for(registry: ThreadingHTTPSe
 def test_alert_counts_a_message_whose_schema_the_registry_refuses(registry: ThreadingHTTPServer) -> None:
     counts = Counts()
     hosts = Hosts(3, [], 7)
-    engine = Engine([], [], 0, 0, Decoder(url(registry)), counts, hosts)
+    engine = Engine([], [], 0, 0, Decoder(at(registry.server_port)), counts, hosts)
     for offset in (7, 8):
         engine.put_beats([frame(78, OTHER)], [offset], 0)
     assert (counts.undecodable, hosts.next, len(Registry.requests)) == (2, 9, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from producer.host.cgroups import CgroupPaths, cgroup2_root, container, pod_uid, unit
-from producer.host.text import raw_name
+from tests.support.names import raw_name
 
 ID = "0123456789abcdef" * 4
 

@@ -1,7 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.host.text import MAX_NAME, name, printable, raw_name
+from producer.host.text import MAX_NAME, name, printable
+from tests.support.names import raw_name
 
 
 @given(st.binary(max_size=200))

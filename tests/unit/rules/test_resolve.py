@@ -10,7 +10,8 @@ import pytest
 from producer.config.load import Capture, Config, RuleConfig
 from producer.errors import ConfigError
 from producer.rules.resolve import Ruleset, follow, resolve
-from producer.rules.tables import Action, Segment, first_match
+from producer.rules.tables import Action, Segment
+from tests.support.rules import decide, first_match
 
 
 @pytest.fixture
@@ -114,8 +115,8 @@ def test_an_interface_and_a_namespace_that_do_not_exist_yet_match_nothing_until_
     nowhere = ipaddress.ip_address("10.0.0.1")
     segment = Segment(nowhere, nowhere, 1, 2, netns=0, interface=0)
     tables = ruleset.tables()
-    assert (first_match(ruleset.rules, segment), tables.decide(segment)) == (None, 2)
-    assert tables.decide(dataclasses.replace(segment, interface=9)) == 0
+    assert (first_match(ruleset.rules, segment), decide(tables, segment)) == (None, 2)
+    assert decide(tables, dataclasses.replace(segment, interface=9)) == 0
 
     (root / "app").symlink_to("/proc/self/ns/net")
     monkeypatch.setattr("socket.if_nametoindex", lambda name: 12)
@@ -218,6 +219,14 @@ def test_a_list_of_addresses_is_a_file_of_bounded_length(tmp_path: Path) -> None
             resolved(None, RuleConfig(address=(f"@{path}",)))
 
 
+def test_a_folder_instead_of_a_list_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """A reload every few seconds would use them up."""
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ConfigError, match="directory"):
+        resolved(None, RuleConfig(address=(f"@{tmp_path}",)))
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_list_that_is_not_text_is_rejected_with_the_rules_name(tmp_path: Path) -> None:
     path = tmp_path / "list"
     path.write_bytes(b"10.0.0.1\n\xff\n")
@@ -232,4 +241,4 @@ def test_an_empty_list_of_addresses_matches_nothing(tmp_path: Path) -> None:
     for one, other in (("10.0.0.1", "10.0.0.2"), ("::1", "2001:db8::1")):
         segment = Segment(ipaddress.ip_address(one), ipaddress.ip_address(other), 1, 2)
         assert first_match(found.rules, segment) is None
-        assert found.tables().decide(segment) == 1
+        assert decide(found.tables(), segment) == 1

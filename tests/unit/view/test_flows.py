@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from producer.cli.view import GROUPS
 from producer.events import CAUSES, FLOWS, KNOWN, RETRANSMITS
 from producer.view.flows import HISTORY_S, Flows
-from producer.view.table import GROUPS, SORTS, Line, Table, details, table
+from producer.view.table import SORTS, Line, Table, details, table
 from tests.support.encoding import OFFSET_NS
 from tests.support.views import decoded, flows, retransmits
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from producer.cli.view import GROUPS
 from producer.commands.top import Top, once
 from producer.config.load import Registry
 from producer.consume.follow import Start
@@ -20,7 +21,7 @@ from producer.view.flows import Flows
 from producer.view.keys import Choice
 from producer.view.records import of_rows
 from producer.view.screen import Frame, Look, render
-from producer.view.table import GROUPS, SORTS, details, table
+from producer.view.table import SORTS, details, table
 from producer.view.topics import TopicSource
 from tests.support import mock_cluster
 from tests.support.encoding import OFFSET_NS, messages
