@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from producer.errors import UnavailableError
 from producer.events import Stream
+from producer.host.output_file import create, partial_of
 
 _ROWS = 1 << 17
 """Rows of a row group."""
@@ -34,14 +35,20 @@ class _Part:
     """A file that is being written, and the batches that are not in it yet."""
 
     path: Path
-    writer: Any
+    file: BinaryIO
+    writer: Any = None
     batches: list[Any] = field(default_factory=list)
     rows: int = 0
     written: int = 0
 
     @property
     def partial(self) -> Path:
-        return _partial(self.path)
+        return partial_of(self.path)
+
+    def close(self) -> None:
+        with self.file:
+            if self.writer is not None:
+                self.writer.close()
 
 
 class Dataset:
@@ -60,8 +67,7 @@ class Dataset:
         """Delete what was not committed."""
         for part in self._parts.values():
             with suppress(OSError):
-                if part.writer is not None:
-                    part.writer.close()
+                part.close()
             with suppress(OSError):
                 part.partial.unlink(missing_ok=True)
         self._parts.clear()
@@ -83,7 +89,7 @@ class Dataset:
         with disk_errors(self._folder):
             for part in self._parts.values():
                 self._write(part)
-                part.writer.close()
+                part.close()
             for part in self._parts.values():
                 part.partial.replace(part.path)
         done = {part.path: part.written for part in self._parts.values()}
@@ -95,17 +101,18 @@ class Dataset:
             raise UnavailableError(f"the events cover more than {_MOST_FILES} days: set --since and --until")
         folder = self._folder / stream.topic / f"date={np.datetime64(day, 'D')}"
         folder.mkdir(parents=True, exist_ok=True)
-        part = _Part(folder / self._name, None)
+        path = folder / self._name
+        part = _Part(path, create(partial_of(path)))
         # Registered first, so that a file whose writer cannot be made is deleted.
         self._parts[stream, day] = part
         if self._is_csv:
-            part.writer = pyarrow.csv.CSVWriter(part.partial, _plain(schema), write_options=_CSV)
+            part.writer = pyarrow.csv.CSVWriter(part.file, _plain(schema), write_options=_CSV)
         else:
             texts = [each.name for each in schema if pa.types.is_dictionary(each.type)]
             maps = [each.name for each in schema if pa.types.is_map(each.type)]
             texts += [f"{name}.key_value.{half}" for name in maps for half in ("key", "value")]
             part.writer = pyarrow.parquet.ParquetWriter(
-                part.partial, schema, compression="zstd", use_dictionary=texts, write_statistics=["ts_ns"]
+                part.file, schema, compression="zstd", use_dictionary=texts, write_statistics=["ts_ns"]
             )
         return part
 
@@ -141,10 +148,6 @@ def _plain_table(table: Any) -> Any:
         for column in table.columns
     ]
     return pa.Table.from_arrays(columns, names=table.column_names).cast(_plain(table.schema))
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager

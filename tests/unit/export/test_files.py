@@ -1,6 +1,7 @@
 """Export and `rebpf.read`: every source gives the same events, and files appear complete or not at all."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,19 @@ def test_a_schema_of_others_is_refused_before_it_unfolds(tmp_path: Path, content
     (tmp_path / "file.avro").write_bytes(content)
     with pytest.raises(UnavailableError, match=r"file\.avro: has no events of ReBPF"):
         rebpf.read(tmp_path, topic="tcp_flow")
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_links_that_another_user_has_put_in_place_of_partial_files_are_not_followed(tmp_path: Path, form: str) -> None:
+    source = Files([write_container(tmp_path / "in.avro", FLOWS, events(FLOWS))])
+    written = sorted(export(source, tmp_path / "out", form, Period(), ALL))
+    expected = [path.read_bytes() for path in written]
+    for number, path in enumerate(written):
+        path.unlink()
+        path.with_name(f".{path.name}.{os.getpid()}.partial").symlink_to(tmp_path / f"theirs{number}")
+    (tmp_path / "theirs0").write_bytes(b"theirs")
+    assert sorted(export(source, tmp_path / "out", form, Period(), ALL)) == written
+    assert (tmp_path / "theirs0").read_bytes() == b"theirs"
+    assert not (tmp_path / "theirs1").exists()
+    assert [path.read_bytes() for path in written] == expected
+    assert not any(map(Path.is_symlink, written))
