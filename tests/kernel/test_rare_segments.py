@@ -241,6 +241,26 @@ def test_headers_between_those_of_ip_and_tcp(capture: Recording, lab: Lab, port:
     assert trial.sent(lab.client)["s"]["payload_len"].sum() >= 300_007 + 3 * 997
 
 
+def test_all_headers_that_a_socket_can_put_between_those_of_ipv6_and_tcp(
+    capture: Recording, lab: Lab, port: int
+) -> None:
+    """Hop-by-hop options, and a segment routing header with destination options before and after it."""
+    options = bytes([0, 0, 1, 4, 0, 0, 0, 0])
+    route = struct.pack("!BBBBBBH", 0, 2, 4, 0, 0, 0, 0) + socket.inet_pton(socket.AF_INET6, lab.server.ipv6)
+    with contextlib.ExitStack() as stack:
+        for interface in ("all", INTERFACE):
+            stack.enter_context(setting(lab.server, f"net.ipv6.conf.{interface}.seg6_enabled", 1))
+        trial = stack.enter_context(Trial(capture, lab, port))
+        pair = stack.enter_context(Pair(lab.client, lab.server, lab.server.ipv6, port))
+        for option in (socket.IPV6_HOPOPTS, socket.IPV6_RTHDRDSTOPTS, socket.IPV6_RTHDR, socket.IPV6_DSTOPTS):
+            value = route if option == socket.IPV6_RTHDR else options
+            pair.client.setsockopt(socket.IPPROTO_IPV6, option, value)
+        pair.exchange(3, 997)
+        pair.transfer(300_007)
+        pair.end()
+    assert trial.sent(lab.client)["s"]["payload_len"].sum() >= 300_007 + 3 * 997
+
+
 def test_super_segments_larger_than_64_kilobytes(capture: Recording, lab: Lab, port: int) -> None:
     lost = f"tcp dport {port} numgen inc mod 19 == 11 drop"
     with contextlib.ExitStack() as stack:
