@@ -16,6 +16,7 @@ from producer.commands.export import export
 from producer.consume.period import Period
 from producer.errors import IncompleteError, UnavailableError, UsageError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.export import dataset
 from producer.export.sources import Files
 from producer.view.file import RecordFile
 from producer.view.records import of_rows, of_table
@@ -82,6 +83,18 @@ def test_an_export_is_read_as_the_file_that_it_was_made_of(tmp_path: Path, strea
     assert found == given
     export(Files([tmp_path / "out"]), tmp_path / "again", "parquet", Period(), ALL)
     assert rows(rebpf.read(tmp_path / "again", topic=stream.topic)) == given
+
+
+def test_of_many_days_few_rows_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "_MOST_ROWS", 100)
+    given = [{**each, "ts_ns": NOON_NS + at % 30 * DAY_NS} for at, each in enumerate(events(FLOWS, 900))]
+    given = [{**each, "ts": each["ts_ns"] // 1_000_000} for each in given]
+    paths = [write_container(tmp_path / f"{at}.avro", FLOWS, given[at : at + 300]) for at in range(0, 900, 300)]
+    written = export(Files(paths), tmp_path, "parquet", Period(), ALL)
+    assert set(written.values()) == {30}
+    groups = [pyarrow.parquet.ParquetFile(path).num_row_groups for path in written]
+    assert sum(groups) > len(written), "some were written before the end"
+    assert rows(rebpf.read(*written, topic="tcp_flow")) == given
 
 
 def test_parquet_of_another_version_or_tool_is_read(tmp_path: Path) -> None:
