@@ -10,7 +10,7 @@ import time
 import pytest
 
 from producer.demo.lab import Host, Lab
-from producer.events import RETRANSMITS
+from producer.events import CAUSES, KNOWN, RETRANSMITS, Rows
 from tests.support.capture import DEADLINE_S, Pair, Recording, inside, receive, rules, setting, wait_for
 from tests.support.comparison import ACK, FIN, INTERFACE, MAX_SEGS, SYN, Trial, segs
 
@@ -219,6 +219,25 @@ def test_a_timeout_that_an_icmp_error_brings_forward(capture: Recording, lab: La
             wait_for(lambda: len(trial.again(lab.client)) > len(timeouts) + 1, "another retransmission")
         receive(pair.accepted, 7)
         pair.end()
+
+
+def test_retransmissions_into_a_window_that_the_receiver_has_closed_have_no_number(
+    capture: Recording, lab: Lab, port: int
+) -> None:
+    """The receiver's buffer turns small while data is on its way."""
+
+    def into_closed_window() -> Rows | None:
+        with contextlib.suppress(BlockingIOError):
+            pair.client.send(bytes(4001))
+        rows = capture.of_port(RETRANSMITS, port)
+        rows = rows[(rows["cause"] == CAUSES.index("rto")) & (rows["s"]["snd_wnd"] == 0)]
+        return rows if len(rows) else None
+
+    with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        pair.client.setblocking(False)
+        pair.accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5000)
+        rows = wait_for(into_closed_window, "a retransmission")
+    assert not (rows["s"]["known"] & KNOWN["retransmit_no"]).any()
 
 
 def with_options(pair: Pair, version: int) -> None:
