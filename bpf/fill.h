@@ -349,7 +349,7 @@ static __always_inline void fill_cause(struct retransmit_event *e, const struct 
 	e->cause = is_loss_probe ? CAUSE_TLP : cause_of(e->s.tcp_flags, e->s.ca_state, tp);
 	if (HAS_tcp_sock_icsk_retransmits && (e->cause == CAUSE_RTO || e->cause == CAUSE_SYN)) {
 		e->retransmit_no = READ_IF(tcp_sock, tp, icsk_retransmits);
-		e->s.known |= KNOWN_RETRANSMIT_NO;
+		e->s.known |= e->retransmit_no ? KNOWN_RETRANSMIT_NO : 0; /* 0: the receiver has closed its window */
 	}
 }
 

@@ -918,7 +918,9 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct bpf_sock *f
 
 	if (!choose_packet(&sender, skb, full, &flow, &wire))
 		return 1;
-	if (sender.listener)
+	if (wire.end_seq == wire.seq)
+		sender.is_retransmit_known = true; /* it is none, without data, SYN or FIN */
+	else if (sender.listener)
 		recognize_synack(&sender, skb, &flow, &wire);
 	else if (sender.tp)
 		recognize_segment(&sender, skb, &wire);

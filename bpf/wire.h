@@ -10,7 +10,7 @@
 #define IPPROTO_TCP 6
 #define IPPROTO_ROUTING 43
 #define IPPROTO_DSTOPTS 60
-#define MAX_EXTENSIONS 3
+#define MAX_EXTENSIONS 4
 
 struct ipv4_header {
 	u8 version_ihl;

@@ -10,6 +10,7 @@ import click
 
 from producer.cli.options import (
     Command,
+    FilePath,
     Time,
     brokers_option,
     config_option,
@@ -22,7 +23,7 @@ from producer.cli.options import (
 from producer.host.output import echo
 from producer.host.text import lines
 
-paths_argument = click.argument("paths", nargs=-1, metavar="[FILE...]", type=click.Path(path_type=Path))
+paths_argument = click.argument("paths", nargs=-1, metavar="[FILE...]", type=FilePath())
 since_option = option("--since", type=Time(), help="Start of the period: 2026-11-29T15:00Z, or 1h for an hour ago.")
 filter_option = option(
     "--filter", "filter_text", metavar="FILTER", help="Only matching events: 'host web-17 and cause rto'."
@@ -82,7 +83,7 @@ def _choice(filter_text: str | None) -> Any:
 @config_option
 @brokers_option
 @registry_option
-@option("--output", "-o", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@option("--output", "-o", type=FilePath(), required=True, help="Folder to write to.")
 @option(
     "--topic",
     type=click.Choice(["tcp_flow", "tcp_retransmit", "tcp_transmit"]),
@@ -138,8 +139,8 @@ def export(
 @config_option
 @brokers_option
 @registry_option
-@option("--output", "-o", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
-@option("--png", type=click.Path(path_type=Path), help="Also write a picture to this file.")
+@option("--output", "-o", type=FilePath(), required=True, help="HTML file to write.")
+@option("--png", type=FilePath(), help="Also write a picture to this file.")
 @since_option
 @until_option
 @filter_option

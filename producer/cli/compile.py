@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from producer.cli.options import Command, option
+from producer.cli.options import Command, FilePath, option
 from producer.host.output import echo
 
 
@@ -17,14 +17,14 @@ from producer.host.output import echo
 )
 @option(
     "--btf",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="The kernel's types: its /sys/kernel/btf/vmlinux, or an uncompressed vmlinux.  [default: of this kernel]",
 )
 @option(
     "--output",
     "-o",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="File to write, for capture.programs of the hosts.",
 )
 def compile(btf: Path | None, output: Path) -> None:

@@ -239,7 +239,7 @@ def main() -> NoReturn:
     if sys.getfilesystemencoding() != "utf-8":  # the locale is not UTF-8, but paths in the configuration are
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     signals.reset()
-    os.umask(os.umask(0) & 0o077)  # an inherited one may deny us our own files
+    os.umask(os.umask(0) & 0o075 | 0o002)  # an inherited one may deny us our own files, or let all write to them
     hold_descriptors()
     stdio.take_over()
     _log_from(logging.WARNING, formatter("auto"))

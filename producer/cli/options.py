@@ -52,6 +52,19 @@ class Whole(click.IntRange):
     name = "number"
 
 
+class FilePath(click.Path):
+    """The path of a file or folder. Python takes an empty one, of an unset variable, for the working directory."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(path_type=Path, **settings)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if not value:
+            self.fail("expected a path, found an empty string", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Offset(click.ParamType):  # type: ignore[type-arg] # not generic in click 8.1
     """An offset in a partition; None is the beginning."""
 
@@ -189,22 +202,18 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     return click.option(*names, envvar=variable, cls=_Option, **settings)
 
 
-config_option = option(
-    "--config", type=click.Path(path_type=Path), help="Configuration (TOML), with conf.d/*.toml beside it."
-)
+config_option = option("--config", type=FilePath(), help="Configuration (TOML), with conf.d/*.toml beside it.")
 brokers_option = option("--brokers", help="Kafka bootstrap servers, HOST:PORT[,...].")
 registry_option = option("--registry", help="URL of the schema registry (Confluent API).")
 pods_url_option = option("--pods-url", help="URL of the list of this node's Kubernetes pods.")
 state_dir_option = option(
     "--state-dir",
-    type=click.Path(path_type=Path, readable=False),  # our own error says what to do
+    type=FilePath(readable=False),  # our own error says what to do
     help="Folder for the spool, the ledger and the lock.",
 )
 address_option = option("--address", type=Address(), multiple=True, help="Capture this address only; repeatable.")
 port_option = option("--port", type=Whole(1, 65535), multiple=True, help="Capture this port only; repeatable.")
-pin_option = option(
-    "--pin", type=click.Path(path_type=Path), help="Keep hooks and rings in this bpffs folder across a crash."
-)
+pin_option = option("--pin", type=FilePath(), help="Keep hooks and rings in this bpffs folder across a crash.")
 quarantine_option = option("--quarantine", is_flag=True, help="Take the messages that Kafka rejected, not the spool.")
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 

@@ -11,6 +11,7 @@ import click
 
 from producer.cli.options import (
     Command,
+    FilePath,
     Number,
     Time,
     Whole,
@@ -68,16 +69,14 @@ filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1
 @option("--transmit", is_flag=True, help="Also show each segment sent.")
 @click.option("-n", "limit", type=Whole(min=1), help="Stop after this many events.")
 @option("--counts", "-c", is_flag=True, help="At the end, print counts by connection, and what limits each.")
-@option(
-    "--write", "-w", type=click.Path(path_type=Path, dir_okay=False), help="Also write matching records to this file."
-)
+@option("--write", "-w", type=FilePath(dir_okay=False), help="Also write matching records to this file.")
 @option("--since", type=Time(), help="With -r: start at this time: 2026-11-29T15:00Z, or 1h for an hour ago.")
 @option("--until", type=Time(), help="With -r: end before this time.")
 @option(
     "--read",
     "-r",
     "replay",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     help="Read this file instead: Avro or Parquet.",
 )
 @json_option

@@ -5,6 +5,7 @@ from producer.consume.audit import Rows
 from producer.consume.columns import Columns, Ints, Values
 from producer.consume.decode import Decoder, Rejected
 from producer.consume.plan import Fields
+from producer.host.text import MAX_NAME
 
 _FIELDS: Fields = (
     ("ts_ns", "long"),
@@ -20,12 +21,16 @@ _FIELDS: Fields = (
 
 
 def read_events(decoder: Decoder, values: Values) -> tuple[Columns, list[Rejected]]:
-    """Decode a batch of events; those with impossible numbers are rejected too."""
+    """Decode a batch of events; those with impossible numbers and names are rejected too."""
     events, rejected = decoder.columns(values, _FIELDS)
     possible = events["cpu_seq"] > 0
+    lengths = np.array(list(map(len, events.texts)), np.int64)
+    for name in ("host", "boot_id") if lengths.max(initial=0) > MAX_NAME else ():
+        possible &= lengths[events[name]] <= MAX_NAME
     if possible.all():
         return events, rejected
-    rejected += [Rejected(row, "cpu_seq is out of range") for row in events.rows[~possible].tolist()]
+    reason = "cpu_seq is out of range, or host or boot_id is too long"
+    rejected += [Rejected(row, reason) for row in events.rows[~possible].tolist()]
     return events.select(possible), rejected
 
 

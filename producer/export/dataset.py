@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +20,12 @@ import pyarrow.parquet
 
 from producer.errors import UnavailableError
 from producer.events import Stream
+from producer.host.output_file import create, partial_of
 
 _ROWS = 1 << 17
 """Rows of a row group."""
+_MOST_ROWS = 4 * _ROWS
+"""Rows in memory: of many days, each has some."""
 _CSV = pyarrow.csv.WriteOptions(batch_size=1 << 14)
 """Small batches cost more for each column: 16,384 rows take 60 % of the time of 1,024."""
 _DAY_NS = 86_400_000_000_000
@@ -34,14 +38,20 @@ class _Part:
     """A file that is being written, and the batches that are not in it yet."""
 
     path: Path
-    writer: Any
+    file: BinaryIO
+    writer: Any = None
     batches: list[Any] = field(default_factory=list)
     rows: int = 0
     written: int = 0
 
     @property
     def partial(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        return partial_of(self.path)
+
+    def close(self) -> None:
+        with self.file:
+            if self.writer is not None:
+                self.writer.close()
 
 
 class Dataset:
@@ -52,6 +62,7 @@ class Dataset:
         self._name = f"{name}.{form}"
         self._is_csv = form == "csv"
         self._parts: dict[tuple[Stream, int], _Part] = {}
+        self._rows = 0  # of all parts, not written yet
 
     def __enter__(self) -> "Dataset":
         return self
@@ -60,8 +71,7 @@ class Dataset:
         """Delete what was not committed."""
         for part in self._parts.values():
             with suppress(OSError):
-                if part.writer is not None:
-                    part.writer.close()
+                part.close()
             with suppress(OSError):
                 part.partial.unlink(missing_ok=True)
         self._parts.clear()
@@ -75,15 +85,18 @@ class Dataset:
                 part = self._parts.get((stream, day)) or self._open(stream, day, batch.schema)
                 part.batches.append(rows)
                 part.rows += rows.num_rows
+                self._rows += rows.num_rows
                 if part.rows >= _ROWS:
                     self._write(part)
+                elif self._rows >= _MOST_ROWS:
+                    self._write(max(self._parts.values(), key=attrgetter("rows")))
 
     def commit(self) -> Mapping[Path, int]:
         """Finish all files; return their numbers of events."""
         with disk_errors(self._folder):
             for part in self._parts.values():
                 self._write(part)
-                part.writer.close()
+                part.close()
             for part in self._parts.values():
                 part.partial.replace(part.path)
         done = {part.path: part.written for part in self._parts.values()}
@@ -95,17 +108,18 @@ class Dataset:
             raise UnavailableError(f"the events cover more than {_MOST_FILES} days: set --since and --until")
         folder = self._folder / stream.topic / f"date={np.datetime64(day, 'D')}"
         folder.mkdir(parents=True, exist_ok=True)
-        part = _Part(folder / self._name, None)
+        path = folder / self._name
+        part = _Part(path, create(partial_of(path)))
         # Registered first, so that a file whose writer cannot be made is deleted.
         self._parts[stream, day] = part
         if self._is_csv:
-            part.writer = pyarrow.csv.CSVWriter(part.partial, _plain(schema), write_options=_CSV)
+            part.writer = pyarrow.csv.CSVWriter(part.file, _plain(schema), write_options=_CSV)
         else:
             texts = [each.name for each in schema if pa.types.is_dictionary(each.type)]
             maps = [each.name for each in schema if pa.types.is_map(each.type)]
             texts += [f"{name}.key_value.{half}" for name in maps for half in ("key", "value")]
             part.writer = pyarrow.parquet.ParquetWriter(
-                part.partial, schema, compression="zstd", use_dictionary=texts, write_statistics=["ts_ns"]
+                part.file, schema, compression="zstd", use_dictionary=texts, write_statistics=["ts_ns"]
             )
         return part
 
@@ -118,6 +132,7 @@ class Dataset:
         else:
             part.writer.write_table(table.unify_dictionaries(), row_group_size=_ROWS)
         part.written += part.rows
+        self._rows -= part.rows
         part.batches, part.rows = [], 0
 
 

@@ -12,8 +12,7 @@ Clients may be slow, many or hostile. Each visit has a deadline and a size limit
 and only a few visitors can wait for the loop. So /healthz always answers. The same holds with TLS: the handshake is
 part of the visit, in the visitor's thread.
 
-If the endpoint requires certificates or passwords, `rebpf status` uses a socket in the state folder, protected by the
-folder's mode.
+With certificates or passwords, `rebpf status` uses a socket in the state folder that only its owner can connect to.
 """
 
 import contextlib
@@ -256,6 +255,7 @@ class _LocalServer(_Server):
     def server_bind(self) -> None:
         folder = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            os.fchmod(self.socket.fileno(), 0o600)  # whatever the umask; bind() creates the file with this mode
             self.socket.bind(f"/proc/self/fd/{folder}/{self._path.name}")  # a path of any length
         finally:
             os.close(folder)

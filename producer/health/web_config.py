@@ -138,6 +138,7 @@ def _check_change(path: Path, old: WebConfig, new: WebConfig) -> None:
         ("TLS", old.tls, new.tls),
         ("passwords", old.users, new.users),
         ("client certificates", _verifies(old), _verifies(new)),
+        ("client_allowed_sans", old.sans, new.sans),
     ):
         if before and not after:
             raise ConfigError(f"{WHERE}: {path}: {what} cannot be turned off without a restart")

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
@@ -12,14 +13,23 @@ def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_bytes(content)
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     try:
-        partial.unlink(missing_ok=True)
-        # In a folder such as /tmp, another user may have put a link there.
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+        with create(partial) as file:
             file.write(content)
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Return where a file is written until it is complete."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def create(partial: Path) -> BinaryIO:
+    """Create a file, never through a link: in a folder such as /tmp, another user may have put one there."""
+    partial.unlink(missing_ok=True)
+    return open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")

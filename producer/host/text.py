@@ -16,6 +16,8 @@ MAX_NAME = 1024
 _CUT = "%~"
 _DIGEST_DIGITS = 16
 _PLAIN = re.compile(r"[ -$&-~]*")
+_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+"""Default_Ignorable_Code_Point of Unicode, as far as Python takes them for printable."""
 
 
 def name(raw: bytes, limit: int = MAX_NAME) -> str:
@@ -33,13 +35,14 @@ def name(raw: bytes, limit: int = MAX_NAME) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape characters that could move the cursor, change colors or start a new line.
+    """Escape characters that could move the cursor, change colors or start a new line, and those without a shape.
 
     Unprintable characters become escapes such as \\x1b or \\u202e; all others stay, including backslashes.
     """
-    if text.isprintable():
+    if text.isascii() and text.isprintable():
         return text
-    return "".join(character if character.isprintable() else _shown(character) for character in text)
+    escaped = "".join(character if character.isprintable() else _shown(character) for character in text)
+    return _INVISIBLE.sub(lambda found: _shown(found[0]), escaped)
 
 
 def lines(texts: Iterable[str]) -> str:

@@ -226,15 +226,14 @@ class Spool:
             self._remove(self._files[-1])
 
     def _last_of(self, file: SpoolFile) -> Spooled | None:
-        """Return the last readable batch of a file, and note whether anything is damaged."""
+        """Return the last readable batch of a file, and note whether anything on the way to it is damaged."""
         last = None
         file.damaged = file.size > 0 or not file.path.is_file()
         try:
             if opened := self._open(file):
                 descriptor, reader = opened
                 try:
-                    while spooled := reader.next():
-                        last = spooled
+                    last = reader.last(file.size)
                     file.damaged = reader.damaged or file.size > _MOST_FILE_BYTES
                 finally:
                     os.close(descriptor)

@@ -23,6 +23,8 @@ _UNSEEN_S = 600
 """For how long an open connection is remembered without a record; producers report it every 10 seconds or so."""
 MAX_FLOWS = 2_000_000
 """Connections beyond this are not followed until others have been forgotten."""
+MAX_CHARACTERS = 1 << 26
+"""Of all names of connections; more are null until others have been forgotten."""
 
 NAMES = ("host", "saddr", "daddr", "unit", "container", "comm")
 """Text fields of a slot."""
@@ -76,6 +78,7 @@ class Flows:
         self._netns = netns
         self._table = Connections(_GROWING, start_ns - 1, MAX_FLOWS)
         self._texts: dict[str, int] = {"": 0}
+        self._characters = 0
         self._rows = np.zeros(1024, _DTYPE)
         self._log: list[Happened] = []
         self.in_netns = 0
@@ -121,6 +124,7 @@ class Flows:
         used, places_of_texts = np.unique(np.concatenate([[0], *(rows[name] for name in NAMES)]), return_inverse=True)
         texts = self.texts()
         self._texts = {texts[at]: number for number, at in enumerate(used.tolist())}
+        self._characters = sum(map(len, self._texts))
         for number, name in enumerate(NAMES):
             rows[name] = places_of_texts[1 + number * len(rows) : 1 + (number + 1) * len(rows)]
         self._rows = np.concatenate([rows, np.zeros(max(1024, len(rows) // 2), _DTYPE)])
@@ -159,8 +163,16 @@ class Flows:
 
     def _interned(self, records: Records) -> dict[str, NDArray[np.int64]]:
         """Return the numbers of the texts of each field of a slot; 0 is null."""
-        table = self._texts
-        return _by_text(records, NAMES, lambda text: table.setdefault(text, len(table)))
+        return _by_text(records, NAMES, self._intern)
+
+    def _intern(self, text: str) -> int:
+        number = self._texts.get(text)
+        if number is None:
+            if self._characters + len(text) > MAX_CHARACTERS:
+                return 0
+            number = self._texts[text] = len(self._texts)
+            self._characters += len(text)
+        return number
 
     def _add_retransmissions(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
         segs = _bounded(records, "segs")

@@ -85,7 +85,7 @@ class Lines:
         fitting = (each for each in _COLUMNS if each.least <= room <= each.most)
         self._columns = [each for each in fitting if hosts or each.title != "HOST"]
         self._color = color
-        self._first: OrderedDict[Any, int] = OrderedDict()
+        self._first: OrderedDict[int, int] = OrderedDict()
         self.rejected: Counter[str] = Counter()
 
     def header(self) -> str:
@@ -123,7 +123,7 @@ class Lines:
         """Return the first byte's number, counted from the first segment of the flow that was seen."""
         if is_connection(record):
             return ""
-        key = flow_key(record)
+        key = hash(flow_key(record))  # names in topics may be long
         first = self._first.setdefault(key, record["seq"])
         self._first.move_to_end(key)
         if len(self._first) > _MAX_FLOWS:

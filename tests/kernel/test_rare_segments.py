@@ -10,7 +10,7 @@ import time
 import pytest
 
 from producer.demo.lab import Host, Lab
-from producer.events import RETRANSMITS
+from producer.events import CAUSES, KNOWN, RETRANSMITS, Rows
 from tests.support.capture import DEADLINE_S, Pair, Recording, inside, receive, rules, setting, wait_for
 from tests.support.comparison import ACK, FIN, INTERFACE, MAX_SEGS, SYN, Trial, segs
 
@@ -221,6 +221,25 @@ def test_a_timeout_that_an_icmp_error_brings_forward(capture: Recording, lab: La
         pair.end()
 
 
+def test_retransmissions_into_a_window_that_the_receiver_has_closed_have_no_number(
+    capture: Recording, lab: Lab, port: int
+) -> None:
+    """The receiver's buffer turns small while data is on its way."""
+
+    def into_closed_window() -> Rows | None:
+        with contextlib.suppress(BlockingIOError):
+            pair.client.send(bytes(4001))
+        rows = capture.of_port(RETRANSMITS, port)
+        rows = rows[(rows["cause"] == CAUSES.index("rto")) & (rows["s"]["snd_wnd"] == 0)]
+        return rows if len(rows) else None
+
+    with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+        pair.client.setblocking(False)
+        pair.accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5000)
+        rows = wait_for(into_closed_window, "a retransmission")
+    assert not (rows["s"]["known"] & KNOWN["retransmit_no"]).any()
+
+
 def with_options(pair: Pair, version: int) -> None:
     """Let both ends send headers between those of IP and TCP."""
     for end in (pair.client, pair.accepted):
@@ -235,6 +254,26 @@ def test_headers_between_those_of_ip_and_tcp(capture: Recording, lab: Lab, port:
     address = lab.server.ipv4 if version == 4 else lab.server.ipv6
     with Trial(capture, lab, port) as trial, Pair(lab.client, lab.server, address, port) as pair:
         with_options(pair, version)
+        pair.exchange(3, 997)
+        pair.transfer(300_007)
+        pair.end()
+    assert trial.sent(lab.client)["s"]["payload_len"].sum() >= 300_007 + 3 * 997
+
+
+def test_all_headers_that_a_socket_can_put_between_those_of_ipv6_and_tcp(
+    capture: Recording, lab: Lab, port: int
+) -> None:
+    """Hop-by-hop options, and a segment routing header with destination options before and after it."""
+    options = bytes([0, 0, 1, 4, 0, 0, 0, 0])
+    route = struct.pack("!BBBBBBH", 0, 2, 4, 0, 0, 0, 0) + socket.inet_pton(socket.AF_INET6, lab.server.ipv6)
+    with contextlib.ExitStack() as stack:
+        for interface in ("all", INTERFACE):
+            stack.enter_context(setting(lab.server, f"net.ipv6.conf.{interface}.seg6_enabled", 1))
+        trial = stack.enter_context(Trial(capture, lab, port))
+        pair = stack.enter_context(Pair(lab.client, lab.server, lab.server.ipv6, port))
+        for option in (socket.IPV6_HOPOPTS, socket.IPV6_RTHDRDSTOPTS, socket.IPV6_RTHDR, socket.IPV6_DSTOPTS):
+            value = route if option == socket.IPV6_RTHDR else options
+            pair.client.setsockopt(socket.IPPROTO_IPV6, option, value)
         pair.exchange(3, 997)
         pair.transfer(300_007)
         pair.end()

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from producer.demo.lab import Host, Lab
-from producer.events import TRANSMITS, Rows
+from producer.events import KNOWN, TRANSMITS, Rows
 from tests.support.capture import Pair, Recording, Skips, inside, kernel_version, rules, sees_ipv6_synacks, wait_for
 from tests.support.comparison import Trial
 from tests.support.tun import Tun
@@ -71,6 +71,14 @@ def to_request(host: Host, far: Tun, version: int, port: int) -> None:
             far.send(version, _FIRST_PORT, port, ACK, seq=8, ack_seq=first + 77 + i)
 
 
+def beyond_the_window_of_request(host: Host, far: Tun, version: int, port: int) -> None:
+    with listening(host, far, version, port):
+        far.send(version, _FIRST_PORT, port, SYN)
+        first = far.read()[-1].seq
+        for _ in range(COUNT - 1):
+            far.send(version, _FIRST_PORT, port, ACK, seq=1 << 30, ack_seq=first + 1)
+
+
 def connected(far: Tun, listener: socket.socket, version: int, port: int) -> tuple[socket.socket, int]:
     """Connect from the far side, and return the accepted socket and its next sequence number."""
     far.send(version, _FIRST_PORT, port, SYN)
@@ -100,11 +108,12 @@ def to_time_wait(host: Host, far: Tun, version: int, port: int) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize(
-    ("provoke", "of_sockets", "resets"),
+    ("provoke", "of_sockets", "without_socket"),
     [
         (to_closed_port, 0, COUNT),
         (to_listener, 0, COUNT),
         (to_request, 1, COUNT - 1),
+        (beyond_the_window_of_request, 1, COUNT - 1),
         (to_connection, COUNT, 0),
         (to_time_wait, 3, 0),
     ],
@@ -116,7 +125,7 @@ def test_segments_without_a_full_socket(
     port: int,
     provoke: Callable[[Host, Tun, int, int], None],
     of_sockets: int,
-    resets: int,
+    without_socket: int,
     version: int,
 ) -> None:
     if version == 6 and not sees_ipv6_synacks(capture):
@@ -129,10 +138,14 @@ def test_segments_without_a_full_socket(
     assert COUNT <= len(sent) <= COUNT + resent
     seen = of_sockets
     if capture.kernel.hooks_in_use["transmit"] == "cgroup_skb" and version == 4:
-        seen += resets
+        seen += without_socket
         if provoke is to_time_wait and kernel_version() < (6, 13):
             seen = COUNT
-    assert seen - skips.of(TRANSMITS) <= len(of_host(capture, host, port)) <= seen + resent
+    rows = of_host(capture, host, port)
+    assert seen - skips.of(TRANSMITS) <= len(rows) <= seen + resent
+    empty = rows[rows["s"]["seq"] == rows["s"]["end_seq"]]
+    assert (empty["s"]["known"] & KNOWN["is_retransmit"]).all()
+    assert not empty["is_retransmit"].any()
 
 
 def of_host(capture: Recording, host: Host, port: int) -> Rows:

@@ -150,7 +150,7 @@ def _parse(packet: bytes) -> Segment | None:
     elif version == 6:
         protocol, start, size = packet[6], 40, 40 + struct.unpack_from(">H", packet, 4)[0]
         addresses = packet[8:24], packet[24:40]
-        while protocol in (socket.IPPROTO_HOPOPTS, socket.IPPROTO_DSTOPTS):
+        while protocol in (socket.IPPROTO_HOPOPTS, socket.IPPROTO_ROUTING, socket.IPPROTO_DSTOPTS):
             if size == 40:  # a jumbogram
                 size += struct.unpack_from(">I", packet, start + 4)[0]
             protocol, start = packet[start], start + 8 * (packet[start + 1] + 1)

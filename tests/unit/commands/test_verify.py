@@ -36,6 +36,9 @@ def reasons(decoder: Decoder, *values: bytes | None) -> list[str]:
 def test_a_name_that_is_too_long_is_undecodable() -> None:
     (reason,) = reasons(Decoder(None), message(TRANSMITS, host="x" * 5000))
     assert "4096 characters" in reason
+    for long in ("host", "boot_id"):
+        fits, reason = message(TRANSMITS, **{long: "x" * 1024}), "out of range, or host or boot_id is too long"
+        assert reasons(Decoder(None), fits, message(TRANSMITS, **{long: "x" * 1025})) == [f"cpu_seq is {reason}"]
 
 
 def test_the_columns_of_events_are_what_their_records_say() -> None:

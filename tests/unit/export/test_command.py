@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -45,6 +46,14 @@ def test_files_are_exported_and_reported(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{path} events=65\n", "")
     done = rebpf("report", scene, "-o", "/dev/full/report.html")
     assert (done.returncode, done.stderr) == (69, "rebpf: cannot write to /dev/full/report.html: Not a directory\n")
+
+
+def test_whatever_the_umask_others_cannot_write_to_what_a_command_creates(tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "in")
+    done = rebpf("export", scene, "-o", tmp_path / "out/deep", before=["sh", "-c", 'umask 0 && exec "$@"', "sh"])
+    created = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert (done.returncode, len(created) > 5) == (0, True)
+    assert [path for path in created if path.stat().st_mode & stat.S_IWOTH] == []
 
 
 @pytest.mark.parametrize("backend", ["odd", "module://odd", "tkagg"])

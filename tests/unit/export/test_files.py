@@ -1,6 +1,7 @@
 """Export and `rebpf.read`: every source gives the same events, and files appear complete or not at all."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from producer.commands.export import export
 from producer.consume.period import Period
 from producer.errors import IncompleteError, UnavailableError, UsageError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.export import dataset
 from producer.export.sources import Files
 from producer.view.file import RecordFile
 from producer.view.records import of_rows, of_table
@@ -81,6 +83,18 @@ def test_an_export_is_read_as_the_file_that_it_was_made_of(tmp_path: Path, strea
     assert found == given
     export(Files([tmp_path / "out"]), tmp_path / "again", "parquet", Period(), ALL)
     assert rows(rebpf.read(tmp_path / "again", topic=stream.topic)) == given
+
+
+def test_of_many_days_few_rows_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "_MOST_ROWS", 100)
+    given = [{**each, "ts_ns": NOON_NS + at % 30 * DAY_NS} for at, each in enumerate(events(FLOWS, 900))]
+    given = [{**each, "ts": each["ts_ns"] // 1_000_000} for each in given]
+    paths = [write_container(tmp_path / f"{at}.avro", FLOWS, given[at : at + 300]) for at in range(0, 900, 300)]
+    written = export(Files(paths), tmp_path, "parquet", Period(), ALL)
+    assert set(written.values()) == {30}
+    groups = [pyarrow.parquet.ParquetFile(path).num_row_groups for path in written]
+    assert sum(groups) > len(written), "some were written before the end"
+    assert rows(rebpf.read(*written, topic="tcp_flow")) == given
 
 
 def test_parquet_of_another_version_or_tool_is_read(tmp_path: Path) -> None:
@@ -217,3 +231,19 @@ def test_a_schema_of_others_is_refused_before_it_unfolds(tmp_path: Path, content
     (tmp_path / "file.avro").write_bytes(content)
     with pytest.raises(UnavailableError, match=r"file\.avro: has no events of ReBPF"):
         rebpf.read(tmp_path, topic="tcp_flow")
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_links_that_another_user_has_put_in_place_of_partial_files_are_not_followed(tmp_path: Path, form: str) -> None:
+    source = Files([write_container(tmp_path / "in.avro", FLOWS, events(FLOWS))])
+    written = sorted(export(source, tmp_path / "out", form, Period(), ALL))
+    expected = [path.read_bytes() for path in written]
+    for number, path in enumerate(written):
+        path.unlink()
+        path.with_name(f".{path.name}.{os.getpid()}.partial").symlink_to(tmp_path / f"theirs{number}")
+    (tmp_path / "theirs0").write_bytes(b"theirs")
+    assert sorted(export(source, tmp_path / "out", form, Period(), ALL)) == written
+    assert (tmp_path / "theirs0").read_bytes() == b"theirs"
+    assert not (tmp_path / "theirs1").exists()
+    assert [path.read_bytes() for path in written] == expected
+    assert not any(map(Path.is_symlink, written))

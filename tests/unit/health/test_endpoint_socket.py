@@ -1,6 +1,8 @@
 """The status socket beside an endpoint that asks for certificates or passwords."""
 
+import os
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,15 @@ def test_status_comes_by_the_socket_where_the_endpoint_asks_for_more(place: Plac
     with place.serving(TLS + CLIENTS + PASSWORDS):
         assert ask(place.url, place.socket)["pid"] == status().pid
     assert not place.socket.exists()
+
+
+def test_only_its_owner_can_connect_to_the_socket(place: Place) -> None:
+    umask = os.umask(0)
+    try:
+        with place.serving(PASSWORDS):
+            assert stat.S_IMODE(place.socket.stat().st_mode) == 0o600
+    finally:
+        os.umask(umask)
 
 
 def test_a_request_by_the_socket_gets_what_is_wrong_with_the_file(place: Place) -> None:

@@ -286,6 +286,17 @@ def test_client_certificates_cannot_be_turned_off_by_a_change(folder: Path) -> N
         assert context.verify_mode == ssl.CERT_REQUIRED
 
 
+def test_the_names_of_client_certificates_cannot_be_turned_off_by_a_file_that_is_being_written(folder: Path) -> None:
+    verified = TLS % ", client_ca_file: authority.pem, client_auth_type: RequireAndVerifyClientCert%s"
+    settings = Settings(write(folder, verified % ", client_allowed_sans: [prometheus]"))
+    write(folder, verified % "")
+    assert settings.current().sans == {"prometheus"}
+    assert settings.last_error
+    assert "client_allowed_sans cannot be turned off" in settings.last_error
+    write(folder, verified % ", client_allowed_sans: [other]")
+    assert settings.current().sans == {"other"}
+
+
 def test_files_are_looked_at_once_a_second(folder: Path) -> None:
     times = iter([0.0, 0.5, 0.9, 1.1, 1.1, 1.1])
     settings = WebSettings(write(folder, ""), lambda: next(times))

@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +32,15 @@ def test_what_is_shown_has_no_control_character(text: str) -> None:
     shown = printable(text)
     assert shown.isprintable()
     assert printable(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "number", [0x00AD, 0x034F, 0x115F, 0x180B, 0x200B, 0x200D, 0x2060, 0x3164, 0xFE0F, 0xFEFF, 0xE01EF]
+)
+def test_a_name_with_an_invisible_character_does_not_look_like_another(number: int) -> None:
+    shown = printable(f"web{chr(number)}-1")
+    assert shown.isascii()
+    assert printable(f"größe {shown}") == f"größe {shown}"
 
 
 def test_a_forged_line_stays_on_its_line() -> None:

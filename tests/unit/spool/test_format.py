@@ -195,6 +195,8 @@ def assert_read(data: bytes, touched: set[int], *, told: bool = True) -> None:
     assert firsts == sorted(set(firsts))
     for each in back:
         assert facts(each) == wanted[each.first]
+    last = reader_of(data).last(len(data))
+    assert (last and last.first) == (firsts[-1] if firsts else None)
     missing = {number for number, each in enumerate(WRITTEN) if each.first not in firsts}
     assert missing <= touched
     if told and missing and max(missing) + 1 < len(WRITTEN):
@@ -256,6 +258,25 @@ def test_damage_is_passed_over_in_a_file_that_is_longer_than_a_look() -> None:
     reader = reader_of(data)
     assert len(read_all(reader)) == len(WRITTEN)
     assert reader.damaged
+
+
+@pytest.mark.parametrize("size", [100, 1 << 18])
+def test_of_a_long_file_only_the_end_is_read_for_its_last_batch(size: int) -> None:
+    """Also if the last batch is larger than what is looked at first."""
+    wanted = Spooled(batch_of([(b"key", os.urandom(size))]), 48, "ring", 48, "")
+    noise = [block(Spooled(batch_of([(b"key", os.urandom(1 << 20))]), 0, "ring", 0, ""), SYNC)] * 80
+    data = b"".join([file_of([]), *noise, block(wanted, SYNC)])
+    start, sync, _ = read_header(data[: 1 << 16])
+    reads: list[int] = []
+
+    def read_at(offset: int, count: int) -> bytes:
+        reads.append(offset)
+        return data[offset : offset + count]
+
+    last = Reader(TRANSMITS, sync, start, read_at).last(len(data))
+    assert last is not None
+    assert facts(last) == facts(wanted)
+    assert min(reads) > len(data) - (66 << 20 if size > 100 else 1 << 19)
 
 
 def test_a_size_that_ends_at_a_later_marker_is_no_block() -> None:

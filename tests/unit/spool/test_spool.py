@@ -152,6 +152,24 @@ def test_drop_oldest_discards_the_oldest_events_that_are_not_in_flight(setup: Se
     assert (spool.lost, spool.discarded) == ({}, 0), "they were counted"
 
 
+def test_after_events_were_discarded_a_start_reads_only_the_ends_of_files(setup: Setup) -> None:
+    """It would take minutes otherwise, of a spool of 100 GiB."""
+    options = {"max_bytes": 1 << 24, "file_bytes": 1 << 20, "max_age_s": 60.0}
+    spool = setup.filled(1000, **options)
+    setup.clock.pass_time(100)
+    fill(spool, 3500)
+    spool.expire()
+    assert spool.lost == {"spool_expired": spool.discarded}
+    assert len(setup.names) >= 3
+    ledger = ledger_of(spool)
+    spool.close()
+    setup.disk.calls.clear()
+    spool = setup.open(ledger, **options)
+    assert setup.disk.calls.count("read") < 10 * len(setup.names)
+    assert len(finish(spool)) == ledger[1] - ledger[2]
+    assert (spool.lost, spool.discarded) == ({}, 0), "they were counted"
+
+
 def test_drop_oldest_rejects_new_events_while_all_are_in_flight(setup: Setup) -> None:
     spool = setup.open(max_bytes=20 * BLOCK_BYTES, when_full="drop_oldest")
 

@@ -7,6 +7,7 @@ import pytest
 
 from producer.cli.view import GROUPS
 from producer.events import CAUSES, FLOWS, KNOWN, RETRANSMITS
+from producer.view import flows as view_flows
 from producer.view.flows import HISTORY_S, Flows
 from producer.view.table import SORTS, Line, Table, details, table
 from tests.support.encoding import OFFSET_NS
@@ -46,6 +47,21 @@ def test_a_new_connection_counts_from_its_beginning() -> None:
     found = started()
     add_flows(found, NOW - 1, {"segs_out": 20, "total_retrans": 1, "start_ns": 500})
     assert shown(found).lines[0].segments == 2.0
+
+
+def test_names_beyond_the_limit_are_null_until_others_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_flows, "MAX_CHARACTERS", 500)
+    found = started()
+    for number in range(1, 101):
+        event = {"comm": f"process-{number:03}", "sk_cookie": number, "segs_out": 20, "start_ns": 500}
+        add_flows(found, NOW - 1, event)
+    assert sum(map(len, found.texts())) <= 500
+    lines = {line.name: line.flows for line in shown(found, "comm").lines}
+    assert 0 < lines["-"] < 100
+    assert sum(lines.values()) == 100
+    found.forget(NOW + 10_000)
+    add_flows(found, NOW + 10_000, {"comm": "process-101", "sk_cookie": 101, "segs_out": 20, "start_ns": 500})
+    assert "process-101" in found.texts()
 
 
 def test_several_records_of_a_connection_in_a_batch_count_once() -> None:

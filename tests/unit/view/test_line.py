@@ -1,6 +1,7 @@
 """Lines of a trace: fixed columns, the cause first, relative sequence numbers, and nothing that a terminal obeys."""
 
 import re
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -36,6 +37,20 @@ def test_lines_fit_the_screen_and_columns_stay_in_place(width: int, *, hosts: bo
     for title in ("CAUSE", "WHO", "FLOW" if width >= (120 if hosts else 100) else "PEER"):
         start = shown[0].index(title)
         assert all(line[start - 1] == " " and line[start] != " " for line in shown[1:]), title
+
+
+def test_names_of_flows_are_not_kept() -> None:
+    """A topic's writer can choose others for each record."""
+    [record] = decoded(RETRANSMITS, retransmits({**ENDS, "cause": "rto"})).rows()
+    shown = Lines(200, hosts=True, color=False)
+    shown.lines([record])
+    tracemalloc.start()
+    try:
+        for number in range(1000):
+            shown.lines([{**record, "host": f"{number:04096}"}])
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_cause_comes_first_and_sequence_numbers_are_relative() -> None:
