@@ -55,9 +55,10 @@ def test_a_file_is_shown_filtered_and_counted(file: Path) -> None:
     done = rebpf("trace", "-r", file, "-c", "cause", "rto", "or", "comm", "nginx")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split()[1] for line in lines[:4]] == ["CAUSE", "rto", "rto", "rto"]
-    assert lines[4] == "1 flow with retransmissions or an error"
-    assert lines[6].split() == ["3", "2", "loss", "nginx", "rto=3", "10.0.0.1:443", ">", "10.2.0.9:51234"]
+    assert lines[1].startswith("-- 2026-"), "the day of what was recorded"
+    assert [line.split()[1] for line in (lines[0], *lines[2:5])] == ["CAUSE", "rto", "rto", "rto"]
+    assert lines[5] == "1 flow with retransmissions or an error"
+    assert lines[7].split() == ["3", "2", "loss", "nginx", "rto=3", "10.0.0.1:443", ">", "10.2.0.9:51234"]
 
 
 def test_how_a_connection_failed_is_in_the_counts(tmp_path: Path) -> None:
@@ -71,13 +72,13 @@ def test_how_a_connection_failed_is_in_the_counts(tmp_path: Path) -> None:
     done = rebpf("trace", "-r", tmp_path / "file", "-c")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[4] == "3 flows with retransmissions or errors"
-    assert [" ".join(line.split()[4:6]) for line in lines[6:]] == [
+    assert lines[5] == "3 flows with retransmissions or errors"
+    assert [" ".join(line.split()[4:6]) for line in lines[7:]] == [
         "connect ECONNREFUSED",
         "connect closed",
         "close ECONNRESET",
     ]
-    assert lines[6].split()[:3] == ["0", "-", "-"], "nothing limits what was never established"
+    assert lines[7].split()[:3] == ["0", "-", "-"], "nothing limits what was never established"
 
 
 def test_json_lines_end_with_the_counts(file: Path) -> None:
@@ -100,7 +101,7 @@ def test_parquet_and_spool_files_are_shown_like_avro(tmp_path: Path) -> None:
 
 def test_a_period_of_a_file_is_shown(file: Path) -> None:
     assert len(rebpf("trace", "-r", file, "--until", "1971-01-01").stdout.splitlines()) == 1
-    assert len(rebpf("trace", "-r", file, "--since", "1971-01-01").stdout.splitlines()) == 5
+    assert len(rebpf("trace", "-r", file, "--since", "1971-01-01").stdout.splitlines()) == 6
     first = SEGMENTS["ts_ns"].cells[0]
     found = from_file(file, Period(first + 1, first + 2 * SECOND_NS), threading.Event())
     assert [len(records) for batch in found for records in batch if records.stream == RETRANSMITS] == [1]
