@@ -132,6 +132,7 @@ def test_a_wrong_filter_is_answered_with_a_caret(view: str) -> None:
         (["trace", "-r", "x", "--transmit"], "leave out --transmit"),
         (["trace", "--since", "1h"], "need -r"),
         (["trace", "-r", "/dev/null", "--since", "1h", "--until", "2h"], "--since must be before --until"),
+        (["trace", "-r", "/dev/null", "--since", "1h", "--until", "60m"], "--since must be before --until"),
         (["tail", "--brokers", "k:1", "--since", "1h", "--until", "2h"], "--since must be before --until"),
         (["report", "--brokers", "k:1", "--since", "1h", "--until", "2h", "-o", "r"], "--since must be before --until"),
         (["top", "--json"], "needs --once"),
