@@ -180,8 +180,8 @@ def test_the_summary_shows_the_worst_flow_first() -> None:
     wide, narrow = (summary.text(width, as_json=False).splitlines() for width in (120, 80))
     assert wide[2].endswith(" tlp=9 10.0.0.1:443 > 10.2.0.8:51234")
     assert max(map(len, narrow)) <= 80
-    narrowest = summary.text(64, as_json=False).splitlines()
-    assert narrowest[2].endswith(" tlp=9 10.2.0.8:51234")
+    narrower = summary.text(72, as_json=False).splitlines()
+    assert narrower[2].endswith(" tlp=9 10.2.0.8:51234")
     causes = ("rto", "fast", "fast", "slow_start", "tlp", "syn")
     more = retransmits(
         *({**ENDS, "cause": each, "daddr": "10.200.100.100", "sk_cookie": 7, "segs": 8} for each in causes)
@@ -190,3 +190,6 @@ def test_the_summary_shows_the_worst_flow_first() -> None:
     shown = summary.text(80, as_json=False).splitlines()
     assert max(map(len, shown)) <= 80
     assert shown[2].split()[4:] == ["fast=16", "rto=8", "slow~", "10.200.100.100:51234"], "the most frequent first"
+    narrowest = summary.text(60, as_json=False).splitlines()
+    assert max(map(len, narrowest)) <= 60
+    assert narrowest[1].split() == ["RETRANS", "LIMIT", "CAUSES", "FLOW"]
