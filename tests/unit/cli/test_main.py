@@ -30,10 +30,22 @@ def test_the_script_and_the_module_are_the_same_command():
     assert rebpf("version").stdout == by_script.stdout
 
 
-@pytest.mark.parametrize("started_as", ["/usr/bin/rebpf", "-m"])
-def test_ctrl_c_during_the_imports_leaves_no_traceback(started_as):
-    code = "import sys; sys.argv[0] = {!r}; import producer.cli, os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    done = subprocess.run([sys.executable, "-c", code.format(started_as)], capture_output=True)
+INTERRUPTED = """
+import os, signal, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "producer.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+"""
+
+
+@pytest.mark.parametrize("start", ["-m producer", "rebpf"])
+def test_ctrl_c_during_the_imports_leaves_no_traceback(start, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    script = Path(sys.executable).with_name("rebpf")
+    command = [sys.executable, "-m", "producer"] if start.startswith("-m") else [sys.executable, script]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
 
     assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
