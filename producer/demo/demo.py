@@ -61,7 +61,7 @@ def demo(*, duration_s: float, loss: float, as_json: bool, show_events: bool) ->
         )
     screen = _Screen(quiet=as_json, show_events=show_events)
     stop = SignalFlag()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         stop.interrupt_on(number)  # the second one ends the demo at once, but cleans up
     with (
         tempfile.TemporaryDirectory(prefix="rebpf-demo-") as folder,

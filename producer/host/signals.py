@@ -1,7 +1,7 @@
 """Signal handlers of the commands, without locks, and a wait that signals interrupt.
 
 SIGINT, SIGTERM   an orderly stop; the second one terminates the process at once with 130
-SIGHUP            `rebpf run` reloads its configuration, or stops if its terminal has closed; other commands end
+SIGHUP            `rebpf run` reloads its configuration, or stops if its terminal has closed; others end or stop
 SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, real-time signals
                   ignored: by default, a stray one would terminate the process
 SIGPIPE           ignored by Python: a write raises BrokenPipeError
