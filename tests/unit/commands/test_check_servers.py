@@ -16,6 +16,8 @@ from producer.config.load import Config, Kafka
 from producer.errors import UnavailableError
 from producer.host.reachable import unreachable
 from tests.support.mock_topics import Cluster
+from tests.support.pty_command import PtyCommand
+from tests.support.rebpf import command
 
 REAL, ADVERTISED = b"127.0.0.1", b"x.invalid"
 """Of one length, so that an answer with the one instead of the other stays well-formed."""
@@ -139,3 +141,10 @@ def test_a_broker_that_advertises_thousands_of_others_costs_a_bounded_number_of_
     assert set(found) == set(names)
     assert "no response within 1 s" in found[names[0]] or "timed out" in found[names[0]]
     assert 0 < most <= 70
+
+
+@pytest.mark.parametrize("name", ["check", "init"])
+def test_a_terminal_shows_that_it_waits_for_kafka(name: str) -> None:
+    with PtyCommand(command(name, "--brokers", "127.0.0.1:1"), 80, 24) as waiting:
+        assert waiting.wait() != 0
+    assert "connecting to Kafka at 127.0.0.1:1 ..." in waiting.output

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,9 @@ def test_the_notebook_is_stored_without_results() -> None:
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
     assert cells
     assert [cell for cell in cells if cell["outputs"] or cell["execution_count"] is not None] == []
+
+
+def test_the_notebook_finds_the_export_from_its_own_folder() -> None:
+    """Jupyter runs a notebook in the notebook's folder."""
+    (path,) = re.findall(r"REBPF_EXPORT=(\S+)", "".join(json.loads(NOTEBOOK.read_text())["cells"][0]["source"]))
+    assert path == "$PWD/events"
