@@ -20,6 +20,7 @@ from producer.cli.options import (
     usage,
 )
 from producer.host.output import echo
+from producer.host.signals import hangup
 from producer.host.text import lines
 
 paths_argument = click.argument("paths", nargs=-1, metavar="[FILE...]", type=click.Path(path_type=Path))
@@ -61,7 +62,7 @@ def _source(
 
 def _clean_up_on_signals() -> None:
     """Let SIGTERM and SIGHUP end the command as SIGINT does, so that no partial files stay."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, *hangup()):
         signal.signal(number, signal.default_int_handler)
 
 

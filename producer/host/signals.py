@@ -131,7 +131,7 @@ class Hangup(SignalFlag):
 
     def __init__(self) -> None:
         super().__init__()
-        self._needs_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _in_foreground()
+        self._needs_terminal = bool(hangup()) and _in_foreground()
         signal.signal(signal.SIGHUP, self._pending.setdefault)
 
     def is_set(self) -> bool:
@@ -181,6 +181,11 @@ def reset() -> None:
 def descriptor() -> int:
     """Return a descriptor that is readable once a signal has arrived, until a flag's `wait` has noticed it."""
     return _listen().reader
+
+
+def hangup() -> tuple[signal.Signals, ...]:
+    """Return SIGHUP, or nothing if the parent has it ignored, as nohup does."""
+    return () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
 
 
 def is_stopping() -> bool:

@@ -242,7 +242,7 @@ def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:
 def test_an_empty_period_and_an_unwritable_file_are_one_line(scene_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="no connection records and no retransmissions in this period"):
         report(Files([scene_folder]), Period(until_ns=1), tmp_path / "report.html", None)
-    with pytest.raises(UnavailableError, match="in this period match the filter$"):
+    with pytest.raises(UnavailableError, match=r"in this period match the filter$"):
         report(Files([scene_folder]), Period(), tmp_path / "report.html", None, choice=matching("peer 1.2.3.4"))
     with pytest.raises(UnavailableError, match=r"cannot write to .*missing.report.html: No such file"):
         report(Files([scene_folder]), Period(), tmp_path / "missing" / "report.html", None)
