@@ -124,8 +124,8 @@ def test_commands_with_a_filter_say_what_it_can_be():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trace", "-r", "x", "--since", "noon"], "'--since': expected a time such as"),
-        (["export", "-o", "x", "--until", "1"], "'--until': expected a time such as"),
+        (["trace", "-r", "x", "--since", "noon"], "'--since': expected a time in UTC such as"),
+        (["export", "-o", "x", "--until", "1"], "'--until': expected a time in UTC such as"),
         (["rn"], "No such command 'rn'"),
         (["run", "--brokrs", "a:1"], "No such option"),
         (["run", "more"], "unexpected extra argument"),
