@@ -53,7 +53,7 @@ class HookError(UnavailableError):
 
 
 class OutputError(RebpfError):
-    """Standard output cannot be written."""
+    """Standard output, or the file of `trace -w`, cannot be written."""
 
     exit_code = 74
 

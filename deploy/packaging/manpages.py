@@ -113,11 +113,12 @@ def _summary(command: click.Command) -> str:
 
 
 def _exit_codes() -> Iterator[tuple[str, str]]:
-    tree: list[Any] = [errors.RebpfError, *errors.RebpfError.__subclasses__()]
-    meanings = {errors.RebpfError: "Internal error: a bug."}
-    for kind in sorted(tree, key=lambda kind: kind.exit_code):
-        yield str(kind.exit_code), meanings.get(kind, kind.__doc__)
-    yield str(QUIT_NOW), _AT_ONCE
+    meanings = {errors.RebpfError.exit_code: "Internal error: a bug.", QUIT_NOW: _AT_ONCE}
+    tree: list[Any] = [errors.RebpfError]
+    for kind in tree:
+        meanings.setdefault(kind.exit_code, kind.__doc__)
+        tree += kind.__subclasses__()
+    yield from ((str(code), meaning) for code, meaning in sorted(meanings.items()))
 
 
 def _markdown(text: str) -> Iterator[str]:

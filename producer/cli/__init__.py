@@ -10,11 +10,11 @@ import signal
 import sys
 
 _LEAST_FREE_BYTES = 1 << 26
-_STARTED_AS = ("rebpf", "-m")
-"""What the process's first argument is, or ends with, if it is the command, and not a test that imports it."""
+_STARTED_AS = ("/rebpf", "/producer/__main__.py")
+"""How the process's first argument ends if it is the command, and not a test that imports it."""
 
 # Ctrl-C during the imports ends the process without a traceback of them. `signals.reset` undoes this.
-if os.path.basename(sys.argv[0]) in _STARTED_AS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if sys.argv[0].endswith(_STARTED_AS) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

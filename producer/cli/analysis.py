@@ -21,6 +21,7 @@ from producer.cli.options import (
     usage,
 )
 from producer.host.output import echo
+from producer.host.signals import hangup
 from producer.host.text import lines
 
 paths_argument = click.argument("paths", nargs=-1, metavar="[FILE...]", type=FilePath())
@@ -62,7 +63,7 @@ def _source(
 
 def _clean_up_on_signals() -> None:
     """Let SIGTERM and SIGHUP end the command as SIGINT does, so that no partial files stay."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, *hangup()):
         signal.signal(number, signal.default_int_handler)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +33,7 @@ from producer.errors import OutputError, ReaderGoneError, RebpfError, Unavailabl
 from producer.host import signals, stdio
 from producer.host.exhausted import exhausted, hidden
 from producer.host.output import LineFormatter, bounded, echo, flushed, formatter, hold_descriptors, set_log_level
-from producer.host.signals import QUIT_NOW, set_on, stop_on_signals
+from producer.host.signals import QUIT_NOW, Hangup, stop_on_signals
 from producer.host.text import lines, printable, to_json
 
 # One thread is enough; otherwise numpy's OpenBLAS starts one per CPU on import.
@@ -101,10 +100,11 @@ for each in (spool, alert, export, report, init, tail, verify, top, trace, confi
 def run(config: Path | None, duration: float | None, as_json: bool, **options: Any) -> None:
     """Capture events and publish them until SIGINT or SIGTERM.
 
-    Without --brokers, uses an in-process test broker that stores nothing. SIGHUP reloads the configuration. At the end,
-    prints the balance: how many events were captured, delivered, spooled and lost.
+    Without --brokers, uses an in-process test broker that stores nothing. SIGHUP reloads the configuration, but
+    stops a run whose terminal has closed. At the end, prints the balance: how many events were captured, delivered,
+    spooled and lost.
     """
-    hangup = set_on(signal.SIGHUP)  # first: it would end the process while this imports and reads
+    hangup = Hangup()  # first: a SIGHUP would end the process while this imports and reads
     from producer.agent.agent import Agent
     from producer.config import sources
     from producer.config.load import located
@@ -118,7 +118,7 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
             return load(config, **options)
 
     agent = Agent(read, lambda: sources.state(config), lambda: located(config))
-    stop = stop_on_signals()
+    stop = stop_on_signals(hangup)
     balances = agent.run(stop, hangup, duration)
     stop.set()  # also after `duration`, so that output does not wait for a reader
     text = printable("balance " + " | ".join(f"{topic} {balance}" for topic, balance in balances.items()))

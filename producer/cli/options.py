@@ -17,6 +17,8 @@ from producer.host.output import echo
 
 _FILE = "producer.config"
 """Where the context has the path of the configuration that was read."""
+_NOW_NS = time.time_ns()
+"""The same for all options: from 2h to 1h ago is an hour."""
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
@@ -90,7 +92,7 @@ class Time(click.ParamType):  # type: ignore[type-arg] # not generic in click 8.
         from producer.host.when import parse_time
 
         try:
-            return parse_time(value, time.time_ns())
+            return parse_time(value, _NOW_NS)
         except UsageError as error:
             self.fail(str(error), param, ctx)
 

@@ -24,7 +24,7 @@ from producer.host.state import check_lock, check_owners, is_locked, pid
 from producer.kernel import bpf_syscall
 from producer.kernel.btf import VMLINUX, Btf
 from producer.kernel.features import Features
-from producer.kernel.hooks import HOOKS_BY_STREAM, Kernel, choose, fitted, refusal
+from producer.kernel.hooks import HOOKS_BY_STREAM, NO_ITERATORS, Kernel, choose, fitted, refusal
 from producer.kernel.loader import check_descriptor_limit, python_with_bcc
 from producer.kernel.loader_child import NO_RING_BUFFER
 from producer.kernel.pinned import unusable
@@ -158,6 +158,8 @@ def _hooks(config: Config, btf: Btf, root: Path | None) -> Iterator[Finding]:
             if stream == FLOWS.name:
                 text = "this host cannot capture records of connections: set capture.flow = false"
             yield Finding(stream, text, HookError.exit_code)
+        elif stream == FLOWS.name and not features.iterators:
+            yield Finding("iterators", NO_ITERATORS, available=False)
     yield from _programs(config, kernel)
 
 

@@ -14,8 +14,9 @@ from producer.export.arrow import schema_of
 from producer.export.dataset import disk_errors
 from producer.export.events import Choice
 from producer.export.sources import Files, Topics
-from producer.host.output_file import write_whole
+from producer.host.output_file import check_folder, write_whole
 from producer.host.progress import Progress
+from producer.host.when import iso
 from producer.report.collect import NAMES, collect, collect_segments
 from producer.report.frame import Frame
 from producer.report.page import headline, page
@@ -33,16 +34,20 @@ def report(
     filter_text: str = "",
 ) -> list[str]:
     """Write the report; return the headline. Raises UnavailableError if there are no events."""
+    for path in filter(None, (output, picture)):
+        with disk_errors(path):
+            check_folder(path)
     collected = collect(source, period, choice)
     if not any(map(len, collected.frames.values())):
-        raise UnavailableError("no connection records and no retransmissions in this period")
+        which = " match the filter" if choice else ""
+        raise UnavailableError(f"no connection records and no retransmissions in this period{which}")
     summary = summarize(collected, period)
     if summary.flows and TRANSMITS in collected.quality:
         segments = collect_segments(source, period, flow_choice(summary))
     else:
         segments = Frame(pa.Table.from_batches([], schema_of(TRANSMITS, NAMES[TRANSMITS])))
     with Progress("drawing"):
-        text = page(summary, segments, list(_commands(summary, source)), filter_text)
+        text = page(summary, segments, list(_commands(summary, source, filter_text)), filter_text)
         with disk_errors(output):
             write_whole(output, text.encode(errors="backslashreplace"))
         if picture is not None:
@@ -52,7 +57,7 @@ def report(
     return headline(summary)
 
 
-def _commands(summary: Summary, source: Files | Topics) -> Iterator[str]:
+def _commands(summary: Summary, source: Files | Topics, filter_text: str) -> Iterator[str]:
     """Yield command lines that show more of the worst peer and host."""
     peers, hosts = summary.worst["peer"], summary.worst["host"]
     if peers:
@@ -62,4 +67,7 @@ def _commands(summary: Summary, source: Files | Topics) -> Iterator[str]:
     if hosts and isinstance(source, Topics):
         brokers = shlex.quote(source.brokers)
         yield f"rebpf verify --brokers {brokers} --host {shlex.quote(hosts[0].name)}  # whether events are missing"
-        yield f"rebpf export --brokers {brokers} --since 1h -o events  # the events, for notebooks"
+        ends = {"since": summary.period.since_ns, "until": summary.period.until_ns}
+        period = "".join(f" --{name} {iso(end)}" for name, end in ends.items() if end is not None)
+        chosen = f" --filter {shlex.quote(filter_text)}" if filter_text else ""
+        yield f"rebpf export --brokers {brokers}{period}{chosen} -o events  # these events, for notebooks"

@@ -32,8 +32,10 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _MAX_FLOWS = 16_384
-_BEFORE_CAUSES, _LEAST_CAUSES = 40, 17
-"""Columns of the counts before the causes, and those that are left to the causes: room for `connect ETIMEDOUT`."""
+_LEAST_CAUSES = 17
+"""Columns that are left to the causes in the counts: room for `connect ETIMEDOUT`."""
+_WITH_ALL = 72
+"""Narrower screens show neither spurious retransmissions nor the process in the counts."""
 _COUNTERS, _GAUGES = Interval._fields[1:8], Interval._fields[8:]
 
 
@@ -186,9 +188,10 @@ class Summary:
         if not rows:
             return title
         # Narrow screens show the peer alone, and cut the causes.
-        room = width - _BEFORE_CAUSES - max(len(_peer(row)) for row in rows) - 1
+        head = _before_causes(("RETRANS", "SPURIOUS", "LIMIT", "WHO"), width)
+        room = width - len(head) - max(len(_peer(row)) for row in rows) - 1
         why = min(max(len(_why(row)) for row in rows), max(room, _LEAST_CAUSES))
-        head = f"{'RETRANS':>7} {'SPURIOUS':>8} {'LIMIT':<11} {'WHO':<10} {'CAUSES':<{why}} FLOW"
+        head += f"{'CAUSES':<{why}} FLOW"
         return "\n".join([title, head, *(_line(row, why, width) for row in rows)])
 
 
@@ -201,9 +204,14 @@ def _peer(row: dict[str, Any]) -> str:
     return str(row["flow"].partition(" > ")[2])
 
 
+def _before_causes(cells: tuple[str, str, str, str], width: int) -> str:
+    fitted = [fit(text, size) for text, size in zip(cells, (7, 8, -11, -10), strict=True)]
+    return " ".join([*(fitted[::2] if width < _WITH_ALL else fitted), ""])
+
+
 def _line(row: dict[str, Any], why: int, width: int) -> str:
-    unneeded = "-" if row["spurious"] is None else row["spurious"]
-    text = f"{row['retransmitted']:>7} {unneeded:>8} {row['limit'] or '-':<11} {fit(row['who'], -10)} "
+    unneeded = "-" if row["spurious"] is None else str(row["spurious"])
+    text = _before_causes((str(row["retransmitted"]), unneeded, row["limit"] or "-", row["who"]), width)
     text += f"{fit(_why(row), -why)} "
     return printable(text + (row["flow"] if len(text) + len(row["flow"]) <= width else _peer(row)))
 

@@ -32,7 +32,7 @@ from producer.events import STREAMS
 from producer.host.output import echo
 from producer.host.progress import Progress
 from producer.host.python_child import python
-from producer.host.signals import Flag, SignalFlag
+from producer.host.signals import Flag, SignalFlag, hangup
 from producer.host.text import printable, to_json
 from producer.view.line import Lines, is_connection, is_retransmission
 from producer.view.terminal import is_usable
@@ -61,7 +61,7 @@ def demo(*, duration_s: float, loss: float, as_json: bool, show_events: bool) ->
         )
     screen = _Screen(quiet=as_json, show_events=show_events)
     stop = SignalFlag()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup()):
         stop.interrupt_on(number)  # the second one ends the demo at once, but cleans up
     with (
         tempfile.TemporaryDirectory(prefix="rebpf-demo-") as folder,

@@ -1,8 +1,15 @@
 """Files that a command writes where its user says."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
+
+
+def check_folder(path: Path) -> None:
+    """Raise OSError if no file can be created in a file's folder, before the work for its content is done."""
+    if not path.exists():
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """Signal handlers of the commands, without locks, and a wait that signals interrupt.
 
 SIGINT, SIGTERM   an orderly stop; the second one terminates the process at once with 130
-SIGHUP            `rebpf run` reloads its configuration; other commands end, as when their terminal closes
+SIGHUP            `rebpf run` reloads its configuration, or stops if its terminal has closed; others end or stop
 SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, real-time signals
                   ignored: by default, a stray one would terminate the process
 SIGPIPE           ignored by Python: a write raises BrokenPipeError
@@ -14,6 +14,7 @@ handlers here take no lock: threading.Event.set could deadlock on a lock that th
 SIGHUP is a C function, which no other handler can interrupt, so handlers do not nest, however many signals arrive.
 """
 
+import errno
 import os
 import select
 import signal
@@ -75,13 +76,10 @@ def _listen() -> _Wakeup:
 class SignalFlag:
     """A flag that signals set. Only the main thread may wait for it; any signal may end a wait early."""
 
-    def __init__(self) -> None:
+    def __init__(self, hangup: "Hangup | None" = None) -> None:
         self._wakeup = _listen()
         self._pending: dict[Any, Any] = {}
-
-    def set_on(self, number: signal.Signals) -> None:
-        """Let a signal set the flag, every time."""
-        signal.signal(number, self._pending.setdefault)
+        self._hangup = hangup
 
     def stop_on(self, number: signal.Signals) -> None:
         """Let a signal set the flag, or terminate the process if a signal has set it before."""
@@ -107,8 +105,8 @@ class SignalFlag:
         self._pending[number] = True
 
     def is_set(self) -> bool:
-        """Whether it is set."""
-        return bool(self._pending)
+        """Whether it is set, or the terminal has closed."""
+        return bool(self._pending) or (self._hangup is not None and self._hangup.is_final())
 
     def set(self) -> None:
         """Set it."""
@@ -120,9 +118,47 @@ class SignalFlag:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is set, any signal arrives, or `timeout` seconds pass; return whether it is set."""
-        if not self._pending:
+        if not self.is_set():
             self._wakeup.wait(timeout)
-        return bool(self._pending)
+        return self.is_set()
+
+
+class Hangup(SignalFlag):
+    """A flag that SIGHUP sets to ask for a reload, unless it means that this process has lost its terminal.
+
+    nohup has SIGHUP ignored, and a job in the background outlives its shell: for them, it always means a reload.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._needs_terminal = bool(hangup()) and _in_foreground()
+        signal.signal(signal.SIGHUP, self._pending.setdefault)
+
+    def is_set(self) -> bool:
+        """Whether a reload is asked for."""
+        return super().is_set() and not self.is_final()
+
+    def is_final(self) -> bool:
+        """Whether SIGHUP has arrived, and the terminal in whose foreground this process was started has closed."""
+        return self._needs_terminal and bool(self._pending) and _terminal_group() is None
+
+
+def _in_foreground() -> bool:
+    return _terminal_group() == os.getpgrp()
+
+
+def _terminal_group() -> int | None:
+    """Return the process group in the foreground of this session's terminal, 0 if unknown; None without a terminal."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        return None if error.errno in (errno.ENXIO, errno.EIO) else 0
+    try:
+        return os.tcgetpgrp(terminal)
+    except OSError:  # it closes just now
+        return None
+    finally:
+        os.close(terminal)
 
 
 _stops: list[SignalFlag] = []
@@ -147,21 +183,19 @@ def descriptor() -> int:
     return _listen().reader
 
 
+def hangup() -> tuple[signal.Signals, ...]:
+    """Return SIGHUP, or nothing if the parent has it ignored, as nohup does."""
+    return () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+
+
 def is_stopping() -> bool:
     """Whether a flag that stops this process is set."""
     return any(flag.is_set() for flag in _stops)
 
 
-def set_on(number: signal.Signals) -> SignalFlag:
-    """Return a flag that a signal sets."""
-    flag = SignalFlag()
-    flag.set_on(number)
-    return flag
-
-
-def stop_on_signals() -> SignalFlag:
-    """Return a flag that SIGINT or SIGTERM sets; a second signal terminates the process."""
-    stop = SignalFlag()
+def stop_on_signals(hangup: Hangup | None = None) -> SignalFlag:
+    """Return a flag that SIGINT or SIGTERM sets, or the end of the terminal; a second signal terminates the process."""
+    stop = SignalFlag(hangup)
     for number in (signal.SIGINT, signal.SIGTERM):
         stop.stop_on(number)
     return stop

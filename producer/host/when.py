@@ -25,7 +25,7 @@ def _parsed(text: str, now_ns: int) -> int:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
         raise UsageError(
-            f"expected a time such as 2026-11-29T15:00Z, or 30s, 10m, 1h or 7d ago, found {text!r}"
+            f"expected a time in UTC such as 2026-11-29T15:00, or 30s, 10m, 1h or 7d ago, found {text!r}"
         ) from None
     moment = moment.replace(tzinfo=moment.tzinfo or UTC)
     return int(moment.timestamp()) * 1_000_000_000 + moment.microsecond * 1000
@@ -36,6 +36,11 @@ def compact(time_ns: int | None, unlimited: str) -> str:
     if time_ns is None:
         return unlimited
     return datetime.fromtimestamp(time_ns // 1_000_000_000, UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
+def iso(time_ns: int) -> str:
+    """Return a time for the command line: 2026-11-29T15:00:00Z."""
+    return datetime.fromtimestamp(time_ns // 1_000_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def readable(time_ns: int) -> str:

@@ -18,6 +18,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 from producer.config.librdkafka import admin_settings
 from producer.config.load import Config
 from producer.errors import PermissionDenied, RebpfError, UnavailableError
+from producer.host.progress import Progress
 from producer.host.reachable import unreachable
 from producer.kafka.confluent import NEEDS_KAFKA, ClientErrors, is_test_broker, open_client
 
@@ -96,9 +97,10 @@ class Admin:
 
         Also if they are the test broker, which does not answer what follows.
         """
-        found = self._metadata()
-        brokers = [(str(broker.host), broker.port) for broker in found.brokers.values()]
-        failed = unreachable(brokers)
+        with Progress(f"connecting to Kafka at {self._brokers}"):
+            found = self._metadata()
+            brokers = [(str(broker.host), broker.port) for broker in found.brokers.values()]
+            failed = unreachable(brokers)
         if failed:
             reasons = ", ".join(f"{host}:{port} ({reason})" for (host, port), reason in failed.items())
             raise UnavailableError(

@@ -232,6 +232,9 @@ def attach(probe: Probe, program: int, kernel: Kernel, flow_states: int) -> int:
         os.close(folder)
 
 
+NO_ITERATORS = "connections have no records until they close: the kernel is older than 5.11, or refuses BPF iterators"
+
+
 def fitted(hook: Hook, features: Features) -> Hook:
     """Return the hook with the probes that this kernel needs and can have."""
     refused = {*ITERATORS} - features.iterators

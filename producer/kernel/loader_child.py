@@ -214,6 +214,8 @@ class _Loaded:
         if path and not self.programs_from:
             self.warnings.append(f"compiled programs: {files.none_fits()}")
         self.warnings += cache.warnings
+        if "flow" in self.chosen and not kernel.features.iterators:
+            self.warnings.append(hooks.NO_ITERATORS)
 
     def _choose(self, allowed: Mapping[str, list[str]]) -> None:
         known = {(refusal.stream, refusal.hook) for refusal in self.refusals}

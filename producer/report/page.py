@@ -43,12 +43,13 @@ td:first-child { overflow-wrap: anywhere; min-width: 8rem; }
 td.n { white-space: nowrap; }
 .box { border: 2px solid #555; border-radius: .4rem; padding: 0 1rem 1rem; margin-top: 2rem; }
 .bad { font-weight: 700; }
-pre { background: #f2f2f2; padding: .6rem; overflow-x: auto; font-size: .9rem; }
+pre { background: #f2f2f2; padding: .6rem; white-space: pre-wrap; font-size: .9rem; }
+h2, h3, tr:first-child { break-after: avoid; }
+tr, svg, .box { break-inside: avoid; }
 @media (max-width: 40rem) {
   table { font-size: .78rem; }
   th, td { padding-right: .4rem; }
   td:first-child { min-width: 6.8rem; }
-  pre { white-space: pre-wrap; }
 }
 </style>
 </head>

@@ -68,7 +68,8 @@ def compare(name: str, operator: Compare, text: str) -> Callable[[Records], Mask
     match = _NUMBER.fullmatch(text)
     suffix = (match[2] or "") if match else ""
     is_time = _FIELDS.get(name, "").endswith("_us")
-    if match is None or (suffix in _TIMES and not is_time) or (suffix == "%" and name != _RATIO):
+    foreign = (suffix in _TIMES and not is_time) or (suffix == "%" and name != _RATIO)
+    if match is None or foreign or (not suffix and _is_ambiguous(name, float(match[1]))):
         hint = "a time such as 200ms" if is_time else "a ratio such as 1%" if name == _RATIO else "a number such as 10"
         raise Expected(hint)
     least = float(match[1]) * _SCALES[suffix]
@@ -79,6 +80,11 @@ def compare(name: str, operator: Compare, text: str) -> Callable[[Records], Mask
         return chosen
 
     return mask
+
+
+def _is_ambiguous(name: str, number: float) -> bool:
+    """Whether a number without a unit may be meant in another one: milliseconds, or percent."""
+    return abs(number) >= 1 if name == _RATIO else number != 0 and _ALIASES.get(name, "").endswith("_us")
 
 
 def _ratio(records: Records) -> tuple[Any, Mask]:

@@ -1,5 +1,6 @@
 """Records as lines in fixed columns: what happened, the segment, who. The flow is last, because it may be long."""
 
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -86,14 +87,20 @@ class Lines:
         self._columns = [each for each in fitting if hosts or each.title != "HOST"]
         self._color = color
         self._first: OrderedDict[int, int] = OrderedDict()
+        self._day = _day(time.time())
         self.rejected: Counter[str] = Counter()
 
     def header(self) -> str:
-        """Return the titles."""
-        return " ".join(fit(each.title, each.width) for each in self._columns).rstrip()
+        """Return the titles, with the zone of the times unless it is UTC."""
+        moment, *others = self._columns
+        titles = [moment._replace(title=f"{moment.title} {self._day.partition(' ')[2]}"), *others]
+        return " ".join(fit(each.title, each.width) for each in titles).rstrip()
 
     def lines(self, records: Iterable[Record]) -> list[str]:
-        """Return a line for each event, in order of time: Kafka keeps the order only within a partition."""
+        """Return a line for each event, in order of time: Kafka keeps the order only within a partition.
+
+        If it is not of the same day as the one before, or the first not of today, the day precedes it.
+        """
         shown = []
         for record in records:
             try:
@@ -103,7 +110,11 @@ class Lines:
                 self._reject(f"no field {error}")
             except (TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
                 self._reject(f"{type(error).__name__}: {error}")
-        return [line for _, line in sorted(shown, key=lambda each: each[0])]
+        return [self._dated(ts_ns, line) for ts_ns, line in sorted(shown, key=lambda each: each[0])]
+
+    def _dated(self, ts_ns: int, line: str) -> str:
+        before, self._day = self._day, _day(ts_ns / 1e9)
+        return line if self._day == before else f"-- {self._day}\n{line}"
 
     def _reject(self, reason: str) -> None:
         cut = printable(reason[:_MAX_REASON])
@@ -190,6 +201,11 @@ def _count(name: str) -> Callable[[Lines, Record], str]:
 
 def _time_of(name: str) -> Callable[[Lines, Record], str]:
     return lambda _, record: duration(record.get(name) or None)  # 0: not measured yet
+
+
+def _day(time_s: float) -> str:
+    """Return the local date of a time, with the zone unless it is UTC: 2026-11-29 +0100."""
+    return time.strftime("%Y-%m-%d %z", time.localtime(time_s)).removesuffix(" +0000")
 
 
 def _time(_: Lines, record: Record) -> str:

@@ -17,6 +17,8 @@ class Unseen:
         self._first: dict[tuple[int, int], int] = {}
         self._last: dict[tuple[int, int], int] = {}
         self._closed = 0
+        self._older = np.zeros(0, np.uint64)
+        """Cookies of the connections in the beginning."""
 
     @property
     def segs(self) -> int:
@@ -24,13 +26,19 @@ class Unseen:
         return self._closed + sum(self._last.values()) - sum(self._first.values())
 
     def add(self, rows: NDArray[Any], *, beginning: bool) -> None:
-        """Take rows of the flow stream; in the beginning, older connections start to count."""
+        """Take rows of the flow stream; in the beginning, older connections start to count.
+
+        One that only appears later had no owner, so that it was not found: it starts to count then.
+        """
+        cookies = rows["flow"]["sk_cookie"]
+        if beginning:
+            self._older = np.union1d(self._older, cookies)
         chosen = rows["retrans_other"] > 0
         if self._last:
-            chosen |= np.isin(rows["flow"]["sk_cookie"], [cookie for cookie, _ in self._last])
-        for row in rows[chosen]:
+            chosen |= np.isin(cookies, [cookie for cookie, _ in self._last])
+        for row, is_known in zip(rows[chosen], np.isin(cookies[chosen], self._older), strict=True):
             key, segs = (int(row["flow"]["sk_cookie"]), int(row["start_ns"])), int(row["retrans_other"])
-            if beginning and not row["start_ns"]:
+            if not row["start_ns"] and (beginning or not (is_known or key in self._last)):
                 self._first[key] = segs
             self._last[key] = segs
             if row["reason"] == _CLOSE:

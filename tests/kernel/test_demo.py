@@ -121,6 +121,18 @@ def test_a_terminal_shows_the_live_table_and_then_the_results(folder: Path) -> N
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("said", ["Loading the hooks", "PEER"], ids=["start", "traffic"])
+def test_a_closed_terminal_leaves_nothing(folder: Path, said: str) -> None:
+    with PtyCommand([sys.executable, "-m", "producer", "demo"], 80, 24, TMPDIR=str(folder)) as demo_:
+        while said not in demo_.output:
+            demo_.read(0.1)
+        processes = descendants(demo_.process.pid)
+        demo_.close()
+        demo_.wait()
+    wait_until_gone(processes)
+    assert list(folder.iterdir()) == []
+
+
 def test_the_events_are_shown_on_demand_and_the_broker_is_for_trying(folder: Path) -> None:
     process = start(folder, "--duration", "3", "--loss", "0.05", "--events")
     out, err = process.communicate(timeout=START_TIMEOUT_S)

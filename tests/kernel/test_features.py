@@ -7,8 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from producer.commands.check import _hooks
+from producer.config.load import Config
+from producer.kernel import loader_child
 from producer.kernel.btf import Btf
 from producer.kernel.features import Features, machine
+from producer.kernel.hooks import NO_ITERATORS, Kernel
+from producer.paths import BPF
 
 pytestmark = pytest.mark.root
 
@@ -21,6 +26,19 @@ def test_features_by_btf_are_those_of_the_trials() -> None:
     assert expected == replace(found, split=None, iterators=expected.iterators)
     assert expected.iterators >= found.iterators, "the kernel may refuse some"
     assert machine(btf) == os.uname().machine
+
+
+def test_a_kernel_without_iterators_is_one_line_of_the_log_and_of_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = replace(Features.find(Btf.load()), iterators=frozenset())
+    monkeypatch.setattr(Features, "find", classmethod(lambda cls, btf: features))
+    monkeypatch.setattr(loader_child._Loaded, "_load", lambda *_: None)
+    request = {
+        "streams": ["flow"], "hooks": [], "ring_bytes": {}, "cache": None, "programs": None, "version": "",
+        "bpf": str(BPF), "layout_check": "",
+    }  # fmt: skip
+    loaded = loader_child._Loaded(request, Kernel(Btf.load(), features, None, keeps=False))
+    assert loaded.warnings == [NO_ITERATORS]
+    assert [str(found) for found in _hooks(Config(), Btf.load(), None)][-1] == f"no      iterators: {NO_ITERATORS}"
 
 
 def test_a_limit_on_descriptors_is_not_taken_for_an_old_kernel() -> None:

@@ -85,14 +85,22 @@ def test_a_wrong_filter_is_shown_under_its_place(netns: int) -> None:
         assert top.wait() == 0
 
 
-def test_a_closed_terminal_leaves_nothing_attached(netns: int) -> None:
-    with PtyCommand(command("top", "netns", netns), 80, 24) as top:
-        top.wait_for(lambda screen: len(screen) > 3, "screen")
-        programs = attached(top.process.pid)
-        top.close()
-        top.wait()
-        assert programs
+@pytest.mark.parametrize("words", [["top"], ["trace"], ["run", "--state-dir", "{folder}"]], ids=lambda words: words[0])
+def test_a_closed_terminal_leaves_nothing_attached(words: list[str], tmp_path: Path) -> None:
+    with PtyCommand(command(*(word.format(folder=tmp_path) for word in words)), 80, 24) as shown:
+        programs = wait_attached(shown.process.pid)
+        shown.close()
+        shown.wait()
         wait_detached(programs)
+
+
+def test_a_terminal_that_closes_while_the_programs_are_compiled_ends_a_run(tmp_path: Path) -> None:
+    with PtyCommand(command("run", "--state-dir", tmp_path), 80, 24) as run:
+        while "compiling" not in run.output:
+            run.read(0.1)
+        run.close()
+        run.wait()
+        assert not (tmp_path / "agent.json").exists()
 
 
 def test_one_table_for_scripts(netns: int) -> None:

@@ -20,3 +20,11 @@ def test_a_manual_page_has_no_markdown_left(name: str) -> None:
 
 def test_a_list_is_set_as_one() -> None:
     assert [*MANPAGES["_markdown"]("- one\n  item\n- `two`")] == [".IP \\(bu 2\none item", ".IP \\(bu 2\n\\fBtwo\\fR"]
+
+
+def test_every_exit_code_is_in_the_manual() -> None:
+    status = MANPAGES["command_page"]("1.0", "2026-01-01").partition("EXIT STATUS")[2]
+    codes = list(map(int, re.findall(r"^\\fB(\d+)\\fR$", status, re.MULTILINE)))
+    documented = re.findall(r"\| (\d+) \|$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert {*map(int, documented)} <= {*codes}
+    assert codes == sorted(codes)

@@ -30,10 +30,22 @@ def test_the_script_and_the_module_are_the_same_command():
     assert rebpf("version").stdout == by_script.stdout
 
 
-@pytest.mark.parametrize("started_as", ["/usr/bin/rebpf", "-m"])
-def test_ctrl_c_during_the_imports_leaves_no_traceback(started_as):
-    code = "import sys; sys.argv[0] = {!r}; import producer.cli, os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    done = subprocess.run([sys.executable, "-c", code.format(started_as)], capture_output=True)
+INTERRUPTED = """
+import os, signal, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "producer.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+"""
+
+
+@pytest.mark.parametrize("start", ["-m producer", "rebpf"])
+def test_ctrl_c_during_the_imports_leaves_no_traceback(start, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    script = Path(sys.executable).with_name("rebpf")
+    command = [sys.executable, "-m", "producer"] if start.startswith("-m") else [sys.executable, script]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
 
     assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
@@ -112,8 +124,8 @@ def test_commands_with_a_filter_say_what_it_can_be():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trace", "-r", "x", "--since", "noon"], "'--since': expected a time such as"),
-        (["export", "-o", "x", "--until", "1"], "'--until': expected a time such as"),
+        (["trace", "-r", "x", "--since", "noon"], "'--since': expected a time in UTC such as"),
+        (["export", "-o", "x", "--until", "1"], "'--until': expected a time in UTC such as"),
         (["rn"], "No such command 'rn'"),
         (["run", "--brokrs", "a:1"], "No such option"),
         (["run", "more"], "unexpected extra argument"),

@@ -17,6 +17,8 @@ from producer.errors import UnavailableError
 from producer.host.reachable import unreachable
 from producer.kafka.admin import TopicInfo
 from tests.support.mock_topics import Cluster
+from tests.support.pty_command import PtyCommand
+from tests.support.rebpf import command
 
 REAL, ADVERTISED = b"127.0.0.1", b"x.invalid"
 """Of one length, so that an answer with the one instead of the other stays well-formed."""
@@ -151,3 +153,10 @@ def test_a_topic_that_rejects_whole_batches_is_named(most: str, warns: bool) -> 
     assert all(f'set "batch.size" = {most} in [kafka.settings]' in each.text for each in found)
     assert not list(batches("t", TopicInfo(1, 1, may_write=True, settings={})))
     assert not list(batches("t", UnavailableError("no such topic")))
+
+
+@pytest.mark.parametrize("name", ["check", "init"])
+def test_a_terminal_shows_that_it_waits_for_kafka(name: str) -> None:
+    with PtyCommand(command(name, "--brokers", "127.0.0.1:1"), 80, 24) as waiting:
+        assert waiting.wait() != 0
+    assert "connecting to Kafka at 127.0.0.1:1 ..." in waiting.output

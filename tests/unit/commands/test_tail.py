@@ -75,7 +75,7 @@ def test_json_lines_have_topic_key_and_raw_numbers(cluster: Cluster, capsys: pyt
 def test_a_limit_is_the_number_of_lines(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.put_events(TRANSMITS, range(13))
     print_events(cluster, as_json=False, limit=7)
-    titles, *events = capsys.readouterr().out.splitlines()
+    titles, _day, *events = capsys.readouterr().out.splitlines()
     assert (titles.split()[:3], len(events)) == (["TIME", "CAUSE", "HOST"], 7)
 
 
@@ -241,7 +241,7 @@ def test_records_of_other_types_are_skipped_and_counted_and_cost_no_other(
         stop=threading.Event(),
         client_settings={},
     )
-    assert len(capsys.readouterr().out.splitlines()) == (2 if as_json else 3)
+    assert len(capsys.readouterr().out.splitlines()) == (2 if as_json else 4), "titles, a day and two events"
     skipped = [record.args for record in caplog.records if "skipped messages" in record.message]
     assert sum(args[0] for args in skipped if isinstance(args, tuple)) == len(ODD)
 

@@ -63,23 +63,35 @@ def test_a_report_needs_no_backend_of_matplotlib(tmp_path: Path, backend: str) -
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_it_without_a_traceback_or_partial_files(tmp_path: Path, number: signal.Signals) -> None:
-    scene = write_scene(tmp_path / "in")
-    os.mkfifo(scene / "z.avro")  # so that it waits while it has files open
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "producer", "export", scene, "-o", out], stderr=subprocess.PIPE, text=True
-    )
+def waiting_export(folder: Path, *before: str) -> "subprocess.Popen[str]":
+    """Start an export to `folder`/out, which waits while it has files open."""
+    scene, out = write_scene(folder / "in"), folder / "out"
+    os.mkfifo(scene / "z.avro")
+    run = [*before, sys.executable, "-m", "producer", "export", str(scene), "-o", str(out)]
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(out.rglob("*.partial")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_without_a_traceback_or_partial_files(tmp_path: Path, number: signal.Signals) -> None:
+    process = waiting_export(tmp_path)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in err) == (130, False)
-    assert [path for path in out.rglob("*") if path.is_file()] == []
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+def test_under_nohup_it_goes_on_when_the_terminal_closes(tmp_path: Path) -> None:
+    with waiting_export(tmp_path, "nohup") as process:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        process.kill()
+    ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+    assert ignored & 1 << signal.SIGHUP - 1
 
 
 def test_the_import_without_the_extra_says_what_to_install() -> None:

@@ -179,7 +179,7 @@ def test_a_period_and_columns_are_chosen(tmp_path: Path) -> None:
     [
         ({"topic": "tcp_flows"}, "topic: expected one of tcp_transmit, tcp_retransmit, tcp_flow, found 'tcp_flows'"),
         ({"topic": "tcp_flow", "columns": ["cause"]}, "tcp_flow has no column cause"),
-        ({"topic": "tcp_flow", "since": "yesterday"}, "expected a time such as .* found 'yesterday'"),
+        ({"topic": "tcp_flow", "since": "yesterday"}, "expected a time in UTC such as .* found 'yesterday'"),
         ({"topic": "tcp_flow", "brokers": "localhost:9092"}, "give either files or brokers"),
     ],
 )

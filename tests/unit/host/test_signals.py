@@ -1,6 +1,7 @@
 """Signals set flags, in any number, and wake the loop; a second stop signal ends the process at once."""
 
 import ast
+import os
 import select
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from producer.host import signals
+from tests.support.pty_command import PtyCommand
+from tests.support.rebpf import wait_until
 
 DEADLINE_S = 30.0
 LOOP = """
@@ -20,7 +23,8 @@ import sys
 from producer.host.signals import *
 import signal
 reset()
-stop, reload = stop_on_signals(), set_on(signal.SIGHUP)
+reload = Hangup()
+stop = stop_on_signals(reload)
 reloads = 0
 print("ready", flush=True)
 while not stop.is_set():
@@ -112,6 +116,8 @@ def test_what_the_parent_has_blocked_or_ignored_changes_nothing() -> None:
     code = """
 import subprocess
 from producer.host import signals
+from tests.support.pty_command import PtyCommand
+from tests.support.rebpf import wait_until
 signals.reset()
 stop = signals.stop_on_signals()
 print(subprocess.run(["false"]).returncode, flush=True)
@@ -152,6 +158,65 @@ except KeyboardInterrupt:
             assert child.stdout.readline() == word + b"\n"
         child.send_signal(signal.SIGTERM)
         assert child.wait(DEADLINE_S) == 130
+
+
+ON_A_TERMINAL = """
+import os, sys
+from producer.host.signals import *
+{before}
+reload = Hangup()
+stop = stop_on_signals(reload)
+said = open(sys.argv[1], "a", buffering=1)
+print("ready", file=said)
+while not stop.wait(600):
+    if reload.is_set():
+        reload.clear()
+        print("reload", file=said)
+os._exit(7)
+"""
+
+
+def test_the_end_of_its_terminal_stops_a_process_and_other_hangups_reload(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    run = [sys.executable, "-c", ON_A_TERMINAL.format(before=""), str(said)]
+    with PtyCommand(run, 80, 24) as child:
+        wait_until("it is ready", lambda: said.exists() and said.read_text() == "ready\n")
+        child.process.send_signal(signal.SIGHUP)
+        wait_until("a reload", lambda: said.read_text() == "ready\nreload\n")
+        child.close()
+        assert child.wait() == 7
+        assert said.read_text() == "ready\nreload\n"
+
+
+BACKGROUND = "os.fork() and os.wait() and os._exit(0); os.setpgid(0, 0); open(sys.argv[2], 'w').write(str(os.getpid()))"
+
+
+NOHUP = ["sh", "-c", 'exec nohup "$@" >/dev/null 2>&1', "sh"]
+
+
+@pytest.mark.parametrize(
+    ("before", "prefix"), [(BACKGROUND, []), ("", NOHUP), ("", ["setsid", "--wait"])], ids=["job", "nohup", "setsid"]
+)
+def test_what_outlives_its_terminal_reloads_after_its_end(before: str, prefix: list[str], tmp_path: Path) -> None:
+    said, pid = tmp_path / "said", tmp_path / "pid"
+    before = before or "open(sys.argv[2], 'w').write(str(os.getpid()))"
+    run = [*prefix, sys.executable, "-c", ON_A_TERMINAL.format(before=before), str(said), str(pid)]
+    with PtyCommand(run, 80, 24) as shell:
+        wait_until("it is ready", lambda: said.exists() and said.read_text() == "ready\n")
+        child = int(pid.read_text())
+        try:
+            shell.close()
+            wait_until("the end of the terminal", lambda: terminal_of(child) == 0)
+            count = said.read_text().count("reload")
+            os.kill(child, signal.SIGHUP)
+            wait_until("a reload", lambda: said.read_text().count("reload") > count)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def terminal_of(pid: int) -> int:
+    """Return the number of the terminal that controls a process, 0 if there is none."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[4])
 
 
 HANDLERS = {("signals.py", "signal.signal")}

@@ -27,5 +27,5 @@ def test_a_time_fits_in_64_bits(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "1e5h", "-1h", "nan", "infs", "2026-02-30", "10000-01-01", "12:00"])
 def test_anything_else_is_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError, match="expected a time such as"):
+    with pytest.raises(UsageError, match="expected a time in UTC such as"):
         parse_time(text, NOW_NS)

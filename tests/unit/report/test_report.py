@@ -12,13 +12,13 @@ import pytest
 
 import rebpf
 from producer.commands.export import export
-from producer.commands.report import report
+from producer.commands.report import _commands, report
 from producer.consume.period import Period
 from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.export.arrow import schema_of
 from producer.export.events import matching
-from producer.export.sources import Files
+from producer.export.sources import Files, Topics
 from producer.host.text import printable
 from producer.report.collect import collect
 from producer.report.connections import COLUMNS, connections
@@ -243,6 +243,23 @@ def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:
 def test_an_empty_period_and_an_unwritable_file_are_one_line(scene_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="no connection records and no retransmissions in this period"):
         report(Files([scene_folder]), Period(until_ns=1), tmp_path / "report.html", None)
+    with pytest.raises(UnavailableError, match=r"in this period match the filter$"):
+        report(Files([scene_folder]), Period(), tmp_path / "report.html", None, choice=matching("peer 1.2.3.4"))
     with pytest.raises(UnavailableError, match=r"cannot write to .*missing.report.html: No such file"):
         report(Files([scene_folder]), Period(), tmp_path / "missing" / "report.html", None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_does_not_exist_is_noticed_before_the_events_are_read(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"cannot write to .*missing.report.png: No such file"):
+        report(Files([tmp_path / "none"]), Period(), tmp_path / "report.html", tmp_path / "missing" / "report.png")
+
+
+def test_the_commands_are_of_the_same_period_whenever_they_are_run(scene_folder: Path) -> None:
+    period = Period(NOON_NS, NOON_NS + 3600 * SECOND_NS)
+    summary = summarize(collect(Files([scene_folder]), period), period)
+    *_, export = _commands(summary, Topics("kafka-1:9092", {}, None, {}), "port 443")
+    assert export.startswith(
+        "rebpf export --brokers kafka-1:9092 --since 2026-09-21T12:00:00Z --until 2026-09-21T13:00:00Z"
+        " --filter 'port 443' -o events  #"
+    )

@@ -55,9 +55,10 @@ def test_a_file_is_shown_filtered_and_counted(file: Path) -> None:
     done = rebpf("trace", "-r", file, "-c", "cause", "rto", "or", "comm", "nginx")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split()[1] for line in lines[:4]] == ["CAUSE", "rto", "rto", "rto"]
-    assert lines[4] == "1 flow with retransmissions or an error"
-    assert lines[6].split() == ["3", "2", "loss", "nginx", "rto=3", "10.0.0.1:443", ">", "10.2.0.9:51234"]
+    assert lines[1].startswith("-- 2026-"), "the day of what was recorded"
+    assert [line.split()[1] for line in (lines[0], *lines[2:5])] == ["CAUSE", "rto", "rto", "rto"]
+    assert lines[5] == "1 flow with retransmissions or an error"
+    assert lines[7].split() == ["3", "2", "loss", "nginx", "rto=3", "10.0.0.1:443", ">", "10.2.0.9:51234"]
 
 
 def test_how_a_connection_failed_is_in_the_counts(tmp_path: Path) -> None:
@@ -71,13 +72,13 @@ def test_how_a_connection_failed_is_in_the_counts(tmp_path: Path) -> None:
     done = rebpf("trace", "-r", tmp_path / "file", "-c")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[4] == "3 flows with retransmissions or errors"
-    assert [" ".join(line.split()[4:6]) for line in lines[6:]] == [
+    assert lines[5] == "3 flows with retransmissions or errors"
+    assert [" ".join(line.split()[4:6]) for line in lines[7:]] == [
         "connect ECONNREFUSED",
         "connect closed",
         "close ECONNRESET",
     ]
-    assert lines[6].split()[:3] == ["0", "-", "-"], "nothing limits what was never established"
+    assert lines[7].split()[:3] == ["0", "-", "-"], "nothing limits what was never established"
 
 
 def test_json_lines_end_with_the_counts(file: Path) -> None:
@@ -100,7 +101,7 @@ def test_parquet_and_spool_files_are_shown_like_avro(tmp_path: Path) -> None:
 
 def test_a_period_of_a_file_is_shown(file: Path) -> None:
     assert len(rebpf("trace", "-r", file, "--until", "1971-01-01").stdout.splitlines()) == 1
-    assert len(rebpf("trace", "-r", file, "--since", "1971-01-01").stdout.splitlines()) == 5
+    assert len(rebpf("trace", "-r", file, "--since", "1971-01-01").stdout.splitlines()) == 6
     first = SEGMENTS["ts_ns"].cells[0]
     found = from_file(file, Period(first + 1, first + 2 * SECOND_NS), threading.Event())
     assert [len(records) for batch in found for records in batch if records.stream == RETRANSMITS] == [1]
@@ -131,6 +132,7 @@ def test_a_wrong_filter_is_answered_with_a_caret(view: str) -> None:
         (["trace", "-r", "x", "--transmit"], "leave out --transmit"),
         (["trace", "--since", "1h"], "need -r"),
         (["trace", "-r", "/dev/null", "--since", "1h", "--until", "2h"], "--since must be before --until"),
+        (["trace", "-r", "/dev/null", "--since", "1h", "--until", "60m"], "--since must be before --until"),
         (["tail", "--brokers", "k:1", "--since", "1h", "--until", "2h"], "--since must be before --until"),
         (["report", "--brokers", "k:1", "--since", "1h", "--until", "2h", "-o", "r"], "--since must be before --until"),
         (["top", "--json"], "needs --once"),
@@ -178,8 +180,8 @@ def test_the_summary_shows_the_worst_flow_first() -> None:
     wide, narrow = (summary.text(width, as_json=False).splitlines() for width in (120, 80))
     assert wide[2].endswith(" tlp=9 10.0.0.1:443 > 10.2.0.8:51234")
     assert max(map(len, narrow)) <= 80
-    narrowest = summary.text(64, as_json=False).splitlines()
-    assert narrowest[2].endswith(" tlp=9 10.2.0.8:51234")
+    narrower = summary.text(72, as_json=False).splitlines()
+    assert narrower[2].endswith(" tlp=9 10.2.0.8:51234")
     causes = ("rto", "fast", "fast", "slow_start", "tlp", "syn")
     more = retransmits(
         *({**ENDS, "cause": each, "daddr": "10.200.100.100", "sk_cookie": 7, "segs": 8} for each in causes)
@@ -188,3 +190,6 @@ def test_the_summary_shows_the_worst_flow_first() -> None:
     shown = summary.text(80, as_json=False).splitlines()
     assert max(map(len, shown)) <= 80
     assert shown[2].split()[4:] == ["fast=16", "rto=8", "slow~", "10.200.100.100:51234"], "the most frequent first"
+    narrowest = summary.text(60, as_json=False).splitlines()
+    assert max(map(len, narrowest)) <= 60
+    assert narrowest[1].split() == ["RETRANS", "LIMIT", "CAUSES", "FLOW"]

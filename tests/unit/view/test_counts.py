@@ -58,6 +58,7 @@ def test_only_what_is_unseen_since_the_beginning_counts() -> None:
     unseen = Unseen()
     unseen.add(row(1, 70), beginning=True)
     unseen.add(row(2, 2, start=5), beginning=True)
+    unseen.add(row(3, 0), beginning=True)
     assert unseen.segs == 2
     unseen.add(row(1, 73), beginning=False)
     unseen.add(row(3, 4), beginning=False)
@@ -67,3 +68,14 @@ def test_only_what_is_unseen_since_the_beginning_counts() -> None:
     unseen.add(row(1, 74, reason="close"), beginning=False)
     unseen.add(row(1, 1, start=9), beginning=False)
     assert unseen.segs == 9
+
+
+def test_what_a_connection_without_an_owner_had_before_it_was_found_is_not_lost() -> None:
+    unseen = Unseen()
+    unseen.add(row(1, 0), beginning=True)
+    unseen.add(row(2, 1816), beginning=False)
+    assert unseen.segs == 0
+    unseen.add(row(2, 1817), beginning=False)
+    unseen.add(row(2, 1818, reason="close"), beginning=False)
+    unseen.add(row(3, 900, reason="close"), beginning=False)
+    assert unseen.segs == 2

@@ -174,6 +174,8 @@ def test_a_field_that_records_do_not_have_matches_nothing() -> None:
         ("ratio 1%", "1%", "a comparison", "'1%'"),
         ("ratio > 1ms", "1ms", "a ratio such as 1%", "'1ms'"),
         ("srtt > 10%", "10%", "a time such as 200ms", "'10%'"),
+        ("srtt > 200", "200", "a time such as 200ms", "'200'"),
+        ("ratio > 5", "5", "a ratio such as 1%", "'5'"),
         ("cwnd > ten", "ten", "a number", "'ten'"),
         ("host and port 80", "and", "a name", "'and'"),
         ("host a,,b", "a,,b", "a name", "'a,,b'"),

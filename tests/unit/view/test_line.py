@@ -1,7 +1,10 @@
 """Lines of a trace: fixed columns, the cause first, relative sequence numbers, and nothing that a terminal obeys."""
 
 import re
+import time
 import tracemalloc
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -26,6 +29,55 @@ def lines(width: int, *, color: bool = False, hosts: bool = False) -> list[str]:
     failed = flows({**ENDS, "reason": "close", "error": 111, "state": "SYN_SENT", "comm": "curl"})
     records = [*decoded(RETRANSMITS, events).rows(), *decoded(FLOWS, failed).rows()]
     return [shown.header(), *shown.lines(records)]
+
+
+@pytest.fixture(autouse=True)
+def today(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all records be of today, except where days are tested."""
+    if "zone" not in request.fixturenames:
+        monkeypatch.setattr("producer.view.line._day", lambda time_s: "2026-11-30")
+
+
+@pytest.fixture
+def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Set the local time zone."""
+
+    def set_zone(name: str) -> None:
+        monkeypatch.setenv("TZ", name)
+        time.tzset()
+
+    yield set_zone
+    monkeypatch.undo()
+    time.tzset()
+
+
+def shown_at(*times: str) -> list[str]:
+    """Return the header, and the times and days of the lines of events."""
+    events = [{**RETRANSMIT, "ts_ns": int(datetime.fromisoformat(each).timestamp() * 1e9)} for each in times]
+    view = Lines(80, hosts=False, color=False)
+    shown = "\n".join(view.lines(events))
+    cut = [line if line.startswith("--") else line[:8] for line in shown.splitlines()]
+    return [view.header().partition("CAUSE")[0].rstrip(), *cut]
+
+
+def test_the_day_is_shown_when_it_is_not_today_and_when_it_changes(zone: Callable[[str], None]) -> None:
+    zone("UTC")
+    today = datetime.now(UTC).replace(hour=12)
+    assert shown_at(today.isoformat()) == ["TIME", "12:" + f"{today:%M:%S}"]
+    found = shown_at("2026-02-27T23:59:59Z", "2026-02-28T00:00:01Z", "2026-02-28T23:00:00Z", today.isoformat())
+    days = ["-- 2026-02-27", "23:59:59", "-- 2026-02-28", "00:00:01", "23:00:00"]
+    assert found == ["TIME", *days, f"-- {today:%Y-%m-%d}", "12:" + f"{today:%M:%S}"]
+
+
+def test_times_that_are_not_utc_name_their_zone_also_when_clocks_change(zone: Callable[[str], None]) -> None:
+    zone("<+0530>-5:30")
+    assert shown_at("2026-02-27T18:29:59Z", "2026-02-27T18:30:00Z") == [
+        *("TIME +0530", "-- 2026-02-27 +0530", "23:59:59", "-- 2026-02-28 +0530", "00:00:00"),
+    ]
+    zone("CET-1CEST,M3.5.0,M10.5.0/3")
+    assert shown_at("2026-10-25T00:30:00Z", "2026-10-25T01:30:00Z")[1:] == [
+        *("-- 2026-10-25 +0200", "02:30:00", "-- 2026-10-25 +0100", "02:30:00"),
+    ]
 
 
 @pytest.mark.parametrize("hosts", [False, True])
