@@ -23,7 +23,7 @@ from producer.consume.reader import PartitionId, by_partition
 from producer.errors import ConfigError, UnavailableError
 from producer.events import Stream
 from producer.kafka.confluent import NEEDS_KAFKA, is_test_broker
-from producer.kafka.consumer import QuietConsumer, offsets
+from producer.kafka.consumer import QuietConsumer, offsets, topic_error
 from producer.topics import alert_topic, heartbeat_topic, topic
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,18 @@ class Topics:
         ]
 
     def require(self, consumer: Consumer) -> None:
-        """Raise UnavailableError for a missing topic."""
+        """Raise UnavailableError for a missing topic, PermissionDenied for one that this user may not read."""
         metadata = consumer.list_topics(timeout=_ANSWER_S)
         found = metadata.topics
         for name in (*self.read, self.alerts):
             if name not in found or found[name].error is not None:
                 fix = "run `rebpf init --alerts`" if name == self.alerts else "run `rebpf init`"
-                fix = NEEDS_KAFKA if is_test_broker(metadata) else fix
-                raise UnavailableError(f"topic {name} does not exist, or this user may not describe it: {fix}")
+                if is_test_broker(metadata):
+                    raise UnavailableError(f"topic {name} does not exist: {NEEDS_KAFKA}")
+                error = consumer.list_topics(name, timeout=_ANSWER_S).topics[name].error  # of all, it hides some
+                if error is not None and error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                    raise topic_error(name, error)
+                raise UnavailableError(f"topic {name} does not exist: {fix}")
         if self.heartbeats and len(found[self.heartbeats].partitions) != 1:
             raise ConfigError(
                 f"topic {self.heartbeats} has {len(found[self.heartbeats].partitions)} partitions, but "
@@ -218,7 +222,7 @@ class Reading:
         if error.code() == KafkaError._PARTITION_EOF and position is not None:
             position.next = max(position.next, message.offset() or 0)
         elif error.fatal() or error.code() in _FINAL:
-            raise UnavailableError(f"topic {message.topic()}: {error.str()}")
+            raise topic_error(message.topic(), error)
         else:
             logger.debug("topic=%s: %s", message.topic(), error.str())
 

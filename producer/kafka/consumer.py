@@ -12,6 +12,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from producer.config.librdkafka import consumer_settings
 from producer.errors import PermissionDenied, RebpfError, UnavailableError
 from producer.kafka.confluent import ClientErrors, open_client
+from producer.kafka.wording import grant
 
 
 def is_passing(error: KafkaError) -> bool:
@@ -23,8 +24,8 @@ def topic_error(topic: str | None, error: KafkaError) -> RebpfError:
     """Return the error to raise for one of a topic, with the fix."""
     if error.code() != KafkaError.TOPIC_AUTHORIZATION_FAILED:
         return UnavailableError(f"topic {topic}: {error.str()}")
-    grant = f"kafka-acls.sh --add --operation READ --operation DESCRIBE --topic {topic} --allow-principal User:NAME"
-    return PermissionDenied(f"topic {topic}: this user may not read it: {grant}")
+    fix = grant(f"--topic {topic}", "--operation READ --operation DESCRIBE")
+    return PermissionDenied(f"topic {topic}: this user may not read it: {fix}")
 
 
 def offsets(
