@@ -143,3 +143,13 @@ def test_create_on_the_topics_is_all_that_init_needs(secure, run: Run) -> None:
     code, output, _ = run("init.", "init", "--alerts")
     assert code == 0
     assert "topic init.tcp_alerts: created" in output
+
+
+def test_describe_is_all_that_init_needs_of_topics_that_exist(secure, run: Run) -> None:
+    for name in ("tcp_transmit", "tcp_retransmit", "tcp_flow", "rebpf_agent"):
+        secure.create_topic(f"exists.{name}", 1)
+        secure.grant(READER, f"exists.{name}", DESCRIBE)
+
+    code, output, _ = run("exists.", "init")
+    assert code == 0
+    assert output.count(": exists, unchanged\n") == 4
