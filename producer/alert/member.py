@@ -211,7 +211,7 @@ class Member:
         if any(each.partition == 0 for each in revoked):
             self._is_owner = False
             self._stand_by()
-            logger.info("standby: another member becomes active")
+            logger.info("standby: no longer active")
 
 
 def _consumer(config: Config, brokers: str, errors: ClientErrors) -> Consumer:
