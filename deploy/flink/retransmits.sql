@@ -3,8 +3,9 @@
 -- From flow records: a minute has what connections did since their previous records. A connection's first record counts in
 -- full if it began within the minute before; of an older one, only later records do. A socket that connects again starts
 -- at 0, and so do the causes of its retransmissions when the producer restarts: what no cause has of the growth of
--- total_retrans is of the cause 'other'. A producer delivers the records of a connection in order, after an outage too,
--- so the order is that of arrival, and one that is not later than one before is a copy.
+-- total_retrans is of the cause 'other'. If another counter falls, as in an interval record that was written while the
+-- connection closed, it adds nothing. A producer delivers the records of a connection in order, after an outage too, so
+-- the order is that of arrival, and one that is not later than one before is a copy.
 --
 -- No window: after an outage a producer delivers its spool, hours late, and a window would silently drop these records.
 -- Here they correct the row of their minute. State expires after state.ttl without updates; later records would start
@@ -29,18 +30,31 @@ WITH flows AS (
   )
   WHERE last_ns_before IS NULL OR ts_ns > last_ns_before
 ),
-differences AS (
-  SELECT CAST(ts AS TIMESTAMP(3)) AS ts, host, daddr, NULLIF(srtt_us, 0) AS srtt_us,
-    segs_out - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(segs_out) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, segs_out)) AS segs_out,
-    total_retrans - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w THEN 0 ELSE LAG(total_retrans) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, total_retrans)) AS total_retrans,
-    retrans_rto - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w OR retrans_rto < LAG(retrans_rto) OVER w THEN 0 ELSE LAG(retrans_rto) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_rto)) AS retrans_rto,
-    retrans_fast - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w OR retrans_fast < LAG(retrans_fast) OVER w THEN 0 ELSE LAG(retrans_fast) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_fast)) AS retrans_fast,
-    retrans_slow_start - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w OR retrans_slow_start < LAG(retrans_slow_start) OVER w THEN 0 ELSE LAG(retrans_slow_start) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_slow_start)) AS retrans_slow_start,
-    retrans_tlp - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w OR retrans_tlp < LAG(retrans_tlp) OVER w THEN 0 ELSE LAG(retrans_tlp) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_tlp)) AS retrans_tlp,
-    retrans_syn - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w OR retrans_syn < LAG(retrans_syn) OVER w THEN 0 ELSE LAG(retrans_syn) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_syn)) AS retrans_syn,
-    retrans_syn_ack - COALESCE(CASE WHEN LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w OR retrans_syn_ack < LAG(retrans_syn_ack) OVER w THEN 0 ELSE LAG(retrans_syn_ack) OVER w END, IF(start_ns >= ts_ns - 60000000000, 0, retrans_syn_ack)) AS retrans_syn_ack
+earlier AS (
+  SELECT *, LAG(ts_ns) OVER w AS ts_ns_before, LAG(reason) OVER w AS reason_before,
+    LAG(segs_out) OVER w AS segs_out_before, LAG(total_retrans) OVER w AS total_retrans_before,
+    LAG(retrans_rto) OVER w AS retrans_rto_before, LAG(retrans_fast) OVER w AS retrans_fast_before,
+    LAG(retrans_slow_start) OVER w AS retrans_slow_start_before, LAG(retrans_tlp) OVER w AS retrans_tlp_before,
+    LAG(retrans_syn) OVER w AS retrans_syn_before, LAG(retrans_syn_ack) OVER w AS retrans_syn_ack_before
   FROM flows
   WINDOW w AS (PARTITION BY host, boot_id, netns, socket ORDER BY arrived)
+),
+sockets AS (
+  SELECT *, start_ns >= ts_ns - 60000000000 AS is_new,
+    start_ns > ts_ns_before AND (reason_before = 'close' OR segs_out < segs_out_before) AS again
+  FROM earlier
+),
+differences AS (
+  SELECT CAST(ts AS TIMESTAMP(3)) AS ts, host, daddr, NULLIF(srtt_us, 0) AS srtt_us,
+    CASE WHEN again THEN segs_out WHEN segs_out_before IS NULL THEN IF(is_new, segs_out, 0) ELSE GREATEST(0, segs_out - segs_out_before) END AS segs_out,
+    CASE WHEN again THEN total_retrans WHEN total_retrans_before IS NULL THEN IF(is_new, total_retrans, 0) ELSE GREATEST(0, total_retrans - total_retrans_before) END AS total_retrans,
+    CASE WHEN again OR retrans_rto < retrans_rto_before THEN retrans_rto WHEN retrans_rto_before IS NULL THEN IF(is_new, retrans_rto, 0) ELSE retrans_rto - retrans_rto_before END AS retrans_rto,
+    CASE WHEN again OR retrans_fast < retrans_fast_before THEN retrans_fast WHEN retrans_fast_before IS NULL THEN IF(is_new, retrans_fast, 0) ELSE retrans_fast - retrans_fast_before END AS retrans_fast,
+    CASE WHEN again OR retrans_slow_start < retrans_slow_start_before THEN retrans_slow_start WHEN retrans_slow_start_before IS NULL THEN IF(is_new, retrans_slow_start, 0) ELSE retrans_slow_start - retrans_slow_start_before END AS retrans_slow_start,
+    CASE WHEN again OR retrans_tlp < retrans_tlp_before THEN retrans_tlp WHEN retrans_tlp_before IS NULL THEN IF(is_new, retrans_tlp, 0) ELSE retrans_tlp - retrans_tlp_before END AS retrans_tlp,
+    CASE WHEN again OR retrans_syn < retrans_syn_before THEN retrans_syn WHEN retrans_syn_before IS NULL THEN IF(is_new, retrans_syn, 0) ELSE retrans_syn - retrans_syn_before END AS retrans_syn,
+    CASE WHEN again OR retrans_syn_ack < retrans_syn_ack_before THEN retrans_syn_ack WHEN retrans_syn_ack_before IS NULL THEN IF(is_new, retrans_syn_ack, 0) ELSE retrans_syn_ack - retrans_syn_ack_before END AS retrans_syn_ack
+  FROM sockets
 ),
 minutes AS (
   SELECT FLOOR(ts TO MINUTE) AS window_start, host, daddr, SUM(segs_out) AS segs, SUM(total_retrans) AS retransmitted_segs,

@@ -100,30 +100,47 @@ def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
             f"  FROM alert_{stream.topic}\n)\nWHERE copy_number = 1;"
         )
     # In the order of arrival, which is that of each connection. A record that is not later than one before is a copy.
-    # Counters have 32 bits, and may wrap. A socket that connects again starts at 0, and so do the causes of its
-    # retransmissions when the producer restarts: what no cause has of their growth is of the cause `other`.
-    again = "LAG(reason) OVER w = 'close' AND start_ns > LAG(ts_ns) OVER w"
-    counted = [name for name in COUNTERS if name != "retrans_other"]
-    causes = [name for name in CAUSE_COUNTERS if name in counted]
-    began = {name: f"{again} OR {name} < LAG({name}) OVER w" if name in causes else again for name in counted}
-    counters = ",\n  ".join(
-        f"MOD({name} - COALESCE(CASE WHEN {began[name]} THEN 0 ELSE LAG({name}) OVER w END, "
-        f"CASE WHEN start_ns > {since_ns} THEN 0 ELSE {name} END) + 4294967296, 4294967296) * sample_rate AS {name}"
-        for name in counted
-    )
     over = "WINDOW w AS (PARTITION BY host, boot_id, netns, socket ORDER BY arrived)"
     source = f"(SELECT *, COALESCE(CAST(sk_cookie AS STRING), {_FLOW}) AS socket FROM alert_{stream.topic})"
+    before = ", ".join(f"LAG({name}) OVER w AS {name}_before" for name in ("ts_ns", "reason", *COUNTERS))
+    counted = [name for name in COUNTERS if name != "retrans_other"]
+    causes = [name for name in CAUSE_COUNTERS if name in counted]
+    counters = ",\n  ".join(f"{_counter(name, since_ns)} * sample_rate AS {name}" for name in counted)
     return (
         f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\n"
+        # What no cause has of the retransmissions is of the cause `other`.
         f"SELECT *, GREATEST(0, total_retrans - {' - '.join(causes)}) AS retrans_other FROM (\n"
         f"SELECT {names}, srtt_us,\n"
-        "  CASE WHEN reason = 'close' AND state = 'SYN_SENT'\n"
-        f"    AND (LAG(reason) OVER w IS DISTINCT FROM 'close' OR {again})\n"
+        "  CASE WHEN reason = 'close' AND state = 'SYN_SENT' AND (reason_before IS DISTINCT FROM 'close' OR again)\n"
         f"    THEN COALESCE(error, '{GIVEN_UP}') END AS failed,\n  {counters}\n"
-        f"FROM (\n  SELECT *, LAG(last_ns) OVER w AS last_ns_before\n"
+        f"FROM (\n  SELECT *, {_AGAIN} AS again FROM (\n  SELECT *, {before} FROM (\n"
+        "  SELECT *, LAG(last_ns) OVER w AS last_ns_before\n"
         f"  FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM {source} {over})\n  {over}\n)\n"
-        f"WHERE last_ns_before IS NULL OR ts_ns > last_ns_before\n{over}\n);"
+        f"WHERE last_ns_before IS NULL OR ts_ns > last_ns_before\n{over}\n)\n)\n);"
     )
+
+
+def _growth(name: str) -> str:
+    """Return a counter's difference to the record before: it has 32 bits, and may wrap."""
+    return f"MOD({name} - {name}_before + 4294967296, 4294967296)"
+
+
+def _fell(name: str) -> str:
+    return f"{_growth(name)} >= 2147483648"
+
+
+_AGAIN = (
+    "(start_ns > ts_ns_before OR start_ns IS NULL AND reason_before = 'close')\n    AND "
+    f"(start_ns IS NOT NULL AND reason_before = 'close' OR {' OR '.join(map(_fell, COUNTERS))})"
+)
+"""Whether a record is of another connection of the same socket, as in native/connections.c."""
+
+
+def _counter(name: str, since_ns: int) -> str:
+    """Return what a record adds. The causes of retransmissions start at 0 when the producer restarts."""
+    fallen = name if name in CAUSE_COUNTERS else "0"
+    first = f"WHEN {name}_before IS NULL THEN IF(start_ns > {since_ns}, {name}, 0)"
+    return f"CASE WHEN again THEN {name} {first} WHEN {_fell(name)} THEN {fallen} ELSE {_growth(name)} END"
 
 
 def _insert(rule: AlertRule) -> str:

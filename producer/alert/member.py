@@ -24,11 +24,14 @@ from producer.alert.status import AlertStatus
 from producer.config.librdkafka import consumer_settings
 from producer.config.load import Config
 from producer.consume.decode import Decoder
-from producer.errors import Stopped, UnavailableError
+from producer.errors import PermissionDenied, Stopped, UnavailableError
 from producer.events import FLOWS
 from producer.health.board import StatusBoard
 from producer.host.signals import Flag
+from producer.kafka.admin import Admin
 from producer.kafka.confluent import ClientErrors, open_client
+from producer.kafka.consumer import topic_error
+from producer.kafka.wording import grant
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,6 @@ _DEFAULTS = {
     "session.timeout.ms": "10000",
     "heartbeat.interval.ms": "2000",
 }
-_FINAL = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED})
 _FIXED_SCHEMAS = {
     HEARTBEAT_ID: load_schema(HEARTBEAT_FILE),
     ALERT_ID: load_schema(ALERT_FILE),
@@ -90,6 +92,7 @@ class Member:
         try:
             with suppress(Stopped):
                 self._topics.require(self._group)
+                Admin(self._config).require_write(self._topics.alerts)
                 self._group.subscribe(
                     [self._topics.alerts], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
                 )
@@ -190,8 +193,16 @@ class Member:
     def _serve_group(self, seconds: float) -> None:
         message: Message | None = self._group.poll(seconds)
         error = message.error() if message is not None else None
-        if error is not None and (error.fatal() or error.code() in _FINAL):
-            raise UnavailableError(f"group {self._config.alert.group}: {error.str()}")
+        if error is None:
+            return
+        group = self._config.alert.group
+        if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+            fix = grant(f"--group {group}", "--operation READ")
+            raise PermissionDenied(f"group {group}: this user may not join it: {fix}")
+        if error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+            raise topic_error(self._topics.alerts, error)
+        if error.fatal():
+            raise UnavailableError(f"group {group}: {error.str()}")
 
     def _on_assign(self, _: Consumer, assigned: list[TopicPartition]) -> None:
         self._is_owner |= any(each.partition == 0 for each in assigned)
@@ -200,7 +211,7 @@ class Member:
         if any(each.partition == 0 for each in revoked):
             self._is_owner = False
             self._stand_by()
-            logger.info("standby: another member becomes active")
+            logger.info("standby: no longer active")
 
 
 def _consumer(config: Config, brokers: str, errors: ClientErrors) -> Consumer:

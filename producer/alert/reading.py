@@ -23,7 +23,7 @@ from producer.consume.reader import PartitionId, by_partition
 from producer.errors import ConfigError, UnavailableError
 from producer.events import Stream
 from producer.kafka.confluent import NEEDS_KAFKA, is_test_broker
-from producer.kafka.consumer import QuietConsumer
+from producer.kafka.consumer import QuietConsumer, offsets, topic_error
 from producer.topics import alert_topic, heartbeat_topic, topic
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,18 @@ class Topics:
         ]
 
     def require(self, consumer: Consumer) -> None:
-        """Raise UnavailableError for a missing topic."""
+        """Raise UnavailableError for a missing topic, PermissionDenied for one that this user may not read."""
         metadata = consumer.list_topics(timeout=_ANSWER_S)
         found = metadata.topics
         for name in (*self.read, self.alerts):
             if name not in found or found[name].error is not None:
                 fix = "run `rebpf init --alerts`" if name == self.alerts else "run `rebpf init`"
-                fix = NEEDS_KAFKA if is_test_broker(metadata) else fix
-                raise UnavailableError(f"topic {name} does not exist, or this user may not describe it: {fix}")
+                if is_test_broker(metadata):
+                    raise UnavailableError(f"topic {name} does not exist: {NEEDS_KAFKA}")
+                error = consumer.list_topics(name, timeout=_ANSWER_S).topics[name].error  # of all, it hides some
+                if error is not None and error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                    raise topic_error(name, error)
+                raise UnavailableError(f"topic {name} does not exist: {fix}")
         if self.heartbeats and len(found[self.heartbeats].partitions) != 1:
             raise ConfigError(
                 f"topic {self.heartbeats} has {len(found[self.heartbeats].partitions)} partitions, but "
@@ -155,17 +159,22 @@ class Reading:
             names = ",".join(f"{topic}/{number}" for topic, number in leaderless)
             logger.warning("waiting for leaders of partitions=%s", names)
 
-    def _first(self, committed: TopicPartition) -> int:
-        """Return the offset of the first message that is needed to decide; of heartbeats, what is committed."""
-        if committed.topic == self._topics.heartbeats and committed.offset >= 0:
-            return int(committed.offset)
-        since_ns = since(self._config.rules, self.decided_ns, self._config.lookback_s)
-        asked = TopicPartition(committed.topic, committed.partition, since_ns // _MS_NS)
-        _, end = self._consumer.get_watermark_offsets(asked, timeout=_ANSWER_S)  # first: messages may arrive
-        (found,) = self._consumer.offsets_for_times([asked], timeout=_ANSWER_S)
-        if found.error is not None:
-            raise KafkaException(found.error)
-        return int(found.offset if found.offset >= 0 else end)
+    def _firsts(self, new: Sequence[PartitionId]) -> dict[PartitionId, int]:
+        """Return the offset of the first message that is needed to decide; of heartbeats, what is committed.
+
+        Partitions that the group did not know at the start are not in it.
+        """
+        known = [where for where in new if where in self._committed]
+        beats = {
+            where: self._committed[where].offset
+            for where in known
+            if where.topic == self._topics.heartbeats and self._committed[where].offset >= 0
+        }
+        others = [where for where in known if where not in beats]
+        since_ms = since(self._config.rules, self.decided_ns, self._config.lookback_s) // _MS_NS
+        ends = offsets(self._consumer, others, OFFSET_END, _ANSWER_S)  # first: messages may arrive
+        found = offsets(self._consumer, others, since_ms, _ANSWER_S)
+        return {**beats, **{PartitionId(*where): found[where] if found[where] >= 0 else ends[where] for where in ends}}
 
     @property
     def firing(self) -> list[Alert]:
@@ -213,7 +222,7 @@ class Reading:
         if error.code() == KafkaError._PARTITION_EOF and position is not None:
             position.next = max(position.next, message.offset() or 0)
         elif error.fatal() or error.code() in _FINAL:
-            raise UnavailableError(f"topic {message.topic()}: {error.str()}")
+            raise topic_error(message.topic(), error)
         else:
             logger.debug("topic=%s: %s", message.topic(), error.str())
 
@@ -267,19 +276,17 @@ class Reading:
             logger.debug("cannot get the ends of partitions: %s", exc)
 
     def _add_partitions(self) -> None:
-        for each in self._topics.partitions(self._consumer, with_leader=True):
-            where = PartitionId(each.topic, each.partition)
-            if where in self._positions:
-                continue
-            first, reached_ns = 0, self.decided_ns
-            if where in self._committed:
-                first = self._first(self._committed[where])
-            else:
+        found = self._topics.partitions(self._consumer, with_leader=True)
+        new = [where for each in found if (where := PartitionId(each.topic, each.partition)) not in self._positions]
+        firsts = self._firsts(new)
+        for where in new:
+            if where not in firsts:
                 logger.info("reading new partition=%s/%d", *where)
+            reached_ns = self.decided_ns
             if where.topic == self._topics.heartbeats:
-                self._engine.hosts.next, reached_ns = first, 0
-            self._positions[where] = Position(first, reached_ns)
-            self._consumer.incremental_assign([TopicPartition(*where, first)])
+                self._engine.hosts.next, reached_ns = firsts.get(where, 0), 0
+            self._positions[where] = Position(firsts.get(where, 0), reached_ns)
+        self._consumer.incremental_assign([TopicPartition(*where, self._positions[where].next) for where in new])
 
 
 def _decided_ns(metadata: str | None, now_ns: int) -> int:

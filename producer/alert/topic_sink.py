@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
@@ -10,9 +11,12 @@ from producer.alert.record import AlertEncoder
 from producer.alert.retry import Sleep, retry_until_available
 from producer.errors import UnavailableError
 from producer.kafka.confluent import open_client
+from producer.kafka.wording import may_not_write
 
 _POLL_S = 0.1
 _AT_ONCE_S = 1.0
+_FORBIDDEN = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED})
+"""The second of a user who may write to no topic: brokers give it no id as a producer."""
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
 
@@ -38,7 +42,8 @@ class TopicSink:
     def close(self) -> None:
         """Drop what is in flight."""
         self._client.purge()
-        self._client.flush(1)
+        with suppress(KafkaException):  # of a client that has failed for good
+            self._client.flush(1)
 
     def _write(self, messages: Sequence[tuple[bytes, bytes]]) -> None:
         """Write messages. Raises UnavailableError if Kafka rejects one, or the client must be replaced."""
@@ -54,9 +59,13 @@ class TopicSink:
             if not isinstance(error, KafkaException):
                 raise
             self._client = open_client(Producer, self._settings)
-            raise UnavailableError(f"topic {self._topic}: {error.args[0].str()}") from error
+            raise self._worded(error.args[0]) from error
         if self._failure is not None:
-            raise UnavailableError(f"topic {self._topic}: {self._failure.str()}")
+            raise self._worded(self._failure)
+
+    def _worded(self, error: KafkaError) -> UnavailableError:
+        text = may_not_write(self._topic) if error.code() in _FORBIDDEN else error.str()
+        return UnavailableError(f"topic {self._topic}: {text}")
 
     def _put(self, key: bytes, value: bytes) -> None:
         while True:

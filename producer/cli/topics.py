@@ -67,7 +67,7 @@ def init(
 @config_option
 @brokers_option
 @registry_option
-@option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
+@option("--topic", type=TopicName(), multiple=True, help="Read this topic only, named with its prefix; repeatable.")
 @click.argument("filter_words", metavar="[FILTER]...", nargs=-1)
 @click.option("-n", "limit", type=Whole(min=1), help="Stop after this many events.")
 @option("--since", type=Time(), help="Show events from this time on: 2026-11-29T15:00Z, or 1h for an hour ago.")
@@ -131,7 +131,7 @@ def tail(
 @config_option
 @brokers_option
 @registry_option
-@option("--topic", type=TopicName(), multiple=True, help="Read this topic only; repeatable.")
+@option("--topic", type=TopicName(), multiple=True, help="Read this topic only, named with its prefix; repeatable.")
 @option("--host", help="Check the events of this host only.")
 @option(
     "--since-offset",

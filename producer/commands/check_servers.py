@@ -6,6 +6,7 @@ from producer.commands.finding import Finding
 from producer.config.load import Config
 from producer.errors import PermissionDenied, RebpfError, SchemaError, UnavailableError
 from producer.kafka.admin import Admin, TopicInfo, in_partitions
+from producer.kafka.wording import may_not_write
 from producer.registry.published import published_schemas
 from producer.registry.schema_ids import SchemaIds
 from producer.topics import heartbeat_topic, topic
@@ -58,10 +59,7 @@ def _topic(name: str, info: TopicInfo | RebpfError, brokers: int) -> Iterator[Fi
         return
     alter = f"kafka-configs.sh --alter --entity-type topics --entity-name {name} --add-config"
     if not info.may_write:
-        text = (
-            f"this user may not write to it: kafka-acls.sh --add --producer --topic {name} --allow-principal User:NAME"
-        )
-        yield Finding(subject, text, PermissionDenied.exit_code)
+        yield Finding(subject, may_not_write(name), PermissionDenied.exit_code)
     size = info.number("max.message.bytes")
     if size is not None and size < _LEAST_MESSAGE_BYTES:
         text = f"max.message.bytes is {size}, too small for any event: {alter} max.message.bytes=1048588"

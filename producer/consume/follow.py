@@ -10,7 +10,7 @@ from confluent_kafka.admin import ClusterMetadata
 
 from producer.host.progress import Progress
 from producer.kafka.confluent import is_test_broker
-from producer.kafka.consumer import QuietConsumer, is_passing, topic_error
+from producer.kafka.consumer import QuietConsumer, is_passing, offsets, topic_error
 
 _LOG = logging.getLogger(__name__)
 _METADATA_TIMEOUT_S = 5
@@ -85,36 +85,38 @@ class Follower:
     def _assign_new(self, timeout_s: float, *, is_start: bool = False) -> None:
         """Assign the partitions that are not assigned yet and have a leader."""
         self._next_look = time.monotonic() + (1 if self._missing() else _LOOK_S)
+        new: list[TopicPartition] = []
         for topic, assigned in self._assigned.items():
             found = self._consumer.list_topics(topic, timeout=timeout_s)
             metadata = found.topics[topic]
             if metadata.error is None:
                 if is_start:
                     self._existing.update((topic, number) for number in metadata.partitions)
-                partitions = [
+                new += [
                     TopicPartition(topic, number, self._first(topic, number, found))
                     for number, each in sorted(metadata.partitions.items())
                     if number not in assigned and each.leader >= 0
                 ]
-                if partitions:
-                    self._assign(partitions)
-                    assigned.update(each.partition for each in partitions)
             elif metadata.error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART and not assigned:
                 raise topic_error(topic, metadata.error)
+        if new:
+            self._assign(new)
 
     def _first(self, topic: str, number: int, found: ClusterMetadata) -> int:
         is_new = (topic, number) not in self._existing
         return Start.BEGINNING if is_new or (self._start > 0 and is_test_broker(found)) else self._start
 
     def _assign(self, partitions: list[TopicPartition]) -> None:
-        if timed := [each for each in partitions if each.offset > 0]:
-            found = self._consumer.offsets_for_times(timed, _METADATA_TIMEOUT_S)
-            partitions = [*found, *(each for each in partitions if each.offset <= 0)]
-        for partition in partitions:
-            if partition.offset == Start.END:
-                # Not OFFSET_END, which is the end at the first fetch, some time later.
-                partition.offset = self._consumer.get_watermark_offsets(partition, _METADATA_TIMEOUT_S)[1]
+        asked = [each for each in partitions if each.offset != Start.BEGINNING]
+        names = [(each.topic, each.partition) for each in asked]
+        # Not OFFSET_END, which is the end at the first fetch, some time later.
+        ends = offsets(self._consumer, names, Start.END, _METADATA_TIMEOUT_S)
+        found = ends if self._start == Start.END else offsets(self._consumer, names, self._start, _METADATA_TIMEOUT_S)
+        for each, name in zip(asked, names, strict=True):
+            each.offset = found[name] if found[name] >= 0 else ends[name]
         self._consumer.incremental_assign(partitions)
+        for each in partitions:
+            self._assigned[each.topic].add(each.partition)
 
     def _failed(self, message: Message) -> bool:
         error = message.error()

@@ -21,6 +21,7 @@ from producer.errors import PermissionDenied, RebpfError, UnavailableError
 from producer.host.progress import Progress
 from producer.host.reachable import unreachable
 from producer.kafka.confluent import NEEDS_KAFKA, ClientErrors, is_test_broker, open_client
+from producer.kafka.wording import grant, may_not_write
 
 _ANSWER_TIMEOUT_S = 5.0
 _CREATE_TIMEOUT_S = 10.0
@@ -125,13 +126,18 @@ class Admin:
             if code == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return UnavailableError("missing: run `rebpf init`")
             if code == KafkaError.TOPIC_AUTHORIZATION_FAILED:
-                grant = f"kafka-acls.sh --add --producer --topic {name} --allow-principal User:NAME"
-                return PermissionDenied(f"this user may not describe it: {grant}")
+                return PermissionDenied(f"this user may not describe it: {grant(f'--topic {name}', '--producer')}")
             return UnavailableError(error.args[0].str())
         allowed = set(topic.authorized_operations or ())
         may_write = not allowed or bool(allowed & {AclOperation.WRITE, AclOperation.ALL})
         replication = min((len(partition.replicas) for partition in topic.partitions), default=0)
         return TopicInfo(len(topic.partitions), replication, may_write, self._settings(name))
+
+    def require_write(self, name: str) -> None:
+        """Raise PermissionDenied if this user may not write to a topic."""
+        info = self.describe([name])[name]
+        if isinstance(info, TopicInfo) and not info.may_write:
+            raise PermissionDenied(f"topic {name}: {may_not_write(name)}")
 
     def _settings(self, name: str) -> dict[str, str]:
         resource = ConfigResource(ConfigResource.Type.TOPIC, name)
@@ -160,8 +166,14 @@ class Admin:
         try:
             retrying(lambda: self._client.create_topics([topic], request_timeout=_CREATE_TIMEOUT_S)[name].result())
         except KafkaException as error:
-            if error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS:
+            code = error.args[0].code()
+            if code == KafkaError.TOPIC_ALREADY_EXISTS:
                 return False
+            if code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED):
+                if name in self.partitions():  # brokers look at the rights first
+                    return False
+                fix = grant(f"--topic {name}", "--operation CREATE")
+                raise PermissionDenied(f"this user may not create topic {name}: {fix}") from error
             raise UnavailableError(f"cannot create topic {name}: {error.args[0].str()}") from error
         return True
 

@@ -4,14 +4,15 @@ librdkafka requires a group id; it is not used.
 """
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from producer.config.librdkafka import consumer_settings
 from producer.errors import PermissionDenied, RebpfError, UnavailableError
 from producer.kafka.confluent import ClientErrors, open_client
+from producer.kafka.wording import grant
 
 
 def is_passing(error: KafkaError) -> bool:
@@ -23,8 +24,23 @@ def topic_error(topic: str | None, error: KafkaError) -> RebpfError:
     """Return the error to raise for one of a topic, with the fix."""
     if error.code() != KafkaError.TOPIC_AUTHORIZATION_FAILED:
         return UnavailableError(f"topic {topic}: {error.str()}")
-    grant = f"kafka-acls.sh --add --operation READ --operation DESCRIBE --topic {topic} --allow-principal User:NAME"
-    return PermissionDenied(f"topic {topic}: this user may not read it: {grant}")
+    fix = grant(f"--topic {topic}", "--operation READ --operation DESCRIBE")
+    return PermissionDenied(f"topic {topic}: this user may not read it: {fix}")
+
+
+def offsets(
+    client: Consumer, partitions: Iterable[tuple[str, int]], time_ms: int, timeout_s: float
+) -> dict[tuple[str, int], int]:
+    """Return each partition's first offset of this time or later; -1 if there is none. With OFFSET_END, its end.
+
+    One request to each broker: once messages are fetched, each request waits for the answer to a fetch.
+    """
+    asked = [TopicPartition(*partition, time_ms) for partition in partitions]
+    answers = client.offsets_for_times(asked, timeout=timeout_s) if asked else []
+    for each in answers:
+        if each.error is not None:
+            raise KafkaException(each.error)
+    return {(each.topic, each.partition): each.offset for each in answers}
 
 
 class QuietConsumer:

@@ -19,6 +19,16 @@ _HTTP = f"Invalid response size {int.from_bytes(b'HTTP')} "
 """What librdkafka says about the first bytes of a web server's response."""
 
 
+def grant(what: str, rights: str) -> str:
+    """Return the command that grants rights; `what` is the option that names the topic or group."""
+    return f"kafka-acls.sh --add {rights} {what} --allow-principal User:NAME"
+
+
+def may_not_write(topic: str) -> str:
+    """Return that the user lacks the rights of a producer, with the fix."""
+    return f"this user may not write to it: {grant(f'--topic {topic}', '--producer')}"
+
+
 def is_tls(name: str, text: str) -> bool:
     """Return whether TLS failed; a peer that closes the connection in the handshake has another error code."""
     return name == "_SSL" or "SSL handshake failed" in text or "in state SSL_HANDSHAKE" in text

@@ -125,6 +125,14 @@ def traffic() -> tuple[list[Flow], list[Sent]]:
         ends = {"close": True, **({"state": "SYN_SENT", "error": "ETIMEDOUT"} if cookie % 2 else {})}
         for start_ms, segs in ((at_ms, 50), (at_ms + 6000, 20 + 4 * (cookie - 200))):
             flows.append(Flow(host, cookie, start_ms + 5000, start_ms, segs, {"rto": segs // 3}, **ends))
+    for host, cookie in (("host-a", 300), ("host-b", 0)):  # the close of the socket's first connection is lost
+        for start_s, segs in ((60, 1000), (95, 100)):
+            start_ms = (START_S + start_s) * 1000
+            flows.append(Flow(host, cookie, start_ms + 4000, start_ms, segs, {"rto": segs // 4}, sport=39_000))
+    # An interval record of another CPU follows the close, and the socket's counters are gone.
+    ends = {"start_ms": (START_S + 30) * 1000, "sport": 39_001}
+    flows.append(Flow("host-a", 301, (START_S + 44) * 1000, segs=5000, causes={"rto": 1500}, close=True, **ends))
+    flows.append(Flow("host-a", 301, (START_S + 44) * 1000 + 1, **ends))
     return sorted(flows, key=lambda flow: flow.at_ms), sorted(events, key=lambda event: event.at_ms)
 
 

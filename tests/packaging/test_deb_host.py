@@ -118,8 +118,11 @@ def test_installation_upgrade_rollback_removal_and_purge(packages: list[Path], h
         assert not exists(host.root / ENABLED), "as the administrator left it"
         host.run("rebpf version")
     host.run("systemctl enable rebpf-alert.service")
-    host.install(new)
+    config.unlink()
+    host.install(new, "--force-confmiss")
     assert host.enabled() == {"rebpf-alert.service"}
+    assert host.run("stat -c %a:%U:%G /etc/rebpf/rebpf.toml") == "640:root:rebpf\n", "restored"
+    config.write_text(re.sub("brokers = .*", BROKERS, config.read_text()))
 
     host.run("dpkg --remove rebpf")
     assert BROKERS in config.read_text()

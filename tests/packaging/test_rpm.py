@@ -112,8 +112,10 @@ def test_a_new_installation_starts_nothing_and_an_upgrade_restarts(tmp_path: Pat
         (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{calls}\n')
         (programs / name).chmod(0o755)
 
-    def called(section: str, count: int) -> list[str]:
+    def called(section: str, count: int, group: str = "root") -> list[str]:
         calls.write_text("")
+        (programs / "stat").write_text(f"#!/bin/sh\necho {group}\n")
+        (programs / "stat").chmod(0o755)
         (text,) = re.findall(rf"^%{section}\n(.*?)(?=^%\w+\n|\Z)", SPEC.read_text(), re.MULTILINE | re.DOTALL)
         script = text.replace("/run/systemd/system", str(tmp_path)).replace("/usr/bin/python3", "python3")
         run = ["sh", "-e", "-c", script, "sh", str(count)]
@@ -123,9 +125,10 @@ def test_a_new_installation_starts_nothing_and_an_upgrade_restarts(tmp_path: Pat
     compiled = "python3 /usr/lib/rebpf"
     reloaded = "systemctl daemon-reload"
     preset = "systemctl rebpf-alert.service"
-    users = "systemd-sysusers rebpf.conf"
-    assert called("post", 1) == [users, "chgrp /etc/rebpf/rebpf.toml", preset, compiled, reloaded]
-    assert called("post", 2) == [users, compiled, reloaded]
+    users, readable = "systemd-sysusers rebpf.conf", "chgrp /etc/rebpf/rebpf.toml"
+    assert called("post", 1) == [users, readable, preset, compiled, reloaded]
+    assert called("post", 2) == [users, readable, compiled, reloaded], "rpm gave the unchanged file to root again"
+    assert called("post", 2, group="ops") == [users, compiled, reloaded]
     assert called("preun", 1) == []
     assert called("preun", 0) == ["systemctl rebpf-alert.service", "find +"]
     assert called("postun", 0) == [reloaded]

@@ -8,7 +8,7 @@ import confluent_kafka
 
 from producer.kafka import librdkafka
 
-PRODUCE, FETCH, FIND_COORDINATOR = 0, 1, 10
+PRODUCE, FETCH, LIST_OFFSETS, FIND_COORDINATOR = 0, 1, 2, 10
 DEADLINE_S = 40.0
 
 
@@ -32,6 +32,20 @@ lib.rd_kafka_mock_broker_set_rtt.argtypes = (ctypes.c_void_p, ctypes.c_int32, ct
 lib.rd_kafka_mock_partition_set_leader.argtypes = (
     ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32
 )  # fmt: skip
+
+
+lib.rd_kafka_mock_start_request_tracking.argtypes = (ctypes.c_void_p,)
+
+
+lib.rd_kafka_mock_get_requests.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t))
+lib.rd_kafka_mock_get_requests.restype = ctypes.POINTER(ctypes.c_void_p)
+
+
+lib.rd_kafka_mock_request_api_key.argtypes = (ctypes.c_void_p,)
+lib.rd_kafka_mock_request_api_key.restype = ctypes.c_int16
+
+
+lib.rd_kafka_mock_request_destroy_array.argtypes = (ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)
 
 
 lib.rd_kafka_queue_length.argtypes = (ctypes.c_void_p,)
@@ -59,6 +73,18 @@ class Cluster:
         """Make the next requests of a kind fail with these codes."""
         errors = (ctypes.c_int * len(codes))(*codes)
         lib.rd_kafka_mock_push_request_errors_array(self._handle, request, len(codes), errors)
+
+    def track(self) -> None:
+        """Begin to remember requests."""
+        lib.rd_kafka_mock_start_request_tracking(self._handle)
+
+    def requests(self, kind: int) -> int:
+        """Return the number of requests of a kind."""
+        count = ctypes.c_size_t()
+        found = lib.rd_kafka_mock_get_requests(self._handle, ctypes.byref(count))
+        kinds = [lib.rd_kafka_mock_request_api_key(found[at]) for at in range(count.value)]
+        lib.rd_kafka_mock_request_destroy_array(found, count)
+        return kinds.count(kind)
 
     def down(self) -> None:
         lib.rd_kafka_mock_broker_set_down(self._handle, 1)

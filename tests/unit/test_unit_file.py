@@ -131,8 +131,9 @@ def test_the_exposure_of_alert_is_low(alert_unit):
     assert float(score[1]) <= 1.5
 
 
-def test_alert_is_not_restarted_after_what_would_only_repeat(service):
-    assert f"RestartPreventExitStatus={service['RestartPreventExitStatus']}" in ALERT_UNIT.read_text()
+def test_alert_is_not_restarted_after_what_would_only_repeat():
+    codes = f"{UsageError.exit_code} {ConfigError.exit_code}"
+    assert f"\nRestartPreventExitStatus={codes}\n" in ALERT_UNIT.read_text(), "and after missing rights it is"
 
 
 def test_its_exposure_is_low_and_each_finding_has_its_reason(unit):

@@ -56,13 +56,14 @@ class SecureKafka(KafkaServer):
             return trust
         return {**trust, "ssl.key.location": str(client.key), "ssl.certificate.location": str(client.certificate)}
 
-    def grant(self, user: str, topic: str) -> None:
-        """Allow a user (scramuser, CN=name) to produce to a topic."""
+    def grant(self, user: str, name: str, *operations: AclOperation, kind: ResourceType = ResourceType.TOPIC) -> None:
+        """Allow a user (scramuser, CN=name) operations on a topic or a group; by default to produce."""
         admin = self._admin()
-        rules = [AclBinding(*_rule(user, topic, operation)) for operation in _WHAT_A_PRODUCER_NEEDS]
+        wanted = operations or _WHAT_A_PRODUCER_NEEDS
+        rules = [AclBinding(*_rule(user, name, operation, kind)) for operation in wanted]
         for done in admin.create_acls(rules, request_timeout=REQUEST_TIMEOUT_S).values():
             done.result()
-        self._wait_for_rights(user, topic, _WHAT_A_PRODUCER_NEEDS, granted=True)
+        self._wait_for_rights(user, name, wanted, kind, granted=True)
 
     def revoke(self, user: str, topic: str, *operations: AclOperation) -> None:
         """Revoke a user's rights, all or these operations."""
@@ -73,15 +74,23 @@ class SecureKafka(KafkaServer):
             assert done.result(), f"{user} had no right to {topic}"
         self._wait_for_rights(user, topic, wanted, granted=False)
 
-    def _wait_for_rights(self, user: str, topic: str, operations: Sequence[AclOperation], *, granted: bool) -> None:
+    def _wait_for_rights(
+        self,
+        user: str,
+        name: str,
+        operations: Sequence[AclOperation],
+        kind: ResourceType = ResourceType.TOPIC,
+        *,
+        granted: bool,
+    ) -> None:
         admin = self._admin()
 
         def is_shown() -> bool:
-            rules = [AclBindingFilter(*_rule(user, topic, operation)) for operation in operations]
+            rules = [AclBindingFilter(*_rule(user, name, operation, kind)) for operation in operations]
             found = [admin.describe_acls(rule, request_timeout=REQUEST_TIMEOUT_S).result() for rule in rules]
             return all(bool(each) == granted for each in found)
 
-        wait_until_shown(f"the rights of {user} to {topic}", is_shown)
+        wait_until_shown(f"the rights of {user} to {name}", is_shown)
 
     def set_password(self, user: str, password: str) -> None:
         """Change the password of a SCRAM user."""
@@ -130,6 +139,6 @@ class SecureKafka(KafkaServer):
         return [*super()._format_options(), "--add-scram", user]
 
 
-def _rule(user: str, topic: str, operation: AclOperation) -> tuple[object, ...]:
-    resource = (ResourceType.TOPIC, topic, ResourcePatternType.LITERAL)
+def _rule(user: str, name: str, operation: AclOperation, kind: ResourceType = ResourceType.TOPIC) -> tuple[object, ...]:
+    resource = (kind, name, ResourcePatternType.LITERAL)
     return (*resource, f"User:{user}", "*", operation, AclPermissionType.ALLOW)

@@ -18,7 +18,7 @@ from producer.errors import UnavailableError
 from producer.events import FLOWS
 from producer.schemas import load_schema
 from tests.support.flows import Flow, values
-from tests.support.mock_cluster import Cluster
+from tests.support.mock_cluster import LIST_OFFSETS, Cluster
 from tests.support.rebpf import wait_until
 
 
@@ -37,14 +37,31 @@ def put(cluster: Cluster, partition: int) -> None:
     cluster.put("tcp_flow", values([Flow("web-1", 7, now_ms, now_ms - 1000, 10)])[0], partition)
 
 
+def opened(cluster: Cluster, counts: Counts) -> Reading:
+    config = Config()
+    config = replace(config, alert=replace(config.alert, rules=(AlertRule(name="loss"),), missed_heartbeats=0))
+    decoder = Decoder(None, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)})
+    return Reading(config, cluster.brokers, topics_of(config), [], decoder, counts)
+
+
+def test_a_member_of_many_partitions_starts_with_two_requests(cluster: Cluster) -> None:
+    """Each request after the first fetch waits for the answer to one: partitions in turn would take a second each."""
+    cluster.lead("tcp_flow", 1, 1)
+    cluster.track()
+    active = opened(cluster, Counts())
+    try:
+        active.start([TopicPartition("tcp_flow", number) for number in range(2)], from_beginning=False)
+        assert cluster.requests(LIST_OFFSETS) == 2, "for the ends, and for the first records that are needed"
+    finally:
+        active.close()
+
+
 def test_a_member_starts_without_it_and_reads_it_once_it_has_one(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(reading, "_LIST_S", 0.0)
-    config = Config()
-    config = replace(config, alert=replace(config.alert, rules=(AlertRule(name="loss"),), missed_heartbeats=0))
-    counts, decoder = Counts(), Decoder(None, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)})
-    active = Reading(config, cluster.brokers, topics_of(config), [], decoder, counts)
+    counts = Counts()
+    active = opened(cluster, counts)
 
     def has_read(count: int) -> bool:
         active.read(0.1)

@@ -10,7 +10,7 @@ from producer.consume import follow
 from producer.consume.follow import Follower, Start
 from producer.consume.reader import TopicReader
 from producer.errors import PermissionDenied, UnavailableError
-from tests.support.mock_cluster import FETCH, FIND_COORDINATOR, Cluster
+from tests.support.mock_cluster import FETCH, FIND_COORDINATOR, LIST_OFFSETS, Cluster
 from tests.support.rebpf import wait_until
 
 ASKS_S = 2.0
@@ -41,6 +41,22 @@ def test_others_are_followed_meanwhile_and_it_is_once_it_has_a_leader(
         cluster.lead("t", 1, 1)
         cluster.put("t", b"second", 1)
         assert [each.value() for each in wait_until("the second message", follower.poll)] == [b"second"]
+    finally:
+        follower.close()
+
+
+def test_many_partitions_take_one_request(cluster: Cluster) -> None:
+    """Each request after the first fetch waits for the answer to one: partitions in turn would take a second each."""
+    cluster.create("u", 20)
+    cluster.lead("t", 1, 1)
+    cluster.put("u", b"before", 7)
+    cluster.track()
+    follower = Follower(cluster.brokers, "test", ["t", "u"], {}, start=Start.END)
+    try:
+        follower.start()
+        assert cluster.requests(LIST_OFFSETS) == 1
+        cluster.put("u", b"after", 7)
+        assert [each.value() for each in wait_until("the message", follower.poll)] == [b"after"]
     finally:
         follower.close()
 
