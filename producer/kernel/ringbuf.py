@@ -99,18 +99,21 @@ class Ring:
         """
         count = min(self.unread, limit)
         barrier()
+        self.damaged = 0
         start = mmap.PAGESIZE + self.position % self.size_bytes
         records = np.ndarray(count, self._record, buffer=self._data, offset=start)
+        rows = records["row"]
+        if not count:
+            return rows
         lengths = records["length"].copy()
         barrier()
-        self.damaged = 0
-        size = records.dtype["row"].itemsize
-        count = self._finished(lengths, size)
-        lengths, rows = lengths[:count], records["row"][:count]
+        size = rows.itemsize
         odd = lengths != size
         if odd.any():
+            count = self._finished(lengths, size)
+            lengths, rows, odd = lengths[:count], rows[:count], odd[:count]
             self.damaged = int((odd & (lengths != size | _DISCARD)).sum())
-            rows = rows[~odd]
+            rows = rows[~odd] if odd.any() else rows
         self.position += count * self.stride
         return rows
 
