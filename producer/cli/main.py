@@ -110,7 +110,7 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
     from producer.config.load import located
     from producer.host import memory
 
-    memory.limit_arenas()
+    memory.configure()
     context = click.get_current_context()
 
     def read() -> Any:

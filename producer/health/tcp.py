@@ -20,6 +20,10 @@ from producer.host.clock import kernel_ns
 
 MOST_CONNECTIONS = 1 << 16
 """Connections that are remembered. Those beyond it are counted when they close."""
+_FEW_CONNECTIONS = 1 << 13
+"""From here on, closed connections are forgotten: these fit into a CPU's cache."""
+_CLOSED_NS = 10**9
+"""Closed connections are remembered for this long, as their last two records may have changed places."""
 _FORGOTTEN_NS = 600 * 10**9
 """Without room, connections without a record for this long are forgotten: their closing record was lost."""
 
@@ -70,6 +74,8 @@ class TcpMetrics(Collector):
         since_ns = kernel_ns() if since_ns is None else since_ns
         names = ("segs_out", *(f"retrans_{cause}" for cause in CAUSES))
         self._table = Connections(names, since_ns - 1, most)
+        self._room = min(_FEW_CONNECTIONS, most)
+        """The number of connections above which closed ones are dropped."""
         self._counts = np.zeros(1, _COUNTS)
         self._retransmitted = np.zeros(len(CAUSES))
 
@@ -87,9 +93,18 @@ class TcpMetrics(Collector):
 
     def _count_connections(self, rows: Rows) -> None:
         with self._lock:
-            if len(self._table) + len(rows) > self._table.most:
-                self._table.forget(open_ns=int(rows["ts"].astype(np.int64).max(initial=0)) - _FORGOTTEN_NS)
+            self._forget(rows)
             self._table.count_flows(rows, _ERROR_INDEX, _SRTT_BOUNDS_US, self._counts)
+
+    def _forget(self, rows: Rows) -> None:
+        """Drop closed connections whenever the table has doubled, and without room, open ones that are quiet."""
+        if len(self._table) + len(rows) <= self._room:
+            return
+        newest_ns = int(rows["ts"].astype(np.int64).max(initial=0))
+        self._table.forget(newest_ns - _CLOSED_NS)
+        if len(self._table) + len(rows) > self._table.most:
+            self._table.forget(open_ns=newest_ns - _FORGOTTEN_NS)
+        self._room = min(max(_FEW_CONNECTIONS, 2 * len(self._table)), self._table.most)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of what is captured."""

@@ -61,7 +61,11 @@ class UtcOffset:
 
     def __call__(self) -> int:
         """Return the current offset."""
-        width_ns, offset_ns = min(self._read() for _ in range(_TRIES))
+        width_ns, offset_ns = self._read()
+        for _ in range(_TRIES - 1):
+            if width_ns < _TIGHT_NS:
+                break
+            width_ns, offset_ns = min((width_ns, offset_ns), self._read())
         current = self._offset_ns
         if current is None or (width_ns < _TIGHT_NS and abs(offset_ns - current) > _STEP_NS):
             self._offset_ns = offset_ns

@@ -1,9 +1,9 @@
 """A BPF ring buffer of fixed-size records, read as numpy rows without callbacks, copies or Python code per record.
 
 Layout (kernel/bpf/ringbuf.c): a page with the consumer position, a page with the producer position, then the data,
-mapped twice in a row, so that a run of records that wraps is contiguous. A record is a u32 length with two flag bits, a
-u32 that the kernel uses, and the payload, padded to a multiple of 8 bytes. Positions count bytes since the ring was
-created and never wrap.
+twice in a row. A page of the second copy is mapped, so that a record that wraps is contiguous; all of it would be
+counted as resident memory. A record is a u32 length with two flag bits, a u32 that the kernel uses, and the payload,
+padded to a multiple of 8 bytes. Positions count bytes since the ring was created and never wrap.
 
 A program reserves a record by writing its length with the busy bit and then advancing the producer position. It submits
 by clearing the bit. So the reader loads the position first, then the lengths, then the payloads, and stops at the first
@@ -51,7 +51,7 @@ class Ring:
         page = mmap.PAGESIZE
         consumer = mmap.mmap(descriptor, page)
         # Arrays hold the mapping: the memory is unmapped with the last array on it.
-        self._data = mmap.mmap(descriptor, page + 2 * size_bytes, prot=mmap.PROT_READ, offset=page)
+        self._data = mmap.mmap(descriptor, page + size_bytes + page, prot=mmap.PROT_READ, offset=page)
         self._consumer: NDArray[np.uint64] = np.frombuffer(consumer, "<u8", 1)
         self._producer: NDArray[np.uint64] = np.frombuffer(self._data, "<u8", 1)
         self.size_bytes = size_bytes
@@ -95,24 +95,36 @@ class Ring:
         """Return up to `limit` finished rows, in the order of their reservation, and move `position` past them.
 
         The rows are a read-only view of the ring, valid until a position after them is committed. They are a copy only
-        if records between them were discarded or are damaged.
+        if the ring wraps between them, or if records between them were discarded or are damaged.
         """
         count = min(self.unread, limit)
         barrier()
-        start = mmap.PAGESIZE + self.position % self.size_bytes
-        records = np.ndarray(count, self._record, buffer=self._data, offset=start)
-        lengths = records["length"].copy()
-        barrier()
         self.damaged = 0
-        size = records.dtype["row"].itemsize
-        count = self._finished(lengths, size)
-        lengths, rows = lengths[:count], records["row"][:count]
+        left = -(-(self.size_bytes - self.position % self.size_bytes) // self.stride)
+        parts = [self._records(self.position, min(count, left))]
+        if not count:
+            return parts[0]["row"]
+        if count > left:
+            parts.append(self._records(self.position + left * self.stride, count - left))
+        lengths = np.concatenate([part["length"] for part in parts])
+        barrier()
+        if count > left:
+            parts = [np.concatenate([part.view(np.uint8) for part in parts]).view(self._record)]
+        rows = parts[0]["row"]
+        size = rows.itemsize
         odd = lengths != size
         if odd.any():
+            count = self._finished(lengths, size)
+            lengths, rows, odd = lengths[:count], rows[:count], odd[:count]
             self.damaged = int((odd & (lengths != size | _DISCARD)).sum())
-            rows = rows[~odd]
+            rows = rows[~odd] if odd.any() else rows
         self.position += count * self.stride
         return rows
+
+    def _records(self, position: int, count: int) -> Rows:
+        """Return a view of records; only the last may wrap."""
+        start = mmap.PAGESIZE + position % self.size_bytes
+        return np.ndarray(count, self._record, buffer=self._data, offset=start)
 
     def _finished(self, lengths: NDArray[np.uint32], size: int) -> int:
         """Return the number of records before the first that a program is filling."""

@@ -96,9 +96,18 @@ class Pipeline:
         return not pace.is_urgent and stream.oldest_sent_s is not None and not pace.heeds(stream.unread_share)
 
     def _report_waits(self, now_s: float) -> list[float]:
-        """Return when to look for each stream's next delivery reports: the longer they take, the later."""
-        ages = [now_s - sent_s for each in self._streams.values() if (sent_s := each.oldest_sent_s) is not None]
-        return [min(max(LEAST_S, age_s), _MOST_REPORT_WAIT_S) for age_s in ages]
+        """Return when to look for each stream's next delivery reports: the longer they take, the later.
+
+        Unless the stream is urgent or stalled, they change nothing before its ring is due.
+        """
+        waits = []
+        for name, stream in self._streams.items():
+            if (sent_s := stream.oldest_sent_s) is not None:
+                pace, wait_s = self._paces[name], max(LEAST_S, now_s - sent_s)
+                if not pace.is_urgent and not stream.is_stalled(self._sink, now_s):
+                    wait_s = max(wait_s, pace.due_s - now_s)
+                waits.append(min(wait_s, _MOST_REPORT_WAIT_S))
+        return waits
 
     def step(self) -> bool:
         """Move events of each stream, and process delivery reports; return whether there are likely more events."""

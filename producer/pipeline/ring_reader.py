@@ -84,5 +84,5 @@ class RingReader:
 
 def _request_rows(batch: EncodedBatch) -> int:
     """Return how many messages like those of a batch fit into one produce request."""
-    message_bytes = batch.lengths.mean() + batch.key_lengths.mean() + _MESSAGE_BYTES
-    return min(BATCH_ROWS, max(1, int(_REQUEST_BYTES / message_bytes)))
+    total_bytes = int(batch.lengths.sum() + batch.key_lengths.sum())
+    return min(BATCH_ROWS, max(1, _REQUEST_BYTES * len(batch) // (total_bytes + _MESSAGE_BYTES * len(batch))))

@@ -15,7 +15,6 @@ from typing import Any
 
 import fastavro
 import numpy as np
-import numpy.ma  # numpy.unique imports it at its first call, when descriptors may have run out
 import zstandard
 from numpy.typing import NDArray
 
@@ -231,8 +230,9 @@ def _batch(stream: Stream, raw: bytes) -> Spooled:
 
 def _compact_keys(batch: EncodedBatch) -> tuple[NDArray[np.int64], bytes, NDArray[np.int64]]:
     """Return the index of each message's key, the used keys concatenated, and their lengths."""
-    key_starts, rows, numbers = np.unique(batch.key_starts, return_index=True, return_inverse=True)
-    lengths = batch.key_lengths[rows]
+    is_first = np.diff(batch.key_starts, prepend=-1) != 0  # messages that share a key follow each other
+    key_starts, lengths = batch.key_starts[is_first], batch.key_lengths[is_first]
+    numbers = np.cumsum(is_first) - 1
     columns = np.arange(lengths.max())
     # Padding may reach past the last key.
     indexes = np.minimum(key_starts[:, None] + columns, len(batch.keys) - 1)

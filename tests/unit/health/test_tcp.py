@@ -189,6 +189,17 @@ def test_connections_that_the_table_has_no_space_for_count_once_when_they_close(
     assert added(metrics, record(8, 10)) == (10, 1), "there is room again"
 
 
+def test_closed_connections_are_forgotten_after_a_second_on_a_host_that_closes_many() -> None:
+    metrics = TcpMetrics(SINCE_NS)
+    for batch in range(40):
+        at_s, cookies = 1001 + batch / 2, range(1000 * batch, 1000 * (batch + 1))
+        closed = [closing(cookie, 5, at_s=at_s, start_s=at_s - 0.1) for cookie in cookies]
+        late = [record(cookie, 4, at_s=at_s - 0.01, start_s=at_s - 0.1) for cookie in cookies[::10]]
+        assert added(metrics, *closed) == (5000, 1000)
+        assert added(metrics, *late) == (0, 0)
+    assert len(metrics._table) < 10_000
+
+
 def test_a_full_table_forgets_connections_whose_end_was_lost_and_counts_none_of_them_twice() -> None:
     metrics = TcpMetrics(SINCE_NS, most=2)
     added(metrics, record(1, 10), record(2, 10))

@@ -115,6 +115,14 @@ def test_a_batch_that_wraps_is_in_one_piece() -> None:
     kernel.close()
 
 
+def test_only_a_page_of_the_second_copy_is_mapped() -> None:
+    descriptor = os.memfd_create("ring")
+    os.truncate(descriptor, (2 + 4 + 1) * PAGE)
+    with Ring(descriptor, 4 * PAGE, ROW) as ring:
+        assert numbers(ring) == []
+    os.close(descriptor)
+
+
 def test_many_laps_bring_every_row(kernel: Kernel, ring: Ring) -> None:
     seen: list[int] = []
     for number in range(0, 1009, 7):

@@ -42,12 +42,26 @@ def test_a_turn_also_reads_rings_that_were_empty_and_are_due_soon_but_no_others(
 
 def test_a_turn_that_sends_is_followed_by_looks_for_the_reports_at_growing_distances() -> None:
     setup = Setup()
-    setup.ring.written = 5
+    ring = setup.rings["retransmit"]
+    ring.written = 5
     waits = []
     for _ in range(6):
         waits.append(setup.pipeline.turn())
         setup.now_s += waits[-1]
     assert waits == pytest.approx([0.02, 0.02, 0.04, 0.08, 0.1, 0.1])
+    setup.sink.take_all()
+    setup.pipeline.turn()
+    assert (setup.paths["retransmit"].account.delivered, ring.committed) == (5, 5 * STRIDE)
+
+
+def test_the_reports_of_a_ring_that_is_not_due_sooner_can_wait() -> None:
+    setup = Setup()
+    setup.ring.written = 5
+    waits = []
+    for _ in range(3):
+        waits.append(setup.pipeline.turn())
+        setup.now_s += waits[-1]
+    assert waits == pytest.approx([0.1, 0.1, 0.1])
     setup.sink.take_all()
     setup.pipeline.turn()
     assert (setup.transmits.account.delivered, setup.ring.committed) == (5, 5 * STRIDE)
