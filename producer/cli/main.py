@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
