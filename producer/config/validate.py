@@ -245,6 +245,8 @@ def _check_registry(registry: Any) -> None:
         if "@" in registry.url:
             raise ConfigError("registry.url: expected no user or password in the URL: set registry.auth to a file")
         _check_url("registry.url", registry.url)
+    if registry.key is not None and registry.certificate is None:
+        raise ConfigError("registry.key: expected registry.certificate, too")
     for name in ("auth", "ca", "certificate", "key"):
         _check_path(f"registry.{name}", getattr(registry, name))
 

@@ -72,6 +72,7 @@ def read(folder: Path, text: str | bytes) -> Config:
         'registry.url = "http://a..b:1"',
         'registry.url = "file:///etc/passwd"',
         'registry.auth = "a\\u0000b"',
+        'registry.key = "/x"',
         "registry.timeout_s = 1e300",
         'alert.alertmanager = "http://a:x"',
         'alert.group = "a\\nb"',
