@@ -173,6 +173,27 @@ def test_a_client_that_waits_until_events_go_to_disk_is_refused(tmp_path, name, 
         read(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("connections.max.idle.ms", "1", True),
+        ("connections.max.idle.ms", "999", True),
+        ("connections.max.idle.ms", "0", False),
+        ("connections.max.idle.ms", "1000", False),
+        ("metadata.recovery.rebootstrap.trigger.ms", "0", True),
+        ("metadata.recovery.rebootstrap.trigger.ms", "300000", False),
+    ],
+)
+def test_a_client_that_closes_connections_before_an_answer_is_refused(tmp_path, name, value, refused):
+    """Tried with each setting of librdkafka at its limits: with these, nothing is delivered."""
+    text = f'kafka.settings."{name}" = {value}'
+    if not refused:
+        assert read(tmp_path, text)
+        return
+    with pytest.raises(ConfigError, match=rf"kafka.settings.{name}: expected (0 or )?at least 1000, found {value}"):
+        read(tmp_path, text)
+
+
 @pytest.mark.parametrize("command", [("run",), ("check", "--local"), ("init",)])
 def test_empty_brokers_never_mean_the_test_broker(tmp_path, command):
     path = tmp_path / "rebpf.toml"
