@@ -196,7 +196,7 @@ def demo(duration: float, loss: float, events: bool, as_json: bool) -> None:
 def check(config: Path | None, explain: str | None, local: bool, offline: bool, as_json: bool, **options: Any) -> None:
     """Check that this host can run the producer.
 
-    Takes the same options. Suggests a fix for each problem. Exits with 0 if the producer would start.
+    Takes the options of `rebpf run`. Suggests a fix for each problem. Exits with 0 if the producer would start.
     """
     from producer.commands.check import examine
     from producer.commands.check_settings import settings_offline

@@ -110,7 +110,16 @@ class TopicName(click.ParamType):  # type: ignore[type-arg] # not generic in cli
 
 
 class _Option(click.Option):
-    """Rejects an environment variable that is set but empty or blank, which click treats as unset."""
+    """Rejects what an unset variable leaves: an empty path, which would be the working directory.
+
+    And an environment variable that is set but empty or blank, which click treats as unset.
+    """
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return the option's value. Raises UsageError if it is an empty path."""
+        if isinstance(self.type, click.Path) and isinstance(value, str) and not value.strip():
+            raise UsageError(f"{self.opts[0]} is empty: give it a path, or leave it out")
+        return super().type_cast_value(ctx, value)
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Return the value of the variable. Raises UsageError if it is empty."""

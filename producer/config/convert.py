@@ -74,6 +74,8 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from error
     if kind is Path and isinstance(value, str):
+        if not value.strip():  # it would be the working directory
+            raise ConfigError(f"{where}: expected a path, found {value!r}")
         return Path(value)
     if kind is float and type(value) is int:
         return float(value)

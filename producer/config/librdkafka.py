@@ -5,7 +5,7 @@ producers, to consumers, or to all clients. A test lists the free ones, too, and
 library has a setting in none of the lists.
 """
 
-import contextlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,6 +131,9 @@ _FILES = _names(
 )
 """Files that the library opens, and that a pipe or a device must not stand for."""
 
+_LEAST_MS = 1000
+"""The library would close connections before a broker has answered."""
+
 TEST_BROKER: Mapping[str, str] = {"test.mock.num.brokers": "1"}
 TEST_BROKER_PARTITIONS = 4
 
@@ -145,13 +148,25 @@ def decide(settings: Mapping[str, str]) -> None:
             raise ConfigError(f"kafka.settings.{name}: must not be set, {REFUSED[name]}: remove it")
 
 
-def check_linger(settings: Mapping[str, str], spill_after_s: float) -> None:
-    """Raise ConfigError if the client would hold messages back for so long that all go to disk first."""
+def check_times(settings: Mapping[str, str], spill_after_s: float) -> None:
+    """Raise ConfigError for a time with which the client delivers nothing, or only what has been on disk."""
     most_ms = 1000 * spill_after_s
     for name in ("linger.ms", "queue.buffering.max.ms"):
-        with contextlib.suppress(ValueError):  # the library rejects it
-            if float(settings.get(name, "0")) >= most_ms:
-                raise ConfigError(f"kafka.settings.{name}: expected less than spool.spill_after_s, {most_ms:g} ms")
+        if _number(settings.get(name, "")) >= most_ms:
+            raise ConfigError(f"kafka.settings.{name}: expected less than spool.spill_after_s, {most_ms:g} ms")
+    idle, rebootstrap = "connections.max.idle.ms", "metadata.recovery.rebootstrap.trigger.ms"
+    for name, least in ((idle, math.ulp(0)), (rebootstrap, 0)):
+        if least <= _number(settings.get(name, "")) < _LEAST_MS:
+            unless = "0 or " if name == idle else ""
+            raise ConfigError(f"kafka.settings.{name}: expected {unless}at least {_LEAST_MS}, found {settings[name]}")
+
+
+def _number(text: str) -> float:
+    """Return a setting as a number; -1 if it is none, which the library rejects."""
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0
 
 
 def _check(settings: Mapping[str, str]) -> None:

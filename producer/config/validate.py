@@ -16,7 +16,7 @@ from typing import Any
 
 from producer.config.alerts import GROUPS, MEASURES, SILENT
 from producer.config.convert import nearest
-from producer.config.librdkafka import check_linger, decide
+from producer.config.librdkafka import check_times, decide
 from producer.errors import ConfigError
 from producer.events import CAUSES, HOOKS, STATES
 from producer.host.endpoints import without_path
@@ -84,7 +84,7 @@ def check(config: Any) -> None:
         section, _, key = name.partition(".")
         check_seconds(name, getattr(getattr(config, section), key), least, most)
     _check_spool(config.spool)
-    check_linger(config.kafka.settings, config.spool.spill_after_s)
+    check_times(config.kafka.settings, config.spool.spill_after_s)
     if config.metrics.listen:
         _check_listen("metrics.listen", config.metrics.listen)
     _check_path("metrics.web_config_file", config.metrics.web_config_file)
@@ -245,6 +245,8 @@ def _check_registry(registry: Any) -> None:
         if "@" in registry.url:
             raise ConfigError("registry.url: expected no user or password in the URL: set registry.auth to a file")
         _check_url("registry.url", registry.url)
+    if registry.key is not None and registry.certificate is None:
+        raise ConfigError("registry.key: expected registry.certificate, too")
     for name in ("auth", "ca", "certificate", "key"):
         _check_path(f"registry.{name}", getattr(registry, name))
 

@@ -9,6 +9,7 @@ import os
 import resource
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ _SYSTEM_PYTHON = "/usr/bin/python3"
 _FDS = 64
 _LEAST_DESCRIPTORS = 128
 """Programs, maps and links are up to 49, and Kafka, the spool and the endpoint need some."""
+_MEMORY = "compiling takes 250 MB: raise MemoryMax= of the unit, or the container's limit"
 _FIND_TIMEOUT_S = 60.0
 _LOOK_S = 0.1
 _MOST_LOG_BYTES = 1 << 16
@@ -98,6 +100,8 @@ class Loader:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(_EXIT_TIMEOUT_S)
             status = self._child.poll()
+            if status == -signal.SIGKILL:  # the kernel ends the largest process of a container or unit
+                raise errors.HookError(f"the loader was killed, as when memory runs out: {_MEMORY}")
             how = "closed its socket" if status is None else f"exited with status {status}"
             raise errors.HookError(f"the loader {how} without an answer")
         with open(descriptors[0], "rb") as file:

@@ -72,6 +72,8 @@ class RegistryClient:
         try:
             if settings.auth is not None:
                 secret = read_secret(settings.auth, "registry.auth")
+                if ":" not in secret:
+                    raise ConfigError(f"registry.auth: {settings.auth}: expected USER:PASSWORD in the first line")
                 self._headers["Authorization"] = "Basic " + base64.b64encode(secret.encode()).decode()
             self._tls = _tls(settings) if parts.scheme == "https" else None
         except (OSError, ValueError) as error:  # none of these contains the secret

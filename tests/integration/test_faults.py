@@ -205,7 +205,8 @@ def test_topic_missing_hurts_no_other(kafka, tmp_path):
     assert_other_port_too(at, port)
 
 
-def test_topic_deleted_while_running_and_created_again(kafka, tmp_path):
+@pytest.mark.parametrize("partitions", [1, PARTITIONS, 2 * PARTITIONS])
+def test_topic_deleted_while_running_and_created_again(kafka, tmp_path, partitions):
     create_topics(kafka, "deleted.")
     with scene(tmp_path, kafka.bootstrap, "deleted.", settings=IMPATIENT) as at:
         at.exchange()
@@ -214,12 +215,14 @@ def test_topic_deleted_while_running_and_created_again(kafka, tmp_path):
         kafka.delete_topic("deleted.tcp_transmit")
         at.exchange()
         at.run.wait_for("WARNING kafka: .*deleted.tcp_transmit.*UNKNOWN_TOPIC")
-        kafka.create_topic("deleted.tcp_transmit")
+        kafka.create_topic("deleted.tcp_transmit", partitions)
         at.exchange()
         wait_until("the topic has the rest", lambda: len(once([*before, *at.events()])) >= len(at.segments))
         at.balance = at.run.finish()
 
     at.assert_nothing_is_missing(tuple(before))
+    for name in ("tcp_transmit", "tcp_retransmit", "tcp_flow", "rebpf_agent"):
+        kafka.delete_topic(f"deleted.{name}")
 
 
 @pytest.fixture

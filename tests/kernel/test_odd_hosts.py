@@ -1,14 +1,23 @@
 """A running producer and what its host lacks or holds: it goes on, and a stop delivers what it has captured."""
 
+import json
 import os
 import resource
 import signal
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.support.fake_systemd import Manager
+from tests.support.mock_cluster import Cluster
 from tests.support.rebpf import Run, wait_until
+from tests.support.topics import TRANSMIT
+from tests.support.traffic import Echo, exchange
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
@@ -52,3 +61,62 @@ def test_a_refused_reload_with_a_name_that_is_not_utf_8_ends_neither_heartbeats_
         run.wait_for("reload refused")
         assert "conf.d/\\udcff.toml" in run.get("status")["reasons"][0]
         run.finish()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A state folder on a file system of its own."""
+    image, folder = tmp_path / "image", tmp_path / "run" / "state"
+    folder.mkdir(parents=True)
+    with image.open("wb") as file:
+        file.truncate(1 << 26)
+    if subprocess.run(["mkfs.ext4", "-q", image], capture_output=True).returncode:
+        pytest.skip("NO EXT4: mkfs.ext4 failed")
+    if subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True).returncode:
+        pytest.skip("NO LOOP DEVICE: the image cannot be mounted")
+    folder.chmod(0o700)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", folder], capture_output=True)
+        subprocess.run(["umount", folder], check=True)
+
+
+def delivered_by(run: Run) -> int:
+    return int(next(each["delivered"] for each in run.get("status")["streams"] if each["topic"] == TRANSMIT))
+
+
+def test_a_frozen_disk_costs_no_event_and_holds_only_what_is_written_to_it(disk: Path) -> None:
+    """As the snapshot of a backup freezes it, here for longer, and during an outage of Kafka."""
+    cluster = Cluster()
+    for name in (TRANSMIT, "tcp_retransmit", "tcp_flow", "rebpf_agent"):
+        cluster.create(name)
+    with (
+        Echo() as echo,
+        Run(
+            disk.parent, "--brokers", cluster.brokers, "--port", echo.port, config='metrics.listen = "127.0.0.1:0"'
+        ) as run,
+    ):
+        run.ready()
+        health = json.loads((disk / "agent.json").read_text())["status_url"] + "/healthz"
+        subprocess.run(["fsfreeze", "--freeze", disk], check=True)
+        exchange(echo.port, 11)
+        wait_until("Kafka gets the events as always", lambda: delivered_by(run) >= 11)
+        cluster.down()
+        exchange(echo.port, 11)
+
+        def says_so() -> bool:
+            with suppress(TimeoutError):
+                try:
+                    urllib.request.urlopen(health, timeout=5).close()
+                except urllib.error.HTTPError as error:
+                    return "the loop has made no step" in error.read().decode()
+            return False
+
+        wait_until("health says so", says_so)
+        run.send(signal.SIGTERM)
+        cluster.up()
+        subprocess.run(["fsfreeze", "--unfreeze", disk], check=True)
+        balance = run.finish(None)[TRANSMIT]
+    assert balance["passed"] == balance["delivered"] + balance["spooled"]
+    assert not balance["lost"]

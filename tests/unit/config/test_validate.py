@@ -72,6 +72,7 @@ def read(folder: Path, text: str | bytes) -> Config:
         'registry.url = "http://a..b:1"',
         'registry.url = "file:///etc/passwd"',
         'registry.auth = "a\\u0000b"',
+        'registry.key = "/x"',
         "registry.timeout_s = 1e300",
         'alert.alertmanager = "http://a:x"',
         'alert.group = "a\\nb"',
@@ -172,6 +173,27 @@ def test_a_client_that_waits_until_events_go_to_disk_is_refused(tmp_path, name, 
         read(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("connections.max.idle.ms", "1", True),
+        ("connections.max.idle.ms", "999", True),
+        ("connections.max.idle.ms", "0", False),
+        ("connections.max.idle.ms", "1000", False),
+        ("metadata.recovery.rebootstrap.trigger.ms", "0", True),
+        ("metadata.recovery.rebootstrap.trigger.ms", "300000", False),
+    ],
+)
+def test_a_client_that_closes_connections_before_an_answer_is_refused(tmp_path, name, value, refused):
+    """Tried with each setting of librdkafka at its limits: with these, nothing is delivered."""
+    text = f'kafka.settings."{name}" = {value}'
+    if not refused:
+        assert read(tmp_path, text)
+        return
+    with pytest.raises(ConfigError, match=rf"kafka.settings.{name}: expected (0 or )?at least 1000, found {value}"):
+        read(tmp_path, text)
+
+
 @pytest.mark.parametrize("command", [("run",), ("check", "--local"), ("init",)])
 def test_empty_brokers_never_mean_the_test_broker(tmp_path, command):
     path = tmp_path / "rebpf.toml"
@@ -182,6 +204,39 @@ def test_empty_brokers_never_mean_the_test_broker(tmp_path, command):
     assert (by_option.returncode, by_variable.returncode) == (78, 64)
     assert by_option.stderr.startswith("rebpf: --brokers or REBPF_BROKERS: kafka.brokers: ")
     assert by_variable.stderr == "rebpf: REBPF_BROKERS is set but empty: give it a value, or unset it\n"
+
+
+@pytest.mark.parametrize("value", ["", " "])
+@pytest.mark.parametrize(
+    "words",
+    ["run --state-dir", "run --pin", "check --config", "spool drop --yes --state-dir", "report -o", "compile --btf"],
+)
+def test_an_empty_path_never_means_the_working_directory(words, value):
+    done = rebpf(*words.split(), value)
+    name = words.rpartition(" ")[2].replace("-o", "--output")
+    assert (done.returncode, done.stderr) == (64, f"rebpf: {name} is empty: give it a path, or leave it out\n")
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "state_dir",
+        "capture.pin",
+        "capture.btf",
+        "capture.programs",
+        "metrics.web_config_file",
+        "registry.auth",
+        "registry.ca",
+        "registry.certificate",
+        "registry.key",
+        "kubernetes.token",
+        "kubernetes.ca",
+    ],
+)
+def test_an_empty_path_in_a_file_is_refused(tmp_path, name, value):
+    with pytest.raises(ConfigError, match=f"{name}: expected a path, found '{value}'"):
+        read(tmp_path, f'{name} = "{value}"')
 
 
 def test_a_blank_variable_is_not_taken_for_none():

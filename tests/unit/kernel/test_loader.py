@@ -114,6 +114,27 @@ def test_the_childs_output_is_logged_and_bounded(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("os.kill(os.getpid(), 9)", "the loader was killed, as when memory runs out: .* raise MemoryMax= of the unit"),
+        ("os.kill(os.getpid(), 15)", "the loader exited with status -15 without an answer"),
+        ("sys.exit(9)", "the loader exited with status 9 without an answer"),
+    ],
+)
+def test_a_child_that_is_killed_is_not_taken_for_one_that_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str, said: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable} -I\nimport os, sys\n{end}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(loader_module, "python_with_bcc", lambda: str(python))
+    loader = Loader()
+    with pytest.raises(errors.HookError, match=said):
+        loader.ask({})
+    loader.end()
+
+
 def test_a_child_that_hangs_without_its_socket_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from producer.config.load import Registry
-from producer.errors import PermissionDenied, SchemaError, Stopped, UnavailableError
+from producer.errors import ConfigError, PermissionDenied, SchemaError, Stopped, UnavailableError
 from producer.registry.client import NoAnswer, RegistryClient
 from producer.registry.schema_ids import SchemaIds
 
@@ -144,6 +144,14 @@ def test_a_refused_authentication_is_named_and_earlier_ids_are_used(status: int,
         with pytest.raises(PermissionDenied, match="authentication"):
             find(url, None)
         assert find(url, cache_of(url, tmp_path)) == {"events": 7}
+
+
+@pytest.mark.parametrize("content", ["alice", " ", "token\nalice:secret"])
+def test_a_file_without_user_and_password_is_refused_before_it_is_sent(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "auth"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"registry\.auth: .*/auth: expected USER:PASSWORD in the first line"):
+        RegistryClient(Registry(url="http://127.0.0.1:1", auth=path))
 
 
 def test_an_abandoned_answer_that_drips_is_hung_up_on() -> None:
