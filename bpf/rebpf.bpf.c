@@ -915,15 +915,18 @@ static __always_inline int take_packet(struct __sk_buff *skb, struct bpf_sock *f
 	struct sender sender = {};
 	struct flow flow = {};
 	struct wire wire = {};
+	u8 empty;
 
 	if (!choose_packet(&sender, skb, full, &flow, &wire))
 		return 1;
-	if (wire.end_seq == wire.seq)
-		sender.is_retransmit_known = true; /* it is none, without data, SYN or FIN */
-	else if (sender.listener)
+	if (sender.listener)
 		recognize_synack(&sender, skb, &flow, &wire);
 	else if (sender.tp)
 		recognize_segment(&sender, skb, &wire);
+	/* No retransmission is empty. Computed, since on each path of a branch the verifier follows the rest. */
+	empty = ((u64)(wire.end_seq - wire.seq) - 1) >> 63;
+	sender.is_retransmit_known |= empty;
+	sender.is_retransmit &= !empty;
 	transmit_packet(skb, &flow, &wire, &sender);
 #if RETRANSMIT_CGROUP_SKB
 	if (sender.is_retransmit)

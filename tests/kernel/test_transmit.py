@@ -207,7 +207,8 @@ def test_the_reset_of_a_closed_port_has_no_socket_but_a_namespace(capture: Recor
     assert reset["s"]["flow"]["netns"] == lab.client.netns
     assert reset["s"]["flow"]["flow_known"] == 0
     assert reset["s"]["state"] == STATES.index("UNKNOWN")
-    assert not reset["s"]["known"] & (KNOWN["tcp"] | KNOWN["is_retransmit"])
+    assert reset["s"]["known"] & (KNOWN["tcp"] | KNOWN["is_retransmit"]) == KNOWN["is_retransmit"]
+    assert not reset["is_retransmit"]
 
 
 def test_the_numbers_of_each_cpu_have_no_gap_and_no_repeat(capture: Recording, lab: Lab, port: int) -> None:
