@@ -284,11 +284,13 @@ def test_warnings_of_a_missing_topic_become_rare_though_the_other_streams_messag
 
 
 def test_spilling_needs_no_new_module() -> None:
-    """numpy imports a submodule on first use, which fails when descriptors have run out."""
+    """numpy imports some submodules on first use, which fails when descriptors have run out."""
     program = """
-import resource, numpy, producer.spool.format
+import resource
+from producer.events import TRANSMITS, EncodedBatch
+from producer.spool.format import Spooled, block
 resource.setrlimit(resource.RLIMIT_NOFILE, (0, 4096))
-numpy.unique(numpy.zeros(3))
+block(Spooled(EncodedBatch.of(TRANSMITS, b"key", bytes(9)), 0, "", 0, ""), bytes(16))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
