@@ -17,7 +17,7 @@ from producer.consume.period import ALWAYS, Period
 from producer.consume.reader import TopicReader
 from producer.errors import ReaderGoneError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
-from producer.host.output import echo
+from producer.host.output import echo, require_reader
 from producer.host.signals import Flag
 from producer.host.text import to_json
 from producer.view.filter import Filter
@@ -208,9 +208,10 @@ def _text_lines(view: Lines, shown: Sequence[Event]) -> list[str]:
 
 def _print(lines: Sequence[str], *, color: bool) -> bool:
     """Print and flush; return False if the reader of the output has gone."""
-    if lines:
-        try:
+    try:
+        if lines:
             echo("\n".join(lines), color=color)
-        except ReaderGoneError:
-            return False
+        require_reader()
+    except ReaderGoneError:
+        return False
     return True
