@@ -16,7 +16,7 @@ from producer.consume.period import ALWAYS, Period
 from producer.consume.reader import TopicReader
 from producer.errors import ReaderGoneError, UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
-from producer.host.output import echo
+from producer.host.output import echo, require_reader
 from producer.host.signals import Flag
 from producer.host.text import to_json
 from producer.view.filter import Filter
@@ -187,6 +187,7 @@ def _print(batches: Iterable[list[str]], limit: int | None, *, color: bool) -> N
         shown = lines[:remaining]
         if shown:
             echo("\n".join(shown), color=color)
+        require_reader()
         if remaining is not None:
             remaining -= len(shown)
             if remaining == 0:

@@ -18,7 +18,7 @@ from producer.errors import ReaderGoneError
 from producer.events import CAUSES, FLOWS, RETRANSMITS, Stream
 from producer.export.sources import read_file
 from producer.host.endpoints import endpoint
-from producer.host.output import echo
+from producer.host.output import echo, require_reader
 from producer.host.signals import Flag
 from producer.host.text import printable, to_json
 from producer.view.file import RecordFile
@@ -89,6 +89,7 @@ def trace(source: Iterable[list[Records]], chosen: Filter, output: Output, stop:
                     summary.add(records.stream, rows if records.stream == FLOWS else shown)
                 if printer.is_done():
                     stop.set()
+            require_reader()
         if summary is not None:
             echo(summary.text(output.width, as_json=output.as_json), color=False)
         return

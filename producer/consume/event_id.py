@@ -1,5 +1,7 @@
 """Reads what `verify` audits from events: their ids, times and flows."""
 
+import numpy as np
+
 from producer.connections import mixed
 from producer.consume.audit import Rows
 from producer.consume.columns import Columns, Ints, Values

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -134,6 +135,15 @@ def echo(text: str, *, err: bool = False, color: bool = False) -> None:
     except (OSError, ValueError) as error:  # ValueError: the stream was closed
         _discard(stream)
         raise OutputError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def require_reader() -> None:
+    """Raise ReaderGoneError if nobody can read standard output any longer, for output that may be long in coming."""
+    poll = select.poll()
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or replaced by a test
+        poll.register(sys.stdout.fileno(), 0)
+    if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+        raise ReaderGoneError("standard output: the reader has exited")
 
 
 def hold_descriptors() -> None:

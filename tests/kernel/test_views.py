@@ -126,6 +126,16 @@ def test_a_capture_beside_it_keeps_its_events(netns: int) -> None:
             assert capture.kernel.counters(stream).ring_full == 0
 
 
+def test_a_trace_ends_with_its_reader_though_no_event_comes() -> None:
+    with subprocess.Popen(command("trace", "cause rto and netns 1"), stdout=subprocess.PIPE) as trace:
+        assert trace.stdout is not None
+        assert trace.stdout.readline().startswith(b"TIME")
+        programs = wait_attached(trace.pid)
+        trace.stdout.close()
+        assert trace.wait(DEADLINE_S) == 0
+    wait_detached(programs)
+
+
 def test_a_trace_ends_with_its_reader(netns: int) -> None:
     with subprocess.Popen(
         command("trace", "netns", netns, "and", "peer", GUILTY),

@@ -4,6 +4,7 @@ import io
 import json
 import socket
 import struct
+import subprocess
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,7 @@ from producer.events import RETRANSMITS, TRANSMITS
 from producer.paths import SCHEMAS
 from producer.view.filter import parse
 from tests.support.mock_topics import TOPICS, Cluster
+from tests.support.rebpf import DEADLINE_S, command
 from tests.support.records import TRANSMIT, VALUES, message
 
 
@@ -299,3 +301,15 @@ def test_the_earliest_time_is_the_beginning(cluster: Cluster) -> None:
         cluster.brokers, TOPICS, registry=None, from_beginning=False, stop=stop, client_settings={}, since_ms=0
     )
     assert len(take(source, 3)) == 3
+
+
+def test_it_ends_with_its_reader_though_no_event_comes(cluster: Cluster) -> None:
+    cluster.put_events(TRANSMITS, [1])
+    with subprocess.Popen(command("tail", "--brokers", cluster.brokers), stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"TIME")
+        process.stdout.close()
+        try:
+            assert process.wait(DEADLINE_S) == 0
+        finally:
+            process.kill()

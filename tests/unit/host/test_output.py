@@ -22,10 +22,10 @@ from producer.commands.tail import Event, json_line
 from producer.commands.verify import TopicReport, show
 from producer.config import load
 from producer.consume.audit import BootReport
-from producer.errors import OutputError, UnavailableError
+from producer.errors import OutputError, ReaderGoneError, UnavailableError
 from producer.health.status import table
 from producer.host import systemd
-from producer.host.output import MAX_RECORD_BYTES, JournalFormatter, JsonFormatter, LineFormatter, echo
+from producer.host.output import MAX_RECORD_BYTES, JournalFormatter, JsonFormatter, LineFormatter, echo, require_reader
 from producer.host.text import to_json
 from producer.view.line import Lines
 from tests.support.rebpf import command, rebpf
@@ -382,3 +382,15 @@ def test_all_output_goes_through_one_module() -> None:
         in ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "sys.stdout.buffer.write")
     }
     assert found == ALLOWED
+
+
+def test_a_reader_that_has_gone_is_noticed_without_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe, (tmp_path / "file").open("w") as file:
+        for stream in (pipe, file, None):
+            monkeypatch.setattr(sys, "stdout", stream)
+            require_reader()
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(ReaderGoneError):
+            require_reader()
