@@ -72,7 +72,7 @@ class Topics:
                 if is_test_broker(metadata):
                     raise UnavailableError(f"topic {name} does not exist: {NEEDS_KAFKA}")
                 error = consumer.list_topics(name, timeout=_ANSWER_S).topics[name].error  # of all, it hides some
-                if error is not None and error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                if error is not None and error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise topic_error(name, error)
                 raise UnavailableError(f"topic {name} does not exist: {fix}")
         if self.heartbeats and len(found[self.heartbeats].partitions) != 1:

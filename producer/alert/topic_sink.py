@@ -42,7 +42,7 @@ class TopicSink:
     def close(self) -> None:
         """Drop what is in flight."""
         self._client.purge()
-        with suppress(KafkaException):  # of a client that has failed for good
+        with suppress(KafkaException, SystemError):  # of a client that has failed for good
             self._client.flush(1)
 
     def _write(self, messages: Sequence[tuple[bytes, bytes]]) -> None:
@@ -56,10 +56,12 @@ class TopicSink:
         except BaseException as error:
             # The next active member or the next retry sends them; they must not arrive later from here.
             self.close()
-            if not isinstance(error, KafkaException):
+            # confluent-kafka calls on_delivery with a fatal error pending, which makes it a SystemError.
+            cause = error.__cause__ if isinstance(error, SystemError) else error
+            if not isinstance(cause, KafkaException):
                 raise
             self._client = open_client(Producer, self._settings)
-            raise self._worded(error.args[0]) from error
+            raise self._worded(cause.args[0]) from error
         if self._failure is not None:
             raise self._worded(self._failure)
 

@@ -8,13 +8,13 @@ from itertools import compress, pairwise
 from operator import ne
 from typing import NamedTuple
 
-from confluent_kafka import KafkaError, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, Message, TopicPartition
 
 from producer.consume.audit import ALL
 from producer.errors import UnavailableError
 from producer.host.progress import Progress
 from producer.kafka.confluent import is_test_broker
-from producer.kafka.consumer import QuietConsumer, is_passing, topic_error
+from producer.kafka.consumer import QuietConsumer, is_passing, offsets, topic_error
 
 _METADATA_TIMEOUT_S = 5
 _SILENCE_S = 30
@@ -80,9 +80,12 @@ class TopicReader:
         self._skip_missing = skip_missing
         self._finds_times = True
         with self._connection.translated_errors(), Progress(f"connecting to Kafka at {brokers}"):
-            self.spans = {
-                partition: self._span(partition, since) for topic in topics for partition in self._partitions(topic)
-            }
+            partitions = [partition for topic in topics for partition in self._partitions(topic)]
+            starts, ends = (
+                offsets(self._consumer, partitions, each, _METADATA_TIMEOUT_S)
+                for each in (OFFSET_BEGINNING, OFFSET_END)
+            )
+            self.spans = {each: self._span(starts[each], ends[each], since) for each in partitions}
             if since_ms is not None and self._finds_times:
                 self._start_at(since_ms)
 
@@ -133,8 +136,8 @@ class TopicReader:
             raise UnavailableError(f"topic {topic}: no leader of partitions {which}: start their brokers")
         return [PartitionId(topic, number) for number in sorted(metadata.partitions)]
 
-    def _span(self, partition: PartitionId, since: int | None) -> tuple[int, int]:
-        low, high = self._consumer.get_watermark_offsets(TopicPartition(*partition), _METADATA_TIMEOUT_S)
+    @staticmethod
+    def _span(low: int, high: int, since: int | None) -> tuple[int, int]:
         if since is None:
             return low, high
         return max(low, min(high, since if since >= 0 else high + since)), high

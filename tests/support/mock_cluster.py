@@ -8,7 +8,7 @@ import confluent_kafka
 
 from producer.kafka import librdkafka
 
-PRODUCE, FETCH, LIST_OFFSETS, FIND_COORDINATOR = 0, 1, 2, 10
+PRODUCE, FETCH, LIST_OFFSETS, FIND_COORDINATOR, INIT_PRODUCER_ID = 0, 1, 2, 10, 22
 DEADLINE_S = 40.0
 
 

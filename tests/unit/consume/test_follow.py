@@ -61,6 +61,16 @@ def test_many_partitions_take_one_request(cluster: Cluster) -> None:
         follower.close()
 
 
+def test_the_spans_of_many_partitions_take_two_requests(cluster: Cluster) -> None:
+    cluster.create("u", 20)
+    cluster.put("u", b"value", 7)
+    cluster.track()
+    reader = TopicReader(cluster.brokers, ["u"], {}, None)
+    assert cluster.requests(LIST_OFFSETS) == 2
+    assert reader.spans == {("u", number): (0, int(number == 7)) for number in range(20)}
+    reader.close()
+
+
 @pytest.fixture
 def without_groups(cluster: Cluster) -> Cluster:
     """A cluster whose users have no rights for groups, and a message."""
