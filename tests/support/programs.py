@@ -2,10 +2,12 @@
 
 import struct
 from ctypes import byref, c_uint32
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from producer.kernel import bpf_syscall
-from producer.kernel.capture import Capture
+
+if TYPE_CHECKING:  # it needs numpy, which a host under systemd has in the package's environment alone
+    from producer.kernel.capture import Capture
 
 
 class ProgramInfo(NamedTuple):
@@ -33,6 +35,6 @@ def program_ids() -> set[int]:
         ids.add(last.value)
 
 
-def ids_of(capture: Capture) -> set[int]:
+def ids_of(capture: "Capture") -> set[int]:
     """Return the ids of the programs whose skipped runs a capture counts."""
     return {program_info(program).program_id for programs in capture._programs.values() for program in programs}
