@@ -1,4 +1,4 @@
-"""Hostile messages for `rebpf alert` and `rebpf verify`: the real decoder, engine and reports."""
+"""Hostile messages for `rebpf alert`, `verify`, `tail`, `top` and `export`: the real decoder, engine and reports."""
 
 import contextlib
 import json
@@ -19,8 +19,14 @@ from producer.consume.audit import Audit
 from producer.consume.decode import Decoder
 from producer.consume.event_id import read_events, rows_of
 from producer.events import FLOWS, RETRANSMITS, STREAMS
+from producer.export.arrow import batch_of, schema_of
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
+from producer.view import table as view
+from producer.view.flows import Flows
+from producer.view.line import Lines
+from producer.view.records import of_table, stream_of
+from producer.view.table import GROUPS
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import mutated
 from tests.support import spool_folders
@@ -87,6 +93,30 @@ def _verify() -> Iterator[Check]:
     yield check
 
 
+@contextlib.contextmanager
+def _views() -> Iterator[Check]:
+    """Each message is shown, counted and exported, or undecodable."""
+
+    def check(values: list[bytes | None]) -> None:
+        flows, lines = Flows(0), Lines(200, hosts=True, color=False, connections=True)
+        for _, table in _decoder().tables(values)[0]:
+            if (stream := stream_of(table.plan.names)) is None:
+                continue
+            records = of_table(stream, table)
+            flows.add(records, 1.0)
+            if not all(map(str.isprintable, lines.lines(records.rows()))):
+                raise FindingError("a line that a terminal obeys")
+            if batch_of(schema_of(stream), table, table.status == 0).num_rows != len(records):
+                raise FindingError("events that are not exported")
+        for by in GROUPS:
+            for line in view.table(flows, by, "retransmitted", 1.0, 5.0, 20).lines:
+                json.dumps(line.as_dict())
+                view.details(flows, by, line.name, 1.0, 20)
+        flows.forget(1000.0)
+
+    yield check
+
+
 def _events() -> tuple[bytes, ...]:
     found = []
     for stream in STREAMS:
@@ -118,5 +148,6 @@ _alerts = st.lists(
 
 TARGETS = (
     Target("alert", st.tuples(_alerts, st.lists(_message, max_size=8)), _alert, 100),
+    Target("views", st.lists(st.one_of(mutated([*_EVENTS, *_FLOWS]), st.none()), max_size=8), _views, 100),
     Target("verify", st.lists(st.one_of(mutated(_EVENTS), st.none()), max_size=8), _verify, 150),
 )
