@@ -62,8 +62,8 @@ class FilePath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path."""
-        if not value:
-            self.fail("expected a path, found an empty string", param, ctx)
+        if not str(value).strip():
+            self.fail(f"expected a path, found {value!r}", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -110,16 +110,7 @@ class TopicName(click.ParamType):  # type: ignore[type-arg] # not generic in cli
 
 
 class _Option(click.Option):
-    """Rejects what an unset variable leaves: an empty path, which would be the working directory.
-
-    And an environment variable that is set but empty or blank, which click treats as unset.
-    """
-
-    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """Return the option's value. Raises UsageError if it is an empty path."""
-        if isinstance(self.type, click.Path) and isinstance(value, str) and not value.strip():
-            raise UsageError(f"{self.opts[0]} is empty: give it a path, or leave it out")
-        return super().type_cast_value(ctx, value)
+    """Rejects an environment variable that is set but empty or blank, which click treats as unset."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Return the value of the variable. Raises UsageError if it is empty."""

@@ -186,7 +186,7 @@ def test_its_memory_is_enough(outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     ("what", "status", "said"),
     [
-        ("no brokers", ConfigError.exit_code, "/etc/rebpf/rebpf.toml: line 5: kafka.brokers:"),
+        ("no brokers", ConfigError.exit_code, "/etc/rebpf/rebpf.toml: line 6: kafka.brokers:"),
         ("no capabilities", PermissionDenied.exit_code, "needs root, or the capabilities CAP_BPF and CAP_PERFMON"),
     ],
 )

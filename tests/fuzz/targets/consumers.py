@@ -13,6 +13,7 @@ from producer.alert.model import Alert, Counts
 from producer.alert.record import AlertEncoder
 from producer.alert.silence import Hosts
 from producer.alert.windows import Room
+from producer.cli.view import GROUPS
 from producer.commands.verify import TopicReport, show
 from producer.config.load import AlertRule
 from producer.consume.audit import Audit
@@ -26,7 +27,6 @@ from producer.view import table as view
 from producer.view.flows import Flows
 from producer.view.line import Lines
 from producer.view.records import of_table, stream_of
-from producer.view.table import GROUPS
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import mutated
 from tests.support import spool_folders

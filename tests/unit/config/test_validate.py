@@ -206,17 +206,6 @@ def test_empty_brokers_never_mean_the_test_broker(tmp_path, command):
     assert by_variable.stderr == "rebpf: REBPF_BROKERS is set but empty: give it a value, or unset it\n"
 
 
-@pytest.mark.parametrize("value", ["", " "])
-@pytest.mark.parametrize(
-    "words",
-    ["run --state-dir", "run --pin", "check --config", "spool drop --yes --state-dir", "report -o", "compile --btf"],
-)
-def test_an_empty_path_never_means_the_working_directory(words, value):
-    done = rebpf(*words.split(), value)
-    name = words.rpartition(" ")[2].replace("-o", "--output")
-    assert (done.returncode, done.stderr) == (64, f"rebpf: {name} is empty: give it a path, or leave it out\n")
-
-
 @pytest.mark.parametrize("value", ["", "  "])
 @pytest.mark.parametrize(
     "name",
