@@ -1,10 +1,15 @@
 """Settings of all tests, and the tiers, which select the tests of a run. See scripts/test."""
 
 import os
+import signal
 from collections import Counter
 
 import pytest
 from hypothesis import settings
+
+# Under nohup, what the tests start would inherit that SIGHUP is ignored. A handler is not inherited.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 # Slow machines must not fail tests. In CI, the examples are always the same; tests.fuzz searches for new ones.
 settings.register_profile("all", deadline=None, derandomize="CI" in os.environ)

@@ -25,9 +25,9 @@ class PtyCommand:
         self.resize(columns, lines)
         self.output = ""
         terminal = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **env}
-        # The tests themselves may run under nohup.
-        argv = ["env", "--default-signal=HUP", "setsid", "--ctty", *command]
-        self.process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=terminal)
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave, env=terminal
+        )
         os.close(slave)
 
     def screen(self) -> list[str]:
