@@ -38,7 +38,7 @@ def spooled(folder: Path, stream: Stream, rows: Rows) -> Path:
 
 
 def lossy_round(folder: Path) -> bool:
-    """Compare the figures with the counters, unless a connection has no record."""
+    """Compare the figures with the counters, unless the beginning or the end of a connection was not seen."""
     with Lab(loss=0.03) as lab:
         rules = filtered(addresses=map(ip_address, lab.addresses))
         with Recording(hook_settings(streams=(RETRANSMITS, FLOWS), rules=rules)) as recording:
@@ -49,7 +49,7 @@ def lossy_round(folder: Path) -> bool:
             rows = rows[rows["reason"] == REASONS.index("close")]
             retransmits = recording.all(RETRANSMITS)
         counters = lab.counters()
-    if sent.failed or len(rows) < 2 * counters["ActiveOpens"]:
+    if sent.failed or len(rows) < 2 * counters["ActiveOpens"] or not rows["start_ns"].all():
         return False
     source = Files([spooled(folder / "flow", FLOWS, rows), spooled(folder / "retransmit", RETRANSMITS, retransmits)])
     export(source, folder / "events", "parquet", Period(), frozenset({FLOWS, RETRANSMITS}))
