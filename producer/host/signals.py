@@ -138,6 +138,12 @@ class Hangup(SignalFlag):
         """Whether a reload is asked for."""
         return super().is_set() and not self.is_final()
 
+    def clear(self) -> None:
+        """Clear it, but not what came in the meantime: the end of the terminal is told once."""
+        super().clear()
+        if self._needs_terminal and _terminal_group() is None:
+            self.set()
+
     def is_final(self) -> bool:
         """Whether SIGHUP has arrived, and the terminal in whose foreground this process was started has closed."""
         return self._needs_terminal and bool(self._pending) and _terminal_group() is None

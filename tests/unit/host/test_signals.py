@@ -188,6 +188,32 @@ def test_the_end_of_its_terminal_stops_a_process_and_other_hangups_reload(tmp_pa
         assert said.read_text() == "ready\nreload\n"
 
 
+LATE = """
+import producer.host.signals as signals
+clear = SignalFlag.clear
+
+def late(flag):
+    os.write(1, b"clearing")
+    while signals._terminal_group() is not None:
+        pass
+    clear(flag)
+
+SignalFlag.clear = late
+"""
+
+
+def test_a_terminal_that_closes_while_a_reload_begins_stops_the_process(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    run = [sys.executable, "-c", ON_A_TERMINAL.format(before=LATE), str(said)]
+    with PtyCommand(run, 80, 24) as child:
+        wait_until("it is ready", lambda: said.exists() and said.read_text() == "ready\n")
+        child.process.send_signal(signal.SIGHUP)
+        while "clearing" not in child.output:
+            child.read(0.1)
+        child.close()
+        assert child.wait() == 7
+
+
 BACKGROUND = "os.fork() and os.wait() and os._exit(0); os.setpgid(0, 0); open(sys.argv[2], 'w').write(str(os.getpid()))"
 
 
