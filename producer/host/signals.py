@@ -139,7 +139,7 @@ class Hangup(SignalFlag):
         return super().is_set() and not self.is_final()
 
     def clear(self) -> None:
-        """Clear it, but not what came in the meantime: the end of the terminal is told once."""
+        """Clear it, unless the terminal has closed in the meantime: there is one signal for that."""
         super().clear()
         if self._needs_terminal and _terminal_group() is None:
             self.set()
