@@ -221,14 +221,14 @@ static __always_inline u8 ca_state_of(const struct tcp_sock *tp)
 #endif
 }
 
-static __always_inline void fill_tcp(struct segment *s, const struct tcp_sock *tp)
+static __always_inline u32 fill_tcp(struct segment *s, const struct tcp_sock *tp)
 {
+	u32 known = HAS_tcp_sock_icsk_ca_state ? KNOWN_CA_STATE : 0;
+
 	s->state = READ((const struct sock *)tp, skc_state);
 	s->ca_state = ca_state_of(tp);
-	if (HAS_tcp_sock_icsk_ca_state)
-		s->known |= KNOWN_CA_STATE;
 	if (!HAS_TCP)
-		return;
+		return known;
 	s->srtt_us = READ_IF(tcp_sock, tp, srtt_us) >> 3;
 	s->mdev_us = READ_IF(tcp_sock, tp, mdev_us) >> 2;
 	s->rto_us = jiffies_to_us(READ_IF(tcp_sock, tp, icsk_rto));
@@ -242,7 +242,7 @@ static __always_inline void fill_tcp(struct segment *s, const struct tcp_sock *t
 	s->snd_wnd = READ_IF(tcp_sock, tp, snd_wnd);
 	s->rcv_wnd = READ_IF(tcp_sock, tp, rcv_wnd);
 	s->mss = READ_IF(tcp_sock, tp, mss_cache);
-	s->known |= KNOWN_TCP;
+	return known | KNOWN_TCP;
 }
 
 static __always_inline u32 control_length(u8 tcp_flags)
@@ -264,8 +264,8 @@ static __always_inline bool is_urgent(const struct tcp_sock *tp, u32 seq)
  * Fills from TCP's control block of an skb that is about to be sent, or was. The block has the flags that TCP chose when
  * it queued the data: ECE and CWR are set later, in the header only. The caller provides the acknowledgement number.
  */
-static __always_inline void fill_from_cb(struct segment *s, const struct tcp_sock *tp, const struct sk_buff *skb,
-					 u32 ack_seq)
+static __always_inline u32 fill_from_cb(struct segment *s, const struct tcp_sock *tp, const struct sk_buff *skb,
+					u32 ack_seq)
 {
 	const struct tcp_skb_cb *cb = (const void *)skb->cb;
 	u32 segs = READ(cb, tcp_gso_segs);
@@ -280,11 +280,11 @@ static __always_inline void fill_from_cb(struct segment *s, const struct tcp_soc
 	s->ack_seq = ack_seq;
 	s->payload_len = s->end_seq - s->seq - control_length(s->tcp_flags);
 	s->segs = segs ? segs : 1;
-	s->known |= KNOWN_ACK_SEQ;
+	return KNOWN_ACK_SEQ;
 }
 
 /* At the probe, a SYN-ACK has no skb yet, or no longer: everything comes from its request. */
-static __always_inline void fill_from_request(struct segment *s, const struct request_sock *req)
+static __always_inline u32 fill_from_request(struct segment *s, const struct request_sock *req)
 {
 	const struct tcp_request_sock *treq = (const void *)req;
 
@@ -294,7 +294,7 @@ static __always_inline void fill_from_request(struct segment *s, const struct re
 	s->ack_seq = PROBE(treq, rcv_nxt);
 	s->segs = 1;
 	s->state = TCP_SYN_RECV;
-	s->known |= KNOWN_ACK_SEQ;
+	return KNOWN_ACK_SEQ;
 }
 
 /* Whether it has data, SYN or FIN below snd_nxt, which only advances after a first transmission. */
@@ -319,10 +319,10 @@ static __always_inline bool is_retransmission(const struct tcp_sock *tp, u32 seq
 	return is_sent_before(tp, seq, end_seq) && !is_answer_to_syn(tp, tcp_flags);
 }
 
-static __always_inline void fill_is_retransmit(struct transmit_event *e, const struct tcp_sock *tp)
+static __always_inline u32 fill_is_retransmit(struct transmit_event *e, const struct tcp_sock *tp)
 {
 	e->is_retransmit = is_retransmission(tp, e->s.seq, e->s.end_seq, e->s.tcp_flags);
-	e->s.known |= KNOWN_IS_RETRANSMIT;
+	return KNOWN_IS_RETRANSMIT;
 }
 
 /*
@@ -344,22 +344,21 @@ static __always_inline u8 cause_of(u8 tcp_flags, u8 ca_state, const struct tcp_s
 	return READ_IF(tcp_sock, tp, retransmit_skb_hint) ? CAUSE_SLOW_START : CAUSE_RTO;
 }
 
-static __always_inline void fill_cause(struct retransmit_event *e, const struct tcp_sock *tp, bool is_loss_probe)
+static __always_inline u32 fill_cause(struct retransmit_event *e, const struct tcp_sock *tp, bool is_loss_probe)
 {
 	e->cause = is_loss_probe ? CAUSE_TLP : cause_of(e->s.tcp_flags, e->s.ca_state, tp);
-	if (HAS_tcp_sock_icsk_retransmits && (e->cause == CAUSE_RTO || e->cause == CAUSE_SYN)) {
-		e->retransmit_no = READ_IF(tcp_sock, tp, icsk_retransmits);
-		e->s.known |= e->retransmit_no ? KNOWN_RETRANSMIT_NO : 0; /* 0: the receiver has closed its window */
-	}
+	if (!HAS_tcp_sock_icsk_retransmits || (e->cause != CAUSE_RTO && e->cause != CAUSE_SYN))
+		return 0;
+	e->retransmit_no = READ_IF(tcp_sock, tp, icsk_retransmits);
+	return e->retransmit_no ? KNOWN_RETRANSMIT_NO : 0; /* 0: the receiver has closed its window */
 }
 
 /* `number`: the 1-based retransmission number of the SYN-ACK; 0 if unknown. */
-static __always_inline void fill_synack_cause(struct retransmit_event *e, u32 number)
+static __always_inline u32 fill_synack_cause(struct retransmit_event *e, u32 number)
 {
 	e->cause = CAUSE_SYN_ACK;
 	e->retransmit_no = number;
-	if (number)
-		e->s.known |= KNOWN_RETRANSMIT_NO;
+	return number ? KNOWN_RETRANSMIT_NO : 0;
 }
 
 /* The request counts its retransmissions; `behind` is 1 if it has not counted this one yet. */

@@ -161,7 +161,7 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 }
 
 /* `sk` is the socket, or a SYN-ACK's listener; `cookie` is its cookie, on the stack. */
-static __always_inline void fill_process(struct segment *s, void *sk, u64 *cookie)
+static __always_inline u32 fill_process(struct segment *s, void *sk, u64 *cookie)
 {
 #if PROBE_READ
 	struct process *process = processes.lookup(cookie);
@@ -171,10 +171,10 @@ static __always_inline void fill_process(struct segment *s, void *sk, u64 *cooki
 #endif
 
 	if (!process)
-		return;
+		return 0;
 	s->pid = process->pid;
 	__builtin_memcpy(s->comm, process->comm, sizeof(s->comm));
-	s->known |= KNOWN_PROCESS;
+	return KNOWN_PROCESS;
 }
 
 /*

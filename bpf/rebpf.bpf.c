@@ -201,16 +201,17 @@ static __always_inline int take_transmit(struct tcp_sock *tp, struct sk_buff *sk
 	struct flow flow = {};
 	struct choice choice = {};
 	struct transmit_event *e;
+	u32 known;
 
 	if (!choose_socket(&choice, &flow, tp, STREAM_TRANSMIT, hook))
 		return 0;
 	e = reserve_transmit(&flow, &choice);
 	if (!e)
 		return 0;
-	fill_from_cb(&e->s, tp, skb, rcv_nxt);
-	fill_tcp(&e->s, tp);
-	fill_process(&e->s, tp, &flow.sk_cookie);
-	fill_is_retransmit(e, tp);
+	known = fill_from_cb(&e->s, tp, skb, rcv_nxt);
+	known |= fill_tcp(&e->s, tp);
+	known |= fill_process(&e->s, tp, &flow.sk_cookie);
+	e->s.known = known | fill_is_retransmit(e, tp);
 	transmit_pipe.ringbuf_submit(e, wakeup(STREAM_TRANSMIT, e->s.cpu_seq, NO_WAKEUP));
 	return 0;
 }
@@ -221,14 +222,15 @@ static __always_inline int take_synack(struct sock *listener, struct request_soc
 	struct choice choice = {};
 	struct transmit_event *e;
 	u64 cookie = cookie_of(listener, hook);
+	u32 known;
 
 	if (!choose_request(&choice, &flow, listener, req, STREAM_TRANSMIT, hook))
 		return 0;
 	e = reserve_transmit(&flow, &choice);
 	if (!e)
 		return 0;
-	fill_from_request(&e->s, req);
-	fill_process(&e->s, listener, &cookie);
+	known = fill_from_request(&e->s, req);
+	e->s.known = known | fill_process(&e->s, listener, &cookie);
 	transmit_pipe.ringbuf_submit(e, wakeup(STREAM_TRANSMIT, e->s.cpu_seq, NO_WAKEUP));
 	return 0;
 }
@@ -239,16 +241,17 @@ static __always_inline int take_retransmit(struct tcp_sock *tp, struct sk_buff *
 	struct flow flow = {};
 	struct choice choice = {};
 	struct retransmit_event *e;
+	u32 known;
 
 	if (gave_up(err, tp, skb) || !choose_socket(&choice, &flow, tp, STREAM_RETRANSMIT, hook))
 		return 0;
 	e = reserve_retransmit(&flow, &choice);
 	if (!e)
 		return 0;
-	fill_from_cb(&e->s, tp, skb, READ(tp, rcv_nxt));
-	fill_tcp(&e->s, tp);
-	fill_process(&e->s, tp, &flow.sk_cookie);
-	fill_cause(e, tp, is_loss_probe);
+	known = fill_from_cb(&e->s, tp, skb, READ(tp, rcv_nxt));
+	known |= fill_tcp(&e->s, tp);
+	known |= fill_process(&e->s, tp, &flow.sk_cookie);
+	e->s.known = known | fill_cause(e, tp, is_loss_probe);
 	e->err = errno_of(err);
 	retransmit_pipe.ringbuf_submit(e, wakeup(STREAM_RETRANSMIT, e->s.cpu_seq, WAKEUP_IF_EMPTY));
 	return 0;
@@ -260,15 +263,16 @@ static __always_inline int take_synack_retransmit(struct sock *listener, struct 
 	struct choice choice = {};
 	struct retransmit_event *e;
 	u64 cookie = cookie_of(listener, hook);
+	u32 known;
 
 	if (!choose_request(&choice, &flow, listener, req, STREAM_RETRANSMIT, hook))
 		return 0;
 	e = reserve_retransmit(&flow, &choice);
 	if (!e)
 		return 0;
-	fill_from_request(&e->s, req);
-	fill_process(&e->s, listener, &cookie);
-	fill_synack_cause(e, synack_number(req, behind));
+	known = fill_from_request(&e->s, req);
+	known |= fill_process(&e->s, listener, &cookie);
+	e->s.known = known | fill_synack_cause(e, synack_number(req, behind));
 	retransmit_pipe.ringbuf_submit(e, wakeup(STREAM_RETRANSMIT, e->s.cpu_seq, WAKEUP_IF_EMPTY));
 	return 0;
 }
@@ -729,32 +733,35 @@ static __always_inline bool is_wanted(const struct choice *choice)
 	return may_take(choice, STREAM_TRANSMIT) || (RETRANSMIT_CGROUP_SKB && may_take(choice, STREAM_RETRANSMIT));
 }
 
-static __always_inline void fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
-					const struct sender *sender)
+static __always_inline u32 fill_packet(struct segment *s, struct __sk_buff *skb, const struct wire *wire,
+				       const struct sender *sender)
 {
 	u64 cookie = s->flow.sk_cookie;
+	u32 known = fill_from_wire(s, skb, wire);
 
-	fill_from_wire(s, skb, wire);
 	if (sender->listener)
 		s->state = TCP_SYN_RECV;
 	else if (sender->tp)
-		fill_tcp(s, sender->tp);
+		known |= fill_tcp(s, sender->tp);
 	if (sender->tp)
-		fill_process(s, sender->tp, &cookie);
+		known |= fill_process(s, sender->tp, &cookie);
+	return known;
 }
 
 static __always_inline void transmit_packet(struct __sk_buff *skb, const struct flow *flow, const struct wire *wire,
 					    const struct sender *sender)
 {
 	struct transmit_event *e = reserve_transmit(flow, &sender->choice);
+	u32 known;
 
 	if (!e)
 		return;
-	fill_packet(&e->s, skb, wire, sender);
+	known = fill_packet(&e->s, skb, wire, sender);
 	if (sender->is_retransmit_known) {
 		e->is_retransmit = sender->is_retransmit;
-		e->s.known |= KNOWN_IS_RETRANSMIT;
+		known |= KNOWN_IS_RETRANSMIT;
 	}
+	e->s.known = known;
 	transmit_pipe.ringbuf_submit(e, wakeup(STREAM_TRANSMIT, e->s.cpu_seq, NO_WAKEUP));
 }
 
@@ -763,14 +770,16 @@ static __always_inline void retransmit_packet(struct __sk_buff *skb, const struc
 					      const struct sender *sender)
 {
 	struct retransmit_event *e = reserve_retransmit(flow, &sender->choice);
+	u32 known;
 
 	if (!e)
 		return;
-	fill_packet(&e->s, skb, wire, sender);
+	known = fill_packet(&e->s, skb, wire, sender);
 	if (sender->tp && !sender->listener && !sender->synack_number)
-		fill_cause(e, sender->tp, false);
+		known |= fill_cause(e, sender->tp, false);
 	else
-		fill_synack_cause(e, sender->synack_number);
+		known |= fill_synack_cause(e, sender->synack_number);
+	e->s.known = known;
 	retransmit_pipe.ringbuf_submit(e, wakeup(STREAM_RETRANSMIT, e->s.cpu_seq, WAKEUP_IF_EMPTY));
 }
 #endif

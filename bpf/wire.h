@@ -122,7 +122,7 @@ static __always_inline bool parse(struct __sk_buff *skb, struct flow *flow, stru
 	return true;
 }
 
-static __always_inline void fill_from_wire(struct segment *s, struct __sk_buff *skb, const struct wire *wire)
+static __always_inline u32 fill_from_wire(struct segment *s, struct __sk_buff *skb, const struct wire *wire)
 {
 	u32 segs = skb->gso_segs;
 
@@ -133,7 +133,7 @@ static __always_inline void fill_from_wire(struct segment *s, struct __sk_buff *
 	s->payload_len = wire->payload_len;
 	s->segs = segs ? segs : 1;
 	s->ifindex = skb->ifindex;
-	s->known |= KNOWN_ACK_SEQ | KNOWN_IFINDEX;
+	return KNOWN_ACK_SEQ | KNOWN_IFINDEX;
 }
 
 #endif
