@@ -22,7 +22,7 @@ from producer.consume.decode import Decoder
 from producer.consume.reader import PartitionId, by_partition
 from producer.errors import ConfigError, UnavailableError
 from producer.events import Stream
-from producer.kafka.confluent import NEEDS_KAFKA, is_test_broker
+from producer.kafka.confluent import NEEDS_KAFKA, is_test_broker, list_topics
 from producer.kafka.consumer import QuietConsumer, offsets, topic_error
 from producer.topics import alert_topic, heartbeat_topic, topic
 
@@ -53,7 +53,7 @@ class Topics:
 
     def partitions(self, consumer: Consumer, *, with_leader: bool = False) -> list[TopicPartition]:
         """Return all partitions of the topics that are read, or those that have a leader."""
-        found = consumer.list_topics(timeout=_ANSWER_S).topics
+        found = list_topics(consumer, _ANSWER_S).topics
         return [
             TopicPartition(name, number)
             for name in self.read
@@ -64,14 +64,14 @@ class Topics:
 
     def require(self, consumer: Consumer) -> None:
         """Raise UnavailableError for a missing topic, PermissionDenied for one that this user may not read."""
-        metadata = consumer.list_topics(timeout=_ANSWER_S)
+        metadata = list_topics(consumer, _ANSWER_S)
         found = metadata.topics
         for name in (*self.read, self.alerts):
             if name not in found or found[name].error is not None:
                 fix = "run `rebpf init --alerts`" if name == self.alerts else "run `rebpf init`"
                 if is_test_broker(metadata):
                     raise UnavailableError(f"topic {name} does not exist: {NEEDS_KAFKA}")
-                error = consumer.list_topics(name, timeout=_ANSWER_S).topics[name].error  # of all, it hides some
+                error = list_topics(consumer, _ANSWER_S, name).topics[name].error  # of all, it hides some
                 if error is not None and error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise topic_error(name, error)
                 raise UnavailableError(f"topic {name} does not exist: {fix}")

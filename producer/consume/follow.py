@@ -9,7 +9,7 @@ from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaExcep
 from confluent_kafka.admin import ClusterMetadata
 
 from producer.host.progress import Progress
-from producer.kafka.confluent import is_test_broker
+from producer.kafka.confluent import is_test_broker, list_topics
 from producer.kafka.consumer import QuietConsumer, is_passing, offsets, topic_error
 
 _LOG = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Follower:
         self._next_look = time.monotonic() + (1 if self._missing() else _LOOK_S)
         new: list[TopicPartition] = []
         for topic, assigned in self._assigned.items():
-            found = self._consumer.list_topics(topic, timeout=timeout_s)
+            found = list_topics(self._consumer, timeout_s, topic)
             metadata = found.topics[topic]
             if metadata.error is None:
                 if is_start:

@@ -13,7 +13,7 @@ from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, Message, T
 from producer.consume.audit import ALL
 from producer.errors import UnavailableError
 from producer.host.progress import Progress
-from producer.kafka.confluent import is_test_broker
+from producer.kafka.confluent import is_test_broker, list_topics
 from producer.kafka.consumer import QuietConsumer, is_passing, offsets, topic_error
 
 _METADATA_TIMEOUT_S = 5
@@ -124,7 +124,7 @@ class TopicReader:
         self._consumer.close()
 
     def _partitions(self, topic: str) -> list[PartitionId]:
-        found = self._consumer.list_topics(topic, timeout=_METADATA_TIMEOUT_S)
+        found = list_topics(self._consumer, _METADATA_TIMEOUT_S, topic)
         # The test broker says of any time that no message is as late.
         self._finds_times, metadata = not is_test_broker(found), found.topics[topic]
         if metadata.error is not None:

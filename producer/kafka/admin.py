@@ -20,7 +20,7 @@ from producer.config.load import Config
 from producer.errors import PermissionDenied, RebpfError, UnavailableError
 from producer.host.progress import Progress
 from producer.host.reachable import unreachable
-from producer.kafka.confluent import NEEDS_KAFKA, ClientErrors, is_test_broker, open_client
+from producer.kafka.confluent import NEEDS_KAFKA, ClientErrors, is_test_broker, list_topics, open_client
 from producer.kafka.wording import grant, may_not_write
 
 _ANSWER_TIMEOUT_S = 5.0
@@ -149,7 +149,7 @@ class Admin:
 
     def _metadata(self) -> ClusterMetadata:
         try:
-            return self._client.list_topics(timeout=_ANSWER_TIMEOUT_S)
+            return list_topics(self._client, _ANSWER_TIMEOUT_S)
         except KafkaException as error:
             self._client.poll(0)  # calls error_cb
             raise self._errors.worded(error) from error

@@ -2,13 +2,15 @@
 
 import logging
 import re
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import ClusterMetadata
+from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, ClusterMetadata
 
-from producer.errors import ConfigError, PermissionDenied, RebpfError, UnavailableError
+from producer.errors import ConfigError, PermissionDenied, RebpfError, Stopped, UnavailableError
+from producer.host import signals
 from producer.host.exhausted import check_threads
 from producer.host.log_limit import LogLimit
 from producer.kafka.wording import REPEAT_LOG_S, fix, in_brackets, is_tls
@@ -17,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 Client = TypeVar("Client")
 _NO_ANSWER = frozenset({"_ALL_BROKERS_DOWN", "_TRANSPORT", "_TIMED_OUT", "_RESOLVE"})
+_WAIT_S = 0.5
 _TEST_CLUSTER = "mockCluster"
 """How the id of the in-process test broker begins."""
 NEEDS_KAFKA = "this is the in-process test broker of `rebpf run`, which creates no topics: use a real Kafka"
@@ -42,6 +45,25 @@ def open_client(kind: Callable[..., Client], settings: Mapping[str, Any]) -> Cli
         named = re.search(r'property:? "([\w.]+)"', reason)
         name = f".{named[1]}" if named and named[1] in settings else ""  # librdkafka replaces aliases
         raise ConfigError(f"kafka.settings{name}: {reason}") from error
+
+
+def list_topics(client: Consumer | AdminClient, timeout_s: float, topic: str | None = None) -> ClusterMetadata:
+    """Return the metadata of a topic, or of all. Raises KafkaException, or Stopped if a signal ends the wait.
+
+    Signals are handled only between two calls of the library, so it waits for a broker in several short calls.
+    """
+    deadline = time.monotonic() + timeout_s
+    while (left_s := deadline - time.monotonic()) > _WAIT_S:
+        try:
+            return client.list_topics(topic, timeout=_WAIT_S)
+        except KafkaException as error:
+            if signals.is_stopping():
+                raise Stopped("stopped while waiting for Kafka") from error
+            if error.args[0].code() == KafkaError._TIMED_OUT:  # from a broker that is connected, but slow
+                break
+            if error.args[0].code() != KafkaError._TRANSPORT:
+                raise
+    return client.list_topics(topic, timeout=max(left_s, _WAIT_S))
 
 
 class ClientErrors:
