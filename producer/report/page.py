@@ -124,8 +124,8 @@ def _causes(summary: Summary) -> Iterator[str]:
         events = summary.timeline.total
         if summary.totals is not None and events != summary.totals.retransmitted:
             yield (
-                f'<p class="note">The events of {events:,} retransmitted segments. The totals on this page come from'
-                " the records of connections, which open connections have only at intervals.</p>"
+                f'<p class="note">This plot shows the events of {events:,} retransmitted segments. The totals on this'
+                " page come from the records of connections, which are written only at intervals.</p>"
             )
 
 
