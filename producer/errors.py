@@ -9,7 +9,7 @@ RebpfError            70 internal
 ├── OutputError       74 standard output cannot be written
 │   └── ReaderGoneError 141 the reader of the output has exited, as shells report SIGPIPE
 ├── BusyError         75 another producer is running: retry later
-├── PermissionDenied  77 a capability is missing
+├── PermissionDenied  77 a capability, or a right in Kafka or the registry, is missing
 └── ConfigError       78 the configuration is wrong
     └── SchemaError      a schema is wrong, or the registry rejects it
 """
@@ -65,13 +65,13 @@ class ReaderGoneError(OutputError):
 
 
 class BusyError(RebpfError):
-    """Another producer is running on this host."""
+    """Another producer is running with the same state folder or pins."""
 
     exit_code = 75
 
 
 class PermissionDenied(RebpfError):
-    """A capability is missing."""
+    """A capability, or a right in Kafka or the registry, is missing."""
 
     exit_code = 77
 

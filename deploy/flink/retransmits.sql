@@ -1,15 +1,15 @@
 -- Retransmissions per minute of event time, host and peer, to the topic tcp_retransmit_minute. Needs tables.sql.
 --
--- From flow records: a minute has what connections did since their previous records. A connection's first record counts in
--- full if it began within the minute before; of an older one, only later records do. A socket that connects again starts
--- at 0, and so do the causes of its retransmissions when the producer restarts: what no cause has of the growth of
--- total_retrans is of the cause 'other'. If another counter falls, as in an interval record that was written while the
--- connection closed, it adds nothing. A producer delivers the records of a connection in order, after an outage too, so
--- the order is that of arrival, and one that is not later than one before is a copy.
+-- From flow records: each adds what its connection did since the previous record. A connection's first record counts in
+-- full if the connection began within the minute before; if it is older, only later records count. A socket that connects
+-- again starts at 0, and so do the causes of retransmissions when the producer restarts: the part of total_retrans that no
+-- cause accounts for has the cause 'other'. If another counter decreases, as in an interval record that was written while
+-- the connection closed, it adds nothing. A producer delivers the records of a connection in order, also after an outage,
+-- so the order is that of arrival, and a record that is not later than the one before is a copy.
 --
 -- No window: after an outage a producer delivers its spool, hours late, and a window would silently drop these records.
 -- Here they correct the row of their minute. State expires after state.ttl without updates; later records would start
--- their minute's row from zero. So state.ttl must be longer than outages; at most spool.max_age_s is needed.
+-- their minute's row from zero. So state.ttl must be longer than outages, but need not exceed spool.max_age_s.
 SET 'pipeline.name' = 'rebpf retransmits';
 SET 'table.exec.state.ttl' = '1 d';
 -- At most one result row per key every 10 s, instead of one per record.

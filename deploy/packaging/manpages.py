@@ -30,7 +30,7 @@ _ENVIRONMENT = (
     "Each option can be set in the environment: `--state-dir` as `REBPF_STATE_DIR`. Options override the environment."
 )
 _CHECK = """\
-`rebpf check` exits with the highest code among its findings: 75 or more while a producer uses its state folder."""
+`rebpf check` exits with the highest code among its findings: at least 75 while a producer uses its state folder."""
 _AT_ONCE = "Terminated at once by a second SIGINT or SIGTERM, or by a first SIGINT if no orderly stop is needed."
 
 

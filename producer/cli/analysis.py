@@ -109,8 +109,8 @@ def export(
 ) -> None:
     """Write events to Parquet or CSV files, partitioned by day.
 
-    Reads the topics, or files: of the spool, of `rebpf trace -w`, of another export, or folders of them. Writes
-    OUTPUT/TOPIC/date=DAY/SINCE-UNTIL.parquet, so repeating an export replaces its files. Needs `rebpf[report]`.
+        Reads the topics, or files and folders of files: those of the spool, of `rebpf trace -w` or of another export.
+    Writes OUTPUT/TOPIC/date=DAY/SINCE-UNTIL.parquet, so repeating an export replaces its files. Needs `rebpf[report]`.
     """
     require_packages("export", "pyarrow")
     from producer.commands.export import export as write

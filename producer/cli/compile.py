@@ -18,7 +18,7 @@ from producer.host.output import echo
 @option(
     "--btf",
     type=FilePath(),
-    help="The kernel's types: its /sys/kernel/btf/vmlinux, or an uncompressed vmlinux.  [default: of this kernel]",
+    help="The kernel's types: its /sys/kernel/btf/vmlinux, or an uncompressed vmlinux.  [default: this kernel's]",
 )
 @option(
     "--output",
@@ -30,8 +30,9 @@ from producer.host.output import echo
 def compile(btf: Path | None, output: Path) -> None:
     """Compile the BPF programs for hosts without bcc.
 
-    Needs bcc and root, on a host with any kind of processor. The file has the programs of all streams and hooks. A host
-    uses it if its kernel has the same structs and features, and its ReBPF the same BPF source: see `rebpf check`.
+        Needs bcc and root. The hosts may have another kind of processor. The file has the programs of all streams and
+    hooks. A host uses it if its kernel has the same structs and features, and its ReBPF has the same BPF source;
+    `rebpf check` shows whether it does.
     """
     from producer.commands.compile import compile_programs
 

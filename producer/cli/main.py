@@ -191,7 +191,7 @@ def demo(duration: float, loss: float, events: bool, as_json: bool) -> None:
 @settings_options
 @option("--explain", metavar="LOCAL,REMOTE", help="Show which rule applies to this connection, then exit.")
 @option("--local", is_flag=True, help="Check this host only; contact no server.")
-@option("--offline", is_flag=True, help="Check the configuration only, without this host; exits with 0 or 78.")
+@option("--offline", is_flag=True, help="Check the configuration only, not this host; exits with 0 or 78.")
 @json_option
 def check(config: Path | None, explain: str | None, local: bool, offline: bool, as_json: bool, **options: Any) -> None:
     """Check that this host can run the producer.

@@ -216,7 +216,7 @@ state_dir_option = option(
 address_option = option("--address", type=Address(), multiple=True, help="Capture this address only; repeatable.")
 port_option = option("--port", type=Whole(1, 65535), multiple=True, help="Capture this port only; repeatable.")
 pin_option = option("--pin", type=FilePath(), help="Keep hooks and rings in this bpffs folder across a crash.")
-quarantine_option = option("--quarantine", is_flag=True, help="Take the messages that Kafka rejected, not the spool.")
+quarantine_option = option("--quarantine", is_flag=True, help="The messages that Kafka rejected, not the spool.")
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

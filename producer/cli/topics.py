@@ -61,7 +61,7 @@ def init(
     examples=(
         ("rebpf tail", "Show the events of the producer on this host"),
         ("rebpf tail --brokers kafka-1:9092 --topic tcp_retransmit -n 100", "Show the next 100 retransmissions"),
-        ("rebpf tail --brokers kafka-1:9092 --since 1h --until 30m 'host web-17 and cause rto'", "Show past timeouts"),
+        ("rebpf tail --brokers kafka-1:9092 --since 1h --until 30m 'cause rto'", "Show past timeouts"),
     ),
 )
 @config_option

@@ -94,7 +94,7 @@ def trace(
 ) -> None:
     """Show retransmissions and failed connections of this host.
 
-    Needs root, but neither Kafka nor a running producer. Stop it with Ctrl-C. Filters read like tcpdump's.
+    Needs root, but neither Kafka nor a running producer. Stop it with Ctrl-C. Filters resemble those of tcpdump.
     """
     from producer.commands import trace as tracing
     from producer.consume.period import Period

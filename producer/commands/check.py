@@ -286,7 +286,7 @@ def _unusable(path: Path) -> str:
     with capabilities.set_aside() if existing == path else contextlib.nullcontext():
         is_usable = os.access(existing, os.R_OK | os.W_OK | os.X_OK, effective_ids=True)
     if is_usable:
-        return "" if _takes_files(existing) else f"{existing} holds no files: set state_dir to another folder"
+        return "" if _takes_files(existing) else f"{existing} cannot hold files: set state_dir to another folder"
     if _is_read_only(existing):
         return f"{existing} is read-only: mount -o remount,rw, or set state_dir to another folder"
     return f"{path} is not writable for user {user}: install -d -m 0700 -o {user} {path}"
@@ -334,7 +334,7 @@ def _space(config: Config) -> Finding:
     if free >= needed:
         return Finding("spool", f"{config.state_dir} has enough space for the {needed // _MIB} MiB of [spool]")
     text = f"{config.state_dir} has space for {free // _MIB} MiB, but [spool] allows {needed // _MIB} MiB"
-    return Finding("spool", f"{text}: lower spool.transmit_bytes and the like, or use a larger disk", warns=True)
+    return Finding("spool", f"{text}: lower the limits in [spool], or use a larger disk", warns=True)
 
 
 def _size(folder: Path) -> int:

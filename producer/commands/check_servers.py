@@ -47,7 +47,7 @@ def kafka(config: Config) -> Iterator[Finding]:
     counts = {info.partitions for info in (topics[name] for name in events) if isinstance(info, TopicInfo)}
     if len(counts) > 1:
         some, many = min(counts), max(counts)
-        text = f"{some} and {many} partitions: a connection's events are in different ones, which "
+        text = f"{some} and {many} partitions: a connection's events are in different partitions of the topics, which "
         text += f"breaks joins: kafka-topics.sh --alter --partitions {many} --topic, for the topic that has {some}"
         yield Finding("topics", text, warns=True)
 

@@ -44,10 +44,10 @@ class AlertRule:
     threshold: float = 0.05
     """Fire at this value or above."""
     clear: float = 0.02
-    """Resolve below this value; between the two, the state stays."""
+    """Resolve below this value; between the two values, nothing changes."""
     minimum: int = 1
-    """Do not fire in windows with fewer segments (ratio, data_ratio: sent; count: retransmitted), connects that failed,
-    or measured round-trip times."""
+    """Do not fire in windows with fewer segments (ratio, data_ratio: sent; count: retransmitted), failed connects, or
+    measured round-trip times."""
     host: tuple[str, ...] = ()
     """Only hosts that match one of these patterns, such as "web-*"."""
     peer: tuple[str, ...] = ()

@@ -60,7 +60,7 @@ class Capture:
     flow_ring_bytes: int = 1 << 22
     """Size of the ring for records of connections in bytes, a power of two. A record takes 344 bytes."""
     pin: Path | None = None
-    """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash; none: they are lost."""
+    """Folder in a bpffs, below /sys/fs/bpf, that keeps rings and hooks across a crash, if systemd does not."""
     latency_s: float = 1.0
     """Maximum seconds between two reads of a ring, unless Kafka takes longer to acknowledge events from it. Busy rings
     are read more often, and retransmissions at once."""
@@ -86,7 +86,7 @@ class Kafka:
     topic_prefix: str = ""
     """Prefix of the topic names."""
     key: str = "host"
-    """Key of events' messages, which decides the partition: host (its name), or flow (saddr:sport>daddr:dport)."""
+    """Message key of events, which determines the partition: host (its name), or flow (saddr:sport>daddr:dport)."""
     settings: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Settings for librdkafka, by its names. Secrets can be "@FILE", or "@NAME" for a systemd credential."""
     stop_timeout_s: float = 10.0

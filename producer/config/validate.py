@@ -78,7 +78,7 @@ def check(config: Any) -> None:
     for feed in ("transmit", "retransmit", "flow", "heartbeat"):
         for name, value in getattr(config.topics, feed).items():
             if not _NAME.fullmatch(name):
-                raise ConfigError(f"topics.{feed}: expected the name of a setting of Kafka's topics, found {name!r}")
+                raise ConfigError(f"topics.{feed}: expected the name of a Kafka topic setting, found {name!r}")
             _check_text(f"topics.{feed}.{name}", value)
     for name, (least, most) in _SECONDS.items():
         section, _, key = name.partition(".")
@@ -107,8 +107,8 @@ def check_seconds(name: str, value: float, least: float, most: float) -> None:
 def _check_text(name: str, value: str, most: int = _MAX_TEXT) -> None:
     if not value.strip():
         raise ConfigError(f"{name}: expected a name, found an empty string")
-    if len(value.encode(errors="replace")) > most:
-        raise ConfigError(f"{name}: expected at most {most} bytes, found {len(value)} characters")
+    if (size := len(value.encode(errors="replace"))) > most:
+        raise ConfigError(f"{name}: expected at most {most} bytes in UTF-8, found {size}")
     if not value.isprintable():
         raise ConfigError(f"{name}: expected printable characters, found {value!r}")
 
@@ -122,7 +122,7 @@ def _check_labels(labels: Mapping[str, str]) -> None:
                 f"labels: expected a name of at most 32 lower-case letters, digits and underscores, found {name!r}"
             )
         if name in _RESERVED_LABELS or name.startswith("__"):
-            raise ConfigError(f"labels: expected another name than {name!r}, which Prometheus reserves")
+            raise ConfigError(f"labels: expected a name other than {name!r}, which Prometheus reserves")
         _check_text(f"labels.{name}", value)
         if len(value) > _MAX_LABEL:
             raise ConfigError(f"labels.{name}: expected at most {_MAX_LABEL} characters, found {len(value)}")

@@ -140,7 +140,7 @@ class Capture:
 
     def _replace(self, stored: Manifest, opened: dict[str, int]) -> None:
         logger.info(
-            "hooks of the last run do not match the configuration or version: detaching them after the new attach"
+            "hooks of the last run do not match the configuration or version: detaching them once new ones are attached"
         )
         self._replacing = True
         self.old_ring_id = stored.ring_id

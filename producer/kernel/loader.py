@@ -101,7 +101,7 @@ class Loader:
                 self._child.wait(_EXIT_TIMEOUT_S)
             status = self._child.poll()
             if status == -signal.SIGKILL:  # the kernel ends the largest process of a container or unit
-                raise errors.HookError(f"the loader was killed, as when memory runs out: {_MEMORY}")
+                raise errors.HookError(f"the loader was killed, perhaps because memory ran out: {_MEMORY}")
             how = "closed its socket" if status is None else f"exited with status {status}"
             raise errors.HookError(f"the loader {how} without an answer")
         with open(descriptors[0], "rb") as file:

@@ -159,10 +159,10 @@ def _compile_all(channel: socket.socket, request: Mapping[str, Any], btf: Btf) -
     features = Features.expected(btf)
     if machine(btf) not in _ARCHITECTURES:
         raise UnavailableError(
-            f"the BTF is of a kernel for {machine(btf)}: ReBPF runs on {' and '.join(_ARCHITECTURES)}"
+            f"the BTF belongs to a kernel for {machine(btf)}: ReBPF runs on {' and '.join(_ARCHITECTURES)}"
         )
     if not features.ring_buffer:
-        raise UnavailableError("the BTF is of a kernel without BPF ring buffers: ReBPF needs Linux 5.10 or later")
+        raise UnavailableError("the BTF belongs to a kernel without BPF ring buffers: ReBPF needs Linux 5.10 or later")
     identity = _identity(request, btf, features)
     kernel = hooks.Kernel(btf, features, None, keeps=False)
     programs = {}

@@ -92,7 +92,7 @@ def headline(summary: Summary) -> list[str]:
 
 def _figures(line: Line) -> str:
     ratio = "" if line.ratio is None else f" ({line.ratio:.2%})"
-    return f"{line.retransmitted:,} segments{ratio}, most by {line.cause}"
+    return f"{line.retransmitted:,} segments{ratio}, mostly {line.cause}"
 
 
 def _headline(summary: Summary) -> Iterator[str]:
@@ -124,8 +124,8 @@ def _causes(summary: Summary) -> Iterator[str]:
         events = summary.timeline.total
         if summary.totals is not None and events != summary.totals.retransmitted:
             yield (
-                f'<p class="note">The events of {events:,} retransmitted segments. All sums on this page are from the'
-                " records of connections, which open ones write at intervals.</p>"
+                f'<p class="note">This plot shows the events of {events:,} retransmitted segments. The totals on this'
+                " page come from the records of connections, which are written only at intervals.</p>"
             )
 
 
@@ -135,7 +135,7 @@ def _worst(summary: Summary) -> Iterator[str]:
             yield f"<h2>Worst {title}s</h2>"
             if title == "peer" and lines[0].retransmitted:
                 yield _plot(partial(plots.draw_worst, lines, title), "peers", 0.9 + 0.28 * len(lines))
-            heads = (title, "retransmitted", "sent", "ratio", "most by", "failed connects")
+            heads = (title, "retransmitted", "sent", "ratio", "main cause", "failed connects")
             yield _table(heads, [_cells(line) for line in lines], numbers=(1, 2, 3, 5))
 
 
@@ -203,14 +203,14 @@ def _sentences(summary: Summary) -> Iterator[str]:
         yield f"{summary.undecodable:,} messages could not be decoded."
     if summary.totals is not None and summary.totals.partial:
         yield (
-            f"{summary.totals.partial:,} connections are counted from their first record in the period, not from its"
-            " beginning: they have no earlier record."
+            f"{summary.totals.partial:,} connections have no record before the period, so they are counted from their"
+            " first record in it."
         )
 
 
 def _commands(commands: Sequence[str]) -> Iterator[str]:
     if commands:
-        yield "<h2>Look further</h2>"
+        yield "<h2>Next steps</h2>"
         yield f"<pre>{escape(chr(10).join(map(printable, commands)))}</pre>"
 
 

@@ -169,9 +169,9 @@ def test_programs_that_the_kernel_rejects_are_named_and_compiled_where_there_is_
         (lambda btf: b"\x7fELF, and no BTF", 69, "not BTF: wrong magic number"),
         (lambda btf: btf[:100_000], 69, "truncated BTF: copy the file again"),
         (lambda btf: btf.replace(b"\0bpf_ringbuf_reserve\0", b"\0bpf_ringbuf_reversed\0"[:20] + b"\0"), 69,
-         "the BTF is of a kernel without BPF ring buffers: ReBPF needs Linux 5.10 or later"),
+         "the BTF belongs to a kernel without BPF ring buffers: ReBPF needs Linux 5.10 or later"),
         (lambda btf: btf.replace(b"\0tcp_sock\0", b"\0tcp_sack\0"), 69, "lack members that ReBPF needs: tcp_sock."),
-        (lambda btf: btf.replace(b"\0pt_regs\0", b"\0pt_rags\0"), 69, "the BTF is of a kernel for another processor: "),
+        (lambda btf: btf.replace(b"\0pt_regs\0", b"\0pt_rags\0"), 69, "the BTF belongs to a kernel for another "),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compiled_is_refused_in_one_line(

@@ -322,7 +322,7 @@ def test_a_disk_too_small_for_the_spool(mounts, tmp_path):
 
     assert code == 0
     assert found["spool"].startswith(f"WARNING spool: {tmp_path}/state has space for 64 MiB, but [spool] allows 1728")
-    assert "lower spool.transmit_bytes" in found["spool"]
+    assert "lower the limits in [spool]" in found["spool"]
 
 
 @root
@@ -377,4 +377,4 @@ def test_check_local_asks_no_server(tmp_path):
 @pytest.mark.root
 @pytest.mark.parametrize("path", ["/proc/rebpf", "/sys/rebpf/state", "/sys/fs/bpf/rebpf"])
 def test_a_folder_of_the_kernel_is_no_state_folder(path: str) -> None:
-    assert "holds no files" in _unusable(Path(path))
+    assert "cannot hold files" in _unusable(Path(path))

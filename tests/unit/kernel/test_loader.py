@@ -117,7 +117,10 @@ def test_the_childs_output_is_logged_and_bounded(
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        ("os.kill(os.getpid(), 9)", "the loader was killed, as when memory runs out: .* raise MemoryMax= of the unit"),
+        (
+            "os.kill(os.getpid(), 9)",
+            "the loader was killed, perhaps because memory ran out: .* raise MemoryMax= of the unit",
+        ),
         ("os.kill(os.getpid(), 15)", "the loader exited with status -15 without an answer"),
         ("sys.exit(9)", "the loader exited with status 9 without an answer"),
     ],

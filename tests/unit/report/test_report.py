@@ -122,7 +122,7 @@ def test_the_page_says_who_where_and_why_and_how_good_the_data_are(page: str) ->
     text = Page(page).text
     for words in (
         "150 of 60,005 segments were retransmitted: 0.250%.",
-        "Worst peer: 10.0.0.7, 150 segments (5.00%), most by fast.",
+        "Worst peer: 10.0.0.7, 150 segments (5.00%), mostly fast.",
         "Causes over time",
         "What limits connections",
         "ECONNREFUSED",
@@ -196,7 +196,7 @@ def test_without_connection_records_there_are_counts_but_no_ratios(scene_folder:
     only = Files([scene_folder / "tcp_retransmit.avro"])
     (first, second) = report(only, Period(), tmp_path / "report.html", None)
     assert first == "150 segments were retransmitted."
-    assert second == "Worst peer: 10.0.0.7, 150 segments, most by fast."
+    assert second == "Worst peer: 10.0.0.7, 150 segments, mostly fast."
     assert "ratios are unknown" in (tmp_path / "report.html").read_text()
 
 
