@@ -123,7 +123,7 @@ class Runtime:
         pipeline.set_latency(config.capture.latency_s)
         self.budget.set(config.capture.transmit_events_per_s)
         if self.flows:
-            self.flows.interval_s = config.capture.flow_interval_s
+            self.flows.set_interval(config.capture.flow_interval_s)
         for each in self.streams:
             each.pipeline.spill_after_s = config.spool.spill_after_s
         if config.labels != self.reporter.labels:
