@@ -116,9 +116,9 @@ class Endpoint:
     def _serve_at(self, path: Path) -> None:
         try:
             server = _LocalServer(path, self._board, self._web, self._registry)
+            self._stack.enter_context(_running(server, "endpoint-local"))
             self._stack.enter_context(contextlib.suppress(OSError))
             self._stack.callback(path.unlink)
-            self._stack.enter_context(_running(server, "endpoint-local"))
             self._local = None
         except OSError as error:
             if self._log_limit.allows(f"socket: {error}"):
