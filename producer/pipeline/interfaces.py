@@ -1,11 +1,10 @@
-"""The interfaces that the pipeline needs: ring, encoder, sink and spool."""
+"""The interfaces that the pipeline needs besides a spool: ring, encoder and sink."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from producer.events import Batch, EncodedBatch, Rows, Stream
-from producer.spool.format import Spooled
 
 
 class Ring(Protocol):
@@ -82,34 +81,6 @@ class Sink(Protocol):
 
     def unacknowledged(self, batch: EncodedBatch) -> int:
         """Return how many messages of a batch are still in flight."""
-
-
-class Spool(Protocol):
-    """Stores batches on disk; producer.spool.spool explains the numbers."""
-
-    acked: int
-    sent: int
-    end: int
-    discarded: int
-    lost: Counter[str]
-    last: Spooled | None
-    """The last batch found when the spool was opened."""
-
-    @property
-    def pending(self) -> int:
-        """Events that are not done, in flight or not."""
-
-    def append(self, batch: EncodedBatch, ring: str, position: int) -> None:
-        """Write a batch. Raises OSError, and then nothing has changed."""
-
-    def read(self) -> Spooled | None:
-        """Return the next batch that has not been sent."""
-
-    def ack(self, first: int, end: int) -> None:
-        """Mark a batch as done."""
-
-    def sweep(self) -> None:
-        """Delete files whose events are done."""
 
 
 class Waits(Protocol):

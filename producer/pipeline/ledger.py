@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from producer.host import state_file
-from producer.pipeline.interfaces import Spool
 from producer.spool.disk import UNRELATED
+from producer.spool.spool import Spool
 
 logger = logging.getLogger(__name__)
 

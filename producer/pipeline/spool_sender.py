@@ -2,8 +2,9 @@
 
 from producer.events import Stream
 from producer.pipeline.account import StreamAccount
-from producer.pipeline.interfaces import Outcome, Sink, Spool
+from producer.pipeline.interfaces import Outcome, Sink
 from producer.pipeline.window import InFlight, Window
+from producer.spool.spool import Spool
 
 _MOST_BATCHES = 32
 """Batches sent per call: each may be a few messages."""
