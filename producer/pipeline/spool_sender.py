@@ -53,8 +53,12 @@ class SpoolSender:
                 return False
             if spooled is None:
                 return False
+            try:
+                sink.send(spooled.batch)
+            except Exception:
+                self.spool.rewind(spooled.first)
+                raise
             self.window.add(InFlight(spooled.batch, now_s, first=spooled.first))
-            sink.send(spooled.batch)
         return True
 
     def adopt(self, entry: InFlight) -> None:
