@@ -94,7 +94,7 @@ class Runtime:
         streams = [each.pipeline for each in self.streams]
         latency_s = self.config.capture.latency_s
         pipeline = Pipeline(
-            streams, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery, self._guard, latency_s
+            streams, self.sink, time.monotonic, UtcOffset(), metrics.DELIVERY.observe, self._guard, latency_s
         )
         self.in_force.apply = partial(self._apply, pipeline)
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
