@@ -3,6 +3,7 @@
 The dtypes repeat bpf/events.h. `layout_check` turns them into assertions that the compiler checks at each load.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NewType
@@ -289,6 +290,18 @@ class EncodedBatch:
         """Return the messages with the indexes `rows`, in that order."""
         keys = self.keys, self.key_starts[rows], self.key_lengths[rows]
         return EncodedBatch(self.stream, self.payload, self.starts[rows], self.lengths[rows], *keys)
+
+
+@dataclass(slots=True, eq=False)
+class Outcome:
+    """The results of a stream's messages since the sink was last asked for them."""
+
+    delivered: int = 0
+    """Messages acknowledged."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """Messages lost, by reason."""
+    done: list[tuple[EncodedBatch, Counter[str]]] = field(default_factory=list)
+    """Batches with no message in flight any more, and the losses of each."""
 
 
 def _members(dtype: np.dtype[np.void], base: int = 0, prefix: str = "") -> Iterator[tuple[str, int, int]]:

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from producer.pipeline.interfaces import Outcome, Ring
+from producer.events import Outcome
+from producer.pipeline.interfaces import Ring
 from producer.pipeline.ledger import Account
 from producer.spool.spool import Spool
 

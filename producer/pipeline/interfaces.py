@@ -1,10 +1,9 @@
 """The interfaces that the pipeline needs besides a spool: ring, encoder and sink."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
-from producer.events import Batch, EncodedBatch, Rows, Stream
+from producer.events import Batch, EncodedBatch, Outcome, Rows, Stream
 
 
 class Ring(Protocol):
@@ -49,22 +48,6 @@ class Encoder(Protocol):
 
     def encode(self, batch: Batch, utc_offset_ns: int) -> EncodedBatch | None:
         """Encode a batch without the rows that cannot be encoded; None if there are no others."""
-
-
-class Outcome(Protocol):
-    """Delivery reports for one stream's messages."""
-
-    @property
-    def delivered(self) -> int:
-        """Messages acknowledged."""
-
-    @property
-    def lost(self) -> Mapping[str, int]:
-        """Messages lost, by reason."""
-
-    @property
-    def done(self) -> Sequence[tuple[EncodedBatch, Counter[str]]]:
-        """Batches with no message left in flight, and the losses of each."""
 
 
 class Sink(Protocol):

@@ -1,8 +1,8 @@
 """Sends a stream's spooled events, oldest first."""
 
-from producer.events import Stream
+from producer.events import Outcome, Stream
 from producer.pipeline.account import StreamAccount
-from producer.pipeline.interfaces import Outcome, Sink
+from producer.pipeline.interfaces import Sink
 from producer.pipeline.window import InFlight, Window
 from producer.spool.spool import Spool
 
