@@ -46,13 +46,12 @@ static bool open_table(PyObject *const *args, Py_buffer *views, struct connectio
 }
 
 /* index_connections(slots, entries, kinds, count, floor_ns, seed) */
-static PyObject *index_connections(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *index_connections(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer views[BUFFERS] = { 0 };
 	struct connections table;
 	PyObject *result = NULL;
 
-	(void)module;
 	if (count != 6)
 		return PyErr_Format(PyExc_TypeError, "index_connections() takes 6 arguments, not %zd", count);
 	if (open_table(args, views, &table)) {
@@ -65,13 +64,12 @@ static PyObject *index_connections(PyObject *module, PyObject *const *args, Py_s
 }
 
 /* add_connections(slots, entries, kinds, count, floor_ns, seed, records, results) */
-static PyObject *add_connections(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *add_connections(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer views[BUFFERS + 2] = { 0 };
 	struct connections table;
 	PyObject *result = NULL;
 
-	(void)module;
 	if (count != 8)
 		return PyErr_Format(PyExc_TypeError, "add_connections() takes 8 arguments, not %zd", count);
 	if (!open_table(args, views, &table))
@@ -112,14 +110,13 @@ static bool check_flow_buffers(const struct connections *table, const Py_buffer 
 }
 
 /* count_flows(slots, entries, kinds, count, floor_ns, seed, rows, errors, srtt_bounds_us, counts) */
-static PyObject *count_flows(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *count_flows(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer views[FLOW_BUFFERS] = { 0 };
 	struct connections table;
 	PyObject *result = NULL;
 	struct rows rows;
 
-	(void)module;
 	if (count != 10)
 		return PyErr_Format(PyExc_TypeError, "count_flows() takes 10 arguments, not %zd", count);
 	if (open_table(args, views, &table) &&
@@ -137,14 +134,9 @@ static PyObject *count_flows(PyObject *module, PyObject *const *args, Py_ssize_t
 	return result;
 }
 
-static PyMethodDef functions[] = {
+PyMethodDef connection_functions[] = {
 	{ "index_connections", (PyCFunction)(void (*)(void))index_connections, METH_FASTCALL, NULL },
 	{ "add_connections", (PyCFunction)(void (*)(void))add_connections, METH_FASTCALL, NULL },
 	{ "count_flows", (PyCFunction)(void (*)(void))count_flows, METH_FASTCALL, NULL },
 	{ NULL, NULL, 0, NULL },
 };
-
-int add_connection_table(PyObject *module)
-{
-	return PyModule_AddFunctions(module, functions);
-}

@@ -47,12 +47,11 @@ static Py_ssize_t row_count(PyObject *values)
 }
 
 /* schema_ids(values) */
-static PyObject *schema_ids(PyObject *module, PyObject *values)
+static PyObject *schema_ids(PyObject *Py_UNUSED(module), PyObject *values)
 {
 	Py_ssize_t rows = row_count(values);
 	PyObject *ids = rows < 0 ? NULL : zeros((size_t)rows * sizeof(int64_t));
 
-	(void)module;
 	if (!ids)
 		return NULL;
 	int64_t *out = (int64_t *)PyBytes_AsString(ids);
@@ -256,12 +255,11 @@ static PyObject *decode_columns(PyObject *values, size_t rows, const struct plan
 }
 
 /* decode(values, plan, columns, seed, canonical) */
-static PyObject *decode(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *decode(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer view = { 0 };
 	PyObject *result = NULL;
 
-	(void)module;
 	if (count != 5)
 		return PyErr_Format(PyExc_TypeError, "decode() takes 5 arguments, not %zd", count);
 	size_t columns = PyLong_AsSize_t(args[2]);
@@ -279,12 +277,11 @@ static PyObject *decode(PyObject *module, PyObject *const *args, Py_ssize_t coun
 }
 
 /* lengths(data, plan, records) */
-static PyObject *lengths(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *lengths(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer views[2] = { 0 };
 	PyObject *found = NULL;
 
-	(void)module;
 	if (count != 3)
 		return PyErr_Format(PyExc_TypeError, "lengths() takes 3 arguments, not %zd", count);
 	size_t records = PyLong_AsSize_t(args[2]);
@@ -335,14 +332,13 @@ static PyObject *find_groups(const int64_t *const *columns, size_t column_count,
 }
 
 /* groups(seed, column, ...) */
-static PyObject *groups(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *groups(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer views[MOST_GROUP_COLUMNS] = { 0 };
 	const int64_t *columns[MOST_GROUP_COLUMNS];
 	size_t column_count = (size_t)count - 1;
 	PyObject *result = NULL;
 
-	(void)module;
 	if (count < 2 || column_count > MOST_GROUP_COLUMNS)
 		return PyErr_Format(PyExc_TypeError, "groups() takes a seed and 1 to %d columns", MOST_GROUP_COLUMNS);
 	uint64_t seed = PyLong_AsUnsignedLongLongMask(args[0]);
@@ -364,12 +360,11 @@ done:
 }
 
 /* mark(bits, positions) */
-static PyObject *mark(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *mark(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer views[2] = { 0 };
 	PyObject *is_new = NULL;
 
-	(void)module;
 	if (count != 2)
 		return PyErr_Format(PyExc_TypeError, "mark() takes 2 arguments, not %zd", count);
 	if (!open_buffer(args[0], &views[0], PyBUF_WRITABLE, 1, "bits") ||
@@ -388,7 +383,7 @@ done:
 	return is_new;
 }
 
-static PyMethodDef functions[] = {
+PyMethodDef decode_functions[] = {
 	{ "schema_ids", schema_ids, METH_O, NULL },
 	{ "decode", (PyCFunction)(void (*)(void))decode, METH_FASTCALL, NULL },
 	{ "lengths", (PyCFunction)(void (*)(void))lengths, METH_FASTCALL, NULL },
@@ -396,8 +391,3 @@ static PyMethodDef functions[] = {
 	{ "mark", (PyCFunction)(void (*)(void))mark, METH_FASTCALL, NULL },
 	{ NULL, NULL, 0, NULL },
 };
-
-int add_decode(PyObject *module)
-{
-	return PyModule_AddFunctions(module, functions);
-}

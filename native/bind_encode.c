@@ -140,9 +140,8 @@ static PyObject *remember(PyObject *self, PyObject *const *args, Py_ssize_t coun
 }
 
 /* forget() */
-static PyObject *forget(PyObject *self, PyObject *unused)
+static PyObject *forget(PyObject *self, PyObject *Py_UNUSED(unused))
 {
-	(void)unused;
 	encoder_forget(encoder_of(self));
 	Py_RETURN_NONE;
 }

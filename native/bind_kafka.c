@@ -53,9 +53,8 @@ static PyObject *fill(const Py_buffer *views, uint64_t batch)
 }
 
 /* messages(out, batch, payload, starts, lengths, keys, key_starts, key_lengths, rows) */
-static PyObject *messages(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *messages(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
-	(void)module;
 	if (count != BUFFERS + 1)
 		return PyErr_Format(PyExc_TypeError, "messages() takes %d arguments, not %zd", BUFFERS + 1, count);
 	uint64_t batch = PyLong_AsUnsignedLongLong(args[1]);
@@ -100,12 +99,11 @@ static PyObject *runs(const Py_buffer *pointers, const Py_buffer *rows)
 }
 
 /* reports(pointers, rows) */
-static PyObject *reports(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *reports(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
 {
 	Py_buffer views[2] = { 0 };
 	PyObject *result = NULL;
 
-	(void)module;
 	if (count != 2)
 		return PyErr_Format(PyExc_TypeError, "reports() takes 2 arguments, not %zd", count);
 	if (open_buffer(args[0], &views[0], PyBUF_SIMPLE, sizeof(void *), "pointers") &&
@@ -115,13 +113,8 @@ static PyObject *reports(PyObject *module, PyObject *const *args, Py_ssize_t cou
 	return result;
 }
 
-static PyMethodDef functions[] = {
+PyMethodDef kafka_functions[] = {
 	{ "messages", (PyCFunction)(void (*)(void))messages, METH_FASTCALL, NULL },
 	{ "reports", (PyCFunction)(void (*)(void))reports, METH_FASTCALL, NULL },
 	{ NULL, NULL, 0, NULL },
 };
-
-int add_kafka(PyObject *module)
-{
-	return PyModule_AddFunctions(module, functions);
-}

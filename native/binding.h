@@ -21,11 +21,9 @@ bool open_rows(PyObject *object, size_t row_size, Py_buffer *view, struct rows *
 /* Close those of `count` buffers that are open. */
 void close_buffers(Py_buffer *views, size_t count);
 
-/* Each adds functions and types to the module; -1 with an exception set on failure. */
-int add_connection_table(PyObject *module);
-int add_decode(PyObject *module);
-int add_kafka(PyObject *module);
+extern PyMethodDef connection_functions[], decode_functions[], kafka_functions[];
+
+/* Add the type Encoder to the module; -1 with an exception set on failure. */
 int add_encode(PyObject *module);
-int add_ring(PyObject *module);
 
 #endif

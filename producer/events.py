@@ -3,6 +3,7 @@
 The dtypes repeat bpf/events.h. `layout_check` turns them into assertions that the compiler checks at each load.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NewType
@@ -192,12 +193,17 @@ class Feed:
 
     name: str
     topic: Topic
-    schema_file: str
     fixed_schema_id: SchemaId
     """The id in the Confluent frame if no registry is configured."""
 
+    @property
+    def schema_file(self) -> str:
+        """Name of the schema's file in schemas/."""
+        return f"{self.topic}.avsc"
 
-HEARTBEATS = Feed("heartbeat", Topic("rebpf_agent"), "rebpf_agent.avsc", SchemaId(3))
+
+HEARTBEATS = Feed("heartbeat", Topic("rebpf_agent"), SchemaId(3))
+ALERTS = Feed("alert", Topic("tcp_alerts"), SchemaId(4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,41 +212,22 @@ class Stream(Feed):
 
     index: int
     """Index into the kernel's counters map."""
-    ring: str
     dtype: np.dtype[np.void] = field(compare=False)
-    struct: str
+
+    @property
+    def ring(self) -> str:
+        """Name of the ring's map."""
+        return f"{self.name}_pipe"
+
+    @property
+    def struct(self) -> str:
+        """Name of the record's struct in bpf/events.h."""
+        return f"{self.name}_event"
 
 
-TRANSMITS = Stream(
-    "transmit",
-    Topic("tcp_transmit"),
-    "tcp_transmit.avsc",
-    SchemaId(1),
-    0,
-    "transmit_pipe",
-    TRANSMIT,
-    "transmit_event",
-)
-RETRANSMITS = Stream(
-    "retransmit",
-    Topic("tcp_retransmit"),
-    "tcp_retransmit.avsc",
-    SchemaId(2),
-    1,
-    "retransmit_pipe",
-    RETRANSMIT,
-    "retransmit_event",
-)
-FLOWS = Stream(
-    "flow",
-    Topic("tcp_flow"),
-    "tcp_flow.avsc",
-    SchemaId(5),
-    2,
-    "flow_pipe",
-    FLOW_EVENT,
-    "flow_event",
-)
+TRANSMITS = Stream("transmit", Topic("tcp_transmit"), SchemaId(1), 0, TRANSMIT)
+RETRANSMITS = Stream("retransmit", Topic("tcp_retransmit"), SchemaId(2), 1, RETRANSMIT)
+FLOWS = Stream("flow", Topic("tcp_flow"), SchemaId(5), 2, FLOW_EVENT)
 """A record for each connection, when it closes and on demand."""
 STREAMS = (TRANSMITS, RETRANSMITS, FLOWS)
 
@@ -303,6 +290,18 @@ class EncodedBatch:
         """Return the messages with the indexes `rows`, in that order."""
         keys = self.keys, self.key_starts[rows], self.key_lengths[rows]
         return EncodedBatch(self.stream, self.payload, self.starts[rows], self.lengths[rows], *keys)
+
+
+@dataclass(slots=True, eq=False)
+class Outcome:
+    """The results of a stream's messages since the sink was last asked for them."""
+
+    delivered: int = 0
+    """Messages acknowledged."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """Messages lost, by reason."""
+    done: list[tuple[EncodedBatch, Counter[str]]] = field(default_factory=list)
+    """Batches with no message in flight any more, and the losses of each."""
 
 
 def _members(dtype: np.dtype[np.void], base: int = 0, prefix: str = "") -> Iterator[tuple[str, int, int]]:

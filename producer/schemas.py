@@ -8,14 +8,13 @@ from typing import Any
 
 import fastavro
 
-from producer.events import HEARTBEATS, SchemaId
+from producer.events import ALERTS, HEARTBEATS, SchemaId
 from producer.paths import SCHEMAS
 
 HEARTBEAT_FILE = HEARTBEATS.schema_file
 HEARTBEAT_ID = HEARTBEATS.fixed_schema_id
-ALERT_FILE = "tcp_alerts.avsc"
-ALERT_ID = SchemaId(4)
-"""The other ids are in producer.events."""
+ALERT_FILE = ALERTS.schema_file
+ALERT_ID = ALERTS.fixed_schema_id
 
 
 def load_schema(file: str) -> dict[str, Any]:

@@ -1,21 +1,9 @@
 """Topic names with the configured prefix."""
 
 from producer.config.load import Config
-from producer.events import HEARTBEATS, Stream, Topic
-
-ALERTS = Topic("tcp_alerts")
+from producer.events import Feed, Topic
 
 
-def topic(config: Config, stream: Stream) -> Topic:
-    """Return the topic of a stream's events."""
-    return Topic(config.kafka.topic_prefix + stream.topic)
-
-
-def heartbeat_topic(config: Config) -> Topic:
-    """Return the topic of the heartbeats."""
-    return Topic(config.kafka.topic_prefix + HEARTBEATS.topic)
-
-
-def alert_topic(config: Config) -> Topic:
-    """Return the topic of the alerts."""
-    return Topic(config.kafka.topic_prefix + ALERTS)
+def topic(config: Config, feed: Feed) -> Topic:
+    """Return the topic of a feed's messages."""
+    return Topic(config.kafka.topic_prefix + feed.topic)

@@ -35,7 +35,7 @@ from producer.kernel.settings import CaptureSettings
 from producer.registry.published import schema_ids
 from producer.rules.resolve import Ruleset, resolve
 from producer.spool.quarantine import Quarantine
-from producer.topics import heartbeat_topic, topic
+from producer.topics import topic
 
 
 class Agent:
@@ -103,8 +103,9 @@ def build(
     topics = {stream.name: topic(config, stream) for stream in streams}
     quarantine = Quarantine(config)
     stack.callback(quarantine.close)
-    heartbeats = HeartbeatEncoder(ids[heartbeat_topic(config)]) if heartbeat_topic(config) in ids else None
-    beats = {HEARTBEATS.name: heartbeat_topic(config)} if heartbeats else {}
+    beat_topic = topic(config, HEARTBEATS)
+    heartbeats = HeartbeatEncoder(ids[beat_topic]) if beat_topic in ids else None
+    beats = {HEARTBEATS.name: beat_topic} if heartbeats else {}
     sink = KafkaSink(settings, topics | beats, on_socket=capture.exclude_socket, quarantine=quarantine.put)
     # Attach before the client connects: the programs recognize a local broker by the SYN that they see.
     capture.attach()

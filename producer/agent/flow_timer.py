@@ -24,7 +24,7 @@ class FlowTimer:
     ) -> None:
         self._report = report
         self._fill = fill
-        self.interval_s = interval_s
+        self._interval_s = interval_s
         self._next_s = now_s + interval_s * zlib.crc32(host.encode()) / (1 << 32)
         self._steps: Generator[None] | None = None
 
@@ -33,11 +33,16 @@ class FlowTimer:
         """When to call `step`; in the past while a report is under way."""
         return self._next_s if self._steps is None else 0.0
 
+    def set_interval(self, interval_s: float) -> None:
+        """Report this long after the last report, and from then on at this interval."""
+        self._next_s += interval_s - self._interval_s
+        self._interval_s = interval_s
+
     def step(self, now_s: float) -> None:
         """Take the next step. An error ends this interval's report."""
         if self._steps is None:
             self._steps = self._report()
-            self._next_s += self.interval_s * (1 + (now_s - self._next_s) // self.interval_s)
+            self._next_s += self._interval_s * (1 + (now_s - self._next_s) // self._interval_s)
         if self._fill() > _MOST_FILL:
             return
         steps, self._steps = self._steps, None

@@ -33,8 +33,6 @@ class Reporter:
         self._sink = sink
         self._parts = parts
         self._topics = topics
-        self._boot_id = boot_id()
-        self._version = __version__
         self._started_s = time.time()
 
     def balances(self) -> dict[Topic, Balance]:
@@ -49,8 +47,8 @@ class Reporter:
         cpu_s, rss_bytes = usage()
         return Status(
             self._host,
-            self._boot_id,
-            self._version,
+            boot_id(),
+            __version__,
             os.getpid(),
             self._started_s,
             rules_version,

@@ -94,7 +94,7 @@ class Runtime:
         streams = [each.pipeline for each in self.streams]
         latency_s = self.config.capture.latency_s
         pipeline = Pipeline(
-            streams, self.sink, time.monotonic, UtcOffset(), metrics.observe_delivery, self._guard, latency_s
+            streams, self.sink, time.monotonic, UtcOffset(), metrics.DELIVERY.observe, self._guard, latency_s
         )
         self.in_force.apply = partial(self._apply, pipeline)
         end = float("inf") if duration_s is None else time.monotonic() + duration_s
@@ -123,7 +123,7 @@ class Runtime:
         pipeline.set_latency(config.capture.latency_s)
         self.budget.set(config.capture.transmit_events_per_s)
         if self.flows:
-            self.flows.interval_s = config.capture.flow_interval_s
+            self.flows.set_interval(config.capture.flow_interval_s)
         for each in self.streams:
             each.pipeline.spill_after_s = config.spool.spill_after_s
         if config.labels != self.reporter.labels:

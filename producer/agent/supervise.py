@@ -82,7 +82,7 @@ class Supervisor:
 
     def _measure(self, step: str, seconds: float) -> None:
         """Record how long a step took: it blocks the rest of the loop."""
-        metrics.observe_step(seconds)
+        metrics.STEPS.observe(seconds)
         if seconds >= _SLOW_S:
             logger.warning("slow step step=%s seconds=%.1f", step, seconds)
 

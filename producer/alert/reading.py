@@ -21,10 +21,10 @@ from producer.consume.columns import Values
 from producer.consume.decode import Decoder
 from producer.consume.reader import PartitionId, by_partition
 from producer.errors import ConfigError, UnavailableError
-from producer.events import Stream
+from producer.events import ALERTS, HEARTBEATS, Stream
 from producer.kafka.confluent import NEEDS_KAFKA, is_test_broker, list_topics
 from producer.kafka.consumer import QuietConsumer, offsets, topic_error
-from producer.topics import alert_topic, heartbeat_topic, topic
+from producer.topics import topic
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def topics_of(config: Config) -> Topics:
     if not alert.rules and not alert.missed_heartbeats:
         raise ConfigError("alert: nothing to alert on: add [[alert.rules]], or set missed_heartbeats above 0")
     streams = {str(topic(config, stream_of(rule))): stream_of(rule) for rule in alert.rules}
-    return Topics(streams, heartbeat_topic(config) if alert.missed_heartbeats else None, alert_topic(config))
+    return Topics(streams, topic(config, HEARTBEATS) if alert.missed_heartbeats else None, topic(config, ALERTS))
 
 
 @dataclass(slots=True)

@@ -10,13 +10,13 @@ from producer.alert.topic_sink import TopicSink
 from producer.config.librdkafka import client_settings
 from producer.config.load import Config
 from producer.errors import SchemaError
-from producer.events import SchemaId, Topic
+from producer.events import ALERTS, SchemaId, Topic
 from producer.host.output import echo
 from producer.host.signals import Flag
 from producer.host.text import printable, to_json
 from producer.registry.schema_ids import SchemaIds
 from producer.schemas import ALERT_FILE, ALERT_ID, load_schema
-from producer.topics import alert_topic
+from producer.topics import topic
 
 
 def open_sinks(
@@ -33,18 +33,18 @@ def open_sinks(
         sinks.append(Alertmanager(config.alert.alertmanager, config.alert.repeat_s, sleep, stop))
     if config.alert.webhook is not None:
         sinks.append(Webhook(config.alert.webhook, sleep, stop))
-    topic = alert_topic(config)
-    encoder = AlertEncoder(_schema_id(config, topic, stop))
-    sinks.append(TopicSink(client_settings(brokers, config.kafka.settings), topic, encoder, sleep))
+    alerts = topic(config, ALERTS)
+    encoder = AlertEncoder(_schema_id(config, alerts, stop))
+    sinks.append(TopicSink(client_settings(brokers, config.kafka.settings), alerts, encoder, sleep))
     return sinks
 
 
-def _schema_id(config: Config, topic: Topic, stop: Flag | None) -> SchemaId:
+def _schema_id(config: Config, alerts: Topic, stop: Flag | None) -> SchemaId:
     if config.registry.url is None:
         return ALERT_ID
     registry = SchemaIds(config.registry, cache=None, stop=stop)
     try:
-        return registry.find({topic: load_schema(ALERT_FILE)})[topic]
+        return registry.find({alerts: load_schema(ALERT_FILE)})[alerts]
     except SchemaError as error:
         raise SchemaError(f"{error} with --alerts") from error
 

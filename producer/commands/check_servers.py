@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from producer.commands.finding import Finding
 from producer.config.load import Config
 from producer.errors import PermissionDenied, RebpfError, SchemaError, UnavailableError
+from producer.events import HEARTBEATS
 from producer.kafka.admin import Admin, TopicInfo, in_partitions
 from producer.kafka.wording import may_not_write
 from producer.registry.published import published_schemas
 from producer.registry.schema_ids import SchemaIds
-from producer.topics import heartbeat_topic, topic
+from producer.topics import topic
 
 _LEAST_MESSAGE_BYTES = 1000
 """An event takes about 400 bytes with header and key; long names of host and cgroup add to it."""
@@ -24,7 +25,7 @@ def kafka(config: Config) -> Iterator[Finding]:
         yield Finding("Kafka", "no brokers configured: the in-process test broker will be used")
         return
     events = [topic(config, stream) for stream in config.capture.streams]
-    heartbeats = heartbeat_topic(config)
+    heartbeats = topic(config, HEARTBEATS)
     try:
         admin = Admin(config)
         admin.require_reachable()  # faster than the timeout of a request
@@ -99,7 +100,7 @@ def registry(config: Config) -> Iterator[Finding]:
     """Check the registry, and each topic's schema in it."""
     if config.registry.url is None:
         return
-    heartbeats = heartbeat_topic(config)
+    heartbeats = topic(config, HEARTBEATS)
     try:
         schemas = SchemaIds(config.registry, cache=None, attempts=1)
         for name, schema in published_schemas(config).items():

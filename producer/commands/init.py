@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 from producer.config.load import Config
-from producer.events import HEARTBEATS, Feed
+from producer.events import ALERTS, HEARTBEATS, Feed
 from producer.kafka.admin import DAY_MS, Admin, in_partitions, topic_settings
 from producer.registry.published import published_schemas, schema_ids
 from producer.registry.schema_ids import COMPATIBILITY, SchemaIds
 from producer.schemas import ALERT_FILE, ALERT_ID, load_schema
-from producer.topics import alert_topic, heartbeat_topic, topic
+from producer.topics import topic
 
 # One is enough: a thousand hosts send a hundred small records per second. And consumers that use event time, such as
 # Flink, wait for idle partitions.
@@ -29,10 +29,10 @@ def create_topics(config: Config, partitions: int, replication: int, *, alerts: 
     wanted: dict[str, tuple[int, Mapping[str, str]]] = {
         topic(config, stream): (partitions, _settings(config, stream, replication)) for stream in config.capture.streams
     }
-    wanted[heartbeat_topic(config)] = (_HEARTBEAT_PARTITIONS, _settings(config, HEARTBEATS, replication))
+    wanted[topic(config, HEARTBEATS)] = (_HEARTBEAT_PARTITIONS, _settings(config, HEARTBEATS, replication))
     if alerts:
         usual = topic_settings(replication)
-        wanted[alert_topic(config)] = (_ALERT_PARTITIONS, {**usual, **_ALERT_SETTINGS})
+        wanted[topic(config, ALERTS)] = (_ALERT_PARTITIONS, {**usual, **_ALERT_SETTINGS})
     lines = []
     for name, (count, settings) in wanted.items():
         if admin.create(name, count, replication, settings):
@@ -53,7 +53,7 @@ def register_schemas(config: Config, *, alerts: bool = False) -> list[str]:
 
     Return a line about each.
     """
-    alerts_name = alert_topic(config)
+    alerts_name = topic(config, ALERTS)
     if config.registry.url is None:
         ids = {**schema_ids(config), **({alerts_name: ALERT_ID} if alerts else {})}
         return ["no registry: schema ids are " + ", ".join(f"{name} {number}" for name, number in ids.items())]

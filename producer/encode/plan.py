@@ -69,16 +69,7 @@ class Program:
         if self.steps and self.steps[-1][0] == Kind.CONSTANT:
             self.strings[-1] += value
         else:
-            self.add(Kind.CONSTANT, name, first=self._string(value))
-
-    def name(self, column: Column, names: Sequence[bytes], name: str, *, nullable: bool) -> None:
-        """Add a column of encoded names."""
-        self.add(Kind.NAME, name, column, nullable=nullable, first=len(self.strings), count=len(names))
-        self.strings += names
-
-    def cached(self, column: Column, part: int, default: bytes, name: str) -> None:
-        """Add a part of what is cached of a column's id."""
-        self.add(Kind.CACHED, name, column, first=part, count=self._string(default))
+            self.add(Kind.CONSTANT, name, first=self.put([value]))
 
     def add(
         self,
@@ -101,9 +92,10 @@ class Program:
         self.steps.append(_STEP.pack(*head, column.offset, known_offset, first, count, least, most, column.divisor))
         self.fields.append(name)
 
-    def _string(self, value: bytes) -> int:
-        self.strings.append(value)
-        return len(self.strings) - 1
+    def put(self, strings: Sequence[bytes]) -> int:
+        """Append strings, and return the number of the first one."""
+        self.strings += strings
+        return len(self.strings) - len(strings)
 
 
 def value_program(
@@ -125,7 +117,8 @@ def value_program(
     for names in _runs(schema["fields"], cached):
         name = names[0]["name"]
         if name in cached:
-            program.cached(cached[name], len(parts), encoded(names, {}), name)
+            default = program.put([encoded(names, {})])
+            program.add(Kind.CACHED, name, cached[name], first=len(parts), count=default)
             parts.append(tuple(each["name"] for each in names))
         elif name in columns:
             kind, nullable = field_type(names[0])
@@ -179,7 +172,8 @@ def _add_column(program: Program, each: Schema, column: Column, kind: str, *, nu
     elif kind == "string" and column.names:
         plain = {"name": name, "type": "string"}
         names = [encoded([plain], {name: each}) for each in column.names]
-        program.name(column, names, name, nullable=nullable)
+        first = program.put(names)
+        program.add(Kind.NAME, name, column, nullable=nullable, first=first, count=len(names))
     elif kind == "boolean" and not is_bytes:
         program.add(Kind.BOOLEAN, name, column, nullable=nullable)
     elif kind in _LIMITS and not is_bytes:

@@ -1,7 +1,7 @@
 """The balance of a stream: each event that passed the filter is delivered, in flight, on disk, or lost for a reason."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 STAGES: Mapping[str, str] = {
@@ -38,10 +38,10 @@ class Balance:
 
     passed: int
     delivered: int
-    in_flight: int = 0
-    in_ring: int = 0
-    spooled: int = 0
     carried: int = 0
+    in_flight: int = 0
+    spooled: int = 0
+    in_ring: int = 0
     lost: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -52,15 +52,7 @@ class Balance:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the balance for JSON output."""
-        return {
-            "passed": self.passed,
-            "carried": self.carried,
-            "delivered": self.delivered,
-            "in_flight": self.in_flight,
-            "spooled": self.spooled,
-            "in_ring": self.in_ring,
-            "lost": dict(self.lost),
-        }
+        return asdict(self)
 
     def __str__(self) -> str:
         losses = ",".join(f"{reason}:{count}" for reason, count in self.lost.items()) or "0"

@@ -55,7 +55,6 @@ _MAX_VISITORS = 32
 _MAX_WAITING_PER_PAGE = 8
 _MAX_REQUEST_BYTES = 16 << 10
 _METHODS = ("GET", "HEAD")
-_WITHOUT_PASSWORD = ("/healthz",)
 _TLS_HANDSHAKE = b"\x16"
 _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
 
@@ -116,8 +115,6 @@ class Endpoint:
     def _serve_at(self, path: Path) -> None:
         try:
             server = _LocalServer(path, self._board, self._web, self._registry)
-            self._stack.enter_context(contextlib.suppress(OSError))
-            self._stack.callback(path.unlink)
             self._stack.enter_context(_running(server, "endpoint-local"))
             self._local = None
         except OSError as error:
@@ -260,6 +257,11 @@ class _LocalServer(_Server):
         finally:
             os.close(folder)
 
+    def server_close(self) -> None:
+        super().server_close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
 
 class _Request(io.BufferedReader):
     """A visitor's request, bounded in size."""
@@ -278,7 +280,6 @@ class _Visit(BaseHTTPRequestHandler):
     server: _Server
     timeout = _VISIT_TIMEOUT_S
     command, requestline, request_version = "", "", "HTTP/1.0"  # for errors before they are read
-
     headers_of_all: Mapping[str, str] = {}
 
     def setup(self) -> None:
@@ -331,7 +332,7 @@ class _Visit(BaseHTTPRequestHandler):
 
     def _answer(self, web: WebConfig) -> None:
         path = self.path.partition("?")[0]
-        if web.users and path not in _WITHOUT_PASSWORD:
+        if web.users and path != "/healthz":
             code = self.server.passwords.check(web.users, self.headers.get("Authorization"), self.client_address[0])
             if code != HTTPStatus.OK:
                 challenge = {"WWW-Authenticate": 'Basic realm="rebpf", charset="UTF-8"'}
@@ -376,8 +377,7 @@ def _metrics(visit: _Visit) -> Answer:
 
 
 def _healthz(visit: _Visit) -> Answer:
-    hang = visit.server.board.hang()
-    if hang:
+    if hang := visit.server.board.hang():
         return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"the loop {hang}\n".encode()
     return HTTPStatus.OK, _TEXT, b"ok\n"
 

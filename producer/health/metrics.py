@@ -87,7 +87,8 @@ class _Histogram(Collector):
         self._sum = 0.0
         self._lock = threading.Lock()
 
-    def observe(self, value: float, count: int) -> None:
+    def observe(self, value: float, count: int = 1) -> None:
+        """Record `count` equal values."""
         with self._lock:
             self._counts[bisect_left(self._bounds, value)] += count
             self._sum += value * count
@@ -101,30 +102,16 @@ class _Histogram(Collector):
         )
 
 
-_DELIVERY = _Histogram(
+DELIVERY = _Histogram(
     "rebpf_delivery_seconds",
     "Seconds from the kernel's timestamp of a batch's oldest event to the acknowledgement of the batch.",
     (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
 )
-
-
-def observe_delivery(seconds: float, count: int) -> None:
-    """Record that `count` events were acknowledged after `seconds`."""
-    _DELIVERY.observe(seconds, count)
-
-
-_STEPS = _Histogram(
+STEPS = _Histogram(
     "rebpf_step_seconds",
     "Duration of the loop's steps in seconds.",
     (0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
 )
-
-
-def observe_step(seconds: float) -> None:
-    """Record the duration of a step of the loop."""
-    _STEPS.observe(seconds, 1)
-
-
 TCP = TcpMetrics()
 """Counts from the start of the process."""
 
@@ -183,7 +170,7 @@ class _StatusCollector(Collector):
 def registry(status: Callable[[], Status | None], idle_s: Callable[[], float]) -> CollectorRegistry:
     """Return all metrics. Those of the status are read at each scrape."""
     metrics = CollectorRegistry()
-    for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _STEP_ERRORS, _DELIVERY, _STEPS, TCP):
+    for each in (_RETRIES, _RETRY_WAIT, _KAFKA_ERRORS, _STEP_ERRORS, DELIVERY, STEPS, TCP):
         metrics.register(each)
     metrics.register(_StatusCollector(status, idle_s))
     ProcessCollector(registry=metrics)

@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.error import HTTPError
@@ -119,7 +120,7 @@ def _run(attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLCont
 def _answer(
     attempt: _Attempt, request: Request, timeout_s: float, tls: ssl.SSLContext | None, most_bytes: int
 ) -> Answer:
-    opener = build_opener(_Stay, _Plain(attempt), _Tls(attempt, tls))
+    opener = build_opener(_Stay, _Handler(attempt, tls))
     try:
         response: Any = opener.open(request, timeout=timeout_s)
     except HTTPError as error:
@@ -144,35 +145,21 @@ class _Stay(HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None: ...
 
 
-class _Plain(HTTPHandler):
-    """Opens connections that another thread can shut down."""
-
-    def __init__(self, attempt: _Attempt) -> None:
-        super().__init__()
-        self._attempt = attempt
-
-    def http_open(self, req: Request) -> Any:
-        return self.do_open(self._connection, req)
-
-    def _connection(self, host: str, **settings: Any) -> HTTPConnection:
-        return _with(self._attempt, HTTPConnection(host, **settings))
-
-
-class _Tls(HTTPSHandler):
-    """The same over TLS."""
+class _Handler(HTTPHandler, HTTPSHandler):
+    """Opens connections, with and without TLS, that another thread can shut down."""
 
     def __init__(self, attempt: _Attempt, context: ssl.SSLContext | None) -> None:
         super().__init__(context=context)
         self._attempt, self._context = attempt, context
 
+    def http_open(self, req: Request) -> Any:
+        return self.do_open(partial(self._connection, HTTPConnection), req)
+
     def https_open(self, req: Request) -> Any:
-        return self.do_open(self._connection, req)
+        return self.do_open(partial(self._connection, HTTPSConnection, context=self._context), req)
 
-    def _connection(self, host: str, **settings: Any) -> HTTPConnection:
-        return _with(self._attempt, HTTPSConnection(host, **{**settings, "context": self._context}))
-
-
-def _with(attempt: _Attempt, connection: HTTPConnection) -> HTTPConnection:
-    """Let a connection connect through the attempt: http.client has no public way before a proxy's response."""
-    connection._create_connection = attempt.connect  # type: ignore[attr-defined]
-    return connection
+    def _connection(self, kind: type[HTTPConnection], host: str, **settings: Any) -> HTTPConnection:
+        connection = kind(host, **settings)
+        # http.client has no public way to the socket before a proxy's response.
+        connection._create_connection = self._attempt.connect  # type: ignore[attr-defined]
+        return connection

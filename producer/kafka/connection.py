@@ -147,8 +147,8 @@ class Connection:
             with socket.socket(family, kind, protocol) as opened:
                 self._on_socket(opened.fileno())
                 return opened.detach()
-        except OSError as error:
-            logger.error("kafka: cannot open a socket: %s", error)
+        except Exception as error:  # ctypes would return 0: standard input
+            logger.error("kafka: cannot open a socket: %s", str(error) or type(error).__name__)
             return -1
 
     def _on_error(self, error: Error) -> None:

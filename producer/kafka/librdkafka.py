@@ -150,14 +150,10 @@ class Reports:
 class Error:
     """An error of the client as a whole: a broker that is down, rejected credentials."""
 
-    code: int
+    name: str
+    """librdkafka's name of its code."""
     text: str
     fatal: bool
-
-    @property
-    def name(self) -> str:
-        """librdkafka's name of the code."""
-        return error_name(self.code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +258,7 @@ def rejected(messages: NDArray[np.void]) -> Reports:
 
 def _error(event: int) -> Error:
     return Error(
-        _lib.rd_kafka_event_error(event),
+        error_name(_lib.rd_kafka_event_error(event)),
         (_lib.rd_kafka_event_error_string(event) or b"").decode(errors="replace"),
         bool(_lib.rd_kafka_event_error_is_fatal(event)),
     )

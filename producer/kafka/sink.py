@@ -13,7 +13,6 @@ ends `poll` after the counts of the report at hand have changed, and the next `p
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from producer import _native
 from producer.backoff import BackOff
 from producer.config.librdkafka import DEFAULTS, TEST_BROKER_PARTITIONS, client_settings
 from producer.errors import RebpfError
-from producer.events import HEARTBEATS, EncodedBatch, Feed, Topic
+from producer.events import HEARTBEATS, EncodedBatch, Feed, Outcome, Topic
 from producer.health import metrics
 from producer.host.log_limit import LogLimit
 from producer.kafka.connection import Connection, rough_utc_offset_ns
@@ -42,17 +41,6 @@ def producer_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[
     client = client_settings(brokers, settings)
     check_settings(settings, aliases=DEFAULTS)
     return client
-
-
-@dataclass(slots=True, eq=False)
-class Outcome:
-    """The results of a stream's messages since the last poll."""
-
-    delivered: int = 0
-    lost: Counter[str] = field(default_factory=Counter)
-    """Lost messages by the name of the error."""
-    done: list[tuple[EncodedBatch, Counter[str]]] = field(default_factory=list)
-    """Batches with no message in flight any more, and the losses of each."""
 
 
 Quarantine = Callable[[EncodedBatch, str], None]

@@ -7,7 +7,7 @@ padded to a multiple of 8 bytes. Positions count bytes since the ring was create
 
 A program reserves a record by writing its length with the busy bit and then advancing the producer position. It submits
 by clearing the bit. So the reader loads the position first, then the lengths, then the payloads, and stops at the first
-busy record. Between these steps is a barrier (native/bind_ring.c), for machines that reorder loads.
+busy record. Between these steps is a barrier (native/module.c), for machines that reorder loads.
 
 A ring outlives its process, so the next process may find damage. A record whose header the kernel cannot have written
 is skipped and counted in `damaged`. So is one that stays busy for a minute. An invalid consumer position would prevent

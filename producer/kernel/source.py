@@ -13,6 +13,7 @@ from pathlib import Path
 from producer.errors import UnavailableError
 from producer.kernel.btf import FUNC, TYPEDEF, Btf, kernel_header, missing
 from producer.kernel.features import Features, machine
+from producer.kernel.hooks import HOOKS_BY_STREAM
 
 # The members that the programs read, by the struct that the verifier sees. A path may lead into nested structs.
 REQUIRED: Mapping[str, tuple[str, ...]] = {
@@ -99,16 +100,7 @@ WANTED = {
 HZ_MARK = 0x7A68_5F72_6562_7066
 """Stands for the kernel's HZ in compiled programs: neither BTF nor a trial program shows it."""
 
-_HOOKS = (
-    "TRANSMIT_FENTRY",
-    "TRANSMIT_KPROBE",
-    "TRANSMIT_CGROUP_SKB",
-    "RETRANSMIT_FENTRY",
-    "RETRANSMIT_KPROBE",
-    "RETRANSMIT_CGROUP_SKB",
-    "RETRANSMIT_RAW_TP",
-    "FLOW_RAW_TP",
-)
+_HOOKS = [f"{stream}_{hook.name}".upper() for stream, hooks in HOOKS_BY_STREAM.items() for hook in hooks]
 
 
 def program_text(folder: Path, btf: Btf, layout_check: str) -> str:

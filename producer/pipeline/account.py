@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from producer.pipeline.interfaces import Outcome, Ring, Spool
+from producer.events import Outcome
+from producer.pipeline.interfaces import Ring
 from producer.pipeline.ledger import Account
+from producer.spool.spool import Spool
 
 
 class StreamAccount:

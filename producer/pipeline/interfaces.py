@@ -1,11 +1,9 @@
-"""The interfaces that the pipeline needs: ring, encoder, sink and spool."""
+"""The interfaces that the pipeline needs besides a spool: ring, encoder and sink."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
-from producer.events import Batch, EncodedBatch, Rows, Stream
-from producer.spool.format import Spooled
+from producer.events import Batch, EncodedBatch, Outcome, Rows, Stream
 
 
 class Ring(Protocol):
@@ -52,22 +50,6 @@ class Encoder(Protocol):
         """Encode a batch without the rows that cannot be encoded; None if there are no others."""
 
 
-class Outcome(Protocol):
-    """Delivery reports for one stream's messages."""
-
-    @property
-    def delivered(self) -> int:
-        """Messages acknowledged."""
-
-    @property
-    def lost(self) -> Mapping[str, int]:
-        """Messages lost, by reason."""
-
-    @property
-    def done(self) -> Sequence[tuple[EncodedBatch, Counter[str]]]:
-        """Batches with no message left in flight, and the losses of each."""
-
-
 class Sink(Protocol):
     """Sends batches and reports on their delivery."""
 
@@ -82,34 +64,6 @@ class Sink(Protocol):
 
     def unacknowledged(self, batch: EncodedBatch) -> int:
         """Return how many messages of a batch are still in flight."""
-
-
-class Spool(Protocol):
-    """Stores batches on disk; producer.spool.spool explains the numbers."""
-
-    acked: int
-    sent: int
-    end: int
-    discarded: int
-    lost: Counter[str]
-    last: Spooled | None
-    """The last batch found when the spool was opened."""
-
-    @property
-    def pending(self) -> int:
-        """Events that are not done, in flight or not."""
-
-    def append(self, batch: EncodedBatch, ring: str, position: int) -> None:
-        """Write a batch. Raises OSError, and then nothing has changed."""
-
-    def read(self) -> Spooled | None:
-        """Return the next batch that has not been sent."""
-
-    def ack(self, first: int, end: int) -> None:
-        """Mark a batch as done."""
-
-    def sweep(self) -> None:
-        """Delete files whose events are done."""
 
 
 class Waits(Protocol):

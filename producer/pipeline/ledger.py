@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from producer.host import state_file
-from producer.pipeline.interfaces import Spool
 from producer.spool.disk import UNRELATED
+from producer.spool.spool import Spool
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,8 @@ class Ledger:
         page = b"%08x %s" % (zlib.crc32(text), text)
         if len(page) > _PAGE_BYTES or self._descriptor < 0:
             raise OSError(f"{self._path}: no page for {len(page)} bytes")
-        os.pwrite(self._descriptor, page.ljust(_PAGE_BYTES), 0)
+        if (written := os.pwrite(self._descriptor, page.ljust(_PAGE_BYTES), 0)) < _PAGE_BYTES:
+            raise OSError(f"{self._path}: only {written} of {_PAGE_BYTES} bytes were written")
 
     def close(self) -> None:
         """Sync the page to disk and close the file."""

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 from producer.errors import UnavailableError
 from producer.events import Stream
-from producer.pipeline.interfaces import Encoder, Ring, Spool
+from producer.pipeline.interfaces import Encoder, Ring
 from producer.pipeline.ledger import Account
 from producer.pipeline.ring_reader import BATCH_ROWS, RingReader
+from producer.spool.spool import Spool
 
 logger = logging.getLogger(__name__)
 

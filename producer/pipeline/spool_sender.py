@@ -1,9 +1,10 @@
 """Sends a stream's spooled events, oldest first."""
 
-from producer.events import Stream
+from producer.events import Outcome, Stream
 from producer.pipeline.account import StreamAccount
-from producer.pipeline.interfaces import Outcome, Sink, Spool
+from producer.pipeline.interfaces import Sink
 from producer.pipeline.window import InFlight, Window
+from producer.spool.spool import Spool
 
 _MOST_BATCHES = 32
 """Batches sent per call: each may be a few messages."""
@@ -52,8 +53,12 @@ class SpoolSender:
                 return False
             if spooled is None:
                 return False
+            try:
+                sink.send(spooled.batch)
+            except Exception:
+                self.spool.rewind(spooled.first)
+                raise
             self.window.add(InFlight(spooled.batch, now_s, first=spooled.first))
-            sink.send(spooled.batch)
         return True
 
     def adopt(self, entry: InFlight) -> None:

@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from producer.events import Rows, Stream
+from producer.events import Outcome, Rows, Stream
 from producer.pipeline.account import StreamAccount
-from producer.pipeline.interfaces import Encoder, Outcome, Ring, Sink, Spool, Waits
+from producer.pipeline.interfaces import Encoder, Ring, Sink, Waits
 from producer.pipeline.ledger import Account
 from producer.pipeline.ring_reader import BATCH_ROWS, RingReader
 from producer.pipeline.spool_sender import SpoolSender
 from producer.pipeline.window import InFlight, Window
+from producer.spool.spool import Spool
 
 _FULL = 0.5
 """Share of a ring that may fill before spilling starts while the sink has no capacity."""

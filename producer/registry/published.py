@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from producer.config.load import Config
-from producer.events import SchemaId, Stream, Topic
+from producer.events import HEARTBEATS, Feed, SchemaId, Stream, Topic
 from producer.host.signals import Flag
 from producer.registry.client import AvroSchema
 from producer.registry.schema_ids import SchemaIds
-from producer.schemas import HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
-from producer.topics import heartbeat_topic, topic
+from producer.schemas import load_schema
+from producer.topics import topic
 
 
 def schema_ids(config: Config, stop: Flag | None = None, streams: Sequence[Stream] = ()) -> dict[Topic, SchemaId]:
@@ -19,20 +19,15 @@ def schema_ids(config: Config, stop: Flag | None = None, streams: Sequence[Strea
     """
     streams = streams or config.capture.streams
     if config.registry.url is None:
-        fixed = {topic(config, stream): stream.fixed_schema_id for stream in streams}
-        return {**fixed, heartbeat_topic(config): HEARTBEAT_ID}
+        return {topic(config, feed): feed.fixed_schema_id for feed in (*streams, HEARTBEATS)}
     registry = SchemaIds(config.registry, config.state_dir / "schema_ids.json", stop=stop)
-    return registry.find(_event_schemas(config, streams), optional=_heartbeat_schemas(config))
+    return registry.find(_schemas(config, streams), optional=_schemas(config, [HEARTBEATS]))
 
 
 def published_schemas(config: Config) -> dict[Topic, AvroSchema]:
     """Return this version's schema of each topic."""
-    return {**_event_schemas(config, config.capture.streams), **_heartbeat_schemas(config)}
+    return _schemas(config, [*config.capture.streams, HEARTBEATS])
 
 
-def _event_schemas(config: Config, streams: Sequence[Stream]) -> dict[Topic, AvroSchema]:
-    return {topic(config, stream): load_schema(stream.schema_file) for stream in streams}
-
-
-def _heartbeat_schemas(config: Config) -> dict[Topic, AvroSchema]:
-    return {heartbeat_topic(config): load_schema(HEARTBEAT_FILE)}
+def _schemas(config: Config, feeds: Sequence[Feed]) -> dict[Topic, AvroSchema]:
+    return {topic(config, feed): load_schema(feed.schema_file) for feed in feeds}

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,18 +181,9 @@ def only(addresses: Iterable[Address], ports: Iterable[int]) -> tuple[tuple[Rule
     return (Rule("only", address=networks, port=ranges),), Action(transmit=False, retransmit=False, flow=False)
 
 
-class _Classes(Generic[K]):
-    """Numbers distinct values in order of appearance; `nothing` is class 0."""
-
-    def __init__(self, nothing: K) -> None:
-        self._numbers = {nothing: 0}
-
-    @property
-    def all(self) -> list[K]:
-        return list(self._numbers)
-
-    def number(self, value: K) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
+def _number(classes: dict[K, int], value: K) -> int:
+    """Return the class of a value: the next free one if it is new."""
+    return classes.setdefault(value, len(classes))
 
 
 def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], list[Sides]]:
@@ -206,7 +197,7 @@ def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], lis
             for network in getattr(rule, condition):
                 named.setdefault(_prefix(network), [0, 0, 0])[side] |= 1 << i
     unnamed = Sides(_free(rules, "local_address"), _free(rules, "remote_address"), _free(rules, "address"))
-    classes = _Classes(unnamed)
+    classes = {unnamed: 0}
     found: list[tuple[int, int, int]] = []
     nested: tuple[list[tuple[int, int, Sides]], ...] = ([], [])
     if any(_covers(*prefix, _MAPPED[0]) and not _is_ipv4(*prefix) for prefix in named):
@@ -218,12 +209,12 @@ def _addresses(rules: Sequence[Rule]) -> tuple[list[tuple[bytes, int, int]], lis
         outer = around[-1][2] if around else unnamed
         sides = Sides(outer.local | bits[0], outer.remote | bits[1], outer.either | bits[2])
         around.append((packed, length, sides))
-        found.append((packed, length, classes.number(sides)))
+        found.append((packed, length, _number(classes, sides)))
     # The most frequent first, so that the class of a long list does not change with other rules.
     order = [0, *(number for number, _ in Counter(number for *_, number in found).most_common() if number)]
     places = {number: place for place, number in enumerate(order)}
     prefixes = [(packed.to_bytes(16, "big"), length, places[number]) for packed, length, number in found]
-    sides_by_number = classes.all
+    sides_by_number = list(classes)
     return prefixes, [sides_by_number[number] for number in order]
 
 
@@ -236,18 +227,18 @@ def _ports(rules: Sequence[Rule]) -> tuple[NDArray[np.uint16], list[Sides]]:
                 for port in (low, high + 1):
                     changes.setdefault(port, [0, 0, 0])[side] ^= 1 << i
     bits = [_free(rules, "local_port"), _free(rules, "remote_port"), _free(rules, "port")]
-    classes = _Classes(Sides(*bits))
+    classes = {Sides(*bits): 0}
     ports = np.zeros(_PORTS, np.uint16)
     for start, end in itertools.pairwise(sorted(changes)):
         bits = [old ^ change for old, change in zip(bits, changes[start], strict=True)]
-        ports[start:end] = classes.number(Sides(*bits))
-    return ports, classes.all
+        ports[start:end] = _number(classes, Sides(*bits))
+    return ports, list(classes)
 
 
 def _values(
     rules: Sequence[Rule], cgroups_above: Mapping[int, Sequence[int]]
 ) -> tuple[list[RuleBits], dict[str, int], dict[str, dict[int, int]]]:
-    classes = _Classes(0)
+    classes = {0: 0}
     unnamed: dict[str, int] = {}
     numbers: dict[str, dict[int, int]] = {}
     for name in PROPERTIES:
@@ -259,9 +250,9 @@ def _values(
         if name == "cgroup":
             named = {each: _united(named, each, cgroups_above.get(each, ())) for each in named}
         free = _free(rules, name)
-        unnamed[name] = classes.number(free)
-        numbers[name] = {value: classes.number(free | bits) for value, bits in named.items()}
-    return classes.all, unnamed, numbers
+        unnamed[name] = _number(classes, free)
+        numbers[name] = {value: _number(classes, free | bits) for value, bits in named.items()}
+    return list(classes), unnamed, numbers
 
 
 def _united(named: Mapping[int, RuleBits], cgroup: int, above: Iterable[int]) -> RuleBits:

@@ -1,7 +1,6 @@
 """The files in a spool's folder: their names, sizes and creation times."""
 
 import logging
-import math
 import re
 import stat
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ SPOOL_SUFFIX, ASIDE_SUFFIX = ".avro", ".damaged"
 _STEM = re.compile(r"[0-9]{20}")
 _MOST_NUMBER = 1 << 62
 """Far above any event's number."""
+_MOST_SECONDS = 1 << 40
 
 
 @dataclass(slots=True)
@@ -66,12 +66,9 @@ def made_at(metadata: Mapping[str, str]) -> Moment | None:
     except (ValueError, TypeError, KeyError):
         return None
     times = made.boottime_s, made.time_s
-    is_moment = isinstance(made.boot_id, str) and all(type(time) in (int, float) and _is_time(time) for time in times)
-    return made if is_moment else None
-
-
-def _is_time(seconds: float) -> bool:
-    return abs(seconds) < 1 << 40 and math.isfinite(seconds)
+    # Not a number and infinity are not in the range either.
+    are_times = all(type(time) in (int, float) and -_MOST_SECONDS < time < _MOST_SECONDS for time in times)
+    return made if are_times and isinstance(made.boot_id, str) else None
 
 
 def _is_ours(stem: str) -> bool:

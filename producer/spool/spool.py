@@ -170,6 +170,11 @@ class Spool:
                 self.sent = spooled.end
                 return spooled
 
+    def rewind(self, first: int) -> None:
+        """Read the events from `first` on again: they could not be sent."""
+        self._end_reading()
+        self.sent = first
+
     def ack(self, first: int, end: int) -> None:
         """Mark all events before `end` as done. Those from `acked` to `first` could not be read and are lost.
 
@@ -185,7 +190,7 @@ class Spool:
 
     def sweep(self) -> None:
         """Delete files whose events are done."""
-        if self.acked == self.end and self._writer:
+        if self.acked == self.end:
             self._end_writer(sync=False)
         for file in [each for each in self._files if each.end <= self.acked]:
             if not self._is_written(file):
@@ -201,8 +206,7 @@ class Spool:
     def close(self) -> None:
         """Sync and close all files."""
         self._end_reading()
-        if self._writer:
-            self._end_writer()
+        self._end_writer()
 
     def _found(self, path: Path) -> SpoolFile:
         made = None
@@ -230,13 +234,14 @@ class Spool:
         last = None
         file.damaged = file.size > 0 or not file.path.is_file()
         try:
-            if opened := self._open(file):
-                descriptor, reader = opened
-                try:
-                    last = reader.last(file.size)
-                    file.damaged = reader.damaged or file.size > _MOST_FILE_BYTES
-                finally:
-                    os.close(descriptor)
+            descriptor, reader = self._open(file)
+            try:
+                last = reader.last(file.size)
+                file.damaged = reader.damaged or file.size > _MOST_FILE_BYTES
+            finally:
+                os.close(descriptor)
+        except DamagedError:
+            pass
         except OSError as error:
             if error.errno in UNRELATED:
                 raise
@@ -303,27 +308,24 @@ class Spool:
         """Open the first file with events after `sent`."""
         for file in [each for each in self._files if each.end > self.sent]:
             try:
-                opened = self._open(file)
-            except OSError as error:
+                self._reading = (file, *self._open(file))
+            except (DamagedError, OSError) as error:
                 self._skip(file, error)
-                continue
-            if opened:
-                self._reading = (file, *opened)
+            else:
                 return True
-            self._skip(file)
         return False
 
-    def _skip(self, file: SpoolFile, error: OSError | None = None) -> None:
+    def _skip(self, file: SpoolFile, error: DamagedError | OSError) -> None:
         """Skip a damaged file, or one that cannot be read; raise the error as long as a retry may succeed."""
-        if error is not None:
+        if isinstance(error, OSError):
             if self._patience.lasts(file.path, error):
                 raise error
             logger.error("spool: cannot read %s: %s", file.path, error.strerror)
         file.damaged = True
         self.sent = max(self.sent, file.end)
 
-    def _open(self, file: SpoolFile) -> tuple[int, Reader] | None:
-        """Open a file for reading, and return its descriptor and reader; None if its header is damaged."""
+    def _open(self, file: SpoolFile) -> tuple[int, Reader]:
+        """Open a file for reading, and return its descriptor and reader. Raises DamagedError or OSError."""
         descriptor = self._disk.open(file.path)
 
         def read_at(offset: int, size: int) -> bytes:
@@ -331,10 +333,7 @@ class Spool:
 
         try:
             start, sync, _ = read_header(read_at(0, HEADER_BYTES))
-        except DamagedError:
-            os.close(descriptor)
-            return None
-        except OSError:
+        except (DamagedError, OSError):
             os.close(descriptor)
             raise
         return descriptor, Reader(self._stream, sync, start, read_at)

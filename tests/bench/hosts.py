@@ -39,7 +39,7 @@ from producer.health import metrics
 from producer.host.cgroups import CgroupPaths
 from producer.kafka.sink import KafkaSink, producer_settings
 from producer.schemas import load_schema
-from producer.topics import heartbeat_topic, topic
+from producer.topics import topic
 from tests.bench.stages import HOST, UTC_OFFSET_NS, rows
 
 POLL_S = 0.2
@@ -107,7 +107,7 @@ class Host:
         on_socket: Callable[[int], None],
     ) -> None:
         topics = {stream.name: topic(config, stream) for stream in STREAMS}
-        topics[HEARTBEATS.name] = heartbeat_topic(config)
+        topics[HEARTBEATS.name] = topic(config, HEARTBEATS)
         settings = producer_settings(config.kafka.brokers, config.kafka.settings)
         self._sink = KafkaSink(settings, topics, on_socket=on_socket)
         self._sink.open()

@@ -12,8 +12,8 @@ from producer.commands.init import register_schemas
 from producer.config.load import Alert as AlertConfig
 from producer.config.load import Config, Kafka, Registry
 from producer.errors import SchemaError
+from producer.events import ALERTS
 from producer.schemas import ALERT_FILE, load_schema
-from producer.topics import ALERTS
 from tests.support.alerts import COUNT, LOSS
 from tests.support.servers import alertmanager
 from tests.support.servers.alertmanager import AlertmanagerServer
@@ -95,11 +95,11 @@ def test_the_topic_has_each_change_in_order_with_the_registrys_id(kafka, registr
         sink_of(kafka.bootstrap, "sinks.", pytest.fail, registry.url)
     lines = register_schemas(config, alerts=True)
     (number,) = (int(line.split()[3].strip(",")) for line in lines if line.startswith("schema sinks.tcp_alerts-value"))
-    kafka.create_topic(f"sinks.{ALERTS}", partitions=1)
+    kafka.create_topic(f"sinks.{ALERTS.topic}", partitions=1)
 
     sink = sink_of(kafka.bootstrap, "sinks.", lambda seconds: None, registry.url)
     sink.send(CHANGES)
-    assert alerts(kafka.bootstrap, f"sinks.{ALERTS}") == [(each.key.encode(), number, each) for each in CHANGES]
+    assert alerts(kafka.bootstrap, f"sinks.{ALERTS.topic}") == [(each.key.encode(), number, each) for each in CHANGES]
     sink.close()
 
 
@@ -116,7 +116,7 @@ def test_the_topic_has_all_that_was_sent_while_the_broker_was_away(servers_prese
         raise Stop
 
     with KafkaServer(tmp_path) as server:
-        server.create_topic(ALERTS, partitions=1)
+        server.create_topic(ALERTS.topic, partitions=1)
         patient, hasty = (sink_of(server.bootstrap, "", wait) for wait in (start, give_up))
         server.kill()
         # An ended sink leaves no messages that would arrive later, though its client lives.
@@ -125,6 +125,6 @@ def test_the_topic_has_all_that_was_sent_while_the_broker_was_away(servers_prese
         patient.send(CHANGES)
         assert len(waits) >= 3
         hasty.send([])
-        assert [alert for *_, alert in alerts(server.bootstrap, ALERTS)] == CHANGES
+        assert [alert for *_, alert in alerts(server.bootstrap, ALERTS.topic)] == CHANGES
         patient.close()
         hasty.close()

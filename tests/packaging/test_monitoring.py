@@ -82,7 +82,7 @@ def count_tcp() -> None:
 def endpoint() -> Iterator[tuple[StatusBoard, str]]:
     """An endpoint with all metrics, including those that appear with the first error."""
     metrics.kafka_error("_ALL_BROKERS_DOWN")
-    metrics.observe_delivery(0.2, 100)
+    metrics.DELIVERY.observe(0.2, 100)
     count_tcp()
     board = StatusBoard(answer_timeout_s=0.01)
     board.step(status)
@@ -154,7 +154,7 @@ def prometheus(
     (folder / "rebpf.rules.yml").write_text((RULES / "rebpf.rules.yml").read_text())
     with Prometheus(folder, folder / "prometheus.yml") as server:
         wait_for(lambda: server.query("rebpf_events_passed_total"))
-        metrics.observe_delivery(0.2, 100)
+        metrics.DELIVERY.observe(0.2, 100)
         count_tcp()
         first = status()
         more = (replace(stream, balance=Balance(5000, 5000)) for stream in first.streams)

@@ -18,9 +18,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from producer.events import TRANSMITS, Batch, EncodedBatch, Rows, Stream
+from producer.events import TRANSMITS, Batch, EncodedBatch, Outcome, Rows, Stream
 from producer.host.clock import Moment
-from producer.kafka.sink import Outcome
 from producer.pipeline.pipeline import Pipeline
 from producer.pipeline.recovery import resume
 from producer.pipeline.stream import Stores, StreamPipeline

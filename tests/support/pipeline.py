@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from producer.events import STREAMS, TRANSMITS, Batch, EncodedBatch, Rows, Stream, common
+from producer.events import STREAMS, TRANSMITS, Batch, EncodedBatch, Outcome, Rows, Stream, common
 from producer.host.clock import Moment
-from producer.kafka.sink import Outcome
 from producer.pipeline.ledger import Account
 from producer.pipeline.pipeline import Pipeline
 from producer.pipeline.stream import Stores, StreamPipeline

@@ -22,10 +22,9 @@ from producer.consume.decode import Decoder, UndecodableError
 from producer.consume.event_id import read_events
 from producer.encode.batch import BatchEncoder
 from producer.encode.isolate import Isolator
-from producer.events import STREAMS, Batch, EncodedBatch, Stream
+from producer.events import STREAMS, Batch, EncodedBatch, Outcome, Stream
 from producer.health.heartbeat import HeartbeatEncoder
 from producer.host import text
-from producer.kafka.sink import Outcome
 from producer.kernel.ringbuf import Ring
 from producer.pipeline.ledger import Account
 from producer.pipeline.pipeline import Pipeline

@@ -48,6 +48,16 @@ def run_due(timer: FlowTimer, now_s: float) -> int:
     return count
 
 
+def test_another_interval_counts_from_the_last_report(reports: Reports) -> None:
+    timer = reports.timer()
+    first_s = timer.due_s
+    run_due(timer, first_s)
+    timer.set_interval(2.0)
+    assert timer.due_s == first_s + 2.0, "not when the interval before would have been over"
+    run_due(timer, first_s + 2.0)
+    assert timer.due_s == first_s + 4.0
+
+
 def test_each_interval_has_one_report_in_steps(reports: Reports) -> None:
     timer = reports.timer()
     first_s = timer.due_s

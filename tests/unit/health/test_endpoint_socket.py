@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,20 @@ def test_a_socket_that_cannot_be_made_at_first_is_made_later(place: Place) -> No
         endpoint.open()
         assert ask(endpoint.url, folder / "status.sock")["pid"] == status().pid
     assert not (folder / "status.sock").exists()
+
+
+def test_a_socket_that_no_thread_serves_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    with Endpoint("127.0.0.1", 0, StatusBoard(), local=folder / "status.sock") as endpoint:
+        folder.mkdir()
+        usual = threading.stack_size(1 << 46)  # more than the address space
+        try:
+            endpoint.open()
+        finally:
+            threading.stack_size(usual)
+        assert not (folder / "status.sock").exists()
+        (folder / "status.sock").write_text("another's")
+    assert (folder / "status.sock").read_text() == "another's"
 
 
 def test_a_state_folder_with_a_long_path_has_its_socket(

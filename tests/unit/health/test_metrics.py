@@ -174,7 +174,7 @@ def test_delivery_is_a_histogram_that_takes_many_at_a_time():
     before = samples(scrape()[1])
     observed = {0.005: 3, 0.0051: 100_000, 59.0: 7, 86_400.0: 11}
     for seconds, count in observed.items():
-        metrics.observe_delivery(seconds, count)
+        metrics.DELIVERY.observe(seconds, count)
     after = samples(scrape()[1])
 
     grown = [(bound, now - then) for (bound, now), (_, then) in zip(buckets(after), buckets(before), strict=True)]
@@ -190,7 +190,7 @@ def test_delivery_is_a_histogram_that_takes_many_at_a_time():
 def test_nothing_is_lost_between_threads():
     before = buckets(samples(scrape()[1]))[-1][1]
     threads = [
-        threading.Thread(target=lambda: [metrics.observe_delivery(0.2, 3) for _ in range(2000)]) for _ in range(4)
+        threading.Thread(target=lambda: [metrics.DELIVERY.observe(0.2, 3) for _ in range(2000)]) for _ in range(4)
     ]
     for thread in threads:
         thread.start()

@@ -6,6 +6,7 @@ import time
 from contextlib import closing
 
 import confluent_kafka.admin
+import pytest
 
 from producer.config.librdkafka import client_settings
 from producer.errors import UnavailableError
@@ -147,11 +148,12 @@ def test_each_socket_is_shown_before_it_connects(cluster, open_sink):
     assert set(seen) == {"not connected"}
 
 
-def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog):
+@pytest.mark.parametrize("error", [OSError("no"), MemoryError()])
+def test_a_socket_that_cannot_be_shown_is_not_used(cluster, open_sink, caplog, error):
     """Or its segments would be events."""
 
     def refuse(descriptor: int) -> None:
-        raise OSError("no")
+        raise error
 
     cluster.create("t")
     sink = open_sink(on_socket=refuse)

@@ -75,6 +75,20 @@ def test_a_page_is_its_owners_alone_and_has_its_room_from_the_beginning(path: Pa
     ledger.close()
 
 
+def test_a_page_that_is_written_in_part_is_an_error(path: Path) -> None:
+    ledger = opened(path)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_BYTES // 2, usual[1]))
+    try:
+        with pytest.raises(OSError, match="2048 of 4096 bytes"):
+            ledger.write(ACCOUNT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    ledger.write(ACCOUNT)
+    assert ledger.read() == ACCOUNT
+    ledger.close()
+
+
 def test_opening_keeps_what_is_there(path: Path) -> None:
     write(path, ACCOUNT)
     ledger = opened(path)

@@ -191,6 +191,32 @@ def test_a_spool_that_cannot_be_read_because_descriptors_or_memory_run_out_waits
     setup.assert_balanced()
 
 
+def test_spooled_events_that_could_not_be_sent_for_lack_of_memory_are_sent_later(
+    tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(tmp_path)
+    setup.arrive(5)
+    setup.pass_time(AFTER_S + 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(setup.sink, "send", lambda batch: raises(MemoryError))
+        with pytest.raises(MemoryError):
+            setup.arrive(3)
+    setup.sink.take_all()
+    setup.pipeline.step()
+    setup.sink.take_all()
+    setup.pipeline.step()
+
+    assert setup.sink.sent == list(range(8))
+    assert not setup.files
+    assert not setup.transmits.spooling
+    assert not setup.transmits.account.lost
+    setup.assert_balanced()
+
+
+def raises(error: type[Exception]) -> None:
+    raise error
+
+
 def test_rows_that_the_disk_did_not_take_are_read_again(tmp_path: Folder) -> None:
     setup = Setup(tmp_path)
     setup.arrive(5)
