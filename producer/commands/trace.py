@@ -21,10 +21,11 @@ from producer.host.endpoints import endpoint
 from producer.host.output import echo, require_reader
 from producer.host.signals import Flag
 from producer.host.text import printable, to_json
+from producer.view.cells import fit, size
 from producer.view.file import RecordFile
 from producer.view.filter import Filter
 from producer.view.limits import LIMITS, Interval, limits, spurious
-from producer.view.line import Lines, Record, failure_text, fit, flow_key, is_event, who
+from producer.view.line import Lines, Record, failure_text, flow_key, is_event, who
 from producer.view.local import LocalSource
 from producer.view.records import Records, of_table
 
@@ -190,8 +191,8 @@ class Summary:
             return title
         # Narrow screens show the peer alone, and cut the causes.
         head = _before_causes(("RETRANS", "SPURIOUS", "LIMIT", "WHO"), width)
-        room = width - len(head) - max(len(_peer(row)) for row in rows) - 1
-        why = min(max(len(_why(row)) for row in rows), max(room, _LEAST_CAUSES))
+        room = width - len(head) - max(size(_peer(row)) for row in rows) - 1
+        why = min(max(size(_why(row)) for row in rows), max(room, _LEAST_CAUSES))
         head += f"{'CAUSES':<{why}} FLOW"
         return "\n".join([title, head, *(_line(row, why, width) for row in rows)])
 
@@ -214,7 +215,7 @@ def _line(row: dict[str, Any], why: int, width: int) -> str:
     unneeded = "-" if row["spurious"] is None else str(row["spurious"])
     text = _before_causes((str(row["retransmitted"]), unneeded, row["limit"] or "-", row["who"]), width)
     text += f"{fit(_why(row), -why)} "
-    return printable(text + (row["flow"] if len(text) + len(row["flow"]) <= width else _peer(row)))
+    return printable(text + (row["flow"] if size(text + row["flow"]) <= width else _peer(row)))
 
 
 def judged(first: Record | None, last: Record | None) -> tuple[str | None, int | None]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from producer.cli import view as command
 from producer.view import table as tables
@@ -40,6 +41,20 @@ def test_the_screen_has_its_size(width: int, height: int) -> None:
         lines = render(shown, look(width, height))
         assert len(lines) == height
         assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("name", ["東京-web-1", "東" * 40, "he\u0301te-1", "x" * 90])
+def test_names_of_wide_and_combining_characters_stay_in_their_column(name: str) -> None:
+    detail = Detail(f"{name} > {name}", name, name, 7, 0.03, 10, 3, 204_000, 1500, "loss")
+    line = BAD._replace(name=name)
+    for columns in (80, 200):
+        plain, shown = (
+            render(Frame(Table(BAD, [each], 1), **{**_fields(frame()), "by": "host"}), look(columns, 24))
+            for each in (BAD._replace(name="x" * cell_len(name)), line)
+        )
+        assert cell_len(shown[3].partition(" 7.2 ")[0]) == len(plain[3].partition(" 7.2 ")[0])
+        of_details = render(frame(details=[detail, detail._replace(host="y")], source=name), look(columns, 24))
+        assert max(map(cell_len, [*shown, *of_details])) <= columns
 
 
 def test_80_columns_show_the_peer_and_why() -> None:
@@ -173,7 +188,17 @@ def _fields(shown: Frame) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.25, "0.2"), (7, "7"), (12.4, "12"), (999, "999"), (1000, "1.0k"), (123_456, "123k"), (2e7, "20.0M")],
+    [
+        (0, "0"),
+        (0.25, "0.2"),
+        (7, "7"),
+        (12.4, "12"),
+        (999, "999"),
+        (1000, "1.0k"),
+        (99_960, "100k"),
+        (123_456, "123k"),
+        (2e7, "20.0M"),
+    ],
 )
 def test_rates_are_short(value: float, text: str) -> None:
     assert rate(value) == text
