@@ -146,7 +146,7 @@ class Top:
         """Return the name of the selected line. A line that is followed may have moved, or left the table."""
         names = [line.name for line in found.lines]
         selected = min(self.choice.selected, max(0, len(names) - 1))
-        if self._followed in names:
+        if self._followed in names and names[selected] != self._followed:  # several lines may have the same name
             selected = names.index(self._followed)
         self.choice = replace(self.choice, selected=selected)
         if self._followed is not None and (self._followed in names or self.choice.has_details):

@@ -42,12 +42,11 @@ _DTYPE = np.dtype(
         ("judged_s", "<f8"),
         ("lost_out", "<i8"),
         *((name, "<i8") for name in GAUGES),
-        *((name, "<i8") for name in ("segs_out", "total_retrans")),
         # What limits a connection is judged by the growth of elapsed nanoseconds and of COUNTERS.
         *((part, "<i8", 1 + len(COUNTERS)) for part in ("recent", "before")),
     ]
 )
-_MAX_PORT, _MAX_TIME_NS, _MAX_NUMBER = 65_535, 1 << 62, 1 << 40
+_MAX_PORT, _MAX_TIME_NS, _MAX_NUMBER, _MAX_RATE = 65_535, 1 << 62, 1 << 40, 1 << 20
 _JUDGE_S = 5.0
 """What limits a connection is judged over one to two of these."""
 
@@ -175,7 +174,8 @@ class Flows:
         return number
 
     def _add_retransmissions(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
-        segs = _bounded(records, "segs")
+        rates = np.clip(records["sample_rate"].cells.astype(np.int64), 1, _MAX_RATE)
+        segs = np.minimum(_bounded(records, "segs") * rates, _MAX_NUMBER)
         zeros = np.zeros_like(segs)
         self._log.append(
             Happened(np.full(len(segs), now_s), slots, zeros, zeros, segs, _causes(records["cause"]), zeros)
@@ -202,7 +202,7 @@ class Flows:
         due = slots[~is_new & (now_s - rows["judged_s"][slots] >= _JUDGE_S)]
         rows["before"][due], rows["recent"][due] = rows["recent"][due], 0
         rows["judged_s"][due] = rows["judged_s"][slots[is_new]] = now_s
-        for name in ("segs_out", "total_retrans", *GAUGES):
+        for name in GAUGES:
             valid = records[name].valid
             rows[name][slots[valid]] = _bounded(records, name)[valid]
         rows["counted"][slots] = True
