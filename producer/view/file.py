@@ -1,6 +1,7 @@
 """Files of records: an Avro object container with a union of the streams' schemas, readable by any Avro library."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from fastavro.write import Writer
 from producer.errors import OutputError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.schemas import load_schema
-from producer.view.records import Records
+from producer.view.records import Row
 
 _STREAMS = {f"rebpf.v1.{name}": stream for name, stream in
             (("TcpTransmit", TRANSMITS), ("TcpRetransmit", RETRANSMITS), ("TcpFlow", FLOWS))}  # fmt: skip
@@ -32,10 +33,10 @@ class RecordFile:
             raise OutputError(f"{path}: {error.strerror}") from error
         self._flush()
 
-    def write(self, records: Records) -> None:
+    def write(self, rows: Iterable[Row]) -> None:
         """Add records, and pass them to the kernel."""
-        for row in records.rows():
-            self._writer.write(cast(Any, (self._names[records.stream], row)))
+        for stream, record in rows:
+            self._writer.write(cast(Any, (self._names[stream], record)))
         self._writer.flush()
         self._flush()
 
