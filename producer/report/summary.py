@@ -126,23 +126,22 @@ class Summary:
 def summarize(collected: Collected, period: Period) -> Summary:
     """Return the figures of the events in the period."""
     flows, retransmits = collected.frames[FLOWS], collected.frames[RETRANSMITS]
-    found = connections(flows, period.since_ns) if len(flows) else None
+    found = connections(flows, period.since_ns)
     times = [frame.numbers("ts_ns") for frame in (flows, retransmits) if len(frame)]
     first_ns = period.since_ns or min((int(each.min()) for each in times), default=0)
     last_ns = max((int(each.max()) for each in times), default=first_ns)
-    srtt_us = found.gauge("srtt_us") if found is not None else np.empty(0, np.int64)
-    by = {
-        title: _of_connections(found, name) if found is not None else _of_events(retransmits, name)
-        for title, name in _GROUPS.items()
-    }
+    srtt_us = found.gauge("srtt_us")
     return Summary(
         period,
         first_ns,
         last_ns,
-        _totals(found) if found is not None else None,
-        by,
-        _limited(found) if found is not None else [],
-        _failures(found) if found is not None else [],
+        _totals(found) if len(found) else None,
+        {
+            title: _of_connections(found, name) if len(found) else _of_events(retransmits, name)
+            for title, name in _GROUPS.items()
+        },
+        _limited(found),
+        _failures(found),
         srtt_us[srtt_us > 0],
         _timeline(retransmits, first_ns, last_ns) if len(retransmits) else None,
         _worst_flows(retransmits) if len(retransmits) else [],
