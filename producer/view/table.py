@@ -204,31 +204,24 @@ class _View:
 
     def sort_key(self, sort: str) -> NDArray[np.float64]:
         """Return the number by which groups are sorted, the highest first."""
-        match sort:
-            case "segments":
-                return self.segs
-            case "ratio":
-                return self.resent / np.maximum(self.segs, 1)
-            case "srtt":
-                return self._medians("srtt_us")
-            case "failed":
-                return self.failed
-            case "flows":
-                return self.flows.astype(np.float64)
-            case "name":
-                return np.zeros(len(self.segs))
+        if sort == "srtt":
+            return self._median_srtt_us()
+        by_name = {
+            "segments": self.segs, "ratio": self.resent / np.maximum(self.segs, 1), "failed": self.failed,
+            "flows": self.flows, "name": np.zeros(len(self.segs)),
+        }  # fmt: skip
         # Of groups with as many in the window, the one with more in the last minute comes first.
-        return self.retransmitted + self._minute / 1e9
+        return by_name.get(sort, self.retransmitted + self._minute / 1e9).astype(np.float64)
 
-    def _medians(self, name: str) -> NDArray[np.float64]:
-        """Return the median of the open connections of each group that have a value, and otherwise 0."""
-        slots = np.flatnonzero(self._open & (self._rows[name] > 0))
-        values, groups = self._rows[name][slots], self._group_of_slot[slots]
-        values = values[np.lexsort((values, groups))]
+    def _median_srtt_us(self) -> NDArray[np.float64]:
+        """Return the median of each group's open connections; 0 if none is measured."""
+        slots = np.flatnonzero(self._open & (self._rows["srtt_us"] > 0))
+        srtt_us, groups = self._rows["srtt_us"][slots], self._group_of_slot[slots]
+        srtt_us = srtt_us[np.lexsort((srtt_us, groups))]
         found, counts = np.unique(groups, return_counts=True)
         firsts = np.cumsum(counts) - counts
         medians = np.zeros(len(self.segs))
-        medians[found] = (values[firsts + (counts - 1) // 2] + values[firsts + counts // 2]) / 2
+        medians[found] = (srtt_us[firsts + (counts - 1) // 2] + srtt_us[firsts + counts // 2]) / 2
         return medians
 
     def line(self, group: int, name: str) -> Line:
