@@ -8,7 +8,7 @@ from typing import Any
 
 import fastavro
 
-from producer.events import HEARTBEATS, SchemaId
+from producer.events import HEARTBEATS, STREAMS, SchemaId
 from producer.paths import SCHEMAS
 
 HEARTBEAT_FILE = HEARTBEATS.schema_file
@@ -16,6 +16,8 @@ HEARTBEAT_ID = HEARTBEATS.fixed_schema_id
 ALERT_FILE = "tcp_alerts.avsc"
 ALERT_ID = SchemaId(4)
 """The other ids are in producer.events."""
+FIXED = {ALERT_ID: ALERT_FILE} | {feed.fixed_schema_id: feed.schema_file for feed in (*STREAMS, HEARTBEATS)}
+"""All schemas by their ids without a registry."""
 
 
 def load_schema(file: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from producer.errors import UnavailableError
 from producer.events import FLOWS
 from producer.host.progress import Progress
 from producer.host.signals import Flag
-from producer.schemas import load_schema
 from producer.view.records import Records, of_table, stream_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class TopicSource:
         self._brokers, self._client_settings, self._stop = brokers, client_settings, stop
         self._topics = topics
         self._follower = Follower(brokers, "view", topics, client_settings, start=start, batch=_BATCH)
-        self._decoder = Decoder(registry, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)}, stop=stop)
+        self._decoder = Decoder(registry, stop=stop)
         self._skipped: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
