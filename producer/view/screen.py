@@ -64,7 +64,7 @@ class Frame:
     selected: int
     paused: bool
     message: str
-    """Of the last line: an error, with a caret in the line below it, or empty."""
+    """Of the last lines; or empty."""
     details: Sequence[Detail] | None
     kernel: tuple[int, int] | None
     """RetransSegs of this network namespace, and retransmissions in ours, since the start."""
@@ -245,8 +245,10 @@ def _details(frame: Frame, look: Look) -> list[str]:
 
 def _foot(frame: Frame, look: Look) -> list[str]:
     if frame.message:
-        shown = [cut(each, look.width) for each in frame.message.split("\n")]
-        return [shown[0], *(_paint(each, "bold red", look) for each in shown[1:])]
+        typed, *error = frame.message.split("\n")
+        if not error and size(typed) > look.width:
+            typed = f"~{typed[1 - look.width :]}"  # the end, where more is typed
+        return [cut(typed, look.width), *(_paint(cut(each, look.width), "bold red", look) for each in error)]
     if frame.has_help or frame.details is not None:
         return [cut("esc=back q)uit" if frame.has_help else "esc=back q)uit  up, down=other lines", look.width)]
     return [_paint(cut(_HELP if look.width >= len(_HELP) else _SHORT_HELP, look.width), "dim", look)]

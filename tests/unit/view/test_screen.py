@@ -265,9 +265,12 @@ def test_a_filter_is_typed_in_place() -> None:
     assert press("/", *"port", "escape").filter_text == ""
     wrong = press("/", *"port x", "enter")
     assert wrong.typed == "port x"
-    message, caret = wrong.error.split("\n")
+    typed, caret, message = wrong.message.split("\n")
     assert "expected a port" in message
-    assert caret == "     ^"
+    assert (typed, caret) == ("/port x", "      ^")
+    assert press("/", *"  port x", "enter").message == wrong.message
+    long = render(frame(message=press("/", *" or ".join(["port 22"] * 20)).message), look(80, 24))[-1]
+    assert (long[0], long[-10:], len(long)) == ("~", "r port 22_", 80)
     assert press("/", *"port x", "enter", "backspace", "1", "enter").filter_text == "port 1"
 
 
