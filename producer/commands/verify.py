@@ -2,7 +2,9 @@
 
 import logging
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -132,21 +134,14 @@ def verify(
     `host`: only this one. `since`: start at this offset of each partition, or, if negative, this many before its end.
     """
     decoder = Decoder(registry)
-    reader = TopicReader(brokers, topics, client_settings, since)
-    try:
+    with closing(TopicReader(brokers, topics, client_settings, since)) as reader:
         counts = {topic: _TopicCount(topic, reader.complete_from_ms(topic), decoder, host) for topic in topics}
-        total, read = sum(end - start for start, end in reader.spans.values()), 0
         with Progress("verifying messages") as progress:
-            for batch in reader.batches():
+            for batch in reader.batches(progress):
                 for topic, messages in batch.items():
                     counts[topic].add(messages)
-                    read += len(messages)
-                progress(read, total)
-    finally:
-        reader.close()
-    return [
-        count.report(sum(partition.topic == topic for partition in reader.spans)) for topic, count in counts.items()
-    ]
+    partitions = Counter(partition.topic for partition in reader.spans)
+    return [count.report(partitions[topic]) for topic, count in counts.items()]
 
 
 def show(reports: Sequence[TopicReport], *, as_json: bool, width: int | None = None) -> str:

@@ -1,6 +1,7 @@
 """Where events are read from: files, or topics from one time to another."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,20 +83,13 @@ class Topics:
         reader = TopicReader(
             self.brokers, list(self._streams), self.settings, None, since_ms=since_ms, skip_missing=True
         )
-        if not reader.spans:
-            reader.close()
-            raise UnavailableError(f"no topic {', '.join(self._streams)} at {self.brokers}")
-        total = sum(end - start for start, end in reader.spans.values())
-        read = 0
-        try:
-            for batch in reader.batches():
+        with closing(reader):
+            if not reader.spans:
+                raise UnavailableError(f"no topic {', '.join(self._streams)} at {self.brokers}")
+            for batch in reader.batches(progress):
                 for topic, messages in batch.items():
                     stream = self._streams[topic]
                     yield from self._decoded(decoder, stream, messages, names.get(stream))
-                    read += len(messages)
-                progress(read, total)
-        finally:
-            reader.close()
 
     def _decoded(
         self, decoder: Decoder, stream: Stream, messages: Sequence[Message], names: frozenset[str] | None

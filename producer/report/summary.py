@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer.consume.period import Period
-from producer.events import CAUSES as EVENT_CAUSES
 from producer.events import FLOWS, RETRANSMITS
 from producer.host.endpoints import endpoint
 from producer.report.collect import Collected, FlowChoice, Quality
@@ -245,9 +244,8 @@ def _timeline(retransmits: Frame, first_ns: int, last_ns: int) -> Timeline:
     edges = np.linspace(first_ns, max(last_ns, first_ns + 1_000_000_000), _BINS + 1)
     bins = np.clip(np.searchsorted(edges, times, "right") - 1, 0, _BINS - 1)
     texts = retransmits.texts("cause")
-    known = [cause for cause in EVENT_CAUSES if cause in texts] + [each for each in texts if each not in EVENT_CAUSES]
     by_cause = {}
-    for cause in known:
+    for cause in sorted(texts, key=lambda each: CAUSES.index(each) if each in CAUSES else len(CAUSES)):
         chosen = causes == texts.index(cause)
         by_cause[cause] = np.bincount(bins[chosen], weights=segments[chosen], minlength=_BINS).astype(np.int64)
     return Timeline(edges / 1e9, by_cause)

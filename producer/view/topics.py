@@ -75,17 +75,13 @@ class TopicSource:
         reader = TopicReader(
             self._brokers, self._topics, self._client_settings, None, since_ms=since_ms, skip_missing=True
         )
-        total = sum(end - start for start, end in reader.spans.values())
-        done = 0
         with contextlib.closing(reader), Progress("reading the last records") as progress:
-            for batch in reader.batches():
+            for batch in reader.batches(progress):
                 if self._stop.is_set():
                     return
                 for messages in batch.values():
                     parts, _ = self._decoder.tables([message.value() for message in messages])
                     yield from (of_table(FLOWS, table) for _, table in parts if stream_of(table.plan.names) == FLOWS)
-                    done += len(messages)
-                progress(done, total)
 
     def read(self) -> list[Records]:
         """Return the records that have arrived, within a bounded time."""
