@@ -83,7 +83,8 @@ def draw_summary(summary: Summary, headline: Sequence[str], segments: Frame, fig
     """Draw the whole report on one page."""
     lines = [*headline, f"{readable(summary.first_ns)} to {readable(summary.last_ns)}"]
     figure.suptitle("\n".join(map(printable, lines)), x=0.02, ha="left")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 4))
+    panels: Any = figure.subfigures(2, 1, height_ratios=(3, 4))  # whose type leaves out that they may be several
+    top, bottom = panels
     left, right = top.subfigures(1, 2)
     if summary.timeline is not None:
         draw_timeline(summary.timeline, left)

@@ -9,12 +9,9 @@ import fastavro
 from fastavro.write import Writer
 
 from producer.errors import OutputError
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS
+from producer.events import STREAMS
 from producer.schemas import load_schema
 from producer.view.records import Row
-
-_STREAMS = {f"rebpf.v1.{name}": stream for name, stream in
-            (("TcpTransmit", TRANSMITS), ("TcpRetransmit", RETRANSMITS), ("TcpFlow", FLOWS))}  # fmt: skip
 
 
 class RecordFile:
@@ -23,8 +20,8 @@ class RecordFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         names: dict[str, Any] = {}
-        schema = [fastavro.parse_schema(load_schema(stream.schema_file), names) for stream in _STREAMS.values()]
-        self._names = {stream: name for name, stream in _STREAMS.items()}
+        schema: list[Any] = [fastavro.parse_schema(load_schema(stream.schema_file), names) for stream in STREAMS]
+        self._names = {stream: each["name"] for stream, each in zip(STREAMS, schema, strict=True)}
         self._buffer = io.BytesIO()
         self._writer = Writer(self._buffer, schema, codec="deflate")
         try:
