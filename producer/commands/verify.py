@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from confluent_kafka import Message
@@ -51,10 +50,6 @@ class TopicReport:
             "unchecked": self.unchecked,
         }
         return {name: count for name, count in counts.items() if count}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as for JSON."""
-        return asdict(self)
 
     def __str__(self) -> str:
         lines = [_line(self.topic, boot) for boot in self.boots]
@@ -147,7 +142,7 @@ def verify(
 def show(reports: Sequence[TopicReport], *, as_json: bool, width: int | None = None) -> str:
     """Return the reports as text, whose lines are wrapped between fields if there is a width, or as one JSON object."""
     if as_json:
-        return to_json({report.topic: report.as_dict() for report in reports}, compact=True)
+        return to_json({report.topic: asdict(report) for report in reports}, compact=True)
     text = "\n".join(map(str, reports))
     if width is None:
         return text

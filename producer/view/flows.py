@@ -153,16 +153,12 @@ class Flows:
             more = np.zeros(max(len(self._rows), len(self._table) - len(self._rows)), _DTYPE)
             self._rows = np.concatenate([self._rows, more])
         rows = self._rows
-        for name, ids in self._interned(records).items():
+        for name, ids in _by_text(records, NAMES, self._intern).items():  # 0 is null
             known = ids > 0
             rows[name][slots[known]] = ids[known]
         for name in ("sport", "dport"):
             rows[name][slots] = _bounded(records, name)
         rows["seen_s"][slots] = now_s
-
-    def _interned(self, records: Records) -> dict[str, NDArray[np.int64]]:
-        """Return the numbers of the texts of each field of a slot; 0 is null."""
-        return _by_text(records, NAMES, self._intern)
 
     def _intern(self, text: str) -> int:
         number = self._texts.get(text)
