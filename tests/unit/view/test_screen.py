@@ -121,6 +121,13 @@ def test_a_flow_that_is_too_long_shows_its_peer() -> None:
     assert lines[3].startswith(">> [2001:db8:aaaa:1111:")
 
 
+def test_a_wide_screen_has_room_for_the_flows_of_ipv6() -> None:
+    flow = "[2001:db8:ffff:1111::2222]:40006 > [2001:db8:aaaa:1111::1]:443"
+    shown = Frame(Table(BAD, [BAD._replace(name=flow)], 1), **{**_fields(frame()), "by": "flow"})
+    line = render(shown, look(200, 24))[3]
+    assert (line.startswith(f">{flow} "), line.rstrip().endswith("fast 80 rto 7")) == (True, True)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_narrow_screens_drop_what_is_less_important_than_who_loses_how_much(width: int) -> None:
     first = render(frame(), look(width, 10))[0]
