@@ -125,12 +125,14 @@ class Summary:
 
     def __init__(self) -> None:
         self._flows: dict[Any, _Flow] = {}
+        self._is_full = False
 
     def add(self, rows: Iterable[Row]) -> None:
         """Count retransmissions and records of connections."""
         for stream, record in rows:
             flow = self._flow(record)
             if flow is None:
+                self._is_full = True
                 continue
             if stream == RETRANSMITS:
                 flow.causes[record["cause"]] += record["segs"] * (record["sample_rate"] or 1)
@@ -167,6 +169,7 @@ class Summary:
             return to_json({"flows": rows}, compact=True)
         what = "retransmissions or an error" if len(rows) == 1 else "retransmissions or errors"
         title = f"{len(rows)} {'flow' if len(rows) == 1 else 'flows'} with {what}"
+        title += "; further flows are not counted" if self._is_full else ""
         if not rows:
             return title
         # Narrow screens show the peer alone, and cut the causes.

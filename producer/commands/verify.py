@@ -53,12 +53,11 @@ class TopicReport:
 
     def __str__(self) -> str:
         lines = [_line(self.topic, boot) for boot in self.boots]
-        forgotten = f" flows_forgotten={self.flows_forgotten}" if self.flows_forgotten else ""
-        lines.append(
-            f"{self.topic} partitions={self.partitions} messages={self.messages} undecodable={self.undecodable}"
-            f"{forgotten} " + (" ".join(f"{name}={count}" for name, count in self.faults().items()) or "complete")
-        )
-        return as_lines(lines)
+        counts = {"partitions": self.partitions, "messages": self.messages, "undecodable": self.undecodable}
+        if self.flows_forgotten:
+            counts["flows_forgotten"] = self.flows_forgotten
+        found = [f"{name}={count}" for name, count in (counts | self.faults()).items()]
+        return as_lines([*lines, " ".join([self.topic, *found, *([] if self.faults() else ["complete"])])])
 
 
 class _TopicCount:

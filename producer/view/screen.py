@@ -164,7 +164,9 @@ def _fitting(width: int, longest: int, by: str, unicode: bool) -> tuple[int, lis
     name_width = max(_NAME_WIDTH, min(longest, _MAX_NAME, width - 1))
     shown, rest = _without_the_last(columns, width - 1 - name_width)
     has_all = any(each.title == "CAUSES" for each in shown)
-    return min(max(_MAX_NAME, longest), name_width + rest), [each for each in shown if each.title != "CAUSE" or not has_all]
+    return min(max(_MAX_NAME, longest), name_width + rest), [
+        each for each in shown if each.title != "CAUSE" or not has_all
+    ]
 
 
 def _without_the_last(columns: Sequence[_Column], room: int) -> tuple[list[_Column], int]:

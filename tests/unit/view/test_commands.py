@@ -188,7 +188,7 @@ def test_a_socket_that_connects_again_is_judged_since_then() -> None:
     assert judged({**first, "total_retrans": 1 << 20, "dsack_dups": 1 << 20}, again) == judged(None, again)
 
 
-def test_the_summary_shows_the_worst_flow_first() -> None:
+def test_the_summary_shows_the_worst_flow_first(monkeypatch: pytest.MonkeyPatch) -> None:
     summary = Summary()
     summary.add(in_order([SEGMENTS]))
     rows = summary.rows()
@@ -211,3 +211,7 @@ def test_the_summary_shows_the_worst_flow_first() -> None:
     narrowest = summary.text(60, as_json=False).splitlines()
     assert max(map(len, narrowest)) <= 60
     assert narrowest[1].split() == ["RETRANS", "LIMIT", "CAUSES", "FLOW"]
+    assert "not counted" not in narrowest[0]
+    monkeypatch.setattr("producer.commands.trace._MAX_FLOWS", 3)
+    summary.add(in_order([decoded(RETRANSMITS, retransmits({**ENDS, "cause": "rto", "sk_cookie": 8}))]))
+    assert summary.text(80, as_json=False).splitlines()[0].endswith(" errors; further flows are not counted")
