@@ -11,10 +11,9 @@ import numpy as np
 from confluent_kafka import Message
 
 from producer.config.load import Registry
-from producer.consume.audit import ALL, Audit, BootReport, Rows
-from producer.consume.columns import Columns
+from producer.consume.audit import ALL, Audit, BootReport
 from producer.consume.decode import Decoder
-from producer.consume.event_id import read_events, rows_of
+from producer.consume.event_id import read_events
 from producer.consume.reader import TopicReader
 from producer.host.progress import Progress
 from producer.host.text import lines as as_lines
@@ -82,7 +81,11 @@ class _TopicCount:
             of_host = is_host[events["host"]] if len(events) else np.empty(0, np.bool_)
             self._other_hosts += int(np.count_nonzero(~of_host))
             events = events.select(of_host)
-        self.audit.add(self._rows(messages, events))
+        partitions = np.array(list(map(Message.partition, messages)), np.int64)[events.rows]
+        sent_ms = np.zeros(len(events), np.int64)
+        if self._needs_timestamps:
+            sent_ms = np.array([at for _, at in map(Message.timestamp, messages)], np.int64)[events.rows]
+        self.audit.add(events.plus(partition=partitions, sent_ms=sent_ms))
 
     def report(self, partitions: int) -> TopicReport:
         return TopicReport(
@@ -95,14 +98,6 @@ class _TopicCount:
             tuple(self.audit.boots()),
             self.audit.unchecked,
         )
-
-    def _rows(self, messages: Sequence[Message], events: Columns) -> Rows:
-        partitions = np.array(list(map(Message.partition, messages)), np.int64)[events.rows]
-        if self._needs_timestamps:
-            sent_ms = np.array([at for _, at in map(Message.timestamp, messages)], np.int64)[events.rows]
-        else:
-            sent_ms = np.zeros(len(events), np.int64)
-        return rows_of(events, partitions, sent_ms)
 
     def _reject(self, message: Message, reason: str) -> None:
         self._undecodable += 1

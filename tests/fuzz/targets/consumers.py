@@ -18,7 +18,7 @@ from producer.commands.verify import TopicReport, show
 from producer.config.load import AlertRule
 from producer.consume.audit import Audit
 from producer.consume.decode import Decoder
-from producer.consume.event_id import read_events, rows_of
+from producer.consume.event_id import read_events
 from producer.events import FLOWS, RETRANSMITS, STREAMS
 from producer.export.arrow import batch_of, schema_of
 from producer.health.heartbeat import HeartbeatEncoder
@@ -79,7 +79,7 @@ def _verify() -> Iterator[Check]:
         audit = Audit()
         events, rejected = read_events(Decoder(None), values)
         none = np.zeros(len(events), np.int64)
-        audit.add(rows_of(events, none, none))
+        audit.add(events.plus(partition=none, sent_ms=none))
         report = TopicReport("topic", 1, len(values), 0, len(rejected), audit.flows_forgotten, tuple(audit.boots()))
         json.loads(show([report], as_json=True))
         if len(show([report], as_json=False).splitlines()) != 1 + len(report.boots):
