@@ -48,7 +48,7 @@ def line_width() -> int:
 
 def has_color() -> bool:
     """Return whether standard output shows colors."""
-    return is_terminal() and "NO_COLOR" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
+    return is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
 filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1)
