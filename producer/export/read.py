@@ -82,7 +82,7 @@ def _of_parquet(files: Sequence[Path], schema: Any, period: Period) -> Any:
 
 
 def _of_source(source: Files | Topics, stream: Stream, schema: Any, period: Period) -> Any:
-    found = record_batches(source, period, {stream: frozenset(schema.names)}, lambda done, total: None)
+    found = record_batches(source, period, {stream: frozenset(schema.names)})
     batches = [batch for each, batch in found if each == stream]
     if not batches:
         return schema.empty_table()

@@ -92,11 +92,12 @@ class Flows:
         """Return the texts to which the text fields refer; the first is null."""
         return list(self._texts)
 
-    def happened(self) -> Happened:
+    def happened(self, now_s: float) -> Happened:
         """Return what happened in the last minute."""
         if len(self._log) > 1:
             self._log = [Happened(*(np.concatenate(columns) for columns in zip(*self._log, strict=True)))]
-        return self._log[0] if self._log else Happened(*(np.zeros(0, np.int64) for _ in Happened._fields))
+        happened = self._log[0] if self._log else Happened(*(np.zeros(0, np.int64) for _ in Happened._fields))
+        return happened.select(happened.at_s > now_s - HISTORY_S)
 
     def add(self, records: Records, now_s: float) -> None:
         """Add records that arrived now."""
@@ -114,8 +115,7 @@ class Flows:
 
     def forget(self, now_s: float) -> None:
         """Drop what is too old."""
-        happened = self.happened()
-        happened = happened.select(happened.at_s > now_s - HISTORY_S)
+        happened = self.happened(now_s)
         is_open = self.rows["counted"] & ~self.rows["closed"]
         kept = self.rows["seen_s"] > now_s - np.where(is_open, _UNSEEN_S, HISTORY_S)
         places = np.cumsum(kept) - 1

@@ -75,8 +75,7 @@ class Detail(NamedTuple):
 def table(flows: Flows, by: str, sort: str, now_s: float, window_s: float, count: int) -> Table:
     """Return the first `count` lines, grouped and sorted."""
     names, group_of_slot = _groups(flows, by)
-    happened = flows.happened()
-    happened = happened.select(happened.at_s > now_s - HISTORY_S)
+    happened = flows.happened(now_s)
     grouped = happened.select(happened.retransmitted > 0) if by == "cause" else happened
     group = grouped.cause if by == "cause" else group_of_slot[grouped.slot]
     view = _View(flows, grouped, group, group_of_slot, len(names), now_s, window_s)
@@ -94,8 +93,7 @@ def table(flows: Flows, by: str, sort: str, now_s: float, window_s: float, count
 def details(flows: Flows, by: str, name: str, now_s: float, count: int) -> list[Detail]:
     """Return the connections of a line with the most retransmissions in the last minute."""
     names, group_of_slot = _groups(flows, by)
-    happened = flows.happened()
-    happened = happened.select(happened.at_s > now_s - HISTORY_S)
+    happened = flows.happened(now_s)
     if by == "cause":
         slots = np.unique(happened.slot[(happened.retransmitted > 0) & (happened.cause == CAUSES.index(name))])
     else:
