@@ -8,13 +8,15 @@ from typing import Any
 
 import fastavro
 
-from producer.events import ALERTS, HEARTBEATS, SchemaId
+from producer.events import ALERTS, HEARTBEATS, STREAMS, SchemaId
 from producer.paths import SCHEMAS
 
 HEARTBEAT_FILE = HEARTBEATS.schema_file
 HEARTBEAT_ID = HEARTBEATS.fixed_schema_id
 ALERT_FILE = ALERTS.schema_file
 ALERT_ID = ALERTS.fixed_schema_id
+FIXED = {each.fixed_schema_id: each.schema_file for each in (*STREAMS, HEARTBEATS, ALERTS)}
+"""All schemas by their ids without a registry."""
 
 
 def load_schema(file: str) -> dict[str, Any]:

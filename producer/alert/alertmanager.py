@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.request import Request
 
-from producer.alert.model import Alert
+from producer.alert.model import Alert, Sink
 from producer.alert.record import as_json_object, summary
 from producer.alert.retry import Sleep, retry_until_available
 from producer.errors import UnavailableError
@@ -28,7 +28,7 @@ _REPETITIONS = 3
 _SHOWN = 200
 
 
-class _Receiver:
+class _Receiver(Sink):
     """A server that takes POST requests with JSON. `sleep` is called between retries, and `stop` ends a request."""
 
     name = ""
@@ -63,9 +63,6 @@ class _Receiver:
     def _is_own(self, answer: Answer) -> bool:
         return True
 
-    def close(self) -> None:
-        """Do nothing: no connection is kept open."""
-
 
 class Webhook(_Receiver):
     """A server that takes each change once: POST with a JSON list of alerts, with the fields of tcp_alerts."""
@@ -79,9 +76,6 @@ class Webhook(_Receiver):
     def send(self, alerts: Sequence[Alert]) -> None:
         """Send changes, and retry until the server accepts them."""
         retry_until_available("webhook", self._sleep)(self._post, [as_json_object(alert) for alert in alerts])
-
-    def repeat(self, firing: Collection[Alert]) -> None:
-        """Do nothing."""
 
 
 class Alertmanager(_Receiver):

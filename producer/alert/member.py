@@ -25,14 +25,12 @@ from producer.config.librdkafka import consumer_settings
 from producer.config.load import Config
 from producer.consume.decode import Decoder
 from producer.errors import PermissionDenied, Stopped, UnavailableError
-from producer.events import FLOWS
 from producer.health.board import StatusBoard
 from producer.host.signals import Flag
 from producer.kafka.admin import Admin
 from producer.kafka.confluent import ClientErrors, open_client
 from producer.kafka.consumer import topic_error
 from producer.kafka.wording import grant
-from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +43,6 @@ _DEFAULTS = {
     # How soon a standby takes over from a killed member: librdkafka's 45 s are long for alerts.
     "session.timeout.ms": "10000",
     "heartbeat.interval.ms": "2000",
-}
-_FIXED_SCHEMAS = {
-    HEARTBEAT_ID: load_schema(HEARTBEAT_FILE),
-    ALERT_ID: load_schema(ALERT_FILE),
-    FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file),
 }
 
 
@@ -78,7 +71,7 @@ class Member:
         self._board = board
         self._from_beginning = from_beginning
         self._topics = topics_of(config)
-        self._decoder = Decoder(config.registry, _FIXED_SCHEMAS, stop=stop)
+        self._decoder = Decoder(config.registry, stop=stop)
         self._is_owner = False
         self._reading: Reading | None = None
         self._next_repeat = 0.0

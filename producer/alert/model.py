@@ -1,8 +1,8 @@
 """Alerts, the interface of their sinks, and the counts of records."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,17 @@ class Alert:
         return f"{self.rule}/{self.group}"
 
 
-class Sink(Protocol):
+class Sink(ABC):
     """Publishes alerts. Retries until it succeeds; an exception from its sleep function ends the retries."""
 
+    @abstractmethod
     def send(self, alerts: Sequence[Alert]) -> None:
         """Publish alerts in order, and return when they are out. May be called with the same alerts again."""
 
-    def repeat(self, firing: Collection[Alert]) -> None:
-        """Repeat everything that fires, every few seconds, for receivers that expire alerts."""
+    def repeat(self, firing: Collection[Alert]) -> None:  # noqa: B027
+        """Repeat everything that fires, every few seconds, to a receiver that expires alerts."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release resources."""
 
 

@@ -1,6 +1,6 @@
 """Where alerts go: standard output, Alertmanager, a webhook, and the topic tcp_alerts."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from producer.alert.alertmanager import Alertmanager, Webhook
 from producer.alert.model import Alert, Sink
@@ -49,7 +49,7 @@ def _schema_id(config: Config, alerts: Topic, stop: Flag | None) -> SchemaId:
         raise SchemaError(f"{error} with --alerts") from error
 
 
-class StandardOutput:
+class StandardOutput(Sink):
     """Writes one line per alert."""
 
     def __init__(self, *, as_json: bool) -> None:
@@ -60,9 +60,3 @@ class StandardOutput:
         for alert in alerts:
             text = f"{'FIRING' if alert.firing else 'RESOLVED'} {summary(alert)}"
             echo(to_json(as_json_object(alert)) if self._as_json else printable(text))
-
-    def repeat(self, firing: Collection[Alert]) -> None:
-        """Do nothing: written lines stay."""
-
-    def close(self) -> None:
-        """Do nothing."""

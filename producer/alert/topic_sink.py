@@ -1,12 +1,12 @@
 """Writes alerts to the topic tcp_alerts, and waits for the acknowledgements."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from producer.alert.model import Alert
+from producer.alert.model import Alert, Sink
 from producer.alert.record import AlertEncoder
 from producer.alert.retry import Sleep, retry_until_available
 from producer.errors import UnavailableError
@@ -20,8 +20,8 @@ _FORBIDDEN = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTE
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
 
-class TopicSink:
-    """Writes to `topic`; `settings` are librdkafka's.
+class TopicSink(Sink):
+    """Writes to `topic`, which is compacted and keeps the last alert of each group; `settings` are librdkafka's.
 
     `sleep` is called while waiting for Kafka and between retries; what it raises ends them.
     """
@@ -35,9 +35,6 @@ class TopicSink:
         """Return when Kafka has acknowledged all. If it rejects one, all are resent, to keep their order."""
         messages = [self._encoder.encode(alert, time.time()) for alert in alerts]
         retry_until_available("alerts", self._sleep)(self._write, messages)
-
-    def repeat(self, firing: Collection[Alert]) -> None:
-        """Do nothing: the topic is compacted and keeps the last alert of each group."""
 
     def close(self) -> None:
         """Drop what is in flight."""

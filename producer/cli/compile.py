@@ -36,5 +36,4 @@ def compile(btf: Path | None, output: Path) -> None:
     """
     from producer.commands.compile import compile_programs
 
-    made = compile_programs(btf, output)
-    echo(f"{made.path}: {made.combinations} combinations of hooks, {made.size_bytes >> 10} KiB")
+    echo(compile_programs(btf, output))

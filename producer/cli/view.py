@@ -48,7 +48,7 @@ def line_width() -> int:
 
 def has_color() -> bool:
     """Return whether standard output shows colors."""
-    return is_terminal() and "NO_COLOR" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
+    return is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
 filter_argument = click.argument("filter_words", metavar="[FILTER]...", nargs=-1)
@@ -112,7 +112,7 @@ def trace(
     chosen = parse(" ".join(filter_words))
     width = line_width()
     lines = Lines(width, hosts=replay is not None and width > 100, color=has_color())
-    output = tracing.Output(lines, as_json, limit, counts, has_color(), width)
+    output = tracing.Output(lines, as_json, limit, counts, width)
     stop = stop_on_signals()
     file = RecordFile(write) if write is not None else None
     if replay is not None:

@@ -1,6 +1,5 @@
 """`rebpf compile`: makes a file with the programs for a kernel, for hosts without a compiler."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from producer import __version__
@@ -17,17 +16,8 @@ _MODE = 0o644
 """Readable for the service's user. The file holds nothing secret."""
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A file that was written."""
-
-    path: Path
-    combinations: int
-    size_bytes: int
-
-
-def compile_programs(btf: Path | None, output: Path) -> Made:
-    """Compile for the kernel of a BTF file, by default this host's, and write the file `output`."""
+def compile_programs(btf: Path | None, output: Path) -> str:
+    """Compile for the kernel of a BTF file, by default this host's; write the file `output`, and say what is in it."""
     if btf is not None:
         try:
             state_file.check_ordinary(btf)
@@ -58,4 +48,4 @@ def compile_programs(btf: Path | None, output: Path) -> Made:
         write_whole(output, content, _MODE)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror}") from error
-    return Made(output, answer["combinations"], len(content))
+    return f"{output}: {answer['combinations']} combinations of hooks, {len(content) >> 10} KiB"

@@ -38,10 +38,10 @@ def report(
         with disk_errors(path):
             check_folder(path)
     collected = collect(source, period, choice)
-    if not any(map(len, collected.frames.values())):
+    summary = summarize(collected, period)
+    if summary.totals is None and summary.timeline is None:
         which = " match the filter" if choice else ""
         raise UnavailableError(f"no connection records and no retransmissions in this period{which}")
-    summary = summarize(collected, period)
     if summary.flows and TRANSMITS in collected.quality:
         segments = collect_segments(source, period, flow_choice(summary))
     else:

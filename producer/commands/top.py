@@ -129,12 +129,9 @@ class Top:
         if choice.has_details and name:
             rows = before.details if before is not None and before.name == name else None
             rows = rows or details(self._flows, choice.by, name, self._reads_s[-1], height)
-        message = "" if choice.typed is None else f"/{choice.typed}_"
-        if choice.error:
-            message = f"/{choice.typed}\n {choice.error.split(chr(10))[1]}\n{choice.error.split(chr(10))[0]}"
         self._frame = Frame(
-            found, choice.by, choice.sort, choice.filter_text, self._name, choice.selected, choice.paused, message,
-            rows, kernel, lost, name, choice.has_help, covered_s,
+            found, choice.by, choice.sort, choice.filter_text, self._name, choice.selected, choice.paused,
+            choice.message, rows, kernel, lost, name, choice.has_help, covered_s,
         )  # fmt: skip
         return self._frame
 
@@ -146,7 +143,7 @@ class Top:
         """Return the name of the selected line. A line that is followed may have moved, or left the table."""
         names = [line.name for line in found.lines]
         selected = min(self.choice.selected, max(0, len(names) - 1))
-        if self._followed in names:
+        if self._followed in names and names[selected] != self._followed:  # several lines may have the same name
             selected = names.index(self._followed)
         self.choice = replace(self.choice, selected=selected)
         if self._followed is not None and (self._followed in names or self.choice.has_details):

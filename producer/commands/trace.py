@@ -5,7 +5,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,19 @@ from numpy.typing import NDArray
 from producer.connections import Connections
 from producer.consume.period import Period
 from producer.errors import ReaderGoneError
-from producer.events import CAUSES, FLOWS, RETRANSMITS, Stream
+from producer.events import CAUSES, FLOWS, RETRANSMITS
 from producer.export.sources import read_file
 from producer.host.endpoints import endpoint
 from producer.host.output import echo, require_reader
 from producer.host.signals import Flag
 from producer.host.text import printable, to_json
+from producer.view.cells import fit, size
 from producer.view.file import RecordFile
 from producer.view.filter import Filter
 from producer.view.limits import LIMITS, Interval, limits, spurious
-from producer.view.line import Lines, Record, failure_text, fit, flow_key, is_event, who
+from producer.view.line import Lines, Record, failure_text, flow_key, is_event, who
 from producer.view.local import LocalSource
-from producer.view.records import Records, of_table
+from producer.view.records import Records, Row, in_order, of_table
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,13 @@ class Output:
     as_json: bool
     limit: int | None
     counts: bool
-    color: bool
-    width: int = 200
+    width: int
+
+    def format(self, events: Iterable[Row]) -> Iterable[str]:
+        """Return a line for each event."""
+        if self.as_json:
+            return (to_json({"topic": stream.topic, **event}, compact=True) for stream, event in events)
+        return self.lines.lines(event for _, event in events)
 
 
 def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
@@ -74,57 +79,33 @@ def from_file(path: Path, period: Period, stop: Flag) -> Iterator[list[Records]]
 
 
 def trace(source: Iterable[list[Records]], chosen: Filter, output: Output, stop: Flag, file: RecordFile | None) -> None:
-    """Print the chosen events until the source ends; also write all chosen records to a file."""
+    """Print the chosen events until the source ends, or there are enough; also write all chosen records to a file."""
     summary = Summary() if output.counts else None
-    printer = _Printer(output)
+    left = output.limit
     with contextlib.suppress(ReaderGoneError):
-        printer.start()
+        if not output.as_json:
+            echo(output.lines.header())
         for batch in source:
-            for records in (each.select(chosen(each)) for each in batch):
-                if file is not None and len(records):
-                    file.write(records)
-                rows = list(records.rows())
-                shown = printer.show(records.stream, rows)
-                if summary is not None:
-                    summary.add(records.stream, rows if records.stream == FLOWS else shown)
-                if printer.is_done():
+            rows = in_order(each.select(chosen(each)) for each in batch)
+            events = [row for row in rows if is_event(row[1])][:left]
+            if file is not None and rows:
+                file.write(rows)
+            if events:
+                echo("\n".join(output.format(events)), color=True)
+            if summary is not None:
+                summary.add(row for row in rows if row[0] == FLOWS)
+                summary.add(event for event in events if event[0] == RETRANSMITS)
+            if left is not None:
+                left -= len(events)
+                if not left:
                     stop.set()
             require_reader()
         if summary is not None:
-            echo(summary.text(output.width, as_json=output.as_json), color=False)
+            echo(summary.text(output.width, as_json=output.as_json))
         return
     stop.set()
     for _ in source:  # the reader has gone: release the hooks
         pass
-
-
-class _Printer:
-    """Prints events up to the limit."""
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-        self._left = output.limit
-
-    def start(self) -> None:
-        if not self._output.as_json:
-            echo(self._output.lines.header())
-
-    def show(self, stream: Stream, rows: Iterable[Record]) -> list[Record]:
-        """Print the events among records, in order of time, up to the limit; return them."""
-        events = sorted(filter(is_event, rows), key=itemgetter("ts_ns"))[: self._left]
-        if events:
-            lines = self._json(stream, events) if self._output.as_json else self._output.lines.lines(events)
-            echo("\n".join(lines), color=self._output.color and not self._output.as_json)
-        if self._left is not None:
-            self._left -= len(events)
-        return events
-
-    def is_done(self) -> bool:
-        """Return whether the limit is reached."""
-        return self._left == 0
-
-    def _json(self, stream: Stream, events: Iterable[Record]) -> Iterator[str]:
-        return (to_json({"topic": stream.topic, **event}, compact=True) for event in events)
 
 
 @dataclass(slots=True)
@@ -144,16 +125,18 @@ class Summary:
 
     def __init__(self) -> None:
         self._flows: dict[Any, _Flow] = {}
+        self._is_full = False
 
-    def add(self, stream: Stream, rows: Iterable[Record]) -> None:
-        """Count records."""
-        for record in rows:
+    def add(self, rows: Iterable[Row]) -> None:
+        """Count retransmissions and records of connections."""
+        for stream, record in rows:
             flow = self._flow(record)
             if flow is None:
+                self._is_full = True
                 continue
             if stream == RETRANSMITS:
-                flow.causes[record["cause"]] += record["segs"]
-            elif stream == FLOWS:
+                flow.causes[record["cause"]] += record["segs"] * (record["sample_rate"] or 1)
+            else:
                 flow.first, flow.last = flow.first or record, record
                 flow.error = failure_text(record) or flow.error
                 flow.who = who(record)
@@ -186,12 +169,13 @@ class Summary:
             return to_json({"flows": rows}, compact=True)
         what = "retransmissions or an error" if len(rows) == 1 else "retransmissions or errors"
         title = f"{len(rows)} {'flow' if len(rows) == 1 else 'flows'} with {what}"
+        title += "; further flows are not counted" if self._is_full else ""
         if not rows:
             return title
         # Narrow screens show the peer alone, and cut the causes.
         head = _before_causes(("RETRANS", "SPURIOUS", "LIMIT", "WHO"), width)
-        room = width - len(head) - max(len(_peer(row)) for row in rows) - 1
-        why = min(max(len(_why(row)) for row in rows), max(room, _LEAST_CAUSES))
+        room = width - len(head) - max(size(_peer(row)) for row in rows) - 1
+        why = min(max(size(_why(row)) for row in rows), max(room, _LEAST_CAUSES))
         head += f"{'CAUSES':<{why}} FLOW"
         return "\n".join([title, head, *(_line(row, why, width) for row in rows)])
 
@@ -214,7 +198,7 @@ def _line(row: dict[str, Any], why: int, width: int) -> str:
     unneeded = "-" if row["spurious"] is None else str(row["spurious"])
     text = _before_causes((str(row["retransmitted"]), unneeded, row["limit"] or "-", row["who"]), width)
     text += f"{fit(_why(row), -why)} "
-    return printable(text + (row["flow"] if len(text) + len(row["flow"]) <= width else _peer(row)))
+    return printable(text + (row["flow"] if size(text + row["flow"]) <= width else _peer(row)))
 
 
 def judged(first: Record | None, last: Record | None) -> tuple[str | None, int | None]:

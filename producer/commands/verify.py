@@ -2,18 +2,18 @@
 
 import logging
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from confluent_kafka import Message
 
 from producer.config.load import Registry
-from producer.consume.audit import ALL, Audit, BootReport, Rows
-from producer.consume.columns import Columns
+from producer.consume.audit import ALL, Audit, BootReport
 from producer.consume.decode import Decoder
-from producer.consume.event_id import read_events, rows_of
+from producer.consume.event_id import read_events
 from producer.consume.reader import TopicReader
 from producer.host.progress import Progress
 from producer.host.text import lines as as_lines
@@ -50,18 +50,13 @@ class TopicReport:
         }
         return {name: count for name, count in counts.items() if count}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as for JSON."""
-        return asdict(self)
-
     def __str__(self) -> str:
         lines = [_line(self.topic, boot) for boot in self.boots]
-        forgotten = f" flows_forgotten={self.flows_forgotten}" if self.flows_forgotten else ""
-        lines.append(
-            f"{self.topic} partitions={self.partitions} messages={self.messages} undecodable={self.undecodable}"
-            f"{forgotten} " + (" ".join(f"{name}={count}" for name, count in self.faults().items()) or "complete")
-        )
-        return as_lines(lines)
+        counts = {"partitions": self.partitions, "messages": self.messages, "undecodable": self.undecodable}
+        if self.flows_forgotten:
+            counts["flows_forgotten"] = self.flows_forgotten
+        found = [f"{name}={count}" for name, count in (counts | self.faults()).items()]
+        return as_lines([*lines, " ".join([self.topic, *found, *([] if self.faults() else ["complete"])])])
 
 
 class _TopicCount:
@@ -86,7 +81,11 @@ class _TopicCount:
             of_host = is_host[events["host"]] if len(events) else np.empty(0, np.bool_)
             self._other_hosts += int(np.count_nonzero(~of_host))
             events = events.select(of_host)
-        self.audit.add(self._rows(messages, events))
+        partitions = np.array(list(map(Message.partition, messages)), np.int64)[events.rows]
+        sent_ms = np.zeros(len(events), np.int64)
+        if self._needs_timestamps:
+            sent_ms = np.array([at for _, at in map(Message.timestamp, messages)], np.int64)[events.rows]
+        self.audit.add(events.plus(partition=partitions, sent_ms=sent_ms))
 
     def report(self, partitions: int) -> TopicReport:
         return TopicReport(
@@ -99,14 +98,6 @@ class _TopicCount:
             tuple(self.audit.boots()),
             self.audit.unchecked,
         )
-
-    def _rows(self, messages: Sequence[Message], events: Columns) -> Rows:
-        partitions = np.array(list(map(Message.partition, messages)), np.int64)[events.rows]
-        if self._needs_timestamps:
-            sent_ms = np.array([at for _, at in map(Message.timestamp, messages)], np.int64)[events.rows]
-        else:
-            sent_ms = np.zeros(len(events), np.int64)
-        return rows_of(events, partitions, sent_ms)
 
     def _reject(self, message: Message, reason: str) -> None:
         self._undecodable += 1
@@ -132,27 +123,20 @@ def verify(
     `host`: only this one. `since`: start at this offset of each partition, or, if negative, this many before its end.
     """
     decoder = Decoder(registry)
-    reader = TopicReader(brokers, topics, client_settings, since)
-    try:
+    with closing(TopicReader(brokers, topics, client_settings, since)) as reader:
         counts = {topic: _TopicCount(topic, reader.complete_from_ms(topic), decoder, host) for topic in topics}
-        total, read = sum(end - start for start, end in reader.spans.values()), 0
         with Progress("verifying messages") as progress:
-            for batch in reader.batches():
+            for batch in reader.batches(progress):
                 for topic, messages in batch.items():
                     counts[topic].add(messages)
-                    read += len(messages)
-                progress(read, total)
-    finally:
-        reader.close()
-    return [
-        count.report(sum(partition.topic == topic for partition in reader.spans)) for topic, count in counts.items()
-    ]
+    partitions = Counter(partition.topic for partition in reader.spans)
+    return [count.report(partitions[topic]) for topic, count in counts.items()]
 
 
 def show(reports: Sequence[TopicReport], *, as_json: bool, width: int | None = None) -> str:
     """Return the reports as text, whose lines are wrapped between fields if there is a width, or as one JSON object."""
     if as_json:
-        return to_json({report.topic: report.as_dict() for report in reports}, compact=True)
+        return to_json({report.topic: asdict(report) for report in reports}, compact=True)
     text = "\n".join(map(str, reports))
     if width is None:
         return text

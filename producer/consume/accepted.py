@@ -16,7 +16,7 @@ from typing import Any
 
 import fastavro
 
-from producer.paths import SCHEMAS
+from producer.schemas import FIXED, load_schema
 
 MOST_VALUE_BYTES = 1 << 20
 """Longest message value that is decoded."""
@@ -27,15 +27,8 @@ MOST_FIELDS = 200
 """Fields of a record; ours have up to 65."""
 
 _NAMESPACE = "rebpf.v1"
-_FILES = {
-    "TcpTransmit": "tcp_transmit.avsc",
-    "TcpRetransmit": "tcp_retransmit.avsc",
-    "TcpFlow": "tcp_flow.avsc",
-    "TcpAlert": "tcp_alerts.avsc",
-    "RebpfAgent": "rebpf_agent.avsc",
-}
-_LEVELS = {"TcpTransmit": 1, "TcpRetransmit": 1, "TcpFlow": 1, "TcpAlert": 1, "RebpfAgent": 3}
-"""Our records, and how deep their records are nested."""
+_LEVELS = {"RebpfAgent": 3}
+"""How deep our records are nested; 1 if not here."""
 _PRIMITIVES = frozenset({"boolean", "int", "long", "float", "double", "bytes", "string"})
 _SHOWN = 60
 
@@ -55,10 +48,10 @@ def accepted(text: str) -> Any:
     if not isinstance(schema, dict):
         raise NotAccepted("it is not a record")
     namespace, _, name = _full_name(schema).rpartition(".")
-    if namespace != _NAMESPACE or name not in _LEVELS:
+    if namespace != _NAMESPACE or name not in _ours():
         raise NotAccepted(f"it is not a record of {_NAMESPACE}: {_shown(schema.get('name'))}")
-    record = _record(schema, _LEVELS[name])
-    _require_fields(record, _ours(name))
+    record = _record(schema, _LEVELS.get(name, 1))
+    _require_fields(record, _ours()[name])
     try:
         return fastavro.parse_schema(record)
     except fastavro.schema.SchemaParseException as error:
@@ -97,10 +90,9 @@ def _record(schema: dict[str, Any], levels: int) -> dict[str, Any]:
 
 
 @cache
-def _ours(name: str) -> Mapping[str, Any]:
-    """Return this version's schema of a record."""
-    schema: Mapping[str, Any] = json.loads((SCHEMAS / _FILES[name]).read_text())
-    return schema
+def _ours() -> Mapping[str, Mapping[str, Any]]:
+    """Return this version's schemas by the names of their records."""
+    return {schema["name"]: schema for schema in map(load_schema, FIXED.values())}
 
 
 def _require_fields(record: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

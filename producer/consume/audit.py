@@ -4,14 +4,14 @@ Memory: one bit per event number (gaps.py), the counters, and the last time of t
 since writers of the topic choose hosts and numbers: events beyond the bounds are counted as unchecked.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from producer.consume.columns import Ints, groups
+from producer.connections import mixed
+from producer.consume.columns import Columns, Ints, groups
 from producer.consume.gaps import MOST_PAGES, Gaps, Numbers, find_gaps, page_of
 
 ALL = 0
@@ -21,29 +21,6 @@ _FLOWS = 1 << 19
 _NEVER = (1 << 63) - 1
 _SPREAD = 0x1E3779B97F4A7C15
 """Odd, to spread partition numbers over the hashes of flows."""
-
-
-class Rows(NamedTuple):
-    """The audited fields of a batch of messages, by column."""
-
-    partition: Ints
-    timestamp_ms: Ints
-    """The messages' timestamps: when they were sent, however old the events were."""
-    flow: Ints
-    """A hash of the flow."""
-    ts_ns: Ints
-    host: Ints
-    boot_id: Ints
-    """Indexes in `texts`, as `host`."""
-    cpu: Ints
-    cpu_seq: Ints
-    """From 1."""
-    texts: Sequence[str]
-
-    def select(self, chosen: NDArray[Any]) -> "Rows":
-        """Return the chosen rows."""
-        *columns, texts = self
-        return Rows._make([*(column[chosen] for column in columns), texts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,35 +137,35 @@ class Audit:
         """Number of flows that were forgotten, and would count as new."""
         return self._order.forgotten
 
-    def add(self, rows: Rows) -> None:
-        """Audit messages."""
-        counters, slots = self._counters_of(rows)
+    def add(self, events: Columns) -> None:
+        """Audit events, with `partition`, and `sent_ms`: when the message was sent, however old the event was."""
+        counters, slots = self._counters_of(events)
         checked = slots >= 0
         if not checked.all():
             self.unchecked += int(np.count_nonzero(~checked))
-            rows, counters, slots = rows.select(checked), counters[checked], slots[checked]
-        is_new = self._numbers.add(slots, rows.cpu_seq)
+            events, counters, slots = events.select(checked), counters[checked], slots[checked]
+        is_new = self._numbers.add(slots, events["cpu_seq"])
         if not is_new.all():
             for counter, count in _counted(counters[~is_new]):
                 self._counters[counter].boot.duplicates += count
-            rows, counters = rows.select(is_new), counters[is_new]
+            events, counters = events.select(is_new), counters[is_new]
         if len(counters):
-            self._add_new(rows, counters)
+            self._add_new(events, counters)
 
-    def _add_new(self, rows: Rows, counters: Ints) -> None:
-        flows, firsts = groups(rows.partition, rows.flow)
-        # Hosts may have the same private addresses; the flow has the host and the boot.
-        late = self._order.late(flows, firsts, rows.partition * _SPREAD ^ rows.flow, rows.ts_ns)
+    def _add_new(self, events: Columns, counters: Ints) -> None:
+        partition, flow = events["partition"], _flows(events)
+        flows, firsts = groups(partition, flow)
+        late = self._order.late(flows, firsts, partition * _SPREAD ^ flow, events["ts_ns"])
         numbers, firsts = groups(counters)
-        for number, (counter, events) in enumerate(_counted(counters, numbers, firsts)):
+        for number, (counter, count) in enumerate(_counted(counters, numbers, firsts)):
             chosen = slice(None) if len(firsts) == 1 else numbers == number
-            found, ts_ns = self._counters[counter], rows.ts_ns[chosen]
+            found, ts_ns = self._counters[counter], events["ts_ns"][chosen]
             boot = found.boot
-            boot.events += events
+            boot.events += count
             boot.first_ns = min(boot.first_ns, int(ts_ns.min()))
             boot.last_ns = max(boot.last_ns, int(ts_ns.max()))
             boot.out_of_order += int(np.count_nonzero(late[chosen]))
-            complete = rows.cpu_seq[chosen][rows.timestamp_ms[chosen] > self._complete_from_ms]
+            complete = events["cpu_seq"][chosen][events["sent_ms"][chosen] > self._complete_from_ms]
             if len(complete):
                 found.complete_from = min(found.complete_from, int(complete.min()))
 
@@ -201,15 +178,13 @@ class Audit:
         for boot in sorted(self._boots.values(), key=lambda boot: (boot.host, boot.first_ns)):
             yield _report(boot, {cpu: gaps[counter.index] for cpu, counter in sorted(boot.counters.items())})
 
-    def _counters_of(self, rows: Rows) -> tuple[Ints, Ints]:
-        """Return the counter of each row, and the slot of its number's page; the slot is -1 if a limit allows none."""
-        pages = page_of(rows.cpu_seq)
-        numbers, firsts = groups(rows.host, rows.boot_id, rows.cpu, pages)
+    def _counters_of(self, events: Columns) -> tuple[Ints, Ints]:
+        """Return each event's counter, and the slot of its number's page; the slot is -1 if a limit allows none."""
+        columns = [events["host"], events["boot_id"], events["cpu"], page_of(events["cpu_seq"])]
+        numbers, firsts = groups(*columns)
         found = [
-            self._counter(rows.texts[host], rows.texts[boot_id], cpu, page)
-            for host, boot_id, cpu, page in zip(
-                *(column[firsts].tolist() for column in (rows.host, rows.boot_id, rows.cpu, pages)), strict=True
-            )
+            self._counter(events.texts[host], events.texts[boot_id], cpu, page)
+            for host, boot_id, cpu, page in zip(*(column[firsts].tolist() for column in columns), strict=True)
         ]
         counters, slots = np.array(found, np.int64).reshape(len(found), 2).T
         return counters[numbers], slots[numbers]
@@ -238,6 +213,12 @@ def _counted(counters: Ints, numbers: Ints | None = None, firsts: Ints | None = 
     if numbers is None or firsts is None:
         numbers, firsts = groups(counters)
     return list(zip(counters[firsts].tolist(), np.bincount(numbers).tolist(), strict=True))
+
+
+def _flows(events: Columns) -> Ints:
+    """Return a hash of each event's host, boot, addresses and ports. Hosts may have the same private addresses."""
+    texts = [events.hashes[events[name]] for name in ("host", "boot_id", "saddr", "daddr")]
+    return mixed([*texts, events["sport"], events["dport"]])
 
 
 def _report(boot: _Boot, gaps: dict[int, Gaps]) -> BootReport:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,10 @@ class Columns:
 
     def __getitem__(self, name: str) -> Ints:
         return self.cells[name]
+
+    def plus(self, **cells: Ints) -> "Columns":
+        """Return the same with more columns."""
+        return replace(self, cells={**self.cells, **cells})
 
     def select(self, chosen: NDArray[Any]) -> "Columns":
         """Return the chosen rows: a mask, or ascending distinct indexes."""

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +18,8 @@ from producer.consume.accepted import MOST_VALUE_BYTES, NotAccepted, accepted
 from producer.consume.columns import Columns, Ints, Table, Values, decode, groups, joined, rows_of, schema_ids
 from producer.consume.plan import FieldError, Fields, Plan, plan_for, plan_for_all, plan_for_names
 from producer.errors import Stopped, UnavailableError
-from producer.events import STREAMS, SchemaId
+from producer.events import SchemaId
 from producer.host.signals import Flag
-from producer.paths import SCHEMAS
 from producer.registry.client import (
     MOST_ID,
     NOT_FOUND,
@@ -30,6 +28,7 @@ from producer.registry.client import (
     RegistryClient,
     RegistryRejected,
 )
+from producer.schemas import FIXED, load_schema
 
 _ATTEMPTS = 3
 _REJECTED_S = 60
@@ -62,7 +61,7 @@ class UndecodableError(ValueError):
 class Decoder:
     """Decodes Avro in Confluent's wire format. Without a registry, schema ids are the fixed ones of this version.
 
-    `others` adds schemas, by id, to those of the events. An id that the registry rejects, or whose schema is not ours,
+    `fixed` has others, by id. An id that the registry rejects, or whose schema is not ours,
     is requested at most once a minute, since a topic may be full of such messages. `stop` ends every wait.
 
     Raises UnavailableError if the registry does not answer before it has returned any schema. After that, a message
@@ -72,7 +71,7 @@ class Decoder:
     def __init__(
         self,
         registry: Registry | None,
-        others: Mapping[SchemaId, Mapping[str, Any]] = MappingProxyType({}),
+        fixed: Mapping[SchemaId, Mapping[str, Any]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         stop: Flag | None = None,
     ) -> None:
@@ -87,10 +86,7 @@ class Decoder:
         self._silent_until = 0.0
         self._client = None
         if registry is None or registry.url is None:
-            for stream in STREAMS:
-                text = (SCHEMAS / stream.schema_file).read_text()
-                self._schemas[stream.fixed_schema_id] = accepted(text)
-            for number, schema in others.items():
+            for number, schema in (fixed or {number: load_schema(file) for number, file in FIXED.items()}).items():
                 self._schemas[number] = accepted(json.dumps(schema))
         else:
             self._client = RegistryClient(registry, stop)
@@ -123,16 +119,13 @@ class Decoder:
     def records(self, values: Values) -> list[dict[str, Any] | UndecodableError]:
         """Return each value's record, without lists and bytes, or why there is none; timestamps stay numbers."""
         found: list[Any] = [None] * len(values)
-        for schema_id, rows in _by_schema(values):
-            try:
-                table = decode(_chosen(values, rows), self._plan(schema_id, None))
-            except UndecodableError as exc:
-                for row in rows.tolist():
-                    found[row] = exc
-                continue
-            records = rows_of(table.columns())
-            for row, status in zip(rows.tolist(), table.status.tolist(), strict=True):
-                found[row] = UndecodableError(_reason(status, schema_id)) if status else next(records)
+        parts, rejected = self.tables(values)
+        for row, reason in rejected:
+            found[row] = UndecodableError(reason)
+        for rows, table in parts:
+            decoded = rows[table.status == 0].tolist()
+            for row, record in zip(decoded, rows_of(table.columns()), strict=True):
+                found[row] = record
         return found
 
     def _plan(self, schema_id: int, fields: Fields | frozenset[str] | None) -> Plan:

@@ -2,9 +2,7 @@
 
 import numpy as np
 
-from producer.connections import mixed
-from producer.consume.audit import Rows
-from producer.consume.columns import Columns, Ints, Values
+from producer.consume.columns import Columns, Values
 from producer.consume.decode import Decoder, Rejected
 from producer.consume.plan import Fields
 from producer.host.text import MAX_NAME
@@ -34,24 +32,3 @@ def read_events(decoder: Decoder, values: Values) -> tuple[Columns, list[Rejecte
     reason = "cpu_seq is out of range, or host or boot_id is too long"
     rejected += [Rejected(row, reason) for row in events.rows[~possible].tolist()]
     return events.select(possible), rejected
-
-
-def rows_of(events: Columns, partitions: Ints, timestamps_ms: Ints) -> Rows:
-    """Return events as the audit's rows."""
-    return Rows(
-        partitions,
-        timestamps_ms,
-        _flows(events),
-        events["ts_ns"],
-        events["host"],
-        events["boot_id"],
-        events["cpu"],
-        events["cpu_seq"],
-        events.texts,
-    )
-
-
-def _flows(events: Columns) -> Ints:
-    """Return a hash of each event's host, boot, addresses and ports. Hosts may have the same private addresses."""
-    texts = [events.hashes[events[name]] for name in ("host", "boot_id", "saddr", "daddr")]
-    return mixed([*texts, events["sport"], events["dport"]])

@@ -3,7 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress, pairwise
 from operator import ne
 from typing import NamedTuple
@@ -100,8 +100,9 @@ class TopicReader:
                 latest = max(latest, self._timestamp_ms(partition, start) + _SKEW_MS if start < end else math.inf)
         return latest
 
-    def batches(self) -> Iterator[dict[str, list[Message]]]:
-        """Yield all messages by topic, in each partition's order."""
+    def batches(self, progress: Callable[[int, int], None] | None = None) -> Iterator[dict[str, list[Message]]]:
+        """Yield all messages by topic, in each partition's order; tell `progress` how many were read, of how many."""
+        done, total = 0, sum(end - start for start, end in self.spans.values())
         remaining = {partition: end for partition, (start, end) in self.spans.items() if start < end}
         starts = [TopicPartition(*partition, self.spans[partition][0]) for partition in remaining]
         self._consumer.assign(starts)
@@ -118,6 +119,9 @@ class TopicReader:
                     messages = [each for each in messages if each.error() is None and (each.offset() or 0) < end]
                 batch.setdefault(partition.topic, []).extend(messages)
             yield batch
+            done += sum(map(len, batch.values()))
+            if progress is not None:
+                progress(done, total)
 
     def close(self) -> None:
         """Close the connection."""

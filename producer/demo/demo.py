@@ -35,7 +35,7 @@ from producer.host.python_child import python
 from producer.host.signals import Flag, SignalFlag, hangup
 from producer.host.text import printable, to_json
 from producer.view.line import Lines, is_connection, is_retransmission
-from producer.view.terminal import is_usable
+from producer.view.terminal import Terminal, is_usable
 
 _READY_TIMEOUT_S = 180
 _STOP_TIMEOUT_S = 60
@@ -226,8 +226,8 @@ class _Screen:
         if self._show_events:
             yield self._lines
         elif not self._quiet and is_usable():
-            with Live(duration_s, lambda: lab.counters()["RetransSegs"], color=self._color) as live:
-                yield live.show
+            with Terminal(color=self._color) as terminal:
+                yield Live(terminal, duration_s, lambda: lab.counters()["RetransSegs"]).show
         else:
             with Progress("sending traffic, and reading its events"):
                 yield lambda _: None

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Self
 
 from producer.commands.tail import Event
 from producer.events import FLOWS, RETRANSMITS
@@ -21,21 +20,14 @@ _MAX_LINES = 20
 class Live:
     """The live table. `retrans_segs` returns the kernel's count, which is shown beside that of the events."""
 
-    def __init__(self, duration_s: float, retrans_segs: Callable[[], int], *, color: bool) -> None:
-        self._terminal = Terminal(color=color)
+    def __init__(self, terminal: Terminal, duration_s: float, retrans_segs: Callable[[], int]) -> None:
+        self._terminal = terminal
         self._retrans_segs = retrans_segs
         self._flows = Flows(time.time_ns())
         self._started_s = time.monotonic()
         self._end_s = self._started_s + duration_s
         self._due_s = 0.0
         self._seen = 0
-
-    def __enter__(self) -> Self:
-        self._terminal.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._terminal.__exit__()
 
     def show(self, events: Sequence[Event]) -> None:
         """Take events in, and draw the table once a second."""

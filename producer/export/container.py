@@ -22,12 +22,13 @@ from producer.consume.blocks import Blocks, CodecError
 from producer.consume.columns import Table, Values, decode
 from producer.consume.plan import Plan, plan_for_all, plan_for_names
 from producer.errors import IncompleteError, UnavailableError
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.events import STREAMS, Stream
 from producer.export.part import Part
+from producer.schemas import load_schema
 from producer.spool.format import Reader, read_header
 
-STREAMS = {"TcpTransmit": TRANSMITS, "TcpRetransmit": RETRANSMITS, "TcpFlow": FLOWS}
-"""The streams, by the names of their records."""
+_STREAMS = {load_schema(stream.schema_file)["name"]: stream for stream in STREAMS}
+"""By the names of their records."""
 _FRAME = bytes(5)
 _BRANCH_BYTES = 1
 """Of a union's branch: its number as an Avro long."""
@@ -59,7 +60,7 @@ def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]], *
     if isinstance(schema, list):
         try:
             union = accepted_container(text)
-            streams = {each["name"]: STREAMS[each["name"].rpartition(".")[2]] for each in union}
+            streams = {each["name"]: _STREAMS[each["name"].rpartition(".")[2]] for each in union}
         except (NotAccepted, LookupError) as error:
             raise UnavailableError(f"{path}: has no events of ReBPF") from error
         plans = {each["name"]: plan_of(json.dumps(each), names.get(streams[each["name"]])) for each in union}
@@ -70,7 +71,7 @@ def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]], *
     is_spool = "rebpf.format" in blocks.metadata
     try:
         text = json.dumps(_event_schema(schema) if is_spool else schema)
-        stream = STREAMS[_event(text)["name"].rpartition(".")[2]]
+        stream = _STREAMS[_event(text)["name"].rpartition(".")[2]]
     except (NotAccepted, LookupError, TypeError, StopIteration) as error:
         raise UnavailableError(f"{path}: has no events of ReBPF") from error
     plan = plan_of(text, names.get(stream))

@@ -40,7 +40,7 @@ def record_batches(
     source: Files | Topics,
     period: Period,
     names: Names,
-    progress: Progress,
+    progress: Progress = None,
     choice: Choice | None = None,
     *,
     maps_as_text: bool = False,

@@ -9,17 +9,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset
 
+from producer import events
 from producer.config.load import Registry
 from producer.consume.period import Period
 from producer.errors import UsageError
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.events import Stream
 from producer.export.arrow import schema_of
 from producer.export.events import record_batches
 from producer.export.parquet import open_parquet
 from producer.export.sources import PARQUET, Files, Topics
 from producer.host.when import parse_time
 
-STREAMS: Mapping[str, Stream] = {stream.topic: stream for stream in (TRANSMITS, RETRANSMITS, FLOWS)}
+STREAMS: Mapping[str, Stream] = {stream.topic: stream for stream in events.STREAMS}
 
 
 def read(
@@ -81,7 +82,7 @@ def _of_parquet(files: Sequence[Path], schema: Any, period: Period) -> Any:
 
 
 def _of_source(source: Files | Topics, stream: Stream, schema: Any, period: Period) -> Any:
-    found = record_batches(source, period, {stream: frozenset(schema.names)}, lambda done, total: None)
+    found = record_batches(source, period, {stream: frozenset(schema.names)})
     batches = [batch for each, batch in found if each == stream]
     if not batches:
         return schema.empty_table()

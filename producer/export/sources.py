@@ -1,6 +1,7 @@
 """Where events are read from: files, or topics from one time to another."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from producer.spool.files import SPOOL_SUFFIX
 
 Names = Mapping[Stream, frozenset[str]]
 """The fields to read, by stream; all of the streams that are not in it."""
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None] | None
 """Called with how much has been read, and the total."""
 _DELAY_MS = 60_000
 """Messages are read from this long before the period, in case the clock was set back before an event was sent."""
@@ -36,10 +37,6 @@ def read_file(path: Path, names: Names, *, in_order: bool = False) -> Iterator[P
     return read_container(path, names, in_order=in_order)
 
 
-def _silent(done: int, total: int) -> None:
-    pass
-
-
 class Files:
     """Avro and Parquet files, or folders of them. Raises UnavailableError if there are none."""
 
@@ -51,12 +48,13 @@ class Files:
             raise UnavailableError(f"no {SPOOL_SUFFIX} or {PARQUET} files in {where}: expected {kinds}")
         self.undecodable = 0
 
-    def parts(self, names: Names, progress: Progress = _silent) -> Iterator[Part]:
+    def parts(self, names: Names, progress: Progress = None) -> Iterator[Part]:
         """Yield the events of all files."""
         sizes = [_size(path) for path in self._files]
         read = 0
         for path, size in zip(self._files, sizes, strict=True):
-            progress(read, sum(sizes))
+            if progress is not None:
+                progress(read, sum(sizes))
             yield from read_file(path, names)
             read += size
 
@@ -75,27 +73,20 @@ class Topics:
         self.undecodable = 0
         self._streams = {topic: stream for stream, topic in self.topics.items()}
 
-    def parts(self, names: Names, progress: Progress = _silent) -> Iterator[Part]:
+    def parts(self, names: Names, progress: Progress = None) -> Iterator[Part]:
         """Yield the events up to the end that the topics have now."""
         decoder = Decoder(self.registry)
         since_ms = None if self.since_ns is None else self.since_ns // 1_000_000 - _DELAY_MS
         reader = TopicReader(
             self.brokers, list(self._streams), self.settings, None, since_ms=since_ms, skip_missing=True
         )
-        if not reader.spans:
-            reader.close()
-            raise UnavailableError(f"no topic {', '.join(self._streams)} at {self.brokers}")
-        total = sum(end - start for start, end in reader.spans.values())
-        read = 0
-        try:
-            for batch in reader.batches():
+        with closing(reader):
+            if not reader.spans:
+                raise UnavailableError(f"no topic {', '.join(self._streams)} at {self.brokers}")
+            for batch in reader.batches(progress):
                 for topic, messages in batch.items():
                     stream = self._streams[topic]
                     yield from self._decoded(decoder, stream, messages, names.get(stream))
-                    read += len(messages)
-                progress(read, total)
-        finally:
-            reader.close()
 
     def _decoded(
         self, decoder: Decoder, stream: Stream, messages: Sequence[Message], names: frozenset[str] | None

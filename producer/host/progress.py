@@ -12,6 +12,8 @@ from producer.host.text import printable
 
 _EVERY_S = 0.2
 _CLEAR = "\r\x1b[K"
+_LINE = f"{_CLEAR}\x1b[?7l{{}}\x1b[?7h"
+"""Without wrapping: of a line that wraps, only the end could be cleared."""
 _shown: "Progress | None" = None
 """The one whose line is on the terminal."""
 
@@ -27,7 +29,7 @@ class Progress:
         self._next_s = 0.0
 
     def __enter__(self) -> Self:
-        self._write(f"{self._what} ...\n" if self._is_dumb else f"{_CLEAR}{self._what} ...")
+        self._write(f"{self._what} ...\n" if self._is_dumb else _LINE.format(f"{self._what} ..."))
         self._visible = self._visible and not self._is_dumb
         return self
 
@@ -39,7 +41,7 @@ class Progress:
         if self._visible and time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _EVERY_S
             share = f"{min(done, total) / total:.0%} of {total:,}" if total else f"{done:,}"
-            self._write(f"{_CLEAR}{self._what}: {share}")
+            self._write(_LINE.format(f"{self._what}: {share}"))
 
     def _write(self, text: str) -> None:
         global _shown

@@ -8,7 +8,6 @@ import pyarrow as pa
 
 from producer.consume.audit import Audit, BootReport
 from producer.consume.columns import Columns, Table
-from producer.consume.event_id import rows_of
 from producer.consume.period import Period
 from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
@@ -140,11 +139,7 @@ def _audit(audit: Audit, part: Part, chosen: Mask) -> None:
     chosen = chosen & (table.cells[table.plan.names.index("cpu_seq")] > 0)
     if not chosen.any():
         return
-    cells = dict(zip(table.plan.names, table.cells, strict=True))
-    every = Columns(
-        np.arange(len(chosen)), cells, dict(zip(table.plan.names, table.valid, strict=True)), table.texts, table.hashes
-    )
     zeros = np.zeros(len(chosen), np.int64)
-    partitions = part.partitions if part.partitions is not None else zeros
-    events = every.select(chosen)
-    audit.add(rows_of(events, partitions[chosen], zeros[chosen]))
+    cells = dict(zip(table.plan.names, table.cells, strict=True)) | {"sent_ms": zeros}
+    cells["partition"] = part.partitions if part.partitions is not None else zeros
+    audit.add(Columns(np.arange(len(chosen)), cells, {}, table.texts, table.hashes).select(chosen))

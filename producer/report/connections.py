@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from producer.connections import Connections as Table
+from producer.events import CAUSES as EVENT_CAUSES
 from producer.report.frame import Frame, Ints, Mask
 from producer.view.limits import Interval, limits
 
-CAUSES = ("rto", "fast", "slow_start", "tlp", "syn", "syn_ack", "other")
+CAUSES = (*EVENT_CAUSES[1:], EVENT_CAUSES[0])
+"""Those of events, with `other` last."""
 COUNTERS = (
     "segs_out",
     "data_segs_out",

@@ -28,11 +28,6 @@ class Frame:
         numbers: Ints = self._once(name, lambda: _numbers(self._table[name]))
         return numbers
 
-    def valid(self, name: str) -> Mask:
-        """Return where a column is not null."""
-        valid: Mask = self._once(f"valid {name}", lambda: self._table[name].is_valid().to_numpy())
-        return valid
-
     def codes(self, name: str) -> Ints:
         """Return a column of texts as indexes in `texts(name)`, null as -1."""
         codes: Ints = self._texts(name)[0]
@@ -55,10 +50,6 @@ class Frame:
         """
         names = [self.codes(name) for name in ("host", "boot_id", "saddr", "daddr")]
         return groups(*names, *(self.numbers(name) for name in ("sk_cookie", "netns", "sport", "dport")))
-
-    def select(self, chosen: Mask) -> "Frame":
-        """Return the chosen events."""
-        return Frame(self._table.filter(pa.array(chosen)))
 
     def _texts(self, name: str) -> Any:
         if name not in self._table.column_names:  # this version's schema lacks the field

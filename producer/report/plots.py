@@ -83,17 +83,14 @@ def draw_summary(summary: Summary, headline: Sequence[str], segments: Frame, fig
     """Draw the whole report on one page."""
     lines = [*headline, f"{readable(summary.first_ns)} to {readable(summary.last_ns)}"]
     figure.suptitle("\n".join(map(printable, lines)), x=0.02, ha="left")
-    top, bottom = _panels(figure, 2, 1, height_ratios=(3, 4))
-    left, right = _panels(top, 1, 2)
+    panels: Any = figure.subfigures(2, 1, height_ratios=(3, 4))  # whose type leaves out that they may be several
+    top, bottom = panels
+    left, right = top.subfigures(1, 2)
     if summary.timeline is not None:
         draw_timeline(summary.timeline, left)
     draw_worst(summary.worst["peer"], "peer", right)
     if summary.flows:
         draw_flow(summary.flows[0], summary.retransmits, segments, bottom)
-
-
-def _panels(figure: Any, rows: int, columns: int, **how: Any) -> Any:
-    return figure.subfigures(rows, columns, **how)
 
 
 def draw_timeline(timeline: Timeline, figure: Figure) -> None:

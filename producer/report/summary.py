@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer.consume.period import Period
-from producer.events import CAUSES as EVENT_CAUSES
 from producer.events import FLOWS, RETRANSMITS
 from producer.host.endpoints import endpoint
 from producer.report.collect import Collected, FlowChoice, Quality
@@ -126,23 +125,22 @@ class Summary:
 def summarize(collected: Collected, period: Period) -> Summary:
     """Return the figures of the events in the period."""
     flows, retransmits = collected.frames[FLOWS], collected.frames[RETRANSMITS]
-    found = connections(flows, period.since_ns) if len(flows) else None
+    found = connections(flows, period.since_ns)
     times = [frame.numbers("ts_ns") for frame in (flows, retransmits) if len(frame)]
     first_ns = period.since_ns or min((int(each.min()) for each in times), default=0)
     last_ns = max((int(each.max()) for each in times), default=first_ns)
-    srtt_us = found.gauge("srtt_us") if found is not None else np.empty(0, np.int64)
-    by = {
-        title: _of_connections(found, name) if found is not None else _of_events(retransmits, name)
-        for title, name in _GROUPS.items()
-    }
+    srtt_us = found.gauge("srtt_us")
     return Summary(
         period,
         first_ns,
         last_ns,
-        _totals(found) if found is not None else None,
-        by,
-        _limited(found) if found is not None else [],
-        _failures(found) if found is not None else [],
+        _totals(found) if len(found) else None,
+        {
+            title: _of_connections(found, name) if len(found) else _of_events(retransmits, name)
+            for title, name in _GROUPS.items()
+        },
+        _limited(found),
+        _failures(found),
         srtt_us[srtt_us > 0],
         _timeline(retransmits, first_ns, last_ns) if len(retransmits) else None,
         _worst_flows(retransmits) if len(retransmits) else [],
@@ -246,9 +244,8 @@ def _timeline(retransmits: Frame, first_ns: int, last_ns: int) -> Timeline:
     edges = np.linspace(first_ns, max(last_ns, first_ns + 1_000_000_000), _BINS + 1)
     bins = np.clip(np.searchsorted(edges, times, "right") - 1, 0, _BINS - 1)
     texts = retransmits.texts("cause")
-    known = [cause for cause in EVENT_CAUSES if cause in texts] + [each for each in texts if each not in EVENT_CAUSES]
     by_cause = {}
-    for cause in known:
+    for cause in sorted(texts, key=lambda each: CAUSES.index(each) if each in CAUSES else len(CAUSES)):
         chosen = causes == texts.index(cause)
         by_cause[cause] = np.bincount(bins[chosen], weights=segments[chosen], minlength=_BINS).astype(np.int64)
     return Timeline(edges / 1e9, by_cause)

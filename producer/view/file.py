@@ -1,6 +1,7 @@
 """Files of records: an Avro object container with a union of the streams' schemas, readable by any Avro library."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,12 +9,9 @@ import fastavro
 from fastavro.write import Writer
 
 from producer.errors import OutputError
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS
+from producer.events import STREAMS
 from producer.schemas import load_schema
-from producer.view.records import Records
-
-_STREAMS = {f"rebpf.v1.{name}": stream for name, stream in
-            (("TcpTransmit", TRANSMITS), ("TcpRetransmit", RETRANSMITS), ("TcpFlow", FLOWS))}  # fmt: skip
+from producer.view.records import Row
 
 
 class RecordFile:
@@ -22,8 +20,8 @@ class RecordFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         names: dict[str, Any] = {}
-        schema = [fastavro.parse_schema(load_schema(stream.schema_file), names) for stream in _STREAMS.values()]
-        self._names = {stream: name for name, stream in _STREAMS.items()}
+        schema: list[Any] = [fastavro.parse_schema(load_schema(stream.schema_file), names) for stream in STREAMS]
+        self._names = {stream: each["name"] for stream, each in zip(STREAMS, schema, strict=True)}
         self._buffer = io.BytesIO()
         self._writer = Writer(self._buffer, schema, codec="deflate")
         try:
@@ -32,10 +30,10 @@ class RecordFile:
             raise OutputError(f"{path}: {error.strerror}") from error
         self._flush()
 
-    def write(self, records: Records) -> None:
+    def write(self, rows: Iterable[Row]) -> None:
         """Add records, and pass them to the kernel."""
-        for row in records.rows():
-            self._writer.write(cast(Any, (self._names[records.stream], row)))
+        for stream, record in rows:
+            self._writer.write(cast(Any, (self._names[stream], record)))
         self._writer.flush()
         self._flush()
 

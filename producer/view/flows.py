@@ -42,12 +42,11 @@ _DTYPE = np.dtype(
         ("judged_s", "<f8"),
         ("lost_out", "<i8"),
         *((name, "<i8") for name in GAUGES),
-        *((name, "<i8") for name in ("segs_out", "total_retrans")),
         # What limits a connection is judged by the growth of elapsed nanoseconds and of COUNTERS.
         *((part, "<i8", 1 + len(COUNTERS)) for part in ("recent", "before")),
     ]
 )
-_MAX_PORT, _MAX_TIME_NS, _MAX_NUMBER = 65_535, 1 << 62, 1 << 40
+_MAX_PORT, _MAX_TIME_NS, _MAX_NUMBER, _MAX_RATE = 65_535, 1 << 62, 1 << 40, 1 << 20
 _JUDGE_S = 5.0
 """What limits a connection is judged over one to two of these."""
 
@@ -93,11 +92,12 @@ class Flows:
         """Return the texts to which the text fields refer; the first is null."""
         return list(self._texts)
 
-    def happened(self) -> Happened:
+    def happened(self, now_s: float) -> Happened:
         """Return what happened in the last minute."""
         if len(self._log) > 1:
             self._log = [Happened(*(np.concatenate(columns) for columns in zip(*self._log, strict=True)))]
-        return self._log[0] if self._log else Happened(*(np.zeros(0, np.int64) for _ in Happened._fields))
+        happened = self._log[0] if self._log else Happened(*(np.zeros(0, np.int64) for _ in Happened._fields))
+        return happened.select(happened.at_s > now_s - HISTORY_S)
 
     def add(self, records: Records, now_s: float) -> None:
         """Add records that arrived now."""
@@ -115,8 +115,7 @@ class Flows:
 
     def forget(self, now_s: float) -> None:
         """Drop what is too old."""
-        happened = self.happened()
-        happened = happened.select(happened.at_s > now_s - HISTORY_S)
+        happened = self.happened(now_s)
         is_open = self.rows["counted"] & ~self.rows["closed"]
         kept = self.rows["seen_s"] > now_s - np.where(is_open, _UNSEEN_S, HISTORY_S)
         places = np.cumsum(kept) - 1
@@ -154,16 +153,12 @@ class Flows:
             more = np.zeros(max(len(self._rows), len(self._table) - len(self._rows)), _DTYPE)
             self._rows = np.concatenate([self._rows, more])
         rows = self._rows
-        for name, ids in self._interned(records).items():
+        for name, ids in _by_text(records, NAMES, self._intern).items():  # 0 is null
             known = ids > 0
             rows[name][slots[known]] = ids[known]
         for name in ("sport", "dport"):
             rows[name][slots] = _bounded(records, name)
         rows["seen_s"][slots] = now_s
-
-    def _interned(self, records: Records) -> dict[str, NDArray[np.int64]]:
-        """Return the numbers of the texts of each field of a slot; 0 is null."""
-        return _by_text(records, NAMES, self._intern)
 
     def _intern(self, text: str) -> int:
         number = self._texts.get(text)
@@ -175,7 +170,8 @@ class Flows:
         return number
 
     def _add_retransmissions(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
-        segs = _bounded(records, "segs")
+        rates = np.clip(records["sample_rate"].cells.astype(np.int64), 1, _MAX_RATE)
+        segs = np.minimum(_bounded(records, "segs") * rates, _MAX_NUMBER)
         zeros = np.zeros_like(segs)
         self._log.append(
             Happened(np.full(len(segs), now_s), slots, zeros, zeros, segs, _causes(records["cause"]), zeros)
@@ -202,7 +198,7 @@ class Flows:
         due = slots[~is_new & (now_s - rows["judged_s"][slots] >= _JUDGE_S)]
         rows["before"][due], rows["recent"][due] = rows["recent"][due], 0
         rows["judged_s"][due] = rows["judged_s"][slots[is_new]] = now_s
-        for name in ("segs_out", "total_retrans", *GAUGES):
+        for name in GAUGES:
             valid = records[name].valid
             rows[name][slots[valid]] = _bounded(records, name)[valid]
         rows["counted"][slots] = True

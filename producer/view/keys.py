@@ -25,7 +25,15 @@ class Choice:
     has_help: bool = False
     typed: str | None = None
     error: str = ""
+    """Of what is typed: a line with a caret below the place, and what is wrong there."""
     quits: bool = False
+
+    @property
+    def message(self) -> str:
+        """What the last lines of the screen say while a filter is typed."""
+        if self.error:
+            return f"/{self.typed}\n {self.error}"
+        return "" if self.typed is None else f"/{self.typed}_"
 
     def after(self, key: str) -> "Choice":
         """Return the choice after a key."""
@@ -70,6 +78,6 @@ class Choice:
             try:
                 parse(typed)
             except FilterError as error:
-                return replace(self, error=f"{error}\n{error.details[1][2:]}")
+                return replace(self, typed=typed.strip(), error=f"{error.details[1][2:]}\n{error}")
             return replace(self, typed=None, filter_text=typed, error="", selected=0, follows=False, paused=False)
         return replace(self, typed=typed + key, error="") if len(key) == 1 and key.isprintable() else self

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from rich.color import ColorSystem
-from rich.style import Style
-
 from producer.connections import GIVEN_UP
 from producer.host.endpoints import endpoint
 from producer.host.text import printable
+from producer.view.cells import fit, size, styled
 
 Record = Mapping[str, Any]
 
@@ -122,13 +120,11 @@ class Lines:
 
     def line(self, record: Record) -> str:
         """Format a record. Raises LookupError, TypeError or another error if fields are missing or of other types."""
-        cells = [fit(printable(str(each.text(self, record))[:_MAX_TEXT]), each.width) for each in self._columns]
+        cells = [fit(str(each.text(self, record))[:_MAX_TEXT], each.width) for each in self._columns]
         line = " ".join(cells).rstrip()
-        if len(line) > self._width:
+        if size(line) > self._width:
             line = " ".join([*cells[:-1], printable(_peer(self, record)[:_MAX_TEXT])])
-        if not self._color:
-            return line
-        return Style.parse(_style(record)).render(line, color_system=ColorSystem.STANDARD)
+        return styled(line, _style(record)) if self._color else line
 
     def _sequence(self, record: Record) -> str:
         """Return the first byte's number, counted from the first segment of the flow that was seen."""
@@ -166,14 +162,6 @@ def _style(record: Record) -> str:
     if is_connection(record):
         return ORDINARY if failure(record) is None else FAULT
     return _STYLES.get(record["cause"], WARNING) if is_retransmission(record) else ORDINARY
-
-
-def fit(text: str, width: int) -> str:
-    """Return a text of this width, aligned to the left if it is negative or 0; 0 is any width."""
-    size = abs(width)
-    if len(text) > size > 0:
-        text = text[: size - 1] + "~"
-    return text.ljust(size) if width <= 0 else text.rjust(size)
 
 
 def _cause(_: Lines, record: Record) -> str:

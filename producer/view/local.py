@@ -47,12 +47,13 @@ class LocalSource:
         self._capture = Capture(settings)
         fields = {**host_fields, "boot_id": boot_id()}
         cgroups = CgroupPaths(cgroup2_root())
-        schemas = {stream: load_schema(stream.schema_file) for stream in streams}
         self._encoders = {
-            stream: BatchEncoder(stream, schema, stream.fixed_schema_id, fields, cgroups, "host")
-            for stream, schema in schemas.items()
+            stream: BatchEncoder(
+                stream, load_schema(stream.schema_file), stream.fixed_schema_id, fields, cgroups, "host"
+            )
+            for stream in streams
         }
-        self._decoder = Decoder(None, {stream.fixed_schema_id: schema for stream, schema in schemas.items()})
+        self._decoder = Decoder(None)
         self._utc_offset = UtcOffset()
         self._unseen = Unseen()
         self._reports = 0

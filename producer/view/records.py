@@ -36,6 +36,16 @@ class Records:
         return rows_of(self.columns)
 
 
+Row = tuple[Stream, dict[str, Any]]
+"""A record with its stream."""
+
+
+def in_order(batch: Iterable[Records]) -> list[Row]:
+    """Return the records of several streams in order of time."""
+    rows = [(records.stream, row) for records in batch for row in records.rows()]
+    return sorted(rows, key=lambda row: row[1]["ts_ns"])
+
+
 def stream_of(names: Collection[str]) -> Stream | None:
     """Return the stream whose records have these fields; None for other records of ours."""
     if "cause" in names:

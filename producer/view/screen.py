@@ -4,10 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rich.color import ColorSystem
-from rich.style import Style
-
-from producer.host.text import printable
+from producer.view.cells import cut, fit, size, styled
 from producer.view.line import duration
 from producer.view.table import Detail, Line, Table
 
@@ -41,11 +38,12 @@ _MANUAL = (
     "",
     "p f h u t c o n a  a line for each peer, flow, host, unit, container, comm,",
     "                   port, subnet or cause;  s sorts by the next column",
-    "up down Enter      select a line; its worst connections",
+    "up down Enter      select a line; its worst connections in the last minute",
     "space /            pause; change the filter (Ctrl-U clears it)",
 )
 _NAME_WIDTH = 21
 _MAX_NAME = 45
+"""Longer names get the room that columns leave."""
 _HIGH_RATIO = 0.01
 _WITH_TITLE = 60
 """Narrower screens leave out the title, and what the rates cover."""
@@ -67,7 +65,7 @@ class Frame:
     selected: int
     paused: bool
     message: str
-    """Of the last line: an error, with a caret in the line below it, or empty."""
+    """Of the last lines; or empty."""
     details: Sequence[Detail] | None
     kernel: tuple[int, int] | None
     """RetransSegs of this network namespace, and retransmissions in ours, since the start."""
@@ -103,7 +101,7 @@ def rate(value: float) -> str:
         return f"{value:.1f}" if value % 1 else f"{value:.0f}"
     for unit in ("", "k", "M", "G"):
         if value < 999.5:
-            return f"{value:.0f}{unit}" if value >= 100 or not unit else f"{value:.1f}{unit}"
+            return f"{value:.0f}{unit}" if value >= 99.95 or not unit else f"{value:.1f}{unit}"
         value /= 1000
     return f"{value:.0f}T"
 
@@ -166,7 +164,9 @@ def _fitting(width: int, longest: int, by: str, unicode: bool) -> tuple[int, lis
     name_width = max(_NAME_WIDTH, min(longest, _MAX_NAME, width - 1))
     shown, rest = _without_the_last(columns, width - 1 - name_width)
     has_all = any(each.title == "CAUSES" for each in shown)
-    return min(_MAX_NAME, name_width + rest), [each for each in shown if each.title != "CAUSE" or not has_all]
+    return min(max(_MAX_NAME, longest), name_width + rest), [
+        each for each in shown if each.title != "CAUSE" or not has_all
+    ]
 
 
 def _without_the_last(columns: Sequence[_Column], room: int) -> tuple[list[_Column], int]:
@@ -185,7 +185,7 @@ def render(frame: Frame, look: Look) -> list[str]:
     foot = _foot(frame, look)
     room = max(0, look.height - len(lines) - len(foot))
     if frame.has_help:
-        body = [_cut(each, look.width) for each in _MANUAL]
+        body = [cut(each, look.width) for each in _MANUAL]
     else:
         body = _details(frame, look) if frame.details is not None else _body(frame, look, room - 1)
     lines += body[:room] + [""] * (room - len(body)) + foot
@@ -197,7 +197,7 @@ def _head(frame: Frame, look: Look) -> list[str]:
     kernel = "" if frame.kernel is None else f"  kernel RetransSegs {frame.kernel[0]}, seen {frame.kernel[1]}"
     rates = f"{rate(total.retransmitted)} retransmitted/s  {percent(total.ratio)}  {rate(total.segments)} segments/s"
     title, covered = ("rebpf top  ", f"last {frame.window_s:.0f} s: ") if look.width >= _WITH_TITLE else ("", "")
-    source = _cut(frame.source, max(_LEAST_SOURCE, look.width - len(f"{title}  {covered}{rates}")))
+    source = cut(frame.source, max(_LEAST_SOURCE, look.width - len(f"{title}  {covered}{rates}")))
     first = f"{title}{source}  {covered}{rates}"
     groups = f"{frame.table.groups} {frame.by}{'s' * (frame.table.groups != 1)}"
     second = f"{groups}, by {frame.sort}  lost events {frame.lost}{kernel}"
@@ -205,26 +205,24 @@ def _head(frame: Frame, look: Look) -> list[str]:
         second = f"PAUSED  {second}"
     if frame.filter_text:
         second += f"  filter: {frame.filter_text}"
-    return [_paint(_cut(first, look.width), "bold", look), _cut(second, look.width)]
+    return [_paint(cut(first, look.width), "bold", look), cut(second, look.width)]
 
 
 def _body(frame: Frame, look: Look, room: int) -> list[str]:
     """Return the titles and as many lines as there is room for, the selected one among them."""
-    longest = max((len(line.name) for line in frame.table.lines), default=0)
+    longest = max((size(line.name) for line in frame.table.lines), default=0)
     name_width, columns = _fitting(look.width, longest, frame.by, look.unicode)
-    title = " " + " ".join(
-        [frame.by.upper().ljust(name_width), *(_aligned(each.title, each.width) for each in columns)]
-    )
-    lines = [_paint(_cut(title, look.width).ljust(look.width), "reverse", look)]
+    title = " ".join(["", fit(frame.by.upper(), -name_width), *(fit(each.title, each.width) for each in columns)])
+    lines = [_paint(fit(title, -look.width), "reverse", look)]
     first = max(0, frame.selected - room + 1)
     for number, line in enumerate(frame.table.lines[first : first + room], first):
-        cells = [_aligned(each.text(line), each.width) for each in columns]
+        cells = [fit(each.text(line), each.width) for each in columns]
         mark = ">" if number == frame.selected else " "
-        name = _peer_of(line.name) if frame.by == "flow" and len(line.name) > name_width else line.name
-        text = mark + " ".join([_aligned(name, -name_width), *cells])
-        lines.append(_paint(_cut(text, look.width), _style(line), look))
+        name = _peer_of(line.name) if frame.by == "flow" and size(line.name) > name_width else line.name
+        text = mark + " ".join([fit(name, -name_width), *cells])
+        lines.append(_paint(cut(text, look.width), _style(line), look))
     if not frame.table.lines:
-        lines.append(_cut("Nothing matches the filter yet." if frame.filter_text else "No traffic yet.", look.width))
+        lines.append(cut("Nothing matches the filter yet." if frame.filter_text else "No traffic yet.", look.width))
     return lines
 
 
@@ -238,27 +236,25 @@ def _details(frame: Frame, look: Look) -> list[str]:
     peers = [each.flow.partition(" > ")[2] for each in frame.details or ()]
     has_hosts = len({each.host for each in frame.details or ()}) > 1
     possible = [each for each in _DETAILS if has_hosts or each.title != "HOST"]
-    columns, _ = _without_the_last(possible, look.width - max(map(len, peers), default=0))
-    head = " ".join([*(_aligned(each.title, each.width) for each in columns), "FLOW"])
-    lines = [
-        _cut(frame.name + minute, look.width),
-        "",
-        _paint(_cut(head, look.width).ljust(look.width), "reverse", look),
-    ]
+    columns, _ = _without_the_last(possible, look.width - max(map(size, peers), default=0))
+    head = " ".join([*(fit(each.title, each.width) for each in columns), "FLOW"])
+    lines = [cut(frame.name + minute, look.width), "", _paint(fit(head, -look.width), "reverse", look)]
     for each, peer in zip(frame.details or (), peers, strict=True):
-        text = " ".join([*(_aligned(column.text(each), column.width) for column in columns), ""])
+        text = " ".join([*(fit(column.text(each), column.width) for column in columns), ""])
         # Narrow screens show the peer alone.
-        lines.append(_cut(text + (each.flow if len(text) + len(each.flow) <= look.width else peer), look.width))
+        lines.append(cut(text + (each.flow if size(text + each.flow) <= look.width else peer), look.width))
     return lines
 
 
 def _foot(frame: Frame, look: Look) -> list[str]:
     if frame.message:
-        shown = [_cut(each, look.width) for each in frame.message.split("\n")]
-        return [shown[0], *(_paint(each, "bold red", look) for each in shown[1:])]
+        typed, *error = frame.message.split("\n")
+        if not error and size(typed) > look.width:
+            typed = f"~{typed[1 - look.width :]}"  # the end, where more is typed
+        return [cut(typed, look.width), *(_paint(cut(each, look.width), "bold red", look) for each in error)]
     if frame.has_help or frame.details is not None:
-        return [_cut("esc=back q)uit" if frame.has_help else "esc=back q)uit  up, down=other lines", look.width)]
-    return [_paint(_cut(_HELP if look.width >= len(_HELP) else _SHORT_HELP, look.width), "dim", look)]
+        return [cut("esc=back q)uit" if frame.has_help else "esc=back q)uit  up, down=other lines", look.width)]
+    return [_paint(cut(_HELP if look.width >= len(_HELP) else _SHORT_HELP, look.width), "dim", look)]
 
 
 def _style(line: Line) -> str:
@@ -267,17 +263,5 @@ def _style(line: Line) -> str:
     return "bold red" if (line.ratio or 0) >= _HIGH_RATIO else "yellow"
 
 
-def _aligned(text: str, width: int) -> str:
-    text = _cut(text, abs(width))
-    return text.ljust(-width) if width < 0 else text.rjust(width)
-
-
-def _cut(text: str, width: int) -> str:
-    text = printable(text)
-    return text if len(text) <= width else f"{text[: width - 1]}~"
-
-
 def _paint(text: str, style: str, look: Look) -> str:
-    if not look.color or not style:
-        return text
-    return Style.parse(style).render(text, color_system=ColorSystem.STANDARD)
+    return styled(text, style) if look.color and style else text

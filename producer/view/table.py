@@ -58,7 +58,7 @@ class Table:
 
 
 class Detail(NamedTuple):
-    """A connection of a line."""
+    """A connection of a line. Retransmissions and ratio are of the last minute."""
 
     flow: str
     host: str
@@ -75,42 +75,42 @@ class Detail(NamedTuple):
 def table(flows: Flows, by: str, sort: str, now_s: float, window_s: float, count: int) -> Table:
     """Return the first `count` lines, grouped and sorted."""
     names, group_of_slot = _groups(flows, by)
-    happened = flows.happened()
-    happened = happened.select(happened.at_s > now_s - HISTORY_S)
+    happened = flows.happened(now_s)
     grouped = happened.select(happened.retransmitted > 0) if by == "cause" else happened
     group = grouped.cause if by == "cause" else group_of_slot[grouped.slot]
     view = _View(flows, grouped, group, group_of_slot, len(names), now_s, window_s)
     active = view.active()
     keys = view.sort_key(sort)
-    order = active[np.argsort(-keys[active], kind="stable")]
-    shown = sorted(order.tolist(), key=lambda each: _natural(names(each))) if sort == "name" else order[:count].tolist()
-    if sort != "name":
-        shown.sort(key=lambda each: (-keys[each], _natural(names(each))))
+    order = active[np.argsort(-keys[active], kind="stable")].tolist()
+    highest = order if sort == "name" else order[:count]
+    shown = sorted(highest, key=lambda each: (-keys[each], _natural(names(each))))[:count]
     all_of_it = (np.zeros_like(happened.slot), np.zeros(len(flows.rows), np.int64))
     whole = _View(flows, happened, *all_of_it, 1, now_s, window_s)
-    lines = [view.line(each, names(each)) for each in shown[:count]]
+    lines = [view.line(each, names(each)) for each in shown]
     return Table(whole.line(0, "total"), lines, len(order))
 
 
 def details(flows: Flows, by: str, name: str, now_s: float, count: int) -> list[Detail]:
     """Return the connections of a line with the most retransmissions in the last minute."""
     names, group_of_slot = _groups(flows, by)
-    happened = flows.happened()
-    happened = happened.select(happened.at_s > now_s - HISTORY_S)
+    happened = flows.happened(now_s)
     if by == "cause":
         slots = np.unique(happened.slot[(happened.retransmitted > 0) & (happened.cause == CAUSES.index(name))])
     else:
         found = [each for each in range(len(names)) if names(each) == name]
         slots = np.flatnonzero(np.isin(group_of_slot, found))
-    resent = np.bincount(happened.slot, happened.retransmitted, len(flows.rows)).astype(np.int64)
-    worst = slots[np.argsort(-resent[slots], kind="stable")][:count]
+    retransmitted, resent, segs = (
+        np.bincount(happened.slot, column, len(flows.rows))
+        for column in (happened.retransmitted, happened.resent, happened.segs)
+    )
+    worst = slots[np.argsort(-retransmitted[slots], kind="stable")][:count]
     rows, flow_name = flows.rows[worst], _flow_names(flows)
     judged = limits(interval(rows))
     texts = flows.texts()
     return [
         Detail(
-            flow_name(slot), texts[row["host"]], texts[row["comm"]] or texts[row["unit"]] or _NONE, int(resent[slot]),
-            row["total_retrans"] / row["segs_out"] if row["segs_out"] else None,
+            flow_name(slot), texts[row["host"]], texts[row["comm"]] or texts[row["unit"]] or _NONE,
+            int(retransmitted[slot]), float(resent[slot] / segs[slot]) if segs[slot] else None,
             int(row["snd_cwnd"]),
             int(row["lost_out"]),
             int(row["rto_us"]),
@@ -202,14 +202,25 @@ class _View:
 
     def sort_key(self, sort: str) -> NDArray[np.float64]:
         """Return the number by which groups are sorted, the highest first."""
-        ratio = self.resent / np.maximum(self.segs, 1)
         if sort == "srtt":
-            worst = np.zeros(len(self.segs))
-            np.maximum.at(worst, self._group_of_slot[self._open], self._rows["srtt_us"][self._open])
-            return worst
-        by_name = {"segments": self.segs, "ratio": ratio, "failed": self.failed, "flows": self.flows}
+            return self._median_srtt_us()
+        by_name = {
+            "segments": self.segs, "ratio": self.resent / np.maximum(self.segs, 1), "failed": self.failed,
+            "flows": self.flows, "name": np.zeros(len(self.segs)),
+        }  # fmt: skip
         # Of groups with as many in the window, the one with more in the last minute comes first.
         return by_name.get(sort, self.retransmitted + self._minute / 1e9).astype(np.float64)
+
+    def _median_srtt_us(self) -> NDArray[np.float64]:
+        """Return the median of each group's open connections; 0 if none is measured."""
+        slots = np.flatnonzero(self._open & (self._rows["srtt_us"] > 0))
+        srtt_us, groups = self._rows["srtt_us"][slots], self._group_of_slot[slots]
+        srtt_us = srtt_us[np.lexsort((srtt_us, groups))]
+        found, counts = np.unique(groups, return_counts=True)
+        firsts = np.cumsum(counts) - counts
+        medians = np.zeros(len(self.segs))
+        medians[found] = (srtt_us[firsts + (counts - 1) // 2] + srtt_us[firsts + counts // 2]) / 2
+        return medians
 
     def line(self, group: int, name: str) -> Line:
         """Return the line of a group."""

@@ -15,7 +15,6 @@ from producer.errors import UnavailableError
 from producer.events import FLOWS
 from producer.host.progress import Progress
 from producer.host.signals import Flag
-from producer.schemas import load_schema
 from producer.view.records import Records, of_table, stream_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class TopicSource:
         self._brokers, self._client_settings, self._stop = brokers, client_settings, stop
         self._topics = topics
         self._follower = Follower(brokers, "view", topics, client_settings, start=start, batch=_BATCH)
-        self._decoder = Decoder(registry, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)}, stop=stop)
+        self._decoder = Decoder(registry, stop=stop)
         self._skipped: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -76,17 +75,13 @@ class TopicSource:
         reader = TopicReader(
             self._brokers, self._topics, self._client_settings, None, since_ms=since_ms, skip_missing=True
         )
-        total = sum(end - start for start, end in reader.spans.values())
-        done = 0
         with contextlib.closing(reader), Progress("reading the last records") as progress:
-            for batch in reader.batches():
+            for batch in reader.batches(progress):
                 if self._stop.is_set():
                     return
                 for messages in batch.values():
                     parts, _ = self._decoder.tables([message.value() for message in messages])
                     yield from (of_table(FLOWS, table) for _, table in parts if stream_of(table.plan.names) == FLOWS)
-                    done += len(messages)
-                progress(done, total)
 
     def read(self) -> list[Records]:
         """Return the records that have arrived, within a bounded time."""

@@ -58,7 +58,7 @@ def values(hosts: int, connections: int) -> Sequence[list[bytes | None]]:
 def main() -> None:
     """Measure."""
     hosts, connections = (int(each) for each in (*sys.argv[1:], *("5000", "10")[len(sys.argv) - 1 :]))
-    decoder = Decoder(None, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)})
+    decoder = Decoder(None)
     flows = Flows(0)
     for number, found in enumerate(values(hosts, connections)):
         start = time.process_time()

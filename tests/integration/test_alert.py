@@ -24,7 +24,7 @@ from producer.config.load import Config, Kafka
 from producer.consume.decode import Decoder
 from producer.events import RETRANSMITS
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_ID, load_schema
+from producer.schemas import ALERT_ID, HEARTBEAT_ID
 from tests.support.alert_member import Member
 from tests.support.alerts import alert_records
 from tests.support.events import Sent, messages
@@ -196,7 +196,7 @@ def test_what_fires_is_read_back_without_what_is_forgotten_or_not_ours(kafka, ca
     client.produce("known.tcp_alerts", b"not ours", "loss/d")
     assert client.flush(30) == 0
 
-    decoder = Decoder(config.registry, {ALERT_ID: load_schema(ALERT_FILE)})
+    decoder = Decoder(config.registry)
     assert last_alerts(kafka.bootstrap, "known.tcp_alerts", {}, decoder) == [fires, resolved]
     assert "loss/d" in caplog.text
 

@@ -1,11 +1,11 @@
 """Single messages and records, as the readers take them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from producer.consume.audit import Rows
+from producer.consume.columns import Columns
 from producer.consume.decode import Decoder, UndecodableError
 
 
@@ -21,9 +21,9 @@ class Row(NamedTuple):
     """One row of the audit."""
 
     partition: int
-    key: bytes
-    """Of the flow within its host and boot."""
-    timestamp_ms: int
+    saddr: str
+    """All else of the flow is the same."""
+    sent_ms: int
     ts_ns: int
     host: str
     boot_id: str
@@ -31,21 +31,26 @@ class Row(NamedTuple):
     cpu_seq: int
 
 
-def rows_of(rows: Sequence[Row]) -> Rows:
+def events_of(rows: Sequence[Row]) -> Columns:
     """Return rows as the audit takes them."""
     texts: dict[str, int] = {}
 
-    def column(values: Sequence[int]) -> Any:
-        return np.array(values, np.int64)
+    def column(values: Iterable[int]) -> Any:
+        return np.array(list(values), np.int64)
 
-    return Rows(
-        column([row.partition for row in rows]),
-        column([row.timestamp_ms for row in rows]),
-        column([hash((row.key, row.host, row.boot_id)) for row in rows]),
-        column([row.ts_ns for row in rows]),
-        column([texts.setdefault(row.host, len(texts)) for row in rows]),
-        column([texts.setdefault(row.boot_id, len(texts)) for row in rows]),
-        column([row.cpu for row in rows]),
-        column([row.cpu_seq for row in rows]),
-        list(texts),
-    )
+    def texts_of(values: Iterable[str]) -> Any:
+        return column(texts.setdefault(value, len(texts)) for value in values)
+
+    zeros = np.zeros(len(rows), np.int64)
+    cells = {
+        "partition": column(row.partition for row in rows),
+        "sent_ms": column(row.sent_ms for row in rows),
+        "ts_ns": column(row.ts_ns for row in rows),
+        "cpu": column(row.cpu for row in rows),
+        "cpu_seq": column(row.cpu_seq for row in rows),
+        "host": texts_of(row.host for row in rows),
+        "boot_id": texts_of(row.boot_id for row in rows),
+        "saddr": texts_of(row.saddr for row in rows),
+        **dict.fromkeys(("daddr", "sport", "dport"), zeros),
+    }
+    return Columns(np.arange(len(rows)), cells, {}, list(texts), column(map(hash, texts)))

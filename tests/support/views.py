@@ -6,7 +6,6 @@ import numpy as np
 
 from producer.consume.decode import Decoder
 from producer.events import CAUSES, FLOWS, KNOWN, REASONS, RETRANSMITS, ROLES, STATES, TRANSMITS, Batch, Stream
-from producer.schemas import load_schema
 from producer.view.records import Records, of_table
 from tests.support.encoding import OFFSET_NS, encoder_of, messages
 
@@ -16,7 +15,7 @@ SECOND_NS = 1_000_000_000
 def decoded(stream: Stream, rows: Any) -> Records:
     """Return rows of a ring as a view gets them."""
     values = [value for _, value in messages(encoder_of(stream).encode(Batch(stream, rows), OFFSET_NS))]
-    parts, _ = Decoder(None, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)}).tables(values, None)
+    parts, _ = Decoder(None).tables(values, None)
     [(_, table)] = parts
     return of_table(stream, table)
 

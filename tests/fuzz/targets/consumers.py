@@ -18,11 +18,11 @@ from producer.commands.verify import TopicReport, show
 from producer.config.load import AlertRule
 from producer.consume.audit import Audit
 from producer.consume.decode import Decoder
-from producer.consume.event_id import read_events, rows_of
+from producer.consume.event_id import read_events
 from producer.events import FLOWS, RETRANSMITS, STREAMS
 from producer.export.arrow import batch_of, schema_of
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
+from producer.schemas import ALERT_ID, HEARTBEAT_ID
 from producer.view import table as view
 from producer.view.flows import Flows
 from producer.view.line import Lines
@@ -44,11 +44,6 @@ _RULES = (
 _ALERT = Alert("many", "host", "a", True, "count", 9.0, 1.0, 1.0, 10 * _SECOND_NS, 10.0, 0, 9, 10 * _SECOND_NS)
 
 
-def _decoder() -> Decoder:
-    others = {HEARTBEAT_ID: HEARTBEAT_FILE, ALERT_ID: ALERT_FILE, FLOWS.fixed_schema_id: FLOWS.schema_file}
-    return Decoder(None, {number: load_schema(file) for number, file in others.items()})
-
-
 @contextlib.contextmanager
 def _alert() -> Iterator[Check]:
     """Each message is processed or counted, and the member continues. It can read the alerts that it writes."""
@@ -57,9 +52,9 @@ def _alert() -> Iterator[Check]:
     def check(example: tuple[list[tuple[bytes, bytes | None]], list[tuple[int, bytes | None]]]) -> None:
         alerts, messages = example
         counts = Counts()
-        known = last_of([alerts], "alerts", _decoder(), _NOW_NS)
+        known = last_of([alerts], "alerts", Decoder(None), _NOW_NS)
         room = Room(group_count=20, flows=20, samples=20)
-        engine = Engine(_RULES, known, _NOW_NS - 100 * _SECOND_NS, 0, _decoder(), counts, Hosts(3, [], 0), room)
+        engine = Engine(_RULES, known, _NOW_NS - 100 * _SECOND_NS, 0, Decoder(None), counts, Hosts(3, [], 0), room)
         for offset, (which, value) in enumerate(messages):
             if which == 2:
                 engine.put_beats([value], [offset], _NOW_NS)
@@ -68,7 +63,7 @@ def _alert() -> Iterator[Check]:
         for at_s in (5, 20, 100):
             at_ns = _NOW_NS + at_s * _SECOND_NS
             for alert in [*engine.decide(at_ns, at_ns), *engine.firing]:
-                if not last_of([[encoder.encode(alert, 0.0)]], "alerts", _decoder(), 1 << 62):
+                if not last_of([[encoder.encode(alert, 0.0)]], "alerts", Decoder(None), 1 << 62):
                     raise FindingError(f"an alert that a member does not believe: {alert}")
         if counts.read + counts.undecodable < sum(which != 2 for which, _ in messages):
             raise FindingError(f"messages that are not counted: {counts}")
@@ -84,7 +79,7 @@ def _verify() -> Iterator[Check]:
         audit = Audit()
         events, rejected = read_events(Decoder(None), values)
         none = np.zeros(len(events), np.int64)
-        audit.add(rows_of(events, none, none))
+        audit.add(events.plus(partition=none, sent_ms=none))
         report = TopicReport("topic", 1, len(values), 0, len(rejected), audit.flows_forgotten, tuple(audit.boots()))
         json.loads(show([report], as_json=True))
         if len(show([report], as_json=False).splitlines()) != 1 + len(report.boots):
@@ -99,7 +94,7 @@ def _views() -> Iterator[Check]:
 
     def check(values: list[bytes | None]) -> None:
         flows, lines = Flows(0), Lines(200, hosts=True, color=False, connections=True)
-        for _, table in _decoder().tables(values)[0]:
+        for _, table in Decoder(None).tables(values)[0]:
             if (stream := stream_of(table.plan.names)) is None:
                 continue
             records = of_table(stream, table)

@@ -10,7 +10,6 @@ from producer.alert.model import Alert, Counts
 from producer.config.alerts import AlertRule
 from producer.consume.decode import Decoder
 from producer.events import FLOWS, RETRANSMITS
-from producer.schemas import load_schema
 from tests.support.events import Sent, messages
 from tests.support.flows import Flow, values
 from tests.support.topics import FIXED_IDS
@@ -28,7 +27,7 @@ class Evaluation:
         self, *rules: AlertRule, decided_s: float = 0, since_s: float = -100, last_alerts: Sequence[Alert] = ()
     ) -> None:
         self.counts = Counts()
-        decoder = Decoder(None, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)})
+        decoder = Decoder(None)
         decided_ns, since_ns = (round((START_S + each) * S) for each in (decided_s, since_s))
         self.engine = Engine(rules, last_alerts, decided_ns, since_ns, decoder, self.counts)
 

@@ -23,7 +23,7 @@ from producer.config.alerts import AlertRule
 from producer.consume.decode import Decoder
 from producer.events import FLOWS, RETRANSMITS
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import ALERT_FILE, ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
+from producer.schemas import ALERT_ID, HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
 from tests.support.flows import Flow, values
 from tests.support.records import message
 from tests.support.statuses import status
@@ -35,13 +35,8 @@ LOSS = AlertRule(name="loss", window_s=10, threshold=0.1, clear=0.1)
 ALERT = Alert("many", "host", "web-1", True, "count", 9.0, 5.0, 2.0, 10 * SECOND_NS, 10.0, 0, 9, 10 * SECOND_NS)
 
 
-def decoder() -> Decoder:
-    others = {HEARTBEAT_ID: HEARTBEAT_FILE, ALERT_ID: ALERT_FILE, FLOWS.fixed_schema_id: FLOWS.schema_file}
-    return Decoder(None, {number: load_schema(file) for number, file in others.items()})
-
-
 def engine(counts: Counts, hosts: Hosts | None = None, room: Room | None = None) -> Engine:
-    return Engine([MANY, LOSS], [], NOW_NS - 100 * SECOND_NS, 0, decoder(), counts, hosts, room)
+    return Engine([MANY, LOSS], [], NOW_NS - 100 * SECOND_NS, 0, Decoder(None), counts, hosts, room)
 
 
 def event(**fields: Any) -> bytes:
@@ -132,11 +127,11 @@ def test_a_flood_of_connections_is_bounded_and_none_counts_from_its_beginning_ag
     for number in range(0, 400, 4):
         at_ms = NOW_NS // 1_000_000 + number
         batch = [replace(flow(each), at_ms=at_ms, start_ms=at_ms - 1) for each in range(number, number + 4)]
-        records, _ = decoder().columns(list(values(batch)), FLOW_FIELDS)
+        records, _ = Decoder(None).columns(list(values(batch)), FLOW_FIELDS)
         assert connections.add(records).counts[:, 0].tolist() == [10] * 4
         assert len(connections) <= 64
     assert counts.forgotten >= 300
-    records, _ = decoder().columns(list(values([replace(flow(0), at_ms=NOW_NS // 1_000_000 + 900)])), FLOW_FIELDS)
+    records, _ = Decoder(None).columns(list(values([replace(flow(0), at_ms=NOW_NS // 1_000_000 + 900)])), FLOW_FIELDS)
     assert connections.add(records).counts[:, 0].tolist() == [0]
 
 
@@ -229,7 +224,7 @@ def encoded(alert: Alert, key: bytes | None = None) -> tuple[bytes, bytes]:
 )
 def test_a_foreign_alert_is_skipped_and_logged_once(key: bytes, value: bytes, caplog: pytest.LogCaptureFixture) -> None:
     other = replace(ALERT, group="web-2")
-    assert last_of([[(key, value)], [(key, value), encoded(other)]], "alerts", decoder(), NOW_NS) == [other]
+    assert last_of([[(key, value)], [(key, value), encoded(other)]], "alerts", Decoder(None), NOW_NS) == [other]
     (record,) = caplog.records
     assert f"messages=2 of topic=alerts: key={key[:200]!r}: " in record.getMessage()
     assert len(record.getMessage()) < 500
@@ -240,14 +235,14 @@ def test_the_oldest_of_too_many_alerts_are_forgotten(
 ) -> None:
     monkeypatch.setattr(last_alerts, "MOST_ALERTS", 10)
     alerts = [replace(ALERT, group=f"web-{number}") for number in range(25)]
-    found = last_of([list(map(encoded, alerts)), [(b"many/web-24", None)]], "alerts", decoder(), NOW_NS)
+    found = last_of([list(map(encoded, alerts)), [(b"many/web-24", None)]], "alerts", Decoder(None), NOW_NS)
     assert [alert.group for alert in found] == [f"web-{number}" for number in range(15, 24)]
     assert "forgot the oldest 15" in caplog.text
 
 
 @pytest.mark.parametrize("chosen", ["groups", "windows", "wide names"])
 def test_whatever_a_writer_chooses_takes_bounded_memory(chosen: str) -> None:
-    made = Engine([MANY], [], 0, 0, decoder(), Counts(), room=Room(group_count=500, flows=500))
+    made = Engine([MANY], [], 0, 0, Decoder(None), Counts(), room=Room(group_count=500, flows=500))
     suffix = "\N{PILE OF POO}" * (1000 if chosen == "wide names" else 1)
     tracemalloc.start()
     try:

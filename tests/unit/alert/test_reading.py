@@ -15,8 +15,6 @@ from producer.config.alerts import AlertRule
 from producer.config.load import Config
 from producer.consume.decode import Decoder
 from producer.errors import UnavailableError
-from producer.events import FLOWS
-from producer.schemas import load_schema
 from tests.support.flows import Flow, values
 from tests.support.mock_cluster import LIST_OFFSETS, Cluster
 from tests.support.rebpf import wait_until
@@ -40,7 +38,7 @@ def put(cluster: Cluster, partition: int) -> None:
 def opened(cluster: Cluster, counts: Counts) -> Reading:
     config = Config()
     config = replace(config, alert=replace(config.alert, rules=(AlertRule(name="loss"),), missed_heartbeats=0))
-    decoder = Decoder(None, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)})
+    decoder = Decoder(None)
     return Reading(config, cluster.brokers, topics_of(config), [], decoder, counts)
 
 

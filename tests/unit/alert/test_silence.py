@@ -9,7 +9,7 @@ from producer.alert.model import Alert, Counts
 from producer.alert.silence import Hosts
 from producer.consume.decode import Decoder
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import HEARTBEAT_FILE, HEARTBEAT_ID, load_schema
+from producer.schemas import HEARTBEAT_ID
 from tests.support.statuses import status
 
 SECOND_NS = 1_000_000_000
@@ -121,6 +121,6 @@ def test_an_invalid_heartbeat_is_ignored(monkeypatch: pytest.MonkeyPatch, interv
     _, value = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)
     counts = Counts()
     hosts = Hosts(3, [], 7)
-    engine = Engine([], [], 0, 0, Decoder(None, {HEARTBEAT_ID: load_schema(HEARTBEAT_FILE)}), counts, hosts)
+    engine = Engine([], [], 0, 0, Decoder(None), counts, hosts)
     assert engine.put_beats([value], [7], 0)
     assert (hosts.next, counts.undecodable) == (8, 1)

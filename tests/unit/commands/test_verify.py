@@ -122,6 +122,7 @@ def test_topics_are_read_to_their_end_and_reported(cluster: Cluster) -> None:
         "tcp_transmit host=h boot=b first=1970-01-01T00:00:00.001Z last=1970-01-01T00:00:00.005Z "
         "events=3 duplicates=1 gaps=1 missing=2 restarts=0 out_of_order=0"
     )
+    assert lines[1].endswith(" messages=5 undecodable=1 missing=2")
     assert lines[-1].endswith(" messages=1 undecodable=0 complete")
 
 

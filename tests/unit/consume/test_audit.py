@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from producer.commands.verify import TopicReport, fault_summary
 from producer.consume.audit import Audit, BootReport
 from producer.consume.gaps import Gaps, Numbers, find_gaps, page_of
-from tests.support.batches import Row, rows_of
+from tests.support.batches import Row, events_of
 
 DELIVERY = Path(__file__).resolve().parents[3] / "docs" / "delivery.md"
 GENERATION = 1 << 32
@@ -25,7 +25,7 @@ GENERATION = 1 << 32
 def row(cpu_seq: int, **fields: Any) -> Row:
     """An event sent and captured at the time `cpu_seq`, unless `fields` override it."""
     at = fields.pop("at", cpu_seq)
-    values = {"partition": 0, "key": b"a:1>b:2", "timestamp_ms": at, "ts_ns": at, "host": "h", "boot_id": "b", "cpu": 0}
+    values = {"partition": 0, "saddr": "10.0.0.1", "sent_ms": at, "ts_ns": at, "host": "h", "boot_id": "b", "cpu": 0}
     return Row(**{**values, **fields}, cpu_seq=cpu_seq)
 
 
@@ -33,7 +33,7 @@ def boots(rows: Iterable[Row], chunk: int = 1000, **settings: Any) -> list[BootR
     audit = Audit(**settings)
     rest = iter(rows)
     while piece := list(itertools.islice(rest, chunk)):
-        audit.add(rows_of(piece))
+        audit.add(events_of(piece))
     return list(audit.boots())
 
 
@@ -102,7 +102,7 @@ def test_more_numbers_than_the_first_pages_hold() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_a_whole_topic_has_no_fault_whatever_the_order_of_its_partitions(chunk: int) -> None:
-    rows = [row(number, partition=number % 3, key=b"%d" % (number % 3)) for number in range(1, 102)]
+    rows = [row(number, partition=number % 3, saddr=f"10.0.0.{number % 3}") for number in range(1, 102)]
     by_partition = sorted(rows, key=lambda each: each.partition)
     report = boot(by_partition, chunk=chunk)
     assert (report.events, report.duplicates, report.gaps, report.missing, report.out_of_order) == (101, 0, 0, 0, 0)
@@ -118,7 +118,7 @@ def test_what_comes_twice_is_a_duplicate_and_not_out_of_order(chunk: int) -> Non
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_an_event_behind_a_later_one_of_its_flow_is_out_of_order(chunk: int) -> None:
     late = [row(number) for number in (1, 4, 2, 3, 5)]
-    other_flow = [row(6, at=1, key=b"other"), row(7, at=1, partition=1), row(1, at=1, host="g")]
+    other_flow = [row(6, at=1, saddr="10.9.9.9"), row(7, at=1, partition=1), row(1, at=1, host="g")]
     reports = boots([*late, *other_flow], chunk=chunk)
     assert [(each.host, each.out_of_order, each.missing) for each in reports] == [("g", 0, 0), ("h", 2, 0)]
 
@@ -158,20 +158,20 @@ def test_what_is_missing_while_the_topic_was_cut_off_may_have_been_deleted() -> 
 
 def test_of_many_flows_those_that_are_quiet_are_forgotten_and_counted() -> None:
     audit = Audit(flows=10)
-    audit.add(rows_of([row(number, key=b"%d" % number) for number in range(1, 31)]))
+    audit.add(events_of([row(number, saddr=f"10.0.0.{number}") for number in range(1, 31)]))
     assert audit.flows_forgotten == 10
-    audit.add(rows_of([row(31, key=b"1", at=0), row(32, key=b"30", at=0)]))
+    audit.add(events_of([row(31, saddr="10.0.0.1", at=0), row(32, saddr="10.0.0.30", at=0)]))
     (report,) = audit.boots()
     assert report.out_of_order == 1
 
 
 def test_of_more_boots_and_scattered_numbers_than_have_room_the_rest_is_counted_as_unchecked() -> None:
     audit = Audit(boots=10, pages=20)
-    audit.add(rows_of([row(1, host=f"h-{number}") for number in range(50)]))
+    audit.add(events_of([row(1, host=f"h-{number}") for number in range(50)]))
     assert audit.unchecked == 40
-    audit.add(rows_of([row(number << 12, host="h-0") for number in range(1, 50)]))
+    audit.add(events_of([row(number << 12, host="h-0") for number in range(1, 50)]))
     assert audit.unchecked == 40 + 38
-    audit.add(rows_of([row(2, host="h-9"), row(1, host="h-99")]))
+    audit.add(events_of([row(2, host="h-9"), row(1, host="h-99")]))
     assert [report.events for report in audit.boots()] == [12, *[1] * 8, 2]
     assert audit.unchecked == 40 + 38 + 1
 

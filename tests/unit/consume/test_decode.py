@@ -355,6 +355,15 @@ def test_a_text_that_is_no_schema_is_rejected(text: str) -> None:
         accepted(text)
 
 
+def test_without_a_registry_all_fixed_ids_are_known() -> None:
+    """Those of alerts and heartbeats, too, which `rebpf tail --topic` reads."""
+    names = {number: Decoder(None).schema(number)["name"] for number in range(1, 6)}
+    assert names == {
+        1: "rebpf.v1.TcpTransmit", 2: "rebpf.v1.TcpRetransmit", 3: "rebpf.v1.RebpfAgent", 4: "rebpf.v1.TcpAlert",
+        5: "rebpf.v1.TcpFlow",
+    }  # fmt: skip
+
+
 def test_an_arrays_count_takes_no_more_than_the_bytes_that_are_there() -> None:
     schema = of_type({"type": "array", "items": "long"})
     count = io.BytesIO()

@@ -19,7 +19,7 @@ from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
 from producer.export import dataset
 from producer.export.sources import Files
 from producer.view.file import RecordFile
-from producer.view.records import of_rows, of_table
+from producer.view.records import of_table
 from tests.support.analysis import DAY_NS, NOON_NS, record, write_container, write_spool
 from tests.support.disks import fill, small_disk
 from tests.support.hostile_files import HOSTILE
@@ -66,7 +66,7 @@ def test_a_trace_of_several_streams_gives_the_events_of_each(tmp_path: Path) -> 
     path, given = tmp_path / "trace.avro", {stream: events(stream) for stream in (RETRANSMITS, FLOWS, TRANSMITS)}
     file = RecordFile(path)
     for stream, records in given.items():
-        file.write(of_rows(stream, records))
+        file.write((stream, record) for record in records)
     file.close()
     for stream, records in given.items():
         assert rows(rebpf.read(path, topic=stream.topic)) == records

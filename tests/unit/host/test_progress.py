@@ -42,8 +42,8 @@ def on_terminal(environment: dict[str, str]) -> str:
 
 def test_a_terminal_shows_how_much_is_done_and_nothing_stays() -> None:
     shown = on_terminal({"TERM": "xterm"})
-    assert "reading \\x1b[31m: 25% of 4" in shown
-    assert "reading \\x1b[31m: 75% of 4" in shown
+    for share in ("25%", "75%"):
+        assert f"\x1b[?7lreading \\x1b[31m: {share} of 4\x1b[?7h" in shown, "long lines do not wrap"
     lines = [line.rpartition("\r\x1b[K")[2] for line in shown.split("\r\n")]
     assert lines == ["a warning", ""]
 

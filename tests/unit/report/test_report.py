@@ -200,6 +200,14 @@ def test_without_connection_records_there_are_counts_but_no_ratios(scene_folder:
     assert "ratios are unknown" in (tmp_path / "report.html").read_text()
 
 
+def test_connection_records_from_before_the_period_alone_give_no_ratios(tmp_path: Path) -> None:
+    flows = write_container(tmp_path / "flows.avro", FLOWS, [connection(1, 0, 0, 9)])
+    lost = [record(RETRANSMITS, cause="rto", segs=3, ts_ns=NOON_NS + SECOND_NS)]
+    events = write_container(tmp_path / "retransmits.avro", RETRANSMITS, lost)
+    first, _ = report(Files([flows, events]), Period(NOON_NS + 1), tmp_path / "report.html", None)
+    assert first == "3 segments were retransmitted."
+
+
 @pytest.mark.parametrize("longest_us", [60, 900, 900_000])
 def test_the_axis_of_round_trip_times_has_numbers(longest_us: int) -> None:
     """Within a decade, matplotlib labels the axis with formulas."""
@@ -243,6 +251,9 @@ def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:
 def test_an_empty_period_and_an_unwritable_file_are_one_line(scene_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="no connection records and no retransmissions in this period"):
         report(Files([scene_folder]), Period(until_ns=1), tmp_path / "report.html", None)
+    after_the_last = Period(NOON_NS + 119 * SECOND_NS)
+    with pytest.raises(UnavailableError, match="no connection records and no retransmissions in this period"):
+        report(Files([scene_folder]), after_the_last, tmp_path / "report.html", None)
     with pytest.raises(UnavailableError, match=r"in this period match the filter$"):
         report(Files([scene_folder]), Period(), tmp_path / "report.html", None, choice=matching("peer 1.2.3.4"))
     with pytest.raises(UnavailableError, match=r"cannot write to .*missing.report.html: No such file"):

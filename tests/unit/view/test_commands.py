@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from producer.commands.export import export
-from producer.commands.trace import Summary, from_file, judged
+from producer.commands.trace import Output, Summary, from_file, judged, trace
 from producer.consume.period import Period
-from producer.events import FLOWS, KNOWN, RETRANSMITS
+from producer.events import FLOWS, KNOWN, RETRANSMITS, TRANSMITS
 from producer.export.sources import Files
 from producer.view.file import RecordFile
+from producer.view.filter import parse
+from producer.view.line import Lines
+from producer.view.records import in_order
 from tests.support.analysis import record, write_container, write_spool
 from tests.support.rebpf import DEADLINE_S, command, rebpf
-from tests.support.views import decoded, flows, retransmits
+from tests.support.views import decoded, flows, retransmits, transmits
 
 ENDS = {"saddr": "10.0.0.1", "sport": 443, "daddr": "10.2.0.9", "dport": 51234, "sk_cookie": 5}
 SECOND_NS = 1_000_000_000
@@ -45,8 +48,8 @@ CONNECTIONS = decoded(
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     file = RecordFile(tmp_path / "file")
-    file.write(SEGMENTS)
-    file.write(CONNECTIONS)
+    file.write(in_order([SEGMENTS]))
+    file.write(in_order([CONNECTIONS]))
     file.close()
     return tmp_path / "file"
 
@@ -67,7 +70,7 @@ def test_how_a_connection_failed_is_in_the_counts(tmp_path: Path) -> None:
     refused = {"state": "SYN_SENT", "error": 111, "sk_cookie": 7}
     given_up = {"state": "SYN_SENT", "unknown": KNOWN["error"], "sk_cookie": 8}
     for each in (refused, given_up, {"state": "ESTABLISHED", "error": 104, "sk_cookie": 9}):
-        file.write(decoded(FLOWS, flows({**failed, **each})))
+        file.write(in_order([decoded(FLOWS, flows({**failed, **each}))]))
     file.close()
     done = rebpf("trace", "-r", tmp_path / "file", "-c")
     assert (done.returncode, done.stderr) == (0, "")
@@ -79,6 +82,21 @@ def test_how_a_connection_failed_is_in_the_counts(tmp_path: Path) -> None:
         "close ECONNRESET",
     ]
     assert lines[7].split()[:3] == ["0", "-", "-"], "nothing limits what was never established"
+
+
+def test_events_of_several_streams_are_in_order_of_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sent = transmits(*({**ENDS, "ts": number * SECOND_NS} for number in (2, 6)))
+    lost = retransmits({**ENDS, "cause": "rto", "ts": 4 * SECOND_NS, "segs": 2, "sample_rate": 50})
+    failed = flows({**ENDS, "reason": "close", "state": "SYN_SENT", "error": 111, "ts": 3 * SECOND_NS})
+    batch = [decoded(RETRANSMITS, lost), decoded(FLOWS, failed), decoded(TRANSMITS, sent)]
+    file, output = RecordFile(tmp_path / "file"), Output(Lines(120, hosts=False, color=False), False, None, True, 120)
+    trace([batch], parse(""), output, threading.Event(), file)
+    file.close()
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in shown[2:6]] == ["sent", "connect", "rto", "sent"]
+    assert shown[-1].split()[0] == "100", "what was sampled stands for others"
+    replayed = rebpf("trace", "-r", tmp_path / "file").stdout.splitlines()
+    assert [line.split()[1] for line in replayed[2:6]] == ["sent", "connect", "rto", "sent"]
 
 
 def test_json_lines_end_with_the_counts(file: Path) -> None:
@@ -170,9 +188,9 @@ def test_a_socket_that_connects_again_is_judged_since_then() -> None:
     assert judged({**first, "total_retrans": 1 << 20, "dsack_dups": 1 << 20}, again) == judged(None, again)
 
 
-def test_the_summary_shows_the_worst_flow_first() -> None:
+def test_the_summary_shows_the_worst_flow_first(monkeypatch: pytest.MonkeyPatch) -> None:
     summary = Summary()
-    summary.add(RETRANSMITS, SEGMENTS.rows())
+    summary.add(in_order([SEGMENTS]))
     rows = summary.rows()
     assert [row["retransmitted"] for row in rows] == [9, 3]
     assert rows[1]["causes"] == {"rto": 3}
@@ -186,10 +204,14 @@ def test_the_summary_shows_the_worst_flow_first() -> None:
     more = retransmits(
         *({**ENDS, "cause": each, "daddr": "10.200.100.100", "sk_cookie": 7, "segs": 8} for each in causes)
     )
-    summary.add(RETRANSMITS, decoded(RETRANSMITS, more).rows())
+    summary.add(in_order([decoded(RETRANSMITS, more)]))
     shown = summary.text(80, as_json=False).splitlines()
     assert max(map(len, shown)) <= 80
     assert shown[2].split()[4:] == ["fast=16", "rto=8", "slow~", "10.200.100.100:51234"], "the most frequent first"
     narrowest = summary.text(60, as_json=False).splitlines()
     assert max(map(len, narrowest)) <= 60
     assert narrowest[1].split() == ["RETRANS", "LIMIT", "CAUSES", "FLOW"]
+    assert "not counted" not in narrowest[0]
+    monkeypatch.setattr("producer.commands.trace._MAX_FLOWS", 3)
+    summary.add(in_order([decoded(RETRANSMITS, retransmits({**ENDS, "cause": "rto", "sk_cookie": 8}))]))
+    assert summary.text(80, as_json=False).splitlines()[0].endswith(" errors; further flows are not counted")

@@ -10,7 +10,7 @@ from producer.errors import IncompleteError, OutputError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.export.container import read_container
 from producer.view.file import RecordFile
-from producer.view.records import Records, of_table
+from producer.view.records import Records, in_order, of_table
 from tests.support.views import decoded, flows, retransmits, transmits
 
 BATCHES = [
@@ -23,7 +23,7 @@ BATCHES = [
 def write(path: Path) -> None:
     file = RecordFile(path)
     for records in BATCHES:
-        file.write(records)
+        file.write(in_order([records]))
     file.close()
 
 
@@ -34,7 +34,7 @@ def read(path: Path) -> Iterator[Records]:
 def test_a_file_has_the_records_that_were_written_in_their_order(tmp_path: Path) -> None:
     file = RecordFile(tmp_path / "file")
     for records in [*BATCHES, *BATCHES]:
-        file.write(records)
+        file.write(in_order([records]))
     file.close()
     found = [*read(tmp_path / "file")]
     assert [each.stream for each in found] == [RETRANSMITS, FLOWS, TRANSMITS] * 2

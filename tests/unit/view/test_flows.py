@@ -81,6 +81,14 @@ def test_retransmissions_are_counted_by_cause_and_second() -> None:
     assert (line.history[-2], line.history[-31], sum(line.history)) == (5, 7, 12)
 
 
+def test_a_retransmission_that_was_sampled_stands_for_others() -> None:
+    found = started()
+    add_flows(found, NOW - 1, {"segs_out": 2000, "total_retrans": 100, "start_ns": 500})
+    add_retransmits(found, NOW - 1, {"segs": 2, "sample_rate": 50})
+    [line] = shown(found).lines
+    assert (line.retransmitted, line.segments * line.ratio, line.causes) == (10.0, 10.0, {"rto": 100})
+
+
 def test_a_line_of_a_cause_has_its_retransmissions_alone() -> None:
     found = started()
     add_flows(found, NOW - 1, {"segs_out": 20, "total_retrans": 5, "start_ns": 500, "srtt_us": 100})
@@ -126,6 +134,16 @@ def test_lines_are_sorted() -> None:
     assert shown(found).total.retransmitted == pytest.approx(1.3)
 
 
+def test_lines_are_sorted_by_the_round_trip_times_that_they_show() -> None:
+    found = started()
+    for peer, times_ms in enumerate(((10, 10, 900), (300,), (20, 30))):
+        for number, srtt_ms in enumerate(times_ms):
+            where = {"daddr": f"10.2.0.{peer}", "sk_cookie": 10 * peer + number + 1}
+            add_flows(found, NOW - 1, {**where, "srtt_us": srtt_ms * 1000})
+    lines = shown(found, sort="srtt").lines
+    assert [(line.name[-1], line.srtt_p50_us) for line in lines] == [("1", 300_000), ("2", 25_000), ("0", 10_000)]
+
+
 def test_equal_lines_are_in_the_order_of_their_names() -> None:
     found = started()
     for number in (20, 3, 10):
@@ -157,6 +175,17 @@ def test_details_show_the_worst_connections() -> None:
     assert detail.flow == "10.0.0.1:443 > 10.2.0.9:51234"
     assert (detail.who, detail.retransmitted, detail.ratio) == ("curl", 4, 0.1)
     assert (detail.lost_out, detail.snd_cwnd, detail.rto_us) == (3, 7, 204_000)
+
+
+def test_details_are_of_the_last_minute() -> None:
+    found = started()
+    add_flows(found, NOW - 99, {"segs_out": 1_000_000}, {"sk_cookie": 6, "segs_out": 1_000_000, "total_retrans": 9999})
+    add_flows(found, NOW - 1, {"segs_out": 1_000_100, "total_retrans": 50})
+    add_retransmits(found, NOW - 1, {"segs": 50})
+    assert [(each.retransmitted, each.ratio) for each in details(found, "peer", "10.2.0.9", NOW, 5)] == [
+        (50, 0.5),
+        (0, None),
+    ]
 
 
 def test_what_is_older_than_a_minute_is_forgotten() -> None:

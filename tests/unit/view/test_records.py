@@ -32,7 +32,7 @@ def test_records_are_those_that_fastavro_reads(stream: Stream) -> None:
     schema = load_schema(stream.schema_file)
     rows = random_rows(stream.dtype, 50)
     values = [value for _, value in messages(encoder_of(stream).encode(Batch(stream, rows), OFFSET_NS))]
-    parts, rejected = Decoder(None, {FLOWS.fixed_schema_id: load_schema(FLOWS.schema_file)}).tables(values, None)
+    parts, rejected = Decoder(None).tables(values, None)
     assert not rejected
     [(_, table)] = parts
     records = of_table(stream, table)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from producer.cli import view as command
 from producer.view import table as tables
@@ -40,6 +41,20 @@ def test_the_screen_has_its_size(width: int, height: int) -> None:
         lines = render(shown, look(width, height))
         assert len(lines) == height
         assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("name", ["東京-web-1", "東" * 40, "he\u0301te-1", "x" * 90])
+def test_names_of_wide_and_combining_characters_stay_in_their_column(name: str) -> None:
+    detail = Detail(f"{name} > {name}", name, name, 7, 0.03, 10, 3, 204_000, 1500, "loss")
+    line = BAD._replace(name=name)
+    for columns in (80, 200):
+        plain, shown = (
+            render(Frame(Table(BAD, [each], 1), **{**_fields(frame()), "by": "host"}), look(columns, 24))
+            for each in (BAD._replace(name="x" * cell_len(name)), line)
+        )
+        assert cell_len(shown[3].partition(" 7.2 ")[0]) == len(plain[3].partition(" 7.2 ")[0])
+        of_details = render(frame(details=[detail, detail._replace(host="y")], source=name), look(columns, 24))
+        assert max(map(cell_len, [*shown, *of_details])) <= columns
 
 
 def test_80_columns_show_the_peer_and_why() -> None:
@@ -104,6 +119,13 @@ def test_a_flow_that_is_too_long_shows_its_peer() -> None:
         Frame(Table(BAD, [BAD._replace(name=" > ".join(ends))], 1), **{**_fields(frame()), "by": "flow"}), look(80, 24)
     )
     assert lines[3].startswith(">> [2001:db8:aaaa:1111:")
+
+
+def test_a_wide_screen_has_room_for_the_flows_of_ipv6() -> None:
+    flow = "[2001:db8:ffff:1111::2222]:40006 > [2001:db8:aaaa:1111::1]:443"
+    shown = Frame(Table(BAD, [BAD._replace(name=flow)], 1), **{**_fields(frame()), "by": "flow"})
+    line = render(shown, look(200, 24))[3]
+    assert (line.startswith(f">{flow} "), line.rstrip().endswith("fast 80 rto 7")) == (True, True)
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
@@ -173,7 +195,17 @@ def _fields(shown: Frame) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.25, "0.2"), (7, "7"), (12.4, "12"), (999, "999"), (1000, "1.0k"), (123_456, "123k"), (2e7, "20.0M")],
+    [
+        (0, "0"),
+        (0.25, "0.2"),
+        (7, "7"),
+        (12.4, "12"),
+        (999, "999"),
+        (1000, "1.0k"),
+        (99_960, "100k"),
+        (123_456, "123k"),
+        (2e7, "20.0M"),
+    ],
 )
 def test_rates_are_short(value: float, text: str) -> None:
     assert rate(value) == text
@@ -240,9 +272,12 @@ def test_a_filter_is_typed_in_place() -> None:
     assert press("/", *"port", "escape").filter_text == ""
     wrong = press("/", *"port x", "enter")
     assert wrong.typed == "port x"
-    message, caret = wrong.error.split("\n")
+    typed, caret, message = wrong.message.split("\n")
     assert "expected a port" in message
-    assert caret == "     ^"
+    assert (typed, caret) == ("/port x", "      ^")
+    assert press("/", *"  port x", "enter").message == wrong.message
+    long = render(frame(message=press("/", *" or ".join(["port 22"] * 20)).message), look(80, 24))[-1]
+    assert (long[0], long[-10:], len(long)) == ("~", "r port 22_", 80)
     assert press("/", *"port x", "enter", "backspace", "1", "enter").filter_text == "port 1"
 
 

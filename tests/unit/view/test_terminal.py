@@ -72,9 +72,10 @@ def test_a_wrong_filter_is_shown_under_its_place_and_without_colors() -> None:
 
 
 def test_the_screen_follows_the_size_of_the_terminal_and_the_shell() -> None:
-    with fleet(80, 24) as top:
+    with fleet(80, 24, NO_COLOR="") as top:
         top.resize(120, 30)
         top.wait_for(lambda screen: len(screen) == 30 and "FLOWS" in screen[2], "the new size")
+        assert "\x1b[1;31m" in "".join(top.colored()) or "\x1b[33m" in "".join(top.colored())
         top.press("q")
         assert top.wait() == 0
 

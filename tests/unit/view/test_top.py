@@ -128,6 +128,16 @@ def test_the_selection_and_its_details_stay_with_their_peer(cluster: Cluster, vi
     assert after(view, "s").selected == 0, "a new order begins with its first line"
 
 
+def test_a_line_with_the_name_of_another_can_be_selected(cluster: Cluster, view: Top) -> None:
+    """Hosts may have the same private addresses."""
+    for host in ("web-2", "web-3"):
+        put(cluster, RETRANSMITS, host, retransmits({"cause": "rto", "daddr": "10.2.0.1", "sk_cookie": 1, "segs": 9}))
+    read_all(view, 36)
+    after(view, "f")
+    assert [after(view, "down").selected for _ in range(4)] == [1, 2, 3, 4]
+    assert [after(view, "up").selected for _ in range(2)] == [3, 2]
+
+
 def test_keys_act_on_what_was_shown_and_not_on_what_has_arrived_since(cluster: Cluster, view: Top) -> None:
     assert after(view).name == "10.2.0.1"
     several(cluster, {"10.2.0.3": 50})
@@ -191,7 +201,7 @@ def test_there_are_lines_beyond_the_screen(cluster: Cluster, view: Top) -> None:
 odd = st.one_of(st.none(), st.integers(-(1 << 63), (1 << 63) - 1))
 NUMBERS = ("sk_cookie", "sport", "dport", "segs", "segs_out", "total_retrans", "ts_ns", "start_ns", "srtt_us",
            "min_rtt_us", "snd_cwnd", "mss", "rto_us", "lost_out", "busy_time_us", "rwnd_limited_us", "bytes_sent",
-           "sndbuf_limited_us", "data_segs_out", "dsack_dups", "netns")  # fmt: skip
+           "sndbuf_limited_us", "data_segs_out", "dsack_dups", "netns", "sample_rate")  # fmt: skip
 TEXTS = ("host", "boot_id", "saddr", "daddr", "unit", "container", "comm", "cause", "reason", "state", "error")
 texts = st.none() | st.sampled_from(["interval", "close", "SYN_SENT", *CAUSES]) | st.text(max_size=9)
 
