@@ -1,5 +1,6 @@
 """Reads a process's sockets, BPF objects, children, capabilities and memory from /proc."""
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -59,8 +60,9 @@ def capabilities(pid: int) -> dict[str, set[int]]:
     """Return each capability set (CapEff, ...), as numbers, of the process's threads: a set of what they have."""
     found: dict[str, set[int]] = {}
     for status in Path(f"/proc/{pid}/task").glob("*/status"):
-        for name, bits in re.findall(r"^(Cap\w+):\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE):
-            found.setdefault(name, set()).add(int(bits, 16))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            for name, bits in re.findall(r"^(Cap\w+):\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE):
+                found.setdefault(name, set()).add(int(bits, 16))
     return found
 
 

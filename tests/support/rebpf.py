@@ -84,9 +84,9 @@ def let_others_in(folder: Path) -> None:
             each.chmod(mode | 0o055)
 
 
-def as_nobody() -> list[str]:
+def as_nobody(user: int = 65534) -> list[str]:
     """Return a prefix that runs a command as an unprivileged user; skip the test if impossible."""
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
+    nobody = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--inh-caps=-all"]
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         pytest.skip("giving up privileges needs root and setpriv")
     # Twice: the first setpriv may start a program that the user cannot.

@@ -84,13 +84,15 @@ def test_a_failed_start_shows_the_end_of_the_log(tmp_path):
 
 def test_a_start_that_takes_too_long_leaves_nothing_running(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "START_DEADLINE_S", 0.3)
-    server = ShellServer(tmp_path, "echo $$ > pid; exec sleep 600")
+    server = ShellServer(tmp_path, "exec sleep 600")
+    server.launch()
+    pid = server.pid
 
     with pytest.raises(TimeoutError):
-        server.start()
+        server.wait_until_ready()
 
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_free_port_is_bindable_and_no_ephemeral_one():
