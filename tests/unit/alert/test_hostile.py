@@ -270,7 +270,8 @@ def test_the_oldest_of_too_many_alerts_are_forgotten(
 
 @pytest.mark.parametrize("chosen", ["groups", "windows", "wide names"])
 def test_whatever_a_writer_chooses_takes_bounded_memory(chosen: str) -> None:
-    made = Engine([MANY], [], 0, 0, decoder(), Counts(), room=Room(group_count=500, flows=500))
+    room = Room(group_count=500, flows=500)
+    made = Engine([MANY], [], 0, 0, decoder(), Counts(), room=room)
     suffix = "\N{PILE OF POO}" * (1000 if chosen == "wide names" else 1)
     tracemalloc.start()
     try:
@@ -279,5 +280,6 @@ def test_whatever_a_writer_chooses_takes_bounded_memory(chosen: str) -> None:
             ts_ns = NOW_NS - (number * 10 * SECOND_NS if chosen == "windows" else 0)
             made.put(RETRANSMITS, [event(host=f"{number}{suffix}", ts_ns=ts_ns)], NOW_NS)
         assert tracemalloc.get_traced_memory()[0] - before < 3 << 20
+        assert min(room.groups, room.flows) >= 0
     finally:
         tracemalloc.stop()
