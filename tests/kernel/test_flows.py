@@ -134,7 +134,6 @@ def lossy_round() -> bool:
         settings = hook_settings(streams=STREAMS, rules=filtered(addresses=map(ip_address, lab.addresses)))
         with Recording(settings) as recording:
             sent = lab.traffic(6)
-            assert sent.connections > 100
             assert lab.wait_idle(DEADLINE_S)
             rows = of_hosts(recording, lab.hosts)
             assert recording.kernel.counters(FLOWS).ring_full == 0

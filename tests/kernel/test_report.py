@@ -43,7 +43,6 @@ def lossy_round(folder: Path) -> bool:
         rules = filtered(addresses=map(ip_address, lab.addresses))
         with Recording(hook_settings(streams=(RETRANSMITS, FLOWS), rules=rules)) as recording:
             sent = lab.traffic(4)
-            assert sent.connections > 50
             assert lab.wait_idle(DEADLINE_S)
             rows = recording.all(FLOWS)
             rows = rows[rows["reason"] == REASONS.index("close")]
