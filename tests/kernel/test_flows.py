@@ -27,7 +27,7 @@ from tests.support.capture import (
 )
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 _TCP_SYNCNT = 7
 _ENDS = """\

@@ -22,7 +22,7 @@ from producer.spool.spool import Spool
 from tests.support.capture import DEADLINE_S, Recording, hook_settings
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 
 def spooled(folder: Path, stream: Stream, rows: Rows) -> Path:

@@ -20,7 +20,7 @@ from tests.support.capture import DEADLINE_S, inside, rules
 from tests.support.comparison import COUNTED_CAUSES, MAX_SEGS
 from tests.support.rebpf import command
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 _CLOSED_PORT = 9
 _LOSS = "meta l4proto tcp numgen random mod 100 < 5 drop"

@@ -4,9 +4,12 @@ import contextlib
 import ipaddress
 import os
 import re
+import select
 import struct
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.support.rebpf import DEADLINE_S
 
 _ARENA_BYTES = 1 << 26
 
@@ -54,6 +57,11 @@ def children(pid: int, text: str = "") -> set[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
+
+
+def ends(pidfd: int) -> bool:
+    """Wait until a process ends; return whether it does."""
+    return bool(select.select([pidfd], [], [], DEADLINE_S)[0])
 
 
 def capabilities(pid: int) -> dict[str, set[int]]:

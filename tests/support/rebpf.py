@@ -20,7 +20,8 @@ from typing import Any, Self
 
 import pytest
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
+"""How long tests wait for what happens within seconds, unless the machine is slow or busy."""
 COMPILED = "REBPF_TEST_COMPILED"
 """The variable with the folder of compiled programs that tests of a session share. Compiling takes seconds."""
 PROGRAMS = "REBPF_TEST_PROGRAMS"

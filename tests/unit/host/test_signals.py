@@ -15,9 +15,8 @@ import pytest
 
 from producer.host import signals
 from tests.support.pty_command import PtyCommand
-from tests.support.rebpf import wait_until
+from tests.support.rebpf import DEADLINE_S, wait_until
 
-DEADLINE_S = 30.0
 LOOP = """
 import sys
 from producer.host.signals import *

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from tests.support import lanes
 from tests.support.documents import ROOT
 from tests.support.lanes import NO_TESTS, PLANS, Failure, Lane, last_summary, run
+from tests.support.procfs import ends
 
 PYTHON = (sys.executable, "-c")
 
@@ -88,7 +88,7 @@ def test_an_interrupt_reaches_the_lanes(tmp_path: Path) -> None:
             pidfd = os.pidfd_open(int(reader.readline()))
         try:
             runner.send_signal(signal.SIGINT)
-            assert select.select([pidfd], [], [], 30)[0]
+            assert ends(pidfd)
         finally:
             os.close(pidfd)
         output, _ = runner.communicate(timeout=30)

@@ -1,7 +1,6 @@
 """A server process ends when asked, when its tests are killed, and explains a failed start."""
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.procfs import ends
 from tests.support.servers import process
 from tests.support.servers.process import free_port
 from tests.support.servers.shell import ShellServer
@@ -19,10 +19,6 @@ ROOT = Path(__file__).parents[3]
 
 def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def ends(pidfd: int, deadline_s: float = 10.0) -> bool:
-    return bool(select.select([pidfd], [], [], deadline_s)[0])
 
 
 def test_a_server_dies_with_a_killed_test_process(tmp_path):
