@@ -21,9 +21,18 @@ class Connection(NamedTuple):
     peer: tuple[str, int]
 
 
+def open_files(pid: int | str = "self") -> list[str]:
+    """Return what a process has open."""
+    targets = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            targets.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return targets
+
+
 def connections(pid: int) -> set[Connection]:
     """Return the connections whose sockets the process holds."""
-    inodes = {target[8:-1] for target in _targets(pid) if target.startswith("socket:[")}
+    inodes = {target[8:-1] for target in open_files(pid) if target.startswith("socket:[")}
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
@@ -72,16 +81,6 @@ def capabilities(pid: int) -> dict[str, set[int]]:
             for name, bits in re.findall(r"^(Cap\w+):\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE):
                 found.setdefault(name, set()).add(int(bits, 16))
     return found
-
-
-def _targets(pid: int) -> list[str]:
-    targets = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            targets.append(os.readlink(f"/proc/{pid}/fd/{name}"))
-        except FileNotFoundError:
-            continue
-    return targets
 
 
 def _endpoint(text: str) -> tuple[str, int]:
