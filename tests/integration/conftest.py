@@ -11,6 +11,7 @@ from tests.support.rebpf import COMPILED
 from tests.support.servers import fetch
 from tests.support.servers.kafka import KafkaServer
 from tests.support.servers.registry import SchemaRegistry
+from tests.support.servers.secure import SecureKafka
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -33,6 +34,13 @@ def servers_present() -> None:
 def kafka(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
     """A running broker, shared: a test names its topics after itself and does not stop the broker."""
     with KafkaServer(tmp_path_factory.mktemp("kafka")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def secure(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
+    """A running broker with TLS, SASL and ACLs, shared: a test names its topics after itself, and undoes all else."""
+    with SecureKafka(tmp_path_factory.mktemp("secure")) as server:
         yield server
 
 

@@ -44,7 +44,7 @@ kafka.settings = {{ "session.timeout.ms" = 6000 }}
 listen = "127.0.0.1:0"
 lateness_s = {lateness}
 lookback_s = 10
-missed_heartbeats = 0.5  # of a heartbeat's 10 s
+missed_heartbeats = 1  # 10 s
 [[alert.rules]]
 name = "loss"
 window_s = 2

@@ -1,7 +1,7 @@
 """`rebpf check` against servers that refuse it, or have something else."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 from confluent_kafka.admin import AclOperation
@@ -16,12 +16,6 @@ from tests.support.servers.tls_proxy import Guarded
 pytestmark = pytest.mark.real_kafka
 
 TOPICS = ("tcp_transmit", "tcp_retransmit", "tcp_flow")
-
-
-@pytest.fixture(scope="module")
-def secure(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
-    with SecureKafka(tmp_path_factory.mktemp("secure")) as server:
-        yield server
 
 
 def as_toml(settings: Mapping[str, str]) -> str:

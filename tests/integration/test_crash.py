@@ -24,7 +24,7 @@ from tests.support.topics import FLOW, RETRANSMIT, TRANSMIT
 from tests.support.traffic import Echo, Steady, exchange
 from tests.support.wire import captured
 
-pytestmark = [pytest.mark.root, pytest.mark.real_kafka, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.root, pytest.mark.real_kafka]
 
 PARTITIONS = 5
 ECHO_PORT, CLOSED_PORT = 5002, 5003

@@ -2,7 +2,6 @@
 
 import json
 import os
-import select
 import signal
 from pathlib import Path
 
@@ -27,10 +26,6 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def files(*folders: Path) -> set[str]:
     return {str(path) for folder in folders for path in folder.rglob("*") if path.is_file()}
-
-
-def ends(pidfd: int, deadline_s: float = 30.0) -> bool:
-    return bool(select.select([pidfd], [], [], deadline_s)[0])
 
 
 LEFT_BY_A_STOP = {"lock", "ledger.transmit", "ledger.retransmit", "ledger.flow", "sequence.json"}
@@ -134,7 +129,7 @@ def test_kill_while_it_loads_takes_the_loader_with_it(tmp_path):
         end = os.pidfd_open(loader)
         try:
             run.kill()
-            assert ends(end)
+            assert procfs.ends(end)
         finally:
             os.close(end)
 

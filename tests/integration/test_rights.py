@@ -1,7 +1,7 @@
 """Each command with the rights that docs/operations.md names, and without one of them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,12 +37,6 @@ name = "many"
 measure = "count"
 """
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def secure(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
-    with SecureKafka(tmp_path_factory.mktemp("secure")) as server:
-        yield server
 
 
 @pytest.fixture

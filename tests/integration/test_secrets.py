@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,19 +11,13 @@ from tests.support import topics
 from tests.support.faults import assert_same, once, scene
 from tests.support.rebpf import Run, rebpf, wait_until
 from tests.support.servers.certificates import Authority
-from tests.support.servers.secure import PASSWORD, PLAIN, SCRAM, USERS, SecureKafka
+from tests.support.servers.secure import PASSWORD, PLAIN, SCRAM, USERS
 from tests.support.servers.tls_proxy import Guarded
 from tests.support.traffic import Echo, exchange
 
 pytestmark = [pytest.mark.root, pytest.mark.real_kafka]
 
 USER = "agent:reg1stry-s3cret"
-
-
-@pytest.fixture(scope="module")
-def secure(servers_present: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
-    with SecureKafka(tmp_path_factory.mktemp("secure")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import confluent_kafka
@@ -18,7 +17,7 @@ from tests.support.servers.cluster import KafkaCluster
 from tests.support.servers.consume import kcat_messages
 from tests.support.servers.kafka import KafkaServer
 from tests.support.servers.registry import SchemaRegistry
-from tests.support.servers.secure import PASSWORD, PLAIN, SCRAM, USERS, SecureKafka
+from tests.support.servers.secure import PASSWORD, PLAIN, SCRAM, USERS
 
 pytestmark = pytest.mark.real_kafka
 
@@ -179,12 +178,6 @@ def test_a_killed_registry_comes_back_at_its_url_with_its_ids(tmp_path):
 
 
 ONE = [(b"key", b"value")]
-
-
-@pytest.fixture(scope="module")
-def secure(servers_present, tmp_path_factory) -> Iterator[SecureKafka]:
-    with SecureKafka(tmp_path_factory.mktemp("secure")) as server:
-        yield server
 
 
 @pytest.mark.parametrize("mechanism", [PLAIN, SCRAM])

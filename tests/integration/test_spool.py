@@ -22,7 +22,7 @@ from tests.support.servers.kafka import KafkaServer
 from tests.support.tally import tally
 from tests.support.traffic import Steady
 
-pytestmark = [pytest.mark.root, pytest.mark.real_kafka, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.real_kafka]
 
 SENDS = 6000  # a second; with the acknowledgements some 10,000 segments
 

@@ -22,7 +22,7 @@ from tests.support.topics import FLOW, RETRANSMIT, TRANSMIT
 from tests.support.traffic import Echo, exchange
 from tests.support.wire import captured
 
-pytestmark = [pytest.mark.real_kafka, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.real_kafka
 
 PARTITIONS = 3
 SIZE = 97

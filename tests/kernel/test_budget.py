@@ -12,7 +12,7 @@ from producer.events import FLOWS, REASONS, RETRANSMITS, TRANSMITS, Rows
 from producer.rules.tables import Action, Rule, tables
 from tests.support.capture import DEADLINE_S, Recording, cookie_of, hook_settings, inside, rules, wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 _CONNECTIONS = 101
 

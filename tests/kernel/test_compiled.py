@@ -17,7 +17,7 @@ from tests.support.capture import Pair, Recording, hook_settings, kernel_btf_wit
 from tests.support.comparison import Trial, segs
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 NO_VALUE = bytes.fromhex("9500000000000000")
 """Returns an uninitialized register, which the verifier rejects."""

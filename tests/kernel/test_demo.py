@@ -1,12 +1,12 @@
 """`rebpf demo` as a user runs it: its numbers match the kernel's, and nothing is left, however it ends."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 from producer.demo.demo import demo
 from producer.errors import PermissionDenied
 from tests.support.pty_command import PtyCommand
+from tests.support.rebpf import wait_until
 
 pytestmark = pytest.mark.root
 
@@ -43,9 +44,10 @@ def start(folder: Path, *options: str, columns: int = 200) -> "subprocess.Popen[
 def descendants(pid: int) -> dict[int, str]:
     """Return the descendants of `pid` with their start times, so that a reused pid is not mistaken for one."""
     found: dict[int, str] = {}
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (thread / "children").read_text().split()):
-            found |= {child: start_time(child), **descendants(child)}
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (thread / "children").read_text().split()):
+                found |= {child: start_time(child), **descendants(child)}
     return found
 
 
@@ -57,10 +59,7 @@ def start_time(pid: int) -> str:
 
 
 def wait_until_gone(processes: dict[int, str]) -> None:
-    deadline = time.monotonic() + 60
-    while left := [pid for pid, started in processes.items() if start_time(pid) == started]:
-        assert time.monotonic() < deadline, f"still there: {left}"
-        time.sleep(0.05)
+    wait_until("their end", lambda: not [pid for pid, started in processes.items() if start_time(pid) == started])
 
 
 def read_until(lines: Iterator[str], text: str) -> str:

@@ -11,7 +11,7 @@ from tests.support.capture import DEADLINE_S, Pair, Recording, Skips, inside
 from tests.support.comparison import INTERFACE
 from tests.support.wire import sniffed
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 
 def real_minus_monotonic() -> tuple[int, int]:

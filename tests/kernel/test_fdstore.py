@@ -21,7 +21,7 @@ from tests.support.rules import filtered
 from tests.support.traffic import Echo, exchange
 from tests.support.wire import Segment, captured, late_acks
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.root
 
 
 @pytest.fixture

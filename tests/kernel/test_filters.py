@@ -16,7 +16,7 @@ from producer.events import RETRANSMITS, TRANSMITS, Rows
 from tests.support.capture import DEADLINE_S, Pair, Recording, hook_settings, inside, wait_for
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 
 def endpoints(rows: Rows) -> set[tuple[str, int, str, int]]:

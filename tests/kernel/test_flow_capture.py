@@ -18,7 +18,7 @@ from tests.support.capture import DEADLINE_S, Pair, Recording, inside, rules, wa
 from tests.support.comparison import ACK, FIN, INTERFACE, SYN, marked, text_of
 from tests.support.wire import Packet, sniffed
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 Ends = tuple[str, int, str, int]
 

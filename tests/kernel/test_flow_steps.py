@@ -12,7 +12,7 @@ from producer.kernel import capture
 from tests.support.capture import Recording, cookie_of, hook_settings, inside
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 CONNECTIONS = 53
 SOCKETS_PER_STEP = 7

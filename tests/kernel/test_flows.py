@@ -27,7 +27,7 @@ from tests.support.capture import (
 )
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 _TCP_SYNCNT = 7
 _ENDS = """\
@@ -134,7 +134,6 @@ def lossy_round() -> bool:
         settings = hook_settings(streams=STREAMS, rules=filtered(addresses=map(ip_address, lab.addresses)))
         with Recording(settings) as recording:
             sent = lab.traffic(6)
-            assert sent.connections > 100
             assert lab.wait_idle(DEADLINE_S)
             rows = of_hosts(recording, lab.hosts)
             assert recording.kernel.counters(FLOWS).ring_full == 0

@@ -28,7 +28,7 @@ from tests.support.kept import OTHER_VERSION, Traffic, other_version
 from tests.support.programs import ids_of, program_ids
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 SYN = 2
 CPUS = possible_cpus()

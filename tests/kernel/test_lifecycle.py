@@ -27,7 +27,7 @@ from tests.support.rebpf import Run, command, wait_until
 from tests.support.rules import filtered
 from tests.support.traffic import Echo, exchange
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 
 def children(pid: int) -> list[int]:

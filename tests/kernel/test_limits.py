@@ -17,7 +17,7 @@ from producer.view.limits import LIMITS, Interval, limits
 from tests.support.capture import Pair, Recording, cookie_of, hook_settings, rules, wait_for
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 _PORTS = range(7300, 7320)
 _SNDBUF = 1 << 17

@@ -14,7 +14,7 @@ from producer.kernel.sequence import EventNumbers
 from tests.support.capture import hook_settings
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 CPUS = possible_cpus()
 

@@ -19,7 +19,7 @@ from tests.support.rebpf import Run, wait_until
 from tests.support.topics import TRANSMIT
 from tests.support.traffic import Echo, exchange
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 
 def test_without_free_descriptors_the_watchdog_is_notified_and_a_stop_delivers(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from producer.kernel.capture import Capture
 from tests.support.capture import hook_settings
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 RECORD_BYTES = 8 + TRANSMITS.dtype.itemsize
 # The kernel leaves one byte free, so that a full ring differs from an empty one.

@@ -13,7 +13,7 @@ from producer.demo.lab import Lab
 from tests.support.capture import ALLOWED, inside, wait_for
 from tests.support.rebpf import Run
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 
 class Broker:

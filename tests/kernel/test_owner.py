@@ -19,7 +19,7 @@ from tests.support.capture import DEADLINE_S, Recording, hook_settings, inside, 
 from tests.support.comparison import RST, Trial
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 _OWNER = """\
 import os, socket, sys

@@ -9,7 +9,7 @@ import pytest
 from tests.support.pictures import BROWSER, DOCS, PICTURES, Studio, studio
 from tests.support.twenty_peers import GUILTY
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 SHOWN = {"demo": r"RetransSegs", "report": r"\A\x89PNG"}
 TITLE = re.compile(r"<title>.*?</title>")

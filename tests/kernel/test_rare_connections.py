@@ -11,7 +11,7 @@ from producer.demo.lab import Lab
 from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES, Rows
 from tests.support.capture import Recording, inside, receive, setting, wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 _IPPROTO_MPTCP = 262
 

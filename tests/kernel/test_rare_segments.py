@@ -14,7 +14,7 @@ from producer.events import CAUSES, KNOWN, RETRANSMITS, Rows
 from tests.support.capture import DEADLINE_S, Pair, Recording, inside, kernel_version, receive, rules, setting, wait_for
 from tests.support.comparison import ACK, FIN, INTERFACE, MAX_SEGS, SYN, Trial, segs
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 URG = 32
 _TCP_SYNCNT = 7

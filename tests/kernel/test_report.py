@@ -22,7 +22,7 @@ from producer.spool.spool import Spool
 from tests.support.capture import DEADLINE_S, Recording, hook_settings
 from tests.support.rules import filtered
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 
 def spooled(folder: Path, stream: Stream, rows: Rows) -> Path:
@@ -43,7 +43,6 @@ def lossy_round(folder: Path) -> bool:
         rules = filtered(addresses=map(ip_address, lab.addresses))
         with Recording(hook_settings(streams=(RETRANSMITS, FLOWS), rules=rules)) as recording:
             sent = lab.traffic(4)
-            assert sent.connections > 50
             assert lab.wait_idle(DEADLINE_S)
             rows = recording.all(FLOWS)
             rows = rows[rows["reason"] == REASONS.index("close")]

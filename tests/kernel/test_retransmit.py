@@ -26,7 +26,7 @@ from producer.kernel.btf import TYPEDEF, Btf
 from tests.support.capture import DEADLINE_S, Pair, Recording, Skips, cookie_of, rules, sees_ipv6_synacks, wait_for
 from tests.support.netfilter_queue import queued
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 SYN, ACK = 2, 16
 MAX_SEGS = 46  # of one skb: 64 KiB in segments of 1,448 bytes

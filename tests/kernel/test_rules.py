@@ -26,7 +26,7 @@ from producer.rules.tables import MOST_CGROUP_LEVELS, Action, Rule, tables
 from tests.support.capture import Pair, Recording, hook_settings, inside, receive
 from tests.support.capture import rules as firewall
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 KEEP, DROP = Action(), Action(transmit=False, retransmit=False)
 EXCHANGES, SIZE = 101, 7

@@ -15,7 +15,7 @@ from tests.support.capture import Recording, Skips, hook_settings, inside, sees_
 from tests.support.rules import filtered
 from tests.support.tun import Tun
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 SYN, RST, ACK = 2, 4, 16
 _FIRST_PORT = 30_000  # above all ports of the tests

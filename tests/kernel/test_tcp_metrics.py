@@ -12,7 +12,7 @@ from producer.events import CAUSES, FLOWS, REASONS, RETRANSMITS, STREAMS, Rows, 
 from producer.health.tcp import TcpMetrics
 from tests.support.capture import DEADLINE_S, Recording, hook_settings
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 BATCH_ROWS = 97
 ROUNDS = 3

@@ -18,7 +18,7 @@ from producer.host.cgroups import cgroup2_root
 from producer.kernel.bpf_syscall import jiffies_per_second
 from tests.support.capture import DEADLINE_S, Pair, Recording, cookie_of, inside, sees_ipv6_synacks, wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 

@@ -19,7 +19,7 @@ from tests.support.capture import Pair, Recording, inside, kernel_version, recei
 from tests.support.comparison import ACK, INTERFACE, RST, Trial, segs
 from tests.support.tcpinfo import TcpInfo, tcp_info
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 
 def run(host: Host, *argv: str) -> None:

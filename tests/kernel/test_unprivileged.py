@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.capture import ALLOWED
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.root
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = "-all,+bpf,+perfmon,+net_admin"

@@ -15,7 +15,7 @@ from tests.support.capture import Pair, Recording, Skips, inside, kernel_version
 from tests.support.comparison import Trial
 from tests.support.tun import Tun
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 COUNT = 97

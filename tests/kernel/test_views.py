@@ -20,7 +20,7 @@ from tests.support.rebpf import as_nobody, command
 from tests.support.rules import filtered
 from tests.support.twenty_peers import GUILTY, PEERS, PORT, twenty_peers
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.root
 
 NO_ERROR = re.compile(r"(.* WARNING trace: events are missing lost=\d+\n)?")
 """The kernel skips raw_tp's program in an interrupt of another one (docs/truth.md), which a busy machine shows."""

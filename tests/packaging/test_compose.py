@@ -22,8 +22,6 @@ DASHBOARD = json.loads((GRAFANA / "rebpf.json").read_text())
 
 HTTP_PORT = 9465
 
-pytestmark = pytest.mark.timeout(900)  # packages and a base system may have to be downloaded
-
 
 def test_compose_finds_what_it_mounts_and_builds(composed: dict[str, Any]) -> None:
     services = composed["services"].values()

@@ -43,8 +43,6 @@ TRAFFIC = ("10.111.", "fd6f:")
 """Prefix of the addresses of the service `traffic`, as in the demo."""
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
-pytestmark = pytest.mark.timeout(900)  # packages and a base system may have to be downloaded
-
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DockerEngine]:

@@ -49,8 +49,6 @@ PLACES = (
 )
 MODES = {"etc/rebpf/rebpf.toml": 0o640, "usr/bin/rebpf": 0o755}
 
-pytestmark = pytest.mark.timeout(600)  # pip may have to download every wheel
-
 
 @dataclass(frozen=True)
 class Package:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.packages import AARCH64, ROOT, X86_64, arm64_refusal, build_arm64_deb, machines
 
-pytestmark = [pytest.mark.extended, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.extended
 
 CORE = "producer/_native.abi3.so"
 

@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy/prometheus"
 DASHBOARD = json.loads((ROOT / "deploy/grafana/rebpf.json").read_text())
 
-pytestmark = pytest.mark.timeout(300)  # the package may have to be downloaded
 DEADLINE_S = 60.0
 
 # Values of Grafana's variables: no recorded rule has a window shorter than four scrapes.

@@ -17,7 +17,7 @@ RELEASES = tomllib.loads((PACKAGING / "releases.toml").read_text())
 SPEC = PACKAGING / "rpm/rebpf.spec"
 
 # Of another Python than this one: all wheels may have to be downloaded.
-built = [pytest.mark.extended, pytest.mark.timeout(900)]
+built = pytest.mark.extended
 PARAMS = [pytest.param(release, marks=built) for release in RELEASES]
 
 
@@ -89,7 +89,6 @@ def test_its_program_is_complete(package: Package) -> None:
 
 
 @pytest.mark.extended
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("release", RELEASES)
 def test_each_binary_of_the_package_for_arm64_is_for_it(release: str, programs: None, tmp_path: Path) -> None:
     if reason := arm64_refusal():

@@ -10,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.timeout(600)  # pip may have to download every dependency
 
 _WHERE = "import producer.paths as p; print(p.BPF); print(p.SCHEMAS)"
 

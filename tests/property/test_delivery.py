@@ -13,7 +13,6 @@ from pathlib import Path as Folder
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -27,8 +26,6 @@ from producer.spool.files import ASIDE_SUFFIX, files
 from producer.spool.spool import Spool
 from tests.property.faults import CrashError, FailingDisk, FailingLedger, Faults
 from tests.support.memory_ring import STRIDE, MemoryRing
-
-pytestmark = pytest.mark.timeout(600)
 
 MEMORY = Folder("/dev/shm")  # otherwise the test waits for a disk
 RING_ROWS = 300

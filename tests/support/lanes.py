@@ -78,7 +78,7 @@ def _without(files: Sequence[str]) -> list[str]:
     return [f"--ignore={file}" for file in files]
 
 
-_FIRST = ("busy", "packaging", "commands")
+_FIRST = ("integration", "packaging", "commands")
 """The last lanes that make traffic, except that of the kernel tests."""
 PLANS: Mapping[str, Sequence[Lane]] = {
     # More than there are CPUs: some tests wait for a deadline.
@@ -92,7 +92,7 @@ PLANS: Mapping[str, Sequence[Lane]] = {
         Lane("vm", ("tests/vm",), 3000, nice=5),
         Lane("unit", ("tests/unit", "tests/fuzz"), 3000, after=("vm",), nice=5),
         Lane("packaging", ("tests/packaging",), 3000, after=("unit",), nice=5),
-        Lane("commands", COMMANDS, 3000, after=("integration",), nice=5),
+        Lane("commands", COMMANDS, 3000, after=("busy",), nice=5),
         Lane("kernel", ("tests/kernel", "tests/chaos", *_without(COMMANDS)), 1800, after=_FIRST),
         Lane("property", ("tests/property",), 1800, after=_FIRST, nice=10),
     ],

@@ -1,11 +1,15 @@
 """Reads a process's sockets, BPF objects, children, capabilities and memory from /proc."""
 
+import contextlib
 import ipaddress
 import os
 import re
+import select
 import struct
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.support.rebpf import DEADLINE_S
 
 _ARENA_BYTES = 1 << 26
 
@@ -17,9 +21,18 @@ class Connection(NamedTuple):
     peer: tuple[str, int]
 
 
+def open_files(pid: int | str = "self") -> list[str]:
+    """Return what a process has open."""
+    targets = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            targets.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return targets
+
+
 def connections(pid: int) -> set[Connection]:
     """Return the connections whose sockets the process holds."""
-    inodes = {target[8:-1] for target in _targets(pid) if target.startswith("socket:[")}
+    inodes = {target[8:-1] for target in open_files(pid) if target.startswith("socket:[")}
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
@@ -55,23 +68,19 @@ def children(pid: int, text: str = "") -> set[int]:
     return found
 
 
+def ends(pidfd: int) -> bool:
+    """Wait until a process ends; return whether it does."""
+    return bool(select.select([pidfd], [], [], DEADLINE_S)[0])
+
+
 def capabilities(pid: int) -> dict[str, set[int]]:
     """Return each capability set (CapEff, ...), as numbers, of the process's threads: a set of what they have."""
     found: dict[str, set[int]] = {}
     for status in Path(f"/proc/{pid}/task").glob("*/status"):
-        for name, bits in re.findall(r"^(Cap\w+):\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE):
-            found.setdefault(name, set()).add(int(bits, 16))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            for name, bits in re.findall(r"^(Cap\w+):\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE):
+                found.setdefault(name, set()).add(int(bits, 16))
     return found
-
-
-def _targets(pid: int) -> list[str]:
-    targets = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            targets.append(os.readlink(f"/proc/{pid}/fd/{name}"))
-        except FileNotFoundError:
-            continue
-    return targets
 
 
 def _endpoint(text: str) -> tuple[str, int]:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-DEADLINE_S = 120.0
+from tests.support.rebpf import DEADLINE_S
+
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 

@@ -20,7 +20,8 @@ from typing import Any, Self
 
 import pytest
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
+"""How long tests wait for what happens within seconds, unless the machine is slow or busy."""
 COMPILED = "REBPF_TEST_COMPILED"
 """The variable with the folder of compiled programs that tests of a session share. Compiling takes seconds."""
 PROGRAMS = "REBPF_TEST_PROGRAMS"
@@ -84,9 +85,9 @@ def let_others_in(folder: Path) -> None:
             each.chmod(mode | 0o055)
 
 
-def as_nobody() -> list[str]:
+def as_nobody(user: int = 65534) -> list[str]:
     """Return a prefix that runs a command as an unprivileged user; skip the test if impossible."""
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
+    nobody = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--inh-caps=-all"]
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         pytest.skip("giving up privileges needs root and setpriv")
     # Twice: the first setpriv may start a program that the user cannot.

@@ -8,7 +8,7 @@ import numpy as np
 
 from producer.events import EncodedBatch, Stream, Topic
 from producer.kafka.sink import KafkaSink
-from tests.support.mock_cluster import DEADLINE_S
+from tests.support.rebpf import DEADLINE_S
 
 TOPICS = {"transmit": Topic("t"), "retransmit": Topic("r")}
 BEATS = {**TOPICS, "heartbeat": Topic("beats")}

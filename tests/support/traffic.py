@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from tests.support.rebpf import DEADLINE_S
 from tests.support.servers.process import free_port
 
 LOOPBACK = ("127.0.0.1", "::1")
@@ -93,7 +94,7 @@ class Steady:
 
     def stop(self) -> dict[int, int]:
         """Stop it, and return the payload bytes sent, by the sender's port."""
-        output, _ = self._process.communicate(timeout=30)
+        output, _ = self._process.communicate(timeout=DEADLINE_S)
         return {int(port): size for port, size in json.loads(output).items()}
 
     def __enter__(self) -> Self:

@@ -95,7 +95,7 @@ def command(results: Path, suite: str, tier: str) -> str:
 def _pytest(results: Path, name: str, *files: str, left_out: Sequence[str] = ()) -> str:
     hook, _, _ = name.partition("-")
     arguments = " ".join(f"tests/kernel/{file}" for file in files)
-    options = f"{WITHOUT} -o cache_dir={results}/{name}.cache --timeout=600 --durations=5"
+    options = f"{WITHOUT} -o cache_dir={results}/{name}.cache --durations=5"
     options += "".join(f" '--deselect=tests/kernel/{test}'" for test in left_out)
     tests = f"{sys.executable} -m pytest {arguments} {options}"
     runs = [

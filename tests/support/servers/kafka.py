@@ -24,7 +24,7 @@ from .process import ServerProcess, free_port, wait_until_shown
 
 CLUSTER_ID = "cmVicGYtdGVzdC1rYWZrYQ"
 REQUEST_TIMEOUT_S = 30.0
-TOOL_DEADLINE_S = 60.0
+TOOL_DEADLINE_S = 120.0
 
 
 class KafkaServer(ServerProcess):

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-START_DEADLINE_S = 90.0
+START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 20.0
-CHANGE_DEADLINE_S = 30.0
+CHANGE_DEADLINE_S = 120.0
 LOG_TAIL_LINES = 40
 
 

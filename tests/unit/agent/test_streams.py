@@ -145,8 +145,11 @@ def test_a_crash_between_spool_and_ring_moves_nothing_twice(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("old", [1, 2])
-def test_without_a_spool_what_old_rings_hold_is_counted_as_lost(tmp_path: Path, old: int) -> None:
-    parts = build(settings(tmp_path, transmit_bytes=0), *(Ring(0, 7) for _ in range(old)))
+def test_without_a_spool_what_old_rings_hold_is_counted_as_lost(
+    tmp_path: Path, old: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = build(settings(tmp_path, transmit_bytes=0), *(Ring(0, 7) for _ in range(old)), Ring(0, 0))
+    assert caplog.text.count("events of replaced hooks lost") == old
     assert parts.pipeline.account.lost == {"old_ring": 7 * old}
     assert parts.pipeline.account.carried == 7 * old
 

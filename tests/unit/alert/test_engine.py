@@ -208,8 +208,9 @@ def test_a_quantile_of_round_trip_times_is_interpolated() -> None:
     made = [flow(2, 1, cookie=n, srtt_us=n * 100_000) for n in range(4)]
     run.flows(*made, made[3])
     run.flows(made[3])  # copies count nothing
+    run.flows(flow(4, 2, cookie=3, srtt_us=250_000))
     (alert,) = run.alerts(10)
-    assert (alert.value, alert.segs) == (0.2, 3)
+    assert (alert.value, alert.segs) == (0.225, 4)
     assert alert.flows.startswith("web-1 10.0.0.1:40000>192.0.2.1:443=300000")
 
 

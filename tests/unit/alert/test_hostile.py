@@ -121,6 +121,29 @@ def test_a_flood_of_groups_is_bounded_and_known_groups_are_still_counted() -> No
     assert "other" in [alert.group for alert in made.decide(NOW_NS + 20 * SECOND_NS)]
 
 
+def test_decided_windows_give_all_their_room_back() -> None:
+    """Of groups, of round-trip times, and of more flows than a group keeps."""
+    room, slow = Room(), AlertRule(name="slow", measure="srtt", window_s=10, threshold=0.1, clear=0.1)
+    whole = dict(vars(room))
+    made = Engine([MANY, slow], [], NOW_NS - 100 * SECOND_NS, 0, decoder(), Counts(), room=room)
+    made.put(FLOWS, list(values([flow(number, sport=number, srtt_us=200_000) for number in range(1, 200)])), NOW_NS)
+    made.put(RETRANSMITS, [event(cpu_seq=number, sport=number, segs=9) for number in range(1, 200)], NOW_NS)
+    taken = {name: before - vars(room)[name] for name, before in whole.items()}
+    assert (taken["groups"], taken["samples"]) == (2, 199)
+    assert 0 < taken["flows"] < 2 * 199, "some were dropped"
+    assert len(made.decide(NOW_NS + 10 * SECOND_NS)) == 2
+    assert vars(room) == whole
+
+
+def test_alerts_that_are_resolved_are_forgotten() -> None:
+    made = engine(Counts())
+    for number in range(1, 51):
+        at_ns = NOW_NS + 10 * number * SECOND_NS
+        made.put(RETRANSMITS, [event(cpu_seq=number, host=f"host-{number}", ts_ns=at_ns, segs=9)], at_ns)
+        made.decide(at_ns + 10 * SECOND_NS)
+    assert max(len(evaluator._last) for _, evaluator in made._all()) <= 3
+
+
 def test_a_flood_of_connections_is_bounded_and_none_counts_from_its_beginning_again() -> None:
     counts = Counts()
     connections = Fleet(0, counts, most=64)
@@ -242,7 +265,8 @@ def test_the_oldest_of_too_many_alerts_are_forgotten(
 
 @pytest.mark.parametrize("chosen", ["groups", "windows", "wide names"])
 def test_whatever_a_writer_chooses_takes_bounded_memory(chosen: str) -> None:
-    made = Engine([MANY], [], 0, 0, Decoder(None), Counts(), room=Room(group_count=500, flows=500))
+    room = Room(group_count=500, flows=500)
+    made = Engine([MANY], [], 0, 0, Decoder(None), Counts(), room=room)
     suffix = "\N{PILE OF POO}" * (1000 if chosen == "wide names" else 1)
     tracemalloc.start()
     try:
@@ -251,5 +275,6 @@ def test_whatever_a_writer_chooses_takes_bounded_memory(chosen: str) -> None:
             ts_ns = NOW_NS - (number * 10 * SECOND_NS if chosen == "windows" else 0)
             made.put(RETRANSMITS, [event(host=f"{number}{suffix}", ts_ns=ts_ns)], NOW_NS)
         assert tracemalloc.get_traced_memory()[0] - before < 3 << 20
+        assert min(room.groups, room.flows) >= 0
     finally:
         tracemalloc.stop()

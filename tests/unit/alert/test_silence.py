@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from producer.alert import silence
 from producer.alert.engine import Engine
 from producer.alert.model import Alert, Counts
 from producer.alert.silence import Hosts
@@ -113,6 +114,13 @@ def test_hosts_that_could_not_be_heard_while_kafka_was_away_are_not_silent() -> 
     hear(hosts, 401)
     assert [look(hosts, second) for second in range(402, 420)] == [[]] * 18
     assert look(hosts, 420) == [("web-2", True, 320)]
+
+
+def test_a_silent_host_is_heard_again_although_no_more_hosts_can_be_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(silence, "MOST_HOSTS", 1)
+    hosts = Hosts(3, [silent_since(100)], 0)
+    hear(hosts, 140)
+    assert look(hosts, 141) == [("web-1", False, 0)]
 
 
 @pytest.mark.parametrize("interval_s", [math.inf, math.nan])

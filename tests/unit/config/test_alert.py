@@ -20,6 +20,7 @@ from producer.errors import ConfigError
         ("prefix = 33", r"prefix: expected 0 to 32, found 33"),
         ('peer = ["10.0.0.1/8"]', r"peer: .* has host bits set"),
         ("port = [70000]", r"port: expected a port or a range of ports, found 70000"),
+        ('cause = ["rto"]\nmeasure = "srtt"', "cause: expected no causes, since round-trip times have none"),
         ('cause = ["retry"]', r"cause: expected other, rto, .* found 'retry'"),
         ('labels = { "a-b" = "c" }', r"labels: expected letters, digits and underscores, found 'a-b'"),
         ("minimum = -1", r"minimum: expected at least 0, found -1"),

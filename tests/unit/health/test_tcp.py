@@ -189,6 +189,12 @@ def test_connections_that_the_table_has_no_space_for_count_once_when_they_close(
     assert added(metrics, record(8, 10)) == (10, 1), "there is room again"
 
 
+def test_equal_cookies_of_two_namespaces_are_two_connections() -> None:
+    other = record(7, 5)
+    other["flow"]["netns"] += 1
+    assert added(TcpMetrics(SINCE_NS), record(7, 10), other) == (15, 2)
+
+
 def test_closed_connections_are_forgotten_after_a_second_on_a_host_that_closes_many() -> None:
     metrics = TcpMetrics(SINCE_NS)
     for batch in range(40):

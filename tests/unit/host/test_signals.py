@@ -15,9 +15,8 @@ import pytest
 
 from producer.host import signals
 from tests.support.pty_command import PtyCommand
-from tests.support.rebpf import wait_until
+from tests.support.rebpf import DEADLINE_S, wait_until
 
-DEADLINE_S = 30.0
 LOOP = """
 import sys
 from producer.host.signals import *
@@ -116,8 +115,6 @@ def test_what_the_parent_has_blocked_or_ignored_changes_nothing() -> None:
     code = """
 import subprocess
 from producer.host import signals
-from tests.support.pty_command import PtyCommand
-from tests.support.rebpf import wait_until
 signals.reset()
 stop = signals.stop_on_signals()
 print(subprocess.run(["false"]).returncode, flush=True)
@@ -215,8 +212,6 @@ def test_a_terminal_that_closes_while_a_reload_begins_stops_the_process(tmp_path
 
 
 BACKGROUND = "os.fork() and os.wait() and os._exit(0); os.setpgid(0, 0); open(sys.argv[2], 'w').write(str(os.getpid()))"
-
-
 NOHUP = ["sh", "-c", 'exec nohup "$@" >/dev/null 2>&1', "sh"]
 
 

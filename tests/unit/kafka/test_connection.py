@@ -1,8 +1,9 @@
 """The sink's connection: replaced clients, its errors, and its sockets."""
 
+import gc
 import socket
 import threading
-import time
+import weakref
 from contextlib import closing
 
 import confluent_kafka.admin
@@ -41,11 +42,25 @@ def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluste
     assert cluster.read("t", 24) == numbered(24)
 
 
-def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts_once(cluster, open_sink, caplog):
+def held_close(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let clients be closed only after the event is set."""
+    may_close, close = threading.Event(), Producer.close
+
+    def wait(client: Producer) -> None:
+        assert may_close.wait(60), "the loop waits for the close"
+        close(client)
+
+    monkeypatch.setattr(Producer, "close", wait)
+    return may_close
+
+
+def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts_once(
+    cluster, open_sink, caplog, monkeypatch
+):
     """librdkafka's threads wait by the system clock, and would sleep for the difference."""
     cluster.create("t")
-    offset_ns = [1_700_000_000_000_000_000]
-    sink = open_sink(utc_offset_ns=lambda: offset_ns[0])
+    offset_ns, pauses_ns = [1_700_000_000_000_000_000], []
+    sink = open_sink(utc_offset_ns=lambda: offset_ns[0] - (pauses_ns.pop() if pauses_ns else 0))
     first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
     ledger = Ledger(sink)
     sink.send(first)
@@ -53,14 +68,16 @@ def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts
     for correction_ns in (-4_000_000_000, 3600_000_000_000):
         offset_ns[0] += correction_ns
         ledger.poll()
+    pauses_ns.append(3_000_000_000_000)  # of the thread, between its two readings
+    ledger.poll()
     assert "replacing" not in caplog.text
     cluster.down()
     sink.send(second)
+    may_close = held_close(monkeypatch)
     offset_ns[0] -= 3_000_000_000_000
-    before = time.monotonic()
     for _ in range(5):
         ledger.poll()
-    assert time.monotonic() - before < 1
+    may_close.set()
     cluster.up()
     ledger.wait_for(second)
 
@@ -69,6 +86,26 @@ def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts
     assert not ledger.lost["transmit"]
     assert sink.in_flight == {"transmit": 0}
     assert cluster.read("t", 24) == numbered(24)
+
+
+def test_what_messages_point_to_lives_until_their_client_is_closed(cluster, open_sink, monkeypatch):
+    cluster.create("t")
+    offset_ns = [1_700_000_000_000_000_000]
+    sink = open_sink(utc_offset_ns=lambda: offset_ns[0])
+    sent, ledger = batch(TRANSMITS, numbered(11)), Ledger(sink)
+    payload = weakref.ref(sent.payload)
+    cluster.down()
+    sink.send(sent)
+    may_close = held_close(monkeypatch)
+    offset_ns[0] -= 3_000_000_000_000
+    ledger.poll()
+    cluster.up()
+    ledger.wait_for(sent)
+    del sent, ledger
+    gc.collect()
+    assert payload() is not None
+    may_close.set()
+    wait_until("it is released", lambda: gc.collect() is not None and payload() is None)
 
 
 def test_without_threads_for_a_new_client_the_old_one_stays_until_there_are_some(
@@ -95,11 +132,9 @@ def test_without_threads_for_a_new_client_the_old_one_stays_until_there_are_some
 
 def test_a_client_that_waits_for_a_name_server_does_not_hold_a_stop(cluster, open_sink, monkeypatch):
     sink = open_sink()
-    answers, close = threading.Event(), Producer.close
-    monkeypatch.setattr(Producer, "close", lambda client: answers.wait(60) and close(client))
+    answers = held_close(monkeypatch)
     monkeypatch.setattr(connection, "_CLOSE_S", 0.1)
     sink.close()
-    assert not answers.is_set()
     answers.set()
     wait_until("it is closed", lambda: "kafka-close" not in [thread.name for thread in threading.enumerate()])
 

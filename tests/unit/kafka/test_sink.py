@@ -13,7 +13,7 @@ from producer.events import HEARTBEATS, RETRANSMITS, TRANSMITS, EncodedBatch
 from producer.kafka import librdkafka
 from producer.kafka.sink import KafkaSink
 from tests.support.garbling_proxy import GarblingProxy
-from tests.support.mock_cluster import DEADLINE_S
+from tests.support.rebpf import DEADLINE_S
 from tests.support.sink import BEATS, SETTINGS, TOPICS, Ledger, batch, messages_of, numbered
 
 

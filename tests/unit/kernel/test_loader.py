@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from producer import errors
 from producer.kernel import loader as loader_module
 from producer.kernel.loader import Loader, python_with_bcc
+from tests.support.procfs import open_files
 
 START = """
 import resource, sys
@@ -52,16 +54,10 @@ def test_exhausted_descriptors_are_reported() -> None:
 
 def test_a_loader_that_cannot_be_started_leaves_no_descriptors_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "python_with_bcc", lambda: "/nowhere/python3")
-    before = open_descriptors()
+    before = Counter(open_files())
     with pytest.raises(errors.UnavailableError, match=r"cannot start the loader: .*/nowhere/python3"):
         Loader()
-    assert open_descriptors() == before
-
-
-def open_descriptors() -> dict[int, str]:
-    """Return what this process has open, without the folder that is read for it."""
-    links = ((int(each.name), os.readlink(each)) for each in Path("/proc/self/fd").iterdir() if each.is_symlink())
-    return {number: link for number, link in links if not link.startswith("/proc/")}
+    assert Counter(open_files()) <= before
 
 
 def test_a_host_need_not_have_a_python_in_usr_bin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -71,6 +71,17 @@ def test_a_batch_behind_one_that_is_not_done_gives_no_room_back() -> None:
     assert setup.ring.committed == 6 * STRIDE
 
 
+def test_a_batch_that_is_done_is_not_spilled_with_the_one_before_it(tmp_path: Folder) -> None:
+    setup = Setup(tmp_path)
+    setup.arrive(2)
+    setup.arrive(3)
+    setup.sink.report(TRANSMITS, 1, 3)
+    setup.pipeline.poll_reports()
+    setup.pass_time(2 * AFTER_S)
+    assert (setup.spools["transmit"].end, setup.ring.committed) == (2, 5 * STRIDE)
+    setup.assert_balanced()
+
+
 def test_a_batch_is_at_most_one_produce_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(IdEncoder, "key", b"k" * 10_000)
     setup = Setup()

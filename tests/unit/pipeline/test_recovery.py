@@ -89,6 +89,20 @@ def test_a_ring_with_only_damaged_records_is_committed(tmp_path: Folder) -> None
         setup.assert_balanced()
 
 
+@pytest.mark.parametrize("spool", [False, True])
+def test_damaged_records_leave_the_ring_with_the_batch_in_flight_before_them(tmp_path: Folder, spool: bool) -> None:
+    """Their loss is in the ledger then, not earlier: a crash would bring them back, and count them again."""
+    setup = Setup(tmp_path if spool else None)
+    setup.arrive(5)
+    setup.ring.bad = {5, 6}
+    setup.arrive(2)
+    assert (setup.transmits.account.lost, setup.log) == ({"ring_damaged": 2}, [])
+    setup.sink.take_all()
+    setup.pipeline.step()
+    account = Account("ring", 7 * STRIDE, 0, {"ring_damaged": 2})
+    assert setup.log == [("ledger", account), ("commit", 7 * STRIDE)]
+
+
 def test_damaged_records_beside_a_stuck_kafka_are_counted_and_the_others_go_into_the_spool(tmp_path: Folder) -> None:
     setup = Setup(tmp_path)
     setup.arrive(3)

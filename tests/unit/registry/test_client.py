@@ -68,16 +68,16 @@ def serving(answer: Reply) -> Iterator[tuple[str, list[str]]]:
             thread.join()
 
 
-def find(url: str, cache: Path | None, *, timeout_s: float = LONG_S) -> dict[Any, Any]:
+def find(url: str, cache: Path | None, *optional: str, timeout_s: float = LONG_S) -> dict[Any, Any]:
     ids = SchemaIds(Registry(url, timeout_s=timeout_s), cache, attempts=1)
-    return dict(ids.find({"events": SCHEMA}))
+    return dict(ids.find({"events": SCHEMA}, dict.fromkeys(optional, SCHEMA)))
 
 
-def cache_of(url: str, tmp_path: Path, number: int = 7) -> Path:
+def cache_of(url: str, tmp_path: Path, *optional: str) -> Path:
     """Return a cache file as an earlier start wrote it."""
     cache = tmp_path / "ids.json"
-    with serving(reply(200, {"id": number, "schema": TEXT})) as (earlier, _):
-        assert find(earlier, cache) == {"events": number}
+    with serving(reply(200, {"id": 7, "schema": TEXT})) as (earlier, _):
+        assert find(earlier, cache, *optional) == dict.fromkeys(("events", *optional), 7)
     cache.write_text(cache.read_text().replace(earlier, url))
     return cache
 
@@ -144,6 +144,25 @@ def test_a_refused_authentication_is_named_and_earlier_ids_are_used(status: int,
         with pytest.raises(PermissionDenied, match="authentication"):
             find(url, None)
         assert find(url, cache_of(url, tmp_path)) == {"events": 7}
+
+
+def test_ids_of_another_registry_are_not_used(tmp_path: Path) -> None:
+    with serving(reply(500, {})) as (url, _), pytest.raises(UnavailableError):
+        find(url, cache_of("http://other:8081", tmp_path))
+
+
+def test_ids_of_optional_topics_are_cached_too(tmp_path: Path) -> None:
+    with serving(reply(500, {})) as (url, _):
+        assert find(url, cache_of(url, tmp_path, "beats"), "beats") == {"events": 7, "beats": 7}
+        assert find(url, cache_of(url, tmp_path), "beats") == {"events": 7}
+
+
+@pytest.mark.parametrize("refusal", [reply(401, {}), reply(404, {"error_code": 40401}), reply(500, {})])
+def test_an_optional_topic_without_an_id_stops_no_start(refusal: Reply, caplog: pytest.LogCaptureFixture) -> None:
+    found = reply(200, {"id": 7, "schema": TEXT})
+    with serving(lambda handler: (refusal if "beats-value" in handler.path else found)(handler)) as (url, _):
+        assert find(url, None, "beats") == {"events": 7}
+    assert "not sending to topic beats" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["alice", " ", "token\nalice:secret"])

@@ -8,12 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.procfs import open_files
 from tests.support.spool import BLOCK_BYTES, Setup, fill, finish, ledger_of, read_all, size_on_disk
-
-
-@pytest.fixture
-def setup(tmp_path: Path) -> Setup:
-    return Setup(tmp_path / "spool" / "transmit")
 
 
 def test_a_torn_tail_is_skipped_and_new_batches_have_new_numbers(setup: Setup) -> None:
@@ -79,8 +75,7 @@ def test_a_file_whose_header_is_damaged_is_closed(setup: Setup) -> None:
     spool = setup.open(ledger_of(spool))
     finish(spool)
     spool.close()
-    links = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
-    assert [link for link in links if link.startswith(str(setup.folder))] == []
+    assert [path for path in open_files() if path.startswith(str(setup.folder))] == []
 
 
 @pytest.mark.parametrize("ledger", [None, (0, 0, 0)])

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from tests.support import lanes
 from tests.support.documents import ROOT
 from tests.support.lanes import NO_TESTS, PLANS, Failure, Lane, last_summary, run
+from tests.support.procfs import ends
 
 PYTHON = (sys.executable, "-c")
 
@@ -45,21 +45,18 @@ def test_options_may_leave_nothing_of_a_lane() -> None:
     assert run([lane("none", f"raise SystemExit({NO_TESTS})")], PYTHON, ["-k", "x"], io.StringIO()) == []
 
 
-@pytest.mark.parametrize("handler", ["SIG_IGN", "default_int_handler"])
+@pytest.mark.parametrize("trap", ["trap '' INT", "trap 'kill $!; exit' INT"], ids=["ignores", "obeys"])
 def test_a_lane_that_hangs_is_ended_with_its_children(
-    handler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lanes, "_CLEAN_UP_S", 0.5)
-    code = (
-        "import pathlib, signal, subprocess, time\n"
-        f"signal.signal(signal.SIGINT, signal.{handler})\n"
-        "child = subprocess.Popen(['setpriv', '--pdeathsig', 'KILL', 'sleep', '600'])\n"
-        f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\n"
-        "time.sleep(600)\n"
-    )
-    assert run([lane("hangs", code, 2)], PYTHON, [], io.StringIO()) == [Failure("hangs", "timed out", ())]
-    state = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        hangs = lane("hangs", f"{trap}; exec 9>{pipe}; sleep 600 & wait", 0.5)
+        assert run([hangs], ("sh", "-c"), [], io.StringIO()) == [Failure("hangs", "timed out", ())]
+        os.set_blocking(reader.fileno(), True)
+        assert reader.read() == b"", "the last process that held the pipe has ended"
 
 
 def test_a_lane_begins_when_those_before_it_have_ended(tmp_path: Path) -> None:
@@ -91,7 +88,7 @@ def test_an_interrupt_reaches_the_lanes(tmp_path: Path) -> None:
             pidfd = os.pidfd_open(int(reader.readline()))
         try:
             runner.send_signal(signal.SIGINT)
-            assert select.select([pidfd], [], [], 30)[0]
+            assert ends(pidfd)
         finally:
             os.close(pidfd)
         output, _ = runner.communicate(timeout=30)

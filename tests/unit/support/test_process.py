@@ -1,7 +1,6 @@
 """A server process ends when asked, when its tests are killed, and explains a failed start."""
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.procfs import ends
 from tests.support.servers import process
 from tests.support.servers.process import free_port
 from tests.support.servers.shell import ShellServer
@@ -19,10 +19,6 @@ ROOT = Path(__file__).parents[3]
 
 def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def ends(pidfd: int, deadline_s: float = 10.0) -> bool:
-    return bool(select.select([pidfd], [], [], deadline_s)[0])
 
 
 def test_a_server_dies_with_a_killed_test_process(tmp_path):
@@ -84,13 +80,15 @@ def test_a_failed_start_shows_the_end_of_the_log(tmp_path):
 
 def test_a_start_that_takes_too_long_leaves_nothing_running(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "START_DEADLINE_S", 0.3)
-    server = ShellServer(tmp_path, "echo $$ > pid; exec sleep 600")
+    server = ShellServer(tmp_path, "exec sleep 600")
+    server.launch()
+    pid = server.pid
 
     with pytest.raises(TimeoutError):
-        server.start()
+        server.wait_until_ready()
 
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_free_port_is_bindable_and_no_ephemeral_one():
