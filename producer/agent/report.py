@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from producer import __version__
 from producer.agent.streams import StreamParts
 from producer.config.sources import shown
+from producer.config.validate import host_name
 from producer.events import Topic
 from producer.health.balance import Balance
 from producer.health.status import Status, StreamStatus, usage
@@ -33,6 +34,7 @@ class Reporter:
         self._sink = sink
         self._parts = parts
         self._topics = topics
+        self._host_then = host_name()
         self._started_s = time.time()
 
     def balances(self) -> dict[Topic, Balance]:
@@ -98,4 +100,6 @@ class Reporter:
             reasons += [f"{topic}: {part}: {text}" for part, text in errors.items() if text]
             if each.pipeline.spooling:
                 reasons.append(f"{topic}: events wait on disk")
+        if self._host == self._host_then != (now := host_name()):  # it may get its name late in its first boot
+            reasons.append(f"host: the name of this host is now {now}, but events have {self._host}: restart")
         return reasons

@@ -18,7 +18,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from producer.alert.last_alerts import last_alerts
 from producer.alert.model import Alert, Counts, Sink
-from producer.alert.reading import Reading, topics_of
+from producer.alert.reading import Reading, StalledError, topics_of
 from producer.alert.retry import Sleep
 from producer.alert.status import AlertStatus
 from producer.config.librdkafka import consumer_settings
@@ -121,6 +121,9 @@ class Member:
                 self._commit(self._reading)
             except _Revoked:
                 logger.info("another member became active: it sends the pending alerts")
+            except StalledError as stalled:
+                logger.warning("alert: reading again with a new client, since the old one stands still at %s", stalled)
+                self._stand_by()
         self._publish()
 
     def _publish(self) -> None:

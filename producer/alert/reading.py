@@ -32,9 +32,18 @@ _BATCH = 10_000
 _ANSWER_S = 10.0
 _LIST_S = 10.0
 _SECOND_NS, _MS_NS = 1_000_000_000, 1_000_000
+_STALL_STEPS = 300
+"""Calls of `decide`, one a second, without a message from a partition that has some."""
 _BACKLOG_NS = 60 * _SECOND_NS
 _SHOWN = 200
 _FINAL = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED})
+
+
+class StalledError(Exception):
+    """The consumer has lost track of a partition for good; a new one reads on.
+
+    Its topic was deleted and created again, for example: librdkafka ignores the new leader if its epoch is lower.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +111,24 @@ class Position:
     """(end offset, time in ns at which it was the end); None once it has been read up to there."""
     at_end: float = field(default_factory=time.monotonic)
     """When it was last read to such an end."""
+    still: int = 0
+    """Steps since messages were last read, or it was last read to such an end."""
 
     def reach(self) -> None:
         """Note whether `until` has been reached."""
+        self.still += 1
         if self.until is not None and self.next >= self.until[0]:
-            self.reached_ns, self.until, self.at_end = self.until[1], None, time.monotonic()
+            self.reached_ns, self.until, self.at_end, self.still = self.until[1], None, time.monotonic(), 0
+
+    def needs_end(self) -> bool:
+        """Return whether to ask for the current end: it was read to the last one, or has not moved for long."""
+        return self.until is None or self.still > _STALL_STEPS
+
+    def set_end(self, end: int, at_ns: int) -> bool:
+        """Set the current end; return False if the consumer does not follow the partition any more."""
+        follows = self.until is None and end >= self.next
+        self.until = (end, at_ns)
+        return follows
 
     def advance(self, run: list[Message], now_ns: int) -> None:
         """In a backlog, take the time of Kafka's timestamps, so that windows need not all stay open to its end.
@@ -165,16 +187,16 @@ class Reading:
         Partitions that the group did not know at the start are not in it.
         """
         known = [where for where in new if where in self._committed]
+        since_ms = since(self._config.rules, self.decided_ns, self._config.lookback_s) // _MS_NS
+        ends = offsets(self._consumer, known, OFFSET_END, _ANSWER_S)  # first: messages may arrive
         beats = {
-            where: self._committed[where].offset
+            where: offset if offset <= ends[where] else 0  # of a topic that was deleted and created again
             for where in known
-            if where.topic == self._topics.heartbeats and self._committed[where].offset >= 0
+            if where.topic == self._topics.heartbeats and (offset := self._committed[where].offset) >= 0
         }
         others = [where for where in known if where not in beats]
-        since_ms = since(self._config.rules, self.decided_ns, self._config.lookback_s) // _MS_NS
-        ends = offsets(self._consumer, others, OFFSET_END, _ANSWER_S)  # first: messages may arrive
         found = offsets(self._consumer, others, since_ms, _ANSWER_S)
-        return {**beats, **{PartitionId(*where): found[where] if found[where] >= 0 else ends[where] for where in ends}}
+        return {**beats, **{where: found[where] if found[where] >= 0 else ends[where] for where in others}}
 
     @property
     def firing(self) -> list[Alert]:
@@ -214,7 +236,7 @@ class Reading:
             if error is not None:
                 self._check(error, run.pop(), position)
             if run and position is not None:
-                position.next = (run[-1].offset() or 0) + 1
+                position.next, position.still = (run[-1].offset() or 0) + 1, 0
                 position.advance(run, now_ns)
                 self._take(where.topic, run, now_ns)
 
@@ -245,7 +267,7 @@ class Reading:
         return is_first
 
     def decide(self) -> list[Alert]:
-        """Return the changes that can be decided now."""
+        """Return the changes that can be decided now. Raises StalledError."""
         for each in self._positions.values():
             each.reach()
         self._request_ends()
@@ -268,10 +290,11 @@ class Reading:
             if time.monotonic() >= self._next_list:
                 self._next_list = time.monotonic() + _LIST_S
                 self._add_partitions()
-            asked = [TopicPartition(*where, OFFSET_END) for where, each in self._positions.items() if not each.until]
+            asked = [TopicPartition(*where, OFFSET_END) for where, each in self._positions.items() if each.needs_end()]
             for found in self._consumer.offsets_for_times(asked, timeout=_ANSWER_S) if asked else ():
-                if found.error is None:
-                    self._positions[PartitionId(found.topic, found.partition)].until = (found.offset, at_ns)
+                where = PartitionId(found.topic, found.partition)
+                if found.error is None and not self._positions[where].set_end(found.offset, at_ns):
+                    raise StalledError(f"partition={found.topic}/{found.partition}")
         except KafkaException as exc:  # time stands still until Kafka answers
             logger.debug("cannot get the ends of partitions: %s", exc)
 

@@ -15,6 +15,8 @@ from producer.kafka.wording import may_not_write
 
 _POLL_S = 0.1
 _AT_ONCE_S = 1.0
+_SILENT_S = 300.0
+"""The client is replaced then, as the producer's: it may wait for a partition's leader for good."""
 _FORBIDDEN = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED})
 """The second of a user who may write to no topic: brokers give it no id as a producer."""
 _PURGED = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
@@ -48,7 +50,10 @@ class TopicSink(Sink):
         try:
             for key, value in messages:
                 self._put(key, value)
+            end_s = time.monotonic() + _SILENT_S
             while self._client.flush(_AT_ONCE_S):
+                if time.monotonic() > end_s:
+                    raise KafkaException(KafkaError(KafkaError._MSG_TIMED_OUT))
                 self._sleep(_POLL_S)
         except BaseException as error:
             # The next active member or the next retry sends them; they must not arrive later from here.

@@ -109,6 +109,10 @@ class TopicName(click.ParamType):  # type: ignore[type-arg] # not generic in cli
         return value
 
 
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+")
+"""What Kubernetes and Docker set REBPF_PORT to if a service, or a linked container, has the name rebpf."""
+
+
 class _Option(click.Option):
     """Rejects an environment variable that is set but empty or blank, which click treats as unset."""
 
@@ -116,7 +120,8 @@ class _Option(click.Option):
         """Return the value of the variable. Raises UsageError if it is empty."""
         if isinstance(self.envvar, str) and not os.environ.get(self.envvar, "set").strip():
             raise UsageError(f"{self.envvar} is set but empty: give it a value, or unset it")
-        return super().resolve_envvar_value(ctx)
+        value = super().resolve_envvar_value(ctx)
+        return None if self.name == "port" and _SERVICE_LINK.fullmatch(value or "") else value
 
 
 _FILTERS = (

@@ -20,7 +20,7 @@ from producer.host import capabilities, endpoints
 from producer.host.cgroups import cgroup2_root
 from producer.host.clock import boot_id
 from producer.host.exhausted import hidden
-from producer.host.state import check_lock, check_owners, is_locked, pid
+from producer.host.state import check_lock, check_locking, check_owners, is_locked, pid
 from producer.kernel import bpf_syscall
 from producer.kernel.btf import VMLINUX, Btf
 from producer.kernel.features import Features
@@ -247,12 +247,22 @@ def _folders(config: Config) -> Iterator[Finding]:
     elif problem:
         yield Finding("state_dir", problem, ConfigError.exit_code)
     else:
-        yield Finding("state_dir", f"{config.state_dir} is writable")
+        yield _lockable(config.state_dir)
         unusable_folders = list(_unusable_folders(config))
         yield from unusable_folders or _unreadable(config)
         yield _space(config)
     if config.capture.pin is not None:
         yield _pins(config.capture.pin)
+
+
+def _lockable(path: Path) -> Finding:
+    try:
+        check_locking(_nearest(path))
+    except UnavailableError as error:
+        return Finding("state_dir", str(error), error.exit_code)
+    except OSError:  # it may be entered, but not be read
+        pass
+    return Finding("state_dir", f"{path} is writable")
 
 
 def _unusable_folders(config: Config) -> Iterator[Finding]:

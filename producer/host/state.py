@@ -94,6 +94,9 @@ class StateFolder:
         except BlockingIOError as error:
             os.close(self._lock)
             raise BusyError(f"another producer runs with state_dir {self.path}: pid {pid(self.path)}") from error
+        except OSError as error:
+            os.close(self._lock)
+            raise UnavailableError(_without_locks(self.path, error)) from error
         try:
             self._agent.unlink(missing_ok=True)
         except OSError:  # for example a folder
@@ -145,6 +148,24 @@ def check_lock(path: Path) -> None:
     """Raise ConfigError if the file of the lock exists and cannot be opened."""
     if os.path.lexists(path / "lock"):
         os.close(_open_file(path))
+
+
+def check_locking(folder: Path) -> None:
+    """Raise UnavailableError if files in an existing folder cannot be locked."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        raise UnavailableError(_without_locks(folder, error)) from error
+    finally:
+        os.close(opened)
+
+
+def _without_locks(path: Path, error: OSError) -> str:
+    fix = "use a local disk; NFS needs rpc.statd, and Lustre the mount option flock"
+    return f"state_dir {path}: cannot be locked: {error.strerror}: {fix}"
 
 
 def check_owners(path: Path) -> None:

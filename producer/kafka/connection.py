@@ -96,8 +96,14 @@ class Connection:
         self.last_error = None
         self._backoff.reset()
 
+    def give_up(self, reason: str) -> None:
+        """Have the clients replaced, unless there is a reason already. A test broker is part of its client."""
+        if not self._fatal and "bootstrap.servers" in self._settings:
+            self._fatal, self._replace_at = reason, 0.0
+            metrics.retried("kafka_client", 0.0)
+
     def replace_if_needed(self, memory: Iterable[object]) -> bool:
-        """Replace the clients after a fatal error or a clock set back; return whether they were replaced.
+        """Replace the clients after a fatal error, a clock set back or `give_up`; return whether they were replaced.
 
         Messages in flight get no reports then. `memory` is what they point to.
         """

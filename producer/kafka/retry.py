@@ -50,6 +50,11 @@ class Retry:
         """The name of the last transient error, until a message is delivered."""
 
     @property
+    def waiting(self) -> int:
+        """The number of messages that the client does not have."""
+        return self._waiting_count
+
+    @property
     def busy(self) -> bool:
         """Whether messages wait or are sent one by one, so that later ones must not overtake them."""
         return bool(self._waiting_count or self._alone)

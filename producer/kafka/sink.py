@@ -11,6 +11,8 @@ ends `poll` after the counts of the report at hand have changed, and the next `p
 """
 
 import logging
+import random
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 
@@ -31,6 +33,14 @@ from producer.kafka.retry import ABOUT_THE_MESSAGE, Retry
 from producer.kafka.wording import REPEAT_LOG_S
 
 logger = logging.getLogger(__name__)
+
+_SILENT_S = 300.0
+"""Seconds without a report, good or bad, after which a client that holds messages of a stream is replaced; at most
+twice as long, so that not all hosts connect at once.
+
+librdkafka can lose track of a partition's leader for good: of a topic that was deleted and created again in a cluster
+of several brokers, for example (its issues 4898, 5430). It reports no error then.
+"""
 
 
 def producer_settings(brokers: str | None, settings: Mapping[str, str]) -> dict[str, str]:
@@ -82,6 +92,9 @@ class KafkaSink:
         self._runs: deque[Run] = deque()
         self._outcomes: dict[str, Outcome] = {}
         self._messages = np.zeros(0, MESSAGE)
+        self._heard_at = dict.fromkeys(self._retries, 0.0)
+        """When each stream last had a report, or gave the client its only messages."""
+        self._silent_s = random.uniform(_SILENT_S, 2 * _SILENT_S)
         self._log_limit = LogLimit(REPEAT_LOG_S)
         self._unlogged_losses: Counter[tuple[Topic, str]] = Counter()
         self.in_flight: Counter[str] = Counter()
@@ -146,6 +159,7 @@ class KafkaSink:
             for (topic, error), count in self._unlogged_losses.items():
                 logger.error("kafka: %d messages rejected and lost topic=%s error=%s", count, topic, error)
             self._unlogged_losses.clear()
+        self._look_for_silence()
         if self._connection.replace_if_needed(self._flights.values()):
             self._send_all_again()
         outcomes, self._outcomes = self._outcomes, {}
@@ -158,6 +172,8 @@ class KafkaSink:
     def _produce(self, flight: Flight, rows: NDArray[np.int64] | None, *, alone: bool) -> None:
         """Pass rows of a batch to librdkafka; None: all."""
         batch = flight.batch
+        if self._retries[batch.stream.name].waiting == self.in_flight[batch.stream.name]:
+            self._heard_at[batch.stream.name] = time.monotonic()
         count = len(batch) if rows is None else len(rows)
         if count > len(self._messages):
             self._messages = np.zeros(count, MESSAGE)
@@ -172,10 +188,17 @@ class KafkaSink:
     def _resend(self, number: int, rows: NDArray[np.int64], alone: bool) -> None:
         self._produce(self._flights[number], rows, alone=alone)
 
+    def _look_for_silence(self) -> None:
+        for stream, retry in self._retries.items():
+            is_silent = time.monotonic() - self._heard_at[stream] > self._silent_s
+            if is_silent and retry.waiting < self.in_flight[stream]:
+                self._connection.give_up(f"no delivery report for {self._silent_s:.0f} s topic={self._topics[stream]}")
+
     def _on_run(self, run: Run) -> str:
         """Record that messages of a batch were acknowledged, must be retried, or are lost; return the loss's error."""
         flight = self._flights[run.number]
         retry = self._retries[flight.batch.stream.name]
+        self._heard_at[flight.batch.stream.name] = time.monotonic()
         if run.alone:
             retry.returned(len(run))
         if not run.code:
@@ -210,6 +233,7 @@ class KafkaSink:
     def _send_all_again(self) -> None:
         """Send what is not acknowledged with a new client, at the next poll."""
         self._reports.clear()
+        self._heard_at = dict.fromkeys(self._heard_at, time.monotonic())
         for retry in self._retries.values():
             retry.restart()
         for flight in self._flights.values():

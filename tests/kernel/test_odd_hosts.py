@@ -51,6 +51,19 @@ def test_a_service_whose_file_has_lost_its_brokers_is_degraded(tmp_path: Path, c
                 run.finish()
 
 
+@pytest.mark.parametrize("config", ["", "host = 'web-17'"])
+def test_a_host_that_gets_another_name_is_degraded(tmp_path: Path, config: str) -> None:
+    """At the first boot of an image, DHCP may set the name after the start. Its events would have that of the image."""
+    named = ["unshare", "--uts", "sh", "-c", 'hostname image && exec "$@"', "sh"]
+    with Run(tmp_path, "--port", 1, before=named, config=f'metrics.listen = "127.0.0.1:0"\n{config}') as run:
+        run.ready()
+        assert run.get("status")["reasons"] == []
+        subprocess.run(["nsenter", "--uts", "--target", str(run.pid), "hostname", "web-17"], check=True)
+        reason = "host: the name of this host is now web-17, but events have image: restart"
+        assert run.get("status")["reasons"] == ([] if config else [reason])
+        run.finish()
+
+
 def test_a_refused_reload_with_a_name_that_is_not_utf_8_ends_neither_heartbeats_nor_the_stop(tmp_path: Path) -> None:
     fragments = tmp_path / "run" / "conf.d"
     fragments.mkdir(parents=True)

@@ -1,11 +1,15 @@
 """The Kubernetes manifests: valid for three versions, and in agreement with the image and the producer."""
 
 import copy
+import json
+import os
 import re
 import shutil
 import subprocess
+import threading
 import tomllib
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +177,25 @@ def test_probes_and_prometheus_reach_the_endpoint() -> None:
     assert labels[monitor["spec"]["jobLabel"]] == "rebpf", "the job that the alerts expect"
 
 
+@pytest.mark.parametrize("status", [200, 503])
+def test_the_image_asks_for_its_health_without_a_proxy(status: int) -> None:
+    """Docker sets these variables in each container if its client has a proxy."""
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/healthz" else 404)
+            self.end_headers()
+
+    (command,) = re.findall(r"HEALTHCHECK .*\n\tCMD (.*)", (ROOT / "deploy/container/Dockerfile").read_text())
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ask = [part.replace("9465", str(server.server_port)) for part in json.loads(command)]
+        done = subprocess.run(ask, env={**os.environ, **proxies}, capture_output=True)
+        server.shutdown()
+    assert (done.returncode, done.stderr) == (0 if status == 200 else 1, b"")
+
+
 def test_a_stop_has_time_to_deliver() -> None:
     assert pod()["terminationGracePeriodSeconds"] > load(BASE / "rebpf.toml").kafka.stop_timeout_s + 5
 
@@ -181,4 +204,5 @@ def test_each_variable_is_an_option_of_run() -> None:
     names = {each["name"] for each in container(POD_NAMES)["env"]}
     assert names - {"NODE_NAME"} <= {each.envvar for each in run.params}
     assert "env" not in container()
+    assert pod()["enableServiceLinks"] is False, "of a service named rebpf, they would be options"
     assert (pod()["automountServiceAccountToken"], pod(POD_NAMES)["automountServiceAccountToken"]) == (False, True)

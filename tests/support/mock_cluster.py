@@ -34,6 +34,9 @@ lib.rd_kafka_mock_partition_set_leader.argtypes = (
 )  # fmt: skip
 
 
+lib.rd_kafka_mock_topic_delete.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+
+
 lib.rd_kafka_mock_start_request_tracking.argtypes = (ctypes.c_void_p,)
 
 
@@ -57,13 +60,16 @@ lib.rd_kafka_test_fatal_error.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.
 class Cluster:
     """The cluster, inside an otherwise unused client."""
 
-    def __init__(self) -> None:
-        self._owner = librdkafka.Producer({"test.mock.num.brokers": "1"})
+    def __init__(self, brokers: int = 1) -> None:
+        self._owner = librdkafka.Producer({"test.mock.num.brokers": str(brokers)})
         self._handle = lib.rd_kafka_handle_mock_cluster(self._owner._handle)
         self.brokers = self._owner.mock_bootstraps()
 
     def create(self, topic: str, partitions: int = 1) -> None:
         self._owner.mock_topic(topic, partitions)
+
+    def delete(self, topic: str) -> None:
+        assert lib.rd_kafka_mock_topic_delete(self._handle, topic.encode()) == 0
 
     def answer_produce_with(self, *codes: int) -> None:
         """Make the next requests fail with these codes."""

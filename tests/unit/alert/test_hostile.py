@@ -125,7 +125,7 @@ def test_decided_windows_give_all_their_room_back() -> None:
     """Of groups, of round-trip times, and of more flows than a group keeps."""
     room, slow = Room(), AlertRule(name="slow", measure="srtt", window_s=10, threshold=0.1, clear=0.1)
     whole = dict(vars(room))
-    made = Engine([MANY, slow], [], NOW_NS - 100 * SECOND_NS, 0, decoder(), Counts(), room=room)
+    made = Engine([MANY, slow], [], NOW_NS - 100 * SECOND_NS, 0, Decoder(None), Counts(), room=room)
     made.put(FLOWS, list(values([flow(number, sport=number, srtt_us=200_000) for number in range(1, 200)])), NOW_NS)
     made.put(RETRANSMITS, [event(cpu_seq=number, sport=number, segs=9) for number in range(1, 200)], NOW_NS)
     taken = {name: before - vars(room)[name] for name, before in whole.items()}

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from producer.alert import reading
 from producer.alert.model import Counts
-from producer.alert.reading import Reading, topics_of
+from producer.alert.reading import Reading, StalledError, topics_of
 from producer.config.alerts import AlertRule
 from producer.config.load import Config
 from producer.consume.decode import Decoder
@@ -80,6 +81,39 @@ def test_a_member_starts_without_it_and_reads_it_once_it_has_one(
         wait_until("its record is read", lambda: has_read(2))
     finally:
         active.close()
+
+
+@pytest.mark.parametrize("more", [3, 9], ids=["fewer messages than before", "more"])
+def test_a_topic_that_was_created_again_is_read_with_a_new_client(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its leader epoch is lower, so librdkafka ignores that another broker leads (its issue 4898)."""
+    monkeypatch.setattr(reading, "_STALL_STEPS", 10)
+    with closing(Cluster(brokers=3)) as cluster:
+        cluster.create("tcp_flow")
+        for broker in (1, 2, 1, 2, 1):
+            cluster.lead("tcp_flow", 0, broker)
+        counts = Counts()
+
+        def has_read(active: Reading, count: int) -> bool:
+            active.read(0.1)
+            active.decide()
+            return counts.read == count
+
+        with closing(opened(cluster, counts)) as active:
+            active.start([TopicPartition("tcp_flow", 0)], from_beginning=False)
+            for _ in range(5):
+                put(cluster, 0)
+            wait_until("they are read", lambda: has_read(active, 5))
+            cluster.delete("tcp_flow")
+            cluster.create("tcp_flow")
+            cluster.lead("tcp_flow", 0, 3)
+            for _ in range(more):
+                put(cluster, 0)
+            with pytest.raises(StalledError, match="partition=tcp_flow/0"):
+                wait_until("it stands still", lambda: has_read(active, -1))
+        with closing(opened(cluster, counts)) as active:
+            active.start([TopicPartition("tcp_flow", 0)], from_beginning=False)
+            put(cluster, 0)
+            wait_until("the next one is read", lambda: has_read(active, 6))
 
 
 def test_the_test_broker_is_no_place_for_alerts(cluster: Cluster) -> None:

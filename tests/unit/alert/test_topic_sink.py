@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from confluent_kafka import KafkaError
 
+from producer.alert import topic_sink
 from producer.alert.record import AlertEncoder
 from producer.alert.topic_sink import TopicSink
 from producer.config.librdkafka import client_settings
@@ -44,3 +46,20 @@ def test_a_missing_right_is_named_until_it_is_granted(
     lines = {record.getMessage().partition(": topic ")[2] for record in caplog.records if record.name.endswith("retry")}
     grant = "kafka-acls.sh --add --producer --topic tcp_alerts --allow-principal User:NAME"
     assert lines == {f"tcp_alerts: this user may not write to it: {grant}"}
+
+
+def test_a_topic_that_was_created_again_gets_the_alerts_from_a_new_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first client waits for the former leader for good."""
+    monkeypatch.setattr(topic_sink, "_SILENT_S", 1.0)
+    with closing(Cluster(brokers=3)) as cluster:
+        cluster.create("tcp_alerts")
+        for broker in (1, 2, 1, 2, 1):
+            cluster.lead("tcp_alerts", 0, broker)
+        settings = client_settings(cluster.brokers, {})
+        with closing(TopicSink(settings, "tcp_alerts", AlertEncoder(ALERT_ID), lambda seconds: None)) as sink:
+            sink.send([LOSS])
+            cluster.delete("tcp_alerts")
+            cluster.create("tcp_alerts")
+            cluster.lead("tcp_alerts", 0, 3)
+            sink.send([COUNT])
+            assert [key for key, _ in cluster.read("tcp_alerts", 1)] == [b"many/192.0.2.1"]

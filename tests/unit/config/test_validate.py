@@ -1,5 +1,6 @@
 """Each setting has its range and form, whatever it came from; files that are none are refused."""
 
+import json
 import os
 from ipaddress import ip_address
 from pathlib import Path
@@ -234,3 +235,12 @@ def test_a_blank_variable_is_not_taken_for_none():
     """All connections would be captured instead of those of a port."""
     done = rebpf("config", env={"REBPF_PORT": " "})
     assert (done.returncode, done.stderr) == (64, "rebpf: REBPF_PORT is set but empty: give it a value, or unset it\n")
+
+
+@pytest.mark.parametrize("value", ["tcp://10.96.0.5:9465", "udp://[fd00::5]:9465"])
+def test_the_address_of_a_service_named_rebpf_is_no_port(value):
+    """Kubernetes and Docker set REBPF_PORT in the containers beside it."""
+    done = rebpf("config", "--json", env={"REBPF_PORT": value})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["settings"]["capture.ports"] == []
+    assert rebpf("config", env={"REBPF_PORT": value.partition("//")[2]}).returncode == 64

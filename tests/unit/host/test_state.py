@@ -1,5 +1,6 @@
 """The state folder: one producer at a time, which others find."""
 
+import errno
 import fcntl
 import json
 import os
@@ -105,6 +106,23 @@ def test_a_producer_that_was_killed_is_not_believed_and_does_not_keep_others_out
 
     with StateFolder(path):
         assert running(path) is None
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_by_a_start_and_by_check(path, monkeypatch, code):
+    """NFS without rpc.statd, Lustre without its option flock, and some of FUSE."""
+
+    def without_locks(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with (
+        pytest.raises(UnavailableError, match=f"state_dir {path}: cannot be locked: .*: use a local disk"),
+        StateFolder(path),
+    ):
+        pass
+    found = [each for each in examine(Config(state_dir=path), servers=False) if each.subject == "state_dir"]
+    assert [(each.exit_code, "cannot be locked" in each.text) for each in found] == [(69, True)]
 
 
 def test_a_look_at_the_lock_does_not_keep_a_producer_out(path):

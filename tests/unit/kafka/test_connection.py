@@ -1,8 +1,10 @@
 """The sink's connection: replaced clients, its errors, and its sockets."""
 
 import gc
+import re
 import socket
 import threading
+import time
 import weakref
 from contextlib import closing
 
@@ -13,11 +15,12 @@ from producer.config.librdkafka import client_settings
 from producer.errors import UnavailableError
 from producer.events import TRANSMITS
 from producer.kafka import connection
+from producer.kafka import sink as sink_module
 from producer.kafka.librdkafka import Producer
 from producer.kafka.sink import KafkaSink
-from tests.support.mock_cluster import lib
+from tests.support.mock_cluster import Cluster, lib
 from tests.support.rebpf import wait_until
-from tests.support.sink import BEATS, Ledger, batch, numbered
+from tests.support.sink import BEATS, SETTINGS, TOPICS, Ledger, batch, numbered
 
 
 def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluster, open_sink, caplog):
@@ -106,6 +109,45 @@ def test_what_messages_point_to_lives_until_their_client_is_closed(cluster, open
     assert payload() is not None
     may_close.set()
     wait_until("it is released", lambda: gc.collect() is not None and payload() is None)
+
+
+def test_a_client_that_waits_for_ever_for_a_topic_that_was_created_again_is_replaced(monkeypatch, caplog):
+    """The new topic's leader epoch is lower, so librdkafka ignores that another broker leads (its issue 4898)."""
+    monkeypatch.setattr(sink_module, "_SILENT_S", 2.0)
+    with closing(Cluster(brokers=3)) as cluster:
+        cluster.create("t")
+        for broker in (1, 2, 1, 2, 1):
+            cluster.lead("t", 0, broker)
+        with closing(KafkaSink(client_settings(cluster.brokers, SETTINGS), TOPICS)) as sink:
+            sink.open()
+            first, second, third = (batch(TRANSMITS, numbered(11, start)) for start in (0, 11, 22))
+            ledger = Ledger(sink)
+            sink.send(first)
+            ledger.wait_for(first)
+            cluster.delete("t")
+            cluster.create("t")
+            cluster.lead("t", 0, 3)
+            sink.send(second)
+            sink.send(third)
+            ledger.wait_for(second, third)
+            assert cluster.read("t", 22) == numbered(22, 11)
+
+        assert ledger.delivered == {"transmit": 33}
+        assert re.search("replacing the client: no delivery report for [234] s topic=t", caplog.text)
+
+
+def test_messages_that_wait_to_be_retried_replace_no_client(open_sink, monkeypatch, caplog):
+    """Their topic is missing, and others share the client."""
+    sink = open_sink()
+    sink.send(batch(TRANSMITS, numbered(11)))
+    ledger = Ledger(sink)
+    ledger.wait(lambda: sink.last_error_of("transmit"))
+    monkeypatch.setattr(sink, "_silent_s", 0.2)
+    due_at = time.monotonic() + 0.6
+    monkeypatch.setattr(sink._retries["transmit"], "_due_at", due_at)
+    ledger.wait(lambda: time.monotonic() > due_at)
+
+    assert "replacing" not in caplog.text
 
 
 def test_without_threads_for_a_new_client_the_old_one_stays_until_there_are_some(
