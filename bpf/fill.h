@@ -15,6 +15,7 @@
 #define TCPHDR_URG 0x20
 #define TCP_SYN_RECV 3
 #define TCP_LISTEN 10
+#define TCP_NEW_SYN_RECV 12
 #define TCP_CA_RECOVERY 3
 #define TCP_CA_LOSS 4
 #define ICSK_TIME_LOSS_PROBE 5
@@ -117,14 +118,14 @@ static __always_inline u32 netns_of(const struct sock *sk)
 }
 
 /*
- * The address of a raw socket, which is the value of the verifier's pointer. Some kernels' bpf_skc_to_tcp_sock() accepts a
- * raw socket as TCP's and others' does not (docs/decisions.md).
+ * The address of a raw socket or a request, which is the value of the verifier's pointer. Some kernels'
+ * bpf_skc_to_tcp_sock() accepts a raw socket as TCP's and others' does not (docs/decisions.md).
  */
-static __always_inline const struct sock *address_of(struct bpf_sock *raw)
+static __always_inline const struct sock *address_of(struct bpf_sock *found)
 {
 	const struct sock *sk = NULL;
 
-	bpf_probe_read_kernel(&sk, sizeof(sk), &raw);
+	bpf_probe_read_kernel(&sk, sizeof(sk), &found);
 	return sk;
 }
 
