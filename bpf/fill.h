@@ -15,7 +15,6 @@
 #define TCPHDR_URG 0x20
 #define TCP_SYN_RECV 3
 #define TCP_LISTEN 10
-#define TCP_NEW_SYN_RECV 12
 #define TCP_CA_RECOVERY 3
 #define TCP_CA_LOSS 4
 #define ICSK_TIME_LOSS_PROBE 5
@@ -348,9 +347,11 @@ static __always_inline u8 cause_of(u8 tcp_flags, u8 ca_state, const struct tcp_s
 static __always_inline void fill_cause(struct retransmit_event *e, const struct tcp_sock *tp, bool is_loss_probe)
 {
 	e->cause = is_loss_probe ? CAUSE_TLP : cause_of(e->s.tcp_flags, e->s.ca_state, tp);
+	if (e->cause == CAUSE_RTO && HAS_TCP && !e->s.snd_wnd && READ((const struct sock *)tp, sk_socket))
+		return; /* the receiver has closed its window: a probe, unless no process has the socket any more */
 	if (HAS_tcp_sock_icsk_retransmits && (e->cause == CAUSE_RTO || e->cause == CAUSE_SYN)) {
 		e->retransmit_no = READ_IF(tcp_sock, tp, icsk_retransmits);
-		e->s.known |= e->retransmit_no ? KNOWN_RETRANSMIT_NO : 0; /* 0: the receiver has closed its window */
+		e->s.known |= KNOWN_RETRANSMIT_NO;
 	}
 }
 
