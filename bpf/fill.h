@@ -117,14 +117,14 @@ static __always_inline u32 netns_of(const struct sock *sk)
 }
 
 /*
- * The address of a raw socket, which is the value of the verifier's pointer. Some kernels' bpf_skc_to_tcp_sock() accepts a
- * raw socket as TCP's and others' does not (docs/decisions.md).
+ * The address of a raw socket or a request, which is the value of the verifier's pointer. Some kernels'
+ * bpf_skc_to_tcp_sock() accepts a raw socket as TCP's and others' does not (docs/decisions.md).
  */
-static __always_inline const struct sock *address_of(struct bpf_sock *raw)
+static __always_inline const struct sock *address_of(struct bpf_sock *found)
 {
 	const struct sock *sk = NULL;
 
-	bpf_probe_read_kernel(&sk, sizeof(sk), &raw);
+	bpf_probe_read_kernel(&sk, sizeof(sk), &found);
 	return sk;
 }
 
@@ -349,8 +349,10 @@ static __always_inline u32 fill_cause(struct retransmit_event *e, const struct t
 	e->cause = is_loss_probe ? CAUSE_TLP : cause_of(e->s.tcp_flags, e->s.ca_state, tp);
 	if (!HAS_tcp_sock_icsk_retransmits || (e->cause != CAUSE_RTO && e->cause != CAUSE_SYN))
 		return 0;
+	if (e->cause == CAUSE_RTO && HAS_TCP && !e->s.snd_wnd && READ((const struct sock *)tp, sk_socket))
+		return 0; /* the receiver has closed its window: a probe, unless no process has the socket any more */
 	e->retransmit_no = READ_IF(tcp_sock, tp, icsk_retransmits);
-	return e->retransmit_no ? KNOWN_RETRANSMIT_NO : 0; /* 0: the receiver has closed its window */
+	return KNOWN_RETRANSMIT_NO;
 }
 
 /* `number`: the 1-based retransmission number of the SYN-ACK; 0 if unknown. */

@@ -833,13 +833,15 @@ static __always_inline void recognize_synack(struct sender *sender, struct __sk_
 					     const struct wire *wire)
 {
 	struct bpf_sock *found = find_requester(skb, flow);
-	const struct tcp_request_sock *request;
+	const struct tcp_request_sock *request = NULL;
 	struct tcp_sock *tp;
 
 	if (!found)
 		return;
-	request = bpf_skc_to_tcp_request_sock(found);
-	if (!request) {
+	/* bpf_skc_to_tcp_request_sock() refuses the requests of Multipath TCP's listeners. */
+	if (found->state == TCP_NEW_SYN_RECV) {
+		request = (const void *)address_of(found);
+	} else {
 		tp = bpf_skc_to_tcp_sock(found);
 		if (tp)
 			request = fast_open_request(tp);

@@ -6,6 +6,7 @@
 #define REBPF_WIRE_H
 
 #define ETH_P_IP_BE 0x0008 /* 0x0800 in network order */
+#define TCP_NEW_SYN_RECV 12
 #define IPPROTO_HOPOPTS 0
 #define IPPROTO_TCP 6
 #define IPPROTO_ROUTING 43

@@ -12,7 +12,8 @@ import pytest
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, KNOWN, RETRANSMITS, Rows
 from tests.support.capture import DEADLINE_S, Pair, Recording, inside, kernel_version, receive, rules, setting, wait_for
-from tests.support.comparison import ACK, FIN, INTERFACE, MAX_SEGS, SYN, Trial, segs
+from tests.support.comparison import ACK, FIN, INTERFACE, MAX_SEGS, RST, SYN, Trial, segs
+from tests.support.tun import Tun
 
 pytestmark = pytest.mark.root
 
@@ -240,6 +241,34 @@ def test_retransmissions_into_a_window_that_the_receiver_has_closed_have_no_numb
         pair.accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5000)
         rows = wait_for(into_closed_window, "a retransmission")
     assert not (rows["s"]["known"] & KNOWN["retransmit_no"]).any()
+
+
+def test_a_retransmission_into_a_closed_window_has_no_number_either_if_timeouts_came_before(
+    capture: Recording, lab: Lab, port: int
+) -> None:
+    """The kernel does not count it as a timeout, and its number would be that of the last one."""
+
+    def timeouts() -> Rows:
+        rows = capture.of_port(RETRANSMITS, port)
+        chosen: Rows = rows[rows["cause"] == CAUSES.index("rto")]
+        return chosen
+
+    with Tun(lab.server) as far, inside(lab.server), socket.create_server((far.near[4], port)) as listener:
+        far.send(4, 40_000, port, SYN)
+        seq = far.read()[-1].seq + 1
+        far.send(4, 40_000, port, ACK, seq=8, ack_seq=seq)
+        with listener.accept()[0] as accepted:
+            accepted.sendall(bytes(7))
+            wait_for(lambda: len(timeouts()) > 0, "a timeout")
+            far.send(4, 40_000, port, ACK, seq=8, ack_seq=seq, window=0)
+            before = len(timeouts())
+            wait_for(lambda: len(timeouts()) > before, "a retransmission")
+            far.send(4, 40_000, port, RST, seq=8)
+    rows = timeouts()
+    closed = rows["s"]["snd_wnd"] == 0
+    assert list(closed) == [False] * before + [True] * (len(rows) - before)
+    assert list(rows["retransmit_no"][~closed]) == list(range(1, before + 1))
+    assert not (rows["s"]["known"][closed] & KNOWN["retransmit_no"]).any()
 
 
 def with_options(pair: Pair, version: int) -> None:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.root
 
 SYN, RST, ACK = 2, 4, 16
 _FIRST_PORT = 30_000  # above all ports of the tests
+_IPPROTO_MPTCP = 262
 SETTINGS = {
     "core.somaxconn": 65_535,
     "ipv4.tcp_max_syn_backlog": 65_535,
@@ -70,6 +71,19 @@ def listening(host: Host, far: Tun, version: int, port: int, *, mapped: bool = F
         yield listener
 
 
+@contextlib.contextmanager
+def listening_for_multipath(host: Host, far: Tun, version: int, port: int) -> Iterator[socket.socket]:
+    """As programs in Go do by default: plain TCP reaches such a listener, too."""
+    with inside(host):
+        listener = socket.socket(
+            socket.AF_INET6 if version == 6 else socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP
+        )
+    with listener:
+        listener.bind((far.near[version], port))
+        listener.listen()
+        yield listener
+
+
 def events(capture: Recording, stream: Stream, host: Host, port: int) -> Rows:
     rows = capture.of_port(stream, port)
     chosen: Rows = rows[rows["s"]["flow"]["netns"] == host.netns]
@@ -118,6 +132,20 @@ def test_each_retransmitted_syn_ack_is_an_event(
         assert (sent["s"]["known"] & KNOWN["is_retransmit"]).all()
         _, first = np.unique(sent["s"]["flow"]["dport"], return_index=True)
         assert set(np.flatnonzero(sent["is_retransmit"] == 0)) == set(first)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_syn_acks_of_a_listener_for_multipath_tcp_are_recognized(
+    roomy: Recording, host: Host, far: Tun, port: int, version: int
+) -> None:
+    with listening_for_multipath(host, far, version, port):
+        far.send(version, _FIRST_PORT, port, SYN)
+        wait_for(lambda: len(far.read()) >= 2, "the SYN-ACK twice")
+    sent, (again,) = events(roomy, TRANSMITS, host, port), events(roomy, RETRANSMITS, host, port)
+    assert (CAUSES[again["cause"]], again["retransmit_no"]) == ("syn_ack", 1)
+    if roomy.kernel.hooks_in_use["transmit"] == "cgroup_skb":
+        assert (sent["s"]["known"] & KNOWN["is_retransmit"]).all()
+        assert list(sent["is_retransmit"]) == [0, 1]
 
 
 def test_retransmitted_syn_acks_are_events_although_their_addresses_are_translated(

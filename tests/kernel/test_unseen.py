@@ -106,6 +106,16 @@ def to_time_wait(host: Host, far: Tun, version: int, port: int) -> None:
                 far.send(version, _FIRST_PORT, port, FIN | ACK, seq=8, ack_seq=seq + 1)
 
 
+def data_to_time_wait(host: Host, far: Tun, version: int, port: int) -> None:
+    """The first data is answered by a reset, which ends the wait; the rest by the listener."""
+    with listening(host, far, version, port) as listener:
+        accepted, seq = connected(far, listener, version, port)
+        accepted.close()
+        far.send(version, _FIRST_PORT, port, ACK, seq=8, ack_seq=seq + 1)
+        for _ in range(COUNT - 2):
+            far.send(version, _FIRST_PORT, port, ACK, seq=8, ack_seq=seq + 1, payload=b"?")
+
+
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize(
     ("provoke", "of_sockets", "without_socket"),
@@ -116,6 +126,7 @@ def to_time_wait(host: Host, far: Tun, version: int, port: int) -> None:
         (beyond_the_window_of_request, 1, COUNT - 1),
         (to_connection, COUNT, 0),
         (to_time_wait, 3, 0),
+        (data_to_time_wait, 2, COUNT - 3),
     ],
 )
 def test_segments_without_a_full_socket(
@@ -139,7 +150,7 @@ def test_segments_without_a_full_socket(
     seen = of_sockets
     if capture.kernel.hooks_in_use["transmit"] == "cgroup_skb" and version == 4:
         seen += without_socket
-        if provoke is to_time_wait and kernel_version() < (6, 13):
+        if provoke in (to_time_wait, data_to_time_wait) and kernel_version() < (6, 13):
             seen = COUNT
     rows = of_host(capture, host, port)
     assert seen - skips.of(TRANSMITS) <= len(rows) <= seen + resent

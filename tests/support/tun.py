@@ -75,11 +75,12 @@ class Tun:
         seq: int = 7,
         ack_seq: int = 0,
         payload: bytes = b"",
+        window: int = 65_535,
     ) -> None:
         """Send a segment from the far side. The host has handled it when this returns."""
         ends = b"".join(ipaddress.ip_address(each[version]).packed for each in (self.far, self.near))
         pseudo = ends + struct.pack("!HH", socket.IPPROTO_TCP, 20 + len(payload))
-        start = struct.pack("!HHIIBBH", sport, dport, seq, ack_seq, 5 << 4, tcp_flags, 65_535)
+        start = struct.pack("!HHIIBBH", sport, dport, seq, ack_seq, 5 << 4, tcp_flags, window)
         padded = payload + bytes(len(payload) % 2)
         tcp = start + struct.pack("!HH", _checksum(pseudo + start + bytes(4) + padded), 0) + payload
         os.write(self._device, _ip_header(version, ends, len(tcp)) + tcp)
