@@ -352,7 +352,7 @@ static __always_inline u32 fill_cause(struct retransmit_event *e, const struct t
 	if (e->cause == CAUSE_RTO && HAS_TCP && !e->s.snd_wnd && READ((const struct sock *)tp, sk_socket))
 		return 0; /* the receiver has closed its window: a probe, unless no process has the socket any more */
 	e->retransmit_no = READ_IF(tcp_sock, tp, icsk_retransmits);
-	return KNOWN_RETRANSMIT_NO;
+	return e->retransmit_no ? KNOWN_RETRANSMIT_NO : 0;
 }
 
 /* `number`: the 1-based retransmission number of the SYN-ACK; 0 if unknown. */

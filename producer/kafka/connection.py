@@ -1,6 +1,7 @@
 """The sink's connection to Kafka: its clients, what they log, and when they are replaced."""
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _CLOCK_STEP_NS = 5_000_000_000
 _CLOSE_S = 2.0
+_ERRORS_S = 120.0
+"""Without a broker, librdkafka reports an error at each attempt to connect, which takes at most 30 s by default."""
 
 
 def rough_utc_offset_ns() -> int:
@@ -55,6 +58,7 @@ class Connection:
         self._fatal = ""
         """Why the clients must be replaced."""
         self._replace_at = 0.0
+        self._error_at = -math.inf
         self._backoff = BackOff("kafka_client")
         self._log_limit = LogLimit(REPEAT_LOG_S)
         self.last_error: Error | None = None
@@ -97,8 +101,13 @@ class Connection:
         self._backoff.reset()
 
     def give_up(self, reason: str) -> None:
-        """Have the clients replaced, unless there is a reason already. A test broker is part of its client."""
-        if not self._fatal and "bootstrap.servers" in self._settings:
+        """Have the clients replaced, unless there is a reason already, or they report errors.
+
+        Without a broker, new ones would deliver no earlier, and send again what has arrived. A test broker is part of
+        its client.
+        """
+        reports_errors = time.monotonic() - self._error_at < _ERRORS_S
+        if not self._fatal and not reports_errors and "bootstrap.servers" in self._settings:
             self._fatal, self._replace_at = reason, 0.0
             metrics.retried("kafka_client", 0.0)
 
@@ -158,6 +167,7 @@ class Connection:
             return -1
 
     def _on_error(self, error: Error) -> None:
+        self._error_at = time.monotonic()
         metrics.kafka_error(error.name)
         if error.fatal and not self._fatal:
             self._fatal = f"fatal error {error.name}"

@@ -150,6 +150,24 @@ def test_messages_that_wait_to_be_retried_replace_no_client(open_sink, monkeypat
     assert "replacing" not in caplog.text
 
 
+def test_an_outage_replaces_no_client(cluster, open_sink, monkeypatch, caplog):
+    """A new one would send again what has arrived, so there would be duplicates."""
+    cluster.create("t")
+    sink = open_sink()
+    sent, ledger = batch(TRANSMITS, numbered(11)), Ledger(sink)
+    cluster.down()
+    sink.send(sent)
+    ledger.wait(lambda: sink.last_error)
+    monkeypatch.setattr(sink, "_silent_s", 0.2)
+    end_at = time.monotonic() + 0.6
+    ledger.wait(lambda: time.monotonic() > end_at)
+    cluster.up()
+    ledger.wait_for(sent)
+
+    assert "replacing" not in caplog.text
+    assert ledger.delivered == {"transmit": 11}
+
+
 def test_without_threads_for_a_new_client_the_old_one_stays_until_there_are_some(
     cluster, open_sink, monkeypatch, caplog
 ):
