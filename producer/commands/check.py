@@ -17,7 +17,7 @@ from producer.config.load import Config
 from producer.errors import BusyError, ConfigError, HookError, PermissionDenied, RebpfError, UnavailableError
 from producer.events import FLOWS, HOOKS, STREAMS, layout_check
 from producer.host import capabilities, endpoints
-from producer.host.cgroups import cgroup2_root
+from producer.host.cgroups import ONLY_A_PART, cgroup2_root, is_part
 from producer.host.clock import boot_id
 from producer.host.exhausted import hidden
 from producer.host.state import check_lock, check_locking, check_owners, is_locked, pid
@@ -71,7 +71,10 @@ def _kernel(config: Config) -> Iterator[Finding]:
     root = cgroup2_root()
     fix = "mount -t cgroup2 none /sys/fs/cgroup, or on another folder if that one is in use"
     text = f"mounted at {root}" if root else f"not mounted, but the hook cgroup_skb needs it: {fix}"
-    yield Finding("cgroup v2", text, available=root is not None)
+    if root and is_part(root):
+        yield Finding("cgroup v2", f"{root} has {ONLY_A_PART}", warns=True)
+    else:
+        yield Finding("cgroup v2", text, available=root is not None)
     path = config.capture.btf or VMLINUX
     try:
         btf = Btf.load(path)

@@ -7,6 +7,7 @@ from producer.config.load import Config
 from producer.errors import PermissionDenied, RebpfError, SchemaError, UnavailableError
 from producer.events import HEARTBEATS
 from producer.kafka.admin import Admin, TopicInfo, in_partitions
+from producer.kafka.librdkafka import check_loopback
 from producer.kafka.wording import may_not_write
 from producer.registry.published import published_schemas
 from producer.registry.schema_ids import SchemaIds
@@ -22,7 +23,12 @@ _BATCH_BYTES = 1_000_000
 def kafka(config: Config) -> Iterator[Finding]:
     """Check the brokers and the topics."""
     if config.kafka.brokers is None:
-        yield Finding("Kafka", "no brokers configured: the in-process test broker will be used")
+        try:
+            check_loopback()
+        except UnavailableError as error:
+            yield Finding("Kafka", str(error), error.exit_code)
+        else:
+            yield Finding("Kafka", "no brokers configured: the in-process test broker will be used")
         return
     events = [topic(config, stream) for stream in config.capture.streams]
     heartbeats = topic(config, HEARTBEATS)

@@ -1,6 +1,6 @@
 """Capabilities of the process: query and drop them.
 
-Standard library only. Layouts: include/uapi/linux/capability.h.
+Layouts: include/uapi/linux/capability.h.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from producer.errors import PermissionDenied
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +82,8 @@ def _set(effective: int, permitted: int) -> None:
     header = ctypes.create_string_buffer(struct.pack("<Ii", _VERSION_3, 0))
     words = [word >> shift & 0xFFFFFFFF for shift in (0, 32) for word in (effective, permitted, 0)]
     if _libc.capset(header, struct.pack("<6I", *words)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"capset: {os.strerror(number)}")
+        why = os.strerror(ctypes.get_errno())
+        raise PermissionDenied(f"cannot drop capabilities: {why}: allow capset (seccomp), or setcap (SELinux)")
 
 
 def _mask(name: str) -> int:

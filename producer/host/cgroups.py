@@ -31,6 +31,10 @@ _SHARE = 0.05
 """Maximum share of the time spent on lookups."""
 
 
+_ROOT_ID = 1
+"""The kernel's id, and inode number, of the root cgroup."""
+
+
 def cgroup2_root(mounts: Path = Path("/proc/self/mountinfo")) -> Path | None:
     """Return where the cgroup v2 hierarchy is mounted, or None. Other mounts may have only a part of it.
 
@@ -47,6 +51,19 @@ def cgroup2_root(mounts: Path = Path("/proc/self/mountinfo")) -> Path | None:
         return None
     _, path = min(found, key=itemgetter(0))
     return Path(os.fsdecode(_ESCAPE.sub(lambda octal: bytes([int(octal[1], 8)]), path)))
+
+
+ONLY_A_PART = (
+    "only the cgroups of this container, so the hook cgroup_skb sees no others: mount the host's /sys/fs/cgroup"
+)
+
+
+def is_part(root: Path) -> bool:
+    """Whether a mounted hierarchy is only that of a cgroup namespace, such as a container's, and not the host's."""
+    try:
+        return root.stat().st_ino != _ROOT_ID
+    except OSError:
+        return False
 
 
 def _level(part: bytes) -> int:

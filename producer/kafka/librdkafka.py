@@ -7,6 +7,7 @@ Functions and structures: librdkafka's rdkafka.h and rdkafka_mock.h. Pointers ar
 """
 
 import ctypes
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
@@ -107,6 +108,18 @@ def _reason(text: "ctypes.Array[ctypes.c_char]") -> str:
     return text.value.decode(errors="replace").strip()
 
 
+def check_loopback() -> None:
+    """Raise UnavailableError if there is no address for the mock cluster: librdkafka would abort the process."""
+    try:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+    except OSError as error:
+        why = f"the test broker cannot listen on 127.0.0.1: {error.strerror}"
+        raise UnavailableError(
+            f"{why}: set kafka.brokers, or add the address: ip addr add 127.0.0.1/8 dev lo"
+        ) from error
+
+
 def check_settings(settings: Mapping[str, str], aliases: Iterable[str]) -> None:
     """Raise ConfigError for the first setting that librdkafka rejects; for an unknown one, with the nearest name.
 
@@ -178,6 +191,7 @@ class Producer:
         check_threads()
         if TEST_BROKER.keys() <= settings.keys():
             check_descriptors(_MOCK_DESCRIPTORS)
+            check_loopback()
         text = ctypes.create_string_buffer(_ERROR_BYTES)
         conf = _new_conf({**settings, "log.queue": "true"})
         _lib.rd_kafka_conf_set_events(conf, EVENT_DR | EVENT_LOG | EVENT_ERROR)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from producer import __version__
 from producer.errors import UnavailableError
 from producer.events import FLOWS, STREAMS, Stream, layout_check
+from producer.host.cgroups import ONLY_A_PART, cgroup2_root, is_part
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
 from producer.kernel import bpf_syscall, kprobes
@@ -78,6 +79,7 @@ class Capture:
         self.old_ring_id: str | None = None
         """The `ring_id` of the newest old rings, while there are any."""
         self._old_rings: dict[str, tuple[StoredRing, int]] = {}
+        self._cgroups = cgroup2_root()
         self._replacing = False
         self._descriptors: list[int] = []
         self._maps: dict[str, int] = {}
@@ -259,12 +261,14 @@ class Capture:
             self._numbers.stop({stream.name: self.sequence(stream) for stream in STREAMS})
 
     def check(self) -> None:
-        """Raise UnavailableError if a probe was detached, unpinned or turned off."""
+        """Raise UnavailableError if a probe was detached, unpinned or turned off, or sees a part of the host only."""
         if any(map(bpf_syscall.is_detached, self._links)):
             raise UnavailableError("another process has detached a program, so events are missing: restart")
         kprobes.check(self.hooks_in_use.values() if self._links else ())
         if self._store and self._links:
             self._store.check()
+        if self._links and "cgroup_skb" in self.hooks_in_use.values() and self._cgroups and is_part(self._cgroups):
+            raise UnavailableError(f"{self._cgroups} has {ONLY_A_PART}, and restart")
 
     def report_flows(self) -> None:
         """Write a record of each open connection to the ring of flows, from `attach` to `detach`."""

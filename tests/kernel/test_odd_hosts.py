@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from producer.host.cgroups import cgroup2_root, is_part
 from tests.support.fake_systemd import Manager
 from tests.support.mock_cluster import Cluster
-from tests.support.rebpf import Run, wait_until
+from tests.support.rebpf import Run, command, wait_until
 from tests.support.topics import TRANSMIT
 from tests.support.traffic import Echo, exchange
 
@@ -49,6 +50,35 @@ def test_a_service_whose_file_has_lost_its_brokers_is_degraded(tmp_path: Path, c
                 reasons = run.get("status")["reasons"]
                 assert any("kafka.brokers is not set" in each for each in reasons) == bool(service)
                 run.finish()
+
+
+def test_a_container_with_its_own_cgroups_is_degraded_since_the_hook_sees_no_others(tmp_path: Path) -> None:
+    """Docker and Kubernetes give it a cgroup namespace. Without the host's mount, nothing of the host is captured."""
+    root = cgroup2_root()
+    if root is None or is_part(root):
+        pytest.skip("the cgroup v2 hierarchy of the host is not mounted")
+    container = root / f"rebpf-test-{os.getpid()}"
+    container.mkdir()
+    entered = f"echo $$ > {container}/cgroup.procs && exec unshare --cgroup --mount sh -c"
+    mounted = f'umount {root} && mount -t cgroup2 none {root} && exec "$@"'
+    inside = ["sh", "-c", f"{entered} '{mounted}' sh \"$@\"", "sh"]
+    hooks = 'metrics.listen = "127.0.0.1:0"\ncapture.hooks = ["cgroup_skb", "raw_tp"]'
+    reason = f"{root} has only the cgroups of this container"
+    try:
+        with Run(tmp_path, "--port", 1, before=inside, config=hooks) as run:
+            run.ready()
+            wait_until("health names it", lambda: any(reason in each for each in run.get("status")["reasons"]))
+            run.finish()
+        checked = subprocess.run([*inside, *command("check", "--local", "--config", run.config)], capture_output=True)
+        assert reason in checked.stdout.decode()
+    finally:
+        wait_until("it is removed", lambda: not container.exists() or remove(container))
+
+
+def remove(cgroup: Path) -> bool:
+    with suppress(OSError):  # the kernel has not yet released its last process
+        cgroup.rmdir()
+    return not cgroup.exists()
 
 
 @pytest.mark.parametrize("config", ["", "host = 'web-17'"])

@@ -3,6 +3,8 @@
 import gc
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -267,3 +269,13 @@ def test_a_test_broker_has_the_topics():
         assert {name: len(topic.partitions) for name, topic in topics.items()} == {"t": 4, "r": 4, "beats": 1}
     finally:
         sink.close()
+
+
+@pytest.mark.root
+def test_a_host_without_the_loopback_address_has_no_test_broker():
+    """As one with IPv6 only: librdkafka would abort the process."""
+    client = "from producer.kafka.librdkafka import Producer; Producer({'test.mock.num.brokers': '1'})"
+    without = 'ip link set lo up && ip addr del 127.0.0.1/8 dev lo && exec "$@"'
+    command = ["unshare", "--net", "sh", "-c", without, "sh", sys.executable, "-c", client]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "UnavailableError: the test broker cannot listen on 127.0.0.1: Cannot assign" in done.stderr
