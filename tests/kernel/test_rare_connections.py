@@ -2,14 +2,18 @@
 
 import errno
 import os
+import shutil
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from producer.demo.lab import Lab
-from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES, Rows
-from tests.support.capture import Recording, inside, receive, setting, wait_for
+from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES, STREAMS, Rows
+from producer.paths import BPF
+from tests.support.capture import Pair, Recording, hook_settings, inside, receive, setting, wait_for
+from tests.support.rules import filtered
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
@@ -38,6 +42,25 @@ def test_a_connect_without_a_free_port_has_its_error(flows: Recording, lab: Lab,
     (row,) = of_role(flows, port, "client", 1, "close")
     assert (STATES[row["state"]], row["flow"]["sport"]) == ("SYN_SENT", 0)
     assert (row["known"] & KNOWN["error"], row["error"]) == (KNOWN["error"], errno.EADDRNOTAVAIL)
+
+
+def test_a_connection_whose_beginning_no_program_has_seen_does_not_have_its_listeners_start(
+    lab: Lab, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in softirqs in which some kernels run no program of a tracepoint: docs/truth.md."""
+    copy = tmp_path / "bpf"
+    shutil.copytree(BPF, copy)
+    text, first = (copy / "flow.h").read_text(), "	if (new_state == TCP_SYN_SENT)\n"
+    assert text.count(first) == 1
+    skipped = "	if (old_state == TCP_LISTEN || old_state == TCP_SYN_RECV)\n		return 0;\n"
+    (copy / "flow.h").write_text(text.replace(first, skipped + first))
+    monkeypatch.setattr("producer.kernel.capture.BPF", copy)
+    with Recording(hook_settings(streams=STREAMS, rules=filtered(ports=[port]))) as recording:
+        with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+            pair.end()
+        (row,) = of_role(recording, port, "server", 1, "close")
+    assert not row["known"] & KNOWN["start_ns"]
+    assert row["known"] & KNOWN["process"]
 
 
 def test_a_subflow_that_the_kernel_adds_to_multipath_tcp_is_of_no_kernel_thread(flows: Recording, port: int) -> None:
