@@ -63,14 +63,14 @@ def test_a_connection_whose_beginning_no_program_has_seen_does_not_have_its_list
     assert row["known"] & KNOWN["process"]
 
 
-def test_a_subflow_that_the_kernel_adds_to_multipath_tcp_is_of_no_kernel_thread(flows: Recording, port: int) -> None:
+def test_subflows_that_the_kernel_adds_to_multipath_tcp_have_no_process(flows: Recording, port: int) -> None:
     with Lab(loss=0) as lab:
-        near, far = "10.224.0.1", "10.224.0.2"
-        for host, address in ((lab.client, near), (lab.server, far)):
+        near, other, far = "10.224.0.1", "10.224.0.3", "10.224.0.2"
+        for host, address in ((lab.client, near), (lab.client, other), (lab.server, far)):
             subprocess.run(host.command("ip", "address", "add", f"{address}/24", "dev", "veth0"), check=True)
         subprocess.run(lab.client.command("ip", "mptcp", "endpoint", "add", near, "subflow"), check=True)
         for host in lab.hosts:
-            subprocess.run(host.command("ip", "mptcp", "limits", "set", "subflow", "1"), check=True)
+            subprocess.run(host.command("ip", "mptcp", "limits", "set", "subflow", "2"), check=True)
         with inside(lab.server):
             listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP)
         with inside(lab.client):
@@ -85,7 +85,9 @@ def test_a_subflow_that_the_kernel_adds_to_multipath_tcp_is_of_no_kernel_thread(
                 receive(accepted, 5)
                 accepted.sendall(b"!")
                 receive(client, 1)
-                wait_for(lambda: lab.server.counters()["PassiveOpens"] == 2, "the other subflow")
-        rows = of_role(flows, port, "client", 2, "close")
+                wait_for(lambda: lab.server.counters()["PassiveOpens"] == 2, "a worker's subflow")
+                subprocess.run(lab.client.command("ip", "mptcp", "endpoint", "add", other, "subflow"), check=True)
+                wait_for(lambda: lab.server.counters()["PassiveOpens"] == 3, "a subflow of this command")
+        rows = of_role(flows, port, "client", 3, "close")
     process = {row["flow"]["saddr"].tobytes()[-4:]: int(row["pid"]) for row in rows}
-    assert process == {socket.inet_aton(lab.client.ipv4): os.getpid(), socket.inet_aton(near): 0}
+    assert process == dict(zip(map(socket.inet_aton, (lab.client.ipv4, near, other)), (os.getpid(), 0, 0), strict=True))
