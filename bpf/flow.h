@@ -104,8 +104,9 @@ static __always_inline void fill_state(struct flow_event *e, const struct flow_s
 	e->role = state->role;
 	if (state->role)
 		e->known |= KNOWN_ROLE;
-	e->start_ns = state->start_ns;
-	if (state->start_ns)
+	if (state->role == ROLE_CLIENT || state->established_ns || e->state == TCP_SYN_RECV)
+		e->start_ns = state->start_ns; /* otherwise no program has seen it yet, and it is the listener's */
+	if (e->start_ns)
 		e->known |= KNOWN_START_NS;
 	if (state->role == ROLE_CLIENT && state->established_ns) {
 		e->connect_us = (state->established_ns - state->start_ns) / 1000;

@@ -6,8 +6,6 @@
 #ifndef REBPF_PROCESS_H
 #define REBPF_PROCESS_H
 
-#define PF_KTHREAD 0x00200000
-
 struct process {
 	u32 pid; /* 0: unknown */
 	u8 comm[16];
@@ -100,10 +98,20 @@ static __always_inline void delete_state(void *sk)
 BPF_TABLE("lru_hash", u64, struct process, processes, 65536);
 #endif
 
-/* Whether a worker of the kernel connects another subflow of a process' Multipath TCP. */
-static __always_inline bool is_subflow_of_kernel(const struct tcp_sock *tp, const struct task_struct *task)
+/*
+ * Whether it is a further subflow of a process' Multipath TCP, which the kernel connects: in a worker, or in the process
+ * that adds an endpoint (ip mptcp, mptcpd).
+ */
+static __always_inline bool is_further_subflow(const struct tcp_sock *tp)
 {
-	return READ_IF(tcp_sock, tp, is_mptcp) && PROBE(task, flags) & PF_KTHREAD;
+#if HAS_tcp_sock_is_mptcp && HAS_tcp_sock_icsk_ulp_data && HAS_mptcp_subflow_context_conn && HAS_mptcp_sock_first
+	const struct mptcp_subflow_context *subflow = READ(tp, icsk_ulp_data);
+	const struct mptcp_sock *connection = (const void *)PROBE(subflow, conn);
+
+	return READ(tp, is_mptcp) && (u64)PROBE(connection, first) != (u64)tp;
+#else
+	return false;
+#endif
 }
 
 /* The process of a task, not the thread. */
@@ -142,7 +150,7 @@ static __always_inline void follow_process(struct tcp_sock *tp, u32 old_state, u
 		found = find_state(tp);
 	if (found && begins) {
 		found->reported_retrans = 0;
-		if (!is_subflow_of_kernel(tp, task))
+		if (!is_further_subflow(tp))
 			note_process(&found->process, task);
 	}
 	if (found)

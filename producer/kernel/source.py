@@ -25,7 +25,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "sk_buff": ("cb", "tstamp"),
     "tcp_skb_cb": ("seq", "end_seq", "tcp_gso_segs", "tcp_flags"),
     "socket": ("sk",),
-    "task_struct": ("tgid", "comm", "flags", "group_leader"),
+    "task_struct": ("tgid", "comm", "group_leader"),
 }
 # If the kernel lacks one of these members, the fields that depend on it are null.
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
@@ -65,6 +65,7 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "tcp_tx_delay",
         "fastopen_rsk",
         "is_mptcp",
+        "inet_conn.icsk_ulp_data",
         "segs_out",
         "data_segs_out",
         "segs_in",
@@ -86,6 +87,8 @@ OPTIONAL: Mapping[str, tuple[str, ...]] = {
         "rtt_min",
         "inet_conn.icsk_ca_ops",
     ),
+    "mptcp_subflow_context": ("conn",),
+    "mptcp_sock": ("first",),
     "tcp_congestion_ops": ("name",),
     "bpf_iter_meta": ("seq", "session_id"),
     "request_sock": ("num_retrans",),

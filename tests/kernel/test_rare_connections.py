@@ -2,14 +2,18 @@
 
 import errno
 import os
+import shutil
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from producer.demo.lab import Lab
-from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES, Rows
-from tests.support.capture import Recording, inside, receive, setting, wait_for
+from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES, STREAMS, Rows
+from producer.paths import BPF
+from tests.support.capture import Pair, Recording, hook_settings, inside, receive, setting, wait_for
+from tests.support.rules import filtered
 
 pytestmark = pytest.mark.root
 
@@ -40,14 +44,33 @@ def test_a_connect_without_a_free_port_has_its_error(flows: Recording, lab: Lab,
     assert (row["known"] & KNOWN["error"], row["error"]) == (KNOWN["error"], errno.EADDRNOTAVAIL)
 
 
-def test_a_subflow_that_the_kernel_adds_to_multipath_tcp_is_of_no_kernel_thread(flows: Recording, port: int) -> None:
+def test_a_connection_whose_beginning_no_program_has_seen_does_not_have_its_listeners_start(
+    lab: Lab, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in softirqs in which some kernels run no program of a tracepoint: docs/truth.md."""
+    copy = tmp_path / "bpf"
+    shutil.copytree(BPF, copy)
+    text, first = (copy / "flow.h").read_text(), "	if (new_state == TCP_SYN_SENT)\n"
+    assert text.count(first) == 1
+    skipped = "	if (old_state == TCP_LISTEN || old_state == TCP_SYN_RECV)\n		return 0;\n"
+    (copy / "flow.h").write_text(text.replace(first, skipped + first))
+    monkeypatch.setattr("producer.kernel.capture.BPF", copy)
+    with Recording(hook_settings(streams=STREAMS, rules=filtered(ports=[port]))) as recording:
+        with Pair(lab.client, lab.server, lab.server.ipv4, port) as pair:
+            pair.end()
+        (row,) = of_role(recording, port, "server", 1, "close")
+    assert not row["known"] & KNOWN["start_ns"]
+    assert row["known"] & KNOWN["process"]
+
+
+def test_subflows_that_the_kernel_adds_to_multipath_tcp_have_no_process(flows: Recording, port: int) -> None:
     with Lab(loss=0) as lab:
-        near, far = "10.224.0.1", "10.224.0.2"
-        for host, address in ((lab.client, near), (lab.server, far)):
+        near, other, far = "10.224.0.1", "10.224.0.3", "10.224.0.2"
+        for host, address in ((lab.client, near), (lab.client, other), (lab.server, far)):
             subprocess.run(host.command("ip", "address", "add", f"{address}/24", "dev", "veth0"), check=True)
         subprocess.run(lab.client.command("ip", "mptcp", "endpoint", "add", near, "subflow"), check=True)
         for host in lab.hosts:
-            subprocess.run(host.command("ip", "mptcp", "limits", "set", "subflow", "1"), check=True)
+            subprocess.run(host.command("ip", "mptcp", "limits", "set", "subflow", "2"), check=True)
         with inside(lab.server):
             listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP)
         with inside(lab.client):
@@ -62,7 +85,9 @@ def test_a_subflow_that_the_kernel_adds_to_multipath_tcp_is_of_no_kernel_thread(
                 receive(accepted, 5)
                 accepted.sendall(b"!")
                 receive(client, 1)
-                wait_for(lambda: lab.server.counters()["PassiveOpens"] == 2, "the other subflow")
-        rows = of_role(flows, port, "client", 2, "close")
+                wait_for(lambda: lab.server.counters()["PassiveOpens"] == 2, "a worker's subflow")
+                subprocess.run(lab.client.command("ip", "mptcp", "endpoint", "add", other, "subflow"), check=True)
+                wait_for(lambda: lab.server.counters()["PassiveOpens"] == 3, "a subflow of this command")
+        rows = of_role(flows, port, "client", 3, "close")
     process = {row["flow"]["saddr"].tobytes()[-4:]: int(row["pid"]) for row in rows}
-    assert process == {socket.inet_aton(lab.client.ipv4): os.getpid(), socket.inet_aton(near): 0}
+    assert process == dict(zip(map(socket.inet_aton, (lab.client.ipv4, near, other)), (os.getpid(), 0, 0), strict=True))

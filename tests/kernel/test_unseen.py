@@ -79,6 +79,17 @@ def beyond_the_window_of_request(host: Host, far: Tun, version: int, port: int) 
             far.send(version, _FIRST_PORT, port, ACK, seq=1 << 30, ack_seq=first + 1)
 
 
+def to_connecting(host: Host, far: Tun, version: int, port: int) -> None:
+    """As from a peer that still has an older connection."""
+    with inside(host):
+        client = socket.socket(socket.AF_INET6 if version == 6 else socket.AF_INET)
+    with client:
+        client.setblocking(False)
+        client.connect_ex((far.far[version], port))
+        for i in range(COUNT - 1):
+            far.send(version, port, client.getsockname()[1], ACK, seq=100, ack_seq=i)
+
+
 def connected(far: Tun, listener: socket.socket, version: int, port: int) -> tuple[socket.socket, int]:
     """Connect from the far side, and return the accepted socket and its next sequence number."""
     far.send(version, _FIRST_PORT, port, SYN)
@@ -124,6 +135,7 @@ def data_to_time_wait(host: Host, far: Tun, version: int, port: int) -> None:
         (to_listener, 0, COUNT),
         (to_request, 1, COUNT - 1),
         (beyond_the_window_of_request, 1, COUNT - 1),
+        (to_connecting, 1, COUNT - 1),
         (to_connection, COUNT, 0),
         (to_time_wait, 3, 0),
         (data_to_time_wait, 2, COUNT - 3),
