@@ -15,6 +15,7 @@ from producer.errors import UnavailableError
 from producer.events import Stream
 from producer.export.container import read_container
 from producer.export.part import Part
+from producer.schemas import streams
 from producer.spool.files import SPOOL_SUFFIX
 
 Names = Mapping[Stream, frozenset[str]]
@@ -95,8 +96,10 @@ class Topics:
         self.undecodable += len(rejected)
         partitions = np.array(list(map(Message.partition, messages)), np.int64)
         for rows, table in tables:
-            decoded = table.status == 0
-            if decoded.any():
+            decoded = int(np.count_nonzero(table.status == 0))
+            if streams().get(table.plan.record) != stream:  # a record of another topic
+                self.undecodable += decoded
+            elif decoded:
                 yield Part(stream, table, partitions[rows])
 
 

@@ -5,25 +5,32 @@ from collections.abc import Iterator
 import pytest
 
 import rebpf
+from producer.alert.model import Alert
+from producer.alert.record import AlertEncoder
 from producer.consume.period import Period
 from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.export.sources import Topics
 from producer.report.collect import collect
 from producer.report.summary import summarize
+from producer.schemas import ALERT_ID
 from tests.support.analysis import message, scene
 from tests.support.mock_topics import Cluster
+
+ALERT = Alert("many", "host", "web-1", True, "count", 9.0, 5.0, 2.0, 0, 10.0, 0, 9, 0)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Has the scene's connections and retransmissions, no transmits, and a foreign message."""
+    """Has the scene's connections and retransmissions, no transmits, a foreign message, and records of other topics."""
     cluster = Cluster()
     given = scene()
     for stream in (FLOWS, RETRANSMITS):
         for each in given[stream]:
             cluster.put(stream.topic, message(stream, each), each["host"])
     cluster.put(FLOWS.topic, b"foreign")
+    cluster.put(FLOWS.topic, AlertEncoder(ALERT_ID).encode(ALERT, 0.0)[1])
+    cluster.put(FLOWS.topic, message(RETRANSMITS, given[RETRANSMITS][0]))
     yield cluster
     cluster.close()
 
@@ -38,7 +45,7 @@ def test_the_figures_of_topics_are_those_of_their_events(cluster: Cluster) -> No
         "tcp_retransmit": 150,
     }
     assert all(quality.missing == 0 for quality in summary.quality.values())
-    assert summary.undecodable == 1
+    assert summary.undecodable == 3
 
 
 def test_a_topic_is_read_in_python(cluster: Cluster) -> None:
