@@ -1,12 +1,15 @@
 """Topics as a source: every event once, counted rejects, and only topics that exist. test_export.py has periods."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import rebpf
 from producer.alert.model import Alert
 from producer.alert.record import AlertEncoder
+from producer.commands.export import export
+from producer.commands.report import report
 from producer.consume.period import Period
 from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
@@ -52,6 +55,18 @@ def test_a_topic_is_read_in_python(cluster: Cluster) -> None:
     table = rebpf.read(brokers=cluster.brokers, topic="tcp_retransmit", columns=["cause"])
     assert sorted(set(table["cause"].to_pylist())) == ["fast", "rto"]
     assert len(table) == 150
+
+
+def test_messages_that_are_all_undecodable_are_no_empty_period(tmp_path: Path) -> None:
+    cluster = Cluster()
+    cluster.put(FLOWS.topic, b"\0\0\0\0\x4d" + bytes(99))
+    source = Topics(cluster.brokers, {FLOWS: FLOWS.topic})
+    why = "undecodable messages: 1, the first: schema id 77 is not one of the fixed ids: set --registry"
+    with pytest.raises(UnavailableError, match=f"^no events in this period; {why}$"):
+        export(source, tmp_path, "parquet", Period(), frozenset({FLOWS}))
+    with pytest.raises(UnavailableError, match=f"^no connection records and .*; {why[:19]}"):
+        report(source, Period(), tmp_path / "report.html", None)
+    cluster.close()
 
 
 def test_no_topic_is_an_error(cluster: Cluster) -> None:
