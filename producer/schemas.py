@@ -4,11 +4,12 @@ import io
 import json
 import struct
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import fastavro
 
-from producer.events import ALERTS, HEARTBEATS, STREAMS, SchemaId
+from producer.events import ALERTS, HEARTBEATS, STREAMS, SchemaId, Stream
 from producer.paths import SCHEMAS
 
 HEARTBEAT_FILE = HEARTBEATS.schema_file
@@ -23,6 +24,13 @@ def load_schema(file: str) -> dict[str, Any]:
     """Return a published schema by its file name in schemas/."""
     schema: dict[str, Any] = json.loads((SCHEMAS / file).read_text())
     return schema
+
+
+@cache
+def streams() -> Mapping[str, Stream]:
+    """Return the streams by the full names of their records."""
+    schemas = {stream: load_schema(stream.schema_file) for stream in STREAMS}
+    return {f"{schema['namespace']}.{schema['name']}": stream for stream, schema in schemas.items()}
 
 
 def frame(schema_id: SchemaId) -> bytes:

@@ -117,7 +117,7 @@ class Alertmanager(_Receiver):
         # The group by its kind (host=...) is for inhibition with other alerts of that host.
         own = {"alertname": alert.rule, "by": alert.by, "group": alert.group, alert.by.replace("+", "_"): alert.group}
         severity = {"severity": alert.severity} if alert.severity else {}
-        values = {"summary": summary(alert), "value": f"{alert.value:g}"}
+        values = {"summary": summary(alert), "value": f"{alert.value:.10g}"}
         return {
             "labels": {**json.loads(alert.labels), **severity, **own},
             "annotations": {**json.loads(alert.annotations), **behind, **values},

@@ -39,7 +39,7 @@ def summary(alert: Alert) -> str:
     who = f"{alert.by} {alert.group}"
     if alert.measure == "silence":
         return f"{who} is silent: no heartbeat for {alert.value:.0f} s" if alert.firing else f"{who} is heard again"
-    limit = "{:.2%}" if alert.measure in RATIOS else "{:g} s" if alert.measure == "srtt" else "{:g}"
+    limit = "{:.2%}" if alert.measure in RATIOS else "{:g} s" if alert.measure == "srtt" else "{:.10g}"
     limits = f"fires from {limit.format(alert.threshold)}, resolves below {limit.format(alert.clear)}"
     behind = [f"{name} {found}" for name in ("causes", "hosts", "flows") if (found := getattr(alert, name))]
     text = f"{who}{'' if alert.firing else ' is resolved'}: {_what(alert)} ({alert.rule} {limits})"
@@ -54,5 +54,5 @@ def _what(alert: Alert) -> str:
     if alert.measure == "count":
         return f"{alert.retransmitted_segs} segments were retransmitted {within}"
     if alert.measure == "failed_connects":
-        return f"{alert.value:g} connects failed {within}"
+        return f"{alert.value:.10g} connects failed {within}"
     return f"the round-trip time was {alert.value:g} s {within}, of {alert.segs} measured"

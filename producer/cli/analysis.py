@@ -117,6 +117,7 @@ def export(
     from producer.consume.period import Period
     from producer.consume.reader import collect_rarely
     from producer.export.read import STREAMS
+    from producer.export.sources import undecodable
 
     collect_rarely()
     _clean_up_on_signals()
@@ -125,8 +126,8 @@ def export(
     source = _source(config, brokers, registry, paths, period, names)
     written = write(source, output, form, period, frozenset(STREAMS[name] for name in names), _choice(filter_text))
     echo(lines(f"{path} events={count}" for path, count in written.items()))
-    if source.undecodable:
-        echo(f"undecodable messages: {source.undecodable}", err=True)
+    if complaint := undecodable(source):
+        echo(complaint, err=True)
 
 
 @click.command(

@@ -8,7 +8,7 @@ from producer.errors import UnavailableError
 from producer.events import Stream
 from producer.export.dataset import Dataset
 from producer.export.events import Choice, record_batches
-from producer.export.sources import Files, Topics
+from producer.export.sources import Files, Topics, undecodable
 from producer.host.progress import Progress
 from producer.host.when import compact
 
@@ -29,5 +29,6 @@ def export(
                 dataset.add(stream, batch)
         written = dataset.commit()
     if not written:
-        raise UnavailableError("no events in this period" + (" match the filter" if choice else ""))
+        text = "no events in this period" + (" match the filter" if choice else "")
+        raise UnavailableError("; ".join(filter(None, (text, undecodable(source)))))
     return written

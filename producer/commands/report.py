@@ -13,7 +13,7 @@ from producer.events import TRANSMITS
 from producer.export.arrow import schema_of
 from producer.export.dataset import disk_errors
 from producer.export.events import Choice
-from producer.export.sources import Files, Topics
+from producer.export.sources import Files, Topics, undecodable
 from producer.host.output_file import check_folder, write_whole
 from producer.host.progress import Progress
 from producer.host.when import iso
@@ -40,8 +40,8 @@ def report(
     collected = collect(source, period, choice)
     summary = summarize(collected, period)
     if summary.totals is None and summary.timeline is None:
-        which = " match the filter" if choice else ""
-        raise UnavailableError(f"no connection records and no retransmissions in this period{which}")
+        text = "no connection records and no retransmissions in this period" + (" match the filter" if choice else "")
+        raise UnavailableError("; ".join(filter(None, (text, undecodable(source)))))
     if summary.flows and TRANSMITS in collected.quality:
         segments = collect_segments(source, period, flow_choice(summary))
     else:

@@ -133,8 +133,8 @@ class Chosen:
         chosen = np.zeros(len(batch), np.bool_)
         for (stream, *_), places in alike.items():
             records = of_rows(stream, [batch[at].record for at in places])
-            ts_ns = records["ts_ns"]
-            mask = self.period.mask(ts_ns.cells) | ~ts_ns.valid  # alerts and heartbeats do not have it
+            has_ns = "ts_ns" in records.columns  # alerts and heartbeats have milliseconds alone
+            mask = self.period.mask(records["ts_ns"].cells if has_ns else records["ts"].cells * 1_000_000)
             chosen[places] = mask if self.matches is None else mask & self.matches(records)
         return [batch[at] for at in np.flatnonzero(chosen).tolist()]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -57,14 +58,21 @@ class Output:
 
 
 def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
-    """Yield this host's records as they arrive; at the end, a last record of each open connection."""
+    """Yield this host's records as they arrive; at the end, a last record of each open connection.
+
+    The rings are read one after the other, so what is later than the first of these reads waits for the next.
+    """
+    later: list[Records] = []
     with source:
         source.report()  # the counters of open connections
         while not stop.is_set():
-            yield source.read()
+            now_ns = time.time_ns()
+            found = [(each, each["ts_ns"].cells <= now_ns) for each in source.read()]
+            yield [*later, *(each.select(is_due) for each, is_due in found)]
+            later = [each.select(~is_due) for each, is_due in found if not is_due.all()]
             stop.wait(_POLL_S)
         source.report()
-        yield source.read()
+        yield [*later, *source.read()]
         if lost := source.lost():
             logger.warning("trace: events are missing lost=%d", lost)
 

@@ -32,8 +32,9 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The steps through a record of a schema, and the names and types of its columns."""
+    """The steps through a record of a schema, its full name, and the names and types of its columns."""
 
+    record: str
     steps: bytes
     names: tuple[str, ...]
     types: tuple[str, ...]
@@ -49,27 +50,29 @@ def plan_for(schema: Mapping[str, Any], wanted: Fields) -> Plan:
         elif isinstance(types.get(name), str) and types[name] in _ALSO[kind]:
             continue
         raise FieldError(f"no field {name} of type {kind}")
-    return _plan(schema["fields"], [name for name, _ in wanted])
+    return _plan(schema, [name for name, _ in wanted])
 
 
 def plan_for_all(schema: Mapping[str, Any]) -> Plan:
     """Return the plan that decodes all fields but lists and bytes."""
     names = [field["name"] for field in schema["fields"] if _scalar(field["type"]) is not None]
-    return _plan(schema["fields"], names)
+    return _plan(schema, names)
 
 
 def plan_for_names(schema: Mapping[str, Any], names: Collection[str]) -> Plan:
     """Return the plan that decodes the fields of these names, as far as the schema has them and columns can."""
-    return _plan(schema["fields"], [name for name in plan_for_all(schema).names if name in names])
+    return _plan(schema, [name for name in plan_for_all(schema).names if name in names])
 
 
-def _plan(fields: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plan:
+def _plan(schema: Mapping[str, Any], names: Sequence[str]) -> Plan:
+    fields = schema["fields"]
     columns = {name: column for column, name in enumerate(names)}
     steps: list[_Step] = []
     for field in fields:
         _append(steps, field["type"], columns.get(field["name"], _SKIP))
     types = {field["name"]: _scalar(field["type"]) or "" for field in fields}
-    return Plan(np.array(steps, _STEP).tobytes(), tuple(names), tuple(types.get(name, "") for name in names))
+    kinds = tuple(types.get(name, "") for name in names)
+    return Plan(schema.get("name", ""), np.array(steps, _STEP).tobytes(), tuple(names), kinds)
 
 
 def _scalar(kind: Any) -> str | None:

@@ -22,13 +22,11 @@ from producer.consume.blocks import Blocks, CodecError
 from producer.consume.columns import Table, Values, decode
 from producer.consume.plan import Plan, plan_for_all, plan_for_names
 from producer.errors import IncompleteError, UnavailableError
-from producer.events import STREAMS, Stream
+from producer.events import Stream
 from producer.export.part import Part
-from producer.schemas import load_schema
+from producer.schemas import streams
 from producer.spool.format import Reader, read_header
 
-_STREAMS = {load_schema(stream.schema_file)["name"]: stream for stream in STREAMS}
-"""By the names of their records."""
 _FRAME = bytes(5)
 _BRANCH_BYTES = 1
 """Of a union's branch: its number as an Avro long."""
@@ -60,18 +58,18 @@ def _parts(path: Path, file: BinaryIO, names: Mapping[Stream, frozenset[str]], *
     if isinstance(schema, list):
         try:
             union = accepted_container(text)
-            streams = {each["name"]: _STREAMS[each["name"].rpartition(".")[2]] for each in union}
+            found = {each["name"]: streams()[each["name"]] for each in union}
         except (NotAccepted, LookupError) as error:
             raise UnavailableError(f"{path}: has no events of ReBPF") from error
-        plans = {each["name"]: plan_of(json.dumps(each), names.get(streams[each["name"]])) for each in union}
+        plans = {each["name"]: plan_of(json.dumps(each), names.get(found[each["name"]])) for each in union}
         runs = _of_union(path, blocks, union)
         for name, values in runs if in_order else _joined(runs):
-            yield Part(streams[name], _whole(path, decode(values, plans[name])))
+            yield Part(found[name], _whole(path, decode(values, plans[name])))
         return
     is_spool = "rebpf.format" in blocks.metadata
     try:
         text = json.dumps(_event_schema(schema) if is_spool else schema)
-        stream = _STREAMS[_event(text)["name"].rpartition(".")[2]]
+        stream = streams()[_event(text)["name"]]
     except (NotAccepted, LookupError, TypeError, StopIteration) as error:
         raise UnavailableError(f"{path}: has no events of ReBPF") from error
     plan = plan_of(text, names.get(stream))

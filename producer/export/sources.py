@@ -15,6 +15,7 @@ from producer.errors import UnavailableError
 from producer.events import Stream
 from producer.export.container import read_container
 from producer.export.part import Part
+from producer.schemas import streams
 from producer.spool.files import SPOOL_SUFFIX
 
 Names = Mapping[Stream, frozenset[str]]
@@ -46,7 +47,7 @@ class Files:
             where = ", ".join(map(str, paths))
             kinds = "an export to Parquet, a spool, or files of `rebpf trace -w`"
             raise UnavailableError(f"no {SPOOL_SUFFIX} or {PARQUET} files in {where}: expected {kinds}")
-        self.undecodable = 0
+        self.undecodable, self.reason = 0, ""
 
     def parts(self, names: Names, progress: Progress = None) -> Iterator[Part]:
         """Yield the events of all files."""
@@ -70,7 +71,7 @@ class Topics:
     since_ns: int | None = None
 
     def __post_init__(self) -> None:
-        self.undecodable = 0
+        self.undecodable, self.reason = 0, ""
         self._streams = {topic: stream for stream, topic in self.topics.items()}
 
     def parts(self, names: Names, progress: Progress = None) -> Iterator[Part]:
@@ -92,12 +93,22 @@ class Topics:
         self, decoder: Decoder, stream: Stream, messages: Sequence[Message], names: frozenset[str] | None
     ) -> Iterator[Part]:
         tables, rejected = decoder.tables(list(map(Message.value, messages)), names)
+        for _, reason in rejected[:1]:
+            self.reason = self.reason or reason
         self.undecodable += len(rejected)
         partitions = np.array(list(map(Message.partition, messages)), np.int64)
         for rows, table in tables:
-            decoded = table.status == 0
-            if decoded.any():
+            decoded = int(np.count_nonzero(table.status == 0))
+            if streams().get(table.plan.record) != stream:  # a record of another topic
+                self.reason = self.reason or f"a record of another topic: {table.plan.record}"
+                self.undecodable += decoded
+            elif decoded:
                 yield Part(stream, table, partitions[rows])
+
+
+def undecodable(source: Files | Topics) -> str:
+    """Return how many messages could not be decoded, and why the first could not; empty if there are none."""
+    return f"undecodable messages: {source.undecodable}, the first: {source.reason}" if source.undecodable else ""
 
 
 def _files(path: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from producer.host import signals
 from producer.view.screen import Look
 
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
-_HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+_HOME, _CLEAR_LINE, _HIDE_CURSOR = "\x1b[H", "\x1b[K", "\x1b[?25l"
 _READ_BYTES = 1024
 _USUAL = 80, 24
 """Columns and lines of a terminal that does not say, such as a serial console."""
@@ -80,8 +80,9 @@ class Terminal:
         return Look(size.columns or _USUAL[0], size.lines or _USUAL[1], self._color, unicode)
 
     def draw(self, lines: list[str]) -> None:
-        """Show lines, as many as the screen has; foreign text in them must be printable."""
-        self._write(_HOME + f"{_REST_OF_LINE}\r\n".join(lines) + _REST_OF_LINE + _REST_OF_SCREEN)
+        """Show as many lines as the screen has; foreign text in them must be printable."""
+        # Cleared before, since the cursor stays on the last character of a full line, which it would take.
+        self._write(_HOME + "\r\n".join(f"{_CLEAR_LINE}{line}" for line in lines) + _HIDE_CURSOR)
 
     def keys(self, timeout_s: float) -> list[str]:
         """Wait for keys, a signal or the end of the time, and return the keys. `eof` is a closed input.

@@ -15,7 +15,8 @@ from producer.errors import UnavailableError
 from producer.events import FLOWS
 from producer.host.progress import Progress
 from producer.host.signals import Flag
-from producer.view.records import Records, of_table, stream_of
+from producer.schemas import streams
+from producer.view.records import Records, of_table
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ class TopicSource:
                     return
                 for messages in batch.values():
                     parts, _ = self._decoder.tables([message.value() for message in messages])
-                    yield from (of_table(FLOWS, table) for _, table in parts if stream_of(table.plan.names) == FLOWS)
+                    found = (table for _, table in parts if streams().get(table.plan.record) == FLOWS)
+                    yield from (of_table(FLOWS, table) for table in found)
 
     def read(self) -> list[Records]:
         """Return the records that have arrived, within a bounded time."""
@@ -92,7 +94,7 @@ class TopicSource:
             for each in rejected:
                 many = len(self._skipped) >= _MAX_REASONS and each.reason not in self._skipped
                 self._skipped["other reasons" if many else each.reason] += 1
-            tables = [(stream_of(table.plan.names), table) for _, table in parts]
+            tables = [(streams().get(table.plan.record), table) for _, table in parts]
             found += [of_table(stream, table) for stream, table in tables if stream is not None]
             wait_s = 0
             if time.monotonic() > deadline:

@@ -38,8 +38,10 @@ class PtyCommand:
     def colored(self) -> list[str]:
         """Return the last whole screen."""
         self.read(0.1)
-        frames = [frame for frame in self.output.split("\x1b[H") if "\x1b[J" in frame]
-        return [line.partition("\x1b[J")[0].rstrip("\r") for line in frames[-1].split("\r\n")] if frames else []
+        frames = [frame for frame in self.output.split("\x1b[H")[1:] if "\x1b[?25l" in frame]
+        if not frames:
+            return []
+        return [line.removeprefix("\x1b[K") for line in frames[-1].partition("\x1b[?25l")[0].split("\r\n")]
 
     def wait_for(self, condition: Callable[[list[str]], object], what: str) -> list[str]:
         """Return the first screen that fulfils the condition."""

@@ -34,6 +34,10 @@ from tests.support.servers.consume import decode
             replace(LOSS, measure="failed_connects", value=7.0, threshold=5.0, causes="ETIMEDOUT=7", hosts="a=7"),
             "host web-1: 7 connects failed in 60 s (loss fires from 5, resolves below 0.02); causes ETIMEDOUT=7; hosts",
         ),
+        (
+            replace(LOSS, measure="failed_connects", value=1_234_567.0, threshold=1_000_001.0, clear=0.5),
+            "host web-1: 1234567 connects failed in 60 s (loss fires from 1000001, resolves below 0.5)",
+        ),
         (replace(LOSS, measure="srtt", value=0.25), "host web-1: the round-trip time was 0.25 s in 60 s, of 16000 "),
         (SILENT, "host web-1 is silent: no heartbeat for 31 s"),
         (replace(SILENT, firing=False), "host web-1 is heard again"),

@@ -123,6 +123,11 @@ def test_a_period_is_of_the_events_time_and_not_of_when_they_were_sent(
     assert [json.loads(line)["seq"] for line in capsys.readouterr().out.splitlines()] == [1, 2]
 
 
+def test_a_period_is_of_alerts_and_heartbeats_too() -> None:
+    given = [Event("tcp_alerts", "a", {"ts": ms, "rule": "loss"}) for ms in range(1, 6)]
+    assert Chosen(period=Period(2_000_000, 4_000_000)).events(given) == given[1:3]
+
+
 def test_from_a_time_on_what_exists_is_shown_and_what_arrives(cluster: Cluster) -> None:
     cluster.put_events(TRANSMITS, range(3))
     source = batches(

@@ -1,22 +1,25 @@
 """`rebpf trace -r` and the options of both views, as a user runs them."""
 
+import contextlib
 import json
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from producer.commands.export import export
-from producer.commands.trace import Output, Summary, from_file, judged, trace
+from producer.commands.trace import Output, Summary, from_file, judged, live, trace
 from producer.consume.period import Period
 from producer.events import FLOWS, KNOWN, RETRANSMITS, TRANSMITS
 from producer.export.sources import Files
 from producer.view.file import RecordFile
 from producer.view.filter import parse
 from producer.view.line import Lines
-from producer.view.records import in_order
+from producer.view.records import Records, in_order
 from tests.support.analysis import record, write_container, write_spool
+from tests.support.encoding import OFFSET_NS
 from tests.support.rebpf import DEADLINE_S, command, rebpf
 from tests.support.views import decoded, flows, retransmits, transmits
 
@@ -97,6 +100,34 @@ def test_events_of_several_streams_are_in_order_of_time(tmp_path: Path, capsys: 
     assert shown[-1].split()[0] == "100", "what was sampled stands for others"
     replayed = rebpf("trace", "-r", tmp_path / "file").stdout.splitlines()
     assert [line.split()[1] for line in replayed[2:6]] == ["sent", "connect", "rto", "sent"]
+
+
+class Rings(contextlib.nullcontext[None]):
+    """A source whose reads return these batches."""
+
+    def __init__(self, *batches: list[Records]) -> None:
+        super().__init__()
+        self.batches = list(batches)
+
+    def report(self) -> None:
+        pass
+
+    def read(self) -> list[Records]:
+        return self.batches.pop(0)
+
+    def lost(self) -> int:
+        return 0
+
+
+def test_an_event_that_is_later_than_the_read_of_another_ring_waits_for_the_next() -> None:
+    now_ns, stop = time.time_ns() - OFFSET_NS, threading.Event()
+    lost = [decoded(RETRANSMITS, retransmits({"cause": "rto", "ts": now_ns + at * SECOND_NS})) for at in (-9, -8, 60)]
+    sent = decoded(TRANSMITS, transmits({"ts": now_ns + 30 * SECOND_NS}))
+    batches = live(Rings([lost[0], sent], [lost[1]], [lost[2]]), stop)
+    shown = [[stream for stream, _ in in_order(next(batches))] for _ in range(2)]
+    stop.set()
+    shown.append([stream for stream, _ in in_order(next(batches))])
+    assert shown == [[RETRANSMITS], [RETRANSMITS, TRANSMITS], [RETRANSMITS]]
 
 
 def test_json_lines_end_with_the_counts(file: Path) -> None:

@@ -1,5 +1,6 @@
 """`rebpf top` of a fleet in a terminal: keys, filters and the end, without root."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -76,6 +77,7 @@ def test_the_screen_follows_the_size_of_the_terminal_and_the_shell() -> None:
         top.resize(120, 30)
         top.wait_for(lambda screen: len(screen) == 30 and "FLOWS" in screen[2], "the new size")
         assert "\x1b[1;31m" in "".join(top.colored()) or "\x1b[33m" in "".join(top.colored())
+        assert not re.findall(r"[^\r\n\x1bH]\x1b\[[JK]", top.output), "it would erase the last character of a full line"
         top.press("q")
         assert top.wait() == 0
 
