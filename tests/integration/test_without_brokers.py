@@ -11,7 +11,7 @@ import pytest
 from tests.support import procfs, topics
 from tests.support.rebpf import DEADLINE_S, Run, command, wait_until
 from tests.support.topics import TRANSMIT
-from tests.support.traffic import Echo, exchange
+from tests.support.traffic import LOOPBACK, Echo, exchange
 from tests.support.wire import Segment, captured
 
 pytestmark = [
@@ -97,18 +97,18 @@ def test_address_and_port_filters_take_both_directions_and_nothing_else(tmp_path
         ports = [one.port, two.port]
         env, config, arguments = {}, "", []
         if way == "options":
-            arguments = ["--address", "::1", "--port", one.port, "--port", two.port]
+            arguments = ["--address", LOOPBACK[1], "--port", one.port, "--port", two.port]
         elif way == "environment":
-            env = {"REBPF_ADDRESS": "::1", "REBPF_PORT": " ".join(map(str, ports))}
+            env = {"REBPF_ADDRESS": LOOPBACK[1], "REBPF_PORT": " ".join(map(str, ports))}
         else:
-            config = f'[capture]\naddresses = ["::1"]\nports = {ports}'
+            config = f'[capture]\naddresses = ["{LOOPBACK[1]}"]\nports = {ports}'
         with Run(tmp_path, *arguments, env=env, config=config) as run:
             brokers = run.ready()
             exchange(other.port, 4)
             with captured(one.port) as to_one, captured(two.port) as to_two:
                 exchange(one.port, 4)
                 exchange(two.port, 4)
-            wanted = Counter({each: count for each, count in (to_one + to_two).items() if each.saddr == "::1"})
+            wanted = Counter({each: count for each, count in (to_one + to_two).items() if each.saddr == LOOPBACK[1]})
             events = complete(brokers, wanted)
             balance = run.finish()
 

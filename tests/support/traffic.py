@@ -11,7 +11,22 @@ from typing import NamedTuple, Self
 from tests.support.rebpf import DEADLINE_S
 from tests.support.servers.process import free_port
 
-LOOPBACK = ("127.0.0.1", "::1")
+
+def has_ipv6() -> bool:
+    """Whether this host's loopback has IPv6, which containers often lack."""
+    try:
+        _server("::1", 0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _server(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=1024)
+
+
+LOOPBACK = ("127.0.0.1", "::1" if has_ipv6() else "127.0.0.2")
 
 
 class Sent(NamedTuple):
@@ -30,19 +45,16 @@ def _listeners() -> list[socket.socket]:
     No client of another test, which may run in parallel, gets it: producers capture it in all network namespaces.
     """
     for _ in range(100):
-        first = socket.create_server((LOOPBACK[0], free_port()), backlog=1024)
+        first = _server(LOOPBACK[0], free_port())
         try:
-            return [
-                first,
-                socket.create_server((LOOPBACK[1], first.getsockname()[1]), family=socket.AF_INET6, backlog=1024),
-            ]
+            return [first, _server(LOOPBACK[1], first.getsockname()[1])]
         except OSError:
             first.close()
     raise AssertionError("no port is free on both addresses")
 
 
 class Echo:
-    """A server on one port of 127.0.0.1 and ::1 that sends back what it receives."""
+    """A server on one port of both loopback addresses that sends back what it receives."""
 
     def __init__(self) -> None:
         self._listeners = _listeners()
@@ -108,7 +120,7 @@ class Steady:
 def exchange(port: int, connections: int, rounds: int = 5) -> list[Sent]:
     """Make connections to an Echo, one at a time, each with `rounds` data segments per direction.
 
-    Every second one uses IPv6. All are closed when this returns. Client ports are distinct: on
+    Every second one uses IPv6, if there is IPv6. All are closed when this returns. Client ports are distinct: on
     loopback, connect() takes a port in TIME_WAIT again after a second, and bind() does not.
     """
     sent: list[Sent] = []

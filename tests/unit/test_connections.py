@@ -84,6 +84,11 @@ def test_a_socket_that_connects_again_counts_from_its_beginning(segs: int) -> No
     assert found.opened.tolist() == [True, True, False]
 
 
+def test_without_room_a_connection_counts_when_it_closes_unless_its_beginning_is_unknown() -> None:
+    late = [Record(2, 200, 7, 150), Record(2, 300, 9, 150, closes=True), Record(3, 300, 9, 50, closes=True)]
+    assert segments(table(most=1), Record(1, 200, 5, 150), *late) == [5, 0, 9, 0]
+
+
 def test_ports_that_are_used_again_count_from_the_beginning_also_if_the_end_was_lost() -> None:
     assert segments(table(), Record(1, 200, 10, 150), Record(1, 400, 4, 300)) == [10, 4]
     assert segments(table(), Record(1, 200, 10, closes=True), Record(1, 400, 4)) == [0, 4]

@@ -69,3 +69,28 @@ def test_ids_and_parts_out_of_range_are_errors() -> None:
         encoder().remember(1, (None,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="5 parts"):
         encoder().remember(1, (b"",) * 5)
+
+
+def caching() -> _native.Encoder:
+    """Return an encoder of rows that are ids."""
+    program = Program()
+    program.cached(Column(0, np.dtype("<u8")), 0, b"\0", "id")
+    return _native.Encoder(program.steps[0], b"", tuple(program.strings), 8)
+
+
+@pytest.mark.parametrize(("most", "size"), [(_native.MAX_IDS, 1), (8, 1 << 20)], ids=["ids", "8 MiB"])
+def test_what_is_remembered_is_bounded(most: int, size: int) -> None:
+    native = caching()
+    for number in range(most):
+        native.remember(number, (bytes(size),))
+    assert native.missing(np.arange(most, dtype="<u8")) is None
+    native.remember(most, (b"x",))
+    assert native.missing(np.arange(8, dtype="<u8")) == [*range(8)]
+    assert native.missing(np.array([most], "<u8")) is None
+
+
+def test_an_id_that_is_remembered_again_takes_its_room_once() -> None:
+    native = caching()
+    for number in (0, *[1] * 20):
+        native.remember(number, (bytes(1 << 20),))
+    assert native.missing(np.arange(2, dtype="<u8")) is None

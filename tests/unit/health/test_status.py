@@ -24,6 +24,7 @@ from producer.health.status import Status, table, usage
 from producer.host.state import StateFolder
 from tests.support.rebpf import as_nobody, let_others_in, rebpf, wait_until
 from tests.support.statuses import LOST, status
+from tests.support.traffic import has_ipv6
 
 OK = status(reasons=())
 
@@ -182,6 +183,7 @@ def test_a_loop_that_hangs_is_seen():
             wait_until("well again", lambda: get(server.url, "/healthz")[0] == 200)
 
 
+@pytest.mark.skipif(not has_ipv6(), reason="NO IPV6")
 def test_it_listens_on_ipv6_too():
     with serving(host="::1") as (_, server):
         assert server.url

@@ -132,21 +132,22 @@ def test_a_failed_sync_is_logged_and_costs_nothing(setup: Setup, caplog: pytest.
     assert finish(setup.open((0, 40, 0))) == list(range(40))
 
 
-def finish_with_patience(setup: Setup, spool: Spool) -> list[int]:
-    """Read and acknowledge all batches; after an error, let some minutes pass."""
-    found = []
+def finish_with_patience(setup: Setup, spool: Spool) -> tuple[list[int], int]:
+    """Read and acknowledge all batches; after an error, let some minutes pass. Return the events, and the errors."""
+    found, errors = [], 0
     while True:
         try:
             if not (spooled := spool.read()):
                 break
         except OSError:
+            errors += 1
             setup.clock.pass_time(301)
             continue
         found += numbers(spooled.batch)
         spool.ack(spooled.first, spooled.end)
     spool.ack(spool.end, spool.end)
     spool.sweep()
-    return found
+    return found, errors
 
 
 @pytest.mark.parametrize("call", ["open", "read"])
@@ -156,8 +157,9 @@ def test_what_cannot_be_read_for_minutes_is_lost_and_counted_and_the_file_set_as
     assert first
     spool.ack(0, first.end)
     setup.disk.fails = {call: errno.EIO}
-    found = finish_with_patience(setup, spool)
+    found, errors = finish_with_patience(setup, spool)
     setup.disk.fails = {}
+    assert errors == (2 if call == "read" else 1), "each file is given its minutes"
     assert found == ([] if call == "read" else list(range(10, 30))), "of the first, which is open already"
     assert spool.lost == {"spool_damaged": 50 if call == "read" else 30}
     assert "00000000000000000030.damaged" in setup.names
