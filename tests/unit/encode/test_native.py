@@ -74,7 +74,7 @@ def test_ids_and_parts_out_of_range_are_errors() -> None:
 def caching() -> _native.Encoder:
     """Return an encoder of rows that are ids."""
     program = Program()
-    program.cached(Column(0, np.dtype("<u8")), 0, b"\0", "id")
+    program.add(Kind.CACHED, "id", Column(0, np.dtype("<u8")), count=program.put([b"\0"]))
     return _native.Encoder(program.steps[0], b"", tuple(program.strings), 8)
 
 
