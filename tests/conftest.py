@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections import Counter
 
 import pytest
@@ -10,6 +11,10 @@ from hypothesis import settings
 # Under nohup, what the tests start would inherit that SIGHUP is ignored. A handler is not inherited.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
+
+# Wherever the tests run: local times are UTC, except in tests of other zones.
+os.environ["TZ"] = "UTC"
+time.tzset()
 
 # Slow machines must not fail tests. In CI, the examples are always the same; tests.fuzz searches for new ones.
 settings.register_profile("all", deadline=None, derandomize="CI" in os.environ)
