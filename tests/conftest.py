@@ -12,9 +12,10 @@ from hypothesis import settings
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
-# Wherever the tests run: local times are UTC, except in tests of other zones.
+# Wherever the tests run: local times are UTC, except in tests of other zones, and other users can read new files.
 os.environ["TZ"] = "UTC"
 time.tzset()
+os.umask(0o022)
 
 # Slow machines must not fail tests. In CI, the examples are always the same; tests.fuzz searches for new ones.
 settings.register_profile("all", deadline=None, derandomize="CI" in os.environ)
