@@ -109,7 +109,7 @@ def export(
 ) -> None:
     """Write events to Parquet or CSV files, partitioned by day.
 
-        Reads the topics, or files and folders of files: those of the spool, of `rebpf trace -w` or of another export.
+    Reads the topics, or files and folders of files: those of the spool, of `rebpf trace -w` or of another export.
     Writes OUTPUT/TOPIC/date=DAY/SINCE-UNTIL.parquet, so repeating an export replaces its files. Needs `rebpf[report]`.
     """
     require_packages("export", "pyarrow")

@@ -30,7 +30,7 @@ from producer.host.output import echo
 def compile(btf: Path | None, output: Path) -> None:
     """Compile the BPF programs for hosts without bcc.
 
-        Needs bcc and root. The hosts may have another kind of processor. The file has the programs of all streams and
+    Needs bcc and root. The hosts may have another kind of processor. The file has the programs of all streams and
     hooks. A host uses it if its kernel has the same structs and features, and its ReBPF has the same BPF source;
     `rebpf check` shows whether it does.
     """

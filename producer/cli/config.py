@@ -29,7 +29,7 @@ from producer.host.text import lines, to_json
 def config(config: Path | None, as_json: bool, **options: Any) -> None:
     """Print the configuration that `rebpf run` would use.
 
-        Takes the same options. Includes conf.d, the environment and defaults, and shows the file and line of each value
+    Takes the same options. Includes conf.d, the environment and defaults, and shows the file and line of each value
     that a file sets. Secrets are masked, and files with secrets are not read. The hash is the one that heartbeats and
     metrics report.
     """
