@@ -57,12 +57,12 @@ def list_topics(client: Consumer | AdminClient, timeout_s: float, topic: str | N
         try:
             return client.list_topics(topic, timeout=_WAIT_S)
         except KafkaException as error:
-            if signals.is_stopping():
-                raise Stopped("stopped while waiting for Kafka") from error
             if error.args[0].code() == KafkaError._TIMED_OUT:  # from a broker that is connected, but slow
                 break
             if error.args[0].code() != KafkaError._TRANSPORT:
                 raise
+            if signals.is_stopping():
+                raise Stopped("stopped while waiting for Kafka") from error
     return client.list_topics(topic, timeout=max(left_s, _WAIT_S))
 
 

@@ -41,7 +41,7 @@ class PtyCommand:
         frames = [frame for frame in self.output.split("\x1b[H")[1:] if "\x1b[?25l" in frame]
         if not frames:
             return []
-        return [line.removeprefix("\x1b[K") for line in frames[-1].partition("\x1b[?25l")[0].split("\r\n")]
+        return [line.removeprefix("\x1b[K").rstrip("\r") for line in frames[-1].partition("\x1b[?25l")[0].split("\r\n")]
 
     def wait_for(self, condition: Callable[[list[str]], object], what: str) -> list[str]:
         """Return the first screen that fulfils the condition."""

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -206,10 +207,12 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
     monkeypatch.setattr(main.rebpf, "main", fail)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    on_hangup = signal.getsignal(signal.SIGHUP)
     try:
         with pytest.raises(SystemExit) as ended:
             main.main()
-    finally:  # main sets up the log of this process
+    finally:  # main sets up the log and the signals of this process
+        signal.signal(signal.SIGHUP, on_hangup)
         root.handlers[:] = handlers
         root.setLevel(level)
     code = ended.value.code
