@@ -29,7 +29,7 @@ from tests.support.faults import (
     rss_anon_kb,
     scene,
 )
-from tests.support.rebpf import wait_until
+from tests.support.rebpf import repeating, wait_until
 from tests.support.servers.cluster import KafkaCluster
 from tests.support.servers.kafka import KafkaServer
 from tests.support.servers.process import free_port
@@ -316,8 +316,7 @@ def test_slow_broker(kafka, tmp_path):
     """The broker delays its answers, so the client falls behind, and catches up when the quota ends."""
     create_topics(kafka, "slow.")
     with scene(tmp_path, kafka.bootstrap, "slow.", settings={"client.id": "slowed"}) as at:
-        with kafka.slow("slowed", 50_000):
-            make_segments(at, 20_000)
+        with kafka.slow("slowed", 50_000), repeating(lambda: exchange(at.port, 50, rounds=100), 0):
             at.wait_for_reason("slow.tcp_transmit: events wait on disk")
         at.finish()
 
