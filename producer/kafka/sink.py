@@ -232,7 +232,6 @@ class KafkaSink:
 
     def _send_all_again(self) -> None:
         """Send what is not acknowledged with a new client, at the next poll."""
-        self._reports.clear()
         self._heard_at = dict.fromkeys(self._heard_at, time.monotonic())
         for retry in self._retries.values():
             retry.restart()
