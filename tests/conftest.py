@@ -24,7 +24,7 @@ for tier, examples in (("quick", 10), ("default", 50)):
 
 TIERS = ("quick", "default", "all")
 QUICK = ("tests/unit/", "tests/property/")
-"""Folders whose tests need neither servers nor a network, except tests marked root or extended."""
+"""Folders whose tests need neither servers nor a network, except tests marked root, slow or extended."""
 
 left_out = pytest.StashKey[Counter[tuple[str, str]]]()
 """Number of tests per folder that are not in the tier, with the option of scripts/test that runs them."""
@@ -59,7 +59,9 @@ def in_tier(item: pytest.Item, tier: str) -> bool:
         return True
     if extended(item):
         return False
-    return tier == "default" or (item.nodeid.startswith(QUICK) and not item.get_closest_marker("root"))
+    if tier == "default":
+        return True
+    return item.nodeid.startswith(QUICK) and not any(map(item.get_closest_marker, ("root", "slow")))
 
 
 def extended(item: pytest.Item) -> bool:

@@ -151,6 +151,7 @@ def test_a_table_names_a_value_once(rules: list[Rule]) -> None:
     assert len(compiled.address_classes) == len(set(compiled.address_classes))
 
 
+@pytest.mark.slow
 def test_a_thousand_rules_and_a_hundred_thousand_addresses_compile() -> None:
     peers = tuple(ipaddress.ip_network(0x0B000000 + i) for i in range(100_000))
     rules = [Rule(str(i), local_port=((i + 1, i + 1),), uid=(i,)) for i in range(1023)]

@@ -95,6 +95,7 @@ def test_hosts_get_nothing_that_no_package_needs() -> None:
     assert versions.keys() - names == set(), "run scripts/lock"
 
 
+@pytest.mark.slow
 def test_hosts_get_what_the_producer_imports_and_nothing_else() -> None:
     trees = [ast.parse(path.read_text()) for path in ROOT.glob("producer/**/*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]

@@ -66,6 +66,7 @@ def imported() -> Iterator[tuple[Path, str]]:
                     yield path, f"{match[1]}.{name.split()[0]}"
 
 
+@pytest.mark.slow
 def test_imported_names_exist_also_in_strings() -> None:
     found = list(imported())
     assert len(found) > 1000

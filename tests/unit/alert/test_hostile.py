@@ -263,6 +263,7 @@ def test_the_oldest_of_too_many_alerts_are_forgotten(
     assert "forgot the oldest 15" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["groups", "windows", "wide names"])
 def test_whatever_a_writer_chooses_takes_bounded_memory(chosen: str) -> None:
     room = Room(group_count=500, flows=500)

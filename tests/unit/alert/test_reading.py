@@ -55,6 +55,7 @@ def test_a_member_of_many_partitions_starts_with_two_requests(cluster: Cluster) 
         active.close()
 
 
+@pytest.mark.slow
 def test_a_member_starts_without_it_and_reads_it_once_it_has_one(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_member_starts_without_it_and_reads_it_once_it_has_one(
         active.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [3, 9], ids=["fewer messages than before", "more"])
 def test_a_topic_that_was_created_again_is_read_with_a_new_client(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its leader epoch is lower, so librdkafka ignores that another broker leads (its issue 4898)."""

@@ -15,6 +15,8 @@ from producer.schemas import ALERT_ID
 from tests.support.alerts import COUNT, LOSS
 from tests.support.mock_cluster import INIT_PRODUCER_ID, PRODUCE, Cluster
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:

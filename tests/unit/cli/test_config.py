@@ -40,6 +40,7 @@ def file(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_file_for_another_host_is_valid_offline(file: Path) -> None:
     done = rebpf("check", "--offline", "--config", file)
     assert (done.returncode, done.stderr) == (0, "")

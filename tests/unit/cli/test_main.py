@@ -111,6 +111,7 @@ def test_each_command_has_an_example_that_parses():
             assert parse(arguments) is command
 
 
+@pytest.mark.slow
 def test_commands_with_a_filter_say_what_it_can_be():
     shown = {name: rebpf(name, "--help").stdout for name in ("top", "trace", "tail", "report", "export", "status")}
     assert [name for name, text in shown.items() if "\nFilters:\n" in text] == [
@@ -221,6 +222,7 @@ def test_a_user_without_capabilities_gets_one_line_and_77():
     assert done.stderr == "rebpf: loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON\n"
 
 
+@pytest.mark.slow
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path):
     path = tmp_path / "rebpf.toml"
     path.write_text('state_dir = "/of/the/file"')
@@ -334,6 +336,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "code"), [("--config=/nowhere", 78), ("--port=x", 64), ("--help", 0)])
 def test_a_reload_that_arrives_at_the_very_end_does_not_change_the_exit_code(option: str, code: int) -> None:
     done = subprocess.run([sys.executable, "-c", LATE, option], capture_output=True, timeout=60)

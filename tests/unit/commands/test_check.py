@@ -14,6 +14,8 @@ from producer.config.load import Config
 from producer.host.state import StateFolder
 from tests.support.rebpf import as_nobody, let_others_in, rebpf
 
+pytestmark = pytest.mark.slow
+
 root = pytest.mark.root
 
 

@@ -155,6 +155,7 @@ def test_a_topic_that_rejects_whole_batches_is_named(most: str, warns: bool) -> 
     assert not list(batches("t", UnavailableError("no such topic")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["check", "init"])
 def test_a_terminal_shows_that_it_waits_for_kafka(name: str) -> None:
     with PtyCommand(command(name, "--brokers", "127.0.0.1:1"), 80, 24) as waiting:

@@ -168,6 +168,7 @@ def test_without_from_beginning_only_what_comes_later_is_read(cluster: Cluster) 
     assert [event.record["seq"] for event in take(source, 1)] == [1000]
 
 
+@pytest.mark.slow
 def test_a_topic_that_appears_later_is_read_from_its_beginning(cluster: Cluster) -> None:
     source = follow(cluster, ["late"], from_beginning=False)
     assert next(source) == []
@@ -289,6 +290,7 @@ def test_a_setting_that_the_client_does_not_know_is_a_configuration_error() -> N
         )
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_down_is_unavailable() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # A port on which nobody listens.

@@ -172,6 +172,7 @@ def test_a_setting_that_the_client_does_not_know_is_a_configuration_error(cluste
         read(cluster, client_settings={"no.such.setting": "1"})
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_down_is_unavailable() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # A port on which nobody listens.
@@ -201,6 +202,7 @@ def test_a_host_without_events_is_not_complete(cluster: Cluster) -> None:
     assert done.stderr == "rebpf: no events of host web-71: run it without --host to see the hosts\n"
 
 
+@pytest.mark.slow
 def test_a_port_of_http_is_named_as_such() -> None:
     def answer() -> None:
         with suppress(OSError):

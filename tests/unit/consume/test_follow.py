@@ -27,6 +27,7 @@ def cluster() -> Iterator[Cluster]:
     cluster.close()
 
 
+@pytest.mark.slow
 def test_others_are_followed_meanwhile_and_it_is_once_it_has_a_leader(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -80,6 +81,7 @@ def without_groups(cluster: Cluster) -> Cluster:
     return cluster
 
 
+@pytest.mark.slow
 def test_no_rights_for_groups_are_needed_to_follow(without_groups: Cluster) -> None:
     follower = Follower(without_groups.brokers, "test", ["t"], {}, start=Start.BEGINNING)
     try:

@@ -63,6 +63,7 @@ def test_many_cgroups_are_looked_up_a_few_at_a_time() -> None:
     assert paths.asked == 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 1000])
 def test_the_memory_of_cgroups_is_bounded(length: int) -> None:
     """More cgroups than are remembered; all long, or all short. Some have no path."""

@@ -13,6 +13,7 @@ RUNS = 10_000
 """Some seconds."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["decode", "encode", "tcp"])
 def test_no_input_breaks_it(target: str, tmp_path: Path) -> None:
     corpus = TESTS / "corpus" / target

@@ -39,6 +39,7 @@ def test_without_the_extra_it_says_what_to_install(command: str, arguments: Sequ
     assert done.stderr == f"rebpf: `rebpf {command}` needs {missing}: pip install '.[report]' in a checkout of ReBPF\n"
 
 
+@pytest.mark.slow
 def test_files_are_exported_and_reported(tmp_path: Path) -> None:
     scene = write_scene(tmp_path / "in")
     done = rebpf("export", scene, "-o", tmp_path / "out", "--topic", "tcp_flow", "--format", "csv")
@@ -56,6 +57,7 @@ def test_whatever_the_umask_others_cannot_write_to_what_a_command_creates(tmp_pa
     assert [path for path in created if path.stat().st_mode & stat.S_IWOTH] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["odd", "module://odd", "tkagg"])
 def test_a_report_needs_no_backend_of_matplotlib(tmp_path: Path, backend: str) -> None:
     scene = write_scene(tmp_path / "in")
@@ -77,6 +79,7 @@ def waiting_export(folder: Path, *before: str) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_without_a_traceback_or_partial_files(tmp_path: Path, number: signal.Signals) -> None:
     process = waiting_export(tmp_path)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from producer.commands.export import export
 from producer.consume.period import Period
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
@@ -40,12 +42,14 @@ def worst_peers(source: Path, folder: Path) -> dict[str, list[str]]:
     return {peer: cells for peer, *cells in lines}
 
 
+@pytest.mark.slow
 def test_the_notebook_names_the_peer_that_loses(tmp_path: Path) -> None:
     worst = worst_peers(write_scene(tmp_path / "in"), tmp_path)
     assert worst["10.0.0.7"][:6] == ["150", "3000", "5.0", "30", "120", "0"]
     assert [*worst][:2] == ["10.0.0.7", "10.9.9.9"]
 
 
+@pytest.mark.slow
 def test_causes_count_from_0_again_after_a_restart_of_the_producer(tmp_path: Path) -> None:
     def flow(at: int, sent: int, total: int, rto: int, **fields: Any) -> dict[str, Any]:
         counters = {"segs_out": sent, "total_retrans": total, "retrans_rto": rto, "retrans_fast": 0, "retrans_tlp": 0}

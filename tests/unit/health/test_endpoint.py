@@ -108,6 +108,7 @@ def test_slow_visitors_do_not_keep_health_from_answering(begin: Callable[[socket
             assert ask(address, path)[0].status == 200
 
 
+@pytest.mark.slow
 def test_a_visitor_that_sends_a_byte_now_and_then_is_closed_at_its_deadline() -> None:
     with serving() as address, socket.create_connection(address, timeout=30) as visitor:
         visitor.send(b"GET /healthz HTTP/1.1\r\nA: ")
@@ -119,6 +120,7 @@ def test_a_visitor_that_sends_a_byte_now_and_then_is_closed_at_its_deadline() ->
         wait_until("closed", closed, 30)
 
 
+@pytest.mark.slow
 def test_a_visitor_that_does_not_read_is_closed_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     large = b"x" * (64 << 20)
     monkeypatch.setattr(
@@ -133,6 +135,7 @@ def test_a_visitor_that_does_not_read_is_closed_at_its_deadline(monkeypatch: pyt
     assert len(got) < len(large)
 
 
+@pytest.mark.slow
 def test_visitors_take_a_bounded_number_of_threads_and_leave_none() -> None:
     with serving() as address:
         with ExitStack() as stack:
@@ -143,6 +146,7 @@ def test_visitors_take_a_bounded_number_of_threads_and_leave_none() -> None:
         wait_until("none", lambda: visits() == 0, 30)
 
 
+@pytest.mark.slow
 def test_visitors_that_wait_for_the_loop_are_bounded() -> None:
     """With a loop that hangs, many requests for /status and /metrics leave room for /healthz."""
     board = StatusBoard(answer_timeout_s=30)

@@ -33,6 +33,7 @@ def test_only_its_owner_can_connect_to_the_socket(place: Place) -> None:
         os.umask(umask)
 
 
+@pytest.mark.slow
 def test_a_request_by_the_socket_gets_what_is_wrong_with_the_file(place: Place) -> None:
     with place.serving(TLS + PASSWORDS):
         (place.folder / "web.yml").write_text("color: red")
@@ -71,6 +72,7 @@ def test_whatever_is_in_the_place_of_the_socket_is_removed(place: Place, kind: s
     assert kind != "link" or (place.folder / "victim").read_text() == "as it was"
 
 
+@pytest.mark.slow
 def test_a_socket_that_cannot_be_made_at_first_is_made_later(place: Place) -> None:
     folder = place.folder / "state"
     board = StatusBoard()

@@ -104,6 +104,7 @@ def test_visitors_that_stall_in_the_handshake_do_not_keep_health_from_answering(
     wait_until("none is left", lambda: visits() == 0, 30)
 
 
+@pytest.mark.slow
 def test_a_visitor_that_stalls_in_the_handshake_is_closed_at_its_deadline(place: Place) -> None:
     with place.serving(TLS), ExitStack() as stack:
         visitors = [stalled(place, stack, sent) for sent in (b"\x16", client_hello()[:99], client_hello())]
@@ -147,6 +148,7 @@ def test_garbage_in_a_handshake_logs_nothing_for_the_operator(place: Place, capl
     assert caplog.records == []
 
 
+@pytest.mark.slow
 def test_a_renewed_certificate_is_presented_without_a_restart(place: Place) -> None:
     def presented() -> str:
         return ssl.get_server_certificate(place.address, timeout=30).strip()
@@ -178,6 +180,7 @@ def test_a_password_is_asked_for_each_page_but_health(place: Place) -> None:
             assert place.get(path, password=RIGHT)[0] == (404 if path == "/none" else 200)
 
 
+@pytest.mark.slow
 def test_a_user_who_is_taken_away_is_refused_though_known(place: Place) -> None:
     with place.serving(PASSWORDS):
         assert place.get("/metrics", password=RIGHT)[0] == 200

@@ -36,6 +36,7 @@ def test_what_is_no_credentials_is_refused_without_work(header: str | None) -> N
     assert time.process_time() - began < 5, "each check would take a second"
 
 
+@pytest.mark.slow
 def test_what_is_known_is_not_checked_again() -> None:
     costly = {"alice": bcrypt.hashpw(b"right", bcrypt.gensalt(12)).decode()}
     passwords = Passwords()
@@ -54,6 +55,7 @@ def test_a_password_of_more_than_72_bytes_is_cut_as_bcrypt_does() -> None:
     assert Passwords().check(users, basic("alice", "x" * 71)["Authorization"], "a") == HTTPStatus.UNAUTHORIZED
 
 
+@pytest.mark.slow
 def test_many_wrong_passwords_neither_block_the_right_one_nor_occupy_a_core() -> None:
     users = {"alice": bcrypt.hashpw(b"right", bcrypt.gensalt(10)).decode()}
     passwords, stop, codes = Passwords(), threading.Event(), []

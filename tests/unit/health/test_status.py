@@ -169,6 +169,7 @@ def test_a_status_is_made_when_it_is_asked_for_and_only_then():
     assert set(made) == {made[0]} != {threading.get_ident()}, "in the loop's own thread"
 
 
+@pytest.mark.slow
 def test_a_loop_that_hangs_is_seen():
     with serving(StatusBoard(hangs_after_s=1, answer_timeout_s=0.1)) as (board, server):
         with loop(board):
@@ -221,6 +222,7 @@ def test_a_port_that_somebody_took_is_served_once_it_is_free(caplog):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.slow
 def test_a_name_server_that_hangs_holds_no_step_and_the_endpoint_opens_once_it_answers(monkeypatch, caplog):
     may_answer, board = threading.Event(), StatusBoard()
     board.step(status)
@@ -271,6 +273,7 @@ def test_the_endpoint_is_closed_at_the_end():
     assert "endpoint" not in [thread.name for thread in threading.enumerate()]
 
 
+@pytest.mark.slow
 def test_nobody_asking_costs_no_wakeups():
     """The server's thread sleeps until there is a visitor."""
     code = (

@@ -195,6 +195,7 @@ def test_equal_cookies_of_two_namespaces_are_two_connections() -> None:
     assert added(TcpMetrics(SINCE_NS), record(7, 10), other) == (15, 2)
 
 
+@pytest.mark.slow
 def test_closed_connections_are_forgotten_after_a_second_on_a_host_that_closes_many() -> None:
     metrics = TcpMetrics(SINCE_NS)
     for batch in range(40):

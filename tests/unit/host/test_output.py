@@ -349,6 +349,7 @@ main.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["run", "run --json"])
 @pytest.mark.parametrize("closed", [">/dev/full", ">&-"])
 def test_a_balance_that_cannot_be_printed_is_logged(options: str, closed: str) -> None:

@@ -71,6 +71,7 @@ def test_a_pipe_that_does_not_block_gets_all_of_the_output() -> None:
         assert got.strip() == b"x" * 500_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocking", [True, False])
 def test_a_reader_that_hangs_behind_standard_error_stops_nothing(blocking: bool) -> None:
     with full_pipe() as (_, writer):
@@ -81,6 +82,7 @@ def test_a_reader_that_hangs_behind_standard_error_stops_nothing(blocking: bool)
         assert child.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_terminal_that_nobody_reads_stops_no_log() -> None:
     with unread_terminal() as terminal:
         code = "import logging\nfor _ in range(3000): logging.error('x' * 100)\nprint('went on')"
@@ -136,6 +138,7 @@ except OutputError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_stop_that_arrives_just_before_a_write_ends_output_to_a_terminal() -> None:
     """The signal is noted, but interrupts no call that begins afterwards."""
     with unread_terminal() as terminal:
@@ -144,6 +147,7 @@ def test_a_stop_that_arrives_just_before_a_write_ends_output_to_a_terminal() -> 
         assert child.communicate(timeout=TIMEOUT_S)[1] == b"ready\nTrue standard output: the reader does not read\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocking", [True, False])
 def test_a_stop_ends_output_that_nobody_reads(blocking: bool) -> None:
     with full_pipe() as (_, writer):
@@ -199,6 +203,7 @@ def test_text_that_the_encoding_lacks_is_shown() -> None:
     assert child.communicate(timeout=TIMEOUT_S)[0] == b"\\u20ac \\udce9\n"
 
 
+@pytest.mark.slow
 def test_a_usage_error_is_64_even_if_standard_error_is_full() -> None:
     with full_pipe() as (_, writer):
         os.set_blocking(writer, True)

@@ -25,6 +25,7 @@ from tests.support.rebpf import wait_until
 from tests.support.sink import BEATS, SETTINGS, TOPICS, Ledger, batch, numbered
 
 
+@pytest.mark.slow
 def test_after_a_fatal_error_a_new_client_sends_what_was_not_acknowledged(cluster, open_sink, caplog):
     cluster.create("t")
     sink = open_sink()
@@ -59,6 +60,7 @@ def held_close(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return may_close
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts_once(
     cluster, open_sink, caplog, monkeypatch
 ):
@@ -93,6 +95,7 @@ def test_a_clock_that_is_set_back_replaces_the_client_once_and_each_event_counts
     assert cluster.read("t", 24) == numbered(24)
 
 
+@pytest.mark.slow
 def test_what_messages_point_to_lives_until_their_client_is_closed(cluster, open_sink, monkeypatch):
     cluster.create("t")
     offset_ns = [1_700_000_000_000_000_000]
@@ -113,6 +116,7 @@ def test_what_messages_point_to_lives_until_their_client_is_closed(cluster, open
     wait_until("it is released", lambda: gc.collect() is not None and payload() is None)
 
 
+@pytest.mark.slow
 def test_a_client_that_waits_for_ever_for_a_topic_that_was_created_again_is_replaced(monkeypatch, caplog):
     """The new topic's leader epoch is lower, so librdkafka ignores that another broker leads (its issue 4898)."""
     monkeypatch.setattr(sink_module, "_SILENT_S", 2.0)
@@ -138,6 +142,7 @@ def test_a_client_that_waits_for_ever_for_a_topic_that_was_created_again_is_repl
         assert re.search("replacing the client: no delivery report for [234] s topic=t", caplog.text)
 
 
+@pytest.mark.slow
 def test_messages_that_wait_to_be_retried_replace_no_client(open_sink, monkeypatch, caplog):
     """Their topic is missing, and others share the client."""
     sink = open_sink()
@@ -152,6 +157,7 @@ def test_messages_that_wait_to_be_retried_replace_no_client(open_sink, monkeypat
     assert "replacing" not in caplog.text
 
 
+@pytest.mark.slow
 def test_an_outage_replaces_no_client(cluster, open_sink, monkeypatch, caplog):
     """A new one would send again what has arrived, so there would be duplicates."""
     cluster.create("t")
@@ -170,6 +176,7 @@ def test_an_outage_replaces_no_client(cluster, open_sink, monkeypatch, caplog):
     assert ledger.delivered == {"transmit": 11}
 
 
+@pytest.mark.slow
 def test_without_threads_for_a_new_client_the_old_one_stays_until_there_are_some(
     cluster, open_sink, monkeypatch, caplog
 ):
@@ -201,6 +208,7 @@ def test_a_client_that_waits_for_a_name_server_does_not_hold_a_stop(cluster, ope
     wait_until("it is closed", lambda: "kafka-close" not in [thread.name for thread in threading.enumerate()])
 
 
+@pytest.mark.slow
 def test_the_last_error_is_kept_until_a_message_is_delivered(cluster, open_sink, caplog):
     cluster.create("t")
     cluster.down()

@@ -16,6 +16,8 @@ from tests.support.garbling_proxy import GarblingProxy
 from tests.support.rebpf import DEADLINE_S
 from tests.support.sink import BEATS, SETTINGS, TOPICS, Ledger, batch, messages_of, numbered
 
+pytestmark = pytest.mark.slow
+
 
 def test_keys_and_values_arrive_as_they_lie_in_the_batch_and_each_key_in_order(cluster, open_sink):
     cluster.create("t", 4)

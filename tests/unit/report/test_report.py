@@ -27,6 +27,8 @@ from producer.report.plots import draw_srtt, svg
 from producer.report.summary import summarize
 from tests.support.analysis import HOSTILE, NOON_NS, SECOND_NS, record, write_container, write_scene
 
+pytestmark = pytest.mark.slow
+
 INTERVAL_NS = 10 * SECOND_NS
 
 

@@ -190,6 +190,7 @@ def test_a_cgroup_is_named_by_a_path_that_the_kernel_can_be_asked_for(root: Path
         resolved(root, RuleConfig(cgroup=("/a" * 32,)))
 
 
+@pytest.mark.slow
 def test_thousands_of_units_are_resolved_at_once(root: Path) -> None:
     for i in range(3000):
         (root / f"system.slice/job{i}.service").mkdir()

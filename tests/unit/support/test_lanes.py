@@ -45,6 +45,7 @@ def test_options_may_leave_nothing_of_a_lane() -> None:
     assert run([lane("none", f"raise SystemExit({NO_TESTS})")], PYTHON, ["-k", "x"], io.StringIO()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", ["trap '' INT", "trap 'kill $!; exit' INT"], ids=["ignores", "obeys"])
 def test_a_lane_that_hangs_is_ended_with_its_children(
     trap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +124,7 @@ def test_a_test_that_fails_beside_others_and_passes_alone_is_reported(
     assert re.search(r"^FLAKY: .*test_flaky failed beside other tests and passed alone$", capsys.readouterr().out, re.M)
 
 
+@pytest.mark.slow
 def test_a_test_that_also_fails_alone_fails_the_run(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (plan / "test_two.py").write_text("def test_bad(): assert False\n")
     assert lanes.run_tier("default", []) == 1
@@ -144,9 +146,9 @@ def test_the_lanes_have_all_folders_of_their_tier(tier: str) -> None:
     parts = [each for plan in PLANS[tier] for each in plan.arguments]
     folders = {f"tests/{path.relative_to(ROOT / 'tests').parts[0]}" for path in ROOT.glob("tests/**/test_*.py")}
     if tier == "quick":
-        assert sorted(parts) == sorted(
-            ["tests/unit", "tests/property"] * 3 + ["--part=1/3", "--part=2/3", "--part=3/3"]
-        )
+        count = len(PLANS[tier])
+        of = [f"--part={part}/{count}" for part in range(1, count + 1)]
+        assert sorted(parts) == sorted(["tests/unit", "tests/property"] * count + of)
     else:
         moved = [part.removeprefix("--ignore=") for part in parts if part.startswith("--ignore=")]
         assert sorted(part for part in parts if not part.startswith("--ignore=")) == sorted([*folders, *moved])

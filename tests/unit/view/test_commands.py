@@ -138,6 +138,7 @@ def test_json_lines_end_with_the_counts(file: Path) -> None:
     assert [flow["retransmitted"] for flow in counts["flows"]] == [2], "not more than what is shown"
 
 
+@pytest.mark.slow
 def test_parquet_and_spool_files_are_shown_like_avro(tmp_path: Path) -> None:
     records = [record(RETRANSMITS, cause="rto", daddr="10.2.0.9", cpu_seq=number) for number in (1, 2)]
     avro = write_container(tmp_path / "events.avro", RETRANSMITS, records)
@@ -175,6 +176,7 @@ def test_a_wrong_filter_is_answered_with_a_caret(view: str) -> None:
     assert text[caret.index("^") :] == "rot"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -17,6 +17,8 @@ from tests.support.pty_command import PtyCommand
 from tests.support.rebpf import command, repeating, wait_until
 from tests.support.views import retransmits
 
+pytestmark = pytest.mark.slow
+
 PEERS = ("10.2.0.7", "10.2.0.8")
 
 

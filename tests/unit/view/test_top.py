@@ -58,6 +58,7 @@ def shown(cluster: Cluster, capsys: pytest.CaptureFixture[str], choice: Choice) 
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_fleet_is_read_from_the_topics(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     for number, host in enumerate(("web-1", "web-2", "db-1")):
         sent = [{"reason": "interval", "sk_cookie": 1, "daddr": "10.2.0.9", "segs_out": segs} for segs in (10, 110)]
@@ -74,6 +75,7 @@ def test_a_fleet_is_read_from_the_topics(cluster: Cluster, capsys: pytest.Captur
     assert {line["name"] for line in chosen["lines"]} == {"web-1", "web-2"}
 
 
+@pytest.mark.slow
 def test_a_printed_table_selects_nothing(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     put(cluster, RETRANSMITS, "web-1", retransmits({"cause": "rto", "sk_cookie": 1, "daddr": "10.2.0.9"}))
     stop = threading.Event()
@@ -164,6 +166,7 @@ def test_a_paused_table_stands_still_and_can_be_sorted(cluster: Cluster, view: T
     assert names(after(view, "s", " ")) == ["3", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_new_filter_compares_with_the_records_from_before(cluster: Cluster, view: Top) -> None:
     """The next record of an open connection would otherwise be the first one, from which nothing has grown."""
     connection = {"reason": "interval", "sk_cookie": 1, "daddr": "10.2.0.1", "start_ns": 0, "dport": 443}
@@ -179,6 +182,7 @@ def test_a_new_filter_compares_with_the_records_from_before(cluster: Cluster, vi
     assert seen == 300
 
 
+@pytest.mark.slow
 def test_a_new_filter_does_not_end_the_view_while_kafka_is_down() -> None:
     cluster = mock_cluster.Cluster()
     for topic in TOPICS:
