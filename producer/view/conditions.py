@@ -76,6 +76,8 @@ def compare(name: str, operator: Compare, text: str) -> Callable[[Records], Mask
 
     def mask(records: Records) -> Mask:
         numbers, valid = _ratio(records) if name == _RATIO else records[_FIELDS[name]][:2]
+        if least and _FIELDS.get(name) == "srtt_us":  # 0 before the first measurement
+            valid = valid & (numbers != 0)
         chosen: Mask = valid & operator(numbers, least)
         return chosen
 

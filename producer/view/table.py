@@ -80,10 +80,9 @@ def table(flows: Flows, by: str, sort: str, now_s: float, window_s: float, count
     group = grouped.cause if by == "cause" else group_of_slot[grouped.slot]
     view = _View(flows, grouped, group, group_of_slot, len(names), now_s, window_s)
     active = view.active()
-    keys = view.sort_key(sort)
+    keys = -names.ranks() if sort == "name" else view.sort_key(sort)
     order = active[np.argsort(-keys[active], kind="stable")].tolist()
-    highest = order if sort == "name" else order[:count]
-    shown = sorted(highest, key=lambda each: (-keys[each], _natural(names(each))))[:count]
+    shown = sorted(order[:count], key=lambda each: (-keys[each], _natural(names(each))))
     all_of_it = (np.zeros_like(happened.slot), np.zeros(len(flows.rows), np.int64))
     whole = _View(flows, happened, *all_of_it, 1, now_s, window_s)
     lines = [view.line(each, names(each)) for each in shown]
@@ -133,6 +132,30 @@ class _Names:
     def __call__(self, group: int) -> str:
         return self._name(group) or _NONE
 
+    def ranks(self) -> NDArray[np.int64]:
+        """Return each group's place in the order of the names."""
+        return _ranks([self(group) for group in range(self._count)])
+
+
+class _FlowNames(_Names):
+    """Names of connections; of the many that there can be, only the addresses are compared as text."""
+
+    def __init__(self, flows: Flows) -> None:
+        super().__init__(len(flows.rows), _flow_names(flows))
+        self._flows = flows
+
+    def ranks(self) -> NDArray[np.int64]:
+        """Return each connection's place in the order of the names."""
+        rows, address = self._flows.rows, _ranks(self._flows.texts())
+        order = np.lexsort((rows["dport"], address[rows["daddr"]], rows["sport"], address[rows["saddr"]]))
+        return np.argsort(order)
+
+
+def _ranks(texts: list[str]) -> NDArray[np.int64]:
+    """Return each text's place in natural order."""
+    natural = list(map(_natural, texts))
+    return np.argsort(np.array(sorted(range(len(texts)), key=natural.__getitem__), np.int64))
+
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Return a key by which 10.0.0.9 comes before 10.0.0.10."""
@@ -158,7 +181,7 @@ def _groups(flows: Flows, by: str) -> tuple[_Names, NDArray[np.int64]]:
         return _Names(len(names), names.__getitem__), by_address[address_of_slot] if len(rows) else address_of_slot
     if by == "cause":
         return _Names(len(CAUSES), CAUSES.__getitem__), np.full(len(rows), -1)
-    return _Names(len(rows), _flow_names(flows)), np.arange(len(rows))
+    return _FlowNames(flows), np.arange(len(rows))
 
 
 def _flow_names(flows: Flows) -> Callable[[int], str]:
@@ -206,7 +229,7 @@ class _View:
             return self._median_srtt_us()
         by_name = {
             "segments": self.segs, "ratio": self.resent / np.maximum(self.segs, 1), "failed": self.failed,
-            "flows": self.flows, "name": np.zeros(len(self.segs)),
+            "flows": self.flows,
         }  # fmt: skip
         # Of groups with as many in the window, the one with more in the last minute comes first.
         return by_name.get(sort, self.retransmitted + self._minute / 1e9).astype(np.float64)

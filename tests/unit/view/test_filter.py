@@ -31,7 +31,7 @@ FLOW = st.fixed_dictionaries(
         "dport": st.sampled_from(PORTS),
         "unit": st.none() | st.sampled_from(("nginx.service", "ssh.service")),
         "labels": st.dictionaries(st.sampled_from(("env", "dc")), st.sampled_from(("prod", "test-1", "a b"))),
-        "srtt_us": st.none() | st.integers(0, 5000),
+        "srtt_us": st.none() | st.just(0) | st.integers(1, 5000),
         "segs_out": maybe,
         "total_retrans": maybe,
         **{f"retrans_{cause}": maybe for cause in CAUSES},
@@ -45,7 +45,7 @@ RETRANSMIT = st.fixed_dictionaries(
         "dport": st.sampled_from(PORTS),
         "unit": st.none() | st.sampled_from(("nginx.service", "ssh.service")),
         "labels": st.dictionaries(st.sampled_from(("env", "dc")), st.sampled_from(("prod", "test-1", "a b"))),
-        "srtt_us": st.none() | st.integers(0, 5000),
+        "srtt_us": st.none() | st.just(0) | st.integers(1, 5000),
         "total_retrans": maybe,
         "cause": st.sampled_from(CAUSES),
     }
@@ -100,7 +100,8 @@ def matches(tree: Any, row: Mapping[str, Any]) -> bool:
         case ("or", left, right):
             return matches(left, row) or matches(right, row)
         case ("srtt", sign, text):
-            return row["srtt_us"] is not None and OPERATORS[sign](row["srtt_us"], number(text))
+            is_known = row["srtt_us"] is not None and (row["srtt_us"] != 0 or text == "0")
+            return is_known and OPERATORS[sign](row["srtt_us"], number(text))
         case ("ratio", sign, text):
             sent, again = row.get("segs_out"), row["total_retrans"]
             return bool(sent) and again is not None and OPERATORS[sign](again / sent, number(text))
@@ -157,6 +158,12 @@ def test_an_empty_filter_matches_everything() -> None:
 def test_a_field_that_records_do_not_have_matches_nothing() -> None:
     rows = of_rows(RETRANSMITS, [{"host": "a"}])
     assert parse("comm nginx or pid 1 or error ETIMEDOUT or segs_out > 0")(rows).tolist() == [False]
+
+
+def test_a_round_trip_time_that_is_not_measured_is_not_short() -> None:
+    rows = of_rows(FLOWS, [{"srtt_us": srtt_us} for srtt_us in (None, 0, 900)])
+    assert parse("srtt < 1ms")(rows).tolist() == [False, False, True]
+    assert parse("srtt = 0")(rows).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,16 @@ def test_lines_are_sorted_by_the_round_trip_times_that_they_show() -> None:
     assert [(line.name[-1], line.srtt_p50_us) for line in lines] == [("1", 300_000), ("2", 25_000), ("0", 10_000)]
 
 
+def test_connections_are_sorted_by_address_and_port() -> None:
+    found = started()
+    ends = [("10.0.0.10", 80), ("10.0.0.9", 8080), ("10.0.0.9", 443)]
+    for number, (peer, port) in enumerate(ends):
+        where = {"daddr": peer, "dport": port, "sk_cookie": 10 + number}
+        add_flows(found, NOW - 1, {**where, "segs_out": 100, "start_ns": 9})
+    names = [line.name.partition(" > ")[2] for line in shown(found, "flow", sort="name").lines]
+    assert names == ["10.0.0.9:443", "10.0.0.9:8080", "10.0.0.10:80"]
+
+
 def test_equal_lines_are_in_the_order_of_their_names() -> None:
     found = started()
     for number in (20, 3, 10):
