@@ -8,6 +8,7 @@ from enum import IntEnum
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import ClusterMetadata
 
+from producer.consume.reader import PartitionId
 from producer.host.progress import Progress
 from producer.kafka.confluent import is_test_broker, list_topics
 from producer.kafka.consumer import QuietConsumer, is_passing, offsets, topic_error
@@ -16,6 +17,12 @@ _LOG = logging.getLogger(__name__)
 _METADATA_TIMEOUT_S = 5
 _LOOK_S, _LOOK_TIMEOUT_S = 10.0, 1
 """How often to look for new partitions, and how long that may hold up the reading."""
+_STILL_S = 300.0
+"""Seconds without a message from a partition after which its end is requested.
+
+If it is elsewhere, librdkafka has lost track of the partition: of a topic that was deleted and created again in a
+cluster of several brokers, for example. A new client reads it from its beginning then.
+"""
 _POLL_S = 0.1
 _BATCH = 1000
 
@@ -43,14 +50,20 @@ class Follower:
         start: int,
         batch: int = _BATCH,
     ) -> None:
-        self._brokers = brokers
+        self._brokers, self._purpose, self._settings = brokers, purpose, settings
         self._assigned: dict[str, set[int]] = {topic: set() for topic in topics}
         self._existing: set[tuple[str, int]] = set()
         """The partitions that existed at the start; others are read from their beginning."""
         self._start = start
         self._batch = batch
         self._next_look = 0.0
-        self._connection = QuietConsumer(brokers, purpose, settings, {})
+        self._positions: dict[PartitionId, tuple[int, float]] = {}
+        """Where each partition is read, and since when."""
+        self._behind: set[PartitionId] = set()
+        self._connect()
+
+    def _connect(self) -> None:
+        self._connection = QuietConsumer(self._brokers, self._purpose, self._settings, {})
         self._consumer = self._connection.client
 
     def start(self) -> None:
@@ -71,6 +84,8 @@ class Follower:
         if time.monotonic() >= self._next_look:
             try:
                 self._assign_new(_LOOK_TIMEOUT_S)
+                if lost := self._lost():
+                    self._read_again(lost)
             except KafkaException as exc:
                 _LOG.debug("no metadata: %s", exc)
         return [message for message in self._consumer.consume(self._batch, timeout_s) if not self._failed(message)]
@@ -117,6 +132,31 @@ class Follower:
         self._consumer.incremental_assign(partitions)
         for each in partitions:
             self._assigned[each.topic].add(each.partition)
+            self._positions[PartitionId(each.topic, each.partition)] = each.offset, time.monotonic()
+
+    def _lost(self) -> list[PartitionId]:
+        """Return the partitions that librdkafka does not follow any more: they were also behind at the last look."""
+        now = time.monotonic()
+        for each in self._consumer.position([TopicPartition(*where) for where in self._positions]):
+            where = PartitionId(each.topic, each.partition)
+            if each.offset >= 0 and each.offset != self._positions[where][0]:
+                self._positions[where] = each.offset, now
+        still = {where: at for where, (at, since) in self._positions.items() if at >= 0 and now - since > _STILL_S}
+        ends = offsets(self._consumer, still, Start.END, _LOOK_TIMEOUT_S)
+        self._positions |= {where: (at, now) for where, at in still.items() if ends[where] == at}
+        before, self._behind = self._behind, {where for where, at in still.items() if ends[where] != at}
+        return sorted(before & self._behind)
+
+    def _read_again(self, lost: Sequence[PartitionId]) -> None:
+        """Read on with a new client, and what the old one had lost from its beginning."""
+        names = ",".join(f"{topic}/{number}" for topic, number in lost)
+        _LOG.warning("reading again with a new client, since the old one stands still at partitions=%s", names)
+        self._consumer.close()
+        self._connect()
+        self._positions |= {where: (Start.BEGINNING, time.monotonic()) for where in lost}
+        self._consumer.incremental_assign(
+            [TopicPartition(*where, offset) for where, (offset, _) in self._positions.items()]
+        )
 
     def _failed(self, message: Message) -> bool:
         error = message.error()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from confluent_kafka import KafkaError
@@ -44,6 +45,44 @@ def test_others_are_followed_meanwhile_and_it_is_once_it_has_a_leader(
         assert [each.value() for each in wait_until("the second message", follower.poll)] == [b"second"]
     finally:
         follower.close()
+
+
+@pytest.mark.slow
+def test_a_topic_that_was_created_again_is_read_from_its_beginning_with_a_new_client(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its leader epoch is lower, so librdkafka ignores that another broker leads (its issue 4898)."""
+    monkeypatch.setattr(follow, "_LOOK_S", 1.0)
+    monkeypatch.setattr(follow, "_STILL_S", 2.0)
+    with closing(Cluster(brokers=3)) as cluster:
+        for topic in ("t", "u"):
+            cluster.create(topic)
+        for broker in (1, 2, 1, 2, 1):
+            cluster.lead("t", 0, broker)
+        for topic, value in (("t", b"old"), ("u", b"once")):
+            cluster.put(topic, value, 0)
+        found: list[bytes] = []
+
+        def has_read(count: int) -> bool:
+            found.extend(each.value() or b"" for each in follower.poll())
+            return len(found) >= count
+
+        with closing(Follower(cluster.brokers, "test", ["t", "u"], {}, start=Start.BEGINNING)) as follower:
+            follower.start()
+            wait_until("both messages", lambda: has_read(2))
+            cluster.delete("t")
+            cluster.create("t")
+            cluster.lead("t", 0, 3)
+            for value in (b"new", b"newer"):
+                cluster.put("t", value, 0)
+            wait_until("the new messages", lambda: has_read(4))
+            cluster.put("t", b"next", 0)
+            cluster.put("u", b"again", 0)
+            wait_until("the next ones", lambda: has_read(6))
+    assert sorted(found[:2]) == [b"old", b"once"]
+    assert found[2:4] == [b"new", b"newer"]
+    assert sorted(found[4:]) == [b"again", b"next"]
+    assert "stands still at partitions=t/0" in caplog.text
 
 
 def test_many_partitions_take_one_request(cluster: Cluster) -> None:
