@@ -134,7 +134,8 @@ class Engine:
         if stream is FLOWS:
             growth = self._fleet.add(records)
         else:
-            boots = records.hashes[records["boot_id"]]
+            # Hosts may share a kernel (nodes that are containers), and a clone of a running machine has its boot id.
+            boots = records.hashes[records["boot_id"]] ^ records.hashes[records["host"]]
             is_new = self._ids.add(boots, records["cpu"], records["cpu_seq"], records["ts_ns"])
             self.counts.duplicate += int(np.count_nonzero(~is_new))
             records = records.select(is_new)

@@ -96,7 +96,8 @@ def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
     if stream is RETRANSMITS:
         return (
             f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\nSELECT {names}, segs, cause FROM (\n"
-            "  SELECT *, ROW_NUMBER() OVER (PARTITION BY boot_id, cpu, cpu_seq ORDER BY arrived ASC) AS copy_number\n"
+            "  SELECT *,\n"
+            "    ROW_NUMBER() OVER (PARTITION BY host, boot_id, cpu, cpu_seq ORDER BY arrived ASC) AS copy_number\n"
             f"  FROM alert_{stream.topic}\n)\nWHERE copy_number = 1;"
         )
     # In the order of arrival, which is that of each connection. A record that is not later than one before is a copy.

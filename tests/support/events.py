@@ -29,6 +29,8 @@ class Sent(NamedTuple):
     is_retransmit: bool = False
     cause: str = ""
     last: int | None = None
+    boot_id: str = ""
+    """Empty: the host's own."""
 
 
 def messages(
@@ -36,19 +38,20 @@ def messages(
 ) -> list[tuple[str, bytes, bytes]]:
     """Return topic, key and value of events; `ids` are schema ids by topic with prefix."""
     encoders = {
-        (stream, host): BatchEncoder(
+        (stream, host, boot_id): BatchEncoder(
             stream,
             load_schema(stream.schema_file),
             SchemaId(ids[prefix + stream.topic]),
-            {"host": host, "boot_id": f"boot of {host}"},
+            {"host": host, "boot_id": boot_id or f"boot of {host}"},
             CgroupPaths(None),
             "flow" if host.endswith("b") else "host",  # readers must do with both
         )
-        for stream, host in {(event.stream, event.host) for event in sent}
+        for stream, host, boot_id in {(event.stream, event.host, event.boot_id) for event in sent}
     }
     made = []
     for event in sent:
-        batch = encoders[event.stream, event.host].encode(Batch(event.stream, row(event)), clock_step_ms * MS)
+        encoder = encoders[event.stream, event.host, event.boot_id]
+        batch = encoder.encode(Batch(event.stream, row(event)), clock_step_ms * MS)
         key = batch.keys[batch.key_starts[0] :][: batch.key_lengths[0]].tobytes()
         made.append((prefix + event.stream.topic, key, batch.packed()))
     return made

@@ -191,6 +191,13 @@ def test_retransmissions_are_counted_by_segments_and_rate_and_once() -> None:
     assert alert.flows == "web-1 10.0.0.1:443>192.0.2.1:50000=30"
 
 
+def test_equal_ids_of_two_hosts_on_one_kernel_are_two_events() -> None:
+    run = Evaluation(AlertRule(name="many", by="peer", measure="count", window_s=10, threshold=20))
+    run.retransmits(*(retransmit(1, 1, 10, host=host, boot_id="same") for host in ("web-1", "web-2")))
+    (alert,) = run.alerts(10)
+    assert (alert.value, run.counts.duplicate) == (20, 0)
+
+
 def test_failed_connects_are_counted_once_each_by_error() -> None:
     failing = {"state": "SYN_SENT", "close": True}
     made = [flow(n, 3, cookie=n, error="ETIMEDOUT" if n % 2 else "", sport=50_000 + n, **failing) for n in range(1, 6)]
