@@ -77,10 +77,11 @@ def test_detach_ends_the_events_and_close_unloads_the_programs() -> None:
             loaded = ids_of(hooks)
             assert loaded <= program_ids()
             assert len(loaded) == sum(
-                len(hook.probes)
+                probe.captures
                 for stream, name in hooks.hooks_in_use.items()
                 for hook in HOOKS_BY_STREAM[stream]
                 if hook.name == name
+                for probe in hook.probes
             )
             socket.create_connection(address).close()
             hooks.detach()
@@ -192,7 +193,7 @@ def test_the_hook_is_reported_with_the_reasons_against_better_ones(capture: Reco
         refused = [refusal for refusal in hooks.refusals if refusal.stream == stream]
         assert [refusal.hook for refusal in refused] == better
         assert all(refusal.reason for refusal in refused)
-        assert in_use in ALLOWED
+        assert in_use in ALLOWED or len(names) == 1
 
 
 def test_without_an_allowed_hook_the_error_names_the_reasons() -> None:

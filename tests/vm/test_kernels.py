@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 KERNELS = os.environ.get("REBPF_TEST_KERNELS", "bookworm").split(",")
 PACKAGED = ("bookworm", "trixie")
 """Releases with a package of ReBPF. In the tier all, every file runs on their kernels."""
-_ANY_HOOK = (*(Path(file).name for file in COMMANDS), "test_lab.py", "test_compiled.py")
+_ANY_HOOK = (*(Path(file).name for file in COMMANDS), "test_lab.py", "test_compiled.py", "test_view_counts.py")
 """If the hook makes no difference, this machine's kernel suffices: in the guest, compiling takes twenty seconds."""
 # On Debian's kernels (perf_event_paranoid 3) only root can open a kprobe's perf event, even with CAP_PERFMON.
 LEFT_OUT = {
@@ -89,7 +89,7 @@ def command(results: Path, suite: str, tier: str) -> str:
     fentry = _pytest(results, "fentry", *(file for file in chosen["fentry"] if file not in LAST), left_out=left_out)
     kprobe = _pytest(results, "kprobe", *chosen["kprobe"], left_out=left_out)
     last = f"; {_pytest(results, 'fentry-last', *(LAST if everything else ()), EACH_HOOK)}" if tier == "all" else ""
-    return f"export {COMPILED}=/run/compiled\n{fentry} &\n{{ {kprobe}{last}; }} &\nwait"
+    return f"modprobe tun; export {COMPILED}=/run/compiled\n{fentry} &\n{{ {kprobe}{last}; }} &\nwait"
 
 
 def _pytest(results: Path, name: str, *files: str, left_out: Sequence[str] = ()) -> str:
