@@ -27,7 +27,7 @@ from producer.kernel.loader import Loader
 from producer.kernel.loader_child import ATTACH
 from producer.kernel.manifest import COUNTERS, Manifest, StoredRing, with_readable_rings
 from producer.kernel.ringbuf import Ring
-from producer.kernel.rule_maps import RuleMaps
+from producer.kernel.rule_maps import RuleMaps, active_rules, set_active_rules
 from producer.kernel.settings import CaptureSettings
 from producer.paths import BPF
 from producer.rules.tables import mapped
@@ -122,7 +122,8 @@ class Capture:
             logger.warning("hooks of the last run cannot be taken over, the events in their rings are lost: %s", error)
             self._replacing = True
             return False
-        if stored.fingerprint == self._fingerprint():
+        # Without rules, a stop was about to detach them. Sockets still have decisions of a version that would come again.
+        if stored.fingerprint == self._fingerprint() and active_rules(opened[stored.maps["rules_active"]]):
             self._take_over(stored, opened)
         else:
             self._replace(stored, opened)
@@ -251,7 +252,7 @@ class Capture:
         if not self._links:
             return
         # The kernel may release a link a moment after its last descriptor; without rules, a late run captures nothing.
-        bpf_syscall.update(self._maps["rules_active"], struct.pack("<I", 0), struct.pack("<Q", 0))
+        set_active_rules(self._maps["rules_active"], 0)
         if self._store:
             self._store.clear()
         bpf_syscall.close_all(self._links)

@@ -362,6 +362,29 @@ def test_a_ring_of_garbage_is_taken_over_and_goes_on(pins: Path) -> None:
                 assert len(rows) == ring.records_before > passed
 
 
+def test_hooks_that_a_stop_could_not_detach_do_not_decide_by_the_rules_that_they_had(pins: Path) -> None:
+    with Traffic() as traffic:
+        settings = hook_settings(rules=filtered(ports=(1,)))
+        with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+            capture.load()
+            capture.attach()
+            traffic.start()
+            traffic.wait_more(53)
+            subprocess.run(["mount", "-o", "remount,ro", pins.parent], check=True)
+            try:
+                capture.detach()
+            finally:
+                subprocess.run(["mount", "-o", "remount,rw", pins.parent], check=True)
+        settings = hook_settings(rules=filtered(ports=(traffic.port,)))
+        with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+            capture.load()
+            capture.attach()
+            traffic.wait_more(53)
+            capture.detach()
+            traffic.stop()
+            assert len(probes(all_rows(capture), traffic.port)) >= 53
+
+
 def test_open_connections_are_reported_by_the_iterator_that_was_taken_over(pins: Path, lab: Lab, port: int) -> None:
     settings = hook_settings(streams=STREAMS, rules=filtered(ports=[port]))
     with PinFolder(pins) as folder, Capture(settings, folder) as first:
