@@ -122,7 +122,7 @@ class Capture:
             logger.warning("hooks of the last run cannot be taken over, the events in their rings are lost: %s", error)
             self._replacing = True
             return False
-        # Without rules, a stop was about to detach them. Sockets still have decisions of a version that would come again.
+        # Without rules, a stop was about to detach them, and sockets have decisions of versions that would come again.
         if stored.fingerprint == self._fingerprint() and active_rules(opened[stored.maps["rules_active"]]):
             self._take_over(stored, opened)
         else:
