@@ -54,8 +54,8 @@ class InForce:
     """Keeps the settings and the kernel's rules up to date. `read` reads the configuration, in a thread.
 
     `version` is that of the kernel's rules. `apply` is called with the new configuration after each reload. The result
-    of `files` differs from `files_read` once a file of the configuration has changed. `located` adds the file and line to
-    a ConfigError.
+    of `files` differs from `files_read` once a file of the configuration has changed. `located` adds the file and line
+    to a ConfigError.
     """
 
     def __init__(
