@@ -20,11 +20,10 @@ from producer.events import FLOWS, STREAMS, Stream, layout_check
 from producer.host.cgroups import ONLY_A_PART, cgroup2_root, is_part
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
-from producer.kernel import bpf_syscall, kprobes
-from producer.kernel.hooks import CLOSING_PROGRAMS, Refusal
+from producer.kernel import bpf_syscall, hooks, kprobes
 from producer.kernel.interfaces import HandoverStore, Numbers
 from producer.kernel.loader import Loader
-from producer.kernel.loader_child import ATTACH
+from producer.kernel.loader_child import ATTACH, MAPS
 from producer.kernel.manifest import COUNTERS, Manifest, StoredRing, with_readable_rings
 from producer.kernel.ringbuf import Ring
 from producer.kernel.rule_maps import RuleMaps, active_rules, set_active_rules
@@ -92,7 +91,7 @@ class Capture:
         self._cpus = bpf_syscall.possible_cpus()
         self.hooks_in_use: dict[str, str] = {}
         """By stream."""
-        self.refusals: list[Refusal] = []
+        self.refusals: list[hooks.Refusal] = []
         """The better hooks, and why the host does not allow them."""
 
     def load(self) -> None:
@@ -177,7 +176,7 @@ class Capture:
             logger.warning("%s", warning)
         self.ring_id = secrets.token_hex(8)
         self.hooks_in_use = answer["hooks"]
-        self.refusals = [Refusal(*each) for each in answer["refusals"]]
+        self.refusals = [hooks.Refusal(*each) for each in answer["refusals"]]
         count = len(answer["maps"])
         self._maps = dict(zip(answer["maps"], descriptors[:count], strict=True))
         for stream, program in zip(answer["programs"], descriptors[count:], strict=True):
@@ -218,7 +217,8 @@ class Capture:
         """Return a digest of everything that defines programs and maps, except the rules, which can change later."""
         settings = self._settings
         streams = [stream.name for stream in settings.streams]
-        made_of = [settings.hooks, streams, dict(settings.ring_bytes), str(settings.btf), layout_check()]
+        probes = repr([hooks.HOOKS_BY_STREAM, hooks.OWN_SOCKETS, hooks.OLD_SOCKETS])
+        made_of = [settings.hooks, streams, dict(settings.ring_bytes), str(settings.btf), layout_check(), MAPS, probes]
         digest = hashlib.sha256(json.dumps(made_of).encode())
         for path in sorted(BPF.rglob("*.[ch]")):
             digest.update(path.read_bytes())
@@ -321,7 +321,7 @@ class Capture:
         """Read a stream's counters, summed over the CPUs."""
         begin, ring_full, seq, forgotten, _ = (sum(column) for column in zip(*self._words(stream), strict=True))
         misses = [bpf_syscall.recursion_misses(each) for each in self._programs.get(stream.name, ())]
-        nested = min(misses[:CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
+        nested = min(misses[:hooks.CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
         unseen = forgotten if self.hooks_in_use.get(stream.name) == "raw_tp" else 0
         return KernelCounters(seq - begin, ring_full, nested + forgotten - unseen, unseen)
 

@@ -19,6 +19,7 @@ import pytest
 from producer.demo.lab import Lab
 from producer.errors import UnavailableError
 from producer.events import FLOW_EVENT, FLOWS, REASONS, RETRANSMIT, RETRANSMITS, STREAMS, TRANSMIT, TRANSMITS, Rows
+from producer.kernel import hooks
 from producer.kernel.bpf_syscall import possible_cpus
 from producer.kernel.capture import Capture
 from producer.kernel.pinned import PinFolder
@@ -298,6 +299,22 @@ def test_hooks_with_an_unreadable_manifest_are_discarded_with_a_warning(
         assert old <= program_ids()
         capture.attach()
         wait_for(lambda: not old & program_ids(), "the old programs' end")
+        capture.detach()
+
+
+def test_hooks_with_other_probes_are_replaced_although_the_programs_are_the_same(
+    pins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = hook_settings(rules=filtered(ports=(1,)))
+    with monkeypatch.context() as patch, PinFolder(pins) as folder:
+        patch.setitem(hooks.HOOKS_BY_STREAM, "flow", ())  # the loader still attaches them
+        with Capture(settings, folder) as capture:
+            capture.load()
+            capture.attach()
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+        capture.load()
+        assert not capture.taken_over
+        capture.attach()
         capture.detach()
 
 
