@@ -321,7 +321,7 @@ class Capture:
         """Read a stream's counters, summed over the CPUs."""
         begin, ring_full, seq, forgotten, _ = (sum(column) for column in zip(*self._words(stream), strict=True))
         misses = [bpf_syscall.recursion_misses(each) for each in self._programs.get(stream.name, ())]
-        nested = min(misses[:hooks.CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
+        nested = min(misses[: hooks.CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
         unseen = forgotten if self.hooks_in_use.get(stream.name) == "raw_tp" else 0
         return KernelCounters(seq - begin, ring_full, nested + forgotten - unseen, unseen)
 
