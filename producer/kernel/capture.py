@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import struct
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 from producer import __version__
@@ -21,12 +21,13 @@ from producer.host.cgroups import ONLY_A_PART, cgroup2_root, is_part
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
 from producer.kernel import bpf_syscall, hooks, kprobes
-from producer.kernel.interfaces import HandoverStore, Numbers
+from producer.kernel.interfaces import HandoverStore
 from producer.kernel.loader import Loader
 from producer.kernel.loader_child import ATTACH, MAPS
 from producer.kernel.manifest import COUNTERS, Manifest, StoredRing, with_readable_rings
 from producer.kernel.ringbuf import Ring
 from producer.kernel.rule_maps import RuleMaps, active_rules, set_active_rules
+from producer.kernel.sequence import EventNumbers, Numbers
 from producer.kernel.settings import CaptureSettings
 from producer.paths import BPF
 from producer.rules.tables import mapped
@@ -62,7 +63,7 @@ class Capture:
     """
 
     def __init__(
-        self, settings: CaptureSettings, store: HandoverStore | None = None, numbers: Numbers | None = None
+        self, settings: CaptureSettings, store: HandoverStore | None = None, numbers: EventNumbers | None = None
     ) -> None:
         self._settings = settings
         self._store = store
@@ -334,7 +335,7 @@ class Capture:
         value = bpf_syscall.lookup(self._maps["counters"], struct.pack("<I", stream.index), size)
         return COUNTERS.iter_unpack(value)
 
-    def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
+    def _seed(self, numbers: Numbers) -> None:
         for stream in STREAMS:  # also those not captured, whose numbers continue when they are
             mask = self._settings.wakeup_mask(stream)
             value = b"".join(COUNTERS.pack(number, 0, number, 0, mask) for number in numbers[stream.name])
