@@ -21,7 +21,7 @@ from producer.host.cgroups import ONLY_A_PART, cgroup2_root, is_part
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
 from producer.kernel import bpf_syscall, hooks, kprobes
-from producer.kernel.interfaces import HandoverStore
+from producer.kernel.handover import HandoverStore
 from producer.kernel.loader import Loader
 from producer.kernel.loader_child import ATTACH, MAPS
 from producer.kernel.manifest import COUNTERS, Manifest, StoredRing, with_readable_rings
