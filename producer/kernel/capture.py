@@ -100,6 +100,7 @@ class Capture:
 
         Raises HookError, PermissionDenied or UnavailableError with the reason in one line.
         """
+        self._fingerprint = _fingerprint(self._settings)  # before they are compiled: an upgrade may replace the files
         if not self._open_stored():
             with Progress("compiling and loading the BPF programs"):
                 self._load()
@@ -123,7 +124,7 @@ class Capture:
             self._replacing = True
             return False
         # Without rules, a stop was about to detach them, and sockets have decisions of versions that would come again.
-        if stored.fingerprint == self._fingerprint() and active_rules(opened[stored.maps["rules_active"]]):
+        if stored.fingerprint == self._fingerprint and active_rules(opened[stored.maps["rules_active"]]):
             self._take_over(stored, opened)
         else:
             self._replace(stored, opened)
@@ -193,7 +194,7 @@ class Capture:
         }
         links = {f"link_{i}_{self.ring_id}": link for i, link in enumerate(self._links)}
         stored = Manifest(
-            fingerprint=self._fingerprint(),
+            fingerprint=self._fingerprint,
             ring_id=self.ring_id,
             hooks=self.hooks_in_use,
             refusals=self.refusals,
@@ -213,17 +214,6 @@ class Capture:
         objects.update(links)
         objects.update({name: descriptor for name, (_, descriptor) in self._old_rings.items()})
         self._store.save(objects, stored.to_json())
-
-    def _fingerprint(self) -> str:
-        """Return a digest of everything that defines programs and maps, except the rules, which can change later."""
-        settings = self._settings
-        streams = [stream.name for stream in settings.streams]
-        probes = repr([hooks.HOOKS_BY_STREAM, hooks.OWN_SOCKETS, hooks.OLD_SOCKETS])
-        made_of = [settings.hooks, streams, dict(settings.ring_bytes), str(settings.btf), layout_check(), MAPS, probes]
-        digest = hashlib.sha256(json.dumps(made_of).encode())
-        for path in sorted(BPF.rglob("*.[ch]")):
-            digest.update(path.read_bytes())
-        return digest.hexdigest()
 
     def attach(self) -> None:
         """Attach all programs, unless they were taken over. Events arrive from here on.
@@ -383,3 +373,14 @@ class Capture:
         if self._loader is not None:
             self._loader.end()
             self._loader = None
+
+
+def _fingerprint(settings: CaptureSettings) -> str:
+    """Return a digest of everything that defines programs and maps, except the rules, which can change later."""
+    streams = [stream.name for stream in settings.streams]
+    probes = repr([hooks.HOOKS_BY_STREAM, hooks.OWN_SOCKETS, hooks.OLD_SOCKETS])
+    made_of = [settings.hooks, streams, dict(settings.ring_bytes), str(settings.btf), layout_check(), MAPS, probes]
+    digest = hashlib.sha256(json.dumps(made_of).encode())
+    for path in sorted(BPF.rglob("*.[ch]")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -318,6 +318,21 @@ def test_hooks_with_other_probes_are_replaced_although_the_programs_are_the_same
         capture.detach()
 
 
+def test_hooks_are_known_by_the_files_from_which_they_were_compiled(
+    pins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = hook_settings(rules=filtered(ports=(1,)))
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+        capture.load()
+        with monkeypatch.context() as patch:
+            patch.setattr("producer.kernel.capture.BPF", tmp_path)  # an upgrade has replaced the files
+            capture.attach()
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+        capture.load()
+        assert capture.taken_over
+        capture.detach()
+
+
 def test_pins_of_an_interrupted_start_are_removed(pins: Path) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))
     with PinFolder(pins) as folder, Capture(settings, folder) as capture:
