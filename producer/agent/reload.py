@@ -53,9 +53,9 @@ class _Found:
 class InForce:
     """Keeps the settings and the kernel's rules up to date. `read` reads the configuration, in a thread.
 
-    `version` counts changes of the rules. `apply` is called with the new configuration after each reload. The result of
-    `files` differs from `files_read` once a file of the configuration has changed. `located` adds the file and line to
-    a ConfigError.
+    `version` is that of the kernel's rules. `apply` is called with the new configuration after each reload. The result
+    of `files` differs from `files_read` once a file of the configuration has changed. `located` adds the file and line
+    to a ConfigError.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class InForce:
         """Its result, if anything has changed."""
         self._files, self._files_read, self._files_at = files, files_read, 0.0
         self.apply: Callable[[Config], None] = lambda config: None
-        self.version = 1
+        self.version = rules.version
         self.restart_needed: tuple[str, ...] = ()
         """Settings that have changed in the files and need a restart."""
         self.refusal = ""

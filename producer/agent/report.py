@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from producer import __version__
+from producer.agent.reload import InForce
 from producer.agent.streams import StreamParts
 from producer.config.sources import shown
 from producer.config.validate import host_name
@@ -21,15 +22,13 @@ class Reporter:
 
     def __init__(
         self,
-        host: str,
-        labels: Mapping[str, str],
+        in_force: InForce,
         hooks: Capture,
         sink: KafkaSink,
         parts: Sequence[StreamParts],
         topics: Mapping[str, Topic],
     ) -> None:
-        self._host = host
-        self.labels = labels
+        self._in_force = in_force
         self._hooks = hooks
         self._sink = sink
         self._parts = parts
@@ -44,22 +43,24 @@ class Reporter:
             for each in self._parts
         }
 
-    def status(self, rules_version: int, transmit_sample_rate: int, more_reasons: Sequence[str] = ()) -> Status:
+    def status(self, transmit_sample_rate: int, more_reasons: Sequence[str]) -> Status:
         """Return the current status; `more_reasons` are added to the reasons for being degraded."""
         cpu_s, rss_bytes = usage()
         return Status(
-            self._host,
-            boot_id(),
-            __version__,
-            os.getpid(),
-            self._started_s,
-            rules_version,
-            tuple(self._stream(each) for each in self._parts),
-            tuple(map(shown, (*self.reasons(), *more_reasons))),  # they quote names, which may not be UTF-8
-            cpu_s,
-            rss_bytes,
-            self.labels,
-            transmit_sample_rate,
+            host=self._in_force.config.host,
+            boot_id=boot_id(),
+            version=__version__,
+            pid=os.getpid(),
+            started_s=self._started_s,
+            rules_version=self._in_force.version,
+            streams=tuple(self._stream(each) for each in self._parts),
+            reasons=tuple(map(shown, (*self.reasons(), *more_reasons))),  # they quote names, which may not be UTF-8
+            cpu_s=cpu_s,
+            rss_bytes=rss_bytes,
+            labels=self._in_force.config.labels,
+            transmit_sample_rate=transmit_sample_rate,
+            config_hash=self._in_force.digest,
+            restart_needed=self._in_force.restart_needed,
         )
 
     def balance(self, parts: StreamParts, kernel: KernelCounters) -> Balance:
@@ -100,6 +101,7 @@ class Reporter:
             reasons += [f"{topic}: {part}: {text}" for part, text in errors.items() if text]
             if each.pipeline.spooling:
                 reasons.append(f"{topic}: events wait on disk")
-        if self._host == self._host_then != (now := host_name()):  # it may get its name late in its first boot
-            reasons.append(f"host: the name of this host is now {now}, but events have {self._host}: restart")
+        host = self._in_force.config.host
+        if host == self._host_then != (now := host_name()):  # it may get its name late in its first boot
+            reasons.append(f"host: the name of this host is now {now}, but events have {host}: restart")
         return reasons

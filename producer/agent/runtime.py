@@ -82,9 +82,8 @@ class Runtime:
         return self.in_force.config
 
     def __post_init__(self) -> None:
-        config = self.config
-        self.budget = TransmitBudget(config.capture.transmit_events_per_s)
-        self.reporter = Reporter(config.host, config.labels, self.capture, self.sink, self.streams, self.topics)
+        self.budget = TransmitBudget(self.config.capture.transmit_events_per_s)
+        self.reporter = Reporter(self.in_force, self.capture, self.sink, self.streams, self.topics)
         self.liveness = Liveness(self.board, self.heartbeats, self.sink, self._status)
 
     def run(self, stop: Flag, reload: Flag, duration_s: float | None = None) -> dict[Topic, Balance]:
@@ -126,9 +125,7 @@ class Runtime:
             self.flows.set_interval(config.capture.flow_interval_s)
         for each in self.streams:
             each.pipeline.spill_after_s = config.spool.spill_after_s
-        if config.labels != self.reporter.labels:
-            self.relabel(config.labels)
-            self.reporter.labels = config.labels
+        self.relabel(config.labels)
 
     def _flow_timer(self) -> FlowTimer | None:
         parts = next((each for each in self.streams if each.stream == FLOWS), None)
@@ -196,10 +193,7 @@ class Runtime:
         reasons += [self.web.last_error] if self.web.last_error else []
         if self.config.kafka.brokers is None and systemd.is_service():
             reasons.append(_STORED_NOWHERE)
-        status = self.reporter.status(self.in_force.version, self.budget.rate, reasons)
-        return dataclasses.replace(
-            status, config_hash=self.in_force.digest, restart_needed=self.in_force.restart_needed
-        )
+        return self.reporter.status(self.budget.rate, reasons)
 
     def _log_ready(self) -> None:
         if self.capture.refusals:

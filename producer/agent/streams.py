@@ -112,7 +112,9 @@ class StreamBuilder:
         return spool
 
     def relabel(self, labels: Mapping[str, str]) -> None:
-        """Encode with other labels of the site from now on."""
+        """Encode with these labels of the site from now on."""
+        if labels == self._fields["labels"]:
+            return
         self._fields = {**self._fields, "labels": dict(labels)}
         for stream, isolator in self._isolators:
             isolator.encoder = self._encoder(stream)

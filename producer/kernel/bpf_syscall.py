@@ -32,6 +32,7 @@ _CLOCK_MONOTONIC_COARSE = 6
 _PERF_EVENT_IOC_SET_BPF = 0x40042408
 _KPROBES = Path("/sys/bus/event_source/devices/kprobe")
 _ENOTSUPP = 524  # of the kernel alone: strerror does not know it
+_LOG_BYTES = (1 << 24) - 1  # the most that all kernels allow
 _NOT_SUPPORTED = "not supported by this kernel on this processor (errno 524; fentry on arm64 needs Linux 6.4)"
 
 MAP_SK_STORAGE, MAP_RINGBUF = 24, 27
@@ -82,7 +83,6 @@ class VerifierError(Exception):
     """The kernel rejected a program. `log` is the verifier's output, which may be empty."""
 
     def __init__(self, name: str, error: OSError, log: str) -> None:
-        self.errno = error.errno
         self.log = log
         reasons = [line for line in log.splitlines() if line.strip() and not line.startswith("processed ")]
         super().__init__(f"{name}: {error.strerror}" + (f": {reasons[-1].strip()}" if reasons else ""))
@@ -110,20 +110,17 @@ def load_program(
     name: str, instructions: bytes, prog_type: int, *, attach_type: int = ATTACH_NONE, attach_btf_id: int = 0
 ) -> int:
     """Load a program under the GPL and return its descriptor. VerifierError has the log."""
-    # libbpf repeats the load with a log if the kernel rejects the program.
-    log = ctypes.create_string_buffer(1 << 20)
-    opts = _ProgLoadOpts(
-        sz=ctypes.sizeof(_ProgLoadOpts),
-        expected_attach_type=attach_type,
-        attach_btf_id=attach_btf_id,
-        log_size=len(log),
-        log_buf=ctypes.addressof(log),
-    )
-    identity = (prog_type, name.encode()[:15], b"GPL")
+    opts = _ProgLoadOpts(sz=ctypes.sizeof(_ProgLoadOpts), expected_attach_type=attach_type, attach_btf_id=attach_btf_id)
     count = c_size_t(len(instructions) // 8)
+    arguments = (prog_type, name.encode()[:15], b"GPL", instructions, count, ctypes.byref(opts))
     try:
-        return _call("bpf_prog_load", *identity, instructions, count, ctypes.byref(opts))
+        return _call("bpf_prog_load", *arguments)
     except OSError as error:
+        # Again with a log. Not at first: a log that is full hides the error.
+        log = ctypes.create_string_buffer(_LOG_BYTES)
+        opts.log_level, opts.log_size, opts.log_buf = 1, len(log), ctypes.addressof(log)
+        with contextlib.suppress(OSError):
+            os.close(_call("bpf_prog_load", *arguments))
         raise VerifierError(name, error, log.value.decode(errors="replace")) from error
 
 

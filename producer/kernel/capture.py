@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import struct
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 from producer import __version__
@@ -20,14 +20,14 @@ from producer.events import FLOWS, STREAMS, Stream, layout_check
 from producer.host.cgroups import ONLY_A_PART, cgroup2_root, is_part
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
-from producer.kernel import bpf_syscall, kprobes
-from producer.kernel.hooks import CLOSING_PROGRAMS, Refusal
-from producer.kernel.interfaces import HandoverStore, Numbers
+from producer.kernel import bpf_syscall, hooks, kprobes
+from producer.kernel.handover import HandoverStore
 from producer.kernel.loader import Loader
-from producer.kernel.loader_child import ATTACH
+from producer.kernel.loader_child import ATTACH, MAPS
 from producer.kernel.manifest import COUNTERS, Manifest, StoredRing, with_readable_rings
 from producer.kernel.ringbuf import Ring
-from producer.kernel.rule_maps import RuleMaps
+from producer.kernel.rule_maps import RuleMaps, active_rules, set_active_rules
+from producer.kernel.sequence import EventNumbers, Numbers
 from producer.kernel.settings import CaptureSettings
 from producer.paths import BPF
 from producer.rules.tables import mapped
@@ -63,7 +63,7 @@ class Capture:
     """
 
     def __init__(
-        self, settings: CaptureSettings, store: HandoverStore | None = None, numbers: Numbers | None = None
+        self, settings: CaptureSettings, store: HandoverStore | None = None, numbers: EventNumbers | None = None
     ) -> None:
         self._settings = settings
         self._store = store
@@ -92,7 +92,7 @@ class Capture:
         self._cpus = bpf_syscall.possible_cpus()
         self.hooks_in_use: dict[str, str] = {}
         """By stream."""
-        self.refusals: list[Refusal] = []
+        self.refusals: list[hooks.Refusal] = []
         """The better hooks, and why the host does not allow them."""
 
     def load(self) -> None:
@@ -100,6 +100,7 @@ class Capture:
 
         Raises HookError, PermissionDenied or UnavailableError with the reason in one line.
         """
+        self._fingerprint = _fingerprint(self._settings)  # before they are compiled: an upgrade may replace the files
         if not self._open_stored():
             with Progress("compiling and loading the BPF programs"):
                 self._load()
@@ -122,7 +123,8 @@ class Capture:
             logger.warning("hooks of the last run cannot be taken over, the events in their rings are lost: %s", error)
             self._replacing = True
             return False
-        if stored.fingerprint == self._fingerprint():
+        # Without rules, a stop was about to detach them, and sockets have decisions of versions that would come again.
+        if stored.fingerprint == self._fingerprint and active_rules(opened[stored.maps["rules_active"]]):
             self._take_over(stored, opened)
         else:
             self._replace(stored, opened)
@@ -176,7 +178,7 @@ class Capture:
             logger.warning("%s", warning)
         self.ring_id = secrets.token_hex(8)
         self.hooks_in_use = answer["hooks"]
-        self.refusals = [Refusal(*each) for each in answer["refusals"]]
+        self.refusals = [hooks.Refusal(*each) for each in answer["refusals"]]
         count = len(answer["maps"])
         self._maps = dict(zip(answer["maps"], descriptors[:count], strict=True))
         for stream, program in zip(answer["programs"], descriptors[count:], strict=True):
@@ -192,7 +194,7 @@ class Capture:
         }
         links = {f"link_{i}_{self.ring_id}": link for i, link in enumerate(self._links)}
         stored = Manifest(
-            fingerprint=self._fingerprint(),
+            fingerprint=self._fingerprint,
             ring_id=self.ring_id,
             hooks=self.hooks_in_use,
             refusals=self.refusals,
@@ -212,16 +214,6 @@ class Capture:
         objects.update(links)
         objects.update({name: descriptor for name, (_, descriptor) in self._old_rings.items()})
         self._store.save(objects, stored.to_json())
-
-    def _fingerprint(self) -> str:
-        """Return a digest of everything that defines programs and maps, except the rules, which can change later."""
-        settings = self._settings
-        streams = [stream.name for stream in settings.streams]
-        made_of = [settings.hooks, streams, dict(settings.ring_bytes), str(settings.btf), layout_check()]
-        digest = hashlib.sha256(json.dumps(made_of).encode())
-        for path in sorted(BPF.rglob("*.[ch]")):
-            digest.update(path.read_bytes())
-        return digest.hexdigest()
 
     def attach(self) -> None:
         """Attach all programs, unless they were taken over. Events arrive from here on.
@@ -251,7 +243,7 @@ class Capture:
         if not self._links:
             return
         # The kernel may release a link a moment after its last descriptor; without rules, a late run captures nothing.
-        bpf_syscall.update(self._maps["rules_active"], struct.pack("<I", 0), struct.pack("<Q", 0))
+        set_active_rules(self._maps["rules_active"], 0)
         if self._store:
             self._store.clear()
         bpf_syscall.close_all(self._links)
@@ -320,7 +312,7 @@ class Capture:
         """Read a stream's counters, summed over the CPUs."""
         begin, ring_full, seq, forgotten, _ = (sum(column) for column in zip(*self._words(stream), strict=True))
         misses = [bpf_syscall.recursion_misses(each) for each in self._programs.get(stream.name, ())]
-        nested = min(misses[:CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
+        nested = min(misses[: hooks.CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
         unseen = forgotten if self.hooks_in_use.get(stream.name) == "raw_tp" else 0
         return KernelCounters(seq - begin, ring_full, nested + forgotten - unseen, unseen)
 
@@ -333,7 +325,7 @@ class Capture:
         value = bpf_syscall.lookup(self._maps["counters"], struct.pack("<I", stream.index), size)
         return COUNTERS.iter_unpack(value)
 
-    def _seed(self, numbers: Mapping[str, Sequence[int]]) -> None:
+    def _seed(self, numbers: Numbers) -> None:
         for stream in STREAMS:  # also those not captured, whose numbers continue when they are
             mask = self._settings.wakeup_mask(stream)
             value = b"".join(COUNTERS.pack(number, 0, number, 0, mask) for number in numbers[stream.name])
@@ -381,3 +373,14 @@ class Capture:
         if self._loader is not None:
             self._loader.end()
             self._loader = None
+
+
+def _fingerprint(settings: CaptureSettings) -> str:
+    """Return a digest of everything that defines programs and maps, except the rules, which can change later."""
+    streams = [stream.name for stream in settings.streams]
+    probes = repr([hooks.HOOKS_BY_STREAM, hooks.OWN_SOCKETS, hooks.OLD_SOCKETS])
+    made_of = [settings.hooks, streams, dict(settings.ring_bytes), str(settings.btf), layout_check(), MAPS, probes]
+    digest = hashlib.sha256(json.dumps(made_of).encode())
+    for path in sorted(BPF.rglob("*.[ch]")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -35,8 +35,8 @@ class RuleMaps:
 
     def __init__(self, maps: Mapping[str, int]) -> None:
         self._maps = maps
-        (active,) = struct.unpack("<Q", bpf_syscall.lookup(maps["rules_active"], _index(0), 8))
-        self.version: int = active >> 1
+        active = active_rules(maps["rules_active"])
+        self.version = active >> 1
         self._arrays: dict[str, dict[bytes, bytes]] = {}
         """The values written by this process, by map and key."""
         # Maps that were taken over contain elements of another process.
@@ -66,7 +66,7 @@ class RuleMaps:
         for number, _ in enumerate(self._fill(generation, prefixes, tables), 1):
             if number % _ELEMENTS_PER_STEP == 0:
                 yield
-        bpf_syscall.update(self._maps["rules_active"], _index(0), struct.pack("<Q", version << 1 | generation))
+        set_active_rules(self._maps["rules_active"], version << 1 | generation)
         self.version, self._prefix_generation = version, prefixes
         self._prefixes_in_use = tables.prefixes
 
@@ -119,6 +119,16 @@ class RuleMaps:
                 bpf_syscall.update(self._maps[name], key, value)
                 current[key] = value
                 yield
+
+
+def active_rules(map_fd: int) -> int:
+    """Return the word of the map rules_active: version << 1 | generation; 0: capture nothing."""
+    return int.from_bytes(bpf_syscall.lookup(map_fd, _index(0), 8), "little")
+
+
+def set_active_rules(map_fd: int, active: int) -> None:
+    """Change that word, at once for all programs."""
+    bpf_syscall.update(map_fd, _index(0), active.to_bytes(8, "little"))
 
 
 def _prefixes(generation: int, tables: Tables) -> dict[bytes, bytes]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from producer.events import Batch, EncodedBatch, Rows, Stream, common
 from producer.pipeline.interfaces import Encoder, Ring
 
-BATCH_ROWS = 8192
-"""Most rows of a batch."""
+BATCH_ROWS = 4096
+"""Most rows of a batch: as many as the encoder takes at once."""
+_REQUEST_ROWS = 8192
+"""Most rows of a request: of two batches."""
 _REQUEST_BYTES = 980_000
 """A little less than a produce request of librdkafka may have: 1,000,000, by batch.size and message.max.bytes."""
 _MESSAGE_BYTES = 36
@@ -47,8 +49,8 @@ class RingReader:
         self._ring = ring
         self._encoder = encoder
         self._count = count
-        self.request_rows = BATCH_ROWS
-        """Rows that fit into one produce request, by the last batch, but at most BATCH_ROWS."""
+        self.request_rows = _REQUEST_ROWS
+        """Rows that fit into one produce request, by the last batch, but at most _REQUEST_ROWS."""
 
     @contextmanager
     def read(self, limit: int, utc_offset_ns: int) -> Iterator[Read | None]:
@@ -85,4 +87,4 @@ class RingReader:
 def _request_rows(batch: EncodedBatch) -> int:
     """Return how many messages like those of a batch fit into one produce request."""
     total_bytes = int(batch.lengths.sum() + batch.key_lengths.sum())
-    return min(BATCH_ROWS, max(1, _REQUEST_BYTES * len(batch) // (total_bytes + _MESSAGE_BYTES * len(batch))))
+    return min(_REQUEST_ROWS, max(1, _REQUEST_BYTES * len(batch) // (total_bytes + _MESSAGE_BYTES * len(batch))))

@@ -9,7 +9,7 @@ import pytest
 
 from producer.commands.check import _hooks
 from producer.config.load import Config
-from producer.kernel import loader_child
+from producer.kernel import bpf_syscall, loader_child
 from producer.kernel.btf import Btf
 from producer.kernel.features import Features, machine
 from producer.kernel.hooks import NO_ITERATORS, Kernel
@@ -53,3 +53,14 @@ def test_a_limit_on_descriptors_is_not_taken_for_an_old_kernel() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, usual)
     assert raised.value.errno == errno.EMFILE
+
+
+def test_a_rejected_program_with_a_long_log_has_the_verifiers_reason() -> None:
+    valid = bpf_syscall.instruction(0xB7, 0, 0, 0, 0)
+    not_set = bpf_syscall.instruction(0xBF, 0, 5, 0, 0)
+    code = 60_000 * valid + not_set + bpf_syscall.RETURN_1
+    with pytest.raises(bpf_syscall.VerifierError, match=r"^trial: Permission denied: R5 !read_ok$") as raised:
+        bpf_syscall.load_program(
+            "trial", code, bpf_syscall.PROG_CGROUP_SKB, attach_type=bpf_syscall.ATTACH_CGROUP_EGRESS
+        )
+    assert len(raised.value.log) > 1 << 20

@@ -19,6 +19,7 @@ import pytest
 from producer.demo.lab import Lab
 from producer.errors import UnavailableError
 from producer.events import FLOW_EVENT, FLOWS, REASONS, RETRANSMIT, RETRANSMITS, STREAMS, TRANSMIT, TRANSMITS, Rows
+from producer.kernel import hooks
 from producer.kernel.bpf_syscall import possible_cpus
 from producer.kernel.capture import Capture
 from producer.kernel.pinned import PinFolder
@@ -301,6 +302,37 @@ def test_hooks_with_an_unreadable_manifest_are_discarded_with_a_warning(
         capture.detach()
 
 
+def test_hooks_with_other_probes_are_replaced_although_the_programs_are_the_same(
+    pins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = hook_settings(rules=filtered(ports=(1,)))
+    with monkeypatch.context() as patch, PinFolder(pins) as folder:
+        patch.setitem(hooks.HOOKS_BY_STREAM, "flow", ())  # the loader still attaches them
+        with Capture(settings, folder) as capture:
+            capture.load()
+            capture.attach()
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+        capture.load()
+        assert not capture.taken_over
+        capture.attach()
+        capture.detach()
+
+
+def test_hooks_are_known_by_the_files_from_which_they_were_compiled(
+    pins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = hook_settings(rules=filtered(ports=(1,)))
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+        capture.load()
+        with monkeypatch.context() as patch:
+            patch.setattr("producer.kernel.capture.BPF", tmp_path)  # an upgrade has replaced the files
+            capture.attach()
+    with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+        capture.load()
+        assert capture.taken_over
+        capture.detach()
+
+
 def test_pins_of_an_interrupted_start_are_removed(pins: Path) -> None:
     settings = hook_settings(rules=filtered(ports=(1,)))
     with PinFolder(pins) as folder, Capture(settings, folder) as capture:
@@ -360,6 +392,29 @@ def test_a_ring_of_garbage_is_taken_over_and_goes_on(pins: Path) -> None:
                 capture.detach()
                 rows = ring.read(1 << 20)
                 assert len(rows) == ring.records_before > passed
+
+
+def test_hooks_that_a_stop_could_not_detach_do_not_decide_by_the_rules_that_they_had(pins: Path) -> None:
+    with Traffic() as traffic:
+        settings = hook_settings(rules=filtered(ports=(1,)))
+        with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+            capture.load()
+            capture.attach()
+            traffic.start()
+            traffic.wait_more(53)
+            subprocess.run(["mount", "-o", "remount,ro", pins.parent], check=True)
+            try:
+                capture.detach()
+            finally:
+                subprocess.run(["mount", "-o", "remount,rw", pins.parent], check=True)
+        settings = hook_settings(rules=filtered(ports=(traffic.port,)))
+        with PinFolder(pins) as folder, Capture(settings, folder) as capture:
+            capture.load()
+            capture.attach()
+            traffic.wait_more(53)
+            capture.detach()
+            traffic.stop()
+            assert len(probes(all_rows(capture), traffic.port)) >= 53
 
 
 def test_open_connections_are_reported_by_the_iterator_that_was_taken_over(pins: Path, lab: Lab, port: int) -> None:

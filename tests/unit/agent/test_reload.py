@@ -70,6 +70,15 @@ def reload(in_force: InForce) -> None:
     follow(in_force, asked)
 
 
+def test_the_version_is_the_kernels_after_hooks_were_taken_over() -> None:
+    hooks = Hooks()
+    hooks.version = 7
+    in_force = rules(Clock(), Config, hooks)
+    assert in_force.version == 7
+    reload(in_force)
+    assert in_force.version == 8
+
+
 def test_1500_signals_mean_a_few_reloads_and_the_last_text_is_in_force() -> None:
     clock, asked, reads = Clock(), Asked(), []
 

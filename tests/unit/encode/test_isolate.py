@@ -5,6 +5,7 @@ import pytest
 
 from producer.encode.isolate import Isolator, Unencodable
 from producer.events import TRANSMITS, Batch, EncodedBatch, Rows
+from producer.pipeline.ring_reader import BATCH_ROWS
 from tests.support.pipeline import UTC_OFFSET_NS, IdEncoder, ids
 
 
@@ -91,7 +92,7 @@ def test_a_step_with_a_defect_is_bounded_and_all_good_events_are_encoded(bad: se
     encoder._bad.clear()
     for _ in range(6):
         isolator.encode(Batch(TRANSMITS, rows_of(1)), UTC_OFFSET_NS)
-    assert isolator.fit(rows_of(5000)) == 4096, "again, now that the defect does not show"
+    assert isolator.fit(rows_of(5000)) == BATCH_ROWS, "again, now that the defect does not show"
 
 
 class OutOfMemory:

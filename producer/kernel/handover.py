@@ -1,20 +1,7 @@
-"""What captures need of others: where event numbers begin, and what holds the kernel's objects for the next process."""
+"""What captures need of whatever holds the kernel's objects for the next process."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
-
-
-class Numbers(Protocol):
-    """Decides where event numbers (cpu_seq) begin, by stream and possible CPU."""
-
-    def start(self, *, overlap: bool) -> Mapping[str, Sequence[int]]:
-        """Return the number before the first. With `overlap`, other programs are still assigning numbers."""
-
-    def resume(self) -> None:
-        """Record that programs which were taken over are assigning numbers."""
-
-    def stop(self, last: Mapping[str, Sequence[int]]) -> None:
-        """Record the last numbers."""
 
 
 class HandoverStore(Protocol):
