@@ -174,5 +174,9 @@ def report(
     period = Period(since, until)
     earlier = Period(period.since_ns and period.since_ns - MARGIN_NS, period.until_ns)
     source = _source(config, brokers, registry, paths, earlier, tuple(STREAMS))
-    echo(lines(write(source, period, output, png, choice=_choice(filter_text), filter_text=filter_text or "")))
+    given = {"--config": config, "--brokers": brokers, "--registry": registry}
+    options = [part for name, value in given.items() if value and not paths for part in (name, str(value))]
+    choice = _choice(filter_text)
+    headline = write(source, period, output, png, choice=choice, filter_text=filter_text or "", options=options)
+    echo(lines(headline))
     echo(lines(f"wrote {path}" for path in (output, png) if path is not None))
