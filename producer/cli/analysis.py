@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from producer.cli.options import (
     Command,
@@ -46,9 +47,10 @@ def _source(
     from producer.topics import topic as topic_of
 
     settings = load(config, brokers=brokers, registry=registry)
-    if paths and brokers:
-        usage("give either files or --brokers")
     if paths:
+        # REBPF_BROKERS of a shell is for other commands.
+        if click.get_current_context().get_parameter_source("brokers") is ParameterSource.COMMANDLINE:
+            usage("give either files or --brokers")
         return Files(paths)
     if settings.kafka.brokers is None:
         usage("give files, or --brokers")
