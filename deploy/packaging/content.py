@@ -68,12 +68,14 @@ def install_pages(root: Path, tools: Path, completions: Mapping[str, str]) -> No
 
 
 def install_documents(root: Path) -> None:
-    """Install the changelog, the documents, the schemas and the examples, of which flink/ddl.py reads the schemas."""
+    """Install the changelog, the documents, the schemas and the examples.
+
+    The folders are those of the checkout, so that links work, and flink/ddl.py finds the schemas.
+    """
     write_gz(root / DOCUMENT / "changelog.gz", (ROOT / "CHANGELOG.md").read_bytes())
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        write(root / DOCUMENT / path.name, path.read_text())
-    for path in sorted((ROOT / "schemas").glob("*.avsc")):
-        write(root / DOCUMENT / "schemas" / path.name, path.read_text())
+    for pattern in ("README.md", "docs/*.md", "docs/*.ipynb", "schemas/*.avsc"):
+        for path in sorted(ROOT.glob(pattern)):
+            write(root / DOCUMENT / path.relative_to(ROOT), path.read_text())
     for path in sorted(path for name in _EXAMPLES for path in (ROOT / "deploy" / name).rglob("*")):
         if path.is_file() and path.suffix != ".pyc":
             write(root / DOCUMENT / "examples" / path.relative_to(ROOT / "deploy"), path.read_text())

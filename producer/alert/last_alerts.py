@@ -1,5 +1,6 @@
 """The last alert of each group, from the topic tcp_alerts: the state that a member starts with."""
 
+import json
 import logging
 import math
 import time
@@ -78,6 +79,9 @@ def _alert(key: bytes, record: dict[str, Any] | UndecodableError, now_ns: int) -
         raise ValueError("numbers out of range")
     if alert.by not in GROUPS or alert.measure not in (*MEASURES, MEASURE) or len(alert.group) > MOST_GROUP:
         raise ValueError("unknown group or measure")
+    for texts in map(json.loads, (alert.labels, alert.annotations)):
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError("labels or annotations are not texts by name")
     # It would keep earlier windows from being decided. An alert on silence has the time of the host's clock instead.
     if alert.measure != MEASURE and alert.window_start_ns > now_ns + AHEAD_NS:
         raise ValueError("the window is far in the future")

@@ -6,7 +6,6 @@ Names are compared once per distinct text of a batch, and then by column.
 import fnmatch
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from ipaddress import ip_network
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from producer.alert.connections import CAUSE_COUNTERS, COUNTERS
 from producer.config.alerts import GROUPS, AlertRule
 from producer.connections import GIVEN_UP, Growth, service_port
-from producer.consume.addresses import is_within, subnet
+from producer.consume.addresses import is_within, network, subnet
 from producer.consume.columns import Columns, Ints, Mask, passing, text_to_map
 from producer.consume.plan import Fields
 from producer.events import CAUSES
@@ -101,7 +100,7 @@ class Selection:
 
     def __init__(self, rule: AlertRule) -> None:
         self._columns = GROUPS[rule.by]
-        networks = [ip_network(text) for text in rule.peer]
+        networks = [network(text) for text in rule.peer]
         self._ports = [
             (int(low), int(high or low)) for low, _, high in (str(each).partition("-") for each in rule.port)
         ]

@@ -35,6 +35,8 @@ _SECOND_NS, _MS_NS = 1_000_000_000, 1_000_000
 _STALL_STEPS = 300
 """Calls of `decide`, one a second, without a message from a partition that has some."""
 _BACKLOG_NS = 60 * _SECOND_NS
+_FIRST_NS = 1
+"""The beginning of time; 0 is unknown."""
 _SHOWN = 200
 _FINAL = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.TOPIC_AUTHORIZATION_FAILED})
 
@@ -169,7 +171,7 @@ class Reading:
                 raise KafkaException(each.error)
         now_ns = time.time_ns()
         decided = [_decided_ns(each.metadata, now_ns) for each in committed if each.offset >= 0]
-        decided_ns = max(decided, default=0) or (0 if from_beginning else now_ns)
+        decided_ns = max(decided, default=0) or (_FIRST_NS if from_beginning else now_ns)
         since_ns = since(self._config.rules, decided_ns, self._config.lookback_s)
         silent = [alert for alert in self._last_alerts if alert.rule == RULE and self._topics.heartbeats]
         others = [alert for alert in self._last_alerts if alert not in silent]

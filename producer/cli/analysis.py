@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from producer.cli.options import (
     Command,
@@ -46,9 +47,10 @@ def _source(
     from producer.topics import topic as topic_of
 
     settings = load(config, brokers=brokers, registry=registry)
-    if paths and brokers:
-        usage("give either files or --brokers")
     if paths:
+        # REBPF_BROKERS of a shell is for other commands.
+        if click.get_current_context().get_parameter_source("brokers") is ParameterSource.COMMANDLINE:
+            usage("give either files or --brokers")
         return Files(paths)
     if settings.kafka.brokers is None:
         usage("give files, or --brokers")
@@ -174,5 +176,9 @@ def report(
     period = Period(since, until)
     earlier = Period(period.since_ns and period.since_ns - MARGIN_NS, period.until_ns)
     source = _source(config, brokers, registry, paths, earlier, tuple(STREAMS))
-    echo(lines(write(source, period, output, png, choice=_choice(filter_text), filter_text=filter_text or "")))
+    given = {"--config": config, "--brokers": brokers, "--registry": registry}
+    options = [part for name, value in given.items() if value and not paths for part in (name, str(value))]
+    choice = _choice(filter_text)
+    headline = write(source, period, output, png, choice=choice, filter_text=filter_text or "", options=options)
+    echo(lines(headline))
     echo(lines(f"wrote {path}" for path in (output, png) if path is not None))

@@ -1,7 +1,7 @@
 """`rebpf report`: what was retransmitted in a period, as an HTML file and a picture."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +32,12 @@ def report(
     *,
     choice: Choice | None = None,
     filter_text: str = "",
+    options: Sequence[str] = (),
 ) -> list[str]:
-    """Write the report; return the headline. Raises UnavailableError if there are no events."""
+    """Write the report; return the headline. Raises UnavailableError if there are no events.
+
+    `options` are those of other commands that read the same topics.
+    """
     for path in filter(None, (output, picture)):
         with disk_errors(path):
             check_folder(path)
@@ -47,7 +51,7 @@ def report(
     else:
         segments = Frame(pa.Table.from_batches([], schema_of(TRANSMITS, NAMES[TRANSMITS])))
     with Progress("drawing"):
-        text = page(summary, segments, list(_commands(summary, source, filter_text)), filter_text)
+        text = page(summary, segments, list(_commands(summary, options, filter_text)), filter_text)
         with disk_errors(output):
             write_whole(output, text.encode(errors="backslashreplace"))
         if picture is not None:
@@ -57,17 +61,17 @@ def report(
     return headline(summary)
 
 
-def _commands(summary: Summary, source: Files | Topics, filter_text: str) -> Iterator[str]:
+def _commands(summary: Summary, options: Sequence[str], filter_text: str) -> Iterator[str]:
     """Yield command lines that show more of the worst peer and host."""
     peers, hosts = summary.worst["peer"], summary.worst["host"]
     if peers:
         match = shlex.quote(f"peer {peers[0].name}")
         yield f"rebpf trace {match}  # on the host: what is retransmitted to the worst peer now"
         yield f"ss -ti dst {shlex.quote(peers[0].name)}  # on the host: its open connections"
-    if hosts and isinstance(source, Topics):
-        brokers = shlex.quote(source.brokers)
-        yield f"rebpf verify --brokers {brokers} --host {shlex.quote(hosts[0].name)}  # whether events are missing"
+    if hosts and options:
+        given = shlex.join(options)
+        yield f"rebpf verify {given} --host {shlex.quote(hosts[0].name)}  # whether events are missing"
         ends = {"since": summary.period.since_ns, "until": summary.period.until_ns}
         period = "".join(f" --{name} {iso(end)}" for name, end in ends.items() if end is not None)
         chosen = f" --filter {shlex.quote(filter_text)}" if filter_text else ""
-        yield f"rebpf export --brokers {brokers}{period}{chosen} -o events  # these events, for notebooks"
+        yield f"rebpf export {given}{period}{chosen} -o events  # these events, for notebooks"

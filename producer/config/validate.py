@@ -320,7 +320,7 @@ def _check_alert_filters(where: str, rule: Any) -> None:
         for pattern in getattr(rule, key):
             _check_text(f"{where}.{key}", pattern, 255)
     for network in rule.peer:
-        _check_network(f"{where}.peer", network.removeprefix("@"))
+        _check_address(f"{where}.peer", network)
     for port in rule.port:
         _check_ports(f"{where}.port", port)
     if rule.measure == "srtt" and rule.cause:
@@ -382,7 +382,11 @@ def _check_name(where: str, name: str) -> None:
 def _check_network(where: str, text: str) -> None:
     if text.startswith("@"):
         _check_text(where, text[1:])
-        return
+    else:
+        _check_address(where, text)
+
+
+def _check_address(where: str, text: str) -> None:
     try:
         network = ipaddress.ip_network(text)
     except ValueError as error:

@@ -79,10 +79,11 @@ def headline(summary: Summary) -> list[str]:
     """Return the most important figures in words."""
     totals = summary.totals
     if totals is None:
-        found = [f"{summary.timeline.total if summary.timeline else 0:,} segments were retransmitted."]
+        count = summary.timeline.total if summary.timeline else 0
+        found = [f"{_counted(count, 'segment was', 'segments were')} retransmitted."]
     else:
-        share = f"{totals.retransmitted / totals.sent:.3%}" if totals.sent else "none"
-        found = [f"{totals.retransmitted:,} of {totals.sent:,} segments were retransmitted: {share}."]
+        share = f": {totals.retransmitted / totals.sent:.3%}" if totals.sent else ""
+        found = [f"{totals.retransmitted:,} of {totals.sent:,} segments were retransmitted{share}."]
     peers = summary.worst["peer"]
     if peers and peers[0].retransmitted:
         worst = peers[0]
@@ -92,7 +93,11 @@ def headline(summary: Summary) -> list[str]:
 
 def _figures(line: Line) -> str:
     ratio = "" if line.ratio is None else f" ({line.ratio:.2%})"
-    return f"{line.retransmitted:,} segments{ratio}, mostly {line.cause}"
+    return f"{_counted(line.retransmitted, 'segment', 'segments')}{ratio}, mostly {line.cause}"
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def _headline(summary: Summary) -> Iterator[str]:
@@ -123,9 +128,10 @@ def _causes(summary: Summary) -> Iterator[str]:
         yield _plot(partial(plots.draw_timeline, summary.timeline), "causes", 3.2)
         events = summary.timeline.total
         if summary.totals is not None and events != summary.totals.retransmitted:
+            segments = _counted(events, "retransmitted segment", "retransmitted segments")
             yield (
-                f'<p class="note">This plot shows the events of {events:,} retransmitted segments. The totals on this'
-                " page come from the records of connections, which are written only at intervals.</p>"
+                f'<p class="note">This plot shows the events of {segments}. The totals on this page come from the'
+                " records of connections, which are written only at intervals.</p>"
             )
 
 
@@ -176,7 +182,8 @@ def _flows(summary: Summary, segments: Frame) -> Iterator[str]:
         if not len(segments):
             yield '<p class="note">No transmits were read, so only retransmitted segments are shown.</p>'
     for number, flow in enumerate(summary.flows):
-        yield f"<h3>{_text(flow.name)}: {flow.retransmitted:,} segments retransmitted</h3>"
+        retransmitted = _counted(flow.retransmitted, "segment", "segments")
+        yield f"<h3>{_text(flow.name)}: {retransmitted} retransmitted</h3>"
         yield _plot(partial(plots.draw_flow, flow, summary.retransmits, segments), f"flow{number}", 5.2)
 
 
@@ -198,14 +205,15 @@ def _quality(summary: Summary) -> Iterator[str]:
 
 def _sentences(summary: Summary) -> Iterator[str]:
     missing = sum(each.missing for each in summary.quality.values())
-    yield f"{missing:,} events are missing." if missing else "No event is missing between the first and the last one."
+    if missing:
+        yield f"{_counted(missing, 'event is', 'events are')} missing."
+    else:
+        yield "No event is missing between the first and the last one."
     if summary.undecodable:
-        yield f"{summary.undecodable:,} messages could not be decoded."
+        yield f"{_counted(summary.undecodable, 'message', 'messages')} could not be decoded."
     if summary.totals is not None and summary.totals.partial:
-        yield (
-            f"{summary.totals.partial:,} connections have no record before the period, so they are counted from their"
-            " first record in it."
-        )
+        whose = _counted(summary.totals.partial, "connection has", "connections have")
+        yield f"{whose} no record before the period: counted from the first record in it."
 
 
 def _commands(commands: Sequence[str]) -> Iterator[str]:

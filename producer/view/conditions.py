@@ -68,8 +68,8 @@ def compare(name: str, operator: Compare, text: str) -> Callable[[Records], Mask
     match = _NUMBER.fullmatch(text)
     suffix = (match[2] or "") if match else ""
     is_time = _FIELDS.get(name, "").endswith("_us")
-    foreign = (suffix in _TIMES and not is_time) or (suffix == "%" and name != _RATIO)
-    if match is None or foreign or (not suffix and _is_ambiguous(name, float(match[1]))):
+    own = _TIMES if is_time else {"%"} if name == _RATIO else {"k", "M", "G"}
+    if match is None or (suffix not in own if suffix else _is_ambiguous(name, float(match[1]))):
         hint = "a time such as 200ms" if is_time else "a ratio such as 1%" if name == _RATIO else "a number such as 10"
         raise Expected(hint)
     least = float(match[1]) * _SCALES[suffix]

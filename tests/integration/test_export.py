@@ -1,7 +1,9 @@
 """`rebpf export`, `rebpf report` and `rebpf.read` on a real Kafka: a period of topics, also with events sent late."""
 
+import html
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from confluent_kafka import Producer
 
 import rebpf
 from producer.events import FLOWS, RETRANSMITS, Stream
-from tests.support.analysis import NOON_NS, SECOND_NS, message, record, scene
+from tests.support.analysis import HOSTILE, NOON_NS, SECOND_NS, message, record, scene
 from tests.support.rebpf import rebpf as command
 from tests.support.servers.kafka import KafkaServer
 
@@ -80,10 +82,14 @@ def test_the_report_of_a_period_has_its_figures(config: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "150 of 60,005 segments were retransmitted: 0.250%."
     text = page.read_text()
-    assert "1 messages could not be decoded." in text
+    assert "1 message could not be decoded." in text
     assert "only not host web-9" in text
     commands = re.findall(r"rebpf (?:verify|export) .*?(?=  #)", text)
     assert len(commands) == 2
+    words = shlex.split(html.unescape(commands[1]))[1:]
+    done = command(*(tmp_path / word if word == "events" else word for word in words))
+    assert done.returncode == 0, done.stderr
+    assert hosts(tmp_path / "events", FLOWS) == [HOSTILE, "web-1", "web-2"]
 
 
 def test_tail_begins_at_the_given_time(config: Path) -> None:

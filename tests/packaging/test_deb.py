@@ -6,6 +6,7 @@ That they install, run and leave nothing behind is shown on hosts of those relea
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,9 +131,19 @@ def test_documents_and_examples_come_with_it(package: Package) -> None:
         for path in folder.rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    expected |= {path.name: path.read_bytes() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
-    expected |= {f"schemas/{path.name}": path.read_bytes() for path in ROOT.glob("schemas/*.avsc")}
+    expected |= {
+        str(path.relative_to(ROOT)): path.read_bytes()
+        for pattern in ("README.md", "docs/*.md", "docs/*.ipynb", "schemas/*.avsc")
+        for path in ROOT.glob(pattern)
+    }
     assert documents == expected
+
+
+def test_links_of_its_readme_lead_to_its_documents(package: Package) -> None:
+    folder = package.root / "usr/share/doc/rebpf"
+    links = set(re.findall(r"\]\((docs/\w+\.md)", (folder / "README.md").read_text()))
+    assert links
+    assert [link for link in sorted(links) if not (folder / link).is_file()] == []
 
 
 def test_the_flink_example_prints_its_tables_from_the_schemas_of_the_package(package: Package) -> None:

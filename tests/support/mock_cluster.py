@@ -106,11 +106,11 @@ class Cluster:
     def up(self) -> None:
         lib.rd_kafka_mock_broker_set_up(self._handle, 1)
 
-    def put(self, topic: str, value: bytes, partition: int) -> None:
-        """Write a message, from another client."""
+    def put(self, topic: str, value: bytes, partition: int, at_ms: int = 0) -> None:
+        """Write a message, from another client, with a timestamp; 0: now."""
         client = confluent_kafka.Producer({"bootstrap.servers": self.brokers}, logger=logging.getLogger("put"))
         client.list_topics(topic, timeout=10)
-        client.produce(topic, value, partition=partition)
+        client.produce(topic, value, partition=partition, timestamp=at_ms)
         assert client.flush(10) == 0
         client.close()
 

@@ -3,14 +3,16 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
 
+from producer.alert.alertmanager import Alertmanager
 from producer.alert.engine import Engine
 from producer.alert.last_alerts import last_of
 from producer.alert.model import Alert, Counts
-from producer.alert.record import AlertEncoder
+from producer.alert.record import AlertEncoder, as_json_object
 from producer.alert.silence import Hosts
 from producer.alert.windows import Room
 from producer.cli.view import GROUPS
@@ -48,6 +50,7 @@ _ALERT = Alert("many", "host", "a", True, "count", 9.0, 1.0, 1.0, 10 * _SECOND_N
 def _alert() -> Iterator[Check]:
     """Each message is processed or counted, and the member continues. It can read the alerts that it writes."""
     encoder = AlertEncoder(ALERT_ID)
+    manager = Alertmanager("http://127.0.0.1", 60, lambda _: None)
 
     def check(example: tuple[list[tuple[bytes, bytes | None]], list[tuple[int, bytes | None]]]) -> None:
         alerts, messages = example
@@ -60,11 +63,12 @@ def _alert() -> Iterator[Check]:
                 engine.put_beats([value], [offset], _NOW_NS)
             else:
                 engine.put((FLOWS, RETRANSMITS)[which], [value], _NOW_NS)
-        for at_s in (5, 20, 100):
+        for at_s in (-200, 5, 20, 100):
             at_ns = _NOW_NS + at_s * _SECOND_NS
             for alert in [*engine.decide(at_ns, at_ns), *engine.firing]:
                 if not last_of([[encoder.encode(alert, 0.0)]], "alerts", Decoder(None), 1 << 62):
                     raise FindingError(f"an alert that a member does not believe: {alert}")
+                json.dumps([as_json_object(alert), manager._payload(alert)], allow_nan=False)
         if counts.read + counts.undecodable < sum(which != 2 for which, _ in messages):
             raise FindingError(f"messages that are not counted: {counts}")
 
@@ -131,15 +135,20 @@ _FLOWS = tuple(
     )
 )
 _BEAT = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)[1]
-_TOLD = AlertEncoder(ALERT_ID).encode(_ALERT, 100)
+_ODD = [replace(_ALERT, labels=text, annotations=text) for text in ("{}", "[]", '{"a":1}', "")]
+_TOLD = [AlertEncoder(ALERT_ID).encode(alert, 100) for alert in _ODD]
 _message = st.one_of(
     st.tuples(st.just(0), mutated(_FLOWS)),
     st.tuples(st.just(1), mutated(_EVENTS)),
     st.tuples(st.just(2), mutated([_BEAT])),
-    st.tuples(st.integers(0, 2), st.one_of(st.none(), mutated([*_EVENTS, *_FLOWS, _BEAT, _TOLD[1]]))),
+    st.tuples(st.integers(0, 2), st.one_of(st.none(), mutated([*_EVENTS, *_FLOWS, _BEAT, _TOLD[0][1]]))),
 )
 _alerts = st.lists(
-    st.tuples(st.sampled_from((_TOLD[0], b"", b"x" * 9)), st.one_of(st.none(), mutated([_TOLD[1], _BEAT]))), max_size=3
+    st.tuples(
+        st.sampled_from((_TOLD[0][0], b"", b"x" * 9)),
+        st.one_of(st.none(), mutated([*(value for _, value in _TOLD), _BEAT])),
+    ),
+    max_size=3,
 )
 
 TARGETS = (

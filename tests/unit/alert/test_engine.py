@@ -250,6 +250,7 @@ def test_a_record_without_a_unit_is_in_no_group_of_units() -> None:
         ({"host": ("web-*",)}, 0.5),
         ({"host": ("db-*", "web-[2-9]")}, None),
         ({"peer": ("192.0.2.0/24",)}, 0.5),
+        ({"peer": ("::ffff:192.0.2.0/120",)}, 0.5),
         ({"peer": ("2001:db8::/32", "10.0.0.0/8")}, None),
         ({"port": (443,)}, 0.5),
         ({"port": ("39999-40000",)}, 0.5),

@@ -31,9 +31,9 @@ def cluster() -> Iterator[Cluster]:
     cluster.close()
 
 
-def put(cluster: Cluster, partition: int) -> None:
-    now_ms = time.time_ns() // 1_000_000
-    cluster.put("tcp_flow", values([Flow("web-1", 7, now_ms, now_ms - 1000, 10)])[0], partition)
+def put(cluster: Cluster, partition: int, age_ms: int = 0) -> None:
+    at_ms = time.time_ns() // 1_000_000 - age_ms
+    cluster.put("tcp_flow", values([Flow("web-1", 7, at_ms, at_ms - 1000, 10)])[0], partition, at_ms)
 
 
 def opened(cluster: Cluster, counts: Counts) -> Reading:
@@ -82,6 +82,24 @@ def test_a_member_starts_without_it_and_reads_it_once_it_has_one(
         wait_until("its record is read", lambda: has_read(2))
     finally:
         active.close()
+
+
+def test_windows_of_a_backlog_are_decided_while_it_is_read_from_the_beginning() -> None:
+    """Otherwise all of them stay open until its end, and what does not fit is not counted."""
+    with closing(Cluster()) as cluster:
+        cluster.create("tcp_flow")
+        counts = Counts()
+        with closing(opened(cluster, counts)) as active:
+            active.start([TopicPartition("tcp_flow", 0)], from_beginning=True)
+            put(cluster, 0, age_ms=7_200_000)
+
+            def has_read() -> bool:
+                active.read(0.1)
+                return counts.read == 1
+
+            wait_until("the record is read", has_read)
+            active.decide()
+            assert active.lag_s == pytest.approx(7200, abs=60)
 
 
 @pytest.mark.slow

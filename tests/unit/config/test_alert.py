@@ -19,6 +19,7 @@ from producer.errors import ConfigError
         ("quantile = 1.0", r"quantile: expected above 0 and below 1, found 1\.0"),
         ("prefix = 33", r"prefix: expected 0 to 32, found 33"),
         ('peer = ["10.0.0.1/8"]', r"peer: .* has host bits set"),
+        ('peer = ["@10.0.0.0/8"]', r"peer: '@10.0.0.0/8' does not appear to be"),
         ("port = [70000]", r"port: expected a port or a range of ports, found 70000"),
         ('cause = ["rto"]\nmeasure = "srtt"', "cause: expected no causes, since round-trip times have none"),
         ('cause = ["retry"]', r"cause: expected other, rto, .* found 'retry'"),

@@ -49,6 +49,14 @@ def test_files_are_exported_and_reported(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (69, "rebpf: cannot write to /dev/full/report.html: Not a directory\n")
 
 
+@pytest.mark.slow
+def test_files_are_read_whatever_brokers_a_shell_has_set(tmp_path: Path) -> None:
+    scene, shell = write_scene(tmp_path / "in"), {"REBPF_BROKERS": "kafka-1:9092"}
+    assert rebpf("export", scene, "-o", tmp_path / "out", env=shell).returncode == 0
+    done = rebpf("export", scene, "-o", tmp_path / "out", "--brokers", "kafka-1:9092", env=shell)
+    assert (done.returncode, done.stderr) == (64, "rebpf: give either files or --brokers\n")
+
+
 def test_whatever_the_umask_others_cannot_write_to_what_a_command_creates(tmp_path: Path) -> None:
     scene = write_scene(tmp_path / "in")
     done = rebpf("export", scene, "-o", tmp_path / "out/deep", before=["sh", "-c", 'umask 0 && exec "$@"', "sh"])

@@ -18,7 +18,7 @@ from producer.errors import UnavailableError
 from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.export.arrow import schema_of
 from producer.export.events import matching
-from producer.export.sources import Files, Topics
+from producer.export.sources import Files
 from producer.host.text import printable
 from producer.report.collect import collect
 from producer.report.connections import COLUMNS, connections
@@ -271,8 +271,8 @@ def test_a_folder_that_does_not_exist_is_noticed_before_the_events_are_read(tmp_
 def test_the_commands_are_of_the_same_period_whenever_they_are_run(scene_folder: Path) -> None:
     period = Period(NOON_NS, NOON_NS + 3600 * SECOND_NS)
     summary = summarize(collect(Files([scene_folder]), period), period)
-    *_, export = _commands(summary, Topics("kafka-1:9092", {}, None, {}), "port 443")
+    *_, export = _commands(summary, ["--config", "a b.toml"], "port 443")
     assert export.startswith(
-        "rebpf export --brokers kafka-1:9092 --since 2026-09-21T12:00:00Z --until 2026-09-21T13:00:00Z"
+        "rebpf export --config 'a b.toml' --since 2026-09-21T12:00:00Z --until 2026-09-21T13:00:00Z"
         " --filter 'port 443' -o events  #"
     )

@@ -182,6 +182,8 @@ def test_a_round_trip_time_that_is_not_measured_is_not_short() -> None:
         ("ratio > 1ms", "1ms", "a ratio such as 1%", "'1ms'"),
         ("srtt > 10%", "10%", "a time such as 200ms", "'10%'"),
         ("srtt > 200", "200", "a time such as 200ms", "'200'"),
+        ("rto > 1k", "1k", "a time such as 200ms", "'1k'"),
+        ("ratio > 1k", "1k", "a ratio such as 1%", "'1k'"),
         ("ratio > 5", "5", "a ratio such as 1%", "'5'"),
         ("cwnd > ten", "ten", "a number", "'ten'"),
         ("host and port 80", "and", "a name", "'and'"),
