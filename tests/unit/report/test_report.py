@@ -194,6 +194,13 @@ def test_a_counter_that_the_kernel_lacks_costs_only_that_one() -> None:
     assert (found.growth["total_retrans"].tolist(), found.growth["dsack_dups"].tolist()) == ([5], [0])
 
 
+def test_nothing_limits_a_connect_without_an_answer(tmp_path: Path) -> None:
+    records = [connection(cookie, 1, 0, 2, state=state) for cookie, state in enumerate(("SYN_SENT", "ESTABLISHED"), 1)]
+    path = write_container(tmp_path / "flows.avro", FLOWS, records)
+    summary = summarize(collect(Files([path]), Period()), Period())
+    assert [(each.limit, each.connections) for each in summary.limited] == [("idle", 1)]
+
+
 def test_without_connection_records_there_are_counts_but_no_ratios(scene_folder: Path, tmp_path: Path) -> None:
     only = Files([scene_folder / "tcp_retransmit.avro"])
     (first, second) = report(only, Period(), tmp_path / "report.html", None)
