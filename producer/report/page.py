@@ -64,11 +64,13 @@ _WIDTH = 8.5
 """Of a plot, in inches."""
 
 
-def page(summary: Summary, segments: Frame, commands: Sequence[str], filter_text: str = "") -> str:
+def page(
+    summary: Summary, segments: Frame, commands: Sequence[str], filter_text: str = "", *, of_files: bool = False
+) -> str:
     """Return the report; `segments` are those of the worst flows."""
     parts = [*_headline(summary), *_causes(summary), *_worst(summary)]
     parts += [*_limited(summary), *_srtt(summary), *_failures(summary), *_flows(summary, segments)]
-    parts += [*_quality(summary), *_commands(commands)]
+    parts += [*_quality(summary, of_files), *_commands(commands)]
     period = f"{readable(summary.first_ns)} to {readable(summary.last_ns)}"
     if filter_text:
         period += f", only {_text(filter_text)}"
@@ -125,7 +127,8 @@ def _causes(summary: Summary) -> Iterator[str]:
         if summary.totals is not None and events != summary.totals.retransmitted:
             yield (
                 f'<p class="note">This plot shows the events of {events:,} retransmitted segments. The totals on this'
-                " page come from the records of connections, which are written only at intervals.</p>"
+                " page come from the records of connections, which are written only at intervals. An incoming"
+                " connection whose SYN-ACK is never answered has none.</p>"
             )
 
 
@@ -180,7 +183,7 @@ def _flows(summary: Summary, segments: Frame) -> Iterator[str]:
         yield _plot(partial(plots.draw_flow, flow, summary.retransmits, segments), f"flow{number}", 5.2)
 
 
-def _quality(summary: Summary) -> Iterator[str]:
+def _quality(summary: Summary, of_files: bool) -> Iterator[str]:
     yield '<div class="box"><h2>Data quality</h2>'
     rows = []
     for topic, each in summary.quality.items():
@@ -191,14 +194,16 @@ def _quality(summary: Summary) -> Iterator[str]:
         rows.append([topic, f"{each.events:,}", *(f"{count:,}" for count in counts), f"{each.sampled:,}"])
     heads = ("topic", "events", "missing", "duplicates", "restarts", "out of order", "sampled")
     yield _table(heads, rows, numbers=range(1, 7))
-    for sentence in _sentences(summary):
+    for sentence in _sentences(summary, of_files):
         yield f"<p>{_text(sentence)}</p>"
     yield "</div>"
 
 
-def _sentences(summary: Summary) -> Iterator[str]:
+def _sentences(summary: Summary, of_files: bool) -> Iterator[str]:
     missing = sum(each.missing for each in summary.quality.values())
     yield f"{missing:,} events are missing." if missing else "No event is missing between the first and the last one."
+    if missing and of_files:
+        yield "If the files were written with a filter of `rebpf trace -w`, this includes the events that it excluded."
     if summary.undecodable:
         yield f"{summary.undecodable:,} messages could not be decoded."
     if summary.totals is not None and summary.totals.partial:

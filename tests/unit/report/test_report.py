@@ -254,7 +254,20 @@ def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:
     events = [record(RETRANSMITS, cpu=0, cpu_seq=number, cause="rto", segs=1) for number in (1, 2, 5)]
     path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
     report(Files([path]), Period(), tmp_path / "report.html", None)
-    assert "2 events are missing." in (tmp_path / "report.html").read_text()
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "2 events are missing. If the files were written with a filter" in " ".join(text.split())
+
+
+def test_segments_of_connections_without_records_are_told_apart_from_the_totals(tmp_path: Path) -> None:
+    event = record(RETRANSMITS, cause="syn_ack", segs=3, ts_ns=NOON_NS)
+    folder = tmp_path / "events"
+    folder.mkdir()
+    write_container(folder / "retransmits.avro", RETRANSMITS, [event])
+    write_container(folder / "flows.avro", FLOWS, [connection(1, 1, 0, 2)])
+    report(Files([folder]), Period(), tmp_path / "report.html", None)
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
+    assert "the events of 3 retransmitted segments." in text
+    assert "An incoming connection whose SYN-ACK is never answered has none." in text
 
 
 def test_an_empty_period_and_an_unwritable_file_are_one_line(scene_folder: Path, tmp_path: Path) -> None:
