@@ -51,7 +51,8 @@ def report(
     else:
         segments = Frame(pa.Table.from_batches([], schema_of(TRANSMITS, NAMES[TRANSMITS])))
     with Progress("drawing"):
-        text = page(summary, segments, list(_commands(summary, options, filter_text)), filter_text)
+        commands = list(_commands(summary, options, filter_text))
+        text = page(summary, segments, commands, filter_text, of_files=isinstance(source, Files))
         with disk_errors(output):
             write_whole(output, text.encode(errors="backslashreplace"))
         if picture is not None:

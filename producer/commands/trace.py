@@ -32,6 +32,8 @@ from producer.view.records import Records, Row, in_order, of_table
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
+_REPORT_S = 10.0
+"""Between two records of an open connection, as in the topics."""
 _MAX_FLOWS = 16_384
 _LEAST_CAUSES = 17
 """Columns that are left to the causes in the counts: room for `connect ETIMEDOUT`."""
@@ -58,14 +60,17 @@ class Output:
 
 
 def live(source: LocalSource, stop: Flag) -> Iterator[list[Records]]:
-    """Yield this host's records as they arrive; at the end, a last record of each open connection.
+    """Yield this host's records as they arrive, those of open connections at intervals and at the end.
 
     The rings are read one after the other, so what is later than the first of these reads waits for the next.
     """
     later: list[Records] = []
+    due_s = 0.0
     with source:
-        source.report()  # the counters of open connections
         while not stop.is_set():
+            if time.monotonic() >= due_s:
+                source.report()
+                due_s = time.monotonic() + _REPORT_S
             now_ns = time.time_ns()
             found = [(each, each["ts_ns"].cells <= now_ns) for each in source.read()]
             yield [*later, *(each.select(is_due) for each, is_due in found)]

@@ -73,8 +73,13 @@ class Connections:
     def failed(self) -> Mask:
         """Return which connects failed: closed before they were established."""
         closed = self.codes("reason") == _code(self.flows, "reason", "close")
-        failed: Mask = closed & (self.codes("state") == _code(self.flows, "state", "SYN_SENT"))
+        failed: Mask = closed & ~self.established()
         return failed
+
+    def established(self) -> Mask:
+        """Return which connections do not wait for an answer to their SYN, and did not when they closed."""
+        established: Mask = self.codes("state") != _code(self.flows, "state", "SYN_SENT")
+        return established
 
 
 def connections(flows: Frame, since_ns: int | None) -> Connections:

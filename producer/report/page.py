@@ -64,11 +64,13 @@ _WIDTH = 8.5
 """Of a plot, in inches."""
 
 
-def page(summary: Summary, segments: Frame, commands: Sequence[str], filter_text: str = "") -> str:
+def page(
+    summary: Summary, segments: Frame, commands: Sequence[str], filter_text: str = "", *, of_files: bool = False
+) -> str:
     """Return the report; `segments` are those of the worst flows."""
     parts = [*_headline(summary), *_causes(summary), *_worst(summary)]
     parts += [*_limited(summary), *_srtt(summary), *_failures(summary), *_flows(summary, segments)]
-    parts += [*_quality(summary), *_commands(commands)]
+    parts += [*_quality(summary, of_files), *_commands(commands)]
     period = f"{readable(summary.first_ns)} to {readable(summary.last_ns)}"
     if filter_text:
         period += f", only {_text(filter_text)}"
@@ -131,7 +133,8 @@ def _causes(summary: Summary) -> Iterator[str]:
             segments = _counted(events, "retransmitted segment", "retransmitted segments")
             yield (
                 f'<p class="note">This plot shows the events of {segments}. The totals on this page come from the'
-                " records of connections, which are written only at intervals.</p>"
+                " records of connections, which are written only at intervals. An incoming connection whose SYN-ACK is"
+                " never answered has none.</p>"
             )
 
 
@@ -187,7 +190,7 @@ def _flows(summary: Summary, segments: Frame) -> Iterator[str]:
         yield _plot(partial(plots.draw_flow, flow, summary.retransmits, segments), f"flow{number}", 5.2)
 
 
-def _quality(summary: Summary) -> Iterator[str]:
+def _quality(summary: Summary, of_files: bool) -> Iterator[str]:
     yield '<div class="box"><h2>Data quality</h2>'
     rows = []
     for topic, each in summary.quality.items():
@@ -198,15 +201,17 @@ def _quality(summary: Summary) -> Iterator[str]:
         rows.append([topic, f"{each.events:,}", *(f"{count:,}" for count in counts), f"{each.sampled:,}"])
     heads = ("topic", "events", "missing", "duplicates", "restarts", "out of order", "sampled")
     yield _table(heads, rows, numbers=range(1, 7))
-    for sentence in _sentences(summary):
+    for sentence in _sentences(summary, of_files):
         yield f"<p>{_text(sentence)}</p>"
     yield "</div>"
 
 
-def _sentences(summary: Summary) -> Iterator[str]:
+def _sentences(summary: Summary, of_files: bool) -> Iterator[str]:
     missing = sum(each.missing for each in summary.quality.values())
     if missing:
         yield f"{_counted(missing, 'event is', 'events are')} missing."
+        if of_files:
+            yield "If `rebpf trace -w` wrote the files with a filter, this includes the events that it excluded."
     else:
         yield "No event is missing between the first and the last one."
     if summary.undecodable:

@@ -217,7 +217,7 @@ def segments_of(retransmits: Frame) -> Ints:
 
 
 def _limited(found: Connections) -> list[Limited]:
-    found = found.select(~found.failed())
+    found = found.select(found.established())
     by_limit = found.limits()
     counts, sent, retransmitted = (
         _summed(by_limit, values, len(LIMITS))

@@ -39,6 +39,7 @@ _DTYPE = np.dtype(
         ("seen_s", "<f8"),
         ("counted", "?"),
         ("closed", "?"),
+        ("established", "?"),  # or was, by a record
         ("judged_s", "<f8"),
         ("lost_out", "<i8"),
         *((name, "<i8") for name in GAUGES),
@@ -182,7 +183,8 @@ class Flows:
             self._rows[name][slots[valid]] = _bounded(records, name)[valid]
 
     def _add_flows(self, records: Records, growth: Growth, now_s: float) -> None:
-        failed = growth.closed & _equals(records["state"], "SYN_SENT")
+        connecting = _equals(records["state"], "SYN_SENT")
+        failed = growth.closed & connecting
         segs, resent = growth.counts[:, 0], growth.counts[:, _GROWING.index("total_retrans")]
         changed = (segs > 0) | failed
         zeros = np.zeros(int(changed.sum()), np.int64)
@@ -201,7 +203,7 @@ class Flows:
         for name in GAUGES:
             valid = records[name].valid
             rows[name][slots[valid]] = _bounded(records, name)[valid]
-        rows["counted"][slots] = True
+        rows["counted"][slots], rows["established"][slots] = True, ~connecting
         rows["closed"][slots] = _equals(records["reason"], "close")
 
 

@@ -54,6 +54,8 @@ def limits(interval: Interval) -> NDArray[np.int64]:
     lossy = lost > _LOSS_RATIO * interval.data_segs_out
     queue = interval.srtt_us - interval.min_rtt_us
     queued = (interval.min_rtt_us > 0) & (queue > (_QUEUE_FACTOR - 1) * interval.min_rtt_us) & (queue > _QUEUE_US)
+    # Busy for most of the time, and nothing was sent: acknowledgements are missing, and the timer has backed off.
+    stalled = interval.bytes_sent <= 0
     # Little's law: bytes in flight are the rate times the round trip.
     in_flight = interval.bytes_sent / np.maximum(interval.elapsed_us, 1) * interval.srtt_us
     fills_window = in_flight >= _WINDOW_SHARE * interval.snd_cwnd * interval.mss
@@ -62,7 +64,7 @@ def limits(interval: Interval) -> NDArray[np.int64]:
         (busy < _BUSY_SHARE * interval.elapsed_us, APPLICATION),
         ((interval.rwnd_limited_us > network) & (interval.rwnd_limited_us >= interval.sndbuf_limited_us), RECEIVER),
         (interval.sndbuf_limited_us > network, SEND_BUFFER),
-        (lossy & ~queued, LOSS),
+        (stalled | (lossy & ~queued), LOSS),
         (lossy | fills_window, CONGESTION),
     ]
     return np.select([chosen for chosen, _ in choices], [name for _, name in choices], APPLICATION)

@@ -28,8 +28,8 @@ class Records:
         """Return the chosen rows."""
         if chosen.all():
             return self
-        columns = {name: column.select(chosen) for name, column in self.columns.items()}
-        return Records(self.stream, int(chosen.sum()), columns)
+        size = int(np.count_nonzero(chosen))
+        return Records(self.stream, size, {name: each.select(chosen) for name, each in self.columns.items() if size})
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Return each record."""

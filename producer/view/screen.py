@@ -135,7 +135,7 @@ _DETAILS = (
     _Column("LOST", 4, 4, lambda detail: str(detail.lost_out)),
     _Column("RTO", 6, 3, lambda detail: duration(detail.rto_us or None)),
     _Column("SRTT", 6, 6, lambda detail: duration(detail.srtt_us or None)),
-    _Column("LIMIT", -11, 2, lambda detail: detail.limit),
+    _Column("LIMIT", -11, 2, lambda detail: detail.limit or "-"),
     _Column("HOST", -16, 1, lambda detail: detail.host),
     _Column("WHO", -10, 7, lambda detail: detail.who),
 )

@@ -69,7 +69,7 @@ class Detail(NamedTuple):
     lost_out: int
     rto_us: int
     srtt_us: int
-    limit: str
+    limit: str | None
 
 
 def table(flows: Flows, by: str, sort: str, now_s: float, window_s: float, count: int) -> Table:
@@ -114,7 +114,7 @@ def details(flows: Flows, by: str, name: str, now_s: float, count: int) -> list[
             int(row["lost_out"]),
             int(row["rto_us"]),
             int(row["srtt_us"]),
-            LIMITS[limit],
+            LIMITS[limit] if row["established"] else None,
         )
         for slot, row, limit in zip(worst.tolist(), rows, judged.tolist(), strict=True)
     ]  # fmt: skip
@@ -265,7 +265,8 @@ class _View:
 
 
 def _limit(rows: NDArray[np.void]) -> str | None:
-    """Return what limited these connections for most of their busy time."""
+    """Return what limited these connections for most of their busy time; None if none was established."""
+    rows = rows[rows["established"]]
     if not len(rows):
         return None
     found = interval(rows)

@@ -24,6 +24,8 @@ _SNDBUF = 1 << 17
 """Smaller ones are one segment of segmentation offload, of which the kernel does not see that it fills the buffer."""
 _SECONDS = 2.0
 """How long each connection is watched."""
+_WAIT_US = 3_000_000
+"""A retransmission timeout that is longer."""
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,14 @@ def test_a_full_link_is_congestion(flows: Recording, lab: Lab) -> None:
         running(fill(pair), quiet(drain(pair))),
     ):
         assert limit(flows, pair) == "congestion"
+
+
+def test_a_peer_that_no_longer_answers_is_loss_while_the_timer_waits(flows: Recording, lab: Lab) -> None:
+    with Pair(lab.client, lab.server, lab.server.ipv4, _PORTS[5]) as pair:
+        pair.exchange(1, 100)
+        with rules(lab.server, "prerouting", f"tcp dport {_PORTS[5]} drop"):
+            pair.client.send(b"x")
+            wait_for(
+                lambda: (record(flows, pair.client, time.monotonic_ns())["rto_us"] > _WAIT_US).all(), "a long wait"
+            )
+            assert limit(flows, pair) == "loss"

@@ -194,6 +194,13 @@ def test_a_counter_that_the_kernel_lacks_costs_only_that_one() -> None:
     assert (found.growth["total_retrans"].tolist(), found.growth["dsack_dups"].tolist()) == ([5], [0])
 
 
+def test_nothing_limits_a_connect_without_an_answer(tmp_path: Path) -> None:
+    records = [connection(cookie, 1, 0, 2, state=state) for cookie, state in enumerate(("SYN_SENT", "ESTABLISHED"), 1)]
+    path = write_container(tmp_path / "flows.avro", FLOWS, records)
+    summary = summarize(collect(Files([path]), Period()), Period())
+    assert [(each.limit, each.connections) for each in summary.limited] == [("idle", 1)]
+
+
 def test_without_connection_records_there_are_counts_but_no_ratios(scene_folder: Path, tmp_path: Path) -> None:
     only = Files([scene_folder / "tcp_retransmit.avro"])
     (first, second) = report(only, Period(), tmp_path / "report.html", None)
@@ -247,7 +254,20 @@ def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:
     events = [record(RETRANSMITS, cpu=0, cpu_seq=number, cause="rto", segs=1) for number in (1, 2, 5)]
     path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
     report(Files([path]), Period(), tmp_path / "report.html", None)
-    assert "2 events are missing." in (tmp_path / "report.html").read_text()
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "2 events are missing. If `rebpf trace -w` wrote the files with a filter" in " ".join(text.split())
+
+
+def test_segments_of_connections_without_records_are_told_apart_from_the_totals(tmp_path: Path) -> None:
+    event = record(RETRANSMITS, cause="syn_ack", segs=3, ts_ns=NOON_NS)
+    folder = tmp_path / "events"
+    folder.mkdir()
+    write_container(folder / "retransmits.avro", RETRANSMITS, [event])
+    write_container(folder / "flows.avro", FLOWS, [connection(1, 1, 0, 2)])
+    report(Files([folder]), Period(), tmp_path / "report.html", None)
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
+    assert "the events of 3 retransmitted segments." in text
+    assert "An incoming connection whose SYN-ACK is never answered has none." in text
 
 
 def test_an_empty_period_and_an_unwritable_file_are_one_line(scene_folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from producer.commands import trace as tracing
 from producer.commands.export import export
 from producer.commands.trace import Output, Summary, from_file, judged, live, trace
 from producer.consume.period import Period
@@ -108,9 +109,10 @@ class Rings(contextlib.nullcontext[None]):
     def __init__(self, *batches: list[Records]) -> None:
         super().__init__()
         self.batches = list(batches)
+        self.reports = 0
 
     def report(self) -> None:
-        pass
+        self.reports += 1
 
     def read(self) -> list[Records]:
         return self.batches.pop(0)
@@ -128,6 +130,16 @@ def test_an_event_that_is_later_than_the_read_of_another_ring_waits_for_the_next
     stop.set()
     shown.append([stream for stream, _ in in_order(next(batches))])
     assert shown == [[RETRANSMITS], [RETRANSMITS, TRANSMITS], [RETRANSMITS]]
+
+
+def test_open_connections_are_reported_at_intervals_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    rings, stop = Rings(*([] for _ in range(4))), threading.Event()
+    monkeypatch.setattr(tracing, "_REPORT_S", 0.0)
+    batches = live(rings, stop)
+    for count in (1, 2, 3):
+        assert (next(batches), rings.reports) == ([], count)
+    stop.set()
+    assert (next(batches), rings.reports) == ([], 4)
 
 
 def test_json_lines_end_with_the_counts(file: Path) -> None:

@@ -100,6 +100,17 @@ def test_a_line_of_a_cause_has_its_retransmissions_alone() -> None:
     assert (shown_by_cause.total.segments, shown_by_cause.total.flows) == (2.0, 1)
 
 
+def test_nothing_limits_what_is_not_established() -> None:
+    found = started()
+    add_flows(found, NOW - 1, {"state": "SYN_SENT", "segs_out": 3, "total_retrans": 2, "start_ns": 500})
+    add_retransmits(found, NOW - 1, {"segs": 2, "cause": "syn"}, {"segs": 3, "cause": "syn_ack", "sk_cookie": 9})
+    assert shown(found).lines[0].limit is None
+    assert [each.limit for each in details(found, "cause", "syn", NOW, 5)] == [None]
+    assert [each.limit for each in details(found, "cause", "syn_ack", NOW, 5)] == [None], "without a record of it"
+    add_flows(found, NOW, {"state": "ESTABLISHED", "segs_out": 5, "total_retrans": 2, "start_ns": 500})
+    assert shown(found).lines[0].limit == details(found, "cause", "syn", NOW, 5)[0].limit == "idle"
+
+
 def test_a_failed_connect_is_counted() -> None:
     found = started()
     add_flows(found, NOW - 1, {"reason": "close", "state": "SYN_SENT", "error": 110, "start_ns": 5})

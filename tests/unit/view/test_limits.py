@@ -49,6 +49,9 @@ def interval(**changed: Any) -> Interval:
         ({"total_retrans": 20, "srtt_us": 900, "min_rtt_us": 100}, "loss"),
         ({"total_retrans": 20, "min_rtt_us": 0}, "loss"),
         ({"total_retrans": 20, "busy_time_us": SECOND // 4}, "application"),
+        ({"bytes_sent": 0, "data_segs_out": 0}, "loss"),
+        ({"bytes_sent": 0, "data_segs_out": 0, "srtt_us": 30_000}, "loss"),
+        ({"bytes_sent": 0, "data_segs_out": 0, "rwnd_limited_us": 6 * SECOND // 10}, "receiver"),
     ],
 )
 def test_each_limit_has_its_rule(changed: dict[str, int], expected: str) -> None:
