@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,9 @@ def trace(
     width = line_width()
     lines = Lines(width, hosts=replay is not None and width > 100, color=has_color())
     output = tracing.Output(lines, as_json, limit, counts, width)
-    stop = stop_on_signals()
+    # A flag would not end the wait for the other end of a pipe; the default actions of signals do.
     file = RecordFile(write) if write is not None else None
+    stop = stop_on_signals() if replay is None or replay.is_file() else threading.Event()
     if replay is not None:
         source: Iterable[Any] = tracing.from_file(replay, Period(since, until), stop)
     else:

@@ -7,6 +7,7 @@ library has a setting in none of the lists.
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -131,6 +132,15 @@ _FILES = _names(
 )
 """Files that the library opens, and that a pipe or a device must not stand for."""
 
+NUMBERS = re.compile(
+    r".+\.(?:ms|k?bytes|messages|size|threshold|cnt|fails|ttl|seconds|relogin|flight|connection)"
+    r"|compression\.level|log_level"
+)
+"""The names of the free settings that are numbers."""
+FRACTIONS = frozenset({"linger.ms", "queue.buffering.max.ms"})
+"""Those that need not be whole."""
+_WHOLE, _FRACTION = r"-?(?:0|[1-9][0-9]*)", r"(?:\.[0-9]+)?"
+
 _LEAST_MS = 1000
 """The library would close connections before a broker has answered."""
 
@@ -146,27 +156,26 @@ def decide(settings: Mapping[str, str]) -> None:
             raise ConfigError(f"kafka.settings.{name}: must be {required}, since delivery depends on it: remove it")
         if name in REFUSED:
             raise ConfigError(f"kafka.settings.{name}: must not be set, {REFUSED[name]}: remove it")
+        # The library would read "5s" as 5, 1e3 as 1 and 010 as 8.
+        if NUMBERS.fullmatch(name) and not re.fullmatch(_WHOLE + _FRACTION * (name in FRACTIONS), value):
+            kind = "a number" if name in FRACTIONS else "a whole number"
+            raise ConfigError(f"kafka.settings.{name}: expected {kind} without a unit, found {value!r}")
 
 
 def check_times(settings: Mapping[str, str], spill_after_s: float) -> None:
-    """Raise ConfigError for a time with which the client delivers nothing, or only what has been on disk."""
+    """Raise ConfigError for a time with which the client delivers nothing, or only what has been on disk.
+
+    `decide` has accepted the settings.
+    """
     most_ms = 1000 * spill_after_s
     for name in ("linger.ms", "queue.buffering.max.ms"):
-        if _number(settings.get(name, "")) >= most_ms:
+        if float(settings.get(name, -1)) >= most_ms:
             raise ConfigError(f"kafka.settings.{name}: expected less than spool.spill_after_s, {most_ms:g} ms")
     idle, rebootstrap = "connections.max.idle.ms", "metadata.recovery.rebootstrap.trigger.ms"
     for name, least in ((idle, math.ulp(0)), (rebootstrap, 0)):
-        if least <= _number(settings.get(name, "")) < _LEAST_MS:
+        if least <= float(settings.get(name, -1)) < _LEAST_MS:
             unless = "0 or " if name == idle else ""
             raise ConfigError(f"kafka.settings.{name}: expected {unless}at least {_LEAST_MS}, found {settings[name]}")
-
-
-def _number(text: str) -> float:
-    """Return a setting as a number; -1 if it is none, which the library rejects."""
-    try:
-        return float(text)
-    except ValueError:
-        return -1.0
 
 
 def _check(settings: Mapping[str, str]) -> None:

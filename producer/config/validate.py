@@ -260,7 +260,8 @@ def _check_url(name: str, url: str) -> None:
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"{name}: expected a URL, found {_shown(name, url)!r}: {error}") from error
-    if parts.scheme not in ("http", "https") or not _is_host(parts.hostname or "") or port == 0 or " " in url:
+    is_text = url.isascii() and " " not in url  # a request cannot have others
+    if parts.scheme not in ("http", "https") or not _is_host(parts.hostname or "") or port == 0 or not is_text:
         raise ConfigError(f"{name}: expected a URL, http://HOST:PORT, found {_shown(name, url)!r}")
 
 

@@ -14,10 +14,12 @@ handlers here take no lock: threading.Event.set could deadlock on a lock that th
 SIGHUP is a C function, which no other handler can interrupt, so handlers do not nest, however many signals arrive.
 """
 
+import contextlib
 import errno
 import os
 import select
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Protocol
 
@@ -182,6 +184,16 @@ def reset() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Let no thread that is started meanwhile take signals: they would interrupt its system calls."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def descriptor() -> int:

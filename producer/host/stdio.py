@@ -40,7 +40,7 @@ _ERRORS_SHARE = 0.01
 
 def take_over() -> None:
     """Replace sys.stdout and sys.stderr, unless they are closed."""
-    sys.stdout = _over(_Output, sys.stdout)
+    sys.stdout = _over(Output, sys.stdout)
     sys.stderr = _over(_Errors, sys.stderr)
     # Failures of formatters and pipes must not end the run.
     logging.raiseExceptions = False
@@ -98,7 +98,7 @@ def _dropped_record(count: int) -> logging.LogRecord:
     return logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (count,), None)
 
 
-class _Output(io.FileIO):
+class Output(io.FileIO):
     """Waits until the descriptor is writable. After an error it discards all output, since buffers may hold more."""
 
     _failed = False

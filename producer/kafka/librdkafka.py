@@ -21,6 +21,7 @@ from producer import _native
 from producer.config.convert import nearest
 from producer.config.librdkafka import TEST_BROKER, unreadable
 from producer.errors import ConfigError, UnavailableError
+from producer.host import signals
 from producer.host.exhausted import check_descriptors, check_threads
 
 # struct rd_kafka_message_s
@@ -198,7 +199,8 @@ class Producer:
         if open_socket is not None:
             _lib.rd_kafka_conf_set_socket_cb(conf, open_socket)
         self._open_socket = open_socket  # the library calls it until the producer is closed
-        self._handle = _lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
+        with signals.blocked():  # the test broker ends if a signal interrupts its thread
+            self._handle = _lib.rd_kafka_new(_PRODUCER, conf, text, len(text))
         if not self._handle:
             _lib.rd_kafka_conf_destroy(conf)
             raise ConfigError(unreadable(settings) or f"kafka.settings: {_reason(text)}")

@@ -10,6 +10,7 @@ from fastavro.write import Writer
 
 from producer.errors import OutputError
 from producer.events import STREAMS
+from producer.host.stdio import Output
 from producer.schemas import load_schema
 from producer.view.records import Row
 
@@ -25,7 +26,7 @@ class RecordFile:
         self._buffer = io.BytesIO()
         self._writer = Writer(self._buffer, schema, codec="deflate")
         try:
-            self._file = path.open("wb", buffering=0)
+            self._file = Output(path, "w")  # perhaps a pipe that nobody reads
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror}") from error
         self._flush()

@@ -192,8 +192,8 @@ def test_every_command_names_the_file_and_line_of_a_wrong_setting(tmp_path, comm
     [
         ('acks = "1"', "kafka.settings.acks: must be all, since delivery depends on it: remove it"),
         (
-            '"linger.ms" = "soon"',
-            "kafka.settings.linger.ms: Invalid value",
+            '"compression.codec" = "soon"',
+            "kafka.settings.compression.codec: Invalid value",
         ),
     ],
 )

@@ -222,9 +222,10 @@ def test_a_mistake_in_the_file_is_named_with_its_line_and_the_nearest_key(tmp_pa
             'line 3: kafka.settings.lingr.ms: No such configuration property: "lingr.ms": did you mean linger.ms?',
         ),
         (
-            '[kafka.settings]\n"linger.ms" = "soon"',
+            '[kafka.settings]\n"compression.codec" = "soon"',
             "kafka.settings",
-            'line 3: kafka.settings.linger.ms: Invalid value for configuration property "queue.buffering.max.ms"',
+            'line 3: kafka.settings.compression.codec: Invalid value "soon" for configuration property '
+            '"compression.codec"',
         ),
         (
             '[[rules]]\nport = [1]\n[[rules]]\nname = "web"\nuid = ["nobody-of-this-name"]',

@@ -9,13 +9,16 @@ import pytest
 
 from producer.config.librdkafka import (
     AT_DEFAULT,
+    FRACTIONS,
     FREE_OF_CONSUMERS,
     FREE_OF_PRODUCERS,
+    NUMBERS,
     REFUSED,
     REQUIRED,
     admin_settings,
     client_settings,
     consumer_settings,
+    decide,
 )
 from producer.config.load import load
 from producer.errors import ConfigError
@@ -47,7 +50,7 @@ def test_other_settings_are_passed_on_and_win_over_defaults():
     assert settings.items() >= REQUIRED.items()
 
 
-@pytest.mark.parametrize(("name", "value"), [("lingr.ms", "5"), ("linger.ms", "soon"), ("max.in.flight", "6")])
+@pytest.mark.parametrize(("name", "value"), [("lingr.ms", "5"), ("linger.ms", "-1"), ("max.in.flight", "6")])
 def test_a_setting_that_librdkafka_rejects_is_a_configuration_error(name, value):
     sink = KafkaSink(client_settings("b:1", {name: value}), {})
     with pytest.raises(ConfigError, match=r"^kafka\.settings"):
@@ -81,7 +84,7 @@ def test_the_level_of_zstd_is_1_and_other_codecs_have_theirs(given, expected):
 
 
 def listed(path: Path) -> dict[str, str]:
-    """Return all settings of the installed librdkafka with their scope: C, P or *."""
+    """Return all settings of the installed librdkafka with their scope, C, P or *, and their type."""
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         library = ctypes.CDLL(next(line.split(maxsplit=5)[5].strip() for line in maps if "librdkafka" in line))
     libc = ctypes.CDLL(None)
@@ -89,8 +92,8 @@ def listed(path: Path) -> dict[str, str]:
     file = ctypes.c_void_p(libc.fopen(str(path).encode(), b"w"))
     library.rd_kafka_conf_properties_show(file)
     libc.fclose(file)
-    rows = re.findall(r"^([a-z][\w.]+) +\| +([CP*]) +\|", path.read_text(), re.MULTILINE)
-    return dict(rows)
+    rows = re.findall(r"^([a-z][\w.]+) +\| +([CP*]) +\|.*\*Type: ([\w ]+)\*$", path.read_text(), re.MULTILINE)
+    return {name: (scope, kind) for name, scope, kind in rows}
 
 
 def test_each_setting_of_the_installed_library_is_decided(tmp_path):
@@ -105,9 +108,30 @@ def test_each_setting_of_the_installed_library_is_decided(tmp_path):
         f"decide whether each is required, refused or free: {sorted(undecided)}"
     )
     assert sum(map(len, classes)) == len(set().union(*classes)), "each is in one class"
-    assert {settings.get(name, "P") for name in FREE_OF_PRODUCERS} == {"P"}
-    assert {settings.get(name, "C") for name in FREE_OF_CONSUMERS} == {"C"}
-    assert {settings.get(name, "*") for name in FREE_OF_ALL} == {"*"}
+    for names, scope in ((FREE_OF_PRODUCERS, "P"), (FREE_OF_CONSUMERS, "C"), (FREE_OF_ALL, "*")):
+        assert {settings[name][0] for name in names & settings.keys()} == {scope}
+
+
+def test_each_number_of_the_installed_library_is_known(tmp_path):
+    settings = listed(tmp_path / "settings")
+    free = (FREE_OF_PRODUCERS | FREE_OF_CONSUMERS | FREE_OF_ALL) & settings.keys()
+    assert {name for name in free if settings[name][1] == "float"} == FRACTIONS
+    assert {name for name in free if NUMBERS.fullmatch(name)} - FRACTIONS == {
+        name for name in free if settings[name][1] == "integer"
+    }
+
+
+@pytest.mark.parametrize("value", ["5s", "5000 ms", "0x10", "010", "1_000", "1e3", "nan", "inf", " 5", "5 ", "", "+5"])
+@pytest.mark.parametrize("name", ["linger.ms", "socket.timeout.ms", "batch.size", "connections.max.idle.ms"])
+def test_a_number_that_the_library_would_cut_is_refused(name, value):
+    """librdkafka ignores what comes after the digits: with socket.timeout.ms = "60s", no request would be answered."""
+    with pytest.raises(ConfigError, match=rf"kafka.settings.{name}: expected a .*number without a unit, found "):
+        decide({name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("linger.ms", "0.5"), ("compression.level", "-1"), ("client.id", "5s")])
+def test_a_number_that_the_library_reads_whole_is_accepted(name, value):
+    decide({name: value})
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def read(folder: Path, text: str | bytes) -> Config:
         'registry.url = "http://a:99999"',
         'registry.url = "http://a:0"',
         'registry.url = "http://a/b c"',
+        'registry.url = "http://a/é"',
         'registry.url = "http://a..b:1"',
         'registry.url = "file:///etc/passwd"',
         'registry.auth = "a\\u0000b"',

@@ -2,13 +2,15 @@
 
 import gc
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 
 import confluent_kafka.admin
 import pytest
@@ -23,6 +25,8 @@ from producer.kafka.sink import KafkaSink
 from tests.support.mock_cluster import Cluster, lib
 from tests.support.rebpf import wait_until
 from tests.support.sink import BEATS, SETTINGS, TOPICS, Ledger, batch, numbered
+
+TASKS = Path("/proc/self/task")
 
 
 @pytest.mark.slow
@@ -277,6 +281,30 @@ def test_a_test_broker_has_the_topics():
         assert {name: len(topic.partitions) for name, topic in topics.items()} == {"t": 4, "r": 4, "beats": 1}
     finally:
         sink.close()
+
+
+def test_no_signal_interrupts_a_thread_of_the_test_broker():
+    """Such as SIGHUP: the library would end the broker, and everything would be lost."""
+    sink = KafkaSink(client_settings(None, {}), BEATS)
+    before = {*TASKS.iterdir()}
+    sink.open()
+    try:
+        wait_until("the broker's thread has its name", lambda: "rdk:mock" in blocked_signals(before))
+        masks = blocked_signals(before)
+        assert {name for name, mask in masks.items() if not mask >> (signal.SIGHUP - 1) & 1} == set()
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        sink.close()
+
+
+def blocked_signals(before: set[Path]) -> dict[str, int]:
+    """Return the masks of blocked signals of librdkafka's threads that have been started since, by name."""
+    masks = {}
+    for task in {*TASKS.iterdir()} - before:
+        with suppress(OSError):  # it has ended
+            fields = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
+            masks[fields["Name"]] = int(fields["SigBlk"], 16)
+    return {name: mask for name, mask in masks.items() if name.startswith("rdk:")}
 
 
 @pytest.mark.root

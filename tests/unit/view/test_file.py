@@ -1,5 +1,10 @@
 """Files of records: what is written is read, here and by fastavro; a damaged file is an error."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +16,7 @@ from producer.events import FLOWS, RETRANSMITS, TRANSMITS
 from producer.export.container import read_container
 from producer.view.file import RecordFile
 from producer.view.records import Records, in_order, of_table
+from tests.support.rebpf import DEADLINE_S, command
 from tests.support.views import decoded, flows, retransmits, transmits
 
 BATCHES = [
@@ -68,3 +74,46 @@ def test_two_files_in_one_are_incomplete(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes() * 2)
     with pytest.raises(IncompleteError, match="damaged"):
         [*read(tmp_path / "file")]
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from producer.host.signals import stop_on_signals
+from producer.view.file import RecordFile
+stop = stop_on_signals()
+print("ready", flush=True)
+while True:
+    RecordFile(Path(sys.argv[1]))
+"""
+
+
+def test_a_stop_ends_the_wait_for_a_reader_that_does_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-c", STOPPED, str(tmp_path / "pipe")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        child.terminate()
+        assert b"pipe: the reader does not read\n" in child.communicate(timeout=DEADLINE_S)[1]
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.parametrize("option", ["-r", "-w"])
+def test_a_signal_ends_the_wait_for_the_other_end_of_a_pipe(tmp_path: Path, option: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    child = subprocess.Popen(command("trace", option, tmp_path / "pipe"), stdout=subprocess.DEVNULL)
+    try:
+        until_s = time.monotonic() + DEADLINE_S
+        while "fifo" not in (wait := Path(f"/proc/{child.pid}/wchan").read_text()) and "partner" not in wait:
+            assert time.monotonic() < until_s
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.terminate()
+        assert child.wait(timeout=DEADLINE_S) == -signal.SIGTERM
+    finally:
+        child.kill()
