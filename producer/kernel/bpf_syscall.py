@@ -26,7 +26,8 @@ from producer.errors import UnavailableError
 _NUMBERS = {"x86_64": (298, 324), "aarch64": (241, 283)}
 _NR_PERF_EVENT_OPEN, _NR_MEMBARRIER = _NUMBERS.get(platform.machine(), (-1, -1))
 _MEMBARRIER_CMD_GLOBAL = 1
-_LINK_TYPE_CGROUP = 3
+_LINK_TYPE_CGROUP, _LINK_TYPE_PERF_EVENT = 3, 7
+_EVENT_KPROBE, _EVENT_KRETPROBE = 3, 4
 _ANY = 0  # BPF_ANY: insert or replace
 _CLOCK_MONOTONIC_COARSE = 6
 _PERF_EVENT_IOC_SET_BPF = 0x40042408
@@ -273,9 +274,23 @@ def is_detached(link: int) -> bool:
     return bool(kind == _LINK_TYPE_CGROUP and cgroup == 0)
 
 
-def recursion_misses(program: int) -> int:
-    """Return how many runs of a program the kernel has skipped because it would have interrupted itself."""
-    return int(struct.unpack_from("<Q", _info(program, 216), 208)[0])
+def recursion_misses(program: int) -> tuple[int, int]:
+    """Return a program's id, and how many runs the kernel has skipped because it would have interrupted itself."""
+    program_id, misses = struct.unpack_from("<4xI200xQ", _info(program, 216))
+    return program_id, misses
+
+
+def kprobe_misses(link: int) -> tuple[int, int]:
+    """Return the id of a link's program, and how many runs its kprobe has missed because another one was running.
+
+    The number is 0 before Linux 6.7, and if the link is not to a kprobe.
+    """
+    try:
+        kind, program_id, event, misses = struct.unpack_from("<I4xI4xI28xQ", _info(link, 64))
+    except OSError:  # a perf event
+        return 0, 0
+    is_kprobe = kind == _LINK_TYPE_PERF_EVENT and event in (_EVENT_KPROBE, _EVENT_KRETPROBE)
+    return program_id, misses if is_kprobe else 0
 
 
 def close_all(descriptors: Sequence[int]) -> None:

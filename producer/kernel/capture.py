@@ -87,6 +87,7 @@ class Capture:
         self._programs: dict[str, list[int]] = {}
         self._links: list[int] = []
         self._iterators: list[int] = []
+        self._last_missed: dict[int, int] = {}
         """Indexes of the links through which flows are read."""
         self._loader: Loader | None = None
         self._cpus = bpf_syscall.possible_cpus()
@@ -246,6 +247,7 @@ class Capture:
         set_active_rules(self._maps["rules_active"], 0)
         if self._store:
             self._store.clear()
+        self._kprobes_missed()
         bpf_syscall.close_all(self._links)
         self._links, self._iterators = [], []
         bpf_syscall.wait_for_programs()
@@ -311,10 +313,18 @@ class Capture:
     def counters(self, stream: Stream) -> KernelCounters:
         """Read a stream's counters, summed over the CPUs."""
         begin, ring_full, seq, forgotten, _ = (sum(column) for column in zip(*self._words(stream), strict=True))
-        misses = [bpf_syscall.recursion_misses(each) for each in self._programs.get(stream.name, ())]
+        recursions = map(bpf_syscall.recursion_misses, self._programs.get(stream.name, ()))
+        kprobes_missed = self._kprobes_missed()
+        misses = [count + kprobes_missed.get(program_id, 0) for program_id, count in recursions]
         nested = min(misses[: hooks.CLOSING_PROGRAMS], default=0) if stream == FLOWS else sum(misses)
         unseen = forgotten if self.hooks_in_use.get(stream.name) == "raw_tp" else 0
         return KernelCounters(seq - begin, ring_full, nested + forgotten - unseen, unseen)
+
+    def _kprobes_missed(self) -> Mapping[int, int]:
+        """Return how many runs kprobes have missed, by their program's id; after `detach`, until then."""
+        if self._links and "kprobe" in self.hooks_in_use.values():
+            self._last_missed = dict(map(bpf_syscall.kprobe_misses, self._links))
+        return self._last_missed
 
     def sequence(self, stream: Stream) -> list[int]:
         """Read the last number (cpu_seq) of each possible CPU."""

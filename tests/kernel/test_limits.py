@@ -22,6 +22,9 @@ pytestmark = pytest.mark.root
 _PORTS = range(7300, 7320)
 _SNDBUF = 1 << 17
 """Smaller ones are one segment of segmentation offload, of which the kernel does not see that it fills the buffer."""
+_SO_MAX_PACING_RATE = 47
+_PACE = 20_000_000
+"""In bytes per second. If all leaves at once, nothing waits when the buffer is full, and the kernel does not see it."""
 _SECONDS = 2.0
 """How long each connection is watched."""
 _WAIT_US = 3_000_000
@@ -141,6 +144,7 @@ def test_a_small_send_buffer_is_the_limit(flows: Recording, lab: Lab) -> None:
         Pair(lab.client, lab.server, lab.server.ipv4, _PORTS[2]) as pair,
     ):
         pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SNDBUF)
+        pair.client.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, _PACE)
         # BBR, some hosts' default, sends no faster than these acknowledgements allow.
         pair.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
         with running(fill(pair), quiet(drain(pair))):

@@ -10,7 +10,8 @@ import pytest
 from producer.demo.lab import Host, Lab
 from producer.events import CAUSES, FLOWS, REASONS, RETRANSMITS, STREAMS, Rows, Stream
 from producer.health.tcp import TcpMetrics
-from tests.support.capture import DEADLINE_S, Recording, hook_settings
+from tests.support.capture import DEADLINE_S, Recording, Skips, hook_settings
+from tests.support.comparison import MAX_SEGS
 
 pytestmark = pytest.mark.root
 
@@ -19,7 +20,7 @@ ROUNDS = 3
 
 
 @pytest.fixture(scope="module")
-def recorded() -> Iterator[tuple[Lab, Recording]]:
+def recorded() -> Iterator[tuple[Lab, Recording, Skips]]:
     """Traffic over a lossy link, all of whose connections are closed, with a record of each open one on the way.
 
     Repeated if fewer connections closed than the kernel counts as opened: now and then, it runs no program at a close,
@@ -27,13 +28,14 @@ def recorded() -> Iterator[tuple[Lab, Recording]]:
     """
     for _ in range(ROUNDS):
         with Recording(hook_settings(streams=STREAMS)) as recording, Lab(loss=0.05) as lab:
+            skips = Skips(recording)
             halfway = threading.Timer(2, recording.kernel.report_flows)
             halfway.start()
             lab.traffic(5)
             halfway.join()
             assert lab.wait_idle(DEADLINE_S)
             if are_all_closed(lab, recording):
-                yield lab, recording
+                yield lab, recording, skips
                 return
     pytest.fail("closing records are missing in each round")
 
@@ -74,9 +76,9 @@ def values(recording: Recording, host: Host, *streams: Stream) -> dict[str, floa
 
 @pytest.mark.parametrize("streams", [(FLOWS, RETRANSMITS), (FLOWS,)], ids=["both", "flows alone"])
 def test_the_metrics_equal_the_counters_that_nstat_shows(
-    recorded: tuple[Lab, Recording], streams: tuple[Stream, ...]
+    recorded: tuple[Lab, Recording, Skips], streams: tuple[Stream, ...]
 ) -> None:
-    lab, recording = recorded
+    lab, recording, skips = recorded
     assert (of_host(recording, FLOWS, *lab.hosts)["reason"] == REASONS.index("interval")).any()
     for host in lab.hosts:
         counters, found = host.counters(), values(recording, host, *streams)
@@ -85,7 +87,9 @@ def test_the_metrics_equal_the_counters_that_nstat_shows(
         connections = counters["ActiveOpens"] + counters["PassiveOpens"]
         assert found["rebpf_tcp_connections_closed_total"] == connections
         by_cause = {cause: found[f"rebpf_tcp_retransmitted_segments_total {cause}"] for cause in CAUSES}
-        assert sum(by_cause.values()) == counters["RetransSegs"] > 0
+        missing = counters["RetransSegs"] - sum(by_cause.values())
+        assert 0 <= missing <= MAX_SEGS * skips.of(RETRANSMITS) * (RETRANSMITS in streams)
+        assert counters["RetransSegs"] > 0
         # OutSegs has first transmissions, and all SYN-ACKs.
         sent = counters["OutSegs"] + counters["RetransSegs"] - by_cause["syn_ack"]
         # No connection sent the acknowledgements in TIME_WAIT and some resets: fewer than one for each SYN-ACK.
