@@ -168,7 +168,8 @@ def _srtt(summary: Summary) -> Iterator[str]:
     if len(summary.srtt_us):
         yield "<h2>Round-trip times</h2>"
         shares = ", ".join(f"p{share} {np.percentile(summary.srtt_us, share) / 1000:.3g} ms" for share in (50, 95, 99))
-        yield f"<p>The last smoothed round-trip time of {len(summary.srtt_us):,} connections: {shares}.</p>"
+        whose = _counted(len(summary.srtt_us), "connection", "connections")
+        yield f"<p>The last smoothed round-trip time of {whose}: {shares}.</p>"
         yield _plot(partial(plots.draw_srtt, summary.srtt_us), "srtt", 2.8)
 
 
