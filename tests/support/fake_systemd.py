@@ -29,10 +29,19 @@ class Manager:
     def __init__(self, folder: Path, limit: int = 128) -> None:
         self.address = str(folder / "notify")
         self.messages: list[str] = []
-        self.stored: dict[str, int] = {}
+        self._stored: dict[str, int] = {}
+        self._has_read = threading.Event()
         self._limit = limit
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._thread = threading.Thread(target=self._serve)
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """The stored descriptors by name, once all messages that were sent have been read."""
+        self._has_read.clear()
+        self._send(b"READ")
+        self._has_read.wait()
+        return self._stored
 
     @property
     def environment(self) -> dict[str, str]:
@@ -43,15 +52,16 @@ class Manager:
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, **settings: Any
     ) -> "subprocess.Popen[str]":
         """Start a process of the service with all stored descriptors."""
-        given = list(self.stored.values())
-        start = [sys.executable, "-c", _START, ",".join(map(str, given)), ":".join(self.stored), *command]
+        stored = self.stored
+        given = list(stored.values())
+        start = [sys.executable, "-c", _START, ",".join(map(str, given)), ":".join(stored), *command]
         env = {**os.environ, **self.environment, **(environment or {})}
         return subprocess.Popen(start, env=env, pass_fds=given, text=True, **settings)
 
     def forget(self, *names: str) -> None:
         """Close stored descriptors, as a stop does: all, unless names are given."""
-        for name in names or tuple(self.stored):
-            os.close(self.stored.pop(name))
+        for name in names or tuple(self._stored):
+            os.close(self._stored.pop(name))
 
     def __enter__(self) -> Self:
         self._socket.bind(self.address)
@@ -59,28 +69,34 @@ class Manager:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
-            own.sendto(b"END", self.address)
+        self._send(b"END")
         self._thread.join()
         self._socket.close()
         self.forget()
+
+    def _send(self, packet: bytes) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+            own.sendto(packet, self.address)
 
     def _serve(self) -> None:
         while True:
             packet, descriptors, *_ = socket.recv_fds(self._socket, 4096, 16)
             if packet == b"END":
                 return
+            if packet == b"READ":
+                self._has_read.set()
+                continue
             self._take(packet.decode(), descriptors)
 
     def _take(self, text: str, descriptors: list[int]) -> None:
         self.messages.append(text)
         lines = dict(line.split("=", 1) for line in text.splitlines())
-        if lines.get("FDSTORE") == "1" and len(self.stored) < self._limit:
+        if lines.get("FDSTORE") == "1" and len(self._stored) < self._limit:
             (descriptor,) = descriptors
-            assert lines["FDNAME"] not in self.stored, "systemd would keep both"
-            self.stored[lines["FDNAME"]] = descriptor
+            assert lines["FDNAME"] not in self._stored, "systemd would keep both"
+            self._stored[lines["FDNAME"]] = descriptor
             return
         if lines.get("FDSTOREREMOVE") == "1":
-            os.close(self.stored.pop(lines["FDNAME"]))
+            os.close(self._stored.pop(lines["FDNAME"]))
         for descriptor in descriptors:
             os.close(descriptor)
