@@ -12,7 +12,7 @@ from tests.support.programs import program_info
 
 pytestmark = pytest.mark.root
 
-_CALLED = "bpf_ringbuf_reserve"
+_CALLED = "bpf_ktime_get_ns"
 """A function that the capture's programs call, so that a kprobe on it is missed then."""
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 _ETH_P_ALL = 3
 _OUTGOING = 4
 _SO_ATTACH_FILTER, _SO_RCVBUFFORCE, _SO_TIMESTAMPNS = 26, 33, 35
-_SOL_PACKET, _PACKET_STATISTICS, _PACKET_VNET_HDR = 263, 6, 15
+_SOL_PACKET, _PACKET_STATISTICS, _PACKET_AUXDATA, _PACKET_VNET_HDR = 263, 6, 8, 15
 _VNET_HEADER = struct.Struct("=xBxxH4x")
 """struct virtio_net_hdr: the type and size of the pieces into which a super-segment will be cut."""
 _ETHERNET_BYTES = 14
@@ -56,6 +56,7 @@ def sniffed(port: int, interface: str = "lo", *, incoming: bool = False) -> Iter
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as tap:
         _attach_filter(tap, port, incoming=incoming)
         tap.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+        tap.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
         tap.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
         tap.bind((interface, _ETH_P_ALL))
@@ -129,20 +130,23 @@ def _attach_filter(tap: socket.socket, port: int, *, incoming: bool) -> None:
 def _read(tap: socket.socket, port: int, packets: list[Packet], stop: threading.Event) -> None:
     while True:
         try:
-            packet, ((_, _, stamp),), _, address = tap.recvmsg(256, 64)
+            packet, messages, _, address = tap.recvmsg(256, 128)
         except TimeoutError:
             if stop.is_set():
                 return
             continue
-        segment = _parse(packet[_VNET_HEADER.size + _ETHERNET_BYTES :])
+        about = {(level, kind): data for level, kind, data in messages}
+        (length,) = struct.unpack_from("=4xI", about[_SOL_PACKET, _PACKET_AUXDATA])
+        segment = _parse(packet[_VNET_HEADER.size + _ETHERNET_BYTES :], length - _ETHERNET_BYTES)
         if segment and port in (segment.sport, segment.dport):
-            seconds, nanoseconds = struct.unpack("=qq", stamp)
+            seconds, nanoseconds = struct.unpack("=qq", about[socket.SOL_SOCKET, _SO_TIMESTAMPNS])
             cut, size = _VNET_HEADER.unpack_from(packet)
             segs = -(-segment.payload_len // size) if cut else 1
             packets.append(Packet(segment, segs, seconds * 10**9 + nanoseconds, address[2] == _OUTGOING))
 
 
-def _parse(packet: bytes) -> Segment | None:
+def _parse(packet: bytes, length: int) -> Segment | None:
+    """Return the segment in the beginning of a packet of this length."""
     version = packet[0] >> 4
     if version == 4:
         protocol, start, size = packet[9], (packet[0] & 15) * 4, struct.unpack_from(">H", packet, 2)[0]
@@ -158,6 +162,8 @@ def _parse(packet: bytes) -> Segment | None:
         return None
     if protocol != socket.IPPROTO_TCP:
         return None
+    if size in (0, 40):  # more than the header's field can say
+        size = length
     sport, dport, seq, ack_seq, offset, flags = struct.unpack_from(">HHIIBB", packet, start)
     saddr, daddr = (str(ip_address(each)) for each in addresses)
     return Segment(saddr, sport, daddr, dport, seq, ack_seq, flags, size - start - (offset >> 4) * 4)
