@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
-
-import pytest
+from unittest import SkipTest
 
 DEADLINE_S = 120.0
 """How long tests wait for what happens within seconds, unless the machine is slow or busy."""
@@ -89,12 +88,12 @@ def as_nobody(user: int = 65534) -> list[str]:
     """Return a prefix that runs a command as an unprivileged user; skip the test if impossible."""
     nobody = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--inh-caps=-all"]
     if os.geteuid() != 0 or not shutil.which("setpriv"):
-        pytest.skip("giving up privileges needs root and setpriv")
+        raise SkipTest("giving up privileges needs root and setpriv")
     # Twice: the first setpriv may start a program that the user cannot.
     imports = "import producer.cli.main, producer._native, subprocess, sys"
     probe = f"{imports}; subprocess.run([sys.executable, '-V'], check=True)"
     if subprocess.run([*nobody, sys.executable, "-c", probe], capture_output=True).returncode:
-        pytest.skip(f"{sys.executable} and the package are not readable for other users")
+        raise SkipTest(f"{sys.executable} and the package are not readable for other users")
     return nobody
 
 
