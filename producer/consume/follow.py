@@ -21,7 +21,7 @@ _STILL_S = 300.0
 """Seconds without a message from a partition after which its end is requested.
 
 If it is elsewhere, librdkafka has lost track of the partition: of a topic that was deleted and created again in a
-cluster of several brokers, for example. A new client reads it from its beginning then.
+cluster of several brokers, for example. Then a new client reads on.
 """
 _POLL_S = 0.1
 _BATCH = 1000
@@ -134,8 +134,11 @@ class Follower:
             self._assigned[each.topic].add(each.partition)
             self._positions[PartitionId(each.topic, each.partition)] = each.offset, time.monotonic()
 
-    def _lost(self) -> list[PartitionId]:
-        """Return the partitions that librdkafka does not follow any more: they were also behind at the last look."""
+    def _lost(self) -> dict[PartitionId, int]:
+        """Return the partitions that librdkafka does not follow any more, and where to read on.
+
+        They were also behind at the last look. One that ends before the position is new.
+        """
         now = time.monotonic()
         for each in self._consumer.position([TopicPartition(*where) for where in self._positions]):
             where = PartitionId(each.topic, each.partition)
@@ -145,15 +148,16 @@ class Follower:
         ends = offsets(self._consumer, still, Start.END, _LOOK_TIMEOUT_S)
         self._positions |= {where: (at, now) for where, at in still.items() if ends[where] == at}
         before, self._behind = self._behind, {where for where, at in still.items() if ends[where] != at}
-        return sorted(before & self._behind)
+        lost = sorted(before & self._behind)
+        return {where: still[where] if ends[where] > still[where] else Start.BEGINNING for where in lost}
 
-    def _read_again(self, lost: Sequence[PartitionId]) -> None:
-        """Read on with a new client, and what the old one had lost from its beginning."""
+    def _read_again(self, lost: Mapping[PartitionId, int]) -> None:
+        """Read on with a new client."""
         names = ",".join(f"{topic}/{number}" for topic, number in lost)
         _LOG.warning("reading again with a new client, since the old one stands still at partitions=%s", names)
         self._consumer.close()
         self._connect()
-        self._positions |= {where: (Start.BEGINNING, time.monotonic()) for where in lost}
+        self._positions |= {where: (offset, time.monotonic()) for where, offset in lost.items()}
         self._consumer.incremental_assign(
             [TopicPartition(*where, offset) for where, (offset, _) in self._positions.items()]
         )

@@ -59,7 +59,7 @@ def test_a_topic_that_was_created_again_is_read_from_its_beginning_with_a_new_cl
             cluster.create(topic)
         for broker in (1, 2, 1, 2, 1):
             cluster.lead("t", 0, broker)
-        for topic, value in (("t", b"old"), ("u", b"once")):
+        for topic, value in (("t", b"old"), ("t", b"old"), ("t", b"old"), ("u", b"once")):
             cluster.put(topic, value, 0)
         found: list[bytes] = []
 
@@ -69,19 +69,19 @@ def test_a_topic_that_was_created_again_is_read_from_its_beginning_with_a_new_cl
 
         with closing(Follower(cluster.brokers, "test", ["t", "u"], {}, start=Start.BEGINNING)) as follower:
             follower.start()
-            wait_until("both messages", lambda: has_read(2))
+            wait_until("all messages", lambda: has_read(4))
             cluster.delete("t")
             cluster.create("t")
             cluster.lead("t", 0, 3)
             for value in (b"new", b"newer"):
                 cluster.put("t", value, 0)
-            wait_until("the new messages", lambda: has_read(4))
+            wait_until("the new messages", lambda: has_read(6))
             cluster.put("t", b"next", 0)
             cluster.put("u", b"again", 0)
-            wait_until("the next ones", lambda: has_read(6))
-    assert sorted(found[:2]) == [b"old", b"once"]
-    assert found[2:4] == [b"new", b"newer"]
-    assert sorted(found[4:]) == [b"again", b"next"]
+            wait_until("the next ones", lambda: has_read(8))
+    assert sorted(found[:4]) == [b"old", b"old", b"old", b"once"]
+    assert found[4:6] == [b"new", b"newer"]
+    assert sorted(found[6:]) == [b"again", b"next"]
     assert "stands still at partitions=t/0" in caplog.text
 
 
