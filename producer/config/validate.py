@@ -260,8 +260,8 @@ def _check_url(name: str, url: str) -> None:
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"{name}: expected a URL, found {_shown(name, url)!r}: {error}") from error
-    is_text = url.isascii() and " " not in url  # a request cannot have others
-    if parts.scheme not in ("http", "https") or not _is_host(parts.hostname or "") or port == 0 or not is_text:
+    is_sendable = url.isascii() and " " not in url
+    if parts.scheme not in ("http", "https") or not _is_host(parts.hostname or "") or port == 0 or not is_sendable:
         raise ConfigError(f"{name}: expected a URL, http://HOST:PORT, found {_shown(name, url)!r}")
 
 
@@ -321,7 +321,7 @@ def _check_alert_filters(where: str, rule: Any) -> None:
         for pattern in getattr(rule, key):
             _check_text(f"{where}.{key}", pattern, 255)
     for network in rule.peer:
-        _check_address(f"{where}.peer", network)
+        _check_network(f"{where}.peer", network)
     for port in rule.port:
         _check_ports(f"{where}.port", port)
     if rule.measure == "srtt" and rule.cause:
@@ -353,7 +353,10 @@ def _check_rule(where: str, rule: Any) -> None:
     _check_choice(f"{where}.sample_by", rule.sample_by, ("connection", "event"))
     for key in ("address", "local_address", "remote_address"):
         for text in getattr(rule, key):
-            _check_network(f"{where}.{key}", text)
+            if text.startswith("@"):
+                _check_text(f"{where}.{key}", text[1:])
+            else:
+                _check_network(f"{where}.{key}", text)
     for key in ("port", "local_port", "remote_port"):
         for value in getattr(rule, key):
             _check_ports(f"{where}.{key}", value)
@@ -381,13 +384,6 @@ def _check_name(where: str, name: str) -> None:
 
 
 def _check_network(where: str, text: str) -> None:
-    if text.startswith("@"):
-        _check_text(where, text[1:])
-    else:
-        _check_address(where, text)
-
-
-def _check_address(where: str, text: str) -> None:
     try:
         network = ipaddress.ip_network(text)
     except ValueError as error:

@@ -82,7 +82,7 @@ _PARTS = 6
 _FIRST = ("integration", "packaging", "commands")
 """The last lanes that make traffic, except that of the kernel tests."""
 PLANS: Mapping[str, Sequence[Lane]] = {
-    # More than there are CPUs, since most time is waiting for a deadline.
+    # More than there are CPUs: some tests wait for a deadline.
     "quick": [
         Lane(f"part {part}", ("tests/unit", "tests/property", f"--part={part}/{_PARTS}"), 600)
         for part in range(1, _PARTS + 1)

@@ -104,7 +104,6 @@ def test_show_leaves_out_discarded_events(state):
     assert spool("verify", state)[TRANSMIT]["damage"] == []
 
 
-@pytest.mark.slow
 def test_without_a_state_folder_there_is_nothing_and_none_is_made(state):
     shown = rebpf("spool", "show", "--state-dir", state)
 
@@ -317,7 +316,6 @@ def test_drop_needs_a_confirmation(state):
     assert spool_folders.tree(state) == before
 
 
-@pytest.mark.slow
 def test_drop_discards_the_spool_and_the_ledger_has_it_as_lost(state):
     paths = spool_folders.fill(state, batches=6, size=SIZE, per_file=2, acked=5)
     paths[1].unlink()
@@ -372,7 +370,6 @@ def test_what_the_ledger_cannot_take_is_not_dropped(state):
     assert all(path.exists() for path in paths)
 
 
-@pytest.mark.slow
 def test_drop_of_the_quarantine_leaves_the_spool(state):
     paths = spool_folders.fill(state, batches=2, size=SIZE)
     (refused,) = spool_folders.quarantine(state, {"MSG_SIZE_TOO_LARGE": 3, "INVALID_RECORD": 2})
@@ -385,7 +382,6 @@ def test_drop_of_the_quarantine_leaves_the_spool(state):
     assert spool("show", state)[TRANSMIT]["events"] == 2 * SIZE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["drop", "--yes"], ["drop", "--yes", "--quarantine"], ["replay", "--brokers", "a:1"]]
 )
