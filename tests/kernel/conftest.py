@@ -1,7 +1,9 @@
 """The recording and the namespaces that most kernel tests share: loading takes a second here, a minute in a VM."""
 
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +57,15 @@ def lab(root: None) -> Iterator[Lab]:
 @pytest.fixture
 def port() -> int:
     return next(_unused)
+
+
+@pytest.fixture
+def pins(tmp_path: Path) -> Iterator[Path]:
+    """A folder for pins in a bpffs of its own."""
+    folder = tmp_path / "bpffs"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "bpf", "bpf", folder], check=True)
+    try:
+        yield folder / "pins"
+    finally:
+        subprocess.run(["umount", folder], check=True)

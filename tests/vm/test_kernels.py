@@ -37,6 +37,7 @@ LEFT_OUT = {
         "test_features.py",
         "test_kept.py",
         "test_lifecycle.py",
+        "test_manifest.py",
         "test_numbers.py",
         "test_overflow.py",
         "test_rules.py",
