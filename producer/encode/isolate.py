@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from producer.events import Batch, EncodedBatch, Rows
 
-_MANY = 1 << 12
+_MANY = 1 << 13
 _FEW = 64
 """Rows per call while a defect shows: a search among these needs fewer than the maximum of tries."""
 _MOST_TRIES = 256
