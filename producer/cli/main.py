@@ -106,14 +106,12 @@ def run(config: Path | None, duration: float | None, as_json: bool, **options: A
     spooled and lost.
     """
     hangup = Hangup()  # first: a SIGHUP would end the process while this imports and reads
-    from producer.host import memory
-
-    memory.configure()
-    memory.import_lean()
     from producer.agent.agent import Agent
     from producer.config import sources
     from producer.config.load import located
+    from producer.host import memory
 
+    memory.configure()
     context = click.get_current_context()
 
     def read() -> Any:
