@@ -1,8 +1,9 @@
 """Simulated hosts in one process. Each has the producer's own sink, and sends what a quiet host sends.
 
-python -m tests.bench.hosts BROKERS PREFIX FIRST COUNT SPREAD_S LATENCY_S SETTINGS. Prints "ready", starts the hosts at
-the first line on standard input, each at a random time within SPREAD_S, and answers each further line with a Report in
-JSON. At the end of its input it ends like a process that is killed: its sockets close, and no client says goodbye.
+python -m tests.bench.hosts BROKERS PREFIX FIRST COUNT SPREAD_S LATENCY_S SLOWER SETTINGS. Prints "ready", starts the
+hosts at the first line on standard input, each at a random time within SPREAD_S, and answers each further line with a
+Report in JSON. A host sends SLOWER times less often than a quiet one. At the end of its input it ends like a process
+that is killed: its sockets close, and no client says goodbye.
 
 Not simulated: the spool. While messages of a stream are in flight, the host sends no others of it.
 """
@@ -58,13 +59,13 @@ class Send:
     """Seconds from the host's start to the first one."""
 
 
-def quiet(latency_s: float) -> list[Send]:
-    """Return what `python -m tests.bench.one_host --workload quiet` counts, with this `capture.latency_s`."""
+def quiet(latency_s: float, slower: float) -> list[Send]:
+    """Return what `python -m tests.bench.one_host --workload quiet` counts, `slower` times less often."""
     return [
-        Send(TRANSMITS, latency_s, int(200 * latency_s), 0),
-        Send(RETRANSMITS, 1.3, 1, 0.5),
-        Send(FLOWS, 30, 20, 3),
-        Send(HEARTBEATS, 10, 1, 0),
+        Send(TRANSMITS, slower * latency_s, int(200 * latency_s), 0),
+        Send(RETRANSMITS, slower * 1.3, 1, 0.5),
+        Send(FLOWS, slower * 30, 20, 3),
+        Send(HEARTBEATS, slower * 10, 1, 0),
     ]
 
 
@@ -143,9 +144,9 @@ class Host:
 class Hosts:
     """The hosts of this process."""
 
-    def __init__(self, config: Config, names: list[str], spread_s: float) -> None:
+    def __init__(self, config: Config, names: list[str], spread_s: float, slower: float) -> None:
         self._config = config
-        self._sends = quiet(config.capture.latency_s)
+        self._sends = quiet(config.capture.latency_s, slower)
         self._payload = _payload(max(send.records for send in self._sends))
         self._opened_s: list[float] = []
         starts_s = sorted(random.uniform(0, spread_s) for _ in names)
@@ -233,7 +234,9 @@ def await_line() -> None:
             os._exit(0)
 
 
-def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, latency_s: float, settings: str) -> None:
+def main(
+    brokers: str, prefix: str, first: int, count: int, spread_s: float, latency_s: float, slower: float, settings: str
+) -> None:
     """Serve until standard input ends."""
     logging.disable(logging.CRITICAL)
     config = Config().with_values(
@@ -242,7 +245,7 @@ def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, lat
         kafka__settings=json.loads(settings),
         capture__latency_s=latency_s,
     )
-    hosts = Hosts(config, [host_name(number) for number in range(first, first + count)], spread_s)
+    hosts = Hosts(config, [host_name(number) for number in range(first, first + count)], spread_s, slower)
     print("ready", flush=True)
     await_line()
     hosts.begin()
@@ -256,5 +259,5 @@ def main(brokers: str, prefix: str, first: int, count: int, spread_s: float, lat
 
 
 if __name__ == "__main__":
-    _, brokers, prefix, first, count, spread_s, latency_s, settings = sys.argv
-    main(brokers, prefix, int(first), int(count), float(spread_s), float(latency_s), settings)
+    _, brokers, prefix, first, count, spread_s, latency_s, slower, settings = sys.argv
+    main(brokers, prefix, int(first), int(count), float(spread_s), float(latency_s), float(slower), settings)

@@ -15,13 +15,14 @@ from tests.bench.hosts import Report
 
 HOSTS_IN_PROCESS = 500
 """librdkafka needs some ten file descriptors and five threads for each."""
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 
 
 class Fleet:
     """`count` hosts that start at `go`, each at a random time within `spread_s`.
 
-    `prefix` is that of their topics, and `settings` are librdkafka's.
+    They send `slower` times less often than quiet hosts. `prefix` is that of their topics, and `settings` are
+    librdkafka's.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Fleet:
         count: int,
         spread_s: float = 0,
         latency_s: float = 1,
+        slower: float = 1,
         prefix: str = "",
         settings: Mapping[str, str] | None = None,
     ) -> None:
@@ -43,9 +45,10 @@ class Fleet:
         self._errors_before: Counter[str] = Counter()
         self._marked_s = self._went_s = 0.0
         self._ready = 0
+        given = json.dumps(settings or {})
         share = max(1, min(HOSTS_IN_PROCESS, -(-count // 2)))
         self._processes = [
-            _process(brokers, prefix, first, min(share, count - first), spread_s, latency_s, json.dumps(settings or {}))
+            _process(brokers, prefix, first, min(share, count - first), spread_s, latency_s, slower, given)
             for first in range(0, count, share)
         ]
 
@@ -85,7 +88,7 @@ class Fleet:
         return whole
 
     def wait_until(self, is_true: Callable[[Report], bool]) -> Report:
-        """Wait until a report is as wanted, or for two minutes, and return it."""
+        """Wait until a report is as wanted, or for ten minutes, and return it."""
         deadline_s = time.monotonic() + DEADLINE_S
         while not is_true(report := self.report()) and time.monotonic() < deadline_s:
             time.sleep(0.5)

@@ -1,12 +1,13 @@
 """What a fleet does to its brokers: a real cluster of three, and simulated hosts with the producer's own client.
 
 python -m tests.bench.simulation [--hosts 500 1000 2000] [--seconds 30] [--spread 30] [--latency 1]
-    [--setting reconnect.backoff.ms=100] [--only STEP ...]
+    [--slower 1] [--setting reconnect.backoff.ms=100] [--only STEP ...]
 
 For each number of hosts, prints what they cost the brokers while nothing happens, and then what follows from events:
 all hosts restart at once, or spread over some seconds; a broker is restarted in order; a broker is killed and returns;
 all brokers are away for a while. The topics are those of `rebpf init`, with three replicas, of which two must be in
-sync. Each host (tests/bench/hosts.py) needs five threads and some 2 MB. Says if the machine was too small.
+sync. Each host (tests/bench/hosts.py) needs five threads and some 2 MB. Says if the machine was too small. With
+--slower, hosts send less often, so that a small machine shows what the connections of a large fleet take.
 """
 
 import argparse
@@ -51,12 +52,18 @@ class Simulation:
     """A cluster, a fleet that sends to it, and the tables' rows."""
 
     def __init__(
-        self, cluster: KafkaCluster, seconds: float, spread_s: float, latency_s: float, settings: Mapping[str, str]
+        self,
+        cluster: KafkaCluster,
+        seconds: float,
+        spread_s: float,
+        latency_s: float,
+        slower: float,
+        settings: Mapping[str, str],
     ) -> None:
         self._cluster = cluster
-        self._latency_s = latency_s
+        self._latency_s, self._slower = latency_s, slower
         self._settings = settings
-        self._long_s = latency_s + LONG_S
+        self._long_s = slower * latency_s + LONG_S
         self._seen = Observed(list(cluster.nodes.values()))
         self._seconds = seconds
         self._spread_s = spread_s
@@ -125,7 +132,7 @@ class Simulation:
         return fleet
 
     def _fleet(self, count: int, spread_s: float = 0) -> Fleet:
-        return Fleet(self._cluster.bootstrap, count, spread_s, self._latency_s, settings=self._settings)
+        return Fleet(self._cluster.bootstrap, count, spread_s, self._latency_s, self._slower, settings=self._settings)
 
     def _start(self, fleet: Fleet, event: str) -> None:
         self._seen.begin()
@@ -198,6 +205,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="time that is measured while nothing happens")
     parser.add_argument("--spread", type=float, default=30, help="seconds over which hosts restart in one of the steps")
     parser.add_argument("--latency", type=float, default=1, help="the hosts' capture.latency_s")
+    parser.add_argument("--slower", type=float, default=1, help="times less often than quiet hosts")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of librdkafka")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS)
     arguments = parser.parse_args()
@@ -205,7 +213,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, KafkaCluster(Path(name), settings=SETTINGS) as cluster:
         config = Config().with_values(kafka__brokers=cluster.bootstrap)
         print("\n".join(create_topics(config, PARTITIONS, REPLICATION)), flush=True)
-        simulation = Simulation(cluster, arguments.seconds, arguments.spread, arguments.latency, settings)
+        simulation = Simulation(
+            cluster, arguments.seconds, arguments.spread, arguments.latency, arguments.slower, settings
+        )
         simulation.idle()
         for count in arguments.hosts:
             simulation.run(count, arguments.only)
