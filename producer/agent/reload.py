@@ -1,4 +1,4 @@
-"""The settings in force. A reload changes some of them, and cgroups that come and go change the rules."""
+"""The settings in force. A reload changes some of them, and what rules name changes these when it comes and goes."""
 
 import logging
 import threading
@@ -17,7 +17,7 @@ from producer.errors import RebpfError
 from producer.host.output import set_log_level
 from producer.host.signals import Flag
 from producer.kernel.rule_maps import RuleMaps
-from producer.rules.resolve import Ruleset, follow, resolve
+from producer.rules.resolve import Ruleset, follow, names_change, resolve
 from producer.rules.tables import Tables
 from producer.spool.disk import PASSING
 
@@ -43,7 +43,7 @@ class _Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The rules with the cgroups that exist now, and those from which they were made."""
+    """The rules with what they name as it exists now, and those from which they were made."""
 
     before: Ruleset
     ruleset: Ruleset
@@ -79,7 +79,7 @@ class InForce:
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
         self._look_pace = Pace()
         self._looking: threading.Thread | None = None
-        """Looks for cgroups."""
+        """Looks for what the rules name."""
         self._found: _Found | Exception | None = None
         """Its result, if anything has changed."""
         self._files, self._files_read, self._files_at = files, files_read, 0.0
@@ -104,7 +104,7 @@ class InForce:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread prepares a reload or looks for cgroups, or its result is not in force yet."""
+        """Whether a thread prepares a reload or looks for names, or its result is not in force yet."""
         return self._thread is not None or self._prepared is not None or self._looking is not None
 
     @property
@@ -214,7 +214,7 @@ class InForce:
         self.reloads, self.began_ns, self.refusal = self.reloads + 1, self._started_ns, refusal
 
     def look(self) -> None:
-        """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced.
+        """Every 2 s, look for what the rules name and has appeared or been replaced.
 
         There may be many rules and cgroups, so a thread looks, and compiles the rules. A later call puts them in force.
         """
@@ -226,12 +226,11 @@ class InForce:
         if found and found.before is self._ruleset:  # otherwise, a reload came between
             self.version = self._rules.put(found.tables)
             self._ruleset = found.ruleset
-            what = "names" if found.before.absent else "cgroups"
-            logger.info("rules updated: %s changed version=%d", what, self.version)
-        if (self._by_cgroup or self._ruleset.absent) and time.monotonic() >= self._look_at and self._look_pace.is_due():
+            logger.info("rules updated: what they name has changed version=%d", self.version)
+        if self._by_name and time.monotonic() >= self._look_at and self._look_pace.is_due():
             self._look_at = time.monotonic() + _LOOK_INTERVAL_S
             look = partial(self._look_pace.run, partial(self._find, self._ruleset, self.config))
-            thread = threading.Thread(target=look, name="cgroups", daemon=True)
+            thread = threading.Thread(target=look, name="names", daemon=True)
             thread.start()
             self._looking = thread
 
@@ -248,5 +247,5 @@ class InForce:
         for text in self._ruleset.absent[:_MOST_ABSENT]:
             logger.warning("rules: %s", text)
         self.digest = effective.digest(config)
-        self._by_cgroup = any(rule.cgroup or rule.unit for rule in config.rules)
+        self._by_name = names_change(config)
         set_log_level(config.log_level)

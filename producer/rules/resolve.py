@@ -51,7 +51,7 @@ _MOST_LIST_BYTES = 16 << 20
 class Ruleset:
     """Resolved rules. `cgroups_above` has the ancestors of each named cgroup.
 
-    `absent` says which namespaces and interfaces do not exist. `follow` looks for them again.
+    `absent` says which namespaces and interfaces do not exist.
     """
 
     rules: Sequence[Rule]
@@ -108,21 +108,24 @@ def _without_names(rule: RuleConfig, ids: Mapping[str, int]) -> RuleConfig:
 
 
 def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None) -> Ruleset:
-    """Return `ruleset`, which was resolved from `config`, with the cgroups that exist now.
+    """Return `ruleset`, which was resolved from `config`, with the cgroups, namespaces and interfaces that exist now.
 
-    Files and users are only read at a reload; namespaces and interfaces too, unless some do not exist yet.
+    Files and users are only read at a reload.
     """
     cgroups = _Cgroups(cgroup_root)
     absent: list[str] = []
     rules = []
     for number, (rule, source) in enumerate(zip(ruleset.rules, config.rules, strict=True), 1):
-        rule = dataclasses.replace(rule, cgroup=_cgroups(source, cgroups))
-        if ruleset.absent:
-            where = _where(number, source)
-            netns, interface = _netns(where, source.netns, absent), _interfaces(where, source.interface, absent)
-            rule = dataclasses.replace(rule, netns=netns, interface=interface)
-        rules.append(rule)
+        where = _where(number, source)
+        netns, interface = _netns(where, source.netns, absent), _interfaces(where, source.interface, absent)
+        rules.append(dataclasses.replace(rule, cgroup=_cgroups(source, cgroups), netns=netns, interface=interface))
     return Ruleset(tuple(rules), ruleset.default, _above(rules, cgroups), tuple(absent))
+
+
+def names_change(config: Config) -> bool:
+    """Whether rules name what can be replaced while they are in force: cgroups, units, namespaces or interfaces."""
+    names = ((*rule.cgroup, *rule.unit, *rule.netns, *rule.interface) for rule in config.rules)
+    return any(isinstance(each, str) for each in itertools.chain.from_iterable(names))
 
 
 def _cgroups(rule: RuleConfig, cgroups: "_Cgroups") -> tuple[int, ...]:

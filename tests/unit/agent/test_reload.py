@@ -326,6 +326,10 @@ def test_an_interface_that_does_not_exist_is_a_reason_until_it_does(
     in_force._look_at = 0
     wait_until("the rules follow", lambda: in_force.look() or put)
     assert (in_force.reasons, put[0].values["interface"]) == ([], {12: 1})
+    monkeypatch.setattr("socket.if_nametoindex", lambda name: 13)
+    in_force._look_at, in_force._look_pace = 0, Pace()
+    wait_until("the rules follow an interface that was created again", lambda: in_force.look() or put[1:])
+    assert put[1].values["interface"] == {13: 1}
 
 
 def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
