@@ -80,8 +80,10 @@ class InForce:
         self._look_pace = Pace()
         self._looking: threading.Thread | None = None
         """Looks for what the rules name."""
-        self._found: _Found | Exception | None = None
+        self._found: _Found | None = None
         """Its result, if anything has changed."""
+        self._look_error: Exception | None = None
+        """Why the last look failed."""
         self._files, self._files_read, self._files_at = files, files_read, 0.0
         self.apply: Callable[[Config], None] = lambda config: None
         self.version = rules.version
@@ -218,11 +220,14 @@ class InForce:
 
         There may be many rules and cgroups, so a thread looks, and compiles the rules. A later call puts them in force.
         """
-        if self._prepared or (self._looking and self._looking.is_alive()):
-            return
+        if not self._prepared and not (self._looking and self._looking.is_alive()):
+            self._look_on()
+        if self._look_error:  # again and again, until a look succeeds
+            raise self._look_error
+
+    def _look_on(self) -> None:
+        """Put what was found in force, and start the next look if it is due."""
         found, self._looking, self._found = self._found, None, None
-        if isinstance(found, Exception):
-            raise found
         if found and found.before is self._ruleset:  # otherwise, a reload came between
             self.version = self._rules.put(found.tables)
             self._ruleset = found.ruleset
@@ -239,13 +244,14 @@ class InForce:
             ruleset = follow(before, config, self._root)
             if ruleset != before:
                 self._found = _Found(before, ruleset, ruleset.tables())
+            self._look_error = None
         except Exception as error:
-            self._found = error
+            self._look_error = error
 
     def _set(self, config: Config) -> None:
         self.config = config
         for text in self._ruleset.absent[:_MOST_ABSENT]:
             logger.warning("rules: %s", text)
         self.digest = effective.digest(config)
-        self._by_name = names_change(config)
+        self._by_name, self._look_error = names_change(config), None
         set_log_level(config.log_level)

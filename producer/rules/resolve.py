@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from producer.config.load import Config, RuleConfig
 from producer.errors import ConfigError
+from producer.host.exhausted import exhausted
 from producer.rules.tables import (
     MOST_CGROUP_LEVELS,
     MOST_PREFIXES,
@@ -162,6 +163,8 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups", absent: list[str])
             state=rule.state,
         )
     except OSError as error:
+        if exhausted(error):  # says nothing about the rule
+            raise
         subject = f"{error.filename}: " if error.filename else ""
         raise ConfigError(f"{where}: {subject}{error.strerror or error}") from error
     except (ValueError, ConfigError) as error:
@@ -221,7 +224,7 @@ def _netns(where: str, values: Iterable[int | str], absent: list[str]) -> tuple[
 
 def _interfaces(where: str, values: Iterable[int | str], absent: list[str]) -> tuple[int, ...]:
     """Return indexes, also of named interfaces in this process's network namespace."""
-    return _numbers(f"{where}: interface", values, socket.if_nametoindex, absent)
+    return _numbers(f"{where}: interface", values, _interface_number, absent)
 
 
 def _numbers(
@@ -233,9 +236,17 @@ def _numbers(
         try:
             found.append(value if isinstance(value, int) else number(value))
         except OSError as error:
+            if exhausted(error):
+                raise
             absent.append(f"{where} {value}: {error.strerror or error}: it matches nothing until it exists")
             found.append(_NEVER)
     return tuple(found)
+
+
+def _interface_number(name: str) -> int:
+    with socket.socket(socket.AF_UNIX):  # it needs one, and without a free descriptor it finds no interface
+        pass
+    return socket.if_nametoindex(name)
 
 
 def _netns_number(name: str) -> int:
@@ -320,5 +331,7 @@ def _folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except OSError:
+    except OSError as error:
+        if exhausted(error):
+            raise
         return []

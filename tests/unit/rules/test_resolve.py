@@ -12,7 +12,7 @@ from producer.config.load import Capture, Config, RuleConfig
 from producer.errors import ConfigError
 from producer.rules.resolve import Ruleset, follow, resolve
 from producer.rules.tables import Action, Segment
-from tests.support.procfs import open_files
+from tests.support.procfs import open_files, without_descriptors
 from tests.support.rules import decide, first_match
 
 
@@ -144,6 +144,18 @@ def test_an_interface_and_a_namespace_that_are_created_again_are_followed(
     assert after.rules[0].interface == (13, 9)
     assert after.rules[1].netns != before.rules[1].netns
     assert [text.partition(": ")[2].partition(":")[0] for text in after.absent] == ["netns app"]
+
+
+@pytest.mark.parametrize("rule", [RuleConfig(unit=("nginx.service",)), RuleConfig(interface=("lo",))])
+def test_without_a_free_descriptor_nothing_counts_as_gone(root: Path, rule: RuleConfig) -> None:
+    """The rules in force would match nothing."""
+    config = Config(rules=(rule,))
+    before = resolve(config, root)
+    with without_descriptors():
+        for look in (lambda: follow(before, config, root), lambda: resolve(config, root)):
+            with pytest.raises(OSError, match="Too many open files"):
+                look()
+    assert follow(before, config, root) == before
 
 
 def test_a_filter_and_rules_exclude_each_other() -> None:
