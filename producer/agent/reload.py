@@ -1,4 +1,4 @@
-"""The settings in force. A reload changes some of them, and cgroups that come and go change the rules."""
+"""The settings in force. A reload changes some of them, and what rules name changes these when it comes and goes."""
 
 import logging
 import threading
@@ -17,7 +17,7 @@ from producer.errors import RebpfError
 from producer.host.output import set_log_level
 from producer.host.signals import Flag
 from producer.kernel.rule_maps import RuleMaps
-from producer.rules.resolve import Ruleset, follow, resolve
+from producer.rules.resolve import Ruleset, follow, names_change, resolve
 from producer.rules.tables import Tables
 from producer.spool.disk import PASSING
 
@@ -43,7 +43,7 @@ class _Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The rules with the cgroups that exist now, and those from which they were made."""
+    """The rules with what they name as it exists now, and those from which they were made."""
 
     before: Ruleset
     ruleset: Ruleset
@@ -79,9 +79,11 @@ class InForce:
         self._look_at = time.monotonic() + _LOOK_INTERVAL_S
         self._look_pace = Pace()
         self._looking: threading.Thread | None = None
-        """Looks for cgroups."""
-        self._found: _Found | Exception | None = None
+        """Looks for what the rules name."""
+        self._found: _Found | None = None
         """Its result, if anything has changed."""
+        self._look_error: Exception | None = None
+        """Why the last look failed."""
         self._files, self._files_read, self._files_at = files, files_read, 0.0
         self.apply: Callable[[Config], None] = lambda config: None
         self.version = rules.version
@@ -104,7 +106,7 @@ class InForce:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread prepares a reload or looks for cgroups, or its result is not in force yet."""
+        """Whether a thread prepares a reload or looks for names, or its result is not in force yet."""
         return self._thread is not None or self._prepared is not None or self._looking is not None
 
     @property
@@ -214,24 +216,26 @@ class InForce:
         self.reloads, self.began_ns, self.refusal = self.reloads + 1, self._started_ns, refusal
 
     def look(self) -> None:
-        """Every 2 s, look for cgroups and units that the rules name and that have appeared or been replaced.
+        """Every 2 s, look for what the rules name and has appeared or been replaced.
 
         There may be many rules and cgroups, so a thread looks, and compiles the rules. A later call puts them in force.
         """
-        if self._prepared or (self._looking and self._looking.is_alive()):
-            return
+        if not self._prepared and not (self._looking and self._looking.is_alive()):
+            self._look_on()
+        if self._look_error:  # again and again, until a look succeeds
+            raise self._look_error
+
+    def _look_on(self) -> None:
+        """Put what was found in force, and start the next look if it is due."""
         found, self._looking, self._found = self._found, None, None
-        if isinstance(found, Exception):
-            raise found
         if found and found.before is self._ruleset:  # otherwise, a reload came between
             self.version = self._rules.put(found.tables)
             self._ruleset = found.ruleset
-            what = "names" if found.before.absent else "cgroups"
-            logger.info("rules updated: %s changed version=%d", what, self.version)
-        if (self._by_cgroup or self._ruleset.absent) and time.monotonic() >= self._look_at and self._look_pace.is_due():
+            logger.info("rules updated: what they name has changed version=%d", self.version)
+        if self._by_name and time.monotonic() >= self._look_at and self._look_pace.is_due():
             self._look_at = time.monotonic() + _LOOK_INTERVAL_S
             look = partial(self._look_pace.run, partial(self._find, self._ruleset, self.config))
-            thread = threading.Thread(target=look, name="cgroups", daemon=True)
+            thread = threading.Thread(target=look, name="names", daemon=True)
             thread.start()
             self._looking = thread
 
@@ -240,13 +244,14 @@ class InForce:
             ruleset = follow(before, config, self._root)
             if ruleset != before:
                 self._found = _Found(before, ruleset, ruleset.tables())
+            self._look_error = None
         except Exception as error:
-            self._found = error
+            self._look_error = error
 
     def _set(self, config: Config) -> None:
         self.config = config
         for text in self._ruleset.absent[:_MOST_ABSENT]:
             logger.warning("rules: %s", text)
         self.digest = effective.digest(config)
-        self._by_cgroup = any(rule.cgroup or rule.unit for rule in config.rules)
+        self._by_name, self._look_error = names_change(config), None
         set_log_level(config.log_level)

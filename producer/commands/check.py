@@ -53,7 +53,7 @@ def examine(config: Config, *, path: Path | None = None, servers: bool = True) -
         *_descriptors(),
         *_folders(config),
         *_endpoint(config),
-        *_boot_id(),
+        *_kernel_files(),
         *_others(config),
     ]
     found = {finding.subject for finding in findings}  # invalid settings are reported above
@@ -363,19 +363,20 @@ def _pins(path: Path) -> Finding:
     if not bpf_syscall.is_bpffs(existing):
         text = f"{path} is not in a bpffs: mount -t bpf bpf /sys/fs/bpf"
         return Finding("capture.pin", text, ConfigError.exit_code)
+    if why := unusable(path):
+        return Finding("capture.pin", f"{path}: {why}", ConfigError.exit_code)
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
         text = f"{path} is not writable for user {os.geteuid()}: install -d -m 0700 -o {os.geteuid()} {path}"
         return Finding("capture.pin", text, ConfigError.exit_code)
-    if why := unusable(path):
-        return Finding("capture.pin", f"{path}: {why}", ConfigError.exit_code)
     return Finding("capture.pin", f"{path} is writable")
 
 
-def _boot_id() -> Iterator[Finding]:
-    try:
-        boot_id()
-    except OSError as error:
-        yield Finding("boot id", hidden(error) or str(error), UnavailableError.exit_code)
+def _kernel_files() -> Iterator[Finding]:
+    for subject, read in (("boot id", boot_id), ("CPUs", bpf_syscall.possible_cpus)):
+        try:
+            read()
+        except OSError as error:
+            yield Finding(subject, hidden(error) or str(error), UnavailableError.exit_code)
 
 
 def _others(config: Config) -> Iterator[Finding]:

@@ -19,6 +19,8 @@ from producer.rules.resolve import resolve, resolve_offline
 
 SERVICE_USER = "rebpf"
 """Of deploy/systemd/rebpf.service."""
+_NO_NAMES = frozenset({"", "(none)", "localhost", "localhost.localdomain"})
+"""Host names of hosts that were given none."""
 
 
 def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
@@ -38,6 +40,9 @@ def settings(config: Config, path: Path | None = None) -> Iterator[Finding]:
             if found:
                 yield Finding(subject, found)
     yield from _absent_names(config)
+    if config.host in _NO_NAMES:
+        text = f'events have the name "{config.host}", as those of other hosts without one: set host, or name this host'
+        yield Finding("host", text, warns=True)
 
 
 def _create_client(config: Config) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 
+from producer.host.exhausted import exhausted
 from producer.host.text import name
 
 # Docker, containerd, CRI-O and Podman name the cgroup of a container ID or PREFIX-ID.scope.
@@ -147,13 +148,18 @@ class CgroupPaths:
             if self._walk is None:
                 self._walks += 1
                 self._walk = self._folders()
-            if next(self._walk, self) is self:
+            try:
+                is_over = next(self._walk, self) is self
+            except OSError:  # no descriptors or memory for now
+                self._walk = None
+                break
+            if is_over:
                 self._walk = None
                 self._drop_missing()
         self._next_look_s = self._clock() + (self._cpu_clock() - used) / _SHARE
 
     def _folders(self) -> Iterator[None]:
-        """Visit all folders and record their paths."""
+        """Visit all folders and record their paths. OSError if descriptors or memory run out."""
         assert self._root is not None
         root = os.fsencode(self._root)
         try:
@@ -171,8 +177,10 @@ class CgroupPaths:
                             folders.append(entry.path)
                         if number % _ENTRIES_AT_ONCE == 0:
                             yield
-            except OSError:  # deleted meanwhile
-                continue
+            except OSError as error:
+                if exhausted(error):
+                    raise
+                continue  # deleted meanwhile
             yield
 
     def _record(self, number: int, path: bytes) -> None:

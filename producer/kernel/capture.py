@@ -20,7 +20,7 @@ from producer.events import FLOWS, STREAMS, Stream, layout_check
 from producer.host.cgroups import ONLY_A_PART, cgroup2_root, is_part
 from producer.host.progress import Progress
 from producer.host.sockets import Address, cookie, listener_at
-from producer.kernel import bpf_syscall, hooks, kprobes
+from producer.kernel import bpf_syscall, hooks, switches
 from producer.kernel.handover import HandoverStore
 from producer.kernel.loader import Loader
 from producer.kernel.loader_child import ATTACH, MAPS
@@ -258,7 +258,7 @@ class Capture:
         """Raise UnavailableError if a probe was detached, unpinned or turned off, or sees a part of the host only."""
         if any(map(bpf_syscall.is_detached, self._links)):
             raise UnavailableError("another process has detached a program, so events are missing: restart")
-        kprobes.check(self.hooks_in_use.values() if self._links else ())
+        switches.check(self.hooks_in_use.values() if self._links else ())
         if self._store and self._links:
             self._store.check()
         if self._links and "cgroup_skb" in self.hooks_in_use.values() and self._cgroups and is_part(self._cgroups):

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from producer.kernel import bpf_syscall
+from producer.kernel import bpf_syscall, switches
 from producer.kernel.btf import FUNC, TYPEDEF, Btf
 from producer.kernel.features import ITERATORS, SOCKET_STORAGE, TASK_FILES, TRIAL_STORAGE, Features
 
@@ -258,6 +258,8 @@ def _with_all_probes(hook: Hook) -> Hook:
 
 def refusal(hook: Hook, kernel: Kernel) -> str | None:
     """Return why the host does not allow `hook`, fitted to it, or None if it does. Leaves nothing attached."""
+    if reason := switches.turned_off(hook.name):
+        return reason
     for refuses in (_missed_calls, _rejection):
         for probe in hook.probes:
             if reason := refuses(probe, kernel):

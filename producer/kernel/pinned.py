@@ -34,6 +34,8 @@ _OURS = re.compile(r"manifest(_new)?|[a-z_]+(_\d+)?_[0-9a-f]{16}")
 def unusable(path: Path) -> str | None:
     """Return why a folder in a bpffs cannot be used, or created if it does not exist; None if it can."""
     existing = next(each for each in (path, *path.parents) if each.exists())
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        return "is read-only here: remount it, or set ProtectKernelTunables=no and ReadWritePaths= of the unit"
     if existing != path:
         dotted = next((part for part in path.relative_to(existing).parts if "." in part), None)
         return f"a bpffs has no names with dots: choose another one than {dotted}" if dotted else None

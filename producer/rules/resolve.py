@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from producer.config.load import Config, RuleConfig
 from producer.errors import ConfigError
+from producer.host.exhausted import exhausted
 from producer.rules.tables import (
     MOST_CGROUP_LEVELS,
     MOST_PREFIXES,
@@ -51,7 +52,7 @@ _MOST_LIST_BYTES = 16 << 20
 class Ruleset:
     """Resolved rules. `cgroups_above` has the ancestors of each named cgroup.
 
-    `absent` says which namespaces and interfaces do not exist. `follow` looks for them again.
+    `absent` says which namespaces and interfaces do not exist.
     """
 
     rules: Sequence[Rule]
@@ -108,21 +109,24 @@ def _without_names(rule: RuleConfig, ids: Mapping[str, int]) -> RuleConfig:
 
 
 def follow(ruleset: Ruleset, config: Config, cgroup_root: Path | None) -> Ruleset:
-    """Return `ruleset`, which was resolved from `config`, with the cgroups that exist now.
+    """Return `ruleset`, which was resolved from `config`, with the cgroups, namespaces and interfaces that exist now.
 
-    Files and users are only read at a reload; namespaces and interfaces too, unless some do not exist yet.
+    Files and users are only read at a reload.
     """
     cgroups = _Cgroups(cgroup_root)
     absent: list[str] = []
     rules = []
     for number, (rule, source) in enumerate(zip(ruleset.rules, config.rules, strict=True), 1):
-        rule = dataclasses.replace(rule, cgroup=_cgroups(source, cgroups))
-        if ruleset.absent:
-            where = _where(number, source)
-            netns, interface = _netns(where, source.netns, absent), _interfaces(where, source.interface, absent)
-            rule = dataclasses.replace(rule, netns=netns, interface=interface)
-        rules.append(rule)
+        where = _where(number, source)
+        netns, interface = _netns(where, source.netns, absent), _interfaces(where, source.interface, absent)
+        rules.append(dataclasses.replace(rule, cgroup=_cgroups(source, cgroups), netns=netns, interface=interface))
     return Ruleset(tuple(rules), ruleset.default, _above(rules, cgroups), tuple(absent))
+
+
+def names_change(config: Config) -> bool:
+    """Whether rules name what can be replaced while they are in force: cgroups, units, namespaces or interfaces."""
+    names = ((*rule.cgroup, *rule.unit, *rule.netns, *rule.interface) for rule in config.rules)
+    return any(isinstance(each, str) for each in itertools.chain.from_iterable(names))
 
 
 def _cgroups(rule: RuleConfig, cgroups: "_Cgroups") -> tuple[int, ...]:
@@ -159,6 +163,8 @@ def _rule(number: int, rule: RuleConfig, cgroups: "_Cgroups", absent: list[str])
             state=rule.state,
         )
     except OSError as error:
+        if exhausted(error):  # says nothing about the rule
+            raise
         subject = f"{error.filename}: " if error.filename else ""
         raise ConfigError(f"{where}: {subject}{error.strerror or error}") from error
     except (ValueError, ConfigError) as error:
@@ -218,7 +224,7 @@ def _netns(where: str, values: Iterable[int | str], absent: list[str]) -> tuple[
 
 def _interfaces(where: str, values: Iterable[int | str], absent: list[str]) -> tuple[int, ...]:
     """Return indexes, also of named interfaces in this process's network namespace."""
-    return _numbers(f"{where}: interface", values, socket.if_nametoindex, absent)
+    return _numbers(f"{where}: interface", values, _interface_number, absent)
 
 
 def _numbers(
@@ -230,9 +236,17 @@ def _numbers(
         try:
             found.append(value if isinstance(value, int) else number(value))
         except OSError as error:
+            if exhausted(error):
+                raise
             absent.append(f"{where} {value}: {error.strerror or error}: it matches nothing until it exists")
             found.append(_NEVER)
     return tuple(found)
+
+
+def _interface_number(name: str) -> int:
+    with socket.socket(socket.AF_UNIX):  # it needs one, and without a free descriptor it finds no interface
+        pass
+    return socket.if_nametoindex(name)
 
 
 def _netns_number(name: str) -> int:
@@ -317,5 +331,7 @@ def _folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except OSError:
+    except OSError as error:
+        if exhausted(error):
+            raise
         return []

@@ -119,7 +119,7 @@ def test_a_cgroup_that_appears_is_followed(tmp_path: Path) -> None:
         run.ready()
         folder.mkdir()
         try:
-            run.wait_for(r"rules updated: cgroups changed version=2")
+            run.wait_for(r"rules updated: what they name has changed version=2")
             move = f"import os; open({str(folder / 'cgroup.procs')!r}, 'w').write(str(os.getpid())); "
             subprocess.run([sys.executable, "-c", move + client, str(echo.port)], check=True)
             balance = run.finish()

@@ -79,6 +79,18 @@ def test_a_user_namespace_is_the_reason_that_is_named(tmp_path):
         assert "5.10" not in text
 
 
+@pytest.mark.parametrize("hidden", ["/proc/sys/kernel/random", "/sys/devices/system/cpu"])
+def test_files_of_the_kernel_that_a_container_hides_stop_both(tmp_path, hidden):
+    inside = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {hidden} && exec "$@"', "sh"]
+    options = ("--state-dir", tmp_path / "state")
+    checked = rebpf("check", "--local", *options, before=inside)
+    ran = rebpf("run", *options, "--duration", "0", before=inside)
+
+    assert checked.returncode == ran.returncode == 69, (checked.stdout, ran.stderr)
+    for text in (checked.stdout, ran.stderr):
+        assert f"{hidden}/" in text
+
+
 @pytest.mark.parametrize("hook", HOOKS)
 def test_check_says_of_each_hook_what_run_finds(tmp_path, hook):
     path = tmp_path / "rebpf.toml"

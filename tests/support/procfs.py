@@ -1,11 +1,13 @@
-"""Reads a process's sockets, BPF objects, children, capabilities and memory from /proc."""
+"""Reads a process's sockets, BPF objects, children, capabilities and memory from /proc, and takes its descriptors."""
 
 import contextlib
 import ipaddress
 import os
 import re
+import resource
 import select
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,19 @@ def open_files(pid: int | str = "self") -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             targets.append(os.readlink(f"/proc/{pid}/fd/{name}"))
     return targets
+
+
+@contextlib.contextmanager
+def without_descriptors() -> Iterator[None]:
+    """Leave this process no free descriptor."""
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
 
 
 def connections(pid: int) -> set[Connection]:

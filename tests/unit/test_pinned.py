@@ -48,6 +48,12 @@ def test_a_folder_with_objects_of_other_programs_is_refused_and_nothing_is_remov
     assert_refused(pins, f"contains objects of other programs \\({name}\\)")
 
 
+def test_a_read_only_bpffs_is_refused(pins: Path) -> None:
+    """As that of a container with /sys/fs/bpf:ro, or of a unit with ProtectKernelTunables=yes."""
+    subprocess.run(["mount", "-o", "remount,ro", pins.parent], check=True)
+    assert_refused(pins, "is read-only here")
+
+
 def test_a_subfolder_is_not_ours(pins: Path) -> None:
     (pins / "globals").mkdir()
     assert_refused(pins, "contains objects of other programs")

@@ -1,5 +1,6 @@
 """Reloads by signal: however many come, the rules are resolved at a bounded rate, and the last text wins."""
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -326,6 +327,10 @@ def test_an_interface_that_does_not_exist_is_a_reason_until_it_does(
     in_force._look_at = 0
     wait_until("the rules follow", lambda: in_force.look() or put)
     assert (in_force.reasons, put[0].values["interface"]) == ([], {12: 1})
+    monkeypatch.setattr("socket.if_nametoindex", lambda name: 13)
+    in_force._look_at, in_force._look_pace = 0, Pace()
+    wait_until("the rules follow an interface that was created again", lambda: in_force.look() or put[1:])
+    assert put[1].values["interface"] == {13: 1}
 
 
 def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
@@ -339,9 +344,14 @@ def test_what_a_look_meets_is_a_failed_step_and_the_next_look_goes_on(
         patched.setattr("producer.agent.reload.follow", lambda *rules: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             wait_until("the failure", in_force.look)
+        with pytest.raises(ZeroDivisionError):  # it lasts until a look succeeds
+            in_force.look()
     hooks.put = lambda tables: 2
     (tmp_path / "new.service").mkdir()
     in_force._look_at, in_force._look_pace = 0, Pace()
+    with contextlib.suppress(ZeroDivisionError):
+        in_force.look()  # starts the next one
+    wait_until("it is over", lambda: in_force._look_error is None)
     wait_until("the rules follow", lambda: in_force.look() or in_force.version == 2)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from producer.commands.check import _unusable, examine
+from producer.commands.check_settings import settings
 from producer.config.load import Config
 from producer.host.state import StateFolder
 from tests.support.rebpf import as_nobody, let_others_in, rebpf
@@ -59,6 +60,15 @@ def test_a_host_that_has_everything(tmp_path):
     assert found["rules"] == "ok      rules: none: all segments are captured"
     assert found["bcc"].startswith("ok      bcc: 0.")
     assert not (tmp_path / "state").exists(), "nothing is written"
+
+
+@pytest.mark.parametrize("name", ["", "(none)", "localhost", "web-17"])
+def test_a_host_without_a_name_of_its_own_is_a_warning(tmp_path, name):
+    """The key of its events, and the host in alerts, would be those of all such hosts."""
+    findings = {each.subject: each for each in settings(Config(host=name, state_dir=tmp_path))}
+    assert ("host" in findings) == (name != "web-17")
+    if name != "web-17":
+        assert (findings["host"].exit_code, findings["host"].warns) == (0, True)
 
 
 @root

@@ -8,6 +8,7 @@ import pytest
 
 from producer.host.cgroups import CgroupPaths, cgroup2_root, container, pod_uid, unit
 from tests.support.names import raw_name
+from tests.support.procfs import without_descriptors
 
 ID = "0123456789abcdef" * 4
 
@@ -164,6 +165,16 @@ def test_a_cgroup_that_came_later_is_found_and_one_that_never_was_is_not(tmp_pat
     (tmp_path / "late").mkdir()
     assert paths.path((tmp_path / "late").stat().st_ino) == "/late"
     assert CgroupPaths(None).path(1) is None
+
+
+def test_a_cgroup_that_no_descriptor_is_left_to_look_for_is_found_later(tmp_path: Path) -> None:
+    (tmp_path / "a.service").mkdir()
+    number = (tmp_path / "a.service").stat().st_ino
+    paths = CgroupPaths(tmp_path, clock := Clock(), cpu_clock=clock)
+    with without_descriptors():
+        assert paths.path(number) is None
+        paths.look()
+    assert paths.path(number) == "/a.service"
 
 
 def test_a_name_may_have_any_bytes(tmp_path: Path) -> None:

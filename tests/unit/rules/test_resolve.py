@@ -12,7 +12,7 @@ from producer.config.load import Capture, Config, RuleConfig
 from producer.errors import ConfigError
 from producer.rules.resolve import Ruleset, follow, resolve
 from producer.rules.tables import Action, Segment
-from tests.support.procfs import open_files
+from tests.support.procfs import open_files, without_descriptors
 from tests.support.rules import decide, first_match
 
 
@@ -126,8 +126,36 @@ def test_an_interface_and_a_namespace_that_do_not_exist_yet_match_nothing_until_
     assert not followed.absent
     assert [rule.interface for rule in followed.rules] == [(12, 9), ()]
     assert followed.rules[1].netns == (inode(Path("/proc/self/ns/net")),)
+
+
+def test_an_interface_and_a_namespace_that_are_created_again_are_followed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tunnel that reconnects, and a namespace of a container that restarts, have other numbers than before."""
+    monkeypatch.setattr("producer.rules.resolve.NETNS", root)
+    monkeypatch.setattr("socket.if_nametoindex", lambda name: 12)
+    (root / "app").symlink_to("/proc/self/ns/net")
+    config = Config(rules=(RuleConfig(interface=("tun77", 9)), RuleConfig(netns=("app",))))
+    before = resolve(config, root)
+    assert follow(before, config, root) == before
     monkeypatch.setattr("socket.if_nametoindex", lambda name: 13)
-    assert follow(followed, config, root) == followed, "names are read again at a reload only"
+    (root / "app").unlink()
+    after = follow(before, config, root)
+    assert after.rules[0].interface == (13, 9)
+    assert after.rules[1].netns != before.rules[1].netns
+    assert [text.partition(": ")[2].partition(":")[0] for text in after.absent] == ["netns app"]
+
+
+@pytest.mark.parametrize("rule", [RuleConfig(unit=("nginx.service",)), RuleConfig(interface=("lo",))])
+def test_without_a_free_descriptor_nothing_counts_as_gone(root: Path, rule: RuleConfig) -> None:
+    """The rules in force would match nothing."""
+    config = Config(rules=(rule,))
+    before = resolve(config, root)
+    with without_descriptors():
+        for look in (lambda: follow(before, config, root), lambda: resolve(config, root)):
+            with pytest.raises(OSError, match="Too many open files"):
+                look()
+    assert follow(before, config, root) == before
 
 
 def test_a_filter_and_rules_exclude_each_other() -> None:
