@@ -39,6 +39,9 @@ from producer.host.text import lines, printable, to_json
 
 # One thread is enough; otherwise numpy's OpenBLAS starts one per CPU on import.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Of another service: prometheus_client would keep our metrics in files there, or not start.
+for _name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
+    os.environ.pop(_name, None)
 
 logger = logging.getLogger(__name__)
 
