@@ -22,7 +22,7 @@ from producer.alert.reading import Reading, StalledError, topics_of
 from producer.alert.retry import Sleep
 from producer.alert.status import AlertStatus
 from producer.config.librdkafka import consumer_settings
-from producer.config.load import Config
+from producer.config.load import Config, client_files, is_renewed
 from producer.consume.decode import Decoder
 from producer.errors import PermissionDenied, Stopped, UnavailableError
 from producer.health.board import StatusBoard
@@ -68,6 +68,7 @@ class Member:
     ) -> None:
         self.counts = Counts()
         self._config, self._brokers, self._stop = config, brokers, stop
+        self._files = client_files(config.kafka.settings)
         self._board = board
         self._from_beginning = from_beginning
         self._topics = topics_of(config)
@@ -114,6 +115,7 @@ class Member:
         self._step()
 
     def _step(self) -> None:
+        self._check_files()
         if self._reading is not None:
             try:
                 changes = self._reading.decide()
@@ -125,6 +127,11 @@ class Member:
                 logger.warning("alert: reading again with a new client, since the old one stands still at %s", stalled)
                 self._stand_by()
         self._publish()
+
+    def _check_files(self) -> None:
+        """End after an error if certificates or secrets were renewed since clients read them: they do so only once."""
+        if self._errors.reason and is_renewed(self._config.kafka.settings, self._files):
+            raise UnavailableError("certificates or secrets of [kafka.settings] were renewed: start again to use them")
 
     def _publish(self) -> None:
         if self._board is not None:
@@ -178,6 +185,7 @@ class Member:
         end = time.monotonic() + seconds
         while True:
             self._publish()
+            self._check_files()
             if self._stop.is_set():
                 raise Stopped
             self._serve_group(max(0.0, min(_POLL_S, end - time.monotonic())))
