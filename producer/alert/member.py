@@ -26,11 +26,12 @@ from producer.config.load import Config, client_files, is_renewed
 from producer.consume.decode import Decoder
 from producer.errors import PermissionDenied, Stopped, UnavailableError
 from producer.health.board import StatusBoard
+from producer.host.log_limit import LogLimit
 from producer.host.signals import Flag
 from producer.kafka.admin import Admin
 from producer.kafka.confluent import ClientErrors, open_client
 from producer.kafka.consumer import topic_error
-from producer.kafka.wording import grant
+from producer.kafka.wording import REPEAT_LOG_S, grant
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Member:
         self._topics = topics_of(config)
         self._decoder = Decoder(config.registry, stop=stop)
         self._is_owner = False
+        self._log_limit = LogLimit(REPEAT_LOG_S)
         self._reading: Reading | None = None
         self._next_repeat = 0.0
         self._errors = ClientErrors(brokers, log=True)
@@ -207,6 +209,10 @@ class Member:
             raise topic_error(self._topics.alerts, error)
         if error.fatal():
             raise UnavailableError(f"group {group}: {error.str()}")
+        if self._log_limit.allows(error.name()):
+            is_foreign = error.code() == KafkaError.INCONSISTENT_GROUP_PROTOCOL
+            fix = " (another program has this group: set alert.group)" if is_foreign else ""
+            logger.warning("group %s: %s error=%s%s", group, error.str(), error.name(), fix)
 
     def _on_assign(self, _: Consumer, assigned: list[TopicPartition]) -> None:
         self._is_owner |= any(each.partition == 0 for each in assigned)
