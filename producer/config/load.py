@@ -355,11 +355,15 @@ def read_secret(path: Path, where: str) -> Secret:
 
 
 def read_again(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return settings of the Kafka client with the secrets that their files have now. Raises ConfigError."""
-    return {
-        name: read_secret(value.path, f"kafka.settings.{name}") if isinstance(value, Secret) else value
-        for name, value in settings.items()
-    }
+    """Return settings of the Kafka client with the secrets that their files have now; of a missing file, the earlier."""
+    return {name: _newest(value) if isinstance(value, Secret) else value for name, value in settings.items()}
+
+
+def _newest(secret: Secret) -> Secret:
+    try:
+        return read_secret(secret.path, "")
+    except ConfigError:  # being replaced, deleted after the start, or unreadable without root's capabilities
+        return secret
 
 
 def client_files(settings: Mapping[str, str]) -> tuple[object, ...]:
@@ -369,10 +373,7 @@ def client_files(settings: Mapping[str, str]) -> tuple[object, ...]:
 
 def is_renewed(settings: Mapping[str, str], files: tuple[object, ...]) -> bool:
     """Return whether a secret is another one now, or `client_files` returns something else than `files`."""
-    try:
-        return read_again(settings) != settings or client_files(settings) != files
-    except ConfigError:  # it is being replaced
-        return False
+    return read_again(settings) != settings or client_files(settings) != files
 
 
 def _with_secrets(config: Config) -> Config:

@@ -86,6 +86,10 @@ def test_a_renewed_certificate_or_secret_is_used_once_the_client_has_an_error(
     renewed = "replacing the client: its certificates or secrets were renewed"
     path.write_text("second")
     ledger.wait(lambda: renewed in caplog.text)
+    if name == "sasl.password":
+        path.unlink()  # the earlier one is used
+    lib.rd_kafka_test_fatal_error(sink._connection._clients[0]._handle, 47, b"made by a test")
+    ledger.wait(lambda: "replacing the client: fatal error" in caplog.text)
     cluster.up()
     ledger.wait_for(second)
 
