@@ -9,6 +9,7 @@ anything twice.
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 _STEP_S = 1.0
 _POLL_S = 0.2
 _ANSWER_S = 10.0
+_COMMIT_S = 60.0
+"""How long librdkafka waits for an answer."""
+_CLOSE_S = 5.0
 _AT_ONCE = 1000
 """Most alerts per call of a sink, to bound its requests."""
 _DEFAULTS = {
@@ -75,11 +79,12 @@ class Member:
         self._topics = topics_of(config)
         self._decoder = Decoder(config.registry, stop=stop)
         self._is_owner = False
+        self._next_commit = 0.0
         self._log_limit = LogLimit(REPEAT_LOG_S)
         self._reading: Reading | None = None
         self._next_repeat = 0.0
         self._errors = ClientErrors(brokers, log=True)
-        self._group = _consumer(config, brokers, self._errors)
+        self._group = _consumer(config, brokers, self._errors, self._on_commit)
         self._sinks = open_sinks(self._wait)
 
     def run(self, duration_s: float | None) -> None:
@@ -99,7 +104,7 @@ class Member:
             raise self._errors.worded(exc) from exc
         finally:
             self._stand_by()
-            self._group.close()
+            self._close()
             for sink in self._sinks:
                 sink.close()
 
@@ -114,7 +119,8 @@ class Member:
             if time.monotonic() >= next_step:
                 next_step = time.monotonic() + _STEP_S
                 self._step()
-        self._step()
+        if not self._stop.is_set():  # otherwise, the next active member takes it
+            self._step()
 
     def _step(self) -> None:
         self._check_files()
@@ -162,12 +168,28 @@ class Member:
                     sink.repeat(firing[at : at + _AT_ONCE])
 
     def _commit(self, reading: Reading) -> None:
+        """Commit, unless Kafka has yet to answer the last time: nothing here may wait for a broker that hangs."""
+        if time.monotonic() < self._next_commit:
+            return
         metadata = json.dumps({"decided_ns": reading.decided_ns})
         offsets = [TopicPartition(topic, number, offset, metadata) for (topic, number), offset in reading.positions()]
         try:
-            self._group.commit(offsets=offsets, asynchronous=False)
-        except KafkaException as exc:  # the next active member repeats it, without effect
-            logger.warning("cannot commit offsets: %s", exc.args[0].str())
+            self._group.commit(offsets=offsets, asynchronous=True)
+            self._next_commit = time.monotonic() + _COMMIT_S
+        except KafkaException as exc:
+            self._on_commit(exc.args[0], [])
+
+    def _on_commit(self, error: KafkaError | None, _: list[TopicPartition]) -> None:
+        """Note that Kafka has answered. The next active member repeats what was not committed, without effect."""
+        self._next_commit = 0.0
+        if error is not None:
+            logger.warning("cannot commit offsets: %s", error.str())
+
+    def _close(self) -> None:
+        """Leave the group; a client that waits for a broker, which may hang, is left to the end of the process."""
+        closing = threading.Thread(target=self._group.close, name="kafka-close", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
 
     def _activate(self) -> None:
         """Start to read, from what the group has committed."""
@@ -224,7 +246,7 @@ class Member:
             logger.info("standby: no longer active")
 
 
-def _consumer(config: Config, brokers: str, errors: ClientErrors) -> Consumer:
+def _consumer(config: Config, brokers: str, errors: ClientErrors, on_commit: Callable[..., None]) -> Consumer:
     settings = {
         **_DEFAULTS,
         **consumer_settings(brokers, config.kafka.settings),
@@ -234,5 +256,6 @@ def _consumer(config: Config, brokers: str, errors: ClientErrors) -> Consumer:
         "auto.offset.reset": "latest",  # messages of this topic are ignored
         "enable.auto.offset.store": "false",
         "error_cb": errors,
+        "on_commit": on_commit,
     }
     return open_client(Consumer, settings)

@@ -164,7 +164,7 @@ def decide(settings: Mapping[str, str]) -> None:
 
 
 def _check_tokens(settings: Mapping[str, str]) -> None:
-    """Raise ConfigError if the library would wait for a token from us: it connects to no broker then, and says nothing."""
+    """Raise ConfigError if the library would wait for a token from us, without a connection or a word."""
     method = settings.get("sasl.oauthbearer.method", "").lower()
     unsecured = settings.get("enable.sasl.oauthbearer.unsecure.jwt", "").lower() in ("true", "t", "1")
     for name in ("sasl.mechanism", "sasl.mechanisms"):

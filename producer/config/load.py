@@ -355,7 +355,7 @@ def read_secret(path: Path, where: str) -> Secret:
 
 
 def read_again(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return settings of the Kafka client with the secrets that their files have now; of a missing file, the earlier."""
+    """Return settings of the Kafka client with the secrets that their files have now, if they can be read."""
     return {name: _newest(value) if isinstance(value, Secret) else value for name, value in settings.items()}
 
 

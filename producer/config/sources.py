@@ -89,7 +89,7 @@ def state(path: Path | None) -> tuple[tuple[str, int, int, int], ...]:
 
 
 def stamps(paths: Iterable[Path]) -> tuple[tuple[str, int, int, int], ...]:
-    """Return what differs once one of the files has been changed or replaced. Those that cannot be read are left out."""
+    """Return what differs once one of the files has been changed or replaced; those that are missing are left out."""
     found = []
     for each in paths:
         with contextlib.suppress(OSError, ValueError):

@@ -114,9 +114,9 @@ class Connection:
             metrics.retried("kafka_client", 0.0)
 
     def replace_if_needed(self, memory: Iterable[object]) -> bool:
-        """Replace the clients after a fatal error, a clock set back, `give_up`, or an error with certificates or secrets
-        that have been renewed; return whether they were replaced.
+        """Replace the clients if needed; return whether they were replaced.
 
+        Reasons are a fatal error, a clock set back, `give_up`, and renewed certificates or secrets.
         Messages in flight get no reports then. `memory` is what they point to.
         """
         if self._clock_was_set_back():

@@ -76,7 +76,7 @@ class RegistryClient:
         self._access()
 
     def _access(self) -> tuple[dict[str, str], ssl.SSLContext | None]:
-        """Return the headers and TLS settings of a request, from files that may have been renewed. Raises ConfigError."""
+        """Return a request's headers and TLS settings, from files that may have been renewed. Raises ConfigError."""
         headers = {"Accept": "application/vnd.schemaregistry.v1+json, application/json"}
         try:
             if (auth := self._settings.auth) is not None:
