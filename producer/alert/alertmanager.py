@@ -23,7 +23,7 @@ from producer.host.text import printable
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 5.0
-_TOO_MANY_REQUESTS = 429
+_TOO_LARGE, _TOO_MANY_REQUESTS = 413, 429
 _REPETITIONS = 3
 _SHOWN = 200
 
@@ -51,6 +51,11 @@ class _Receiver(Sink):
         except ExchangeError as error:
             raise UnavailableError(f"{self.name} at {self._shown}: {error}") from error
         status, text = answer.status, printable(answer.body[:_SHOWN].decode(errors="replace").strip())
+        if status == _TOO_LARGE and len(body) > 1:  # of a proxy: nginx takes 1 MB, and an outage may have 1,000 alerts
+            half = len(body) // 2
+            self._post(body[:half])
+            self._post(body[half:])
+            return
         if status >= 500 or status == _TOO_MANY_REQUESTS:
             raise UnavailableError(f"{self.name} at {self._shown}: {status} {text}")
         if status >= 300:

@@ -9,6 +9,7 @@ anything twice.
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,21 +23,25 @@ from producer.alert.reading import Reading, StalledError, topics_of
 from producer.alert.retry import Sleep
 from producer.alert.status import AlertStatus
 from producer.config.librdkafka import consumer_settings
-from producer.config.load import Config
+from producer.config.load import Config, client_files, is_renewed
 from producer.consume.decode import Decoder
 from producer.errors import PermissionDenied, Stopped, UnavailableError
 from producer.health.board import StatusBoard
+from producer.host.log_limit import LogLimit
 from producer.host.signals import Flag
 from producer.kafka.admin import Admin
 from producer.kafka.confluent import ClientErrors, open_client
 from producer.kafka.consumer import topic_error
-from producer.kafka.wording import grant
+from producer.kafka.wording import REPEAT_LOG_S, grant
 
 logger = logging.getLogger(__name__)
 
 _STEP_S = 1.0
 _POLL_S = 0.2
 _ANSWER_S = 10.0
+_COMMIT_S = 60.0
+"""How long librdkafka waits for an answer."""
+_CLOSE_S = 5.0
 _AT_ONCE = 1000
 """Most alerts per call of a sink, to bound its requests."""
 _DEFAULTS = {
@@ -68,15 +73,18 @@ class Member:
     ) -> None:
         self.counts = Counts()
         self._config, self._brokers, self._stop = config, brokers, stop
+        self._files = client_files(config.kafka.settings)
         self._board = board
         self._from_beginning = from_beginning
         self._topics = topics_of(config)
         self._decoder = Decoder(config.registry, stop=stop)
         self._is_owner = False
+        self._next_commit = 0.0
+        self._log_limit = LogLimit(REPEAT_LOG_S)
         self._reading: Reading | None = None
         self._next_repeat = 0.0
         self._errors = ClientErrors(brokers, log=True)
-        self._group = _consumer(config, brokers, self._errors)
+        self._group = _consumer(config, brokers, self._errors, self._on_commit)
         self._sinks = open_sinks(self._wait)
 
     def run(self, duration_s: float | None) -> None:
@@ -96,7 +104,7 @@ class Member:
             raise self._errors.worded(exc) from exc
         finally:
             self._stand_by()
-            self._group.close()
+            self._close()
             for sink in self._sinks:
                 sink.close()
 
@@ -111,9 +119,11 @@ class Member:
             if time.monotonic() >= next_step:
                 next_step = time.monotonic() + _STEP_S
                 self._step()
-        self._step()
+        if not self._stop.is_set():  # otherwise, the next active member takes it
+            self._step()
 
     def _step(self) -> None:
+        self._check_files()
         if self._reading is not None:
             try:
                 changes = self._reading.decide()
@@ -125,6 +135,11 @@ class Member:
                 logger.warning("alert: reading again with a new client, since the old one stands still at %s", stalled)
                 self._stand_by()
         self._publish()
+
+    def _check_files(self) -> None:
+        """End after an error if certificates or secrets were renewed since clients read them: they do so only once."""
+        if self._errors.reason and is_renewed(self._config.kafka.settings, self._files):
+            raise UnavailableError("certificates or secrets of [kafka.settings] were renewed: start again to use them")
 
     def _publish(self) -> None:
         if self._board is not None:
@@ -153,12 +168,28 @@ class Member:
                     sink.repeat(firing[at : at + _AT_ONCE])
 
     def _commit(self, reading: Reading) -> None:
+        """Commit, unless Kafka has yet to answer the last time: nothing here may wait for a broker that hangs."""
+        if time.monotonic() < self._next_commit:
+            return
         metadata = json.dumps({"decided_ns": reading.decided_ns})
         offsets = [TopicPartition(topic, number, offset, metadata) for (topic, number), offset in reading.positions()]
         try:
-            self._group.commit(offsets=offsets, asynchronous=False)
-        except KafkaException as exc:  # the next active member repeats it, without effect
-            logger.warning("cannot commit offsets: %s", exc.args[0].str())
+            self._group.commit(offsets=offsets, asynchronous=True)
+            self._next_commit = time.monotonic() + _COMMIT_S
+        except KafkaException as exc:
+            self._on_commit(exc.args[0], [])
+
+    def _on_commit(self, error: KafkaError | None, _: list[TopicPartition]) -> None:
+        """Note that Kafka has answered. The next active member repeats what was not committed, without effect."""
+        self._next_commit = 0.0
+        if error is not None:
+            logger.warning("cannot commit offsets: %s", error.str())
+
+    def _close(self) -> None:
+        """Leave the group; a client that waits for a broker, which may hang, is left to the end of the process."""
+        closing = threading.Thread(target=self._group.close, name="kafka-close", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
 
     def _activate(self) -> None:
         """Start to read, from what the group has committed."""
@@ -178,6 +209,7 @@ class Member:
         end = time.monotonic() + seconds
         while True:
             self._publish()
+            self._check_files()
             if self._stop.is_set():
                 raise Stopped
             self._serve_group(max(0.0, min(_POLL_S, end - time.monotonic())))
@@ -199,6 +231,10 @@ class Member:
             raise topic_error(self._topics.alerts, error)
         if error.fatal():
             raise UnavailableError(f"group {group}: {error.str()}")
+        if self._log_limit.allows(error.name()):
+            is_foreign = error.code() == KafkaError.INCONSISTENT_GROUP_PROTOCOL
+            fix = " (another program has this group: set alert.group)" if is_foreign else ""
+            logger.warning("group %s: %s error=%s%s", group, error.str(), error.name(), fix)
 
     def _on_assign(self, _: Consumer, assigned: list[TopicPartition]) -> None:
         self._is_owner |= any(each.partition == 0 for each in assigned)
@@ -210,7 +246,7 @@ class Member:
             logger.info("standby: no longer active")
 
 
-def _consumer(config: Config, brokers: str, errors: ClientErrors) -> Consumer:
+def _consumer(config: Config, brokers: str, errors: ClientErrors, on_commit: Callable[..., None]) -> Consumer:
     settings = {
         **_DEFAULTS,
         **consumer_settings(brokers, config.kafka.settings),
@@ -220,5 +256,6 @@ def _consumer(config: Config, brokers: str, errors: ClientErrors) -> Consumer:
         "auto.offset.reset": "latest",  # messages of this topic are ignored
         "enable.auto.offset.store": "false",
         "error_cb": errors,
+        "on_commit": on_commit,
     }
     return open_client(Consumer, settings)

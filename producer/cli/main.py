@@ -39,6 +39,9 @@ from producer.host.text import lines, printable, to_json
 
 # One thread is enough; otherwise numpy's OpenBLAS starts one per CPU on import.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Of other programs: metrics, or the keys of TLS connections, would go to files there, or nothing would start.
+for _name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir", "SSLKEYLOGFILE"):
+    os.environ.pop(_name, None)
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from producer.config.load import Config, replaced
+from producer.config.load import Config, Secret, replaced
 from producer.host.endpoints import MASK, without_path
 
 AT_RELOAD = (
@@ -57,9 +57,15 @@ def in_force(running: Config, read: Config) -> Config:
 def restart_needed(running: Config, read: Config) -> tuple[str, ...]:
     """Return the settings in which `read` differs from `running` and that a reload does not apply."""
     now, then = ({path: value for _, path, value in _leaves(each)} for each in (read, running))
-    changed = {path for path in now.keys() | then.keys() if now.get(path) != then.get(path)}
+    changed = {path for path in now.keys() | then.keys() if not _is_same(now.get(path), then.get(path))}
     others = (path for path in changed if path not in AT_RELOAD and not path.startswith(_NOT_OF_THE_PRODUCER))
     return tuple(sorted(path for path in others if path.partition(".")[0] not in AT_RELOAD))
+
+
+def _is_same(now: Any, then: Any) -> bool:
+    """Return whether two values are equal, or are secrets of one file, which the client reads again by itself."""
+    both = isinstance(now, Secret) and isinstance(then, Secret)
+    return now == then or (both and now.path == then.path)
 
 
 def as_toml(config: Config, origins: Mapping[str, str]) -> str:

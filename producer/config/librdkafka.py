@@ -123,7 +123,7 @@ _CONSUMER_REQUIRED = {
     "auto.offset.reset": "earliest",
     "enable.auto.commit": "false",
 }
-_FILES = _names(
+FILES = _names(
     """
     ssl.key.location ssl.certificate.location ssl.ca.location https.ca.location ssl.crl.location ssl.keystore.location
     sasl.kerberos.keytab sasl.oauthbearer.assertion.private.key.file sasl.oauthbearer.assertion.file
@@ -160,6 +160,16 @@ def decide(settings: Mapping[str, str]) -> None:
         if NUMBERS.fullmatch(name) and not re.fullmatch(_WHOLE + _FRACTION * (name in FRACTIONS), value):
             kind = "a number" if name in FRACTIONS else "a whole number"
             raise ConfigError(f"kafka.settings.{name}: expected {kind} without a unit, found {value!r}")
+    _check_tokens(settings)
+
+
+def _check_tokens(settings: Mapping[str, str]) -> None:
+    """Raise ConfigError if the library would wait for a token from us, without a connection or a word."""
+    method = settings.get("sasl.oauthbearer.method", "").lower()
+    unsecured = settings.get("enable.sasl.oauthbearer.unsecure.jwt", "").lower() in ("true", "t", "1")
+    for name in ("sasl.mechanism", "sasl.mechanisms"):
+        if settings.get(name, "").upper() == "OAUTHBEARER" and method != "oidc" and not unsecured:
+            raise ConfigError(f'kafka.settings.{name}: OAUTHBEARER needs "sasl.oauthbearer.method" = "oidc"')
 
 
 def check_times(settings: Mapping[str, str], spill_after_s: float) -> None:
@@ -181,7 +191,7 @@ def check_times(settings: Mapping[str, str], spill_after_s: float) -> None:
 def _check(settings: Mapping[str, str]) -> None:
     """Raise ConfigError for what `decide` rejects, and if the library would block on a file, or read it forever."""
     decide(settings)
-    for name in settings.keys() & _FILES:
+    for name in settings.keys() & FILES:
         try:
             state_file.check_ordinary(Path(settings[name]))
         except state_file.NotAFileError as error:
@@ -190,7 +200,7 @@ def _check(settings: Mapping[str, str]) -> None:
 
 def unreadable(settings: Mapping[str, str]) -> str:
     """Return which file of a client cannot be read, and why; empty if all can."""
-    for name in sorted(settings.keys() & _FILES):
+    for name in sorted(settings.keys() & FILES):
         try:
             os.close(os.open(settings[name], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:

@@ -16,7 +16,8 @@ from producer.config import sources, validate
 from producer.config.alerts import Alert as Alert
 from producer.config.alerts import AlertRule as AlertRule
 from producer.config.convert import Address, build
-from producer.config.sources import read_bytes, shown
+from producer.config.librdkafka import FILES
+from producer.config.sources import read_bytes, shown, stamps
 from producer.errors import ConfigError
 from producer.events import HOOKS, STREAMS, Stream
 
@@ -323,7 +324,13 @@ def located(path: Path | None) -> Iterator[None]:
         raise ConfigError(files.message(error)) from error
 
 
-def read_secret(path: Path, where: str) -> str:
+class Secret(str):
+    """A secret of the Kafka client, and the file that it was read from."""
+
+    path: Path
+
+
+def read_secret(path: Path, where: str) -> Secret:
     """Return the first line of a file, or of the systemd credential of that name. Raises ConfigError."""
     if len(path.parts) == 1:
         folder = os.environ.get("CREDENTIALS_DIRECTORY")
@@ -342,7 +349,31 @@ def read_secret(path: Path, where: str) -> str:
         raise ConfigError(f"{where}: {path}: expected a secret in the first line, found none")
     if "\0" in secret:  # libraries would cut it there
         raise ConfigError(f"{where}: {path}: expected a secret without NUL")
-    return secret
+    found = Secret(secret)
+    found.path = path
+    return found
+
+
+def read_again(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return settings of the Kafka client with the secrets that their files have now, if they can be read."""
+    return {name: _newest(value) if isinstance(value, Secret) else value for name, value in settings.items()}
+
+
+def _newest(secret: Secret) -> Secret:
+    try:
+        return read_secret(secret.path, "")
+    except ConfigError:  # being replaced, deleted after the start, or unreadable without root's capabilities
+        return secret
+
+
+def client_files(settings: Mapping[str, str]) -> tuple[object, ...]:
+    """Return what differs once a certificate or a key of the Kafka client has been replaced."""
+    return stamps(Path(settings[name]) for name in sorted(settings.keys() & FILES))
+
+
+def is_renewed(settings: Mapping[str, str], files: tuple[object, ...]) -> bool:
+    """Return whether a secret is another one now, or `client_files` returns something else than `files`."""
+    return read_again(settings) != settings or client_files(settings) != files
 
 
 def _with_secrets(config: Config) -> Config:

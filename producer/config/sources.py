@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,16 @@ def state(path: Path | None) -> tuple[tuple[str, int, int, int], ...]:
     """Return what differs once one of the files has changed. Files that cannot be read count as missing."""
     if path is None:
         return ()
-    found = []
     try:
-        files = (path, *_fragments(path.parent / CONF_D))
+        return stamps((path, *_fragments(path.parent / CONF_D)))
     except ConfigError:
-        files = (path,)
-    for each in files:
+        return stamps((path,))
+
+
+def stamps(paths: Iterable[Path]) -> tuple[tuple[str, int, int, int], ...]:
+    """Return what differs once one of the files has been changed or replaced; those that are missing are left out."""
+    found = []
+    for each in paths:
         with contextlib.suppress(OSError, ValueError):
             status = each.stat()
             found.append((str(each), status.st_ino, status.st_size, status.st_mtime_ns))

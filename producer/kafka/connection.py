@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from producer.backoff import BackOff
 from producer.config.librdkafka import TEST_BROKER
+from producer.config.load import client_files, is_renewed, read_again
 from producer.errors import RebpfError
 from producer.events import Topic
 from producer.health import metrics
@@ -46,6 +47,7 @@ class Connection:
         utc_offset_ns: Callable[[], int] = rough_utc_offset_ns,
     ) -> None:
         self._settings = settings
+        self._files = client_files(settings)
         self._on_socket = on_socket
         self._open_socket = SocketCallback(self._socket)
         self._utc_offset_ns = utc_offset_ns
@@ -112,8 +114,9 @@ class Connection:
             metrics.retried("kafka_client", 0.0)
 
     def replace_if_needed(self, memory: Iterable[object]) -> bool:
-        """Replace the clients after a fatal error, a clock set back or `give_up`; return whether they were replaced.
+        """Replace the clients if needed; return whether they were replaced.
 
+        Reasons are a fatal error, a clock set back, `give_up`, and renewed certificates or secrets.
         Messages in flight get no reports then. `memory` is what they point to.
         """
         if self._clock_was_set_back():
@@ -123,13 +126,15 @@ class Connection:
             return False
         logger.error("kafka: replacing the client: %s", self._fatal)
         try:
+            files = client_files(self._settings)  # before they are read, so that no change is missed
+            self._settings = read_again(self._settings)
             fresh = self._new()
         except RebpfError as error:
             self._replace_at = time.monotonic() + self._backoff.next()
             logger.error("kafka: cannot replace the client: %s", error)
             return False
         old, self._clients = self._clients, [fresh]
-        self.last_error, self._fatal = None, ""
+        self.last_error, self._fatal, self._files = None, "", files
         self._close(old, memory)
         return True
 
@@ -172,6 +177,9 @@ class Connection:
         if error.fatal and not self._fatal:
             self._fatal = f"fatal error {error.name}"
             self._replace_at = time.monotonic() + self._backoff.next()
+        if not self._fatal and is_renewed(self._settings, self._files):  # librdkafka reads them once
+            self._fatal, self._replace_at = "its certificates or secrets were renewed", 0.0
+            metrics.retried("kafka_client", 0.0)
         if self._log_limit.allows(f"{error.name} {error.text.partition(': ')[0]}"):  # which names the broker
             logger.warning("kafka: %s error=%s%s", error.text, error.name, in_brackets(error.name, error.text))
         # _ALL_BROKERS_DOWN comes last and is the least specific.

@@ -1,5 +1,7 @@
 """How errors of librdkafka are worded, and what to do about them, by their names."""
 
+import re
+
 REPEAT_LOG_S = 30.0
 """Seconds before the same kind of error is logged again: librdkafka repeats itself many times a second."""
 
@@ -15,6 +17,9 @@ _FIXES = {
 }
 
 
+_TLS = ("SSL handshake failed", "in state SSL_HANDSHAKE", "SSL alert")
+_OWN_CERTIFICATE = re.compile(r"alert (bad certificate|unknown ca|certificate )")
+"""What brokers say about a client's certificate, or the lack of one. With TLS 1.3, after the handshake."""
 _HTTP = f"Invalid response size {int.from_bytes(b'HTTP')} "
 """What librdkafka says about the first bytes of a web server's response."""
 
@@ -30,14 +35,16 @@ def may_not_write(topic: str) -> str:
 
 
 def is_tls(name: str, text: str) -> bool:
-    """Return whether TLS failed; a peer that closes the connection in the handshake has another error code."""
-    return name == "_SSL" or "SSL handshake failed" in text or "in state SSL_HANDSHAKE" in text
+    """Return whether TLS failed; if the peer closes the connection, or sends an alert, the error code is another."""
+    return name == "_SSL" or any(each in text for each in _TLS)
 
 
 def fix(name: str, text: str) -> str:
     """Return the fix for an error by its name and text; empty if there is none to suggest."""
     if _HTTP in text:
         return "this port speaks HTTP, not Kafka: check kafka.brokers"
+    if _OWN_CERTIFICATE.search(text):
+        return "check ssl.certificate.location in [kafka.settings]: the broker rejects the client's certificate"
     return _FIXES.get("_SSL" if is_tls(name, text) else name, "")
 
 

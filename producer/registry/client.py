@@ -8,6 +8,7 @@ import base64
 import json
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TypeGuard
 from urllib.parse import quote, urlsplit
 from urllib.request import Request
@@ -26,6 +27,7 @@ NOT_FOUND = frozenset({40401, 40402, 40403})
 """Subject, version, schema. Not 404: the registry returns that for unknown paths."""
 INCOMPATIBLE = frozenset({409, 40901, 40902})
 INVALID = frozenset({422, 42201, 42202, 42203, 42204, 42205, 42206})
+_READ_ONLY = 42205
 _TYPES = frozenset(
     {"application/json", "application/vnd.schemaregistry.v1+json", "application/vnd.schemaregistry+json"}
 )
@@ -59,29 +61,44 @@ class NoAnswer(Exception):
 
 
 class RegistryClient:
-    """One registry. Requests raise RegistryRejected, NotAuthorized or NoAnswer, and Stopped with `stop`."""
+    """One registry. Requests raise RegistryRejected, NotAuthorized or NoAnswer, and Stopped with `stop`.
+
+    Its files are read for each request, since passwords and certificates are renewed.
+    """
 
     def __init__(self, settings: Registry, stop: Flag | None = None) -> None:
         self._url = (settings.url or "").rstrip("/")
         parts = urlsplit(self._url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"registry.url must be http://HOST[:PORT][/PATH] or https://..., not {self._url!r}")
-        self._timeout_s = settings.timeout_s
+        self._settings = settings
         self._stop = stop
-        self._headers = {"Accept": "application/vnd.schemaregistry.v1+json, application/json"}
+        self._access()
+
+    def _access(self) -> tuple[dict[str, str], ssl.SSLContext | None]:
+        """Return a request's headers and TLS settings, from files that may have been renewed. Raises ConfigError."""
+        headers = {"Accept": "application/vnd.schemaregistry.v1+json, application/json"}
         try:
-            if settings.auth is not None:
-                secret = read_secret(settings.auth, "registry.auth")
+            if (auth := self._settings.auth) is not None:
+                secret = read_secret(auth, "registry.auth")
                 if ":" not in secret:
-                    raise ConfigError(f"registry.auth: {settings.auth}: expected USER:PASSWORD in the first line")
-                self._headers["Authorization"] = "Basic " + base64.b64encode(secret.encode()).decode()
-            self._tls = _tls(settings) if parts.scheme == "https" else None
+                    raise ConfigError(f"registry.auth: {auth}: expected USER:PASSWORD in the first line")
+                headers["Authorization"] = "Basic " + base64.b64encode(secret.encode()).decode()
+            return headers, _tls(self._settings) if self._url.lower().startswith("https:") else None
         except (OSError, ValueError) as error:  # none of these contains the secret
             raise ConfigError(f"registry: {error}: check url, auth, ca, certificate and key in [registry]") from error
 
     def register(self, subject: str, schema: AvroSchema) -> SchemaId:
         """Register a schema unless it is registered, and return its id."""
-        answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}/versions", _request_body(schema))
+        try:
+            answer = self._ask("POST", f"/subjects/{quote(subject, safe='')}/versions", _request_body(schema))
+        except (RegistryRejected, NotAuthorized) as error:
+            # A registry that is read-only, or for this user, refuses schemas that it has, too.
+            if isinstance(error, RegistryRejected) and error.code != _READ_ONLY:
+                raise
+            with suppress(RegistryRejected, NotAuthorized):
+                return self.look_up(subject, schema)
+            raise
         return _schema_id(answer)
 
     def look_up(self, subject: str, schema: AvroSchema) -> SchemaId:
@@ -122,12 +139,16 @@ class RegistryClient:
             return False
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        request = Request(self._url + path, method=method, headers=dict(self._headers))
+        try:
+            headers, tls = self._access()
+        except ConfigError as error:
+            raise NoAnswer(str(error)) from error
+        request = Request(self._url + path, method=method, headers=headers)
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/vnd.schemaregistry.v1+json")
         try:
-            answer = exchange(request, self._timeout_s, tls=self._tls, stop=self._stop)
+            answer = exchange(request, self._settings.timeout_s, tls=tls, stop=self._stop)
         except ExchangeError as error:
             no_answer = NoAnswer(str(error))
             no_answer.answered = False

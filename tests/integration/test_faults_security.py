@@ -100,6 +100,41 @@ def test_sasl_password_refused_until_the_broker_has_it(secure, tmp_path):
     at.assert_nothing_is_missing()
 
 
+@pytest.mark.parametrize("renewed", ["certificate", "password"])
+def test_what_the_brokers_refuse_is_read_again_once_it_was_renewed(secure, tmp_path, renewed):
+    """An agent of the site renews short-lived files, and restarts nobody."""
+    prefix = f"renewed-{renewed}."
+    create_topics(secure, prefix)
+    if renewed == "certificate":
+        user, listener, first = "CN=short", "MUTUAL", secure.authority.issue("short", expired=True)
+        files = [tmp_path / name for name in ("client.key", "client.pem")]
+        settings = {
+            **secure.tls(), "ssl.key.location": str(files[0]), "ssl.certificate.location": str(files[1]),
+        }  # fmt: skip
+        old, new = ([path.read_text() for path in each[:2]] for each in (first, secure.authority.issue("short")))
+        error = "SSL alert .*check ssl.certificate.location"
+    else:
+        user, listener, files = USERS[PLAIN], "SASL_SSL", [tmp_path / "password"]
+        settings = secure.sasl(PLAIN, f"@{files[0]}")
+        old, new, error = ["old"], [PASSWORD], "error=_AUTHENTICATION"
+    grant(secure, user, prefix)
+    write(files, old)
+    with scene(tmp_path, secure.bootstrap, prefix, brokers=secure.address(listener), settings=settings) as at:
+        at.exchange()
+        at.run.wait_for(f"WARNING kafka: .*{error}")
+        write(files, new)
+        at.exchange()
+        at.finish()
+
+    at.assert_nothing_is_missing()
+    assert "replacing the client: its certificates or secrets were renewed" in at.run.log
+
+
+def write(files: list[Path], texts: list[str]) -> None:
+    for path, text in zip(files, texts, strict=True):
+        path.write_text(text)
+
+
 @pytest.mark.parametrize("bad", ["expired", "untrusted"])
 def test_certificate_refused_until_it_is_renewed(secure, tmp_path, bad):
     prefix = f"{bad}."

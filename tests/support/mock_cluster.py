@@ -9,7 +9,8 @@ import confluent_kafka
 from producer.kafka import librdkafka
 from tests.support.rebpf import DEADLINE_S
 
-PRODUCE, FETCH, LIST_OFFSETS, FIND_COORDINATOR, INIT_PRODUCER_ID = 0, 1, 2, 10, 22
+PRODUCE, FETCH, LIST_OFFSETS, OFFSET_COMMIT = 0, 1, 2, 8
+FIND_COORDINATOR, JOIN_GROUP, INIT_PRODUCER_ID = 10, 11, 22
 
 
 lib = librdkafka._lib

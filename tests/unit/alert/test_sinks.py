@@ -176,6 +176,23 @@ def test_what_is_rejected_holds_up_nothing(receiver: Receiver, caplog: pytest.Lo
     assert sink.rejected == 1
 
 
+@pytest.mark.parametrize("kind", ["alertmanager", "webhook"])
+def test_a_request_that_is_too_large_is_sent_in_parts(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """A proxy's limit, which only an outage with many alerts reaches."""
+    alerts = [replace(LOSS, group=f"web-{number}") for number in range(5)]
+    receiver.answers = [413, 200, 413, 200, 413]  # 5; 2; 3; 1; 2, then one by one
+    sink = Alertmanager(receiver.url, 60, pytest.fail) if kind == "alertmanager" else Webhook(receiver.url, pytest.fail)
+    sink.send(alerts)
+    assert list(map(len, receiver.posted)) == [5, 2, 3, 1, 2, 1, 1]
+    assert sink.rejected == 0
+    receiver.answers = [413]
+    sink.send(alerts[:1])
+    assert sink.rejected == 1
+    assert "413 why" in caplog.text
+
+
 @pytest.mark.parametrize(
     "answer",
     [

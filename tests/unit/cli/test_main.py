@@ -305,6 +305,16 @@ def test_a_locale_without_utf_8_means_the_same_paths(tmp_path: Path) -> None:
     assert done.stderr == f"rebpf: no producer is running with state_dir {state_dir}, or it is not ready yet\n"
 
 
+@pytest.mark.parametrize("variable", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir", "SSLKEYLOGFILE"])
+def test_nothing_goes_to_files_that_are_named_for_other_programs(tmp_path: Path, variable: str) -> None:
+    """prometheus_client and Python's ssl write there, or fail if the folder is missing."""
+    imports = "import producer.cli.main, producer.health.metrics, ssl; ssl.create_default_context()"
+    for folder in (tmp_path, tmp_path / "missing"):
+        env = {**os.environ, variable: str(folder / "keys" if variable == "SSLKEYLOGFILE" else folder)}
+        subprocess.run([sys.executable, "-c", imports], check=True, env=env)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_reload_that_is_asked_for_during_a_start_does_not_end_it():
     code = """
 import os, signal, sys

@@ -90,6 +90,18 @@ def test_no_secret_is_shown_or_changes_the_hash(tmp_path: Path) -> None:
     assert len(effective.restart_needed(config, rotated)) == SECRETS.count("hunter2")
 
 
+def test_a_secret_that_was_renewed_in_its_file_needs_no_restart(tmp_path: Path) -> None:
+    """The client reads it again when brokers refuse the earlier one."""
+    configs = []
+    for name, secret in (("a", "1"), ("a", "2"), ("b", "2")):
+        (tmp_path / name).write_text(secret)
+        configs.append(loaded(tmp_path / "rebpf.toml", f'kafka.settings = {{"sasl.password" = "@{tmp_path / name}"}}'))
+    first, renewed, other = configs
+    assert renewed.kafka.settings["sasl.password"] == "2"
+    assert effective.restart_needed(first, renewed) == ()
+    assert effective.restart_needed(first, other) == ("kafka.settings.sasl.password",)
+
+
 def test_hosts_with_the_same_settings_have_the_same_hash() -> None:
     pods = {name: Kubernetes(f"https://api/pods?fieldSelector=spec.nodeName%3D{name}") for name in ("a", "b")}
     digests = {effective.digest(Config(host=name, labels={"dc": name}, kubernetes=pods[name])) for name in pods}

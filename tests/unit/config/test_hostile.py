@@ -10,7 +10,7 @@ import pytest
 
 from producer.config import validate
 from producer.config.convert import build
-from producer.config.librdkafka import _FILES, admin_settings, client_settings, consumer_settings
+from producer.config.librdkafka import FILES, admin_settings, client_settings, consumer_settings
 from producer.config.load import Config, Registry, load, read_secret
 from producer.errors import ConfigError, UnavailableError
 from producer.host import pods, state_file
@@ -50,14 +50,14 @@ def test_an_empty_key_is_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("client", [client_settings, consumer_settings, admin_settings])
-@pytest.mark.parametrize("name", sorted(_FILES))
+@pytest.mark.parametrize("name", sorted(FILES))
 def test_librdkafka_gets_no_pipe_and_no_device(client: Callable[..., object], name: str, not_a_file: Path) -> None:
     with pytest.raises(ConfigError, match=rf"kafka\.settings\.{name}: .*: expected a regular file"):
         client("b:1", {name: str(not_a_file)})
 
 
 def test_each_setting_that_is_a_file_is_known() -> None:
-    assert {name for name in FREE_OF_ALL if name.endswith((".location", ".file", ".keytab"))} == _FILES
+    assert {name for name in FREE_OF_ALL if name.endswith((".location", ".file", ".keytab"))} == FILES
 
 
 @pytest.mark.parametrize("name", ["ca", "certificate", "key"])

@@ -36,6 +36,15 @@ def test_settings_that_delivery_rests_on_cannot_be_changed(name, value):
         client_settings("b:1", {name: value})
 
 
+@pytest.mark.parametrize("name", ["sasl.mechanism", "sasl.mechanisms"])
+def test_a_token_must_come_from_somewhere(name):
+    """The library would wait for it, without a connection, an error or a line in its log."""
+    with pytest.raises(ConfigError, match=rf'kafka\.settings\.{name}: OAUTHBEARER needs .*"oidc"'):
+        client_settings("b:1", {name: "OAUTHBEARER"})
+    for more in ({"sasl.oauthbearer.method": "OIDC"}, {"enable.sasl.oauthbearer.unsecure.jwt": "true"}):
+        assert client_settings("b:1", {name: "OAUTHBEARER", **more})[name] == "OAUTHBEARER"
+
+
 @pytest.mark.parametrize("brokers", ["b:1", None])
 def test_brokers_are_set_in_their_own_place(brokers):
     with pytest.raises(ConfigError, match=r"bootstrap\.servers: must not be set, since kafka\.brokers sets it"):

@@ -16,6 +16,7 @@ import confluent_kafka.admin
 import pytest
 
 from producer.config.librdkafka import client_settings
+from producer.config.load import read_secret
 from producer.errors import UnavailableError
 from producer.events import TRANSMITS
 from producer.kafka import connection
@@ -62,6 +63,39 @@ def held_close(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     monkeypatch.setattr(Producer, "close", wait)
     return may_close
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ssl.ca.location", "sasl.password"])
+def test_a_renewed_certificate_or_secret_is_used_once_the_client_has_an_error(
+    cluster, open_sink, caplog, tmp_path, name
+):
+    """librdkafka reads them once; when they expire, brokers would refuse it until a restart."""
+    cluster.create("t")
+    path = tmp_path / "file"
+    path.write_text("first")
+    sink = open_sink({name: str(path) if name == "ssl.ca.location" else read_secret(path, name)})
+    first, second = batch(TRANSMITS, numbered(11)), batch(TRANSMITS, numbered(13, 11))
+    ledger = Ledger(sink)
+    sink.send(first)
+    ledger.wait_for(first)
+    cluster.down()
+    sink.send(second)
+    ledger.wait(lambda: sink.last_error)
+    assert "replacing" not in caplog.text
+    renewed = "replacing the client: its certificates or secrets were renewed"
+    path.write_text("second")
+    ledger.wait(lambda: renewed in caplog.text)
+    if name == "sasl.password":
+        path.unlink()  # the earlier one is used
+    lib.rd_kafka_test_fatal_error(sink._connection._clients[0]._handle, 47, b"made by a test")
+    ledger.wait(lambda: "replacing the client: fatal error" in caplog.text)
+    cluster.up()
+    ledger.wait_for(second)
+
+    assert caplog.text.count(renewed) == 1
+    assert ledger.delivered == {"transmit": 24}
+    assert cluster.read("t", 24) == numbered(24)
 
 
 @pytest.mark.slow

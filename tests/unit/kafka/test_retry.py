@@ -138,6 +138,14 @@ def test_a_broker_that_ends_the_tls_handshake_is_named_as_such() -> None:
     assert str(error).startswith("TLS with Kafka at b:1 failed: ")
 
 
+def test_a_broker_that_rejects_the_clients_certificate_is_named_as_such() -> None:
+    """With TLS 1.3, the client has finished the handshake when it is told."""
+    alert = "Receive failed: error:0A000416:SSL routines::ssl/tls alert certificate unknown: SSL alert number 46"
+    error = worded(KafkaError._TRANSPORT, text=f"{alert} (after 30ms in state APIVERSION_QUERY)")
+    assert str(error).startswith("TLS with Kafka at b:1 failed: ")
+    assert "check ssl.certificate.location" in str(error)
+
+
 def test_errors_are_logged_with_the_fix_and_each_kind_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
     errors = ClientErrors("b:1", log=True)
     for _ in range(5):

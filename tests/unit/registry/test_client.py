@@ -1,10 +1,11 @@
 """The registry's answers: others' answers are rejected, and none takes longer than its deadline."""
 
+import base64
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,45 @@ def test_a_file_without_user_and_password_is_refused_before_it_is_sent(content: 
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"registry\.auth: .*/auth: expected USER:PASSWORD in the first line"):
         RegistryClient(Registry(url="http://127.0.0.1:1", auth=path))
+
+
+def test_renewed_credentials_are_sent_with_the_next_request(tmp_path: Path) -> None:
+    """`rebpf alert` asks for schemas after months."""
+    sent: list[str] = []
+    found = reply(200, {"schema": TEXT})
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        sent.append(base64.b64decode(handler.headers["Authorization"].removeprefix("Basic ")).decode())
+        found(handler)
+
+    auth = tmp_path / "auth"
+    auth.write_text("alice:first")
+    with serving(answer) as (url, _):
+        client = RegistryClient(Registry(url, auth=auth))
+        client.schema(3)
+        auth.write_text("alice:second")
+        client.schema(3)
+        auth.unlink()
+        with pytest.raises(NoAnswer, match=r"registry\.auth"):
+            client.schema(3)
+    assert sent == ["alice:first", "alice:second"]
+
+
+READ_ONLY = {
+    "by its mode": (reply(422, {"error_code": 42205, "message": "Subject is in read-only mode"}), SchemaError),
+    "for this user": (reply(403, {"error_code": 40301, "message": "no"}), PermissionDenied),
+}
+
+
+@pytest.mark.parametrize("kind", READ_ONLY)
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_registry_that_is_read_only_is_asked_for_the_schema_instead(kind: str, has_it: bool) -> None:
+    refusal, error = READ_ONLY[kind]
+    found = reply(200, {"id": 7, "schema": TEXT}) if has_it else reply(404, {"error_code": 40403, "message": "no"})
+    with serving(lambda handler: (refusal if handler.path.endswith("/versions") else found)(handler)) as (url, _):
+        ids = SchemaIds(Registry(url, register=True), None, attempts=1)
+        with nullcontext() if has_it else pytest.raises(error):
+            assert ids.find({"events": SCHEMA}) == {"events": 7}
 
 
 def test_an_abandoned_answer_that_drips_is_hung_up_on() -> None:
