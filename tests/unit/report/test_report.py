@@ -194,6 +194,22 @@ def test_a_counter_that_the_kernel_lacks_costs_only_that_one() -> None:
     assert (found.growth["total_retrans"].tolist(), found.growth["dsack_dups"].tolist()) == ([5], [0])
 
 
+def test_the_syn_acks_of_accepted_connections_are_segments_too() -> None:
+    records = [connection(1, at, 0, 1, retrans_syn_ack=1, role="server") for at in (1, 2)]
+    assert connections(flows_of(*records), None).growth["segs_out"].tolist() == [10 + 1 + 1]
+
+
+def test_each_failed_connect_of_a_socket_counts(tmp_path: Path) -> None:
+    """One that finds no free port has none that would tell them apart."""
+    error = {"reason": "close", "state": "SYN_SENT", "error": "EADDRNOTAVAIL", "daddr": "10.9.9.9"}
+    records = [{**connection(1, at, at - 1, 0), **error} for at in (1, 3, 5)]
+    path = write_container(tmp_path / "flows.avro", FLOWS, [*records, records[-1]])
+    summary = summarize(collect(Files([path]), Period()), Period())
+    assert summary.totals is not None
+    assert (summary.totals.failed, summary.worst["peer"][0].failed) == (3, 3)
+    assert [(each.error, each.peer, each.count) for each in summary.failures] == [("EADDRNOTAVAIL", "10.9.9.9", 3)]
+
+
 def test_nothing_limits_a_connect_without_an_answer(tmp_path: Path) -> None:
     records = [connection(cookie, 1, 0, 2, state=state) for cookie, state in enumerate(("SYN_SENT", "ESTABLISHED"), 1)]
     path = write_container(tmp_path / "flows.avro", FLOWS, records)
@@ -248,6 +264,19 @@ def test_beside_the_worst_connection_those_with_few_retransmissions_are_not_draw
     path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
     summary = summarize(collect(Files([path]), Period()), Period())
     assert [flow.retransmitted for flow in summary.flows] == [3]
+
+
+def test_copies_of_an_event_count_once(tmp_path: Path) -> None:
+    """As after a crash of the producer."""
+    events = [
+        record(RETRANSMITS, host=host, cpu=cpu, cpu_seq=number, cause="rto", segs=3)
+        for host, cpu, number in (("a", 0, 1), ("a", 0, 1), ("a", 1, 1), ("b", 0, 1), ("a", 0, 2), ("a", 0, 1))
+    ]
+    path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
+    summary = summarize(collect(Files([path]), Period()), Period())
+    assert summary.timeline is not None
+    assert summary.timeline.total == 4 * 3
+    assert {line.name: line.retransmitted for line in summary.worst["host"]} == {"a": 9, "b": 3}
 
 
 def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:
