@@ -80,12 +80,13 @@ class Connections:
 
 
 def connections(flows: Frame, since_ns: int | None) -> Connections:
-    """Return what happened from `since_ns` on, or since each connection began; `flows` may have earlier records."""
+    """Return what happened from `since_ns` on, or a margin before the first record; `flows` may have earlier records."""
     ids, firsts = flows.connections()
     ts_ns, start_ns, codes = flows.numbers("ts_ns"), flows.numbers("start_ns"), flows.codes("reason")
     closes = codes == _code(flows, "reason", "close")
     accepted = flows.codes("role") == _code(flows, "role", "server")
-    since_ns = since_ns if since_ns is not None else 0
+    if since_ns is None:
+        since_ns = max(0, int(ts_ns.min()) - MARGIN_NS) if len(ts_ns) else 0
     table = Table(COUNTERS, since_ns - 1, max(1, len(firsts)))
     last = np.full(len(firsts), -1, np.int64)
     sums = np.zeros((len(firsts), 1 + len(COUNTERS)), np.int64)

@@ -183,6 +183,16 @@ def test_a_counter_grows_from_the_last_record_before_the_period(
     assert found.partial.tolist() == [partial]
 
 
+def test_without_a_period_a_connection_that_began_long_before_all_records_counts_from_its_first_one() -> None:
+    """As in an export of an hour: it has sent for days."""
+    old, new = ([connection(cookie, at, start, at) for at in (8640, 8645)] for cookie, start in ((1, 0), (2, 8635)))
+    found = connections(flows_of(*old, *new), None)
+    assert sorted(zip(found.growth["total_retrans"].tolist(), found.partial.tolist(), strict=True)) == [
+        (5, True),
+        (8645, False),
+    ]
+
+
 def test_connections_without_a_cookie_are_told_apart_by_their_ports() -> None:
     records = [{**connection(1, 1, 0, count), "sk_cookie": None, "sport": count} for count in (3, 5)]
     found = connections(flows_of(*records), None)
