@@ -119,8 +119,8 @@ class Connections:
         """Take records in order of time, as far as known: columns with an item for each, `counters` one for each name.
 
         A connection's key must be the same in all its records, and differ from others'; a `start_ns` of 0 is unknown.
-        `counts` is whether a record has counters: others only get a slot. If it is told which connections were
-        `accepted`, `segs_out` also grows by their SYN-ACKs, which the kernel sends before they have a socket.
+        `counts` is whether a record has counters: others only get a slot. With `accepted`, whether it is a server's,
+        `segs_out` also grows by the SYN-ACKs, which the kernel sends before there is a socket.
         """
         records = np.empty((len(keys), _RECORD_WORDS + len(self._kinds)), np.int64)
         flags = np.where(closes, _CLOSES, 0)
