@@ -49,13 +49,18 @@ static __always_inline void accept_flow(struct tcp_sock *tp)
 	begin_flow(tp, ROLE_SERVER);
 }
 
-/* Until an accepted socket is established, only SYN-ACKs are retransmitted, which the kernel counts for its request. */
-static __always_inline void count_synacks(struct tcp_sock *tp)
+/*
+ * Until an accepted socket is established, only SYN-ACKs are retransmitted, which the kernel counts for its request. With
+ * TCP Fast Open, its process may close it before.
+ */
+static __always_inline void end_handshake(struct tcp_sock *tp)
 {
 	struct flow_state *state = find_state(tp);
 
 	if (!state || state->role != ROLE_SERVER)
 		return;
+	if (!state->established_ns)
+		state->established_ns = bpf_ktime_get_ns();
 	state->retrans[CAUSE_SYN_ACK] = state->seen_retrans = READ_IF(tcp_sock, tp, total_retrans);
 }
 
@@ -353,7 +358,7 @@ static __always_inline int follow_flow(struct tcp_sock *tp, u32 old_state, u32 n
 	else if (new_state == TCP_SYN_RECV && old_state == TCP_LISTEN)
 		accept_flow(tp);
 	else if (old_state == TCP_SYN_RECV)
-		count_synacks(tp);
+		end_handshake(tp);
 	if (new_state == TCP_ESTABLISHED)
 		establish_flow(tp);
 	if (new_state == TCP_CLOSE && old_state != TCP_CLOSE)

@@ -7,11 +7,17 @@
 #define RECORD_SIZE (RECORD_WORDS + TCP_COUNTERS)
 #define RESULT_SIZE (RESULT_WORDS + TCP_COUNTERS)
 
-/* A socket can connect again, so the time of the start is part of the key. */
+/* A socket can connect again, so the time of the start is part of the key; without a cookie, so are its ends. */
 static int64_t key_of(const struct flow_event *event, uint64_t seed)
 {
-	uint64_t hash = hash_word(~seed, event->flow.sk_cookie, seed);
+	uint64_t hash = hash_word(~seed, event->flow.sk_cookie, seed), words[4]; /* saddr, daddr */
 
+	if (!event->flow.sk_cookie) {
+		memcpy(words, event->flow.saddr, sizeof(words));
+		for (size_t i = 0; i < 4; i++)
+			hash = hash_word(hash, words[i], seed);
+		hash = hash_word(hash, (uint64_t)event->flow.sport << 16 | event->flow.dport, seed);
+	}
 	return (int64_t)hash_word(hash_word(hash, event->start_ns, seed), event->flow.netns, seed);
 }
 

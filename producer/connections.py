@@ -35,6 +35,7 @@ _FRESH, _OPENED, _CLOSED = 1, 2, 4
 _RECORD_WORDS, _RESULT_WORDS = 4, 3
 _NARROW, _WIDE, _RESTARTS = range(3)
 _TOTAL, _OTHER = "total_retrans", "retrans_other"
+_SENT, _SYN_ACKS = "segs_out", "retrans_syn_ack"
 _PARTS = frozenset(f"retrans_{cause}" for cause in CAUSES) - {_OTHER}
 _FIRST_ENTRIES = 1 << 10
 _CHUNK = 1 << 16
@@ -113,11 +114,13 @@ class Connections:
         closes: Mask,
         counters: Sequence[Ints],
         counts: Mask | None = None,
+        accepted: Mask | None = None,
     ) -> Growth:
         """Take records in order of time, as far as known: columns with an item for each, `counters` one for each name.
 
         A connection's key must be the same in all its records, and differ from others'; a `start_ns` of 0 is unknown.
-        `counts` is whether a record has counters: others only get a slot.
+        `counts` is whether a record has counters: others only get a slot. With `accepted`, whether it is a server's,
+        `segs_out` also grows by the SYN-ACKs, which the kernel sends before there is a socket.
         """
         records = np.empty((len(keys), _RECORD_WORDS + len(self._kinds)), np.int64)
         flags = np.where(closes, _CLOSES, 0)
@@ -133,6 +136,9 @@ class Connections:
         if _TOTAL in self._columns and _OTHER in self._columns:
             rest = growth[:, self._columns[_TOTAL]] - growth[:, self._parts].sum(axis=1)
             growth[:, self._columns[_OTHER]] = np.maximum(0, rest)
+        if accepted is not None:
+            first = accepted & (outcomes & _OPENED != 0)
+            growth[:, self._columns[_SENT]] += growth[:, self._columns[_SYN_ACKS]] + first
         return Growth(
             results[:, 0],
             growth,

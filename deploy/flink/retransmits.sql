@@ -4,8 +4,9 @@
 -- full if the connection began within the minute before; if it is older, only later records count. A socket that connects
 -- again starts at 0, and so do the causes of retransmissions when the producer restarts: the part of total_retrans that no
 -- cause accounts for has the cause 'other'. If another counter decreases, as in an interval record that was written while
--- the connection closed, it adds nothing. A producer delivers the records of a connection in order, also after an outage,
--- so the order is that of arrival, and a record that is not later than the one before is a copy.
+-- the connection closed, it adds nothing. segs_out lacks a server's SYN-ACKs, which are sent before it has a socket: they
+-- are added. A producer delivers the records of a connection in order, also after an outage, so the order is that of
+-- arrival, and a record that is not later than the one before is a copy.
 --
 -- No window: after an outage a producer delivers its spool, hours late, and a window would silently drop these records.
 -- Here they correct the row of their minute. State expires after state.ttl without updates; later records would start
@@ -46,7 +47,9 @@ sockets AS (
 ),
 differences AS (
   SELECT CAST(ts AS TIMESTAMP(3)) AS ts, host, daddr, NULLIF(srtt_us, 0) AS srtt_us,
-    CASE WHEN again THEN segs_out WHEN segs_out_before IS NULL THEN IF(is_new, segs_out, 0) ELSE GREATEST(0, segs_out - segs_out_before) END AS segs_out,
+    CASE WHEN again THEN segs_out WHEN segs_out_before IS NULL THEN IF(is_new, segs_out, 0)
+      ELSE GREATEST(0, segs_out - segs_out_before + IF(segs_out_before - segs_out > 2147483648, 4294967296, 0)) END AS segs_out,
+    CASE WHEN role = 'server' AND (again OR segs_out_before IS NULL AND is_new) THEN 1 ELSE 0 END AS first_syn_ack,
     CASE WHEN again THEN total_retrans WHEN total_retrans_before IS NULL THEN IF(is_new, total_retrans, 0) ELSE GREATEST(0, total_retrans - total_retrans_before) END AS total_retrans,
     CASE WHEN again OR retrans_rto < retrans_rto_before THEN retrans_rto WHEN retrans_rto_before IS NULL THEN IF(is_new, retrans_rto, 0) ELSE retrans_rto - retrans_rto_before END AS retrans_rto,
     CASE WHEN again OR retrans_fast < retrans_fast_before THEN retrans_fast WHEN retrans_fast_before IS NULL THEN IF(is_new, retrans_fast, 0) ELSE retrans_fast - retrans_fast_before END AS retrans_fast,
@@ -57,7 +60,7 @@ differences AS (
   FROM sockets
 ),
 minutes AS (
-  SELECT FLOOR(ts TO MINUTE) AS window_start, host, daddr, SUM(segs_out) AS segs, SUM(total_retrans) AS retransmitted_segs,
+  SELECT FLOOR(ts TO MINUTE) AS window_start, host, daddr, SUM(segs_out + retrans_syn_ack + first_syn_ack) AS segs, SUM(total_retrans) AS retransmitted_segs,
     MAP['other', SUM(GREATEST(0, total_retrans - retrans_rto - retrans_fast - retrans_slow_start - retrans_tlp - retrans_syn - retrans_syn_ack)), 'rto', SUM(retrans_rto), 'fast', SUM(retrans_fast), 'slow_start', SUM(retrans_slow_start), 'tlp', SUM(retrans_tlp), 'syn', SUM(retrans_syn), 'syn_ack', SUM(retrans_syn_ack)] AS causes,
     PERCENTILE(srtt_us, ARRAY[0.5, 0.95, 0.99]) AS srtt_us
   FROM differences

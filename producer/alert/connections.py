@@ -20,6 +20,7 @@ FIELDS: Fields = (
     ("sk_cookie", "long?"),
     ("start_ns", "long?"),
     ("reason", "string"),
+    ("role", "string?"),
     *((name, "long?") for name in COUNTERS),
 )
 MOST_CONNECTIONS = 1 << 22
@@ -44,10 +45,11 @@ class Fleet:
         ends = [flows.hashes[flows["saddr"]], flows.hashes[flows["daddr"]], flows["sport"], flows["dport"]]
         keys = connection_keys(host, boot, flows["netns"], flows["sk_cookie"], flows.valid["sk_cookie"], ends)
         start_ns = np.where(flows.valid["start_ns"], flows["start_ns"], 0)
-        close = flows.texts.index("close") if "close" in flows.texts else -1
+        close, server = (flows.texts.index(text) if text in flows.texts else -1 for text in ("close", "server"))
+        accepted = flows.valid["role"] & (flows["role"] == server)
         counters = [flows[name] for name in COUNTERS]
         return self._table.add(
-            keys, flows["ts_ns"], start_ns, flows["reason"] == close, counters, flows.valid["segs_out"]
+            keys, flows["ts_ns"], start_ns, flows["reason"] == close, counters, flows.valid["segs_out"], accepted
         )
 
     def forget(self, decided_ns: int) -> None:

@@ -128,7 +128,7 @@ def value_of(rule: AlertRule, group: Group) -> float:
     """Return a rule's measure of a group."""
     if rule.measure == "srtt":
         return group.quantile_s(rule.quantile)
-    # At most 1: a hook may see a retransmission that the counter of segments lacks, as a SYN-ACK.
+    # At most 1: the kernel counts a retransmission before its segment, and a record in between divides them.
     return min(1.0, group.part / max(group.total, 1)) if rule.measure in RATIOS else float(group.part)
 
 

@@ -109,11 +109,14 @@ def _view(stream: Stream, since_ns: int, *, labeled: bool) -> str:
     counters = ",\n  ".join(f"{_counter(name, since_ns)} * sample_rate AS {name}" for name in counted)
     return (
         f"CREATE TEMPORARY VIEW {_VIEWS[stream]} AS\n"
-        # What no cause has of the retransmissions is of the cause `other`.
-        f"SELECT *, GREATEST(0, total_retrans - {' - '.join(causes)}) AS retrans_other FROM (\n"
+        # What no cause has of the retransmissions is of the cause `other`. SYN-ACKs are sent before there is a socket.
+        f"SELECT *, GREATEST(0, total_retrans - {' - '.join(causes)}) AS retrans_other,\n"
+        "  segs_out + retrans_syn_ack + first_syn_ack AS segs FROM (\n"
         f"SELECT {names}, srtt_us,\n"
         "  CASE WHEN reason = 'close' AND state = 'SYN_SENT' AND (reason_before IS DISTINCT FROM 'close' OR again)\n"
-        f"    THEN COALESCE(error, '{GIVEN_UP}') END AS failed,\n  {counters}\n"
+        f"    THEN COALESCE(error, '{GIVEN_UP}') END AS failed,\n"
+        f"  CASE WHEN role = 'server' AND (again OR segs_out_before IS NULL AND start_ns > {since_ns})\n"
+        f"    THEN sample_rate ELSE 0 END AS first_syn_ack,\n  {counters}\n"
         f"FROM (\n  SELECT *, {_AGAIN} AS again FROM (\n  SELECT *, {before} FROM (\n"
         "  SELECT *, LAG(last_ns) OVER w AS last_ns_before\n"
         f"  FROM (SELECT *, MAX(ts_ns) OVER w AS last_ns FROM {source} {over})\n  {over}\n)\n"
@@ -201,7 +204,7 @@ def _measure(rule: AlertRule) -> tuple[str, str, str, str]:
         is_data = rule.measure == "data_ratio"
         part = current(" + ".join(f"COALESCE(retrans_{cause}, 0)" for cause in causes_of(rule)) or "0")
         value = "LEAST(1.0, CAST(part AS DOUBLE) / GREATEST(total, 1))"
-        return current("data_segs_out" if is_data else "segs_out"), part, value, "total"
+        return current("data_segs_out" if is_data else "segs"), part, value, "total"
     what = "failed" if rule.measure == "failed_connects" else "cause"
     chosen = f"{what} IN ({', '.join(map(_quoted, rule.cause))})" if rule.cause else f"{what} IS NOT NULL"
     weight = "sample_rate" if rule.measure == "failed_connects" else "segs * sample_rate"

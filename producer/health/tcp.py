@@ -27,6 +27,7 @@ _CLOSED_NS = 10**9
 _FORGOTTEN_NS = 600 * 10**9
 """Without room, connections without a record for this long are forgotten: their closing record was lost."""
 
+_SYN_ACK = CAUSES.index("syn_ack")
 _CONNECT = "connect"
 _PHASES = (_CONNECT, "established")
 _NO_ERROR, _OTHER = "none", "other"
@@ -128,8 +129,12 @@ class TcpMetrics(Collector):
 
     def _connections(self) -> Iterator[Metric]:
         counts = self._counts[0]
+        segments = counts["segments"].item()
+        if RETRANSMITS.name in self._captured:  # these have the SYN-ACKs of connections that were never completed, too
+            segments = max(0, segments - counts["retransmitted"][_SYN_ACK].item())
+            segments += self._retransmitted[_SYN_ACK].item()
         text = "Segments sent by connections, retransmissions included."
-        yield CounterMetricFamily("rebpf_tcp_segments", text, counts["segments"].item())
+        yield CounterMetricFamily("rebpf_tcp_segments", text, segments)
         text = "Connections that began: client called connect, server accepted."
         opened = CounterMetricFamily("rebpf_tcp_connections_opened", text, labels=["role"])
         for role, count in zip(ROLES[1:], counts["opened"][1:].tolist(), strict=True):

@@ -27,7 +27,7 @@ COUNTERS = (
     "sndbuf_limited_us",
 )
 GAUGES = ("srtt_us", "min_rtt_us", "snd_cwnd", "mss")
-TEXTS = ("host", "boot_id", "saddr", "daddr", "unit", "container", "comm", "reason", "state", "error")
+TEXTS = ("host", "boot_id", "saddr", "daddr", "unit", "container", "comm", "role", "reason", "state", "error")
 COLUMNS = frozenset(
     {*COUNTERS, *GAUGES, *TEXTS, "ts_ns", "cpu", "cpu_seq", "netns", "sk_cookie", "sport", "dport", "start_ns"}
 )
@@ -48,6 +48,8 @@ class Connections:
     elapsed_us: Ints
     partial: Mask
     """Whether the beginning of the connection, or of the period, is not covered."""
+    failures: Ints
+    """Rows in `flows` of connects that failed: closed before they were established. A socket may try again."""
 
     def __len__(self) -> int:
         return len(self.last)
@@ -63,18 +65,13 @@ class Connections:
     def select(self, chosen: Mask) -> "Connections":
         """Return the chosen connections."""
         growth = {name: column[chosen] for name, column in self.growth.items()}
-        return Connections(self.flows, self.last[chosen], growth, self.elapsed_us[chosen], self.partial[chosen])
+        elapsed_us, partial = self.elapsed_us[chosen], self.partial[chosen]
+        return Connections(self.flows, self.last[chosen], growth, elapsed_us, partial, self.failures)
 
     def limits(self) -> Ints:
         """Return what limited each connection, as an index of LIMITS."""
         given = {name: self.growth[name] if name in COUNTERS else self.gauge(name) for name in Interval._fields[1:]}
         return limits(Interval(self.elapsed_us, **given))
-
-    def failed(self) -> Mask:
-        """Return which connects failed: closed before they were established."""
-        closed = self.codes("reason") == _code(self.flows, "reason", "close")
-        failed: Mask = closed & ~self.established()
-        return failed
 
     def established(self) -> Mask:
         """Return which connections do not wait for an answer to their SYN, and did not when they closed."""
@@ -83,27 +80,32 @@ class Connections:
 
 
 def connections(flows: Frame, since_ns: int | None) -> Connections:
-    """Return what happened from `since_ns` on, or since each connection began; `flows` may have earlier records."""
+    """Return what happened from `since_ns` on, or a margin before the first record; `flows` may have earlier records."""
     ids, firsts = flows.connections()
     ts_ns, start_ns, codes = flows.numbers("ts_ns"), flows.numbers("start_ns"), flows.codes("reason")
-    close = _code(flows, "reason", "close")
-    since_ns = since_ns if since_ns is not None else 0
+    closes = codes == _code(flows, "reason", "close")
+    accepted = flows.codes("role") == _code(flows, "role", "server")
+    if since_ns is None:
+        since_ns = max(0, int(ts_ns.min()) - MARGIN_NS) if len(ts_ns) else 0
     table = Table(COUNTERS, since_ns - 1, max(1, len(firsts)))
     last = np.full(len(firsts), -1, np.int64)
     sums = np.zeros((len(firsts), 1 + len(COUNTERS)), np.int64)
     covered = np.zeros(len(firsts), np.bool_)
+    failed = np.zeros(len(flows), np.bool_)
     order = np.argsort(ts_ns, kind="stable")
     for rows in np.split(order, range(_ROWS, len(order), _ROWS)):
         counters = [flows.numbers(name)[rows] for name in COUNTERS]
-        found = table.add(ids[rows], ts_ns[rows], start_ns[rows], codes[rows] == close, counters)
+        found = table.add(ids[rows], ts_ns[rows], start_ns[rows], closes[rows], counters, accepted=accepted[rows])
         inside = ts_ns[rows] >= since_ns
         covered[ids[rows[~inside | found.opened]]] = True
         chosen = rows[inside]
+        failed[chosen] = found.closed[inside]
         last[ids[chosen]] = chosen  # of equal indexes, the last assignment stays
         np.add.at(sums, ids[chosen], np.column_stack([found.elapsed_ns, found.counts])[inside])
     seen = last >= 0
     growth = {name: sums[seen, 1 + column] for column, name in enumerate(COUNTERS)}
-    return Connections(flows, last[seen], growth, sums[seen, 0] // 1000, ~covered[seen])
+    failed &= flows.codes("state") == _code(flows, "state", "SYN_SENT")
+    return Connections(flows, last[seen], growth, sums[seen, 0] // 1000, ~covered[seen], np.flatnonzero(failed))
 
 
 def _code(frame: Frame, name: str, text: str) -> int:

@@ -51,6 +51,14 @@ class Frame:
         names = [self.codes(name) for name in ("host", "boot_id", "saddr", "daddr")]
         return groups(*names, *(self.numbers(name) for name in ("sk_cookie", "netns", "sport", "dport")))
 
+    def distinct(self) -> "Frame":
+        """Return the events without copies, which have the same number; 0 is none."""
+        numbers = self.numbers("cpu_seq")
+        _, firsts = groups(self.codes("host"), self.codes("boot_id"), self.numbers("cpu"), numbers)
+        kept = numbers == 0
+        kept[firsts] = True
+        return self if kept.all() else Frame(self._table.filter(pa.array(kept)))
+
     def _texts(self, name: str) -> Any:
         if name not in self._table.column_names:  # this version's schema lacks the field
             return np.full(len(self), -1, np.int64), []

@@ -124,7 +124,7 @@ class Summary:
 
 def summarize(collected: Collected, period: Period) -> Summary:
     """Return the figures of the events in the period."""
-    flows, retransmits = collected.frames[FLOWS], collected.frames[RETRANSMITS]
+    flows, retransmits = collected.frames[FLOWS], collected.frames[RETRANSMITS].distinct()
     found = connections(flows, period.since_ns)
     times = [frame.numbers("ts_ns") for frame in (flows, retransmits) if len(frame)]
     first_ns = period.since_ns or min((int(each.min()) for each in times), default=0)
@@ -164,14 +164,14 @@ def _totals(found: Connections) -> Totals:
         int(np.minimum(found.growth["dsack_dups"], found.growth["total_retrans"]).sum()),
         len(found),
         int(np.count_nonzero(found.partial)),
-        int(np.count_nonzero(found.failed())),
+        len(found.failures),
     )
 
 
 def _of_connections(found: Connections, name: str) -> list[Line]:
     codes, texts = found.codes(name) + 1, found.flows.texts(name)
     sums = {key: _summed(codes, column, len(texts)) for key, column in found.growth.items()}
-    failed = _summed(codes, found.failed().astype(np.int64), len(texts))
+    failed = _summed(found.flows.codes(name)[found.failures] + 1, np.ones_like(found.failures), len(texts))
     causes = np.stack([sums[f"retrans_{cause}"] for cause in CAUSES])
     order = np.lexsort((-failed, -sums["total_retrans"]))
     return [
@@ -231,10 +231,9 @@ def _limited(found: Connections) -> list[Limited]:
 
 
 def _failures(found: Connections) -> list[Failure]:
-    failed = found.select(found.failed())
     counts = Counter(
-        (failed.flows.text("error", row) or "closed by its process", failed.flows.text("daddr", row) or "")
-        for row in failed.last.tolist()
+        (found.flows.text("error", row) or "closed by its process", found.flows.text("daddr", row) or "")
+        for row in found.failures.tolist()
     )
     return [Failure(error, peer, count) for (error, peer), count in counts.most_common(MOST_LINES)]
 

@@ -90,9 +90,11 @@ def _is_ambiguous(name: str, number: float) -> bool:
 
 
 def _ratio(records: Records) -> tuple[Any, Mask]:
-    """Return the retransmitted share of the segments that a connection has sent."""
+    """Return the retransmitted share of the segments that a connection has sent, its SYN-ACKs included."""
     retransmitted, sent = records["total_retrans"], records["segs_out"]
-    return retransmitted.cells / np.maximum(sent.cells, 1), retransmitted.valid & sent.valid & (sent.cells > 0)
+    syn_acks = records["retrans_syn_ack"].cells + _by_text(records["role"], "server".__eq__)
+    segments = sent.cells + syn_acks
+    return retransmitted.cells / np.maximum(segments, 1), retransmitted.valid & sent.valid & (segments > 0)
 
 
 def _by_text(column: Column, matches: Callable[[str], bool]) -> Mask:

@@ -30,7 +30,7 @@ NAMES = ("host", "saddr", "daddr", "unit", "container", "comm")
 """Text fields of a slot."""
 COUNTERS = Interval._fields[1:8]
 GAUGES = ("srtt_us", "min_rtt_us", "snd_cwnd", "mss", "rto_us")
-_GROWING = ("segs_out", *COUNTERS)
+_GROWING = ("segs_out", *COUNTERS, "retrans_syn_ack")
 _DTYPE = np.dtype(
     [
         *((name, "<i4") for name in NAMES),
@@ -146,6 +146,7 @@ class Flows:
             _equals(records["reason"], "close"),
             [_bounded(records, name) for name in _GROWING],
             records["segs_out"].valid,
+            _equals(records["role"], "server"),
         )
 
     def _describe(self, records: Records, slots: NDArray[np.int64], now_s: float) -> None:
@@ -195,7 +196,7 @@ class Flows:
             )
         )  # fmt: skip
         rows, slots = self._rows, growth.slots
-        np.add.at(rows["recent"], slots, np.column_stack([growth.elapsed_ns, growth.counts[:, 1:]]))
+        np.add.at(rows["recent"], slots, np.column_stack([growth.elapsed_ns, growth.counts[:, 1:-1]]))
         is_new = ~rows["counted"][slots]
         due = slots[~is_new & (now_s - rows["judged_s"][slots] >= _JUDGE_S)]
         rows["before"][due], rows["recent"][due] = rows["recent"][due], 0
@@ -204,7 +205,9 @@ class Flows:
             valid = records[name].valid
             rows[name][slots[valid]] = _bounded(records, name)[valid]
         rows["counted"][slots], rows["established"][slots] = True, ~connecting
-        rows["closed"][slots] = _equals(records["reason"], "close")
+        closes = _equals(records["reason"], "close")
+        turns = closes | growth.opened  # a record of an open connection may follow its close
+        rows["closed"][slots[turns]] = closes[turns]
 
 
 def interval(rows: NDArray[np.void]) -> Interval:

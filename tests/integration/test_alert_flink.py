@@ -14,7 +14,7 @@ from confluent_kafka.admin import AdminClient
 
 from producer.alert.flink import SINK
 from producer.config.load import Config, Kafka, Registry, load
-from producer.events import CAUSES, FLOWS, RETRANSMITS
+from producer.events import CAUSES, FLOWS, RETRANSMITS, ROLES
 from producer.registry.schema_ids import SchemaIds
 from producer.schemas import load_schema
 from producer.topics import topic
@@ -101,6 +101,7 @@ def traffic() -> tuple[list[Flow], list[Sent]]:
         start_ms = None if cookie % 7 == 0 else (START_S + first_s) * 1000
         segs, causes = (0, {}) if start_ms else (1_000_000, {"rto": 70_000})
         common = {"daddr": daddr, "sport": 40_000 + cookie, "dport": 443 if cookie % 2 else 8443, "start_ms": start_ms}
+        common["role"] = ROLES[1 + cookie // 2 % 2]
         for second in range(first_s + 1, min(SECONDS, first_s + 90), 5):
             at_ms = (START_S + second) * 1000 + cookie
             if start_ms is None and second == first_s + 46:  # the producer restarts, and knows no causes of before

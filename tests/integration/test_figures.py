@@ -74,6 +74,13 @@ class Captured(NamedTuple):
         """Whether the kernel ran a program at the beginning of each connection."""
         return all(record["start_ns"] is not None for record in self.connections)
 
+    @property
+    def sent(self) -> dict[str, int]:
+        """Segments that connections to each peer sent, SYN-ACKs included: in the kernel's counters, too."""
+        sent, again = (summed(self.connections, name, "daddr") for name in ("segs_out", "retrans_syn_ack"))
+        accepted = Counter((each["daddr"],) for each in self.connections if each["role"] == "server")
+        return {peer: count for (peer,), count in (sent + again + accepted).items()}
+
     def of_connections(self, counter: str) -> int:
         """Return the sum of a counter over the connections."""
         return summed(self.connections, counter, "host")[(HOST,)]
@@ -172,6 +179,13 @@ def test_a_plain_consumer_counts_what_the_kernel_counted(captured):
     assert recorded == {key: sent[key] for key in recorded}
     assert recorded_again == {key: sent_again[key] for key in recorded}
     assert -comparison.of_flows.difference == sum(sent_again[key] for key in unrecorded)
+    # So a ratio is that of nstat, whose OutSegs has first transmissions and all SYN-ACKs.
+    counters = captured.counters
+    sent_by_kernel = counters["OutSegs"] + counters["RetransSegs"] - tally.retransmitted["syn_ack"]
+    all_sent = summed(captured.events[TRANSMIT], "segs", *flow)
+    of_no_connection = sum(all_sent[key] for key in all_sent.keys() - recorded.keys())
+    of_no_connection -= comparison.first_transmissions.difference
+    assert sum(captured.sent.values()) == sent_by_kernel - of_no_connection
 
 
 @pytest.mark.parametrize("name", ["fleet"])
@@ -181,7 +195,7 @@ def test_top_has_the_same(captured, name):
     total = {counter: round(shown["total"][counter] * shown["window_s"]) for counter in ("segments", "retransmitted")}
     assert total["retransmitted"] == captured.counters["RetransSegs"]
     assert sum(shown["total"]["causes"].values()) == captured.counters["RetransSegs"]
-    assert total["segments"] == captured.of_connections("segs_out")
+    assert total["segments"] == sum(captured.sent.values())
 
 
 def test_the_report_and_the_export_have_the_same(captured, kafka, registry, tmp_path):
@@ -189,7 +203,7 @@ def test_the_report_and_the_export_have_the_same(captured, kafka, registry, tmp_
     source = ("--config", tmp_path / "rebpf.toml", "--brokers", kafka.bootstrap)
     done = rebpf("report", *source, "-o", tmp_path / "report.html")
     assert done.returncode == 0, done.stderr
-    sent, sent_again = captured.of_connections("segs_out"), captured.of_connections("total_retrans")
+    sent, sent_again = sum(captured.sent.values()), captured.of_connections("total_retrans")
     assert done.stdout.startswith(f"{sent_again:,} of {sent:,} segments were retransmitted: {sent_again / sent:.3%}.")
     assert "No event is missing" in (tmp_path / "report.html").read_text()
 
@@ -219,7 +233,10 @@ def test_the_flink_jobs_sums_over_all_minutes_are_the_same(captured, kafka, regi
     rows = [json.loads(value) for value in last.values()]
     assert {row["host"] for row in rows} == {HOST}
     assert {row["daddr"] for row in rows} == {event["daddr"] for event in captured.events[TRANSMIT]}
-    assert sum(row["segs"] for row in rows) == captured.of_connections("segs_out")
+    segs = Counter[str]()
+    for row in rows:
+        segs[row["daddr"]] += row["segs"]
+    assert segs == captured.sent
     assert sum(row["retransmitted_segs"] for row in rows) == captured.of_connections("total_retrans")
     causes = sum((Counter(row["causes"]) for row in rows), Counter[str]())
     assert causes == Counter({cause: captured.of_connections(f"retrans_{cause}") for cause in CAUSES})
@@ -246,12 +263,13 @@ def test_the_alerting_consumers_window_has_the_same(captured, kafka, registry, t
     assert done.returncode == 0, done.stderr
 
     # Ratios are of the connections' records; counts are of the retransmissions' own.
-    sent, sent_again = (summed(captured.connections, name, "daddr") for name in ("segs_out", "total_retrans"))
-    total, again = sent.total(), sent_again.total()
+    sent, again_by_peer = captured.sent, summed(captured.connections, "total_retrans", "daddr")
+    sent_again = {peer: count for (peer,), count in again_by_peer.items()}
+    total, again = sum(sent.values()), sum(sent_again.values())
     expected = {
         ("host-ratio", HOST): (again / total, total, again),
         ("host-count", HOST): (captured.counters["RetransSegs"], 0, captured.counters["RetransSegs"]),
-        **{("peer-ratio", peer[0]): (again / sent[peer], sent[peer], again) for peer, again in sent_again.items()},
+        **{("peer-ratio", peer): (again / sent[peer], sent[peer], again) for peer, again in sent_again.items()},
     }
     assert len(sent_again) > 1
     with alerting(tmp_path) as errors:

@@ -1,5 +1,6 @@
 """Records of connections that hosts have only now and then."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from producer.demo.lab import Lab
 from producer.events import FLOWS, KNOWN, REASONS, ROLES, STATES, STREAMS, Rows
 from producer.paths import BPF
-from tests.support.capture import Pair, Recording, hook_settings, inside, receive, setting, wait_for
+from tests.support.capture import Pair, Recording, hook_settings, inside, receive, rules, setting, wait_for
 from tests.support.rules import filtered
 
 pytestmark = pytest.mark.root
@@ -61,6 +62,30 @@ def test_a_connection_whose_beginning_no_program_has_seen_does_not_have_its_list
         (row,) = of_role(recording, port, "server", 1, "close")
     assert not row["known"] & KNOWN["start_ns"]
     assert row["known"] & KNOWN["process"]
+
+
+def test_a_server_that_closes_within_tcp_fast_opens_handshake_has_its_start(
+    flows: Recording, lab: Lab, port: int
+) -> None:
+    """Usual over any distance; without its start, alerts and metrics would take it for an older connection."""
+    lost = f"tcp sport {port} tcp flags & (syn|ack) == syn|ack numgen inc mod 997 == 0 drop"
+    with contextlib.ExitStack() as stack:
+        for host, without_cookie in ((lab.client, 0x5), (lab.server, 0x202)):
+            stack.enter_context(setting(host, "net.ipv4.tcp_fastopen", without_cookie))
+        with inside(lab.server):
+            listener = stack.enter_context(socket.create_server((lab.server.ipv4, port)))
+        with inside(lab.client):
+            client = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 100)
+        stack.enter_context(rules(lab.client, "prerouting", lost))
+        client.setblocking(False)  # it does not wait for the SYN-ACK
+        client.sendto(b"hello", socket.MSG_FASTOPEN, (lab.server.ipv4, port))
+        client.setblocking(True)
+        with listener.accept()[0] as accepted:
+            receive(accepted, 5)
+        assert client.recv(1) == b""
+    (row,) = of_role(flows, port, "server", 1, "close")
+    assert row["known"] & KNOWN["start_ns"]
 
 
 def test_subflows_that_the_kernel_adds_to_multipath_tcp_have_no_process(flows: Recording, port: int) -> None:

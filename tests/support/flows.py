@@ -38,6 +38,7 @@ class Flow:
     error: str = ""
     srtt_us: int = 0
     data_segs: int | None = None
+    role: str = "client"
 
 
 def row(flow: Flow, number: int) -> Any:
@@ -55,7 +56,7 @@ def row(flow: Flow, number: int) -> Any:
     made["known"] = _ALL & ~unknown
     made["ts"], made["start_ns"] = flow.at_ms * MS, (flow.start_ms or 0) * MS
     made["cpu_seq"], made["sample_rate"] = number, 1
-    made["reason"], made["role"] = REASONS.index("close" if flow.close else "interval"), ROLES.index("client")
+    made["reason"], made["role"] = REASONS.index("close" if flow.close else "interval"), ROLES.index(flow.role)
     made["state"], made["srtt_us"] = STATES.index(flow.state), flow.srtt_us
     made["error"] = getattr(errno, flow.error) if flow.error else 0
     made["segs_out"] = flow.segs

@@ -103,6 +103,14 @@ def test_a_counter_that_falls_a_little_adds_nothing_until_it_is_above_its_highes
     assert segments(table(), Record(1, 200, 10, 150), Record(1, 210, 8, 150), Record(1, 220, 12, 150)) == [10, 0, 2]
 
 
+def test_an_accepted_connection_also_sent_syn_acks_the_first_before_it_had_a_socket() -> None:
+    made = Connections(("segs_out", "retrans_syn_ack"), 100, 16)
+    keys, ts, start = np.array([1, 2, 3, 1]), np.array([200, 200, 200, 300]), np.array([150, 150, 50, 150])
+    segs, again, accepted = np.array([10, 10, 10, 15]), np.array([2, 0, 2, 3]), np.array([True, False, True, True])
+    found = made.add(keys, ts, start, keys < 0, [segs, again], accepted=accepted)
+    assert found.counts[:, 0].tolist() == [10 + 2 + 1, 10, 0, 5 + 1]
+
+
 def causes(*records: tuple[int, int, int, int, int]) -> list[list[int]]:
     """Return what records of one connection add: time, all retransmissions, by rto, by fast, and others."""
     made = Connections(("total_retrans", "retrans_rto", "retrans_fast", "retrans_other"), 100, 16)

@@ -117,6 +117,15 @@ def test_a_socket_that_connects_again_counts_from_its_beginning() -> None:
     assert (alert.segs, alert.retransmitted_segs) == (1100, 110)
 
 
+def test_the_syn_acks_of_accepted_connections_are_segments_too() -> None:
+    """So a ratio is that of the metrics and of nstat; segs_out has none of them."""
+    run = Evaluation(LOSS)
+    server = {"role": "server", "causes": {"syn_ack": 2, "fast": 1}}
+    run.flows(flow(3, 4, close=True, **server), flow(5, 3, cookie=8), flow(15, 13, cookie=8, role="server"))
+    (alert,) = run.alerts(10)
+    assert (alert.segs, alert.retransmitted_segs) == (4 + 2 + 1 + 3, 3)
+
+
 def test_equal_cookies_of_two_hosts_are_two_connections() -> None:
     run = Evaluation(LOSS)
     run.flows(flow(2, 100), flow(2, 1000, 500, host="web-2"), flow(4, 200))

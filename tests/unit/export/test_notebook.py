@@ -56,7 +56,7 @@ def test_causes_count_from_0_again_after_a_restart_of_the_producer(tmp_path: Pat
         made = record(FLOWS, host="web-1", boot_id="boot", state="ESTABLISHED", reason="interval", srtt_us=1000)
         return {**made, **counters, "ts_ns": NOON_NS + at * SECOND_NS, **fields}
 
-    new = {"daddr": "10.0.0.1", "sk_cookie": 1}
+    new = {"daddr": "10.0.0.1", "sk_cookie": 1, "role": "server"}
     records = [
         flow(10, 100, 10, 10, **new, start_ns=NOON_NS + SECOND_NS),
         flow(20, 150, 15, 4, **new, start_ns=None),  # one of the five came between the two producers
@@ -67,7 +67,7 @@ def test_causes_count_from_0_again_after_a_restart_of_the_producer(tmp_path: Pat
     ]
     write_container(tmp_path / "in" / "flows.avro", FLOWS, records)
     worst = worst_peers(tmp_path / "in", tmp_path)
-    assert worst["10.0.0.1"][:4] == ["20", "200", "10.0", "19"]
+    assert worst["10.0.0.1"][:4] == ["20", "201", "9.95", "19"], "with its SYN-ACK"
     assert worst["10.0.0.2"][:4] == ["1", "10", "10.0", "1"]
 
 

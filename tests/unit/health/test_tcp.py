@@ -195,6 +195,15 @@ def test_equal_cookies_of_two_namespaces_are_two_connections() -> None:
     assert added(TcpMetrics(SINCE_NS), record(7, 10), other) == (15, 2)
 
 
+def test_older_sockets_without_a_cookie_are_several_connections() -> None:
+    """Linux before 5.12 with fentry: the cookie is 0, and so is the unknown start."""
+    rows = [closing(0, total, start_s=0) for total in (10, 10**6, 5)]
+    for row, sport, peer in zip(rows, (50_000, 50_001, 50_000), (1, 1, 2), strict=True):
+        row["flow"]["sport"], row["flow"]["daddr"][:, -1] = sport, peer
+    found = counted(*[[row] for row in rows])
+    assert (value(found, "connections_closed_total"), value(found, "segments_total")) == (3, 0)
+
+
 @pytest.mark.slow
 def test_closed_connections_are_forgotten_after_a_second_on_a_host_that_closes_many() -> None:
     metrics = TcpMetrics(SINCE_NS)
@@ -231,6 +240,18 @@ def test_retransmissions_are_segments_by_cause_weighted_by_the_sample_rate() -> 
 
     by_cause = {cause: value(found, "retransmitted_segments_total", cause=cause) for cause in CAUSES}
     assert by_cause == {**dict.fromkeys(CAUSES, 0), "rto": 901, "tlp": 2, "other": 1}
+
+
+def test_the_repeated_syn_acks_of_a_flood_are_segments_too_and_those_of_connections_count_once() -> None:
+    metrics = TcpMetrics(SINCE_NS)
+    of_flows, of_retransmits = metrics.counter(FLOWS), metrics.counter(RETRANSMITS)
+    assert of_flows
+    assert of_retransmits
+    rows = np.zeros(5, RETRANSMITS.dtype)
+    rows["cause"], rows["s"]["segs"], rows["s"]["sample_rate"] = CAUSES.index("syn_ack"), 1, 1
+    of_retransmits(rows)
+    of_flows(closing(7, 10, role=ROLES.index("server"), retrans_syn_ack=2, total_retrans=2))
+    assert value(samples(metrics), "segments_total") == 10 + 1 + 5
 
 
 def test_failures_are_by_error_of_a_bounded_list_and_by_phase() -> None:

@@ -183,6 +183,16 @@ def test_a_counter_grows_from_the_last_record_before_the_period(
     assert found.partial.tolist() == [partial]
 
 
+def test_without_a_period_a_connection_that_began_long_before_all_records_counts_from_its_first_one() -> None:
+    """As in an export of an hour: it has sent for days."""
+    old, new = ([connection(cookie, at, start, at) for at in (8640, 8645)] for cookie, start in ((1, 0), (2, 8635)))
+    found = connections(flows_of(*old, *new), None)
+    assert sorted(zip(found.growth["total_retrans"].tolist(), found.partial.tolist(), strict=True)) == [
+        (5, True),
+        (8645, False),
+    ]
+
+
 def test_connections_without_a_cookie_are_told_apart_by_their_ports() -> None:
     records = [{**connection(1, 1, 0, count), "sk_cookie": None, "sport": count} for count in (3, 5)]
     found = connections(flows_of(*records), None)
@@ -192,6 +202,22 @@ def test_connections_without_a_cookie_are_told_apart_by_their_ports() -> None:
 def test_a_counter_that_the_kernel_lacks_costs_only_that_one() -> None:
     found = connections(flows_of(connection(1, 1, 0, 5, dsack_dups=None, srtt_us=None)), None)
     assert (found.growth["total_retrans"].tolist(), found.growth["dsack_dups"].tolist()) == ([5], [0])
+
+
+def test_the_syn_acks_of_accepted_connections_are_segments_too() -> None:
+    records = [connection(1, at, 0, 1, retrans_syn_ack=1, role="server") for at in (1, 2)]
+    assert connections(flows_of(*records), None).growth["segs_out"].tolist() == [10 + 1 + 1]
+
+
+def test_each_failed_connect_of_a_socket_counts(tmp_path: Path) -> None:
+    """One that finds no free port has none that would tell them apart."""
+    error = {"reason": "close", "state": "SYN_SENT", "error": "EADDRNOTAVAIL", "daddr": "10.9.9.9"}
+    records = [{**connection(1, at, at - 1, 0), **error} for at in (1, 3, 5)]
+    path = write_container(tmp_path / "flows.avro", FLOWS, [*records, records[-1]])
+    summary = summarize(collect(Files([path]), Period()), Period())
+    assert summary.totals is not None
+    assert (summary.totals.failed, summary.worst["peer"][0].failed) == (3, 3)
+    assert [(each.error, each.peer, each.count) for each in summary.failures] == [("EADDRNOTAVAIL", "10.9.9.9", 3)]
 
 
 def test_nothing_limits_a_connect_without_an_answer(tmp_path: Path) -> None:
@@ -248,6 +274,19 @@ def test_beside_the_worst_connection_those_with_few_retransmissions_are_not_draw
     path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
     summary = summarize(collect(Files([path]), Period()), Period())
     assert [flow.retransmitted for flow in summary.flows] == [3]
+
+
+def test_copies_of_an_event_count_once(tmp_path: Path) -> None:
+    """As after a crash of the producer."""
+    events = [
+        record(RETRANSMITS, host=host, cpu=cpu, cpu_seq=number, cause="rto", segs=3)
+        for host, cpu, number in (("a", 0, 1), ("a", 0, 1), ("a", 1, 1), ("b", 0, 1), ("a", 0, 2), ("a", 0, 1))
+    ]
+    path = write_container(tmp_path / "events.avro", RETRANSMITS, events)
+    summary = summarize(collect(Files([path]), Period()), Period())
+    assert summary.timeline is not None
+    assert summary.timeline.total == 4 * 3
+    assert {line.name: line.retransmitted for line in summary.worst["host"]} == {"a": 9, "b": 3}
 
 
 def test_a_missing_event_is_in_the_data_quality(tmp_path: Path) -> None:

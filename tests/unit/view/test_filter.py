@@ -32,6 +32,7 @@ FLOW = st.fixed_dictionaries(
         "unit": st.none() | st.sampled_from(("nginx.service", "ssh.service")),
         "labels": st.dictionaries(st.sampled_from(("env", "dc")), st.sampled_from(("prod", "test-1", "a b"))),
         "srtt_us": st.none() | st.just(0) | st.integers(1, 5000),
+        "role": st.none() | st.sampled_from(("client", "server")),
         "segs_out": maybe,
         "total_retrans": maybe,
         **{f"retrans_{cause}": maybe for cause in CAUSES},
@@ -104,7 +105,10 @@ def matches(tree: Any, row: Mapping[str, Any]) -> bool:
             return is_known and OPERATORS[sign](row["srtt_us"], number(text))
         case ("ratio", sign, text):
             sent, again = row.get("segs_out"), row["total_retrans"]
-            return bool(sent) and again is not None and OPERATORS[sign](again / sent, number(text))
+            if sent is None or again is None:
+                return False
+            sent += (row["retrans_syn_ack"] or 0) + (row["role"] == "server")
+            return sent > 0 and OPERATORS[sign](again / sent, number(text))
         case ("host" | "unit" as name, text):
             return row[name] is not None and any(fnmatch.fnmatchcase(row[name], each) for each in text.split(","))
         case ("label", name):

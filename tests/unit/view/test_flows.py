@@ -49,6 +49,14 @@ def test_a_new_connection_counts_from_its_beginning() -> None:
     assert shown(found).lines[0].segments == 2.0
 
 
+def test_the_syn_acks_of_accepted_connections_are_segments_too() -> None:
+    found = started()
+    syn_acks = {"segs_out": 4, "total_retrans": 2, "retrans_syn_ack": 2, "start_ns": 500}
+    add_flows(found, NOW - 1, {**syn_acks, "role": "server", "reason": "close"})
+    [line] = shown(found).lines
+    assert (line.segments, line.ratio) == (0.7, 2 / 7)
+
+
 def test_names_beyond_the_limit_are_null_until_others_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view_flows, "MAX_CHARACTERS", 500)
     found = started()
@@ -69,6 +77,17 @@ def test_several_records_of_a_connection_in_a_batch_count_once() -> None:
     add_flows(found, NOW - 1, {"segs_out": 10, "start_ns": 5}, {"segs_out": 30, "start_ns": 5, "reason": "close"})
     [line] = shown(found).lines
     assert (line.segments, line.flows) == (3.0, 0)
+
+
+def test_a_closed_connection_stays_closed_until_its_socket_connects_again() -> None:
+    """While it closed on one CPU, another one reported it as open."""
+    found = started()
+    closing, behind = {"segs_out": 30, "start_ns": 5, "reason": "close", "ts": 900}, {"start_ns": 5, "ts": 901}
+    for events in ([closing, behind], [behind]):
+        add_flows(found, NOW - 1, *events)
+        assert shown(found).lines[0].flows == 0
+    add_flows(found, NOW - 1, {"segs_out": 1, "start_ns": 950, "ts": 960})
+    assert shown(found).lines[0].flows == 1
 
 
 def test_retransmissions_are_counted_by_cause_and_second() -> None:
