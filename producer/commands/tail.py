@@ -23,7 +23,7 @@ from producer.view.filter import Filter
 from producer.view.line import Lines, is_connection, is_retransmission
 from producer.view.records import of_rows
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _MOST_REASONS = 100
 
 
@@ -88,7 +88,7 @@ def _events(source: Generator[list[Message]], registry: Registry | None) -> Gene
                 yield list(_decoded(messages, decoder, skipped))
     finally:
         for reason, count in skipped.items():
-            _LOG.warning("skipped messages=%d reason=%r", count, reason)
+            logger.warning("skipped messages=%d reason=%r", count, reason)
 
 
 def _decoded(messages: Sequence[Message], decoder: Decoder, skipped: dict[str, int]) -> Iterator[Event]:
@@ -106,7 +106,7 @@ def _skip(topic: str, why: str, skipped: dict[str, int]) -> None:
     if reason not in skipped and len(skipped) >= _MOST_REASONS:
         reason = f"{topic}: other reasons"
     if reason not in skipped:
-        _LOG.warning("skipping messages of topic=%s: %s", topic, why)
+        logger.warning("skipping messages of topic=%s: %s", topic, why)
     skipped[reason] = skipped.get(reason, 0) + 1
 
 
@@ -177,7 +177,7 @@ def tail(
             _print(map(lines, map(chosen.events, source)), limit, color=color)
     finally:
         for reason, count in view.rejected.items():
-            _LOG.warning("skipped records=%d reason=%r", count, reason)
+            logger.warning("skipped records=%d reason=%r", count, reason)
 
 
 def _print(batches: Iterable[list[str]], limit: int | None, *, color: bool) -> None:

@@ -87,8 +87,8 @@ class Capture:
         self._programs: dict[str, list[int]] = {}
         self._links: list[int] = []
         self._iterators: list[int] = []
-        self._last_missed: dict[int, int] = {}
         """Indexes of the links through which flows are read."""
+        self._last_missed: dict[int, int] = {}
         self._loader: Loader | None = None
         self._cpus = bpf_syscall.possible_cpus()
         self.hooks_in_use: dict[str, str] = {}
