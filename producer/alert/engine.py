@@ -71,7 +71,7 @@ class Engine:
         room: Room | None = None,
     ) -> None:
         room = room or Room()
-        self.hosts = hosts or Hosts(0, [], 0)
+        self.hosts = hosts or Hosts(0, [])
         self.counts = counts
         self._decoder = decoder
         self._fleet = Fleet(since_ns, counts)

@@ -33,7 +33,7 @@ FIELDS: Fields = (
     ("labels", "map?"),
 )
 """The fields of all records that rules group and select by."""
-FLOW = ("host", "saddr", "sport", "daddr", "dport")
+FLOW = GROUPS["flow"]
 _REMEMBERED = 1 << 16
 
 

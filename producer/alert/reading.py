@@ -15,7 +15,8 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Me
 
 from producer.alert.engine import Engine, since, stream_of
 from producer.alert.model import Alert, Counts
-from producer.alert.silence import RULE, Hosts
+from producer.alert.silence import Hosts
+from producer.config.alerts import SILENT
 from producer.config.load import Config
 from producer.consume.columns import Values
 from producer.consume.decode import Decoder
@@ -173,9 +174,9 @@ class Reading:
         decided = [_decided_ns(each.metadata, now_ns) for each in committed if each.offset >= 0]
         decided_ns = max(decided, default=0) or (_FIRST_NS if from_beginning else now_ns)
         since_ns = since(self._config.rules, decided_ns, self._config.lookback_s)
-        silent = [alert for alert in self._last_alerts if alert.rule == RULE and self._topics.heartbeats]
+        silent = [alert for alert in self._last_alerts if alert.rule == SILENT and self._topics.heartbeats]
         others = [alert for alert in self._last_alerts if alert not in silent]
-        hosts = Hosts(self._config.missed_heartbeats, silent, 0)
+        hosts = Hosts(self._config.missed_heartbeats, silent)
         self._engine = Engine(self._config.rules, others, decided_ns, since_ns, self._decoder, self._counts, hosts)
         self._committed = {PartitionId(each.topic, each.partition): each for each in committed}
         self._add_partitions()

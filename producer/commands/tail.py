@@ -15,13 +15,13 @@ from producer.consume.follow import Follower, Start
 from producer.consume.period import ALWAYS, Period
 from producer.consume.reader import TopicReader
 from producer.errors import ReaderGoneError, UnavailableError
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.events import TRANSMITS
 from producer.host.output import echo, require_reader
 from producer.host.signals import Flag
 from producer.host.text import to_json
 from producer.view.filter import Filter
-from producer.view.line import Lines, is_connection, is_retransmission
-from producer.view.records import of_rows
+from producer.view.line import Lines
+from producer.view.records import of_rows, stream_of
 
 logger = logging.getLogger(__name__)
 _MOST_REASONS = 100
@@ -129,7 +129,7 @@ class Chosen:
         # Those with the same fields are looked at together.
         alike: dict[tuple[Any, ...], list[int]] = {}
         for at, event in enumerate(batch):
-            alike.setdefault((_stream(event.record), *event.record), []).append(at)
+            alike.setdefault((stream_of(event.record) or TRANSMITS, *event.record), []).append(at)
         chosen = np.zeros(len(batch), np.bool_)
         for (stream, *_), places in alike.items():
             records = of_rows(stream, [batch[at].record for at in places])
@@ -137,10 +137,6 @@ class Chosen:
             mask = self.period.mask(records["ts_ns"].cells if has_ns else records["ts"].cells * 1_000_000)
             chosen[places] = mask if self.matches is None else mask & self.matches(records)
         return [batch[at] for at in np.flatnonzero(chosen).tolist()]
-
-
-def _stream(record: Mapping[str, Any]) -> Stream:
-    return RETRANSMITS if is_retransmission(record) else FLOWS if is_connection(record) else TRANSMITS
 
 
 def tail(

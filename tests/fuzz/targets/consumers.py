@@ -57,7 +57,7 @@ def _alert() -> Iterator[Check]:
         counts = Counts()
         known = last_of([alerts], "alerts", Decoder(None), _NOW_NS)
         room = Room(group_count=20, flows=20, samples=20)
-        engine = Engine(_RULES, known, _NOW_NS - 100 * _SECOND_NS, 0, Decoder(None), counts, Hosts(3, [], 0), room)
+        engine = Engine(_RULES, known, _NOW_NS - 100 * _SECOND_NS, 0, Decoder(None), counts, Hosts(3, []), room)
         for offset, (which, value) in enumerate(messages):
             if which == 2:
                 engine.put_beats([value], [offset], _NOW_NS)

@@ -193,7 +193,7 @@ def beat(**fields: Any) -> bytes:
 
 def silent(counts: Counts, *heartbeats: bytes, after_s: float = 1000) -> list[str]:
     """Return who is silent after heartbeats."""
-    made = engine(counts, Hosts(3, [], 0))
+    made = engine(counts, Hosts(3, []))
     made.put_beats(list(heartbeats), list(range(len(heartbeats))), NOW_NS)
     alerts = made.decide(NOW_NS, NOW_NS + round(after_s * SECOND_NS))
     for alert in alerts:
