@@ -134,10 +134,7 @@ class Connections:
             rest = growth[:, self._columns[_TOTAL]] - growth[:, self._parts].sum(axis=1)
             growth[:, self._columns[_OTHER]] = np.maximum(0, rest)
         return Growth(
-            results[:, 0],
-            growth,
-            results[:, 2],
-            *(outcomes & each != 0 for each in (_FRESH, _OPENED, _CLOSED)),
+            results[:, 0], growth, results[:, 2], *(outcomes & each != 0 for each in (_FRESH, _OPENED, _CLOSED))
         )
 
     def count_flows(self, rows: Rows, errors: Bytes, srtt_bounds_us: Ints, counts: NDArray[np.void]) -> None:

@@ -147,13 +147,7 @@ class Reading:
     """Reads the topics from where the group left off, and decides."""
 
     def __init__(
-        self,
-        config: Config,
-        brokers: str,
-        topics: Topics,
-        alerts: Sequence[Alert],
-        decoder: Decoder,
-        counts: Counts,
+        self, config: Config, brokers: str, topics: Topics, alerts: Sequence[Alert], decoder: Decoder, counts: Counts
     ) -> None:
         self._config, self._topics, self._decoder, self._counts = config.alert, topics, decoder, counts
         self._last_alerts = alerts

@@ -20,13 +20,7 @@ from producer.host.output import echo
     type=FilePath(),
     help="The kernel's types: its /sys/kernel/btf/vmlinux, or an uncompressed vmlinux.  [default: this kernel's]",
 )
-@option(
-    "--output",
-    "-o",
-    required=True,
-    type=FilePath(),
-    help="File to write, for capture.programs of the hosts.",
-)
+@option("--output", "-o", required=True, type=FilePath(), help="File to write, for capture.programs of the hosts.")
 def compile(btf: Path | None, output: Path) -> None:
     """Compile the BPF programs for hosts without bcc.
 

@@ -20,14 +20,7 @@ from producer.consume.plan import FieldError, Fields, Plan, plan_for, plan_for_a
 from producer.errors import Stopped, UnavailableError
 from producer.events import SchemaId
 from producer.host.signals import Flag
-from producer.registry.client import (
-    MOST_ID,
-    NOT_FOUND,
-    NoAnswer,
-    NotAuthorized,
-    RegistryClient,
-    RegistryRejected,
-)
+from producer.registry.client import MOST_ID, NOT_FOUND, NoAnswer, NotAuthorized, RegistryClient, RegistryRejected
 from producer.schemas import FIXED, load_schema
 
 _ATTEMPTS = 3

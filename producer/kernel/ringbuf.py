@@ -42,11 +42,7 @@ class Ring:
     """
 
     def __init__(
-        self,
-        descriptor: int,
-        size_bytes: int,
-        dtype: np.dtype[np.void],
-        clock: Callable[[], float] = time.monotonic,
+        self, descriptor: int, size_bytes: int, dtype: np.dtype[np.void], clock: Callable[[], float] = time.monotonic
     ) -> None:
         page = mmap.PAGESIZE
         consumer = mmap.mmap(descriptor, page)

@@ -51,11 +51,7 @@ class SchemaIds:
     """
 
     def __init__(
-        self,
-        settings: Registry,
-        cache: Path | None,
-        attempts: int = _ATTEMPTS,
-        stop: Flag | None = None,
+        self, settings: Registry, cache: Path | None, attempts: int = _ATTEMPTS, stop: Flag | None = None
     ) -> None:
         self._stop: Flag = stop if stop is not None else threading.Event()
         self._client = RegistryClient(settings, self._stop)
