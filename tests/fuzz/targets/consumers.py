@@ -21,10 +21,9 @@ from producer.config.load import AlertRule
 from producer.consume.audit import Audit
 from producer.consume.decode import Decoder
 from producer.consume.event_id import read_events
-from producer.events import FLOWS, RETRANSMITS, STREAMS
+from producer.events import ALERTS, FLOWS, HEARTBEATS, RETRANSMITS, STREAMS
 from producer.export.arrow import batch_of, schema_of
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import ALERT_ID, HEARTBEAT_ID
 from producer.view import table as view
 from producer.view.flows import Flows
 from producer.view.line import Lines
@@ -49,7 +48,7 @@ _ALERT = Alert("many", "host", "a", True, "count", 9.0, 1.0, 1.0, 10 * _SECOND_N
 @contextlib.contextmanager
 def _alert() -> Iterator[Check]:
     """Each message is processed or counted, and the member continues. It can read the alerts that it writes."""
-    encoder = AlertEncoder(ALERT_ID)
+    encoder = AlertEncoder(ALERTS.fixed_schema_id)
     manager = Alertmanager("http://127.0.0.1", 60, lambda _: None)
 
     def check(example: tuple[list[tuple[bytes, bytes | None]], list[tuple[int, bytes | None]]]) -> None:
@@ -134,9 +133,9 @@ _FLOWS = tuple(
         ]
     )
 )
-_BEAT = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)[1]
+_BEAT = HeartbeatEncoder(HEARTBEATS.fixed_schema_id).encode(status(), 100)[1]
 _ODD = [replace(_ALERT, labels=text, annotations=text) for text in ("{}", "[]", '{"a":1}', "")]
-_TOLD = [AlertEncoder(ALERT_ID).encode(alert, 100) for alert in _ODD]
+_TOLD = [AlertEncoder(ALERTS.fixed_schema_id).encode(alert, 100) for alert in _ODD]
 _message = st.one_of(
     st.tuples(st.just(0), mutated(_FLOWS)),
     st.tuples(st.just(1), mutated(_EVENTS)),

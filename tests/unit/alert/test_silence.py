@@ -9,8 +9,8 @@ from producer.alert.engine import Engine
 from producer.alert.model import Alert, Counts
 from producer.alert.silence import Hosts
 from producer.consume.decode import Decoder
+from producer.events import HEARTBEATS
 from producer.health.heartbeat import HeartbeatEncoder
-from producer.schemas import HEARTBEAT_ID
 from tests.support.statuses import status
 
 SECOND_NS = 1_000_000_000
@@ -128,7 +128,7 @@ def test_a_silent_host_is_heard_again_although_no_more_hosts_can_be_tracked(monk
 @pytest.mark.parametrize("interval_s", [math.inf, math.nan])
 def test_an_invalid_heartbeat_is_ignored(monkeypatch: pytest.MonkeyPatch, interval_s: float) -> None:
     monkeypatch.setattr("producer.health.heartbeat.INTERVAL_S", interval_s)
-    _, value = HeartbeatEncoder(HEARTBEAT_ID).encode(status(), 100)
+    _, value = HeartbeatEncoder(HEARTBEATS.fixed_schema_id).encode(status(), 100)
     counts = Counts()
     hosts = Hosts(3, [])
     hosts.next = 7
