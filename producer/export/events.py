@@ -9,7 +9,8 @@ from producer.consume.period import Period
 from producer.events import Stream
 from producer.export.arrow import Mask, batch_of, schema_of
 from producer.export.part import Part
-from producer.export.sources import Files, Names, Progress, Topics
+from producer.export.sources import Files, Names, Topics
+from producer.host.progress import Progress
 from producer.view.filter import parse
 from producer.view.records import of_table
 
@@ -40,7 +41,7 @@ def record_batches(
     source: Files | Topics,
     period: Period,
     names: Names,
-    progress: Progress = None,
+    progress: Progress | None = None,
     choice: Choice | None = None,
     *,
     maps_as_text: bool = False,

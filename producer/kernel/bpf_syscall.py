@@ -134,7 +134,7 @@ def attach_tracing(program: int) -> int:
     return _call("bpf_raw_tracepoint_open", None, program)
 
 
-def attach_iterator(program: int, map_fd: int | None = None) -> int:
+def attach_iterator(program: int, map_fd: int | None) -> int:
     """Attach an iterator, over the elements of a map if it is one of those; return the link, for `run_iterator`."""
     opts = _LinkCreateOpts(sz=ctypes.sizeof(_LinkCreateOpts))
     if map_fd is not None:
