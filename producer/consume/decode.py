@@ -33,8 +33,6 @@ MOST_TEXT = 4096
 """Longest string in a record, in characters; our names have up to 1024."""
 MOST_PAIRS = 64
 """Entries of a map in a record; our hosts have up to 16 labels."""
-
-
 _NO_ID = {-1: "not in Confluent's wire format", -2: f"longer than {MOST_VALUE_BYTES} bytes"}
 """Why a value has no schema id, by the native decoder's code."""
 _TEXT_TOO_LONG, _MAP_TOO_LARGE = 2, 3

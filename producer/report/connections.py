@@ -33,8 +33,6 @@ COLUMNS = frozenset(
 )
 MARGIN_NS = 120_000_000_000
 """How long before a period records are read; longer than the interval of records."""
-
-
 _ROWS = 1 << 16
 
 
