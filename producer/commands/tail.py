@@ -68,7 +68,7 @@ def _arriving(
 def _existing(
     brokers: str, topics: Sequence[str], settings: Mapping[str, str], since_ms: int | None, stop: Flag
 ) -> Generator[list[Message]]:
-    reader = TopicReader(brokers, topics, settings, None, since_ms=since_ms, skip_missing=True)
+    reader = TopicReader(brokers, topics, settings, since_ms=since_ms, skip_missing=True)
     with contextlib.closing(reader):
         if not reader.spans:
             raise UnavailableError(f"no topic {', '.join(topics)} at {brokers}")

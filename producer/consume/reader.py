@@ -68,7 +68,7 @@ class TopicReader:
         brokers: str,
         topics: Sequence[str],
         settings: Mapping[str, str],
-        since: int | None,
+        since: int | None = None,
         *,
         since_ms: int | None = None,
         skip_missing: bool = False,

@@ -75,9 +75,7 @@ class Topics:
         """Yield the events up to the end that the topics have now."""
         decoder = Decoder(self.registry)
         since_ms = None if self.since_ns is None else self.since_ns // 1_000_000 - _DELAY_MS
-        reader = TopicReader(
-            self.brokers, list(self._streams), self.settings, None, since_ms=since_ms, skip_missing=True
-        )
+        reader = TopicReader(self.brokers, [*self._streams], self.settings, since_ms=since_ms, skip_missing=True)
         with closing(reader):
             if not reader.spans:
                 raise UnavailableError(f"no topic {', '.join(self._streams)} at {self.brokers}")

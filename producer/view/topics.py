@@ -73,9 +73,7 @@ class TopicSource:
 
     def _earlier(self) -> Iterator[Records]:
         since_ms = int((time.time() - 2 * INTERVAL_S) * 1000)
-        reader = TopicReader(
-            self._brokers, self._topics, self._client_settings, None, since_ms=since_ms, skip_missing=True
-        )
+        reader = TopicReader(self._brokers, self._topics, self._client_settings, since_ms=since_ms, skip_missing=True)
         with contextlib.closing(reader), Progress("reading the last records") as progress:
             for batch in reader.batches(progress):
                 if self._stop.is_set():
