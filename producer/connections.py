@@ -21,10 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer import _native
-from producer.events import CAUSES, FLOWS, Rows
+from producer.events import CAUSES, FLOWS, Ints, Mask, Rows
 
-Ints = NDArray[np.int64]
-Mask = NDArray[np.bool_]
 Bytes = NDArray[np.uint8]
 
 _SEED = int.from_bytes(os.urandom(8))

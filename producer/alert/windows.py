@@ -14,7 +14,8 @@ import numpy as np
 from producer.alert.measure import FLOW, Measured, Selection, flow_names, measured
 from producer.config.alerts import AlertRule
 from producer.connections import Growth, mixed
-from producer.consume.columns import Columns, Ints, Mask, groups
+from producer.consume.columns import Columns, groups
+from producer.events import Ints, Mask
 
 MOST_SEGS = 1 << 62
 """Sums saturate here, to fit into an alert."""

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from producer.connections import Connections
 from producer.consume.period import Period
 from producer.errors import ReaderGoneError
-from producer.events import CAUSES, FLOWS, RETRANSMITS
+from producer.events import CAUSES, FLOWS, RETRANSMITS, Ints
 from producer.export.sources import read_file
 from producer.host.endpoints import endpoint
 from producer.host.output import echo, require_reader
@@ -223,7 +222,7 @@ def judged(first: Record | None, last: Record | None) -> tuple[str | None, int |
         return None, None
     records = [last] if first is None or first is last else [first, last]
 
-    def column(name: str) -> NDArray[np.int64]:
+    def column(name: str) -> Ints:
         return np.array([record[name] or 0 for record in records], np.int64)
 
     table = Connections(_COUNTERS, floor_ns=0, most=1)

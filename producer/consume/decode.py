@@ -15,10 +15,10 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from producer.config.load import Registry
 from producer.consume.accepted import MOST_VALUE_BYTES, NotAccepted, accepted
-from producer.consume.columns import Columns, Ints, Table, Values, decode, groups, joined, rows_of, schema_ids
+from producer.consume.columns import Columns, Table, Values, decode, groups, joined, rows_of, schema_ids
 from producer.consume.plan import FieldError, Fields, Plan, plan_for, plan_for_all, plan_for_names
 from producer.errors import Stopped, UnavailableError
-from producer.events import SchemaId
+from producer.events import Ints, SchemaId
 from producer.host.signals import Flag
 from producer.registry.client import MOST_ID, NOT_FOUND, NoAnswer, NotAuthorized, RegistryClient, RegistryRejected
 from producer.schemas import FIXED, load_schema

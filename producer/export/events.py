@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from producer.consume.period import Period
-from producer.events import Stream
-from producer.export.arrow import Mask, batch_of, schema_of
+from producer.events import Mask, Stream
+from producer.export.arrow import batch_of, schema_of
 from producer.export.part import Part
 from producer.export.sources import Files, Names, Topics
 from producer.host.progress import Progress

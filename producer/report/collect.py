@@ -10,8 +10,8 @@ from producer.consume.audit import Audit, BootReport
 from producer.consume.columns import Columns, Table
 from producer.consume.period import Period
 from producer.errors import UnavailableError
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
-from producer.export.arrow import Mask, batch_of, schema_of
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Mask, Stream
+from producer.export.arrow import batch_of, schema_of
 from producer.export.events import Choice, within
 from producer.export.part import Part
 from producer.export.sources import Files, Topics

@@ -10,7 +10,8 @@ import numpy as np
 
 from producer.connections import Connections as Table
 from producer.events import CAUSES as EVENT_CAUSES
-from producer.report.frame import Frame, Ints, Mask
+from producer.events import Ints, Mask
+from producer.report.frame import Frame
 from producer.view.limits import Interval, limits
 
 CAUSES = (*EVENT_CAUSES[1:], EVENT_CAUSES[0])

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from producer.consume.columns import Column, Mask, Table, map_to_text, rows_of
-from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Stream
+from producer.consume.columns import Column, Table, map_to_text, rows_of
+from producer.events import FLOWS, RETRANSMITS, TRANSMITS, Mask, Stream
 
 
 @dataclass(frozen=True, slots=True, eq=False)
