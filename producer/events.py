@@ -303,7 +303,7 @@ class Outcome:
     lost: Counter[str] = field(default_factory=Counter)
     """Messages lost, by reason."""
     done: list[tuple[EncodedBatch, Counter[str]]] = field(default_factory=list)
-    """Batches with no message in flight any more, and the losses of each."""
+    """Batches that have no messages left in flight, and the losses of each."""
 
 
 def _members(dtype: np.dtype[np.void], base: int = 0, prefix: str = "") -> Iterator[tuple[str, int, int]]:

@@ -1,6 +1,6 @@
 """Remembers which events were counted: one bit per event number, in pages by boot and CPU.
 
-A page is dropped when its last event is old. With memory full, the oldest go.
+A page is dropped when its last event is old. When the memory is full, the oldest are dropped.
 """
 
 import numpy as np

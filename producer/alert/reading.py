@@ -128,7 +128,7 @@ class Position:
         return self.until is None or self.still > _STALL_STEPS
 
     def set_end(self, end: int, at_ns: int) -> bool:
-        """Set the current end; return False if the consumer does not follow the partition any more."""
+        """Set the current end; return False if the consumer no longer follows the partition."""
         follows = self.until is None and end >= self.next
         self.until = (end, at_ns)
         return follows

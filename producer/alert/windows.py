@@ -115,7 +115,7 @@ class Windows:
             self._count_parts(records, found, parts, group_of_row[found.rows[parts]], held)
 
     def _groups(self, records: Columns, starts: list[int], keys: list[int], rows: Ints) -> list[Group | None]:
-        """Return each group, new ones as far as there is room."""
+        """Return each group; None for new ones that there is no room for."""
         none: dict[int, Group] = {}
         held = [self._open.get(start, none).get(key) for start, key in zip(starts, keys, strict=True)]
         new = [at for at, group in enumerate(held) if group is None][: max(0, self._room.groups)]

@@ -163,7 +163,7 @@ def decide(settings: Mapping[str, str]) -> None:
 
 
 def check_times(settings: Mapping[str, str], spill_after_s: float) -> None:
-    """Raise ConfigError for a time with which the client delivers nothing, or only what has been on disk.
+    """Raise ConfigError for a time with which the client would deliver nothing, or only spooled events.
 
     `decide` has accepted the settings.
     """

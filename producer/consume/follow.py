@@ -135,7 +135,7 @@ class Follower:
             self._positions[PartitionId(each.topic, each.partition)] = each.offset, time.monotonic()
 
     def _lost(self) -> dict[PartitionId, int]:
-        """Return the partitions that librdkafka does not follow any more, and where to read on.
+        """Return the partitions that librdkafka no longer follows, and where to continue reading.
 
         They were also behind at the last look. One that ends before the position is new.
         """
@@ -152,7 +152,7 @@ class Follower:
         return {where: still[where] if ends[where] > still[where] else Start.BEGINNING for where in lost}
 
     def _read_again(self, lost: Mapping[PartitionId, int]) -> None:
-        """Read on with a new client."""
+        """Continue reading with a new client."""
         names = ",".join(f"{topic}/{number}" for topic, number in lost)
         logger.warning("reading again with a new client, since the old one stands still at partitions=%s", names)
         self._consumer.close()

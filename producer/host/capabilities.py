@@ -69,7 +69,7 @@ def drop_unneeded(access_map: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
-    """Set all capabilities of the calling thread aside, and take them up again at the end."""
+    """Run without the effective capabilities of the calling thread, and restore them at the end."""
     effective, permitted = _mask("CapEff"), _mask("CapPrm")
     _set(0, permitted)
     try:

@@ -138,7 +138,7 @@ def echo(text: str, *, err: bool = False, color: bool = False) -> None:
 
 
 def require_reader() -> None:
-    """Raise ReaderGoneError if nobody can read standard output any longer, for output that may be long in coming."""
+    """Raise ReaderGoneError if standard output has lost its reader, for commands that may not write for a while."""
     poll = select.poll()
     with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or replaced by a test
         poll.register(sys.stdout.fileno(), 0)

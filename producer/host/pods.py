@@ -42,7 +42,7 @@ _LOG_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """What events say of a pod."""
+    """The fields of a pod in events."""
 
     name: str
     namespace: str
@@ -129,7 +129,7 @@ def _fetch(source: PodSource, stop: threading.Event) -> Iterator[tuple[str, Pod]
     """Yield the pods of all pages, by UID. Raises ExchangeError, OSError or ValueError."""
     headers = {"Accept": _ACCEPT}
     tls = None
-    if source.url.startswith("https:"):  # otherwise, anyone on the way could read the token
+    if source.url.startswith("https:"):  # otherwise, anyone on the path could read the token
         headers["Authorization"] = f"Bearer {_token(source.token)}"
         state_file.check_ordinary(source.ca)
         tls = ssl.create_default_context(cafile=str(source.ca))

@@ -17,7 +17,7 @@ _CUT = "%~"
 _DIGEST_DIGITS = 16
 _PLAIN = re.compile(r"[ -$&-~]*")
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
-"""Default_Ignorable_Code_Point of Unicode, as far as Python takes them for printable."""
+"""Characters of Unicode's Default_Ignorable_Code_Point that Python takes for printable."""
 
 
 def name(raw: bytes) -> str:

@@ -229,7 +229,7 @@ def _by_text(records: Records, names: Sequence[str], number: Callable[[str], int
 
 
 def _bounded(records: Records, name: str) -> Ints:
-    """Return numbers as far as a kernel could write them: whoever may write to a topic chooses them."""
+    """Return numbers, limited to what a kernel could write: whoever may write to a topic chooses them."""
     most = _MAX_PORT if name in ("sport", "dport") else _MAX_TIME_NS if name.endswith("_ns") else _MAX_NUMBER
     return np.clip(records[name].cells.astype(np.int64), 0, most)
 
