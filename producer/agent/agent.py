@@ -9,7 +9,6 @@ from producer.agent.runtime import Runtime
 from producer.agent.streams import StreamBuilder, has_undelivered
 from producer.agent.wakeup import Wakeup
 from producer.config.load import Config
-from producer.errors import PermissionDenied
 from producer.events import HEARTBEATS, STREAMS, Topic
 from producer.health.balance import Balance
 from producer.health.board import StatusBoard
@@ -53,8 +52,7 @@ def build(config: Config, reader: ConfigReader, stop: Flag, stack: ExitStack) ->
 
     Setting `stop` ends the wait for the registry.
     """
-    if capabilities.missing(capabilities.LOADING):  # first: without them, later steps fail less clearly
-        raise PermissionDenied("loading BPF programs needs root, or the capabilities CAP_BPF and CAP_PERFMON")
+    capabilities.require_loading()  # first: without them, later steps fail less clearly
     check_descriptor_limit()
     settings = producer_settings(config.kafka.brokers, config.kafka.settings)
     web = WebSettings(config.metrics.web_config_file)
