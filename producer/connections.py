@@ -47,7 +47,7 @@ def _kind(name: str) -> int:
     return _RESTARTS if name in _PARTS else _WIDE if FLOWS.dtype[name].itemsize > 4 else _NARROW
 
 
-def mixed(columns: Sequence[Ints]) -> Ints:
+def row_hashes(columns: Sequence[Ints]) -> Ints:
     """Return a hash of each row. Unpredictable if one of the columns is."""
     total = columns[0].copy()
     for column in columns[1:]:
@@ -57,7 +57,7 @@ def mixed(columns: Sequence[Ints]) -> Ints:
 
 def connection_keys(host: Ints, boot: Ints, netns: Ints, cookie: Ints, has_cookie: Mask, ends: Sequence[Ints]) -> Ints:
     """Return a key for each record, from hashes of texts; `ends`, addresses and ports, for those without a cookie."""
-    return mixed([host, boot, netns, np.where(has_cookie, cookie, mixed(ends))])
+    return row_hashes([host, boot, netns, np.where(has_cookie, cookie, row_hashes(ends))])
 
 
 def service_port(sport: Ints, dport: Ints) -> Ints:

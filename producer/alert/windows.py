@@ -13,7 +13,7 @@ import numpy as np
 
 from producer.alert.measure import FLOW, Measured, Selection, flow_names, measured
 from producer.config.alerts import AlertRule
-from producer.connections import Growth, mixed
+from producer.connections import Growth, row_hashes
 from producer.consume.columns import Columns, groups
 from producer.events import Ints, Mask
 
@@ -102,7 +102,7 @@ class Windows:
     def _count(self, records: Columns, found: Measured, starts: Ints, rows: Ints, crowded: Mask) -> None:
         columns = [column[rows] for column in self._selection.columns(records)]
         ids, firsts = groups(starts[rows], *columns)
-        keys = mixed(columns)[firsts].tolist()
+        keys = row_hashes(columns)[firsts].tolist()
         held = self._groups(records, starts[rows][firsts].tolist(), keys, rows[firsts])
         group_of_row = np.full(len(records), -1, np.int64)
         group_of_row[rows] = ids

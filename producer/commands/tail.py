@@ -21,7 +21,7 @@ from producer.host.signals import Flag
 from producer.host.text import to_json
 from producer.view.filter import Filter
 from producer.view.line import Lines
-from producer.view.records import of_rows, stream_of
+from producer.view.records import Records, stream_of
 
 logger = logging.getLogger(__name__)
 _MOST_REASONS = 100
@@ -132,7 +132,7 @@ class Chosen:
             alike.setdefault((stream_of(event.record) or TRANSMITS, *event.record), []).append(at)
         chosen = np.zeros(len(batch), np.bool_)
         for (stream, *_), places in alike.items():
-            records = of_rows(stream, [batch[at].record for at in places])
+            records = Records.from_rows(stream, [batch[at].record for at in places])
             has_ns = "ts_ns" in records.columns  # alerts and heartbeats have milliseconds alone
             mask = self.period.mask(records["ts_ns"].cells if has_ns else records["ts"].cells * 1_000_000)
             chosen[places] = mask if self.matches is None else mask & self.matches(records)

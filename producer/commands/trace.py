@@ -26,7 +26,7 @@ from producer.view.filter import Filter
 from producer.view.limits import LIMITS, Interval, limits, spurious
 from producer.view.line import Lines, Record, failure_text, flow_key, is_event, who
 from producer.view.local import LocalSource
-from producer.view.records import Records, Row, in_order, of_table
+from producer.view.records import Records, Row, in_order
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def from_file(path: Path, period: Period, stop: Flag) -> Iterator[list[Records]]
     for part in read_file(path, {}, in_order=True):
         if stop.is_set():
             return
-        records = of_table(part.stream, part.table)
+        records = Records.from_table(part.stream, part.table)
         yield [records.select(period.mask(records["ts_ns"].cells))]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from producer.connections import mixed
+from producer.connections import row_hashes
 from producer.consume.columns import Columns, groups
 from producer.consume.gaps import MOST_PAGES, Gaps, Numbers, find_gaps, page_of
 from producer.events import Ints, Mask
@@ -218,7 +218,7 @@ def _counted(counters: Ints, numbers: Ints | None = None, firsts: Ints | None = 
 def _flows(events: Columns) -> Ints:
     """Return a hash of each event's host, boot, addresses and ports. Hosts may have the same private addresses."""
     texts = [events.hashes[events[name]] for name in ("host", "boot_id", "saddr", "daddr")]
-    return mixed([*texts, events["sport"], events["dport"]])
+    return row_hashes([*texts, events["sport"], events["dport"]])
 
 
 def _report(boot: _Boot, gaps: dict[int, Gaps]) -> BootReport:

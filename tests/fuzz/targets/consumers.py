@@ -27,7 +27,7 @@ from producer.health.heartbeat import HeartbeatEncoder
 from producer.view import table as view
 from producer.view.flows import Flows
 from producer.view.line import Lines
-from producer.view.records import of_table, stream_of
+from producer.view.records import Records, stream_of
 from tests.fuzz.engine import Check, FindingError, Target
 from tests.fuzz.mutation import mutated
 from tests.support import spool_folders
@@ -100,7 +100,7 @@ def _views() -> Iterator[Check]:
         for _, table in Decoder(None).tables(values)[0]:
             if (stream := stream_of(table.plan.names)) is None:
                 continue
-            records = of_table(stream, table)
+            records = Records.from_table(stream, table)
             flows.add(records, 1.0)
             shown = "\n".join(lines.lines(records.rows())).split("\n")  # a new day has a line
             if not all(map(str.isprintable, shown)):
