@@ -5,7 +5,6 @@ everything that Kafka had at that time is counted. The least of these times, les
 that lags behind the others for `wait_s` holds up nothing, and its records are late.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from producer.consume.decode import Decoder
 from producer.consume.reader import PartitionId, by_partition
 from producer.errors import ConfigError, UnavailableError
 from producer.events import ALERTS, HEARTBEATS, Stream
+from producer.host.text import parse_json
 from producer.kafka.confluent import NEEDS_KAFKA, is_test_broker, list_topics
 from producer.kafka.consumer import QuietConsumer, offsets, topic_error
 from producer.topics import topic
@@ -312,8 +312,8 @@ class Reading:
 def _decided_ns(metadata: str | None, now_ns: int) -> int:
     """Return the time in committed metadata, which another program may have written; 0 if there is none."""
     try:
-        found = json.loads(metadata or "{}")
+        found = parse_json(metadata or "{}")
         at_ns = found.get("decided_ns", 0)
         return min(now_ns, at_ns) if type(at_ns) is int and at_ns > 0 else 0
-    except (ValueError, RecursionError, AttributeError):
+    except (ValueError, AttributeError):
         return 0

@@ -20,6 +20,7 @@ from producer.host import state_file
 from producer.host.http_exchange import ExchangeError, exchange
 from producer.host.log_limit import LogLimit
 from producer.host.text import name as printable_name
+from producer.host.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def _listed(body: bytes) -> tuple[list[tuple[str, Pod]], str]:
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > _MOST_VALUES:
         raise ValueError(f"expected at most {_MOST_VALUES} values in a list, found {values}")
-    listed = state_file.parse(body)
+    listed = parse_json(body)
     if not isinstance(listed, dict) or not isinstance(items := listed.get("items"), list):
         raise ValueError("expected a list of pods")
     position = _table(listed.get("metadata")).get("continue")

@@ -56,6 +56,14 @@ def to_json(value: Any, *, compact: bool = False) -> str:
     return text.replace("\x7f", "\\u007f")
 
 
+def parse_json(text: bytes | str) -> Any:
+    """Parse JSON. Raises ValueError, also if it is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def _escaped(character: str) -> str:
     if character != "%" and character.isprintable():
         return character

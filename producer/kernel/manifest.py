@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from producer.events import STREAMS, Stream
-from producer.host import state_file
+from producer.host.text import parse_json
 from producer.kernel import bpf_syscall
 from producer.kernel.hooks import Refusal
 from producer.kernel.ringbuf import Ring
@@ -85,7 +85,7 @@ class Manifest:
 
 def parse_stored(text: bytes) -> dict[str, Any]:
     """Return what a store has saved: the names of the objects, and the manifest. ValueError if it is neither."""
-    content = state_file.parse(text)
+    content = parse_json(text)
     if (
         not isinstance(content, dict)
         or not isinstance(content.get("manifest"), dict)

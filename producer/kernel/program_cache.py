@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from producer.host import state_file
+from producer.host.text import parse_json
 from producer.kernel import bpf_syscall
 from producer.kernel.bpf_syscall import INSTRUCTION, LD_IMM64, PSEUDO_MAP_FD
 from producer.kernel.source import HZ_MARK
@@ -193,7 +194,7 @@ def _unpacked(key: str, data: bytes) -> tuple[list[list[Any]], Compiled]:
     if checksum != _checksum(key, body):
         raise ValueError(f"{key}.json is damaged")
     try:
-        known = state_file.parse(body)
+        known = parse_json(body)
         compiler = [[str(path), *known] for path, *known in known["compiler"]]
         return compiler, from_json(known)
     except (LookupError, TypeError, AttributeError, ValueError) as error:

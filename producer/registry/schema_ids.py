@@ -21,6 +21,7 @@ from producer.events import SchemaId, Topic
 from producer.health.metrics import counted
 from producer.host import state_file
 from producer.host.signals import Flag
+from producer.host.text import parse_json
 from producer.registry.client import (
     INCOMPATIBLE,
     INVALID,
@@ -152,7 +153,7 @@ class SchemaIds:
         if self._cache is None:
             return {}
         try:
-            content = state_file.parse(state_file.read(self._cache, _MOST_CACHE_BYTES))
+            content = parse_json(state_file.read(self._cache, _MOST_CACHE_BYTES))
         except (OSError, ValueError):
             return {}
         if not isinstance(content, dict):
